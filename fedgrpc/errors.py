@@ -1,0 +1,101 @@
+"""The one tree of errors.
+
+An error is raised where it is known, says in one line what is wrong and what to do, and becomes a gRPC
+status in one place, `fedgrpc.rpc.status`. The class alone decides the status.
+
+    FedgrpcError
+    ├── UsageError                 a setting, flag or file the person gave        exit code 2
+    ├── CodecError
+    │   ├── EncodeError            the values cannot be encoded (non-finite, dtype)
+    │   ├── LayoutError            manifest, tensors or sizes do not fit          INVALID_ARGUMENT
+    │   ├── TooLargeError          a declared size is over the limit              RESOURCE_EXHAUSTED
+    │   └── CorruptError           CRC, digest or frame does not match            DATA_LOSS
+    ├── UpdateRefused              admission said no; carries the reason          INVALID_ARGUMENT
+    ├── UnknownTask                no live lease under this token                 NOT_FOUND
+    ├── UnknownWorker              the worker has not registered                  NOT_FOUND
+    ├── NotFound                   no such run, round or model version            NOT_FOUND
+    ├── RoundClosed                the round no longer takes updates              FAILED_PRECONDITION
+    ├── IllegalTransition          an event the state does not allow              FAILED_PRECONDITION
+    ├── WrongOffset                not the byte the receiver expects              OUT_OF_RANGE
+    ├── Exhausted                  a bound is reached; try again later            RESOURCE_EXHAUSTED
+    ├── WrongIdentity              the token belongs to another worker            PERMISSION_DENIED
+    ├── StorageError               disk full, read-only or corrupt data folder    INTERNAL
+    ├── LinkError                  the aggregator cannot be reached               UNAVAILABLE
+    └── TaskError                  the user's own training code raised
+"""
+
+
+class FedgrpcError(Exception):
+    """Base of everything fedgrpc raises on purpose."""
+
+
+class UsageError(FedgrpcError):
+    """A setting, flag or file given by a person is wrong."""
+
+
+class CodecError(FedgrpcError):
+    """A payload cannot be encoded or decoded."""
+
+
+class EncodeError(CodecError):
+    """The values cannot be encoded: non-finite, or a dtype without an encoding."""
+
+
+class LayoutError(CodecError):
+    """The manifest, its tensors or its sizes do not fit each other or the model."""
+
+
+class TooLargeError(CodecError):
+    """A declared size is over the limit; raised before any memory is taken."""
+
+
+class CorruptError(CodecError):
+    """A CRC, digest or compressed frame does not match its content."""
+
+
+class UpdateRefused(FedgrpcError):
+    """Admission refused an update; the message is the reason."""
+
+
+class UnknownTask(FedgrpcError):
+    """No live lease is held under this token."""
+
+
+class UnknownWorker(FedgrpcError):
+    """The worker has not registered with this aggregator."""
+
+
+class NotFound(FedgrpcError):
+    """No such run, round or model version."""
+
+
+class RoundClosed(FedgrpcError):
+    """The round no longer takes updates."""
+
+
+class IllegalTransition(FedgrpcError):
+    """An event that the present state does not allow; nothing has happened."""
+
+
+class WrongOffset(FedgrpcError):
+    """The data does not start at the byte the receiver expects."""
+
+
+class Exhausted(FedgrpcError):
+    """A bound (uploads, workers, memory, disk) is reached; trying again later may succeed."""
+
+
+class WrongIdentity(FedgrpcError):
+    """The task token belongs to another worker."""
+
+
+class StorageError(FedgrpcError):
+    """The data folder is full, read-only or corrupt."""
+
+
+class LinkError(FedgrpcError):
+    """The other side cannot be reached."""
+
+
+class TaskError(FedgrpcError):
+    """The user's own training code raised; the message names the exception."""
