@@ -1,0 +1,1 @@
+"""Generated from protos/fedgrpc/v1; do not edit."""

@@ -1,0 +1,394 @@
+import datetime
+
+from fedgrpc.v1 import device_pb2 as _device_pb2
+from fedgrpc.v1 import round_pb2 as _round_pb2
+from fedgrpc.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class RunPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RUN_PHASE_UNSPECIFIED: _ClassVar[RunPhase]
+    RUN_PHASE_RUNNING: _ClassVar[RunPhase]
+    RUN_PHASE_PAUSED: _ClassVar[RunPhase]
+    RUN_PHASE_FINISHED: _ClassVar[RunPhase]
+    RUN_PHASE_STOPPED: _ClassVar[RunPhase]
+
+class WorkerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WORKER_STATE_UNSPECIFIED: _ClassVar[WorkerState]
+    WORKER_STATE_IDLE: _ClassVar[WorkerState]
+    WORKER_STATE_BUSY: _ClassVar[WorkerState]
+    WORKER_STATE_AWAY: _ClassVar[WorkerState]
+RUN_PHASE_UNSPECIFIED: RunPhase
+RUN_PHASE_RUNNING: RunPhase
+RUN_PHASE_PAUSED: RunPhase
+RUN_PHASE_FINISHED: RunPhase
+RUN_PHASE_STOPPED: RunPhase
+WORKER_STATE_UNSPECIFIED: WorkerState
+WORKER_STATE_IDLE: WorkerState
+WORKER_STATE_BUSY: WorkerState
+WORKER_STATE_AWAY: WorkerState
+
+class RegisterRequest(_message.Message):
+    __slots__ = ("worker", "role", "device", "encodings", "compressions")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    ENCODINGS_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSIONS_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    role: _device_pb2.WorkerRole
+    device: _device_pb2.DeviceProfile
+    encodings: _containers.RepeatedScalarFieldContainer[str]
+    compressions: _containers.RepeatedScalarFieldContainer[_tensor_pb2.Compression]
+    def __init__(self, worker: _Optional[str] = ..., role: _Optional[_Union[_device_pb2.WorkerRole, str]] = ..., device: _Optional[_Union[_device_pb2.DeviceProfile, _Mapping]] = ..., encodings: _Optional[_Iterable[str]] = ..., compressions: _Optional[_Iterable[_Union[_tensor_pb2.Compression, str]]] = ...) -> None: ...
+
+class RegisterResponse(_message.Message):
+    __slots__ = ("run", "poll_wait", "heartbeat_interval", "lease", "max_chunk_bytes", "max_payload_bytes", "learning_task", "model")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    POLL_WAIT_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_TASK_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    poll_wait: _duration_pb2.Duration
+    heartbeat_interval: _duration_pb2.Duration
+    lease: _duration_pb2.Duration
+    max_chunk_bytes: int
+    max_payload_bytes: int
+    learning_task: str
+    model: str
+    def __init__(self, run: _Optional[str] = ..., poll_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., heartbeat_interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_chunk_bytes: _Optional[int] = ..., max_payload_bytes: _Optional[int] = ..., learning_task: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
+
+class PollTaskRequest(_message.Message):
+    __slots__ = ("worker", "wait", "held_version")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
+    HELD_VERSION_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    wait: _duration_pb2.Duration
+    held_version: int
+    def __init__(self, worker: _Optional[str] = ..., wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., held_version: _Optional[int] = ...) -> None: ...
+
+class PollTaskResponse(_message.Message):
+    __slots__ = ("task", "run_ended")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    RUN_ENDED_FIELD_NUMBER: _ClassVar[int]
+    task: Task
+    run_ended: bool
+    def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., run_ended: _Optional[bool] = ...) -> None: ...
+
+class Task(_message.Message):
+    __slots__ = ("token", "run", "round", "kind", "model_version", "plan", "download_recipe", "upload_recipe", "time_left")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    DOWNLOAD_RECIPE_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_RECIPE_FIELD_NUMBER: _ClassVar[int]
+    TIME_LEFT_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    run: str
+    round: int
+    kind: _round_pb2.TaskKind
+    model_version: int
+    plan: _round_pb2.Plan
+    download_recipe: str
+    upload_recipe: str
+    time_left: _duration_pb2.Duration
+    def __init__(self, token: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[_round_pb2.TaskKind, str]] = ..., model_version: _Optional[int] = ..., plan: _Optional[_Union[_round_pb2.Plan, _Mapping]] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class PullModelRequest(_message.Message):
+    __slots__ = ("version", "recipe", "offset", "base_version")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    RECIPE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    recipe: str
+    offset: int
+    base_version: int
+    def __init__(self, version: _Optional[int] = ..., recipe: _Optional[str] = ..., offset: _Optional[int] = ..., base_version: _Optional[int] = ...) -> None: ...
+
+class PullModelResponse(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: ModelHeader
+    chunk: _tensor_pb2.Chunk
+    def __init__(self, header: _Optional[_Union[ModelHeader, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ...) -> None: ...
+
+class ModelHeader(_message.Message):
+    __slots__ = ("version", "manifest", "base_version")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    manifest: _tensor_pb2.Manifest
+    base_version: int
+    def __init__(self, version: _Optional[int] = ..., manifest: _Optional[_Union[_tensor_pb2.Manifest, _Mapping]] = ..., base_version: _Optional[int] = ...) -> None: ...
+
+class HeartbeatRequest(_message.Message):
+    __slots__ = ("worker", "token", "phase", "progress")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    token: str
+    phase: _round_pb2.TaskPhase
+    progress: float
+    def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ..., phase: _Optional[_Union[_round_pb2.TaskPhase, str]] = ..., progress: _Optional[float] = ...) -> None: ...
+
+class HeartbeatResponse(_message.Message):
+    __slots__ = ("cancel", "reason", "time_left")
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    TIME_LEFT_FIELD_NUMBER: _ClassVar[int]
+    cancel: bool
+    reason: str
+    time_left: _duration_pb2.Duration
+    def __init__(self, cancel: _Optional[bool] = ..., reason: _Optional[str] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class PushUpdateRequest(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: UpdateHeader
+    chunk: _tensor_pb2.Chunk
+    def __init__(self, header: _Optional[_Union[UpdateHeader, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ...) -> None: ...
+
+class UpdateHeader(_message.Message):
+    __slots__ = ("worker", "token", "manifest", "example_count", "steps", "metrics", "evaluation_metrics", "evaluation_example_count", "timings", "peak_memory_bytes")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class EvaluationMetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_METRICS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_EXAMPLE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    PEAK_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    token: str
+    manifest: _tensor_pb2.Manifest
+    example_count: int
+    steps: int
+    metrics: _containers.ScalarMap[str, float]
+    evaluation_metrics: _containers.ScalarMap[str, float]
+    evaluation_example_count: int
+    timings: _device_pb2.Timings
+    peak_memory_bytes: int
+    def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ..., manifest: _Optional[_Union[_tensor_pb2.Manifest, _Mapping]] = ..., example_count: _Optional[int] = ..., steps: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluation_metrics: _Optional[_Mapping[str, float]] = ..., evaluation_example_count: _Optional[int] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., peak_memory_bytes: _Optional[int] = ...) -> None: ...
+
+class PushUpdateResponse(_message.Message):
+    __slots__ = ("committed_size_bytes",)
+    COMMITTED_SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    committed_size_bytes: int
+    def __init__(self, committed_size_bytes: _Optional[int] = ...) -> None: ...
+
+class QueryPushRequest(_message.Message):
+    __slots__ = ("worker", "token")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    token: str
+    def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ...) -> None: ...
+
+class QueryPushResponse(_message.Message):
+    __slots__ = ("committed_size_bytes", "complete")
+    COMMITTED_SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    committed_size_bytes: int
+    complete: bool
+    def __init__(self, committed_size_bytes: _Optional[int] = ..., complete: _Optional[bool] = ...) -> None: ...
+
+class ReportFailureRequest(_message.Message):
+    __slots__ = ("worker", "token", "reason")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    token: str
+    reason: str
+    def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ReportFailureResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Run(_message.Message):
+    __slots__ = ("name", "phase", "reason", "model_version", "current_round", "total_rounds", "started_at", "software_version", "layout", "settings")
+    class SettingsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CURRENT_ROUND_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    STARTED_AT_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    phase: RunPhase
+    reason: str
+    model_version: int
+    current_round: int
+    total_rounds: int
+    started_at: _timestamp_pb2.Timestamp
+    software_version: str
+    layout: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorSpec]
+    settings: _containers.ScalarMap[str, str]
+    def __init__(self, name: _Optional[str] = ..., phase: _Optional[_Union[RunPhase, str]] = ..., reason: _Optional[str] = ..., model_version: _Optional[int] = ..., current_round: _Optional[int] = ..., total_rounds: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., software_version: _Optional[str] = ..., layout: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., settings: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class GetRunRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetRunResponse(_message.Message):
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: Run
+    def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ...) -> None: ...
+
+class GetRoundRequest(_message.Message):
+    __slots__ = ("number",)
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    def __init__(self, number: _Optional[int] = ...) -> None: ...
+
+class GetRoundResponse(_message.Message):
+    __slots__ = ("round",)
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    round: _round_pb2.Round
+    def __init__(self, round: _Optional[_Union[_round_pb2.Round, _Mapping]] = ...) -> None: ...
+
+class ListRoundsRequest(_message.Message):
+    __slots__ = ("page_size", "page_token")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListRoundsResponse(_message.Message):
+    __slots__ = ("rounds", "next_page_token")
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    rounds: _containers.RepeatedCompositeFieldContainer[_round_pb2.Round]
+    next_page_token: str
+    def __init__(self, rounds: _Optional[_Iterable[_Union[_round_pb2.Round, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class WatchRoundsRequest(_message.Message):
+    __slots__ = ("max_rate_hz",)
+    MAX_RATE_HZ_FIELD_NUMBER: _ClassVar[int]
+    max_rate_hz: float
+    def __init__(self, max_rate_hz: _Optional[float] = ...) -> None: ...
+
+class WatchRoundsResponse(_message.Message):
+    __slots__ = ("run", "round")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    run: Run
+    round: _round_pb2.Round
+    def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ..., round: _Optional[_Union[_round_pb2.Round, _Mapping]] = ...) -> None: ...
+
+class ListWorkersRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListWorkersResponse(_message.Message):
+    __slots__ = ("workers",)
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerRecord]
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerRecord, _Mapping]]] = ...) -> None: ...
+
+class WorkerRecord(_message.Message):
+    __slots__ = ("worker", "role", "device", "state", "last_seen_ago", "rounds_selected", "rounds_accepted", "task_phase", "progress")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEEN_AGO_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_SELECTED_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    TASK_PHASE_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    role: _device_pb2.WorkerRole
+    device: _device_pb2.DeviceProfile
+    state: WorkerState
+    last_seen_ago: _duration_pb2.Duration
+    rounds_selected: int
+    rounds_accepted: int
+    task_phase: _round_pb2.TaskPhase
+    progress: float
+    def __init__(self, worker: _Optional[str] = ..., role: _Optional[_Union[_device_pb2.WorkerRole, str]] = ..., device: _Optional[_Union[_device_pb2.DeviceProfile, _Mapping]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., last_seen_ago: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., rounds_selected: _Optional[int] = ..., rounds_accepted: _Optional[int] = ..., task_phase: _Optional[_Union[_round_pb2.TaskPhase, str]] = ..., progress: _Optional[float] = ...) -> None: ...
+
+class PauseRunRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PauseRunResponse(_message.Message):
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: Run
+    def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ...) -> None: ...
+
+class ResumeRunRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ResumeRunResponse(_message.Message):
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: Run
+    def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ...) -> None: ...
+
+class StopRunRequest(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class StopRunResponse(_message.Message):
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: Run
+    def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ...) -> None: ...

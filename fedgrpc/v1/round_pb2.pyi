@@ -1,0 +1,159 @@
+import datetime
+
+from fedgrpc.v1 import device_pb2 as _device_pb2
+from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class TaskKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TASK_KIND_UNSPECIFIED: _ClassVar[TaskKind]
+    TASK_KIND_TRAIN: _ClassVar[TaskKind]
+    TASK_KIND_EVALUATE: _ClassVar[TaskKind]
+    TASK_KIND_INITIALIZE: _ClassVar[TaskKind]
+
+class RoundPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROUND_PHASE_UNSPECIFIED: _ClassVar[RoundPhase]
+    ROUND_PHASE_SELECTING: _ClassVar[RoundPhase]
+    ROUND_PHASE_REPORTING: _ClassVar[RoundPhase]
+    ROUND_PHASE_COMMITTING: _ClassVar[RoundPhase]
+    ROUND_PHASE_COMMITTED: _ClassVar[RoundPhase]
+    ROUND_PHASE_ABANDONED: _ClassVar[RoundPhase]
+
+class TaskPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TASK_PHASE_UNSPECIFIED: _ClassVar[TaskPhase]
+    TASK_PHASE_OFFERED: _ClassVar[TaskPhase]
+    TASK_PHASE_DOWNLOADING: _ClassVar[TaskPhase]
+    TASK_PHASE_TRAINING: _ClassVar[TaskPhase]
+    TASK_PHASE_UPLOADING: _ClassVar[TaskPhase]
+    TASK_PHASE_ACCEPTED: _ClassVar[TaskPhase]
+    TASK_PHASE_REJECTED: _ClassVar[TaskPhase]
+    TASK_PHASE_FAILED: _ClassVar[TaskPhase]
+    TASK_PHASE_EXPIRED: _ClassVar[TaskPhase]
+    TASK_PHASE_LATE: _ClassVar[TaskPhase]
+TASK_KIND_UNSPECIFIED: TaskKind
+TASK_KIND_TRAIN: TaskKind
+TASK_KIND_EVALUATE: TaskKind
+TASK_KIND_INITIALIZE: TaskKind
+ROUND_PHASE_UNSPECIFIED: RoundPhase
+ROUND_PHASE_SELECTING: RoundPhase
+ROUND_PHASE_REPORTING: RoundPhase
+ROUND_PHASE_COMMITTING: RoundPhase
+ROUND_PHASE_COMMITTED: RoundPhase
+ROUND_PHASE_ABANDONED: RoundPhase
+TASK_PHASE_UNSPECIFIED: TaskPhase
+TASK_PHASE_OFFERED: TaskPhase
+TASK_PHASE_DOWNLOADING: TaskPhase
+TASK_PHASE_TRAINING: TaskPhase
+TASK_PHASE_UPLOADING: TaskPhase
+TASK_PHASE_ACCEPTED: TaskPhase
+TASK_PHASE_REJECTED: TaskPhase
+TASK_PHASE_FAILED: TaskPhase
+TASK_PHASE_EXPIRED: TaskPhase
+TASK_PHASE_LATE: TaskPhase
+
+class Plan(_message.Message):
+    __slots__ = ("epochs", "max_steps", "batch_size", "learning_rate", "momentum", "proximal_mu", "seed", "evaluate")
+    EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    MOMENTUM_FIELD_NUMBER: _ClassVar[int]
+    PROXIMAL_MU_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    epochs: float
+    max_steps: int
+    batch_size: int
+    learning_rate: float
+    momentum: float
+    proximal_mu: float
+    seed: int
+    evaluate: bool
+    def __init__(self, epochs: _Optional[float] = ..., max_steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., proximal_mu: _Optional[float] = ..., seed: _Optional[int] = ..., evaluate: _Optional[bool] = ...) -> None: ...
+
+class TaskRecord(_message.Message):
+    __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    DOWNLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_CLASS_FIELD_NUMBER: _ClassVar[int]
+    PEAK_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    kind: TaskKind
+    phase: TaskPhase
+    reason: str
+    example_count: int
+    weight: float
+    metrics: _containers.ScalarMap[str, float]
+    timings: _device_pb2.Timings
+    download_bytes: int
+    upload_bytes: int
+    progress: float
+    device_class: str
+    peak_memory_bytes: int
+    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., phase: _Optional[_Union[TaskPhase, str]] = ..., reason: _Optional[str] = ..., example_count: _Optional[int] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., progress: _Optional[float] = ..., device_class: _Optional[str] = ..., peak_memory_bytes: _Optional[int] = ...) -> None: ...
+
+class Round(_message.Message):
+    __slots__ = ("number", "phase", "base_version", "committed_version", "reason", "tasks", "started_at", "time_left", "duration_seconds", "metrics", "evaluator_metrics")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class EvaluatorMetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
+    STARTED_AT_FIELD_NUMBER: _ClassVar[int]
+    TIME_LEFT_FIELD_NUMBER: _ClassVar[int]
+    DURATION_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATOR_METRICS_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    phase: RoundPhase
+    base_version: int
+    committed_version: int
+    reason: str
+    tasks: _containers.RepeatedCompositeFieldContainer[TaskRecord]
+    started_at: _timestamp_pb2.Timestamp
+    time_left: _duration_pb2.Duration
+    duration_seconds: float
+    metrics: _containers.ScalarMap[str, float]
+    evaluator_metrics: _containers.ScalarMap[str, float]
+    def __init__(self, number: _Optional[int] = ..., phase: _Optional[_Union[RoundPhase, str]] = ..., base_version: _Optional[int] = ..., committed_version: _Optional[int] = ..., reason: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[TaskRecord, _Mapping]]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., duration_seconds: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluator_metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
