@@ -1,0 +1,313 @@
+"""What a worker asks of the code that trains: the `Trainer` protocol and how one is found by name.
+
+The rule: nothing here needs torch. Weights are numpy arrays by name, in a fixed order. A trainer runs in a
+thread, off the event loop; it asks the job between batches whether to go on, and never talks to the network.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from fedgrpc.errors import FedgrpcError, TaskError, UsageError
+
+Weights = Mapping[str, np.ndarray]
+
+
+class Cancelled(Exception):
+    """Training was stopped between two batches; nothing of it is kept."""
+
+
+def _never() -> bool:
+    return False
+
+
+def _no_report(done_steps: int, total_steps: int) -> None:
+    return None
+
+
+def _no_pause(batch_seconds: float) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One worker's share of one round: how much to train, how, and when to stop.
+
+    `None` for `batch_size`, `learning_rate` or `momentum` leaves the choice to the task. `proximal_mu` is the
+    mu of FedProx (arXiv 1812.06127); 0 is FedAvg. `stop` is asked before every batch: True cancels.
+    `time_left_s` bounds the training in time: once it is not positive, what has been trained so far is the
+    result. `report` hears of every finished step; `pause` is told each batch's duration and may sleep, which
+    slows the training down honestly.
+    """
+
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    momentum: float | None = None
+    weight_decay: float = 0.0
+    proximal_mu: float = 0.0
+    seed: int = 0
+    round: int = 0
+    stop: Callable[[], bool] = _never
+    time_left_s: Callable[[], float] | None = None
+    report: Callable[[int, int], None] = _no_report
+    pause: Callable[[float], None] = _no_pause
+
+    def total_steps(self, example_count: int, default_batch_size: int = 32) -> int:
+        """Steps that `epochs` passes over `example_count` examples take; `max_steps` caps them."""
+        batch_size = self.batch_size or default_batch_size
+        steps = max(1, math.ceil(self.epochs * math.ceil(example_count / batch_size) - 1e-9))
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def batches(self, example_count: int, default_batch_size: int = 32) -> Iterator[np.ndarray]:
+        """Index batches (int64) of a training run, freshly shuffled each epoch from `seed` and `round`.
+
+        Between batches it does all a federation asks: raises `Cancelled` when told to stop, ends early when
+        the time is up, reports progress and pauses. At least one batch is always yielded.
+        """
+        batch_size = self.batch_size or default_batch_size
+        total = self.total_steps(example_count, batch_size)
+        shuffled = _shuffled_batches(
+            np.random.default_rng((self.seed, self.round)), example_count, batch_size
+        )
+        for done in range(total):
+            if self.stop():
+                raise Cancelled
+            if done and self.time_left_s is not None and self.time_left_s() <= 0:
+                return
+            started_s = time.perf_counter()
+            yield next(shuffled)
+            self.pause(time.perf_counter() - started_s)
+            self.report(done + 1, total)
+
+
+def _shuffled_batches(rng: np.random.Generator, example_count: int, batch_size: int) -> Iterator[np.ndarray]:
+    while True:
+        order = rng.permutation(example_count)
+        for start in range(0, example_count, batch_size):
+            yield order[start : start + batch_size]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Weights after training, and the number of local examples that stand behind them."""
+
+    weights: Weights
+    example_count: int
+    steps: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Metrics (`loss`, `accuracy`, ...) of one set of weights on `example_count` held-out examples."""
+
+    example_count: int
+    metrics: Mapping[str, float]
+
+
+@runtime_checkable
+class Trainer(Protocol):
+    """Trains and scores one model on this device's data. Implement it directly for NumPy or scikit-learn.
+
+    A class is constructed with those of `data`, `model`, `device`, `partition`, `part`, `seed`, `setup` and
+    its own options that its constructor names. Arrays handed in belong to the caller and are not changed.
+    """
+
+    def initial_weights(self) -> Weights:
+        """The untrained model; its names, shapes and dtypes are the model's layout."""
+        ...
+
+    def train(self, weights: Weights, job: TrainJob) -> TrainResult:
+        """Train from `weights`; raises `Cancelled` when `job.stop()` says so."""
+        ...
+
+    def evaluate(self, weights: Weights) -> EvalResult | None:
+        """Score `weights` on local held-out data; None where there is none."""
+        ...
+
+
+@dataclass(frozen=True)
+class TaskSetup:
+    """What the person who starts a worker says about its task."""
+
+    model: str | None = None
+    data: Path | None = None
+    device: str = "auto"
+    partition: str | None = None
+    part: str | None = None
+    seed: int = 0
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+def load_trainer(
+    reference: str,
+    *,
+    model: str | None = None,
+    data: Path | None = None,
+    device: str = "auto",
+    partition: str | None = None,
+    part: str | None = None,
+    seed: int = 0,
+    options: Mapping[str, str] | None = None,
+) -> Trainer:
+    """Find and construct the task `package.module:Class`, or `package.module` with one task class in it.
+
+    `partition` (`iid`, `dirichlet:0.5`, `shards:2`, `quantity:0.5`) with `part` (`3/10`) makes the task take
+    its share of a common data set. The trainer that comes back raises only `Cancelled`, `UsageError`, other
+    errors of `fedgrpc.errors`, and `TaskError` for whatever the user's code raises.
+
+    Raises:
+        UsageError: no such module or class, it is no task, or it does not take a setting that was given.
+        TaskError: importing or constructing it raised.
+    """
+    if (partition is None) != (part is None):
+        raise UsageError("--partition and --part go together, as in --partition dirichlet:0.5 --part 3/10")
+    setup = TaskSetup(model, data, device, partition, part, seed, dict(options or {}))
+    task = _find_class(reference)
+    with _blaming(reference):
+        trainer = _construct(task, setup, reference)
+    if not isinstance(trainer, Trainer):
+        raise UsageError(
+            f"task {reference}: {task.__name__} is no Trainer: it lacks initial_weights, train or evaluate"
+        )
+    return _GuardedTrainer(trainer, reference)
+
+
+def _find_class(reference: str) -> type:
+    module_name, _, class_name = reference.partition(":")
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise UsageError(f"task {reference!r} must look like package.module or package.module:Class")
+    with _blaming(reference):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise UsageError(_missing_module(reference, module_name, error)) from error
+    class_name = class_name or getattr(module, "TASK", "")
+    found = getattr(module, class_name, None) if class_name else _only_task(module, reference)
+    if not isinstance(found, type):
+        raise UsageError(f"task {reference}: module {module_name} has no class {class_name!r}")
+    return found
+
+
+def _missing_module(reference: str, module_name: str, error: ModuleNotFoundError) -> str:
+    missing = error.name or "?"
+    if missing == module_name or module_name.startswith(missing + "."):
+        return f"task {reference}: there is no module {missing!r}; is its folder on PYTHONPATH?"
+    extra = " (pip install 'fedgrpc[torch]')" if missing == "torch" else ""
+    return f"task {reference}: it needs the module {missing!r}, which is not installed{extra}"
+
+
+def _only_task(module: Any, reference: str) -> type:
+    own = [
+        item
+        for item in vars(module).values()
+        if isinstance(item, type) and item.__module__ == module.__name__
+    ]
+    tasks = [item for item in own if _is_task(item)]
+    if len(tasks) != 1:
+        names = ", ".join(item.__name__ for item in tasks) or "none"
+        raise UsageError(f"task {reference}: name its class as module:Class; task classes found: {names}")
+    return tasks[0]
+
+
+def _is_task(item: type) -> bool:
+    methods = ("initial_weights", "train", "evaluate")
+    return hasattr(item, "build_trainer") or all(callable(getattr(item, name, None)) for name in methods)
+
+
+def _construct(task: Any, setup: TaskSetup, reference: str) -> object:
+    """A class with `build_trainer(setup)`, as a `TorchTask`, is asked; any other gets what it names."""
+    if hasattr(task, "build_trainer"):
+        return task.build_trainer(setup)
+    return task(**constructor_arguments(task, setup, reference))
+
+
+def constructor_arguments(task: type, setup: TaskSetup, reference: str) -> dict[str, Any]:
+    """The settings that `task`'s constructor names, with options turned into the type of their default.
+
+    Raises:
+        UsageError: a setting was given that the constructor does not name, or an option does not parse.
+    """
+    if task.__init__ is object.__init__:  # type: ignore[misc]
+        parameters: Mapping[str, inspect.Parameter] = {}
+    else:
+        parameters = inspect.signature(task).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    known: dict[str, Any] = {"setup": setup, "data": setup.data, "model": setup.model, "device": setup.device}
+    known |= {"partition": setup.partition, "part": setup.part, "seed": setup.seed}
+    arguments = {name: value for name, value in known.items() if name in parameters}
+    if "setup" not in parameters:
+        for name in ("data", "model", "partition"):
+            if known[name] is not None and name not in parameters:
+                raise UsageError(f"task {reference} takes no --{name}")
+    for name, text in setup.options.items():
+        if not takes_all and name not in parameters:
+            takes = ", ".join(name for name in parameters if name not in known) or "none"
+            raise UsageError(f"task {reference} takes no option {name!r}; it takes: {takes}")
+        arguments[name] = _parse_option(name, text, parameters[name].default if name in parameters else "")
+    return arguments
+
+
+def _parse_option(name: str, text: str, default: object) -> object:
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise UsageError(f"option {name} must be true or false, not {text!r}")
+        return text.lower() == "true"
+    if isinstance(default, int | float):
+        try:
+            return type(default)(text)
+        except ValueError:
+            raise UsageError(f"option {name} must be a number like {default}, not {text!r}") from None
+    return text
+
+
+@contextmanager
+def _blaming(reference: str) -> Iterator[None]:
+    """Turn whatever the user's code raises into a `TaskError` of one line that names it."""
+    try:
+        yield
+    except (Cancelled, FedgrpcError):
+        raise
+    except (Exception, SystemExit) as error:
+        text = " ".join(str(error).split())[:300]
+        where = _innermost_line(error)
+        raise TaskError(f"task {reference} raised {type(error).__name__}: {text}{where}") from error
+
+
+def _innermost_line(error: BaseException) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f" ({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})" if trace is not None else ""
+
+
+class _GuardedTrainer:
+    """The user's trainer, with its exceptions turned into `TaskError`."""
+
+    def __init__(self, inner: Trainer, reference: str) -> None:
+        self._inner = inner
+        self._reference = reference
+
+    def initial_weights(self) -> Weights:
+        with _blaming(self._reference):
+            return self._inner.initial_weights()
+
+    def train(self, weights: Weights, job: TrainJob) -> TrainResult:
+        with _blaming(self._reference):
+            return self._inner.train(weights, job)
+
+    def evaluate(self, weights: Weights) -> EvalResult | None:
+        with _blaming(self._reference):
+            return self._inner.evaluate(weights)
