@@ -1,0 +1,60 @@
+"""The weighted mean of updates, one tensor at a time: FedAvg (arXiv 1602.05629).
+
+    mean = sum_k p_k * x_k / sum_k p_k
+
+The rule: updates are added in one canonical order, so that the same updates give the same bits, in whatever
+order they arrived. Sums are float64; memory is that of the one tensor in hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+_PIECE = 1 << 16
+
+
+class TensorMean:
+    """Running weighted mean of tensors of one `shape`."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+        self._sum = np.zeros(int(np.prod(shape, dtype=np.int64)), dtype=np.float64)
+        self._weight = 0.0
+
+    def add(self, values: np.ndarray, weight: float) -> None:
+        """Add `weight * values`; `values` has the mean's shape and any real dtype."""
+        if values.shape != self._shape:
+            raise ValueError(f"shape {values.shape} is not {self._shape}")
+        flat = values.reshape(-1)
+        for start in range(0, flat.size, _PIECE):
+            piece = slice(start, start + _PIECE)
+            self._sum[piece] += np.multiply(flat[piece], weight, dtype=np.float64)
+        self._weight += weight
+
+    def result(self) -> np.ndarray:
+        """The mean, float64; call it once, after at least one `add`."""
+        if not self._weight > 0:
+            raise ValueError("a mean needs at least one update of positive weight")
+        self._sum /= self._weight
+        return self._sum.reshape(self._shape)
+
+
+def mean_of(values_and_weights: Iterable[tuple[np.ndarray, float]], shape: tuple[int, ...]) -> np.ndarray:
+    """The weighted mean of arrays of `shape`, float64."""
+    mean = TensorMean(shape)
+    for values, weight in values_and_weights:
+        mean.add(values, weight)
+    return mean.result()
+
+
+def mean_metrics(reports: Iterable[tuple[Mapping[str, float], float]]) -> dict[str, float]:
+    """The weighted mean of each metric, over the reports that have it and weigh more than nothing."""
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for metrics, weight in reports:
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + weight * value
+            weights[name] = weights.get(name, 0.0) + weight
+    return {name: sums[name] / weights[name] for name in sorted(sums) if weights[name] > 0}

@@ -1,0 +1,117 @@
+"""What the server makes of the mean update: FedAvg and the adaptive optimizers of FedOpt (arXiv 2003.00295).
+
+An optimizer sees one tensor at a time. Its memory of a tensor is a tuple of arrays of that tensor's shape, kept
+by the caller with the model version, so that a restart loses nothing. `t` counts committed versions from 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from fedgrpc.errors import UsageError
+
+Memory = tuple[np.ndarray, ...]
+
+
+class ServerOptimizer(Protocol):
+    """`step(w, delta, memory) -> (new w, new memory)`; `memory` starts as `memory_count` arrays of zeros."""
+
+    memory_count: ClassVar[int]
+
+    def step(self, weights: np.ndarray, delta: np.ndarray, memory: Memory) -> tuple[np.ndarray, Memory]:
+        """One step along the mean update `delta` (float64), both of one shape. Inputs stay as they are."""
+        ...
+
+
+@dataclass(frozen=True)
+class FedAvg:
+    """w + lr * delta (arXiv 1602.05629 with lr = 1)."""
+
+    learning_rate: float = 1.0
+    memory_count: ClassVar[int] = 0
+
+    def step(self, weights: np.ndarray, delta: np.ndarray, memory: Memory) -> tuple[np.ndarray, Memory]:
+        return weights + self.learning_rate * delta, ()
+
+
+@dataclass(frozen=True)
+class FedAvgM:
+    """v = beta * v + delta;  w + lr * v (arXiv 1909.06335)."""
+
+    learning_rate: float = 1.0
+    momentum: float = 0.9
+    memory_count: ClassVar[int] = 1
+
+    def step(self, weights: np.ndarray, delta: np.ndarray, memory: Memory) -> tuple[np.ndarray, Memory]:
+        velocity = self.momentum * memory[0] + delta
+        return weights + self.learning_rate * velocity, (velocity,)
+
+
+@dataclass(frozen=True)
+class _Adaptive:
+    """m = b1 * m + (1 - b1) * delta;  w + lr * m / (sqrt(v) + tau); v as each one says."""
+
+    learning_rate: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+    memory_count: ClassVar[int] = 2
+
+    def _second(self, v: np.ndarray, square: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def step(self, weights: np.ndarray, delta: np.ndarray, memory: Memory) -> tuple[np.ndarray, Memory]:
+        m = self.beta1 * memory[0] + (1 - self.beta1) * delta
+        v = self._second(memory[1], np.square(delta))
+        return weights + self.learning_rate * m / (np.sqrt(v) + self.tau), (m, v)
+
+
+@dataclass(frozen=True)
+class FedAdagrad(_Adaptive):
+    """v = v + delta^2, without momentum by default (arXiv 2003.00295, algorithm 2)."""
+
+    beta1: float = 0.0
+
+    def _second(self, v: np.ndarray, square: np.ndarray) -> np.ndarray:
+        return v + square
+
+
+@dataclass(frozen=True)
+class FedYogi(_Adaptive):
+    """v = v - (1 - b2) * delta^2 * sign(v - delta^2) (arXiv 2003.00295, algorithm 2)."""
+
+    def _second(self, v: np.ndarray, square: np.ndarray) -> np.ndarray:
+        return v - (1 - self.beta2) * square * np.sign(v - square)
+
+
+@dataclass(frozen=True)
+class FedAdam(_Adaptive):
+    """v = b2 * v + (1 - b2) * delta^2 (arXiv 2003.00295, algorithm 2)."""
+
+    def _second(self, v: np.ndarray, square: np.ndarray) -> np.ndarray:
+        return self.beta2 * v + (1 - self.beta2) * square
+
+
+OPTIMIZERS: dict[str, type] = {
+    "fedavg": FedAvg,
+    "fedavgm": FedAvgM,
+    "fedadagrad": FedAdagrad,
+    "fedyogi": FedYogi,
+    "fedadam": FedAdam,
+}
+
+
+def server_optimizer(name: str, learning_rate: float | None = None) -> ServerOptimizer:
+    """The optimizer of that name. Raises `UsageError` for an unknown name or a learning rate that is not positive."""
+    if name not in OPTIMIZERS:
+        raise UsageError(f"no server optimizer {name!r}; there are {', '.join(OPTIMIZERS)}")
+    if learning_rate is None:
+        optimizer: ServerOptimizer = OPTIMIZERS[name]()
+    elif learning_rate > 0:
+        optimizer = OPTIMIZERS[name](learning_rate=learning_rate)
+    else:
+        raise UsageError(f"the server's learning rate must be positive, not {learning_rate:g}")
+    return optimizer

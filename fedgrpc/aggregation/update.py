@@ -1,0 +1,96 @@
+"""Admission: the questions an update must answer before any of it is merged.
+
+The rule: nothing here changes anything, and every refusal says what was wrong in one line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from fedgrpc.errors import UpdateRefused
+
+_PIECE = 1 << 16
+
+
+class TensorLike(Protocol):
+    """What admission wants to know of a tensor."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class AdmissionPolicy:
+    """Bounds on an update: L2 norm of all its float tensors together, and its count of examples."""
+
+    max_norm: float = math.inf
+    max_example_count: int = 1 << 40
+
+
+def check_layout(model: Sequence[TensorLike], update: Sequence[TensorLike]) -> None:
+    """Both list the same tensors (in any order). Raises `UpdateRefused` with the first difference."""
+    wanted = {tensor.name: tensor for tensor in model}
+    given = {tensor.name: tensor for tensor in update}
+    if missing := sorted(wanted.keys() - given.keys()):
+        raise UpdateRefused(f"tensor {missing[0]!r} is missing{_and_more(missing)}")
+    if extra := sorted(given.keys() - wanted.keys()):
+        raise UpdateRefused(f"the model has no tensor {extra[0]!r}{_and_more(extra)}")
+    for name, tensor in given.items():
+        mine, theirs = (tensor.dtype, tensor.shape), (wanted[name].dtype, wanted[name].shape)
+        if mine != theirs:
+            raise UpdateRefused(f"tensor {name!r} is {_text(*mine)}, the model's is {_text(*theirs)}")
+
+
+def check_counts(example_count: int, metrics: Mapping[str, float], policy: AdmissionPolicy) -> None:
+    """An update stands for at least one example, and its metrics are numbers. Raises `UpdateRefused`."""
+    if not 1 <= example_count <= policy.max_example_count:
+        raise UpdateRefused(f"example count {example_count} is not from 1 to {policy.max_example_count}")
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise UpdateRefused(f"metric {name!r} is {value}")
+
+
+def check_values(tensors: Iterable[tuple[TensorLike, np.ndarray]], policy: AdmissionPolicy) -> float:
+    """The update's L2 norm over its float tensors, read one tensor at a time.
+
+    Raises `UpdateRefused` for a value that is not finite, and for a norm over the bound.
+    """
+    square = 0.0
+    for tensor, values in tensors:
+        if np.dtype(values.dtype).kind in "iub":
+            continue
+        part = sum_of_squares(values)
+        if not math.isfinite(part):
+            raise UpdateRefused(f"tensor {tensor.name!r} has values that are not finite, or too large to square")
+        square += part
+    norm = math.sqrt(square)
+    if norm > policy.max_norm:
+        raise UpdateRefused(f"the update's norm {norm:.6g} is over the bound {policy.max_norm:.6g}")
+    return norm
+
+
+def sum_of_squares(values: np.ndarray) -> float:
+    """Sum of squares in float64, taken in cache-sized pieces; not finite when any value is not."""
+    flat = values.reshape(-1)
+    total = 0.0
+    for start in range(0, flat.size, _PIECE):
+        piece = flat[start : start + _PIECE].astype(np.float64)
+        total += float(np.dot(piece, piece))
+    return total
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _text(dtype: str, shape: tuple[int, ...]) -> str:
+    return f"{dtype}[{', '.join(map(str, shape))}]"

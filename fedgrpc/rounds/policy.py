@@ -1,0 +1,71 @@
+"""The rules of a round: how many take part, how long it may last, when it counts. Pure arithmetic."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedgrpc.errors import UsageError
+
+
+@dataclass(frozen=True)
+class RoundPolicy:
+    """Settings of a round.
+
+    A round opens once `min_workers` are idle, and waits up to `selection_window_s` more for the other live
+    ones. It aims at `fraction` of the live workers, at least `min_sample_size` and at most `max_participants`,
+    and asks `over_selection` times as many (Bonawitz et al. 2019, arXiv 1902.01046). It commits as soon as the
+    aim is reached, or at `deadline_s` with at least `quorum` updates; else it is abandoned.
+    """
+
+    min_workers: int = 2
+    min_sample_size: int = 1
+    max_participants: int | None = None
+    fraction: float = 1.0
+    over_selection: float = 1.0
+    quorum: int = 1
+    deadline_s: float = 600.0
+    lease_s: float = 30.0
+    selection_window_s: float = 1.0
+    selection_timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        checks = {
+            "min_workers must be at least 1": self.min_workers >= 1,
+            "min_sample_size must be at least 1": self.min_sample_size >= 1,
+            "max_participants must be at least min_sample_size": self.max_participants is None
+            or self.max_participants >= self.min_sample_size,
+            "fraction must be above 0 and at most 1": 0 < self.fraction <= 1,
+            "over_selection must be from 1 to 10": 1 <= self.over_selection <= 10,
+            "quorum must be from 1 to the number of participants": self.quorum >= 1
+            and (self.max_participants is None or self.quorum <= self.max_participants),
+            "deadline_s must be a positive number of seconds": 0 < self.deadline_s < math.inf,
+            "lease_s must be a positive number of seconds": 0 < self.lease_s < math.inf,
+            "selection_window_s must not be negative": 0 <= self.selection_window_s < math.inf,
+        }
+        for message, holds in checks.items():
+            if not holds:
+                raise UsageError(message)
+
+    def aim(self, live_count: int) -> int:
+        """How many updates a round wants from a pool of `live_count` workers."""
+        wanted = max(math.ceil(self.fraction * live_count), self.min_sample_size, self.quorum)
+        return wanted if self.max_participants is None else min(wanted, self.max_participants)
+
+    def ask(self, aim: int) -> int:
+        """How many tasks to hand out to get `aim` updates."""
+        return math.ceil(aim * self.over_selection)
+
+    @property
+    def needed_idle(self) -> int:
+        """How many idle workers a round needs to open."""
+        return max(self.min_workers, self.min_sample_size, self.quorum)
+
+
+def select_uniform(idle: tuple[str, ...], count: int, rng: np.random.Generator) -> tuple[str, ...]:
+    """Up to `count` of `idle`, each subset of that size equally likely, whatever the order of `idle`."""
+    pool = sorted(idle)
+    chosen = rng.choice(len(pool), size=min(count, len(pool)), replace=False) if pool else ()
+    return tuple(pool[i] for i in sorted(chosen))

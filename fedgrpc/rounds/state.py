@@ -1,0 +1,327 @@
+"""One round: a table of transitions and one function, `step(round, event, now) -> (round, effects)`.
+
+The rule: `step` changes nothing but returns a new `Round`; an event that the phase does not allow raises, and
+nothing has happened. `now` is any clock that never runs backwards, in seconds.
+
+    SELECTING --Selected--> REPORTING --aim reached, or quorum at the deadline--> COMMITTING --> COMMITTED
+        |                       |                                                     |
+        +-----------------------+--------- no workers, no quorum, Abort --------------+--------> ABANDONED
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from types import MappingProxyType
+from typing import Any
+
+from fedgrpc.errors import IllegalTransition, RoundClosed, UnknownTask
+from fedgrpc.rounds.events import (
+    Abort,
+    Accepted,
+    Cancel,
+    Commit,
+    Committed,
+    Effect,
+    Event,
+    Failed,
+    Finished,
+    Offer,
+    Pool,
+    Progress,
+    Rejected,
+    Select,
+    Selected,
+    TaskPhase,
+    Tick,
+)
+from fedgrpc.rounds.policy import RoundPolicy
+
+Step = tuple["Round", tuple[Effect, ...]]
+
+
+class RoundPhase(Enum):
+    """Where a round stands; the last two are final."""
+
+    SELECTING = 1
+    REPORTING = 2
+    COMMITTING = 3
+    COMMITTED = 4
+    ABANDONED = 5
+
+    @property
+    def final(self) -> bool:
+        return self in (RoundPhase.COMMITTED, RoundPhase.ABANDONED)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One worker's share of the round; `slot` is its place in the canonical order of updates."""
+
+    worker: str
+    slot: int
+    lease_until: float
+    phase: TaskPhase = TaskPhase.OFFERED
+    fraction: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Round:
+    """The whole state of a round. `aim`: how many updates are wanted; `asked`: the `Select` not yet answered."""
+
+    number: int
+    policy: RoundPolicy
+    opened_at: float
+    phase: RoundPhase = RoundPhase.SELECTING
+    tasks: Mapping[str, Task] = field(default_factory=lambda: MappingProxyType({}))
+    aim: int = 0
+    asked: int = 0
+    ready_at: float | None = None
+    deadline_at: float | None = None
+    version: int | None = None
+    reason: str = ""
+
+    def tokens(self, *phases: TaskPhase) -> tuple[str, ...]:
+        """Tokens of the tasks in one of `phases`, by slot."""
+        return tuple(token for token, task in self.tasks.items() if task.phase in phases)
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        return self.tokens(TaskPhase.ACCEPTED)
+
+    @property
+    def open_count(self) -> int:
+        return sum(task.phase.open for task in self.tasks.values())
+
+    @property
+    def workers(self) -> frozenset[str]:
+        return frozenset(task.worker for task in self.tasks.values())
+
+
+def step(round_: Round, event: Event, now: float) -> Step:
+    """Apply one event.
+
+    Raises `UnknownTask` for a token that is not of this round, `RoundClosed` for news of a task once no more
+    updates are taken, and `IllegalTransition` for everything else that the phase does not allow.
+    """
+    handler = _TABLE.get((round_.phase, type(event)))
+    if handler is not None:
+        return handler(round_, event, now)
+    if isinstance(event, Progress | Accepted | Rejected | Failed):
+        _task(round_, event.token)
+        raise RoundClosed(f"round {round_.number} takes no more updates: it is {round_.phase.name.lower()}")
+    raise IllegalTransition(
+        f"{type(event).__name__} in round {round_.number}, which is {round_.phase.name.lower()}"
+    )
+
+
+def wake_at(round_: Round) -> float | None:
+    """When the round next wants a `Tick` if nothing else happens; None: it waits for an event."""
+    if round_.phase is RoundPhase.SELECTING:
+        timeout = round_.policy.selection_timeout_s
+        times = [round_.ready_at, None if timeout is None else round_.opened_at + timeout]
+    elif round_.phase is RoundPhase.REPORTING:
+        times = [round_.deadline_at, *(t.lease_until for t in round_.tasks.values() if t.phase.open)]
+    else:
+        times = []
+    return min((time for time in times if time is not None), default=None)
+
+
+def time_left(round_: Round, now: float) -> float | None:
+    """Seconds until the deadline, not below 0; None: none runs."""
+    return None if round_.deadline_at is None else max(0.0, round_.deadline_at - now)
+
+
+def _task(round_: Round, token: str) -> Task:
+    try:
+        return round_.tasks[token]
+    except KeyError:
+        raise UnknownTask(f"no task of round {round_.number} has this token") from None
+
+
+def _with_task(round_: Round, token: str, **changes: Any) -> Round:
+    tasks = dict(round_.tasks)
+    tasks[token] = replace(tasks[token], **changes)
+    return replace(round_, tasks=MappingProxyType(tasks))
+
+
+def _gather(round_: Round, event: Pool, now: float) -> Step:
+    """Open once enough are idle and the rest of the live ones had their time to come."""
+    if round_.asked:
+        return round_, ()
+    if len(event.idle) < round_.policy.needed_idle:
+        return replace(round_, ready_at=None), ()
+    ready_at = now + round_.policy.selection_window_s if round_.ready_at is None else round_.ready_at
+    if len(event.idle) < event.live_count and now < ready_at:
+        return replace(round_, ready_at=ready_at), ()
+    aim = round_.policy.aim(event.live_count)
+    count = round_.policy.ask(aim)
+    return replace(round_, aim=min(aim, len(event.idle)), asked=count), (Select(count, frozenset()),)
+
+
+def _gather_timeout(round_: Round, event: Tick, now: float) -> Step:
+    timeout = round_.policy.selection_timeout_s
+    if timeout is not None and now >= round_.opened_at + timeout:
+        return _abandon(round_, f"fewer than {round_.policy.needed_idle} workers came within {timeout:g} s")
+    return round_, ()
+
+
+def _open(round_: Round, event: Selected, now: float) -> Step:
+    if len(event.tasks) < round_.policy.quorum:
+        return replace(round_, asked=0, ready_at=None), ()
+    opened = replace(
+        round_,
+        phase=RoundPhase.REPORTING,
+        aim=min(round_.aim, len(event.tasks)),
+        deadline_at=now + round_.policy.deadline_s,
+    )
+    return _add_tasks(opened, event, now)
+
+
+def _add_tasks(round_: Round, event: Selected, now: float) -> Step:
+    tasks = dict(round_.tasks)
+    for token, worker in event.tasks:
+        if token in tasks or worker in round_.workers:
+            raise IllegalTransition(f"worker {worker} has a task in round {round_.number} already")
+        tasks[token] = Task(worker, slot=len(tasks), lease_until=now + round_.policy.lease_s)
+    offers = tuple(Offer(token, worker) for token, worker in event.tasks)
+    return replace(round_, tasks=MappingProxyType(tasks), asked=0), offers
+
+
+def _refill(round_: Round, event: Pool, now: float) -> Step:
+    """Replace lost tasks by idle workers that have had none in this round; end it when nobody is left."""
+    missing = round_.aim - len(round_.accepted) - round_.open_count
+    exclude = round_.workers
+    count = min(missing, sum(worker not in exclude for worker in event.idle))
+    if round_.asked or missing <= 0:
+        return round_, ()
+    if count > 0:
+        return replace(round_, asked=count), (Select(count, exclude),)
+    if round_.open_count:
+        return round_, ()
+    return _give_up_waiting(round_)
+
+
+def _give_up_waiting(round_: Round) -> Step:
+    """Nobody works and nobody can be asked. Workers out of touch are waited for only to reach the quorum."""
+    short = len(round_.accepted) < round_.policy.quorum
+    if short and round_.tokens(TaskPhase.EXPIRED):
+        return round_, ()
+    return _close(round_, "no worker is left to wait for")
+
+
+def _progress(round_: Round, event: Progress, now: float) -> Step:
+    task = _task(round_, event.token)
+    if task.phase.final:
+        raise RoundClosed(f"the task is {task.phase.name.lower()}: {task.reason or 'done'}")
+    if event.phase.final:
+        raise IllegalTransition(f"{event.phase.name.lower()} is not for a worker to say")
+    changes = {"phase": event.phase, "fraction": event.fraction, "lease_until": now + round_.policy.lease_s}
+    return _with_task(round_, event.token, **changes), ()
+
+
+def _accept(round_: Round, event: Accepted, now: float) -> Step:
+    task = _task(round_, event.token)
+    if task.phase is TaskPhase.ACCEPTED:
+        return round_, ()
+    if task.phase in (TaskPhase.REJECTED, TaskPhase.FAILED):
+        raise RoundClosed(f"the task is {task.phase.name.lower()}: {task.reason}")
+    return _judge(_with_task(round_, event.token, phase=TaskPhase.ACCEPTED, fraction=1.0, reason=""))
+
+
+def _lose(phase: TaskPhase) -> Callable[[Round, Any, float], Step]:
+    def handle(round_: Round, event: Rejected | Failed, now: float) -> Step:
+        if _task(round_, event.token).phase.final:
+            return round_, ()
+        return _with_task(round_, event.token, phase=phase, reason=event.reason), ()
+
+    return handle
+
+
+def _check_time(round_: Round, event: Tick, now: float) -> Step:
+    """Leases that ran out first, then the deadline."""
+    if round_.deadline_at is not None and now >= round_.deadline_at:
+        return _close(round_, f"deadline of {round_.policy.deadline_s:g} s passed")
+    effects: list[Effect] = []
+    for token, task in round_.tasks.items():
+        if task.phase.open and now >= task.lease_until:
+            reason = f"{SLOW[task.phase]}: not heard of for {round_.policy.lease_s:g} s"
+            round_ = _with_task(round_, token, phase=TaskPhase.EXPIRED, reason=reason)
+            effects.append(Cancel(token, reason))
+    return round_, tuple(effects)
+
+
+def _judge(round_: Round) -> Step:
+    """Commit once the aim is reached."""
+    if len(round_.accepted) >= round_.aim:
+        return _close(round_, "enough updates are in")
+    return round_, ()
+
+
+def _close(round_: Round, why: str) -> Step:
+    """End reporting: tasks without an update are late; commit with a quorum, abandon without."""
+    late = round_.tokens(TaskPhase.OFFERED, TaskPhase.DOWNLOADING, TaskPhase.TRAINING, TaskPhase.UPLOADING)
+    for token in late:
+        slow = SLOW[round_.tasks[token].phase]
+        round_ = _with_task(round_, token, phase=TaskPhase.LATE, reason=f"{slow}: {why}")
+    cancels = tuple(Cancel(token, why) for token in late)
+    accepted = round_.accepted
+    if len(accepted) < round_.policy.quorum:
+        round_, effects = _abandon(round_, f"{len(accepted)} of {round_.policy.quorum} needed updates: {why}")
+        return round_, cancels + effects
+    return replace(round_, phase=RoundPhase.COMMITTING, reason=why), (*cancels, Commit(accepted))
+
+
+def _commit(round_: Round, event: Committed, now: float) -> Step:
+    done = replace(round_, phase=RoundPhase.COMMITTED, version=event.version)
+    return done, (Finished(committed=True, reason=round_.reason),)
+
+
+def _abort(round_: Round, event: Abort, now: float) -> Step:
+    cancels = tuple(Cancel(token, event.reason) for token, t in round_.tasks.items() if not t.phase.final)
+    for cancel in cancels:
+        round_ = _with_task(round_, cancel.token, phase=TaskPhase.LATE, reason=event.reason)
+    round_, effects = _abandon(round_, event.reason)
+    return round_, cancels + effects
+
+
+def _abandon(round_: Round, reason: str) -> Step:
+    return replace(round_, phase=RoundPhase.ABANDONED, reason=reason), (Finished(committed=False, reason=reason),)
+
+
+def _ignore(round_: Round, event: Event, now: float) -> Step:
+    return round_, ()
+
+
+SLOW: Mapping[TaskPhase, str] = MappingProxyType(
+    {
+        TaskPhase.OFFERED: "no-show",
+        TaskPhase.DOWNLOADING: "slow download",
+        TaskPhase.TRAINING: "slow training",
+        TaskPhase.UPLOADING: "slow upload",
+    }
+)
+
+_TABLE: Mapping[tuple[RoundPhase, type], Callable[[Round, Any, float], Step]] = MappingProxyType(
+    {
+        (RoundPhase.SELECTING, Pool): _gather,
+        (RoundPhase.SELECTING, Selected): _open,
+        (RoundPhase.SELECTING, Tick): _gather_timeout,
+        (RoundPhase.SELECTING, Abort): _abort,
+        (RoundPhase.REPORTING, Pool): _refill,
+        (RoundPhase.REPORTING, Selected): _add_tasks,
+        (RoundPhase.REPORTING, Progress): _progress,
+        (RoundPhase.REPORTING, Accepted): _accept,
+        (RoundPhase.REPORTING, Rejected): _lose(TaskPhase.REJECTED),
+        (RoundPhase.REPORTING, Failed): _lose(TaskPhase.FAILED),
+        (RoundPhase.REPORTING, Tick): _check_time,
+        (RoundPhase.REPORTING, Abort): _abort,
+        (RoundPhase.COMMITTING, Committed): _commit,
+        (RoundPhase.COMMITTING, Abort): _abort,
+        (RoundPhase.COMMITTING, Pool): _ignore,
+        (RoundPhase.COMMITTING, Selected): _ignore,
+        (RoundPhase.COMMITTING, Tick): _ignore,
+    }
+)
