@@ -1,0 +1,1 @@
+"""Data sets as numpy arrays, and how one of them is shared out among workers."""

@@ -1,0 +1,30 @@
+"""The value every loader returns: training and held-out examples as numpy arrays, one row an example."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Examples:
+    """`inputs` [N, ...] in the dtype the source has (uint8 for images), `labels` [N] int64."""
+
+    inputs: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray) -> Examples:
+        """The examples at `indices`, copied."""
+        return Examples(self.inputs[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """A data set for classification: what to train on, and what is held out to score with."""
+
+    train: Examples
+    held_out: Examples

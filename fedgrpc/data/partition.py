@@ -1,0 +1,180 @@
+"""How one data set is shared out among workers, to study what federated data does to training.
+
+The rule: parts are disjoint, together they are everything, and the same seed gives the same parts on every
+device. What is drawn at random about a part (its mix of labels, its size) is drawn before any example is
+looked at, so the training and the held-out set, split with one seed, give each part the same mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from fedgrpc.errors import UsageError
+
+MINIMUM_PART_SIZE = 10
+
+N = TypeVar("N", int, float)
+
+
+class Partition(Protocol):
+    """A way of sharing out examples."""
+
+    def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
+        """Indices into `labels` (int64, ascending) of each of `parts` parts.
+
+        Every part gets at least `MINIMUM_PART_SIZE` examples, or an even share where there are too few.
+
+        Raises:
+            UsageError: there are fewer examples than parts.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Iid:
+    """Every part is an equal, uniform sample."""
+
+    def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
+        """See `Partition`."""
+        _check(labels, parts)
+        order = np.random.default_rng(seed).permutation(len(labels))
+        return [np.sort(part) for part in np.array_split(order, parts)]
+
+
+@dataclass(frozen=True)
+class Dirichlet:
+    """Label skew: each label's examples are dealt in proportions from Dir(alpha).
+
+    As in NIID-Bench (arXiv 2102.02079), a part that already holds its even share gets no further labels.
+    """
+
+    alpha: float
+
+    def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
+        """See `Partition`."""
+        _check(labels, parts)
+        rng = np.random.default_rng(seed)
+        classes, of_example = np.unique(labels, return_inverse=True)
+        proportions = rng.dirichlet(np.full(parts, self.alpha), size=len(classes))
+        held: list[list[np.ndarray]] = [[] for _ in range(parts)]
+        sizes = np.zeros(parts, dtype=np.int64)
+        for label in range(len(classes)):
+            examples = rng.permutation(np.flatnonzero(of_example == label))
+            open_share = _normalized(proportions[label] * (sizes < len(labels) / parts))
+            for part, piece in enumerate(_deal(examples, open_share)):
+                held[part].append(piece)
+                sizes[part] += len(piece)
+        return _with_minimum([np.concatenate(pieces) for pieces in held], rng)
+
+
+@dataclass(frozen=True)
+class LabelShards:
+    """Label skew: the examples, sorted by label, are cut into equal shards; each part is dealt a few.
+
+    The pathological split of McMahan et al. (arXiv 1602.05629).
+    """
+
+    shards_per_part: int
+
+    def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
+        """See `Partition`."""
+        _check(labels, parts)
+        count = parts * self.shards_per_part
+        if len(labels) < count:
+            raise UsageError(f"{len(labels)} examples cannot be cut into {count} shards")
+        rng = np.random.default_rng(seed)
+        dealt = rng.permutation(count).reshape(parts, self.shards_per_part)
+        shuffled = rng.permutation(len(labels))
+        shards = np.array_split(shuffled[np.argsort(labels[shuffled], kind="stable")], count)
+        return [np.sort(np.concatenate([shards[index] for index in part])) for part in dealt]
+
+
+@dataclass(frozen=True)
+class QuantitySkew:
+    """Parts are uniform samples whose sizes come from Dir(alpha), as in NIID-Bench (arXiv 2102.02079)."""
+
+    alpha: float
+
+    def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
+        """See `Partition`."""
+        _check(labels, parts)
+        rng = np.random.default_rng(seed)
+        proportions = _normalized(rng.dirichlet(np.full(parts, self.alpha)))
+        return _with_minimum(_deal(rng.permutation(len(labels)), proportions), rng)
+
+
+def parse_partition(text: str) -> Partition:
+    """`iid`, `dirichlet:ALPHA`, `shards:PER_PART` or `quantity:ALPHA`.
+
+    Raises:
+        UsageError: it is none of these, or its number is not positive.
+    """
+    kind, _, argument = text.partition(":")
+    if kind == "iid" and not argument:
+        return Iid()
+    if kind == "dirichlet":
+        return Dirichlet(_positive(text, argument, float))
+    if kind == "shards":
+        return LabelShards(_positive(text, argument, int))
+    if kind == "quantity":
+        return QuantitySkew(_positive(text, argument, float))
+    raise UsageError(f"partition {text!r} must be iid, dirichlet:0.5, shards:2 or quantity:0.5")
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """`3/10`, the third of ten parts, as (index from 0, parts).
+
+    Raises:
+        UsageError: it does not look like that, or the part is not among the parts.
+    """
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise UsageError(f"part {text!r} must look like 3/10 and lie between 1/10 and 10/10")
+    return int(number) - 1, int(parts)
+
+
+def _positive(text: str, argument: str, kind: Callable[[str], N]) -> N:
+    try:
+        value = kind(argument)
+    except ValueError:
+        raise UsageError(f"partition {text!r} needs a number after the colon") from None
+    if not 0 < value < float("inf"):
+        raise UsageError(f"partition {text!r} needs a positive number after the colon")
+    return value
+
+
+def _check(labels: np.ndarray, parts: int) -> None:
+    if labels.ndim != 1:
+        raise UsageError(f"a partition needs one label per example, not labels of shape {labels.shape}")
+    if parts < 1:
+        raise UsageError(f"cannot share out among {parts} parts")
+    if len(labels) < parts:
+        raise UsageError(f"{len(labels)} examples cannot be shared out among {parts} parts")
+
+
+def _normalized(weights: np.ndarray) -> np.ndarray:
+    """Weights that add up to one; even ones where all are zero (a tiny alpha underflows)."""
+    total = weights.sum()
+    return weights / total if total > 0 else np.full(len(weights), 1 / len(weights))
+
+
+def _deal(examples: np.ndarray, proportions: np.ndarray) -> list[np.ndarray]:
+    cuts = np.round(np.cumsum(proportions)[:-1] * len(examples)).astype(np.int64)
+    return np.split(examples, cuts)
+
+
+def _with_minimum(parts: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+    """Move examples from the largest part to those that are too small. NIID-Bench draws again instead."""
+    minimum = min(MINIMUM_PART_SIZE, sum(map(len, parts)) // len(parts))
+    parts = [rng.permutation(part) for part in parts]
+    for index in range(len(parts)):
+        while len(parts[index]) < minimum:
+            largest = max(range(len(parts)), key=lambda i: len(parts[i]))
+            wanted = min(minimum - len(parts[index]), len(parts[largest]) - minimum)
+            parts[index] = np.concatenate([parts[index], parts[largest][:wanted]])
+            parts[largest] = parts[largest][wanted:]
+    return [np.sort(part) for part in parts]

@@ -1,0 +1,121 @@
+"""One part of a data set, as one file for one device.
+
+`python -m fedgrpc.data.shares fashion_mnist --parts 10 --partition dirichlet:0.5 --to shares` writes ten such
+files; a worker started with `--data shares/part-3-of-10.npz` then holds nothing but its own part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from fedgrpc.data.cifar10 import load_cifar10
+from fedgrpc.data.dataset import Examples, LabelledData
+from fedgrpc.data.digits import load_digits
+from fedgrpc.data.idx import load_fashion_mnist
+from fedgrpc.data.partition import Partition, parse_part, parse_partition
+from fedgrpc.errors import UsageError
+
+_ARRAYS = ("train_inputs", "train_labels", "held_out_inputs", "held_out_labels")
+
+
+def take_share(data: LabelledData, partition: Partition, index: int, parts: int, seed: int) -> LabelledData:
+    """Part `index` (from 0) of the training and of the held-out examples, both split with the same seed."""
+    return LabelledData(
+        data.train.take(partition.split(data.train.labels, parts, seed)[index]),
+        data.held_out.take(partition.split(data.held_out.labels, parts, seed)[index]),
+    )
+
+
+def share_of(data: LabelledData, partition: str | None, part: str | None, seed: int) -> LabelledData:
+    """The share that `--partition` and `--part` ask for; everything where they are not given."""
+    if partition is None or part is None:
+        return data
+    index, parts = parse_part(part)
+    return take_share(data, parse_partition(partition), index, parts, seed)
+
+
+def save_share(path: Path, share: LabelledData) -> None:
+    """Write a share as an .npz file, which appears whole or not at all."""
+    partial = path.with_name(path.name + ".part")
+    with partial.open("wb") as file:
+        np.savez_compressed(
+            file,
+            train_inputs=share.train.inputs,
+            train_labels=share.train.labels,
+            held_out_inputs=share.held_out.inputs,
+            held_out_labels=share.held_out.labels,
+        )
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load_share(path: Path) -> LabelledData:
+    """Read what `save_share` wrote.
+
+    Raises:
+        UsageError: the file is missing, unreadable, or no share.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            train_inputs, train_labels, held_out_inputs, held_out_labels = (file[name] for name in _ARRAYS)
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"cannot read the share {path}: {error}") from error
+    if len(train_inputs) != len(train_labels) or len(held_out_inputs) != len(held_out_labels):
+        raise UsageError(f"{path} is no share: it has not one label for each input")
+    return LabelledData(Examples(train_inputs, train_labels), Examples(held_out_inputs, held_out_labels))
+
+
+def write_shares(folder: Path, data: LabelledData, partition: Partition, parts: int, seed: int) -> list[Path]:
+    """Write every part into `folder` as part-1-of-N.npz and so on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"part-{index + 1}-of-{parts}.npz" for index in range(parts)]
+    for index, path in enumerate(paths):
+        save_share(path, take_share(data, partition, index, parts, seed))
+    return paths
+
+
+def load_named(name: str, path: Path | None) -> LabelledData:
+    """`digits`, `fashion_mnist` or `cifar10` from its own files, or a share of it from an .npz file.
+
+    Raises:
+        UsageError: there is no such data set, or its files are missing or malformed.
+    """
+    if path is not None and path.suffix == ".npz":
+        return load_share(path)
+    if path is not None and not path.exists():
+        raise UsageError(f"there is no {path}; --data names the folder or file of {name}")
+    if name == "digits":
+        return load_digits()
+    if name == "fashion_mnist":
+        return load_fashion_mnist(path)
+    if name == "cifar10":
+        return load_cifar10(path)
+    raise UsageError(f"there is no data set {name!r}: choose digits, fashion_mnist or cifar10")
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fedgrpc.data.shares", description=__doc__)
+    parser.add_argument("dataset", choices=["digits", "fashion_mnist", "cifar10"])
+    parser.add_argument("--data", type=Path, help="folder of the data set's files")
+    parser.add_argument("--parts", type=int, required=True)
+    parser.add_argument("--partition", default="iid", help="iid, dirichlet:0.5, shards:2 or quantity:0.5")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--to", type=Path, required=True, help="folder to write the shares into")
+    asked = parser.parse_args()
+    try:
+        partition = parse_partition(asked.partition)
+        data = load_named(asked.dataset, asked.data)
+        for path in write_shares(asked.to, data, partition, asked.parts, asked.seed):
+            print(path)
+    except UsageError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    _main()
