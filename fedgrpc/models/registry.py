@@ -1,0 +1,37 @@
+"""Models by name, so that `--model lenet` works in every task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from fedgrpc.errors import UsageError
+from fedgrpc.models.lenet import LeNet, Net
+from fedgrpc.models.mlp import MLP
+from fedgrpc.models.resnet import ResNet18
+
+# Each takes the number of classes, the channels and the side of its square images.
+_BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "mlp": lambda classes, channels, side: MLP(channels * side * side, classes),
+    "lenet": LeNet,
+    "net": Net,
+    "resnet18": lambda classes, channels, side: ResNet18(classes, channels),
+}
+
+MODEL_NAMES = tuple(_BUILDERS)
+
+
+def build_model(name: str, *, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+    """A fresh model for images [B, in_channels, image_size, image_size].
+
+    Raises:
+        UsageError: there is no such model, or it cannot take such images.
+    """
+    builder = _BUILDERS.get(name.lower())
+    if builder is None:
+        raise UsageError(f"there is no model {name!r}: choose {', '.join(MODEL_NAMES)}")
+    try:
+        return builder(num_classes, in_channels, image_size)
+    except ValueError as error:
+        raise UsageError(f"model {name}: {error}") from error
