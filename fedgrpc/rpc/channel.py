@@ -1,0 +1,133 @@
+"""Channels and their options: keepalive, message bounds, TLS. Both sides' numbers live here, side by side."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+
+from fedgrpc.errors import UsageError
+
+Options = list[tuple[str, int | str]]
+
+# Chunks are 1 MiB by default and 4 MiB at most; a manifest of 10,000 tensors is below 1 MiB.
+MAX_MESSAGE_BYTES: Final = 8 * 1024 * 1024
+
+# The shortest idle timeouts on the way are about 60 s (ingresses, some carrier NATs), so a silent connection
+# speaks every 30 s. A ping may wait behind data in the send buffers of a slow link, hence the long timeout:
+# a dead link is noticed in a minute, and a link that is merely slow is not taken for dead.
+_PING_INTERVAL_MS: Final = 30_000
+_PING_TIMEOUT_MS: Final = 30_000
+# The server probes too, to forget devices that vanished without a goodbye.
+_SERVER_PING_INTERVAL_MS: Final = 60_000
+# gRPC's defaults would answer pings that are closer than 5 minutes with GOAWAY "too many pings". The bound is
+# a third of the client's interval, so jitter cannot cross it; strikes are off, since a ping costs nothing and
+# a connection on a flapping link costs a retry.
+_MIN_PING_INTERVAL_MS: Final = _PING_INTERVAL_MS // 3
+
+_COMMON: Final[Options] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+CLIENT_OPTIONS: Final[Options] = [
+    *_COMMON,
+    ("grpc.keepalive_time_ms", _PING_INTERVAL_MS),
+    # Retries are ours (fedgrpc.rpc.retry): gRPC's own would buffer streams and hide failures.
+    ("grpc.enable_retries", 0),
+    ("grpc.service_config_disable_resolution", 1),
+    # Each channel has its own connection: one worker's broken link is no other worker's, even in one process.
+    ("grpc.use_local_subchannel_pool", 1),
+    # After a long outage the default would wait up to two minutes before dialling again.
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 10_000),
+]
+
+SERVER_OPTIONS: Final[Options] = [
+    *_COMMON,
+    ("grpc.keepalive_time_ms", _SERVER_PING_INTERVAL_MS),
+    ("grpc.http2.min_ping_interval_without_data_ms", _MIN_PING_INTERVAL_MS),
+    ("grpc.http2.max_ping_strikes", 0),
+    # Without this a second server on the same port starts without an error and takes half of the calls.
+    ("grpc.so_reuseport", 0),
+]
+
+
+@dataclass(frozen=True)
+class Tls:
+    """TLS files, all PEM. The same type serves both sides.
+
+    A server needs `certificate` and `key`; with `ca` it asks clients for certificates signed by it (mTLS).
+    A client needs `ca` unless the system's roots will do; with `certificate` and `key` it shows its own.
+    """
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+
+    def server_credentials(self) -> Any:
+        """Credentials to listen with.
+
+        Raises:
+            UsageError: a file is missing, unreadable or no PEM of the right kind.
+        """
+        if self.certificate is None:
+            raise UsageError("TLS needs a server certificate and its key")
+        self._check()
+        pair = (_read(self.key), _read(self.certificate))
+        return grpc.ssl_server_credentials([pair], _read(self.ca), require_client_auth=self.ca is not None)
+
+    def client_credentials(self) -> Any:
+        """Credentials to dial with.
+
+        Raises:
+            UsageError: a file is missing, unreadable or no PEM of the right kind.
+        """
+        self._check()
+        return grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.certificate))
+
+    def _check(self) -> None:
+        """gRPC itself reports a bad file only in its own log, when the first handshake fails."""
+        if (self.certificate is None) != (self.key is None):
+            raise UsageError("a TLS certificate and its key go together; only one was given")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            if self.certificate is not None:
+                context.load_cert_chain(self.certificate, self.key, password="")
+            if self.ca is not None:
+                context.load_verify_locations(self.ca)
+        except (OSError, ValueError) as error:
+            names = ", ".join(str(path) for path in (self.ca, self.certificate, self.key) if path)
+            raise UsageError(f"cannot use the TLS files {names}: {error}") from error
+
+
+def _read(path: Path | None) -> bytes | None:
+    return None if path is None else path.read_bytes()
+
+
+def open_channel(target: str, tls: Tls | None = None) -> grpc.aio.Channel:
+    """A channel to `target` ("host:port"); it dials lazily and reconnects by itself.
+
+    Raises:
+        UsageError: the target or a TLS file is unusable.
+    """
+    check_target(target)
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options=CLIENT_OPTIONS)
+    return grpc.aio.secure_channel(target, tls.client_credentials(), options=CLIENT_OPTIONS)
+
+
+def check_target(target: str) -> None:
+    """Raise `UsageError` unless `target` reads as HOST:PORT, [IPV6]:PORT or a gRPC URI such as unix:PATH."""
+    if target.startswith(("unix:", "dns:", "ipv4:", "ipv6:")):
+        return
+    host, _, port = target.rpartition(":")
+    if not host or "/" in host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise UsageError(f"{target!r} must look like HOST:PORT, as in 192.168.1.10:50051")

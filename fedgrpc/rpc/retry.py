@@ -1,0 +1,78 @@
+"""When to try again: capped exponential backoff with full jitter, and a bounded retry.
+
+Full jitter spreads a fleet that lost its aggregator at the same instant
+(https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from fedgrpc.errors import FedgrpcError, LinkError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """The wait before try n (from 0) is uniform in [0, min(cap_s, first_s * factor**n)]."""
+
+    first_s: float = 0.5
+    cap_s: float = 30.0
+    factor: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.first_s <= self.cap_s and self.factor >= 1):
+            raise ValueError(f"need 0 < first_s <= cap_s and factor >= 1, got {self}")
+
+    def ceiling_s(self, attempt: int) -> float:
+        """Longest wait before try `attempt`; grows to `cap_s` and never overflows."""
+        ceiling_s = self.first_s
+        for _ in range(attempt):
+            if ceiling_s >= self.cap_s or self.factor == 1:
+                break
+            ceiling_s *= self.factor
+        return min(self.cap_s, ceiling_s)
+
+
+@dataclass
+class Retries:
+    """Waits between failures in a row; `reset` after a success. The state of one reconnect loop."""
+
+    backoff: Backoff = field(default_factory=Backoff)
+    rng: random.Random = field(default_factory=random.Random)
+    failures: int = 0
+
+    def next_delay_s(self) -> float:
+        """The wait before the next try, seconds."""
+        delay_s = self.rng.uniform(0, self.backoff.ceiling_s(self.failures))
+        self.failures += 1
+        return delay_s
+
+    def reset(self) -> None:
+        """The last try succeeded."""
+        self.failures = 0
+
+
+async def with_retries(
+    call: Callable[[], Awaitable[T]],
+    *,
+    attempts: int,
+    backoff: Backoff | None = None,
+    retry_on: tuple[type[FedgrpcError], ...] = (LinkError,),
+    rng: random.Random | None = None,
+) -> T:
+    """Await `call()` up to `attempts` times; the last failure, and any error not listed, is raised."""
+    retries = Retries(backoff or Backoff(), rng or random.Random())
+    while True:
+        try:
+            return await call()
+        except retry_on:
+            delay_s = retries.next_delay_s()
+            if retries.failures >= attempts:
+                raise
+        await asyncio.sleep(delay_s)

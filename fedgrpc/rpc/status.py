@@ -1,0 +1,170 @@
+"""Domain errors to gRPC statuses and back, in one place.
+
+The class alone decides the status (the table is in `fedgrpc.errors`). The class name travels as trailing
+metadata, so that the other side raises the very same class; the status message is the error's own line.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+import structlog
+
+from fedgrpc import errors
+from fedgrpc.errors import FedgrpcError, LinkError
+
+ERROR_KEY: Final = "fedgrpc-error"
+_MAX_DETAIL_CHARS: Final = 1024
+
+_Code = grpc.StatusCode
+
+# The nearest listed ancestor of a class decides.
+_STATUS: Final[dict[type[FedgrpcError], Any]] = {
+    errors.FedgrpcError: _Code.INTERNAL,
+    errors.UsageError: _Code.INVALID_ARGUMENT,
+    errors.CodecError: _Code.INVALID_ARGUMENT,
+    errors.EncodeError: _Code.INTERNAL,
+    errors.TooLargeError: _Code.RESOURCE_EXHAUSTED,
+    errors.CorruptError: _Code.DATA_LOSS,
+    errors.UpdateRefused: _Code.INVALID_ARGUMENT,
+    errors.UnknownTask: _Code.NOT_FOUND,
+    errors.UnknownWorker: _Code.NOT_FOUND,
+    errors.NotFound: _Code.NOT_FOUND,
+    errors.RoundClosed: _Code.FAILED_PRECONDITION,
+    errors.IllegalTransition: _Code.FAILED_PRECONDITION,
+    errors.WrongOffset: _Code.OUT_OF_RANGE,
+    errors.Exhausted: _Code.RESOURCE_EXHAUSTED,
+    errors.WrongIdentity: _Code.PERMISSION_DENIED,
+    errors.LinkError: _Code.UNAVAILABLE,
+}
+
+# For an answer that does not name its class: another implementation of the protocol, a proxy, or gRPC itself.
+# Codes that are missing here (UNAVAILABLE, CANCELLED, DEADLINE_EXCEEDED, UNKNOWN, INTERNAL, UNIMPLEMENTED)
+# are what broken links and ingresses without a backend produce.
+_CLASS_OF_CODE: Final[dict[Any, type[FedgrpcError]]] = {
+    _Code.INVALID_ARGUMENT: errors.LayoutError,
+    _Code.NOT_FOUND: errors.NotFound,
+    _Code.FAILED_PRECONDITION: errors.RoundClosed,
+    _Code.OUT_OF_RANGE: errors.WrongOffset,
+    _Code.DATA_LOSS: errors.CorruptError,
+    _Code.RESOURCE_EXHAUSTED: errors.Exhausted,
+    _Code.PERMISSION_DENIED: errors.WrongIdentity,
+    _Code.UNAUTHENTICATED: errors.WrongIdentity,
+}
+
+_CLASS_OF_NAME: Final[dict[str, type[FedgrpcError]]] = {
+    name: item for name, item in vars(errors).items() if isinstance(item, type) and issubclass(item, FedgrpcError)
+}
+
+log = structlog.get_logger()
+
+
+def status_of(error: FedgrpcError) -> Any:
+    """The `grpc.StatusCode` of a domain error."""
+    return next(_STATUS[item] for item in type(error).__mro__ if item in _STATUS)
+
+
+def error_from(rpc_error: grpc.aio.AioRpcError) -> FedgrpcError:
+    """The domain error behind a failed call; a `LinkError` when no answer of the peer's own came back."""
+    detail = rpc_error.details() or rpc_error.code().name
+    name = _named_class(rpc_error)
+    if name is not None:
+        return _CLASS_OF_NAME.get(name, FedgrpcError)(detail)
+    code = rpc_error.code()
+    if code is _Code.RESOURCE_EXHAUSTED and "larger than max" in detail:
+        return errors.TooLargeError(detail)
+    if code in _CLASS_OF_CODE:
+        return _CLASS_OF_CODE[code](detail)
+    return LinkError(f"{code.name}: {one_line(detail)}")
+
+
+def _named_class(rpc_error: grpc.aio.AioRpcError) -> str | None:
+    for key, value in rpc_error.trailing_metadata() or ():
+        if key == ERROR_KEY:
+            return str(value)
+    return None
+
+
+@contextmanager
+def domain_errors() -> Iterator[None]:
+    """Around client calls: a failed call raises the domain error it stands for."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise error_from(error) from error
+    except grpc.aio.UsageError as error:
+        # What grpc.aio raises for calls on a channel that has been closed under them.
+        raise LinkError(str(error)) from error
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks, and short enough for a status message."""
+    return " ".join(text.split())[:_MAX_DETAIL_CHARS]
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Turns what a servicer raises into a status: domain errors as in `status_of`, anything else INTERNAL.
+
+    A surprise leaves its traceback in the log and one generic line with the peer.
+    """
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
+    ) -> Any:
+        """Wrap the handler's behaviour, whatever its shape."""
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        make = _HANDLER_OF_SHAPE[handler.request_streaming, handler.response_streaming]
+        behaviour = handler.stream_stream or handler.stream_unary or handler.unary_stream or handler.unary_unary
+        return make(
+            _guarded(behaviour, details.method),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+
+_HANDLER_OF_SHAPE: Final = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+
+
+def _guarded(behaviour: Any, method: str) -> Any:
+    """grpc.aio tells generators from coroutines by inspection, so the wrapper keeps the kind."""
+    if inspect.isasyncgenfunction(behaviour):
+
+        async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+            try:
+                async for response in behaviour(request, context):
+                    yield response
+            except Exception as error:  # noqa: BLE001 - ends the call with a status
+                await _abort(error, method, context)
+
+        return stream
+
+    async def single(request: Any, context: Any) -> Any:
+        try:
+            return await behaviour(request, context)
+        except Exception as error:  # noqa: BLE001 - ends the call with a status
+            await _abort(error, method, context)
+
+    return single
+
+
+async def _abort(error: Exception, method: str, context: Any) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if isinstance(error, FedgrpcError):
+        code, detail, name = status_of(error), one_line(str(error)), type(error).__name__
+    else:
+        log.error("call_failed", method=method, exc_info=error)
+        code, detail, name = _Code.INTERNAL, "internal error; see the server's log", FedgrpcError.__name__
+    await context.abort(code, detail, trailing_metadata=((ERROR_KEY, name),))
