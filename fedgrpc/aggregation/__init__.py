@@ -1,1 +1,1 @@
-"""Aggregation as pure numpy: which updates are admitted, how they are averaged, what the server makes of the mean."""
+"""Aggregation in pure numpy: which updates are admitted, how they are averaged, what becomes of the mean."""

@@ -84,7 +84,7 @@ class FedYogi(_Adaptive):
     """v = v - (1 - b2) * delta^2 * sign(v - delta^2) (arXiv 2003.00295, algorithm 2)."""
 
     def _second(self, v: np.ndarray, square: np.ndarray) -> np.ndarray:
-        return v - (1 - self.beta2) * square * np.sign(v - square)
+        return np.asarray(v - (1 - self.beta2) * square * np.sign(v - square))
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class FedAdam(_Adaptive):
     """v = b2 * v + (1 - b2) * delta^2 (arXiv 2003.00295, algorithm 2)."""
 
     def _second(self, v: np.ndarray, square: np.ndarray) -> np.ndarray:
-        return self.beta2 * v + (1 - self.beta2) * square
+        return np.asarray(self.beta2 * v + (1 - self.beta2) * square)
 
 
 OPTIMIZERS: dict[str, type] = {
@@ -105,7 +105,7 @@ OPTIMIZERS: dict[str, type] = {
 
 
 def server_optimizer(name: str, learning_rate: float | None = None) -> ServerOptimizer:
-    """The optimizer of that name. Raises `UsageError` for an unknown name or a learning rate that is not positive."""
+    """The optimizer of that name. Raises `UsageError` for an unknown name or a learning rate not above 0."""
     if name not in OPTIMIZERS:
         raise UsageError(f"no server optimizer {name!r}; there are {', '.join(OPTIMIZERS)}")
     if learning_rate is None:

@@ -1,0 +1,1 @@
+"""The aggregator: a thin asyncio shell around `rounds` and `aggregation`. It needs no torch and no data."""
