@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ class MLP(nn.Module):
     def __init__(self, input_size: int, num_classes: int, hidden: Sequence[int] = (64,)) -> None:
         super().__init__()
         sizes = [input_size, *hidden, num_classes]
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, num_classes]."""

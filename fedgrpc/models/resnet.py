@@ -1,6 +1,7 @@
 """ResNet-18 with GroupNorm in place of BatchNorm, whose running statistics do not survive averaging.
 
-He et al. (arXiv 1512.03385); GroupNorm in federated training: Hsieh et al. (arXiv 1910.00189).
+He et al. (arXiv 1512.03385); GroupNorm in federated training: Hsieh et al. (arXiv 1910.00189); two groups, as
+Reddi et al. (arXiv 2003.00295) have.
 """
 
 from __future__ import annotations
