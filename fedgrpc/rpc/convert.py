@@ -1,0 +1,195 @@
+"""Between generated messages and domain types. What comes from the wire is never trusted.
+
+Every `*_from_proto` raises `LayoutError` for what no honest peer sends (unknown dtypes, encodings and
+compressions, negative or non-finite times) and `TooLargeError` for a manifest over the limits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from google.protobuf import duration_pb2
+
+from fedgrpc.codec.chunk import Chunk
+from fedgrpc.codec.encoding import parse_encoding
+from fedgrpc.codec.layout import Layout, TensorSpec
+from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry
+from fedgrpc.errors import LayoutError, UsageError
+from fedgrpc.v1 import device_pb2, tensor_pb2
+
+_DTYPE_NAMES: Final[dict[int, str]] = {
+    number: name.removeprefix("DTYPE_").lower()
+    for name, number in tensor_pb2.Dtype.items()
+    if number != tensor_pb2.DTYPE_UNSPECIFIED
+}
+_DTYPE_NUMBERS: Final[dict[str, Any]] = {name: number for number, name in _DTYPE_NAMES.items()}
+_COMPRESSION_NAMES: Final[dict[int, str]] = {
+    tensor_pb2.COMPRESSION_NONE: "none",
+    tensor_pb2.COMPRESSION_ZSTD: "zstd",
+}
+_COMPRESSION_NUMBERS: Final[dict[str, Any]] = {name: number for number, name in _COMPRESSION_NAMES.items()}
+_NO_TENSORS: Final = Manifest((), "none", (), 0, hashlib.sha256().digest())
+
+
+def dtype_to_proto(name: str) -> Any:
+    """The enum number of a dtype name ("float32", "bfloat16", ...)."""
+    if name not in _DTYPE_NUMBERS:
+        raise LayoutError(f"dtype {name!r} has no number on the wire")
+    return _DTYPE_NUMBERS[name]
+
+
+def dtype_from_proto(number: int) -> str:
+    """The dtype name of an enum number."""
+    if number not in _DTYPE_NAMES:
+        raise LayoutError(f"unknown dtype number {number}")
+    return _DTYPE_NAMES[number]
+
+
+def compression_to_proto(name: str) -> Any:
+    """The enum number of "none" or "zstd"."""
+    return _COMPRESSION_NUMBERS[name]
+
+
+def compression_from_proto(number: int) -> str:
+    """ "none" or "zstd"."""
+    if number not in _COMPRESSION_NAMES:
+        raise LayoutError(f"unknown compression number {number}")
+    return _COMPRESSION_NAMES[number]
+
+
+def spec_to_proto(spec: TensorSpec) -> tensor_pb2.TensorSpec:
+    """One tensor's name, dtype and shape."""
+    return tensor_pb2.TensorSpec(name=spec.name, dtype=dtype_to_proto(spec.dtype), shape=spec.shape)
+
+
+def spec_from_proto(message: tensor_pb2.TensorSpec) -> TensorSpec:
+    """One tensor's name, dtype and shape."""
+    return TensorSpec(message.name, dtype_from_proto(message.dtype), tuple(message.shape))
+
+
+def layout_to_proto(layout: Layout) -> list[tensor_pb2.TensorSpec]:
+    """A model's layout, in order."""
+    return [spec_to_proto(spec) for spec in layout]
+
+
+def layout_from_proto(messages: Iterable[tensor_pb2.TensorSpec], max_dims: int = 16) -> Layout:
+    """A model's layout, in order, with every spec valid and every name unique."""
+    layout = tuple(spec_from_proto(message) for message in messages)
+    for spec in layout:
+        spec.validate(max_dims)
+    if len({spec.name for spec in layout}) != len(layout):
+        raise LayoutError("the layout names a tensor twice")
+    return layout
+
+
+def manifest_to_proto(manifest: Manifest) -> tensor_pb2.Manifest:
+    """A payload's declaration."""
+    return tensor_pb2.Manifest(
+        entries=[
+            tensor_pb2.TensorEntry(
+                tensor=spec_to_proto(entry.spec),
+                encoding=tensor_pb2.Encoding(spec=str(entry.encoding)),
+                size_bytes=entry.size_bytes,
+            )
+            for entry in manifest.entries
+        ],
+        compression=_COMPRESSION_NUMBERS[manifest.compression],
+        frames=[
+            tensor_pb2.Frame(size_bytes=frame.size_bytes, content_size_bytes=frame.content_size_bytes)
+            for frame in manifest.frames
+        ],
+        size_bytes=manifest.size_bytes,
+        sha256=manifest.sha256,
+    )
+
+
+def manifest_from_proto(message: tensor_pb2.Manifest, limits: Limits | None = None) -> Manifest:
+    """A validated declaration; one that is not set at all declares no tensors."""
+    if message == tensor_pb2.Manifest():
+        return _NO_TENSORS
+    manifest = Manifest(
+        tuple(_entry_from_proto(entry) for entry in message.entries),
+        compression_from_proto(message.compression),
+        tuple(Frame(frame.size_bytes, frame.content_size_bytes) for frame in message.frames),
+        message.size_bytes,
+        message.sha256,
+    )
+    manifest.validate(limits or Limits())
+    return manifest
+
+
+def _entry_from_proto(message: tensor_pb2.TensorEntry) -> TensorEntry:
+    try:
+        encoding = parse_encoding(message.encoding.spec)
+    except UsageError as error:
+        raise LayoutError(f"tensor {message.tensor.name!r}: {error}") from error
+    return TensorEntry(spec_from_proto(message.tensor), encoding, message.size_bytes)
+
+
+def chunk_to_proto(chunk: Chunk) -> tensor_pb2.Chunk:
+    """A piece of a payload."""
+    data = chunk.data if isinstance(chunk.data, bytes) else bytes(chunk.data)
+    return tensor_pb2.Chunk(offset=chunk.offset, data=data, crc32=chunk.crc32)
+
+
+def chunk_from_proto(message: tensor_pb2.Chunk) -> Chunk:
+    """A piece of a payload, not yet verified (`fedgrpc.codec.chunk.check_chunk`)."""
+    return Chunk(message.offset, message.data, message.crc32)
+
+
+def duration_to_proto(seconds: float) -> duration_pb2.Duration:
+    """Seconds, rounded to the nanosecond."""
+    nanos = round(seconds * 1e9)
+    sign = -1 if nanos < 0 else 1
+    whole, rest = divmod(abs(nanos), 1_000_000_000)
+    return duration_pb2.Duration(seconds=sign * whole, nanos=sign * rest)
+
+
+def duration_from_proto(message: duration_pb2.Duration) -> float:
+    """Seconds; times before zero count as zero, as they are all waits or time left."""
+    return max(0.0, message.seconds + message.nanos * 1e-9)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where a worker's time in a round went: T = T_local + T_upload + T_global + T_download, in seconds."""
+
+    download_s: float = 0.0
+    local_s: float = 0.0
+    upload_s: float = 0.0
+    global_s: float = 0.0
+
+
+def timings_to_proto(timings: Timings) -> device_pb2.Timings:
+    """Seconds per part."""
+    return device_pb2.Timings(
+        download_seconds=timings.download_s,
+        local_seconds=timings.local_s,
+        upload_seconds=timings.upload_s,
+        global_seconds=timings.global_s,
+    )
+
+
+def timings_from_proto(message: device_pb2.Timings) -> Timings:
+    """Seconds per part, none negative or endless."""
+    timings = Timings(
+        message.download_seconds, message.local_seconds, message.upload_seconds, message.global_seconds
+    )
+    for seconds in (timings.download_s, timings.local_s, timings.upload_s, timings.global_s):
+        if not (math.isfinite(seconds) and seconds >= 0):
+            raise LayoutError(f"a timing of {seconds} seconds cannot be")
+    return timings
+
+
+def metrics_from_proto(metrics: Mapping[str, float], max_metrics: int = 64) -> dict[str, float]:
+    """Finite scores by name; at most `max_metrics`, names of at most 64 characters."""
+    if len(metrics) > max_metrics:
+        raise LayoutError(f"{len(metrics)} metrics are reported, allowed are {max_metrics}")
+    for name, value in metrics.items():
+        if not (0 < len(name) <= 64 and math.isfinite(value)):
+            raise LayoutError(f"metric {name[:64]!r} is {value}; it needs a short name and a finite value")
+    return dict(metrics)
