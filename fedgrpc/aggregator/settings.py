@@ -1,4 +1,4 @@
-"""The settings of an aggregator, checked when they are made. Read once, at the edge; nothing else reads them again."""
+"""The settings of an aggregator, checked when they are made, read once at the edge."""
 
 from __future__ import annotations
 

@@ -211,10 +211,12 @@ class UpdateHeader(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ..., manifest: _Optional[_Union[_tensor_pb2.Manifest, _Mapping]] = ..., example_count: _Optional[int] = ..., steps: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluation_metrics: _Optional[_Mapping[str, float]] = ..., evaluation_example_count: _Optional[int] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., peak_memory_bytes: _Optional[int] = ...) -> None: ...
 
 class PushUpdateResponse(_message.Message):
-    __slots__ = ("committed_size_bytes",)
+    __slots__ = ("committed_size_bytes", "complete")
     COMMITTED_SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
     committed_size_bytes: int
-    def __init__(self, committed_size_bytes: _Optional[int] = ...) -> None: ...
+    complete: bool
+    def __init__(self, committed_size_bytes: _Optional[int] = ..., complete: _Optional[bool] = ...) -> None: ...
 
 class QueryPushRequest(_message.Message):
     __slots__ = ("worker", "token")

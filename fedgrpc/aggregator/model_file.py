@@ -1,0 +1,145 @@
+"""Model files in the safetensors format (https://huggingface.co/docs/safetensors), one tensor at a time.
+
+The safetensors package writes only whole models from memory; an aggregator holds one tensor at a time, so that
+its memory does not grow with the model. Files written here are read by that package, and the other way round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedgrpc.aggregator.durable import fsync_folder
+from fedgrpc.codec.layout import Layout, TensorSpec
+from fedgrpc.errors import StorageError, UsageError
+
+_NAMES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A model on disk; tensors are read when asked for."""
+
+    path: Path
+    layout: Layout
+    starts: tuple[int, ...]
+
+    @classmethod
+    def open(cls, path: Path) -> ModelFile:
+        """Read the header of the safetensors file at `path`. Raises `UsageError` when it is none."""
+        try:
+            with path.open("rb") as file:
+                (size,) = struct.unpack("<Q", file.read(8))
+                if size > _MAX_HEADER_BYTES:
+                    raise ValueError("its header is too large")
+                header = json.loads(file.read(size))
+                entries = _entries(header)
+                end = 8 + size + max((stop for _, _, stop in entries), default=0)
+                if os.fstat(file.fileno()).st_size != end:
+                    raise ValueError("its size is not what its header says")
+        except OSError as error:
+            raise UsageError(f"cannot read the model {path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, struct.error) as error:
+            raise UsageError(f"{path} is not a safetensors file that fedgrpc can use: {error}") from error
+        layout = tuple(spec for spec, _, _ in entries)
+        return cls(path, layout, tuple(8 + size + start for _, start, _ in entries))
+
+    def tensor(self, index: int) -> np.ndarray:
+        """Tensor number `index` of the layout, freshly read. Raises `StorageError`."""
+        spec = self.layout[index]
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.starts[index])
+                data = np.empty(spec.nbytes, np.uint8)
+                size_bytes = file.readinto(data.data)
+        except OSError as error:
+            raise StorageError(f"cannot read the model {self.path}: {error.strerror}") from error
+        if size_bytes != spec.nbytes:
+            raise StorageError(f"the model {self.path} is cut short")
+        return data.view(spec.numpy_dtype).reshape(spec.shape)
+
+    def sha256(self) -> bytes:
+        """Digest of the whole file. Raises `StorageError`."""
+        try:
+            with self.path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").digest()
+        except OSError as error:
+            raise StorageError(f"cannot read the model {self.path}: {error.strerror}") from error
+
+
+def write_model(path: Path, layout: Layout, tensors: Iterable[np.ndarray]) -> bytes:
+    """Write a model file atomically and durably; `tensors` come in the order of `layout`. Returns its SHA-256.
+
+    Raises `StorageError` when the disk does not take it; `path` is then as it was.
+    """
+    header = _header(layout)
+    digest = hashlib.sha256(header)
+    part = path.with_suffix(".part")
+    try:
+        with part.open("wb") as file:
+            file.write(header)
+            for spec, values in zip(layout, tensors, strict=True):
+                data = np.ascontiguousarray(values, dtype=spec.numpy_dtype).reshape(-1).view(np.uint8).data
+                digest.update(data)
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise StorageError(f"cannot write the model {path}: {error.strerror}") from error
+    return digest.digest()
+
+
+def _header(layout: Layout) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in layout:
+        span = [offset, offset + spec.nbytes]
+        entries[spec.name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": span}
+        offset += spec.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _entries(header: dict[str, dict[str, Any]]) -> list[tuple[TensorSpec, int, int]]:
+    """(spec, start, stop) in file order. Raises ValueError for holes, overlaps, unknown dtypes and wrong sizes."""
+    found: list[tuple[TensorSpec, int, int]] = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"tensor {name!r} has dtype {entry['dtype']}")
+        spec = TensorSpec(name, _DTYPES[str(entry["dtype"])], tuple(entry["shape"]))
+        start, stop = entry["data_offsets"]
+        found.append((spec, start, stop))
+    found.sort(key=lambda item: item[1])
+    at = 0
+    for spec, start, stop in found:
+        if start != at or stop - start != spec.nbytes:
+            raise ValueError(f"the bytes of tensor {spec.name!r} are not where they belong")
+        at = stop
+    return found

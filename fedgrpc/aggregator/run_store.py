@@ -1,0 +1,228 @@
+"""What an aggregator remembers of its run, in SQLite: workers, rounds, tasks and model versions.
+
+The rule: what the world has been told is here first. A round and its tasks are written before a task is offered, a
+committed round, its tasks and its version in one transaction. Records are the protocol's own messages, so that
+what operators read and what is stored cannot differ. Everything here blocks, and runs in one thread of its own.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedgrpc.errors import StorageError
+from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.v1.aggregator_pb2 import RegisterRequest
+from fedgrpc.v1.round_pb2 import Round as RoundRecord
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS run (
+    id INTEGER PRIMARY KEY CHECK (id = 1), name TEXT NOT NULL, phase INTEGER NOT NULL, reason TEXT NOT NULL,
+    started_at REAL NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS workers (
+    name TEXT PRIMARY KEY, registration BLOB NOT NULL, selected INTEGER NOT NULL DEFAULT 0,
+    accepted INTEGER NOT NULL DEFAULT 0) STRICT;
+CREATE TABLE IF NOT EXISTS versions (
+    version INTEGER PRIMARY KEY, round INTEGER NOT NULL, sha256 BLOB NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS rounds (
+    number INTEGER PRIMARY KEY, open INTEGER NOT NULL, aim INTEGER NOT NULL, deadline_at REAL NOT NULL,
+    record BLOB NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS tasks (
+    token TEXT PRIMARY KEY, round INTEGER NOT NULL, slot INTEGER NOT NULL, worker TEXT NOT NULL,
+    phase INTEGER NOT NULL, reason TEXT NOT NULL) STRICT;
+CREATE INDEX IF NOT EXISTS tasks_by_round ON tasks (round, slot);
+"""
+_KEEP_TASKS_OF_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """A task as it is stored."""
+
+    token: str
+    round: int
+    slot: int
+    worker: str
+    phase: TaskPhase
+    reason: str
+
+
+@dataclass(frozen=True)
+class OpenRound:
+    """A round that a former process left unfinished; `deadline_at` is wall time, seconds."""
+
+    record: RoundRecord
+    aim: int
+    deadline_at: float
+    tasks: tuple[TaskRow, ...]
+
+
+@dataclass(frozen=True)
+class Version:
+    """A committed model version."""
+
+    version: int
+    round: int
+    sha256: bytes
+
+
+class RunStore:
+    """The database. Every method may raise `StorageError`."""
+
+    def __init__(self, path: Path) -> None:
+        with _storage_errors(path):
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.executescript(_SCHEMA)
+        self._path = path
+
+    def close(self) -> None:
+        """Close the database; the store is then used up."""
+        self._db.close()
+
+    def run(self) -> tuple[str, int, str, float] | None:
+        """(name, phase, reason, start as wall time) of the run kept here, None for a fresh folder."""
+        return self._one("SELECT name, phase, reason, started_at FROM run")
+
+    def save_run(self, name: str, phase: int, reason: str, started_at: float) -> None:
+        """Keep the state of the run."""
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO run VALUES (1, ?, ?, ?, ?)", (name, phase, reason, started_at)
+            )
+
+    def workers(self) -> Iterator[tuple[RegisterRequest, int, int]]:
+        """(registration, times selected, times accepted) of every worker."""
+        for blob, selected, accepted in self._all("SELECT registration, selected, accepted FROM workers"):
+            yield RegisterRequest.FromString(blob), selected, accepted
+
+    def save_worker(self, registration: RegisterRequest) -> None:
+        """Keep who a worker said it is."""
+        blob = registration.SerializeToString()
+        with self._transaction():
+            self._db.execute(
+                "INSERT INTO workers (name, registration) VALUES (?, ?) "
+                "ON CONFLICT (name) DO UPDATE SET registration = excluded.registration",
+                (registration.worker, blob),
+            )
+
+    def latest_version(self) -> Version | None:
+        """The newest committed version."""
+        row = self._one("SELECT version, round, sha256 FROM versions ORDER BY version DESC LIMIT 1")
+        return None if row is None else Version(*row)
+
+    def save_version(self, version: Version) -> None:
+        """Keep a version that no round has written: the initial model."""
+        with self._transaction():
+            self._insert_version(version)
+
+    def save_open_round(
+        self, record: RoundRecord, aim: int, deadline_at: float, tasks: Iterable[TaskRow], selected: Iterable[str]
+    ) -> None:
+        """Open a round with its tasks, or add tasks to it; `selected` are the workers of the new ones."""
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO rounds VALUES (?, 1, ?, ?, ?)",
+                (record.number, aim, deadline_at, record.SerializeToString()),
+            )
+            self._save_tasks(tasks)
+            self._db.executemany(
+                "UPDATE workers SET selected = selected + 1 WHERE name = ?", ((w,) for w in selected)
+            )
+
+    def finish_round(
+        self, record: RoundRecord, tasks: Iterable[TaskRow], accepted: Iterable[str], version: Version | None
+    ) -> None:
+        """Close a round: its record, tasks, accepted workers and the version it wrote, all or nothing."""
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO rounds VALUES (?, 0, 0, 0, ?)", (record.number, record.SerializeToString())
+            )
+            self._save_tasks(tasks)
+            self._db.executemany(
+                "UPDATE workers SET accepted = accepted + 1 WHERE name = ?", ((w,) for w in accepted)
+            )
+            if version is not None:
+                self._insert_version(version)
+            self._db.execute("DELETE FROM tasks WHERE round <= ?", (record.number - _KEEP_TASKS_OF_ROUNDS,))
+
+    def update_record(self, record: RoundRecord) -> None:
+        """Replace the record of a finished round, with scores that came later."""
+        with self._transaction():
+            self._db.execute(
+                "UPDATE rounds SET record = ? WHERE number = ?", (record.SerializeToString(), record.number)
+            )
+
+    def open_round(self) -> OpenRound | None:
+        """The round that was open when the last process ended."""
+        row = self._one("SELECT record, aim, deadline_at FROM rounds WHERE open = 1")
+        if row is None:
+            return None
+        record = RoundRecord.FromString(row[0])
+        return OpenRound(record, row[1], row[2], tuple(self.tasks(record.number)))
+
+    def tasks(self, number: int) -> list[TaskRow]:
+        """Tasks of a round, by slot; those of rounds long past are gone."""
+        rows = self._all("SELECT * FROM tasks WHERE round = ? ORDER BY slot", number)
+        return [_task_row(row) for row in rows]
+
+    def task(self, token: str) -> TaskRow | None:
+        """The task of that token, if it is of one of the last rounds."""
+        row = self._one("SELECT * FROM tasks WHERE token = ?", token)
+        return None if row is None else _task_row(row)
+
+    def round(self, number: int | None = None) -> RoundRecord | None:
+        """The record of that round; the latest finished one when no number is given."""
+        if number is None:
+            row = self._one("SELECT record FROM rounds WHERE open = 0 ORDER BY number DESC LIMIT 1")
+        else:
+            row = self._one("SELECT record FROM rounds WHERE number = ?", number)
+        return None if row is None else RoundRecord.FromString(row[0])
+
+    def rounds(self, below: int, count: int) -> list[RoundRecord]:
+        """Records of up to `count` finished rounds with a number below `below`, newest first."""
+        query = "SELECT record FROM rounds WHERE number < ? AND open = 0 ORDER BY number DESC LIMIT ?"
+        return [RoundRecord.FromString(blob) for (blob,) in self._all(query, below, count)]
+
+    def _save_tasks(self, tasks: Iterable[TaskRow]) -> None:
+        self._db.executemany(
+            "INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?)",
+            ((t.token, t.round, t.slot, t.worker, t.phase.value, t.reason) for t in tasks),
+        )
+
+    def _insert_version(self, version: Version) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO versions VALUES (?, ?, ?)", (version.version, version.round, version.sha256)
+        )
+
+    def _one(self, query: str, *values: object) -> tuple | None:  # type: ignore[type-arg]
+        with _storage_errors(self._path):
+            row: tuple | None = self._db.execute(query, values).fetchone()  # type: ignore[type-arg]
+        return row
+
+    def _all(self, query: str, *values: object) -> list[tuple]:  # type: ignore[type-arg]
+        with _storage_errors(self._path):
+            return self._db.execute(query, values).fetchall()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with _storage_errors(self._path), self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            yield
+
+
+def _task_row(row: tuple) -> TaskRow:  # type: ignore[type-arg]
+    token, number, slot, worker, phase, reason = row
+    return TaskRow(token, number, slot, worker, TaskPhase(phase), reason)
+
+
+@contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StorageError(f"the database {path} failed: {error}") from error
