@@ -1,0 +1,54 @@
+"""Chunks: consecutive byte ranges of a payload, each with its offset and CRC-32 (RFC 1952, zlib's)."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fedgrpc.codec.payload import Read
+from fedgrpc.errors import CorruptError, LayoutError, TooLargeError, WrongOffset
+
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """`data` is the payload's bytes from `offset`; `crc32` is of `data` alone."""
+
+    offset: int
+    data: bytes | memoryview
+    crc32: int
+
+    def verify(self) -> None:
+        """Raise CorruptError unless the CRC fits the data."""
+        if zlib.crc32(self.data) != self.crc32:
+            raise CorruptError(f"the chunk at offset {self.offset} does not match its CRC; send it again")
+
+
+def chunks(read: Read, size_bytes: int, start_offset: int = 0, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+    """The payload's chunks from `start_offset`; raises WrongOffset beyond its end, CorruptError if short."""
+    if not 0 <= start_offset <= size_bytes:
+        raise WrongOffset(f"offset {start_offset} is not within the payload of {size_bytes} bytes")
+    for offset in range(start_offset, size_bytes, chunk_bytes):
+        size = min(chunk_bytes, size_bytes - offset)
+        data = read(offset, size)
+        if len(data) != size:
+            raise CorruptError(f"the payload ends at byte {offset + len(data)}, {size_bytes} are declared")
+        yield Chunk(offset, data, zlib.crc32(data))
+
+
+def check_chunk(chunk: Chunk, expected_offset: int, remaining_bytes: int) -> None:
+    """Raise unless the chunk is the next one of an upload that is still owed `remaining_bytes`.
+
+    WrongOffset: it starts elsewhere (duplicated, reordered, overlapping or after a gap). TooLargeError: it
+    runs past the declared end. LayoutError: it is empty. CorruptError: its CRC does not fit.
+    """
+    if chunk.offset != expected_offset:
+        raise WrongOffset(f"the chunk starts at offset {chunk.offset}, expected is {expected_offset}")
+    if len(chunk.data) > remaining_bytes:
+        end = chunk.offset + len(chunk.data)
+        raise TooLargeError(f"the chunk ends at byte {end}, declared are {expected_offset + remaining_bytes}")
+    if not len(chunk.data):
+        raise LayoutError(f"the chunk at offset {chunk.offset} is empty")
+    chunk.verify()

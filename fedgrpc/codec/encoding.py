@@ -1,0 +1,70 @@
+"""How one tensor's elements become bytes: the interface of every scheme, and its text form.
+
+Each scheme is a frozen dataclass in its own module. An encoding is stateless, never changes its input,
+and carries in its text form (`str(encoding)`) all that a reader needs besides the bytes and the spec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from fedgrpc.codec.cast import Cast
+from fedgrpc.codec.layout import Array, TensorSpec
+from fedgrpc.codec.options import parse_options
+from fedgrpc.codec.raw import Raw
+from fedgrpc.codec.uniform import BITS, Uniform
+from fedgrpc.errors import UsageError
+
+Buffer = bytes | bytearray | memoryview
+MAX_TEXT_CHARS = 200
+
+
+class Encoding(Protocol):
+    """One scheme with its settings."""
+
+    name: ClassVar[str]
+    lossless: ClassVar[bool]
+
+    @property
+    def contractive(self) -> bool:
+        """Whether |x - decode(encode(x))| < |x| in the mean square, which error feedback needs."""
+
+    def encode(self, array: Array, rng: np.random.Generator) -> Buffer:
+        """Bytes of the tensor; raises EncodeError for values that are not finite or out of range."""
+
+    def decode(self, data: memoryview, spec: TensorSpec) -> Array:
+        """Tensor of `spec`, possibly a read-only view of `data`.
+
+        Takes no more memory than `spec` implies. Raises LayoutError for a wrong number of bytes and
+        CorruptError for bytes that no encoder writes.
+        """
+
+    def size_bounds(self, spec: TensorSpec) -> tuple[int, int]:
+        """Least and most bytes that `encode` may give for a tensor of `spec`; equal where it is fixed."""
+
+
+_PARSERS: dict[str, Callable[[str], Encoding]] = {
+    "raw": partial(parse_options, Raw),
+    "float32": partial(parse_options, Raw),
+    "float16": partial(parse_options, Cast, dtype="float16"),
+    "bfloat16": partial(parse_options, Cast, dtype="bfloat16"),
+}
+for _bits in BITS:
+    _PARSERS[f"int{_bits}"] = _PARSERS[f"uniform{_bits}"] = partial(parse_options, Uniform, bits=_bits)
+
+ENCODING_NAMES: tuple[str, ...] = tuple(_PARSERS)
+
+
+@lru_cache(maxsize=1024)
+def parse_encoding(text: str) -> Encoding:
+    """Read `NAME` or `NAME:key=value,key=value`; raises UsageError with one line that says what is wrong."""
+    if len(text) > MAX_TEXT_CHARS:
+        raise UsageError(f"an encoding of {len(text)} characters; allowed are {MAX_TEXT_CHARS}")
+    name, _, options = text.strip().partition(":")
+    if name not in _PARSERS:
+        raise UsageError(f"unknown encoding {name!r}; known are {', '.join(ENCODING_NAMES)}")
+    return _PARSERS[name](options)

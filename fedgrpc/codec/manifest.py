@@ -1,0 +1,121 @@
+"""What a payload declares about itself, and the checks made on it before any memory is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedgrpc.codec.encoding import Encoding
+from fedgrpc.codec.layout import Layout, TensorSpec
+from fedgrpc.errors import LayoutError, TooLargeError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds that a receiver sets; sizes in bytes.
+
+    `max_payload_bytes` bounds the wire, `max_content_bytes` the encoded tensors after inflation, and
+    `max_decoded_bytes` the tensors themselves (a sparse tensor of few bytes may declare a huge shape).
+    """
+
+    max_payload_bytes: int = 4 * GIB
+    max_content_bytes: int = 4 * GIB
+    max_decoded_bytes: int = 16 * GIB
+    max_tensors: int = 65536
+    max_frames: int = 65536
+    max_dims: int = 16
+    max_frame_content_bytes: int = 8 << 20
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a payload: what it is, how it is encoded, and in how many bytes of the content."""
+
+    spec: TensorSpec
+    encoding: Encoding
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One independent compressed frame: bytes on the wire and bytes it inflates to."""
+
+    size_bytes: int
+    content_size_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A payload's declaration. `sha256` and `size_bytes` are of the payload as it is on the wire.
+
+    The content (encoded tensors end to end, in order) is cut into `frames`; with compression "none" the
+    payload is the content itself and `frames` is empty. No tensors at all is legal: an evaluation report.
+    """
+
+    entries: tuple[TensorEntry, ...]
+    compression: str
+    frames: tuple[Frame, ...]
+    size_bytes: int
+    sha256: bytes
+
+    @property
+    def layout(self) -> Layout:
+        """Specs of all tensors, in order."""
+        return tuple(entry.spec for entry in self.entries)
+
+    @property
+    def content_size_bytes(self) -> int:
+        """Bytes of all encoded tensors, before compression."""
+        return sum(entry.size_bytes for entry in self.entries)
+
+    def validate(self, limits: Limits) -> None:
+        """Raise TooLargeError for what is over a limit, LayoutError for what does not fit together."""
+        _at_most(len(self.entries), limits.max_tensors, "tensors")
+        _at_most(len(self.frames), limits.max_frames, "frames")
+        _at_most(self.size_bytes, limits.max_payload_bytes, "payload bytes")
+        for entry in self.entries:
+            _check_entry(entry, limits)
+        if len({entry.spec.name for entry in self.entries}) != len(self.entries):
+            raise LayoutError("the manifest names a tensor twice")
+        _at_most(self.content_size_bytes, limits.max_content_bytes, "content bytes")
+        _at_most(sum(spec.nbytes for spec in self.layout), limits.max_decoded_bytes, "decoded bytes")
+        self._check_frames(limits)
+        if len(self.sha256) != 32:
+            raise LayoutError(f"the manifest's sha256 has {len(self.sha256)} bytes, 32 are due")
+
+    def _check_frames(self, limits: Limits) -> None:
+        if self.compression == "none":
+            if self.frames:
+                raise LayoutError("the manifest declares frames for a payload without compression")
+            _must_equal(self.size_bytes, self.content_size_bytes, "payload", "tensors")
+            return
+        if self.compression != "zstd":
+            raise LayoutError(f"unknown compression {self.compression!r}")
+        for frame in self.frames:
+            if frame.size_bytes <= 0 or frame.content_size_bytes <= 0:
+                raise LayoutError("the manifest declares an empty frame or one of negative size")
+            _at_most(frame.content_size_bytes, limits.max_frame_content_bytes, "bytes in one frame")
+        _must_equal(self.size_bytes, sum(frame.size_bytes for frame in self.frames), "payload", "frames")
+        inflated = sum(frame.content_size_bytes for frame in self.frames)
+        _must_equal(self.content_size_bytes, inflated, "tensors", "inflated frames")
+
+
+def _check_entry(entry: TensorEntry, limits: Limits) -> None:
+    entry.spec.validate(limits.max_dims)
+    least, most = entry.encoding.size_bounds(entry.spec)
+    if not least <= entry.size_bytes <= most:
+        raise LayoutError(
+            f"tensor {entry.spec.name!r} declares {entry.size_bytes} bytes, "
+            f"{entry.encoding} takes {least} to {most}"
+        )
+
+
+def _at_most(value: int, limit: int, what: str) -> None:
+    if value > limit:
+        raise TooLargeError(f"the manifest declares {value} {what}, the limit is {limit}")
+
+
+def _must_equal(left: int, right: int, left_name: str, right_name: str) -> None:
+    if left != right:
+        raise LayoutError(f"the {left_name} take {left} bytes but the {right_name} {right}")

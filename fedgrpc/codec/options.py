@@ -1,0 +1,47 @@
+"""The text form of an encoding's settings: `block=128,rounding=nearest`.
+
+Settings are the fields of the encoding's frozen dataclass; those at their default are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+from fedgrpc.errors import UsageError
+
+T = TypeVar("T")
+
+_BOOLS = {"yes": True, "no": False}
+_CONVERTERS: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": _BOOLS.__getitem__}
+
+
+def parse_options(cls: type[T], text: str, **fixed: Any) -> T:
+    """Build `cls` from `key=value,key=value`; raises UsageError in one line for a bad key or value."""
+    types = {field.name: str(field.type) for field in dataclasses.fields(cls) if field.name not in fixed}  # type: ignore[arg-type]
+    values: dict[str, Any] = dict(fixed)
+    for pair in filter(None, text.split(",")):
+        key, _, value = pair.partition("=")
+        if key not in types:
+            raise UsageError(f"unknown setting {key!r} of an encoding; allowed: {', '.join(types) or 'none'}")
+        try:
+            values[key] = _CONVERTERS[types[key]](value)
+        except (ValueError, KeyError):
+            raise UsageError(f"{key}={value!r} is not a valid {types[key]}") from None
+    return cls(**values)
+
+
+def format_options(name: str, encoding: Any, *hidden: str) -> str:
+    """`name:key=value,...` with every setting that is neither hidden nor at its default."""
+    pairs = [
+        f"{field.name}={_text(getattr(encoding, field.name))}"
+        for field in dataclasses.fields(encoding)
+        if field.name not in hidden and getattr(encoding, field.name) != field.default
+    ]
+    return f"{name}:{','.join(pairs)}" if pairs else name
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return repr(value) if isinstance(value, float) else str(value)

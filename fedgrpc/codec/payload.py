@@ -1,0 +1,230 @@
+"""Payloads: encoded tensors end to end, whole or in independent zstd frames, written and read as streams.
+
+Writing holds one encoded tensor and one frame; reading inflates only the frames that cover the wanted
+tensor and keeps the last one. A frame never inflates past the size that the manifest declares for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
+from typing import BinaryIO
+
+import numpy as np
+import zstandard
+
+from fedgrpc.codec.encoding import Buffer, Encoding
+from fedgrpc.codec.layout import Array, TensorSpec, spec_of
+from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry
+from fedgrpc.codec.raw import Raw
+from fedgrpc.codec.recipe import Compression, Recipe
+from fedgrpc.errors import CorruptError, EncodeError
+
+FRAME_CONTENT_BYTES = 1 << 20
+# A tensor's end closes a frame that already holds this much: fewer tensors then span two frames.
+EARLY_CUT_BYTES = 512 << 10
+# Below this gain the time of inflating is worth more than the bytes.
+MIN_GAIN = 0.02
+
+Read = Callable[[int, int], bytes | memoryview]
+
+
+def write_payload(
+    tensors: Mapping[str, Array], recipe: Recipe, out: BinaryIO, rng: np.random.Generator
+) -> Manifest:
+    """Write all tensors to `out`, one at a time; raises EncodeError naming the tensor that cannot be."""
+    writer = PayloadWriter(out, recipe.compression)
+    for name, array in tensors.items():
+        spec = spec_of(name, array)
+        encoding, data = encode_tensor(spec, array, recipe, rng)
+        writer.add(spec, encoding, data)
+    return writer.finish()
+
+
+def encode_tensor(
+    spec: TensorSpec, array: Array, recipe: Recipe, rng: np.random.Generator
+) -> tuple[Encoding, Buffer]:
+    """Encode one tensor as the recipe says, or raw where that turns out no larger."""
+    encoding = recipe.for_tensor(spec)
+    try:
+        data = encoding.encode(array, rng)
+        if not encoding.lossless and memoryview(data).nbytes >= spec.nbytes:
+            encoding = Raw()
+            data = encoding.encode(array, rng)
+    except EncodeError as error:
+        raise EncodeError(f"{spec.name}: {error}") from None
+    return encoding, data
+
+
+class PayloadWriter:
+    """Appends encoded tensors to a stream and keeps the account that becomes the manifest.
+
+    Whether compression pays is decided once, on the first frame.
+    """
+
+    def __init__(self, out: BinaryIO, compression: Compression) -> None:
+        self._out = out
+        self._zstd = zstandard.ZstdCompressor(level=compression.level) if compression.method == "zstd" else None
+        self._pending = bytearray()
+        self._entries: list[TensorEntry] = []
+        self._frames: list[Frame] = []
+        self._digest = hashlib.sha256()
+        self._size_bytes = 0
+
+    def add(self, spec: TensorSpec, encoding: Encoding, data: Buffer) -> None:
+        """Append one encoded tensor."""
+        view = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(b"")
+        self._entries.append(TensorEntry(spec, encoding, view.nbytes))
+        while self._zstd and len(self._pending) + view.nbytes >= FRAME_CONTENT_BYTES:
+            room = FRAME_CONTENT_BYTES - len(self._pending)
+            self._fill_frame(view[:room])
+            view = view[room:]
+        if not self._zstd:
+            self._write(view)
+            return
+        self._pending += view
+        if len(self._pending) >= EARLY_CUT_BYTES:
+            self._fill_frame(memoryview(b""))
+
+    def finish(self) -> Manifest:
+        """Write what is pending and return the manifest; the writer is then used up."""
+        if self._pending:
+            self._fill_frame(memoryview(b""))
+        compression = "zstd" if self._zstd else "none"
+        return Manifest(
+            tuple(self._entries), compression, tuple(self._frames), self._size_bytes, self._digest.digest()
+        )
+
+    def _fill_frame(self, rest: memoryview) -> None:
+        content: Buffer = rest
+        if self._pending:
+            self._pending += rest
+            content, self._pending = self._pending, bytearray()
+        size = memoryview(content).nbytes
+        frame = self._zstd.compress(content) if self._zstd else content
+        if not self._frames and len(frame) > (1 - MIN_GAIN) * size:
+            self._zstd = None
+        if self._zstd is None:
+            self._write(content)
+            return
+        self._frames.append(Frame(len(frame), size))
+        self._write(frame)
+
+    def _write(self, data: Buffer) -> None:
+        self._out.write(data)
+        self._digest.update(data)
+        self._size_bytes += memoryview(data).nbytes
+
+
+class PayloadReader:
+    """Tensors of a payload by index or name, or all in order, one in memory at a time.
+
+    `read(offset, size)` gives bytes of the payload: `buffer_reader`, `file_reader` or any like them. The
+    manifest is validated first. The digest is not checked here (see `verify_digest`). A decoded tensor
+    may be a read-only view of a frame: copy it to change it. Use one reader per thread.
+    """
+
+    def __init__(self, manifest: Manifest, read: Read, limits: Limits | None = None) -> None:
+        manifest.validate(limits or Limits())
+        self.manifest = manifest
+        self._read = read
+        self._index = {entry.spec.name: i for i, entry in enumerate(manifest.entries)}
+        self._starts = list(accumulate((entry.size_bytes for entry in manifest.entries), initial=0))
+        self._frame_starts = list(accumulate((f.content_size_bytes for f in manifest.frames), initial=0))
+        self._frame_offsets = list(accumulate((f.size_bytes for f in manifest.frames), initial=0))
+        self._zstd = zstandard.ZstdDecompressor()
+        self._held: tuple[int, memoryview] = (-1, memoryview(b""))
+
+    def __iter__(self) -> Iterator[tuple[TensorSpec, Array]]:
+        for i, entry in enumerate(self.manifest.entries):
+            yield entry.spec, self.tensor(i)
+
+    def tensor(self, which: int | str) -> Array:
+        """Decode one tensor; raises CorruptError, LayoutError, or KeyError for a name it does not have."""
+        i = self._index[which] if isinstance(which, str) else which
+        entry = self.manifest.entries[i]
+        data = self._content(self._starts[i], entry.size_bytes)
+        return entry.encoding.decode(data, entry.spec)
+
+    def _content(self, start: int, size: int) -> memoryview:
+        if not size:
+            return memoryview(b"")
+        if self.manifest.compression == "none":
+            return self._exactly(start, size)
+        first = bisect_right(self._frame_starts, start) - 1
+        within = start - self._frame_starts[first]
+        if within + size <= self.manifest.frames[first].content_size_bytes:
+            return self._frame(first)[within : within + size]
+        return self._gather(first, within, size)
+
+    def _gather(self, index: int, within: int, size: int) -> memoryview:
+        out, filled = memoryview(bytearray(size)), 0
+        while filled < size:
+            part = self._frame(index)[within : within + size - filled]
+            out[filled : filled + part.nbytes] = part
+            filled, index, within = filled + part.nbytes, index + 1, 0
+        return out
+
+    def _frame(self, index: int) -> memoryview:
+        if self._held[0] != index:
+            frame = self.manifest.frames[index]
+            compressed = self._exactly(self._frame_offsets[index], frame.size_bytes)
+            self._held = (index, memoryview(inflate(self._zstd, compressed, frame.content_size_bytes)))
+        return self._held[1]
+
+    def _exactly(self, offset: int, size: int) -> memoryview:
+        data = memoryview(self._read(offset, size)).cast("B")
+        if data.nbytes != size:
+            raise CorruptError(f"the payload ends at byte {offset + data.nbytes}, {offset + size} are declared")
+        return data
+
+
+def inflate(zstd: zstandard.ZstdDecompressor, frame: memoryview, content_size_bytes: int) -> bytes:
+    """Inflate one zstd frame to exactly its declared size, never beyond; raises CorruptError."""
+    try:
+        # A frame's own header is not trusted: it, not max_output_size, would decide what is allocated.
+        named = zstandard.frame_content_size(frame)
+        if named not in (-1, content_size_bytes):
+            raise CorruptError(f"a frame names {named} bytes of content, the manifest {content_size_bytes}")
+        content = zstd.decompress(frame, max_output_size=content_size_bytes, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise CorruptError(f"a zstd frame is corrupt: {error}") from None
+    if len(content) != content_size_bytes:
+        raise CorruptError(f"a frame inflates to {len(content)} bytes, the manifest says {content_size_bytes}")
+    return content
+
+
+def verify_digest(manifest: Manifest, read: Read) -> None:
+    """Read the whole payload in pieces; raises CorruptError unless its sha256 is the declared one."""
+    digest = hashlib.sha256()
+    for offset in range(0, manifest.size_bytes, FRAME_CONTENT_BYTES):
+        digest.update(read(offset, min(FRAME_CONTENT_BYTES, manifest.size_bytes - offset)))
+    if digest.digest() != manifest.sha256:
+        raise CorruptError("the payload's sha256 is not the one its manifest declares")
+
+
+def buffer_reader(payload: Buffer) -> Read:
+    """Reads from memory, without copying."""
+    view = memoryview(payload).cast("B") if memoryview(payload).nbytes else memoryview(b"")
+    return lambda offset, size: view[offset : offset + size]
+
+
+def file_reader(descriptor: int) -> Read:
+    """Reads from an open file with pread, so that threads can share the descriptor."""
+
+    def read(offset: int, size: int) -> bytes:
+        parts: list[bytes] = []
+        while size and (part := os.pread(descriptor, size, offset)):
+            parts.append(part)
+            offset, size = offset + len(part), size - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    return read
+
+
+def tensors_of(reader: PayloadReader) -> dict[str, Array]:
+    """All tensors at once, for callers that hold the whole model anyway."""
+    return {spec.name: array for spec, array in reader}

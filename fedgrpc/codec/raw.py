@@ -1,0 +1,43 @@
+"""Elements as they are, little-endian, in C order; what integers, bool and tiny tensors always use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from fedgrpc.codec.layout import Array, TensorSpec
+from fedgrpc.codec.options import format_options
+from fedgrpc.codec.values import flat, refuse_non_finite, require_size
+from fedgrpc.errors import CorruptError
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Lossless; the encoded bytes are a view of a contiguous array's own memory, not a copy."""
+
+    name: ClassVar[str] = "raw"
+    lossless: ClassVar[bool] = True
+    contractive: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        return format_options(self.name, self)
+
+    def encode(self, array: Array, rng: np.random.Generator) -> memoryview:
+        """See `Encoding.encode`."""
+        values = flat(array)
+        refuse_non_finite(values)
+        return values.view(np.uint8).data.toreadonly()
+
+    def decode(self, data: memoryview, spec: TensorSpec) -> Array:
+        """See `Encoding.decode`; a read-only view of `data` where alignment allows it."""
+        require_size(data, spec.nbytes, spec)
+        if spec.dtype == "bool" and np.frombuffer(data, np.uint8).max(initial=0) > 1:
+            raise CorruptError(f"tensor {spec.name!r} holds a bool that is neither 0 nor 1")
+        values = np.frombuffer(data, spec.numpy_dtype).reshape(spec.shape)
+        return values if values.flags.aligned else values.copy()
+
+    def size_bounds(self, spec: TensorSpec) -> tuple[int, int]:
+        """See `Encoding.size_bounds`."""
+        return spec.nbytes, spec.nbytes
