@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,10 @@ class ModelFile:
             raise StorageError(f"the model {self.path} is cut short")
         return data.view(spec.numpy_dtype).reshape(spec.shape)
 
+    def named(self, name: str) -> np.ndarray:
+        """The tensor of that name, freshly read. Raises `StorageError`."""
+        return self.tensor(next(index for index, spec in enumerate(self.layout) if spec.name == name))
+
     def sha256(self) -> bytes:
         """Digest of the whole file. Raises `StorageError`."""
         try:
@@ -88,29 +93,63 @@ class ModelFile:
             raise StorageError(f"cannot read the model {self.path}: {error.strerror}") from error
 
 
-def write_model(path: Path, layout: Layout, tensors: Iterable[np.ndarray]) -> bytes:
-    """Write a model file atomically and durably; `tensors` come in the order of `layout`. Returns its SHA-256.
+class ModelWriter:
+    """Writes a model file one tensor at a time; nothing is at `path` until `finish` has put all of it there.
 
     Raises `StorageError` when the disk does not take it; `path` is then as it was.
     """
-    header = _header(layout)
-    digest = hashlib.sha256(header)
-    part = path.with_suffix(".part")
-    try:
-        with part.open("wb") as file:
-            file.write(header)
-            for spec, values in zip(layout, tensors, strict=True):
-                data = np.ascontiguousarray(values, dtype=spec.numpy_dtype).reshape(-1).view(np.uint8).data
-                digest.update(data)
-                file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        fsync_folder(path.parent)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise StorageError(f"cannot write the model {path}: {error.strerror}") from error
-    return digest.digest()
+
+    def __init__(self, path: Path, layout: Layout) -> None:
+        self._path = path
+        self._part = path.with_suffix(".part")
+        self._waiting = iter(layout)
+        header = _header(layout)
+        self._digest = hashlib.sha256(header)
+        with self._storage_errors():
+            self._file = self._part.open("wb")
+            self._file.write(header)
+
+    def __enter__(self) -> ModelWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self._file.close()
+            self._part.unlink(missing_ok=True)
+
+    def add(self, values: np.ndarray) -> None:
+        """Write the next tensor of the layout, cast to its dtype."""
+        spec = next(self._waiting)
+        data = np.ascontiguousarray(values, dtype=spec.numpy_dtype).reshape(-1).view(np.uint8).data
+        self._digest.update(data)
+        with self._storage_errors():
+            self._file.write(data)
+
+    def finish(self) -> bytes:
+        """Make the file durable and give it its name; returns its SHA-256."""
+        if (spec := next(self._waiting, None)) is not None:
+            raise ValueError(f"tensor {spec.name!r} was not written")
+        with self._storage_errors():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._part.replace(self._path)
+            fsync_folder(self._path.parent)
+        return self._digest.digest()
+
+    @contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"cannot write the model {self._path}: {error.strerror}") from error
+
+
+def write_model(path: Path, layout: Layout, tensors: Iterable[np.ndarray]) -> bytes:
+    """Write a whole model file; `tensors` come in the order of `layout`. Returns its SHA-256."""
+    with ModelWriter(path, layout) as writer:
+        for values in tensors:
+            writer.add(values)
+        return writer.finish()
 
 
 def _header(layout: Layout) -> bytes:

@@ -1,0 +1,124 @@
+"""Committing a round: a pure function of the base model and the accepted update files.
+
+The rule: a group of tensors at a time, updates in slot order. So memory is that of the groups in hand, whatever
+the model and the number of updates; the same updates give the same bits in whatever order they arrived; and a
+process that died half-way leaves nothing to repair, since the next one computes the same.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from fedgrpc.aggregation.mean import TensorMean
+from fedgrpc.aggregation.server_optimizer import ServerOptimizer
+from fedgrpc.aggregator.model_file import ModelFile, ModelWriter
+from fedgrpc.aggregator.uploads import StoredUpdate
+from fedgrpc.codec.layout import Layout, TensorSpec
+
+_GROUP_ELEMENTS = 1 << 20
+_CACHED_MANIFESTS = 64
+_THREADS = 2
+
+Group = range
+Stepped = list[tuple[np.ndarray, tuple[np.ndarray, ...]]]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a new version is made of. `updates` are (token, weight) in slot order; `load` finds a token's file."""
+
+    base: ModelFile
+    memory: ModelFile | None
+    optimizer: ServerOptimizer
+    updates: Sequence[tuple[str, float]]
+    load: Callable[[str], StoredUpdate]
+
+    @property
+    def memory_layout(self) -> Layout:
+        """What the optimizer keeps: `memory_count` float32 tensors for each float tensor of the model."""
+        return tuple(
+            TensorSpec(f"{part}/{spec.name}", "float32", spec.shape)
+            for spec in self.base.layout
+            if spec.is_float
+            for part in range(self.optimizer.memory_count)
+        )
+
+    def write(self, model_path: Path, memory_path: Path) -> bytes:
+        """Write the new version, and the optimizer's memory if it has any; returns the model's SHA-256.
+
+        Raises `StorageError`, and `CodecError` when a file is not what was accepted.
+        """
+        memory_layout = self.memory_layout
+        with ModelWriter(model_path, self.base.layout) as model:
+            if not memory_layout:
+                for values, _ in self._tensors():
+                    model.add(values)
+                return model.finish()
+            with ModelWriter(memory_path, memory_layout) as memory:
+                for values, parts in self._tensors():
+                    model.add(values)
+                    for part in parts:
+                        memory.add(part)
+                memory.finish()
+            return model.finish()
+
+    def _tensors(self) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
+        load = lru_cache(maxsize=_CACHED_MANIFESTS)(self.load)
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="commit") as pool:
+            pending: deque[Future[Stepped]] = deque()
+            for group in groups(self.base.layout):
+                pending.append(pool.submit(self._step, group, load))
+                if len(pending) > _THREADS:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+
+    def _step(self, group: Group, load: Callable[[str], StoredUpdate]) -> Stepped:
+        """New values and optimizer memory of each tensor of the group.
+
+        Float tensors are differences to the base; all others are values, whose weighted mean is rounded.
+        """
+        means = self._means(group, load)
+        stepped: Stepped = []
+        for index, mean in zip(group, means, strict=True):
+            spec = self.base.layout[index]
+            if spec.is_float:
+                base = self.base.tensor(index).astype(np.float64)
+                stepped.append(self.optimizer.step(base, mean, self._memory_of(spec)))
+            else:
+                stepped.append((np.rint(mean), ()))
+        return stepped
+
+    def _means(self, group: Group, load: Callable[[str], StoredUpdate]) -> list[np.ndarray]:
+        specs = [self.base.layout[index] for index in group]
+        means = [TensorMean(spec.shape) for spec in specs]
+        for token, weight in self.updates:
+            with load(token).open() as reader:
+                for spec, mean in zip(specs, means, strict=True):
+                    mean.add(reader.tensor(spec.name), weight)
+        return [mean.result() for mean in means]
+
+    def _memory_of(self, spec: TensorSpec) -> tuple[np.ndarray, ...]:
+        count = self.optimizer.memory_count
+        if self.memory is None:
+            return tuple(np.zeros(spec.shape) for _ in range(count))
+        return tuple(self.memory.named(f"{part}/{spec.name}").astype(np.float64) for part in range(count))
+
+
+def groups(layout: Layout) -> Iterator[Group]:
+    """Consecutive tensors, about a million elements together, or one larger tensor alone."""
+    start = size = 0
+    for index, spec in enumerate(layout):
+        if size and size + spec.size > _GROUP_ELEMENTS:
+            yield range(start, index)
+            start, size = index, 0
+        size += spec.size
+    if start < len(layout):
+        yield range(start, len(layout))

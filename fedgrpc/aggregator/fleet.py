@@ -1,0 +1,104 @@
+"""Who has registered, who is alive, who is idle. Kept on the event loop; nothing here waits or writes."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from fedgrpc.errors import Exhausted, UnknownWorker, UsageError
+from fedgrpc.v1.aggregator_pb2 import RegisterRequest
+from fedgrpc.v1.device_pb2 import WORKER_ROLE_EVALUATOR
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass
+class Worker:
+    """A registered worker; `last_seen` is the aggregator's clock, seconds; `polls` counts its open polls."""
+
+    registration: RegisterRequest
+    last_seen: float
+    selected: int = 0
+    accepted: int = 0
+    polls: int = 0
+    token: str | None = None
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def name(self) -> str:
+        return self.registration.worker
+
+    @property
+    def evaluator(self) -> bool:
+        return self.registration.role == WORKER_ROLE_EVALUATOR
+
+
+class Fleet:
+    """Every worker that has registered; one is alive while it polls, and for `away_after_s` after it was heard."""
+
+    def __init__(self, max_workers: int, away_after_s: float) -> None:
+        self._workers: dict[str, Worker] = {}
+        self._max_workers = max_workers
+        self._away_after_s = away_after_s
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._workers.values())
+
+    def get(self, name: str) -> Worker:
+        """The worker of that name. Raises `UnknownWorker`."""
+        try:
+            return self._workers[name]
+        except KeyError:
+            raise UnknownWorker(f"worker {name!r} has not registered here") from None
+
+    def register(self, registration: RegisterRequest, now: float) -> Worker:
+        """Add a worker, or renew what it says of itself. Raises `UsageError` and `Exhausted`."""
+        name = registration.worker
+        if not _NAME.fullmatch(name):
+            raise UsageError(f"a worker's name is 1 to 64 of letters, digits, '.', '_' and '-', not {name[:80]!r}")
+        if name not in self._workers:
+            if len(self._workers) >= self._max_workers:
+                raise Exhausted(f"the limit of {self._max_workers} workers is reached")
+            self._workers[name] = Worker(registration, now)
+        worker = self._workers[name]
+        worker.registration = registration
+        worker.last_seen = now
+        return worker
+
+    def restore(self, registration: RegisterRequest, selected: int, accepted: int, now: float) -> None:
+        """Add a worker known from before a restart; it counts as away until it is heard of."""
+        last_seen = now - 2 * self._away_after_s
+        self._workers[registration.worker] = Worker(registration, last_seen, selected, accepted)
+
+    @contextmanager
+    def polling(self, worker: Worker) -> Iterator[None]:
+        """While the block runs, the worker polls."""
+        worker.polls += 1
+        try:
+            yield
+        finally:
+            worker.polls -= 1
+
+    def alive(self, worker: Worker, now: float) -> bool:
+        """Whether the worker polls, or was heard of lately."""
+        return worker.polls > 0 or now - worker.last_seen < self._away_after_s
+
+    def idle_trainers(self) -> tuple[str, ...]:
+        """Names of the trainers that poll and hold no task."""
+        return tuple(w.name for w in self if w.polls and w.token is None and not w.evaluator)
+
+    def live_trainers(self, now: float) -> int:
+        """How many trainers are alive."""
+        return sum(self.alive(w, now) and not w.evaluator for w in self)
+
+    def live_evaluators(self, now: float) -> list[Worker]:
+        """The evaluators that are alive."""
+        return [w for w in self if w.evaluator and self.alive(w, now)]
+
+    def wake_all(self) -> None:
+        """Let every open poll look again."""
+        for worker in self:
+            worker.woken.set()

@@ -1,0 +1,108 @@
+"""What came with an update besides its tensors, checked, and the round's record made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from fedgrpc.aggregation.update import AdmissionPolicy, check_counts
+from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rounds.state import Round, time_left
+from fedgrpc.rpc.convert import (
+    Timings,
+    duration_to_proto,
+    metrics_from_proto,
+    timings_from_proto,
+    timings_to_proto,
+)
+from fedgrpc.v1.aggregator_pb2 import UpdateHeader
+from fedgrpc.v1.round_pb2 import Round as RoundRecord
+from fedgrpc.v1.round_pb2 import TaskKind, TaskRecord
+
+
+@dataclass(frozen=True)
+class Report:
+    """One worker's account of its task; counts of examples, scores by name, sizes in bytes."""
+
+    example_count: int
+    steps: int
+    metrics: Mapping[str, float]
+    evaluation_metrics: Mapping[str, float]
+    evaluation_example_count: int
+    timings: Timings
+    upload_bytes: int
+    peak_memory_bytes: int
+
+    @classmethod
+    def of(cls, header: UpdateHeader, policy: AdmissionPolicy) -> Report:
+        """Read a header. Raises `UpdateRefused` and `LayoutError`."""
+        metrics = metrics_from_proto(header.metrics)
+        evaluation_metrics = metrics_from_proto(header.evaluation_metrics)
+        check_counts(header.example_count, {**metrics, **evaluation_metrics}, policy)
+        return cls(
+            header.example_count,
+            header.steps,
+            metrics,
+            evaluation_metrics,
+            header.evaluation_example_count,
+            timings_from_proto(header.timings),
+            header.manifest.size_bytes,
+            header.peak_memory_bytes,
+        )
+
+
+@dataclass
+class CurrentRound:
+    """The round in progress: its pure state, and what the shell knows of it. Times are wall times, seconds."""
+
+    state: Round
+    kind: TaskKind
+    base_version: int
+    started_at: float
+    download_bytes: int = 0
+    reports: dict[str, Report] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    device_classes: dict[str, str] = field(default_factory=dict)
+    training_metrics: dict[str, float] = field(default_factory=dict)
+    global_s: float = 0.0
+
+    def record(self, wall_now: float, now: float) -> RoundRecord:
+        """The round as operators see it, `now` by the clock of `state`."""
+        state = self.state
+        record = RoundRecord(
+            number=state.number,
+            phase=state.phase.value,
+            base_version=self.base_version,
+            committed_version=state.version or 0,
+            reason=state.reason,
+            tasks=[self._task(token) for token in state.tasks],
+            duration_seconds=max(0.0, wall_now - self.started_at),
+            training_metrics=self.training_metrics,
+            kind=self.kind,
+        )
+        record.started_at.FromNanoseconds(int(self.started_at * 1e9))
+        left_s = time_left(state, now)
+        if left_s is not None and not state.phase.final:
+            record.time_left.CopyFrom(duration_to_proto(left_s))
+        return record
+
+    def _task(self, token: str) -> TaskRecord:
+        task = self.state.tasks[token]
+        record = TaskRecord(
+            worker=task.worker,
+            kind=self.kind,
+            phase=task.phase.value,
+            reason=task.reason,
+            progress=task.fraction,
+            device_class=self.device_classes.get(task.worker, ""),
+            download_bytes=0 if task.phase is TaskPhase.OFFERED else self.download_bytes,
+        )
+        if report := self.reports.get(token):
+            record.example_count = report.example_count
+            record.weight = self.weights.get(token, 0.0)
+            record.metrics.update(report.metrics)
+            timings = replace(report.timings, global_s=self.global_s)
+            record.timings.CopyFrom(timings_to_proto(timings))
+            record.upload_bytes = report.upload_bytes
+            record.peak_memory_bytes = report.peak_memory_bytes
+        return record
