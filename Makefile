@@ -1,0 +1,47 @@
+# What a developer runs; `make help` lists it. Every target works in a fresh clone: .venv is made when needed.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# The first Python on the PATH that is new enough.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$python; break; fi; done)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test lint format protos clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+venv: $(INSTALLED)  ## make .venv and install fedgrpc with everything that it is tested with
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: fedgrpc needs Python 3.11 or newer on the PATH" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## train one model on five simulated devices, as real processes
+	$(BIN)/fedgrpc demo $(ARGS)
+
+test: $(INSTALLED)  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)  ## check style, types, protocol and that the generated code is fresh
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+	$(BIN)/python tools/generate_protos.py --check
+
+format: $(INSTALLED)  ## fix what can be fixed of the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: $(INSTALLED)  ## generate fedgrpc/v1 from protos/
+	$(BIN)/python tools/generate_protos.py
+
+clean:  ## remove what the other targets made, .venv too
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	find fedgrpc tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

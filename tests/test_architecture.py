@@ -1,0 +1,97 @@
+"""Imports point down only: each package may import what the table says, and nothing else of fedgrpc."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "fedgrpc"
+
+# Every module or package right below fedgrpc, and what it may import besides itself.
+CORE = {"errors", "codec", "aggregation", "rounds"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "v1": set(),
+    "codec": {"errors"},
+    "aggregation": {"errors"},
+    "rounds": {"errors"},
+    "logging": {"errors"},
+    "metrics": {"errors"},
+    "rpc": {*CORE, "v1"},
+    "aggregator": {*CORE, "v1", "rpc", "logging", "metrics"},
+    "worker": {*CORE, "v1", "rpc", "logging", "metrics"},
+    "data": {"errors"},
+    "models": {"errors"},
+    "compression": {"errors", "models"},
+    "tasks": {"errors", "data", "models", "compression", "worker"},
+    "cli": {*CORE, "v1", "rpc", "logging", "metrics", "aggregator", "worker", "data", "models", "tasks"},
+}
+# Where torch may be imported; everything else runs on a machine without it.
+TORCH = {"compression", "models", "tasks"}
+# The core knows no I/O, no clock and no gRPC.
+PURE = {"codec", "aggregation", "rounds"}
+IMPURE_MODULES = {
+    *("asyncio", "concurrent", "datetime", "grpc", "multiprocessing", "pathlib", "random", "shutil"),
+    *("signal", "socket", "sqlite3", "structlog", "subprocess", "threading", "time", "torch"),
+}
+
+
+def _modules() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE)
+
+
+def _owner(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Full names of what a module imports, wherever in it the import stands."""
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide what they point to"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _packages_imported(path: Path) -> set[str]:
+    names = (name.split(".") for name in _imports(path) if name.startswith("fedgrpc."))
+    return {parts[1] for parts in names if parts[1] != "__version__"}
+
+
+def test_every_package_has_its_place_in_the_table() -> None:
+    assert {_owner(path) for path in _modules()} <= MAY_IMPORT.keys()
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down_only(path: Path) -> None:
+    owner = _owner(path)
+    assert _packages_imported(path) <= MAY_IMPORT[owner] | {owner}
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_torch_lives_in_models_tasks_and_compression_only(path: Path) -> None:
+    roots = {name.split(".")[0] for name in _imports(path)}
+    assert "torch" not in roots or _owner(path) in TORCH
+
+
+@pytest.mark.parametrize("path", [path for path in _modules() if _owner(path) in PURE], ids=str)
+def test_the_core_is_pure(path: Path) -> None:
+    assert not {name.split(".")[0] for name in _imports(path)} & IMPURE_MODULES
+
+
+def test_importing_the_aggregator_imports_no_torch() -> None:
+    modules = [
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for path in _modules()
+        if _owner(path) in {"aggregator", "codec", "aggregation", "rounds", "rpc", "logging", "metrics"}
+    ]
+    code = f"import sys, importlib\n[importlib.import_module(name) for name in {modules!r}]"
+    code += "\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "False"
