@@ -10,7 +10,7 @@ import importlib
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,9 +78,7 @@ class TrainJob:
         """
         batch_size = self.batch_size or default_batch_size
         total = self.total_steps(example_count, batch_size)
-        shuffled = _shuffled_batches(
-            np.random.default_rng((self.seed, self.round)), example_count, batch_size
-        )
+        shuffled = _shuffled_batches(np.random.default_rng((self.seed, self.round)), example_count, batch_size)
         for done in range(total):
             if self.stop():
                 raise Cancelled
@@ -210,11 +208,7 @@ def _missing_module(reference: str, module_name: str, error: ModuleNotFoundError
 
 
 def _only_task(module: Any, reference: str) -> type:
-    own = [
-        item
-        for item in vars(module).values()
-        if isinstance(item, type) and item.__module__ == module.__name__
-    ]
+    own = [item for item in vars(module).values() if isinstance(item, type) and item.__module__ == module.__name__]
     tasks = [item for item in own if _is_task(item)]
     if len(tasks) != 1:
         names = ", ".join(item.__name__ for item in tasks) or "none"
@@ -234,30 +228,38 @@ def _construct(task: Any, setup: TaskSetup, reference: str) -> object:
     return task(**constructor_arguments(task, setup, reference))
 
 
-def constructor_arguments(task: type, setup: TaskSetup, reference: str) -> dict[str, Any]:
+def constructor_arguments(
+    task: type, setup: TaskSetup, reference: str, taken: Collection[str] = ()
+) -> dict[str, Any]:
     """The settings that `task`'s constructor names, with options turned into the type of their default.
 
+    `taken` are settings and options that something else sees to; naming them here is optional.
+
     Raises:
-        UsageError: a setting was given that the constructor does not name, or an option does not parse.
+        UsageError: a setting was given that nobody takes, or an option does not parse.
     """
-    if task.__init__ is object.__init__:  # type: ignore[misc]
-        parameters: Mapping[str, inspect.Parameter] = {}
-    else:
-        parameters = inspect.signature(task).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    known: dict[str, Any] = {"setup": setup, "data": setup.data, "model": setup.model, "device": setup.device}
-    known |= {"partition": setup.partition, "part": setup.part, "seed": setup.seed}
-    arguments = {name: value for name, value in known.items() if name in parameters}
-    if "setup" not in parameters:
-        for name in ("data", "model", "partition"):
-            if known[name] is not None and name not in parameters:
-                raise UsageError(f"task {reference} takes no --{name}")
+    parameters = _parameters(task)
+    given: dict[str, Any] = {"data": setup.data, "model": setup.model, "device": setup.device}
+    given |= {"partition": setup.partition, "part": setup.part, "seed": setup.seed, "setup": setup}
+    arguments = {name: value for name, value in given.items() if name in parameters and value is not None}
+    for name in ("data", "model", "partition"):
+        if given[name] is not None and not {name, "setup"} & {*parameters, *taken}:
+            raise UsageError(f"task {reference} takes no --{name}")
+    own = {name: each for name, each in parameters.items() if name not in given}
     for name, text in setup.options.items():
-        if not takes_all and name not in parameters:
-            takes = ", ".join(name for name in parameters if name not in known) or "none"
-            raise UsageError(f"task {reference} takes no option {name!r}; it takes: {takes}")
-        arguments[name] = _parse_option(name, text, parameters[name].default if name in parameters else "")
+        if name in own:
+            arguments[name] = _parse_option(name, text, own[name].default)
+        elif name not in taken:
+            raise UsageError(f"task {reference} takes no option {name!r}; it takes: {', '.join(own) or 'none'}")
     return arguments
+
+
+def _parameters(task: type) -> Mapping[str, inspect.Parameter]:
+    if task.__init__ is object.__init__:  # type: ignore[misc]
+        return {}
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(task).parameters
+    return {name: each for name, each in parameters.items() if each.kind in named}
 
 
 def _parse_option(name: str, text: str, default: object) -> object:

@@ -1,0 +1,52 @@
+"""What the ready-made image tasks have in common: named data, models by name, pixels kept as bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from fedgrpc.data.dataset import Examples
+from fedgrpc.data.shares import load_named
+from fedgrpc.errors import UsageError
+from fedgrpc.models import build_model
+from fedgrpc.tasks.torch_task import TorchTask
+
+
+class ImageTask(TorchTask):
+    """Classification of square images into ten classes. `--data` is the data set's folder, or a share (.npz)."""
+
+    dataset: str
+    image_size: int
+    in_channels: int
+    brightest: int = 255
+
+    def __init__(self, model: str) -> None:
+        self._model_name = model
+        self.model()  # an unknown name is the person's mistake, and is told before any data is read
+
+    def model(self) -> nn.Module:
+        """See `fedgrpc.models`."""
+        return build_model(
+            self._model_name, num_classes=10, in_channels=self.in_channels, image_size=self.image_size
+        )
+
+    def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
+        """Pixels stay bytes in memory, a quarter of what floats would take; `prepare` scales each batch."""
+        data = load_named(self.dataset, path)
+        return self._tensors(data.train, path), self._tensors(data.held_out, path)
+
+    def prepare(self, inputs: Tensor, training: bool) -> Tensor:
+        """Pixels as float32 from 0 to 1."""
+        return inputs.to(torch.float32).div_(self.brightest)
+
+    def _tensors(self, examples: Examples, path: Path | None) -> TensorDataset:
+        shape = (self.in_channels, self.image_size, self.image_size)
+        inputs = examples.inputs.reshape(len(examples), -1)
+        if inputs.shape[1] != shape[0] * shape[1] * shape[2]:
+            raise UsageError(f"{path} holds images of {examples.inputs.shape[1:]}, not {self.dataset}'s {shape}")
+        # The copy is torch's own: what a file was read into may not be written to.
+        return TensorDataset(torch.tensor(inputs).reshape(-1, *shape), torch.tensor(examples.labels))

@@ -1,0 +1,168 @@
+"""Runs a `TorchTask` as a `Trainer`: one model kept in memory, trained from whatever weights it is given.
+
+The rule: on a CPU, equal weights, data and job give equal results, whatever ran before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from fedgrpc.data.partition import parse_part, parse_partition
+from fedgrpc.errors import TaskError, UsageError
+from fedgrpc.tasks.torch_batches import Batches, batches_of, choose_device, labels_of, subset_of
+from fedgrpc.tasks.torch_weights import load_weights, weights_of
+from fedgrpc.worker.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights
+
+_EVALUATION_BATCH = 512
+
+
+class Task(Protocol):
+    """What the trainer needs of a task; `TorchTask` says what each does."""
+
+    learning_rate: float
+    momentum: float
+    batch_size: int
+
+    def model(self) -> nn.Module: ...
+    def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]: ...
+    def prepare(self, inputs: Tensor, training: bool) -> Tensor: ...
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor: ...
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]: ...
+    def optimizer(
+        self, parameters: Iterable[nn.Parameter], learning_rate: float, momentum: float, weight_decay: float
+    ) -> Optimizer: ...
+
+
+class TorchTrainer:
+    """See `fedgrpc.worker.trainer.Trainer`. One call at a time; others wait."""
+
+    def __init__(self, task: Task, setup: TaskSetup) -> None:
+        self._task = task
+        self._device = choose_device(setup.device)
+        self._lock = threading.Lock()
+        if "threads" in setup.options:
+            torch.set_num_threads(_thread_count(setup.options["threads"]))
+        train, held_out = _share(*task.data(setup.data), setup)
+        self._train = batches_of(train, self._device)
+        self._held_out = None if held_out is None else batches_of(held_out, self._device)
+        if len(self._train) == 0:
+            raise UsageError(f"{type(task).__name__} has no training examples in {setup.data}")
+        with _seeded(self._device, setup.seed):
+            self._model = task.model()
+        self._initial = weights_of(self._model)
+        self._model.to(self._device)
+
+    def initial_weights(self) -> Weights:
+        """The same on every worker that was given the same seed."""
+        return {name: array.copy() for name, array in self._initial.items()}
+
+    def train(self, weights: Weights, job: TrainJob) -> TrainResult:
+        """Mini-batch training; with `proximal_mu` FedProx (arXiv 1812.06127)."""
+        with self._lock, _seeded(self._device, job.seed, job.round):
+            load_weights(self._model, weights)
+            self._model.train()
+            mean_loss, steps = self._run(job)
+            trained = weights_of(self._model)
+        _check_finite(trained)
+        return TrainResult(trained, len(self._train), steps, {"loss": mean_loss})
+
+    def _run(self, job: TrainJob) -> tuple[float, int]:
+        task, model = self._task, self._model
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        start = [parameter.detach().clone() for parameter in parameters] if job.proximal_mu else []
+        learning_rate = task.learning_rate if job.learning_rate is None else job.learning_rate
+        momentum = task.momentum if job.momentum is None else job.momentum
+        optimizer = task.optimizer(parameters, learning_rate, momentum, job.weight_decay)
+        lonely_batch_fails = len(self._train) > 1 and _has_batch_norm(model)
+        # Kept on the device: reading a loss each step would make the CPU wait for an accelerator.
+        loss_sum, examples, steps = torch.zeros((), device=self._device), 0, 0
+        for indices in job.batches(len(self._train), task.batch_size):
+            steps += 1
+            if len(indices) == 1 and lonely_batch_fails:
+                continue
+            inputs, targets = self._train.batch(indices)
+            optimizer.zero_grad(set_to_none=True)
+            loss = task.loss(model(task.prepare(inputs, True)), targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if job.proximal_mu:
+                _pull_back(parameters, start, job.proximal_mu)
+            optimizer.step()
+            loss_sum += loss.detach() * len(indices)
+            examples += len(indices)
+        return float(loss_sum) / max(1, examples), steps
+
+    def evaluate(self, weights: Weights) -> EvalResult | None:
+        """Means over the held-out examples of `loss` and the task's metrics."""
+        if self._held_out is None or len(self._held_out) == 0:
+            return None
+        with self._lock, _seeded(self._device, 0):
+            load_weights(self._model, weights)
+            self._model.eval()
+            metrics = _means(self._task, self._model, self._held_out)
+        return EvalResult(len(self._held_out), metrics)
+
+
+@torch.no_grad()
+def _means(task: Task, model: nn.Module, held_out: Batches) -> dict[str, float]:
+    sums: dict[str, Tensor] = {}
+    for start in range(0, len(held_out), _EVALUATION_BATCH):
+        indices = np.arange(start, min(start + _EVALUATION_BATCH, len(held_out)))
+        inputs, targets = held_out.batch(indices)
+        outputs = model(task.prepare(inputs, False))
+        for name, mean in {"loss": task.loss(outputs, targets), **task.metrics(outputs, targets)}.items():
+            sums[name] = sums.get(name, torch.zeros((), device=outputs.device)) + mean * len(indices)
+    return {name: float(total) / len(held_out) for name, total in sums.items()}
+
+
+def _share(
+    train: Dataset[Any], held_out: Dataset[Any] | None, setup: TaskSetup
+) -> tuple[Dataset[Any], Dataset[Any] | None]:
+    """This worker's part of common data, where it was started with `--partition` and `--part`."""
+    if setup.partition is None or setup.part is None:
+        return train, held_out
+    partition, (index, parts) = parse_partition(setup.partition), parse_part(setup.part)
+    train = subset_of(train, partition.split(labels_of(train), parts, setup.seed)[index])
+    if held_out is not None:
+        held_out = subset_of(held_out, partition.split(labels_of(held_out), parts, setup.seed)[index])
+    return train, held_out
+
+
+def _pull_back(parameters: list[nn.Parameter], start: list[Tensor], mu: float) -> None:
+    """Add the gradient of mu/2 ||w - w_start||^2."""
+    for parameter, origin in zip(parameters, start, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - origin, alpha=mu)
+
+
+@contextmanager
+def _seeded(device: torch.device, *seed: int) -> Iterator[None]:
+    """Within it torch's random numbers follow from the seed; after it they go on as if nothing had been."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        yield
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def _check_finite(weights: Weights) -> None:
+    for name, array in weights.items():
+        if array.dtype.kind not in "iub" and not np.isfinite(array.astype(np.float32, copy=False)).all():
+            raise TaskError(f"training diverged: {name!r} is not finite; lower the learning rate")
+
+
+def _thread_count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"option threads must be a whole number from 1, not {text!r}")
+    return int(text)
