@@ -1,4 +1,4 @@
-"""Codes of 2, 3, 4 or 6 bits packed into bytes, least significant bit first.
+"""Codes of 1, 2, 3, 4 or 6 bits packed into bytes, least significant bit first.
 
 Element i takes bits [i*n, (i+1)*n) of the stream; bit j of the stream is bit j % 8 of byte j // 8. The
 last byte is filled with zero bits. Packing works on whole machine words (SIMD within a register): bytes
@@ -38,6 +38,8 @@ def pack(codes: Array, bits: int) -> Array:
     """Pack uint8 codes (each below 2**bits) into `packed_size` bytes."""
     if bits == 8:
         return codes
+    if bits == 1:
+        return np.packbits(codes, bitorder="little")
     per_word, packed_bytes = _GROUPS[bits]
     words = _padded(codes, per_word).view(f"<u{per_word}")
     scalar = words.dtype.type
@@ -51,6 +53,8 @@ def unpack(packed: Array, count: int, bits: int) -> Array:
     """The first `count` codes of `packed_size(count, bits)` packed bytes, as uint8."""
     if bits == 8:
         return packed[:count]
+    if bits == 1:
+        return np.unpackbits(packed, count=count, bitorder="little")
     per_word, packed_bytes = _GROUPS[bits]
     rows = _padded(packed, packed_bytes).reshape(-1, packed_bytes)
     wide = np.zeros((rows.shape[0], per_word), np.uint8)

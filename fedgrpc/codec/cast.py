@@ -10,6 +10,7 @@ import numpy as np
 
 from fedgrpc.codec.layout import Array, TensorSpec
 from fedgrpc.codec.options import format_options
+from fedgrpc.codec.shuffle import shuffle, unshuffle
 from fedgrpc.codec.values import flat, pieces, refuse_non_finite, require_float, require_size
 
 _TARGETS: dict[str, np.dtype[Any]] = {
@@ -26,6 +27,7 @@ class Cast:
     lossless: ClassVar[bool] = False
     contractive: ClassVar[bool] = True
     dtype: str = "float16"
+    shuffle: bool = False
 
     def __str__(self) -> str:
         return format_options(self.dtype, self, "dtype")
@@ -38,12 +40,13 @@ class Cast:
             for piece in pieces(values.size):
                 out[piece] = values[piece]
         refuse_non_finite(out)
-        return out.view(np.uint8).data
+        return shuffle(out).data if self.shuffle else out.view(np.uint8).data
 
     def decode(self, data: memoryview, spec: TensorSpec) -> Array:
         """See `Encoding.decode`."""
         require_size(data, 2 * spec.size, spec)
-        values = np.frombuffer(data, _TARGETS[self.dtype])
+        content, dtype = np.frombuffer(data, np.uint8), _TARGETS[self.dtype]
+        values = unshuffle(content, dtype) if self.shuffle else content.view(dtype)
         return values.astype(spec.numpy_dtype).reshape(spec.shape)
 
     def size_bounds(self, spec: TensorSpec) -> tuple[int, int]:

@@ -13,9 +13,12 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from fedgrpc.codec.cast import Cast
+from fedgrpc.codec.entropy import Entropy
 from fedgrpc.codec.layout import Array, TensorSpec
 from fedgrpc.codec.options import parse_options
 from fedgrpc.codec.raw import Raw
+from fedgrpc.codec.rotated import Rotated
+from fedgrpc.codec.sparse import Threshold, TopK
 from fedgrpc.codec.uniform import BITS, Uniform
 from fedgrpc.errors import UsageError
 
@@ -52,7 +55,12 @@ _PARSERS: dict[str, Callable[[str], Encoding]] = {
     "float32": partial(parse_options, Raw),
     "float16": partial(parse_options, Cast, dtype="float16"),
     "bfloat16": partial(parse_options, Cast, dtype="bfloat16"),
+    "entropy": partial(parse_options, Entropy),
+    "topk": partial(parse_options, TopK),
+    "threshold": partial(parse_options, Threshold),
 }
+for _bits in (1, 2, 3, 4):
+    _PARSERS[f"rotated{_bits}"] = partial(parse_options, Rotated, bits=_bits)
 for _bits in BITS:
     _PARSERS[f"int{_bits}"] = _PARSERS[f"uniform{_bits}"] = partial(parse_options, Uniform, bits=_bits)
 

@@ -9,17 +9,19 @@ import numpy as np
 
 from fedgrpc.codec.layout import Array, TensorSpec
 from fedgrpc.codec.options import format_options
+from fedgrpc.codec.shuffle import shuffle, unshuffle
 from fedgrpc.codec.values import flat, refuse_non_finite, require_size
 from fedgrpc.errors import CorruptError
 
 
 @dataclass(frozen=True)
 class Raw:
-    """Lossless; the encoded bytes are a view of a contiguous array's own memory, not a copy."""
+    """Lossless; without `shuffle` the bytes are a view of a contiguous array's own memory, not a copy."""
 
     name: ClassVar[str] = "raw"
     lossless: ClassVar[bool] = True
     contractive: ClassVar[bool] = True
+    shuffle: bool = False
 
     def __str__(self) -> str:
         return format_options(self.name, self)
@@ -28,14 +30,17 @@ class Raw:
         """See `Encoding.encode`."""
         values = flat(array)
         refuse_non_finite(values)
-        return values.view(np.uint8).data.toreadonly()
+        return shuffle(values).data if self.shuffle else values.view(np.uint8).data.toreadonly()
 
     def decode(self, data: memoryview, spec: TensorSpec) -> Array:
-        """See `Encoding.decode`; a read-only view of `data` where alignment allows it."""
+        """See `Encoding.decode`; without `shuffle` a read-only view of `data` where alignment allows it."""
         require_size(data, spec.nbytes, spec)
-        if spec.dtype == "bool" and np.frombuffer(data, np.uint8).max(initial=0) > 1:
+        content = np.frombuffer(data, np.uint8)
+        if spec.dtype == "bool" and content.max(initial=0) > 1:
             raise CorruptError(f"tensor {spec.name!r} holds a bool that is neither 0 nor 1")
-        values = np.frombuffer(data, spec.numpy_dtype).reshape(spec.shape)
+        if self.shuffle:
+            return unshuffle(content, spec.numpy_dtype).reshape(spec.shape)
+        values = content.view(spec.numpy_dtype).reshape(spec.shape)
         return values if values.flags.aligned else values.copy()
 
     def size_bounds(self, spec: TensorSpec) -> tuple[int, int]:

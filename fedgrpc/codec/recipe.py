@@ -3,15 +3,17 @@
     int8+zstd        int8 for every float tensor, frames through zstd level 1
     int4;*.bias=raw;head.*=int8+zstd:3        patterns (fnmatch) in order, the first that fits wins
 
-Integers, bool, tensors below 64 elements, and tensors that would not shrink travel raw whatever is asked.
+Integers, bool, tensors below 64 elements, and tensors that would not shrink travel raw whatever is
+asked. Before zstd, float bytes that are not quantized are shuffled.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
+from fedgrpc.codec.cast import Cast
 from fedgrpc.codec.encoding import Encoding, parse_encoding
 from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.codec.raw import Raw
@@ -68,8 +70,11 @@ class Recipe:
             return Raw()
         matching = (encoding for pattern, encoding in self.overrides if fnmatchcase(spec.name, pattern))
         encoding = next(matching, self.default)
-        gains = encoding.lossless or encoding.size_bounds(spec)[0] < spec.nbytes
-        return encoding if gains else Raw()
+        if not encoding.lossless and encoding.size_bounds(spec)[0] >= spec.nbytes:
+            encoding = Raw()
+        if isinstance(encoding, Raw | Cast) and self.compression.method != "none":
+            return replace(encoding, shuffle=True)
+        return encoding
 
 
 def _override(text: str) -> tuple[str, Encoding]:

@@ -19,7 +19,7 @@ from fedgrpc.codec.bitpack import pack, packed_size, unpack
 from fedgrpc.codec.dither import Dither
 from fedgrpc.codec.layout import Array, TensorSpec
 from fedgrpc.codec.options import format_options
-from fedgrpc.codec.values import PIECE, as_float32, flat, pieces, require_float, require_size
+from fedgrpc.codec.values import PIECE, as_float32, finished, flat, pieces, require_float, require_size
 from fedgrpc.errors import CorruptError, EncodeError, UsageError
 
 BITS = (8, 6, 4, 3, 2)
@@ -81,6 +81,7 @@ class Uniform:
             packed[at : at + chunk.size] = chunk
         return out.data
 
+    @np.errstate(over="ignore")
     def decode(self, data: memoryview, spec: TensorSpec) -> Array:
         """See `Encoding.decode`."""
         require_size(data, self.size_bounds(spec)[0], spec)
@@ -95,13 +96,18 @@ class Uniform:
             part = packed[at : at + packed_size(count, self.bits)]
             codes = self._signed(unpack(part, count, self.bits))
             self._dequantize(codes, scales[piece.start // self.block :], out[piece])
-        return out.astype(spec.numpy_dtype, copy=False).reshape(spec.shape)
+        return finished(out, spec)
 
     def size_bounds(self, spec: TensorSpec) -> tuple[int, int]:
         """See `Encoding.size_bounds`."""
         require_float(spec, self)
         exact = 4 * self._blocks(spec.size) + packed_size(spec.size, self.bits)
         return exact, exact
+
+    def symbols(self, data: memoryview, spec: TensorSpec) -> Array:
+        """The codes, flat: what the order-0 entropy is taken of."""
+        packed = np.frombuffer(data, np.uint8, offset=4 * self._blocks(spec.size))
+        return unpack(packed, spec.size, self.bits)
 
     @property
     def _piece(self) -> int:

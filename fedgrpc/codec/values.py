@@ -46,6 +46,12 @@ def refuse_non_finite(values: Array) -> None:
             raise EncodeError("a tensor holds NaN, infinity or a value out of range; it cannot be encoded")
 
 
+def finished(decoded: Array, spec: TensorSpec) -> Array:
+    """Flat float32 values in the dtype and shape of the spec; overflow gives infinity, for admission to see."""
+    with np.errstate(over="ignore"):
+        return decoded.astype(spec.numpy_dtype, copy=False).reshape(spec.shape)
+
+
 def require_size(data: memoryview, wanted_bytes: int, spec: TensorSpec) -> None:
     """Raise LayoutError unless the encoded tensor has exactly the wanted number of bytes."""
     if data.nbytes != wanted_bytes:

@@ -1,0 +1,131 @@
+"""Only the largest elements travel: their positions as marks, their values quantized.
+
+Top-k or threshold sparsification as in Deep Gradient Compression (Lin et al., arXiv 1712.01887). What is
+left out is lost unless error feedback keeps it (`feedback`), so use it with that.
+
+    bytes: count uint32, bytes of marks uint32, marks (see `marks`, without flags), values as `Uniform`
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from fedgrpc.codec.layout import Array, TensorSpec
+from fedgrpc.codec.marks import read_marks, write_marks
+from fedgrpc.codec.options import format_options
+from fedgrpc.codec.step import rms
+from fedgrpc.codec.uniform import BITS, Uniform
+from fedgrpc.codec.values import flat, require_float
+from fedgrpc.errors import CorruptError, LayoutError, UsageError
+
+_HEADER = struct.Struct("<II")
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The largest `fraction` of the elements by magnitude (at least one), exactly; ties by position."""
+
+    name: ClassVar[str] = "topk"
+    lossless: ClassVar[bool] = False
+    contractive: ClassVar[bool] = True
+    fraction: float = 0.01
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise UsageError(f"fraction={self.fraction}; allowed is above 0 up to 1")
+        _check_bits(self.bits)
+
+    def __str__(self) -> str:
+        return format_options(self.name, self)
+
+    def encode(self, array: Array, rng: np.random.Generator) -> memoryview:
+        """See `Encoding.encode`."""
+        values = flat(array)
+        rms(values)  # refuses values that are not finite
+        return _write(values, _largest(np.abs(values), self.fraction), self.bits, rng)
+
+    def decode(self, data: memoryview, spec: TensorSpec) -> Array:
+        """See `Encoding.decode`."""
+        return _read(data, spec, self.bits)
+
+    def size_bounds(self, spec: TensorSpec) -> tuple[int, int]:
+        """See `Encoding.size_bounds`."""
+        require_float(spec, self)
+        return _HEADER.size, max(_HEADER.size, spec.nbytes)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The elements of at least `times` the tensor's RMS; how many that are follows the distribution."""
+
+    name: ClassVar[str] = "threshold"
+    lossless: ClassVar[bool] = False
+    contractive: ClassVar[bool] = True
+    times: float = 3.0
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.times <= 1000:
+            raise UsageError(f"times={self.times}; allowed is above 0 up to 1000 times the RMS")
+        _check_bits(self.bits)
+
+    def __str__(self) -> str:
+        return format_options(self.name, self)
+
+    def encode(self, array: Array, rng: np.random.Generator) -> memoryview:
+        """See `Encoding.encode`."""
+        values = flat(array)
+        bound = max(self.times * rms(values), np.finfo(np.float32).tiny)
+        return _write(values, np.flatnonzero(np.abs(values) >= bound), self.bits, rng)
+
+    def decode(self, data: memoryview, spec: TensorSpec) -> Array:
+        """See `Encoding.decode`."""
+        return _read(data, spec, self.bits)
+
+    def size_bounds(self, spec: TensorSpec) -> tuple[int, int]:
+        """See `Encoding.size_bounds`."""
+        require_float(spec, self)
+        return _HEADER.size, max(_HEADER.size, spec.nbytes)
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in BITS:
+        raise UsageError(f"values of {bits} bits; allowed are {BITS}")
+
+
+def _largest(magnitudes: Array, fraction: float) -> Array:
+    """Increasing positions of the k largest."""
+    if not magnitudes.size:
+        return np.empty(0, np.int64)
+    k = max(1, round(fraction * magnitudes.size))
+    kth = np.partition(magnitudes, magnitudes.size - k)[magnitudes.size - k]
+    kept = np.flatnonzero(magnitudes > kth)
+    ties = np.flatnonzero(magnitudes == kth)[: k - kept.size]
+    return np.sort(np.concatenate([kept, ties]))
+
+
+def _write(values: Array, positions: Array, bits: int, rng: np.random.Generator) -> memoryview:
+    marks = write_marks(positions)
+    kept = Uniform(bits, rounding="nearest").encode(values[positions], rng)
+    return memoryview(b"".join((_HEADER.pack(positions.size, marks.size), marks.tobytes(), kept)))
+
+
+def _read(data: memoryview, spec: TensorSpec, bits: int) -> Array:
+    if data.nbytes < _HEADER.size:
+        raise LayoutError(f"tensor {spec.name!r} has {data.nbytes} encoded bytes, its header {_HEADER.size}")
+    count, size_of_marks = _HEADER.unpack_from(data)
+    if count > spec.size:
+        raise CorruptError(f"tensor {spec.name!r} has {count} values for {spec.size} elements")
+    end = _HEADER.size + size_of_marks
+    kept = Uniform(bits, rounding="nearest").decode(data[end:], TensorSpec(spec.name, "float32", (count,)))
+    positions = read_marks(np.frombuffer(data[_HEADER.size : end], np.uint8), spec.size)
+    if positions.size != count:
+        raise CorruptError(f"tensor {spec.name!r} has {positions.size} positions for {count} values")
+    out = np.zeros(spec.size, spec.numpy_dtype)
+    out[positions] = kept
+    return out.reshape(spec.shape)

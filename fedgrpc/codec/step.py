@@ -1,0 +1,65 @@
+"""Finding the step of a scalar quantizer: from the RMS, from a wanted distortion, from a sample.
+
+Expectations over the rounding are exact, so no random numbers are drawn here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedgrpc.codec.layout import Array
+from fedgrpc.codec.values import as_float32, pieces
+from fedgrpc.errors import EncodeError
+
+SAMPLE = 8192
+C_RANGE = (0.01, 64.0)
+
+
+def rms(values: Array) -> float:
+    """Root of the mean square of a flat float array, 0 for an empty one; raises EncodeError."""
+    total = 0.0
+    for piece in pieces(values.size):
+        wide = as_float32(values[piece]).astype(np.float64)
+        total += float(np.dot(wide, wide))
+    if not np.isfinite(total):
+        raise EncodeError("a tensor holds NaN, infinity or a value out of range; it cannot be quantized")
+    return float(np.sqrt(total / max(1, values.size)))
+
+
+def sample(values: Array, size: int = SAMPLE) -> Array:
+    """Absolute values of at most `size` elements spread over the array, float64."""
+    stride = max(1, values.size // size)
+    # A stride that shares a factor with the row length would always meet the same columns.
+    picked = np.arange(0, values.size, stride)
+    picked = np.minimum(picked + picked // stride * 7 % stride, values.size - 1) if stride > 1 else picked
+    return np.abs(values[picked].astype(np.float64))
+
+
+def share_of_zeros(magnitudes: Array, step: float, rounding: str) -> float:
+    """Expected share of symbols that are zero."""
+    if rounding == "nearest":
+        return float((magnitudes <= step / 2).mean())
+    return float(np.maximum(0, 1 - magnitudes / step).mean())
+
+
+def distortion(magnitudes: Array, step: float, rounding: str) -> float:
+    """Expected |x - decoded|^2 / |x|^2."""
+    scaled = magnitudes / step
+    if rounding == "nearest":
+        error = (scaled - np.rint(scaled)) ** 2
+    else:
+        fraction = scaled - np.floor(scaled)
+        error = fraction * (1 - fraction)
+    return float(error.sum() / max((scaled**2).sum(), 1e-300))
+
+
+def step_for_distortion(magnitudes: Array, wanted: float, rounding: str) -> float:
+    """The step, within `C_RANGE`, whose expected distortion is the wanted one; bisection."""
+    low, high = C_RANGE
+    for _ in range(30):
+        middle = float(np.sqrt(low * high))
+        if distortion(magnitudes, middle, rounding) > wanted:
+            high = middle
+        else:
+            low = middle
+    return low
