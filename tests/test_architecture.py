@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "aggregation": {"errors"},
     "rounds": {"errors"},
     "logging": {"errors"},
-    "metrics": {"errors"},
+    "metrics": {"errors", "v1"},
     "rpc": {*CORE, "v1"},
     "aggregator": {*CORE, "v1", "rpc", "logging", "metrics"},
     "worker": {*CORE, "v1", "rpc", "logging", "metrics"},

@@ -1,0 +1,96 @@
+"""What Prometheus is told. Names and help texts are in one place; who counts holds the `Metrics` object.
+
+The rule: nothing is global. Every `Metrics` has a registry of its own, so two aggregators in one process, as in
+the tests, do not add up. Labels take few values: no worker names, a fleet has thousands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+
+from fedgrpc.errors import UsageError
+from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskPhase
+
+# From a round of digits on loopback to one of a large model over a radio link, seconds.
+_BUCKETS_S: Final = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600)
+_OUTCOMES: Final = {
+    TaskPhase.TASK_PHASE_ACCEPTED: "accepted",
+    TaskPhase.TASK_PHASE_REJECTED: "rejected",
+    TaskPhase.TASK_PHASE_FAILED: "failed",
+    TaskPhase.TASK_PHASE_EXPIRED: "expired",
+    TaskPhase.TASK_PHASE_LATE: "late",
+}
+
+
+class Metrics:
+    """The metrics of one aggregator: set the gauges as things change, and hand over every ended round."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.rounds = Counter("fedgrpc_rounds", "Rounds that have ended", ["outcome"], registry=registry)
+        self.tasks = Counter(
+            "fedgrpc_tasks", "Tasks of ended rounds, by how they ended", ["outcome"], registry=registry
+        )
+        self.payload_bytes = Counter(
+            "fedgrpc_payload_bytes", "Payload bytes of ended rounds", ["direction"], registry=registry
+        )
+        self.round_seconds = Histogram(
+            "fedgrpc_round_seconds", "From opening to end", buckets=_BUCKETS_S, registry=registry
+        )
+        self.phase_seconds = Histogram(
+            "fedgrpc_phase_seconds",
+            "Where an accepted task's time went: download, local, upload and global",
+            ["phase"],
+            buckets=_BUCKETS_S,
+            registry=registry,
+        )
+        self.live_workers = Gauge("fedgrpc_live_workers", "Workers heard of within a lease", registry=registry)
+        self.model_version = Gauge("fedgrpc_model_version", "Latest committed model version", registry=registry)
+        self.current_round = Gauge("fedgrpc_current_round", "Number of the latest round", registry=registry)
+        for outcome in ("committed", "abandoned"):
+            self.rounds.labels(outcome)
+        for outcome in _OUTCOMES.values():
+            self.tasks.labels(outcome)
+
+    def observe_round(self, record: Round) -> None:
+        """Count a round that has ended, once: its outcome, tasks, bytes and times."""
+        committed = record.phase == RoundPhase.ROUND_PHASE_COMMITTED
+        self.rounds.labels("committed" if committed else "abandoned").inc()
+        self.round_seconds.observe(record.duration_seconds)
+        self.current_round.set(record.number)
+        for task in record.tasks:
+            self.payload_bytes.labels("download").inc(task.download_bytes)
+            self.payload_bytes.labels("upload").inc(task.upload_bytes)
+            if task.phase in _OUTCOMES:
+                self.tasks.labels(_OUTCOMES[task.phase]).inc()
+            if task.phase == TaskPhase.TASK_PHASE_ACCEPTED:
+                for phase in ("download", "local", "upload", "global"):
+                    seconds = getattr(task.timings, f"{phase}_seconds")
+                    self.phase_seconds.labels(phase).observe(seconds)
+
+
+@contextmanager
+def serve_metrics(metrics: Metrics, address: str) -> Iterator[int]:
+    """Serve `http://address/metrics` in a thread while the block lasts; yields the port ("HOST:0" takes one).
+
+    Raises:
+        UsageError: the address is malformed or in use.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise UsageError(f"the metrics address {address!r} must look like HOST:PORT, as in 127.0.0.1:9090")
+    try:
+        server, thread = start_http_server(int(port), host.strip("[]"), metrics.registry)
+    except OSError as error:
+        raise UsageError(f"cannot serve metrics on {address}: {error.strerror or error}") from error
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import urllib.request
+
+import pytest
+
+from fedgrpc.errors import UsageError
+from fedgrpc.metrics import Metrics, serve_metrics
+from fedgrpc.v1.device_pb2 import Timings
+from fedgrpc.v1.round_pb2 import Round, TaskRecord
+
+
+def _round() -> Round:
+    accepted = TaskRecord(
+        worker="pi-1",
+        phase="TASK_PHASE_ACCEPTED",
+        download_bytes=100,
+        upload_bytes=20,
+        timings=Timings(download_seconds=0.5, local_seconds=4, upload_seconds=1, global_seconds=0.02),
+    )
+    late = TaskRecord(worker="pi-2", phase="TASK_PHASE_LATE", download_bytes=100)
+    return Round(number=7, phase="ROUND_PHASE_COMMITTED", tasks=[accepted, late], duration_seconds=6)
+
+
+def _scrape(metrics: Metrics) -> str:
+    with serve_metrics(metrics, "127.0.0.1:0") as port:
+        answer = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5)
+        return str(answer.read().decode())
+
+
+def test_an_ended_round_is_counted_with_its_tasks_bytes_and_times() -> None:
+    metrics = Metrics()
+    metrics.observe_round(_round())
+    metrics.model_version.set(8)
+    lines = _scrape(metrics).splitlines()
+    for line in (
+        'fedgrpc_rounds_total{outcome="committed"} 1.0',
+        'fedgrpc_rounds_total{outcome="abandoned"} 0.0',
+        'fedgrpc_tasks_total{outcome="accepted"} 1.0',
+        'fedgrpc_tasks_total{outcome="late"} 1.0',
+        'fedgrpc_payload_bytes_total{direction="download"} 200.0',
+        'fedgrpc_payload_bytes_total{direction="upload"} 20.0',
+        'fedgrpc_phase_seconds_sum{phase="local"} 4.0',
+        'fedgrpc_phase_seconds_count{phase="global"} 1.0',
+        "fedgrpc_round_seconds_sum 6.0",
+        "fedgrpc_current_round 7.0",
+        "fedgrpc_model_version 8.0",
+    ):
+        assert line in lines
+
+
+def test_two_aggregators_in_one_process_do_not_add_up() -> None:
+    first, second = Metrics(), Metrics()
+    first.observe_round(_round())
+    assert 'fedgrpc_rounds_total{outcome="committed"} 0.0' in _scrape(second)
+
+
+def test_a_metrics_port_in_use_is_one_clear_line() -> None:
+    with serve_metrics(Metrics(), "127.0.0.1:0") as port:
+        taken = f"127.0.0.1:{port}"
+        with (
+            pytest.raises(UsageError, match=f"cannot serve metrics on {taken}: Address already in use"),
+            serve_metrics(Metrics(), taken),
+        ):
+            pass
+
+
+def test_a_malformed_metrics_address_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="HOST:PORT"), serve_metrics(Metrics(), "9090"):
+        pass
