@@ -1,0 +1,254 @@
+"""The worker's side of the `Aggregator` service: domain types in and out, domain errors raised.
+
+Calls are short or resumable and each stands alone; nothing here retries. Streams have no total time limit, since
+a slow link may need hours, but one that moves no byte for `stall_s` is given up as a `LinkError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc.aio
+
+from fedgrpc.codec.chunk import CHUNK_BYTES, chunks
+from fedgrpc.codec.encoding import ENCODING_NAMES
+from fedgrpc.codec.payload import Read
+from fedgrpc.errors import CorruptError, LayoutError, LinkError, WrongOffset
+from fedgrpc.rpc.convert import chunk_from_proto, chunk_to_proto, duration_from_proto, duration_to_proto
+from fedgrpc.rpc.status import domain_errors
+from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, tensor_pb2
+from fedgrpc.worker.held import HeldModel, ModelFolder, PartialModel, Source
+from fedgrpc.worker.profile import DeviceProfile
+from fedgrpc.worker.task import Phase, Registration, Role, Task, registration_from_proto, task_from_proto
+from fedgrpc.worker.throttle import Pacer, Throttle
+
+_CALL_S: Final = 20.0
+_POLL_MARGIN_S: Final = 15.0
+_MAX_REASON_CHARS: Final = 500
+
+Report = Callable[[float], None]
+Moved = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Polled:
+    """The answer to a poll: a task, or nothing to do, or nothing to do ever again."""
+
+    task: Task | None
+    message: aggregator_pb2.Task | None
+    run_ended: bool
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The answer to a heartbeat."""
+
+    cancel: bool
+    reason: str
+    time_left_s: float | None
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """How much of an update the aggregator holds."""
+
+    committed_size_bytes: int
+    complete: bool
+
+
+def _ignore(progress: float) -> None:
+    return None
+
+
+class AggregatorClient:
+    """One worker's calls over one channel."""
+
+    def __init__(
+        self, channel: grpc.aio.Channel, worker: str, throttle: Throttle | None = None, stall_s: float = 300.0
+    ) -> None:
+        self._stub: Any = aggregator_pb2_grpc.AggregatorStub(channel)  # type: ignore[no-untyped-call]
+        self._worker = worker
+        self._throttle = throttle or Throttle()
+        self._stall_s = stall_s
+        self._chunk_bytes = CHUNK_BYTES
+
+    async def register(self, profile: DeviceProfile, role: Role) -> Registration:
+        """Introduce this device. Idempotent."""
+        request = aggregator_pb2.RegisterRequest(
+            worker=self._worker,
+            role=role.value,
+            device=profile.to_proto(),
+            encodings=ENCODING_NAMES,
+            compressions=[tensor_pb2.COMPRESSION_NONE, tensor_pb2.COMPRESSION_ZSTD],
+        )
+        with domain_errors():
+            registration = registration_from_proto(await self._stub.Register(request, timeout=_CALL_S))
+        self._chunk_bytes = self._throttle.chunk_bytes(min(CHUNK_BYTES, registration.max_chunk_bytes))
+        return registration
+
+    async def poll(self, wait_s: float, held_version: int) -> Polled:
+        """Wait up to `wait_s` for a task; raises UnknownWorker when the aggregator wants a registration."""
+        request = aggregator_pb2.PollTaskRequest(
+            worker=self._worker, wait=duration_to_proto(wait_s), held_version=held_version
+        )
+        with domain_errors():
+            reply = await self._stub.PollTask(request, timeout=wait_s + _POLL_MARGIN_S)
+        if not reply.HasField("task"):
+            return Polled(None, None, reply.run_ended)
+        try:
+            return Polled(task_from_proto(reply.task), reply.task, reply.run_ended)
+        except LayoutError as error:
+            await self.report_failure(reply.task.token, str(error))
+            return Polled(None, None, reply.run_ended)
+
+    async def heartbeat(self, token: str, phase: Phase, progress: float) -> Beat:
+        """Extend the lease; raises UnknownTask when it is gone."""
+        request = aggregator_pb2.HeartbeatRequest(
+            worker=self._worker, token=token, phase=phase.value, progress=progress
+        )
+        with domain_errors():
+            reply = await self._stub.Heartbeat(request, timeout=_CALL_S)
+        time_left_s = duration_from_proto(reply.time_left) if reply.HasField("time_left") else None
+        return Beat(reply.cancel, reply.reason, time_left_s)
+
+    async def report_failure(self, token: str, reason: str, timeout_s: float = _CALL_S) -> None:
+        """Give a task back; `reason` is one line for the operator."""
+        reason = " ".join(reason.split())[:_MAX_REASON_CHARS]
+        request = aggregator_pb2.ReportFailureRequest(worker=self._worker, token=token, reason=reason)
+        with domain_errors():
+            await self._stub.ReportFailure(request, timeout=timeout_s)
+
+    async def query_push(self, token: str) -> Pushed:
+        """How much of the update under `token` is held."""
+        request = aggregator_pb2.QueryPushRequest(worker=self._worker, token=token)
+        with domain_errors():
+            reply = await self._stub.QueryPush(request, timeout=_CALL_S)
+        return Pushed(reply.committed_size_bytes, reply.complete)
+
+    async def push(
+        self, header: aggregator_pb2.UpdateHeader, read: Read, offset: int, report: Report = _ignore
+    ) -> None:
+        """Send an update from `offset` on; returns when it is acknowledged, that is verified and durable.
+
+        Raises what the aggregator answers, and LinkError for a lost or stalled connection.
+        """
+        size_bytes = header.manifest.size_bytes
+        pacer = Pacer(self._throttle.link_bits_per_second)
+        with domain_errors():
+            async with self._moving() as moved, _cancelled_on_exit(self._stub.PushUpdate()) as call:
+                try:
+                    await call.write(aggregator_pb2.PushUpdateRequest(header=header))
+                    pieces = chunks(read, size_bytes, offset, self._chunk_bytes)
+                    while (chunk := await asyncio.to_thread(next, pieces, None)) is not None:
+                        await pacer.wait(len(chunk.data), moved)
+                        await call.write(aggregator_pb2.PushUpdateRequest(chunk=chunk_to_proto(chunk)))
+                        report((chunk.offset + len(chunk.data)) / size_bytes)
+                    await call.done_writing()
+                except asyncio.InvalidStateError:
+                    # The aggregator has answered before the end: `await call` below says what.
+                    pass
+                moved(0)
+                await call
+
+    async def pull(self, folder: ModelFolder, source: Source, report: Report = _ignore) -> HeldModel:
+        """Bring `source` into `folder`: from the byte where the last attempt stopped, or not at all if held.
+
+        Raises:
+            LinkError: the connection was lost; what has come is kept, and calling again goes on there.
+            CorruptError: a chunk or the whole payload does not match; calling again goes on or starts over.
+            NotFound: the aggregator has no such version.
+            LayoutError, TooLargeError: the manifest is refused.
+        """
+        held = folder.held
+        if held is not None and held.source == source and await self._still_sent(folder, held):
+            return held
+        offset = await asyncio.to_thread(folder.partial_size_bytes, source)
+        if offset:
+            try:
+                pulled = await self._pull_from(folder, source, offset, report)
+            except WrongOffset:
+                pulled = None
+            if pulled is not None:
+                return pulled
+        folder.drop_partial()
+        pulled = await self._pull_from(folder, source, 0, report)
+        assert pulled is not None
+        return pulled
+
+    async def _still_sent(self, folder: ModelFolder, held: HeldModel) -> bool:
+        """Whether the aggregator would send for `held` what is held: only a header travels to find out."""
+        request = aggregator_pb2.PullModelRequest(
+            version=held.version, recipe=held.source.recipe, offset=held.manifest.size_bytes
+        )
+        try:
+            with domain_errors():
+                async with self._moving(), _cancelled_on_exit(self._stub.PullModel(request)) as call:
+                    return _header_of(await call.read()).manifest.sha256 == held.manifest.sha256
+        except WrongOffset:
+            return False
+
+    async def _pull_from(
+        self, folder: ModelFolder, source: Source, offset: int, report: Report
+    ) -> HeldModel | None:
+        """One stream from `offset`; None when the aggregator's payload is not the one kept here."""
+        base_version = 0 if folder.held is None else folder.held.version
+        request = aggregator_pb2.PullModelRequest(
+            version=source.version, recipe=source.recipe, offset=offset, base_version=base_version
+        )
+        with domain_errors():
+            async with self._moving() as moved, _cancelled_on_exit(self._stub.PullModel(request)) as call:
+                header = _header_of(await call.read())
+                partial = await asyncio.to_thread(folder.open_partial, source, header, offset)
+                if partial is None:
+                    return None
+                try:
+                    await self._receive(call, partial, moved, report)
+                finally:
+                    partial.close()
+        return await asyncio.to_thread(folder.finish, partial)
+
+    async def _receive(self, call: Any, partial: PartialModel, moved: Moved, report: Report) -> None:
+        pacer = Pacer(self._throttle.link_bits_per_second)
+        while (message := await call.read()) is not grpc.aio.EOF:
+            if message.WhichOneof("content") != "chunk":
+                raise CorruptError("a second header came within a model stream")
+            chunk = chunk_from_proto(message.chunk)
+            await pacer.wait(len(chunk.data), moved)
+            await asyncio.to_thread(partial.append, chunk)
+            moved(0)
+            report(partial.size_bytes / partial.manifest.size_bytes)
+        if partial.size_bytes < partial.manifest.size_bytes:
+            raise LinkError("the model stream ended early")
+
+    @asynccontextmanager
+    async def _moving(self) -> AsyncIterator[Moved]:
+        """Give up when the yielded function has not been called for `stall_s` beyond the seconds it was told.
+
+        Keepalive finds dead links; this finds a peer that is alive and hangs.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._stall_s) as limit:
+                yield lambda waiting_s: limit.reschedule(loop.time() + waiting_s + self._stall_s)
+        except TimeoutError as error:
+            raise LinkError(f"no byte moved for {self._stall_s:g} s") from error
+
+
+def _header_of(message: Any) -> aggregator_pb2.ModelHeader:
+    if message is grpc.aio.EOF or message.WhichOneof("content") != "header":
+        raise LinkError("the model stream came without its header")
+    header: aggregator_pb2.ModelHeader = message.header
+    return header
+
+
+@asynccontextmanager
+async def _cancelled_on_exit(call: Any) -> AsyncIterator[Any]:
+    """A stream that is left for any reason is ended on the other side too."""
+    try:
+        yield call
+    finally:
+        call.cancel()

@@ -1,0 +1,128 @@
+"""Bringing spooled updates to the aggregator: resumed, repeated without harm, and ended when refused for good."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+import structlog
+
+from fedgrpc.codec.payload import Read, verify_digest
+from fedgrpc.errors import (
+    CorruptError,
+    Exhausted,
+    FedgrpcError,
+    LinkError,
+    RoundClosed,
+    StorageError,
+    UnknownWorker,
+    WrongOffset,
+)
+from fedgrpc.rpc.convert import Timings, manifest_from_proto
+from fedgrpc.worker.board import Activity, Board
+from fedgrpc.worker.client import AggregatorClient
+from fedgrpc.worker.concurrency import Interrupted, unless
+from fedgrpc.worker.spool import Spool, SpooledUpdate
+from fedgrpc.worker.task import task_from_proto
+
+_TRIES: Final = 3
+
+# Keeps a task's lease until it is to stop, then tells why.
+Beat = Callable[[str], Coroutine[Any, Any, str]]
+
+log = structlog.get_logger()
+
+
+def worth_retrying(error: FedgrpcError) -> bool:
+    """Whether the same call may succeed later: the link, a restart, a bound, a disk. Anything else is for good."""
+    return isinstance(error, LinkError | UnknownWorker | Exhausted | StorageError) or type(error) is FedgrpcError
+
+
+class Delivery:
+    """Sends the updates of one spool, one at a time."""
+
+    def __init__(self, client: AggregatorClient, spool: Spool, board: Board, beat: Beat) -> None:
+        self._client = client
+        self._spool = spool
+        self._board = board
+        self._beat = beat
+        self._began: tuple[str, float] = ("", 0.0)
+
+    async def deliver(self, update: SpooledUpdate, moved: Callable[[float], None]) -> bool:
+        """Send until acknowledged (True), or refused for good and dropped (False).
+
+        Raises:
+            LinkError, Exhausted, ...: not now; the update stays in the spool.
+        """
+        if self._began[0] != update.token:
+            self._began = (update.token, time.monotonic())
+        try:
+            await self._send(update, moved)
+        except FedgrpcError as error:
+            if worth_retrying(error):
+                raise
+            await asyncio.to_thread(self._spool.drop, update)
+            self._board.show(last_error=str(error))
+            self._log_of(update).warning("update_refused", reason=str(error))
+            return False
+        await asyncio.to_thread(self._spool.acknowledge, update)
+        self._show_acknowledged(update)
+        return True
+
+    async def _send(self, update: SpooledUpdate, moved: Callable[[float], None]) -> None:
+        self._board.enter(Activity.UPLOADING)
+        try:
+            await unless(self._push(update, moved), self._beat(update.token))
+        except Interrupted as interruption:
+            # The order to stop may have crossed the acknowledgement.
+            if not (await self._client.query_push(update.token)).complete:
+                raise RoundClosed(str(interruption)) from interruption
+
+    async def _push(self, update: SpooledUpdate, moved: Callable[[float], None]) -> None:
+        with update.reader() as read:
+            for tries_left in reversed(range(_TRIES)):
+                held = await self._client.query_push(update.token)
+                if held.complete:
+                    return
+                try:
+                    return await self._client.push(update.header, read, held.committed_size_bytes, moved)
+                except (WrongOffset, CorruptError) as error:
+                    await self._explain(error, update, read, tries_left)
+
+    async def _explain(
+        self, error: WrongOffset | CorruptError, update: SpooledUpdate, read: Read, tries_left: int
+    ) -> None:
+        """Return where pushing again may help; raise where it cannot, or has been tried often enough.
+
+        Raises:
+            CorruptError: the payload on this disk is itself corrupt, or never arrives intact.
+            LinkError: the aggregator's offset and ours do not meet; a later session asks again.
+        """
+        if isinstance(error, CorruptError):
+            await asyncio.to_thread(verify_digest, manifest_from_proto(update.header.manifest), read)
+            if not tries_left:
+                raise error
+        elif not tries_left:
+            raise LinkError(f"the upload's offset is not the aggregator's: {error}") from error
+
+    def _show_acknowledged(self, update: SpooledUpdate) -> None:
+        timings = Timings(
+            download_s=update.header.timings.download_seconds,
+            local_s=update.header.timings.local_seconds,
+            upload_s=time.monotonic() - self._began[1],
+        )
+        self._board.show(last_timings=timings, last_error="")
+        self._log_of(update).info(
+            "update_acknowledged",
+            bytes=update.size_bytes,
+            examples=update.header.example_count,
+            download_s=round(timings.download_s, 3),
+            local_s=round(timings.local_s, 3),
+            upload_s=round(timings.upload_s, 3),
+        )
+
+    def _log_of(self, update: SpooledUpdate) -> Any:
+        task = task_from_proto(update.task)
+        return log.bind(run=task.run, round=task.round, worker=update.header.worker)

@@ -1,0 +1,103 @@
+"""What the worker writes is on the disk, whole, before anything relies on it.
+
+A folder under its final name is complete: it is filled under a temporary name, synced, and renamed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from fedgrpc.errors import StorageError, UsageError
+
+UNFINISHED: Final = ".new-"
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Around disk work: what the system refuses (full, read-only, gone) is a `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot use {error.filename or path}: {error.strerror or error}") from error
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write and sync one file; readers see the old content or the new, never a mix."""
+    unfinished = path.with_name(UNFINISHED + path.name)
+    with unfinished.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    sync(path.parent)
+
+
+def publish_folder(unfinished: Path, final: Path) -> None:
+    """Sync every file of `unfinished` and rename it to `final`, which must not exist."""
+    for path in unfinished.iterdir():
+        sync(path)
+    sync(unfinished)
+    unfinished.rename(final)
+    sync(final.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; a crash half way leaves it under an unfinished name, to be swept at the next start."""
+    doomed = folder.with_name(UNFINISHED + folder.name)
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a crash left unfinished in `folder`."""
+    for path in folder.glob(UNFINISHED + "*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def folder_size_bytes(folder: Path) -> int:
+    """Bytes of the files directly in `folder`."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Create `folder` and hold it for this process alone.
+
+    Raises:
+        UsageError: it cannot be created or written, or another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise UsageError(f"cannot use the folder {folder}: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UsageError(
+            f"the folder {folder} is used by another worker; give each worker its own --state-dir"
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,284 @@
+"""The model version that the device holds, and the one that is on its way.
+
+    model/00000003/    the held version: about.json, header.pb, payload
+    model/partial/     a download that goes on where it stopped
+
+The rule: a folder with a number is complete and its payload has matched its digest. Weights that came as a
+difference are kept whole, so that the held version never depends on another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import structlog
+from google.protobuf.message import DecodeError
+
+from fedgrpc.codec.chunk import Chunk, check_chunk
+from fedgrpc.codec.layout import Array
+from fedgrpc.codec.manifest import Limits, Manifest
+from fedgrpc.codec.payload import PayloadReader, Read, file_reader, write_payload
+from fedgrpc.codec.raw import Raw
+from fedgrpc.codec.recipe import Recipe
+from fedgrpc.errors import CorruptError, LayoutError
+from fedgrpc.rpc.convert import manifest_from_proto, manifest_to_proto
+from fedgrpc.v1 import aggregator_pb2, tensor_pb2
+from fedgrpc.worker.delta import apply_delta
+from fedgrpc.worker.disk import UNFINISHED, publish_folder, remove_folder, storage_errors, sweep
+
+_ABOUT: Final = "about.json"
+_HEADER: Final = "header.pb"
+_PAYLOAD: Final = "payload"
+_RAW: Final = "payload.raw"
+_RAW_HEADER: Final = "header.raw.pb"
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a model was pulled as: the run, the version, and the recipe of its payload."""
+
+    run: str
+    version: int
+    recipe: str
+
+
+@dataclass(frozen=True)
+class HeldModel:
+    """One complete model version on disk."""
+
+    folder: Path
+    source: Source
+    manifest: Manifest
+
+    @property
+    def version(self) -> int:
+        """Its number in the run."""
+        return self.source.version
+
+    def weights(self) -> dict[str, Array]:
+        """All tensors, each its own writable array. Slow: run it in a thread."""
+        with self.reader() as read:
+            return {spec.name: _own(array) for spec, array in PayloadReader(self.manifest, read)}
+
+    @contextmanager
+    def reader(self) -> Iterator[Read]:
+        """Reads the payload by offset."""
+        path = self.folder / _PAYLOAD
+        with storage_errors(path), path.open("rb") as file:
+            yield file_reader(file.fileno())
+
+    def raw(self) -> tuple[Manifest, Path]:
+        """Manifest and file of the same weights in the raw recipe, written once. Slow: run it in a thread."""
+        if self.manifest.compression == "none" and all(entry.encoding == Raw() for entry in self.manifest.entries):
+            return self.manifest, self.folder / _PAYLOAD
+        path, header = self.folder / _RAW, self.folder / _RAW_HEADER
+        with storage_errors(path):
+            if not header.exists():
+                unfinished = self.folder / (UNFINISHED + _RAW)
+                manifest = _write_raw(self.weights(), unfinished)
+                unfinished.replace(path)
+                header.write_bytes(manifest_to_proto(manifest).SerializeToString())
+            return _read_manifest(header), path
+
+
+def _read_manifest(path: Path) -> Manifest:
+    return manifest_from_proto(tensor_pb2.Manifest.FromString(path.read_bytes()))
+
+
+def _write_raw(weights: dict[str, Array], path: Path) -> Manifest:
+    with path.open("wb") as file:
+        return write_payload(weights, Recipe.parse("raw"), file, np.random.default_rng(0))
+
+
+def _own(array: Array) -> Array:
+    """Decoded tensors may be read-only views of a frame; a trainer gets aligned arrays of its own."""
+    return np.require(array, requirements=["C", "A", "O", "W"])
+
+
+class PartialModel:
+    """A model payload while it arrives: chunks are checked and appended, the digest is kept along."""
+
+    def __init__(self, folder: Path, source: Source, header: aggregator_pb2.ModelHeader, limits: Limits) -> None:
+        self.folder = folder
+        self.source = source
+        self.header = header
+        self.manifest = manifest_from_proto(header.manifest, limits)
+        self._file = (folder / _PAYLOAD).open("ab")
+        self._digest = hashlib.sha256()
+        self.size_bytes = 0
+        with (folder / _PAYLOAD).open("rb") as kept:
+            while piece := kept.read(1 << 20):
+                self._digest.update(piece)
+                self.size_bytes += len(piece)
+
+    def append(self, chunk: Chunk) -> None:
+        """Take the next chunk; raises WrongOffset, TooLargeError, LayoutError or CorruptError."""
+        check_chunk(chunk, self.size_bytes, self.manifest.size_bytes - self.size_bytes)
+        with storage_errors(self.folder):
+            self._file.write(chunk.data)
+        self._digest.update(chunk.data)
+        self.size_bytes += len(chunk.data)
+
+    def close(self) -> None:
+        """Keep what is there for the next attempt."""
+        with storage_errors(self.folder):
+            self._file.close()
+
+    def verify(self) -> None:
+        """Raise CorruptError unless the whole payload is there and matches its digest."""
+        self.close()
+        if self.size_bytes != self.manifest.size_bytes:
+            raise CorruptError(f"{self.size_bytes} of the model's {self.manifest.size_bytes} bytes came")
+        if self._digest.digest() != self.manifest.sha256:
+            raise CorruptError("the model's sha256 is not the one its manifest declares")
+
+
+class ModelFolder:
+    """The held version and the partial download in one folder. One owner."""
+
+    def __init__(self, folder: Path, limits: Limits | None = None) -> None:
+        self._folder = folder
+        self._limits = limits or Limits()
+        self._partial = folder / "partial"
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            sweep(folder)
+        self.held = self._load_held()
+
+    def forget_other_runs(self, run: str) -> None:
+        """Version numbers mean nothing across runs: a model of another run is dropped."""
+        if self.held is not None and self.held.source.run != run:
+            with storage_errors(self._folder):
+                remove_folder(self.held.folder)
+            self.held = None
+
+    def partial_size_bytes(self, source: Source) -> int:
+        """Bytes of an interrupted download of `source`; 0 when there is none."""
+        try:
+            if _read_source(self._partial) == source:
+                return (self._partial / _PAYLOAD).stat().st_size
+        except (OSError, ValueError, KeyError):
+            self.drop_partial()
+        return 0
+
+    def drop_partial(self) -> None:
+        """The next download starts at its first byte."""
+        with storage_errors(self._partial):
+            if self._partial.exists():
+                remove_folder(self._partial)
+
+    def open_partial(self, source: Source, header: aggregator_pb2.ModelHeader, offset: int) -> PartialModel | None:
+        """Where the chunks of a stream that starts at `offset` go; None when what is kept does not fit it.
+
+        Raises:
+            LayoutError, TooLargeError: the header's manifest is refused.
+        """
+        with storage_errors(self._partial):
+            if offset:
+                kept = (self._partial / _HEADER).read_bytes()
+                if kept != header.SerializeToString(deterministic=True):
+                    return None
+            else:
+                self._start_partial(source, header)
+            partial = PartialModel(self._partial, source, header, self._limits)
+        if partial.size_bytes != offset:
+            partial.close()
+            return None
+        return partial
+
+    def _start_partial(self, source: Source, header: aggregator_pb2.ModelHeader) -> None:
+        manifest_from_proto(header.manifest, self._limits)
+        self.drop_partial()
+        unfinished = self._folder / (UNFINISHED + "partial")
+        unfinished.mkdir()
+        _write_source(unfinished, source)
+        (unfinished / _HEADER).write_bytes(header.SerializeToString(deterministic=True))
+        (unfinished / _PAYLOAD).touch()
+        publish_folder(unfinished, self._partial)
+
+    def finish(self, partial: PartialModel) -> HeldModel:
+        """Verify the download and make it the held version. Slow: run it in a thread.
+
+        Raises:
+            CorruptError: it is not whole or does not match its digest; the partial download is gone.
+            LayoutError: it is a difference to a version that is not held.
+        """
+        try:
+            partial.verify()
+        except CorruptError:
+            self.drop_partial()
+            raise
+        with storage_errors(self._folder):
+            if partial.header.base_version:
+                self._merge(partial)
+            final = self._folder / f"{self._next_number():08}"
+            publish_folder(self._partial, final)
+        old, self.held = self.held, _load(final)
+        if old is not None:
+            with storage_errors(old.folder):
+                remove_folder(old.folder)
+        return self.held
+
+    def _merge(self, partial: PartialModel) -> None:
+        """Turn the difference in the partial download into the whole model, in place."""
+        base = self.held
+        if base is None or base.version != partial.header.base_version:
+            self.drop_partial()
+            raise LayoutError(f"the model came as a difference to version {partial.header.base_version}, not held")
+        merged = self._folder / (UNFINISHED + "merged")
+        merged.mkdir()
+        with (self._partial / _PAYLOAD).open("rb") as file:
+            difference = PayloadReader(partial.manifest, file_reader(file.fileno()), self._limits)
+            weights = apply_delta(base.weights(), difference)
+        manifest = _write_raw(weights, merged / _PAYLOAD)
+        header = aggregator_pb2.ModelHeader(version=partial.header.version, manifest=manifest_to_proto(manifest))
+        (merged / _HEADER).write_bytes(header.SerializeToString(deterministic=True))
+        _write_source(merged, Source(partial.source.run, partial.source.version, "raw"))
+        self.drop_partial()
+        publish_folder(merged, self._partial)
+
+    def _next_number(self) -> int:
+        return max((int(path.name) for path in self._numbered()), default=0) + 1
+
+    def _numbered(self) -> list[Path]:
+        return sorted(path for path in self._folder.iterdir() if path.name.isdigit())
+
+    def _load_held(self) -> HeldModel | None:
+        """The newest complete version; older ones, left by a crash, and unreadable ones go."""
+        held: HeldModel | None = None
+        for folder in reversed(self._numbered()):
+            if held is None:
+                try:
+                    held = _load(folder)
+                    continue
+                except (OSError, ValueError, KeyError, DecodeError, LayoutError) as error:
+                    log.warning("held_model_dropped", folder=str(folder), reason=str(error))
+            remove_folder(folder)
+        return held
+
+
+def _load(folder: Path) -> HeldModel:
+    header = aggregator_pb2.ModelHeader.FromString((folder / _HEADER).read_bytes())
+    manifest = manifest_from_proto(header.manifest)
+    if (folder / _PAYLOAD).stat().st_size != manifest.size_bytes:
+        raise LayoutError("its payload is not as long as declared")
+    return HeldModel(folder, _read_source(folder), manifest)
+
+
+def _write_source(folder: Path, source: Source) -> None:
+    about: dict[str, Any] = {"run": source.run, "version": source.version, "recipe": source.recipe}
+    (folder / _ABOUT).write_text(json.dumps(about))
+
+
+def _read_source(folder: Path) -> Source:
+    about = json.loads((folder / _ABOUT).read_text())
+    return Source(str(about["run"]), int(about["version"]), str(about["recipe"]))

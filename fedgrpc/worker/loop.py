@@ -1,0 +1,284 @@
+"""The worker's loop: connect, wait, download, train, upload, wait.
+
+Recovery has one path. Whatever breaks the link ends the session; the next one registers, sends what is in the
+spool, and polls. The aggregator then answers with the task still held, whose download goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+
+from fedgrpc.errors import (
+    CorruptError,
+    FedgrpcError,
+    StorageError,
+    TaskError,
+    UnknownWorker,
+    WrongOffset,
+)
+from fedgrpc.rpc.retry import Retries, with_retries
+from fedgrpc.v1 import aggregator_pb2
+from fedgrpc.worker.board import Activity, Board
+from fedgrpc.worker.client import AggregatorClient, Polled
+from fedgrpc.worker.concurrency import Interrupted, in_thread, unless
+from fedgrpc.worker.controls import Controls
+from fedgrpc.worker.delivery import Delivery, worth_retrying
+from fedgrpc.worker.held import ModelFolder, Source
+from fedgrpc.worker.profile import DeviceProfile
+from fedgrpc.worker.settings import WorkerSettings
+from fedgrpc.worker.spool import Spool, SpooledUpdate
+from fedgrpc.worker.task import Registration, Task, TaskKind
+from fedgrpc.worker.trainer import Cancelled, Trainer, Weights
+from fedgrpc.worker.training import Began, Hooks, Outcome, evaluate, initialize, train, update_of
+
+_TRIES: Final = 3
+_GOODBYE_S: Final = 2.0
+_REPORT_INTERVAL_S: Final = 0.1
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a session has once it is connected."""
+
+    registration: Registration
+    trainer: Trainer
+
+
+class Loop:
+    """One worker's life with one aggregator."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        client: AggregatorClient,
+        board: Board,
+        controls: Controls,
+        spool: Spool,
+        models: ModelFolder,
+        build_trainer: Callable[[Registration], Trainer],
+        profile: Callable[[], DeviceProfile],
+    ) -> None:
+        self._settings = settings
+        self._client = client
+        self._board = board
+        self._controls = controls
+        self._spool = spool
+        self._models = models
+        self._build_trainer = build_trainer
+        self._profile = profile
+        self._trainer: Trainer | None = None
+        self._heartbeat_interval_s = 5.0
+        self._retries = Retries()
+        self._download_began: tuple[str, float] = ("", 0.0)
+        self._delivery = Delivery(client, spool, board, self._beat)
+        self._log: Any = log.bind(worker=settings.name)
+
+    async def run(self) -> None:
+        """Until the run has ended or the worker has drained.
+
+        This is the one retry loop that only an order ends: a device holds on to its aggregator for ever.
+
+        Raises:
+            FedgrpcError: the aggregator refuses this worker for good, or its learning task cannot be built.
+        """
+        while True:
+            self._board.enter(Activity.CONNECTING)
+            try:
+                return await self._session()
+            except FedgrpcError as error:
+                if not worth_retrying(error):
+                    raise
+                reason = str(error)
+            if self._controls.draining and not self._spool.count():
+                return
+            delay_s = self._retries.next_delay_s()
+            self._board.show(last_error=reason)
+            self._log.warning("disconnected", reason=reason, retry_in_s=round(delay_s, 2))
+            await (asyncio.sleep(delay_s) if self._controls.draining else self._controls.wait(delay_s))
+
+    async def _session(self) -> None:
+        ready = await self._connect()
+        for update in await asyncio.to_thread(self._spool.updates):
+            await self._deliver(update)
+        while (polled := await self._next_answer(ready.registration)) is not None:
+            if polled.task is not None and polled.message is not None:
+                await self._perform(ready, polled.task, polled.message)
+                continue
+            self._retries.reset()
+            if polled.run_ended and self._settings.exit_when_run_ends:
+                self._log.info("run_ended", run=ready.registration.run)
+                return
+            if polled.run_ended:
+                await self._controls.wait(self._settings.poll_wait_s)
+
+    async def _connect(self) -> Ready:
+        registration = await self._register()
+        if self._trainer is None:
+            self._trainer = await asyncio.to_thread(self._build_trainer, registration)
+            # The learning task has brought its libraries, and with them the knowledge of the accelerator.
+            registration = await self._register()
+        self._log.info("connected", run=registration.run, aggregator=self._settings.aggregator)
+        return Ready(registration, self._trainer)
+
+    async def _register(self) -> Registration:
+        profile = await asyncio.to_thread(self._profile)
+        registration = await self._client.register(profile, self._settings.role)
+        await asyncio.to_thread(self._models.forget_other_runs, registration.run)
+        self._heartbeat_interval_s = registration.heartbeat_interval_s
+        self._board.show(run=registration.run, device=profile)
+        self._show_disk()
+        return registration
+
+    async def _next_answer(self, registration: Registration) -> Polled | None:
+        """The answer to a poll; None when the worker is to drain."""
+        wait_s = min(registration.poll_wait_s or self._settings.poll_wait_s, self._settings.poll_wait_s)
+        while not self._controls.draining:
+            if self._controls.paused:
+                self._board.enter(Activity.PAUSED)
+                await self._controls.changed()
+                continue
+            self._board.enter(Activity.WAITING)
+            held = self._models.held
+            poll = self._client.poll(wait_s, 0 if held is None else held.version)
+            try:
+                return await unless(poll, self._controls.changed())
+            except Interrupted:
+                continue
+        return None
+
+    async def _perform(self, ready: Ready, task: Task, message: aggregator_pb2.Task) -> None:
+        """One task from download to acknowledgement; its failure is reported and ends nothing else."""
+        task_log = self._log.bind(run=task.run, round=task.round)
+        task_log.info("task_started", kind=task.kind.name.lower(), version=task.model_version)
+        self._board.show(round=task.round, task_kind=task.kind)
+        try:
+            update = await unless(self._work(ready.trainer, task, message), self._beat(task.token))
+        except (Interrupted, Cancelled) as interruption:
+            task_log.warning("task_cancelled", reason=str(interruption) or "the learning task ended it")
+        except asyncio.CancelledError:
+            await self._say_goodbye(task)
+            raise
+        except FedgrpcError as error:
+            if worth_retrying(error) and not isinstance(error, StorageError):
+                raise
+            task_log.warning("task_failed", reason=str(error))
+            await self._give_back(task, str(error))
+        else:
+            await self._deliver(update)
+        finally:
+            self._board.show(task_kind=None)
+
+    async def _deliver(self, update: SpooledUpdate) -> None:
+        if await self._delivery.deliver(update, self._moved):
+            self._retries.reset()
+        self._show_disk()
+
+    async def _work(self, trainer: Trainer, task: Task, message: aggregator_pb2.Task) -> SpooledUpdate:
+        """Download, train or score, and spool the update."""
+        given, download_s = await self._download(task)
+        began = Began(download_s, time.monotonic())
+        stop = threading.Event()
+        hooks = Hooks(stop, self._reporter(stop), self._settings.throttle)
+        outcome = await self._local_work(trainer, task, given, hooks)
+        residual = await asyncio.to_thread(self._spool.residual, task.run)
+        fill = update_of(task, self._settings.name, given, outcome, residual, began)
+        update = await asyncio.to_thread(self._spool.write, message, fill)
+        self._show_disk()
+        return update
+
+    async def _download(self, task: Task) -> tuple[Weights, float]:
+        """The weights to start from, and the seconds since their download began, in whichever session."""
+        if task.kind is TaskKind.INITIALIZE:
+            return {}, 0.0
+        self._board.enter(Activity.DOWNLOADING)
+        if self._download_began[0] != task.token:
+            self._download_began = (task.token, time.monotonic())
+        source = Source(task.run, task.model_version, task.download_recipe)
+        held = await with_retries(
+            lambda: self._client.pull(self._models, source, self._moved),
+            attempts=_TRIES,
+            retry_on=(CorruptError, WrongOffset),
+        )
+        weights = await asyncio.to_thread(held.weights)
+        self._show_disk()
+        return weights, time.monotonic() - self._download_began[1]
+
+    async def _local_work(self, trainer: Trainer, task: Task, given: Weights, hooks: Hooks) -> Outcome:
+        if task.kind is TaskKind.INITIALIZE:
+            self._board.enter(Activity.TRAINING)
+            return await in_thread(lambda: initialize(trainer), hooks.stop)
+        scores = None
+        if task.kind is TaskKind.EVALUATE or task.plan.evaluate:
+            self._board.enter(Activity.EVALUATING)
+            scores = await in_thread(lambda: evaluate(trainer, given, hooks), hooks.stop)
+        if task.kind is TaskKind.EVALUATE:
+            if scores is None:
+                raise TaskError("there is no held-out data on this device to score the model on")
+            return Outcome(None, scores.example_count, scores=scores)
+        self._board.enter(Activity.TRAINING)
+        return await in_thread(lambda: train(trainer, given, task, hooks, scores), hooks.stop)
+
+    async def _beat(self, token: str) -> str:
+        """Keep a task's lease: at the told interval, and when its phase changes. Returns why it is to stop."""
+        while True:
+            status = self._board.status
+            try:
+                beat = await self._client.heartbeat(token, status.activity.phase, status.progress)
+                if beat.cancel:
+                    return beat.reason or "cancelled by the aggregator"
+            except UnknownWorker:
+                await self._register()
+            except FedgrpcError as error:
+                if not worth_retrying(error):
+                    return str(error)
+                self._log.debug("heartbeat_failed", reason=str(error))
+            await self._board.next_activity(self._heartbeat_interval_s)
+
+    async def _give_back(self, task: Task, reason: str) -> None:
+        """Report a failure, and wait a little: a task that fails at once must not spin."""
+        self._board.show(last_error=reason)
+        try:
+            await self._client.report_failure(task.token, reason)
+        except FedgrpcError as error:
+            if worth_retrying(error):
+                raise
+        await self._controls.wait(self._retries.next_delay_s())
+
+    async def _say_goodbye(self, task: Task) -> None:
+        """The worker ends before its task: say so, that another may take it, but do not wait long."""
+        try:
+            await self._client.report_failure(task.token, "the worker is shutting down", _GOODBYE_S)
+        except FedgrpcError as error:
+            self._log.debug("goodbye_not_heard", reason=str(error))
+
+    def _moved(self, progress: float) -> None:
+        """Bytes went through: the link works."""
+        self._retries.reset()
+        self._board.show(progress=progress)
+
+    def _reporter(self, stop: threading.Event) -> Callable[[float], None]:
+        """Shows progress from the training thread, a few times a second."""
+        loop = asyncio.get_running_loop()
+        next_at_s = 0.0
+
+        def report(progress: float) -> None:
+            nonlocal next_at_s
+            now_s = time.monotonic()
+            if now_s >= next_at_s and not stop.is_set():
+                next_at_s = now_s + _REPORT_INTERVAL_S
+                loop.call_soon_threadsafe(lambda: self._board.show(progress=progress))
+
+        return report
+
+    def _show_disk(self) -> None:
+        held = self._models.held
+        self._board.show(model_version=0 if held is None else held.version, spooled_updates=self._spool.count())

@@ -1,0 +1,143 @@
+"""What this device is, as it tells the aggregator: measured where that is cheap, and overridable throughout.
+
+A container's limits count, not its host's machine. torch is asked only when something else has imported it
+already: importing it takes seconds and hundreds of megabytes on a small device.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fedgrpc import __version__
+from fedgrpc.errors import UsageError
+from fedgrpc.v1 import device_pb2
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """What a device says of itself; zero or empty: not known. The fields are those of the message."""
+
+    device_class: str = ""
+    cpu_model: str = ""
+    cpu_cores: int = 0
+    memory_bytes: int = 0
+    accelerator: str = "cpu"
+    accelerator_name: str = ""
+    accelerator_memory_bytes: int = 0
+    uplink_bits_per_second: int = 0
+    downlink_bits_per_second: int = 0
+    on_battery: bool = False
+    software_version: str = __version__
+
+    def to_proto(self) -> device_pb2.DeviceProfile:
+        """As it travels."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return device_pb2.DeviceProfile(**values)
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> DeviceProfile:
+        """This profile with what the operator says instead of what was found.
+
+        Raises:
+            UsageError: a name that is no field, or a value of the wrong type.
+        """
+        known = {field.name: type(getattr(self, field.name)) for field in fields(self)}
+        for name, value in overrides.items():
+            if name not in known:
+                raise UsageError(f"a device has no {name!r}; it has {', '.join(known)}")
+            if type(value) is not known[name]:
+                raise UsageError(f"the device's {name} must be of type {known[name].__name__}, not {value!r}")
+            if isinstance(value, int) and value < 0:
+                raise UsageError(f"the device's {name} must not be negative")
+        return replace(self, **overrides)
+
+
+def detect(root: Path = Path("/")) -> DeviceProfile:
+    """Measure this device; `root` is where /proc, /sys and the like are looked for."""
+    board = _text(root / "proc/device-tree/model").rstrip("\0")
+    accelerator, name, accelerator_memory_bytes = _accelerator()
+    return DeviceProfile(
+        device_class=device_class_of(board),
+        cpu_model=board or _cpu_model(root),
+        cpu_cores=_cpu_cores(root),
+        memory_bytes=_memory_bytes(root),
+        accelerator=accelerator,
+        accelerator_name=name,
+        accelerator_memory_bytes=accelerator_memory_bytes,
+        on_battery=_on_battery(),
+    )
+
+
+def device_class_of(board: str) -> str:
+    """ "raspberry-pi-4" from "Raspberry Pi 4 Model B Rev 1.4", "jetson-nano" from "NVIDIA Jetson Nano ..."."""
+    name = re.sub(r"^nvidia ", "", board.strip().lower())
+    name = re.split(r" (?:model|rev|developer|engineering|module|plus)\b", name)[0]
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _cpu_model(root: Path) -> str:
+    for line in _text(root / "proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip().lower() in ("model name", "hardware", "cpu model"):
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _cgroup_folders(root: Path) -> list[Path]:
+    """The process's cgroup and all above it; limits apply at every level."""
+    top = root / "sys/fs/cgroup"
+    relative = "/"
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        if line.startswith("0::"):
+            relative = line.removeprefix("0::")
+    own = top / relative.strip("/")
+    return [own, *own.parents][: len(own.relative_to(top).parts) + 1] if ".." not in relative else [top]
+
+
+def _cpu_cores(root: Path) -> int:
+    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    for folder in _cgroup_folders(root):
+        quota, _, period = _text(folder / "cpu.max").partition(" ")
+        if quota.isdigit() and period.isdigit():
+            cores = min(cores, int(quota) / int(period))
+    quota, period = (_text(root / f"sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period"))
+    if quota.isdigit() and period.isdigit():
+        cores = min(cores, int(quota) / int(period))
+    return max(1, math.ceil(cores))
+
+
+def _memory_bytes(root: Path) -> int:
+    limits = [_text(folder / "memory.max") for folder in _cgroup_folders(root)]
+    limits.append(_text(root / "sys/fs/cgroup/memory/memory.limit_in_bytes"))
+    return min([int(psutil.virtual_memory().total), *(int(limit) for limit in limits if limit.isdigit())])
+
+
+def _accelerator() -> tuple[str, str, int]:
+    """Kind, name and memory in bytes; a Jetson is a CUDA device whose memory is the machine's."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return "cpu", "", 0
+    device = torch.cuda.get_device_properties(0)
+    return "cuda", str(device.name), int(device.total_memory)
+
+
+def _on_battery() -> bool:
+    sensors = getattr(psutil, "sensors_battery", None)
+    battery = sensors() if sensors is not None else None
+    return battery is not None and battery.power_plugged is False

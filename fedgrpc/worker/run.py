@@ -1,0 +1,168 @@
+"""A whole worker: its folder, its connection, its service, its loop, and how it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Final
+
+import structlog
+
+from fedgrpc.rpc.channel import open_channel
+from fedgrpc.rpc.server import WORKER, RunningServer, serve, worker_service
+from fedgrpc.worker.board import Activity, Board, Status
+from fedgrpc.worker.client import AggregatorClient
+from fedgrpc.worker.controls import Controls
+from fedgrpc.worker.disk import owned
+from fedgrpc.worker.held import ModelFolder
+from fedgrpc.worker.loop import Loop
+from fedgrpc.worker.profile import DeviceProfile, detect
+from fedgrpc.worker.service import WorkerService
+from fedgrpc.worker.settings import WorkerSettings
+from fedgrpc.worker.spool import Spool
+from fedgrpc.worker.task import Registration
+from fedgrpc.worker.trainer import Trainer
+
+# How long after an order to end at once what is still awaited is left behind.
+_ABANDON_S: Final = 0.2
+_STOP_THREAD_S: Final = 5.0
+
+BuildTrainer = Callable[[Registration], Trainer]
+
+log = structlog.get_logger()
+
+
+class Worker:
+    """One worker. `run` it once; the other methods may be called from its event loop meanwhile."""
+
+    def __init__(self, settings: WorkerSettings, build_trainer: BuildTrainer) -> None:
+        self._settings = settings
+        self._build_trainer = build_trainer
+        self._living: asyncio.Task[None] | None = None
+        self._exit_code = 0
+        self.controls = Controls()
+        self.board = Board(Status(settings.name, settings.aggregator))
+        self.server: RunningServer | None = None
+
+    async def run(self) -> int:
+        """Until the run has ended or the worker has drained (0), or was stopped before (128 + signal).
+
+        Raises:
+            UsageError: a setting is unusable, or the state folder or the port is in use.
+            FedgrpcError: the aggregator refuses this worker for good, or its learning task cannot be built.
+        """
+        settings = self._settings
+        async with AsyncExitStack() as stack:
+            stack.enter_context(owned(settings.state_dir))
+            models = ModelFolder(settings.state_dir / "model")
+            channel = await stack.enter_async_context(open_channel(settings.aggregator, settings.tls))
+            loop = Loop(
+                settings,
+                AggregatorClient(channel, settings.name, settings.throttle, settings.stall_s),
+                self.board,
+                self.controls,
+                Spool(
+                    settings.state_dir / "spool",
+                    max_updates=settings.spool_max_updates,
+                    max_bytes=settings.spool_max_bytes,
+                ),
+                models,
+                self._build_trainer,
+                self._profile,
+            )
+            await self._serve(stack, models)
+            return await self._live(loop)
+
+    async def _serve(self, stack: AsyncExitStack, models: ModelFolder) -> None:
+        address = self._settings.serve_address
+        if address is None:
+            return
+        service = worker_service(WorkerService(self.board, models, self))
+        server = serve(address, [service], tls=self._settings.serve_tls, grace_s=0.5)
+        self.server = await stack.enter_async_context(server)
+        await self.server.health.set(WORKER, True)
+        log.info("serving", worker=self._settings.name, address=self.server.address)
+
+    async def _live(self, loop: Loop) -> int:
+        self._living = living = asyncio.create_task(loop.run())
+        try:
+            await asyncio.wait([living])
+        finally:
+            living.cancel()
+            await asyncio.gather(living, return_exceptions=True)
+        if not living.cancelled():
+            living.result()
+        return self._exit_code
+
+    def _profile(self) -> DeviceProfile:
+        rate = int(self._settings.throttle.link_bits_per_second or 0)
+        link = {"uplink_bits_per_second": rate, "downlink_bits_per_second": rate} if rate else {}
+        return detect().with_overrides({**link, **self._settings.device})
+
+    def pause(self) -> None:
+        """Take no further task until `resume`; the one in hand is finished."""
+        self.controls.pause()
+
+    def resume(self) -> None:
+        """Take tasks again."""
+        self.controls.resume()
+
+    def drain(self, within_s: float | None = None, exit_code: int = 0) -> None:
+        """Finish the task in hand, then end. What takes longer than `within_s` is stopped: training is given
+        back, an upload stays in the spool for the next start.
+        """
+        self.controls.drain()
+        if self.board.status.task_kind is None:
+            self.board.enter(Activity.DRAINING)
+        if within_s is not None:
+            loop = asyncio.get_running_loop()
+            loop.call_later(within_s, self._cancel, exit_code)
+            loop.call_later(within_s + _STOP_THREAD_S, self._cancel, exit_code)
+
+    def stop(self, exit_code: int = 0) -> None:
+        """End at once; whatever is finished is on the disk."""
+        self._cancel(exit_code)
+        asyncio.get_running_loop().call_later(_ABANDON_S, self._cancel, exit_code)
+
+    def told_to_end(self, number: int) -> None:
+        """A signal: the first drains within `drain_s`, a second ends at once."""
+        if self.controls.draining:
+            self.stop(128 + number)
+            return
+        log.info("draining", worker=self._settings.name, within_s=self._settings.drain_s, again="ends at once")
+        self.drain(self._settings.drain_s, 128 + number)
+
+    def _cancel(self, exit_code: int) -> None:
+        if self._living is not None and not self._living.done():
+            self._exit_code = exit_code
+            self._living.cancel()
+
+
+async def run_worker(
+    settings: WorkerSettings, trainer: Trainer | None = None, *, build_trainer: BuildTrainer | None = None
+) -> int:
+    """Run a worker to its end; the exit code. In the main thread, SIGTERM and SIGINT drain it.
+
+    Give the trainer, or a function that builds it from what the aggregator tells at registration
+    (`learning_task`, `model`); the function runs in a thread.
+
+    Raises: as `Worker.run`.
+    """
+    if trainer is not None:
+        worker = Worker(settings, lambda registration: trainer)
+    elif build_trainer is not None:
+        worker = Worker(settings, build_trainer)
+    else:
+        raise TypeError("a worker needs a trainer, or a way to build one")
+    loop = asyncio.get_running_loop()
+    signals = [signal.SIGTERM, signal.SIGINT] if threading.current_thread() is threading.main_thread() else []
+    for number in signals:
+        loop.add_signal_handler(number, worker.told_to_end, int(number))
+    try:
+        return await worker.run()
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)

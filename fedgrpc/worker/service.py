@@ -1,0 +1,95 @@
+"""The `Worker` service: the device's owner and the applications beside it look at the worker and steer it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+import grpc.aio
+
+from fedgrpc.codec.chunk import chunks
+from fedgrpc.codec.payload import file_reader
+from fedgrpc.errors import NotFound, WrongOffset
+from fedgrpc.rpc.convert import chunk_to_proto, manifest_to_proto
+from fedgrpc.v1 import aggregator_pb2, worker_pb2, worker_pb2_grpc
+from fedgrpc.worker.board import Board
+from fedgrpc.worker.disk import storage_errors
+from fedgrpc.worker.held import ModelFolder
+
+
+class Steering(Protocol):
+    """What the service asks of the worker's loop."""
+
+    def pause(self) -> None:
+        """Take no further task."""
+
+    def resume(self) -> None:
+        """Take tasks again."""
+
+    def drain(self) -> None:
+        """Finish the task in hand, then end."""
+
+
+class WorkerService(worker_pb2_grpc.WorkerServicer):
+    """Serves one worker's status, held model and controls."""
+
+    def __init__(self, board: Board, models: ModelFolder, steering: Steering) -> None:
+        self._board = board
+        self._models = models
+        self._steering = steering
+        self._making_raw = asyncio.Lock()
+
+    async def GetStatus(  # noqa: N802
+        self, request: worker_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.GetStatusResponse:
+        """What the worker does now."""
+        return worker_pb2.GetStatusResponse(status=self._board.status.to_proto())
+
+    async def WatchStatus(  # noqa: N802
+        self, request: worker_pb2.WatchStatusRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.WatchStatusResponse]:
+        """The status, and every change of it."""
+        async for status in self._board.watch():
+            yield worker_pb2.WatchStatusResponse(status=status.to_proto())
+
+    async def PullModel(  # noqa: N802
+        self, request: worker_pb2.WorkerPullModelRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.WorkerPullModelResponse]:
+        """The held model in the raw recipe. The file stays readable while a newer version replaces it."""
+        held = self._models.held
+        if held is None:
+            raise NotFound("this device holds no model yet; it gets one with its first task")
+        async with self._making_raw:
+            manifest, path = await asyncio.to_thread(held.raw)
+            with storage_errors(path):
+                file = path.open("rb")
+        with file:
+            if request.offset > manifest.size_bytes:
+                raise WrongOffset(f"offset {request.offset} is beyond the payload of {manifest.size_bytes} bytes")
+            header = aggregator_pb2.ModelHeader(version=held.version, manifest=manifest_to_proto(manifest))
+            yield worker_pb2.WorkerPullModelResponse(header=header)
+            pieces = chunks(file_reader(file.fileno()), manifest.size_bytes, request.offset)
+            while (chunk := await asyncio.to_thread(next, pieces, None)) is not None:
+                yield worker_pb2.WorkerPullModelResponse(chunk=chunk_to_proto(chunk))
+
+    async def Pause(  # noqa: N802
+        self, request: worker_pb2.PauseRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.PauseResponse:
+        """Take no further task until `Resume`."""
+        self._steering.pause()
+        return worker_pb2.PauseResponse(status=self._board.status.to_proto())
+
+    async def Resume(  # noqa: N802
+        self, request: worker_pb2.ResumeRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.ResumeResponse:
+        """Take tasks again."""
+        self._steering.resume()
+        return worker_pb2.ResumeResponse(status=self._board.status.to_proto())
+
+    async def Drain(  # noqa: N802
+        self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.DrainResponse:
+        """Finish the task in hand, then end the process."""
+        self._steering.drain()
+        return worker_pb2.DrainResponse(status=self._board.status.to_proto())

@@ -1,0 +1,60 @@
+"""The settings of a worker, checked once, when they are made."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from fedgrpc.errors import UsageError
+from fedgrpc.rpc.channel import Tls, check_target
+from fedgrpc.worker.profile import DeviceProfile
+from fedgrpc.worker.task import Role
+from fedgrpc.worker.throttle import Throttle
+
+_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What the person who starts a worker may say. Times in seconds, sizes in bytes.
+
+    `state_dir` keeps what survives a restart: unsent updates, the error-feedback residual, the held model; each
+    worker needs its own. `serve_address` is where the `Worker` service listens; None: nowhere. `poll_wait_s` caps
+    what the aggregator proposes. `drain_s` is how long the task in hand may go on after SIGTERM. `device` replaces
+    what is measured, by field name of the profile.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    name: str
+    aggregator: str
+    state_dir: Path
+    role: Role = Role.TRAINER
+    tls: Tls | None = None
+    serve_address: str | None = "127.0.0.1:0"
+    serve_tls: Tls | None = None
+    device: Mapping[str, Any] = field(default_factory=dict)
+    throttle: Throttle = field(default_factory=Throttle)
+    exit_when_run_ends: bool = True
+    poll_wait_s: float = 30.0
+    stall_s: float = 300.0
+    drain_s: float = 20.0
+    spool_max_updates: int = 8
+    spool_max_bytes: int = 8 << 30
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise UsageError(f"the worker name {self.name!r} must be 1 to 64 of letters, digits, '.', '_' and '-'")
+        check_target(self.aggregator)
+        if self.serve_address is not None:
+            check_target(self.serve_address)
+        for name in ("poll_wait_s", "stall_s", "spool_max_updates", "spool_max_bytes"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
+        if not self.drain_s >= 0:
+            raise UsageError(f"drain_s must not be negative, not {self.drain_s}")
+        DeviceProfile().with_overrides(self.device)

@@ -1,0 +1,165 @@
+"""Finished updates on the worker's disk, from before their upload starts until they are acknowledged.
+
+    spool/00000007/        one update: task.pb, header.pb, payload, and the residual it leaves behind
+    spool/residual         the residual that the next update starts from
+
+The rule: an update's folder is complete once it has its name. Its residual becomes the current one when the
+update is acknowledged, by one rename, and is dropped with the update when that is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import structlog
+from google.protobuf.message import DecodeError
+
+from fedgrpc.codec.feedback import Residual
+from fedgrpc.codec.payload import Read, file_reader
+from fedgrpc.errors import LayoutError, StorageError
+from fedgrpc.rpc.convert import manifest_from_proto
+from fedgrpc.v1 import aggregator_pb2
+from fedgrpc.worker.disk import (
+    UNFINISHED,
+    folder_size_bytes,
+    publish_folder,
+    remove_folder,
+    storage_errors,
+    sweep,
+)
+from fedgrpc.worker.residual_file import read_residual, write_residual
+
+_TASK: Final = "task.pb"
+_HEADER: Final = "header.pb"
+_PAYLOAD: Final = "payload"
+_RESIDUAL: Final = "residual"
+
+log = structlog.get_logger()
+
+Fill = Callable[[BinaryIO], tuple[aggregator_pb2.UpdateHeader, Residual | None]]
+
+
+@dataclass(frozen=True)
+class SpooledUpdate:
+    """One finished update on disk, ready to be sent."""
+
+    folder: Path
+    task: aggregator_pb2.Task
+    header: aggregator_pb2.UpdateHeader
+
+    @property
+    def token(self) -> str:
+        """The lease under which it is sent."""
+        return self.header.token
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the payload."""
+        return self.header.manifest.size_bytes
+
+    @contextmanager
+    def reader(self) -> Iterator[Read]:
+        """Reads the payload by offset; raises StorageError if it cannot be opened."""
+        path = self.folder / _PAYLOAD
+        with storage_errors(path), path.open("rb") as file:
+            yield file_reader(file.fileno())
+
+
+class Spool:
+    """The updates in one folder. Not thread-safe: one owner, whose calls may run in a thread in turn."""
+
+    def __init__(self, folder: Path, *, max_updates: int = 8, max_bytes: int = 8 << 30) -> None:
+        self._folder = folder
+        self._max_updates = max_updates
+        self._max_bytes = max_bytes
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            sweep(folder)
+
+    def updates(self) -> list[SpooledUpdate]:
+        """Every update still to be sent, oldest first. One that is corrupt is dropped, with a line in the log."""
+        found = []
+        for folder in self._folders():
+            try:
+                found.append(_load(folder))
+            except (OSError, DecodeError, LayoutError) as error:
+                log.warning("update_dropped", folder=str(folder), reason=f"it is corrupt: {error}")
+                remove_folder(folder)
+        return found
+
+    def count(self) -> int:
+        """How many updates still have to be sent."""
+        return len(self._folders())
+
+    def write(self, task: aggregator_pb2.Task, fill: Fill) -> SpooledUpdate:
+        """Write an update, durable on return. `fill` writes the payload and tells header and residual.
+
+        Where the spool is full the oldest updates make room: their rounds are long closed.
+
+        Raises:
+            StorageError: the disk is full or cannot be written; nothing half-written stays.
+        """
+        names = self._folders()
+        number = int(names[-1].name) + 1 if names else 1
+        unfinished, final = self._folder / f"{UNFINISHED}{number:08}", self._folder / f"{number:08}"
+        with storage_errors(self._folder):
+            unfinished.mkdir()
+            try:
+                with (unfinished / _PAYLOAD).open("wb") as payload:
+                    header, residual = fill(payload)
+                (unfinished / _HEADER).write_bytes(header.SerializeToString())
+                (unfinished / _TASK).write_bytes(task.SerializeToString())
+                if residual is not None:
+                    write_residual(unfinished / _RESIDUAL, residual, task.run)
+                self._make_room(folder_size_bytes(unfinished))
+                publish_folder(unfinished, final)
+            finally:
+                sweep(self._folder)
+        return SpooledUpdate(final, task, header)
+
+    def acknowledge(self, update: SpooledUpdate) -> None:
+        """The aggregator has it: what it left behind is owed from now on."""
+        with storage_errors(update.folder):
+            residual = update.folder / _RESIDUAL
+            if residual.exists():
+                residual.replace(self._folder / _RESIDUAL)
+            remove_folder(update.folder)
+
+    def drop(self, update: SpooledUpdate) -> None:
+        """It will never be taken: it goes, and what was owed before it is owed still."""
+        with storage_errors(update.folder):
+            remove_folder(update.folder)
+
+    def residual(self, run: str) -> Residual:
+        """What the next update of `run` has to make good."""
+        with storage_errors(self._folder):
+            return read_residual(self._folder / _RESIDUAL, run)
+
+    def _folders(self) -> list[Path]:
+        with storage_errors(self._folder):
+            return sorted(path for path in self._folder.iterdir() if path.name.isdigit())
+
+    def _make_room(self, wanted_bytes: int) -> None:
+        if wanted_bytes > self._max_bytes:
+            raise StorageError(f"an update of {wanted_bytes} bytes is over the spool's {self._max_bytes}")
+        held = {folder: folder_size_bytes(folder) for folder in self._folders()}
+        for folder in list(held):
+            if len(held) < self._max_updates and sum(held.values()) + wanted_bytes <= self._max_bytes:
+                return
+            log.warning("update_dropped", folder=str(folder), reason="the spool is full")
+            remove_folder(folder)
+            del held[folder]
+
+
+def _load(folder: Path) -> SpooledUpdate:
+    header = aggregator_pb2.UpdateHeader.FromString((folder / _HEADER).read_bytes())
+    task = aggregator_pb2.Task.FromString((folder / _TASK).read_bytes())
+    size_bytes = os.stat(folder / _PAYLOAD).st_size
+    if manifest_from_proto(header.manifest).size_bytes != size_bytes:
+        raise LayoutError(f"its payload has {size_bytes} bytes, declared are {header.manifest.size_bytes}")
+    return SpooledUpdate(folder, task, header)

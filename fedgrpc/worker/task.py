@@ -1,0 +1,132 @@
+"""What the aggregator tells a worker: registration, tasks and plans, as values."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+from fedgrpc.codec.chunk import CHUNK_BYTES
+from fedgrpc.errors import LayoutError
+from fedgrpc.rpc.convert import duration_from_proto
+from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2
+
+_SHORTEST_INTERVAL_S: Final = 0.05
+
+
+class Role(IntEnum):
+    """What a worker does in the run; numbers as in `fedgrpc.v1.WorkerRole`."""
+
+    TRAINER = device_pb2.WORKER_ROLE_TRAINER
+    EVALUATOR = device_pb2.WORKER_ROLE_EVALUATOR
+
+
+class TaskKind(IntEnum):
+    """What a task asks for; numbers as in `fedgrpc.v1.TaskKind`."""
+
+    TRAIN = round_pb2.TASK_KIND_TRAIN
+    EVALUATE = round_pb2.TASK_KIND_EVALUATE
+    INITIALIZE = round_pb2.TASK_KIND_INITIALIZE
+
+
+class Phase(IntEnum):
+    """Where the worker is with a task; numbers as in `fedgrpc.v1.TaskPhase`."""
+
+    DOWNLOADING = round_pb2.TASK_PHASE_DOWNLOADING
+    TRAINING = round_pb2.TASK_PHASE_TRAINING
+    UPLOADING = round_pb2.TASK_PHASE_UPLOADING
+
+
+@dataclass(frozen=True)
+class Registration:
+    """The aggregator's answer to `Register`. Times in seconds, sizes in bytes."""
+
+    run: str
+    poll_wait_s: float
+    heartbeat_interval_s: float
+    lease_s: float
+    max_chunk_bytes: int
+    max_payload_bytes: int
+    learning_task: str = ""
+    model: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train. None leaves the choice to the learning task."""
+
+    epochs: float | None = None
+    max_steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    momentum: float | None = None
+    proximal_mu: float = 0.0
+    seed: int = 0
+    evaluate: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """One worker's share of one round. `deadline_s` is of this process's monotonic clock; None: there is none."""
+
+    token: str
+    run: str
+    round: int
+    kind: TaskKind
+    model_version: int
+    plan: Plan
+    download_recipe: str
+    upload_recipe: str
+    deadline_s: float | None = None
+
+
+def registration_from_proto(message: aggregator_pb2.RegisterResponse) -> Registration:
+    """Read it with sane bounds: an aggregator that tells no interval is not polled in a tight loop."""
+    heartbeat_s = duration_from_proto(message.heartbeat_interval)
+    return Registration(
+        run=message.run,
+        poll_wait_s=duration_from_proto(message.poll_wait),
+        heartbeat_interval_s=max(_SHORTEST_INTERVAL_S, heartbeat_s) if heartbeat_s else 5.0,
+        lease_s=duration_from_proto(message.lease),
+        max_chunk_bytes=message.max_chunk_bytes or CHUNK_BYTES,
+        max_payload_bytes=message.max_payload_bytes or 4 << 30,
+        learning_task=message.learning_task,
+        model=message.model,
+    )
+
+
+def task_from_proto(message: aggregator_pb2.Task) -> Task:
+    """Raises LayoutError for a kind of task that this version does not know."""
+    try:
+        kind = TaskKind(message.kind)
+    except ValueError:
+        raise LayoutError(f"unknown kind of task {message.kind}; update fedgrpc on this device") from None
+    deadline_s = None
+    if message.HasField("time_left"):
+        deadline_s = time.monotonic() + duration_from_proto(message.time_left)
+    return Task(
+        token=message.token,
+        run=message.run,
+        round=message.round,
+        kind=kind,
+        model_version=message.model_version,
+        plan=plan_from_proto(message.plan),
+        download_recipe=message.download_recipe,
+        upload_recipe=message.upload_recipe,
+        deadline_s=deadline_s,
+    )
+
+
+def plan_from_proto(message: round_pb2.Plan) -> Plan:
+    """Zero on the wire is None here."""
+    return Plan(
+        epochs=message.epochs or None,
+        max_steps=message.max_steps or None,
+        batch_size=message.batch_size or None,
+        learning_rate=message.learning_rate or None,
+        momentum=message.momentum or None,
+        proximal_mu=message.proximal_mu,
+        seed=message.seed,
+        evaluate=message.evaluate,
+    )

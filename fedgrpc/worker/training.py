@@ -1,0 +1,186 @@
+"""The local part of a task: score, train, and turn the outcome into a spooled update. Runs in threads.
+
+TRAIN         payload: trained - given, plus the residual where the recipe is lossy
+INITIALIZE    payload: the initial weights themselves
+EVALUATE      no payload: scores of the given weights
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import numpy as np
+import structlog
+
+from fedgrpc.codec.feedback import Residual, write_with_feedback
+from fedgrpc.codec.manifest import Manifest
+from fedgrpc.codec.payload import write_payload
+from fedgrpc.codec.recipe import Recipe
+from fedgrpc.errors import FedgrpcError, TaskError
+from fedgrpc.rpc.convert import Timings, manifest_to_proto, timings_to_proto
+from fedgrpc.v1 import aggregator_pb2
+from fedgrpc.worker.delta import Delta
+from fedgrpc.worker.spool import Fill
+from fedgrpc.worker.task import Plan, Task, TaskKind
+from fedgrpc.worker.throttle import Throttle
+from fedgrpc.worker.trainer import Cancelled, EvalResult, Trainer, TrainJob, Weights
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """How training talks to the loop from its thread: `stop` is set to cancel, `report` takes 0 to 1."""
+
+    stop: threading.Event
+    report: Callable[[float], None]
+    throttle: Throttle
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the local work gave. `weights` are trained, initial, or None for scores alone."""
+
+    weights: Weights | None
+    example_count: int
+    steps: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    scores: EvalResult | None = None
+
+
+def evaluate(trainer: Trainer, weights: Weights, hooks: Hooks) -> EvalResult | None:
+    """Score `weights` on local held-out data; None where there is none. Raises TaskError."""
+    started_s = time.monotonic()
+    with users_code():
+        result = trainer.evaluate(weights)
+    hooks.throttle.rest(time.monotonic() - started_s, hooks.stop)
+    if result is None:
+        return None
+    return EvalResult(_count(result.example_count), _finite(result.metrics))
+
+
+def initialize(trainer: Trainer) -> Outcome:
+    """The untrained weights of the task's model. Raises TaskError."""
+    with users_code():
+        return Outcome(trainer.initial_weights(), 0)
+
+
+def train(
+    trainer: Trainer, weights: Weights, task: Task, hooks: Hooks, scores: EvalResult | None = None
+) -> Outcome:
+    """Train from `weights` as the plan says. Raises TaskError, or Cancelled when told to stop."""
+    job = job_of(task.plan, task.round, hooks)
+    with users_code():
+        result = trainer.train(weights, job)
+    examples, steps = _count(result.example_count), _count(result.steps)
+    return Outcome(result.weights, examples, steps, _finite(result.metrics), scores)
+
+
+def job_of(plan: Plan, number: int, hooks: Hooks) -> TrainJob:
+    """The plan as a trainer sees it, wired to the hooks."""
+    return TrainJob(
+        epochs=1.0 if plan.epochs is None else plan.epochs,
+        max_steps=plan.max_steps,
+        batch_size=plan.batch_size,
+        learning_rate=plan.learning_rate,
+        momentum=plan.momentum,
+        proximal_mu=plan.proximal_mu,
+        seed=plan.seed,
+        round=number,
+        stop=hooks.stop.is_set,
+        report=lambda done, total: hooks.report(done / total),
+        pause=lambda batch_s: hooks.throttle.rest(batch_s, hooks.stop),
+    )
+
+
+@contextmanager
+def users_code() -> Iterator[None]:
+    """Around calls of the trainer: whatever it raises is a TaskError of one line."""
+    try:
+        yield
+    except (Cancelled, FedgrpcError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise TaskError(f"the learning task raised {type(error).__name__}: {text}") from error
+
+
+def update_of(task: Task, worker: str, given: Weights, outcome: Outcome, residual: Residual, began: Began) -> Fill:
+    """What the spool calls to write the update: it fills the payload and tells header and new residual."""
+
+    def fill(payload: BinaryIO) -> tuple[aggregator_pb2.UpdateHeader, Residual | None]:
+        manifest, left = _write(task, worker, given, outcome, residual, payload)
+        return _header(task, worker, outcome, manifest, began.timings()), left
+
+    return fill
+
+
+@dataclass(frozen=True)
+class Began:
+    """When the local work began, on the monotonic clock, after a download of `download_s`."""
+
+    download_s: float
+    local_at_s: float
+
+    def timings(self) -> Timings:
+        """Until now. The time of the upload is not known yet: the aggregator measures it."""
+        return Timings(download_s=self.download_s, local_s=time.monotonic() - self.local_at_s)
+
+
+def _write(
+    task: Task, worker: str, given: Weights, outcome: Outcome, residual: Residual, payload: BinaryIO
+) -> tuple[Manifest, Residual | None]:
+    recipe = Recipe.parse(task.upload_recipe or "raw")
+    rng = np.random.default_rng((task.plan.seed, task.round, zlib.crc32(worker.encode())))
+    if outcome.weights is None:
+        return write_payload({}, recipe, payload, rng), None
+    if task.kind is TaskKind.INITIALIZE:
+        return write_payload(outcome.weights, recipe, payload, rng), None
+    return write_with_feedback(Delta(outcome.weights, given), residual, recipe, payload, rng)
+
+
+def _header(
+    task: Task, worker: str, outcome: Outcome, manifest: Manifest, timings: Timings
+) -> aggregator_pb2.UpdateHeader:
+    scores = outcome.scores or EvalResult(0, {})
+    return aggregator_pb2.UpdateHeader(
+        worker=worker,
+        token=task.token,
+        manifest=manifest_to_proto(manifest),
+        example_count=outcome.example_count,
+        steps=outcome.steps,
+        metrics=outcome.metrics,
+        evaluation_metrics=scores.metrics,
+        evaluation_example_count=scores.example_count,
+        timings=timings_to_proto(timings),
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _count(value: int) -> int:
+    if value != int(value) or value < 0:
+        raise TaskError(f"the learning task reports {value} examples or steps; it must be a whole number from 0")
+    return int(value)
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Without what is not a finite number: one diverged score must not cost the update."""
+    kept = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+    if len(kept) < len(metrics):
+        log.warning("metrics_not_finite", names=sorted(metrics.keys() - kept.keys()))
+    return kept

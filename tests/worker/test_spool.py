@@ -1,0 +1,181 @@
+import hashlib
+import io
+import os
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fedgrpc.codec.feedback import Residual
+from fedgrpc.codec.layout import layout_of
+from fedgrpc.codec.payload import write_payload
+from fedgrpc.codec.recipe import Recipe
+from fedgrpc.errors import EncodeError, StorageError
+from fedgrpc.rpc.convert import manifest_to_proto
+from fedgrpc.v1 import aggregator_pb2
+from fedgrpc.worker.residual_file import read_residual, write_residual
+from fedgrpc.worker.spool import Spool
+
+
+def tensors(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "weight": rng.normal(size=(64, 8)).astype(np.float32),
+        "half": rng.normal(size=100).astype(ml_dtypes.bfloat16),
+        "bias": np.array(2.5, np.float64),
+        "none": np.zeros((0, 4), np.float32),
+    }
+
+
+def residual_of(arrays):
+    return Residual(layout_of(arrays), arrays)
+
+
+def task(token="token", run="run"):
+    return aggregator_pb2.Task(token=token, run=run, round=3)
+
+
+def fill(token="token", residual=None, size=1000):
+    def write(payload):
+        array = {"w": np.arange(size, dtype=np.float32)}
+        manifest = write_payload(array, Recipe.parse("raw"), payload, np.random.default_rng(0))
+        header = aggregator_pb2.UpdateHeader(token=token, manifest=manifest_to_proto(manifest))
+        return header, residual
+
+    return write
+
+
+def equal(left, right):
+    return left.layout == right.layout and all(
+        np.array_equal(left.tensors[name], right.tensors[name]) for name in left.tensors
+    )
+
+
+def test_an_update_is_found_again_after_a_restart_with_every_byte(tmp_path):
+    Spool(tmp_path).write(task(), fill())
+    [update] = Spool(tmp_path).updates()
+    assert (update.token, update.task.round) == ("token", 3)
+    with update.reader() as read:
+        payload = read(0, update.size_bytes)
+    assert hashlib.sha256(payload).digest() == update.header.manifest.sha256
+    assert len(payload) == 4000
+
+
+def test_updates_come_back_oldest_first(tmp_path):
+    spool = Spool(tmp_path)
+    for number in range(12):
+        spool.write(task(), fill(f"token-{number}"))
+    assert [update.token for update in Spool(tmp_path, max_updates=99).updates()][-2:] == ["token-10", "token-11"]
+
+
+def test_an_acknowledged_update_is_gone_and_its_residual_is_owed(tmp_path):
+    spool = Spool(tmp_path)
+    update = spool.write(task(), fill(residual=residual_of(tensors(1))))
+    assert spool.residual("run") == Residual()
+    spool.acknowledge(update)
+    assert Spool(tmp_path).updates() == []
+    assert equal(Spool(tmp_path).residual("run"), residual_of(tensors(1)))
+
+
+def test_a_refused_update_is_gone_and_the_residual_before_it_is_owed_still(tmp_path):
+    spool = Spool(tmp_path)
+    spool.acknowledge(spool.write(task(), fill(residual=residual_of(tensors(1)))))
+    spool.drop(spool.write(task(), fill(residual=residual_of(tensors(2)))))
+    assert spool.updates() == []
+    assert equal(spool.residual("run"), residual_of(tensors(1)))
+
+
+def test_what_is_owed_to_one_run_is_not_owed_to_another(tmp_path):
+    spool = Spool(tmp_path)
+    spool.acknowledge(spool.write(task(run="one"), fill(residual=residual_of(tensors(1)))))
+    assert spool.residual("other") == Residual()
+
+
+def test_a_full_spool_drops_its_oldest_updates(tmp_path):
+    spool = Spool(tmp_path, max_updates=2)
+    for number in range(4):
+        spool.write(task(), fill(f"token-{number}"))
+    assert [update.token for update in spool.updates()] == ["token-2", "token-3"]
+
+
+def test_the_bytes_of_the_spool_are_bounded(tmp_path):
+    spool = Spool(tmp_path, max_bytes=10_000)
+    for number in range(5):
+        spool.write(task(), fill(f"token-{number}"))
+    assert [update.token for update in spool.updates()] == ["token-3", "token-4"]
+    with pytest.raises(StorageError, match="over the spool"):
+        spool.write(task(), fill(size=5000))
+    assert spool.count() == 2
+
+
+def test_an_update_that_cannot_be_encoded_leaves_nothing_behind(tmp_path):
+    def refuse(payload):
+        payload.write(b"half of it")
+        raise EncodeError("w: NaN")
+
+    spool = Spool(tmp_path)
+    with pytest.raises(EncodeError):
+        spool.write(task(), refuse)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_crash_left_half_written_is_swept_at_the_next_start(tmp_path):
+    unfinished = tmp_path / ".new-00000001"
+    unfinished.mkdir()
+    (unfinished / "payload").write_bytes(b"half")
+    assert Spool(tmp_path).updates() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["payload", "header.pb", "task.pb"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "garbage"])
+def test_a_damaged_update_is_dropped_and_the_others_stay(tmp_path, name, damage):
+    spool = Spool(tmp_path)
+    first, second = spool.write(task(), fill("first")), spool.write(task(), fill("second"))
+    path = first.folder / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1] if damage == "truncated" else b"\xff" * 77)
+    assert [update.token for update in spool.updates()] == [second.token]
+    assert not first.folder.exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes to read-only folders")
+def test_a_read_only_folder_is_a_storage_error(tmp_path):
+    spool = Spool(tmp_path)
+    tmp_path.chmod(0o500)
+    with pytest.raises(StorageError, match="ermission"):
+        spool.write(task(), fill())
+
+
+def test_a_folder_that_is_a_file_is_a_storage_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file"):
+        Spool(tmp_path / "file")
+
+
+def test_a_residual_comes_back_bit_for_bit_in_every_dtype(tmp_path):
+    path = tmp_path / "residual"
+    write_residual(path, residual_of(tensors()), "run")
+    back = read_residual(path, "run")
+    assert equal(back, residual_of(tensors()))
+    assert all(array.flags.writeable for array in back.tensors.values())
+
+
+def test_a_damaged_residual_is_dropped_not_applied(tmp_path):
+    path = tmp_path / "residual"
+    write_residual(path, residual_of(tensors()), "run")
+    content = bytearray(path.read_bytes())
+    for damaged in (content[:-1], content[:-1] + bytes([content[-1] ^ 1]), b"", b"\xff\n", b'{"run": "run"}\n'):
+        path.write_bytes(bytes(damaged))
+        assert read_residual(path, "run") == Residual()
+
+
+def test_the_residual_file_is_the_arrays_and_little_more(tmp_path):
+    path = tmp_path / "residual"
+    write_residual(path, residual_of(tensors()), "run")
+    buffer = io.BytesIO(path.read_bytes())
+    header = buffer.readline()
+    assert len(header) < 400
+    assert len(buffer.read()) == sum(array.nbytes for array in tensors().values())
