@@ -19,7 +19,6 @@ from fedgrpc.codec.layout import Array, Layout, layout_of, spec_of
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import PayloadWriter, encode_tensor
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.codec.values import PIECE, pieces
 
 
 @dataclass(frozen=True)
@@ -47,23 +46,21 @@ def write_with_feedback(
     left: dict[str, Array] = {}
     for name, array in delta.items():
         spec = spec_of(name, array)
-        corrected = _sum(array, owed[name]) if name in owed else array
+        corrected = correct(array, owed.get(name))
         encoding, data = encode_tensor(spec, corrected, recipe, rng)
         writer.add(spec, encoding, data)
         if not encoding.lossless and encoding.contractive:
-            left[name] = _difference(corrected, encoding.decode(memoryview(data).toreadonly(), spec))
+            left[name] = left_over(corrected, encoding.decode(memoryview(data).toreadonly(), spec))
     return writer.finish(), Residual(layout, left)
 
 
-def _sum(left: Array, right: Array) -> Array:
-    return np.add(left, right, dtype=left.dtype)
+def correct(delta: Array, owed: Array | None) -> Array:
+    """delta + owed in delta's dtype, or delta itself when nothing is owed."""
+    return delta if owed is None else np.add(delta, owed, dtype=delta.dtype)
 
 
-def _difference(corrected: Array, decoded: Array) -> Array:
-    """corrected - decoded, into the decoded array where it is ours to write."""
+def left_over(corrected: Array, decoded: Array) -> Array:
+    """corrected - decoded, written into the decoded array where that is allowed."""
     if not decoded.flags.writeable:
         return np.subtract(corrected, decoded)
-    left, right = np.ascontiguousarray(corrected).reshape(-1), decoded.reshape(-1)
-    for piece in pieces(left.size, PIECE):
-        np.subtract(left[piece], right[piece], out=right[piece])
-    return decoded
+    return np.subtract(corrected, decoded, out=decoded)

@@ -1,8 +1,10 @@
-"""Byte shuffle: all lowest bytes of the elements first, then all next ones, up to the highest.
+"""Byte shuffle: the lowest bytes of a block's elements first, then all next ones, up to the highest.
 
 The exponents of a tensor resemble each other and its mantissas do not, so zstd finds more in the planes
-than in the elements (Blosc's and HDF5's shuffle filter). Planes are cut and joined by shifts of whole
-words, which numpy runs as SIMD, unlike a transposition of bytes.
+than in the elements (Blosc's and HDF5's shuffle filter). A plane of a whole block is as long as a block
+of zstd, which then has a code of its own, and every frame holds all planes, so that the first tells
+whether compression pays. Planes are cut and joined by shifts of whole words, which numpy runs as SIMD,
+unlike a transposition of bytes.
 """
 
 from __future__ import annotations
@@ -14,26 +16,38 @@ import numpy as np
 from fedgrpc.codec.layout import Array
 from fedgrpc.codec.values import pieces
 
+BLOCK = 131072
+
 
 def shuffle(values: Array) -> Array:
-    """Byte planes of a flat little-endian array, as uint8; plane k holds byte k of every element."""
+    """Byte planes of a flat little-endian array, block by block of 131072 elements, as uint8."""
     width = values.dtype.itemsize
-    words = values.view(f"<u{width}")
-    planes = np.empty((width, values.size), np.uint8)
-    for piece in pieces(values.size):
-        for k in range(width):
-            planes[k, piece] = (words[piece] >> words.dtype.type(8 * k)).astype(np.uint8)
-    return planes.reshape(-1)
+    words, out = values.view(f"<u{width}"), np.empty(values.nbytes, np.uint8)
+    for block in pieces(values.size, BLOCK):
+        planes = out[block.start * width : block.stop * width].reshape(width, -1)
+        _cut(words[block], planes)
+    return out
 
 
-def unshuffle(planes: Array, dtype: np.dtype[Any]) -> Array:
+def unshuffle(content: Array, dtype: np.dtype[Any]) -> Array:
     """The flat array of `dtype` whose byte planes these are."""
     width = dtype.itemsize
-    rows = planes.reshape(width, -1)
-    words = np.empty(rows.shape[1], f"<u{width}")
-    for piece in pieces(words.size):
-        joined = rows[0, piece].astype(words.dtype)
-        for k in range(1, width):
-            joined |= rows[k, piece].astype(words.dtype) << words.dtype.type(8 * k)
-        words[piece] = joined
+    words = np.empty(content.size // width, f"<u{width}")
+    for block in pieces(words.size, BLOCK):
+        planes = content[block.start * width : block.stop * width].reshape(width, -1)
+        _join(planes, words[block])
     return words.view(dtype)
+
+
+def _cut(words: Array, planes: Array) -> None:
+    for piece in pieces(words.size):
+        for k in range(planes.shape[0]):
+            planes[k, piece] = (words[piece] >> words.dtype.type(8 * k)).astype(np.uint8)
+
+
+def _join(planes: Array, words: Array) -> None:
+    for piece in pieces(words.size):
+        joined = planes[0, piece].astype(words.dtype)
+        for k in range(1, planes.shape[0]):
+            joined |= planes[k, piece].astype(words.dtype) << words.dtype.type(8 * k)
+        words[piece] = joined

@@ -42,8 +42,16 @@ def refuse_non_finite(values: Array) -> None:
         return
     flat_values = values.reshape(-1)
     for piece in pieces(flat_values.size, PIECE):
-        if not np.isfinite(flat_values[piece]).all():
+        if not _all_finite(flat_values[piece]):
             raise EncodeError("a tensor holds NaN, infinity or a value out of range; it cannot be encoded")
+
+
+def _all_finite(piece: Array) -> bool:
+    if piece.dtype.itemsize > 2:
+        return bool(np.isfinite(piece).all())
+    # numpy's own test of two-byte floats is ten times slower than this one of their exponents.
+    exponent = np.uint16(0x7C00 if piece.dtype.kind == "f" else 0x7F80)
+    return bool((piece.view("<u2") & exponent).max(initial=0) < exponent)
 
 
 def finished(decoded: Array, spec: TensorSpec) -> Array:
