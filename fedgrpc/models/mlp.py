@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class MLP(nn.Module):
     """Fully connected layers with ReLU between them; a batch of any shape [B, ...] is flattened first."""
 
-    def __init__(self, input_size: int, num_classes: int, hidden: Sequence[int] = (64,)) -> None:
+    def __init__(self, input_size: int, num_classes: int, hidden: Sequence[int] = (128,)) -> None:
         super().__init__()
         sizes = [input_size, *hidden, num_classes]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))

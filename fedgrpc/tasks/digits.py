@@ -13,7 +13,7 @@ class Digits(ImageTask):
     in_channels = 1
     brightest = 16
     learning_rate = 0.1
-    batch_size = 32
+    batch_size = 16
 
     def __init__(self, model: str = "mlp") -> None:
         super().__init__(model)

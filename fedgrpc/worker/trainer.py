@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -187,6 +189,8 @@ def _find_class(reference: str) -> type:
     module_name, _, class_name = reference.partition(":")
     if not all(part.isidentifier() for part in module_name.split(".")):
         raise UsageError(f"task {reference!r} must look like package.module or package.module:Class")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a console script, unlike `python -m`, does not look beside the user
     with _blaming(reference):
         try:
             module = importlib.import_module(module_name)
