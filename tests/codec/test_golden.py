@@ -1,0 +1,179 @@
+"""Payloads on disk decode for ever, by fedgrpc and by the independent reader in examples/."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fedgrpc.codec.bitpack import pack
+from fedgrpc.codec.encoding import parse_encoding
+from fedgrpc.codec.entropy import Entropy
+from fedgrpc.codec.layout import Array, TensorSpec
+from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry
+from fedgrpc.codec.marks import write_marks
+from fedgrpc.codec.payload import PayloadReader, buffer_reader, verify_digest
+from fedgrpc.errors import FedgrpcError
+from fedgrpc.rpc.convert import chunk_from_proto, manifest_from_proto
+from fedgrpc.v1 import tensor_pb2
+from tests.golden.generate import VECTORS
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+NAMES = sorted(path.stem for path in GOLDEN.glob("*.json"))
+
+
+def load_reader() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("read_payload", ROOT / "examples" / "read_payload.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+READER = load_reader()
+
+
+def load(name: str) -> tuple[dict[str, Any], Manifest, bytes]:
+    described = json.loads((GOLDEN / f"{name}.json").read_text())
+    entries = tuple(
+        TensorEntry(
+            TensorSpec(row["name"], row["dtype"], tuple(row["shape"])),
+            parse_encoding(row["encoding"]),
+            row["size_bytes"],
+        )
+        for row in described["tensors"]
+    )
+    frames = tuple(Frame(*frame) for frame in described["frames"])
+    digest = bytes.fromhex(described["sha256"])
+    manifest = Manifest(entries, described["compression"], frames, described["size_bytes"], digest)
+    return described, manifest, (GOLDEN / f"{name}.bin").read_bytes()
+
+
+def check(row: dict[str, Any], array: Array) -> None:
+    assert array.shape == tuple(row["shape"])
+    if "decoded_sha256" in row:
+        assert hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() == row["decoded_sha256"]
+    else:
+        wanted = np.array(row["decoded"]).reshape(row["shape"])
+        atol = np.abs(wanted).max() * (2.0**-7 if row["dtype"] == "bfloat16" else 1e-5)
+        np.testing.assert_allclose(array.astype(np.float64), wanted, atol=atol)
+
+
+def test_every_vector_of_the_generator_is_on_disk() -> None:
+    assert sorted(VECTORS) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_golden_payload_decodes_to_the_same_values_as_ever(name: str) -> None:
+    described, manifest, payload = load(name)
+    manifest.validate(Limits())
+    verify_digest(manifest, buffer_reader(payload))
+    for row, (_, array) in zip(described["tensors"], PayloadReader(manifest, buffer_reader(payload)), strict=True):
+        check(row, array)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_independent_reader_decodes_a_golden_payload_to_the_same_values(name: str) -> None:
+    described, _, payload = load(name)
+    tensors = READER.read_payload(described, payload)
+    assert list(tensors) == [row["name"] for row in described["tensors"]]
+    for row in described["tensors"]:
+        array = tensors[row["name"]]
+        check(row, array.astype(ml_dtypes.bfloat16) if row["dtype"] == "bfloat16" else array)
+
+
+def test_the_independent_reader_is_short_and_imports_nothing_of_fedgrpc() -> None:
+    source = (ROOT / "examples" / "read_payload.py").read_text()
+    assert len(source.splitlines()) <= 200
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").partition(".")[0])
+    assert imported - set(sys.stdlib_module_names) == {"numpy", "zstandard"}
+
+
+def documented_examples() -> list[tuple[str, str, tuple[int, ...], bytes, list[float]]]:
+    """The worked examples of WIRE.md: an `example:` line, lines of hex, a `values:` line."""
+    text = (ROOT / "protos" / "WIRE.md").read_text()
+    found = []
+    for block in re.findall(r"```\n(example: .*?)```", text, flags=re.DOTALL):
+        head, values = re.search(r"example: (.*)", block), re.search(r"values: (.*)", block)
+        assert head
+        assert values
+        encoding, dtype, shape = head[1].split()
+        hexes = [line.split("|")[0] for line in block.splitlines() if re.match(r"[0-9a-f]{2}( |$)", line)]
+        extents = tuple(int(extent) for extent in shape.strip("[]").split(",") if extent)
+        numbers = [float(value) for value in values[1].split()]
+        found.append((encoding, dtype, extents, bytes.fromhex("".join(hexes)), numbers))
+    return found
+
+
+@pytest.mark.parametrize("example", documented_examples(), ids=lambda example: example[0])
+def test_every_worked_example_of_the_wire_document_is_true(
+    example: tuple[str, str, tuple[int, ...], bytes, list[float]],
+) -> None:
+    encoding, dtype, shape, data, values = example
+    ours = parse_encoding(encoding).decode(memoryview(data), TensorSpec("x", dtype, shape))
+    independent = READER.decode(data, encoding, dtype, list(shape))
+    for decoded in (ours, independent):
+        np.testing.assert_allclose(decoded.astype(np.float64).reshape(-1), values, rtol=1e-5, atol=1e-7)
+
+
+def test_the_wire_document_shows_every_encoding() -> None:
+    text = (ROOT / "protos" / "WIRE.md").read_text()
+    shown = {example[0].partition(":")[0].rstrip("0123456789") for example in documented_examples()}
+    assert shown == {"raw", "float", "bfloat", "int", "rotated", "topk", "threshold", "entropy"}
+    for name in ("raw", "float16", "bfloat16", "int8", "rotated1", "topk", "threshold", "entropy"):
+        assert f"`{name}" in text
+
+
+def documented_hex(after: str) -> bytes:
+    """The bytes of the first fenced block after a sentence; each line is hex, then two spaces and words."""
+    text = (ROOT / "protos" / "WIRE.md").read_text()
+    block = text[text.index(after) :].split("```")[1]
+    found = bytearray()
+    for line in block.strip().splitlines():
+        for token in line.split():
+            if not re.fullmatch(r"[0-9a-f]{2}", token):
+                break
+            found.append(int(token, 16))
+    return bytes(found)
+
+
+def test_the_documented_manifest_and_chunk_are_what_protobuf_reads() -> None:
+    message = tensor_pb2.Manifest.FromString(documented_hex("The manifest of a payload with"))
+    manifest = manifest_from_proto(message)
+    assert [(str(entry.encoding), entry.size_bytes) for entry in manifest.entries] == [
+        ("int8:rounding=nearest", 68),
+        ("raw", 8),
+    ]
+    assert manifest.frames == (Frame(29, 76),)
+    chunk = chunk_from_proto(tensor_pb2.Chunk.FromString(documented_hex("Three bytes `abc`")))
+    assert (chunk.offset, bytes(chunk.data)) == (1 << 20, b"abc")
+    chunk.verify()
+
+
+def test_the_documented_counts_and_marks_are_what_the_codec_writes() -> None:
+    assert write_marks(np.array([3, 4, 300])).tobytes() == bytes.fromhex("0300ff28")
+    assert write_marks(np.array([3, 134]), np.array([True, False])).tobytes() == bytes.fromhex("07ff06")
+    assert pack(np.array([1, 2, 3], np.uint8), 3).tobytes() == bytes.fromhex("d100")
+    assert bytes(Entropy().encode(np.zeros(99), np.random.default_rng(0))).hex() == "0000000001000000"
+
+
+def test_an_unknown_encoding_in_a_manifest_is_an_error_of_ours() -> None:
+    with pytest.raises(FedgrpcError):
+        parse_encoding("zfp:rate=4")
