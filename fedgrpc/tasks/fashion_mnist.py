@@ -12,6 +12,7 @@ class FashionMnist(ImageTask):
     image_size = 28
     in_channels = 1
     learning_rate = 0.01
+    weight_decay = 1e-5
     batch_size = 64
 
     def __init__(self, model: str = "lenet") -> None:

@@ -37,6 +37,7 @@ class TorchTask:
 
     learning_rate: float = 0.01
     momentum: float = 0.9
+    weight_decay: float = 0.0
     batch_size: int = 32
 
     def model(self) -> nn.Module:

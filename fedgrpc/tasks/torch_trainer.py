@@ -31,6 +31,7 @@ class Task(Protocol):
 
     learning_rate: float
     momentum: float
+    weight_decay: float
     batch_size: int
 
     def model(self) -> nn.Module: ...
@@ -80,9 +81,7 @@ class TorchTrainer:
         task, model = self._task, self._model
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         start = [parameter.detach().clone() for parameter in parameters] if job.proximal_mu else []
-        learning_rate = task.learning_rate if job.learning_rate is None else job.learning_rate
-        momentum = task.momentum if job.momentum is None else job.momentum
-        optimizer = task.optimizer(parameters, learning_rate, momentum, job.weight_decay)
+        optimizer = _optimizer(task, parameters, job)
         lonely_batch_fails = len(self._train) > 1 and _has_batch_norm(model)
         # Kept on the device: reading a loss each step would make the CPU wait for an accelerator.
         loss_sum, examples, steps = torch.zeros((), device=self._device), 0, 0
@@ -135,6 +134,13 @@ def _share(
     if held_out is not None:
         held_out = subset_of(held_out, partition.split(labels_of(held_out), parts, setup.seed)[index])
     return train, held_out
+
+
+def _optimizer(task: Task, parameters: list[nn.Parameter], job: TrainJob) -> Optimizer:
+    learning_rate = task.learning_rate if job.learning_rate is None else job.learning_rate
+    momentum = task.momentum if job.momentum is None else job.momentum
+    weight_decay = task.weight_decay if job.weight_decay is None else job.weight_decay
+    return task.optimizer(parameters, learning_rate, momentum, weight_decay)
 
 
 def _pull_back(parameters: list[nn.Parameter], start: list[Tensor], mu: float) -> None:

@@ -45,8 +45,9 @@ def _no_pause(batch_seconds: float) -> None:
 class TrainJob:
     """One worker's share of one round: how much to train, how, and when to stop.
 
-    `None` for `batch_size`, `learning_rate` or `momentum` leaves the choice to the task. `proximal_mu` is the
-    mu of FedProx (arXiv 1812.06127); 0 is FedAvg. `stop` is asked before every batch: True cancels.
+    `None` for `batch_size`, `learning_rate`, `momentum` or `weight_decay` leaves the choice to the task.
+    `proximal_mu` is the mu of FedProx (arXiv 1812.06127); 0 is FedAvg. `stop` is asked before every batch:
+    True cancels.
     `time_left_s` bounds the training in time: once it is not positive, what has been trained so far is the
     result. `report` hears of every finished step; `pause` is told each batch's duration and may sleep, which
     slows the training down honestly.
@@ -57,7 +58,7 @@ class TrainJob:
     batch_size: int | None = None
     learning_rate: float | None = None
     momentum: float | None = None
-    weight_decay: float = 0.0
+    weight_decay: float | None = None
     proximal_mu: float = 0.0
     seed: int = 0
     round: int = 0
@@ -178,10 +179,6 @@ def load_trainer(
     task = _find_class(reference)
     with _blaming(reference):
         trainer = _construct(task, setup, reference)
-    if not isinstance(trainer, Trainer):
-        raise UsageError(
-            f"task {reference}: {task.__name__} is no Trainer: it lacks initial_weights, train or evaluate"
-        )
     return _GuardedTrainer(trainer, reference)
 
 
@@ -200,6 +197,8 @@ def _find_class(reference: str) -> type:
     found = getattr(module, class_name, None) if class_name else _only_task(module, reference)
     if not isinstance(found, type):
         raise UsageError(f"task {reference}: module {module_name} has no class {class_name!r}")
+    if not _is_task(found):
+        raise UsageError(f"task {reference}: {class_name} lacks initial_weights, train or evaluate")
     return found
 
 
@@ -225,11 +224,13 @@ def _is_task(item: type) -> bool:
     return hasattr(item, "build_trainer") or all(callable(getattr(item, name, None)) for name in methods)
 
 
-def _construct(task: Any, setup: TaskSetup, reference: str) -> object:
+def _construct(task: Any, setup: TaskSetup, reference: str) -> Trainer:
     """A class with `build_trainer(setup)`, as a `TorchTask`, is asked; any other gets what it names."""
     if hasattr(task, "build_trainer"):
-        return task.build_trainer(setup)
-    return task(**constructor_arguments(task, setup, reference))
+        trainer: Trainer = task.build_trainer(setup)
+    else:
+        trainer = task(**constructor_arguments(task, setup, reference))
+    return trainer
 
 
 def constructor_arguments(
