@@ -28,11 +28,13 @@ def write_marks(positions: Array, flags: Array | None = None) -> Array:
 
 def read_marks(stream: Array, size: int) -> Array:
     """Positions below `size` of a stream without flags; raises CorruptError."""
+    _check_length(stream, size, RUN)
     return _bounded(np.cumsum(read_counts(stream) + 1) - 1, size)
 
 
 def read_flagged_marks(stream: Array, size: int) -> tuple[Array, Array]:
     """Positions below `size`, and their flags as bool; raises CorruptError."""
+    _check_length(stream, size, RUN_FLAGGED)
     last = _terminators(stream)
     if (stream == PASS - 1).any():
         raise CorruptError("a stream of marks holds byte 254, which has no meaning")
@@ -67,6 +69,12 @@ def _terminators(stream: Array) -> Array:
     if stream.size and not last[-1]:
         raise CorruptError("a stream of marks or counts ends within one")
     return last
+
+
+def _check_length(stream: Array, size: int, run: int) -> None:
+    """Positions are eight times as large as their bytes: none is computed for a stream that cannot fit."""
+    if stream.size > size + size // run:
+        raise CorruptError(f"a stream of {stream.size} bytes marks positions among only {size}")
 
 
 def _bounded(positions: Array, size: int) -> Array:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -105,6 +107,17 @@ def test_marks_give_back_positions_and_flags(positions: list[int], seed: int) ->
     np.testing.assert_array_equal(read, array)
     np.testing.assert_array_equal(read_flags, flags)
     np.testing.assert_array_equal(read_counts(write_counts(array)), array)
+
+
+def test_a_stream_that_marks_more_than_there_is_takes_no_memory() -> None:
+    stream = np.zeros(4_000_000, np.uint8)
+    tracemalloc.start()
+    for read in (read_marks, read_flagged_marks):
+        with pytest.raises(CorruptError):
+            read(stream, 1_000_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_marks_past_the_end_unfinished_or_meaningless_are_corrupt() -> None:

@@ -28,7 +28,10 @@ from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import CodecError, CorruptError, EncodeError, LayoutError, TooLargeError
 from tests.codec.strategies import float_arrays, other_arrays
 
-RECIPES = ("raw", "raw+zstd", "float16+zstd", "bfloat16", "int8+zstd", "int4;*1=int8;*2=raw+zstd:3")
+RECIPES = (
+    *("raw", "raw+zstd", "float16+zstd", "bfloat16", "int8+zstd", "int4;*1=int8;*2=raw+zstd:3"),
+    *("rotated2+zstd", "topk:fraction=0.1+zstd", "threshold", "entropy+zstd", "entropy:c=0.3"),
+)
 
 
 def write(tensors: dict[str, Array], recipe: str = "int8+zstd", seed: int = 0) -> tuple[Manifest, bytes]:
