@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
@@ -26,14 +28,14 @@ def float_arrays(draw: st.DrawFn, dtypes: tuple[str, ...] = FLOAT_DTYPES, max_si
         shape = (max_size,)
     scale = 10.0 ** draw(st.integers(-6, 3))
     kind = draw(st.sampled_from(("gauss", "laplace", "sparse", "constant", "zero")))
-    values = {
+    makers: dict[str, Callable[[], Array]] = {
         "gauss": lambda: rng.standard_normal(shape),
         "laplace": lambda: rng.laplace(size=shape),
         "sparse": lambda: rng.standard_normal(shape) * (rng.random(shape) < 0.02),
         "constant": lambda: np.ones(shape),
         "zero": lambda: np.zeros(shape),
-    }[kind]()
-    array = np.asarray(values * scale).astype(numpy_dtype(draw(st.sampled_from(dtypes))))
+    }
+    array = np.asarray(makers[kind]() * scale).astype(numpy_dtype(draw(st.sampled_from(dtypes))))
     if array.ndim >= 2 and draw(st.booleans()):
         array = array.T
     if array.ndim >= 1 and draw(st.booleans()):

@@ -94,7 +94,7 @@ def as_json(manifest: Manifest, payload: bytes) -> str:
     reader = PayloadReader(manifest, buffer_reader(payload))
     tensors = []
     for entry, (spec, array) in zip(manifest.entries, reader, strict=True):
-        row = {"name": spec.name, "dtype": spec.dtype, "shape": spec.shape}
+        row: dict[str, object] = {"name": spec.name, "dtype": spec.dtype, "shape": spec.shape}
         row |= {"encoding": str(entry.encoding), "size_bytes": entry.size_bytes}
         if entry.encoding.name == "rotated":
             row["decoded"] = [float(f"{value:.7g}") for value in array.astype(np.float64).reshape(-1)]
