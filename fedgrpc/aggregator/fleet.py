@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -97,6 +97,11 @@ class Fleet:
     def live_evaluators(self, now: float) -> list[Worker]:
         """The evaluators that are alive."""
         return [w for w in self if w.evaluator and self.alive(w, now)]
+
+    async def everyone_left(self, clock: Callable[[], float]) -> None:
+        """Return once no worker is alive any more."""
+        while any(self.alive(worker, clock()) for worker in self):
+            await asyncio.sleep(0.1)
 
     def wake_all(self) -> None:
         """Let every open poll look again."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from fedgrpc.aggregation.update import AdmissionPolicy, check_counts
-from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rounds import events
 from fedgrpc.rounds.state import Round, time_left
 from fedgrpc.rpc.convert import (
     Timings,
@@ -17,7 +17,7 @@ from fedgrpc.rpc.convert import (
 )
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
-from fedgrpc.v1.round_pb2 import TaskKind, TaskRecord
+from fedgrpc.v1.round_pb2 import RoundPhase, TaskKind, TaskPhase, TaskRecord
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,10 @@ class Report:
             header.peak_memory_bytes,
         )
 
+    def uploaded_in(self, seconds: float) -> Report:
+        """This report with T_upload as the aggregator saw it: from the first byte to the last."""
+        return replace(self, timings=replace(self.timings, upload_s=seconds))
+
 
 @dataclass
 class CurrentRound:
@@ -71,7 +75,7 @@ class CurrentRound:
         state = self.state
         record = RoundRecord(
             number=state.number,
-            phase=state.phase.value,
+            phase=RoundPhase.Name(state.phase.value),
             base_version=self.base_version,
             committed_version=state.version or 0,
             reason=state.reason,
@@ -91,11 +95,11 @@ class CurrentRound:
         record = TaskRecord(
             worker=task.worker,
             kind=self.kind,
-            phase=task.phase.value,
+            phase=TaskPhase.Name(task.phase.value),
             reason=task.reason,
             progress=task.fraction,
             device_class=self.device_classes.get(task.worker, ""),
-            download_bytes=0 if task.phase is TaskPhase.OFFERED else self.download_bytes,
+            download_bytes=0 if task.phase is events.TaskPhase.OFFERED else self.download_bytes,
         )
         if report := self.reports.get(token):
             record.example_count = report.example_count

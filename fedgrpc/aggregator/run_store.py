@@ -183,6 +183,13 @@ class RunStore:
             row = self._one("SELECT record FROM rounds WHERE number = ?", number)
         return None if row is None else RoundRecord.FromString(row[0])
 
+    def round_of_version(self, version: int) -> RoundRecord | None:
+        """The record of the round that wrote `version`; None for the initial model of a file."""
+        row = self._one(
+            "SELECT record FROM rounds JOIN versions ON rounds.number = versions.round WHERE version = ?", version
+        )
+        return None if row is None else RoundRecord.FromString(row[0])
+
     def rounds(self, below: int, count: int) -> list[RoundRecord]:
         """Records of up to `count` finished rounds with a number below `below`, newest first."""
         query = "SELECT record FROM rounds WHERE number < ? AND open = 0 ORDER BY number DESC LIMIT ?"

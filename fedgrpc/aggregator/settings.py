@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from fedgrpc.aggregation.update import AdmissionPolicy
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.policy import RoundPolicy
@@ -109,6 +111,16 @@ class AggregatorSettings:
             raise UsageError(f"keep_versions must be at least 1, not {self.keep_versions}")
         Recipe.parse(self.download_recipe)
         Recipe.parse(self.upload_recipe)
+
+    @property
+    def download(self) -> Recipe:
+        """How models travel to workers."""
+        return Recipe.parse(self.download_recipe)
+
+    @property
+    def admission(self) -> AdmissionPolicy:
+        """What an update must keep to."""
+        return AdmissionPolicy(math.inf if self.max_update_norm is None else self.max_update_norm)
 
     @property
     def heartbeat_s(self) -> float:

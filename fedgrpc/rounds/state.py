@@ -10,7 +10,7 @@ nothing has happened. `now` is any clock that never runs backwards, in seconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import MappingProxyType
@@ -117,6 +117,34 @@ def step(round_: Round, event: Event, now: float) -> Step:
     )
 
 
+def restore(
+    number: int,
+    policy: RoundPolicy,
+    tasks: Iterable[tuple[str, str, TaskPhase, str]],
+    aim: int,
+    deadline_left_s: float,
+    now: float,
+) -> Round:
+    """A round that takes updates, rebuilt from what was stored: (token, worker, phase, reason) by slot.
+
+    Every lease starts anew: that the aggregator was away is no fault of its workers.
+    """
+    until = now + policy.lease_s
+    rebuilt = {
+        token: Task(worker, slot, until, phase, reason=reason)
+        for slot, (token, worker, phase, reason) in enumerate(tasks)
+    }
+    return Round(
+        number,
+        policy,
+        opened_at=now,
+        phase=RoundPhase.REPORTING,
+        tasks=MappingProxyType(rebuilt),
+        aim=aim,
+        deadline_at=now + deadline_left_s,
+    )
+
+
 def wake_at(round_: Round) -> float | None:
     """When the round next wants a `Tick` if nothing else happens; None: it waits for an event."""
     if round_.phase is RoundPhase.SELECTING:
@@ -191,7 +219,12 @@ def _add_tasks(round_: Round, event: Selected, now: float) -> Step:
 
 
 def _refill(round_: Round, event: Pool, now: float) -> Step:
-    """Replace lost tasks by idle workers that have had none in this round; end it when nobody is left."""
+    """Replace lost tasks by idle workers that have had none in this round; end it when nobody is left.
+
+    A restored round may be complete already: that is seen here too.
+    """
+    if len(round_.accepted) >= round_.aim:
+        return _close(round_, "enough updates are in")
     missing = round_.aim - len(round_.accepted) - round_.open_count
     exclude = round_.workers
     count = min(missing, sum(worker not in exclude for worker in event.idle))

@@ -1,0 +1,406 @@
+"""The coordinator: sole owner of a run's state. It feeds `rounds.step`, and does what the rounds ask for.
+
+The rule: events are applied at once, on the event loop, by whoever brings them (`dispatch`); all that takes
+time, selecting with its durable record and committing, is done by one task (`fedgrpc.aggregator.driver`). What
+the world is told is stored first: a task before it is offered, an update before it is accepted, a version before
+it is known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+
+from fedgrpc.aggregator.evaluations import Evaluation, Evaluations
+from fedgrpc.aggregator.fleet import Fleet, Worker
+from fedgrpc.aggregator.model_store import ModelStore
+from fedgrpc.aggregator.report import CurrentRound, Report
+from fedgrpc.aggregator.run_store import RunStore
+from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.aggregator.uploads import UploadJournal
+from fedgrpc.codec.layout import Layout
+from fedgrpc.errors import IllegalTransition, RoundClosed, UnknownTask, WrongIdentity
+from fedgrpc.metrics import Metrics
+from fedgrpc.rounds.events import (
+    Abort,
+    Accepted,
+    Cancel,
+    Commit,
+    Effect,
+    Event,
+    Failed,
+    Finished,
+    Offer,
+    Pool,
+    Progress,
+    Rejected,
+    Select,
+    TaskPhase,
+)
+from fedgrpc.rounds.state import RoundPhase, step, time_left
+from fedgrpc.v1.aggregator_pb2 import (
+    RUN_PHASE_FINISHED,
+    RUN_PHASE_PAUSED,
+    RUN_PHASE_RUNNING,
+    RUN_PHASE_STOPPED,
+    RegisterRequest,
+    RunPhase,
+)
+from fedgrpc.v1.round_pb2 import Round as RoundRecord
+from fedgrpc.v1.round_pb2 import TaskKind
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A task as its worker is told of it; `time_left_s` None: no deadline."""
+
+    token: str
+    worker: str
+    round: int
+    kind: TaskKind
+    version: int
+    seed: int
+    time_left_s: float | None
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The answer to a heartbeat."""
+
+    cancel: bool
+    reason: str = ""
+    time_left_s: float | None = None
+
+
+@dataclass
+class RunState:
+    """Where the run stands; version 0: no model yet."""
+
+    phase: RunPhase
+    started_at: float
+    reason: str = ""
+    version: int = 0
+    layout: Layout = ()
+
+    @property
+    def ended(self) -> bool:
+        return self.phase in (RUN_PHASE_FINISHED, RUN_PHASE_STOPPED)
+
+
+class Changes:
+    """Tells any number of watchers that something has changed; `revision` counts the changes."""
+
+    def __init__(self) -> None:
+        self.revision = 0
+        self._next = asyncio.Event()
+
+    def notify(self) -> None:
+        """Wake every watcher."""
+        self.revision += 1
+        changed, self._next = self._next, asyncio.Event()
+        changed.set()
+
+    async def wait(self, seen: int) -> int:
+        """Return the present revision once it is not `seen`."""
+        if self.revision == seen:
+            await self._next.wait()
+        return self.revision
+
+
+class Coordinator:
+    """State of one run, and everything that workers and operators may do to it. Lives on one event loop."""
+
+    def __init__(
+        self,
+        settings: AggregatorSettings,
+        store: RunStore,
+        models: ModelStore,
+        journal: UploadJournal,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.models = models
+        self.journal = journal
+        self.metrics = metrics
+        self.clock = clock
+        self.fleet = Fleet(settings.max_workers, settings.policy.lease_s)
+        self.evaluations = Evaluations()
+        self.run = RunState(RUN_PHASE_RUNNING, time.time())
+        self.current: CurrentRound | None = None
+        self.last_record: RoundRecord | None = None
+        self.effects: deque[Select | Commit | Finished] = deque()
+        self.healthy = True
+        self.wake = asyncio.Event()
+        self.changes = Changes()
+        self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
+        self._log = log.bind(run=settings.run_name)
+
+    async def in_database(self, call: Callable[..., T], *args: object) -> T:
+        """Run a method of `store` in its thread. Raises as it does."""
+        return await asyncio.get_running_loop().run_in_executor(self._database, call, *args)
+
+    def close(self) -> None:
+        """Let the database go."""
+        self._database.shutdown()
+        self.store.close()
+
+    # What workers do.
+
+    async def register(self, registration: RegisterRequest) -> None:
+        """Add or renew a worker, durably. Raises `UsageError` and `Exhausted`."""
+        worker = self.fleet.register(registration, self.clock())
+        await self.in_database(self.store.save_worker, worker.registration)
+        self._log.info("worker registered", worker=worker.name, device=registration.device.device_class)
+        self.wake.set()
+
+    async def poll(self, name: str, wait_s: float) -> Assignment | None:
+        """The worker's task, as soon as it has one; None after `wait_s`, and at once when the run has ended."""
+        worker = self.fleet.get(name)
+        worker.last_seen = self.clock()
+        with self.fleet.polling(worker):
+            self.wake.set()
+            try:
+                async with asyncio.timeout(min(wait_s, self.settings.poll_wait_s)):
+                    while not self.run.ended:
+                        worker.woken.clear()
+                        if assignment := self._assignment(worker):
+                            return assignment
+                        await worker.woken.wait()
+            except TimeoutError:
+                pass
+            finally:
+                worker.last_seen = self.clock()
+        return None
+
+    def _assignment(self, worker: Worker) -> Assignment | None:
+        if worker.evaluator:
+            task = self.evaluations.offer(worker.name, self.run.version)
+            return None if task is None else self._evaluation(task)
+        current = self.current
+        if worker.token is None or current is None:
+            return None
+        phase = current.state.tasks[worker.token].phase
+        if phase in (TaskPhase.OFFERED, TaskPhase.EXPIRED):
+            phase = TaskPhase.OFFERED
+        self.dispatch(Progress(worker.token, phase))
+        return Assignment(
+            worker.token,
+            worker.name,
+            current.state.number,
+            current.kind,
+            current.base_version,
+            self._seed(current.state.number, worker.name),
+            time_left(current.state, self.clock()),
+        )
+
+    def _evaluation(self, task: Evaluation) -> Assignment:
+        number = self.current.state.number if self.current else 0
+        return Assignment(task.token, task.worker, number, TaskKind.TASK_KIND_EVALUATE, task.version, 0, None)
+
+    def _seed(self, number: int, worker: str) -> int:
+        text = f"{self.settings.seed}/{number}/{worker}".encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:7], "little")
+
+    async def heartbeat(self, name: str, token: str, phase: TaskPhase, fraction: float) -> Beat:
+        """Extend a lease. Raises `UnknownTask` and `WrongIdentity`."""
+        self.fleet.get(name).last_seen = self.clock()
+        if self.evaluations.find(name, token):
+            return Beat(cancel=False)
+        try:
+            await self.check_open(name, token)
+            self.dispatch(Progress(token, phase, fraction))
+        except RoundClosed as error:
+            return Beat(cancel=True, reason=str(error))
+        assert self.current is not None
+        return Beat(cancel=False, time_left_s=time_left(self.current.state, self.clock()))
+
+    async def check_open(self, name: str, token: str) -> TaskPhase:
+        """The phase of a task that may still send or has sent its update.
+
+        Raises `UnknownTask`, `WrongIdentity`, and `RoundClosed` when its update is not wanted any more. A task
+        whose update was accepted stays accepted after its round: sending twice counts once.
+        """
+        current = self.current
+        if current is not None and token in current.state.tasks:
+            task = current.state.tasks[token]
+            worker, phase, reason = task.worker, task.phase, task.reason
+        else:
+            row = await self.in_database(self.store.task, token)
+            if row is None:
+                raise UnknownTask("no task has this token")
+            worker, phase, reason = row.worker, row.phase, row.reason or "its round has ended"
+            if phase is not TaskPhase.ACCEPTED:
+                phase = TaskPhase.LATE
+        if worker != name:
+            raise WrongIdentity("the token belongs to another worker")
+        if phase in (TaskPhase.REJECTED, TaskPhase.FAILED, TaskPhase.LATE):
+            raise RoundClosed(f"the task is {phase.name.lower()}: {reason}")
+        if (
+            phase is not TaskPhase.ACCEPTED
+            and current is not None
+            and current.state.phase is not RoundPhase.REPORTING
+        ):
+            raise RoundClosed(f"round {current.state.number} takes no more updates")
+        return phase
+
+    def accept(self, token: str, report: Report) -> None:
+        """Count a durable update. Raises `RoundClosed` when it came too late."""
+        current = self._with(token)
+        current.reports[token] = report
+        self.dispatch(Accepted(token))
+        self._log.info(
+            "update accepted",
+            round=current.state.number,
+            worker=current.state.tasks[token].worker,
+            examples=report.example_count,
+            bytes=report.upload_bytes,
+        )
+
+    def reject(self, token: str, reason: str) -> None:
+        """Record that an update was refused, for good."""
+        current = self._with(token)
+        worker = current.state.tasks[token].worker
+        self._log.warning("update refused", round=current.state.number, worker=worker, reason=reason)
+        self.dispatch(Rejected(token, reason))
+
+    async def give_back(self, name: str, token: str, reason: str) -> None:
+        """The worker cannot do its task. Idempotent. Raises `UnknownTask` and `WrongIdentity`."""
+        self._log.warning("task given back", worker=name, reason=reason)
+        if evaluation := self.evaluations.find(name, token):
+            self.evaluations.give_back(evaluation)
+            self.wake.set()
+            return
+        try:
+            await self.check_open(name, token)
+            self.dispatch(Failed(token, reason))
+        except RoundClosed:
+            return
+
+    async def score(self, task: Evaluation, metrics: dict[str, float], example_count: int) -> None:
+        """Keep an evaluator's scores with the round that wrote the version."""
+        mean = self.evaluations.score(task, metrics, example_count)
+        self._log.info("version scored", worker=task.worker, version=task.version, **mean)
+        await self.keep_scores(task.version, evaluator=mean)
+
+    async def keep_scores(
+        self, version: int, workers: dict[str, float] | None = None, evaluator: dict[str, float] | None = None
+    ) -> None:
+        """Add scores of `version` to the record of the round that wrote it, and end the run if they will do."""
+        record = await self.in_database(self.store.round_of_version, version)
+        if record is None:
+            return
+        record.metrics.update(workers or {})
+        record.evaluator_metrics.update(evaluator or {})
+        await self.in_database(self.store.update_record, record)
+        if self.last_record is not None and self.last_record.number == record.number:
+            self.last_record = record
+        target = self.settings.target
+        if target is not None and not self.run.ended and target.met({**(workers or {}), **(evaluator or {})}):
+            sign = ">=" if target.at_least else "<="
+            self.run.reason = f"version {version} has {target.name} {sign} {target.value:g}"
+        self.wake.set()
+        self.changes.notify()
+
+    def _with(self, token: str) -> CurrentRound:
+        if self.current is None or token not in self.current.state.tasks:
+            raise RoundClosed("the round of this task has ended")
+        return self.current
+
+    # What operators do.
+
+    async def pause(self) -> None:
+        """Open no further round. Raises `IllegalTransition` when the run has ended."""
+        await self._set_phase(RUN_PHASE_PAUSED)
+
+    async def resume(self) -> None:
+        """Open rounds again. Raises `IllegalTransition` when the run has ended."""
+        await self._set_phase(RUN_PHASE_RUNNING)
+
+    async def _set_phase(self, phase: RunPhase) -> None:
+        if self.run.ended:
+            raise IllegalTransition(f"the run has ended: {self.run.reason}")
+        self.run.phase = phase
+        await self.save_run()
+
+    async def stop(self, reason: str) -> None:
+        """End the run; the round in flight is abandoned. Idempotent."""
+        if not self.run.ended:
+            await self.end(RUN_PHASE_STOPPED, reason or "stopped by an operator")
+
+    async def end(self, phase: RunPhase, reason: str) -> None:
+        """Enter a final phase and tell every worker that polls."""
+        self.run.phase, self.run.reason = phase, reason
+        if self.current is not None and not self.current.state.phase.final:
+            self.dispatch(Abort(reason))
+        await self.save_run()
+        self.fleet.wake_all()
+
+    async def save_run(self) -> None:
+        """Make the run's phase durable, and let everybody look."""
+        run = self.run
+        await self.in_database(
+            self.store.save_run, self.settings.run_name, int(run.phase), run.reason, run.started_at
+        )
+        self.wake.set()
+        self.changes.notify()
+
+    def record(self) -> RoundRecord | None:
+        """The round in progress, else the last one."""
+        if self.current is None:
+            return self.last_record
+        return self.current.record(time.time(), self.clock())
+
+    # What happens to the round.
+
+    def dispatch(self, event: Event) -> None:
+        """Apply one event to the round in progress. Raises as `rounds.step` does; nothing has then happened."""
+        assert self.current is not None
+        self.current.state, effects = step(self.current.state, event, self.clock())
+        for effect in effects:
+            self._carry_out(effect)
+        if isinstance(event, Accepted | Rejected | Failed):
+            self._release(event.token)
+        if effects or isinstance(event, Accepted | Rejected | Failed):
+            self.wake.set()
+        self.changes.notify()
+
+    def _carry_out(self, effect: Effect) -> None:
+        if isinstance(effect, Offer):
+            worker = self.fleet.get(effect.worker)
+            worker.token = effect.token
+            worker.woken.set()
+        elif isinstance(effect, Cancel):
+            self._cancelled(effect)
+        else:
+            self.effects.append(effect)
+
+    def _cancelled(self, cancel: Cancel) -> None:
+        assert self.current is not None
+        task = self.current.state.tasks[cancel.token]
+        if task.phase.final:
+            self._release(cancel.token)
+        number = self.current.state.number
+        self._log.info("task lost", round=number, worker=task.worker, reason=task.reason)
+
+    def _release(self, token: str) -> None:
+        assert self.current is not None
+        worker = self.fleet.get(self.current.state.tasks[token].worker)
+        if worker.token == token:
+            worker.token = None
+
+    def pool(self) -> Pool:
+        """Who could take a task now."""
+        return Pool(self.fleet.idle_trainers(), self.fleet.live_trainers(self.clock()))

@@ -1,0 +1,63 @@
+"""Scores of committed versions by evaluators: workers that train nothing and hold no round."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from fedgrpc.aggregation.mean import mean_metrics
+from fedgrpc.errors import WrongIdentity
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluator's task: score this version."""
+
+    token: str
+    worker: str
+    version: int
+
+
+class Evaluations:
+    """Hands each evaluator the latest version once, and keeps the scores of that version."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, Evaluation] = {}
+        self._scored: dict[str, int] = {}
+        self._version = 0
+        self._scores: list[tuple[dict[str, float], float]] = []
+
+    def offer(self, worker: str, version: int) -> Evaluation | None:
+        """The worker's task, None once it has scored `version`. Asked again, it is the same task."""
+        if version == 0 or self._scored.get(worker, 0) >= version:
+            return None
+        task = self._tasks.get(worker)
+        if task is None or task.version != version:
+            task = self._tasks[worker] = Evaluation(secrets.token_urlsafe(18), worker, version)
+        return task
+
+    def find(self, worker: str, token: str) -> Evaluation | None:
+        """The evaluation of that token. Raises `WrongIdentity` when it is another worker's."""
+        for task in self._tasks.values():
+            if task.token == token:
+                if task.worker != worker:
+                    raise WrongIdentity("the token belongs to another worker")
+                return task
+        return None
+
+    def waiting_for(self, worker: str, version: int) -> bool:
+        """Whether the worker still owes scores of `version`."""
+        return self._scored.get(worker, 0) < version
+
+    def give_back(self, task: Evaluation) -> None:
+        """The worker cannot score this version; it is not asked again before the next."""
+        self._scored[task.worker] = max(task.version, self._scored.get(task.worker, 0))
+
+    def score(self, task: Evaluation, metrics: dict[str, float], example_count: int) -> dict[str, float]:
+        """Take one evaluator's scores; returns the mean of all scores of that version, by examples."""
+        if self.waiting_for(task.worker, task.version):
+            if task.version != self._version:
+                self._version, self._scores = task.version, []
+            self._scores.append((metrics, float(example_count)))
+            self._scored[task.worker] = task.version
+        return mean_metrics(self._scores)

@@ -1,0 +1,163 @@
+"""Receiving updates: stream, commit, verify, make durable, and only then accept.
+
+The rule: nothing of an update counts before all of it does. Each chunk is on its way to the disk before the next is
+read, so a sender is never ahead of the disk, and the memory of an upload is that of a chunk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fedgrpc.aggregation.update import check_layout, check_values
+from fedgrpc.aggregator.coordinator import Coordinator
+from fedgrpc.aggregator.report import Report
+from fedgrpc.aggregator.uploads import StoredUpdate, Upload
+from fedgrpc.codec.chunk import Chunk
+from fedgrpc.codec.manifest import Limits, Manifest
+from fedgrpc.errors import (
+    Exhausted,
+    LayoutError,
+    LinkError,
+    RoundClosed,
+    TooLargeError,
+    UpdateRefused,
+)
+from fedgrpc.rounds.events import Progress, TaskPhase
+from fedgrpc.rpc.convert import manifest_from_proto, metrics_from_proto
+from fedgrpc.v1.aggregator_pb2 import UpdateHeader
+from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE
+
+
+class Receiver:
+    """Takes the updates of one run."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        settings = coordinator.settings
+        self._it = coordinator
+        self._limits = Limits(max_payload_bytes=settings.max_payload_bytes)
+        self._max_chunk_bytes = settings.max_chunk_bytes
+        self._idle_s = settings.policy.lease_s
+        self._max_uploads = settings.max_uploads
+        self._streams: dict[str, asyncio.Task[object]] = {}
+        self._begun: dict[str, float] = {}
+
+    async def receive(self, header: UpdateHeader, chunks: AsyncIterator[Chunk]) -> tuple[int, bool]:
+        """Take an update; (committed bytes, whether it is complete and accepted).
+
+        Raises as `PushUpdate` in aggregator.proto says.
+        """
+        if evaluation := self._it.evaluations.find(header.worker, header.token):
+            scores = metrics_from_proto(header.evaluation_metrics)
+            await self._it.score(evaluation, scores, header.evaluation_example_count)
+            return 0, True
+        if await self._it.check_open(header.worker, header.token) is TaskPhase.ACCEPTED:
+            return header.manifest.size_bytes, True
+        manifest, report = self._examine(header)
+        async with self._only_stream(header.token):
+            self._begun.setdefault(header.token, time.monotonic())
+            upload = await asyncio.to_thread(self._it.journal.begin, header, manifest)
+            try:
+                await self._take(upload, chunks)
+                if not upload.complete:
+                    return upload.size_bytes, False
+                await self._accept(upload, report)
+            finally:
+                await asyncio.to_thread(upload.close)
+        return manifest.size_bytes, True
+
+    async def held(self, worker: str, token: str) -> tuple[int, bool]:
+        """How much of an update is held, and whether it is accepted. Raises as `QueryPush` says."""
+        if self._it.evaluations.find(worker, token):
+            return 0, not self._it.evaluations.waiting_for(worker, self._it.run.version)
+        if await self._it.check_open(worker, token) is TaskPhase.ACCEPTED:
+            return 0, True
+        return await asyncio.to_thread(self._it.journal.committed_bytes, token), False
+
+    def _examine(self, header: UpdateHeader) -> tuple[Manifest, Report]:
+        """All that can be known before the first byte. A refusal is final, and on the record."""
+        it = self._it
+        assert it.current is not None
+        try:
+            manifest = manifest_from_proto(header.manifest, self._limits)
+            if it.current.kind == TASK_KIND_EVALUATE:
+                header.example_count = header.example_count or header.evaluation_example_count
+                check_layout((), manifest.layout)
+            elif it.current.kind == TASK_KIND_INITIALIZE:
+                header.example_count = header.example_count or 1
+                _check_initial(manifest)
+            else:
+                check_layout(it.run.layout, manifest.layout)
+            return manifest, Report.of(header, it.settings.admission)
+        except (LayoutError, TooLargeError, UpdateRefused) as error:
+            it.reject(header.token, str(error))
+            raise
+
+    @asynccontextmanager
+    async def _only_stream(self, token: str) -> AsyncIterator[None]:
+        """The newest stream of an upload takes over: the one before is most likely a dead connection."""
+        if (former := self._streams.get(token)) is not None:
+            former.cancel()
+            await asyncio.wait([former])
+        if len(self._streams) >= self._max_uploads:
+            raise Exhausted(f"{self._max_uploads} uploads are running; try again")
+        task = asyncio.current_task()
+        assert task is not None
+        self._streams[token] = task
+        try:
+            yield
+        finally:
+            if self._streams.get(token) is task:
+                del self._streams[token]
+
+    async def _take(self, upload: Upload, chunks: AsyncIterator[Chunk]) -> None:
+        """Commit chunks until the upload is whole or the stream ends. A silent stream gives up its slot."""
+        token, size_bytes = upload.header.token, upload.manifest.size_bytes
+        while True:
+            try:
+                chunk = await asyncio.wait_for(anext(chunks, None), self._idle_s)
+            except TimeoutError:
+                raise LinkError(f"no byte came for {self._idle_s:g} s") from None
+            if chunk is None:
+                return
+            if len(chunk.data) > self._max_chunk_bytes:
+                raise TooLargeError(f"a chunk of {len(chunk.data)} bytes; allowed are {self._max_chunk_bytes}")
+            await asyncio.to_thread(upload.append, chunk)
+            await self._it.check_open(upload.header.worker, token)
+            self._it.dispatch(Progress(token, TaskPhase.UPLOADING, upload.size_bytes / size_bytes))
+
+    async def _accept(self, upload: Upload, report: Report) -> None:
+        """Verify the whole update, make it durable, count it."""
+        it = self._it
+        token = upload.header.token
+        try:
+            await asyncio.to_thread(self._verify, upload)
+        except (LayoutError, UpdateRefused) as error:
+            await asyncio.to_thread(upload.discard)
+            it.reject(token, str(error))
+            raise
+        header = upload.header
+        took_s = time.monotonic() - self._begun.pop(token)
+        header.timings.upload_seconds = took_s
+        await asyncio.to_thread(upload.seal, it.settings.durable)
+        try:
+            it.accept(token, report.uploaded_in(took_s))
+        except RoundClosed:
+            await asyncio.to_thread(it.journal.discard, [token])
+            raise
+
+    def _verify(self, upload: Upload) -> None:
+        stored: StoredUpdate = upload.finish()
+        with stored.open() as reader:
+            check_values(iter(reader), self._it.settings.admission)
+
+
+def _check_initial(manifest: Manifest) -> None:
+    """Initial weights come as they are: every worker starts from exactly these."""
+    if not manifest.entries:
+        raise UpdateRefused("initial weights are wanted, and the update has no tensors")
+    for entry in manifest.entries:
+        if not entry.encoding.lossless:
+            raise UpdateRefused(f"initial weights come lossless, {entry.spec.name!r} is {entry.encoding}")

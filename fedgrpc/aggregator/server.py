@@ -1,0 +1,195 @@
+"""A whole aggregator: its data folder, its server, its driver, and how it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import fcntl
+import os
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import structlog
+
+from fedgrpc.aggregator.coordinator import Coordinator
+from fedgrpc.aggregator.driver import Driver
+from fedgrpc.aggregator.model_store import ModelStore
+from fedgrpc.aggregator.run_store import RunStore
+from fedgrpc.aggregator.service import AggregatorService
+from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.aggregator.uploads import UploadJournal
+from fedgrpc.errors import UsageError
+from fedgrpc.metrics import Metrics
+from fedgrpc.rpc.server import AGGREGATOR, Health, aggregator_service, serve
+
+log = structlog.get_logger()
+
+_HEALTH_INTERVAL_S = 1.0
+
+
+class Aggregator:
+    """One aggregator. `run` it once; `stop` may be called from its event loop meanwhile."""
+
+    def __init__(self, settings: AggregatorSettings, metrics: Metrics | None = None) -> None:
+        self._settings = settings
+        self._metrics = metrics or Metrics()
+        self._stopping = asyncio.Event()
+        self._signals = 0
+        self.coordinator: Coordinator | None = None
+        self.port = 0
+
+    async def run(self, ready: Callable[[int], None] | None = None) -> int:
+        """Serve until the run has ended and its workers know (0), or until told to stop (128 + signal).
+
+        `ready` is called with the port once workers are served. Raises `UsageError` for a setting or a data
+        folder that cannot be used, and `StorageError` for one that is corrupt.
+        """
+        settings = self._settings
+        _raise_file_limit()
+        with _owned(settings.data_dir):
+            coordinator = self._open()
+            self.coordinator = coordinator
+            try:
+                driver = Driver(coordinator)
+                await driver.recover()
+                service = AggregatorService(coordinator, _settings_text(settings))
+                async with serve(
+                    settings.address, [aggregator_service(service)], tls=settings.tls, grace_s=settings.drain_s
+                ) as server:
+                    self.port = server.port
+                    await self._serve(driver, server.health, ready)
+                    coordinator.fleet.wake_all()
+            finally:
+                coordinator.close()
+        return 128 + self._signals if self._signals else 0
+
+    def _open(self) -> Coordinator:
+        folder = self._settings.data_dir
+        try:
+            models = ModelStore(folder)
+            journal = UploadJournal(folder / "uploads")
+        except OSError as error:
+            raise UsageError(f"cannot use the data folder {folder}: {error.strerror}") from error
+        store = RunStore(folder / "run.sqlite")
+        return Coordinator(self._settings, store, models, journal, self._metrics)
+
+    async def _serve(self, driver: Driver, health: Health, ready: Callable[[int], None] | None) -> None:
+        coordinator = self.coordinator
+        assert coordinator is not None
+        playing = asyncio.create_task(driver.run())
+        watching = asyncio.create_task(_tell_health(coordinator, playing, health))
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            await health.set(AGGREGATOR, True)
+            log.info("serving", run=self._settings.run_name, port=self.port)
+            if ready is not None:
+                ready(self.port)
+            await asyncio.wait([playing, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if playing.done():
+                playing.result()
+                await self._let_workers_know(stopping)
+            await health.set(AGGREGATOR, False)
+        finally:
+            for task in (playing, watching, stopping):
+                task.cancel()
+            await asyncio.gather(playing, watching, stopping, return_exceptions=True)
+
+    async def _let_workers_know(self, stopping: asyncio.Task[bool]) -> None:
+        """Workers that are alive poll once more and hear that the run has ended; operators may still look."""
+        coordinator = self.coordinator
+        assert coordinator is not None
+        log.info("run ended", run=self._settings.run_name, reason=coordinator.run.reason)
+        timeout_s = None if self._settings.stay else self._settings.drain_s
+        leaving = asyncio.create_task(coordinator.fleet.everyone_left(coordinator.clock))
+        waits = [stopping] if self._settings.stay else [stopping, leaving]
+        try:
+            await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+
+    def stop(self, signal_number: int = 0) -> None:
+        """Drain and end; a second call ends at once."""
+        if self._stopping.is_set():
+            log.warning("ending at once")
+            os._exit(128 + signal_number)
+        self._signals = signal_number
+        log.info("draining", run=self._settings.run_name, within_s=self._settings.drain_s, again="ends at once")
+        self._stopping.set()
+
+
+async def run_aggregator(
+    settings: AggregatorSettings,
+    *,
+    ready: Callable[[int], None] | None = None,
+    metrics: Metrics | None = None,
+) -> int:
+    """Run an aggregator to its end; the exit code. In the main thread, SIGTERM and SIGINT drain it.
+
+    Raises: as `Aggregator.run`.
+    """
+    aggregator = Aggregator(settings, metrics)
+    loop = asyncio.get_running_loop()
+    signals = [signal.SIGTERM, signal.SIGINT] if threading.current_thread() is threading.main_thread() else []
+    for number in signals:
+        loop.add_signal_handler(number, aggregator.stop, int(number))
+    try:
+        return await aggregator.run(ready)
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+async def _tell_health(coordinator: Coordinator, playing: asyncio.Task[None], health: Health) -> None:
+    """SERVING only while the round loop is alive and can commit."""
+    seen, told = -1, True
+    while True:
+        healthy = coordinator.healthy and not (playing.done() and not coordinator.run.ended)
+        if healthy != told:
+            await health.set(AGGREGATOR, healthy)
+            told = healthy
+        try:
+            async with asyncio.timeout(_HEALTH_INTERVAL_S):
+                seen = await coordinator.changes.wait(seen)
+        except TimeoutError:
+            continue
+
+
+@contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """One process at a time uses a data folder. Raises `UsageError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise UsageError(f"cannot use the data folder {folder}: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UsageError(f"the data folder {folder} is in use by another aggregator") from None
+    finally:
+        os.close(lock)
+
+
+def _raise_file_limit() -> None:
+    """Each connection and each upload is a file; the usual soft limit of 1024 is for other programs."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _settings_text(settings: AggregatorSettings) -> dict[str, str]:
+    """The settings as operators see them; where secrets lie is no concern of theirs."""
+    text: dict[str, str] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value) and field.name in ("policy", "plan", "target"):
+            text.update(
+                {f"{field.name}.{name}": str(item) for name, item in vars(value).items() if item is not None}
+            )
+        elif field.name != "tls" and value is not None:
+            text[field.name] = str(value)
+    return text

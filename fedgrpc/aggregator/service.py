@@ -1,0 +1,285 @@
+"""The `Aggregator` service: protobuf in, the coordinator and the receiver behind it, protobuf out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+
+import grpc.aio
+
+from fedgrpc import __version__
+from fedgrpc.aggregator.coordinator import Assignment, Coordinator
+from fedgrpc.aggregator.fleet import Worker
+from fedgrpc.aggregator.model_store import EncodedModel, pread
+from fedgrpc.aggregator.receiver import Receiver
+from fedgrpc.codec.chunk import CHUNK_BYTES, Chunk, chunks
+from fedgrpc.codec.encoding import parse_encoding
+from fedgrpc.codec.recipe import Recipe
+from fedgrpc.errors import LayoutError, NotFound, UsageError, WrongOffset
+from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rpc.convert import (
+    chunk_from_proto,
+    chunk_to_proto,
+    duration_from_proto,
+    duration_to_proto,
+    layout_to_proto,
+    manifest_to_proto,
+)
+from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
+
+_MAX_PAGE = 1000
+_MAX_RATE_HZ = 20.0
+
+
+class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
+    """Each method is one RPC of aggregator.proto, which says what it does and how it fails."""
+
+    def __init__(self, coordinator: Coordinator, settings_text: Mapping[str, str]) -> None:
+        self._it = coordinator
+        self._settings = coordinator.settings
+        self._settings_text = settings_text
+        self._receiver = Receiver(coordinator)
+
+    async def Register(
+        self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext
+    ) -> pb.RegisterResponse:
+        _check_common(request, (self._settings.download_recipe, self._settings.upload_recipe))
+        await self._it.register(request)
+        return pb.RegisterResponse(
+            run=self._settings.run_name,
+            poll_wait=duration_to_proto(self._settings.poll_wait_s),
+            heartbeat_interval=duration_to_proto(self._settings.heartbeat_s),
+            lease=duration_to_proto(self._settings.policy.lease_s),
+            max_chunk_bytes=self._settings.max_chunk_bytes,
+            max_payload_bytes=self._settings.max_payload_bytes,
+            learning_task=self._settings.learning_task,
+            model=self._settings.model,
+        )
+
+    async def PollTask(
+        self, request: pb.PollTaskRequest, context: grpc.aio.ServicerContext
+    ) -> pb.PollTaskResponse:
+        assignment = await self._it.poll(request.worker, duration_from_proto(request.wait))
+        if assignment is None:
+            return pb.PollTaskResponse(run_ended=self._it.run.ended)
+        return pb.PollTaskResponse(task=self._task(assignment))
+
+    def _task(self, assignment: Assignment) -> pb.Task:
+        initialize = assignment.kind == round_pb2.TASK_KIND_INITIALIZE
+        task = pb.Task(
+            token=assignment.token,
+            run=self._settings.run_name,
+            round=assignment.round,
+            kind=assignment.kind,
+            model_version=assignment.version,
+            plan=self._plan(assignment),
+            download_recipe=self._settings.download_recipe,
+            upload_recipe="raw" if initialize else self._settings.upload_recipe,
+        )
+        if assignment.time_left_s is not None:
+            task.time_left.CopyFrom(duration_to_proto(assignment.time_left_s))
+        return task
+
+    def _plan(self, assignment: Assignment) -> round_pb2.Plan:
+        plan = self._settings.plan
+        return round_pb2.Plan(
+            epochs=plan.epochs or 0,
+            max_steps=plan.max_steps or 0,
+            batch_size=plan.batch_size or 0,
+            learning_rate=plan.learning_rate or 0,
+            momentum=plan.momentum or 0,
+            proximal_mu=plan.proximal_mu,
+            seed=assignment.seed,
+            evaluate=self._settings.evaluate,
+        )
+
+    async def PullModel(  # noqa: N802
+        self, request: pb.PullModelRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.PullModelResponse]:
+        version = request.version or self._it.run.version
+        if not version:
+            raise NotFound("there is no model version yet")
+        encoded = await self._it.models.encoded(version, _recipe(request.recipe))
+        size_bytes = encoded.manifest.size_bytes
+        if request.offset > size_bytes:
+            raise WrongOffset(f"offset {request.offset} is beyond the payload of {size_bytes} bytes")
+        header = pb.ModelHeader(version=version, manifest=manifest_to_proto(encoded.manifest))
+        yield pb.PullModelResponse(header=header)
+        for offset in range(request.offset, size_bytes, CHUNK_BYTES):
+            chunk = await asyncio.to_thread(_read_chunk, encoded, offset)
+            yield pb.PullModelResponse(chunk=chunk_to_proto(chunk))
+
+    async def Heartbeat(
+        self, request: pb.HeartbeatRequest, context: grpc.aio.ServicerContext
+    ) -> pb.HeartbeatResponse:
+        phase = _open_phase(request.phase)
+        beat = await self._it.heartbeat(request.worker, request.token, phase, min(1.0, max(0.0, request.progress)))
+        response = pb.HeartbeatResponse(cancel=beat.cancel, reason=beat.reason)
+        if beat.time_left_s is not None:
+            response.time_left.CopyFrom(duration_to_proto(beat.time_left_s))
+        return response
+
+    async def PushUpdate(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.PushUpdateRequest], context: grpc.aio.ServicerContext
+    ) -> pb.PushUpdateResponse:
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("content") != "header":
+            raise LayoutError("the first message of an update is its header")
+        size_bytes, complete = await self._receiver.receive(first.header, _chunks(request_iterator))
+        return pb.PushUpdateResponse(committed_size_bytes=size_bytes, complete=complete)
+
+    async def QueryPush(
+        self, request: pb.QueryPushRequest, context: grpc.aio.ServicerContext
+    ) -> pb.QueryPushResponse:
+        size_bytes, complete = await self._receiver.held(request.worker, request.token)
+        return pb.QueryPushResponse(committed_size_bytes=size_bytes, complete=complete)
+
+    async def ReportFailure(  # noqa: N802
+        self, request: pb.ReportFailureRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ReportFailureResponse:
+        await self._it.give_back(request.worker, request.token, " ".join(request.reason.split())[:500])
+        return pb.ReportFailureResponse()
+
+    async def GetRun(self, request: pb.GetRunRequest, context: grpc.aio.ServicerContext) -> pb.GetRunResponse:  # noqa: N802
+        return pb.GetRunResponse(run=self._run())
+
+    def _run(self) -> pb.Run:
+        state = self._it.run
+        record = self._it.record()
+        run = pb.Run(
+            name=self._settings.run_name,
+            phase=state.phase,
+            reason=state.reason,
+            model_version=state.version,
+            current_round=record.number if record else 0,
+            total_rounds=self._settings.rounds,
+            software_version=__version__,
+            layout=layout_to_proto(state.layout),
+            settings=self._settings_text,
+        )
+        run.started_at.FromNanoseconds(int(state.started_at * 1e9))
+        return run
+
+    async def GetRound(
+        self, request: pb.GetRoundRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetRoundResponse:
+        record = self._it.record()
+        if request.HasField("number") and (record is None or record.number != request.number):
+            record = await self._it.in_database(self._it.store.round, request.number)
+        if record is None:
+            raise NotFound(f"there is no round {request.number}" if request.HasField("number") else "no round yet")
+        return pb.GetRoundResponse(round=record)
+
+    async def ListRounds(
+        self, request: pb.ListRoundsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListRoundsResponse:
+        below = 1 << 62
+        if request.page_token:
+            if not request.page_token.isascii() or not request.page_token.isdigit():
+                raise UsageError("the page token is not one that ListRounds gave")
+            below = min(below, int(request.page_token))
+        size = min(request.page_size or 100, _MAX_PAGE)
+        records = await self._it.in_database(self._it.store.rounds, below, size)
+        more = str(records[-1].number) if len(records) == size else ""
+        return pb.ListRoundsResponse(rounds=records, next_page_token=more)
+
+    async def WatchRounds(  # noqa: N802
+        self, request: pb.WatchRoundsRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.WatchRoundsResponse]:
+        pause_s = 1.0 / min(request.max_rate_hz or 4.0, _MAX_RATE_HZ)
+        seen = -1
+        while True:
+            ended = self._it.run.ended
+            seen = await self._it.changes.wait(seen)
+            yield pb.WatchRoundsResponse(run=self._run(), round=self._it.record())
+            if ended:
+                return
+            await asyncio.sleep(pause_s)
+
+    async def ListWorkers(
+        self, request: pb.ListWorkersRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListWorkersResponse:
+        return pb.ListWorkersResponse(workers=[self._worker(worker) for worker in self._it.fleet])
+
+    def _worker(self, worker: Worker) -> pb.WorkerRecord:
+        now = self._it.clock()
+        record = pb.WorkerRecord(
+            worker=worker.name,
+            role=worker.registration.role,
+            device=worker.registration.device,
+            state=pb.WORKER_STATE_AWAY,
+            last_seen_ago=duration_to_proto(0.0 if worker.polls else max(0.0, now - worker.last_seen)),
+            rounds_selected=worker.selected,
+            rounds_accepted=worker.accepted,
+        )
+        current = self._it.current
+        if worker.token is not None and current is not None and worker.token in current.state.tasks:
+            task = current.state.tasks[worker.token]
+            record.state = pb.WORKER_STATE_BUSY
+            record.task_phase = round_pb2.TaskPhase.Name(task.phase.value)
+            record.progress = task.fraction
+        elif self._it.fleet.alive(worker, now):
+            record.state = pb.WORKER_STATE_IDLE
+        return record
+
+    async def PauseRun(
+        self, request: pb.PauseRunRequest, context: grpc.aio.ServicerContext
+    ) -> pb.PauseRunResponse:
+        await self._it.pause()
+        return pb.PauseRunResponse(run=self._run())
+
+    async def ResumeRun(
+        self, request: pb.ResumeRunRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ResumeRunResponse:
+        await self._it.resume()
+        return pb.ResumeRunResponse(run=self._run())
+
+    async def StopRun(self, request: pb.StopRunRequest, context: grpc.aio.ServicerContext) -> pb.StopRunResponse:  # noqa: N802
+        await self._it.stop(" ".join(request.reason.split())[:500])
+        return pb.StopRunResponse(run=self._run())
+
+
+def _check_common(request: pb.RegisterRequest, recipes: tuple[str, ...]) -> None:
+    """The worker reads and writes what this run uses. Raises `UsageError`."""
+    known = set(request.encodings)
+    for recipe in map(Recipe.parse, recipes):
+        for encoding in (recipe.default, *(encoding for _, encoding in recipe.overrides)):
+            name = str(encoding).partition(":")[0]
+            if known and name not in known and not any(_same(name, other) for other in known):
+                raise UsageError(
+                    f"worker {request.worker!r} does not know the encoding {name}, which this run uses"
+                )
+
+
+def _same(name: str, other: str) -> bool:
+    try:
+        return str(parse_encoding(other)).partition(":")[0] == name
+    except UsageError:
+        return False
+
+
+def _recipe(text: str) -> Recipe:
+    return Recipe.parse(text) if text else Recipe.parse("raw")
+
+
+def _read_chunk(encoded: EncodedModel, offset: int) -> Chunk:
+    return next(chunks(lambda at, size: pread(encoded.path, at, size), encoded.manifest.size_bytes, offset))
+
+
+def _open_phase(number: int) -> TaskPhase:
+    """The phase a worker may report. Raises `LayoutError` for any other."""
+    try:
+        phase = TaskPhase(number)
+    except ValueError:
+        raise LayoutError(f"unknown task phase {number}") from None
+    if not phase.open:
+        raise LayoutError(f"{phase.name.lower()} is not for a worker to say")
+    return phase
+
+
+async def _chunks(messages: AsyncIterator[pb.PushUpdateRequest]) -> AsyncIterator[Chunk]:
+    async for message in messages:
+        if message.WhichOneof("content") != "chunk":
+            raise LayoutError("after the header of an update come chunks, nothing else")
+        yield chunk_from_proto(message.chunk)
