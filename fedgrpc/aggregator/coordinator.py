@@ -183,7 +183,15 @@ class Coordinator:
                 pass
             finally:
                 worker.last_seen = self.clock()
+        worker.told_of_end = self.run.ended
+        self.changes.notify()
         return None
+
+    async def everyone_told(self) -> None:
+        """Return once the run has ended and every worker that is alive knows."""
+        seen = -1
+        while self.fleet.still_unaware(self.clock()):
+            seen = await self.changes.wait(seen)
 
     def _assignment(self, worker: Worker) -> Assignment | None:
         if worker.evaluator:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -25,6 +25,7 @@ class Worker:
     accepted: int = 0
     polls: int = 0
     token: str | None = None
+    told_of_end: bool = False
     woken: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -98,10 +99,9 @@ class Fleet:
         """The evaluators that are alive."""
         return [w for w in self if w.evaluator and self.alive(w, now)]
 
-    async def everyone_left(self, clock: Callable[[], float]) -> None:
-        """Return once no worker is alive any more."""
-        while any(self.alive(worker, clock()) for worker in self):
-            await asyncio.sleep(0.1)
+    def still_unaware(self, now: float) -> bool:
+        """Whether a worker is alive that has not been told of the end of the run."""
+        return any(self.alive(worker, now) and not worker.told_of_end for worker in self)
 
     def wake_all(self) -> None:
         """Let every open poll look again."""

@@ -1,7 +1,7 @@
 """Receiving updates: stream, commit, verify, make durable, and only then accept.
 
-The rule: nothing of an update counts before all of it does. Each chunk is on its way to the disk before the next is
-read, so a sender is never ahead of the disk, and the memory of an upload is that of a chunk.
+The rule: nothing of an update counts before all of it does. Each chunk is on its way to the disk before the next
+is read, so a sender is never ahead of the disk, and the memory of an upload is that of a chunk.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class Aggregator:
         assert coordinator is not None
         log.info("run ended", run=self._settings.run_name, reason=coordinator.run.reason)
         timeout_s = None if self._settings.stay else self._settings.drain_s
-        leaving = asyncio.create_task(coordinator.fleet.everyone_left(coordinator.clock))
+        leaving = asyncio.create_task(coordinator.everyone_told())
         waits = [stopping] if self._settings.stay else [stopping, leaving]
         try:
             await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from typing import cast
 
 import grpc.aio
 
@@ -94,7 +95,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             evaluate=self._settings.evaluate,
         )
 
-    async def PullModel(  # noqa: N802
+    async def PullModel(
         self, request: pb.PullModelRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.PullModelResponse]:
         version = request.version or self._it.run.version
@@ -120,7 +121,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             response.time_left.CopyFrom(duration_to_proto(beat.time_left_s))
         return response
 
-    async def PushUpdate(  # noqa: N802
+    async def PushUpdate(
         self, request_iterator: AsyncIterator[pb.PushUpdateRequest], context: grpc.aio.ServicerContext
     ) -> pb.PushUpdateResponse:
         first = await anext(request_iterator, None)
@@ -135,13 +136,13 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         size_bytes, complete = await self._receiver.held(request.worker, request.token)
         return pb.QueryPushResponse(committed_size_bytes=size_bytes, complete=complete)
 
-    async def ReportFailure(  # noqa: N802
+    async def ReportFailure(
         self, request: pb.ReportFailureRequest, context: grpc.aio.ServicerContext
     ) -> pb.ReportFailureResponse:
         await self._it.give_back(request.worker, request.token, " ".join(request.reason.split())[:500])
         return pb.ReportFailureResponse()
 
-    async def GetRun(self, request: pb.GetRunRequest, context: grpc.aio.ServicerContext) -> pb.GetRunResponse:  # noqa: N802
+    async def GetRun(self, request: pb.GetRunRequest, context: grpc.aio.ServicerContext) -> pb.GetRunResponse:
         return pb.GetRunResponse(run=self._run())
 
     def _run(self) -> pb.Run:
@@ -184,7 +185,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         more = str(records[-1].number) if len(records) == size else ""
         return pb.ListRoundsResponse(rounds=records, next_page_token=more)
 
-    async def WatchRounds(  # noqa: N802
+    async def WatchRounds(
         self, request: pb.WatchRoundsRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.WatchRoundsResponse]:
         pause_s = 1.0 / min(request.max_rate_hz or 4.0, _MAX_RATE_HZ)
@@ -217,7 +218,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         if worker.token is not None and current is not None and worker.token in current.state.tasks:
             task = current.state.tasks[worker.token]
             record.state = pb.WORKER_STATE_BUSY
-            record.task_phase = round_pb2.TaskPhase.Name(task.phase.value)
+            record.task_phase = cast(round_pb2.TaskPhase, task.phase.value)
             record.progress = task.fraction
         elif self._it.fleet.alive(worker, now):
             record.state = pb.WORKER_STATE_IDLE
@@ -235,7 +236,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         await self._it.resume()
         return pb.ResumeRunResponse(run=self._run())
 
-    async def StopRun(self, request: pb.StopRunRequest, context: grpc.aio.ServicerContext) -> pb.StopRunResponse:  # noqa: N802
+    async def StopRun(self, request: pb.StopRunRequest, context: grpc.aio.ServicerContext) -> pb.StopRunResponse:
         await self._it.stop(" ".join(request.reason.split())[:500])
         return pb.StopRunResponse(run=self._run())
 
