@@ -29,10 +29,11 @@ class ImageTask(TorchTask):
         self.model()  # an unknown name is the person's mistake, and is told before any data is read
 
     def model(self) -> nn.Module:
-        """See `fedgrpc.models`."""
-        return build_model(
+        """See `fedgrpc.models`. Channels go last in memory, where convolution and pooling are faster."""
+        model = build_model(
             self._model_name, num_classes=10, in_channels=self.in_channels, image_size=self.image_size
         )
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
         """Pixels stay bytes in memory, a quarter of what floats would take; `prepare` scales each batch."""
@@ -41,7 +42,7 @@ class ImageTask(TorchTask):
 
     def prepare(self, inputs: Tensor, training: bool) -> Tensor:
         """Pixels as float32 from 0 to 1."""
-        return inputs.to(torch.float32).div_(self.brightest)
+        return inputs.to(torch.float32, memory_format=torch.channels_last).div_(self.brightest)
 
     def _tensors(self, examples: Examples, path: Path | None) -> TensorDataset:
         shape = (self.in_channels, self.image_size, self.image_size)
