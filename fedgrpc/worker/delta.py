@@ -1,9 +1,9 @@
-"""The difference that training made, tensor by tensor, in each tensor's own dtype.
+"""What training changed, tensor by tensor, in each tensor's own dtype.
 
-    float         trained - given
-    integers      trained - given, modulo 2**bits; counters such as BatchNorm's `num_batches_tracked`
-    bool          trained xor given: True where the value changed
+    float                trained - given
+    integers and bool    trained, the value itself: counters such as BatchNorm's `num_batches_tracked`, masks
 
+A mean of counters is a mean of their values, and a difference of bool or unsigned values would have no sign.
 `apply_delta` undoes it, so given + delta gives trained (for floats up to one rounding).
 """
 
@@ -65,14 +65,18 @@ def _like(name: str, array: Array, given: Array) -> Array:
 
 
 def _subtract(left: Array, right: Array) -> Array:
-    if left.dtype == np.bool_:
-        return np.asarray(np.logical_xor(left, right))
+    if not _is_float(left):
+        return left
     with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray(np.subtract(left, right, dtype=left.dtype))
 
 
 def _add(left: Array, right: Array) -> Array:
-    if left.dtype == np.bool_:
-        return np.asarray(np.logical_xor(left, right))
+    if not _is_float(left):
+        return right
     with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray(np.add(left, right, dtype=left.dtype))
+
+
+def _is_float(array: Array) -> bool:
+    return array.dtype.kind not in "iub"
