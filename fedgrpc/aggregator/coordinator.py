@@ -344,14 +344,15 @@ class Coordinator:
         await self.save_run()
 
     async def stop(self, reason: str) -> None:
-        """End the run; the round in flight is abandoned. Idempotent."""
+        """End the run; the round in flight is abandoned, unless it is committing already. Idempotent."""
         if not self.run.ended:
             await self.end(RUN_PHASE_STOPPED, reason or "stopped by an operator")
 
     async def end(self, phase: RunPhase, reason: str) -> None:
         """Enter a final phase and tell every worker that polls."""
         self.run.phase, self.run.reason = phase, reason
-        if self.current is not None and not self.current.state.phase.final:
+        current = self.current
+        if current is not None and current.state.phase in (RoundPhase.SELECTING, RoundPhase.REPORTING):
             self.dispatch(Abort(reason))
         await self.save_run()
         self.fleet.wake_all()

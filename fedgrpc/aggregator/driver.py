@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -111,9 +113,10 @@ class Driver:
         policy = self._policy(record.kind)
         state = restore(record.number, policy, tasks, open_round.aim, left_s, it.clock())
         started_at = record.started_at.ToNanoseconds() / 1e9
-        it.current = CurrentRound(state, record.kind, record.base_version, started_at, reports=reports)
-        self._describe_workers(it.current)
+        it.current = current = CurrentRound(state, record.kind, record.base_version, started_at, reports=reports)
         for token, task in state.tasks.items():
+            device = it.fleet.get(task.worker).registration.device
+            current.device_classes[task.worker] = device.device_class
             if not task.phase.final:
                 it.fleet.get(task.worker).token = token
         self._log.info("round resumed", round=record.number, accepted=len(reports))
@@ -184,11 +187,11 @@ class Driver:
             while it.effects:
                 effect = it.effects.popleft()
                 if isinstance(effect, Select):
-                    await self._select(effect)
+                    await self._until_stored(partial(self._select, it.current, effect))
                 elif isinstance(effect, Commit):
-                    await self._commit(effect)
+                    await self._until_stored(partial(self._commit, it.current, effect))
                 else:
-                    await self._finish(effect)
+                    await self._until_stored(partial(self._finish, it.current, effect))
                     return
             if it.run.phase == RUN_PHASE_PAUSED and it.current.state.phase is RoundPhase.SELECTING:
                 await self._wait(None)
@@ -214,24 +217,37 @@ class Driver:
         except TimeoutError:
             pass
 
-    async def _select(self, select: Select) -> None:
+    async def _until_stored(self, act: Callable[[], Awaitable[None]]) -> None:
+        """Do what needs the disk. While it fails the health is bad, and everything accepted is kept."""
+        it = self._it
+        retries = Retries(_AFTER_STORAGE_ERROR)
+        while True:
+            try:
+                await act()
+                it.healthy = True
+                return
+            except StorageError as error:
+                it.healthy = False
+                delay_s = retries.next_delay_s()
+                self._log.error("the data folder fails", error=str(error), retry_s=round(delay_s, 2))
+                it.changes.notify()
+            await asyncio.sleep(delay_s)
+
+    async def _select(self, current: CurrentRound, select: Select) -> None:
         """Choose workers and record their tasks; only then are these offered."""
         it = self._it
-        assert it.current is not None
-        state = it.current.state
+        state = current.state
         rng = np.random.default_rng([self._settings.seed, state.number, len(state.tasks)])
         idle = tuple(name for name in it.fleet.idle_trainers() if name not in select.exclude)
         chosen = select_uniform(idle, select.count, rng)
         selected = Selected(tuple((secrets.token_urlsafe(18), worker) for worker in chosen))
         after, _ = step(state, selected, it.clock())
-        if after.phase is RoundPhase.REPORTING and chosen:
-            await self._save_tasks(it.current, after, chosen)
-        if it.current.state.phase.final:
-            return
-        it.dispatch(selected)
-        if it.current.state.phase is RoundPhase.REPORTING and chosen:
-            await self._describe_download(it.current)
+        if chosen and after.phase is RoundPhase.REPORTING:
+            await self._prepare_download(current)
+            await self._save_tasks(current, after, chosen)
             self._log.info("tasks offered", round=state.number, workers=list(chosen))
+        if not current.state.phase.final:
+            it.dispatch(selected)
 
     async def _save_tasks(self, current: CurrentRound, after: Round, chosen: tuple[str, ...]) -> None:
         it = self._it
@@ -242,36 +258,20 @@ class Driver:
         await it.in_database(it.store.save_open_round, record, after.aim, wall_deadline, rows, chosen)
         for name in chosen:
             it.fleet.get(name).selected += 1
+            current.device_classes[name] = it.fleet.get(name).registration.device.device_class
 
-    async def _describe_download(self, current: CurrentRound) -> None:
-        """How many bytes each task pulls, for the record; the encoding is then ready for all of them."""
-        self._describe_workers(current)
+    async def _prepare_download(self, current: CurrentRound) -> None:
+        """The encoded model is ready before anyone is asked to pull it; its size is for the record."""
         if current.kind != TASK_KIND_INITIALIZE and not current.download_bytes:
             encoded = await self._it.models.encoded(current.base_version, self._settings.download)
             current.download_bytes = encoded.manifest.size_bytes
 
-    def _describe_workers(self, current: CurrentRound) -> None:
-        for task in current.state.tasks.values():
-            device = self._it.fleet.get(task.worker).registration.device
-            current.device_classes[task.worker] = device.device_class
-
-    async def _commit(self, commit: Commit) -> None:
-        """Compute the new version; storage errors are waited out, with the accepted updates kept."""
-        it = self._it
-        assert it.current is not None
-        retries = Retries(_AFTER_STORAGE_ERROR)
-        while it.current.state.phase is RoundPhase.COMMITTING:
-            try:
-                await self._commit_once(it.current, commit)
-                it.healthy = True
-            except StorageError as error:
-                it.healthy = False
-                delay_s = retries.next_delay_s()
-                self._log.error("cannot commit", round=it.current.state.number, error=str(error), retry_s=delay_s)
-                it.changes.notify()
-                await self._wait(it.clock() + delay_s)
-            except (CodecError, UpdateRefused) as error:
-                it.dispatch(Abort(str(error)))
+    async def _commit(self, current: CurrentRound, commit: Commit) -> None:
+        """Compute and record the new version; an update that turns out unusable ends the round."""
+        try:
+            await self._commit_once(current, commit)
+        except (CodecError, UpdateRefused) as error:
+            self._it.dispatch(Abort(str(error)))
 
     async def _commit_once(self, current: CurrentRound, commit: Commit) -> None:
         it = self._it
@@ -332,11 +332,9 @@ class Driver:
             raise StorageError("an accepted update is gone from the data folder")
         return update
 
-    async def _finish(self, finished: Finished) -> None:
+    async def _finish(self, current: CurrentRound, finished: Finished) -> None:
         """Record an abandoned round (a committed one is recorded with its version), and clean up."""
         it = self._it
-        current = it.current
-        assert current is not None
         record = current.record(time.time(), it.clock())
         if not finished.committed:
             await it.in_database(it.store.finish_round, record, _rows(current.state), (), None)

@@ -22,6 +22,7 @@ from fedgrpc.errors import (
     LayoutError,
     LinkError,
     RoundClosed,
+    StorageError,
     TooLargeError,
     UpdateRefused,
 )
@@ -64,6 +65,10 @@ class Receiver:
                 if not upload.complete:
                     return upload.size_bytes, False
                 await self._accept(upload, report)
+                self._it.healthy = True
+            except StorageError:
+                self._it.healthy = False
+                raise
             finally:
                 await asyncio.to_thread(upload.close)
         return manifest.size_bytes, True
