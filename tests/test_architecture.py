@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"errors"},
     "compression": {"errors", "models"},
     "tasks": {"errors", "data", "models", "compression", "worker"},
+    "__main__": {"cli"},
     "cli": {*CORE, "v1", "rpc", "logging", "metrics", "aggregator", "worker", "data", "models", "tasks"},
 }
 # Where torch may be imported; everything else runs on a machine without it.

@@ -1,0 +1,1 @@
+"""The command `fedgrpc`. Settings are read here, once; everything below gets values."""

@@ -1,0 +1,141 @@
+"""`fedgrpc aggregator`: every setting of an aggregator, and the call that runs it."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fedgrpc.aggregation.server_optimizer import OPTIMIZERS
+from fedgrpc.aggregator.server import run_aggregator
+from fedgrpc.aggregator.settings import AggregatorSettings, Target, TrainingPlan
+from fedgrpc.cli.common import FILE, LOGS, configure_logs, server_tls, tls_settings
+from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand, pick
+from fedgrpc.cli.quantities import DURATION, SIZE
+from fedgrpc.metrics import Metrics, serve_metrics
+from fedgrpc.rounds.policy import RoundPolicy
+
+_place = Declare("Where", AggregatorSettings)
+_model = Declare("The model", AggregatorSettings)
+_policy = Declare("Rounds", RoundPolicy)
+_end = Declare("When the run ends", AggregatorSettings)
+_plan = Declare("What workers are asked to do (without: as their learning task does)", TrainingPlan)
+_mean = Declare("Averaging", AggregatorSettings)
+_transfer = Declare("Transfer", AggregatorSettings)
+_service = Declare("Service", AggregatorSettings)
+_RECIPE = AggregatorSettings.upload_recipe
+_ONE_WAY: dict[str, Any] = {"default": None, "metavar": "RECIPE", "show_default": "as --encoding"}
+
+SETTINGS: list[Setting] = [
+    _place(
+        "--data-dir",
+        "Folder of rounds, updates and models; a restart goes on from it.",
+        type=click.Path(path_type=Path, file_okay=False),
+        required=True,
+    ),
+    _place("--address", "HOST:PORT to listen on; 0.0.0.0:50051 for every network.", metavar="HOST:PORT"),
+    _place("--run-name", "Name of the run.", metavar="NAME"),
+    _place("--metrics-address", "HOST:PORT to serve Prometheus metrics on.", metavar="HOST:PORT"),
+    _model("--task", "Learning task for workers started without one.", name="learning_task", metavar="REF"),
+    _model("--model", "Model name for workers started without one.", metavar="NAME"),
+    _model("--initial-model", "Safetensors file to start from; without: a worker's untrained model.", type=FILE),
+    _policy("--min-workers", "A round opens once this many workers are idle."),
+    _policy("--min-sample-size", "Aim at no fewer updates than this."),
+    _policy("--max-participants", "Aim at no more updates than this."),
+    _policy("--fraction", "Part of the live workers to aim at."),
+    _policy("--over-selection", "Ask this many times as many as are aimed at."),
+    _policy("--quorum", "At the deadline, commit with at least this many updates."),
+    _policy("--deadline", "A round's time to report.", name="deadline_s", type=DURATION),
+    _policy("--lease", "A worker silent for this long has lost its task.", name="lease_s", type=DURATION),
+    _policy(
+        "--selection-window",
+        "Wait this much longer for the other live workers.",
+        name="selection_window_s",
+        type=DURATION,
+    ),
+    _policy(
+        "--selection-timeout",
+        "Abandon a round that finds too few workers for this long; without: wait.",
+        name="selection_timeout_s",
+        type=DURATION,
+    ),
+    _end("--rounds", "Commit this many rounds."),
+    _end("--target-metric", "End early, as in accuracy>=0.95.", name="target", type=str, metavar="METRIC>=VALUE"),
+    _end("--stay/--no-stay", "Go on serving the model after the run has ended."),
+    _plan("--epochs", "Passes over the local data; fractions are allowed."),
+    _plan("--max-steps", "At most this many optimizer steps."),
+    _plan("--batch-size", "Examples in a batch."),
+    _plan("--learning-rate", "Step size of the workers' optimizer."),
+    _plan("--momentum", "Momentum of the workers' optimizer."),
+    _plan("--proximal-mu", "FedProx's pull towards the global model; 0: FedAvg."),
+    _mean(
+        "--weight",
+        "Weight of a worker in the mean instead of its example count; repeat for each.",
+        name="worker_weights",
+        type=NamedValues(number=True),
+        multiple=True,
+        default=(),
+        metavar="WORKER=P",
+    ),
+    _mean("--server-optimizer", "What to make of the mean.", type=click.Choice(list(OPTIMIZERS))),
+    _mean("--server-learning-rate", "Its step size; without: its usual one."),
+    _mean("--max-update-norm", "Refuse updates whose L2 norm is above this."),
+    _mean("--evaluate/--no-evaluate", "Workers score the model they are given on their held-out data."),
+    _mean("--seed", "Of selection, shuffling and stochastic rounding."),
+    _transfer("--encoding", "Both ways, as in raw, float16 or int8+zstd.", default=_RECIPE, metavar="RECIPE"),
+    _transfer("--upload-encoding", "Of updates.", name="upload_recipe", **_ONE_WAY),
+    _transfer("--download-encoding", "Of models.", name="download_recipe", **_ONE_WAY),
+    _transfer("--max-chunk", "Largest piece of a stream.", name="max_chunk_bytes", type=SIZE),
+    _transfer("--max-payload", "Largest update that is taken.", name="max_payload_bytes", type=SIZE),
+    _transfer("--max-uploads", "Uploads at the same time."),
+    _transfer("--durable/--no-durable", "Acknowledge an update once it is on the disk."),
+    _service("--max-workers", "Registered workers."),
+    _service("--keep-versions", "Model versions to keep on the disk."),
+    _service("--poll-wait", "How long a worker's poll may wait.", name="poll_wait_s", type=DURATION),
+    _service(
+        "--heartbeat-interval",
+        "How often a busy worker reports; without: a third of the lease, 5 s at most.",
+        name="heartbeat_interval_s",
+        type=DURATION,
+    ),
+    _service("--drain", "How long SIGTERM waits for calls in flight.", name="drain_s", type=DURATION),
+    *tls_settings("Certificate to serve with (PEM).", "Ask workers for certificates signed by these (PEM)."),
+    *LOGS,
+]
+
+
+def settings_from(values: dict[str, Any]) -> AggregatorSettings:
+    """The settings that these values of the command line stand for. Raises `UsageError`."""
+    both = values["encoding"]
+    return pick(
+        AggregatorSettings,
+        values,
+        policy=pick(RoundPolicy, values),
+        plan=pick(TrainingPlan, values),
+        worker_weights=dict(values["worker_weights"]),
+        target=None if values["target"] is None else Target.parse(values["target"]),
+        upload_recipe=values["upload_recipe"] or both,
+        download_recipe=values["download_recipe"] or both,
+        tls=server_tls(values),
+    )
+
+
+def _run(**values: Any) -> int:
+    configure_logs(values)
+    settings = settings_from(values)
+    metrics = Metrics()
+    with ExitStack() as stack:
+        if values["metrics_address"] is not None:
+            stack.enter_context(serve_metrics(metrics, values["metrics_address"]))
+        return asyncio.run(run_aggregator(settings, metrics=metrics))
+
+
+COMMAND = SettingsCommand(
+    "aggregator",
+    _run,
+    SETTINGS,
+    "Lead a run: hand out tasks, take updates in, average them, keep every model version.",
+)

@@ -1,0 +1,75 @@
+"""Settings that several commands share: TLS, logs, where the aggregator is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fedgrpc.cli.options import Declare, Setting
+from fedgrpc.errors import UsageError
+from fedgrpc.logging import FORMATS, LEVELS, configure
+from fedgrpc.rpc.channel import Tls
+
+FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+_logs = Declare("Logs")
+LOGS: list[Setting] = [
+    _logs("--log-level", "From which level up.", type=click.Choice(LEVELS), default="info"),
+    _logs(
+        "--log-format",
+        "auto: readable on a terminal, JSON lines otherwise.",
+        type=click.Choice(FORMATS),
+        default="auto",
+    ),
+]
+
+
+def configure_logs(values: Mapping[str, Any]) -> None:
+    """Apply the settings in `LOGS`."""
+    configure(values["log_level"], values["log_format"])
+
+
+def tls_settings(certificate_help: str, ca_help: str) -> list[Setting]:
+    """`--tls-cert`, `--tls-key`, `--tls-ca`."""
+    declare = Declare("TLS")
+    return [
+        declare("--tls-cert", certificate_help, type=FILE),
+        declare("--tls-key", "Key of the certificate (PEM).", type=FILE),
+        declare("--tls-ca", ca_help, type=FILE),
+    ]
+
+
+def client_settings() -> list[Setting]:
+    """What every command that dials an aggregator takes."""
+    return [
+        *tls_settings(
+            "This side's certificate (PEM), where the aggregator asks for one.",
+            "Certificates to trust (PEM); turns TLS on.",
+        ),
+        Declare("TLS")(
+            "--tls", "Use TLS with the certificates that the system trusts.", is_flag=True, default=False
+        ),
+    ]
+
+
+def client_tls(values: Mapping[str, Any]) -> Tls | None:
+    """TLS of a client: on when any of its settings is given."""
+    files = Tls(values["tls_ca"], values["tls_cert"], values["tls_key"])
+    return files if values["tls"] or files != Tls() else None
+
+
+def server_tls(values: Mapping[str, Any]) -> Tls | None:
+    """TLS of a server: on when a certificate is given.
+
+    Raises:
+        UsageError: a key or a CA without a certificate.
+    """
+    files = Tls(values["tls_ca"], values["tls_cert"], values["tls_key"])
+    if files == Tls():
+        return None
+    if files.certificate is None or files.key is None:
+        raise UsageError("TLS needs both --tls-cert and --tls-key")
+    return files

@@ -1,0 +1,68 @@
+"""The TOML file of settings: one table per command. What it says becomes text, and is then read as a flag is."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from fedgrpc.errors import UsageError
+
+TABLES: Final = ("aggregator", "worker", "demo", "status", "watch")
+
+Text = str | list[str]
+
+
+def read_table(path: Path, table: str, keys: Sequence[str]) -> dict[str, Text]:
+    """The settings in `table` of the file, by key with underscores; none where it has no such table.
+
+    Raises:
+        UsageError: the file cannot be read, is no TOML, or holds a table or a key that nobody knows.
+    """
+    content = _parse(path)
+    for name, value in content.items():
+        if not isinstance(value, dict):
+            raise UsageError(f"{path}: {name!r} stands outside of a table; begin with a line [{table}]")
+        if name not in TABLES:
+            raise UsageError(f"{path}: there is no table [{name}]{_nearest(name, TABLES)}")
+    found: dict[str, Text] = {}
+    for name, value in content.get(table, {}).items():
+        key = name.replace("-", "_")
+        if key not in keys:
+            raise UsageError(f"{path}: [{table}] has no setting {name!r}{_nearest(key, keys)}")
+        found[key] = _as_text(path, table, name, value)
+    return found
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no valid TOML: {' '.join(str(error).split())}") from error
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """The closest known name, where one is close enough to be what was meant."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+
+
+def _as_text(path: Path, table: str, name: str, value: Any) -> Text:
+    """Scalars as a person would type them; a table of scalars as NAME=VALUE each."""
+    if isinstance(value, dict):
+        return [f"{key}={_scalar(path, table, name, item)}" for key, item in value.items()]
+    if isinstance(value, list):
+        return [_scalar(path, table, name, item) for item in value]
+    return _scalar(path, table, name, value)
+
+
+def _scalar(path: Path, table: str, name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise UsageError(f"{path}: [{table}] {name}: expected text, a number, true or false, not {value!r}")

@@ -1,0 +1,91 @@
+"""The command itself: which commands there are, and what a failure looks like to a person.
+
+exit code 0     done
+          1     a `FedgrpcError`: one line that says what went wrong
+          2     usage: a wrong flag, variable, file or setting; one line that says what to do
+          130   Ctrl-C
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, Final, NoReturn
+
+import click
+
+from fedgrpc import __version__
+from fedgrpc.errors import FedgrpcError, UsageError
+
+# Where each command lives. Loaded when asked for: `fedgrpc status` needs no training code.
+_COMMANDS: Final = {
+    "aggregator": "fedgrpc.cli.aggregator:COMMAND",
+    "worker": "fedgrpc.cli.worker:COMMAND",
+    "demo": "fedgrpc.cli.demo.command:COMMAND",
+    "status": "fedgrpc.cli.status:COMMAND",
+    "watch": "fedgrpc.cli.watch:COMMAND",
+}
+
+
+class LazyGroup(click.Group):
+    """Commands are imported when they are run, or listed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        return load_command(cmd_name)
+
+
+def load_command(name: str) -> click.Command:
+    """One of the commands, by name."""
+    module, _, attribute = _COMMANDS[name].partition(":")
+    command: click.Command = getattr(importlib.import_module(module), attribute)
+    return command
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="fedgrpc")
+def cli() -> None:
+    """Federated learning for fleets of unequal edge devices, over gRPC."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    try:
+        return _exit_code(cli.main(arguments, prog_name="fedgrpc", standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else "", err=True)
+        return 2
+    except click.ClickException as error:
+        return _complain(error.format_message(), 2, error)
+    except UsageError as error:
+        return _complain(str(error), 2)
+    except FedgrpcError as error:
+        return _complain(str(error), 1)
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone, as `head` does; Python must not complain when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _exit_code(result: Any) -> int:
+    return result if isinstance(result, int) else 0
+
+
+def _complain(message: str, code: int, error: click.ClickException | None = None) -> int:
+    context = getattr(error, "ctx", None)
+    hint = f" (see {context.command_path} --help)" if context is not None else ""
+    click.echo(f"error: {' '.join(message.split()).removesuffix('.')}{hint}", err=True)
+    return code

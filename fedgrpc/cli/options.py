@@ -1,0 +1,176 @@
+"""How a setting is declared, once: its flag, its environment variable, its key in the TOML file, its default.
+
+The rule: a setting that belongs to a dataclass takes its name, default and type from there. A flag wins over
+the environment variable, which wins over the file, which wins over the default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from fedgrpc.cli.config_file import read_table
+from fedgrpc.cli.quantities import Quantity
+
+T = TypeVar("T")
+
+
+class Setting(click.Option):
+    """An option with a heading in `--help`, whose errors say where the value came from."""
+
+    def __init__(self, flags: Sequence[str], *, heading: str, **attributes: Any) -> None:
+        self.heading = heading
+        super().__init__(flags, **attributes)
+
+    @property
+    def key(self) -> str:
+        """The key in the TOML file: the flag without its dashes."""
+        longest = max(self.opts, key=len)
+        return longest.removeprefix("--").replace("-", "_")
+
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        """Defaults of quantities with their unit, as a person would write them."""
+        extra = super().get_help_extra(ctx)
+        if isinstance(self.type, Quantity) and isinstance(self.default, int | float):
+            extra["default"] = self.type.show(self.default)
+        return extra
+
+    def handle_parse_result(
+        self, ctx: click.Context, opts: Mapping[str, Any], args: list[str]
+    ) -> tuple[Any, list[str]]:
+        try:
+            return super().handle_parse_result(ctx, opts, args)
+        except click.MissingParameter as error:
+            raise click.UsageError(f"{self.opts[0]} is missing", ctx) from error
+        except click.BadParameter as error:
+            raise click.UsageError(f"{self.opts[0]}: {error.message.removesuffix('.')}{self._origin(ctx)}", ctx) from error
+
+    def _origin(self, ctx: click.Context) -> str:
+        source = ctx.get_parameter_source(self.name or "")
+        if source is ParameterSource.ENVIRONMENT:
+            return f" (from the variable {self.resolve_envvar_name(ctx)})"
+        if source is ParameterSource.DEFAULT_MAP:
+            return f" (from {ctx.params.get('config')})"
+        return ""
+
+    def resolve_envvar_name(self, ctx: click.Context) -> str:
+        """FEDGRPC_AGGREGATOR_MIN_WORKERS, by command and flag."""
+        return f"FEDGRPC_{(ctx.info_name or '').upper()}_{self.key.upper()}"
+
+    def value_from_envvar(self, ctx: click.Context) -> Any:
+        self.envvar = self.resolve_envvar_name(ctx)
+        return super().value_from_envvar(ctx)
+
+
+class Declare:
+    """Declares settings under one heading, optionally those of a dataclass."""
+
+    def __init__(self, heading: str, owner: type | None = None) -> None:
+        self._heading = heading
+        self._fields = {field.name: field for field in dataclasses.fields(owner)} if owner else {}
+        self._hints = typing.get_type_hints(owner) if owner else {}
+
+    def __call__(self, flags: str, help: str, name: str | None = None, **attributes: Any) -> Setting:
+        """One setting; `name` is its field where that differs from the flag."""
+        flag = flags.split("/")[0].split()[-1]
+        name = name or flag.removeprefix("--").replace("-", "_")
+        if field := self._fields.get(name):
+            attributes = {**_from_field(field, self._hints[name]), **attributes}
+        default = attributes.get("default")
+        attributes.setdefault("show_default", default not in (None, "", ()))
+        return Setting([*flags.split(), name], heading=self._heading, help=help, **attributes)
+
+
+def _from_field(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
+    """The type and the default that a dataclass's field stands for; click's defaults where it says nothing."""
+    if isinstance(hint, types.UnionType):
+        (hint,) = (kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+    attributes: dict[str, Any] = {}
+    if hint in (bool, int, float, str):
+        attributes["type"] = hint
+    elif hint is Path:
+        attributes["type"] = click.Path(path_type=Path)
+    if field.default is not dataclasses.MISSING:
+        attributes["default"] = field.default
+    return attributes
+
+
+class SettingsCommand(click.Command):
+    """A command whose settings come from flags, variables and one table of a TOML file."""
+
+    def __init__(self, name: str, callback: Callable[..., Any], params: Sequence[Setting], help: str) -> None:
+        config = Declare("Everything at once")(
+            "--config",
+            f"TOML file with the same settings in its table [{name}].",
+            type=click.Path(path_type=Path, dir_okay=False),
+            is_eager=True,
+            callback=self._read_config,
+        )
+        epilog = (
+            f"Each setting is also the variable FEDGRPC_{name.upper()}_<SETTING>, as in "
+            f"{_example_variable(name, params)}, and a key in the file. A flag wins over the variable, "
+            "the variable over the file."
+        )
+        context = {"max_content_width": 110, "help_option_names": ["-h", "--help"]}
+        super().__init__(name, context, callback, [*params, config], help, epilog)
+
+    def settings(self) -> list[Setting]:
+        """What can be set, in the order of `--help`."""
+        return [param for param in self.params if isinstance(param, Setting)]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Settings under their headings."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                heading = param.heading if isinstance(param, Setting) else "Everything at once"
+                sections.setdefault(heading, []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records, col_max=34)
+
+    def _read_config(self, ctx: click.Context, _param: click.Parameter, path: Path | None) -> Path | None:
+        if path is not None:
+            settings = {setting.key: setting for setting in self.settings() if setting.key != "config"}
+            values = read_table(path, self.name or "", tuple(settings))
+            ctx.default_map = {settings[key].name or "": value for key, value in values.items()}
+            ctx.params["config"] = path
+        return path
+
+
+def _example_variable(name: str, params: Sequence[Setting]) -> str:
+    return f"FEDGRPC_{name.upper()}_{params[-1].key.upper()}"
+
+
+def pick(owner: type[T], values: Mapping[str, Any], **more: Any) -> T:
+    """`owner` with those of `values` that are its fields, and `more`."""
+    names = {field.name for field in dataclasses.fields(owner)}  # type: ignore[arg-type]
+    return owner(**{name: value for name, value in values.items() if name in names} | more)
+
+
+class NamedValues(click.ParamType[Any]):
+    """NAME=VALUE, as a pair."""
+
+    name = "name=value"
+
+    def __init__(self, number: bool = False) -> None:
+        self._number = number
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = str(value).partition("=")
+        if not name or not equals:
+            self.fail(f"{value!r} must look like NAME=VALUE", param, ctx)
+        try:
+            return name, float(text) if self._number else text
+        except ValueError:
+            self.fail(f"{value!r} must look like NAME=0.5", param, ctx)

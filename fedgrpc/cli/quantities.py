@@ -1,0 +1,52 @@
+"""Times, sizes and rates as people write them: 90, 1.5s, 10m; 256MiB; 50mbit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+import click
+
+_NUMBER_AND_UNIT: Final = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([a-zA-Z]*)\s*")
+
+
+class Quantity(click.ParamType[Any]):
+    """A number with a unit from a table, in the unit that the table gives as 1; without a unit in that, too."""
+
+    def __init__(self, name: str, units: Mapping[str, float], example: str, whole: bool = False) -> None:
+        self.name = name
+        self._units = units
+        self._factors = {unit.lower(): factor for unit, factor in units.items()}
+        self._example = example
+        self._whole = whole
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | int:
+        if isinstance(value, int | float):
+            return value
+        match = _NUMBER_AND_UNIT.fullmatch(str(value))
+        factor = self._factors.get(match[2].lower()) if match else None
+        if match is None or factor is None:
+            self.fail(f"{value!r} must look like {self._example}", param, ctx)
+        amount = float(match[1]) * factor
+        return round(amount) if self._whole else amount
+
+    def show(self, amount: float) -> str:
+        """`amount` in the largest unit that it is a whole number of."""
+        for unit, factor in sorted(self._units.items(), key=lambda each: -each[1]):
+            if unit and amount >= factor and amount / factor == amount // factor:
+                return f"{amount / factor:g}{unit}"
+        return f"{amount:g}"
+
+
+DURATION: Final = Quantity("duration", {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600}, "30, 1.5s, 10m or 2h")
+SIZE: Final = Quantity(
+    "size",
+    {
+        **{"": 1, "B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9},
+        **{"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30},
+    },
+    "4096, 256MB or 4GiB",
+    whole=True,
+)
+RATE: Final = Quantity("rate", {"": 1, "bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}, "500kbit or 50mbit")

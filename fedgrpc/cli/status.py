@@ -1,0 +1,54 @@
+"""`fedgrpc status`: a running aggregator, once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import click
+from google.protobuf.json_format import MessageToDict
+from rich.console import Console
+
+from fedgrpc.cli.common import client_settings, client_tls
+from fedgrpc.cli.operator import AGGREGATOR_SETTING, operator
+from fedgrpc.cli.options import Declare, SettingsCommand
+from fedgrpc.cli.view import rounds_table, run_line, workers_table
+
+_show = Declare("What to show")
+
+SETTINGS = [
+    AGGREGATOR_SETTING,
+    _show("--json/--table", "JSON, for programs.", name="as_json", default=False),
+    _show("--rounds", "How many of the last rounds.", type=click.IntRange(1, 1000), default=5),
+    *client_settings(),
+]
+
+
+def _run(**values: Any) -> None:
+    asyncio.run(_status(values))
+
+
+async def _status(values: dict[str, Any]) -> None:
+    async with operator(values["aggregator"], client_tls(values)) as aggregator:
+        run, workers = await aggregator.run(), await aggregator.workers()
+        rounds = await aggregator.latest_rounds(values["rounds"])
+    if values["as_json"]:
+        messages = {"run": run, "rounds": rounds, "workers": workers}
+        click.echo(json.dumps({name: _plain(item) for name, item in messages.items()}, indent=2))
+        return
+    console = Console()
+    console.print(run_line(run), style="bold", highlight=False)
+    for table in (rounds_table(rounds), workers_table(workers)):
+        if table.row_count:
+            console.print()
+            console.print(table)
+
+
+def _plain(message: Any) -> Any:
+    if isinstance(message, list):
+        return [_plain(item) for item in message]
+    return MessageToDict(message, preserving_proto_field_name=True)
+
+
+COMMAND = SettingsCommand("status", _run, SETTINGS, "Show a running aggregator: run, last rounds, workers.")

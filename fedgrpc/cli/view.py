@@ -1,0 +1,187 @@
+"""What a run looks like on a terminal: protocol messages in, rich tables and lines of text out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fedgrpc.v1.aggregator_pb2 import Run, RunPhase, WorkerRecord, WorkerState
+from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind, TaskPhase, TaskRecord
+
+_STYLES: Mapping[int, str] = {
+    TaskPhase.TASK_PHASE_OFFERED: "dim",
+    TaskPhase.TASK_PHASE_DOWNLOADING: "cyan",
+    TaskPhase.TASK_PHASE_TRAINING: "yellow",
+    TaskPhase.TASK_PHASE_UPLOADING: "blue",
+    TaskPhase.TASK_PHASE_ACCEPTED: "green",
+    TaskPhase.TASK_PHASE_REJECTED: "bold red",
+    TaskPhase.TASK_PHASE_FAILED: "red",
+    TaskPhase.TASK_PHASE_EXPIRED: "red",
+    TaskPhase.TASK_PHASE_LATE: "magenta",
+}
+ENDED: frozenset[int] = frozenset({RunPhase.RUN_PHASE_FINISHED, RunPhase.RUN_PHASE_STOPPED})
+_DONE = (RoundPhase.ROUND_PHASE_COMMITTED, RoundPhase.ROUND_PHASE_ABANDONED)
+
+
+def size(count: float) -> str:
+    """Bytes as 1.2 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def seconds(value: float) -> str:
+    """Seconds with as many digits as they deserve."""
+    return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
+
+
+def run_phase(run: Run) -> str:
+    """`running`, `finished`, ..."""
+    return RunPhase.Name(run.phase).removeprefix("RUN_PHASE_").lower()
+
+
+def round_phase(record: Round) -> str:
+    """`reporting`, `committed`, ..."""
+    return RoundPhase.Name(record.phase).removeprefix("ROUND_PHASE_").lower()
+
+
+def task_phase(task: TaskRecord) -> str:
+    """`training`, `accepted`, ...; a task that only scores is `scoring` while it does."""
+    if task.phase == TaskPhase.TASK_PHASE_TRAINING and task.kind == TaskKind.TASK_KIND_EVALUATE:
+        return "scoring"
+    return TaskPhase.Name(task.phase).removeprefix("TASK_PHASE_").lower()
+
+
+def scores(metrics: Mapping[str, float], names: Iterable[str] = ("accuracy", "loss")) -> str:
+    """`accuracy 0.912, loss 0.31`; the well-known ones, or else the first two."""
+    chosen = [name for name in names if name in metrics] or sorted(metrics)[:2]
+    return ", ".join(f"{name} {metrics[name]:.4g}" for name in chosen)
+
+
+def run_line(run: Run) -> str:
+    """One line about the run."""
+    parts = [f"run {run.name}", run_phase(run), f"round {run.current_round} of {run.total_rounds}"]
+    parts.append(f"model version {run.model_version}" if run.model_version else "no model yet")
+    return " · ".join(parts) + (f" ({run.reason})" if run.reason else "")
+
+
+def round_line(record: Round) -> str:
+    """One line about a round: where it stands, who is in, what came out."""
+    accepted = sum(task.phase == TaskPhase.TASK_PHASE_ACCEPTED for task in record.tasks)
+    parts = [f"round {record.number}", round_phase(record)]
+    if record.tasks:
+        parts.append(f"{accepted} of {len(record.tasks)} updates")
+    if record.HasField("time_left"):
+        parts.append(f"{record.time_left.ToTimedelta().total_seconds():.0f} s left")
+    if record.phase in _DONE:
+        parts.append(seconds(record.duration_seconds))
+    if record.phase == RoundPhase.ROUND_PHASE_ABANDONED and record.reason:
+        parts.append(record.reason)
+    missing = [f"{task.worker} {task_phase(task)}" for task in record.tasks if task.phase in _LOST]
+    found = scores(record.evaluator_metrics or record.metrics)
+    return " · ".join([*parts, *missing, *([found] if found else [])])
+
+
+_LOST = frozenset(
+    {
+        TaskPhase.TASK_PHASE_REJECTED,
+        TaskPhase.TASK_PHASE_FAILED,
+        TaskPhase.TASK_PHASE_EXPIRED,
+        TaskPhase.TASK_PHASE_LATE,
+    }
+)
+
+
+def task_table(record: Round) -> Table:
+    """Who does what in a round, with a bar of progress for each."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("worker", "device", "task", "progress"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("examples", "down", "up"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("note", no_wrap=True, overflow="ellipsis")
+    for task in record.tasks:
+        table.add_row(
+            task.worker,
+            task.device_class,
+            Text(task_phase(task), style=_STYLES.get(task.phase, "")),
+            _bar(task),
+            str(task.example_count or ""),
+            size(task.download_bytes) if task.download_bytes else "",
+            size(task.upload_bytes) if task.upload_bytes else "",
+            task.reason,
+        )
+    return table
+
+
+def _bar(task: TaskRecord) -> ProgressBar:
+    share = 1.0 if task.phase == TaskPhase.TASK_PHASE_ACCEPTED else task.progress
+    style = _STYLES.get(task.phase, "white")
+    return ProgressBar(total=1.0, completed=share, width=20, complete_style=style, finished_style=style)
+
+
+def rounds_table(rounds: Sequence[Round]) -> Table:
+    """One row per round, oldest first."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("round", "phase", "updates", "time", "down", "up", "scores", "note"):
+        right = heading in ("round", "updates", "time", "down", "up")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=heading != "note")
+    for record in rounds:
+        accepted = sum(task.phase == TaskPhase.TASK_PHASE_ACCEPTED for task in record.tasks)
+        table.add_row(
+            str(record.number),
+            round_phase(record),
+            f"{accepted}/{len(record.tasks)}",
+            seconds(record.duration_seconds),
+            size(sum(task.download_bytes for task in record.tasks)),
+            size(sum(task.upload_bytes for task in record.tasks)),
+            scores(record.evaluator_metrics or record.metrics),
+            _note(record),
+        )
+    return table
+
+
+def _note(record: Round) -> str:
+    if record.phase == RoundPhase.ROUND_PHASE_ABANDONED:
+        return record.reason
+    return "; ".join(f"{task.worker}: {task.reason}" for task in record.tasks if task.phase in _LOST)
+
+
+def workers_table(workers: Sequence[WorkerRecord]) -> Table:
+    """One row per worker."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("worker", "role", "device", "cores", "memory", "state", "seen", "accepted"):
+        right = heading in ("cores", "memory", "seen", "accepted")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    for record in workers:
+        device = record.device
+        table.add_row(
+            record.worker,
+            "evaluator" if record.role == 2 else "trainer",
+            device.device_class or device.cpu_model or "",
+            str(device.cpu_cores or ""),
+            size(device.memory_bytes) if device.memory_bytes else "",
+            _state(record),
+            f"{seconds(record.last_seen_ago.ToTimedelta().total_seconds())} ago",
+            f"{record.rounds_accepted}/{record.rounds_selected}",
+        )
+    return table
+
+
+def _state(record: WorkerRecord) -> str:
+    state = WorkerState.Name(record.state).removeprefix("WORKER_STATE_").lower()
+    if record.state != WorkerState.WORKER_STATE_BUSY or not record.task_phase:
+        return state
+    phase = TaskPhase.Name(record.task_phase).removeprefix("TASK_PHASE_").lower()
+    return f"{phase} {record.progress:.0%}"
+
+
+def live_view(run: Run, record: Round) -> RenderableType:
+    """What `watch` shows: the run, the round, its tasks."""
+    return Group(Text(run_line(run), style="bold"), Text(round_line(record)), Text(), task_table(record))
