@@ -18,6 +18,7 @@ from fedgrpc.codec.chunk import CHUNK_BYTES, chunks
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.codec.payload import Read
 from fedgrpc.errors import CorruptError, LayoutError, LinkError, WrongOffset
+from fedgrpc.rpc.client_stream import ClientStream
 from fedgrpc.rpc.convert import chunk_from_proto, chunk_to_proto, duration_from_proto, duration_to_proto
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, tensor_pb2
@@ -140,19 +141,15 @@ class AggregatorClient:
         pacer = Pacer(self._throttle.link_bits_per_second)
         with domain_errors():
             async with self._moving() as moved, _cancelled_on_exit(self._stub.PushUpdate()) as call:
-                try:
-                    await call.write(aggregator_pb2.PushUpdateRequest(header=header))
-                    pieces = chunks(read, size_bytes, offset, self._chunk_bytes)
-                    while (chunk := await asyncio.to_thread(next, pieces, None)) is not None:
-                        await pacer.wait(len(chunk.data), moved)
-                        await call.write(aggregator_pb2.PushUpdateRequest(chunk=chunk_to_proto(chunk)))
-                        report((chunk.offset + len(chunk.data)) / size_bytes)
-                    await call.done_writing()
-                except asyncio.InvalidStateError:
-                    # The aggregator has answered before the end: `await call` below says what.
-                    pass
-                moved(0)
-                await call
+                stream = ClientStream(call)
+                wanted = await stream.write(aggregator_pb2.PushUpdateRequest(header=header))
+                pieces = chunks(read, size_bytes, offset, self._chunk_bytes)
+                while wanted and (chunk := await asyncio.to_thread(next, pieces, None)) is not None:
+                    await pacer.wait(len(chunk.data), moved)
+                    wanted = await stream.write(aggregator_pb2.PushUpdateRequest(chunk=chunk_to_proto(chunk)))
+                    moved(0)
+                    report((chunk.offset + len(chunk.data)) / size_bytes)
+                await stream.finish()
 
     async def pull(self, folder: ModelFolder, source: Source, report: Report = _ignore) -> HeldModel:
         """Bring `source` into `folder`: from the byte where the last attempt stopped, or not at all if held.

@@ -63,4 +63,6 @@ async def in_thread(work: Callable[[], T], stop: threading.Event) -> T:
     except asyncio.CancelledError:
         stop.set()
         await asyncio.wait([done])
+        # Nobody asks what a stopped thread raised; unasked, asyncio would complain.
+        done.exception()
         raise

@@ -18,7 +18,7 @@ from fedgrpc.errors import LayoutError
 
 
 class Delta(Mapping[str, Array]):
-    """trained - given, computed when a tensor is asked for, so that no third model is held in memory."""
+    """What travels, computed when a tensor is asked for, so that no third model is held in memory."""
 
     def __init__(self, trained: Mapping[str, Array], given: Mapping[str, Array]) -> None:
         """Raises LayoutError unless both have the same tensors; floats may differ in width."""

@@ -77,7 +77,7 @@ class Loop:
         self._profile = profile
         self._trainer: Trainer | None = None
         self._heartbeat_interval_s = 5.0
-        self._retries = Retries()
+        self._retries = Retries(settings.backoff)
         self._download_began: tuple[str, float] = ("", 0.0)
         self._delivery = Delivery(client, spool, board, self._beat)
         self._log: Any = log.bind(worker=settings.name)
@@ -206,6 +206,7 @@ class Loop:
         held = await with_retries(
             lambda: self._client.pull(self._models, source, self._moved),
             attempts=_TRIES,
+            backoff=self._settings.backoff,
             retry_on=(CorruptError, WrongOffset),
         )
         weights = await asyncio.to_thread(held.weights)

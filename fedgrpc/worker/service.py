@@ -40,20 +40,20 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._steering = steering
         self._making_raw = asyncio.Lock()
 
-    async def GetStatus(  # noqa: N802
+    async def GetStatus(
         self, request: worker_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.GetStatusResponse:
         """What the worker does now."""
         return worker_pb2.GetStatusResponse(status=self._board.status.to_proto())
 
-    async def WatchStatus(  # noqa: N802
+    async def WatchStatus(
         self, request: worker_pb2.WatchStatusRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.WatchStatusResponse]:
         """The status, and every change of it."""
         async for status in self._board.watch():
             yield worker_pb2.WatchStatusResponse(status=status.to_proto())
 
-    async def PullModel(  # noqa: N802
+    async def PullModel(
         self, request: worker_pb2.WorkerPullModelRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.WorkerPullModelResponse]:
         """The held model in the raw recipe. The file stays readable while a newer version replaces it."""
@@ -73,21 +73,21 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             while (chunk := await asyncio.to_thread(next, pieces, None)) is not None:
                 yield worker_pb2.WorkerPullModelResponse(chunk=chunk_to_proto(chunk))
 
-    async def Pause(  # noqa: N802
+    async def Pause(
         self, request: worker_pb2.PauseRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.PauseResponse:
         """Take no further task until `Resume`."""
         self._steering.pause()
         return worker_pb2.PauseResponse(status=self._board.status.to_proto())
 
-    async def Resume(  # noqa: N802
+    async def Resume(
         self, request: worker_pb2.ResumeRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.ResumeResponse:
         """Take tasks again."""
         self._steering.resume()
         return worker_pb2.ResumeResponse(status=self._board.status.to_proto())
 
-    async def Drain(  # noqa: N802
+    async def Drain(
         self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.DrainResponse:
         """Finish the task in hand, then end the process."""

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from fedgrpc.errors import UsageError
 from fedgrpc.rpc.channel import Tls, check_target
+from fedgrpc.rpc.retry import Backoff
 from fedgrpc.worker.profile import DeviceProfile
 from fedgrpc.worker.task import Role
 from fedgrpc.worker.throttle import Throttle
@@ -23,8 +24,9 @@ class WorkerSettings:
 
     `state_dir` keeps what survives a restart: unsent updates, the error-feedback residual, the held model; each
     worker needs its own. `serve_address` is where the `Worker` service listens; None: nowhere. `poll_wait_s` caps
-    what the aggregator proposes. `drain_s` is how long the task in hand may go on after SIGTERM. `device` replaces
-    what is measured, by field name of the profile.
+    what the aggregator proposes, `stall_s` how long a stream may move no byte, `backoff` the waits between tries.
+    `drain_s` is how long the task in hand may go on after SIGTERM. `device` replaces what is measured, by field
+    name of the profile.
 
     Raises:
         UsageError: a value is out of range.
@@ -42,6 +44,7 @@ class WorkerSettings:
     exit_when_run_ends: bool = True
     poll_wait_s: float = 30.0
     stall_s: float = 300.0
+    backoff: Backoff = field(default_factory=Backoff)
     drain_s: float = 20.0
     spool_max_updates: int = 8
     spool_max_bytes: int = 8 << 30

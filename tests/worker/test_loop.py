@@ -1,0 +1,674 @@
+import asyncio
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedgrpc.errors import Exhausted, LinkError, RoundClosed, StorageError, TaskError, UnknownWorker, UsageError
+from fedgrpc.rpc.retry import Backoff
+from fedgrpc.v1 import round_pb2
+from fedgrpc.worker.run import Worker, run_worker
+from fedgrpc.worker.settings import WorkerSettings
+from fedgrpc.worker.throttle import Throttle
+from fedgrpc.worker.trainer import Cancelled, EvalResult, TrainResult
+from tests.worker.peer import Peer, model, serving, train_task
+
+
+class Adds:
+    """Trains by adding one to every float and counting a step; scores are the mean weight."""
+
+    def __init__(self, steps=1, gate=None):
+        self.steps = steps
+        self.gate = gate
+        self.trained = 0
+        self.started = threading.Event()
+
+    def initial_weights(self):
+        return model(42)
+
+    def train(self, weights, job):
+        self.started.set()
+        done = 0
+        for _ in range(self.steps):
+            if job.stop():
+                raise Cancelled
+            if self.gate is not None:
+                self.gate.wait(0.02)
+            done += 1
+            job.report(done, self.steps)
+        self.trained += 1
+        trained = {name: array + np.array(1, array.dtype) for name, array in weights.items()}
+        return TrainResult(trained, example_count=64, steps=done, metrics={"train_loss": 0.5})
+
+    def evaluate(self, weights):
+        return EvalResult(16, {"mean": float(weights["weight"].mean())})
+
+
+def settings(address, tmp_path, **changes):
+    values = {"serve_address": None, "backoff": Backoff(0.02, 0.1), **changes}
+    return WorkerSettings(name="pi-1", aggregator=address, state_dir=tmp_path / "state", **values)
+
+
+async def run(peer, tmp_path, trainer=None, timeout_s=20, **changes):
+    """A worker's whole life with a peer that serves for as long."""
+    async with serving(peer) as server:
+        task = run_worker(settings(server.address, tmp_path, **changes), trainer or Adds())
+        return await asyncio.wait_for(task, timeout_s)
+
+
+@asynccontextmanager
+async def running(worker):
+    task = asyncio.create_task(worker.run())
+    try:
+        yield task
+    finally:
+        worker.stop()
+        await asyncio.wait_for(task, 10)
+
+
+def spooled(tmp_path):
+    return sorted(path.name for path in (tmp_path / "state" / "spool").iterdir() if path.name.isdigit())
+
+
+async def test_a_task_is_pulled_trained_and_pushed_as_a_difference(tmp_path):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+    assert await run(peer, tmp_path) == 0
+    upload = peer.uploads["t1"]
+    tensors = upload.tensors()
+    assert np.allclose(tensors["weight"], 1, atol=1e-6)
+    assert tensors["steps"] == model(1)["steps"] + 1
+    assert (upload.header.example_count, upload.header.steps) == (64, 1)
+    assert upload.header.metrics == {"train_loss": 0.5}
+    assert upload.header.timings.download_seconds > 0
+    assert upload.header.timings.local_seconds > 0
+    assert upload.header.peak_memory_bytes > 1 << 20
+    assert spooled(tmp_path) == []
+
+
+async def test_the_worker_introduces_its_device_and_what_it_reads(tmp_path):
+    peer = Peer()
+    await run(
+        peer, tmp_path, device={"device_class": "raspberry-pi-4"}, throttle=Throttle(link_bits_per_second=1e6)
+    )
+    request = peer.registered["pi-1"]
+    assert request.device.device_class == "raspberry-pi-4"
+    assert request.device.uplink_bits_per_second == 1_000_000
+    assert request.device.cpu_cores >= 1
+    assert "int8" in request.encodings
+
+
+async def test_the_pulled_model_is_scored_before_training_when_the_plan_says_so(tmp_path):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task(evaluate=True)]
+    await run(peer, tmp_path)
+    header = peer.uploads["t1"].header
+    assert header.evaluation_metrics["mean"] == pytest.approx(float(model(1)["weight"].mean()))
+    assert header.evaluation_example_count == 16
+
+
+async def test_an_evaluation_carries_scores_and_no_tensors(tmp_path):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task(kind=round_pb2.TASK_KIND_EVALUATE)]
+    trainer = Adds()
+    await run(peer, tmp_path, trainer)
+    header = peer.uploads["t1"].header
+    assert len(header.manifest.entries) == 0
+    assert header.evaluation_metrics.keys() == {"mean"}
+    assert (header.example_count, header.evaluation_example_count, trainer.trained) == (16, 16, 0)
+
+
+async def test_initial_weights_are_sent_themselves(tmp_path):
+    peer = Peer()
+    peer.tasks = [train_task(kind=round_pb2.TASK_KIND_INITIALIZE, round=0)]
+    await run(peer, tmp_path)
+    tensors = peer.uploads["t1"].tensors()
+    assert all(np.array_equal(tensors[name], array) for name, array in model(42).items())
+    assert peer.pulled == []
+
+
+async def test_what_a_lossy_encoding_lost_is_in_the_next_update(tmp_path):
+    """arXiv 1901.09847: with error feedback the sum of what was sent follows the sum of the deltas."""
+
+    class Drifts(Adds):
+        def train(self, weights, job):
+            rng = np.random.default_rng(7)
+            trained = {
+                name: array + rng.normal(size=array.shape).astype(array.dtype) for name, array in weights.items()
+            }
+            return TrainResult(trained, 1, 1)
+
+    peer = Peer({1: model(1)})
+    rounds = 12
+    peer.tasks = [train_task(f"t{n}", upload_recipe="int2", round=n) for n in range(rounds)]
+    await run(peer, tmp_path, Drifts())
+    rng = np.random.default_rng(7)
+    delta = rng.normal(size=(300, 10)).astype(np.float32)
+    sent = sum(peer.uploads[f"t{n}"].tensors()["weight"].astype(np.float64) for n in range(rounds))
+    alone = peer.uploads["t0"].tensors()["weight"] - delta
+    together = sent / rounds - delta
+    assert np.abs(together).mean() < 0.35 * np.abs(alone).mean()
+
+
+async def test_heartbeats_carry_the_phase_and_the_progress(tmp_path):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+    await run(peer, tmp_path, Adds(steps=30, gate=threading.Event()))
+    phases = [phase for _, phase, _ in peer.beats]
+    assert round_pb2.TASK_PHASE_TRAINING in phases
+    assert phases[-1] == round_pb2.TASK_PHASE_UPLOADING
+    training = [progress for _, phase, progress in peer.beats if phase == round_pb2.TASK_PHASE_TRAINING]
+    assert training == sorted(training)
+    assert 0.3 < training[-1] <= 1
+
+
+async def test_a_cancelled_task_stops_between_batches_and_the_worker_takes_the_next(tmp_path):
+    peer = Peer({1: model(1)}, ends=False)
+    peer.tasks = [train_task("t1")]
+    trainer = Adds(steps=10_000, gate=threading.Event())
+    async with serving(peer) as server, running(Worker(settings(server.address, tmp_path), lambda _: trainer)):
+        await asyncio.to_thread(trainer.started.wait, 10)
+        trainer.steps = 1
+        peer.cancelled["t1"] = "the round is closed"
+        peer.tasks = [train_task("t2")]
+        await peer.until(lambda: "t2" in peer.uploads)
+        assert "t1" not in peer.uploads
+        assert "t1" not in peer.failures
+
+
+async def test_training_stops_when_the_lease_is_gone(tmp_path):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task("t1")]
+    trainer = Adds(steps=10_000, gate=threading.Event())
+    async with serving(peer) as server:
+        task = asyncio.create_task(run_worker(settings(server.address, tmp_path), trainer))
+        await asyncio.to_thread(trainer.started.wait, 10)
+        peer.tasks = []
+        assert await asyncio.wait_for(task, 10) == 0
+    assert trainer.trained == 0
+
+
+class Raises(Adds):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def train(self, weights, job):
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return super().train(weights, job)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ZeroDivisionError("float\ndivision"), "ZeroDivisionError: float division"),
+        (StopIteration(), "StopIteration"),
+        (MemoryError(), "MemoryError"),
+        (TaskError("task mine raised KeyError: 'x'"), "task mine raised KeyError"),
+    ],
+)
+async def test_a_task_that_raises_is_given_back_with_one_line_and_the_worker_goes_on(tmp_path, error, reason):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task("t1"), train_task("t2")]
+    assert await run(peer, tmp_path, Raises(error)) == 0
+    assert reason in peer.failures["t1"]
+    assert "\n" not in peer.failures["t1"]
+    assert peer.uploads["t2"].complete
+
+
+class Returns(Adds):
+    def __init__(self, change, **counts):
+        super().__init__()
+        self.change, self.counts = change, counts
+
+    def train(self, weights, job):
+        result = super().train(weights, job)
+        values = {"example_count": 64, "steps": 1, **self.counts}
+        return TrainResult(self.change(dict(result.weights)), **values)
+
+
+def _nan(weights):
+    weights["weight"][3, 3] = np.nan
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("trainer", "reason"),
+    [
+        (Returns(_nan), "weight: .*NaN"),
+        (Returns(lambda weights: {"weight": weights["weight"]}), "no tensor"),
+        (Returns(lambda weights: {**weights, "bias": np.zeros(3, np.float32)}), "bias.*shape"),
+        (Returns(lambda weights: weights, example_count=-5), "-5 examples"),
+    ],
+)
+async def test_a_training_result_that_cannot_be_sent_is_reported_and_not_sent(tmp_path, trainer, reason):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+    assert await run(peer, tmp_path, trainer) == 0
+    assert re.search(reason, peer.failures["t1"])
+    assert peer.uploads == {}
+    assert spooled(tmp_path) == []
+
+
+async def test_scores_that_are_not_numbers_do_not_cost_the_update(tmp_path):
+    class Diverged(Adds):
+        def evaluate(self, weights):
+            return EvalResult(4, {"loss": float("nan"), "accuracy": 0.5})
+
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task(evaluate=True)]
+    await run(peer, tmp_path, Diverged())
+    assert peer.uploads["t1"].header.evaluation_metrics == {"accuracy": 0.5}
+
+
+async def test_an_evaluator_without_data_says_so(tmp_path):
+    class Blind(Adds):
+        def evaluate(self, weights):
+            return None
+
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task(kind=round_pb2.TASK_KIND_EVALUATE)]
+    await run(peer, tmp_path, Blind())
+    assert "held-out" in peer.failures["t1"]
+
+
+async def test_a_kind_of_task_from_the_future_is_given_back(tmp_path):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task(kind=99)]
+    assert await run(peer, tmp_path) == 0
+    assert "update fedgrpc" in peer.failures["t1"]
+
+
+# Links, restarts and bounds.
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 12])
+async def test_a_broken_download_goes_on_at_the_byte_where_it_stopped(tmp_path, chunk):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+
+    async def note(call, note=peer.note):
+        await note(call)
+        if call == "PullModel.chunk" and peer.calls.count("PullModel.chunk") == chunk + 1:
+            raise LinkError("cut")
+
+    peer.note = note
+    assert await run(peer, tmp_path) == 0
+    assert [offset for _, offset, _ in peer.pulled] == [0, chunk * 1000]
+    assert np.allclose(peer.uploads["t1"].tensors()["weight"], 1, atol=1e-6)
+
+
+async def test_a_corrupt_chunk_is_asked_for_again_and_nothing_before_it(tmp_path):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+    peer.faults = ["corrupt"]
+    assert await run(peer, tmp_path) == 0
+    assert peer.uploads["t1"].complete
+    assert len(peer.pulled) == 2
+
+
+async def test_a_model_that_changed_under_a_partial_download_starts_over(tmp_path):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+
+    async def note(call, note=peer.note):
+        await note(call)
+        if call == "PullModel.chunk" and peer.calls.count(call) == 4:
+            peer.models[1] = model(99)
+            raise LinkError("restarted with another model")
+
+    peer.note = note
+    assert await run(peer, tmp_path) == 0
+    assert [offset for _, offset, _ in peer.pulled] == [0, 3000, 0]
+
+
+@pytest.mark.parametrize("moment", ["PushUpdate", "PushUpdate.chunk", "PushUpdate.acknowledge", "QueryPush"])
+@pytest.mark.parametrize(
+    "error",
+    [LinkError("cut"), Exhausted("no upload slot is free"), StorageError("disk full"), RuntimeError("bug")],
+)
+async def test_an_upload_that_failed_for_now_is_resumed_until_it_is_acknowledged(tmp_path, moment, error):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+    peer.faults = [(moment, error)]
+    trainer = Adds()
+    assert await run(peer, tmp_path, trainer) == 0
+    assert peer.uploads["t1"].complete
+    assert trainer.trained == 1
+    assert spooled(tmp_path) == []
+
+
+async def test_an_upload_resumes_at_the_byte_the_aggregator_holds(tmp_path):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+
+    async def note(call, note=peer.note):
+        await note(call)
+        if call == "PushUpdate.chunk" and peer.calls.count(call) == 7:
+            raise LinkError("cut")
+
+    peer.note = note
+    assert await run(peer, tmp_path) == 0
+    total_chunks = -(-len(peer.uploads["t1"].data) // 1000)
+    assert peer.calls.count("PushUpdate.chunk") == total_chunks + 1
+
+
+async def test_a_lost_acknowledgement_makes_no_second_update(tmp_path):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+    peer.faults = [("PushUpdate.acknowledged", LinkError("cut"))]
+    assert await run(peer, tmp_path) == 0
+    assert peer.uploads["t1"].acknowledged_times == 1
+    assert spooled(tmp_path) == []
+
+
+@pytest.mark.parametrize("call", ["Register", "PollTask", "Heartbeat", "PullModel", "PushUpdate"])
+async def test_a_worker_that_the_aggregator_has_forgotten_registers_again(tmp_path, call):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+    peer.faults = [(call, UnknownWorker("who are you?"))]
+    assert await run(peer, tmp_path) == 0
+    assert peer.uploads["t1"].complete
+
+
+async def test_an_update_of_a_closed_round_is_dropped(tmp_path):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+
+    async def note(call, note=peer.note):
+        await note(call)
+        if call == "PushUpdate.chunk" and peer.calls.count(call) == 2:
+            await peer.finished("t1")
+            raise RoundClosed("the deadline has passed")
+
+    peer.note = note
+    assert await run(peer, tmp_path) == 0
+    assert spooled(tmp_path) == []
+    assert peer.calls.count("PushUpdate") == 1
+
+
+async def test_a_worker_starts_before_its_aggregator_and_finds_it(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+    task = asyncio.create_task(run_worker(settings(address, tmp_path), Adds()))
+    await asyncio.sleep(0.3)
+    async with serving(peer, address):
+        assert await asyncio.wait_for(task, 20) == 0
+    assert peer.uploads["t1"].complete
+
+
+async def test_training_goes_on_while_the_aggregator_is_away_and_its_update_arrives_afterwards(tmp_path):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+    gate = threading.Event()
+    trainer = Adds(steps=30, gate=gate)
+    async with serving(peer) as server:
+        address = server.address
+        task = asyncio.create_task(run_worker(settings(address, tmp_path), trainer))
+        await asyncio.to_thread(trainer.started.wait, 10)
+    await asyncio.sleep(0.2)
+    gate.set()
+    async with serving(peer, address):
+        assert await asyncio.wait_for(task, 20) == 0
+    assert trainer.trained == 1
+    assert peer.uploads["t1"].complete
+
+
+# The held model.
+
+
+async def test_a_version_that_is_held_is_not_pulled_twice(tmp_path):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task("t1"), train_task("t2", round=2)]
+    await run(peer, tmp_path)
+    size = len(peer.payload(1, "raw")[1])
+    assert peer.pulled == [(1, 0, 0), (1, size, 0)]
+    assert peer.uploads["t2"].complete
+
+
+async def test_a_newer_version_may_come_as_a_difference_to_the_held_one(tmp_path):
+    peer = Peer({1: model(1), 2: model(2), 3: model(3)})
+    peer.deltas = {2: 1, 3: 2}
+    peer.tasks = [train_task(f"t{version}", version, evaluate=True) for version in (1, 2, 3)]
+    await run(peer, tmp_path)
+    assert [base for _, _, base in peer.pulled] == [0, 1, 2]
+    for version in (1, 2, 3):
+        mean = float(model(version)["weight"].mean())
+        assert peer.uploads[f"t{version}"].header.evaluation_metrics["mean"] == pytest.approx(mean, abs=1e-6)
+
+
+async def test_only_the_newest_version_stays_on_the_disk(tmp_path):
+    peer = Peer({1: model(1), 2: model(2)})
+    peer.tasks = [train_task("t1", 1), train_task("t2", 2)]
+    await run(peer, tmp_path)
+    assert [path.name for path in (tmp_path / "state" / "model").iterdir()] == ["00000002"]
+
+
+async def test_a_version_the_aggregator_no_longer_has_fails_the_task_alone(tmp_path):
+    peer = Peer({2: model(2)})
+    peer.tasks = [train_task("t1", 1), train_task("t2", 2)]
+    assert await run(peer, tmp_path) == 0
+    assert "no model version 1" in peer.failures["t1"]
+    assert peer.uploads["t2"].complete
+
+
+# Being told to end, or to wait.
+
+
+async def test_a_paused_worker_takes_no_task_until_it_is_resumed(tmp_path):
+    peer = Peer({1: model(1)}, ends=False)
+    async with serving(peer) as server:
+        worker = Worker(settings(server.address, tmp_path), lambda _: Adds())
+        async with running(worker):
+            await peer.until(lambda: "PollTask" in peer.calls)
+            worker.pause()
+            await asyncio.sleep(0.1)
+            await peer.give(train_task())
+            await asyncio.sleep(0.3)
+            assert peer.pulled == []
+            worker.resume()
+            await peer.until(lambda: "t1" in peer.uploads and peer.uploads["t1"].complete)
+
+
+async def test_a_draining_worker_finishes_its_task_and_takes_no_other(tmp_path):
+    peer = Peer({1: model(1)}, ends=False)
+    peer.tasks = [train_task("t1"), train_task("t2")]
+    trainer = Adds(steps=10, gate=threading.Event())
+    async with serving(peer) as server:
+        worker = Worker(settings(server.address, tmp_path), lambda _: trainer)
+        task = asyncio.create_task(worker.run())
+        await asyncio.to_thread(trainer.started.wait, 10)
+        worker.drain()
+        assert await asyncio.wait_for(task, 10) == 0
+    assert peer.uploads["t1"].complete
+    assert "t2" not in peer.uploads
+
+
+async def test_a_drain_that_takes_too_long_gives_the_task_back(tmp_path):
+    peer = Peer({1: model(1)}, ends=False)
+    peer.tasks = [train_task("t1")]
+    trainer = Adds(steps=10_000, gate=threading.Event())
+    async with serving(peer) as server:
+        worker = Worker(settings(server.address, tmp_path), lambda _: trainer)
+        task = asyncio.create_task(worker.run())
+        await asyncio.to_thread(trainer.started.wait, 10)
+        worker.drain(within_s=0.2, exit_code=143)
+        assert await asyncio.wait_for(task, 10) == 143
+    assert peer.failures["t1"] == "the worker is shutting down"
+
+
+async def test_an_idle_worker_drains_at_once(tmp_path):
+    peer = Peer(ends=False)
+    async with serving(peer) as server:
+        worker = Worker(settings(server.address, tmp_path), lambda _: Adds())
+        task = asyncio.create_task(worker.run())
+        await peer.until(lambda: "PollTask" in peer.calls)
+        worker.drain()
+        assert await asyncio.wait_for(task, 2) == 0
+
+
+async def test_a_user_task_that_hangs_does_not_keep_the_worker_alive(tmp_path):
+    class Hangs(Adds):
+        def train(self, weights, job):
+            self.started.set()
+            time.sleep(30)
+
+    peer = Peer({1: model(1)}, ends=False)
+    peer.tasks = [train_task("t1")]
+    trainer = Hangs()
+    async with serving(peer) as server:
+        worker = Worker(settings(server.address, tmp_path), lambda _: trainer)
+        task = asyncio.create_task(worker.run())
+        await asyncio.to_thread(trainer.started.wait, 10)
+        worker.stop(130)
+        assert await asyncio.wait_for(task, 5) == 130
+
+
+async def test_a_worker_may_stay_when_the_run_has_ended(tmp_path):
+    peer = Peer()
+    async with serving(peer) as server:
+        worker = Worker(
+            settings(server.address, tmp_path, exit_when_run_ends=False, poll_wait_s=0.1), lambda _: Adds()
+        )
+        async with running(worker) as task:
+            await peer.until(lambda: peer.calls.count("PollTask") >= 3)
+            assert not task.done()
+
+
+async def test_two_workers_cannot_share_a_folder(tmp_path):
+    peer = Peer(ends=False)
+    async with serving(peer) as server:
+        worker = Worker(settings(server.address, tmp_path), lambda _: Adds())
+        async with running(worker):
+            await peer.until(lambda: "PollTask" in peer.calls)
+            with pytest.raises(UsageError, match="another worker"):
+                await run_worker(settings(server.address, tmp_path), Adds())
+
+
+async def test_a_name_the_aggregator_refuses_ends_the_worker_with_its_reason(tmp_path):
+    peer = Peer()
+    peer.faults = [("Register", UsageError("the name pi-1 is taken"))]
+    with pytest.raises(UsageError, match="pi-1 is taken"):
+        await run(peer, tmp_path)
+
+
+async def test_the_trainer_may_be_built_from_what_the_aggregator_tells(tmp_path):
+    told = []
+
+    def build(registration):
+        told.append(registration)
+        return Adds()
+
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+    async with serving(peer) as server:
+        await run_worker(settings(server.address, tmp_path), build_trainer=build)
+    assert [registration.learning_task for registration in told] == ["tests:Linear"]
+    assert peer.uploads["t1"].complete
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"name": "pi 1"},
+        {"name": ""},
+        {"aggregator": "nowhere"},
+        {"serve_address": "here"},
+        {"stall_s": 0},
+        {"device": {"colour": "red"}},
+    ],
+)
+def test_a_wrong_setting_is_a_usage_error(tmp_path, bad):
+    with pytest.raises(UsageError):
+        WorkerSettings(**{"name": "pi-1", "aggregator": "localhost:1", "state_dir": tmp_path, **bad})
+
+
+# Real processes.
+
+SCRIPT = """
+import asyncio, sys
+from pathlib import Path
+from fedgrpc.worker.run import run_worker
+from fedgrpc.worker.settings import WorkerSettings
+from fedgrpc.worker.throttle import Throttle
+from tests.worker.test_loop import Adds
+
+settings = WorkerSettings("pi-1", sys.argv[1], Path(sys.argv[2]) / "state", drain_s=float(sys.argv[3]),
+                          serve_address=None, throttle=Throttle(link_bits_per_second=float(sys.argv[4])))
+sys.exit(asyncio.run(run_worker(settings, Adds())))
+"""
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def worker_process(address, tmp_path, drain_s=10, rate=1e9):
+    arguments = [sys.executable, "-c", SCRIPT, address, str(tmp_path), str(drain_s), str(rate)]
+    process = subprocess.Popen(arguments, cwd=ROOT)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def exit_code(process, timeout_s=20):
+    return await asyncio.to_thread(process.wait, timeout_s)
+
+
+async def test_a_worker_killed_while_it_uploads_resumes_after_its_restart_and_does_not_train_again(tmp_path):
+    peer = Peer({1: model(1, size=30_000)})
+    peer.tasks = [train_task()]
+    async with serving(peer) as server:
+        with worker_process(server.address, tmp_path, rate=400_000) as first:
+            await peer.until(lambda: peer.calls.count("PushUpdate.chunk") >= 20)
+            first.kill()
+            await exit_code(first)
+        held = len(peer.uploads["t1"].data)
+        assert len(spooled(tmp_path)) == 1
+        pulled = len(peer.pulled)
+        with worker_process(server.address, tmp_path) as second:
+            assert await exit_code(second) == 0
+    assert held >= 19_000
+    assert peer.uploads["t1"].acknowledged_times == 1
+    assert len(peer.pulled) == pulled
+    total_chunks = -(-len(peer.uploads["t1"].data) // 1000)
+    assert peer.calls.count("PushUpdate.chunk") <= total_chunks + 3
+
+
+async def test_sigterm_lets_an_upload_finish(tmp_path):
+    peer = Peer({1: model(1, size=30_000)})
+    peer.tasks = [train_task()]
+    async with serving(peer) as server:
+        with worker_process(server.address, tmp_path, rate=1_000_000) as process:
+            await peer.until(lambda: peer.calls.count("PushUpdate.chunk") >= 5)
+            process.send_signal(signal.SIGTERM)
+            assert await exit_code(process) == 0
+    assert peer.uploads["t1"].complete
+
+
+async def test_a_second_sigterm_ends_the_process_at_once_and_keeps_the_update(tmp_path):
+    peer = Peer({1: model(1, size=30_000)})
+    peer.tasks = [train_task()]
+    async with serving(peer) as server:
+        with worker_process(server.address, tmp_path, drain_s=60, rate=300_000) as process:
+            await peer.until(lambda: peer.calls.count("PushUpdate.chunk") >= 1)
+            process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.5)
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            assert await exit_code(process, 3) == 143
+    assert not peer.uploads["t1"].complete
+    assert len(spooled(tmp_path)) == 1
