@@ -21,9 +21,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import SGD, Optimizer
 from torch.utils.data import Dataset
 
+from fedgrpc.tasks.torch_optimizer import MomentumSgd, Optimizer
 from fedgrpc.tasks.torch_trainer import TorchTrainer
 from fedgrpc.worker.trainer import TaskSetup, constructor_arguments
 
@@ -68,8 +68,8 @@ class TorchTask:
     def optimizer(
         self, parameters: Iterable[nn.Parameter], learning_rate: float, momentum: float, weight_decay: float
     ) -> Optimizer:
-        """A fresh optimizer for one round: SGD with momentum."""
-        return SGD(parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True)
+        """A fresh optimizer for one round: SGD with momentum. Any of `torch.optim` will do."""
+        return MomentumSgd(parameters, learning_rate, momentum, weight_decay)
 
     @classmethod
     def build_trainer(cls, setup: TaskSetup) -> TorchTrainer:

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from fedgrpc.data.partition import parse_part, parse_partition
 from fedgrpc.errors import TaskError, UsageError
 from fedgrpc.tasks.torch_batches import Batches, batches_of, choose_device, labels_of, subset_of
+from fedgrpc.tasks.torch_optimizer import Optimizer
 from fedgrpc.tasks.torch_weights import load_weights, weights_of
 from fedgrpc.worker.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights
 
@@ -90,7 +90,8 @@ class TorchTrainer:
             if len(indices) == 1 and lonely_batch_fails:
                 continue
             inputs, targets = self._train.batch(indices)
-            optimizer.zero_grad(set_to_none=True)
+            for parameter in parameters:
+                parameter.grad = None
             loss = task.loss(model(task.prepare(inputs, True)), targets)
             loss.backward()  # type: ignore[no-untyped-call]
             if job.proximal_mu:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +213,44 @@ def test_weight_decay_shrinks() -> None:
     decayed = trainer.train(start, TrainJob(batch_size=70, learning_rate=0.3, weight_decay=0.1)).weights
     expected = plain["weight"] - 0.03 * start["weight"]
     np.testing.assert_allclose(decayed["weight"], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.0), (0.9, 0.01)])
+def test_the_default_optimizer_is_torchs_sgd_bit_for_bit(momentum: float, weight_decay: float) -> None:
+    class Torchs(Plain):
+        def optimizer(
+            self, parameters: Iterable[nn.Parameter], learning_rate: float, momentum: float, weight_decay: float
+        ) -> torch.optim.Optimizer:
+            return torch.optim.SGD(
+                parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True
+            )
+
+    job = TrainJob(epochs=3, momentum=momentum, weight_decay=weight_decay)
+    start = trainer_of(Plain).initial_weights()
+    assert equal(trainer_of(Plain).train(start, job).weights, trainer_of(Torchs).train(start, job).weights)
+
+
+def test_training_does_not_pay_for_torch_dynamo() -> None:
+    code = (
+        "import sys; from fedgrpc.worker.trainer import TrainJob, load_trainer;"
+        "trainer = load_trainer('fedgrpc.tasks.digits');"
+        "trainer.evaluate(trainer.train(trainer.initial_weights(), TrainJob(max_steps=2)).weights);"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_embedding_with_sparse_gradients_trains() -> None:
+    class Sparse(Plain):
+        def model(self) -> nn.Module:
+            return nn.Sequential(nn.Embedding(3, 2, sparse=True), nn.Flatten(), nn.Linear(8, 2))
+
+        def prepare(self, inputs: Tensor, training: bool) -> Tensor:
+            return inputs.sign().long() + 1
+
+    trainer = trainer_of(Sparse)
+    start = trainer.initial_weights()
+    assert not equal(start, trainer.train(start, TrainJob(momentum=0.0)).weights)
 
 
 def test_max_steps_caps_and_parts_of_epochs_count() -> None:
