@@ -44,6 +44,8 @@ class RoundPolicy:
             "deadline_s must be a positive number of seconds": 0 < self.deadline_s < math.inf,
             "lease_s must be a positive number of seconds": 0 < self.lease_s < math.inf,
             "selection_window_s must not be negative": 0 <= self.selection_window_s < math.inf,
+            "selection_timeout_s must be a positive number of seconds": self.selection_timeout_s is None
+            or 0 < self.selection_timeout_s < math.inf,
         }
         for message, holds in checks.items():
             if not holds:
@@ -51,17 +53,22 @@ class RoundPolicy:
 
     def aim(self, live_count: int) -> int:
         """How many updates a round wants from a pool of `live_count` workers."""
-        wanted = max(math.ceil(self.fraction * live_count), self.min_sample_size, self.quorum)
+        wanted = max(_ceil(self.fraction * live_count), self.min_sample_size, self.quorum)
         return wanted if self.max_participants is None else min(wanted, self.max_participants)
 
     def ask(self, aim: int) -> int:
         """How many tasks to hand out to get `aim` updates."""
-        return math.ceil(aim * self.over_selection)
+        return _ceil(aim * self.over_selection)
 
     @property
     def needed_idle(self) -> int:
         """How many idle workers a round needs to open."""
         return max(self.min_workers, self.min_sample_size, self.quorum)
+
+
+def _ceil(value: float) -> int:
+    """The ceiling, where 11.000000000000002 (which is 10 x 1.1) is 11."""
+    return math.ceil(value - 1e-9 * value)
 
 
 def select_uniform(idle: tuple[str, ...], count: int, rng: np.random.Generator) -> tuple[str, ...]:

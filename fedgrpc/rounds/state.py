@@ -127,7 +127,9 @@ def restore(
 ) -> Round:
     """A round that takes updates, rebuilt from what was stored: (token, worker, phase, reason) by slot.
 
-    Every lease starts anew: that the aggregator was away is no fault of its workers.
+    Every lease starts anew: that the aggregator was away is no fault of its workers. The time left is at most the
+    policy's, whatever a wall clock that was set in between may say. It wants a `Tick` at once when the updates
+    stored are enough already.
     """
     until = now + policy.lease_s
     rebuilt = {
@@ -141,19 +143,20 @@ def restore(
         phase=RoundPhase.REPORTING,
         tasks=MappingProxyType(rebuilt),
         aim=aim,
-        deadline_at=now + deadline_left_s,
+        deadline_at=now + min(max(deadline_left_s, 0.0), policy.deadline_s),
     )
 
 
 def wake_at(round_: Round) -> float | None:
     """When the round next wants a `Tick` if nothing else happens; None: it waits for an event."""
-    if round_.phase is RoundPhase.SELECTING:
+    times: list[float | None] = []
+    if round_.phase is RoundPhase.SELECTING and not round_.asked:
         timeout = round_.policy.selection_timeout_s
         times = [round_.ready_at, None if timeout is None else round_.opened_at + timeout]
     elif round_.phase is RoundPhase.REPORTING:
         times = [round_.deadline_at, *(t.lease_until for t in round_.tasks.values() if t.phase.open)]
-    else:
-        times = []
+        if len(round_.accepted) >= round_.aim:
+            times = [round_.opened_at]
     return min((time for time in times if time is not None), default=None)
 
 
@@ -170,9 +173,11 @@ def _task(round_: Round, token: str) -> Task:
 
 
 def _with_task(round_: Round, token: str, **changes: Any) -> Round:
-    tasks = dict(round_.tasks)
-    tasks[token] = replace(tasks[token], **changes)
-    return replace(round_, tasks=MappingProxyType(tasks))
+    return _with_tasks(round_, {token: replace(round_.tasks[token], **changes)})
+
+
+def _with_tasks(round_: Round, changed: Mapping[str, Task]) -> Round:
+    return replace(round_, tasks=MappingProxyType({**round_.tasks, **changed}))
 
 
 def _gather(round_: Round, event: Pool, now: float) -> Step:
@@ -191,13 +196,14 @@ def _gather(round_: Round, event: Pool, now: float) -> Step:
 
 def _gather_timeout(round_: Round, event: Tick, now: float) -> Step:
     timeout = round_.policy.selection_timeout_s
-    if timeout is not None and now >= round_.opened_at + timeout:
+    if timeout is not None and not round_.asked and now >= round_.opened_at + timeout:
         return _abandon(round_, f"fewer than {round_.policy.needed_idle} workers came within {timeout:g} s")
     return round_, ()
 
 
 def _open(round_: Round, event: Selected, now: float) -> Step:
-    if len(event.tasks) < round_.policy.quorum:
+    if len(event.tasks) < max(round_.policy.quorum, round_.policy.min_sample_size):
+        _check_selected(round_, event)
         return replace(round_, asked=0, ready_at=None), ()
     opened = replace(
         round_,
@@ -209,13 +215,28 @@ def _open(round_: Round, event: Selected, now: float) -> Step:
 
 
 def _add_tasks(round_: Round, event: Selected, now: float) -> Step:
-    tasks = dict(round_.tasks)
-    for token, worker in event.tasks:
-        if token in tasks or worker in round_.workers:
-            raise IllegalTransition(f"worker {worker} has a task in round {round_.number} already")
-        tasks[token] = Task(worker, slot=len(tasks), lease_until=now + round_.policy.lease_s)
+    _check_selected(round_, event)
+    lease_until = now + round_.policy.lease_s
+    new = {
+        token: Task(worker, slot, lease_until)
+        for slot, (token, worker) in enumerate(event.tasks, start=len(round_.tasks))
+    }
     offers = tuple(Offer(token, worker) for token, worker in event.tasks)
-    return replace(round_, tasks=MappingProxyType(tasks), asked=0), offers
+    return replace(_with_tasks(round_, new), asked=0), offers
+
+
+def _check_selected(round_: Round, event: Selected) -> None:
+    """It answers a `Select`, with no more tasks than that asked for, and one for a worker at most."""
+    if not round_.asked:
+        raise IllegalTransition(f"round {round_.number} has not asked for workers")
+    if len(event.tasks) > round_.asked:
+        raise IllegalTransition(f"{len(event.tasks)} tasks where round {round_.number} asked for {round_.asked}")
+    tokens, workers = set(round_.tasks), set(round_.workers)
+    for token, worker in event.tasks:
+        if token in tokens or worker in workers:
+            raise IllegalTransition(f"worker {worker} has a task in round {round_.number} already")
+        tokens.add(token)
+        workers.add(worker)
 
 
 def _refill(round_: Round, event: Pool, now: float) -> Step:
@@ -249,9 +270,10 @@ def _progress(round_: Round, event: Progress, now: float) -> Step:
     task = _task(round_, event.token)
     if task.phase.final:
         raise RoundClosed(f"the task is {task.phase.name.lower()}: {task.reason or 'done'}")
-    if event.phase.final:
+    if not event.phase.open:
         raise IllegalTransition(f"{event.phase.name.lower()} is not for a worker to say")
-    changes = {"phase": event.phase, "fraction": event.fraction, "lease_until": now + round_.policy.lease_s}
+    lease_until = now + round_.policy.lease_s
+    changes = {"phase": event.phase, "fraction": event.fraction, "lease_until": lease_until, "reason": ""}
     return _with_task(round_, event.token, **changes), ()
 
 
@@ -274,16 +296,19 @@ def _lose(phase: TaskPhase) -> Callable[[Round, Any, float], Step]:
 
 
 def _check_time(round_: Round, event: Tick, now: float) -> Step:
-    """Leases that ran out first, then the deadline."""
+    """Whether enough is in (a restored round may begin so), then the deadline, then leases that ran out."""
+    if len(round_.accepted) >= round_.aim:
+        return _close(round_, "enough updates are in")
     if round_.deadline_at is not None and now >= round_.deadline_at:
         return _close(round_, f"deadline of {round_.policy.deadline_s:g} s passed")
-    effects: list[Effect] = []
+    expired = {}
     for token, task in round_.tasks.items():
         if task.phase.open and now >= task.lease_until:
             reason = f"{SLOW[task.phase]}: not heard of for {round_.policy.lease_s:g} s"
-            round_ = _with_task(round_, token, phase=TaskPhase.EXPIRED, reason=reason)
-            effects.append(Cancel(token, reason))
-    return round_, tuple(effects)
+            expired[token] = replace(task, phase=TaskPhase.EXPIRED, reason=reason)
+    if not expired:
+        return round_, ()
+    return _with_tasks(round_, expired), tuple(Cancel(token, t.reason) for token, t in expired.items())
 
 
 def _judge(round_: Round) -> Step:
@@ -295,10 +320,12 @@ def _judge(round_: Round) -> Step:
 
 def _close(round_: Round, why: str) -> Step:
     """End reporting: tasks without an update are late; commit with a quorum, abandon without."""
-    late = round_.tokens(TaskPhase.OFFERED, TaskPhase.DOWNLOADING, TaskPhase.TRAINING, TaskPhase.UPLOADING)
-    for token in late:
-        slow = SLOW[round_.tasks[token].phase]
-        round_ = _with_task(round_, token, phase=TaskPhase.LATE, reason=f"{slow}: {why}")
+    late = {
+        token: replace(task, phase=TaskPhase.LATE, reason=f"{SLOW[task.phase]}: {why}")
+        for token, task in round_.tasks.items()
+        if task.phase.open
+    }
+    round_ = _with_tasks(round_, late)
     cancels = tuple(Cancel(token, why) for token in late)
     accepted = round_.accepted
     if len(accepted) < round_.policy.quorum:
@@ -313,11 +340,13 @@ def _commit(round_: Round, event: Committed, now: float) -> Step:
 
 
 def _abort(round_: Round, event: Abort, now: float) -> Step:
-    cancels = tuple(Cancel(token, event.reason) for token, t in round_.tasks.items() if not t.phase.final)
-    for cancel in cancels:
-        round_ = _with_task(round_, cancel.token, phase=TaskPhase.LATE, reason=event.reason)
-    round_, effects = _abandon(round_, event.reason)
-    return round_, cancels + effects
+    ended = {
+        token: replace(task, phase=TaskPhase.LATE, reason=event.reason)
+        for token, task in round_.tasks.items()
+        if not task.phase.final
+    }
+    round_, effects = _abandon(_with_tasks(round_, ended), event.reason)
+    return round_, (*(Cancel(token, event.reason) for token in ended), *effects)
 
 
 def _abandon(round_: Round, reason: str) -> Step:
@@ -356,5 +385,11 @@ _TABLE: Mapping[tuple[RoundPhase, type], Callable[[Round, Any, float], Step]] = 
         (RoundPhase.COMMITTING, Pool): _ignore,
         (RoundPhase.COMMITTING, Selected): _ignore,
         (RoundPhase.COMMITTING, Tick): _ignore,
+        (RoundPhase.COMMITTED, Pool): _ignore,
+        (RoundPhase.COMMITTED, Selected): _ignore,
+        (RoundPhase.COMMITTED, Tick): _ignore,
+        (RoundPhase.ABANDONED, Pool): _ignore,
+        (RoundPhase.ABANDONED, Selected): _ignore,
+        (RoundPhase.ABANDONED, Tick): _ignore,
     }
 )

@@ -1,0 +1,218 @@
+"""Any sequence of events, legal or not, keeps what a round promises."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fedgrpc.errors import IllegalTransition, RoundClosed, UnknownTask
+from fedgrpc.rounds.events import (
+    Abort,
+    Accepted,
+    Cancel,
+    Commit,
+    Committed,
+    Effect,
+    Event,
+    Failed,
+    Finished,
+    Offer,
+    Pool,
+    Progress,
+    Rejected,
+    Select,
+    Selected,
+    TaskPhase,
+    Tick,
+)
+from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.rounds.state import Round, RoundPhase, restore, step, wake_at
+
+WORKERS = tuple("abcdefgh")
+TOKENS = st.sampled_from([*WORKERS, "unknown"])
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> RoundPolicy:
+    quorum = draw(st.integers(1, 4))
+    return RoundPolicy(
+        min_workers=draw(st.integers(1, 5)),
+        min_sample_size=draw(st.integers(1, 4)),
+        max_participants=draw(st.none() | st.integers(4, 8)),
+        fraction=draw(st.sampled_from([0.1, 0.5, 1.0])),
+        over_selection=draw(st.sampled_from([1.0, 1.3, 2.0])),
+        quorum=quorum,
+        deadline_s=draw(st.sampled_from([5.0, 50.0])),
+        lease_s=draw(st.sampled_from([2.0, 20.0])),
+        selection_window_s=draw(st.sampled_from([0.0, 1.0])),
+        selection_timeout_s=draw(st.none() | st.just(10.0)),
+    )
+
+
+class AnyRound(RuleBasedStateMachine):
+    """Sends any event at any time, and remembers what the round has asked for."""
+
+    @initialize(policy=policies())
+    def open(self, policy: RoundPolicy) -> None:
+        self.now = 0.0
+        self.round = Round(1, policy, self.now)
+        self.all: list[Effect] = []
+        self.select: Select | None = None
+        self.was_accepted: set[str] = set()
+
+    def send(self, event: Event) -> None:
+        before = self.round
+        try:
+            self.round, effects = step(before, event, self.now)
+        except (IllegalTransition, RoundClosed, UnknownTask):
+            assert self.round is before
+            return
+        assert not before.phase.final or (self.round == before and not effects)
+        self.all += effects
+        self.select = next((effect for effect in effects if isinstance(effect, Select)), self.select)
+        self.was_accepted |= set(self.round.accepted)
+
+    @rule(idle=st.sets(st.sampled_from(WORKERS)), others=st.integers(0, 3))
+    def pool(self, idle: set[str], others: int) -> None:
+        self.send(Pool(tuple(sorted(idle)), len(idle) + others))
+
+    @precondition(lambda self: self.select is not None)
+    @rule(data=st.data())
+    def answer(self, data: st.DataObject) -> None:
+        assert self.select is not None
+        free = [worker for worker in WORKERS if worker not in self.select.exclude]
+        workers = data.draw(
+            st.lists(st.sampled_from(free), unique=True, max_size=self.select.count) if free else st.just([])
+        )
+        self.select = None
+        self.send(Selected(tuple((worker, worker) for worker in workers)))
+
+    @rule(workers=st.lists(st.sampled_from(WORKERS), max_size=3))
+    def answer_unasked(self, workers: list[str]) -> None:
+        if self.select is None:
+            self.send(Selected(tuple((worker, worker) for worker in workers)))
+
+    @rule(token=TOKENS, phase=st.sampled_from(TaskPhase), fraction=st.floats(0, 1))
+    def progress(self, token: str, phase: TaskPhase, fraction: float) -> None:
+        self.send(Progress(token, phase, fraction))
+
+    @rule(token=TOKENS)
+    def accept(self, token: str) -> None:
+        self.send(Accepted(token))
+
+    @rule(token=TOKENS)
+    def reject(self, token: str) -> None:
+        self.send(Rejected(token, "NaN"))
+
+    @rule(token=TOKENS)
+    def fail(self, token: str) -> None:
+        self.send(Failed(token, "out of memory"))
+
+    @rule(seconds=st.floats(0, 30))
+    def tick(self, seconds: float) -> None:
+        self.now += seconds
+        self.send(Tick())
+
+    @rule()
+    def tick_when_due(self) -> None:
+        due = wake_at(self.round)
+        if due is not None:
+            self.now = max(self.now, due)
+            self.send(Tick())
+
+    @rule(version=st.integers(2, 5))
+    def committed(self, version: int) -> None:
+        self.send(Committed(version))
+
+    @rule()
+    def abort(self) -> None:
+        self.send(Abort("stopped"))
+
+    @precondition(lambda self: self.round.phase is RoundPhase.REPORTING)
+    @rule()
+    def restart(self) -> None:
+        """As after `kill -9`: what was stored is there, what was being asked is not."""
+        it = self.round
+        assert it.deadline_at is not None
+        rows = [(token, task.worker, task.phase, task.reason) for token, task in it.tasks.items()]
+        self.round = restore(it.number, it.policy, rows, it.aim, it.deadline_at - self.now, self.now)
+        self.select = None
+
+    @invariant()
+    def an_accepted_update_stays_accepted(self) -> None:
+        assert set(self.round.accepted) == self.was_accepted
+
+    @invariant()
+    def slots_count_up_in_the_order_of_the_tasks(self) -> None:
+        assert [task.slot for task in self.round.tasks.values()] == list(range(len(self.round.tasks)))
+
+    @invariant()
+    def a_worker_has_one_task(self) -> None:
+        assert len(self.round.workers) == len(self.round.tasks)
+
+    @invariant()
+    def offers_and_tasks_are_the_same(self) -> None:
+        offered = [effect.token for effect in self.all if isinstance(effect, Offer)]
+        assert offered == list(self.round.tasks)
+
+    @invariant()
+    def a_commit_has_its_quorum_and_exactly_the_accepted_updates_in_slot_order(self) -> None:
+        commits = [effect for effect in self.all if isinstance(effect, Commit)]
+        assert len(commits) <= 1
+        for commit in commits:
+            assert commit.tokens == self.round.accepted
+            assert len(commit.tokens) >= self.round.policy.quorum
+        assert bool(commits) >= (self.round.phase in (RoundPhase.COMMITTING, RoundPhase.COMMITTED))
+
+    @invariant()
+    def it_finishes_once_and_says_how(self) -> None:
+        ends = [effect for effect in self.all if isinstance(effect, Finished)]
+        assert len(ends) == self.round.phase.final
+        for end in ends:
+            assert end.committed == (self.round.phase is RoundPhase.COMMITTED) == (self.round.version is not None)
+            assert end.reason
+
+    @invariant()
+    def no_task_stays_open_once_it_takes_no_more_updates(self) -> None:
+        if self.round.phase is not RoundPhase.REPORTING:
+            assert self.round.open_count == 0
+
+    @invariant()
+    def every_lost_task_has_its_reason(self) -> None:
+        for task in self.round.tasks.values():
+            assert bool(task.reason) == (not task.phase.open and task.phase is not TaskPhase.ACCEPTED)
+
+    @invariant()
+    def it_never_waits_for_ever_while_it_takes_updates(self) -> None:
+        due = wake_at(self.round)
+        if self.round.phase is RoundPhase.REPORTING:
+            assert self.round.deadline_at is not None
+            assert due is not None
+            assert due <= self.round.deadline_at
+        elif self.round.phase is not RoundPhase.SELECTING:
+            assert due is None
+
+    @invariant()
+    def it_ends_by_its_deadline_when_told_the_time(self) -> None:
+        deadline_at = self.round.deadline_at
+        if self.round.phase is RoundPhase.REPORTING and deadline_at is not None:
+            after, _ = step(self.round, Tick(), max(self.now, deadline_at))
+            assert after.phase in (RoundPhase.COMMITTING, RoundPhase.ABANDONED)
+
+    @invariant()
+    def a_tick_when_due_makes_progress(self) -> None:
+        due = wake_at(self.round)
+        if due is not None and self.round.phase is RoundPhase.REPORTING:
+            after, _ = step(self.round, Tick(), max(due, self.now))
+            assert wake_at(after) != due
+
+    @invariant()
+    def only_tasks_that_are_lost_or_late_were_cancelled(self) -> None:
+        for effect in self.all:
+            if isinstance(effect, Cancel):
+                assert effect.token in self.round.tasks
+
+
+TestAnyRound = AnyRound.TestCase
+TestAnyRound.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -1,0 +1,395 @@
+"""What a round promises, sentence by sentence; the whole transition table is in test_transitions.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedgrpc.errors import IllegalTransition, RoundClosed, UnknownTask
+from fedgrpc.rounds.events import Offer, Select, TaskPhase, Tick
+from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.rounds.state import RoundPhase, restore, step, time_left, wake_at
+from tests.rounds.scenario import Scenario, cancelled, committed_tokens, finished
+
+# Selecting.
+
+
+def test_a_round_waits_until_enough_workers_are_idle() -> None:
+    it = Scenario(RoundPolicy(min_workers=3))
+    assert it.pool("ab") == ()
+    assert it.pool("abc") == (Select(3, frozenset()),)
+
+
+@pytest.mark.parametrize("policy", [RoundPolicy(min_sample_size=3), RoundPolicy(quorum=3)])
+def test_a_round_waits_for_as_many_workers_as_it_needs_updates(policy: RoundPolicy) -> None:
+    it = Scenario(policy)
+    assert it.pool("ab") == ()
+    assert it.pool("abc") == (Select(3, frozenset()),)
+
+
+def test_the_other_live_workers_get_the_selection_window_to_come() -> None:
+    it = Scenario(RoundPolicy(selection_window_s=1.0))
+    assert it.pool("ab", live_count=4) == ()
+    assert wake_at(it.round) == it.now + 1.0
+    it.wait(0.9)
+    assert it.pool("abc", live_count=4) == ()
+    it.wait(0.1)
+    assert it.pool("abc", live_count=4) == (Select(4, frozenset()),)
+
+
+def test_the_selection_window_starts_anew_when_too_few_are_left() -> None:
+    it = Scenario(RoundPolicy(selection_window_s=1.0))
+    it.pool("ab", live_count=3)
+    it.pool("a", live_count=3)
+    assert wake_at(it.round) is None
+    it.wait(2.0)
+    assert it.pool("ab", live_count=3) == ()
+
+
+def test_a_round_asks_once_and_then_waits_for_the_answer() -> None:
+    it = Scenario(RoundPolicy(selection_timeout_s=5.0, selection_window_s=1.0))
+    it.pool("a", live_count=3)
+    it.pool("ab", live_count=3)
+    it.wait(1.0)
+    assert it.pool("ab", live_count=3)
+    assert it.pool("abc") == ()
+    assert wake_at(it.round) is None
+    assert it.wait(60.0) == ()
+
+
+def test_a_round_asks_again_when_the_workers_went_away_before_they_were_chosen() -> None:
+    it = Scenario(RoundPolicy(min_sample_size=2, min_workers=1))
+    it.pool("ab")
+    assert it.select("a") == ()
+    assert it.round.phase is RoundPhase.SELECTING
+    assert it.pool("ab") == (Select(2, frozenset()),)
+
+
+def test_a_round_is_abandoned_when_too_few_workers_come_in_time() -> None:
+    it = Scenario(RoundPolicy(min_workers=3, selection_timeout_s=60.0))
+    it.pool("ab")
+    assert wake_at(it.round) == it.now + 60.0
+    end = finished(it.wait(60.0))
+    assert end is not None
+    assert not end.committed
+    assert end.reason == it.round.reason == "fewer than 3 workers came within 60 s"
+
+
+def test_over_selection_asks_more_workers_than_updates_are_wanted() -> None:
+    it = Scenario(RoundPolicy(max_participants=3, over_selection=1.3))
+    assert it.pool("abcdef") == (Select(4, frozenset()),)
+    it.select("abcd")
+    assert it.round.aim == 3
+    assert committed_tokens(it.accept("bcd")) == ("b", "c", "d")
+
+
+def test_a_round_wants_no_more_updates_than_workers_were_found() -> None:
+    it = Scenario(RoundPolicy(fraction=1.0, selection_window_s=0.0))
+    it.pool("ab", live_count=10)
+    it.select("ab")
+    assert it.round.aim == 2
+
+
+def test_every_selected_worker_is_offered_its_task_in_slot_order() -> None:
+    it = Scenario()
+    it.pool("ab")
+    assert it.select("ba") == (Offer("b", "b"), Offer("a", "a"))
+    assert [task.slot for task in it.round.tasks.values()] == [0, 1]
+    assert it.phase("a") is TaskPhase.OFFERED
+
+
+def test_an_answer_that_nobody_asked_for_is_refused() -> None:
+    with pytest.raises(IllegalTransition, match="not asked"):
+        Scenario().select("ab")
+    with pytest.raises(IllegalTransition, match="not asked"):
+        Scenario().open("ab").select("c")
+
+
+def test_more_tasks_than_asked_for_are_refused() -> None:
+    it = Scenario(RoundPolicy(max_participants=2))
+    it.pool("abc")
+    with pytest.raises(IllegalTransition, match="3 tasks where round 1 asked for 2"):
+        it.select("abc")
+
+
+@pytest.mark.parametrize("tasks", ["aa", "aba"])
+def test_a_worker_gets_one_task_of_a_round(tasks: str) -> None:
+    it = Scenario()
+    it.pool("abc")
+    with pytest.raises(IllegalTransition, match="worker a has a task in round 1 already"):
+        it.select(tasks)
+
+
+# Reporting.
+
+
+def test_a_round_commits_as_soon_as_all_wanted_updates_are_in() -> None:
+    it = Scenario().open("ab")
+    assert it.accept("a") == ()
+    assert committed_tokens(it.accept("b")) == ("a", "b")
+    assert it.round.phase is RoundPhase.COMMITTING
+    assert it.round.reason == "enough updates are in"
+
+
+def test_updates_are_committed_in_slot_order_whatever_order_they_came_in() -> None:
+    forth, back = Scenario().open("abc"), Scenario().open("abc")
+    assert committed_tokens(forth.accept("abc")) == committed_tokens(back.accept("cba")) == ("a", "b", "c")
+
+
+def test_a_round_ends_at_its_deadline_with_whoever_has_reported() -> None:
+    it = Scenario(RoundPolicy(deadline_s=10.0, lease_s=60.0)).open("abc")
+    it.progress("b", TaskPhase.DOWNLOADING)
+    it.accept("a")
+    assert wake_at(it.round) == it.now + 10.0
+    effects = it.wait(10.0)
+    assert committed_tokens(effects) == ("a",)
+    assert cancelled(effects) == {"b", "c"}
+    assert it.reason("b") == "slow download: deadline of 10 s passed"
+    assert it.reason("c") == "no-show: deadline of 10 s passed"
+
+
+def test_a_round_is_abandoned_when_too_few_updates_arrive_by_the_deadline() -> None:
+    it = Scenario(RoundPolicy(quorum=2, deadline_s=10.0, lease_s=60.0)).open("ab")
+    it.accept("a")
+    end = finished(it.wait(10.0))
+    assert end is not None
+    assert end.reason == "1 of 2 needed updates: deadline of 10 s passed"
+    assert it.round.phase is RoundPhase.ABANDONED
+    assert it.phase("a") is TaskPhase.ACCEPTED
+
+
+def test_heartbeats_do_not_move_the_deadline() -> None:
+    it = Scenario(RoundPolicy(deadline_s=10.0, lease_s=5.0)).open("ab")
+    for _ in range(9):
+        it.wait(1.0)
+        it.progress("a")
+        it.progress("b")
+    assert it.wait(1.0)
+    assert it.round.phase is RoundPhase.ABANDONED
+
+
+def test_the_same_update_counts_once() -> None:
+    it = Scenario().open("ab")
+    it.accept("aaa")
+    assert it.round.accepted == ("a",)
+    assert it.round.phase is RoundPhase.REPORTING
+
+
+def test_a_refused_update_is_recorded_with_its_reason_and_the_round_goes_on() -> None:
+    it = Scenario().open("ab")
+    assert it.reject("a", "tensor 'w' is missing") == ()
+    assert (it.phase("a"), it.reason("a")) == (TaskPhase.REJECTED, "tensor 'w' is missing")
+    with pytest.raises(RoundClosed, match="rejected: tensor 'w' is missing"):
+        it.accept("a")
+    with pytest.raises(RoundClosed):
+        it.progress("a")
+    assert committed_tokens(it.accept("b")) is None
+
+
+def test_bad_news_of_an_accepted_update_changes_nothing() -> None:
+    it = Scenario().open("ab")
+    it.accept("a")
+    it.fail("a")
+    it.reject("a")
+    assert it.phase("a") is TaskPhase.ACCEPTED
+
+
+@pytest.mark.parametrize("phase", [phase for phase in TaskPhase if not phase.open])
+def test_a_worker_cannot_say_that_its_task_is_over(phase: TaskPhase) -> None:
+    it = Scenario().open("ab")
+    with pytest.raises(IllegalTransition, match="not for a worker to say"):
+        it.progress("a", phase)
+
+
+# Leases and replacement.
+
+
+def test_a_lease_that_is_not_extended_frees_its_slot() -> None:
+    it = Scenario(RoundPolicy(lease_s=30.0)).open("ab")
+    it.wait(29.0)
+    it.progress("b")
+    assert it.wait(1.0)
+    assert (it.phase("a"), it.reason("a")) == (TaskPhase.EXPIRED, "no-show: not heard of for 30 s")
+    assert it.phase("b") is TaskPhase.TRAINING
+    assert it.round.open_count == 1
+
+
+def test_a_lost_worker_is_replaced_within_the_round_by_one_that_had_no_task() -> None:
+    it = Scenario(RoundPolicy(max_participants=2, lease_s=30.0)).open("ab")
+    it.wait(20.0)
+    it.progress("b")
+    it.wait(10.0)
+    assert it.pool("ac") == (Select(1, frozenset("ab")),)
+    assert it.select("c") == (Offer("c", "c"),)
+    assert it.round.tasks["c"].slot == 2
+    assert it.round.deadline_at == 100.0 + it.round.policy.deadline_s
+
+
+def test_nobody_is_asked_while_enough_are_at_work() -> None:
+    it = Scenario(RoundPolicy(max_participants=2, over_selection=1.5)).open("abc")
+    it.fail("a")
+    assert it.pool("de") == ()
+    it.fail("b")
+    assert it.pool("de") == (Select(1, frozenset("abc")),)
+    assert it.pool("de") == ()
+
+
+def test_news_of_a_lost_worker_revives_its_task() -> None:
+    it = Scenario(RoundPolicy(lease_s=30.0)).open("ab")
+    it.wait(30.0)
+    it.progress("a", TaskPhase.UPLOADING)
+    assert (it.phase("a"), it.reason("a")) == (TaskPhase.UPLOADING, "")
+    it.accept("b")
+    assert committed_tokens(it.accept("a")) == ("a", "b")
+
+
+def test_a_finished_update_of_a_lost_worker_counts() -> None:
+    it = Scenario(RoundPolicy(lease_s=30.0)).open("ab")
+    it.wait(30.0)
+    assert it.round.open_count == 0
+    assert committed_tokens(it.accept("ab")) == ("a", "b")
+
+
+def test_a_round_ends_early_when_no_worker_is_left_to_wait_for() -> None:
+    it = Scenario().open("ab")
+    it.accept("a")
+    it.fail("b")
+    assert committed_tokens(it.pool("ab")) == ("a",)
+    assert it.round.reason == "no worker is left to wait for"
+
+
+def test_a_round_without_quorum_waits_for_workers_that_are_out_of_touch() -> None:
+    it = Scenario(RoundPolicy(quorum=2, lease_s=30.0)).open("ab")
+    it.accept("a")
+    it.wait(30.0)
+    assert it.pool("a") == ()
+    assert it.round.phase is RoundPhase.REPORTING
+    assert committed_tokens(it.accept("b")) == ("a", "b")
+
+
+def test_a_round_whose_workers_all_failed_is_abandoned_at_once() -> None:
+    it = Scenario().open("ab")
+    it.fail("a")
+    it.fail("b")
+    end = finished(it.pool("ab"))
+    assert end is not None
+    assert end.reason == "0 of 1 needed updates: no worker is left to wait for"
+
+
+# Committing and after.
+
+
+def test_a_committed_round_knows_its_version() -> None:
+    it = Scenario().open("ab")
+    it.accept("ab")
+    end = finished(it.commit(version=7))
+    assert end is not None
+    assert end.committed
+    assert (it.round.phase, it.round.version) == (RoundPhase.COMMITTED, 7)
+
+
+@pytest.mark.parametrize("phase", [RoundPhase.COMMITTING, RoundPhase.COMMITTED, RoundPhase.ABANDONED])
+def test_a_closed_round_takes_no_more_updates(phase: RoundPhase) -> None:
+    it = Scenario(RoundPolicy(max_participants=1, over_selection=2.0)).open("ab")
+    it.accept("a")
+    if phase is RoundPhase.COMMITTED:
+        it.commit()
+    elif phase is RoundPhase.ABANDONED:
+        it.abort()
+    with pytest.raises(RoundClosed, match=f"round 1 takes no more updates: it is {phase.name.lower()}"):
+        it.accept("b")
+
+
+def test_a_token_of_another_round_is_unknown() -> None:
+    for it in (Scenario(), Scenario().open("ab")):
+        with pytest.raises(UnknownTask):
+            it.accept("z")
+        with pytest.raises(UnknownTask):
+            it.progress("z")
+
+
+def test_a_stopped_round_cancels_every_task_that_is_not_over() -> None:
+    it = Scenario(RoundPolicy(lease_s=30.0)).open("abc")
+    it.accept("a")
+    it.wait(20.0)
+    it.progress("b")
+    it.wait(10.0)
+    effects = it.abort("stopped by an operator")
+    assert cancelled(effects) == {"b", "c"}
+    assert it.reason("c") == "stopped by an operator"
+    assert it.round.reason == "stopped by an operator"
+
+
+def test_a_commit_that_fails_abandons_the_round() -> None:
+    it = Scenario().open("ab")
+    it.accept("ab")
+    end = finished(it.abort("disk full"))
+    assert end is not None
+    assert not end.committed
+    assert it.round.version is None
+
+
+def test_answers_that_come_after_the_end_are_ignored() -> None:
+    it = Scenario(RoundPolicy(max_participants=2, deadline_s=10.0, quorum=2, lease_s=5.0)).open("ab")
+    it.wait(5.0)
+    assert it.pool("c", live_count=3)
+    it.wait(5.0)
+    assert it.round.phase is RoundPhase.ABANDONED
+    assert it.select("c") == ()
+    assert "c" not in it.round.tasks
+
+
+# Time.
+
+
+def test_time_left_counts_down_to_the_deadline_and_not_below() -> None:
+    it = Scenario(RoundPolicy(deadline_s=10.0))
+    assert time_left(it.round, it.now) is None
+    it.open("ab")
+    assert time_left(it.round, it.now + 4.0) == 6.0
+    assert time_left(it.round, it.now + 40.0) == 0.0
+
+
+def test_a_round_wakes_for_the_next_lease_or_the_deadline_whichever_comes_first() -> None:
+    it = Scenario(RoundPolicy(lease_s=30.0, deadline_s=40.0)).open("ab")
+    assert wake_at(it.round) == 130.0
+    it.wait(20.0)
+    it.progress("a")
+    assert wake_at(it.round) == 130.0
+    it.progress("b")
+    assert wake_at(it.round) == 140.0
+    it.accept("ab")
+    assert wake_at(it.round) is None
+
+
+# Restarting.
+
+
+def test_a_restored_round_has_the_same_accepted_updates_and_fresh_leases() -> None:
+    rows = [
+        ("a", "A", TaskPhase.ACCEPTED, ""),
+        ("b", "B", TaskPhase.UPLOADING, ""),
+        ("c", "C", TaskPhase.FAILED, "oom"),
+    ]
+    round_ = restore(7, RoundPolicy(lease_s=30.0), rows, aim=2, deadline_left_s=50.0, now=1000.0)
+    assert (round_.number, round_.accepted, round_.aim) == (7, ("a",), 2)
+    assert round_.tasks["b"].lease_until == 1030.0
+    assert round_.deadline_at == 1050.0
+    assert [task.slot for task in round_.tasks.values()] == [0, 1, 2]
+    it = Scenario(round_=round_)
+    assert committed_tokens(it.accept("b")) == ("a", "b")
+
+
+def test_a_restored_round_whose_updates_are_enough_commits_at_once() -> None:
+    rows = [("a", "A", TaskPhase.ACCEPTED, ""), ("b", "B", TaskPhase.OFFERED, "")]
+    round_ = restore(7, RoundPolicy(), rows, aim=1, deadline_left_s=50.0, now=1000.0)
+    assert wake_at(round_) == 1000.0
+    after, effects = step(round_, Tick(), 1000.0)
+    assert committed_tokens(effects) == ("a",)
+    assert after.reason == "enough updates are in"
+
+
+@pytest.mark.parametrize(("left_s", "deadline_at"), [(-3600.0, 1000.0), (86_400.0, 1600.0)])
+def test_a_wall_clock_that_was_set_cannot_make_a_restored_round_longer(left_s: float, deadline_at: float) -> None:
+    rows = [("a", "A", TaskPhase.OFFERED, "")]
+    round_ = restore(7, RoundPolicy(deadline_s=600.0), rows, aim=1, deadline_left_s=left_s, now=1000.0)
+    assert round_.deadline_at == deadline_at
