@@ -6,6 +6,7 @@ by the caller with the model version, so that a restart loses nothing. `t` count
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -110,8 +111,8 @@ def server_optimizer(name: str, learning_rate: float | None = None) -> ServerOpt
         raise UsageError(f"no server optimizer {name!r}; there are {', '.join(OPTIMIZERS)}")
     if learning_rate is None:
         optimizer: ServerOptimizer = OPTIMIZERS[name]()
-    elif learning_rate > 0:
+    elif 0 < learning_rate < math.inf:
         optimizer = OPTIMIZERS[name](learning_rate=learning_rate)
     else:
-        raise UsageError(f"the server's learning rate must be positive, not {learning_rate:g}")
+        raise UsageError(f"the server's learning rate must be positive and finite, not {learning_rate:g}")
     return optimizer

@@ -6,6 +6,7 @@ The rule: nothing here changes anything, and every refusal says what was wrong i
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -40,6 +41,9 @@ def check_layout(model: Sequence[TensorLike], update: Sequence[TensorLike]) -> N
     """Both list the same tensors (in any order). Raises `UpdateRefused` with the first difference."""
     wanted = {tensor.name: tensor for tensor in model}
     given = {tensor.name: tensor for tensor in update}
+    if len(given) < len(update):
+        twice = min(name for name, count in Counter(tensor.name for tensor in update).items() if count > 1)
+        raise UpdateRefused(f"tensor {twice!r} is listed twice")
     if missing := sorted(wanted.keys() - given.keys()):
         raise UpdateRefused(f"tensor {missing[0]!r} is missing{_and_more(missing)}")
     if extra := sorted(given.keys() - wanted.keys()):
@@ -84,7 +88,8 @@ def sum_of_squares(values: np.ndarray) -> float:
     total = 0.0
     for start in range(0, flat.size, _PIECE):
         piece = flat[start : start + _PIECE].astype(np.float64)
-        total += float(np.dot(piece, piece))
+        with np.errstate(over="ignore"):
+            total += float(np.dot(piece, piece))
     return total
 
 
