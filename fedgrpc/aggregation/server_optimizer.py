@@ -77,7 +77,7 @@ class FedAdagrad(_Adaptive):
     beta1: float = 0.0
 
     def _second(self, v: np.ndarray, square: np.ndarray) -> np.ndarray:
-        return v + square
+        return np.asarray(v + square)
 
 
 @dataclass(frozen=True)
