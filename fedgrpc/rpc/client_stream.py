@@ -34,21 +34,22 @@ class ClientStream:
             return False
         return True
 
-    async def finish(self) -> None:
-        """No more messages; return when the server has answered OK.
+    async def finish(self) -> Any:
+        """No more messages; the response once the server has answered OK (None: OK, but its response is lost).
 
         Raises:
             grpc.aio.AioRpcError: its answer is an error, or it can give none.
         """
         try:
             await self._call.done_writing()
-            await self._call
+            return await self._call
         except grpc.aio.AioRpcError as error:
             # Either the write failed first, and the server's status has replaced its own by now, or the
             # status came first, was noted, and then replaced.
             answer = self._answer if error.details() == _CORE_DETAILS and self._answer is not None else error
             if answer.code() is not grpc.StatusCode.OK:
                 raise answer from None
+            return None
 
     def _note(self, call: Any) -> None:
         """Called when the first status is set."""

@@ -165,6 +165,6 @@ async def _abort(error: Exception, method: str, context: Any) -> None:
     if isinstance(error, FedgrpcError):
         code, detail, name = status_of(error), one_line(str(error)), type(error).__name__
     else:
-        log.error("call_failed", method=method, exc_info=error)
+        log.error("call failed", method=method, exc_info=error)
         code, detail, name = _Code.INTERNAL, "internal error; see the server's log", FedgrpcError.__name__
     await context.abort(code, detail, trailing_metadata=((ERROR_KEY, name),))

@@ -132,8 +132,9 @@ class AggregatorClient:
 
     async def push(
         self, header: aggregator_pb2.UpdateHeader, read: Read, offset: int, report: Report = _ignore
-    ) -> None:
-        """Send an update from `offset` on; returns when it is acknowledged, that is verified and durable.
+    ) -> bool:
+        """Send an update from `offset` on; True once it is acknowledged, that is verified and durable. False:
+        the answer does not say so, and `query_push` will.
 
         Raises what the aggregator answers, and LinkError for a lost or stalled connection.
         """
@@ -149,7 +150,8 @@ class AggregatorClient:
                     wanted = await stream.write(aggregator_pb2.PushUpdateRequest(chunk=chunk_to_proto(chunk)))
                     moved(0)
                     report((chunk.offset + len(chunk.data)) / size_bytes)
-                await stream.finish()
+                response = await stream.finish()
+        return response is not None and bool(response.complete)
 
     async def pull(self, folder: ModelFolder, source: Source, report: Report = _ignore) -> HeldModel:
         """Bring `source` into `folder`: from the byte where the last attempt stopped, or not at all if held.

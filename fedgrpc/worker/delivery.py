@@ -65,7 +65,7 @@ class Delivery:
                 raise
             await asyncio.to_thread(self._spool.drop, update)
             self._board.show(last_error=str(error))
-            self._log_of(update).warning("update_refused", reason=str(error))
+            self._log_of(update).warning("update refused", reason=str(error))
             return False
         await asyncio.to_thread(self._spool.acknowledge, update)
         self._show_acknowledged(update)
@@ -87,9 +87,11 @@ class Delivery:
                 if held.complete:
                     return
                 try:
-                    return await self._client.push(update.header, read, held.committed_size_bytes, moved)
+                    if await self._client.push(update.header, read, held.committed_size_bytes, moved):
+                        return
                 except (WrongOffset, CorruptError) as error:
                     await self._explain(error, update, read, tries_left)
+        raise LinkError("the aggregator took the update's last byte but does not acknowledge it")
 
     async def _explain(
         self, error: WrongOffset | CorruptError, update: SpooledUpdate, read: Read, tries_left: int
@@ -115,7 +117,7 @@ class Delivery:
         )
         self._board.show(last_timings=timings, last_error="")
         self._log_of(update).info(
-            "update_acknowledged",
+            "update acknowledged",
             bytes=update.size_bytes,
             examples=update.header.example_count,
             download_s=round(timings.download_s, 3),

@@ -261,7 +261,7 @@ class ModelFolder:
                     held = _load(folder)
                     continue
                 except (OSError, ValueError, KeyError, DecodeError, LayoutError) as error:
-                    log.warning("held_model_dropped", folder=str(folder), reason=str(error))
+                    log.warning("held model dropped", folder=str(folder), reason=str(error))
             remove_folder(folder)
         return held
 

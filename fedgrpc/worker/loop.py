@@ -115,7 +115,7 @@ class Loop:
                 continue
             self._retries.reset()
             if polled.run_ended and self._settings.exit_when_run_ends:
-                self._log.info("run_ended", run=ready.registration.run)
+                self._log.info("run ended", run=ready.registration.run)
                 return
             if polled.run_ended:
                 await self._controls.wait(self._settings.poll_wait_s)
@@ -124,8 +124,9 @@ class Loop:
         registration = await self._register()
         if self._trainer is None:
             self._trainer = await asyncio.to_thread(self._build_trainer, registration)
-            # The learning task has brought its libraries, and with them the knowledge of the accelerator.
-            registration = await self._register()
+            if await asyncio.to_thread(self._profile) != self._board.status.device:
+                # The learning task has brought its libraries, and with them the knowledge of the accelerator.
+                registration = await self._register()
         self._log.info("connected", run=registration.run, aggregator=self._settings.aggregator)
         return Ready(registration, self._trainer)
 
@@ -158,19 +159,19 @@ class Loop:
     async def _perform(self, ready: Ready, task: Task, message: aggregator_pb2.Task) -> None:
         """One task from download to acknowledgement; its failure is reported and ends nothing else."""
         task_log = self._log.bind(run=task.run, round=task.round)
-        task_log.info("task_started", kind=task.kind.name.lower(), version=task.model_version)
+        task_log.info("task started", kind=task.kind.name.lower(), version=task.model_version)
         self._board.show(round=task.round, task_kind=task.kind)
         try:
             update = await unless(self._work(ready.trainer, task, message), self._beat(task.token))
         except (Interrupted, Cancelled) as interruption:
-            task_log.warning("task_cancelled", reason=str(interruption) or "the learning task ended it")
+            task_log.warning("task cancelled", reason=str(interruption) or "the learning task ended it")
         except asyncio.CancelledError:
             await self._say_goodbye(task)
             raise
         except FedgrpcError as error:
             if worth_retrying(error) and not isinstance(error, StorageError):
                 raise
-            task_log.warning("task_failed", reason=str(error))
+            task_log.warning("task failed", reason=str(error))
             await self._give_back(task, str(error))
         else:
             await self._deliver(update)
@@ -241,7 +242,7 @@ class Loop:
             except FedgrpcError as error:
                 if not worth_retrying(error):
                     return str(error)
-                self._log.debug("heartbeat_failed", reason=str(error))
+                self._log.debug("heartbeat failed", reason=str(error))
             await self._board.next_activity(self._heartbeat_interval_s)
 
     async def _give_back(self, task: Task, reason: str) -> None:
@@ -259,7 +260,7 @@ class Loop:
         try:
             await self._client.report_failure(task.token, "the worker is shutting down", _GOODBYE_S)
         except FedgrpcError as error:
-            self._log.debug("goodbye_not_heard", reason=str(error))
+            self._log.debug("goodbye not heard", reason=str(error))
 
     def _moved(self, progress: float) -> None:
         """Bytes went through: the link works."""

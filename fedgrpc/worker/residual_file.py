@@ -53,7 +53,7 @@ def read_residual(path: Path, run: str) -> Residual:
     except FileNotFoundError:
         return Residual()
     except (ValueError, KeyError, TypeError, LayoutError) as error:
-        log.warning("residual_dropped", reason=f"{path} is corrupt: {error}")
+        log.warning("residual dropped", reason=f"{path} is corrupt: {error}")
         return Residual()
 
 

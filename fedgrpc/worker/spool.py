@@ -88,7 +88,7 @@ class Spool:
             try:
                 found.append(_load(folder))
             except (OSError, DecodeError, LayoutError) as error:
-                log.warning("update_dropped", folder=str(folder), reason=f"it is corrupt: {error}")
+                log.warning("update dropped", folder=str(folder), reason=f"it is corrupt: {error}")
                 remove_folder(folder)
         return found
 
@@ -151,7 +151,7 @@ class Spool:
         for folder in list(held):
             if len(held) < self._max_updates and sum(held.values()) + wanted_bytes <= self._max_bytes:
                 return
-            log.warning("update_dropped", folder=str(folder), reason="the spool is full")
+            log.warning("update dropped", folder=str(folder), reason="the spool is full")
             remove_folder(folder)
             del held[folder]
 

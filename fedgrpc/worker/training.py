@@ -1,6 +1,6 @@
 """The local part of a task: score, train, and turn the outcome into a spooled update. Runs in threads.
 
-TRAIN         payload: trained - given, plus the residual where the recipe is lossy
+TRAIN         payload: what training changed (fedgrpc.worker.delta), plus the residual where it is lossy
 INITIALIZE    payload: the initial weights themselves
 EVALUATE      no payload: scores of the given weights
 """
@@ -182,5 +182,5 @@ def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
     """Without what is not a finite number: one diverged score must not cost the update."""
     kept = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
     if len(kept) < len(metrics):
-        log.warning("metrics_not_finite", names=sorted(metrics.keys() - kept.keys()))
+        log.warning("metrics not finite", names=sorted(metrics.keys() - kept.keys()))
     return kept

@@ -62,7 +62,7 @@ async def test_a_surprise_is_internal_and_tells_the_peer_nothing_and_the_log_eve
         await call(channel, shape, b"raise:RuntimeError:secret path /home/alice")
     assert caught.value.code() is grpc.StatusCode.INTERNAL
     assert "secret" not in caught.value.details()
-    [line] = [line for line in logs if line["event"] == "call_failed"]
+    [line] = [line for line in logs if line["event"] == "call failed"]
     assert "secret" in str(line["exc_info"])
     assert line["method"].endswith(shape)
 

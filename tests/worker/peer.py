@@ -187,6 +187,9 @@ class Peer(aggregator_pb2_grpc.AggregatorServicer):
             if zlib.crc32(request.chunk.data) != request.chunk.crc32:
                 raise CorruptError("crc")
             upload.data += request.chunk.data
+            if "incomplete" in self.faults:
+                self.faults.remove("incomplete")
+                return aggregator_pb2.PushUpdateResponse(committed_size_bytes=len(upload.data))
         if len(upload.data) != header.manifest.size_bytes:
             raise LinkError("the stream ended early")
         await self.note("PushUpdate.acknowledge")
@@ -194,7 +197,7 @@ class Peer(aggregator_pb2_grpc.AggregatorServicer):
         upload.acknowledged_times += 1
         await self.finished(header.token)
         await self.note("PushUpdate.acknowledged")
-        return aggregator_pb2.PushUpdateResponse(committed_size_bytes=len(upload.data))
+        return aggregator_pb2.PushUpdateResponse(committed_size_bytes=len(upload.data), complete=True)
 
     async def ReportFailure(self, request, context):
         await self.note("ReportFailure")

@@ -363,6 +363,15 @@ async def test_an_upload_resumes_at_the_byte_the_aggregator_holds(tmp_path):
     assert peer.calls.count("PushUpdate.chunk") == total_chunks + 1
 
 
+async def test_an_answer_that_is_no_acknowledgement_does_not_end_the_upload(tmp_path):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+    peer.faults = ["incomplete"]
+    assert await run(peer, tmp_path) == 0
+    assert peer.uploads["t1"].complete
+    assert peer.calls.count("PushUpdate") == 2
+
+
 async def test_a_lost_acknowledgement_makes_no_second_update(tmp_path):
     peer = Peer({1: model(1)})
     peer.tasks = [train_task()]
