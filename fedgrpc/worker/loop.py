@@ -179,9 +179,12 @@ class Loop:
             self._board.show(task_kind=None)
 
     async def _deliver(self, update: SpooledUpdate) -> None:
-        if await self._delivery.deliver(update, self._moved):
-            self._retries.reset()
+        delivered = await self._delivery.deliver(update, self._moved)
         self._show_disk()
+        if delivered:
+            self._retries.reset()
+        else:
+            await self._controls.wait(self._retries.next_delay_s())
 
     async def _work(self, trainer: Trainer, task: Task, message: aggregator_pb2.Task) -> SpooledUpdate:
         """Download, train or score, and spool the update."""

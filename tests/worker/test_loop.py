@@ -11,8 +11,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import structlog
 
-from fedgrpc.errors import Exhausted, LinkError, RoundClosed, StorageError, TaskError, UnknownWorker, UsageError
+from fedgrpc.errors import (
+    CorruptError,
+    Exhausted,
+    LayoutError,
+    LinkError,
+    RoundClosed,
+    StorageError,
+    TaskError,
+    TooLargeError,
+    UnknownTask,
+    UnknownWorker,
+    UpdateRefused,
+    UsageError,
+    WrongIdentity,
+)
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.run import Worker, run_worker
@@ -390,20 +405,84 @@ async def test_a_worker_that_the_aggregator_has_forgotten_registers_again(tmp_pa
     assert peer.uploads["t1"].complete
 
 
-async def test_an_update_of_a_closed_round_is_dropped(tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RoundClosed("the deadline has passed"),
+        UpdateRefused("its norm is 1e9"),
+        LayoutError("weight has the wrong shape"),
+        TooLargeError("over the limit"),
+        WrongIdentity("another worker's"),
+        UnknownTask("no such token"),
+    ],
+)
+async def test_an_update_that_is_refused_for_good_is_dropped_and_the_next_task_is_taken(tmp_path, error):
     peer = Peer({1: model(1)})
-    peer.tasks = [train_task()]
+    peer.tasks = [train_task("t1"), train_task("t2")]
 
     async def note(call, note=peer.note):
         await note(call)
         if call == "PushUpdate.chunk" and peer.calls.count(call) == 2:
             await peer.finished("t1")
-            raise RoundClosed("the deadline has passed")
+            raise error
+
+    peer.note = note
+    with structlog.testing.capture_logs() as logs:
+        assert await run(peer, tmp_path) == 0
+    assert spooled(tmp_path) == []
+    assert not peer.uploads["t1"].complete
+    assert peer.uploads["t2"].complete
+    [line] = [line for line in logs if line["event"] == "update refused"]
+    assert (line["run"], line["round"], line["worker"]) == ("test-run", 1, "pi-1")
+    assert str(error) in line["reason"]
+
+
+async def test_a_payload_that_rots_on_the_workers_disk_is_dropped_not_sent_for_ever(tmp_path):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task("t1"), train_task("t2")]
+
+    async def note(call, note=peer.note):
+        await note(call)
+        if call == "PushUpdate" and peer.calls.count(call) == 1:
+            payload = tmp_path / "state" / "spool" / "00000001" / "payload"
+            payload.write_bytes(bytes(payload.stat().st_size))
+            raise CorruptError("the digest does not match")
+        if call == "Heartbeat" and spooled(tmp_path) == [] and peer.calls.count("PushUpdate") == 1:
+            await peer.finished("t1")
 
     peer.note = note
     assert await run(peer, tmp_path) == 0
-    assert spooled(tmp_path) == []
-    assert peer.calls.count("PushUpdate") == 1
+    assert peer.uploads["t2"].complete
+
+
+async def test_a_paced_link_takes_as_long_as_its_bytes_and_a_slowdown_as_long_as_it_says(tmp_path):
+    class Works(Adds):
+        def train(self, weights, job):
+            for _ in job.batches(4, 1):
+                time.sleep(0.02)
+            return TrainResult(weights, 4, 4)
+
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+    await run(peer, tmp_path, Works(), throttle=Throttle(slowdown=3, link_bits_per_second=480_000))
+    timings = peer.uploads["t1"].header.timings
+    assert timings.download_seconds >= 12_048 * 8 / 480_000
+    assert timings.local_seconds >= 3 * 4 * 0.02
+    assert timings.local_seconds < 1
+
+
+async def test_an_aggregator_that_hangs_in_the_middle_of_a_stream_is_given_up(tmp_path):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+
+    async def note(call, note=peer.note):
+        await note(call)
+        if call in ("PullModel.chunk", "PushUpdate.acknowledge") and peer.calls.count(call) == 1:
+            await asyncio.Event().wait()
+
+    peer.note = note
+    assert await run(peer, tmp_path, stall_s=0.3) == 0
+    assert peer.uploads["t1"].complete
 
 
 async def test_a_worker_starts_before_its_aggregator_and_finds_it(tmp_path):
