@@ -198,7 +198,7 @@ class Coordinator:
             task = self.evaluations.offer(worker.name, self.run.version)
             return None if task is None else self._evaluation(task)
         current = self.current
-        if worker.token is None or current is None:
+        if worker.token is None or current is None or current.state.phase is not RoundPhase.REPORTING:
             return None
         phase = current.state.tasks[worker.token].phase
         if phase in (TaskPhase.OFFERED, TaskPhase.EXPIRED):
@@ -228,7 +228,8 @@ class Coordinator:
         if self.evaluations.find(name, token):
             return Beat(cancel=False)
         try:
-            await self.check_open(name, token)
+            if await self.check_open(name, token) is TaskPhase.ACCEPTED:
+                raise RoundClosed("the update of this task is accepted")
             self.dispatch(Progress(token, phase, fraction))
         except RoundClosed as error:
             return Beat(cancel=True, reason=str(error))
@@ -292,7 +293,8 @@ class Coordinator:
             self.wake.set()
             return
         try:
-            await self.check_open(name, token)
+            if await self.check_open(name, token) is TaskPhase.ACCEPTED:
+                raise RoundClosed("the update of this task is accepted")
             self.dispatch(Failed(token, reason))
         except RoundClosed:
             return
