@@ -1,0 +1,1 @@
+"""Local models from the global one: number formats, sub-models, pruning, clustering, quantization."""
