@@ -56,8 +56,8 @@ class TorchTrainer:
         train, held_out = _share(*task.data(setup.data), setup)
         self._train = batches_of(train, self._device)
         self._held_out = None if held_out is None else batches_of(held_out, self._device)
-        if len(self._train) == 0:
-            raise UsageError(f"{type(task).__name__} has no training examples in {setup.data}")
+        if len(self._train) == 0 and not self._held_out:  # with nothing to train on, it can still score
+            raise UsageError(f"{type(task).__name__} has no examples in {setup.data}")
         with _seeded(self._device, setup.seed):
             self._model = task.model()
         self._initial = weights_of(self._model)

@@ -78,7 +78,12 @@ class TrainJob:
 
         Between batches it does all a federation asks: raises `Cancelled` when told to stop, ends early when
         the time is up, reports progress and pauses. At least one batch is always yielded.
+
+        Raises:
+            UsageError: there is nothing to train on.
         """
+        if example_count < 1:
+            raise UsageError("there are no training examples")
         batch_size = self.batch_size or default_batch_size
         total = self.total_steps(example_count, batch_size)
         shuffled = _shuffled_batches(np.random.default_rng((self.seed, self.round)), example_count, batch_size)

@@ -360,13 +360,26 @@ def test_threads_are_set_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [2]
 
 
-def test_no_training_data_is_a_usage_error() -> None:
+def test_no_data_at_all_is_a_usage_error() -> None:
     class Empty(Plain):
         def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
             return TensorDataset(X[:0], Y[:0]), None
 
-    with pytest.raises(UsageError, match="no training examples"):
+    with pytest.raises(UsageError, match="has no examples"):
         trainer_of(Empty)
+
+
+def test_held_out_data_alone_is_enough_to_score_and_not_to_train() -> None:
+    class ScoresOnly(Plain):
+        def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
+            return TensorDataset(X[:0], Y[:0]), TensorDataset(X, Y)
+
+    trainer = trainer_of(ScoresOnly)
+    result = trainer.evaluate(trainer.initial_weights())
+    assert result is not None
+    assert result.example_count == 90
+    with pytest.raises(UsageError, match="no training examples"):
+        trainer.train(trainer.initial_weights(), TrainJob())
 
 
 @pytest.mark.parametrize("method", ["model", "data"])
