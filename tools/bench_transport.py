@@ -1,0 +1,196 @@
+"""A round of models out and updates in, side by side: fedgrpc, a bare grpc.aio floor, and raw TCP.
+
+    python tools/bench_transport.py [--sizes 0.28M,2.5M,11.2M,25.2M] [--workers 4] [--rounds N] [--json FILE]
+
+Every worker is its own process on this machine and returns the model it was given plus noise: communication and
+aggregation, no training. Figures are medians over the rounds, the first one dropped. "loopback" is what the
+interface carried in a round; the run takes a network namespace of its own where it may, so that nobody else's
+bytes are in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transport_bench.meter import Usage
+from transport_bench.workload import WIDTHS, size_of
+
+_ISOLATED = "FEDGRPC_BENCH_ISOLATED"
+_SPAWN = multiprocessing.get_context("spawn")
+_REPLY_S = 600
+
+Target = Callable[..., None]
+
+FLOAT32: Mapping[str, object] = {"download_recipe": "raw", "upload_recipe": "raw"}
+INT8: Mapping[str, object] = {"download_recipe": "int8+zstd", "upload_recipe": "int8+zstd"}
+FEDGRPC: dict[str, Mapping[str, object]] = {
+    "fedgrpc float32": {**FLOAT32, "durable": True},
+    "fedgrpc float32, not durable": {**FLOAT32, "durable": False},
+    "fedgrpc int8+zstd both ways": {**INT8, "durable": True},
+}
+CONTESTANTS = ("raw TCP", "floor", *FEDGRPC)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contestant at one size: the server's usage, and the mean worker's CPU with the largest worker's peak."""
+
+    contestant: str
+    size: str
+    parameters: int
+    workers: int
+    server: Usage
+    worker_cpu_s: float
+    worker_peak_rss_mb: float
+
+
+def main() -> None:
+    args = _arguments()
+    rows: list[Row] = []
+    for size in args.sizes:
+        for workers in args.workers:
+            for contestant in args.contestants:
+                rows.append(measure(contestant, size, workers, args.rounds, args.folder))
+                print(_line(rows[-1], _floor_of(rows, size, workers)), flush=True)
+            print()
+    if args.json:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+
+
+def measure(contestant: str, size: str, workers: int, rounds: int, folder: Path | None = None) -> Row:
+    """Run one contestant; the server's process and each worker's are new ones."""
+    width = WIDTHS[size]
+    with tempfile.TemporaryDirectory(dir=folder, prefix="fedgrpc-bench-") as name:
+        serve, work = _targets(contestant, Path(name))
+        server, *clients = _run(serve, work, width, workers, rounds + 1)
+    cpu_s = sum(client.cpu_s for client in clients) / workers
+    peak = max(client.peak_rss_mb for client in clients)
+    return Row(contestant, size, size_of(width), workers, server, cpu_s, peak)
+
+
+def _targets(contestant: str, folder: Path) -> tuple[Target, Target]:
+    if contestant in FEDGRPC:
+        serve = partial(_enter, "federation", "serve", folder=folder, settings=FEDGRPC[contestant])
+        return serve, partial(_enter, "federation", "work", folder=folder)
+    module = "floor" if contestant == "floor" else "tcp"
+    return partial(_enter, module, "serve"), partial(_enter, module, "work")
+
+
+def _enter(module: str, function: str, pipe: Any, **arguments: Any) -> None:
+    """In the new process: only the contestant's own modules are imported, and counted in its memory."""
+    getattr(importlib.import_module(f"transport_bench.{module}"), function)(pipe, **arguments)
+
+
+def _run(serve: Target, work: Target, width: int, workers: int, rounds: int) -> list[Usage]:
+    with _process(serve, width=width, workers=workers, rounds=rounds) as server:
+        port = _reply(server)
+        with _several(workers, lambda number: _process(work, port=port, number=number, width=width)) as clients:
+            return [_reply(server), *(_reply(client) for client in clients)]
+
+
+@contextmanager
+def _process(target: Target, **arguments: Any) -> Iterator[Any]:
+    mine, theirs = _SPAWN.Pipe()
+    process = _SPAWN.Process(target=target, args=(theirs,), kwargs=arguments, daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield mine
+        process.join(timeout=20)
+    finally:
+        process.kill()
+        process.join()
+
+
+@contextmanager
+def _several(count: int, start: Callable[[int], Any]) -> Iterator[list[Any]]:
+    if not count:
+        yield []
+        return
+    with start(count) as first, _several(count - 1, start) as others:
+        yield [first, *others]
+
+
+def _reply(pipe: Any) -> Any:
+    if not pipe.poll(_REPLY_S):
+        raise TimeoutError(f"a process said nothing for {_REPLY_S} s")
+    return pipe.recv()
+
+
+def _floor_of(rows: list[Row], size: str, workers: int) -> Row | None:
+    same = (row for row in rows if (row.contestant, row.size, row.workers) == ("floor", size, workers))
+    return next(same, None)
+
+
+def _line(row: Row, base: Row | None) -> str:
+    over = f"{row.server.wall_s / base.server.wall_s:5.2f}" if base else "    -"
+    cpu_over = f"{row.server.cpu_s / base.server.cpu_s:5.2f}" if base else "    -"
+    return (
+        f"{row.contestant:30} {row.size:>6} x{row.workers:<3} wall {row.server.wall_s:7.3f} s  over floor {over}  "
+        f"loopback {row.server.loopback_mb:7.1f} MB  server cpu {row.server.cpu_s:6.3f} s ({cpu_over})  "
+        f"rss {row.server.peak_rss_mb:6.0f} MB  worker cpu {row.worker_cpu_s:6.3f} s  "
+        f"rss {row.worker_peak_rss_mb:6.0f} MB"
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=partial(_choices, known=tuple(WIDTHS)), default=list(WIDTHS))
+    parser.add_argument("--workers", type=_counts, default=[4], help="worker counts, as in 2,8,32")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds that count; one more is dropped")
+    parser.add_argument("--contestants", type=_contestants, default=list(CONTESTANTS), help="parts of their names")
+    parser.add_argument("--folder", type=Path, help="where data folders go")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    return parser.parse_args()
+
+
+def _choices(text: str, known: tuple[str, ...]) -> list[str]:
+    chosen = text.split(",")
+    if unknown := [item for item in chosen if item not in known]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+    return chosen
+
+
+def _contestants(text: str) -> list[str]:
+    chosen = [name for name in CONTESTANTS if any(part in name for part in text.split(","))]
+    if not chosen:
+        raise argparse.ArgumentTypeError(f"{text!r} names none of: {', '.join(CONTESTANTS)}")
+    return chosen
+
+
+def _counts(text: str) -> list[int]:
+    counts = [int(item) for item in text.split(",")]
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError("at least one worker is needed")
+    return counts
+
+
+def _isolate() -> None:
+    """Go on in a network namespace of its own, where there is one to be had."""
+    if os.environ.get(_ISOLATED) or not shutil.which("unshare") or not shutil.which("ip"):
+        return
+    inside = 'ip link set lo up && exec "$@"'
+    command = ["unshare", "--net", "--map-root-user", "sh", "-c"]
+    if subprocess.run([*command, "ip link set lo up"], capture_output=True, check=False).returncode == 0:
+        os.environ[_ISOLATED] = "yes"
+        os.execvp("unshare", [*command, inside, "sh", sys.executable, *sys.argv])
+    print("no network namespace to be had: loopback bytes count what others send, too", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    _isolate()
+    main()

@@ -1,0 +1,122 @@
+"""fedgrpc itself: a real aggregator and real workers, whose trainer adds noise.
+
+A round lasts from the commit of one model version to the commit of the next: polls, leases, heartbeats, digests,
+admission, the journal and the database are all in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedgrpc import logging
+from transport_bench.meter import Mark, Usage
+from transport_bench.workload import Noise, initial_model, initial_tensors, shapes
+
+if TYPE_CHECKING:
+    from fedgrpc.worker.trainer import TrainJob, TrainResult
+
+
+def serve(
+    pipe: Connection, width: int, workers: int, rounds: int, folder: Path, settings: Mapping[str, object]
+) -> None:
+    """Process target of the aggregator; `settings` are those of `AggregatorSettings`."""
+    logging.configure("warning")
+    path = folder / "initial.safetensors"
+    _write_initial(path, width)
+    pipe.send(asyncio.run(_serve(pipe, folder, path, workers, rounds, settings)))
+
+
+def _write_initial(path: Path, width: int) -> None:
+    from fedgrpc.aggregator.model_file import write_model
+    from fedgrpc.codec.layout import TensorSpec
+
+    layout = tuple(TensorSpec(name, "float32", shape) for name, shape in shapes(width).items())
+    write_model(path, layout, initial_tensors(width))
+
+
+async def _serve(
+    pipe: Connection, folder: Path, initial: Path, workers: int, rounds: int, settings: Mapping[str, object]
+) -> Usage:
+    from fedgrpc.aggregator.server import Aggregator
+    from fedgrpc.aggregator.settings import AggregatorSettings
+    from fedgrpc.rounds.policy import RoundPolicy
+
+    aggregator = Aggregator(
+        AggregatorSettings(
+            folder / "aggregator",
+            address="127.0.0.1:0",
+            rounds=rounds,
+            policy=RoundPolicy(min_workers=workers, min_sample_size=workers),
+            initial_model=initial,
+            evaluate=False,
+            **settings,  # type: ignore[arg-type]
+        )
+    )
+    marks: list[Mark] = []
+    watching: list[asyncio.Task[None]] = []
+
+    def ready(port: int) -> None:
+        pipe.send(port)
+        watching.append(asyncio.create_task(_watch(aggregator, marks)))
+
+    await aggregator.run(ready)
+    for task in watching:
+        task.cancel()
+    return Usage.of(marks)
+
+
+async def _watch(aggregator: object, marks: list[Mark]) -> None:
+    """A mark at every new version."""
+    coordinator = aggregator.coordinator  # type: ignore[attr-defined]
+    version, seen = 0, -1
+    while True:
+        if coordinator.run.version != version:
+            version = coordinator.run.version
+            marks.append(Mark.now())
+        seen = await coordinator.changes.wait(seen)
+
+
+def work(pipe: Connection, port: int, number: int, width: int, folder: Path) -> None:
+    """Process target of a worker."""
+    logging.configure("warning")
+    pipe.send(asyncio.run(_work(port, number, folder)))
+
+
+async def _work(port: int, number: int, folder: Path) -> Usage:
+    from fedgrpc.worker.run import run_worker
+    from fedgrpc.worker.settings import WorkerSettings
+
+    trainer = _NoiseTrainer(number)
+    name = f"worker-{number}"
+    settings = WorkerSettings(
+        name=name, aggregator=f"127.0.0.1:{port}", state_dir=folder / name, serve_address=None
+    )
+    await run_worker(settings, trainer)
+    return Usage.of(trainer.marks)
+
+
+class _NoiseTrainer:
+    """A `fedgrpc.worker.trainer.Trainer` that trains nothing."""
+
+    def __init__(self, number: int) -> None:
+        self._noise = Noise(number)
+        self.marks: list[Mark] = []
+
+    def initial_weights(self) -> dict[str, np.ndarray]:
+        return initial_model(10)
+
+    def train(self, weights: Mapping[str, np.ndarray], job: TrainJob) -> TrainResult:
+        from fedgrpc.worker.trainer import TrainResult
+
+        self.marks.append(Mark.now())
+        self._noise.shift()
+        return TrainResult({name: self._noise.add_to(values) for name, values in weights.items()}, 10, 1, {})
+
+    def evaluate(self, weights: Mapping[str, np.ndarray]) -> None:
+        return None

@@ -1,0 +1,68 @@
+"""What a process uses: wall and CPU time, loopback bytes between two marks, and its peak memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The clocks of this process, and the machine's loopback counter, at one moment."""
+
+    wall_s: float
+    cpu_s: float
+    loopback_bytes: int
+
+    @staticmethod
+    def now() -> Mark:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return Mark(time.perf_counter(), usage.ru_utime + usage.ru_stime, loopback_bytes())
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Medians over the rounds of one process, and its peak resident memory."""
+
+    wall_s: float
+    cpu_s: float
+    loopback_mb: float
+    peak_rss_mb: float
+    walls_s: tuple[float, ...] = ()
+
+    @staticmethod
+    def of(marks: Sequence[Mark], dropped: int = 1) -> Usage:
+        """From marks at the rounds' boundaries; the first `dropped` rounds do not count."""
+        rounds = list(pairwise(marks))[dropped:]
+        walls = [after.wall_s - before.wall_s for before, after in rounds]
+        return Usage(
+            median(walls),
+            median(after.cpu_s - before.cpu_s for before, after in rounds),
+            median(after.loopback_bytes - before.loopback_bytes for before, after in rounds) / MB,
+            peak_rss_mb(),
+            tuple(walls),
+        )
+
+
+def loopback_bytes() -> int:
+    """Bytes that the loopback interface has carried, headers of TCP and IP among them."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, counters = line.partition(":")
+        if name.strip() == "lo":
+            return int(counters.split()[0])
+    return 0
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process since it was executed (getrusage would tell its parent's)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024 / MB
+    raise RuntimeError("no VmHWM in /proc/self/status")
