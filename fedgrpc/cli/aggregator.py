@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fedgrpc.aggregator.settings import AggregatorSettings, Target, TrainingPlan
 from fedgrpc.cli.common import FILE, LOGS, configure_logs, server_tls, tls_settings
 from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand, pick
 from fedgrpc.cli.quantities import DURATION, SIZE
+from fedgrpc.errors import UsageError
 from fedgrpc.metrics import Metrics, serve_metrics
 from fedgrpc.rounds.policy import RoundPolicy
 
@@ -38,6 +40,11 @@ SETTINGS: list[Setting] = [
     ),
     _place("--address", "HOST:PORT to listen on; 0.0.0.0:50051 for every network.", metavar="HOST:PORT"),
     _place("--run-name", "Name of the run.", metavar="NAME"),
+    _place(
+        "--port-file",
+        "File to write the port to once workers are served, for an address with port 0.",
+        type=click.Path(path_type=Path, dir_okay=False),
+    ),
     _place("--metrics-address", "HOST:PORT to serve Prometheus metrics on.", metavar="HOST:PORT"),
     _model("--task", "Learning task for workers started without one.", name="learning_task", metavar="REF"),
     _model("--model", "Model name for workers started without one.", metavar="NAME"),
@@ -130,7 +137,18 @@ def _run(**values: Any) -> int:
     with ExitStack() as stack:
         if values["metrics_address"] is not None:
             stack.enter_context(serve_metrics(metrics, values["metrics_address"]))
-        return asyncio.run(run_aggregator(settings, metrics=metrics))
+        return asyncio.run(run_aggregator(settings, ready=_port_writer(values["port_file"]), metrics=metrics))
+
+
+def _port_writer(path: Path | None) -> Callable[[int], None] | None:
+    return None if path is None else lambda port: _write_port(path, port)
+
+
+def _write_port(path: Path, port: int) -> None:
+    try:
+        path.write_text(f"{port}\n")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
 
 
 COMMAND = SettingsCommand(

@@ -50,7 +50,8 @@ class Setting(click.Option):
         except click.MissingParameter as error:
             raise click.UsageError(f"{self.opts[0]} is missing", ctx) from error
         except click.BadParameter as error:
-            raise click.UsageError(f"{self.opts[0]}: {error.message.removesuffix('.')}{self._origin(ctx)}", ctx) from error
+            complaint = f"{self.opts[0]}: {error.message.removesuffix('.')}{self._origin(ctx)}"
+            raise click.UsageError(complaint, ctx) from error
 
     def _origin(self, ctx: click.Context) -> str:
         source = ctx.get_parameter_source(self.name or "")

@@ -1,0 +1,1 @@
+"""`fedgrpc demo`: a whole federation on one machine, every part its own process."""

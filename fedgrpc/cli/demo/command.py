@@ -1,0 +1,124 @@
+"""`fedgrpc demo`: its settings, and what happens in which order."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from fedgrpc.cli.demo.devices import make_fleet
+from fedgrpc.cli.demo.federation import DemoSettings, Federation, History
+from fedgrpc.cli.demo.live import Screen
+from fedgrpc.cli.demo.plot import plot_rounds
+from fedgrpc.cli.demo.pooled import Scores, train_pooled
+from fedgrpc.cli.demo.processes import Processes
+from fedgrpc.cli.demo.report import (
+    Report,
+    accuracy_table,
+    make_report,
+    traffic_line,
+    verdict_line,
+    workers_table,
+)
+from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
+from fedgrpc.cli.quantities import DURATION
+from fedgrpc.codec.recipe import Recipe
+from fedgrpc.errors import UsageError
+
+_demo = Declare("The demo", DemoSettings)
+
+SETTINGS: list[Setting] = [
+    _demo("--task", "Learning task, as for a worker.", metavar="REF"),
+    _demo("--model", "Model name, where the task knows several.", metavar="NAME"),
+    _demo("--data", "Folder of the task's data.", type=click.Path(path_type=Path, exists=True)),
+    _demo("--workers", "How many devices.", type=click.IntRange(1, 64)),
+    _demo("--rounds", "How many rounds.", type=click.IntRange(1)),
+    _demo("--epochs", "Passes over a device's data in each round."),
+    _demo("--partition", "How to share out the data: iid, dirichlet:0.5, shards:2, quantity:0.5.", metavar="KIND"),
+    _demo("--encoding", "Of models and updates, as in raw or int8+zstd.", metavar="RECIPE"),
+    _demo("--deadline", "A round's time to report.", name="deadline_s", type=DURATION),
+    _demo("--straggler-round", "The round in which the first device hangs; 0: none."),
+    _demo("--seed", "Of the partition, the model and the training."),
+    _demo(
+        "--out",
+        "Folder for model.safetensors, rounds.json, rounds.png and logs/.",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=Path("runs/demo"),
+    ),
+]
+
+
+def _run(**values: Any) -> None:
+    settings = pick(DemoSettings, values)
+    Recipe.parse(settings.encoding)
+    for module in ("torch", "matplotlib"):
+        if importlib.util.find_spec(module) is None:
+            raise UsageError(f"the demo needs {module}: pip install 'fedgrpc[demo]'")
+    try:
+        settings.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot use the folder {settings.out}: {error.strerror}") from error
+    asyncio.run(_demo_in(settings))
+
+
+async def _demo_in(settings: DemoSettings) -> None:
+    console = Console() if os.isatty(1) else Console(width=120)
+    began_s = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="fedgrpc-demo-") as state:
+        async with Processes(settings.out / "logs") as processes:
+            with Screen(console, settings.rounds) as screen:
+                history = await _federate(settings, processes, Path(state), screen)
+                pooled = await _pool(settings, processes, len(_committed(history)), screen)
+    report = make_report(history.run, history.rounds, pooled, time.monotonic() - began_s)
+    _write(settings.out, history, report)
+    _print(console, settings, report)
+
+
+async def _federate(settings: DemoSettings, processes: Processes, state: Path, screen: Screen) -> History:
+    devices = make_fleet(settings.workers)
+    screen.tell(f"starting one aggregator, {len(devices)} workers and an evaluator; logs in {processes.folder}")
+    return await Federation(settings, devices, processes, state).run(screen.show, screen.tell)
+
+
+def _committed(history: History) -> list[int]:
+    return [record.number for record in history.rounds if record.committed_version > 1]
+
+
+async def _pool(settings: DemoSettings, processes: Processes, rounds: int, screen: Screen) -> list[Scores]:
+    def step(done: int, scores: Scores) -> None:
+        screen.step("pooled training", done, rounds, scores)
+
+    return await train_pooled(processes, settings.task_arguments(), rounds, settings.epochs, step)
+
+
+def _write(out: Path, history: History, report: Report) -> None:
+    (out / "model.safetensors").write_bytes(history.model)
+    (out / "rounds.json").write_text(json.dumps(report.as_json(), indent=2) + "\n")
+    plot_rounds(report, out / "rounds.png")
+
+
+def _print(console: Console, settings: DemoSettings, report: Report) -> None:
+    for table in (accuracy_table(report), workers_table(report)):
+        console.print()
+        console.print(table)
+    console.print()
+    console.print(f"{verdict_line(report)} ({settings.partition}, {settings.workers} workers)", highlight=False)
+    console.print(f"{traffic_line(report.traffic)}, as {settings.encoding}", highlight=False)
+    names = ", ".join(str(settings.out / name) for name in ("model.safetensors", "rounds.json", "rounds.png"))
+    console.print(f"wrote {names} in {report.wall_s:.0f} s", highlight=False, soft_wrap=True)
+
+
+COMMAND = SettingsCommand(
+    "demo",
+    _run,
+    SETTINGS,
+    "Train one model on five simulated devices: one aggregator and five workers, each its own process.",
+)

@@ -1,0 +1,105 @@
+"""Child processes that never outlive their parent, whatever ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from fedgrpc.errors import FedgrpcError
+
+_PR_SET_PDEATHSIG: Final = 1
+_TERMINATE_S: Final = 2.0
+
+
+class Processes:
+    """`async with`: what is started in the block has ended when it is left. Logs go to `folder`, one each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._running: dict[str, asyncio.subprocess.Process] = {}
+        self._ended: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
+        self._waiting: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Processes:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._waiting:
+            task.cancel()
+        living = [process for process in self._running.values() if process.returncode is None]
+        for number in (signal.SIGCONT, signal.SIGTERM):
+            _send(living, number)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_TERMINATE_S):
+                await asyncio.gather(*(process.wait() for process in living))
+        _send(living, signal.SIGKILL)
+        await asyncio.gather(*(process.wait() for process in living))
+
+    async def start(
+        self, name: str, arguments: Sequence[str], pass_fds: Sequence[int] = (), piped: bool = False
+    ) -> asyncio.subprocess.Process:
+        """Start `python ARGUMENTS`, its standard output into its log or, `piped`, for the caller to read.
+
+        It gets its own session: Ctrl-C on the terminal reaches this process alone.
+        """
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        with self.log(name).open("wb") as output:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *arguments,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE if piped else output,
+                stderr=output,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+                pass_fds=pass_fds,
+            )
+        self._running[name] = process
+        self._waiting.append(asyncio.create_task(self._note_end(name, process)))
+        return process
+
+    async def _note_end(self, name: str, process: asyncio.subprocess.Process) -> None:
+        self._ended.put_nowait((name, await process.wait()))
+
+    async def next_end(self) -> tuple[str, int]:
+        """The next process that ends, and its exit code; each is told once."""
+        return await self._ended.get()
+
+    async def wait(self, name: str) -> int:
+        """Until a process has ended; its exit code."""
+        return await self._running[name].wait()
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        """Send a signal to a process, if it still runs."""
+        _send([self._running[name]], number)
+
+    def log(self, name: str) -> Path:
+        """Where a process's output goes."""
+        return self.folder / f"{name}.log"
+
+    def failure(self, name: str, code: int) -> FedgrpcError:
+        """The error that stands for a process that should not have ended."""
+        lines = self.log(name).read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+        return FedgrpcError(f"{name} ended with exit code {code}: {lines[-1].removeprefix('error: ')}")
+
+
+def _send(processes: Sequence[asyncio.subprocess.Process], number: signal.Signals) -> None:
+    for process in processes:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+
+def _die_with_parent() -> None:
+    """Linux kills the child when the parent goes, even by SIGKILL; elsewhere only an orderly end does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

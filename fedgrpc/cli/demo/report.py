@@ -1,0 +1,184 @@
+"""What the demo has found out: numbers from the rounds' records, as tables and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from rich.table import Table
+
+from fedgrpc.cli.demo.pooled import Scores
+from fedgrpc.cli.view import size
+from fedgrpc.v1.aggregator_pb2 import Run
+from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind, TaskPhase, TaskRecord
+from fedgrpc.v1.tensor_pb2 import Dtype
+
+_ITEM_BYTES = {
+    **{Dtype.DTYPE_FLOAT64: 8, Dtype.DTYPE_INT64: 8, Dtype.DTYPE_FLOAT32: 4, Dtype.DTYPE_INT32: 4},
+    **{Dtype.DTYPE_FLOAT16: 2, Dtype.DTYPE_BFLOAT16: 2, Dtype.DTYPE_INT16: 2},
+    **{Dtype.DTYPE_INT8: 1, Dtype.DTYPE_UINT8: 1, Dtype.DTYPE_BOOL: 1},
+}
+
+
+@dataclass(frozen=True)
+class WorkerSummary:
+    """One worker over all training rounds; times are means over its accepted tasks, seconds."""
+
+    worker: str
+    device_class: str
+    accepted: int
+    missed: int
+    example_count: int
+    local_s: float
+    upload_s: float
+    global_s: float
+    download_s: float
+    peak_memory_bytes: int
+
+    @property
+    def total_s(self) -> float:
+        """T = T_local + T_upload + T_global + T_download."""
+        return self.local_s + self.upload_s + self.global_s + self.download_s
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Payload bytes of the training rounds, and what plain float32 would have been."""
+
+    download_bytes: int
+    upload_bytes: int
+    plain_download_bytes: int
+    plain_upload_bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole demo."""
+
+    run: Run
+    rounds: Sequence[Round]
+    training_rounds: Sequence[Round]
+    workers: Sequence[WorkerSummary]
+    traffic: Traffic
+    pooled: Sequence[Scores]
+    wall_s: float
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Of each committed training round, on the held-out data; NaN where it was not scored."""
+        return [record.evaluator_metrics.get("accuracy", math.nan) for record in self.training_rounds]
+
+    @property
+    def pooled_accuracies(self) -> list[float]:
+        """Of the same model trained on the pooled data, after as many epochs."""
+        return [scores.get("accuracy", math.nan) for scores in self.pooled]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as `rounds.json` holds it."""
+        return {
+            "run": MessageToDict(self.run, preserving_proto_field_name=True),
+            "accuracy": self.accuracies,
+            "pooled_accuracy": self.pooled_accuracies,
+            "traffic": asdict(self.traffic),
+            "workers": [{**asdict(worker), "total_s": worker.total_s} for worker in self.workers],
+            "wall_s": self.wall_s,
+            "rounds": [MessageToDict(record, preserving_proto_field_name=True) for record in self.rounds],
+        }
+
+
+def make_report(run: Run, rounds: Sequence[Round], pooled: Sequence[Scores], wall_s: float) -> Report:
+    """Count everything up."""
+    training = [record for record in rounds if record.kind == TaskKind.TASK_KIND_TRAIN]
+    committed = [record for record in training if record.phase == RoundPhase.ROUND_PHASE_COMMITTED]
+    names = sorted({task.worker for record in training for task in record.tasks})
+    workers = [_summary([t for record in training for t in record.tasks if t.worker == name]) for name in names]
+    return Report(run, rounds, committed, workers, _traffic(run, training), pooled, wall_s)
+
+
+def _summary(tasks: Sequence[TaskRecord]) -> WorkerSummary:
+    accepted = [task for task in tasks if task.phase == TaskPhase.TASK_PHASE_ACCEPTED]
+    count = max(1, len(accepted))
+    times = {
+        name: sum(getattr(task.timings, f"{name}_seconds") for task in accepted) / count
+        for name in ("local", "upload", "global", "download")
+    }
+    return WorkerSummary(
+        worker=tasks[0].worker,
+        device_class=tasks[0].device_class,
+        accepted=len(accepted),
+        missed=len(tasks) - len(accepted),
+        example_count=max((task.example_count for task in accepted), default=0),
+        local_s=times["local"],
+        upload_s=times["upload"],
+        global_s=times["global"],
+        download_s=times["download"],
+        peak_memory_bytes=max((task.peak_memory_bytes for task in accepted), default=0),
+    )
+
+
+def _traffic(run: Run, training: Sequence[Round]) -> Traffic:
+    model_bytes = sum(_ITEM_BYTES[spec.dtype] * math.prod(spec.shape) for spec in run.layout)
+    tasks = [task for record in training for task in record.tasks]
+    return Traffic(
+        download_bytes=sum(task.download_bytes for task in tasks),
+        upload_bytes=sum(task.upload_bytes for task in tasks),
+        plain_download_bytes=model_bytes * sum(task.download_bytes > 0 for task in tasks),
+        plain_upload_bytes=model_bytes * sum(task.upload_bytes > 0 for task in tasks),
+    )
+
+
+def accuracy_table(report: Report) -> Table:
+    """Federated and pooled accuracy side by side, round by round."""
+    table = _table("round", "updates", "accuracy", "pooled, same epochs", "without")
+    for index, record in enumerate(report.training_rounds):
+        accepted = [task for task in record.tasks if task.phase == TaskPhase.TASK_PHASE_ACCEPTED]
+        missing = [task.worker for task in record.tasks if task.phase != TaskPhase.TASK_PHASE_ACCEPTED]
+        pooled = report.pooled_accuracies
+        table.add_row(
+            str(record.number),
+            f"{len(accepted)}/{len(record.tasks)}",
+            f"{report.accuracies[index]:.3f}",
+            f"{pooled[index]:.3f}" if index < len(pooled) else "",
+            ", ".join(missing),
+        )
+    return table
+
+
+def workers_table(report: Report) -> Table:
+    """T = T_local + T_upload + T_global + T_download for each worker, means over its rounds."""
+    table = _table("worker", "rounds", "missed", "examples", "T_local", "T_upload", "T_global", "T_download", "T")
+    for worker in report.workers:
+        times = (worker.local_s, worker.upload_s, worker.global_s, worker.download_s, worker.total_s)
+        counts = (worker.accepted, worker.missed, worker.example_count)
+        table.add_row(worker.worker, *map(str, counts), *(f"{time_s:.3f} s" for time_s in times))
+    return table
+
+
+def traffic_line(traffic: Traffic) -> str:
+    """Bytes down and up, and as a part of plain float32."""
+    down = _share(traffic.download_bytes, traffic.plain_download_bytes)
+    up = _share(traffic.upload_bytes, traffic.plain_upload_bytes)
+    return f"down {size(traffic.download_bytes)} ({down}), up {size(traffic.upload_bytes)} ({up})"
+
+
+def _share(count: int, plain: int) -> str:
+    return f"{count / plain:.1%} of plain float32's {size(plain)}" if plain else "nothing to compare"
+
+
+def verdict_line(report: Report) -> str:
+    """The last accuracies, side by side."""
+    if not report.accuracies or not report.pooled_accuracies:
+        return "no scores"
+    ours, pooled = report.accuracies[-1], report.pooled_accuracies[-1]
+    return f"accuracy {ours:.3f} federated, {pooled:.3f} pooled: {100 * (ours - pooled):+.1f} points"
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in headings:
+        left = heading in ("worker", "without")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    return table
