@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import structlog
@@ -89,6 +90,7 @@ class RunState:
 
     phase: RunPhase
     started_at: float
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
     reason: str = ""
     version: int = 0
     layout: Layout = ()
@@ -143,6 +145,7 @@ class Coordinator:
         self.last_record: RoundRecord | None = None
         self.effects: deque[Select | Commit | Finished] = deque()
         self.healthy = True
+        self.stopping = False
         self.wake = asyncio.Event()
         self.changes = Changes()
         self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
@@ -174,7 +177,7 @@ class Coordinator:
             self.wake.set()
             try:
                 async with asyncio.timeout(min(wait_s, self.settings.poll_wait_s)):
-                    while not self.run.ended:
+                    while not (self.run.ended or self.stopping):
                         worker.woken.clear()
                         if assignment := self._assignment(worker):
                             return assignment
@@ -186,6 +189,12 @@ class Coordinator:
         worker.told_of_end = self.run.ended
         self.changes.notify()
         return None
+
+    def release_calls(self) -> None:
+        """The aggregator is about to end: open polls and watches return, so that nothing waits for them."""
+        self.stopping = True
+        self.fleet.wake_all()
+        self.changes.notify()
 
     async def everyone_told(self) -> None:
         """Return once the run has ended and every worker that is alive knows."""
@@ -363,7 +372,7 @@ class Coordinator:
         """Make the run's phase durable, and let everybody look."""
         run = self.run
         await self.in_database(
-            self.store.save_run, self.settings.run_name, int(run.phase), run.reason, run.started_at
+            self.store.save_run, run.id, self.settings.run_name, int(run.phase), run.reason, run.started_at
         )
         self.wake.set()
         self.changes.notify()

@@ -57,10 +57,11 @@ class Driver:
         it = self._it
         stored = await it.in_database(it.store.run)
         if stored is not None:
-            name, phase, reason, started_at = stored
+            run_id, name, phase, reason, started_at = stored
             if name != self._settings.run_name:
                 raise UsageError(f"the data folder holds the run {name!r}, not {self._settings.run_name!r}")
-            it.run.phase, it.run.reason, it.run.started_at = cast(RunPhase, phase), reason, started_at
+            it.run.id, it.run.phase = run_id, cast(RunPhase, phase)
+            it.run.reason, it.run.started_at = reason, started_at
         for registration, selected, accepted in await it.in_database(lambda: list(it.store.workers())):
             it.fleet.restore(registration, selected, accepted, it.clock())
         it.last_record = await it.in_database(it.store.round)
@@ -295,6 +296,7 @@ class Driver:
             it.fleet.get(name).accepted += 1
         it.dispatch(Committed(version.version if version else current.base_version))
         scores = mean_metrics([(r.evaluation_metrics, r.evaluation_example_count) for r, _ in pairs])
+        self._closing_evaluation = self._settings.evaluate and bool(scores)
         if scores:
             await it.keep_scores(current.base_version, workers=scores)
         self._log.info(

@@ -20,8 +20,8 @@ from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (
-    id INTEGER PRIMARY KEY CHECK (id = 1), name TEXT NOT NULL, phase INTEGER NOT NULL, reason TEXT NOT NULL,
-    started_at REAL NOT NULL) STRICT;
+    one INTEGER PRIMARY KEY CHECK (one = 1), id TEXT NOT NULL, name TEXT NOT NULL, phase INTEGER NOT NULL,
+    reason TEXT NOT NULL, started_at REAL NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS workers (
     name TEXT PRIMARY KEY, registration BLOB NOT NULL, selected INTEGER NOT NULL DEFAULT 0,
     accepted INTEGER NOT NULL DEFAULT 0) STRICT;
@@ -84,15 +84,15 @@ class RunStore:
         """Close the database; the store is then used up."""
         self._db.close()
 
-    def run(self) -> tuple[str, int, str, float] | None:
-        """(name, phase, reason, start as wall time) of the run kept here, None for a fresh folder."""
-        return self._one("SELECT name, phase, reason, started_at FROM run")
+    def run(self) -> tuple[str, str, int, str, float] | None:
+        """(id, name, phase, reason, start as wall time) of the run kept here, None for a fresh folder."""
+        return self._one("SELECT id, name, phase, reason, started_at FROM run")
 
-    def save_run(self, name: str, phase: int, reason: str, started_at: float) -> None:
+    def save_run(self, run_id: str, name: str, phase: int, reason: str, started_at: float) -> None:
         """Keep the state of the run."""
         with self._transaction():
             self._db.execute(
-                "INSERT OR REPLACE INTO run VALUES (1, ?, ?, ?, ?)", (name, phase, reason, started_at)
+                "INSERT OR REPLACE INTO run VALUES (1, ?, ?, ?, ?, ?)", (run_id, name, phase, reason, started_at)
             )
 
     def workers(self) -> Iterator[tuple[RegisterRequest, int, int]]:

@@ -62,7 +62,7 @@ class Aggregator:
                 ) as server:
                     self.port = server.port
                     await self._serve(driver, server.health, ready)
-                    coordinator.fleet.wake_all()
+                    coordinator.release_calls()
             finally:
                 coordinator.close()
         return 128 + self._signals if self._signals else 0

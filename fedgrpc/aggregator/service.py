@@ -49,6 +49,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         await self._it.register(request)
         return pb.RegisterResponse(
             run=self._settings.run_name,
+            run_id=self._it.run.id,
             poll_wait=duration_to_proto(self._settings.poll_wait_s),
             heartbeat_interval=duration_to_proto(self._settings.heartbeat_s),
             lease=duration_to_proto(self._settings.policy.lease_s),
@@ -71,6 +72,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         task = pb.Task(
             token=assignment.token,
             run=self._settings.run_name,
+            run_id=self._it.run.id,
             round=assignment.round,
             kind=assignment.kind,
             model_version=assignment.version,
@@ -150,6 +152,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         record = self._it.record()
         run = pb.Run(
             name=self._settings.run_name,
+            id=state.id,
             phase=state.phase,
             reason=state.reason,
             model_version=state.version,
@@ -191,10 +194,9 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         pause_s = 1.0 / min(request.max_rate_hz or 4.0, _MAX_RATE_HZ)
         seen = -1
         while True:
-            ended = self._it.run.ended
             seen = await self._it.changes.wait(seen)
             yield pb.WatchRoundsResponse(run=self._run(), round=self._it.record())
-            if ended:
+            if self._it.run.ended or self._it.stopping:
                 return
             await asyncio.sleep(pause_s)
 

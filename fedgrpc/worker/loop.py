@@ -133,7 +133,7 @@ class Loop:
     async def _register(self) -> Registration:
         profile = await asyncio.to_thread(self._profile)
         registration = await self._client.register(profile, self._settings.role)
-        await asyncio.to_thread(self._models.forget_other_runs, registration.run)
+        await asyncio.to_thread(self._models.forget_other_runs, registration.run_id)
         self._heartbeat_interval_s = registration.heartbeat_interval_s
         self._board.show(run=registration.run, device=profile)
         self._show_disk()
@@ -193,7 +193,7 @@ class Loop:
         stop = threading.Event()
         hooks = Hooks(stop, self._reporter(stop), self._settings.throttle)
         outcome = await self._local_work(trainer, task, given, hooks)
-        residual = await asyncio.to_thread(self._spool.residual, task.run)
+        residual = await asyncio.to_thread(self._spool.residual, task.run_id)
         fill = update_of(task, self._settings.name, given, outcome, residual, began)
         update = await asyncio.to_thread(self._spool.write, message, fill)
         self._show_disk()
@@ -206,7 +206,7 @@ class Loop:
         self._board.enter(Activity.DOWNLOADING)
         if self._download_began[0] != task.token:
             self._download_began = (task.token, time.monotonic())
-        source = Source(task.run, task.model_version, task.download_recipe)
+        source = Source(task.run_id, task.model_version, task.download_recipe)
         held = await with_retries(
             lambda: self._client.pull(self._models, source, self._moved),
             attempts=_TRIES,

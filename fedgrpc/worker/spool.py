@@ -115,7 +115,7 @@ class Spool:
                 (unfinished / _HEADER).write_bytes(header.SerializeToString())
                 (unfinished / _TASK).write_bytes(task.SerializeToString())
                 if residual is not None:
-                    write_residual(unfinished / _RESIDUAL, residual, task.run)
+                    write_residual(unfinished / _RESIDUAL, residual, task.run_id or task.run)
                 self._make_room(folder_size_bytes(unfinished))
                 publish_folder(unfinished, final)
             finally:

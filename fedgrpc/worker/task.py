@@ -50,6 +50,7 @@ class Registration:
     max_payload_bytes: int
     learning_task: str = ""
     model: str = ""
+    run_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Task:
     plan: Plan
     download_recipe: str
     upload_recipe: str
+    run_id: str
     deadline_s: float | None = None
 
 
@@ -93,6 +95,7 @@ def registration_from_proto(message: aggregator_pb2.RegisterResponse) -> Registr
         max_payload_bytes=message.max_payload_bytes or 4 << 30,
         learning_task=message.learning_task,
         model=message.model,
+        run_id=message.run_id or message.run,
     )
 
 
@@ -114,6 +117,7 @@ def task_from_proto(message: aggregator_pb2.Task) -> Task:
         plan=plan_from_proto(message.plan),
         download_recipe=message.download_recipe,
         upload_recipe=message.upload_recipe,
+        run_id=message.run_id or message.run,
         deadline_s=deadline_s,
     )
 
