@@ -2,7 +2,7 @@
 
 The rule: within `Emulation` the result of every tensor operation, forward, backward and of the optimizer, is
 rounded to the format before anything else sees it; so weights, activations, gradients and optimizer state are
-never more than the format can hold. An operation is what torch dispatches as one: a matrix product or a convolution
+never more than the format can hold. An operation is what torch dispatches as one: a matrix product or convolution
 sums in the carrier and is rounded once, as a multiplier with a wide accumulator does. Fused SGD is taken apart.
 """
 
