@@ -8,12 +8,11 @@ from typing import Any
 
 import click
 from google.protobuf.json_format import MessageToDict
-from rich.console import Console
 
 from fedgrpc.cli.common import client_settings, client_tls
 from fedgrpc.cli.operator import AGGREGATOR_SETTING, operator
 from fedgrpc.cli.options import Declare, SettingsCommand
-from fedgrpc.cli.view import rounds_table, run_line, workers_table
+from fedgrpc.cli.view import piped_console, rounds_table, run_line, workers_table
 
 _show = Declare("What to show")
 
@@ -37,7 +36,7 @@ async def _status(values: dict[str, Any]) -> None:
         messages = {"run": run, "rounds": rounds, "workers": workers}
         click.echo(json.dumps({name: _plain(item) for name, item in messages.items()}, indent=2))
         return
-    console = Console()
+    console = piped_console()
     console.print(run_line(run), style="bold", highlight=False)
     for table in (rounds_table(rounds), workers_table(workers)):
         if table.row_count:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -24,7 +24,14 @@ _STYLES: Mapping[int, str] = {
     TaskPhase.TASK_PHASE_LATE: "magenta",
 }
 ENDED: frozenset[int] = frozenset({RunPhase.RUN_PHASE_FINISHED, RunPhase.RUN_PHASE_STOPPED})
+_PIPE_COLUMNS = 120
 _DONE = (RoundPhase.ROUND_PHASE_COMMITTED, RoundPhase.ROUND_PHASE_ABANDONED)
+
+
+def piped_console() -> Console:
+    """A terminal as wide as it is; into a pipe or a file, room enough for the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_PIPE_COLUMNS)
 
 
 def size(count: float) -> str:
@@ -47,7 +54,9 @@ def run_phase(run: Run) -> str:
 
 
 def round_phase(record: Round) -> str:
-    """`reporting`, `committed`, ..."""
+    """`reporting`, `committed`, ...; a round that only scores the last version is `scored`."""
+    if record.kind == TaskKind.TASK_KIND_EVALUATE and record.phase == RoundPhase.ROUND_PHASE_COMMITTED:
+        return "scored"
     return RoundPhase.Name(record.phase).removeprefix("ROUND_PHASE_").lower()
 
 
@@ -66,7 +75,8 @@ def scores(metrics: Mapping[str, float], names: Iterable[str] = ("accuracy", "lo
 
 def run_line(run: Run) -> str:
     """One line about the run."""
-    parts = [f"run {run.name}", run_phase(run), f"round {run.current_round} of {run.total_rounds}"]
+    committed = max(0, run.model_version - 1)
+    parts = [f"run {run.name}", run_phase(run), f"{committed} of {run.total_rounds} rounds committed"]
     parts.append(f"model version {run.model_version}" if run.model_version else "no model yet")
     return " · ".join(parts) + (f" ({run.reason})" if run.reason else "")
 
@@ -100,12 +110,7 @@ _LOST = frozenset(
 
 def task_table(record: Round) -> Table:
     """Who does what in a round, with a bar of progress for each."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("worker", "device", "task", "progress"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("examples", "down", "up"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("note", no_wrap=True, overflow="ellipsis")
+    table = _table("worker", "device", "task", "progress", ">examples", ">down", ">up", "note")
     for task in record.tasks:
         table.add_row(
             task.worker,
@@ -128,19 +133,16 @@ def _bar(task: TaskRecord) -> ProgressBar:
 
 def rounds_table(rounds: Sequence[Round]) -> Table:
     """One row per round, oldest first."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("round", "phase", "updates", "time", "down", "up", "scores", "note"):
-        right = heading in ("round", "updates", "time", "down", "up")
-        table.add_column(heading, justify="right" if right else "left", no_wrap=heading != "note")
+    table = _table(">round", ">updates", ">time", ">down", ">up", "phase", "scores", "note")
     for record in rounds:
         accepted = sum(task.phase == TaskPhase.TASK_PHASE_ACCEPTED for task in record.tasks)
         table.add_row(
             str(record.number),
-            round_phase(record),
             f"{accepted}/{len(record.tasks)}",
             seconds(record.duration_seconds),
             size(sum(task.download_bytes for task in record.tasks)),
             size(sum(task.upload_bytes for task in record.tasks)),
+            round_phase(record),
             scores(record.evaluator_metrics or record.metrics),
             _note(record),
         )
@@ -155,19 +157,16 @@ def _note(record: Round) -> str:
 
 def workers_table(workers: Sequence[WorkerRecord]) -> Table:
     """One row per worker."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("worker", "role", "device", "cores", "memory", "state", "seen", "accepted"):
-        right = heading in ("cores", "memory", "seen", "accepted")
-        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    table = _table("worker", "role", "device", "state", ">cores", ">memory", ">seen", "accepted")
     for record in workers:
         device = record.device
         table.add_row(
             record.worker,
             "evaluator" if record.role == 2 else "trainer",
             device.device_class or device.cpu_model or "",
+            _state(record),
             str(device.cpu_cores or ""),
             size(device.memory_bytes) if device.memory_bytes else "",
-            _state(record),
             f"{seconds(record.last_seen_ago.ToTimedelta().total_seconds())} ago",
             f"{record.rounds_accepted}/{record.rounds_selected}",
         )
@@ -180,6 +179,17 @@ def _state(record: WorkerRecord) -> str:
         return state
     phase = TaskPhase.Name(record.task_phase).removeprefix("TASK_PHASE_").lower()
     return f"{phase} {record.progress:.0%}"
+
+
+def _table(*headings: str) -> Table:
+    """A table without lines, ">" for columns to the right; the last one gives way on a narrow terminal."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", expand=True)
+    *fixed, last = headings
+    for heading in fixed:
+        name = heading.removeprefix(">")
+        table.add_column(name, justify="right" if heading != name else "left", no_wrap=True)
+    table.add_column(last, ratio=1, overflow="ellipsis", no_wrap=True)
+    return table
 
 
 def live_view(run: Run, record: Round) -> RenderableType:

@@ -11,7 +11,7 @@ from rich.live import Live
 from fedgrpc.cli.common import client_settings, client_tls
 from fedgrpc.cli.operator import AGGREGATOR_SETTING, Operator, operator
 from fedgrpc.cli.options import SettingsCommand
-from fedgrpc.cli.view import live_view, round_line, round_phase, run_line, run_phase
+from fedgrpc.cli.view import live_view, piped_console, round_line, round_phase, run_line, run_phase
 
 SETTINGS = [AGGREGATOR_SETTING, *client_settings()]
 
@@ -21,7 +21,7 @@ def _run(**values: Any) -> None:
 
 
 async def _watch(values: dict[str, Any]) -> None:
-    console = Console()
+    console = piped_console()
     async with operator(values["aggregator"], client_tls(values)) as aggregator:
         await (_live(aggregator, console) if console.is_terminal else _lines(aggregator, console))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -25,11 +24,13 @@ from fedgrpc.cli.demo.report import (
     accuracy_table,
     make_report,
     traffic_line,
+    training_rounds,
     verdict_line,
     workers_table,
 )
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
 from fedgrpc.cli.quantities import DURATION
+from fedgrpc.cli.view import piped_console
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import UsageError
 
@@ -70,13 +71,14 @@ def _run(**values: Any) -> None:
 
 
 async def _demo_in(settings: DemoSettings) -> None:
-    console = Console() if os.isatty(1) else Console(width=120)
+    console = piped_console()
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fedgrpc-demo-") as state:
         async with Processes(settings.out / "logs") as processes:
             with Screen(console, settings.rounds) as screen:
                 history = await _federate(settings, processes, Path(state), screen)
-                pooled = await _pool(settings, processes, len(_committed(history)), screen)
+                rounds = len(training_rounds(history.rounds))
+                pooled = await _pool(settings, processes, rounds, screen)
     report = make_report(history.run, history.rounds, pooled, time.monotonic() - began_s)
     _write(settings.out, history, report)
     _print(console, settings, report)
@@ -86,10 +88,6 @@ async def _federate(settings: DemoSettings, processes: Processes, state: Path, s
     devices = make_fleet(settings.workers)
     screen.tell(f"starting one aggregator, {len(devices)} workers and an evaluator; logs in {processes.folder}")
     return await Federation(settings, devices, processes, state).run(screen.show, screen.tell)
-
-
-def _committed(history: History) -> list[int]:
-    return [record.number for record in history.rounds if record.committed_version > 1]
 
 
 async def _pool(settings: DemoSettings, processes: Processes, rounds: int, screen: Screen) -> list[Scores]:

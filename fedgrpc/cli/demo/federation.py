@@ -38,7 +38,7 @@ class DemoSettings:
     epochs: float = 3.0
     partition: str = "dirichlet:0.5"
     encoding: str = "int8+zstd"
-    deadline_s: float = 8.0
+    deadline_s: float = 6.0
     straggler_round: int = 3
     seed: int = 0
 
@@ -99,10 +99,10 @@ class Federation:
         tell: Callable[[str], None],
     ) -> History:
         async for news in aggregator.watch(_WATCH_HZ):
-            straggler.follow(news.round)
             if news.round.number != self._current:
                 self._tell_ended(await aggregator.latest_rounds(_RECENT), tell)
                 self._current = news.round.number
+            straggler.follow(news.round)
             show(news.run, news.round)
         history = await self._gather(aggregator)
         self._tell_ended(history.rounds, tell)

@@ -89,13 +89,18 @@ class Report:
         }
 
 
+def training_rounds(rounds: Sequence[Round]) -> list[Round]:
+    """Those that trained and were committed."""
+    training = [record for record in rounds if record.kind == TaskKind.TASK_KIND_TRAIN]
+    return [record for record in training if record.phase == RoundPhase.ROUND_PHASE_COMMITTED]
+
+
 def make_report(run: Run, rounds: Sequence[Round], pooled: Sequence[Scores], wall_s: float) -> Report:
     """Count everything up."""
     training = [record for record in rounds if record.kind == TaskKind.TASK_KIND_TRAIN]
-    committed = [record for record in training if record.phase == RoundPhase.ROUND_PHASE_COMMITTED]
     names = sorted({task.worker for record in training for task in record.tasks})
     workers = [_summary([t for record in training for t in record.tasks if t.worker == name]) for name in names]
-    return Report(run, rounds, committed, workers, _traffic(run, training), pooled, wall_s)
+    return Report(run, rounds, training_rounds(rounds), workers, _traffic(run, training), pooled, wall_s)
 
 
 def _summary(tasks: Sequence[TaskRecord]) -> WorkerSummary:
