@@ -9,7 +9,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint format protos clean
+.PHONY: help venv demo test simulate lint format protos clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ demo: $(INSTALLED)  ## train one model on five simulated devices, as real proces
 
 test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+simulate: $(INSTALLED)  ## play rounds in simulated worlds full of faults: make simulate SEEDS=10000
+	$(BIN)/python tools/simulate_rounds.py --seeds $(or $(SEEDS),1000) $(ARGS)
 
 lint: $(INSTALLED)  ## check style, types, protocol and that the generated code is fresh
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "codec": {"errors"},
     "aggregation": {"errors"},
     "rounds": {"errors"},
+    "simulation": {"errors", "rounds"},
     "logging": {"errors"},
     "metrics": {"errors", "v1"},
     "rpc": {*CORE, "v1"},
@@ -30,12 +31,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compression": {"errors", "models"},
     "tasks": {"errors", "data", "models", "compression", "worker"},
     "__main__": {"cli"},
-    "cli": {*CORE, "v1", "rpc", "logging", "metrics", "aggregator", "worker", "data", "models", "tasks"},
+    "cli": {
+        *(*CORE, "v1", "rpc", "logging", "metrics"),
+        *("aggregator", "worker", "data", "models", "tasks", "simulation"),
+    },
 }
 # Where torch may be imported; everything else runs on a machine without it.
 TORCH = {"compression", "models", "tasks"}
 # The core knows no I/O, no clock and no gRPC.
-PURE = {"codec", "aggregation", "rounds"}
+PURE = {"codec", "aggregation", "rounds", "simulation"}
 IMPURE_MODULES = {
     *("asyncio", "concurrent", "datetime", "grpc", "multiprocessing", "pathlib", "random", "shutil"),
     *("signal", "socket", "sqlite3", "structlog", "subprocess", "threading", "time", "torch"),

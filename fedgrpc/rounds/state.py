@@ -104,13 +104,16 @@ def step(round_: Round, event: Event, now: float) -> Step:
     """Apply one event.
 
     Raises `UnknownTask` for a token that is not of this round, `RoundClosed` for news of a task once no more
-    updates are taken, and `IllegalTransition` for everything else that the phase does not allow.
+    updates are taken, and `IllegalTransition` for everything else that the phase does not allow. To accept an
+    update again changes nothing, in whatever phase.
     """
     handler = _TABLE.get((round_.phase, type(event)))
     if handler is not None:
         return handler(round_, event, now)
     if isinstance(event, Progress | Accepted | Rejected | Failed):
-        _task(round_, event.token)
+        task = _task(round_, event.token)
+        if isinstance(event, Accepted) and task.phase is TaskPhase.ACCEPTED:
+            return round_, ()
         raise RoundClosed(f"round {round_.number} takes no more updates: it is {round_.phase.name.lower()}")
     raise IllegalTransition(
         f"{type(event).__name__} in round {round_.number}, which is {round_.phase.name.lower()}"

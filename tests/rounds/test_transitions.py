@@ -28,10 +28,10 @@ from tests.rounds.scenario import Scenario
 KNOWN: dict[type, Event] = {
     Pool: Pool((), 0),
     Selected: Selected(()),
-    Progress: Progress("b", TaskPhase.TRAINING),
-    Accepted: Accepted("b"),
-    Rejected: Rejected("b", "NaN"),
-    Failed: Failed("b", "out of memory"),
+    Progress: Progress("c", TaskPhase.TRAINING),
+    Accepted: Accepted("c"),
+    Rejected: Rejected("c", "NaN"),
+    Failed: Failed("c", "out of memory"),
     Tick: Tick(),
     Committed: Committed(2),
     Abort: Abort("stopped"),
@@ -55,14 +55,15 @@ RAISES: dict[tuple[RoundPhase, type], type[FedgrpcError]] = {
 
 def _in_phase(phase: RoundPhase) -> Scenario:
     """A round in that phase, with an answer to `Select` outstanding where that can be."""
-    it = Scenario(RoundPolicy(max_participants=2))
+    it = Scenario(RoundPolicy(max_participants=2, over_selection=1.5))
     if phase is S:
         it.pool("abc")
         return it
     it.open("abc")
     if phase is R:
         it.fail("a")
-        it.pool("c")
+        it.fail("b")
+        it.pool("d")
         return it
     it.accept("ab")
     if phase is D:
@@ -114,6 +115,14 @@ def test_a_step_changes_nothing_in_the_round_it_was_given(phase: RoundPhase) -> 
             step(before, event, it.now + 1e6)
             assert before == it.round
             assert before.tasks == tasks
+
+
+@pytest.mark.parametrize("phase", [C, D, A])
+def test_to_accept_an_update_again_changes_nothing(phase: RoundPhase) -> None:
+    it = _in_phase(phase)
+    before = it.round
+    assert it.send(Accepted("a")) == ()
+    assert it.round == before
 
 
 @pytest.mark.parametrize("phase", [C, D, A])

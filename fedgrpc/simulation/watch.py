@@ -1,0 +1,150 @@
+"""What must hold after every event, whatever goes wrong.
+
+    counted once     no update is in two versions, or twice in one; no worker has two updates in a version
+    quorum           a committed round has its quorum, all of it from its own tasks
+    versions grow    each committed version is the one after the last; no worker is told one that is not durable
+    ends on time     no round outlives its deadline plus grace
+    bound held       no more tasks at work than asked for, no more files than tasks of the round
+    none refused     a refused update is in no version
+    nothing lost     an acknowledged update is in its round's model
+    no surprise      nothing raises that nobody expects
+    goes on          once the faults have stopped, a round commits
+
+The rule: it counts for itself, and believes nothing that the watched say of themselves.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedgrpc.rounds.events import Effect, Event, Select
+from fedgrpc.rounds.state import Round, RoundPhase
+from fedgrpc.simulation.disk import Version
+from fedgrpc.simulation.messages import Assignment, UpdateId
+
+if TYPE_CHECKING:
+    from fedgrpc.simulation.world import World
+
+GRACE_S = 2.0
+_MOST_AT_ONCE = 10_000
+
+
+class Violation(Exception):
+    """An invariant does not hold; the message begins with its name."""
+
+
+class Watch:
+    """Sees what the aggregator does and what workers are told."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._counted: dict[UpdateId, int] = {}
+        self._refused: set[UpdateId] = set()
+        self._end_by: float | None = None
+        self._acknowledged: dict[int, set[str]] = {}
+        self._committed: dict[int, Version] = {}
+        self._looked_at = 0.0
+        self._at_once = 0
+        self.updates = 0
+        self.abandoned = 0
+
+    def stepped(self, before: Round, event: Event, after: Round, effects: tuple[Effect, ...]) -> None:
+        """The aggregator has applied an event."""
+        world = self._world
+        world.trace("aggregator", "step", event, after.phase.name, effects)
+        if after.deadline_at is not None and before.deadline_at is None:
+            self._end_by = world.loop.now + world.policy.deadline_s + GRACE_S
+        if after.phase.final and not before.phase.final:
+            self._end_by = None
+            self.abandoned += after.phase is RoundPhase.ABANDONED
+        for effect in effects:
+            if isinstance(effect, Select):
+                self._bound(after, effect)
+
+    def _bound(self, round_: Round, select: Select) -> None:
+        """No worker is asked for that is not missing."""
+        policy, most = self._world.policy, round_.aim
+        if round_.phase is RoundPhase.SELECTING:
+            most = policy.ask(policy.aim(len(self._world.workers)))
+        at_work = sum(task.phase.open for task in round_.tasks.values())
+        wanted = len(round_.accepted) + at_work + select.count
+        if wanted > most:
+            raise Violation(f"bound held: {wanted} tasks where {most} are enough")
+
+    def restored(self, round_: Round) -> None:
+        """A new incarnation has found a round in progress; its wall clock may have been set in between."""
+        world = self._world
+        assert world.aggregator.disk.open is not None
+        left_s = world.aggregator.disk.open.deadline_at - world.wall_now
+        self._end_by = world.loop.now + min(max(left_s, 0.0), world.policy.deadline_s) + GRACE_S
+
+    def crashed(self) -> None:
+        """The aggregator is down: its clock does not run."""
+        self._end_by = None
+
+    def committed(self, version: Version, round_: Round) -> None:
+        """A new version is durable."""
+        world = self._world
+        world.trace("aggregator", "durable", version)
+        for update in version.updates:
+            if update in self._counted:
+                raise Violation(
+                    f"counted once: {update} is in versions {self._counted[update]}, {version.version}"
+                )
+            self._counted[update] = version.version
+        workers = [update.worker for update in version.updates]
+        if len(set(workers)) < len(workers):
+            raise Violation(f"counted once: a worker has several updates in version {version.version}")
+        if len(version.tokens) < world.policy.quorum or not set(version.tokens) <= set(round_.tasks):
+            raise Violation(f"quorum: {len(version.tokens)} of {world.policy.quorum} in version {version.version}")
+        if refused := self._refused & set(version.updates):
+            raise Violation(f"none refused: {refused} in version {version.version}")
+        if version.version != len(self._committed) + 2:
+            raise Violation(f"versions grow: version {version.version} after {len(self._committed) + 1}")
+        if lost := self._acknowledged.get(version.round, set()) - set(version.tokens):
+            raise Violation(f"nothing lost: {sorted(lost)} acknowledged, not in version {version.version}")
+        self._committed[version.round] = version
+        self.updates += len(version.updates)
+
+    def refused(self, update: UpdateId) -> None:
+        """A worker has sent what must not be merged."""
+        self._refused.add(update)
+
+    def acknowledged(self, token: str) -> None:
+        """A worker is about to be told that its update counts."""
+        number = self._world.aggregator.disk.rows[token].round
+        self._world.trace("aggregator", "acknowledges", token)
+        self._acknowledged.setdefault(number, set()).add(token)
+        version = self._committed.get(number)
+        if version is not None and token not in version.tokens:
+            raise Violation(f"nothing lost: {token} acknowledged, not in version {version.version}")
+
+    def told(self, assignment: Assignment) -> None:
+        """A worker has been given a task."""
+        self._world.trace("worker", "told", assignment)
+        latest = self._world.aggregator.disk.version
+        if assignment.version > latest:
+            raise Violation(
+                f"versions grow: version {assignment.version} was told, {latest} is the last durable one"
+            )
+
+    def look(self) -> None:
+        """After every event of the world."""
+        world = self._world
+        self._at_once = self._at_once + 1 if world.loop.now == self._looked_at else 0
+        self._looked_at = world.loop.now
+        if self._at_once > _MOST_AT_ONCE:
+            raise Violation("ends on time: time stands still")
+        if self._end_by is not None and world.loop.now > self._end_by:
+            raise Violation(f"ends on time: the round is open {GRACE_S:g} s after its deadline")
+        if len(world.aggregator.disk.uploads) > len(world.workers):
+            raise Violation(f"bound held: {len(world.aggregator.disk.uploads)} update files")
+
+    def at_end(self) -> None:
+        """The faults have stopped long ago."""
+        if not self.went_on():
+            raise Violation("goes on: no round has committed since the faults stopped")
+
+    def went_on(self) -> bool:
+        """Whether a round that was opened after the faults stopped has committed."""
+        return len(self._committed) > self._world.committed_when_quiet + 1

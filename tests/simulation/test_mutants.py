@@ -1,0 +1,187 @@
+"""The simulator bites: break each promise on purpose, in the round or around it, and a seed finds it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fedgrpc.rounds import state
+from fedgrpc.rounds.events import Cancel, Commit, Effect, Event, Pool, Progress, Select, TaskPhase, Tick
+from fedgrpc.rounds.state import Round, RoundPhase
+from fedgrpc.simulation.aggregator import Aggregator
+from fedgrpc.simulation.disk import Version
+from fedgrpc.simulation.loop import Process
+from fedgrpc.simulation.messages import Held, Push
+from fedgrpc.simulation.world import World
+
+Effects = tuple[Effect, ...]
+_SEEDS = 300
+
+
+def _found(mutant: type[Aggregator]) -> str:
+    """What the first seed that fails says."""
+    for seed in range(_SEEDS):
+        outcome = World(seed, mutant).play()
+        if outcome.violation:
+            assert 1 <= len(outcome.trace) <= 40
+            return outcome.violation
+    return f"nothing in {_SEEDS} seeds"
+
+
+class CommitsTheVersionBeforeItClosesTheRound(Aggregator):
+    """Two transactions where there should be one: killed between them, it commits the round again."""
+
+    def finish_round(self, after: Round, version: Version | None) -> Process[None]:
+        if version is not None:
+            self.disk.versions.append(version)
+            self.world.watch.committed(version, after)
+            yield self._disk_time()
+        self.disk.finish(after, None)
+
+
+class CountsAnUpdateTwice(Aggregator):
+    def step(self, round_: Round, event: Event, now: float) -> tuple[Round, Effects]:
+        after, effects = super().step(round_, event, now)
+        return after, tuple(_twice(effect) for effect in effects)
+
+
+def _twice(effect: Effect) -> Effect:
+    return Commit((*effect.tokens, effect.tokens[0])) if isinstance(effect, Commit) else effect
+
+
+class IgnoresTheQuorum(Aggregator):
+    def step(self, round_: Round, event: Event, now: float) -> tuple[Round, Effects]:
+        after, effects = super().step(replace(round_, policy=replace(round_.policy, quorum=1)), event, now)
+        return replace(after, policy=round_.policy), effects
+
+
+class ForgetsTheNewVersion(Aggregator):
+    def recover(self) -> None:
+        super().recover()
+        self.version = max(1, self.version - 1)
+
+
+class TellsAVersionBeforeItIsDurable(Aggregator):
+    """A model file that was found, though no transaction says that it counts."""
+
+    def recover(self) -> None:
+        super().recover()
+        self.version += 1
+
+
+class LetsHeartbeatsMoveTheDeadline(Aggregator):
+    def step(self, round_: Round, event: Event, now: float) -> tuple[Round, Effects]:
+        after, effects = super().step(round_, event, now)
+        if isinstance(event, Progress):
+            after = replace(after, deadline_at=now + after.policy.deadline_s)
+        return after, effects
+
+
+class LetsATrickleHoldTheRound(Aggregator):
+    """The round waits for whoever is uploading."""
+
+    def step(self, round_: Round, event: Event, now: float) -> tuple[Round, Effects]:
+        if isinstance(event, Tick) and round_.tokens(TaskPhase.UPLOADING):
+            return round_, ()
+        return super().step(round_, event, now)
+
+
+class KeepsEveryFile(Aggregator):
+    def recover(self) -> None:
+        uploads = dict(self.disk.uploads)
+        super().recover()
+        self.disk.uploads = uploads
+
+    def _finish(self, finished: object) -> Process[None]:
+        uploads = dict(self.disk.uploads)
+        yield from super()._finish(finished)  # type: ignore[arg-type]
+        self.disk.uploads = uploads
+
+
+class AcknowledgesBeforeItIsDurable(Aggregator):
+    def _accept(self, push: Push) -> Process[Held]:
+        if not push.bad:
+            self._acknowledge(push.token, push.total)
+        return (yield from super()._accept(push))
+
+
+class LeavesOutTheLastUpdate(Aggregator):
+    def step(self, round_: Round, event: Event, now: float) -> tuple[Round, Effects]:
+        after, effects = super().step(round_, event, now)
+        return after, tuple(_without_last(effect, round_.policy.quorum) for effect in effects)
+
+
+def _without_last(effect: Effect, quorum: int) -> Effect:
+    if isinstance(effect, Commit) and len(effect.tokens) > quorum:
+        return Commit(effect.tokens[:-1])
+    return effect
+
+
+class ForgetsAcceptedUpdatesWhenRestarted(Aggregator):
+    def _stored_phase(self, token: str, phase: TaskPhase) -> TaskPhase:
+        return TaskPhase.OFFERED
+
+
+class AcceptsBeforeItVerifies(Aggregator):
+    def _accept(self, push: Push) -> Process[Held]:
+        self.disk.seal(push.token)
+        return (yield from super()._accept(push))
+
+
+class NeverWakes(Aggregator):
+    def wake_at(self, round_: Round) -> float | None:
+        return None
+
+
+class NeverAsksALostWorkerAgain(Aggregator):
+    def start(self) -> None:
+        self.lost: set[str] = getattr(self, "lost", set())
+        super().start()
+
+    def _carry_out(self, effect: Effect) -> None:
+        if isinstance(effect, Cancel):
+            assert self.round is not None
+            self.lost.add(self.round.tasks[effect.token].worker)
+        super()._carry_out(effect)
+
+    def pool(self) -> Pool:
+        pool = super().pool()
+        return Pool(tuple(worker for worker in pool.idle if worker not in self.lost), pool.live_count)
+
+
+MUTANTS: list[tuple[type[Aggregator], str]] = [
+    (CommitsTheVersionBeforeItClosesTheRound, "counted once"),
+    (CountsAnUpdateTwice, "counted once"),
+    (IgnoresTheQuorum, "quorum"),
+    (ForgetsTheNewVersion, "versions grow"),
+    (TellsAVersionBeforeItIsDurable, "versions grow"),
+    (LetsHeartbeatsMoveTheDeadline, "ends on time"),
+    (LetsATrickleHoldTheRound, "ends on time"),
+    (NeverWakes, "ends on time"),
+    (KeepsEveryFile, "bound held"),
+    (AcknowledgesBeforeItIsDurable, "nothing lost"),
+    (LeavesOutTheLastUpdate, "nothing lost"),
+    (ForgetsAcceptedUpdatesWhenRestarted, "nothing lost"),
+    (AcceptsBeforeItVerifies, "none refused"),
+    (NeverAsksALostWorkerAgain, "goes on"),
+]
+
+
+@pytest.mark.parametrize(("mutant", "invariant"), MUTANTS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_broken_promise_is_found(mutant: type[Aggregator], invariant: str) -> None:
+    found = _found(mutant)
+    assert found.startswith(invariant), found
+
+
+def _replace_all(round_: Round, event: Pool, now: float) -> tuple[Round, Effects]:
+    count = round_.aim - len(round_.accepted)
+    if round_.asked or all(worker in round_.workers for worker in event.idle):
+        return round_, ()
+    return replace(round_, asked=count), (Select(count, round_.workers),)
+
+
+def test_a_round_that_replaces_workers_who_are_at_work_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "_TABLE", {**state._TABLE, (RoundPhase.REPORTING, Pool): _replace_all})
+    found = _found(Aggregator)
+    assert found.startswith("bound held"), found
