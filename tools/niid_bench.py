@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the cells there, each as soon as it is done")
     asked = parser.parse_args()
     rounds = asked.rounds or (SHORT_ROUNDS if asked.short else ROUNDS)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("stopped"))  # and so ends what it started
     cells: list[Cell] = []
     for partition in asked.partitions:
         for encoding in asked.encodings:
