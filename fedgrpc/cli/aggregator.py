@@ -98,6 +98,12 @@ SETTINGS: list[Setting] = [
     _transfer("--max-chunk", "Largest piece of a stream.", name="max_chunk_bytes", type=SIZE),
     _transfer("--max-payload", "Largest update that is taken.", name="max_payload_bytes", type=SIZE),
     _transfer("--max-uploads", "Uploads at the same time."),
+    _transfer(
+        "--max-upload-memory",
+        "Bytes of uploads on their way to the disk.",
+        name="max_upload_memory_bytes",
+        type=SIZE,
+    ),
     _transfer("--durable/--no-durable", "Acknowledge an update once it is on the disk."),
     _service("--max-workers", "Registered workers."),
     _service("--keep-versions", "Model versions to keep on the disk."),

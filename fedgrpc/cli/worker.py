@@ -18,6 +18,7 @@ from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand, 
 from fedgrpc.cli.quantities import DURATION, RATE, SIZE
 from fedgrpc.errors import UsageError
 from fedgrpc.rpc.channel import Tls
+from fedgrpc.rpc.retry import Backoff
 from fedgrpc.worker.profile import DeviceProfile
 from fedgrpc.worker.run import run_worker
 from fedgrpc.worker.settings import WorkerSettings
@@ -31,6 +32,7 @@ _device = Declare("The device")
 _slow = Declare("Honest slowness, to try out a fleet on one machine", Throttle)
 _service = Declare("The worker's own service")
 _life = Declare("Life", WorkerSettings)
+_retry = Declare("Life", Backoff)
 
 _ROLES = {"trainer": Role.TRAINER, "evaluator": Role.EVALUATOR}
 
@@ -87,6 +89,8 @@ SETTINGS: list[Setting] = [
     _service("--serve-tls-key", "Its key (PEM).", type=click.Path(path_type=Path, exists=True)),
     _life("--exit-when-run-ends/--stay", "Whether the process ends with the run.", name="exit_when_run_ends"),
     _life("--poll-wait", "Longest wait of a poll.", name="poll_wait_s", type=DURATION),
+    _retry("--reconnect-first", "Longest wait before the first try to reconnect.", name="first_s", type=DURATION),
+    _retry("--reconnect-cap", "Longest wait before any later one.", name="cap_s", type=DURATION),
     _life("--stall", "Give up a stream that has not moved for this long.", name="stall_s", type=DURATION),
     _life("--drain", "How long SIGTERM lets the task in hand go on.", name="drain_s", type=DURATION),
     _life("--spool-max-updates", "Unsent updates to keep at most."),
@@ -109,8 +113,16 @@ def settings_from(values: Mapping[str, Any]) -> WorkerSettings:
         "serve_address": None if values["serve_address"] == "none" else values["serve_address"],
         "serve_tls": None if serve_tls == Tls() else serve_tls,
         "throttle": pick(Throttle, values),
+        "backoff": _backoff(values),
     }
     return pick(WorkerSettings, values, **more)
+
+
+def _backoff(values: Mapping[str, Any]) -> Backoff:
+    try:
+        return pick(Backoff, values)
+    except ValueError:
+        raise UsageError("--reconnect-first must be above 0 and at most --reconnect-cap") from None
 
 
 def _default_state_dir(name: str) -> Path:

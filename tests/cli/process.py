@@ -1,0 +1,96 @@
+"""The command `fedgrpc` as its users run it: a process, with its own environment and folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+NUMPY_TASK = "bring_your_own_numpy"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What an ended command has left."""
+
+    code: int
+    out: str
+    error: str
+
+
+def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's, without settings of fedgrpc and with the examples to import."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("FEDGRPC_")}
+    return own | {"PYTHONPATH": str(EXAMPLES), "OMP_NUM_THREADS": "1", "COLUMNS": "100"} | dict(more or {})
+
+
+def fedgrpc(
+    *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout_s: float = 60
+) -> Ended:
+    """Run the command to its end."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fedgrpc", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(env),
+        cwd=cwd,
+        timeout=timeout_s,
+        stdin=subprocess.DEVNULL,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+@contextmanager
+def running(*arguments: str, log: Path, cwd: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """The command while the block lasts; its output goes to `log`."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fedgrpc", *arguments],
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            env=environment(),
+            cwd=cwd,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def running_aggregator(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """An aggregator on a free port, and its address."""
+    fifo = folder / "port"
+    os.mkfifo(fifo)
+    settings = ["--address", "127.0.0.1:0", "--data-dir", str(folder / "data"), "--port-file", str(fifo)]
+    log = folder / "aggregator.log"
+    with running("aggregator", *settings, *arguments, log=log) as process:
+        yield process, f"127.0.0.1:{_read_port(fifo, process, log)}"
+
+
+def _read_port(fifo: Path, process: subprocess.Popen[bytes], log: Path) -> int:
+    """Opening the pipe waits for the aggregator; should it have died, nobody would come."""
+    reader = subprocess.Popen(["head", "-n1", str(fifo)], stdout=subprocess.PIPE, text=True)
+    try:
+        text, _ = reader.communicate(timeout=30)
+        return int(text)
+    except subprocess.TimeoutExpired:
+        reader.kill()
+        reader.wait()
+        raise AssertionError(f"no port; exit code {process.poll()}: {log.read_text()}") from None
+
+
+def worker_arguments(folder: Path, address: str, name: str, *more: str) -> list[str]:
+    """A worker with its own state folder and no service of its own."""
+    place = ["--aggregator", address, "--name", name, "--state-dir", str(folder / name)]
+    return ["worker", *place, "--serve-address", "none", *more]
