@@ -1,4 +1,4 @@
-"""Generate `fedgrpc/v1` from `protos/`; with --check, say whether the committed files are what would be generated."""
+"""Generate `fedgrpc/v1` from `protos/`; with --check, say whether the committed files are up to date."""
 
 import argparse
 import filecmp
@@ -38,7 +38,8 @@ def main() -> None:
         fresh = generate(Path(folder))
         committed = sorted(path.relative_to(ROOT) for path in (ROOT / "fedgrpc" / "v1").glob("*.py*"))
         stale = sorted(set(fresh) ^ set(committed))
-        stale += [p for p in fresh if p in committed and not filecmp.cmp(Path(folder) / p, ROOT / p, shallow=False)]
+        both = [path for path in fresh if path in committed]
+        stale += [path for path in both if not filecmp.cmp(Path(folder) / path, ROOT / path, shallow=False)]
     if stale:
         sys.exit(f"stale, run `make protos`: {', '.join(map(str, stale))}")
 
