@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "worker": {*CORE, "v1", "rpc", "logging", "metrics"},
     "data": {"errors"},
     "models": {"errors"},
-    "compression": {"errors", "models"},
+    "compression": {"errors", "models", "aggregation"},
     "tasks": {"errors", "data", "models", "compression", "worker"},
     "__main__": {"cli"},
     "cli": {

@@ -8,8 +8,10 @@ from torch import nn
 
 from fedgrpc.errors import UsageError
 from fedgrpc.models.lenet import LeNet, Net
-from fedgrpc.models.mlp import MLP
+from fedgrpc.models.mlp import MLP, sigmoid_mlp
+from fedgrpc.models.mobilenet import MobileNetV2
 from fedgrpc.models.resnet import ResNet18
+from fedgrpc.models.shufflenet import ShuffleNetV2
 
 # Each takes the number of classes, the channels and the side of its square images.
 _BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
@@ -17,6 +19,9 @@ _BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "lenet": LeNet,
     "net": Net,
     "resnet18": lambda classes, channels, side: ResNet18(classes, channels),
+    "mobilenetv2": lambda classes, channels, side: MobileNetV2(classes, channels),
+    "shufflenetv2": lambda classes, channels, side: ShuffleNetV2(classes, channels),
+    "sigmoid-mlp": lambda classes, channels, side: sigmoid_mlp(channels * side * side, classes),
 }
 
 MODEL_NAMES = tuple(_BUILDERS)

@@ -1,0 +1,176 @@
+"""Which channels of a model belong together, and which of them a narrower sub-model has.
+
+A channel group is what must be kept or left out together: the output channels of one layer are the input channels
+of the next, and layers joined by an addition share theirs. A `ChannelMap` says for every axis of every tensor
+which groups lie along it; with a `SubModel` it gives each tensor's coverage: the same one on any machine and with
+any version of numpy, so that only the few numbers of the `SubModel` need to travel and to be kept.
+
+prefix    the first channels: HeteroFL (arXiv 2010.01264)
+rolling   a window that moves on by one channel each round and wraps around: FedRolex (arXiv 2212.01548)
+random    drawn anew each round: Federated Dropout (arXiv 1812.07210)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from fedgrpc.aggregation.coverage import Coverage
+from fedgrpc.errors import LayoutError, UsageError
+
+RULES = ("prefix", "rolling", "random")
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """`channels` that are kept or left out together wherever they appear.
+
+    They lie in `blocks` equal blocks of which each keeps as many: the groups of a GroupNorm or of a convolution.
+    """
+
+    channels: int
+    blocks: int = 1
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of an axis: each channel of `group` takes `repeat` elements; no group: `repeat` kept elements."""
+
+    group: int | None
+    repeat: int = 1
+
+
+Axis = tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class SubModel:
+    """A width fraction, above 0 to 1, and the rule that picks channels; `round` moves or draws them anew."""
+
+    width: float = 1.0
+    rule: str = "prefix"
+    round: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.width <= 1:
+            raise UsageError(f"a sub-model's width is above 0 to 1, not {self.width:g}")
+        if self.rule not in RULES:
+            raise UsageError(f"no rule {self.rule!r} for sub-models; there are {', '.join(RULES)}")
+        if self.round < 0:
+            raise UsageError(f"a round counts from 0, not {self.round}")
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is the model itself."""
+        return self.width == 1.0
+
+    def __str__(self) -> str:
+        """Two sub-models with the same text have the same channels."""
+        if self.whole:
+            return "whole"
+        moving = "" if self.rule == "prefix" else f":{self.round}"
+        return f"{self.rule}{moving}:{self.width!r}"
+
+
+@dataclass(frozen=True)
+class ChannelMap:
+    """The groups, and the axes of each tensor that has any; other tensors are kept whole."""
+
+    groups: tuple[ChannelGroup, ...]
+    tensors: Mapping[str, tuple[Axis, ...]]
+
+    def validate(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises LayoutError unless it fits a model of these shapes; it may come from the wire."""
+        for group in self.groups:
+            if group.channels < 1 or group.blocks < 1 or group.channels % group.blocks:
+                raise LayoutError(f"{group.channels} channels do not fall into {group.blocks} blocks")
+        for name, axes in self.tensors.items():
+            if name not in shapes or len(axes) != len(shapes[name]):
+                raise LayoutError(f"the model has no tensor {name!r} of {len(axes)} axes")
+            for place, (axis, extent) in enumerate(zip(axes, shapes[name], strict=True)):
+                if self._extent(axis, extent) != extent:
+                    raise LayoutError(
+                        f"the channels of axis {place} of {name!r} do not take its {extent} elements"
+                    )
+
+    def _extent(self, axis: Axis, limit: int) -> int:
+        total = 0
+        for segment in axis:
+            if segment.repeat < 1 or not (segment.group is None or 0 <= segment.group < len(self.groups)):
+                return -1
+            total += segment.repeat * (1 if segment.group is None else self.groups[segment.group].channels)
+            if total > limit:
+                return -1
+        return total
+
+    def select(self, sub_model: SubModel) -> Selection:
+        """The sub-model's coverage of every tensor."""
+        return Selection(self, sub_model)
+
+
+class Selection:
+    """Coverages of the tensors of one sub-model."""
+
+    def __init__(self, channel_map: ChannelMap, sub_model: SubModel) -> None:
+        self._map = channel_map
+        self._sub_model = sub_model
+
+    @cached_property
+    def kept(self) -> tuple[np.ndarray, ...]:
+        """Increasing channels (int64) kept of each group."""
+        groups = enumerate(self._map.groups)
+        return tuple(kept_channels(group, self._sub_model, number) for number, group in groups)
+
+    def coverage(self, name: str, shape: tuple[int, ...]) -> Coverage:
+        """What the sub-model has of the tensor `name` of the whole model's `shape`."""
+        axes = self._map.tensors.get(name)
+        if axes is None or self._sub_model.whole:
+            return Coverage(shape)
+        return Coverage(shape, tuple(self._positions(axis) for axis in axes))
+
+    def _positions(self, axis: Axis) -> np.ndarray | None:
+        if all(segment.group is None or self._all_kept(segment.group) for segment in axis):
+            return None
+        parts, start = [], 0
+        for segment in axis:
+            if segment.group is None:
+                parts.append(np.arange(start, start + segment.repeat))
+                start += segment.repeat
+            else:
+                first = start + self.kept[segment.group] * segment.repeat
+                parts.append((first[:, None] + np.arange(segment.repeat)).reshape(-1))
+                start += self._map.groups[segment.group].channels * segment.repeat
+        return np.concatenate(parts)
+
+    def _all_kept(self, group: int) -> bool:
+        return len(self.kept[group]) == self._map.groups[group].channels
+
+
+def kept_channels(group: ChannelGroup, sub_model: SubModel, number: int) -> np.ndarray:
+    """Increasing channels of `group`, the `number`-th of its model; at least one of each block."""
+    size = group.channels // group.blocks
+    count = max(1, math.ceil(sub_model.width * size - 1e-9))
+    if sub_model.rule == "prefix":
+        within = np.arange(count)
+    elif sub_model.rule == "rolling":
+        within = (sub_model.round + np.arange(count)) % size
+    else:
+        within = _ranked(size, f"{sub_model.round}/{number}")[:count]
+    starts = np.arange(group.blocks) * size
+    return np.sort((starts[:, None] + within).reshape(-1)).astype(np.int64)
+
+
+def _ranked(size: int, seed: str) -> np.ndarray:
+    """A permutation of `size` that depends on nothing but the seed: numpy's own may change with its version."""
+    digest = hashlib.shake_256(seed.encode()).digest(8 * size)
+    return np.argsort(np.frombuffer(digest, "<u8"), kind="stable")
+
+
+def sub_shapes(selection: Selection, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a sub-model's tensors, by name."""
+    return {name: selection.coverage(name, shape).sub_shape for name, shape in shapes.items()}
