@@ -9,7 +9,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test simulate lint format protos clean
+.PHONY: help venv demo test simulate lint format protos settings clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -37,6 +37,7 @@ lint: $(INSTALLED)  ## check style, types, protocol and that the generated code 
 	$(BIN)/mypy
 	$(BIN)/buf lint
 	$(BIN)/python tools/generate_protos.py --check
+	$(BIN)/python tools/settings_table.py --check
 
 format: $(INSTALLED)  ## fix what can be fixed of the style
 	$(BIN)/ruff check --fix .
@@ -44,6 +45,9 @@ format: $(INSTALLED)  ## fix what can be fixed of the style
 
 protos: $(INSTALLED)  ## generate fedgrpc/v1 from protos/
 	$(BIN)/python tools/generate_protos.py
+
+settings: $(INSTALLED)  ## write docs/settings.md from the command line's declarations
+	$(BIN)/python tools/settings_table.py
 
 clean:  ## remove what the other targets made, .venv too
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
