@@ -13,6 +13,7 @@ from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.device_pb2 import WORKER_ROLE_EVALUATOR
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_MAX_REGISTRATION_BYTES = 16 << 10
 
 
 @dataclass
@@ -60,6 +61,8 @@ class Fleet:
         name = registration.worker
         if not _NAME.fullmatch(name):
             raise UsageError(f"a worker's name is 1 to 64 of letters, digits, '.', '_' and '-', not {name[:80]!r}")
+        if (size_bytes := registration.ByteSize()) > _MAX_REGISTRATION_BYTES:
+            raise UsageError(f"a registration of {size_bytes} bytes; allowed are {_MAX_REGISTRATION_BYTES}")
         if name not in self._workers:
             if len(self._workers) >= self._max_workers:
                 raise Exhausted(f"the limit of {self._max_workers} workers is reached")

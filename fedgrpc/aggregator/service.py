@@ -30,6 +30,8 @@ from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
 
 _MAX_PAGE = 1000
+_MAX_ROUND = (1 << 63) - 1
+_RATE_HZ = 4.0
 _MAX_RATE_HZ = 20.0
 
 
@@ -170,7 +172,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     ) -> pb.GetRoundResponse:
         record = self._it.record()
         if request.HasField("number") and (record is None or record.number != request.number):
-            record = await self._it.in_database(self._it.store.round, request.number)
+            record = await self._it.in_database(self._it.store.round, min(request.number, _MAX_ROUND))
         if record is None:
             raise NotFound(f"there is no round {request.number}" if request.HasField("number") else "no round yet")
         return pb.GetRoundResponse(round=record)
@@ -178,27 +180,23 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     async def ListRounds(
         self, request: pb.ListRoundsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListRoundsResponse:
-        below = 1 << 62
-        if request.page_token:
-            if not request.page_token.isascii() or not request.page_token.isdigit():
-                raise UsageError("the page token is not one that ListRounds gave")
-            below = min(below, int(request.page_token))
         size = min(request.page_size or 100, _MAX_PAGE)
-        records = await self._it.in_database(self._it.store.rounds, below, size)
+        records = await self._it.in_database(self._it.store.rounds, _before(request.page_token), size)
         more = str(records[-1].number) if len(records) == size else ""
         return pb.ListRoundsResponse(rounds=records, next_page_token=more)
 
     async def WatchRounds(
         self, request: pb.WatchRoundsRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.WatchRoundsResponse]:
-        pause_s = 1.0 / min(request.max_rate_hz or 4.0, _MAX_RATE_HZ)
+        rate_hz = request.max_rate_hz if request.max_rate_hz > 0 else _RATE_HZ
         seen = -1
         while True:
             seen = await self._it.changes.wait(seen)
+            last = self._it.run.ended or self._it.stopping
             yield pb.WatchRoundsResponse(run=self._run(), round=self._it.record())
-            if self._it.run.ended or self._it.stopping:
+            if last:
                 return
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(1.0 / min(rate_hz, _MAX_RATE_HZ))
 
     async def ListWorkers(
         self, request: pb.ListWorkersRequest, context: grpc.aio.ServicerContext
@@ -260,6 +258,15 @@ def _same(name: str, other: str) -> bool:
         return str(parse_encoding(other)).partition(":")[0] == name
     except UsageError:
         return False
+
+
+def _before(page_token: str) -> int:
+    """The round that a page ends before. Raises `UsageError`."""
+    if not page_token:
+        return _MAX_ROUND
+    if not (page_token.isascii() and page_token.isdigit() and len(page_token) <= len(str(_MAX_ROUND))):
+        raise UsageError("the page token is not one that ListRounds gave")
+    return min(int(page_token), _MAX_ROUND)
 
 
 def _recipe(text: str) -> Recipe:
