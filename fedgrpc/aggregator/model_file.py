@@ -2,6 +2,9 @@
 
 The safetensors package writes only whole models from memory; an aggregator holds one tensor at a time, so that
 its memory does not grow with the model. Files written here are read by that package, and the other way round.
+
+The tensors of a file, end to end, are also the payload of the model in the raw recipe. So its header keeps their
+SHA-256, and the digest of the whole file is that of the header and this.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +24,7 @@ import numpy as np
 
 from fedgrpc.aggregator.durable import fsync_folder
 from fedgrpc.codec.layout import Layout, TensorSpec
-from fedgrpc.errors import StorageError, UsageError
+from fedgrpc.errors import LayoutError, StorageError, UsageError
 
 _NAMES = {
     "float64": "F64",
@@ -35,7 +39,12 @@ _NAMES = {
     "bool": "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+# The key of a file's header that names no tensor.
+METADATA = "__metadata__"
+_MAX_DIMS = 16
 _MAX_HEADER_BYTES = 100_000_000
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_UNKNOWN_SHA256 = "0" * 64
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,8 @@ class ModelFile:
     path: Path
     layout: Layout
     starts: tuple[int, ...]
+    header: bytes
+    tensors_sha256: bytes | None
 
     @classmethod
     def open(cls, path: Path) -> ModelFile:
@@ -54,17 +65,19 @@ class ModelFile:
                 (size,) = struct.unpack("<Q", file.read(8))
                 if size > _MAX_HEADER_BYTES:
                     raise ValueError("its header is too large")
-                header = json.loads(file.read(size))
+                text = file.read(size)
+                header = json.loads(text)
                 entries = _entries(header)
                 end = 8 + size + max((stop for _, _, stop in entries), default=0)
                 if os.fstat(file.fileno()).st_size != end:
                     raise ValueError("its size is not what its header says")
         except OSError as error:
             raise UsageError(f"cannot read the model {path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, struct.error) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, LayoutError, struct.error) as error:
             raise UsageError(f"{path} is not a safetensors file that fedgrpc can use: {error}") from error
         layout = tuple(spec for spec, _, _ in entries)
-        return cls(path, layout, tuple(8 + size + start for _, start, _ in entries))
+        starts = tuple(8 + size + start for _, start, _ in entries)
+        return cls(path, layout, starts, struct.pack("<Q", size) + text, _kept_sha256(header))
 
     def tensor(self, index: int) -> np.ndarray:
         """Tensor number `index` of the layout, freshly read. Raises `StorageError`."""
@@ -84,13 +97,20 @@ class ModelFile:
         """The tensor of that name, freshly read. Raises `StorageError`."""
         return self.tensor(next(index for index, spec in enumerate(self.layout) if spec.name == name))
 
+    @property
+    def tensors_start(self) -> int:
+        """Where the first tensor begins."""
+        return len(self.header)
+
     def sha256(self) -> bytes:
-        """Digest of the whole file. Raises `StorageError`."""
+        """Digest of the whole file, as `ModelWriter.finish` returns it. Raises `StorageError`."""
         try:
             with self.path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").digest()
+                file.seek(self.tensors_start)
+                tensors = hashlib.file_digest(file, "sha256").digest()
         except OSError as error:
             raise StorageError(f"cannot read the model {self.path}: {error.strerror}") from error
+        return hashlib.sha256(self.header + tensors).digest()
 
 
 class ModelWriter:
@@ -103,11 +123,11 @@ class ModelWriter:
         self._path = path
         self._part = path.with_suffix(".part")
         self._waiting = iter(layout)
-        header = _header(layout)
-        self._digest = hashlib.sha256(header)
+        self._layout = layout
+        self._digest = hashlib.sha256()
         with self._storage_errors():
             self._file = self._part.open("wb")
-            self._file.write(header)
+            self._file.write(_header(layout, _UNKNOWN_SHA256))
 
     def __enter__(self) -> ModelWriter:
         return self
@@ -126,15 +146,18 @@ class ModelWriter:
             self._file.write(data)
 
     def finish(self) -> bytes:
-        """Make the file durable and give it its name; returns its SHA-256."""
+        """Make the file durable and give it its name; returns its digest."""
         if (spec := next(self._waiting, None)) is not None:
             raise ValueError(f"tensor {spec.name!r} was not written")
+        header = _header(self._layout, self._digest.hexdigest())
         with self._storage_errors():
+            self._file.seek(0)
+            self._file.write(header)
             self._file.flush()
             os.fsync(self._file.fileno())
             self._part.replace(self._path)
             fsync_folder(self._path.parent)
-        return self._digest.digest()
+        return hashlib.sha256(header + self._digest.digest()).digest()
 
     @contextmanager
     def _storage_errors(self) -> Iterator[None]:
@@ -145,15 +168,15 @@ class ModelWriter:
 
 
 def write_model(path: Path, layout: Layout, tensors: Iterable[np.ndarray]) -> bytes:
-    """Write a whole model file; `tensors` come in the order of `layout`. Returns its SHA-256."""
+    """Write a whole model file; `tensors` come in the order of `layout`. Returns its digest."""
     with ModelWriter(path, layout) as writer:
         for values in tensors:
             writer.add(values)
         return writer.finish()
 
 
-def _header(layout: Layout) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _header(layout: Layout, tensors_sha256: str) -> bytes:
+    entries: dict[str, object] = {METADATA: {"format": "pt", "sha256": tensors_sha256}}
     offset = 0
     for spec in layout:
         span = [offset, offset + spec.nbytes]
@@ -164,16 +187,30 @@ def _header(layout: Layout) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
+def _kept_sha256(header: dict[str, Any]) -> bytes | None:
+    """What the file says of its tensors; None in a file that was not written here."""
+    metadata = header.get("__metadata__")
+    text = metadata.get("sha256") if isinstance(metadata, dict) else None
+    if not isinstance(text, str) or not _SHA256.fullmatch(text) or text == _UNKNOWN_SHA256:
+        return None
+    return bytes.fromhex(text)
+
+
 def _entries(header: dict[str, dict[str, Any]]) -> list[tuple[TensorSpec, int, int]]:
     """(spec, start, stop) in file order. Raises ValueError for holes, overlaps, unknown dtypes and wrong sizes."""
     found: list[tuple[TensorSpec, int, int]] = []
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
     for name, entry in header.items():
-        if name == "__metadata__":
+        if name == METADATA:
             continue
         if entry["dtype"] not in _DTYPES:
             raise ValueError(f"tensor {name!r} has dtype {entry['dtype']}")
-        spec = TensorSpec(name, _DTYPES[str(entry["dtype"])], tuple(entry["shape"]))
         start, stop = entry["data_offsets"]
+        if any(type(number) is not int for number in (start, stop, *entry["shape"])):
+            raise ValueError(f"the shape or place of tensor {name!r} is not in whole numbers")
+        spec = TensorSpec(name, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        spec.validate(_MAX_DIMS)
         found.append((spec, start, stop))
     found.sort(key=lambda item: item[1])
     at = 0

@@ -10,20 +10,29 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import structlog
 
+from fedgrpc.aggregator.frames import FrameCache, PayloadFile
 from fedgrpc.aggregator.model_file import ModelFile
-from fedgrpc.codec.layout import Array
-from fedgrpc.codec.manifest import Manifest
+from fedgrpc.codec.layout import Array, Layout
+from fedgrpc.codec.manifest import Manifest, TensorEntry
 from fedgrpc.codec.payload import write_payload
+from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.errors import Exhausted, NotFound, StorageError
+from fedgrpc.errors import EncodeError, Exhausted, FedgrpcError, NotFound, StorageError, UsageError
 
-_MAX_RECIPES = 8
+log = structlog.get_logger()
+
+_VERSION = re.compile(r"(\d+)(-|\.safetensors$)")
+
+_FRAMES_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class EncodedModel:
 
     version: int
     manifest: Manifest
-    path: Path
+    payload: PayloadFile
 
 
 class ModelStore:
@@ -47,6 +56,7 @@ class ModelStore:
         for path in self._encoded.iterdir():
             path.unlink(missing_ok=True)
         self._made: dict[tuple[int, str], asyncio.Task[EncodedModel]] = {}
+        self.frames = FrameCache(_FRAMES_BYTES)
 
     def path(self, version: int) -> Path:
         """Where `version` is, or will be."""
@@ -57,52 +67,82 @@ class ModelStore:
         return self._memories / f"{version:06d}.safetensors"
 
     def open(self, version: int) -> ModelFile:
-        """Version `version`. Raises `NotFound`."""
+        """Version `version`. Raises `NotFound`, and `StorageError` when its file is damaged."""
         if not self.path(version).exists():
             raise NotFound(f"there is no model version {version} here")
-        return ModelFile.open(self.path(version))
+        return _open(self.path(version))
 
     def open_memory(self, version: int) -> ModelFile | None:
         """The server optimizer's memory after `version`, None where it keeps none."""
         path = self.memory_path(version)
-        return ModelFile.open(path) if path.exists() else None
+        return _open(path) if path.exists() else None
 
-    async def encoded(self, version: int, recipe: Recipe) -> EncodedModel:
+    async def encoded(self, version: int, recipe: Recipe, max_recipes: int | None = None) -> EncodedModel:
         """`version` written with `recipe`, made once for all who ask.
 
-        Raises `NotFound`, `StorageError`, and `Exhausted` when too many different recipes are asked for.
+        Raises `NotFound`, `StorageError`, and `Exhausted` when it is kept in `max_recipes` others already.
         """
         key = (version, str(recipe))
         if key not in self._made:
-            if sum(made == version for made, _ in self._made) >= _MAX_RECIPES:
-                raise Exhausted(f"model version {version} is already kept in {_MAX_RECIPES} recipes")
+            if max_recipes is not None and sum(made == version for made, _ in self._made) >= max_recipes:
+                raise Exhausted(f"model version {version} is already kept in {max_recipes} recipes")
             model = self.open(version)
             self._made[key] = asyncio.create_task(asyncio.to_thread(self._encode, model, version, recipe))
         try:
             return await asyncio.shield(self._made[key])
-        except StorageError:
+        except FedgrpcError:
             self._made.pop(key, None)
             raise
 
     def _encode(self, model: ModelFile, version: int, recipe: Recipe) -> EncodedModel:
+        if _is_raw(recipe, model.layout) and model.tensors_sha256 is not None:
+            return EncodedModel(version, _raw_manifest(model), _open_payload(model.path, model.tensors_start))
         name = hashlib.sha256(str(recipe).encode()).hexdigest()[:16]
         path = self._encoded / f"{version:06d}-{name}.payload"
         try:
             with path.open("wb") as file:
-                manifest = write_payload(_LazyTensors(model), recipe, file, np.random.default_rng(version))
+                manifest = _write(model, version, recipe, file)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise StorageError(f"cannot store the encoded model: {error.strerror}") from error
-        return EncodedModel(version, manifest, path)
+        return EncodedModel(version, manifest, _open_payload(path, 0))
 
-    def prune(self, keep: frozenset[int]) -> None:
+    async def prune(self, keep: frozenset[int]) -> None:
         """Remove every version that is not in `keep`, in all its forms."""
-        for folder in (self._models, self._memories, self._encoded):
-            for path in folder.iterdir():
-                if path.suffix != ".part" and int(path.name[:6]) not in keep:
-                    path.unlink(missing_ok=True)
         for key in [key for key in self._made if key[0] not in keep]:
-            del self._made[key]
+            made = self._made.pop(key)
+            if made.done() and not made.cancelled() and made.exception() is None:
+                self.frames.forget(made.result().payload)
+        await asyncio.to_thread(self._remove_files, keep)
+
+    def _remove_files(self, keep: frozenset[int]) -> None:
+        try:
+            for folder in (self._models, self._memories, self._encoded):
+                for path in folder.iterdir():
+                    number = _VERSION.match(path.name)
+                    if number is not None and int(number[1]) not in keep:
+                        path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot remove an old model: {error.strerror}") from error
+
+
+def _open(path: Path) -> ModelFile:
+    try:
+        return ModelFile.open(path)
+    except UsageError as error:
+        raise StorageError(str(error)) from error
+
+
+def _write(model: ModelFile, version: int, recipe: Recipe, file: BinaryIO) -> Manifest:
+    """A model that the recipe cannot hold, such as 70000 in float16, travels as it is: the run goes on."""
+    rng = np.random.default_rng(version)
+    try:
+        return write_payload(_LazyTensors(model), recipe, file, rng)
+    except EncodeError as error:
+        log.warning("model sent as it is", version=version, recipe=str(recipe), reason=str(error))
+    file.seek(0)
+    file.truncate()
+    return write_payload(_LazyTensors(model), Recipe(Raw(), compression=recipe.compression), file, rng)
 
 
 class _LazyTensors(Mapping[str, Array]):
@@ -122,13 +162,22 @@ class _LazyTensors(Mapping[str, Array]):
         return len(self._index)
 
 
-def pread(path: Path, offset: int, size: int) -> bytes:
-    """`size` bytes of a file. Raises `StorageError` when they are not all there."""
+def _is_raw(recipe: Recipe, layout: Layout) -> bool:
+    return recipe.compression.method == "none" and all(recipe.for_tensor(spec) == Raw() for spec in layout)
+
+
+def _raw_manifest(model: ModelFile) -> Manifest:
+    """Of the tensors in the model file itself, which are their own raw payload."""
+    entries = tuple(TensorEntry(spec, Raw(), spec.nbytes) for spec in model.layout)
+    size_bytes = sum(spec.nbytes for spec in model.layout)
+    assert model.tensors_sha256 is not None
+    return Manifest(entries, "none", (), size_bytes, model.tensors_sha256)
+
+
+def _open_payload(path: Path, start: int) -> PayloadFile:
+    """The file stays open, and so readable after it has been pruned."""
     try:
-        with path.open("rb") as file:
-            data = os.pread(file.fileno(), size, offset)
+        file = path.open("rb", buffering=0)
+        return PayloadFile(file, start, os.fstat(file.fileno()).st_size - start)
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
-    if len(data) != size:
-        raise StorageError(f"{path} is cut short")
-    return data

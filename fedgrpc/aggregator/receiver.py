@@ -1,26 +1,29 @@
 """Receiving updates: stream, commit, verify, make durable, and only then accept.
 
-The rule: nothing of an update counts before all of it does. Each chunk is on its way to the disk before the next
-is read, so a sender is never ahead of the disk, and the memory of an upload is that of a chunk.
+The rule: nothing of an update counts before all of it does.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fedgrpc.aggregation.update import check_layout, check_values
 from fedgrpc.aggregator.coordinator import Coordinator
+from fedgrpc.aggregator.intake import Intake
+from fedgrpc.aggregator.memory import ByteBudget
+from fedgrpc.aggregator.model_file import METADATA
 from fedgrpc.aggregator.report import Report
 from fedgrpc.aggregator.uploads import StoredUpdate, Upload
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.manifest import Limits, Manifest
 from fedgrpc.errors import (
+    CodecError,
     Exhausted,
     LayoutError,
-    LinkError,
     RoundClosed,
     StorageError,
     TooLargeError,
@@ -31,6 +34,8 @@ from fedgrpc.rpc.convert import manifest_from_proto, metrics_from_proto
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE
 
+_PROGRESS_INTERVAL_S = 0.1
+
 
 class Receiver:
     """Takes the updates of one run."""
@@ -38,12 +43,16 @@ class Receiver:
     def __init__(self, coordinator: Coordinator) -> None:
         settings = coordinator.settings
         self._it = coordinator
-        self._limits = Limits(max_payload_bytes=settings.max_payload_bytes)
+        self._limits = Limits(
+            max_payload_bytes=settings.max_payload_bytes, max_content_bytes=settings.max_payload_bytes
+        )
         self._max_chunk_bytes = settings.max_chunk_bytes
         self._idle_s = settings.policy.lease_s
         self._max_uploads = settings.max_uploads
+        self._memory = ByteBudget(settings.max_upload_memory_bytes)
         self._streams: dict[str, asyncio.Task[object]] = {}
         self._begun: dict[str, float] = {}
+        self._begun_in: int | None = None
 
     async def receive(self, header: UpdateHeader, chunks: AsyncIterator[Chunk]) -> tuple[int, bool]:
         """Take an update; (committed bytes, whether it is complete and accepted).
@@ -58,13 +67,15 @@ class Receiver:
             return header.manifest.size_bytes, True
         manifest, report = self._examine(header)
         async with self._only_stream(header.token):
-            self._begun.setdefault(header.token, time.monotonic())
+            if await self._it.check_open(header.worker, header.token) is TaskPhase.ACCEPTED:
+                return manifest.size_bytes, True
+            self._note_begin(header.token)
             upload = await asyncio.to_thread(self._it.journal.begin, header, manifest)
             try:
                 await self._take(upload, chunks)
                 if not upload.complete:
                     return upload.size_bytes, False
-                await self._accept(upload, report)
+                await _to_its_end(self._accept(upload, report))
                 self._it.healthy = True
             except StorageError:
                 self._it.healthy = False
@@ -80,6 +91,13 @@ class Receiver:
         if await self._it.check_open(worker, token) is TaskPhase.ACCEPTED:
             return 0, True
         return await asyncio.to_thread(self._it.journal.committed_bytes, token), False
+
+    def _note_begin(self, token: str) -> None:
+        """When the first byte of each update of the present round came."""
+        number = None if self._it.current is None else self._it.current.state.number
+        if number != self._begun_in:
+            self._begun, self._begun_in = {}, number
+        self._begun.setdefault(token, time.monotonic())
 
     def _examine(self, header: UpdateHeader) -> tuple[Manifest, Report]:
         """All that can be known before the first byte. A refusal is final, and on the record."""
@@ -103,7 +121,7 @@ class Receiver:
     @asynccontextmanager
     async def _only_stream(self, token: str) -> AsyncIterator[None]:
         """The newest stream of an upload takes over: the one before is most likely a dead connection."""
-        if (former := self._streams.get(token)) is not None:
+        while (former := self._streams.get(token)) is not None:
             former.cancel()
             await asyncio.wait([former])
         if len(self._streams) >= self._max_uploads:
@@ -118,34 +136,34 @@ class Receiver:
                 del self._streams[token]
 
     async def _take(self, upload: Upload, chunks: AsyncIterator[Chunk]) -> None:
-        """Commit chunks until the upload is whole or the stream ends. A silent stream gives up its slot."""
+        """Commit chunks until the stream ends. A silent stream gives up its slot."""
         token, size_bytes = upload.header.token, upload.manifest.size_bytes
-        while True:
-            try:
-                chunk = await asyncio.wait_for(anext(chunks, None), self._idle_s)
-            except TimeoutError:
-                raise LinkError(f"no byte came for {self._idle_s:g} s") from None
-            if chunk is None:
+        told_at = -_PROGRESS_INTERVAL_S
+
+        async def still_wanted() -> None:
+            nonlocal told_at
+            if time.monotonic() - told_at < _PROGRESS_INTERVAL_S:
                 return
-            if len(chunk.data) > self._max_chunk_bytes:
-                raise TooLargeError(f"a chunk of {len(chunk.data)} bytes; allowed are {self._max_chunk_bytes}")
-            await asyncio.to_thread(upload.append, chunk)
+            told_at = time.monotonic()
             await self._it.check_open(upload.header.worker, token)
             self._it.dispatch(Progress(token, TaskPhase.UPLOADING, upload.size_bytes / size_bytes))
+
+        intake = Intake(upload, self._memory, self._max_chunk_bytes)
+        await intake.run(chunks, self._idle_s, still_wanted)
 
     async def _accept(self, upload: Upload, report: Report) -> None:
         """Verify the whole update, make it durable, count it."""
         it = self._it
         token = upload.header.token
+        stored = await asyncio.to_thread(upload.finish)
         try:
-            await asyncio.to_thread(self._verify, upload)
-        except (LayoutError, UpdateRefused) as error:
+            await asyncio.to_thread(self._check, stored)
+        except (CodecError, UpdateRefused) as error:
+            # These are the bytes that were sent: sending them again cannot help.
             await asyncio.to_thread(upload.discard)
             it.reject(token, str(error))
             raise
-        header = upload.header
-        took_s = time.monotonic() - self._begun.pop(token)
-        header.timings.upload_seconds = took_s
+        took_s = time.monotonic() - self._begun.get(token, time.monotonic())
         await asyncio.to_thread(upload.seal, it.settings.durable)
         try:
             it.accept(token, report.uploaded_in(took_s))
@@ -153,10 +171,21 @@ class Receiver:
             await asyncio.to_thread(it.journal.discard, [token])
             raise
 
-    def _verify(self, upload: Upload) -> None:
-        stored: StoredUpdate = upload.finish()
+    def _check(self, stored: StoredUpdate) -> None:
         with stored.open() as reader:
             check_values(iter(reader), self._it.settings.admission)
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work`; when cancelled, once it has ended: an update that is here whole outlives its connection."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()
+        raise
 
 
 def _check_initial(manifest: Manifest) -> None:
@@ -166,3 +195,5 @@ def _check_initial(manifest: Manifest) -> None:
     for entry in manifest.entries:
         if not entry.encoding.lossless:
             raise UpdateRefused(f"initial weights come lossless, {entry.spec.name!r} is {entry.encoding}")
+        if entry.spec.name == METADATA:
+            raise UpdateRefused(f"no tensor of a model may be called {METADATA!r}")

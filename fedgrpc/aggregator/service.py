@@ -11,16 +11,13 @@ import grpc.aio
 from fedgrpc import __version__
 from fedgrpc.aggregator.coordinator import Assignment, Coordinator
 from fedgrpc.aggregator.fleet import Worker
-from fedgrpc.aggregator.model_store import EncodedModel, pread
 from fedgrpc.aggregator.receiver import Receiver
-from fedgrpc.codec.chunk import CHUNK_BYTES, Chunk, chunks
+from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.encoding import parse_encoding
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import LayoutError, NotFound, UsageError, WrongOffset
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rpc.convert import (
-    chunk_from_proto,
-    chunk_to_proto,
     duration_from_proto,
     duration_to_proto,
     layout_to_proto,
@@ -30,6 +27,7 @@ from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
 
 _MAX_PAGE = 1000
+_MAX_RECIPES = 8
 _MAX_ROUND = (1 << 63) - 1
 _RATE_HZ = 4.0
 _MAX_RATE_HZ = 20.0
@@ -101,19 +99,20 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
 
     async def PullModel(
         self, request: pb.PullModelRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.PullModelResponse]:
+    ) -> AsyncIterator[pb.PullModelResponse | bytes]:
         version = request.version or self._it.run.version
         if not version:
             raise NotFound("there is no model version yet")
-        encoded = await self._it.models.encoded(version, _recipe(request.recipe))
+        recipe = _recipe(request.recipe)
+        max_recipes = None if recipe == self._settings.download else _MAX_RECIPES
+        encoded = await self._it.models.encoded(version, recipe, max_recipes)
         size_bytes = encoded.manifest.size_bytes
         if request.offset > size_bytes:
             raise WrongOffset(f"offset {request.offset} is beyond the payload of {size_bytes} bytes")
         header = pb.ModelHeader(version=version, manifest=manifest_to_proto(encoded.manifest))
         yield pb.PullModelResponse(header=header)
-        for offset in range(request.offset, size_bytes, CHUNK_BYTES):
-            chunk = await asyncio.to_thread(_read_chunk, encoded, offset)
-            yield pb.PullModelResponse(chunk=chunk_to_proto(chunk))
+        async for message in self._it.models.frames.frames(encoded.payload, request.offset):
+            yield message
 
     async def Heartbeat(
         self, request: pb.HeartbeatRequest, context: grpc.aio.ServicerContext
@@ -126,10 +125,10 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         return response
 
     async def PushUpdate(
-        self, request_iterator: AsyncIterator[pb.PushUpdateRequest], context: grpc.aio.ServicerContext
+        self, request_iterator: AsyncIterator[pb.PushUpdateRequest | Chunk], context: grpc.aio.ServicerContext
     ) -> pb.PushUpdateResponse:
         first = await anext(request_iterator, None)
-        if first is None or first.WhichOneof("content") != "header":
+        if not isinstance(first, pb.PushUpdateRequest) or first.WhichOneof("content") != "header":
             raise LayoutError("the first message of an update is its header")
         size_bytes, complete = await self._receiver.receive(first.header, _chunks(request_iterator))
         return pb.PushUpdateResponse(committed_size_bytes=size_bytes, complete=complete)
@@ -273,10 +272,6 @@ def _recipe(text: str) -> Recipe:
     return Recipe.parse(text) if text else Recipe.parse("raw")
 
 
-def _read_chunk(encoded: EncodedModel, offset: int) -> Chunk:
-    return next(chunks(lambda at, size: pread(encoded.path, at, size), encoded.manifest.size_bytes, offset))
-
-
 def _open_phase(number: int) -> TaskPhase:
     """The phase a worker may report. Raises `LayoutError` for any other."""
     try:
@@ -288,8 +283,8 @@ def _open_phase(number: int) -> TaskPhase:
     return phase
 
 
-async def _chunks(messages: AsyncIterator[pb.PushUpdateRequest]) -> AsyncIterator[Chunk]:
+async def _chunks(messages: AsyncIterator[pb.PushUpdateRequest | Chunk]) -> AsyncIterator[Chunk]:
     async for message in messages:
-        if message.WhichOneof("content") != "chunk":
+        if not isinstance(message, Chunk):
             raise LayoutError("after the header of an update come chunks, nothing else")
-        yield chunk_from_proto(message.chunk)
+        yield message

@@ -12,16 +12,19 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+
+from google.protobuf.message import DecodeError
 
 from fedgrpc.aggregator.durable import fsync_folder
 from fedgrpc.codec.chunk import Chunk, check_chunk
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import PayloadReader
-from fedgrpc.errors import CorruptError, StorageError
+from fedgrpc.errors import CodecError, CorruptError, StorageError
 from fedgrpc.rpc.convert import manifest_from_proto
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 
@@ -99,17 +102,32 @@ class Upload:
     def complete(self) -> bool:
         return self.size_bytes == self.manifest.size_bytes
 
-    def append(self, chunk: Chunk) -> None:
-        """Commit one chunk. Raises as `check_chunk` does, and `StorageError`; nothing is then committed."""
-        check_chunk(chunk, self.size_bytes, self.manifest.size_bytes - self.size_bytes)
+    def append(self, batch: Sequence[Chunk]) -> None:
+        """Commit consecutive chunks. Raises as `check_chunk` does, and `StorageError`.
+
+        Those before the one at fault are then committed, it and those behind it are not.
+        """
+        whole: list[Chunk] = []
+        at = self.size_bytes
         try:
-            _write(self._file, chunk.data)
+            for chunk in batch:
+                check_chunk(chunk, at, self.manifest.size_bytes - at)
+                at += len(chunk.data)
+                whole.append(chunk)
+        finally:
+            self._commit(whole)
+
+    def _commit(self, whole: Sequence[Chunk]) -> None:
+        try:
+            for chunk in whole:
+                _write(self._file, chunk.data)
         except OSError as error:
             self._file.truncate(self._start + self.size_bytes)
             self._file.seek(self._start + self.size_bytes)
             raise StorageError(f"cannot store an update: {error.strerror}") from error
-        self._digest.update(chunk.data)
-        self.size_bytes += len(chunk.data)
+        for chunk in whole:
+            self._digest.update(chunk.data)
+            self.size_bytes += len(chunk.data)
 
     def finish(self) -> StoredUpdate:
         """The whole update, ready to be examined. Raises `CorruptError` when its digest does not match."""
@@ -173,24 +191,34 @@ class UploadJournal:
             with path.open("rb") as file:
                 (size,) = _LENGTH.unpack(file.read(_LENGTH.size))
                 header = UpdateHeader.FromString(file.read(min(size, _MAX_HEADER_BYTES)))
+            manifest = manifest_from_proto(header.manifest)
         except FileNotFoundError:
             return None
-        except (OSError, struct.error, ValueError) as error:
+        except (OSError, struct.error, DecodeError, CodecError) as error:
             raise StorageError(f"cannot read the update {path}: {error}") from error
-        return StoredUpdate(path, header, manifest_from_proto(header.manifest), _LENGTH.size + size)
+        return StoredUpdate(path, header, manifest, _LENGTH.size + size)
 
     def discard(self, tokens: Iterable[str]) -> None:
         """Remove whatever is held of these."""
-        for token in tokens:
-            for suffix in (".part", ".update"):
-                (self._folder / f"{token}{suffix}").unlink(missing_ok=True)
+        with self._storage_errors():
+            for token in tokens:
+                for suffix in (".part", ".update"):
+                    (self._folder / f"{token}{suffix}").unlink(missing_ok=True)
 
     def keep_only(self, tokens: Iterable[str]) -> None:
         """Remove what belongs to no task any more, left behind by a process that died."""
         wanted = set(tokens)
-        for path in self._folder.iterdir():
-            if path.stem not in wanted:
-                path.unlink(missing_ok=True)
+        with self._storage_errors():
+            for path in self._folder.iterdir():
+                if path.stem not in wanted:
+                    path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"cannot use the folder {self._folder}: {error.strerror}") from error
 
 
 def _write(file: FileIO, data: bytes | memoryview) -> None:

@@ -16,6 +16,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from fedgrpc.errors import UsageError
+from fedgrpc.rpc import framing
 from fedgrpc.rpc.channel import SERVER_OPTIONS, Options, Tls, check_target
 from fedgrpc.rpc.status import ErrorInterceptor
 from fedgrpc.v1 import aggregator_pb2_grpc, worker_pb2_grpc
@@ -35,12 +36,12 @@ class Service:
 
 def aggregator_service(servicer: aggregator_pb2_grpc.AggregatorServicer) -> Service:
     """The `Aggregator` service, served by `servicer`."""
-    return Service(AGGREGATOR, servicer, aggregator_pb2_grpc.add_AggregatorServicer_to_server)
+    return Service(AGGREGATOR, servicer, framing.add_aggregator)
 
 
 def worker_service(servicer: worker_pb2_grpc.WorkerServicer) -> Service:
     """The `Worker` service, served by `servicer`."""
-    return Service(WORKER, servicer, worker_pb2_grpc.add_WorkerServicer_to_server)
+    return Service(WORKER, servicer, framing.add_worker)
 
 
 class Health:

@@ -7,19 +7,21 @@ a slow link may need hours, but one that moves no byte for `stall_s` is given up
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc.aio
 
-from fedgrpc.codec.chunk import CHUNK_BYTES, chunks
+from fedgrpc.codec.chunk import CHUNK_BYTES, Chunk, chunks
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.codec.payload import Read
 from fedgrpc.errors import CorruptError, LayoutError, LinkError, WrongOffset
+from fedgrpc.rpc import framing
 from fedgrpc.rpc.client_stream import ClientStream
-from fedgrpc.rpc.convert import chunk_from_proto, chunk_to_proto, duration_from_proto, duration_to_proto
+from fedgrpc.rpc.convert import duration_from_proto, duration_to_proto
+from fedgrpc.rpc.lane import Lane
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, tensor_pb2
 from fedgrpc.worker.held import HeldModel, ModelFolder, PartialModel, Source
@@ -72,6 +74,8 @@ class AggregatorClient:
         self, channel: grpc.aio.Channel, worker: str, throttle: Throttle | None = None, stall_s: float = 300.0
     ) -> None:
         self._stub: Any = aggregator_pb2_grpc.AggregatorStub(channel)  # type: ignore[no-untyped-call]
+        self._pull_model = framing.pull_model(channel)
+        self._push_update = framing.push_update(channel)
         self._worker = worker
         self._throttle = throttle or Throttle()
         self._stall_s = stall_s
@@ -141,15 +145,17 @@ class AggregatorClient:
         size_bytes = header.manifest.size_bytes
         pacer = Pacer(self._throttle.link_bits_per_second)
         with domain_errors():
-            async with self._moving() as moved, _cancelled_on_exit(self._stub.PushUpdate()) as call:
+            async with self._moving() as moved, _cancelled_on_exit(self._push_update()) as call:
                 stream = ClientStream(call)
                 wanted = await stream.write(aggregator_pb2.PushUpdateRequest(header=header))
                 pieces = chunks(read, size_bytes, offset, self._chunk_bytes)
-                while wanted and (chunk := await asyncio.to_thread(next, pieces, None)) is not None:
-                    await pacer.wait(len(chunk.data), moved)
-                    wanted = await stream.write(aggregator_pb2.PushUpdateRequest(chunk=chunk_to_proto(chunk)))
-                    moved(0)
-                    report((chunk.offset + len(chunk.data)) / size_bytes)
+                async with aclosing(_ahead(pieces)) as framed:
+                    async for chunk, message in framed:
+                        await pacer.wait(len(chunk.data), moved)
+                        if not wanted or not (wanted := await stream.write(message)):
+                            break
+                        moved(0)
+                        report((chunk.offset + len(chunk.data)) / size_bytes)
                 response = await stream.finish()
         return response is not None and bool(response.complete)
 
@@ -185,7 +191,7 @@ class AggregatorClient:
         )
         try:
             with domain_errors():
-                async with self._moving(), _cancelled_on_exit(self._stub.PullModel(request)) as call:
+                async with self._moving(), _cancelled_on_exit(self._pull_model(request)) as call:
                     return _header_of(await call.read()).manifest.sha256 == held.manifest.sha256
         except WrongOffset:
             return False
@@ -199,7 +205,7 @@ class AggregatorClient:
             version=source.version, recipe=source.recipe, offset=offset, base_version=base_version
         )
         with domain_errors():
-            async with self._moving() as moved, _cancelled_on_exit(self._stub.PullModel(request)) as call:
+            async with self._moving() as moved, _cancelled_on_exit(self._pull_model(request)) as call:
                 header = _header_of(await call.read())
                 partial = await asyncio.to_thread(folder.open_partial, source, header, offset)
                 if partial is None:
@@ -212,14 +218,15 @@ class AggregatorClient:
 
     async def _receive(self, call: Any, partial: PartialModel, moved: Moved, report: Report) -> None:
         pacer = Pacer(self._throttle.link_bits_per_second)
-        while (message := await call.read()) is not grpc.aio.EOF:
-            if message.WhichOneof("content") != "chunk":
-                raise CorruptError("a second header came within a model stream")
-            chunk = chunk_from_proto(message.chunk)
-            await pacer.wait(len(chunk.data), moved)
-            await asyncio.to_thread(partial.append, chunk)
-            moved(0)
-            report(partial.size_bytes / partial.manifest.size_bytes)
+        async with Lane(partial.append) as lane:
+            while (chunk := await call.read()) is not grpc.aio.EOF:
+                if not isinstance(chunk, Chunk):
+                    raise CorruptError("a second header came within a model stream")
+                await pacer.wait(len(chunk.data), moved)
+                await lane.put(chunk)
+                moved(0)
+                report(partial.size_bytes / partial.manifest.size_bytes)
+            await lane.drain()
         if partial.size_bytes < partial.manifest.size_bytes:
             raise LinkError("the model stream ended early")
 
@@ -238,10 +245,26 @@ class AggregatorClient:
 
 
 def _header_of(message: Any) -> aggregator_pb2.ModelHeader:
-    if message is grpc.aio.EOF or message.WhichOneof("content") != "header":
+    if not isinstance(message, aggregator_pb2.PullModelResponse) or not message.HasField("header"):
         raise LinkError("the model stream came without its header")
-    header: aggregator_pb2.ModelHeader = message.header
-    return header
+    return message.header
+
+
+async def _ahead(pieces: Iterator[Chunk]) -> AsyncGenerator[tuple[Chunk, bytes], None]:
+    """Each chunk with its framed message, read and framed in a thread while the one before is being sent."""
+    coming = asyncio.ensure_future(asyncio.to_thread(_next_framed, pieces))
+    try:
+        while (framed := await coming) is not None:
+            coming = asyncio.ensure_future(asyncio.to_thread(_next_framed, pieces))
+            yield framed
+    finally:
+        # The file must not be closed under the thread that reads it.
+        await asyncio.wait([coming])
+
+
+def _next_framed(pieces: Iterator[Chunk]) -> tuple[Chunk, bytes] | None:
+    chunk = next(pieces, None)
+    return None if chunk is None else (chunk, framing.frame(chunk))
 
 
 @asynccontextmanager

@@ -4,14 +4,15 @@
     model/partial/     a download that goes on where it stopped
 
 The rule: a folder with a number is complete and its payload has matched its digest. Weights that came as a
-difference are kept whole, so that the held version never depends on another.
+difference are kept whole, so that the held version never depends on another. Nothing here is synced to the disk:
+what a power cut takes away can be pulled again, and what it leaves is checked at the next start.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +25,14 @@ from google.protobuf.message import DecodeError
 from fedgrpc.codec.chunk import Chunk, check_chunk
 from fedgrpc.codec.layout import Array
 from fedgrpc.codec.manifest import Limits, Manifest
-from fedgrpc.codec.payload import PayloadReader, Read, file_reader, write_payload
+from fedgrpc.codec.payload import PayloadReader, Read, buffer_reader, file_reader, verify_digest, write_payload
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.errors import CorruptError, LayoutError
+from fedgrpc.errors import CodecError, CorruptError, LayoutError
 from fedgrpc.rpc.convert import manifest_from_proto, manifest_to_proto
 from fedgrpc.v1 import aggregator_pb2, tensor_pb2
 from fedgrpc.worker.delta import apply_delta
-from fedgrpc.worker.disk import UNFINISHED, publish_folder, remove_folder, storage_errors, sweep
+from fedgrpc.worker.disk import UNFINISHED, remove_folder, storage_errors, sweep
 
 _ABOUT: Final = "about.json"
 _HEADER: Final = "header.pb"
@@ -65,9 +66,15 @@ class HeldModel:
         return self.source.version
 
     def weights(self) -> dict[str, Array]:
-        """All tensors, each its own writable array. Slow: run it in a thread."""
-        with self.reader() as read:
-            return {spec.name: _own(array) for spec, array in PayloadReader(self.manifest, read)}
+        """All tensors, each writable and no other's. Slow: run it in a thread.
+
+        Tensors that lie in the file as they are in memory are mapped, and copied only where they are written to.
+        """
+        path = self.folder / _PAYLOAD
+        with storage_errors(path):
+            content = np.memmap(path, np.uint8, "c") if self.manifest.size_bytes else np.empty(0, np.uint8)
+        reader = PayloadReader(self.manifest, buffer_reader(content.data))
+        return {spec.name: _own(array) for spec, array in reader}
 
     @contextmanager
     def reader(self) -> Iterator[Read]:
@@ -100,8 +107,8 @@ def _write_raw(weights: dict[str, Array], path: Path) -> Manifest:
 
 
 def _own(array: Array) -> Array:
-    """Decoded tensors may be read-only views of a frame; a trainer gets aligned arrays of its own."""
-    return np.require(array, requirements=["C", "A", "O", "W"])
+    """Decoded tensors may be read-only views of a frame; a trainer gets aligned arrays that it may change."""
+    return np.require(array, requirements=["C", "A", "W"])
 
 
 class PartialModel:
@@ -120,13 +127,14 @@ class PartialModel:
                 self._digest.update(piece)
                 self.size_bytes += len(piece)
 
-    def append(self, chunk: Chunk) -> None:
-        """Take the next chunk; raises WrongOffset, TooLargeError, LayoutError or CorruptError."""
-        check_chunk(chunk, self.size_bytes, self.manifest.size_bytes - self.size_bytes)
-        with storage_errors(self.folder):
-            self._file.write(chunk.data)
-        self._digest.update(chunk.data)
-        self.size_bytes += len(chunk.data)
+    def append(self, batch: Sequence[Chunk]) -> None:
+        """Take the next chunks; raises WrongOffset, TooLargeError, LayoutError or CorruptError."""
+        for chunk in batch:
+            check_chunk(chunk, self.size_bytes, self.manifest.size_bytes - self.size_bytes)
+            with storage_errors(self.folder):
+                self._file.write(chunk.data)
+            self._digest.update(chunk.data)
+            self.size_bytes += len(chunk.data)
 
     def close(self) -> None:
         """Keep what is there for the next attempt."""
@@ -203,7 +211,7 @@ class ModelFolder:
         _write_source(unfinished, source)
         (unfinished / _HEADER).write_bytes(header.SerializeToString(deterministic=True))
         (unfinished / _PAYLOAD).touch()
-        publish_folder(unfinished, self._partial)
+        unfinished.rename(self._partial)
 
     def finish(self, partial: PartialModel) -> HeldModel:
         """Verify the download and make it the held version. Slow: run it in a thread.
@@ -221,7 +229,7 @@ class ModelFolder:
             if partial.header.base_version:
                 self._merge(partial)
             final = self._folder / f"{self._next_number():08}"
-            publish_folder(self._partial, final)
+            self._partial.rename(final)
         old, self.held = self.held, _load(final)
         if old is not None:
             with storage_errors(old.folder):
@@ -244,7 +252,7 @@ class ModelFolder:
         (merged / _HEADER).write_bytes(header.SerializeToString(deterministic=True))
         _write_source(merged, Source(partial.source.run, partial.source.version, "raw"))
         self.drop_partial()
-        publish_folder(merged, self._partial)
+        merged.rename(self._partial)
 
     def _next_number(self) -> int:
         return max((int(path.name) for path in self._numbered()), default=0) + 1
@@ -259,8 +267,10 @@ class ModelFolder:
             if held is None:
                 try:
                     held = _load(folder)
+                    with held.reader() as read:
+                        verify_digest(held.manifest, read)
                     continue
-                except (OSError, ValueError, KeyError, DecodeError, LayoutError) as error:
+                except (OSError, ValueError, KeyError, DecodeError, CodecError) as error:
                     log.warning("held model dropped", folder=str(folder), reason=str(error))
             remove_folder(folder)
         return held

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Protocol
 
 import grpc.aio
 
-from fedgrpc.codec.chunk import chunks
+from fedgrpc.codec.chunk import Chunk, chunks
 from fedgrpc.codec.payload import file_reader
 from fedgrpc.errors import NotFound, WrongOffset
-from fedgrpc.rpc.convert import chunk_to_proto, manifest_to_proto
+from fedgrpc.rpc.convert import manifest_to_proto
+from fedgrpc.rpc.framing import frame
 from fedgrpc.v1 import aggregator_pb2, worker_pb2, worker_pb2_grpc
 from fedgrpc.worker.board import Board
 from fedgrpc.worker.disk import storage_errors
@@ -55,7 +56,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     async def PullModel(
         self, request: worker_pb2.WorkerPullModelRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[worker_pb2.WorkerPullModelResponse]:
+    ) -> AsyncIterator[worker_pb2.WorkerPullModelResponse | bytes]:
         """The held model in the raw recipe. The file stays readable while a newer version replaces it."""
         held = self._models.held
         if held is None:
@@ -70,8 +71,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             header = aggregator_pb2.ModelHeader(version=held.version, manifest=manifest_to_proto(manifest))
             yield worker_pb2.WorkerPullModelResponse(header=header)
             pieces = chunks(file_reader(file.fileno()), manifest.size_bytes, request.offset)
-            while (chunk := await asyncio.to_thread(next, pieces, None)) is not None:
-                yield worker_pb2.WorkerPullModelResponse(chunk=chunk_to_proto(chunk))
+            while (message := await asyncio.to_thread(_next_framed, pieces)) is not None:
+                yield message
 
     async def Pause(
         self, request: worker_pb2.PauseRequest, context: grpc.aio.ServicerContext
@@ -93,3 +94,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         """Finish the task in hand, then end the process."""
         self._steering.drain()
         return worker_pb2.DrainResponse(status=self._board.status.to_proto())
+
+
+def _next_framed(pieces: Iterator[Chunk]) -> bytes | None:
+    chunk = next(pieces, None)
+    return None if chunk is None else frame(chunk)

@@ -18,7 +18,7 @@ from fedgrpc.codec.payload import PayloadReader, buffer_reader, tensors_of, writ
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import CorruptError, LinkError, NotFound, RoundClosed, UnknownTask, UnknownWorker, WrongOffset
 from fedgrpc.rpc.convert import duration_to_proto, manifest_from_proto, manifest_to_proto
-from fedgrpc.rpc.server import AGGREGATOR, aggregator_service, serve
+from fedgrpc.rpc.server import AGGREGATOR, Service, serve
 from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, round_pb2
 from fedgrpc.worker.delta import Delta
 
@@ -209,7 +209,9 @@ class Peer(aggregator_pb2_grpc.AggregatorServicer):
 
 @asynccontextmanager
 async def serving(peer, address="127.0.0.1:0"):
-    async with serve(address, [aggregator_service(peer)], grace_s=0) as server:
+    # Generated code on this side: what the worker frames by hand must be what protobuf reads, and the reverse.
+    service = Service(AGGREGATOR, peer, aggregator_pb2_grpc.add_AggregatorServicer_to_server)
+    async with serve(address, [service], grace_s=0) as server:
         await server.health.set(AGGREGATOR, True)
         yield server
 

@@ -1,0 +1,95 @@
+"""One upload on its way from the wire to its file.
+
+The rule: no message is read before there is memory for it, and that is given back when its bytes are in the file.
+So the memory of all uploads together has a bound, and a slow sender waits for nobody and nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+from fedgrpc.aggregator.memory import ByteBudget
+from fedgrpc.aggregator.uploads import Upload
+from fedgrpc.codec.chunk import CHUNK_BYTES, Chunk
+from fedgrpc.errors import LinkError, TooLargeError, WrongOffset
+from fedgrpc.rpc.lane import Lane
+
+_LEAST_BYTES = 16 << 10
+
+
+class Intake:
+    """Takes the chunks of one stream into `upload`."""
+
+    def __init__(self, upload: Upload, budget: ByteBudget, max_chunk_bytes: int) -> None:
+        self._upload = upload
+        self._budget = budget
+        self._max_chunk_bytes = max_chunk_bytes
+        self._expected_bytes = min(CHUNK_BYTES, max_chunk_bytes)
+        self._next_offset = upload.size_bytes
+        self._reading = False
+
+    async def run(
+        self, chunks: AsyncIterator[Chunk], idle_s: float, still_wanted: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Commit chunks until the stream ends; `still_wanted` is asked after each and raises when they are not.
+
+        Raises as `Upload.append` does, and `LinkError` when nothing comes for `idle_s`.
+        """
+        loop = asyncio.get_running_loop()
+        lane: Lane[Chunk] | None = None
+        try:
+            async with asyncio.timeout(None) as limit:
+
+                def failed() -> None:
+                    # Nothing more may come, and the sender is to hear of it now.
+                    if self._reading:
+                        limit.reschedule(loop.time())
+
+                async with Lane(self._upload.append, done=self._committed, failed=failed) as lane:
+                    while True:
+                        reserved = await self._reserve()
+                        limit.reschedule(loop.time() + idle_s)
+                        chunk = await self._read(chunks, reserved)
+                        limit.reschedule(None)
+                        if chunk is None:
+                            return await lane.drain()
+                        await lane.put(chunk)
+                        await still_wanted()
+        except TimeoutError:
+            if lane is not None:
+                await lane.drain()
+            raise LinkError(f"no byte came for {idle_s:g} s") from None
+
+    async def _reserve(self) -> int:
+        left = self._upload.manifest.size_bytes - self._next_offset
+        size = min(self._expected_bytes, max(left, _LEAST_BYTES))
+        await self._budget.take(size)
+        return size
+
+    async def _read(self, chunks: AsyncIterator[Chunk], reserved: int) -> Chunk | None:
+        """The next chunk, with its size taken from the budget in place of `reserved`; None at the end."""
+        size = 0
+        self._reading = True
+        try:
+            chunk = await anext(chunks, None)
+            if chunk is None:
+                return None
+            self._check(chunk)
+            size = len(chunk.data)
+        finally:
+            self._reading = False
+            self._budget.give_back(reserved - size)
+        self._expected_bytes = max(size, _LEAST_BYTES)
+        self._next_offset += size
+        return chunk
+
+    def _check(self, chunk: Chunk) -> None:
+        """What can be told at once; the rest is found out in the thread."""
+        if len(chunk.data) > self._max_chunk_bytes:
+            raise TooLargeError(f"a chunk of {len(chunk.data)} bytes; allowed are {self._max_chunk_bytes}")
+        if chunk.offset != self._next_offset:
+            raise WrongOffset(f"the chunk starts at offset {chunk.offset}, expected is {self._next_offset}")
+
+    def _committed(self, batch: Sequence[Chunk]) -> None:
+        self._budget.give_back(sum(len(chunk.data) for chunk in batch))

@@ -1,0 +1,160 @@
+"""Chunk messages framed by hand: the bytes that protobuf would write, without protobuf's copies of `data`.
+
+The messages that carry payloads have a chunk as field 2: `PullModelResponse`, `WorkerPullModelResponse` and
+`PushUpdateRequest`. On the wire such a message is (https://protobuf.dev/programming-guides/encoding/):
+
+    12 LENGTH               field 2 of the message: the chunk
+       08 OFFSET            varint; absent when 0
+       12 LENGTH DATA       absent when empty
+       1d CRC32             4 bytes, little-endian; absent when 0
+
+`frame` writes exactly what the generated classes serialize. `parse` reads this form and leaves everything else
+(headers, other orders of fields, fields yet unknown) to the generated classes, so any peer is understood.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+import grpc
+import grpc.aio
+
+from fedgrpc.codec.chunk import Chunk
+from fedgrpc.rpc.convert import chunk_from_proto
+from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, worker_pb2, worker_pb2_grpc
+
+_AGGREGATOR: Final = "fedgrpc.v1.Aggregator"
+_WORKER: Final = "fedgrpc.v1.Worker"
+_CHUNK_TAG: Final = 0x12
+_OFFSET_TAG: Final = 0x08
+_DATA_TAG: Final = 0x12
+_CRC_TAG: Final = 0x1D
+_CRC: Final = struct.Struct("<BI")
+_MAX_VARINT_BYTES: Final = 10
+
+
+class _Message(Protocol):
+    def SerializeToString(self) -> bytes: ...  # noqa: N802
+
+
+def frame(chunk: Chunk) -> bytes:
+    """The serialized message around `chunk`: one copy of its data, and the last."""
+    size = len(chunk.data)
+    before = b"" if not chunk.offset else b"\x08" + _varint(chunk.offset)
+    if size:
+        before += b"\x12" + _varint(size)
+    after = _CRC.pack(_CRC_TAG, chunk.crc32) if chunk.crc32 else b""
+    head = b"\x12" + _varint(len(before) + size + len(after)) + before
+    return b"".join((head, chunk.data, after))
+
+
+def parse(message: bytes) -> Chunk | None:
+    """The chunk in a serialized message, its data a view of it; None for any other form of message."""
+    try:
+        return _parse(message)
+    except IndexError:
+        return None
+
+
+def _parse(message: bytes) -> Chunk | None:
+    if message[0] != _CHUNK_TAG:
+        return None
+    size, at = _read_varint(message, 1)
+    if at + size != len(message):
+        return None
+    offset, data, crc32 = 0, memoryview(b""), 0
+    if at < len(message) and message[at] == _OFFSET_TAG:
+        offset, at = _read_varint(message, at + 1)
+    if at < len(message) and message[at] == _DATA_TAG:
+        size, at = _read_varint(message, at + 1)
+        data = memoryview(message)[at : at + size]
+        at += size
+    if at + _CRC.size == len(message) and message[at] == _CRC_TAG:
+        _, crc32 = _CRC.unpack_from(message, at)
+        at += _CRC.size
+    return Chunk(offset, data, crc32) if at == len(message) and offset < 1 << 64 else None
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _read_varint(message: bytes, at: int) -> tuple[int, int]:
+    """Value and the position after it. Raises IndexError where the message ends, or the number does not."""
+    value = 0
+    for shift in range(0, 7 * _MAX_VARINT_BYTES, 7):
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise IndexError("a varint of more than 10 bytes")
+
+
+def to_wire(message: bytes | _Message) -> bytes:
+    """Serializer of streams: framed chunks pass as they are, messages are serialized."""
+    return message if isinstance(message, bytes) else message.SerializeToString()
+
+
+def _reader(message_class: Any) -> Callable[[bytes], Any]:
+    """Deserializer of streams: a `Chunk` wherever the message holds one, else the message."""
+
+    def from_wire(data: bytes) -> Any:
+        chunk = parse(data)
+        if chunk is not None:
+            return chunk
+        message = message_class.FromString(data)
+        return chunk_from_proto(message.chunk) if message.WhichOneof("content") == "chunk" else message
+
+    return from_wire
+
+
+_pull_response = _reader(aggregator_pb2.PullModelResponse)
+_worker_pull_response = _reader(worker_pb2.WorkerPullModelResponse)
+_push_request = _reader(aggregator_pb2.PushUpdateRequest)
+
+
+def pull_model(channel: grpc.aio.Channel) -> Any:
+    """The aggregator's `PullModel`, whose stream gives its header's message, then each `Chunk`."""
+    return channel.unary_stream(
+        f"/{_AGGREGATOR}/PullModel", aggregator_pb2.PullModelRequest.SerializeToString, _pull_response
+    )
+
+
+def push_update(channel: grpc.aio.Channel) -> Any:
+    """The aggregator's `PushUpdate`, whose stream takes its header's message, then framed chunks."""
+    return channel.stream_unary(
+        f"/{_AGGREGATOR}/PushUpdate", to_wire, aggregator_pb2.PushUpdateResponse.FromString
+    )
+
+
+def add_aggregator(servicer: aggregator_pb2_grpc.AggregatorServicer, server: grpc.aio.Server) -> None:
+    """Serve `servicer`: its `PullModel` may yield framed chunks, its `PushUpdate` gets each `Chunk`."""
+    aggregator_pb2_grpc.add_AggregatorServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    server.add_registered_method_handlers(
+        _AGGREGATOR,
+        {
+            "PullModel": grpc.unary_stream_rpc_method_handler(
+                servicer.PullModel, aggregator_pb2.PullModelRequest.FromString, to_wire
+            ),
+            "PushUpdate": grpc.stream_unary_rpc_method_handler(
+                servicer.PushUpdate, _push_request, aggregator_pb2.PushUpdateResponse.SerializeToString
+            ),
+        },
+    )
+
+
+def add_worker(servicer: worker_pb2_grpc.WorkerServicer, server: grpc.aio.Server) -> None:
+    """Serve `servicer`: its `PullModel` may yield framed chunks."""
+    worker_pb2_grpc.add_WorkerServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    pull = grpc.unary_stream_rpc_method_handler(
+        servicer.PullModel, worker_pb2.WorkerPullModelRequest.FromString, to_wire
+    )
+    server.add_registered_method_handlers(_WORKER, {"PullModel": pull})
