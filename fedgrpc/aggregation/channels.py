@@ -8,6 +8,7 @@ any version of numpy, so that only the few numbers of the `SubModel` need to tra
 prefix    the first channels: HeteroFL (arXiv 2010.01264)
 rolling   a window that moves on by one channel each round and wraps around: FedRolex (arXiv 2212.01548)
 random    drawn anew each round: Federated Dropout (arXiv 1812.07210)
+magnitude those whose weights are largest: structured pruning (arXiv 1608.08710)
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 from fedgrpc.aggregation.coverage import Coverage
 from fedgrpc.errors import LayoutError, UsageError
 
-RULES = ("prefix", "rolling", "random")
+RULES = ("prefix", "rolling", "random", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class SubModel:
         """Two sub-models with the same text have the same channels."""
         if self.whole:
             return "whole"
-        moving = "" if self.rule == "prefix" else f":{self.round}"
+        moving = f":{self.round}" if self.rule in ("rolling", "random") else ""
         return f"{self.rule}{moving}:{self.width!r}"
 
 
@@ -108,23 +109,42 @@ class ChannelMap:
                 return -1
         return total
 
-    def select(self, sub_model: SubModel) -> Selection:
-        """The sub-model's coverage of every tensor."""
-        return Selection(self, sub_model)
+    def select(self, sub_model: SubModel, weights: Mapping[str, np.ndarray] | None = None) -> Selection:
+        """The sub-model's coverage of every tensor; the rule "magnitude" wants the whole model's weights."""
+        if sub_model.rule == "magnitude" and not sub_model.whole and weights is None:
+            raise ValueError("channels are chosen by magnitude where the weights are known")
+        return Selection(self, sub_model, weights)
+
+    def norms(self, number: int, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Sum of squares of the weights that make each channel of a group: those of axis 0, float64 [channels]."""
+        total = np.zeros(self.groups[number].channels)
+        for name, axes in self.tensors.items():
+            if axes and axes[0] and len(axes) > 1 and axes[0][0].group == number and len(axes[0]) == 1:
+                rows = weights[name].reshape(len(total), -1).astype(np.float64)
+                total += np.einsum("ij,ij->i", rows, rows)
+        return total
 
 
 class Selection:
     """Coverages of the tensors of one sub-model."""
 
-    def __init__(self, channel_map: ChannelMap, sub_model: SubModel) -> None:
+    def __init__(
+        self, channel_map: ChannelMap, sub_model: SubModel, weights: Mapping[str, np.ndarray] | None = None
+    ) -> None:
         self._map = channel_map
         self._sub_model = sub_model
+        self._weights = weights
 
     @cached_property
     def kept(self) -> tuple[np.ndarray, ...]:
         """Increasing channels (int64) kept of each group."""
-        groups = enumerate(self._map.groups)
-        return tuple(kept_channels(group, self._sub_model, number) for number, group in groups)
+        kept = []
+        for number, group in enumerate(self._map.groups):
+            norms = None
+            if self._sub_model.rule == "magnitude" and self._weights is not None:
+                norms = self._map.norms(number, self._weights)
+            kept.append(kept_channels(group, self._sub_model, number, norms))
+        return tuple(kept)
 
     def coverage(self, name: str, shape: tuple[int, ...]) -> Coverage:
         """What the sub-model has of the tensor `name` of the whole model's `shape`."""
@@ -151,18 +171,22 @@ class Selection:
         return len(self.kept[group]) == self._map.groups[group].channels
 
 
-def kept_channels(group: ChannelGroup, sub_model: SubModel, number: int) -> np.ndarray:
+def kept_channels(
+    group: ChannelGroup, sub_model: SubModel, number: int, norms: np.ndarray | None = None
+) -> np.ndarray:
     """Increasing channels of `group`, the `number`-th of its model; at least one of each block."""
     size = group.channels // group.blocks
     count = max(1, math.ceil(sub_model.width * size - 1e-9))
-    if sub_model.rule == "prefix":
-        within = np.arange(count)
+    starts = np.arange(group.blocks)[:, None] * size
+    if norms is not None:
+        within = np.argsort(-norms.reshape(group.blocks, size), axis=1, kind="stable")[:, :count]
     elif sub_model.rule == "rolling":
         within = (sub_model.round + np.arange(count)) % size
-    else:
+    elif sub_model.rule == "random":
         within = _ranked(size, f"{sub_model.round}/{number}")[:count]
-    starts = np.arange(group.blocks) * size
-    return np.sort((starts[:, None] + within).reshape(-1)).astype(np.int64)
+    else:
+        within = np.arange(count)
+    return np.sort((starts + within).reshape(-1)).astype(np.int64)
 
 
 def _ranked(size: int, seed: str) -> np.ndarray:

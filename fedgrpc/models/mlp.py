@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """Fully connected layers with an `activation` between them; a batch of any shape [B, ...] is flattened first."""
+    """Fully connected layers with an `activation` between them; a batch [B, ...] is flattened first."""
 
     def __init__(
         self,

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
+_FUSED = (torch.float32, torch.float64)
+
 
 class Optimizer(Protocol):
     """What training needs of an optimizer; every `torch.optim.Optimizer` has it."""
@@ -42,13 +44,15 @@ class MomentumSgd:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         velocities = [self._velocities[place] for place in places]
         sparse = any(gradient.is_sparse for gradient in gradients)
+        # On a CPU, torch's fused step leaves 16-bit parameters as they are at first, without a word.
+        fused = not sparse and all(parameter.dtype in _FUSED for parameter in parameters)
         sgd(
             list(parameters),
             gradients,
             velocities,
             has_sparse_grad=sparse,
             foreach=False,
-            fused=not sparse,
+            fused=fused,
             weight_decay=self._weight_decay,
             momentum=self._momentum,
             lr=self._learning_rate,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedgrpc.aggregation.channels import RULES, ChannelGroup, SubModel, kept_channels, sub_shapes
+from fedgrpc.aggregation.channels import ChannelGroup, SubModel, kept_channels, sub_shapes
 from fedgrpc.compression.slicing import check_runs, resized, shapes_of
 from fedgrpc.compression.tracing import trace_channels
 from fedgrpc.errors import UsageError
@@ -56,7 +56,7 @@ def parameter_count(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["prefix", "rolling", "random"])
 @pytest.mark.parametrize("width", [0.5, 0.25])
 def test_every_model_has_sub_models_that_run_and_train(name: str, rule: str, width: float) -> None:
     build, shape = MODELS[name]

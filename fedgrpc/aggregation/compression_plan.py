@@ -1,0 +1,238 @@
+"""What one device's local model is made of: narrower, pruned, quantized, clustered, in a small number format.
+
+Every part may be left out, and any combination is a plan. In TOML:
+
+    width = 0.5                    # of the channels
+    rule = "rolling"               # which ones: prefix, rolling, random, magnitude
+    personal_layers = ["head.*"]   # stay on the device
+
+    [pruning]
+    ratio = 0.5
+    scope = "layer"                # each layer alike; "global": the smallest of all layers
+
+    [quantization]
+    weight_bits = 8
+    activation_bits = 8
+
+    [clustering]
+    clusters = 16
+    layers = ["fc*"]
+
+    [arithmetic]
+    format = "float16"
+    emulated = true                # every operation rounded, even where the machine has the type
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from fedgrpc.aggregation.channels import SubModel
+from fedgrpc.errors import UsageError
+
+SCOPES = ("layer", "global")
+ROUNDINGS = ("nearest", "stochastic")
+FORMATS = (
+    *("float64", "float32", "float24", "float16", "bfloat16"),
+    *("float8_e4m3", "float8_e4m3fn", "float8_e5m2"),
+)
+_OTHER_FORMAT = re.compile(r"e\d{1,2}s\d{1,2}|fixed\d{1,2}\.-?\d{1,2}")
+_ALL = ("*",)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Zero the `ratio` of the weights that are smallest; in each of the `layers`, or in all of them together."""
+
+    ratio: float = 0.5
+    scope: str = "layer"
+    layers: tuple[str, ...] = _ALL
+
+    def __post_init__(self) -> None:
+        _check(0 < self.ratio < 1, f"a pruning ratio is above 0 and below 1, not {self.ratio:g}")
+        _check(self.scope in SCOPES, f"pruning has the scope {' or '.join(SCOPES)}, not {self.scope!r}")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Weights, and inputs of layers, of few bits, trained with straight-through gradients; 0 bits: as they are."""
+
+    weight_bits: int = 8
+    activation_bits: int = 0
+    layers: tuple[str, ...] = _ALL
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits"):
+            bits = getattr(self, name)
+            _check(bits == 0 or 2 <= bits <= 16, f"{name} are 2 to 16, or 0 for none, not {bits}")
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Each of the `layers` has this many different weights."""
+
+    clusters: int = 16
+    layers: tuple[str, ...] = _ALL
+
+    def __post_init__(self) -> None:
+        _check(2 <= self.clusters <= 256, f"a layer has 2 to 256 clusters, not {self.clusters}")
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The number format that all training is done in: natively where torch has it, unless `emulated`."""
+
+    format: str = "float32"
+    rounding: str = "nearest"
+    emulated: bool = False
+
+    def __post_init__(self) -> None:
+        known = self.format in FORMATS or _OTHER_FORMAT.fullmatch(self.format)
+        _check(bool(known), f"no number format {self.format!r}: choose {', '.join(FORMATS)}, or one like e5s11")
+        _check(self.rounding in ROUNDINGS, f"rounding is {' or '.join(ROUNDINGS)}, not {self.rounding!r}")
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """One device's local model. The parts apply in this order; the default changes nothing."""
+
+    width: float = 1.0
+    rule: str = "prefix"
+    personal_layers: tuple[str, ...] = ()
+    pruning: Pruning | None = None
+    clustering: Clustering | None = None
+    quantization: Quantization | None = None
+    arithmetic: Arithmetic | None = None
+
+    def __post_init__(self) -> None:
+        self.sub_model(0)
+
+    def sub_model(self, round_number: int) -> SubModel:
+        """The channels that are trained in a round."""
+        return SubModel(self.width, self.rule, 0 if self.rule in ("prefix", "magnitude") else round_number)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the local model is the global one, or a slice of it, and nothing more is done on the device."""
+        techniques = (self.pruning, self.clustering, self.quantization, self.arithmetic)
+        return not self.personal_layers and all(part is None for part in techniques)
+
+    def is_personal(self, name: str) -> bool:
+        """Whether the tensor of that name never leaves the device."""
+        return matches(name, self.personal_layers)
+
+    @classmethod
+    def from_toml(cls, text: str) -> CompressionPlan:
+        """Read the text form. Raises `UsageError`."""
+        try:
+            return cls.from_mapping(tomllib.loads(text))
+        except tomllib.TOMLDecodeError as error:
+            raise UsageError(f"a compression plan is TOML: {error}") from error
+
+    @classmethod
+    def from_mapping(cls, table: Mapping[str, Any]) -> CompressionPlan:
+        """Read what a TOML file holds of a plan. Raises `UsageError`."""
+        plan = _read(cls, table, "the compression plan")
+        assert isinstance(plan, cls)
+        return plan
+
+    def to_toml(self) -> str:
+        """The text form: only what differs from the default."""
+        lines, tables = [], []
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if each.name in _PARTS and value is not None:
+                tables += [
+                    "",
+                    f"[{each.name}]",
+                    *(_line(part.name, getattr(value, part.name)) for part in _of(value)),
+                ]
+            elif each.name not in _PARTS and value != each.default:
+                lines.append(_line(each.name, value))
+        return "\n".join([*lines, *tables]).strip() + "\n" if lines or tables else ""
+
+
+_PARTS: dict[str, type] = {
+    "pruning": Pruning,
+    "clustering": Clustering,
+    "quantization": Quantization,
+    "arithmetic": Arithmetic,
+}
+
+
+@dataclass(frozen=True)
+class PlanTable:
+    """Plans by device class; `default` for all other classes."""
+
+    default: CompressionPlan = field(default_factory=CompressionPlan)
+    classes: Mapping[str, CompressionPlan] = field(default_factory=dict)
+
+    def plan_of(self, device_class: str) -> CompressionPlan:
+        """The plan of a device of that class."""
+        return self.classes.get(device_class, self.default)
+
+    @property
+    def trivial(self) -> bool:
+        """Whether every device trains the whole model as it is."""
+        return all(plan == CompressionPlan() for plan in (self.default, *self.classes.values()))
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a tensor's name fits any of the patterns (fnmatch)."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _read(kind: type, table: Mapping[str, Any], what: str) -> Any:
+    fields = {each.name: each for each in dataclasses.fields(kind)}
+    arguments: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in fields:
+            raise UsageError(f"{what} has no {key!r}; it has {', '.join(fields)}")
+        if key in _PARTS and kind is CompressionPlan:
+            if not isinstance(value, Mapping):
+                raise UsageError(f"{key} of {what} is a table")
+            arguments[key] = _read(_PARTS[key], value, key)
+        else:
+            arguments[key] = _value(value, fields[key].type, f"{key} of {what}")
+    return kind(**arguments)
+
+
+def _value(value: Any, declared: Any, what: str) -> Any:
+    """`value` if it is of the declared type, given by name; whole numbers do for fractions."""
+    if declared.startswith("tuple"):
+        if isinstance(value, list) and all(isinstance(each, str) for each in value):
+            return tuple(value)
+        raise UsageError(f"{what} is a list of strings, not {value!r}")
+    if declared == "float" and type(value) is int:
+        return float(value)
+    if type(value).__name__ != declared:
+        raise UsageError(f"{what} is a {declared}, not {value!r}")
+    return value
+
+
+def _of(value: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return tuple(each for each in dataclasses.fields(value) if getattr(value, each.name) != each.default)
+
+
+def _line(name: str, value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"{name} = [{', '.join(map(_quoted, value))}]"
+    if isinstance(value, bool):
+        return f"{name} = {str(value).lower()}"
+    return f"{name} = {_quoted(value) if isinstance(value, str) else repr(value)}"
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise UsageError(message)

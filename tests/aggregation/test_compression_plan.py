@@ -1,0 +1,118 @@
+"""One plan says everything about a device's local model, in TOML as in code."""
+
+from __future__ import annotations
+
+import tomllib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedgrpc.aggregation import compression_plan
+from fedgrpc.aggregation.compression_plan import (
+    FORMATS,
+    Arithmetic,
+    Clustering,
+    CompressionPlan,
+    PlanTable,
+    Pruning,
+    Quantization,
+)
+from fedgrpc.errors import UsageError
+
+LAYERS = st.lists(st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=8), max_size=3).map(tuple)
+PLANS = st.builds(
+    CompressionPlan,
+    width=st.floats(0, 1, exclude_min=True),
+    rule=st.sampled_from(["prefix", "rolling", "random", "magnitude"]),
+    personal_layers=LAYERS,
+    pruning=st.none()
+    | st.builds(
+        Pruning,
+        st.floats(0, 1, exclude_min=True, exclude_max=True),
+        st.sampled_from(["layer", "global"]),
+        LAYERS,
+    ),
+    clustering=st.none() | st.builds(Clustering, st.integers(2, 256), LAYERS),
+    quantization=st.none()
+    | st.builds(Quantization, st.sampled_from([0, 2, 8, 16]), st.sampled_from([0, 4, 8]), LAYERS),
+    arithmetic=st.none()
+    | st.builds(
+        Arithmetic, st.sampled_from([*FORMATS, "e5s9", "fixed8.4"]), st.sampled_from(["nearest", "stochastic"])
+    ),
+)
+
+
+@given(PLANS)
+def test_any_combination_comes_back_from_its_text(plan: CompressionPlan) -> None:
+    text = plan.to_toml()
+    tomllib.loads(text)
+    assert CompressionPlan.from_toml(text) == plan
+
+
+def test_pruned_by_half_with_8_bit_weights_and_16_clusters_in_the_classifier_is_one_plan() -> None:
+    text = """
+        [pruning]
+        ratio = 0.5
+
+        [quantization]
+        weight_bits = 8
+
+        [clustering]
+        clusters = 16
+        layers = ["classifier.*"]
+    """
+    assert CompressionPlan.from_toml(text) == CompressionPlan(
+        pruning=Pruning(0.5), quantization=Quantization(8), clustering=Clustering(16, ("classifier.*",))
+    )
+
+
+def test_the_example_in_the_documentation_is_a_plan() -> None:
+    assert compression_plan.__doc__ is not None
+    plan = CompressionPlan.from_toml(compression_plan.__doc__.partition("In TOML:")[2])
+    assert plan.width == 0.5
+    assert plan.arithmetic == Arithmetic("float16", emulated=True)
+
+
+def test_the_default_changes_nothing_and_has_no_text() -> None:
+    assert CompressionPlan().to_toml() == ""
+    assert CompressionPlan().plain
+    assert CompressionPlan(width=0.5).plain
+    assert not CompressionPlan(personal_layers=("head.*",)).plain
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("width = 0.0", "above 0 to 1"),
+        ("width = 'half'", "is a float"),
+        ("wdith = 0.5", "has no 'wdith'"),
+        ("rule = 'best'", "no rule 'best'"),
+        ("personal_layers = 'head'", "list of strings"),
+        ("pruning = 0.5", "is a table"),
+        ("[pruning]\nratio = 1.0", "below 1"),
+        ("[pruning]\nscope = 'all'", "layer or global"),
+        ("[quantization]\nweight_bits = 1", "2 to 16"),
+        ("[quantization]\nweight_bits = true", "is a int"),
+        ("[clustering]\nclusters = 1", "2 to 256"),
+        ("[arithmetic]\nformat = 'float12'", "no number format"),
+        ("[arithmetic]\nrounding = 'up'", "nearest or stochastic"),
+        ("width 0.5", "is TOML"),
+    ],
+)
+def test_a_plan_that_is_none_is_refused_with_the_reason(text: str, complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        CompressionPlan.from_toml(text)
+
+
+def test_rolling_windows_move_with_the_round_and_prefixes_do_not() -> None:
+    assert CompressionPlan(0.5, "rolling").sub_model(3) != CompressionPlan(0.5, "rolling").sub_model(4)
+    assert CompressionPlan(0.5, "prefix").sub_model(3) == CompressionPlan(0.5, "prefix").sub_model(4)
+
+
+def test_a_table_pins_a_plan_per_device_class() -> None:
+    table = PlanTable(CompressionPlan(), {"raspberry-pi-3": CompressionPlan(0.25)})
+    assert table.plan_of("raspberry-pi-3").width == 0.25
+    assert table.plan_of("jetson").width == 1.0
+    assert not table.trivial
+    assert PlanTable().trivial
