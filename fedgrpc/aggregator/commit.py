@@ -21,6 +21,7 @@ from fedgrpc.aggregation.server_optimizer import ServerOptimizer
 from fedgrpc.aggregator.model_file import ModelFile, ModelWriter
 from fedgrpc.aggregator.uploads import StoredUpdate
 from fedgrpc.codec.layout import Layout, TensorSpec
+from fedgrpc.errors import UpdateRefused
 
 _GROUP_ELEMENTS = 1 << 20
 _CACHED_MANIFESTS = 64
@@ -53,7 +54,8 @@ class Commit:
     def write(self, model_path: Path, memory_path: Path) -> bytes:
         """Write the new version, and the optimizer's memory if it has any; returns the model's SHA-256.
 
-        Raises `StorageError`, and `CodecError` when a file is not what was accepted.
+        Raises `StorageError`, `CodecError` when a file is not what was accepted, and `UpdateRefused` when what the
+        updates make of the model is not finite.
         """
         memory_layout = self.memory_layout
         with ModelWriter(model_path, self.base.layout) as model:
@@ -91,7 +93,8 @@ class Commit:
             spec = self.base.layout[index]
             if spec.is_float:
                 base = self.base.tensor(index).astype(np.float64)
-                stepped.append(self.optimizer.step(base, mean, self._memory_of(spec)))
+                values, memory = self.optimizer.step(base, mean, self._memory_of(spec))
+                stepped.append((_finite(spec, values), memory))
             else:
                 stepped.append((np.rint(mean), ()))
         return stepped
@@ -110,6 +113,15 @@ class Commit:
         if self.memory is None:
             return tuple(np.zeros(spec.shape) for _ in range(count))
         return tuple(self.memory.named(f"{part}/{spec.name}").astype(np.float64) for part in range(count))
+
+
+def _finite(spec: TensorSpec, values: np.ndarray) -> np.ndarray:
+    """`values` in the dtype of `spec`. Raises `UpdateRefused` when it cannot hold them: no worker could go on."""
+    with np.errstate(over="ignore"):
+        cast = values.astype(spec.numpy_dtype)
+    if not np.isfinite(cast).all():
+        raise UpdateRefused(f"the new values of tensor {spec.name!r} would not be finite in {spec.dtype}")
+    return cast
 
 
 def groups(layout: Layout) -> Iterator[Group]:

@@ -277,8 +277,8 @@ class Coordinator:
     def accept(self, token: str, report: Report) -> None:
         """Count a durable update. Raises `RoundClosed` when it came too late."""
         current = self._with(token)
-        current.reports[token] = report
         self.dispatch(Accepted(token))
+        current.reports[token] = report
         self._log.info(
             "update accepted",
             round=current.state.number,
@@ -318,12 +318,9 @@ class Coordinator:
         self, version: int, workers: dict[str, float] | None = None, evaluator: dict[str, float] | None = None
     ) -> None:
         """Add scores of `version` to the record of the round that wrote it, and end the run if they will do."""
-        record = await self.in_database(self.store.round_of_version, version)
+        record = await self.in_database(self.store.add_scores, version, workers or {}, evaluator or {})
         if record is None:
             return
-        record.metrics.update(workers or {})
-        record.evaluator_metrics.update(evaluator or {})
-        await self.in_database(self.store.update_record, record)
         if self.last_record is not None and self.last_record.number == record.number:
             self.last_record = record
         target = self.settings.target
@@ -404,7 +401,7 @@ class Coordinator:
             worker.woken.set()
         elif isinstance(effect, Cancel):
             self._cancelled(effect)
-        else:
+        elif isinstance(effect, Select | Commit | Finished):
             self.effects.append(effect)
 
     def _cancelled(self, cancel: Cancel) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -89,8 +89,7 @@ class Driver:
     async def _import(self, model: ModelFile) -> None:
         """Make a safetensors file version 1."""
         it = self._it
-        tensors = (model.tensor(index) for index in range(len(model.layout)))
-        digest = await asyncio.to_thread(write_model, it.models.path(1), model.layout, tensors)
+        digest = await asyncio.to_thread(write_model, it.models.path(1), model.layout, _finite_tensors(model))
         await it.in_database(it.store.save_version, Version(1, 0, digest))
         it.run.version, it.run.layout = 1, model.layout
         self._log.info("initial model", file=str(model.path), tensors=len(model.layout))
@@ -120,6 +119,7 @@ class Driver:
             current.device_classes[task.worker] = device.device_class
             if not task.phase.final:
                 it.fleet.get(task.worker).token = token
+        await self._prepare_download(current)
         self._log.info("round resumed", round=record.number, accepted=len(reports))
 
     @property
@@ -281,6 +281,7 @@ class Driver:
         version: Version | None = None
         if current.kind != TASK_KIND_EVALUATE:
             version = await self._write_version(current, weights)
+        layout = it.models.open(version.version).layout if version else it.run.layout
         after, _ = step(current.state, Committed(version.version if version else current.base_version), it.clock())
         current.weights = weights
         current.global_s = time.monotonic() - begun
@@ -289,23 +290,26 @@ class Driver:
         record = replace(current, state=after).record(time.time(), it.clock())
         accepted = [after.tasks[token].worker for token in commit.tokens]
         await it.in_database(it.store.finish_round, record, _rows(after), accepted, version)
+        # It is stored: no wait from here on, or a second try would store it twice.
         if version is not None:
-            it.run.version = version.version
-            it.run.layout = it.models.open(version.version).layout
+            it.run.version, it.run.layout = version.version, layout
         for name in accepted:
             it.fleet.get(name).accepted += 1
         it.dispatch(Committed(version.version if version else current.base_version))
-        scores = mean_metrics([(r.evaluation_metrics, r.evaluation_example_count) for r, _ in pairs])
+
+    async def _keep_scores(self, current: CurrentRound) -> None:
+        """What the workers of a committed round say of the version they were given."""
+        reports = [current.reports[token] for token in current.weights]
+        scores = mean_metrics([(r.evaluation_metrics, r.evaluation_example_count) for r in reports])
         self._closing_evaluation = self._settings.evaluate and bool(scores)
         if scores:
-            await it.keep_scores(current.base_version, workers=scores)
-        self._log.info(
-            "round committed", round=record.number, version=it.run.version, updates=len(accepted), **scores
-        )
+            await self._it.keep_scores(current.base_version, workers=scores)
+        number, version = current.state.number, self._it.run.version
+        self._log.info("round committed", round=number, version=version, updates=len(reports), **scores)
 
     def _weights(self, current: CurrentRound, tokens: tuple[str, ...]) -> dict[str, float]:
         """p_m where the operator has set any (1 for workers not named), else the count of examples."""
-        chosen = self._settings.worker_weights
+        chosen = self._settings.worker_weights if current.kind == TASK_KIND_TRAIN else {}
         weights = {}
         for token in tokens:
             count = float(current.reports[token].example_count)
@@ -319,7 +323,7 @@ class Driver:
         number = current.base_version + 1
         path = it.models.path(number)
         if current.kind == TASK_KIND_INITIALIZE:
-            (token,) = weights
+            token = next(iter(weights))
             digest = await asyncio.to_thread(_write_values, path, self._load(token))
         else:
             base = it.models.open(current.base_version)
@@ -338,22 +342,25 @@ class Driver:
         """Record an abandoned round (a committed one is recorded with its version), and clean up."""
         it = self._it
         record = current.record(time.time(), it.clock())
-        if not finished.committed:
+        if finished.committed:
+            await self._keep_scores(current)
+        else:
             await it.in_database(it.store.finish_round, record, _rows(current.state), (), None)
             self._log.warning("round abandoned", round=record.number, reason=finished.reason)
         for worker in it.fleet:
             if worker.token in current.state.tasks:
                 worker.token = None
-        it.metrics.observe_round(record)
-        it.metrics.model_version.set(it.run.version)
-        it.metrics.live_workers.set(sum(it.fleet.alive(worker, it.clock()) for worker in it.fleet))
-        if it.last_record is None or record.number >= it.last_record.number:
-            it.last_record = record
-        self._last_number = max(self._last_number, record.number)
         tokens = list(current.state.tasks)
         await asyncio.to_thread(it.journal.discard, tokens)
         keep = range(it.run.version - self._settings.keep_versions + 1, it.run.version + 1)
-        await asyncio.to_thread(it.models.prune, frozenset(keep))
+        await it.models.prune(frozenset(keep))
+        if it.last_record is None or record.number >= it.last_record.number:
+            # As stored: an evaluator may have scored the new version already.
+            it.last_record = await it.in_database(it.store.round, record.number)
+        self._last_number = max(self._last_number, record.number)
+        it.metrics.observe_round(record)
+        it.metrics.model_version.set(it.run.version)
+        it.metrics.live_workers.set(sum(it.fleet.alive(worker, it.clock()) for worker in it.fleet))
 
     async def _after_round(self) -> None:
         it = self._it
@@ -368,7 +375,14 @@ class Driver:
         elif phase is RoundPhase.COMMITTED:
             self._abandoned.reset()
         elif not it.run.ended:
-            await self._wait(it.clock() + self._abandoned.next_delay_s())
+            await self._rest(self._abandoned.next_delay_s())
+
+    async def _rest(self, seconds: float) -> None:
+        """Wait, whoever polls meanwhile: rounds that fail at once must not spin."""
+        it = self._it
+        until = it.clock() + seconds
+        while not it.run.ended and it.clock() < until:
+            await self._wait(until)
 
     async def _wait_for_evaluators(self) -> None:
         """Evaluators that are alive may score the last version, within the time of a round."""
@@ -386,6 +400,14 @@ def _rows(state: Round) -> list[TaskRow]:
         TaskRow(token, state.number, task.slot, task.worker, task.phase, task.reason)
         for token, task in state.tasks.items()
     ]
+
+
+def _finite_tensors(model: ModelFile) -> Iterator[np.ndarray]:
+    for index, spec in enumerate(model.layout):
+        values = model.tensor(index)
+        if spec.is_float and not np.isfinite(values).all():
+            raise UsageError(f"tensor {spec.name!r} of the model {model.path} has values that are not finite")
+        yield values
 
 
 def _write_values(path: Path, update: StoredUpdate) -> bytes:

@@ -8,7 +8,7 @@ what operators read and what is stored cannot differ. Everything here blocks, an
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,12 +150,23 @@ class RunStore:
                 self._insert_version(version)
             self._db.execute("DELETE FROM tasks WHERE round <= ?", (record.number - _KEEP_TASKS_OF_ROUNDS,))
 
-    def update_record(self, record: RoundRecord) -> None:
-        """Replace the record of a finished round, with scores that came later."""
+    def add_scores(
+        self, version: int, workers: Mapping[str, float], evaluator: Mapping[str, float]
+    ) -> RoundRecord | None:
+        """Add scores of `version` to the record of the round that wrote it; None for the initial model of a file.
+
+        One call: scores come from several tasks, and none may undo what another has written.
+        """
+        record = self.round_of_version(version)
+        if record is None:
+            return None
+        record.metrics.update(workers)
+        record.evaluator_metrics.update(evaluator)
         with self._transaction():
             self._db.execute(
                 "UPDATE rounds SET record = ? WHERE number = ?", (record.SerializeToString(), record.number)
             )
+        return record
 
     def open_round(self) -> OpenRound | None:
         """The round that was open when the last process ended."""
