@@ -15,7 +15,7 @@ import numpy as np
 
 from fedgrpc.errors import UpdateRefused
 
-_PIECE = 1 << 16
+_PIECE = 1 << 15
 
 
 class TensorLike(Protocol):
@@ -83,14 +83,22 @@ def check_values(tensors: Iterable[tuple[TensorLike, np.ndarray]], policy: Admis
 
 
 def sum_of_squares(values: np.ndarray) -> float:
-    """Sum of squares in float64, taken in cache-sized pieces; not finite when any value is not."""
+    """Sum of squares, taken in cache-sized pieces; not finite when any value is not."""
     flat = values.reshape(-1)
     total = 0.0
     for start in range(0, flat.size, _PIECE):
-        piece = flat[start : start + _PIECE].astype(np.float64)
-        with np.errstate(over="ignore"):
-            total += float(np.dot(piece, piece))
+        total += _sum_of_squares(flat[start : start + _PIECE])
     return total
+
+
+def _sum_of_squares(piece: np.ndarray) -> float:
+    # einsum, since dot would wake BLAS's threads, which spin for the cores that others need.
+    if piece.dtype == np.float32:
+        quick = float(np.einsum("i,i->", piece, piece))
+        if math.isfinite(quick):
+            return quick
+    wide = piece.astype(np.float64)
+    return float(np.einsum("i,i->", wide, wide))
 
 
 def _and_more(names: Sequence[str]) -> str:

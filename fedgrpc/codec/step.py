@@ -20,7 +20,8 @@ def rms(values: Array) -> float:
     total = 0.0
     for piece in pieces(values.size):
         wide = as_float32(values[piece]).astype(np.float64)
-        total += float(np.dot(wide, wide))
+        # Not dot: BLAS would wake its threads for so few elements, and let them spin.
+        total += float(np.einsum("i,i->", wide, wide))
     if not np.isfinite(total):
         raise EncodeError("a tensor holds NaN, infinity or a value out of range; it cannot be quantized")
     return float(np.sqrt(total / max(1, values.size)))
