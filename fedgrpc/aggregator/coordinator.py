@@ -260,7 +260,7 @@ class Coordinator:
             if row is None:
                 raise UnknownTask("no task has this token")
             worker, phase, reason = row.worker, row.phase, row.reason or "its round has ended"
-            if phase is not TaskPhase.ACCEPTED:
+            if not phase.final:
                 phase = TaskPhase.LATE
         if worker != name:
             raise WrongIdentity("the token belongs to another worker")

@@ -1,0 +1,247 @@
+"""Promise 2: "A round ends on time. A slow, silent or trickling worker never holds a round." """
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+
+from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.v1 import round_pb2
+from tests.federation.federation import MODEL, aggregating, chunks, encoded, refused, update_of
+
+ACCEPTED, LATE = round_pb2.TASK_PHASE_ACCEPTED, round_pb2.TASK_PHASE_LATE
+FAILED, EXPIRED = round_pb2.TASK_PHASE_FAILED, round_pb2.TASK_PHASE_EXPIRED
+UPLOADING = round_pb2.TASK_PHASE_UPLOADING
+
+
+async def fleet(running, *names):
+    """Registered devices and the tasks that came to them; None where none came."""
+    devices = [await running.device(name) for name in names]
+    replies = await asyncio.gather(*(device.poll() for device in devices))
+    return devices, [reply.task if reply.HasField("task") else None for reply in replies]
+
+
+def tasks_of(round_):
+    return {task.worker: task for task in round_.tasks}
+
+
+def assert_model(running, version, change):
+    np.testing.assert_allclose(running.weights(version)["w"], MODEL["w"] + change, rtol=1e-6)
+
+
+async def test_a_straggler_misses_the_deadline_and_the_round_is_committed_without_it(tmp_path):
+    async with aggregating(tmp_path, policy={"deadline_s": 1.5}) as running:
+        (quick, slow), (quick_task, slow_task) = await fleet(running, "quick", "slow")
+        begun = time.monotonic()
+        assert (await quick.push(quick_task)).complete
+        assert 0 < (await slow.beat(slow_task)).time_left.ToTimedelta().total_seconds() <= 1.5
+        await running.until_finished()
+        assert time.monotonic() - begun < 1.5 + 3.0
+        late = tasks_of(await running.round())["slow"]
+        assert late.phase == LATE
+        assert late.reason.startswith("slow training: deadline of 1.5 s passed")
+        answer = await slow.beat(slow_task)
+        assert (answer.cancel, "late" in answer.reason) == (True, True)
+        with refused("FAILED_PRECONDITION", "the task is late", "RoundClosed"):
+            await slow.push(slow_task, update_of(100.0))
+        with refused("FAILED_PRECONDITION", "the task is late", "RoundClosed"):
+            await slow.held(slow_task)
+        assert_model(running, 2, 1.0)
+
+
+async def test_a_trickling_upload_does_not_hold_the_round(tmp_path):
+    async with aggregating(tmp_path, policy={"deadline_s": 1.5}) as running:
+        (quick, slow), (quick_task, slow_task) = await fleet(running, "quick", "slow")
+        manifest, payload = encoded(update_of(100.0))
+        call = slow.stub.PushUpdate()
+        await call.write(pb.PushUpdateRequest(header=slow.header(slow_task, manifest)))
+
+        async def trickle():
+            for message in chunks(payload, chunk_bytes=10):
+                await call.write(message)
+                await asyncio.sleep(0.05)
+
+        trickling = asyncio.create_task(trickle())
+        assert (await quick.push(quick_task)).complete
+        await running.until_finished()
+        assert "slow upload" in tasks_of(await running.round())["slow"].reason
+        await asyncio.gather(trickling, return_exceptions=True)
+        with refused("FAILED_PRECONDITION", "", "RoundClosed"):
+            await call
+        assert_model(running, 2, 1.0)
+
+
+async def test_a_round_without_its_quorum_is_abandoned_with_the_model_unchanged_and_the_run_goes_on(tmp_path):
+    async with aggregating(tmp_path, policy={"deadline_s": 1.0, "quorum": 2}) as running:
+        (one, two), (task, _) = await fleet(running, "one", "two")
+        assert (await one.push(task, update_of(100.0))).complete
+        await running.until(lambda run, round_: round_.phase == round_pb2.ROUND_PHASE_ABANDONED)
+        abandoned = (await running.rounds())[0]
+        assert abandoned.phase == round_pb2.ROUND_PHASE_ABANDONED
+        assert "1 of 2 needed updates: deadline of 1 s passed" in abandoned.reason
+        assert (abandoned.base_version, abandoned.committed_version, (await running.run()).model_version) == (
+            1,
+            0,
+            1,
+        )
+        first, second = await asyncio.gather(one.task(), two.task())
+        assert {first.round, second.round} == {2}
+        await asyncio.gather(one.push(first), two.push(second))
+        await running.until_finished()
+        assert_model(running, 2, 1.0)
+
+
+async def test_a_worker_that_is_not_heard_of_loses_its_slot_and_is_replaced(tmp_path):
+    policy = {"lease_s": 1.0, "min_sample_size": 2, "max_participants": 2}
+    async with aggregating(tmp_path, policy=policy) as running:
+        devices, tasks = await fleet(running, "a", "b")
+        spare = await running.device("spare")
+        reply = asyncio.create_task(spare.task())
+        assert (await devices[0].push(tasks[0])).complete
+        assert (await spare.push(await reply, update_of(3.0))).complete
+        await running.until_finished()
+        seen = tasks_of(await running.round())
+        assert seen["b"].phase == EXPIRED
+        assert seen["b"].reason == "no-show: not heard of for 1 s"
+        assert {seen["a"].phase, seen["spare"].phase} == {ACCEPTED}
+        assert_model(running, 2, 2.0)
+
+
+async def test_a_worker_whose_lease_ran_out_comes_back_with_its_update(tmp_path):
+    async with aggregating(tmp_path, policy={"lease_s": 1.0, "quorum": 2}) as running:
+        (one, two), (first, second) = await fleet(running, "one", "two")
+        await running.until_task("two", EXPIRED)
+        assert (await one.push(first)).complete
+        assert not (await two.beat(second)).cancel
+        assert (await running.round()).tasks[1].phase == round_pb2.TASK_PHASE_TRAINING
+        assert (await two.push(second, update_of(3.0))).complete
+        await running.until_finished()
+        assert_model(running, 2, 2.0)
+
+
+async def test_a_poll_while_holding_a_task_gives_the_same_task_again(tmp_path):
+    async with aggregating(tmp_path) as running:
+        (one, two), (first, second) = await fleet(running, "one", "two")
+        again = await one.task()
+        assert (again.token, again.round, again.plan.seed) == (first.token, first.round, first.plan.seed)
+        await asyncio.gather(one.push(first), two.push(second))
+        await running.until_finished()
+
+
+async def test_more_are_asked_than_are_needed_and_the_surplus_is_told_to_stop(tmp_path):
+    policy = {"min_workers": 3, "max_participants": 2, "over_selection": 1.5}
+    async with aggregating(tmp_path, policy=policy) as running:
+        (a, b, c), tasks = await fleet(running, "a", "b", "c")
+        assert all(tasks)
+        assert not (await c.beat(tasks[2])).cancel
+        await asyncio.gather(a.push(tasks[0]), b.push(tasks[1], update_of(3.0)))
+        await running.until_finished()
+        surplus = tasks_of(await running.round())["c"]
+        assert (surplus.phase, surplus.reason) == (LATE, "slow training: enough updates are in")
+        assert (await c.beat(tasks[2])).cancel
+        assert_model(running, 2, 2.0)
+
+
+async def test_a_task_given_back_is_replaced_and_its_reason_kept(tmp_path):
+    policy = {"min_sample_size": 2, "max_participants": 2}
+    async with aggregating(tmp_path, policy=policy) as running:
+        (a, b), tasks = await fleet(running, "a", "b")
+        spare = await running.device("spare")
+        reply = asyncio.create_task(spare.task())
+        for _ in range(2):
+            await b.give_back(tasks[1], "the battery\n is low")
+        await asyncio.gather(a.push(tasks[0]), spare.push(await reply, update_of(3.0)))
+        await running.until_finished()
+        given_back = tasks_of(await running.round())["b"]
+        assert (given_back.phase, given_back.reason) == (FAILED, "the battery is low")
+        with refused("FAILED_PRECONDITION", "the task is failed", "RoundClosed"):
+            await b.push(tasks[1])
+        await b.give_back(tasks[1])
+        await a.give_back(tasks[0])
+        assert_model(running, 2, 2.0)
+
+
+async def test_a_round_ends_at_once_when_nobody_is_left_to_wait_for(tmp_path):
+    async with aggregating(tmp_path) as running:
+        (a, b), tasks = await fleet(running, "a", "b")
+        assert (await a.push(tasks[0])).complete
+        await b.give_back(tasks[1])
+        await running.until_finished()
+        assert_model(running, 2, 1.0)
+
+
+async def test_a_worker_that_joins_late_takes_part_in_the_next_round(tmp_path):
+    async with aggregating(tmp_path, rounds=2) as running:
+        (a, b), tasks = await fleet(running, "a", "b")
+        late = await running.device("late")
+        waiting = asyncio.create_task(late.task())
+        await asyncio.gather(a.push(tasks[0]), b.push(tasks[1]))
+        a_task, b_task, late_task = await asyncio.gather(a.task(), b.task(), waiting)
+        assert late_task.round == 2
+        await asyncio.gather(a.push(a_task), b.push(b_task), late.push(late_task, update_of(4.0)))
+        await running.until_finished()
+        assert len((await running.round()).tasks) == 3
+        assert_model(running, 3, 1.0 + 2.0)
+
+
+async def test_a_fraction_of_the_workers_takes_part(tmp_path):
+    async with aggregating(tmp_path, policy={"min_workers": 4, "fraction": 0.5}) as running:
+        devices = [await running.device(name) for name in "abcd"]
+        polls = [asyncio.create_task(device.task()) for device in devices]
+        done, waiting = await asyncio.wait(polls, timeout=3)
+        assert len(done) == 2
+        pairs = [(device, poll.result()) for device, poll in zip(devices, polls, strict=True) if poll in done]
+        await asyncio.gather(*(device.push(task) for device, task in pairs))
+        await running.until_finished()
+        for poll in waiting:
+            poll.cancel()
+        assert len((await running.round()).tasks) == 2
+
+
+async def test_rounds_that_fail_at_once_do_not_spin(tmp_path):
+    """A fleet that gives every task back in no time costs a few rounds a second, not thousands."""
+    async with aggregating(tmp_path, policy={"min_workers": 1}) as running:
+        device = await running.device("hasty")
+        until = time.monotonic() + 2.0
+        while time.monotonic() < until:
+            if (reply := await device.poll(0.2)).HasField("task"):
+                await device.give_back(reply.task)
+        assert 1 <= len(await running.rounds()) <= 30
+
+
+@pytest.mark.parametrize("messages", [0, 1])
+async def test_a_silent_stream_gives_up_its_upload_slot(tmp_path, messages):
+    async with aggregating(tmp_path, policy={"lease_s": 1.0, "quorum": 2}, max_uploads=1) as running:
+        (a, b), tasks = await fleet(running, "a", "b")
+        manifest, payload = encoded(update_of(3.0))
+        silent = b.stub.PushUpdate()
+        await silent.write(pb.PushUpdateRequest(header=b.header(tasks[1], manifest)))
+        for message in chunks(payload)[:messages]:
+            await silent.write(message)
+        if messages:
+            await running.until_task("b", UPLOADING)
+        await asyncio.sleep(0.2)
+        with refused("RESOURCE_EXHAUSTED", "1 uploads are running; try again", "Exhausted"):
+            await a.push(tasks[0])
+        with refused("UNAVAILABLE", "no byte came for 1 s", "LinkError"):
+            await silent
+        await a.push(tasks[0])
+        assert (await b.push(tasks[1], update_of(3.0), offset=2048 * messages)).complete
+        await running.until_finished()
+        assert_model(running, 2, 2.0)
+
+
+async def test_a_second_stream_takes_over_from_one_that_hangs(tmp_path):
+    async with aggregating(tmp_path) as running:
+        (a, b), tasks = await fleet(running, "a", "b")
+        manifest, payload = encoded(update_of(3.0))
+        hanging = b.stub.PushUpdate()
+        await hanging.write(pb.PushUpdateRequest(header=b.header(tasks[1], manifest)))
+        await hanging.write(chunks(payload)[0])
+        await running.until_task("b", UPLOADING)
+        assert (await b.push(tasks[1], update_of(3.0), offset=2048)).complete
+        assert (await a.push(tasks[0])).complete
+        await running.until_finished()
+        hanging.cancel()
+        assert_model(running, 2, 2.0)
