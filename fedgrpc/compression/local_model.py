@@ -59,8 +59,8 @@ class LocalModel:
                 tensor.copy_(clusters.values if kept is None else clusters.values * kept)
         if plan.quantization is not None and plan.quantization.weight_bits:
             self._quantized = prunable(self._parameters, plan.quantization.layers)
-            for tensor in self._quantized.values():
-                tensor.copy_(quantized_weights(tensor, plan.quantization.weight_bits))
+            for name, tensor in self._quantized.items():
+                tensor.copy_(self._on_grid(name, tensor))
         if self.emulated:
             round_module(self.module, self._format)
         elif self._format.native is not None:
@@ -87,13 +87,16 @@ class LocalModel:
                     inputs = self._format.round(inputs)
         if not self._quantized:
             return self.module(inputs)  # type: ignore[no-any-return]
-        quantization = self._plan.quantization
-        assert quantization is not None
         quantized = {
-            name: straight_through(tensor, quantized_weights(tensor, quantization.weight_bits))
-            for name, tensor in self._quantized.items()
+            name: straight_through(tensor, self._on_grid(name, tensor)) for name, tensor in self._quantized.items()
         }
         return functional_call(self.module, quantized, (inputs,))  # type: ignore[no-any-return]
+
+    def _on_grid(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor's quantized weights; those of a cluster stay equal, which a scale per channel would undo."""
+        quantization = self._plan.quantization
+        assert quantization is not None
+        return quantized_weights(tensor, quantization.weight_bits, per_channel=name not in self.clusters)
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:

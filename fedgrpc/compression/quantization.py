@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 
-def quantized_weights(weights: Tensor, bits: int) -> Tensor:
-    """Symmetric, one scale for each output channel (axis 0): multiples of max|w| / (2^(bits-1) - 1)."""
+def quantized_weights(weights: Tensor, bits: int, per_channel: bool = True) -> Tensor:
+    """Symmetric, multiples of max|w| / (2^(bits-1) - 1), of each output channel (axis 0) or of the whole tensor."""
     top = 2 ** (bits - 1) - 1
-    over = tuple(range(1, weights.dim()))
+    over = tuple(range(1 if per_channel else 0, weights.dim()))
     scale = (weights.abs().amax(dim=over, keepdim=True) if over else weights.abs()) / top
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return (weights / scale).round().clamp(-top, top) * scale

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from fedgrpc.errors import UsageError
+from fedgrpc.aggregation.channels import Axis, ChannelMap, Segment
+from fedgrpc.errors import LayoutError, UsageError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -49,6 +51,37 @@ def resized(module: nn.Module, shapes: Shapes) -> nn.Module:
     for each in narrow.modules():
         _update_attributes(each)
     return narrow
+
+
+def check_slice(channel_map: ChannelMap, whole: Shapes, shapes: Shapes) -> None:
+    """Raises LayoutError unless `shapes` are those of a sub-model of the model that has the shapes `whole`."""
+    kept: dict[int, int] = {}
+    for name, shape in shapes.items():
+        full = whole.get(name, ())
+        axes = channel_map.tensors.get(name, tuple((Segment(None, extent),) for extent in full))
+        if len(shape) != len(full) or any(map(partial(_misfit, channel_map, kept), axes, shape)):
+            raise LayoutError(
+                f"tensor {name!r} is {list(shape)} in the run; this worker's model has {list(full)}, "
+                "and no sub-model of it has that shape"
+            )
+
+
+def _misfit(channel_map: ChannelMap, kept: dict[int, int], axis: Axis, extent: int) -> bool:
+    """Whether so many elements are no slice of the axis. A group's first axis says how many channels it keeps."""
+    grouped = [segment for segment in axis if segment.group is not None]
+    if len(grouped) == 1 and grouped[0].group is not None:
+        others = sum(segment.repeat for segment in axis if segment.group is None)
+        kept.setdefault(grouped[0].group, (extent - others) // grouped[0].repeat)
+    return extent != sum(_elements(segment, channel_map, kept) for segment in axis)
+
+
+def _elements(segment: Segment, channel_map: ChannelMap, kept: Mapping[int, int]) -> int:
+    if segment.group is None:
+        return segment.repeat
+    group = channel_map.groups[segment.group]
+    count = kept.get(segment.group, group.channels)
+    fits = 0 < count <= group.channels and count % group.blocks == 0
+    return segment.repeat * (count if fits else -group.channels)
 
 
 def check_runs(narrow: nn.Module, example: Tensor, outputs: tuple[int, ...]) -> None:

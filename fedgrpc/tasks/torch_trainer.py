@@ -6,7 +6,7 @@ The rule: on a CPU, equal weights, data and job give equal results, whatever ran
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,14 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from fedgrpc.aggregation.channels import ChannelMap
+from fedgrpc.aggregation.compression_plan import CompressionPlan
 from fedgrpc.data.partition import parse_part, parse_partition
 from fedgrpc.errors import TaskError, UsageError
 from fedgrpc.tasks.torch_batches import Batches, batches_of, choose_device, labels_of, subset_of
+from fedgrpc.tasks.torch_local import Compression, Widths
 from fedgrpc.tasks.torch_optimizer import Optimizer
-from fedgrpc.tasks.torch_weights import load_weights, weights_of
+from fedgrpc.tasks.torch_weights import weights_of
 from fedgrpc.worker.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights
 
 _EVALUATION_BATCH = 512
+
+Forward = Callable[[Tensor], Tensor]
 
 
 class Task(Protocol):
@@ -62,23 +67,58 @@ class TorchTrainer:
             self._model = task.model()
         self._initial = weights_of(self._model)
         self._model.to(self._device)
+        self._widths = Widths(self._model, self._example)
 
     def initial_weights(self) -> Weights:
         """The same on every worker that was given the same seed."""
         return {name: array.copy() for name, array in self._initial.items()}
 
-    def train(self, weights: Weights, job: TrainJob) -> TrainResult:
-        """Mini-batch training; with `proximal_mu` FedProx (arXiv 1812.06127)."""
-        with self._lock, _seeded(self._device, job.seed, job.round):
-            load_weights(self._model, weights)
-            self._model.train()
-            mean_loss, steps = self._run(job)
-            trained = weights_of(self._model)
-        _check_finite(trained)
-        return TrainResult(trained, len(self._train), steps, {"loss": mean_loss})
+    def channels(self) -> ChannelMap:
+        """The channel groups of the task's model, found by scoring an example. Raises UsageError."""
+        with self._lock, _seeded(self._device, 0):
+            return self._widths.channels.map
 
-    def _run(self, job: TrainJob) -> tuple[float, int]:
-        task, model = self._task, self._model
+    def _example(self) -> Tensor:
+        examples = self._train if len(self._train) else self._held_out
+        assert examples is not None
+        inputs, _ = examples.batch(np.arange(min(2, len(examples))))
+        return self._task.prepare(inputs, False)
+
+    def train(self, weights: Weights, job: TrainJob) -> TrainResult:
+        """Mini-batch training; with `proximal_mu` FedProx (arXiv 1812.06127).
+
+        Weights of a sub-model train a narrower model, and with `compression` its local model.
+        """
+        with self._lock, _seeded(self._device, job.seed, job.round):
+            module = self._widths.loaded(weights)
+            if job.compression is not None:
+                result = self._train_local(module, weights, job, job.compression)
+            else:
+                mean_loss, steps = self._run(job, module, module)
+                result = TrainResult(weights_of(module), len(self._train), steps, {"loss": mean_loss})
+        _check_finite(result.weights)
+        return result
+
+    def _train_local(self, module: nn.Module, given: Weights, job: TrainJob, plan: CompressionPlan) -> TrainResult:
+        compression = Compression(module, plan, given, job.seed)
+        local = compression.local
+        with local.arithmetic():
+            mean_loss, steps = self._run(job, local.module, local)
+        metrics = {"loss": mean_loss}
+        trained = compression.trained()
+        if self._held_out is not None and len(self._held_out):
+            with local.arithmetic():
+                local.module.eval()
+                scores = _means(self._task, local, self._held_out)
+            metrics |= {f"local_{name}": value for name, value in scores.items()}
+        clustered = tuple(local.clusters)
+        return TrainResult(
+            trained, len(self._train), steps, metrics, compression.start, compression.masks, clustered
+        )
+
+    def _run(self, job: TrainJob, model: nn.Module, forward: Forward) -> tuple[float, int]:
+        task = self._task
+        model.train()
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         start = [parameter.detach().clone() for parameter in parameters] if job.proximal_mu else []
         optimizer = _optimizer(task, parameters, job)
@@ -92,7 +132,7 @@ class TorchTrainer:
             inputs, targets = self._train.batch(indices)
             for parameter in parameters:
                 parameter.grad = None
-            loss = task.loss(model(task.prepare(inputs, True)), targets)
+            loss = task.loss(forward(task.prepare(inputs, True)), targets)
             loss.backward()  # type: ignore[no-untyped-call]
             if job.proximal_mu:
                 _pull_back(parameters, start, job.proximal_mu)
@@ -106,14 +146,13 @@ class TorchTrainer:
         if self._held_out is None or len(self._held_out) == 0:
             return None
         with self._lock, _seeded(self._device, 0):
-            load_weights(self._model, weights)
-            self._model.eval()
-            metrics = _means(self._task, self._model, self._held_out)
+            module = self._widths.loaded(weights).eval()
+            metrics = _means(self._task, module, self._held_out)
         return EvalResult(len(self._held_out), metrics)
 
 
 @torch.no_grad()
-def _means(task: Task, model: nn.Module, held_out: Batches) -> dict[str, float]:
+def _means(task: Task, model: Forward, held_out: Batches) -> dict[str, float]:
     sums: dict[str, Tensor] = {}
     for start in range(0, len(held_out), _EVALUATION_BATCH):
         indices = np.arange(start, min(start + _EVALUATION_BATCH, len(held_out)))

@@ -20,6 +20,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from fedgrpc.aggregation.channels import ChannelMap
+from fedgrpc.aggregation.compression_plan import CompressionPlan
 from fedgrpc.errors import FedgrpcError, TaskError, UsageError
 
 Weights = Mapping[str, np.ndarray]
@@ -48,6 +50,7 @@ class TrainJob:
     `None` for `batch_size`, `learning_rate`, `momentum` or `weight_decay` leaves the choice to the task.
     `proximal_mu` is the mu of FedProx (arXiv 1812.06127); 0 is FedAvg. `stop` is asked before every batch:
     True cancels.
+    `compression` says what to make of the given weights before they are trained; None trains them as they are.
     `time_left_s` bounds the training in time: once it is not positive, what has been trained so far is the
     result. `report` hears of every finished step; `pause` is told each batch's duration and may sleep, which
     slows the training down honestly.
@@ -62,6 +65,7 @@ class TrainJob:
     proximal_mu: float = 0.0
     seed: int = 0
     round: int = 0
+    compression: CompressionPlan | None = None
     stop: Callable[[], bool] = _never
     time_left_s: Callable[[], float] | None = None
     report: Callable[[int, int], None] = _no_report
@@ -107,12 +111,19 @@ def _shuffled_batches(rng: np.random.Generator, example_count: int, batch_size: 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Weights after training, and the number of local examples that stand behind them."""
+    """Weights after training, and the number of local examples that stand behind them.
+
+    Of a compressed local model, `start` has the weights that training began with (None: the given ones), `masks`
+    where a tensor was trained at all (bool of its shape), and `clustered` the tensors of few different values.
+    """
 
     weights: Weights
     example_count: int
     steps: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    start: Weights | None = None
+    masks: Weights = field(default_factory=dict)
+    clustered: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -141,6 +152,15 @@ class Trainer(Protocol):
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
         """Score `weights` on local held-out data; None where there is none."""
+        ...
+
+
+@runtime_checkable
+class SliceableTrainer(Trainer, Protocol):
+    """A trainer whose model can be made narrower: it takes weights of any sub-model of its channels."""
+
+    def channels(self) -> ChannelMap:
+        """The channel groups of its model."""
         ...
 
 
@@ -323,3 +343,9 @@ class _GuardedTrainer:
     def evaluate(self, weights: Weights) -> EvalResult | None:
         with _blaming(self._reference):
             return self._inner.evaluate(weights)
+
+    def channels(self) -> ChannelMap:
+        """None of them, where the model cannot be made narrower."""
+        with _blaming(self._reference):
+            inner = self._inner
+            return inner.channels() if isinstance(inner, SliceableTrainer) else ChannelMap((), {})

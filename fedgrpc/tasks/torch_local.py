@@ -1,0 +1,72 @@
+"""A task's model in the width of the weights it is given, and trained as a compression plan says.
+
+The rule: a task says nothing about compression. Its `model()` is traced once, with an example of its own data.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import cached_property
+
+import numpy as np
+from torch import Tensor, nn
+
+from fedgrpc.aggregation.compression_plan import CompressionPlan
+from fedgrpc.compression.local_model import LocalModel
+from fedgrpc.compression.slicing import check_slice, resized, shapes_of
+from fedgrpc.compression.tracing import Channels, trace_channels
+from fedgrpc.tasks.torch_weights import load_weights, named_tensors, weights_of
+from fedgrpc.worker.trainer import Weights
+
+
+class Widths:
+    """Sub-models of one module; `example` gives a batch of its inputs, as it wants them."""
+
+    def __init__(self, module: nn.Module, example: Callable[[], Tensor]) -> None:
+        self._module = module
+        self._example = example
+
+    @cached_property
+    def channels(self) -> Channels:
+        """The module's channel groups. Raises UsageError when it cannot be traced."""
+        return trace_channels(self._module, self._example())
+
+    def loaded(self, weights: Weights) -> nn.Module:
+        """The module itself with these weights or, where they are narrower, a narrower one.
+
+        Raises:
+            LayoutError: the weights are of no sub-model of the module.
+        """
+        own = {name: tuple(tensor.shape) for name, tensor in named_tensors(self._module).items()}
+        given = {name: array.shape for name, array in weights.items()}
+        module = self._module
+        if given.keys() == own.keys() and given != own:
+            check_slice(self.channels.map, shapes_of(module), given)
+            module = resized(module, given)
+        load_weights(module, weights)
+        return module
+
+
+class Compression:
+    """A loaded module turned into the local model of a plan, and what has become of it after training."""
+
+    def __init__(self, module: nn.Module, plan: CompressionPlan, given: Weights, seed: int) -> None:
+        self.local = LocalModel(copy.deepcopy(module), plan, seed)
+        self._given = given
+        self.start = self._weights()
+
+    def _weights(self) -> dict[str, np.ndarray]:
+        """The local model's weights in the dtypes that were given."""
+        own = weights_of(self.local.module)
+        return {name: array.astype(self._given[name].dtype, copy=False) for name, array in own.items()}
+
+    def trained(self) -> dict[str, np.ndarray]:
+        """The weights, once training is over."""
+        self.local.settle()
+        return self._weights()
+
+    @property
+    def masks(self) -> Mapping[str, np.ndarray]:
+        """Where pruned tensors were kept."""
+        return {name: mask.cpu().numpy() for name, mask in self.local.masks.items()}
