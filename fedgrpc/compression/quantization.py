@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def quantized_weights(weights: Tensor, bits: int, per_channel: bool = True) -> Tensor:
-    """Symmetric, multiples of max|w| / (2^(bits-1) - 1), of each output channel (axis 0) or of the whole tensor."""
+    """Symmetric: multiples of max|w| / (2^(bits-1) - 1), for each output channel (axis 0) or the whole tensor."""
     top = 2 ** (bits - 1) - 1
     over = tuple(range(1 if per_channel else 0, weights.dim()))
     scale = (weights.abs().amax(dim=over, keepdim=True) if over else weights.abs()) / top

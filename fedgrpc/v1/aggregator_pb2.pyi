@@ -117,16 +117,18 @@ class Task(_message.Message):
     def __init__(self, token: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[_round_pb2.TaskKind, str]] = ..., model_version: _Optional[int] = ..., plan: _Optional[_Union[_round_pb2.Plan, _Mapping]] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., run_id: _Optional[str] = ...) -> None: ...
 
 class PullModelRequest(_message.Message):
-    __slots__ = ("version", "recipe", "offset", "base_version")
+    __slots__ = ("version", "recipe", "offset", "base_version", "sub_model")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RECIPE_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SUB_MODEL_FIELD_NUMBER: _ClassVar[int]
     version: int
     recipe: str
     offset: int
     base_version: int
-    def __init__(self, version: _Optional[int] = ..., recipe: _Optional[str] = ..., offset: _Optional[int] = ..., base_version: _Optional[int] = ...) -> None: ...
+    sub_model: str
+    def __init__(self, version: _Optional[int] = ..., recipe: _Optional[str] = ..., offset: _Optional[int] = ..., base_version: _Optional[int] = ..., sub_model: _Optional[str] = ...) -> None: ...
 
 class PullModelResponse(_message.Message):
     __slots__ = ("header", "chunk")
@@ -177,7 +179,7 @@ class PushUpdateRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[UpdateHeader, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ...) -> None: ...
 
 class UpdateHeader(_message.Message):
-    __slots__ = ("worker", "token", "manifest", "example_count", "steps", "metrics", "evaluation_metrics", "evaluation_example_count", "timings", "peak_memory_bytes")
+    __slots__ = ("worker", "token", "manifest", "example_count", "steps", "metrics", "evaluation_metrics", "evaluation_example_count", "timings", "peak_memory_bytes", "channels")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -202,6 +204,7 @@ class UpdateHeader(_message.Message):
     EVALUATION_EXAMPLE_COUNT_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHANNELS_FIELD_NUMBER: _ClassVar[int]
     worker: str
     token: str
     manifest: _tensor_pb2.Manifest
@@ -212,7 +215,8 @@ class UpdateHeader(_message.Message):
     evaluation_example_count: int
     timings: _device_pb2.Timings
     peak_memory_bytes: int
-    def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ..., manifest: _Optional[_Union[_tensor_pb2.Manifest, _Mapping]] = ..., example_count: _Optional[int] = ..., steps: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluation_metrics: _Optional[_Mapping[str, float]] = ..., evaluation_example_count: _Optional[int] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., peak_memory_bytes: _Optional[int] = ...) -> None: ...
+    channels: _tensor_pb2.ChannelMap
+    def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ..., manifest: _Optional[_Union[_tensor_pb2.Manifest, _Mapping]] = ..., example_count: _Optional[int] = ..., steps: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluation_metrics: _Optional[_Mapping[str, float]] = ..., evaluation_example_count: _Optional[int] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., peak_memory_bytes: _Optional[int] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ...) -> None: ...
 
 class PushUpdateResponse(_message.Message):
     __slots__ = ("committed_size_bytes", "complete")

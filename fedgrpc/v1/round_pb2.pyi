@@ -62,7 +62,7 @@ TASK_PHASE_EXPIRED: TaskPhase
 TASK_PHASE_LATE: TaskPhase
 
 class Plan(_message.Message):
-    __slots__ = ("epochs", "max_steps", "batch_size", "learning_rate", "momentum", "proximal_mu", "seed", "evaluate")
+    __slots__ = ("epochs", "max_steps", "batch_size", "learning_rate", "momentum", "proximal_mu", "seed", "evaluate", "local_model", "tell_channels")
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
     MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,8 @@ class Plan(_message.Message):
     PROXIMAL_MU_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_MODEL_FIELD_NUMBER: _ClassVar[int]
+    TELL_CHANNELS_FIELD_NUMBER: _ClassVar[int]
     epochs: float
     max_steps: int
     batch_size: int
@@ -79,10 +81,65 @@ class Plan(_message.Message):
     proximal_mu: float
     seed: int
     evaluate: bool
-    def __init__(self, epochs: _Optional[float] = ..., max_steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., proximal_mu: _Optional[float] = ..., seed: _Optional[int] = ..., evaluate: _Optional[bool] = ...) -> None: ...
+    local_model: LocalModel
+    tell_channels: bool
+    def __init__(self, epochs: _Optional[float] = ..., max_steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., proximal_mu: _Optional[float] = ..., seed: _Optional[int] = ..., evaluate: _Optional[bool] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., tell_channels: _Optional[bool] = ...) -> None: ...
+
+class LocalModel(_message.Message):
+    __slots__ = ("sub_model", "personal_layers", "pruning", "clustering", "quantization", "arithmetic")
+    SUB_MODEL_FIELD_NUMBER: _ClassVar[int]
+    PERSONAL_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    PRUNING_FIELD_NUMBER: _ClassVar[int]
+    CLUSTERING_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    ARITHMETIC_FIELD_NUMBER: _ClassVar[int]
+    sub_model: str
+    personal_layers: _containers.RepeatedScalarFieldContainer[str]
+    pruning: Pruning
+    clustering: Clustering
+    quantization: Quantization
+    arithmetic: Arithmetic
+    def __init__(self, sub_model: _Optional[str] = ..., personal_layers: _Optional[_Iterable[str]] = ..., pruning: _Optional[_Union[Pruning, _Mapping]] = ..., clustering: _Optional[_Union[Clustering, _Mapping]] = ..., quantization: _Optional[_Union[Quantization, _Mapping]] = ..., arithmetic: _Optional[_Union[Arithmetic, _Mapping]] = ...) -> None: ...
+
+class Pruning(_message.Message):
+    __slots__ = ("ratio", "layers")
+    RATIO_FIELD_NUMBER: _ClassVar[int]
+    GLOBAL_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    ratio: float
+    layers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, ratio: _Optional[float] = ..., layers: _Optional[_Iterable[str]] = ..., **kwargs) -> None: ...
+
+class Clustering(_message.Message):
+    __slots__ = ("clusters", "layers")
+    CLUSTERS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    clusters: int
+    layers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, clusters: _Optional[int] = ..., layers: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Quantization(_message.Message):
+    __slots__ = ("weight_bits", "activation_bits", "layers")
+    WEIGHT_BITS_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_BITS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    weight_bits: int
+    activation_bits: int
+    layers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, weight_bits: _Optional[int] = ..., activation_bits: _Optional[int] = ..., layers: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Arithmetic(_message.Message):
+    __slots__ = ("format", "stochastic_rounding", "emulated")
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    STOCHASTIC_ROUNDING_FIELD_NUMBER: _ClassVar[int]
+    EMULATED_FIELD_NUMBER: _ClassVar[int]
+    format: str
+    stochastic_rounding: bool
+    emulated: bool
+    def __init__(self, format: _Optional[str] = ..., stochastic_rounding: _Optional[bool] = ..., emulated: _Optional[bool] = ...) -> None: ...
 
 class TaskRecord(_message.Message):
-    __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes")
+    __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes", "local_model")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +160,7 @@ class TaskRecord(_message.Message):
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_CLASS_FIELD_NUMBER: _ClassVar[int]
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_MODEL_FIELD_NUMBER: _ClassVar[int]
     worker: str
     kind: TaskKind
     phase: TaskPhase
@@ -116,7 +174,8 @@ class TaskRecord(_message.Message):
     progress: float
     device_class: str
     peak_memory_bytes: int
-    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., phase: _Optional[_Union[TaskPhase, str]] = ..., reason: _Optional[str] = ..., example_count: _Optional[int] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., progress: _Optional[float] = ..., device_class: _Optional[str] = ..., peak_memory_bytes: _Optional[int] = ...) -> None: ...
+    local_model: LocalModel
+    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., phase: _Optional[_Union[TaskPhase, str]] = ..., reason: _Optional[str] = ..., example_count: _Optional[int] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., progress: _Optional[float] = ..., device_class: _Optional[str] = ..., peak_memory_bytes: _Optional[int] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ...) -> None: ...
 
 class Round(_message.Message):
     __slots__ = ("number", "phase", "base_version", "committed_version", "reason", "tasks", "started_at", "time_left", "duration_seconds", "metrics", "evaluator_metrics", "training_metrics", "kind")

@@ -51,6 +51,49 @@ class TensorSpec(_message.Message):
     shape: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class ChannelGroup(_message.Message):
+    __slots__ = ("channels", "blocks")
+    CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    channels: int
+    blocks: int
+    def __init__(self, channels: _Optional[int] = ..., blocks: _Optional[int] = ...) -> None: ...
+
+class ChannelSegment(_message.Message):
+    __slots__ = ("group", "repeat")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    REPEAT_FIELD_NUMBER: _ClassVar[int]
+    group: int
+    repeat: int
+    def __init__(self, group: _Optional[int] = ..., repeat: _Optional[int] = ...) -> None: ...
+
+class ChannelAxis(_message.Message):
+    __slots__ = ("segments",)
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    segments: _containers.RepeatedCompositeFieldContainer[ChannelSegment]
+    def __init__(self, segments: _Optional[_Iterable[_Union[ChannelSegment, _Mapping]]] = ...) -> None: ...
+
+class ChannelAxes(_message.Message):
+    __slots__ = ("axes",)
+    AXES_FIELD_NUMBER: _ClassVar[int]
+    axes: _containers.RepeatedCompositeFieldContainer[ChannelAxis]
+    def __init__(self, axes: _Optional[_Iterable[_Union[ChannelAxis, _Mapping]]] = ...) -> None: ...
+
+class ChannelMap(_message.Message):
+    __slots__ = ("groups", "tensors")
+    class TensorsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: ChannelAxes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[ChannelAxes, _Mapping]] = ...) -> None: ...
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    groups: _containers.RepeatedCompositeFieldContainer[ChannelGroup]
+    tensors: _containers.MessageMap[str, ChannelAxes]
+    def __init__(self, groups: _Optional[_Iterable[_Union[ChannelGroup, _Mapping]]] = ..., tensors: _Optional[_Mapping[str, ChannelAxes]] = ...) -> None: ...
+
 class Encoding(_message.Message):
     __slots__ = ("spec",)
     SPEC_FIELD_NUMBER: _ClassVar[int]
