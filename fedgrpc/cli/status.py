@@ -12,7 +12,7 @@ from google.protobuf.json_format import MessageToDict
 from fedgrpc.cli.common import client_settings, client_tls
 from fedgrpc.cli.operator import AGGREGATOR_SETTING, operator
 from fedgrpc.cli.options import Declare, SettingsCommand
-from fedgrpc.cli.view import piped_console, rounds_table, run_line, workers_table
+from fedgrpc.cli.view import piped_console, print_table, rounds_table, run_line, workers_table
 
 _show = Declare("What to show")
 
@@ -41,7 +41,7 @@ async def _status(values: dict[str, Any]) -> None:
     for table in (rounds_table(rounds), workers_table(workers)):
         if table.row_count:
             console.print()
-            console.print(table)
+            print_table(console, table)
 
 
 def _plain(message: Any) -> Any:

@@ -34,6 +34,17 @@ def piped_console() -> Console:
     return console if console.is_terminal else Console(width=_PIPE_COLUMNS)
 
 
+def print_table(console: Console, table: Table) -> None:
+    """A table; in a pipe or a file without the blanks that fill its lines."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        console.out(line.rstrip(), highlight=False)
+
+
 def size(count: float) -> str:
     """Bytes as 1.2 MB."""
     for unit in ("B", "kB", "MB", "GB"):

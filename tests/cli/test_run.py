@@ -48,6 +48,7 @@ def test_status_shows_the_run_its_rounds_and_its_workers(finished_run: tuple[str
     assert ended.out.count("committed") >= 4
     for text in ("pi-1", "pi-2", "trainer", "accuracy 0."):
         assert text in ended.out
+    assert not [line for line in ended.out.splitlines() if line != line.rstrip()]
 
 
 def test_status_as_json_is_for_programs(finished_run: tuple[str, Path]) -> None:

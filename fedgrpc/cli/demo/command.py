@@ -30,7 +30,7 @@ from fedgrpc.cli.demo.report import (
 )
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
 from fedgrpc.cli.quantities import DURATION
-from fedgrpc.cli.view import piped_console
+from fedgrpc.cli.view import piped_console, print_table
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import UsageError
 
@@ -106,7 +106,7 @@ def _write(out: Path, history: History, report: Report) -> None:
 def _print(console: Console, settings: DemoSettings, report: Report) -> None:
     for table in (accuracy_table(report), workers_table(report)):
         console.print()
-        console.print(table)
+        print_table(console, table)
     console.print()
     console.print(f"{verdict_line(report)} ({settings.partition}, {settings.workers} workers)", highlight=False)
     console.print(f"{traffic_line(report.traffic)}, as {settings.encoding}", highlight=False)
