@@ -96,6 +96,8 @@ def _from_field(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     attributes: dict[str, Any] = {}
     if hint in (bool, int, float, str):
         attributes["type"] = hint
+    elif typing.get_origin(hint) is typing.Literal:
+        attributes["type"] = click.Choice(typing.get_args(hint))
     elif hint is Path:
         attributes["type"] = click.Path(path_type=Path)
     if field.default is not dataclasses.MISSING:
