@@ -26,7 +26,7 @@ from fedgrpc.aggregator.model_file import ModelFile, write_model
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.run_store import OpenRound, TaskRow, Version
 from fedgrpc.aggregator.uploads import StoredUpdate
-from fedgrpc.errors import CodecError, StorageError, UpdateRefused, UsageError
+from fedgrpc.errors import CodecError, NotFound, StorageError, UpdateRefused, UsageError
 from fedgrpc.rounds.events import Abort, Commit, Committed, Finished, Select, Selected, TaskPhase, Tick
 from fedgrpc.rounds.policy import RoundPolicy, select_uniform
 from fedgrpc.rounds.state import Round, RoundPhase, restore, step, wake_at
@@ -227,7 +227,7 @@ class Driver:
                 await act()
                 it.healthy = True
                 return
-            except StorageError as error:
+            except (StorageError, NotFound) as error:
                 it.healthy = False
                 delay_s = retries.next_delay_s()
                 self._log.error("the data folder fails", error=str(error), retry_s=round(delay_s, 2))

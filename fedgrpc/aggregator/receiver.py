@@ -70,18 +70,24 @@ class Receiver:
             if await self._it.check_open(header.worker, header.token) is TaskPhase.ACCEPTED:
                 return manifest.size_bytes, True
             self._note_begin(header.token)
-            upload = await asyncio.to_thread(self._it.journal.begin, header, manifest)
             try:
-                await self._take(upload, chunks)
-                if not upload.complete:
-                    return upload.size_bytes, False
-                await _to_its_end(self._accept(upload, report))
-                self._it.healthy = True
+                return await self._store(header, manifest, report, chunks)
             except StorageError:
                 self._it.healthy = False
                 raise
-            finally:
-                await asyncio.to_thread(upload.close)
+
+    async def _store(
+        self, header: UpdateHeader, manifest: Manifest, report: Report, chunks: AsyncIterator[Chunk]
+    ) -> tuple[int, bool]:
+        upload = await asyncio.to_thread(self._it.journal.begin, header, manifest)
+        try:
+            await self._take(upload, chunks)
+            if not upload.complete:
+                return upload.size_bytes, False
+            await _to_its_end(self._accept(upload, report))
+            self._it.healthy = True
+        finally:
+            await asyncio.to_thread(upload.close)
         return manifest.size_bytes, True
 
     async def held(self, worker: str, token: str) -> tuple[int, bool]:

@@ -1,0 +1,233 @@
+"""Promise 4: "kill -9 the aggregator at any instant: it restarts into the same round with the same accepted
+updates." And promise 3: what a worker has trained outlives the worker.
+"""
+
+import asyncio
+import signal
+import time
+
+import grpc
+import numpy as np
+import pytest
+
+from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.v1 import round_pb2
+from tests.federation.federation import MODEL, aggregating, chunks, encoded, update_of
+from tests.federation.process import again, aggregator_process, worker_process
+from tests.federation.tasks import Recorded
+
+ACCEPTED = round_pb2.TASK_PHASE_ACCEPTED
+RNG = np.random.default_rng(11)
+UPDATES = {
+    (name, number): {
+        "w": RNG.normal(size=(50, 40)).astype(np.float32),
+        "b": RNG.normal(size=40).astype(np.float32),
+        "n": np.array(number),
+    }
+    for name in "ab"
+    for number in range(1, 6)
+}
+COUNTS = {"a": 10, "b": 31}
+
+
+async def push(device, task, offset=0):
+    return await device.push(
+        task, UPDATES[device.name, task.round], offset=offset, example_count=COUNTS[device.name]
+    )
+
+
+async def uninterrupted(folder):
+    """The last model of the same run when nobody is killed."""
+    folder.mkdir()
+    async with aggregating(folder, rounds=5) as running:
+        devices = [await running.device(name) for name in "ab"]
+        for _ in range(5):
+            tasks = await asyncio.gather(*(device.task() for device in devices))
+            await asyncio.gather(*(push(device, task) for device, task in zip(devices, tasks, strict=True)))
+        await running.until_finished()
+        return (running.settings.data_dir / "models" / "000006.safetensors").read_bytes()
+
+
+async def test_an_aggregator_killed_in_every_round_ends_with_the_model_of_one_that_was_not(tmp_path):
+    """Killed: with its tasks out, within an upload, between two acceptances, with the last one, between rounds."""
+    kept = tmp_path / "killed"
+    kept.mkdir()
+    arguments = ["--rounds", 5]
+    async with aggregator_process(kept, *arguments) as (process, running):
+        a, b = [await running.device(name) for name in "ab"]
+        a_task, b_task = await asyncio.gather(a.task(), b.task())
+        await process.kill()
+
+    # Tasks are out: they are the same after the restart, whether asked for again or not.
+    async with aggregator_process(kept, *arguments) as (process, running):
+        a, b = again(running, a, b)
+        assert (await a.task()).token == a_task.token
+        await asyncio.gather(push(a, a_task), push(b, b_task))
+        a_task, b_task = await asyncio.gather(a.task(), b.task())
+        assert (a_task.round, (await running.run()).model_version) == (2, 2)
+        manifest, payload = encoded(UPDATES["a", 2])
+        header = pb.PushUpdateRequest(header=a.header(a_task, manifest, example_count=COUNTS["a"]))
+        call = a.stub.PushUpdate()
+        for message in (header, *chunks(payload)[:2]):
+            await call.write(message)
+        await running.until_task("a", round_pb2.TASK_PHASE_UPLOADING)
+        await process.kill()
+
+    # Within an upload: it goes on at the byte that is held.
+    async with aggregator_process(kept, *arguments) as (process, running):
+        a, b = again(running, a, b)
+        held = (await a.held(a_task)).committed_size_bytes
+        assert held in (2048, 4096)
+        assert (await push(a, a_task, held)).complete
+        await push(b, b_task)
+        a_task, b_task = await asyncio.gather(a.task(), b.task())
+        assert (await push(a, a_task)).complete
+        await process.kill()
+
+    # One of two accepted: it still is, and sending it again counts once.
+    async with aggregator_process(kept, *arguments) as (process, running):
+        a, b = again(running, a, b)
+        round_ = await running.round()
+        assert {task.worker: task.phase for task in round_.tasks}["a"] == ACCEPTED
+        assert round_.number == 3
+        assert (await a.held(a_task)).complete
+        assert (await push(a, a_task)).complete
+        assert (await push(b, b_task)).complete
+        a_task, b_task = await asyncio.gather(a.task(), b.task())
+        await push(a, a_task)
+        assert (await push(b, b_task)).complete
+        await process.kill()
+
+    # With the last acknowledgement: the round is committed, from both updates, whether it was before or is now.
+    async with aggregator_process(kept, *arguments) as (process, running):
+        a, b = again(running, a, b)
+        await running.until(lambda run, _: run.model_version == 5)
+        assert {task.phase for task in (await running.round(4)).tasks} == {ACCEPTED}
+        assert (await a.held(a_task)).complete
+        a_task, b_task = await asyncio.gather(a.task(), b.task())
+        await asyncio.gather(push(a, a_task), push(b, b_task))
+        await running.until_finished()
+        await process.kill()
+
+    # After the end: it stays ended.
+    async with aggregator_process(kept, *arguments) as (process, running):
+        run = await running.until_finished()
+        rounds = await running.rounds()
+        assert [item.number for item in rounds] == [1, 2, 3, 4, 5]
+        assert [item.committed_version for item in rounds] == [2, 3, 4, 5, 6]
+        workers = (await running.stub.ListWorkers(pb.ListWorkersRequest())).workers
+        assert [(item.rounds_selected, item.rounds_accepted) for item in workers] == [(5, 5), (5, 5)]
+        assert run.model_version == 6
+    killed = (running.settings.data_dir / "models" / "000006.safetensors").read_bytes()
+    assert killed == await uninterrupted(tmp_path / "uninterrupted")
+
+
+async def test_a_worker_killed_with_a_finished_update_delivers_the_same_one_after_its_restart(tmp_path):
+    data = tmp_path / "data"
+    async with aggregating(tmp_path, max_uploads=1, policy={"quorum": 2}) as running:
+        hand = await running.device("hand")
+        async with worker_process(running, tmp_path, "pi", data) as process:
+            task = await hand.task()
+            manifest, payload = encoded(update_of(0.0))
+            blocking = hand.stub.PushUpdate()
+            await blocking.write(pb.PushUpdateRequest(header=hand.header(task, manifest)))
+            await blocking.write(chunks(payload)[0])
+            await process.until("disconnected")
+            assert len(Recorded.changes(data)) == 1
+            await process.kill()
+        blocking.cancel()
+        async with worker_process(running, tmp_path, "pi", data) as process:
+            await process.until("update acknowledged")
+            offset = (await hand.held(task)).committed_size_bytes
+            await hand.push(task, update_of(0.0), offset=offset)
+            await running.until_finished()
+            assert await process.ended() == 0
+        (change,) = Recorded.changes(data)
+        np.testing.assert_allclose(running.weights(2)["w"], MODEL["w"] + change / 2, rtol=1e-5)
+
+
+async def test_a_worker_killed_while_it_trains_is_replaced_within_the_round(tmp_path):
+    data, spare_data = tmp_path / "data", tmp_path / "spare-data"
+    data.mkdir()
+    (data / "wait").touch()
+    policy = {"lease_s": 1.0, "min_sample_size": 2, "max_participants": 2}
+    async with aggregating(tmp_path, policy=policy, heartbeat_interval_s=0.3) as running:
+        hand = await running.device("hand")
+        async with worker_process(running, tmp_path, "pi", data) as process:
+            task = await hand.task()
+            await running.until_task("pi", round_pb2.TASK_PHASE_TRAINING)
+            await process.kill()
+            spare = await running.device("spare")
+            replacement = await spare.task()
+            await hand.push(task)
+            await spare.push(replacement)
+        await running.until_finished()
+        seen = {item.worker: item for item in (await running.round()).tasks}
+        assert seen["pi"].phase == round_pb2.TASK_PHASE_EXPIRED
+        assert "slow training: not heard of for 1 s" in seen["pi"].reason
+        np.testing.assert_allclose(running.weights(2)["w"], MODEL["w"] + 1, rtol=1e-6)
+    assert not spare_data.exists()
+
+
+async def test_a_worker_killed_while_it_trains_gets_its_task_again_after_its_restart(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "wait").touch()
+    async with aggregating(tmp_path, policy={"quorum": 2}) as running:
+        hand = await running.device("hand")
+        async with worker_process(running, tmp_path, "pi", data) as process:
+            task = await hand.task()
+            await running.until_task("pi", round_pb2.TASK_PHASE_TRAINING)
+            await process.kill()
+        (data / "wait").unlink()
+        async with worker_process(running, tmp_path, "pi", data) as process:
+            await process.until("update acknowledged")
+            await hand.push(task, update_of(0.0))
+            await running.until_finished()
+        _, second = Recorded.changes(data)
+        assert len((await running.round()).tasks) == 2
+        np.testing.assert_allclose(running.weights(2)["w"], MODEL["w"] + second / 2, rtol=1e-5)
+
+
+async def test_sigterm_lets_an_upload_end_and_waits_for_no_poll(tmp_path):
+    async with aggregator_process(tmp_path, "--drain", "10s") as (process, running):
+        a, b, idle = [await running.device(name) for name in ("a", "b", "idle")]
+        waiting = asyncio.create_task(idle.poll(20))
+        a_task = await asyncio.wait_for(a.task(), 10)
+        manifest, payload = encoded(update_of())
+        call = a.stub.PushUpdate()
+        await call.write(pb.PushUpdateRequest(header=a.header(a_task, manifest)))
+        messages = chunks(payload)
+        await call.write(messages[0])
+        await running.until_task("a", round_pb2.TASK_PHASE_UPLOADING)
+        process.send(signal.SIGTERM)
+        await process.until("draining")
+        for message in messages[1:]:
+            await call.write(message)
+        await call.done_writing()
+        assert (await call).complete
+        begun = time.monotonic()
+        assert await process.ended() == 128 + signal.SIGTERM
+        assert time.monotonic() - begun < 5
+        await asyncio.gather(waiting, return_exceptions=True)
+    async with aggregator_process(tmp_path) as (process, running):
+        a, b = again(running, a, b)
+        assert {item.worker: item.phase for item in (await running.round()).tasks}["a"] == ACCEPTED
+        assert (await a.held(a_task)).complete
+
+
+async def test_a_second_sigterm_ends_at_once(tmp_path):
+    async with aggregator_process(tmp_path, "--drain", "1m") as (process, running):
+        a, b = [await running.device(name) for name in "ab"]
+        tasks = await asyncio.gather(a.task(), b.task())
+        call = a.stub.PushUpdate()
+        await call.write(pb.PushUpdateRequest(header=a.header(tasks[0], encoded(update_of())[0])))
+        process.send(signal.SIGTERM)
+        await process.until("draining")
+        await asyncio.sleep(0.3)
+        process.send(signal.SIGTERM)
+        begun = time.monotonic()
+        assert await process.ended() == 128 + signal.SIGTERM
+        assert time.monotonic() - begun < 3
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call

@@ -1,0 +1,230 @@
+"""Issue: "Disk full, a corrupt file, a read-only data folder: a clear error, an honest health status, nothing
+half-written." """
+
+import asyncio
+import json
+import struct
+
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from safetensors.numpy import save_file
+
+from fedgrpc.aggregator.server import Aggregator
+from fedgrpc.errors import StorageError, UsageError
+from fedgrpc.rpc.channel import open_channel
+from fedgrpc.v1 import round_pb2
+from tests.federation.federation import MODEL, Device, aggregating, refused, settings_for, update_of
+
+Serving = health_pb2.HealthCheckResponse
+
+
+async def fails_to_start(folder, error, text, **changes):
+    """The aggregator ends with one line that says what is wrong."""
+    with pytest.raises(error, match=text) as caught:
+        await Aggregator(settings_for(folder, **changes)).run()
+    assert "\n" not in str(caught.value)
+
+
+async def played(folder, push_all=True):
+    """A folder with a finished round, or with one that is open and has one of two updates."""
+    async with aggregating(folder, rounds=2) as running:
+        devices = [await running.device("a"), await running.device("b")]
+        tasks = await asyncio.gather(*(device.task() for device in devices))
+        await devices[0].push(tasks[0])
+        if push_all:
+            await devices[1].push(tasks[1])
+            await running.until(lambda run, _: run.model_version == 2)
+    return running.settings.data_dir, tasks
+
+
+async def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        await fails_to_start(tmp_path, UsageError, "cannot use the data folder", data_dir=folder)
+
+
+async def test_a_folder_in_use_is_refused(tmp_path):
+    async with aggregating(tmp_path) as running:
+        await fails_to_start(tmp_path, UsageError, "is in use by another aggregator")
+        assert (await running.run()).name == "default"
+
+
+async def test_a_port_in_use_is_named(tmp_path):
+    async with aggregating(tmp_path) as running:
+        changes = {"address": running.address, "data_dir": tmp_path / "other"}
+        await fails_to_start(
+            tmp_path, UsageError, f"cannot listen on {running.address}: the port is in use", **changes
+        )
+
+
+async def test_the_folder_of_another_run_is_refused(tmp_path):
+    await played(tmp_path)
+    await fails_to_start(tmp_path, UsageError, "holds the run 'default', not 'other'", run_name="other")
+
+
+async def test_a_corrupt_model_is_found_at_the_start(tmp_path):
+    folder, _ = await played(tmp_path)
+    model = folder / "models" / "000002.safetensors"
+    good = model.read_bytes()
+    spoiled = bytearray(good)
+    spoiled[-1] ^= 1
+    for content, text in (
+        (bytes(spoiled), "is corrupt: its SHA-256 is not the one recorded"),
+        (good[:-1], "is not a safetensors file that fedgrpc can use"),
+        (b"", "is not a safetensors file that fedgrpc can use"),
+    ):
+        model.write_bytes(content)
+        await fails_to_start(tmp_path, StorageError, text)
+    model.write_bytes(good)
+    async with aggregating(tmp_path) as running:
+        assert (await running.run()).model_version == 2
+
+
+async def test_a_corrupt_database_is_named(tmp_path):
+    folder, _ = await played(tmp_path)
+    for path in folder.glob("run.sqlite*"):
+        path.unlink()
+    (folder / "run.sqlite").write_bytes(b"no database at all, " * 400)
+    await fails_to_start(tmp_path, StorageError, "run.sqlite failed: file is not a database")
+
+
+async def test_an_accepted_update_that_is_gone_or_unreadable_is_an_error_and_not_forgotten(tmp_path):
+    folder, tasks = await played(tmp_path, push_all=False)
+    update = folder / "uploads" / f"{tasks[0].token}.update"
+    good = update.read_bytes()
+    update.write_bytes(b"\xff" * 300)
+    await fails_to_start(tmp_path, StorageError, "cannot read the update")
+    update.write_bytes(b"\0")
+    await fails_to_start(tmp_path, StorageError, "cannot read the update")
+    update.write_bytes(good)
+    async with aggregating(tmp_path) as running:
+        assert (await running.round()).tasks[0].phase == round_pb2.TASK_PHASE_ACCEPTED
+
+
+async def test_an_accepted_update_that_was_cut_short_costs_its_round_and_not_the_run(tmp_path):
+    folder, tasks = await played(tmp_path, push_all=False)
+    update = folder / "uploads" / f"{tasks[0].token}.update"
+    update.write_bytes(update.read_bytes()[:-100])
+    async with aggregating(tmp_path, rounds=1) as running:
+        a, b = Device(running.stub, "a"), Device(running.stub, "b")
+        await b.push(tasks[1])
+        await running.until(lambda run, round_: round_.phase == round_pb2.ROUND_PHASE_ABANDONED)
+        assert "the payload ends at byte" in (await running.rounds())[0].reason
+        for device, task in zip((a, b), await asyncio.gather(a.task(), b.task()), strict=True):
+            await device.push(task)
+        assert (await running.until_finished()).model_version == 2
+
+
+def raw_file(path, header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+async def test_an_initial_model_that_cannot_be_used_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    await fails_to_start(tmp_path, UsageError, "cannot read the model", initial_model=path)
+    path.write_text("a pickle?")
+    await fails_to_start(tmp_path, UsageError, "is not a safetensors file", initial_model=path)
+    save_file({"w": np.array([1.0, np.nan], np.float32)}, path)
+    await fails_to_start(tmp_path, UsageError, "'w' of the model .* not finite", initial_model=path)
+    save_file(MODEL, path)
+    async with aggregating(tmp_path, initial_model=path) as running:
+        assert (await running.run()).model_version == 1
+
+
+async def health_of(running):
+    async with open_channel(running.address) as channel:
+        request = health_pb2.HealthCheckRequest(service="fedgrpc.v1.Aggregator")
+        return (await health_pb2_grpc.HealthStub(channel).Check(request)).status
+
+
+async def health_becomes(running, status):
+    async with open_channel(running.address) as channel, asyncio.timeout(10):
+        request = health_pb2.HealthCheckRequest(service="fedgrpc.v1.Aggregator")
+        async for reply in health_pb2_grpc.HealthStub(channel).Watch(request):
+            if reply.status == status:
+                return
+
+
+def broken(folder):
+    """The folder is away, and a file has taken its place."""
+    away = folder.with_name(folder.name + "-away")
+    folder.rename(away)
+    folder.touch()
+
+
+def mended(folder):
+    folder.unlink()
+    folder.with_name(folder.name + "-away").rename(folder)
+
+
+async def test_an_upload_that_cannot_be_stored_is_internal_and_the_health_says_so_until_it_can(tmp_path):
+    async with aggregating(tmp_path) as running:
+        a, b = await running.device("a"), await running.device("b")
+        a_task, b_task = await asyncio.gather(a.task(), b.task())
+        assert await health_of(running) == Serving.SERVING
+        uploads = running.settings.data_dir / "uploads"
+        broken(uploads)
+        with refused("INTERNAL", "cannot store an update: Not a directory", "StorageError"):
+            await a.push(a_task)
+        await health_becomes(running, Serving.NOT_SERVING)
+        mended(uploads)
+        assert (await a.push(a_task)).complete
+        await health_becomes(running, Serving.SERVING)
+        assert (await b.push(b_task)).complete
+        await running.until_finished()
+
+
+@pytest.mark.parametrize("name", ["models", "uploads"])
+async def test_a_commit_that_cannot_be_stored_is_tried_until_it_can(tmp_path, name):
+    """Every accepted update is kept meanwhile."""
+    async with aggregating(tmp_path) as running:
+        a, b = await running.device("a"), await running.device("b")
+        a_task, b_task = await asyncio.gather(a.task(), b.task())
+        await a.push(a_task)
+        folder = running.settings.data_dir / name
+        if name == "models":
+            broken(folder)
+            assert (await b.push(b_task, update_of(3.0))).complete
+        else:
+            await b.push(b_task, update_of(3.0))
+            broken(folder)
+        if name == "models":
+            await health_becomes(running, Serving.NOT_SERVING)
+            assert (await running.run()).model_version == 1
+        mended(folder)
+        await health_becomes(running, Serving.SERVING)
+        await running.until_finished()
+        np.testing.assert_allclose(running.weights(2)["w"], MODEL["w"] + 2, rtol=1e-6)
+        assert list((running.settings.data_dir / "uploads").iterdir()) == []
+
+
+async def test_a_model_that_no_encoding_of_the_run_can_hold_travels_as_it_is(tmp_path):
+    """70000 is not finite in float16; the run goes on all the same."""
+    async with aggregating(tmp_path, rounds=2, download_recipe="float16") as running:
+        a, b = await running.device("a"), await running.device("b")
+        for _ in range(2):
+            tasks = await asyncio.gather(a.task(), b.task())
+            model = await a.model(tasks[0].model_version, tasks[0].download_recipe)
+            await asyncio.gather(*(d.push(t, update_of(70_000.0)) for d, t in zip((a, b), tasks, strict=True)))
+        np.testing.assert_array_equal(model["w"], running.weights(2)["w"])
+        await running.until_finished()
+
+
+async def test_updates_whose_sum_is_not_finite_cost_their_round_and_not_the_model(tmp_path):
+    largest = float(np.finfo(np.float32).max)
+    async with aggregating(tmp_path, rounds=2) as running:
+        a, b = await running.device("a"), await running.device("b")
+        for change in (largest / 2, largest, 1.0):
+            tasks = await asyncio.gather(a.task(), b.task())
+            await asyncio.gather(*(d.push(t, update_of(change)) for d, t in zip((a, b), tasks, strict=True)))
+        run = await running.until_finished()
+        rounds = await running.rounds()
+        assert [item.phase for item in rounds] == [
+            round_pb2.ROUND_PHASE_COMMITTED,
+            round_pb2.ROUND_PHASE_ABANDONED,
+            round_pb2.ROUND_PHASE_COMMITTED,
+        ]
+        assert "would not be finite in float32" in rounds[1].reason
+        assert run.model_version == 3
