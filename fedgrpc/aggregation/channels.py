@@ -70,6 +70,23 @@ class SubModel:
         """Whether this is the model itself."""
         return self.width == 1.0
 
+    @property
+    def moves(self) -> bool:
+        """Whether the next round's channels may be others."""
+        return self.rule != "prefix" and not self.whole
+
+    @classmethod
+    def parse(cls, text: str) -> SubModel:
+        """Read what `str` gives: "prefix:0.5", "rolling:12:0.5", ...; "" is the whole model. Raises UsageError."""
+        if text in ("", "whole"):
+            return cls()
+        rule, *numbers = text.split(":")
+        try:
+            *rounds, width = numbers
+            return cls(float(width), rule, int(rounds[0]) if rounds else 0)
+        except ValueError as error:
+            raise UsageError(f"{text!r} is no sub-model; one looks like prefix:0.5 or rolling:12:0.5") from error
+
     def __str__(self) -> str:
         """Two sub-models with the same text have the same channels."""
         if self.whole:

@@ -102,13 +102,14 @@ class LocalModel(_message.Message):
     def __init__(self, sub_model: _Optional[str] = ..., personal_layers: _Optional[_Iterable[str]] = ..., pruning: _Optional[_Union[Pruning, _Mapping]] = ..., clustering: _Optional[_Union[Clustering, _Mapping]] = ..., quantization: _Optional[_Union[Quantization, _Mapping]] = ..., arithmetic: _Optional[_Union[Arithmetic, _Mapping]] = ...) -> None: ...
 
 class Pruning(_message.Message):
-    __slots__ = ("ratio", "layers")
+    __slots__ = ("ratio", "across_layers", "layers")
     RATIO_FIELD_NUMBER: _ClassVar[int]
-    GLOBAL_FIELD_NUMBER: _ClassVar[int]
+    ACROSS_LAYERS_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     ratio: float
+    across_layers: bool
     layers: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, ratio: _Optional[float] = ..., layers: _Optional[_Iterable[str]] = ..., **kwargs) -> None: ...
+    def __init__(self, ratio: _Optional[float] = ..., across_layers: _Optional[bool] = ..., layers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Clustering(_message.Message):
     __slots__ = ("clusters", "layers")

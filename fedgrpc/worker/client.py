@@ -187,7 +187,10 @@ class AggregatorClient:
     async def _still_sent(self, folder: ModelFolder, held: HeldModel) -> bool:
         """Whether the aggregator would send for `held` what is held: only a header travels to find out."""
         request = aggregator_pb2.PullModelRequest(
-            version=held.version, recipe=held.source.recipe, offset=held.manifest.size_bytes
+            version=held.version,
+            recipe=held.source.recipe,
+            offset=held.manifest.size_bytes,
+            sub_model=held.source.sub_model,
         )
         try:
             with domain_errors():
@@ -200,9 +203,16 @@ class AggregatorClient:
         self, folder: ModelFolder, source: Source, offset: int, report: Report
     ) -> HeldModel | None:
         """One stream from `offset`; None when the aggregator's payload is not the one kept here."""
-        base_version = 0 if folder.held is None else folder.held.version
+        held = folder.held
+        # Slices may have other channels in every version: a difference between two of them says nothing.
+        comparable = held is not None and not held.source.sub_model and not source.sub_model
+        base_version = held.version if held is not None and comparable else 0
         request = aggregator_pb2.PullModelRequest(
-            version=source.version, recipe=source.recipe, offset=offset, base_version=base_version
+            version=source.version,
+            recipe=source.recipe,
+            offset=offset,
+            base_version=base_version,
+            sub_model=source.sub_model,
         )
         with domain_errors():
             async with self._moving() as moved, _cancelled_on_exit(self._pull_model(request)) as call:

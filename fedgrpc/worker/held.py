@@ -14,9 +14,9 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import structlog
@@ -45,11 +45,12 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Source:
-    """What a model was pulled as: the run, the version, and the recipe of its payload."""
+    """What a model was pulled as: run, version, recipe of the payload, and slice ("": the whole model)."""
 
     run: str
     version: int
     recipe: str
+    sub_model: str = ""
 
 
 @dataclass(frozen=True)
@@ -285,10 +286,10 @@ def _load(folder: Path) -> HeldModel:
 
 
 def _write_source(folder: Path, source: Source) -> None:
-    about: dict[str, Any] = {"run": source.run, "version": source.version, "recipe": source.recipe}
-    (folder / _ABOUT).write_text(json.dumps(about))
+    (folder / _ABOUT).write_text(json.dumps(asdict(source)))
 
 
 def _read_source(folder: Path) -> Source:
     about = json.loads((folder / _ABOUT).read_text())
-    return Source(str(about["run"]), int(about["version"]), str(about["recipe"]))
+    sub_model = str(about.get("sub_model", ""))
+    return Source(str(about["run"]), int(about["version"]), str(about["recipe"]), sub_model)

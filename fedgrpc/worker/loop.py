@@ -31,12 +31,13 @@ from fedgrpc.worker.concurrency import Interrupted, in_thread, unless
 from fedgrpc.worker.controls import Controls
 from fedgrpc.worker.delivery import Delivery, worth_retrying
 from fedgrpc.worker.held import ModelFolder, Source
+from fedgrpc.worker.personal import PersonalLayers
 from fedgrpc.worker.profile import DeviceProfile
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Spool, SpooledUpdate
 from fedgrpc.worker.task import Registration, Task, TaskKind
 from fedgrpc.worker.trainer import Cancelled, Trainer, Weights
-from fedgrpc.worker.training import Began, Hooks, Outcome, evaluate, initialize, train, update_of
+from fedgrpc.worker.training import Began, Hooks, Outcome, evaluate, initialize, is_personal, train, update_of
 
 _TRIES: Final = 3
 _GOODBYE_S: Final = 2.0
@@ -79,6 +80,7 @@ class Loop:
         self._heartbeat_interval_s = 5.0
         self._retries = Retries(settings.backoff)
         self._download_began: tuple[str, float] = ("", 0.0)
+        self._personal = PersonalLayers(settings.state_dir)
         self._delivery = Delivery(client, spool, board, self._beat)
         self._log: Any = log.bind(worker=settings.name)
 
@@ -193,6 +195,9 @@ class Loop:
         stop = threading.Event()
         hooks = Hooks(stop, self._reporter(stop), self._settings.throttle)
         outcome = await self._local_work(trainer, task, given, hooks)
+        if outcome.weights is not None:
+            keep = self._personal.keep
+            await asyncio.to_thread(keep, outcome.weights, task.run_id, is_personal(task.plan))
         residual = await asyncio.to_thread(self._spool.residual, task.run_id)
         fill = update_of(task, self._settings.name, given, outcome, residual, began)
         update = await asyncio.to_thread(self._spool.write, message, fill)
@@ -206,14 +211,17 @@ class Loop:
         self._board.enter(Activity.DOWNLOADING)
         if self._download_began[0] != task.token:
             self._download_began = (task.token, time.monotonic())
-        source = Source(task.run_id, task.model_version, task.download_recipe)
+        sub_model = task.plan.sub_model
+        slice_text = "" if sub_model.whole else str(sub_model)
+        source = Source(task.run_id, task.model_version, task.download_recipe, slice_text)
         held = await with_retries(
             lambda: self._client.pull(self._models, source, self._moved),
             attempts=_TRIES,
             backoff=self._settings.backoff,
             retry_on=(CorruptError, WrongOffset),
         )
-        weights = await asyncio.to_thread(held.weights)
+        weights: Weights = await asyncio.to_thread(held.weights)
+        weights = await asyncio.to_thread(self._personal.restored, weights, task.run_id, is_personal(task.plan))
         self._show_disk()
         return weights, time.monotonic() - self._download_began[1]
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final
 
+from fedgrpc.aggregation.channels import SubModel
+from fedgrpc.aggregation.compression_plan import CompressionPlan
 from fedgrpc.codec.chunk import CHUNK_BYTES
 from fedgrpc.errors import LayoutError
 from fedgrpc.rpc.convert import duration_from_proto
+from fedgrpc.rpc.local_model import compression_from_proto, sub_model_from_proto
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2
 
 _SHORTEST_INTERVAL_S: Final = 0.05
@@ -65,6 +68,9 @@ class Plan:
     proximal_mu: float = 0.0
     seed: int = 0
     evaluate: bool = False
+    compression: CompressionPlan | None = None
+    sub_model: SubModel = field(default_factory=SubModel)
+    tell_channels: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def registration_from_proto(message: aggregator_pb2.RegisterResponse) -> Registr
 
 
 def task_from_proto(message: aggregator_pb2.Task) -> Task:
-    """Raises LayoutError for a kind of task that this version does not know."""
+    """Raises LayoutError for a kind of task or a plan that this version does not know."""
     try:
         kind = TaskKind(message.kind)
     except ValueError:
@@ -123,7 +129,8 @@ def task_from_proto(message: aggregator_pb2.Task) -> Task:
 
 
 def plan_from_proto(message: round_pb2.Plan) -> Plan:
-    """Zero on the wire is None here."""
+    """Zero on the wire is None here. Raises LayoutError for a local model that cannot be."""
+    compression = compression_from_proto(message.local_model)
     return Plan(
         epochs=message.epochs or None,
         max_steps=message.max_steps or None,
@@ -133,4 +140,7 @@ def plan_from_proto(message: round_pb2.Plan) -> Plan:
         proximal_mu=message.proximal_mu,
         seed=message.seed,
         evaluate=message.evaluate,
+        compression=None if compression.plain else compression,
+        sub_model=sub_model_from_proto(message.local_model),
+        tell_channels=message.tell_channels,
     )

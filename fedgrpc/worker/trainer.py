@@ -157,7 +157,7 @@ class Trainer(Protocol):
 
 @runtime_checkable
 class SliceableTrainer(Trainer, Protocol):
-    """A trainer whose model can be made narrower: it takes weights of any sub-model of its channels."""
+    """A trainer that takes weights of any sub-model of its model's channels, and heeds `TrainJob.compression`."""
 
     def channels(self) -> ChannelMap:
         """The channel groups of its model."""
@@ -204,6 +204,8 @@ def load_trainer(
     task = _find_class(reference)
     with _blaming(reference):
         trainer = _construct(task, setup, reference)
+    if isinstance(trainer, SliceableTrainer):
+        return _GuardedSliceableTrainer(trainer, reference)
     return _GuardedTrainer(trainer, reference)
 
 
@@ -344,8 +346,14 @@ class _GuardedTrainer:
         with _blaming(self._reference):
             return self._inner.evaluate(weights)
 
+
+class _GuardedSliceableTrainer(_GuardedTrainer):
+    """The same of one whose model can be made narrower."""
+
+    def __init__(self, inner: SliceableTrainer, reference: str) -> None:
+        super().__init__(inner, reference)
+        self._sliceable = inner
+
     def channels(self) -> ChannelMap:
-        """None of them, where the model cannot be made narrower."""
         with _blaming(self._reference):
-            inner = self._inner
-            return inner.channels() if isinstance(inner, SliceableTrainer) else ChannelMap((), {})
+            return self._sliceable.channels()

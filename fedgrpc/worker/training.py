@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -21,18 +21,22 @@ from typing import BinaryIO
 import numpy as np
 import structlog
 
+from fedgrpc.aggregation.channels import ChannelMap
+from fedgrpc.aggregation.compression_plan import CompressionPlan
 from fedgrpc.codec.feedback import Residual, write_with_feedback
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.errors import FedgrpcError, TaskError
+from fedgrpc.errors import FedgrpcError, TaskError, UsageError
 from fedgrpc.rpc.convert import Timings, manifest_to_proto, timings_to_proto
+from fedgrpc.rpc.local_model import channels_to_proto
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.delta import Delta
+from fedgrpc.worker.part import Part
 from fedgrpc.worker.spool import Fill
 from fedgrpc.worker.task import Plan, Task, TaskKind
 from fedgrpc.worker.throttle import Throttle
-from fedgrpc.worker.trainer import Cancelled, EvalResult, Trainer, TrainJob, Weights
+from fedgrpc.worker.trainer import Cancelled, EvalResult, SliceableTrainer, Trainer, TrainJob, Weights
 
 log = structlog.get_logger()
 
@@ -48,13 +52,20 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the local work gave. `weights` are trained, initial, or None for scores alone."""
+    """What the local work gave. `weights` are trained, initial, or None for scores alone.
+
+    `start`, `masks` and `clustered` are those of `TrainResult`.
+    """
 
     weights: Weights | None
     example_count: int
     steps: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     scores: EvalResult | None = None
+    start: Weights | None = None
+    masks: Weights = field(default_factory=dict)
+    clustered: Collection[str] = ()
+    channels: ChannelMap | None = None
 
 
 def evaluate(trainer: Trainer, weights: Weights, hooks: Hooks) -> EvalResult | None:
@@ -71,18 +82,42 @@ def evaluate(trainer: Trainer, weights: Weights, hooks: Hooks) -> EvalResult | N
 def initialize(trainer: Trainer) -> Outcome:
     """The untrained weights of the task's model. Raises TaskError."""
     with users_code():
-        return Outcome(trainer.initial_weights(), 0)
+        return Outcome(trainer.initial_weights(), 0, channels=_channels(trainer))
 
 
 def train(
     trainer: Trainer, weights: Weights, task: Task, hooks: Hooks, scores: EvalResult | None = None
 ) -> Outcome:
     """Train from `weights` as the plan says. Raises TaskError, or Cancelled when told to stop."""
-    job = job_of(task.plan, task.round, hooks)
+    plan = task.plan
+    if not isinstance(trainer, SliceableTrainer) and (plan.compression or not plan.sub_model.whole):
+        raise TaskError("this learning task trains the model as it is; it can neither slice nor compress it")
+    job = job_of(plan, task.round, hooks)
     with users_code():
         result = trainer.train(weights, job)
-    examples, steps = _count(result.example_count), _count(result.steps)
-    return Outcome(result.weights, examples, steps, _finite(result.metrics), scores)
+        channels = _channels(trainer) if plan.tell_channels else None
+    return Outcome(
+        result.weights,
+        _count(result.example_count),
+        _count(result.steps),
+        _finite(result.metrics),
+        scores,
+        result.start,
+        result.masks,
+        result.clustered,
+        channels,
+    )
+
+
+def _channels(trainer: Trainer) -> ChannelMap | None:
+    """The channels of its model; None where it has none to tell."""
+    if not isinstance(trainer, SliceableTrainer):
+        return None
+    try:
+        return trainer.channels()
+    except (UsageError, TaskError) as error:
+        log.warning("channels unknown", reason=str(error))
+        return None
 
 
 def job_of(plan: Plan, number: int, hooks: Hooks) -> TrainJob:
@@ -96,6 +131,7 @@ def job_of(plan: Plan, number: int, hooks: Hooks) -> TrainJob:
         proximal_mu=plan.proximal_mu,
         seed=plan.seed,
         round=number,
+        compression=plan.compression,
         stop=hooks.stop.is_set,
         report=lambda done, total: hooks.report(done / total),
         pause=lambda batch_s: hooks.throttle.rest(batch_s, hooks.stop),
@@ -145,14 +181,25 @@ def _write(
         return write_payload({}, recipe, payload, rng), None
     if task.kind is TaskKind.INITIALIZE:
         return write_payload(outcome.weights, recipe, payload, rng), None
-    return write_with_feedback(Delta(outcome.weights, given), residual, recipe, payload, rng)
+    start = given if outcome.start is None else outcome.start
+    part = Part(Delta(outcome.weights, start), outcome.masks, outcome.clustered, is_personal(task.plan))
+    if outcome.masks or task.plan.sub_model.moves:
+        # The next update covers other coordinates: what this one lost is not owed to those.
+        return write_payload(part, recipe, payload, rng), None
+    return write_with_feedback(part, residual, recipe, payload, rng)
+
+
+def is_personal(plan: Plan) -> Callable[[str], bool]:
+    """Whether the tensor of a name stays on the device."""
+    compression = plan.compression or CompressionPlan()
+    return compression.is_personal
 
 
 def _header(
     task: Task, worker: str, outcome: Outcome, manifest: Manifest, timings: Timings
 ) -> aggregator_pb2.UpdateHeader:
     scores = outcome.scores or EvalResult(0, {})
-    return aggregator_pb2.UpdateHeader(
+    header = aggregator_pb2.UpdateHeader(
         worker=worker,
         token=task.token,
         manifest=manifest_to_proto(manifest),
@@ -164,6 +211,9 @@ def _header(
         timings=timings_to_proto(timings),
         peak_memory_bytes=peak_memory_bytes(),
     )
+    if outcome.channels is not None:
+        header.channels.CopyFrom(channels_to_proto(outcome.channels))
+    return header
 
 
 def peak_memory_bytes() -> int:

@@ -1,0 +1,186 @@
+"""How an update's tensors travel when it covers a part of the model: their layout, packing and unpacking.
+
+A tensor of the update is one of these, `n` the elements of its slice of the model's tensor:
+
+    NAME            the slice, dense
+    NAME, NAME#mask      [k] values that are kept, and n bits that say where, 8 to a byte, first bit lowest
+    NAME, NAME#codes     [K] different values, and for each element kept its number, in the fewest bits
+
+Mask and codes go together: codes are then of the kept elements only. Personal tensors are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedgrpc.aggregation.channels import Selection
+from fedgrpc.aggregation.coverage import Coverage
+from fedgrpc.aggregation.update import TensorLike
+from fedgrpc.errors import UpdateRefused
+
+MASK, CODES = "#mask", "#codes"
+_MAX_VALUES = 256
+_PIECE = 1 << 16
+
+Read = Callable[[str], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Name, dtype and shape of a tensor, as `TensorLike` wants them."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def code_bits(count: int) -> int:
+    """Bits of the numbers below `count`; at least 1."""
+    return max(1, (count - 1).bit_length())
+
+
+def pack(
+    name: str, values: np.ndarray, mask: np.ndarray | None = None, clustered: bool = False
+) -> dict[str, np.ndarray]:
+    """What travels of a slice's dense `values`; a clustered tensor of too many different values goes as it is."""
+    packed: dict[str, np.ndarray] = {}
+    if mask is not None:
+        packed[name + MASK] = np.packbits(mask.reshape(-1), bitorder="little")
+        values = values[mask]
+    if clustered:
+        different, codes = np.unique(values.reshape(-1), return_inverse=True)
+        if 0 < len(different) <= _MAX_VALUES:
+            packed[name + CODES] = _pack_codes(codes.reshape(-1).astype(np.uint8), code_bits(len(different)))
+            values = different
+    return {name: values, **packed}
+
+
+def check_layout(
+    model: Sequence[TensorLike],
+    update: Sequence[TensorLike],
+    selection: Selection | None = None,
+    masked: bool = False,
+    clustered: bool = False,
+    personal: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """The update lists each tensor of its part of the model once, in a form that its plan allows.
+
+    Raises `UpdateRefused` with the first difference.
+    """
+    given = {tensor.name: tensor for tensor in update}
+    if len(given) < len(update):
+        raise UpdateRefused("the update lists a tensor twice")
+    for tensor in model:
+        if personal(tensor.name):
+            continue
+        mine = given.pop(tensor.name, None)
+        if mine is None:
+            raise UpdateRefused(f"tensor {tensor.name!r} is missing")
+        shape = _sub_shape(tensor, selection)
+        mask = given.pop(tensor.name + MASK, None) if masked else None
+        codes = given.pop(tensor.name + CODES, None) if clustered else None
+        if mine.dtype != tensor.dtype or not _fits(mine.shape, shape, mask, codes):
+            raise UpdateRefused(
+                f"tensor {tensor.name!r} is {mine.dtype}{list(mine.shape)}, the model's is "
+                f"{tensor.dtype}{list(shape)}"
+            )
+    if given:
+        raise UpdateRefused(f"the update's part of the model has no tensor {min(given)!r}")
+
+
+def _sub_shape(tensor: TensorLike, selection: Selection | None) -> tuple[int, ...]:
+    return tensor.shape if selection is None else selection.coverage(tensor.name, tensor.shape).sub_shape
+
+
+def _fits(
+    given: tuple[int, ...], shape: tuple[int, ...], mask: TensorLike | None, codes: TensorLike | None
+) -> bool:
+    """Whether shapes and dtypes can be those of one packed tensor; `unpack` knows for sure."""
+    size = math.prod(shape)
+    if mask is None and codes is None:
+        return given == shape
+    fits = len(given) == 1
+    if mask is not None:
+        fits &= mask.dtype == "uint8" and mask.shape == ((size + 7) // 8,)
+    if codes is None:
+        return fits and given[0] <= size
+    most = (size * code_bits(given[0]) + 7) // 8 if fits else 0
+    fits &= codes.dtype == "uint8" and len(codes.shape) == 1 and 0 < given[0] <= _MAX_VALUES
+    return fits and (codes.shape[0] <= most if mask is not None else codes.shape[0] == most)
+
+
+def unpack(name: str, names: Collection[str], read: Read, whole: Coverage) -> tuple[np.ndarray, Coverage]:
+    """The values of a packed tensor and what they cover; `whole` is the coverage of its slice.
+
+    `names` are those of the update's tensors, `read` gives one of them. Raises `UpdateRefused` when they do not
+    fit each other.
+    """
+    values, coverage = read(name), whole
+    if name + MASK in names:
+        size = math.prod(whole.sub_shape)
+        mask = np.unpackbits(read(name + MASK), count=size, bitorder="little").view(np.bool_)
+        coverage = whole.masked(mask.reshape(whole.sub_shape))
+    if name + CODES in names:
+        count = math.prod(coverage.value_shape)
+        values = _scattered(name, values, read(name + CODES), count).reshape(coverage.value_shape)
+    if values.shape != coverage.value_shape:
+        raise UpdateRefused(f"tensor {name!r} has {values.size} values, its mask keeps {coverage.value_shape[0]}")
+    return values, coverage
+
+
+def unpacked(
+    model: Sequence[TensorLike], names: Collection[str], read: Read, selection: Selection | None
+) -> Iterator[tuple[TensorLike, np.ndarray]]:
+    """Each tensor of the update as the values it stands for, one at a time. Raises as `unpack`."""
+    for tensor in model:
+        if tensor.name in names:
+            yield tensor, unpack(tensor.name, names, read, coverage_of(tensor, selection))[0]
+
+
+def coverage_of(tensor: TensorLike, selection: Selection | None) -> Coverage:
+    """What a sub-model has of a tensor; None is the whole model."""
+    return Coverage(tensor.shape) if selection is None else selection.coverage(tensor.name, tensor.shape)
+
+
+def sub_layout(model: Sequence[TensorLike], selection: Selection | None) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of the tensors of a sub-model, by name."""
+    return {tensor.name: _sub_shape(tensor, selection) for tensor in model}
+
+
+def _scattered(name: str, values: np.ndarray, packed: np.ndarray, count: int) -> np.ndarray:
+    bits = code_bits(values.size)
+    if packed.size != (count * bits + 7) // 8:
+        raise UpdateRefused(f"tensor {name!r} has {packed.size} bytes of codes for {count} elements")
+    codes = _unpack_codes(packed, count, bits)
+    if codes.max(initial=0) >= values.size:
+        raise UpdateRefused(f"tensor {name!r} has a code beyond its {values.size} values")
+    scattered: np.ndarray = values[codes]
+    return scattered
+
+
+def _pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Bit j of code i is bit i * bits + j of the whole, bit k of which is bit k % 8 of byte k // 8."""
+    parts = [
+        np.packbits(_bits_of(codes[start : start + _PIECE], bits), bitorder="little")
+        for start in range(0, codes.size, _PIECE)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, np.uint8)
+
+
+def _bits_of(codes: np.ndarray, bits: int) -> np.ndarray:
+    return (codes[:, None] >> np.arange(bits, dtype=np.uint8)) & np.uint8(1)
+
+
+def _unpack_codes(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
+    codes = np.empty(count, np.uint8)
+    weights = (np.uint8(1) << np.arange(bits, dtype=np.uint8)).astype(np.uint8)
+    for start in range(0, count, _PIECE):
+        size = min(_PIECE, count - start)
+        first = start * bits // 8
+        part = np.unpackbits(packed[first : first + (size * bits + 7) // 8], count=size * bits, bitorder="little")
+        codes[start : start + size] = part.reshape(size, bits) @ weights
+    return codes

@@ -1,0 +1,117 @@
+"""Between `LocalModel`, `ChannelMap` messages and their domain types. What comes from the wire is checked."""
+
+from __future__ import annotations
+
+from fedgrpc.aggregation.channels import Axis, ChannelGroup, ChannelMap, Segment, SubModel
+from fedgrpc.aggregation.compression_plan import (
+    Arithmetic,
+    Clustering,
+    CompressionPlan,
+    Pruning,
+    Quantization,
+)
+from fedgrpc.errors import LayoutError, UsageError
+from fedgrpc.v1 import round_pb2, tensor_pb2
+
+_ALL = ("*",)
+
+
+def local_model_to_proto(plan: CompressionPlan, sub_model: SubModel) -> round_pb2.LocalModel:
+    """What a worker is told of its local model."""
+    message = round_pb2.LocalModel(
+        sub_model="" if sub_model.whole else str(sub_model), personal_layers=plan.personal_layers
+    )
+    if part := plan.pruning:
+        across = part.scope == "global"
+        message.pruning.CopyFrom(round_pb2.Pruning(ratio=part.ratio, across_layers=across, layers=part.layers))
+    if plan.clustering:
+        clusters, layers = plan.clustering.clusters, plan.clustering.layers
+        message.clustering.CopyFrom(round_pb2.Clustering(clusters=clusters, layers=layers))
+    if plan.quantization:
+        quantization = plan.quantization
+        message.quantization.CopyFrom(
+            round_pb2.Quantization(
+                weight_bits=quantization.weight_bits,
+                activation_bits=quantization.activation_bits,
+                layers=quantization.layers,
+            )
+        )
+    if plan.arithmetic:
+        arithmetic = plan.arithmetic
+        message.arithmetic.CopyFrom(
+            round_pb2.Arithmetic(
+                format=arithmetic.format,
+                stochastic_rounding=arithmetic.rounding == "stochastic",
+                emulated=arithmetic.emulated,
+            )
+        )
+    return message
+
+
+def sub_model_from_proto(message: round_pb2.LocalModel) -> SubModel:
+    """The slice of the model. Raises LayoutError for one that cannot be."""
+    return parse_sub_model(message.sub_model)
+
+
+def parse_sub_model(text: str) -> SubModel:
+    """As on the wire: "" or what `str` gives. Raises LayoutError."""
+    try:
+        return SubModel.parse(text)
+    except UsageError as error:
+        raise LayoutError(str(error)) from error
+
+
+def compression_from_proto(message: round_pb2.LocalModel) -> CompressionPlan:
+    """What is done on the device, the slice left out. Raises LayoutError for what cannot be."""
+    try:
+        return CompressionPlan(
+            personal_layers=tuple(message.personal_layers),
+            pruning=_pruning(message.pruning) if message.HasField("pruning") else None,
+            clustering=Clustering(message.clustering.clusters, tuple(message.clustering.layers) or _ALL)
+            if message.HasField("clustering")
+            else None,
+            quantization=_quantization(message.quantization) if message.HasField("quantization") else None,
+            arithmetic=_arithmetic(message.arithmetic) if message.HasField("arithmetic") else None,
+        )
+    except UsageError as error:
+        raise LayoutError(f"the plan cannot be kept: {error}") from error
+
+
+def _pruning(message: round_pb2.Pruning) -> Pruning:
+    scope = "global" if message.across_layers else "layer"
+    return Pruning(message.ratio, scope, tuple(message.layers) or _ALL)
+
+
+def _quantization(message: round_pb2.Quantization) -> Quantization:
+    return Quantization(message.weight_bits, message.activation_bits, tuple(message.layers) or _ALL)
+
+
+def _arithmetic(message: round_pb2.Arithmetic) -> Arithmetic:
+    rounding = "stochastic" if message.stochastic_rounding else "nearest"
+    return Arithmetic(message.format or "float32", rounding, message.emulated)
+
+
+def channels_to_proto(channel_map: ChannelMap) -> tensor_pb2.ChannelMap:
+    """The channels of a model."""
+    message = tensor_pb2.ChannelMap()
+    for group in channel_map.groups:
+        message.groups.add(channels=group.channels, blocks=group.blocks)
+    for name, axes in channel_map.tensors.items():
+        for axis in axes:
+            segments = message.tensors[name].axes.add().segments
+            for segment in axis:
+                segments.add(group=0 if segment.group is None else segment.group + 1, repeat=segment.repeat)
+    return message
+
+
+def channels_from_proto(message: tensor_pb2.ChannelMap) -> ChannelMap:
+    """The channels of a model, not yet held against one (`ChannelMap.validate`)."""
+    groups = tuple(ChannelGroup(group.channels, group.blocks) for group in message.groups)
+    tensors = {name: tuple(_axis(axis) for axis in axes.axes) for name, axes in message.tensors.items()}
+    return ChannelMap(groups, tensors)
+
+
+def _axis(message: tensor_pb2.ChannelAxis) -> Axis:
+    return tuple(
+        Segment(segment.group - 1 if segment.group else None, segment.repeat) for segment in message.segments
+    )

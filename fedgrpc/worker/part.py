@@ -1,0 +1,42 @@
+"""The tensors of an update that covers a part of the model, as they travel (`fedgrpc.aggregation.packed`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+import numpy as np
+
+from fedgrpc.aggregation.packed import pack
+from fedgrpc.codec.layout import Array
+
+
+class Part(Mapping[str, Array]):
+    """A delta without its personal tensors, of pruned ones the kept values, of clustered ones the codes."""
+
+    def __init__(
+        self,
+        delta: Mapping[str, Array],
+        masks: Mapping[str, np.ndarray],
+        clustered: Collection[str],
+        is_personal: Callable[[str], bool],
+    ) -> None:
+        self._delta = delta
+        self._names: list[str] = []
+        self._packed: dict[str, Array] = {}
+        for name in delta:
+            if is_personal(name):
+                continue
+            packed = {}
+            if name in masks or name in clustered:
+                packed = pack(name, delta[name], masks.get(name), name in clustered)
+            self._packed |= packed
+            self._names += packed or [name]
+
+    def __getitem__(self, name: str) -> Array:
+        return self._packed[name] if name in self._packed else self._delta[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
