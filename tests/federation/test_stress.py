@@ -158,7 +158,7 @@ async def test_troublemakers_cost_a_run_nothing_but_their_own_updates(tmp_path, 
     # grpc.aio's own, for a write after the server's answer: see fedgrpc.rpc.client_stream.
     answers = {answer for answer in refusals if answer[2] != "Internal error from Core"}
     assert not {code for _, code, _ in answers} & {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL}, answers
-    assert len({code for _, code, _ in refusals}) > 4
+    assert len({code for _, code, _ in answers}) >= 3
 
 
 async def test_of_many_who_send_at_once_exactly_as_many_count_as_are_wanted(tmp_path):
