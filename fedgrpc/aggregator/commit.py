@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from fedgrpc.aggregator.model_file import ModelFile, ModelWriter
 from fedgrpc.aggregator.uploads import StoredUpdate
 from fedgrpc.codec.layout import Layout, TensorSpec
 from fedgrpc.errors import UpdateRefused
+from fedgrpc.spares import SpareFiles
 
 _GROUP_ELEMENTS = 1 << 20
 _CACHED_MANIFESTS = 64
@@ -40,6 +41,7 @@ class Commit:
     optimizer: ServerOptimizer
     updates: Sequence[tuple[str, float]]
     load: Callable[[str], StoredUpdate]
+    spares: SpareFiles | None = None
 
     @property
     def memory_layout(self) -> Layout:
@@ -58,7 +60,7 @@ class Commit:
         updates make of the model is not finite.
         """
         memory_layout = self.memory_layout
-        with ModelWriter(model_path, self.base.layout) as model:
+        with ModelWriter(model_path, self.base.layout, self.spares) as model:
             if not memory_layout:
                 for values, _ in self._tensors():
                     model.add(values)
@@ -94,7 +96,8 @@ class Commit:
             if spec.is_float:
                 base = self.base.tensor(index).astype(np.float64)
                 values, memory = self.optimizer.step(base, mean, self._memory_of(spec))
-                stepped.append((_finite(spec, values), memory))
+                kept = tuple(_finite(replace(spec, dtype="float32"), part) for part in memory)
+                stepped.append((_finite(spec, values), kept))
             else:
                 stepped.append((np.rint(mean), ()))
         return stepped
@@ -116,7 +119,7 @@ class Commit:
 
 
 def _finite(spec: TensorSpec, values: np.ndarray) -> np.ndarray:
-    """`values` in the dtype of `spec`. Raises `UpdateRefused` when it cannot hold them: no worker could go on."""
+    """`values` in the dtype of `spec`. Raises `UpdateRefused` when it cannot hold them: no round could go on."""
     with np.errstate(over="ignore"):
         cast = values.astype(spec.numpy_dtype)
     if not np.isfinite(cast).all():

@@ -8,13 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from fedgrpc.aggregation.compression_plan import PlanTable
 from fedgrpc.aggregation.update import AdmissionPolicy
+from fedgrpc.codec.manifest import Limits
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rpc.channel import Tls
+from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES, Tls
 
 MIB = 1 << 20
+# A chunk has to fit into a message, and a payload into what a reader of payloads takes.
+_SIZES = {
+    "max_chunk_bytes": MAX_MESSAGE_BYTES - MIB,
+    "max_payload_bytes": Limits().max_payload_bytes,
+    "max_upload_memory_bytes": 1 << 40,
+}
 
 
 @dataclass(frozen=True)
@@ -29,14 +37,18 @@ class TrainingPlan:
     proximal_mu: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "max_steps", "batch_size", "learning_rate"):
+        for name in ("epochs", "learning_rate"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UsageError(f"{name} must be above 0, not {value:g}")
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{name} must be a number above 0, not {value:g}")
+        for name in ("max_steps", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value < 1 << 32:
+                raise UsageError(f"{name} must be from 1 to {(1 << 32) - 1}, not {value}")
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise UsageError(f"momentum must be from 0 to below 1, not {self.momentum:g}")
-        if not self.proximal_mu >= 0:
-            raise UsageError(f"proximal_mu must not be negative, not {self.proximal_mu:g}")
+        if not 0 <= self.proximal_mu < math.inf:
+            raise UsageError(f"proximal_mu must be a number from 0, not {self.proximal_mu:g}")
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,7 @@ class AggregatorSettings:
     rounds: int = 10
     policy: RoundPolicy = field(default_factory=RoundPolicy)
     plan: TrainingPlan = field(default_factory=TrainingPlan)
+    local_models: PlanTable = field(default_factory=PlanTable)
     initial_model: Path | None = None
     learning_task: str = ""
     model: str = ""
@@ -103,15 +116,34 @@ class AggregatorSettings:
     tls: Tls | None = None
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise UsageError(f"rounds must be at least 1, not {self.rounds}")
+        for name in ("rounds", "keep_versions", "max_workers", "max_uploads"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, most in _SIZES.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise UsageError(f"{name} must be from 1 to {most} bytes, not {getattr(self, name)}")
         for worker, weight in self.worker_weights.items():
-            if not weight >= 0:
-                raise UsageError(f"the weight of worker {worker!r} must not be negative, not {weight:g}")
-        if self.keep_versions < 1:
-            raise UsageError(f"keep_versions must be at least 1, not {self.keep_versions}")
+            if not 0 <= weight < math.inf:
+                raise UsageError(f"the weight of worker {worker!r} must be a number from 0, not {weight:g}")
+        if self.max_update_norm is not None and not self.max_update_norm > 0:
+            raise UsageError(f"max_update_norm must be above 0, not {self.max_update_norm:g}")
+        if self.seed < 0:
+            raise UsageError(f"seed must not be negative, not {self.seed}")
+        self._check_times()
         Recipe.parse(self.download_recipe)
         Recipe.parse(self.upload_recipe)
+
+    def _check_times(self) -> None:
+        if not 0 < self.poll_wait_s < math.inf:
+            raise UsageError(f"poll_wait_s must be a positive number of seconds, not {self.poll_wait_s:g}")
+        if not 0 <= self.drain_s < math.inf:
+            raise UsageError(f"drain_s must be a number of seconds from 0, not {self.drain_s:g}")
+        if self.heartbeat_interval_s is not None and not 0 < self.heartbeat_interval_s < self.policy.lease_s:
+            lease_s = self.policy.lease_s
+            raise UsageError(
+                f"heartbeat_interval_s must be between 0 and the lease of {lease_s:g} s, or every lease runs out; "
+                f"it is {self.heartbeat_interval_s:g}"
+            )
 
     @property
     def download(self) -> Recipe:

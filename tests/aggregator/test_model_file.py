@@ -1,0 +1,192 @@
+"""Model files against the safetensors package, both ways, and against everything that is no model file."""
+
+import contextlib
+import json
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from fedgrpc.aggregator.model_file import ModelFile, ModelWriter, write_model
+from fedgrpc.codec.layout import layout_of
+from fedgrpc.errors import StorageError, UsageError
+
+DTYPES = ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+TENSORS = {
+    **{dtype: (np.arange(6) % 2).astype(dtype).reshape(2, 3) for dtype in DTYPES},
+    "bfloat16": np.arange(5).astype(ml_dtypes.bfloat16),
+    "scalar": np.array(7, np.int64),
+    "empty": np.zeros((0, 3), np.float32),
+    "naïve/名前 \n": np.ones(3, np.float32),
+}
+
+
+def write(path, tensors):
+    return write_model(path, layout_of(tensors), tensors.values())
+
+
+def read(path):
+    model = ModelFile.open(path)
+    return {spec.name: model.tensor(index) for index, spec in enumerate(model.layout)}
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name, values in right.items():
+        assert (left[name].dtype, left[name].shape) == (values.dtype, values.shape)
+        np.testing.assert_array_equal(left[name], values)
+
+
+def test_the_safetensors_package_reads_what_is_written_here(tmp_path):
+    tensors = {name: values for name, values in TENSORS.items() if name != "bfloat16"}
+    write(tmp_path / "m.safetensors", tensors)
+    assert_same(load_file(tmp_path / "m.safetensors"), tensors)
+
+
+def test_what_the_safetensors_package_writes_is_read_here(tmp_path):
+    tensors = {name: values for name, values in TENSORS.items() if name != "bfloat16"}
+    save_file(tensors, tmp_path / "m.safetensors", metadata={"format": "pt", "author": "someone"})
+    assert_same(read(tmp_path / "m.safetensors"), tensors)
+
+
+def test_torch_reads_bfloat16_as_it_was_written(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file as load_torch
+
+    write(tmp_path / "m.safetensors", TENSORS)
+    loaded = load_torch(tmp_path / "m.safetensors")["bfloat16"]
+    assert loaded.dtype == torch.bfloat16
+    np.testing.assert_array_equal(loaded.float().numpy(), np.arange(5))
+    assert_same(read(tmp_path / "m.safetensors"), TENSORS)
+
+
+def test_the_order_of_the_tensors_is_kept(tmp_path):
+    tensors = {name: np.zeros(2, np.float32) for name in ("z", "a", "m")}
+    write(tmp_path / "m.safetensors", tensors)
+    assert [spec.name for spec in ModelFile.open(tmp_path / "m.safetensors").layout] == ["z", "a", "m"]
+
+
+def test_the_digest_is_the_files_and_changes_with_every_byte_of_it(tmp_path):
+    path = tmp_path / "m.safetensors"
+    digest = write(path, {"w": np.ones(3, np.float32)})
+    good = path.read_bytes()
+    assert ModelFile.open(path).sha256() == digest
+    for at in (-1, -12, good.index(b"format")):
+        spoiled = bytearray(good)
+        spoiled[at] ^= 1
+        path.write_bytes(spoiled)
+        assert ModelFile.open(path).sha256() != digest
+
+
+def test_values_are_cast_to_the_layout(tmp_path):
+    layout = layout_of({"w": np.zeros(2, np.float32), "n": np.zeros(2, np.int64)})
+    write_model(tmp_path / "m.safetensors", layout, [np.array([0.5, 1.5]), np.array([3.0, 4.0])])
+    assert_same(read(tmp_path / "m.safetensors"), {"w": np.float32([0.5, 1.5]), "n": np.array([3, 4])})
+
+
+def test_a_tensor_is_found_by_name(tmp_path):
+    write(tmp_path / "m.safetensors", TENSORS)
+    assert ModelFile.open(tmp_path / "m.safetensors").named("scalar") == 7
+
+
+def test_nothing_is_there_until_all_of_it_is(tmp_path):
+    path = tmp_path / "m.safetensors"
+    write(path, {"w": np.ones(3, np.float32)})
+    before = path.read_bytes()
+    layout = layout_of({"a": np.zeros(2, np.float32), "b": np.zeros(2, np.float32)})
+    with ModelWriter(path, layout) as writer:
+        writer.add(np.zeros(2))
+        assert path.read_bytes() == before
+        with pytest.raises(ValueError, match="'b' was not written"):
+            writer.finish()
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_does_not_take_it_is_a_storage_error(tmp_path):
+    with pytest.raises(StorageError, match=r"cannot write the model .*: No such file"):
+        write(tmp_path / "gone" / "m.safetensors", {"w": np.ones(3, np.float32)})
+
+
+def test_a_file_that_shrinks_or_goes_under_its_reader_is_a_storage_error(tmp_path):
+    path = tmp_path / "m.safetensors"
+    write(path, {"w": np.ones(3, np.float32)})
+    model = ModelFile.open(path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(StorageError, match="is cut short"):
+        model.tensor(0)
+    path.unlink()
+    for call in (model.sha256, lambda: model.tensor(0)):
+        with pytest.raises(StorageError, match="cannot read the model"):
+            call()
+
+
+def entry(dtype="F32", shape=(3,), offsets=(0, 12)):
+    return {"w": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
+
+
+BAD_HEADERS = {
+    "a list": [1, 2],
+    "no JSON": b"{",
+    "not UTF-8": b"\xff\xfe",
+    "nested for ever": b"[" * 100_000,
+    "an unknown dtype": entry(dtype="F8_E4M3"),
+    "a dtype that is no text": entry(dtype=["F32"]),
+    "a negative shape": entry(shape=(-1, -3)),
+    "a shape of fractions": entry(shape=(3.0,)),
+    "a shape of truths": entry(shape=(True, 3)),
+    "a shape of texts": entry(shape=("3",)),
+    "no shape": {"w": {"dtype": "F32", "data_offsets": (0, 12)}},
+    "a wrong size": entry(shape=(4,)),
+    "a hole": entry(offsets=(4, 16)),
+    "an end before the beginning": entry(offsets=(12, 0)),
+    "places that are no numbers": entry(offsets=("0", "12")),
+    "one place": entry(offsets=(0,)),
+    "an overlap": {**entry(), "v": {"dtype": "F32", "shape": (3,), "data_offsets": (0, 12)}},
+    "an endless tensor": entry(shape=(1 << 40, 1 << 40), offsets=(0, 1 << 82)),
+    "too many dimensions": entry(shape=(1,) * 17, offsets=(0, 4)),
+    "a tensor without a name": {"": entry()["w"]},
+    "an entry that is a number": {"w": 3},
+}
+
+
+@pytest.mark.parametrize("what", BAD_HEADERS)
+def test_a_header_that_cannot_be_is_a_usage_error_of_one_line(tmp_path, what):
+    header = BAD_HEADERS[what]
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 12)
+    with pytest.raises(UsageError, match="is not a safetensors file that fedgrpc can use") as caught:
+        ModelFile.open(path)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 7, b"\xff" * 8, struct.pack("<Q", 1 << 62), b"a pickle, not a model"]
+)
+def test_a_file_that_is_no_model_is_a_usage_error(tmp_path, content):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="is not a safetensors file"):
+        ModelFile.open(path)
+
+
+def test_a_file_that_is_not_there_is_a_usage_error(tmp_path):
+    for path in (tmp_path / "gone", tmp_path):
+        with pytest.raises(UsageError, match="cannot read the model"):
+            ModelFile.open(path)
+
+
+@given(at=st.integers(min_value=0), bit=st.integers(0, 7), cut=st.integers(0, 40))
+def test_a_garbled_file_is_a_usage_error_or_a_model_and_nothing_else(tmp_path_factory, at, bit, cut):
+    path = tmp_path_factory.mktemp("garbled") / "m.safetensors"
+    write(path, {"w": np.ones(3, np.float32), "n": np.array(1)})
+    content = bytearray(path.read_bytes())
+    content[at % len(content)] ^= 1 << bit
+    path.write_bytes(content[: len(content) - cut])
+    with contextlib.suppress(UsageError):
+        read(path)

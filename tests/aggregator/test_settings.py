@@ -1,0 +1,101 @@
+"""Settings are checked when they are made; a wrong one is named in one line."""
+
+import pytest
+
+from fedgrpc.aggregator.settings import AggregatorSettings, Target, TrainingPlan
+from fedgrpc.errors import UsageError
+from fedgrpc.rounds.policy import RoundPolicy
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("accuracy>=0.95", Target("accuracy", 0.95)),
+        (" loss <= 1e-3 ", Target("loss", 0.001, at_least=False)),
+        ("top-5>=90", Target("top-5", 90.0)),
+    ],
+)
+def test_a_target_is_read_from_its_text(text, target):
+    assert Target.parse(text) == target
+
+
+@pytest.mark.parametrize(
+    "text", ["", "accuracy", ">=0.9", "accuracy>=", "accuracy>=high", "accuracy=0.9", "a>0.9"]
+)
+def test_a_text_that_is_no_target_is_refused_with_an_example(text):
+    with pytest.raises(UsageError, match=r"looks like accuracy>=0.95 or loss<=0.1"):
+        Target.parse(text)
+
+
+def test_a_target_is_met_from_its_value_on_and_only_by_its_own_metric():
+    accuracy, loss = Target("accuracy", 0.9), Target("loss", 0.1, at_least=False)
+    assert [accuracy.met({"accuracy": value}) for value in (0.89, 0.9, 1.0)] == [False, True, True]
+    assert [loss.met({"loss": value}) for value in (0.11, 0.1, 0.0)] == [False, True, True]
+    assert not accuracy.met({"loss": 1.0})
+    assert not accuracy.met({"accuracy": NAN})
+    assert not loss.met({"loss": NAN})
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    {
+        "epochs": (0.0, -1.0, NAN, INF),
+        "max_steps": (0, -1, 1 << 32),
+        "batch_size": (0, -1, 1 << 32),
+        "learning_rate": (0.0, -0.1, NAN, INF),
+        "momentum": (-0.1, 1.0, NAN),
+        "proximal_mu": (-0.1, NAN, INF),
+    }.items(),
+)
+def test_a_plan_that_no_worker_could_follow_is_refused(name, values):
+    for value in values:
+        with pytest.raises(UsageError, match=f"^{name} must") as caught:
+            TrainingPlan(**{name: value})
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    {
+        "rounds": (0, -1),
+        "keep_versions": (0,),
+        "max_workers": (0,),
+        "max_uploads": (0, -5),
+        "max_chunk_bytes": (0, 1 << 30),
+        "max_payload_bytes": (0, 1 << 40),
+        "max_upload_memory_bytes": (0,),
+        "max_update_norm": (0.0, -1.0, NAN),
+        "seed": (-1,),
+        "poll_wait_s": (0.0, -1.0, NAN, INF),
+        "drain_s": (-1.0, NAN, INF),
+        "heartbeat_interval_s": (0.0, -1.0, NAN, 30.0),
+    }.items(),
+)
+def test_a_setting_out_of_its_range_is_named(tmp_path, name, values):
+    for value in values:
+        with pytest.raises(UsageError, match=f"^{name} must") as caught:
+            AggregatorSettings(tmp_path, **{name: value})
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("weight", [-1.0, NAN, INF])
+def test_a_weight_that_is_no_weight_is_named_with_its_worker(tmp_path, weight):
+    with pytest.raises(UsageError, match="the weight of worker 'pi-1' must be a number from 0"):
+        AggregatorSettings(tmp_path, worker_weights={"pi-1": weight})
+
+
+@pytest.mark.parametrize("name", ["download_recipe", "upload_recipe"])
+def test_a_recipe_that_does_not_exist_is_refused(tmp_path, name):
+    with pytest.raises(UsageError, match="unknown encoding 'telepathy'"):
+        AggregatorSettings(tmp_path, **{name: "telepathy+zstd"})
+
+
+def test_heartbeats_are_due_thrice_within_a_lease_and_at_least_every_five_seconds(tmp_path):
+    def heartbeat_s(**changes):
+        return AggregatorSettings(tmp_path, **changes).heartbeat_s
+
+    assert heartbeat_s(policy=RoundPolicy(lease_s=6.0)) == 2.0
+    assert heartbeat_s(policy=RoundPolicy(lease_s=600.0)) == 5.0
+    assert heartbeat_s(heartbeat_interval_s=7.0) == 7.0
