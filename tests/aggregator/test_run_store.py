@@ -1,0 +1,123 @@
+"""What an aggregator remembers is what it wrote, whatever happened in between."""
+
+import sqlite3
+
+import pytest
+
+from fedgrpc.aggregator.run_store import RunStore, TaskRow, Version
+from fedgrpc.errors import StorageError
+from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.v1.aggregator_pb2 import RegisterRequest
+from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, ROUND_PHASE_REPORTING, Round
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = RunStore(tmp_path / "run.sqlite")
+    yield store
+    store.close()
+
+
+def reopened(tmp_path, store):
+    """As after kill -9: the file as it is now, in another process's hands."""
+    return RunStore(tmp_path / "run.sqlite")
+
+
+def rows(number, *phases):
+    return [
+        TaskRow(f"token-{number}-{slot}", number, slot, f"w{slot}", phase, "") for slot, phase in enumerate(phases)
+    ]
+
+
+def committed(number, version):
+    return Round(number=number, phase=ROUND_PHASE_COMMITTED, base_version=version - 1, committed_version=version)
+
+
+def test_a_fresh_folder_holds_nothing(store):
+    assert (store.run(), store.latest_version(), store.open_round(), store.round()) == (None, None, None, None)
+    assert (list(store.workers()), store.rounds(1 << 62, 10), store.task("x")) == ([], [], None)
+
+
+def test_the_run_and_its_workers_are_remembered(tmp_path, store):
+    store.save_run("id", "name", 1, "", 12.5)
+    store.save_run("id", "name", 3, "done", 12.5)
+    for cores in (1, 4):
+        store.save_worker(RegisterRequest(worker="w0", device={"cpu_cores": cores}))
+    store.save_open_round(Round(number=1), 1, 0.0, rows(1, TaskPhase.OFFERED), ["w0"])
+    store.finish_round(committed(1, 1), rows(1, TaskPhase.ACCEPTED), ["w0"], None)
+    again = reopened(tmp_path, store)
+    assert again.run() == ("id", "name", 3, "done", 12.5)
+    ((registration, selected, accepted),) = again.workers()
+    assert (registration.worker, registration.device.cpu_cores, selected, accepted) == ("w0", 4, 1, 1)
+    again.close()
+
+
+def test_an_open_round_comes_back_with_its_tasks_by_slot(tmp_path, store):
+    record = Round(number=3, phase=ROUND_PHASE_REPORTING, base_version=2)
+    store.save_open_round(record, 2, 99.0, rows(3, TaskPhase.OFFERED, TaskPhase.OFFERED), ["w0", "w1"])
+    more = rows(3, TaskPhase.ACCEPTED, TaskPhase.EXPIRED, TaskPhase.OFFERED)
+    store.save_open_round(record, 2, 98.0, more, ["w2"])
+    found = reopened(tmp_path, store).open_round()
+    assert (found.record, found.aim, found.deadline_at, list(found.tasks)) == (record, 2, 98.0, more)
+    assert store.task("token-3-1") == more[1]
+
+
+def test_a_round_is_closed_with_its_version_or_not_at_all(tmp_path, store):
+    store.save_open_round(Round(number=1), 1, 0.0, rows(1, TaskPhase.OFFERED), ["w0"])
+    store._db.execute("CREATE TRIGGER full BEFORE INSERT ON versions BEGIN SELECT RAISE(ABORT, 'disk full'); END")
+    with pytest.raises(StorageError, match="disk full"):
+        store.finish_round(committed(1, 2), rows(1, TaskPhase.ACCEPTED), ["w0"], Version(2, 1, b"x"))
+    again = reopened(tmp_path, store)
+    assert again.open_round().tasks[0].phase is TaskPhase.OFFERED
+    assert (again.round(), again.latest_version()) == (None, None)
+    again._db.execute("DROP TRIGGER full")
+    again.finish_round(committed(1, 2), rows(1, TaskPhase.ACCEPTED), ["w0"], Version(2, 1, b"x"))
+    assert (again.open_round(), again.latest_version()) == (None, Version(2, 1, b"x"))
+    assert again.round(1) == again.round() == committed(1, 2)
+    again.close()
+
+
+def test_rounds_come_newest_first_below_a_number(store):
+    for number in range(1, 8):
+        store.finish_round(committed(number, number + 1), [], [], Version(number + 1, number, b"x"))
+    store.save_open_round(Round(number=8), 1, 0.0, [], [])
+    assert [item.number for item in store.rounds(1 << 62, 3)] == [7, 6, 5]
+    assert [item.number for item in store.rounds(5, 3)] == [4, 3, 2]
+    assert [item.number for item in store.rounds(1, 3)] == []
+
+
+def test_scores_of_a_version_go_to_the_round_that_wrote_it_and_add_up(store):
+    store.save_version(Version(1, 0, b"x"))
+    store.finish_round(committed(4, 2), [], [], Version(2, 4, b"x"))
+    store.finish_round(committed(5, 3), [], [], Version(3, 5, b"x"))
+    assert store.add_scores(1, {"loss": 1.0}, {}) is None
+    store.add_scores(2, {"loss": 0.5}, {})
+    store.add_scores(2, {}, {"accuracy": 0.9})
+    store.add_scores(2, {"loss": 0.25, "accuracy": 0.8}, {})
+    found = store.round(4)
+    assert (dict(found.metrics), dict(found.evaluator_metrics)) == (
+        {"loss": 0.25, "accuracy": 0.8},
+        {"accuracy": 0.9},
+    )
+    assert not store.round(5).metrics
+
+
+def test_tasks_of_rounds_long_past_are_forgotten_and_their_records_kept(store):
+    for number in range(1, 12):
+        store.finish_round(committed(number, number + 1), rows(number, TaskPhase.ACCEPTED), [], None)
+    assert store.task("token-3-0") is None
+    assert store.task("token-4-0").phase is TaskPhase.ACCEPTED
+    assert store.round(1) == committed(1, 2)
+
+
+def test_a_locked_or_foreign_database_is_a_storage_error(tmp_path, store):
+    store._db.execute("PRAGMA busy_timeout = 50")
+    other = sqlite3.connect(tmp_path / "run.sqlite", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(StorageError, match="database is locked"):
+        store.save_version(Version(1, 0, b"x"))
+    other.close()
+    store.save_version(Version(1, 0, b"x"))
+    (tmp_path / "other.sqlite").write_bytes(b"something else entirely" * 100)
+    with pytest.raises(StorageError, match="file is not a database"):
+        RunStore(tmp_path / "other.sqlite")

@@ -1,0 +1,181 @@
+"""The journal of updates: "the files of accepted updates ARE the record of acceptance"."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from fedgrpc.aggregator.uploads import UploadJournal
+from fedgrpc.codec.payload import tensors_of
+from fedgrpc.errors import CorruptError, StorageError, TooLargeError, WrongOffset
+from tests.aggregator.updates import accept, chunk, encoded, header_of
+
+TENSORS = {"w": np.arange(1000, dtype=np.float32), "n": np.array(3)}
+MANIFEST, PAYLOAD = encoded(TENSORS)
+HEADER = header_of(MANIFEST)
+
+
+@pytest.fixture
+def journal(tmp_path):
+    return UploadJournal(tmp_path / "uploads")
+
+
+def send(upload, stop, start=None, size=512):
+    start = upload.size_bytes if start is None else start
+    for at in range(start, stop, size):
+        upload.append([chunk(PAYLOAD, at, min(at + size, stop))])
+
+
+def names(journal):
+    return sorted(path.name for path in journal._folder.iterdir() if path.is_file())
+
+
+def test_an_update_sent_in_pieces_is_loaded_whole(journal):
+    upload = journal.begin(HEADER, MANIFEST)
+    send(upload, len(PAYLOAD))
+    assert upload.complete
+    upload.finish()
+    assert journal.load("token") is None
+    upload.seal(durable=True)
+    assert names(journal) == ["token.update"]
+    stored = journal.load("token")
+    assert (stored.header, stored.manifest) == (HEADER, MANIFEST)
+    with stored.open() as reader:
+        loaded = tensors_of(reader)
+    for name, values in TENSORS.items():
+        np.testing.assert_array_equal(loaded[name], values)
+
+
+@pytest.mark.parametrize("at", [0, 1, 512, 1300, len(PAYLOAD) - 1, len(PAYLOAD)])
+def test_an_upload_goes_on_at_the_byte_that_is_held(tmp_path, at):
+    """As after a lost link, and as after a restart."""
+    upload = UploadJournal(tmp_path).begin(HEADER, MANIFEST)
+    send(upload, at)
+    upload.close()
+    journal = UploadJournal(tmp_path)
+    assert journal.committed_bytes("token") == at
+    upload = journal.begin(HEADER, MANIFEST)
+    assert upload.size_bytes == at
+    send(upload, len(PAYLOAD))
+    upload.finish()
+    upload.seal(durable=False)
+    assert PAYLOAD in journal.load("token").path.read_bytes()
+
+
+def test_a_part_cut_anywhere_by_a_crash_is_continued_from_what_is_there(tmp_path):
+    journal = UploadJournal(tmp_path)
+    upload = journal.begin(HEADER, MANIFEST)
+    send(upload, len(PAYLOAD))
+    upload.close()
+    whole = (tmp_path / "token.part").read_bytes()
+    start = len(whole) - len(PAYLOAD)
+    for size in (0, 1, 3, 4, 5, start - 1, start, start + 1, len(whole) - 1):
+        (tmp_path / "token.part").write_bytes(whole[:size])
+        assert journal.committed_bytes("token") == max(0, size - start)
+        upload = journal.begin(HEADER, MANIFEST)
+        assert upload.size_bytes == max(0, size - start)
+        assert journal.committed_bytes("token") in (0, upload.size_bytes)
+        send(upload, len(PAYLOAD))
+        upload.finish()
+        upload.close()
+
+
+def test_an_update_in_the_file_of_a_larger_one_is_only_itself(journal):
+    """Files are used again: what a former update has left behind belongs to nobody."""
+    accept(journal, "large", {"w": np.full(5000, 7.0, np.float32)})
+    journal.discard(["large"])
+    upload = journal.begin(HEADER, MANIFEST)
+    assert journal.committed_bytes("token") == 0
+    send(upload, 1024)
+    upload.close()
+    upload = journal.begin(HEADER, MANIFEST)
+    assert (upload.size_bytes, journal.committed_bytes("token")) == (1024, 1024)
+    send(upload, len(PAYLOAD))
+    upload.finish()
+    upload.seal(durable=False)
+    with journal.load("token").open() as reader:
+        np.testing.assert_array_equal(tensors_of(reader)["w"], TENSORS["w"])
+
+
+def test_a_part_of_another_header_is_begun_anew(journal):
+    upload = journal.begin(HEADER, MANIFEST)
+    send(upload, 1024)
+    upload.close()
+    other = header_of(MANIFEST, steps=2)
+    upload = journal.begin(other, MANIFEST)
+    assert upload.size_bytes == 0
+    send(upload, len(PAYLOAD))
+    upload.finish()
+    upload.seal(durable=False)
+    assert journal.load("token").header == other
+
+
+def test_a_chunk_that_is_refused_leaves_what_came_before_it(journal):
+    upload = journal.begin(HEADER, MANIFEST)
+    send(upload, 1024)
+    broken = chunk(PAYLOAD, 1536, 2048)
+    broken = type(broken)(broken.offset, broken.data, broken.crc32 ^ 1)
+    for batch, error in (
+        ([chunk(PAYLOAD, 0, 512)], WrongOffset),
+        ([chunk(PAYLOAD, 1025, 1500)], WrongOffset),
+        ([chunk(PAYLOAD + b"more", 1024, len(PAYLOAD) + 4)], TooLargeError),
+    ):
+        with pytest.raises(error):
+            upload.append(batch)
+        assert upload.size_bytes == 1024
+    with pytest.raises(CorruptError):
+        upload.append([chunk(PAYLOAD, 1024, 1536), broken, chunk(PAYLOAD, 2048, 2500)])
+    assert (upload.size_bytes, journal.committed_bytes("token")) == (1536, 1536)
+    send(upload, len(PAYLOAD))
+    upload.finish()
+
+
+def test_a_digest_that_does_not_match_forgets_the_upload(journal):
+    upload = journal.begin(HEADER, MANIFEST)
+    wrong = bytes([PAYLOAD[0] ^ 1]) + PAYLOAD[1:]
+    upload.append([chunk(wrong, 0, len(wrong))])
+    with pytest.raises(CorruptError, match="does not match its SHA-256; send it again from the start"):
+        upload.finish()
+    upload.close()
+    assert names(journal) == []
+    assert journal.committed_bytes("token") == 0
+
+
+def test_what_is_discarded_is_gone_whether_in_progress_or_accepted(journal):
+    accept(journal, "one", TENSORS)
+    journal.begin(header_of(MANIFEST, "two"), MANIFEST).close()
+    accept(journal, "three", TENSORS)
+    journal.discard(["one", "two", "unknown"])
+    assert names(journal) == ["three.update"]
+
+
+def test_only_what_belongs_to_a_task_is_kept_after_a_restart(journal):
+    for token in ("one", "two"):
+        accept(journal, token, TENSORS)
+    for token in ("three", "four"):
+        journal.begin(header_of(MANIFEST, token), MANIFEST).close()
+    journal.keep_only(["one", "three"])
+    assert names(journal) == ["one.update", "three.part"]
+
+
+def test_an_update_without_tensors_is_kept_too(journal):
+    stored = accept(journal, "report", {})
+    with stored.open() as reader:
+        assert list(reader) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"\0", b"\xff" * 300, b"\x05\0\0\0junk!"])
+def test_an_accepted_update_that_is_unreadable_is_a_storage_error(journal, content):
+    path = journal._folder / "token.update"
+    path.write_bytes(content)
+    with pytest.raises(StorageError, match="cannot read the update"):
+        journal.load("token")
+
+
+def test_a_folder_that_is_gone_is_a_storage_error(journal):
+    shutil.rmtree(journal._folder)
+    with pytest.raises(StorageError, match="cannot store an update: No such file"):
+        journal.begin(HEADER, MANIFEST)
+    with pytest.raises(StorageError, match="cannot use the folder"):
+        journal.keep_only([])
+    assert journal.load("token") is None
