@@ -17,6 +17,7 @@ CORE = {"errors", "codec", "aggregation", "rounds"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "v1": set(),
+    "spares": set(),
     "codec": {"errors"},
     "aggregation": {"errors"},
     "rounds": {"errors"},
@@ -24,8 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "logging": {"errors"},
     "metrics": {"errors", "v1"},
     "rpc": {*CORE, "v1"},
-    "aggregator": {*CORE, "v1", "rpc", "logging", "metrics"},
-    "worker": {*CORE, "v1", "rpc", "logging", "metrics"},
+    "aggregator": {*CORE, "v1", "rpc", "spares", "logging", "metrics"},
+    "worker": {*CORE, "v1", "rpc", "spares", "logging", "metrics"},
     "data": {"errors"},
     "models": {"errors"},
     "compression": {"errors", "models", "aggregation"},

@@ -17,6 +17,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import numpy as np
 from fedgrpc.aggregator.durable import fsync_folder
 from fedgrpc.codec.layout import Layout, TensorSpec
 from fedgrpc.errors import LayoutError, StorageError, UsageError
+from fedgrpc.spares import SpareFiles, pwrite
 
 _NAMES = {
     "float64": "F64",
@@ -43,6 +45,7 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 METADATA = "__metadata__"
 _MAX_DIMS = 16
 _MAX_HEADER_BYTES = 100_000_000
+_NEW = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _UNKNOWN_SHA256 = "0" * 64
 
@@ -119,15 +122,17 @@ class ModelWriter:
     Raises `StorageError` when the disk does not take it; `path` is then as it was.
     """
 
-    def __init__(self, path: Path, layout: Layout) -> None:
+    def __init__(self, path: Path, layout: Layout, spares: SpareFiles | None = None) -> None:
         self._path = path
         self._part = path.with_suffix(".part")
         self._waiting = iter(layout)
         self._layout = layout
         self._digest = hashlib.sha256()
+        self._size_bytes = 0
         with self._storage_errors():
-            self._file = self._part.open("wb")
-            self._file.write(_header(layout, _UNKNOWN_SHA256))
+            handle = spares.create(self._part) if spares else os.open(self._part, _NEW, 0o666)
+            self._file = FileIO(handle, "r+")
+            self._put(_header(layout, _UNKNOWN_SHA256))
 
     def __enter__(self) -> ModelWriter:
         return self
@@ -143,7 +148,11 @@ class ModelWriter:
         data = np.ascontiguousarray(values, dtype=spec.numpy_dtype).reshape(-1).view(np.uint8).data
         self._digest.update(data)
         with self._storage_errors():
-            self._file.write(data)
+            self._put(data)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        pwrite(self._file.fileno(), data, self._size_bytes)
+        self._size_bytes += len(data)
 
     def finish(self) -> bytes:
         """Make the file durable and give it its name; returns its digest."""
@@ -151,9 +160,8 @@ class ModelWriter:
             raise ValueError(f"tensor {spec.name!r} was not written")
         header = _header(self._layout, self._digest.hexdigest())
         with self._storage_errors():
-            self._file.seek(0)
-            self._file.write(header)
-            self._file.flush()
+            pwrite(self._file.fileno(), header, 0)
+            os.ftruncate(self._file.fileno(), self._size_bytes)
             os.fsync(self._file.fileno())
             self._part.replace(self._path)
             fsync_folder(self._path.parent)

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import os
 import re
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 import structlog
 
+from fedgrpc.aggregation.channels import Selection
 from fedgrpc.aggregator.frames import FrameCache, PayloadFile
 from fedgrpc.aggregator.model_file import ModelFile
 from fedgrpc.codec.layout import Array, Layout
@@ -27,12 +29,14 @@ from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import EncodeError, Exhausted, FedgrpcError, NotFound, StorageError, UsageError
+from fedgrpc.spares import SpareFiles
 
 log = structlog.get_logger()
 
 _VERSION = re.compile(r"(\d+)(-|\.safetensors$)")
 
 _FRAMES_BYTES = 16 << 20
+_MAX_SPARES = 1
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class ModelStore:
         self._encoded = data_dir / "encoded"
         for folder in (self._models, self._memories, self._encoded):
             folder.mkdir(parents=True, exist_ok=True)
+        self.spares = SpareFiles(data_dir / "models" / "spare", _MAX_SPARES)
         for path in self._encoded.iterdir():
             path.unlink(missing_ok=True)
         self._made: dict[tuple[int, str], asyncio.Task[EncodedModel]] = {}
@@ -77,31 +82,48 @@ class ModelStore:
         path = self.memory_path(version)
         return _open(path) if path.exists() else None
 
-    async def encoded(self, version: int, recipe: Recipe, max_recipes: int | None = None) -> EncodedModel:
-        """`version` written with `recipe`, made once for all who ask.
+    def tensors(self, version: int) -> Mapping[str, Array]:
+        """The tensors of `version` by name, each read when it is asked for. Raises as `open`."""
+        return _LazyTensors(self.open(version))
+
+    async def encoded(
+        self,
+        version: int,
+        recipe: Recipe,
+        max_recipes: int | None = None,
+        sub_model: str = "",
+        selection: Selection | None = None,
+    ) -> EncodedModel:
+        """`version`, or the `selection` of it that is called `sub_model`, in `recipe`; made once for all who ask.
 
         Raises `NotFound`, `StorageError`, and `Exhausted` when it is kept in `max_recipes` others already.
         """
-        key = (version, str(recipe))
+        key = (version, f"{recipe}|{sub_model}" if sub_model else str(recipe))
         if key not in self._made:
             if max_recipes is not None and sum(made == version for made, _ in self._made) >= max_recipes:
                 raise Exhausted(f"model version {version} is already kept in {max_recipes} recipes")
             model = self.open(version)
-            self._made[key] = asyncio.create_task(asyncio.to_thread(self._encode, model, version, recipe))
+            encode = asyncio.to_thread(self._encode, model, version, recipe, key[1], selection)
+            self._made[key] = asyncio.create_task(encode)
         try:
             return await asyncio.shield(self._made[key])
         except FedgrpcError:
             self._made.pop(key, None)
             raise
 
-    def _encode(self, model: ModelFile, version: int, recipe: Recipe) -> EncodedModel:
-        if _is_raw(recipe, model.layout) and model.tensors_sha256 is not None:
+    def _encode(
+        self, model: ModelFile, version: int, recipe: Recipe, key: str, selection: Selection | None
+    ) -> EncodedModel:
+        if selection is None and _is_raw(recipe, model.layout) and model.tensors_sha256 is not None:
             return EncodedModel(version, _raw_manifest(model), _open_payload(model.path, model.tensors_start))
-        name = hashlib.sha256(str(recipe).encode()).hexdigest()[:16]
+        name = hashlib.sha256(key.encode()).hexdigest()[:16]
+        tensors: Mapping[str, Array] = _LazyTensors(model)
+        if selection is not None:
+            tensors = _Slice(tensors, selection)
         path = self._encoded / f"{version:06d}-{name}.payload"
         try:
             with path.open("wb") as file:
-                manifest = _write(model, version, recipe, file)
+                manifest = _write(tensors, version, recipe, file)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise StorageError(f"cannot store the encoded model: {error.strerror}") from error
@@ -109,18 +131,32 @@ class ModelStore:
 
     async def prune(self, keep: frozenset[int]) -> None:
         """Remove every version that is not in `keep`, in all its forms."""
-        for key in [key for key in self._made if key[0] not in keep]:
-            made = self._made.pop(key)
-            if made.done() and not made.cancelled() and made.exception() is None:
-                self.frames.forget(made.result().payload)
-        await asyncio.to_thread(self._remove_files, keep)
+        pulled = {key[0] for key in list(self._made) if key[0] not in keep and self._let_go(key)}
+        await asyncio.to_thread(self._remove_files, keep, pulled)
 
-    def _remove_files(self, keep: frozenset[int]) -> None:
+    def _let_go(self, key: tuple[int, str]) -> bool:
+        """Forget an encoded form; whether somebody is still pulling it."""
+        made = self._made.pop(key)
+        if not made.done():
+            return True
+        if made.cancelled() or made.exception() is not None:
+            return False
+        payload = made.result().payload
+        self.frames.forget(payload)
+        pulling = weakref.ref(payload)
+        del made, payload
+        return pulling() is not None
+
+    def _remove_files(self, keep: frozenset[int], pulled: set[int]) -> None:
         try:
             for folder in (self._models, self._memories, self._encoded):
                 for path in folder.iterdir():
                     number = _VERSION.match(path.name)
-                    if number is not None and int(number[1]) not in keep:
+                    if number is None or int(number[1]) in keep:
+                        continue
+                    if folder == self._models and int(number[1]) not in pulled:
+                        self.spares.keep(path)
+                    else:
                         path.unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"cannot remove an old model: {error.strerror}") from error
@@ -133,16 +169,16 @@ def _open(path: Path) -> ModelFile:
         raise StorageError(str(error)) from error
 
 
-def _write(model: ModelFile, version: int, recipe: Recipe, file: BinaryIO) -> Manifest:
+def _write(tensors: Mapping[str, Array], version: int, recipe: Recipe, file: BinaryIO) -> Manifest:
     """A model that the recipe cannot hold, such as 70000 in float16, travels as it is: the run goes on."""
     rng = np.random.default_rng(version)
     try:
-        return write_payload(_LazyTensors(model), recipe, file, rng)
+        return write_payload(tensors, recipe, file, rng)
     except EncodeError as error:
         log.warning("model sent as it is", version=version, recipe=str(recipe), reason=str(error))
     file.seek(0)
     file.truncate()
-    return write_payload(_LazyTensors(model), Recipe(Raw(), compression=recipe.compression), file, rng)
+    return write_payload(tensors, Recipe(Raw(), compression=recipe.compression), file, rng)
 
 
 class _LazyTensors(Mapping[str, Array]):
@@ -160,6 +196,24 @@ class _LazyTensors(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._index)
+
+
+class _Slice(Mapping[str, Array]):
+    """A sub-model's tensors by name, each cut out when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Array], selection: Selection) -> None:
+        self._tensors = tensors
+        self._selection = selection
+
+    def __getitem__(self, name: str) -> Array:
+        tensor = self._tensors[name]
+        return self._selection.coverage(name, tensor.shape).take(tensor)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _is_raw(recipe: Recipe, layout: Layout) -> bool:

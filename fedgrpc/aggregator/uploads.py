@@ -1,10 +1,14 @@
 """The journal of updates: one file per update, and the files of accepted updates ARE the record of acceptance.
 
-    TOKEN.part     an upload in progress; its length says how many bytes are committed
+    TOKEN.part     an upload in progress
     TOKEN.update   a whole, verified, durable update: renaming into this name is what accepts it
 
-Both hold a 4-byte little-endian length, that many bytes of `UpdateHeader`, then the payload. Tokens name files
-only after the coordinator has found them among its own. Everything here blocks, and runs off the event loop.
+    spare/          files of updates that are done with, to be overwritten by the next
+
+Both begin with two little-endian numbers, how many bytes of the payload are committed (8 bytes) and the size of
+the `UpdateHeader` (4 bytes); then come the header and the payload, and what a former use has left behind. Tokens
+name files only after the coordinator has found them among its own. Everything here blocks, and runs off the event
+loop.
 """
 
 from __future__ import annotations
@@ -26,9 +30,11 @@ from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import PayloadReader
 from fedgrpc.errors import CodecError, CorruptError, StorageError
 from fedgrpc.rpc.convert import manifest_from_proto
+from fedgrpc.spares import SpareFiles, pwrite
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 
-_LENGTH = struct.Struct("<I")
+_HEAD = struct.Struct("<QI")
+_MAX_SPARES = 32
 _MAX_HEADER_BYTES = 16 << 20
 _READ_BYTES = 1 << 20
 
@@ -68,35 +74,37 @@ class UpdateFile:
 class Upload:
     """An update on its way in. One task at a time uses it."""
 
-    def __init__(self, part: Path, header: UpdateHeader, manifest: Manifest) -> None:
+    def __init__(self, part: Path, header: UpdateHeader, manifest: Manifest, spares: SpareFiles) -> None:
         self.header = header
         self.manifest = manifest
         self.size_bytes = 0
         self._part = part
         self._digest = hashlib.sha256()
-        self._start = 0
-        self._file = self._open()
+        text = header.SerializeToString(deterministic=True)
+        self._start = _HEAD.size + len(text)
+        self._file = self._continued(text) or self._begun(text, spares)
 
-    def _open(self) -> FileIO:
-        """Continue the part on disk when it is of this very update, else begin anew."""
-        text = self.header.SerializeToString(deterministic=True)
-        self._start = _LENGTH.size + len(text)
-        if self._part.exists():
+    def _begun(self, text: bytes, spares: SpareFiles) -> FileIO:
+        return FileIO(spares.create(self._part, _HEAD.pack(0, len(text)) + text), "r+")
+
+    def _continued(self, text: bytes) -> FileIO | None:
+        """The part on disk, when it is of this very update."""
+        try:
             file = self._part.open("r+b", buffering=0)
-            if file.read(self._start) == _LENGTH.pack(len(text)) + text:
-                self._rehash(file)
-                return file
-            file.close()
-        file = self._part.open("w+b", buffering=0)
-        _write(file, _LENGTH.pack(len(text)) + text)
-        return file
+        except FileNotFoundError:
+            return None
+        head = file.read(self._start)
+        if len(head) == self._start and head[_HEAD.size :] == text:
+            committed, _ = _HEAD.unpack_from(head)
+            self._rehash(file, min(committed, self.manifest.size_bytes))
+            return file
+        file.close()
+        return None
 
-    def _rehash(self, file: FileIO) -> None:
-        while data := file.read(min(_READ_BYTES, self.manifest.size_bytes - self.size_bytes)):
+    def _rehash(self, file: FileIO, committed: int) -> None:
+        while data := file.read(min(_READ_BYTES, committed - self.size_bytes)):
             self._digest.update(data)
             self.size_bytes += len(data)
-        file.truncate(self._start + self.size_bytes)
-        file.seek(self._start + self.size_bytes)
 
     @property
     def complete(self) -> bool:
@@ -118,16 +126,19 @@ class Upload:
             self._commit(whole)
 
     def _commit(self, whole: Sequence[Chunk]) -> None:
+        if not whole:
+            return
+        file, at = self._file.fileno(), self.size_bytes
         try:
             for chunk in whole:
-                _write(self._file, chunk.data)
+                pwrite(file, chunk.data, self._start + at)
+                at += len(chunk.data)
+            pwrite(file, _HEAD.pack(at, self._start - _HEAD.size), 0)
         except OSError as error:
-            self._file.truncate(self._start + self.size_bytes)
-            self._file.seek(self._start + self.size_bytes)
             raise StorageError(f"cannot store an update: {error.strerror}") from error
         for chunk in whole:
             self._digest.update(chunk.data)
-            self.size_bytes += len(chunk.data)
+        self.size_bytes = at
 
     def finish(self) -> StoredUpdate:
         """The whole update, ready to be examined. Raises `CorruptError` when its digest does not match."""
@@ -141,13 +152,14 @@ class Upload:
         final = self._part.with_suffix(".update")
         try:
             if durable:
-                os.fsync(self._file.fileno())
+                os.fdatasync(self._file.fileno())
             self._part.replace(final)
             if durable:
                 fsync_folder(final.parent)
         except OSError as error:
             raise StorageError(f"cannot store an update: {error.strerror}") from error
-        self._file.close()
+        finally:
+            self._file.close()
 
     def close(self) -> None:
         """Leave the part on disk, to be continued."""
@@ -164,13 +176,14 @@ class UploadJournal:
     """The folder of updates."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        """Raises OSError."""
         self._folder = folder
+        self._spares = SpareFiles(folder / "spare", _MAX_SPARES)
 
     def begin(self, header: UpdateHeader, manifest: Manifest) -> Upload:
         """Begin or continue the upload of `header.token`. Raises `StorageError`."""
         try:
-            return Upload(self._folder / f"{header.token}.part", header, manifest)
+            return Upload(self._folder / f"{header.token}.part", header, manifest, self._spares)
         except OSError as error:
             raise StorageError(f"cannot store an update: {error.strerror}") from error
 
@@ -178,39 +191,40 @@ class UploadJournal:
         """Payload bytes held of an upload in progress; 0 when none is."""
         try:
             with (self._folder / f"{token}.part").open("rb") as file:
-                header = file.read(_LENGTH.size)
-                size_bytes = os.fstat(file.fileno()).st_size
-        except FileNotFoundError:
+                committed, header_size = _HEAD.unpack(file.read(_HEAD.size))
+                there = os.fstat(file.fileno()).st_size - _HEAD.size - header_size
+        except (FileNotFoundError, struct.error):
             return 0
-        return max(0, size_bytes - _LENGTH.size - _LENGTH.unpack(header)[0]) if len(header) == 4 else 0
+        return max(0, min(committed, there))
 
     def load(self, token: str) -> StoredUpdate | None:
         """The accepted update of `token`, None where there is none. Raises `StorageError` when unreadable."""
         path = self._folder / f"{token}.update"
         try:
             with path.open("rb") as file:
-                (size,) = _LENGTH.unpack(file.read(_LENGTH.size))
+                _, size = _HEAD.unpack(file.read(_HEAD.size))
                 header = UpdateHeader.FromString(file.read(min(size, _MAX_HEADER_BYTES)))
             manifest = manifest_from_proto(header.manifest)
         except FileNotFoundError:
             return None
         except (OSError, struct.error, DecodeError, CodecError) as error:
             raise StorageError(f"cannot read the update {path}: {error}") from error
-        return StoredUpdate(path, header, manifest, _LENGTH.size + size)
+        return StoredUpdate(path, header, manifest, _HEAD.size + size)
 
     def discard(self, tokens: Iterable[str]) -> None:
         """Remove whatever is held of these."""
         with self._storage_errors():
             for token in tokens:
-                for suffix in (".part", ".update"):
-                    (self._folder / f"{token}{suffix}").unlink(missing_ok=True)
+                # An upload that nobody wants any more may still be writing to its part.
+                (self._folder / f"{token}.part").unlink(missing_ok=True)
+                self._spares.keep(self._folder / f"{token}.update")
 
     def keep_only(self, tokens: Iterable[str]) -> None:
         """Remove what belongs to no task any more, left behind by a process that died."""
         wanted = set(tokens)
         with self._storage_errors():
             for path in self._folder.iterdir():
-                if path.stem not in wanted:
+                if path.is_file() and path.stem not in wanted:
                     path.unlink(missing_ok=True)
 
     @contextmanager
@@ -219,9 +233,3 @@ class UploadJournal:
             yield
         except OSError as error:
             raise StorageError(f"cannot use the folder {self._folder}: {error.strerror}") from error
-
-
-def _write(file: FileIO, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
