@@ -1,7 +1,8 @@
 """One upload on its way from the wire to its file.
 
 The rule: no message is read before there is memory for it, and that is given back when its bytes are in the file.
-So the memory of all uploads together has a bound, and a slow sender waits for nobody and nobody waits for it.
+So the memory of all uploads together has a bound. A sender that keeps its reader waiting holds none of it, that
+nobody may wait for a silent one: the bound is then exceeded by one chunk of each of those.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fedgrpc.errors import LinkError, TooLargeError, WrongOffset
 from fedgrpc.rpc.lane import Lane
 
 _LEAST_BYTES = 16 << 10
+_PATIENCE_S = 0.25
 
 
 class Intake:
@@ -28,6 +30,7 @@ class Intake:
         self._expected_bytes = min(CHUNK_BYTES, max_chunk_bytes)
         self._next_offset = upload.size_bytes
         self._reading = False
+        self._reserved = 0
 
     async def run(
         self, chunks: AsyncIterator[Chunk], idle_s: float, still_wanted: Callable[[], Awaitable[None]]
@@ -48,9 +51,9 @@ class Intake:
 
                 async with Lane(self._upload.append, done=self._committed, failed=failed) as lane:
                     while True:
-                        reserved = await self._reserve()
+                        await self._reserve()
                         limit.reschedule(loop.time() + idle_s)
-                        chunk = await self._read(chunks, reserved)
+                        chunk = await self._read(chunks)
                         limit.reschedule(None)
                         if chunk is None:
                             return await lane.drain()
@@ -61,16 +64,22 @@ class Intake:
                 await lane.drain()
             raise LinkError(f"no byte came for {idle_s:g} s") from None
 
-    async def _reserve(self) -> int:
+    async def _reserve(self) -> None:
         left = self._upload.manifest.size_bytes - self._next_offset
         size = min(self._expected_bytes, max(left, _LEAST_BYTES))
         await self._budget.take(size)
-        return size
+        self._reserved = size
 
-    async def _read(self, chunks: AsyncIterator[Chunk], reserved: int) -> Chunk | None:
-        """The next chunk, with its size taken from the budget in place of `reserved`; None at the end."""
+    def _settle(self, size: int = 0) -> None:
+        """Hold `size` bytes of the budget in place of what is reserved."""
+        reserved, self._reserved = self._reserved, 0
+        self._budget.give_back(reserved - size)
+
+    async def _read(self, chunks: AsyncIterator[Chunk]) -> Chunk | None:
+        """The next chunk, with its size taken from the budget; None at the end."""
         size = 0
         self._reading = True
+        impatience = asyncio.get_running_loop().call_later(_PATIENCE_S, self._settle)
         try:
             chunk = await anext(chunks, None)
             if chunk is None:
@@ -79,7 +88,8 @@ class Intake:
             size = len(chunk.data)
         finally:
             self._reading = False
-            self._budget.give_back(reserved - size)
+            impatience.cancel()
+            self._settle(size)
         self._expected_bytes = max(size, _LEAST_BYTES)
         self._next_offset += size
         return chunk

@@ -245,3 +245,20 @@ async def test_a_second_stream_takes_over_from_one_that_hangs(tmp_path):
         await running.until_finished()
         hanging.cancel()
         assert_model(running, 2, 2.0)
+
+
+async def test_silent_streams_take_no_memory_from_those_that_send(tmp_path):
+    """Four that open an upload and say nothing, where there is memory for one chunk of each."""
+    policy = {"min_workers": 5, "quorum": 1, "lease_s": 8.0}
+    async with aggregating(tmp_path, policy=policy, max_upload_memory_bytes=4 * 16384) as running:
+        (good, *silent), (good_task, *tasks) = await fleet(running, "good", "s1", "s2", "s3", "s4")
+        manifest, _ = encoded(update_of(100.0))
+        calls = [device.stub.PushUpdate() for device in silent]
+        for device, task, call in zip(silent, tasks, calls, strict=True):
+            await call.write(pb.PushUpdateRequest(header=device.header(task, manifest)))
+        await asyncio.sleep(0.3)
+        begun = time.monotonic()
+        assert (await good.push(good_task)).complete
+        assert time.monotonic() - begun < 4.0
+        for call in calls:
+            call.cancel()
