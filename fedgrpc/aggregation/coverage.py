@@ -104,6 +104,11 @@ class CoordinateMean(TensorMean):
         _add_at(self._weights, where, coverage.mask, weight)
 
     @property
+    def covers_nothing(self) -> bool:
+        """Whether no coordinate has a mean."""
+        return not self._weight > 0 and (self._weights is None or not (self._weights > 0).any())
+
+    @property
     def untouched(self) -> np.ndarray | None:
         """Where no update of positive weight has a say, bool of the tensor's shape; None: nowhere."""
         if self._weights is None:

@@ -8,15 +8,17 @@ process that died half-way leaves nothing to repair, since the next one computes
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 
-from fedgrpc.aggregation.mean import TensorMean
+from fedgrpc.aggregation.channels import Selection
+from fedgrpc.aggregation.coverage import CoordinateMean
+from fedgrpc.aggregation.packed import coverage_of, unpack
 from fedgrpc.aggregation.server_optimizer import ServerOptimizer
 from fedgrpc.aggregator.model_file import ModelFile, ModelWriter
 from fedgrpc.aggregator.uploads import StoredUpdate
@@ -34,7 +36,11 @@ Stepped = list[tuple[np.ndarray, tuple[np.ndarray, ...]]]
 
 @dataclass(frozen=True)
 class Commit:
-    """What a new version is made of. `updates` are (token, weight) in slot order; `load` finds a token's file."""
+    """What a new version is made of. `updates` are (token, weight) in slot order; `load` finds a token's file.
+
+    `parts` names the tokens whose updates are of a part of the model, and the slice (None: all channels) of each.
+    A coordinate that no update covers keeps its value, and the optimizer what it remembers of it.
+    """
 
     base: ModelFile
     memory: ModelFile | None
@@ -42,6 +48,7 @@ class Commit:
     updates: Sequence[tuple[str, float]]
     load: Callable[[str], StoredUpdate]
     spares: SpareFiles | None = None
+    parts: Mapping[str, Selection | None] = field(default_factory=dict)
 
     @property
     def memory_layout(self) -> Layout:
@@ -93,29 +100,50 @@ class Commit:
         stepped: Stepped = []
         for index, mean in zip(group, means, strict=True):
             spec = self.base.layout[index]
+            memory = self._memory_of(spec) if spec.is_float else ()
+            if mean.covers_nothing:
+                stepped.append((self.base.tensor(index), memory))
+                continue
+            untouched = mean.untouched
             if spec.is_float:
                 base = self.base.tensor(index).astype(np.float64)
-                values, memory = self.optimizer.step(base, mean, self._memory_of(spec))
-                kept = tuple(_finite(replace(spec, dtype="float32"), part) for part in memory)
+                values, new_memory = self.optimizer.step(base, mean.result(), memory)
+                if untouched is not None:
+                    values[untouched] = base[untouched]
+                    new_memory = tuple(map(partial(_keep_where, untouched), memory, new_memory))
+                kept = tuple(_finite(replace(spec, dtype="float32"), part) for part in new_memory)
                 stepped.append((_finite(spec, values), kept))
             else:
-                stepped.append((np.rint(mean), ()))
+                values = np.rint(mean.result())
+                if untouched is not None:
+                    values[untouched] = self.base.tensor(index)[untouched]
+                stepped.append((values, ()))
         return stepped
 
-    def _means(self, group: Group, load: Callable[[str], StoredUpdate]) -> list[np.ndarray]:
+    def _means(self, group: Group, load: Callable[[str], StoredUpdate]) -> list[CoordinateMean]:
         specs = [self.base.layout[index] for index in group]
-        means = [TensorMean(spec.shape) for spec in specs]
+        means = [CoordinateMean(spec.shape) for spec in specs]
         for token, weight in self.updates:
             with load(token).open() as reader:
                 for spec, mean in zip(specs, means, strict=True):
-                    mean.add(reader.tensor(spec.name), weight)
-        return [mean.result() for mean in means]
+                    if token not in self.parts:
+                        mean.add(reader.tensor(spec.name), weight)
+                    elif spec.name in reader.names:
+                        whole = coverage_of(spec, self.parts[token])
+                        values, coverage = unpack(spec.name, reader.names, reader.tensor, whole)
+                        mean.add(values, weight, coverage)
+        return means
 
     def _memory_of(self, spec: TensorSpec) -> tuple[np.ndarray, ...]:
         count = self.optimizer.memory_count
         if self.memory is None:
             return tuple(np.zeros(spec.shape) for _ in range(count))
         return tuple(self.memory.named(f"{part}/{spec.name}").astype(np.float64) for part in range(count))
+
+
+def _keep_where(untouched: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    after[untouched] = before[untouched]
+    return after
 
 
 def _finite(spec: TensorSpec, values: np.ndarray) -> np.ndarray:

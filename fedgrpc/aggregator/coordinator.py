@@ -22,6 +22,7 @@ import structlog
 
 from fedgrpc.aggregator.evaluations import Evaluation, Evaluations
 from fedgrpc.aggregator.fleet import Fleet, Worker
+from fedgrpc.aggregator.local_models import LocalModels, LocalTask
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.run_store import RunStore
@@ -73,6 +74,8 @@ class Assignment:
     version: int
     seed: int
     time_left_s: float | None
+    local: LocalTask = field(default_factory=LocalTask)
+    tell_channels: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ class Coordinator:
         self.settings = settings
         self.store = store
         self.models = models
+        self.local_models = LocalModels(settings.local_models, models, settings.data_dir / "channels.pb")
         self.journal = journal
         self.metrics = metrics
         self.clock = clock
@@ -221,6 +225,8 @@ class Coordinator:
             current.base_version,
             self._seed(current.state.number, worker.name),
             time_left(current.state, self.clock()),
+            current.local_task(worker.name),
+            self.local_models.wants_channels,
         )
 
     def _evaluation(self, task: Evaluation) -> Assignment:

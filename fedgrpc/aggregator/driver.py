@@ -22,6 +22,7 @@ from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.commit import Commit as CommitFiles
 from fedgrpc.aggregator.coordinator import Coordinator
+from fedgrpc.aggregator.local_models import LocalTask
 from fedgrpc.aggregator.model_file import ModelFile, write_model
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.run_store import OpenRound, TaskRow, Version
@@ -114,6 +115,9 @@ class Driver:
         state = restore(record.number, policy, tasks, open_round.aim, left_s, it.clock())
         started_at = record.started_at.ToNanoseconds() / 1e9
         it.current = current = CurrentRound(state, record.kind, record.base_version, started_at, reports=reports)
+        for kept in record.tasks:
+            if kept.HasField("local_model"):
+                current.local_tasks[kept.worker] = LocalTask.from_proto(kept.local_model)
         for token, task in state.tasks.items():
             device = it.fleet.get(task.worker).registration.device
             current.device_classes[task.worker] = device.device_class
@@ -244,6 +248,7 @@ class Driver:
         selected = Selected(tuple((secrets.token_urlsafe(18), worker) for worker in chosen))
         after, _ = step(state, selected, it.clock())
         if chosen and after.phase is RoundPhase.REPORTING:
+            self._give_local_tasks(current, chosen)
             await self._prepare_download(current)
             await self._save_tasks(current, after, chosen)
             self._log.info("tasks offered", round=state.number, workers=list(chosen))
@@ -263,9 +268,25 @@ class Driver:
 
     async def _prepare_download(self, current: CurrentRound) -> None:
         """The encoded model is ready before anyone is asked to pull it; its size is for the record."""
-        if current.kind != TASK_KIND_INITIALIZE and not current.download_bytes:
-            encoded = await self._it.models.encoded(current.base_version, self._settings.download)
-            current.download_bytes = encoded.manifest.size_bytes
+        if current.kind == TASK_KIND_INITIALIZE:
+            return
+        it = self._it
+        for local in (LocalTask(), *current.local_tasks.values()):
+            if local.slice not in current.download_bytes:
+                version = current.base_version
+                selection = await asyncio.to_thread(it.local_models.selection, local.sub_model, version)
+                recipe = self._settings.download
+                encoded = await it.models.encoded(version, recipe, None, local.slice, selection)
+                current.download_bytes[local.slice] = encoded.manifest.size_bytes
+
+    def _give_local_tasks(self, current: CurrentRound, chosen: tuple[str, ...]) -> None:
+        """Each worker trains what the plan of its device class says; the same one again if it is asked twice."""
+        if current.kind != TASK_KIND_TRAIN:
+            return
+        for name in chosen:
+            device_class = self._it.fleet.get(name).registration.device.device_class
+            task = self._it.local_models.task_of(device_class, current.state.number)
+            current.local_tasks.setdefault(name, task)
 
     async def _commit(self, current: CurrentRound, commit: Commit) -> None:
         """Compute and record the new version; an update that turns out unusable ends the round."""
@@ -300,12 +321,17 @@ class Driver:
     async def _keep_scores(self, current: CurrentRound) -> None:
         """What the workers of a committed round say of the version they were given."""
         reports = [current.reports[token] for token in current.weights]
-        scores = mean_metrics([(r.evaluation_metrics, r.evaluation_example_count) for r in reports])
+        whole = [current.reports[token] for token in current.weights if self._saw_whole(current, token)]
+        scores = mean_metrics([(r.evaluation_metrics, r.evaluation_example_count) for r in whole])
         self._closing_evaluation = self._settings.evaluate and bool(scores)
         if scores:
             await self._it.keep_scores(current.base_version, workers=scores)
         number, version = current.state.number, self._it.run.version
         self._log.info("round committed", round=number, version=version, updates=len(reports), **scores)
+
+    def _saw_whole(self, current: CurrentRound, token: str) -> bool:
+        """Whether the worker was given the version itself: a slice's scores are its own."""
+        return current.local_task(current.state.tasks[token].worker).sub_model.whole
 
     def _weights(self, current: CurrentRound, tokens: tuple[str, ...]) -> dict[str, float]:
         """p_m where the operator has set any (1 for workers not named), else the count of examples."""
@@ -324,13 +350,29 @@ class Driver:
         path = it.models.path(number)
         if current.kind == TASK_KIND_INITIALIZE:
             token = next(iter(weights))
-            digest = await asyncio.to_thread(_write_values, path, self._load(token))
+            update = self._load(token)
+            if update.header.HasField("channels"):
+                learn = it.local_models.learn
+                await asyncio.to_thread(learn, update.header.channels, update.manifest.layout)
+            digest = await asyncio.to_thread(_write_values, path, update)
         else:
             base = it.models.open(current.base_version)
             memory = it.models.open_memory(current.base_version)
-            files = CommitFiles(base, memory, self._optimizer, list(weights.items()), self._load)
+            parts = {}
+            for token in weights:
+                local = current.local_task(current.state.tasks[token].worker)
+                if not local.plain:
+                    parts[token] = it.local_models.selection(local.sub_model, current.base_version)
+                await self._learn_channels(token)
+            updates = list(weights.items())
+            files = CommitFiles(base, memory, self._optimizer, updates, self._load, it.models.spares, parts)
             digest = await asyncio.to_thread(files.write, path, it.models.memory_path(number))
         return Version(number, current.state.number, digest)
+
+    async def _learn_channels(self, token: str) -> None:
+        it = self._it
+        if it.local_models.wants_channels and (header := self._load(token).header).HasField("channels"):
+            await asyncio.to_thread(it.local_models.learn, header.channels, it.run.layout)
 
     def _load(self, token: str) -> StoredUpdate:
         update = self._it.journal.load(token)

@@ -11,12 +11,14 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
+from fedgrpc.aggregation.packed import unpacked
 from fedgrpc.aggregation.update import check_layout, check_values
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.intake import Intake
+from fedgrpc.aggregator.local_models import LocalTask
 from fedgrpc.aggregator.memory import ByteBudget
 from fedgrpc.aggregator.model_file import METADATA
-from fedgrpc.aggregator.report import Report
+from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.uploads import StoredUpdate, Upload
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.manifest import Limits, Manifest
@@ -118,11 +120,22 @@ class Receiver:
                 header.example_count = header.example_count or 1
                 _check_initial(manifest)
             else:
-                check_layout(it.run.layout, manifest.layout)
+                self._check_layout(header.worker, manifest)
             return manifest, Report.of(header, it.settings.admission)
         except (LayoutError, TooLargeError, UpdateRefused) as error:
             it.reject(header.token, str(error))
             raise
+
+    def _check_layout(self, worker: str, manifest: Manifest) -> None:
+        """The tensors are those of the model, or of the part of it that the worker was given."""
+        it = self._it
+        assert it.current is not None
+        local = it.current.local_task(worker)
+        if local.plain:
+            check_layout(it.run.layout, manifest.layout)
+        else:
+            selection = it.local_models.selection(local.sub_model, it.current.base_version)
+            local.check_layout(it.run.layout, manifest.layout, selection)
 
     @asynccontextmanager
     async def _only_stream(self, token: str) -> AsyncIterator[None]:
@@ -163,7 +176,7 @@ class Receiver:
         token = upload.header.token
         stored = await asyncio.to_thread(upload.finish)
         try:
-            await asyncio.to_thread(self._check, stored)
+            await asyncio.to_thread(self._check, stored, it.current)
         except (CodecError, UpdateRefused) as error:
             # These are the bytes that were sent: sending them again cannot help.
             await asyncio.to_thread(upload.discard)
@@ -177,9 +190,16 @@ class Receiver:
             await asyncio.to_thread(it.journal.discard, [token])
             raise
 
-    def _check(self, stored: StoredUpdate) -> None:
+    def _check(self, stored: StoredUpdate, current: CurrentRound | None) -> None:
+        it = self._it
+        local = LocalTask() if current is None else current.local_task(stored.header.worker)
         with stored.open() as reader:
-            check_values(iter(reader), self._it.settings.admission)
+            if current is None or local.plain:
+                check_values(iter(reader), it.settings.admission)
+                return
+            selection = it.local_models.selection(local.sub_model, current.base_version)
+            tensors = unpacked(it.run.layout, reader.names, reader.tensor, selection)
+            check_values(tensors, it.settings.admission)
 
 
 async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from fedgrpc.aggregation.update import AdmissionPolicy, check_counts
+from fedgrpc.aggregator.local_models import LocalTask
 from fedgrpc.rounds import events
 from fedgrpc.rounds.state import Round, time_left
 from fedgrpc.rpc.convert import (
@@ -57,18 +58,26 @@ class Report:
 
 @dataclass
 class CurrentRound:
-    """The round in progress: its pure state, and what the shell knows of it. Times are wall times, seconds."""
+    """The round in progress: its pure state, and what the shell knows of it. Times are wall times, seconds.
+
+    `download_bytes` are by slice ("" is the whole model), `local_tasks` by worker.
+    """
 
     state: Round
     kind: TaskKind
     base_version: int
     started_at: float
-    download_bytes: int = 0
+    download_bytes: dict[str, int] = field(default_factory=dict)
+    local_tasks: dict[str, LocalTask] = field(default_factory=dict)
     reports: dict[str, Report] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     device_classes: dict[str, str] = field(default_factory=dict)
     training_metrics: dict[str, float] = field(default_factory=dict)
     global_s: float = 0.0
+
+    def local_task(self, worker: str) -> LocalTask:
+        """What the worker makes of the model; the default is nothing."""
+        return self.local_tasks.get(worker, LocalTask())
 
     def record(self, wall_now: float, now: float) -> RoundRecord:
         """The round as operators see it, `now` by the clock of `state`."""
@@ -99,8 +108,12 @@ class CurrentRound:
             reason=task.reason,
             progress=task.fraction,
             device_class=self.device_classes.get(task.worker, ""),
-            download_bytes=0 if task.phase is events.TaskPhase.OFFERED else self.download_bytes,
         )
+        local = self.local_task(task.worker)
+        if task.phase is not events.TaskPhase.OFFERED:
+            record.download_bytes = self.download_bytes.get(local.slice, 0)
+        if not local.plain:
+            record.local_model.CopyFrom(local.to_proto())
         if report := self.reports.get(token):
             record.example_count = report.example_count
             record.weight = self.weights.get(token, 0.0)

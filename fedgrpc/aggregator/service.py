@@ -23,6 +23,7 @@ from fedgrpc.rpc.convert import (
     layout_to_proto,
     manifest_to_proto,
 )
+from fedgrpc.rpc.local_model import parse_sub_model
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
 
@@ -86,7 +87,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
 
     def _plan(self, assignment: Assignment) -> round_pb2.Plan:
         plan = self._settings.plan
-        return round_pb2.Plan(
+        message = round_pb2.Plan(
             epochs=plan.epochs or 0,
             max_steps=plan.max_steps or 0,
             batch_size=plan.batch_size or 0,
@@ -95,7 +96,11 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             proximal_mu=plan.proximal_mu,
             seed=assignment.seed,
             evaluate=self._settings.evaluate,
+            tell_channels=assignment.tell_channels,
         )
+        if not assignment.local.plain:
+            message.local_model.CopyFrom(assignment.local.to_proto())
+        return message
 
     async def PullModel(
         self, request: pb.PullModelRequest, context: grpc.aio.ServicerContext
@@ -104,8 +109,10 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         if not version:
             raise NotFound("there is no model version yet")
         recipe = _recipe(request.recipe)
-        max_recipes = None if recipe == self._settings.download else _MAX_RECIPES
-        encoded = await self._it.models.encoded(version, recipe, max_recipes)
+        sub_model = parse_sub_model(request.sub_model)
+        selection = await asyncio.to_thread(self._it.local_models.selection, sub_model, version)
+        max_recipes = None if self._is_given(recipe, request.sub_model) else _MAX_RECIPES
+        encoded = await self._it.models.encoded(version, recipe, max_recipes, request.sub_model, selection)
         size_bytes = encoded.manifest.size_bytes
         if request.offset > size_bytes:
             raise WrongOffset(f"offset {request.offset} is beyond the payload of {size_bytes} bytes")
@@ -113,6 +120,12 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         yield pb.PullModelResponse(header=header)
         async for message in self._it.models.frames.frames(encoded.payload, request.offset):
             yield message
+
+    def _is_given(self, recipe: Recipe, sub_model: str) -> bool:
+        """Whether workers are asked to pull the model in this very form."""
+        given = self._it.current.local_tasks.values() if self._it.current is not None else ()
+        slices = {"", *(task.slice for task in given)}
+        return recipe == self._settings.download and sub_model in slices
 
     async def Heartbeat(
         self, request: pb.HeartbeatRequest, context: grpc.aio.ServicerContext

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import accumulate
 from typing import BinaryIO
 
@@ -137,6 +137,11 @@ class PayloadReader:
         self._frame_offsets = list(accumulate((f.size_bytes for f in manifest.frames), initial=0))
         self._zstd = zstandard.ZstdDecompressor()
         self._held: tuple[int, memoryview] = (-1, memoryview(b""))
+
+    @property
+    def names(self) -> Collection[str]:
+        """Names of the tensors."""
+        return self._index.keys()
 
     def __iter__(self) -> Iterator[tuple[TensorSpec, Array]]:
         for i, entry in enumerate(self.manifest.entries):

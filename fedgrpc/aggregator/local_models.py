@@ -1,0 +1,148 @@
+"""Which part of the model each worker trains, and how: plans by device class, and the model's channels.
+
+The rule: what a worker was given is in the round's record before it is offered, so that its update is held
+against that, whoever restarts in between. The channels are a worker's word, checked against the model and kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+from google.protobuf.message import DecodeError
+
+from fedgrpc.aggregation import packed
+from fedgrpc.aggregation.channels import ChannelMap, Selection, SubModel
+from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
+from fedgrpc.aggregation.update import TensorLike
+from fedgrpc.aggregator.durable import fsync_folder
+from fedgrpc.aggregator.model_store import ModelStore
+from fedgrpc.codec.layout import Layout
+from fedgrpc.errors import LayoutError, NotFound, StorageError
+from fedgrpc.rpc.local_model import (
+    channels_from_proto,
+    channels_to_proto,
+    compression_from_proto,
+    local_model_to_proto,
+    sub_model_from_proto,
+)
+from fedgrpc.v1 import round_pb2, tensor_pb2
+
+log = structlog.get_logger()
+
+_MAX_SELECTIONS = 64
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """What one worker makes of the model in one round."""
+
+    plan: CompressionPlan = field(default_factory=CompressionPlan)
+    sub_model: SubModel = field(default_factory=SubModel)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it trains the whole model as it is."""
+        return self.plan.plain and self.sub_model.whole
+
+    @property
+    def slice(self) -> str:
+        """The sub-model as it is on the wire; "" is the whole model."""
+        return "" if self.sub_model.whole else str(self.sub_model)
+
+    def to_proto(self) -> round_pb2.LocalModel:
+        """As the worker is told, and the record keeps it."""
+        return local_model_to_proto(self.plan, self.sub_model)
+
+    @classmethod
+    def from_proto(cls, message: round_pb2.LocalModel) -> LocalTask:
+        """As a record kept it."""
+        return cls(compression_from_proto(message), sub_model_from_proto(message))
+
+    def check_layout(self, model: Sequence[TensorLike], update: Layout, selection: Selection | None) -> None:
+        """Raises `UpdateRefused` unless these are the tensors of an update from this task."""
+        packed.check_layout(
+            model,
+            update,
+            selection,
+            masked=self.plan.pruning is not None,
+            clustered=self.plan.clustering is not None,
+            personal=self.plan.is_personal,
+        )
+
+
+class LocalModels:
+    """The plans of a run, and its model's channels in one file. Reading and `learn` block."""
+
+    def __init__(self, plans: PlanTable, models: ModelStore, path: Path) -> None:
+        self._plans = plans
+        self._models = models
+        self._path = path
+        self._selections: dict[tuple[str, int], Selection] = {}
+        self._channels = self._read()
+
+    @property
+    def wants_channels(self) -> bool:
+        """Whether some plan is of a narrower model, whose channels nobody has told yet."""
+        plans = (self._plans.default, *self._plans.classes.values())
+        return self._channels is None and any(plan.width < 1 for plan in plans)
+
+    def task_of(self, device_class: str, round_number: int) -> LocalTask:
+        """What a device of that class trains; the whole width until the channels are known."""
+        plan = self._plans.plan_of(device_class)
+        sub_model = SubModel() if self._channels is None else plan.sub_model(round_number)
+        return LocalTask(plan, sub_model)
+
+    def selection(self, sub_model: SubModel, version: int) -> Selection | None:
+        """The slice's coverage of every tensor; None for the whole model.
+
+        Raises `NotFound` while the channels are not known, and for a version that is not there.
+        """
+        if sub_model.whole:
+            return None
+        if self._channels is None:
+            raise NotFound("the channels of this model are not known, so it has no sub-models")
+        by_weights = sub_model.rule == "magnitude"
+        key = (str(sub_model), version if by_weights else 0)
+        if key not in self._selections:
+            weights = self._models.tensors(version) if by_weights else None
+            if len(self._selections) >= _MAX_SELECTIONS:
+                self._selections.clear()
+            self._selections[key] = self._channels.select(sub_model, weights)
+        return self._selections[key]
+
+    def learn(self, message: tensor_pb2.ChannelMap, layout: Layout) -> None:
+        """Keep the channels of the model, if they fit it and none are known. Raises `StorageError`."""
+        if self._channels is not None:
+            return
+        channel_map = channels_from_proto(message)
+        try:
+            channel_map.validate({spec.name: spec.shape for spec in layout})
+        except LayoutError as error:
+            log.warning("channels refused", reason=str(error))
+            return
+        self._write(channel_map)
+        self._channels = channel_map
+
+    def _write(self, channel_map: ChannelMap) -> None:
+        unfinished = self._path.with_suffix(".part")
+        try:
+            with unfinished.open("wb") as file:
+                file.write(channels_to_proto(channel_map).SerializeToString(deterministic=True))
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(self._path)
+            fsync_folder(self._path.parent)
+        except OSError as error:
+            raise StorageError(f"cannot store the model's channels: {error.strerror}") from error
+
+    def _read(self) -> ChannelMap | None:
+        try:
+            return channels_from_proto(tensor_pb2.ChannelMap.FromString(self._path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (OSError, DecodeError) as error:
+            raise StorageError(f"cannot read the model's channels: {error}") from error
