@@ -31,12 +31,16 @@ def main() -> int:
     for outcome in broken[:_SHOWN]:
         print(f"seed {outcome.seed}: {outcome.violation}", *outcome.trace, sep="\n")
         print(f"again: python tools/simulate_rounds.py --seeds 1 --first {outcome.seed}\n")
-    print(
-        f"{len(outcomes)} worlds, {len(broken)} with a broken promise, in {time.monotonic() - begun:.0f} s: "
-        f"{sum(o.rounds for o in outcomes)} rounds committed, {sum(o.abandoned for o in outcomes)} abandoned, "
-        f"{sum(o.updates for o in outcomes)} updates, {sum(o.crashes for o in outcomes)} kills, "
-        f"{sum(o.virtual_s for o in outcomes) / 3600:.0f} virtual hours"
-    )
+    total = {
+        "rounds committed": sum(outcome.rounds for outcome in outcomes),
+        "abandoned": sum(outcome.abandoned for outcome in outcomes),
+        "updates": sum(outcome.updates for outcome in outcomes),
+        "of them stale": sum(outcome.stale_updates for outcome in outcomes),
+        "kills": sum(outcome.crashes for outcome in outcomes),
+        "virtual hours": round(sum(outcome.virtual_s for outcome in outcomes) / 3600),
+    }
+    print(f"{len(outcomes)} worlds, {len(broken)} with a broken promise, in {time.monotonic() - begun:.0f} s:")
+    print(", ".join(f"{count} {name}" for name, count in total.items()))
     return 1 if broken else 0
 
 

@@ -5,8 +5,10 @@ Events come from outside (the aggregator or the simulator); effects go back to i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
+from types import MappingProxyType
 
 
 class TaskPhase(Enum):
@@ -43,26 +45,46 @@ class Pool:
 
 
 @dataclass(frozen=True)
+class Deadline:
+    """How long a round may last from its opening, and why so long."""
+
+    seconds: float
+    reason: str
+
+
+@dataclass(frozen=True)
 class Selected:
-    """The answer to `Select`: (token, worker) for each new task; may be fewer than asked, or none."""
+    """The answer to `Select`: (token, worker) for each new task; may be fewer than asked, or none.
+
+    `reasons` says of a worker why it was chosen. `deadline` counts when this opens the round, within the policy's
+    floor and ceiling; None: the policy's.
+    """
 
     tasks: tuple[tuple[str, str], ...]
+    reasons: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    deadline: Deadline | None = None
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The worker was heard of: the lease of its task starts anew."""
+    """The worker was heard of: the lease of its task starts anew.
+
+    `bytes_held` of the `bytes_total` of its update have been received; without them its pace is not judged.
+    """
 
     token: str
     phase: TaskPhase
     fraction: float = 0.0
+    bytes_held: int | None = None
+    bytes_total: int | None = None
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """The update is received, verified and durable."""
+    """The update is received, verified and durable; `weight` is its weight in the mean."""
 
     token: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -121,7 +143,15 @@ class Offer:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Nothing this task produces will be used any more."""
+    """The task has lost its slot. A final one is over; an expired one may still come back with news."""
+
+    token: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Carry:
+    """The task outlives the round: it is to be kept as one of the next round, which `follow` opens."""
 
     token: str
     reason: str
@@ -142,4 +172,4 @@ class Finished:
     reason: str
 
 
-Effect = Select | Offer | Cancel | Commit | Finished
+Effect = Select | Offer | Cancel | Carry | Commit | Finished

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -17,7 +18,14 @@ class RoundPolicy:
     A round opens once `min_workers` are idle, and waits up to `selection_window_s` more for the other live
     ones. It aims at `fraction` of the live workers, at least `min_sample_size` and at most `max_participants`,
     and asks `over_selection` times as many (Bonawitz et al. 2019, arXiv 1902.01046). It commits as soon as the
-    aim is reached, or at `deadline_s` with at least `quorum` updates; else it is abandoned.
+    aim is reached (or, with at least `quorum` updates, once these weigh `weight_aim`), or at the deadline with at
+    least `quorum` updates; else it is abandoned. The deadline is `deadline_s`, or what is learned of the workers,
+    from `deadline_floor_s` to `deadline_s`.
+
+    What is late is discarded, or carried into the next rounds until `max_staleness` versions have been committed
+    since its worker was given the model. With `buffer_size` there are no rounds to wait for (FedBuff, arXiv
+    2106.06639): the share of workers given by `fraction` and `max_participants` is always at work, every
+    `buffer_size` updates make a version, and all others go on.
     """
 
     min_workers: int = 2
@@ -30,6 +38,11 @@ class RoundPolicy:
     lease_s: float = 30.0
     selection_window_s: float = 1.0
     selection_timeout_s: float | None = None
+    weight_aim: float | None = None
+    deadline_floor_s: float = 0.0
+    late: Literal["discard", "carry"] = "discard"
+    max_staleness: int = 5
+    buffer_size: int | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -46,6 +59,17 @@ class RoundPolicy:
             "selection_window_s must not be negative": 0 <= self.selection_window_s < math.inf,
             "selection_timeout_s must be a positive number of seconds": self.selection_timeout_s is None
             or 0 < self.selection_timeout_s < math.inf,
+        }
+        buffered = self.buffer_size is not None
+        checks |= {
+            "weight_aim must be positive": self.weight_aim is None or self.weight_aim > 0,
+            "deadline_floor_s must be from 0 to deadline_s": 0 <= self.deadline_floor_s <= self.deadline_s,
+            "late must be 'discard' or 'carry'": self.late in ("discard", "carry"),
+            "max_staleness must be at least 1": self.max_staleness >= 1,
+            "buffer_size must be at least 1 and the quorum": self.buffer_size is None
+            or self.buffer_size >= self.quorum,
+            "buffer_size goes with late = 'carry'": not buffered or self.late == "carry",
+            "buffer_size goes with over_selection = 1": not buffered or self.over_selection == 1,
         }
         for message, holds in checks.items():
             if not holds:

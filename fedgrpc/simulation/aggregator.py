@@ -32,7 +32,7 @@ from fedgrpc.rounds.events import (
     Tick,
 )
 from fedgrpc.rounds.policy import select_uniform
-from fedgrpc.rounds.state import Round, RoundPhase, restore, step, time_left, wake_at
+from fedgrpc.rounds.state import Round, RoundPhase, follow, restore, step, time_left, wake_at
 from fedgrpc.simulation.disk import Disk, Version
 from fedgrpc.simulation.loop import Future, Life, Process, Timeout, Wait
 from fedgrpc.simulation.messages import Assignment, GiveBack, Heartbeat, Held, Poll, Push, Query, Request
@@ -75,19 +75,22 @@ class Aggregator:
 
     def recover(self) -> None:
         """Go on in the round that was open, with the updates that were accepted."""
-        disk = self.disk
+        disk, policy, now = self.disk, self.world.policy, self.world.loop.now
         self.version = disk.version
+        number = disk.open.number if disk.open else disk.last_number + 1
+        tasks = [
+            (row.token, row.worker, self._stored_phase(row.token, row.phase), row.reason, row.staleness)
+            for row in disk.rows_of(number)
+        ]
         if disk.open is not None:
-            rows = disk.rows_of(disk.open.number)
-            tasks = [(row.token, row.worker, self._stored_phase(row.token, row.phase), row.reason) for row in rows]
             left_s = disk.open.deadline_at - self.world.wall_now
-            self.round = restore(
-                disk.open.number, self.world.policy, tasks, disk.open.aim, left_s, self.world.loop.now
-            )
+            self.round = restore(number, policy, tasks, disk.open.aim, left_s, now)
             self.world.watch.restored(self.round)
-            for token, task in self.round.tasks.items():
-                if not task.phase.final:
-                    self.busy[task.worker] = token
+        elif tasks:
+            self.round = restore(number, policy, tasks, 0, None, now)
+        for token, task in self.round.tasks.items() if self.round else ():
+            if not task.phase.final:
+                self.busy[task.worker] = token
         disk.keep_only(self.round.tasks if self.round else ())
 
     def _stored_phase(self, token: str, phase: TaskPhase) -> TaskPhase:
@@ -117,6 +120,7 @@ class Aggregator:
             return error
 
     def _poll(self, poll: Poll) -> Process[Assignment | None]:
+        self._drop_lost(poll.worker)
         if poll.worker not in self.busy:
             self.polling[poll.worker] = woken = Future()
             self._wake_driver()
@@ -125,11 +129,28 @@ class Aggregator:
             if self.polling.get(poll.worker) is woken:
                 del self.polling[poll.worker]
         token = self.busy.get(poll.worker)
-        if token is None or self.round is None or self.round.phase is not RoundPhase.REPORTING:
+        if token is None or not self._takes_news(token):
             return None
-        phase = self.round.tasks[token].phase
-        self.dispatch(Progress(token, TaskPhase.OFFERED if phase is TaskPhase.EXPIRED else phase))
-        return Assignment(token, self.round.number, self.version, time_left(self.round, self.world.loop.now))
+        assert self.round is not None
+        task = self.round.find(token)
+        self.dispatch(Progress(token, TaskPhase.OFFERED if task.phase is TaskPhase.EXPIRED else task.phase))
+        time_left_s = time_left(self.round, self.world.loop.now)
+        return Assignment(token, self.round.number, self.version - task.staleness, time_left_s)
+
+    def _drop_lost(self, worker: str) -> None:
+        """Who asks for a task has nothing to deliver; a task of a round before is not worth beginning again."""
+        token = self.busy.get(worker)
+        if token is not None and self._takes_news(token):
+            assert self.round is not None
+            if self.round.find(token).staleness:
+                self.dispatch(Failed(token, "its worker has lost it"))
+
+    def _takes_news(self, token: str) -> bool:
+        """Whether the round, as it stands, has a use for news of this task."""
+        round_ = self.round
+        if round_ is None or token in round_.carried:
+            return round_ is not None
+        return token in round_.tasks and round_.phase in (RoundPhase.SELECTING, RoundPhase.REPORTING)
 
     def _heartbeat(self, beat: Heartbeat) -> bool:
         try:
@@ -163,7 +184,9 @@ class Aggregator:
             return (yield from self._accept(push))
         self.streams.pop(token, None)
         held = self.disk.append(token, push.update, push.total)
-        self.dispatch(Progress(token, TaskPhase.UPLOADING, held / push.total))
+        self._dispatch_if_of_this_round(
+            token, Progress(token, TaskPhase.UPLOADING, held / push.total, held, push.total)
+        )
         if held < push.total:
             return Held(held, complete=False)
         return (yield from self._accept(push))
@@ -201,13 +224,9 @@ class Aggregator:
         row = self.disk.rows.get(token)
         if row is None:
             raise UnknownTask("no task has this token")
-        if self.round is not None and token in self.round.tasks:
-            phase = self.round.tasks[token].phase
-            open_ = self.round.phase is RoundPhase.REPORTING and phase not in (
-                TaskPhase.REJECTED,
-                TaskPhase.FAILED,
-                TaskPhase.LATE,
-            )
+        if self.round is not None and (token in self.round.carried or token in self.round.tasks):
+            phase = self.round.find(token).phase
+            open_ = self._takes_news(token) and not phase.final
         else:
             phase, open_ = row.phase, False
         if not open_ and phase is not TaskPhase.ACCEPTED:
@@ -215,7 +234,7 @@ class Aggregator:
         return phase
 
     def _dispatch_if_of_this_round(self, token: str, event: Event) -> None:
-        if self.round is None or token not in self.round.tasks:
+        if self.round is None or not (token in self.round.carried or token in self.round.tasks):
             raise RoundClosed("the round of this task has ended")
         self.dispatch(event)
 
@@ -245,16 +264,15 @@ class Aggregator:
             if effect.worker in self.polling:
                 self.polling[effect.worker].set()
         elif isinstance(effect, Cancel):
-            if self.round.tasks[effect.token].phase.final:
+            if self.round.find(effect.token).phase.final:
                 self._release(effect.token)
-        else:
+        elif isinstance(effect, Select | Commit | Finished):
             self.effects.append(effect)
 
     def _release(self, token: str) -> None:
-        assert self.round is not None
-        worker = self.round.tasks[token].worker
-        if self.busy.get(worker) == token:
-            del self.busy[worker]
+        for worker, held in list(self.busy.items()):
+            if held == token:
+                del self.busy[worker]
 
     def pool(self) -> Pool:
         """Who could take a task now."""
@@ -269,9 +287,17 @@ class Aggregator:
             if self.round is None:
                 self.round = Round(self.disk.last_number + 1, self.world.policy, self.world.loop.now)
             yield from self._play()
-            self.round = None
             self.effects.clear()
             yield self.world.loop.sleep(self.world.rng.uniform(0, 0.5))
+            self._follow()
+
+    def _follow(self) -> None:
+        assert self.round is not None
+        self.round, effects = follow(self.round, self.disk.last_number + 1, self.world.policy, self.world.loop.now)
+        for effect in effects:
+            if isinstance(effect, Cancel):
+                self._release(effect.token)
+        self.disk.keep_only(self.round.tasks)
 
     def _play(self) -> Process[None]:
         assert self.round is not None
@@ -340,10 +366,10 @@ class Aggregator:
         if not finished.committed:
             yield from self.finish_round(self.round, None)
         for worker, token in list(self.busy.items()):
-            if token in self.round.tasks:
+            if token in self.round.tasks and token not in self.round.carried:
                 del self.busy[worker]
         yield self._disk_time()
-        self.disk.discard(self.round.tasks)
+        self.disk.discard([token for token in self.round.tasks if token not in self.round.carried])
 
     def _disk_time(self) -> Wait:
         """The disk takes its time, and any of these moments may be the last."""

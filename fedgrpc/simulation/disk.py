@@ -19,6 +19,7 @@ class Row:
     worker: str
     phase: TaskPhase
     reason: str = ""
+    staleness: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,10 @@ class Disk:
         return [row for row in self.rows.values() if row.round == number]
 
     def save_open(self, round_: Round, wall_deadline_at: float) -> None:
-        """Open a round with its tasks, or add tasks to it."""
+        """Open a round with its tasks, or add tasks to it; carried ones that were lost since are gone."""
+        for row in self.rows_of(round_.number):
+            if row.token not in round_.tasks:
+                del self.rows[row.token]
         self.open = OpenRound(round_.number, round_.aim, wall_deadline_at)
         self._save_rows(round_)
 
@@ -93,8 +97,13 @@ class Disk:
         self.discard([token for token in self.uploads if token not in tokens])
 
     def finish(self, round_: Round, version: Version | None) -> None:
-        """Close a round, with the version it wrote, all or nothing."""
+        """Close a round, with the version it wrote, all or nothing; carried tasks are then the next round's."""
         self._save_rows(round_)
+        aged = version is not None
+        for token, task in round_.carried.items():
+            row = Row(token, round_.number + 1, task.worker, task.phase, task.reason, task.staleness + aged)
+            del self.rows[token]
+            self.rows[token] = row
         self.open = None
         self.last_number = max(self.last_number, round_.number)
         if version is not None:
@@ -102,4 +111,4 @@ class Disk:
 
     def _save_rows(self, round_: Round) -> None:
         for token, task in round_.tasks.items():
-            self.rows[token] = Row(token, round_.number, task.worker, task.phase, task.reason)
+            self.rows[token] = Row(token, round_.number, task.worker, task.phase, task.reason, task.staleness)

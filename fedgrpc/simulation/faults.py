@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -80,12 +81,17 @@ def draw_policy(rng: np.random.Generator, habits: Sequence[Habits]) -> RoundPoli
     slowest_s = max(one.task_s for one in habits)
     participants = int(rng.integers(1, workers + 1))
     quorum = int(rng.integers(1, participants + 1))
+    late: Literal["carry", "discard"] = "carry" if rng.random() < 0.5 else "discard"
+    buffered = late == "carry" and rng.random() < 0.5
     return RoundPolicy(
+        late=late,
+        max_staleness=int(rng.integers(1, 4)),
+        buffer_size=quorum + int(rng.integers(0, 2)) if buffered else None,
         min_workers=int(rng.integers(1, workers + 1)),
         min_sample_size=int(rng.integers(1, participants + 1)),
         max_participants=participants if rng.random() < 0.7 else None,
         fraction=float(rng.choice([0.3, 0.6, 1.0])),
-        over_selection=float(rng.choice([1.0, 1.3, 2.0])),
+        over_selection=1.0 if buffered else float(rng.choice([1.0, 1.3, 2.0])),
         quorum=quorum,
         deadline_s=float(rng.uniform(2, 5) * slowest_s + 2),
         lease_s=float(rng.uniform(1.5, 6)),

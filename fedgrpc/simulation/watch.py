@@ -1,12 +1,12 @@
 """What must hold after every event, whatever goes wrong.
 
-    counted once     no update is in two versions, or twice in one; no worker has two updates in a version
+    counted once     no update is in two versions, or twice in one; no worker has two from one model
     quorum           a committed round has its quorum, all of it from its own tasks
     versions grow    each committed version is the one after the last; no worker is told one that is not durable
     ends on time     no round outlives its deadline plus grace
-    bound held       no more tasks at work than asked for, no more files than tasks of the round
+    bound held       no more tasks at work than asked for, no more files than a worker's two, no update too stale
     none refused     a refused update is in no version
-    nothing lost     an acknowledged update is in its round's model
+    nothing lost     an acknowledged update is in its round's model, or in the next's if it was carried
     no surprise      nothing raises that nobody expects
     goes on          once the faults have stopped, a round commits
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedgrpc.rounds.events import Effect, Event, Select
+from fedgrpc.rounds.events import Effect, Event, Offer, Select, TaskPhase
 from fedgrpc.rounds.state import Round, RoundPhase
 from fedgrpc.simulation.disk import Version
 from fedgrpc.simulation.messages import Assignment, UpdateId
@@ -25,7 +25,6 @@ from fedgrpc.simulation.messages import Assignment, UpdateId
 if TYPE_CHECKING:
     from fedgrpc.simulation.world import World
 
-GRACE_S = 2.0
 _MOST_AT_ONCE = 10_000
 
 
@@ -41,11 +40,16 @@ class Watch:
         self._counted: dict[UpdateId, int] = {}
         self._refused: set[UpdateId] = set()
         self._end_by: float | None = None
-        self._acknowledged: dict[int, set[str]] = {}
+        # A round that ends writes four times, and each write takes its time.
+        self._grace_s = 1.0 + 20 * world.faults.write_s
+        self._acknowledged: set[str] = set()
+        self._merged: set[str] = set()
+        self._offered_at: dict[str, int] = {}
         self._committed: dict[int, Version] = {}
         self._looked_at = 0.0
         self._at_once = 0
         self.updates = 0
+        self.stale_updates = 0
         self.abandoned = 0
 
     def stepped(self, before: Round, event: Event, after: Round, effects: tuple[Effect, ...]) -> None:
@@ -53,21 +57,28 @@ class Watch:
         world = self._world
         world.trace("aggregator", "step", event, after.phase.name, effects)
         if after.deadline_at is not None and before.deadline_at is None:
-            self._end_by = world.loop.now + world.policy.deadline_s + GRACE_S
+            self._end_by = world.loop.now + world.policy.deadline_s + self._grace_s
         if after.phase.final and not before.phase.final:
             self._end_by = None
             self.abandoned += after.phase is RoundPhase.ABANDONED
         for effect in effects:
             if isinstance(effect, Select):
                 self._bound(after, effect)
+            elif isinstance(effect, Offer):
+                self._offered_at[effect.token] = self._versions
 
     def _bound(self, round_: Round, select: Select) -> None:
         """No worker is asked for that is not missing."""
         policy, most = self._world.policy, round_.aim
         if round_.phase is RoundPhase.SELECTING:
             most = policy.ask(policy.aim(len(self._world.workers)))
-        at_work = sum(task.phase.open for task in round_.tasks.values())
-        wanted = len(round_.accepted) + at_work + select.count
+        buffered = policy.buffer_size is not None
+        phases = [task.phase for task in round_.tasks.values() if buffered or not task.staleness]
+        wanted = sum(phase.open for phase in phases) + select.count
+        if buffered:
+            most = policy.aim(len(self._world.workers))
+        else:
+            wanted += phases.count(TaskPhase.ACCEPTED)
         if wanted > most:
             raise Violation(f"bound held: {wanted} tasks where {most} are enough")
 
@@ -76,7 +87,9 @@ class Watch:
         world = self._world
         assert world.aggregator.disk.open is not None
         left_s = world.aggregator.disk.open.deadline_at - world.wall_now
-        self._end_by = world.loop.now + min(max(left_s, 0.0), world.policy.deadline_s) + GRACE_S
+        self._end_by = world.loop.now + min(max(left_s, 0.0), world.policy.deadline_s) + self._grace_s
+        for token in round_.tasks:
+            self._offered_at.setdefault(token, self._versions)
 
     def crashed(self) -> None:
         """The aggregator is down: its clock does not run."""
@@ -92,17 +105,23 @@ class Watch:
                     f"counted once: {update} is in versions {self._counted[update]}, {version.version}"
                 )
             self._counted[update] = version.version
-        workers = [update.worker for update in version.updates]
-        if len(set(workers)) < len(workers):
-            raise Violation(f"counted once: a worker has several updates in version {version.version}")
-        if len(version.tokens) < world.policy.quorum or not set(version.tokens) <= set(round_.tasks):
-            raise Violation(f"quorum: {len(version.tokens)} of {world.policy.quorum} in version {version.version}")
+        begun = [
+            (u.worker, self._offered_at[token]) for u, token in zip(version.updates, version.tokens, strict=True)
+        ]
+        if len(set(begun)) < len(begun):
+            raise Violation(f"counted once: a worker has done one task twice in version {version.version}")
+        fresh = [token for token in version.tokens if self._counts(token)]
+        if len(fresh) < world.policy.quorum or not set(version.tokens) <= set(round_.tasks):
+            raise Violation(f"quorum: {len(fresh)} of {world.policy.quorum} in version {version.version}")
+        self._bounded_staleness(version)
         if refused := self._refused & set(version.updates):
             raise Violation(f"none refused: {refused} in version {version.version}")
         if version.version != len(self._committed) + 2:
             raise Violation(f"versions grow: version {version.version} after {len(self._committed) + 1}")
-        if lost := self._acknowledged.get(version.round, set()) - set(version.tokens):
-            raise Violation(f"nothing lost: {sorted(lost)} acknowledged, not in version {version.version}")
+        for token in self._acknowledged - self._merged:
+            if self._round_of(token) in (None, version.round) and token not in version.tokens:
+                raise Violation(f"nothing lost: {token} acknowledged, not in version {version.version}")
+        self._merged.update(version.tokens)
         self._committed[version.round] = version
         self.updates += len(version.updates)
 
@@ -112,12 +131,33 @@ class Watch:
 
     def acknowledged(self, token: str) -> None:
         """A worker is about to be told that its update counts."""
-        number = self._world.aggregator.disk.rows[token].round
         self._world.trace("aggregator", "acknowledges", token)
-        self._acknowledged.setdefault(number, set()).add(token)
-        version = self._committed.get(number)
+        self._acknowledged.add(token)
+        version = self._committed.get(self._round_of(token) or 0)
         if version is not None and token not in version.tokens:
             raise Violation(f"nothing lost: {token} acknowledged, not in version {version.version}")
+
+    def _round_of(self, token: str) -> int | None:
+        """The round whose model the update is to be in; None: the aggregator knows nothing of it."""
+        aggregator = self._world.aggregator
+        if aggregator.round is not None and token in aggregator.round.carried:
+            return aggregator.round.number + 1
+        row = aggregator.disk.rows.get(token)
+        return None if row is None else row.round
+
+    def _counts(self, token: str) -> bool:
+        return self._world.policy.buffer_size is not None or self._offered_at[token] == self._versions
+
+    def _bounded_staleness(self, version: Version) -> None:
+        for token in version.tokens:
+            behind = self._versions - self._offered_at[token]
+            self.stale_updates += behind > 0
+            if behind > self._world.policy.max_staleness:
+                raise Violation(f"bound held: an update {behind} versions behind in version {version.version}")
+
+    @property
+    def _versions(self) -> int:
+        return len(self._committed)
 
     def told(self, assignment: Assignment) -> None:
         """A worker has been given a task."""
@@ -136,14 +176,16 @@ class Watch:
         if self._at_once > _MOST_AT_ONCE:
             raise Violation("ends on time: time stands still")
         if self._end_by is not None and world.loop.now > self._end_by:
-            raise Violation(f"ends on time: the round is open {GRACE_S:g} s after its deadline")
-        if len(world.aggregator.disk.uploads) > len(world.workers):
+            raise Violation(f"ends on time: the round is open {self._grace_s:.3g} s after its deadline")
+        files_each = 2 if world.policy.late == "carry" else 1
+        if len(world.aggregator.disk.uploads) > files_each * len(world.workers):
             raise Violation(f"bound held: {len(world.aggregator.disk.uploads)} update files")
 
     def at_end(self) -> None:
         """The faults have stopped long ago."""
         if not self.went_on():
-            raise Violation("goes on: no round has committed since the faults stopped")
+            stuck = self._world.aggregator.round
+            raise Violation(f"goes on: no round has committed since the faults stopped; at the end: {stuck}")
 
     def went_on(self) -> bool:
         """Whether a round that was opened after the faults stopped has committed."""

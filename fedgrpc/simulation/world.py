@@ -35,6 +35,7 @@ class Outcome:
     rounds: int
     abandoned: int
     updates: int
+    stale_updates: int
     crashes: int
     virtual_s: float
 
@@ -91,6 +92,7 @@ class World:
             rounds=len(self.aggregator.disk.versions),
             abandoned=self.watch.abandoned,
             updates=self.watch.updates,
+            stale_updates=self.watch.stale_updates,
             crashes=self.crashes,
             virtual_s=self.loop.now,
         )

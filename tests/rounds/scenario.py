@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from fedgrpc.rounds.events import (
     Abort,
@@ -62,7 +62,7 @@ class Scenario:
     def progress(self, token: str, phase: TaskPhase = TaskPhase.TRAINING, fraction: float = 0.0) -> Effects:
         return self.send(Progress(token, phase, fraction))
 
-    def accept(self, tokens: str) -> Effects:
+    def accept(self, tokens: Iterable[str]) -> Effects:
         """Updates of several workers, in this order; the effects of the last."""
         effects: Effects = ()
         for token in tokens:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -11,6 +13,7 @@ from fedgrpc.rounds.events import (
     Abort,
     Accepted,
     Cancel,
+    Carry,
     Commit,
     Committed,
     Effect,
@@ -27,21 +30,25 @@ from fedgrpc.rounds.events import (
     Tick,
 )
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rounds.state import Round, RoundPhase, restore, step, wake_at
+from fedgrpc.rounds.state import Round, RoundPhase, StoredTask, follow, restore, step, wake_at
 
 WORKERS = tuple("abcdefgh")
-TOKENS = st.sampled_from([*WORKERS, "unknown"])
 
 
 @st.composite
 def policies(draw: st.DrawFn) -> RoundPolicy:
     quorum = draw(st.integers(1, 4))
+    buffer_size = draw(st.none() | st.integers(quorum, 5))
     return RoundPolicy(
+        buffer_size=buffer_size,
+        late="carry" if buffer_size else draw(st.sampled_from(["discard", "carry"])),
+        max_staleness=draw(st.integers(1, 3)),
+        weight_aim=draw(st.none() | st.floats(1, 10)),
         min_workers=draw(st.integers(1, 5)),
         min_sample_size=draw(st.integers(1, 4)),
         max_participants=draw(st.none() | st.integers(4, 8)),
         fraction=draw(st.sampled_from([0.1, 0.5, 1.0])),
-        over_selection=draw(st.sampled_from([1.0, 1.3, 2.0])),
+        over_selection=1.0 if buffer_size else draw(st.sampled_from([1.0, 1.3, 2.0])),
         quorum=quorum,
         deadline_s=draw(st.sampled_from([5.0, 50.0])),
         lease_s=draw(st.sampled_from([2.0, 20.0])),
@@ -60,6 +67,27 @@ class AnyRound(RuleBasedStateMachine):
         self.all: list[Effect] = []
         self.select: Select | None = None
         self.was_accepted: set[str] = set()
+        self.brought: list[str] = []
+
+    def token(self, data: st.DataObject) -> str:
+        """Of a task at work as often as not, else of any, or of none."""
+        tasks = {**self.round.tasks, **self.round.carried}
+        at_work = [token for token, task in tasks.items() if task.phase.open]
+        often: bool = data.draw(st.booleans())
+        if at_work and often:
+            return data.draw(st.sampled_from(at_work))
+        return data.draw(st.sampled_from([*tasks, "unknown"]))
+
+    @precondition(lambda self: self.round.phase.final)
+    @rule()
+    def next_round(self) -> None:
+        carried = self.round.carried
+        self.round, effects = follow(self.round, self.round.number + 1, self.round.policy, self.now)
+        self.brought = list(self.round.tasks)
+        assert {token for token, task in carried.items() if task.phase is TaskPhase.ACCEPTED} <= set(self.brought)
+        assert all(task.staleness <= self.round.policy.max_staleness for task in self.round.tasks.values())
+        assert all(isinstance(effect, Cancel) for effect in effects)
+        self.all, self.select, self.was_accepted = [], None, set(self.round.accepted)
 
     def send(self, event: Event) -> None:
         before = self.round
@@ -68,7 +96,9 @@ class AnyRound(RuleBasedStateMachine):
         except (IllegalTransition, RoundClosed, UnknownTask):
             assert self.round is before
             return
-        assert not before.phase.final or (self.round == before and not effects)
+        if before.phase.final:
+            assert replace(self.round, carried=before.carried) == before
+            assert not effects
         self.all += effects
         self.select = next((effect for effect in effects if isinstance(effect, Select)), self.select)
         self.was_accepted |= set(self.round.accepted)
@@ -86,28 +116,28 @@ class AnyRound(RuleBasedStateMachine):
             st.lists(st.sampled_from(free), unique=True, max_size=self.select.count) if free else st.just([])
         )
         self.select = None
-        self.send(Selected(tuple((worker, worker) for worker in workers)))
+        self.send(Selected(tuple((f"{worker}{self.round.number}", worker) for worker in workers)))
 
     @rule(workers=st.lists(st.sampled_from(WORKERS), max_size=3))
     def answer_unasked(self, workers: list[str]) -> None:
         if self.select is None:
-            self.send(Selected(tuple((worker, worker) for worker in workers)))
+            self.send(Selected(tuple((f"{worker}{self.round.number}", worker) for worker in workers)))
 
-    @rule(token=TOKENS, phase=st.sampled_from(TaskPhase), fraction=st.floats(0, 1))
-    def progress(self, token: str, phase: TaskPhase, fraction: float) -> None:
-        self.send(Progress(token, phase, fraction))
+    @rule(data=st.data(), phase=st.sampled_from(TaskPhase), held=st.none() | st.integers(0, 100))
+    def progress(self, data: st.DataObject, phase: TaskPhase, held: int | None) -> None:
+        self.send(Progress(self.token(data), phase, 0.5, held, 100))
 
-    @rule(token=TOKENS)
-    def accept(self, token: str) -> None:
-        self.send(Accepted(token))
+    @rule(data=st.data(), weight=st.floats(0, 10))
+    def accept(self, data: st.DataObject, weight: float) -> None:
+        self.send(Accepted(self.token(data), weight))
 
-    @rule(token=TOKENS)
-    def reject(self, token: str) -> None:
-        self.send(Rejected(token, "NaN"))
+    @rule(data=st.data())
+    def reject(self, data: st.DataObject) -> None:
+        self.send(Rejected(self.token(data), "NaN"))
 
-    @rule(token=TOKENS)
-    def fail(self, token: str) -> None:
-        self.send(Failed(token, "out of memory"))
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        self.send(Failed(self.token(data), "out of memory"))
 
     @rule(seconds=st.floats(0, 30))
     def tick(self, seconds: float) -> None:
@@ -125,18 +155,32 @@ class AnyRound(RuleBasedStateMachine):
     def committed(self, version: int) -> None:
         self.send(Committed(version))
 
-    @rule()
-    def abort(self) -> None:
-        self.send(Abort("stopped"))
+    @rule(dice=st.integers(0, 9))
+    def abort(self, dice: int) -> None:
+        if dice == 9:
+            self.send(Abort("stopped"))
 
-    @precondition(lambda self: self.round.phase is RoundPhase.REPORTING)
+    @precondition(lambda self: self.round.phase is RoundPhase.SELECTING and not self.round.asked)
+    @rule()
+    def everybody_comes(self) -> None:
+        idle = tuple(worker for worker in WORKERS if worker not in self.round.workers)
+        self.send(Pool(idle, len(WORKERS)))
+        if self.select is not None and self.round.asked:
+            workers = [worker for worker in idle if worker not in self.select.exclude][: self.select.count]
+            self.select = None
+            self.send(Selected(tuple((f"{worker}{self.round.number}", worker) for worker in workers)))
+
+    @precondition(lambda self: self.round.phase in (RoundPhase.SELECTING, RoundPhase.REPORTING))
     @rule()
     def restart(self) -> None:
         """As after `kill -9`: what was stored is there, what was being asked is not."""
         it = self.round
-        assert it.deadline_at is not None
-        rows = [(token, task.worker, task.phase, task.reason) for token, task in it.tasks.items()]
-        self.round = restore(it.number, it.policy, rows, it.aim, it.deadline_at - self.now, self.now)
+        left_s = None if it.deadline_at is None else it.deadline_at - self.now
+        rows = [
+            StoredTask(token, task.worker, task.phase, task.reason, task.staleness, task.weight)
+            for token, task in it.tasks.items()
+        ]
+        self.round = restore(it.number, it.policy, rows, it.aim, left_s, self.now)
         self.select = None
 
     @invariant()
@@ -148,13 +192,16 @@ class AnyRound(RuleBasedStateMachine):
         assert [task.slot for task in self.round.tasks.values()] == list(range(len(self.round.tasks)))
 
     @invariant()
-    def a_worker_has_one_task(self) -> None:
-        assert len(self.round.workers) == len(self.round.tasks)
+    def a_worker_has_one_task_of_the_round_and_one_open_task(self) -> None:
+        tasks = [task for token, task in self.round.tasks.items() if token not in self.brought]
+        assert len({task.worker for task in tasks}) == len(tasks)
+        at_work = [task.worker for task in self.round.tasks.values() if task.phase.open]
+        assert len(set(at_work)) == len(at_work)
 
     @invariant()
     def offers_and_tasks_are_the_same(self) -> None:
         offered = [effect.token for effect in self.all if isinstance(effect, Offer)]
-        assert offered == list(self.round.tasks)
+        assert self.brought + offered == list(self.round.tasks)
 
     @invariant()
     def a_commit_has_its_quorum_and_exactly_the_accepted_updates_in_slot_order(self) -> None:
@@ -162,7 +209,10 @@ class AnyRound(RuleBasedStateMachine):
         assert len(commits) <= 1
         for commit in commits:
             assert commit.tokens == self.round.accepted
-            assert len(commit.tokens) >= self.round.policy.quorum
+            counted = [
+                t for t in commit.tokens if self.round.policy.buffer_size or not self.round.tasks[t].staleness
+            ]
+            assert len(counted) >= self.round.policy.quorum
         assert bool(commits) >= (self.round.phase in (RoundPhase.COMMITTING, RoundPhase.COMMITTED))
 
     @invariant()
@@ -175,8 +225,16 @@ class AnyRound(RuleBasedStateMachine):
 
     @invariant()
     def no_task_stays_open_once_it_takes_no_more_updates(self) -> None:
-        if self.round.phase is not RoundPhase.REPORTING:
+        if self.round.phase not in (RoundPhase.SELECTING, RoundPhase.REPORTING):
             assert self.round.open_count == 0
+
+    @invariant()
+    def what_is_carried_is_late_or_accepted_in_vain_and_said_to_be_carried(self) -> None:
+        carried = {effect.token for effect in self.all if isinstance(effect, Carry)}
+        assert set(self.round.carried) in (carried, set())
+        assert not self.round.carried or self.round.policy.late == "carry"
+        for token in self.round.carried:
+            assert self.round.tasks[token].phase in (TaskPhase.LATE, TaskPhase.ACCEPTED)
 
     @invariant()
     def every_lost_task_has_its_reason(self) -> None:
@@ -215,4 +273,4 @@ class AnyRound(RuleBasedStateMachine):
 
 
 TestAnyRound = AnyRound.TestCase
-TestAnyRound.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestAnyRound.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)

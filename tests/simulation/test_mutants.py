@@ -8,7 +8,7 @@ import pytest
 
 from fedgrpc.rounds import state
 from fedgrpc.rounds.events import Cancel, Commit, Effect, Event, Pool, Progress, Select, TaskPhase, Tick
-from fedgrpc.rounds.state import Round, RoundPhase
+from fedgrpc.rounds.state import Round, RoundPhase, follow
 from fedgrpc.simulation.aggregator import Aggregator
 from fedgrpc.simulation.disk import Version
 from fedgrpc.simulation.loop import Process
@@ -16,7 +16,7 @@ from fedgrpc.simulation.messages import Held, Push
 from fedgrpc.simulation.world import World
 
 Effects = tuple[Effect, ...]
-_SEEDS = 300
+_SEEDS = 500
 
 
 def _found(mutant: type[Aggregator]) -> str:
@@ -123,6 +123,37 @@ class ForgetsAcceptedUpdatesWhenRestarted(Aggregator):
         return TaskPhase.OFFERED
 
 
+class ForgetsWhatWasAcceptedWhileItCommitted(Aggregator):
+    """The next round is opened as if none had been before it."""
+
+    def _follow(self) -> None:
+        assert self.round is not None
+        self.round = replace(self.round, carried={})
+        super()._follow()
+        self.busy.clear()
+
+
+class RemovesTheFilesOfCarriedUpdates(Aggregator):
+    def _finish(self, finished: object) -> Process[None]:
+        assert self.round is not None
+        tokens = list(self.round.tasks)
+        yield from super()._finish(finished)  # type: ignore[arg-type]
+        self.disk.discard(tokens)
+
+
+class TakesUpdatesHoweverStale(Aggregator):
+    def step(self, round_: Round, event: Event, now: float) -> tuple[Round, Effects]:
+        blind = replace(round_, policy=replace(round_.policy, max_staleness=100))
+        after, effects = super().step(blind, event, now)
+        return replace(after, policy=round_.policy), effects
+
+    def _follow(self) -> None:
+        assert self.round is not None
+        patient = replace(self.world.policy, max_staleness=100)
+        self.round, _ = follow(self.round, self.disk.last_number + 1, patient, self.world.loop.now)
+        self.round = replace(self.round, policy=self.world.policy)
+
+
 class AcceptsBeforeItVerifies(Aggregator):
     def _accept(self, push: Push) -> Process[Held]:
         self.disk.seal(push.token)
@@ -163,6 +194,9 @@ MUTANTS: list[tuple[type[Aggregator], str]] = [
     (AcknowledgesBeforeItIsDurable, "nothing lost"),
     (LeavesOutTheLastUpdate, "nothing lost"),
     (ForgetsAcceptedUpdatesWhenRestarted, "nothing lost"),
+    (ForgetsWhatWasAcceptedWhileItCommitted, "nothing lost"),
+    (RemovesTheFilesOfCarriedUpdates, "no surprise"),
+    (TakesUpdatesHoweverStale, "bound held"),
     (AcceptsBeforeItVerifies, "none refused"),
     (NeverAsksALostWorkerAgain, "goes on"),
 ]
@@ -185,3 +219,9 @@ def test_a_round_that_replaces_workers_who_are_at_work_is_found(monkeypatch: pyt
     monkeypatch.setattr(state, "_TABLE", {**state._TABLE, (RoundPhase.REPORTING, Pool): _replace_all})
     found = _found(Aggregator)
     assert found.startswith("bound held"), found
+
+
+def test_a_round_that_lets_stale_updates_make_a_quorum_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Round, "accepted_count", property(lambda round_: len(round_.accepted)))
+    found = _found(Aggregator)
+    assert found.startswith("quorum"), found

@@ -24,6 +24,11 @@ def test_the_worlds_are_eventful() -> None:
     assert sum(outcome.rounds for outcome in outcomes) > 200
     assert sum(outcome.abandoned for outcome in outcomes) > 20
     assert sum(outcome.updates for outcome in outcomes) > 400
+    assert sum(outcome.stale_updates for outcome in outcomes) > 30
+    policies = [World(seed).policy for seed in range(60)]
+    assert sum(policy.late == "discard" for policy in policies) > 15
+    assert sum(policy.late == "carry" and policy.buffer_size is None for policy in policies) > 5
+    assert sum(policy.buffer_size is not None for policy in policies) > 8
     faults = [World(seed).faults for seed in range(60)]
     for kind in ("loss", "duplicate", "clock_drift", "wall_step_s", "failure", "bad_update"):
         assert 15 < sum(getattr(fault, kind) > 0 for fault in faults) < 45, kind

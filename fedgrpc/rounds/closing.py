@@ -1,0 +1,83 @@
+"""How a round ends: committed with a quorum, abandoned without; what is late is discarded or carried on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import MappingProxyType
+
+from fedgrpc.rounds.events import Abort, Cancel, Carry, Commit, Committed, Effect, Finished, TaskPhase
+from fedgrpc.rounds.round import NO_TASKS, Round, RoundPhase, Step
+from fedgrpc.rounds.task import SLOW, Task
+
+
+def close(round_: Round, why: str) -> Step:
+    """End reporting: tasks without an update are late; commit with a quorum, abandon without."""
+    short = round_.accepted_count < round_.policy.quorum
+    round_, late = _end_open(round_, why, staler=0 if short else 1)
+    if short:
+        counted = f"{round_.accepted_count} of {round_.policy.quorum} needed updates: {why}"
+        round_, effects = _finish_without(round_, counted)
+        return round_, late + effects
+    return replace(round_, phase=RoundPhase.COMMITTING, reason=why), (*late, Commit(round_.accepted))
+
+
+def abandon(round_: Round, why: str) -> Step:
+    """End a round that never began to report."""
+    round_, late = _end_open(round_, why, staler=0)
+    round_, effects = _finish_without(round_, why)
+    return round_, late + effects
+
+
+def commit(round_: Round, event: Committed, now: float) -> Step:
+    """The new version is there."""
+    done = replace(round_, phase=RoundPhase.COMMITTED, version=event.version)
+    return done, (Finished(committed=True, reason=round_.reason),)
+
+
+def abort(round_: Round, event: Abort, now: float) -> Step:
+    """Nothing of the round is wanted, and nothing of it goes on."""
+    ended = {
+        token: task.ended(TaskPhase.LATE, event.reason)
+        for token, task in round_.tasks.items()
+        if not task.phase.final
+    }
+    tokens = dict.fromkeys([*ended, *round_.carried])
+    end = Finished(committed=False, reason=event.reason)
+    round_ = replace(round_.with_tasks(ended), phase=RoundPhase.ABANDONED, reason=event.reason, carried=NO_TASKS)
+    return round_, (*(Cancel(token, event.reason) for token in tokens), end)
+
+
+def _end_open(round_: Round, why: str, staler: int) -> Step:
+    """Tasks without an update are late; some of them go on, `staler` versions further behind."""
+    late: dict[str, Task] = {}
+    carried: dict[str, Task] = {}
+    effects: list[Effect] = []
+    for token, task in round_.tasks.items():
+        if _goes_on(round_, task, staler):
+            carried[token] = task
+            reason = task.reason or f"{SLOW[task.phase]}: {why}"
+            late[token] = task.ended(TaskPhase.LATE, f"{reason}; carried into the next round")
+            effects.append(Carry(token, late[token].reason))
+        elif task.phase.open:
+            late[token] = task.ended(TaskPhase.LATE, f"{SLOW[task.phase]}: {why}")
+            effects.append(Cancel(token, why))
+    round_ = replace(round_.with_tasks(late), carried=MappingProxyType({**round_.carried, **carried}))
+    return round_, tuple(effects)
+
+
+def _goes_on(round_: Round, task: Task, staler: int) -> bool:
+    """Whether a task without an update is worth waiting for beyond the round: its worker has begun."""
+    if round_.policy.late != "carry" or task.phase.final or not task.begun:
+        return False
+    return task.staleness + staler <= round_.policy.max_staleness
+
+
+def _finish_without(round_: Round, why: str) -> Step:
+    """Abandon. The model stays as it is, so what was accepted is as good for the next round."""
+    effects: list[Effect] = []
+    if round_.policy.late == "carry":
+        accepted = {token: round_.tasks[token] for token in round_.accepted}
+        effects += (Carry(token, "accepted; carried into the next round") for token in accepted)
+        round_ = replace(round_, carried=MappingProxyType({**accepted, **round_.carried}))
+    round_ = replace(round_, phase=RoundPhase.ABANDONED, reason=why)
+    return round_, (*effects, Finished(committed=False, reason=why))

@@ -1,0 +1,108 @@
+"""The state of one round. Values only; what changes it is in `selecting`, `reporting` and `closing`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from types import MappingProxyType
+
+from fedgrpc.errors import UnknownTask
+from fedgrpc.rounds.events import Effect, TaskPhase
+from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.rounds.task import Task
+
+NO_TASKS: Mapping[str, Task] = MappingProxyType({})
+
+
+class RoundPhase(Enum):
+    """Where a round stands; the last two are final."""
+
+    SELECTING = 1
+    REPORTING = 2
+    COMMITTING = 3
+    COMMITTED = 4
+    ABANDONED = 5
+
+    @property
+    def final(self) -> bool:
+        return self in (RoundPhase.COMMITTED, RoundPhase.ABANDONED)
+
+
+@dataclass(frozen=True)
+class Round:
+    """The whole state of a round. `aim`: how many updates are wanted; `asked`: the `Select` not yet answered.
+
+    `carried`: tasks that outlive the round, as they stand now; in `tasks` they are late, or accepted in vain.
+    """
+
+    number: int
+    policy: RoundPolicy
+    opened_at: float
+    phase: RoundPhase = RoundPhase.SELECTING
+    tasks: Mapping[str, Task] = field(default_factory=lambda: NO_TASKS)
+    aim: int = 0
+    asked: int = 0
+    ready_at: float | None = None
+    deadline_at: float | None = None
+    version: int | None = None
+    reason: str = ""
+    deadline_s: float = 0.0
+    deadline_reason: str = ""
+    carried: Mapping[str, Task] = field(default_factory=lambda: NO_TASKS)
+
+    def find(self, token: str) -> Task:
+        """The task as it stands now, also when it outlives the round. Raises `UnknownTask`."""
+        task = self.carried.get(token) or self.tasks.get(token)
+        if task is None:
+            raise UnknownTask(f"no task of round {self.number} has this token")
+        return task
+
+    def tokens(self, *phases: TaskPhase) -> tuple[str, ...]:
+        """Tokens of the tasks in one of `phases`, by slot."""
+        return tuple(token for token, task in self.tasks.items() if task.phase in phases)
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        return self.tokens(TaskPhase.ACCEPTED)
+
+    @property
+    def open_count(self) -> int:
+        return sum(task.phase.open for task in self.tasks.values())
+
+    @property
+    def workers(self) -> frozenset[str]:
+        """Those who had their task of this round, or have not lost one of a round before."""
+        return frozenset(task.worker for task in self.tasks.values() if self._occupies(task))
+
+    def _occupies(self, task: Task) -> bool:
+        if not task.phase.final or not task.carried:
+            return True
+        return task.phase is TaskPhase.ACCEPTED and self.counts(task)
+
+    def counts(self, task: Task) -> bool:
+        """Whether its update counts to aim and quorum: stale ones come on top, but for a buffer all are equal."""
+        return task.staleness == 0 or self.policy.buffer_size is not None
+
+    @property
+    def accepted_count(self) -> int:
+        """How many accepted updates count to aim and quorum."""
+        accepted = TaskPhase.ACCEPTED
+        return sum(task.phase is accepted and self.counts(task) for task in self.tasks.values())
+
+    @property
+    def at_work_count(self) -> int:
+        """How many open tasks count to the aim."""
+        return sum(task.phase.open and self.counts(task) for task in self.tasks.values())
+
+    @property
+    def accepted_weight(self) -> float:
+        """Weight of the accepted updates that count."""
+        return sum(self.tasks[token].weight for token in self.accepted if self.counts(self.tasks[token]))
+
+    def with_tasks(self, changed: Mapping[str, Task]) -> Round:
+        """This round with some tasks changed or added."""
+        return replace(self, tasks=MappingProxyType({**self.tasks, **changed})) if changed else self
+
+
+Step = tuple[Round, tuple[Effect, ...]]

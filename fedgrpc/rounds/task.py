@@ -1,0 +1,152 @@
+"""One worker's share of a round, and what news of it makes of it. Pure: a task in, a task out.
+
+The rule: a final task stays as it is; an expired one comes back with news, unless the news is that it is too slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from fedgrpc.errors import IllegalTransition, RoundClosed
+from fedgrpc.rounds.events import Accepted, Failed, Progress, Rejected, TaskPhase
+
+SLOW: Mapping[TaskPhase, str] = MappingProxyType(
+    {
+        TaskPhase.OFFERED: "no-show",
+        TaskPhase.DOWNLOADING: "slow download",
+        TaskPhase.TRAINING: "slow training",
+        TaskPhase.UPLOADING: "slow upload",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Bytes of an update over time: how many are held since when, and two marks (seconds, bytes) before that."""
+
+    held: int
+    total: int
+    gained_at: float
+    older: tuple[float, int]
+    newer: tuple[float, int]
+
+    @classmethod
+    def begun(cls, held: int, total: int, now: float) -> Pace:
+        """The first news of an upload."""
+        return cls(held, total, now, (now, held), (now, held))
+
+    def moved(self, held: int, now: float, window_s: float) -> Pace:
+        """More news. The rate is measured over one to two windows, so that an old stall is forgotten."""
+        if held <= self.held:
+            return self
+        older, newer = self.older, self.newer
+        if now - newer[0] >= window_s:
+            older, newer = newer, (now, held)
+        return replace(self, held=held, gained_at=now, older=older, newer=newer)
+
+    def hopeless(self, deadline_at: float, window_s: float, now: float) -> bool:
+        """Whether the bytes still due cannot come in the time left at the rate since the older mark.
+
+        A rate is judged at the moment of a gain, or after a window without one: bytes come in lumps.
+        """
+        since, held_then = self.older
+        if now - since < window_s or self.gained_at < now < self.gained_at + window_s:
+            return False
+        return (self.held - held_then) * (deadline_at - now) < (self.total - self.held) * (now - since)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One worker's share of the round; `slot` is its place in the canonical order of updates.
+
+    `staleness`: how many versions were committed since the worker was given its model. `chosen`: why it was.
+    `begun`: it was heard of beyond the offer. `carried`: it is from a round before.
+    """
+
+    worker: str
+    slot: int
+    lease_until: float
+    phase: TaskPhase = TaskPhase.OFFERED
+    fraction: float = 0.0
+    reason: str = ""
+    weight: float = 1.0
+    staleness: int = 0
+    chosen: str = ""
+    begun: bool = False
+    carried: bool = False
+    pace: Pace | None = None
+
+    def ended(self, phase: TaskPhase, reason: str) -> Task:
+        """This task, lost."""
+        return replace(self, phase=phase, reason=reason)
+
+    def expired(self, lease_s: float, now: float) -> Task:
+        """This task, without its slot if its lease ran out."""
+        if not self.phase.open or now < self.lease_until:
+            return self
+        return self.ended(TaskPhase.EXPIRED, f"{SLOW[self.phase]}: not heard of for {lease_s:g} s")
+
+    def too_slow(self, deadline_at: float | None, window_s: float, now: float) -> Task:
+        """This task, without its slot if it is an upload that cannot make it."""
+        if self.pace is None or deadline_at is None or not self.pace.hopeless(deadline_at, window_s, now):
+            return self
+        due = f"{self.pace.total - self.pace.held} bytes are due in {max(0.0, deadline_at - now):.3g} s"
+        return self.ended(TaskPhase.EXPIRED, f"slow upload: {due}")
+
+
+def hear(
+    task: Task,
+    news: Progress | Accepted | Rejected | Failed,
+    deadline_at: float | None,
+    lease_s: float,
+    now: float,
+) -> Task:
+    """What the news makes of the task.
+
+    Raises `RoundClosed` when the task is over, and `IllegalTransition` when its worker says what it cannot know.
+    """
+    if isinstance(news, Progress):
+        return _progress(task, news, deadline_at, lease_s, now)
+    if isinstance(news, Accepted):
+        return _accepted(task, news)
+    if task.phase.final:
+        return task
+    phase = TaskPhase.REJECTED if isinstance(news, Rejected) else TaskPhase.FAILED
+    return task.ended(phase, news.reason)
+
+
+def _progress(task: Task, news: Progress, deadline_at: float | None, lease_s: float, now: float) -> Task:
+    if task.phase.final:
+        raise RoundClosed(f"the task is {task.phase.name.lower()}: {task.reason or 'done'}")
+    if not news.phase.open:
+        raise IllegalTransition(f"{news.phase.name.lower()} is not for a worker to say")
+    heard = replace(
+        task,
+        phase=news.phase,
+        fraction=news.fraction,
+        lease_until=now + lease_s,
+        reason="",
+        begun=task.begun or news.phase is not TaskPhase.OFFERED,
+        pace=_pace(task, news, lease_s, now),
+    )
+    return heard.too_slow(deadline_at, lease_s, now)
+
+
+def _pace(task: Task, news: Progress, window_s: float, now: float) -> Pace | None:
+    if news.phase is not TaskPhase.UPLOADING:
+        return None
+    if news.bytes_held is None or news.bytes_total is None:
+        return task.pace
+    if task.pace is None or task.pace.total != news.bytes_total:
+        return Pace.begun(news.bytes_held, news.bytes_total, now)
+    return task.pace.moved(news.bytes_held, now, window_s)
+
+
+def _accepted(task: Task, news: Accepted) -> Task:
+    if task.phase is TaskPhase.ACCEPTED:
+        return task
+    if task.phase.final:
+        raise RoundClosed(f"the task is {task.phase.name.lower()}: {task.reason}")
+    return replace(task, phase=TaskPhase.ACCEPTED, fraction=1.0, reason="", weight=news.weight)
