@@ -10,19 +10,18 @@ what a power cut takes away can be pulled again, and what it leaves is checked a
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 import structlog
 from google.protobuf.message import DecodeError
 
-from fedgrpc.codec.chunk import Chunk, check_chunk
 from fedgrpc.codec.layout import Array
 from fedgrpc.codec.manifest import Limits, Manifest
 from fedgrpc.codec.payload import PayloadReader, Read, buffer_reader, file_reader, verify_digest, write_payload
@@ -30,13 +29,13 @@ from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import CodecError, CorruptError, LayoutError
 from fedgrpc.rpc.convert import manifest_from_proto, manifest_to_proto
+from fedgrpc.spares import SpareFiles
 from fedgrpc.v1 import aggregator_pb2, tensor_pb2
 from fedgrpc.worker.delta import apply_delta
 from fedgrpc.worker.disk import UNFINISHED, remove_folder, storage_errors, sweep
+from fedgrpc.worker.partial import HEADER, PAYLOAD, PartialModel, begin, received_bytes
 
 _ABOUT: Final = "about.json"
-_HEADER: Final = "header.pb"
-_PAYLOAD: Final = "payload"
 _RAW: Final = "payload.raw"
 _RAW_HEADER: Final = "header.raw.pb"
 
@@ -60,6 +59,12 @@ class HeldModel:
     folder: Path
     source: Source
     manifest: Manifest
+    _uses: list[weakref.ref[Any]] = field(default_factory=list, compare=False, repr=False)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether somebody still reads the payload: weights that lie in it, or a stream."""
+        return any(use() is not None for use in self._uses)
 
     @property
     def version(self) -> int:
@@ -71,23 +76,36 @@ class HeldModel:
 
         Tensors that lie in the file as they are in memory are mapped, and copied only where they are written to.
         """
-        path = self.folder / _PAYLOAD
+        path = self.folder / PAYLOAD
         with storage_errors(path):
             content = np.memmap(path, np.uint8, "c") if self.manifest.size_bytes else np.empty(0, np.uint8)
+        self._note_use(content)
         reader = PayloadReader(self.manifest, buffer_reader(content.data))
         return {spec.name: _own(array) for spec, array in reader}
 
     @contextmanager
     def reader(self) -> Iterator[Read]:
         """Reads the payload by offset."""
-        path = self.folder / _PAYLOAD
-        with storage_errors(path), path.open("rb") as file:
+        with self._open(self.folder / PAYLOAD) as file:
             yield file_reader(file.fileno())
 
-    def raw(self) -> tuple[Manifest, Path]:
+    def open_raw(self) -> tuple[Manifest, BinaryIO]:
         """Manifest and file of the same weights in the raw recipe, written once. Slow: run it in a thread."""
+        manifest, path = self._raw()
+        return manifest, self._open(path)
+
+    def _open(self, path: Path) -> BinaryIO:
+        with storage_errors(path):
+            file = path.open("rb")
+        self._note_use(file)
+        return file
+
+    def _note_use(self, reader: Any) -> None:
+        self._uses[:] = [use for use in self._uses if use() is not None] + [weakref.ref(reader)]
+
+    def _raw(self) -> tuple[Manifest, Path]:
         if self.manifest.compression == "none" and all(entry.encoding == Raw() for entry in self.manifest.entries):
-            return self.manifest, self.folder / _PAYLOAD
+            return self.manifest, self.folder / PAYLOAD
         path, header = self.folder / _RAW, self.folder / _RAW_HEADER
         with storage_errors(path):
             if not header.exists():
@@ -112,45 +130,6 @@ def _own(array: Array) -> Array:
     return np.require(array, requirements=["C", "A", "W"])
 
 
-class PartialModel:
-    """A model payload while it arrives: chunks are checked and appended, the digest is kept along."""
-
-    def __init__(self, folder: Path, source: Source, header: aggregator_pb2.ModelHeader, limits: Limits) -> None:
-        self.folder = folder
-        self.source = source
-        self.header = header
-        self.manifest = manifest_from_proto(header.manifest, limits)
-        self._file = (folder / _PAYLOAD).open("ab")
-        self._digest = hashlib.sha256()
-        self.size_bytes = 0
-        with (folder / _PAYLOAD).open("rb") as kept:
-            while piece := kept.read(1 << 20):
-                self._digest.update(piece)
-                self.size_bytes += len(piece)
-
-    def append(self, batch: Sequence[Chunk]) -> None:
-        """Take the next chunks; raises WrongOffset, TooLargeError, LayoutError or CorruptError."""
-        for chunk in batch:
-            check_chunk(chunk, self.size_bytes, self.manifest.size_bytes - self.size_bytes)
-            with storage_errors(self.folder):
-                self._file.write(chunk.data)
-            self._digest.update(chunk.data)
-            self.size_bytes += len(chunk.data)
-
-    def close(self) -> None:
-        """Keep what is there for the next attempt."""
-        with storage_errors(self.folder):
-            self._file.close()
-
-    def verify(self) -> None:
-        """Raise CorruptError unless the whole payload is there and matches its digest."""
-        self.close()
-        if self.size_bytes != self.manifest.size_bytes:
-            raise CorruptError(f"{self.size_bytes} of the model's {self.manifest.size_bytes} bytes came")
-        if self._digest.digest() != self.manifest.sha256:
-            raise CorruptError("the model's sha256 is not the one its manifest declares")
-
-
 class ModelFolder:
     """The held version and the partial download in one folder. One owner."""
 
@@ -161,6 +140,7 @@ class ModelFolder:
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             sweep(folder)
+            self._spares = SpareFiles(folder / "spare", 1)
         self.held = self._load_held()
 
     def forget_other_runs(self, run: str) -> None:
@@ -174,7 +154,7 @@ class ModelFolder:
         """Bytes of an interrupted download of `source`; 0 when there is none."""
         try:
             if _read_source(self._partial) == source:
-                return (self._partial / _PAYLOAD).stat().st_size
+                return received_bytes(self._partial)
         except (OSError, ValueError, KeyError):
             self.drop_partial()
         return 0
@@ -193,12 +173,12 @@ class ModelFolder:
         """
         with storage_errors(self._partial):
             if offset:
-                kept = (self._partial / _HEADER).read_bytes()
+                kept = (self._partial / HEADER).read_bytes()
                 if kept != header.SerializeToString(deterministic=True):
                     return None
             else:
                 self._start_partial(source, header)
-            partial = PartialModel(self._partial, source, header, self._limits)
+            partial = PartialModel(self._partial, header, self._limits)
         if partial.size_bytes != offset:
             partial.close()
             return None
@@ -210,8 +190,7 @@ class ModelFolder:
         unfinished = self._folder / (UNFINISHED + "partial")
         unfinished.mkdir()
         _write_source(unfinished, source)
-        (unfinished / _HEADER).write_bytes(header.SerializeToString(deterministic=True))
-        (unfinished / _PAYLOAD).touch()
+        begin(unfinished, header, self._spares)
         unfinished.rename(self._partial)
 
     def finish(self, partial: PartialModel) -> HeldModel:
@@ -222,7 +201,7 @@ class ModelFolder:
             LayoutError: it is a difference to a version that is not held.
         """
         try:
-            partial.verify()
+            partial.finish()
         except CorruptError:
             self.drop_partial()
             raise
@@ -234,6 +213,8 @@ class ModelFolder:
         old, self.held = self.held, _load(final)
         if old is not None:
             with storage_errors(old.folder):
+                if not old.in_use:
+                    self._spares.keep(old.folder / PAYLOAD)
                 remove_folder(old.folder)
         return self.held
 
@@ -245,13 +226,13 @@ class ModelFolder:
             raise LayoutError(f"the model came as a difference to version {partial.header.base_version}, not held")
         merged = self._folder / (UNFINISHED + "merged")
         merged.mkdir()
-        with (self._partial / _PAYLOAD).open("rb") as file:
+        with (self._partial / PAYLOAD).open("rb") as file:
             difference = PayloadReader(partial.manifest, file_reader(file.fileno()), self._limits)
             weights = apply_delta(base.weights(), difference)
-        manifest = _write_raw(weights, merged / _PAYLOAD)
+        manifest = _write_raw(weights, merged / PAYLOAD)
         header = aggregator_pb2.ModelHeader(version=partial.header.version, manifest=manifest_to_proto(manifest))
-        (merged / _HEADER).write_bytes(header.SerializeToString(deterministic=True))
-        _write_source(merged, Source(partial.source.run, partial.source.version, "raw"))
+        (merged / HEADER).write_bytes(header.SerializeToString(deterministic=True))
+        _write_source(merged, replace(_read_source(self._partial), recipe="raw"))
         self.drop_partial()
         merged.rename(self._partial)
 
@@ -278,9 +259,9 @@ class ModelFolder:
 
 
 def _load(folder: Path) -> HeldModel:
-    header = aggregator_pb2.ModelHeader.FromString((folder / _HEADER).read_bytes())
+    header = aggregator_pb2.ModelHeader.FromString((folder / HEADER).read_bytes())
     manifest = manifest_from_proto(header.manifest)
-    if (folder / _PAYLOAD).stat().st_size != manifest.size_bytes:
+    if (folder / PAYLOAD).stat().st_size != manifest.size_bytes:
         raise LayoutError("its payload is not as long as declared")
     return HeldModel(folder, _read_source(folder), manifest)
 

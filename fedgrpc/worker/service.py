@@ -15,7 +15,6 @@ from fedgrpc.rpc.convert import manifest_to_proto
 from fedgrpc.rpc.framing import frame
 from fedgrpc.v1 import aggregator_pb2, worker_pb2, worker_pb2_grpc
 from fedgrpc.worker.board import Board
-from fedgrpc.worker.disk import storage_errors
 from fedgrpc.worker.held import ModelFolder
 
 
@@ -62,9 +61,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         if held is None:
             raise NotFound("this device holds no model yet; it gets one with its first task")
         async with self._making_raw:
-            manifest, path = await asyncio.to_thread(held.raw)
-            with storage_errors(path):
-                file = path.open("rb")
+            manifest, file = await asyncio.to_thread(held.open_raw)
         with file:
             if request.offset > manifest.size_bytes:
                 raise WrongOffset(f"offset {request.offset} is beyond the payload of {manifest.size_bytes} bytes")

@@ -23,6 +23,7 @@ from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.payload import Read, file_reader
 from fedgrpc.errors import LayoutError, StorageError
 from fedgrpc.rpc.convert import manifest_from_proto
+from fedgrpc.spares import SpareFiles
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.disk import (
     UNFINISHED,
@@ -80,6 +81,7 @@ class Spool:
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             sweep(folder)
+            self._spares = SpareFiles(folder / "spare", 1)
 
     def updates(self) -> list[SpooledUpdate]:
         """Every update still to be sent, oldest first. One that is corrupt is dropped, with a line in the log."""
@@ -110,8 +112,9 @@ class Spool:
         with storage_errors(self._folder):
             unfinished.mkdir()
             try:
-                with (unfinished / _PAYLOAD).open("wb") as payload:
+                with open(self._spares.create(unfinished / _PAYLOAD), "wb") as payload:
                     header, residual = fill(payload)
+                    payload.truncate()
                 (unfinished / _HEADER).write_bytes(header.SerializeToString())
                 (unfinished / _TASK).write_bytes(task.SerializeToString())
                 if residual is not None:
@@ -128,12 +131,16 @@ class Spool:
             residual = update.folder / _RESIDUAL
             if residual.exists():
                 residual.replace(self._folder / _RESIDUAL)
-            remove_folder(update.folder)
+            self._remove(update)
 
     def drop(self, update: SpooledUpdate) -> None:
         """It will never be taken: it goes, and what was owed before it is owed still."""
         with storage_errors(update.folder):
-            remove_folder(update.folder)
+            self._remove(update)
+
+    def _remove(self, update: SpooledUpdate) -> None:
+        self._spares.keep(update.folder / _PAYLOAD)
+        remove_folder(update.folder)
 
     def residual(self, run: str) -> Residual:
         """What the next update of `run` has to make good."""
