@@ -87,10 +87,12 @@ class CoordinateMean(TensorMean):
         super().__init__(shape)
         self._weights: np.ndarray | None = None
 
-    def add(self, values: np.ndarray, weight: float, coverage: Coverage | None = None) -> None:
-        """Add `weight * values`; `values` has the coverage's `value_shape`. None covers everything."""
+    def add(
+        self, values: np.ndarray, weight: float, coverage: Coverage | None = None, *, scale: float = 1.0
+    ) -> None:
+        """Add `scale * values` with `weight`; `values` has the coverage's `value_shape`, None covers all."""
         if coverage is None or coverage.whole:
-            super().add(values, weight)
+            super().add(values, weight, scale=scale)
             if self._weights is not None:
                 self._weights += weight
             return
@@ -99,7 +101,7 @@ class CoordinateMean(TensorMean):
         if self._weights is None:
             self._weights = np.full(self._shape, self._weight)
         where = coverage.index
-        weighted = np.multiply(values, weight, dtype=np.float64)
+        weighted = np.multiply(values, weight * scale, dtype=np.float64)
         _add_at(self._sum.reshape(self._shape), where, coverage.mask, weighted)
         _add_at(self._weights, where, coverage.mask, weight)
 

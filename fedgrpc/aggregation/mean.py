@@ -23,14 +23,14 @@ class TensorMean:
         self._sum = np.zeros(int(np.prod(shape, dtype=np.int64)), dtype=np.float64)
         self._weight = 0.0
 
-    def add(self, values: np.ndarray, weight: float) -> None:
-        """Add `weight * values`; `values` has the mean's shape and any real dtype."""
+    def add(self, values: np.ndarray, weight: float, *, scale: float = 1.0) -> None:
+        """Add `scale * values` with `weight`; `values` has the mean's shape and any real dtype."""
         if values.shape != self._shape:
             raise ValueError(f"shape {values.shape} is not {self._shape}")
         flat = values.reshape(-1)
         for start in range(0, flat.size, _PIECE):
             piece = slice(start, start + _PIECE)
-            self._sum[piece] += np.multiply(flat[piece], weight, dtype=np.float64)
+            self._sum[piece] += np.multiply(flat[piece], weight * scale, dtype=np.float64)
         self._weight += weight
 
     def result(self) -> np.ndarray:
