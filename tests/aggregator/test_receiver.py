@@ -74,8 +74,7 @@ async def test_two_streams_of_one_update_count_once(tmp_path):
         assert [coordinator.current.state.tasks[token].phase for token in coordinator.current.state.accepted] == [
             TaskPhase.ACCEPTED
         ]
-        names = sorted(p.name for p in (running.settings.data_dir / "uploads").iterdir() if p.is_file())
-        assert names == [f"{task.token}.update"]
+        assert running.kept_updates() == [f"{task.token}.update"]
 
 
 async def test_a_round_that_closes_while_an_update_is_verified_refuses_it_and_keeps_nothing(tmp_path):
@@ -92,5 +91,5 @@ async def test_a_round_that_closes_while_an_update_is_verified_refuses_it_and_ke
         with pytest.raises(RoundClosed):
             await receiving
         await asyncio.wait_for(asyncio.sleep(0.2), 5)
-        assert [p.name for p in (running.settings.data_dir / "uploads").iterdir() if p.is_file()] == []
+        assert running.kept_updates() == []
         np.testing.assert_equal((await running.run()).model_version, 1)

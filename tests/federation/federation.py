@@ -177,6 +177,10 @@ class Running:
         if not self.aggregator._stopping.is_set():
             self.aggregator.stop()
 
+    def kept_updates(self):
+        """Names of the updates on the disk, accepted or on their way; not of files to be used again."""
+        return [path.name for path in (self.settings.data_dir / "uploads").iterdir() if path.is_file()]
+
     def weights(self, version):
         """A model version as it lies on the disk."""
         return load_file(self.settings.data_dir / "models" / f"{version:06d}.safetensors")

@@ -197,7 +197,7 @@ async def test_a_commit_that_cannot_be_stored_is_tried_until_it_can(tmp_path, na
         await health_becomes(running, Serving.SERVING)
         await running.until_finished()
         np.testing.assert_allclose(running.weights(2)["w"], MODEL["w"] + 2, rtol=1e-6)
-        assert list((running.settings.data_dir / "uploads").iterdir()) == []
+        assert running.kept_updates() == []
 
 
 async def test_a_model_that_no_encoding_of_the_run_can_hold_travels_as_it_is(tmp_path):
