@@ -1,0 +1,168 @@
+"""What an aggregator takes up from its data folder, state by state. Killing it is in `test_crashes`."""
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+
+from fedgrpc.aggregator.uploads import UploadJournal
+from fedgrpc.rpc.convert import manifest_from_proto
+from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.v1 import round_pb2
+from tests.aggregator.updates import chunk
+from tests.federation.federation import MODEL, Device, aggregating, encoded, update_of
+
+ABANDONED, COMMITTED = round_pb2.ROUND_PHASE_ABANDONED, round_pb2.ROUND_PHASE_COMMITTED
+
+
+def again(running, *names):
+    return [Device(running.stub, name) for name in names]
+
+
+async def tasks_out(running, *names):
+    devices = [await running.device(name) for name in names]
+    return devices, await asyncio.gather(*(device.task() for device in devices))
+
+
+async def test_a_deadline_that_passed_meanwhile_closes_the_round_with_who_had_reported(tmp_path):
+    policy = {"deadline_s": 1.5}
+    async with aggregating(tmp_path, policy=policy) as running:
+        (a, _), tasks = await tasks_out(running, "a", "b")
+        await a.push(tasks[0])
+    await asyncio.sleep(1.5)
+    async with aggregating(tmp_path, policy=policy) as running:
+        begun = time.monotonic()
+        await running.until_finished()
+        assert time.monotonic() - begun < 2
+        round_ = await running.round()
+        assert [task.phase for task in round_.tasks] == [
+            round_pb2.TASK_PHASE_ACCEPTED,
+            round_pb2.TASK_PHASE_LATE,
+        ]
+        np.testing.assert_allclose(running.weights(2)["w"], MODEL["w"] + 1, rtol=1e-6)
+
+
+async def test_a_deadline_that_passed_meanwhile_without_the_quorum_abandons_the_round(tmp_path):
+    policy = {"deadline_s": 1.5, "quorum": 2}
+    async with aggregating(tmp_path, policy=policy) as running:
+        (a, _), tasks = await tasks_out(running, "a", "b")
+        await a.push(tasks[0])
+    await asyncio.sleep(1.5)
+    async with aggregating(tmp_path, policy=policy) as running:
+        await running.until(lambda run, round_: round_.phase == ABANDONED)
+        devices = again(running, "a", "b")
+        tasks = await asyncio.gather(*(device.task() for device in devices))
+        assert {task.round for task in tasks} == {2}
+        await asyncio.gather(*(device.push(task) for device, task in zip(devices, tasks, strict=True)))
+        assert (await running.until_finished()).model_version == 2
+
+
+async def test_the_time_left_goes_on_from_where_it_was(tmp_path):
+    async with aggregating(tmp_path, policy={"deadline_s": 20.0}) as running:
+        _, tasks = await tasks_out(running, "a", "b")
+        assert 15 < tasks[0].time_left.ToTimedelta().total_seconds() <= 20
+    await asyncio.sleep(1.0)
+    async with aggregating(tmp_path, policy={"deadline_s": 20.0}) as running:
+        task = await again(running, "a")[0].task()
+        assert 10 < task.time_left.ToTimedelta().total_seconds() < 19.1
+
+
+async def test_more_rounds_continue_a_finished_run_and_fewer_leave_it_finished(tmp_path):
+    async with aggregating(tmp_path, rounds=1) as running:
+        (a, b), tasks = await tasks_out(running, "a", "b")
+        await asyncio.gather(a.push(tasks[0]), b.push(tasks[1]))
+        await running.until_finished()
+    async with aggregating(tmp_path, rounds=1) as running:
+        await running.until_finished()
+    async with aggregating(tmp_path, rounds=2) as running:
+        a, b = again(running, "a", "b")
+        tasks = await asyncio.gather(a.task(), b.task())
+        assert (tasks[0].round, tasks[0].model_version) == (2, 2)
+        await asyncio.gather(a.push(tasks[0]), b.push(tasks[1]))
+        assert (await running.until_finished()).model_version == 3
+
+
+@pytest.mark.parametrize("phase", ["Pause", "Stop"])
+async def test_a_run_that_was_paused_or_stopped_still_is(tmp_path, phase):
+    async with aggregating(tmp_path) as running:
+        await getattr(running.stub, f"{phase}Run")(getattr(pb, f"{phase}RunRequest")())
+    async with aggregating(tmp_path) as running:
+        run = await running.run()
+        assert run.phase == {"Pause": pb.RUN_PHASE_PAUSED, "Stop": pb.RUN_PHASE_STOPPED}[phase]
+        a, b = [await running.device(name) for name in "ab"]
+        replies = await asyncio.gather(a.poll(0.6), b.poll(0.6))
+        assert not any(reply.HasField("task") for reply in replies)
+        assert {reply.run_ended for reply in replies} == {phase == "Stop"}
+
+
+def accepted_on_disk(running, device, task, tensors):
+    """As if the aggregator had died between making the update durable and counting it."""
+    message, payload = encoded(tensors)
+    manifest = manifest_from_proto(message)
+    upload = UploadJournal(running.settings.data_dir / "uploads").begin(
+        device.header(task, message, example_count=1), manifest
+    )
+    upload.append([chunk(payload, 0, len(payload))])
+    upload.finish()
+    upload.seal(durable=False)
+
+
+async def test_an_update_made_durable_by_a_process_that_then_died_counts(tmp_path):
+    async with aggregating(tmp_path) as running:
+        devices, tasks = await tasks_out(running, "a", "b")
+    for device, task in zip(devices, tasks, strict=True):
+        accepted_on_disk(running, device, task, update_of(2.0))
+    async with aggregating(tmp_path) as running:
+        await running.until_finished()
+        assert {task.phase for task in (await running.round()).tasks} == {round_pb2.TASK_PHASE_ACCEPTED}
+        np.testing.assert_allclose(running.weights(2)["w"], MODEL["w"] + 2, rtol=1e-6)
+        assert running.kept_updates() == []
+
+
+async def test_two_initial_models_made_durable_by_a_process_that_then_died_give_one(tmp_path):
+    """The first worker was replaced, and both had sent theirs when the aggregator died."""
+    changes = {"initial_model": None, "policy": {"min_workers": 1, "lease_s": 1.0}}
+    async with aggregating(tmp_path, **changes) as running:
+        first = await running.device("first")
+        task = await first.task()
+        second = await running.device("second")
+        other = await second.task()
+        assert {task.kind, other.kind} == {round_pb2.TASK_KIND_INITIALIZE}
+    for device, given in ((first, task), (second, other)):
+        accepted_on_disk(running, device, given, MODEL)
+    async with aggregating(tmp_path, **changes) as running:
+        await running.until(lambda run, _: run.model_version == 1)
+        np.testing.assert_array_equal(running.weights(1)["w"], MODEL["w"])
+
+
+async def test_a_finished_round_is_remembered_with_its_scores(tmp_path):
+    async with aggregating(tmp_path, rounds=2, evaluate=True) as running:
+        (a, b), tasks = await tasks_out(running, "a", "b")
+        assert tasks[0].plan.evaluate
+        await asyncio.gather(a.push(tasks[0]), b.push(tasks[1]))
+        tasks = await asyncio.gather(a.task(), b.task())
+        scores = {"evaluation_metrics": {"accuracy": 0.5}, "evaluation_example_count": 4}
+        await asyncio.gather(a.push(tasks[0], **scores), b.push(tasks[1]))
+        await running.until(lambda run, _: run.model_version == 3)
+    async with aggregating(tmp_path, rounds=2, evaluate=True) as running:
+        first, second = [item for item in await running.rounds() if item.kind == round_pb2.TASK_KIND_TRAIN]
+        assert dict(first.metrics) == {"accuracy": 0.5}
+        assert (first.phase, second.phase, second.committed_version) == (COMMITTED, COMMITTED, 3)
+        workers = (await running.stub.ListWorkers(pb.ListWorkersRequest())).workers
+        assert {(item.rounds_selected, item.rounds_accepted) for item in workers} == {(2, 2)}
+        assert {item.state for item in workers} == {pb.WORKER_STATE_AWAY}
+
+
+async def test_what_a_process_that_died_left_behind_is_swept_up(tmp_path):
+    async with aggregating(tmp_path) as running:
+        pass
+    folder = running.settings.data_dir
+    (folder / "uploads" / "nobodys.part").write_bytes(b"x" * 100)
+    (folder / "uploads" / "nobodys.update").write_bytes(b"x" * 100)
+    (folder / "encoded" / "000001-0123456789abcdef.payload").write_bytes(b"x")
+    async with aggregating(tmp_path) as running:
+        assert running.kept_updates() == []
+        (a, b), tasks = await tasks_out(running, "a", "b")
+        await asyncio.gather(a.push(tasks[0]), b.push(tasks[1]))
+        await running.until_finished()
