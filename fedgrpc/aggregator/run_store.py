@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,10 +201,21 @@ class RunStore:
         )
         return None if row is None else RoundRecord.FromString(row[0])
 
-    def rounds(self, below: int, count: int) -> list[RoundRecord]:
-        """Records of up to `count` finished rounds with a number below `below`, newest first."""
+    def rounds(self, below: int, count: int, max_bytes: int = 1 << 62) -> tuple[list[RoundRecord], bool]:
+        """Finished rounds with a number below `below`, newest first, and whether there are more.
+
+        Up to `count` of them, and no more than `max_bytes` together, but at least one.
+        """
         query = "SELECT record FROM rounds WHERE number < ? AND open = 0 ORDER BY number DESC LIMIT ?"
-        return [RoundRecord.FromString(blob) for (blob,) in self._all(query, below, count)]
+        records: list[RoundRecord] = []
+        size_bytes = 0
+        with _storage_errors(self._path), closing(self._db.execute(query, (below, count + 1))) as cursor:
+            for (blob,) in cursor:
+                size_bytes += len(blob)
+                if len(records) == count or (records and size_bytes > max_bytes):
+                    return records, True
+                records.append(RoundRecord.FromString(blob))
+        return records, False
 
     def _save_tasks(self, tasks: Iterable[TaskRow]) -> None:
         self._db.executemany(

@@ -17,6 +17,7 @@ from fedgrpc.codec.encoding import parse_encoding
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import LayoutError, NotFound, UsageError, WrongOffset
 from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
 from fedgrpc.rpc.convert import (
     duration_from_proto,
     duration_to_proto,
@@ -28,6 +29,7 @@ from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
 
 _MAX_PAGE = 1000
+_MAX_PAGE_BYTES = MAX_MESSAGE_BYTES // 2
 _MAX_RECIPES = 8
 _MAX_ROUND = (1 << 63) - 1
 _RATE_HZ = 4.0
@@ -193,9 +195,9 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self, request: pb.ListRoundsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListRoundsResponse:
         size = min(request.page_size or 100, _MAX_PAGE)
-        records = await self._it.in_database(self._it.store.rounds, _before(request.page_token), size)
-        more = str(records[-1].number) if len(records) == size else ""
-        return pb.ListRoundsResponse(rounds=records, next_page_token=more)
+        below = _before(request.page_token)
+        records, more = await self._it.in_database(self._it.store.rounds, below, size, _MAX_PAGE_BYTES)
+        return pb.ListRoundsResponse(rounds=records, next_page_token=str(records[-1].number) if more else "")
 
     async def WatchRounds(
         self, request: pb.WatchRoundsRequest, context: grpc.aio.ServicerContext

@@ -195,7 +195,7 @@ class UploadJournal:
                 there = os.fstat(file.fileno()).st_size - _HEAD.size - header_size
         except (FileNotFoundError, struct.error):
             return 0
-        return max(0, min(committed, there))
+        return int(max(0, min(committed, there)))
 
     def load(self, token: str) -> StoredUpdate | None:
         """The accepted update of `token`, None where there is none. Raises `StorageError` when unreadable."""

@@ -35,7 +35,7 @@ def committed(number, version):
 
 def test_a_fresh_folder_holds_nothing(store):
     assert (store.run(), store.latest_version(), store.open_round(), store.round()) == (None, None, None, None)
-    assert (list(store.workers()), store.rounds(1 << 62, 10), store.task("x")) == ([], [], None)
+    assert (list(store.workers()), store.rounds(1 << 62, 10), store.task("x")) == ([], ([], False), None)
 
 
 def test_the_run_and_its_workers_are_remembered(tmp_path, store):
@@ -81,9 +81,18 @@ def test_rounds_come_newest_first_below_a_number(store):
     for number in range(1, 8):
         store.finish_round(committed(number, number + 1), [], [], Version(number + 1, number, b"x"))
     store.save_open_round(Round(number=8), 1, 0.0, [], [])
-    assert [item.number for item in store.rounds(1 << 62, 3)] == [7, 6, 5]
-    assert [item.number for item in store.rounds(5, 3)] == [4, 3, 2]
-    assert [item.number for item in store.rounds(1, 3)] == []
+
+    def page(*arguments):
+        records, more = store.rounds(*arguments)
+        return [item.number for item in records], more
+
+    assert page(1 << 62, 3) == ([7, 6, 5], True)
+    assert page(5, 4) == ([4, 3, 2, 1], False)
+    assert page(1, 3) == ([], False)
+    size_bytes = committed(7, 8).ByteSize()
+    assert page(1 << 62, 100, 2 * size_bytes) == ([7, 6], True)
+    assert page(1 << 62, 100, 1) == ([7], True)
+    assert page(2, 100, 1) == ([1], False)
 
 
 def test_scores_of_a_version_go_to_the_round_that_wrote_it_and_add_up(store):

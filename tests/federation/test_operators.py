@@ -83,6 +83,21 @@ async def test_rounds_are_listed_newest_first_in_pages(tmp_path):
         assert [len((await running.round(number)).tasks) for number in (1, 5)] == [2, 2]
 
 
+async def test_rounds_too_large_for_one_message_come_in_more_pages(tmp_path):
+    async with aggregating(tmp_path) as running:
+        coordinator = running.aggregator.coordinator
+        tasks = [round_pb2.TaskRecord(worker=f"worker-{i}", reason="x" * 500) for i in range(2000)]
+        for number in range(1, 21):
+            record = round_pb2.Round(number=number, phase=COMMITTED, tasks=tasks)
+            await coordinator.in_database(coordinator.store.finish_round, record, [], [], None)
+        seen, token = [], ""
+        while not seen or token:
+            page = await running.stub.ListRounds(pb.ListRoundsRequest(page_token=token))
+            seen += [item.number for item in page.rounds]
+            token = page.next_page_token
+        assert seen == list(range(20, 0, -1))
+
+
 async def test_a_round_tells_of_each_task_and_where_its_time_went(tmp_path):
     async with aggregating(tmp_path) as running:
         device = await running.device("a", device=device_pb2.DeviceProfile(device_class="jetson-nano"))
