@@ -168,10 +168,31 @@ _PARTS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class PlanTable:
-    """Plans by device class; `default` for all other classes."""
+    """Plans by device class; `default` for all other classes. In TOML a table of tables:
+
+    [default]
+
+    [raspberry-pi-3]
+    width = 0.25
+    pruning.ratio = 0.5
+    """
 
     default: CompressionPlan = field(default_factory=CompressionPlan)
     classes: Mapping[str, CompressionPlan] = field(default_factory=dict)
+
+    @classmethod
+    def from_toml(cls, text: str) -> PlanTable:
+        """Read the text form. Raises `UsageError`."""
+        try:
+            tables = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise UsageError(f"plans are TOML: {error}") from error
+        plans = {}
+        for name, table in tables.items():
+            if not isinstance(table, Mapping):
+                raise UsageError(f"plans are tables by device class; {name!r} is none")
+            plans[name] = _read(CompressionPlan, table, f"the plan of {name}")
+        return cls(plans.pop("default", CompressionPlan()), plans)
 
     def plan_of(self, device_class: str) -> CompressionPlan:
         """The plan of a device of that class."""

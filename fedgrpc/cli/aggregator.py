@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from fedgrpc.aggregation.compression_plan import PlanTable
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS
 from fedgrpc.aggregator.server import run_aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings, Target, TrainingPlan
@@ -78,6 +79,12 @@ SETTINGS: list[Setting] = [
     _plan("--learning-rate", "Step size of the workers' optimizer."),
     _plan("--momentum", "Momentum of the workers' optimizer."),
     _plan("--proximal-mu", "FedProx's pull towards the global model; 0: FedAvg."),
+    _plan(
+        "--local-models",
+        "TOML file of compression plans by device class (docs/heterogeneity.md).",
+        type=FILE,
+        metavar="FILE",
+    ),
     _mean(
         "--weight",
         "Weight of a worker in the mean instead of its example count; repeat for each.",
@@ -128,12 +135,24 @@ def settings_from(values: dict[str, Any]) -> AggregatorSettings:
         values,
         policy=pick(RoundPolicy, values),
         plan=pick(TrainingPlan, values),
+        local_models=_plans(values["local_models"]),
         worker_weights=dict(values["worker_weights"]),
         target=None if values["target"] is None else Target.parse(values["target"]),
         upload_recipe=values["upload_recipe"] or both,
         download_recipe=values["download_recipe"] or both,
         tls=server_tls(values),
     )
+
+
+def _plans(path: Path | None) -> PlanTable:
+    if path is None:
+        return PlanTable()
+    try:
+        return PlanTable.from_toml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
 
 
 def _run(**values: Any) -> int:

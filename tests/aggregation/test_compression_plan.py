@@ -110,6 +110,23 @@ def test_rolling_windows_move_with_the_round_and_prefixes_do_not() -> None:
     assert CompressionPlan(0.5, "prefix").sub_model(3) == CompressionPlan(0.5, "prefix").sub_model(4)
 
 
+def test_a_table_of_plans_is_read_from_toml() -> None:
+    table = PlanTable.from_toml("""
+        [default]
+        width = 0.5
+
+        [raspberry-pi-3]
+        width = 0.25
+        pruning.ratio = 0.7
+    """)
+    assert table.plan_of("other") == CompressionPlan(0.5)
+    assert table.plan_of("raspberry-pi-3") == CompressionPlan(0.25, pruning=Pruning(0.7))
+    with pytest.raises(UsageError, match="'width' is none"):
+        PlanTable.from_toml("width = 0.5")
+    with pytest.raises(UsageError, match="the plan of pi has no 'wdith'"):
+        PlanTable.from_toml("[pi]\nwdith = 0.5")
+
+
 def test_a_table_pins_a_plan_per_device_class() -> None:
     table = PlanTable(CompressionPlan(), {"raspberry-pi-3": CompressionPlan(0.25)})
     assert table.plan_of("raspberry-pi-3").width == 0.25

@@ -1,0 +1,316 @@
+"""Devices of unequal size in one federation: slices go out, parts come back, each coordinate has its own mean."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fedgrpc.aggregation.channels import ChannelGroup, ChannelMap, Segment
+from fedgrpc.aggregation.compression_plan import (
+    Arithmetic,
+    Clustering,
+    CompressionPlan,
+    PlanTable,
+    Pruning,
+    Quantization,
+)
+from fedgrpc.aggregator.settings import TrainingPlan
+from fedgrpc.rpc.local_model import channels_to_proto
+from fedgrpc.rpc.retry import Backoff
+from fedgrpc.tasks.torch_task import TorchTask
+from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.v1 import round_pb2
+from fedgrpc.worker.run import run_worker
+from fedgrpc.worker.settings import WorkerSettings
+from fedgrpc.worker.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights
+from tests.federation.federation import aggregating, refused
+
+Worker = tuple[str, Any]
+MAP = ChannelMap((ChannelGroup(8),), {"w": ((Segment(0),), (Segment(None, 50),)), "b": ((Segment(0),),)})
+SHAPES = {"w": (8, 50), "b": (8,), "n": ()}
+
+
+class Adder:
+    """Adds its own number to every coordinate that it is given; `masks` says where it did."""
+
+    def __init__(self, number: float, keep: np.ndarray | None = None) -> None:
+        self.number = number
+        self.keep = keep
+        self.given: list[dict[str, tuple[int, ...]]] = []
+
+    def channels(self) -> ChannelMap:
+        return MAP
+
+    def initial_weights(self) -> Weights:
+        rng = np.random.default_rng(7)
+        arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items() if shape}
+        return {**arrays, "n": np.array(0, np.int64)}
+
+    def train(self, weights: Weights, job: TrainJob) -> TrainResult:
+        self.given.append({name: array.shape for name, array in weights.items()})
+        trained = {name: array + array.dtype.type(self.number) for name, array in weights.items()}
+        if job.compression is None or job.compression.pruning is None:
+            return TrainResult(trained, 10, 1)
+        assert self.keep is not None
+        start = {**weights, "w": np.where(self.keep, weights["w"], 0).astype(np.float32)}
+        trained["w"] = np.where(self.keep, trained["w"], 0).astype(np.float32)
+        return TrainResult(trained, 10, 1, {}, start, {"w": self.keep})
+
+    def evaluate(self, weights: Weights) -> EvalResult:
+        return EvalResult(4, {"width": float(len(weights["b"]))})
+
+
+async def play(folder: Path, workers: Mapping[str, Worker], plans: PlanTable, **changes: Any) -> Outcome:
+    """Run these workers (device class, trainer), by name, to the end of the run."""
+    given: dict[str, Any] = {
+        "initial_model": None,
+        "keep_versions": 99,
+        "policy": {"min_workers": len(workers)},
+        **changes,
+    }
+    async with asyncio.timeout(100), aggregating(folder, local_models=plans, **given) as running:
+        settings = [
+            WorkerSettings(
+                name=name,
+                aggregator=running.address,
+                state_dir=folder / name,
+                serve_address=None,
+                backoff=Backoff(0.05, 0.5),
+                device={"device_class": device_class},
+            )
+            for name, (device_class, _) in workers.items()
+        ]
+        trainers = [trainer for _, trainer in workers.values()]
+        codes = await asyncio.gather(*map(run_worker, settings, trainers))
+        assert codes == [0] * len(workers)
+        run, rounds = await running.run(), await running.rounds()
+        assert run.phase == pb.RUN_PHASE_FINISHED
+        return Outcome(rounds, [running.weights(version) for version in range(1, run.model_version + 1)])
+
+
+@dataclass
+class Outcome:
+    """The rounds and the model versions of a run, oldest first."""
+
+    rounds: list[round_pb2.Round]
+    versions: list[dict[str, np.ndarray]]
+
+    def tasks(self, number: int = -1) -> dict[str, round_pb2.TaskRecord]:
+        return {task.worker: task for task in self.rounds[number].tasks}
+
+
+THREE = PlanTable(CompressionPlan(), {"half": CompressionPlan(0.5), "quarter": CompressionPlan(0.25)})
+
+
+async def test_each_coordinate_is_averaged_over_those_who_were_given_it(tmp_path: Path) -> None:
+    small = Adder(6)
+    workers: dict[str, Worker] = {"a": ("full", Adder(1)), "b": ("half", Adder(2)), "c": ("quarter", small)}
+    outcome = await play(tmp_path, workers, THREE)
+    before, after = outcome.versions
+    step = np.array([3, 3, 1.5, 1.5, 1, 1, 1, 1])
+    np.testing.assert_allclose(after["b"], before["b"] + step, rtol=1e-6)
+    np.testing.assert_allclose(after["w"], before["w"] + step[:, None], rtol=1e-6)
+    assert after["n"] == 3
+    assert small.given == [{"w": (2, 50), "b": (2,), "n": ()}]
+    tasks = outcome.tasks()
+    assert tasks["b"].local_model.sub_model == "prefix:0.5"
+    assert not tasks["a"].HasField("local_model")
+    assert tasks["c"].download_bytes < tasks["b"].download_bytes < tasks["a"].download_bytes
+    assert tasks["c"].upload_bytes < tasks["b"].upload_bytes < tasks["a"].upload_bytes
+
+
+async def test_coordinates_that_nobody_was_given_keep_their_value(tmp_path: Path) -> None:
+    """With momentum, too: the optimizer remembers, but does not move what was not trained."""
+    plans = PlanTable(CompressionPlan(0.5))
+    workers: dict[str, Worker] = {"a": ("", Adder(1)), "b": ("", Adder(3))}
+    outcome = await play(tmp_path, workers, plans, rounds=3, server_optimizer="fedavgm")
+    first, last = outcome.versions[0], outcome.versions[-1]
+    assert np.array_equal(first["w"][4:], last["w"][4:])
+    assert np.array_equal(first["b"][4:], last["b"][4:])
+    assert (last["w"][:4] > first["w"][:4] + 6).all()
+
+
+async def test_rolling_windows_reach_every_channel(tmp_path: Path) -> None:
+    plans = PlanTable(CompressionPlan(0.25, "rolling"))
+    outcome = await play(tmp_path, {"a": ("", Adder(1))}, plans, rounds=8)
+    moved = outcome.versions[-1]["b"] - outcome.versions[0]["b"]
+    np.testing.assert_allclose(moved, 2.0, rtol=1e-5)
+
+
+async def test_channels_are_chosen_by_magnitude_of_the_version_that_is_trained(tmp_path: Path) -> None:
+    outcome = await play(tmp_path, {"a": ("", Adder(1))}, PlanTable(CompressionPlan(0.25, "magnitude")))
+    before, after = outcome.versions
+    largest = np.sort(np.argsort(-(before["w"].astype(float) ** 2).sum(1))[:2])
+    assert np.flatnonzero(after["b"] != before["b"]).tolist() == largest.tolist()
+
+
+async def test_a_pruned_update_counts_only_where_it_was_kept(tmp_path: Path) -> None:
+    keep = np.random.default_rng(1).random((8, 50)) < 0.5
+    plans = PlanTable(CompressionPlan(), {"pruned": CompressionPlan(pruning=Pruning(0.5))})
+    workers: dict[str, Worker] = {"a": ("", Adder(1)), "b": ("pruned", Adder(3, keep))}
+    outcome = await play(tmp_path, workers, plans)
+    before, after = outcome.versions
+    np.testing.assert_allclose(after["w"], before["w"] + np.where(keep, 2, 1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(after["b"], before["b"] + 2, rtol=1e-5)
+    tasks = outcome.tasks()
+    assert tasks["b"].upload_bytes < 0.62 * tasks["a"].upload_bytes
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    made = tmp_path / "plain", tmp_path / "beside"
+    for folder in made:
+        folder.mkdir()
+    return made
+
+
+async def test_whole_unpruned_updates_are_fedavg_bit_for_bit_beside_any_plan_table(
+    folders: tuple[Path, Path],
+) -> None:
+    workers: dict[str, Worker] = {"a": ("", Adder(0.1)), "b": ("", Adder(0.7)), "c": ("", Adder(0.3))}
+    plain = await play(folders[0], workers, PlanTable(), rounds=3)
+    beside = await play(folders[1], workers, THREE, rounds=3)
+    for left, right in zip(plain.versions, beside.versions, strict=True):
+        assert all(np.array_equal(left[name], right[name]) for name in left)
+
+
+async def test_channels_of_a_given_model_are_asked_of_the_workers(tmp_path: Path) -> None:
+    initial = tmp_path / "given.safetensors"
+    save_file(dict(Adder(0).initial_weights()), initial)
+    small = Adder(1)
+    outcome = await play(tmp_path, {"a": ("half", small)}, THREE, rounds=2, initial_model=initial)
+    assert [given["b"] for given in small.given] == [(8,), (4,)]
+    assert [task["a"].local_model.sub_model for task in map(outcome.tasks, (-2, -1))] == ["", "prefix:0.5"]
+
+
+async def test_scores_of_slices_are_not_scores_of_the_version(tmp_path: Path) -> None:
+    workers: dict[str, Worker] = {"a": ("full", Adder(1)), "b": ("half", Adder(2))}
+    outcome = await play(tmp_path, workers, THREE, rounds=2, evaluate=True)
+    scored = [round_ for round_ in outcome.rounds if round_.metrics]
+    assert scored
+    assert all(round_.metrics["width"] == 8 for round_ in scored)
+
+
+async def test_personal_layers_stay_on_the_device_and_outlive_it(tmp_path: Path) -> None:
+    plans = PlanTable(CompressionPlan(personal_layers=("b",)))
+    trainer = Adder(1)
+    seen: list[np.ndarray] = []
+    train = trainer.train
+
+    def watched(weights: Weights, job: TrainJob) -> TrainResult:
+        seen.append(weights["b"].copy())
+        return train(weights, job)
+
+    trainer.train = watched  # type: ignore[method-assign]
+    outcome = await play(tmp_path, {"a": ("", trainer)}, plans, rounds=3)
+    assert all(np.array_equal(version["b"], outcome.versions[0]["b"]) for version in outcome.versions)
+    assert not np.array_equal(outcome.versions[-1]["w"], outcome.versions[0]["w"])
+    np.testing.assert_allclose(np.diff([array[0] for array in seen]), 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "complaint"),
+    [
+        ({"w": np.zeros((8, 50), np.float32)}, "the model's is float32[4, 50]"),
+        ({"w#mask": np.zeros(25, np.uint8)}, "no tensor 'w#mask'"),
+        ({"b": np.ones(3, np.float32)}, "the model's is float32[4]"),
+    ],
+)
+async def test_an_update_of_another_part_than_was_given_is_refused(
+    tmp_path: Path, tensors: dict[str, np.ndarray], complaint: str
+) -> None:
+    initial = tmp_path / "given.safetensors"
+    save_file(dict(Adder(0).initial_weights()), initial)
+    (tmp_path / "aggregator").mkdir()
+    (tmp_path / "aggregator" / "channels.pb").write_bytes(channels_to_proto(MAP).SerializeToString())
+    policy = {"min_workers": 1}
+    async with aggregating(tmp_path, local_models=THREE, initial_model=initial, policy=policy) as running:
+        device = await running.device("pi", device={"device_class": "half"})
+        task = await device.task()
+        assert task.plan.local_model.sub_model == "prefix:0.5"
+        honest = {"w": np.ones((4, 50), np.float32), "b": np.ones(4, np.float32), "n": np.array(1)}
+        with refused("INVALID_ARGUMENT", complaint):  # type: ignore[no-untyped-call]
+            await device.push(task, {**honest, **tensors})
+
+
+async def test_what_a_worker_was_given_is_known_after_a_restart(tmp_path: Path) -> None:
+    initial = tmp_path / "given.safetensors"
+    save_file(dict(Adder(0).initial_weights()), initial)
+    (tmp_path / "aggregator").mkdir()
+    (tmp_path / "aggregator" / "channels.pb").write_bytes(channels_to_proto(MAP).SerializeToString())
+    policy = {"min_workers": 2}
+    about: dict[str, Any] = {"initial_model": initial, "policy": policy, "durable": True}
+    part = {"w": np.ones((4, 50), np.float32), "b": np.ones(4, np.float32), "n": np.array(1)}
+    whole = {"w": np.full((8, 50), 3, np.float32), "b": np.full(8, 3, np.float32), "n": np.array(3)}
+    async with aggregating(tmp_path, local_models=THREE, **about) as running:
+        small = await running.device("small", device={"device_class": "half"})
+        large = await running.device("large", device={"device_class": "full"})
+        first, second = await asyncio.gather(small.task(), large.task())
+        await small.push(first, part)
+    # Even if the operator has changed the plans in between.
+    async with aggregating(tmp_path, local_models=PlanTable(), **about) as running:
+        large = await running.device("large", device={"device_class": "full"})
+        await large.push(second, whole)
+        await running.until_finished()
+        before, after = running.weights(1), running.weights(2)
+    step = np.array([2, 2, 2, 2, 3, 3, 3, 3])
+    np.testing.assert_allclose(after["b"], before["b"] + step, rtol=1e-6)
+
+
+class Blobs(TorchTask):
+    """Four clouds of points; each worker has its own."""
+
+    learning_rate = 0.1
+    batch_size = 20
+
+    def __init__(self, cloud: int = 0) -> None:
+        self._seed = cloud
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+
+    def data(self, path: Path | None) -> tuple[TensorDataset, TensorDataset]:
+        generator = torch.Generator().manual_seed(self._seed)
+        labels = torch.arange(400) % 4
+        points = torch.randn(400, 8, generator=generator) + 3 * torch.eye(4, 8)[labels]
+        return TensorDataset(points[:300], labels[:300]), TensorDataset(points[300:], labels[300:])
+
+
+MIXED = PlanTable(
+    CompressionPlan(),
+    {
+        "pruned": CompressionPlan(0.5, pruning=Pruning(0.5)),
+        "quantized": CompressionPlan(0.5, "rolling", quantization=Quantization(8, 8)),
+        "clustered": CompressionPlan(0.5, clustering=Clustering(16), pruning=Pruning(0.3)),
+        "bfloat16": CompressionPlan(0.25, arithmetic=Arithmetic("bfloat16")),
+        "fixed": CompressionPlan(0.5, arithmetic=Arithmetic("fixed16.10", "stochastic")),
+    },
+)
+
+
+async def test_a_mixed_fleet_of_torch_workers_learns_one_model(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    kinds = ["full", *MIXED.classes]
+    workers: dict[str, Worker] = {
+        f"pi-{number}": (kind, Blobs.build_trainer(TaskSetup(device="cpu", options={"cloud": str(number)})))
+        for number, kind in enumerate(kinds)
+    }
+    outcome = await play(
+        tmp_path, workers, MIXED, rounds=5, evaluate=True, plan=TrainingPlan(epochs=2), upload_recipe="int8+zstd"
+    )
+    scored = [round_.metrics["accuracy"] for round_ in outcome.rounds if "accuracy" in round_.metrics]
+    assert scored[-1] > 0.85
+    tasks = {task.device_class: task for task in outcome.tasks(-2).values()}
+    assert tasks["bfloat16"].download_bytes < 0.15 * tasks["full"].download_bytes
+    assert tasks["pruned"].metrics["local_accuracy"] > 0.5
+    assert tasks["clustered"].upload_bytes < tasks["full"].upload_bytes
