@@ -115,6 +115,18 @@ class ChannelMap:
                     raise LayoutError(
                         f"the channels of axis {place} of {name!r} do not take its {extent} elements"
                     )
+        # The axes bound the channels of the groups they have, and nothing those of any other.
+        if unused := set(range(len(self.groups))) - self._used():
+            raise LayoutError(f"no tensor has channels of group {min(unused)}")
+
+    def _used(self) -> set[int]:
+        return {
+            segment.group
+            for axes in self.tensors.values()
+            for axis in axes
+            for segment in axis
+            if segment.group is not None
+        }
 
     def _extent(self, axis: Axis, limit: int) -> int:
         total = 0
