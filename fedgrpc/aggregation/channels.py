@@ -62,8 +62,8 @@ class SubModel:
             raise UsageError(f"a sub-model's width is above 0 to 1, not {self.width:g}")
         if self.rule not in RULES:
             raise UsageError(f"no rule {self.rule!r} for sub-models; there are {', '.join(RULES)}")
-        if self.round < 0:
-            raise UsageError(f"a round counts from 0, not {self.round}")
+        if not 0 <= self.round < 1 << 62:
+            raise UsageError(f"a round counts from 0 to 2**62, not {self.round}")
 
     @property
     def whole(self) -> bool:

@@ -168,8 +168,11 @@ class Coordinator:
 
     async def register(self, registration: RegisterRequest) -> None:
         """Add or renew a worker, durably. Raises `UsageError` and `Exhausted`."""
+        self.fleet.check(registration)
+        if not self.fleet.knows(registration):
+            # After an outage a whole fleet comes back at once with nothing new to store.
+            await self.in_database(self.store.save_worker, registration)
         worker = self.fleet.register(registration, self.clock())
-        await self.in_database(self.store.save_worker, worker.registration)
         self._log.info("worker registered", worker=worker.name, device=registration.device.device_class)
         self.wake.set()
 

@@ -56,18 +56,25 @@ class Fleet:
         except KeyError:
             raise UnknownWorker(f"worker {name!r} has not registered here") from None
 
-    def register(self, registration: RegisterRequest, now: float) -> Worker:
-        """Add a worker, or renew what it says of itself. Raises `UsageError` and `Exhausted`."""
+    def knows(self, registration: RegisterRequest) -> bool:
+        """Whether this very registration is in force."""
+        worker = self._workers.get(registration.worker)
+        return worker is not None and worker.registration == registration
+
+    def check(self, registration: RegisterRequest) -> None:
+        """Raise `UsageError` or `Exhausted` where `register` will."""
         name = registration.worker
         if not _NAME.fullmatch(name):
             raise UsageError(f"a worker's name is 1 to 64 of letters, digits, '.', '_' and '-', not {name[:80]!r}")
         if (size_bytes := registration.ByteSize()) > _MAX_REGISTRATION_BYTES:
             raise UsageError(f"a registration of {size_bytes} bytes; allowed are {_MAX_REGISTRATION_BYTES}")
-        if name not in self._workers:
-            if len(self._workers) >= self._max_workers:
-                raise Exhausted(f"the limit of {self._max_workers} workers is reached")
-            self._workers[name] = Worker(registration, now)
-        worker = self._workers[name]
+        if name not in self._workers and len(self._workers) >= self._max_workers:
+            raise Exhausted(f"the limit of {self._max_workers} workers is reached")
+
+    def register(self, registration: RegisterRequest, now: float) -> Worker:
+        """Add a worker, or renew what it says of itself. Raises `UsageError` and `Exhausted`."""
+        self.check(registration)
+        worker = self._workers.setdefault(registration.worker, Worker(registration, now))
         worker.registration = registration
         worker.last_seen = now
         return worker

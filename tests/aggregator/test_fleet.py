@@ -33,6 +33,15 @@ def test_registering_again_renews_what_it_says_and_keeps_what_it_did(fleet):
     assert len(list(fleet)) == 1
 
 
+def test_a_registration_is_known_until_it_says_something_else(fleet):
+    assert not fleet.knows(request("a"))
+    fleet.register(request("a"), 0.0)
+    assert fleet.knows(request("a"))
+    assert not fleet.knows(request("a", cores=4))
+    fleet.restore(request("b"), 0, 0, 0.0)
+    assert fleet.knows(request("b"))
+
+
 def test_only_trainers_that_poll_without_a_task_are_idle(fleet):
     a, b = fleet.register(request("a"), 0.0), fleet.register(request("b"), 0.0)
     scorer = fleet.register(request("c", WORKER_ROLE_EVALUATOR), 0.0)

@@ -108,9 +108,9 @@ class Device:
         request = pb.ReportFailureRequest(worker=worker or self.name, token=task.token, reason=reason)
         return await self.stub.ReportFailure(request)
 
-    async def pull(self, version=0, recipe="raw", offset=0):
+    async def pull(self, version=0, recipe="raw", offset=0, sub_model=""):
         """(header, payload) of a model version."""
-        request = pb.PullModelRequest(version=version, recipe=recipe, offset=offset)
+        request = pb.PullModelRequest(version=version, recipe=recipe, offset=offset, sub_model=sub_model)
         header, payload = None, bytearray()
         async for message in self.stub.PullModel(request):
             if message.WhichOneof("content") == "header":

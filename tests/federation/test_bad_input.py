@@ -433,6 +433,18 @@ async def test_impossible_wishes_for_a_model_are_refused(tmp_path):
             await bad.pull(1, offset=9000)
         with refused("INVALID_ARGUMENT", "unknown encoding 'telepathy'", "UsageError"):
             await bad.pull(1, recipe="telepathy")
+        with refused("NOT_FOUND", "channels of this model are not known", "NotFound"):
+            await bad.pull(1, sub_model="prefix:0.5")
+        for text in (
+            "half",
+            "prefix:2",
+            "prefix:nan",
+            "rolling:x:0.5",
+            f"rolling:{2**70}:0.5",
+            "prefix:0.5:0.5:1",
+        ):
+            with refused("INVALID_ARGUMENT", ""):
+                await bad.pull(1, sub_model=text)
         await finishes_with_both(running, bad, task, good, good_task)
 
 

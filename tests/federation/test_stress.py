@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import time
 from collections import Counter
 
 import grpc
@@ -159,6 +160,34 @@ async def test_troublemakers_cost_a_run_nothing_but_their_own_updates(tmp_path, 
     answers = {answer for answer in refusals if answer[2] != "Internal error from Core"}
     assert not {code for _, code, _ in answers} & {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL}, answers
     assert len({code for _, code, _ in answers}) >= 3
+
+
+async def test_an_aggregator_that_waits_does_nothing(tmp_path):
+    """For workers, for reports, for a resumption: a few milliseconds of CPU a second, whatever it waits for."""
+
+    async def busy_s(seconds=0.7):
+        begun = time.process_time()
+        await asyncio.sleep(seconds)
+        return (time.process_time() - begun) / seconds
+
+    policy = {"min_workers": 3, "quorum": 2, "lease_s": 0.5, "deadline_s": 20.0}
+    async with aggregating(tmp_path, policy=policy) as running:
+        devices = [await running.device(name) for name in "abc"]
+        polls = [asyncio.create_task(device.task()) for device in devices[:2]]
+        for_workers = await busy_s()
+        await running.stub.PauseRun(pb.PauseRunRequest())
+        polls.append(asyncio.create_task(devices[2].task()))
+        for_a_resumption = await busy_s()
+        await running.stub.ResumeRun(pb.ResumeRunRequest())
+        tasks = await asyncio.gather(*polls)
+        for_expired_leases = await busy_s()
+        await devices[0].push(tasks[0])
+        for_a_quorum = await busy_s()
+        await devices[1].push(tasks[1])
+        await running.until_finished()
+        after_the_end = await busy_s()
+    waits = for_workers, for_a_resumption, for_expired_leases, for_a_quorum, after_the_end
+    assert max(waits) < 0.1, waits
 
 
 async def test_of_many_who_send_at_once_exactly_as_many_count_as_are_wanted(tmp_path):
