@@ -10,10 +10,10 @@ from fedgrpc.rounds.round import NO_TASKS, Round, RoundPhase, Step
 from fedgrpc.rounds.task import SLOW, Task
 
 
-def close(round_: Round, why: str) -> Step:
+def close(round_: Round, why: str, now: float) -> Step:
     """End reporting: tasks without an update are late; commit with a quorum, abandon without."""
     short = round_.accepted_count < round_.policy.quorum
-    round_, late = _end_open(round_, why, staler=0 if short else 1)
+    round_, late = _end_open(round_, why, now, staler=0 if short else 1)
     if short:
         counted = f"{round_.accepted_count} of {round_.policy.quorum} needed updates: {why}"
         round_, effects = _finish_without(round_, counted)
@@ -21,9 +21,9 @@ def close(round_: Round, why: str) -> Step:
     return replace(round_, phase=RoundPhase.COMMITTING, reason=why), (*late, Commit(round_.accepted))
 
 
-def abandon(round_: Round, why: str) -> Step:
+def abandon(round_: Round, why: str, now: float) -> Step:
     """End a round that never began to report."""
-    round_, late = _end_open(round_, why, staler=0)
+    round_, late = _end_open(round_, why, now, staler=0)
     round_, effects = _finish_without(round_, why)
     return round_, late + effects
 
@@ -37,7 +37,7 @@ def commit(round_: Round, event: Committed, now: float) -> Step:
 def abort(round_: Round, event: Abort, now: float) -> Step:
     """Nothing of the round is wanted, and nothing of it goes on."""
     ended = {
-        token: task.ended(TaskPhase.LATE, event.reason)
+        token: task.ended(TaskPhase.LATE, event.reason, now)
         for token, task in round_.tasks.items()
         if not task.phase.final
     }
@@ -47,7 +47,7 @@ def abort(round_: Round, event: Abort, now: float) -> Step:
     return round_, (*(Cancel(token, event.reason) for token in tokens), end)
 
 
-def _end_open(round_: Round, why: str, staler: int) -> Step:
+def _end_open(round_: Round, why: str, now: float, staler: int) -> Step:
     """Tasks without an update are late; some of them go on, `staler` versions further behind."""
     late: dict[str, Task] = {}
     carried: dict[str, Task] = {}
@@ -56,10 +56,10 @@ def _end_open(round_: Round, why: str, staler: int) -> Step:
         if _goes_on(round_, task, staler):
             carried[token] = task
             reason = task.reason or f"{SLOW[task.phase]}: {why}"
-            late[token] = task.ended(TaskPhase.LATE, f"{reason}; carried into the next round")
+            late[token] = task.ended(TaskPhase.LATE, f"{reason}; carried into the next round", now)
             effects.append(Carry(token, late[token].reason))
         elif task.phase.open:
-            late[token] = task.ended(TaskPhase.LATE, f"{SLOW[task.phase]}: {why}")
+            late[token] = task.ended(TaskPhase.LATE, f"{SLOW[task.phase]}: {why}", now)
             effects.append(Cancel(token, why))
     round_ = replace(round_.with_tasks(late), carried=MappingProxyType({**round_.carried, **carried}))
     return round_, tuple(effects)

@@ -23,7 +23,7 @@ def report(round_: Round, event: News, now: float) -> Step:
     if before.phase.open and after.phase is TaskPhase.EXPIRED:
         return round_, (Cancel(event.token, after.reason),)
     if after.phase is TaskPhase.ACCEPTED and round_.phase is RoundPhase.REPORTING:
-        return _judge(round_)
+        return _judge(round_, now)
     return round_, ()
 
 
@@ -36,9 +36,9 @@ def report_carried(round_: Round, event: News, now: float) -> Step:
 def check_time(round_: Round, event: Tick, now: float) -> Step:
     """Whether enough is in (a restored round may begin so), then the deadline, then tasks whose time ran out."""
     if why := enough(round_):
-        return close(round_, why)
+        return close(round_, why, now)
     if round_.deadline_at is not None and now >= round_.deadline_at:
-        return close(round_, f"deadline of {round_.deadline_s:g} s passed")
+        return close(round_, f"deadline of {round_.deadline_s:g} s passed", now)
     return expire(round_, now)
 
 
@@ -63,6 +63,6 @@ def enough(round_: Round) -> str:
     return "enough weight is in" if round_.accepted_weight >= weight_aim else ""
 
 
-def _judge(round_: Round) -> Step:
+def _judge(round_: Round, now: float) -> Step:
     why = enough(round_)
-    return close(round_, why) if why else (round_, ())
+    return close(round_, why, now) if why else (round_, ())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from fedgrpc.errors import IllegalTransition
@@ -53,7 +52,7 @@ def gather_timeout(round_: Round, event: Tick, now: float) -> Step:
     timeout_s = round_.policy.selection_timeout_s
     if timeout_s is not None and not round_.asked and now >= round_.opened_at + timeout_s:
         why = f"fewer than {round_.policy.needed_idle} workers came within {timeout_s:g} s"
-        round_, ended = abandon(round_, why)
+        round_, ended = abandon(round_, why, now)
         return round_, effects + ended
     return round_, effects
 
@@ -89,9 +88,9 @@ def _opened(round_: Round, event: Selected, now: float) -> Round:
 def add_tasks(round_: Round, event: Selected, now: float) -> Step:
     """Hand out a task to each of the chosen."""
     _check(round_, event)
-    lease_until = now + round_.policy.lease_s
-    new: Mapping[str, Task] = {
-        token: Task(worker, slot, lease_until, chosen=event.reasons.get(worker, ""))
+    lease_s = round_.policy.lease_s
+    new = {
+        token: Task.offered(worker, slot, lease_s, event.reasons.get(worker, ""), now)
         for slot, (token, worker) in enumerate(event.tasks, start=len(round_.tasks))
     }
     offers = tuple(Offer(token, worker) for token, worker in event.tasks)
@@ -126,12 +125,12 @@ def refill(round_: Round, event: Pool, now: float) -> Step:
         return replace(round_, asked=count), (Select(count, exclude),)
     if round_.open_count:
         return round_, ()
-    return _give_up_waiting(round_)
+    return _give_up_waiting(round_, now)
 
 
-def _give_up_waiting(round_: Round) -> Step:
+def _give_up_waiting(round_: Round, now: float) -> Step:
     """Nobody works and nobody can be asked. Workers out of touch are waited for only to reach the quorum."""
     short = round_.accepted_count < round_.policy.quorum
     if short and round_.tokens(TaskPhase.EXPIRED):
         return round_, ()
-    return close(round_, "no worker is left to wait for")
+    return close(round_, "no worker is left to wait for", now)

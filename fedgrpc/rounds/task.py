@@ -6,7 +6,7 @@ The rule: a final task stays as it is; an expired one comes back with news, unle
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from fedgrpc.errors import IllegalTransition, RoundClosed
@@ -20,6 +20,9 @@ SLOW: Mapping[TaskPhase, str] = MappingProxyType(
         TaskPhase.UPLOADING: "slow upload",
     }
 )
+
+
+_NOWHERE: Mapping[TaskPhase, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class Task:
     """One worker's share of the round; `slot` is its place in the canonical order of updates.
 
     `staleness`: how many versions were committed since the worker was given its model. `chosen`: why it was.
-    `begun`: it was heard of beyond the offer. `carried`: it is from a round before.
+    `begun`: it was heard of beyond the offer. `carried`: it is from a round before. `entered`: when it first came
+    to each phase.
     """
 
     worker: str
@@ -77,23 +81,36 @@ class Task:
     begun: bool = False
     carried: bool = False
     pace: Pace | None = None
+    entered: Mapping[TaskPhase, float] = field(default_factory=lambda: _NOWHERE)
 
-    def ended(self, phase: TaskPhase, reason: str) -> Task:
+    @classmethod
+    def offered(cls, worker: str, slot: int, lease_s: float, chosen: str, now: float) -> Task:
+        """A new task."""
+        entered = MappingProxyType({TaskPhase.OFFERED: now})
+        return cls(worker, slot, now + lease_s, chosen=chosen, entered=entered)
+
+    def moved(self, phase: TaskPhase, now: float) -> Task:
+        """This task in that phase."""
+        if phase in self.entered:
+            return replace(self, phase=phase)
+        return replace(self, phase=phase, entered=MappingProxyType({**self.entered, phase: now}))
+
+    def ended(self, phase: TaskPhase, reason: str, now: float) -> Task:
         """This task, lost."""
-        return replace(self, phase=phase, reason=reason)
+        return replace(self.moved(phase, now), reason=reason)
 
     def expired(self, lease_s: float, now: float) -> Task:
         """This task, without its slot if its lease ran out."""
         if not self.phase.open or now < self.lease_until:
             return self
-        return self.ended(TaskPhase.EXPIRED, f"{SLOW[self.phase]}: not heard of for {lease_s:g} s")
+        return self.ended(TaskPhase.EXPIRED, f"{SLOW[self.phase]}: not heard of for {lease_s:g} s", now)
 
     def too_slow(self, deadline_at: float | None, window_s: float, now: float) -> Task:
         """This task, without its slot if it is an upload that cannot make it."""
         if self.pace is None or deadline_at is None or not self.pace.hopeless(deadline_at, window_s, now):
             return self
         due = f"{self.pace.total - self.pace.held} bytes are due in {max(0.0, deadline_at - now):.3g} s"
-        return self.ended(TaskPhase.EXPIRED, f"slow upload: {due}")
+        return self.ended(TaskPhase.EXPIRED, f"slow upload: {due}", now)
 
 
 def hear(
@@ -110,11 +127,11 @@ def hear(
     if isinstance(news, Progress):
         return _progress(task, news, deadline_at, lease_s, now)
     if isinstance(news, Accepted):
-        return _accepted(task, news)
+        return _accepted(task, news, now)
     if task.phase.final:
         return task
     phase = TaskPhase.REJECTED if isinstance(news, Rejected) else TaskPhase.FAILED
-    return task.ended(phase, news.reason)
+    return task.ended(phase, news.reason, now)
 
 
 def _progress(task: Task, news: Progress, deadline_at: float | None, lease_s: float, now: float) -> Task:
@@ -123,8 +140,7 @@ def _progress(task: Task, news: Progress, deadline_at: float | None, lease_s: fl
     if not news.phase.open:
         raise IllegalTransition(f"{news.phase.name.lower()} is not for a worker to say")
     heard = replace(
-        task,
-        phase=news.phase,
+        task.moved(news.phase, now),
         fraction=news.fraction,
         lease_until=now + lease_s,
         reason="",
@@ -144,9 +160,9 @@ def _pace(task: Task, news: Progress, window_s: float, now: float) -> Pace | Non
     return task.pace.moved(news.bytes_held, now, window_s)
 
 
-def _accepted(task: Task, news: Accepted) -> Task:
+def _accepted(task: Task, news: Accepted, now: float) -> Task:
     if task.phase is TaskPhase.ACCEPTED:
         return task
     if task.phase.final:
         raise RoundClosed(f"the task is {task.phase.name.lower()}: {task.reason}")
-    return replace(task, phase=TaskPhase.ACCEPTED, fraction=1.0, reason="", weight=news.weight)
+    return replace(task.moved(TaskPhase.ACCEPTED, now), fraction=1.0, reason="", weight=news.weight)

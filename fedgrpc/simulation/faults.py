@@ -36,6 +36,14 @@ class Faults:
 
 
 @dataclass(frozen=True)
+class Choosing:
+    """How the aggregator chooses workers and deadlines."""
+
+    oort: bool
+    learned_deadline: bool
+
+
+@dataclass(frozen=True)
 class Habits:
     """What a worker is like: seconds for each part of its task, and the error of its clock's rate."""
 

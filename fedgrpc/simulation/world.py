@@ -14,7 +14,7 @@ import numpy as np
 
 from fedgrpc.errors import FedgrpcError
 from fedgrpc.simulation.aggregator import Aggregator
-from fedgrpc.simulation.faults import Faults, draw_faults, draw_habits, draw_policy
+from fedgrpc.simulation.faults import Choosing, Faults, draw_faults, draw_habits, draw_policy
 from fedgrpc.simulation.loop import Life, Loop, Process
 from fedgrpc.simulation.network import Network
 from fedgrpc.simulation.watch import Violation, Watch
@@ -50,6 +50,7 @@ class World:
         self.faults = draw_faults(self.rng)
         habits = [draw_habits(self.rng, self.faults.clock_drift) for _ in range(self.rng.integers(2, 7))]
         self.policy = draw_policy(self.rng, habits)
+        self.choosing = Choosing(oort=self.rng.random() < 0.5, learned_deadline=self.rng.random() < 0.5)
         self.watch = Watch(self)
         self.wall_offset_s = 0.0
         self.committed_when_quiet = 1 << 30

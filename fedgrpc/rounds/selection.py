@@ -1,0 +1,141 @@
+"""Who is chosen, and why: uniformly, or by expected usefulness and speed (Oort, arXiv 2010.06081).
+
+The rule: every choice comes with its reason, and nobody is left out for ever.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedgrpc.errors import UsageError
+from fedgrpc.rounds.history import Histories, WorkerHistory, expected_s, quantile
+from fedgrpc.rounds.policy import select_uniform
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One worker, and why it was chosen."""
+
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class OortRule:
+    """Oort's settings, with its defaults, and a floor under fairness.
+
+    `fairness` is the share of seats for those who have waited longest. Of the other seats, workers never tried get
+    a share that falls from `exploration` by `exploration_decay` a round to `exploration_floor`. `slow_penalty` is
+    alpha; the pace that is preferred is met by the share `preferred_share` of the workers known. (The paper's
+    pacer, which relaxes that share when training stalls, is not here.)
+    """
+
+    fairness: float = 0.1
+    exploration: float = 0.9
+    exploration_decay: float = 0.98
+    exploration_floor: float = 0.2
+    slow_penalty: float = 2.0
+    cutoff: float = 0.95
+    clip: float = 0.95
+    preferred_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("fairness", "exploration", "exploration_decay", "exploration_floor", "cutoff", "clip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} must be from 0 to 1, not {getattr(self, name):g}")
+        if not 0 < self.preferred_share <= 1:
+            raise UsageError(f"preferred_share must be above 0 and at most 1, not {self.preferred_share:g}")
+        if not self.slow_penalty >= 0:
+            raise UsageError(f"slow_penalty must not be negative, not {self.slow_penalty:g}")
+
+    def explored_share(self, round_number: int) -> float:
+        """Which share of the seats goes to workers never tried."""
+        decayed = self.exploration * self.exploration_decay ** max(0, round_number - 1)
+        return max(self.exploration_floor, decayed)
+
+
+_NEW = WorkerHistory()
+_SHARE = 0.9
+
+
+def choose_uniform(idle: tuple[str, ...], count: int, rng: np.random.Generator) -> tuple[Choice, ...]:
+    """Up to `count` of `idle`, each subset equally likely."""
+    chosen = select_uniform(idle, count, rng)
+    return tuple(Choice(worker, f"one of {len(idle)} by lot") for worker in chosen)
+
+
+def choose_oort(
+    idle: tuple[str, ...],
+    count: int,
+    histories: Histories,
+    round_number: int,
+    rng: np.random.Generator,
+    rule: OortRule | None = None,
+) -> tuple[Choice, ...]:
+    """Up to `count` of `idle`, in whatever order: who waited longest, who is useful and fast, who is untried."""
+    rule = rule or OortRule()
+    pool = {worker: histories.get(worker, _NEW) for worker in sorted(idle)}
+    count = min(count, len(pool))
+    waited = _longest_waiting(pool, math.ceil(rule.fairness * count - 1e-9), round_number)
+    rest = {worker: history for worker, history in pool.items() if worker not in {c.worker for c in waited}}
+    untried = [worker for worker, history in rest.items() if history.loss is None]
+    tried = {worker: history for worker, history in rest.items() if history.loss is not None}
+    seats = count - len(waited)
+    explored = min(len(untried), max(seats - len(tried), round(seats * rule.explored_share(round_number))))
+    new = [untried[i] for i in rng.choice(len(untried), size=explored, replace=False)] if explored else []
+    useful = _most_useful(tried, seats - explored, round_number, rng, rule)
+    return (*waited, *useful, *(Choice(worker, "never tried") for worker in sorted(new)))
+
+
+def _longest_waiting(pool: Histories, seats: int, round_number: int) -> tuple[Choice, ...]:
+    """The floor under fairness: those who were chosen longest ago, or never."""
+    waiting = sorted(pool, key=lambda worker: (pool[worker].selected_in, worker))[:seats]
+    return tuple(
+        Choice(worker, f"has waited for {round_number - pool[worker].selected_in} rounds") for worker in waiting
+    )
+
+
+def _most_useful(
+    tried: Histories, seats: int, round_number: int, rng: np.random.Generator, rule: OortRule
+) -> tuple[Choice, ...]:
+    """Drawn by their utility among those at or near the top."""
+    if seats <= 0 or not tried:
+        return ()
+    utility = utilities(tried, round_number, rule)
+    ranked = sorted(utility, key=lambda worker: (-utility[worker], worker))
+    bar = rule.cutoff * utility[ranked[min(seats, len(ranked)) - 1]]
+    admitted = [worker for worker in ranked if utility[worker] >= bar]
+    shares = np.array([max(utility[worker], 1e-12) for worker in admitted])
+    drawn = rng.choice(len(admitted), size=min(seats, len(admitted)), replace=False, p=shares / shares.sum())
+    chosen = sorted(admitted[i] for i in drawn)
+    return tuple(Choice(worker, _describe(utility[worker], tried[worker])) for worker in chosen)
+
+
+def utilities(tried: Histories, round_number: int, rule: OortRule) -> dict[str, float]:
+    """What each worker's next update is expected to be worth (arXiv 2010.06081).
+
+    Examples times their loss (workers report the mean loss, where the paper has the root mean square), clipped; a
+    bonus sqrt(0.1 ln R / r) in round R for one last tried in round r, as a share of the highest; all of it times
+    (T / t)^alpha when the worker takes t, longer than the pace T.
+    """
+    paces = {worker: expected_s(history, _SHARE, (0.0, 0.0, 0.0)) or 0.0 for worker, history in tried.items()}
+    preferred_s = quantile(paces.values(), rule.preferred_share)
+    statistical = {worker: h.example_count * abs(h.loss or 0.0) for worker, h in tried.items()}
+    highest = quantile(statistical.values(), rule.clip)
+    utility = {}
+    for worker, history in tried.items():
+        age = max(1, history.selected_in)
+        worth = min(statistical[worker], highest)
+        worth += math.sqrt(0.1 * math.log(max(1, round_number)) / age) * (highest or 1.0)
+        if paces[worker] > preferred_s:
+            worth *= (preferred_s / paces[worker]) ** rule.slow_penalty
+        utility[worker] = worth
+    return utility
+
+
+def _describe(utility: float, history: WorkerHistory) -> str:
+    seconds = expected_s(history, _SHARE, (0.0, 0.0, 0.0)) or 0.0
+    return f"utility {utility:.3g}: loss {history.loss:.3g} on {history.example_count} examples, {seconds:.3g} s"
