@@ -92,6 +92,12 @@ class LocalModel:
         }
         return functional_call(self.module, quantized, (inputs,))  # type: ignore[no-any-return]
 
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """Outputs in float32 of the local model's own arithmetic, to be scored in the ordinary one."""
+        with self.arithmetic():
+            outputs: Tensor = self(inputs)
+        return outputs.float()
+
     def _on_grid(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor's quantized weights; those of a cluster stay equal, which a scale per channel would undo."""
         quantization = self._plan.quantization

@@ -107,9 +107,8 @@ class TorchTrainer:
         metrics = {"loss": mean_loss}
         trained = compression.trained()
         if self._held_out is not None and len(self._held_out):
-            with local.arithmetic():
-                local.module.eval()
-                scores = _means(self._task, local, self._held_out)
+            local.module.eval()
+            scores = _means(self._task, local.outputs, self._held_out)
             metrics |= {f"local_{name}": value for name, value in scores.items()}
         clustered = tuple(local.clusters)
         return TrainResult(
@@ -123,8 +122,11 @@ class TorchTrainer:
         start = [parameter.detach().clone() for parameter in parameters] if job.proximal_mu else []
         optimizer = _optimizer(task, parameters, job)
         lonely_batch_fails = len(self._train) > 1 and _has_batch_norm(model)
-        # Kept on the device: reading a loss each step would make the CPU wait for an accelerator.
-        loss_sum, examples, steps = torch.zeros((), device=self._device), 0, 0
+        # Kept on the device: reading a loss each step would make the CPU wait for an accelerator. Summed at the
+        # end: a small number format could not hold the sum.
+        losses: list[Tensor] = []
+        examples: list[int] = []
+        steps = 0
         for indices in job.batches(len(self._train), task.batch_size):
             steps += 1
             if len(indices) == 1 and lonely_batch_fails:
@@ -137,9 +139,9 @@ class TorchTrainer:
             if job.proximal_mu:
                 _pull_back(parameters, start, job.proximal_mu)
             optimizer.step()
-            loss_sum += loss.detach() * len(indices)
-            examples += len(indices)
-        return float(loss_sum) / max(1, examples), steps
+            losses.append(loss.detach())
+            examples.append(len(indices))
+        return _mean_loss(losses, examples), steps
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
         """Means over the held-out examples of `loss` and the task's metrics."""
@@ -149,6 +151,12 @@ class TorchTrainer:
             module = self._widths.loaded(weights).eval()
             metrics = _means(self._task, module, self._held_out)
         return EvalResult(len(self._held_out), metrics)
+
+
+def _mean_loss(losses: list[Tensor], examples: list[int]) -> float:
+    """Mean over the examples of the batches' mean losses; 0 where there were none."""
+    values = np.array(torch.stack(losses).tolist()) if losses else np.zeros(0)
+    return float(values @ np.array(examples, np.float64) / max(1, sum(examples)))
 
 
 @torch.no_grad()

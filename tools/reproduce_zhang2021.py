@@ -1,0 +1,207 @@
+"""Figures 2, 3 and 4 of Zhang (2021), and on from where they stop: small formats, pruning, bits, clusters.
+
+The paper: two Gaussian classes of 5 features, means -1 and 1, sigma 1; five layers of ten sigmoid units; gradient
+descent on the full batch; 500 to 2000 samples; 20 runs. Time and memory of an epoch, accuracy after training, and
+the epochs it takes to get there, by number format.
+
+`python tools/reproduce_zhang2021.py --out docs/images/zhang2021 --runs 20` writes results.json and three plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedgrpc.aggregation.compression_plan import (
+    Arithmetic,
+    Clustering,
+    CompressionPlan,
+    Pruning,
+    Quantization,
+)
+from fedgrpc.compression.local_model import LocalModel
+from fedgrpc.models.mlp import sigmoid_mlp
+from fedgrpc.tasks.torch_optimizer import MomentumSgd
+
+SAMPLES = (500, 1000, 1500, 2000)
+LEARNING_RATE = 0.5
+MOMENTUM = 0.9
+REACHED = 0.95
+
+FORMATS = {
+    "float64": CompressionPlan(arithmetic=Arithmetic("float64")),
+    "float32": CompressionPlan(),
+}
+SMALL_FORMATS = {
+    "float24": CompressionPlan(arithmetic=Arithmetic("float24")),
+    "float16, native": CompressionPlan(arithmetic=Arithmetic("float16")),
+    "bfloat16, native": CompressionPlan(arithmetic=Arithmetic("bfloat16")),
+    "float16": CompressionPlan(arithmetic=Arithmetic("float16", emulated=True)),
+    "bfloat16": CompressionPlan(arithmetic=Arithmetic("bfloat16", emulated=True)),
+    "bfloat16, stochastic": CompressionPlan(arithmetic=Arithmetic("bfloat16", "stochastic")),
+    "float8_e4m3fn": CompressionPlan(arithmetic=Arithmetic("float8_e4m3fn")),
+    "float8_e4m3fn, stochastic": CompressionPlan(arithmetic=Arithmetic("float8_e4m3fn", "stochastic")),
+    "float8_e5m2, stochastic": CompressionPlan(arithmetic=Arithmetic("float8_e5m2", "stochastic")),
+    "fixed16.10, stochastic": CompressionPlan(arithmetic=Arithmetic("fixed16.10", "stochastic")),
+}
+TECHNIQUES = {
+    **{f"pruned {ratio:.0%}": CompressionPlan(pruning=Pruning(ratio)) for ratio in (0.25, 0.5, 0.75, 0.9)},
+    **{f"{bits}-bit weights": CompressionPlan(quantization=Quantization(bits)) for bits in (8, 4, 3, 2)},
+    "8-bit weights and activations": CompressionPlan(quantization=Quantization(8, 8)),
+    **{f"{count} clusters": CompressionPlan(clustering=Clustering(count)) for count in (32, 16, 8, 4)},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: an epoch's median time, bytes of tensors held, accuracy, epochs until `REACHED` (or None)."""
+
+    epoch_ms: float
+    tensor_bytes: int
+    accuracy: float
+    epochs_to_reach: int | None
+
+
+def samples(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Both classes, half each."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 2
+    return torch.randn(count, 5, generator=generator) + (2 * labels - 1)[:, None], labels
+
+
+class Held:
+    """Bytes of all that autograd keeps for the backward pass, each tensor once."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[int, int] = {}
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+def train(plan: CompressionPlan, count: int, seed: int, epochs: int) -> Run:
+    """Full-batch gradient descent from the seed's weights; scored on as many fresh samples."""
+    torch.manual_seed(seed)
+    local = LocalModel(sharpened(sigmoid_mlp()), plan, seed)
+    inputs, labels = samples(count, seed)
+    test_inputs, test_labels = samples(count, seed + 10_000)
+    inputs = inputs.to(local.dtype)
+    parameters = list(local.module.parameters())
+    optimizer = MomentumSgd(parameters, LEARNING_RATE, MOMENTUM, 0.0)
+    times, reached, held = [], None, Held()
+    with local.arithmetic():
+        for epoch in range(1, epochs + 1):
+            begun = time.perf_counter()
+            for parameter in parameters:
+                parameter.grad = None
+            if epoch == 2:
+                with torch.autograd.graph.saved_tensors_hooks(held.pack, lambda tensor: tensor):
+                    loss = functional.cross_entropy(local(inputs), labels)
+            else:
+                loss = functional.cross_entropy(local(inputs), labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            times.append(time.perf_counter() - begun)
+            if reached is None and epoch % 5 == 0 and score(local, test_inputs, test_labels) >= REACHED:
+                reached = epoch
+        accuracy = score(local, test_inputs, test_labels)
+    # Weights, their gradients and velocities live beside what the backward pass needs.
+    kept = {tensor.untyped_storage().data_ptr() for tensor in parameters}
+    state = 3 * sum(tensor.numel() * tensor.element_size() for tensor in parameters)
+    activations = sum(size for place, size in held.sizes.items() if place not in kept)
+    return Run(1000 * statistics.median(times), state + activations, accuracy, reached)
+
+
+def sharpened(module: nn.Module) -> nn.Module:
+    """Xavier's weights times 4, sigmoid's own gain: through five layers of sigmoids torch's own barely learn."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter, gain=4.0)
+        else:
+            nn.init.zeros_(parameter)
+    return module
+
+
+@torch.no_grad()
+def score(local: LocalModel, inputs: Tensor, labels: Tensor) -> float:
+    """Share of the samples told right; counted in integers, which no format rounds."""
+    return int((local(inputs).argmax(1) == labels).sum()) / len(labels)
+
+
+def summary(runs: Sequence[Run]) -> dict[str, Any]:
+    """Means over the runs; epochs of those that got there."""
+    reached = [run.epochs_to_reach for run in runs if run.epochs_to_reach is not None]
+    return {
+        "epoch_ms": statistics.median(run.epoch_ms for run in runs),
+        "tensor_bytes": runs[0].tensor_bytes,
+        "accuracy": statistics.fmean(run.accuracy for run in runs),
+        "accuracy_sd": statistics.pstdev(run.accuracy for run in runs),
+        "epochs_to_reach": statistics.fmean(reached) if reached else None,
+        "runs_that_reached": len(reached),
+    }
+
+
+def measure(asked: argparse.Namespace, report: Callable[[str], None]) -> dict[str, Any]:
+    """All figures."""
+    results: dict[str, Any] = {"runs": asked.runs, "epochs": asked.epochs, "threshold": REACHED, "sizes": {}}
+    for name, plan in FORMATS.items():
+        for count in SAMPLES:
+            runs = [train(plan, count, seed, asked.epochs) for seed in range(asked.runs)]
+            results["sizes"][f"{name}/{count}"] = summary(runs)
+            report(f"{name} {count}: {results['sizes'][f'{name}/{count}']}")
+    for kind, plans in (("formats", SMALL_FORMATS), ("techniques", TECHNIQUES)):
+        results[kind] = {}
+        for name, plan in plans.items():
+            runs = [train(plan, 1000, seed, asked.epochs) for seed in range(min(asked.runs, asked.more_runs))]
+            results[kind][name] = summary(runs)
+            report(f"{name}: {results[kind][name]}")
+    return results
+
+
+def plot(results: dict[str, Any], folder: Path) -> None:
+    """Time, memory and accuracy by samples (the paper's figures 2, 3 and 4), one file each."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figures = {"epoch_ms": "ms per epoch", "tensor_bytes": "bytes of tensors", "accuracy": "accuracy"}
+    for number, (key, label) in enumerate(figures.items(), start=2):
+        figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
+        for name in FORMATS:
+            values = [results["sizes"][f"{name}/{count}"][key] for count in SAMPLES]
+            axes.plot(SAMPLES, values, marker="o", label=name)
+        axes.set(xlabel="samples", ylabel=label, ylim=(0.5, 1.0) if key == "accuracy" else (0, None))
+        axes.legend()
+        figure.savefig(folder / f"figure{number}.png", dpi=120)
+        pyplot.close(figure)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for results.json and the plots")
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--more-runs", type=int, default=5, help="runs of each further format and technique")
+    parser.add_argument("--epochs", type=int, default=200)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    results = measure(asked, lambda line: print(line, flush=True))
+    (asked.out / "results.json").write_text(json.dumps(results, indent=1))
+    plot(results, asked.out)
+
+
+if __name__ == "__main__":
+    _main()
