@@ -1,0 +1,66 @@
+# A worker with the CPU build of torch, for linux/arm64 (Raspberry Pi OS 64-bit, any edge box) and linux/amd64.
+#
+#   docker build -f docker/worker.Dockerfile -t fedgrpc-worker .
+#   docker run -v "$PWD/data:/data:ro" -v fedgrpc:/var/lib/fedgrpc fedgrpc-worker worker \
+#     --aggregator HOST:50051 --name pi-1 --task fedgrpc.tasks.fashion_mnist --data /data
+ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS dependencies
+# pip's own configuration and these arguments say where packages come from; neither reaches the last stage.
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
+# Where the CPU builds of torch are: PyPI's for amd64 brings CUDA, gigabytes of it. Empty: only where pip looks anyway.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+WORKDIR /build
+RUN python -m venv --without-pip /opt/fedgrpc
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY fedgrpc/__init__.py fedgrpc/
+# A package without code: what it depends on makes a layer of its own, which a change of the code leaves as it is.
+# Of the packages go their tests, numpy's f2py, the one of zstandard's two backends that needs cffi, and what only
+# a C++ compiler or a test of torch would read.
+RUN python -m pip --python /opt/fedgrpc/bin/python install --no-compile --constraint constraints.txt \
+        ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} '.[torch]' \
+    && python -m pip --python /opt/fedgrpc/bin/python uninstall --yes fedgrpc \
+    && site=$(/opt/fedgrpc/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+    && find "$site" -depth -type d -name tests -exec rm -rf {} + \
+    && rm -rf "$site"/numpy/f2py "$site"/zstandard/_cffi*.so \
+        "$site"/torch/include "$site"/torch/share "$site"/torch/bin/test_* "$site"/torch/bin/protoc* \
+    && /opt/fedgrpc/bin/python -m compileall -q --invalidation-mode unchecked-hash "$site" \
+    && echo /opt/app > "$site"/app.pth
+
+FROM dependencies AS app
+COPY fedgrpc fedgrpc
+RUN python -m pip --python /opt/fedgrpc/bin/python install --no-deps --no-compile --target /opt/app . \
+    && /opt/fedgrpc/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/app
+
+FROM dependencies AS scikit-learn
+RUN python -m pip install --no-deps --no-compile --constraint constraints.txt --target /opt/scikit-learn scikit-learn
+
+FROM app AS digits
+# scikit-learn's digits as one small file, so that a worker can be tried out without any data.
+RUN --mount=type=bind,from=scikit-learn,source=/opt/scikit-learn,target=/opt/scikit-learn \
+    PYTHONPATH=/opt/scikit-learn /opt/fedgrpc/bin/python -m fedgrpc.data.shares digits \
+        --parts 1 --partition iid --to /usr/share/fedgrpc \
+    && mv /usr/share/fedgrpc/part-1-of-1.npz /usr/share/fedgrpc/digits.npz
+
+FROM ${PYTHON_IMAGE}
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /var/lib/fedgrpc fedgrpc \
+    && install -d -o fedgrpc -g fedgrpc -m 0750 /var/lib/fedgrpc
+COPY --from=dependencies /opt/fedgrpc /opt/fedgrpc
+COPY --from=digits /usr/share/fedgrpc /usr/share/fedgrpc
+COPY --from=app /opt/app /opt/app
+ENV PATH=/opt/app/bin:/opt/fedgrpc/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    PYTHONPATH=/tasks \
+    FEDGRPC_WORKER_STATE_DIR=/var/lib/fedgrpc \
+    FEDGRPC_WORKER_SERVE_ADDRESS=127.0.0.1:50052 \
+    FEDGRPC_HEALTH_ADDRESS=127.0.0.1:50052
+USER 10001:10001
+WORKDIR /var/lib/fedgrpc
+VOLUME /var/lib/fedgrpc
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 CMD ["fedgrpc", "health"]
+ENTRYPOINT ["fedgrpc"]
+CMD ["worker"]

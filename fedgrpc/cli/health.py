@@ -1,0 +1,60 @@
+"""`fedgrpc health`: ask a service how it is, by grpc.health.v1, for container health checks and scripts.
+
+It starts once every few seconds on small devices, so it imports no more than it needs.
+
+exit code 0     SERVING
+          1     anything else, or nobody answers
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from fedgrpc.cli.common import client_settings, client_tls
+from fedgrpc.cli.options import Declare, SettingsCommand
+from fedgrpc.cli.quantities import DURATION
+from fedgrpc.rpc.channel import CLIENT_OPTIONS, Tls, check_target
+
+_where = Declare("Where")
+
+SETTINGS = [
+    _where(
+        "--address", "An aggregator, or a worker's own service.", default="127.0.0.1:50051", metavar="HOST:PORT"
+    ),
+    _where("--service", "One service of it, as fedgrpc.v1.Aggregator; without: all.", default="", metavar="NAME"),
+    _where("--timeout", "Wait this long for the answer.", name="timeout_s", type=DURATION, default=3.0),
+    *client_settings(),
+]
+
+
+def _run(**values: Any) -> int:
+    answer = health_of(values["address"], values["service"], values["timeout_s"], client_tls(values))
+    click.echo(answer)
+    return 0 if answer == "SERVING" else 1
+
+
+def health_of(address: str, service: str, timeout_s: float, tls: Tls | None) -> str:
+    """SERVING, NOT_SERVING, or the status code that came instead, as UNAVAILABLE where nobody listens.
+
+    Raises:
+        UsageError: the address or a TLS file is unusable.
+    """
+    check_target(address)
+    if tls is None:
+        channel = grpc.insecure_channel(address, options=CLIENT_OPTIONS)
+    else:
+        channel = grpc.secure_channel(address, tls.client_credentials(), options=CLIENT_OPTIONS)
+    with channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+
+COMMAND = SettingsCommand("health", _run, SETTINGS, "Ask a service whether it is well; exit code 0: it is.")
