@@ -1,10 +1,15 @@
 """What all tests share."""
 
+import signal
 import sys
 
 import pytest
 
 from fedgrpc.logging import configure
+
+# Programs started in the background of a script ignore SIGINT, and their children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
