@@ -27,10 +27,13 @@ from fedgrpc.aggregator.model_file import ModelFile, write_model
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.run_store import OpenRound, TaskRow, Version
 from fedgrpc.aggregator.uploads import StoredUpdate
+from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import CodecError, NotFound, StorageError, UpdateRefused, UsageError
 from fedgrpc.rounds.events import Abort, Commit, Committed, Finished, Select, Selected, TaskPhase, Tick
 from fedgrpc.rounds.policy import RoundPolicy, select_uniform
 from fedgrpc.rounds.state import Round, RoundPhase, restore, step, wake_at
+from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
+from fedgrpc.rpc.convert import layout_to_proto
 from fedgrpc.rpc.retry import Backoff, Retries
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RUN_PHASE_PAUSED, RUN_PHASE_RUNNING, RunPhase
 from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE, TASK_KIND_TRAIN, TaskKind
@@ -90,6 +93,7 @@ class Driver:
     async def _import(self, model: ModelFile) -> None:
         """Make a safetensors file version 1."""
         it = self._it
+        _check_sendable(model)
         digest = await asyncio.to_thread(write_model, it.models.path(1), model.layout, _finite_tensors(model))
         await it.in_database(it.store.save_version, Version(1, 0, digest))
         it.run.version, it.run.layout = 1, model.layout
@@ -442,6 +446,16 @@ def _rows(state: Round) -> list[TaskRow]:
         TaskRow(token, state.number, task.slot, task.worker, task.phase, task.reason)
         for token, task in state.tasks.items()
     ]
+
+
+def _check_sendable(model: ModelFile) -> None:
+    """Its manifest travels in one message, with each tensor's encoding beside its name and shape."""
+    count, most = len(model.layout), Limits().max_tensors
+    if not 1 <= count <= most:
+        raise UsageError(f"the model {model.path} has {count} tensors; it may have 1 to {most}")
+    size_bytes = sum(spec.ByteSize() for spec in layout_to_proto(model.layout))
+    if size_bytes > MAX_MESSAGE_BYTES // 2:
+        raise UsageError(f"the names and shapes of {model.path} take {size_bytes} bytes, too many for one message")
 
 
 def _finite_tensors(model: ModelFile) -> Iterator[np.ndarray]:

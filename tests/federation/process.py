@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ class Process:
     def __init__(self, process):
         self._process = process
         self.events = []
+        self.over = False
         self._more = asyncio.Event()
         self._reading = asyncio.create_task(self._read())
 
@@ -46,6 +48,8 @@ class Process:
             except ValueError:
                 self.events.append({"event": line.decode().strip()})
             self._more.set()
+        self.over = True
+        self._more.set()
 
     async def until(self, event):
         """The first log line with that event."""
@@ -55,7 +59,7 @@ class Process:
                 for line in self.events:
                     if line["event"] == event:
                         return line
-                assert self._process.returncode is None, self.events
+                assert not self.over, self.events
                 await self._more.wait()
 
     def send(self, number):
@@ -82,18 +86,21 @@ async def process(command, *arguments):
         await started.kill()
 
 
+def free_address():
+    """Below the ports of outgoing connections: a worker that dials a dead aggregator must not take its port."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return f"127.0.0.1:{port}"
+    raise AssertionError("no free port")
+
+
 @asynccontextmanager
-async def aggregator_process(folder, *arguments):
+async def aggregator_process(folder, *arguments, address="127.0.0.1:0"):
     """(process, what the in-process fixture gives) of an aggregator on `folder`."""
     settings = settings_for(folder)
-    place = [
-        "--data-dir",
-        settings.data_dir,
-        "--address",
-        "127.0.0.1:0",
-        "--initial-model",
-        settings.initial_model,
-    ]
+    place = ["--data-dir", settings.data_dir, "--address", address]
+    place += ["--initial-model", settings.initial_model]
     round_ = ["--min-workers", 2, "--selection-window", "200ms", "--deadline", "20s", "--lease", "10s"]
     async with process("aggregator", *place, *round_, "--no-evaluate", "--stay", *arguments) as started:
         address = f"127.0.0.1:{(await started.until('serving'))['port']}"
@@ -105,16 +112,8 @@ async def aggregator_process(folder, *arguments):
 async def worker_process(running, folder, name, data, *arguments):
     """A worker on the task of `tests.federation.tasks`, whose data folder is `data`."""
     data.mkdir(exist_ok=True)
-    place = [
-        "--aggregator",
-        running.address,
-        "--name",
-        name,
-        "--state-dir",
-        folder / name,
-        "--serve-address",
-        "none",
-    ]
+    place = ["--aggregator", running.address, "--serve-address", "none"]
+    place += ["--name", name, "--state-dir", folder / name]
     task = ["--task", "tests.federation.tasks:Recorded", "--data", data]
     async with process("worker", *place, *task, "--reconnect-first", "50ms", *arguments) as started:
         yield started

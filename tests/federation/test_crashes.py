@@ -3,6 +3,8 @@ updates." And promise 3: what a worker has trained outlives the worker.
 """
 
 import asyncio
+import os
+import random
 import signal
 import time
 
@@ -12,8 +14,17 @@ import pytest
 
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
-from tests.federation.federation import MODEL, aggregating, chunks, encoded, update_of
-from tests.federation.process import again, aggregator_process, worker_process
+from tests.federation.federation import (
+    MODEL,
+    PATIENCE_S,
+    Shifter,
+    aggregating,
+    chunks,
+    encoded,
+    update_of,
+    working,
+)
+from tests.federation.process import again, aggregator_process, free_address, worker_process
 from tests.federation.tasks import Recorded
 
 ACCEPTED = round_pb2.TASK_PHASE_ACCEPTED
@@ -120,6 +131,29 @@ async def test_an_aggregator_killed_in_every_round_ends_with_the_model_of_one_th
         assert run.model_version == 6
     killed = (running.settings.data_dir / "models" / "000006.safetensors").read_bytes()
     assert killed == await uninterrupted(tmp_path / "uninterrupted")
+
+
+@pytest.mark.parametrize("seed", [int.from_bytes(os.urandom(2), "little")])
+async def test_an_aggregator_killed_at_random_loses_nothing_that_real_workers_have_trained(tmp_path, seed):
+    """A seed that fails is in the test's name."""
+    rng, rounds = random.Random(seed), 10
+    address = free_address()
+    trainers = [Shifter() for _ in range(2)]
+    crew = [working(address, tmp_path, f"w{i}", trainer, stall_s=5.0) for i, trainer in enumerate(trainers)]
+    for kills_left in reversed(range(4)):
+        arguments = ["--rounds", rounds, "--quorum", 2, "--upload-encoding", "raw+zstd"]
+        async with aggregator_process(tmp_path, *arguments, address=address) as (_, running):
+            if kills_left:
+                await asyncio.sleep(rng.uniform(0.1, 1.0))
+            else:
+                run = await running.until_finished()
+                assert await asyncio.wait_for(asyncio.gather(*crew), PATIENCE_S) == [0, 0]
+                committed = [item.committed_version for item in await running.rounds()]
+    assert run.model_version == rounds + 1
+    assert [version for version in committed if version] == list(range(2, rounds + 2))
+    weights = running.weights(rounds + 1)
+    np.testing.assert_allclose(weights["w"], MODEL["w"] + rounds, rtol=1e-5)
+    assert weights["n"] == MODEL["n"] + rounds
 
 
 async def test_a_worker_killed_with_a_finished_update_delivers_the_same_one_after_its_restart(tmp_path):

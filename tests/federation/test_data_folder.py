@@ -128,6 +128,10 @@ async def test_an_initial_model_that_cannot_be_used_is_named(tmp_path):
     await fails_to_start(tmp_path, UsageError, "is not a safetensors file", initial_model=path)
     save_file({"w": np.array([1.0, np.nan], np.float32)}, path)
     await fails_to_start(tmp_path, UsageError, "'w' of the model .* not finite", initial_model=path)
+    save_file({}, path)
+    await fails_to_start(tmp_path, UsageError, "has 0 tensors; it may have 1 to 65536", initial_model=path)
+    save_file({f"{i:0900}": np.zeros(1, np.float32) for i in range(5000)}, path)
+    await fails_to_start(tmp_path, UsageError, "too many for one message", initial_model=path)
     save_file(MODEL, path)
     async with aggregating(tmp_path, initial_model=path) as running:
         assert (await running.run()).model_version == 1
