@@ -183,7 +183,12 @@ class Receiver:
             it.reject(token, str(error))
             raise
         took_s = time.monotonic() - self._begun.get(token, time.monotonic())
-        await asyncio.to_thread(upload.seal, it.settings.durable)
+        try:
+            await asyncio.to_thread(upload.seal, it.settings.durable)
+        except StorageError:
+            # A round that has closed meanwhile has swept its uploads away: that is no fault of the disk.
+            await it.check_open(upload.header.worker, token)
+            raise
         try:
             it.accept(token, report.uploaded_in(took_s))
         except RoundClosed:

@@ -31,7 +31,7 @@ def _is_one_line(ended: Ended, *parts: str, code: int = 2) -> None:
         (["aggregator", "--data-dir", "d", "--fraction", "1.5"], ["fraction must be above 0 and at most 1"]),
         (["aggregator", "--data-dir", "d", "--encoding", "int9"], ["int9"]),
         (["aggregator", "--data-dir", "d", "--weight", "pi-1"], ["--weight", "'pi-1'", "NAME=VALUE"]),
-        (["aggregator", "--data-dir", "d", "--weight", "pi-1=-1"], ["'pi-1' must not be negative"]),
+        (["aggregator", "--data-dir", "d", "--weight", "pi-1=-1"], ["'pi-1' must be a number from 0"]),
         (["aggregator", "--data-dir", "d", "--target-metric", "good"], ["accuracy>=0.95", "'good'"]),
         (["aggregator", "--data-dir", "d", "--server-optimizer", "adam"], ["--server-optimizer", "fedadam"]),
         (["aggregator", "--data-dir", "d", "--initial-model", "no.safetensors"], ["no.safetensors", "not exist"]),
