@@ -57,7 +57,10 @@ class UpdateFile:
     """A context manager around the open file of a `StoredUpdate`."""
 
     def __init__(self, update: StoredUpdate) -> None:
-        self._file = update.path.open("rb")
+        """Raises `StorageError`, as reading does."""
+        self._path = update.path
+        with self._storage_errors():
+            self._file = update.path.open("rb")
         self._start = update.payload_start
         self.reader = PayloadReader(update.manifest, self._read)
 
@@ -68,7 +71,15 @@ class UpdateFile:
         self._file.close()
 
     def _read(self, offset: int, size: int) -> bytes:
-        return os.pread(self._file.fileno(), size, self._start + offset)
+        with self._storage_errors():
+            return os.pread(self._file.fileno(), size, self._start + offset)
+
+    @contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"cannot read the update {self._path}: {error.strerror}") from error
 
 
 class Upload:

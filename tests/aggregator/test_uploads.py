@@ -172,6 +172,14 @@ def test_an_accepted_update_that_is_unreadable_is_a_storage_error(journal, conte
         journal.load("token")
 
 
+def test_an_accepted_update_that_goes_before_it_is_read_is_a_storage_error(journal):
+    """A commit finds its file and then opens it: the disk may fail in between."""
+    stored = accept(journal, "token", TENSORS)
+    shutil.rmtree(journal._folder)
+    with pytest.raises(StorageError, match=r"cannot read the update .*: No such file"), stored.open():
+        pass
+
+
 def test_a_folder_that_is_gone_is_a_storage_error(journal):
     shutil.rmtree(journal._folder)
     with pytest.raises(StorageError, match="cannot store an update: No such file"):
