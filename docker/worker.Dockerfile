@@ -19,15 +19,15 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY fedgrpc/__init__.py fedgrpc/
 # A package without code: what it depends on makes a layer of its own, which a change of the code leaves as it is.
 # Of the packages go their tests, numpy's f2py, the one of zstandard's two backends that needs cffi, and what only
-# a C++ compiler or a test of torch would read.
+# a C++ compiler or a test of torch would use.
 RUN python -m pip --python /opt/fedgrpc/bin/python install --no-compile --constraint constraints.txt \
         ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} '.[torch]' \
     && python -m pip --python /opt/fedgrpc/bin/python uninstall --yes fedgrpc \
     && site=$(/opt/fedgrpc/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
     && find "$site" -depth -type d -name tests -exec rm -rf {} + \
     && rm -rf "$site"/numpy/f2py "$site"/zstandard/_cffi*.so \
-        "$site"/torch/include "$site"/torch/share "$site"/torch/bin/test_* "$site"/torch/bin/protoc* \
-    && /opt/fedgrpc/bin/python -m compileall -q --invalidation-mode unchecked-hash "$site" \
+        "$site"/torch/include "$site"/torch/share "$site"/torch/test "$site"/torch/bin/test_* "$site"/torch/bin/protoc* \
+    && /opt/fedgrpc/bin/python -m compileall -q -x torch/testing --invalidation-mode unchecked-hash "$site" \
     && echo /opt/app > "$site"/app.pth
 
 FROM dependencies AS app
