@@ -168,9 +168,14 @@ _PARTS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class PlanTable:
-    """Plans by device class; `default` for all other classes. In TOML a table of tables:
+    """Plans by device class; all others get `default`, or the best of `automatic` that they can keep.
 
-    [default]
+    `automatic` goes from the most capable plan to the least. In TOML:
+
+    [[automatic]]
+
+    [[automatic]]
+    width = 0.5
 
     [raspberry-pi-3]
     width = 0.25
@@ -179,6 +184,7 @@ class PlanTable:
 
     default: CompressionPlan = field(default_factory=CompressionPlan)
     classes: Mapping[str, CompressionPlan] = field(default_factory=dict)
+    automatic: tuple[CompressionPlan, ...] = ()
 
     @classmethod
     def from_toml(cls, text: str) -> PlanTable:
@@ -187,12 +193,20 @@ class PlanTable:
             tables = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise UsageError(f"plans are TOML: {error}") from error
-        plans = {}
+        plans, automatic = {}, tables.pop("automatic", [])
+        if not isinstance(automatic, list) or ("default" in tables and automatic):
+            raise UsageError("automatic plans are an array of tables, [[automatic]], and there is no default then")
+        ladder = tuple(_read(CompressionPlan, table, "an automatic plan") for table in automatic)
         for name, table in tables.items():
             if not isinstance(table, Mapping):
                 raise UsageError(f"plans are tables by device class; {name!r} is none")
             plans[name] = _read(CompressionPlan, table, f"the plan of {name}")
-        return cls(plans.pop("default", CompressionPlan()), plans)
+        return cls(plans.pop("default", CompressionPlan()), plans, ladder)
+
+    @property
+    def plans(self) -> tuple[CompressionPlan, ...]:
+        """Every plan that some device may get."""
+        return (self.default, *self.classes.values(), *self.automatic)
 
     def plan_of(self, device_class: str) -> CompressionPlan:
         """The plan of a device of that class."""
@@ -201,7 +215,7 @@ class PlanTable:
     @property
     def trivial(self) -> bool:
         """Whether every device trains the whole model as it is."""
-        return all(plan == CompressionPlan() for plan in (self.default, *self.classes.values()))
+        return all(plan == CompressionPlan() for plan in self.plans)
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

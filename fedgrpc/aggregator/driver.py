@@ -22,7 +22,7 @@ from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.commit import Commit as CommitFiles
 from fedgrpc.aggregator.coordinator import Coordinator
-from fedgrpc.aggregator.local_models import LocalTask
+from fedgrpc.aggregator.local_models import LocalTask, Sizing
 from fedgrpc.aggregator.model_file import ModelFile, write_model
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.run_store import OpenRound, TaskRow, Version
@@ -252,6 +252,7 @@ class Driver:
         selected = Selected(tuple((secrets.token_urlsafe(18), worker) for worker in chosen))
         after, _ = step(state, selected, it.clock())
         if chosen and after.phase is RoundPhase.REPORTING:
+            await self._prepare_download(current)
             self._give_local_tasks(current, chosen)
             await self._prepare_download(current)
             await self._save_tasks(current, after, chosen)
@@ -287,10 +288,12 @@ class Driver:
         """Each worker trains what the plan of its device class says; the same one again if it is asked twice."""
         if current.kind != TASK_KIND_TRAIN:
             return
+        it = self._it
+        sizing = Sizing(it.run.layout, current.download_bytes[""], self._settings.policy.deadline_s)
         for name in chosen:
-            device_class = self._it.fleet.get(name).registration.device.device_class
-            task = self._it.local_models.task_of(device_class, current.state.number)
-            current.local_tasks.setdefault(name, task)
+            if name not in current.local_tasks:
+                task = it.local_models.task_of(it.fleet.get(name), sizing, current.state.number)
+                current.local_tasks[name] = task
 
     async def _commit(self, current: CurrentRound, commit: Commit) -> None:
         """Compute and record the new version; an update that turns out unusable ends the round."""
@@ -389,6 +392,7 @@ class Driver:
         it = self._it
         record = current.record(time.time(), it.clock())
         if finished.committed:
+            it.local_models.observe(record, it.run.layout)
             await self._keep_scores(current)
         else:
             await it.in_database(it.store.finish_round, record, _rows(current.state), (), None)

@@ -6,9 +6,12 @@ against that, whoever restarts in between. The channels are a worker's word, che
 
 from __future__ import annotations
 
+import math
 import os
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -17,8 +20,18 @@ from google.protobuf.message import DecodeError
 from fedgrpc.aggregation import packed
 from fedgrpc.aggregation.channels import ChannelMap, Selection, SubModel
 from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
+from fedgrpc.aggregation.prediction import (
+    Device,
+    Observation,
+    PlanSize,
+    Prediction,
+    choose,
+    errors_of,
+    payload_bytes,
+)
 from fedgrpc.aggregation.update import TensorLike
 from fedgrpc.aggregator.durable import fsync_folder
+from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import LayoutError, NotFound, StorageError
@@ -30,10 +43,21 @@ from fedgrpc.rpc.local_model import (
     sub_model_from_proto,
 )
 from fedgrpc.v1 import round_pb2, tensor_pb2
+from fedgrpc.v1.device_pb2 import DeviceProfile
 
 log = structlog.get_logger()
 
 _MAX_SELECTIONS = 64
+_KEPT = 16
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """What plans are sized by: the model's layout, bytes of its payload, and the seconds a round has."""
+
+    layout: Layout
+    download_bytes: int
+    deadline_s: float
 
 
 @dataclass(frozen=True)
@@ -81,20 +105,83 @@ class LocalModels:
         self._plans = plans
         self._models = models
         self._path = path
+        self._histories: dict[str, deque[Observation]] = {}
+        self._predictions: dict[str, Prediction] = {}
         self._selections: dict[tuple[str, int], Selection] = {}
         self._channels = self._read()
 
     @property
     def wants_channels(self) -> bool:
         """Whether some plan is of a narrower model, whose channels nobody has told yet."""
-        plans = (self._plans.default, *self._plans.classes.values())
-        return self._channels is None and any(plan.width < 1 for plan in plans)
+        return self._channels is None and any(plan.width < 1 for plan in self._plans.plans)
 
-    def task_of(self, device_class: str, round_number: int) -> LocalTask:
-        """What a device of that class trains; the whole width until the channels are known."""
-        plan = self._plans.plan_of(device_class)
+    def task_of(self, worker: Worker, sizing: Sizing, round_number: int) -> LocalTask:
+        """What a worker trains; the whole width until the channels are known."""
+        device = worker.registration.device
+        if self._plans.automatic and device.device_class not in self._plans.classes:
+            plan = self._chosen(worker.name, device, sizing)
+        else:
+            plan = self._plans.plan_of(device.device_class)
         sub_model = SubModel() if self._channels is None else plan.sub_model(round_number)
         return LocalTask(plan, sub_model)
+
+    def _chosen(self, name: str, device: DeviceProfile, sizing: Sizing) -> CompressionPlan:
+        about = Device(device.memory_bytes, device.uplink_bits_per_second, device.downlink_bits_per_second)
+        history = self._histories.get(name, ())
+        choice = choose(
+            self._plans.automatic, partial(self._size, sizing), about, list(history), sizing.deadline_s
+        )
+        log.info(
+            "plan chosen",
+            worker=name,
+            plan=choice.plan.to_toml(),
+            reason=choice.reason,
+            predicted_s=round(choice.prediction.total_s, 3),
+        )
+        self._predictions[name] = choice.prediction
+        return choice.plan
+
+    def _size(self, sizing: Sizing, plan: CompressionPlan) -> PlanSize:
+        whole = sum(spec.size for spec in sizing.layout)
+        shapes = packed.sub_layout(sizing.layout, self._any_selection(plan))
+        elements = sum(math.prod(shape) for shape in shapes.values())
+        bits = 8 * sizing.download_bytes / max(1, whole)
+        return PlanSize(
+            elements / max(1, whole),
+            4 * elements,
+            math.ceil(elements * bits / 8),
+            payload_bytes(elements, bits, plan),
+        )
+
+    def _any_selection(self, plan: CompressionPlan) -> Selection | None:
+        """A slice as wide as the plan's; which channels it has makes no difference to its size."""
+        if self._channels is None or plan.width == 1:
+            return None
+        return self._channels.select(SubModel(plan.width))
+
+    def observe(self, record: round_pb2.Round, layout: Layout) -> None:
+        """Learn from a committed round what its tasks cost, and say how far the predictions were off."""
+        whole = max(1, sum(spec.size for spec in layout))
+        for task in record.tasks:
+            if task.phase != round_pb2.TASK_PHASE_ACCEPTED or task.kind != round_pb2.TASK_KIND_TRAIN:
+                continue
+            local = LocalTask.from_proto(task.local_model)
+            shapes = packed.sub_layout(layout, self._any_selection(CompressionPlan(local.sub_model.width)))
+            elements = sum(math.prod(shape) for shape in shapes.values())
+            seen = Observation(
+                elements / whole,
+                4 * elements,
+                task.timings.download_seconds,
+                task.timings.local_seconds,
+                task.timings.upload_seconds,
+                task.download_bytes,
+                task.upload_bytes,
+                task.peak_memory_bytes,
+            )
+            self._histories.setdefault(task.worker, deque(maxlen=_KEPT)).append(seen)
+            if prediction := self._predictions.pop(task.worker, None):
+                errors = {part: round(error, 3) for part, error in errors_of(prediction, seen).items()}
+                log.info("prediction checked", worker=task.worker, relative_errors=errors)
 
     def selection(self, sub_model: SubModel, version: int) -> Selection | None:
         """The slice's coverage of every tensor; None for the whole model.
