@@ -36,7 +36,7 @@ MODEL = {
     "n": np.array(3, np.int64),
 }
 CHUNK_BYTES = 2048
-PATIENCE_S = 15.0
+PATIENCE_S = 60.0
 
 
 def update_of(change=1.0, n=4):
@@ -167,6 +167,15 @@ class Running:
 
         _, round_ = await self.until(there)
         return next(task for task in round_.tasks if task.worker == worker)
+
+    async def until_ended(self, number):
+        """Wait until round `number` has ended; returns its record.
+
+        Not for its phase to be seen: a watcher is told the latest state, and the next round may have opened.
+        """
+        ended = {round_pb2.ROUND_PHASE_COMMITTED, round_pb2.ROUND_PHASE_ABANDONED}
+        await self.until(lambda _, it: it.number > number or (it.number == number and it.phase in ended))
+        return await self.round(number)
 
     async def until_finished(self):
         run, _ = await self.until(lambda run, _: run.phase == pb.RUN_PHASE_FINISHED)

@@ -32,7 +32,7 @@ async def test_a_paused_run_finishes_its_round_and_opens_no_other_until_it_is_re
         assert paused.phase == pb.RUN_PHASE_PAUSED
         pairs = zip(devices, tasks, strict=True)
         await asyncio.gather(*(device.push(task) for device, task in pairs))
-        await running.until(lambda run, round_: round_.phase == COMMITTED)
+        assert (await running.until_ended(1)).phase == COMMITTED
         replies = await asyncio.gather(*(device.poll(0.7) for device in devices))
         assert not any(reply.HasField("task") or reply.run_ended for reply in replies)
         assert (await running.stub.ResumeRun(pb.ResumeRunRequest())).run.phase == pb.RUN_PHASE_RUNNING

@@ -50,7 +50,7 @@ async def test_a_deadline_that_passed_meanwhile_without_the_quorum_abandons_the_
         await a.push(tasks[0])
     await asyncio.sleep(1.5)
     async with aggregating(tmp_path, policy=policy) as running:
-        await running.until(lambda run, round_: round_.phase == ABANDONED)
+        assert (await running.until_ended(1)).phase == ABANDONED
         devices = again(running, "a", "b")
         tasks = await asyncio.gather(*(device.task() for device in devices))
         assert {task.round for task in tasks} == {2}

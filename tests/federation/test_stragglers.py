@@ -76,8 +76,7 @@ async def test_a_round_without_its_quorum_is_abandoned_with_the_model_unchanged_
     async with aggregating(tmp_path, policy={"deadline_s": 1.0, "quorum": 2}) as running:
         (one, two), (task, _) = await fleet(running, "one", "two")
         assert (await one.push(task, update_of(100.0))).complete
-        await running.until(lambda run, round_: round_.phase == round_pb2.ROUND_PHASE_ABANDONED)
-        abandoned = (await running.rounds())[0]
+        abandoned = await running.until_ended(1)
         assert abandoned.phase == round_pb2.ROUND_PHASE_ABANDONED
         assert "1 of 2 needed updates: deadline of 1 s passed" in abandoned.reason
         assert (abandoned.base_version, abandoned.committed_version, (await running.run()).model_version) == (
