@@ -27,6 +27,7 @@ _COMMANDS: Final = {
     "status": "fedgrpc.cli.status:COMMAND",
     "watch": "fedgrpc.cli.watch:COMMAND",
     "health": "fedgrpc.cli.health:COMMAND",
+    "simulate": "fedgrpc.cli.simulate:COMMAND",
 }
 
 

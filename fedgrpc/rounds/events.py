@@ -29,7 +29,7 @@ class TaskPhase(Enum):
 
     @property
     def open(self) -> bool:
-        return self.value <= TaskPhase.UPLOADING.value
+        return self._value_ <= 4
 
     @property
     def final(self) -> bool:

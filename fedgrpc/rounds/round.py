@@ -11,8 +11,10 @@ from fedgrpc.errors import UnknownTask
 from fedgrpc.rounds.events import Effect, TaskPhase
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.task import Task
+from fedgrpc.rounds.tasks import Tasks
 
 NO_TASKS: Mapping[str, Task] = MappingProxyType({})
+OPEN = tuple(phase for phase in TaskPhase if phase.open)
 
 
 class RoundPhase(Enum):
@@ -40,7 +42,7 @@ class Round:
     policy: RoundPolicy
     opened_at: float
     phase: RoundPhase = RoundPhase.SELECTING
-    tasks: Mapping[str, Task] = field(default_factory=lambda: NO_TASKS)
+    tasks: Tasks = field(default_factory=Tasks)
     aim: int = 0
     asked: int = 0
     ready_at: float | None = None
@@ -68,7 +70,7 @@ class Round:
 
     @property
     def open_count(self) -> int:
-        return sum(task.phase.open for task in self.tasks.values())
+        return self.tasks.count(OPEN, stale=True)
 
     @property
     def workers(self) -> frozenset[str]:
@@ -87,13 +89,12 @@ class Round:
     @property
     def accepted_count(self) -> int:
         """How many accepted updates count to aim and quorum."""
-        accepted = TaskPhase.ACCEPTED
-        return sum(task.phase is accepted and self.counts(task) for task in self.tasks.values())
+        return self.tasks.count((TaskPhase.ACCEPTED,), stale=self.policy.buffer_size is not None)
 
     @property
     def at_work_count(self) -> int:
         """How many open tasks count to the aim."""
-        return sum(task.phase.open and self.counts(task) for task in self.tasks.values())
+        return self.tasks.count(OPEN, stale=self.policy.buffer_size is not None)
 
     @property
     def accepted_weight(self) -> float:
@@ -102,7 +103,7 @@ class Round:
 
     def with_tasks(self, changed: Mapping[str, Task]) -> Round:
         """This round with some tasks changed or added."""
-        return replace(self, tasks=MappingProxyType({**self.tasks, **changed})) if changed else self
+        return replace(self, tasks=self.tasks.changed(changed)) if changed else self
 
 
 Step = tuple[Round, tuple[Effect, ...]]

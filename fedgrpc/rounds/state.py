@@ -39,6 +39,7 @@ from fedgrpc.rounds.reporting import check_time, enough, report, report_carried
 from fedgrpc.rounds.round import Round, RoundPhase, Step
 from fedgrpc.rounds.selecting import add_tasks, gather, gather_timeout, open_round, refill
 from fedgrpc.rounds.task import SLOW, Task
+from fedgrpc.rounds.tasks import Tasks
 
 __all__ = [
     "SLOW",
@@ -93,7 +94,7 @@ def follow(previous: Round, number: int, policy: RoundPolicy, now: float) -> Ste
             effects.append(Cancel(token, f"the update would be {staleness} versions behind"))
         else:
             kept[token] = replace(task, slot=len(kept), staleness=staleness, carried=True)
-    return Round(number, policy, now, tasks=MappingProxyType(kept)), tuple(effects)
+    return Round(number, policy, now, tasks=Tasks(kept)), tuple(effects)
 
 
 class StoredTask(NamedTuple):
@@ -135,7 +136,7 @@ def restore(
             begun=stored.phase is not TaskPhase.OFFERED,
             carried=deadline_left_s is None or stored.staleness > 0,
         )
-    round_ = Round(number, policy, now, tasks=MappingProxyType(rebuilt), deadline_s=policy.deadline_s)
+    round_ = Round(number, policy, now, tasks=Tasks(rebuilt), deadline_s=policy.deadline_s)
     if deadline_left_s is None:
         return round_
     left_s = min(max(deadline_left_s, 0.0), policy.deadline_s)

@@ -89,15 +89,13 @@ class Task:
         entered = MappingProxyType({TaskPhase.OFFERED: now})
         return cls(worker, slot, now + lease_s, chosen=chosen, entered=entered)
 
-    def moved(self, phase: TaskPhase, now: float) -> Task:
-        """This task in that phase."""
-        if phase in self.entered:
-            return replace(self, phase=phase)
-        return replace(self, phase=phase, entered=MappingProxyType({**self.entered, phase: now}))
+    def entering(self, phase: TaskPhase, now: float) -> Mapping[TaskPhase, float]:
+        """When it first came to each phase, with this one."""
+        return self.entered if phase in self.entered else MappingProxyType({**self.entered, phase: now})
 
     def ended(self, phase: TaskPhase, reason: str, now: float) -> Task:
         """This task, lost."""
-        return replace(self.moved(phase, now), reason=reason)
+        return replace(self, phase=phase, reason=reason, entered=self.entering(phase, now))
 
     def expired(self, lease_s: float, now: float) -> Task:
         """This task, without its slot if its lease ran out."""
@@ -140,7 +138,9 @@ def _progress(task: Task, news: Progress, deadline_at: float | None, lease_s: fl
     if not news.phase.open:
         raise IllegalTransition(f"{news.phase.name.lower()} is not for a worker to say")
     heard = replace(
-        task.moved(news.phase, now),
+        task,
+        phase=news.phase,
+        entered=task.entering(news.phase, now),
         fraction=news.fraction,
         lease_until=now + lease_s,
         reason="",
@@ -165,4 +165,6 @@ def _accepted(task: Task, news: Accepted, now: float) -> Task:
         return task
     if task.phase.final:
         raise RoundClosed(f"the task is {task.phase.name.lower()}: {task.reason}")
-    return replace(task.moved(TaskPhase.ACCEPTED, now), fraction=1.0, reason="", weight=news.weight)
+    phase = TaskPhase.ACCEPTED
+    entered = task.entering(phase, now)
+    return replace(task, phase=phase, entered=entered, fraction=1.0, reason="", weight=news.weight)

@@ -1,0 +1,170 @@
+"""`fedgrpc simulate`: a described fleet played by the production round, to choose rules before a rollout."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Final
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from fedgrpc.cli.view import piped_console, print_table, seconds, size
+from fedgrpc.errors import UsageError
+from fedgrpc.simulation.fleet import Fleet, Variant
+from fedgrpc.simulation.fleet_result import FleetResult
+from fedgrpc.simulation.fleet_run import FleetRun
+
+LIMITS: Final = (
+    "Modelled: reach, speed and link of each device, failed tasks, paused and resumed transfers, leases, "
+    "deadlines, replacement, late updates. Not modelled: what is learned (Oort sees speed and counts of examples "
+    "only), days and nights, links that devices share, limits of the aggregator, batteries."
+)
+
+
+def _run(fleet: Path, hours: float, seed: int, plot: Path | None, as_json: bool, jobs: int) -> None:
+    described = read_fleet(fleet)
+    results = play(described, hours, seed, jobs)
+    if plot is not None:
+        plot_results(results, plot)
+    if as_json:
+        click.echo(json.dumps([result.to_json() for result in results], indent=2))
+        return
+    console = piped_console()
+    print_table(console, results_table(described, hours, results))
+    console.print()
+    print_table(console, classes_table(results))
+    _say(console, LIMITS)
+    if plot is not None:
+        _say(console, f"plot: {plot}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print()
+    console.print(text, highlight=False, markup=False)
+
+
+def read_fleet(path: Path) -> Fleet:
+    """The fleet of a TOML file. Raises `UsageError`."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no TOML: {error}") from error
+    try:
+        return Fleet.parse(document)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def play(fleet: Fleet, hours: float, seed: int, jobs: int) -> list[FleetResult]:
+    """Every variant on the same fleet, each in a process of its own where there are several."""
+    arguments = [(fleet, variant, hours, seed) for variant in fleet.variants]
+    if jobs == 1 or len(arguments) == 1:
+        return [_play_one(one) for one in arguments]
+    with ProcessPoolExecutor(min(jobs, len(arguments))) as pool:
+        return list(pool.map(_play_one, arguments))
+
+
+def _play_one(arguments: tuple[Fleet, Variant, float, int]) -> FleetResult:
+    fleet, variant, hours, seed = arguments
+    return FleetRun(fleet, variant, seed).run(hours * 3600)
+
+
+def results_table(fleet: Fleet, hours: float, results: Sequence[FleetResult]) -> Table:
+    """One row for each variant."""
+    table = _table(f"{fleet.count} devices, {hours:g} virtual hours")
+    headings = ("rounds\n/h", "abandoned", "round", "p95", "updates\n/h", "took\npart", "stale", "down/h", "up/h")
+    for heading in (*headings, "wasted\nwork", "wasted\nbytes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for result in results:
+        table.add_row(
+            result.name,
+            f"{result.rounds_per_hour:.1f}",
+            str(result.abandoned),
+            seconds(result.round_s_median),
+            seconds(result.round_s_p95),
+            f"{result.updates / hours:.0f}",
+            f"{result.took_part_share:.1%}",
+            f"{result.stale_share:.0%}",
+            size(result.down_bytes / hours),
+            size(result.up_bytes / hours),
+            f"{result.wasted_training_share:.1%}",
+            f"{result.wasted_bytes_share:.1%}",
+        )
+    return table
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("variant", no_wrap=True)
+    return table
+
+
+def classes_table(results: Sequence[FleetResult]) -> Table:
+    """For each variant and class: how many devices took part, and how many tasks came to something."""
+    table = _table("devices that took part / tasks that were merged")
+    for line in results[0].classes:
+        table.add_column(f"{line.name} ({line.devices})", justify="right")
+    for result in results:
+        shares = (f"{line.took_part_share:.0%} / {line.merged_share:.0%}" for line in result.classes)
+        table.add_row(result.name, *shares)
+    return table
+
+
+def plot_results(results: Sequence[FleetResult], path: Path) -> None:
+    """Write the picture: versions and participation over time, where work went. Raises `UsageError`."""
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise UsageError("--plot needs matplotlib: pip install 'fedgrpc[demo]'") from error
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (versions, part, work) = plt.subplots(1, 3, figsize=(14, 4.2), constrained_layout=True)
+    for result in results:
+        committed = [line.ended_at / 3600 for line in result.lines if line.committed]
+        versions.step([0, *committed], range(len(committed) + 1), where="post", label=result.name)
+        devices = sum(line.devices for line in result.classes)
+        came = [at / 3600 for at in result.took_part_at]
+        part.step([0, *came], [100 * n / devices for n in range(len(came) + 1)], where="post", label=result.name)
+    names = [result.name for result in results]
+    wasted = [result.trained_hours * result.wasted_training_share for result in results]
+    merged = [result.trained_hours - lost for result, lost in zip(results, wasted, strict=True)]
+    work.barh(names, merged, label="merged")
+    work.barh(names, wasted, left=merged, label="wasted")
+    work.invert_yaxis()
+    versions.set(xlabel="hours", ylabel="versions", title="Rounds committed")
+    part.set(xlabel="hours", ylabel="% of the devices", title="Devices that took part")
+    work.set(xlabel="device hours of training", title="Work")
+    for axes in (versions, part, work):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot write the plot {path}: {error}") from error
+    finally:
+        plt.close(figure)
+
+
+COMMAND = click.Command(
+    "simulate",
+    callback=_run,
+    params=[
+        click.Option(["--fleet"], type=click.Path(path_type=Path), required=True, help="TOML file of the fleet."),
+        click.Option(["--hours"], type=click.FloatRange(0, min_open=True), default=24.0, help="Virtual hours."),
+        click.Option(["--seed"], type=click.IntRange(0), default=0, help="The same seed gives the same result."),
+        click.Option(["--plot"], type=click.Path(path_type=Path), help="Write a picture there."),
+        click.Option(["--json/--table", "as_json"], default=False, help="JSON, for programs."),
+        click.Option(["--jobs"], type=click.IntRange(1), default=2, help="Variants played at the same time."),
+    ],
+    help="Play a described fleet by the production round, to choose rules before a rollout.",
+    context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"], "show_default": True},
+)

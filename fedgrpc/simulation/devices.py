@@ -1,0 +1,66 @@
+"""The devices of a fleet as arrays: what each can do, and whether it can be reached now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedgrpc.simulation.fleet import DeviceClass
+
+_MBIT_BYTES = 1e6 / 8
+
+
+class Devices:
+    """All devices; a device is its index. Times in seconds, rates in bytes per second.
+
+    Whether a device can be reached is a chain of exponential stretches, played only as far as somebody has asked.
+    """
+
+    def __init__(self, classes: Sequence[DeviceClass], rng: np.random.Generator) -> None:
+        counts = [one.count for one in classes]
+        self.classes = tuple(classes)
+        self.count = sum(counts)
+        self.class_of = np.repeat(np.arange(len(classes)), counts)
+        self.names = [f"{one.name}-{i}" for one in classes for i in range(one.count)]
+        self.index = {name: i for i, name in enumerate(self.names)}
+        factor = np.exp(rng.standard_normal((3, self.count)) * self._each([one.spread for one in classes]))
+        self.train_s = self._each([one.train_s for one in classes]) * factor[0]
+        self.up = self._each([one.up_mbit * _MBIT_BYTES for one in classes]) * factor[1]
+        self.down = self._each([one.down_mbit * _MBIT_BYTES for one in classes]) * factor[2]
+        self.latency_s = self._each([one.latency_s for one in classes])
+        self.jitter = self._each([one.jitter for one in classes])
+        self.failure = self._each([one.failure for one in classes])
+        self.examples = self._each([one.examples for one in classes])
+        self._session_s = self._each([one.session_s for one in classes])
+        self._away_s = self._each([one.away_s for one in classes])
+        self._rng = rng
+        self.reachable = rng.random(self.count) < self._each([one.available for one in classes])
+        self.changes_at = np.where(self._away_s > 0, self._stretch(np.arange(self.count)), np.inf)
+
+    def _each(self, values: Sequence[float]) -> np.ndarray:
+        return np.asarray(values, dtype=np.float64)[self.class_of]
+
+    def _stretch(self, of: np.ndarray) -> np.ndarray:
+        """How long their present stretch lasts."""
+        mean_s = np.where(self.reachable[of], self._session_s[of], self._away_s[of])
+        return np.asarray(self._rng.exponential(mean_s))
+
+    def advance(self, now: float) -> None:
+        """Bring every device to the present."""
+        while (due := np.flatnonzero(self.changes_at <= now)).size:
+            self._toggle(due)
+
+    def advance_one(self, device: int, now: float) -> bool:
+        """Bring one device to the present; whether it can be reached."""
+        while self.changes_at[device] <= now:
+            self._toggle(np.array([device]))
+        return bool(self.reachable[device])
+
+    def _toggle(self, devices: np.ndarray) -> None:
+        self.reachable[devices] = ~self.reachable[devices]
+        self.changes_at[devices] += self._stretch(devices)
+
+    def varied(self, device: int, median: float) -> float:
+        """One draw around the median."""
+        return float(median * np.exp(self.jitter[device] * self._rng.standard_normal()))

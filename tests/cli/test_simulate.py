@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.process import fedgrpc
+
+FLEET = """
+[model]
+parameters = 100_000
+[rules.policy]
+min_workers = 5
+max_participants = 5
+deadline_s = 300.0
+[[devices]]
+name = "pi"
+count = 20
+train_s = 60.0
+up_mbit = 8.0
+down_mbit = 40.0
+[[variants]]
+name = "plain"
+[[variants]]
+name = "over-selected"
+policy = { over_selection = 1.4 }
+"""
+EXAMPLE = Path(__file__).parents[2] / "examples" / "fleet.toml"
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Path:
+    path = tmp_path / "fleet.toml"
+    path.write_text(FLEET)
+    return path
+
+
+def test_a_fleet_is_played_and_shown_with_what_is_not_modelled(fleet: Path, tmp_path: Path) -> None:
+    ended = fedgrpc("simulate", "--fleet", str(fleet), "--hours", "1", "--plot", "p.png", cwd=tmp_path)
+    assert ended.code == 0, ended.error
+    for part in ("20 devices, 1 virtual hours", "plain", "over-selected", "abandoned", "pi (20)", "Not modelled"):
+        assert part in ended.out
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_programs_get_the_same_as_json(fleet: Path, tmp_path: Path) -> None:
+    ended = fedgrpc("simulate", "--fleet", str(fleet), "--hours", "1", "--json", cwd=tmp_path)
+    plain, over = json.loads(ended.out)
+    assert (plain["name"], over["name"]) == ("plain", "over-selected")
+    assert plain["rounds_per_hour"] == plain["rounds"] > 20
+    assert plain["wasted_training_share"] == 0.0 < over["wasted_training_share"]
+    assert plain["classes"][0]["name"] == "pi"
+
+
+def test_the_example_is_a_fleet(tmp_path: Path) -> None:
+    arguments = ("simulate", "--fleet", str(EXAMPLE), "--hours", "0.2", "--jobs", "1")
+    ended = fedgrpc(*arguments, cwd=tmp_path)
+    assert ended.code == 0, ended.error
+    assert "1000 devices" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(None, "cannot read"), ("[", "is no TOML"), ("[devices]", "double brackets")],
+    ids=["missing", "no TOML", "no fleet"],
+)
+def test_a_bad_fleet_file_is_one_line_and_exit_code_2(content: str | None, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    if content is not None:
+        path.write_text(content)
+    ended = fedgrpc("simulate", "--fleet", str(path), cwd=tmp_path)
+    assert ended.code == 2
+    assert ended.error.startswith("error: ")
+    assert complaint in ended.error
+    assert ended.error.count("\n") == 1
