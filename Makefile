@@ -9,10 +9,10 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test simulate lint format protos settings clean
+.PHONY: help venv demo test simulate bench-niid lint format protos settings clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 venv: $(INSTALLED)  ## make .venv and install fedgrpc with everything that it is tested with
 
@@ -30,6 +30,9 @@ test: $(INSTALLED)  ## run the tests
 
 simulate: $(INSTALLED)  ## play rounds in simulated worlds full of faults: make simulate SEEDS=10000
 	$(BIN)/python tools/simulate_rounds.py --seeds $(or $(SEEDS),1000) $(ARGS)
+
+bench-niid: $(INSTALLED)  ## a tenth of NIID-Bench's Fashion-MNIST cells beside the published figures
+	$(BIN)/python tools/niid_bench.py --short $(ARGS)
 
 lint: $(INSTALLED)  ## check style, types, protocol and that the generated code is fresh
 	$(BIN)/ruff check .
