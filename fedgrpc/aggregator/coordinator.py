@@ -176,10 +176,11 @@ class Coordinator:
         self._log.info("worker registered", worker=worker.name, device=registration.device.device_class)
         self.wake.set()
 
-    async def poll(self, name: str, wait_s: float) -> Assignment | None:
+    async def poll(self, name: str, wait_s: float, held: tuple[int, bytes] | None = None) -> Assignment | None:
         """The worker's task, as soon as it has one; None after `wait_s`, and at once when the run has ended."""
         worker = self.fleet.get(name)
         worker.last_seen = self.clock()
+        worker.held = held
         with self.fleet.polling(worker):
             self.wake.set()
             try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -252,7 +253,7 @@ class Driver:
         selected = Selected(tuple((secrets.token_urlsafe(18), worker) for worker in chosen))
         after, _ = step(state, selected, it.clock())
         if chosen and after.phase is RoundPhase.REPORTING:
-            await self._prepare_download(current)
+            await self._prepare_download(current, chosen)
             self._give_local_tasks(current, chosen)
             await self._prepare_download(current)
             await self._save_tasks(current, after, chosen)
@@ -271,18 +272,32 @@ class Driver:
             it.fleet.get(name).selected += 1
             current.device_classes[name] = it.fleet.get(name).registration.device.device_class
 
-    async def _prepare_download(self, current: CurrentRound) -> None:
+    async def _prepare_download(self, current: CurrentRound, chosen: tuple[str, ...] = ()) -> None:
         """The encoded model is ready before anyone is asked to pull it; its size is for the record."""
         if current.kind == TASK_KIND_INITIALIZE:
             return
+        await self._prepare_whole(current, chosen)
         it = self._it
-        for local in (LocalTask(), *current.local_tasks.values()):
+        for local in current.local_tasks.values():
             if local.slice not in current.download_bytes:
                 version = current.base_version
                 selection = await asyncio.to_thread(it.local_models.selection, local.sub_model, version)
                 recipe = self._settings.download
                 encoded = await it.models.encoded(version, recipe, None, local.slice, selection)
                 current.download_bytes[local.slice] = encoded.manifest.size_bytes
+
+    async def _prepare_whole(self, current: CurrentRound, chosen: tuple[str, ...]) -> None:
+        """Whole models, or differences to what the chosen hold; first to what most of them hold."""
+        it = self._it
+        held = {name: it.fleet.get(name).held for name in chosen if name not in current.offered_bytes}
+        for base, _ in Counter(held.values()).most_common():
+            encoded = await it.models.offered(current.base_version, base)
+            size_bytes = encoded.manifest.size_bytes
+            current.offered_bytes.update({name: size_bytes for name in held if held[name] == base})
+            current.download_bytes.setdefault("", size_bytes)
+        if "" not in current.download_bytes:
+            encoded = await it.models.offered(current.base_version)
+            current.download_bytes[""] = encoded.manifest.size_bytes
 
     def _give_local_tasks(self, current: CurrentRound, chosen: tuple[str, ...]) -> None:
         """Each worker trains what the plan of its device class says; the same one again if it is asked twice."""

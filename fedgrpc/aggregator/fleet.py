@@ -18,13 +18,17 @@ _MAX_REGISTRATION_BYTES = 16 << 10
 
 @dataclass
 class Worker:
-    """A registered worker; `last_seen` is the aggregator's clock, seconds; `polls` counts its open polls."""
+    """A registered worker; `last_seen` is the aggregator's clock, seconds; `polls` counts its open polls.
+
+    `held` is what it said to hold: a version, and the SHA-256 of the payload that made it.
+    """
 
     registration: RegisterRequest
     last_seen: float
     selected: int = 0
     accepted: int = 0
     polls: int = 0
+    held: tuple[int, bytes] | None = None
     token: str | None = None
     told_of_end: bool = False
     woken: asyncio.Event = field(default_factory=asyncio.Event)

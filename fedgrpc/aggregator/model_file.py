@@ -107,13 +107,16 @@ class ModelFile:
 
     def sha256(self) -> bytes:
         """Digest of the whole file, as `ModelWriter.finish` returns it. Raises `StorageError`."""
+        return hashlib.sha256(self.header + self.computed_sha256()).digest()
+
+    def computed_sha256(self) -> bytes:
+        """Digest of the tensors as they are on the disk now. Raises `StorageError`."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self.tensors_start)
-                tensors = hashlib.file_digest(file, "sha256").digest()
+                return hashlib.file_digest(file, "sha256").digest()
         except OSError as error:
             raise StorageError(f"cannot read the model {self.path}: {error.strerror}") from error
-        return hashlib.sha256(self.header + tensors).digest()
 
 
 class ModelWriter:
@@ -122,8 +125,11 @@ class ModelWriter:
     Raises `StorageError` when the disk does not take it; `path` is then as it was.
     """
 
-    def __init__(self, path: Path, layout: Layout, spares: SpareFiles | None = None) -> None:
+    def __init__(
+        self, path: Path, layout: Layout, spares: SpareFiles | None = None, *, durable: bool = True
+    ) -> None:
         self._path = path
+        self._durable = durable
         self._part = path.with_suffix(".part")
         self._waiting = iter(layout)
         self._layout = layout
@@ -155,16 +161,18 @@ class ModelWriter:
         self._size_bytes += len(data)
 
     def finish(self) -> bytes:
-        """Make the file durable and give it its name; returns its digest."""
+        """Make the file durable, if it is to be, and give it its name; returns its digest."""
         if (spec := next(self._waiting, None)) is not None:
             raise ValueError(f"tensor {spec.name!r} was not written")
         header = _header(self._layout, self._digest.hexdigest())
         with self._storage_errors():
             pwrite(self._file.fileno(), header, 0)
             os.ftruncate(self._file.fileno(), self._size_bytes)
-            os.fsync(self._file.fileno())
+            if self._durable:
+                os.fsync(self._file.fileno())
             self._part.replace(self._path)
-            fsync_folder(self._path.parent)
+            if self._durable:
+                fsync_folder(self._path.parent)
         return hashlib.sha256(header + self._digest.digest()).digest()
 
     @contextmanager

@@ -2,7 +2,8 @@
 
 models/000007.safetensors       version 7
 optimizer/000007.safetensors    what the server optimizer remembers after version 7
-encoded/000007-HASH.payload     version 7 in one recipe; made anew when it is not there
+encoded/000007-HASH.payload     version 7 in one recipe, or its difference; made anew when it is not there
+held/                           what workers hold of it (fedgrpc.aggregator.forms)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import re
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +23,7 @@ import numpy as np
 import structlog
 
 from fedgrpc.aggregation.channels import Selection
+from fedgrpc.aggregator.forms import Forms, Key
 from fedgrpc.aggregator.frames import FrameCache, PayloadFile
 from fedgrpc.aggregator.model_file import ModelFile
 from fedgrpc.codec.layout import Array, Layout
@@ -37,27 +40,44 @@ _VERSION = re.compile(r"(\d+)(-|\.safetensors$)")
 
 _FRAMES_BYTES = 16 << 20
 _MAX_SPARES = 1
+# Workers that hold other forms than these few get the whole model, and so hold the same again.
+_MAX_DIFFERENCES = 3
+# A difference that is hardly larger than the model is worth its bytes: it loses far less.
+_SLACK = 1.05
+
+
+@dataclass(frozen=True)
+class Downlink:
+    """How models travel to workers: whole, or as a difference to what they hold (None: always whole)."""
+
+    whole: Recipe
+    difference: Recipe | None = None
 
 
 @dataclass(frozen=True)
 class EncodedModel:
-    """One version in one recipe, on disk."""
+    """One version in one recipe, on disk; `base_version` above 0: its difference to a form of that version."""
 
     version: int
     manifest: Manifest
     payload: PayloadFile
+    base_version: int = 0
 
 
 class ModelStore:
     """The versions in a data folder."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, downlink: Downlink | None = None) -> None:
+        """Raises OSError."""
+        self._downlink = downlink or Downlink(Recipe(Raw()))
+        self._whole_bytes: int | None = None
         self._models = data_dir / "models"
         self._memories = data_dir / "optimizer"
         self._encoded = data_dir / "encoded"
         for folder in (self._models, self._memories, self._encoded):
             folder.mkdir(parents=True, exist_ok=True)
         self.spares = SpareFiles(data_dir / "models" / "spare", _MAX_SPARES)
+        self._forms = Forms(data_dir / "held")
         for path in self._encoded.iterdir():
             path.unlink(missing_ok=True)
         self._made: dict[tuple[int, str], asyncio.Task[EncodedModel]] = {}
@@ -105,34 +125,101 @@ class ModelStore:
             model = self.open(version)
             encode = asyncio.to_thread(self._encode, model, version, recipe, key[1], selection)
             self._made[key] = asyncio.create_task(encode)
+        return await self._wait_for(key)
+
+    async def offered(self, version: int, held: Key | None = None) -> EncodedModel:
+        """`version` for a worker that holds `held` (a version, and the SHA-256 of the payload that made it): the
+        difference to that, or the whole model where that is not known or the difference would be larger.
+
+        Each is made once for all who ask. Raises as `encoded`.
+        """
+        recipe = self._downlink.difference
+        if held is None or recipe is None or held[0] >= version or not self._forms.knows(held):
+            return await self.encoded(version, self._downlink.whole)
+        key = (version, f"{recipe} to {held[1].hex()}")
+        if key not in self._made:
+            if sum(made == version and " to " in text for made, text in self._made) >= _MAX_DIFFERENCES:
+                return await self.encoded(version, self._downlink.whole)
+            self._made[key] = asyncio.create_task(self._difference(version, recipe, held, key[1]))
+        return await self._wait_for(key)
+
+    def holds(self, held: Key) -> bool:
+        """Whether this is a form that was given here, and a difference to it can be made."""
+        return self._forms.knows(held)
+
+    async def _wait_for(self, key: tuple[int, str]) -> EncodedModel:
         try:
             return await asyncio.shield(self._made[key])
         except FedgrpcError:
             self._made.pop(key, None)
             raise
 
+    async def _difference(self, version: int, recipe: Recipe, held: Key, text: str) -> EncodedModel:
+        try:
+            made = await asyncio.to_thread(
+                self._encode_difference, self.open(version), version, recipe, held, text
+            )
+        except EncodeError as error:
+            log.warning("model sent whole", version=version, recipe=str(recipe), reason=str(error))
+            made = None
+        whole_bytes = self._whole_bytes
+        if made is not None and (whole_bytes is None or made.manifest.size_bytes <= _SLACK * whole_bytes):
+            return made
+        if made is not None:
+            await asyncio.to_thread(self._forms.drop, (version, made.manifest.sha256))
+        return await self.encoded(version, self._downlink.whole)
+
+    def _encode_difference(
+        self, model: ModelFile, version: int, recipe: Recipe, held: Key, text: str
+    ) -> EncodedModel | None:
+        """None where `held` is not there any more, or of another layout."""
+        base = self._forms.open(held)
+        if base is None or base.layout != model.layout:
+            return None
+        rng = np.random.default_rng([version, *held[1]])
+        with self._payload_file(version, text) as file:
+            tensors = _LazyTensors(model)
+            manifest = self._forms.write(version, tensors, _LazyTensors(base), recipe, file, rng)
+        return EncodedModel(version, manifest, _open_payload(Path(file.name), 0), held[0])
+
     def _encode(
         self, model: ModelFile, version: int, recipe: Recipe, key: str, selection: Selection | None
     ) -> EncodedModel:
-        if selection is None and _is_raw(recipe, model.layout) and model.tensors_sha256 is not None:
+        given = selection is None and recipe == self._downlink.whole
+        keep_form = given and self._downlink.difference is not None
+        if (
+            selection is None
+            and not keep_form
+            and _is_raw(recipe, model.layout)
+            and model.tensors_sha256 is not None
+        ):
             return EncodedModel(version, _raw_manifest(model), _open_payload(model.path, model.tensors_start))
-        name = hashlib.sha256(key.encode()).hexdigest()[:16]
         tensors: Mapping[str, Array] = _LazyTensors(model)
         if selection is not None:
             tensors = _Slice(tensors, selection)
+        with self._payload_file(version, key) as file:
+            manifest = _write(tensors, version, recipe, file, self._forms if keep_form else None)
+        if given:
+            self._whole_bytes = manifest.size_bytes
+        return EncodedModel(version, manifest, _open_payload(Path(file.name), 0))
+
+    @contextmanager
+    def _payload_file(self, version: int, key: str) -> Iterator[BinaryIO]:
+        """A new file for a payload; it is removed where writing it fails. Raises `StorageError`."""
+        name = hashlib.sha256(key.encode()).hexdigest()[:16]
         path = self._encoded / f"{version:06d}-{name}.payload"
         try:
             with path.open("wb") as file:
-                manifest = _write(tensors, version, recipe, file)
+                yield file
         except OSError as error:
             path.unlink(missing_ok=True)
             raise StorageError(f"cannot store the encoded model: {error.strerror}") from error
-        return EncodedModel(version, manifest, _open_payload(path, 0))
 
     async def prune(self, keep: frozenset[int]) -> None:
         """Remove every version that is not in `keep`, in all its forms."""
+        idle = all(made.done() for made in self._made.values())
         pulled = {key[0] for key in list(self._made) if key[0] not in keep and self._let_go(key)}
-        await asyncio.to_thread(self._remove_files, keep, pulled)
+        await asyncio.to_thread(self._remove_files, keep, pulled, idle)
 
     def _let_go(self, key: tuple[int, str]) -> bool:
         """Forget an encoded form; whether somebody is still pulling it."""
@@ -147,8 +234,10 @@ class ModelStore:
         del made, payload
         return pulling() is not None
 
-    def _remove_files(self, keep: frozenset[int], pulled: set[int]) -> None:
+    def _remove_files(self, keep: frozenset[int], pulled: set[int], reuse: bool) -> None:
         try:
+            # Those who have waited for `keep` hold the version before it.
+            self._forms.prune(keep | {min(keep) - 1}, reuse)
             for folder in (self._models, self._memories, self._encoded):
                 for path in folder.iterdir():
                     number = _VERSION.match(path.name)
@@ -169,16 +258,24 @@ def _open(path: Path) -> ModelFile:
         raise StorageError(str(error)) from error
 
 
-def _write(tensors: Mapping[str, Array], version: int, recipe: Recipe, file: BinaryIO) -> Manifest:
+def _write(
+    tensors: Mapping[str, Array], version: int, recipe: Recipe, file: BinaryIO, forms: Forms | None
+) -> Manifest:
     """A model that the recipe cannot hold, such as 70000 in float16, travels as it is: the run goes on."""
-    rng = np.random.default_rng(version)
+
+    def write(recipe: Recipe) -> Manifest:
+        rng = np.random.default_rng(version)
+        if forms is None:
+            return write_payload(tensors, recipe, file, rng)
+        return forms.write(version, tensors, None, recipe, file, rng)
+
     try:
-        return write_payload(tensors, recipe, file, rng)
+        return write(recipe)
     except EncodeError as error:
         log.warning("model sent as it is", version=version, recipe=str(recipe), reason=str(error))
     file.seek(0)
     file.truncate()
-    return write_payload(tensors, Recipe(Raw(), compression=recipe.compression), file, rng)
+    return write(Recipe(Raw(), compression=recipe.compression))
 
 
 class _LazyTensors(Mapping[str, Array]):

@@ -60,7 +60,7 @@ class Report:
 class CurrentRound:
     """The round in progress: its pure state, and what the shell knows of it. Times are wall times, seconds.
 
-    `download_bytes` are by slice ("" is the whole model), `local_tasks` by worker.
+    `download_bytes` are by slice ("" is the whole model), `offered_bytes` of it and `local_tasks` by worker.
     """
 
     state: Round
@@ -68,6 +68,7 @@ class CurrentRound:
     base_version: int
     started_at: float
     download_bytes: dict[str, int] = field(default_factory=dict)
+    offered_bytes: dict[str, int] = field(default_factory=dict)
     local_tasks: dict[str, LocalTask] = field(default_factory=dict)
     reports: dict[str, Report] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
@@ -111,7 +112,9 @@ class CurrentRound:
         )
         local = self.local_task(task.worker)
         if task.phase is not events.TaskPhase.OFFERED:
-            record.download_bytes = self.download_bytes.get(local.slice, 0)
+            usual_bytes = self.download_bytes.get(local.slice, 0)
+            offered_bytes = self.offered_bytes.get(task.worker, usual_bytes)
+            record.download_bytes = usual_bytes if local.slice else offered_bytes
         if not local.plain:
             record.local_model.CopyFrom(local.to_proto())
         if report := self.reports.get(token):

@@ -70,7 +70,7 @@ class Aggregator:
     def _open(self) -> Coordinator:
         folder = self._settings.data_dir
         try:
-            models = ModelStore(folder)
+            models = ModelStore(folder, self._settings.downlink)
             journal = UploadJournal(folder / "uploads")
         except OSError as error:
             raise UsageError(f"cannot use the data folder {folder}: {error.strerror}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import cast
 
 import grpc.aio
@@ -14,6 +14,7 @@ from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.receiver import Receiver
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.encoding import parse_encoding
+from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import LayoutError, NotFound, UsageError, WrongOffset
 from fedgrpc.rounds.events import TaskPhase
@@ -48,7 +49,9 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     async def Register(
         self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext
     ) -> pb.RegisterResponse:
-        _check_common(request, (self._settings.download_recipe, self._settings.upload_recipe))
+        downlink = self._settings.downlink
+        recipes = [downlink.whole, downlink.difference, Recipe.parse(self._settings.upload_recipe)]
+        _check_common(request, [recipe for recipe in recipes if recipe is not None])
         await self._it.register(request)
         return pb.RegisterResponse(
             run=self._settings.run_name,
@@ -65,7 +68,8 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     async def PollTask(
         self, request: pb.PollTaskRequest, context: grpc.aio.ServicerContext
     ) -> pb.PollTaskResponse:
-        assignment = await self._it.poll(request.worker, duration_from_proto(request.wait))
+        held = (request.held_version, request.held_sha256) if request.held_version else None
+        assignment = await self._it.poll(request.worker, duration_from_proto(request.wait), held)
         if assignment is None:
             return pb.PollTaskResponse(run_ended=self._it.run.ended)
         return pb.PollTaskResponse(task=self._task(assignment))
@@ -111,14 +115,26 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         if not version:
             raise NotFound("there is no model version yet")
         recipe = _recipe(request.recipe)
-        sub_model = parse_sub_model(request.sub_model)
-        selection = await asyncio.to_thread(self._it.local_models.selection, sub_model, version)
-        max_recipes = None if self._is_given(recipe, request.sub_model) else _MAX_RECIPES
-        encoded = await self._it.models.encoded(version, recipe, max_recipes, request.sub_model, selection)
+        given = self._is_given(recipe, request.sub_model)
+        base = (request.base_version, request.base_sha256)
+        if given and not request.sub_model and request.base_version == version and self._it.models.holds(base):
+            nothing = manifest_to_proto(Manifest.of_nothing())
+            yield pb.PullModelResponse(
+                header=pb.ModelHeader(version=version, base_version=version, manifest=nothing)
+            )
+            return
+        if given and not request.sub_model:
+            encoded = await self._it.models.offered(version, base)
+        else:
+            sub_model = parse_sub_model(request.sub_model)
+            selection = await asyncio.to_thread(self._it.local_models.selection, sub_model, version)
+            most = None if given else _MAX_RECIPES
+            encoded = await self._it.models.encoded(version, recipe, most, request.sub_model, selection)
         size_bytes = encoded.manifest.size_bytes
         if request.offset > size_bytes:
             raise WrongOffset(f"offset {request.offset} is beyond the payload of {size_bytes} bytes")
-        header = pb.ModelHeader(version=version, manifest=manifest_to_proto(encoded.manifest))
+        manifest = manifest_to_proto(encoded.manifest)
+        header = pb.ModelHeader(version=version, manifest=manifest, base_version=encoded.base_version)
         yield pb.PullModelResponse(header=header)
         async for message in self._it.models.frames.frames(encoded.payload, request.offset):
             yield message
@@ -255,11 +271,11 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         return pb.StopRunResponse(run=self._run())
 
 
-def _check_common(request: pb.RegisterRequest, recipes: tuple[str, ...]) -> None:
+def _check_common(request: pb.RegisterRequest, recipes: Iterable[Recipe]) -> None:
     """The worker reads and writes what this run uses. Raises `UsageError`."""
     known = set(request.encodings)
-    for recipe in map(Recipe.parse, recipes):
-        for encoding in (recipe.default, *(encoding for _, encoding in recipe.overrides)):
+    for recipe in recipes:
+        for encoding in recipe.encodings:
             name = str(encoding).partition(":")[0]
             if known and name not in known and not any(_same(name, other) for other in known):
                 raise UsageError(

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from fedgrpc.aggregation.compression_plan import PlanTable
 from fedgrpc.aggregation.update import AdmissionPolicy
+from fedgrpc.aggregator.model_store import Downlink
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import UsageError
@@ -94,6 +95,7 @@ class AggregatorSettings:
     learning_task: str = ""
     model: str = ""
     download_recipe: str = "raw"
+    difference_recipe: str | None = None
     upload_recipe: str = "raw"
     worker_weights: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     server_optimizer: str = "fedavg"
@@ -132,6 +134,11 @@ class AggregatorSettings:
         self._check_times()
         Recipe.parse(self.download_recipe)
         Recipe.parse(self.upload_recipe)
+        if self.difference_recipe is not None and not Recipe.parse(self.difference_recipe).contractive:
+            raise UsageError(
+                f"difference_recipe {self.difference_recipe!r} may lose more than there is: errors would grow; "
+                "take a finer one, such as entropy:c=1+zstd"
+            )
 
     def _check_times(self) -> None:
         if not 0 < self.poll_wait_s < math.inf:
@@ -149,6 +156,13 @@ class AggregatorSettings:
     def download(self) -> Recipe:
         """How models travel to workers."""
         return Recipe.parse(self.download_recipe)
+
+    @property
+    def downlink(self) -> Downlink:
+        """The same, with what they travel as to a worker that holds an earlier one."""
+        text = self.download_recipe if self.difference_recipe is None else self.difference_recipe
+        recipe = Recipe.parse(text)
+        return Downlink(self.download, None if recipe.lossless or not recipe.contractive else recipe)
 
     @property
     def admission(self) -> AdmissionPolicy:

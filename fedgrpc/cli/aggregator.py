@@ -102,6 +102,13 @@ SETTINGS: list[Setting] = [
     _transfer("--encoding", "Both ways, as in raw, float16 or int8+zstd.", default=_RECIPE, metavar="RECIPE"),
     _transfer("--upload-encoding", "Of updates.", name="upload_recipe", **_ONE_WAY),
     _transfer("--download-encoding", "Of models.", name="download_recipe", **_ONE_WAY),
+    _transfer(
+        "--difference-encoding",
+        "Of the difference to the model that a worker holds, where it is lossy.",
+        name="difference_recipe",
+        metavar="RECIPE",
+        show_default="as models",
+    ),
     _transfer("--max-chunk", "Largest piece of a stream.", name="max_chunk_bytes", type=SIZE),
     _transfer("--max-payload", "Largest update that is taken.", name="max_payload_bytes", type=SIZE),
     _transfer("--max-uploads", "Uploads at the same time."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from fedgrpc.codec.encoding import Encoding
@@ -58,6 +59,11 @@ class Manifest:
     frames: tuple[Frame, ...]
     size_bytes: int
     sha256: bytes
+
+    @classmethod
+    def of_nothing(cls) -> Manifest:
+        """The declaration of a payload without tensors and without a byte."""
+        return cls((), "none", (), 0, hashlib.sha256().digest())
 
     @property
     def layout(self) -> Layout:

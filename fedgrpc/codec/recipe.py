@@ -64,6 +64,21 @@ class Recipe:
         suffix = "" if self.compression.method == "none" else f"+{self.compression}"
         return ";".join(parts) + suffix
 
+    @property
+    def encodings(self) -> tuple[Encoding, ...]:
+        """All that it names."""
+        return (self.default, *(encoding for _, encoding in self.overrides))
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every tensor arrives as it was."""
+        return all(encoding.lossless for encoding in self.encodings)
+
+    @property
+    def contractive(self) -> bool:
+        """Whether what is lost may be sent again with the next payload without growing."""
+        return all(encoding.contractive for encoding in self.encodings)
+
     def for_tensor(self, spec: TensorSpec) -> Encoding:
         """The encoding this tensor gets."""
         if not spec.is_float or spec.size < MIN_LOSSY_ELEMENTS:

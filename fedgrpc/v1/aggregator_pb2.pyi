@@ -75,14 +75,16 @@ class RegisterResponse(_message.Message):
     def __init__(self, run: _Optional[str] = ..., poll_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., heartbeat_interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_chunk_bytes: _Optional[int] = ..., max_payload_bytes: _Optional[int] = ..., learning_task: _Optional[str] = ..., model: _Optional[str] = ..., run_id: _Optional[str] = ...) -> None: ...
 
 class PollTaskRequest(_message.Message):
-    __slots__ = ("worker", "wait", "held_version")
+    __slots__ = ("worker", "wait", "held_version", "held_sha256")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
     HELD_VERSION_FIELD_NUMBER: _ClassVar[int]
+    HELD_SHA256_FIELD_NUMBER: _ClassVar[int]
     worker: str
     wait: _duration_pb2.Duration
     held_version: int
-    def __init__(self, worker: _Optional[str] = ..., wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., held_version: _Optional[int] = ...) -> None: ...
+    held_sha256: bytes
+    def __init__(self, worker: _Optional[str] = ..., wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., held_version: _Optional[int] = ..., held_sha256: _Optional[bytes] = ...) -> None: ...
 
 class PollTaskResponse(_message.Message):
     __slots__ = ("task", "run_ended")
@@ -117,18 +119,20 @@ class Task(_message.Message):
     def __init__(self, token: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[_round_pb2.TaskKind, str]] = ..., model_version: _Optional[int] = ..., plan: _Optional[_Union[_round_pb2.Plan, _Mapping]] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., run_id: _Optional[str] = ...) -> None: ...
 
 class PullModelRequest(_message.Message):
-    __slots__ = ("version", "recipe", "offset", "base_version", "sub_model")
+    __slots__ = ("version", "recipe", "offset", "base_version", "sub_model", "base_sha256")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RECIPE_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     SUB_MODEL_FIELD_NUMBER: _ClassVar[int]
+    BASE_SHA256_FIELD_NUMBER: _ClassVar[int]
     version: int
     recipe: str
     offset: int
     base_version: int
     sub_model: str
-    def __init__(self, version: _Optional[int] = ..., recipe: _Optional[str] = ..., offset: _Optional[int] = ..., base_version: _Optional[int] = ..., sub_model: _Optional[str] = ...) -> None: ...
+    base_sha256: bytes
+    def __init__(self, version: _Optional[int] = ..., recipe: _Optional[str] = ..., offset: _Optional[int] = ..., base_version: _Optional[int] = ..., sub_model: _Optional[str] = ..., base_sha256: _Optional[bytes] = ...) -> None: ...
 
 class PullModelResponse(_message.Message):
     __slots__ = ("header", "chunk")

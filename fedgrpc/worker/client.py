@@ -96,11 +96,12 @@ class AggregatorClient:
         self._chunk_bytes = self._throttle.chunk_bytes(min(CHUNK_BYTES, registration.max_chunk_bytes))
         return registration
 
-    async def poll(self, wait_s: float, held_version: int) -> Polled:
+    async def poll(self, wait_s: float, held: HeldModel | None) -> Polled:
         """Wait up to `wait_s` for a task; raises UnknownWorker when the aggregator wants a registration."""
-        request = aggregator_pb2.PollTaskRequest(
-            worker=self._worker, wait=duration_to_proto(wait_s), held_version=held_version
-        )
+        request = aggregator_pb2.PollTaskRequest(worker=self._worker, wait=duration_to_proto(wait_s))
+        if held is not None:
+            request.held_version = held.version
+            request.held_sha256 = held.origin.sha256
         with domain_errors():
             reply = await self._stub.PollTask(request, timeout=wait_s + _POLL_MARGIN_S)
         if not reply.HasField("task"):
@@ -190,13 +191,16 @@ class AggregatorClient:
         request = aggregator_pb2.PullModelRequest(
             version=held.version,
             recipe=held.source.recipe,
-            offset=held.manifest.size_bytes,
+            offset=held.origin.size_bytes,
             sub_model=held.source.sub_model,
+            base_version=held.version,
+            base_sha256=held.origin.sha256,
         )
         try:
             with domain_errors():
                 async with self._moving(), _cancelled_on_exit(self._pull_model(request)) as call:
-                    return _header_of(await call.read()).manifest.sha256 == held.manifest.sha256
+                    header = _header_of(await call.read())
+                    return header.base_version == held.version or header.manifest.sha256 == held.origin.sha256
         except WrongOffset:
             return False
 
@@ -207,14 +211,12 @@ class AggregatorClient:
         held = folder.held
         # Slices may have other channels in every version: a difference between two of them says nothing.
         comparable = held is not None and not held.source.sub_model and not source.sub_model
-        base_version = held.version if held is not None and comparable else 0
         request = aggregator_pb2.PullModelRequest(
-            version=source.version,
-            recipe=source.recipe,
-            offset=offset,
-            base_version=base_version,
-            sub_model=source.sub_model,
+            version=source.version, recipe=source.recipe, offset=offset, sub_model=source.sub_model
         )
+        if held is not None and comparable and held.version < source.version:
+            request.base_version = held.version
+            request.base_sha256 = held.origin.sha256
         with domain_errors():
             async with self._moving() as moved, _cancelled_on_exit(self._pull_model(request)) as call:
                 header = _header_of(await call.read())

@@ -1,19 +1,14 @@
-"""What training changed, tensor by tensor, in each tensor's own dtype.
-
-    float                trained - given
-    integers and bool    trained, the value itself: counters such as BatchNorm's `num_batches_tracked`, masks
-
-A mean of counters is a mean of their values, and a difference of bool or unsigned values would have no sign.
-`apply_delta` undoes it, so given + delta gives trained (for floats up to one rounding).
-"""
+"""What training changed, tensor by tensor (`fedgrpc.codec.difference`). `Applied` undoes it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from fedgrpc.codec.layout import Array, TensorSpec, spec_of
+from fedgrpc.codec.difference import add, subtract
+from fedgrpc.codec.layout import Array, spec_of
+from fedgrpc.codec.payload import PayloadReader
 from fedgrpc.errors import LayoutError
 
 
@@ -30,7 +25,7 @@ class Delta(Mapping[str, Array]):
         self._trained = {name: _like(name, trained[name], array) for name, array in given.items()}
 
     def __getitem__(self, name: str) -> Array:
-        return _subtract(self._trained[name], self._given[name])
+        return subtract(self._trained[name], self._given[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._given)
@@ -39,16 +34,30 @@ class Delta(Mapping[str, Array]):
         return len(self._given)
 
 
-def apply_delta(base: Mapping[str, Array], delta: Iterable[tuple[TensorSpec, Array]]) -> dict[str, Array]:
-    """base + delta as new arrays; raises LayoutError unless the delta has the tensors of the base."""
-    applied: dict[str, Array] = {}
-    for spec, change in delta:
-        if spec.name not in base or spec_of(spec.name, base[spec.name]) != spec:
-            raise LayoutError(f"the difference has a tensor {spec.name!r} that does not fit the held model")
-        applied[spec.name] = _add(base[spec.name], change)
-    if applied.keys() != base.keys():
-        raise LayoutError(f"the difference lacks {len(base) - len(applied)} tensors of the held model")
-    return applied
+class Applied(Mapping[str, Array]):
+    """base + delta, each tensor read and computed when it is asked for."""
+
+    def __init__(self, base: PayloadReader, delta: PayloadReader) -> None:
+        """Raises LayoutError unless the delta has the tensors of the base."""
+        specs = {spec.name: spec for spec in base.manifest.layout}
+        self._names = [spec.name for spec in delta.manifest.layout]
+        for spec in delta.manifest.layout:
+            if specs.get(spec.name) != spec:
+                raise LayoutError(f"the difference has a tensor {spec.name!r} that does not fit the held model")
+        if len(self._names) != len(specs):
+            lacking = len(specs) - len(self._names)
+            raise LayoutError(f"the difference lacks {lacking} tensors of the held model")
+        self._base = base
+        self._delta = delta
+
+    def __getitem__(self, name: str) -> Array:
+        return add(self._base.tensor(name), self._delta.tensor(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _like(name: str, array: Array, given: Array) -> Array:
@@ -62,21 +71,3 @@ def _like(name: str, array: Array, given: Array) -> Array:
         raise LayoutError(f"training returned {name!r} as {array.dtype}, the model's is {given.dtype}")
     with np.errstate(over="ignore"):
         return array.astype(given.dtype)
-
-
-def _subtract(left: Array, right: Array) -> Array:
-    if not _is_float(left):
-        return left
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray(np.subtract(left, right, dtype=left.dtype))
-
-
-def _add(left: Array, right: Array) -> Array:
-    if not _is_float(left):
-        return right
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray(np.add(left, right, dtype=left.dtype))
-
-
-def _is_float(array: Array) -> bool:
-    return array.dtype.kind not in "iub"

@@ -14,7 +14,7 @@ import json
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -31,13 +31,14 @@ from fedgrpc.errors import CodecError, CorruptError, LayoutError
 from fedgrpc.rpc.convert import manifest_from_proto, manifest_to_proto
 from fedgrpc.spares import SpareFiles
 from fedgrpc.v1 import aggregator_pb2, tensor_pb2
-from fedgrpc.worker.delta import apply_delta
+from fedgrpc.worker.delta import Applied
 from fedgrpc.worker.disk import UNFINISHED, remove_folder, storage_errors, sweep
 from fedgrpc.worker.partial import HEADER, PAYLOAD, PartialModel, begin, received_bytes
 
 _ABOUT: Final = "about.json"
 _RAW: Final = "payload.raw"
 _RAW_HEADER: Final = "header.raw.pb"
+_RAW_RECIPE: Final = Recipe(Raw())
 
 log = structlog.get_logger()
 
@@ -53,12 +54,26 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """A payload, as its manifest declared it: by it the aggregator knows what precisely is held."""
+
+    sha256: bytes
+    size_bytes: int
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Origin:
+        """The payload that `manifest` declares."""
+        return cls(manifest.sha256, manifest.size_bytes)
+
+
+@dataclass(frozen=True)
 class HeldModel:
-    """One complete model version on disk."""
+    """One complete model version on disk. `origin` is the payload that made it, a difference perhaps."""
 
     folder: Path
     source: Source
     manifest: Manifest
+    origin: Origin
     _uses: list[weakref.ref[Any]] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -122,7 +137,7 @@ def _read_manifest(path: Path) -> Manifest:
 
 def _write_raw(weights: dict[str, Array], path: Path) -> Manifest:
     with path.open("wb") as file:
-        return write_payload(weights, Recipe.parse("raw"), file, np.random.default_rng(0))
+        return write_payload(weights, _RAW_RECIPE, file, np.random.default_rng(0))
 
 
 def _own(array: Array) -> Array:
@@ -140,7 +155,9 @@ class ModelFolder:
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             sweep(folder)
+            # Apart, since a difference is small and whole weights are large.
             self._spares = SpareFiles(folder / "spare", 1)
+            self._spare_differences = SpareFiles(folder / "spare-differences", 1)
         self.held = self._load_held()
 
     def forget_other_runs(self, run: str) -> None:
@@ -189,8 +206,8 @@ class ModelFolder:
         self.drop_partial()
         unfinished = self._folder / (UNFINISHED + "partial")
         unfinished.mkdir()
-        _write_source(unfinished, source)
-        begin(unfinished, header, self._spares)
+        _write_about(unfinished, source)
+        begin(unfinished, header, self._spare_differences if header.base_version else self._spares)
         unfinished.rename(self._partial)
 
     def finish(self, partial: PartialModel) -> HeldModel:
@@ -226,13 +243,16 @@ class ModelFolder:
             raise LayoutError(f"the model came as a difference to version {partial.header.base_version}, not held")
         merged = self._folder / (UNFINISHED + "merged")
         merged.mkdir()
-        with (self._partial / PAYLOAD).open("rb") as file:
+        with (self._partial / PAYLOAD).open("rb") as file, base.reader() as read:
             difference = PayloadReader(partial.manifest, file_reader(file.fileno()), self._limits)
-            weights = apply_delta(base.weights(), difference)
-        manifest = _write_raw(weights, merged / PAYLOAD)
+            held = PayloadReader(base.manifest, read)
+            with open(self._spares.create(merged / PAYLOAD), "wb") as payload:
+                manifest = write_payload(Applied(held, difference), _RAW_RECIPE, payload, np.random.default_rng(0))
+                payload.truncate()
         header = aggregator_pb2.ModelHeader(version=partial.header.version, manifest=manifest_to_proto(manifest))
         (merged / HEADER).write_bytes(header.SerializeToString(deterministic=True))
-        _write_source(merged, replace(_read_source(self._partial), recipe="raw"))
+        _write_about(merged, _read_source(self._partial), Origin.of(partial.manifest))
+        self._spare_differences.keep(self._partial / PAYLOAD)
         self.drop_partial()
         merged.rename(self._partial)
 
@@ -263,14 +283,25 @@ def _load(folder: Path) -> HeldModel:
     manifest = manifest_from_proto(header.manifest)
     if (folder / PAYLOAD).stat().st_size != manifest.size_bytes:
         raise LayoutError("its payload is not as long as declared")
-    return HeldModel(folder, _read_source(folder), manifest)
+    source, origin = _read_about(folder)
+    return HeldModel(folder, source, manifest, origin or Origin.of(manifest))
 
 
-def _write_source(folder: Path, source: Source) -> None:
-    (folder / _ABOUT).write_text(json.dumps(asdict(source)))
+def _write_about(folder: Path, source: Source, origin: Origin | None = None) -> None:
+    about = asdict(source)
+    if origin is not None:
+        about |= {"origin_sha256": origin.sha256.hex(), "origin_bytes": origin.size_bytes}
+    (folder / _ABOUT).write_text(json.dumps(about))
+
+
+def _read_about(folder: Path) -> tuple[Source, Origin | None]:
+    about = json.loads((folder / _ABOUT).read_text())
+    sub_model = str(about.get("sub_model", ""))
+    source = Source(str(about["run"]), int(about["version"]), str(about["recipe"]), sub_model)
+    if "origin_sha256" not in about:
+        return source, None
+    return source, Origin(bytes.fromhex(about["origin_sha256"]), int(about["origin_bytes"]))
 
 
 def _read_source(folder: Path) -> Source:
-    about = json.loads((folder / _ABOUT).read_text())
-    sub_model = str(about.get("sub_model", ""))
-    return Source(str(about["run"]), int(about["version"]), str(about["recipe"]), sub_model)
+    return _read_about(folder)[0]

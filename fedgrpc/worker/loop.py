@@ -150,8 +150,7 @@ class Loop:
                 await self._controls.changed()
                 continue
             self._board.enter(Activity.WAITING)
-            held = self._models.held
-            poll = self._client.poll(wait_s, 0 if held is None else held.version)
+            poll = self._client.poll(wait_s, self._models.held)
             try:
                 return await unless(poll, self._controls.changed())
             except Interrupted:

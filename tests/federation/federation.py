@@ -70,12 +70,13 @@ class Device:
     async def register(self, role=device_pb2.WORKER_ROLE_TRAINER, **about):
         return await self.stub.Register(pb.RegisterRequest(worker=self.name, role=role, **about))
 
-    async def poll(self, wait_s=10.0):
+    async def poll(self, wait_s=10.0, held=(0, b"")):
         request = pb.PollTaskRequest(worker=self.name, wait=duration_to_proto(wait_s))
+        request.held_version, request.held_sha256 = held
         return await self.stub.PollTask(request)
 
-    async def task(self, wait_s=PATIENCE_S):
-        reply = await self.poll(wait_s)
+    async def task(self, wait_s=PATIENCE_S, held=(0, b"")):
+        reply = await self.poll(wait_s, held)
         assert reply.HasField("task"), f"no task came for {self.name}"
         return reply.task
 
@@ -108,9 +109,10 @@ class Device:
         request = pb.ReportFailureRequest(worker=worker or self.name, token=task.token, reason=reason)
         return await self.stub.ReportFailure(request)
 
-    async def pull(self, version=0, recipe="raw", offset=0, sub_model=""):
-        """(header, payload) of a model version."""
+    async def pull(self, version=0, recipe="raw", offset=0, sub_model="", base=(0, b"")):
+        """(header, payload) of a model version, or of its difference to `base`: (version, sha256)."""
         request = pb.PullModelRequest(version=version, recipe=recipe, offset=offset, sub_model=sub_model)
+        request.base_version, request.base_sha256 = base
         header, payload = None, bytearray()
         async for message in self.stub.PullModel(request):
             if message.WhichOneof("content") == "header":

@@ -7,7 +7,7 @@ import pytest
 from fedgrpc.codec.payload import PayloadReader, buffer_reader, write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import LayoutError
-from fedgrpc.worker.delta import Delta, apply_delta
+from fedgrpc.worker.delta import Applied, Delta
 
 GIVEN = {
     "weight": np.array([[1.0, 2.0], [3.0, 4.0]], np.float32),
@@ -32,7 +32,7 @@ def through_a_payload(delta):
 
 
 def test_given_plus_delta_is_trained_in_every_dtype():
-    back = apply_delta(GIVEN, through_a_payload(Delta(TRAINED, GIVEN)))
+    back = Applied(through_a_payload(GIVEN), through_a_payload(Delta(TRAINED, GIVEN)))
     for name, array in TRAINED.items():
         assert back[name].dtype == array.dtype
         assert np.array_equal(back[name], array), name
@@ -79,7 +79,8 @@ def test_a_tensor_that_training_lost_is_named():
 
 
 def test_a_difference_that_does_not_fit_the_held_model_is_refused():
+    three, four = {"weight": np.zeros(3, np.float32)}, {"weight": np.zeros(4, np.float32)}
     with pytest.raises(LayoutError, match="fit"):
-        apply_delta({"weight": np.zeros(3, np.float32)}, through_a_payload({"weight": np.zeros(4, np.float32)}))
+        Applied(through_a_payload(three), through_a_payload(four))
     with pytest.raises(LayoutError, match="lacks 4"):
-        apply_delta(GIVEN, through_a_payload({"weight": GIVEN["weight"]}))
+        Applied(through_a_payload(GIVEN), through_a_payload({"weight": GIVEN["weight"]}))
