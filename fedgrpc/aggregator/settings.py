@@ -94,9 +94,9 @@ class AggregatorSettings:
     initial_model: Path | None = None
     learning_task: str = ""
     model: str = ""
-    download_recipe: str = "raw"
+    download_recipe: str = "int8+zstd"
     difference_recipe: str | None = None
-    upload_recipe: str = "raw"
+    upload_recipe: str = "int8+zstd"
     worker_weights: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     server_optimizer: str = "fedavg"
     server_learning_rate: float | None = None

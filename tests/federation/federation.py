@@ -212,6 +212,8 @@ def settings_for(folder, policy=None, **changes):
         "stay": True,
         "drain_s": 2.0,
         "durable": False,
+        "download_recipe": "raw",
+        "upload_recipe": "raw",
     }
     return AggregatorSettings(**{**defaults, **changes, "policy": RoundPolicy(**values)})
 
