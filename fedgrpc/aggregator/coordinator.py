@@ -10,25 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import structlog
 
 from fedgrpc.aggregator.evaluations import Evaluation, Evaluations
 from fedgrpc.aggregator.fleet import Fleet, Worker
-from fedgrpc.aggregator.local_models import LocalModels, LocalTask
+from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.report import CurrentRound, Report
+from fedgrpc.aggregator.run_state import Assignment, Beat, Changes, RunState
 from fedgrpc.aggregator.run_store import RunStore
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.uploads import UploadJournal
-from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import IllegalTransition, RoundClosed, UnknownTask, WrongIdentity
 from fedgrpc.metrics import Metrics
 from fedgrpc.rounds.events import (
@@ -49,7 +47,6 @@ from fedgrpc.rounds.events import (
 )
 from fedgrpc.rounds.state import RoundPhase, step, time_left
 from fedgrpc.v1.aggregator_pb2 import (
-    RUN_PHASE_FINISHED,
     RUN_PHASE_PAUSED,
     RUN_PHASE_RUNNING,
     RUN_PHASE_STOPPED,
@@ -61,66 +58,6 @@ from fedgrpc.v1.round_pb2 import TaskKind
 
 log = structlog.get_logger()
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """A task as its worker is told of it; `time_left_s` None: no deadline."""
-
-    token: str
-    worker: str
-    round: int
-    kind: TaskKind
-    version: int
-    seed: int
-    time_left_s: float | None
-    local: LocalTask = field(default_factory=LocalTask)
-    tell_channels: bool = False
-
-
-@dataclass(frozen=True)
-class Beat:
-    """The answer to a heartbeat."""
-
-    cancel: bool
-    reason: str = ""
-    time_left_s: float | None = None
-
-
-@dataclass
-class RunState:
-    """Where the run stands; version 0: no model yet."""
-
-    phase: RunPhase
-    started_at: float
-    id: str = field(default_factory=lambda: secrets.token_hex(8))
-    reason: str = ""
-    version: int = 0
-    layout: Layout = ()
-
-    @property
-    def ended(self) -> bool:
-        return self.phase in (RUN_PHASE_FINISHED, RUN_PHASE_STOPPED)
-
-
-class Changes:
-    """Tells any number of watchers that something has changed; `revision` counts the changes."""
-
-    def __init__(self) -> None:
-        self.revision = 0
-        self._next = asyncio.Event()
-
-    def notify(self) -> None:
-        """Wake every watcher."""
-        self.revision += 1
-        changed, self._next = self._next, asyncio.Event()
-        changed.set()
-
-    async def wait(self, seen: int) -> int:
-        """Return the present revision once it is not `seen`."""
-        if self.revision == seen:
-            await self._next.wait()
-        return self.revision
 
 
 class Coordinator:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fedgrpc.errors import StorageError
 from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rounds.state import Round
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
@@ -48,6 +49,14 @@ class TaskRow:
     worker: str
     phase: TaskPhase
     reason: str
+
+
+def task_rows(state: Round) -> list[TaskRow]:
+    """The tasks of a round, by slot."""
+    return [
+        TaskRow(token, state.number, task.slot, task.worker, task.phase, task.reason)
+        for token, task in state.tasks.items()
+    ]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from typing import cast
 import grpc.aio
 
 from fedgrpc import __version__
-from fedgrpc.aggregator.coordinator import Assignment, Coordinator
+from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.receiver import Receiver
+from fedgrpc.aggregator.run_state import Assignment
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.encoding import parse_encoding
 from fedgrpc.codec.manifest import Manifest

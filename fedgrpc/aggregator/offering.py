@@ -1,0 +1,102 @@
+"""Handing out tasks: who is chosen, what each is given to pull and to train, and the durable record of it.
+
+The rule: a task is on the disk, and its model encoded, before its worker hears of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import structlog
+
+from fedgrpc.aggregator.coordinator import Coordinator
+from fedgrpc.aggregator.local_models import Sizing
+from fedgrpc.aggregator.report import CurrentRound
+from fedgrpc.aggregator.run_store import task_rows
+from fedgrpc.rounds.events import Select, Selected
+from fedgrpc.rounds.policy import select_uniform
+from fedgrpc.rounds.state import Round, RoundPhase, step
+from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
+
+log = structlog.get_logger()
+
+
+class Offering:
+    """Answers a round's `Select`."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._it = coordinator
+        self._settings = coordinator.settings
+        self._log = log.bind(run=self._settings.run_name)
+
+    async def select(self, current: CurrentRound, select: Select) -> None:
+        """Choose workers and record their tasks; only then are these offered."""
+        it = self._it
+        state = current.state
+        rng = np.random.default_rng([self._settings.seed, state.number, len(state.tasks)])
+        idle = tuple(name for name in it.fleet.idle_trainers() if name not in select.exclude)
+        chosen = select_uniform(idle, select.count, rng)
+        selected = Selected(tuple((secrets.token_urlsafe(18), worker) for worker in chosen))
+        after, _ = step(state, selected, it.clock())
+        if chosen and after.phase is RoundPhase.REPORTING:
+            await self.prepare_download(current, chosen)
+            self._give_local_tasks(current, chosen)
+            await self.prepare_download(current)
+            await self._save_tasks(current, after, chosen)
+            self._log.info("tasks offered", round=state.number, workers=list(chosen))
+        if not current.state.phase.final:
+            it.dispatch(selected)
+
+    async def _save_tasks(self, current: CurrentRound, after: Round, chosen: tuple[str, ...]) -> None:
+        it = self._it
+        assert after.deadline_at is not None
+        wall_deadline = time.time() + after.deadline_at - it.clock()
+        record = replace(current, state=after).record(time.time(), it.clock())
+        rows = task_rows(after)
+        await it.in_database(it.store.save_open_round, record, after.aim, wall_deadline, rows, chosen)
+        for name in chosen:
+            it.fleet.get(name).selected += 1
+            current.device_classes[name] = it.fleet.get(name).registration.device.device_class
+
+    async def prepare_download(self, current: CurrentRound, chosen: tuple[str, ...] = ()) -> None:
+        """The encoded model is ready before anyone is asked to pull it; its size is for the record."""
+        if current.kind == TASK_KIND_INITIALIZE:
+            return
+        await self._prepare_whole(current, chosen)
+        it = self._it
+        for local in current.local_tasks.values():
+            if local.slice not in current.download_bytes:
+                version = current.base_version
+                selection = await asyncio.to_thread(it.local_models.selection, local.sub_model, version)
+                recipe = self._settings.download
+                encoded = await it.models.encoded(version, recipe, None, local.slice, selection)
+                current.download_bytes[local.slice] = encoded.manifest.size_bytes
+
+    async def _prepare_whole(self, current: CurrentRound, chosen: tuple[str, ...]) -> None:
+        """Whole models, or differences to what the chosen hold; first to what most of them hold."""
+        it = self._it
+        held = {name: it.fleet.get(name).held for name in chosen if name not in current.offered_bytes}
+        for base, _ in Counter(held.values()).most_common():
+            encoded = await it.models.offered(current.base_version, base)
+            size_bytes = encoded.manifest.size_bytes
+            current.offered_bytes.update({name: size_bytes for name in held if held[name] == base})
+            current.download_bytes.setdefault("", size_bytes)
+        if "" not in current.download_bytes:
+            encoded = await it.models.offered(current.base_version)
+            current.download_bytes[""] = encoded.manifest.size_bytes
+
+    def _give_local_tasks(self, current: CurrentRound, chosen: tuple[str, ...]) -> None:
+        """Each worker trains what the plan of its device class says; the same one again if it is asked twice."""
+        if current.kind != TASK_KIND_TRAIN:
+            return
+        it = self._it
+        sizing = Sizing(it.run.layout, current.download_bytes[""], self._settings.policy.deadline_s)
+        for name in chosen:
+            if name not in current.local_tasks:
+                task = it.local_models.task_of(it.fleet.get(name), sizing, current.state.number)
+                current.local_tasks[name] = task

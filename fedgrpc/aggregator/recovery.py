@@ -1,0 +1,135 @@
+"""What a former process left in the data folder, taken up again.
+
+The rule: what is not in the database did not happen, and what an update file holds is accepted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from typing import cast
+
+import numpy as np
+import structlog
+
+from fedgrpc.aggregator.coordinator import Coordinator
+from fedgrpc.aggregator.kinds import policy_of
+from fedgrpc.aggregator.local_models import LocalTask
+from fedgrpc.aggregator.model_file import ModelFile, write_model
+from fedgrpc.aggregator.offering import Offering
+from fedgrpc.aggregator.report import CurrentRound, Report
+from fedgrpc.aggregator.run_store import OpenRound, Version
+from fedgrpc.codec.manifest import Limits
+from fedgrpc.errors import StorageError, UsageError
+from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rounds.state import restore
+from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
+from fedgrpc.rpc.convert import layout_to_proto
+from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RUN_PHASE_RUNNING, RunPhase
+
+log = structlog.get_logger()
+
+
+class Recovery:
+    """Brings a coordinator to where the last process left the run."""
+
+    def __init__(self, coordinator: Coordinator, offering: Offering) -> None:
+        self._it = coordinator
+        self._settings = coordinator.settings
+        self._offering = offering
+
+    async def recover(self) -> int:
+        """Take up what a former process left in the data folder; the number of the last round (0: none).
+
+        Raises `UsageError` and `StorageError`.
+        """
+        it = self._it
+        stored = await it.in_database(it.store.run)
+        if stored is not None:
+            run_id, name, phase, reason, started_at = stored
+            if name != self._settings.run_name:
+                raise UsageError(f"the data folder holds the run {name!r}, not {self._settings.run_name!r}")
+            it.run.id, it.run.phase = run_id, cast(RunPhase, phase)
+            it.run.reason, it.run.started_at = reason, started_at
+        for registration, selected, accepted in await it.in_database(lambda: list(it.store.workers())):
+            it.fleet.restore(registration, selected, accepted, it.clock())
+        it.last_record = await it.in_database(it.store.round)
+        await self._recover_model()
+        open_round = await it.in_database(it.store.open_round)
+        if open_round is not None:
+            await self._reopen(open_round)
+        await asyncio.to_thread(it.journal.keep_only, it.current.state.tasks if it.current else ())
+        if it.run.phase == RUN_PHASE_FINISHED and it.run.trained < self._settings.rounds:
+            it.run.phase, it.run.reason = RUN_PHASE_RUNNING, ""
+        await it.save_run()
+        return it.last_record.number if it.last_record else 0
+
+    async def _recover_model(self) -> None:
+        it = self._it
+        version = await it.in_database(it.store.latest_version)
+        if version is not None:
+            model = it.models.open(version.version)
+            if await asyncio.to_thread(model.sha256) != version.sha256:
+                raise StorageError(f"the model {model.path} is corrupt: its SHA-256 is not the one recorded")
+            it.run.version, it.run.layout = version.version, model.layout
+        elif self._settings.initial_model is not None:
+            await self._import(ModelFile.open(self._settings.initial_model))
+
+    async def _import(self, model: ModelFile) -> None:
+        """Make a safetensors file version 1."""
+        it = self._it
+        _check_sendable(model)
+        digest = await asyncio.to_thread(write_model, it.models.path(1), model.layout, _finite_tensors(model))
+        await it.in_database(it.store.save_version, Version(1, 0, digest))
+        it.run.version, it.run.layout = 1, model.layout
+        log.info("initial model", run=self._settings.run_name, file=str(model.path), tensors=len(model.layout))
+
+    async def _reopen(self, open_round: OpenRound) -> None:
+        """Go on in the round that was open, with the updates that were accepted."""
+        it = self._it
+        record = open_round.record
+        reports: dict[str, Report] = {}
+        tasks = []
+        for row in open_round.tasks:
+            phase = row.phase
+            update = await asyncio.to_thread(it.journal.load, row.token)
+            if update is not None:
+                phase = TaskPhase.ACCEPTED
+                reports[row.token] = Report.of(update.header, self._settings.admission)
+            elif phase is TaskPhase.ACCEPTED:
+                raise StorageError(f"the accepted update of worker {row.worker} is gone from the data folder")
+            tasks.append((row.token, row.worker, phase, row.reason))
+        left_s = open_round.deadline_at - time.time()
+        policy = policy_of(self._settings.policy, record.kind)
+        state = restore(record.number, policy, tasks, open_round.aim, left_s, it.clock())
+        started_at = record.started_at.ToNanoseconds() / 1e9
+        it.current = current = CurrentRound(state, record.kind, record.base_version, started_at, reports=reports)
+        for kept in record.tasks:
+            if kept.HasField("local_model"):
+                current.local_tasks[kept.worker] = LocalTask.from_proto(kept.local_model)
+        for token, task in state.tasks.items():
+            device = it.fleet.get(task.worker).registration.device
+            current.device_classes[task.worker] = device.device_class
+            if not task.phase.final:
+                it.fleet.get(task.worker).token = token
+        await self._offering.prepare_download(current)
+        log.info("round resumed", run=self._settings.run_name, round=record.number, accepted=len(reports))
+
+
+def _check_sendable(model: ModelFile) -> None:
+    """Its manifest travels in one message, with each tensor's encoding beside its name and shape."""
+    count, most = len(model.layout), Limits().max_tensors
+    if not 1 <= count <= most:
+        raise UsageError(f"the model {model.path} has {count} tensors; it may have 1 to {most}")
+    size_bytes = sum(spec.ByteSize() for spec in layout_to_proto(model.layout))
+    if size_bytes > MAX_MESSAGE_BYTES // 2:
+        raise UsageError(f"the names and shapes of {model.path} take {size_bytes} bytes, too many for one message")
+
+
+def _finite_tensors(model: ModelFile) -> Iterator[np.ndarray]:
+    for index, spec in enumerate(model.layout):
+        values = model.tensor(index)
+        if spec.is_float and not np.isfinite(values).all():
+            raise UsageError(f"tensor {spec.name!r} of the model {model.path} has values that are not finite")
+        yield values
