@@ -105,6 +105,20 @@ class CoordinateMean(TensorMean):
         _add_at(self._sum.reshape(self._shape), where, coverage.mask, weighted)
         _add_at(self._weights, where, coverage.mask, weight)
 
+    def add_mean(self, values: np.ndarray, weights: np.ndarray) -> None:
+        """Add what is itself a mean, in which each coordinate has its own of `weights` (float64, from 0)."""
+        if values.shape != self._shape or weights.shape != self._shape:
+            raise ValueError(f"shapes {values.shape} and {weights.shape} are not {self._shape}")
+        if self._weights is None:
+            self._weights = np.full(self._shape, self._weight)
+        self._sum.reshape(self._shape)[...] += np.multiply(values, weights, dtype=np.float64)
+        self._weights += weights
+
+    @property
+    def weights(self) -> np.ndarray | float:
+        """The summed weight, of each coordinate where they may differ."""
+        return self._weight if self._weights is None else self._weights
+
     @property
     def covers_nothing(self) -> bool:
         """Whether no coordinate has a mean."""

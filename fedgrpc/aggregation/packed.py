@@ -83,7 +83,7 @@ def check_layout(
         shape = _sub_shape(tensor, selection)
         mask = given.pop(tensor.name + MASK, None) if masked else None
         codes = given.pop(tensor.name + CODES, None) if clustered else None
-        if mine.dtype != tensor.dtype or not _fits(mine.shape, shape, mask, codes):
+        if mine.dtype != tensor.dtype or not fits(mine.shape, shape, mask, codes):
             raise UpdateRefused(
                 f"tensor {tensor.name!r} is {mine.dtype}{list(mine.shape)}, the model's is "
                 f"{tensor.dtype}{list(shape)}"
@@ -96,21 +96,21 @@ def _sub_shape(tensor: TensorLike, selection: Selection | None) -> tuple[int, ..
     return tensor.shape if selection is None else selection.coverage(tensor.name, tensor.shape).sub_shape
 
 
-def _fits(
+def fits(
     given: tuple[int, ...], shape: tuple[int, ...], mask: TensorLike | None, codes: TensorLike | None
 ) -> bool:
     """Whether shapes and dtypes can be those of one packed tensor; `unpack` knows for sure."""
     size = math.prod(shape)
     if mask is None and codes is None:
         return given == shape
-    fits = len(given) == 1
+    fit = len(given) == 1
     if mask is not None:
-        fits &= mask.dtype == "uint8" and mask.shape == ((size + 7) // 8,)
+        fit &= mask.dtype == "uint8" and mask.shape == ((size + 7) // 8,)
     if codes is None:
-        return fits and given[0] <= size
-    most = (size * code_bits(given[0]) + 7) // 8 if fits else 0
-    fits &= codes.dtype == "uint8" and len(codes.shape) == 1 and 0 < given[0] <= _MAX_VALUES
-    return fits and (codes.shape[0] <= most if mask is not None else codes.shape[0] == most)
+        return fit and given[0] <= size
+    most = (size * code_bits(given[0]) + 7) // 8 if fit else 0
+    fit &= codes.dtype == "uint8" and len(codes.shape) == 1 and 0 < given[0] <= _MAX_VALUES
+    return fit and (codes.shape[0] <= most if mask is not None else codes.shape[0] == most)
 
 
 def unpack(name: str, names: Collection[str], read: Read, whole: Coverage) -> tuple[np.ndarray, Coverage]:

@@ -13,11 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from fedgrpc.aggregation.channels import Selection
 from fedgrpc.aggregation.coverage import CoordinateMean
+from fedgrpc.aggregation.merged import add_merged
 from fedgrpc.aggregation.packed import coverage_of, unpack
 from fedgrpc.aggregation.server_optimizer import ServerOptimizer
 from fedgrpc.aggregator.model_file import ModelFile, ModelWriter
@@ -30,7 +32,9 @@ _GROUP_ELEMENTS = 1 << 20
 _CACHED_MANIFESTS = 64
 _THREADS = 2
 
+T = TypeVar("T")
 Group = range
+Load = Callable[[str], StoredUpdate]
 Stepped = list[tuple[np.ndarray, tuple[np.ndarray, ...]]]
 
 
@@ -38,17 +42,18 @@ Stepped = list[tuple[np.ndarray, tuple[np.ndarray, ...]]]
 class Commit:
     """What a new version is made of. `updates` are (token, weight) in slot order; `load` finds a token's file.
 
-    `parts` names the tokens whose updates are of a part of the model, and the slice (None: all channels) of each.
-    A coordinate that no update covers keeps its value, and the optimizer what it remembers of it.
+    `parts` names the tokens whose updates are of a part of the model, and the slice (None: all channels) of each;
+    `merged` those whose updates are means themselves, and what such an update says that it weighs. A coordinate that no update covers keeps its value, and the optimizer what it remembers of it.
     """
 
     base: ModelFile
     memory: ModelFile | None
     optimizer: ServerOptimizer
     updates: Sequence[tuple[str, float]]
-    load: Callable[[str], StoredUpdate]
+    load: Load
     spares: SpareFiles | None = None
     parts: Mapping[str, Selection | None] = field(default_factory=dict)
+    merged: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def memory_layout(self) -> Layout:
@@ -81,25 +86,19 @@ class Commit:
             return model.finish()
 
     def _tensors(self) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
-        load = lru_cache(maxsize=_CACHED_MANIFESTS)(self.load)
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="commit") as pool:
-            pending: deque[Future[Stepped]] = deque()
-            for group in groups(self.base.layout):
-                pending.append(pool.submit(self._step, group, load))
-                if len(pending) > _THREADS:
-                    yield from pending.popleft().result()
-            while pending:
-                yield from pending.popleft().result()
+        load = cached(self.load)
+        for stepped in by_groups(self.base.layout, lambda group: self._step(group, load)):
+            yield from stepped
 
-    def _step(self, group: Group, load: Callable[[str], StoredUpdate]) -> Stepped:
+    def _step(self, group: Group, load: Load) -> Stepped:
         """New values and optimizer memory of each tensor of the group.
 
         Float tensors are differences to the base; all others are values, whose weighted mean is rounded.
         """
-        means = self._means(group, load)
+        specs = [self.base.layout[index] for index in group]
+        means = means_of(specs, self.updates, load, self.parts, self.merged)
         stepped: Stepped = []
-        for index, mean in zip(group, means, strict=True):
-            spec = self.base.layout[index]
+        for index, spec, mean in zip(group, specs, means, strict=True):
             memory = self._memory_of(spec) if spec.is_float else ()
             if mean.covers_nothing:
                 stepped.append((self.base.tensor(index), memory))
@@ -120,25 +119,52 @@ class Commit:
                 stepped.append((values, ()))
         return stepped
 
-    def _means(self, group: Group, load: Callable[[str], StoredUpdate]) -> list[CoordinateMean]:
-        specs = [self.base.layout[index] for index in group]
-        means = [CoordinateMean(spec.shape) for spec in specs]
-        for token, weight in self.updates:
-            with load(token).open() as reader:
-                for spec, mean in zip(specs, means, strict=True):
-                    if token not in self.parts:
-                        mean.add(reader.tensor(spec.name), weight)
-                    elif spec.name in reader.names:
-                        whole = coverage_of(spec, self.parts[token])
-                        values, coverage = unpack(spec.name, reader.names, reader.tensor, whole)
-                        mean.add(values, weight, coverage)
-        return means
-
     def _memory_of(self, spec: TensorSpec) -> tuple[np.ndarray, ...]:
         count = self.optimizer.memory_count
         if self.memory is None:
             return tuple(np.zeros(spec.shape) for _ in range(count))
         return tuple(self.memory.named(f"{part}/{spec.name}").astype(np.float64) for part in range(count))
+
+
+def means_of(
+    specs: Sequence[TensorSpec],
+    updates: Sequence[tuple[str, float]],
+    load: Load,
+    parts: Mapping[str, Selection | None],
+    merged: Mapping[str, float],
+) -> list[CoordinateMean]:
+    """The mean of each of these tensors over the updates, all of them as `Commit` has them."""
+    means = [CoordinateMean(spec.shape) for spec in specs]
+    for token, weight in updates:
+        with load(token).open() as reader:
+            for spec, mean in zip(specs, means, strict=True):
+                if token in merged:
+                    scale = weight / merged[token]
+                    add_merged(mean, spec, reader.names, reader.tensor, merged[token], scale)
+                elif token not in parts:
+                    mean.add(reader.tensor(spec.name), weight)
+                elif spec.name in reader.names:
+                    whole = coverage_of(spec, parts[token])
+                    values, coverage = unpack(spec.name, reader.names, reader.tensor, whole)
+                    mean.add(values, weight, coverage)
+    return means
+
+
+def cached(load: Load) -> Load:
+    """`load`, with the manifests of the last updates kept: every group of tensors asks for all of them."""
+    return lru_cache(maxsize=_CACHED_MANIFESTS)(load)
+
+
+def by_groups(layout: Layout, work: Callable[[Group], T]) -> Iterator[T]:
+    """What `work` makes of each group of tensors, in order, a few groups ahead in threads."""
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="commit") as pool:
+        pending: deque[Future[T]] = deque()
+        for group in groups(layout):
+            pending.append(pool.submit(work, group))
+            if len(pending) > _THREADS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _keep_where(untouched: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:

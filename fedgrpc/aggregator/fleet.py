@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from fedgrpc.errors import Exhausted, UnknownWorker, UsageError
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
-from fedgrpc.v1.device_pb2 import WORKER_ROLE_EVALUATOR
+from fedgrpc.v1.device_pb2 import WORKER_ROLE_AGGREGATOR, WORKER_ROLE_EVALUATOR
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MAX_REGISTRATION_BYTES = 16 << 10
@@ -40,6 +40,11 @@ class Worker:
     @property
     def evaluator(self) -> bool:
         return self.registration.role == WORKER_ROLE_EVALUATOR
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is an aggregator with workers of its own."""
+        return self.registration.role == WORKER_ROLE_AGGREGATOR
 
 
 class Fleet:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from fedgrpc.aggregation.update import AdmissionPolicy, check_counts
 from fedgrpc.aggregator.local_models import LocalTask
+from fedgrpc.errors import UpdateRefused
 from fedgrpc.rounds import events
 from fedgrpc.rounds.state import Round, time_left
 from fedgrpc.rpc.convert import (
@@ -23,7 +24,10 @@ from fedgrpc.v1.round_pb2 import RoundPhase, TaskKind, TaskPhase, TaskRecord
 
 @dataclass(frozen=True)
 class Report:
-    """One worker's account of its task; counts of examples, scores by name, sizes in bytes."""
+    """One worker's account of its task; counts of examples, scores by name, sizes in bytes.
+
+    `merged_updates`: of how many updates this is the mean, with the summed `weight`; 0: it is a worker's own.
+    """
 
     example_count: int
     steps: int
@@ -33,6 +37,8 @@ class Report:
     timings: Timings
     upload_bytes: int
     peak_memory_bytes: int
+    merged_updates: int = 0
+    weight: float = 0.0
 
     @classmethod
     def of(cls, header: UpdateHeader, policy: AdmissionPolicy) -> Report:
@@ -40,6 +46,8 @@ class Report:
         metrics = metrics_from_proto(header.metrics)
         evaluation_metrics = metrics_from_proto(header.evaluation_metrics)
         check_counts(header.example_count, {**metrics, **evaluation_metrics}, policy)
+        if header.merged_updates and not 0 < header.weight <= policy.max_example_count:
+            raise UpdateRefused(f"the summed weight {header.weight:g} is not from above 0 to the bound")
         return cls(
             header.example_count,
             header.steps,
@@ -49,6 +57,8 @@ class Report:
             timings_from_proto(header.timings),
             header.manifest.size_bytes,
             header.peak_memory_bytes,
+            header.merged_updates,
+            header.weight if header.merged_updates else 0.0,
         )
 
     def uploaded_in(self, seconds: float) -> Report:
@@ -125,4 +135,5 @@ class CurrentRound:
             record.timings.CopyFrom(timings_to_proto(timings))
             record.upload_bytes = report.upload_bytes
             record.peak_memory_bytes = report.peak_memory_bytes
+            record.merged_updates = report.merged_updates
         return record

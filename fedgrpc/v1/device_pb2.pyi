@@ -10,9 +10,11 @@ class WorkerRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WORKER_ROLE_UNSPECIFIED: _ClassVar[WorkerRole]
     WORKER_ROLE_TRAINER: _ClassVar[WorkerRole]
     WORKER_ROLE_EVALUATOR: _ClassVar[WorkerRole]
+    WORKER_ROLE_AGGREGATOR: _ClassVar[WorkerRole]
 WORKER_ROLE_UNSPECIFIED: WorkerRole
 WORKER_ROLE_TRAINER: WorkerRole
 WORKER_ROLE_EVALUATOR: WorkerRole
+WORKER_ROLE_AGGREGATOR: WorkerRole
 
 class DeviceProfile(_message.Message):
     __slots__ = ("device_class", "cpu_model", "cpu_cores", "memory_bytes", "accelerator", "accelerator_name", "accelerator_memory_bytes", "uplink_bits_per_second", "downlink_bits_per_second", "on_battery", "software_version")

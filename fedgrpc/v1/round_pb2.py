@@ -23,17 +23,22 @@ _sym_db = _symbol_database.Default()
 
 
 from fedgrpc.v1 import device_pb2 as fedgrpc_dot_v1_dot_device__pb2
+from fedgrpc.v1 import tensor_pb2 as fedgrpc_dot_v1_dot_tensor__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66\x65\x64grpc/v1/round.proto\x12\nfedgrpc.v1\x1a\x17\x66\x65\x64grpc/v1/device.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdf\x01\n\x04Plan\x12\x0e\n\x06\x65pochs\x18\x01 \x01(\x01\x12\x11\n\tmax_steps\x18\x02 \x01(\r\x12\x12\n\nbatch_size\x18\x03 \x01(\r\x12\x15\n\rlearning_rate\x18\x04 \x01(\x01\x12\x10\n\x08momentum\x18\x05 \x01(\x01\x12\x13\n\x0bproximal_mu\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x10\n\x08\x65valuate\x18\x08 \x01(\x08\x12+\n\x0blocal_model\x18\t \x01(\x0b\x32\x16.fedgrpc.v1.LocalModel\x12\x15\n\rtell_channels\x18\n \x01(\x08\"\xe6\x01\n\nLocalModel\x12\x11\n\tsub_model\x18\x01 \x01(\t\x12\x17\n\x0fpersonal_layers\x18\x02 \x03(\t\x12$\n\x07pruning\x18\x03 \x01(\x0b\x32\x13.fedgrpc.v1.Pruning\x12*\n\nclustering\x18\x04 \x01(\x0b\x32\x16.fedgrpc.v1.Clustering\x12.\n\x0cquantization\x18\x05 \x01(\x0b\x32\x18.fedgrpc.v1.Quantization\x12*\n\narithmetic\x18\x06 \x01(\x0b\x32\x16.fedgrpc.v1.Arithmetic\"?\n\x07Pruning\x12\r\n\x05ratio\x18\x01 \x01(\x01\x12\x15\n\racross_layers\x18\x02 \x01(\x08\x12\x0e\n\x06layers\x18\x03 \x03(\t\".\n\nClustering\x12\x10\n\x08\x63lusters\x18\x01 \x01(\r\x12\x0e\n\x06layers\x18\x02 \x03(\t\"L\n\x0cQuantization\x12\x13\n\x0bweight_bits\x18\x01 \x01(\r\x12\x17\n\x0f\x61\x63tivation_bits\x18\x02 \x01(\r\x12\x0e\n\x06layers\x18\x03 \x03(\t\"K\n\nArithmetic\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\t\x12\x1b\n\x13stochastic_rounding\x18\x02 \x01(\x08\x12\x10\n\x08\x65mulated\x18\x03 \x01(\x08\"\xc7\x03\n\nTaskRecord\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.fedgrpc.v1.TaskKind\x12$\n\x05phase\x18\x03 \x01(\x0e\x32\x15.fedgrpc.v1.TaskPhase\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x15\n\rexample_count\x18\x05 \x01(\x04\x12\x0e\n\x06weight\x18\x06 \x01(\x01\x12\x34\n\x07metrics\x18\x07 \x03(\x0b\x32#.fedgrpc.v1.TaskRecord.MetricsEntry\x12$\n\x07timings\x18\x08 \x01(\x0b\x32\x13.fedgrpc.v1.Timings\x12\x16\n\x0e\x64ownload_bytes\x18\t \x01(\x04\x12\x14\n\x0cupload_bytes\x18\n \x01(\x04\x12\x10\n\x08progress\x18\x0b \x01(\x01\x12\x14\n\x0c\x64\x65vice_class\x18\x0c \x01(\t\x12\x19\n\x11peak_memory_bytes\x18\r \x01(\x04\x12+\n\x0blocal_model\x18\x0e \x01(\x0b\x32\x16.fedgrpc.v1.LocalModel\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x9a\x05\n\x05Round\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12%\n\x05phase\x18\x02 \x01(\x0e\x32\x16.fedgrpc.v1.RoundPhase\x12\x14\n\x0c\x62\x61se_version\x18\x03 \x01(\x04\x12\x19\n\x11\x63ommitted_version\x18\x04 \x01(\x04\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12%\n\x05tasks\x18\x06 \x03(\x0b\x32\x16.fedgrpc.v1.TaskRecord\x12.\n\nstarted_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\ttime_left\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10\x64uration_seconds\x18\t \x01(\x01\x12/\n\x07metrics\x18\n \x03(\x0b\x32\x1e.fedgrpc.v1.Round.MetricsEntry\x12\x42\n\x11\x65valuator_metrics\x18\x0b \x03(\x0b\x32\'.fedgrpc.v1.Round.EvaluatorMetricsEntry\x12@\n\x10training_metrics\x18\x0c \x03(\x0b\x32&.fedgrpc.v1.Round.TrainingMetricsEntry\x12\"\n\x04kind\x18\r \x01(\x0e\x32\x14.fedgrpc.v1.TaskKind\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x37\n\x15\x45valuatorMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x36\n\x14TrainingMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*l\n\x08TaskKind\x12\x19\n\x15TASK_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fTASK_KIND_TRAIN\x10\x01\x12\x16\n\x12TASK_KIND_EVALUATE\x10\x02\x12\x18\n\x14TASK_KIND_INITIALIZE\x10\x03*\xb1\x01\n\nRoundPhase\x12\x1b\n\x17ROUND_PHASE_UNSPECIFIED\x10\x00\x12\x19\n\x15ROUND_PHASE_SELECTING\x10\x01\x12\x19\n\x15ROUND_PHASE_REPORTING\x10\x02\x12\x1a\n\x16ROUND_PHASE_COMMITTING\x10\x03\x12\x19\n\x15ROUND_PHASE_COMMITTED\x10\x04\x12\x19\n\x15ROUND_PHASE_ABANDONED\x10\x05*\x84\x02\n\tTaskPhase\x12\x1a\n\x16TASK_PHASE_UNSPECIFIED\x10\x00\x12\x16\n\x12TASK_PHASE_OFFERED\x10\x01\x12\x1a\n\x16TASK_PHASE_DOWNLOADING\x10\x02\x12\x17\n\x13TASK_PHASE_TRAINING\x10\x03\x12\x18\n\x14TASK_PHASE_UPLOADING\x10\x04\x12\x17\n\x13TASK_PHASE_ACCEPTED\x10\x05\x12\x17\n\x13TASK_PHASE_REJECTED\x10\x06\x12\x15\n\x11TASK_PHASE_FAILED\x10\x07\x12\x16\n\x12TASK_PHASE_EXPIRED\x10\x08\x12\x13\n\x0fTASK_PHASE_LATE\x10\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66\x65\x64grpc/v1/round.proto\x12\nfedgrpc.v1\x1a\x17\x66\x65\x64grpc/v1/device.proto\x1a\x17\x66\x65\x64grpc/v1/tensor.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xff\x01\n\x04Plan\x12\x0e\n\x06\x65pochs\x18\x01 \x01(\x01\x12\x11\n\tmax_steps\x18\x02 \x01(\r\x12\x12\n\nbatch_size\x18\x03 \x01(\r\x12\x15\n\rlearning_rate\x18\x04 \x01(\x01\x12\x10\n\x08momentum\x18\x05 \x01(\x01\x12\x13\n\x0bproximal_mu\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x10\n\x08\x65valuate\x18\x08 \x01(\x08\x12+\n\x0blocal_model\x18\t \x01(\x0b\x32\x16.fedgrpc.v1.LocalModel\x12\x15\n\rtell_channels\x18\n \x01(\x08\x12\x1e\n\x04lead\x18\x0b \x01(\x0b\x32\x10.fedgrpc.v1.Lead\"\xf6\x01\n\x04Lead\x12\x0c\n\x04seed\x18\x01 \x01(\x04\x12;\n\x0eworker_weights\x18\x02 \x03(\x0b\x32#.fedgrpc.v1.Lead.WorkerWeightsEntry\x12-\n\x0clocal_models\x18\x03 \x01(\x0b\x32\x17.fedgrpc.v1.LocalModels\x12(\n\x08\x63hannels\x18\x04 \x01(\x0b\x32\x16.fedgrpc.v1.ChannelMap\x12\x14\n\x0ctotal_rounds\x18\x05 \x01(\x04\x1a\x34\n\x12WorkerWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xe0\x01\n\x0bLocalModels\x12\'\n\x07\x64\x65\x66\x61ult\x18\x01 \x01(\x0b\x32\x16.fedgrpc.v1.LocalModel\x12\x35\n\x07\x63lasses\x18\x02 \x03(\x0b\x32$.fedgrpc.v1.LocalModels.ClassesEntry\x12)\n\tautomatic\x18\x03 \x03(\x0b\x32\x16.fedgrpc.v1.LocalModel\x1a\x46\n\x0c\x43lassesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.fedgrpc.v1.LocalModel:\x02\x38\x01\"\xe6\x01\n\nLocalModel\x12\x11\n\tsub_model\x18\x01 \x01(\t\x12\x17\n\x0fpersonal_layers\x18\x02 \x03(\t\x12$\n\x07pruning\x18\x03 \x01(\x0b\x32\x13.fedgrpc.v1.Pruning\x12*\n\nclustering\x18\x04 \x01(\x0b\x32\x16.fedgrpc.v1.Clustering\x12.\n\x0cquantization\x18\x05 \x01(\x0b\x32\x18.fedgrpc.v1.Quantization\x12*\n\narithmetic\x18\x06 \x01(\x0b\x32\x16.fedgrpc.v1.Arithmetic\"?\n\x07Pruning\x12\r\n\x05ratio\x18\x01 \x01(\x01\x12\x15\n\racross_layers\x18\x02 \x01(\x08\x12\x0e\n\x06layers\x18\x03 \x03(\t\".\n\nClustering\x12\x10\n\x08\x63lusters\x18\x01 \x01(\r\x12\x0e\n\x06layers\x18\x02 \x03(\t\"L\n\x0cQuantization\x12\x13\n\x0bweight_bits\x18\x01 \x01(\r\x12\x17\n\x0f\x61\x63tivation_bits\x18\x02 \x01(\r\x12\x0e\n\x06layers\x18\x03 \x03(\t\"K\n\nArithmetic\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\t\x12\x1b\n\x13stochastic_rounding\x18\x02 \x01(\x08\x12\x10\n\x08\x65mulated\x18\x03 \x01(\x08\"\xdf\x03\n\nTaskRecord\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.fedgrpc.v1.TaskKind\x12$\n\x05phase\x18\x03 \x01(\x0e\x32\x15.fedgrpc.v1.TaskPhase\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x15\n\rexample_count\x18\x05 \x01(\x04\x12\x0e\n\x06weight\x18\x06 \x01(\x01\x12\x34\n\x07metrics\x18\x07 \x03(\x0b\x32#.fedgrpc.v1.TaskRecord.MetricsEntry\x12$\n\x07timings\x18\x08 \x01(\x0b\x32\x13.fedgrpc.v1.Timings\x12\x16\n\x0e\x64ownload_bytes\x18\t \x01(\x04\x12\x14\n\x0cupload_bytes\x18\n \x01(\x04\x12\x10\n\x08progress\x18\x0b \x01(\x01\x12\x14\n\x0c\x64\x65vice_class\x18\x0c \x01(\t\x12\x19\n\x11peak_memory_bytes\x18\r \x01(\x04\x12+\n\x0blocal_model\x18\x0e \x01(\x0b\x32\x16.fedgrpc.v1.LocalModel\x12\x16\n\x0emerged_updates\x18\x0f \x01(\x04\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x9a\x05\n\x05Round\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12%\n\x05phase\x18\x02 \x01(\x0e\x32\x16.fedgrpc.v1.RoundPhase\x12\x14\n\x0c\x62\x61se_version\x18\x03 \x01(\x04\x12\x19\n\x11\x63ommitted_version\x18\x04 \x01(\x04\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12%\n\x05tasks\x18\x06 \x03(\x0b\x32\x16.fedgrpc.v1.TaskRecord\x12.\n\nstarted_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\ttime_left\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10\x64uration_seconds\x18\t \x01(\x01\x12/\n\x07metrics\x18\n \x03(\x0b\x32\x1e.fedgrpc.v1.Round.MetricsEntry\x12\x42\n\x11\x65valuator_metrics\x18\x0b \x03(\x0b\x32\'.fedgrpc.v1.Round.EvaluatorMetricsEntry\x12@\n\x10training_metrics\x18\x0c \x03(\x0b\x32&.fedgrpc.v1.Round.TrainingMetricsEntry\x12\"\n\x04kind\x18\r \x01(\x0e\x32\x14.fedgrpc.v1.TaskKind\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x37\n\x15\x45valuatorMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x36\n\x14TrainingMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*l\n\x08TaskKind\x12\x19\n\x15TASK_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fTASK_KIND_TRAIN\x10\x01\x12\x16\n\x12TASK_KIND_EVALUATE\x10\x02\x12\x18\n\x14TASK_KIND_INITIALIZE\x10\x03*\xb1\x01\n\nRoundPhase\x12\x1b\n\x17ROUND_PHASE_UNSPECIFIED\x10\x00\x12\x19\n\x15ROUND_PHASE_SELECTING\x10\x01\x12\x19\n\x15ROUND_PHASE_REPORTING\x10\x02\x12\x1a\n\x16ROUND_PHASE_COMMITTING\x10\x03\x12\x19\n\x15ROUND_PHASE_COMMITTED\x10\x04\x12\x19\n\x15ROUND_PHASE_ABANDONED\x10\x05*\x84\x02\n\tTaskPhase\x12\x1a\n\x16TASK_PHASE_UNSPECIFIED\x10\x00\x12\x16\n\x12TASK_PHASE_OFFERED\x10\x01\x12\x1a\n\x16TASK_PHASE_DOWNLOADING\x10\x02\x12\x17\n\x13TASK_PHASE_TRAINING\x10\x03\x12\x18\n\x14TASK_PHASE_UPLOADING\x10\x04\x12\x17\n\x13TASK_PHASE_ACCEPTED\x10\x05\x12\x17\n\x13TASK_PHASE_REJECTED\x10\x06\x12\x15\n\x11TASK_PHASE_FAILED\x10\x07\x12\x16\n\x12TASK_PHASE_EXPIRED\x10\x08\x12\x13\n\x0fTASK_PHASE_LATE\x10\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedgrpc.v1.round_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_LEAD_WORKERWEIGHTSENTRY']._loaded_options = None
+  _globals['_LEAD_WORKERWEIGHTSENTRY']._serialized_options = b'8\001'
+  _globals['_LOCALMODELS_CLASSESENTRY']._loaded_options = None
+  _globals['_LOCALMODELS_CLASSESENTRY']._serialized_options = b'8\001'
   _globals['_TASKRECORD_METRICSENTRY']._loaded_options = None
   _globals['_TASKRECORD_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_ROUND_METRICSENTRY']._loaded_options = None
@@ -42,34 +47,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROUND_EVALUATORMETRICSENTRY']._serialized_options = b'8\001'
   _globals['_ROUND_TRAININGMETRICSENTRY']._loaded_options = None
   _globals['_ROUND_TRAININGMETRICSENTRY']._serialized_options = b'8\001'
-  _globals['_TASKKIND']._serialized_start=1982
-  _globals['_TASKKIND']._serialized_end=2090
-  _globals['_ROUNDPHASE']._serialized_start=2093
-  _globals['_ROUNDPHASE']._serialized_end=2270
-  _globals['_TASKPHASE']._serialized_start=2273
-  _globals['_TASKPHASE']._serialized_end=2533
-  _globals['_PLAN']._serialized_start=129
-  _globals['_PLAN']._serialized_end=352
-  _globals['_LOCALMODEL']._serialized_start=355
-  _globals['_LOCALMODEL']._serialized_end=585
-  _globals['_PRUNING']._serialized_start=587
-  _globals['_PRUNING']._serialized_end=650
-  _globals['_CLUSTERING']._serialized_start=652
-  _globals['_CLUSTERING']._serialized_end=698
-  _globals['_QUANTIZATION']._serialized_start=700
-  _globals['_QUANTIZATION']._serialized_end=776
-  _globals['_ARITHMETIC']._serialized_start=778
-  _globals['_ARITHMETIC']._serialized_end=853
-  _globals['_TASKRECORD']._serialized_start=856
-  _globals['_TASKRECORD']._serialized_end=1311
-  _globals['_TASKRECORD_METRICSENTRY']._serialized_start=1265
-  _globals['_TASKRECORD_METRICSENTRY']._serialized_end=1311
-  _globals['_ROUND']._serialized_start=1314
-  _globals['_ROUND']._serialized_end=1980
-  _globals['_ROUND_METRICSENTRY']._serialized_start=1265
-  _globals['_ROUND_METRICSENTRY']._serialized_end=1311
-  _globals['_ROUND_EVALUATORMETRICSENTRY']._serialized_start=1869
-  _globals['_ROUND_EVALUATORMETRICSENTRY']._serialized_end=1924
-  _globals['_ROUND_TRAININGMETRICSENTRY']._serialized_start=1926
-  _globals['_ROUND_TRAININGMETRICSENTRY']._serialized_end=1980
+  _globals['_TASKKIND']._serialized_start=2539
+  _globals['_TASKKIND']._serialized_end=2647
+  _globals['_ROUNDPHASE']._serialized_start=2650
+  _globals['_ROUNDPHASE']._serialized_end=2827
+  _globals['_TASKPHASE']._serialized_start=2830
+  _globals['_TASKPHASE']._serialized_end=3090
+  _globals['_PLAN']._serialized_start=154
+  _globals['_PLAN']._serialized_end=409
+  _globals['_LEAD']._serialized_start=412
+  _globals['_LEAD']._serialized_end=658
+  _globals['_LEAD_WORKERWEIGHTSENTRY']._serialized_start=606
+  _globals['_LEAD_WORKERWEIGHTSENTRY']._serialized_end=658
+  _globals['_LOCALMODELS']._serialized_start=661
+  _globals['_LOCALMODELS']._serialized_end=885
+  _globals['_LOCALMODELS_CLASSESENTRY']._serialized_start=815
+  _globals['_LOCALMODELS_CLASSESENTRY']._serialized_end=885
+  _globals['_LOCALMODEL']._serialized_start=888
+  _globals['_LOCALMODEL']._serialized_end=1118
+  _globals['_PRUNING']._serialized_start=1120
+  _globals['_PRUNING']._serialized_end=1183
+  _globals['_CLUSTERING']._serialized_start=1185
+  _globals['_CLUSTERING']._serialized_end=1231
+  _globals['_QUANTIZATION']._serialized_start=1233
+  _globals['_QUANTIZATION']._serialized_end=1309
+  _globals['_ARITHMETIC']._serialized_start=1311
+  _globals['_ARITHMETIC']._serialized_end=1386
+  _globals['_TASKRECORD']._serialized_start=1389
+  _globals['_TASKRECORD']._serialized_end=1868
+  _globals['_TASKRECORD_METRICSENTRY']._serialized_start=1822
+  _globals['_TASKRECORD_METRICSENTRY']._serialized_end=1868
+  _globals['_ROUND']._serialized_start=1871
+  _globals['_ROUND']._serialized_end=2537
+  _globals['_ROUND_METRICSENTRY']._serialized_start=1822
+  _globals['_ROUND_METRICSENTRY']._serialized_end=1868
+  _globals['_ROUND_EVALUATORMETRICSENTRY']._serialized_start=2426
+  _globals['_ROUND_EVALUATORMETRICSENTRY']._serialized_end=2481
+  _globals['_ROUND_TRAININGMETRICSENTRY']._serialized_start=2483
+  _globals['_ROUND_TRAININGMETRICSENTRY']._serialized_end=2537
 # @@protoc_insertion_point(module_scope)

@@ -1,6 +1,7 @@
 import datetime
 
 from fedgrpc.v1 import device_pb2 as _device_pb2
+from fedgrpc.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -62,7 +63,7 @@ TASK_PHASE_EXPIRED: TaskPhase
 TASK_PHASE_LATE: TaskPhase
 
 class Plan(_message.Message):
-    __slots__ = ("epochs", "max_steps", "batch_size", "learning_rate", "momentum", "proximal_mu", "seed", "evaluate", "local_model", "tell_channels")
+    __slots__ = ("epochs", "max_steps", "batch_size", "learning_rate", "momentum", "proximal_mu", "seed", "evaluate", "local_model", "tell_channels", "lead")
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
     MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +74,7 @@ class Plan(_message.Message):
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     LOCAL_MODEL_FIELD_NUMBER: _ClassVar[int]
     TELL_CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    LEAD_FIELD_NUMBER: _ClassVar[int]
     epochs: float
     max_steps: int
     batch_size: int
@@ -83,7 +85,46 @@ class Plan(_message.Message):
     evaluate: bool
     local_model: LocalModel
     tell_channels: bool
-    def __init__(self, epochs: _Optional[float] = ..., max_steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., proximal_mu: _Optional[float] = ..., seed: _Optional[int] = ..., evaluate: _Optional[bool] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., tell_channels: _Optional[bool] = ...) -> None: ...
+    lead: Lead
+    def __init__(self, epochs: _Optional[float] = ..., max_steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., proximal_mu: _Optional[float] = ..., seed: _Optional[int] = ..., evaluate: _Optional[bool] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., tell_channels: _Optional[bool] = ..., lead: _Optional[_Union[Lead, _Mapping]] = ...) -> None: ...
+
+class Lead(_message.Message):
+    __slots__ = ("seed", "worker_weights", "local_models", "channels", "total_rounds")
+    class WorkerWeightsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    WORKER_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_MODELS_FIELD_NUMBER: _ClassVar[int]
+    CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    seed: int
+    worker_weights: _containers.ScalarMap[str, float]
+    local_models: LocalModels
+    channels: _tensor_pb2.ChannelMap
+    total_rounds: int
+    def __init__(self, seed: _Optional[int] = ..., worker_weights: _Optional[_Mapping[str, float]] = ..., local_models: _Optional[_Union[LocalModels, _Mapping]] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ..., total_rounds: _Optional[int] = ...) -> None: ...
+
+class LocalModels(_message.Message):
+    __slots__ = ("default", "classes", "automatic")
+    class ClassesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: LocalModel
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[LocalModel, _Mapping]] = ...) -> None: ...
+    DEFAULT_FIELD_NUMBER: _ClassVar[int]
+    CLASSES_FIELD_NUMBER: _ClassVar[int]
+    AUTOMATIC_FIELD_NUMBER: _ClassVar[int]
+    default: LocalModel
+    classes: _containers.MessageMap[str, LocalModel]
+    automatic: _containers.RepeatedCompositeFieldContainer[LocalModel]
+    def __init__(self, default: _Optional[_Union[LocalModel, _Mapping]] = ..., classes: _Optional[_Mapping[str, LocalModel]] = ..., automatic: _Optional[_Iterable[_Union[LocalModel, _Mapping]]] = ...) -> None: ...
 
 class LocalModel(_message.Message):
     __slots__ = ("sub_model", "personal_layers", "pruning", "clustering", "quantization", "arithmetic")
@@ -140,7 +181,7 @@ class Arithmetic(_message.Message):
     def __init__(self, format: _Optional[str] = ..., stochastic_rounding: _Optional[bool] = ..., emulated: _Optional[bool] = ...) -> None: ...
 
 class TaskRecord(_message.Message):
-    __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes", "local_model")
+    __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes", "local_model", "merged_updates")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +203,7 @@ class TaskRecord(_message.Message):
     DEVICE_CLASS_FIELD_NUMBER: _ClassVar[int]
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOCAL_MODEL_FIELD_NUMBER: _ClassVar[int]
+    MERGED_UPDATES_FIELD_NUMBER: _ClassVar[int]
     worker: str
     kind: TaskKind
     phase: TaskPhase
@@ -176,7 +218,8 @@ class TaskRecord(_message.Message):
     device_class: str
     peak_memory_bytes: int
     local_model: LocalModel
-    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., phase: _Optional[_Union[TaskPhase, str]] = ..., reason: _Optional[str] = ..., example_count: _Optional[int] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., progress: _Optional[float] = ..., device_class: _Optional[str] = ..., peak_memory_bytes: _Optional[int] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ...) -> None: ...
+    merged_updates: int
+    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., phase: _Optional[_Union[TaskPhase, str]] = ..., reason: _Optional[str] = ..., example_count: _Optional[int] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., progress: _Optional[float] = ..., device_class: _Optional[str] = ..., peak_memory_bytes: _Optional[int] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., merged_updates: _Optional[int] = ...) -> None: ...
 
 class Round(_message.Message):
     __slots__ = ("number", "phase", "base_version", "committed_version", "reason", "tasks", "started_at", "time_left", "duration_seconds", "metrics", "evaluator_metrics", "training_metrics", "kind")

@@ -10,7 +10,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 import structlog
@@ -44,14 +43,6 @@ _GOODBYE_S: Final = 2.0
 _REPORT_INTERVAL_S: Final = 0.1
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class Ready:
-    """What a session has once it is connected."""
-
-    registration: Registration
-    trainer: Trainer
 
 
 class Loop:
@@ -108,21 +99,21 @@ class Loop:
             await (asyncio.sleep(delay_s) if self._controls.draining else self._controls.wait(delay_s))
 
     async def _session(self) -> None:
-        ready = await self._connect()
+        registration = await self._connect()
         for update in await asyncio.to_thread(self._spool.updates):
             await self._deliver(update)
-        while (polled := await self._next_answer(ready.registration)) is not None:
+        while (polled := await self._next_answer(registration)) is not None:
             if polled.task is not None and polled.message is not None:
-                await self._perform(ready, polled.task, polled.message)
+                await self._perform(polled.task, polled.message)
                 continue
             self._retries.reset()
             if polled.run_ended and self._settings.exit_when_run_ends:
-                self._log.info("run ended", run=ready.registration.run)
+                self._log.info("run ended", run=registration.run)
                 return
             if polled.run_ended:
                 await self._controls.wait(self._settings.poll_wait_s)
 
-    async def _connect(self) -> Ready:
+    async def _connect(self) -> Registration:
         registration = await self._register()
         if self._trainer is None:
             self._trainer = await asyncio.to_thread(self._build_trainer, registration)
@@ -130,7 +121,7 @@ class Loop:
                 # The learning task has brought its libraries, and with them the knowledge of the accelerator.
                 registration = await self._register()
         self._log.info("connected", run=registration.run, aggregator=self._settings.aggregator)
-        return Ready(registration, self._trainer)
+        return registration
 
     async def _register(self) -> Registration:
         profile = await asyncio.to_thread(self._profile)
@@ -157,13 +148,13 @@ class Loop:
                 continue
         return None
 
-    async def _perform(self, ready: Ready, task: Task, message: aggregator_pb2.Task) -> None:
+    async def _perform(self, task: Task, message: aggregator_pb2.Task) -> None:
         """One task from download to acknowledgement; its failure is reported and ends nothing else."""
         task_log = self._log.bind(run=task.run, round=task.round)
         task_log.info("task started", kind=task.kind.name.lower(), version=task.model_version)
         self._board.show(round=task.round, task_kind=task.kind)
         try:
-            update = await unless(self._work(ready.trainer, task, message), self._beat(task.token))
+            update = await unless(self._work(task, message), self._beat(task.token))
         except (Interrupted, Cancelled) as interruption:
             task_log.warning("task cancelled", reason=str(interruption) or "the learning task ended it")
         except asyncio.CancelledError:
@@ -187,13 +178,14 @@ class Loop:
         else:
             await self._controls.wait(self._retries.next_delay_s())
 
-    async def _work(self, trainer: Trainer, task: Task, message: aggregator_pb2.Task) -> SpooledUpdate:
+    async def _work(self, task: Task, message: aggregator_pb2.Task) -> SpooledUpdate:
         """Download, train or score, and spool the update."""
         given, download_s = await self._download(task)
         began = Began(download_s, time.monotonic())
         stop = threading.Event()
         hooks = Hooks(stop, self._reporter(stop), self._settings.throttle)
-        outcome = await self._local_work(trainer, task, given, hooks)
+        assert self._trainer is not None
+        outcome = await self._local_work(self._trainer, task, given, hooks)
         if outcome.weights is not None:
             keep = self._personal.keep
             await asyncio.to_thread(keep, outcome.weights, task.run_id, is_personal(task.plan))

@@ -23,6 +23,7 @@ class Role(IntEnum):
 
     TRAINER = device_pb2.WORKER_ROLE_TRAINER
     EVALUATOR = device_pb2.WORKER_ROLE_EVALUATOR
+    AGGREGATOR = device_pb2.WORKER_ROLE_AGGREGATOR
 
 
 class TaskKind(IntEnum):

@@ -1,0 +1,128 @@
+"""How the mean of many updates travels as one: what an aggregator below another sends.
+
+A tensor of the model is one of these in it:
+
+    NAME                           the mean in the model's dtype; left out where no update has a say in it
+    NAME, NAME#weights             and what each coordinate weighs, float64, where that is not the update's weight
+    NAME, NAME#rest                and what rounding took from a mean that is to be of integers, float64
+
+The weights of a tensor are mostly few different ones, those of the slices that its devices train. They are packed
+as the values of a clustered tensor are (`fedgrpc.aggregation.packed`): NAME#weights, NAME#weights#codes. The rule:
+the mean of such means is the mean of all the updates, up to the one rounding to the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+
+from fedgrpc.aggregation.coverage import CoordinateMean, Coverage
+from fedgrpc.aggregation.packed import CODES, Read, fits, pack, unpack
+from fedgrpc.aggregation.update import TensorLike
+from fedgrpc.errors import UpdateRefused
+
+WEIGHTS, REST = "#weights", "#rest"
+# Patterns of the tensors that no lossy encoding may touch: a weight is not a value that may be a little off.
+EXACT = (f"*{WEIGHTS}", f"*{REST}")
+_SLACK = 1 + 1e-9
+
+
+def pack_mean(tensor: TensorLike, mean: CoordinateMean, weight: float, dtype: np.dtype) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+    """What travels of a tensor's mean; `weight` is the whole update's. `mean` is then used up.
+
+    Raises `UpdateRefused` when the mean is not finite in `dtype`.
+    """
+    if mean.covers_nothing:
+        return {}
+    weights, values = mean.weights, mean.result()
+    packed: dict[str, np.ndarray] = {}
+    if dtype.kind in "iub":
+        rounded = np.rint(values)
+        if (rest := values - rounded).any():
+            packed[tensor.name + REST] = rest
+        values = rounded
+    with np.errstate(over="ignore"):
+        packed[tensor.name] = values.astype(dtype)
+    if dtype.kind not in "iub" and not np.isfinite(packed[tensor.name]).all():
+        raise UpdateRefused(f"the mean of tensor {tensor.name!r} is not finite in {tensor.dtype}")
+    if np.any(weights != weight):
+        packed |= pack(tensor.name + WEIGHTS, np.broadcast_to(weights, tensor.shape), clustered=True)
+    return packed
+
+
+def check_merged_layout(model: Sequence[TensorLike], update: Sequence[TensorLike]) -> None:
+    """The update lists tensors of the model, each once, with weights and rests that may be theirs.
+
+    Raises `UpdateRefused` with the first difference.
+    """
+    given = {tensor.name: tensor for tensor in update}
+    if len(given) < len(update):
+        raise UpdateRefused("the update lists a tensor twice")
+    own = {tensor.name: given.pop(tensor.name) for tensor in model if tensor.name in given}
+    for tensor in model:
+        if tensor.name not in own:
+            continue
+        mine = own[tensor.name]
+        if (mine.dtype, mine.shape) != (tensor.dtype, tensor.shape):
+            raise UpdateRefused(
+                f"tensor {tensor.name!r} is {mine.dtype}{list(mine.shape)}, the model's is "
+                f"{tensor.dtype}{list(tensor.shape)}"
+            )
+        weights, codes = given.pop(tensor.name + WEIGHTS, None), given.pop(tensor.name + WEIGHTS + CODES, None)
+        rest = given.pop(tensor.name + REST, None)
+        if weights is not None and not (
+            weights.dtype == "float64" and fits(weights.shape, tensor.shape, None, codes)
+        ):
+            raise UpdateRefused(f"the weights of tensor {tensor.name!r} do not fit it")
+        if rest is not None and (rest.dtype, rest.shape) != ("float64", tensor.shape):
+            raise UpdateRefused(f"the rest of tensor {tensor.name!r} does not fit it")
+    if given:
+        raise UpdateRefused(f"the model has no tensor {min(given)!r}")
+
+
+def add_merged(
+    mean: CoordinateMean, tensor: TensorLike, names: Collection[str], read: Read, weight: float, scale: float = 1.0
+) -> None:
+    """Add a merged update's tensor to `mean`; `weight` is the update's own, `scale` a factor on all its weights.
+
+    Raises `UpdateRefused` for weights that cannot be.
+    """
+    if tensor.name not in names:
+        return
+    values = _values(tensor, names, read)
+    weights = _weights(tensor, names, read, weight)
+    if weights is None:
+        mean.add(values, weight * scale)
+    else:
+        mean.add_mean(values, weights * scale)
+
+
+def merged_values(
+    model: Sequence[TensorLike], names: Collection[str], read: Read, weight: float
+) -> Iterator[tuple[TensorLike, np.ndarray]]:
+    """Each tensor of the update as the values it stands for, its weights checked. Raises `UpdateRefused`."""
+    for tensor in model:
+        if tensor.name in names:
+            _weights(tensor, names, read, weight)
+            yield tensor, _values(tensor, names, read)
+
+
+def _values(tensor: TensorLike, names: Collection[str], read: Read) -> np.ndarray:
+    values = read(tensor.name)
+    if tensor.name + REST not in names:
+        return values
+    rest = read(tensor.name + REST)
+    if not (np.abs(rest) <= 0.5).all():
+        raise UpdateRefused(f"the rest of tensor {tensor.name!r} is more than rounding takes")
+    return values + rest
+
+
+def _weights(tensor: TensorLike, names: Collection[str], read: Read, weight: float) -> np.ndarray | None:
+    """Of each coordinate; None: all weigh what the update does."""
+    if tensor.name + WEIGHTS not in names:
+        return None
+    weights, _ = unpack(tensor.name + WEIGHTS, names, read, Coverage(tensor.shape))
+    if not ((weights >= 0) & (weights <= weight * _SLACK)).all():
+        raise UpdateRefused(f"a weight of tensor {tensor.name!r} is not from 0 to the update's own, {weight:g}")
+    return weights
