@@ -28,7 +28,7 @@ EXACT = (f"*{WEIGHTS}", f"*{REST}")
 _SLACK = 1 + 1e-9
 
 
-def pack_mean(tensor: TensorLike, mean: CoordinateMean, weight: float, dtype: np.dtype) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+def pack_mean(tensor: TensorLike, mean: CoordinateMean, weight: float, dtype: np.dtype) -> dict[str, np.ndarray]:
     """What travels of a tensor's mean; `weight` is the whole update's. `mean` is then used up.
 
     Raises `UpdateRefused` when the mean is not finite in `dtype`.
@@ -82,20 +82,20 @@ def check_merged_layout(model: Sequence[TensorLike], update: Sequence[TensorLike
 
 
 def add_merged(
-    mean: CoordinateMean, tensor: TensorLike, names: Collection[str], read: Read, weight: float, scale: float = 1.0
+    mean: CoordinateMean, tensor: TensorLike, names: Collection[str], read: Read, own: float, weight: float
 ) -> None:
-    """Add a merged update's tensor to `mean`; `weight` is the update's own, `scale` a factor on all its weights.
+    """Add a merged update's tensor to `mean` with `weight`, where the update itself says that it weighs `own`.
 
     Raises `UpdateRefused` for weights that cannot be.
     """
     if tensor.name not in names:
         return
     values = _values(tensor, names, read)
-    weights = _weights(tensor, names, read, weight)
+    weights = _weights(tensor, names, read, own)
     if weights is None:
-        mean.add(values, weight * scale)
+        mean.add(values, weight)
     else:
-        mean.add_mean(values, weights * scale)
+        mean.add_mean(values, weights * (weight / own))
 
 
 def merged_values(

@@ -43,7 +43,8 @@ class Commit:
     """What a new version is made of. `updates` are (token, weight) in slot order; `load` finds a token's file.
 
     `parts` names the tokens whose updates are of a part of the model, and the slice (None: all channels) of each;
-    `merged` those whose updates are means themselves, and what such an update says that it weighs. A coordinate that no update covers keeps its value, and the optimizer what it remembers of it.
+    `merged` those whose updates are means themselves, and what such an update says that it weighs.
+    A coordinate that no update covers keeps its value, and the optimizer what it remembers of it.
     """
 
     base: ModelFile
@@ -139,8 +140,7 @@ def means_of(
         with load(token).open() as reader:
             for spec, mean in zip(specs, means, strict=True):
                 if token in merged:
-                    scale = weight / merged[token]
-                    add_merged(mean, spec, reader.names, reader.tensor, merged[token], scale)
+                    add_merged(mean, spec, reader.names, reader.tensor, merged[token], weight)
                 elif token not in parts:
                     mean.add(reader.tensor(spec.name), weight)
                 elif spec.name in reader.names:

@@ -22,6 +22,7 @@ from fedgrpc.aggregator.evaluations import Evaluation, Evaluations
 from fedgrpc.aggregator.fleet import Fleet, Worker
 from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
+from fedgrpc.aggregator.orders import Orders
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.run_state import Assignment, Beat, Changes, RunState
 from fedgrpc.aggregator.run_store import RunStore
@@ -73,6 +74,7 @@ class Coordinator:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = settings
+        self.orders = Orders.of(settings)
         self.store = store
         self.models = models
         self.local_models = LocalModels(settings.local_models, models, settings.data_dir / "channels.pb")
@@ -175,7 +177,7 @@ class Coordinator:
         return Assignment(task.token, task.worker, number, TaskKind.TASK_KIND_EVALUATE, task.version, 0, None)
 
     def _seed(self, number: int, worker: str) -> int:
-        text = f"{self.settings.seed}/{number}/{worker}".encode()
+        text = f"{self.orders.seed}/{number}/{worker}".encode()
         return int.from_bytes(hashlib.sha256(text).digest()[:7], "little")
 
     async def heartbeat(self, name: str, token: str, phase: TaskPhase, fraction: float) -> Beat:

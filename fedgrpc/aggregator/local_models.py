@@ -40,6 +40,7 @@ from fedgrpc.rpc.local_model import (
     channels_to_proto,
     compression_from_proto,
     local_model_to_proto,
+    plans_to_proto,
     sub_model_from_proto,
 )
 from fedgrpc.v1 import round_pb2, tensor_pb2
@@ -109,6 +110,19 @@ class LocalModels:
         self._predictions: dict[str, Prediction] = {}
         self._selections: dict[tuple[str, int], Selection] = {}
         self._channels = self._read()
+
+    def use(self, plans: PlanTable) -> None:
+        """Give out these plans from now on."""
+        self._plans = plans
+
+    def to_proto(self) -> round_pb2.LocalModels | None:
+        """The plans for an aggregator below; None where every device trains the model as it is."""
+        return None if self._plans.trivial else plans_to_proto(self._plans)
+
+    @property
+    def channels(self) -> tensor_pb2.ChannelMap | None:
+        """The channels of the model, as they travel; None while nobody has told them."""
+        return None if self._channels is None else channels_to_proto(self._channels)
 
     @property
     def wants_channels(self) -> bool:

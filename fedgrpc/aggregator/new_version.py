@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from pathlib import Path
 
+from fedgrpc.aggregation.channels import Selection
 from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.commit import Commit as CommitFiles
 from fedgrpc.aggregator.coordinator import Coordinator
@@ -25,17 +27,22 @@ class NewVersion:
         self._optimizer = server_optimizer(self._settings.server_optimizer, self._settings.server_learning_rate)
 
     def weights(self, current: CurrentRound, tokens: tuple[str, ...]) -> dict[str, float]:
-        """p_m where the operator has set any (1 for workers not named), else the count of examples."""
-        chosen = self._settings.worker_weights if current.kind == TASK_KIND_TRAIN else {}
+        """p_m where the operator has set any (1 for workers not named), else the count of examples.
+
+        An update that is a mean itself brings the sum of such weights along.
+        """
+        chosen = self._it.orders.worker_weights if current.kind == TASK_KIND_TRAIN else {}
         weights = {}
         for token in tokens:
-            count = float(current.reports[token].example_count)
-            weights[token] = chosen.get(current.state.tasks[token].worker, 1.0) if chosen else count
+            report = current.reports[token]
+            usual = 1.0 if chosen else float(report.example_count)
+            weights[token] = chosen.get(current.state.tasks[token].worker, report.weight or usual)
         if not sum(weights.values()) > 0:
             raise UpdateRefused("the weights of all accepted updates are zero")
         return weights
 
-    async def write(self, current: CurrentRound, weights: dict[str, float]) -> Version:
+    async def write(self, current: CurrentRound, weights: dict[str, float]) -> Version | None:
+        """The new version, durable; None where no version is made here. Raises as `Commit.write`."""
         it = self._it
         number = current.base_version + 1
         path = it.models.path(number)
@@ -49,14 +56,13 @@ class NewVersion:
         else:
             base = it.models.open(current.base_version)
             memory = it.models.open_memory(current.base_version)
-            parts = {}
+            parts, merged = parts_of(it, current, weights), merged_of(current, weights)
             for token in weights:
-                local = current.local_task(current.state.tasks[token].worker)
-                if not local.plain:
-                    parts[token] = it.local_models.selection(local.sub_model, current.base_version)
                 await self._learn_channels(token)
             updates = list(weights.items())
-            files = CommitFiles(base, memory, self._optimizer, updates, self._load, it.models.spares, parts)
+            files = CommitFiles(
+                base, memory, self._optimizer, updates, self._load, it.models.spares, parts, merged
+            )
             digest = await asyncio.to_thread(files.write, path, it.models.memory_path(number))
         return Version(number, current.state.number, digest)
 
@@ -70,6 +76,22 @@ class NewVersion:
         if update is None:
             raise StorageError("an accepted update is gone from the data folder")
         return update
+
+
+def parts_of(it: Coordinator, current: CurrentRound, tokens: Iterable[str]) -> dict[str, Selection | None]:
+    """The slices of the updates that are of a part of the model. Raises as `LocalModels.selection`."""
+    local_tasks = {token: current.local_task(current.state.tasks[token].worker) for token in tokens}
+    return {
+        token: it.local_models.selection(local.sub_model, current.base_version)
+        for token, local in local_tasks.items()
+        if not local.plain
+    }
+
+
+def merged_of(current: CurrentRound, tokens: Iterable[str]) -> dict[str, float]:
+    """What the updates that are means themselves say that they weigh."""
+    reports = {token: current.reports[token] for token in tokens}
+    return {token: report.weight for token, report in reports.items() if report.merged_updates}
 
 
 def _write_values(path: Path, update: StoredUpdate) -> bytes:

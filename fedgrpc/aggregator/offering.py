@@ -18,7 +18,7 @@ from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.local_models import Sizing
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.aggregator.run_store import task_rows
-from fedgrpc.rounds.events import Select, Selected
+from fedgrpc.rounds.events import Deadline, Select, Selected
 from fedgrpc.rounds.policy import select_uniform
 from fedgrpc.rounds.state import Round, RoundPhase, step
 from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
@@ -41,7 +41,10 @@ class Offering:
         rng = np.random.default_rng([self._settings.seed, state.number, len(state.tasks)])
         idle = tuple(name for name in it.fleet.idle_trainers() if name not in select.exclude)
         chosen = select_uniform(idle, select.count, rng)
-        selected = Selected(tuple((secrets.token_urlsafe(18), worker) for worker in chosen))
+        deadline = None
+        if current.due_at is not None:
+            deadline = Deadline(max(0.0, current.due_at - it.clock()), "the aggregator above waits no longer")
+        selected = Selected(tuple((secrets.token_urlsafe(18), worker) for worker in chosen), deadline=deadline)
         after, _ = step(state, selected, it.clock())
         if chosen and after.phase is RoundPhase.REPORTING:
             await self.prepare_download(current, chosen)
@@ -97,6 +100,7 @@ class Offering:
         it = self._it
         sizing = Sizing(it.run.layout, current.download_bytes[""], self._settings.policy.deadline_s)
         for name in chosen:
-            if name not in current.local_tasks:
+            # An aggregator takes the whole model: its workers have devices of their own.
+            if name not in current.local_tasks and not it.fleet.get(name).leads:
                 task = it.local_models.task_of(it.fleet.get(name), sizing, current.state.number)
                 current.local_tasks[name] = task

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
+from fedgrpc.aggregation.merged import check_merged_layout, merged_values
 from fedgrpc.aggregation.packed import unpacked
 from fedgrpc.aggregation.update import check_layout, check_values
 from fedgrpc.aggregator.coordinator import Coordinator
@@ -113,6 +114,8 @@ class Receiver:
         assert it.current is not None
         try:
             manifest = manifest_from_proto(header.manifest, self._limits)
+            if header.merged_updates and not it.fleet.get(header.worker).leads:
+                raise UpdateRefused("a mean of updates comes from an aggregator alone")
             if it.current.kind == TASK_KIND_EVALUATE:
                 header.example_count = header.example_count or header.evaluation_example_count
                 check_layout((), manifest.layout)
@@ -120,18 +123,20 @@ class Receiver:
                 header.example_count = header.example_count or 1
                 _check_initial(manifest)
             else:
-                self._check_layout(header.worker, manifest)
+                self._check_layout(header.worker, manifest, header.merged_updates > 0)
             return manifest, Report.of(header, it.settings.admission)
         except (LayoutError, TooLargeError, UpdateRefused) as error:
             it.reject(header.token, str(error))
             raise
 
-    def _check_layout(self, worker: str, manifest: Manifest) -> None:
+    def _check_layout(self, worker: str, manifest: Manifest, merged: bool) -> None:
         """The tensors are those of the model, or of the part of it that the worker was given."""
         it = self._it
         assert it.current is not None
         local = it.current.local_task(worker)
-        if local.plain:
+        if merged:
+            check_merged_layout(it.run.layout, manifest.layout)
+        elif local.plain:
             check_layout(it.run.layout, manifest.layout)
         else:
             selection = it.local_models.selection(local.sub_model, it.current.base_version)
@@ -198,7 +203,12 @@ class Receiver:
     def _check(self, stored: StoredUpdate, current: CurrentRound | None) -> None:
         it = self._it
         local = LocalTask() if current is None else current.local_task(stored.header.worker)
+        header = stored.header
         with stored.open() as reader:
+            if header.merged_updates:
+                values = merged_values(it.run.layout, reader.names, reader.tensor, header.weight)
+                check_values(values, it.settings.admission)
+                return
             if current is None or local.plain:
                 check_values(iter(reader), it.settings.admission)
                 return

@@ -71,6 +71,7 @@ class CurrentRound:
     """The round in progress: its pure state, and what the shell knows of it. Times are wall times, seconds.
 
     `download_bytes` are by slice ("" is the whole model), `offered_bytes` of it and `local_tasks` by worker.
+    `due_at`, by the clock of `state`: until when an aggregator above waits; None: there is none.
     """
 
     state: Round
@@ -85,6 +86,7 @@ class CurrentRound:
     device_classes: dict[str, str] = field(default_factory=dict)
     training_metrics: dict[str, float] = field(default_factory=dict)
     global_s: float = 0.0
+    due_at: float | None = None
 
     def local_task(self, worker: str) -> LocalTask:
         """What the worker makes of the model; the default is nothing."""

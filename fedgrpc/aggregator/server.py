@@ -34,8 +34,14 @@ _HEALTH_INTERVAL_S = 1.0
 class Aggregator:
     """One aggregator. `run` it once; `stop` may be called from its event loop meanwhile."""
 
-    def __init__(self, settings: AggregatorSettings, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self,
+        settings: AggregatorSettings,
+        metrics: Metrics | None = None,
+        driver: Callable[[Coordinator], Driver] = Driver,
+    ) -> None:
         self._settings = settings
+        self._driver = driver
         self._metrics = metrics or Metrics()
         self._stopping = asyncio.Event()
         self._signals = 0
@@ -54,7 +60,7 @@ class Aggregator:
             coordinator = self._open()
             self.coordinator = coordinator
             try:
-                driver = Driver(coordinator)
+                driver = self._driver(coordinator)
                 await driver.recover()
                 service = AggregatorService(coordinator, _settings_text(settings))
                 async with serve(

@@ -93,20 +93,13 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         return task
 
     def _plan(self, assignment: Assignment) -> round_pb2.Plan:
-        plan = self._settings.plan
-        message = round_pb2.Plan(
-            epochs=plan.epochs or 0,
-            max_steps=plan.max_steps or 0,
-            batch_size=plan.batch_size or 0,
-            learning_rate=plan.learning_rate or 0,
-            momentum=plan.momentum or 0,
-            proximal_mu=plan.proximal_mu,
-            seed=assignment.seed,
-            evaluate=self._settings.evaluate,
-            tell_channels=assignment.tell_channels,
-        )
+        orders = self._it.orders
+        message = round_pb2.Plan(seed=assignment.seed, tell_channels=assignment.tell_channels)
+        message.MergeFrom(orders.plan)
         if not assignment.local.plain:
             message.local_model.CopyFrom(assignment.local.to_proto())
+        if self._it.fleet.get(assignment.worker).leads:
+            message.lead.CopyFrom(orders.lead(self._it.local_models.to_proto(), self._it.local_models.channels))
         return message
 
     async def PullModel(
@@ -190,7 +183,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             reason=state.reason,
             model_version=state.version,
             current_round=record.number if record else 0,
-            total_rounds=self._settings.rounds,
+            total_rounds=self._it.orders.rounds,
             software_version=__version__,
             layout=layout_to_proto(state.layout),
             settings=self._settings_text,

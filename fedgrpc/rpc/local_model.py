@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fedgrpc.aggregation.channels import Axis, ChannelGroup, ChannelMap, Segment, SubModel
 from fedgrpc.aggregation.compression_plan import (
     Arithmetic,
     Clustering,
     CompressionPlan,
+    PlanTable,
     Pruning,
     Quantization,
 )
@@ -89,6 +92,33 @@ def _quantization(message: round_pb2.Quantization) -> Quantization:
 def _arithmetic(message: round_pb2.Arithmetic) -> Arithmetic:
     rounding = "stochastic" if message.stochastic_rounding else "nearest"
     return Arithmetic(message.format or "float32", rounding, message.emulated)
+
+
+def plans_to_proto(plans: PlanTable) -> round_pb2.LocalModels:
+    """Plans by device class, as an aggregator below is told."""
+    return round_pb2.LocalModels(
+        default=_plan_to_proto(plans.default),
+        classes={name: _plan_to_proto(plan) for name, plan in plans.classes.items()},
+        automatic=[_plan_to_proto(plan) for plan in plans.automatic],
+    )
+
+
+def plans_from_proto(message: round_pb2.LocalModels) -> PlanTable:
+    """Plans by device class. Raises LayoutError for what cannot be."""
+    return PlanTable(
+        _plan_from_proto(message.default),
+        {name: _plan_from_proto(plan) for name, plan in message.classes.items()},
+        tuple(_plan_from_proto(plan) for plan in message.automatic),
+    )
+
+
+def _plan_to_proto(plan: CompressionPlan) -> round_pb2.LocalModel:
+    return local_model_to_proto(plan, plan.sub_model(0))
+
+
+def _plan_from_proto(message: round_pb2.LocalModel) -> CompressionPlan:
+    sub_model = sub_model_from_proto(message)
+    return replace(compression_from_proto(message), width=sub_model.width, rule=sub_model.rule)
 
 
 def channels_to_proto(channel_map: ChannelMap) -> tensor_pb2.ChannelMap:

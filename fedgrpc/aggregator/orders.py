@@ -1,0 +1,61 @@
+"""What workers are told to do: by this run's operator or, below another aggregator, by the one above.
+
+The rule: an aggregator below tells its workers what they would be told directly below the one above it: the same
+plan, the same seeds, the same weights, the same local models by device class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.v1 import round_pb2, tensor_pb2
+
+
+@dataclass(frozen=True)
+class Orders:
+    """`plan` is what every worker's begins with; `worker_weights` are as in the settings; `rounds` are to come."""
+
+    plan: round_pb2.Plan
+    seed: int
+    worker_weights: Mapping[str, float]
+    rounds: int
+
+    @classmethod
+    def of(cls, settings: AggregatorSettings) -> Orders:
+        """Those of the operator."""
+        plan = settings.plan
+        message = round_pb2.Plan(
+            epochs=plan.epochs or 0,
+            max_steps=plan.max_steps or 0,
+            batch_size=plan.batch_size or 0,
+            learning_rate=plan.learning_rate or 0,
+            momentum=plan.momentum or 0,
+            proximal_mu=plan.proximal_mu,
+            evaluate=settings.evaluate,
+        )
+        return cls(message, settings.seed, settings.worker_weights, settings.rounds)
+
+    @classmethod
+    def from_above(cls, plan: round_pb2.Plan, settings: AggregatorSettings) -> Orders:
+        """Those of a task; weights that this aggregator's operator gives to workers come first."""
+        message = round_pb2.Plan()
+        message.CopyFrom(plan)
+        for own in ("seed", "local_model", "tell_channels", "lead"):
+            message.ClearField(own)
+        lead = plan.lead
+        weights = {**lead.worker_weights, **settings.worker_weights}
+        return cls(message, lead.seed, weights, lead.total_rounds)
+
+    def lead(
+        self, local_models: round_pb2.LocalModels | None, channels: tensor_pb2.ChannelMap | None
+    ) -> round_pb2.Lead:
+        """What an aggregator below is told for its workers."""
+        return round_pb2.Lead(
+            seed=self.seed,
+            worker_weights=self.worker_weights,
+            local_models=local_models,
+            channels=channels,
+            total_rounds=self.rounds,
+        )
