@@ -24,6 +24,8 @@ _OUTCOMES: Final = {
     TaskPhase.TASK_PHASE_EXPIRED: "expired",
     TaskPhase.TASK_PHASE_LATE: "late",
 }
+# How the reason of a task that was lost begins.
+_SLOW: Final = ("no-show", "slow download", "slow training", "slow upload")
 
 
 class Metrics:
@@ -35,6 +37,12 @@ class Metrics:
         self.rounds = Counter("fedgrpc_rounds", "Rounds that have ended", ["outcome"], registry=registry)
         self.tasks = Counter(
             "fedgrpc_tasks", "Tasks of ended rounds, by how they ended", ["outcome"], registry=registry
+        )
+        self.task_endings = Counter(
+            "fedgrpc_task_endings",
+            "The same, where those that were lost are told by what they were too slow in",
+            ["ending"],
+            registry=registry,
         )
         self.payload_bytes = Counter(
             "fedgrpc_payload_bytes", "Payload bytes of ended rounds", ["direction"], registry=registry
@@ -56,6 +64,9 @@ class Metrics:
             self.rounds.labels(outcome)
         for outcome in _OUTCOMES.values():
             self.tasks.labels(outcome)
+            self.task_endings.labels(outcome)
+        for slow in _SLOW:
+            self.task_endings.labels(slow)
 
     def observe_round(self, record: Round) -> None:
         """Count a round that has ended, once: its outcome, tasks, bytes and times."""
@@ -68,6 +79,8 @@ class Metrics:
             self.payload_bytes.labels("upload").inc(task.upload_bytes)
             if task.phase in _OUTCOMES:
                 self.tasks.labels(_OUTCOMES[task.phase]).inc()
+                slow = task.reason.partition(":")[0]
+                self.task_endings.labels(slow if slow in _SLOW else _OUTCOMES[task.phase]).inc()
             if task.phase == TaskPhase.TASK_PHASE_ACCEPTED:
                 for phase in ("download", "local", "upload", "global"):
                     seconds = getattr(task.timings, f"{phase}_seconds")

@@ -28,6 +28,7 @@ from fedgrpc.aggregator.run_state import Assignment, Beat, Changes, RunState
 from fedgrpc.aggregator.run_store import RunStore
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.uploads import UploadJournal
+from fedgrpc.aggregator.weights import weight_of
 from fedgrpc.errors import IllegalTransition, RoundClosed, UnknownTask, WrongIdentity
 from fedgrpc.metrics import Metrics
 from fedgrpc.rounds.events import (
@@ -168,7 +169,7 @@ class Coordinator:
             current.base_version,
             self._seed(current.state.number, worker.name),
             time_left(current.state, self.clock()),
-            current.local_task(worker.name),
+            current.local_task(worker.token),
             self.local_models.wants_channels,
         )
 
@@ -226,12 +227,13 @@ class Coordinator:
     def accept(self, token: str, report: Report) -> None:
         """Count a durable update. Raises `RoundClosed` when it came too late."""
         current = self._with(token)
-        self.dispatch(Accepted(token))
+        worker = current.state.tasks[token].worker
+        self.dispatch(Accepted(token, weight_of(self.orders.worker_weights, current.kind, worker, report)))
         current.reports[token] = report
         self._log.info(
             "update accepted",
             round=current.state.number,
-            worker=current.state.tasks[token].worker,
+            worker=worker,
             examples=report.example_count,
             bytes=report.upload_bytes,
         )

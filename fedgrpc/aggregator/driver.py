@@ -16,12 +16,13 @@ import structlog
 
 from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.aggregator.coordinator import Coordinator
+from fedgrpc.aggregator.histories import histories_after
 from fedgrpc.aggregator.kinds import policy_of
 from fedgrpc.aggregator.new_version import NewVersion
 from fedgrpc.aggregator.offering import Offering
 from fedgrpc.aggregator.recovery import Recovery
 from fedgrpc.aggregator.report import CurrentRound
-from fedgrpc.aggregator.run_store import Version, task_rows
+from fedgrpc.aggregator.run_store import Version
 from fedgrpc.errors import CodecError, NotFound, StorageError, UpdateRefused
 from fedgrpc.rounds.events import Abort, Commit, Committed, Finished, Select, Tick
 from fedgrpc.rounds.state import Round, RoundPhase, step, wake_at
@@ -161,13 +162,12 @@ class Driver:
         pairs = [(current.reports[token], weight) for token, weight in weights.items()]
         current.training_metrics = mean_metrics([(report.metrics, weight) for report, weight in pairs])
         record = replace(current, state=after).record(time.time(), it.clock())
-        accepted = [after.tasks[token].worker for token in commit.tokens]
-        await it.in_database(it.store.finish_round, record, task_rows(after), accepted, version)
+        histories = histories_after(current, after, it.fleet)
+        await it.in_database(it.store.finish_round, record, current.rows(after), histories, version)
         # It is stored: no wait from here on, or a second try would store it twice.
         if version is not None:
             it.run.version, it.run.layout = version.version, layout
-        for name in accepted:
-            it.fleet.get(name).accepted += 1
+        it.fleet.remember(histories)
         it.dispatch(Committed(version.version if version else current.base_version))
 
     async def _keep_scores(self, current: CurrentRound) -> None:
@@ -183,7 +183,7 @@ class Driver:
 
     def _saw_whole(self, current: CurrentRound, token: str) -> bool:
         """Whether the worker was given the version itself: a slice's scores are its own."""
-        return current.local_task(current.state.tasks[token].worker).sub_model.whole
+        return current.local_task(token).sub_model.whole
 
     async def _finish(self, current: CurrentRound, finished: Finished) -> None:
         """Record an abandoned round (a committed one is recorded with its version), and clean up."""
@@ -193,7 +193,9 @@ class Driver:
             it.local_models.observe(record, it.run.layout)
             await self._keep_scores(current)
         else:
-            await it.in_database(it.store.finish_round, record, task_rows(current.state), (), None)
+            histories = histories_after(current, current.state, it.fleet)
+            await it.in_database(it.store.finish_round, record, current.rows(current.state), histories, None)
+            it.fleet.remember(histories)
             self._log.warning("round abandoned", round=record.number, reason=finished.reason)
         for worker in it.fleet:
             if worker.token in current.state.tasks:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fedgrpc.errors import Exhausted, UnknownWorker, UsageError
+from fedgrpc.rounds.history import Histories, WorkerHistory
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.device_pb2 import WORKER_ROLE_AGGREGATOR, WORKER_ROLE_EVALUATOR
 
@@ -25,8 +26,7 @@ class Worker:
 
     registration: RegisterRequest
     last_seen: float
-    selected: int = 0
-    accepted: int = 0
+    history: WorkerHistory = field(default_factory=WorkerHistory)
     polls: int = 0
     held: tuple[int, bytes] | None = None
     token: str | None = None
@@ -88,10 +88,10 @@ class Fleet:
         worker.last_seen = now
         return worker
 
-    def restore(self, registration: RegisterRequest, selected: int, accepted: int, now: float) -> None:
+    def restore(self, registration: RegisterRequest, history: WorkerHistory, now: float) -> None:
         """Add a worker known from before a restart; it counts as away until it is heard of."""
         last_seen = now - 2 * self._away_after_s
-        self._workers[registration.worker] = Worker(registration, last_seen, selected, accepted)
+        self._workers[registration.worker] = Worker(registration, last_seen, history)
 
     @contextmanager
     def polling(self, worker: Worker) -> Iterator[None]:
@@ -109,6 +109,15 @@ class Fleet:
     def idle_trainers(self) -> tuple[str, ...]:
         """Names of the trainers that poll and hold no task."""
         return tuple(w.name for w in self if w.polls and w.token is None and not w.evaluator)
+
+    def histories(self) -> Histories:
+        """What is remembered of each trainer that has had a task."""
+        return {w.name: w.history for w in self if w.history.selected and not w.evaluator}
+
+    def remember(self, histories: Histories) -> None:
+        """Replace the histories of these workers."""
+        for name, history in histories.items():
+            self.get(name).history = history
 
     def live_trainers(self, now: float) -> int:
         """How many trainers are alive."""

@@ -82,6 +82,10 @@ class LocalTask:
         """As the worker is told, and the record keeps it."""
         return local_model_to_proto(self.plan, self.sub_model)
 
+    def to_bytes(self) -> bytes:
+        """As the database keeps it."""
+        return self.to_proto().SerializeToString() if not self.plain else b""
+
     @classmethod
     def from_proto(cls, message: round_pb2.LocalModel) -> LocalTask:
         """As a record kept it."""

@@ -14,8 +14,9 @@ from fedgrpc.aggregator.model_file import write_model
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.aggregator.run_store import Version
 from fedgrpc.aggregator.uploads import StoredUpdate
+from fedgrpc.aggregator.weights import weight_of
 from fedgrpc.errors import StorageError, UpdateRefused
-from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
+from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE
 
 
 class NewVersion:
@@ -27,16 +28,9 @@ class NewVersion:
         self._optimizer = server_optimizer(self._settings.server_optimizer, self._settings.server_learning_rate)
 
     def weights(self, current: CurrentRound, tokens: tuple[str, ...]) -> dict[str, float]:
-        """p_m where the operator has set any (1 for workers not named), else the count of examples.
-
-        An update that is a mean itself brings the sum of such weights along.
-        """
-        chosen = self._it.orders.worker_weights if current.kind == TASK_KIND_TRAIN else {}
-        weights = {}
-        for token in tokens:
-            report = current.reports[token]
-            usual = 1.0 if chosen else float(report.example_count)
-            weights[token] = chosen.get(current.state.tasks[token].worker, report.weight or usual)
+        """The weight of each update. Raises `UpdateRefused` when there is none at all."""
+        tasks, reports, chosen = current.state.tasks, current.reports, self._it.orders.worker_weights
+        weights = {token: weight_of(chosen, current.kind, tasks[token].worker, reports[token]) for token in tokens}
         if not sum(weights.values()) > 0:
             raise UpdateRefused("the weights of all accepted updates are zero")
         return weights
@@ -80,7 +74,7 @@ class NewVersion:
 
 def parts_of(it: Coordinator, current: CurrentRound, tokens: Iterable[str]) -> dict[str, Selection | None]:
     """The slices of the updates that are of a part of the model. Raises as `LocalModels.selection`."""
-    local_tasks = {token: current.local_task(current.state.tasks[token].worker) for token in tokens}
+    local_tasks = {token: current.local_task(token) for token in tokens}
     return {
         token: it.local_models.selection(local.sub_model, current.base_version)
         for token, local in local_tasks.items()

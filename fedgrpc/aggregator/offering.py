@@ -17,9 +17,8 @@ import structlog
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.local_models import Sizing
 from fedgrpc.aggregator.report import CurrentRound
-from fedgrpc.aggregator.run_store import task_rows
+from fedgrpc.rounds.choosing import Choosing
 from fedgrpc.rounds.events import Deadline, Select, Selected
-from fedgrpc.rounds.policy import select_uniform
 from fedgrpc.rounds.state import Round, RoundPhase, step
 from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
 
@@ -38,32 +37,50 @@ class Offering:
         """Choose workers and record their tasks; only then are these offered."""
         it = self._it
         state = current.state
-        rng = np.random.default_rng([self._settings.seed, state.number, len(state.tasks)])
-        idle = tuple(name for name in it.fleet.idle_trainers() if name not in select.exclude)
-        chosen = select_uniform(idle, select.count, rng)
-        deadline = None
-        if current.due_at is not None:
-            deadline = Deadline(max(0.0, current.due_at - it.clock()), "the aggregator above waits no longer")
-        selected = Selected(tuple((secrets.token_urlsafe(18), worker) for worker in chosen), deadline=deadline)
+        selected = await self._choose(current, select)
+        chosen = tuple(worker for _, worker in selected.tasks)
         after, _ = step(state, selected, it.clock())
         if chosen and after.phase is RoundPhase.REPORTING:
             await self.prepare_download(current, chosen)
-            self._give_local_tasks(current, chosen)
+            self._give_local_tasks(current, selected)
             await self.prepare_download(current)
             await self._save_tasks(current, after, chosen)
-            self._log.info("tasks offered", round=state.number, workers=list(chosen))
+            self._tell(after, selected)
         if not current.state.phase.final:
             it.dispatch(selected)
+
+    async def _choose(self, current: CurrentRound, select: Select) -> Selected:
+        it = self._it
+        state = current.state
+        rng = np.random.default_rng([self._settings.seed, state.number, len(state.tasks)])
+        idle = tuple(name for name in it.fleet.idle_trainers() if name not in select.exclude)
+        choosing = self._settings.choosing if current.kind == TASK_KIND_TRAIN else Choosing()
+        histories = it.fleet.histories()
+        choices, deadline = await asyncio.to_thread(choosing.choose, state, idle, select.count, histories, rng)
+        if current.due_at is not None:
+            left_s = max(0.0, current.due_at - it.clock())
+            if deadline is None or left_s < deadline.seconds:
+                deadline = Deadline(left_s, "the aggregator above waits no longer")
+        tasks = tuple((secrets.token_urlsafe(18), choice.worker) for choice in choices)
+        return Selected(tasks, {choice.worker: choice.reason for choice in choices}, deadline)
+
+    def _tell(self, after: Round, selected: Selected) -> None:
+        workers = [worker for _, worker in selected.tasks]
+        for worker in workers:
+            self._log.debug("worker chosen", round=after.number, worker=worker, reason=selected.reasons[worker])
+        told = {"deadline_s": round(after.deadline_s, 3), "reason": after.deadline_reason}
+        self._log.info("tasks offered", round=after.number, workers=workers, **(told if told["reason"] else {}))
 
     async def _save_tasks(self, current: CurrentRound, after: Round, chosen: tuple[str, ...]) -> None:
         it = self._it
         assert after.deadline_at is not None
         wall_deadline = time.time() + after.deadline_at - it.clock()
         record = replace(current, state=after).record(time.time(), it.clock())
-        rows = task_rows(after)
-        await it.in_database(it.store.save_open_round, record, after.aim, wall_deadline, rows, chosen)
+        histories = {name: it.fleet.get(name).history.chosen(after.number) for name in chosen}
+        rows = current.rows(after)
+        await it.in_database(it.store.save_open_round, record, after.aim, wall_deadline, rows, histories)
+        it.fleet.remember(histories)
         for name in chosen:
-            it.fleet.get(name).selected += 1
             current.device_classes[name] = it.fleet.get(name).registration.device.device_class
 
     async def prepare_download(self, current: CurrentRound, chosen: tuple[str, ...] = ()) -> None:
@@ -93,14 +110,14 @@ class Offering:
             encoded = await it.models.offered(current.base_version)
             current.download_bytes[""] = encoded.manifest.size_bytes
 
-    def _give_local_tasks(self, current: CurrentRound, chosen: tuple[str, ...]) -> None:
-        """Each worker trains what the plan of its device class says; the same one again if it is asked twice."""
+    def _give_local_tasks(self, current: CurrentRound, selected: Selected) -> None:
+        """Each worker trains what the plan of its device class says."""
         if current.kind != TASK_KIND_TRAIN:
             return
         it = self._it
         sizing = Sizing(it.run.layout, current.download_bytes[""], self._settings.policy.deadline_s)
-        for name in chosen:
+        for token, name in selected.tasks:
             # An aggregator takes the whole model: its workers have devices of their own.
-            if name not in current.local_tasks and not it.fleet.get(name).leads:
+            if not it.fleet.get(name).leads:
                 task = it.local_models.task_of(it.fleet.get(name), sizing, current.state.number)
-                current.local_tasks[name] = task
+                current.local_tasks[token] = task

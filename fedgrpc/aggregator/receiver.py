@@ -123,17 +123,17 @@ class Receiver:
                 header.example_count = header.example_count or 1
                 _check_initial(manifest)
             else:
-                self._check_layout(header.worker, manifest, header.merged_updates > 0)
+                self._check_layout(header.token, manifest, header.merged_updates > 0)
             return manifest, Report.of(header, it.settings.admission)
         except (LayoutError, TooLargeError, UpdateRefused) as error:
             it.reject(header.token, str(error))
             raise
 
-    def _check_layout(self, worker: str, manifest: Manifest, merged: bool) -> None:
+    def _check_layout(self, token: str, manifest: Manifest, merged: bool) -> None:
         """The tensors are those of the model, or of the part of it that the worker was given."""
         it = self._it
         assert it.current is not None
-        local = it.current.local_task(worker)
+        local = it.current.local_task(token)
         if merged:
             check_merged_layout(it.run.layout, manifest.layout)
         elif local.plain:
@@ -170,7 +170,8 @@ class Receiver:
                 return
             told_at = time.monotonic()
             await self._it.check_open(upload.header.worker, token)
-            self._it.dispatch(Progress(token, TaskPhase.UPLOADING, upload.size_bytes / size_bytes))
+            held = upload.size_bytes
+            self._it.dispatch(Progress(token, TaskPhase.UPLOADING, held / size_bytes, held, size_bytes))
 
         intake = Intake(upload, self._memory, self._max_chunk_bytes)
         await intake.run(chunks, self._idle_s, still_wanted)
@@ -202,7 +203,7 @@ class Receiver:
 
     def _check(self, stored: StoredUpdate, current: CurrentRound | None) -> None:
         it = self._it
-        local = LocalTask() if current is None else current.local_task(stored.header.worker)
+        local = LocalTask() if current is None else current.local_task(stored.header.token)
         header = stored.header
         with stored.open() as reader:
             if header.merged_updates:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -19,14 +20,17 @@ from fedgrpc.aggregator.local_models import LocalTask
 from fedgrpc.aggregator.model_file import ModelFile, write_model
 from fedgrpc.aggregator.offering import Offering
 from fedgrpc.aggregator.report import CurrentRound, Report
-from fedgrpc.aggregator.run_store import OpenRound, Version
+from fedgrpc.aggregator.run_store import OpenRound, TaskRow, Version
+from fedgrpc.aggregator.weights import weight_of
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.rounds.events import TaskPhase
-from fedgrpc.rounds.state import restore
+from fedgrpc.rounds.state import StoredTask, restore
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
-from fedgrpc.rpc.convert import layout_to_proto
+from fedgrpc.rpc.convert import duration_from_proto, layout_to_proto
+from fedgrpc.v1 import round_pb2
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RUN_PHASE_RUNNING, RunPhase
+from fedgrpc.v1.round_pb2 import TaskKind
 
 log = structlog.get_logger()
 
@@ -52,8 +56,8 @@ class Recovery:
                 raise UsageError(f"the data folder holds the run {name!r}, not {self._settings.run_name!r}")
             it.run.id, it.run.phase = run_id, cast(RunPhase, phase)
             it.run.reason, it.run.started_at = reason, started_at
-        for registration, selected, accepted in await it.in_database(lambda: list(it.store.workers())):
-            it.fleet.restore(registration, selected, accepted, it.clock())
+        for registration, history in await it.in_database(lambda: list(it.store.workers())):
+            it.fleet.restore(registration, history, it.clock())
         it.last_record = await it.in_database(it.store.round)
         await self._recover_model()
         open_round = await it.in_database(it.store.open_round)
@@ -89,32 +93,51 @@ class Recovery:
         """Go on in the round that was open, with the updates that were accepted."""
         it = self._it
         record = open_round.record
-        reports: dict[str, Report] = {}
-        tasks = []
-        for row in open_round.tasks:
-            phase = row.phase
-            update = await asyncio.to_thread(it.journal.load, row.token)
-            if update is not None:
-                phase = TaskPhase.ACCEPTED
-                reports[row.token] = Report.of(update.header, self._settings.admission)
-            elif phase is TaskPhase.ACCEPTED:
-                raise StorageError(f"the accepted update of worker {row.worker} is gone from the data folder")
-            tasks.append((row.token, row.worker, phase, row.reason))
-        left_s = open_round.deadline_at - time.time()
+        reports = await self._reports(open_round.tasks)
         policy = policy_of(self._settings.policy, record.kind)
+        tasks = self._stored(open_round.tasks, record.kind, reports)
+        left_s = open_round.deadline_at - time.time()
         state = restore(record.number, policy, tasks, open_round.aim, left_s, it.clock())
+        if record.HasField("deadline"):
+            deadline_s = duration_from_proto(record.deadline)
+            state = replace(state, deadline_s=deadline_s, deadline_reason=record.deadline_reason)
         started_at = record.started_at.ToNanoseconds() / 1e9
         it.current = current = CurrentRound(state, record.kind, record.base_version, started_at, reports=reports)
-        for kept in record.tasks:
-            if kept.HasField("local_model"):
-                current.local_tasks[kept.worker] = LocalTask.from_proto(kept.local_model)
-        for token, task in state.tasks.items():
-            device = it.fleet.get(task.worker).registration.device
-            current.device_classes[task.worker] = device.device_class
-            if not task.phase.final:
-                it.fleet.get(task.worker).token = token
+        self._take_over(current, open_round.tasks)
         await self._offering.prepare_download(current)
         log.info("round resumed", run=self._settings.run_name, round=record.number, accepted=len(reports))
+
+    async def _reports(self, rows: Iterable[TaskRow]) -> dict[str, Report]:
+        """The reports of the updates that were accepted, by token. Raises `StorageError` where one is gone."""
+        reports: dict[str, Report] = {}
+        for row in rows:
+            update = await asyncio.to_thread(self._it.journal.load, row.token)
+            if update is not None:
+                reports[row.token] = Report.of(update.header, self._settings.admission)
+            elif row.phase is TaskPhase.ACCEPTED:
+                raise StorageError(f"the accepted update of worker {row.worker} is gone from the data folder")
+        return reports
+
+    def _stored(
+        self, rows: Iterable[TaskRow], kind: TaskKind, reports: Mapping[str, Report]
+    ) -> Iterator[StoredTask]:
+        for row in rows:
+            report = reports.get(row.token)
+            phase = row.phase if report is None else TaskPhase.ACCEPTED
+            weight = 1.0 if report is None else weight_of(self._it.orders.worker_weights, kind, row.worker, report)
+            yield StoredTask(row.token, row.worker, phase, row.reason, row.staleness, weight, row.chosen)
+
+    def _take_over(self, current: CurrentRound, rows: Iterable[TaskRow]) -> None:
+        """What the shell knows of the tasks, and who is at work."""
+        fleet = self._it.fleet
+        for row in rows:
+            worker = fleet.get(row.worker)
+            current.device_classes[row.worker] = worker.registration.device.device_class
+            if row.local_model:
+                local_model = round_pb2.LocalModel.FromString(row.local_model)
+                current.local_tasks[row.token] = LocalTask.from_proto(local_model)
+            if not current.state.tasks[row.token].phase.final:
+                worker.token = row.token
 
 
 def _check_sendable(model: ModelFile) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from fedgrpc.aggregation.update import AdmissionPolicy, check_counts
 from fedgrpc.aggregator.local_models import LocalTask
+from fedgrpc.aggregator.run_store import TaskRow
 from fedgrpc.errors import UpdateRefused
 from fedgrpc.rounds import events
 from fedgrpc.rounds.state import Round, time_left
@@ -70,7 +71,7 @@ class Report:
 class CurrentRound:
     """The round in progress: its pure state, and what the shell knows of it. Times are wall times, seconds.
 
-    `download_bytes` are by slice ("" is the whole model), `offered_bytes` of it and `local_tasks` by worker.
+    `download_bytes` are by slice ("" is the whole model), `offered_bytes` of it by worker, `local_tasks` by token.
     `due_at`, by the clock of `state`: until when an aggregator above waits; None: there is none.
     """
 
@@ -88,9 +89,26 @@ class CurrentRound:
     global_s: float = 0.0
     due_at: float | None = None
 
-    def local_task(self, worker: str) -> LocalTask:
-        """What the worker makes of the model; the default is nothing."""
-        return self.local_tasks.get(worker, LocalTask())
+    def local_task(self, token: str) -> LocalTask:
+        """What the worker of a task makes of the model; the default is nothing."""
+        return self.local_tasks.get(token, LocalTask())
+
+    def rows(self, state: Round) -> list[TaskRow]:
+        """The tasks as they are stored, as they stand in `state`."""
+        return [
+            TaskRow(
+                token,
+                state.number,
+                task.slot,
+                task.worker,
+                task.phase,
+                task.reason,
+                task.staleness,
+                task.chosen,
+                self.local_task(token).to_bytes(),
+            )
+            for token, task in state.tasks.items()
+        ]
 
     def record(self, wall_now: float, now: float) -> RoundRecord:
         """The round as operators see it, `now` by the clock of `state`."""
@@ -105,7 +123,10 @@ class CurrentRound:
             duration_seconds=max(0.0, wall_now - self.started_at),
             training_metrics=self.training_metrics,
             kind=self.kind,
+            deadline_reason=state.deadline_reason,
         )
+        if state.deadline_at is not None:
+            record.deadline.CopyFrom(duration_to_proto(state.deadline_s))
         record.started_at.FromNanoseconds(int(self.started_at * 1e9))
         left_s = time_left(state, now)
         if left_s is not None and not state.phase.final:
@@ -121,8 +142,10 @@ class CurrentRound:
             reason=task.reason,
             progress=task.fraction,
             device_class=self.device_classes.get(task.worker, ""),
+            staleness=task.staleness,
+            chosen=task.chosen,
         )
-        local = self.local_task(task.worker)
+        local = self.local_task(token)
         if task.phase is not events.TaskPhase.OFFERED:
             usual_bytes = self.download_bytes.get(local.slice, 0)
             offered_bytes = self.offered_bytes.get(task.worker, usual_bytes)
@@ -131,6 +154,7 @@ class CurrentRound:
             record.local_model.CopyFrom(local.to_proto())
         if report := self.reports.get(token):
             record.example_count = report.example_count
+            record.steps = report.steps
             record.weight = self.weights.get(token, 0.0)
             record.metrics.update(report.metrics)
             timings = replace(report.timings, global_s=self.global_s)

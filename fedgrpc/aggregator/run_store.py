@@ -15,7 +15,8 @@ from pathlib import Path
 
 from fedgrpc.errors import StorageError
 from fedgrpc.rounds.events import TaskPhase
-from fedgrpc.rounds.state import Round
+from fedgrpc.rounds.history import Histories, WorkerHistory
+from fedgrpc.rpc.worker_history import history_from_bytes, history_to_bytes
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
@@ -26,6 +27,7 @@ CREATE TABLE IF NOT EXISTS run (
 CREATE TABLE IF NOT EXISTS workers (
     name TEXT PRIMARY KEY, registration BLOB NOT NULL, selected INTEGER NOT NULL DEFAULT 0,
     accepted INTEGER NOT NULL DEFAULT 0) STRICT;
+CREATE TABLE IF NOT EXISTS histories (worker TEXT PRIMARY KEY, history BLOB NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS versions (
     version INTEGER PRIMARY KEY, round INTEGER NOT NULL, sha256 BLOB NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS rounds (
@@ -36,12 +38,19 @@ CREATE TABLE IF NOT EXISTS tasks (
     phase INTEGER NOT NULL, reason TEXT NOT NULL) STRICT;
 CREATE INDEX IF NOT EXISTS tasks_by_round ON tasks (round, slot);
 """
+# Columns that data folders of former versions lack.
+_ADDED_TO_TASKS = {
+    "staleness": "INTEGER NOT NULL DEFAULT 0",
+    "chosen": "TEXT NOT NULL DEFAULT ''",
+    "local_model": "BLOB NOT NULL DEFAULT x''",
+}
+_TASK_COLUMNS = "token, round, slot, worker, phase, reason, staleness, chosen, local_model"
 _KEEP_TASKS_OF_ROUNDS = 8
 
 
 @dataclass(frozen=True)
 class TaskRow:
-    """A task as it is stored."""
+    """A task as it is stored; `local_model` is a serialized `fedgrpc.v1.LocalModel`."""
 
     token: str
     round: int
@@ -49,14 +58,9 @@ class TaskRow:
     worker: str
     phase: TaskPhase
     reason: str
-
-
-def task_rows(state: Round) -> list[TaskRow]:
-    """The tasks of a round, by slot."""
-    return [
-        TaskRow(token, state.number, task.slot, task.worker, task.phase, task.reason)
-        for token, task in state.tasks.items()
-    ]
+    staleness: int = 0
+    chosen: str = ""
+    local_model: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,9 @@ class RunStore:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
+            there = {row[1] for row in self._db.execute("PRAGMA table_info(tasks)")}
+            for column in _ADDED_TO_TASKS.keys() - there:
+                self._db.execute(f"ALTER TABLE tasks ADD COLUMN {column} {_ADDED_TO_TASKS[column]}")
         self._path = path
 
     def close(self) -> None:
@@ -104,10 +111,14 @@ class RunStore:
                 "INSERT OR REPLACE INTO run VALUES (1, ?, ?, ?, ?, ?)", (run_id, name, phase, reason, started_at)
             )
 
-    def workers(self) -> Iterator[tuple[RegisterRequest, int, int]]:
-        """(registration, times selected, times accepted) of every worker."""
-        for blob, selected, accepted in self._all("SELECT registration, selected, accepted FROM workers"):
-            yield RegisterRequest.FromString(blob), selected, accepted
+    def workers(self) -> Iterator[tuple[RegisterRequest, WorkerHistory]]:
+        """Every worker, with what is remembered of it."""
+        query = (
+            "SELECT registration, COALESCE(history, x''), selected, accepted "
+            "FROM workers LEFT JOIN histories ON worker = name"
+        )
+        for registration, *kept in self._all(query):
+            yield RegisterRequest.FromString(registration), history_from_bytes(*kept)
 
     def save_worker(self, registration: RegisterRequest) -> None:
         """Keep who a worker said it is."""
@@ -130,7 +141,7 @@ class RunStore:
             self._insert_version(version)
 
     def save_open_round(
-        self, record: RoundRecord, aim: int, deadline_at: float, tasks: Iterable[TaskRow], selected: Iterable[str]
+        self, record: RoundRecord, aim: int, deadline_at: float, tasks: Iterable[TaskRow], selected: Histories
     ) -> None:
         """Open a round with its tasks, or add tasks to it; `selected` are the workers of the new ones."""
         with self._transaction():
@@ -139,22 +150,18 @@ class RunStore:
                 (record.number, aim, deadline_at, record.SerializeToString()),
             )
             self._save_tasks(tasks)
-            self._db.executemany(
-                "UPDATE workers SET selected = selected + 1 WHERE name = ?", ((w,) for w in selected)
-            )
+            self._save_histories(selected)
 
     def finish_round(
-        self, record: RoundRecord, tasks: Iterable[TaskRow], accepted: Iterable[str], version: Version | None
+        self, record: RoundRecord, tasks: Iterable[TaskRow], histories: Histories, version: Version | None
     ) -> None:
-        """Close a round: its record, tasks, accepted workers and the version it wrote, all or nothing."""
+        """Close a round: its record, tasks, what it told of workers, the version it wrote; all or nothing."""
         with self._transaction():
             self._db.execute(
                 "INSERT OR REPLACE INTO rounds VALUES (?, 0, 0, 0, ?)", (record.number, record.SerializeToString())
             )
             self._save_tasks(tasks)
-            self._db.executemany(
-                "UPDATE workers SET accepted = accepted + 1 WHERE name = ?", ((w,) for w in accepted)
-            )
+            self._save_histories(histories)
             if version is not None:
                 self._insert_version(version)
             self._db.execute("DELETE FROM tasks WHERE round <= ?", (record.number - _KEEP_TASKS_OF_ROUNDS,))
@@ -187,12 +194,12 @@ class RunStore:
 
     def tasks(self, number: int) -> list[TaskRow]:
         """Tasks of a round, by slot; those of rounds long past are gone."""
-        rows = self._all("SELECT * FROM tasks WHERE round = ? ORDER BY slot", number)
+        rows = self._all(f"SELECT {_TASK_COLUMNS} FROM tasks WHERE round = ? ORDER BY slot", number)
         return [_task_row(row) for row in rows]
 
     def task(self, token: str) -> TaskRow | None:
         """The task of that token, if it is of one of the last rounds."""
-        row = self._one("SELECT * FROM tasks WHERE token = ?", token)
+        row = self._one(f"SELECT {_TASK_COLUMNS} FROM tasks WHERE token = ?", token)
         return None if row is None else _task_row(row)
 
     def round(self, number: int | None = None) -> RoundRecord | None:
@@ -228,8 +235,21 @@ class RunStore:
 
     def _save_tasks(self, tasks: Iterable[TaskRow]) -> None:
         self._db.executemany(
-            "INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?)",
-            ((t.token, t.round, t.slot, t.worker, t.phase.value, t.reason) for t in tasks),
+            f"INSERT OR REPLACE INTO tasks ({_TASK_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                (t.token, t.round, t.slot, t.worker, t.phase.value, t.reason, t.staleness, t.chosen, t.local_model)
+                for t in tasks
+            ),
+        )
+
+    def _save_histories(self, histories: Histories) -> None:
+        self._db.executemany(
+            "UPDATE workers SET selected = ?, accepted = ? WHERE name = ?",
+            ((h.selected, h.accepted, worker) for worker, h in histories.items()),
+        )
+        self._db.executemany(
+            "INSERT OR REPLACE INTO histories VALUES (?, ?)",
+            ((worker, history_to_bytes(h)) for worker, h in histories.items()),
         )
 
     def _insert_version(self, version: Version) -> None:
@@ -254,8 +274,8 @@ class RunStore:
 
 
 def _task_row(row: tuple) -> TaskRow:  # type: ignore[type-arg]
-    token, number, slot, worker, phase, reason = row
-    return TaskRow(token, number, slot, worker, TaskPhase(phase), reason)
+    token, number, slot, worker, phase, *rest = row
+    return TaskRow(token, number, slot, worker, TaskPhase(phase), *rest)
 
 
 @contextmanager

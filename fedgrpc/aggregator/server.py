@@ -192,7 +192,7 @@ def _settings_text(settings: AggregatorSettings) -> dict[str, str]:
     text: dict[str, str] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if dataclasses.is_dataclass(value) and field.name in ("policy", "plan", "target"):
+        if dataclasses.is_dataclass(value) and field.name in ("policy", "choosing", "plan", "target"):
             text.update(
                 {f"{field.name}.{name}": str(item) for name, item in vars(value).items() if item is not None}
             )

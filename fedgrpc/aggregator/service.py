@@ -11,6 +11,7 @@ import grpc.aio
 from fedgrpc import __version__
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.fleet import Worker
+from fedgrpc.aggregator.histories import tell_history
 from fedgrpc.aggregator.receiver import Receiver
 from fedgrpc.aggregator.run_state import Assignment
 from fedgrpc.codec.chunk import Chunk
@@ -235,9 +236,10 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             device=worker.registration.device,
             state=pb.WORKER_STATE_AWAY,
             last_seen_ago=duration_to_proto(0.0 if worker.polls else max(0.0, now - worker.last_seen)),
-            rounds_selected=worker.selected,
-            rounds_accepted=worker.accepted,
+            rounds_selected=worker.history.selected,
+            rounds_accepted=worker.history.accepted,
         )
+        tell_history(worker, record)
         current = self._it.current
         if worker.token is not None and current is not None and worker.token in current.state.tasks:
             task = current.state.tasks[worker.token]

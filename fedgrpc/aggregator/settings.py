@@ -14,6 +14,7 @@ from fedgrpc.aggregator.model_store import Downlink
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import UsageError
+from fedgrpc.rounds.choosing import Choosing
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES, Tls
 
@@ -89,6 +90,7 @@ class AggregatorSettings:
     run_name: str = "default"
     rounds: int = 10
     policy: RoundPolicy = field(default_factory=RoundPolicy)
+    choosing: Choosing = field(default_factory=Choosing)
     plan: TrainingPlan = field(default_factory=TrainingPlan)
     local_models: PlanTable = field(default_factory=PlanTable)
     initial_model: Path | None = None

@@ -19,11 +19,13 @@ from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand, 
 from fedgrpc.cli.quantities import DURATION, SIZE
 from fedgrpc.errors import UsageError
 from fedgrpc.metrics import Metrics, serve_metrics
+from fedgrpc.rounds.choosing import Choosing
 from fedgrpc.rounds.policy import RoundPolicy
 
 _place = Declare("Where", AggregatorSettings)
 _model = Declare("The model", AggregatorSettings)
 _policy = Declare("Rounds", RoundPolicy)
+_choosing = Declare("Rounds", Choosing)
 _end = Declare("When the run ends", AggregatorSettings)
 _plan = Declare("What workers are asked to do (without: as their learning task does)", TrainingPlan)
 _mean = Declare("Averaging", AggregatorSettings)
@@ -56,7 +58,18 @@ SETTINGS: list[Setting] = [
     _policy("--fraction", "Part of the live workers to aim at."),
     _policy("--over-selection", "Ask this many times as many as are aimed at."),
     _policy("--quorum", "At the deadline, commit with at least this many updates."),
+    _policy("--weight-aim", "Commit early once a quorum of updates weighs this much: examples, or --weight."),
     _policy("--deadline", "A round's time to report.", name="deadline_s", type=DURATION),
+    _choosing(
+        "--learn-deadline/--no-learn-deadline",
+        "Shorten it to what the wanted updates are expected to need, by each worker's own past times.",
+    ),
+    _policy("--deadline-floor", "A learned deadline is no shorter.", name="deadline_floor_s", type=DURATION),
+    _choosing("--deadline-quantile", "How sure to be of each worker: this quantile of its own times."),
+    _choosing("--deadline-margin", "Give this many times what is expected."),
+    _choosing("--selection", "Choose workers by lot, or by usefulness and speed (Oort)."),
+    _choosing("--fairness", "Oort: share of seats for those who have waited longest."),
+    _choosing("--exploration", "Oort: share of workers never tried among the others, in the first round."),
     _policy("--lease", "A worker silent for this long has lost its task.", name="lease_s", type=DURATION),
     _policy(
         "--selection-window",
@@ -141,6 +154,7 @@ def settings_from(values: dict[str, Any]) -> AggregatorSettings:
         AggregatorSettings,
         values,
         policy=pick(RoundPolicy, values),
+        choosing=pick(Choosing, values),
         plan=pick(TrainingPlan, values),
         local_models=_plans(values["local_models"]),
         worker_weights=dict(values["worker_weights"]),

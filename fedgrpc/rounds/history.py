@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedgrpc.rounds.events import TaskPhase
-from fedgrpc.rounds.task import Task
+from fedgrpc.rounds.task import SLOW, Task
 
 KEPT = 16
 # A part that was cut short took longer than was seen; how much longer nobody knows.
@@ -61,9 +61,37 @@ def timing_of(task: Task) -> Timing | None:
     return Timing(parts[0], parts[1], parts[2], cut=TaskPhase.ACCEPTED not in entered)
 
 
+def timing_of_accepted(task: Task, said: Timing, most_s: float) -> Timing:
+    """Where an accepted task's time went, by what its worker said of it, as far as that can be.
+
+    The parts together are no less than what the aggregator saw from the worker's first sign of life to its update,
+    and no more than what passed since the offer; after a restart, which forgets both, no more than `most_s`.
+    """
+    entered = task.entered
+    end = entered.get(TaskPhase.ACCEPTED)
+    signs = [entered[p] for p in (TaskPhase.DOWNLOADING, TaskPhase.TRAINING, TaskPhase.UPLOADING) if p in entered]
+    whole = end is not None and TaskPhase.OFFERED in entered
+    at_most_s = end - entered[TaskPhase.OFFERED] if end is not None and whole else most_s
+    at_least_s = end - min(signs) if end is not None and whole and signs else 0.0
+    download_s = min(said.download_s or 0.0, at_most_s)
+    upload_s = min(said.upload_s or 0.0, at_most_s - download_s)
+    rest_s = at_most_s - download_s - upload_s
+    local_s = min(max(said.local_s or 0.0, at_least_s - download_s - upload_s), rest_s)
+    return Timing(download_s, local_s, upload_s)
+
+
+def ending(task: Task) -> str:
+    """How a task ended: "accepted", "rejected", "failed", or what it was too slow in."""
+    slow = task.reason.partition(":")[0]
+    return slow if slow in SLOW.values() else task.phase.name.lower()
+
+
 @dataclass(frozen=True)
 class WorkerHistory:
-    """One worker. `loss` and `example_count` are those of its last update; `selected_in` the last round."""
+    """One worker. `loss` and `example_count` are those of its last update; `selected_in` the last round.
+
+    `endings` tells how its last tasks ended, `timings` where their time went.
+    """
 
     timings: tuple[Timing, ...] = ()
     selected: int = 0
@@ -71,13 +99,18 @@ class WorkerHistory:
     selected_in: int = 0
     loss: float | None = None
     example_count: int = 0
+    endings: tuple[str, ...] = ()
 
     def chosen(self, round_number: int) -> WorkerHistory:
         """After it was given a task."""
         return replace(self, selected=self.selected + 1, selected_in=round_number)
 
-    def timed(self, timing: Timing) -> WorkerHistory:
+    def ended(self, how: str) -> WorkerHistory:
         """After a task, however it ended."""
+        return replace(self, endings=(*self.endings, how)[-KEPT:])
+
+    def timed(self, timing: Timing) -> WorkerHistory:
+        """After a task of which it is known how long it took."""
         return replace(self, timings=(*self.timings, timing)[-KEPT:])
 
     def reported(self, timing: Timing, loss: float | None, example_count: int) -> WorkerHistory:

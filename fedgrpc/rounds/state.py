@@ -106,6 +106,7 @@ class StoredTask(NamedTuple):
     reason: str = ""
     staleness: int = 0
     weight: float = 1.0
+    chosen: str = ""
 
 
 def restore(
@@ -133,6 +134,7 @@ def restore(
             reason=stored.reason,
             weight=stored.weight,
             staleness=stored.staleness,
+            chosen=stored.chosen,
             begun=stored.phase is not TaskPhase.OFFERED,
             carried=deadline_left_s is None or stored.staleness > 0,
         )

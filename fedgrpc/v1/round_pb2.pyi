@@ -63,7 +63,7 @@ TASK_PHASE_EXPIRED: TaskPhase
 TASK_PHASE_LATE: TaskPhase
 
 class Plan(_message.Message):
-    __slots__ = ("epochs", "max_steps", "batch_size", "learning_rate", "momentum", "proximal_mu", "seed", "evaluate", "local_model", "tell_channels", "lead")
+    __slots__ = ("epochs", "max_steps", "batch_size", "learning_rate", "momentum", "proximal_mu", "seed", "evaluate", "local_model", "tell_channels", "lead", "upload_reserve")
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
     MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +75,7 @@ class Plan(_message.Message):
     LOCAL_MODEL_FIELD_NUMBER: _ClassVar[int]
     TELL_CHANNELS_FIELD_NUMBER: _ClassVar[int]
     LEAD_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_RESERVE_FIELD_NUMBER: _ClassVar[int]
     epochs: float
     max_steps: int
     batch_size: int
@@ -86,7 +87,8 @@ class Plan(_message.Message):
     local_model: LocalModel
     tell_channels: bool
     lead: Lead
-    def __init__(self, epochs: _Optional[float] = ..., max_steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., proximal_mu: _Optional[float] = ..., seed: _Optional[int] = ..., evaluate: _Optional[bool] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., tell_channels: _Optional[bool] = ..., lead: _Optional[_Union[Lead, _Mapping]] = ...) -> None: ...
+    upload_reserve: _duration_pb2.Duration
+    def __init__(self, epochs: _Optional[float] = ..., max_steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., proximal_mu: _Optional[float] = ..., seed: _Optional[int] = ..., evaluate: _Optional[bool] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., tell_channels: _Optional[bool] = ..., lead: _Optional[_Union[Lead, _Mapping]] = ..., upload_reserve: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class Lead(_message.Message):
     __slots__ = ("seed", "worker_weights", "local_models", "channels", "total_rounds")
@@ -181,7 +183,7 @@ class Arithmetic(_message.Message):
     def __init__(self, format: _Optional[str] = ..., stochastic_rounding: _Optional[bool] = ..., emulated: _Optional[bool] = ...) -> None: ...
 
 class TaskRecord(_message.Message):
-    __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes", "local_model", "merged_updates")
+    __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes", "local_model", "merged_updates", "steps", "staleness", "scale", "chosen")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +206,10 @@ class TaskRecord(_message.Message):
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOCAL_MODEL_FIELD_NUMBER: _ClassVar[int]
     MERGED_UPDATES_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_FIELD_NUMBER: _ClassVar[int]
     worker: str
     kind: TaskKind
     phase: TaskPhase
@@ -219,10 +225,40 @@ class TaskRecord(_message.Message):
     peak_memory_bytes: int
     local_model: LocalModel
     merged_updates: int
-    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., phase: _Optional[_Union[TaskPhase, str]] = ..., reason: _Optional[str] = ..., example_count: _Optional[int] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., progress: _Optional[float] = ..., device_class: _Optional[str] = ..., peak_memory_bytes: _Optional[int] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., merged_updates: _Optional[int] = ...) -> None: ...
+    steps: int
+    staleness: int
+    scale: float
+    chosen: str
+    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., phase: _Optional[_Union[TaskPhase, str]] = ..., reason: _Optional[str] = ..., example_count: _Optional[int] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., progress: _Optional[float] = ..., device_class: _Optional[str] = ..., peak_memory_bytes: _Optional[int] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., merged_updates: _Optional[int] = ..., steps: _Optional[int] = ..., staleness: _Optional[int] = ..., scale: _Optional[float] = ..., chosen: _Optional[str] = ...) -> None: ...
+
+class WorkerHistory(_message.Message):
+    __slots__ = ("timings", "selected_in", "loss", "example_count", "endings")
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    SELECTED_IN_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    ENDINGS_FIELD_NUMBER: _ClassVar[int]
+    timings: _containers.RepeatedCompositeFieldContainer[PastTiming]
+    selected_in: int
+    loss: float
+    example_count: int
+    endings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, timings: _Optional[_Iterable[_Union[PastTiming, _Mapping]]] = ..., selected_in: _Optional[int] = ..., loss: _Optional[float] = ..., example_count: _Optional[int] = ..., endings: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class PastTiming(_message.Message):
+    __slots__ = ("download_seconds", "local_seconds", "upload_seconds", "cut")
+    DOWNLOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    download_seconds: float
+    local_seconds: float
+    upload_seconds: float
+    cut: bool
+    def __init__(self, download_seconds: _Optional[float] = ..., local_seconds: _Optional[float] = ..., upload_seconds: _Optional[float] = ..., cut: _Optional[bool] = ...) -> None: ...
 
 class Round(_message.Message):
-    __slots__ = ("number", "phase", "base_version", "committed_version", "reason", "tasks", "started_at", "time_left", "duration_seconds", "metrics", "evaluator_metrics", "training_metrics", "kind")
+    __slots__ = ("number", "phase", "base_version", "committed_version", "reason", "tasks", "started_at", "time_left", "duration_seconds", "metrics", "evaluator_metrics", "training_metrics", "kind", "deadline", "deadline_reason")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -257,6 +293,8 @@ class Round(_message.Message):
     EVALUATOR_METRICS_FIELD_NUMBER: _ClassVar[int]
     TRAINING_METRICS_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_REASON_FIELD_NUMBER: _ClassVar[int]
     number: int
     phase: RoundPhase
     base_version: int
@@ -270,4 +308,6 @@ class Round(_message.Message):
     evaluator_metrics: _containers.ScalarMap[str, float]
     training_metrics: _containers.ScalarMap[str, float]
     kind: TaskKind
-    def __init__(self, number: _Optional[int] = ..., phase: _Optional[_Union[RoundPhase, str]] = ..., base_version: _Optional[int] = ..., committed_version: _Optional[int] = ..., reason: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[TaskRecord, _Mapping]]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., duration_seconds: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluator_metrics: _Optional[_Mapping[str, float]] = ..., training_metrics: _Optional[_Mapping[str, float]] = ..., kind: _Optional[_Union[TaskKind, str]] = ...) -> None: ...
+    deadline: _duration_pb2.Duration
+    deadline_reason: str
+    def __init__(self, number: _Optional[int] = ..., phase: _Optional[_Union[RoundPhase, str]] = ..., base_version: _Optional[int] = ..., committed_version: _Optional[int] = ..., reason: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[TaskRecord, _Mapping]]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., duration_seconds: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluator_metrics: _Optional[_Mapping[str, float]] = ..., training_metrics: _Optional[_Mapping[str, float]] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., deadline: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., deadline_reason: _Optional[str] = ...) -> None: ...

@@ -4,6 +4,7 @@ import pytest
 
 from fedgrpc.aggregator.fleet import Fleet
 from fedgrpc.errors import Exhausted, UnknownWorker, UsageError
+from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.device_pb2 import WORKER_ROLE_EVALUATOR, WORKER_ROLE_TRAINER
 
@@ -27,9 +28,9 @@ def test_a_worker_is_alive_for_a_while_after_it_was_heard_of_and_as_long_as_it_p
 
 
 def test_registering_again_renews_what_it_says_and_keeps_what_it_did(fleet):
-    fleet.register(request("a"), 0.0).accepted = 7
+    fleet.register(request("a"), 0.0).history = WorkerHistory(accepted=7)
     again = fleet.register(request("a", cores=4), 50.0)
-    assert (again.registration.device.cpu_cores, again.accepted, again.last_seen) == (4, 7, 50.0)
+    assert (again.registration.device.cpu_cores, again.history.accepted, again.last_seen) == (4, 7, 50.0)
     assert len(list(fleet)) == 1
 
 
@@ -38,7 +39,7 @@ def test_a_registration_is_known_until_it_says_something_else(fleet):
     fleet.register(request("a"), 0.0)
     assert fleet.knows(request("a"))
     assert not fleet.knows(request("a", cores=4))
-    fleet.restore(request("b"), 0, 0, 0.0)
+    fleet.restore(request("b"), WorkerHistory(), 0.0)
     assert fleet.knows(request("b"))
 
 
@@ -57,9 +58,9 @@ def test_only_trainers_that_poll_without_a_task_are_idle(fleet):
 
 
 def test_a_worker_from_before_a_restart_is_known_but_away(fleet):
-    fleet.restore(request("a"), 5, 3, now=1000.0)
+    fleet.restore(request("a"), WorkerHistory(selected=5, accepted=3), now=1000.0)
     worker = fleet.get("a")
-    assert (worker.selected, worker.accepted, fleet.alive(worker, 1000.0)) == (5, 3, False)
+    assert (worker.history.selected, worker.history.accepted, fleet.alive(worker, 1000.0)) == (5, 3, False)
 
 
 def test_there_is_an_end_of_room_but_not_for_those_who_are_there(fleet):

@@ -7,6 +7,7 @@ import pytest
 from fedgrpc.aggregator.run_store import RunStore, TaskRow, Version
 from fedgrpc.errors import StorageError
 from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rounds.history import Timing, WorkerHistory
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, ROUND_PHASE_REPORTING, Round
 
@@ -43,35 +44,68 @@ def test_the_run_and_its_workers_are_remembered(tmp_path, store):
     store.save_run("id", "name", 3, "done", 12.5)
     for cores in (1, 4):
         store.save_worker(RegisterRequest(worker="w0", device={"cpu_cores": cores}))
-    store.save_open_round(Round(number=1), 1, 0.0, rows(1, TaskPhase.OFFERED), ["w0"])
-    store.finish_round(committed(1, 1), rows(1, TaskPhase.ACCEPTED), ["w0"], None)
     again = reopened(tmp_path, store)
     assert again.run() == ("id", "name", 3, "done", 12.5)
-    ((registration, selected, accepted),) = again.workers()
-    assert (registration.worker, registration.device.cpu_cores, selected, accepted) == ("w0", 4, 1, 1)
+    ((registration, history),) = again.workers()
+    assert (registration.worker, registration.device.cpu_cores, history) == ("w0", 4, WorkerHistory())
     again.close()
+
+
+def test_what_a_worker_was_like_is_remembered(tmp_path, store):
+    for name in ("w0", "w1"):
+        store.save_worker(RegisterRequest(worker=name))
+    chosen = {name: WorkerHistory().chosen(1) for name in ("w0", "w1")}
+    store.save_open_round(Round(number=1), 1, 0.0, rows(1, TaskPhase.OFFERED), chosen)
+    timings = (Timing(1.0, 0.0, 2.5), Timing(1.5, 3.0, None, cut=True), Timing())
+    known = WorkerHistory(timings, 1, 1, 1, loss=0.0, example_count=9, endings=("accepted", "no-show"))
+    store.finish_round(committed(1, 1), rows(1, TaskPhase.ACCEPTED), {"w0": known}, None)
+    again = reopened(tmp_path, store)
+    assert {registration.worker: history for registration, history in again.workers()} == {
+        "w0": known,
+        "w1": WorkerHistory(selected=1, selected_in=1),
+    }
+    again.close()
+
+
+def test_a_task_comes_back_with_all_that_is_known_of_it(tmp_path, store):
+    row = TaskRow("t", 1, 0, "w0", TaskPhase.TRAINING, "why", 3, "by lot", b"local")
+    store.save_open_round(Round(number=1), 1, 0.0, [row], {})
+    assert reopened(tmp_path, store).open_round().tasks == (row,)
+
+
+def test_a_data_folder_of_a_former_version_is_taken_up(tmp_path):
+    with sqlite3.connect(tmp_path / "run.sqlite") as old:
+        old.execute(
+            "CREATE TABLE tasks (token TEXT PRIMARY KEY, round INTEGER NOT NULL, slot INTEGER NOT NULL, "
+            "worker TEXT NOT NULL, phase INTEGER NOT NULL, reason TEXT NOT NULL) STRICT"
+        )
+        old.execute("INSERT INTO tasks VALUES ('t', 1, 0, 'w0', 3, '')")
+    old.close()
+    store = RunStore(tmp_path / "run.sqlite")
+    assert store.task("t") == TaskRow("t", 1, 0, "w0", TaskPhase.TRAINING, "")
+    store.close()
 
 
 def test_an_open_round_comes_back_with_its_tasks_by_slot(tmp_path, store):
     record = Round(number=3, phase=ROUND_PHASE_REPORTING, base_version=2)
-    store.save_open_round(record, 2, 99.0, rows(3, TaskPhase.OFFERED, TaskPhase.OFFERED), ["w0", "w1"])
+    store.save_open_round(record, 2, 99.0, rows(3, TaskPhase.OFFERED, TaskPhase.OFFERED), {})
     more = rows(3, TaskPhase.ACCEPTED, TaskPhase.EXPIRED, TaskPhase.OFFERED)
-    store.save_open_round(record, 2, 98.0, more, ["w2"])
+    store.save_open_round(record, 2, 98.0, more, {})
     found = reopened(tmp_path, store).open_round()
     assert (found.record, found.aim, found.deadline_at, list(found.tasks)) == (record, 2, 98.0, more)
     assert store.task("token-3-1") == more[1]
 
 
 def test_a_round_is_closed_with_its_version_or_not_at_all(tmp_path, store):
-    store.save_open_round(Round(number=1), 1, 0.0, rows(1, TaskPhase.OFFERED), ["w0"])
+    store.save_open_round(Round(number=1), 1, 0.0, rows(1, TaskPhase.OFFERED), {})
     store._db.execute("CREATE TRIGGER full BEFORE INSERT ON versions BEGIN SELECT RAISE(ABORT, 'disk full'); END")
     with pytest.raises(StorageError, match="disk full"):
-        store.finish_round(committed(1, 2), rows(1, TaskPhase.ACCEPTED), ["w0"], Version(2, 1, b"x"))
+        store.finish_round(committed(1, 2), rows(1, TaskPhase.ACCEPTED), {}, Version(2, 1, b"x"))
     again = reopened(tmp_path, store)
     assert again.open_round().tasks[0].phase is TaskPhase.OFFERED
     assert (again.round(), again.latest_version()) == (None, None)
     again._db.execute("DROP TRIGGER full")
-    again.finish_round(committed(1, 2), rows(1, TaskPhase.ACCEPTED), ["w0"], Version(2, 1, b"x"))
+    again.finish_round(committed(1, 2), rows(1, TaskPhase.ACCEPTED), {}, Version(2, 1, b"x"))
     assert (again.open_round(), again.latest_version()) == (None, Version(2, 1, b"x"))
     assert again.round(1) == again.round() == committed(1, 2)
     again.close()
@@ -79,8 +113,8 @@ def test_a_round_is_closed_with_its_version_or_not_at_all(tmp_path, store):
 
 def test_rounds_come_newest_first_below_a_number(store):
     for number in range(1, 8):
-        store.finish_round(committed(number, number + 1), [], [], Version(number + 1, number, b"x"))
-    store.save_open_round(Round(number=8), 1, 0.0, [], [])
+        store.finish_round(committed(number, number + 1), [], {}, Version(number + 1, number, b"x"))
+    store.save_open_round(Round(number=8), 1, 0.0, [], {})
 
     def page(*arguments):
         records, more = store.rounds(*arguments)
@@ -97,8 +131,8 @@ def test_rounds_come_newest_first_below_a_number(store):
 
 def test_scores_of_a_version_go_to_the_round_that_wrote_it_and_add_up(store):
     store.save_version(Version(1, 0, b"x"))
-    store.finish_round(committed(4, 2), [], [], Version(2, 4, b"x"))
-    store.finish_round(committed(5, 3), [], [], Version(3, 5, b"x"))
+    store.finish_round(committed(4, 2), [], {}, Version(2, 4, b"x"))
+    store.finish_round(committed(5, 3), [], {}, Version(3, 5, b"x"))
     assert store.add_scores(1, {"loss": 1.0}, {}) is None
     store.add_scores(2, {"loss": 0.5}, {})
     store.add_scores(2, {}, {"accuracy": 0.9})
@@ -113,7 +147,7 @@ def test_scores_of_a_version_go_to_the_round_that_wrote_it_and_add_up(store):
 
 def test_tasks_of_rounds_long_past_are_forgotten_and_their_records_kept(store):
     for number in range(1, 12):
-        store.finish_round(committed(number, number + 1), rows(number, TaskPhase.ACCEPTED), [], None)
+        store.finish_round(committed(number, number + 1), rows(number, TaskPhase.ACCEPTED), {}, None)
     assert store.task("token-3-0") is None
     assert store.task("token-4-0").phase is TaskPhase.ACCEPTED
     assert store.round(1) == committed(1, 2)

@@ -13,6 +13,7 @@ from fedgrpc.cli import aggregator, worker
 from fedgrpc.cli.main import load_command
 from fedgrpc.cli.options import SettingsCommand
 from fedgrpc.cli.quantities import DURATION, RATE, SIZE
+from fedgrpc.rounds.choosing import Choosing
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.worker.settings import WorkerSettings
@@ -21,9 +22,9 @@ from fedgrpc.worker.throttle import Throttle
 from fedgrpc.worker.trainer import TaskSetup
 
 # Fields that are made of several settings.
-_COMPOSED = {"policy", "plan", "tls", "serve_tls", "throttle", "backoff"}
+_COMPOSED = {"policy", "choosing", "plan", "tls", "serve_tls", "throttle", "backoff"}
 # What a round's state machine and the simulator know, and the aggregator does not carry out yet.
-_NOT_OFFERED = {"weight_aim", "deadline_floor_s", "late", "max_staleness", "buffer_size"}
+_NOT_OFFERED = {"late", "max_staleness", "buffer_size"}
 
 
 def _values(command: SettingsCommand, *arguments: str) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def _worker(*arguments: str) -> WorkerSettings:
     [
         (aggregator.COMMAND, AggregatorSettings),
         (aggregator.COMMAND, RoundPolicy),
+        (aggregator.COMMAND, Choosing),
         (aggregator.COMMAND, TrainingPlan),
         (worker.COMMAND, WorkerSettings),
         (worker.COMMAND, Throttle),

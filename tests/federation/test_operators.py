@@ -89,7 +89,7 @@ async def test_rounds_too_large_for_one_message_come_in_more_pages(tmp_path):
         tasks = [round_pb2.TaskRecord(worker=f"worker-{i}", reason="x" * 500) for i in range(2000)]
         for number in range(1, 21):
             record = round_pb2.Round(number=number, phase=COMMITTED, tasks=tasks)
-            await coordinator.in_database(coordinator.store.finish_round, record, [], [], None)
+            await coordinator.in_database(coordinator.store.finish_round, record, [], {}, None)
         seen, token = [], ""
         while not seen or token:
             page = await running.stub.ListRounds(pb.ListRoundsRequest(page_token=token))

@@ -1,0 +1,70 @@
+"""What is remembered of each worker over rounds and restarts: how long its tasks took, and how they ended.
+
+The rule: a task is remembered once, when it has ended, in the transaction that ends its round.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from fedgrpc.aggregator.fleet import Fleet, Worker
+from fedgrpc.aggregator.report import CurrentRound, Report
+from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rounds.history import (
+    Timing,
+    WorkerHistory,
+    ending,
+    expected_parts,
+    timing_of,
+    timing_of_accepted,
+)
+from fedgrpc.rounds.state import Round, Task
+from fedgrpc.v1 import aggregator_pb2, device_pb2
+from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN
+
+_SHARE = 0.9
+# Of a worker that tells no loss, the number of its examples says what its update is worth.
+_UNTOLD_LOSS = 1.0
+
+
+def histories_after(current: CurrentRound, state: Round, fleet: Fleet) -> dict[str, WorkerHistory]:
+    """The histories of those who had a task in a round that ended in `state`, with what it told of them.
+
+    A task that is carried on has not ended. Scores and initial weights take other times than training does: of
+    those only what was accepted is counted.
+    """
+    committed = state.version is not None
+    changed: dict[str, WorkerHistory] = {}
+    for token, task in state.tasks.items():
+        if token in state.carried:
+            continue
+        history = changed.get(task.worker) or fleet.get(task.worker).history
+        report = current.reports.get(token)
+        if current.kind == TASK_KIND_TRAIN:
+            history = remember(history, task, report, state.policy.deadline_s)
+        accepted = committed and task.phase is TaskPhase.ACCEPTED
+        changed[task.worker] = replace(history, accepted=history.accepted + 1) if accepted else history
+    return changed
+
+
+def remember(history: WorkerHistory, task: Task, report: Report | None, most_s: float) -> WorkerHistory:
+    """The history with a task of training that has ended."""
+    history = history.ended(ending(task))
+    if task.phase is TaskPhase.ACCEPTED and report is not None:
+        timings = report.timings
+        said = Timing(timings.download_s, timings.local_s, timings.upload_s)
+        loss = report.metrics.get("train_loss", report.metrics.get("loss", _UNTOLD_LOSS))
+        history = history.timed(timing_of_accepted(task, said, most_s))
+        return replace(history, loss=loss, example_count=report.example_count)
+    timing = timing_of(task)
+    return history if timing is None else history.timed(timing)
+
+
+def tell_history(worker: Worker, record: aggregator_pb2.WorkerRecord) -> None:
+    """Fill in what operators see of it."""
+    download_s, local_s, upload_s = (part or 0.0 for part in expected_parts(worker.history, _SHARE))
+    if worker.history.timings:
+        expected = device_pb2.Timings(download_seconds=download_s, local_seconds=local_s, upload_seconds=upload_s)
+        record.expected_timings.CopyFrom(expected)
+    record.endings.update(Counter(worker.history.endings))
