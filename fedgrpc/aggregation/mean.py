@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-_PIECE = 1 << 16
+_PIECE = 1 << 15
 
 
 class TensorMean:
@@ -28,9 +28,11 @@ class TensorMean:
         if values.shape != self._shape:
             raise ValueError(f"shape {values.shape} is not {self._shape}")
         flat = values.reshape(-1)
+        scratch = np.empty(min(flat.size, _PIECE))
         for start in range(0, flat.size, _PIECE):
-            piece = slice(start, start + _PIECE)
-            self._sum[piece] += np.multiply(flat[piece], weight * scale, dtype=np.float64)
+            piece = flat[start : start + _PIECE]
+            weighted = np.multiply(piece, weight * scale, out=scratch[: piece.size], dtype=np.float64)
+            self._sum[start : start + _PIECE] += weighted
         self._weight += weight
 
     def result(self) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
@@ -29,6 +29,7 @@ from fedgrpc.errors import UpdateRefused
 from fedgrpc.spares import SpareFiles
 
 _GROUP_ELEMENTS = 1 << 20
+_PIECE = 1 << 15
 _CACHED_MANIFESTS = 64
 _THREADS = 2
 
@@ -100,31 +101,43 @@ class Commit:
         means = means_of(specs, self.updates, load, self.parts, self.merged)
         stepped: Stepped = []
         for index, spec, mean in zip(group, specs, means, strict=True):
-            memory = self._memory_of(spec) if spec.is_float else ()
             if mean.covers_nothing:
-                stepped.append((self.base.tensor(index), memory))
-                continue
-            untouched = mean.untouched
-            if spec.is_float:
-                base = self.base.tensor(index).astype(np.float64)
-                values, new_memory = self.optimizer.step(base, mean.result(), memory)
-                if untouched is not None:
-                    values[untouched] = base[untouched]
-                    new_memory = tuple(map(partial(_keep_where, untouched), memory, new_memory))
-                kept = tuple(_finite(replace(spec, dtype="float32"), part) for part in new_memory)
-                stepped.append((_finite(spec, values), kept))
+                stepped.append((self.base.tensor(index), self._memory_of(spec)))
+            elif spec.is_float:
+                stepped.append(self._step_floats(spec, self.base.tensor(index), mean))
             else:
                 values = np.rint(mean.result())
-                if untouched is not None:
+                if (untouched := mean.untouched) is not None:
                     values[untouched] = self.base.tensor(index)[untouched]
                 stepped.append((values, ()))
         return stepped
 
+    def _step_floats(
+        self, spec: TensorSpec, base: np.ndarray, mean: CoordinateMean
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        """One optimizer step of a float tensor, in pieces that fit the cache: optimizers are elementwise."""
+        memory = self._memory_of(spec)
+        values, kept = np.empty_like(base), tuple(np.empty_like(part) for part in memory)
+        untouched = None if (where := mean.untouched) is None else where.reshape(-1)
+        delta, old, new = mean.result().reshape(-1), base.reshape(-1), values.reshape(-1)
+        for start in range(0, spec.size, _PIECE):
+            piece = slice(start, start + _PIECE)
+            wide = old[piece].astype(np.float64)
+            before = tuple(part.reshape(-1)[piece].astype(np.float64) for part in memory)
+            stepped, after = self.optimizer.step(wide, delta[piece], before)
+            if untouched is not None:
+                stepped[untouched[piece]] = wide[untouched[piece]]
+                after = tuple(map(partial(_keep_where, untouched[piece]), before, after))
+            new[piece] = _finite(spec, stepped, spec.numpy_dtype)
+            for part, its in zip(kept, after, strict=True):
+                part.reshape(-1)[piece] = _finite(spec, its, np.dtype(np.float32))
+        return values, kept
+
     def _memory_of(self, spec: TensorSpec) -> tuple[np.ndarray, ...]:
-        count = self.optimizer.memory_count
+        count = self.optimizer.memory_count if spec.is_float else 0
         if self.memory is None:
-            return tuple(np.zeros(spec.shape) for _ in range(count))
-        return tuple(self.memory.named(f"{part}/{spec.name}").astype(np.float64) for part in range(count))
+            return tuple(np.zeros(spec.shape, np.float32) for _ in range(count))
+        return tuple(self.memory.named(f"{part}/{spec.name}") for part in range(count))
 
 
 def means_of(
@@ -172,12 +185,12 @@ def _keep_where(untouched: np.ndarray, before: np.ndarray, after: np.ndarray) ->
     return after
 
 
-def _finite(spec: TensorSpec, values: np.ndarray) -> np.ndarray:
-    """`values` in the dtype of `spec`. Raises `UpdateRefused` when it cannot hold them: no round could go on."""
+def _finite(spec: TensorSpec, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`values` as `dtype`. Raises `UpdateRefused` when it cannot hold them: no round could go on."""
     with np.errstate(over="ignore"):
-        cast = values.astype(spec.numpy_dtype)
+        cast = values.astype(dtype)
     if not np.isfinite(cast).all():
-        raise UpdateRefused(f"the new values of tensor {spec.name!r} would not be finite in {spec.dtype}")
+        raise UpdateRefused(f"the new values of tensor {spec.name!r} would not be finite in {dtype.name}")
     return cast
 
 

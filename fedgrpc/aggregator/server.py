@@ -24,6 +24,7 @@ from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.errors import UsageError
 from fedgrpc.metrics import Metrics
+from fedgrpc.rpc.allocator import reuse_memory
 from fedgrpc.rpc.server import AGGREGATOR, Health, aggregator_service, serve
 
 log = structlog.get_logger()
@@ -56,6 +57,7 @@ class Aggregator:
         """
         settings = self._settings
         _raise_file_limit()
+        reuse_memory()
         with _owned(settings.data_dir):
             coordinator = self._open()
             self.coordinator = coordinator

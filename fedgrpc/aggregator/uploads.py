@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from fedgrpc.aggregator.durable import fsync_folder
@@ -41,7 +42,7 @@ _READ_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class StoredUpdate:
-    """A whole update on disk."""
+    """A whole update on disk; its manifest has been validated."""
 
     path: Path
     header: UpdateHeader
@@ -62,7 +63,7 @@ class UpdateFile:
         with self._storage_errors():
             self._file = update.path.open("rb")
         self._start = update.payload_start
-        self.reader = PayloadReader(update.manifest, self._read)
+        self.reader = PayloadReader(update.manifest, self._read, valid=True)
 
     def __enter__(self) -> PayloadReader:
         return self.reader
@@ -70,9 +71,11 @@ class UpdateFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def _read(self, offset: int, size: int) -> bytes:
+    def _read(self, offset: int, size: int) -> memoryview:
+        # numpy takes large pieces of memory as huge pages, which cost a fraction of bytes' small ones.
+        data = np.empty(size, np.uint8).data
         with self._storage_errors():
-            return os.pread(self._file.fileno(), size, self._start + offset)
+            return data[: os.preadv(self._file.fileno(), [data], self._start + offset)]
 
     @contextmanager
     def _storage_errors(self) -> Iterator[None]:

@@ -123,12 +123,15 @@ class PayloadReader:
     """Tensors of a payload by index or name, or all in order, one in memory at a time.
 
     `read(offset, size)` gives bytes of the payload: `buffer_reader`, `file_reader` or any like them. The
-    manifest is validated first. The digest is not checked here (see `verify_digest`). A decoded tensor
+    manifest is validated first, unless it is said to be `valid`. The digest is not checked here (see `verify_digest`). A decoded tensor
     may be a read-only view of a frame: copy it to change it. Use one reader per thread.
     """
 
-    def __init__(self, manifest: Manifest, read: Read, limits: Limits | None = None) -> None:
-        manifest.validate(limits or Limits())
+    def __init__(
+        self, manifest: Manifest, read: Read, limits: Limits | None = None, *, valid: bool = False
+    ) -> None:
+        if not valid:
+            manifest.validate(limits or Limits())
         self.manifest = manifest
         self._read = read
         self._index = {entry.spec.name: i for i, entry in enumerate(manifest.entries)}

@@ -11,6 +11,7 @@ from typing import Final
 
 import structlog
 
+from fedgrpc.rpc.allocator import reuse_memory
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.server import WORKER, RunningServer, serve, worker_service
 from fedgrpc.worker.board import Activity, Board, Status
@@ -55,6 +56,7 @@ class Worker:
             FedgrpcError: the aggregator refuses this worker for good, or its learning task cannot be built.
         """
         settings = self._settings
+        reuse_memory()
         async with AsyncExitStack() as stack:
             stack.enter_context(owned(settings.state_dir))
             models = ModelFolder(settings.state_dir / "model")
