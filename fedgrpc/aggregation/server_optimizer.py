@@ -1,8 +1,8 @@
 """What the server makes of the mean update: FedAvg and the adaptive optimizers of FedOpt (arXiv 2003.00295).
 
-An optimizer sees one tensor at a time, or a piece of one, since each coordinate is for itself. Its memory of a tensor
-is a tuple of arrays of that tensor's shape, kept by the caller with the model version, so that a restart loses
-nothing. `t` counts committed versions from 1.
+An optimizer sees one tensor at a time, or a piece of one, since each coordinate is for itself. Its memory of a
+tensor is a tuple of arrays of that tensor's shape, kept by the caller with the model version, so that a restart
+loses nothing. `t` counts committed versions from 1.
 """
 
 from __future__ import annotations

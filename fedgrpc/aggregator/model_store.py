@@ -71,6 +71,7 @@ class ModelStore:
         """Raises OSError."""
         self._downlink = downlink or Downlink(Recipe(Raw()))
         self._whole_bytes: int | None = None
+        self._opened: tuple[tuple[int, ...], ModelFile] | None = None
         self._models = data_dir / "models"
         self._memories = data_dir / "optimizer"
         self._encoded = data_dir / "encoded"
@@ -93,9 +94,17 @@ class ModelStore:
 
     def open(self, version: int) -> ModelFile:
         """Version `version`. Raises `NotFound`, and `StorageError` when its file is damaged."""
-        if not self.path(version).exists():
-            raise NotFound(f"there is no model version {version} here")
-        return _open(self.path(version))
+        path = self.path(version)
+        try:
+            about = path.stat()
+        except FileNotFoundError:
+            raise NotFound(f"there is no model version {version} here") from None
+        except OSError as error:
+            raise StorageError(f"cannot read the model {path}: {error.strerror}") from error
+        signature = (version, about.st_ino, about.st_size, about.st_mtime_ns)
+        if self._opened is None or self._opened[0] != signature:
+            self._opened = (signature, _open(path))
+        return self._opened[1]
 
     def open_memory(self, version: int) -> ModelFile | None:
         """The server optimizer's memory after `version`, None where it keeps none."""

@@ -90,7 +90,8 @@ class Receiver:
             await _to_its_end(self._accept(upload, report))
             self._it.healthy = True
         finally:
-            await asyncio.to_thread(upload.close)
+            if not upload.closed:
+                await asyncio.to_thread(upload.close)
         return manifest.size_bytes, True
 
     async def held(self, worker: str, token: str) -> tuple[int, bool]:
@@ -180,26 +181,35 @@ class Receiver:
         """Verify the whole update, make it durable, count it."""
         it = self._it
         token = upload.header.token
-        stored = await asyncio.to_thread(upload.finish)
-        try:
-            await asyncio.to_thread(self._check, stored, it.current)
-        except (CodecError, UpdateRefused) as error:
-            # These are the bytes that were sent: sending them again cannot help.
-            await asyncio.to_thread(upload.discard)
-            it.reject(token, str(error))
-            raise
         took_s = time.monotonic() - self._begun.get(token, time.monotonic())
         try:
-            await asyncio.to_thread(upload.seal, it.settings.durable)
+            sealed = await asyncio.to_thread(self._verify_and_seal, upload, it.current)
         except StorageError:
             # A round that has closed meanwhile has swept its uploads away: that is no fault of the disk.
             await it.check_open(upload.header.worker, token)
             raise
+        if not isinstance(sealed, StoredUpdate):
+            it.reject(token, str(sealed))
+            raise sealed
+        it.journal.remember(token, sealed)
         try:
             it.accept(token, report.uploaded_in(took_s))
         except RoundClosed:
             await asyncio.to_thread(it.journal.discard, [token])
             raise
+
+    def _verify_and_seal(
+        self, upload: Upload, current: CurrentRound | None
+    ) -> StoredUpdate | CodecError | UpdateRefused:
+        """The accepted update, or why it is refused for good. Raises `CorruptError` and `StorageError`."""
+        stored = upload.finish()
+        try:
+            self._check(stored, current)
+        except (CodecError, UpdateRefused) as error:
+            # These are the bytes that were sent: sending them again cannot help.
+            upload.discard()
+            return error
+        return upload.seal(self._it.settings.durable)
 
     def _check(self, stored: StoredUpdate, current: CurrentRound | None) -> None:
         it = self._it

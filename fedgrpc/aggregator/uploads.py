@@ -63,6 +63,8 @@ class UpdateFile:
         with self._storage_errors():
             self._file = update.path.open("rb")
         self._start = update.payload_start
+        self._size_bytes = update.manifest.size_bytes
+        self._ahead_at, self._ahead = 0, memoryview(b"")
         self.reader = PayloadReader(update.manifest, self._read, valid=True)
 
     def __enter__(self) -> PayloadReader:
@@ -72,6 +74,16 @@ class UpdateFile:
         self._file.close()
 
     def _read(self, offset: int, size: int) -> memoryview:
+        if size >= _READ_BYTES:
+            return self._pread(offset, size)
+        within = offset - self._ahead_at
+        if within < 0 or within + size > len(self._ahead):
+            # Most tensors are small, and are asked for one after the other.
+            self._ahead_at, within = offset, 0
+            self._ahead = self._pread(offset, min(_READ_BYTES, self._size_bytes - offset))
+        return self._ahead[within : within + size]
+
+    def _pread(self, offset: int, size: int) -> memoryview:
         # numpy takes large pieces of memory as huge pages, which cost a fraction of bytes' small ones.
         data = np.empty(size, np.uint8).data
         with self._storage_errors():
@@ -161,7 +173,7 @@ class Upload:
             raise CorruptError("the payload does not match its SHA-256; send it again from the start")
         return StoredUpdate(self._part, self.header, self.manifest, self._start)
 
-    def seal(self, durable: bool) -> None:
+    def seal(self, durable: bool) -> StoredUpdate:
         """Accept: make it durable, then give it its final name. Raises `StorageError`."""
         final = self._part.with_suffix(".update")
         try:
@@ -174,6 +186,11 @@ class Upload:
             raise StorageError(f"cannot store an update: {error.strerror}") from error
         finally:
             self._file.close()
+        return StoredUpdate(final, self.header, self.manifest, self._start)
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
 
     def close(self) -> None:
         """Leave the part on disk, to be continued."""
@@ -193,6 +210,7 @@ class UploadJournal:
         """Raises OSError."""
         self._folder = folder
         self._spares = SpareFiles(folder / "spare", _MAX_SPARES)
+        self._sealed: dict[str, StoredUpdate] = {}
 
     def begin(self, header: UpdateHeader, manifest: Manifest) -> Upload:
         """Begin or continue the upload of `header.token`. Raises `StorageError`."""
@@ -211,8 +229,15 @@ class UploadJournal:
             return 0
         return int(max(0, min(committed, there)))
 
+    def remember(self, token: str, update: StoredUpdate) -> None:
+        """Spare a few updates that were just sealed from being parsed again."""
+        if len(self._sealed) < _MAX_SPARES:
+            self._sealed[token] = update
+
     def load(self, token: str) -> StoredUpdate | None:
         """The accepted update of `token`, None where there is none. Raises `StorageError` when unreadable."""
+        if (sealed := self._sealed.get(token)) is not None:
+            return sealed
         path = self._folder / f"{token}.update"
         try:
             with path.open("rb") as file:
@@ -229,6 +254,7 @@ class UploadJournal:
         """Remove whatever is held of these."""
         with self._storage_errors():
             for token in tokens:
+                self._sealed.pop(token, None)
                 # An upload that nobody wants any more may still be writing to its part.
                 (self._folder / f"{token}.part").unlink(missing_ok=True)
                 self._spares.keep(self._folder / f"{token}.update")

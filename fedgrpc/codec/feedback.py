@@ -34,13 +34,19 @@ class Residual:
 
 
 def write_with_feedback(
-    delta: Mapping[str, Array], residual: Residual, recipe: Recipe, out: BinaryIO, rng: np.random.Generator
+    delta: Mapping[str, Array],
+    residual: Residual,
+    recipe: Recipe,
+    out: BinaryIO,
+    rng: np.random.Generator,
+    layout: Layout | None = None,
 ) -> tuple[Manifest, Residual]:
     """Write delta + residual to `out`; return its manifest and the residual of the next update.
 
+    `layout` is delta's; give it where a delta computes its tensors when it is asked for them.
     Neither input is changed. Raises EncodeError as `write_payload` does, the old residual then stays valid.
     """
-    layout = layout_of(delta)
+    layout = layout_of(delta) if layout is None else layout
     owed = residual.for_layout(layout).tensors
     writer = PayloadWriter(out, recipe.compression)
     left: dict[str, Array] = {}

@@ -23,6 +23,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     for name in ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 }
 _DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
+# Asking a dtype for its name costs more than the rest of a small tensor's spec.
+_NAMES = {each: name for name, dtype in _DTYPES.items() for each in (dtype, dtype.newbyteorder(">"))}
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 MAX_NAME_CHARS = 1024
 
@@ -77,9 +79,10 @@ Layout = tuple[TensorSpec, ...]
 
 def spec_of(name: str, array: Array) -> TensorSpec:
     """Name, dtype and shape of an array; raises EncodeError for a dtype that payloads do not carry."""
-    if array.dtype.name not in _DTYPES:
+    dtype = _NAMES.get(array.dtype)
+    if dtype is None:
         raise EncodeError(f"tensor {name!r} has dtype {array.dtype}, allowed are {', '.join(DTYPE_NAMES)}")
-    return TensorSpec(name, array.dtype.name, tuple(int(extent) for extent in array.shape))
+    return TensorSpec(name, dtype, array.shape)
 
 
 def layout_of(tensors: Mapping[str, Array]) -> Layout:

@@ -123,8 +123,9 @@ class PayloadReader:
     """Tensors of a payload by index or name, or all in order, one in memory at a time.
 
     `read(offset, size)` gives bytes of the payload: `buffer_reader`, `file_reader` or any like them. The
-    manifest is validated first, unless it is said to be `valid`. The digest is not checked here (see `verify_digest`). A decoded tensor
-    may be a read-only view of a frame: copy it to change it. Use one reader per thread.
+    manifest is validated first, unless it is said to be `valid`. The digest is not checked here (see
+    `verify_digest`). A decoded tensor may be a read-only view of a frame: copy it to change it. Use one
+    reader per thread.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """How the C library hands out memory, set for processes that pass chunks and tensors between threads.
 
-By default glibc gives each thread an arena of its own, and takes pieces of a megabyte from the system and gives them
-back again and again. The system clears each page anew: here that costs more than hashing what is then written there.
-With two arenas for all threads that keep a little, memory is reused.
+By default glibc gives each thread an arena of its own, and takes pieces of a megabyte from the system and gives
+them back again and again. The system clears each page anew: here that costs more than hashing what is then written
+there. With two arenas for all threads that keep a little, memory is reused.
 """
 
 from __future__ import annotations
@@ -31,4 +31,4 @@ def reuse_memory() -> bool:
     except (OSError, AttributeError):
         return False
     options = ((_M_ARENA_MAX, _ARENAS), (_M_MMAP_THRESHOLD, _LARGE_BYTES), (_M_TRIM_THRESHOLD, _KEPT_BYTES))
-    return all([mallopt(option, value) for option, value in options])
+    return all(mallopt(option, value) for option, value in options)

@@ -22,7 +22,7 @@ from fedgrpc.errors import (
 )
 from fedgrpc.rpc.convert import Timings, manifest_from_proto
 from fedgrpc.worker.board import Activity, Board
-from fedgrpc.worker.client import AggregatorClient
+from fedgrpc.worker.client import AggregatorClient, Pushed
 from fedgrpc.worker.concurrency import Interrupted, unless
 from fedgrpc.worker.spool import Spool, SpooledUpdate
 from fedgrpc.worker.task import task_from_proto
@@ -50,8 +50,8 @@ class Delivery:
         self._beat = beat
         self._began: tuple[str, float] = ("", 0.0)
 
-    async def deliver(self, update: SpooledUpdate, moved: Callable[[float], None]) -> bool:
-        """Send until acknowledged (True), or refused for good and dropped (False).
+    async def deliver(self, update: SpooledUpdate, moved: Callable[[float], None], new: bool = False) -> bool:
+        """Send until acknowledged (True), or refused for good and dropped (False). `new`: it was never sent.
 
         Raises:
             LinkError, Exhausted, ...: not now; the update stays in the spool.
@@ -59,7 +59,7 @@ class Delivery:
         if self._began[0] != update.token:
             self._began = (update.token, time.monotonic())
         try:
-            await self._send(update, moved)
+            await self._send(update, moved, new)
         except FedgrpcError as error:
             if worth_retrying(error):
                 raise
@@ -71,19 +71,20 @@ class Delivery:
         self._show_acknowledged(update)
         return True
 
-    async def _send(self, update: SpooledUpdate, moved: Callable[[float], None]) -> None:
+    async def _send(self, update: SpooledUpdate, moved: Callable[[float], None], new: bool) -> None:
         self._board.enter(Activity.UPLOADING)
         try:
-            await unless(self._push(update, moved), self._beat(update.token))
+            await unless(self._push(update, moved, new), self._beat(update.token))
         except Interrupted as interruption:
             # The order to stop may have crossed the acknowledgement.
             if not (await self._client.query_push(update.token)).complete:
                 raise RoundClosed(str(interruption)) from interruption
 
-    async def _push(self, update: SpooledUpdate, moved: Callable[[float], None]) -> None:
+    async def _push(self, update: SpooledUpdate, moved: Callable[[float], None], new: bool) -> None:
         with update.reader() as read:
+            # Of what was never sent nothing is held; there is no need to ask.
+            held = Pushed(0, False) if new else await self._client.query_push(update.token)
             for tries_left in reversed(range(_TRIES)):
-                held = await self._client.query_push(update.token)
                 if held.complete:
                     return
                 try:
@@ -91,6 +92,9 @@ class Delivery:
                         return
                 except (WrongOffset, CorruptError) as error:
                     await self._explain(error, update, read, tries_left)
+                held = await self._client.query_push(update.token)
+        if held.complete:
+            return
         raise LinkError("the aggregator took the update's last byte but does not acknowledge it")
 
     async def _explain(

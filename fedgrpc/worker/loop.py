@@ -41,6 +41,7 @@ from fedgrpc.worker.training import Began, Hooks, Outcome, evaluate, initialize,
 _TRIES: Final = 3
 _GOODBYE_S: Final = 2.0
 _REPORT_INTERVAL_S: Final = 0.1
+_SETTLED_S: Final = 0.1
 
 log = structlog.get_logger()
 
@@ -166,12 +167,12 @@ class Loop:
             task_log.warning("task failed", reason=str(error))
             await self._give_back(task, str(error))
         else:
-            await self._deliver(update)
+            await self._deliver(update, new=True)
         finally:
             self._board.show(task_kind=None)
 
-    async def _deliver(self, update: SpooledUpdate) -> None:
-        delivered = await self._delivery.deliver(update, self._moved)
+    async def _deliver(self, update: SpooledUpdate, new: bool = False) -> None:
+        delivered = await self._delivery.deliver(update, self._moved, new)
         self._show_disk()
         if delivered:
             self._retries.reset()
@@ -234,6 +235,8 @@ class Loop:
     async def _beat(self, token: str) -> str:
         """Keep a task's lease: at the told interval, and when its phase changes. Returns why it is to stop."""
         while True:
+            # A phase that is over at once is not worth a call.
+            await asyncio.sleep(min(_SETTLED_S, self._heartbeat_interval_s / 2))
             status = self._board.status
             try:
                 beat = await self._client.heartbeat(token, status.activity.phase, status.progress)
@@ -245,7 +248,8 @@ class Loop:
                 if not worth_retrying(error):
                     return str(error)
                 self._log.debug("heartbeat failed", reason=str(error))
-            await self._board.next_activity(self._heartbeat_interval_s)
+            if self._board.status.activity is status.activity:
+                await self._board.next_activity(self._heartbeat_interval_s)
 
     async def _give_back(self, task: Task, reason: str) -> None:
         """Report a failure, and wait a little: a task that fails at once must not spin."""

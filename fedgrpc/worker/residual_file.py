@@ -18,14 +18,15 @@ from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import Layout, TensorSpec
 from fedgrpc.codec.values import flat
 from fedgrpc.errors import LayoutError
+from fedgrpc.spares import SpareFiles
 
 _MAX_HEADER_BYTES: Final = 64 << 20
 
 log = structlog.get_logger()
 
 
-def write_residual(path: Path, residual: Residual, run: str) -> None:
-    """Write `residual` of `run` to `path`; the caller makes it durable."""
+def write_residual(path: Path, residual: Residual, run: str, spares: SpareFiles | None = None) -> None:
+    """Write `residual` of `run` to `path`; the caller makes it durable, if it is to be."""
     crc32 = 0
     arrays = [flat(array).view(np.uint8).data for array in residual.tensors.values()]
     for data in arrays:
@@ -36,10 +37,11 @@ def write_residual(path: Path, residual: Residual, run: str) -> None:
         "tensors": list(residual.tensors),
         "crc32": crc32,
     }
-    with path.open("wb") as file:
+    with open(spares.create(path) if spares else path, "wb") as file:
         file.write(json.dumps(header).encode() + b"\n")
         for data in arrays:
             file.write(data)
+        file.truncate()
 
 
 def read_residual(path: Path, run: str) -> Residual:

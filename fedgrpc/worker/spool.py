@@ -4,7 +4,8 @@
     spool/residual         the residual that the next update starts from
 
 The rule: an update's folder is complete once it has its name. Its residual becomes the current one when the
-update is acknowledged, by one rename, and is dropped with the update when that is refused.
+update is acknowledged, by one rename, and is dropped with the update when that is refused. Residuals survive the
+process but are not synced to the disk: one that a power cut has damaged does not match its CRC, and is dropped.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ class Spool:
             folder.mkdir(parents=True, exist_ok=True)
             sweep(folder)
             self._spares = SpareFiles(folder / "spare", 1)
+            self._spare_residuals = SpareFiles(folder / "spare-residuals", 1)
 
     def updates(self) -> list[SpooledUpdate]:
         """Every update still to be sent, oldest first. One that is corrupt is dropped, with a line in the log."""
@@ -118,9 +120,10 @@ class Spool:
                 (unfinished / _HEADER).write_bytes(header.SerializeToString())
                 (unfinished / _TASK).write_bytes(task.SerializeToString())
                 if residual is not None:
-                    write_residual(unfinished / _RESIDUAL, residual, task.run_id or task.run)
+                    path, run = unfinished / _RESIDUAL, task.run_id or task.run
+                    write_residual(path, residual, run, self._spare_residuals)
                 self._make_room(folder_size_bytes(unfinished))
-                publish_folder(unfinished, final)
+                publish_folder(unfinished, final, unsynced={_RESIDUAL})
             finally:
                 sweep(self._folder)
         return SpooledUpdate(final, task, header)
@@ -130,6 +133,7 @@ class Spool:
         with storage_errors(update.folder):
             residual = update.folder / _RESIDUAL
             if residual.exists():
+                self._spare_residuals.keep(self._folder / _RESIDUAL)
                 residual.replace(self._folder / _RESIDUAL)
             self._remove(update)
 

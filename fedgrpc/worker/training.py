@@ -24,6 +24,7 @@ import structlog
 from fedgrpc.aggregation.channels import ChannelMap
 from fedgrpc.aggregation.compression_plan import CompressionPlan
 from fedgrpc.codec.feedback import Residual, write_with_feedback
+from fedgrpc.codec.layout import spec_of
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
@@ -186,7 +187,8 @@ def _write(
     if outcome.masks or task.plan.sub_model.moves:
         # The next update covers other coordinates: what this one lost is not owed to those.
         return write_payload(part, recipe, payload, rng), None
-    return write_with_feedback(part, residual, recipe, payload, rng)
+    layout = None if outcome.clustered else tuple(spec_of(name, start[name]) for name in part)
+    return write_with_feedback(part, residual, recipe, payload, rng, layout)
 
 
 def is_personal(plan: Plan) -> Callable[[str], bool]:

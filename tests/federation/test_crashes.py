@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from contextlib import asynccontextmanager
 
 import grpc
 import numpy as np
@@ -180,6 +181,23 @@ async def test_a_worker_killed_with_a_finished_update_delivers_the_same_one_afte
         np.testing.assert_allclose(running.weights(2)["w"], MODEL["w"] + change / 2, rtol=1e-5)
 
 
+@asynccontextmanager
+async def kept_alive(device, task, every_s=0.2):
+    """The device is heard of until the block ends, however long that takes."""
+
+    async def beat():
+        while True:
+            await device.beat(task)
+            await asyncio.sleep(every_s)
+
+    beating = asyncio.create_task(beat())
+    try:
+        yield
+    finally:
+        beating.cancel()
+        await asyncio.gather(beating, return_exceptions=True)
+
+
 async def test_a_worker_killed_while_it_trains_is_replaced_within_the_round(tmp_path):
     data, spare_data = tmp_path / "data", tmp_path / "spare-data"
     data.mkdir()
@@ -189,10 +207,11 @@ async def test_a_worker_killed_while_it_trains_is_replaced_within_the_round(tmp_
         hand = await running.device("hand")
         async with worker_process(running, tmp_path, "pi", data) as process:
             task = await hand.task()
-            await running.until_task("pi", round_pb2.TASK_PHASE_TRAINING)
-            await process.kill()
-            spare = await running.device("spare")
-            replacement = await spare.task()
+            async with kept_alive(hand, task):
+                await running.until_task("pi", round_pb2.TASK_PHASE_TRAINING)
+                await process.kill()
+                spare = await running.device("spare")
+                replacement = await spare.task()
             await hand.push(task)
             await spare.push(replacement)
         await running.until_finished()
