@@ -82,9 +82,15 @@ def check_merged_layout(model: Sequence[TensorLike], update: Sequence[TensorLike
 
 
 def add_merged(
-    mean: CoordinateMean, tensor: TensorLike, names: Collection[str], read: Read, own: float, weight: float
+    mean: CoordinateMean,
+    tensor: TensorLike,
+    names: Collection[str],
+    read: Read,
+    own: float,
+    weight: float,
+    scale: float = 1.0,
 ) -> None:
-    """Add a merged update's tensor to `mean` with `weight`, where the update itself says that it weighs `own`.
+    """Add `scale` times a merged update's tensor to `mean` with `weight`; the update says that it weighs `own`.
 
     Raises `UpdateRefused` for weights that cannot be.
     """
@@ -93,9 +99,9 @@ def add_merged(
     values = _values(tensor, names, read)
     weights = _weights(tensor, names, read, own)
     if weights is None:
-        mean.add(values, weight)
+        mean.add(values, weight, scale=scale)
     else:
-        mean.add_mean(values, weights * (weight / own))
+        mean.add_mean(values if scale == 1.0 else values.astype(np.float64) * scale, weights * (weight / own))
 
 
 def merged_values(

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
@@ -44,7 +45,8 @@ class Commit:
     """What a new version is made of. `updates` are (token, weight) in slot order; `load` finds a token's file.
 
     `parts` names the tokens whose updates are of a part of the model, and the slice (None: all channels) of each;
-    `merged` those whose updates are means themselves, and what such an update says that it weighs.
+    `merged` those whose updates are means themselves, and what such an update says that it weighs. `scales` are
+    factors on the differences of an update; without: 1.
     A coordinate that no update covers keeps its value, and the optimizer what it remembers of it.
     """
 
@@ -56,6 +58,7 @@ class Commit:
     spares: SpareFiles | None = None
     parts: Mapping[str, Selection | None] = field(default_factory=dict)
     merged: Mapping[str, float] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def memory_layout(self) -> Layout:
@@ -98,7 +101,7 @@ class Commit:
         Float tensors are differences to the base; all others are values, whose weighted mean is rounded.
         """
         specs = [self.base.layout[index] for index in group]
-        means = means_of(specs, self.updates, load, self.parts, self.merged)
+        means = means_of(specs, self.updates, load, self.parts, self.merged, self.scales)
         stepped: Stepped = []
         for index, spec, mean in zip(group, specs, means, strict=True):
             if mean.covers_nothing:
@@ -146,20 +149,23 @@ def means_of(
     load: Load,
     parts: Mapping[str, Selection | None],
     merged: Mapping[str, float],
+    scales: Mapping[str, float] = MappingProxyType({}),
 ) -> list[CoordinateMean]:
     """The mean of each of these tensors over the updates, all of them as `Commit` has them."""
     means = [CoordinateMean(spec.shape) for spec in specs]
     for token, weight in updates:
         with load(token).open() as reader:
             for spec, mean in zip(specs, means, strict=True):
+                # What is not a difference but a value stays what it is.
+                scale = scales.get(token, 1.0) if spec.is_float else 1.0
                 if token in merged:
-                    add_merged(mean, spec, reader.names, reader.tensor, merged[token], weight)
+                    add_merged(mean, spec, reader.names, reader.tensor, merged[token], weight, scale)
                 elif token not in parts:
-                    mean.add(reader.tensor(spec.name), weight)
+                    mean.add(reader.tensor(spec.name), weight, scale=scale)
                 elif spec.name in reader.names:
                     whole = coverage_of(spec, parts[token])
                     values, coverage = unpack(spec.name, reader.names, reader.tensor, whole)
-                    mean.add(values, weight, coverage)
+                    mean.add(values, weight, coverage, scale=scale)
     return means
 
 

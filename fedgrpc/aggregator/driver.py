@@ -23,6 +23,7 @@ from fedgrpc.aggregator.offering import Offering
 from fedgrpc.aggregator.recovery import Recovery
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.aggregator.run_store import Version
+from fedgrpc.aggregator.scales import scales_of
 from fedgrpc.errors import CodecError, NotFound, StorageError, UpdateRefused
 from fedgrpc.rounds.events import Abort, Commit, Committed, Finished, Select, Tick
 from fedgrpc.rounds.state import Round, RoundPhase, step, wake_at
@@ -152,6 +153,7 @@ class Driver:
         it = self._it
         begun = time.monotonic()
         weights = self._new_version.weights(current, commit.tokens)
+        current.scales = scales_of(self._settings, it.orders.plan, current, weights)
         version: Version | None = None
         if current.kind != TASK_KIND_EVALUATE:
             version = await self._new_version.write(current, weights)

@@ -24,6 +24,7 @@ from fedgrpc.v1 import aggregator_pb2, device_pb2
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN
 
 _SHARE = 0.9
+_MARGIN = 1.2
 # Of a worker that tells no loss, the number of its examples says what its update is worth.
 _UNTOLD_LOSS = 1.0
 
@@ -59,6 +60,11 @@ def remember(history: WorkerHistory, task: Task, report: Report | None, most_s: 
         return replace(history, loss=loss, example_count=report.example_count)
     timing = timing_of(task)
     return history if timing is None else history.timed(timing)
+
+
+def upload_reserve_s(history: WorkerHistory, least_s: float) -> float:
+    """How much time a worker is to leave for its upload: at least this, and what its uploads have taken."""
+    return max(least_s, _MARGIN * (expected_parts(history, _SHARE)[2] or 0.0))
 
 
 def tell_history(worker: Worker, record: aggregator_pb2.WorkerRecord) -> None:

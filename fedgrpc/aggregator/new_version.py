@@ -53,9 +53,16 @@ class NewVersion:
             parts, merged = parts_of(it, current, weights), merged_of(current, weights)
             for token in weights:
                 await self._learn_channels(token)
-            updates = list(weights.items())
             files = CommitFiles(
-                base, memory, self._optimizer, updates, self._load, it.models.spares, parts, merged
+                base,
+                memory,
+                self._optimizer,
+                list(weights.items()),
+                self._load,
+                it.models.spares,
+                parts,
+                merged,
+                current.scales,
             )
             digest = await asyncio.to_thread(files.write, path, it.models.memory_path(number))
         return Version(number, current.state.number, digest)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.rpc.convert import duration_to_proto
 from fedgrpc.v1 import round_pb2, tensor_pb2
 
 
@@ -35,6 +36,8 @@ class Orders:
             proximal_mu=plan.proximal_mu,
             evaluate=settings.evaluate,
         )
+        if plan.upload_reserve_s is not None:
+            message.upload_reserve.CopyFrom(duration_to_proto(plan.upload_reserve_s))
         return cls(message, settings.seed, settings.worker_weights, settings.rounds)
 
     @classmethod

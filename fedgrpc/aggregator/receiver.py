@@ -20,6 +20,7 @@ from fedgrpc.aggregator.local_models import LocalTask
 from fedgrpc.aggregator.memory import ByteBudget
 from fedgrpc.aggregator.model_file import METADATA
 from fedgrpc.aggregator.report import CurrentRound, Report
+from fedgrpc.aggregator.scales import check_steps
 from fedgrpc.aggregator.uploads import StoredUpdate, Upload
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.manifest import Limits, Manifest
@@ -35,7 +36,7 @@ from fedgrpc.errors import (
 from fedgrpc.rounds.events import Progress, TaskPhase
 from fedgrpc.rpc.convert import manifest_from_proto, metrics_from_proto
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
-from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE
+from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
 
 _PROGRESS_INTERVAL_S = 0.1
 
@@ -125,7 +126,10 @@ class Receiver:
                 _check_initial(manifest)
             else:
                 self._check_layout(header.token, manifest, header.merged_updates > 0)
-            return manifest, Report.of(header, it.settings.admission)
+            report = Report.of(header, it.settings.admission)
+            if it.settings.normalize_steps and it.current.kind == TASK_KIND_TRAIN:
+                check_steps(report, it.orders.plan)
+            return manifest, report
         except (LayoutError, TooLargeError, UpdateRefused) as error:
             it.reject(header.token, str(error))
             raise

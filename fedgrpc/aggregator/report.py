@@ -84,6 +84,7 @@ class CurrentRound:
     local_tasks: dict[str, LocalTask] = field(default_factory=dict)
     reports: dict[str, Report] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
     device_classes: dict[str, str] = field(default_factory=dict)
     training_metrics: dict[str, float] = field(default_factory=dict)
     global_s: float = 0.0
@@ -156,6 +157,7 @@ class CurrentRound:
             record.example_count = report.example_count
             record.steps = report.steps
             record.weight = self.weights.get(token, 0.0)
+            record.scale = self.scales.get(token, 0.0)
             record.metrics.update(report.metrics)
             timings = replace(report.timings, global_s=self.global_s)
             record.timings.CopyFrom(timings_to_proto(timings))

@@ -11,7 +11,7 @@ import grpc.aio
 from fedgrpc import __version__
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.fleet import Worker
-from fedgrpc.aggregator.histories import tell_history
+from fedgrpc.aggregator.histories import tell_history, upload_reserve_s
 from fedgrpc.aggregator.receiver import Receiver
 from fedgrpc.aggregator.run_state import Assignment
 from fedgrpc.codec.chunk import Chunk
@@ -97,6 +97,10 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         orders = self._it.orders
         message = round_pb2.Plan(seed=assignment.seed, tell_channels=assignment.tell_channels)
         message.MergeFrom(orders.plan)
+        if message.HasField("upload_reserve"):
+            history = self._it.fleet.get(assignment.worker).history
+            reserve_s = upload_reserve_s(history, duration_from_proto(message.upload_reserve))
+            message.upload_reserve.CopyFrom(duration_to_proto(reserve_s))
         if not assignment.local.plain:
             message.local_model.CopyFrom(assignment.local.to_proto())
         if self._it.fleet.get(assignment.worker).leads:

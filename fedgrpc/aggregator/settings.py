@@ -29,7 +29,11 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What every worker is asked to do in a training round; None leaves the choice to its learning task."""
+    """What every worker is asked to do in a training round; None leaves the choice to its learning task.
+
+    With `upload_reserve_s`, training ends once no more than this (or than a worker's uploads have taken) is left
+    until the deadline.
+    """
 
     epochs: float | None = None
     max_steps: int | None = None
@@ -37,6 +41,7 @@ class TrainingPlan:
     learning_rate: float | None = None
     momentum: float | None = None
     proximal_mu: float = 0.0
+    upload_reserve_s: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "learning_rate"):
@@ -51,6 +56,8 @@ class TrainingPlan:
             raise UsageError(f"momentum must be from 0 to below 1, not {self.momentum:g}")
         if not 0 <= self.proximal_mu < math.inf:
             raise UsageError(f"proximal_mu must be a number from 0, not {self.proximal_mu:g}")
+        if self.upload_reserve_s is not None and not 0 <= self.upload_reserve_s < math.inf:
+            raise UsageError(f"upload_reserve_s must be a number of seconds from 0, not {self.upload_reserve_s:g}")
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,8 @@ class AggregatorSettings:
     difference_recipe: str | None = None
     upload_recipe: str = "int8+zstd"
     worker_weights: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    normalize_steps: bool = False
+    staleness_exponent: float = 0.5
     server_optimizer: str = "fedavg"
     server_learning_rate: float | None = None
     target: Target | None = None
@@ -134,6 +143,7 @@ class AggregatorSettings:
         if self.seed < 0:
             raise UsageError(f"seed must not be negative, not {self.seed}")
         self._check_times()
+        self._check_scales()
         Recipe.parse(self.download_recipe)
         Recipe.parse(self.upload_recipe)
         if self.difference_recipe is not None and not Recipe.parse(self.difference_recipe).contractive:
@@ -141,6 +151,18 @@ class AggregatorSettings:
                 f"difference_recipe {self.difference_recipe!r} may lose more than there is: errors would grow; "
                 "take a finer one, such as entropy:c=1+zstd"
             )
+
+    def _check_scales(self) -> None:
+        """Of steps that are to be normalized it has to be known what they amount to."""
+        if not 0 <= self.staleness_exponent < math.inf:
+            raise UsageError(f"staleness_exponent must be a number from 0, not {self.staleness_exponent:g}")
+        mu, rate = self.plan.proximal_mu, self.plan.learning_rate
+        if not self.normalize_steps or not mu:
+            return
+        if self.plan.momentum:
+            raise UsageError("normalize_steps knows of no steps with both momentum and proximal_mu")
+        if rate is None or not rate * mu < 1:
+            raise UsageError("normalize_steps with proximal_mu needs a learning_rate of less than 1 / proximal_mu")
 
     def _check_times(self) -> None:
         if not 0 < self.poll_wait_s < math.inf:

@@ -93,6 +93,13 @@ SETTINGS: list[Setting] = [
     _plan("--momentum", "Momentum of the workers' optimizer."),
     _plan("--proximal-mu", "FedProx's pull towards the global model; 0: FedAvg."),
     _plan(
+        "--upload-reserve",
+        "Train no longer than until this much (or what a worker's uploads have taken) is left of the deadline; "
+        "without: all of the work.",
+        name="upload_reserve_s",
+        type=DURATION,
+    ),
+    _plan(
         "--local-models",
         "TOML file of compression plans by device class (docs/heterogeneity.md).",
         type=FILE,
@@ -107,6 +114,11 @@ SETTINGS: list[Setting] = [
         default=(),
         metavar="WORKER=P",
     ),
+    _mean(
+        "--normalize-steps/--no-normalize-steps",
+        "Each update counts by its direction, not by its steps (FedNova); --momentum must be what workers use.",
+    ),
+    _mean("--staleness-exponent", "An update that is N versions late counts (1 + N) to the minus this."),
     _mean("--server-optimizer", "What to make of the mean.", type=click.Choice(list(OPTIMIZERS))),
     _mean("--server-learning-rate", "Its step size; without: its usual one."),
     _mean("--max-update-norm", "Refuse updates whose L2 norm is above this."),

@@ -72,6 +72,7 @@ class Plan:
     compression: CompressionPlan | None = None
     sub_model: SubModel = field(default_factory=SubModel)
     tell_channels: bool = False
+    upload_reserve_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,12 @@ class Task:
     upload_recipe: str
     run_id: str
     deadline_s: float | None = None
+
+    @property
+    def training_ends_s(self) -> float | None:
+        """When training is to end so that the update comes in time, by the same clock; None: when it is done."""
+        reserve_s = self.plan.upload_reserve_s
+        return None if self.deadline_s is None or reserve_s is None else self.deadline_s - reserve_s
 
 
 def registration_from_proto(message: aggregator_pb2.RegisterResponse) -> Registration:
@@ -144,4 +151,7 @@ def plan_from_proto(message: round_pb2.Plan) -> Plan:
         compression=None if compression.plain else compression,
         sub_model=sub_model_from_proto(message.local_model),
         tell_channels=message.tell_channels,
+        upload_reserve_s=(
+            duration_from_proto(message.upload_reserve) if message.HasField("upload_reserve") else None
+        ),
     )

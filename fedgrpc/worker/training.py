@@ -93,7 +93,7 @@ def train(
     plan = task.plan
     if not isinstance(trainer, SliceableTrainer) and (plan.compression or not plan.sub_model.whole):
         raise TaskError("this learning task trains the model as it is; it can neither slice nor compress it")
-    job = job_of(plan, task.round, hooks)
+    job = job_of(plan, task.round, hooks, task.training_ends_s)
     with users_code():
         result = trainer.train(weights, job)
         channels = _channels(trainer) if plan.tell_channels else None
@@ -121,8 +121,8 @@ def _channels(trainer: Trainer) -> ChannelMap | None:
         return None
 
 
-def job_of(plan: Plan, number: int, hooks: Hooks) -> TrainJob:
-    """The plan as a trainer sees it, wired to the hooks."""
+def job_of(plan: Plan, number: int, hooks: Hooks, ends_s: float | None = None) -> TrainJob:
+    """The plan as a trainer sees it, wired to the hooks; `ends_s` is of the monotonic clock."""
     return TrainJob(
         epochs=1.0 if plan.epochs is None else plan.epochs,
         max_steps=plan.max_steps,
@@ -134,6 +134,7 @@ def job_of(plan: Plan, number: int, hooks: Hooks) -> TrainJob:
         round=number,
         compression=plan.compression,
         stop=hooks.stop.is_set,
+        time_left_s=None if ends_s is None else lambda: ends_s - time.monotonic(),
         report=lambda done, total: hooks.report(done / total),
         pause=lambda batch_s: hooks.throttle.rest(batch_s, hooks.stop),
     )
