@@ -10,7 +10,7 @@ from fedgrpc.cli.main import load_command
 from fedgrpc.cli.options import Setting, SettingsCommand
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
-COMMANDS = ("aggregator", "worker", "demo", "status", "watch")
+COMMANDS = ("aggregator", "worker", "demo", "status", "watch", "health")
 HEAD = """# Settings
 
 Written by `tools/settings_table.py` from the declarations in `fedgrpc/cli`; `make lint` checks that it is fresh.

@@ -75,9 +75,11 @@ class Target:
             name, found, number = text.partition(sign)
             if found and name.strip():
                 try:
-                    return cls(name.strip(), float(number), sign == ">=")
+                    value = float(number)
                 except ValueError:
                     break
+                if math.isfinite(value):
+                    return cls(name.strip(), value, sign == ">=")
         raise UsageError(f"a target metric looks like accuracy>=0.95 or loss<=0.1, not {text!r}")
 
     def met(self, metrics: Mapping[str, float]) -> bool:
@@ -132,6 +134,8 @@ class AggregatorSettings:
         for name in ("rounds", "keep_versions", "max_workers", "max_uploads"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+            if getattr(self, name) >= 1 << 32:
+                raise UsageError(f"{name} must be at most {(1 << 32) - 1}, not {getattr(self, name)}")
         for name, most in _SIZES.items():
             if not 1 <= getattr(self, name) <= most:
                 raise UsageError(f"{name} must be from 1 to {most} bytes, not {getattr(self, name)}")

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from fedgrpc.errors import UsageError
 
-TABLES: Final = ("aggregator", "worker", "demo", "status", "watch")
+TABLES: Final = ("aggregator", "worker", "demo", "status", "watch", "health")
 
 Text = str | list[str]
 
 
-def read_table(path: Path, table: str, keys: Sequence[str]) -> dict[str, Text]:
+def read_table(path: Path, table: str, keys: Mapping[str, bool]) -> dict[str, Text]:
     """The settings in `table` of the file, by key with underscores; none where it has no such table.
+
+    `keys` are the settings that there are, and whether each may be given more than once, as a list or a table.
 
     Raises:
         UsageError: the file cannot be read, is no TOML, or holds a table or a key that nobody knows.
@@ -31,8 +33,11 @@ def read_table(path: Path, table: str, keys: Sequence[str]) -> dict[str, Text]:
     for name, value in content.get(table, {}).items():
         key = name.replace("-", "_")
         if key not in keys:
-            raise UsageError(f"{path}: [{table}] has no setting {name!r}{_nearest(key, keys)}")
-        found[key] = _as_text(path, table, name, value)
+            raise UsageError(f"{path}: [{table}] has no setting {name!r}{_nearest(key, tuple(keys))}")
+        if keys[key]:
+            found[key] = _texts(path, table, name, value)
+        else:
+            found[key] = _scalar(path, table, name, value)
     return found
 
 
@@ -51,13 +56,12 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
 
 
-def _as_text(path: Path, table: str, name: str, value: Any) -> Text:
-    """Scalars as a person would type them; a table of scalars as NAME=VALUE each."""
+def _texts(path: Path, table: str, name: str, value: Any) -> list[str]:
+    """A list of scalars as a person would type them; a table of scalars as NAME=VALUE each."""
     if isinstance(value, dict):
         return [f"{key}={_scalar(path, table, name, item)}" for key, item in value.items()]
-    if isinstance(value, list):
-        return [_scalar(path, table, name, item) for item in value]
-    return _scalar(path, table, name, value)
+    items = value if isinstance(value, list) else [value]
+    return [_scalar(path, table, name, item) for item in items]
 
 
 def _scalar(path: Path, table: str, name: str, value: Any) -> str:

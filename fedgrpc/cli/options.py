@@ -143,7 +143,8 @@ class SettingsCommand(click.Command):
     def _read_config(self, ctx: click.Context, _param: click.Parameter, path: Path | None) -> Path | None:
         if path is not None:
             settings = {setting.key: setting for setting in self.settings() if setting.key != "config"}
-            values = read_table(path, self.name or "", tuple(settings))
+            may_repeat = {key: setting.multiple for key, setting in settings.items()}
+            values = read_table(path, self.name or "", may_repeat)
             ctx.default_map = {settings[key].name or "": value for key, value in values.items()}
             ctx.params["config"] = path
         return path

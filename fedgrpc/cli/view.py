@@ -23,7 +23,16 @@ _STYLES: Mapping[int, str] = {
     TaskPhase.TASK_PHASE_EXPIRED: "red",
     TaskPhase.TASK_PHASE_LATE: "magenta",
 }
-ENDED: frozenset[int] = frozenset({RunPhase.RUN_PHASE_FINISHED, RunPhase.RUN_PHASE_STOPPED})
+# Of a task whose update does not count, and of one that is over either way.
+LOST: frozenset[int] = frozenset(
+    {
+        TaskPhase.TASK_PHASE_REJECTED,
+        TaskPhase.TASK_PHASE_FAILED,
+        TaskPhase.TASK_PHASE_EXPIRED,
+        TaskPhase.TASK_PHASE_LATE,
+    }
+)
+SETTLED: frozenset[int] = LOST | {TaskPhase.TASK_PHASE_ACCEPTED}
 _PIPE_COLUMNS = 120
 _DONE = (RoundPhase.ROUND_PHASE_COMMITTED, RoundPhase.ROUND_PHASE_ABANDONED)
 
@@ -104,19 +113,9 @@ def round_line(record: Round) -> str:
         parts.append(seconds(record.duration_seconds))
     if record.phase == RoundPhase.ROUND_PHASE_ABANDONED and record.reason:
         parts.append(record.reason)
-    missing = [f"{task.worker} {task_phase(task)}" for task in record.tasks if task.phase in _LOST]
+    missing = [f"{task.worker} {task_phase(task)}" for task in record.tasks if task.phase in LOST]
     found = scores(record.evaluator_metrics or record.metrics)
     return " · ".join([*parts, *missing, *([found] if found else [])])
-
-
-_LOST = frozenset(
-    {
-        TaskPhase.TASK_PHASE_REJECTED,
-        TaskPhase.TASK_PHASE_FAILED,
-        TaskPhase.TASK_PHASE_EXPIRED,
-        TaskPhase.TASK_PHASE_LATE,
-    }
-)
 
 
 def task_table(record: Round) -> Table:
@@ -163,7 +162,7 @@ def rounds_table(rounds: Sequence[Round]) -> Table:
 def _note(record: Round) -> str:
     if record.phase == RoundPhase.ROUND_PHASE_ABANDONED:
         return record.reason
-    return "; ".join(f"{task.worker}: {task.reason}" for task in record.tasks if task.phase in _LOST)
+    return "; ".join(f"{task.worker}: {task.reason}" for task in record.tasks if task.phase in LOST)
 
 
 def workers_table(workers: Sequence[WorkerRecord]) -> Table:

@@ -11,7 +11,7 @@ from rich.live import Live
 from fedgrpc.cli.common import client_settings, client_tls
 from fedgrpc.cli.operator import AGGREGATOR_SETTING, Operator, operator
 from fedgrpc.cli.options import SettingsCommand
-from fedgrpc.cli.view import live_view, piped_console, round_line, round_phase, run_line, run_phase
+from fedgrpc.cli.view import SETTLED, live_view, piped_console, round_line, round_phase, run_line, run_phase
 
 SETTINGS = [AGGREGATOR_SETTING, *client_settings()]
 
@@ -36,7 +36,7 @@ async def _lines(aggregator: Operator, console: Console) -> None:
     """A line when the run changes its phase, when a round does, and when an update comes in."""
     shown: object = None
     async for news in aggregator.watch():
-        phases = tuple(task.phase for task in news.round.tasks if task.phase > 4)
+        phases = tuple(task.phase for task in news.round.tasks if task.phase in SETTLED)
         state = (run_phase(news.run), news.round.number, round_phase(news.round), phases)
         if state != shown:
             console.print(f"{run_line(news.run)} | {round_line(news.round)}", highlight=False, soft_wrap=True)

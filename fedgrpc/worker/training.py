@@ -7,7 +7,6 @@ EVALUATE      no payload: scores of the given weights
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import threading
@@ -32,6 +31,7 @@ from fedgrpc.errors import FedgrpcError, TaskError, UsageError
 from fedgrpc.rpc.convert import Timings, manifest_to_proto, timings_to_proto
 from fedgrpc.rpc.local_model import channels_to_proto
 from fedgrpc.v1 import aggregator_pb2
+from fedgrpc.worker import returned
 from fedgrpc.worker.delta import Delta
 from fedgrpc.worker.part import Part
 from fedgrpc.worker.spool import Fill
@@ -73,17 +73,16 @@ def evaluate(trainer: Trainer, weights: Weights, hooks: Hooks) -> EvalResult | N
     """Score `weights` on local held-out data; None where there is none. Raises TaskError."""
     started_s = time.monotonic()
     with users_code():
-        result = trainer.evaluate(weights)
+        result = returned.eval_result(trainer.evaluate(weights))
     hooks.throttle.rest(time.monotonic() - started_s, hooks.stop)
-    if result is None:
-        return None
-    return EvalResult(_count(result.example_count), _finite(result.metrics))
+    return result
 
 
 def initialize(trainer: Trainer) -> Outcome:
     """The untrained weights of the task's model. Raises TaskError."""
     with users_code():
-        return Outcome(trainer.initial_weights(), 0, channels=_channels(trainer))
+        weights = returned.initial_weights(trainer.initial_weights())
+        return Outcome(weights, 0, channels=_channels(trainer))
 
 
 def train(
@@ -95,13 +94,13 @@ def train(
         raise TaskError("this learning task trains the model as it is; it can neither slice nor compress it")
     job = job_of(plan, task.round, hooks, task.training_ends_s)
     with users_code():
-        result = trainer.train(weights, job)
+        result = returned.train_result(trainer.train(weights, job))
         channels = _channels(trainer) if plan.tell_channels else None
     return Outcome(
         result.weights,
-        _count(result.example_count),
-        _count(result.steps),
-        _finite(result.metrics),
+        result.example_count,
+        result.steps,
+        result.metrics,
         scores,
         result.start,
         result.masks,
@@ -223,17 +222,3 @@ def peak_memory_bytes() -> int:
     """Largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _count(value: int) -> int:
-    if value != int(value) or value < 0:
-        raise TaskError(f"the learning task reports {value} examples or steps; it must be a whole number from 0")
-    return int(value)
-
-
-def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Without what is not a finite number: one diverged score must not cost the update."""
-    kept = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-    if len(kept) < len(metrics):
-        log.warning("metrics not finite", names=sorted(metrics.keys() - kept.keys()))
-    return kept

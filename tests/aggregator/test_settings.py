@@ -22,7 +22,7 @@ def test_a_target_is_read_from_its_text(text, target):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "accuracy", ">=0.9", "accuracy>=", "accuracy>=high", "accuracy=0.9", "a>0.9"]
+    "text", ["", "accuracy", ">=0.9", "accuracy>=", "accuracy>=high", "accuracy=0.9", "a>0.9", "a>=nan", "a<=inf"]
 )
 def test_a_text_that_is_no_target_is_refused_with_an_example(text):
     with pytest.raises(UsageError, match=r"looks like accuracy>=0.95 or loss<=0.1"):
@@ -59,7 +59,7 @@ def test_a_plan_that_no_worker_could_follow_is_refused(name, values):
 @pytest.mark.parametrize(
     ("name", "values"),
     {
-        "rounds": (0, -1),
+        "rounds": (0, -1, 1 << 32),
         "keep_versions": (0,),
         "max_workers": (0,),
         "max_uploads": (0, -5),

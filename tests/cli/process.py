@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 NUMPY_TASK = "bring_your_own_numpy"
 
 
@@ -25,9 +26,9 @@ class Ended:
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's, without settings of fedgrpc and with the examples to import."""
+    """This process's, without settings of fedgrpc, to run this very source tree with the examples to import."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("FEDGRPC_")}
-    return own | {"PYTHONPATH": str(EXAMPLES), "OMP_NUM_THREADS": "1", "COLUMNS": "100"} | dict(more or {})
+    return own | {"PYTHONPATH": f"{ROOT}:{EXAMPLES}", "OMP_NUM_THREADS": "1", "COLUMNS": "100"} | dict(more or {})
 
 
 def fedgrpc(

@@ -10,6 +10,7 @@ import pytest
 
 from fedgrpc.aggregator.settings import AggregatorSettings, Target, TrainingPlan
 from fedgrpc.cli import aggregator, worker
+from fedgrpc.cli.config_file import TABLES
 from fedgrpc.cli.main import load_command
 from fedgrpc.cli.options import SettingsCommand
 from fedgrpc.cli.quantities import DURATION, RATE, SIZE
@@ -125,7 +126,14 @@ def test_repeated_settings_may_come_from_a_variable(monkeypatch: pytest.MonkeyPa
     assert _aggregator().worker_weights == {"pi-1": 0.5, "pi-2": 1.0}
 
 
-@pytest.mark.parametrize("name", ["aggregator", "worker", "demo", "status", "watch"])
+def test_a_repeated_setting_may_be_a_list_or_a_single_value_in_the_file(tmp_path: Path) -> None:
+    config = tmp_path / "fleet.toml"
+    for text, weights in [('["pi-1=0.5", "pi-2=1"]', {"pi-1": 0.5, "pi-2": 1.0}), ('"pi-1=0.5"', {"pi-1": 0.5})]:
+        config.write_text(f"[aggregator]\nweight = {text}\n")
+        assert _aggregator("--config", str(config)).worker_weights == weights
+
+
+@pytest.mark.parametrize("name", TABLES)
 def test_no_two_settings_of_a_command_share_a_key(name: str) -> None:
     command = load_command(name)
     assert isinstance(command, SettingsCommand)

@@ -69,6 +69,9 @@ def test_a_wrong_flag_is_one_line_that_says_what_to_do(
         ("rounds = 3\n", ["'rounds' stands outside of a table; begin with a line [aggregator]"]),
         ("[aggregator]\nrounds = 2.5\n", ["--rounds: '2.5'", "(from fleet.toml)"]),
         ("[aggregator]\nrounds = true\n", ["--rounds: 'true'", "(from fleet.toml)"]),
+        ("[aggregator]\nrounds = [1, 2]\n", ["rounds: expected text, a number, true or false, not [1, 2]"]),
+        ("[aggregator.rounds]\na = 1\n", ["rounds: expected text, a number, true or false, not {'a': 1}"]),
+        ("[aggregator]\nweight = [[1]]\n", ["weight: expected text, a number, true or false, not [1]"]),
         ("[aggregator]\ndeadline = 2024-01-01\n", ["deadline: expected text, a number, true or false"]),
     ],
 )

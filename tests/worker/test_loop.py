@@ -265,7 +265,7 @@ def _nan(weights):
         (Returns(_nan), "weight: .*NaN"),
         (Returns(lambda weights: {"weight": weights["weight"]}), "no tensor"),
         (Returns(lambda weights: {**weights, "bias": np.zeros(3, np.float32)}), "bias.*shape"),
-        (Returns(lambda weights: weights, example_count=-5), "-5 examples"),
+        (Returns(lambda weights: weights, example_count=-5), "-5 as example_count"),
     ],
 )
 async def test_a_training_result_that_cannot_be_sent_is_reported_and_not_sent(tmp_path, trainer, reason):
@@ -275,6 +275,51 @@ async def test_a_training_result_that_cannot_be_sent_is_reported_and_not_sent(tm
     assert re.search(reason, peer.failures["t1"])
     assert peer.uploads == {}
     assert spooled(tmp_path) == []
+
+
+class Gives(Adds):
+    """Returns anything at all from one of its methods."""
+
+    def __init__(self, **given):
+        super().__init__()
+        self.given = given
+
+    def initial_weights(self):
+        return self.given.get("initial", model(42))
+
+    def train(self, weights, job):
+        return self.given["train"] if "train" in self.given else super().train(weights, job)
+
+    def evaluate(self, weights):
+        return self.given.get("scores")
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "reason"),
+    [
+        ({"train": None}, "TRAIN", "train() of the learning task returned nothing, not a TrainResult"),
+        ({"train": (model(1), 3, 1)}, "TRAIN", "returned a tuple, not a TrainResult"),
+        ({"train": TrainResult({"weight": [[1.0]]}, 3, 1)}, "TRAIN", "gave a list as weight 'weight'"),
+        ({"train": TrainResult(model(1), None, 1)}, "TRAIN", "reports None as example_count"),
+        ({"train": TrainResult(model(1), float("nan"), 1)}, "TRAIN", "reports nan as example_count"),
+        ({"train": TrainResult(model(1), 10**30, 1)}, "TRAIN", "as example_count; it must be a whole number"),
+        ({"train": TrainResult(model(1), 3, 1, {"loss": "low"})}, "TRAIN", "must be numbers by name"),
+        ({"train": TrainResult(model(1), 3, 1, None)}, "TRAIN", "must be numbers by name"),
+        ({"scores": 0.5}, "EVALUATE", "evaluate() of the learning task returned a float, not an EvalResult"),
+        ({"initial": {"w": [1.0]}}, "INITIALIZE", "gave a list as weight 'w'; weights are NumPy arrays by name"),
+        ({"initial": {3: np.zeros(2)}}, "INITIALIZE", "weights are NumPy arrays by name"),
+        ({"initial": None}, "INITIALIZE", "gave nothing as weights"),
+    ],
+    ids=str,
+)
+async def test_a_learning_task_that_returns_the_wrong_thing_is_given_back_and_the_worker_goes_on(
+    tmp_path, given, kind, reason
+):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task(kind=getattr(round_pb2, f"TASK_KIND_{kind}"))]
+    assert await run(peer, tmp_path, Gives(**given)) == 0
+    assert reason in peer.failures["t1"]
+    assert peer.uploads == {}
 
 
 async def test_scores_that_are_not_numbers_do_not_cost_the_update(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedgrpc.cli.demo.report import Report
+from fedgrpc.v1.round_pb2 import TaskPhase
 
 _PARTS = (("local_s", "T_local"), ("upload_s", "T_upload"), ("global_s", "T_global"), ("download_s", "T_download"))
 
@@ -22,7 +23,7 @@ def plot_rounds(report: Report, path: Path) -> None:
     pooled = report.pooled_accuracies
     scores.plot(range(1, len(pooled) + 1), pooled, linestyle="--", color="gray", label="pooled, same epochs")
     for number, record in enumerate(report.training_rounds, start=1):
-        accepted = sum(task.phase == 5 for task in record.tasks)
+        accepted = sum(task.phase == TaskPhase.TASK_PHASE_ACCEPTED for task in record.tasks)
         if accepted < len(record.tasks):
             at = (number, report.accuracies[number - 1])
             scores.annotate(

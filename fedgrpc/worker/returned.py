@@ -1,0 +1,84 @@
+"""What a trainer has returned, checked: it is a user's code, and a wrong type costs its task, never the worker.
+
+Every function raises TaskError, in one line that says what was expected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import structlog
+
+from fedgrpc.errors import TaskError
+from fedgrpc.worker.trainer import EvalResult, TrainResult, Weights
+
+_MOST: Final = 1 << 63
+
+log = structlog.get_logger()
+
+
+def initial_weights(returned: Any) -> Weights:
+    """Of `Trainer.initial_weights`."""
+    return _arrays("initial_weights", returned)
+
+
+def train_result(returned: Any) -> TrainResult:
+    """Of `Trainer.train`."""
+    if not isinstance(returned, TrainResult):
+        raise TaskError(f"train() of the learning task returned {_kind(returned)}, not a TrainResult")
+    return TrainResult(
+        _arrays("train", returned.weights),
+        _count("example_count", returned.example_count),
+        _count("steps", returned.steps),
+        _finite(returned.metrics),
+        returned.start,
+        returned.masks,
+        returned.clustered,
+    )
+
+
+def eval_result(returned: Any) -> EvalResult | None:
+    """Of `Trainer.evaluate`."""
+    if returned is None:
+        return None
+    if not isinstance(returned, EvalResult):
+        raise TaskError(f"evaluate() of the learning task returned {_kind(returned)}, not an EvalResult or None")
+    return EvalResult(_count("example_count", returned.example_count), _finite(returned.metrics))
+
+
+def _arrays(method: str, weights: Any) -> Weights:
+    if not isinstance(weights, Mapping):
+        raise TaskError(f"{method}() of the learning task gave {_kind(weights)} as weights, not arrays by name")
+    for name, array in weights.items():
+        if not isinstance(name, str) or not isinstance(array, np.ndarray | np.generic):
+            raise TaskError(
+                f"{method}() of the learning task gave {_kind(array)} as weight {name!r}; "
+                "weights are NumPy arrays by name"
+            )
+    return weights
+
+
+def _count(name: str, value: Any) -> int:
+    number = isinstance(value, int | float | np.integer | np.floating)
+    if not number or not 0 <= value < _MOST or value != int(value):
+        raise TaskError(f"the learning task reports {value} as {name}; it must be a whole number from 0")
+    return int(value)
+
+
+def _finite(metrics: Any) -> dict[str, float]:
+    """Without what is not a finite number: one diverged score must not cost the update."""
+    try:
+        values = {str(name): float(value) for name, value in metrics.items()}
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        raise TaskError("the metrics of the learning task must be numbers by name") from None
+    kept = {name: value for name, value in values.items() if math.isfinite(value)}
+    if len(kept) < len(values):
+        log.warning("metrics not finite", names=sorted(values.keys() - kept.keys()))
+    return kept
+
+
+def _kind(value: object) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
