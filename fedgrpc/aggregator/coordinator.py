@@ -276,8 +276,7 @@ class Coordinator:
             self.last_record = record
         target = self.settings.target
         if target is not None and not self.run.ended and target.met({**(workers or {}), **(evaluator or {})}):
-            sign = ">=" if target.at_least else "<="
-            self.run.reason = f"version {version} has {target.name} {sign} {target.value:g}"
+            self.run.reason = f"version {version} has {target}"
         self.wake.set()
         self.changes.notify()
 

@@ -64,7 +64,8 @@ class Recovery:
         if open_round is not None:
             await self._reopen(open_round)
         await asyncio.to_thread(it.journal.keep_only, it.current.state.tasks if it.current else ())
-        if it.run.phase == RUN_PHASE_FINISHED and it.run.trained < self._settings.rounds:
+        met_target = self._settings.target is not None and it.run.reason.endswith(f" has {self._settings.target}")
+        if it.run.phase == RUN_PHASE_FINISHED and it.run.trained < self._settings.rounds and not met_target:
             it.run.phase, it.run.reason = RUN_PHASE_RUNNING, ""
         await it.save_run()
         return it.last_record.number if it.last_record else 0

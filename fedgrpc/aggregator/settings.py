@@ -82,6 +82,9 @@ class Target:
                     return cls(name.strip(), value, sign == ">=")
         raise UsageError(f"a target metric looks like accuracy>=0.95 or loss<=0.1, not {text!r}")
 
+    def __str__(self) -> str:
+        return f"{self.name} {'>=' if self.at_least else '<='} {self.value:g}"
+
     def met(self, metrics: Mapping[str, float]) -> bool:
         """Whether `metrics` has this score and it is good enough."""
         if self.name not in metrics:

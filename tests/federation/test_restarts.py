@@ -6,12 +6,13 @@ import time
 import numpy as np
 import pytest
 
+from fedgrpc.aggregator.settings import Target
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.rpc.convert import manifest_from_proto
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from tests.aggregator.updates import chunk
-from tests.federation.federation import MODEL, Device, aggregating, encoded, update_of
+from tests.federation.federation import MODEL, Device, Shifter, aggregating, encoded, update_of, working
 
 ABANDONED, COMMITTED = round_pb2.ROUND_PHASE_ABANDONED, round_pb2.ROUND_PHASE_COMMITTED
 
@@ -81,6 +82,21 @@ async def test_more_rounds_continue_a_finished_run_and_fewer_leave_it_finished(t
         assert (tasks[0].round, tasks[0].model_version) == (2, 2)
         await asyncio.gather(a.push(tasks[0]), b.push(tasks[1]))
         assert (await running.until_finished()).model_version == 3
+
+
+async def test_a_run_that_met_its_target_stays_finished_until_another_is_set(tmp_path):
+    """A supervisor that starts the aggregator again whenever it ends must not train the model further."""
+    goal = {"rounds": 50, "evaluate": True, "target": Target("mean", 1.5)}
+    async with aggregating(tmp_path, **goal) as running:
+        crew = [working(running, tmp_path, name, Shifter()) for name in ("a", "b")]
+        assert await asyncio.gather(*crew) == [0, 0]
+        ended = await running.until_finished()
+        assert ended.model_version < 51
+    async with aggregating(tmp_path, **goal) as running:
+        run = await running.run()
+        assert (run.phase, run.reason) == (pb.RUN_PHASE_FINISHED, ended.reason)
+    async with aggregating(tmp_path, **{**goal, "target": Target("mean", 2.5)}) as running:
+        assert (await running.run()).phase == pb.RUN_PHASE_RUNNING
 
 
 @pytest.mark.parametrize("phase", ["Pause", "Stop"])
