@@ -83,7 +83,7 @@ def _read_port(fifo: Path, process: subprocess.Popen[bytes], log: Path) -> int:
     """Opening the pipe waits for the aggregator; should it have died, nobody would come."""
     reader = subprocess.Popen(["head", "-n1", str(fifo)], stdout=subprocess.PIPE, text=True)
     try:
-        text, _ = reader.communicate(timeout=30)
+        text, _ = reader.communicate(timeout=60)
         return int(text)
     except subprocess.TimeoutExpired:
         reader.kill()

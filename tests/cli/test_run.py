@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.process import NUMPY_TASK, environment, fedgrpc, running, running_aggregator, worker_arguments
+from tests.federation.process import free_address
 
 _AGGREGATOR = ("--task", NUMPY_TASK, "--min-workers", "2", "--rounds", "3", "--epochs", "1", "--seed", "1")
 
@@ -91,27 +91,21 @@ def test_watch_follows_a_run_to_its_end(tmp_path: Path) -> None:
         with running("watch", "--aggregator", address, log=tmp_path / "watch.log") as watch:
             with _workers(tmp_path, address) as workers:
                 assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
-            assert watch.wait(timeout=30) == 0
-        assert aggregator.wait(timeout=30) == 0
+            assert watch.wait(timeout=60) == 0
+        assert aggregator.wait(timeout=60) == 0
     lines = (tmp_path / "watch.log").read_text().splitlines()
     assert "running" in lines[0]
     assert "run default · finished · 3 of 3 rounds committed" in lines[-1]
 
 
 def test_metrics_are_served_while_the_run_goes_on(tmp_path: Path) -> None:
-    port = _free_port()
-    settings = [*_AGGREGATOR, "--stay", "--metrics-address", f"127.0.0.1:{port}"]
+    metrics = free_address()
+    settings = [*_AGGREGATOR, "--stay", "--metrics-address", metrics]
     with running_aggregator(tmp_path, *settings) as (_, address), _workers(tmp_path, address) as workers:
         assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
-        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+        text = urllib.request.urlopen(f"http://{metrics}/metrics", timeout=60).read().decode()
     assert 'fedgrpc_tasks_total{outcome="accepted"}' in text
     assert "fedgrpc_model_version 4.0" in text
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -126,7 +120,7 @@ def test_a_signal_ends_aggregator_and_worker_cleanly(number: signal.Signals, tmp
         for process in (watch, worker, aggregator):
             process.send_signal(number)
             # A worker that had nothing in hand has drained, which is a success.
-            assert process.wait(timeout=30) in ({0} if process is worker else {128 + number, -number})
+            assert process.wait(timeout=60) in ({0} if process is worker else {128 + number, -number})
     for log in tmp_path.glob("*.log"):
         assert "Traceback" not in log.read_text()
 

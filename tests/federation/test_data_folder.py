@@ -14,7 +14,7 @@ from fedgrpc.aggregator.server import Aggregator
 from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.v1 import round_pb2
-from tests.federation.federation import MODEL, Device, aggregating, refused, settings_for, update_of
+from tests.federation.federation import MODEL, PATIENCE_S, Device, aggregating, refused, settings_for, update_of
 
 Serving = health_pb2.HealthCheckResponse
 
@@ -143,7 +143,7 @@ async def health_of(running):
 
 
 async def health_becomes(running, status):
-    async with open_channel(running.address) as channel, asyncio.timeout(10):
+    async with open_channel(running.address) as channel, asyncio.timeout(PATIENCE_S):
         request = health_pb2.HealthCheckRequest(service="fedgrpc.v1.Aggregator")
         async for reply in health_pb2_grpc.HealthStub(channel).Watch(request):
             if reply.status == status:

@@ -48,12 +48,12 @@ async def test_a_stopped_run_abandons_its_round_and_tells_every_worker(tmp_path)
         devices = [await running.device("a"), await running.device("b")]
         tasks = await asyncio.gather(*(device.task() for device in devices))
         idle = await running.device("c")
-        waiting = asyncio.create_task(idle.poll(10))
+        waiting = asyncio.create_task(idle.poll(30))
         await asyncio.sleep(0.1)
         run = (await running.stub.StopRun(pb.StopRunRequest(reason="enough\nfor today"))).run
         assert (run.phase, run.reason) == (pb.RUN_PHASE_STOPPED, "enough for today")
         assert (await running.stub.StopRun(pb.StopRunRequest(reason="again"))).run.reason == "enough for today"
-        assert (await asyncio.wait_for(waiting, 2)).run_ended
+        assert (await asyncio.wait_for(waiting, 20)).run_ended
         assert (await devices[0].poll()).run_ended
         beat = await devices[0].beat(tasks[0])
         assert (beat.cancel, "enough for today" in beat.reason) == (True, True)
@@ -139,7 +139,7 @@ async def test_a_watch_shows_the_first_state_the_changes_and_the_end(tmp_path):
 
 
 async def test_workers_are_listed_with_what_they_do(tmp_path):
-    async with aggregating(tmp_path, policy={"lease_s": 1.0}) as running:
+    async with aggregating(tmp_path, policy={"lease_s": 2.0}) as running:
         devices = [await running.device("a"), await running.device("b")]
         scorer = await running.device("c", role=device_pb2.WORKER_ROLE_EVALUATOR)
         waiting = asyncio.create_task(scorer.task())
@@ -154,10 +154,10 @@ async def test_workers_are_listed_with_what_they_do(tmp_path):
         assert [workers["a"].rounds_selected, workers["a"].rounds_accepted] == [1, 0]
         await asyncio.gather(*(device.push(task) for device, task in zip(devices, tasks, strict=True)))
         await running.until_finished()
-        await asyncio.sleep(1.1)
+        await asyncio.sleep(2.1)
         workers = {item.worker: item for item in (await running.stub.ListWorkers(pb.ListWorkersRequest())).workers}
         assert workers["a"].state == pb.WORKER_STATE_AWAY
-        assert workers["a"].last_seen_ago.ToTimedelta().total_seconds() >= 1.0
+        assert workers["a"].last_seen_ago.ToTimedelta().total_seconds() >= 2.0
         assert [workers["a"].rounds_selected, workers["a"].rounds_accepted] == [1, 1]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
-from tests.federation.federation import MODEL, aggregating, chunks, encoded, refused, update_of
+from tests.federation.federation import MODEL, PATIENCE_S, aggregating, chunks, encoded, refused, update_of
 
 ACCEPTED, LATE = round_pb2.TASK_PHASE_ACCEPTED, round_pb2.TASK_PHASE_LATE
 FAILED, EXPIRED = round_pb2.TASK_PHASE_FAILED, round_pb2.TASK_PHASE_EXPIRED
@@ -22,6 +22,13 @@ async def fleet(running, *names):
     return devices, [reply.task if reply.HasField("task") else None for reply in replies]
 
 
+async def until(condition):
+    """Look until it is so."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 - a folder wakes nobody
+            await asyncio.sleep(0.01)
+
+
 def tasks_of(round_):
     return {task.worker: task for task in round_.tasks}
 
@@ -31,16 +38,16 @@ def assert_model(running, version, change):
 
 
 async def test_a_straggler_misses_the_deadline_and_the_round_is_committed_without_it(tmp_path):
-    async with aggregating(tmp_path, policy={"deadline_s": 1.5}) as running:
+    async with aggregating(tmp_path, policy={"deadline_s": 3.0, "lease_s": 60.0}) as running:
         (quick, slow), (quick_task, slow_task) = await fleet(running, "quick", "slow")
         begun = time.monotonic()
         assert (await quick.push(quick_task)).complete
-        assert 0 < (await slow.beat(slow_task)).time_left.ToTimedelta().total_seconds() <= 1.5
+        assert 0 < (await slow.beat(slow_task)).time_left.ToTimedelta().total_seconds() <= 3
         await running.until_finished()
-        assert time.monotonic() - begun < 1.5 + 3.0
+        assert time.monotonic() - begun < 3 + 20
         late = tasks_of(await running.round())["slow"]
         assert late.phase == LATE
-        assert late.reason.startswith("slow training: deadline of 1.5 s passed")
+        assert late.reason.startswith("slow training: deadline of 3 s passed")
         answer = await slow.beat(slow_task)
         assert (answer.cancel, "late" in answer.reason) == (True, True)
         with refused("FAILED_PRECONDITION", "the task is late", "RoundClosed"):
@@ -51,7 +58,7 @@ async def test_a_straggler_misses_the_deadline_and_the_round_is_committed_withou
 
 
 async def test_a_trickling_upload_does_not_hold_the_round(tmp_path):
-    async with aggregating(tmp_path, policy={"deadline_s": 1.5}) as running:
+    async with aggregating(tmp_path, policy={"deadline_s": 3.0}) as running:
         (quick, slow), (quick_task, slow_task) = await fleet(running, "quick", "slow")
         manifest, payload = encoded(update_of(100.0))
         call = slow.stub.PushUpdate()
@@ -73,12 +80,12 @@ async def test_a_trickling_upload_does_not_hold_the_round(tmp_path):
 
 
 async def test_a_round_without_its_quorum_is_abandoned_with_the_model_unchanged_and_the_run_goes_on(tmp_path):
-    async with aggregating(tmp_path, policy={"deadline_s": 1.0, "quorum": 2}) as running:
+    async with aggregating(tmp_path, policy={"deadline_s": 3.0, "quorum": 2}) as running:
         (one, two), (task, _) = await fleet(running, "one", "two")
         assert (await one.push(task, update_of(100.0))).complete
         abandoned = await running.until_ended(1)
         assert abandoned.phase == round_pb2.ROUND_PHASE_ABANDONED
-        assert "1 of 2 needed updates: deadline of 1 s passed" in abandoned.reason
+        assert "1 of 2 needed updates: deadline of 3 s passed" in abandoned.reason
         assert (abandoned.base_version, abandoned.committed_version, (await running.run()).model_version) == (
             1,
             0,
@@ -92,7 +99,7 @@ async def test_a_round_without_its_quorum_is_abandoned_with_the_model_unchanged_
 
 
 async def test_a_worker_that_is_not_heard_of_loses_its_slot_and_is_replaced(tmp_path):
-    policy = {"lease_s": 1.0, "min_sample_size": 2, "max_participants": 2}
+    policy = {"lease_s": 2.0, "min_sample_size": 2, "max_participants": 2}
     async with aggregating(tmp_path, policy=policy) as running:
         devices, tasks = await fleet(running, "a", "b")
         spare = await running.device("spare")
@@ -102,13 +109,13 @@ async def test_a_worker_that_is_not_heard_of_loses_its_slot_and_is_replaced(tmp_
         await running.until_finished()
         seen = tasks_of(await running.round())
         assert seen["b"].phase == EXPIRED
-        assert seen["b"].reason == "no-show: not heard of for 1 s"
+        assert seen["b"].reason == "no-show: not heard of for 2 s"
         assert {seen["a"].phase, seen["spare"].phase} == {ACCEPTED}
         assert_model(running, 2, 2.0)
 
 
 async def test_a_worker_whose_lease_ran_out_comes_back_with_its_update(tmp_path):
-    async with aggregating(tmp_path, policy={"lease_s": 1.0, "quorum": 2}) as running:
+    async with aggregating(tmp_path, policy={"lease_s": 2.0, "quorum": 2}) as running:
         (one, two), (first, second) = await fleet(running, "one", "two")
         await running.until_task("two", EXPIRED)
         assert (await one.push(first)).complete
@@ -188,7 +195,10 @@ async def test_a_fraction_of_the_workers_takes_part(tmp_path):
     async with aggregating(tmp_path, policy={"min_workers": 4, "fraction": 0.5}) as running:
         devices = [await running.device(name) for name in "abcd"]
         polls = [asyncio.create_task(device.task()) for device in devices]
-        done, waiting = await asyncio.wait(polls, timeout=3)
+        done, waiting = set(), set(polls)
+        while len(done) < 2:
+            came, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            done |= came
         assert len(done) == 2
         pairs = [(device, poll.result()) for device, poll in zip(devices, polls, strict=True) if poll in done]
         await asyncio.gather(*(device.push(task) for device, task in pairs))
@@ -211,7 +221,7 @@ async def test_rounds_that_fail_at_once_do_not_spin(tmp_path):
 
 @pytest.mark.parametrize("messages", [0, 1])
 async def test_a_silent_stream_gives_up_its_upload_slot(tmp_path, messages):
-    async with aggregating(tmp_path, policy={"lease_s": 1.0, "quorum": 2}, max_uploads=1) as running:
+    async with aggregating(tmp_path, policy={"lease_s": 2.0, "quorum": 2}, max_uploads=1) as running:
         (a, b), tasks = await fleet(running, "a", "b")
         manifest, payload = encoded(update_of(3.0))
         silent = b.stub.PushUpdate()
@@ -220,10 +230,10 @@ async def test_a_silent_stream_gives_up_its_upload_slot(tmp_path, messages):
             await silent.write(message)
         if messages:
             await running.until_task("b", UPLOADING)
-        await asyncio.sleep(0.2)
+        await until(running.kept_updates)
         with refused("RESOURCE_EXHAUSTED", "1 uploads are running; try again", "Exhausted"):
             await a.push(tasks[0])
-        with refused("UNAVAILABLE", "no byte came for 1 s", "LinkError"):
+        with refused("UNAVAILABLE", "no byte came for 2 s", "LinkError"):
             await silent
         await a.push(tasks[0])
         assert (await b.push(tasks[1], update_of(3.0), offset=2048 * messages)).complete
@@ -248,16 +258,16 @@ async def test_a_second_stream_takes_over_from_one_that_hangs(tmp_path):
 
 async def test_silent_streams_take_no_memory_from_those_that_send(tmp_path):
     """Four that open an upload and say nothing, where there is memory for one chunk of each."""
-    policy = {"min_workers": 5, "quorum": 1, "lease_s": 8.0}
+    policy = {"min_workers": 5, "quorum": 1, "lease_s": 30.0}
     async with aggregating(tmp_path, policy=policy, max_upload_memory_bytes=4 * 16384) as running:
         (good, *silent), (good_task, *tasks) = await fleet(running, "good", "s1", "s2", "s3", "s4")
         manifest, _ = encoded(update_of(100.0))
         calls = [device.stub.PushUpdate() for device in silent]
         for device, task, call in zip(silent, tasks, calls, strict=True):
             await call.write(pb.PushUpdateRequest(header=device.header(task, manifest)))
-        await asyncio.sleep(0.3)
+        await until(lambda: len(running.kept_updates()) == 4)
         begun = time.monotonic()
         assert (await good.push(good_task)).complete
-        assert time.monotonic() - begun < 4.0
+        assert time.monotonic() - begun < 20
         for call in calls:
             call.cancel()

@@ -24,6 +24,9 @@ from fedgrpc.worker.delta import Delta
 
 RUN = "test-run"
 CHUNK_BYTES = 1000
+# Longer than a loaded machine needs, and shorter than what must not be waited for.
+PATIENCE_S = 60.0
+SOON_S = 20.0
 
 
 def train_task(token="t1", version=1, kind=round_pb2.TASK_KIND_TRAIN, **changes):
@@ -73,7 +76,7 @@ class Peer(aggregator_pb2_grpc.AggregatorServicer):
                 self.faults.remove(fault)
                 raise fault[1]
 
-    async def until(self, condition, timeout_s=20):
+    async def until(self, condition, timeout_s=PATIENCE_S):
         async def wait():
             async with self.changed:
                 await self.changed.wait_for(condition)
@@ -99,7 +102,7 @@ class Peer(aggregator_pb2_grpc.AggregatorServicer):
         self.registered[request.worker] = request
         return aggregator_pb2.RegisterResponse(
             run=RUN,
-            poll_wait=duration_to_proto(5),
+            poll_wait=duration_to_proto(2 * PATIENCE_S),
             heartbeat_interval=duration_to_proto(0.1),
             lease=duration_to_proto(5),
             max_chunk_bytes=CHUNK_BYTES,

@@ -82,5 +82,5 @@ async def test_a_thread_that_does_not_stop_is_left_behind_when_cancelled_again()
     assert not task.done()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(task, 1)
+        await asyncio.wait_for(task, 20)
     release.set()

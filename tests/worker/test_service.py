@@ -15,7 +15,7 @@ from fedgrpc.rpc.server import WORKER
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import round_pb2, worker_pb2, worker_pb2_grpc
 from fedgrpc.worker.run import Worker
-from tests.worker.peer import Peer, model, serving, train_task
+from tests.worker.peer import PATIENCE_S, SOON_S, Peer, model, serving, train_task
 from tests.worker.test_loop import Adds, settings
 
 
@@ -31,7 +31,7 @@ async def served(peer, tmp_path, trainer=None):
         async with open_channel(worker.server.address) as channel:
             yield worker_pb2_grpc.WorkerStub(channel), worker, task, channel
         worker.stop()
-        await asyncio.wait_for(task, 10)
+        await asyncio.wait_for(task, PATIENCE_S)
 
 
 async def pull(stub, offset=0):
@@ -133,7 +133,7 @@ async def test_the_owner_drains_the_worker_and_its_process_ends(tmp_path):
     peer = Peer(ends=False)
     async with served(peer, tmp_path) as (stub, _, task, _):
         await stub.Drain(worker_pb2.DrainRequest())
-        assert await asyncio.wait_for(task, 5) == 0
+        assert await asyncio.wait_for(task, SOON_S) == 0
 
 
 async def test_the_workers_health_is_serving(tmp_path):

@@ -46,14 +46,14 @@ async def test_a_wait_is_announced_and_really_waited():
 def test_a_slowdown_of_three_rests_twice_the_work():
     started_s = time.monotonic()
     Throttle(slowdown=3).rest(0.05, threading.Event())
-    assert 0.099 <= time.monotonic() - started_s < 0.5
+    assert 0.099 <= time.monotonic() - started_s < 5
 
 
 async def test_a_rest_ends_at_once_when_told_to_stop():
     stop = threading.Event()
     rest = asyncio.create_task(asyncio.to_thread(Throttle(slowdown=1000).rest, 60, stop))
     stop.set()
-    await asyncio.wait_for(rest, 2)
+    await asyncio.wait_for(rest, 30)
 
 
 def test_chunks_shrink_so_that_a_paced_link_still_moves():
