@@ -6,10 +6,11 @@ never written, whoever logs it and however deep it sits: this module masks it on
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import Mapping
-from typing import Any, Final, TextIO
+from typing import Any, Final, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -43,6 +44,7 @@ def configure(level: str = "info", log_format: str = "auto", stream: TextIO | No
         raise UsageError(f"there is no log format {log_format!r}: choose {', '.join(FORMATS)}")
     stream = stream or sys.stderr
     console = log_format == "console" or (log_format == "auto" and stream.isatty())
+    output = cast(TextIO, _Lossy(stream))
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -55,9 +57,24 @@ def configure(level: str = "info", log_format: str = "auto", stream: TextIO | No
     structlog.configure(
         processors=[*shared, *renderer],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.WriteLoggerFactory(stream),
+        logger_factory=structlog.WriteLoggerFactory(output),
     )
-    _configure_standard_logging(shared, renderer, stream)
+    _configure_standard_logging(shared, renderer, output)
+
+
+class _Lossy:
+    """What cannot be written (a full disk, a pipe that nobody reads any more) is lost, and nothing else with it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
 
 
 def mask(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

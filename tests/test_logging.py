@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +37,19 @@ def test_lines_are_json_where_there_is_no_terminal() -> None:
     assert line["answer"] == 42
     assert line["level"] == "info"
     assert line["timestamp"].endswith("Z")
+
+
+def test_a_line_that_cannot_be_written_is_lost_and_nothing_else(tmp_path: Path) -> None:
+    """A full disk, or a pipe whose reader has gone, must not end what the log is about."""
+    with (tmp_path / "log").open("w") as stream:
+        configure("info", "json", stream)
+    structlog.get_logger().info("into a closed file")
+    logging.getLogger("other").warning("into a closed file")
+    full = Path("/dev/full").open("w")  # noqa: SIM115 - closing it fails, too
+    configure("info", "json", full)
+    structlog.get_logger().info("onto a full disk")
+    with contextlib.suppress(OSError):
+        full.close()
 
 
 def test_run_round_and_worker_come_right_after_the_event_and_from_the_context() -> None:

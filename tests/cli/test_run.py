@@ -125,6 +125,21 @@ def test_a_signal_ends_aggregator_and_worker_cleanly(number: signal.Signals, tmp
         assert "Traceback" not in log.read_text()
 
 
+def test_an_aggregator_whose_log_nobody_reads_any_more_still_ends_when_told_to(tmp_path: Path) -> None:
+    readable, writable = os.pipe()
+    settings = ["--address", "127.0.0.1:0", "--data-dir", str(tmp_path / "data")]
+    arguments = [sys.executable, "-m", "fedgrpc", "aggregator", *settings]
+    with subprocess.Popen(arguments, stdout=writable, stderr=writable, env=environment()) as aggregator:
+        try:
+            os.close(writable)
+            with os.fdopen(readable) as log:
+                assert "serving" in log.readline()
+            aggregator.send_signal(signal.SIGTERM)
+            assert aggregator.wait(timeout=40) == 128 + signal.SIGTERM
+        finally:
+            aggregator.kill()
+
+
 def _wait_for_line(log: Path, text: str, process: subprocess.Popen[bytes]) -> None:
     """`tail` wakes as the file grows, and ends with the process."""
     tail = subprocess.Popen(

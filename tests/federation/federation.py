@@ -76,8 +76,10 @@ class Device:
         return await self.stub.PollTask(request)
 
     async def task(self, wait_s=PATIENCE_S, held=(0, b"")):
-        reply = await self.poll(wait_s, held)
-        assert reply.HasField("task"), f"no task came for {self.name}"
+        """The next task, over as many polls as it takes: the aggregator ends each of them after a while."""
+        async with asyncio.timeout(wait_s):
+            while not (reply := await self.poll(held=held)).HasField("task"):
+                assert not reply.run_ended, f"no task came for {self.name}: the run has ended"
         return reply.task
 
     def header(self, task, manifest, **changes):
