@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -24,16 +25,18 @@ def test_five_devices_are_two_raspberry_pi_4_two_jetson_nano_and_a_jetson_nano_2
     assert len({device.name for device in make_fleet(64)}) == 64
 
 
+@pytest.mark.timeout(300)
 def test_the_demo_trains_reports_and_writes_its_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
     ended = fedgrpc(
         *("demo", "--workers", "3", "--rounds", "4", "--straggler-round", "2", "--deadline", "4s"),
         *("--partition", "dirichlet:1", "--out", str(out)),
-        timeout_s=110,
+        timeout_s=280,
     )
     assert ended.code == 0, ended.error
     assert "jetson-nano-2gb-1 hangs" in ended.out
-    assert "round 2 · committed · 2 of 3 updates" in ended.out
+    # In round 2, or in the next one where the update was sent before the stop came.
+    assert re.search(r"round [23] · committed · 2 of 3 updates · .* jetson-nano-2gb-1 late", ended.out), ended.out
     for heading in ("T_local", "T_upload", "T_global", "T_download", "pooled", "of plain float32"):
         assert heading in ended.out
     assert (out / "model.safetensors").stat().st_size > 1000

@@ -18,7 +18,7 @@ from fedgrpc.cli.view import round_line
 from fedgrpc.v1.aggregator_pb2 import Run
 from fedgrpc.v1.round_pb2 import Round, RoundPhase
 
-_WATCH_HZ: Final = 10.0
+_WATCH_HZ: Final = 20.0
 _RECENT: Final = 5
 _LAST_SCORES_S: Final = 15.0
 _AGGREGATOR: Final = "aggregator"

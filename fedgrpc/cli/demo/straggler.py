@@ -6,34 +6,57 @@ import signal
 from collections.abc import Callable
 
 from fedgrpc.cli.demo.processes import Processes
+from fedgrpc.cli.view import SETTLED
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind, TaskPhase
 
 
 class Straggler:
-    """Stops one worker's process while it trains in one round, and lets it go on when that round has ended."""
+    """Stops one worker's process while it has a task, and lets it go on when that round has ended without it.
+
+    A quick worker may have sent its update before the stop comes: then the next round is tried.
+    """
 
     def __init__(self, name: str, round_number: int, processes: Processes, tell: Callable[[str], None]) -> None:
         self._name = name
         self._round_number = round_number
         self._processes = processes
         self._tell = tell
-        self._frozen = False
-        self._done = False
+        self._frozen_in: int | None = None
+        self._done = round_number < 1
 
     def follow(self, record: Round) -> None:
         """Called with every change of the current round."""
-        if self._frozen and not self._still_in(record):
-            self._processes.signal(self._name, signal.SIGCONT)
-            self._frozen, self._done = False, True
-        elif not self._frozen and not self._done and self._still_in(record) and self._is_training(record):
-            self._processes.signal(self._name, signal.SIGSTOP)
-            self._frozen = True
-            self._tell(f"{self._name} hangs: stopped until round {record.number} has ended without it")
+        if self._done:
+            return
+        if self._frozen_in is None:
+            if self._is_at_work(record):
+                self._freeze(record.number)
+        elif self._was_too_quick(record):
+            self._go_on()
+        elif record.number != self._frozen_in or record.phase != RoundPhase.ROUND_PHASE_REPORTING:
+            self._go_on()
+            self._done = True
 
-    def _still_in(self, record: Round) -> bool:
-        reporting = record.phase == RoundPhase.ROUND_PHASE_REPORTING
-        return reporting and record.number == self._round_number and record.kind == TaskKind.TASK_KIND_TRAIN
+    def _freeze(self, number: int) -> None:
+        self._processes.signal(self._name, signal.SIGSTOP)
+        self._frozen_in = number
+        self._tell(f"{self._name} hangs: stopped until round {number} has ended without it")
 
-    def _is_training(self, record: Round) -> bool:
-        training = TaskPhase.TASK_PHASE_TRAINING
-        return any(task.worker == self._name and task.phase == training for task in record.tasks)
+    def _go_on(self) -> None:
+        self._processes.signal(self._name, signal.SIGCONT)
+        self._frozen_in = None
+
+    def _is_at_work(self, record: Round) -> bool:
+        due = record.number >= self._round_number and record.kind == TaskKind.TASK_KIND_TRAIN
+        phase = self._phase(record)
+        return due and record.phase == RoundPhase.ROUND_PHASE_REPORTING and phase not in {None, *SETTLED}
+
+    def _was_too_quick(self, record: Round) -> bool:
+        accepted = self._phase(record) == TaskPhase.TASK_PHASE_ACCEPTED
+        if accepted and record.number == self._frozen_in:
+            self._round_number = record.number + 1
+            return True
+        return False
+
+    def _phase(self, record: Round) -> int | None:
+        return next((task.phase for task in record.tasks if task.worker == self._name), None)
