@@ -51,6 +51,8 @@ def _is_one_line(ended: Ended, *parts: str, code: int = 2) -> None:
         (["status", "--aggregator", "there"], ["'there' must look like HOST:PORT"]),
         (["demo", "--workers", "0"], ["--workers"]),
         (["demo", "--encoding", "zip"], ["zip"]),
+        (["demo", "--epochs", "0"], ["error: epochs must be a number above 0"]),
+        (["demo", "--task", "no_such_task"], ["error: task no_such_task: there is no module 'no_such_task'"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )

@@ -15,6 +15,7 @@ from fedgrpc.cli.demo.processes import Processes
 from fedgrpc.cli.demo.straggler import Straggler
 from fedgrpc.cli.operator import Operator, operator
 from fedgrpc.cli.view import round_line
+from fedgrpc.errors import UsageError
 from fedgrpc.v1.aggregator_pb2 import Run
 from fedgrpc.v1.round_pb2 import Round, RoundPhase
 
@@ -153,9 +154,11 @@ class Federation:
             if code == 0:
                 continue
             ended += 1
-            if name == _AGGREGATOR or ended > len(self._devices) // 2:
-                raise self._processes.failure(name, code)
-            tell(str(self._processes.failure(name, code)))
+            failure = self._processes.failure(name, code)
+            # What was set wrong is wrong for every process of its kind.
+            if name == _AGGREGATOR or isinstance(failure, UsageError) or ended > len(self._devices) // 2:
+                raise failure
+            tell(str(failure))
 
     def _tell_ended(self, rounds: list[Round], tell: Callable[[str], None]) -> None:
         """A line for each round that has ended; its scores come with the next round's updates, so one later."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from fedgrpc.errors import FedgrpcError
+from fedgrpc.errors import FedgrpcError, UsageError
 
 _PR_SET_PDEATHSIG: Final = 1
 _TERMINATE_S: Final = 2.0
@@ -87,9 +87,10 @@ class Processes:
         return self.folder / f"{name}.log"
 
     def failure(self, name: str, code: int) -> FedgrpcError:
-        """The error that stands for a process that should not have ended."""
+        """The error that stands for a process that should not have ended: for exit code 2, what it complained of."""
         lines = self.log(name).read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-        return FedgrpcError(f"{name} ended with exit code {code}: {lines[-1].removeprefix('error: ')}")
+        said = lines[-1].removeprefix("error: ")
+        return UsageError(said) if code == 2 else FedgrpcError(f"{name} ended with exit code {code}: {said}")
 
 
 def _send(processes: Sequence[asyncio.subprocess.Process], number: signal.Signals) -> None:
