@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
+from fedgrpc.cli.config_file import TABLES
 from fedgrpc.cli.main import load_command
 from fedgrpc.cli.options import Setting, SettingsCommand
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
-COMMANDS = ("aggregator", "worker", "demo", "status", "watch", "health")
 HEAD = """# Settings
 
 Written by `tools/settings_table.py` from the declarations in `fedgrpc/cli`; `make lint` checks that it is fresh.
@@ -40,7 +40,7 @@ data = "/data"
 
 
 def document() -> str:
-    return HEAD + "".join(f"\n## fedgrpc {name}\n{_tables(name)}" for name in COMMANDS)
+    return HEAD + "".join(f"\n## fedgrpc {name}\n{_tables(name)}" for name in TABLES)
 
 
 def _tables(name: str) -> str:

@@ -49,11 +49,6 @@ def dtype_from_proto(number: int) -> str:
     return _DTYPE_NAMES[number]
 
 
-def compression_to_proto(name: str) -> Any:
-    """The enum number of "none" or "zstd"."""
-    return _COMPRESSION_NUMBERS[name]
-
-
 def compression_from_proto(number: int) -> str:
     """ "none" or "zstd"."""
     if number not in _COMPRESSION_NAMES:

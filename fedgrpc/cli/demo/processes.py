@@ -87,7 +87,7 @@ class Processes:
         return self.folder / f"{name}.log"
 
     def failure(self, name: str, code: int) -> FedgrpcError:
-        """The error that stands for a process that should not have ended: for exit code 2, what it complained of."""
+        """The error that stands for a process that should not have ended; for exit code 2, its own complaint."""
         lines = self.log(name).read_text(errors="replace").strip().splitlines() or ["it said nothing"]
         said = lines[-1].removeprefix("error: ")
         return UsageError(said) if code == 2 else FedgrpcError(f"{name} ended with exit code {code}: {said}")
