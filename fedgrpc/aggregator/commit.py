@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from fedgrpc.aggregation.merged import add_merged
 from fedgrpc.aggregation.packed import coverage_of, unpack
 from fedgrpc.aggregation.server_optimizer import ServerOptimizer
 from fedgrpc.aggregator.model_file import ModelFile, ModelWriter
-from fedgrpc.aggregator.uploads import StoredUpdate
+from fedgrpc.aggregator.uploads import Fill, StoredUpdate, UpdateFile
 from fedgrpc.codec.layout import Layout, TensorSpec
 from fedgrpc.errors import UpdateRefused
 from fedgrpc.spares import SpareFiles
@@ -32,7 +33,9 @@ from fedgrpc.spares import SpareFiles
 _GROUP_ELEMENTS = 1 << 20
 _PIECE = 1 << 15
 _CACHED_MANIFESTS = 64
-_THREADS = 2
+_MOST_OPEN = 64
+# More would fight for the interpreter: a piece is too little work to share.
+_THREADS = 1
 
 T = TypeVar("T")
 Group = range
@@ -100,6 +103,9 @@ class Commit:
 
         Float tensors are differences to the base; all others are values, whose weighted mean is rounded.
         """
+        with ExitStack() as stack:
+            if (plain := self._plain(group, load, stack)) is not None:
+                return plain
         specs = [self.base.layout[index] for index in group]
         means = means_of(specs, self.updates, load, self.parts, self.merged, self.scales)
         stepped: Stepped = []
@@ -107,7 +113,9 @@ class Commit:
             if mean.covers_nothing:
                 stepped.append((self.base.tensor(index), self._memory_of(spec)))
             elif spec.is_float:
-                stepped.append(self._step_floats(spec, self.base.tensor(index), mean))
+                delta, where = mean.result().reshape(-1), mean.untouched
+                untouched = None if where is None else where.reshape(-1)
+                stepped.append(self._step_floats(index, delta.__getitem__, untouched))
             else:
                 values = np.rint(mean.result())
                 if (untouched := mean.untouched) is not None:
@@ -115,19 +123,42 @@ class Commit:
                 stepped.append((values, ()))
         return stepped
 
+    def _plain(self, group: Group, load: Load, stack: ExitStack) -> Stepped | None:
+        """The same where all of the group are floats that lie in the files as they are; None where not.
+
+        A piece of every update at a time: what is in hand fits the cache, and no memory is taken for more.
+        """
+        specs = [self.base.layout[index] for index in group]
+        if self.parts or self.merged or len(self.updates) > _MOST_OPEN or not all(s.is_float for s in specs):
+            return None
+        files = [UpdateFile(load(token)) for token, _ in self.updates]
+        for file in files:
+            stack.callback(file.close)
+        weights = [weight for _, weight in self.updates]
+        stepped: Stepped = []
+        for index, spec in zip(group, specs, strict=True):
+            fills = [fill for file in files if (fill := file.fill_from(spec.name)) is not None]
+            if len(fills) < len(files) or not sum(weights) > 0:
+                return None
+            stepped.append(self._step_floats(index, RawMean(fills, weights, spec.numpy_dtype).piece))
+        return stepped
+
     def _step_floats(
-        self, spec: TensorSpec, base: np.ndarray, mean: CoordinateMean
+        self, index: int, mean_of: Callable[[slice], np.ndarray], untouched: np.ndarray | None = None
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-        """One optimizer step of a float tensor, in pieces that fit the cache: optimizers are elementwise."""
+        """One optimizer step of float tensor `index`, in pieces that fit the cache: optimizers are elementwise.
+
+        `mean_of` gives a piece of the mean update, flat and float64.
+        """
+        spec, base = self.base.layout[index], self.base.tensor(index)
         memory = self._memory_of(spec)
         values, kept = np.empty_like(base), tuple(np.empty_like(part) for part in memory)
-        untouched = None if (where := mean.untouched) is None else where.reshape(-1)
-        delta, old, new = mean.result().reshape(-1), base.reshape(-1), values.reshape(-1)
+        old, new = base.reshape(-1), values.reshape(-1)
         for start in range(0, spec.size, _PIECE):
-            piece = slice(start, start + _PIECE)
+            piece = slice(start, min(start + _PIECE, spec.size))
             wide = old[piece].astype(np.float64)
             before = tuple(part.reshape(-1)[piece].astype(np.float64) for part in memory)
-            stepped, after = self.optimizer.step(wide, delta[piece], before)
+            stepped, after = self.optimizer.step(wide, mean_of(piece), before)
             if untouched is not None:
                 stepped[untouched[piece]] = wide[untouched[piece]]
                 after = tuple(map(partial(_keep_where, untouched[piece]), before, after))
@@ -141,6 +172,26 @@ class Commit:
         if self.memory is None:
             return tuple(np.zeros(spec.shape, np.float32) for _ in range(count))
         return tuple(self.memory.named(f"{part}/{spec.name}") for part in range(count))
+
+
+class RawMean:
+    """The weighted mean of float tensors that lie in files, a piece at a time: `CoordinateMean` bit for bit."""
+
+    def __init__(self, fills: Sequence[Fill], weights: Sequence[float], dtype: np.dtype) -> None:
+        self._fills, self._weights = fills, weights
+        self._values = np.empty(_PIECE, dtype)
+        self._sum, self._scratch = np.empty(_PIECE), np.empty(_PIECE)
+
+    def piece(self, piece: slice) -> np.ndarray:
+        """Those elements of the mean, float64, until the next call. Raises `StorageError`."""
+        count = piece.stop - piece.start
+        values, total, scratch = self._values[:count], self._sum[:count], self._scratch[:count]
+        total[:] = 0
+        for fill, weight in zip(self._fills, self._weights, strict=True):
+            fill(values, piece.start)
+            total += np.multiply(values, weight, out=scratch, dtype=np.float64)
+        total /= sum(self._weights)
+        return total
 
 
 def means_of(
@@ -175,7 +226,7 @@ def cached(load: Load) -> Load:
 
 
 def by_groups(layout: Layout, work: Callable[[Group], T]) -> Iterator[T]:
-    """What `work` makes of each group of tensors, in order, a few groups ahead in threads."""
+    """What `work` makes of each group of tensors, in order, one group ahead in a thread."""
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="commit") as pool:
         pending: deque[Future[T]] = deque()
         for group in groups(layout):

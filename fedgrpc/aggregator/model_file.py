@@ -26,7 +26,7 @@ import numpy as np
 from fedgrpc.aggregator.durable import fsync_folder
 from fedgrpc.codec.layout import Layout, TensorSpec
 from fedgrpc.errors import LayoutError, StorageError, UsageError
-from fedgrpc.spares import SpareFiles, pwrite
+from fedgrpc.spares import SpareFiles, pwrite, write_back
 
 _NAMES = {
     "float64": "F64",
@@ -158,6 +158,8 @@ class ModelWriter:
 
     def _put(self, data: bytes | memoryview) -> None:
         pwrite(self._file.fileno(), data, self._size_bytes)
+        if self._durable:
+            write_back(self._file.fileno(), self._size_bytes, len(data))
         self._size_bytes += len(data)
 
     def finish(self) -> bytes:

@@ -213,7 +213,7 @@ class Receiver:
             # These are the bytes that were sent: sending them again cannot help.
             upload.discard()
             return error
-        return upload.seal(self._it.settings.durable)
+        return upload.seal()
 
     def _check(self, stored: StoredUpdate, current: CurrentRound | None) -> None:
         it = self._it

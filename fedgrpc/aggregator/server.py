@@ -79,7 +79,7 @@ class Aggregator:
         folder = self._settings.data_dir
         try:
             models = ModelStore(folder, self._settings.downlink)
-            journal = UploadJournal(folder / "uploads")
+            journal = UploadJournal(folder / "uploads", self._settings.durable)
         except OSError as error:
             raise UsageError(f"cannot use the data folder {folder}: {error.strerror}") from error
         store = RunStore(folder / "run.sqlite")

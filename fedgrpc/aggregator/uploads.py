@@ -16,9 +16,10 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import FileIO
 from pathlib import Path
 
@@ -31,13 +32,16 @@ from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import PayloadReader
 from fedgrpc.errors import CodecError, CorruptError, StorageError
 from fedgrpc.rpc.convert import manifest_from_proto
-from fedgrpc.spares import SpareFiles, pwrite
+from fedgrpc.spares import SpareFiles, pwrite, write_back
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 
 _HEAD = struct.Struct("<QI")
 _MAX_SPARES = 32
 _MAX_HEADER_BYTES = 16 << 20
 _READ_BYTES = 1 << 20
+
+# fill(out, first): elements of a tensor from number `first` on, as many as fit.
+Fill = Callable[[np.ndarray, int], None]
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,23 @@ class UpdateFile:
         return self.reader
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """No more reading."""
         self._file.close()
+
+    def fill_from(self, name: str) -> Fill | None:
+        """What fills an array with elements of that tensor; None unless it lies in the file as it is."""
+        place = self.reader.raw_place(name)
+        return None if place is None else partial(self._fill, self._start + place)
+
+    def _fill(self, place: int, out: np.ndarray, first: int) -> None:
+        data = out.view(np.uint8).data
+        with self._storage_errors():
+            size_bytes = os.preadv(self._file.fileno(), [data], place + first * out.itemsize)
+        if size_bytes != len(data):
+            raise StorageError(f"the update {self._path} is cut short")
 
     def _read(self, offset: int, size: int) -> memoryview:
         if size >= _READ_BYTES:
@@ -100,7 +120,10 @@ class UpdateFile:
 class Upload:
     """An update on its way in. One task at a time uses it."""
 
-    def __init__(self, part: Path, header: UpdateHeader, manifest: Manifest, spares: SpareFiles) -> None:
+    def __init__(
+        self, part: Path, header: UpdateHeader, manifest: Manifest, spares: SpareFiles, durable: bool = True
+    ) -> None:
+        self._durable = durable
         self.header = header
         self.manifest = manifest
         self.size_bytes = 0
@@ -160,6 +183,8 @@ class Upload:
                 pwrite(file, chunk.data, self._start + at)
                 at += len(chunk.data)
             pwrite(file, _HEAD.pack(at, self._start - _HEAD.size), 0)
+            if self._durable:
+                write_back(file, self._start + self.size_bytes, at - self.size_bytes)
         except OSError as error:
             raise StorageError(f"cannot store an update: {error.strerror}") from error
         for chunk in whole:
@@ -173,14 +198,14 @@ class Upload:
             raise CorruptError("the payload does not match its SHA-256; send it again from the start")
         return StoredUpdate(self._part, self.header, self.manifest, self._start)
 
-    def seal(self, durable: bool) -> StoredUpdate:
-        """Accept: make it durable, then give it its final name. Raises `StorageError`."""
+    def seal(self) -> StoredUpdate:
+        """Accept: make it durable, if it is to be, then give it its final name. Raises `StorageError`."""
         final = self._part.with_suffix(".update")
         try:
-            if durable:
+            if self._durable:
                 os.fdatasync(self._file.fileno())
             self._part.replace(final)
-            if durable:
+            if self._durable:
                 fsync_folder(final.parent)
         except OSError as error:
             raise StorageError(f"cannot store an update: {error.strerror}") from error
@@ -206,16 +231,18 @@ class Upload:
 class UploadJournal:
     """The folder of updates."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises OSError."""
+    def __init__(self, folder: Path, durable: bool = True) -> None:
+        """Accepted updates are `durable`, on the disk. Raises OSError."""
         self._folder = folder
+        self._durable = durable
         self._spares = SpareFiles(folder / "spare", _MAX_SPARES)
         self._sealed: dict[str, StoredUpdate] = {}
 
     def begin(self, header: UpdateHeader, manifest: Manifest) -> Upload:
         """Begin or continue the upload of `header.token`. Raises `StorageError`."""
         try:
-            return Upload(self._folder / f"{header.token}.part", header, manifest, self._spares)
+            part = self._folder / f"{header.token}.part"
+            return Upload(part, header, manifest, self._spares, self._durable)
         except OSError as error:
             raise StorageError(f"cannot store an update: {error.strerror}") from error
 

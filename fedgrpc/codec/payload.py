@@ -158,6 +158,13 @@ class PayloadReader:
         data = self._content(self._starts[i], entry.size_bytes)
         return entry.encoding.decode(data, entry.spec)
 
+    def raw_place(self, name: str) -> int | None:
+        """Where in the payload the elements of a tensor lie as they are in memory; None where they do not."""
+        i = self._index[name]
+        if self.manifest.compression != "none" or self.manifest.entries[i].encoding != Raw():
+            return None
+        return self._starts[i]
+
     def _content(self, start: int, size: int) -> memoryview:
         if not size:
             return memoryview(b"")

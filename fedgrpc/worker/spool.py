@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -24,7 +25,7 @@ from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.payload import Read, file_reader
 from fedgrpc.errors import LayoutError, StorageError
 from fedgrpc.rpc.convert import manifest_from_proto
-from fedgrpc.spares import SpareFiles
+from fedgrpc.spares import SpareFiles, WrittenBack
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.disk import (
     UNFINISHED,
@@ -40,6 +41,7 @@ _TASK: Final = "task.pb"
 _HEADER: Final = "header.pb"
 _PAYLOAD: Final = "payload"
 _RESIDUAL: Final = "residual"
+_BUFFER_BYTES: Final = 1 << 18
 
 log = structlog.get_logger()
 
@@ -114,7 +116,8 @@ class Spool:
         with storage_errors(self._folder):
             unfinished.mkdir()
             try:
-                with open(self._spares.create(unfinished / _PAYLOAD), "wb") as payload:
+                file = WrittenBack(self._spares.create(unfinished / _PAYLOAD))
+                with BufferedWriter(file, _BUFFER_BYTES) as payload:
                     header, residual = fill(payload)
                     payload.truncate()
                 (unfinished / _HEADER).write_bytes(header.SerializeToString())

@@ -36,7 +36,7 @@ def test_an_update_sent_in_pieces_is_loaded_whole(journal):
     assert upload.complete
     upload.finish()
     assert journal.load("token") is None
-    upload.seal(durable=True)
+    upload.seal()
     assert names(journal) == ["token.update"]
     stored = journal.load("token")
     assert (stored.header, stored.manifest) == (HEADER, MANIFEST)
@@ -58,7 +58,7 @@ def test_an_upload_goes_on_at_the_byte_that_is_held(tmp_path, at):
     assert upload.size_bytes == at
     send(upload, len(PAYLOAD))
     upload.finish()
-    upload.seal(durable=False)
+    upload.seal()
     assert PAYLOAD in journal.load("token").path.read_bytes()
 
 
@@ -92,7 +92,7 @@ def test_an_update_in_the_file_of_a_larger_one_is_only_itself(journal):
     assert (upload.size_bytes, journal.committed_bytes("token")) == (1024, 1024)
     send(upload, len(PAYLOAD))
     upload.finish()
-    upload.seal(durable=False)
+    upload.seal()
     with journal.load("token").open() as reader:
         np.testing.assert_array_equal(tensors_of(reader)["w"], TENSORS["w"])
 
@@ -106,7 +106,7 @@ def test_a_part_of_another_header_is_begun_anew(journal):
     assert upload.size_bytes == 0
     send(upload, len(PAYLOAD))
     upload.finish()
-    upload.seal(durable=False)
+    upload.seal()
     assert journal.load("token").header == other
 
 

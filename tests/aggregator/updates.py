@@ -35,6 +35,6 @@ def accept(journal, token, tensors, recipe="raw"):
     if payload:
         upload.append([chunk(payload, 0, len(payload))])
     upload.finish()
-    upload.seal(durable=False)
+    upload.seal()
     upload.close()
     return journal.load(token)

@@ -123,7 +123,7 @@ def accepted_on_disk(running, device, task, tensors):
     )
     upload.append([chunk(payload, 0, len(payload))])
     upload.finish()
-    upload.seal(durable=False)
+    upload.seal()
 
 
 async def test_an_update_made_durable_by_a_process_that_then_died_counts(tmp_path):
