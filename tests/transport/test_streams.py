@@ -1,0 +1,179 @@
+"""Streams over real connections: resumed at any byte, bounded in memory, alive through idle hours."""
+
+import asyncio
+import random
+import zlib
+
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+
+from fedgrpc.aggregator.intake import Intake
+from fedgrpc.aggregator.memory import ByteBudget
+from fedgrpc.aggregator.uploads import UploadJournal
+from fedgrpc.codec.chunk import CHUNK_BYTES, Chunk
+from fedgrpc.errors import LinkError
+from fedgrpc.rpc.channel import CLIENT_OPTIONS, SERVER_OPTIONS
+from fedgrpc.v1 import aggregator_pb2 as pb
+from tests.aggregator import updates
+from tests.federation.federation import Device, aggregating, chunks, encoded, refused, update_of
+from tests.rpc.echo import NAME, echo_service
+
+ALONE = {"min_workers": 1}
+
+
+@pytest.mark.parametrize("recipe", ["raw", "raw+zstd", "int8"])
+async def test_a_download_goes_on_at_any_byte(tmp_path, recipe):
+    async with aggregating(tmp_path, policy=ALONE) as running:
+        device = Device(running.stub, "a")
+        header, payload = await device.pull(1, recipe)
+        size = len(payload)
+        offsets = {0, 1, 2047, 2048, size // 2, size - 1, size, *random.Random(1).sample(range(size), 20)}
+        for offset in sorted(offsets):
+            again, rest = await device.pull(1, recipe, offset)
+            assert again == header
+            assert rest == payload[offset:]
+        with refused("OUT_OF_RANGE", f"offset {size + 1} is beyond the payload of {size} bytes"):
+            await device.pull(1, recipe, size + 1)
+
+
+async def test_a_download_of_many_chunks_goes_on_beside_their_borders(tmp_path):
+    from safetensors.numpy import save_file
+
+    large = np.random.default_rng(0).normal(size=(5 << 18) + 77).astype(np.float32)
+    save_file({"w": large}, tmp_path / "initial.safetensors")
+    async with aggregating(tmp_path, policy=ALONE) as running:
+        device = Device(running.stub, "a")
+        payload = large.tobytes()
+        for border in range(0, len(payload), CHUNK_BYTES):
+            for offset in {max(0, border - 1), border, border + 1}:
+                _, rest = await device.pull(1, "raw", offset)
+                assert rest == payload[offset:]
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_an_upload_that_breaks_at_any_byte_goes_on_there(tmp_path, seed):
+    manifest, payload = encoded(update_of(3.0))
+    rng = random.Random(seed)
+    async with aggregating(tmp_path, policy=ALONE, max_chunk_bytes=1 << 20) as running:
+        device = await running.device("a")
+        task = await device.task()
+        header = pb.PushUpdateRequest(header=device.header(task, manifest))
+        at = 0
+        while at < len(payload):
+            held = await device.held(task)
+            assert held.committed_size_bytes == at
+            end = min(len(payload), at + rng.choice([1, 7, 100, 1024, 3000]))
+            pieces = chunks(payload[:end], at, rng.choice([1, 64, 512]) if end - at < 200 else 512)
+            reply = await device.send(header, *pieces)
+            at = end
+            assert reply.committed_size_bytes == at
+        assert reply.complete
+        await running.until_finished()
+        np.testing.assert_allclose(running.weights(2)["b"], 3.0)
+
+
+def _uploads(folder, count, size):
+    journal = UploadJournal(folder, durable=False)
+    values = np.random.default_rng(0).normal(size=size // 4).astype(np.float32)
+    manifest, payload = updates.encoded({"w": values})
+    uploads = [journal.begin(updates.header_of(manifest, f"t{number}"), manifest) for number in range(count)]
+    return uploads, payload
+
+
+async def _always():
+    return None
+
+
+async def test_the_memory_of_all_uploads_together_has_a_bound(tmp_path):
+    limit, piece = 1 << 20, 128 << 10
+    uploads, payload = _uploads(tmp_path, 12, 3 << 20)
+    budget, most = ByteBudget(limit), 0
+
+    async def stream():
+        nonlocal most
+        for at in range(0, len(payload), piece):
+            data = payload[at : at + piece]
+            most = max(most, budget.taken_bytes)
+            yield Chunk(at, data, zlib.crc32(data))
+            await asyncio.sleep(0)
+
+    intakes = [Intake(upload, budget, CHUNK_BYTES) for upload in uploads]
+    await asyncio.wait_for(asyncio.gather(*(intake.run(stream(), 30, _always) for intake in intakes)), 60)
+    assert all(upload.complete for upload in uploads)
+    assert budget.taken_bytes == 0
+    # A first chunk is expected to be of the usual size, and one who asks for more than all gets it alone.
+    assert piece < most <= max(limit, CHUNK_BYTES) + piece
+    for upload in uploads:
+        upload.finish()
+        upload.discard()
+
+
+async def test_a_sender_that_falls_silent_costs_only_itself(tmp_path):
+    (silent, busy), payload = _uploads(tmp_path, 2, 1 << 20)
+    budget = ByteBudget(128 << 10)
+
+    async def nothing():
+        await asyncio.Event().wait()
+        yield Chunk(0, b"", 0)
+
+    async def stream():
+        for at in range(0, len(payload), 64 << 10):
+            data = payload[at : at + (64 << 10)]
+            yield Chunk(at, data, zlib.crc32(data))
+
+    waiting = asyncio.create_task(Intake(silent, budget, CHUNK_BYTES).run(nothing(), 2.0, _always))
+    await asyncio.sleep(0)
+    await asyncio.wait_for(Intake(busy, budget, CHUNK_BYTES).run(stream(), 60, _always), 60)
+    assert busy.complete
+    with pytest.raises(LinkError, match="no byte came for 2 s"):
+        await waiting
+    assert budget.taken_bytes == 0
+    for upload in (silent, busy):
+        upload.discard()
+
+
+async def test_a_reader_that_stops_reading_keeps_nobody_from_the_model(tmp_path):
+    from safetensors.numpy import save_file
+
+    large = np.random.default_rng(0).normal(size=6 << 20).astype(np.float32)
+    save_file({"w": large}, tmp_path / "initial.safetensors")
+    async with aggregating(tmp_path, policy=ALONE) as running:
+        stuck = running.stub.PullModel(pb.PullModelRequest(version=1))
+        await stuck.read()
+        _, payload = await Device(running.stub, "a").pull(1)
+        assert payload == large.tobytes()
+        rest = bytearray()
+        while (message := await stuck.read()) is not grpc.aio.EOF:
+            rest += message.chunk.data
+        assert rest == payload
+
+
+@pytest.mark.parametrize(
+    ("options", "survives"),
+    [(SERVER_OPTIONS, True), ([("grpc.so_reuseport", 0)], False)],
+    ids=["with our options", "with those of gRPC"],
+)
+async def test_an_idle_connection_that_pings_is_kept(options, survives):
+    """Pings as often as gRPC lets us: its server's defaults answer a few with "too many pings"."""
+    server = grpc.aio.server(options=options)
+    service = echo_service()
+    service.add(service.servicer, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    often = {**dict(CLIENT_OPTIONS), "grpc.keepalive_time_ms": 100}
+    try:
+        async with grpc.aio.insecure_channel(address, options=list(often.items())) as channel:
+            echo = channel.unary_unary(f"/{NAME}/unary_unary")
+            assert await echo(b"hello") == b"hello"
+            changed = channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+            try:
+                await asyncio.wait_for(changed, 5.0 if survives else 60.0)
+                kept = False
+            except TimeoutError:
+                kept = True
+            assert kept is survives
+            assert await echo(b"again", wait_for_ready=True) == b"again"
+    finally:
+        await server.stop(0)
