@@ -1,11 +1,13 @@
 """A round of models out and updates in, side by side: fedgrpc, a bare grpc.aio floor, and raw TCP.
 
     python tools/bench_transport.py [--sizes 0.28M,2.5M,11.2M,25.2M] [--workers 4] [--rounds N] [--json FILE]
+    python tools/bench_transport.py --latency
 
 Every worker is its own process on this machine and returns the model it was given plus noise: communication and
 aggregation, no training. Figures are medians over the rounds, the first one dropped. "loopback" is what the
 interface carried in a round; the run takes a network namespace of its own where it may, so that nobody else's
-bytes are in it.
+bytes are in it. With --latency it is told instead how long polls and heartbeats take while eight workers upload
+100 MB each.
 """
 
 from __future__ import annotations
@@ -26,12 +28,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transport_bench.latency import Latency, Probe, Span
 from transport_bench.meter import Usage
 from transport_bench.workload import WIDTHS, size_of
 
 _ISOLATED = "FEDGRPC_BENCH_ISOLATED"
 _SPAWN = multiprocessing.get_context("spawn")
 _REPLY_S = 600
+_UPLOADS = 8
+_LARGE = "25.2M"
 
 Target = Callable[..., None]
 
@@ -60,6 +65,12 @@ class Row:
 
 def main() -> None:
     args = _arguments()
+    if args.latency:
+        found = measure_latency(args.rounds, args.folder)
+        print("\n".join(_latency_line(kind, latency) for kind, latency in found.items()))
+        if args.json:
+            args.json.write_text(json.dumps({kind: asdict(latency) for kind, latency in found.items()}, indent=1))
+        return
     rows: list[Row] = []
     for size in args.sizes:
         for workers in args.workers:
@@ -80,6 +91,49 @@ def measure(contestant: str, size: str, workers: int, rounds: int, folder: Path 
     cpu_s = sum(client.cpu_s for client in clients) / workers
     peak = max(client.peak_rss_mb for client in clients)
     return Row(contestant, size, size_of(width), workers, server, cpu_s, peak)
+
+
+def measure_latency(rounds: int, folder: Path | None = None) -> dict[str, Latency]:
+    """Polls and heartbeats while `_UPLOADS` uploads run, each round with a new aggregator."""
+    polls: list[Span] = []
+    heartbeats: list[Span] = []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory(dir=folder, prefix="fedgrpc-bench-") as name:
+            probe, uploading = _probe(Path(name))
+            for found, spans in ((polls, probe.polls), (heartbeats, probe.heartbeats)):
+                # On one axis, whatever the round: seconds since the first upload began.
+                found += [(sent - uploading[0], took_s) for sent, took_s in spans if sent <= uploading[1]]
+    always = (0.0, float("inf"))
+    return {"polls": Latency.of(polls, always), "heartbeats": Latency.of(heartbeats, always)}
+
+
+def _probe(folder: Path) -> tuple[Probe, Span]:
+    """What the asking worker saw, and from when to when there were uploads."""
+    latency, width = partial(_enter, "latency"), WIDTHS[_LARGE]
+    with _process(partial(latency, "serve"), 0.0, width=width, workers=_UPLOADS + 1, folder=folder) as server:
+        port = _reply(server)
+
+        def uploader(number: int) -> Any:
+            return _process(partial(latency, "upload"), port=port, number=number, width=width)
+
+        with (
+            _several(_UPLOADS, uploader) as uploaders,
+            _process(partial(latency, "ask"), port=port) as asking,
+        ):
+            for process in (*uploaders, asking):
+                _reply(process)
+            for process in uploaders:
+                process.send("begin")
+            spans = [_reply(process) for process in uploaders]
+            asking.send("stop")
+            probe = _reply(asking)
+    return probe, (min(began for began, _ in spans), max(ended for _, ended in spans))
+
+
+def _latency_line(kind: str, found: Latency) -> str:
+    numbers = f"p50 {1e3 * found.median_s:6.1f} ms  p99 {1e3 * found.p99_s:6.1f} ms"
+    longest = f"longest {1e3 * found.longest_s:6.1f} ms"
+    return f"{kind:12} while {_UPLOADS} uploads of 100 MB run  {numbers}  {longest}  ({found.count} calls)"
 
 
 def _targets(contestant: str, folder: Path) -> tuple[Target, Target]:
@@ -103,14 +157,15 @@ def _run(serve: Target, work: Target, width: int, workers: int, rounds: int) -> 
 
 
 @contextmanager
-def _process(target: Target, **arguments: Any) -> Iterator[Any]:
+def _process(target: Target, patience_s: float = 20.0, **arguments: Any) -> Iterator[Any]:
+    """A new process and the pipe to it; at the end it has `patience_s` to end by itself."""
     mine, theirs = _SPAWN.Pipe()
     process = _SPAWN.Process(target=target, args=(theirs,), kwargs=arguments, daemon=True)
     process.start()
     theirs.close()
     try:
         yield mine
-        process.join(timeout=20)
+        process.join(timeout=patience_s)
     finally:
         process.kill()
         process.join()
@@ -152,6 +207,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", type=partial(_choices, known=tuple(WIDTHS)), default=list(WIDTHS))
     parser.add_argument("--workers", type=_counts, default=[4], help="worker counts, as in 2,8,32")
     parser.add_argument("--rounds", type=int, default=7, help="rounds that count; one more is dropped")
+    parser.add_argument("--latency", action="store_true", help="of polls and heartbeats while large uploads run")
     parser.add_argument("--contestants", type=_contestants, default=list(CONTESTANTS), help="parts of their names")
     parser.add_argument("--folder", type=Path, help="where data folders go")
     parser.add_argument("--json", type=Path, help="write all figures to this file")

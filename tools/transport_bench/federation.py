@@ -28,11 +28,12 @@ def serve(
     """Process target of the aggregator; `settings` are those of `AggregatorSettings`."""
     logging.configure("warning")
     path = folder / "initial.safetensors"
-    _write_initial(path, width)
+    write_initial(path, width)
     pipe.send(asyncio.run(_serve(pipe, folder, path, workers, rounds, settings)))
 
 
-def _write_initial(path: Path, width: int) -> None:
+def write_initial(path: Path, width: int) -> None:
+    """The model that everyone starts from."""
     from fedgrpc.aggregator.model_file import write_model
     from fedgrpc.codec.layout import TensorSpec
 

@@ -1,0 +1,150 @@
+"""How long polls and heartbeats take while large uploads run.
+
+A real aggregator; eight processes that each push one update of 100 MB, as fast as they can; and one worker that
+holds a task, too, and all the while sends a heartbeat and polls again, every few milliseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedgrpc import logging
+from transport_bench.federation import write_initial
+from transport_bench.workload import initial_model
+
+_PAUSE_S = 0.005
+_WAIT_S = 60.0
+
+Span = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """(when it was sent on the monotonic clock, seconds until its answer) of every call."""
+
+    polls: tuple[Span, ...]
+    heartbeats: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of the calls of one kind that were sent while uploads ran."""
+
+    count: int
+    median_s: float
+    p99_s: float
+    longest_s: float
+
+    @staticmethod
+    def of(samples: list[Span], uploading: Span) -> Latency:
+        """Of those sent within the span."""
+        within = [took_s for sent, took_s in samples if uploading[0] <= sent <= uploading[1]]
+        median, p99 = np.percentile(within, [50, 99])
+        return Latency(len(within), float(median), float(p99), max(within))
+
+
+def serve(pipe: Connection, width: int, workers: int, folder: Path) -> None:
+    """Process target of the aggregator: one round of `workers`, the one that only asks among them."""
+    logging.configure("warning")
+    path = folder / "initial.safetensors"
+    write_initial(path, width)
+    asyncio.run(_serve(pipe, folder, path, workers))
+
+
+async def _serve(pipe: Connection, folder: Path, initial: Path, workers: int) -> None:
+    from fedgrpc.aggregator.server import Aggregator
+    from fedgrpc.aggregator.settings import AggregatorSettings
+    from fedgrpc.rounds.policy import RoundPolicy
+
+    policy = RoundPolicy(min_workers=workers, min_sample_size=workers)
+    settings = AggregatorSettings(
+        folder / "aggregator",
+        address="127.0.0.1:0",
+        rounds=1,
+        policy=policy,
+        initial_model=initial,
+        evaluate=False,
+        download_recipe="raw",
+        upload_recipe="raw",
+    )
+    await Aggregator(settings).run(pipe.send)
+
+
+def upload(pipe: Connection, port: int, number: int, width: int) -> None:
+    """Process target of an uploader: says that it is ready, is told to begin, and tells when it pushed."""
+    logging.configure("warning")
+    pipe.send(asyncio.run(_upload(pipe, port, number, width)))
+
+
+async def _upload(pipe: Connection, port: int, number: int, width: int) -> Span:
+    from fedgrpc.codec.payload import buffer_reader, write_payload
+    from fedgrpc.codec.recipe import Recipe
+    from fedgrpc.rpc.channel import open_channel
+    from fedgrpc.rpc.convert import manifest_to_proto
+    from fedgrpc.v1.aggregator_pb2 import UpdateHeader
+    from fedgrpc.worker.client import AggregatorClient
+
+    out = io.BytesIO()
+    manifest = write_payload(initial_model(width), Recipe.parse("raw"), out, np.random.default_rng(number))
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        client = AggregatorClient(channel, f"uploader-{number}")
+        token = await _task_of(client)
+        pipe.send("ready")
+        await asyncio.to_thread(pipe.recv)
+        header = UpdateHeader(
+            worker=f"uploader-{number}", token=token, manifest=manifest_to_proto(manifest), example_count=10
+        )
+        began = time.monotonic()
+        await client.push(header, buffer_reader(out.getbuffer()), 0)
+        return began, time.monotonic()
+
+
+async def _task_of(client: Any) -> str:
+    from fedgrpc.worker.profile import detect
+    from fedgrpc.worker.task import Role
+
+    await client.register(detect(), Role.TRAINER)
+    async with asyncio.timeout(_WAIT_S):
+        while (polled := await client.poll(5.0, None)).task is None:
+            pass
+    return str(polled.task.token)
+
+
+def ask(pipe: Connection, port: int) -> None:
+    """Process target of the worker that asks, until it is told to stop."""
+    logging.configure("warning")
+    pipe.send(asyncio.run(_ask(pipe, port)))
+
+
+async def _ask(pipe: Connection, port: int) -> Probe:
+    from fedgrpc.rpc.channel import open_channel
+    from fedgrpc.worker.client import AggregatorClient
+    from fedgrpc.worker.task import Phase
+
+    polls: list[Span] = []
+    beats: list[Span] = []
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        client = AggregatorClient(channel, "asking")
+        token = await _task_of(client)
+        pipe.send("ready")
+        while not pipe.poll():
+            await _timed(beats, lambda: client.heartbeat(token, Phase.TRAINING, 0.5))
+            # A worker that holds a task is told of it at once.
+            await _timed(polls, lambda: client.poll(5.0, None))
+            await asyncio.sleep(_PAUSE_S)
+    return Probe(tuple(polls), tuple(beats))
+
+
+async def _timed(spans: list[Span], call: Callable[[], Awaitable[object]]) -> None:
+    sent = time.monotonic()
+    await call()
+    spans.append((sent, time.monotonic() - sent))
