@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import structlog
 
+from fedgrpc.aggregator.carrying import stale, takes_news
 from fedgrpc.aggregator.evaluations import Evaluation, Evaluations
 from fedgrpc.aggregator.fleet import Fleet, Worker
 from fedgrpc.aggregator.local_models import LocalModels
@@ -35,6 +36,7 @@ from fedgrpc.rounds.events import (
     Abort,
     Accepted,
     Cancel,
+    Carry,
     Commit,
     Effect,
     Event,
@@ -121,6 +123,7 @@ class Coordinator:
         worker = self.fleet.get(name)
         worker.last_seen = self.clock()
         worker.held = held
+        self._drop_lost(worker)
         with self.fleet.polling(worker):
             self.wake.set()
             try:
@@ -150,14 +153,23 @@ class Coordinator:
         while self.fleet.still_unaware(self.clock()):
             seen = await self.changes.wait(seen)
 
+    def _drop_lost(self, worker: Worker) -> None:
+        """Who asks for a task has nothing to deliver; one of a version gone by is not worth beginning again."""
+        token, current = worker.token, self.current
+        if token is None or current is None or not takes_news(current.state, token):
+            return
+        if stale(current.state, token):
+            self._log.info("carried task lost", round=current.state.number, worker=worker.name)
+            self.dispatch(Failed(token, "its worker has lost it"))
+
     def _assignment(self, worker: Worker) -> Assignment | None:
         if worker.evaluator:
             task = self.evaluations.offer(worker.name, self.run.version)
             return None if task is None else self._evaluation(task)
         current = self.current
-        if worker.token is None or current is None or current.state.phase is not RoundPhase.REPORTING:
+        if worker.token is None or current is None or not takes_news(current.state, worker.token):
             return None
-        phase = current.state.tasks[worker.token].phase
+        phase = current.state.find(worker.token).phase
         if phase in (TaskPhase.OFFERED, TaskPhase.EXPIRED):
             phase = TaskPhase.OFFERED
         self.dispatch(Progress(worker.token, phase))
@@ -166,7 +178,7 @@ class Coordinator:
             worker.name,
             current.state.number,
             current.kind,
-            current.base_version,
+            current.version_of(worker.token),
             self._seed(current.state.number, worker.name),
             time_left(current.state, self.clock()),
             current.local_task(worker.token),
@@ -193,7 +205,8 @@ class Coordinator:
         except RoundClosed as error:
             return Beat(cancel=True, reason=str(error))
         assert self.current is not None
-        return Beat(cancel=False, time_left_s=time_left(self.current.state, self.clock()))
+        state = self.current.state
+        return Beat(cancel=False, time_left_s=None if stale(state, token) else time_left(state, self.clock()))
 
     async def check_open(self, name: str, token: str) -> TaskPhase:
         """The phase of a task that may still send or has sent its update.
@@ -202,8 +215,9 @@ class Coordinator:
         whose update was accepted stays accepted after its round: sending twice counts once.
         """
         current = self.current
-        if current is not None and token in current.state.tasks:
-            task = current.state.tasks[token]
+        wanted = current is not None and takes_news(current.state, token)
+        if current is not None and (wanted or token in current.state.tasks):
+            task = current.state.find(token)
             worker, phase, reason = task.worker, task.phase, task.reason
         else:
             row = await self.in_database(self.store.task, token)
@@ -216,18 +230,14 @@ class Coordinator:
             raise WrongIdentity("the token belongs to another worker")
         if phase in (TaskPhase.REJECTED, TaskPhase.FAILED, TaskPhase.LATE):
             raise RoundClosed(f"the task is {phase.name.lower()}: {reason}")
-        if (
-            phase is not TaskPhase.ACCEPTED
-            and current is not None
-            and current.state.phase is not RoundPhase.REPORTING
-        ):
+        if phase is not TaskPhase.ACCEPTED and current is not None and not wanted:
             raise RoundClosed(f"round {current.state.number} takes no more updates")
         return phase
 
     def accept(self, token: str, report: Report) -> None:
         """Count a durable update. Raises `RoundClosed` when it came too late."""
         current = self._with(token)
-        worker = current.state.tasks[token].worker
+        worker = current.state.find(token).worker
         self.dispatch(Accepted(token, weight_of(self.orders.worker_weights, current.kind, worker, report)))
         current.reports[token] = report
         self._log.info(
@@ -241,7 +251,7 @@ class Coordinator:
     def reject(self, token: str, reason: str) -> None:
         """Record that an update was refused, for good."""
         current = self._with(token)
-        worker = current.state.tasks[token].worker
+        worker = current.state.find(token).worker
         self._log.warning("update refused", round=current.state.number, worker=worker, reason=reason)
         self.dispatch(Rejected(token, reason))
 
@@ -346,11 +356,16 @@ class Coordinator:
 
     def _carry_out(self, effect: Effect) -> None:
         if isinstance(effect, Offer):
-            worker = self.fleet.get(effect.worker)
-            worker.token = effect.token
-            worker.woken.set()
+            offered = self.fleet.get(effect.worker)
+            offered.token = effect.token
+            offered.woken.set()
         elif isinstance(effect, Cancel):
             self._cancelled(effect)
+        elif isinstance(effect, Carry):
+            assert self.current is not None
+            state = self.current.state
+            worker = state.find(effect.token).worker
+            self._log.info("task carried on", round=state.number, worker=worker, reason=effect.reason)
         elif isinstance(effect, Select | Commit | Finished):
             self.effects.append(effect)
 
@@ -364,7 +379,7 @@ class Coordinator:
 
     def _release(self, token: str) -> None:
         assert self.current is not None
-        worker = self.fleet.get(self.current.state.tasks[token].worker)
+        worker = self.fleet.get(self.current.state.find(token).worker)
         if worker.token == token:
             worker.token = None
 

@@ -15,8 +15,9 @@ from functools import partial
 import structlog
 
 from fedgrpc.aggregation.mean import mean_metrics
+from fedgrpc.aggregator.carrying import Dropped, carried_rows, ending_here, going_on
 from fedgrpc.aggregator.coordinator import Coordinator
-from fedgrpc.aggregator.histories import histories_after
+from fedgrpc.aggregator.histories import histories_after, histories_of
 from fedgrpc.aggregator.kinds import policy_of
 from fedgrpc.aggregator.new_version import NewVersion
 from fedgrpc.aggregator.offering import Offering
@@ -165,7 +166,8 @@ class Driver:
         current.training_metrics = mean_metrics([(report.metrics, weight) for report, weight in pairs])
         record = replace(current, state=after).record(time.time(), it.clock())
         histories = histories_after(current, after, it.fleet)
-        await it.in_database(it.store.finish_round, record, current.rows(after), histories, version)
+        rows = [*current.rows(after), *carried_rows(current, after, it.clock())]
+        await it.in_database(it.store.finish_round, record, rows, histories, version)
         # It is stored: no wait from here on, or a second try would store it twice.
         if version is not None:
             it.run.version, it.run.layout = version.version, layout
@@ -184,8 +186,9 @@ class Driver:
         self._log.info("round committed", round=number, version=version, updates=len(reports), **scores)
 
     def _saw_whole(self, current: CurrentRound, token: str) -> bool:
-        """Whether the worker was given the version itself: a slice's scores are its own."""
-        return current.local_task(token).sub_model.whole
+        """Whether the worker was given this version itself: scores of a slice or an older one are not its."""
+        given = current.version_of(token) == current.base_version
+        return given and current.local_task(token).sub_model.whole
 
     async def _finish(self, current: CurrentRound, finished: Finished) -> None:
         """Record an abandoned round (a committed one is recorded with its version), and clean up."""
@@ -196,16 +199,16 @@ class Driver:
             await self._keep_scores(current)
         else:
             histories = histories_after(current, current.state, it.fleet)
-            await it.in_database(it.store.finish_round, record, current.rows(current.state), histories, None)
+            rows = [*current.rows(current.state), *carried_rows(current, current.state, it.clock())]
+            await it.in_database(it.store.finish_round, record, rows, histories, None)
             it.fleet.remember(histories)
             self._log.warning("round abandoned", round=record.number, reason=finished.reason)
-        for worker in it.fleet:
-            if worker.token in current.state.tasks:
-                worker.token = None
-        tokens = list(current.state.tasks)
-        await asyncio.to_thread(it.journal.discard, tokens)
-        keep = range(it.run.version - self._settings.keep_versions + 1, it.run.version + 1)
-        await it.models.prune(frozenset(keep))
+        over = [token for token in current.state.tasks if token not in current.state.carried]
+        it.fleet.release(over)
+        await asyncio.to_thread(it.journal.discard, over)
+        given = [current.version_of(token) for token in current.state.carried]
+        oldest = min([it.run.version - self._settings.keep_versions + 1, *given])
+        await it.models.prune(frozenset(range(oldest, it.run.version + 1)))
         if it.last_record is None or record.number >= it.last_record.number:
             # As stored: an evaluator may have scored the new version already.
             it.last_record = await it.in_database(it.store.round, record.number)
@@ -218,16 +221,40 @@ class Driver:
         it = self._it
         assert it.current is not None
         kind, phase = it.current.kind, it.current.state.phase
-        it.current = None
         it.effects.clear()
+        dropped = self._carry_on(it.current)
         it.fleet.wake_all()
         it.changes.notify()
+        if dropped:
+            await self._until_stored(partial(self._drop, dropped))
         if kind == TASK_KIND_EVALUATE:
             self._closing_evaluation = False
         elif phase is RoundPhase.COMMITTED:
             self._abandoned.reset()
         elif not it.run.ended:
             await self._rest(self._abandoned.next_delay_s())
+
+    def _carry_on(self, ended: CurrentRound) -> list[Dropped]:
+        """Open the next round at once if this one carries tasks on, for news of them may come any time."""
+        it, now = self._it, self._it.clock()
+        it.current, dropped = None, ending_here(ended, now)
+        if ended.state.carried and not it.run.ended and not it.run.reason and self._next_kind() == ended.kind:
+            policy = policy_of(self._settings.policy, ended.kind)
+            number = self._last_number + 1
+            it.current, dropped = going_on(ended, number, policy, it.run.version, time.time(), now)
+        it.fleet.release(each.token for each in dropped)
+        return dropped
+
+    async def _drop(self, dropped: list[Dropped]) -> None:
+        it = self._it
+        histories = histories_of(dropped, it.fleet)
+        rows = [(each.token, each.round, each.task.phase, each.task.reason) for each in dropped]
+        await it.in_database(it.store.drop_tasks, rows, histories)
+        it.fleet.remember(histories)
+        for each in dropped:
+            worker, reason = each.task.worker, each.task.reason
+            self._log.info("carried task dropped", round=each.round, worker=worker, reason=reason)
+        await asyncio.to_thread(it.journal.discard, [each.token for each in dropped])
 
     async def _rest(self, seconds: float) -> None:
         """Wait, whoever polls meanwhile: rounds that fail at once must not spin."""

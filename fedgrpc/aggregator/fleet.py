@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -113,6 +113,13 @@ class Fleet:
     def histories(self) -> Histories:
         """What is remembered of each trainer that has had a task."""
         return {w.name: w.history for w in self if w.history.selected and not w.evaluator}
+
+    def release(self, tokens: Iterable[str]) -> None:
+        """Whoever held one of these tasks holds none."""
+        over = frozenset(tokens)
+        for worker in self:
+            if worker.token in over:
+                worker.token = None
 
     def remember(self, histories: Histories) -> None:
         """Replace the histories of these workers."""

@@ -6,8 +6,10 @@ The rule: a task is remembered once, when it has ended, in the transaction that 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 
+from fedgrpc.aggregator.carrying import Dropped
 from fedgrpc.aggregator.fleet import Fleet, Worker
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.rounds.events import TaskPhase
@@ -46,6 +48,17 @@ def histories_after(current: CurrentRound, state: Round, fleet: Fleet) -> dict[s
             history = remember(history, task, report, state.policy.deadline_s)
         accepted = committed and task.phase is TaskPhase.ACCEPTED
         changed[task.worker] = replace(history, accepted=history.accepted + 1) if accepted else history
+    return changed
+
+
+def histories_of(dropped: Iterable[Dropped], fleet: Fleet) -> dict[str, WorkerHistory]:
+    """The histories of those whose tasks were carried on and dropped; being accepted in vain tells nothing."""
+    changed: dict[str, WorkerHistory] = {}
+    for each in dropped:
+        task = each.task
+        if task.phase is not TaskPhase.ACCEPTED:
+            history = changed.get(task.worker) or fleet.get(task.worker).history
+            changed[task.worker] = remember(history, task, None, 0.0)
     return changed
 
 

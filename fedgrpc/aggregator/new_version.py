@@ -83,7 +83,7 @@ def parts_of(it: Coordinator, current: CurrentRound, tokens: Iterable[str]) -> d
     """The slices of the updates that are of a part of the model. Raises as `LocalModels.selection`."""
     local_tasks = {token: current.local_task(token) for token in tokens}
     return {
-        token: it.local_models.selection(local.sub_model, current.base_version)
+        token: it.local_models.selection(local.sub_model, current.version_of(token))
         for token, local in local_tasks.items()
         if not local.plain
     }

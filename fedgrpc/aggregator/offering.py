@@ -89,8 +89,10 @@ class Offering:
             return
         await self._prepare_whole(current, chosen)
         it = self._it
-        for local in current.local_tasks.values():
-            if local.slice not in current.download_bytes:
+        for token, local in current.local_tasks.items():
+            task = current.state.tasks.get(token)
+            fresh = task is None or not task.carried
+            if fresh and local.slice not in current.download_bytes:
                 version = current.base_version
                 selection = await asyncio.to_thread(it.local_models.selection, local.sub_model, version)
                 recipe = self._settings.download

@@ -104,10 +104,13 @@ class Receiver:
         return await asyncio.to_thread(self._it.journal.committed_bytes, token), False
 
     def _note_begin(self, token: str) -> None:
-        """When the first byte of each update of the present round came."""
-        number = None if self._it.current is None else self._it.current.state.number
-        if number != self._begun_in:
-            self._begun, self._begun_in = {}, number
+        """When the first byte of each update came that the present round still waits for."""
+        current = self._it.current
+        number = None if current is None else current.state.number
+        if current is None or number != self._begun_in:
+            known = () if current is None else current.state.tasks
+            self._begun = {kept: at for kept, at in self._begun.items() if kept in known}
+            self._begun_in = number
         self._begun.setdefault(token, time.monotonic())
 
     def _examine(self, header: UpdateHeader) -> tuple[Manifest, Report]:
@@ -144,7 +147,7 @@ class Receiver:
         elif local.plain:
             check_layout(it.run.layout, manifest.layout)
         else:
-            selection = it.local_models.selection(local.sub_model, it.current.base_version)
+            selection = it.local_models.selection(local.sub_model, it.current.version_of(token))
             local.check_layout(it.run.layout, manifest.layout, selection)
 
     @asynccontextmanager
@@ -166,8 +169,8 @@ class Receiver:
 
     async def _take(self, upload: Upload, chunks: AsyncIterator[Chunk]) -> None:
         """Commit chunks until the stream ends. A silent stream gives up its slot."""
-        token, size_bytes = upload.header.token, upload.manifest.size_bytes
-        told_at = -_PROGRESS_INTERVAL_S
+        token = upload.header.token
+        told_at = time.monotonic()
 
         async def still_wanted() -> None:
             nonlocal told_at
@@ -175,11 +178,18 @@ class Receiver:
                 return
             told_at = time.monotonic()
             await self._it.check_open(upload.header.worker, token)
-            held = upload.size_bytes
-            self._it.dispatch(Progress(token, TaskPhase.UPLOADING, held / size_bytes, held, size_bytes))
+            self._tell(upload)
 
+        await self._it.check_open(upload.header.worker, token)
+        self._tell(upload)
         intake = Intake(upload, self._memory, self._max_chunk_bytes)
         await intake.run(chunks, self._idle_s, still_wanted)
+
+    def _tell(self, upload: Upload) -> None:
+        """How far it is. Raises `RoundClosed`."""
+        held, total = upload.size_bytes, upload.manifest.size_bytes
+        progress = Progress(upload.header.token, TaskPhase.UPLOADING, held / total if total else 1.0, held, total)
+        self._it.dispatch(progress)
 
     async def _accept(self, upload: Upload, report: Report) -> None:
         """Verify the whole update, make it durable, count it."""
@@ -227,7 +237,7 @@ class Receiver:
             if current is None or local.plain:
                 check_values(iter(reader), it.settings.admission)
                 return
-            selection = it.local_models.selection(local.sub_model, current.base_version)
+            selection = it.local_models.selection(local.sub_model, current.version_of(header.token))
             tensors = unpacked(it.run.layout, reader.names, reader.tensor, selection)
             check_values(tensors, it.settings.admission)
 

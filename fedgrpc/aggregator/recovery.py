@@ -30,7 +30,7 @@ from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
 from fedgrpc.rpc.convert import duration_from_proto, layout_to_proto
 from fedgrpc.v1 import round_pb2
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RUN_PHASE_RUNNING, RunPhase
-from fedgrpc.v1.round_pb2 import TaskKind
+from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, TaskKind
 
 log = structlog.get_logger()
 
@@ -63,12 +63,15 @@ class Recovery:
         open_round = await it.in_database(it.store.open_round)
         if open_round is not None:
             await self._reopen(open_round)
-        await asyncio.to_thread(it.journal.keep_only, it.current.state.tasks if it.current else ())
         met_target = self._settings.target is not None and it.run.reason.endswith(f" has {self._settings.target}")
         if it.run.phase == RUN_PHASE_FINISHED and it.run.trained < self._settings.rounds and not met_target:
             it.run.phase, it.run.reason = RUN_PHASE_RUNNING, ""
+        last_number = it.last_record.number if it.last_record else 0
+        if open_round is None and not it.run.ended:
+            await self._go_on(last_number + 1)
+        await asyncio.to_thread(it.journal.keep_only, it.current.state.tasks if it.current else ())
         await it.save_run()
-        return it.last_record.number if it.last_record else 0
+        return last_number
 
     async def _recover_model(self) -> None:
         it = self._it
@@ -107,6 +110,20 @@ class Recovery:
         self._take_over(current, open_round.tasks)
         await self._offering.prepare_download(current)
         log.info("round resumed", run=self._settings.run_name, round=record.number, accepted=len(reports))
+
+    async def _go_on(self, number: int) -> None:
+        """The round that a former process had not opened yet, with the tasks that the one before carried on."""
+        it = self._it
+        rows = await it.in_database(it.store.tasks, number)
+        policy = self._settings.policy
+        if not rows or policy.late != "carry" or not 0 <= it.run.trained < self._settings.rounds:
+            return
+        reports = await self._reports(rows)
+        tasks = self._stored(rows, TASK_KIND_TRAIN, reports)
+        state = restore(number, policy, tasks, 0, None, it.clock())
+        it.current = CurrentRound(state, TASK_KIND_TRAIN, it.run.version, time.time(), reports=reports)
+        self._take_over(it.current, rows)
+        log.info("tasks carried on", run=self._settings.run_name, round=number, accepted=len(reports))
 
     async def _reports(self, rows: Iterable[TaskRow]) -> dict[str, Report]:
         """The reports of the updates that were accepted, by token. Raises `StorageError` where one is gone."""

@@ -94,6 +94,10 @@ class CurrentRound:
         """What the worker of a task makes of the model; the default is nothing."""
         return self.local_tasks.get(token, LocalTask())
 
+    def version_of(self, token: str) -> int:
+        """The version that the worker of a task was given."""
+        return self.base_version - self.state.find(token).staleness
+
     def rows(self, state: Round) -> list[TaskRow]:
         """The tasks as they are stored, as they stand in `state`."""
         return [
@@ -147,7 +151,7 @@ class CurrentRound:
             chosen=task.chosen,
         )
         local = self.local_task(token)
-        if task.phase is not events.TaskPhase.OFFERED:
+        if task.phase is not events.TaskPhase.OFFERED and not task.carried:
             usual_bytes = self.download_bytes.get(local.slice, 0)
             offered_bytes = self.offered_bytes.get(task.worker, usual_bytes)
             record.download_bytes = usual_bytes if local.slice else offered_bytes

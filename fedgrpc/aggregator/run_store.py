@@ -149,13 +149,18 @@ class RunStore:
                 "INSERT OR REPLACE INTO rounds VALUES (?, 1, ?, ?, ?)",
                 (record.number, aim, deadline_at, record.SerializeToString()),
             )
+            # Carried tasks that were lost since are of no round any more.
+            self._db.execute("DELETE FROM tasks WHERE round = ?", (record.number,))
             self._save_tasks(tasks)
             self._save_histories(selected)
 
     def finish_round(
         self, record: RoundRecord, tasks: Iterable[TaskRow], histories: Histories, version: Version | None
     ) -> None:
-        """Close a round: its record, tasks, what it told of workers, the version it wrote; all or nothing."""
+        """Close a round: its record, tasks, what it told of workers, the version it wrote; all or nothing.
+
+        Rows of the next round may be among the tasks, behind those of this one: the same tasks, carried on.
+        """
         with self._transaction():
             self._db.execute(
                 "INSERT OR REPLACE INTO rounds VALUES (?, 0, 0, 0, ?)", (record.number, record.SerializeToString())
@@ -165,6 +170,15 @@ class RunStore:
             if version is not None:
                 self._insert_version(version)
             self._db.execute("DELETE FROM tasks WHERE round <= ?", (record.number - _KEEP_TASKS_OF_ROUNDS,))
+
+    def drop_tasks(self, dropped: Iterable[tuple[str, int, TaskPhase, str]], histories: Histories) -> None:
+        """No further round takes these: (token, round it was of, phase, reason)."""
+        with self._transaction():
+            self._db.executemany(
+                "UPDATE tasks SET round = ?, phase = ?, reason = ? WHERE token = ?",
+                ((number, phase.value, reason, token) for token, number, phase, reason in dropped),
+            )
+            self._save_histories(histories)
 
     def add_scores(
         self, version: int, workers: Mapping[str, float], evaluator: Mapping[str, float]

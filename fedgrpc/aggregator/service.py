@@ -246,7 +246,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         tell_history(worker, record)
         current = self._it.current
         if worker.token is not None and current is not None and worker.token in current.state.tasks:
-            task = current.state.tasks[worker.token]
+            task = current.state.find(worker.token)
             record.state = pb.WORKER_STATE_BUSY
             record.task_phase = cast(round_pb2.TaskPhase, task.phase.value)
             record.progress = task.fraction

@@ -70,6 +70,12 @@ SETTINGS: list[Setting] = [
     _choosing("--selection", "Choose workers by lot, or by usefulness and speed (Oort)."),
     _choosing("--fairness", "Oort: share of seats for those who have waited longest."),
     _choosing("--exploration", "Oort: share of workers never tried among the others, in the first round."),
+    _policy("--late", "What is late is discarded, or carried into the next round and counts less there."),
+    _policy("--max-staleness", "Carry an update on until this many versions have been committed meanwhile."),
+    _policy(
+        "--buffer-size",
+        "With --late carry: every so many updates make a version, of whatever age (FedBuff).",
+    ),
     _policy("--lease", "A worker silent for this long has lost its task.", name="lease_s", type=DURATION),
     _policy(
         "--selection-window",

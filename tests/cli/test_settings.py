@@ -24,8 +24,6 @@ from fedgrpc.worker.trainer import TaskSetup
 
 # Fields that are made of several settings.
 _COMPOSED = {"policy", "choosing", "plan", "tls", "serve_tls", "throttle", "backoff"}
-# What a round's state machine and the simulator know, and the aggregator does not carry out yet.
-_NOT_OFFERED = {"late", "max_staleness", "buffer_size"}
 
 
 def _values(command: SettingsCommand, *arguments: str) -> dict[str, Any]:
@@ -55,7 +53,7 @@ def _worker(*arguments: str) -> WorkerSettings:
     ],
 )
 def test_every_field_of_the_settings_has_a_flag(command: SettingsCommand, owner: type) -> None:
-    names = {setting.name for setting in command.settings()} | _COMPOSED | _NOT_OFFERED
+    names = {setting.name for setting in command.settings()} | _COMPOSED
     assert {field.name for field in dataclasses.fields(owner)} <= names
 
 

@@ -1,0 +1,292 @@
+"""What comes late: carried on into the next round, counted once and for less, over restarts too; and buffers."""
+
+import asyncio
+import hashlib
+
+import numpy as np
+import pytest
+
+from fedgrpc.aggregation.scale import staleness_scale
+from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.v1 import round_pb2
+from tests.federation.federation import (
+    MODEL,
+    Device,
+    Shifter,
+    aggregating,
+    chunks,
+    encoded,
+    refused,
+    update_of,
+    working,
+)
+
+ACCEPTED, LATE = round_pb2.TASK_PHASE_ACCEPTED, round_pb2.TASK_PHASE_LATE
+UPLOADING, TRAINING = round_pb2.TASK_PHASE_UPLOADING, round_pb2.TASK_PHASE_TRAINING
+# Every worker that has registered is waited for, as long as it takes.
+WINDOW = {"late": "carry", "min_workers": 2, "selection_window_s": 30.0}
+CARRY = {**WINDOW, "max_participants": 2, "over_selection": 1.5}
+HALF = staleness_scale(1)
+
+
+def again(running, *names):
+    return [Device(running.stub, name) for name in names]
+
+
+async def fleet(running, *names):
+    devices = [await running.device(name) for name in names]
+    return devices, await asyncio.gather(*(device.task() for device in devices))
+
+
+def tasks_of(round_):
+    return {task.worker: task for task in round_.tasks}
+
+
+def assert_model(running, version, change):
+    np.testing.assert_allclose(running.weights(version)["w"], MODEL["w"] + change, rtol=1e-5)
+
+
+def digest(running, version):
+    path = running.settings.data_dir / "models" / f"{version:06d}.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+async def with_one_late(running):
+    """Round 1 has committed two updates of 1.0; the third worker is still training from version 1."""
+    devices, tasks = await fleet(running, "a", "b", "late")
+    await devices[2].beat(tasks[2])
+    await asyncio.gather(devices[0].push(tasks[0]), devices[1].push(tasks[1]))
+    await running.until_ended(1)
+    return devices, tasks[2]
+
+
+async def open_next(running, *devices):
+    """Tasks of the next round for these."""
+    return await asyncio.gather(*(device.task() for device in devices))
+
+
+async def test_a_late_update_counts_in_the_next_round_with_a_discount(tmp_path):
+    async with aggregating(tmp_path, policy=CARRY, rounds=2) as running:
+        (a, b, late), task = await with_one_late(running)
+        seen = tasks_of(await running.round(1))["late"]
+        assert (seen.phase, seen.staleness) == (LATE, 0)
+        assert seen.reason == "slow training: enough updates are in; carried into the next round"
+        beat = await late.beat(task)
+        assert (beat.cancel, beat.HasField("time_left")) == (False, False)
+        assert (await late.push(task, update_of(4.0, n=100))).complete
+        assert (await late.push(task, update_of(4.0))).complete
+        tasks = await open_next(running, a, b)
+        assert {task.model_version for task in tasks} == {2}
+        await asyncio.gather(a.push(tasks[0], update_of(n=7)), b.push(tasks[1], update_of(n=7)))
+        await running.until_finished()
+        assert_model(running, 3, 1.0 + (1.0 + 1.0 + HALF * 4.0) / 3)
+        # What is a value, not a difference, is not discounted.
+        assert running.weights(3)["n"] == round((7 + 7 + 100) / 3)
+        record = await running.round(2)
+        seen = tasks_of(record)["late"]
+        assert (seen.phase, seen.staleness, seen.scale) == (ACCEPTED, 1, pytest.approx(HALF))
+        assert [tasks_of(record)[name].scale for name in "ab"] == [1.0, 1.0]
+        workers = (await running.stub.ListWorkers(pb.ListWorkersRequest())).workers
+        assert {w.worker: w.rounds_accepted for w in workers} == {"a": 2, "b": 2, "late": 1}
+        assert running.kept_updates() == []
+
+
+async def test_an_upload_that_is_under_way_when_its_round_ends_goes_on(tmp_path):
+    async with aggregating(tmp_path, policy=CARRY, rounds=2) as running:
+        devices, tasks = await fleet(running, "a", "b", "late")
+        manifest, payload = encoded(update_of(4.0))
+        call = devices[2].stub.PushUpdate()
+        await call.write(pb.PushUpdateRequest(header=devices[2].header(tasks[2], manifest)))
+        first, *rest = chunks(payload)
+        await call.write(first)
+        await running.until_task("late", UPLOADING)
+        await asyncio.gather(devices[0].push(tasks[0]), devices[1].push(tasks[1]))
+        await running.until_ended(1)
+        for message in rest:
+            await call.write(message)
+        await call.done_writing()
+        assert (await call).complete
+        tasks = await open_next(running, *devices[:2])
+        await asyncio.gather(devices[0].push(tasks[0]), devices[1].push(tasks[1]))
+        await running.until_finished()
+        assert_model(running, 3, 1.0 + (1.0 + 1.0 + HALF * 4.0) / 3)
+
+
+async def test_a_carried_update_is_counted_once_with_the_same_bits_over_restarts(tmp_path):
+    """Killed while it is under way, once it is accepted, and in the round that takes it: as if never killed."""
+    digests = []
+    for restarts in (False, True):
+        folder = tmp_path / str(restarts)
+        folder.mkdir()
+        settings = {"policy": CARRY, "rounds": 2, "normalize_steps": True}
+        stack = aggregating(folder, **settings)
+        running = await stack.__aenter__()
+
+        async def restarted(names, settings=settings, folder=folder, restarts=restarts):
+            nonlocal stack, running
+            if restarts:
+                await stack.__aexit__(None, None, None)
+                stack = aggregating(folder, **settings)
+                running = await stack.__aenter__()
+            return again(running, *names)
+
+        _, task = await with_one_late(running)
+        a, b, late = await restarted("ab") + [None]
+        (late,) = again(running, "late")
+        manifest, payload = encoded(update_of(4.0))
+        header = pb.PushUpdateRequest(header=late.header(task, manifest, steps=4))
+        assert not (await late.send(header, *chunks(payload)[:2])).complete
+        (late,) = await restarted(["late"])
+        held = (await late.held(task)).committed_size_bytes
+        assert held == 2 * 2048
+        assert (await late.send(header, *chunks(payload, held))).complete
+        a, b = await restarted("ab")
+        tasks = await open_next(running, a, b)
+        await a.push(tasks[0], update_of(2.0), steps=2)
+        (b,) = await restarted("b")
+        await b.push(tasks[1], update_of(3.0), steps=3)
+        await running.until_finished()
+        record = await running.round(2)
+        assert {t.worker: (t.phase, t.staleness, t.steps) for t in record.tasks} == {
+            "late": (ACCEPTED, 1, 4),
+            "a": (ACCEPTED, 0, 2),
+            "b": (ACCEPTED, 0, 3),
+        }
+        assert_model(running, 3, 1.0 + (3.0 + 3.0 + HALF * 3.0) / 3)
+        digests.append((digest(running, 2), digest(running, 3)))
+        assert running.kept_updates() == []
+        await stack.__aexit__(None, None, None)
+    assert digests[0] == digests[1]
+
+
+async def test_a_stale_task_is_over_when_its_worker_asks_for_another(tmp_path):
+    async with aggregating(tmp_path, policy=CARRY, rounds=2) as running:
+        (a, b, late), task = await with_one_late(running)
+        coming = asyncio.create_task(late.task())
+        await running.until_task("late", round_pb2.TASK_PHASE_FAILED)
+        new = [*await open_next(running, a, b), await coming]
+        assert (new[2].token != task.token, new[2].model_version, new[2].round) == (True, 2, 2)
+        with refused("FAILED_PRECONDITION", "its worker has lost it", "RoundClosed"):
+            await late.push(task, update_of(100.0))
+        await asyncio.gather(*(device.push(each) for device, each in zip((a, b), new[:2], strict=True)))
+        await running.until_finished()
+        assert_model(running, 3, 2.0)
+
+
+async def test_an_update_that_is_too_stale_is_dropped(tmp_path):
+    async with aggregating(tmp_path, policy={**CARRY, "max_staleness": 1}, rounds=3) as running:
+        (a, b, late), task = await with_one_late(running)
+        assert not (await late.beat(task)).cancel
+        for number in (2, 3):
+            tasks = await open_next(running, a, b)
+            await asyncio.gather(a.push(tasks[0]), b.push(tasks[1]))
+            await running.until_ended(number)
+            assert (await late.beat(task)).cancel
+        with refused("FAILED_PRECONDITION", "the task is late", "RoundClosed"):
+            await late.push(task, update_of(100.0))
+        await running.until_finished()
+        assert_model(running, 4, 3.0)
+
+
+async def test_a_refused_carried_update_harms_nobody(tmp_path):
+    async with aggregating(tmp_path, policy=CARRY, rounds=2) as running:
+        (a, b, late), task = await with_one_late(running)
+        with refused("INVALID_ARGUMENT", "example count 0"):
+            await late.push(task, update_of(100.0), example_count=0)
+        tasks = await open_next(running, a, b)
+        await asyncio.gather(a.push(tasks[0]), b.push(tasks[1]))
+        await running.until_finished()
+        assert_model(running, 3, 2.0)
+
+
+async def test_what_was_accepted_for_an_abandoned_round_counts_in_the_next(tmp_path):
+    policy = {"late": "carry", "deadline_s": 1.0, "quorum": 2, "min_workers": 2}
+    async with aggregating(tmp_path, policy=policy) as running:
+        (one, two), tasks = await fleet(running, "one", "two")
+        assert (await one.push(tasks[0], update_of(3.0))).complete
+        assert (await running.until_ended(1)).phase == round_pb2.ROUND_PHASE_ABANDONED
+        again_task = await two.task()
+        assert again_task.round == 2
+        assert (await two.push(again_task)).complete
+        await running.until_finished()
+        assert_model(running, 2, 2.0)
+        assert tasks_of(await running.round())["one"].staleness == 0
+
+
+async def test_what_is_late_at_the_end_of_the_run_is_told_so(tmp_path):
+    async with aggregating(tmp_path, policy=CARRY, rounds=1) as running:
+        (_, _, late), task = await with_one_late(running)
+        await running.until_finished()
+        assert (await late.beat(task)).cancel
+        with refused("FAILED_PRECONDITION", "no round is left", "RoundClosed"):
+            await late.push(task)
+        assert running.kept_updates() == []
+    async with aggregating(tmp_path, policy=CARRY, rounds=2) as running:
+        a, b, late = again(running, "a", "b", "late")
+        tasks = await open_next(running, a, b, late)
+        assert {task.round for task in tasks} == {2}
+
+
+async def test_a_version_that_a_carried_task_starts_from_is_kept(tmp_path):
+    async with aggregating(tmp_path, policy=CARRY, rounds=4, keep_versions=1) as running:
+        (a, b, late), task = await with_one_late(running)
+        for _ in range(2):
+            tasks = await open_next(running, a, b)
+            await asyncio.gather(a.push(tasks[0]), b.push(tasks[1]))
+            await running.until_ended(tasks[0].round)
+        header, _ = await late.pull(task.model_version)
+        assert header.version == 1
+        assert (await late.push(task)).complete
+        tasks = await open_next(running, a, b)
+        await asyncio.gather(a.push(tasks[0]), b.push(tasks[1]))
+        await running.until_finished()
+        assert tasks_of(await running.round(4))["late"].staleness == 3
+        assert running.weights(5) is not None
+        with refused("NOT_FOUND", ""):
+            await late.pull(1)
+
+
+BUFFER = {**WINDOW, "buffer_size": 2}
+
+
+async def test_a_buffer_commits_every_so_many_updates_and_waits_for_nobody(tmp_path):
+    async with aggregating(tmp_path, policy=BUFFER, rounds=3) as running:
+        (a, b, slow), (task_a, task_b, task_slow) = await fleet(running, "a", "b", "slow")
+        await slow.beat(task_slow)
+        await asyncio.gather(a.push(task_a), b.push(task_b))
+        await running.until_ended(1)
+        # Whoever is done goes on at once, from the version that there now is.
+        task_a, task_b = await asyncio.gather(a.task(), b.task())
+        assert {task_a.model_version, task_b.model_version} == {2}
+        await asyncio.gather(a.beat(task_a), b.beat(task_b))
+        await slow.push(task_slow, update_of(4.0))
+        await a.push(task_a)
+        ended = await running.until_ended(2)
+        assert {name: t.staleness for name, t in tasks_of(ended).items() if t.phase == ACCEPTED} == {
+            "slow": 1,
+            "a": 0,
+        }
+        assert_model(running, 3, 1.0 + (1.0 + HALF * 4.0) / 2)
+        assert not (await b.beat(task_b)).cancel
+        task_a = await a.task()
+        await b.push(task_b)
+        await a.push(task_a)
+        await running.until_finished()
+        assert {t.staleness for t in tasks_of(await running.round(3)).values() if t.phase == ACCEPTED} == {0, 1}
+        assert_model(running, 4, 1.0 + (1.0 + HALF * 4.0) / 2 + (1.0 + HALF) / 2)
+
+
+@pytest.mark.parametrize("policy", [BUFFER, CARRY])
+async def test_real_workers_bring_a_run_that_carries_to_its_end(tmp_path, policy):
+    async with aggregating(tmp_path, policy=policy, rounds=5) as running:
+        workers = [working(running, tmp_path, name, Shifter(1.0)) for name in ("a", "b", "c")]
+        await running.until_finished()
+        counted = [
+            sum(task.phase == ACCEPTED for task in record.tasks)
+            for record in await running.rounds()
+            if record.tasks
+        ]
+        assert len(counted) == 5
+        assert min(counted) >= 2
+        for worker in workers:
+            assert await worker == 0
