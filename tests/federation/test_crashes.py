@@ -215,7 +215,7 @@ async def test_a_worker_killed_while_it_trains_gets_its_task_again_after_its_res
             await process.until("update acknowledged")
             await hand.push(task, update_of(0.0))
             await running.until_finished()
-        _, second = Recorded.changes(data)
+        *_, second = Recorded.changes(data)
         assert len((await running.round()).tasks) == 2
         np.testing.assert_allclose(running.weights(2)["w"], MODEL["w"] + second / 2, rtol=1e-5)
 
