@@ -20,6 +20,7 @@ from tests.federation.federation import (
     update_of,
     working,
 )
+from tests.federation.process import aggregator_process
 
 ACCEPTED, LATE = round_pb2.TASK_PHASE_ACCEPTED, round_pb2.TASK_PHASE_LATE
 UPLOADING, TRAINING = round_pb2.TASK_PHASE_UPLOADING, round_pb2.TASK_PHASE_TRAINING
@@ -73,12 +74,17 @@ async def test_a_late_update_counts_in_the_next_round_with_a_discount(tmp_path):
         assert seen.reason == "slow training: enough updates are in; carried into the next round"
         beat = await late.beat(task)
         assert (beat.cancel, beat.HasField("time_left")) == (False, False)
-        assert (await late.push(task, update_of(4.0, n=100))).complete
+        old, new = {"evaluation_metrics": {"accuracy": 0.0}}, {"evaluation_metrics": {"accuracy": 1.0}}
+        count = {"evaluation_example_count": 10}
+        assert (await late.push(task, update_of(4.0, n=100), **old, **count)).complete
         assert (await late.push(task, update_of(4.0))).complete
         tasks = await open_next(running, a, b)
         assert {task.model_version for task in tasks} == {2}
-        await asyncio.gather(a.push(tasks[0], update_of(n=7)), b.push(tasks[1], update_of(n=7)))
+        for device, each in zip((a, b), tasks, strict=True):
+            await device.push(each, update_of(n=7), **new, **count)
         await running.until_finished()
+        # The late one has scored a version of long ago.
+        assert (await running.round(1)).metrics["accuracy"] == 1.0
         assert_model(running, 3, 1.0 + (1.0 + 1.0 + HALF * 4.0) / 3)
         # What is a value, not a difference, is not discounted.
         assert running.weights(3)["n"] == round((7 + 7 + 100) / 3)
@@ -112,51 +118,71 @@ async def test_an_upload_that_is_under_way_when_its_round_ends_goes_on(tmp_path)
         assert_model(running, 3, 1.0 + (1.0 + 1.0 + HALF * 4.0) / 3)
 
 
-async def test_a_carried_update_is_counted_once_with_the_same_bits_over_restarts(tmp_path):
+FLAGS = (
+    *("--late", "carry", "--selection-window", "30s", "--max-participants", "2", "--over-selection", "1.5"),
+    *("--rounds", "2", "--normalize-steps"),
+)
+
+
+class Killable:
+    """An aggregator process on `folder`; `restart` is kill -9 and another process, where `kills` says so."""
+
+    def __init__(self, folder, kills):
+        self.folder = folder
+        self.kills = kills
+
+    async def __aenter__(self):
+        self._place = aggregator_process(self.folder, *FLAGS)
+        self._process, self.running = await self._place.__aenter__()
+        return self
+
+    async def __aexit__(self, *exception):
+        await self._place.__aexit__(*exception)
+
+    async def restart(self, *names):
+        """The same devices, calling the aggregator that runs now."""
+        if self.kills:
+            await self._process.kill()
+            await self.__aexit__(None, None, None)
+            await self.__aenter__()
+        return again(self.running, *names)
+
+
+@pytest.fixture(scope="module")
+def made():
+    """What each way to the end has made: hashes of the versions."""
+    return {}
+
+
+@pytest.mark.parametrize("kills", [False, True])
+async def test_a_carried_update_is_counted_once_with_the_same_bits_over_kills(tmp_path, made, kills):
     """Killed while it is under way, once it is accepted, and in the round that takes it: as if never killed."""
-    digests = []
-    for restarts in (False, True):
-        folder = tmp_path / str(restarts)
-        folder.mkdir()
-        settings = {"policy": CARRY, "rounds": 2, "normalize_steps": True}
-        stack = aggregating(folder, **settings)
-        running = await stack.__aenter__()
-
-        async def restarted(names, settings=settings, folder=folder, restarts=restarts):
-            nonlocal stack, running
-            if restarts:
-                await stack.__aexit__(None, None, None)
-                stack = aggregating(folder, **settings)
-                running = await stack.__aenter__()
-            return again(running, *names)
-
-        _, task = await with_one_late(running)
-        a, b, late = await restarted("ab") + [None]
-        (late,) = again(running, "late")
+    async with Killable(tmp_path, kills) as it:
+        _, task = await with_one_late(it.running)
+        (late,) = await it.restart("late")
         manifest, payload = encoded(update_of(4.0))
         header = pb.PushUpdateRequest(header=late.header(task, manifest, steps=4))
         assert not (await late.send(header, *chunks(payload)[:2])).complete
-        (late,) = await restarted(["late"])
+        (late,) = await it.restart("late")
         held = (await late.held(task)).committed_size_bytes
         assert held == 2 * 2048
         assert (await late.send(header, *chunks(payload, held))).complete
-        a, b = await restarted("ab")
-        tasks = await open_next(running, a, b)
+        a, b = await it.restart("a", "b")
+        tasks = await open_next(it.running, a, b)
         await a.push(tasks[0], update_of(2.0), steps=2)
-        (b,) = await restarted("b")
+        (b,) = await it.restart("b")
         await b.push(tasks[1], update_of(3.0), steps=3)
-        await running.until_finished()
-        record = await running.round(2)
+        await it.running.until_finished()
+        record = await it.running.round(2)
         assert {t.worker: (t.phase, t.staleness, t.steps) for t in record.tasks} == {
             "late": (ACCEPTED, 1, 4),
             "a": (ACCEPTED, 0, 2),
             "b": (ACCEPTED, 0, 3),
         }
-        assert_model(running, 3, 1.0 + (3.0 + 3.0 + HALF * 3.0) / 3)
-        digests.append((digest(running, 2), digest(running, 3)))
-        assert running.kept_updates() == []
-        await stack.__aexit__(None, None, None)
-    assert digests[0] == digests[1]
+        assert_model(it.running, 3, 1.0 + (3.0 + 3.0 + HALF * 3.0) / 3)
+        assert it.running.kept_updates() == []
+        made[kills] = (digest(it.running, 2), digest(it.running, 3))
+    assert len(set(made.values())) == 1
 
 
 async def test_a_stale_task_is_over_when_its_worker_asks_for_another(tmp_path):
