@@ -15,10 +15,11 @@ from fedgrpc.v1 import aggregator_pb2_grpc
 from tests.federation.federation import PATIENCE_S, Device, Running, settings_for
 
 ROOT = Path(__file__).parents[2]
+_LONGEST_LINE_BYTES = 1 << 20
 
 
 class Process:
-    """`fedgrpc COMMAND ...` with its log as events."""
+    """`fedgrpc COMMAND ...` with its log as events; what is no log line is an event of its own."""
 
     def __init__(self, process):
         self._process = process
@@ -28,25 +29,25 @@ class Process:
         self._reading = asyncio.create_task(self._read())
 
     @classmethod
-    async def start(cls, command, *arguments):
+    async def start(cls, command, *arguments, program=("-m", "fedgrpc"), before=()):
+        """`program` is what Python runs as the command line, `before` what runs Python, such as taskset."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("FEDGRPC_")}
         return cls(
             await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "fedgrpc", command, "--log-format", "json", "--log-level", "debug"),
+                *(*before, sys.executable, *program),
+                *(command, "--log-format", "json", "--log-level", "debug"),
                 *map(str, arguments),
                 cwd=ROOT,
                 env={**environment, "OMP_NUM_THREADS": "1"},
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
+                limit=_LONGEST_LINE_BYTES,
             )
         )
 
     async def _read(self):
         async for line in self._process.stdout:
-            try:
-                self.events.append(json.loads(line))
-            except ValueError:
-                self.events.append({"event": line.decode().strip()})
+            self.events.append(_event(line))
             self._more.set()
         self.over = True
         self._more.set()
@@ -61,6 +62,10 @@ class Process:
                         return line
                 assert not self.over, self.events
                 await self._more.wait()
+
+    @property
+    def pid(self):
+        return self._process.pid
 
     def send(self, number):
         self._process.send_signal(number)
@@ -77,9 +82,18 @@ class Process:
         return await self.ended()
 
 
+def _event(line):
+    try:
+        event = json.loads(line)
+    except ValueError:
+        event = None
+    return event if isinstance(event, dict) and "event" in event else {"event": line.decode().strip()}
+
+
 @asynccontextmanager
-async def process(command, *arguments):
-    started = await Process.start(command, *arguments)
+async def process(command, *arguments, **how):
+    """A process until the block ends; `how` is that of `Process.start`."""
+    started = await Process.start(command, *arguments, **how)
     try:
         yield started
     finally:
@@ -96,13 +110,13 @@ def free_address():
 
 
 @asynccontextmanager
-async def aggregator_process(folder, *arguments, address="127.0.0.1:0"):
+async def aggregator_process(folder, *arguments, address="127.0.0.1:0", **how):
     """(process, what the in-process fixture gives) of an aggregator on `folder`."""
     settings = settings_for(folder)
     place = ["--data-dir", settings.data_dir, "--address", address]
     place += ["--initial-model", settings.initial_model]
     round_ = ["--min-workers", 2, "--selection-window", "200ms", "--deadline", "20s", "--lease", "10s"]
-    async with process("aggregator", *place, *round_, "--no-evaluate", "--stay", *arguments) as started:
+    async with process("aggregator", *place, *round_, "--no-evaluate", "--stay", *arguments, **how) as started:
         address = f"127.0.0.1:{(await started.until('serving'))['port']}"
         async with open_channel(address) as channel:
             yield started, Running(address, settings, None, None, aggregator_pb2_grpc.AggregatorStub(channel))
