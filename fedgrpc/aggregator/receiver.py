@@ -28,6 +28,7 @@ from fedgrpc.errors import (
     CodecError,
     Exhausted,
     LayoutError,
+    LinkError,
     RoundClosed,
     StorageError,
     TooLargeError,
@@ -39,6 +40,21 @@ from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
 
 _PROGRESS_INTERVAL_S = 0.1
+
+
+class _Stream:
+    """One stream of an upload: a newer one ends it, and waits until it has ended."""
+
+    def __init__(self) -> None:
+        self.limit = asyncio.timeout(None)
+        self.ended = asyncio.Event()
+        self._superseded = False
+
+    async def supersede(self) -> None:
+        if not self._superseded:
+            self._superseded = True
+            self.limit.reschedule(asyncio.get_running_loop().time())
+        await self.ended.wait()
 
 
 class Receiver:
@@ -54,7 +70,7 @@ class Receiver:
         self._idle_s = settings.policy.lease_s
         self._max_uploads = settings.max_uploads
         self._memory = ByteBudget(settings.max_upload_memory_bytes)
-        self._streams: dict[str, asyncio.Task[object]] = {}
+        self._streams: dict[str, _Stream] = {}
         self._begun: dict[str, float] = {}
         self._begun_in: int | None = None
 
@@ -152,20 +168,23 @@ class Receiver:
 
     @asynccontextmanager
     async def _only_stream(self, token: str) -> AsyncIterator[None]:
-        """The newest stream of an upload takes over: the one before is most likely a dead connection."""
+        """The newest stream of an upload takes over: the one before is most likely a dead connection.
+
+        If it is not, it gets an answer, which a handler that is cancelled would not give.
+        """
         while (former := self._streams.get(token)) is not None:
-            former.cancel()
-            await asyncio.wait([former])
+            await former.supersede()
         if len(self._streams) >= self._max_uploads:
             raise Exhausted(f"{self._max_uploads} uploads are running; try again")
-        task = asyncio.current_task()
-        assert task is not None
-        self._streams[token] = task
+        self._streams[token] = stream = _Stream()
         try:
-            yield
+            async with stream.limit:
+                yield
+        except TimeoutError:
+            raise LinkError("a newer stream of this update has taken over") from None
         finally:
-            if self._streams.get(token) is task:
-                del self._streams[token]
+            del self._streams[token]
+            stream.ended.set()
 
     async def _take(self, upload: Upload, chunks: AsyncIterator[Chunk]) -> None:
         """Commit chunks until the stream ends. A silent stream gives up its slot."""

@@ -95,12 +95,13 @@ async def serve(
     """Serve on `address` ("HOST:PORT"; port 0 takes a free one) until the block ends.
 
     Health starts as NOT_SERVING; the block says when its services are ready. On leaving, new calls are
-    refused at once, and those in flight have `grace_s` seconds to end. `options` come after `SERVER_OPTIONS`.
+    refused at once, and those in flight have `grace_s` seconds to end. `options` win over `SERVER_OPTIONS`.
 
     Raises:
         UsageError: the address is malformed or not this machine's, the port is in use, a TLS file is bad.
     """
-    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=[*SERVER_OPTIONS, *(options or [])])
+    # Of options with the same name gRPC takes the first.
+    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=[*(options or []), *SERVER_OPTIONS])
     health = Health([service.name for service in services])
     await health.set_all(False)
     for service in services:

@@ -35,12 +35,12 @@ _MANY_ROUNDS = 1_000_000
 _STOPPED = "the soak is over"
 _ACCEPTED, _COMMITTED = round_pb2.TASK_PHASE_ACCEPTED, round_pb2.ROUND_PHASE_COMMITTED
 # What may be more at the end than at the start of a process that leaks nothing.
-_SPARE_FILES, _SPARE_TASKS, _SPARE_SHARE = 12, 12, 0.10
+SPARE_FILES, SPARE_TASKS, _SPARE_SHARE = 12, 12, 0.10
 
 
 @dataclass
 class Found:
-    """What flapping did. `lost` names rounds without all their updates; the rest is counted before and after."""
+    """What flapping did. `lost` names rounds without all their updates; the rest is held by this process, early and late."""
 
     flaps: int = 0
     rounds: int = 0
@@ -81,11 +81,10 @@ async def judged(running, names):
     return lost, committed
 
 
-async def stopped(running):
-    """Let one more round be committed, so that whatever broke has had to mend, and stop the run."""
+async def another_round(running):
+    """Until one more round is committed: whatever broke has had to mend."""
     version = (await running.run()).model_version
     await running.until(lambda run, _: run.model_version > version)
-    await running.stub.StopRun(pb.StopRunRequest(reason=_STOPPED))
 
 
 def starting_from_zeros(folder):
@@ -97,7 +96,6 @@ async def flap(folder, flaps, workers, seed=0):
     """The short form: all in this process."""
     found, rng = Found(), random.Random(seed)
     names = starting_from_zeros(folder)[:workers]
-    found.tasks_before, found.files_before = _held_here()
     policy = {"min_workers": workers, "quorum": workers, "deadline_s": 300.0, "lease_s": 60.0}
     how = {"rounds": _MANY_ROUNDS, "policy": policy, "upload_recipe": "raw", "download_recipe": "raw"}
     async with aggregating(folder, **how) as running, AsyncExitStack() as stack:
@@ -108,14 +106,15 @@ async def flap(folder, flaps, workers, seed=0):
             for name, link, trainer in zip(names, links, trainers, strict=True)
         ]
         await running.until(lambda run, _: run.model_version > 1)
+        found.tasks_before, found.files_before = _held_here()
         each = -(-flaps // workers)
         await asyncio.gather(*(flapping(link, rng, each) for link in links))
         found.flaps = each * workers
-        await stopped(running)
+        await another_round(running)
+        found.tasks_after, found.files_after = _held_here()
+        await running.stub.StopRun(pb.StopRunRequest(reason=_STOPPED))
         assert await asyncio.wait_for(asyncio.gather(*crew), 60) == [0] * workers
         found.lost, found.rounds = await judged(running, names)
-    await asyncio.sleep(0.2)
-    found.tasks_after, found.files_after = _held_here()
     return found
 
 
@@ -146,8 +145,9 @@ async def soak(folder, flaps, workers, seed):
         await asyncio.gather(*(flapping(link, rng, first) for link in links))
         before = {name: await _held(it) for name, it in everyone.items()}
         await asyncio.gather(*(flapping(link, rng, rest) for link in links))
+        await another_round(running)
         after = {name: await _held(it) for name, it in everyone.items()}
-        await stopped(running)
+        await running.stub.StopRun(pb.StopRunRequest(reason=_STOPPED))
         codes = [await it.ended() for it in crew]
         wrong, rounds = await judged(running, names)
         wrong += [f"{name} ended with {code}" for name, code in zip(names, codes, strict=True) if code]
@@ -187,9 +187,9 @@ async def _held(it):
 
 def _leaks(name, before, after):
     for what, most in (
-        ("files", before["files"] + _SPARE_FILES),
-        ("tasks", before["tasks"] + _SPARE_TASKS),
-        ("threads", before["threads"] + _SPARE_TASKS),
+        ("files", before["files"] + SPARE_FILES),
+        ("tasks", before["tasks"] + SPARE_TASKS),
+        ("threads", before["threads"] + SPARE_TASKS),
         ("rss_mib", before["rss_mib"] * (1 + _SPARE_SHARE)),
     ):
         if after[what] > most:

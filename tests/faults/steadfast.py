@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedgrpc.errors import LinkError
+from fedgrpc.errors import LinkError, WrongOffset
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.convert import manifest_from_proto
 from fedgrpc.rpc.status import domain_errors
@@ -45,6 +45,7 @@ class Steadfast:
     """Trains, sends, and keeps what it was told: the tokens of each round, and which were acknowledged."""
 
     role = device_pb2.WORKER_ROLE_TRAINER
+    device = Device
 
     def __init__(self, address, name, recovery=None):
         self.address = address
@@ -63,7 +64,7 @@ class Steadfast:
             async with open_channel(self.address) as channel:
                 try:
                     with domain_errors():
-                        return await self._session(Device(aggregator_pb2_grpc.AggregatorStub(channel), self.name))
+                        return await self._session(self.device(aggregator_pb2_grpc.AggregatorStub(channel), self.name))
                 except LinkError:
                     await asyncio.sleep(_PAUSE_S)
 
@@ -79,10 +80,15 @@ class Steadfast:
         self.tokens[task.round].add(task.token)
         await self._pull(device, task)
         header, payload = self._update(device, task)
-        held = await device.held(task)
-        if not held.complete:
+        while not (held := await device.held(task)).complete:
             messages = chunks(payload, held.committed_size_bytes, _CHUNK_BYTES)
-            assert (await device.send(pb.PushUpdateRequest(header=header), *messages)).complete
+            try:
+                with domain_errors():
+                    assert (await device.send(pb.PushUpdateRequest(header=header), *messages)).complete
+                    break
+            except WrongOffset:
+                # Another of this device's streams has come further; a worker asks again, too.
+                continue
         self.acknowledged.add(task.token)
 
     async def _pull(self, device, task):

@@ -15,13 +15,14 @@ from fedgrpc.rpc.convert import duration_to_proto
 from fedgrpc.rpc.server import aggregator_service, serve
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
+from fedgrpc.worker.partial import received_bytes
 from tests.faults.link import Link
-from tests.faults.soak import flap
+from tests.faults.soak import SPARE_FILES, SPARE_TASKS, flap
 from tests.faults.steadfast import Steadfast
 from tests.faults.tasks import MODEL
-from tests.federation.federation import PATIENCE_S, Shifter, aggregating, working
+from tests.federation.federation import PATIENCE_S, Device, Shifter, aggregating, working
 
-UPLOADING, DOWNLOADING = round_pb2.TASK_PHASE_UPLOADING, round_pb2.TASK_PHASE_DOWNLOADING
+UPLOADING = round_pb2.TASK_PHASE_UPLOADING
 PAYLOAD_BYTES = sum(a.nbytes for a in MODEL.values())
 
 
@@ -29,16 +30,26 @@ def large(folder):
     """Settings of one worker and a model of more than one chunk, small chunks for updates."""
     save_file(MODEL, folder / "large.safetensors")
     policy = {"min_workers": 1, "deadline_s": 300.0, "lease_s": 60.0}
-    return {"policy": policy, "initial_model": folder / "large.safetensors", "max_chunk_bytes": 64 << 10}
+    how = {"upload_recipe": "raw", "download_recipe": "raw", "max_chunk_bytes": 64 << 10, "heartbeat_interval_s": 0.2}
+    return {"policy": policy, "initial_model": folder / "large.safetensors", **how}
 
 
-async def has_moved(running, phase, least=0.2):
-    """Until the one worker is in that phase and has done some of it."""
+async def has_uploaded(running, least=0.2):
+    """Until that part of the one worker's update has come."""
 
-    def moved(_, round_):
-        return any(task.phase == phase and task.progress >= least for task in round_.tasks)
+    def uploaded(run, round_):
+        assert run.phase == pb.RUN_PHASE_RUNNING, "the upload went by unseen"
+        return any(task.phase == UPLOADING and task.progress >= least for task in round_.tasks)
 
-    await running.until(moved)
+    await running.until(uploaded)
+
+
+async def a_chunk_is_kept(state_dir):
+    """Until the first of the two chunks of a download is on the worker's disk."""
+    folder = state_dir / "model" / "partial"
+    async with asyncio.timeout(PATIENCE_S):
+        while not folder.exists() or not received_bytes(folder):
+            await asyncio.sleep(0.01)
 
 
 async def ends_well(running, worker, rounds=1):
@@ -54,9 +65,8 @@ async def ends_well(running, worker, rounds=1):
 async def test_an_upload_goes_on_at_its_byte_after_the_link_was_away(tmp_path, how):
     trainer = Shifter(weights=MODEL)
     async with aggregating(tmp_path, **large(tmp_path)) as running, Link(running.address) as link:
-        link.bytes_per_s = None
         worker = working(link.address, tmp_path, "pi", Slowing(trainer, link), stall_s=1.5)
-        await has_moved(running, UPLOADING)
+        await has_uploaded(running)
         sent = link.up_bytes
         getattr(link, how)()
         await asyncio.sleep(0.5 if how == "cut" else 2.5)
@@ -64,9 +74,10 @@ async def test_an_upload_goes_on_at_its_byte_after_the_link_was_away(tmp_path, h
         link.mend()
         link.thaw()
         await ends_well(running, worker)
-        # What was on its way when the link went is sent again, and nothing else.
         assert sent > 0.1 * PAYLOAD_BYTES
-        assert link.up_bytes < 1.6 * PAYLOAD_BYTES
+        if how == "cut":
+            # What was on its way when the link went is sent again, and nothing else; a frozen link delivers that, too.
+            assert link.up_bytes < 1.6 * PAYLOAD_BYTES
     assert len(trainer.jobs) == 1
 
 
@@ -85,10 +96,9 @@ class Slowing:
 
 async def test_a_download_goes_on_at_its_byte_after_a_cut(tmp_path):
     async with aggregating(tmp_path, **large(tmp_path)) as running:
-        async with Link(running.address, bytes_per_s=PAYLOAD_BYTES / 3) as link:
+        async with Link(running.address, bytes_per_s=PAYLOAD_BYTES / 2) as link:
             worker = working(link.address, tmp_path, "pi", Shifter(weights=MODEL))
-            # A download is written down chunk by chunk, and its first chunk is most of it.
-            await has_moved(running, DOWNLOADING, 0.1)
+            await a_chunk_is_kept(tmp_path / "pi")
             link.cut()
             link.bytes_per_s = None
             link.mend()
@@ -98,25 +108,45 @@ async def test_a_download_goes_on_at_its_byte_after_a_cut(tmp_path):
 
 async def test_a_far_and_narrow_link_only_takes_longer(tmp_path):
     async with aggregating(tmp_path, rounds=2, **large(tmp_path)) as running:
-        async with Link(running.address, delay_s=0.15, bytes_per_s=PAYLOAD_BYTES) as link:
+        async with Link(running.address, delay_s=0.1, bytes_per_s=1.5 * PAYLOAD_BYTES) as link:
             await ends_well(running, working(link.address, tmp_path, "pi", Shifter(weights=MODEL)), rounds=2)
         (task,) = (await running.round(2)).tasks
         assert task.timings.upload_seconds > 0.5
         assert task.timings.download_seconds > 0.5
 
 
-class Stutterer(Steadfast):
-    """Makes every call twice at once, as a proxy that repeats requests does."""
+async def twice(call):
+    """Made twice at once, as a proxy that repeats requests does. One answer will do; both may not fail."""
+    answers = await asyncio.gather(call(), call(), return_exceptions=True)
+    for answer in answers:
+        if not isinstance(answer, BaseException):
+            return answer
+    raise answers[0]
 
-    async def _perform(self, device, task):
-        await asyncio.gather(super()._perform(device, task), super()._perform(device, task))
+
+class Repeated(Device):
+    async def register(self, *about):
+        return await twice(lambda: Device.register(self, *about))
+
+    async def poll(self, *about):
+        return await twice(lambda: Device.poll(self, *about))
+
+    async def held(self, task):
+        return await twice(lambda: Device.held(self, task))
+
+    async def send(self, *messages):
+        return await twice(lambda: Device.send(self, *messages))
+
+
+class Stutterer(Steadfast):
+    device = Repeated
 
 
 async def test_every_call_made_twice_counts_once(tmp_path):
     changes = large(tmp_path)
     policy = {**changes.pop("policy"), "min_workers": 2, "quorum": 2}
     changes["max_chunk_bytes"] = 1 << 20
-    async with aggregating(tmp_path, rounds=3, policy=policy, stay=False, drain_s=10.0, **changes) as running:
+    async with aggregating(tmp_path, rounds=3, policy=policy, **changes) as running:
         devices = [Stutterer(running.address, name) for name in "ab"]
         await asyncio.wait_for(asyncio.gather(*(device.live() for device in devices)), PATIENCE_S)
         for number in (1, 2, 3):
@@ -133,8 +163,8 @@ async def test_a_link_that_flaps_costs_a_run_nothing(tmp_path):
     found = await flap(tmp_path, flaps=30, workers=2)
     assert found.flaps >= 30
     assert found.lost == []
-    assert found.tasks_after <= found.tasks_before
-    assert found.files_after <= found.files_before + 8
+    assert found.tasks_after <= found.tasks_before + SPARE_TASKS
+    assert found.files_after <= found.files_before + SPARE_FILES
 
 
 class Waiting(aggregator_pb2_grpc.AggregatorServicer):
@@ -146,17 +176,20 @@ class Waiting(aggregator_pb2_grpc.AggregatorServicer):
 STRICT = [("grpc.http2.max_ping_strikes", 2), ("grpc.http2.min_ping_interval_without_data_ms", 300_000)]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("options", [[], STRICT], ids=["as we serve", "as gRPC serves"])
 async def test_frequent_pings_are_not_too_many_for_an_aggregator(options):
-    """gRPC's own limits end the connection of a client that pings like this one; ours do not."""
-    eager = [("grpc.keepalive_time_ms", 100), ("grpc.http2.min_time_between_pings_ms", 100)]
-    async with serve("127.0.0.1:0", [aggregator_service(Waiting())], options=options) as server:
-        async with grpc.aio.insecure_channel(server.address, options=[*CLIENT_OPTIONS, *eager]) as channel:
-            call = aggregator_pb2_grpc.AggregatorStub(channel).PollTask(
-                pb.PollTaskRequest(wait=duration_to_proto(2.0))
-            )
-            if options:
-                with pytest.raises(grpc.aio.AioRpcError, match="too_many_pings"):
-                    await call
-            else:
+    """gRPC's own limits end the connection of a client that pings as this one does, once a second; ours do not."""
+    async with (
+        serve("127.0.0.1:0", [aggregator_service(Waiting())], options=options) as server,
+        grpc.aio.insecure_channel(
+            server.address, options=[("grpc.keepalive_time_ms", 200), *CLIENT_OPTIONS]
+        ) as channel,
+    ):
+        stub = aggregator_pb2_grpc.AggregatorStub(channel)
+        call = stub.PollTask(pb.PollTaskRequest(wait=duration_to_proto(8.0)))
+        if options:
+            with pytest.raises(grpc.aio.AioRpcError, match="Too many pings"):
                 await call
+        else:
+            await call

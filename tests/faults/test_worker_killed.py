@@ -103,3 +103,28 @@ async def test_a_worker_killed_at_this_point_loses_nothing_that_it_has_trained(
         assert await played(running, folder) == expected
     again = [2] if point in TRAINED_AGAIN else []
     assert Repeatable.trained(folder / "data") == sorted([1, 2, 3, *again])
+
+
+@pytest.mark.faults
+async def test_a_worker_killed_while_it_reconnects_loses_nothing_that_it_has_trained(
+    tmp_path, tmp_path_factory, recovery_of
+):
+    """The link goes within a task; the worker dies when it is about to dial again."""
+    expected = await uninterrupted(tmp_path_factory)
+    folder = tmp_path / "killed"
+    async with (
+        running_beside_a_steady_worker(folder) as running,
+        Link(running.address, bytes_per_s=1_000_000) as link,
+    ):
+        async with pi(folder, link.address, "reconnecting") as process:
+            await running.until(lambda run, round_: round_.number == 2 and len(round_.tasks) == 2)
+            link.cut()
+            assert await process.ended() == -signal.SIGKILL, process.events
+        link.bytes_per_s = None
+        link.mend()
+        begun = time.monotonic()
+        async with pi(folder, link.address) as process:
+            await process.until("connected")
+            recovery_of("worker killed: reconnecting", time.monotonic() - begun)
+            assert await process.ended() == 0
+        assert await played(running, folder) == expected
