@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedgrpc.cli.main import main
+from fedgrpc.worker.task import Task
 
 
 def _any(*_, **__):
@@ -102,10 +103,14 @@ def _hooked(inner, moment, hook):
     return hooked
 
 
+def _note_round(*arguments):
+    _rounds.append(next(task.round for task in arguments if isinstance(task, Task)))
+
+
 def arm(point):
     """Lay the trap."""
     if point.since_round:
-        wrap("fedgrpc.worker.loop:Loop._perform", "before", lambda _, __, task, ___: _rounds.append(task.round))
+        wrap("fedgrpc.worker.loop:Loop._perform", "before", _note_round)
     if point.sigterm_at is not None:
         wrap(point.sigterm_at, "before", _Counted(Point("", since_round=point.since_round), terminate))
     wrap(point.target, point.moment, _Counted(point, kill))

@@ -1,8 +1,8 @@
 """A link between workers and an aggregator that can be made as bad as wanted: a TCP proxy in this event loop.
 
 `delay_s` is one way, `bytes_per_s` for each connection and direction. `cut` resets every connection and whoever
-dials, until `mend`; `freeze` swallows without a word whatever comes, until `thaw`, which then delivers it. Bytes are
-never changed or lost within a connection: that is TCP's own promise.
+dials, until `mend`; `freeze` swallows without a word whatever comes, until `thaw`, which then delivers it. Bytes
+are never changed or lost within a connection: that is TCP's own promise.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ class Link:
 
     async def __aenter__(self):
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        self.address = "127.0.0.1:{}".format(self._server.sockets[0].getsockname()[1])
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
 
     async def __aexit__(self, *_):

@@ -1,4 +1,4 @@
-"""The named points at which the tests kill an aggregator or a worker, in the order in which a round comes by them."""
+"""The named points at which tests kill an aggregator or a worker, in the order in which a round passes them."""
 
 from tests.faults.killed_at import Point
 

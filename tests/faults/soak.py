@@ -1,9 +1,9 @@
-"""A run whose links flap: `python -m tests.faults.soak --flaps 1000` (`make soak`), and the short form in the tests.
+"""A run whose links flap: `python -m tests.faults.soak --flaps 1000` (`make soak`), and its short form for tests.
 
 Each worker reaches the aggregator through a link of its own, which is cut or frozen, and mended, again and again
 while rounds go on. Every update must be in the model exactly once: each worker adds a whole number of its own in
-every round, so the last model is known beforehand, to the bit. In the long form aggregator and workers are processes,
-and what they hold is compared: after the first fifth of the flaps, and after the last.
+every round, so the last model is known beforehand, to the bit. In the long form aggregator and workers are
+processes, and what they hold is compared: after the first fifth of the flaps, and after the last.
 """
 
 import argparse
@@ -40,7 +40,10 @@ SPARE_FILES, SPARE_TASKS, _SPARE_SHARE = 12, 12, 0.10
 
 @dataclass
 class Found:
-    """What flapping did. `lost` names rounds without all their updates; the rest is held by this process, early and late."""
+    """What flapping did.
+
+    `lost` names rounds without all their updates; tasks and files are this process's own, early and late.
+    """
 
     flaps: int = 0
     rounds: int = 0
@@ -176,12 +179,9 @@ def _worker(folder, name, link, change, program):
 
 async def _held(it):
     """What a process holds now."""
-    already = sum(event["event"] == "counted" for event in it.events)
+    seen = len(it.events)
     it.send(signal.SIGUSR1)
-    async with asyncio.timeout(60):
-        while sum(event["event"] == "counted" for event in it.events) == already:
-            await asyncio.sleep(0.05)
-    counts = [event for event in it.events if event["event"] == "counted"][-1]
+    counts = await it.until("counted", since=seen)
     return {**counts, "rss_mib": round(psutil.Process(it.pid).memory_info().rss / (1 << 20), 1)}
 
 
@@ -207,7 +207,9 @@ def _complaints(name, it):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--flaps", type=int, default=1000, help="of all links together (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=3, help="each behind a link of its own (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=3, help="each behind a link of its own (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the flaps (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write what was found to this file, too")
     arguments = parser.parse_args()

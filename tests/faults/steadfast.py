@@ -64,7 +64,9 @@ class Steadfast:
             async with open_channel(self.address) as channel:
                 try:
                     with domain_errors():
-                        return await self._session(self.device(aggregator_pb2_grpc.AggregatorStub(channel), self.name))
+                        return await self._session(
+                            self.device(aggregator_pb2_grpc.AggregatorStub(channel), self.name)
+                        )
                 except LinkError:
                     await asyncio.sleep(_PAUSE_S)
 

@@ -22,7 +22,7 @@ async def echo(reader, writer):
 @pytest.fixture
 async def target():
     server = await asyncio.start_server(echo, "127.0.0.1", 0)
-    yield "127.0.0.1:{}".format(server.sockets[0].getsockname()[1])
+    yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     server.close()
 
 

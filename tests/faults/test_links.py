@@ -30,7 +30,12 @@ def large(folder):
     """Settings of one worker and a model of more than one chunk, small chunks for updates."""
     save_file(MODEL, folder / "large.safetensors")
     policy = {"min_workers": 1, "deadline_s": 300.0, "lease_s": 60.0}
-    how = {"upload_recipe": "raw", "download_recipe": "raw", "max_chunk_bytes": 64 << 10, "heartbeat_interval_s": 0.2}
+    how = {
+        "upload_recipe": "raw",
+        "download_recipe": "raw",
+        "max_chunk_bytes": 64 << 10,
+        "heartbeat_interval_s": 0.2,
+    }
     return {"policy": policy, "initial_model": folder / "large.safetensors", **how}
 
 
@@ -48,7 +53,7 @@ async def a_chunk_is_kept(state_dir):
     """Until the first of the two chunks of a download is on the worker's disk."""
     folder = state_dir / "model" / "partial"
     async with asyncio.timeout(PATIENCE_S):
-        while not folder.exists() or not received_bytes(folder):
+        while not folder.exists() or not received_bytes(folder):  # noqa: ASYNC110 - nobody tells of a file
             await asyncio.sleep(0.01)
 
 
@@ -76,7 +81,7 @@ async def test_an_upload_goes_on_at_its_byte_after_the_link_was_away(tmp_path, h
         await ends_well(running, worker)
         assert sent > 0.1 * PAYLOAD_BYTES
         if how == "cut":
-            # What was on its way when the link went is sent again, and nothing else; a frozen link delivers that, too.
+            # Only what was on its way when the link went is sent again. A frozen link delivers that, too.
             assert link.up_bytes < 1.6 * PAYLOAD_BYTES
     assert len(trainer.jobs) == 1
 
@@ -95,15 +100,17 @@ class Slowing:
 
 
 async def test_a_download_goes_on_at_its_byte_after_a_cut(tmp_path):
-    async with aggregating(tmp_path, **large(tmp_path)) as running:
-        async with Link(running.address, bytes_per_s=PAYLOAD_BYTES / 2) as link:
-            worker = working(link.address, tmp_path, "pi", Shifter(weights=MODEL))
-            await a_chunk_is_kept(tmp_path / "pi")
-            link.cut()
-            link.bytes_per_s = None
-            link.mend()
-            await ends_well(running, worker)
-            assert link.down_bytes < 1.6 * PAYLOAD_BYTES
+    async with (
+        aggregating(tmp_path, **large(tmp_path)) as running,
+        Link(running.address, bytes_per_s=PAYLOAD_BYTES / 2) as link,
+    ):
+        worker = working(link.address, tmp_path, "pi", Shifter(weights=MODEL))
+        await a_chunk_is_kept(tmp_path / "pi")
+        link.cut()
+        link.bytes_per_s = None
+        link.mend()
+        await ends_well(running, worker)
+        assert link.down_bytes < 1.6 * PAYLOAD_BYTES
 
 
 async def test_a_far_and_narrow_link_only_takes_longer(tmp_path):

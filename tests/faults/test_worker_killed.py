@@ -1,9 +1,10 @@
-"""Promise 3: "Nothing trained is lost. A finished update is on the worker's disk before its upload starts; after a
-lost link or a reboot the upload resumes at the byte offset the aggregator holds, and submitting twice counts once."
+"""Promise 3: "Nothing trained is lost. A finished update is on the worker's disk before its upload starts; after
+a lost link or a reboot the upload resumes at the byte offset the aggregator holds, and submitting twice counts
+once."
 
 A real process dies exactly at a named point (tests/faults/points.py) and is started again on what it left behind.
-Uploads are int8 with error feedback, so the last model tells whether each residual was owed exactly once: it must be
-the same bytes as after a run in which nobody was killed.
+Uploads are int8 with error feedback, so the last model tells whether each residual was owed exactly once: it must
+be the same bytes as after a run in which nobody was killed.
 """
 
 import signal
@@ -13,7 +14,6 @@ from contextlib import asynccontextmanager
 import pytest
 from safetensors.numpy import save_file
 
-from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from tests.faults.link import Link
 from tests.faults.points import TRAINED_AGAIN, WORKER
@@ -117,7 +117,7 @@ async def test_a_worker_killed_while_it_reconnects_loses_nothing_that_it_has_tra
         Link(running.address, bytes_per_s=1_000_000) as link,
     ):
         async with pi(folder, link.address, "reconnecting") as process:
-            await running.until(lambda run, round_: round_.number == 2 and len(round_.tasks) == 2)
+            await process.until("task started", round=2)
             link.cut()
             assert await process.ended() == -signal.SIGKILL, process.events
         link.bytes_per_s = None

@@ -52,13 +52,13 @@ class Process:
         self.over = True
         self._more.set()
 
-    async def until(self, event):
-        """The first log line with that event."""
+    async def until(self, event, since=0, **fields):
+        """The first log line with that event and these fields, from line `since` on."""
         async with asyncio.timeout(PATIENCE_S):
             while True:
                 self._more.clear()
-                for line in self.events:
-                    if line["event"] == event:
+                for line in self.events[since:]:
+                    if line["event"] == event and fields.items() <= line.items():
                         return line
                 assert not self.over, self.events
                 await self._more.wait()
