@@ -9,7 +9,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test simulate bench-niid lint format protos settings clean
+.PHONY: help venv demo test simulate faults soak load bench-niid lint format protos settings clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -33,6 +33,15 @@ simulate: $(INSTALLED)  ## play rounds in simulated worlds full of faults: make 
 
 bench-niid: $(INSTALLED)  ## a tenth of NIID-Bench's Fashion-MNIST cells beside the published figures
 	$(BIN)/python tools/niid_bench.py --short $(ARGS)
+
+faults: $(INSTALLED)  ## kill aggregator and workers at every named point, break links and disks (about 3 minutes)
+	$(BIN)/python -m pytest -m 'faults or not faults' tests/faults $(ARGS)
+
+soak: $(INSTALLED)  ## 1,000 flaps of three links while a run proceeds (about 4 minutes)
+	$(BIN)/python -m tests.faults.soak --flaps $(or $(FLAPS),1000) $(ARGS)
+
+load: $(INSTALLED)  ## 2,000 connected workers against one aggregator on one core (about 5 minutes)
+	$(BIN)/python tools/load_generator.py $(ARGS)
 
 lint: $(INSTALLED)  ## check style, types, protocol and that the generated code is fresh
 	$(BIN)/ruff check .

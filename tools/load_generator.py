@@ -1,11 +1,11 @@
 """Many workers against one aggregator on one core, over real gRPC; nothing is trained.
 
 Each worker has a connection of its own and makes a real worker's calls: Register, PollTask (waiting), PullModel,
-Heartbeat, PushUpdate. Its update is the same prepared payload each time, sent after a random "training" time. A few
-of the workers do not wait in PollTask but ask again and again, to see how fast it answers.
+Heartbeat, PushUpdate. Its update is the same prepared payload each time, sent after a random "training" time. A
+few of the workers do not wait in PollTask but ask again and again, to see how fast it answers.
 
-Measured over whole rounds, once every worker is connected: the aggregator's resident memory (largest of 20 samples a
-second), its CPU time per update, and how long PollTask takes to answer one that does not want to wait.
+Measured over whole rounds, once every worker is connected: the aggregator's resident memory (largest of 20 samples
+a second), its CPU time per update, and how long PollTask takes to answer one that does not want to wait.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Aggregator:
             *("aggregator", "--data-dir", folder / "run", "--address", "127.0.0.1:0", "--port-file", ports),
             *("--initial-model", folder / "model.safetensors", "--encoding", options.encoding, "--no-evaluate"),
             *("--rounds", 1_000_000, "--min-workers", aim, "--max-participants", aim, "--quorum", aim),
-            *("--deadline", "10m", "--lease", "2m", "--max-workers", options.workers + 10),
+            *("--deadline", "10m", "--lease", "2m", "--max-workers", options.workers),
             *("--poll-wait", f"{_WAIT_S:g}s", "--log-level", "warning", *options.aggregator_option),
         ]
         pinned = ["taskset", "--cpu-list", str(options.core)] if options.core is not None else []
@@ -238,30 +238,30 @@ async def measure(options: argparse.Namespace, aim: int, folder: Path) -> Row:
     connecting = asyncio.Semaphore(_CONNECTING_AT_ONCE)
     workers = [
         Worker(aggregator.address, f"w{i:05}", update, seen, options.train_s, i < options.probes)
-        for i in range(options.workers + options.probes)
+        for i in range(options.workers)
     ]
-    living = [asyncio.create_task(worker.live(connecting)) for worker in workers]
     try:
-        async with open_channel(aggregator.address) as channel:
+        async with open_channel(aggregator.address) as channel, asyncio.TaskGroup() as group:
+            living = [group.create_task(worker.live(connecting)) for worker in workers]
             stub: Any = aggregator_pb2_grpc.AggregatorStub(channel)
-            return await _measured(options, aim, aggregator, stub, seen, len(workers))
+            row = await _measured(options, aim, aggregator, stub, seen, len(workers))
+            for task in living:
+                task.cancel()
     finally:
-        for task in living:
-            task.cancel()
-        await asyncio.gather(*living, return_exceptions=True)
         aggregator.end()
+    return row
 
 
 async def _measured(
     options: argparse.Namespace, aim: int, aggregator: Aggregator, stub: Any, seen: Seen, count: int
 ) -> Row:
     async def until_version(version: int) -> int:
-        while (now := (await stub.GetRun(pb.GetRunRequest())).run.model_version) < version:
+        while (now := (await stub.GetRun(pb.GetRunRequest())).run.model_version) < version:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         return int(now)
 
     async with asyncio.timeout(_PATIENCE_S):
-        while seen.connected < count:
+        while seen.connected < count:  # noqa: ASYNC110
             await asyncio.sleep(0.2)
     idle_bytes = aggregator.rss_bytes
     first = await until_version(await until_version(1) + 2)
@@ -296,7 +296,8 @@ def show(rows: list[Row], options: argparse.Namespace, update_bytes: int) -> Non
     for row in rows:
         print(
             f"{row.workers:7}  {row.updates_a_round:15}  {row.round_s:8.2f}  {row.rss_mib:8.1f}"
-            f"  {row.cpu_ms_per_update:17.2f}  {row.core_busy:8.0%}   {row.poll_p50_ms:8.1f}  {row.poll_p99_ms:8.1f}"
+            f"  {row.cpu_ms_per_update:17.2f}  {row.core_busy:8.0%}"
+            f"   {row.poll_p50_ms:8.1f}  {row.poll_p99_ms:8.1f}"
         )
         for failure, count in row.failures.items():
             print(f"         {count} x {failure}")
@@ -326,9 +327,11 @@ def main() -> int:
     parser.add_argument("--parameters", type=int, default=250_000, help="of the model (default: %(default)s)")
     parser.add_argument("--encoding", default="int8+zstd", help="both ways (default: %(default)s)")
     parser.add_argument("--train-s", type=float, default=2.0, help="longest training time (default: %(default)s)")
-    parser.add_argument("--probes", type=int, default=20, help="more workers that poll without waiting")
+    parser.add_argument("--probes", type=int, default=20, help="of them poll without waiting")
     parser.add_argument("--core", type=int, default=0, help="the aggregator's; -1: any (default: %(default)s)")
-    parser.add_argument("--aggregator-option", action="append", default=[], help="one more word of its command line")
+    parser.add_argument(
+        "--aggregator-option", action="append", default=[], help="one more word of its command line"
+    )
     parser.add_argument("--json", type=Path, help="write the rows to this file, too")
     options = parser.parse_args()
     options.core = None if options.core < 0 else options.core
