@@ -42,14 +42,13 @@ from fedgrpc.rpc import framing
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.client_stream import ClientStream
 from fedgrpc.rpc.convert import duration_to_proto, manifest_to_proto
-from fedgrpc.rpc.retry import Backoff, Retries
+from fedgrpc.rpc.retry import Retries
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
 
 _CONNECTING_AT_ONCE = 50
 _PATIENCE_S = 300.0
 _WAIT_S = 30.0
-_RETRY = Backoff(0.1, 2.0)
 _TICKS = os.sysconf("SC_CLK_TCK")
 _MIB = 1 << 20
 
@@ -108,7 +107,7 @@ class Worker:
             async with connecting:
                 await self._stub.Register(pb.RegisterRequest(worker=self._name), timeout=_PATIENCE_S)
             self._seen.connected += 1
-            retries = Retries(_RETRY)
+            retries = Retries()
             while True:
                 try:
                     await self._turn()
@@ -138,7 +137,7 @@ class Worker:
         header = pb.UpdateHeader(
             worker=self._name, token=task.token, manifest=self._update.manifest, example_count=10, steps=1
         )
-        retries = Retries(_RETRY)
+        retries = Retries()
         while True:
             try:
                 stream = ClientStream(self._push(timeout=_PATIENCE_S))
@@ -292,10 +291,12 @@ async def _measured(
 def show(rows: list[Row], options: argparse.Namespace, update_bytes: int) -> None:
     """The table, and how memory follows the number of updates."""
     print(f"{options.parameters} parameters as {options.encoding}: {update_bytes} bytes an update")
-    print("workers  updates a round  round, s  RSS, MiB  CPU, ms an update  core busy  PollTask p50, p99, ms")
+    print(
+        "workers  updates a round  round, s  RSS idle, MiB  RSS, MiB  CPU, ms an update  core busy  PollTask p50, p99, ms"
+    )
     for row in rows:
         print(
-            f"{row.workers:7}  {row.updates_a_round:15}  {row.round_s:8.2f}  {row.rss_mib:8.1f}"
+            f"{row.workers:7}  {row.updates_a_round:15}  {row.round_s:8.2f}  {row.rss_idle_mib:13.1f}  {row.rss_mib:8.1f}"
             f"  {row.cpu_ms_per_update:17.2f}  {row.core_busy:8.0%}"
             f"   {row.poll_p50_ms:8.1f}  {row.poll_p99_ms:8.1f}"
         )
@@ -335,11 +336,14 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the rows to this file, too")
     options = parser.parse_args()
     options.core = None if options.core < 0 else options.core
+    aims = [int(aim) for aim in options.updates.split(",")]
+    if max(aims) > options.workers - options.probes:
+        parser.error("a round cannot have more updates than there are workers that wait for a task")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     rows = []
     with beside(options.core):
-        for aim in map(int, options.updates.split(",")):
+        for aim in aims:
             with tempfile.TemporaryDirectory() as folder:
                 rows.append(asyncio.run(measure(options, aim, Path(folder))))
     side = int(options.parameters**0.5)

@@ -112,10 +112,10 @@ class RunStore:
             )
 
     def workers(self) -> Iterator[tuple[RegisterRequest, WorkerHistory]]:
-        """Every worker, with what is remembered of it."""
+        """Every worker, with what is remembered of it, in the order of registration: it decides the slots."""
         query = (
             "SELECT registration, COALESCE(history, x''), selected, accepted "
-            "FROM workers LEFT JOIN histories ON worker = name"
+            "FROM workers LEFT JOIN histories ON worker = name ORDER BY workers.rowid"
         )
         for registration, *kept in self._all(query):
             yield RegisterRequest.FromString(registration), history_from_bytes(*kept)

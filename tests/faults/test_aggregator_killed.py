@@ -59,7 +59,7 @@ class Kept:
                 None if open_round is None else open_round.record.number,
                 frozenset(row.token for row in rows if journal.load(row.token) is not None),
                 committed,
-                {it.worker: (chosen, taken) for it, chosen, taken in store.workers() if it.worker in TRAINERS},
+                {it.worker: (past.selected, past.accepted) for it, past in store.workers() if it.worker in TRAINERS},
             )
         finally:
             store.close()
