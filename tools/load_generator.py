@@ -296,8 +296,8 @@ def show(rows: list[Row], options: argparse.Namespace, update_bytes: int) -> Non
     )
     for row in rows:
         print(
-            f"{row.workers:7}  {row.updates_a_round:15}  {row.round_s:8.2f}  {row.rss_idle_mib:13.1f}  {row.rss_mib:8.1f}"
-            f"  {row.cpu_ms_per_update:17.2f}  {row.core_busy:8.0%}"
+            f"{row.workers:7}  {row.updates_a_round:15}  {row.round_s:8.2f}  {row.rss_idle_mib:13.1f}"
+            f"  {row.rss_mib:8.1f}  {row.cpu_ms_per_update:17.2f}  {row.core_busy:8.0%}"
             f"   {row.poll_p50_ms:8.1f}  {row.poll_p99_ms:8.1f}"
         )
         for failure, count in row.failures.items():
