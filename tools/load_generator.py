@@ -291,9 +291,8 @@ async def _measured(
 def show(rows: list[Row], options: argparse.Namespace, update_bytes: int) -> None:
     """The table, and how memory follows the number of updates."""
     print(f"{options.parameters} parameters as {options.encoding}: {update_bytes} bytes an update")
-    print(
-        "workers  updates a round  round, s  RSS idle, MiB  RSS, MiB  CPU, ms an update  core busy  PollTask p50, p99, ms"
-    )
+    titles = ["workers", "updates a round", "round, s", "RSS idle, MiB", "RSS, MiB", "CPU, ms an update"]
+    print("  ".join([*titles, "core busy", "PollTask p50, p99, ms"]))
     for row in rows:
         print(
             f"{row.workers:7}  {row.updates_a_round:15}  {row.round_s:8.2f}  {row.rss_idle_mib:13.1f}"

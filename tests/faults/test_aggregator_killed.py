@@ -51,6 +51,7 @@ class Kept:
             open_round = store.open_round()
             rows = [] if open_round is None else open_round.tasks
             committed = {}
+            tallies = {it.worker: (past.selected, past.accepted) for it, past in store.workers()}
             for record in store.rounds(1 << 60, 1000)[0]:
                 assert record.phase == round_pb2.ROUND_PHASE_COMMITTED
                 done = [row for row in store.tasks(record.number) if row.phase is TaskPhase.ACCEPTED]
@@ -59,7 +60,11 @@ class Kept:
                 None if open_round is None else open_round.record.number,
                 frozenset(row.token for row in rows if journal.load(row.token) is not None),
                 committed,
-                {it.worker: (past.selected, past.accepted) for it, past in store.workers() if it.worker in TRAINERS},
+                {name: tallies[name] for name in TRAINERS if name in tallies},
+                    it.worker: (past.selected, past.accepted)
+                    for it, past in store.workers()
+                    if it.worker != "judge"
+                },
             )
         finally:
             store.close()
