@@ -35,6 +35,8 @@ from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE, TASK_
 log = structlog.get_logger()
 
 _AFTER_ABANDONED = Backoff(first_s=0.5, cap_s=15.0)
+# After each look at the whole fleet, this many times as long for everything else.
+_REST = 9.0
 _AFTER_STORAGE_ERROR = Backoff(first_s=0.5, cap_s=15.0)
 
 
@@ -107,13 +109,19 @@ class Driver:
                 await self._wait(None)
                 continue
             it.wake.clear()
+            looked_at = time.perf_counter()
             it.dispatch(it.pool())
             if it.effects:
                 continue
-            await self._wait(wake_at(it.current.state), clear=False)
+            due = wake_at(it.current.state)
+            rest_s = _REST * (time.perf_counter() - looked_at)
+            await self._wait(due, clear=False)
             due = wake_at(it.current.state)
             if due is not None and it.clock() >= due:
                 it.dispatch(Tick())
+            if not it.effects:
+                # To look costs as much as the fleet is large, and each poll of a large fleet is news.
+                await asyncio.sleep(rest_s)
 
     async def _wait(self, until: float | None, clear: bool = True) -> None:
         """Wait for news, or for the clock to read `until`."""

@@ -61,10 +61,6 @@ class Kept:
                 frozenset(row.token for row in rows if journal.load(row.token) is not None),
                 committed,
                 {name: tallies[name] for name in TRAINERS if name in tallies},
-                    it.worker: (past.selected, past.accepted)
-                    for it, past in store.workers()
-                    if it.worker != "judge"
-                },
             )
         finally:
             store.close()
