@@ -40,7 +40,8 @@ class Repeatable:
         return TrainResult({name: a.astype(weights[name].dtype) for name, a in moved.items()}, 10, 1)
 
     def half_way(self):
-        """A point to be killed at."""
+        """A point to be killed at; long enough for a heartbeat."""
+        time.sleep(0.2)
 
     def evaluate(self, weights):
         self.scoring()

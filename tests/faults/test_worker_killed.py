@@ -33,6 +33,7 @@ async def running_beside_a_steady_worker(folder):
     save_file(MODEL, folder / "initial.safetensors")
     policy = {"quorum": 2, "max_participants": 2, "deadline_s": 300.0, "lease_s": 120.0}
     how = {"upload_recipe": "int8+zstd", "download_recipe": "raw", "max_chunk_bytes": 64 << 10, "evaluate": True}
+    how["heartbeat_interval_s"] = 0.05
     async with aggregating(folder, rounds=ROUNDS, policy=policy, **how) as running:
         (folder / "steady-data").mkdir()
         steady = working(running, folder, "steady", Repeatable(folder / "steady-data"))

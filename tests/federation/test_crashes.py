@@ -39,6 +39,8 @@ UPDATES = {
     for number in range(1, 6)
 }
 COUNTS = {"a": 10, "b": 31}
+# A round outlives the start of a second process, also where that takes half a minute.
+PATIENT = {"quorum": 2, "deadline_s": 120.0, "lease_s": 60.0}
 
 
 async def push(device, task, offset=0):
@@ -158,7 +160,7 @@ async def test_an_aggregator_killed_at_random_loses_nothing_that_real_workers_ha
 
 async def test_a_worker_killed_with_a_finished_update_delivers_the_same_one_after_its_restart(tmp_path):
     data = tmp_path / "data"
-    async with aggregating(tmp_path, max_uploads=1, policy={"quorum": 2}) as running:
+    async with aggregating(tmp_path, max_uploads=1, policy=PATIENT) as running:
         hand = await running.device("hand")
         async with worker_process(running, tmp_path, "pi", data) as process:
             task = await hand.task()
@@ -184,7 +186,7 @@ async def test_a_worker_killed_while_it_trains_is_replaced_within_the_round(tmp_
     data = tmp_path / "data"
     data.mkdir()
     (data / "wait").touch()
-    policy = {"lease_s": 2.0, "min_sample_size": 2, "max_participants": 2}
+    policy = {"lease_s": 2.0, "deadline_s": 120.0, "min_sample_size": 2, "max_participants": 2}
     async with aggregating(tmp_path, policy=policy, heartbeat_interval_s=0.3) as running:
         hand = await running.device("hand")
         async with worker_process(running, tmp_path, "pi", data) as process:
@@ -204,7 +206,7 @@ async def test_a_worker_killed_while_it_trains_gets_its_task_again_after_its_res
     data = tmp_path / "data"
     data.mkdir()
     (data / "wait").touch()
-    async with aggregating(tmp_path, policy={"quorum": 2}) as running:
+    async with aggregating(tmp_path, policy=PATIENT) as running:
         hand = await running.device("hand")
         async with worker_process(running, tmp_path, "pi", data) as process:
             task = await hand.task()
