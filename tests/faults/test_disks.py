@@ -1,6 +1,6 @@
 """Issue: "Disk full, a corrupt file, a read-only data folder: a clear error, an honest health status, nothing
-half-written." Corrupt files are in tests/federation/test_data_folder.py; here are real file systems: small ones that
-fill up, and one mounted to be read only.
+half-written." Corrupt files are in tests/federation/test_data_folder.py; here are real file systems: small ones
+that fill up, and one mounted to be read only.
 """
 
 import asyncio
@@ -33,6 +33,10 @@ def small_disk(folder, size_mib):
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def remount(folder, options):
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
 
 def fill(folder, leave_bytes=0):
@@ -96,7 +100,7 @@ async def test_an_aggregator_that_cannot_write_its_folder_says_so_in_one_line(tm
     model = tmp_path / "model.safetensors"
     save_file(MODEL, model)
     with small_disk(tmp_path / "small", 4) as disk:
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        remount(disk, "ro")
         place = ["--data-dir", disk / "run", "--address", "127.0.0.1:0", "--initial-model", model]
         async with process("aggregator", *place) as it:
             assert await it.ended() == 2
@@ -125,7 +129,7 @@ async def test_a_folder_that_becomes_read_only_stops_the_round_and_not_the_aggre
 def read_only(folder):
     """The folder mounted over itself, to be read only."""
     subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
-    subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
+    remount(folder, "bind,ro")
     try:
         yield
     finally:

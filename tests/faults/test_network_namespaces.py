@@ -1,8 +1,8 @@
 """A worker in a network namespace of its own, whose cable to the aggregator is pulled and put back.
 
-What a proxy cannot do: nobody is told of the break. No reset comes, packets just go nowhere, and both sides have to
-find out by themselves. `make faults` takes the cable away for seconds, then for more than a minute, longer than any
-keepalive waits; `FEDGRPC_DOWN_S=180` makes that three.
+What a proxy cannot do: nobody is told of the break. No reset comes, packets just go nowhere, and both sides have
+to find out by themselves. `make faults` takes the cable away for a second, then for longer than any keepalive
+waits, which is a minute; `FEDGRPC_DOWN_S=180` makes that three.
 """
 
 import asyncio
