@@ -144,7 +144,8 @@ async def soak(folder, flaps, workers, seed):
         ]
         everyone = {"aggregator": aggregator, **dict(zip(names, crew, strict=True))}
         await running.until(lambda run, _: run.model_version > 1)
-        first, rest = flaps // 5 // workers, flaps // workers - flaps // 5 // workers
+        each = -(-flaps // workers)
+        first, rest = each // 5, each - each // 5
         await asyncio.gather(*(flapping(link, rng, first) for link in links))
         before = {name: await _held(it) for name, it in everyone.items()}
         await asyncio.gather(*(flapping(link, rng, rest) for link in links))
