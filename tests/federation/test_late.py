@@ -205,6 +205,8 @@ async def test_an_update_that_is_too_stale_is_dropped(tmp_path):
         assert not (await late.beat(task)).cancel
         for number in (2, 3):
             tasks = await open_next(running, a, b)
+            # The deadline of this round is none of its.
+            assert (await late.beat(task)).HasField("time_left") is False
             await asyncio.gather(a.push(tasks[0]), b.push(tasks[1]))
             await running.until_ended(number)
             assert (await late.beat(task)).cancel
