@@ -42,7 +42,7 @@ class NewVersion:
         path = it.models.path(number)
         if current.kind == TASK_KIND_INITIALIZE:
             token = next(iter(weights))
-            update = self._load(token)
+            update = self.load(token)
             if update.header.HasField("channels"):
                 learn = it.local_models.learn
                 await asyncio.to_thread(learn, update.header.channels, update.manifest.layout)
@@ -52,13 +52,13 @@ class NewVersion:
             memory = it.models.open_memory(current.base_version)
             parts, merged = parts_of(it, current, weights), merged_of(current, weights)
             for token in weights:
-                await self._learn_channels(token)
+                await self.learn_channels(token)
             files = CommitFiles(
                 base,
                 memory,
                 self._optimizer,
                 list(weights.items()),
-                self._load,
+                self.load,
                 it.models.spares,
                 parts,
                 merged,
@@ -67,12 +67,14 @@ class NewVersion:
             digest = await asyncio.to_thread(files.write, path, it.models.memory_path(number))
         return Version(number, current.state.number, digest)
 
-    async def _learn_channels(self, token: str) -> None:
+    async def learn_channels(self, token: str) -> None:
+        """Keep the channels that the update of that token tells, if they are wanted."""
         it = self._it
-        if it.local_models.wants_channels and (header := self._load(token).header).HasField("channels"):
+        if it.local_models.wants_channels and (header := self.load(token).header).HasField("channels"):
             await asyncio.to_thread(it.local_models.learn, header.channels, it.run.layout)
 
-    def _load(self, token: str) -> StoredUpdate:
+    def load(self, token: str) -> StoredUpdate:
+        """The accepted update of that token. Raises `StorageError`."""
         update = self._it.journal.load(token)
         if update is None:
             raise StorageError("an accepted update is gone from the data folder")

@@ -17,10 +17,12 @@ from fedgrpc.aggregator.settings import AggregatorSettings, Target, TrainingPlan
 from fedgrpc.cli.common import FILE, LOGS, configure_logs, server_tls, tls_settings
 from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand, pick
 from fedgrpc.cli.quantities import DURATION, SIZE
+from fedgrpc.cli.upstream import UPSTREAM, above_from
 from fedgrpc.errors import UsageError
 from fedgrpc.metrics import Metrics, serve_metrics
 from fedgrpc.rounds.choosing import Choosing
 from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.tree.run import run_leaf
 
 _place = Declare("Where", AggregatorSettings)
 _model = Declare("The model", AggregatorSettings)
@@ -160,6 +162,7 @@ SETTINGS: list[Setting] = [
         type=DURATION,
     ),
     _service("--drain", "How long SIGTERM waits for calls in flight.", name="drain_s", type=DURATION),
+    *UPSTREAM,
     *tls_settings("Certificate to serve with (PEM).", "Ask workers for certificates signed by these (PEM)."),
     *LOGS,
 ]
@@ -201,7 +204,11 @@ def _run(**values: Any) -> int:
     with ExitStack() as stack:
         if values["metrics_address"] is not None:
             stack.enter_context(serve_metrics(metrics, values["metrics_address"]))
-        return asyncio.run(run_aggregator(settings, ready=_port_writer(values["port_file"]), metrics=metrics))
+        ready = _port_writer(values["port_file"])
+        above = above_from(values, settings.data_dir)
+        if above is not None:
+            return asyncio.run(run_leaf(settings, above, ready=ready, metrics=metrics))
+        return asyncio.run(run_aggregator(settings, ready=ready, metrics=metrics))
 
 
 def _port_writer(path: Path | None) -> Callable[[int], None] | None:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase, WorkerRecord, WorkerState
+from fedgrpc.v1.device_pb2 import WorkerRole
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind, TaskPhase, TaskRecord
 
 _STYLES: Mapping[int, str] = {
@@ -33,6 +34,10 @@ LOST: frozenset[int] = frozenset(
     }
 )
 SETTLED: frozenset[int] = LOST | {TaskPhase.TASK_PHASE_ACCEPTED}
+_ROLES: Mapping[int, str] = {
+    WorkerRole.WORKER_ROLE_EVALUATOR: "evaluator",
+    WorkerRole.WORKER_ROLE_AGGREGATOR: "aggregator",
+}
 _PIPE_COLUMNS = 120
 _DONE = (RoundPhase.ROUND_PHASE_COMMITTED, RoundPhase.ROUND_PHASE_ABANDONED)
 
@@ -172,7 +177,7 @@ def workers_table(workers: Sequence[WorkerRecord]) -> Table:
         device = record.device
         table.add_row(
             record.worker,
-            "evaluator" if record.role == 2 else "trainer",
+            _ROLES.get(record.role, "trainer"),
             device.device_class or device.cpu_model or "",
             _state(record),
             str(device.cpu_cores or ""),

@@ -1,0 +1,178 @@
+"""The aggregator below, one for each run of the one above.
+
+    run-ID/             the data folder of the run of that id
+    registration.pb     what the one above said of its run when it was last heard
+
+The rule: versions and rounds are those of one run above. Another run begins with an empty folder, and the former
+one's goes. With the registration on the disk, workers are served while the one above is away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import structlog
+from google.protobuf.message import DecodeError
+
+from fedgrpc.aggregator.server import Aggregator
+from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.errors import StorageError
+from fedgrpc.metrics import Metrics
+from fedgrpc.tree.desk import Desk
+from fedgrpc.tree.driver import LeafDriver
+from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RegisterResponse
+from fedgrpc.worker.disk import storage_errors, write_file
+from fedgrpc.worker.task import Registration, registration_from_proto
+
+_FOLDER: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+# A run below ends when the one above says so, after however many rounds.
+_ENDLESS: Final = 1 << 31
+
+log = structlog.get_logger()
+
+Ready = Callable[[int], None] | None
+
+
+class Branch:
+    """The aggregator of one run, from the moment that its workers are served."""
+
+    def __init__(self, settings: AggregatorSettings, run_id: str, metrics: Metrics) -> None:
+        self.run_id = run_id
+        self.desk = Desk()
+        self.aggregator = Aggregator(settings, metrics, partial(LeafDriver, desk=self.desk, run_id=run_id))
+        self.living: asyncio.Task[int] | None = None
+
+    async def start(self, ready: Ready) -> None:
+        """Serve. Raises as `Aggregator.run`."""
+        port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.living = asyncio.create_task(self.aggregator.run(port.set_result))
+        await asyncio.wait([self.living, port], return_when=asyncio.FIRST_COMPLETED)
+        if not port.done():
+            self.living.result()
+            raise StorageError("the aggregator ended before it served")
+        if ready is not None:
+            ready(port.result())
+
+    async def watch(self, show: Callable[[float], None]) -> None:
+        """Tell how much of the present round's updates are in, 0 to 1, each time it changes."""
+        coordinator = self.aggregator.coordinator
+        assert coordinator is not None
+        seen = -1
+        while True:
+            seen = await coordinator.changes.wait(seen)
+            if coordinator.current is not None:
+                state = coordinator.current.state
+                show(min(1.0, state.accepted_count / max(1, state.aim)))
+
+    async def finish(self, reason: str) -> None:
+        """The run is over: its workers hear of it."""
+        assert self.aggregator.coordinator is not None
+        await self.aggregator.coordinator.end(RUN_PHASE_FINISHED, reason)
+
+
+class Branches:
+    """The present branch, and how one run's gives way to another's."""
+
+    def __init__(self, settings: AggregatorSettings, metrics: Metrics, ready: Ready) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._ready = ready
+        self._kept = settings.data_dir / "registration.pb"
+        self._branch: Branch | None = None
+        self.ended = asyncio.Event()
+        self.closing = False
+
+    @property
+    def present(self) -> Branch:
+        """The branch of the run that the link is connected to."""
+        assert self._branch is not None
+        return self._branch
+
+    async def resume(self) -> None:
+        """Serve the workers of the run that was last led, if there was one. Raises as `lead`."""
+        registration = await asyncio.to_thread(self._read)
+        if registration is not None:
+            await self._begin(registration)
+
+    async def lead(self, registration: Registration) -> None:
+        """Be an aggregator of this run of the one above. Raises as `Aggregator.run`."""
+        if self._branch is not None and self._branch.run_id == registration.run_id:
+            return
+        if self._branch is not None:
+            log.warning("the aggregator above leads another run", run=registration.run)
+            former, self._branch = self._branch, None
+            former.aggregator.stop()
+            assert former.living is not None
+            await former.living
+        await asyncio.to_thread(self._write, registration)
+        await self._begin(registration)
+
+    async def _begin(self, registration: Registration) -> None:
+        settings = self._settings
+        folder = self._folder(registration.run_id)
+        await asyncio.to_thread(self._remove_others, folder)
+        settings = replace(
+            settings,
+            data_dir=folder,
+            run_name=registration.run,
+            rounds=_ENDLESS,
+            learning_task=settings.learning_task or registration.learning_task,
+            model=settings.model or registration.model,
+        )
+        branch = Branch(settings, registration.run_id, self._metrics)
+        await branch.start(self._ready)
+        self._branch = branch
+        assert branch.living is not None
+        branch.living.add_done_callback(lambda _: self._over(branch))
+
+    def _over(self, branch: Branch) -> None:
+        if self._branch is branch:
+            self.ended.set()
+
+    def close(self, signal_number: int = 0) -> None:
+        """Drain the present branch; a second call ends the process at once."""
+        self.closing = True
+        if self._branch is None:
+            self.ended.set()
+        else:
+            self._branch.aggregator.stop(signal_number)
+
+    async def result(self) -> int:
+        """The present branch's exit code, once it has ended. Raises what ended it."""
+        return 0 if self._branch is None or self._branch.living is None else await self._branch.living
+
+    def _folder(self, run_id: str) -> Path:
+        name = run_id if _FOLDER.fullmatch(run_id) else hashlib.sha256(run_id.encode()).hexdigest()[:32]
+        return self._settings.data_dir / f"run-{name}"
+
+    def _remove_others(self, folder: Path) -> None:
+        for other in self._settings.data_dir.glob("run-*"):
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def _read(self) -> Registration | None:
+        with storage_errors(self._kept):
+            if not self._kept.exists():
+                return None
+            try:
+                return registration_from_proto(RegisterResponse.FromString(self._kept.read_bytes()))
+            except DecodeError as error:
+                raise StorageError(f"cannot read {self._kept}: {error}") from error
+
+    def _write(self, registration: Registration) -> None:
+        message = RegisterResponse(
+            run=registration.run,
+            run_id=registration.run_id,
+            learning_task=registration.learning_task,
+            model=registration.model,
+        )
+        with storage_errors(self._kept):
+            write_file(self._kept, message.SerializeToString())

@@ -1,0 +1,170 @@
+"""What a round below gives to the one above: the mean of its updates, on the disk until it has been sent.
+
+    mean.payload    the tensors (fedgrpc.aggregation.merged), raw
+    mean.header     the `UpdateHeader` that says the rest, written last: with it the mean is whole
+
+The rule: it is a pure function of the base and the accepted updates, so that a process that died half-way leaves
+nothing to repair, and it is computed a group of tensors at a time. How it travels is decided when it is sent.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from fedgrpc.aggregation.channels import Selection
+from fedgrpc.aggregation.merged import EXACT, pack_mean
+from fedgrpc.aggregator.commit import Group, Load, by_groups, cached, means_of
+from fedgrpc.aggregator.uploads import StoredUpdate
+from fedgrpc.codec.feedback import Residual, write_with_feedback
+from fedgrpc.codec.layout import Array, Layout, spec_of
+from fedgrpc.codec.manifest import Manifest
+from fedgrpc.codec.payload import PayloadReader, PayloadWriter, file_reader, write_payload
+from fedgrpc.codec.raw import Raw
+from fedgrpc.codec.recipe import Compression, Recipe
+from fedgrpc.errors import StorageError
+from fedgrpc.rpc.convert import manifest_from_proto, manifest_to_proto, timings_to_proto
+from fedgrpc.v1 import aggregator_pb2
+from fedgrpc.worker.disk import storage_errors, sync, write_file
+from fedgrpc.worker.spool import Fill
+from fedgrpc.worker.task import Task, TaskKind
+from fedgrpc.worker.training import Began, peak_memory_bytes
+
+Tensors = Iterator[tuple[str, Array]]
+
+
+@dataclass(frozen=True)
+class StoredMean:
+    """A whole mean on disk; the header's token is that of the task it answers."""
+
+    path: Path
+    header: aggregator_pb2.UpdateHeader
+
+    @contextmanager
+    def open(self) -> Iterator[PayloadReader]:
+        """The tensors, open for reading. Raises `StorageError`."""
+        with storage_errors(self.path), self.path.open("rb") as file:
+            yield PayloadReader(manifest_from_proto(self.header.manifest), file_reader(file.fileno()))
+
+
+class MeanFile:
+    """The one mean of a folder. Everything here blocks, and may raise `StorageError`."""
+
+    def __init__(self, folder: Path) -> None:
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._payload = folder / "mean.payload"
+        self._header = folder / "mean.header"
+
+    def load(self, token: str) -> StoredMean | None:
+        """The mean that answers the task of that token, if this is the one that is kept."""
+        with storage_errors(self._header):
+            if not self._header.exists():
+                return None
+            try:
+                header = aggregator_pb2.UpdateHeader.FromString(self._header.read_bytes())
+            except DecodeError as error:
+                raise StorageError(f"cannot read {self._header}: {error}") from error
+        return StoredMean(self._payload, header) if header.token == token else None
+
+    def write(self, header: aggregator_pb2.UpdateHeader, tensors: Tensors) -> None:
+        """Replace what is kept, durably. Raises what `tensors` raises, too."""
+        with storage_errors(self._payload):
+            self._header.unlink(missing_ok=True)
+            with self._payload.open("wb") as file:
+                writer, rng = PayloadWriter(file, Compression()), np.random.default_rng(0)
+                for name, array in tensors:
+                    writer.add(spec_of(name, array), Raw(), Raw().encode(array, rng))
+                manifest = writer.finish()
+            sync(self._payload)
+            header.manifest.CopyFrom(manifest_to_proto(manifest))
+            write_file(self._header, header.SerializeToString())
+
+
+def mean_tensors(
+    layout: Layout,
+    updates: Sequence[tuple[str, float]],
+    load: Load,
+    parts: Mapping[str, Selection | None],
+    merged: Mapping[str, float],
+) -> Tensors:
+    """The tensors of the mean over `updates`, (token, weight) in slot order; `parts` and `merged` as in `Commit`.
+
+    Raises `UpdateRefused`, `StorageError`, and `CodecError` when a file is not what was accepted.
+    """
+    total = 0.0
+    for _, weight in updates:
+        total += weight
+    load = cached(load)
+
+    def pack(group: Group) -> dict[str, Array]:
+        specs = [layout[index] for index in group]
+        packed: dict[str, Array] = {}
+        for spec, mean in zip(specs, means_of(specs, updates, load, parts, merged), strict=True):
+            packed |= pack_mean(spec, mean, total, spec.numpy_dtype)
+        return packed
+
+    for packed in by_groups(layout, pack):
+        yield from packed.items()
+
+
+def own_tensors(update: StoredUpdate) -> Tensors:
+    """The tensors of one update, as they are."""
+    with update.open() as reader:
+        for spec, array in reader:
+            yield spec.name, array
+
+
+def sending(task: Task, worker: str, mean: StoredMean, residual: Residual, began: Began) -> Fill:
+    """What the spool calls to write the update that the aggregator above gets, as the task says."""
+
+    def fill(payload: BinaryIO) -> tuple[aggregator_pb2.UpdateHeader, Residual | None]:
+        with mean.open() as reader:
+            manifest, left = _encode(task, worker, reader, residual, payload)
+        header = aggregator_pb2.UpdateHeader()
+        header.CopyFrom(mean.header)
+        header.worker = worker
+        header.manifest.CopyFrom(manifest_to_proto(manifest))
+        header.timings.CopyFrom(timings_to_proto(began.timings()))
+        header.peak_memory_bytes = peak_memory_bytes()
+        return header, left
+
+    return fill
+
+
+def _encode(
+    task: Task, worker: str, reader: PayloadReader, residual: Residual, payload: BinaryIO
+) -> tuple[Manifest, Residual | None]:
+    recipe = Recipe.parse(task.upload_recipe or "raw")
+    recipe = replace(recipe, overrides=(*((pattern, Raw()) for pattern in EXACT), *recipe.overrides))
+    rng = np.random.default_rng((task.plan.seed, task.round, zlib.crc32(worker.encode())))
+    tensors = _Tensors(reader)
+    if task.kind is not TaskKind.TRAIN:
+        return write_payload(tensors, recipe, payload, rng), None
+    return write_with_feedback(tensors, residual, recipe, payload, rng)
+
+
+class _Tensors(Mapping[str, Array]):
+    """A payload's tensors by name, each read when it is asked for."""
+
+    def __init__(self, reader: PayloadReader) -> None:
+        self._reader = reader
+        self._names = [spec.name for spec in reader.manifest.layout]
+        self._read: Callable[[str], Array] = partial(PayloadReader.tensor, reader)
+
+    def __getitem__(self, name: str) -> Array:
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

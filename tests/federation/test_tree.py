@@ -1,0 +1,106 @@
+"""An aggregator given `--upstream` is a worker of the aggregator above it: its update is its own mean, its example
+count the sum of its workers', and the result equals the flat one.
+"""
+
+import asyncio
+from contextlib import AsyncExitStack
+
+import numpy as np
+
+from fedgrpc.aggregator.settings import TrainingPlan
+from fedgrpc.v1 import round_pb2
+from tests.federation.federation import MODEL, Shifter, aggregating, working
+from tests.federation.tree import leading
+
+ROUNDS = 3
+
+
+class Drawn(Shifter):
+    """Adds to each float noise that the task's seed and round decide, and tells what it was asked to do."""
+
+    def train(self, weights, job):
+        result = super().train(weights, job)
+        rng = np.random.default_rng([job.seed, job.round])
+        noisy = {
+            name: (a + rng.normal(size=a.shape)).astype(a.dtype) if a.dtype.kind == "f" else a + self.examples
+            for name, a in weights.items()
+        }
+        return type(result)(noisy, self.examples, 2, {"train_loss": self.change})
+
+
+def crew():
+    """Eight workers of unequal data."""
+    return {f"pi-{number}": Drawn(number, examples=7 + 13 * number) for number in range(8)}
+
+
+PLAN = TrainingPlan(epochs=2, batch_size=7, learning_rate=0.25, momentum=0.5, proximal_mu=0.125)
+ABOUT = {"rounds": ROUNDS, "plan": PLAN, "evaluate": True, "seed": 3, "keep_versions": 99}
+
+
+async def flat(folder):
+    folder.mkdir()
+    workers = crew()
+    async with aggregating(folder, policy={"min_workers": 8}, **ABOUT) as running:
+        codes = await asyncio.gather(*(working(running, folder, *each) for each in workers.items()))
+        assert codes == [0] * 8
+        versions = [running.weights(version) for version in range(1, ROUNDS + 2)]
+        return versions, await running.rounds(), workers
+
+
+async def tree(folder, places):
+    """`places` names for each worker the aggregators on the way from the root to it."""
+    folder.mkdir()
+    workers = crew()
+    names = sorted({place[: depth + 1] for place in places for depth in range(len(place))}, key=len)
+    children = {name: [other for other in names if other[:-1] == name] for name in names}
+    async with AsyncExitStack() as stack:
+        root = await stack.enter_async_context(
+            aggregating(folder, policy={"min_workers": sum(len(name) == 1 for name in names)}, **ABOUT)
+        )
+        running = {(): root}
+        for name in names:
+            below = len(children[name]) + sum(place == name for place in places)
+            folder_of = folder / "-".join(name)
+            leaf = leading(folder_of, name[-1], running[name[:-1]], policy={"min_workers": below})
+            running[name] = await stack.enter_async_context(leaf)
+        pairs = zip(workers.items(), places, strict=True)
+        crew_tasks = [working(running[place], folder, *each) for each, place in pairs]
+        assert await asyncio.gather(*crew_tasks) == [0] * 8
+        assert await asyncio.gather(*(running[name].task for name in names)) == [0] * len(names)
+        versions = [root.weights(version) for version in range(1, ROUNDS + 2)]
+        return versions, await root.rounds(), workers
+
+
+def assert_equal(first, second):
+    (flat_versions, flat_rounds, flat_workers), (versions, rounds, workers) = first, second
+    for left, right in zip(flat_versions, versions, strict=True):
+        for name in MODEL:
+            np.testing.assert_allclose(right[name], left[name], rtol=0, atol=1e-6)
+    assert np.abs(flat_versions[-1]["w"] - flat_versions[0]["w"]).max() > 0.1
+    for left, right in zip(flat_rounds, rounds, strict=True):
+        assert (left.number, left.kind, left.phase) == (right.number, right.kind, right.phase)
+        assert sum(task.example_count for task in left.tasks) == sum(task.example_count for task in right.tasks)
+        for kept in ("metrics", "training_metrics"):
+            mine, theirs = dict(getattr(left, kept)), dict(getattr(right, kept))
+            assert mine.keys() == theirs.keys()
+            np.testing.assert_allclose(list(theirs.values()), list(mine.values()), rtol=1e-5)
+    for name, trainer in flat_workers.items():
+        assert [job_of(job) for job in trainer.jobs] == [job_of(job) for job in workers[name].jobs]
+
+
+def job_of(job):
+    return job.epochs, job.batch_size, job.learning_rate, job.momentum, job.proximal_mu, job.seed, job.round
+
+
+async def test_a_tree_of_two_or_three_levels_gives_the_flat_result(tmp_path):
+    """Weights of all versions, scores, and what each worker was asked to do, its seeds too."""
+    result = await flat(tmp_path / "flat")
+    assert [len(round_.metrics) for round_ in result[1]] == [1] * ROUNDS + [0]  # the last one scores the last version
+    two = await tree(tmp_path / "two", [("a",)] * 3 + [("b",)] * 5)
+    assert_equal(result, two)
+    records = [task for round_ in two[1] for task in round_.tasks if task.kind == round_pb2.TASK_KIND_TRAIN]
+    assert {(task.worker, task.merged_updates) for task in records} == {("a", 3), ("b", 5)}
+    places = [("m", "c")] * 2 + [("m", "d")] * 2 + [("n", "e")] * 3 + [("n",)]
+    three = await tree(tmp_path / "three", places)
+    assert_equal(result, three)
+    assert {task.merged_updates for round_ in three[1] for task in round_.tasks} == {4}

@@ -1,0 +1,52 @@
+"""Trees of real aggregators for the tests: each below another, on a free port, in this process."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+from fedgrpc.rpc.channel import open_channel
+from fedgrpc.rpc.retry import Backoff
+from fedgrpc.tree.run import Leaf
+from fedgrpc.v1 import aggregator_pb2_grpc
+from fedgrpc.worker.settings import WorkerSettings
+from fedgrpc.worker.task import Role
+from tests.federation.federation import PATIENCE_S, Running, settings_for
+
+
+class RunningLeaf(Running):
+    """An aggregator below another, and a way to look at it."""
+
+    def stop(self):
+        if not self.aggregator._stopping:
+            self.aggregator.stop()
+
+
+@asynccontextmanager
+async def leading(folder, name, above, **changes):
+    """An aggregator below the one at `above`, from when its workers are served until the block ends."""
+    folder.mkdir(exist_ok=True)
+    defaults = {"initial_model": None, "rounds": 10, "evaluate": True, "stay": False}
+    settings = settings_for(folder, **{**defaults, **changes})
+    link = WorkerSettings(
+        name=name,
+        aggregator=above if isinstance(above, str) else above.address,
+        state_dir=settings.data_dir / "upstream",
+        role=Role.AGGREGATOR,
+        serve_address=None,
+        poll_wait_s=5.0,
+        backoff=Backoff(0.05, 0.5),
+    )
+    ready = asyncio.get_running_loop().create_future()
+    leaf = Leaf(settings, link)
+    task = asyncio.create_task(leaf.run(ready.set_result))
+    await asyncio.wait({task, ready}, return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        task.result()
+    address = f"127.0.0.1:{ready.result()}"
+    async with open_channel(address) as channel:
+        running = RunningLeaf(address, settings, leaf, task, aggregator_pb2_grpc.AggregatorStub(channel))
+        try:
+            yield running
+        finally:
+            if not task.done():
+                running.stop()
+            await asyncio.wait_for(task, PATIENCE_S)
