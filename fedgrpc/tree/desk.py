@@ -32,11 +32,15 @@ class Order:
 
 
 class Desk:
-    """Holds the order in hand. The link gives it, the driver answers; `crew` is set while enough work here."""
+    """Holds the order in hand. The link gives it, the driver answers; `crew` is set while enough work here.
+
+    `resuming`: there is a task from before a restart, which the one above is to be asked for whoever works here.
+    """
 
     def __init__(self) -> None:
         self.order: Order | None = None
         self.crew = asyncio.Event()
+        self.resuming = False
         self.ordered: Callable[[Order], None] = lambda order: None
         self.withdrawn: Callable[[Order, str], None] = lambda order, reason: None
         self._answer: asyncio.Future[StoredMean] | None = None

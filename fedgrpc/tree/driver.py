@@ -58,6 +58,7 @@ class LeafDriver(Driver):
         it = self._it
         self._task = await asyncio.to_thread(self._read_task)
         if self._task.token:
+            self._desk.resuming = True
             self._take_orders(self._task)
         await super().recover()
         it.run.id = self._run_id

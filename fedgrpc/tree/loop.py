@@ -64,8 +64,12 @@ class LeafLoop(Loop):
     async def _next_answer(self, registration: Registration) -> Polled | None:
         """A task is asked for once there are workers for it: the one above counts on whoever polls."""
         self._board.enter(Activity.WAITING)
-        await self._branches.present.desk.crew.wait()
-        return await super()._next_answer(registration)
+        desk = self._branches.present.desk
+        if not desk.resuming:
+            await desk.crew.wait()
+        answer = await super()._next_answer(registration)
+        desk.resuming = False
+        return answer
 
     async def _work(self, task: Task, message: aggregator_pb2.Task) -> SpooledUpdate:
         """Download, have a round below, and spool the mean."""

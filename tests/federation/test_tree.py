@@ -95,7 +95,9 @@ def job_of(job):
 async def test_a_tree_of_two_or_three_levels_gives_the_flat_result(tmp_path):
     """Weights of all versions, scores, and what each worker was asked to do, its seeds too."""
     result = await flat(tmp_path / "flat")
-    assert [len(round_.metrics) for round_ in result[1]] == [1] * ROUNDS + [0]  # the last one scores the last version
+    assert [len(round_.metrics) for round_ in result[1]] == [1] * ROUNDS + [
+        0
+    ]  # the last one scores the last version
     two = await tree(tmp_path / "two", [("a",)] * 3 + [("b",)] * 5)
     assert_equal(result, two)
     records = [task for round_ in two[1] for task in round_.tasks if task.kind == round_pb2.TASK_KIND_TRAIN]

@@ -10,6 +10,7 @@ from fedgrpc.v1 import aggregator_pb2_grpc
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Role
 from tests.federation.federation import PATIENCE_S, Running, settings_for
+from tests.federation.process import process
 
 
 class RunningLeaf(Running):
@@ -50,3 +51,14 @@ async def leading(folder, name, above, **changes):
             if not task.done():
                 running.stop()
             await asyncio.wait_for(task, PATIENCE_S)
+
+
+@asynccontextmanager
+async def leaf_process(folder, name, above, *arguments, address="127.0.0.1:0"):
+    """(process, a way to look at it) of `fedgrpc aggregator --upstream`, which can be killed."""
+    place = ["--data-dir", folder / name, "--address", address, "--upstream", above, "--upstream-name", name]
+    round_ = ["--min-workers", 2, "--selection-window", "200ms", "--lease", "10s", "--encoding", "raw"]
+    async with process("aggregator", *place, *round_, *arguments) as started:
+        address = f"127.0.0.1:{(await started.until('serving'))['port']}"
+        async with open_channel(address) as channel:
+            yield started, Running(address, None, None, None, aggregator_pb2_grpc.AggregatorStub(channel))

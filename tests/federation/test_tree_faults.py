@@ -1,0 +1,162 @@
+"""What a tree survives: an aggregator below killed in any state, the one above killed, a round below that comes to
+nothing, and one that is too slow. The devices are played by hand.
+"""
+
+import asyncio
+import signal
+
+import numpy as np
+
+from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.v1 import round_pb2
+from tests.federation.federation import MODEL, aggregating, chunks, encoded, update_of
+from tests.federation.process import again, aggregator_process, free_address
+from tests.federation.tree import leading, leaf_process
+
+ACCEPTED, FAILED = round_pb2.TASK_PHASE_ACCEPTED, round_pb2.TASK_PHASE_FAILED
+LATE = round_pb2.TASK_PHASE_LATE
+
+
+async def at_work(*devices):
+    """The task of each; who polls here may have to wait for who polls there."""
+    return await asyncio.gather(*(device.task() for device in devices))
+
+
+async def devices_of(running, *names):
+    return [await running.device(name) for name in names]
+
+
+def phases(record):
+    return {task.worker: task.phase for task in record.tasks}
+
+
+async def test_an_aggregator_below_that_is_killed_goes_on_in_the_same_round_and_nothing_counts_twice(tmp_path):
+    """Killed: with one of two updates accepted, and with its mean made and not yet taken above."""
+    async with aggregating(tmp_path, max_uploads=1, policy={"deadline_s": 60.0, "quorum": 2}) as root:
+        async with leaf_process(tmp_path, "leaf", root.address) as (process, leaf):
+            address = leaf.address
+            direct, (x, y) = await root.device("direct"), await devices_of(leaf, "x", "y")
+            task, x_task, y_task = await at_work(direct, x, y)
+            assert x_task.round == task.round == 1
+            assert (await x.push(x_task, update_of(1.0), example_count=30)).complete
+            await process.kill()
+
+        async with leaf_process(tmp_path, "leaf", root.address, address=address) as (process, leaf):
+            x, y = again(leaf, x, y)
+            assert (await x.held(x_task)).complete
+            assert (await x.push(x_task, update_of(1.0), example_count=30)).complete
+            assert (await y.task()).token == y_task.token
+            # The only slot for uploads above is taken, so that the mean stays where it is.
+            manifest, payload = encoded(update_of(0.0))
+            blocking = direct.stub.PushUpdate()
+            await blocking.write(pb.PushUpdateRequest(header=direct.header(task, manifest, example_count=40)))
+            await blocking.write(chunks(payload)[0])
+            await root.until_task("direct", round_pb2.TASK_PHASE_UPLOADING)
+            assert (await y.push(y_task, update_of(5.0), example_count=10)).complete
+            await process.until("disconnected")
+            await process.kill()
+            blocking.cancel()
+
+        async with leaf_process(tmp_path, "leaf", root.address, address=address) as (process, leaf):
+            await process.until("update acknowledged")
+            offset = (await direct.held(task)).committed_size_bytes
+            await direct.push(task, update_of(0.0), offset=offset, example_count=40)
+            await root.until_finished()
+            (record,) = await root.rounds()
+            mean = next(item for item in record.tasks if item.worker == "leaf")
+            assert (mean.phase, mean.example_count, mean.merged_updates) == (ACCEPTED, 40, 2)
+            # (30 x 1 + 10 x 5 + 40 x 0) / 80
+            np.testing.assert_allclose(root.weights(2)["w"], MODEL["w"] + 1, rtol=1e-6)
+            for device in again(leaf, x, y):
+                assert (await device.poll(10.0)).run_ended
+            assert await process.ended() == 0
+
+
+async def test_a_round_below_goes_on_while_the_aggregator_above_is_killed_and_started_again(tmp_path):
+    address, arguments = free_address(), ["--rounds", 2, "--min-workers", 1, "--encoding", "raw"]
+    async with (
+        aggregator_process(tmp_path, *arguments, address=address) as (process, _),
+        leading(tmp_path / "leaf", "leaf", address, policy={"lease_s": 30.0}) as leaf,
+    ):
+        x, y = await devices_of(leaf, "x", "y")
+        x_task, y_task = await at_work(x, y)
+        await x.push(x_task, update_of(1.0))
+        await process.kill()
+        await y.push(y_task, update_of(3.0))
+        assert (await leaf.until_ended(1)).phase == round_pb2.ROUND_PHASE_COMMITTED
+        async with aggregator_process(tmp_path, *arguments, address=address) as (_, root):
+            tasks = await at_work(x, y)
+            assert {(task.round, task.model_version) for task in tasks} == {(2, 2)}
+            await asyncio.gather(*(device.push(task) for device, task in zip((x, y), tasks, strict=True)))
+            await root.until_finished()
+            assert {(await device.poll(10.0)).run_ended for device in (x, y)} == {True}
+            assert await leaf.task == 0
+            assert [phases(record) for record in await root.rounds()] == [{"leaf": ACCEPTED}] * 2
+            np.testing.assert_allclose(root.weights(3)["w"], MODEL["w"] + 3, rtol=1e-6)
+
+
+async def test_a_round_below_without_its_quorum_is_a_failure_above_and_nothing_more(tmp_path):
+    policy = {"quorum": 2, "deadline_s": 1.0}
+    async with (
+        aggregating(tmp_path, rounds=2, policy={"deadline_s": 60.0}) as root,
+        leading(tmp_path / "leaf", "leaf", root, policy=policy) as leaf,
+    ):
+        direct, (x, y) = await root.device("direct"), await devices_of(leaf, "x", "y")
+        task, x_task, _ = await at_work(direct, x, y)
+        await x.push(x_task, update_of(7.0))
+        failed = await root.until_task("leaf", FAILED)
+        assert "its own round was abandoned: 1 of 2 needed updates" in failed.reason
+        await direct.push(task, update_of(1.0))
+        # The round after it is one as any other.
+        task, *tasks = await at_work(direct, x, y)
+        for device, given in zip((direct, x, y), (task, *tasks), strict=True):
+            await device.push(given, update_of(2.0))
+        await root.until_finished()
+        np.testing.assert_allclose(root.weights(2)["w"], MODEL["w"] + 1, rtol=1e-6)
+        np.testing.assert_allclose(root.weights(3)["w"], MODEL["w"] + 3, rtol=1e-6)
+
+
+async def test_an_aggregator_below_that_hangs_is_late_without_harm(tmp_path):
+    policy = {"deadline_s": 3.0}
+    async with (
+        aggregating(tmp_path, rounds=2, policy=policy) as root,
+        leaf_process(tmp_path, "leaf", root.address, "--heartbeat-interval", "200ms") as (process, leaf),
+    ):
+        direct, (x, y) = await root.device("direct"), await devices_of(leaf, "x", "y")
+        task, x_task, _ = await at_work(direct, x, y)
+        await x.push(x_task, update_of(7.0))
+        process.send(signal.SIGSTOP)
+        await direct.push(task, update_of(1.0))
+        assert phases(await root.until_ended(1)) == {"leaf": LATE, "direct": ACCEPTED}
+        process.send(signal.SIGCONT)
+        task, *tasks = await at_work(direct, x, y)
+        assert {given.round for given in (task, *tasks)} == {2}
+        for device, given in zip((direct, x, y), (task, *tasks), strict=True):
+            await device.push(given, update_of(2.0))
+        await root.until_finished()
+        np.testing.assert_allclose(root.weights(3)["w"], MODEL["w"] + 3, rtol=1e-6)
+
+
+async def test_a_round_below_ends_when_the_one_above_has_enough(tmp_path):
+    """Its workers are told to stop, and take part in the next round."""
+    policy = {"max_participants": 1, "over_selection": 2.0, "deadline_s": 60.0}
+    async with (
+        aggregating(tmp_path, rounds=2, policy=policy, heartbeat_interval_s=0.2) as root,
+        leading(tmp_path / "leaf", "leaf", root) as leaf,
+    ):
+        direct, (x, y) = await root.device("direct"), await devices_of(leaf, "x", "y")
+        task, x_task, _ = await at_work(direct, x, y)
+        await x.push(x_task, update_of(7.0))
+        await direct.push(task, update_of(1.0))
+        record = await leaf.until_ended(1)
+        assert record.phase == round_pb2.ROUND_PHASE_ABANDONED
+        assert "no longer wants it" in record.reason
+        _, *tasks = await at_work(direct, x, y)
+        for device, given in zip((x, y), tasks, strict=True):
+            await device.push(given, update_of(2.0))
+        await root.until_finished()
+        assert [phases(record) for record in await root.rounds()] == [
+            {"direct": ACCEPTED, "leaf": LATE},
+            {"direct": LATE, "leaf": ACCEPTED},
+        ]
+        np.testing.assert_allclose(root.weights(3)["w"], MODEL["w"] + 3, rtol=1e-6)
