@@ -24,7 +24,7 @@ from fedgrpc.worker.settings import WorkerSettings
 
 _DECIDED_ABOVE: Final = (
     *("run_name", "rounds", "plan", "initial_model", "target", "evaluate", "seed"),
-    *("server_optimizer", "server_learning_rate"),
+    *("server_optimizer", "server_learning_rate", "normalize_steps", "staleness_exponent"),
 )
 
 log = structlog.get_logger()
@@ -97,6 +97,8 @@ def _check_undecided(settings: AggregatorSettings) -> None:
     for name in _DECIDED_ABOVE:
         if getattr(settings, name) != getattr(default, name):
             raise UsageError(f"{name} is for the aggregator above to decide; leave it out beside --upstream")
+    if settings.policy.late != "discard":
+        raise UsageError("beside --upstream, late = 'discard': a round below ends with the one above it")
 
 
 async def run_leaf(

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
-from tests.federation.federation import MODEL, aggregating, chunks, encoded, update_of
+from tests.federation.federation import MODEL, PATIENCE_S, aggregating, chunks, encoded, update_of
 from tests.federation.process import again, aggregator_process, free_address
 from tests.federation.tree import leading, leaf_process
 
@@ -18,8 +18,15 @@ LATE = round_pb2.TASK_PHASE_LATE
 
 
 async def at_work(*devices):
-    """The task of each; who polls here may have to wait for who polls there."""
-    return await asyncio.gather(*(device.task() for device in devices))
+    """The task of each, however many polls it takes: who polls here may have to wait for who polls there."""
+
+    async def task_of(device):
+        while not (reply := await device.poll()).HasField("task"):
+            assert not reply.run_ended
+        return reply.task
+
+    async with asyncio.timeout(PATIENCE_S):
+        return await asyncio.gather(*map(task_of, devices))
 
 
 async def devices_of(running, *names):
@@ -57,7 +64,7 @@ async def test_an_aggregator_below_that_is_killed_goes_on_in_the_same_round_and_
             await process.kill()
             blocking.cancel()
 
-        async with leaf_process(tmp_path, "leaf", root.address, address=address) as (process, leaf):
+        async with leaf_process(tmp_path, "leaf", root.address, address=address) as (process, _):
             await process.until("update acknowledged")
             offset = (await direct.held(task)).committed_size_bytes
             await direct.push(task, update_of(0.0), offset=offset, example_count=40)
@@ -67,8 +74,6 @@ async def test_an_aggregator_below_that_is_killed_goes_on_in_the_same_round_and_
             assert (mean.phase, mean.example_count, mean.merged_updates) == (ACCEPTED, 40, 2)
             # (30 x 1 + 10 x 5 + 40 x 0) / 80
             np.testing.assert_allclose(root.weights(2)["w"], MODEL["w"] + 1, rtol=1e-6)
-            for device in again(leaf, x, y):
-                assert (await device.poll(10.0)).run_ended
             assert await process.ended() == 0
 
 
@@ -96,7 +101,7 @@ async def test_a_round_below_goes_on_while_the_aggregator_above_is_killed_and_st
 
 
 async def test_a_round_below_without_its_quorum_is_a_failure_above_and_nothing_more(tmp_path):
-    policy = {"quorum": 2, "deadline_s": 1.0}
+    policy = {"quorum": 2, "deadline_s": 4.0}
     async with (
         aggregating(tmp_path, rounds=2, policy={"deadline_s": 60.0}) as root,
         leading(tmp_path / "leaf", "leaf", root, policy=policy) as leaf,
@@ -117,14 +122,13 @@ async def test_a_round_below_without_its_quorum_is_a_failure_above_and_nothing_m
 
 
 async def test_an_aggregator_below_that_hangs_is_late_without_harm(tmp_path):
-    policy = {"deadline_s": 3.0}
+    policy = {"deadline_s": 6.0}
     async with (
         aggregating(tmp_path, rounds=2, policy=policy) as root,
         leaf_process(tmp_path, "leaf", root.address, "--heartbeat-interval", "200ms") as (process, leaf),
     ):
         direct, (x, y) = await root.device("direct"), await devices_of(leaf, "x", "y")
-        task, x_task, _ = await at_work(direct, x, y)
-        await x.push(x_task, update_of(7.0))
+        task, *_ = await at_work(direct, x, y)
         process.send(signal.SIGSTOP)
         await direct.push(task, update_of(1.0))
         assert phases(await root.until_ended(1)) == {"leaf": LATE, "direct": ACCEPTED}
