@@ -22,6 +22,7 @@ from typing import Final
 import structlog
 from google.protobuf.message import DecodeError
 
+from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.server import Aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import StorageError
@@ -96,6 +97,11 @@ class Branches:
         assert self._branch is not None
         return self._branch
 
+    @property
+    def coordinator(self) -> Coordinator | None:
+        """State of the present branch's run; None where there is none."""
+        return None if self._branch is None else self._branch.aggregator.coordinator
+
     async def resume(self) -> None:
         """Serve the workers of the run that was last led, if there was one. Raises as `lead`."""
         registration = await asyncio.to_thread(self._read)
@@ -128,8 +134,8 @@ class Branches:
             model=settings.model or registration.model,
         )
         branch = Branch(settings, registration.run_id, self._metrics)
-        await branch.start(self._ready)
         self._branch = branch
+        await branch.start(self._ready)
         assert branch.living is not None
         branch.living.add_done_callback(lambda _: self._over(branch))
 

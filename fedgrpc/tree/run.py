@@ -11,6 +11,7 @@ from typing import Final
 
 import structlog
 
+from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import UsageError
 from fedgrpc.metrics import Metrics
@@ -50,6 +51,11 @@ class Leaf:
         self._branches: Branches | None = None
         self._signals = 0
         self._stopping = False
+
+    @property
+    def coordinator(self) -> Coordinator | None:
+        """State of the run below; None before the one above has been heard."""
+        return None if self._branches is None else self._branches.coordinator
 
     async def run(self, ready: Ready = None) -> int:
         """Until the run above has ended (0), or until told to stop (128 + signal).

@@ -7,9 +7,11 @@ from contextlib import AsyncExitStack
 
 import numpy as np
 
+from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable, Pruning
 from fedgrpc.aggregator.settings import TrainingPlan
 from fedgrpc.v1 import round_pb2
 from tests.federation.federation import MODEL, Shifter, aggregating, working
+from tests.federation.test_local_models import Adder, play
 from tests.federation.tree import leading
 
 ROUNDS = 3
@@ -106,3 +108,55 @@ async def test_a_tree_of_two_or_three_levels_gives_the_flat_result(tmp_path):
     three = await tree(tmp_path / "three", places)
     assert_equal(result, three)
     assert {task.merged_updates for round_ in three[1] for task in round_.tasks} == {4}
+
+
+KEEP = np.random.default_rng(1).random((8, 50)) < 0.5
+PLANS = PlanTable(
+    CompressionPlan(),
+    {
+        "half": CompressionPlan(0.5),
+        "rolling": CompressionPlan(0.25, "rolling"),
+        "pruned": CompressionPlan(pruning=Pruning(0.5)),
+        "personal": CompressionPlan(personal_layers=("b",)),
+    },
+)
+
+
+def devices():
+    """Of every class, and by the first letter of its name under one of two aggregators."""
+    return {
+        "a1": ("full", Adder(1)),
+        "a2": ("half", Adder(2)),
+        "a3": ("rolling", Adder(3)),
+        "a4": ("pruned", Adder(4, KEEP)),
+        "b1": ("half", Adder(5)),
+        "b2": ("personal", Adder(6)),
+    }
+
+
+async def test_slices_masks_and_weights_under_two_aggregators_give_the_flat_result(tmp_path):
+    """From an untrained model: the request for it, channels, plans by class and p_m reach the devices."""
+    weights = {"a1": 1.5, "a3": 0.25, "b1": 4.0}
+    about = {"rounds": 3, "worker_weights": weights, "keep_versions": 99}
+    for name in ("flat", "tree"):
+        (tmp_path / name).mkdir()
+    outcome = await play(tmp_path / "flat", devices(), PLANS, **about)
+    folder, given = tmp_path / "tree", {"local_models": PLANS, "initial_model": None}
+    async with (
+        aggregating(folder, **given, **about) as root,
+        leading(folder / "a", "a", root, policy={"min_workers": 4}) as a,
+        leading(folder / "b", "b", root, policy={"min_workers": 2}) as b,
+    ):
+        above = {"a": a, "b": b}
+        crew_tasks = [
+            working(above[name[0]], folder, name, trainer, device={"device_class": kind})
+            for name, (kind, trainer) in devices().items()
+        ]
+        assert await asyncio.gather(*crew_tasks) == [0] * 6
+        versions = [root.weights(version) for version in range(1, 5)]
+        records = (await root.rounds())[-1].tasks
+    for flat_version, version in zip(outcome.versions, versions, strict=True):
+        assert version["n"] == flat_version["n"]
+        for name in ("w", "b"):
+            np.testing.assert_allclose(version[name], flat_version[name], rtol=0, atol=2e-6)
+    assert {task.worker: task.weight for task in records} == {"a": 1.5 + 1 + 0.25 + 1, "b": 4.0 + 1}

@@ -19,6 +19,7 @@ from transport_bench.meter import Mark, Usage
 from transport_bench.workload import Noise, initial_model, initial_tensors, shapes
 
 if TYPE_CHECKING:
+    from fedgrpc.aggregator.coordinator import Coordinator
     from fedgrpc.worker.trainer import TrainJob, TrainResult
 
 
@@ -64,7 +65,7 @@ async def _serve(
 
     def ready(port: int) -> None:
         pipe.send(port)
-        watching.append(asyncio.create_task(_watch(aggregator, marks)))
+        watching.append(asyncio.create_task(watch(aggregator.coordinator, marks)))
 
     await aggregator.run(ready)
     for task in watching:
@@ -72,9 +73,9 @@ async def _serve(
     return Usage.of(marks)
 
 
-async def _watch(aggregator: object, marks: list[Mark]) -> None:
+async def watch(coordinator: Coordinator | None, marks: list[Mark]) -> None:
     """A mark at every new version."""
-    coordinator = aggregator.coordinator  # type: ignore[attr-defined]
+    assert coordinator is not None
     version, seen = 0, -1
     while True:
         if coordinator.run.version != version:
@@ -86,10 +87,10 @@ async def _watch(aggregator: object, marks: list[Mark]) -> None:
 def work(pipe: Connection, port: int, number: int, width: int, folder: Path) -> None:
     """Process target of a worker."""
     logging.configure("warning")
-    pipe.send(asyncio.run(_work(port, number, folder)))
+    pipe.send(asyncio.run(take_part(port, number, folder)))
 
 
-async def _work(port: int, number: int, folder: Path) -> Usage:
+async def take_part(port: int, number: int, folder: Path) -> Usage:
     from fedgrpc.worker.run import run_worker
     from fedgrpc.worker.settings import WorkerSettings
 
