@@ -4,12 +4,22 @@ nothing, and one that is too slow. The devices are played by hand.
 
 import asyncio
 import signal
+from contextlib import AsyncExitStack
 
 import numpy as np
 
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
-from tests.federation.federation import MODEL, PATIENCE_S, aggregating, chunks, encoded, update_of
+from tests.federation.federation import (
+    MODEL,
+    PATIENCE_S,
+    Shifter,
+    aggregating,
+    chunks,
+    encoded,
+    update_of,
+    working,
+)
 from tests.federation.process import again, aggregator_process, free_address
 from tests.federation.tree import leading, leaf_process
 
@@ -164,3 +174,29 @@ async def test_a_round_below_ends_when_the_one_above_has_enough(tmp_path):
             {"direct": LATE, "leaf": ACCEPTED},
         ]
         np.testing.assert_allclose(root.weights(3)["w"], MODEL["w"] + 3, rtol=1e-6)
+
+
+async def test_another_run_above_begins_anew_below(tmp_path):
+    """Versions and rounds of one run mean nothing in another: its folder goes, and workers register again."""
+    above, below = free_address(), {}
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    policy = {"min_workers": 1}
+    about = {"address": above, "policy": policy, "rounds": 1, "stay": True}
+    async with AsyncExitStack() as stack:
+        first = aggregating(tmp_path / "first", **{**about, "rounds": 2})
+        async with first as root:
+            leaf = await stack.enter_async_context(
+                leading(tmp_path / "leaf", "leaf", above, address=free_address(), policy=policy)
+            )
+            worker = working(leaf, tmp_path, "pi", Shifter(examples=3))
+            await root.until(lambda run, _: run.model_version == 2)
+            below["first"] = (await leaf.run()).id
+        async with aggregating(tmp_path / "second", **about) as root:
+            await root.until_finished()
+            assert await asyncio.wait_for(worker, PATIENCE_S) == 0
+            assert await asyncio.wait_for(leaf.task, PATIENCE_S) == 0
+            below["second"] = (await root.run()).id
+            np.testing.assert_allclose(root.weights(2)["w"], MODEL["w"] + 1, rtol=1e-6)
+    assert below["first"] != below["second"]
+    assert [path.name for path in (tmp_path / "leaf" / "aggregator").glob("run-*")] == [f"run-{below['second']}"]

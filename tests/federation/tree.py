@@ -38,7 +38,7 @@ async def leading(folder, name, above, **changes):
     )
     ready = asyncio.get_running_loop().create_future()
     leaf = Leaf(settings, link)
-    task = asyncio.create_task(leaf.run(ready.set_result))
+    task = asyncio.create_task(leaf.run(lambda port: ready.done() or ready.set_result(port)))
     await asyncio.wait({task, ready}, return_when=asyncio.FIRST_COMPLETED)
     if task.done():
         task.result()
