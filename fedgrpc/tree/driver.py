@@ -64,7 +64,7 @@ class LeafDriver(Driver):
         it.run.id = self._run_id
         await it.save_run()
         if it.current is not None and it.current.state.number != self._task.round:
-            self._drop("its task from above is not known any more")
+            self._abandon("its task from above is not known any more")
 
     def _read_task(self) -> aggregator_pb2.Task:
         try:
@@ -87,16 +87,16 @@ class LeafDriver(Driver):
     def _ordered(self, order: Order) -> None:
         current = self._it.current
         if current is not None and order.token != self._task.token:
-            self._drop("the aggregator above has another task")
+            self._abandon("the aggregator above has another task")
         elif current is not None:
             _hurry(current, order.due_at)
         self._it.wake.set()
 
     def _withdrawn(self, order: Order, reason: str) -> None:
         if order.token == self._task.token:
-            self._drop(reason)
+            self._abandon(reason)
 
-    def _drop(self, reason: str) -> None:
+    def _abandon(self, reason: str) -> None:
         current = self._it.current
         if current is not None and current.state.phase in (RoundPhase.SELECTING, RoundPhase.REPORTING):
             self._it.dispatch(Abort(reason))
