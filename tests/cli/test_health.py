@@ -1,0 +1,92 @@
+"""`fedgrpc health`: what a container's health check runs."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.process import NUMPY_TASK, environment, fedgrpc, running, running_aggregator, worker_arguments
+
+
+def test_a_serving_aggregator_is_healthy_as_a_whole_and_by_service(tmp_path: Path) -> None:
+    with running_aggregator(tmp_path, "--task", NUMPY_TASK) as (_, address):
+        for service in ([], ["--service", "fedgrpc.v1.Aggregator"]):
+            ended = fedgrpc("health", "--address", address, *service)
+            assert (ended.code, ended.out, ended.error) == (0, "SERVING\n", "")
+        other = fedgrpc("health", "--address", address, "--service", "fedgrpc.v1.Worker")
+        assert (other.code, other.out) == (1, "NOT_FOUND\n")
+
+
+def test_a_worker_is_healthy_while_its_aggregator_is_away(tmp_path: Path) -> None:
+    aggregator, service = (f"127.0.0.1:{port}" for port in _free_ports(2))
+    arguments = worker_arguments(tmp_path, aggregator, "pi-1", "--serve-address", service)
+    with running(*arguments, log=tmp_path / "pi-1.log") as worker:
+        _until(tmp_path / "pi-1.log", '"serving"', worker)
+        ended = fedgrpc("health", "--service", "fedgrpc.v1.Worker", env={"FEDGRPC_HEALTH_ADDRESS": service})
+        assert (ended.code, ended.out) == (0, "SERVING\n")
+
+
+def test_nobody_there_is_unhealthy() -> None:
+    ended = fedgrpc("health", "--address", f"127.0.0.1:{_free_ports(1)[0]}")
+    assert (ended.code, ended.out, ended.error) == (1, "UNAVAILABLE\n", "")
+
+
+def test_one_that_does_not_answer_in_time_is_unhealthy() -> None:
+    """It accepts the connection, and says nothing: a process that hangs."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        ended = fedgrpc("health", "--address", address, "--timeout", "200ms")
+    assert ended.code == 1
+    assert ended.out in ("DEADLINE_EXCEEDED\n", "UNAVAILABLE\n")
+
+
+def test_a_frozen_aggregator_is_unhealthy_and_healthy_again_when_it_goes_on(tmp_path: Path) -> None:
+    with running_aggregator(tmp_path, "--task", NUMPY_TASK) as (process, address):
+        process.send_signal(signal.SIGSTOP)
+        frozen = fedgrpc("health", "--address", address, "--timeout", "300ms")
+        process.send_signal(signal.SIGCONT)
+        assert frozen.code == 1
+        again = fedgrpc("health", "--address", address, "--timeout", "30s")
+        assert (again.code, again.out) == (0, "SERVING\n")
+
+
+def test_a_wrong_address_is_a_usage_error() -> None:
+    ended = fedgrpc("health", "--address", "nonsense")
+    assert ended.code == 2
+    assert ended.error.startswith("error: ")
+
+
+@pytest.mark.parametrize("module", ["numpy", "torch", "fedgrpc.rounds"])
+def test_it_loads_no_more_than_it_needs(module: str) -> None:
+    """It starts again every few seconds, on small devices."""
+    code = f"import sys, fedgrpc.cli.health; sys.exit({module!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=environment(), timeout=60).returncode == 0
+
+
+def _free_ports(count: int) -> list[int]:
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [int(server.getsockname()[1]) for server in servers]
+    for server in servers:
+        server.close()
+    return ports
+
+
+def _until(log: Path, text: str, process: subprocess.Popen[bytes]) -> None:
+    """`tail` wakes as the file grows, and ends with the process."""
+    tail = subprocess.Popen(
+        ["tail", "-n", "+1", "-F", f"--pid={process.pid}", str(log)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert tail.stdout is not None
+        assert any(text in line for line in tail.stdout), log.read_text()
+    finally:
+        tail.kill()
+        tail.wait()

@@ -1,0 +1,288 @@
+"""What no schema knows: that the parts of the manifests fit each other, the images, and the command line."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedgrpc.cli import aggregator, worker
+from fedgrpc.cli.main import load_command
+from fedgrpc.cli.options import SettingsCommand
+from fedgrpc.rpc.server import AGGREGATOR, WORKER
+from tests.deploy.manifests import (
+    COMPONENTS,
+    K8S,
+    OVERLAYS,
+    ROOT,
+    Manifests,
+    Workload,
+    dockerfile_of,
+    render,
+    render_with,
+    settings_in,
+)
+
+# What a person makes before, as components/tls says.
+BROUGHT = {("Secret", "aggregator-tls"), ("ConfigMap", "aggregator-ca")}
+EVERYTHING = "edge with every component"
+CLASSES = ["raspberry-pi-4", "raspberry-pi-5", "jetson-nano", "jetson-orin-nano"]
+
+
+@pytest.fixture(scope="module", params=[*OVERLAYS, EVERYTHING])
+def manifests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Manifests:
+    if request.param == EVERYTHING:
+        return render_with(tmp_path_factory.mktemp("everything"), "edge", COMPONENTS)
+    return render(K8S / "overlays" / request.param)
+
+
+@pytest.fixture
+def workloads(manifests: Manifests) -> list[Workload]:
+    found = manifests.workloads()
+    assert {workload.command for workload in found} == {"aggregator", "worker"}
+    return found
+
+
+def test_every_service_selects_pods_that_have_its_ports(manifests: Manifests) -> None:
+    for service in manifests.of("Service"):
+        selected = manifests.selected(service["spec"]["selector"], service["metadata"]["namespace"])
+        assert len(selected) == 1, service["metadata"]["name"]
+        for port in service["spec"]["ports"]:
+            assert selected[0].ports.get(port["targetPort"], 50051) == port["port"]
+            assert port["targetPort"] in selected[0].ports
+
+
+def test_every_policy_and_budget_selects_pods_and_names_their_ports(manifests: Manifests) -> None:
+    for kind, key in (("NetworkPolicy", "podSelector"), ("PodDisruptionBudget", "selector")):
+        for item in manifests.of(kind):
+            selector = item["spec"][key]["matchLabels"]
+            selected = manifests.selected(selector, item["metadata"]["namespace"])
+            assert selected, item["metadata"]["name"]
+            for rule in item["spec"].get("ingress", ()):
+                assert {port["port"] for port in rule["ports"]} <= set(selected[0].ports)
+
+
+def test_every_pod_is_under_a_network_policy_for_both_directions(
+    manifests: Manifests, workloads: list[Workload]
+) -> None:
+    covered = set()
+    for policy in manifests.of("NetworkPolicy"):
+        assert set(policy["spec"]["policyTypes"]) == {"Ingress", "Egress"}
+        selector = policy["spec"]["podSelector"]["matchLabels"]
+        covered |= {item.name for item in manifests.selected(selector, policy["metadata"]["namespace"])}
+    assert covered == {workload.name for workload in workloads}
+
+
+def test_everything_that_a_pod_names_exists(manifests: Manifests, workloads: list[Workload]) -> None:
+    for workload in workloads:
+        account = manifests.get("ServiceAccount", workload.pod["serviceAccountName"], workload.namespace)
+        assert account["automountServiceAccountToken"] is False
+        assert workload.pod["automountServiceAccountToken"] is False
+        volumes = {volume["name"]: volume for volume in workload.pod["volumes"]}
+        assert {mount["name"] for mount in workload.container["volumeMounts"]} == {*volumes, *workload.claims}
+        for volume in volumes.values():
+            for kind, field in (("Secret", "secret"), ("ConfigMap", "configMap")):
+                if field in volume:
+                    name = volume[field].get("secretName") or volume[field].get("name")
+                    assert (kind, name) in BROUGHT or manifests.get(kind, name, workload.namespace)
+        if workload.object["kind"] == "StatefulSet":
+            assert workload.object["spec"]["serviceName"]
+
+
+def test_namespaces_are_among_the_objects(manifests: Manifests) -> None:
+    made = {item["metadata"]["name"] for item in manifests.of("Namespace")}
+    assert {item["metadata"]["namespace"] for item in manifests.objects if item["kind"] != "Namespace"} <= made
+
+
+def test_images_are_ours_and_have_a_version(workloads: list[Workload]) -> None:
+    baked = set(re.findall(r"\}(fedgrpc-[a-z-]+):", (ROOT / "docker" / "docker-bake.hcl").read_text()))
+    for workload in workloads:
+        registry, name, tag = re.fullmatch(r"(.+)/(fedgrpc-[a-z-]+):(.+)", workload.container["image"]).groups()
+        assert registry in ("registry.example", "localhost")
+        assert name in baked
+        assert tag != "latest"
+
+
+def test_pods_are_confined(manifests: Manifests, workloads: list[Workload]) -> None:
+    strict = {
+        item["metadata"]["name"]
+        for item in manifests.of("Namespace")
+        if item["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    }
+    assert "fedgrpc" in strict
+    for workload in workloads:
+        user = re.search(r"^USER (\d+):(\d+)$", dockerfile_of(workload.container["image"]).read_text(), re.M)
+        assert user is not None
+        context = workload.pod["securityContext"]
+        assert context["runAsNonRoot"] is True
+        assert (context["runAsUser"], context["runAsGroup"]) == tuple(map(int, user.groups()))
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert workload.container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert not workload.pod.keys() & {"hostNetwork", "hostPID", "hostIPC"}
+        on_the_node = [volume for volume in workload.pod["volumes"] if "hostPath" in volume]
+        assert not on_the_node or workload.namespace not in strict
+
+
+def test_resources_are_bounded(workloads: list[Workload]) -> None:
+    for workload in workloads:
+        resources = workload.container["resources"]
+        assert resources["requests"].keys() == {"cpu", "memory"}
+        assert "memory" in resources["limits"]
+        assert all("sizeLimit" in v["emptyDir"] for v in workload.pod["volumes"] if v["name"] == "tmp")
+
+
+def test_probes_ask_the_service_where_it_listens(workloads: list[Workload]) -> None:
+    for workload in workloads:
+        environment = workload.environment()
+        service = {"aggregator": AGGREGATOR, "worker": WORKER}[workload.command]
+        variable = {"aggregator": "FEDGRPC_AGGREGATOR_ADDRESS", "worker": "FEDGRPC_WORKER_SERVE_ADDRESS"}
+        host, _, port = environment[variable[workload.command]].rpartition(":")
+        # Not the loopback interface: the kubelet comes to the pod's own address.
+        assert ipaddress.ip_address(host).is_unspecified
+        assert workload.ports["grpc"] == int(port)
+        for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+            probe = workload.container[name]
+            if "grpc" in probe:
+                assert probe["grpc"] == {"port": int(port), "service": service}
+                assert "FEDGRPC_AGGREGATOR_TLS_CERT" not in environment
+            else:
+                assert probe["exec"]["command"] == ["fedgrpc", "health", "--service", service]
+                assert environment["FEDGRPC_HEALTH_ADDRESS"].endswith(f":{port}")
+                assert "FEDGRPC_HEALTH_TLS_CA" in environment
+
+
+@pytest.fixture
+def set_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Set a pod's variables; a file that is only in the pod becomes one that is here."""
+    there = tmp_path / "there.pem"
+    there.touch()
+
+    def apply(environment: dict[str, str]) -> None:
+        for variable, value in environment.items():
+            inside = value.startswith("/") and not variable.endswith(("_DIR", "_ADDRESS"))
+            monkeypatch.setenv(variable, str(there) if inside else value)
+
+    return apply
+
+
+def test_every_setting_exists_and_takes_its_value(workloads: list[Workload], set_variables: Any) -> None:
+    commands = {"aggregator": aggregator, "worker": worker}
+    for workload in workloads:
+        environment = workload.environment()
+        for variable, name, key in settings_in(environment):
+            command = load_command(name)
+            assert isinstance(command, SettingsCommand)
+            assert key in {setting.key for setting in command.settings()}, variable
+        set_variables(environment)
+        module = commands[workload.command]
+        module.settings_from(module.COMMAND.make_context(workload.command, []).params)
+
+
+def test_a_pod_has_longer_to_end_than_its_drain_takes(workloads: list[Workload], set_variables: Any) -> None:
+    for workload in workloads:
+        set_variables(workload.environment())
+        command = {"aggregator": aggregator, "worker": worker}[workload.command].COMMAND
+        drain_s = command.make_context(workload.command, []).params["drain_s"]
+        # 5 s until a training step notices; 10 s more for a slow device to end in.
+        assert workload.pod["terminationGracePeriodSeconds"] >= drain_s + 15
+
+
+def test_a_worker_stays_when_the_run_has_ended(workloads: list[Workload]) -> None:
+    """Kubernetes would start it again, and again."""
+    for workload in workloads:
+        name, wanted = {
+            "aggregator": ("FEDGRPC_AGGREGATOR_STAY", "true"),
+            "worker": ("FEDGRPC_WORKER_EXIT_WHEN_RUN_ENDS", "false"),
+        }[workload.command]
+        assert workload.environment()[name] == wanted
+
+
+def test_whom_a_pod_dials_is_there_and_its_policy_lets_it(manifests: Manifests, workloads: list[Workload]) -> None:
+    dialled = 0
+    for workload in workloads:
+        for host, port in _dials(workload):
+            dialled += 1
+            *_, name, namespace, _ = host.split(".")
+            service = manifests.get("Service", name, namespace)
+            assert port in {item["port"] for item in service["spec"]["ports"]}
+            (target,) = manifests.selected(service["spec"]["selector"], namespace)
+            if host.count(".") == 3:
+                pod, number = host.split(".")[0].rsplit("-", 1)
+                assert service["spec"]["clusterIP"] == "None"
+                assert (pod, int(number) < target.object["spec"]["replicas"]) == (target.name, True)
+            assert _may_dial(manifests, workload, target, port)
+            assert not _may_dial(manifests, workload, target, 22)
+    assert dialled >= len(workloads) - 1
+
+
+def _dials(workload: Workload) -> Iterator[tuple[str, int]]:
+    for name in ["pi-1", "pi-2", "pi-3", "jetson-1"] if "command" in workload.container else ["pod-1"]:
+        environment = workload.environment({"spec.nodeName": name})
+        for variable in ("FEDGRPC_WORKER_AGGREGATOR", "FEDGRPC_AGGREGATOR_UPSTREAM"):
+            address = environment.get(variable)
+            if "command" in workload.container:
+                address = _run_script(workload, environment)
+            if address is not None:
+                host, _, port = address.rpartition(":")
+                yield host, int(port)
+
+
+def _run_script(workload: Workload, environment: dict[str, str]) -> str:
+    """Run the pod's script by this machine's shell; what it would start `fedgrpc worker --aggregator` with."""
+    *shell, script = [*workload.container["command"], *workload.container["args"]]
+    assert script.count("exec fedgrpc worker --aggregator ") == 1
+    told = script.replace("exec fedgrpc worker --aggregator ", "printf %s ")
+    done = subprocess.run([*shell, told], env={**environment, "PATH": "/usr/bin:/bin"}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.decode()
+
+
+def _may_dial(manifests: Manifests, source: Workload, target: Workload, port: int) -> bool:
+    """Whether the policies of `source` let it, as Kubernetes reads them: any rule of any of them."""
+    rules = [
+        rule
+        for policy in manifests.of("NetworkPolicy")
+        if source in manifests.selected(policy["spec"]["podSelector"]["matchLabels"], source.namespace)
+        for rule in policy["spec"]["egress"]
+    ]
+    return any(_allows(rule, target, port) for rule in rules)
+
+
+def _allows(rule: Any, target: Workload, port: int) -> bool:
+    numbers = {target.ports.get(item["port"], item["port"]) for item in rule["ports"]}
+    peers = rule.get("to")
+    selected = peers is None or any(
+        peer["podSelector"]["matchLabels"].items() <= target.labels.items() for peer in peers
+    )
+    return selected and port in numbers
+
+
+@pytest.mark.parametrize("device_class", [*CLASSES, None])
+def test_each_labelled_node_gets_one_worker_that_knows_its_class(device_class: str | None) -> None:
+    labels = {"fedgrpc.io/worker": "true", "kubernetes.io/arch": "arm64"}
+    if device_class is not None:
+        labels["fedgrpc.io/device-class"] = device_class
+    found = [item for item in render(K8S / "overlays" / "edge").workloads() if item.object["kind"] == "DaemonSet"]
+    assert len(found) == len(CLASSES) + 1
+    (own,) = [item for item in found if item.runs_on(labels)]
+    assert own.environment()["FEDGRPC_WORKER_DEVICE_CLASS"] == (device_class or "other")
+    assert own.environment({"spec.nodeName": "pi-7"})["FEDGRPC_WORKER_NAME"] == "pi-7"
+    assert not any(item.runs_on({**labels, "fedgrpc.io/worker": "false"}) for item in found)
+    assert {"key": "fedgrpc.io/edge", "operator": "Exists"} in own.pod["tolerations"]
+
+
+def test_a_jetson_gets_its_gpu_and_nobody_else_one() -> None:
+    for item in render(K8S / "overlays" / "edge").workloads():
+        gpus = item.container["resources"]["limits"].get("nvidia.com/gpu", 0)
+        orin = item.name == "worker-jetson-orin-nano"
+        assert (gpus, item.pod.get("runtimeClassName")) == ((1, "nvidia") if orin else (0, None))
+        assert ("worker-jetson" in item.container["image"].rpartition("/")[2]) is orin
