@@ -7,9 +7,12 @@ INSTALLED := $(VENV)/.installed
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$python; break; fi; done)
 
+# How an image is built: podman here, docker build or buildah's wrappers elsewhere.
+CONTAINER_BUILD ?= podman build --format docker
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test simulate faults soak load bench-niid lint format protos settings clean
+.PHONY: help venv demo test simulate faults soak load bench-niid images deploy-test fleet lint format protos settings clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -42,6 +45,16 @@ soak: $(INSTALLED)  ## 1,000 flaps of three links while a run proceeds (about 4 
 
 load: $(INSTALLED)  ## 2,000 connected workers against one aggregator on one core (about 5 minutes)
 	$(BIN)/python tools/load_generator.py $(ARGS)
+
+images:  ## build the images of the aggregator and of the worker, with podman or CONTAINER_BUILD
+	$(CONTAINER_BUILD) -f docker/aggregator.Dockerfile -t localhost/fedgrpc-aggregator:dev .
+	$(CONTAINER_BUILD) -f docker/worker.Dockerfile -t localhost/fedgrpc-worker:dev .
+
+deploy-test: $(INSTALLED)  ## run the manifests of k8s/ in real pods (root, podman, make images)
+	$(BIN)/python -m pytest -m containers -rs tests/deploy $(ARGS)
+
+fleet: $(INSTALLED)  ## train on ten limited containers, and break things on the way (root, podman, make images)
+	$(BIN)/python -m tools.container_fleet $(ARGS)
 
 lint: $(INSTALLED)  ## check style, types, protocol and that the generated code is fresh
 	$(BIN)/ruff check .

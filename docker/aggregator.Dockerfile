@@ -11,8 +11,9 @@ ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /build
-RUN python -m venv --without-pip /opt/fedgrpc
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+# The README is what pyproject.toml names, and changes too often to be in the way of what is installed below.
+RUN python -m venv --without-pip /opt/fedgrpc && touch README.md
+COPY pyproject.toml constraints.txt LICENSE ./
 COPY fedgrpc/__init__.py fedgrpc/
 # A package without code: what it depends on makes a layer of its own, which a change of the code leaves as it is.
 # Of the packages go their tests, numpy's f2py, and the one of zstandard's two backends that needs cffi.

@@ -43,14 +43,14 @@ def render(folder: Path) -> Manifests:
 def render_with(tmp_path: Path, overlay: str, components: list[str]) -> Manifests:
     """An overlay with components, as a person would put them together."""
     content = {
-        "resources": [_relative(K8S / "overlays" / overlay, tmp_path)],
-        "components": [_relative(K8S / "components" / name, tmp_path) for name in components],
+        "resources": [relative(K8S / "overlays" / overlay, tmp_path)],
+        "components": [relative(K8S / "components" / name, tmp_path) for name in components],
     }
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(content))
     return render(tmp_path)
 
 
-def _relative(target: Path, start: Path) -> str:
+def relative(target: Path, start: Path) -> str:
     """kustomize takes relative paths alone."""
     up = "/".join([".."] * len(start.resolve().relative_to("/").parts))
     return f"{up}{target.resolve()}"
