@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -75,7 +76,7 @@ def markdown(lines: Sequence[DeviceLine]) -> str:
         rows.append(
             [
                 line.name,
-                *(f"{time_s:.2f} s" for time_s in times),
+                *("" if math.isnan(time_s) else f"{time_s:.2f} s" for time_s in times),
                 size(line.download_bytes),
                 size(line.upload_bytes),
                 f"{line.peak_memory_bytes / 2**20:.0f} of {line.limit_bytes / 2**20:.0f} MiB",
@@ -104,4 +105,5 @@ def acknowledged_by(container: Container) -> Accepted:
 
 def committed_versions(rounds: Iterable[Round]) -> list[int]:
     """In the order of the rounds."""
-    return [record.committed_version for record in rounds if record.committed_version]
+    wrote = [record for record in rounds if record.kind != TaskKind.TASK_KIND_EVALUATE]
+    return [record.committed_version for record in wrote if record.committed_version]
