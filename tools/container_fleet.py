@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from fedgrpc.cli.operator import Operator, operator
-from fedgrpc.cli.view import ENDED, round_line
+from fedgrpc.cli.view import round_line
 from fedgrpc.errors import FedgrpcError, LinkError
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.v1 import aggregator_pb2 as pb
@@ -195,7 +195,7 @@ class Fleet:
                     self.tell(round_line(record))
 
     async def _is_enough(self, aggregator: Operator, news: pb.WatchRoundsResponse) -> bool:
-        if news.run.phase in ENDED:
+        if news.run.phase in (pb.RUN_PHASE_FINISHED, pb.RUN_PHASE_STOPPED):
             return True
         if self._seen.accuracy < self._task.accuracy or not all(b.mended.is_set() for b in self._breakages):
             return False
