@@ -187,9 +187,11 @@ class Fleet:
         seen.accepted |= accepted_in([news.round])
         for breakage in self._breakages:
             breakage.follow(news.round)
-        if news.round.number > seen.told + 1:
+        # A round's scores come with the updates of the next one.
+        scored = news.round.number - 2
+        if scored > seen.told:
             for record in await aggregator.latest_rounds(news.round.number - seen.told):
-                if seen.told < record.number < news.round.number:
+                if seen.told < record.number <= scored:
                     seen.told = record.number
                     seen.accuracy = record.metrics.get("accuracy", seen.accuracy)
                     self.tell(round_line(record))
