@@ -236,7 +236,10 @@ class Fleet:
             told |= await asyncio.to_thread(acknowledged_by, container)
         wrong = self._wrong(rounds, told)
         resumed = [e for e in self._aggregator.events() if e["event"] == "round resumed"]
-        print(f"accuracy {self._seen.accuracy:.4f}; {len(told)} updates acknowledged to devices, all of them held")
+        held = len(told & accepted_in(rounds))
+        print(
+            f"accuracy {self._seen.accuracy:.4f}; {len(told)} updates acknowledged to devices, {held} of them held"
+        )
         print(
             f"after the kill, round {resumed[0]['round']} went on with {resumed[0]['accepted']} accepted updates"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class Container:
     peak_memory_bytes: int = 0
     out_of_memory: bool = False
     lives: int = 0
+    pid: int = 0
 
     def start(self) -> None:
         """Create and start it. Raises `PodmanError`."""
@@ -79,6 +81,8 @@ class Container:
             flags += ["--volume", f"{source}:{target}"]
         podman("run", "--detach", *flags, self.image, *self.arguments)
         self.lives += 1
+        state = self.state()
+        self.pid = 0 if state is None else int(state["Pid"])
 
     @property
     def volume(self) -> str:
@@ -105,9 +109,8 @@ class Container:
                 self.peak_memory_bytes = max(self.peak_memory_bytes, int(line.split()[1]) * 1024)
 
     def kill(self) -> None:
-        """SIGKILL, and remove it; its volume stays."""
-        self.measure()
-        podman("kill", "--signal", "KILL", self.name)
+        """SIGKILL at once, and remove it; its volume stays."""
+        os.kill(self.pid, signal.SIGKILL)
         podman("wait", self.name, check=False)
         self.remove()
 
