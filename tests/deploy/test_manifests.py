@@ -286,3 +286,18 @@ def test_a_jetson_gets_its_gpu_and_nobody_else_one() -> None:
         orin = item.name == "worker-jetson-orin-nano"
         assert (gpus, item.pod.get("runtimeClassName")) == ((1, "nvidia") if orin else (0, None))
         assert ("worker-jetson" in item.container["image"].rpartition("/")[2]) is orin
+
+
+def test_every_worker_of_a_tree_has_a_leaf_and_every_leaf_has_workers() -> None:
+    manifests = render(K8S / "overlays" / "tree")
+    leaf = next(item for item in manifests.workloads() if item.name == "leaf-aggregator")
+    root = next(item for item in manifests.workloads() if item.name == "aggregator")
+    some = next(item for item in manifests.workloads() if item.command == "worker")
+    replicas = leaf.object["spec"]["replicas"]
+    assert root.environment()["FEDGRPC_AGGREGATOR_MIN_WORKERS"] == str(replicas)
+    environment = some.environment()
+    leaves = {
+        _run_script(some, {**environment, "FEDGRPC_WORKER_NAME": f"device-{number}"}) for number in range(50)
+    }
+    wanted = {f"leaf-aggregator-{number}.leaf-aggregator.fedgrpc.svc:50051" for number in range(replicas)}
+    assert leaves == wanted
