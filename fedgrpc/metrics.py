@@ -13,10 +13,12 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
 from fedgrpc.errors import UsageError
-from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskPhase
+from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskPhase, TaskRecord
 
 # From a round of digits on loopback to one of a large model over a radio link, seconds.
 _BUCKETS_S: Final = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600)
+_BUCKETS_BYTES: Final = tuple(1 << power for power in range(20, 37, 2))
+_BUCKETS_RATIO: Final = (0.03, 0.1, 0.3, 1, 3, 10)
 _OUTCOMES: Final = {
     TaskPhase.TASK_PHASE_ACCEPTED: "accepted",
     TaskPhase.TASK_PHASE_REJECTED: "rejected",
@@ -57,6 +59,20 @@ class Metrics:
             buckets=_BUCKETS_S,
             registry=registry,
         )
+        self.task_memory_bytes = Histogram(
+            "fedgrpc_task_memory_bytes",
+            "Of accepted tasks at their most: resident memory of the worker's process, and tensors",
+            ["kind"],
+            buckets=_BUCKETS_BYTES,
+            registry=registry,
+        )
+        self.prediction_errors = Histogram(
+            "fedgrpc_prediction_error_ratio",
+            "Of accepted tasks: how far the predicted cost was off, as a part of what was measured",
+            ["part"],
+            buckets=_BUCKETS_RATIO,
+            registry=registry,
+        )
         self.live_workers = Gauge("fedgrpc_live_workers", "Workers heard of within a lease", registry=registry)
         self.model_version = Gauge("fedgrpc_model_version", "Latest committed model version", registry=registry)
         self.current_round = Gauge("fedgrpc_current_round", "Number of the latest round", registry=registry)
@@ -85,6 +101,27 @@ class Metrics:
                 for phase in ("download", "local", "upload", "global"):
                     seconds = getattr(task.timings, f"{phase}_seconds")
                     self.phase_seconds.labels(phase).observe(seconds)
+                self._observe_memory(task)
+
+    def _observe_memory(self, task: TaskRecord) -> None:
+        for kind, size_bytes in (("resident", task.peak_memory_bytes), ("tensors", task.tensor_bytes)):
+            if size_bytes:
+                self.task_memory_bytes.labels(kind).observe(size_bytes)
+        if task.HasField("prediction"):
+            for part, error in prediction_errors(task).items():
+                self.prediction_errors.labels(part).observe(abs(error))
+
+
+def prediction_errors(task: TaskRecord) -> dict[str, float]:
+    """(predicted - measured) / measured of each part of an accepted task's cost that was predicted."""
+    expected, errors = task.prediction, {}
+    for part in ("download", "local", "upload"):
+        measured = getattr(task.timings, f"{part}_seconds")
+        if expected.HasField(f"{part}_seconds") and measured > 0:
+            errors[part] = getattr(expected, f"{part}_seconds") / measured - 1
+    if expected.peak_memory_bytes and task.peak_memory_bytes:
+        errors["memory"] = expected.peak_memory_bytes / task.peak_memory_bytes - 1
+    return errors
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import pytest
 from fedgrpc.errors import UsageError
 from fedgrpc.metrics import Metrics, serve_metrics
 from fedgrpc.v1.device_pb2 import Timings
-from fedgrpc.v1.round_pb2 import Round, TaskRecord
+from fedgrpc.v1.round_pb2 import Prediction, Round, TaskRecord
 
 
 def _round() -> Round:
@@ -17,6 +17,9 @@ def _round() -> Round:
         download_bytes=100,
         upload_bytes=20,
         timings=Timings(download_seconds=0.5, local_seconds=4, upload_seconds=1, global_seconds=0.02),
+        peak_memory_bytes=300 << 20,
+        tensor_bytes=5 << 20,
+        prediction=Prediction(local_seconds=6, peak_memory_bytes=150 << 20),
     )
     late = TaskRecord(worker="pi-2", phase="TASK_PHASE_LATE", download_bytes=100)
     return Round(number=7, phase="ROUND_PHASE_COMMITTED", tasks=[accepted, late], duration_seconds=6)
@@ -42,6 +45,10 @@ def test_an_ended_round_is_counted_with_its_tasks_bytes_and_times() -> None:
         'fedgrpc_payload_bytes_total{direction="upload"} 20.0',
         'fedgrpc_phase_seconds_sum{phase="local"} 4.0',
         'fedgrpc_phase_seconds_count{phase="global"} 1.0',
+        'fedgrpc_task_memory_bytes_sum{kind="resident"} 3.145728e+08',
+        'fedgrpc_task_memory_bytes_sum{kind="tensors"} 5.24288e+06',
+        'fedgrpc_prediction_error_ratio_sum{part="local"} 0.5',
+        'fedgrpc_prediction_error_ratio_sum{part="memory"} 0.5',
         "fedgrpc_round_seconds_sum 6.0",
         "fedgrpc_current_round 7.0",
         "fedgrpc_model_version 8.0",

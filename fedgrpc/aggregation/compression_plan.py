@@ -21,6 +21,10 @@ Every part may be left out, and any combination is a plan. In TOML:
     [arithmetic]
     format = "float16"
     emulated = true                # every operation rounded, even where the machine has the type
+
+A large device may train the prefixes that small ones have along with its own model, in each step:
+
+    nested = [0.5, 0.25]
 """
 
 from __future__ import annotations
@@ -109,9 +113,15 @@ class CompressionPlan:
     clustering: Clustering | None = None
     quantization: Quantization | None = None
     arithmetic: Arithmetic | None = None
+    nested: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         self.sub_model(0)
+        for width in self.nested:
+            _check(0 < width < 1, f"a nested width is above 0 and below 1, not {width:g}")
+        prefix = self.width == 1 or self.rule == "prefix"
+        _check(not self.nested or prefix, f"prefixes cannot be nested in a slice by the rule {self.rule!r}")
+        _check(not self.nested or self.quantization is None, "nested widths are not trained with quantization")
 
     def sub_model(self, round_number: int) -> SubModel:
         """The channels that are trained in a round."""
@@ -121,7 +131,7 @@ class CompressionPlan:
     def plain(self) -> bool:
         """Whether the local model is the global one, or a slice of it, and nothing more is done on the device."""
         techniques = (self.pruning, self.clustering, self.quantization, self.arithmetic)
-        return not self.personal_layers and all(part is None for part in techniques)
+        return not self.personal_layers and not self.nested and all(part is None for part in techniques)
 
     def is_personal(self, name: str) -> bool:
         """Whether the tensor of that name never leaves the device."""
@@ -240,6 +250,10 @@ def _read(kind: type, table: Mapping[str, Any], what: str) -> Any:
 
 def _value(value: Any, declared: Any, what: str) -> Any:
     """`value` if it is of the declared type, given by name; whole numbers do for fractions."""
+    if declared == "tuple[float, ...]":
+        if isinstance(value, list) and all(type(each) in (int, float) for each in value):
+            return tuple(map(float, value))
+        raise UsageError(f"{what} is a list of numbers, not {value!r}")
     if declared.startswith("tuple"):
         if isinstance(value, list) and all(isinstance(each, str) for each in value):
             return tuple(value)
@@ -257,7 +271,7 @@ def _of(value: Any) -> tuple[dataclasses.Field[Any], ...]:
 
 def _line(name: str, value: Any) -> str:
     if isinstance(value, tuple):
-        return f"{name} = [{', '.join(map(_quoted, value))}]"
+        return f"{name} = [{', '.join(_quoted(each) if isinstance(each, str) else repr(each) for each in value)}]"
     if isinstance(value, bool):
         return f"{name} = {str(value).lower()}"
     return f"{name} = {_quoted(value) if isinstance(value, str) else repr(value)}"

@@ -96,6 +96,12 @@ class CoordinateMean(TensorMean):
             if self._weights is not None:
                 self._weights += weight
             return
+        self.add_each(values, weight, coverage, scale=scale)
+
+    def add_each(
+        self, values: np.ndarray, weight: np.ndarray | float, coverage: Coverage, *, scale: float = 1.0
+    ) -> None:
+        """The same where each value may have a weight of its own: an array that goes with `values`."""
         if coverage.shape != self._shape or values.shape != coverage.value_shape:
             raise ValueError(f"shape {values.shape} is not {coverage.value_shape} of {self._shape}")
         if self._weights is None:
@@ -136,7 +142,7 @@ class CoordinateMean(TensorMean):
         """The mean, float64, and 0 where `untouched`; call it once, after at least one `add`."""
         if self._weights is None:
             return super().result()
-        if not (self._weights > 0).any():
+        if self._weights.size and not (self._weights > 0).any():
             raise ValueError("a mean needs at least one update of positive weight")
         total = self._sum.reshape(self._shape)
         mean: np.ndarray = np.divide(total, self._weights, out=np.zeros_like(total), where=self._weights > 0)

@@ -2,7 +2,8 @@
 
     T_local    = seconds per unit of work  *  work(plan)
     T_upload   = bytes(plan) / rate up,  T_download = bytes(plan) / rate down
-    memory     = what the process takes without a model  +  bytes of weights, gradients and optimizer state
+    memory     = what the process takes without a model  +  bytes of weights, gradients, optimizer state and
+                 activations; weights go with the square of the width, activations with the width
 
 The rule: every number is a median of what was measured on this device; its profile stands in until there is any.
 The work of a plan is its share of the whole model's weights, plus a part that no slicing saves. Each prediction
@@ -24,6 +25,8 @@ UNSHRINKABLE_SHARE = 0.2
 PROCESS_BYTES = 300 << 20
 # Weights, gradients, velocities, and the weights that were given, to count the update from.
 COPIES = 4
+# The first three of them are in an observation's `tensor_bytes`.
+_TRAINED = 3
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class PlanSize:
 
 @dataclass(frozen=True)
 class Observation:
-    """What one task cost: seconds, bytes, peak resident memory, and the share of the model that was trained."""
+    """What one task cost: seconds, bytes, peak resident memory, tensors in it, the share of the model trained."""
 
     share: float
     weights_bytes: int
@@ -57,6 +60,7 @@ class Observation:
     download_bytes: int
     upload_bytes: int
     peak_memory_bytes: int = 0
+    tensor_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,14 +112,15 @@ def choose(
     why = ""
     for plan in plans:
         prediction = predict(device, history, size_of(plan))
-        misfit = _misfit(device, prediction, deadline_s)
-        if not misfit:
+        unfit = misfit(device, prediction, deadline_s)
+        if not unfit:
             return Choice(plan, prediction, why or "the most capable plan fits")
-        why = f"a larger one {misfit}"
-    return Choice(plans[-1], prediction, f"none fits: the smallest {misfit}")
+        why = f"a larger one {unfit}"
+    return Choice(plans[-1], prediction, f"none fits: the smallest {unfit}")
 
 
-def _misfit(device: Device, prediction: Prediction, deadline_s: float) -> str:
+def misfit(device: Device, prediction: Prediction, deadline_s: float) -> str:
+    """Why the device cannot keep a plan that costs so much; "" if it can."""
     if device.memory_bytes and prediction.peak_memory_bytes > device.memory_bytes:
         return f"takes {prediction.peak_memory_bytes >> 20} MiB of {device.memory_bytes >> 20}"
     if prediction.total_s > deadline_s:
@@ -176,12 +181,14 @@ def _work(share: float) -> float:
 def _memory_bytes(history: Sequence[Observation], size: PlanSize) -> int:
     """A process's peak never falls, so the largest model it has had explains it."""
     seen = [each for each in history if each.peak_memory_bytes]
-    base = PROCESS_BYTES
+    base, activations = PROCESS_BYTES, 0.0
     if seen:
         peak = max(each.peak_memory_bytes for each in seen)
-        largest = max(each.weights_bytes for each in seen)
-        base = max(0, peak - COPIES * largest)
-    return base + COPIES * size.weights_bytes
+        largest = max(seen, key=lambda each: each.weights_bytes)
+        held = max(0, largest.tensor_bytes - _TRAINED * largest.weights_bytes)
+        base = max(0, peak - held - COPIES * largest.weights_bytes)
+        activations = held * math.sqrt(size.share / largest.share)
+    return base + COPIES * size.weights_bytes + round(activations)
 
 
 def payload_bytes(elements: int, bits_per_element: float, plan: CompressionPlan) -> int:

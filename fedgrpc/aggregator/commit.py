@@ -20,9 +20,11 @@ from typing import TypeVar
 import numpy as np
 
 from fedgrpc.aggregation.channels import Selection
+from fedgrpc.aggregation.compression_plan import CompressionPlan
 from fedgrpc.aggregation.coverage import CoordinateMean
 from fedgrpc.aggregation.merged import add_merged
 from fedgrpc.aggregation.packed import coverage_of, unpack
+from fedgrpc.aggregation.precision import rounding_noise, say
 from fedgrpc.aggregation.server_optimizer import ServerOptimizer
 from fedgrpc.aggregator.model_file import ModelFile, ModelWriter
 from fedgrpc.aggregator.uploads import Fill, StoredUpdate, UpdateFile
@@ -44,12 +46,24 @@ Stepped = list[tuple[np.ndarray, tuple[np.ndarray, ...]]]
 
 
 @dataclass(frozen=True)
+class Formats:
+    """The number formats in which an update was trained, by its plan, and in how many steps."""
+
+    plan: CompressionPlan
+    steps: int
+
+    def noise(self, spec: TensorSpec, values: np.ndarray) -> np.ndarray | None:
+        """As `rounding_noise`, of the part of a tensor that the update covers."""
+        return rounding_noise(self.plan, spec.name, values, self.steps, len(spec.shape))
+
+
+@dataclass(frozen=True)
 class Commit:
     """What a new version is made of. `updates` are (token, weight) in slot order; `load` finds a token's file.
 
     `parts` names the tokens whose updates are of a part of the model, and the slice (None: all channels) of each;
     `merged` those whose updates are means themselves, and what such an update says that it weighs. `scales` are
-    factors on the differences of an update; without: 1.
+    factors on the differences of an update; without: 1. `formats` names those whose say falls with their noise.
     A coordinate that no update covers keeps its value, and the optimizer what it remembers of it.
     """
 
@@ -62,6 +76,7 @@ class Commit:
     parts: Mapping[str, Selection | None] = field(default_factory=dict)
     merged: Mapping[str, float] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
+    formats: Mapping[str, Formats] = field(default_factory=dict)
 
     @property
     def memory_layout(self) -> Layout:
@@ -107,7 +122,8 @@ class Commit:
             if (plain := self._plain(group, load, stack)) is not None:
                 return plain
         specs = [self.base.layout[index] for index in group]
-        means = means_of(specs, self.updates, load, self.parts, self.merged, self.scales)
+        base = {self.base.layout[index].name: self.base.tensor(index) for index in group if self.formats}
+        means = means_of(specs, self.updates, load, self.parts, self.merged, self.scales, self.formats, base)
         stepped: Stepped = []
         for index, spec, mean in zip(group, specs, means, strict=True):
             if mean.covers_nothing:
@@ -201,6 +217,8 @@ def means_of(
     parts: Mapping[str, Selection | None],
     merged: Mapping[str, float],
     scales: Mapping[str, float] = MappingProxyType({}),
+    formats: Mapping[str, Formats] = MappingProxyType({}),
+    base: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> list[CoordinateMean]:
     """The mean of each of these tensors over the updates, all of them as `Commit` has them."""
     means = [CoordinateMean(spec.shape) for spec in specs]
@@ -216,7 +234,13 @@ def means_of(
                 elif spec.name in reader.names:
                     whole = coverage_of(spec, parts[token])
                     values, coverage = unpack(spec.name, reader.names, reader.tensor, whole)
-                    mean.add(values, weight, coverage, scale=scale)
+                    noise = None
+                    if token in formats and spec.is_float:
+                        noise = formats[token].noise(spec, coverage.take(base[spec.name]))
+                    if noise is None:
+                        mean.add(values, weight, coverage, scale=scale)
+                    else:
+                        mean.add_each(values, weight * say(noise, values), coverage, scale=scale)
     return means
 
 

@@ -6,12 +6,10 @@ against that, whoever restarts in between. The channels are a worker's word, che
 
 from __future__ import annotations
 
-import math
 import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import structlog
@@ -20,15 +18,8 @@ from google.protobuf.message import DecodeError
 from fedgrpc.aggregation import packed
 from fedgrpc.aggregation.channels import ChannelMap, Selection, SubModel
 from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
-from fedgrpc.aggregation.prediction import (
-    Device,
-    Observation,
-    PlanSize,
-    Prediction,
-    choose,
-    errors_of,
-    payload_bytes,
-)
+from fedgrpc.aggregation.plan_size import size_of
+from fedgrpc.aggregation.prediction import Choice, Observation, PlanSize, choose, errors_of, predict
 from fedgrpc.aggregation.update import TensorLike
 from fedgrpc.aggregator.durable import fsync_folder
 from fedgrpc.aggregator.fleet import Worker
@@ -43,8 +34,8 @@ from fedgrpc.rpc.local_model import (
     plans_to_proto,
     sub_model_from_proto,
 )
+from fedgrpc.rpc.planning import counts, device_of, observation_of, prediction_from_proto
 from fedgrpc.v1 import round_pb2, tensor_pb2
-from fedgrpc.v1.device_pb2 import DeviceProfile
 
 log = structlog.get_logger()
 
@@ -111,8 +102,8 @@ class LocalModels:
         self._models = models
         self._path = path
         self._histories: dict[str, deque[Observation]] = {}
-        self._predictions: dict[str, Prediction] = {}
         self._selections: dict[tuple[str, int], Selection] = {}
+        self._sizes: dict[tuple[CompressionPlan, float], PlanSize] = {}
         self._channels = self._read()
 
     def use(self, plans: PlanTable) -> None:
@@ -133,73 +124,56 @@ class LocalModels:
         """Whether some plan is of a narrower model, whose channels nobody has told yet."""
         return self._channels is None and any(plan.width < 1 for plan in self._plans.plans)
 
-    def task_of(self, worker: Worker, sizing: Sizing, round_number: int) -> LocalTask:
-        """What a worker trains; the whole width until the channels are known."""
-        device = worker.registration.device
-        if self._plans.automatic and device.device_class not in self._plans.classes:
-            plan = self._chosen(worker.name, device, sizing)
-        else:
-            plan = self._plans.plan_of(device.device_class)
-        sub_model = SubModel() if self._channels is None else plan.sub_model(round_number)
-        return LocalTask(plan, sub_model)
+    def task_of(self, worker: Worker, sizing: Sizing, round_number: int) -> tuple[LocalTask, Choice]:
+        """What a worker trains, and what to expect of it; the whole width until the channels are known."""
+        choice = self._choice(worker, sizing)
+        sub_model = SubModel() if self._channels is None else choice.plan.sub_model(round_number)
+        return LocalTask(choice.plan, sub_model), choice
 
-    def _chosen(self, name: str, device: DeviceProfile, sizing: Sizing) -> CompressionPlan:
-        about = Device(device.memory_bytes, device.uplink_bits_per_second, device.downlink_bits_per_second)
-        history = self._histories.get(name, ())
-        choice = choose(
-            self._plans.automatic, partial(self._size, sizing), about, list(history), sizing.deadline_s
-        )
+    def _choice(self, worker: Worker, sizing: Sizing) -> Choice:
+        about = device_of(worker.registration.device)
+        device_class = worker.registration.device.device_class
+        history = list(self._histories.get(worker.name, ()))
+        bits = 8 * sizing.download_bytes / max(1, sum(spec.size for spec in sizing.layout))
+
+        def size(plan: CompressionPlan) -> PlanSize:
+            return self._size(plan, sizing.layout, bits)
+
+        if not self._plans.automatic or device_class in self._plans.classes:
+            plan = self._plans.plan_of(device_class)
+            pinned = device_class in self._plans.classes
+            reason = f"the plan of {device_class}" if pinned else "the plan of every device without one of its own"
+            return Choice(plan, predict(about, history, size(plan)), reason)
+        choice = choose(self._plans.automatic, size, about, history, sizing.deadline_s)
         log.info(
             "plan chosen",
-            worker=name,
+            worker=worker.name,
             plan=choice.plan.to_toml(),
             reason=choice.reason,
             predicted_s=round(choice.prediction.total_s, 3),
         )
-        self._predictions[name] = choice.prediction
-        return choice.plan
+        return choice
 
-    def _size(self, sizing: Sizing, plan: CompressionPlan) -> PlanSize:
-        whole = sum(spec.size for spec in sizing.layout)
-        shapes = packed.sub_layout(sizing.layout, self._any_selection(plan))
-        elements = sum(math.prod(shape) for shape in shapes.values())
-        bits = 8 * sizing.download_bytes / max(1, whole)
-        return PlanSize(
-            elements / max(1, whole),
-            4 * elements,
-            math.ceil(elements * bits / 8),
-            payload_bytes(elements, bits, plan),
-        )
-
-    def _any_selection(self, plan: CompressionPlan) -> Selection | None:
-        """A slice as wide as the plan's; which channels it has makes no difference to its size."""
-        if self._channels is None or plan.width == 1:
-            return None
-        return self._channels.select(SubModel(plan.width))
+    def _size(self, plan: CompressionPlan, layout: Layout, bits: float) -> PlanSize:
+        """The same for every worker with this plan, and a fleet has thousands."""
+        key = (plan, round(bits, 2))
+        if key not in self._sizes:
+            if len(self._sizes) >= _MAX_SELECTIONS:
+                self._sizes.clear()
+            self._sizes[key] = size_of(plan, layout, self._channels, bits)
+        return self._sizes[key]
 
     def observe(self, record: round_pb2.Round, layout: Layout) -> None:
         """Learn from a committed round what its tasks cost, and say how far the predictions were off."""
-        whole = max(1, sum(spec.size for spec in layout))
-        for task in record.tasks:
-            if task.phase != round_pb2.TASK_PHASE_ACCEPTED or task.kind != round_pb2.TASK_KIND_TRAIN:
-                continue
-            local = LocalTask.from_proto(task.local_model)
-            shapes = packed.sub_layout(layout, self._any_selection(CompressionPlan(local.sub_model.width)))
-            elements = sum(math.prod(shape) for shape in shapes.values())
-            seen = Observation(
-                elements / whole,
-                4 * elements,
-                task.timings.download_seconds,
-                task.timings.local_seconds,
-                task.timings.upload_seconds,
-                task.download_bytes,
-                task.upload_bytes,
-                task.peak_memory_bytes,
-            )
+        for task in filter(counts, record.tasks):
+            width = LocalTask.from_proto(task.local_model).sub_model.width
+            seen = observation_of(task, self._size(CompressionPlan(width), layout, 8.0))
             self._histories.setdefault(task.worker, deque(maxlen=_KEPT)).append(seen)
-            if prediction := self._predictions.pop(task.worker, None):
-                errors = {part: round(error, 3) for part, error in errors_of(prediction, seen).items()}
-                log.info("prediction checked", worker=task.worker, relative_errors=errors)
+            if task.HasField("prediction"):
+                errors = errors_of(prediction_from_proto(task.prediction), seen)
+                shown = {part: round(error, 3) for part, error in errors.items()}
+                tell = log.info if self._plans.automatic else log.debug
+                tell("prediction checked", round=record.number, worker=task.worker, relative_errors=shown)
 
     def selection(self, sub_model: SubModel, version: int) -> Selection | None:
         """The slice's coverage of every tensor; None for the whole model.
@@ -231,6 +205,7 @@ class LocalModels:
             return
         self._write(channel_map)
         self._channels = channel_map
+        self._sizes.clear()
 
     def _write(self, channel_map: ChannelMap) -> None:
         unfinished = self._path.with_suffix(".part")

@@ -9,6 +9,7 @@ from pathlib import Path
 from fedgrpc.aggregation.channels import Selection
 from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.commit import Commit as CommitFiles
+from fedgrpc.aggregator.commit import Formats
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.model_file import write_model
 from fedgrpc.aggregator.report import CurrentRound
@@ -63,9 +64,21 @@ class NewVersion:
                 parts,
                 merged,
                 current.scales,
+                self._formats(current, weights),
             )
             digest = await asyncio.to_thread(files.write, path, it.models.memory_path(number))
         return Version(number, current.state.number, digest)
+
+    def _formats(self, current: CurrentRound, tokens: Iterable[str]) -> dict[str, Formats]:
+        """Of the updates whose say falls with the noise of their formats."""
+        if not self._settings.precision_weights:
+            return {}
+        plans = {token: current.local_task(token).plan for token in tokens}
+        return {
+            token: Formats(plan, current.reports[token].steps)
+            for token, plan in plans.items()
+            if plan.arithmetic is not None or plan.quantization is not None
+        }
 
     async def learn_channels(self, token: str) -> None:
         """Keep the channels that the update of that token tells, if they are wanted."""

@@ -20,6 +20,7 @@ from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.rounds.choosing import Choosing
 from fedgrpc.rounds.events import Deadline, Select, Selected
 from fedgrpc.rounds.state import Round, RoundPhase, step
+from fedgrpc.rpc.planning import prediction_to_proto
 from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
 
 log = structlog.get_logger()
@@ -121,5 +122,6 @@ class Offering:
         for token, name in selected.tasks:
             # An aggregator takes the whole model: its workers have devices of their own.
             if not it.fleet.get(name).leads:
-                task = it.local_models.task_of(it.fleet.get(name), sizing, current.state.number)
+                task, choice = it.local_models.task_of(it.fleet.get(name), sizing, current.state.number)
                 current.local_tasks[token] = task
+                current.predictions[token] = prediction_to_proto(choice)

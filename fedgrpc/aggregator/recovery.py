@@ -108,6 +108,10 @@ class Recovery:
         started_at = record.started_at.ToNanoseconds() / 1e9
         it.current = current = CurrentRound(state, record.kind, record.base_version, started_at, reports=reports)
         self._take_over(current, open_round.tasks)
+        expected = {task.worker: task.prediction for task in record.tasks if task.HasField("prediction")}
+        current.predictions = {
+            row.token: expected[row.worker] for row in open_round.tasks if row.worker in expected
+        }
         await self._offering.prepare_download(current)
         log.info("round resumed", run=self._settings.run_name, round=record.number, accepted=len(reports))
 

@@ -19,8 +19,8 @@ from fedgrpc.rpc.convert import (
     timings_to_proto,
 )
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
+from fedgrpc.v1.round_pb2 import Prediction, RoundPhase, TaskKind, TaskPhase, TaskRecord
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
-from fedgrpc.v1.round_pb2 import RoundPhase, TaskKind, TaskPhase, TaskRecord
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Report:
     peak_memory_bytes: int
     merged_updates: int = 0
     weight: float = 0.0
+    tensor_bytes: int = 0
 
     @classmethod
     def of(cls, header: UpdateHeader, policy: AdmissionPolicy) -> Report:
@@ -60,6 +61,7 @@ class Report:
             header.peak_memory_bytes,
             header.merged_updates,
             header.weight if header.merged_updates else 0.0,
+            header.tensor_bytes,
         )
 
     def uploaded_in(self, seconds: float) -> Report:
@@ -71,7 +73,8 @@ class Report:
 class CurrentRound:
     """The round in progress: its pure state, and what the shell knows of it. Times are wall times, seconds.
 
-    `download_bytes` are by slice ("" is the whole model), `offered_bytes` of it by worker, `local_tasks` by token.
+    `download_bytes` are by slice ("" is the whole model), `offered_bytes` of it by worker, `local_tasks` and
+    `predictions` by token.
     `due_at`, by the clock of `state`: until when an aggregator above waits; None: there is none.
     """
 
@@ -82,6 +85,7 @@ class CurrentRound:
     download_bytes: dict[str, int] = field(default_factory=dict)
     offered_bytes: dict[str, int] = field(default_factory=dict)
     local_tasks: dict[str, LocalTask] = field(default_factory=dict)
+    predictions: dict[str, Prediction] = field(default_factory=dict)
     reports: dict[str, Report] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
@@ -157,6 +161,8 @@ class CurrentRound:
             record.download_bytes = usual_bytes if local.slice else offered_bytes
         if not local.plain:
             record.local_model.CopyFrom(local.to_proto())
+        if token in self.predictions:
+            record.prediction.CopyFrom(self.predictions[token])
         if report := self.reports.get(token):
             record.example_count = report.example_count
             record.steps = report.steps
@@ -167,5 +173,6 @@ class CurrentRound:
             record.timings.CopyFrom(timings_to_proto(timings))
             record.upload_bytes = report.upload_bytes
             record.peak_memory_bytes = report.peak_memory_bytes
+            record.tensor_bytes = report.tensor_bytes
             record.merged_updates = report.merged_updates
         return record

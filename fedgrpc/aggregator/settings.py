@@ -113,6 +113,7 @@ class AggregatorSettings:
     upload_recipe: str = "int8+zstd"
     worker_weights: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     normalize_steps: bool = False
+    precision_weights: bool = False
     staleness_exponent: float = 0.5
     server_optimizer: str = "fedavg"
     server_learning_rate: float | None = None

@@ -126,6 +126,10 @@ SETTINGS: list[Setting] = [
         "--normalize-steps/--no-normalize-steps",
         "Each update counts by its direction, not by its steps (FedNova); --momentum must be what workers use.",
     ),
+    _mean(
+        "--precision-weights/--plain-weights",
+        "An update's say in a coordinate also falls with the noise that its local model's number format adds.",
+    ),
     _mean("--staleness-exponent", "An update that is N versions late counts (1 + N) to the minus this."),
     _mean("--server-optimizer", "What to make of the mean.", type=click.Choice(list(OPTIMIZERS))),
     _mean("--server-learning-rate", "Its step size; without: its usual one."),

@@ -26,6 +26,7 @@ _COMMANDS: Final = {
     "demo": "fedgrpc.cli.demo.command:COMMAND",
     "status": "fedgrpc.cli.status:COMMAND",
     "watch": "fedgrpc.cli.watch:COMMAND",
+    "plan": "fedgrpc.cli.plan:COMMAND",
     "health": "fedgrpc.cli.health:COMMAND",
     "simulate": "fedgrpc.cli.simulate:COMMAND",
 }

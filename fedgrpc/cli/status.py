@@ -12,13 +12,19 @@ from google.protobuf.json_format import MessageToDict
 from fedgrpc.cli.common import client_settings, client_tls
 from fedgrpc.cli.operator import AGGREGATOR_SETTING, operator
 from fedgrpc.cli.options import Declare, SettingsCommand
-from fedgrpc.cli.view import piped_console, print_table, rounds_table, run_line, workers_table
+from fedgrpc.cli.view import piped_console, predictions_table, print_table, rounds_table, run_line, workers_table
 
 _show = Declare("What to show")
 
 SETTINGS = [
     AGGREGATOR_SETTING,
     _show("--json/--table", "JSON, for programs.", name="as_json", default=False),
+    _show(
+        "--plans/--no-plans",
+        "What the last round's tasks were expected to cost, and did cost.",
+        name="plans",
+        default=False,
+    ),
     _show("--rounds", "How many of the last rounds.", type=click.IntRange(1, 1000), default=5),
     *client_settings(),
 ]
@@ -38,7 +44,10 @@ async def _status(values: dict[str, Any]) -> None:
         return
     console = piped_console()
     console.print(run_line(run), style="bold", highlight=False)
-    for table in (rounds_table(rounds), workers_table(workers)):
+    tables = [rounds_table(rounds), workers_table(workers)]
+    if values["plans"]:
+        tables.append(predictions_table(rounds))
+    for table in tables:
         if table.row_count:
             console.print()
             print_table(console, table)

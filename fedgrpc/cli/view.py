@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fedgrpc.metrics import prediction_errors
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase, WorkerRecord, WorkerState
 from fedgrpc.v1.device_pb2 import WorkerRole
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind, TaskPhase, TaskRecord
@@ -38,6 +39,7 @@ _ROLES: Mapping[int, str] = {
     WorkerRole.WORKER_ROLE_EVALUATOR: "evaluator",
     WorkerRole.WORKER_ROLE_AGGREGATOR: "aggregator",
 }
+_ACCEPTED = TaskPhase.TASK_PHASE_ACCEPTED
 _PIPE_COLUMNS = 120
 _DONE = (RoundPhase.ROUND_PHASE_COMMITTED, RoundPhase.ROUND_PHASE_ABANDONED)
 
@@ -186,6 +188,33 @@ def workers_table(workers: Sequence[WorkerRecord]) -> Table:
             f"{record.rounds_accepted}/{record.rounds_selected}",
         )
     return table
+
+
+def predictions_table(rounds: Sequence[Round]) -> Table:
+    """Of the last of these rounds that has any: each accepted task's cost measured and predicted."""
+    table = _table("worker", "plan", ">T_local", ">T_upload", ">T_download", ">memory", "tensors")
+    for record in reversed(rounds):
+        tasks = [task for task in record.tasks if task.HasField("prediction") and task.phase == _ACCEPTED]
+        for task in tasks:
+            errors = prediction_errors(task)
+            its, seen = task.prediction, task.timings
+            times = (
+                _beside(
+                    seconds(getattr(seen, f"{part}_seconds")), getattr(its, f"{part}_seconds"), errors.get(part)
+                )
+                for part in ("local", "upload", "download")
+            )
+            memory = _beside(size(task.peak_memory_bytes), its.peak_memory_bytes, errors.get("memory"), size)
+            tensors = size(task.tensor_bytes) if task.tensor_bytes else ""
+            table.add_row(task.worker, task.local_model.sub_model or "whole", *times, memory, tensors)
+        if tasks:
+            return table
+    return table
+
+
+def _beside(measured: str, expected: float, error: float | None, shown: Callable[[float], str] = seconds) -> str:
+    """`1.20 s (1.00 s, -17%)`: as measured, as predicted, and how far that was off."""
+    return measured if error is None else f"{measured} ({shown(expected)}, {error:+.0%})"
 
 
 def _state(record: WorkerRecord) -> str:

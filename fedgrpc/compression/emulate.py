@@ -33,6 +33,9 @@ _MOVES = {
     aten.threshold_backward.default,
     aten.zero_.default,
 }
+# Their second output is a count of the batch, kept for the backward pass: no number that training computes with,
+# and of more examples than a small format can count.
+_COUNTING = {aten.nll_loss_forward.default, aten.nll_loss2d_forward.default}
 
 
 class Emulation(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -62,6 +65,9 @@ class Emulation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         if func in _MOVES or func.is_view:
             return out
+        if func in _COUNTING and isinstance(out, tuple):
+            loss, count = out
+            return self.round(loss), count
         written = _written(func, args, kwargs)
         for tensor in written:
             tensor.copy_(self.round(tensor))

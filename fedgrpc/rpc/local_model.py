@@ -22,7 +22,9 @@ _ALL = ("*",)
 def local_model_to_proto(plan: CompressionPlan, sub_model: SubModel) -> round_pb2.LocalModel:
     """What a worker is told of its local model."""
     message = round_pb2.LocalModel(
-        sub_model="" if sub_model.whole else str(sub_model), personal_layers=plan.personal_layers
+        sub_model="" if sub_model.whole else str(sub_model),
+        personal_layers=plan.personal_layers,
+        nested_widths=plan.nested,
     )
     if part := plan.pruning:
         across = part.scope == "global"
@@ -75,6 +77,7 @@ def compression_from_proto(message: round_pb2.LocalModel) -> CompressionPlan:
             else None,
             quantization=_quantization(message.quantization) if message.HasField("quantization") else None,
             arithmetic=_arithmetic(message.arithmetic) if message.HasField("arithmetic") else None,
+            nested=tuple(message.nested_widths),
         )
     except UsageError as error:
         raise LayoutError(f"the plan cannot be kept: {error}") from error

@@ -6,7 +6,7 @@ The rule: a task says nothing about compression. Its `model()` is traced once, w
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedgrpc.aggregation.compression_plan import CompressionPlan
 from fedgrpc.compression.local_model import LocalModel
+from fedgrpc.compression.nested import Nested
 from fedgrpc.compression.slicing import check_slice, resized, shapes_of
 from fedgrpc.compression.tracing import Channels, trace_channels
 from fedgrpc.tasks.torch_weights import load_weights, named_tensors, weights_of
@@ -31,6 +32,11 @@ class Widths:
     def channels(self) -> Channels:
         """The module's channel groups. Raises UsageError when it cannot be traced."""
         return trace_channels(self._module, self._example())
+
+    def nested(self, module: nn.Module, widths: Sequence[float]) -> Nested | None:
+        """What is to be trained along with a loaded module; None where nothing is narrower."""
+        nested = Nested(module, self.channels.map, shapes_of(self._module), widths) if widths else None
+        return nested or None
 
     def loaded(self, weights: Weights) -> nn.Module:
         """The module itself with these weights or, where they are narrower, a narrower one.

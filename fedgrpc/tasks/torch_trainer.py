@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +20,12 @@ from torch.utils.data import Dataset
 
 from fedgrpc.aggregation.channels import ChannelMap
 from fedgrpc.aggregation.compression_plan import CompressionPlan
+from fedgrpc.compression.nested import Nested
 from fedgrpc.data.partition import parse_part, parse_partition
 from fedgrpc.errors import TaskError, UsageError
 from fedgrpc.tasks.torch_batches import Batches, batches_of, choose_device, labels_of, subset_of
 from fedgrpc.tasks.torch_local import Compression, Widths
+from fedgrpc.tasks.torch_memory import TensorBytes
 from fedgrpc.tasks.torch_optimizer import Optimizer
 from fedgrpc.tasks.torch_weights import weights_of
 from fedgrpc.worker.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights
@@ -94,8 +98,11 @@ class TorchTrainer:
             if job.compression is not None:
                 result = self._train_local(module, weights, job, job.compression)
             else:
-                mean_loss, steps = self._run(job, module, module)
-                result = TrainResult(weights_of(module), len(self._train), steps, {"loss": mean_loss})
+                ran = self._run(job, module, module)
+                metrics = {"loss": ran.mean_loss}
+                result = TrainResult(
+                    weights_of(module), len(self._train), ran.steps, metrics, tensor_bytes=ran.tensor_bytes
+                )
         _check_finite(result.weights)
         return result
 
@@ -103,19 +110,20 @@ class TorchTrainer:
         compression = Compression(module, plan, given, job.seed)
         local = compression.local
         with local.arithmetic():
-            mean_loss, steps = self._run(job, local.module, local)
-        metrics = {"loss": mean_loss}
+            ran = self._run(job, local.module, local, self._widths.nested(local.module, plan.nested))
+        metrics = {"loss": ran.mean_loss}
         trained = compression.trained()
         if self._held_out is not None and len(self._held_out):
             local.module.eval()
             scores = _means(self._task, local.outputs, self._held_out)
             metrics |= {f"local_{name}": value for name, value in scores.items()}
         clustered = tuple(local.clusters)
+        start, masks = compression.start, compression.masks
         return TrainResult(
-            trained, len(self._train), steps, metrics, compression.start, compression.masks, clustered
+            trained, len(self._train), ran.steps, metrics, start, masks, clustered, ran.tensor_bytes
         )
 
-    def _run(self, job: TrainJob, model: nn.Module, forward: Forward) -> tuple[float, int]:
+    def _run(self, job: TrainJob, model: nn.Module, forward: Forward, nested: Nested | None = None) -> Ran:
         task = self._task
         model.train()
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -127,6 +135,7 @@ class TorchTrainer:
         losses: list[Tensor] = []
         examples: list[int] = []
         steps = 0
+        memory = TensorBytes(parameters)
         for indices in job.batches(len(self._train), task.batch_size):
             steps += 1
             if len(indices) == 1 and lonely_batch_fails:
@@ -134,14 +143,17 @@ class TorchTrainer:
             inputs, targets = self._train.batch(indices)
             for parameter in parameters:
                 parameter.grad = None
-            loss = task.loss(forward(task.prepare(inputs, True)), targets)
-            loss.backward()  # type: ignore[no-untyped-call]
+            prepared = task.prepare(inputs, True)
+            with memory.counting() if steps == 1 else nullcontext():
+                loss = task.loss(forward(prepared), targets)
+                total = _with_nested(loss, nested, partial(task.loss, targets=targets), prepared)
+            total.backward()  # type: ignore[no-untyped-call]
             if job.proximal_mu:
                 _pull_back(parameters, start, job.proximal_mu)
             optimizer.step()
             losses.append(loss.detach())
             examples.append(len(indices))
-        return _mean_loss(losses, examples), steps
+        return Ran(_mean_loss(losses, examples), steps, memory.total)
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
         """Means over the held-out examples of `loss` and the task's metrics."""
@@ -151,6 +163,15 @@ class TorchTrainer:
             module = self._widths.loaded(weights).eval()
             metrics = _means(self._task, module, self._held_out)
         return EvalResult(len(self._held_out), metrics)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What training came to; `tensor_bytes` of its first step."""
+
+    mean_loss: float
+    steps: int
+    tensor_bytes: int
 
 
 def _mean_loss(losses: list[Tensor], examples: list[int]) -> float:
@@ -196,6 +217,15 @@ def _pull_back(parameters: list[nn.Parameter], start: list[Tensor], mu: float) -
     for parameter, origin in zip(parameters, start, strict=True):
         if parameter.grad is not None:
             parameter.grad.add_(parameter.detach() - origin, alpha=mu)
+
+
+def _with_nested(
+    loss: Tensor, nested: Nested | None, loss_of: Callable[[Tensor], Tensor], inputs: Tensor
+) -> Tensor:
+    """The sum of the model's own loss and those of the narrower ones in it."""
+    if nested is None:
+        return loss
+    return torch.stack([loss, *nested.losses(loss_of, inputs.to(loss.dtype))]).sum()
 
 
 @contextmanager

@@ -129,20 +129,22 @@ class LocalModels(_message.Message):
     def __init__(self, default: _Optional[_Union[LocalModel, _Mapping]] = ..., classes: _Optional[_Mapping[str, LocalModel]] = ..., automatic: _Optional[_Iterable[_Union[LocalModel, _Mapping]]] = ...) -> None: ...
 
 class LocalModel(_message.Message):
-    __slots__ = ("sub_model", "personal_layers", "pruning", "clustering", "quantization", "arithmetic")
+    __slots__ = ("sub_model", "personal_layers", "pruning", "clustering", "quantization", "arithmetic", "nested_widths")
     SUB_MODEL_FIELD_NUMBER: _ClassVar[int]
     PERSONAL_LAYERS_FIELD_NUMBER: _ClassVar[int]
     PRUNING_FIELD_NUMBER: _ClassVar[int]
     CLUSTERING_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     ARITHMETIC_FIELD_NUMBER: _ClassVar[int]
+    NESTED_WIDTHS_FIELD_NUMBER: _ClassVar[int]
     sub_model: str
     personal_layers: _containers.RepeatedScalarFieldContainer[str]
     pruning: Pruning
     clustering: Clustering
     quantization: Quantization
     arithmetic: Arithmetic
-    def __init__(self, sub_model: _Optional[str] = ..., personal_layers: _Optional[_Iterable[str]] = ..., pruning: _Optional[_Union[Pruning, _Mapping]] = ..., clustering: _Optional[_Union[Clustering, _Mapping]] = ..., quantization: _Optional[_Union[Quantization, _Mapping]] = ..., arithmetic: _Optional[_Union[Arithmetic, _Mapping]] = ...) -> None: ...
+    nested_widths: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, sub_model: _Optional[str] = ..., personal_layers: _Optional[_Iterable[str]] = ..., pruning: _Optional[_Union[Pruning, _Mapping]] = ..., clustering: _Optional[_Union[Clustering, _Mapping]] = ..., quantization: _Optional[_Union[Quantization, _Mapping]] = ..., arithmetic: _Optional[_Union[Arithmetic, _Mapping]] = ..., nested_widths: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Pruning(_message.Message):
     __slots__ = ("ratio", "across_layers", "layers")
@@ -183,7 +185,7 @@ class Arithmetic(_message.Message):
     def __init__(self, format: _Optional[str] = ..., stochastic_rounding: _Optional[bool] = ..., emulated: _Optional[bool] = ...) -> None: ...
 
 class TaskRecord(_message.Message):
-    __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes", "local_model", "merged_updates", "steps", "staleness", "scale", "chosen")
+    __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes", "local_model", "merged_updates", "steps", "staleness", "scale", "chosen", "prediction", "tensor_bytes")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +212,8 @@ class TaskRecord(_message.Message):
     STALENESS_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
     CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    PREDICTION_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     worker: str
     kind: TaskKind
     phase: TaskPhase
@@ -229,7 +233,23 @@ class TaskRecord(_message.Message):
     staleness: int
     scale: float
     chosen: str
-    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., phase: _Optional[_Union[TaskPhase, str]] = ..., reason: _Optional[str] = ..., example_count: _Optional[int] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., progress: _Optional[float] = ..., device_class: _Optional[str] = ..., peak_memory_bytes: _Optional[int] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., merged_updates: _Optional[int] = ..., steps: _Optional[int] = ..., staleness: _Optional[int] = ..., scale: _Optional[float] = ..., chosen: _Optional[str] = ...) -> None: ...
+    prediction: Prediction
+    tensor_bytes: int
+    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., phase: _Optional[_Union[TaskPhase, str]] = ..., reason: _Optional[str] = ..., example_count: _Optional[int] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., progress: _Optional[float] = ..., device_class: _Optional[str] = ..., peak_memory_bytes: _Optional[int] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., merged_updates: _Optional[int] = ..., steps: _Optional[int] = ..., staleness: _Optional[int] = ..., scale: _Optional[float] = ..., chosen: _Optional[str] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ..., tensor_bytes: _Optional[int] = ...) -> None: ...
+
+class Prediction(_message.Message):
+    __slots__ = ("download_seconds", "local_seconds", "upload_seconds", "peak_memory_bytes", "reason")
+    DOWNLOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PEAK_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    download_seconds: float
+    local_seconds: float
+    upload_seconds: float
+    peak_memory_bytes: int
+    reason: str
+    def __init__(self, download_seconds: _Optional[float] = ..., local_seconds: _Optional[float] = ..., upload_seconds: _Optional[float] = ..., peak_memory_bytes: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class WorkerHistory(_message.Message):
     __slots__ = ("timings", "selected_in", "loss", "example_count", "endings")

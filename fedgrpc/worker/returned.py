@@ -37,6 +37,7 @@ def train_result(returned: Any) -> TrainResult:
         returned.start,
         returned.masks,
         returned.clustered,
+        _count("tensor_bytes", returned.tensor_bytes),
     )
 
 

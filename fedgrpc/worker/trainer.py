@@ -115,6 +115,7 @@ class TrainResult:
 
     Of a compressed local model, `start` has the weights that training began with (None: the given ones), `masks`
     where a tensor was trained at all (bool of its shape), and `clustered` the tensors of few different values.
+    `tensor_bytes` is what weights, gradients, optimizer state and the backward pass took; 0: not known.
     """
 
     weights: Weights
@@ -124,6 +125,7 @@ class TrainResult:
     start: Weights | None = None
     masks: Weights = field(default_factory=dict)
     clustered: Collection[str] = ()
+    tensor_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Hooks:
 class Outcome:
     """What the local work gave. `weights` are trained, initial, or None for scores alone.
 
-    `start`, `masks` and `clustered` are those of `TrainResult`.
+    `start`, `masks`, `clustered` and `tensor_bytes` are those of `TrainResult`.
     """
 
     weights: Weights | None
@@ -67,6 +67,7 @@ class Outcome:
     masks: Weights = field(default_factory=dict)
     clustered: Collection[str] = ()
     channels: ChannelMap | None = None
+    tensor_bytes: int = 0
 
 
 def evaluate(trainer: Trainer, weights: Weights, hooks: Hooks) -> EvalResult | None:
@@ -106,6 +107,7 @@ def train(
         result.masks,
         result.clustered,
         channels,
+        result.tensor_bytes,
     )
 
 
@@ -212,6 +214,7 @@ def _header(
         evaluation_example_count=scores.example_count,
         timings=timings_to_proto(timings),
         peak_memory_bytes=peak_memory_bytes(),
+        tensor_bytes=outcome.tensor_bytes,
     )
     if outcome.channels is not None:
         header.channels.CopyFrom(channels_to_proto(outcome.channels))

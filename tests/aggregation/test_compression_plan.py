@@ -69,7 +69,7 @@ def test_pruned_by_half_with_8_bit_weights_and_16_clusters_in_the_classifier_is_
 
 def test_the_example_in_the_documentation_is_a_plan() -> None:
     assert compression_plan.__doc__ is not None
-    plan = CompressionPlan.from_toml(compression_plan.__doc__.partition("In TOML:")[2])
+    plan = CompressionPlan.from_toml(compression_plan.__doc__.partition("In TOML:")[2].partition("A large")[0])
     assert plan.width == 0.5
     assert plan.arithmetic == Arithmetic("float16", emulated=True)
 
@@ -78,6 +78,9 @@ def test_the_default_changes_nothing_and_has_no_text() -> None:
     assert CompressionPlan().to_toml() == ""
     assert CompressionPlan().plain
     assert CompressionPlan(width=0.5).plain
+    assert not CompressionPlan(nested=(0.5,)).plain
+    assert CompressionPlan.from_toml("nested = [0.5, 0.25]") == CompressionPlan(nested=(0.5, 0.25))
+    assert CompressionPlan.from_toml(CompressionPlan(nested=(0.5, 0.25)).to_toml()).nested == (0.5, 0.25)
     assert not CompressionPlan(personal_layers=("head.*",)).plain
 
 
@@ -98,6 +101,10 @@ def test_the_default_changes_nothing_and_has_no_text() -> None:
         ("[arithmetic]\nformat = 'float12'", "no number format"),
         ("[arithmetic]\nrounding = 'up'", "nearest or stochastic"),
         ("width 0.5", "is TOML"),
+        ("nested = [0.5, 1.0]", "nested width is above 0 and below 1"),
+        ("nested = 0.5", "list of numbers"),
+        ("nested = [0.5]\nwidth = 0.5\nrule = 'rolling'", "cannot be nested"),
+        ("nested = [0.5]\n[quantization]", "not trained with quantization"),
     ],
 )
 def test_a_plan_that_is_none_is_refused_with_the_reason(text: str, complaint: str) -> None:

@@ -116,3 +116,12 @@ def test_errors_are_relative_to_what_was_measured() -> None:
 )
 def test_bytes_of_an_update_follow_from_its_plan(plan: CompressionPlan, bits: float) -> None:
     assert payload_bytes(8000, 32, plan) == 1000 * bits
+
+
+def test_activations_shrink_with_the_width_and_weights_with_its_square() -> None:
+    """Of 90 MiB of tensors 30 are weights, gradients and velocities, 60 activations; 10 are the weights given."""
+    whole = PlanSize(1.0, 10 * MIB, MIB, MIB)
+    history = [Observation(1.0, 10 * MIB, 1, 1, 1, MIB, MIB, 400 * MIB, 90 * MIB)]
+    assert predict(Device(), history, whole).peak_memory_bytes == 400 * MIB
+    quarter = predict(Device(), history, PlanSize(0.25, 10 * MIB // 4, MIB, MIB)).peak_memory_bytes
+    assert quarter == (400 - 30 - 30) * MIB

@@ -19,6 +19,7 @@ from fedgrpc.compression.float_format import (
     FixedFormat,
     FloatFormat,
     NumberFormat,
+    parse_format,
 )
 from fedgrpc.models import build_model
 from fedgrpc.tasks.torch_optimizer import MomentumSgd
@@ -149,3 +150,15 @@ def test_the_module_is_as_before_and_so_is_arithmetic_outside() -> None:
     assert list(model.state_dict()) == names
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert (torch.tensor(1.0) + 0.001).item() != 1.0
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "fixed16.10"])
+def test_a_batch_of_more_examples_than_the_format_can_count_has_a_finite_gradient(name: str) -> None:
+    """1000 is beyond 448, and beyond 32; the gradient of each example's logits is a thousandth of p - y."""
+    logits = torch.zeros(1000, 2, requires_grad=True)
+    with Emulation(parse_format(name), "stochastic", seed=0):
+        functional.cross_entropy(logits, torch.arange(1000) % 2).backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    # Half of a thousandth is less than the smallest number, and so many of them are none or that number.
+    assert logits.grad.abs().mean().item() == pytest.approx(0.0005, rel=0.2)

@@ -231,6 +231,15 @@ async def test_a_device_gets_the_largest_plan_that_its_link_can_carry_and_then_w
     assert first["a"].local_model.sub_model == "prefix:0.5"
     assert not first["b"].HasField("local_model")
     assert not second["a"].HasField("local_model")
+    # What was expected is kept with the task: by the declared rates first, then by what was seen.
+    expected = first["a"].prediction
+    assert "a larger one takes" in expected.reason
+    assert expected.upload_seconds == pytest.approx(6.6, rel=0.2)
+    assert not expected.HasField("local_seconds")
+    again = second["a"].prediction
+    assert again.upload_seconds < 5
+    assert again.local_seconds > 0
+    assert again.peak_memory_bytes > 1 << 20
 
 
 @pytest.mark.parametrize(

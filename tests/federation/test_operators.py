@@ -105,6 +105,7 @@ async def test_a_round_tells_of_each_task_and_where_its_time_went(tmp_path):
         task, other_task = await asyncio.gather(device.task(), other.task())
         timings = device_pb2.Timings(download_seconds=1.0, local_seconds=2.0, upload_seconds=9.0)
         about = {"timings": timings, "metrics": {"train_loss": 0.5}, "peak_memory_bytes": 77, "example_count": 30}
+        about["tensor_bytes"] = 66
         await device.push(task, **about)
         await other.push(other_task, metrics={"train_loss": 1.5})
         await running.until_finished()
@@ -112,6 +113,7 @@ async def test_a_round_tells_of_each_task_and_where_its_time_went(tmp_path):
         seen = next(item for item in round_.tasks if item.worker == "a")
         assert (seen.kind, seen.device_class) == (round_pb2.TASK_KIND_TRAIN, "jetson-nano")
         assert (seen.example_count, seen.weight, seen.peak_memory_bytes) == (30, 30.0, 77)
+        assert seen.tensor_bytes == 66
         assert (seen.download_bytes, seen.upload_bytes, seen.progress) == (8168, 8168, 1.0)
         assert (seen.timings.download_seconds, seen.timings.local_seconds) == (1.0, 2.0)
         assert 0 < seen.timings.upload_seconds < 5

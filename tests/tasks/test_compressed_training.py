@@ -168,3 +168,22 @@ def test_a_model_that_cannot_be_sliced_keeps_its_width() -> None:
         array.shape == trainer.initial_weights()[name].shape
         for name, array in sliced(trainer, SubModel(0.5)).items()
     )
+
+
+def test_a_plan_with_nested_widths_makes_the_prefix_learn_what_the_whole_model_learns(
+    trainer: TorchTrainer,
+) -> None:
+    """After training the whole model alone, its prefix is worth little; trained along, it is as good."""
+
+    def accuracies(plan: CompressionPlan | None) -> tuple[float, float]:
+        job = TrainJob(epochs=8, batch_size=16, learning_rate=0.1, seed=3, compression=plan)
+        trained = trainer.train(trainer.initial_weights(), job).weights
+        selection = trainer.channels().select(SubModel(0.25))
+        prefix = {name: selection.coverage(name, array.shape).take(array) for name, array in trained.items()}
+        scores = [trainer.evaluate(weights) for weights in (trained, prefix)]
+        return scores[0].metrics["accuracy"], scores[1].metrics["accuracy"]  # type: ignore[union-attr]
+
+    _, alone = accuracies(None)
+    whole, along = accuracies(CompressionPlan(nested=(0.5, 0.25)))
+    assert along > alone + 0.1
+    assert along > whole - 0.1

@@ -176,3 +176,14 @@ def test_the_torch_example_is_25_lines_without_a_federated_word() -> None:
     code = [line for line in lines if line.strip()]
     assert len(code) <= 25
     assert not any(word in " ".join(code) for word in ("round", "client", "aggregat", "federat", "worker"))
+
+
+def test_pointnet_tells_solids_apart_after_a_few_rounds() -> None:
+    torch.set_num_threads(1)
+    trainer = load_trainer("fedgrpc.tasks.shapes", options={"count": "500", "points": "32"})
+    assert accuracy(trainer, averaged_rounds([trainer], 2, 3.0)) > 0.5
+
+
+def test_shapes_take_no_data() -> None:
+    with pytest.raises(UsageError, match="take no --data"):
+        load_trainer("fedgrpc.tasks.shapes", data=ROOT)

@@ -37,6 +37,7 @@ class WorkerSummary:
     global_s: float
     download_s: float
     peak_memory_bytes: int
+    tensor_bytes: int = 0
 
     @property
     def total_s(self) -> float:
@@ -121,6 +122,7 @@ def _summary(tasks: Sequence[TaskRecord]) -> WorkerSummary:
         global_s=times["global"],
         download_s=times["download"],
         peak_memory_bytes=max((task.peak_memory_bytes for task in accepted), default=0),
+        tensor_bytes=max((task.tensor_bytes for task in accepted), default=0),
     )
 
 

@@ -1,0 +1,125 @@
+"""What `fedgrpc plan` plans for: a task's model, devices, and what training has cost them."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedgrpc.aggregation.channels import ChannelMap
+from fedgrpc.aggregation.compression_plan import CompressionPlan
+from fedgrpc.aggregation.coverage import Coverage
+from fedgrpc.aggregation.plan_size import size_of
+from fedgrpc.aggregation.prediction import Device, Observation, PlanSize
+from fedgrpc.cli.operator import Operator
+from fedgrpc.codec.layout import Layout, spec_of
+from fedgrpc.codec.payload import write_payload
+from fedgrpc.codec.recipe import Recipe
+from fedgrpc.errors import UsageError
+from fedgrpc.metrics import prediction_errors
+from fedgrpc.rpc.local_model import sub_model_from_proto
+from fedgrpc.rpc.planning import counts, device_of, observation_of
+from fedgrpc.v1.aggregator_pb2 import WorkerRecord
+from fedgrpc.v1.device_pb2 import WORKER_ROLE_TRAINER
+from fedgrpc.v1.round_pb2 import Round
+from fedgrpc.worker.trainer import SliceableTrainer, Trainer, TrainJob, Weights
+
+# As many as the aggregator itself goes by.
+_KEPT = 16
+
+
+@dataclass(frozen=True)
+class Model:
+    """What plans are sized by: the task's model, and bits on the wire for each of its elements."""
+
+    layout: Layout
+    channels: ChannelMap | None
+    bits_per_element: float
+
+    def size_of(self, plan: CompressionPlan) -> PlanSize:
+        """The plan's share of this model."""
+        return size_of(plan, self.layout, self.channels, self.bits_per_element)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A device, what its tasks have cost, and by how much each prediction of them was off, by part."""
+
+    name: str
+    device: Device
+    history: tuple[Observation, ...] = ()
+    errors: tuple[Mapping[str, float], ...] = ()
+
+
+def model_of(trainer: Trainer, encoding: str) -> Model:
+    """Read a task's model; its payload is made once to see what the encoding does. Raises UsageError."""
+    weights = trainer.initial_weights()
+    layout = tuple(spec_of(name, array) for name, array in weights.items())
+    payload = write_payload(weights, Recipe.parse(encoding), io.BytesIO(), np.random.default_rng(0))
+    elements = max(1, sum(array.size for array in weights.values()))
+    channels = trainer.channels() if isinstance(trainer, SliceableTrainer) else None
+    return Model(layout, channels, 8 * payload.size_bytes / elements)
+
+
+def measured(
+    trainer: Trainer, model: Model, widths: Sequence[float], steps: int, epochs: float
+) -> list[Observation]:
+    """What a round's training of each width takes on this machine, told from `steps` of it; smallest first."""
+    weights, found = trainer.initial_weights(), []
+    for width in sorted(set(widths)):
+        its = model.size_of(CompressionPlan(width))
+        given = _sliced(weights, model.channels, CompressionPlan(width))
+        _train(trainer, given, 1, epochs)  # loads and allocates what all later steps find
+        local_s, tensor_bytes = _train(trainer, given, steps, epochs)
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        found.append(Observation(its.share, its.weights_bytes, 0, local_s, 0, 0, 0, peak_bytes, tensor_bytes))
+    return found
+
+
+def _train(trainer: Trainer, weights: Weights, steps: int, epochs: float) -> tuple[float, int]:
+    """Seconds that all steps of the epochs would take, and bytes of tensors."""
+    done = itertools.count(1)
+    totals: list[int] = []
+    job = TrainJob(
+        epochs=epochs,
+        time_left_s=lambda: float(steps - next(done)),
+        report=lambda _, total: totals.append(total),
+    )
+    begun = time.perf_counter()
+    result = trainer.train(weights, job)
+    return (time.perf_counter() - begun) * totals[-1] / max(1, result.steps), result.tensor_bytes
+
+
+def _sliced(weights: Weights, channels: ChannelMap | None, plan: CompressionPlan) -> Weights:
+    if channels is None or plan.width == 1:
+        return weights
+    selection = channels.select(plan.sub_model(0), weights)
+    coverages: dict[str, Coverage] = {name: selection.coverage(name, its.shape) for name, its in weights.items()}
+    return {name: coverages[name].take(array).copy() for name, array in weights.items()}
+
+
+async def subjects(aggregator: Operator, model: Model, name: str | None) -> list[Subject]:
+    """The devices of a running aggregator, with what its rounds say of them. Raises UsageError, LinkError."""
+    records = [each for each in await aggregator.workers() if name in (None, each.worker)]
+    if not records:
+        raise UsageError("the aggregator knows no worker" + (f" {name!r}" if name else ""))
+    rounds = await aggregator.all_rounds()
+    trainers = [record for record in records if name or record.role == WORKER_ROLE_TRAINER]
+    return [_subject(record, rounds, model) for record in trainers]
+
+
+def _subject(record: WorkerRecord, rounds: Sequence[Round], model: Model) -> Subject:
+    tasks = [task for each in rounds for task in each.tasks if task.worker == record.worker and counts(task)]
+    tasks = tasks[-_KEPT:]
+    widths = [sub_model_from_proto(task.local_model).width for task in tasks]
+    history = tuple(
+        observation_of(task, model.size_of(CompressionPlan(width)))
+        for task, width in zip(tasks, widths, strict=True)
+    )
+    errors = tuple(prediction_errors(task) for task in tasks if task.HasField("prediction"))
+    return Subject(record.worker, device_of(record.device), history, errors)

@@ -1,0 +1,67 @@
+"""`fedgrpc plan`: what plans would cost a device, before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedgrpc.cli.main import run
+
+DIGITS = ("plan", "--task", "fedgrpc.tasks.digits")
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """The first device's JSON."""
+    assert run([*DIGITS, "--json", *arguments]) == 0
+    first: dict[str, Any] = json.loads(capsys.readouterr().out)[0]
+    return first
+
+
+def test_each_plan_has_its_times_memory_and_bytes_and_the_first_that_fits_is_chosen(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    described = ("--local-time", "10s", "--uplink", "1mbit", "--downlink", "4mbit", "--memory", "512MB")
+    found = answer(capsys, *described, "--deadline", "8s")
+    whole, half, quarter = found["plans"]
+    assert whole["local_s"] == pytest.approx(10)
+    assert whole["upload_s"] == pytest.approx(8 * whole["upload_bytes"] / 1e6)
+    assert whole["download_s"] == pytest.approx(8 * whole["download_bytes"] / 4e6)
+    assert whole["total_s"] > half["total_s"] > quarter["total_s"]
+    assert whole["upload_bytes"] > half["upload_bytes"] > quarter["upload_bytes"]
+    assert whole["misfit"].startswith("takes 10.1 s of 8")
+    assert found["chosen"] == half["plan"] == "width = 0.5\n"
+    assert found["reason"] == "a larger one takes 10.1 s of 8"
+
+
+def test_a_table_marks_the_plan_that_is_chosen_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*DIGITS, "--memory", "128MB"]) == 0
+    shown = capsys.readouterr().out
+    assert "*  width = 0.25" in shown
+    assert "chosen: width = 0.25: none fits: the smallest takes 300 MiB of 122" in shown
+
+
+def test_this_device_is_measured_and_so_are_the_tensors_that_training_takes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = answer(capsys, "--measure", "2")
+    assert found["measured_tasks"] == 3
+    whole, _, quarter = found["plans"]
+    assert whole["local_s"] > 0
+    assert whole["peak_memory_bytes"] > quarter["peak_memory_bytes"] > 50 << 20
+
+
+def test_plans_come_from_the_same_file_as_the_aggregators(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plans.toml").write_text("[[automatic]]\n[[automatic]]\nwidth = 0.5\npruning.ratio = 0.3\n")
+    found = answer(capsys, "--plans", str(tmp_path / "plans.toml"))
+    assert [each["plan"] for each in found["plans"]] == ["", "width = 0.5\n\n[pruning]\nratio = 0.3\n"]
+    assert found["chosen"] == ""
+
+
+def test_a_worker_is_of_an_aggregator(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*DIGITS, "--worker", "pi-1"]) == 2
+    assert "--aggregator" in capsys.readouterr().err
