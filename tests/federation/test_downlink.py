@@ -9,7 +9,10 @@ from safetensors.numpy import load_file, save_file
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.codec.payload import PayloadReader, buffer_reader, tensors_of
 from fedgrpc.errors import UsageError
+from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.convert import manifest_from_proto
+from fedgrpc.worker.client import AggregatorClient
+from fedgrpc.worker.held import ModelFolder, Source
 from fedgrpc.worker.trainer import TrainResult
 from tests.federation.federation import PATIENCE_S, Shifter, aggregating, working
 
@@ -233,3 +236,31 @@ async def test_few_forms_are_kept_of_each_version_whatever_workers_hold(tmp_path
 def test_a_difference_encoding_whose_errors_would_grow_is_refused(tmp_path):
     with pytest.raises(UsageError, match="errors would grow"):
         AggregatorSettings(tmp_path, difference_recipe="entropy:c=5+zstd")
+
+
+async def test_a_device_that_holds_a_sum_keeps_it_through_its_restart_and_asks_for_nothing_twice(tmp_path):
+    async with aggregating(tmp_path, rounds=3, policy=ALONE, **INT8) as running:
+        run_id = (await running.run()).id
+        steady = Holder(await running.device("a"))
+
+        def source(version):
+            return Source(run_id, version, "int8+zstd")
+
+        async with open_channel(running.address) as channel:
+            client, folder = AggregatorClient(channel, "b"), ModelFolder(tmp_path / "model")
+            await client.pull(folder, source(1))
+            await a_round(steady, 1)
+            await running.until_ended(1)
+            held = await client.pull(folder, source(2))
+            assert held.origin.sha256 != held.manifest.sha256
+            for name, values in held_on_disk(running, 2)[held.origin.sha256].items():
+                np.testing.assert_array_equal(held.weights()[name], values)
+            assert await client.pull(folder, source(2)) is held
+            again = ModelFolder(tmp_path / "model")
+            assert (again.held.source, again.held.origin) == (held.source, held.origin)
+            assert await client.pull(again, source(2)) is again.held
+            await a_round(steady, 2)
+            await running.until_ended(2)
+            assert (await client.pull(again, source(3))).origin.sha256 in held_on_disk(running, 3)
+            names = {path.name for path in (tmp_path / "model").iterdir() if path.name.isdigit()}
+            assert names == {"00000003"}
