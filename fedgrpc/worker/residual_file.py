@@ -69,9 +69,10 @@ def _read_tensors(file: Any, header: dict[str, Any]) -> Residual:
     tensors, crc32 = {}, 0
     for spec in wanted:
         array = np.empty(spec.shape, spec.numpy_dtype)
-        data = file.read(spec.nbytes)
+        data = array.reshape(-1).view(np.uint8).data
+        if file.readinto(data) != spec.nbytes:
+            raise ValueError("it is cut short")
         crc32 = zlib.crc32(data, crc32)
-        array.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
         tensors[spec.name] = array
     if crc32 != header["crc32"]:
         raise ValueError("its CRC does not match")
