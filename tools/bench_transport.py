@@ -211,7 +211,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--contestants", type=_contestants, default=list(CONTESTANTS), help="parts of their names")
     parser.add_argument("--folder", type=Path, help="where data folders go")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.rounds < 2 and not args.latency:
+        parser.error("at least two rounds count")
+    return args
 
 
 def _choices(text: str, known: tuple[str, ...]) -> list[str]:
