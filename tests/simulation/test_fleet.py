@@ -94,7 +94,7 @@ def test_a_learned_deadline_cuts_off_the_few_that_are_far_slower() -> None:
     classes = (replace(EXACT, count=95), replace(EXACT, name="slow", count=5, train_s=2000.0))
     rules: dict[str, Any] = {"max_participants": 40, "min_workers": 40, "quorum": 20, "deadline_s": 3000.0}
     rules |= {"over_selection": 1.2}
-    result = _play(classes, hours=12.0, deadline="learned", policy=rules)
+    result = _play(classes, hours=5.0, deadline="learned", policy=rules)
     deadlines = [line.deadline_s for line in result.lines]
     assert deadlines[0] == 3000.0
     assert np.median(deadlines[1:]) == pytest.approx(1.2 * (TASK_S - 0.1), rel=0.1)
@@ -138,8 +138,8 @@ def test_the_same_seed_gives_the_same_result_and_another_seed_another() -> None:
 
 def test_oort_prefers_the_fast_and_leaves_nobody_out() -> None:
     classes = (replace(EXACT, count=50), replace(EXACT, name="slow", count=50, train_s=240.0))
-    uniform = _play(classes, hours=24.0, policy={"over_selection": 1.5})
-    oort = _play(classes, hours=24.0, policy={"over_selection": 1.5}, selection="oort")
+    uniform = _play(classes, hours=8.0, policy={"over_selection": 1.5})
+    oort = _play(classes, hours=8.0, policy={"over_selection": 1.5}, selection="oort")
     assert oort.rounds_per_hour > 1.1 * uniform.rounds_per_hour
     assert min(line.tasks for line in oort.classes) > 50
     assert oort.classes[0].tasks > 1.2 * oort.classes[1].tasks
