@@ -246,7 +246,7 @@ def table(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Final accuracy over bytes a round, up alone and both ways, log axis."""
+    """Final accuracy over bytes a round, log axis: up, of encodings of the way up; both, of those of both ways."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -257,7 +257,10 @@ def plot(rows: list[dict], path: Path) -> None:
         (axes[0], "bytes up a round", lambda r: r["up_per_round"]),
         (axes[1], "bytes both ways a round", lambda r: r["up_per_round"] + r["down_per_round"]),
     ):
+        of_both = axis is axes[1]
         for row in rows:
+            if row["name"] != "float32" and (" / " in row["name"]) != of_both:
+                continue
             mark = "^" if " EF" in row["name"] else "o"
             axis.plot(size(row) / 1e6, 100 * row["accuracy"], mark)
             axis.annotate(row["name"].replace("+zstd", ""), (size(row) / 1e6, 100 * row["accuracy"]), fontsize=6)
