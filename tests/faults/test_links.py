@@ -22,6 +22,8 @@ from tests.faults.steadfast import Steadfast
 from tests.faults.tasks import MODEL
 from tests.federation.federation import PATIENCE_S, Device, Shifter, aggregating, working
 
+pytestmark = pytest.mark.faults
+
 UPLOADING = round_pb2.TASK_PHASE_UPLOADING
 PAYLOAD_BYTES = sum(a.nbytes for a in MODEL.values())
 
@@ -183,7 +185,6 @@ class Waiting(aggregator_pb2_grpc.AggregatorServicer):
 STRICT = [("grpc.http2.max_ping_strikes", 2), ("grpc.http2.min_ping_interval_without_data_ms", 300_000)]
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("options", [[], STRICT], ids=["as we serve", "as gRPC serves"])
 async def test_frequent_pings_are_not_too_many_for_an_aggregator(options):
     """gRPC's own limits end the connection of a client that pings as this one does, once a second; ours do not."""

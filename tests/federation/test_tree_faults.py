@@ -7,6 +7,7 @@ import signal
 from contextlib import AsyncExitStack
 
 import numpy as np
+import pytest
 
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
@@ -24,6 +25,8 @@ from tests.federation.process import again, aggregator_process, free_address
 from tests.federation.tree import leading, leaf_process
 
 ACCEPTED, FAILED = round_pb2.TASK_PHASE_ACCEPTED, round_pb2.TASK_PHASE_FAILED
+pytestmark = pytest.mark.faults
+
 LATE = round_pb2.TASK_PHASE_LATE
 
 

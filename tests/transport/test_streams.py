@@ -150,6 +150,7 @@ async def test_a_reader_that_stops_reading_keeps_nobody_from_the_model(tmp_path)
         assert rest == payload
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("options", "survives"),
     [(SERVER_OPTIONS, True), ([("grpc.so_reuseport", 0)], False)],
