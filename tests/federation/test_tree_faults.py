@@ -24,9 +24,9 @@ from tests.federation.federation import (
 from tests.federation.process import again, aggregator_process, free_address
 from tests.federation.tree import leading, leaf_process
 
-ACCEPTED, FAILED = round_pb2.TASK_PHASE_ACCEPTED, round_pb2.TASK_PHASE_FAILED
 pytestmark = pytest.mark.faults
 
+ACCEPTED, FAILED = round_pb2.TASK_PHASE_ACCEPTED, round_pb2.TASK_PHASE_FAILED
 LATE = round_pb2.TASK_PHASE_LATE
 
 
