@@ -23,6 +23,8 @@ from tests.faults.tasks import MODEL
 from tests.federation.federation import PATIENCE_S
 from tests.federation.process import free_address, process
 
+pytestmark = pytest.mark.faults
+
 ROUNDS = 3
 # One start is killed after another, on one run: for `make test`.
 CHAIN = ["register-stored-not-answered", "mid-push", "recovering", "renamed-not-counted", "within-the-transaction"]
@@ -148,7 +150,6 @@ def nothing_lost_and_nothing_twice(played, rounds, expected):
     assert played.kept.tallies == dict.fromkeys(TRAINERS, (rounds, rounds))
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("point", AGGREGATOR)
 async def test_an_aggregator_killed_at_this_point_goes_on_as_if_it_had_not_been(
     tmp_path, tmp_path_factory, point, recovery_of

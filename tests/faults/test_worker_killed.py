@@ -21,8 +21,9 @@ from tests.faults.tasks import MODEL, Repeatable
 from tests.federation.federation import aggregating, working
 from tests.federation.process import process
 
+pytestmark = pytest.mark.faults
+
 ROUNDS = 3
-QUICK = ["training", "mid-upload", "residual-kept-update-not-removed"]
 EVERY = [point for point in WORKER if point != "reconnecting"]
 
 
@@ -82,12 +83,7 @@ async def uninterrupted(tmp_path_factory):
     return _uninterrupted[0]
 
 
-def matrix():
-    """A few points in `make test`, every point in `make faults`."""
-    return [pytest.param(point, marks=[] if point in QUICK else pytest.mark.faults) for point in EVERY]
-
-
-@pytest.mark.parametrize("point", matrix())
+@pytest.mark.parametrize("point", EVERY)
 async def test_a_worker_killed_at_this_point_loses_nothing_that_it_has_trained(
     tmp_path, tmp_path_factory, point, recovery_of
 ):
@@ -106,7 +102,6 @@ async def test_a_worker_killed_at_this_point_loses_nothing_that_it_has_trained(
     assert Repeatable.trained(folder / "data") == sorted([1, 2, 3, *again])
 
 
-@pytest.mark.faults
 async def test_a_worker_killed_while_it_reconnects_loses_nothing_that_it_has_trained(
     tmp_path, tmp_path_factory, recovery_of
 ):
