@@ -103,6 +103,15 @@ class Device:
     async def held(self, task, worker=None):
         return await self.stub.QueryPush(pb.QueryPushRequest(worker=worker or self.name, token=task.token))
 
+    async def until_held(self, task, size_bytes):
+        """Wait until so much of the update of `task` is in the aggregator's file.
+
+        Not for phase UPLOADING to be seen: that is told with the header, before there is a byte.
+        """
+        async with asyncio.timeout(PATIENCE_S):
+            while (await self.held(task)).committed_size_bytes < size_bytes:  # noqa: ASYNC110 - nobody tells of a byte
+                await asyncio.sleep(0.02)
+
     async def beat(self, task, phase=round_pb2.TASK_PHASE_TRAINING, progress=0.5, worker=None):
         request = pb.HeartbeatRequest(worker=worker or self.name, token=task.token, phase=phase, progress=progress)
         return await self.stub.Heartbeat(request)

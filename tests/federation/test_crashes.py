@@ -83,7 +83,7 @@ async def test_an_aggregator_killed_in_every_round_ends_with_the_model_of_one_th
         call = a.stub.PushUpdate()
         for message in (header, *chunks(payload)[:2]):
             await call.write(message)
-        await running.until_task("a", round_pb2.TASK_PHASE_UPLOADING)
+        await a.until_held(a_task, 2048)
         await process.kill()
 
     # Within an upload: it goes on at the byte that is held.
@@ -232,7 +232,7 @@ async def test_sigterm_lets_an_upload_end_and_waits_for_no_poll(tmp_path):
         await call.write(pb.PushUpdateRequest(header=a.header(a_task, manifest)))
         messages = chunks(payload)
         await call.write(messages[0])
-        await running.until_task("a", round_pb2.TASK_PHASE_UPLOADING)
+        await a.until_held(a_task, len(messages[0].chunk.data))
         process.send(signal.SIGTERM)
         await process.until("draining")
         for message in messages[1:]:

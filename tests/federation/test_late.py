@@ -23,7 +23,6 @@ from tests.federation.federation import (
 from tests.federation.process import aggregator_process
 
 ACCEPTED, LATE = round_pb2.TASK_PHASE_ACCEPTED, round_pb2.TASK_PHASE_LATE
-UPLOADING, TRAINING = round_pb2.TASK_PHASE_UPLOADING, round_pb2.TASK_PHASE_TRAINING
 # Every worker that has registered is waited for, as long as it takes.
 WINDOW = {"late": "carry", "min_workers": 2, "selection_window_s": 30.0}
 CARRY = {**WINDOW, "max_participants": 2, "over_selection": 1.5}
@@ -105,7 +104,7 @@ async def test_an_upload_that_is_under_way_when_its_round_ends_goes_on(tmp_path)
         await call.write(pb.PushUpdateRequest(header=devices[2].header(tasks[2], manifest)))
         first, *rest = chunks(payload)
         await call.write(first)
-        await running.until_task("late", UPLOADING)
+        await devices[2].until_held(tasks[2], len(first.chunk.data))
         await asyncio.gather(devices[0].push(tasks[0]), devices[1].push(tasks[1]))
         await running.until_ended(1)
         for message in rest:

@@ -12,7 +12,6 @@ from tests.federation.federation import MODEL, PATIENCE_S, aggregating, chunks, 
 
 ACCEPTED, LATE = round_pb2.TASK_PHASE_ACCEPTED, round_pb2.TASK_PHASE_LATE
 FAILED, EXPIRED = round_pb2.TASK_PHASE_FAILED, round_pb2.TASK_PHASE_EXPIRED
-UPLOADING = round_pb2.TASK_PHASE_UPLOADING
 
 
 async def fleet(running, *names):
@@ -229,7 +228,7 @@ async def test_a_silent_stream_gives_up_its_upload_slot(tmp_path, messages):
         for message in chunks(payload)[:messages]:
             await silent.write(message)
         if messages:
-            await running.until_task("b", UPLOADING)
+            await b.until_held(tasks[1], 2048)
         await until(running.kept_updates)
         with refused("RESOURCE_EXHAUSTED", "1 uploads are running; try again", "Exhausted"):
             await a.push(tasks[0])
@@ -248,7 +247,7 @@ async def test_a_second_stream_takes_over_from_one_that_hangs(tmp_path):
         hanging = b.stub.PushUpdate()
         await hanging.write(pb.PushUpdateRequest(header=b.header(tasks[1], manifest)))
         await hanging.write(chunks(payload)[0])
-        await running.until_task("b", UPLOADING)
+        await b.until_held(tasks[1], 2048)
         assert (await b.push(tasks[1], update_of(3.0), offset=2048)).complete
         assert (await a.push(tasks[0])).complete
         await running.until_finished()

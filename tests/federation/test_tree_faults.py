@@ -70,8 +70,9 @@ async def test_an_aggregator_below_that_is_killed_goes_on_in_the_same_round_and_
             manifest, payload = encoded(update_of(0.0))
             blocking = direct.stub.PushUpdate()
             await blocking.write(pb.PushUpdateRequest(header=direct.header(task, manifest, example_count=40)))
-            await blocking.write(chunks(payload)[0])
-            await root.until_task("direct", round_pb2.TASK_PHASE_UPLOADING)
+            first, *_ = chunks(payload)
+            await blocking.write(first)
+            await direct.until_held(task, len(first.chunk.data))
             assert (await y.push(y_task, update_of(5.0), example_count=10)).complete
             await process.until("disconnected")
             await process.kill()

@@ -78,7 +78,7 @@ async def test_a_worker_whose_uploads_have_taken_long_is_told_to_leave_more_time
         await call.write(header)
         first, *rest = chunks(payload)
         await call.write(first)
-        await running.until_task("slow", round_pb2.TASK_PHASE_UPLOADING)
+        await slow.until_held(tasks[0], len(first.chunk.data))
         await asyncio.sleep(1.0)
         for message in rest:
             await call.write(message)
