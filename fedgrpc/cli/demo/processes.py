@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -60,7 +61,7 @@ class Processes:
                 stderr=output,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=partial(die_with, os.getpid()),
                 pass_fds=pass_fds,
             )
         self._running[name] = process
@@ -100,7 +101,14 @@ def _send(processes: Sequence[asyncio.subprocess.Process], number: signal.Signal
                 process.send_signal(number)
 
 
-def _die_with_parent() -> None:
-    """Linux kills the child when the parent goes, even by SIGKILL; elsewhere only an orderly end does."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with(parent: int) -> None:
+    """Called in the child: Linux kills it when process `parent` goes, even by SIGKILL.
+
+    Elsewhere only an orderly end does.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        # It went before it was asked about.
+        os.kill(os.getpid(), signal.SIGKILL)
