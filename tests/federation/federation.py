@@ -190,6 +190,17 @@ class Running:
         await self.until(lambda _, it: it.number > number or (it.number == number and it.phase in ended))
         return await self.round(number)
 
+    def pass_time(self, seconds):
+        """The aggregator's clock jumps ahead: what would end by then ends now, and not before.
+
+        For deadlines and leases that are to run out: real ones, short enough to be waited for, would also run out
+        on a machine that stands still for as long.
+        """
+        coordinator = self.aggregator.coordinator
+        before = coordinator.clock
+        coordinator.clock = lambda: before() + seconds
+        coordinator.wake.set()
+
     async def until_finished(self):
         run, _ = await self.until(lambda run, _: run.phase == pb.RUN_PHASE_FINISHED)
         return run
@@ -209,11 +220,18 @@ class Running:
 
 
 def settings_for(folder, policy=None, **changes):
-    """Settings of a quick run of two workers from `MODEL`."""
+    """Settings of a quick run of two workers from `MODEL`.
+
+    No time runs out by itself here, nor does a round open without a worker that is only slow to poll: where a test
+    wants that, it says so, or lets the time pass (`Running.pass_time`).
+    """
     model = folder / "initial.safetensors"
     if not model.exists():
         save_file(MODEL, model)
-    values = {"min_workers": 2, "deadline_s": 20.0, "lease_s": 10.0, "selection_window_s": 0.2, **(policy or {})}
+    values = {
+        **{"min_workers": 2, "deadline_s": 600.0, "lease_s": 300.0, "selection_window_s": 30.0},
+        **(policy or {}),
+    }
     defaults = {
         "data_dir": folder / "aggregator",
         "address": "127.0.0.1:0",

@@ -115,7 +115,7 @@ async def aggregator_process(folder, *arguments, address="127.0.0.1:0", **how):
     settings = settings_for(folder)
     place = ["--data-dir", settings.data_dir, "--address", address]
     place += ["--initial-model", settings.initial_model]
-    round_ = ["--min-workers", 2, "--selection-window", "200ms", "--deadline", "2m", "--lease", "30s"]
+    round_ = ["--min-workers", 2, "--selection-window", "30s", "--deadline", "10m", "--lease", "5m"]
     async with process("aggregator", *place, *round_, "--no-evaluate", "--stay", *arguments, **how) as started:
         address = f"127.0.0.1:{(await started.until('serving'))['port']}"
         async with open_channel(address) as channel:

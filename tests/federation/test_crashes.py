@@ -6,7 +6,6 @@ import asyncio
 import os
 import random
 import signal
-import time
 
 import grpc
 import numpy as np
@@ -39,8 +38,7 @@ UPDATES = {
     for number in range(1, 6)
 }
 COUNTS = {"a": 10, "b": 31}
-# A round outlives the start of a second process, also where that takes half a minute.
-PATIENT = {"quorum": 2, "deadline_s": 120.0, "lease_s": 60.0}
+PATIENT = {"quorum": 2}
 
 
 async def push(device, task, offset=0):
@@ -160,6 +158,8 @@ async def test_an_aggregator_killed_at_random_loses_nothing_that_real_workers_ha
 
 async def test_a_worker_killed_with_a_finished_update_delivers_the_same_one_after_its_restart(tmp_path):
     data = tmp_path / "data"
+    data.mkdir()
+    (data / "wait").touch()
     async with aggregating(tmp_path, max_uploads=1, policy=PATIENT) as running:
         hand = await running.device("hand")
         async with worker_process(running, tmp_path, "pi", data) as process:
@@ -167,7 +167,11 @@ async def test_a_worker_killed_with_a_finished_update_delivers_the_same_one_afte
             manifest, payload = encoded(update_of(0.0))
             blocking = hand.stub.PushUpdate()
             await blocking.write(pb.PushUpdateRequest(header=hand.header(task, manifest)))
-            await blocking.write(chunks(payload)[0])
+            first, *_ = chunks(payload)
+            await blocking.write(first)
+            # Only then does the worker come to the upload, and finds the one slot taken.
+            await hand.until_held(task, len(first.chunk.data))
+            (data / "wait").unlink()
             await process.until("disconnected")
             assert len(Recorded.changes(data)) == 1
             await process.kill()
@@ -186,7 +190,7 @@ async def test_a_worker_killed_while_it_trains_is_replaced_within_the_round(tmp_
     data = tmp_path / "data"
     data.mkdir()
     (data / "wait").touch()
-    policy = {"lease_s": 2.0, "deadline_s": 120.0, "min_sample_size": 2, "max_participants": 2}
+    policy = {"lease_s": 60.0, "min_sample_size": 2, "max_participants": 2}
     async with aggregating(tmp_path, policy=policy, heartbeat_interval_s=0.3) as running:
         hand = await running.device("hand")
         async with worker_process(running, tmp_path, "pi", data) as process:
@@ -194,11 +198,12 @@ async def test_a_worker_killed_while_it_trains_is_replaced_within_the_round(tmp_
             await running.until_task("pi", round_pb2.TASK_PHASE_TRAINING)
             await process.kill()
             spare = await running.device("spare")
+            running.pass_time(60)
             await spare.push(await spare.task())
         await running.until_finished()
         seen = {item.worker: item for item in (await running.round()).tasks}
         assert seen["pi"].phase == round_pb2.TASK_PHASE_EXPIRED
-        assert "slow training: not heard of for 2 s" in seen["pi"].reason
+        assert "slow training: not heard of for 60 s" in seen["pi"].reason
         np.testing.assert_allclose(running.weights(2)["w"], MODEL["w"] + 1, rtol=1e-6)
 
 
@@ -223,10 +228,10 @@ async def test_a_worker_killed_while_it_trains_gets_its_task_again_after_its_res
 
 
 async def test_sigterm_lets_an_upload_end_and_waits_for_no_poll(tmp_path):
-    async with aggregator_process(tmp_path, "--drain", "1m") as (process, running):
-        a, b, idle = [await running.device(name) for name in ("a", "b", "idle")]
-        waiting = asyncio.create_task(idle.poll(30))
-        a_task = await a.task()
+    async with aggregator_process(tmp_path, "--drain", "5m") as (process, running):
+        a, b = [await running.device(name) for name in "ab"]
+        a_task, _ = await asyncio.gather(a.task(), b.task())
+        waiting = asyncio.create_task((await running.device("idle")).poll(30))
         manifest, payload = encoded(update_of())
         call = a.stub.PushUpdate()
         await call.write(pb.PushUpdateRequest(header=a.header(a_task, manifest)))
@@ -239,9 +244,8 @@ async def test_sigterm_lets_an_upload_end_and_waits_for_no_poll(tmp_path):
             await call.write(message)
         await call.done_writing()
         assert (await call).complete
-        begun = time.monotonic()
+        # Sooner than the drain may take, or this would not wait for so long.
         assert await process.ended() == 128 + signal.SIGTERM
-        assert time.monotonic() - begun < 20
         await asyncio.gather(waiting, return_exceptions=True)
     async with aggregator_process(tmp_path) as (process, running):
         a, b = again(running, a, b)
@@ -250,17 +254,14 @@ async def test_sigterm_lets_an_upload_end_and_waits_for_no_poll(tmp_path):
 
 
 async def test_a_second_sigterm_ends_at_once(tmp_path):
-    async with aggregator_process(tmp_path, "--drain", "1m") as (process, running):
+    async with aggregator_process(tmp_path, "--drain", "5m") as (process, running):
         a, b = [await running.device(name) for name in "ab"]
         tasks = await asyncio.gather(a.task(), b.task())
         call = a.stub.PushUpdate()
         await call.write(pb.PushUpdateRequest(header=a.header(tasks[0], encoded(update_of())[0])))
         process.send(signal.SIGTERM)
         await process.until("draining")
-        await asyncio.sleep(0.3)
         process.send(signal.SIGTERM)
-        begun = time.monotonic()
         assert await process.ended() == 128 + signal.SIGTERM
-        assert time.monotonic() - begun < 20
         with pytest.raises(grpc.aio.AioRpcError):
             await call

@@ -170,7 +170,8 @@ async def test_a_form_that_is_damaged_or_unknown_costs_a_whole_model_and_no_more
 
 async def test_a_worker_that_missed_versions_gets_the_difference_to_what_it_holds(tmp_path):
     recipes = {"download_recipe": "int8+zstd", "difference_recipe": "entropy:c=1+zstd"}
-    async with aggregating(tmp_path, rounds=5, policy=ALONE, **recipes) as running:
+    policy = {**ALONE, "selection_window_s": 0.1}
+    async with aggregating(tmp_path, rounds=5, policy=policy, **recipes) as running:
         steady, away = Holder(await running.device("a")), Holder(await running.device("b"))
         _, whole = await away.pull(1)
         for number in (1, 2):

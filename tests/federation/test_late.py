@@ -29,8 +29,12 @@ CARRY = {**WINDOW, "max_participants": 2, "over_selection": 1.5}
 HALF = staleness_scale(1)
 
 
-def again(running, *names):
-    return [Device(running.stub, name) for name in names]
+async def again(running, *names):
+    """The same devices, as they come back to an aggregator that was away: a round waits for who has registered."""
+    devices = [Device(running.stub, name) for name in names]
+    for device in devices:
+        await device.register()
+    return devices
 
 
 async def fleet(running, *names):
@@ -144,7 +148,7 @@ class Killable:
             await self._process.kill()
             await self.__aexit__(None, None, None)
             await self.__aenter__()
-        return again(self.running, *names)
+        return await again(self.running, *names)
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +224,8 @@ async def test_a_refused_carried_update_harms_nobody(tmp_path):
         (a, b, late), task = await with_one_late(running)
         with refused("INVALID_ARGUMENT", "example count 0"):
             await late.push(task, update_of(100.0), example_count=0)
+        # It asks for no other task; until it counts as away it is waited for.
+        running.pass_time(300)
         tasks = await open_next(running, a, b)
         await asyncio.gather(a.push(tasks[0]), b.push(tasks[1]))
         await running.until_finished()
@@ -227,10 +233,11 @@ async def test_a_refused_carried_update_harms_nobody(tmp_path):
 
 
 async def test_what_was_accepted_for_an_abandoned_round_counts_in_the_next(tmp_path):
-    policy = {"late": "carry", "deadline_s": 1.0, "quorum": 2, "min_workers": 2}
+    policy = {"late": "carry", "quorum": 2}
     async with aggregating(tmp_path, policy=policy) as running:
         (one, two), tasks = await fleet(running, "one", "two")
         assert (await one.push(tasks[0], update_of(3.0))).complete
+        running.pass_time(600)
         assert (await running.until_ended(1)).phase == round_pb2.ROUND_PHASE_ABANDONED
         again_task = await two.task()
         assert again_task.round == 2
@@ -249,7 +256,7 @@ async def test_what_is_late_at_the_end_of_the_run_is_told_so(tmp_path):
             await late.push(task)
         assert running.kept_updates() == []
     async with aggregating(tmp_path, policy=CARRY, rounds=2) as running:
-        a, b, late = again(running, "a", "b", "late")
+        a, b, late = await again(running, "a", "b", "late")
         tasks = await open_next(running, a, b, late)
         assert {task.round for task in tasks} == {2}
 

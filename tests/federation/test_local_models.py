@@ -222,9 +222,12 @@ async def test_personal_layers_stay_on_the_device_and_outlive_it(tmp_path: Path)
 async def test_a_device_gets_the_largest_plan_that_its_link_can_carry_and_then_what_it_has_shown(
     tmp_path: Path,
 ) -> None:
-    """Both ways the whole model takes 26 s of a round's 20 by the declared rates, and no time on the real link."""
+    """Both ways the whole model takes 788 s of a round's 600 by the declared rates, and no time on the real link.
+
+    No pause of this machine makes the real link look like that.
+    """
     plans = PlanTable(automatic=(CompressionPlan(1.0), CompressionPlan(0.5), CompressionPlan(0.25)))
-    link = {"uplink_bits_per_second": 1000, "downlink_bits_per_second": 1000}
+    link = {"uplink_bits_per_second": 33, "downlink_bits_per_second": 33}
     workers: dict[str, Worker] = {"a": (link, Adder(1)), "b": ("", Adder(2))}
     outcome = await play(tmp_path, workers, plans, rounds=2)
     first, second = outcome.tasks(-2), outcome.tasks(-1)
@@ -234,10 +237,10 @@ async def test_a_device_gets_the_largest_plan_that_its_link_can_carry_and_then_w
     # What was expected is kept with the task: by the declared rates first, then by what was seen.
     expected = first["a"].prediction
     assert "a larger one takes" in expected.reason
-    assert expected.upload_seconds == pytest.approx(6.6, rel=0.2)
+    assert expected.upload_seconds == pytest.approx(200, rel=0.2)
     assert not expected.HasField("local_seconds")
     again = second["a"].prediction
-    assert again.upload_seconds < 5
+    assert again.upload_seconds < 100
     assert again.local_seconds > 0
     assert again.peak_memory_bytes > 1 << 20
 

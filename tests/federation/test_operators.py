@@ -103,7 +103,7 @@ async def test_a_round_tells_of_each_task_and_where_its_time_went(tmp_path):
         device = await running.device("a", device=device_pb2.DeviceProfile(device_class="jetson-nano"))
         other = await running.device("b")
         task, other_task = await asyncio.gather(device.task(), other.task())
-        timings = device_pb2.Timings(download_seconds=1.0, local_seconds=2.0, upload_seconds=9.0)
+        timings = device_pb2.Timings(download_seconds=1.0, local_seconds=2.0, upload_seconds=900.0)
         about = {"timings": timings, "metrics": {"train_loss": 0.5}, "peak_memory_bytes": 77, "example_count": 30}
         about["tensor_bytes"] = 66
         await device.push(task, **about)
@@ -116,13 +116,13 @@ async def test_a_round_tells_of_each_task_and_where_its_time_went(tmp_path):
         assert seen.tensor_bytes == 66
         assert (seen.download_bytes, seen.upload_bytes, seen.progress) == (8168, 8168, 1.0)
         assert (seen.timings.download_seconds, seen.timings.local_seconds) == (1.0, 2.0)
-        assert 0 < seen.timings.upload_seconds < 5
-        assert 0 < seen.timings.global_seconds < 5
+        assert 0 < seen.timings.upload_seconds < 100
+        assert 0 < seen.timings.global_seconds < 100
         assert dict(seen.metrics) == {"train_loss": 0.5}
         assert round_.training_metrics["train_loss"] == pytest.approx((30 * 0.5 + 10 * 1.5) / 40)
         assert (round_.number, round_.phase, round_.kind) == (1, COMMITTED, round_pb2.TASK_KIND_TRAIN)
         assert (round_.base_version, round_.committed_version) == (1, 2)
-        assert 0 < round_.duration_seconds < 20
+        assert 0 < round_.duration_seconds < 100
         assert not round_.HasField("time_left")
 
 
@@ -141,7 +141,7 @@ async def test_a_watch_shows_the_first_state_the_changes_and_the_end(tmp_path):
 
 
 async def test_workers_are_listed_with_what_they_do(tmp_path):
-    async with aggregating(tmp_path, policy={"lease_s": 2.0}) as running:
+    async with aggregating(tmp_path) as running:
         devices = [await running.device("a"), await running.device("b")]
         scorer = await running.device("c", role=device_pb2.WORKER_ROLE_EVALUATOR)
         waiting = asyncio.create_task(scorer.task())
@@ -155,11 +155,13 @@ async def test_workers_are_listed_with_what_they_do(tmp_path):
         assert (workers["b"].task_phase, workers["b"].progress) == (round_pb2.TASK_PHASE_OFFERED, 0.0)
         assert [workers["a"].rounds_selected, workers["a"].rounds_accepted] == [1, 0]
         await asyncio.gather(*(device.push(task) for device, task in zip(devices, tasks, strict=True)))
+        await running.until(lambda run, _: run.model_version == 2)
+        # The evaluator, which has not scored the new version, is waited for until it counts as away.
+        running.pass_time(300)
         await running.until_finished()
-        await asyncio.sleep(2.1)
         workers = {item.worker: item for item in (await running.stub.ListWorkers(pb.ListWorkersRequest())).workers}
         assert workers["a"].state == pb.WORKER_STATE_AWAY
-        assert workers["a"].last_seen_ago.ToTimedelta().total_seconds() >= 2.0
+        assert workers["a"].last_seen_ago.ToTimedelta().total_seconds() >= 300
         assert [workers["a"].rounds_selected, workers["a"].rounds_accepted] == [1, 1]
 
 
@@ -274,7 +276,8 @@ async def test_the_operator_may_set_the_weight_of_each_worker(tmp_path, weights,
 async def test_without_a_file_the_first_worker_gives_the_initial_model(tmp_path):
     weights = {name: array + 1 for name, array in MODEL.items()}
     weights = {name: array.astype(MODEL[name].dtype) for name, array in weights.items()}
-    async with aggregating(tmp_path, initial_model=None) as running:
+    # The one who only looks is not waited for.
+    async with aggregating(tmp_path, initial_model=None, policy={"selection_window_s": 0.1}) as running:
         device = await running.device("early")
         with refused("NOT_FOUND", "there is no model version yet", "NotFound"):
             await device.pull()

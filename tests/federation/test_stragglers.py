@@ -37,16 +37,15 @@ def assert_model(running, version, change):
 
 
 async def test_a_straggler_misses_the_deadline_and_the_round_is_committed_without_it(tmp_path):
-    async with aggregating(tmp_path, policy={"deadline_s": 3.0, "lease_s": 60.0}) as running:
+    async with aggregating(tmp_path, policy={"deadline_s": 100.0}) as running:
         (quick, slow), (quick_task, slow_task) = await fleet(running, "quick", "slow")
-        begun = time.monotonic()
         assert (await quick.push(quick_task)).complete
-        assert 0 < (await slow.beat(slow_task)).time_left.ToTimedelta().total_seconds() <= 3
+        assert 0 < (await slow.beat(slow_task)).time_left.ToTimedelta().total_seconds() <= 100
+        running.pass_time(100)
         await running.until_finished()
-        assert time.monotonic() - begun < 3 + 20
         late = tasks_of(await running.round())["slow"]
         assert late.phase == LATE
-        assert late.reason.startswith("slow training: deadline of 3 s passed")
+        assert late.reason.startswith("slow training: deadline of 100 s passed")
         answer = await slow.beat(slow_task)
         assert (answer.cancel, "late" in answer.reason) == (True, True)
         with refused("FAILED_PRECONDITION", "the task is late", "RoundClosed"):
@@ -57,7 +56,7 @@ async def test_a_straggler_misses_the_deadline_and_the_round_is_committed_withou
 
 
 async def test_a_trickling_upload_does_not_hold_the_round(tmp_path):
-    async with aggregating(tmp_path, policy={"deadline_s": 3.0}) as running:
+    async with aggregating(tmp_path) as running:
         (quick, slow), (quick_task, slow_task) = await fleet(running, "quick", "slow")
         manifest, payload = encoded(update_of(100.0))
         call = slow.stub.PushUpdate()
@@ -70,6 +69,8 @@ async def test_a_trickling_upload_does_not_hold_the_round(tmp_path):
 
         trickling = asyncio.create_task(trickle())
         assert (await quick.push(quick_task)).complete
+        await slow.until_held(slow_task, 10)
+        running.pass_time(600)
         await running.until_finished()
         assert "slow upload" in tasks_of(await running.round())["slow"].reason
         await asyncio.gather(trickling, return_exceptions=True)
@@ -79,12 +80,13 @@ async def test_a_trickling_upload_does_not_hold_the_round(tmp_path):
 
 
 async def test_a_round_without_its_quorum_is_abandoned_with_the_model_unchanged_and_the_run_goes_on(tmp_path):
-    async with aggregating(tmp_path, policy={"deadline_s": 3.0, "quorum": 2}) as running:
+    async with aggregating(tmp_path, policy={"quorum": 2}) as running:
         (one, two), (task, _) = await fleet(running, "one", "two")
         assert (await one.push(task, update_of(100.0))).complete
+        running.pass_time(600)
         abandoned = await running.until_ended(1)
         assert abandoned.phase == round_pb2.ROUND_PHASE_ABANDONED
-        assert "1 of 2 needed updates: deadline of 3 s passed" in abandoned.reason
+        assert "1 of 2 needed updates: deadline of 600 s passed" in abandoned.reason
         assert (abandoned.base_version, abandoned.committed_version, (await running.run()).model_version) == (
             1,
             0,
@@ -98,24 +100,26 @@ async def test_a_round_without_its_quorum_is_abandoned_with_the_model_unchanged_
 
 
 async def test_a_worker_that_is_not_heard_of_loses_its_slot_and_is_replaced(tmp_path):
-    policy = {"lease_s": 2.0, "min_sample_size": 2, "max_participants": 2}
+    policy = {"min_sample_size": 2, "max_participants": 2}
     async with aggregating(tmp_path, policy=policy) as running:
         devices, tasks = await fleet(running, "a", "b")
         spare = await running.device("spare")
         reply = asyncio.create_task(spare.task())
         assert (await devices[0].push(tasks[0])).complete
+        running.pass_time(300)
         assert (await spare.push(await reply, update_of(3.0))).complete
         await running.until_finished()
         seen = tasks_of(await running.round())
         assert seen["b"].phase == EXPIRED
-        assert seen["b"].reason == "no-show: not heard of for 2 s"
+        assert seen["b"].reason == "no-show: not heard of for 300 s"
         assert {seen["a"].phase, seen["spare"].phase} == {ACCEPTED}
         assert_model(running, 2, 2.0)
 
 
 async def test_a_worker_whose_lease_ran_out_comes_back_with_its_update(tmp_path):
-    async with aggregating(tmp_path, policy={"lease_s": 2.0, "quorum": 2}) as running:
+    async with aggregating(tmp_path, policy={"quorum": 2}) as running:
         (one, two), (first, second) = await fleet(running, "one", "two")
+        running.pass_time(300)
         await running.until_task("two", EXPIRED)
         assert (await one.push(first)).complete
         assert not (await two.beat(second)).cancel
@@ -211,28 +215,41 @@ async def test_rounds_that_fail_at_once_do_not_spin(tmp_path):
     """A fleet that gives every task back in no time costs a few rounds a second, not thousands."""
     async with aggregating(tmp_path, policy={"min_workers": 1}) as running:
         device = await running.device("hasty")
-        until = time.monotonic() + 2.0
-        while time.monotonic() < until:
+        begun, given_back = time.monotonic(), 0
+        while time.monotonic() < begun + 2.0 or given_back < 2:
             if (reply := await device.poll(0.2)).HasField("task"):
                 await device.give_back(reply.task)
-        assert 1 <= len(await running.rounds()) <= 30
+                given_back += 1
+        assert given_back <= 15 * (time.monotonic() - begun)
+
+
+async def silent_upload(running, device, task, messages):
+    """A stream of the header and so many chunks, once it has the slot; and then nothing more."""
+    manifest, payload = encoded(update_of(3.0))
+    call = device.stub.PushUpdate()
+    await call.write(pb.PushUpdateRequest(header=device.header(task, manifest)))
+    for message in chunks(payload)[:messages]:
+        await call.write(message)
+    await device.until_held(task, 2048 * messages)
+    await until(running.kept_updates)
+    return call
+
+
+async def test_where_every_upload_slot_is_taken_others_are_told_to_try_again(tmp_path):
+    async with aggregating(tmp_path, policy={"quorum": 2}, max_uploads=1) as running:
+        (a, b), tasks = await fleet(running, "a", "b")
+        silent = await silent_upload(running, b, tasks[1], 1)
+        with refused("RESOURCE_EXHAUSTED", "1 uploads are running; try again", "Exhausted"):
+            await a.push(tasks[0])
+        silent.cancel()
 
 
 @pytest.mark.parametrize("messages", [0, 1])
 async def test_a_silent_stream_gives_up_its_upload_slot(tmp_path, messages):
-    async with aggregating(tmp_path, policy={"lease_s": 2.0, "quorum": 2}, max_uploads=1) as running:
+    async with aggregating(tmp_path, policy={"lease_s": 1.0, "quorum": 2}, max_uploads=1) as running:
         (a, b), tasks = await fleet(running, "a", "b")
-        manifest, payload = encoded(update_of(3.0))
-        silent = b.stub.PushUpdate()
-        await silent.write(pb.PushUpdateRequest(header=b.header(tasks[1], manifest)))
-        for message in chunks(payload)[:messages]:
-            await silent.write(message)
-        if messages:
-            await b.until_held(tasks[1], 2048)
-        await until(running.kept_updates)
-        with refused("RESOURCE_EXHAUSTED", "1 uploads are running; try again", "Exhausted"):
-            await a.push(tasks[0])
-        with refused("UNAVAILABLE", "no byte came for 2 s", "LinkError"):
+        silent = await silent_upload(running, b, tasks[1], messages)
+        with refused("UNAVAILABLE", "no byte came for 1 s", "LinkError"):
             await silent
         await a.push(tasks[0])
         assert (await b.push(tasks[1], update_of(3.0), offset=2048 * messages)).complete
@@ -257,7 +274,7 @@ async def test_a_second_stream_takes_over_from_one_that_hangs(tmp_path):
 
 async def test_silent_streams_take_no_memory_from_those_that_send(tmp_path):
     """Four that open an upload and say nothing, where there is memory for one chunk of each."""
-    policy = {"min_workers": 5, "quorum": 1, "lease_s": 30.0}
+    policy = {"min_workers": 5, "quorum": 1}
     async with aggregating(tmp_path, policy=policy, max_upload_memory_bytes=4 * 16384) as running:
         (good, *silent), (good_task, *tasks) = await fleet(running, "good", "s1", "s2", "s3", "s4")
         manifest, _ = encoded(update_of(100.0))
@@ -265,8 +282,7 @@ async def test_silent_streams_take_no_memory_from_those_that_send(tmp_path):
         for device, task, call in zip(silent, tasks, calls, strict=True):
             await call.write(pb.PushUpdateRequest(header=device.header(task, manifest)))
         await until(lambda: len(running.kept_updates()) == 4)
-        begun = time.monotonic()
+        # They would have it for as long as a lease, which is longer than a push waits here.
         assert (await good.push(good_task)).complete
-        assert time.monotonic() - begun < 20
         for call in calls:
             call.cancel()

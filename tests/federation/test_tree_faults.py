@@ -52,7 +52,7 @@ def phases(record):
 
 async def test_an_aggregator_below_that_is_killed_goes_on_in_the_same_round_and_nothing_counts_twice(tmp_path):
     """Killed: with one of two updates accepted, and with its mean made and not yet taken above."""
-    async with aggregating(tmp_path, max_uploads=1, policy={"deadline_s": 60.0, "quorum": 2}) as root:
+    async with aggregating(tmp_path, max_uploads=1, policy={"quorum": 2}) as root:
         async with leaf_process(tmp_path, "leaf", root.address) as (process, leaf):
             address = leaf.address
             direct, (x, y) = await root.device("direct"), await devices_of(leaf, "x", "y")
@@ -95,7 +95,7 @@ async def test_a_round_below_goes_on_while_the_aggregator_above_is_killed_and_st
     address, arguments = free_address(), ["--rounds", 2, "--min-workers", 1, "--encoding", "raw"]
     async with (
         aggregator_process(tmp_path, *arguments, address=address) as (process, _),
-        leading(tmp_path / "leaf", "leaf", address, policy={"lease_s": 30.0}) as leaf,
+        leading(tmp_path / "leaf", "leaf", address) as leaf,
     ):
         x, y = await devices_of(leaf, "x", "y")
         x_task, y_task = await at_work(x, y)
@@ -115,14 +115,14 @@ async def test_a_round_below_goes_on_while_the_aggregator_above_is_killed_and_st
 
 
 async def test_a_round_below_without_its_quorum_is_a_failure_above_and_nothing_more(tmp_path):
-    policy = {"quorum": 2, "deadline_s": 4.0}
     async with (
-        aggregating(tmp_path, rounds=2, policy={"deadline_s": 60.0}) as root,
-        leading(tmp_path / "leaf", "leaf", root, policy=policy) as leaf,
+        aggregating(tmp_path, rounds=2) as root,
+        leading(tmp_path / "leaf", "leaf", root, policy={"quorum": 2, "deadline_s": 200.0}) as leaf,
     ):
         direct, (x, y) = await root.device("direct"), await devices_of(leaf, "x", "y")
         task, x_task, _ = await at_work(direct, x, y)
         await x.push(x_task, update_of(7.0))
+        leaf.pass_time(200)
         failed = await root.until_task("leaf", FAILED)
         assert "its own round was abandoned: 1 of 2 needed updates" in failed.reason
         await direct.push(task, update_of(1.0))
@@ -136,17 +136,19 @@ async def test_a_round_below_without_its_quorum_is_a_failure_above_and_nothing_m
 
 
 async def test_an_aggregator_below_that_hangs_is_late_without_harm(tmp_path):
-    policy = {"deadline_s": 6.0}
     async with (
-        aggregating(tmp_path, rounds=2, policy=policy) as root,
+        aggregating(tmp_path, rounds=2) as root,
         leaf_process(tmp_path, "leaf", root.address, "--heartbeat-interval", "200ms") as (process, leaf),
     ):
         direct, (x, y) = await root.device("direct"), await devices_of(leaf, "x", "y")
         task, *_ = await at_work(direct, x, y)
         process.send(signal.SIGSTOP)
         await direct.push(task, update_of(1.0))
+        root.pass_time(600)
         assert phases(await root.until_ended(1)) == {"leaf": LATE, "direct": ACCEPTED}
         process.send(signal.SIGCONT)
+        # It hears of it by and by; until then its workers are still at the first task.
+        await leaf.until_ended(1)
         task, *tasks = await at_work(direct, x, y)
         assert {given.round for given in (task, *tasks)} == {2}
         for device, given in zip((direct, x, y), (task, *tasks), strict=True):
@@ -157,7 +159,7 @@ async def test_an_aggregator_below_that_hangs_is_late_without_harm(tmp_path):
 
 async def test_a_round_below_ends_when_the_one_above_has_enough(tmp_path):
     """Its workers are told to stop, and take part in the next round."""
-    policy = {"max_participants": 1, "over_selection": 2.0, "deadline_s": 60.0}
+    policy = {"max_participants": 1, "over_selection": 2.0}
     async with (
         aggregating(tmp_path, rounds=2, policy=policy, heartbeat_interval_s=0.2) as root,
         leading(tmp_path / "leaf", "leaf", root) as leaf,

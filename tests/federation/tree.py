@@ -57,7 +57,7 @@ async def leading(folder, name, above, **changes):
 async def leaf_process(folder, name, above, *arguments, address="127.0.0.1:0"):
     """(process, a way to look at it) of `fedgrpc aggregator --upstream`, which can be killed."""
     place = ["--data-dir", folder / name, "--address", address, "--upstream", above, "--upstream-name", name]
-    round_ = ["--min-workers", 2, "--selection-window", "200ms", "--lease", "10s", "--encoding", "raw"]
+    round_ = ["--min-workers", 2, "--selection-window", "30s", "--lease", "5m", "--encoding", "raw"]
     async with process("aggregator", *place, *round_, *arguments) as started:
         address = f"127.0.0.1:{(await started.until('serving'))['port']}"
         async with open_channel(address) as channel:
