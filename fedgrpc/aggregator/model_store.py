@@ -188,6 +188,7 @@ class ModelStore:
         rng = np.random.default_rng([version, *held[1]])
         with self._payload_file(version, text) as file:
             tensors = _LazyTensors(model)
+            recipe = recipe.for_layout(model.layout)
             manifest = self._forms.write(version, tensors, _LazyTensors(base), recipe, file, rng)
         return EncodedModel(version, manifest, _open_payload(Path(file.name), 0), held[0])
 
@@ -207,6 +208,7 @@ class ModelStore:
         if selection is not None:
             tensors = _Slice(tensors, selection)
         with self._payload_file(version, key) as file:
+            recipe = recipe.for_layout(model.layout)
             manifest = _write(tensors, version, recipe, file, self._forms if keep_form else None)
         if given:
             self._whole_bytes = manifest.size_bytes
@@ -323,7 +325,9 @@ class _Slice(Mapping[str, Array]):
 
 
 def _is_raw(recipe: Recipe, layout: Layout) -> bool:
-    return recipe.compression.method == "none" and all(recipe.for_tensor(spec) == Raw() for spec in layout)
+    return recipe.compression.method == "none" and all(
+        recipe.for_layout(layout).for_tensor(spec) == Raw() for spec in layout
+    )
 
 
 def _raw_manifest(model: ModelFile) -> Manifest:

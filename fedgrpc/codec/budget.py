@@ -1,62 +1,83 @@
-"""Recipes made for a layout or for a link: mixed per tensor, or as fine as fits into so many bytes."""
+"""The step of a recipe found from the bytes that its payload may take."""
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Mapping
-from dataclasses import replace
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from fedgrpc.codec.encoding import Buffer, Encoding
+from fedgrpc.codec.encoding import Buffer
 from fedgrpc.codec.entropy import Entropy
-from fedgrpc.codec.layout import Array, Layout
+from fedgrpc.codec.layout import Array
 from fedgrpc.codec.payload import write_payload
-from fedgrpc.codec.raw import Raw
-from fedgrpc.codec.recipe import Compression, Recipe
+from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.step import C_RANGE
 from fedgrpc.errors import EncodeError
 
-# Bisection of log c: 2^8 steps over the range are 3.5 % of c each, about 2 % of the bytes.
-_BISECTIONS = 8
+_TRIES = 8
+# A payload that leaves less than this share of its budget is close enough.
+_SPARE = 0.03
 
 
-def mixed_recipe(layout: Layout, body: Encoding, last: Encoding, compression: Compression) -> Recipe:
-    """`body` for the weights, `last` (finer) for the last of them, raw for vectors: norms and biases."""
-    weights = [spec.name for spec in layout if spec.is_float and len(spec.shape) >= 2]
-    vectors = [spec.name for spec in layout if spec.is_float and len(spec.shape) < 2]
-    overrides: list[tuple[str, Encoding]] = [(glob.escape(name), Raw()) for name in vectors]
-    overrides += [(glob.escape(name), last) for name in weights[-1:]]
-    return Recipe(body, tuple(overrides), compression)
+@dataclass(frozen=True)
+class Fitted:
+    """A recipe without a budget, and the bytes that it really makes of the tensors it was fitted to."""
+
+    recipe: Recipe
+    size_bytes: int
 
 
-def recipe_for_budget(
-    tensors: Mapping[str, Array], recipe: Recipe, budget_bytes: int, rng: np.random.Generator
-) -> Recipe:
-    """The recipe with the smallest step whose payload of these tensors is at most `budget_bytes`.
+def fit(
+    tensors: Mapping[str, Array], recipe: Recipe, budget_bytes: float, draw: Callable[[], np.random.Generator]
+) -> Fitted:
+    """The recipe with the smallest step, from its c on, whose payload of these tensors is at most `budget_bytes`;
+    with the coarsest step where even that is larger.
 
-    The default must be `Entropy`; its c is set, everything else stays. Each try really encodes, on a copy
-    of nothing but the bytes counted. Raises EncodeError when even the coarsest step does not fit.
+    Each try really encodes, into nothing but a count. `draw` gives the same random numbers each time: a payload
+    then written with them has the size that was found, to the byte. Raises EncodeError where there is no step.
     """
-    if not isinstance(recipe.default, Entropy):
-        raise EncodeError(f"{recipe.default} has no step to fit to a budget; use entropy")
     default = recipe.default
-    seed = int(rng.integers(2**63))
+    if not isinstance(default, Entropy):
+        raise EncodeError(f"{default} has no step to fit to a budget; use entropy")
 
-    def with_c(log_c: float) -> Recipe:
-        return replace(recipe, default=replace(default, c=float(f"{np.exp(log_c):.4g}"), distortion=0.0))
+    def attempt(log_c: float) -> Fitted:
+        step = replace(default, c=float(f"{math.exp(log_c):.4g}"), budget="")
+        tried = replace(recipe, default=step)
+        return Fitted(tried, _size(tensors, tried, draw()))
 
-    low, high = (float(np.log(c)) for c in C_RANGE)
-    if (least := _size(tensors, with_c(high), seed)) > budget_bytes:
-        raise EncodeError(f"the update takes {least} bytes at the coarsest step, the budget is {budget_bytes}")
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        if _size(tensors, with_c(middle), seed) > budget_bytes:
-            low = middle
+    finest, coarsest = math.log(default.c), math.log(max(C_RANGE[1], default.c))
+    over = attempt(finest)
+    if over.size_bytes <= budget_bytes or coarsest == finest:
+        return over
+    best = attempt(coarsest)
+    if best.size_bytes > budget_bytes:
+        return best
+    return _between(attempt, budget_bytes, (finest, over), (coarsest, best))
+
+
+def _between(
+    attempt: Callable[[float], Fitted],
+    budget_bytes: float,
+    over: tuple[float, Fitted],
+    under: tuple[float, Fitted],
+) -> Fitted:
+    """Interpolate the logarithm of the size over that of c; halve where the end that fits stays as it is."""
+    for number in range(_TRIES):
+        sizes = [math.log(max(1, found.size_bytes)) for _, found in (over, under)]
+        share = (sizes[0] - math.log(max(1.0, (1 - _SPARE / 2) * budget_bytes))) / max(1e-9, sizes[0] - sizes[1])
+        share = 0.5 if number % 2 else min(0.95, max(0.05, share))
+        log_c = over[0] + share * (under[0] - over[0])
+        found = attempt(log_c)
+        if found.size_bytes > budget_bytes:
+            over = log_c, found
         else:
-            high = middle
-    return with_c(high)
+            under = log_c, found
+        if (1 - _SPARE) * budget_bytes <= under[1].size_bytes:
+            break
+    return under[1]
 
 
 class _Counter:
@@ -66,6 +87,6 @@ class _Counter:
         return memoryview(data).nbytes
 
 
-def _size(tensors: Mapping[str, Array], recipe: Recipe, seed: int) -> int:
+def _size(tensors: Mapping[str, Array], recipe: Recipe, rng: np.random.Generator) -> int:
     sink = cast(BinaryIO, cast(Any, _Counter()))
-    return write_payload(tensors, recipe, sink, np.random.default_rng(seed)).size_bytes
+    return write_payload(tensors, recipe, sink, rng).size_bytes

@@ -38,6 +38,7 @@ from fedgrpc.errors import CorruptError, EncodeError, LayoutError, UsageError
 
 DIGITS_PER_BYTE = {255: 1, 15: 2, 5: 3, 1: 0}
 MAX_LEVELS = 8
+LINK = "link"
 _HEADER = struct.Struct("<fBBH")
 _PIECE = 15360  # fits the cache and is a multiple of every number of digits in a byte
 _FEWEST_FOR_A_LEVEL = 64
@@ -50,6 +51,8 @@ class Entropy:
 
     Give the step as `c` (in units of the tensor's RMS), or as `distortion`, the wanted relative squared
     error |x - decoded|^2 / |x|^2, from which c is then found. The error of an element is below d.
+    With a `budget`, a number of bytes or "link" (what goes through the sender's link in the time left), c is
+    the finest step, and whoever writes the payload finds a coarser one where it has to (`codec.budget`).
     """
 
     name: ClassVar[str] = "entropy"
@@ -57,6 +60,7 @@ class Entropy:
     c: float = 3.0
     distortion: float = 0.0
     rounding: str = "stochastic"
+    budget: str = ""
 
     def __post_init__(self) -> None:
         if not 0.01 <= self.c <= 1000:
@@ -65,6 +69,10 @@ class Entropy:
             raise UsageError(f"distortion={self.distortion}; allowed is 0 (use c) to 100")
         if self.rounding not in ("stochastic", "nearest"):
             raise UsageError(f"rounding={self.rounding}; allowed are stochastic, nearest")
+        if self.budget not in ("", LINK) and not (self.budget.isascii() and self.budget.isdigit()):
+            raise UsageError(f"budget={self.budget}; allowed are a number of bytes, and {LINK}")
+        if self.budget and self.distortion:
+            raise UsageError("distortion and budget both set the step; give one of them")
 
     def __str__(self) -> str:
         return format_options(self.name, self)

@@ -9,7 +9,7 @@ bound, so it keeps none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -58,6 +58,23 @@ def write_with_feedback(
         if not encoding.lossless and encoding.contractive:
             left[name] = left_over(corrected, encoding.decode(memoryview(data).toreadonly(), spec))
     return writer.finish(), Residual(layout, left)
+
+
+class Corrected(Mapping[str, Array]):
+    """What `write_with_feedback` encodes: delta + residual, each tensor computed when it is asked for."""
+
+    def __init__(self, delta: Mapping[str, Array], residual: Residual, layout: Layout) -> None:
+        self._delta = delta
+        self._owed = residual.for_layout(layout).tensors
+
+    def __getitem__(self, name: str) -> Array:
+        return correct(self._delta[name], self._owed.get(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._delta)
+
+    def __len__(self) -> int:
+        return len(self._delta)
 
 
 def correct(delta: Array, owed: Array | None) -> Array:

@@ -2,6 +2,8 @@
 
     int8+zstd        int8 for every float tensor, frames through zstd level 1
     int4;*.bias=raw;head.*=int8+zstd:3        patterns (fnmatch) in order, the first that fits wins
+    entropy:c=5;@vectors=raw;@last=int8+zstd  @vectors: floats of fewer than two dimensions (norms, biases);
+                                              @last: the last float tensor of two or more (`for_layout`)
 
 Integers, bool, tensors below 64 elements, and tensors that would not shrink travel raw whatever is
 asked. Before zstd, float bytes that are not quantized are shuffled.
@@ -9,18 +11,21 @@ asked. Before zstd, float bytes that are not quantized are shuffled.
 
 from __future__ import annotations
 
+import glob
 import re
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from fedgrpc.codec.cast import Cast
 from fedgrpc.codec.encoding import Encoding, parse_encoding
-from fedgrpc.codec.layout import TensorSpec
+from fedgrpc.codec.entropy import Entropy
+from fedgrpc.codec.layout import Layout, TensorSpec
 from fedgrpc.codec.raw import Raw
 from fedgrpc.errors import UsageError
 
 MIN_LOSSY_ELEMENTS = 64
 ZSTD_LEVELS = range(-7, 20)
+VECTORS, LAST = "@vectors", "@last"
 _SUFFIX = re.compile(r"\+(none|zstd)(?::(-?\d{1,3}))?$")
 
 
@@ -49,6 +54,10 @@ class Recipe:
     overrides: tuple[tuple[str, Encoding], ...] = ()
     compression: Compression = field(default_factory=Compression)
 
+    def __post_init__(self) -> None:
+        if any(isinstance(encoding, Entropy) and encoding.budget for _, encoding in self.overrides):
+            raise UsageError("a budget is of the whole payload: give it to the first encoding of the recipe")
+
     @staticmethod
     def parse(text: str) -> Recipe:
         """Read `ENCODING[;PATTERN=ENCODING...][+zstd[:LEVEL]]`; raises UsageError in one line."""
@@ -70,6 +79,21 @@ class Recipe:
         return (self.default, *(encoding for _, encoding in self.overrides))
 
     @property
+    def names(self) -> frozenset[str]:
+        """Names of the encodings that a reader has to know, besides raw."""
+        return frozenset(str(encoding).partition(":")[0] for encoding in self.encodings)
+
+    @property
+    def budget(self) -> str:
+        """What the payload has to fit into, as `Entropy.budget` says it; empty: nothing is asked."""
+        return self.default.budget if isinstance(self.default, Entropy) else ""
+
+    def without_budget(self) -> Recipe:
+        """This recipe at its finest step, whatever that takes."""
+        default = self.default
+        return replace(self, default=replace(default, budget="")) if isinstance(default, Entropy) else self
+
+    @property
     def lossless(self) -> bool:
         """Whether every tensor arrives as it was."""
         return all(encoding.lossless for encoding in self.encodings)
@@ -79,11 +103,24 @@ class Recipe:
         """Whether what is lost may be sent again with the next payload without growing."""
         return all(encoding.contractive for encoding in self.encodings)
 
+    def for_layout(self, layout: Layout) -> Recipe:
+        """This recipe with the name of the tensor that `@last` means in a payload of that layout."""
+        if all(pattern != LAST for pattern, _ in self.overrides):
+            return self
+        matrices = [spec.name for spec in layout if spec.is_float and len(spec.shape) >= 2]
+        last = [glob.escape(name) for name in matrices[-1:]]
+        named = [
+            (name, encoding)
+            for pattern, encoding in self.overrides
+            for name in (last if pattern == LAST else [pattern])
+        ]
+        return replace(self, overrides=tuple(named))
+
     def for_tensor(self, spec: TensorSpec) -> Encoding:
-        """The encoding this tensor gets."""
+        """The encoding this tensor gets; `for_layout` comes first."""
         if not spec.is_float or spec.size < MIN_LOSSY_ELEMENTS:
             return Raw()
-        matching = (encoding for pattern, encoding in self.overrides if fnmatchcase(spec.name, pattern))
+        matching = (encoding for pattern, encoding in self.overrides if _fits(pattern, spec))
         encoding = next(matching, self.default)
         if not encoding.lossless and encoding.size_bounds(spec)[0] >= spec.nbytes:
             encoding = Raw()
@@ -92,8 +129,16 @@ class Recipe:
         return encoding
 
 
+def _fits(pattern: str, spec: TensorSpec) -> bool:
+    return len(spec.shape) < 2 if pattern == VECTORS else fnmatchcase(spec.name, pattern)
+
+
 def _override(text: str) -> tuple[str, Encoding]:
     pattern, equals, encoding = text.partition("=")
     if not pattern or not equals:
         raise UsageError(f"{text!r} is no override; write PATTERN=ENCODING, such as *.bias=raw")
+    if pattern.strip().startswith("@") and pattern.strip() not in (VECTORS, LAST):
+        raise UsageError(
+            f"{pattern.strip()!r} names no tensors; known are {VECTORS}, {LAST} and patterns of names"
+        )
     return pattern.strip(), parse_encoding(encoding)

@@ -24,7 +24,7 @@ from fedgrpc.aggregation.channels import Selection
 from fedgrpc.aggregation.merged import EXACT, pack_mean
 from fedgrpc.aggregator.commit import Group, Load, by_groups, cached, means_of
 from fedgrpc.aggregator.uploads import StoredUpdate
-from fedgrpc.codec.feedback import Residual, write_with_feedback
+from fedgrpc.codec.feedback import Corrected, Residual, write_with_feedback
 from fedgrpc.codec.layout import Array, Layout, spec_of
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import PayloadReader, PayloadWriter, file_reader, write_payload
@@ -33,6 +33,7 @@ from fedgrpc.codec.recipe import Compression, Recipe
 from fedgrpc.errors import StorageError
 from fedgrpc.rpc.convert import manifest_from_proto, manifest_to_proto, timings_to_proto
 from fedgrpc.v1 import aggregator_pb2
+from fedgrpc.worker.budget import fitted
 from fedgrpc.worker.disk import storage_errors, sync, write_file
 from fedgrpc.worker.spool import Fill
 from fedgrpc.worker.task import Task, TaskKind
@@ -145,11 +146,14 @@ def _encode(
 ) -> tuple[Manifest, Residual | None]:
     recipe = Recipe.parse(task.upload_recipe or "raw")
     recipe = replace(recipe, overrides=(*((pattern, Raw()) for pattern in EXACT), *recipe.overrides))
-    rng = np.random.default_rng((task.plan.seed, task.round, zlib.crc32(worker.encode())))
+    recipe = recipe.for_layout(reader.manifest.layout)
+    draw = partial(np.random.default_rng, (task.plan.seed, task.round, zlib.crc32(worker.encode())))
     tensors = _Tensors(reader)
     if task.kind is not TaskKind.TRAIN:
-        return write_payload(tensors, recipe, payload, rng), None
-    return write_with_feedback(tensors, residual, recipe, payload, rng)
+        return write_payload(tensors, recipe, payload, draw()), None
+    layout = reader.manifest.layout
+    recipe = fitted(recipe, Corrected(tensors, residual, layout), task, draw)
+    return write_with_feedback(tensors, residual, recipe, payload, draw(), layout)
 
 
 class _Tensors(Mapping[str, Array]):

@@ -95,7 +95,7 @@ class PollTaskResponse(_message.Message):
     def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., run_ended: _Optional[bool] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("token", "run", "round", "kind", "model_version", "plan", "download_recipe", "upload_recipe", "time_left", "run_id")
+    __slots__ = ("token", "run", "round", "kind", "model_version", "plan", "download_recipe", "upload_recipe", "time_left", "run_id", "uplink_bytes_per_second")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +106,7 @@ class Task(_message.Message):
     UPLOAD_RECIPE_FIELD_NUMBER: _ClassVar[int]
     TIME_LEFT_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    UPLINK_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     token: str
     run: str
     round: int
@@ -116,7 +117,8 @@ class Task(_message.Message):
     upload_recipe: str
     time_left: _duration_pb2.Duration
     run_id: str
-    def __init__(self, token: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[_round_pb2.TaskKind, str]] = ..., model_version: _Optional[int] = ..., plan: _Optional[_Union[_round_pb2.Plan, _Mapping]] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., run_id: _Optional[str] = ...) -> None: ...
+    uplink_bytes_per_second: float
+    def __init__(self, token: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[_round_pb2.TaskKind, str]] = ..., model_version: _Optional[int] = ..., plan: _Optional[_Union[_round_pb2.Plan, _Mapping]] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., run_id: _Optional[str] = ..., uplink_bytes_per_second: _Optional[float] = ...) -> None: ...
 
 class PullModelRequest(_message.Message):
     __slots__ = ("version", "recipe", "offset", "base_version", "sub_model", "base_sha256")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -77,7 +78,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Task:
-    """One worker's share of one round. `deadline_s` is of this process's monotonic clock; None: there is none."""
+    """One worker's share of one round. `deadline_s` is of this process's monotonic clock; None: there is none.
+
+    `uplink_bytes_per_second`: what the aggregator knows of this worker's link; 0: nothing.
+    """
 
     token: str
     run: str
@@ -89,6 +93,7 @@ class Task:
     upload_recipe: str
     run_id: str
     deadline_s: float | None = None
+    uplink_bytes_per_second: float = 0.0
 
     @property
     def training_ends_s(self) -> float | None:
@@ -133,6 +138,7 @@ def task_from_proto(message: aggregator_pb2.Task) -> Task:
         upload_recipe=message.upload_recipe,
         run_id=message.run_id or message.run,
         deadline_s=deadline_s,
+        uplink_bytes_per_second=rate if 0 < (rate := message.uplink_bytes_per_second) < math.inf else 0.0,
     )
 
 

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import BinaryIO
 
 import numpy as np
@@ -22,8 +23,8 @@ import structlog
 
 from fedgrpc.aggregation.channels import ChannelMap
 from fedgrpc.aggregation.compression_plan import CompressionPlan
-from fedgrpc.codec.feedback import Residual, write_with_feedback
-from fedgrpc.codec.layout import spec_of
+from fedgrpc.codec.feedback import Corrected, Residual, write_with_feedback
+from fedgrpc.codec.layout import layout_of, spec_of
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
@@ -32,6 +33,7 @@ from fedgrpc.rpc.convert import Timings, manifest_to_proto, timings_to_proto
 from fedgrpc.rpc.local_model import channels_to_proto
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker import returned
+from fedgrpc.worker.budget import fitted
 from fedgrpc.worker.delta import Delta
 from fedgrpc.worker.part import Part
 from fedgrpc.worker.spool import Fill
@@ -179,18 +181,20 @@ def _write(
     task: Task, worker: str, given: Weights, outcome: Outcome, residual: Residual, payload: BinaryIO
 ) -> tuple[Manifest, Residual | None]:
     recipe = Recipe.parse(task.upload_recipe or "raw")
-    rng = np.random.default_rng((task.plan.seed, task.round, zlib.crc32(worker.encode())))
+    draw = partial(np.random.default_rng, (task.plan.seed, task.round, zlib.crc32(worker.encode())))
     if outcome.weights is None:
-        return write_payload({}, recipe, payload, rng), None
+        return write_payload({}, recipe, payload, draw()), None
     if task.kind is TaskKind.INITIALIZE:
-        return write_payload(outcome.weights, recipe, payload, rng), None
+        return write_payload(outcome.weights, recipe, payload, draw()), None
     start = given if outcome.start is None else outcome.start
+    recipe = recipe.for_layout(layout_of(start))
     part = Part(Delta(outcome.weights, start), outcome.masks, outcome.clustered, is_personal(task.plan))
     if outcome.masks or task.plan.sub_model.moves:
         # The next update covers other coordinates: what this one lost is not owed to those.
-        return write_payload(part, recipe, payload, rng), None
-    layout = None if outcome.clustered else tuple(spec_of(name, start[name]) for name in part)
-    return write_with_feedback(part, residual, recipe, payload, rng, layout)
+        return write_payload(part, fitted(recipe, part, task, draw), payload, draw()), None
+    layout = layout_of(part) if outcome.clustered else tuple(spec_of(name, start[name]) for name in part)
+    recipe = fitted(recipe, Corrected(part, residual, layout), task, draw)
+    return write_with_feedback(part, residual, recipe, payload, draw(), layout)
 
 
 def is_personal(plan: Plan) -> Callable[[str], bool]:

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fedgrpc.codec.budget import mixed_recipe, recipe_for_budget
+from fedgrpc.codec.budget import fit
 from fedgrpc.codec.efficiency import measure, order0_bits
-from fedgrpc.codec.encoding import parse_encoding
 from fedgrpc.codec.entropy import Entropy
 from fedgrpc.codec.layout import Array, layout_of
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Compression, Recipe
-from fedgrpc.errors import EncodeError
+from fedgrpc.codec.step import C_RANGE
+from fedgrpc.errors import EncodeError, UsageError
 
 ZSTD = Compression("zstd")
 
@@ -28,24 +31,88 @@ def update() -> dict[str, Array]:
     }
 
 
+def draws(seed: int = 2) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def written(recipe: Recipe, tensors: dict[str, Array]) -> int:
+    return write_payload(tensors, recipe, io.BytesIO(), draws()).size_bytes
+
+
 @pytest.mark.parametrize("budget_bytes", [8_000, 15_000, 40_000, 150_000])
 def test_a_byte_budget_is_kept_and_used(budget_bytes: int) -> None:
-    recipe = recipe_for_budget(update(), Recipe.parse("entropy+zstd"), budget_bytes, np.random.default_rng(1))
-    manifest = write_payload(update(), recipe, io.BytesIO(), np.random.default_rng(2))
-    assert 0.93 * budget_bytes < manifest.size_bytes < 1.01 * budget_bytes
+    fitted = fit(update(), Recipe.parse("entropy:c=0.01+zstd"), budget_bytes, draws)
+    assert 0.93 * budget_bytes < fitted.size_bytes <= budget_bytes
+    assert written(fitted.recipe, update()) == fitted.size_bytes
+    assert not fitted.recipe.budget
 
 
-def test_a_budget_below_the_coarsest_step_is_refused_with_both_numbers() -> None:
-    with pytest.raises(EncodeError, match=r"\d+ bytes at the coarsest step, the budget is 1000"):
-        recipe_for_budget(update(), Recipe.parse("entropy+zstd"), 1000, np.random.default_rng(1))
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.integers(1, 20_000),
+    heavy=st.booleans(),
+    recipe=st.sampled_from(["entropy:budget=1+zstd", "entropy:c=0.5;@vectors=raw+zstd", "entropy:c=8"]),
+    budget_bytes=st.integers(1, 100_000),
+)
+def test_a_payload_is_within_its_budget_or_the_smallest_there_is(
+    seed: int, size: int, heavy: bool, recipe: str, budget_bytes: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.standard_t(3, size=size) if heavy else rng.laplace(size=size)
+    tensors = {"w": values.astype(np.float32).reshape(-1, 1), "b": values[: size // 9].astype(np.float32)}
+    asked = Recipe.parse(recipe)
+    fitted = fit(tensors, asked, budget_bytes, draws)
+    assert written(fitted.recipe, tensors) == fitted.size_bytes
+    assert isinstance(asked.default, Entropy)
+    assert isinstance(fitted.recipe.default, Entropy)
+    assert asked.default.c <= fitted.recipe.default.c <= C_RANGE[1]
+    coarsest = replace(fitted.recipe, default=replace(fitted.recipe.default, c=C_RANGE[1]))
+    if fitted.size_bytes > budget_bytes:
+        assert fitted.recipe == coarsest
 
 
-def test_a_mixed_recipe_sends_vectors_raw_and_the_last_layer_finer() -> None:
+def test_a_budget_that_is_ample_changes_nothing() -> None:
+    fitted = fit(update(), Recipe.parse("entropy:c=3,budget=1+zstd"), 1e9, draws)
+    assert str(fitted.recipe) == "entropy+zstd"
+
+
+def test_a_budget_that_cannot_be_kept_gets_the_coarsest_step() -> None:
+    fitted = fit(update(), Recipe.parse("entropy+zstd"), 1000, draws)
+    assert str(fitted.recipe) == "entropy:c=64.0+zstd"
+    assert fitted.size_bytes > 1000
+
+
+def test_only_a_step_can_be_fitted() -> None:
+    with pytest.raises(EncodeError, match="int8 has no step to fit"):
+        fit(update(), Recipe.parse("int8"), 1000, draws)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("entropy:budget=much", "allowed are a number of bytes, and link"),
+        ("entropy:budget=-1", "allowed are a number of bytes, and link"),
+        ("entropy:budget=100,distortion=0.5", "give one of them"),
+        ("int8;head.*=entropy:budget=100", "a budget is of the whole payload"),
+    ],
+)
+def test_a_budget_that_means_nothing_is_refused(text: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        Recipe.parse(text)
+
+
+def test_a_recipe_sends_vectors_raw_and_the_last_layer_finer() -> None:
     layout = layout_of(update())
-    recipe = mixed_recipe(layout, Entropy(5), parse_encoding("int8"), ZSTD)
-    chosen = [str(recipe.for_tensor(spec)) for spec in layout]
-    assert chosen == ["entropy:c=5", "raw:shuffle=yes", "raw", "int8", "raw:shuffle=yes"]
+    recipe = Recipe.parse("entropy:c=5;@vectors=raw;@last=int8+zstd")
     assert Recipe.parse(str(recipe)) == recipe
+    chosen = [str(recipe.for_layout(layout).for_tensor(spec)) for spec in layout]
+    assert chosen == ["entropy:c=5.0", "raw:shuffle=yes", "raw", "int8", "raw:shuffle=yes"]
+    # A name with characters that patterns know is that name and no other.
+    first = recipe.for_layout(layout[:1])
+    assert str(first.for_tensor(layout[0])) == "int8"
+    assert str(first.for_tensor(replace(layout[0], name="conv0.weight"))) == "entropy:c=5.0"
+    assert recipe.for_layout(()).overrides == recipe.overrides[:1]
 
 
 @pytest.mark.parametrize("c", [2, 3, 5, 8])

@@ -21,7 +21,9 @@ def test_none_is_the_compression_that_is_left_out() -> None:
     assert Recipe.parse("int8").compression == Compression("none")
 
 
-@pytest.mark.parametrize("text", ["int9", "int8+gzip", "int8+zstd:99", "int8;bias", "int8;=raw", "int8;x=int1"])
+@pytest.mark.parametrize(
+    "text", ["int9", "int8+gzip", "int8+zstd:99", "int8;bias", "int8;=raw", "int8;x=int1", "int8;@first=raw"]
+)
 def test_bad_recipes_are_usage_errors_of_one_line(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         Recipe.parse(text)
