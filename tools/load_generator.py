@@ -36,6 +36,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fedgrpc.codec.chunk import chunks
+from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.codec.payload import buffer_reader, write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.rpc import framing
@@ -44,9 +45,10 @@ from fedgrpc.rpc.client_stream import ClientStream
 from fedgrpc.rpc.convert import duration_to_proto, manifest_to_proto
 from fedgrpc.rpc.retry import Retries
 from fedgrpc.v1 import aggregator_pb2 as pb
-from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
+from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2, tensor_pb2
 
 _CONNECTING_AT_ONCE = 50
+_ZSTD = tensor_pb2.COMPRESSION_ZSTD
 _PATIENCE_S = 300.0
 _WAIT_S = 30.0
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -105,7 +107,8 @@ class Worker:
             )
             self._push = framing.push_update(channel)
             async with connecting:
-                await self._stub.Register(pb.RegisterRequest(worker=self._name), timeout=_PATIENCE_S)
+                about = pb.RegisterRequest(worker=self._name, encodings=ENCODING_NAMES, compressions=[_ZSTD])
+                await self._stub.Register(about, timeout=_PATIENCE_S)
             self._seen.connected += 1
             retries = Retries()
             while True:

@@ -30,7 +30,7 @@ from fedgrpc.aggregator.run_store import RunStore
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.aggregator.weights import weight_of
-from fedgrpc.errors import IllegalTransition, RoundClosed, UnknownTask, WrongIdentity
+from fedgrpc.errors import IllegalTransition, RoundClosed, UnknownTask, UnknownWorker, UsageError, WrongIdentity
 from fedgrpc.metrics import Metrics
 from fedgrpc.rounds.events import (
     Abort,
@@ -78,6 +78,7 @@ class Coordinator:
     ) -> None:
         self.settings = settings
         self.orders = Orders.of(settings)
+        self.negotiation = settings.negotiation()
         self.store = store
         self.models = models
         self.local_models = LocalModels(settings.local_models, models, settings.data_dir / "channels.pb")
@@ -111,6 +112,7 @@ class Coordinator:
     async def register(self, registration: RegisterRequest) -> None:
         """Add or renew a worker, durably. Raises `UsageError` and `Exhausted`."""
         self.fleet.check(registration)
+        self.negotiation.check(registration)
         if not self.fleet.knows(registration):
             # After an outage a whole fleet comes back at once with nothing new to store.
             await self.in_database(self.store.save_worker, registration)
@@ -119,8 +121,15 @@ class Coordinator:
         self.wake.set()
 
     async def poll(self, name: str, wait_s: float, held: tuple[int, bytes] | None = None) -> Assignment | None:
-        """The worker's task, as soon as it has one; None after `wait_s`, and at once when the run has ended."""
+        """The worker's task, as soon as it has one; None after `wait_s`, and at once when the run has ended.
+
+        Raises `UnknownWorker`, also for one that registered when this run had other encodings.
+        """
         worker = self.fleet.get(name)
+        try:
+            self.negotiation.check(worker.registration)
+        except UsageError as error:
+            raise UnknownWorker(f"register again: {error}") from error
         worker.last_seen = self.clock()
         worker.held = held
         self._drop_lost(worker)

@@ -21,6 +21,7 @@ from fedgrpc.rounds.history import (
     timing_of,
     timing_of_accepted,
 )
+from fedgrpc.rounds.link import cut_download, cut_upload
 from fedgrpc.rounds.state import Round, Task
 from fedgrpc.v1 import aggregator_pb2, device_pb2
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN
@@ -46,6 +47,7 @@ def histories_after(current: CurrentRound, state: Round, fleet: Fleet) -> dict[s
         report = current.reports.get(token)
         if current.kind == TASK_KIND_TRAIN:
             history = remember(history, task, report, state.policy.deadline_s)
+            history = with_rates(history, task, report, current.pulled_bytes(token))
         accepted = committed and task.phase is TaskPhase.ACCEPTED
         changed[task.worker] = replace(history, accepted=history.accepted + 1) if accepted else history
     return changed
@@ -58,7 +60,7 @@ def histories_of(dropped: Iterable[Dropped], fleet: Fleet) -> dict[str, WorkerHi
         task = each.task
         if task.phase is not TaskPhase.ACCEPTED:
             history = changed.get(task.worker) or fleet.get(task.worker).history
-            changed[task.worker] = remember(history, task, None, 0.0)
+            changed[task.worker] = with_rates(remember(history, task, None, 0.0), task, None, 0)
     return changed
 
 
@@ -73,6 +75,17 @@ def remember(history: WorkerHistory, task: Task, report: Report | None, most_s: 
         return replace(history, loss=loss, example_count=report.example_count)
     timing = timing_of(task)
     return history if timing is None else history.timed(timing)
+
+
+def with_rates(history: WorkerHistory, task: Task, report: Report | None, pulled_bytes: int) -> WorkerHistory:
+    """The history with what a task that has ended tells of its worker's link."""
+    up, down = cut_upload(task), cut_download(task, pulled_bytes)
+    if task.phase is TaskPhase.ACCEPTED and report is not None:
+        up = float(report.upload_bytes), report.timings.upload_s
+        down = float(pulled_bytes), report.timings.download_s
+    # A carried task was pulled in a round before.
+    downlink = history.downlink if task.carried else history.downlink.after(*down)
+    return replace(history, uplink=history.uplink.after(*up), downlink=downlink)
 
 
 def upload_reserve_s(history: WorkerHistory, least_s: float) -> float:

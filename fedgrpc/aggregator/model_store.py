@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,8 @@ from fedgrpc.spares import SpareFiles
 log = structlog.get_logger()
 
 _VERSION = re.compile(r"(\d+)(-|\.safetensors$)")
+# Keys of payloads whose receivers are known to hold what they then make differences to.
+_HELD = re.compile(r" (held$|to [0-9a-f]{64} or )")
 
 _FRAMES_BYTES = 16 << 20
 _MAX_SPARES = 1
@@ -67,10 +69,11 @@ class EncodedModel:
 class ModelStore:
     """The versions in a data folder."""
 
-    def __init__(self, data_dir: Path, downlink: Downlink | None = None) -> None:
-        """Raises OSError."""
-        self._downlink = downlink or Downlink(Recipe(Raw()))
-        self._whole_bytes: int | None = None
+    def __init__(self, data_dir: Path, downlinks: Sequence[Downlink] = ()) -> None:
+        """`downlinks`: those of all workers, the usual one first. Raises OSError."""
+        self._downlinks = tuple(downlinks) or (Downlink(Recipe(Raw())),)
+        self._max_differences = _MAX_DIFFERENCES + len({downlink.difference for downlink in self._downlinks}) - 1
+        self._whole_bytes: dict[Recipe, int] = {}
         self._opened: tuple[tuple[int, ...], ModelFile] | None = None
         self._models = data_dir / "models"
         self._memories = data_dir / "optimizer"
@@ -129,27 +132,48 @@ class ModelStore:
         """
         key = (version, f"{recipe}|{sub_model}" if sub_model else str(recipe))
         if key not in self._made:
-            if max_recipes is not None and sum(made == version for made, _ in self._made) >= max_recipes:
+            if max_recipes is not None and len(self._foreign(version)) >= max_recipes:
                 raise Exhausted(f"model version {version} is already kept in {max_recipes} recipes")
             model = self.open(version)
             encode = asyncio.to_thread(self._encode, model, version, recipe, key[1], selection)
             self._made[key] = asyncio.create_task(encode)
         return await self._wait_for(key)
 
-    async def offered(self, version: int, held: Key | None = None) -> EncodedModel:
+    def _foreign(self, version: int) -> list[str]:
+        """What is kept of a version beside that which workers are told to pull."""
+        own = {str(downlink.whole) for downlink in self._downlinks}
+        texts = (text for made, text in self._made if made == version)
+        return [text for text in texts if text not in own and not _HELD.search(text)]
+
+    async def _whole(self, version: int, downlink: Downlink) -> EncodedModel:
+        """The whole model; what it makes its receivers hold is kept where a difference to that may follow."""
+        if downlink.difference is None:
+            return await self.encoded(version, downlink.whole)
+        key = (version, f"{downlink.whole} held")
+        if key not in self._made:
+            model = self.open(version)
+            encode = asyncio.to_thread(self._encode, model, version, downlink.whole, key[1], None, True)
+            self._made[key] = asyncio.create_task(encode)
+        return await self._wait_for(key)
+
+    async def offered(
+        self, version: int, held: Key | None = None, downlink: Downlink | None = None
+    ) -> EncodedModel:
         """`version` for a worker that holds `held` (a version, and the SHA-256 of the payload that made it): the
         difference to that, or the whole model where that is not known or the difference would be larger.
 
-        Each is made once for all who ask. Raises as `encoded`.
+        Whatever recipe made what is held: the difference is to that. Each is made once for all who ask with the
+        same `downlink` (None: the usual one). Raises as `encoded`.
         """
-        recipe = self._downlink.difference
+        downlink = downlink or self._downlinks[0]
+        recipe = downlink.difference
         if held is None or recipe is None or held[0] >= version or not self._forms.knows(held):
-            return await self.encoded(version, self._downlink.whole)
-        key = (version, f"{recipe} to {held[1].hex()}")
+            return await self._whole(version, downlink)
+        key = (version, f"{recipe} to {held[1].hex()} or {downlink.whole}")
         if key not in self._made:
-            if sum(made == version and " to " in text for made, text in self._made) >= _MAX_DIFFERENCES:
-                return await self.encoded(version, self._downlink.whole)
-            self._made[key] = asyncio.create_task(self._difference(version, recipe, held, key[1]))
+            if sum(made == version and " to " in text for made, text in self._made) >= self._max_differences:
+                return await self._whole(version, downlink)
+            self._made[key] = asyncio.create_task(self._difference(version, downlink, held, key[1]))
         return await self._wait_for(key)
 
     def holds(self, held: Key) -> bool:
@@ -163,7 +187,9 @@ class ModelStore:
             self._made.pop(key, None)
             raise
 
-    async def _difference(self, version: int, recipe: Recipe, held: Key, text: str) -> EncodedModel:
+    async def _difference(self, version: int, downlink: Downlink, held: Key, text: str) -> EncodedModel:
+        recipe = downlink.difference
+        assert recipe is not None
         try:
             made = await asyncio.to_thread(
                 self._encode_difference, self.open(version), version, recipe, held, text
@@ -171,12 +197,12 @@ class ModelStore:
         except EncodeError as error:
             log.warning("model sent whole", version=version, recipe=str(recipe), reason=str(error))
             made = None
-        whole_bytes = self._whole_bytes
+        whole_bytes = self._whole_bytes.get(downlink.whole)
         if made is not None and (whole_bytes is None or made.manifest.size_bytes <= _SLACK * whole_bytes):
             return made
         if made is not None:
             await asyncio.to_thread(self._forms.drop, (version, made.manifest.sha256))
-        return await self.encoded(version, self._downlink.whole)
+        return await self._whole(version, downlink)
 
     def _encode_difference(
         self, model: ModelFile, version: int, recipe: Recipe, held: Key, text: str
@@ -193,10 +219,14 @@ class ModelStore:
         return EncodedModel(version, manifest, _open_payload(Path(file.name), 0), held[0])
 
     def _encode(
-        self, model: ModelFile, version: int, recipe: Recipe, key: str, selection: Selection | None
+        self,
+        model: ModelFile,
+        version: int,
+        recipe: Recipe,
+        key: str,
+        selection: Selection | None,
+        keep_form: bool = False,
     ) -> EncodedModel:
-        given = selection is None and recipe == self._downlink.whole
-        keep_form = given and self._downlink.difference is not None
         if (
             selection is None
             and not keep_form
@@ -208,10 +238,10 @@ class ModelStore:
         if selection is not None:
             tensors = _Slice(tensors, selection)
         with self._payload_file(version, key) as file:
-            recipe = recipe.for_layout(model.layout)
-            manifest = _write(tensors, version, recipe, file, self._forms if keep_form else None)
-        if given:
-            self._whole_bytes = manifest.size_bytes
+            named = recipe.for_layout(model.layout)
+            manifest = _write(tensors, version, named, file, self._forms if keep_form else None)
+        if keep_form:
+            self._whole_bytes[recipe] = manifest.size_bytes
         return EncodedModel(version, manifest, _open_payload(Path(file.name), 0))
 
     @contextmanager

@@ -9,14 +9,18 @@ import asyncio
 import secrets
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import structlog
 
 from fedgrpc.aggregator.coordinator import Coordinator
-from fedgrpc.aggregator.local_models import Sizing
+from fedgrpc.aggregator.local_models import LocalTask, Sizing
+from fedgrpc.aggregator.model_store import Downlink
 from fedgrpc.aggregator.report import CurrentRound
+from fedgrpc.codec.recipe import Recipe
 from fedgrpc.rounds.choosing import Choosing
 from fedgrpc.rounds.events import Deadline, Select, Selected
 from fedgrpc.rounds.state import Round, RoundPhase, step
@@ -42,9 +46,11 @@ class Offering:
         chosen = tuple(worker for _, worker in selected.tasks)
         after, _ = step(state, selected, it.clock())
         if chosen and after.phase is RoundPhase.REPORTING:
-            await self.prepare_download(current, chosen)
+            self._agree(current, selected)
+            new = dict(selected.tasks)
+            await self.prepare_download(current, new)
             self._give_local_tasks(current, selected)
-            await self.prepare_download(current)
+            await self.prepare_download(current, new)
             await self._save_tasks(current, after, chosen)
             self._tell(after, selected)
         if not current.state.phase.final:
@@ -65,6 +71,16 @@ class Offering:
         tasks = tuple((secrets.token_urlsafe(18), choice.worker) for choice in choices)
         return Selected(tasks, {choice.worker: choice.reason for choice in choices}, deadline)
 
+    def _agree(self, current: CurrentRound, selected: Selected) -> None:
+        """In which recipes each of the chosen pulls and pushes, for as long as it has this task."""
+        for token, name in selected.tasks:
+            agreed = self._it.negotiation.agreed(self._it.fleet.get(name))
+            upload = "raw" if current.kind == TASK_KIND_INITIALIZE else str(agreed.upload)
+            current.recipes[token] = agreed.download_text, upload
+            self._log.debug(
+                "recipes agreed", round=current.state.number, worker=name, down=agreed.download_text, up=upload
+            )
+
     def _tell(self, after: Round, selected: Selected) -> None:
         workers = [worker for _, worker in selected.tasks]
         for worker in workers:
@@ -84,31 +100,48 @@ class Offering:
         for name in chosen:
             current.device_classes[name] = it.fleet.get(name).registration.device.device_class
 
-    async def prepare_download(self, current: CurrentRound, chosen: tuple[str, ...] = ()) -> None:
-        """The encoded model is ready before anyone is asked to pull it; its size is for the record."""
+    async def prepare_download(self, current: CurrentRound, new: Mapping[str, str] = MappingProxyType({})) -> None:
+        """The encoded model is ready before anyone is asked to pull it; its size is for the record.
+
+        `new`: the workers of tasks that are not offered yet, by token.
+        """
         if current.kind == TASK_KIND_INITIALIZE:
             return
-        await self._prepare_whole(current, chosen)
-        it = self._it
+        await self._prepare_whole(current, tuple(new.values()))
+        sizes: dict[tuple[str, Recipe], int] = {}
         for token, local in current.local_tasks.items():
             task = current.state.tasks.get(token)
-            fresh = task is None or not task.carried
-            if fresh and local.slice not in current.download_bytes:
-                version = current.base_version
-                selection = await asyncio.to_thread(it.local_models.selection, local.sub_model, version)
-                recipe = self._settings.download
-                encoded = await it.models.encoded(version, recipe, None, local.slice, selection)
-                current.download_bytes[local.slice] = encoded.manifest.size_bytes
+            if local.slice and (task is None or not task.carried):
+                key = local.slice, self._downlink(current, token).whole
+                if key not in sizes:
+                    sizes[key] = await self._prepare_slice(current.base_version, local, key[1])
+                current.download_bytes[local.slice] = sizes[key]
+                current.offered_bytes[new[token] if task is None else task.worker] = sizes[key]
+
+    async def _prepare_slice(self, version: int, local: LocalTask, recipe: Recipe) -> int:
+        it = self._it
+        selection = await asyncio.to_thread(it.local_models.selection, local.sub_model, version)
+        encoded = await it.models.encoded(version, recipe, None, local.slice, selection)
+        return encoded.manifest.size_bytes
+
+    def _downlink(self, current: CurrentRound, token: str) -> Downlink:
+        """What was agreed on when the task was given; after a restart with other settings, the usual."""
+        negotiation = self._it.negotiation
+        told = current.recipes.get(token)
+        return (negotiation.downlink_of(told[0]) if told else None) or negotiation.downlinks[0]
 
     async def _prepare_whole(self, current: CurrentRound, chosen: tuple[str, ...]) -> None:
         """Whole models, or differences to what the chosen hold; first to what most of them hold."""
         it = self._it
-        held = {name: it.fleet.get(name).held for name in chosen if name not in current.offered_bytes}
-        for base, _ in Counter(held.values()).most_common():
-            encoded = await it.models.offered(current.base_version, base)
+        fleet = {name: it.fleet.get(name) for name in chosen if name not in current.offered_bytes}
+        wanted = {name: (worker.held, it.negotiation.agreed(worker).downlink) for name, worker in fleet.items()}
+        for (base, downlink), _ in Counter(wanted.values()).most_common():
+            encoded = await it.models.offered(current.base_version, base, downlink)
             size_bytes = encoded.manifest.size_bytes
-            current.offered_bytes.update({name: size_bytes for name in held if held[name] == base})
-            current.download_bytes.setdefault("", size_bytes)
+            if base is not None and base[0] == current.base_version and it.models.holds(base):
+                size_bytes = 0
+            current.offered_bytes.update({name: size_bytes for name in wanted if wanted[name] == (base, downlink)})
+            current.download_bytes.setdefault("", encoded.manifest.size_bytes)
         if "" not in current.download_bytes:
             encoded = await it.models.offered(current.base_version)
             current.download_bytes[""] = encoded.manifest.size_bytes

@@ -112,6 +112,10 @@ class Recovery:
         current.predictions = {
             row.token: expected[row.worker] for row in open_round.tasks if row.worker in expected
         }
+        told = {task.worker: (task.download_recipe, task.upload_recipe) for task in record.tasks}
+        for row in open_round.tasks:
+            if (recipes := told.get(row.worker, ("", "")))[0]:
+                current.recipes[row.token] = recipes
         await self._offering.prepare_download(current)
         log.info("round resumed", run=self._settings.run_name, round=record.number, accepted=len(reports))
 

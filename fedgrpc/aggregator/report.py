@@ -73,8 +73,8 @@ class Report:
 class CurrentRound:
     """The round in progress: its pure state, and what the shell knows of it. Times are wall times, seconds.
 
-    `download_bytes` are by slice ("" is the whole model), `offered_bytes` of it by worker, `local_tasks` and
-    `predictions` by token.
+    `download_bytes` are by slice ("" is the whole model), `offered_bytes` by worker, `local_tasks`, `predictions`
+    and `recipes` (of download and upload) by token.
     `due_at`, by the clock of `state`: until when an aggregator above waits; None: there is none.
     """
 
@@ -86,6 +86,7 @@ class CurrentRound:
     offered_bytes: dict[str, int] = field(default_factory=dict)
     local_tasks: dict[str, LocalTask] = field(default_factory=dict)
     predictions: dict[str, Prediction] = field(default_factory=dict)
+    recipes: dict[str, tuple[str, str]] = field(default_factory=dict)
     reports: dict[str, Report] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
@@ -97,6 +98,11 @@ class CurrentRound:
     def local_task(self, token: str) -> LocalTask:
         """What the worker of a task makes of the model; the default is nothing."""
         return self.local_tasks.get(token, LocalTask())
+
+    def pulled_bytes(self, token: str) -> int:
+        """Bytes of the model that the worker of a task is to pull."""
+        usual_bytes = self.download_bytes.get(self.local_task(token).slice, 0)
+        return self.offered_bytes.get(self.state.tasks[token].worker, usual_bytes)
 
     def version_of(self, token: str) -> int:
         """The version that the worker of a task was given."""
@@ -155,10 +161,9 @@ class CurrentRound:
             chosen=task.chosen,
         )
         local = self.local_task(token)
+        record.download_recipe, record.upload_recipe = self.recipes.get(token, ("", ""))
         if task.phase is not events.TaskPhase.OFFERED and not task.carried:
-            usual_bytes = self.download_bytes.get(local.slice, 0)
-            offered_bytes = self.offered_bytes.get(task.worker, usual_bytes)
-            record.download_bytes = usual_bytes if local.slice else offered_bytes
+            record.download_bytes = self.pulled_bytes(token)
         if not local.plain:
             record.local_model.CopyFrom(local.to_proto())
         if token in self.predictions:

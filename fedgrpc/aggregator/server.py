@@ -78,7 +78,7 @@ class Aggregator:
     def _open(self) -> Coordinator:
         folder = self._settings.data_dir
         try:
-            models = ModelStore(folder, self._settings.downlink)
+            models = ModelStore(folder, self._settings.negotiation().downlinks)
             journal = UploadJournal(folder / "uploads", self._settings.durable)
         except OSError as error:
             raise UsageError(f"cannot use the data folder {folder}: {error.strerror}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import cast
 
 import grpc.aio
@@ -12,10 +12,10 @@ from fedgrpc import __version__
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.histories import tell_history, upload_reserve_s
+from fedgrpc.aggregator.negotiation import link_of
 from fedgrpc.aggregator.receiver import Receiver
 from fedgrpc.aggregator.run_state import Assignment
 from fedgrpc.codec.chunk import Chunk
-from fedgrpc.codec.encoding import parse_encoding
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import LayoutError, NotFound, UsageError, WrongOffset
@@ -51,9 +51,6 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     async def Register(
         self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext
     ) -> pb.RegisterResponse:
-        downlink = self._settings.downlink
-        recipes = [downlink.whole, downlink.difference, Recipe.parse(self._settings.upload_recipe)]
-        _check_common(request, [recipe for recipe in recipes if recipe is not None])
         await self._it.register(request)
         return pb.RegisterResponse(
             run=self._settings.run_name,
@@ -77,7 +74,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         return pb.PollTaskResponse(task=self._task(assignment))
 
     def _task(self, assignment: Assignment) -> pb.Task:
-        initialize = assignment.kind == round_pb2.TASK_KIND_INITIALIZE
+        download_recipe, upload_recipe = self._recipes(assignment)
         task = pb.Task(
             token=assignment.token,
             run=self._settings.run_name,
@@ -86,12 +83,22 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             kind=assignment.kind,
             model_version=assignment.version,
             plan=self._plan(assignment),
-            download_recipe=self._settings.download_recipe,
-            upload_recipe="raw" if initialize else self._settings.upload_recipe,
+            download_recipe=download_recipe,
+            upload_recipe=upload_recipe,
+            uplink_bytes_per_second=link_of(self._it.fleet.get(assignment.worker)).up or 0.0,
         )
         if assignment.time_left_s is not None:
             task.time_left.CopyFrom(duration_to_proto(assignment.time_left_s))
         return task
+
+    def _recipes(self, assignment: Assignment) -> tuple[str, str]:
+        """Of download and upload: those of its task, as long as it has it."""
+        current = self._it.current
+        if current is not None and assignment.token in current.recipes:
+            return current.recipes[assignment.token]
+        agreed = self._it.negotiation.agreed(self._it.fleet.get(assignment.worker))
+        initialize = assignment.kind == round_pb2.TASK_KIND_INITIALIZE
+        return agreed.download_text, "raw" if initialize else str(agreed.upload)
 
     def _plan(self, assignment: Assignment) -> round_pb2.Plan:
         orders = self._it.orders
@@ -113,8 +120,8 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         version = request.version or self._it.run.version
         if not version:
             raise NotFound("there is no model version yet")
-        recipe = _recipe(request.recipe)
-        given = self._is_given(recipe, request.sub_model)
+        downlink = self._it.negotiation.downlink_of(request.recipe)
+        given = downlink is not None and self._is_given(request.sub_model)
         base = (request.base_version, request.base_sha256)
         if given and not request.sub_model and request.base_version == version and self._it.models.holds(base):
             nothing = manifest_to_proto(Manifest.of_nothing())
@@ -123,8 +130,9 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             )
             return
         if given and not request.sub_model:
-            encoded = await self._it.models.offered(version, base)
+            encoded = await self._it.models.offered(version, base, downlink)
         else:
+            recipe = Recipe.parse(request.recipe or "raw") if downlink is None else downlink.whole
             sub_model = parse_sub_model(request.sub_model)
             selection = await asyncio.to_thread(self._it.local_models.selection, sub_model, version)
             most = None if given else _MAX_RECIPES
@@ -138,11 +146,10 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         async for message in self._it.models.frames.frames(encoded.payload, request.offset):
             yield message
 
-    def _is_given(self, recipe: Recipe, sub_model: str) -> bool:
-        """Whether workers are asked to pull the model in this very form."""
+    def _is_given(self, sub_model: str) -> bool:
+        """Whether workers are asked to pull this slice."""
         given = self._it.current.local_tasks.values() if self._it.current is not None else ()
-        slices = {"", *(task.slice for task in given)}
-        return recipe == self._settings.download and sub_model in slices
+        return not sub_model or any(task.slice == sub_model for task in given)
 
     async def Heartbeat(
         self, request: pb.HeartbeatRequest, context: grpc.aio.ServicerContext
@@ -244,6 +251,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             rounds_accepted=worker.history.accepted,
         )
         tell_history(worker, record)
+        self._it.negotiation.tell(worker, record)
         current = self._it.current
         if worker.token is not None and current is not None and worker.token in current.state.tasks:
             task = current.state.find(worker.token)
@@ -271,25 +279,6 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         return pb.StopRunResponse(run=self._run())
 
 
-def _check_common(request: pb.RegisterRequest, recipes: Iterable[Recipe]) -> None:
-    """The worker reads and writes what this run uses. Raises `UsageError`."""
-    known = set(request.encodings)
-    for recipe in recipes:
-        for encoding in recipe.encodings:
-            name = str(encoding).partition(":")[0]
-            if known and name not in known and not any(_same(name, other) for other in known):
-                raise UsageError(
-                    f"worker {request.worker!r} does not know the encoding {name}, which this run uses"
-                )
-
-
-def _same(name: str, other: str) -> bool:
-    try:
-        return str(parse_encoding(other)).partition(":")[0] == name
-    except UsageError:
-        return False
-
-
 def _before(page_token: str) -> int:
     """The round that a page ends before. Raises `UsageError`."""
     if not page_token:
@@ -297,10 +286,6 @@ def _before(page_token: str) -> int:
     if not (page_token.isascii() and page_token.isdigit() and len(page_token) <= len(str(_MAX_ROUND))):
         raise UsageError("the page token is not one that ListRounds gave")
     return min(int(page_token), _MAX_ROUND)
-
-
-def _recipe(text: str) -> Recipe:
-    return Recipe.parse(text) if text else Recipe.parse("raw")
 
 
 def _open_phase(number: int) -> TaskPhase:

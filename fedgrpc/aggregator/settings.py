@@ -10,9 +10,8 @@ from types import MappingProxyType
 
 from fedgrpc.aggregation.compression_plan import PlanTable
 from fedgrpc.aggregation.update import AdmissionPolicy
-from fedgrpc.aggregator.model_store import Downlink
+from fedgrpc.aggregator.negotiation import Negotiation
 from fedgrpc.codec.manifest import Limits
-from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.choosing import Choosing
 from fedgrpc.rounds.policy import RoundPolicy
@@ -152,13 +151,7 @@ class AggregatorSettings:
             raise UsageError(f"seed must not be negative, not {self.seed}")
         self._check_times()
         self._check_scales()
-        Recipe.parse(self.download_recipe)
-        Recipe.parse(self.upload_recipe)
-        if self.difference_recipe is not None and not Recipe.parse(self.difference_recipe).contractive:
-            raise UsageError(
-                f"difference_recipe {self.difference_recipe!r} may lose more than there is: errors would grow; "
-                "take a finer one, such as entropy:c=1+zstd"
-            )
+        self.negotiation()
 
     def _check_scales(self) -> None:
         """Of steps that are to be normalized it has to be known what they amount to."""
@@ -184,17 +177,9 @@ class AggregatorSettings:
                 f"it is {self.heartbeat_interval_s:g}"
             )
 
-    @property
-    def download(self) -> Recipe:
-        """How models travel to workers."""
-        return Recipe.parse(self.download_recipe)
-
-    @property
-    def downlink(self) -> Downlink:
-        """The same, with what they travel as to a worker that holds an earlier one."""
-        text = self.download_recipe if self.difference_recipe is None else self.difference_recipe
-        recipe = Recipe.parse(text)
-        return Downlink(self.download, None if recipe.lossless or not recipe.contractive else recipe)
+    def negotiation(self) -> Negotiation:
+        """How models and updates travel. Raises UsageError."""
+        return Negotiation(self.download_recipe, self.difference_recipe, self.upload_recipe)
 
     @property
     def admission(self) -> AdmissionPolicy:

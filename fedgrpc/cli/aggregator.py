@@ -34,7 +34,7 @@ _mean = Declare("Averaging", AggregatorSettings)
 _transfer = Declare("Transfer", AggregatorSettings)
 _service = Declare("Service", AggregatorSettings)
 _RECIPE = AggregatorSettings.upload_recipe
-_ONE_WAY: dict[str, Any] = {"default": None, "metavar": "RECIPE", "show_default": "as --encoding"}
+_ONE_WAY: dict[str, Any] = {"default": None, "metavar": "RECIPES", "show_default": "as --encoding"}
 
 SETTINGS: list[Setting] = [
     _place(
@@ -136,14 +136,20 @@ SETTINGS: list[Setting] = [
     _mean("--max-update-norm", "Refuse updates whose L2 norm is above this."),
     _mean("--evaluate/--no-evaluate", "Workers score the model they are given on their held-out data."),
     _mean("--seed", "Of selection, shuffling and stochastic rounding."),
-    _transfer("--encoding", "Both ways, as in raw, float16 or int8+zstd.", default=_RECIPE, metavar="RECIPE"),
+    _transfer(
+        "--encoding",
+        "Both ways, as in raw or int8+zstd; by link, as in 'int4+zstd below 2mbit | int8+zstd | raw', or auto "
+        "(docs/transport.md).",
+        default=_RECIPE,
+        metavar="RECIPES",
+    ),
     _transfer("--upload-encoding", "Of updates.", name="upload_recipe", **_ONE_WAY),
     _transfer("--download-encoding", "Of models.", name="download_recipe", **_ONE_WAY),
     _transfer(
         "--difference-encoding",
         "Of the difference to the model that a worker holds, where it is lossy.",
         name="difference_recipe",
-        metavar="RECIPE",
+        metavar="RECIPES",
         show_default="as models",
     ),
     _transfer("--max-chunk", "Largest piece of a stream.", name="max_chunk_bytes", type=SIZE),

@@ -12,7 +12,15 @@ from google.protobuf.json_format import MessageToDict
 from fedgrpc.cli.common import client_settings, client_tls
 from fedgrpc.cli.operator import AGGREGATOR_SETTING, operator
 from fedgrpc.cli.options import Declare, SettingsCommand
-from fedgrpc.cli.view import piped_console, predictions_table, print_table, rounds_table, run_line, workers_table
+from fedgrpc.cli.view import (
+    links_table,
+    piped_console,
+    predictions_table,
+    print_table,
+    rounds_table,
+    run_line,
+    workers_table,
+)
 
 _show = Declare("What to show")
 
@@ -23,6 +31,12 @@ SETTINGS = [
         "--plans/--no-plans",
         "What the last round's tasks were expected to cost, and did cost.",
         name="plans",
+        default=False,
+    ),
+    _show(
+        "--links/--no-links",
+        "How fast each worker's link is, and the recipes that it is told for it.",
+        name="links",
         default=False,
     ),
     _show("--rounds", "How many of the last rounds.", type=click.IntRange(1, 1000), default=5),
@@ -47,6 +61,8 @@ async def _status(values: dict[str, Any]) -> None:
     tables = [rounds_table(rounds), workers_table(workers)]
     if values["plans"]:
         tables.append(predictions_table(rounds))
+    if values["links"]:
+        tables.append(links_table(workers))
     for table in tables:
         if table.row_count:
             console.print()

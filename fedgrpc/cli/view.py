@@ -70,6 +70,18 @@ def size(count: float) -> str:
     raise AssertionError
 
 
+def rate(bytes_per_second: float) -> str:
+    """A rate as 1.2 Mbit/s; 0 is one that nobody knows."""
+    if not bytes_per_second:
+        return "unknown"
+    bits = 8 * bytes_per_second
+    for unit in ("bit", "kbit", "Mbit", "Gbit"):
+        if bits < 1000 or unit == "Gbit":
+            return f"{bits:.3g} {unit}/s"
+        bits /= 1000
+    raise AssertionError
+
+
 def seconds(value: float) -> str:
     """Seconds with as many digits as they deserve."""
     return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
@@ -187,6 +199,15 @@ def workers_table(workers: Sequence[WorkerRecord]) -> Table:
             f"{seconds(record.last_seen_ago.ToTimedelta().total_seconds())} ago",
             f"{record.rounds_accepted}/{record.rounds_selected}",
         )
+    return table
+
+
+def links_table(workers: Sequence[WorkerRecord]) -> Table:
+    """One row per worker: its link, and how its models and updates travel over it."""
+    table = _table("worker", ">up", "updates as", ">down", "models as")
+    for record in workers:
+        up, down = (rate(it) for it in (record.uplink_bytes_per_second, record.downlink_bytes_per_second))
+        table.add_row(record.worker, up, record.upload_recipe, down, record.download_recipe)
     return table
 
 

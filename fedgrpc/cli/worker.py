@@ -16,6 +16,7 @@ import click
 from fedgrpc.cli.common import LOGS, client_settings, client_tls, configure_logs
 from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand, pick
 from fedgrpc.cli.quantities import DURATION, RATE, SIZE
+from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.errors import UsageError
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.rpc.retry import Backoff
@@ -30,6 +31,7 @@ _place = Declare("Where", WorkerSettings)
 _task = Declare("The learning task", TaskSetup)
 _device = Declare("The device")
 _slow = Declare("Honest slowness, to try out a fleet on one machine", Throttle)
+_transfer = Declare("Transfer")
 _service = Declare("The worker's own service")
 _life = Declare("Life", WorkerSettings)
 _retry = Declare("Life", Backoff)
@@ -77,6 +79,13 @@ SETTINGS: list[Setting] = [
         default=(),
         metavar="NAME=VALUE",
     ),
+    _transfer(
+        "--encodings",
+        "Offer to read and write only these (raw is always among them); without: all that fedgrpc has.",
+        type=str,
+        default=None,
+        metavar="NAME,NAME",
+    ),
     _slow("--slowdown", "Training takes this many times as long."),
     _slow("--link", "Pace downloads and uploads to this rate.", name="link_bits_per_second", type=RATE),
     _service(
@@ -114,6 +123,7 @@ def settings_from(values: Mapping[str, Any]) -> WorkerSettings:
         "serve_tls": None if serve_tls == Tls() else serve_tls,
         "throttle": pick(Throttle, values),
         "backoff": _backoff(values),
+        "encodings": _encodings(values["encodings"]),
     }
     return pick(WorkerSettings, values, **more)
 
@@ -123,6 +133,12 @@ def _backoff(values: Mapping[str, Any]) -> Backoff:
         return pick(Backoff, values)
     except ValueError:
         raise UsageError("--reconnect-first must be above 0 and at most --reconnect-cap") from None
+
+
+def _encodings(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return ENCODING_NAMES
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _default_state_dir(name: str) -> Path:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rounds.link import NO_RATES, Rates
 from fedgrpc.rounds.task import SLOW, Task
 
 KEPT = 16
@@ -90,7 +91,8 @@ def ending(task: Task) -> str:
 class WorkerHistory:
     """One worker. `loss` and `example_count` are those of its last update; `selected_in` the last round.
 
-    `endings` tells how its last tasks ended, `timings` where their time went.
+    `endings` tells how its last tasks ended, `timings` where their time went, `uplink` and `downlink` how fast its
+    bytes went up and down.
     """
 
     timings: tuple[Timing, ...] = ()
@@ -100,6 +102,8 @@ class WorkerHistory:
     loss: float | None = None
     example_count: int = 0
     endings: tuple[str, ...] = ()
+    uplink: Rates = NO_RATES
+    downlink: Rates = NO_RATES
 
     def chosen(self, round_number: int) -> WorkerHistory:
         """After it was given a task."""

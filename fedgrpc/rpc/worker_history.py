@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedgrpc.rounds.history import Timing, WorkerHistory
+from fedgrpc.rounds.link import Rates
 from fedgrpc.v1 import round_pb2
 
 
@@ -22,6 +23,8 @@ def history_to_bytes(history: WorkerHistory) -> bytes:
         loss=history.loss,
         example_count=history.example_count,
         endings=history.endings,
+        uplink_bytes_per_second=history.uplink.told,
+        downlink_bytes_per_second=history.downlink.told,
     )
     return message.SerializeToString()
 
@@ -40,4 +43,9 @@ def history_from_bytes(kept: bytes, selected: int, accepted: int) -> WorkerHisto
     )
     loss = message.loss if message.HasField("loss") else None
     endings = tuple(message.endings)
-    return WorkerHistory(timings, selected, accepted, message.selected_in, loss, message.example_count, endings)
+    up, down = (
+        Rates(tuple(rates)) for rates in (message.uplink_bytes_per_second, message.downlink_bytes_per_second)
+    )
+    return WorkerHistory(
+        timings, selected, accepted, message.selected_in, loss, message.example_count, endings, up, down
+    )

@@ -185,7 +185,7 @@ class Arithmetic(_message.Message):
     def __init__(self, format: _Optional[str] = ..., stochastic_rounding: _Optional[bool] = ..., emulated: _Optional[bool] = ...) -> None: ...
 
 class TaskRecord(_message.Message):
-    __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes", "local_model", "merged_updates", "steps", "staleness", "scale", "chosen", "prediction", "tensor_bytes")
+    __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes", "local_model", "merged_updates", "steps", "staleness", "scale", "chosen", "prediction", "tensor_bytes", "download_recipe", "upload_recipe")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -214,6 +214,8 @@ class TaskRecord(_message.Message):
     CHOSEN_FIELD_NUMBER: _ClassVar[int]
     PREDICTION_FIELD_NUMBER: _ClassVar[int]
     TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DOWNLOAD_RECIPE_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_RECIPE_FIELD_NUMBER: _ClassVar[int]
     worker: str
     kind: TaskKind
     phase: TaskPhase
@@ -235,7 +237,9 @@ class TaskRecord(_message.Message):
     chosen: str
     prediction: Prediction
     tensor_bytes: int
-    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., phase: _Optional[_Union[TaskPhase, str]] = ..., reason: _Optional[str] = ..., example_count: _Optional[int] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., progress: _Optional[float] = ..., device_class: _Optional[str] = ..., peak_memory_bytes: _Optional[int] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., merged_updates: _Optional[int] = ..., steps: _Optional[int] = ..., staleness: _Optional[int] = ..., scale: _Optional[float] = ..., chosen: _Optional[str] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ..., tensor_bytes: _Optional[int] = ...) -> None: ...
+    download_recipe: str
+    upload_recipe: str
+    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., phase: _Optional[_Union[TaskPhase, str]] = ..., reason: _Optional[str] = ..., example_count: _Optional[int] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., progress: _Optional[float] = ..., device_class: _Optional[str] = ..., peak_memory_bytes: _Optional[int] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., merged_updates: _Optional[int] = ..., steps: _Optional[int] = ..., staleness: _Optional[int] = ..., scale: _Optional[float] = ..., chosen: _Optional[str] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ..., tensor_bytes: _Optional[int] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ...) -> None: ...
 
 class Prediction(_message.Message):
     __slots__ = ("download_seconds", "local_seconds", "upload_seconds", "peak_memory_bytes", "reason")
@@ -252,18 +256,22 @@ class Prediction(_message.Message):
     def __init__(self, download_seconds: _Optional[float] = ..., local_seconds: _Optional[float] = ..., upload_seconds: _Optional[float] = ..., peak_memory_bytes: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class WorkerHistory(_message.Message):
-    __slots__ = ("timings", "selected_in", "loss", "example_count", "endings")
+    __slots__ = ("timings", "selected_in", "loss", "example_count", "endings", "uplink_bytes_per_second", "downlink_bytes_per_second")
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     SELECTED_IN_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     EXAMPLE_COUNT_FIELD_NUMBER: _ClassVar[int]
     ENDINGS_FIELD_NUMBER: _ClassVar[int]
+    UPLINK_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    DOWNLINK_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     timings: _containers.RepeatedCompositeFieldContainer[PastTiming]
     selected_in: int
     loss: float
     example_count: int
     endings: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, timings: _Optional[_Iterable[_Union[PastTiming, _Mapping]]] = ..., selected_in: _Optional[int] = ..., loss: _Optional[float] = ..., example_count: _Optional[int] = ..., endings: _Optional[_Iterable[str]] = ...) -> None: ...
+    uplink_bytes_per_second: _containers.RepeatedScalarFieldContainer[float]
+    downlink_bytes_per_second: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, timings: _Optional[_Iterable[_Union[PastTiming, _Mapping]]] = ..., selected_in: _Optional[int] = ..., loss: _Optional[float] = ..., example_count: _Optional[int] = ..., endings: _Optional[_Iterable[str]] = ..., uplink_bytes_per_second: _Optional[_Iterable[float]] = ..., downlink_bytes_per_second: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class PastTiming(_message.Message):
     __slots__ = ("download_seconds", "local_seconds", "upload_seconds", "cut")

@@ -7,7 +7,7 @@ a slow link may need hours, but one that moves no byte for `stall_s` is given up
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -72,7 +72,12 @@ class AggregatorClient:
     """One worker's calls over one channel."""
 
     def __init__(
-        self, channel: grpc.aio.Channel, worker: str, throttle: Throttle | None = None, stall_s: float = 300.0
+        self,
+        channel: grpc.aio.Channel,
+        worker: str,
+        throttle: Throttle | None = None,
+        stall_s: float = 300.0,
+        encodings: Sequence[str] = ENCODING_NAMES,
     ) -> None:
         self._stub: Any = aggregator_pb2_grpc.AggregatorStub(channel)  # type: ignore[no-untyped-call]
         self._pull_model = framing.pull_model(channel)
@@ -80,6 +85,7 @@ class AggregatorClient:
         self._worker = worker
         self._throttle = throttle or Throttle()
         self._stall_s = stall_s
+        self._encodings = encodings
         self._chunk_bytes = CHUNK_BYTES
 
     async def register(self, profile: DeviceProfile, role: Role) -> Registration:
@@ -88,7 +94,7 @@ class AggregatorClient:
             worker=self._worker,
             role=role.value,
             device=profile.to_proto(),
-            encodings=ENCODING_NAMES,
+            encodings=self._encodings,
             compressions=[tensor_pb2.COMPRESSION_NONE, tensor_pb2.COMPRESSION_ZSTD],
         )
         with domain_errors():

@@ -63,7 +63,7 @@ class Worker:
             channel = await stack.enter_async_context(open_channel(settings.aggregator, settings.tls))
             loop = Loop(
                 settings,
-                AggregatorClient(channel, settings.name, settings.throttle, settings.stall_s),
+                AggregatorClient(channel, settings.name, settings.throttle, settings.stall_s, settings.encodings),
                 self.board,
                 self.controls,
                 Spool(

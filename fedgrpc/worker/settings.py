@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.errors import UsageError
 from fedgrpc.rpc.channel import Tls, check_target
 from fedgrpc.rpc.retry import Backoff
@@ -26,7 +27,7 @@ class WorkerSettings:
     worker needs its own. `serve_address` is where the `Worker` service listens; None: nowhere. `poll_wait_s` caps
     what the aggregator proposes, `stall_s` how long a stream may move no byte, `backoff` the waits between tries.
     `drain_s` is how long the task in hand may go on after SIGTERM. `device` replaces what is measured, by field
-    name of the profile.
+    name of the profile. `encodings` are the names of those that this worker offers to read and write.
 
     Raises:
         UsageError: a value is out of range.
@@ -48,6 +49,7 @@ class WorkerSettings:
     drain_s: float = 20.0
     spool_max_updates: int = 8
     spool_max_bytes: int = 8 << 30
+    encodings: tuple[str, ...] = ENCODING_NAMES
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -58,6 +60,9 @@ class WorkerSettings:
         for name in ("poll_wait_s", "stall_s", "spool_max_updates", "spool_max_bytes"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
+        for encoding in self.encodings:
+            if encoding not in ENCODING_NAMES:
+                raise UsageError(f"unknown encoding {encoding!r}; known are {', '.join(ENCODING_NAMES)}")
         if not self.drain_s >= 0:
             raise UsageError(f"drain_s must not be negative, not {self.drain_s}")
         DeviceProfile().with_overrides(self.device)

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedgrpc.aggregator.server import Aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.codec.payload import PayloadReader, buffer_reader, tensors_of, write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.rounds.policy import RoundPolicy
@@ -25,7 +26,7 @@ from fedgrpc.rpc.client_stream import ClientStream
 from fedgrpc.rpc.convert import duration_to_proto, manifest_from_proto, manifest_to_proto
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.v1 import aggregator_pb2 as pb
-from fedgrpc.v1 import aggregator_pb2_grpc, device_pb2, round_pb2
+from fedgrpc.v1 import aggregator_pb2_grpc, device_pb2, round_pb2, tensor_pb2
 from fedgrpc.worker.run import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.trainer import EvalResult, TrainResult
@@ -68,6 +69,8 @@ class Device:
         self.name = name
 
     async def register(self, role=device_pb2.WORKER_ROLE_TRAINER, **about):
+        both = [tensor_pb2.COMPRESSION_NONE, tensor_pb2.COMPRESSION_ZSTD]
+        about = {"encodings": ENCODING_NAMES, "compressions": both, **about}
         return await self.stub.Register(pb.RegisterRequest(worker=self.name, role=role, **about))
 
     async def poll(self, wait_s=10.0, held=(0, b"")):

@@ -404,11 +404,19 @@ async def test_a_name_that_cannot_be_is_refused(tmp_path, name):
 
 async def test_a_registration_without_a_common_encoding_or_over_the_limits_is_refused(tmp_path):
     async with aggregating(tmp_path, upload_recipe="int8+zstd", max_workers=1) as running:
-        with refused("INVALID_ARGUMENT", "'old' does not know the encoding", "UsageError"):
+        with refused(
+            "INVALID_ARGUMENT",
+            "'old' knows no encoding of this run's updates, int8+zstd; it lists raw",
+            "UsageError",
+        ):
             await Device(running.stub, "old").register(encodings=["raw"])
+        # Nothing is assumed of who lists nothing.
+        for lacking in ({"encodings": []}, {"compressions": []}):
+            with refused("INVALID_ARGUMENT", "knows no encoding of this run's updates", "UsageError"):
+                await Device(running.stub, "silent").register(**lacking)
         with refused("INVALID_ARGUMENT", "a registration of", "UsageError"):
             await Device(running.stub, "large").register(encodings=["int8", "raw", "x" * 100_000])
-        await Device(running.stub, "first").register(encodings=["int8", "raw"])
+        await Device(running.stub, "first").register(encodings=["int8"])
         await Device(running.stub, "first").register(encodings=["uniform8", "raw"])
         with refused("RESOURCE_EXHAUSTED", "the limit of 1 workers is reached", "Exhausted"):
             await Device(running.stub, "second").register()

@@ -1,0 +1,155 @@
+"""In which recipes each worker's models and updates travel: what the run prefers, what they list, their links.
+
+    upload      Task.upload_recipe      a recipe
+    download    Task.download_recipe    WHOLE, or WHOLE~DIFFERENCE where the difference to what is held has another
+
+The rule: nothing is assumed of a worker. It is told recipes of encodings that it has listed, and refused where
+there is none. How fast its link is its own transfers have told, or it has declared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fedgrpc.aggregator.fleet import Worker
+from fedgrpc.aggregator.model_store import Downlink
+from fedgrpc.codec.preference import Known, Preferences, parse_preferences
+from fedgrpc.codec.recipe import Recipe
+from fedgrpc.errors import UsageError
+from fedgrpc.v1.aggregator_pb2 import RegisterRequest, WorkerRecord
+from fedgrpc.v1.tensor_pb2 import COMPRESSION_ZSTD
+
+AUTO = "auto"
+AUTO_UPLOAD = "entropy:c=8+zstd below 2mbit | entropy:c=3+zstd below 20mbit | int8+zstd | int8 | raw"
+AUTO_DOWNLOAD = "int8+zstd | int8 | raw"
+AUTO_DIFFERENCE = "entropy:c=1+zstd below 20mbit | int8+zstd | int8 | raw"
+_DIFFERENCE = "~"
+_RAW = Recipe.parse("raw")
+
+
+@dataclass(frozen=True)
+class Link:
+    """Bytes a second up and down; None: nobody knows."""
+
+    up: float | None
+    down: float | None
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """The recipes of one worker."""
+
+    downlink: Downlink
+    upload: Recipe
+
+    @property
+    def download_text(self) -> str:
+        """As in `Task.download_recipe`."""
+        return text_of(self.downlink)
+
+
+def link_of(worker: Worker) -> Link:
+    """By what went through it, else by what the worker declares."""
+    device, history = worker.registration.device, worker.history
+    return Link(
+        history.uplink.bytes_per_second or device.uplink_bits_per_second / 8 or None,
+        history.downlink.bytes_per_second or device.downlink_bits_per_second / 8 or None,
+    )
+
+
+def text_of(downlink: Downlink) -> str:
+    """A downlink in one word; the difference is left out where the recipe of the whole model says it, too."""
+    if downlink == _downlink(downlink.whole, downlink.whole):
+        return str(downlink.whole)
+    return f"{downlink.whole}{_DIFFERENCE}{downlink.difference or _RAW}"
+
+
+class Negotiation:
+    """The preferences of one run, each as `parse_preferences` reads it, or "auto".
+
+    Raises UsageError for one that cannot be, and for a difference that may lose more than there is.
+    """
+
+    def __init__(self, download: str, difference: str | None, upload: str) -> None:
+        self._upload = _preferences(upload, AUTO_UPLOAD)
+        self._whole = _preferences(download, AUTO_DOWNLOAD)
+        if difference is None and download.strip() == AUTO:
+            difference = AUTO
+        self._difference = None if difference is None else _preferences(difference, AUTO_DIFFERENCE)
+        self.downlinks = tuple(dict.fromkeys(self._downlinks()))
+        for recipe in self._difference.recipes if self._difference else ():
+            if not recipe.contractive:
+                raise UsageError(
+                    f"difference_recipe '{recipe}' may lose more than there is: errors would grow; "
+                    "take a finer one, such as entropy:c=1+zstd"
+                )
+        for downlink in self.downlinks:
+            if any(recipe is not None and recipe.budget for recipe in (downlink.whole, downlink.difference)):
+                raise UsageError("a budget is for updates: a model is encoded once for everybody")
+
+    def _downlinks(self) -> Iterator[Downlink]:
+        """All that may be agreed on."""
+        for whole in self._whole.recipes:
+            for difference in (whole,) if self._difference is None else self._difference.recipes:
+                yield _downlink(whole, difference)
+
+    def check(self, registration: RegisterRequest) -> None:
+        """Raise UsageError where this run has no recipe that the worker knows."""
+        known = _known(registration)
+        for preferences, what in (
+            (self._whole, "models"),
+            (self._difference, "models"),
+            (self._upload, "updates"),
+        ):
+            if preferences is not None and preferences.choose(known, None) is None:
+                recipes = " | ".join(str(recipe) for recipe in preferences.recipes)
+                raise UsageError(
+                    f"worker {registration.worker!r} knows no encoding of this run's {what}, {recipes}; "
+                    f"it lists {known}"
+                )
+
+    def agreed(self, worker: Worker) -> Agreed:
+        """What a worker is told. Raises UsageError as `check`."""
+        self.check(worker.registration)
+        known, link = _known(worker.registration), link_of(worker)
+        up, down = (None if rate is None else 8 * rate for rate in (link.up, link.down))
+        upload, whole = self._upload.choose(known, up), self._whole.choose(known, down)
+        difference = whole if self._difference is None else self._difference.choose(known, down)
+        assert upload is not None
+        assert whole is not None
+        assert difference is not None
+        return Agreed(_downlink(whole, difference), upload)
+
+    def tell(self, worker: Worker, record: WorkerRecord) -> None:
+        """Fill in what operators see of it."""
+        link = link_of(worker)
+        record.uplink_bytes_per_second, record.downlink_bytes_per_second = link.up or 0.0, link.down or 0.0
+        try:
+            agreed = self.agreed(worker)
+        except UsageError:
+            # It registered when this run had other encodings, and has not been back.
+            return
+        record.download_recipe, record.upload_recipe = agreed.download_text, str(agreed.upload)
+
+    def downlink_of(self, text: str) -> Downlink | None:
+        """The downlink that a worker was told as `text`; None: it was not told so. Raises UsageError."""
+        whole, _, difference = text.partition(_DIFFERENCE)
+        recipe = Recipe.parse(whole) if whole else _RAW
+        wanted = Recipe.parse(difference) if difference else recipe
+        alike = [downlink for downlink in self.downlinks if downlink.whole == recipe]
+        exact = [downlink for downlink in alike if downlink == _downlink(recipe, wanted)]
+        return next(iter(exact or (alike if not difference else [])), None)
+
+
+def _preferences(text: str, auto: str) -> Preferences:
+    return parse_preferences(auto if text.strip() == AUTO else text)
+
+
+def _downlink(whole: Recipe, difference: Recipe) -> Downlink:
+    """A difference that loses nothing is no smaller than the model."""
+    return Downlink(whole, None if difference.lossless or not difference.contractive else difference)
+
+
+def _known(registration: RegisterRequest) -> Known:
+    return Known.listed(registration.encodings, ["zstd"] if COMPRESSION_ZSTD in registration.compressions else [])
