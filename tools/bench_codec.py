@@ -1,10 +1,13 @@
 """Milliseconds per million elements and bits per element of every encoding, as a table.
 
     python tools/bench_codec.py [--elements N] [--data laplace|gauss|student] [--json FILE] [ENCODING ...]
+    python tools/bench_codec.py --entropy [--elements N] [ENCODING ...]
 
 One core, best of several repetitions, on one float32 tensor. "encode" includes drawing random numbers;
 "feedback" is error feedback around it: add the residual, encode, decode, keep the new residual. "wire" is
-after zstd level 1 in frames of 1 MiB, "over entropy" that size over the order-0 entropy of the symbols.
+after zstd level 1 in frames of 1 MiB, "over entropy" that size over the order-0 entropy of the symbols: the codes
+of quantizers ("not kept" is one, where only some elements travel), of everything else the bytes. With --entropy
+only that is measured, for each kind of data.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import PayloadReader, PayloadWriter, buffer_reader
 from fedgrpc.codec.recipe import Compression
 
+DATA = ("laplace", "gauss", "student")
 DEFAULT = [
     "raw",
     "raw:shuffle=yes",
@@ -145,20 +149,45 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("encodings", nargs="*", default=DEFAULT)
-    parser.add_argument("--elements", type=int, default=1_000_000)
-    parser.add_argument("--data", choices=("laplace", "gauss", "student"), default="laplace")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+def draw(data: str, elements: int) -> Array:
     rng = np.random.default_rng(1)
     draws: dict[str, Callable[..., Any]] = {
         "laplace": rng.laplace,
         "gauss": rng.normal,
         "student": partial(rng.standard_t, 3),
     }
-    array = (0.01 * draws[args.data](size=args.elements)).astype(np.float32)
+    return (0.01 * draws[data](size=elements)).astype(np.float32)
+
+
+def distances(encodings: list[str], elements: int) -> str:
+    """How far each output stands from the order-0 entropy of its symbols, for each kind of data."""
+    arrays = [draw(data, elements) for data in DATA]
+    lines = [
+        "| encoding | " + " | ".join(f"{data}: entropy | zstd | over" for data in DATA) + " |",
+        "| --- |" + " --: | --: | --: |" * len(DATA),
+    ]
+    for text in encodings:
+        encoding = parse_encoding(text)
+        cells = []
+        for array in arrays:
+            found = measure(array, encoding, Compression("zstd"), np.random.default_rng(0))
+            cells.append(f"{found.entropy_bits:.3f} | {found.wire_bits:.3f} | {found.ratio - 1:+.1%}")
+        lines.append(f"| {text} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("encodings", nargs="*", default=DEFAULT)
+    parser.add_argument("--elements", type=int, default=1_000_000)
+    parser.add_argument("--data", choices=DATA, default="laplace")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--entropy", action="store_true", help="only how far from the entropy, for all data")
+    args = parser.parse_args()
+    if args.entropy:
+        print(distances(args.encodings, args.elements))
+        return
+    array = draw(args.data, args.elements)
     rows = []
     for text in args.encodings:
         rows.append(bench(parse_encoding(text), array))

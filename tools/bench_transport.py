@@ -52,7 +52,9 @@ CONTESTANTS = ("raw TCP", "floor", *FEDGRPC)
 
 @dataclass(frozen=True)
 class Row:
-    """One contestant at one size: the server's usage, and the mean worker's CPU with the largest worker's peak."""
+    """One contestant at one size: the server's usage, the mean worker's CPU, and the peak of the worker that goes
+    furthest beyond what it takes itself (`Usage.own_rss_mb`).
+    """
 
     contestant: str
     size: str
@@ -61,6 +63,7 @@ class Row:
     server: Usage
     worker_cpu_s: float
     worker_peak_rss_mb: float
+    worker_own_rss_mb: float
 
 
 def main() -> None:
@@ -89,8 +92,9 @@ def measure(contestant: str, size: str, workers: int, rounds: int, folder: Path 
         serve, work = _targets(contestant, Path(name))
         server, *clients = _run(serve, work, width, workers, rounds + 1)
     cpu_s = sum(client.cpu_s for client in clients) / workers
-    peak = max(client.peak_rss_mb for client in clients)
-    return Row(contestant, size, size_of(width), workers, server, cpu_s, peak)
+    largest = max(clients, key=lambda client: client.peak_rss_mb - client.own_rss_mb)
+    peak, own = largest.peak_rss_mb, largest.own_rss_mb
+    return Row(contestant, size, size_of(width), workers, server, cpu_s, peak, own)
 
 
 def measure_latency(rounds: int, folder: Path | None = None) -> dict[str, Latency]:
@@ -198,8 +202,16 @@ def _line(row: Row, base: Row | None) -> str:
         f"{row.contestant:30} {row.size:>6} x{row.workers:<3} wall {row.server.wall_s:7.3f} s  over floor {over}  "
         f"loopback {row.server.loopback_mb:7.1f} MB  server cpu {row.server.cpu_s:6.3f} s ({cpu_over})  "
         f"rss {row.server.peak_rss_mb:6.0f} MB  worker cpu {row.worker_cpu_s:6.3f} s  "
-        f"rss {row.worker_peak_rss_mb:6.0f} MB"
+        f"rss {row.worker_peak_rss_mb:6.0f} MB" + _beyond(row)
     )
+
+
+def _beyond(row: Row) -> str:
+    """What the transport takes of a worker's memory, in models, too."""
+    if not row.worker_own_rss_mb:
+        return ""
+    beyond_mb = row.worker_peak_rss_mb - row.worker_own_rss_mb
+    return f", {beyond_mb:.0f} MB beyond its own ({beyond_mb / (4e-6 * row.parameters):.1f} models)"
 
 
 def _arguments() -> argparse.Namespace:

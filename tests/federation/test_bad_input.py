@@ -458,7 +458,7 @@ async def test_impossible_wishes_for_a_model_are_refused(tmp_path):
 
 async def test_pulling_a_version_in_every_recipe_does_not_keep_the_run_from_its_own(tmp_path):
     async with two_devices(tmp_path, download_recipe="raw+zstd:3") as (running, bad, task, good, good_task):
-        for level in range(4, 11):
+        for level in range(4, 12):
             await bad.pull(1, recipe=f"raw+zstd:{level}")
         with refused("RESOURCE_EXHAUSTED", "is already kept in 8 recipes", "Exhausted"):
             await bad.pull(1, recipe="float16")

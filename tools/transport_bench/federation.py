@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedgrpc import logging
-from transport_bench.meter import Mark, Usage
+from transport_bench.meter import Mark, Usage, rss_mb
 from transport_bench.workload import Noise, initial_model, initial_tensors, shapes
 
 if TYPE_CHECKING:
@@ -87,20 +88,29 @@ async def watch(coordinator: Coordinator | None, marks: list[Mark]) -> None:
 def work(pipe: Connection, port: int, number: int, width: int, folder: Path) -> None:
     """Process target of a worker."""
     logging.configure("warning")
-    pipe.send(asyncio.run(take_part(port, number, folder)))
+    pipe.send(asyncio.run(take_part(port, number, folder, width)))
 
 
-async def take_part(port: int, number: int, folder: Path) -> Usage:
+async def take_part(port: int, number: int, folder: Path, width: int | None = None) -> Usage:
     from fedgrpc.worker.run import run_worker
     from fedgrpc.worker.settings import WorkerSettings
 
     trainer = _NoiseTrainer(number)
+    own_rss_mb = 0.0 if width is None else _with_model_mb(width)
     name = f"worker-{number}"
     settings = WorkerSettings(
         name=name, aggregator=f"127.0.0.1:{port}", state_dir=folder / name, serve_address=None
     )
     await run_worker(settings, trainer)
-    return Usage.of(trainer.marks)
+    return replace(Usage.of(trainer.marks), own_rss_mb=own_rss_mb)
+
+
+def _with_model_mb(width: int) -> float:
+    """Resident memory while one model is held, as every trainer holds the one that it trains."""
+    model = initial_model(width)
+    taken_mb = rss_mb()
+    del model
+    return taken_mb
 
 
 class _NoiseTrainer:

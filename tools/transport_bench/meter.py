@@ -29,13 +29,17 @@ class Mark:
 
 @dataclass(frozen=True)
 class Usage:
-    """Medians over the rounds of one process, and its peak resident memory."""
+    """Medians over the rounds of one process, and its peak resident memory.
+
+    `own_rss_mb`, of a worker: what its imports, its trainer and one model take without any transport.
+    """
 
     wall_s: float
     cpu_s: float
     loopback_mb: float
     peak_rss_mb: float
     walls_s: tuple[float, ...] = ()
+    own_rss_mb: float = 0.0
 
     @staticmethod
     def of(marks: Sequence[Mark], dropped: int = 1) -> Usage:
@@ -62,7 +66,16 @@ def loopback_bytes() -> int:
 
 def peak_rss_mb() -> float:
     """Largest resident memory of this process since it was executed (getrusage would tell its parent's)."""
+    return _status_mb("VmHWM")
+
+
+def rss_mb() -> float:
+    """Resident memory of this process now."""
+    return _status_mb("VmRSS")
+
+
+def _status_mb(name: str) -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
+        if line.startswith(name):
             return int(line.split()[1]) * 1024 / MB
-    raise RuntimeError("no VmHWM in /proc/self/status")
+    raise RuntimeError(f"no {name} in /proc/self/status")
