@@ -169,6 +169,16 @@ class Manifests:
         ]
 
 
+def address_dialled(workload: Workload, environment: Mapping[str, str]) -> str:
+    """Run the pod's script by this machine's shell; what it would start `fedgrpc worker --aggregator` with."""
+    *shell, script = [*workload.container["command"], *workload.container["args"]]
+    assert script.count("exec fedgrpc worker --aggregator ") == 1
+    told = script.replace("exec fedgrpc worker --aggregator ", "printf %s ")
+    done = subprocess.run([*shell, told], env={**environment, "PATH": "/usr/bin:/bin"}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.decode()
+
+
 def image_environment(image: str) -> dict[str, str]:
     """What the image's Dockerfile sets in its last stage."""
     last_stage = dockerfile_of(image).read_text().rpartition("\nFROM ")[2]

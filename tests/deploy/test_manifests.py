@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ import pytest
 from fedgrpc.cli import aggregator, worker
 from fedgrpc.cli.main import load_command
 from fedgrpc.cli.options import SettingsCommand
+from fedgrpc.cli.upstream import above_from
 from fedgrpc.rpc.server import AGGREGATOR, WORKER
+from fedgrpc.tree.run import Leaf
 from tests.deploy.manifests import (
     COMPONENTS,
     K8S,
@@ -22,6 +24,7 @@ from tests.deploy.manifests import (
     ROOT,
     Manifests,
     Workload,
+    address_dialled,
     dockerfile_of,
     render,
     render_with,
@@ -167,6 +170,8 @@ def set_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     there.touch()
 
     def apply(environment: dict[str, str]) -> None:
+        for variable in [name for name in os.environ if name.startswith("FEDGRPC_")]:
+            monkeypatch.delenv(variable)
         for variable, value in environment.items():
             inside = value.startswith("/") and not variable.endswith(("_DIR", "_ADDRESS"))
             monkeypatch.setenv(variable, str(there) if inside else value)
@@ -184,7 +189,10 @@ def test_every_setting_exists_and_takes_its_value(workloads: list[Workload], set
             assert key in {setting.key for setting in command.settings()}, variable
         set_variables(environment)
         module = commands[workload.command]
-        module.settings_from(module.COMMAND.make_context(workload.command, []).params)
+        values = module.COMMAND.make_context(workload.command, []).params
+        settings = module.settings_from(values)
+        if workload.command == "aggregator" and (above := above_from(values, settings.data_dir)) is not None:
+            Leaf(settings, above)
 
 
 def test_a_pod_has_longer_to_end_than_its_drain_takes(workloads: list[Workload], set_variables: Any) -> None:
@@ -230,20 +238,10 @@ def _dials(workload: Workload) -> Iterator[tuple[str, int]]:
         for variable in ("FEDGRPC_WORKER_AGGREGATOR", "FEDGRPC_AGGREGATOR_UPSTREAM"):
             address = environment.get(variable)
             if "command" in workload.container:
-                address = _run_script(workload, environment)
+                address = address_dialled(workload, environment)
             if address is not None:
                 host, _, port = address.rpartition(":")
                 yield host, int(port)
-
-
-def _run_script(workload: Workload, environment: dict[str, str]) -> str:
-    """Run the pod's script by this machine's shell; what it would start `fedgrpc worker --aggregator` with."""
-    *shell, script = [*workload.container["command"], *workload.container["args"]]
-    assert script.count("exec fedgrpc worker --aggregator ") == 1
-    told = script.replace("exec fedgrpc worker --aggregator ", "printf %s ")
-    done = subprocess.run([*shell, told], env={**environment, "PATH": "/usr/bin:/bin"}, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.decode()
 
 
 def _may_dial(manifests: Manifests, source: Workload, target: Workload, port: int) -> bool:
@@ -297,7 +295,7 @@ def test_every_worker_of_a_tree_has_a_leaf_and_every_leaf_has_workers() -> None:
     assert root.environment()["FEDGRPC_AGGREGATOR_MIN_WORKERS"] == str(replicas)
     environment = some.environment()
     leaves = {
-        _run_script(some, {**environment, "FEDGRPC_WORKER_NAME": f"device-{number}"}) for number in range(50)
+        address_dialled(some, {**environment, "FEDGRPC_WORKER_NAME": f"device-{number}"}) for number in range(50)
     }
     wanted = {f"leaf-aggregator-{number}.leaf-aggregator.fedgrpc.svc:50051" for number in range(replicas)}
     assert leaves == wanted

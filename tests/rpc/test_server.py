@@ -1,6 +1,4 @@
 import asyncio
-import shutil
-import subprocess
 
 import grpc
 import grpc.aio
@@ -12,6 +10,7 @@ from fedgrpc.errors import LinkError, UsageError
 from fedgrpc.rpc.channel import CLIENT_OPTIONS, SERVER_OPTIONS, Tls, check_target, open_channel
 from fedgrpc.rpc.server import Service, serve
 from fedgrpc.rpc.status import domain_errors
+from tests.certificates import make_authority, make_certificate
 from tests.rpc.echo import NAME, call, echo_service
 
 Serving = health_pb2.HealthCheckResponse
@@ -130,32 +129,11 @@ def test_the_client_never_pings_more_often_than_the_server_allows():
     assert client["grpc.keepalive_permit_without_calls"] == server["grpc.keepalive_permit_without_calls"] == 1
 
 
-def _openssl(folder, *arguments):
-    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-
-def _authority(folder):
-    """A self-signed CA: ca.pem and ca.key."""
-    new = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
-    _openssl(folder, *new, "-subj", "/CN=ca", "-keyout", "ca.key", "-out", "ca.pem")
-
-
-def _certificate(folder, name):
-    """A certificate for 127.0.0.1 signed by the folder's CA."""
-    new = ["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}"]
-    _openssl(folder, *new, "-keyout", f"{name}.key", "-out", f"{name}.csr")
-    (folder / "san").write_text("subjectAltName=IP:127.0.0.1")
-    sign = ["x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"]
-    _openssl(folder, *sign, "-days", "2", "-extfile", "san", "-out", f"{name}.pem")
-
-
 @pytest.fixture
 def pki(tmp_path):
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl, which makes the certificates, is not installed")
-    _authority(tmp_path)
+    make_authority(tmp_path)
     for name in ("server", "client"):
-        _certificate(tmp_path, name)
+        make_certificate(tmp_path, name)
     return tmp_path
 
 
@@ -172,8 +150,7 @@ async def test_with_mutual_tls_a_client_without_a_certificate_is_turned_away(pki
 
 
 async def test_a_server_that_another_authority_signed_is_not_trusted(pki, tmp_path):
-    (tmp_path / "other").mkdir()
-    _authority(tmp_path / "other")
+    make_authority(tmp_path / "other")
     server_tls = Tls(certificate=pki / "server.pem", key=pki / "server.key")
     async with (
         serve("127.0.0.1:0", [echo_service()], tls=server_tls) as server,
