@@ -243,6 +243,10 @@ class Coordinator:
             raise RoundClosed(f"round {current.state.number} takes no more updates")
         return phase
 
+    def wants(self, token: str) -> bool:
+        """Whether there is a use for an update of this task, as things stand."""
+        return self.current is not None and takes_news(self.current.state, token)
+
     def accept(self, token: str, report: Report) -> None:
         """Count a durable update. Raises `RoundClosed` when it came too late."""
         current = self._with(token)

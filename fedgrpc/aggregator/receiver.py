@@ -99,17 +99,33 @@ class Receiver:
     async def _store(
         self, header: UpdateHeader, manifest: Manifest, report: Report, chunks: AsyncIterator[Chunk]
     ) -> tuple[int, bool]:
-        upload = await asyncio.to_thread(self._it.journal.begin, header, manifest)
+        upload = await self._begin(header, manifest)
         try:
             await self._take(upload, chunks)
             if not upload.complete:
                 return upload.size_bytes, False
             await _to_its_end(self._accept(upload, report))
             self._it.healthy = True
+        except RoundClosed:
+            # The round has swept up what there was of its uploads, perhaps before this one was there.
+            await asyncio.to_thread(upload.discard)
+            raise
         finally:
             if not upload.closed:
                 await asyncio.to_thread(upload.close)
         return manifest.size_bytes, True
+
+    async def _begin(self, header: UpdateHeader, manifest: Manifest) -> Upload:
+        """The upload, begun or continued. Cancelled, it leaves no open file, and none that no round wants."""
+        beginning = asyncio.create_task(asyncio.to_thread(self._it.journal.begin, header, manifest))
+        try:
+            return await asyncio.shield(beginning)
+        except asyncio.CancelledError:
+            await asyncio.wait([beginning])
+            if beginning.exception() is None:
+                upload = beginning.result()
+                await asyncio.to_thread(upload.close if self._it.wants(header.token) else upload.discard)
+            raise
 
     async def held(self, worker: str, token: str) -> tuple[int, bool]:
         """How much of an update is held, and whether it is accepted. Raises as `QueryPush` says."""

@@ -1,6 +1,7 @@
 """An update that is here whole is accepted, whatever becomes of its connection."""
 
 import asyncio
+import threading
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from fedgrpc.aggregator.receiver import Receiver
 from fedgrpc.errors import RoundClosed
 from fedgrpc.rounds.events import TaskPhase
 from tests.aggregator.updates import chunk, encoded, header_of
-from tests.federation.federation import aggregating, update_of
+from tests.federation.federation import PATIENCE_S, aggregating, update_of
 
 
 async def tasks_out(running):
@@ -57,6 +58,36 @@ async def test_a_connection_lost_about_the_last_byte_leaves_the_update_accepted_
         assert (await receiver.receive(again.header, again.chunks()))[1]
         assert (await receiver.held("a", task.token))[1]
         assert len(running.aggregator.coordinator.current.state.accepted) == 1
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["still sending", "connection lost"])
+async def test_an_upload_whose_file_comes_only_after_the_round_has_closed_leaves_nothing(tmp_path, lost):
+    """A disk may take so long for a new file that the round has swept up its uploads before."""
+    async with aggregating(tmp_path) as running:
+        task = (await tasks_out(running))["a"]
+        coordinator = running.aggregator.coordinator
+        asked, goes_on, begin = asyncio.Event(), threading.Event(), coordinator.journal.begin
+        loop = asyncio.get_running_loop()
+
+        def slowly(*about):
+            loop.call_soon_threadsafe(asked.set)
+            assert goes_on.wait(PATIENCE_S)
+            return begin(*about)
+
+        coordinator.journal.begin = slowly
+        sender = Sender(task)
+        receiving = asyncio.create_task(Receiver(coordinator).receive(sender.header, sender.chunks()))
+        await asked.wait()
+        await coordinator.stop("closed by the test")
+        async with asyncio.timeout(PATIENCE_S):
+            while coordinator.current is not None:  # noqa: ASYNC110 - nobody tells of the last of a round
+                await asyncio.sleep(0.01)
+        if lost:
+            receiving.cancel()
+        goes_on.set()
+        (ended,) = await asyncio.gather(receiving, return_exceptions=True)
+        assert isinstance(ended, asyncio.CancelledError if lost else RoundClosed)
+        assert running.kept_updates() == []
 
 
 async def test_two_streams_of_one_update_count_once(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.process import NUMPY_TASK, environment, fedgrpc, running, running_aggregator, worker_arguments
+from tests.federation.process import free_address
 
 
 def test_a_serving_aggregator_is_healthy_as_a_whole_and_by_service(tmp_path: Path) -> None:
@@ -23,7 +24,7 @@ def test_a_serving_aggregator_is_healthy_as_a_whole_and_by_service(tmp_path: Pat
 
 
 def test_a_worker_is_healthy_while_its_aggregator_is_away(tmp_path: Path) -> None:
-    aggregator, service = (f"127.0.0.1:{port}" for port in _free_ports(2))
+    aggregator, service = free_address(), free_address()
     arguments = worker_arguments(tmp_path, aggregator, "pi-1", "--serve-address", service)
     with running(*arguments, log=tmp_path / "pi-1.log") as worker:
         _until(tmp_path / "pi-1.log", '"serving"', worker)
@@ -32,7 +33,7 @@ def test_a_worker_is_healthy_while_its_aggregator_is_away(tmp_path: Path) -> Non
 
 
 def test_nobody_there_is_unhealthy() -> None:
-    ended = fedgrpc("health", "--address", f"127.0.0.1:{_free_ports(1)[0]}")
+    ended = fedgrpc("health", "--address", free_address())
     assert (ended.code, ended.out, ended.error) == (1, "UNAVAILABLE\n", "")
 
 
@@ -66,14 +67,6 @@ def test_it_loads_no_more_than_it_needs(module: str) -> None:
     """It starts again every few seconds, on small devices."""
     code = f"import sys, fedgrpc.cli.health; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=environment(), timeout=60).returncode == 0
-
-
-def _free_ports(count: int) -> list[int]:
-    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(server.getsockname()[1]) for server in servers]
-    for server in servers:
-        server.close()
-    return ports
 
 
 def _until(log: Path, text: str, process: subprocess.Popen[bytes]) -> None:

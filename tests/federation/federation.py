@@ -37,7 +37,7 @@ MODEL = {
     "n": np.array(3, np.int64),
 }
 CHUNK_BYTES = 2048
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 def update_of(change=1.0, n=4):

@@ -100,9 +100,15 @@ async def process(command, *arguments, **how):
         await started.kill()
 
 
+_ports = iter(range(20_000 + os.getpid() % 10_000, 32_000))
+
+
 def free_address():
-    """Below the ports of outgoing connections: a worker that dials a dead aggregator must not take its port."""
-    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+    """Below the ports of outgoing connections: a worker that dials a dead aggregator must not take its port.
+
+    Another one each time.
+    """
+    for port in _ports:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return f"127.0.0.1:{port}"

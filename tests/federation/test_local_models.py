@@ -79,7 +79,7 @@ async def play(folder: Path, workers: Mapping[str, Worker], plans: PlanTable, **
         "policy": {"min_workers": len(workers)},
         **changes,
     }
-    async with asyncio.timeout(100), aggregating(folder, local_models=plans, **given) as running:
+    async with asyncio.timeout(250), aggregating(folder, local_models=plans, **given) as running:
         settings = [
             WorkerSettings(
                 name=name,

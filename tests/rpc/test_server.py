@@ -93,7 +93,7 @@ class Slow:
 @pytest.mark.parametrize("finishes", [True, False])
 async def test_a_call_in_flight_at_shutdown_may_finish_within_the_grace_and_no_longer(finishes):
     slow = Slow()
-    server = serve("127.0.0.1:0", [Service("test.Slow", slow, Slow.add)], grace_s=5 if finishes else 0.2)
+    server = serve("127.0.0.1:0", [Service("test.Slow", slow, Slow.add)], grace_s=60 if finishes else 0.2)
     async with open_channel((running := await server.__aenter__()).address) as channel:
         reply = channel.unary_unary("/test.Slow/Wait")(b"")
         await slow.started.wait()
@@ -111,7 +111,7 @@ async def test_a_call_in_flight_at_shutdown_may_finish_within_the_grace_and_no_l
 
 async def test_health_says_not_serving_while_the_server_drains():
     slow = Slow()
-    server = serve("127.0.0.1:0", [Service("test.Slow", slow, Slow.add)], grace_s=5)
+    server = serve("127.0.0.1:0", [Service("test.Slow", slow, Slow.add)], grace_s=60)
     running = await server.__aenter__()
     await running.health.set_all(True)
     async with open_channel(running.address) as channel:

@@ -46,7 +46,7 @@ async def test_a_wait_is_announced_and_really_waited():
 def test_a_slowdown_of_three_rests_twice_the_work():
     started_s = time.monotonic()
     Throttle(slowdown=3).rest(0.05, threading.Event())
-    assert 0.099 <= time.monotonic() - started_s < 5
+    assert 0.099 <= time.monotonic() - started_s < 60
 
 
 async def test_a_rest_ends_at_once_when_told_to_stop():

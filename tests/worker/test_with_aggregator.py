@@ -17,6 +17,7 @@ from fedgrpc.worker.run import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Role
 from fedgrpc.worker.trainer import EvalResult, TrainResult
+from tests.federation.process import free_address
 
 
 class LeastSquares:
@@ -50,7 +51,7 @@ class LeastSquares:
 
 @asynccontextmanager
 async def aggregating(tmp_path, **changes):
-    policy = RoundPolicy(**{"min_workers": 3, "deadline_s": 30.0, **changes.pop("policy", {})})
+    policy = RoundPolicy(**{"min_workers": 3, "deadline_s": 600.0, "lease_s": 120.0, **changes.pop("policy", {})})
     settings = AggregatorSettings(
         **{
             "data_dir": tmp_path / "aggregator",
@@ -93,6 +94,18 @@ async def rounds_of(address):
     async with open_channel(address) as channel:
         stub = aggregator_pb2_grpc.AggregatorStub(channel)
         return list((await stub.ListRounds(aggregator_pb2.ListRoundsRequest())).rounds)[::-1]
+
+
+async def registered(address, name):
+    async with open_channel(address) as channel:
+        stub = aggregator_pb2_grpc.AggregatorStub(channel)
+        request = aggregator_pb2.ListWorkersRequest()
+        async with asyncio.timeout(60):
+            while True:
+                known = (await stub.ListWorkers(request)).workers
+                if name in [worker.worker for worker in known]:
+                    return
+                await asyncio.sleep(0.05)
 
 
 async def round_reached(address, number):
@@ -143,7 +156,9 @@ async def test_a_federation_of_three_is_the_closed_form_of_fedavg(tmp_path, reci
 
 async def test_workers_that_start_first_find_the_aggregator_and_survive_its_restart(tmp_path):
     trainers = [LeastSquares(seed) for seed in range(3)]
-    async with aggregating(tmp_path, rounds=30, plan=TrainingPlan(epochs=1)) as (address, stop, _):
+    # Not one of the ports that the system gives to whoever dials, such as a worker whose aggregator is away.
+    place = {"rounds": 30, "plan": TrainingPlan(epochs=1), "address": free_address()}
+    async with aggregating(tmp_path, **place) as (address, stop, _):
         workers = [
             asyncio.create_task(worker(address, tmp_path, number, trainer))
             for number, trainer in enumerate(trainers)
@@ -151,7 +166,7 @@ async def test_workers_that_start_first_find_the_aggregator_and_survive_its_rest
         await round_reached(address, 5)
         stop()
     await asyncio.sleep(0.3)
-    async with aggregating(tmp_path, rounds=30, address=address) as (_, _, task):
+    async with aggregating(tmp_path, **place) as (_, _, task):
         codes = await asyncio.wait_for(asyncio.gather(*workers), 60)
         await asyncio.wait_for(asyncio.shield(task), 60)
     assert codes == [0, 0, 0]
@@ -178,8 +193,10 @@ async def test_a_worker_whose_task_raises_costs_the_round_nothing_but_its_share(
 async def test_an_evaluator_scores_committed_versions(tmp_path):
     trainers = [LeastSquares(seed) for seed in range(3)]
     async with aggregating(tmp_path, rounds=6, stay=True) as (address, _, _):
+        scoring = asyncio.create_task(worker(address, tmp_path, 9, LeastSquares(9), role=Role.EVALUATOR))
+        await registered(address, "pi-9")
         await asyncio.gather(
-            worker(address, tmp_path, 9, LeastSquares(9), role=Role.EVALUATOR),
+            scoring,
             *(worker(address, tmp_path, number, trainer) for number, trainer in enumerate(trainers)),
         )
         rounds = await rounds_of(address)
