@@ -9,7 +9,7 @@ from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
 from tests.certificates import make_authority, make_certificate
 from tests.federation.federation import settings_for
-from tests.federation.process import process
+from tests.federation.process import free_address, process
 
 ROUND = ("--selection-window", "200ms", "--lease", "60s", "--encoding", "raw")
 
@@ -68,13 +68,13 @@ async def seen_at(port, pki):
 async def test_rounds_pass_through_two_levels_of_mutual_tls_and_a_killed_aggregator_below(tmp_path, pki):
     async with root_process(tmp_path, pki, "--rounds", 3, "--stay", "--no-evaluate") as root:
         port = (await root.until("serving"))["port"]
-        both = [*shown(pki, "leaf", "--upstream-tls"), *shown(pki, "leaf")]
+        both = [*shown(pki, "leaf", "--upstream-tls"), *shown(pki, "leaf"), "--address", free_address()]
         async with leaf_process(tmp_path, port, *both) as leaf:
             below = (await leaf.until("serving"))["port"]
             async with worker_process(tmp_path, pki, below, "x"), worker_process(tmp_path, pki, below, "y"):
                 await root.until("round committed", round=1)
                 await leaf.kill()
-                async with leaf_process(tmp_path, port, *both, "--address", f"127.0.0.1:{below}") as again:
+                async with leaf_process(tmp_path, port, *both) as again:
                     await again.until("connected")
                     await root.until("round committed", round=3)
         rounds, workers = await seen_at(port, pki)
