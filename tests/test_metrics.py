@@ -27,7 +27,7 @@ def _round() -> Round:
 
 def _scrape(metrics: Metrics) -> str:
     with serve_metrics(metrics, "127.0.0.1:0") as port:
-        answer = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60)
+        answer = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=300)
         return str(answer.read().decode())
 
 

@@ -32,7 +32,7 @@ def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def fedgrpc(
-    *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout_s: float = 120
+    *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout_s: float = 300
 ) -> Ended:
     """Run the command to its end."""
     done = subprocess.run(
@@ -83,7 +83,7 @@ def _read_port(fifo: Path, process: subprocess.Popen[bytes], log: Path) -> int:
     """Opening the pipe waits for the aggregator; should it have died, nobody would come."""
     reader = subprocess.Popen(["head", "-n1", str(fifo)], stdout=subprocess.PIPE, text=True)
     try:
-        text, _ = reader.communicate(timeout=120)
+        text, _ = reader.communicate(timeout=300)
         return int(text)
     except subprocess.TimeoutExpired:
         reader.kill()

@@ -60,8 +60,8 @@ def test_no_process_stays_behind_when_the_demo_is_ended(number: signal.Signals, 
     with running("demo", "--workers", "2", "--out", str(tmp_path / "out"), log=log) as demo:
         children = _children(demo, 4)
         demo.send_signal(number)
-        code = demo.wait(timeout=120)
-    _, alive = psutil.wait_procs(children, timeout=120)
+        code = demo.wait(timeout=300)
+    _, alive = psutil.wait_procs(children, timeout=300)
     assert not alive
     assert code == (130 if number == signal.SIGINT else -number)
     assert "Traceback" not in log.read_text()

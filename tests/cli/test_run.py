@@ -37,7 +37,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str
     folder = tmp_path_factory.mktemp("run")
     with running_aggregator(folder, *_AGGREGATOR, "--stay", "--metrics-address", "127.0.0.1:0") as (_, address):
         with _workers(folder, address) as workers:
-            assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+            assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
         yield address, folder
 
 
@@ -63,7 +63,7 @@ def test_status_into_a_closed_pipe_is_quiet(finished_run: tuple[str, Path]) -> N
     readable, writable = os.pipe()
     os.close(readable)
     arguments = [sys.executable, "-m", "fedgrpc", "status", "--aggregator", finished_run[0], "--json"]
-    done = subprocess.run(arguments, stdout=writable, stderr=subprocess.PIPE, env=environment(), timeout=30)
+    done = subprocess.run(arguments, stdout=writable, stderr=subprocess.PIPE, env=environment(), timeout=300)
     os.close(writable)
     assert done.stderr == b""
     assert done.returncode == 1
@@ -91,9 +91,9 @@ def test_watch_follows_a_run_to_its_end(tmp_path: Path) -> None:
         with running("watch", "--aggregator", address, log=tmp_path / "watch.log") as watch:
             _wait_for_line(tmp_path / "watch.log", "run default", watch)
             with _workers(tmp_path, address) as workers:
-                assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-            assert watch.wait(timeout=120) == 0
-        assert aggregator.wait(timeout=120) == 0
+                assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+            assert watch.wait(timeout=300) == 0
+        assert aggregator.wait(timeout=300) == 0
     lines = (tmp_path / "watch.log").read_text().splitlines()
     assert "running" in lines[0]
     assert "run default · finished · 3 of 3 rounds committed" in lines[-1]
@@ -103,8 +103,8 @@ def test_metrics_are_served_while_the_run_goes_on(tmp_path: Path) -> None:
     metrics = free_address()
     settings = [*_AGGREGATOR, "--stay", "--metrics-address", metrics]
     with running_aggregator(tmp_path, *settings) as (_, address), _workers(tmp_path, address) as workers:
-        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-        text = urllib.request.urlopen(f"http://{metrics}/metrics", timeout=120).read().decode()
+        assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+        text = urllib.request.urlopen(f"http://{metrics}/metrics", timeout=300).read().decode()
     assert 'fedgrpc_tasks_total{outcome="accepted"}' in text
     assert "fedgrpc_model_version 4.0" in text
 
@@ -121,7 +121,7 @@ def test_a_signal_ends_aggregator_and_worker_cleanly(number: signal.Signals, tmp
         for process in (watch, worker, aggregator):
             process.send_signal(number)
             # A worker that had nothing in hand has drained, which is a success.
-            assert process.wait(timeout=120) in ({0} if process is worker else {128 + number, -number})
+            assert process.wait(timeout=300) in ({0} if process is worker else {128 + number, -number})
     for log in tmp_path.glob("*.log"):
         assert "Traceback" not in log.read_text()
 
@@ -136,7 +136,7 @@ def test_an_aggregator_whose_log_nobody_reads_any_more_still_ends_when_told_to(t
             with os.fdopen(readable) as log:
                 assert "serving" in log.readline()
             aggregator.send_signal(signal.SIGTERM)
-            assert aggregator.wait(timeout=40) == 128 + signal.SIGTERM
+            assert aggregator.wait(timeout=300) == 128 + signal.SIGTERM
         finally:
             aggregator.kill()
 

@@ -27,7 +27,7 @@ async def _told(tmp_path, records, round_number=2):
         straggler = Straggler("pi", round_number, processes, told.append)
         for record, is_stopped in records:
             straggler.follow(record)
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 while (psutil.Process(started.pid).status() == psutil.STATUS_STOPPED) != is_stopped:  # noqa: ASYNC110 - a process wakes nobody
                     await asyncio.sleep(0.01)
     return told

@@ -34,7 +34,7 @@ def kubectl() -> str:
 @functools.cache
 def render(folder: Path) -> Manifests:
     """The objects of a kustomization, which does not change meanwhile."""
-    done = subprocess.run([kubectl(), "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([kubectl(), "kustomize", str(folder)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "deprecated" not in done.stderr
     return Manifests(tuple(item for item in yaml.safe_load_all(done.stdout) if item))

@@ -79,7 +79,7 @@ def test_systemd_understands_the_unit(tmp_path: Path) -> None:
     unit = tmp_path / UNIT.name
     # The one thing that is not on this machine.
     unit.write_text(UNIT.read_text().replace("/opt/fedgrpc/bin/fedgrpc", sys.executable))
-    done = subprocess.run([analyze, "verify", "--man=no", str(unit)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([analyze, "verify", "--man=no", str(unit)], capture_output=True, text=True, timeout=300)
     about = [line for line in (done.stdout + done.stderr).splitlines() if unit.name in line]
     assert (done.returncode, about) == (0, [])
     parsed = configparser.ConfigParser(strict=False, interpolation=None)

@@ -116,7 +116,7 @@ async def flap(folder, flaps, workers, seed=0):
         await another_round(running)
         found.tasks_after, found.files_after = _held_here()
         await running.stub.StopRun(pb.StopRunRequest(reason=_STOPPED))
-        assert await asyncio.wait_for(asyncio.gather(*crew), 60) == [0] * workers
+        assert await asyncio.wait_for(asyncio.gather(*crew), 120) == [0] * workers
         found.lost, found.rounds = await judged(running, names)
     return found
 

@@ -142,13 +142,13 @@ async def test_a_worker_whose_disk_is_full_gives_its_task_back_with_the_reason_a
         async with aggregating(tmp_path, policy={"min_workers": 1}, **changes) as running:
             trainer = Filling(disk)
             worker = working(running, disk, "pi", trainer)
-            await asyncio.wait_for(trainer.filled.wait(), 60)
+            await asyncio.wait_for(trainer.filled.wait(), 120)
             first = await running.until_ended(1)
             assert "No space left on device" in first.tasks[0].reason
             assert list((disk / "pi" / "spool").glob("*0*")) == []
             trainer.filler.unlink()
             assert (await running.until_finished()).model_version == 2
-            assert await asyncio.wait_for(worker, 60) == 0
+            assert await asyncio.wait_for(worker, 120) == 0
             np.testing.assert_allclose(running.weights(2)["w"], MODEL["w"] + 1, rtol=1e-6)
 
 

@@ -34,7 +34,7 @@ async def dial(link):
 async def said(streams, data=b"hello"):
     reader, writer = streams
     writer.write(data)
-    return await asyncio.wait_for(reader.readexactly(len(data)), 30)
+    return await asyncio.wait_for(reader.readexactly(len(data)), 120)
 
 
 async def test_a_mended_link_changes_nothing_and_counts(target):

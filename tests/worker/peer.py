@@ -25,7 +25,7 @@ from fedgrpc.worker.delta import Delta
 RUN = "test-run"
 CHUNK_BYTES = 1000
 # Longer than a loaded machine needs, and shorter than what must not be waited for.
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 SOON_S = 20.0
 
 

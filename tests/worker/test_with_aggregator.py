@@ -75,7 +75,7 @@ async def aggregating(tmp_path, **changes):
     finally:
         if not task.done():
             stop_once()
-        await asyncio.wait_for(task, 60)
+        await asyncio.wait_for(task, 120)
 
 
 def worker(address, tmp_path, number, trainer, **changes):
@@ -100,7 +100,7 @@ async def registered(address, name):
     async with open_channel(address) as channel:
         stub = aggregator_pb2_grpc.AggregatorStub(channel)
         request = aggregator_pb2.ListWorkersRequest()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while True:
                 known = (await stub.ListWorkers(request)).workers
                 if name in [worker.worker for worker in known]:
@@ -147,7 +147,7 @@ async def test_a_federation_of_three_is_the_closed_form_of_fedavg(tmp_path, reci
         codes = await asyncio.gather(
             *(worker(address, tmp_path, number, trainer) for number, trainer in enumerate(trainers))
         )
-        await asyncio.wait_for(asyncio.shield(task), 60)
+        await asyncio.wait_for(asyncio.shield(task), 120)
     assert codes == [0, 0, 0]
     weights = await final_weights(address, tmp_path)
     assert np.abs(weights["w"] - closed_form(trainers, 4)).max() < tolerance
@@ -167,8 +167,8 @@ async def test_workers_that_start_first_find_the_aggregator_and_survive_its_rest
         stop()
     await asyncio.sleep(0.3)
     async with aggregating(tmp_path, **place) as (_, _, task):
-        codes = await asyncio.wait_for(asyncio.gather(*workers), 60)
-        await asyncio.wait_for(asyncio.shield(task), 60)
+        codes = await asyncio.wait_for(asyncio.gather(*workers), 120)
+        await asyncio.wait_for(asyncio.shield(task), 120)
     assert codes == [0, 0, 0]
     weights = await final_weights(address, tmp_path)
     assert np.abs(weights["w"] - closed_form(trainers, 30)).max() < 1e-5
