@@ -9,7 +9,7 @@ bound, so it keeps none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -19,6 +19,8 @@ from fedgrpc.codec.layout import Array, Layout, layout_of, spec_of
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import PayloadWriter, encode_tensor
 from fedgrpc.codec.recipe import Recipe
+
+Keep = Callable[[str, Array], None]
 
 
 @dataclass(frozen=True)
@@ -40,23 +42,26 @@ def write_with_feedback(
     out: BinaryIO,
     rng: np.random.Generator,
     layout: Layout | None = None,
+    keep: Keep | None = None,
 ) -> tuple[Manifest, Residual]:
     """Write delta + residual to `out`; return its manifest and the residual of the next update.
 
-    `layout` is delta's; give it where a delta computes its tensors when it is asked for them.
+    `layout` is delta's; give it where a delta computes its tensors when it is asked for them. `keep` takes the
+    tensors of the new residual as they come, one at a time; the one that is returned is then without them.
     Neither input is changed. Raises EncodeError as `write_payload` does, the old residual then stays valid.
     """
     layout = layout_of(delta) if layout is None else layout
     owed = residual.for_layout(layout).tensors
     writer = PayloadWriter(out, recipe.compression)
     left: dict[str, Array] = {}
+    keep = keep or left.__setitem__
     for name, array in delta.items():
         spec = spec_of(name, array)
         corrected = correct(array, owed.get(name))
         encoding, data = encode_tensor(spec, corrected, recipe, rng)
         writer.add(spec, encoding, data)
         if not encoding.lossless and encoding.contractive:
-            left[name] = left_over(corrected, encoding.decode(memoryview(data).toreadonly(), spec))
+            keep(name, left_over(corrected, encoding.decode(memoryview(data).toreadonly(), spec)))
     return writer.finish(), Residual(layout, left)
 
 

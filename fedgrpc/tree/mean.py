@@ -24,7 +24,7 @@ from fedgrpc.aggregation.channels import Selection
 from fedgrpc.aggregation.merged import EXACT, pack_mean
 from fedgrpc.aggregator.commit import Group, Load, by_groups, cached, means_of
 from fedgrpc.aggregator.uploads import StoredUpdate
-from fedgrpc.codec.feedback import Corrected, Residual, write_with_feedback
+from fedgrpc.codec.feedback import Corrected, Keep, Residual, write_with_feedback
 from fedgrpc.codec.layout import Array, Layout, spec_of
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import PayloadReader, PayloadWriter, file_reader, write_payload
@@ -127,9 +127,9 @@ def own_tensors(update: StoredUpdate) -> Tensors:
 def sending(task: Task, worker: str, mean: StoredMean, residual: Residual, began: Began) -> Fill:
     """What the spool calls to write the update that the aggregator above gets, as the task says."""
 
-    def fill(payload: BinaryIO) -> tuple[aggregator_pb2.UpdateHeader, Residual | None]:
+    def fill(payload: BinaryIO, keep: Keep) -> tuple[aggregator_pb2.UpdateHeader, Layout | None]:
         with mean.open() as reader:
-            manifest, left = _encode(task, worker, reader, residual, payload)
+            manifest, left = _encode(task, worker, reader, residual, payload, keep)
         header = aggregator_pb2.UpdateHeader()
         header.CopyFrom(mean.header)
         header.worker = worker
@@ -142,8 +142,8 @@ def sending(task: Task, worker: str, mean: StoredMean, residual: Residual, began
 
 
 def _encode(
-    task: Task, worker: str, reader: PayloadReader, residual: Residual, payload: BinaryIO
-) -> tuple[Manifest, Residual | None]:
+    task: Task, worker: str, reader: PayloadReader, residual: Residual, payload: BinaryIO, keep: Keep
+) -> tuple[Manifest, Layout | None]:
     recipe = Recipe.parse(task.upload_recipe or "raw")
     recipe = replace(recipe, overrides=(*((pattern, Raw()) for pattern in EXACT), *recipe.overrides))
     recipe = recipe.for_layout(reader.manifest.layout)
@@ -153,7 +153,7 @@ def _encode(
         return write_payload(tensors, recipe, payload, draw()), None
     layout = reader.manifest.layout
     recipe = fitted(recipe, Corrected(tensors, residual, layout), task, draw)
-    return write_with_feedback(tensors, residual, recipe, payload, draw(), layout)
+    return write_with_feedback(tensors, residual, recipe, payload, draw(), layout, keep)[0], layout
 
 
 class _Tensors(Mapping[str, Array]):

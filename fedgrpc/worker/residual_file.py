@@ -1,79 +1,165 @@
-"""Error-feedback residuals on disk: one file, a JSON line of what follows, then the raw arrays end to end.
+"""Error-feedback residuals on disk: the raw arrays end to end, a JSON text of what they are, and its length.
 
-The run's name is kept with them, since an error owed to one run is none of another's.
+Written and read one tensor at a time, so that no residual is ever whole in memory. The run's name is kept with
+them, since an error owed to one run is none of another's.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import struct
 import zlib
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 import structlog
 
 from fedgrpc.codec.feedback import Residual
-from fedgrpc.codec.layout import Layout, TensorSpec
+from fedgrpc.codec.layout import Array, Layout, TensorSpec
 from fedgrpc.codec.values import flat
-from fedgrpc.errors import LayoutError
+from fedgrpc.errors import LayoutError, StorageError
 from fedgrpc.spares import SpareFiles
 
-_MAX_HEADER_BYTES: Final = 64 << 20
+_LENGTH: Final = struct.Struct("<Q")
+_MAX_ABOUT_BYTES: Final = 64 << 20
+_PIECE_BYTES: Final = 1 << 20
 
 log = structlog.get_logger()
 
 
-def write_residual(path: Path, residual: Residual, run: str, spares: SpareFiles | None = None) -> None:
-    """Write `residual` of `run` to `path`; the caller makes it durable, if it is to be."""
-    crc32 = 0
-    arrays = [flat(array).view(np.uint8).data for array in residual.tensors.values()]
-    for data in arrays:
-        crc32 = zlib.crc32(data, crc32)
-    header = {
-        "run": run,
-        "layout": [[spec.name, spec.dtype, list(spec.shape)] for spec in residual.layout],
-        "tensors": list(residual.tensors),
-        "crc32": crc32,
-    }
-    with open(spares.create(path) if spares else path, "wb") as file:
-        file.write(json.dumps(header).encode() + b"\n")
-        for data in arrays:
-            file.write(data)
+class ResidualWriter:
+    """Writes the residual of `run` to `path`, tensor by tensor; the caller makes it durable, if it is to be."""
+
+    def __init__(self, path: Path, run: str, spares: SpareFiles | None = None) -> None:
+        self._path = path
+        self._run = run
+        self._spares = spares
+        self._file: BinaryIO | None = None
+        self._names: list[str] = []
+        self._crc32 = 0
+
+    def add(self, name: str, array: Array) -> None:
+        """The next tensor. Raises OSError."""
+        data = flat(array).view(np.uint8).data
+        self._crc32 = zlib.crc32(data, self._crc32)
+        self._opened().write(data)
+        self._names.append(name)
+
+    def finish(self, layout: Layout) -> None:
+        """What was added is whole, and of an update of that layout. Raises OSError."""
+        about = {
+            "run": self._run,
+            "layout": [[spec.name, spec.dtype, list(spec.shape)] for spec in layout],
+            "tensors": self._names,
+            "crc32": self._crc32,
+        }
+        text = json.dumps(about).encode()
+        file = self._opened()
+        file.write(text + _LENGTH.pack(len(text)))
         file.truncate()
+        self.close()
+
+    def close(self) -> None:
+        """What is not finished stays as it is, and means nothing."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _opened(self) -> BinaryIO:
+        if self._file is None:
+            where = self._spares.create(self._path) if self._spares else self._path
+            self._file = open(where, "wb")  # noqa: SIM115 - closed by `close`
+        return self._file
+
+
+def write_residual(path: Path, residual: Residual, run: str) -> None:
+    """Write a residual that is at hand. Raises OSError."""
+    writer = ResidualWriter(path, run)
+    try:
+        for name, array in residual.tensors.items():
+            writer.add(name, array)
+        writer.finish(residual.layout)
+    finally:
+        writer.close()
 
 
 def read_residual(path: Path, run: str) -> Residual:
-    """The residual of `run` at `path`; empty where there is none, or none that can be used."""
+    """The residual of `run` at `path`; empty where there is none, or none that can be used.
+
+    Its CRC is checked here; each tensor is read when it is asked for.
+    """
     try:
-        with path.open("rb") as file:
-            header = json.loads(file.readline(_MAX_HEADER_BYTES))
-            if header["run"] != run:
-                return Residual()
-            return _read_tensors(file, header)
+        file = path.open("rb")
     except FileNotFoundError:
         return Residual()
+    try:
+        about, content_bytes = _read_about(file)
+        if about["run"] != run:
+            return Residual()
+        layout: Layout = tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in about["layout"])
+        specs = {spec.name: spec for spec in layout}
+        tensors = _Stored(file, tuple(specs[name] for name in about["tensors"]))
+        if tensors.size_bytes != content_bytes:
+            raise ValueError(f"{content_bytes} bytes of arrays are not those that it tells of")
+        if _crc32_of(file, content_bytes) != about["crc32"]:
+            raise ValueError("its CRC does not match")
     except (ValueError, KeyError, TypeError, LayoutError) as error:
         log.warning("residual dropped", reason=f"{path} is corrupt: {error}")
         return Residual()
+    return Residual(layout, tensors)
 
 
-def _read_tensors(file: Any, header: dict[str, Any]) -> Residual:
-    layout: Layout = tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in header["layout"])
-    specs = {spec.name: spec for spec in layout}
-    wanted = [specs[name] for name in header["tensors"]]
-    left = os.fstat(file.fileno()).st_size - file.tell()
-    if sum(spec.nbytes for spec in wanted) != left:
-        raise ValueError(f"{left} bytes of arrays do not fit its header")
-    tensors, crc32 = {}, 0
-    for spec in wanted:
+def _read_about(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """What the file says of its arrays, and how many bytes they have."""
+    size_bytes = os.fstat(file.fileno()).st_size
+    start = size_bytes - _LENGTH.size
+    if start < 0:
+        raise ValueError("it is cut short")
+    (length,) = _LENGTH.unpack(os.pread(file.fileno(), _LENGTH.size, start))
+    if length > min(start, _MAX_ABOUT_BYTES):
+        raise ValueError("it is cut short")
+    about = json.loads(os.pread(file.fileno(), length, start - length))
+    if not isinstance(about, dict):
+        raise ValueError("it tells nothing of its arrays")
+    return about, start - length
+
+
+def _crc32_of(file: BinaryIO, size_bytes: int) -> int:
+    crc32, piece = 0, bytearray(_PIECE_BYTES)
+    view = memoryview(piece)
+    for offset in range(0, size_bytes, _PIECE_BYTES):
+        count = os.preadv(file.fileno(), [view[: min(_PIECE_BYTES, size_bytes - offset)]], offset)
+        crc32 = zlib.crc32(view[:count], crc32)
+    return crc32
+
+
+class _Stored(Mapping[str, Array]):
+    """Arrays in an open file, each a new one every time that it is asked for."""
+
+    def __init__(self, file: BinaryIO, specs: tuple[TensorSpec, ...]) -> None:
+        starts = list(accumulate((spec.nbytes for spec in specs), initial=0))
+        self.size_bytes = starts[-1]
+        self._file = file
+        self._places = {spec.name: (spec, start) for spec, start in zip(specs, starts, strict=False)}
+
+    def __getitem__(self, name: str) -> Array:
+        spec, start = self._places[name]
         array = np.empty(spec.shape, spec.numpy_dtype)
         data = array.reshape(-1).view(np.uint8).data
-        if file.readinto(data) != spec.nbytes:
-            raise ValueError("it is cut short")
-        crc32 = zlib.crc32(data, crc32)
-        tensors[spec.name] = array
-    if crc32 != header["crc32"]:
-        raise ValueError("its CRC does not match")
-    return Residual(layout, tensors)
+        done = 0
+        while done < spec.nbytes:
+            count = os.preadv(self._file.fileno(), [data[done:]], start + done)
+            if not count:
+                raise StorageError("the residual has become shorter")
+            done += count
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)

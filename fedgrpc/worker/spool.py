@@ -21,7 +21,8 @@ from typing import BinaryIO, Final
 import structlog
 from google.protobuf.message import DecodeError
 
-from fedgrpc.codec.feedback import Residual
+from fedgrpc.codec.feedback import Keep, Residual
+from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.payload import Read, file_reader
 from fedgrpc.errors import LayoutError, StorageError
 from fedgrpc.rpc.convert import manifest_from_proto
@@ -35,7 +36,7 @@ from fedgrpc.worker.disk import (
     storage_errors,
     sweep,
 )
-from fedgrpc.worker.residual_file import read_residual, write_residual
+from fedgrpc.worker.residual_file import ResidualWriter, read_residual
 
 _TASK: Final = "task.pb"
 _HEADER: Final = "header.pb"
@@ -45,7 +46,9 @@ _BUFFER_BYTES: Final = 1 << 18
 
 log = structlog.get_logger()
 
-Fill = Callable[[BinaryIO], tuple[aggregator_pb2.UpdateHeader, Residual | None]]
+# Writes a payload and gives away the residual it leaves, tensor by tensor; tells the header, and the layout of the
+# residual (None: the one before it stays).
+Fill = Callable[[BinaryIO, Keep], tuple[aggregator_pb2.UpdateHeader, Layout | None]]
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Spool:
         return len(self._folders())
 
     def write(self, task: aggregator_pb2.Task, fill: Fill) -> SpooledUpdate:
-        """Write an update, durable on return. `fill` writes the payload and tells header and residual.
+        """Write an update, durable on return; `fill` writes payload and residual.
 
         Where the spool is full the oldest updates make room: their rounds are long closed.
 
@@ -115,19 +118,20 @@ class Spool:
         unfinished, final = self._folder / f"{UNFINISHED}{number:08}", self._folder / f"{number:08}"
         with storage_errors(self._folder):
             unfinished.mkdir()
+            left = ResidualWriter(unfinished / _RESIDUAL, task.run_id or task.run, self._spare_residuals)
             try:
                 file = WrittenBack(self._spares.create(unfinished / _PAYLOAD))
                 with BufferedWriter(file, _BUFFER_BYTES) as payload:
-                    header, residual = fill(payload)
+                    header, layout = fill(payload, left.add)
                     payload.truncate()
                 (unfinished / _HEADER).write_bytes(header.SerializeToString())
                 (unfinished / _TASK).write_bytes(task.SerializeToString())
-                if residual is not None:
-                    path, run = unfinished / _RESIDUAL, task.run_id or task.run
-                    write_residual(path, residual, run, self._spare_residuals)
+                if layout is not None:
+                    left.finish(layout)
                 self._make_room(folder_size_bytes(unfinished))
                 publish_folder(unfinished, final, unsynced={_RESIDUAL})
             finally:
+                left.close()
                 sweep(self._folder)
         return SpooledUpdate(final, task, header)
 

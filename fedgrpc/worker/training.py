@@ -23,8 +23,8 @@ import structlog
 
 from fedgrpc.aggregation.channels import ChannelMap
 from fedgrpc.aggregation.compression_plan import CompressionPlan
-from fedgrpc.codec.feedback import Corrected, Residual, write_with_feedback
-from fedgrpc.codec.layout import layout_of, spec_of
+from fedgrpc.codec.feedback import Corrected, Keep, Residual, write_with_feedback
+from fedgrpc.codec.layout import Layout, layout_of, spec_of
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
@@ -156,10 +156,10 @@ def users_code() -> Iterator[None]:
 
 
 def update_of(task: Task, worker: str, given: Weights, outcome: Outcome, residual: Residual, began: Began) -> Fill:
-    """What the spool calls to write the update: it fills the payload and tells header and new residual."""
+    """What the spool calls to write the update and the residual it leaves."""
 
-    def fill(payload: BinaryIO) -> tuple[aggregator_pb2.UpdateHeader, Residual | None]:
-        manifest, left = _write(task, worker, given, outcome, residual, payload)
+    def fill(payload: BinaryIO, keep: Keep) -> tuple[aggregator_pb2.UpdateHeader, Layout | None]:
+        manifest, left = _write(task, worker, given, outcome, residual, payload, keep)
         return _header(task, worker, outcome, manifest, began.timings()), left
 
     return fill
@@ -178,8 +178,14 @@ class Began:
 
 
 def _write(
-    task: Task, worker: str, given: Weights, outcome: Outcome, residual: Residual, payload: BinaryIO
-) -> tuple[Manifest, Residual | None]:
+    task: Task,
+    worker: str,
+    given: Weights,
+    outcome: Outcome,
+    residual: Residual,
+    payload: BinaryIO,
+    keep: Keep,
+) -> tuple[Manifest, Layout | None]:
     recipe = Recipe.parse(task.upload_recipe or "raw")
     draw = partial(np.random.default_rng, (task.plan.seed, task.round, zlib.crc32(worker.encode())))
     if outcome.weights is None:
@@ -194,7 +200,7 @@ def _write(
         return write_payload(part, fitted(recipe, part, task, draw), payload, draw()), None
     layout = layout_of(part) if outcome.clustered else tuple(spec_of(name, start[name]) for name in part)
     recipe = fitted(recipe, Corrected(part, residual, layout), task, draw)
-    return write_with_feedback(part, residual, recipe, payload, draw(), layout)
+    return write_with_feedback(part, residual, recipe, payload, draw(), layout, keep)[0], layout
 
 
 def is_personal(plan: Plan) -> Callable[[str], bool]:

@@ -84,7 +84,7 @@ WORKER = {
     "heartbeat": Point(f"{_WORKER}.client:AggregatorClient.heartbeat", since_round=2),
     "training": Point(_TRAINING, since_round=2),
     "trained-not-spooled": Point(f"{_WORKER}.spool:Spool.write", since_round=2),
-    "half-spooled": Point(f"{_WORKER}.spool:write_residual", since_round=2),
+    "half-spooled": Point(f"{_WORKER}.residual_file:ResidualWriter.finish", since_round=2),
     "spooled-not-synced": Point(f"{_WORKER}.spool:publish_folder", since_round=2),
     "spooled": Point(f"{_WORKER}.spool:Spool.write", "after", since_round=2),
     "mid-upload": Point("fedgrpc.rpc.client_stream:ClientStream.write", "after", count=3, since_round=2),
