@@ -58,6 +58,10 @@ class TopK:
         require_float(spec, self)
         return _HEADER.size, max(_HEADER.size, spec.nbytes)
 
+    def symbols(self, data: memoryview, spec: TensorSpec) -> Array:
+        """The codes, flat, with one more for what is not kept: what the order-0 entropy is taken of."""
+        return _symbols(data, spec, self.bits)
+
 
 @dataclass(frozen=True)
 class Threshold:
@@ -92,6 +96,10 @@ class Threshold:
         require_float(spec, self)
         return _HEADER.size, max(_HEADER.size, spec.nbytes)
 
+    def symbols(self, data: memoryview, spec: TensorSpec) -> Array:
+        """The codes, flat, with one more for what is not kept: what the order-0 entropy is taken of."""
+        return _symbols(data, spec, self.bits)
+
 
 def _check_bits(bits: int) -> None:
     if bits not in BITS:
@@ -116,16 +124,33 @@ def _write(values: Array, positions: Array, bits: int, rng: np.random.Generator)
 
 
 def _read(data: memoryview, spec: TensorSpec, bits: int) -> Array:
+    positions, values = _split(data, spec)
+    kept = Uniform(bits, rounding="nearest").decode(values, _kept_spec(spec, positions))
+    out = np.zeros(spec.size, spec.numpy_dtype)
+    out[positions] = kept
+    return out.reshape(spec.shape)
+
+
+def _symbols(data: memoryview, spec: TensorSpec, bits: int) -> Array:
+    positions, values = _split(data, spec)
+    out = np.full(spec.size, 1 << bits, np.int32)
+    out[positions] = Uniform(bits, rounding="nearest").symbols(values, _kept_spec(spec, positions))
+    return out
+
+
+def _kept_spec(spec: TensorSpec, positions: Array) -> TensorSpec:
+    return TensorSpec(spec.name, "float32", (positions.size,))
+
+
+def _split(data: memoryview, spec: TensorSpec) -> tuple[Array, memoryview]:
+    """Positions, and the encoded values that stand there; raises CorruptError or LayoutError."""
     if data.nbytes < _HEADER.size:
         raise LayoutError(f"tensor {spec.name!r} has {data.nbytes} encoded bytes, its header {_HEADER.size}")
     count, size_of_marks = _HEADER.unpack_from(data)
     if count > spec.size:
         raise CorruptError(f"tensor {spec.name!r} has {count} values for {spec.size} elements")
     end = _HEADER.size + size_of_marks
-    kept = Uniform(bits, rounding="nearest").decode(data[end:], TensorSpec(spec.name, "float32", (count,)))
     positions = read_marks(np.frombuffer(data[_HEADER.size : end], np.uint8), spec.size)
     if positions.size != count:
         raise CorruptError(f"tensor {spec.name!r} has {positions.size} positions for {count} values")
-    out = np.zeros(spec.size, spec.numpy_dtype)
-    out[positions] = kept
-    return out.reshape(spec.shape)
+    return positions, data[end:]

@@ -46,3 +46,14 @@ def test_indices_cost_little_more_than_their_entropy(fraction: float) -> None:
     wire_bits = 8 * len(zstandard.ZstdCompressor(level=1).compress(data[8 : 8 + size_of_marks]))
     entropy_bits = 1_000_000 * -(fraction * np.log2(fraction) + (1 - fraction) * np.log2(1 - fraction))
     assert wire_bits < 1.05 * entropy_bits
+
+
+@pytest.mark.parametrize("encoding", [TopK(0.1, bits=4), Threshold(2.0)])
+def test_the_symbols_are_the_codes_and_one_for_what_is_not_kept(encoding: TopK | Threshold) -> None:
+    array = np.random.default_rng(1).standard_normal(5000).astype(np.float32)
+    data = encoding.encode(array, np.random.default_rng(0))
+    symbols = encoding.symbols(data, spec_of("x", array))
+    kept = symbols != 1 << encoding.bits
+    np.testing.assert_array_equal(kept, encoding.decode(data, spec_of("x", array)) != 0)
+    # Codes are in two's complement, and have the signs of what they stand for.
+    np.testing.assert_array_equal(symbols[kept] >= 1 << (encoding.bits - 1), array[kept] < 0)
