@@ -95,6 +95,7 @@ class Coordinator:
         self.stopping = False
         self.wake = asyncio.Event()
         self.changes = Changes()
+        self._changing_phase = asyncio.Lock()
         self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._log = log.bind(run=settings.run_name)
 
@@ -319,10 +320,12 @@ class Coordinator:
         await self._set_phase(RUN_PHASE_RUNNING)
 
     async def _set_phase(self, phase: RunPhase) -> None:
-        if self.run.ended:
-            raise IllegalTransition(f"the run has ended: {self.run.reason}")
-        self.run.phase = phase
-        await self.save_run()
+        async with self._changing_phase:
+            if self.run.ended:
+                raise IllegalTransition(f"the run has ended: {self.run.reason}")
+            await self._store_run(phase, self.run.reason)
+            self.run.phase = phase
+        self._news()
 
     async def stop(self, reason: str) -> None:
         """End the run; the round in flight is abandoned, unless it is committing already. Idempotent."""
@@ -330,20 +333,31 @@ class Coordinator:
             await self.end(RUN_PHASE_STOPPED, reason or "stopped by an operator")
 
     async def end(self, phase: RunPhase, reason: str) -> None:
-        """Enter a final phase and tell every worker that polls."""
-        self.run.phase, self.run.reason = phase, reason
-        current = self.current
-        if current is not None and current.state.phase in (RoundPhase.SELECTING, RoundPhase.REPORTING):
-            self.dispatch(Abort(reason))
-        await self.save_run()
+        """Enter a final phase, durably, and then tell every worker that polls. The first end is the one."""
+        async with self._changing_phase:
+            if self.run.ended:
+                return
+            await self._store_run(phase, reason)
+            self.run.phase, self.run.reason = phase, reason
+            current = self.current
+            if current is not None and current.state.phase in (RoundPhase.SELECTING, RoundPhase.REPORTING):
+                self.dispatch(Abort(reason))
+        self._news()
         self.fleet.wake_all()
 
     async def save_run(self) -> None:
-        """Make the run's phase durable, and let everybody look."""
+        """Make the run durable as it stands, and let everybody look."""
+        await self._store_run(self.run.phase, self.run.reason)
+        self._news()
+
+    async def _store_run(self, phase: RunPhase, reason: str) -> None:
+        """Before the phase is entered: nobody hears of one that a process that died might have forgotten."""
         run = self.run
         await self.in_database(
-            self.store.save_run, run.id, self.settings.run_name, int(run.phase), run.reason, run.started_at
+            self.store.save_run, run.id, self.settings.run_name, int(phase), reason, run.started_at
         )
+
+    def _news(self) -> None:
         self.wake.set()
         self.changes.notify()
 

@@ -1,6 +1,7 @@
 """What operators may do and see."""
 
 import asyncio
+import threading
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from fedgrpc.rpc.channel import open_channel
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
 from fedgrpc.worker.task import Role
-from tests.federation.federation import MODEL, Shifter, aggregating, refused, update_of, working
+from tests.federation.federation import MODEL, PATIENCE_S, Shifter, aggregating, refused, update_of, working
 
 COMMITTED = round_pb2.ROUND_PHASE_COMMITTED
 
@@ -63,6 +64,29 @@ async def test_a_stopped_run_abandons_its_round_and_tells_every_worker(tmp_path)
         assert [(item.phase, item.reason) for item in rounds] == [
             (round_pb2.ROUND_PHASE_ABANDONED, "enough for today")
         ]
+
+
+async def test_nobody_is_told_of_the_end_before_it_is_stored(tmp_path):
+    """A worker that was told is gone: the next process must not go on with the run."""
+    async with aggregating(tmp_path) as running:
+        device = await running.device("a")
+        store = running.aggregator.coordinator.store
+        asked, goes_on, save = asyncio.Event(), threading.Event(), store.save_run
+        loop = asyncio.get_running_loop()
+
+        def slowly(*about):
+            loop.call_soon_threadsafe(asked.set)
+            assert goes_on.wait(PATIENCE_S)
+            return save(*about)
+
+        store.save_run = slowly
+        stopping = running.stub.StopRun(pb.StopRunRequest())
+        await asked.wait()
+        assert not (await device.poll(0.1)).run_ended
+        assert (await running.run()).phase == pb.RUN_PHASE_RUNNING
+        goes_on.set()
+        assert (await stopping).run.phase == pb.RUN_PHASE_STOPPED
+        assert (await device.poll()).run_ended
 
 
 async def test_rounds_are_listed_newest_first_in_pages(tmp_path):

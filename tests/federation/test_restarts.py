@@ -99,8 +99,8 @@ async def test_a_run_that_met_its_target_stays_finished_until_another_is_set(tmp
         ended = await running.until_finished()
         assert ended.model_version < 51
     async with aggregating(tmp_path, **goal) as running:
-        run = await running.run()
-        assert (run.phase, run.reason) == (pb.RUN_PHASE_FINISHED, ended.reason)
+        run = await running.until_finished()
+        assert (run.model_version, run.reason) == (ended.model_version, ended.reason)
     async with aggregating(tmp_path, **{**goal, "target": Target("mean", 2.5)}) as running:
         assert (await running.run()).phase == pb.RUN_PHASE_RUNNING
 
