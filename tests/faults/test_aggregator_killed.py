@@ -95,7 +95,7 @@ async def play(folder, rounds, points=()):
     try:
         for number, point in enumerate([*points, None]):
             before = await _start(folder, rounds, address, point, before, number, devices, recovery)
-        await asyncio.wait_for(playing, PATIENCE_S)
+        await asyncio.wait_for(playing, 2 * PATIENCE_S)
     finally:
         playing.cancel()
     kept = Kept.in_folder(folder / "run", folder / "end")

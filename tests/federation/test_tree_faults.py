@@ -190,13 +190,14 @@ async def test_another_run_above_begins_anew_below(tmp_path):
     policy = {"min_workers": 1}
     about = {"address": above, "policy": policy, "rounds": 1, "stay": True}
     async with AsyncExitStack() as stack:
-        first = aggregating(tmp_path / "first", **{**about, "rounds": 2})
+        # More than can be played before somebody looks.
+        first = aggregating(tmp_path / "first", **{**about, "rounds": 10_000})
         async with first as root:
             leaf = await stack.enter_async_context(
                 leading(tmp_path / "leaf", "leaf", above, address=free_address(), policy=policy)
             )
             worker = working(leaf, tmp_path, "pi", Shifter(examples=3))
-            await root.until(lambda run, _: run.model_version == 2)
+            await root.until(lambda run, _: run.model_version >= 2)
             below["first"] = (await leaf.run()).id
         async with aggregating(tmp_path / "second", **about) as root:
             await root.until_finished()
