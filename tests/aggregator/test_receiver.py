@@ -112,15 +112,30 @@ async def test_a_round_that_closes_while_an_update_is_verified_refuses_it_and_ke
     async with aggregating(tmp_path, policy={"max_participants": 2, "min_workers": 2}) as running:
         tasks = await tasks_out(running)
         coordinator = running.aggregator.coordinator
-        receiver = Receiver(coordinator)
+        verifying, goes_on, begin = asyncio.Event(), threading.Event(), coordinator.journal.begin
+        loop = asyncio.get_running_loop()
+
+        def with_a_slow_end(*about):
+            upload = begin(*about)
+            finish = upload.finish
+
+            def slowly():
+                loop.call_soon_threadsafe(verifying.set)
+                assert goes_on.wait(PATIENCE_S)
+                return finish()
+
+            upload.finish = slowly
+            return upload
+
+        coordinator.journal.begin = with_a_slow_end
         sender = Sender(tasks["a"])
-        receiving = asyncio.create_task(receiver.receive(sender.header, sender.chunks()))
-        await sender.at_the_end.wait()
         sender.may_end.set()
-        await asyncio.sleep(0)
+        receiving = asyncio.create_task(Receiver(coordinator).receive(sender.header, sender.chunks()))
+        await verifying.wait()
         await coordinator.stop("closed by the test")
+        goes_on.set()
         with pytest.raises(RoundClosed):
             await receiving
-        await asyncio.wait_for(asyncio.sleep(0.2), 5)
+        await asyncio.sleep(0.2)
         assert running.kept_updates() == []
         np.testing.assert_equal((await running.run()).model_version, 1)
