@@ -2,45 +2,61 @@
 
 Ten workers hold non-IID parts: four train the whole model, three half of its channels, three a quarter, pruned,
 quantized and clustered. Beside it the fleets to hold it against: all whole, all smallest, and the small ones left
-out. The aggregation is the aggregator's own, without the network. Parts are Dirichlet(0.5)'s, or `held`: trousers
-and bags (labels 1 and 8) are held by the six small devices alone.
+out. An aggregator and its workers run in this process and talk gRPC; one worker trains at a time, so that its CPU
+time is its own. Parts are Dirichlet(0.5)'s, or `held`: trousers and bags (labels 1 and 8) are held by the six
+small devices alone.
 
 `python tools/mixed_fleet.py --out results.jsonl` writes one JSON line for each fleet and seed, and goes on where
-it was stopped; `--show results.jsonl` prints the table.
+it was stopped; `--show results.jsonl` prints the tables, with `--plot figure.png` it draws them.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
+import asyncio
 import json
+import logging
 import statistics
+import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import structlog
 import torch
+from safetensors.numpy import load_file
 from torch.utils.data import Dataset
 
-from fedgrpc.aggregation.channels import Selection
-from fedgrpc.aggregation.compression_plan import Clustering, CompressionPlan, Pruning, Quantization
-from fedgrpc.aggregation.coverage import CoordinateMean, Coverage
-from fedgrpc.aggregation.packed import pack
-from fedgrpc.aggregation.precision import rounding_noise, say
-from fedgrpc.codec.payload import write_payload
-from fedgrpc.codec.recipe import Recipe
+from fedgrpc.aggregation.channels import ChannelMap
+from fedgrpc.aggregation.compression_plan import (
+    Clustering,
+    CompressionPlan,
+    PlanTable,
+    Pruning,
+    Quantization,
+)
+from fedgrpc.aggregator.run_store import RoundRecord, RunStore
+from fedgrpc.aggregator.server import Aggregator
+from fedgrpc.aggregator.settings import AggregatorSettings, TrainingPlan
+from fedgrpc.data.partition import parse_partition
+from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.tasks.fashion_mnist import FashionMnist
-from fedgrpc.tasks.torch_batches import subset_of
+from fedgrpc.tasks.torch_batches import labels_of, subset_of
 from fedgrpc.tasks.torch_trainer import TorchTrainer
-from fedgrpc.worker.trainer import TaskSetup, TrainJob, Weights
+from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, TASK_PHASE_ACCEPTED
+from fedgrpc.worker.run import Worker
+from fedgrpc.worker.settings import WorkerSettings
+from fedgrpc.worker.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights
 
 WORKERS, WHOLE = 10, 4
 HELD = (1, 8)
 # Accuracy swings from round to round: the mean of so many is what counts.
 LAST = 5
+EVERY = 3
+COMPARED = ("all whole", "mixed, prefix", "all smallest", "small left out")
 
 
 def small(rule: str) -> list[CompressionPlan]:
@@ -54,7 +70,7 @@ def small(rule: str) -> list[CompressionPlan]:
 
 def fleets() -> dict[str, Sequence[CompressionPlan | None]]:
     """The plan of each worker, by fleet; None stays out."""
-    whole = CompressionPlan()
+    whole, half, quarter = CompressionPlan(), CompressionPlan(0.5), CompressionPlan(0.25)
     mixed = {
         f"mixed, {rule}": [whole] * 4 + [CompressionPlan(0.5, rule)] * 3 + small(rule)
         for rule in ("prefix", "rolling")
@@ -63,194 +79,250 @@ def fleets() -> dict[str, Sequence[CompressionPlan | None]]:
     nested = (
         [CompressionPlan(nested=(0.5, 0.25))] * 4 + [CompressionPlan(0.5, nested=(0.25,))] * 3 + small("prefix")
     )
+    # One technique at a time: what each of them costs.
+    alone = {
+        "widths alone": [whole] * 4 + [half] * 3 + [quarter] * 3,
+        "pruning alone": [whole] * 7 + [CompressionPlan(pruning=Pruning(0.3))] * 3,
+        "quantization alone": [whole] * 7 + [CompressionPlan(quantization=Quantization(8, 8))] * 3,
+        "clustering alone": [whole] * 7 + [CompressionPlan(clustering=Clustering(32, ("fc*",)))] * 3,
+    }
     return {
         "all whole": [whole] * WORKERS,
         **mixed,
         "mixed, nested": nested,
+        **alone,
         # The six small devices as wide as the others, of very few bits: what precision weights are for.
         "mixed, 2 bits": [whole] * 4 + [CompressionPlan(quantization=Quantization(2))] * 6,
-        "all smallest": [CompressionPlan(0.25)] * WORKERS,
+        "all half": [half] * WORKERS,
+        "all smallest": [quarter] * WORKERS,
         "small left out": [whole] * 4 + [None] * 6,
     }
 
 
-@dataclass(frozen=True)
-class Cost:
-    """CPU seconds of the training, bytes of its tensors, and of the payloads down and up, as int8+zstd."""
+class Part(FashionMnist):
+    """One worker's examples. Scores are the judge's, so there are none to score with."""
 
-    cpu_s: float
-    tensor_bytes: int
-    download_bytes: int
-    upload_bytes: int
-
-
-@dataclass(frozen=True)
-class Trained:
-    """One worker's part of a round."""
-
-    delta: Mapping[str, np.ndarray]
-    coverage: Mapping[str, Coverage]
-    example_count: int
-    cost: Cost
-    plan: CompressionPlan
-    steps: int
-
-
-def train(
-    trainer: TorchTrainer, plan: CompressionPlan, weights: Weights, job: TrainJob, sized: bool = False
-) -> Trained:
-    """Slice, compress, train; the difference to where the local model started."""
-    sub_model = plan.sub_model(job.round)
-    selection: Selection = trainer.channels().select(sub_model, weights)
-    coverage = {name: selection.coverage(name, array.shape) for name, array in weights.items()}
-    given = {name: coverage[name].take(array).copy() for name, array in weights.items()}
-    compression = None if plan.plain else plan
-    begun = time.process_time()
-    result = trainer.train(given, TrainJob(**{**vars(job), "compression": compression}))
-    cpu_s = time.process_time() - begun
-    start = given if result.start is None else result.start
-    delta = {name: array - start[name] for name, array in result.weights.items()}
-    sent = {}
-    for name, array in delta.items():
-        sent |= pack(name, array, result.masks.get(name), name in result.clustered) if sized else {}
-    for name, mask in result.masks.items():
-        coverage[name] = coverage[name].masked(mask)
-        delta[name] = delta[name][mask]
-    cost = Cost(cpu_s, result.tensor_bytes, payload_bytes(given) if sized else 0, payload_bytes(sent))
-    return Trained(delta, coverage, result.example_count, cost, plan, result.steps)
-
-
-def payload_bytes(tensors: Weights) -> int:
-    """Bytes of the tensors as they travel."""
-    if not tensors:
-        return 0
-    return write_payload(tensors, Recipe.parse("int8+zstd"), io.BytesIO(), np.random.default_rng(0)).size_bytes
-
-
-def averaged(weights: Weights, parts: Sequence[Trained], precise: bool = False) -> dict[str, np.ndarray]:
-    """Each coordinate's mean over those who trained it, added to the model; `precise`: weighed by their noise."""
-    new = {}
-    for name, array in weights.items():
-        mean = CoordinateMean(array.shape)
-        for part in parts:
-            delta, coverage = part.delta[name], part.coverage[name]
-            noise = None
-            if precise:
-                noise = rounding_noise(part.plan, name, coverage.take(array), part.steps, array.ndim)
-            if noise is None:
-                mean.add(delta, part.example_count, coverage)
-            else:
-                mean.add_each(delta, part.example_count * say(noise, delta), coverage)
-        new[name] = array if mean.covers_nothing else (array + mean.result()).astype(array.dtype)
-    return new
-
-
-class HeldBySmall(FashionMnist):
-    """One worker's part where two labels are held by the six small devices alone, all others by all, evenly."""
-
-    def __init__(self, model: str, number: int, seed: int) -> None:
+    def __init__(self, model: str, partition: str, number: int, seed: int) -> None:
         super().__init__(model)
-        self._number, self._seed = number, seed
+        self._partition, self._number, self._seed = partition, number, seed
 
     def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
-        """A tenth of what all hold, and a sixth of the rest."""
+        """This worker's part of the training images."""
         train, _ = super().data(path)
-        labels = train.tensors[1].numpy()  # type: ignore[attr-defined]
+        labels = labels_of(train)
+        if self._partition != "held":
+            mine = parse_partition(self._partition).split(labels, WORKERS, self._seed)[self._number]
+            return subset_of(train, mine), None
         order = np.random.default_rng(self._seed).permutation(len(labels))
         rare = np.isin(labels[order], HELD)
-        mine = list(order[~rare][self._number :: WORKERS])
+        held = list(order[~rare][self._number :: WORKERS])
         if self._number >= WHOLE:
-            mine += list(order[rare][self._number - WHOLE :: WORKERS - WHOLE])
-        return subset_of(train, np.array(mine)), None
+            held += list(order[rare][self._number - WHOLE :: WORKERS - WHOLE])
+        return subset_of(train, np.array(held)), None
 
 
-def trainers_of(asked: argparse.Namespace, seed: int) -> list[TorchTrainer]:
-    """Each worker with its part of the data."""
-    if asked.partition == "held":
-        setup = TaskSetup(device="cpu", seed=seed)
-        return [TorchTrainer(HeldBySmall(asked.model, number, seed), setup) for number in range(WORKERS)]
-    parts = (f"{number + 1}/{WORKERS}" for number in range(WORKERS))
-    setups = (TaskSetup(asked.model, None, "cpu", asked.partition, part, seed) for part in parts)
-    return [FashionMnist.build_trainer(setup) for setup in setups]
+class Timed:
+    """A trainer that trains while no other does, and counts the CPU seconds of that."""
+
+    def __init__(self, inner: TorchTrainer, one_at_a_time: threading.Lock) -> None:
+        self._inner = inner
+        self._lock = one_at_a_time
+        self.cpu_s: list[float] = []
+
+    def initial_weights(self) -> Weights:
+        return self._inner.initial_weights()
+
+    def channels(self) -> ChannelMap:
+        with self._lock:
+            return self._inner.channels()
+
+    def evaluate(self, weights: Weights) -> EvalResult | None:
+        return None
+
+    def train(self, weights: Weights, job: TrainJob) -> TrainResult:
+        with self._lock:
+            begun = time.thread_time()
+            result = self._inner.train(weights, job)
+            self.cpu_s.append(time.thread_time() - begun)
+        return result
 
 
-def run(plans: Sequence[CompressionPlan | None], asked: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Scores of the global model on all held-out examples, and what the last round cost each worker."""
-    trainers = trainers_of(asked, seed)
-    judge = FashionMnist.build_trainer(TaskSetup(asked.model, None, "cpu", None, None, seed))
-    scores: dict[int, float] = {}
-    costs: list[Cost] = []
-    weights = judge.initial_weights()
-    for number in range(1, asked.rounds + 1):
-        job = TrainJob(
+async def federated(
+    folder: Path,
+    plans: Mapping[str, CompressionPlan],
+    trainers: Mapping[str, Timed],
+    asked: argparse.Namespace,
+    seed: int,
+) -> list[RoundRecord]:
+    """A whole run over gRPC; its training rounds. The versions of the model are left in `folder`."""
+    settings = AggregatorSettings(
+        folder / "aggregator",
+        "127.0.0.1:0",
+        rounds=asked.rounds,
+        policy=RoundPolicy(min_workers=len(plans), min_sample_size=len(plans), quorum=len(plans), deadline_s=7200),
+        plan=TrainingPlan(
             epochs=asked.epochs,
             max_steps=asked.max_steps,
             learning_rate=asked.learning_rate,
             momentum=0.9,
-            seed=seed,
-            round=number,
-        )
-        parts = [
-            train(trainer, plan, weights, job, sized=number == asked.rounds)
-            for trainer, plan in zip(trainers, plans, strict=True)
-            if plan is not None
-        ]
-        weights = averaged(weights, parts, asked.precision_weights)
-        if number % 10 == 0 or number > asked.rounds - LAST:
-            score = judge.evaluate(weights)
-            assert score is not None
-            scores[number] = round(100 * score.metrics["accuracy"], 2)
-        costs = [part.cost for part in parts]
-    return {"accuracy": scores, "costs": [asdict(cost) for cost in costs]}
+            label_adjustment=asked.label_adjustment,
+        ),
+        local_models=PlanTable(classes=plans),
+        precision_weights=asked.precision_weights,
+        evaluate=False,
+        seed=seed,
+        keep_versions=asked.rounds + 1,
+    )
+    serving: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    aggregator = Aggregator(settings)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(aggregator.run(serving.set_result))
+        address = f"127.0.0.1:{await serving}"
+        for name, trainer in trainers.items():
+            about = WorkerSettings(name, address, folder / name, serve_address=None, device={"device_class": name})
+            group.create_task(Worker(about, lambda _, trainer=trainer: trainer).run())  # type: ignore[misc]
+    store = RunStore(folder / "aggregator" / "run.sqlite")
+    try:
+        records, _ = store.rounds(1 << 40, asked.rounds + 1)
+    finally:
+        store.close()
+    return [record for record in records if record.kind == TASK_KIND_TRAIN]
 
 
-def show(path: Path) -> None:
-    """Mean over the last rounds of each seed, and over the seeds."""
+def run(plans: Sequence[CompressionPlan | None], asked: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Scores of the global model on all held-out images, and what the rounds cost each worker."""
+    setup, lock = TaskSetup(device="cpu", seed=seed), threading.Lock()
+    wanted = {f"worker-{number}": plan for number, plan in enumerate(plans) if plan is not None}
+    trainers = {
+        name: Timed(TorchTrainer(Part(asked.model, asked.partition, number, seed), setup), lock)
+        for number, name in enumerate(wanted)
+    }
+    judge = FashionMnist.build_trainer(TaskSetup(asked.model, None, "cpu", None, None, seed))
+    with tempfile.TemporaryDirectory(prefix="mixed-") as name:
+        folder = Path(name)
+        records = asyncio.run(federated(folder, wanted, trainers, asked, seed))
+        assert len(records) == asked.rounds
+        tasks = [task for record in records for task in record.tasks]
+        if len(tasks) != asked.rounds * len(wanted) or any(task.phase != TASK_PHASE_ACCEPTED for task in tasks):
+            raise SystemExit("not every worker took part in every round")
+        scores = {}
+        for number in range(1, asked.rounds + 1):
+            if number % EVERY == 0 or number > asked.rounds - LAST:
+                # Version 1 is the untrained model.
+                version = folder / "aggregator" / "models" / f"{number + 1:06d}.safetensors"
+                score = judge.evaluate(load_file(version))
+                assert score is not None
+                scores[number] = round(100 * score.metrics["accuracy"], 2)
+    mine = {name: [task for task in tasks if task.worker == name] for name in wanted}
+    costs = [
+        {
+            "plan": plan.to_toml(),
+            "cpu_s": statistics.median(trainers[name].cpu_s),
+            "tensor_bytes": statistics.median(task.tensor_bytes for task in mine[name]),
+            "download_bytes": statistics.median(task.download_bytes for task in mine[name]),
+            "upload_bytes": statistics.median(task.upload_bytes for task in mine[name]),
+        }
+        for name, plan in wanted.items()
+    ]
+    return {"accuracy": scores, "costs": costs}
+
+
+def last_mean(line: Mapping[str, Any]) -> float:
+    """Mean accuracy after the last rounds."""
+    return statistics.fmean([line["accuracy"][number] for number in sorted(line["accuracy"], key=int)][-LAST:])
+
+
+def kind_of(line: Mapping[str, Any]) -> str:
+    """What the lines have in common that differ only in their seed."""
+    extras = " | precision weights" if line.get("precision_weights") else ""
+    tau = line["label_adjustment"]
+    return f"{line['partition']} | {line['rounds']} rounds | {line['fleet']} | tau {tau:g}{extras}"
+
+
+def show(lines: Sequence[Mapping[str, Any]]) -> None:
+    """Mean over the last rounds of each seed and over the seeds; then what a round cost, by plan."""
     runs: dict[str, list[float]] = {}
-    for line in map(json.loads, path.read_text().splitlines()):
-        last = [line["accuracy"][number] for number in sorted(line["accuracy"], key=int)][-LAST:]
-        weights = "precision weights" if line.get("precision_weights") else "plain weights"
-        runs.setdefault(f"{line['partition']} | {line['fleet']} | {weights}", []).append(statistics.fmean(last))
+    for line in lines:
+        runs.setdefault(kind_of(line), []).append(last_mean(line))
     for name, accuracies in runs.items():
         listed = ", ".join(f"{accuracy:.1f}" for accuracy in accuracies)
         print(f"| {name} | {statistics.fmean(accuracies):.1f} | {listed} |")
+    costs: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        for cost in line["costs"]:
+            costs.setdefault(f"{line['fleet']} | {' '.join(cost['plan'].split()) or 'whole'}", []).append(cost)
+    for plan, each in costs.items():
+        middle = {name: statistics.median(cost[name] for cost in each) for name in each[0] if name != "plan"}
+        cpu_s, *sizes = middle.values()
+        print(f"| {plan} | {cpu_s:.3f} | {' | '.join(f'{size:.0f}' for size in sizes)} |")
 
 
-def _same(about: Mapping[str, Any], line: Mapping[str, Any]) -> bool:
-    precise = about.get("precision_weights") == line.get("precision_weights")
-    return precise and all(line.get(key) == value for key, value in about.items())
+def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Accuracy by round: mean of the seeds, one panel for each partition and loss."""
+    from matplotlib.figure import Figure
+
+    panels: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for line in lines:
+        title = f"{line['partition']}, label adjustment {line['label_adjustment']:g}"
+        panels.setdefault(title, {}).setdefault(line["fleet"], []).append(line)
+    figure = Figure((4.6 * len(panels), 4.0), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    colours = dict(zip(COMPARED, ("black", "tab:red", "tab:blue", "tab:green"), strict=True))
+    for each, (title, fleet_lines) in zip(axes, sorted(panels.items()), strict=True):
+        for fleet, some in fleet_lines.items():
+            rounds = sorted(map(int, some[0]["accuracy"]))
+            means = [statistics.fmean(line["accuracy"][str(number)] for line in some) for number in rounds]
+            each.plot(rounds, means, label=f"{fleet} ({len(some)} seeds)", color=colours.get(fleet))
+        each.set(title=title, xlabel="round")
+        each.grid(alpha=0.3)
+        each.legend(loc="lower right", fontsize=8)
+    axes[0].set(ylabel="accuracy of the global model, %", ylim=(40, 90))
+    figure.savefig(path, dpi=110)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
 
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--show", type=Path, help="print the table of such a file, and train nothing")
+    parser.add_argument("--show", type=Path, help="print the tables of such a file, and train nothing")
+    parser.add_argument("--plot", type=Path, help="with --show: draw the accuracies there")
     parser.add_argument("--precision-weights", action="store_true", help="as the aggregator's flag")
+    parser.add_argument("--label-adjustment", type=float, default=1.0, help="as the aggregator's flag")
     parser.add_argument("--partition", default="dirichlet:0.5", help="or held")
     parser.add_argument("--learning-rate", type=float, default=0.05)
-    parser.add_argument("--fleet", action="append", choices=list(fleets()), help="without: all")
+    parser.add_argument("--fleet", action="append", choices=list(fleets()), help=f"without: {', '.join(COMPARED)}")
     parser.add_argument("--seed", type=int, action="append", help="without: 0, 1 and 2")
-    parser.add_argument("--model", default="lenet")
-    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--model", default="cnn")
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--max-steps", type=int, default=40)
+    parser.add_argument("--max-steps", type=int, default=20)
     asked = parser.parse_args()
     if asked.show or not asked.out:
-        show(asked.show) if asked.show else parser.error("--out or --show")
+        if not asked.show:
+            parser.error("--out or --show")
+        show(_lines(asked.show))
+        if asked.plot:
+            plot(_lines(asked.show), asked.plot)
         return
     torch.set_num_threads(1)
-    done = asked.out.read_text().splitlines() if asked.out.exists() else []
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    told = ("partition", "rounds", "max_steps", "learning_rate", "model", "label_adjustment", "precision_weights")
     for seed in asked.seed or (0, 1, 2):
-        for fleet in asked.fleet or fleets():
-            about = {"fleet": fleet, "seed": seed, "partition": asked.partition, "rounds": asked.rounds}
-            about |= {"precision_weights": asked.precision_weights} if asked.precision_weights else {}
-            about |= {"max_steps": asked.max_steps, "learning_rate": asked.learning_rate, "model": asked.model}
-            if any(_same(about, json.loads(line)) for line in done):
+        for fleet in asked.fleet or COMPARED:
+            about = {"fleet": fleet, "seed": seed, **{name: getattr(asked, name) for name in told}}
+            if any(about.items() <= line.items() for line in map(_flat, _lines(asked.out))):
                 continue
             begun = time.process_time()
             line = {**about, **run(fleets()[fleet], asked, seed)}
             with asked.out.open("a") as out:
                 print(json.dumps({**line, "cpu_s": round(time.process_time() - begun, 1)}), file=out)
+
+
+def _flat(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name not in ("accuracy", "costs")}
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class Orders:
             learning_rate=plan.learning_rate or 0,
             momentum=plan.momentum or 0,
             proximal_mu=plan.proximal_mu,
+            label_adjustment=plan.label_adjustment,
             evaluate=settings.evaluate,
         )
         if plan.upload_reserve_s is not None:

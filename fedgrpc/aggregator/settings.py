@@ -31,7 +31,7 @@ class TrainingPlan:
     """What every worker is asked to do in a training round; None leaves the choice to its learning task.
 
     With `upload_reserve_s`, training ends once no more than this (or than a worker's uploads have taken) is left
-    until the deadline.
+    until the deadline. `label_adjustment` is how far a worker's label frequencies leave its loss; 0: not.
     """
 
     epochs: float | None = None
@@ -40,6 +40,7 @@ class TrainingPlan:
     learning_rate: float | None = None
     momentum: float | None = None
     proximal_mu: float = 0.0
+    label_adjustment: float = 0.0
     upload_reserve_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -53,8 +54,9 @@ class TrainingPlan:
                 raise UsageError(f"{name} must be from 1 to {(1 << 32) - 1}, not {value}")
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise UsageError(f"momentum must be from 0 to below 1, not {self.momentum:g}")
-        if not 0 <= self.proximal_mu < math.inf:
-            raise UsageError(f"proximal_mu must be a number from 0, not {self.proximal_mu:g}")
+        for name in ("proximal_mu", "label_adjustment"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name} must be a number from 0, not {getattr(self, name):g}")
         if self.upload_reserve_s is not None and not 0 <= self.upload_reserve_s < math.inf:
             raise UsageError(f"upload_reserve_s must be a number of seconds from 0, not {self.upload_reserve_s:g}")
 

@@ -101,6 +101,11 @@ SETTINGS: list[Setting] = [
     _plan("--momentum", "Momentum of the workers' optimizer."),
     _plan("--proximal-mu", "FedProx's pull towards the global model; 0: FedAvg."),
     _plan(
+        "--label-adjustment",
+        "Add this many times the log of each label's share on a worker to its logits in training; 0: do not "
+        "(docs/heterogeneity.md).",
+    ),
+    _plan(
         "--upload-reserve",
         "Train no longer than until this much (or what a worker's uploads have taken) is left of the deadline; "
         "without: all of the work.",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from fedgrpc.errors import UsageError
+from fedgrpc.models.cnn import CNN
 from fedgrpc.models.lenet import LeNet, Net
 from fedgrpc.models.mlp import MLP, sigmoid_mlp
 from fedgrpc.models.mobilenet import MobileNetV2
@@ -17,6 +18,7 @@ from fedgrpc.models.shufflenet import ShuffleNetV2
 _BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "mlp": lambda classes, channels, side: MLP(channels * side * side, classes),
     "lenet": LeNet,
+    "cnn": CNN,
     "net": Net,
     "resnet18": lambda classes, channels, side: ResNet18(classes, channels),
     "mobilenetv2": lambda classes, channels, side: MobileNetV2(classes, channels),

@@ -23,6 +23,7 @@ from fedgrpc.aggregation.compression_plan import CompressionPlan
 from fedgrpc.compression.nested import Nested
 from fedgrpc.data.partition import parse_part, parse_partition
 from fedgrpc.errors import TaskError, UsageError
+from fedgrpc.tasks.label_adjustment import LabelAdjustment
 from fedgrpc.tasks.torch_batches import Batches, batches_of, choose_device, labels_of, subset_of
 from fedgrpc.tasks.torch_local import Compression, Widths
 from fedgrpc.tasks.torch_memory import TensorBytes
@@ -64,6 +65,7 @@ class TorchTrainer:
             torch.set_num_threads(_thread_count(setup.options["threads"]))
         train, held_out = _share(*task.data(setup.data), setup)
         self._train = batches_of(train, self._device)
+        self._train_data = train
         self._held_out = None if held_out is None else batches_of(held_out, self._device)
         if len(self._train) == 0 and not self._held_out:  # with nothing to train on, it can still score
             raise UsageError(f"{type(task).__name__} has no examples in {setup.data}")
@@ -129,6 +131,7 @@ class TorchTrainer:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         start = [parameter.detach().clone() for parameter in parameters] if job.proximal_mu else []
         optimizer = _optimizer(task, parameters, job)
+        loss_of = self._loss(job)
         lonely_batch_fails = len(self._train) > 1 and _has_batch_norm(model)
         # Kept on the device: reading a loss each step would make the CPU wait for an accelerator. Summed at the
         # end: a small number format could not hold the sum.
@@ -145,8 +148,8 @@ class TorchTrainer:
                 parameter.grad = None
             prepared = task.prepare(inputs, True)
             with memory.counting() if steps == 1 else nullcontext():
-                loss = task.loss(forward(prepared), targets)
-                total = _with_nested(loss, nested, partial(task.loss, targets=targets), prepared)
+                loss = loss_of(forward(prepared), targets)
+                total = _with_nested(loss, nested, partial(loss_of, targets=targets), prepared)
             total.backward()  # type: ignore[no-untyped-call]
             if job.proximal_mu:
                 _pull_back(parameters, start, job.proximal_mu)
@@ -154,6 +157,13 @@ class TorchTrainer:
             losses.append(loss.detach())
             examples.append(len(indices))
         return Ran(_mean_loss(losses, examples), steps, memory.total)
+
+    def _loss(self, job: TrainJob) -> Callable[..., Tensor]:
+        """The loss of outputs and targets that is trained; see `LabelAdjustment`."""
+        if not job.label_adjustment:
+            return self._task.loss
+        adjusted = LabelAdjustment(labels_of(self._train_data), job.label_adjustment)
+        return lambda outputs, targets: self._task.loss(adjusted(outputs), targets)
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
         """Means over the held-out examples of `loss` and the task's metrics."""

@@ -63,7 +63,7 @@ TASK_PHASE_EXPIRED: TaskPhase
 TASK_PHASE_LATE: TaskPhase
 
 class Plan(_message.Message):
-    __slots__ = ("epochs", "max_steps", "batch_size", "learning_rate", "momentum", "proximal_mu", "seed", "evaluate", "local_model", "tell_channels", "lead", "upload_reserve")
+    __slots__ = ("epochs", "max_steps", "batch_size", "learning_rate", "momentum", "proximal_mu", "seed", "evaluate", "local_model", "tell_channels", "lead", "upload_reserve", "label_adjustment")
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
     MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -76,6 +76,7 @@ class Plan(_message.Message):
     TELL_CHANNELS_FIELD_NUMBER: _ClassVar[int]
     LEAD_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_RESERVE_FIELD_NUMBER: _ClassVar[int]
+    LABEL_ADJUSTMENT_FIELD_NUMBER: _ClassVar[int]
     epochs: float
     max_steps: int
     batch_size: int
@@ -88,7 +89,8 @@ class Plan(_message.Message):
     tell_channels: bool
     lead: Lead
     upload_reserve: _duration_pb2.Duration
-    def __init__(self, epochs: _Optional[float] = ..., max_steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., proximal_mu: _Optional[float] = ..., seed: _Optional[int] = ..., evaluate: _Optional[bool] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., tell_channels: _Optional[bool] = ..., lead: _Optional[_Union[Lead, _Mapping]] = ..., upload_reserve: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    label_adjustment: float
+    def __init__(self, epochs: _Optional[float] = ..., max_steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., proximal_mu: _Optional[float] = ..., seed: _Optional[int] = ..., evaluate: _Optional[bool] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., tell_channels: _Optional[bool] = ..., lead: _Optional[_Union[Lead, _Mapping]] = ..., upload_reserve: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., label_adjustment: _Optional[float] = ...) -> None: ...
 
 class Lead(_message.Message):
     __slots__ = ("seed", "worker_weights", "local_models", "channels", "total_rounds")

@@ -68,6 +68,7 @@ class Plan:
     learning_rate: float | None = None
     momentum: float | None = None
     proximal_mu: float = 0.0
+    label_adjustment: float = 0.0
     seed: int = 0
     evaluate: bool = False
     compression: CompressionPlan | None = None
@@ -152,6 +153,7 @@ def plan_from_proto(message: round_pb2.Plan) -> Plan:
         learning_rate=message.learning_rate or None,
         momentum=message.momentum or None,
         proximal_mu=message.proximal_mu,
+        label_adjustment=message.label_adjustment,
         seed=message.seed,
         evaluate=message.evaluate,
         compression=None if compression.plain else compression,

@@ -133,6 +133,7 @@ def job_of(plan: Plan, number: int, hooks: Hooks, ends_s: float | None = None) -
         learning_rate=plan.learning_rate,
         momentum=plan.momentum,
         proximal_mu=plan.proximal_mu,
+        label_adjustment=plan.label_adjustment,
         seed=plan.seed,
         round=number,
         compression=plan.compression,

@@ -24,6 +24,7 @@ IMAGE = (2, 3, 32, 32)
 MODELS: dict[str, Any] = {
     "sigmoid mlp": (sigmoid_mlp, (2, 5)),
     "lenet": (lambda: build_model("lenet", num_classes=10, in_channels=1, image_size=28), (2, 1, 28, 28)),
+    "cnn": (lambda: build_model("cnn", num_classes=10, in_channels=1, image_size=28), (2, 1, 28, 28)),
     "net": (lambda: build_model("net", num_classes=10, in_channels=3, image_size=32), IMAGE),
     "resnet18": (ResNet18, IMAGE),
     "mobilenetv2": (MobileNetV2, IMAGE),

@@ -340,7 +340,8 @@ async def test_initial_weights_that_cannot_be_are_refused_and_another_worker_is_
 
 
 async def test_the_plan_reaches_the_trainers(tmp_path):
-    plan = TrainingPlan(epochs=2.0, max_steps=7, batch_size=5, learning_rate=0.5, momentum=0.9, proximal_mu=0.25)
+    work = {"epochs": 2.0, "max_steps": 7, "batch_size": 5}
+    plan = TrainingPlan(**work, learning_rate=0.5, momentum=0.9, proximal_mu=0.25, label_adjustment=0.75)
     async with aggregating(tmp_path, plan=plan, rounds=2, seed=3) as running:
         trainers = [Shifter(), Shifter()]
         crew = [working(running, tmp_path, f"w{i}", trainer) for i, trainer in enumerate(trainers)]
@@ -348,6 +349,6 @@ async def test_the_plan_reaches_the_trainers(tmp_path):
     jobs = [job for trainer in trainers for job in trainer.jobs]
     for job in jobs:
         assert (job.epochs, job.max_steps, job.batch_size) == (2.0, 7, 5)
-        assert (job.learning_rate, job.momentum, job.proximal_mu) == (0.5, 0.9, 0.25)
+        assert (job.learning_rate, job.momentum, job.proximal_mu, job.label_adjustment) == (0.5, 0.9, 0.25, 0.75)
     assert sorted(job.round for job in jobs) == [1, 1, 2, 2]
     assert len({job.seed for job in jobs}) == 4

@@ -35,7 +35,9 @@ def crew():
     return {f"pi-{number}": Drawn(number, examples=7 + 13 * number) for number in range(8)}
 
 
-PLAN = TrainingPlan(epochs=2, batch_size=7, learning_rate=0.25, momentum=0.5, proximal_mu=0.125)
+PLAN = TrainingPlan(
+    epochs=2, batch_size=7, learning_rate=0.25, momentum=0.5, proximal_mu=0.125, label_adjustment=0.5
+)
 ABOUT = {"rounds": ROUNDS, "plan": PLAN, "evaluate": True, "seed": 3, "keep_versions": 99}
 
 
@@ -91,7 +93,8 @@ def assert_equal(first, second):
 
 
 def job_of(job):
-    return job.epochs, job.batch_size, job.learning_rate, job.momentum, job.proximal_mu, job.seed, job.round
+    hyper = (job.epochs, job.batch_size, job.learning_rate, job.momentum, job.proximal_mu, job.label_adjustment)
+    return *hyper, job.seed, job.round
 
 
 async def test_a_tree_of_two_or_three_levels_gives_the_flat_result(tmp_path):

@@ -27,6 +27,11 @@ def test_lenet_has_the_44426_parameters_of_niid_bench() -> None:
     assert parameter_count(build_model("lenet", num_classes=10, in_channels=1, image_size=28)) == 44426
 
 
+def test_the_cnn_has_454922_parameters() -> None:
+    """1x5x5x32+32, 32x5x5x64+64, 3136x128+128, 128x10+10."""
+    assert parameter_count(build_model("cnn", num_classes=10, in_channels=1, image_size=28)) == 454922
+
+
 def test_net_has_the_62006_parameters_of_the_pytorch_tutorial() -> None:
     assert parameter_count(build_model("net", num_classes=10, in_channels=3, image_size=32)) == 62006
 
@@ -47,7 +52,7 @@ def test_both_stems_of_resnet18_work() -> None:
 
 
 def test_an_unknown_model_is_refused_with_the_ones_there_are() -> None:
-    with pytest.raises(UsageError, match="choose mlp, lenet, net, resnet18"):
+    with pytest.raises(UsageError, match="choose mlp, lenet, cnn, net, resnet18"):
         build_model("alexnet", num_classes=10, in_channels=3, image_size=32)
 
 
