@@ -49,8 +49,8 @@ class TrainJob:
 
     `None` for `batch_size`, `learning_rate`, `momentum` or `weight_decay` leaves the choice to the task.
     `proximal_mu` is the mu of FedProx (arXiv 1812.06127); 0 is FedAvg. `label_adjustment` is the tau of logit
-    adjustment by its own labels (arXiv 2007.07314); 0 is the loss as it is. `stop` is asked before every batch: True
-    cancels.
+    adjustment by its own labels (arXiv 2007.07314); 0 is the loss as it is. `stop` is asked before every batch:
+    True cancels.
     `compression` says what to make of the given weights before they are trained; None trains them as they are.
     `time_left_s` bounds the training in time: once it is not positive, what has been trained so far is the
     result. `report` hears of every finished step; `pause` is told each batch's duration and may sleep, which
