@@ -203,7 +203,7 @@ def measure_models(steps: int, report: Callable[[str], None]) -> dict[str, Any]:
             given = {key: selection.coverage(key, its.shape).take(its).copy() for key, its in whole.items()}
             compression = None if plan.plain else plan
             job = TrainJob(epochs=100, max_steps=steps, batch_size=16, compression=compression)
-            job = job if model == "pointnet" else replace(job, learning_rate=0.05)
+            job = job if model == "pointnet" else replace(job, learning_rate=0.005)
             begun = time.process_time()
             result = trainer.train(given, job)
             step_ms = 1000 * (time.process_time() - begun) / steps
