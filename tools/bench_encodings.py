@@ -75,7 +75,6 @@ BOTH_WAYS = (
     ("entropy:c=5+zstd", "entropy:c=2+zstd", False),
     ("entropy:c=8+zstd", "entropy:c=3+zstd", False),
     ("entropy:c=8+zstd", "entropy:c=1.9+zstd", False),
-    ("entropy:c=8+zstd", "entropy:c=2,rounding=nearest+zstd", False),
     ("entropy:c=8+zstd", "entropy:c=3,rounding=nearest+zstd", False),
 )
 
