@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.model_store import Downlink
@@ -152,4 +153,10 @@ def _downlink(whole: Recipe, difference: Recipe) -> Downlink:
 
 
 def _known(registration: RegisterRequest) -> Known:
-    return Known.listed(registration.encodings, ["zstd"] if COMPRESSION_ZSTD in registration.compressions else [])
+    return _listed(tuple(registration.encodings), COMPRESSION_ZSTD in registration.compressions)
+
+
+@lru_cache(maxsize=256)
+def _listed(encodings: tuple[str, ...], zstd: bool) -> Known:
+    """A fleet of thousands lists the same again and again."""
+    return Known.listed(encodings, ["zstd"] if zstd else [])

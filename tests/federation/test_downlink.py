@@ -195,6 +195,29 @@ async def test_what_is_held_of_the_wanted_version_itself_is_not_sent_again(tmp_p
         assert not header.manifest.entries
 
 
+async def test_a_recipe_may_treat_the_last_layer_and_vectors_otherwise_in_models_and_differences(tmp_path):
+    rng = np.random.default_rng(5)
+    shapes = {"w": (50, 40), "head": (40, 10), "b": (400,)}
+    model = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    save_file(model, tmp_path / "initial.safetensors")
+    recipe = "int4;@last=int8;@vectors=float16"
+    async with aggregating(tmp_path, rounds=2, policy=ALONE, download_recipe=recipe) as running:
+        device = await running.device("a")
+        task = await device.task()
+        whole, _ = await device.pull(1, task.download_recipe)
+        await device.push(task, {name: values / 100 for name, values in model.items()})
+        await running.until_ended(1)
+        held = (1, whole.manifest.sha256)
+        task = await device.task(held=held)
+        difference, _ = await device.pull(2, task.download_recipe, base=held)
+    assert (whole.base_version, difference.base_version) == (0, 1)
+    for header in (whole, difference):
+        specs = {entry.tensor.name: entry.encoding.spec for entry in header.manifest.entries}
+        # A safetensors file has its tensors in an order of its own: the last of the matrices is meant.
+        last = [entry.tensor.name for entry in header.manifest.entries if len(entry.tensor.shape) == 2][-1]
+        assert specs == {"b": "float16", **{name: "int8" if name == last else "int4" for name in ("w", "head")}}
+
+
 async def test_a_difference_larger_than_the_model_is_not_sent(tmp_path):
     recipes = {"download_recipe": "int4", "difference_recipe": "int8"}
     async with aggregating(tmp_path, rounds=2, policy=ALONE, **recipes) as running:

@@ -131,3 +131,24 @@ def test_no_time_left_leaves_no_bytes():
 @pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])
 def test_a_rate_that_is_none_is_not_known(rate):
     assert task_from_proto(train_task(uplink_bytes_per_second=rate)).uplink_bytes_per_second == 0
+
+
+async def test_a_recipe_may_send_the_last_layer_finer_and_vectors_raw(tmp_path):
+    peer = Peer({1: {**model(1, 6000), "head": np.ones((80, 10), np.float32), "norm": np.ones(200, np.float32)}})
+    peer.tasks = [train_task(upload_recipe="int4;@vectors=raw;@last=int8+zstd")]
+    async with serving(peer) as server:
+        settings = WorkerSettings(
+            name="pi-1", aggregator=server.address, state_dir=tmp_path / "state", serve_address=None
+        )
+        assert await asyncio.wait_for(run_worker(settings, Shifts()), PATIENCE_S) == 0
+    entries = peer.uploads["t1"].header.manifest.entries
+    specs = {entry.tensor.name: entry.encoding.spec for entry in entries}
+    assert specs == {"weight": "int4", "bias": "raw", "steps": "raw", "head": "int8", "norm": "raw:shuffle=yes"}
+
+
+class Shifts(Drifts):
+    """Moves every float by a little more than the one before it."""
+
+    def train(self, weights, job):
+        moved = {n: a + np.linspace(0, 1, a.size).reshape(a.shape).astype(a.dtype) for n, a in weights.items()}
+        return TrainResult({**moved, "steps": weights["steps"]}, 1, 1)
