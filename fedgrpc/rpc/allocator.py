@@ -19,7 +19,7 @@ _M_ARENA_MAX: Final = -8
 _ARENAS: Final = 2
 # What is larger than this comes from the system, and goes back to it.
 _LARGE_BYTES: Final = 16 << 20
-_KEPT_BYTES: Final = 32 << 20
+_KEPT_BYTES: Final = 256 << 20
 
 
 def reuse_memory() -> bool:

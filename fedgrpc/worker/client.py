@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final
 
 import grpc.aio
@@ -33,6 +34,8 @@ from fedgrpc.worker.throttle import Pacer, Throttle
 _CALL_S: Final = 20.0
 _POLL_MARGIN_S: Final = 15.0
 _MAX_REASON_CHARS: Final = 500
+# A hop to a thread costs about as much as to read and frame a chunk.
+_BATCH_CHUNKS: Final = 4
 
 Report = Callable[[float], None]
 Moved = Callable[[float], None]
@@ -270,20 +273,23 @@ def _header_of(message: Any) -> aggregator_pb2.ModelHeader:
 
 
 async def _ahead(pieces: Iterator[Chunk]) -> AsyncGenerator[tuple[Chunk, bytes], None]:
-    """Each chunk with its framed message, read and framed in a thread while the one before is being sent."""
-    coming = asyncio.ensure_future(asyncio.to_thread(_next_framed, pieces))
+    """Each chunk with its framed message, read and framed in a thread while those before are being sent."""
+    loop = asyncio.get_running_loop()
+    coming = loop.run_in_executor(None, _framed, pieces)
     try:
-        while (framed := await coming) is not None:
-            coming = asyncio.ensure_future(asyncio.to_thread(_next_framed, pieces))
+        while len(batch := await coming) == _BATCH_CHUNKS:
+            coming = loop.run_in_executor(None, _framed, pieces)
+            for framed in batch:
+                yield framed
+        for framed in batch:
             yield framed
     finally:
         # The file must not be closed under the thread that reads it.
         await asyncio.wait([coming])
 
 
-def _next_framed(pieces: Iterator[Chunk]) -> tuple[Chunk, bytes] | None:
-    chunk = next(pieces, None)
-    return None if chunk is None else (chunk, framing.frame(chunk))
+def _framed(pieces: Iterator[Chunk]) -> list[tuple[Chunk, bytes]]:
+    return [(chunk, framing.frame(chunk)) for chunk in islice(pieces, _BATCH_CHUNKS)]
 
 
 @asynccontextmanager

@@ -72,6 +72,7 @@ class Loop:
         self._heartbeat_interval_s = 5.0
         self._retries = Retries(settings.backoff)
         self._download_began: tuple[str, float] = ("", 0.0)
+        self._show_at_s = 0.0
         self._personal = PersonalLayers(settings.state_dir)
         self._delivery = Delivery(client, spool, board, self._beat)
         self._log: Any = log.bind(worker=settings.name)
@@ -271,7 +272,10 @@ class Loop:
     def _moved(self, progress: float) -> None:
         """Bytes went through: the link works."""
         self._retries.reset()
-        self._board.show(progress=progress)
+        now_s = time.monotonic()
+        if now_s >= self._show_at_s or progress >= 1.0:
+            self._show_at_s = now_s + _REPORT_INTERVAL_S
+            self._board.show(progress=progress)
 
     def _reporter(self, stop: threading.Event) -> Callable[[float], None]:
         """Shows progress from the training thread, a few times a second."""
