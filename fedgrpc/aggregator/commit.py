@@ -8,9 +8,8 @@ process that died half-way leaves nothing to repair, since the next one computes
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,23 +25,39 @@ from fedgrpc.aggregation.merged import add_merged
 from fedgrpc.aggregation.packed import coverage_of, unpack
 from fedgrpc.aggregation.precision import rounding_noise, say
 from fedgrpc.aggregation.server_optimizer import ServerOptimizer
+from fedgrpc.aggregator.fold import PIECE, Fold, Load
 from fedgrpc.aggregator.model_file import ModelFile, ModelWriter
-from fedgrpc.aggregator.uploads import Fill, StoredUpdate, UpdateFile
 from fedgrpc.codec.layout import Layout, TensorSpec
 from fedgrpc.errors import UpdateRefused
 from fedgrpc.spares import SpareFiles
 
 _GROUP_ELEMENTS = 1 << 20
-_PIECE = 1 << 15
+_SPAN_ELEMENTS = 1 << 20
 _CACHED_MANIFESTS = 64
-_MOST_OPEN = 64
 # More would fight for the interpreter: a piece is too little work to share.
 _THREADS = 1
 
+S = TypeVar("S")
 T = TypeVar("T")
 Group = range
-Load = Callable[[str], StoredUpdate]
-Stepped = list[tuple[np.ndarray, tuple[np.ndarray, ...]]]
+# New values, flat or not, and optimizer memory.
+Stepped = tuple[np.ndarray, tuple[np.ndarray, ...]]
+# mean(start, stop)
+Mean = Callable[[int, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Elements `start` to `stop` of tensor number `index`."""
+
+    index: int
+    start: int
+    stop: int
+
+    def cut(self) -> Iterator[Span]:
+        """The same in pieces of `_SPAN_ELEMENTS`; a span without elements stays one."""
+        for start in range(self.start, max(self.stop, self.start + 1), _SPAN_ELEMENTS):
+            yield Span(self.index, start, min(start + _SPAN_ELEMENTS, self.stop))
 
 
 @dataclass(frozen=True)
@@ -97,117 +112,102 @@ class Commit:
         memory_layout = self.memory_layout
         with ModelWriter(model_path, self.base.layout, self.spares) as model:
             if not memory_layout:
-                for values, _ in self._tensors():
+                for values, _ in self._stepped():
                     model.add(values)
                 return model.finish()
             with ModelWriter(memory_path, memory_layout) as memory:
-                for values, parts in self._tensors():
+                for values, parts in self._stepped():
                     model.add(values)
                     for part in parts:
                         memory.add(part)
                 memory.finish()
             return model.finish()
 
-    def _tensors(self) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
+    def _stepped(self) -> Iterator[Stepped]:
         load = cached(self.load)
-        for stepped in by_groups(self.base.layout, lambda group: self._step(group, load)):
-            yield from stepped
+        alike = not (self.parts or self.merged)
+        with Fold(self.updates if alike else (), load, self.scales) as fold:
+            for stepped in ahead(self._spans(fold), lambda spans: self._step(spans, load, fold)):
+                yield from stepped
 
-    def _step(self, group: Group, load: Load) -> Stepped:
-        """New values and optimizer memory of each tensor of the group.
+    def _spans(self, fold: Fold) -> Iterator[list[Span]]:
+        """The model in pieces of work; tensors are cut where nothing needs them whole."""
+        whole = self.optimizer.memory_count > 0
+        for group in groups(self.base.layout):
+            spans = [Span(index, 0, self.base.layout[index].size) for index in group]
+            if whole or len(spans) > 1 or not fold.covers(self.base.layout[group[0]]):
+                yield spans
+            else:
+                yield from ([span] for span in spans[0].cut())
+
+    def _step(self, spans: Sequence[Span], load: Load, fold: Fold) -> list[Stepped]:
+        """New values and optimizer memory of each span.
 
         Float tensors are differences to the base; all others are values, whose weighted mean is rounded.
         """
-        with ExitStack() as stack:
-            if (plain := self._plain(group, load, stack)) is not None:
-                return plain
-        specs = [self.base.layout[index] for index in group]
-        base = {self.base.layout[index].name: self.base.tensor(index) for index in group if self.formats}
-        means = means_of(specs, self.updates, load, self.parts, self.merged, self.scales, self.formats, base)
-        stepped: Stepped = []
-        for index, spec, mean in zip(group, specs, means, strict=True):
-            if mean.covers_nothing:
-                stepped.append((self.base.tensor(index), self._memory_of(spec)))
+        means = self._means([s.index for s in spans if not fold.covers(self.base.layout[s.index])], load)
+        stepped: list[Stepped] = []
+        for span in spans:
+            spec = self.base.layout[span.index]
+            if span.index not in means:
+                stepped.append(self._step_floats(span, partial(fold.mean, spec), fold.step))
+            elif means[span.index].covers_nothing:
+                stepped.append((self.base.tensor(span.index), self._memory_of(spec)))
             elif spec.is_float:
-                delta, where = mean.result().reshape(-1), mean.untouched
+                delta, where = means[span.index].result().reshape(-1), means[span.index].untouched
                 untouched = None if where is None else where.reshape(-1)
-                stepped.append(self._step_floats(index, delta.__getitem__, untouched))
+                stepped.append(
+                    self._step_floats(span, lambda start, stop: delta[start:stop], PIECE, untouched)  # noqa: B023
+                )
             else:
-                values = np.rint(mean.result())
-                if (untouched := mean.untouched) is not None:
-                    values[untouched] = self.base.tensor(index)[untouched]
-                stepped.append((values, ()))
+                stepped.append((self._rounded(span.index, means[span.index]), ()))
         return stepped
 
-    def _plain(self, group: Group, load: Load, stack: ExitStack) -> Stepped | None:
-        """The same where all of the group are floats that lie in the files as they are; None where not.
+    def _means(self, indices: Sequence[int], load: Load) -> dict[int, CoordinateMean]:
+        """The means of the tensors of these numbers."""
+        if not indices:
+            return {}
+        specs = [self.base.layout[index] for index in indices]
+        base = {self.base.layout[index].name: self.base.tensor(index) for index in indices if self.formats}
+        means = means_of(specs, self.updates, load, self.parts, self.merged, self.scales, self.formats, base)
+        return dict(zip(indices, means, strict=True))
 
-        A piece of every update at a time: what is in hand fits the cache, and no memory is taken for more.
+    def _rounded(self, index: int, mean: CoordinateMean) -> np.ndarray:
+        values: np.ndarray = np.rint(mean.result())
+        if (untouched := mean.untouched) is not None:
+            values[untouched] = self.base.tensor(index)[untouched]
+        return values
+
+    def _step_floats(self, span: Span, mean_of: Mean, step: int, untouched: np.ndarray | None = None) -> Stepped:
+        """One optimizer step of a span, in pieces that fit the cache: optimizers are elementwise.
+
+        `mean_of` gives a piece of the mean update, flat and float64, best `step` elements at a time.
         """
-        specs = [self.base.layout[index] for index in group]
-        if self.parts or self.merged or len(self.updates) > _MOST_OPEN or not all(s.is_float for s in specs):
-            return None
-        files = [UpdateFile(load(token)) for token, _ in self.updates]
-        for file in files:
-            stack.callback(file.close)
-        weights = [weight for _, weight in self.updates]
-        stepped: Stepped = []
-        for index, spec in zip(group, specs, strict=True):
-            fills = [fill for file in files if (fill := file.fill_from(spec.name)) is not None]
-            if len(fills) < len(files) or not sum(weights) > 0:
-                return None
-            stepped.append(self._step_floats(index, RawMean(fills, weights, spec.numpy_dtype).piece))
-        return stepped
-
-    def _step_floats(
-        self, index: int, mean_of: Callable[[slice], np.ndarray], untouched: np.ndarray | None = None
-    ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-        """One optimizer step of float tensor `index`, in pieces that fit the cache: optimizers are elementwise.
-
-        `mean_of` gives a piece of the mean update, flat and float64.
-        """
-        spec, base = self.base.layout[index], self.base.tensor(index)
+        spec, old = self.base.layout[span.index], self.base.part(span.index, span.start, span.stop)
         memory = self._memory_of(spec)
-        values, kept = np.empty_like(base), tuple(np.empty_like(part) for part in memory)
-        old, new = base.reshape(-1), values.reshape(-1)
-        for start in range(0, spec.size, _PIECE):
-            piece = slice(start, min(start + _PIECE, spec.size))
+        new, kept = np.empty_like(old), tuple(np.empty_like(part) for part in memory)
+        delta, delta_at = np.empty(0), 0
+        for at in range(0, old.size, PIECE):
+            piece = slice(at, min(at + PIECE, old.size))
+            if piece.stop > delta_at + delta.size:
+                delta, delta_at = mean_of(span.start + at, min(span.start + at + step, span.stop)), at
             wide = old[piece].astype(np.float64)
             before = tuple(part.reshape(-1)[piece].astype(np.float64) for part in memory)
-            stepped, after = self.optimizer.step(wide, mean_of(piece), before)
+            mean = delta[at - delta_at : piece.stop - delta_at]
+            stepped, after = self.optimizer.step(wide, mean, before)
             if untouched is not None:
                 stepped[untouched[piece]] = wide[untouched[piece]]
                 after = tuple(map(partial(_keep_where, untouched[piece]), before, after))
             new[piece] = _finite(spec, stepped, spec.numpy_dtype)
             for part, its in zip(kept, after, strict=True):
                 part.reshape(-1)[piece] = _finite(spec, its, np.dtype(np.float32))
-        return values, kept
+        return new, kept
 
     def _memory_of(self, spec: TensorSpec) -> tuple[np.ndarray, ...]:
         count = self.optimizer.memory_count if spec.is_float else 0
         if self.memory is None:
             return tuple(np.zeros(spec.shape, np.float32) for _ in range(count))
         return tuple(self.memory.named(f"{part}/{spec.name}") for part in range(count))
-
-
-class RawMean:
-    """The weighted mean of float tensors that lie in files, a piece at a time: `CoordinateMean` bit for bit."""
-
-    def __init__(self, fills: Sequence[Fill], weights: Sequence[float], dtype: np.dtype) -> None:
-        self._fills, self._weights = fills, weights
-        self._values = np.empty(_PIECE, dtype)
-        self._sum, self._scratch = np.empty(_PIECE), np.empty(_PIECE)
-
-    def piece(self, piece: slice) -> np.ndarray:
-        """Those elements of the mean, float64, until the next call. Raises `StorageError`."""
-        count = piece.stop - piece.start
-        values, total, scratch = self._values[:count], self._sum[:count], self._scratch[:count]
-        total[:] = 0
-        for fill, weight in zip(self._fills, self._weights, strict=True):
-            fill(values, piece.start)
-            total += np.multiply(values, weight, out=scratch, dtype=np.float64)
-        total /= sum(self._weights)
-        return total
 
 
 def means_of(
@@ -251,10 +251,15 @@ def cached(load: Load) -> Load:
 
 def by_groups(layout: Layout, work: Callable[[Group], T]) -> Iterator[T]:
     """What `work` makes of each group of tensors, in order, one group ahead in a thread."""
+    return ahead(groups(layout), work)
+
+
+def ahead(items: Iterable[S], work: Callable[[S], T]) -> Iterator[T]:
+    """What `work` makes of each item, in order, one item ahead in a thread."""
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="commit") as pool:
         pending: deque[Future[T]] = deque()
-        for group in groups(layout):
-            pending.append(pool.submit(work, group))
+        for item in items:
+            pending.append(pool.submit(work, item))
             if len(pending) > _THREADS:
                 yield pending.popleft().result()
         while pending:

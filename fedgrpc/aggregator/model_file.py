@@ -85,16 +85,20 @@ class ModelFile:
     def tensor(self, index: int) -> np.ndarray:
         """Tensor number `index` of the layout, freshly read. Raises `StorageError`."""
         spec = self.layout[index]
+        return self.part(index, 0, spec.size).reshape(spec.shape)
+
+    def part(self, index: int, start: int, stop: int) -> np.ndarray:
+        """These elements of tensor number `index`, flat and freshly read. Raises `StorageError`."""
+        values = np.empty(stop - start, self.layout[index].numpy_dtype)
         try:
-            with self.path.open("rb") as file:
-                file.seek(self.starts[index])
-                data = np.empty(spec.nbytes, np.uint8)
-                size_bytes = file.readinto(data.data)
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.starts[index] + start * values.itemsize)
+                size_bytes = file.readinto(values.view(np.uint8).data)
         except OSError as error:
             raise StorageError(f"cannot read the model {self.path}: {error.strerror}") from error
-        if size_bytes != spec.nbytes:
+        if size_bytes != values.nbytes:
             raise StorageError(f"the model {self.path} is cut short")
-        return data.view(spec.numpy_dtype).reshape(spec.shape)
+        return values
 
     def named(self, name: str) -> np.ndarray:
         """The tensor of that name, freshly read. Raises `StorageError`."""
@@ -132,6 +136,7 @@ class ModelWriter:
         self._durable = durable
         self._part = path.with_suffix(".part")
         self._waiting = iter(layout)
+        self._spec, self._left = TensorSpec("", "float32", (0,)), 0
         self._layout = layout
         self._digest = hashlib.sha256()
         self._size_bytes = 0
@@ -149,9 +154,12 @@ class ModelWriter:
             self._part.unlink(missing_ok=True)
 
     def add(self, values: np.ndarray) -> None:
-        """Write the next tensor of the layout, cast to its dtype."""
-        spec = next(self._waiting)
-        data = np.ascontiguousarray(values, dtype=spec.numpy_dtype).reshape(-1).view(np.uint8).data
+        """Write the next tensor of the layout, or the next elements of the one in hand, cast to its dtype."""
+        if not self._left:
+            self._spec = next(self._waiting)
+            self._left = self._spec.size
+        self._left -= values.size
+        data = np.ascontiguousarray(values, dtype=self._spec.numpy_dtype).reshape(-1).view(np.uint8).data
         self._digest.update(data)
         with self._storage_errors():
             self._put(data)
@@ -164,7 +172,8 @@ class ModelWriter:
 
     def finish(self) -> bytes:
         """Make the file durable, if it is to be, and give it its name; returns its digest."""
-        if (spec := next(self._waiting, None)) is not None:
+        spec = self._spec if self._left else next(self._waiting, None)
+        if spec is not None:
             raise ValueError(f"tensor {spec.name!r} was not written")
         header = _header(self._layout, self._digest.hexdigest())
         with self._storage_errors():

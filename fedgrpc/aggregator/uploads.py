@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ from fedgrpc.aggregator.durable import fsync_folder
 from fedgrpc.codec.chunk import Chunk, check_chunk
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import PayloadReader
+from fedgrpc.codec.values import Fill
 from fedgrpc.errors import CodecError, CorruptError, StorageError
 from fedgrpc.rpc.convert import manifest_from_proto
 from fedgrpc.spares import SpareFiles, pwrite, write_back
@@ -39,9 +40,6 @@ _HEAD = struct.Struct("<QI")
 _MAX_SPARES = 32
 _MAX_HEADER_BYTES = 16 << 20
 _READ_BYTES = 1 << 20
-
-# fill(out, first): elements of a tensor from number `first` on, as many as fit.
-Fill = Callable[[np.ndarray, int], None]
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class StoredUpdate:
     payload_start: int
 
     def open(self) -> UpdateFile:
-        """The update, open for reading one tensor at a time."""
+        """The update, open for reading."""
         return UpdateFile(self)
 
 
@@ -81,10 +79,10 @@ class UpdateFile:
         """No more reading."""
         self._file.close()
 
-    def fill_from(self, name: str) -> Fill | None:
-        """What fills an array with elements of that tensor; None unless it lies in the file as it is."""
+    def fill_from(self, name: str) -> Fill:
+        """What fills an array with elements of a tensor that is `in_pieces`."""
         place = self.reader.raw_place(name)
-        return None if place is None else partial(self._fill, self._start + place)
+        return self.reader.fill_from(name) if place is None else partial(self._fill, self._start + place)
 
     def _fill(self, place: int, out: np.ndarray, first: int) -> None:
         data = out.view(np.uint8).data

@@ -21,6 +21,8 @@ from fedgrpc.codec.layout import Array, TensorSpec, spec_of
 from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Compression, Recipe
+from fedgrpc.codec.uniform import Uniform
+from fedgrpc.codec.values import Fill
 from fedgrpc.errors import CorruptError, EncodeError
 
 FRAME_CONTENT_BYTES = 1 << 20
@@ -30,6 +32,11 @@ EARLY_CUT_BYTES = 512 << 10
 MIN_GAIN = 0.02
 
 Read = Callable[[int, int], bytes | memoryview]
+
+
+def in_pieces(entry: TensorEntry) -> bool:
+    """Whether a tensor can be decoded a piece at a time (`PayloadReader.fill_from`)."""
+    return entry.encoding == Raw() or (isinstance(entry.encoding, Uniform) and entry.spec.dtype == "float32")
 
 
 def write_payload(
@@ -157,6 +164,13 @@ class PayloadReader:
         entry = self.manifest.entries[i]
         data = self._content(self._starts[i], entry.size_bytes)
         return entry.encoding.decode(data, entry.spec)
+
+    def fill_from(self, name: str) -> Fill:
+        """What decodes elements of a tensor that is `in_pieces`; it raises as `tensor` does."""
+        i = self._index[name]
+        entry = self.manifest.entries[i]
+        assert isinstance(entry.encoding, Raw | Uniform)
+        return entry.encoding.fill_from(lambda at, size: self._content(self._starts[i] + at, size), entry.spec)
 
     def raw_place(self, name: str) -> int | None:
         """Where in the payload the elements of a tensor lie as they are in memory; None where they do not."""

@@ -10,7 +10,7 @@ import numpy as np
 from fedgrpc.codec.layout import Array, TensorSpec
 from fedgrpc.codec.options import format_options
 from fedgrpc.codec.shuffle import shuffle, unshuffle
-from fedgrpc.codec.values import flat, refuse_non_finite, require_size
+from fedgrpc.codec.values import Content, Fill, flat, refuse_non_finite, require_size
 from fedgrpc.errors import CorruptError
 
 
@@ -42,6 +42,15 @@ class Raw:
             return unshuffle(content, spec.numpy_dtype).reshape(spec.shape)
         values = content.view(spec.numpy_dtype).reshape(spec.shape)
         return values if values.flags.aligned else values.copy()
+
+    def fill_from(self, content: Content, spec: TensorSpec) -> Fill:
+        """What reads elements that lie in the content as they are; not for shuffled ones."""
+
+        def fill(out: Array, first: int) -> None:
+            data = content(first * out.itemsize, out.nbytes)
+            out.view(np.uint8)[:] = np.frombuffer(data, np.uint8)
+
+        return fill
 
     def size_bounds(self, spec: TensorSpec) -> tuple[int, int]:
         """See `Encoding.size_bounds`."""

@@ -19,7 +19,17 @@ from fedgrpc.codec.bitpack import pack, packed_size, unpack
 from fedgrpc.codec.dither import Dither
 from fedgrpc.codec.layout import Array, TensorSpec
 from fedgrpc.codec.options import format_options
-from fedgrpc.codec.values import PIECE, as_float32, finished, flat, pieces, require_float, require_size
+from fedgrpc.codec.values import (
+    PIECE,
+    Content,
+    Fill,
+    as_float32,
+    finished,
+    flat,
+    pieces,
+    require_float,
+    require_size,
+)
 from fedgrpc.errors import CorruptError, EncodeError, UsageError
 
 BITS = (8, 6, 4, 3, 2)
@@ -81,22 +91,29 @@ class Uniform:
             packed[at : at + chunk.size] = chunk
         return out.data
 
-    @np.errstate(over="ignore")
     def decode(self, data: memoryview, spec: TensorSpec) -> Array:
         """See `Encoding.decode`."""
         require_size(data, self.size_bounds(spec)[0], spec)
-        blocks = self._blocks(spec.size)
-        scales = np.frombuffer(data, "<f4", blocks).astype(np.float32)
-        if not (np.isfinite(scales) & (scales >= 0)).all():
-            raise CorruptError(f"tensor {spec.name!r} has a block scale that is negative or not finite")
-        packed = np.frombuffer(data, np.uint8, offset=4 * blocks)
+        fill = self.fill_from(lambda start, size: data[start : start + size], spec)
         out = np.empty(spec.size, np.float32)
         for piece in pieces(spec.size, self._piece):
-            at, count = piece.start * self.bits // 8, piece.stop - piece.start
-            part = packed[at : at + packed_size(count, self.bits)]
-            codes = self._signed(unpack(part, count, self.bits))
-            self._dequantize(codes, scales[piece.start // self.block :], out[piece])
+            fill(out[piece], piece.start)
         return finished(out, spec)
+
+    def fill_from(self, content: Content, spec: TensorSpec) -> Fill:
+        """What decodes elements as float32, a piece at a time. Raises CorruptError for scales that cannot be."""
+        scale_bytes = 4 * self._blocks(spec.size)
+        scales = np.frombuffer(content(0, scale_bytes), "<f4").astype(np.float32)
+        if not (np.isfinite(scales) & (scales >= 0)).all():
+            raise CorruptError(f"tensor {spec.name!r} has a block scale that is negative or not finite")
+
+        @np.errstate(over="ignore")
+        def fill(out: Array, first: int) -> None:
+            data = content(scale_bytes + first * self.bits // 8, packed_size(out.size, self.bits))
+            codes = self._signed(unpack(np.frombuffer(data, np.uint8), out.size, self.bits))
+            self._dequantize(codes, scales[first // self.block :], out)
+
+        return fill
 
     def size_bounds(self, spec: TensorSpec) -> tuple[int, int]:
         """See `Encoding.size_bounds`."""

@@ -5,7 +5,7 @@ Whole-array numpy runs at memory speed, pieces of 64 KiB at cache speed: about 2
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +14,11 @@ from fedgrpc.codec.layout import Array, TensorSpec
 from fedgrpc.errors import EncodeError, LayoutError
 
 PIECE = 16384
+
+# content(start, size): bytes of an encoded tensor.
+Content = Callable[[int, int], memoryview]
+# fill(out, first): elements of a tensor from number `first` on, as many as fit. `first` is a multiple of `PIECE`.
+Fill = Callable[[Array, int], None]
 
 
 def flat(array: Array) -> Array:

@@ -2,7 +2,7 @@
 
 By default glibc gives each thread an arena of its own, and takes pieces of a megabyte from the system and gives
 them back again and again. The system clears each page anew: here that costs more than hashing what is then written
-there. With two arenas for all threads that keep a little, memory is reused.
+there. With one arena for all threads that keeps what a round of a large model needs, memory is reused.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
 
-_ARENAS: Final = 2
-# What is larger than this comes from the system, and goes back to it.
-_LARGE_BYTES: Final = 16 << 20
+_ARENAS: Final = 1
+# What is larger than this comes from the system, and goes back to it; glibc takes no more here.
+_LARGE_BYTES: Final = 32 << 20
 _KEPT_BYTES: Final = 256 << 20
 
 

@@ -22,7 +22,8 @@ from google.protobuf.message import DecodeError
 
 from fedgrpc.aggregation.channels import Selection
 from fedgrpc.aggregation.merged import EXACT, pack_mean
-from fedgrpc.aggregator.commit import Group, Load, by_groups, cached, means_of
+from fedgrpc.aggregator.commit import Group, by_groups, cached, means_of
+from fedgrpc.aggregator.fold import Load
 from fedgrpc.aggregator.uploads import StoredUpdate
 from fedgrpc.codec.feedback import Corrected, Keep, Residual, write_with_feedback
 from fedgrpc.codec.layout import Array, Layout, spec_of

@@ -105,6 +105,7 @@ def test_the_same_updates_give_the_same_bits_however_the_work_is_cut(tmp_path, m
     whole = folder.model(2).read_bytes()
     for elements in (1, 10, 700):
         monkeypatch.setattr(commit_module, "_GROUP_ELEMENTS", elements)
+        monkeypatch.setattr(commit_module, "_SPAN_ELEMENTS", elements)
         folder.commit()
         assert folder.model(2).read_bytes() == whole
 
