@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from io import FileIO
 
-from fedgrpc.codec.chunk import CHUNK_BYTES, chunks
+from fedgrpc.codec.chunk import CHUNK_BYTES, LARGE_CHUNK_BYTES, Pace, chunks
 from fedgrpc.errors import StorageError
 from fedgrpc.rpc.framing import frame
 
-_BATCH_BYTES = 4 * CHUNK_BYTES
+_BATCH_BYTES = LARGE_CHUNK_BYTES
 
 Batch = asyncio.Task[list[bytes]]
+# Of a batch: payload, offset, size of its chunks.
+Key = tuple["PayloadFile", int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +43,9 @@ class PayloadFile:
             raise StorageError(f"{self.file.name!r} is cut short")
         return data
 
-    def frames(self, offset: int, end: int) -> list[bytes]:
+    def frames(self, offset: int, end: int, chunk_bytes: int) -> list[bytes]:
         """The chunks from `offset` to `end`, framed."""
-        return [frame(chunk) for chunk in chunks(self.read, end, offset)]
+        return [frame(chunk) for chunk in chunks(self.read, end, offset, chunk_bytes)]
 
 
 class FrameCache:
@@ -50,41 +53,47 @@ class FrameCache:
 
     def __init__(self, limit_bytes: int) -> None:
         self._max_batches = max(2, limit_bytes // _BATCH_BYTES)
-        self._batches: OrderedDict[tuple[PayloadFile, int], Batch] = OrderedDict()
+        self._batches: OrderedDict[Key, Batch] = OrderedDict()
 
     async def frames(self, payload: PayloadFile, offset: int) -> AsyncIterator[bytes]:
-        """The payload from `offset` to its end. All chunks end at multiples of their usual size."""
+        """The payload from `offset` on, in larger chunks to a fast reader; all end at multiples of their size."""
         aligned = -(-offset // CHUNK_BYTES) * CHUNK_BYTES
         if offset < min(aligned, payload.size_bytes):
             end = min(aligned, payload.size_bytes)
-            for message in await asyncio.to_thread(payload.frames, offset, end):
+            for message in await asyncio.to_thread(payload.frames, offset, end, CHUNK_BYTES):
                 yield message
-        for at in range(aligned, payload.size_bytes, CHUNK_BYTES):
+        at, pace = aligned, Pace()
+        while at < payload.size_bytes:
+            size = CHUNK_BYTES if at % LARGE_CHUNK_BYTES else pace.chunk_bytes
+            message = await self._frame(payload, at, size)
+            told_s = time.monotonic()
             # Nothing but the one message is held while a slow reader takes it.
-            yield await self._frame(payload, at)
+            yield message
+            pace.note(len(message), time.monotonic() - told_s)
+            at += size
 
-    async def _frame(self, payload: PayloadFile, offset: int) -> bytes:
+    async def _frame(self, payload: PayloadFile, offset: int, chunk_bytes: int) -> bytes:
         start = offset // _BATCH_BYTES * _BATCH_BYTES
-        batch = self._batch(payload, start)
+        batch = self._batch(payload, start, chunk_bytes)
         if offset == start and start + _BATCH_BYTES < payload.size_bytes:
-            self._batch(payload, start + _BATCH_BYTES)
+            self._batch(payload, start + _BATCH_BYTES, chunk_bytes)
         made = batch.result() if batch.done() else await asyncio.shield(batch)
-        return made[(offset - start) // CHUNK_BYTES]
+        return made[(offset - start) // chunk_bytes]
 
-    def _batch(self, payload: PayloadFile, start: int) -> Batch:
-        key = (payload, start)
+    def _batch(self, payload: PayloadFile, start: int, chunk_bytes: int) -> Batch:
+        key = (payload, start, chunk_bytes)
         if key in self._batches:
             self._batches.move_to_end(key)
             return self._batches[key]
         end = min(start + _BATCH_BYTES, payload.size_bytes)
-        batch = asyncio.create_task(asyncio.to_thread(payload.frames, start, end))
+        batch = asyncio.create_task(asyncio.to_thread(payload.frames, start, end, chunk_bytes))
         batch.add_done_callback(lambda _: self._forget_failed(key))
         self._batches[key] = batch
         while len(self._batches) > self._max_batches:
             self._batches.popitem(last=False)
         return batch
 
-    def _forget_failed(self, key: tuple[PayloadFile, int]) -> None:
+    def _forget_failed(self, key: Key) -> None:
         batch = self._batches.get(key)
         if batch is not None and batch.done() and (batch.cancelled() or batch.exception() is not None):
             del self._batches[key]

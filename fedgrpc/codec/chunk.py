@@ -10,6 +10,8 @@ from fedgrpc.codec.payload import Read
 from fedgrpc.errors import CorruptError, LayoutError, TooLargeError, WrongOffset
 
 CHUNK_BYTES = 1 << 20
+LARGE_CHUNK_BYTES = 4 << 20
+_FAST_BYTES_PER_S = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,36 @@ def chunks(read: Read, size_bytes: int, start_offset: int = 0, chunk_bytes: int 
     if not 0 <= start_offset <= size_bytes:
         raise WrongOffset(f"offset {start_offset} is not within the payload of {size_bytes} bytes")
     for offset in range(start_offset, size_bytes, chunk_bytes):
-        size = min(chunk_bytes, size_bytes - offset)
-        data = read(offset, size)
-        if len(data) != size:
-            raise CorruptError(f"the payload ends at byte {offset + len(data)}, {size_bytes} are declared")
-        yield Chunk(offset, data, zlib.crc32(data))
+        yield chunk_at(read, offset, min(chunk_bytes, size_bytes - offset))
+
+
+def chunk_at(read: Read, offset: int, size: int) -> Chunk:
+    """The chunk of `size` bytes at `offset`; raises CorruptError where the payload is shorter."""
+    data = read(offset, size)
+    if len(data) != size:
+        raise CorruptError(f"the payload ends at byte {offset + len(data)}, {offset + size} are declared")
+    return Chunk(offset, data, zlib.crc32(data))
+
+
+@dataclass
+class Pace:
+    """How large chunks are best: `least` bytes, so that a broken stream loses little, and `most` on a fast link.
+
+    Beside its bytes a large chunk costs both ends no more work than a small one.
+    """
+
+    least: int = CHUNK_BYTES
+    most: int = LARGE_CHUNK_BYTES
+    fast: bool = False
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of the next chunk."""
+        return self.most if self.fast else self.least
+
+    def note(self, size_bytes: int, took_s: float) -> None:
+        """So long it took to hand over a chunk."""
+        self.fast = size_bytes >= _FAST_BYTES_PER_S * took_s
 
 
 def check_chunk(chunk: Chunk, expected_offset: int, remaining_bytes: int) -> None:

@@ -7,15 +7,15 @@ a slow link may need hours, but one that moves no byte for `stall_s` is given up
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Final
 
 import grpc.aio
 
-from fedgrpc.codec.chunk import CHUNK_BYTES, Chunk, chunks
+from fedgrpc.codec.chunk import CHUNK_BYTES, LARGE_CHUNK_BYTES, Chunk, Pace, chunk_at
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.codec.payload import Read
 from fedgrpc.errors import CorruptError, LayoutError, LinkError, WrongOffset
@@ -34,8 +34,8 @@ from fedgrpc.worker.throttle import Pacer, Throttle
 _CALL_S: Final = 20.0
 _POLL_MARGIN_S: Final = 15.0
 _MAX_REASON_CHARS: Final = 500
-# A hop to a thread costs about as much as to read and frame a chunk.
-_BATCH_CHUNKS: Final = 4
+# A hop to a thread costs about as much as to read and frame a small chunk.
+_BATCH_BYTES: Final = LARGE_CHUNK_BYTES
 
 Report = Callable[[float], None]
 Moved = Callable[[float], None]
@@ -89,7 +89,7 @@ class AggregatorClient:
         self._throttle = throttle or Throttle()
         self._stall_s = stall_s
         self._encodings = encodings
-        self._chunk_bytes = CHUNK_BYTES
+        self._max_chunk_bytes = CHUNK_BYTES
 
     async def register(self, profile: DeviceProfile, role: Role) -> Registration:
         """Introduce this device. Idempotent."""
@@ -102,8 +102,13 @@ class AggregatorClient:
         )
         with domain_errors():
             registration = registration_from_proto(await self._stub.Register(request, timeout=_CALL_S))
-        self._chunk_bytes = self._throttle.chunk_bytes(min(CHUNK_BYTES, registration.max_chunk_bytes))
+        self._max_chunk_bytes = registration.max_chunk_bytes
         return registration
+
+    def _pace(self) -> Pace:
+        sizes = (min(size, self._max_chunk_bytes) for size in (CHUNK_BYTES, LARGE_CHUNK_BYTES))
+        least, most = map(self._throttle.chunk_bytes, sizes)
+        return Pace(least, most)
 
     async def poll(self, wait_s: float, held: HeldModel | None) -> Polled:
         """Wait up to `wait_s` for a task; raises UnknownWorker when the aggregator wants a registration."""
@@ -159,12 +164,14 @@ class AggregatorClient:
             async with self._moving() as moved, _cancelled_on_exit(self._push_update()) as call:
                 stream = ClientStream(call)
                 wanted = await stream.write(aggregator_pb2.PushUpdateRequest(header=header))
-                pieces = chunks(read, size_bytes, offset, self._chunk_bytes)
-                async with aclosing(_ahead(pieces)) as framed:
+                pace = self._pace()
+                async with aclosing(_ahead(_chunks(read, size_bytes, offset, pace))) as framed:
                     async for chunk, message in framed:
                         await pacer.wait(len(chunk.data), moved)
+                        sent_s = time.monotonic()
                         if not wanted or not (wanted := await stream.write(message)):
                             break
+                        pace.note(len(chunk.data), time.monotonic() - sent_s)
                         moved(0)
                         report((chunk.offset + len(chunk.data)) / size_bytes)
                 response = await stream.finish()
@@ -272,24 +279,35 @@ def _header_of(message: Any) -> aggregator_pb2.ModelHeader:
     return message.header
 
 
+def _chunks(read: Read, size_bytes: int, offset: int, pace: Pace) -> Iterator[Chunk]:
+    """The payload's chunks from `offset`, as large as the pace allows when each is read. Raises as `chunk_at`."""
+    while offset < size_bytes:
+        chunk = chunk_at(read, offset, min(pace.chunk_bytes, size_bytes - offset))
+        offset += len(chunk.data)
+        yield chunk
+
+
 async def _ahead(pieces: Iterator[Chunk]) -> AsyncGenerator[tuple[Chunk, bytes], None]:
     """Each chunk with its framed message, read and framed in a thread while those before are being sent."""
     loop = asyncio.get_running_loop()
     coming = loop.run_in_executor(None, _framed, pieces)
     try:
-        while len(batch := await coming) == _BATCH_CHUNKS:
+        while batch := await coming:
             coming = loop.run_in_executor(None, _framed, pieces)
             for framed in batch:
                 yield framed
-        for framed in batch:
-            yield framed
     finally:
         # The file must not be closed under the thread that reads it.
         await asyncio.wait([coming])
 
 
 def _framed(pieces: Iterator[Chunk]) -> list[tuple[Chunk, bytes]]:
-    return [(chunk, framing.frame(chunk)) for chunk in islice(pieces, _BATCH_CHUNKS)]
+    batch: list[tuple[Chunk, bytes]] = []
+    size_bytes = 0
+    while size_bytes < _BATCH_BYTES and (chunk := next(pieces, None)) is not None:
+        batch.append((chunk, framing.frame(chunk)))
+        size_bytes += len(chunk.data)
+    return batch
 
 
 @asynccontextmanager
