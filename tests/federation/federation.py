@@ -193,6 +193,13 @@ class Running:
         await self.until(lambda _, it: it.number > number or (it.number == number and it.phase in ended))
         return await self.round(number)
 
+    async def until_polling(self, worker):
+        """Wait until `worker` asks for a task: it then is alive, however the clock jumps."""
+        fleet = self.aggregator.coordinator.fleet
+        async with asyncio.timeout(PATIENCE_S):
+            while not fleet.get(worker).polls:
+                await self.run()
+
     def pass_time(self, seconds):
         """The aggregator's clock jumps ahead: what would end by then ends now, and not before.
 

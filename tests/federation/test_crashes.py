@@ -198,8 +198,10 @@ async def test_a_worker_killed_while_it_trains_is_replaced_within_the_round(tmp_
             await running.until_task("pi", round_pb2.TASK_PHASE_TRAINING)
             await process.kill()
             spare = await running.device("spare")
+            asking = asyncio.create_task(spare.task())
+            await running.until_polling("spare")
             running.pass_time(60)
-            await spare.push(await spare.task())
+            await spare.push(await asking)
         await running.until_finished()
         seen = {item.worker: item for item in (await running.round()).tasks}
         assert seen["pi"].phase == round_pb2.TASK_PHASE_EXPIRED
