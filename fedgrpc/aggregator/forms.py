@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -86,7 +87,11 @@ class Forms:
         layout = layout_of(model)
         payload = PayloadWriter(out, recipe.compression)
         unnamed = self._folder / f"{version:06d}-{threading.get_ident()}.safetensors"
-        with ModelWriter(unnamed, layout, self._spares, durable=False) as form:
+        with (
+            ModelWriter(unnamed, layout, self._spares, durable=False) as form,
+            ThreadPoolExecutor(1, thread_name_prefix="forms") as thread,
+        ):
+            writing: Future[None] | None = None
             for name, values in model.items():
                 spec = spec_of(name, values)
                 held = None if base is None else base[name]
@@ -94,8 +99,13 @@ class Forms:
                 encoding, data = encode_tensor(spec, wanted, recipe, rng)
                 payload.add(spec, encoding, data)
                 arrives = encoding.decode(memoryview(data).toreadonly(), spec)
-                form.add(arrives if held is None else add(held, arrives))
+                if writing is not None:
+                    writing.result()
+                # It is hashed and written while the next tensor is encoded.
+                writing = thread.submit(form.add, arrives if held is None else add(held, arrives))
             manifest = payload.finish()
+            if writing is not None:
+                writing.result()
             form.finish()
         self._keep(unnamed, (version, manifest.sha256))
         return manifest

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,7 +33,9 @@ from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import EncodeError, Exhausted, FedgrpcError, NotFound, StorageError, UsageError
+from fedgrpc.rpc.convert import manifest_to_proto
 from fedgrpc.spares import SpareFiles
+from fedgrpc.v1.aggregator_pb2 import ModelHeader, PullModelResponse
 
 log = structlog.get_logger()
 
@@ -64,6 +67,13 @@ class EncodedModel:
     manifest: Manifest
     payload: PayloadFile
     base_version: int = 0
+
+    @cached_property
+    def header(self) -> bytes:
+        """The first message of its stream, serialized."""
+        manifest = manifest_to_proto(self.manifest)
+        header = ModelHeader(version=self.version, manifest=manifest, base_version=self.base_version)
+        return PullModelResponse(header=header).SerializeToString()
 
 
 class ModelStore:

@@ -140,9 +140,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         size_bytes = encoded.manifest.size_bytes
         if request.offset > size_bytes:
             raise WrongOffset(f"offset {request.offset} is beyond the payload of {size_bytes} bytes")
-        manifest = manifest_to_proto(encoded.manifest)
-        header = pb.ModelHeader(version=version, manifest=manifest, base_version=encoded.base_version)
-        yield pb.PullModelResponse(header=header)
+        yield encoded.header
         async for message in self._it.models.frames.frames(encoded.payload, request.offset):
             yield message
 

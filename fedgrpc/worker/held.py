@@ -222,12 +222,14 @@ class ModelFolder:
         except CorruptError:
             self.drop_partial()
             raise
+        manifest = partial.manifest
         with storage_errors(self._folder):
+            source = _read_source(self._partial)
             if partial.header.base_version:
-                self._merge(partial)
+                manifest = self._merge(partial)
             final = self._folder / f"{self._next_number():08}"
             self._partial.rename(final)
-        old, self.held = self.held, _load(final)
+        old, self.held = self.held, HeldModel(final, source, manifest, Origin.of(partial.manifest))
         if old is not None:
             with storage_errors(old.folder):
                 if not old.in_use:
@@ -235,8 +237,8 @@ class ModelFolder:
                 remove_folder(old.folder)
         return self.held
 
-    def _merge(self, partial: PartialModel) -> None:
-        """Turn the difference in the partial download into the whole model, in place."""
+    def _merge(self, partial: PartialModel) -> Manifest:
+        """Turn the difference in the partial download into the whole model, in place; returns its manifest."""
         base = self.held
         if base is None or base.version != partial.header.base_version:
             self.drop_partial()
@@ -255,6 +257,7 @@ class ModelFolder:
         self._spare_differences.keep(self._partial / PAYLOAD)
         self.drop_partial()
         merged.rename(self._partial)
+        return manifest
 
     def _next_number(self) -> int:
         return max((int(path.name) for path in self._numbered()), default=0) + 1
