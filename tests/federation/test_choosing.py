@@ -193,6 +193,7 @@ async def test_a_trickling_upload_gives_up_its_slot_and_is_replaced_in_the_round
                     running.pass_time(40)
 
         assert (await a.push(tasks[0])).complete
+        await running.until_polling("spare")
         trickling = asyncio.create_task(trickle())
         assert (await spare.push(await reply, update_of(3.0))).complete
         await running.until_finished()

@@ -15,10 +15,9 @@ FAILED, EXPIRED = round_pb2.TASK_PHASE_FAILED, round_pb2.TASK_PHASE_EXPIRED
 
 
 async def fleet(running, *names):
-    """Registered devices and the tasks that came to them; None where none came."""
+    """Registered devices and the tasks that came to them."""
     devices = [await running.device(name) for name in names]
-    replies = await asyncio.gather(*(device.poll() for device in devices))
-    return devices, [reply.task if reply.HasField("task") else None for reply in replies]
+    return devices, await asyncio.gather(*(device.task() for device in devices))
 
 
 async def until(condition):
@@ -106,6 +105,7 @@ async def test_a_worker_that_is_not_heard_of_loses_its_slot_and_is_replaced(tmp_
         spare = await running.device("spare")
         reply = asyncio.create_task(spare.task())
         assert (await devices[0].push(tasks[0])).complete
+        await running.until_polling("spare")
         running.pass_time(300)
         assert (await spare.push(await reply, update_of(3.0))).complete
         await running.until_finished()
@@ -142,7 +142,6 @@ async def test_more_are_asked_than_are_needed_and_the_surplus_is_told_to_stop(tm
     policy = {"min_workers": 3, "max_participants": 2, "over_selection": 1.5}
     async with aggregating(tmp_path, policy=policy) as running:
         (a, b, c), tasks = await fleet(running, "a", "b", "c")
-        assert all(tasks)
         assert not (await c.beat(tasks[2])).cancel
         await asyncio.gather(a.push(tasks[0]), b.push(tasks[1], update_of(3.0)))
         await running.until_finished()
