@@ -11,7 +11,7 @@ def _is_model_part(path, *_):
     return path.suffix == ".part" and path.parent.name == "models"
 
 
-def _behind_the_first_chunk(_, payload, offset):
+def _behind_the_first_chunk(_, payload, offset, *__):
     return offset > 0
 
 
