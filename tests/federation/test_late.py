@@ -189,7 +189,8 @@ async def test_a_carried_update_is_counted_once_with_the_same_bits_over_kills(tm
 
 
 async def test_a_stale_task_is_over_when_its_worker_asks_for_another(tmp_path):
-    async with aggregating(tmp_path, policy=CARRY, rounds=2) as running:
+    # No round is to open with the first two that ask.
+    async with aggregating(tmp_path, policy={**CARRY, "min_workers": 3}, rounds=2) as running:
         (a, b, late), task = await with_one_late(running)
         coming = asyncio.create_task(late.task())
         await running.until_task("late", round_pb2.TASK_PHASE_FAILED)
