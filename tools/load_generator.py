@@ -116,8 +116,15 @@ class Worker:
                     await self._turn()
                     retries.reset()
                 except grpc.aio.AioRpcError as error:
-                    self._seen.failures[f"{error.code().name}: {(error.details() or '')[:80]}"] += 1
+                    self._failed(error)
                     await asyncio.sleep(retries.next_delay_s())
+
+    def _failed(self, error: grpc.aio.AioRpcError) -> None:
+        """Count it. Raises CancelledError where the call failed since its task is cancelled."""
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError from error
+        self._seen.failures[f"{error.code().name}: {(error.details() or '')[:80]}"] += 1
 
     async def _turn(self) -> None:
         begun = time.monotonic()
@@ -151,7 +158,7 @@ class Worker:
                 self._seen.pushed += 1
                 return
             except grpc.aio.AioRpcError as error:
-                self._seen.failures[f"{error.code().name}: {(error.details() or '')[:80]}"] += 1
+                self._failed(error)
                 if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
                     return
                 await asyncio.sleep(retries.next_delay_s())

@@ -2,6 +2,9 @@
 
 Workers of a round pull the same bytes at about the same time, so a small window serves them all. One who is far
 behind reads again from the disk, and costs only itself.
+
+gRPC copies each message and keeps the copy until it has left. So those who pull at the same time share a bound:
+the more of them there are, the smaller are the messages of each.
 """
 
 from __future__ import annotations
@@ -9,16 +12,19 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import zlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from io import FileIO
 
-from fedgrpc.codec.chunk import CHUNK_BYTES, LARGE_CHUNK_BYTES, Pace, chunks
+from fedgrpc.codec.chunk import CHUNK_BYTES, LARGE_CHUNK_BYTES, Chunk, Pace, chunks
 from fedgrpc.errors import StorageError
-from fedgrpc.rpc.framing import frame
+from fedgrpc.rpc.framing import frame, parse
 
 _BATCH_BYTES = LARGE_CHUNK_BYTES
+# A message costs about as much as copying this much.
+_LEAST_BYTES = 16 << 10
 
 Batch = asyncio.Task[list[bytes]]
 # Of a batch: payload, offset, size of its chunks.
@@ -49,36 +55,53 @@ class PayloadFile:
 
 
 class FrameCache:
-    """Frames of any number of payloads, up to about `limit_bytes` of them. Lives on one event loop."""
+    """Frames of any number of payloads, up to about `limit_bytes` of them. Lives on one event loop.
 
-    def __init__(self, limit_bytes: int) -> None:
+    The messages that are on their way to all who pull have about `sending_bytes` together, or 16 KiB each.
+    """
+
+    def __init__(self, limit_bytes: int, sending_bytes: int) -> None:
         self._max_batches = max(2, limit_bytes // _BATCH_BYTES)
         self._batches: OrderedDict[Key, Batch] = OrderedDict()
+        self._sending_bytes = sending_bytes
+        self._pulling = 0
+
+    @property
+    def message_bytes(self) -> int:
+        """What one message may hold now, a power of two."""
+        share = self._sending_bytes // max(1, self._pulling)
+        return min(LARGE_CHUNK_BYTES, max(_LEAST_BYTES, 1 << share.bit_length() >> 1))
 
     async def frames(self, payload: PayloadFile, offset: int) -> AsyncIterator[bytes]:
         """The payload from `offset` on, in larger chunks to a fast reader; all end at multiples of their size."""
-        aligned = -(-offset // CHUNK_BYTES) * CHUNK_BYTES
-        if offset < min(aligned, payload.size_bytes):
-            end = min(aligned, payload.size_bytes)
-            for message in await asyncio.to_thread(payload.frames, offset, end, CHUNK_BYTES):
+        self._pulling += 1
+        try:
+            at, pace = offset, Pace()
+            while at < payload.size_bytes:
+                most = self.message_bytes
+                large = at % LARGE_CHUNK_BYTES == 0 and pace.chunk_bytes <= most
+                size = pace.chunk_bytes if large else CHUNK_BYTES
+                end = min(at - at % CHUNK_BYTES + size, at + most, payload.size_bytes)
+                message = await self._frame(payload, at, end, size)
+                told_s = time.monotonic()
+                # Nothing but the one message is held while a slow reader takes it.
                 yield message
-        at, pace = aligned, Pace()
-        while at < payload.size_bytes:
-            size = CHUNK_BYTES if at % LARGE_CHUNK_BYTES else pace.chunk_bytes
-            message = await self._frame(payload, at, size)
-            told_s = time.monotonic()
-            # Nothing but the one message is held while a slow reader takes it.
-            yield message
-            pace.note(len(message), time.monotonic() - told_s)
-            at += size
+                pace.note(len(message), time.monotonic() - told_s)
+                at = end
+        finally:
+            self._pulling -= 1
 
-    async def _frame(self, payload: PayloadFile, offset: int, chunk_bytes: int) -> bytes:
+    async def _frame(self, payload: PayloadFile, offset: int, end: int, chunk_bytes: int) -> bytes:
+        """The bytes from `offset` to `end`, all or a part of a chunk of the usual `chunk_bytes`."""
         start = offset // _BATCH_BYTES * _BATCH_BYTES
+        if offset != start and (payload, start, chunk_bytes) not in self._batches and end - offset < chunk_bytes:
+            # A whole batch for each of many small messages would be read over and over.
+            return (await asyncio.to_thread(payload.frames, offset, end, chunk_bytes))[0]
         batch = self._batch(payload, start, chunk_bytes)
         if offset == start and start + _BATCH_BYTES < payload.size_bytes:
             self._batch(payload, start + _BATCH_BYTES, chunk_bytes)
         made = batch.result() if batch.done() else await asyncio.shield(batch)
-        return made[(offset - start) // chunk_bytes]
+        return _part(made[(offset - start) // chunk_bytes], offset, end)
 
     def _batch(self, payload: PayloadFile, start: int, chunk_bytes: int) -> Batch:
         key = (payload, start, chunk_bytes)
@@ -102,3 +125,13 @@ class FrameCache:
         """Keep nothing of it any more."""
         for key in [key for key in self._batches if key[0] is payload]:
             del self._batches[key]
+
+
+def _part(message: bytes, offset: int, end: int) -> bytes:
+    """The part of a framed chunk from byte `offset` to `end` of the payload, itself where that is all of it."""
+    whole = parse(message)
+    assert whole is not None
+    data = memoryview(whole.data)[offset - whole.offset : end - whole.offset]
+    if len(data) == len(whole.data):
+        return message
+    return frame(Chunk(offset, data, zlib.crc32(data)))

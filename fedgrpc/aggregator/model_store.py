@@ -44,6 +44,7 @@ _VERSION = re.compile(r"(\d+)(-|\.safetensors$)")
 _HELD = re.compile(r" (held$|to [0-9a-f]{64} or )")
 
 _FRAMES_BYTES = 16 << 20
+_SENDING_BYTES = 8 << 20
 _MAX_SPARES = 1
 # Workers that hold other forms than these few get the whole model, and so hold the same again.
 _MAX_DIFFERENCES = 3
@@ -95,7 +96,7 @@ class ModelStore:
         for path in self._encoded.iterdir():
             path.unlink(missing_ok=True)
         self._made: dict[tuple[int, str], asyncio.Task[EncodedModel]] = {}
-        self.frames = FrameCache(_FRAMES_BYTES)
+        self.frames = FrameCache(_FRAMES_BYTES, _SENDING_BYTES)
 
     def path(self, version: int) -> Path:
         """Where `version` is, or will be."""

@@ -129,7 +129,7 @@ class AggregatorSettings:
     max_uploads: int = 64
     max_payload_bytes: int = 4 << 30
     max_chunk_bytes: int = 4 * MIB
-    max_upload_memory_bytes: int = 16 * MIB
+    max_upload_memory_bytes: int = 8 * MIB
     durable: bool = True
     stay: bool = False
     drain_s: float = 10.0

@@ -56,42 +56,26 @@ class StoredUpdate:
         return UpdateFile(self)
 
 
-class UpdateFile:
-    """A context manager around the open file of a `StoredUpdate`."""
+class _PayloadBytes:
+    """The payload within the open file of a `StoredUpdate`."""
 
     def __init__(self, update: StoredUpdate) -> None:
-        """Raises `StorageError`, as reading does."""
         self._path = update.path
         with self._storage_errors():
-            self._file = update.path.open("rb")
+            self.file = update.path.open("rb")
         self._start = update.payload_start
         self._size_bytes = update.manifest.size_bytes
         self._ahead_at, self._ahead = 0, memoryview(b"")
-        self.reader = PayloadReader(update.manifest, self._read, valid=True)
 
-    def __enter__(self) -> PayloadReader:
-        return self.reader
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """No more reading."""
-        self._file.close()
-
-    def fill_from(self, name: str) -> Fill:
-        """What fills an array with elements of a tensor that is `in_pieces`."""
-        place = self.reader.raw_place(name)
-        return self.reader.fill_from(name) if place is None else partial(self._fill, self._start + place)
-
-    def _fill(self, place: int, out: np.ndarray, first: int) -> None:
+    def fill(self, place: int, out: np.ndarray, first: int) -> None:
+        """Elements from number `first` on of the tensor that lies at `place`."""
         data = out.view(np.uint8).data
         with self._storage_errors():
-            size_bytes = os.preadv(self._file.fileno(), [data], place + first * out.itemsize)
+            size_bytes = os.preadv(self.file.fileno(), [data], self._start + place + first * out.itemsize)
         if size_bytes != len(data):
             raise StorageError(f"the update {self._path} is cut short")
 
-    def _read(self, offset: int, size: int) -> memoryview:
+    def read(self, offset: int, size: int) -> memoryview:
         if size >= _READ_BYTES:
             return self._pread(offset, size)
         within = offset - self._ahead_at
@@ -105,7 +89,7 @@ class UpdateFile:
         # numpy takes large pieces of memory as huge pages, which cost a fraction of bytes' small ones.
         data = np.empty(size, np.uint8).data
         with self._storage_errors():
-            return data[: os.preadv(self._file.fileno(), [data], self._start + offset)]
+            return data[: os.preadv(self.file.fileno(), [data], self._start + offset)]
 
     @contextmanager
     def _storage_errors(self) -> Iterator[None]:
@@ -113,6 +97,33 @@ class UpdateFile:
             yield
         except OSError as error:
             raise StorageError(f"cannot read the update {self._path}: {error.strerror}") from error
+
+
+class UpdateFile:
+    """A context manager around the open file of a `StoredUpdate`.
+
+    Nothing here refers back to its owner: what was read of thousands of updates would wait for the collector.
+    """
+
+    def __init__(self, update: StoredUpdate) -> None:
+        """Raises `StorageError`, as reading does."""
+        self._payload = _PayloadBytes(update)
+        self.reader = PayloadReader(update.manifest, self._payload.read, valid=True)
+
+    def __enter__(self) -> PayloadReader:
+        return self.reader
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """No more reading."""
+        self._payload.file.close()
+
+    def fill_from(self, name: str) -> Fill:
+        """What fills an array with elements of a tensor that is `in_pieces`."""
+        place = self.reader.raw_place(name)
+        return self.reader.fill_from(name) if place is None else partial(self._payload.fill, place)
 
 
 class Upload:

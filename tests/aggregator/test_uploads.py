@@ -1,6 +1,8 @@
 """The journal of updates: "the files of accepted updates ARE the record of acceptance"."""
 
+import gc
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -187,3 +189,18 @@ def test_a_folder_that_is_gone_is_a_storage_error(journal):
     with pytest.raises(StorageError, match="cannot use the folder"):
         journal.keep_only([])
     assert journal.load("token") is None
+
+
+def test_what_was_read_of_an_update_goes_with_its_file(journal):
+    """Else a commit would hold what it has read of hundreds of updates until Python's collector comes."""
+    update = accept(journal, "token", TENSORS, "int8+zstd")
+    gc.disable()
+    try:
+        file = update.open()
+        with file as reader:
+            reader.tensor("w")
+        gone = [weakref.ref(file), weakref.ref(reader)]
+        del file, reader
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
