@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,10 +48,10 @@ def write_file(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
-def publish_folder(unfinished: Path, final: Path, unsynced: Collection[str] = ()) -> None:
-    """Sync every file of `unfinished` but these, and rename it to `final`, which must not exist."""
+def publish_folder(unfinished: Path, final: Path) -> None:
+    """Sync every file of `unfinished` and rename it to `final`, which must not exist."""
     # At the same time: the file system then writes its journal once for all of them.
-    paths = [unfinished, *(path for path in unfinished.iterdir() if path.name not in unsynced)]
+    paths = [unfinished, *unfinished.iterdir()]
     with ThreadPoolExecutor(len(paths), thread_name_prefix="sync") as pool:
         list(pool.map(sync, paths))
     unfinished.rename(final)

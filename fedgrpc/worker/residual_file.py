@@ -11,6 +11,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
+from io import BufferedWriter
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -22,7 +23,7 @@ from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import Array, Layout, TensorSpec
 from fedgrpc.codec.values import flat
 from fedgrpc.errors import LayoutError, StorageError
-from fedgrpc.spares import SpareFiles
+from fedgrpc.spares import SpareFiles, WrittenBack
 
 _LENGTH: Final = struct.Struct("<Q")
 _MAX_ABOUT_BYTES: Final = 64 << 20
@@ -32,7 +33,7 @@ log = structlog.get_logger()
 
 
 class ResidualWriter:
-    """Writes the residual of `run` to `path`, tensor by tensor; the caller makes it durable, if it is to be."""
+    """Writes the residual of `run` to `path`, tensor by tensor; the caller makes it durable."""
 
     def __init__(self, path: Path, run: str, spares: SpareFiles | None = None) -> None:
         self._path = path
@@ -71,8 +72,9 @@ class ResidualWriter:
 
     def _opened(self) -> BinaryIO:
         if self._file is None:
-            where = self._spares.create(self._path) if self._spares else self._path
-            self._file = open(where, "wb")  # noqa: SIM115 - closed by `close`
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+            handle = self._spares.create(self._path) if self._spares else os.open(self._path, flags, 0o666)
+            self._file = BufferedWriter(WrittenBack(handle))
         return self._file
 
 

@@ -3,9 +3,10 @@
     spool/00000007/        one update: task.pb, header.pb, payload, and the residual it leaves behind
     spool/residual         the residual that the next update starts from
 
-The rule: an update's folder is complete once it has its name. Its residual becomes the current one when the
-update is acknowledged, by one rename, and is dropped with the update when that is refused. Residuals survive the
-process but are not synced to the disk: one that a power cut has damaged does not match its CRC, and is dropped.
+The rule: an update's folder is complete, and on the disk, once it has its name: what was trained and what it
+leaves behind survive a power cut together or not at all. Its residual becomes the current one when the update is
+acknowledged, by one rename that is on the disk before the update goes, and is dropped with the update when that is
+refused.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from fedgrpc.worker.disk import (
     remove_folder,
     storage_errors,
     sweep,
+    sync,
 )
 from fedgrpc.worker.residual_file import ResidualWriter, read_residual
 
@@ -129,7 +131,7 @@ class Spool:
                 if layout is not None:
                     left.finish(layout)
                 self._make_room(folder_size_bytes(unfinished))
-                publish_folder(unfinished, final, unsynced={_RESIDUAL})
+                publish_folder(unfinished, final)
             finally:
                 left.close()
                 sweep(self._folder)
@@ -142,6 +144,7 @@ class Spool:
             if residual.exists():
                 self._spare_residuals.keep(self._folder / _RESIDUAL)
                 residual.replace(self._folder / _RESIDUAL)
+                sync(self._folder)
             self._remove(update)
 
     def drop(self, update: SpooledUpdate) -> None:

@@ -1,5 +1,6 @@
 import hashlib
 import os
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -190,3 +191,42 @@ def test_the_residual_file_is_the_arrays_and_little_more(tmp_path):
     arrays = b"".join(array.tobytes() for array in tensors().values())
     assert content.startswith(arrays)
     assert len(content) < len(arrays) + 400
+
+
+@pytest.fixture
+def on_disk(monkeypatch, tmp_path):
+    """What is asked of the disk, in order: ("sync" or "rename" or "remove", the name it is asked of)."""
+    asked = []
+
+    def noted(kind, call, name_of):
+        def noting(*arguments, **named):
+            asked.append((kind, Path(name_of(arguments[0])).name))
+            return call(*arguments, **named)
+
+        return noting
+
+    monkeypatch.setattr(
+        os, "fsync", noted("sync", os.fsync, lambda handle: os.readlink(f"/proc/self/fd/{handle}"))
+    )
+    monkeypatch.setattr(os, "rename", noted("rename", os.rename, os.fspath))
+    monkeypatch.setattr(os, "replace", noted("rename", os.replace, os.fspath))
+    return asked
+
+
+def test_an_update_and_what_it_leaves_behind_are_on_the_disk_before_it_has_its_name(tmp_path, on_disk):
+    Spool(tmp_path).write(task(), fill(residual=residual_of(tensors(1))))
+    named = on_disk.index(("rename", ".new-00000001"))
+    assert {name for kind, name in on_disk[:named] if kind == "sync"} == {
+        *(".new-00000001", "payload", "header.pb", "task.pb", "residual")
+    }
+    assert on_disk[named + 1 :] == [("sync", tmp_path.name)]
+
+
+def test_what_is_owed_is_on_the_disk_before_the_update_that_left_it_goes(tmp_path, on_disk):
+    spool = Spool(tmp_path)
+    update = spool.write(task(), fill(residual=residual_of(tensors(1))))
+    on_disk.clear()
+    spool.acknowledge(update)
+    synced = on_disk.index(("sync", tmp_path.name))
+    assert on_disk[synced - 1] == ("rename", "residual")
+    assert on_disk[synced + 1 :] == [("rename", "payload"), ("rename", "00000001")]
