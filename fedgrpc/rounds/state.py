@@ -122,6 +122,9 @@ def restore(
     Every lease starts anew: that the aggregator was away is no fault of its workers. The time left is at most the
     policy's, whatever a wall clock that was set in between may say; None: the round has only carried tasks as
     yet, and is to select. It wants a `Tick` at once when the updates stored are enough already.
+
+    How far a worker has come is not stored, so each counts as one that has begun: a task whose worker comes back
+    with its update is carried on, though the round may end before it is heard of.
     """
     rebuilt = {}
     for slot, row in enumerate(tasks):
@@ -135,7 +138,7 @@ def restore(
             weight=stored.weight,
             staleness=stored.staleness,
             chosen=stored.chosen,
-            begun=stored.phase is not TaskPhase.OFFERED,
+            begun=True,
             carried=deadline_left_s is None or stored.staleness > 0,
         )
     round_ = Round(number, policy, now, tasks=Tasks(rebuilt), deadline_s=policy.deadline_s)

@@ -65,8 +65,8 @@ class Task:
     """One worker's share of the round; `slot` is its place in the canonical order of updates.
 
     `staleness`: how many versions were committed since the worker was given its model. `chosen`: why it was.
-    `begun`: it was heard of beyond the offer. `carried`: it is from a round before. `entered`: when it first came
-    to each phase.
+    `begun`: it was, or may have been, heard of beyond the offer. `carried`: it is from a round before. `entered`:
+    when it first came to each phase.
     """
 
     worker: str

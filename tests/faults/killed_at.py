@@ -117,7 +117,7 @@ def arm(point):
 
 
 if __name__ == "__main__":
-    from tests.faults.points import AGGREGATOR, WORKER
+    from tests.faults.points import AGGREGATOR, CARRYING, WORKER
 
-    arm({**AGGREGATOR, **WORKER}[sys.argv[1]])
+    arm({**AGGREGATOR, **CARRYING, **WORKER}[sys.argv[1]])
     main(sys.argv[2:])

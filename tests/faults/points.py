@@ -1,5 +1,6 @@
 """The named points at which tests kill an aggregator or a worker, in the order in which a round passes them."""
 
+from fedgrpc.worker.disk import UNFINISHED
 from tests.faults.killed_at import Point
 
 _AGGREGATOR = "fedgrpc.aggregator"
@@ -27,6 +28,10 @@ def _unfinished(upload, *_):
 def _with_examples(_, header, *__):
     """Not an evaluator's scores."""
     return header.example_count > 0
+
+
+def _is_spooled(path, *_):
+    return path.parent.name == "spool" and path.name.startswith(UNFINISHED)
 
 
 def _partly(partial, *_):
@@ -73,6 +78,20 @@ AGGREGATOR = {
     "recovering": Point(f"{_AGGREGATOR}.uploads:UploadJournal.keep_only"),
 }
 
+# Round 1 has ended and carries one task on; round 2 has not begun, or nobody knows yet that it has.
+CARRYING = {
+    "carrying-not-committed": Point(f"{_AGGREGATOR}.run_store:RunStore.finish_round"),
+    "carrying-within-the-transaction": Point(
+        f"{_AGGREGATOR}.run_store:RunStore._insert_version", "after", count=2
+    ),
+    "carrying-committed": Point(f"{_AGGREGATOR}.run_store:RunStore.finish_round", "after"),
+    "carrying-updates-removed": Point(f"{_AGGREGATOR}.uploads:UploadJournal.discard", "after"),
+    "carrying-next-round-not-stored": Point(f"{_AGGREGATOR}.run_store:RunStore.save_open_round", count=2),
+    "carrying-next-round-not-offered": Point(
+        f"{_AGGREGATOR}.run_store:RunStore.save_open_round", "after", count=2
+    ),
+}
+
 WORKER = {
     "registered": Point(f"{_WORKER}.client:AggregatorClient.register", "after"),
     "idle": Point(f"{_WORKER}.client:AggregatorClient.poll", count=2),
@@ -86,6 +105,7 @@ WORKER = {
     "trained-not-spooled": Point(f"{_WORKER}.spool:Spool.write", since_round=2),
     "half-spooled": Point(f"{_WORKER}.residual_file:ResidualWriter.finish", since_round=2),
     "spooled-not-synced": Point(f"{_WORKER}.spool:publish_folder", since_round=2),
+    "synced-not-spooled": Point("pathlib:Path.rename", "before", _is_spooled, since_round=2),
     "spooled": Point(f"{_WORKER}.spool:Spool.write", "after", since_round=2),
     "mid-upload": Point("fedgrpc.rpc.client_stream:ClientStream.write", "after", count=3, since_round=2),
     "last-chunk-sent": Point("fedgrpc.rpc.client_stream:ClientStream.finish", since_round=2),
@@ -101,4 +121,4 @@ WORKER = {
 }
 
 # Trained, but not yet whole in the spool: the same round is trained again.
-TRAINED_AGAIN = {"trained-not-spooled", "half-spooled", "spooled-not-synced"}
+TRAINED_AGAIN = {"trained-not-spooled", "half-spooled", "spooled-not-synced", "synced-not-spooled"}

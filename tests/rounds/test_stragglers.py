@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from fedgrpc.errors import RoundClosed, UsageError
-from fedgrpc.rounds.events import Accepted, Cancel, Carry, Deadline, Progress, Select, Selected, TaskPhase
+from fedgrpc.rounds.events import Accepted, Cancel, Carry, Deadline, Progress, Select, Selected, TaskPhase, Tick
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rounds.state import RoundPhase, follow, restore, wake_at
+from fedgrpc.rounds.state import RoundPhase, follow, restore, step, wake_at
 from tests.rounds.scenario import Effects, Scenario, cancelled, committed_tokens, finished
 
 MIB = 1 << 20
@@ -188,6 +188,14 @@ def test_a_late_task_that_has_begun_is_carried_and_a_no_show_is_not() -> None:
     assert it.phase("b") is TaskPhase.LATE
     assert it.reason("b") == "slow training: deadline of 10 s passed; carried into the next round"
     assert it.round.find("b").phase is TaskPhase.TRAINING
+
+
+def test_a_late_task_that_may_have_begun_before_a_restart_is_carried() -> None:
+    rows = [("b", "B", TaskPhase.OFFERED), ("a", "A", TaskPhase.ACCEPTED)]
+    round_ = restore(1, RoundPolicy(late="carry"), rows, aim=1, deadline_left_s=50.0, now=100.0)
+    ended, effects = step(round_, Tick(), 100.0)
+    assert ended.phase is RoundPhase.COMMITTING
+    assert _carried(effects) == {"b"}
 
 
 def test_a_carried_update_is_taken_while_its_round_commits_and_counts_in_the_next() -> None:
