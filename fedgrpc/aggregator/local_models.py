@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -166,14 +166,30 @@ class LocalModels:
     def observe(self, record: round_pb2.Round, layout: Layout) -> None:
         """Learn from a committed round what its tasks cost, and say how far the predictions were off."""
         for task in filter(counts, record.tasks):
-            width = LocalTask.from_proto(task.local_model).sub_model.width
-            seen = observation_of(task, self._size(CompressionPlan(width), layout, 8.0))
+            seen = self._observation(task, layout)
             self._histories.setdefault(task.worker, deque(maxlen=_KEPT)).append(seen)
             if task.HasField("prediction"):
                 errors = errors_of(prediction_from_proto(task.prediction), seen)
                 shown = {part: round(error, 3) for part, error in errors.items()}
                 tell = log.info if self._plans.automatic else log.debug
                 tell("prediction checked", round=record.number, worker=task.worker, relative_errors=shown)
+
+    def recall(self, records: Iterable[round_pb2.Round], layout: Layout, workers: Iterable[str]) -> None:
+        """Learn from the rounds of a former process, newest first, until all is known of these workers."""
+        lacking = set(workers)
+        for record in records:
+            for task in filter(counts, record.tasks):
+                history = self._histories.setdefault(task.worker, deque(maxlen=_KEPT))
+                if len(history) < _KEPT:
+                    history.appendleft(self._observation(task, layout))
+                if len(history) == _KEPT:
+                    lacking.discard(task.worker)
+            if not lacking:
+                return
+
+    def _observation(self, task: round_pb2.TaskRecord, layout: Layout) -> Observation:
+        width = LocalTask.from_proto(task.local_model).sub_model.width
+        return observation_of(task, self._size(CompressionPlan(width), layout, 8.0))
 
     def selection(self, sub_model: SubModel, version: int) -> Selection | None:
         """The slice's coverage of every tensor; None for the whole model.

@@ -34,6 +34,9 @@ from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, TaskKind
 
 log = structlog.get_logger()
 
+# The last 16 tasks of a fleet of 10,000 workers.
+_RECALLED_BYTES = 64 << 20
+
 
 class Recovery:
     """Brings a coordinator to where the last process left the run."""
@@ -60,6 +63,7 @@ class Recovery:
             it.fleet.restore(registration, history, it.clock())
         it.last_record = await it.in_database(it.store.round)
         await self._recover_model()
+        await self._recall_costs()
         open_round = await it.in_database(it.store.open_round)
         if open_round is not None:
             await self._reopen(open_round)
@@ -83,6 +87,14 @@ class Recovery:
             it.run.version, it.run.layout = version.version, model.layout
         elif self._settings.initial_model is not None:
             await self._import(ModelFile.open(self._settings.initial_model))
+
+    async def _recall_costs(self) -> None:
+        """What plans are predicted from is in the records of the rounds that are over, and nowhere else."""
+        it = self._it
+        if it.run.version:
+            trainers = [worker.name for worker in it.fleet if worker.history.accepted]
+            records = it.store.committed_rounds(_RECALLED_BYTES)
+            await it.in_database(it.local_models.recall, records, it.run.layout, trainers)
 
     async def _import(self, model: ModelFile) -> None:
         """Make a safetensors file version 1."""

@@ -18,6 +18,7 @@ from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.history import Histories, WorkerHistory
 from fedgrpc.rpc.worker_history import history_from_bytes, history_to_bytes
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
+from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 _SCHEMA = """
@@ -246,6 +247,19 @@ class RunStore:
                     return records, True
                 records.append(RoundRecord.FromString(blob))
         return records, False
+
+    def committed_rounds(self, max_bytes: int) -> Iterator[RoundRecord]:
+        """Committed rounds, newest first, until they are `max_bytes` together."""
+        query = "SELECT record FROM rounds WHERE open = 0 ORDER BY number DESC"
+        size_bytes = 0
+        with _storage_errors(self._path), closing(self._db.execute(query)) as cursor:
+            for (blob,) in cursor:
+                size_bytes += len(blob)
+                if size_bytes > max_bytes:
+                    return
+                record = RoundRecord.FromString(blob)
+                if record.phase == ROUND_PHASE_COMMITTED:
+                    yield record
 
     def _save_tasks(self, tasks: Iterable[TaskRow]) -> None:
         self._db.executemany(
