@@ -21,6 +21,7 @@ Every part may be left out, and any combination is a plan. In TOML:
     [arithmetic]
     format = "float16"
     emulated = true                # every operation rounded, even where the machine has the type
+    loss_scale = 256.0             # or dynamic_loss_scale = true
 
 A large device may train the prefixes that small ones have along with its own model, in each step:
 
@@ -30,6 +31,7 @@ A large device may train the prefixes that small ones have along with its own mo
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -90,13 +92,21 @@ class Clustering:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The number format that all training is done in: natively where torch has it, unless `emulated`."""
+    """The number format that all training is done in: natively where torch has it, unless `emulated`.
+
+    The gradients are those of `loss_scale` times the loss, so that small ones do not vanish in the format; steps
+    are taken as without (arXiv 1710.03740). A dynamic scale begins there, or as high as the format allows.
+    """
 
     format: str = "float32"
     rounding: str = "nearest"
     emulated: bool = False
+    loss_scale: float = 1.0
+    dynamic_loss_scale: bool = False
 
     def __post_init__(self) -> None:
+        power = 1 <= self.loss_scale <= 2.0**100 and math.frexp(self.loss_scale)[0] == 0.5
+        _check(power, f"a loss scale is a power of two from 1, which every format holds, not {self.loss_scale:g}")
         known = self.format in FORMATS or _OTHER_FORMAT.fullmatch(self.format)
         _check(bool(known), f"no number format {self.format!r}: choose {', '.join(FORMATS)}, or one like e5s11")
         _check(self.rounding in ROUNDINGS, f"rounding is {' or '.join(ROUNDINGS)}, not {self.rounding!r}")
@@ -151,6 +161,19 @@ class CompressionPlan:
         plan = _read(cls, table, "the compression plan")
         assert isinstance(plan, cls)
         return plan
+
+    def to_line(self) -> str:
+        """The text form in one line: `width = 0.5, pruning.ratio = 0.3`."""
+        table, parts = "", list[str]()
+        for line in filter(None, self.to_toml().splitlines()):
+            if line.startswith("["):
+                table = line.strip("[]")
+                parts.append(table)
+            else:
+                if parts and parts[-1] == table:
+                    parts.pop()
+                parts.append(f"{table}.{line}" if table else line)
+        return ", ".join(parts) or "the whole model"
 
     def to_toml(self) -> str:
         """The text form: only what differs from the default."""

@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedgrpc.aggregation.compression_plan import CompressionPlan
+from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
 
 # Of a batch's time, what does not shrink with the model: data, Python, kernel launches. Fitted once there are two
 # different plans in a device's history.
@@ -117,6 +117,23 @@ def choose(
             return Choice(plan, prediction, why or "the most capable plan fits")
         why = f"a larger one {unfit}"
     return Choice(plans[-1], prediction, f"none fits: the smallest {unfit}")
+
+
+def choose_of(
+    table: PlanTable,
+    device_class: str,
+    size_of: Callable[[CompressionPlan], PlanSize],
+    device: Device,
+    history: Sequence[Observation],
+    deadline_s: float,
+) -> Choice:
+    """What a device of that class gets of the table: its class's own plan, else the best of the automatic ones."""
+    if table.automatic and device_class not in table.classes:
+        return choose(table.automatic, size_of, device, history, deadline_s)
+    plan = table.plan_of(device_class)
+    pinned = device_class in table.classes
+    reason = f"the plan of {device_class}" if pinned else "the plan of every device without one of its own"
+    return Choice(plan, predict(device, history, size_of(plan)), reason)
 
 
 def misfit(device: Device, prediction: Prediction, deadline_s: float) -> str:

@@ -19,7 +19,7 @@ from fedgrpc.aggregation import packed
 from fedgrpc.aggregation.channels import ChannelMap, Selection, SubModel
 from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
 from fedgrpc.aggregation.plan_size import size_of
-from fedgrpc.aggregation.prediction import Choice, Observation, PlanSize, choose, errors_of, predict
+from fedgrpc.aggregation.prediction import Choice, Observation, PlanSize, choose_of, errors_of
 from fedgrpc.aggregation.update import TensorLike
 from fedgrpc.aggregator.durable import fsync_folder
 from fedgrpc.aggregator.fleet import Worker
@@ -139,12 +139,9 @@ class LocalModels:
         def size(plan: CompressionPlan) -> PlanSize:
             return self._size(plan, sizing.layout, bits)
 
+        choice = choose_of(self._plans, device_class, size, about, history, sizing.deadline_s)
         if not self._plans.automatic or device_class in self._plans.classes:
-            plan = self._plans.plan_of(device_class)
-            pinned = device_class in self._plans.classes
-            reason = f"the plan of {device_class}" if pinned else "the plan of every device without one of its own"
-            return Choice(plan, predict(about, history, size(plan)), reason)
-        choice = choose(self._plans.automatic, size, about, history, sizing.deadline_s)
+            return choice
         log.info(
             "plan chosen",
             worker=worker.name,

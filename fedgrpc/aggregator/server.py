@@ -190,7 +190,7 @@ def _raise_file_limit() -> None:
 
 
 def _settings_text(settings: AggregatorSettings) -> dict[str, str]:
-    """The settings as operators see them; where secrets lie is no concern of theirs."""
+    """The settings as operators see them; where secrets lie is no concern of theirs, and plans have a message."""
     text: dict[str, str] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -198,6 +198,6 @@ def _settings_text(settings: AggregatorSettings) -> dict[str, str]:
             text.update(
                 {f"{field.name}.{name}": str(item) for name, item in vars(value).items() if item is not None}
             )
-        elif field.name != "tls" and value is not None:
+        elif field.name not in ("tls", "local_models") and value is not None:
             text[field.name] = str(value)
     return text

@@ -197,6 +197,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             software_version=__version__,
             layout=layout_to_proto(state.layout),
             settings=self._settings_text,
+            local_models=self._it.local_models.to_proto(),
         )
         run.started_at.FromNanoseconds(int(state.started_at * 1e9))
         return run

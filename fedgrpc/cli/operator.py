@@ -50,16 +50,20 @@ class Operator:
 
     async def all_rounds(self) -> list[Round]:
         """Every round, oldest first."""
-        rounds: list[Round] = []
+        return [record async for record in self.rounds_back()][::-1]
+
+    async def rounds_back(self) -> AsyncIterator[Round]:
+        """Every round, newest first."""
         token = ""
         while True:
             request = pb.ListRoundsRequest(page_size=_PAGE, page_token=token)
             with self._reaching():
                 answer = await self._stub.ListRounds(request, timeout=_TIMEOUT_S)
-            rounds += answer.rounds
+            for record in answer.rounds:
+                yield record
             token = answer.next_page_token
             if not token:
-                return sorted(rounds, key=lambda record: record.number)
+                return
 
     async def watch(self, max_rate_hz: float = 0.0) -> AsyncIterator[pb.WatchRoundsResponse]:
         """The run and its current round each time they change, until the run ends."""

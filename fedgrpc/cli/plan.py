@@ -5,26 +5,29 @@ from __future__ import annotations
 import asyncio
 import json
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import click
+from rich.console import Console
 from rich.table import Table
 
 from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
-from fedgrpc.aggregation.prediction import Choice, Device, Observation, Prediction, choose, misfit, predict
+from fedgrpc.aggregation.prediction import Choice, Device, Observation, Prediction, choose_of, misfit, predict
 from fedgrpc.cli.common import FILE, client_settings, client_tls
 from fedgrpc.cli.operator import operator
 from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand
-from fedgrpc.cli.planning import Model, Subject, measured, model_of, subjects
+from fedgrpc.cli.planning import Asked, Model, Subject, ask, measured, model_of
 from fedgrpc.cli.quantities import DURATION, RATE, SIZE
 from fedgrpc.cli.view import piped_console, print_table, seconds, size
 from fedgrpc.errors import UsageError
 from fedgrpc.worker.trainer import Trainer, load_trainer
 
 LADDER: Final = (CompressionPlan(), CompressionPlan(0.5), CompressionPlan(0.25))
+ENCODING: Final = "int8+zstd"
+DEADLINE_S: Final = 600.0
 
 _model = Declare("The model")
 _plans = Declare("The plans")
@@ -36,16 +39,20 @@ SETTINGS: list[Setting] = [
     _model("--model", "Model name, where the task knows several.", metavar="NAME"),
     _model("--data", "Folder or file of data.", type=click.Path(path_type=Path, exists=True)),
     _model("--option", "Of the task's own.", name="options", type=NamedValues(), multiple=True, default=()),
-    _model("--encoding", "How models and updates travel.", default="int8+zstd", metavar="RECIPE"),
+    _model(
+        "--encoding", "How models travel; without: the aggregator's, or int8+zstd.", type=str, metavar="RECIPE"
+    ),
     _plans(
         "--plans",
-        "TOML file as of `fedgrpc aggregator --local-models`; without: all, half and a quarter of the channels.",
+        "TOML file as of `fedgrpc aggregator --local-models`; without: the aggregator's, or all, half and a "
+        "quarter of the channels.",
         type=FILE,
     ),
-    _plans("--deadline", "Of a round.", name="deadline_s", type=DURATION, default=600.0),
+    _plans("--deadline", "Of a round; without: the aggregator's, or 10 min.", name="deadline_s", type=DURATION),
     _plans(
         "--epochs", "Passes over the local data in a round.", type=click.FloatRange(0, min_open=True), default=1.0
     ),
+    _device("--device-class", "It may have a plan of its own.", type=str, default="", metavar="CLASS"),
     _device("--memory", "Memory that the worker may use.", name="memory_bytes", type=SIZE),
     _device("--uplink", "Rate of the link, up.", name="uplink_bits_per_second", type=RATE),
     _device("--downlink", "Rate of the link, down.", name="downlink_bits_per_second", type=RATE),
@@ -58,24 +65,30 @@ SETTINGS: list[Setting] = [
         default=0,
     ),
     _fleet("--aggregator", "Ask it.", metavar="HOST:PORT"),
-    _fleet("--worker", "Of one of its workers; without: of all.", metavar="NAME"),
+    _fleet("--worker", "One of its workers; without: all that train.", metavar="NAME"),
     Declare("What to show")("--json/--table", "JSON, for programs.", name="as_json", default=False),
     *client_settings(),
 ]
 
 
-def candidates(path: Path | None) -> tuple[CompressionPlan, ...]:
-    """The plans to choose from, most capable first. Raises UsageError."""
-    if path is None:
-        return LADDER
-    table = PlanTable.from_toml(path.read_text())
-    plans = table.automatic or (table.default, *table.classes.values())
-    return tuple(dict.fromkeys(plans))
+@dataclass(frozen=True)
+class Question:
+    """What is asked of each device: which of these plans it gets, for this model, by that deadline."""
 
+    model: Model
+    table: PlanTable
+    deadline_s: float
 
-def named(plan: CompressionPlan) -> str:
-    """A plan in one line."""
-    return ", ".join(line for line in plan.to_toml().splitlines() if line) or "the whole model"
+    @property
+    def plans(self) -> tuple[CompressionPlan, ...]:
+        """Every plan that some device may get, once."""
+        own = self.table.classes.values()
+        return tuple(dict.fromkeys((*self.table.automatic, *own) if self.table.automatic else self.table.plans))
+
+    def answer(self, subject: Subject) -> Choice:
+        """As the aggregator decides it."""
+        size_of, deadline_s = self.model.size_of, self.deadline_s
+        return choose_of(self.table, subject.device_class, size_of, subject.device, subject.history, deadline_s)
 
 
 def _run(**values: Any) -> None:
@@ -84,67 +97,80 @@ def _run(**values: Any) -> None:
     trainer = load_trainer(
         values["task"], model=values["model"], data=values["data"], options=dict(values["options"])
     )
-    model, plans = model_of(trainer, values["encoding"]), candidates(values["plans"])
-    if model.channels is None and any(plan.width < 1 for plan in plans):
+    asked = asyncio.run(_ask(values)) if values["aggregator"] else None
+    table, whose = _plans_of(values["plans"], asked)
+    model = model_of(trainer, values["encoding"] or (asked.encoding if asked else ENCODING))
+    deadline_s = values["deadline_s"] or (asked.deadline_s if asked else DEADLINE_S)
+    question = Question(model, table, deadline_s)
+    if model.channels is None and any(plan.width < 1 for plan in question.plans):
         raise UsageError(f"the model of {values['task']} cannot be sliced, so it has no plans of less width")
-    found = [_here(values, trainer, model, plans)]
-    if values["aggregator"]:
-        found = asyncio.run(_asked(values, model))
-    decided = [(subject, _choice(subject, model, plans, values["deadline_s"])) for subject in found]
+    subjects = asked.subjects(model) if asked else [_here(values, trainer, question)]
+    decided = [(subject, question.answer(subject)) for subject in subjects]
     if values["as_json"]:
-        click.echo(json.dumps([_plain(*each, model, plans, values["deadline_s"]) for each in decided], indent=2))
+        click.echo(json.dumps([_plain(*each, question) for each in decided], indent=2))
         return
+    console = piped_console()
+    console.print(f"plans: {whose}; a round has {seconds(deadline_s)}\n", highlight=False, soft_wrap=True)
     for subject, choice in decided:
-        _show(subject, choice, model, plans, values["deadline_s"])
+        _show(console, subject, choice, question)
 
 
-def _here(values: Mapping[str, Any], trainer: Trainer, model: Model, plans: Sequence[CompressionPlan]) -> Subject:
+def _plans_of(path: Path | None, asked: Asked | None) -> tuple[PlanTable, str]:
+    """The plans to choose from, and whose they are. Raises UsageError."""
+    if path is not None:
+        return PlanTable.from_toml(path.read_text()), str(path)
+    if asked is not None and not asked.plans.trivial:
+        return asked.plans, "those of the aggregator"
+    every = "all, half and a quarter of the channels"
+    whole = ", though the aggregator gives every device the whole model" if asked else ""
+    return PlanTable(automatic=LADDER), every + whole
+
+
+def _here(values: Mapping[str, Any], trainer: Trainer, question: Question) -> Subject:
     """The device that the flags describe, or this one."""
+    model, plans = question.model, question.plans
     rates = (values["uplink_bits_per_second"] or 0.0, values["downlink_bits_per_second"] or 0.0)
     device = Device(values["memory_bytes"] or 0, *rates)
     history: list[Observation] = []
-    if values["measured_steps"] and not values["aggregator"]:
+    if values["measured_steps"]:
         widths = [plan.width for plan in plans]
         history += measured(trainer, model, widths, values["measured_steps"], values["epochs"])
     if values["local_s"]:
         whole = model.size_of(CompressionPlan())
         history.append(Observation(whole.share, whole.weights_bytes, 0, values["local_s"], 0, 0, 0))
-    return Subject("this device" if values["measured_steps"] else "the device described", device, tuple(history))
+    name = "this device" if values["measured_steps"] else "the device described"
+    return Subject(name, device, tuple(history), device_class=values["device_class"])
 
 
-async def _asked(values: Mapping[str, Any], model: Model) -> list[Subject]:
+async def _ask(values: Mapping[str, Any]) -> Asked:
     async with operator(values["aggregator"], client_tls(dict(values))) as aggregator:
-        return await subjects(aggregator, model, values["worker"])
+        return await ask(aggregator, values["worker"])
 
 
-def _choice(subject: Subject, model: Model, plans: Sequence[CompressionPlan], deadline_s: float) -> Choice:
-    return choose(plans, model.size_of, subject.device, subject.history, deadline_s)
-
-
-def _show(
-    subject: Subject, choice: Choice, model: Model, plans: Sequence[CompressionPlan], deadline_s: float
-) -> None:
-    console = piped_console()
-    console.print(f"{subject.name}: {len(subject.history)} tasks measured", style="bold", highlight=False)
+def _show(console: Console, subject: Subject, choice: Choice, question: Question) -> None:
+    about = f" ({subject.device_class})" if subject.device_class else ""
+    tasks = f"{len(subject.history)} task{'' if len(subject.history) == 1 else 's'} measured"
+    console.print(f"{subject.name}{about}: {tasks}", style="bold", highlight=False)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     headings = ("", "plan", "T_download", "T_local", "T_upload", "T", "memory", "down", "up", "")
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("", "plan") else "right", no_wrap=True)
-    for plan in plans:
-        its, cost = model.size_of(plan), predict(subject.device, subject.history, model.size_of(plan))
+    for plan in question.plans:
+        its = question.model.size_of(plan)
+        cost = predict(subject.device, subject.history, its)
         times = (cost.download_s, cost.local_s, cost.upload_s)
         table.add_row(
             "*" if plan == choice.plan else "",
-            named(plan),
+            plan.to_line(),
             *("?" if part is None else seconds(part) for part in times),
             ("" if None not in times else "at least ") + seconds(cost.total_s),
             size(cost.peak_memory_bytes),
             size(its.download_bytes),
             size(its.upload_bytes),
-            misfit(subject.device, cost, deadline_s),
+            misfit(subject.device, cost, question.deadline_s),
         )
     print_table(console, table)
-    console.print(f"chosen: {named(choice.plan)}: {choice.reason}", highlight=False, soft_wrap=True)
+    console.print(f"chosen: {choice.plan.to_line()}: {choice.reason}", highlight=False, soft_wrap=True)
     if off := errors_line(subject):
         console.print(off, highlight=False, soft_wrap=True)
     console.print()
@@ -162,19 +188,18 @@ def errors_line(subject: Subject) -> str:
     return f"predicted against measured, median of {len(subject.errors)} tasks: {shown}" if shown else ""
 
 
-def _plain(
-    subject: Subject, choice: Choice, model: Model, plans: Sequence[CompressionPlan], deadline_s: float
-) -> dict[str, Any]:
+def _plain(subject: Subject, choice: Choice, question: Question) -> dict[str, Any]:
     def row(plan: CompressionPlan) -> dict[str, Any]:
-        cost: Prediction = predict(subject.device, subject.history, model.size_of(plan))
-        why_not = misfit(subject.device, cost, deadline_s)
-        total = {"total_s": cost.total_s, "misfit": why_not}
-        return {"plan": plan.to_toml(), **asdict(model.size_of(plan)), **asdict(cost), **total}
+        size = question.model.size_of(plan)
+        cost: Prediction = predict(subject.device, subject.history, size)
+        total = {"total_s": cost.total_s, "misfit": misfit(subject.device, cost, question.deadline_s)}
+        return {"plan": plan.to_toml(), **asdict(size), **asdict(cost), **total}
 
     return {
         "device": subject.name,
+        "device_class": subject.device_class,
         "measured_tasks": len(subject.history),
-        "plans": [row(plan) for plan in plans],
+        "plans": [row(plan) for plan in question.plans],
         "chosen": choice.plan.to_toml(),
         "reason": choice.reason,
         "errors": [dict(each) for each in subject.errors],

@@ -6,13 +6,14 @@ import io
 import itertools
 import resource
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fedgrpc.aggregation.channels import ChannelMap
-from fedgrpc.aggregation.compression_plan import CompressionPlan
+from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
 from fedgrpc.aggregation.coverage import Coverage
 from fedgrpc.aggregation.plan_size import size_of
 from fedgrpc.aggregation.prediction import Device, Observation, PlanSize
@@ -22,11 +23,11 @@ from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import UsageError
 from fedgrpc.metrics import prediction_errors
-from fedgrpc.rpc.local_model import sub_model_from_proto
+from fedgrpc.rpc.local_model import plans_from_proto, sub_model_from_proto
 from fedgrpc.rpc.planning import counts, device_of, observation_of
 from fedgrpc.v1.aggregator_pb2 import WorkerRecord
 from fedgrpc.v1.device_pb2 import WORKER_ROLE_TRAINER
-from fedgrpc.v1.round_pb2 import Round
+from fedgrpc.v1.round_pb2 import TaskRecord
 from fedgrpc.worker.trainer import SliceableTrainer, Trainer, TrainJob, Weights
 
 # As many as the aggregator itself goes by.
@@ -54,6 +55,7 @@ class Subject:
     device: Device
     history: tuple[Observation, ...] = ()
     errors: tuple[Mapping[str, float], ...] = ()
+    device_class: str = ""
 
 
 def model_of(trainer: Trainer, encoding: str) -> Model:
@@ -103,23 +105,45 @@ def _sliced(weights: Weights, channels: ChannelMap | None, plan: CompressionPlan
     return {name: coverages[name].take(array).copy() for name, array in weights.items()}
 
 
-async def subjects(aggregator: Operator, model: Model, name: str | None) -> list[Subject]:
-    """The devices of a running aggregator, with what its rounds say of them. Raises UsageError, LinkError."""
+@dataclass(frozen=True)
+class Asked:
+    """What a running aggregator gives out and sizes it by, and its devices with what their tasks have cost."""
+
+    plans: PlanTable
+    deadline_s: float
+    encoding: str
+    workers: tuple[WorkerRecord, ...]
+    tasks: Mapping[str, Sequence[TaskRecord]]
+
+    def subjects(self, model: Model) -> list[Subject]:
+        """Its devices, as the plans of that model are chosen for them."""
+        return [_subject(record, self.tasks[record.worker], model) for record in self.workers]
+
+
+async def ask(aggregator: Operator, name: str | None) -> Asked:
+    """All that an aggregator knows of its workers' costs, or of one's. Raises UsageError, LinkError."""
     records = [each for each in await aggregator.workers() if name in (None, each.worker)]
     if not records:
         raise UsageError("the aggregator knows no worker" + (f" {name!r}" if name else ""))
-    rounds = await aggregator.all_rounds()
-    trainers = [record for record in records if name or record.role == WORKER_ROLE_TRAINER]
-    return [_subject(record, rounds, model) for record in trainers]
+    trainers = tuple(each for each in records if name or each.role == WORKER_ROLE_TRAINER)
+    tasks: dict[str, deque[TaskRecord]] = {each.worker: deque(maxlen=_KEPT) for each in trainers}
+    async for record in aggregator.rounds_back():
+        for task in filter(counts, record.tasks):
+            if task.worker in tasks and len(tasks[task.worker]) < _KEPT:
+                tasks[task.worker].appendleft(task)
+        if all(len(each) == _KEPT for each in tasks.values()):
+            break
+    run = await aggregator.run()
+    plans = plans_from_proto(run.local_models) if run.HasField("local_models") else PlanTable()
+    deadline_s = float(run.settings["policy.deadline_s"])
+    return Asked(plans, deadline_s, run.settings["download_recipe"], trainers, tasks)
 
 
-def _subject(record: WorkerRecord, rounds: Sequence[Round], model: Model) -> Subject:
-    tasks = [task for each in rounds for task in each.tasks if task.worker == record.worker and counts(task)]
-    tasks = tasks[-_KEPT:]
+def _subject(record: WorkerRecord, tasks: Sequence[TaskRecord], model: Model) -> Subject:
     widths = [sub_model_from_proto(task.local_model).width for task in tasks]
     history = tuple(
         observation_of(task, model.size_of(CompressionPlan(width)))
         for task, width in zip(tasks, widths, strict=True)
     )
     errors = tuple(prediction_errors(task) for task in tasks if task.HasField("prediction"))
-    return Subject(record.worker, device_of(record.device), history, errors)
+    return Subject(record.worker, device_of(record.device), history, errors, record.device.device_class)

@@ -23,6 +23,8 @@ from fedgrpc.cli.view import (
 )
 
 _show = Declare("What to show")
+# The last round may be one that only scores, or was abandoned.
+_LOOKED_BACK = 20
 
 SETTINGS = [
     AGGREGATOR_SETTING,
@@ -51,7 +53,8 @@ def _run(**values: Any) -> None:
 async def _status(values: dict[str, Any]) -> None:
     async with operator(values["aggregator"], client_tls(values)) as aggregator:
         run, workers = await aggregator.run(), await aggregator.workers()
-        rounds = await aggregator.latest_rounds(values["rounds"])
+        latest = await aggregator.latest_rounds(max(values["rounds"], _LOOKED_BACK))
+    rounds = latest[-values["rounds"] :]
     if values["as_json"]:
         messages = {"run": run, "rounds": rounds, "workers": workers}
         click.echo(json.dumps({name: _plain(item) for name, item in messages.items()}, indent=2))
@@ -60,13 +63,15 @@ async def _status(values: dict[str, Any]) -> None:
     console.print(run_line(run), style="bold", highlight=False)
     tables = [rounds_table(rounds), workers_table(workers)]
     if values["plans"]:
-        tables.append(predictions_table(rounds))
+        tables.append(predictions_table(latest))
     if values["links"]:
         tables.append(links_table(workers))
     for table in tables:
         if table.row_count:
             console.print()
             print_table(console, table)
+    if values["plans"] and not tables[-1].row_count:
+        console.print(f"\nno task of the last {len(latest)} rounds had its cost predicted", highlight=False)
 
 
 def _plain(message: Any) -> Any:

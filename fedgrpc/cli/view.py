@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedgrpc.metrics import prediction_errors
+from fedgrpc.rpc.local_model import plan_from_proto
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase, WorkerRecord, WorkerState
 from fedgrpc.v1.device_pb2 import WorkerRole
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind, TaskPhase, TaskRecord
@@ -84,6 +85,8 @@ def rate(bytes_per_second: float) -> str:
 
 def seconds(value: float) -> str:
     """Seconds with as many digits as they deserve."""
+    if 0 < value < 0.1:
+        return f"{1000 * value:.0f} ms" if value >= 0.001 else "<1 ms"
     return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
 
 
@@ -212,8 +215,9 @@ def links_table(workers: Sequence[WorkerRecord]) -> Table:
 
 
 def predictions_table(rounds: Sequence[Round]) -> Table:
-    """Of the last of these rounds that has any: each accepted task's cost measured and predicted."""
-    table = _table("worker", "plan", ">T_local", ">T_upload", ">T_download", ">memory", "tensors")
+    """Of the last of these rounds that has any: each accepted task's cost predicted and measured."""
+    table = _table("worker", ">T_local", ">T_upload", ">T_download", ">memory", ">tensors", "plan")
+    table.columns[-1].no_wrap = False
     for record in reversed(rounds):
         tasks = [task for task in record.tasks if task.HasField("prediction") and task.phase == _ACCEPTED]
         for task in tasks:
@@ -227,15 +231,15 @@ def predictions_table(rounds: Sequence[Round]) -> Table:
             )
             memory = _beside(size(task.peak_memory_bytes), its.peak_memory_bytes, errors.get("memory"), size)
             tensors = size(task.tensor_bytes) if task.tensor_bytes else ""
-            table.add_row(task.worker, task.local_model.sub_model or "whole", *times, memory, tensors)
+            table.add_row(task.worker, *times, memory, tensors, plan_from_proto(task.local_model).to_line())
         if tasks:
             return table
     return table
 
 
 def _beside(measured: str, expected: float, error: float | None, shown: Callable[[float], str] = seconds) -> str:
-    """`1.20 s (1.00 s, -17%)`: as measured, as predicted, and how far that was off."""
-    return measured if error is None else f"{measured} ({shown(expected)}, {error:+.0%})"
+    """`1.00 s→1.20 s -17%`: as predicted, as measured, and how far that was off."""
+    return measured if error is None else f"{shown(expected)}→{measured} {error:+.0%}"
 
 
 def _state(record: WorkerRecord) -> str:

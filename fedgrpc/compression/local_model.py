@@ -27,6 +27,7 @@ from fedgrpc.aggregation.compression_plan import Arithmetic, CompressionPlan, ma
 from fedgrpc.compression.clustering import Clusters, cluster
 from fedgrpc.compression.emulate import Emulation, round_module
 from fedgrpc.compression.float_format import FLOAT32, NumberFormat, parse_format
+from fedgrpc.compression.loss_scale import LossScale
 from fedgrpc.compression.pruning import keep_masks, prunable
 from fedgrpc.compression.quantization import quantized_activations, quantized_weights, straight_through
 
@@ -77,6 +78,13 @@ class LocalModel:
         """Of the module's float tensors, and of the inputs it takes."""
         native = self._format.native
         return self._format.carrier if self.emulated or native is None else native
+
+    def loss_scale(self) -> LossScale | None:
+        """A new one, where the plan asks for it. Raises `UsageError` for one that the format does not hold."""
+        asked = self._plan.arithmetic
+        if asked is None or (asked.loss_scale == 1 and not asked.dynamic_loss_scale):
+            return None
+        return LossScale(asked, self._format)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Outputs of the local model, as it is on the device."""

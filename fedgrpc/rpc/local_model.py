@@ -48,6 +48,8 @@ def local_model_to_proto(plan: CompressionPlan, sub_model: SubModel) -> round_pb
                 format=arithmetic.format,
                 stochastic_rounding=arithmetic.rounding == "stochastic",
                 emulated=arithmetic.emulated,
+                loss_scale=arithmetic.loss_scale,
+                dynamic_loss_scale=arithmetic.dynamic_loss_scale,
             )
         )
     return message
@@ -94,7 +96,8 @@ def _quantization(message: round_pb2.Quantization) -> Quantization:
 
 def _arithmetic(message: round_pb2.Arithmetic) -> Arithmetic:
     rounding = "stochastic" if message.stochastic_rounding else "nearest"
-    return Arithmetic(message.format or "float32", rounding, message.emulated)
+    scale = message.loss_scale or 1.0
+    return Arithmetic(message.format or "float32", rounding, message.emulated, scale, message.dynamic_loss_scale)
 
 
 def plans_to_proto(plans: PlanTable) -> round_pb2.LocalModels:
@@ -109,9 +112,9 @@ def plans_to_proto(plans: PlanTable) -> round_pb2.LocalModels:
 def plans_from_proto(message: round_pb2.LocalModels) -> PlanTable:
     """Plans by device class. Raises LayoutError for what cannot be."""
     return PlanTable(
-        _plan_from_proto(message.default),
-        {name: _plan_from_proto(plan) for name, plan in message.classes.items()},
-        tuple(_plan_from_proto(plan) for plan in message.automatic),
+        plan_from_proto(message.default),
+        {name: plan_from_proto(plan) for name, plan in message.classes.items()},
+        tuple(plan_from_proto(plan) for plan in message.automatic),
     )
 
 
@@ -119,7 +122,8 @@ def _plan_to_proto(plan: CompressionPlan) -> round_pb2.LocalModel:
     return local_model_to_proto(plan, plan.sub_model(0))
 
 
-def _plan_from_proto(message: round_pb2.LocalModel) -> CompressionPlan:
+def plan_from_proto(message: round_pb2.LocalModel) -> CompressionPlan:
+    """All of a plan, the slice's width and rule too. Raises LayoutError for what cannot be."""
     sub_model = sub_model_from_proto(message)
     return replace(compression_from_proto(message), width=sub_model.width, rule=sub_model.rule)
 

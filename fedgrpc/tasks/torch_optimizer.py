@@ -37,6 +37,15 @@ class MomentumSgd:
         self._weight_decay = weight_decay
 
     @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """From now on gradients are `factor` times as large, for the same steps."""
+        self._learning_rate /= factor
+        self._weight_decay *= factor
+        for velocity in self._velocities:
+            if velocity is not None:
+                velocity.mul_(factor)
+
+    @torch.no_grad()
     def step(self) -> None:
         """See `Optimizer`; a parameter without a gradient stays as it is."""
         places = [place for place, parameter in enumerate(self._parameters) if parameter.grad is not None]

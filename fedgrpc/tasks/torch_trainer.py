@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from fedgrpc.aggregation.channels import ChannelMap
 from fedgrpc.aggregation.compression_plan import CompressionPlan
+from fedgrpc.compression.loss_scale import LossScale
 from fedgrpc.compression.nested import Nested
 from fedgrpc.data.partition import parse_part, parse_partition
 from fedgrpc.errors import TaskError, UsageError
@@ -112,7 +113,8 @@ class TorchTrainer:
         compression = Compression(module, plan, given, job.seed)
         local = compression.local
         with local.arithmetic():
-            ran = self._run(job, local.module, local, self._widths.nested(local.module, plan.nested))
+            nested = self._widths.nested(local.module, plan.nested)
+            ran = self._run(job, local.module, local, nested, local.loss_scale())
         metrics = {"loss": ran.mean_loss}
         trained = compression.trained()
         if self._held_out is not None and len(self._held_out):
@@ -125,12 +127,20 @@ class TorchTrainer:
             trained, len(self._train), ran.steps, metrics, start, masks, clustered, ran.tensor_bytes
         )
 
-    def _run(self, job: TrainJob, model: nn.Module, forward: Forward, nested: Nested | None = None) -> Ran:
+    def _run(
+        self,
+        job: TrainJob,
+        model: nn.Module,
+        forward: Forward,
+        nested: Nested | None = None,
+        scaling: LossScale | None = None,
+    ) -> Ran:
         task = self._task
         model.train()
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         start = [parameter.detach().clone() for parameter in parameters] if job.proximal_mu else []
         optimizer = _optimizer(task, parameters, job)
+        scaled = None if scaling is None else scaling.prepare(optimizer)
         loss_of = self._loss(job)
         lonely_batch_fails = len(self._train) > 1 and _has_batch_norm(model)
         # Kept on the device: reading a loss each step would make the CPU wait for an accelerator. Summed at the
@@ -150,10 +160,14 @@ class TorchTrainer:
             with memory.counting() if steps == 1 else nullcontext():
                 loss = loss_of(forward(prepared), targets)
                 total = _with_nested(loss, nested, partial(loss_of, targets=targets), prepared)
-            total.backward()  # type: ignore[no-untyped-call]
-            if job.proximal_mu:
+            if scaling is None or scaled is None:
+                total.backward()  # type: ignore[no-untyped-call]
                 _pull_back(parameters, start, job.proximal_mu)
-            optimizer.step()
+                optimizer.step()
+            else:
+                scaling.backward(total)
+                _pull_back(parameters, start, job.proximal_mu * scaling.scale)
+                scaling.step(scaled, parameters)
             losses.append(loss.detach())
             examples.append(len(indices))
         return Ran(_mean_loss(losses, examples), steps, memory.total)
@@ -223,8 +237,8 @@ def _optimizer(task: Task, parameters: list[nn.Parameter], job: TrainJob) -> Opt
 
 
 def _pull_back(parameters: list[nn.Parameter], start: list[Tensor], mu: float) -> None:
-    """Add the gradient of mu/2 ||w - w_start||^2."""
-    for parameter, origin in zip(parameters, start, strict=True):
+    """Add the gradient of mu/2 ||w - w_start||^2; there is no start where mu is 0."""
+    for parameter, origin in zip(parameters, start, strict=bool(mu)):
         if parameter.grad is not None:
             parameter.grad.add_(parameter.detach() - origin, alpha=mu)
 

@@ -177,14 +177,18 @@ class Quantization(_message.Message):
     def __init__(self, weight_bits: _Optional[int] = ..., activation_bits: _Optional[int] = ..., layers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Arithmetic(_message.Message):
-    __slots__ = ("format", "stochastic_rounding", "emulated")
+    __slots__ = ("format", "stochastic_rounding", "emulated", "loss_scale", "dynamic_loss_scale")
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     STOCHASTIC_ROUNDING_FIELD_NUMBER: _ClassVar[int]
     EMULATED_FIELD_NUMBER: _ClassVar[int]
+    LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
+    DYNAMIC_LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
     format: str
     stochastic_rounding: bool
     emulated: bool
-    def __init__(self, format: _Optional[str] = ..., stochastic_rounding: _Optional[bool] = ..., emulated: _Optional[bool] = ...) -> None: ...
+    loss_scale: float
+    dynamic_loss_scale: bool
+    def __init__(self, format: _Optional[str] = ..., stochastic_rounding: _Optional[bool] = ..., emulated: _Optional[bool] = ..., loss_scale: _Optional[float] = ..., dynamic_loss_scale: _Optional[bool] = ...) -> None: ...
 
 class TaskRecord(_message.Message):
     __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes", "local_model", "merged_updates", "steps", "staleness", "scale", "chosen", "prediction", "tensor_bytes", "download_recipe", "upload_recipe")
