@@ -63,6 +63,7 @@ class Pruning:
     def __post_init__(self) -> None:
         _check(0 < self.ratio < 1, f"a pruning ratio is above 0 and below 1, not {self.ratio:g}")
         _check(self.scope in SCOPES, f"pruning has the scope {' or '.join(SCOPES)}, not {self.scope!r}")
+        _check_layers("pruning", self.layers)
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Quantization:
         for name in ("weight_bits", "activation_bits"):
             bits = getattr(self, name)
             _check(bits == 0 or 2 <= bits <= 16, f"{name} are 2 to 16, or 0 for none, not {bits}")
+        _check_layers("quantization", self.layers)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Clustering:
 
     def __post_init__(self) -> None:
         _check(2 <= self.clusters <= 256, f"a layer has 2 to 256 clusters, not {self.clusters}")
+        _check_layers("clustering", self.layers)
 
 
 @dataclass(frozen=True)
@@ -303,6 +306,11 @@ def _line(name: str, value: Any) -> str:
 def _quoted(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
+
+
+def _check_layers(part: str, layers: tuple[str, ...]) -> None:
+    """A message without layers means all of them."""
+    _check(bool(layers), f"{part} is of some layers; leave the table out for none")
 
 
 def _check(holds: bool, message: str) -> None:

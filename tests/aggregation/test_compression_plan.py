@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgrpc.aggregation import compression_plan
+from fedgrpc.aggregation.channels import SubModel
 from fedgrpc.aggregation.compression_plan import (
     FORMATS,
     Arithmetic,
@@ -19,13 +21,15 @@ from fedgrpc.aggregation.compression_plan import (
     Quantization,
 )
 from fedgrpc.errors import UsageError
+from fedgrpc.rpc.local_model import compression_from_proto, local_model_to_proto
 
-LAYERS = st.lists(st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=8), max_size=3).map(tuple)
+NAMES = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=8)
+LAYERS = st.lists(NAMES, min_size=1, max_size=3).map(tuple)
 PLANS = st.builds(
     CompressionPlan,
     width=st.floats(0, 1, exclude_min=True),
     rule=st.sampled_from(["prefix", "rolling", "random", "magnitude"]),
-    personal_layers=LAYERS,
+    personal_layers=st.just(()) | LAYERS,
     pruning=st.none()
     | st.builds(
         Pruning,
@@ -38,16 +42,29 @@ PLANS = st.builds(
     | st.builds(Quantization, st.sampled_from([0, 2, 8, 16]), st.sampled_from([0, 4, 8]), LAYERS),
     arithmetic=st.none()
     | st.builds(
-        Arithmetic, st.sampled_from([*FORMATS, "e5s9", "fixed8.4"]), st.sampled_from(["nearest", "stochastic"])
+        Arithmetic,
+        st.sampled_from([*FORMATS, "e5s9", "fixed8.4"]),
+        st.sampled_from(["nearest", "stochastic"]),
+        st.booleans(),
+        st.integers(0, 20).map(lambda power: 2.0**power),
+        st.booleans(),
     ),
 )
 
 
 @given(PLANS)
-def test_any_combination_comes_back_from_its_text(plan: CompressionPlan) -> None:
+def test_any_combination_comes_back_from_its_text_and_from_its_message(plan: CompressionPlan) -> None:
     text = plan.to_toml()
     tomllib.loads(text)
     assert CompressionPlan.from_toml(text) == plan
+    message = local_model_to_proto(plan, SubModel())
+    assert compression_from_proto(message) == replace(plan, width=1.0, rule="prefix")
+
+
+def test_a_plan_has_a_line_of_its_own() -> None:
+    assert CompressionPlan().to_line() == "the whole model"
+    plan = CompressionPlan(0.5, pruning=Pruning(), arithmetic=Arithmetic("float16", loss_scale=8.0))
+    assert plan.to_line() == 'width = 0.5, pruning, arithmetic.format = "float16", arithmetic.loss_scale = 8.0'
 
 
 def test_pruned_by_half_with_8_bit_weights_and_16_clusters_in_the_classifier_is_one_plan() -> None:
@@ -71,7 +88,7 @@ def test_the_example_in_the_documentation_is_a_plan() -> None:
     assert compression_plan.__doc__ is not None
     plan = CompressionPlan.from_toml(compression_plan.__doc__.partition("In TOML:")[2].partition("A large")[0])
     assert plan.width == 0.5
-    assert plan.arithmetic == Arithmetic("float16", emulated=True)
+    assert plan.arithmetic == Arithmetic("float16", emulated=True, loss_scale=256)
 
 
 def test_the_default_changes_nothing_and_has_no_text() -> None:
@@ -95,11 +112,13 @@ def test_the_default_changes_nothing_and_has_no_text() -> None:
         ("pruning = 0.5", "is a table"),
         ("[pruning]\nratio = 1.0", "below 1"),
         ("[pruning]\nscope = 'all'", "layer or global"),
+        ("[pruning]\nlayers = []", "pruning is of some layers"),
         ("[quantization]\nweight_bits = 1", "2 to 16"),
         ("[quantization]\nweight_bits = true", "is a int"),
         ("[clustering]\nclusters = 1", "2 to 256"),
         ("[arithmetic]\nformat = 'float12'", "no number format"),
         ("[arithmetic]\nrounding = 'up'", "nearest or stochastic"),
+        ("[arithmetic]\nloss_scale = 3", "a power of two from 1"),
         ("width 0.5", "is TOML"),
         ("nested = [0.5, 1.0]", "nested width is above 0 and below 1"),
         ("nested = 0.5", "list of numbers"),
