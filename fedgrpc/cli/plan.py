@@ -6,7 +6,7 @@ import asyncio
 import json
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from fedgrpc.aggregation.prediction import Choice, Device, Observation, Predicti
 from fedgrpc.cli.common import FILE, client_settings, client_tls
 from fedgrpc.cli.operator import operator
 from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand
-from fedgrpc.cli.planning import Asked, Model, Subject, ask, measured, model_of
+from fedgrpc.cli.planning import Asked, Model, Subject, ask, measured
 from fedgrpc.cli.quantities import DURATION, RATE, SIZE
 from fedgrpc.cli.view import piped_console, print_table, seconds, size
 from fedgrpc.errors import UsageError
@@ -99,20 +99,23 @@ def _run(**values: Any) -> None:
     )
     asked = asyncio.run(_ask(values)) if values["aggregator"] else None
     table, whose = _plans_of(values["plans"], asked)
-    model = model_of(trainer, values["encoding"] or (asked.encoding if asked else ENCODING))
+    model = Model.of(trainer, values["encoding"] or ENCODING)
     deadline_s = values["deadline_s"] or (asked.deadline_s if asked else DEADLINE_S)
     question = Question(model, table, deadline_s)
     if model.channels is None and any(plan.width < 1 for plan in question.plans):
         raise UsageError(f"the model of {values['task']} cannot be sliced, so it has no plans of less width")
     subjects = asked.subjects(model) if asked else [_here(values, trainer, question)]
-    decided = [(subject, question.answer(subject)) for subject in subjects]
+    questions = {"": question}
+    for encoding in {subject.encoding for subject in subjects if not values["encoding"]} - {""}:
+        questions[encoding] = replace(question, model=Model.of(trainer, encoding))
+    decided = [(subject, questions.get(subject.encoding, question)) for subject in subjects]
     if values["as_json"]:
-        click.echo(json.dumps([_plain(*each, question) for each in decided], indent=2))
+        click.echo(json.dumps([_plain(*each) for each in decided], indent=2))
         return
     console = piped_console()
     console.print(f"plans: {whose}; a round has {seconds(deadline_s)}\n", highlight=False, soft_wrap=True)
-    for subject, choice in decided:
-        _show(console, subject, choice, question)
+    for subject, its in decided:
+        _show(console, subject, its)
 
 
 def _plans_of(path: Path | None, asked: Asked | None) -> tuple[PlanTable, str]:
@@ -147,7 +150,8 @@ async def _ask(values: Mapping[str, Any]) -> Asked:
         return await ask(aggregator, values["worker"])
 
 
-def _show(console: Console, subject: Subject, choice: Choice, question: Question) -> None:
+def _show(console: Console, subject: Subject, question: Question) -> None:
+    choice = question.answer(subject)
     about = f" ({subject.device_class})" if subject.device_class else ""
     tasks = f"{len(subject.history)} task{'' if len(subject.history) == 1 else 's'} measured"
     console.print(f"{subject.name}{about}: {tasks}", style="bold", highlight=False)
@@ -188,7 +192,9 @@ def errors_line(subject: Subject) -> str:
     return f"predicted against measured, median of {len(subject.errors)} tasks: {shown}" if shown else ""
 
 
-def _plain(subject: Subject, choice: Choice, question: Question) -> dict[str, Any]:
+def _plain(subject: Subject, question: Question) -> dict[str, Any]:
+    choice = question.answer(subject)
+
     def row(plan: CompressionPlan) -> dict[str, Any]:
         size = question.model.size_of(plan)
         cost: Prediction = predict(subject.device, subject.history, size)

@@ -42,6 +42,16 @@ class Model:
     channels: ChannelMap | None
     bits_per_element: float
 
+    @classmethod
+    def of(cls, trainer: Trainer, encoding: str) -> Model:
+        """A task's model; its payload is made once to see what the encoding does. Raises UsageError."""
+        weights = trainer.initial_weights()
+        layout = tuple(spec_of(name, array) for name, array in weights.items())
+        payload = write_payload(weights, Recipe.parse(encoding), io.BytesIO(), np.random.default_rng(0))
+        elements = max(1, sum(array.size for array in weights.values()))
+        channels = trainer.channels() if isinstance(trainer, SliceableTrainer) else None
+        return cls(layout, channels, 8 * payload.size_bytes / elements)
+
     def size_of(self, plan: CompressionPlan) -> PlanSize:
         """The plan's share of this model."""
         return size_of(plan, self.layout, self.channels, self.bits_per_element)
@@ -49,23 +59,17 @@ class Model:
 
 @dataclass(frozen=True)
 class Subject:
-    """A device, what its tasks have cost, and by how much each prediction of them was off, by part."""
+    """A device, what its tasks have cost, and by how much each prediction of them was off, by part.
+
+    `encoding` is the one that models travel to it in; "" where it has not been told any.
+    """
 
     name: str
     device: Device
     history: tuple[Observation, ...] = ()
     errors: tuple[Mapping[str, float], ...] = ()
     device_class: str = ""
-
-
-def model_of(trainer: Trainer, encoding: str) -> Model:
-    """Read a task's model; its payload is made once to see what the encoding does. Raises UsageError."""
-    weights = trainer.initial_weights()
-    layout = tuple(spec_of(name, array) for name, array in weights.items())
-    payload = write_payload(weights, Recipe.parse(encoding), io.BytesIO(), np.random.default_rng(0))
-    elements = max(1, sum(array.size for array in weights.values()))
-    channels = trainer.channels() if isinstance(trainer, SliceableTrainer) else None
-    return Model(layout, channels, 8 * payload.size_bytes / elements)
+    encoding: str = ""
 
 
 def measured(
@@ -107,11 +111,10 @@ def _sliced(weights: Weights, channels: ChannelMap | None, plan: CompressionPlan
 
 @dataclass(frozen=True)
 class Asked:
-    """What a running aggregator gives out and sizes it by, and its devices with what their tasks have cost."""
+    """What a running aggregator gives out, and its devices with what their tasks have cost."""
 
     plans: PlanTable
     deadline_s: float
-    encoding: str
     workers: tuple[WorkerRecord, ...]
     tasks: Mapping[str, Sequence[TaskRecord]]
 
@@ -136,7 +139,7 @@ async def ask(aggregator: Operator, name: str | None) -> Asked:
     run = await aggregator.run()
     plans = plans_from_proto(run.local_models) if run.HasField("local_models") else PlanTable()
     deadline_s = float(run.settings["policy.deadline_s"])
-    return Asked(plans, deadline_s, run.settings["download_recipe"], trainers, tasks)
+    return Asked(plans, deadline_s, trainers, tasks)
 
 
 def _subject(record: WorkerRecord, tasks: Sequence[TaskRecord], model: Model) -> Subject:
@@ -146,4 +149,5 @@ def _subject(record: WorkerRecord, tasks: Sequence[TaskRecord], model: Model) ->
         for task, width in zip(tasks, widths, strict=True)
     )
     errors = tuple(prediction_errors(task) for task in tasks if task.HasField("prediction"))
-    return Subject(record.worker, device_of(record.device), history, errors, record.device.device_class)
+    device_class, encoding = record.device.device_class, record.download_recipe.partition("~")[0]
+    return Subject(record.worker, device_of(record.device), history, errors, device_class, encoding)

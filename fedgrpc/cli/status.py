@@ -62,15 +62,16 @@ async def _status(values: dict[str, Any]) -> None:
     console = piped_console()
     console.print(run_line(run), style="bold", highlight=False)
     tables = [rounds_table(rounds), workers_table(workers)]
+    predictions = predictions_table(latest)
     if values["plans"]:
-        tables.append(predictions_table(latest))
+        tables.append(predictions)
     if values["links"]:
         tables.append(links_table(workers))
     for table in tables:
         if table.row_count:
             console.print()
             print_table(console, table)
-    if values["plans"] and not tables[-1].row_count:
+    if values["plans"] and not predictions.row_count:
         console.print(f"\nno task of the last {len(latest)} rounds had its cost predicted", highlight=False)
 
 

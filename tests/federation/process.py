@@ -131,13 +131,13 @@ async def aggregator_process(folder, *arguments, address="127.0.0.1:0", **how):
 
 
 @asynccontextmanager
-async def worker_process(running, folder, name, data, *arguments):
-    """A worker on the task of `tests.federation.tasks`, whose data folder is `data`."""
+async def worker_process(running, folder, name, data, *arguments, task="Recorded"):
+    """A worker on a task of `tests.federation.tasks`, whose data folder is `data`."""
     data.mkdir(exist_ok=True)
     place = ["--aggregator", running.address, "--serve-address", "none"]
     place += ["--name", name, "--state-dir", folder / name]
-    task = ["--task", "tests.federation.tasks:Recorded", "--data", data]
-    async with process("worker", *place, *task, "--reconnect-first", "50ms", *arguments) as started:
+    learning = ["--task", f"tests.federation.tasks:{task}", "--data", data]
+    async with process("worker", *place, *learning, "--reconnect-first", "50ms", *arguments) as started:
         yield started
 
 

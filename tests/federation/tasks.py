@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedgrpc.aggregation.channels import ChannelGroup, ChannelMap, Segment
 from fedgrpc.worker.trainer import EvalResult, TrainResult
 
 
@@ -38,4 +39,41 @@ class Recorded:
     def changes(folder: Path):
         """What each training added so far."""
         path = folder / "trained"
+        return [float(line) for line in path.read_text().split()] if path.exists() else []
+
+
+class Sliced:
+    """A model of eight channels, to all of which a worker adds 1, or what its data folder says in `change`.
+
+    given       the bias that each training began from, its first channel, one line for each
+    """
+
+    _MAP = ChannelMap((ChannelGroup(8),), {"w": ((Segment(0),), (Segment(None, 50),)), "b": ((Segment(0),),)})
+
+    def __init__(self, data: Path):
+        self.folder = data
+        path = data / "change"
+        self.change = float(path.read_text()) if path.exists() else 1.0
+
+    def channels(self):
+        return self._MAP
+
+    def initial_weights(self):
+        return {"w": np.zeros((8, 50), np.float32), "b": np.zeros(8, np.float32)}
+
+    def train(self, weights, job):
+        with (self.folder / "given").open("a") as file:
+            file.write(f"{weights['b'][0]}\n")
+        for _ in job.batches(10, 10):
+            time.sleep(0.05)
+        moved = {name: (array + self.change).astype(np.float32) for name, array in weights.items()}
+        return TrainResult(moved, 10, 1, {}, dict(weights))
+
+    def evaluate(self, weights):
+        return EvalResult(10, {"mean": float(weights["w"].mean())})
+
+    @staticmethod
+    def given(folder: Path):
+        """What each training so far began from."""
+        path = folder / "given"
         return [float(line) for line in path.read_text().split()] if path.exists() else []

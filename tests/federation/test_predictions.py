@@ -1,9 +1,19 @@
-"""What plans cost is learned from every committed round, and known again after a restart."""
+"""What plans cost is learned from every committed round, and known again after a restart; operators see it."""
+
+import asyncio
+import json
+import os
+import sys
+from contextlib import AsyncExitStack
 
 import pytest
+from safetensors.numpy import save_file
 
+from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2
-from tests.federation.process import again, aggregator_process, free_address
+from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, TASK_PHASE_ACCEPTED
+from tests.federation.process import ROOT, again, aggregator_process, free_address, worker_process
+from tests.federation.tasks import Sliced
 
 TIMINGS = {
     1: device_pb2.Timings(download_seconds=1, local_seconds=8, upload_seconds=2),
@@ -39,3 +49,102 @@ async def test_what_a_device_has_cost_is_known_to_an_aggregator_that_was_killed(
         assert task.round == 4
         assert expected.local_seconds == pytest.approx(6)
         assert expected.peak_memory_bytes == pytest.approx(600 << 20, rel=0.01)
+
+
+PLANS = """
+[[automatic]]
+[[automatic]]
+width = 0.5
+[[automatic]]
+width = 0.125
+
+[tiny]
+width = 0.25
+
+[keeper]
+personal_layers = ["b"]
+"""
+# A link so slow that by its word half the model is all that fits the two minutes of a round.
+DEVICES = {
+    "pi": ("--profile", "uplink_bits_per_second=20"),
+    "watch": ("--device-class", "tiny"),
+    "home": ("--device-class", "keeper"),
+}
+
+
+async def fedgrpc(*arguments):
+    """What the command prints."""
+    command = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "fedgrpc", *map(str, arguments)),
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "160"},
+        stdout=asyncio.subprocess.PIPE,
+    )
+    out, _ = await command.communicate()
+    assert command.returncode == 0
+    return out.decode()
+
+
+def slices(record):
+    return {task.worker: task.local_model.sub_model for task in record.tasks}
+
+
+async def until_trained(running, version):
+    """The record of a round of training whose three updates were taken, of that version or later."""
+    await running.until(lambda run, _: run.model_version >= version)
+    rounds = [it for it in await running.rounds() if it.kind == TASK_KIND_TRAIN]
+    assert {task.phase for task in rounds[-1].tasks} == {TASK_PHASE_ACCEPTED}
+    return rounds
+
+
+async def test_plans_by_class_and_layers_at_home_hold_over_a_kill_and_operators_see_what_they_cost(tmp_path):
+    address = free_address()
+    (tmp_path / "plans.toml").write_text(PLANS)
+    save_file(Sliced(tmp_path).initial_weights(), tmp_path / "initial.safetensors")
+    # What stays at home is told from what comes by the size of its steps.
+    (tmp_path / "home-data").mkdir()
+    (tmp_path / "home-data" / "change").write_text("1000")
+    arguments = ("--rounds", 200, "--min-workers", 3, "--quorum", 3, "--local-models", tmp_path / "plans.toml")
+    asked = ("--aggregator", address)
+    task = ("--task", "tests.federation.tasks:Sliced", "--data", tmp_path)
+
+    async with AsyncExitStack() as stack:
+
+        async def work(name):
+            worker = worker_process(
+                running, tmp_path, name, tmp_path / f"{name}-data", *DEVICES[name], task="Sliced"
+            )
+            return await stack.enter_async_context(worker)
+
+        async with aggregator_process(tmp_path, *arguments, address=address) as (aggregator, running):
+            workers = {name: await work(name) for name in DEVICES}
+            rounds = await until_trained(running, 4)
+            told = slices(rounds[1])
+            assert (told["watch"], told["home"]) == ("prefix:0.25", "")
+            plans = {each["device"]: each for each in json.loads(await fedgrpc("plan", *task, *asked, "--json"))}
+            await running.stub.PauseRun(pb.PauseRunRequest())
+            assert await workers["home"].kill() == -9
+            assert await aggregator.kill() == -9
+        before = Sliced.given(tmp_path / "home-data")
+
+        async with aggregator_process(tmp_path, *arguments, address=address) as (_, running):
+            version = (await running.run()).model_version
+            await work("home")
+            await running.stub.ResumeRun(pb.ResumeRunRequest())
+            rounds = await until_trained(running, version + 2)
+            shown = await fedgrpc("status", *asked, "--plans")
+
+    assert slices(rounds[-1])["watch"] == "prefix:0.25"
+    # Each training of the layer at home went on from the one before it.
+    after = Sliced.given(tmp_path / "home-data")
+    assert len(after) > len(before)
+    assert after == sorted(after)
+    assert after[len(before)] >= before[-1] >= 1000
+
+    assert (plans["watch"]["chosen"], plans["watch"]["reason"]) == ("width = 0.25\n", "the plan of tiny")
+    assert plans["home"]["reason"] == "the plan of keeper"
+    assert plans["pi"]["measured_tasks"] >= 3
+    assert "width = 0.25" in shown
+    assert 'personal_layers = ["b"]' in shown
+    measured = [line for line in shown.splitlines() if line.startswith(("pi ", "watch ", "home ")) and "→" in line]
+    assert len(measured) == 3
