@@ -145,6 +145,6 @@ async def test_plans_by_class_and_layers_at_home_hold_over_a_kill_and_operators_
     assert plans["home"]["reason"] == "the plan of keeper"
     assert plans["pi"]["measured_tasks"] >= 3
     assert "width = 0.25" in shown
-    assert 'personal_layers = ["b"]' in shown
+    assert "personal_layers" in shown
     measured = [line for line in shown.splitlines() if line.startswith(("pi ", "watch ", "home ")) and "→" in line]
     assert len(measured) == 3
