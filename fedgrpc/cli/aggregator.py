@@ -14,9 +14,10 @@ from fedgrpc.aggregation.compression_plan import PlanTable
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS
 from fedgrpc.aggregator.server import run_aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings, Target, TrainingPlan
-from fedgrpc.cli.common import FILE, LOGS, configure_logs, server_tls, tls_settings
+from fedgrpc.cli.logs import LOGS, configure_logs
 from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand, pick
 from fedgrpc.cli.quantities import DURATION, SIZE
+from fedgrpc.cli.tls import FILE, server_tls, tls_settings
 from fedgrpc.cli.upstream import UPSTREAM, above_from
 from fedgrpc.errors import UsageError
 from fedgrpc.metrics import Metrics, serve_metrics

@@ -14,9 +14,9 @@ import click
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from fedgrpc.cli.common import client_settings, client_tls
 from fedgrpc.cli.options import Declare, SettingsCommand
 from fedgrpc.cli.quantities import DURATION
+from fedgrpc.cli.tls import client_settings, client_tls
 from fedgrpc.rpc.channel import CLIENT_OPTIONS, Tls, check_target
 
 _where = Declare("Where")

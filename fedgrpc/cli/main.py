@@ -16,7 +16,6 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from fedgrpc import __version__
 from fedgrpc.errors import FedgrpcError, UsageError
 
 # Where each command lives. Loaded when asked for: `fedgrpc status` needs no training code.
@@ -51,8 +50,24 @@ def load_command(name: str) -> click.Command:
     return command
 
 
+def _tell_version(ctx: click.Context, _param: click.Parameter, asked: bool) -> None:
+    """Show the version and exit."""
+    if asked:
+        from fedgrpc import __version__
+
+        click.echo(f"fedgrpc, version {__version__}")
+        ctx.exit()
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(__version__, prog_name="fedgrpc")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    help="Show the version and exit.",
+    callback=_tell_version,
+)
 def cli() -> None:
     """Federated learning for fleets of unequal edge devices, over gRPC."""
 

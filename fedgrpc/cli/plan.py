@@ -16,11 +16,11 @@ from rich.table import Table
 
 from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
 from fedgrpc.aggregation.prediction import Choice, Device, Observation, Prediction, choose_of, misfit, predict
-from fedgrpc.cli.common import FILE, client_settings, client_tls
 from fedgrpc.cli.operator import operator
 from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand
 from fedgrpc.cli.planning import Asked, Model, Subject, ask, measured
 from fedgrpc.cli.quantities import DURATION, RATE, SIZE
+from fedgrpc.cli.tls import FILE, client_settings, client_tls
 from fedgrpc.cli.view import piped_console, print_table, seconds, size
 from fedgrpc.errors import UsageError
 from fedgrpc.worker.trainer import Trainer, load_trainer

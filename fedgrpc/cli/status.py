@@ -9,9 +9,9 @@ from typing import Any
 import click
 from google.protobuf.json_format import MessageToDict
 
-from fedgrpc.cli.common import client_settings, client_tls
 from fedgrpc.cli.operator import AGGREGATOR_SETTING, operator
 from fedgrpc.cli.options import Declare, SettingsCommand
+from fedgrpc.cli.tls import client_settings, client_tls
 from fedgrpc.cli.view import (
     links_table,
     piped_console,

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedgrpc.cli.common import FILE
 from fedgrpc.cli.options import Declare, Setting
+from fedgrpc.cli.tls import FILE
 from fedgrpc.errors import UsageError
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.worker.settings import WorkerSettings

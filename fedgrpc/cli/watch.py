@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from fedgrpc.cli.common import client_settings, client_tls
 from fedgrpc.cli.operator import AGGREGATOR_SETTING, Operator, operator
 from fedgrpc.cli.options import SettingsCommand
+from fedgrpc.cli.tls import client_settings, client_tls
 from fedgrpc.cli.view import SETTLED, live_view, piped_console, round_line, round_phase, run_line, run_phase
 
 SETTINGS = [AGGREGATOR_SETTING, *client_settings()]

@@ -13,9 +13,10 @@ from typing import Any
 
 import click
 
-from fedgrpc.cli.common import LOGS, client_settings, client_tls, configure_logs
+from fedgrpc.cli.logs import LOGS, configure_logs
 from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand, pick
 from fedgrpc.cli.quantities import DURATION, RATE, SIZE
+from fedgrpc.cli.tls import client_settings, client_tls
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.errors import UsageError
 from fedgrpc.rpc.channel import Tls

@@ -62,7 +62,7 @@ def test_a_wrong_address_is_a_usage_error() -> None:
     assert ended.error.startswith("error: ")
 
 
-@pytest.mark.parametrize("module", ["numpy", "torch", "fedgrpc.rounds"])
+@pytest.mark.parametrize("module", ["numpy", "torch", "structlog", "rich", "importlib.metadata", "fedgrpc.rounds"])
 def test_it_loads_no_more_than_it_needs(module: str) -> None:
     """It starts again every few seconds, on small devices."""
     code = f"import sys, fedgrpc.cli.health; sys.exit({module!r} in sys.modules)"

@@ -1,4 +1,7 @@
-"""Settings that several commands share: TLS, logs, where the aggregator is."""
+"""TLS on the command line: the settings of who dials and of who serves.
+
+A container's health check imports this every few seconds, so it imports no more than it needs.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,9 @@ import click
 
 from fedgrpc.cli.options import Declare, Setting
 from fedgrpc.errors import UsageError
-from fedgrpc.logging import FORMATS, LEVELS, configure
 from fedgrpc.rpc.channel import Tls
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
-
-_logs = Declare("Logs")
-LOGS: list[Setting] = [
-    _logs("--log-level", "From which level up.", type=click.Choice(LEVELS), default="info"),
-    _logs(
-        "--log-format",
-        "auto: readable on a terminal, JSON lines otherwise.",
-        type=click.Choice(FORMATS),
-        default="auto",
-    ),
-]
-
-
-def configure_logs(values: Mapping[str, Any]) -> None:
-    """Apply the settings in `LOGS`."""
-    configure(values["log_level"], values["log_format"])
 
 
 def tls_settings(certificate_help: str, ca_help: str) -> list[Setting]:
