@@ -24,7 +24,9 @@ def gather(round_: Round, event: Pool, now: float) -> Step:
     if idle_count + brought < policy.needed_idle:
         return replace(round_, ready_at=None), ()
     ready_at = now + policy.selection_window_s if round_.ready_at is None else round_.ready_at
-    if idle_count + len(round_.tasks) < event.live_count and now < ready_at:
+    # One whose carried update is in, or lost, is idle and in the round's tasks, too.
+    there = {task.worker for task in round_.tasks.values()}.union(event.idle)
+    if len(there) < event.live_count and now < ready_at:
         return replace(round_, ready_at=ready_at), ()
     if policy.buffer_size is not None:
         return _gather_buffer(round_, event, idle_count, now)

@@ -248,6 +248,15 @@ def test_a_worker_whose_carried_update_is_in_may_take_part_in_the_next_round_too
     assert committed_tokens(after.accept(["b2"])) == ("b", "a2", "b2")
 
 
+def test_a_worker_whose_carried_update_is_in_is_not_counted_twice_while_others_are_waited_for() -> None:
+    it, _ = _with_one_late()
+    it.accept("b")
+    it.commit()
+    after, _ = _next(it)
+    assert after.pool("ab", live_count=3) == ()
+    assert after.pool("abc", live_count=3) == (Select(3, frozenset()),)
+
+
 def test_a_worker_still_at_a_carried_task_is_not_asked() -> None:
     it, _ = _with_one_late()
     it.commit()
