@@ -2,7 +2,7 @@
 # Make a base image from Debian's packages alone, for a machine that reaches no container registry (root, Debian).
 #
 #   tools/base_image.sh [NAME]         localhost/python:3.11-slim-bookworm without
-#   make images IMAGES_FROM=NAME
+#   make images CONTAINER_BUILD="podman build --format docker --build-arg PYTHON_IMAGE=NAME"
 #
 # It stands in for docker.io/library/python:3.11-slim-bookworm: bookworm's own CPython 3.11 with pip and venv, at the
 # same places. It trusts the certificates that this machine trusts, so it is not one to give away.
