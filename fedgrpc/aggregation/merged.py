@@ -44,11 +44,16 @@ def pack_mean(tensor: TensorLike, mean: CoordinateMean, weight: float, dtype: np
         values = rounded
     with np.errstate(over="ignore"):
         packed[tensor.name] = values.astype(dtype)
-    if dtype.kind not in "iub" and not np.isfinite(packed[tensor.name]).all():
-        raise UpdateRefused(f"the mean of tensor {tensor.name!r} is not finite in {tensor.dtype}")
+    check_finite(tensor, packed[tensor.name])
     if np.any(weights != weight):
         packed |= pack(tensor.name + WEIGHTS, np.broadcast_to(weights, tensor.shape), clustered=True)
     return packed
+
+
+def check_finite(tensor: TensorLike, mean: np.ndarray) -> None:
+    """A mean travels where its dtype holds it. Raises `UpdateRefused`."""
+    if mean.dtype.kind not in "iub" and not np.isfinite(mean).all():
+        raise UpdateRefused(f"the mean of tensor {tensor.name!r} is not finite in {tensor.dtype}")
 
 
 def check_merged_layout(model: Sequence[TensorLike], update: Sequence[TensorLike]) -> None:

@@ -212,6 +212,22 @@ class PayloadReader:
         return data
 
 
+class LazyTensors(Mapping[str, Array]):
+    """A payload's tensors by name, in its order, each decoded when it is asked for."""
+
+    def __init__(self, reader: PayloadReader) -> None:
+        self._reader = reader
+
+    def __getitem__(self, name: str) -> Array:
+        return self._reader.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reader.names)
+
+    def __len__(self) -> int:
+        return len(self._reader.names)
+
+
 def inflate(zstd: zstandard.ZstdDecompressor, frame: memoryview, content_size_bytes: int) -> bytes:
     """Inflate one zstd frame to exactly its declared size, never beyond; raises CorruptError."""
     try:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-
+from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import TaskError
 from fedgrpc.tree.mean import StoredMean
 from fedgrpc.v1 import aggregator_pb2
@@ -18,11 +16,13 @@ from fedgrpc.v1 import aggregator_pb2
 class Order:
     """A task, the model to start from (none for initial weights), and until when its round may take (`due_at`).
 
-    `due_at` is of the monotonic clock, seconds; None: for as long as this aggregator's own deadline says.
+    `given` are its tensors, each read when it is asked for, in the order of `layout`. `due_at` is of the monotonic
+    clock, seconds; None: for as long as this aggregator's own deadline says.
     """
 
     task: aggregator_pb2.Task
-    given: Mapping[str, np.ndarray[Any, np.dtype[Any]]]
+    layout: Layout
+    given: Mapping[str, Array]
     due_at: float | None
 
     @property

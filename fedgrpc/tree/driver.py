@@ -25,7 +25,6 @@ from fedgrpc.aggregator.new_version import NewVersion, merged_of, parts_of
 from fedgrpc.aggregator.orders import Orders
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.aggregator.run_store import Version
-from fedgrpc.codec.layout import layout_of
 from fedgrpc.errors import CodecError, StorageError
 from fedgrpc.rounds.events import Abort, Commit
 from fedgrpc.rounds.policy import RoundPolicy
@@ -138,7 +137,7 @@ class LeafDriver(Driver):
         """Make the order's version this aggregator's own, and the order durable."""
         it, task = self._it, order.task
         if task.kind != TASK_KIND_INITIALIZE and it.run.version != task.model_version:
-            layout, path = layout_of(order.given), it.models.path(task.model_version)
+            layout, path = order.layout, it.models.path(task.model_version)
             digest = await asyncio.to_thread(write_model, path, layout, order.given.values())
             # Its scores come with this round's updates, and are those of the round before.
             version = Version(task.model_version, max(0, task.round - 1), digest)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import Final
 
+from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import LinkError, TaskError
 from fedgrpc.tree.branch import Branches
 from fedgrpc.tree.desk import Order
@@ -78,10 +80,10 @@ class LeafLoop(Loop):
             raise LinkError("the aggregator above leads another run now")
         if not task.plan.sub_model.whole or task.plan.compression is not None:
             raise TaskError("an aggregator takes the whole model as it is")
-        given, download_s = await self._download(task)
+        layout, given, download_s = await self._lazily(task)
         began = Began(download_s, time.monotonic())
         self._board.enter(Activity.EVALUATING if task.kind is TaskKind.EVALUATE else Activity.TRAINING)
-        order = Order(message, given, self._due_at(task))
+        order = Order(message, layout, given, self._due_at(task))
         watching = asyncio.create_task(branch.watch(lambda progress: self._board.show(progress=progress)))
         try:
             mean = await branch.desk.carry_out(order)
@@ -97,6 +99,13 @@ class LeafLoop(Loop):
         update = await asyncio.to_thread(self._spool.write, message, fill)
         self._show_disk()
         return update
+
+    async def _lazily(self, task: Task) -> tuple[Layout, Mapping[str, Array], float]:
+        """The model to start from, left on the disk until it is read, and the seconds that its download took."""
+        if task.kind is TaskKind.INITIALIZE:
+            return (), {}, 0.0
+        held, download_s = await self._hold(task)
+        return held.manifest.layout, await asyncio.to_thread(held.tensors), download_s
 
     def _due_at(self, task: Task) -> float | None:
         if task.deadline_s is None:

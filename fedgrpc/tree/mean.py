@@ -10,25 +10,25 @@ nothing to repair, and it is computed a group of tensors at a time. How it trave
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
 from fedgrpc.aggregation.channels import Selection
-from fedgrpc.aggregation.merged import EXACT, pack_mean
+from fedgrpc.aggregation.merged import EXACT, check_finite, pack_mean
 from fedgrpc.aggregator.commit import Group, by_groups, cached, means_of
-from fedgrpc.aggregator.fold import Load
+from fedgrpc.aggregator.fold import Fold, Load
 from fedgrpc.aggregator.uploads import StoredUpdate
 from fedgrpc.codec.feedback import Corrected, Keep, Residual, write_with_feedback
-from fedgrpc.codec.layout import Array, Layout, spec_of
+from fedgrpc.codec.layout import Array, Layout, TensorSpec, spec_of
 from fedgrpc.codec.manifest import Manifest
-from fedgrpc.codec.payload import PayloadReader, PayloadWriter, file_reader, write_payload
+from fedgrpc.codec.payload import LazyTensors, PayloadReader, PayloadWriter, file_reader, write_payload
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Compression, Recipe
 from fedgrpc.errors import StorageError
@@ -41,6 +41,8 @@ from fedgrpc.worker.task import Task, TaskKind
 from fedgrpc.worker.training import Began, peak_memory_bytes
 
 Tensors = Iterator[tuple[str, Array]]
+# Elements of a tensor whose mean is in hand at a time, float64.
+_MOST_AT_ONCE: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -105,17 +107,34 @@ def mean_tensors(
     total = 0.0
     for _, weight in updates:
         total += weight
-    load = cached(load)
+    load, alike = cached(load), not (parts or merged)
+    with Fold(updates if alike else (), load, {}) as fold:
 
-    def pack(group: Group) -> dict[str, Array]:
-        specs = [layout[index] for index in group]
-        packed: dict[str, Array] = {}
-        for spec, mean in zip(specs, means_of(specs, updates, load, parts, merged), strict=True):
-            packed |= pack_mean(spec, mean, total, spec.numpy_dtype)
-        return packed
+        def pack(group: Group) -> dict[str, Array]:
+            specs = [layout[index] for index in group]
+            rest = [spec for spec in specs if not fold.covers(spec)]
+            means = iter(means_of(rest, updates, load, parts, merged) if rest else ())
+            packed: dict[str, Array] = {}
+            for spec in specs:
+                if fold.covers(spec):
+                    packed[spec.name] = _folded(spec, fold)
+                else:
+                    packed |= pack_mean(spec, next(means), total, spec.numpy_dtype)
+            return packed
 
-    for packed in by_groups(layout, pack):
-        yield from packed.items()
+        for packed in by_groups(layout, pack):
+            yield from packed.items()
+
+
+def _folded(spec: TensorSpec, fold: Fold) -> Array:
+    """What `pack_mean` makes of floats that all updates cover, without a float64 copy of the whole tensor."""
+    packed, step = np.empty(spec.size, spec.numpy_dtype), min(fold.step, _MOST_AT_ONCE)
+    with np.errstate(over="ignore"):
+        for start in range(0, spec.size, step):
+            stop = min(start + step, spec.size)
+            packed[start:stop] = fold.mean(spec, start, stop)
+    check_finite(spec, packed)
+    return packed.reshape(spec.shape)
 
 
 def own_tensors(update: StoredUpdate) -> Tensors:
@@ -149,27 +168,9 @@ def _encode(
     recipe = replace(recipe, overrides=(*((pattern, Raw()) for pattern in EXACT), *recipe.overrides))
     recipe = recipe.for_layout(reader.manifest.layout)
     draw = partial(np.random.default_rng, (task.plan.seed, task.round, zlib.crc32(worker.encode())))
-    tensors = _Tensors(reader)
+    tensors = LazyTensors(reader)
     if task.kind is not TaskKind.TRAIN:
         return write_payload(tensors, recipe, payload, draw()), None
     layout = reader.manifest.layout
     recipe = fitted(recipe, Corrected(tensors, residual, layout), task, draw)
     return write_with_feedback(tensors, residual, recipe, payload, draw(), layout, keep)[0], layout
-
-
-class _Tensors(Mapping[str, Array]):
-    """A payload's tensors by name, each read when it is asked for."""
-
-    def __init__(self, reader: PayloadReader) -> None:
-        self._reader = reader
-        self._names = [spec.name for spec in reader.manifest.layout]
-        self._read: Callable[[str], Array] = partial(PayloadReader.tensor, reader)
-
-    def __getitem__(self, name: str) -> Array:
-        return self._read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

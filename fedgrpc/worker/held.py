@@ -11,8 +11,9 @@ what a power cut takes away can be pulled again, and what it leaves is checked a
 from __future__ import annotations
 
 import json
+import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +25,15 @@ from google.protobuf.message import DecodeError
 
 from fedgrpc.codec.layout import Array
 from fedgrpc.codec.manifest import Limits, Manifest
-from fedgrpc.codec.payload import PayloadReader, Read, buffer_reader, file_reader, verify_digest, write_payload
+from fedgrpc.codec.payload import (
+    LazyTensors,
+    PayloadReader,
+    Read,
+    buffer_reader,
+    file_reader,
+    verify_digest,
+    write_payload,
+)
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import CodecError, CorruptError, LayoutError
@@ -97,6 +106,24 @@ class HeldModel:
         self._note_use(content)
         reader = PayloadReader(self.manifest, buffer_reader(content.data))
         return {spec.name: _own(array) for spec, array in reader}
+
+    def tensors(self) -> Mapping[str, Array]:
+        """All tensors, each read when it is asked for, also once a newer version is held.
+
+        Raises `StorageError`, and so does whoever reads one.
+        """
+        path = self.folder / PAYLOAD
+        with storage_errors(path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        at = file_reader(descriptor)
+
+        def read(offset: int, size: int) -> bytes:
+            with storage_errors(path):
+                return bytes(at(offset, size))
+
+        weakref.finalize(read, os.close, descriptor)
+        self._note_use(read)
+        return LazyTensors(PayloadReader(self.manifest, read))
 
     @contextmanager
     def reader(self) -> Iterator[Read]:

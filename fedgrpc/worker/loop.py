@@ -29,7 +29,7 @@ from fedgrpc.worker.client import AggregatorClient, Polled
 from fedgrpc.worker.concurrency import Interrupted, in_thread, unless
 from fedgrpc.worker.controls import Controls
 from fedgrpc.worker.delivery import Delivery, worth_retrying
-from fedgrpc.worker.held import ModelFolder, Source
+from fedgrpc.worker.held import HeldModel, ModelFolder, Source
 from fedgrpc.worker.personal import PersonalLayers
 from fedgrpc.worker.profile import DeviceProfile
 from fedgrpc.worker.settings import WorkerSettings
@@ -201,6 +201,13 @@ class Loop:
         """The weights to start from, and the seconds since their download began, in whichever session."""
         if task.kind is TaskKind.INITIALIZE:
             return {}, 0.0
+        held, _ = await self._hold(task)
+        weights: Weights = await asyncio.to_thread(held.weights)
+        weights = await asyncio.to_thread(self._personal.restored, weights, task.run_id, is_personal(task.plan))
+        return weights, time.monotonic() - self._download_began[1]
+
+    async def _hold(self, task: Task) -> tuple[HeldModel, float]:
+        """The version that the task is for, on the disk, and the seconds since its download began."""
         self._board.enter(Activity.DOWNLOADING)
         if self._download_began[0] != task.token:
             self._download_began = (task.token, time.monotonic())
@@ -213,10 +220,8 @@ class Loop:
             backoff=self._settings.backoff,
             retry_on=(CorruptError, WrongOffset),
         )
-        weights: Weights = await asyncio.to_thread(held.weights)
-        weights = await asyncio.to_thread(self._personal.restored, weights, task.run_id, is_personal(task.plan))
         self._show_disk()
-        return weights, time.monotonic() - self._download_began[1]
+        return held, time.monotonic() - self._download_began[1]
 
     async def _local_work(self, trainer: Trainer, task: Task, given: Weights, hooks: Hooks) -> Outcome:
         if task.kind is TaskKind.INITIALIZE:
