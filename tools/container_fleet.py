@@ -297,7 +297,7 @@ def main() -> int:
     )
     parser.add_argument("--task", choices=list(TASKS), default="digits")
     parser.add_argument("--partition", default="dirichlet:0.5")
-    parser.add_argument("--rounds", type=int, default=200, help="at most")
+    parser.add_argument("--rounds", type=int, default=100_000, help="at most")
     parser.add_argument("--deadline", default="30s", help="of a round")
     parser.add_argument("--link-down", type=float, default=60.0, help="for so many seconds")
     parser.add_argument("--seed", type=int, default=0)
