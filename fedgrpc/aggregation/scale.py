@@ -36,8 +36,17 @@ def nova_scales(weights: Sequence[float], accumulated: Sequence[float]) -> list[
         raise ValueError("normalizing needs updates of positive weight and work")
     if len(set(accumulated)) == 1:
         return [1.0] * len(accumulated)
-    effective = sum(w * a for w, a in zip(weights, accumulated, strict=True)) / sum(weights)
+    effective = effective_steps(weights, accumulated)
     return [effective / a for a in accumulated]
+
+
+def effective_steps(weights: Sequence[float], accumulated: Sequence[float]) -> float:
+    """FedNova's tau_eff as it is used here: the weighted mean of ||a_k||_1. The weights are not all zero.
+
+    A mean of updates so normalized is itself an update of that much work: normalized with others and averaged, it
+    counts as its updates would.
+    """
+    return sum(w * a for w, a in zip(weights, accumulated, strict=True)) / sum(weights)
 
 
 def staleness_scale(staleness: int, exponent: float = 0.5) -> float:

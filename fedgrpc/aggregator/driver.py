@@ -162,7 +162,7 @@ class Driver:
         it = self._it
         begun = time.monotonic()
         weights = self._new_version.weights(current, commit.tokens)
-        current.scales = scales_of(self._settings, it.orders.plan, current, weights)
+        current.scales = scales_of(self._settings, it.orders, current, weights)
         version: Version | None = None
         if current.kind != TASK_KIND_EVALUATE:
             version = await self._new_version.write(current, weights)

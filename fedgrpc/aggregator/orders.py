@@ -16,12 +16,13 @@ from fedgrpc.v1 import round_pb2, tensor_pb2
 
 @dataclass(frozen=True)
 class Orders:
-    """`plan` is what every worker's begins with; `worker_weights` are as in the settings; `rounds` are to come."""
+    """`plan` is what every worker's begins with; `rounds` are to come; the rest is as in the settings."""
 
     plan: round_pb2.Plan
     seed: int
     worker_weights: Mapping[str, float]
     rounds: int
+    normalize_steps: bool = False
 
     @classmethod
     def of(cls, settings: AggregatorSettings) -> Orders:
@@ -39,7 +40,7 @@ class Orders:
         )
         if plan.upload_reserve_s is not None:
             message.upload_reserve.CopyFrom(duration_to_proto(plan.upload_reserve_s))
-        return cls(message, settings.seed, settings.worker_weights, settings.rounds)
+        return cls(message, settings.seed, settings.worker_weights, settings.rounds, settings.normalize_steps)
 
     @classmethod
     def from_above(cls, plan: round_pb2.Plan, settings: AggregatorSettings) -> Orders:
@@ -50,7 +51,7 @@ class Orders:
             message.ClearField(own)
         lead = plan.lead
         weights = {**lead.worker_weights, **settings.worker_weights}
-        return cls(message, lead.seed, weights, lead.total_rounds)
+        return cls(message, lead.seed, weights, lead.total_rounds, lead.normalize_steps)
 
     def lead(
         self, local_models: round_pb2.LocalModels | None, channels: tensor_pb2.ChannelMap | None
@@ -62,4 +63,5 @@ class Orders:
             local_models=local_models,
             channels=channels,
             total_rounds=self.rounds,
+            normalize_steps=self.normalize_steps,
         )

@@ -162,7 +162,7 @@ class Receiver:
             else:
                 self._check_layout(header.token, manifest, header.merged_updates > 0)
             report = Report.of(header, it.settings.admission)
-            if it.settings.normalize_steps and it.current.kind == TASK_KIND_TRAIN:
+            if it.orders.normalize_steps and it.current.kind == TASK_KIND_TRAIN:
                 check_steps(report, it.orders.plan)
             return manifest, report
         except (LayoutError, TooLargeError, UpdateRefused) as error:

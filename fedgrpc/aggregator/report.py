@@ -27,7 +27,8 @@ from fedgrpc.v1.round_pb2 import Round as RoundRecord
 class Report:
     """One worker's account of its task; counts of examples, scores by name, sizes in bytes.
 
-    `merged_updates`: of how many updates this is the mean, with the summed `weight`; 0: it is a worker's own.
+    `merged_updates`: of how many updates this is the mean, with the summed `weight`, and what the steps of one
+    amount to in the mean (`accumulated_steps`, 0: not told); 0: it is a worker's own.
     """
 
     example_count: int
@@ -41,6 +42,7 @@ class Report:
     merged_updates: int = 0
     weight: float = 0.0
     tensor_bytes: int = 0
+    accumulated_steps: float = 0.0
 
     @classmethod
     def of(cls, header: UpdateHeader, policy: AdmissionPolicy) -> Report:
@@ -62,6 +64,7 @@ class Report:
             header.merged_updates,
             header.weight if header.merged_updates else 0.0,
             header.tensor_bytes,
+            header.accumulated_steps if header.merged_updates else 0.0,
         )
 
     def uploaded_in(self, seconds: float) -> Report:

@@ -6,27 +6,38 @@ The rule: a pure function of what was stored with the updates, so that a commit 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Final
 
-from fedgrpc.aggregation.scale import accumulated_steps, nova_scales, staleness_scale
+from fedgrpc.aggregation.scale import accumulated_steps, effective_steps, nova_scales, staleness_scale
+from fedgrpc.aggregator.orders import Orders
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import UpdateRefused
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, Plan
 
+# A mean of what the bound holds for may be above it by rounding.
+_SLACK: Final = 1 + 1e-9
+
 
 def check_steps(report: Report, plan: Plan) -> None:
-    """Raises `UpdateRefused` for a count of steps that cannot be, of which others' updates would depend."""
-    if report.merged_updates:
-        raise UpdateRefused("updates are normalized by their steps in this run, and a mean of updates has none")
+    """Raises `UpdateRefused` for a count of steps that cannot be, of which others' updates would depend.
+
+    Of a mean: for what the steps of its updates cannot amount to, each of fewer examples than all of them have.
+    """
     most = math.ceil((plan.epochs or 1.0) * report.example_count)
     most = min(most, plan.max_steps) if plan.max_steps else most
-    if not 1 <= report.steps <= most:
+    if report.merged_updates:
+        bound = _accumulated(max(1, most), plan)
+        if not 1 <= report.accumulated_steps <= bound * _SLACK:
+            told = f"{report.accumulated_steps:g} accumulated steps are reported"
+            raise UpdateRefused(f"{told}, which have to be from 1 to {bound:g}")
+    elif not 1 <= report.steps <= most:
         raise UpdateRefused(f"{report.steps} steps are reported, which have to be from 1 to {most}")
 
 
 def scales_of(
-    settings: AggregatorSettings, plan: Plan, current: CurrentRound, weights: Mapping[str, float]
+    settings: AggregatorSettings, orders: Orders, current: CurrentRound, weights: Mapping[str, float]
 ) -> dict[str, float]:
     """The factor on each update: FedNova's (arXiv 2007.07481) where steps are normalized, times FedBuff's for
     staleness (arXiv 2106.06639). Raises `UpdateRefused` for an update without steps.
@@ -34,13 +45,34 @@ def scales_of(
     if current.kind != TASK_KIND_TRAIN:
         return dict.fromkeys(weights, 1.0)
     scales = dict.fromkeys(weights, 1.0)
-    if settings.normalize_steps:
-        proximal = plan.proximal_mu * plan.learning_rate
-        steps = {token: current.reports[token].steps for token in weights}
-        if not all(steps.values()):
-            raise UpdateRefused("an update that reports no steps cannot be normalized")
-        work = [accumulated_steps(count, plan.momentum, proximal) for count in steps.values()]
+    if orders.normalize_steps:
+        work = _work(orders.plan, current, weights)
         scales = dict(zip(weights, nova_scales(list(weights.values()), work), strict=True))
     exponent = settings.staleness_exponent
     tasks = current.state.tasks
     return {token: scale * staleness_scale(tasks[token].staleness, exponent) for token, scale in scales.items()}
+
+
+def accumulated_of(orders: Orders, current: CurrentRound, weights: Mapping[str, float]) -> float:
+    """tau_eff: what the steps of an update amount to, as the weighted mean of all; 0 where none are normalized.
+
+    Raises as `scales_of`.
+    """
+    if current.kind != TASK_KIND_TRAIN or not orders.normalize_steps:
+        return 0.0
+    return effective_steps(list(weights.values()), _work(orders.plan, current, weights))
+
+
+def _work(plan: Plan, current: CurrentRound, tokens: Iterable[str]) -> list[float]:
+    """What the steps of each update amount to; a mean says it of its own."""
+    reports = [current.reports[token] for token in tokens]
+    if not all(report.accumulated_steps if report.merged_updates else report.steps for report in reports):
+        raise UpdateRefused("an update that reports no steps cannot be normalized")
+    return [
+        report.accumulated_steps if report.merged_updates else _accumulated(report.steps, plan)
+        for report in reports
+    ]
+
+
+def _accumulated(steps: int, plan: Plan) -> float:
+    return accumulated_steps(steps, plan.momentum, plan.proximal_mu * plan.learning_rate)

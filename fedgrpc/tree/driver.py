@@ -25,6 +25,7 @@ from fedgrpc.aggregator.new_version import NewVersion, merged_of, parts_of
 from fedgrpc.aggregator.orders import Orders
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.aggregator.run_store import Version
+from fedgrpc.aggregator.scales import accumulated_of, scales_of
 from fedgrpc.errors import CodecError, StorageError
 from fedgrpc.rounds.events import Abort, Commit
 from fedgrpc.rounds.policy import RoundPolicy
@@ -186,7 +187,8 @@ class LeafDriver(Driver):
             tensors = own_tensors(load(tokens[0]))
         else:
             parts, merged = parts_of(it, current, tokens), merged_of(current, tokens)
-            tensors = mean_tensors(it.run.layout, list(weights.items()), load, parts, merged)
+            scales = scales_of(self._settings, it.orders, current, weights)
+            tensors = mean_tensors(it.run.layout, list(weights.items()), load, parts, merged, scales)
         await asyncio.to_thread(self._mean.write, header, tensors)
 
     def _header(self, current: CurrentRound, weights: dict[str, float]) -> aggregator_pb2.UpdateHeader:
@@ -204,6 +206,7 @@ class LeafDriver(Driver):
         if current.kind != TASK_KIND_INITIALIZE:
             header.merged_updates = sum(report.merged_updates or 1 for report, _ in reports)
             header.weight = sum(weights.values())
+            header.accumulated_steps = accumulated_of(self._it.orders, current, weights)
         return header
 
     async def _after_round(self) -> None:

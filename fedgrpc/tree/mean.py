@@ -99,8 +99,9 @@ def mean_tensors(
     load: Load,
     parts: Mapping[str, Selection | None],
     merged: Mapping[str, float],
+    scales: Mapping[str, float],
 ) -> Tensors:
-    """The tensors of the mean over `updates`, (token, weight) in slot order; `parts` and `merged` as in `Commit`.
+    """The tensors of the mean over `updates`, (token, weight) in slot order; the rest is as in `Commit`.
 
     Raises `UpdateRefused`, `StorageError`, and `CodecError` when a file is not what was accepted.
     """
@@ -108,12 +109,12 @@ def mean_tensors(
     for _, weight in updates:
         total += weight
     load, alike = cached(load), not (parts or merged)
-    with Fold(updates if alike else (), load, {}) as fold:
+    with Fold(updates if alike else (), load, scales) as fold:
 
         def pack(group: Group) -> dict[str, Array]:
             specs = [layout[index] for index in group]
             rest = [spec for spec in specs if not fold.covers(spec)]
-            means = iter(means_of(rest, updates, load, parts, merged) if rest else ())
+            means = iter(means_of(rest, updates, load, parts, merged, scales) if rest else ())
             packed: dict[str, Array] = {}
             for spec in specs:
                 if fold.covers(spec):

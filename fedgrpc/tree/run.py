@@ -25,7 +25,7 @@ from fedgrpc.worker.settings import WorkerSettings
 
 _DECIDED_ABOVE: Final = (
     *("run_name", "rounds", "plan", "initial_model", "target", "evaluate", "seed"),
-    *("server_optimizer", "server_learning_rate", "normalize_steps", "staleness_exponent"),
+    *("server_optimizer", "server_learning_rate", "normalize_steps", "precision_weights", "staleness_exponent"),
 )
 
 log = structlog.get_logger()

@@ -93,7 +93,7 @@ class Plan(_message.Message):
     def __init__(self, epochs: _Optional[float] = ..., max_steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., proximal_mu: _Optional[float] = ..., seed: _Optional[int] = ..., evaluate: _Optional[bool] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., tell_channels: _Optional[bool] = ..., lead: _Optional[_Union[Lead, _Mapping]] = ..., upload_reserve: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., label_adjustment: _Optional[float] = ...) -> None: ...
 
 class Lead(_message.Message):
-    __slots__ = ("seed", "worker_weights", "local_models", "channels", "total_rounds")
+    __slots__ = ("seed", "worker_weights", "local_models", "channels", "total_rounds", "normalize_steps")
     class WorkerWeightsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -106,12 +106,14 @@ class Lead(_message.Message):
     LOCAL_MODELS_FIELD_NUMBER: _ClassVar[int]
     CHANNELS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    NORMALIZE_STEPS_FIELD_NUMBER: _ClassVar[int]
     seed: int
     worker_weights: _containers.ScalarMap[str, float]
     local_models: LocalModels
     channels: _tensor_pb2.ChannelMap
     total_rounds: int
-    def __init__(self, seed: _Optional[int] = ..., worker_weights: _Optional[_Mapping[str, float]] = ..., local_models: _Optional[_Union[LocalModels, _Mapping]] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ..., total_rounds: _Optional[int] = ...) -> None: ...
+    normalize_steps: bool
+    def __init__(self, seed: _Optional[int] = ..., worker_weights: _Optional[_Mapping[str, float]] = ..., local_models: _Optional[_Union[LocalModels, _Mapping]] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ..., total_rounds: _Optional[int] = ..., normalize_steps: _Optional[bool] = ...) -> None: ...
 
 class LocalModels(_message.Message):
     __slots__ = ("default", "classes", "automatic")

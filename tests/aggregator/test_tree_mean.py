@@ -25,7 +25,7 @@ def update():
 def mean(journal, layout, decoded):
     """`decoded`: as updates that might be of a part of the model, whose part is all of it."""
     parts = dict.fromkeys(WEIGHTS) if decoded else {}
-    return dict(mean_tensors(layout, list(WEIGHTS.items()), journal.load, parts, {}))
+    return dict(mean_tensors(layout, list(WEIGHTS.items()), journal.load, parts, {}, {"b": 0.25}))
 
 
 def test_a_mean_of_floats_that_lie_in_files_is_the_mean_of_decoded_ones_bit_for_bit(tmp_path):

@@ -30,9 +30,19 @@ class Drawn(Shifter):
         return type(result)(noisy, self.examples, 2, {"train_loss": self.change})
 
 
-def crew():
+class Unequal(Drawn):
+    """Takes as many steps as it has examples, and moves by that."""
+
+    def train(self, weights, job):
+        result = super().train(weights, job)
+        far = {name: a + (result.weights[name] - a) * self.examples / 50 for name, a in weights.items()}
+        far |= {name: a for name, a in result.weights.items() if a.dtype.kind != "f"}
+        return type(result)({n: a.astype(weights[n].dtype) for n, a in far.items()}, self.examples, self.examples)
+
+
+def crew(kind=Drawn):
     """Eight workers of unequal data."""
-    return {f"pi-{number}": Drawn(number, examples=7 + 13 * number) for number in range(8)}
+    return {f"pi-{number}": kind(number, examples=7 + 13 * number) for number in range(8)}
 
 
 PLAN = TrainingPlan(
@@ -41,25 +51,25 @@ PLAN = TrainingPlan(
 ABOUT = {"rounds": ROUNDS, "plan": PLAN, "evaluate": True, "seed": 3, "keep_versions": 99}
 
 
-async def flat(folder):
+async def flat(folder, kind=Drawn, about=ABOUT):
     folder.mkdir()
-    workers = crew()
-    async with aggregating(folder, policy={"min_workers": 8}, **ABOUT) as running:
+    workers = crew(kind)
+    async with aggregating(folder, policy={"min_workers": 8}, **about) as running:
         codes = await asyncio.gather(*(working(running, folder, *each) for each in workers.items()))
         assert codes == [0] * 8
         versions = [running.weights(version) for version in range(1, ROUNDS + 2)]
         return versions, await running.rounds(), workers
 
 
-async def tree(folder, places):
+async def tree(folder, places, kind=Drawn, about=ABOUT):
     """`places` names for each worker the aggregators on the way from the root to it."""
     folder.mkdir()
-    workers = crew()
+    workers = crew(kind)
     names = sorted({place[: depth + 1] for place in places for depth in range(len(place))}, key=len)
     children = {name: [other for other in names if other[:-1] == name] for name in names}
     async with AsyncExitStack() as stack:
         root = await stack.enter_async_context(
-            aggregating(folder, policy={"min_workers": sum(len(name) == 1 for name in names)}, **ABOUT)
+            aggregating(folder, policy={"min_workers": sum(len(name) == 1 for name in names)}, **about)
         )
         running = {(): root}
         for name in names:
@@ -111,6 +121,19 @@ async def test_a_tree_of_two_or_three_levels_gives_the_flat_result(tmp_path):
     three = await tree(tmp_path / "three", places)
     assert_equal(result, three)
     assert {task.merged_updates for round_ in three[1] for task in round_.tasks} == {4}
+
+
+async def test_updates_of_unequal_steps_are_normalized_in_a_tree_as_they_are_flat(tmp_path):
+    """FedNova: what a leaf sends is an update of as many steps as its workers' amount to in the mean."""
+    about = {**ABOUT, "normalize_steps": True, "plan": TrainingPlan(momentum=0.5)}
+    result = await flat(tmp_path / "flat", Unequal, about)
+    scales = [task.scale for task in result[1][0].tasks]
+    assert max(scales) > 5 * min(scales)
+    plain = await flat(tmp_path / "plain", Unequal, {**about, "normalize_steps": False})
+    assert np.abs(plain[0][-1]["w"] - result[0][-1]["w"]).max() > 0.1
+    assert_equal(result, await tree(tmp_path / "two", [("a",)] * 3 + [("b",)] * 5, Unequal, about))
+    places = [("m", "c")] * 2 + [("m", "d")] * 2 + [("n", "e")] * 3 + [("n",)]
+    assert_equal(result, await tree(tmp_path / "three", places, Unequal, about))
 
 
 KEEP = np.random.default_rng(1).random((8, 50)) < 0.5

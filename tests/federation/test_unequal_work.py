@@ -10,7 +10,7 @@ from fedgrpc.aggregation.scale import accumulated_steps
 from fedgrpc.aggregator.settings import AggregatorSettings, TrainingPlan
 from fedgrpc.errors import UsageError
 from fedgrpc.v1 import aggregator_pb2 as pb
-from fedgrpc.v1 import round_pb2
+from fedgrpc.v1 import device_pb2, round_pb2
 from fedgrpc.worker.trainer import TrainResult
 from tests.federation.federation import (
     MODEL,
@@ -24,6 +24,7 @@ from tests.federation.federation import (
 )
 
 ACCEPTED = round_pb2.TASK_PHASE_ACCEPTED
+LEADING = device_pb2.WORKER_ROLE_AGGREGATOR
 
 
 class Plodder(Shifter):
@@ -133,6 +134,32 @@ async def test_steps_that_cannot_be_are_refused_where_others_depend_on_them(tmp_
         await b.push(tasks[1], steps=1)
         await running.until_finished()
         np.testing.assert_allclose(running.weights(2)["w"], MODEL["w"] + 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("accumulated", [0.0, 0.99, 20.1, float("nan"), float("inf")])
+async def test_a_mean_that_tells_of_steps_that_cannot_be_is_refused_too(tmp_path, accumulated):
+    """Of 20 examples, each batch of one: 20 steps at most, whoever of its workers took them."""
+    async with aggregating(tmp_path, normalize_steps=True) as running:
+        leaf, other = await running.device("leaf", role=LEADING), await running.device("other")
+        tasks = await asyncio.gather(leaf.task(), other.task())
+        assert tasks[0].plan.lead.normalize_steps
+        mean = {"example_count": 20, "steps": 20, "merged_updates": 2, "weight": 20.0}
+        with refused("INVALID_ARGUMENT", "accumulated steps are reported", "UpdateRefused"):
+            await leaf.push(tasks[0], accumulated_steps=accumulated, **mean)
+        await other.push(tasks[1])
+        await running.until_finished()
+
+
+async def test_a_mean_counts_by_what_the_steps_in_it_amount_to(tmp_path):
+    async with aggregating(tmp_path, normalize_steps=True) as running:
+        leaf, other = await running.device("leaf", role=LEADING), await running.device("other")
+        tasks = await asyncio.gather(leaf.task(), other.task())
+        mean = {"example_count": 30, "steps": 8, "merged_updates": 2, "weight": 30.0}
+        await leaf.push(tasks[0], update_of(4.0), accumulated_steps=4.0, **mean)
+        await other.push(tasks[1], update_of(2.0), steps=2)
+        await running.until_finished()
+        # tau_eff = (30 * 4 + 10 * 2) / 40, and every step was one of 1.
+        np.testing.assert_allclose(running.weights(2)["w"], MODEL["w"] + 3.5, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
