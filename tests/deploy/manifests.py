@@ -19,6 +19,9 @@ ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
 COMPONENTS = sorted(path.name for path in (K8S / "components").iterdir())
+# In the order in which they are said.
+FOR_ANY = [name for name in COMPONENTS if name != "tls-leaves"]
+WITH_COMPONENTS = {"dev": FOR_ANY, "edge": FOR_ANY, "tree": [*FOR_ANY, "tls-leaves"]}
 
 Object = Mapping[str, Any]
 
@@ -40,11 +43,11 @@ def render(folder: Path) -> Manifests:
     return Manifests(tuple(item for item in yaml.safe_load_all(done.stdout) if item))
 
 
-def render_with(tmp_path: Path, overlay: str, components: list[str]) -> Manifests:
-    """An overlay with components, as a person would put them together."""
+def render_with_components(tmp_path: Path, overlay: str) -> Manifests:
+    """An overlay with every component that goes with it, as a person would put them together."""
     content = {
         "resources": [relative(K8S / "overlays" / overlay, tmp_path)],
-        "components": [relative(K8S / "components" / name, tmp_path) for name in components],
+        "components": [relative(K8S / "components" / name, tmp_path) for name in WITH_COMPONENTS[overlay]],
     }
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(content))
     return render(tmp_path)

@@ -18,30 +18,30 @@ from fedgrpc.cli.upstream import above_from
 from fedgrpc.rpc.server import AGGREGATOR, WORKER
 from fedgrpc.tree.run import Leaf
 from tests.deploy.manifests import (
-    COMPONENTS,
     K8S,
     OVERLAYS,
     ROOT,
+    WITH_COMPONENTS,
     Manifests,
     Workload,
     address_dialled,
     dockerfile_of,
     render,
-    render_with,
+    render_with_components,
     settings_in,
 )
 
 # What a person makes before, as components/tls says.
 BROUGHT = {("Secret", "aggregator-tls"), ("ConfigMap", "aggregator-ca")}
-EVERYTHING = "edge with every component"
 CLASSES = ["raspberry-pi-4", "raspberry-pi-5", "jetson-nano", "jetson-orin-nano"]
 
 
-@pytest.fixture(scope="module", params=[*OVERLAYS, EVERYTHING])
+@pytest.fixture(scope="module", params=[*OVERLAYS, *(f"{name} with components" for name in WITH_COMPONENTS)])
 def manifests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Manifests:
-    if request.param == EVERYTHING:
-        return render_with(tmp_path_factory.mktemp("everything"), "edge", COMPONENTS)
-    return render(K8S / "overlays" / request.param)
+    overlay, _, more = request.param.partition(" with ")
+    if more:
+        return render_with_components(tmp_path_factory.mktemp("more"), overlay)
+    return render(K8S / "overlays" / overlay)
 
 
 @pytest.fixture
@@ -262,6 +262,16 @@ def _allows(rule: Any, target: Workload, port: int) -> bool:
         peer["podSelector"]["matchLabels"].items() <= target.labels.items() for peer in peers
     )
     return selected and port in numbers
+
+
+def test_whoever_dials_an_aggregator_with_tls_trusts_its_certificate(workloads: list[Workload]) -> None:
+    serving = {"FEDGRPC_AGGREGATOR_TLS_CERT" in w.environment() for w in workloads if w.command == "aggregator"}
+    assert len(serving) == 1
+    for workload in workloads:
+        environment = workload.environment()
+        trusts = "FEDGRPC_WORKER_TLS_CA", "FEDGRPC_AGGREGATOR_UPSTREAM_TLS_CA"
+        dials = workload.command == "worker" or "FEDGRPC_AGGREGATOR_UPSTREAM" in environment
+        assert any(name in environment for name in trusts) == (dials and serving == {True})
 
 
 @pytest.mark.parametrize("device_class", [*CLASSES, None])

@@ -15,7 +15,7 @@ import yaml
 
 from fedgrpc.cli import worker
 from fedgrpc.cli.quantities import DURATION
-from tests.deploy.manifests import COMPONENTS, K8S, render, render_with, settings_in
+from tests.deploy.manifests import K8S, render, render_with_components, settings_in
 
 OUTSIDE = K8S / "outside"
 UNIT = OUTSIDE / "fedgrpc-worker.service"
@@ -49,7 +49,7 @@ def test_the_ingress_leads_to_a_service_that_speaks_http2_in_the_clear() -> None
 
 def test_the_passthrough_leads_to_an_aggregator_that_speaks_tls(tmp_path: Path) -> None:
     (route,) = _objects("ingress-tls-passthrough.yaml")
-    manifests = render_with(tmp_path, "edge", COMPONENTS)
+    manifests = render_with_components(tmp_path, "edge")
     for item in route["spec"]["routes"][0]["services"]:
         service = manifests.get("Service", item["name"], route["metadata"]["namespace"])
         assert item["port"] in {port["name"] for port in service["spec"]["ports"]}

@@ -9,7 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.deploy.manifests import COMPONENTS, K8S, OVERLAYS, Object, render, render_with
+from tests.deploy.manifests import K8S, OVERLAYS, WITH_COMPONENTS, Object, render, render_with_components
 
 # Each is there twice: strict and not.
 VERSIONS = list(dict.fromkeys(kubernetes_validate.utils.all_versions()))[-4:]
@@ -40,10 +40,10 @@ def test_the_base_is_valid_by_itself(version: str) -> None:
     assert check(render(K8S / "base").objects, version) == 7
 
 
-@pytest.mark.parametrize("overlay", ["dev", "edge"])
+@pytest.mark.parametrize("overlay", WITH_COMPONENTS)
 def test_an_overlay_with_every_component_is_valid(overlay: str, tmp_path: Path) -> None:
     for version in VERSIONS:
-        assert check(render_with(tmp_path, overlay, COMPONENTS).objects, version) >= 9
+        assert check(render_with_components(tmp_path, overlay).objects, version) >= 9
 
 
 @pytest.mark.parametrize("path", sorted((K8S / "outside").glob("*.yaml")), ids=lambda path: path.stem)
