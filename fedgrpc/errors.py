@@ -86,7 +86,7 @@ class Exhausted(FedgrpcError):
 
 
 class WrongIdentity(FedgrpcError):
-    """The task token belongs to another worker."""
+    """The task token, or the name, belongs to another; or the caller may not do this."""
 
 
 class StorageError(FedgrpcError):

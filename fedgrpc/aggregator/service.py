@@ -47,10 +47,12 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self._settings = coordinator.settings
         self._settings_text = settings_text
         self._receiver = Receiver(coordinator)
+        self._access = coordinator.settings.access
 
     async def Register(
         self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext
     ) -> pb.RegisterResponse:
+        self._access.check_worker(context, request.worker)
         await self._it.register(request)
         return pb.RegisterResponse(
             run=self._settings.run_name,
@@ -67,6 +69,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     async def PollTask(
         self, request: pb.PollTaskRequest, context: grpc.aio.ServicerContext
     ) -> pb.PollTaskResponse:
+        self._access.check_worker(context, request.worker)
         held = (request.held_version, request.held_sha256) if request.held_version else None
         assignment = await self._it.poll(request.worker, duration_from_proto(request.wait), held)
         if assignment is None:
@@ -152,6 +155,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     async def Heartbeat(
         self, request: pb.HeartbeatRequest, context: grpc.aio.ServicerContext
     ) -> pb.HeartbeatResponse:
+        self._access.check_worker(context, request.worker)
         phase = _open_phase(request.phase)
         beat = await self._it.heartbeat(request.worker, request.token, phase, min(1.0, max(0.0, request.progress)))
         response = pb.HeartbeatResponse(cancel=beat.cancel, reason=beat.reason)
@@ -165,18 +169,21 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         first = await anext(request_iterator, None)
         if not isinstance(first, pb.PushUpdateRequest) or first.WhichOneof("content") != "header":
             raise LayoutError("the first message of an update is its header")
+        self._access.check_worker(context, first.header.worker)
         size_bytes, complete = await self._receiver.receive(first.header, _chunks(request_iterator))
         return pb.PushUpdateResponse(committed_size_bytes=size_bytes, complete=complete)
 
     async def QueryPush(
         self, request: pb.QueryPushRequest, context: grpc.aio.ServicerContext
     ) -> pb.QueryPushResponse:
+        self._access.check_worker(context, request.worker)
         size_bytes, complete = await self._receiver.held(request.worker, request.token)
         return pb.QueryPushResponse(committed_size_bytes=size_bytes, complete=complete)
 
     async def ReportFailure(
         self, request: pb.ReportFailureRequest, context: grpc.aio.ServicerContext
     ) -> pb.ReportFailureResponse:
+        self._access.check_worker(context, request.worker)
         await self._it.give_back(request.worker, request.token, " ".join(request.reason.split())[:500])
         return pb.ReportFailureResponse()
 
@@ -264,16 +271,19 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     async def PauseRun(
         self, request: pb.PauseRunRequest, context: grpc.aio.ServicerContext
     ) -> pb.PauseRunResponse:
+        self._access.check_operator(context)
         await self._it.pause()
         return pb.PauseRunResponse(run=self._run())
 
     async def ResumeRun(
         self, request: pb.ResumeRunRequest, context: grpc.aio.ServicerContext
     ) -> pb.ResumeRunResponse:
+        self._access.check_operator(context)
         await self._it.resume()
         return pb.ResumeRunResponse(run=self._run())
 
     async def StopRun(self, request: pb.StopRunRequest, context: grpc.aio.ServicerContext) -> pb.StopRunResponse:
+        self._access.check_operator(context)
         await self._it.stop(" ".join(request.reason.split())[:500])
         return pb.StopRunResponse(run=self._run())
 

@@ -16,6 +16,7 @@ from fedgrpc.errors import UsageError
 from fedgrpc.rounds.choosing import Choosing
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES, Tls
+from fedgrpc.rpc.identity import Access
 
 MIB = 1 << 20
 # A chunk has to fit into a message, and a payload into what a reader of payloads takes.
@@ -134,6 +135,8 @@ class AggregatorSettings:
     stay: bool = False
     drain_s: float = 10.0
     tls: Tls | None = None
+    certificate_names: bool = False
+    operators: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("rounds", "keep_versions", "max_workers", "max_uploads"):
@@ -151,6 +154,8 @@ class AggregatorSettings:
             raise UsageError(f"max_update_norm must be above 0, not {self.max_update_norm:g}")
         if self.seed < 0:
             raise UsageError(f"seed must not be negative, not {self.seed}")
+        if self.access.any and (self.tls is None or self.tls.ca is None):
+            raise UsageError("certificate_names and operators need tls_ca: without certificates nobody has a name")
         self._check_times()
         self._check_scales()
         self.negotiation()
@@ -182,6 +187,11 @@ class AggregatorSettings:
     def negotiation(self) -> Negotiation:
         """How models and updates travel. Raises UsageError."""
         return Negotiation(self.download_recipe, self.difference_recipe, self.upload_recipe)
+
+    @property
+    def access(self) -> Access:
+        """Who may act as whom."""
+        return Access(self.certificate_names, frozenset(self.operators))
 
     @property
     def admission(self) -> AdmissionPolicy:

@@ -34,6 +34,7 @@ _plan = Declare("What workers are asked to do (without: as their learning task d
 _mean = Declare("Averaging", AggregatorSettings)
 _transfer = Declare("Transfer", AggregatorSettings)
 _service = Declare("Service", AggregatorSettings)
+_tls = Declare("TLS", AggregatorSettings)
 _RECIPE = AggregatorSettings.upload_recipe
 _ONE_WAY: dict[str, Any] = {"default": None, "metavar": "RECIPES", "show_default": "as --encoding"}
 
@@ -180,6 +181,18 @@ SETTINGS: list[Setting] = [
     _service("--drain", "How long SIGTERM waits for calls in flight.", name="drain_s", type=DURATION),
     *UPSTREAM,
     *tls_settings("Certificate to serve with (PEM).", "Ask workers for certificates signed by these (PEM)."),
+    _tls(
+        "--certificate-names/--no-certificate-names",
+        "A worker acts under a name of its certificate alone: its common name, or a subject alternative one.",
+    ),
+    _tls(
+        "--operator",
+        "Certificates of this name may pause, resume and stop the run; repeat for each; without: all may.",
+        name="operators",
+        multiple=True,
+        default=(),
+        metavar="NAME",
+    ),
     *LOGS,
 ]
 

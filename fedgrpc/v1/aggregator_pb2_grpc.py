@@ -29,6 +29,9 @@ class AggregatorStub:
     """Workers dial out to it; it never dials a worker. Every call is short or resumable and stands alone.
     Any call may end with UNAVAILABLE (restarting or draining: retry with backoff) or INTERNAL (the data
     folder cannot be written).
+
+    Where the aggregator asks for certificates and ties names to them, a call under another name than the certificate's
+    (of workers), or by somebody who is no operator (PauseRun, ResumeRun, StopRun), fails with PERMISSION_DENIED.
     """
 
     def __init__(self, channel):
@@ -118,6 +121,9 @@ class AggregatorServicer:
     """Workers dial out to it; it never dials a worker. Every call is short or resumable and stands alone.
     Any call may end with UNAVAILABLE (restarting or draining: retry with backoff) or INTERNAL (the data
     folder cannot be written).
+
+    Where the aggregator asks for certificates and ties names to them, a call under another name than the certificate's
+    (of workers), or by somebody who is no operator (PauseRun, ResumeRun, StopRun), fails with PERMISSION_DENIED.
     """
 
     def Register(self, request, context):
@@ -328,6 +334,9 @@ class Aggregator:
     """Workers dial out to it; it never dials a worker. Every call is short or resumable and stands alone.
     Any call may end with UNAVAILABLE (restarting or draining: retry with backoff) or INTERNAL (the data
     folder cannot be written).
+
+    Where the aggregator asks for certificates and ties names to them, a call under another name than the certificate's
+    (of workers), or by somebody who is no operator (PauseRun, ResumeRun, StopRun), fails with PERMISSION_DENIED.
     """
 
     @staticmethod
