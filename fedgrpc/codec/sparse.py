@@ -25,13 +25,45 @@ from fedgrpc.errors import CorruptError, LayoutError, UsageError
 _HEADER = struct.Struct("<II")
 
 
+class _Sparse:
+    """What is the same whichever elements are kept."""
+
+    lossless: ClassVar[bool] = False
+    contractive: ClassVar[bool] = True
+    name: ClassVar[str]
+    bits: int
+
+    def __str__(self) -> str:
+        return format_options(self.name, self)
+
+    def _kept(self, values: Array) -> Array:
+        """Increasing positions of the elements that travel. Raises `LayoutError` where values are not finite."""
+        raise NotImplementedError
+
+    def encode(self, array: Array, rng: np.random.Generator) -> memoryview:
+        """See `Encoding.encode`."""
+        values = flat(array)
+        return _write(values, self._kept(values), self.bits, rng)
+
+    def decode(self, data: memoryview, spec: TensorSpec) -> Array:
+        """See `Encoding.decode`."""
+        return _read(data, spec, self.bits)
+
+    def size_bounds(self, spec: TensorSpec) -> tuple[int, int]:
+        """See `Encoding.size_bounds`."""
+        require_float(spec, self)
+        return _HEADER.size, max(_HEADER.size, spec.nbytes)
+
+    def symbols(self, data: memoryview, spec: TensorSpec) -> Array:
+        """The codes, flat, with one more for what is not kept: what the order-0 entropy is taken of."""
+        return _symbols(data, spec, self.bits)
+
+
 @dataclass(frozen=True)
-class TopK:
+class TopK(_Sparse):
     """The largest `fraction` of the elements by magnitude (at least one), exactly; ties by position."""
 
     name: ClassVar[str] = "topk"
-    lossless: ClassVar[bool] = False
-    contractive: ClassVar[bool] = True
     fraction: float = 0.01
     bits: int = 8
 
@@ -40,36 +72,16 @@ class TopK:
             raise UsageError(f"fraction={self.fraction}; allowed is above 0 up to 1")
         _check_bits(self.bits)
 
-    def __str__(self) -> str:
-        return format_options(self.name, self)
-
-    def encode(self, array: Array, rng: np.random.Generator) -> memoryview:
-        """See `Encoding.encode`."""
-        values = flat(array)
+    def _kept(self, values: Array) -> Array:
         rms(values)  # refuses values that are not finite
-        return _write(values, _largest(np.abs(values), self.fraction), self.bits, rng)
-
-    def decode(self, data: memoryview, spec: TensorSpec) -> Array:
-        """See `Encoding.decode`."""
-        return _read(data, spec, self.bits)
-
-    def size_bounds(self, spec: TensorSpec) -> tuple[int, int]:
-        """See `Encoding.size_bounds`."""
-        require_float(spec, self)
-        return _HEADER.size, max(_HEADER.size, spec.nbytes)
-
-    def symbols(self, data: memoryview, spec: TensorSpec) -> Array:
-        """The codes, flat, with one more for what is not kept: what the order-0 entropy is taken of."""
-        return _symbols(data, spec, self.bits)
+        return _largest(np.abs(values), self.fraction)
 
 
 @dataclass(frozen=True)
-class Threshold:
+class Threshold(_Sparse):
     """The elements of at least `times` the tensor's RMS; how many that are follows the distribution."""
 
     name: ClassVar[str] = "threshold"
-    lossless: ClassVar[bool] = False
-    contractive: ClassVar[bool] = True
     times: float = 3.0
     bits: int = 8
 
@@ -78,27 +90,9 @@ class Threshold:
             raise UsageError(f"times={self.times}; allowed is above 0 up to 1000 times the RMS")
         _check_bits(self.bits)
 
-    def __str__(self) -> str:
-        return format_options(self.name, self)
-
-    def encode(self, array: Array, rng: np.random.Generator) -> memoryview:
-        """See `Encoding.encode`."""
-        values = flat(array)
+    def _kept(self, values: Array) -> Array:
         bound = max(self.times * rms(values), np.finfo(np.float32).tiny)
-        return _write(values, np.flatnonzero(np.abs(values) >= bound), self.bits, rng)
-
-    def decode(self, data: memoryview, spec: TensorSpec) -> Array:
-        """See `Encoding.decode`."""
-        return _read(data, spec, self.bits)
-
-    def size_bounds(self, spec: TensorSpec) -> tuple[int, int]:
-        """See `Encoding.size_bounds`."""
-        require_float(spec, self)
-        return _HEADER.size, max(_HEADER.size, spec.nbytes)
-
-    def symbols(self, data: memoryview, spec: TensorSpec) -> Array:
-        """The codes, flat, with one more for what is not kept: what the order-0 entropy is taken of."""
-        return _symbols(data, spec, self.bits)
+        return np.flatnonzero(np.abs(values) >= bound)
 
 
 def _check_bits(bits: int) -> None:

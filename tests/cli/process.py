@@ -95,3 +95,19 @@ def worker_arguments(folder: Path, address: str, name: str, *more: str) -> list[
     """A worker with its own state folder and no service of its own."""
     place = ["--aggregator", address, "--name", name, "--state-dir", str(folder / name)]
     return ["worker", *place, "--serve-address", "none", *more]
+
+
+def until_line(log: Path, text: str, process: subprocess.Popen[bytes]) -> None:
+    """Until a line of `log` has `text`: `tail` wakes as the file grows, and ends with the process."""
+    tail = subprocess.Popen(
+        ["tail", "-n", "+1", "-F", f"--pid={process.pid}", str(log)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert tail.stdout is not None
+        assert any(text in line for line in tail.stdout), log.read_text()
+    finally:
+        tail.kill()
+        tail.wait()

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.process import NUMPY_TASK, environment, fedgrpc, running, running_aggregator, worker_arguments
+from tests.cli.process import (
+    NUMPY_TASK,
+    environment,
+    fedgrpc,
+    running,
+    running_aggregator,
+    until_line,
+    worker_arguments,
+)
 from tests.federation.process import free_address
 
 
@@ -27,7 +35,7 @@ def test_a_worker_is_healthy_while_its_aggregator_is_away(tmp_path: Path) -> Non
     aggregator, service = free_address(), free_address()
     arguments = worker_arguments(tmp_path, aggregator, "pi-1", "--serve-address", service)
     with running(*arguments, log=tmp_path / "pi-1.log") as worker:
-        _until(tmp_path / "pi-1.log", '"serving"', worker)
+        until_line(tmp_path / "pi-1.log", '"serving"', worker)
         ended = fedgrpc("health", "--service", "fedgrpc.v1.Worker", env={"FEDGRPC_HEALTH_ADDRESS": service})
         assert (ended.code, ended.out) == (0, "SERVING\n")
 
@@ -67,19 +75,3 @@ def test_it_loads_no_more_than_it_needs(module: str) -> None:
     """It starts again every few seconds, on small devices."""
     code = f"import sys, fedgrpc.cli.health; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=environment(), timeout=300).returncode == 0
-
-
-def _until(log: Path, text: str, process: subprocess.Popen[bytes]) -> None:
-    """`tail` wakes as the file grows, and ends with the process."""
-    tail = subprocess.Popen(
-        ["tail", "-n", "+1", "-F", f"--pid={process.pid}", str(log)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        assert tail.stdout is not None
-        assert any(text in line for line in tail.stdout), log.read_text()
-    finally:
-        tail.kill()
-        tail.wait()

@@ -14,7 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.process import NUMPY_TASK, environment, fedgrpc, running, running_aggregator, worker_arguments
+from tests.cli.process import (
+    NUMPY_TASK,
+    environment,
+    fedgrpc,
+    running,
+    running_aggregator,
+    until_line,
+    worker_arguments,
+)
 from tests.federation.process import free_address
 
 _AGGREGATOR = ("--task", NUMPY_TASK, "--min-workers", "2", "--rounds", "3", "--epochs", "1", "--seed", "1")
@@ -89,7 +97,7 @@ def test_logs_hold_no_token(finished_run: tuple[str, Path]) -> None:
 def test_watch_follows_a_run_to_its_end(tmp_path: Path) -> None:
     with running_aggregator(tmp_path, *_AGGREGATOR) as (aggregator, address):
         with running("watch", "--aggregator", address, log=tmp_path / "watch.log") as watch:
-            _wait_for_line(tmp_path / "watch.log", "run default", watch)
+            until_line(tmp_path / "watch.log", "run default", watch)
             with _workers(tmp_path, address) as workers:
                 assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
             assert watch.wait(timeout=300) == 0
@@ -116,8 +124,8 @@ def test_a_signal_ends_aggregator_and_worker_cleanly(number: signal.Signals, tmp
         _workers(tmp_path, address, 1) as (worker,),
         running("watch", "--aggregator", address, log=tmp_path / "watch.log") as watch,
     ):
-        _wait_for_line(tmp_path / "pi-1.log", "connected", worker)
-        _wait_for_line(tmp_path / "watch.log", "run default", watch)
+        until_line(tmp_path / "pi-1.log", "connected", worker)
+        until_line(tmp_path / "watch.log", "run default", watch)
         for process in (watch, worker, aggregator):
             process.send_signal(number)
             # A worker that had nothing in hand has drained, which is a success.
@@ -139,19 +147,3 @@ def test_an_aggregator_whose_log_nobody_reads_any_more_still_ends_when_told_to(t
             assert aggregator.wait(timeout=300) == 128 + signal.SIGTERM
         finally:
             aggregator.kill()
-
-
-def _wait_for_line(log: Path, text: str, process: subprocess.Popen[bytes]) -> None:
-    """`tail` wakes as the file grows, and ends with the process."""
-    tail = subprocess.Popen(
-        ["tail", "-n", "+1", "-F", f"--pid={process.pid}", str(log)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        assert tail.stdout is not None
-        assert any(text in line for line in tail.stdout), log.read_text()
-    finally:
-        tail.kill()
-        tail.wait()
