@@ -274,7 +274,7 @@ class Coordinator:
         self._log.warning("task given back", worker=name, reason=reason)
         if evaluation := self.evaluations.find(name, token):
             self.evaluations.give_back(evaluation)
-            self.wake.set()
+            self._news()
             return
         try:
             if await self.check_open(name, token) is TaskPhase.ACCEPTED:
@@ -288,6 +288,7 @@ class Coordinator:
         mean = self.evaluations.score(task, metrics, example_count)
         self._log.info("version scored", worker=task.worker, version=task.version, **mean)
         await self.keep_scores(task.version, evaluator=mean)
+        self._news()
 
     async def keep_scores(
         self, version: int, workers: dict[str, float] | None = None, evaluator: dict[str, float] | None = None

@@ -61,3 +61,9 @@ class Evaluations:
             self._scores.append((metrics, float(example_count)))
             self._scored[task.worker] = task.version
         return mean_metrics(self._scores)
+
+    def scores_of(self, version: int) -> tuple[int, dict[str, float]] | None:
+        """On how many examples it was scored, and the mean by them; None for all but the version last scored."""
+        if self._version != version or not self._scores:
+            return None
+        return int(sum(count for _, count in self._scores)), mean_metrics(self._scores)

@@ -25,7 +25,7 @@ from google.protobuf.message import DecodeError
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.server import Aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings
-from fedgrpc.errors import StorageError
+from fedgrpc.errors import LinkError, StorageError
 from fedgrpc.metrics import Metrics
 from fedgrpc.tree.desk import Desk
 from fedgrpc.tree.driver import LeafDriver
@@ -89,12 +89,19 @@ class Branches:
         self._kept = settings.data_dir / "registration.pb"
         self._branch: Branch | None = None
         self.ended = asyncio.Event()
+        self.led = asyncio.Event()
         self.closing = False
 
     @property
     def present(self) -> Branch:
         """The branch of the run that the link is connected to."""
         assert self._branch is not None
+        return self._branch
+
+    def of(self, run_id: str) -> Branch:
+        """The branch of that run. Raises `LinkError` where there is none, or not yet."""
+        if self._branch is None or self._branch.run_id != run_id or self.coordinator is None:
+            raise LinkError("the aggregator above leads another run now")
         return self._branch
 
     @property
@@ -115,6 +122,8 @@ class Branches:
         if self._branch is not None:
             log.warning("the aggregator above leads another run", run=registration.run)
             former, self._branch = self._branch, None
+            # Who waits for evaluators of that run asks again.
+            former.desk.evaluators.set()
             former.aggregator.stop()
             assert former.living is not None
             await former.living
@@ -136,6 +145,7 @@ class Branches:
         branch = Branch(settings, registration.run_id, self._metrics)
         self._branch = branch
         await branch.start(self._ready)
+        self.led.set()
         assert branch.living is not None
         branch.living.add_done_callback(lambda _: self._over(branch))
 

@@ -31,8 +31,18 @@ class Order:
         return self.task.token
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A version that evaluators here are to score, whether or not there is a round of it."""
+
+    version: int
+    layout: Layout
+    given: Mapping[str, Array]
+
+
 class Desk:
-    """Holds the order in hand. The link gives it, the driver answers; `crew` is set while enough work here.
+    """Holds the order in hand. The link gives it, the driver answers; `crew` is set while enough work here, and
+    `evaluators` while there is one.
 
     `resuming`: there is a task from before a restart, which the one above is to be asked for whoever works here.
     """
@@ -40,9 +50,12 @@ class Desk:
     def __init__(self) -> None:
         self.order: Order | None = None
         self.crew = asyncio.Event()
+        self.evaluators = asyncio.Event()
         self.resuming = False
+        self.shown: tuple[Shown, asyncio.Future[None]] | None = None
         self.ordered: Callable[[Order], None] = lambda order: None
         self.withdrawn: Callable[[Order, str], None] = lambda order, reason: None
+        self.showing: Callable[[], None] = lambda: None
         self._answer: asyncio.Future[StoredMean] | None = None
 
     async def carry_out(self, order: Order) -> StoredMean:
@@ -58,6 +71,13 @@ class Desk:
     def withdraw(self, order: Order, reason: str) -> None:
         """Nothing of the order is wanted any more."""
         self.withdrawn(order, reason)
+
+    async def show(self, shown: Shown) -> None:
+        """Have the version be that of this aggregator, once no round is open. Raises `CodecError`."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.shown = (shown, done)
+        self.showing()
+        await done
 
     def done(self, token: str, mean: StoredMean) -> None:
         """The order of that token is carried out; any other is none of this mean's."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -26,12 +27,13 @@ from fedgrpc.aggregator.orders import Orders
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.aggregator.run_store import Version
 from fedgrpc.aggregator.scales import accumulated_of, scales_of
+from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import CodecError, StorageError
 from fedgrpc.rounds.events import Abort, Commit
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.state import Round, RoundPhase
 from fedgrpc.rpc.local_model import plans_from_proto
-from fedgrpc.tree.desk import Desk, Order
+from fedgrpc.tree.desk import Desk, Order, Shown
 from fedgrpc.tree.mean import MeanFile, Tensors, mean_tensors, own_tensors
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_PAUSED
@@ -51,7 +53,7 @@ class LeafDriver(Driver):
         self._task_path = folder / "task.pb"
         self._task = aggregator_pb2.Task()
         self._desk = desk
-        desk.ordered, desk.withdrawn = self._ordered, self._withdrawn
+        desk.ordered, desk.withdrawn, desk.showing = self._ordered, self._withdrawn, self._it.wake.set
 
     async def recover(self) -> None:
         """As `Driver.recover`, with the orders that the round in progress was given under."""
@@ -108,6 +110,9 @@ class LeafDriver(Driver):
         it = self._it
         self._count_crew()
         order = self._desk.next()
+        shown, self._desk.shown = self._desk.shown, None
+        if shown is not None:
+            await self._show(*shown)
         if order is None or it.run.phase == RUN_PHASE_PAUSED:
             await self._wait(it.clock() + self._settings.policy.lease_s)
             return False
@@ -133,22 +138,47 @@ class LeafDriver(Driver):
             self._desk.crew.set()
         else:
             self._desk.crew.clear()
+        if it.fleet.live_evaluators(it.clock()):
+            self._desk.evaluators.set()
+        else:
+            self._desk.evaluators.clear()
+
+    async def _show(self, shown: Shown, done: asyncio.Future[None]) -> None:
+        """Make a version known to evaluators before there is a round of it, if there ever is."""
+        record = self._it.last_record
+        try:
+            if self._it.run.version < shown.version:
+                written_in = 0 if record is None else record.number
+                keep = partial(self._keep_version, shown.version, written_in, shown.layout, shown.given)
+                await self._until_stored(keep)
+        except CodecError as error:
+            if not done.done():
+                done.set_exception(error)
+        else:
+            if not done.done():
+                done.set_result(None)
 
     async def _take_up(self, order: Order) -> None:
         """Make the order's version this aggregator's own, and the order durable."""
         it, task = self._it, order.task
         if task.kind != TASK_KIND_INITIALIZE and it.run.version != task.model_version:
-            layout, path = order.layout, it.models.path(task.model_version)
-            digest = await asyncio.to_thread(write_model, path, layout, order.given.values())
             # Its scores come with this round's updates, and are those of the round before.
-            version = Version(task.model_version, max(0, task.round - 1), digest)
-            await it.in_database(it.store.save_version, version)
-            it.run.version, it.run.layout = task.model_version, layout
+            await self._keep_version(task.model_version, max(0, task.round - 1), order.layout, order.given)
         self._take_orders(task)
         if task.plan.lead.HasField("channels"):
             await asyncio.to_thread(it.local_models.learn, task.plan.lead.channels, it.run.layout)
         await asyncio.to_thread(self._write_task, task)
         self._task = task
+
+    async def _keep_version(
+        self, number: int, written_in: int, layout: Layout, given: Mapping[str, Array]
+    ) -> None:
+        it = self._it
+        digest = await asyncio.to_thread(write_model, it.models.path(number), layout, given.values())
+        await it.in_database(it.store.save_version, Version(number, written_in, digest))
+        it.run.version, it.run.layout = number, layout
+        # Evaluators that wait for something to score.
+        it.fleet.wake_all()
 
     def _write_task(self, task: aggregator_pb2.Task) -> None:
         with storage_errors(self._task_path):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from fedgrpc.codec.layout import Array, Layout
-from fedgrpc.errors import LinkError, TaskError
+from fedgrpc.errors import TaskError
 from fedgrpc.tree.branch import Branches
 from fedgrpc.tree.desk import Order
 from fedgrpc.tree.mean import sending
@@ -31,8 +31,8 @@ _LAST_UPLOADS: Final = 1.5
 _DEVICE_CLASS: Final = "aggregator"
 
 
-class LeafLoop(Loop):
-    """Takes tasks from above while there are enough workers below, and sends what their rounds make of them."""
+class Link(Loop):
+    """A worker's loop that trains nothing itself, and leaves models on the disk until they are read."""
 
     def __init__(
         self, settings: WorkerSettings, client: AggregatorClient, board: Board, branches: Branches
@@ -57,6 +57,18 @@ class LeafLoop(Loop):
     def _measured(self) -> DeviceProfile:
         return detect().with_overrides({"device_class": _DEVICE_CLASS, **self._settings.device})
 
+    async def _lazily(self, task: Task) -> tuple[Layout, Mapping[str, Array], float]:
+        """The task's model, left on the disk until it is read, and the seconds that its download took."""
+        held, download_s = await self._hold(task)
+        return held.manifest.layout, await asyncio.to_thread(held.tensors), download_s
+
+    async def _say_goodbye(self, task: Task) -> None:
+        """Nothing is given back at the end of the process: the next one goes on with it."""
+
+
+class LeafLoop(Link):
+    """Takes tasks from above while there are enough workers below, and sends what their rounds make of them."""
+
     async def _connect(self) -> Registration:
         registration = await self._register()
         await self._branches.lead(registration)
@@ -75,12 +87,11 @@ class LeafLoop(Loop):
 
     async def _work(self, task: Task, message: aggregator_pb2.Task) -> SpooledUpdate:
         """Download, have a round below, and spool the mean."""
-        branch = self._branches.present
-        if task.run_id != branch.run_id:
-            raise LinkError("the aggregator above leads another run now")
+        branch = self._branches.of(task.run_id)
         if not task.plan.sub_model.whole or task.plan.compression is not None:
             raise TaskError("an aggregator takes the whole model as it is")
-        layout, given, download_s = await self._lazily(task)
+        nothing: tuple[Layout, Mapping[str, Array], float] = ((), {}, 0.0)
+        layout, given, download_s = nothing if task.kind is TaskKind.INITIALIZE else await self._lazily(task)
         began = Began(download_s, time.monotonic())
         self._board.enter(Activity.EVALUATING if task.kind is TaskKind.EVALUATE else Activity.TRAINING)
         order = Order(message, layout, given, self._due_at(task))
@@ -100,22 +111,12 @@ class LeafLoop(Loop):
         self._show_disk()
         return update
 
-    async def _lazily(self, task: Task) -> tuple[Layout, Mapping[str, Array], float]:
-        """The model to start from, left on the disk until it is read, and the seconds that its download took."""
-        if task.kind is TaskKind.INITIALIZE:
-            return (), {}, 0.0
-        held, download_s = await self._hold(task)
-        return held.manifest.layout, await asyncio.to_thread(held.tensors), download_s
-
     def _due_at(self, task: Task) -> float | None:
         if task.deadline_s is None:
             return None
         left_s = max(0.0, task.deadline_s - time.monotonic())
         upload_s = max(_RESERVED * left_s, _LAST_UPLOADS * self._board.status.last_timings.upload_s)
         return task.deadline_s - min(upload_s, left_s / 2)
-
-    async def _say_goodbye(self, task: Task) -> None:
-        """Nothing is given back at the end of the process: the next one goes on with it."""
 
 
 def _trains_nothing(registration: Registration) -> Trainer:

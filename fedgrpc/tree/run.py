@@ -18,6 +18,7 @@ from fedgrpc.metrics import Metrics
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.tree.branch import Branches, Ready
 from fedgrpc.tree.loop import LeafLoop
+from fedgrpc.tree.scoring import relay_scores
 from fedgrpc.worker.board import Board, Status
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.disk import owned
@@ -72,6 +73,7 @@ class Leaf:
             link = LeafLoop(above, client, Board(Status(above.name, above.aggregator)), branches)
             await branches.resume()
             linked, ended = asyncio.create_task(link.run()), asyncio.create_task(branches.ended.wait())
+            scoring = asyncio.create_task(relay_scores(above, channel, branches, self._settings.policy.lease_s))
             try:
                 await asyncio.wait([linked, ended], return_when=asyncio.FIRST_COMPLETED)
                 if linked.done() and linked.exception() is None:
@@ -83,7 +85,8 @@ class Leaf:
                 branches.closing = True
                 linked.cancel()
                 ended.cancel()
-                await asyncio.gather(linked, ended, return_exceptions=True)
+                scoring.cancel()
+                await asyncio.gather(linked, ended, scoring, return_exceptions=True)
             if not linked.cancelled():
                 linked.result()
         return 128 + self._signals if self._signals else code

@@ -193,6 +193,12 @@ class Running:
         await self.until(lambda _, it: it.number > number or (it.number == number and it.phase in ended))
         return await self.round(number)
 
+    async def until_known(self, worker):
+        """Wait until `worker` has registered."""
+        async with asyncio.timeout(PATIENCE_S):
+            while worker not in {known.name for known in self.aggregator.coordinator.fleet}:
+                await self.run()
+
     async def until_polling(self, worker):
         """Wait until `worker` asks for a task: it then is alive, however the clock jumps."""
         fleet = self.aggregator.coordinator.fleet

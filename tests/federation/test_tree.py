@@ -6,10 +6,13 @@ import asyncio
 from contextlib import AsyncExitStack
 
 import numpy as np
+import pytest
 
 from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable, Pruning
 from fedgrpc.aggregator.settings import TrainingPlan
-from fedgrpc.v1 import round_pb2
+from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.v1 import device_pb2, round_pb2
+from fedgrpc.worker.task import Role
 from tests.federation.federation import MODEL, Shifter, aggregating, working
 from tests.federation.test_local_models import Adder, play
 from tests.federation.tree import leading
@@ -134,6 +137,44 @@ async def test_updates_of_unequal_steps_are_normalized_in_a_tree_as_they_are_fla
     assert_equal(result, await tree(tmp_path / "two", [("a",)] * 3 + [("b",)] * 5, Unequal, about))
     places = [("m", "c")] * 2 + [("m", "d")] * 2 + [("n", "e")] * 3 + [("n",)]
     assert_equal(result, await tree(tmp_path / "three", places, Unequal, about))
+
+
+class Scorer(Shifter):
+    """Scores what it is given by a number of its own."""
+
+    def evaluate(self, weights):
+        return type(super().evaluate(weights))(self.examples, {"score": self.change * (1 + weights["w"].mean())})
+
+
+@pytest.mark.parametrize("evaluate", [True, False], ids=["with a closing round", "without"])
+async def test_what_evaluators_below_a_leaf_find_reaches_the_root(tmp_path, evaluate):
+    """By their examples, with those of the root's own; also of the last version, of which no leaf has a round."""
+    about = {"rounds": 2, "evaluate": evaluate, "keep_versions": 99}
+    async with (
+        aggregating(tmp_path, policy={"min_workers": 2}, **about) as root,
+        leading(tmp_path / "m", "m", root, policy={"min_workers": 1}) as middle,
+        leading(tmp_path / "c", "c", middle, policy={"min_workers": 1}) as leaf,
+    ):
+        scorers = {"top": (root, 1.0, 10), "inner": (middle, 2.0, 20), "low": (leaf, 4.0, 10)}
+        crew_tasks = [
+            working(place, tmp_path, name, Scorer(*about), role=Role.EVALUATOR)
+            for name, (place, *about) in scorers.items()
+        ]
+        for place, names in (
+            (root, ["top", "m.evaluators"]),
+            (middle, ["inner", "c.evaluators"]),
+            (leaf, ["low"]),
+        ):
+            for name in names:
+                await place.until_known(name)
+        crew_tasks += [working(root, tmp_path, "a", Shifter()), working(leaf, tmp_path, "b", Shifter())]
+        assert await asyncio.gather(*crew_tasks) == [0] * 5
+        trained = [item for item in await root.rounds() if item.kind == round_pb2.TASK_KIND_TRAIN]
+        last = root.weights(trained[-1].committed_version)["w"].mean()
+        wanted = (1.0 * 10 + 2.0 * 20 + 4.0 * 10) / 40 * (1 + last)
+        assert dict(trained[-1].evaluator_metrics) == {"score": pytest.approx(wanted, rel=1e-5)}
+        roles = {item.worker: item.role for item in (await root.stub.ListWorkers(pb.ListWorkersRequest())).workers}
+    assert roles["m.evaluators"] == roles["top"] == device_pb2.WORKER_ROLE_EVALUATOR
 
 
 KEEP = np.random.default_rng(1).random((8, 50)) < 0.5
