@@ -15,14 +15,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,15 +28,12 @@ from typing import Any
 
 from transport_bench.latency import Latency, Probe, Span
 from transport_bench.meter import Usage
+from transport_bench.processes import Target, process, reply, several
 from transport_bench.workload import WIDTHS, size_of
 
 _ISOLATED = "FEDGRPC_BENCH_ISOLATED"
-_SPAWN = multiprocessing.get_context("spawn")
-_REPLY_S = 600
 _UPLOADS = 8
 _LARGE = "25.2M"
-
-Target = Callable[..., None]
 
 FLOAT32: Mapping[str, object] = {"download_recipe": "raw", "upload_recipe": "raw"}
 INT8: Mapping[str, object] = {"download_recipe": "int8+zstd", "upload_recipe": "int8+zstd"}
@@ -114,23 +109,23 @@ def measure_latency(rounds: int, folder: Path | None = None) -> dict[str, Latenc
 def _probe(folder: Path) -> tuple[Probe, Span]:
     """What the asking worker saw, and from when to when there were uploads."""
     latency, width = partial(_enter, "latency"), WIDTHS[_LARGE]
-    with _process(partial(latency, "serve"), 0.0, width=width, workers=_UPLOADS + 1, folder=folder) as server:
-        port = _reply(server)
+    with process(partial(latency, "serve"), 0.0, width=width, workers=_UPLOADS + 1, folder=folder) as server:
+        port = reply(server)
 
         def uploader(number: int) -> Any:
-            return _process(partial(latency, "upload"), port=port, number=number, width=width)
+            return process(partial(latency, "upload"), port=port, number=number, width=width)
 
         with (
-            _several(_UPLOADS, uploader) as uploaders,
-            _process(partial(latency, "ask"), port=port) as asking,
+            several(_UPLOADS, uploader) as uploaders,
+            process(partial(latency, "ask"), port=port) as asking,
         ):
-            for process in (*uploaders, asking):
-                _reply(process)
-            for process in uploaders:
-                process.send("begin")
-            spans = [_reply(process) for process in uploaders]
+            for pipe in (*uploaders, asking):
+                reply(pipe)
+            for pipe in uploaders:
+                pipe.send("begin")
+            spans = [reply(pipe) for pipe in uploaders]
             asking.send("stop")
-            probe = _reply(asking)
+            probe = reply(asking)
     return probe, (min(began for began, _ in spans), max(ended for _, ended in spans))
 
 
@@ -154,40 +149,10 @@ def _enter(module: str, function: str, pipe: Any, **arguments: Any) -> None:
 
 
 def _run(serve: Target, work: Target, width: int, workers: int, rounds: int) -> list[Usage]:
-    with _process(serve, width=width, workers=workers, rounds=rounds) as server:
-        port = _reply(server)
-        with _several(workers, lambda number: _process(work, port=port, number=number, width=width)) as clients:
-            return [_reply(server), *(_reply(client) for client in clients)]
-
-
-@contextmanager
-def _process(target: Target, patience_s: float = 20.0, **arguments: Any) -> Iterator[Any]:
-    """A new process and the pipe to it; at the end it has `patience_s` to end by itself."""
-    mine, theirs = _SPAWN.Pipe()
-    process = _SPAWN.Process(target=target, args=(theirs,), kwargs=arguments, daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        yield mine
-        process.join(timeout=patience_s)
-    finally:
-        process.kill()
-        process.join()
-
-
-@contextmanager
-def _several(count: int, start: Callable[[int], Any]) -> Iterator[list[Any]]:
-    if not count:
-        yield []
-        return
-    with start(count) as first, _several(count - 1, start) as others:
-        yield [first, *others]
-
-
-def _reply(pipe: Any) -> Any:
-    if not pipe.poll(_REPLY_S):
-        raise TimeoutError(f"a process said nothing for {_REPLY_S} s")
-    return pipe.recv()
+    with process(serve, width=width, workers=workers, rounds=rounds) as server:
+        port = reply(server)
+        with several(workers, lambda number: process(work, port=port, number=number, width=width)) as clients:
+            return [reply(server), *(reply(client) for client in clients)]
 
 
 def _floor_of(rows: list[Row], size: str, workers: int) -> Row | None:

@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import multiprocessing
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +21,9 @@ from typing import Any
 import numpy as np
 from transport_bench import federation
 from transport_bench.meter import Mark, Usage
+from transport_bench.processes import process, reply
 from transport_bench.workload import WIDTHS, size_of
 
-_SPAWN = multiprocessing.get_context("spawn")
-_REPLY_S = 600
 ENCODINGS = ("raw", "int8+zstd")
 PLACES = ("root", "below")
 
@@ -65,18 +62,18 @@ def measure(place: str, encoding: str, size: str, workers: int, rounds: int) -> 
         folder = Path(name)
         direct = workers if place == "root" else 1
         common = {"rounds": rounds + 1, "folder": folder, "settings": settings}
-        with _process(federation.serve, width=width, workers=direct, **common) as root:
-            port = _reply(root)
+        with process(federation.serve, width=width, workers=direct, **common) as root:
+            port = reply(root)
             if place == "root":
-                with _process(crew, port=port, workers=workers, folder=folder) as working:
-                    usage = _reply(root)
-                    _reply(working)
+                with process(crew, port=port, workers=workers, folder=folder) as working:
+                    usage = reply(root)
+                    reply(working)
             else:
-                with _process(lead, port=port, workers=workers, folder=folder, settings=settings) as leaf:
-                    with _process(crew, port=_reply(leaf), workers=workers, folder=folder) as working:
-                        usage = _reply(leaf)
-                        _reply(working)
-                    _reply(root)
+                with process(lead, port=port, workers=workers, folder=folder, settings=settings) as leaf:
+                    with process(crew, port=reply(leaf), workers=workers, folder=folder) as working:
+                        usage = reply(leaf)
+                        reply(working)
+                    reply(root)
     return Row(place, encoding, size, size_of(width), workers, usage)
 
 
@@ -125,26 +122,6 @@ async def _lead(pipe: Any, port: int, workers: int, folder: Path, settings: Mapp
     for task in watching:
         task.cancel()
     return Usage.of(marks)
-
-
-@contextmanager
-def _process(target: Any, **arguments: Any) -> Iterator[Any]:
-    mine, theirs = _SPAWN.Pipe()
-    process = _SPAWN.Process(target=target, args=(theirs,), kwargs=arguments, daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        yield mine
-        process.join(timeout=20)
-    finally:
-        process.kill()
-        process.join()
-
-
-def _reply(pipe: Any) -> Any:
-    if not pipe.poll(_REPLY_S):
-        raise TimeoutError(f"a process said nothing for {_REPLY_S} s")
-    return pipe.recv()
 
 
 def _line(row: Row) -> str:
