@@ -12,7 +12,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +111,20 @@ def forget(pods: Iterable[Pod]) -> None:
         podman("pod", "rm", "--force", "--ignore", "--time", "1", pod.name, check=False)
         for claim in pod.claims:
             podman("volume", "rm", "--force", claim, check=False)
+
+
+@contextmanager
+def playing(pods: Sequence[Pod]) -> Iterator[None]:
+    """All of them run; at the end what they have said is told, and they go, whoever has taken their place, too."""
+    forget(pods)
+    try:
+        for pod in pods:
+            pod.play()
+        yield
+    finally:
+        for pod in pods:
+            sys.stdout.write(f"--- {pod.name}\n{pod.logs()[-6000:]}\n")
+        forget(pods)
 
 
 def make_pod(

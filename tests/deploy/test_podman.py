@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,10 @@ from tests.deploy.fleet import (
     workload_of,
 )
 from tests.deploy.manifests import Manifests
-from tests.deploy.pods import forget, make_pod
+from tests.deploy.pods import make_pod, playing
 from tools.containers.network import Network
 
-pytestmark = [pytest.mark.containers, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.containers, pytest.mark.timeout(1200)]
 
 MANY = 1000
 NODES = {"pi-1": {"fedgrpc.io/device-class": "raspberry-pi-4"}, "box-1": {}}
@@ -51,10 +50,7 @@ def test_pods_of_the_manifests_finish_a_run_through_a_rollout_in_mid_round(
         for name, labels in NODES.items()
     }
     pods = [leader, *workers.values()]
-    forget(pods)
-    try:
-        for pod in pods:
-            pod.play()
+    with playing(pods):
         before = leader.until(lambda status: len(committed(status)) >= 2)
         assert leader.probed(50051, "fedgrpc.v1.Aggregator") == "SERVING"
         for pod in workers.values():
@@ -81,7 +77,3 @@ def test_pods_of_the_manifests_finish_a_run_through_a_rollout_in_mid_round(
         assert classes == {"pi-1": "raspberry-pi-4", "box-1": "other"}
         # They stay, for a next run: a DaemonSet would start them again and again.
         assert all(pod.run("fedgrpc", "health").returncode == 0 for pod in workers.values())
-    finally:
-        for pod in pods:
-            sys.stdout.write(f"--- {pod.name}\n{pod.logs()[-6000:]}\n")
-        forget(pods)

@@ -6,7 +6,6 @@ Every pod dials the names that the manifests say.
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,10 +24,10 @@ from tests.deploy.fleet import (
     workload_of,
 )
 from tests.deploy.manifests import Manifests, address_dialled
-from tests.deploy.pods import PATIENCE_S, Pod, forget, make_pod
+from tests.deploy.pods import PATIENCE_S, Pod, make_pod, playing
 from tools.containers.network import Network
 
-pytestmark = [pytest.mark.containers, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.containers, pytest.mark.timeout(1200)]
 
 MANY = 1000
 LEAVES = ("leaf-aggregator-0", "leaf-aggregator-1")
@@ -134,10 +133,7 @@ def test_pods_of_the_tree_go_on_when_a_leaf_is_killed_and_another_replaced(
         for node in nodes
     }
     pods = [root, *leaves.values(), *workers.values()]
-    forget(pods)
-    try:
-        for pod in pods:
-            pod.play()
+    with playing(pods):
         root.until(lambda status: len(committed(status)) >= 2)
         for leaf in leaves.values():
             assert leaf.probed(50051, "fedgrpc.v1.Aggregator") == "SERVING"
@@ -186,7 +182,3 @@ def test_pods_of_the_tree_go_on_when_a_leaf_is_killed_and_another_replaced(
                 told = workers[node].acknowledged()
                 assert len(told) >= len(trained)
                 assert told <= held
-    finally:
-        for pod in pods:
-            sys.stdout.write(f"--- {pod.name}\n{pod.logs()[-6000:]}\n")
-        forget(pods)
