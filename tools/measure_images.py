@@ -1,6 +1,6 @@
 """What the images take: their size on top of their base, and how long an aggregator takes to serve. Root, podman.
 
-python -m tools.measure_images [--starts 9]
+python -m tools.measure_images [--starts 9] [--base NAME]
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ def cold_start(container: Container, address: str) -> tuple[float, float, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", type=int, default=9)
+    parser.add_argument("--base", default=BASE, help="the image that they are built on")
     asked = parser.parse_args()
-    reason = why_not(AGGREGATOR_IMAGE, WORKER_IMAGE)
+    reason = why_not(AGGREGATOR_IMAGE, WORKER_IMAGE, asked.base)
     if reason is not None:
         print(f"skipped: {reason}")
         return 0
-    base_bytes = image_bytes(BASE)
+    base_bytes = image_bytes(asked.base)
     for image in (AGGREGATOR_IMAGE, WORKER_IMAGE, LITE_IMAGE):
         if podman("image", "exists", image, check=False) is not None:
             print(f"{image}: {size(image_bytes(image) - base_bytes)} on top of the base's {size(base_bytes)}")
