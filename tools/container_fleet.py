@@ -29,7 +29,7 @@ from fedgrpc.rpc.channel import open_channel
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc
 from fedgrpc.v1.round_pb2 import Round
-from tools.containers.breakage import aggregator_killed, device_killed, link_down
+from tools.containers.breakage import aggregator_killed, device_killed, link_down, resumed_with_updates
 from tools.containers.devices import AGGREGATOR, Device, make_fleet
 from tools.containers.network import Link, Network, NetworkError
 from tools.containers.podman import AGGREGATOR_IMAGE, WORKER_IMAGE, Container, PodmanError, podman, why_not
@@ -241,14 +241,13 @@ class Fleet:
         for container in self._workers.values():
             told |= await asyncio.to_thread(acknowledged_by, container)
         wrong = self._wrong(rounds, told)
-        resumed = [e for e in self._aggregator.events() if e["event"] == "round resumed"]
+        resumed = resumed_with_updates(self._aggregator.events())
         held = len(told & accepted_in(rounds))
         print(
             f"accuracy {self._seen.accuracy:.4f}; {len(told)} updates acknowledged to devices, {held} of them held"
         )
-        print(
-            f"after the kill, round {resumed[0]['round']} went on with {resumed[0]['accepted']} accepted updates"
-        )
+        for event in resumed:
+            print(f"after a kill, round {event['round']} went on with {event['accepted']} accepted updates")
         return wrong if resumed else [*wrong, "the aggregator's new container did not resume the round"]
 
     def _wrong(self, rounds: Sequence[Round], told: Accepted) -> list[str]:
