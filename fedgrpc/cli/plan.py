@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,11 +24,12 @@ from fedgrpc.cli.quantities import DURATION, RATE, SIZE
 from fedgrpc.cli.tls import FILE, client_settings, client_tls
 from fedgrpc.cli.view import piped_console, print_table, seconds, size
 from fedgrpc.errors import UsageError
-from fedgrpc.worker.trainer import Trainer, load_trainer
+from fedgrpc.worker.trainer import Trainer, kept_whole, load_trainer
 
 LADDER: Final = (CompressionPlan(), CompressionPlan(0.5), CompressionPlan(0.25))
 ENCODING: Final = "int8+zstd"
 DEADLINE_S: Final = 600.0
+_SHOWN: Final = 4
 
 _model = Declare("The model")
 _plans = Declare("The plans")
@@ -87,8 +89,9 @@ class Question:
 
     def answer(self, subject: Subject) -> Choice:
         """As the aggregator decides it."""
-        size_of, deadline_s = self.model.size_of, self.deadline_s
-        return choose_of(self.table, subject.device_class, size_of, subject.device, subject.history, deadline_s)
+        size_of = partial(self.model.size_of, history=subject.history)
+        about = subject.device, subject.history, self.deadline_s
+        return choose_of(self.table, subject.device_class, size_of, *about)
 
 
 def _run(**values: Any) -> None:
@@ -105,17 +108,31 @@ def _run(**values: Any) -> None:
     if model.channels is None and any(plan.width < 1 for plan in question.plans):
         raise UsageError(f"the model of {values['task']} cannot be sliced, so it has no plans of less width")
     subjects = asked.subjects(model) if asked else [_here(values, trainer, question)]
-    questions = {"": question}
-    for encoding in {subject.encoding for subject in subjects if not values["encoding"]} - {""}:
-        questions[encoding] = replace(question, model=Model.of(trainer, encoding))
-    decided = [(subject, questions.get(subject.encoding, question)) for subject in subjects]
+    told = {subject.encodings for subject in subjects if not values["encoding"]} - {("", "")}
+    questions = {each: replace(question, model=Model.of(trainer, *each)) for each in told}
+    decided = [(subject, questions.get(subject.encodings, question)) for subject in subjects]
     if values["as_json"]:
         click.echo(json.dumps([_plain(*each) for each in decided], indent=2))
         return
     console = piped_console()
-    console.print(f"plans: {whose}; a round has {seconds(deadline_s)}\n", highlight=False, soft_wrap=True)
+    console.print(f"plans: {whose}; a round has {seconds(deadline_s)}", highlight=False, soft_wrap=True)
+    for line in _whole_lines(trainer, question.plans):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print()
     for subject, its in decided:
         _show(console, subject, its)
+
+
+def _whole_lines(trainer: Trainer, plans: Sequence[CompressionPlan]) -> list[str]:
+    """What narrower plans cannot make narrower, and why."""
+    if all(plan.width == 1 for plan in plans):
+        return []
+    return [f"kept whole at every width: {_some(names)}: {reason}" for names, reason in kept_whole(trainer)]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _plans_of(path: Path | None, asked: Asked | None) -> tuple[PlanTable, str]:
@@ -160,7 +177,7 @@ def _show(console: Console, subject: Subject, question: Question) -> None:
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("", "plan") else "right", no_wrap=True)
     for plan in question.plans:
-        its = question.model.size_of(plan)
+        its = question.model.size_of(plan, subject.history)
         cost = predict(subject.device, subject.history, its)
         times = (cost.download_s, cost.local_s, cost.upload_s)
         table.add_row(
@@ -196,7 +213,7 @@ def _plain(subject: Subject, question: Question) -> dict[str, Any]:
     choice = question.answer(subject)
 
     def row(plan: CompressionPlan) -> dict[str, Any]:
-        size = question.model.size_of(plan)
+        size = question.model.size_of(plan, subject.history)
         cost: Prediction = predict(subject.device, subject.history, size)
         total = {"total_s": cost.total_s, "misfit": misfit(subject.device, cost, question.deadline_s)}
         return {"plan": plan.to_toml(), **asdict(size), **asdict(cost), **total}

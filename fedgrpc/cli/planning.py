@@ -15,15 +15,16 @@ import numpy as np
 from fedgrpc.aggregation.channels import ChannelMap
 from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
 from fedgrpc.aggregation.coverage import Coverage
-from fedgrpc.aggregation.plan_size import size_of
-from fedgrpc.aggregation.prediction import Device, Observation, PlanSize
+from fedgrpc.aggregation.plan_size import elements_of
+from fedgrpc.aggregation.prediction import Device, Observation, PlanSize, shown_upload_bits
 from fedgrpc.cli.operator import Operator
+from fedgrpc.codec.efficiency import expected_bits
 from fedgrpc.codec.layout import Layout, spec_of
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import UsageError
 from fedgrpc.metrics import prediction_errors
-from fedgrpc.rpc.local_model import plans_from_proto, sub_model_from_proto
+from fedgrpc.rpc.local_model import plan_from_proto, plans_from_proto
 from fedgrpc.rpc.planning import counts, device_of, observation_of
 from fedgrpc.v1.aggregator_pb2 import WorkerRecord
 from fedgrpc.v1.device_pb2 import WORKER_ROLE_TRAINER
@@ -36,32 +37,38 @@ _KEPT = 16
 
 @dataclass(frozen=True)
 class Model:
-    """What plans are sized by: the task's model, and bits on the wire for each of its elements."""
+    """What plans are sized by: the task's model, and bits on the wire for each of its elements, down and up."""
 
     layout: Layout
     channels: ChannelMap | None
-    bits_per_element: float
+    download_bits: float
+    upload_bits: float
 
     @classmethod
-    def of(cls, trainer: Trainer, encoding: str) -> Model:
-        """A task's model; its payload is made once to see what the encoding does. Raises UsageError."""
+    def of(cls, trainer: Trainer, encoding: str, upload_encoding: str = "") -> Model:
+        """A task's model; its payload is made once to see what the encoding does.
+
+        Updates are in the same encoding, or in another. Raises UsageError.
+        """
         weights = trainer.initial_weights()
         layout = tuple(spec_of(name, array) for name, array in weights.items())
         payload = write_payload(weights, Recipe.parse(encoding), io.BytesIO(), np.random.default_rng(0))
         elements = max(1, sum(array.size for array in weights.values()))
         channels = trainer.channels() if isinstance(trainer, SliceableTrainer) else None
-        return cls(layout, channels, 8 * payload.size_bytes / elements)
+        upload_bits = expected_bits(Recipe.parse(upload_encoding or encoding), elements)
+        return cls(layout, channels, 8 * payload.size_bytes / elements, upload_bits)
 
-    def size_of(self, plan: CompressionPlan) -> PlanSize:
-        """The plan's share of this model."""
-        return size_of(plan, self.layout, self.channels, self.bits_per_element)
+    def size_of(self, plan: CompressionPlan, history: Sequence[Observation] = ()) -> PlanSize:
+        """The plan's share of this model; updates take the bits that those in the history took."""
+        upload_bits = shown_upload_bits(history) or self.upload_bits
+        return elements_of(plan, self.layout, self.channels).size(self.download_bits, upload_bits)
 
 
 @dataclass(frozen=True)
 class Subject:
     """A device, what its tasks have cost, and by how much each prediction of them was off, by part.
 
-    `encoding` is the one that models travel to it in; "" where it has not been told any.
+    `encodings` are those of models and of its updates; ("", "") where it has not been told any.
     """
 
     name: str
@@ -69,7 +76,7 @@ class Subject:
     history: tuple[Observation, ...] = ()
     errors: tuple[Mapping[str, float], ...] = ()
     device_class: str = ""
-    encoding: str = ""
+    encodings: tuple[str, str] = ("", "")
 
 
 def measured(
@@ -143,11 +150,7 @@ async def ask(aggregator: Operator, name: str | None) -> Asked:
 
 
 def _subject(record: WorkerRecord, tasks: Sequence[TaskRecord], model: Model) -> Subject:
-    widths = [sub_model_from_proto(task.local_model).width for task in tasks]
-    history = tuple(
-        observation_of(task, model.size_of(CompressionPlan(width)))
-        for task, width in zip(tasks, widths, strict=True)
-    )
+    history = tuple(observation_of(task, model.size_of(plan_from_proto(task.local_model))) for task in tasks)
     errors = tuple(prediction_errors(task) for task in tasks if task.HasField("prediction"))
-    device_class, encoding = record.device.device_class, record.download_recipe.partition("~")[0]
-    return Subject(record.worker, device_of(record.device), history, errors, device_class, encoding)
+    encodings = record.download_recipe.partition("~")[0], record.upload_recipe
+    return Subject(record.worker, device_of(record.device), history, errors, record.device.device_class, encodings)

@@ -26,7 +26,7 @@ from fedgrpc.worker.run import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Registration, Role
 from fedgrpc.worker.throttle import Throttle
-from fedgrpc.worker.trainer import TaskSetup, Trainer, load_trainer
+from fedgrpc.worker.trainer import TaskSetup, Trainer, find_task, load_trainer
 
 _place = Declare("Where", WorkerSettings)
 _task = Declare("The learning task", TaskSetup)
@@ -193,6 +193,8 @@ def _run(**values: Any) -> int:
     settings = settings_from(values)
     setup = pick(TaskSetup, values, options=dict(values["options"]))
     own_task: str | None = values["task"]
+    if own_task is not None:
+        find_task(own_task)  # a mistake is told before anybody is asked
 
     def build(registration: Registration) -> Trainer:
         return trainer_for(setup, own_task, registration)

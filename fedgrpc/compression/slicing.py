@@ -91,8 +91,9 @@ def check_runs(narrow: nn.Module, example: Tensor, outputs: tuple[int, ...]) -> 
     try:
         with torch.no_grad():
             shape = tuple(narrow(example).shape)
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(f"a narrower {type(narrow).__name__} does not run: {error}") from error
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"a narrower {type(narrow).__name__} does not run: {what}") from error
     finally:
         narrow.train(training)
     if shape != outputs:

@@ -64,11 +64,21 @@ def load_share(path: Path) -> LabelledData:
     try:
         with np.load(path, allow_pickle=False) as file:
             train_inputs, train_labels, held_out_inputs, held_out_labels = (file[name] for name in _ARRAYS)
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except ValueError as error:
+        # What numpy says of it is how to run code that the file may hold.
+        raise UsageError(f"cannot read the share {path}: it is no .npz file of plain arrays") from error
+    except (OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"cannot read the share {path}: {error}") from error
-    if len(train_inputs) != len(train_labels) or len(held_out_inputs) != len(held_out_labels):
-        raise UsageError(f"{path} is no share: it has not one label for each input")
-    return LabelledData(Examples(train_inputs, train_labels), Examples(held_out_inputs, held_out_labels))
+    for inputs, labels in ((train_inputs, train_labels), (held_out_inputs, held_out_labels)):
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            shape = list(labels.shape)
+            raise UsageError(
+                f"{path} is no share: its labels are {labels.dtype}{shape}, not one whole number each"
+            )
+        if inputs.ndim < 1 or len(inputs) != len(labels):
+            raise UsageError(f"{path} is no share: it has not one label for each input")
+    train = Examples(train_inputs, train_labels.astype(np.int64, copy=False))
+    return LabelledData(train, Examples(held_out_inputs, held_out_labels.astype(np.int64, copy=False)))
 
 
 def write_shares(folder: Path, data: LabelledData, partition: Partition, parts: int, seed: int) -> list[Path]:

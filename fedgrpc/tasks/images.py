@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
@@ -14,6 +15,8 @@ from fedgrpc.data.shares import load_named
 from fedgrpc.errors import UsageError
 from fedgrpc.models import build_model
 from fedgrpc.tasks.torch_task import TorchTask
+
+_CLASSES = 10
 
 
 class ImageTask(TorchTask):
@@ -31,7 +34,7 @@ class ImageTask(TorchTask):
     def model(self) -> nn.Module:
         """See `fedgrpc.models`. Channels go last in memory, where convolution and pooling are faster."""
         model = build_model(
-            self._model_name, num_classes=10, in_channels=self.in_channels, image_size=self.image_size
+            self._model_name, num_classes=_CLASSES, in_channels=self.in_channels, image_size=self.image_size
         )
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
@@ -49,5 +52,16 @@ class ImageTask(TorchTask):
         inputs = examples.inputs.reshape(len(examples), -1)
         if inputs.shape[1] != shape[0] * shape[1] * shape[2]:
             raise UsageError(f"{path} holds images of {examples.inputs.shape[1:]}, not {self.dataset}'s {shape}")
+        if inputs.dtype.kind not in "iu" or _beyond(inputs, self.brightest):
+            held = f"{inputs.dtype} pixels, {inputs.min():g} to {inputs.max():g}"
+            raise UsageError(f"{path} holds {held}; {self.dataset}'s are whole numbers, 0 to {self.brightest}")
+        if _beyond(examples.labels, _CLASSES - 1):
+            held = f"labels {examples.labels.min()} to {examples.labels.max()}"
+            raise UsageError(f"{path} holds {held}; {self.dataset}'s are 0 to {_CLASSES - 1}")
         # The copy is torch's own: what a file was read into may not be written to.
         return TensorDataset(torch.tensor(inputs).reshape(-1, *shape), torch.tensor(examples.labels))
+
+
+def _beyond(values: np.ndarray, most: int) -> bool:
+    """Whether any is below 0 or above `most`."""
+    return bool(values.size) and (int(values.min()) < 0 or int(values.max()) > most)

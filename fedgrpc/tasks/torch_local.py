@@ -10,15 +10,21 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
+from fedgrpc.aggregation.channels import SubModel, sub_shapes
 from fedgrpc.aggregation.compression_plan import CompressionPlan
+from fedgrpc.compression.channel_graph import Channels
 from fedgrpc.compression.local_model import LocalModel
 from fedgrpc.compression.nested import Nested
-from fedgrpc.compression.slicing import check_slice, resized, shapes_of
-from fedgrpc.compression.tracing import Channels, trace_channels
+from fedgrpc.compression.slicing import check_runs, check_slice, resized, shapes_of
+from fedgrpc.compression.tracing import trace_channels
 from fedgrpc.tasks.torch_weights import load_weights, named_tensors, weights_of
 from fedgrpc.worker.trainer import Weights
+
+# A width at which every group that can be narrower is.
+_TRIED = 0.5
 
 
 class Widths:
@@ -30,8 +36,21 @@ class Widths:
 
     @cached_property
     def channels(self) -> Channels:
-        """The module's channel groups. Raises UsageError when it cannot be traced."""
-        return trace_channels(self._module, self._example())
+        """The module's channel groups. Raises UsageError when it cannot be traced, or does not run narrower."""
+        example = self._example()
+        channels = trace_channels(self._module, example)
+        self._check(channels, example)
+        return channels
+
+    def _check(self, channels: Channels, example: Tensor) -> None:
+        """A module's own code may count on its sizes, and only running it shows that."""
+        whole = shapes_of(self._module)
+        narrow = resized(self._module, sub_shapes(channels.map.select(SubModel(_TRIED)), whole))
+        with torch.no_grad():
+            training = self._module.training
+            outputs = self._module.eval()(example)
+            self._module.train(training)
+        check_runs(narrow, example, tuple(outputs.shape))
 
     def nested(self, module: nn.Module, widths: Sequence[float]) -> Nested | None:
         """What is to be trained along with a loaded module; None where nothing is narrower."""

@@ -5,6 +5,7 @@ The rule: on a CPU, equal weights, data and job give equal results, whatever ran
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -85,6 +86,11 @@ class TorchTrainer:
         with self._lock, _seeded(self._device, 0):
             return self._widths.channels.map
 
+    def kept_whole(self) -> list[tuple[list[str], str]]:
+        """Tensors that no width makes narrower, though they are not the output, together by reason."""
+        with self._lock, _seeded(self._device, 0):
+            return self._widths.channels.by_reason
+
     def _example(self) -> Tensor:
         examples = self._train if len(self._train) else self._held_out
         assert examples is not None
@@ -102,6 +108,7 @@ class TorchTrainer:
                 result = self._train_local(module, weights, job, job.compression)
             else:
                 ran = self._run(job, module, module)
+                ran.check()
                 metrics = {"loss": ran.mean_loss}
                 result = TrainResult(
                     weights_of(module), len(self._train), ran.steps, metrics, tensor_bytes=ran.tensor_bytes
@@ -115,6 +122,7 @@ class TorchTrainer:
         with local.arithmetic():
             nested = self._widths.nested(local.module, plan.nested)
             ran = self._run(job, local.module, local, nested, local.loss_scale())
+            ran.check()
         metrics = {"loss": ran.mean_loss}
         trained = compression.trained()
         if self._held_out is not None and len(self._held_out):
@@ -170,7 +178,8 @@ class TorchTrainer:
                 scaling.step(scaled, parameters)
             losses.append(loss.detach())
             examples.append(len(indices))
-        return Ran(_mean_loss(losses, examples), steps, memory.total)
+        first_loss = float(losses[0]) if losses else 0.0
+        return Ran(_mean_loss(losses, examples), steps, memory.total, first_loss)
 
     def _loss(self, job: TrainJob) -> Callable[..., Tensor]:
         """The loss of outputs and targets that is trained; see `LabelAdjustment`."""
@@ -196,6 +205,12 @@ class Ran:
     mean_loss: float
     steps: int
     tensor_bytes: int
+    first_loss: float
+
+    def check(self) -> None:
+        """Raise TaskError where there was nothing to learn from in the first place."""
+        if math.isnan(self.first_loss):
+            raise TaskError("the loss of the very first batch is NaN: look at the inputs and at loss()")
 
 
 def _mean_loss(losses: list[Tensor], examples: list[int]) -> float:

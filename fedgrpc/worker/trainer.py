@@ -168,6 +168,10 @@ class SliceableTrainer(Trainer, Protocol):
         ...
 
 
+# Names of tensors, and what they have in common.
+Reasons = list[tuple[list[str], str]]
+
+
 @dataclass(frozen=True)
 class TaskSetup:
     """What the person who starts a worker says about its task."""
@@ -179,6 +183,11 @@ class TaskSetup:
     part: str | None = None
     seed: int = 0
     options: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for half of what goes together."""
+        if (self.partition is None) != (self.part is None):
+            raise UsageError("--partition and --part go together, as in --partition dirichlet:0.5 --part 3/10")
 
 
 def load_trainer(
@@ -202,10 +211,8 @@ def load_trainer(
         UsageError: no such module or class, it is no task, or it does not take a setting that was given.
         TaskError: importing or constructing it raised.
     """
-    if (partition is None) != (part is None):
-        raise UsageError("--partition and --part go together, as in --partition dirichlet:0.5 --part 3/10")
     setup = TaskSetup(model, data, device, partition, part, seed, dict(options or {}))
-    task = _find_class(reference)
+    task = find_task(reference)
     with _blaming(reference):
         trainer = _construct(task, setup, reference)
     if isinstance(trainer, SliceableTrainer):
@@ -213,7 +220,8 @@ def load_trainer(
     return _GuardedTrainer(trainer, reference)
 
 
-def _find_class(reference: str) -> type:
+def find_task(reference: str) -> type:
+    """The class that `load_trainer` constructs. Raises as it does."""
     module_name, _, class_name = reference.partition(":")
     if not all(part.isidentifier() for part in module_name.split(".")):
         raise UsageError(f"task {reference!r} must look like package.module or package.module:Class")
@@ -361,3 +369,14 @@ class _GuardedSliceableTrainer(_GuardedTrainer):
     def channels(self) -> ChannelMap:
         with _blaming(self._reference):
             return self._sliceable.channels()
+
+    def kept_whole(self) -> Reasons:
+        """As `kept_whole`."""
+        with _blaming(self._reference):
+            return kept_whole(self._sliceable)
+
+
+def kept_whole(trainer: Trainer) -> Reasons:
+    """The tensors that no width makes narrower, together by reason; of a trainer that does not tell, none."""
+    tell = getattr(trainer, "kept_whole", None)
+    return [] if tell is None else tell()

@@ -65,3 +65,12 @@ def test_plans_come_from_the_same_file_as_the_aggregators(
 def test_a_worker_is_of_an_aggregator(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*DIGITS, "--worker", "pi-1"]) == 2
     assert "--aggregator" in capsys.readouterr().err
+
+
+def test_what_no_width_makes_narrower_is_told_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*DIGITS, "--model", "shufflenetv2"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("kept whole")]
+    assert any(" more: view() is not understood" in line for line in lines)
+    assert any(line.endswith("it is a grouped convolution") for line in lines)
+    assert run(DIGITS) == 0
+    assert "kept whole" not in capsys.readouterr().out

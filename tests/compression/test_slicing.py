@@ -158,6 +158,25 @@ def test_what_cannot_be_sliced_is_kept_whole_and_says_why() -> None:
     assert shapes["fc1.weight"] == (16, 8 * 26 * 26)
 
 
+class Recurrent(nn.Module):
+    """Nothing of it is understood."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 6, batch_first=True)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.lstm(x)[0][:, -1])  # type: ignore[no-any-return]
+
+
+def test_layers_that_nobody_understands_are_named_with_the_operation() -> None:
+    channels = trace_channels(Recurrent(), torch.randn(2, 5, 4))
+    assert not channels.map.groups
+    names = [f"lstm.{kind}_{where}_l0" for kind in ("weight", "bias") for where in ("ih", "hh")]
+    assert channels.by_reason == [(names, "lstm() is not understood, or not with these sizes")]
+
+
 class Odd(nn.Module):
     """Concatenation, a learned scale, a shared layer, an operation nobody knows, and a parameter in it."""
 

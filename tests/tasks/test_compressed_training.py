@@ -18,7 +18,7 @@ from fedgrpc.aggregation.compression_plan import (
     Pruning,
     Quantization,
 )
-from fedgrpc.errors import LayoutError
+from fedgrpc.errors import LayoutError, UsageError
 from fedgrpc.tasks.torch_task import TorchTask
 from fedgrpc.tasks.torch_trainer import TorchTrainer
 from fedgrpc.worker.trainer import SliceableTrainer, TaskSetup, TrainJob, Weights
@@ -187,3 +187,46 @@ def test_a_plan_with_nested_widths_makes_the_prefix_learn_what_the_whole_model_l
     whole, along = accuracies(CompressionPlan(nested=(0.5, 0.25)))
     assert along > alone + 0.1
     assert along > whole - 0.1
+
+
+class Stubborn(Blobs):
+    """Its own code counts on its sizes, which only running it shows."""
+
+    def model(self) -> nn.Module:
+        class Checked(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.a(x)
+                if x.shape[1] != 8:
+                    raise ValueError("eight, please")
+                return self.b(x)  # type: ignore[no-any-return]
+
+        return Checked()
+
+
+def test_a_model_that_does_not_run_narrower_says_so_and_has_no_channels() -> None:
+    trainer = Stubborn.build_trainer(TaskSetup(device="cpu"))
+    with pytest.raises(UsageError, match="a narrower Checked does not run: eight, please"):
+        trainer.channels()
+
+
+def test_what_is_kept_whole_at_every_width_is_told(trainer: TorchTrainer) -> None:
+    class Viewing(Blobs):
+        def model(self) -> nn.Module:
+            class Fixed(nn.Module):
+                def __init__(self) -> None:
+                    super().__init__()
+                    self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+                def forward(self, x: Tensor) -> Tensor:
+                    return self.b(self.a(x).view(-1, 8))  # type: ignore[no-any-return]
+
+            return Fixed()
+
+    ((names, reason),) = Viewing.build_trainer(TaskSetup(device="cpu")).kept_whole()
+    assert names == ["a.weight", "a.bias"]
+    assert "view()" in reason
+    assert trainer.kept_whole() == []

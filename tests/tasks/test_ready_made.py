@@ -130,6 +130,32 @@ def test_a_share_of_another_data_set_is_a_usage_error(tmp_path: Path) -> None:
         load_trainer("fedgrpc.tasks.digits", data=path)
 
 
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (
+            {"train_inputs": np.zeros((20, 28, 28), np.float32)},
+            "float32 pixels, 0 to 0; fashion_mnist's are whole",
+        ),
+        ({"train_inputs": np.full((20, 28, 28), 300)}, "int64 pixels, 300 to 300; .* 0 to 255"),
+        ({"train_labels": np.arange(20)}, "labels 0 to 19; fashion_mnist's are 0 to 9"),
+        ({"held_out_labels": np.arange(20) % 10 - 1}, "labels -1 to 8"),
+        ({"train_labels": np.eye(20)}, "labels are float64.20, 20., not one whole number each"),
+        ({"train_labels": np.zeros(19, np.int64)}, "not one label for each input"),
+        ({"train_inputs": np.array([object()] * 20)}, "no .npz file of plain arrays"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value,
+)
+def test_a_share_of_wrong_values_is_a_usage_error(
+    tmp_path: Path, arrays: dict[str, np.ndarray], message: str
+) -> None:
+    images, labels = np.zeros((20, 28, 28), np.uint8), np.arange(20) % 10
+    right = {"train_inputs": images, "train_labels": labels, "held_out_inputs": images, "held_out_labels": labels}
+    np.savez(tmp_path / "share.npz", **{**right, **arrays})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=message):
+        load_trainer("fedgrpc.tasks.fashion_mnist", data=tmp_path / "share.npz")
+
+
 def test_pooled_training_prints_a_line_per_round() -> None:
     command = [sys.executable, "-m", "fedgrpc.tasks.pooled", "--rounds", "2", "--epochs", "0.5"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()

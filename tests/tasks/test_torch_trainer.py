@@ -4,76 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
 
-from fedgrpc.errors import LayoutError, TaskError, UsageError
-from fedgrpc.tasks.torch_task import TorchTask
-from fedgrpc.tasks.torch_trainer import TorchTrainer
-from fedgrpc.worker.trainer import Cancelled, TaskSetup, TrainJob, Weights
-
-GENERATOR = torch.Generator().manual_seed(0)
-X = torch.randn(90, 4, generator=GENERATOR)
-Y = (X.sum(1) > 0).long()
-
-
-class Plain(TorchTask):
-    learning_rate = 0.1
-    batch_size = 10
-
-    def model(self) -> nn.Module:
-        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 2))
-
-    def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
-        return TensorDataset(X[:70], Y[:70]), TensorDataset(X[70:], Y[70:])
-
-
-class Items(Dataset[Any]):
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return X[index], int(Y[index])
-
-
-class ByItem(Plain):
-    def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
-        return Items(70), None
-
-
-class Normalized(Plain):
-    """71 examples in batches of 10 leave a batch of one, on which BatchNorm raises."""
-
-    def model(self) -> nn.Module:
-        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
-
-    def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
-        return TensorDataset(X[:71], Y[:71]), TensorDataset(X[71:], Y[71:])
-
-
-class Linear(Plain):
-    momentum = 0.0
-
-    def model(self) -> nn.Module:
-        return nn.Linear(4, 2)
-
-
-def trainer_of(task: type[TorchTask], **setup: Any) -> TorchTrainer:
-    return task.build_trainer(TaskSetup(**{"device": "cpu", **setup}))
-
-
-def equal(first: Weights, second: Weights) -> bool:
-    return all(np.array_equal(first[name], second[name]) for name in first)
+from fedgrpc.aggregation.compression_plan import CompressionPlan, Pruning
+from fedgrpc.errors import LayoutError, TaskError
+from fedgrpc.worker.trainer import Cancelled, TrainJob
+from tests.tasks.plain import ByItem, Linear, Normalized, Plain, X, Y, equal, trainer_of
 
 
 def test_one_epoch_is_what_a_plain_torch_loop_gives() -> None:
@@ -313,84 +254,22 @@ def test_training_that_diverges_is_a_task_error_that_says_so() -> None:
         trainer.train(trainer.initial_weights(), TrainJob(epochs=30, learning_rate=1e3))
 
 
+def test_inputs_that_are_not_numbers_are_told_apart_from_a_rate_that_is_too_high() -> None:
+    class Broken(Plain):
+        def prepare(self, inputs: Tensor, training: bool) -> Tensor:
+            return inputs * float("nan") if training else inputs
+
+    trainer = trainer_of(Broken)
+    start = trainer.initial_weights()
+    for plan in (None, CompressionPlan(pruning=Pruning(0.5))):
+        with pytest.raises(TaskError, match="very first batch is NaN: look at the inputs"):
+            trainer.train(start, TrainJob(compression=plan))
+
+
 def test_weights_of_another_model_are_refused() -> None:
     trainer = trainer_of(Plain)
     with pytest.raises(LayoutError, match="not the run's"):
         trainer.train({"w": np.zeros(3)}, TrainJob())
-
-
-def test_shares_of_all_parts_are_the_whole_data() -> None:
-    trainers = [trainer_of(Plain, partition="dirichlet:0.5", part=f"{part}/3", seed=2) for part in (1, 2, 3)]
-    weights = trainers[0].initial_weights()
-    assert sum(trainer.train(weights, TrainJob()).example_count for trainer in trainers) == 70
-    scores = [score for trainer in trainers if (score := trainer.evaluate(weights)) is not None]
-    whole = trainer_of(Plain).evaluate(weights)
-    assert whole is not None
-    mean = sum(score.example_count * score.metrics["accuracy"] for score in scores) / 20
-    assert mean == pytest.approx(whole.metrics["accuracy"])
-
-
-def test_a_dataset_of_items_is_shared_out_by_its_labels() -> None:
-    trainers = [trainer_of(ByItem, partition="shards:1", part=f"{part}/2") for part in (1, 2)]
-    counts = [trainer.train(trainer.initial_weights(), TrainJob()).example_count for trainer in trainers]
-    assert counts == [35, 35]
-
-
-@pytest.mark.parametrize(
-    ("setup", "message"),
-    [
-        ({"device": "tpu0"}, "no device 'tpu0'"),
-        ({"device": "cuda:99"}, "finds"),
-        ({"model": "lenet"}, "takes no --model"),
-        ({"options": {"threads": "0"}}, "threads must be"),
-        ({"options": {"widht": "3"}}, "takes no option 'widht'"),
-        ({"partition": "iid", "part": "1/71"}, "cannot be shared out"),
-        ({"partition": "x", "part": "1/2"}, "partition 'x'"),
-    ],
-)
-def test_a_wrong_setting_is_a_usage_error(setup: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        trainer_of(Plain, **setup)
-
-
-def test_threads_are_set_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    trainer_of(Plain, options={"threads": "2"})
-    assert asked == [2]
-
-
-def test_no_data_at_all_is_a_usage_error() -> None:
-    class Empty(Plain):
-        def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
-            return TensorDataset(X[:0], Y[:0]), None
-
-    with pytest.raises(UsageError, match="has no examples"):
-        trainer_of(Empty)
-
-
-def test_held_out_data_alone_is_enough_to_score_and_not_to_train() -> None:
-    class ScoresOnly(Plain):
-        def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
-            return TensorDataset(X[:0], Y[:0]), TensorDataset(X, Y)
-
-    trainer = trainer_of(ScoresOnly)
-    result = trainer.evaluate(trainer.initial_weights())
-    assert result is not None
-    assert result.example_count == 90
-    with pytest.raises(UsageError, match="no training examples"):
-        trainer.train(trainer.initial_weights(), TrainJob())
-
-
-@pytest.mark.parametrize("method", ["model", "data"])
-def test_a_task_that_lacks_a_method_says_which(method: str) -> None:
-    class Partial(Plain):
-        pass
-
-    original: Callable[..., Any] = getattr(TorchTask, method)
-    setattr(Partial, method, original)
-    with pytest.raises(NotImplementedError, match=rf"Partial does not define {method}\(\)"):
-        trainer_of(Partial)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
