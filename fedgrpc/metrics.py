@@ -6,7 +6,7 @@ the tests, do not add up. Labels take few values: no worker names, a fleet has t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
@@ -26,6 +26,9 @@ _OUTCOMES: Final = {
     TaskPhase.TASK_PHASE_EXPIRED: "expired",
     TaskPhase.TASK_PHASE_LATE: "late",
 }
+# Names of scores are the workers' word: no more than so many are shown.
+_MAX_SCORES: Final = 24
+_LOCAL: Final = "local_"
 # How the reason of a task that was lost begins.
 _SLOW: Final = ("no-show", "slow download", "slow training", "slow upload")
 
@@ -73,6 +76,14 @@ class Metrics:
             buckets=_BUCKETS_RATIO,
             registry=registry,
         )
+        self._scored: set[tuple[str, str]] = set()
+        self.scores = Gauge(
+            "fedgrpc_score",
+            "Means over held-out examples: of the latest version that workers or evaluators have scored, and of "
+            "the local models that workers made of it",
+            ["metric", "of"],
+            registry=registry,
+        )
         self.live_workers = Gauge("fedgrpc_live_workers", "Workers heard of within a lease", registry=registry)
         self.model_version = Gauge("fedgrpc_model_version", "Latest committed model version", registry=registry)
         self.current_round = Gauge("fedgrpc_current_round", "Number of the latest round", registry=registry)
@@ -90,6 +101,8 @@ class Metrics:
         self.rounds.labels("committed" if committed else "abandoned").inc()
         self.round_seconds.observe(record.duration_seconds)
         self.current_round.set(record.number)
+        local = {name: value for name, value in record.training_metrics.items() if name.startswith(_LOCAL)}
+        self.observe_scores({name.removeprefix(_LOCAL): value for name, value in local.items()}, "local")
         for task in record.tasks:
             self.payload_bytes.labels("download").inc(task.download_bytes)
             self.payload_bytes.labels("upload").inc(task.upload_bytes)
@@ -102,6 +115,13 @@ class Metrics:
                     seconds = getattr(task.timings, f"{phase}_seconds")
                     self.phase_seconds.labels(phase).observe(seconds)
                 self._observe_memory(task)
+
+    def observe_scores(self, metrics: Mapping[str, float], of: str) -> None:
+        """Show the latest means; `of` is "global" (as workers score it), "evaluator" or "local"."""
+        for metric, value in sorted(metrics.items()):
+            if (metric, of) in self._scored or len(self._scored) < _MAX_SCORES:
+                self._scored.add((metric, of))
+                self.scores.labels(metric, of).set(value)
 
     def _observe_memory(self, task: TaskRecord) -> None:
         for kind, size_bytes in (("resident", task.peak_memory_bytes), ("tensors", task.tensor_bytes)):

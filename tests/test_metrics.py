@@ -22,7 +22,9 @@ def _round() -> Round:
         prediction=Prediction(local_seconds=6, peak_memory_bytes=150 << 20),
     )
     late = TaskRecord(worker="pi-2", phase="TASK_PHASE_LATE", download_bytes=100)
-    return Round(number=7, phase="ROUND_PHASE_COMMITTED", tasks=[accepted, late], duration_seconds=6)
+    scores = {"loss": 2.0, "local_accuracy": 0.75}
+    ended = {"phase": "ROUND_PHASE_COMMITTED", "duration_seconds": 6, "training_metrics": scores}
+    return Round(number=7, tasks=[accepted, late], **ended)
 
 
 def _scrape(metrics: Metrics) -> str:
@@ -35,6 +37,7 @@ def test_an_ended_round_is_counted_with_its_tasks_bytes_and_times() -> None:
     metrics = Metrics()
     metrics.observe_round(_round())
     metrics.model_version.set(8)
+    metrics.observe_scores({"accuracy": 0.5}, "global")
     lines = _scrape(metrics).splitlines()
     for line in (
         'fedgrpc_rounds_total{outcome="committed"} 1.0',
@@ -49,11 +52,22 @@ def test_an_ended_round_is_counted_with_its_tasks_bytes_and_times() -> None:
         'fedgrpc_task_memory_bytes_sum{kind="tensors"} 5.24288e+06',
         'fedgrpc_prediction_error_ratio_sum{part="local"} 0.5',
         'fedgrpc_prediction_error_ratio_sum{part="memory"} 0.5',
+        'fedgrpc_score{metric="accuracy",of="local"} 0.75',
+        'fedgrpc_score{metric="accuracy",of="global"} 0.5',
         "fedgrpc_round_seconds_sum 6.0",
         "fedgrpc_current_round 7.0",
         "fedgrpc_model_version 8.0",
     ):
         assert line in lines
+
+
+def test_names_of_scores_are_bounded_and_known_ones_go_on() -> None:
+    metrics = Metrics()
+    metrics.observe_scores({f"score-{number:03}": 0.0 for number in range(100)}, "global")
+    metrics.observe_scores({"score-001": 3.0, "zzz": 4.0}, "global")
+    lines = [line for line in _scrape(metrics).splitlines() if line.startswith("fedgrpc_score{")]
+    assert len(lines) == 24
+    assert 'fedgrpc_score{metric="score-001",of="global"} 3.0' in lines
 
 
 def test_two_aggregators_in_one_process_do_not_add_up() -> None:

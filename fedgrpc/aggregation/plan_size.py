@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fedgrpc.aggregation import packed
 from fedgrpc.aggregation.channels import ChannelMap, SubModel
@@ -14,10 +15,28 @@ from fedgrpc.aggregation.update import TensorLike
 _ELEMENT_BYTES = 4
 
 
-def size_of(
-    plan: CompressionPlan, layout: Sequence[TensorLike], channels: ChannelMap | None, bits_per_element: float
-) -> PlanSize:
-    """The plan's share of the model of that `layout`, and bytes at so many bits on the wire for each element.
+@dataclass(frozen=True)
+class PlanElements:
+    """How many elements a plan's slice has of how many in the whole model, and how many of them are sent back."""
+
+    plan: CompressionPlan
+    own: int
+    sent: int
+    whole: int
+
+    def size(self, download_bits: float, upload_bits: float) -> PlanSize:
+        """In bytes, at so many bits on the wire for each element; up, for each that is not pruned or clustered."""
+        return PlanSize(
+            self.own / max(1, self.whole),
+            _ELEMENT_BYTES * self.own,
+            math.ceil(self.own * download_bits / 8),
+            payload_bytes(self.sent, upload_bits, self.plan),
+            self.sent,
+        )
+
+
+def elements_of(plan: CompressionPlan, layout: Sequence[TensorLike], channels: ChannelMap | None) -> PlanElements:
+    """Of a model of that `layout`.
 
     Which channels a slice has makes no difference to its size; while nobody knows the channels, it is the whole.
     """
@@ -25,12 +44,9 @@ def size_of(
     if channels is not None and plan.width < 1:
         selection = channels.select(SubModel(plan.width))
     shapes = packed.sub_layout(layout, selection)
-    elements = sum(math.prod(shape) for shape in shapes.values())
-    sent = sum(math.prod(shape) for name, shape in shapes.items() if not plan.is_personal(name))
-    whole = max(1, sum(math.prod(tensor.shape) for tensor in layout))
-    return PlanSize(
-        elements / whole,
-        _ELEMENT_BYTES * elements,
-        math.ceil(elements * bits_per_element / 8),
-        payload_bytes(sent, bits_per_element, plan),
+    return PlanElements(
+        plan,
+        sum(math.prod(shape) for shape in shapes.values()),
+        sum(math.prod(shape) for name, shape in shapes.items() if not plan.is_personal(name)),
+        sum(math.prod(tensor.shape) for tensor in layout),
     )

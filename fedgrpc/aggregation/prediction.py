@@ -40,17 +40,22 @@ class Device:
 
 @dataclass(frozen=True)
 class PlanSize:
-    """A plan's share of the model's weights (0 to 1), bytes of its weights in memory, and its payloads' bytes."""
+    """A plan's share of the model's weights (0 to 1), bytes of its weights in memory, its payloads' bytes, and how
+    many elements its updates are of.
+    """
 
     share: float
     weights_bytes: int
     download_bytes: int
     upload_bytes: int
+    sent_elements: int = 0
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What one task cost: seconds, bytes, peak resident memory, tensors in it, the share of the model trained."""
+    """What one task cost: seconds, bytes, peak resident memory, tensors in it, the share of the model trained, and
+    the bits that each element of its update took, pruned and clustered ones aside (0: not known).
+    """
 
     share: float
     weights_bytes: int
@@ -61,6 +66,7 @@ class Observation:
     upload_bytes: int
     peak_memory_bytes: int = 0
     tensor_bytes: int = 0
+    upload_bits: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,22 @@ def _memory_bytes(history: Sequence[Observation], size: PlanSize) -> int:
         base = max(0, peak - held - COPIES * largest.weights_bytes)
         activations = held * math.sqrt(size.share / largest.share)
     return base + COPIES * size.weights_bytes + round(activations)
+
+
+def shown_upload_bits(history: Sequence[Observation]) -> float | None:
+    """Bits that an element of an update takes, as this device's updates have shown; None: there was none."""
+    shown = [seen.upload_bits for seen in history if seen.upload_bits > 0]
+    return float(statistics.median(shown)) if shown else None
+
+
+def bits_per_element(upload_bytes: int, elements: int, plan: CompressionPlan) -> float:
+    """What `payload_bytes` is to be told to give so many bytes; 0.0 where codes of clusters hide it."""
+    if not elements or (plan.clustering is not None and plan.clustering.layers == ("*",)):
+        return 0.0
+    bits = 8 * upload_bytes / elements
+    if plan.pruning is not None and plan.pruning.layers == ("*",):
+        bits = (bits - 1) / (1 - plan.pruning.ratio)
+    return max(0.0, bits)
 
 
 def payload_bytes(elements: int, bits_per_element: float, plan: CompressionPlan) -> int:

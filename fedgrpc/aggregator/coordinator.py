@@ -294,6 +294,8 @@ class Coordinator:
         self, version: int, workers: dict[str, float] | None = None, evaluator: dict[str, float] | None = None
     ) -> None:
         """Add scores of `version` to the record of the round that wrote it, and end the run if they will do."""
+        self.metrics.observe_scores(workers or {}, "global")
+        self.metrics.observe_scores(evaluator or {}, "evaluator")
         record = await self.in_database(self.store.add_scores, version, workers or {}, evaluator or {})
         if record is None:
             return

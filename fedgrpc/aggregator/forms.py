@@ -1,6 +1,7 @@
 """What workers hold: model versions in the forms that lossy payloads give them.
 
-held/000007-SHA256.safetensors    version 7 as it is on a device that has the payload of this SHA-256
+held/000007-SHA256.safetensors               version 7 as it is on a device that has the payload of this SHA-256
+held/000007-SHA256-prefix:0.5.safetensors    its slice of that name, likewise
 
 The rule: a difference is taken to what its receivers hold, not to the version itself, and what they hold after it
 is kept as the next base. So what one payload loses travels with the next, and errors never add up (Tang et al.,
@@ -29,9 +30,10 @@ from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.spares import SpareFiles
 
-_NAME = re.compile(r"(\d+)-([0-9a-f]{64})\.safetensors")
+_NAME = re.compile(r"(\d+)-([0-9a-f]{64})(?:-([a-z]+:[0-9.e-]+))?\.safetensors")
 
-Key = tuple[int, bytes]
+# Version, SHA-256 of the payload that made it, and name of the slice ("": the whole model).
+Key = tuple[int, bytes, str]
 
 
 class Forms:
@@ -47,7 +49,7 @@ class Forms:
         self._unchecked: set[Key] = set()
         for path in folder.iterdir():
             if found := _NAME.fullmatch(path.name):
-                self._paths[int(found[1]), bytes.fromhex(found[2])] = path
+                self._paths[int(found[1]), bytes.fromhex(found[2]), found[3] or ""] = path
             elif path.is_file():
                 path.unlink()
         self._unchecked.update(self._paths)
@@ -79,10 +81,12 @@ class Forms:
         recipe: Recipe,
         out: BinaryIO,
         rng: np.random.Generator,
+        slice_name: str = "",
     ) -> Manifest:
         """Write to `out` the payload of `model`, or of its difference to `base`, and keep the form it gives.
 
-        Raises `EncodeError` and `StorageError`; nothing is kept then.
+        `model` is a version, or what the slice of that name has of it. Raises `EncodeError` and `StorageError`;
+        nothing is kept then.
         """
         layout = layout_of(model)
         payload = PayloadWriter(out, recipe.compression)
@@ -107,11 +111,12 @@ class Forms:
             if writing is not None:
                 writing.result()
             form.finish()
-        self._keep(unnamed, (version, manifest.sha256))
+        self._keep(unnamed, (version, manifest.sha256, slice_name))
         return manifest
 
     def _keep(self, unnamed: Path, key: Key) -> None:
-        path = self._folder / f"{key[0]:06d}-{key[1].hex()}.safetensors"
+        version, sha256, name = key
+        path = self._folder / f"{version:06d}-{sha256.hex()}{'-' + name if name else ''}.safetensors"
         try:
             unnamed.replace(path)
         except OSError as error:

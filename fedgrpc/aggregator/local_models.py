@@ -18,19 +18,29 @@ from google.protobuf.message import DecodeError
 from fedgrpc.aggregation import packed
 from fedgrpc.aggregation.channels import ChannelMap, Selection, SubModel
 from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
-from fedgrpc.aggregation.plan_size import size_of
-from fedgrpc.aggregation.prediction import Choice, Observation, PlanSize, choose_of, errors_of
+from fedgrpc.aggregation.plan_size import PlanElements, elements_of
+from fedgrpc.aggregation.prediction import (
+    Choice,
+    Observation,
+    PlanSize,
+    choose_of,
+    errors_of,
+    shown_upload_bits,
+)
 from fedgrpc.aggregation.update import TensorLike
 from fedgrpc.aggregator.durable import fsync_folder
 from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.model_store import ModelStore
+from fedgrpc.codec.efficiency import expected_bits
 from fedgrpc.codec.layout import Layout
+from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import LayoutError, NotFound, StorageError
 from fedgrpc.rpc.local_model import (
     channels_from_proto,
     channels_to_proto,
     compression_from_proto,
     local_model_to_proto,
+    plan_from_proto,
     plans_to_proto,
     sub_model_from_proto,
 )
@@ -45,11 +55,25 @@ _KEPT = 16
 
 @dataclass(frozen=True)
 class Sizing:
-    """What plans are sized by: the model's layout, bytes of its payload, and the seconds a round has."""
+    """What plans are sized by: the model's layout, bytes of its payload, seconds of a round, recipe of updates."""
 
     layout: Layout
     download_bytes: int
     deadline_s: float
+    upload_recipe: str = ""
+
+    @property
+    def download_bits(self) -> float:
+        """On the wire, for each element of the model."""
+        return 8 * self.download_bytes / max(1, sum(spec.size for spec in self.layout))
+
+    @property
+    def upload_bits(self) -> float:
+        """What to expect for each element of an update while none has come."""
+        if not self.upload_recipe:
+            return self.download_bits
+        elements = sum(spec.size for spec in self.layout)
+        return expected_bits(Recipe.parse(self.upload_recipe), elements)
 
 
 @dataclass(frozen=True)
@@ -103,7 +127,7 @@ class LocalModels:
         self._path = path
         self._histories: dict[str, deque[Observation]] = {}
         self._selections: dict[tuple[str, int], Selection] = {}
-        self._sizes: dict[tuple[CompressionPlan, float], PlanSize] = {}
+        self._elements: dict[CompressionPlan, PlanElements] = {}
         self._channels = self._read()
 
     def use(self, plans: PlanTable) -> None:
@@ -134,10 +158,11 @@ class LocalModels:
         about = device_of(worker.registration.device)
         device_class = worker.registration.device.device_class
         history = list(self._histories.get(worker.name, ()))
-        bits = 8 * sizing.download_bytes / max(1, sum(spec.size for spec in sizing.layout))
+        upload_bits = shown_upload_bits(history) or sizing.upload_bits
+        download_bits = sizing.download_bits
 
         def size(plan: CompressionPlan) -> PlanSize:
-            return self._size(plan, sizing.layout, bits)
+            return self._elements_of(plan, sizing.layout).size(download_bits, upload_bits)
 
         choice = choose_of(self._plans, device_class, size, about, history, sizing.deadline_s)
         if not self._plans.automatic or device_class in self._plans.classes:
@@ -151,14 +176,13 @@ class LocalModels:
         )
         return choice
 
-    def _size(self, plan: CompressionPlan, layout: Layout, bits: float) -> PlanSize:
+    def _elements_of(self, plan: CompressionPlan, layout: Layout) -> PlanElements:
         """The same for every worker with this plan, and a fleet has thousands."""
-        key = (plan, round(bits, 2))
-        if key not in self._sizes:
-            if len(self._sizes) >= _MAX_SELECTIONS:
-                self._sizes.clear()
-            self._sizes[key] = size_of(plan, layout, self._channels, bits)
-        return self._sizes[key]
+        if plan not in self._elements:
+            if len(self._elements) >= _MAX_SELECTIONS:
+                self._elements.clear()
+            self._elements[plan] = elements_of(plan, layout, self._channels)
+        return self._elements[plan]
 
     def observe(self, record: round_pb2.Round, layout: Layout) -> None:
         """Learn from a committed round what its tasks cost, and say how far the predictions were off."""
@@ -185,8 +209,7 @@ class LocalModels:
                 return
 
     def _observation(self, task: round_pb2.TaskRecord, layout: Layout) -> Observation:
-        width = LocalTask.from_proto(task.local_model).sub_model.width
-        return observation_of(task, self._size(CompressionPlan(width), layout, 8.0))
+        return observation_of(task, self._elements_of(plan_from_proto(task.local_model), layout).size(0.0, 0.0))
 
     def selection(self, sub_model: SubModel, version: int) -> Selection | None:
         """The slice's coverage of every tensor; None for the whole model.
@@ -217,8 +240,10 @@ class LocalModels:
             log.warning("channels refused", reason=str(error))
             return
         self._write(channel_map)
+        if not channel_map.groups and self.wants_channels:
+            log.warning("the model has no channels to slice: every device trains all of it")
         self._channels = channel_map
-        self._sizes.clear()
+        self._elements.clear()
 
     def _write(self, channel_map: ChannelMap) -> None:
         unfinished = self._path.with_suffix(".part")

@@ -15,7 +15,7 @@ import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
@@ -23,8 +23,9 @@ from typing import BinaryIO
 import numpy as np
 import structlog
 
-from fedgrpc.aggregation.channels import Selection
-from fedgrpc.aggregator.forms import Forms, Key
+from fedgrpc.aggregation import packed
+from fedgrpc.aggregation.channels import Selection, SubModel
+from fedgrpc.aggregator.forms import Forms
 from fedgrpc.aggregator.frames import FrameCache, PayloadFile
 from fedgrpc.aggregator.model_file import ModelFile
 from fedgrpc.codec.layout import Array, Layout
@@ -38,6 +39,9 @@ from fedgrpc.spares import SpareFiles
 from fedgrpc.v1.aggregator_pb2 import ModelHeader, PullModelResponse
 
 log = structlog.get_logger()
+
+# What a worker says to hold: a version, and the SHA-256 of the payload that made it.
+Held = tuple[int, bytes]
 
 _VERSION = re.compile(r"(\d+)(-|\.safetensors$)")
 # Keys of payloads whose receivers are known to hold what they then make differences to.
@@ -58,6 +62,37 @@ class Downlink:
 
     whole: Recipe
     difference: Recipe | None = None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What a sub-model has of a version; the default is all of it."""
+
+    sub_model: SubModel = field(default_factory=SubModel)
+    selection: Selection | None = None
+
+    @property
+    def name(self) -> str:
+        """As it is on the wire; "" is the whole model."""
+        return "" if self.sub_model.whole else str(self.sub_model)
+
+    @property
+    def mark(self) -> str:
+        """What tells its recipes from those of others."""
+        return f"|{self.name}" if self.name else ""
+
+    def layout(self, model: Layout) -> Layout:
+        """The tensors that it has of a model of that layout."""
+        shapes = packed.sub_layout(model, self.selection)
+        return tuple(replace(spec, shape=shapes[spec.name]) for spec in model)
+
+    def of(self, model: ModelFile) -> Mapping[str, Array]:
+        """Its tensors, each read and cut out when it is asked for."""
+        tensors = _LazyTensors(model)
+        return tensors if self.selection is None else _Sliced(tensors, self.selection)
+
+
+WHOLE = Slice()
 
 
 @dataclass(frozen=True)
@@ -84,7 +119,7 @@ class ModelStore:
         """`downlinks`: those of all workers, the usual one first. Raises OSError."""
         self._downlinks = tuple(downlinks) or (Downlink(Recipe(Raw())),)
         self._max_differences = _MAX_DIFFERENCES + len({downlink.difference for downlink in self._downlinks}) - 1
-        self._whole_bytes: dict[Recipe, int] = {}
+        self._whole_bytes: dict[tuple[Recipe, str], int] = {}
         self._opened: tuple[tuple[int, ...], ModelFile] | None = None
         self._models = data_dir / "models"
         self._memories = data_dir / "optimizer"
@@ -134,19 +169,18 @@ class ModelStore:
         version: int,
         recipe: Recipe,
         max_recipes: int | None = None,
-        sub_model: str = "",
-        selection: Selection | None = None,
+        its: Slice = WHOLE,
     ) -> EncodedModel:
-        """`version`, or the `selection` of it that is called `sub_model`, in `recipe`; made once for all who ask.
+        """`version`, or a slice of it, in `recipe`; made once for all who ask.
 
         Raises `NotFound`, `StorageError`, and `Exhausted` when it is kept in `max_recipes` others already.
         """
-        key = (version, f"{recipe}|{sub_model}" if sub_model else str(recipe))
+        key = (version, f"{recipe}{its.mark}")
         if key not in self._made:
             if max_recipes is not None and len(self._foreign(version)) >= max_recipes:
                 raise Exhausted(f"model version {version} is already kept in {max_recipes} recipes")
             model = self.open(version)
-            encode = asyncio.to_thread(self._encode, model, version, recipe, key[1], selection)
+            encode = asyncio.to_thread(self._encode, model, version, recipe, key[1], its)
             self._made[key] = asyncio.create_task(encode)
         return await self._wait_for(key)
 
@@ -156,40 +190,44 @@ class ModelStore:
         texts = (text for made, text in self._made if made == version)
         return [text for text in texts if text not in own and not _HELD.search(text)]
 
-    async def _whole(self, version: int, downlink: Downlink) -> EncodedModel:
-        """The whole model; what it makes its receivers hold is kept where a difference to that may follow."""
-        if downlink.difference is None:
-            return await self.encoded(version, downlink.whole)
-        key = (version, f"{downlink.whole} held")
+    async def _whole(self, version: int, downlink: Downlink, its: Slice) -> EncodedModel:
+        """No difference; what it makes its receivers hold is kept where a difference to that may follow."""
+        if downlink.difference is None or its.sub_model.moves:
+            return await self.encoded(version, downlink.whole, its=its)
+        key = (version, f"{downlink.whole}{its.mark} held")
         if key not in self._made:
             model = self.open(version)
-            encode = asyncio.to_thread(self._encode, model, version, downlink.whole, key[1], None, True)
+            encode = asyncio.to_thread(self._encode, model, version, downlink.whole, key[1], its, True)
             self._made[key] = asyncio.create_task(encode)
         return await self._wait_for(key)
 
     async def offered(
-        self, version: int, held: Key | None = None, downlink: Downlink | None = None
+        self, version: int, held: Held | None = None, downlink: Downlink | None = None, its: Slice = WHOLE
     ) -> EncodedModel:
-        """`version` for a worker that holds `held` (a version, and the SHA-256 of the payload that made it): the
-        difference to that, or the whole model where that is not known or the difference would be larger.
+        """`version`, or a slice of it, for a worker that holds `held` of it: the difference to that, or no
+        difference where that is not known, the difference would be larger, or the slice's channels move.
 
         Whatever recipe made what is held: the difference is to that. Each is made once for all who ask with the
         same `downlink` (None: the usual one). Raises as `encoded`.
         """
         downlink = downlink or self._downlinks[0]
         recipe = downlink.difference
-        if held is None or recipe is None or held[0] >= version or not self._forms.knows(held):
-            return await self._whole(version, downlink)
-        key = (version, f"{recipe} to {held[1].hex()} or {downlink.whole}")
+        if held is None or recipe is None or held[0] >= version or not self.holds(held, its):
+            return await self._whole(version, downlink, its)
+        key = (version, f"{recipe}{its.mark} to {held[1].hex()} or {downlink.whole}")
         if key not in self._made:
-            if sum(made == version and " to " in text for made, text in self._made) >= self._max_differences:
-                return await self._whole(version, downlink)
-            self._made[key] = asyncio.create_task(self._difference(version, downlink, held, key[1]))
+            if self._differences(version, its) >= self._max_differences:
+                return await self._whole(version, downlink, its)
+            self._made[key] = asyncio.create_task(self._difference(version, downlink, held, key[1], its))
         return await self._wait_for(key)
 
-    def holds(self, held: Key) -> bool:
+    def _differences(self, version: int, its: Slice) -> int:
+        recipes = (text.partition(" to ") for made, text in self._made if made == version)
+        return sum(bool(base) and recipe.partition("|")[2] == its.name for recipe, base, _ in recipes)
+
+    def holds(self, held: Held, its: Slice = WHOLE) -> bool:
         """Whether this is a form that was given here, and a difference to it can be made."""
-        return self._forms.knows(held)
+        return self._forms.knows((*held, its.name))
 
     async def _wait_for(self, key: tuple[int, str]) -> EncodedModel:
         try:
@@ -198,35 +236,36 @@ class ModelStore:
             self._made.pop(key, None)
             raise
 
-    async def _difference(self, version: int, downlink: Downlink, held: Key, text: str) -> EncodedModel:
+    async def _difference(
+        self, version: int, downlink: Downlink, held: Held, text: str, its: Slice
+    ) -> EncodedModel:
         recipe = downlink.difference
         assert recipe is not None
         try:
             made = await asyncio.to_thread(
-                self._encode_difference, self.open(version), version, recipe, held, text
+                self._encode_difference, self.open(version), version, recipe, held, text, its
             )
         except EncodeError as error:
             log.warning("model sent whole", version=version, recipe=str(recipe), reason=str(error))
             made = None
-        whole_bytes = self._whole_bytes.get(downlink.whole)
+        whole_bytes = self._whole_bytes.get((downlink.whole, its.name))
         if made is not None and (whole_bytes is None or made.manifest.size_bytes <= _SLACK * whole_bytes):
             return made
         if made is not None:
-            await asyncio.to_thread(self._forms.drop, (version, made.manifest.sha256))
-        return await self._whole(version, downlink)
+            await asyncio.to_thread(self._forms.drop, (version, made.manifest.sha256, its.name))
+        return await self._whole(version, downlink, its)
 
     def _encode_difference(
-        self, model: ModelFile, version: int, recipe: Recipe, held: Key, text: str
+        self, model: ModelFile, version: int, recipe: Recipe, held: Held, text: str, its: Slice
     ) -> EncodedModel | None:
         """None where `held` is not there any more, or of another layout."""
-        base = self._forms.open(held)
-        if base is None or base.layout != model.layout:
+        base = self._forms.open((*held, its.name))
+        if base is None or base.layout != its.layout(model.layout):
             return None
         rng = np.random.default_rng([version, *held[1]])
         with self._payload_file(version, text) as file:
-            tensors = _LazyTensors(model)
             recipe = recipe.for_layout(model.layout)
-            manifest = self._forms.write(version, tensors, _LazyTensors(base), recipe, file, rng)
+            manifest = self._forms.write(version, its.of(model), _LazyTensors(base), recipe, file, rng, its.name)
         return EncodedModel(version, manifest, _open_payload(Path(file.name), 0), held[0])
 
     def _encode(
@@ -235,24 +274,21 @@ class ModelStore:
         version: int,
         recipe: Recipe,
         key: str,
-        selection: Selection | None,
+        its: Slice,
         keep_form: bool = False,
     ) -> EncodedModel:
         if (
-            selection is None
+            its.selection is None
             and not keep_form
             and _is_raw(recipe, model.layout)
             and model.tensors_sha256 is not None
         ):
             return EncodedModel(version, _raw_manifest(model), _open_payload(model.path, model.tensors_start))
-        tensors: Mapping[str, Array] = _LazyTensors(model)
-        if selection is not None:
-            tensors = _Slice(tensors, selection)
         with self._payload_file(version, key) as file:
             named = recipe.for_layout(model.layout)
-            manifest = _write(tensors, version, named, file, self._forms if keep_form else None)
+            manifest = _write(its.of(model), version, named, file, self._forms if keep_form else None, its.name)
         if keep_form:
-            self._whole_bytes[recipe] = manifest.size_bytes
+            self._whole_bytes[recipe, its.name] = manifest.size_bytes
         return EncodedModel(version, manifest, _open_payload(Path(file.name), 0))
 
     @contextmanager
@@ -311,7 +347,7 @@ def _open(path: Path) -> ModelFile:
 
 
 def _write(
-    tensors: Mapping[str, Array], version: int, recipe: Recipe, file: BinaryIO, forms: Forms | None
+    tensors: Mapping[str, Array], version: int, recipe: Recipe, file: BinaryIO, forms: Forms | None, name: str
 ) -> Manifest:
     """A model that the recipe cannot hold, such as 70000 in float16, travels as it is: the run goes on."""
 
@@ -319,7 +355,7 @@ def _write(
         rng = np.random.default_rng(version)
         if forms is None:
             return write_payload(tensors, recipe, file, rng)
-        return forms.write(version, tensors, None, recipe, file, rng)
+        return forms.write(version, tensors, None, recipe, file, rng, name)
 
     try:
         return write(recipe)
@@ -347,7 +383,7 @@ class _LazyTensors(Mapping[str, Array]):
         return len(self._index)
 
 
-class _Slice(Mapping[str, Array]):
+class _Sliced(Mapping[str, Array]):
     """A sub-model's tensors by name, each cut out when it is asked for."""
 
     def __init__(self, tensors: Mapping[str, Array], selection: Selection) -> None:

@@ -18,9 +18,8 @@ import structlog
 
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.local_models import LocalTask, Sizing
-from fedgrpc.aggregator.model_store import Downlink
+from fedgrpc.aggregator.model_store import Downlink, Held, Slice
 from fedgrpc.aggregator.report import CurrentRound
-from fedgrpc.codec.recipe import Recipe
 from fedgrpc.rounds.choosing import Choosing
 from fedgrpc.rounds.events import Deadline, Select, Selected
 from fedgrpc.rounds.state import Round, RoundPhase, step
@@ -108,20 +107,24 @@ class Offering:
         if current.kind == TASK_KIND_INITIALIZE:
             return
         await self._prepare_whole(current, tuple(new.values()))
-        sizes: dict[tuple[str, Recipe], int] = {}
+        sizes: dict[tuple[str, Downlink, Held | None], int] = {}
         for token, local in current.local_tasks.items():
             task = current.state.tasks.get(token)
             if local.slice and (task is None or not task.carried):
-                key = local.slice, self._downlink(current, token).whole
+                name = new[token] if task is None else task.worker
+                held, downlink = self._it.fleet.get(name).held, self._downlink(current, token)
+                key = local.slice, downlink, held
                 if key not in sizes:
-                    sizes[key] = await self._prepare_slice(current.base_version, local, key[1])
-                current.download_bytes[local.slice] = sizes[key]
-                current.offered_bytes[new[token] if task is None else task.worker] = sizes[key]
+                    sizes[key] = await self._prepare_slice(current.base_version, local, downlink, held)
+                current.download_bytes[local.slice] = current.offered_bytes[name] = sizes[key]
 
-    async def _prepare_slice(self, version: int, local: LocalTask, recipe: Recipe) -> int:
+    async def _prepare_slice(self, version: int, local: LocalTask, downlink: Downlink, held: Held | None) -> int:
+        """The slice, or the difference to what is held of it; how many bytes that takes."""
         it = self._it
-        selection = await asyncio.to_thread(it.local_models.selection, local.sub_model, version)
-        encoded = await it.models.encoded(version, recipe, None, local.slice, selection)
+        its = Slice(local.sub_model, await asyncio.to_thread(it.local_models.selection, local.sub_model, version))
+        if held is not None and held[0] == version and it.models.holds(held, its):
+            return 0
+        encoded = await it.models.offered(version, held, downlink, its)
         return encoded.manifest.size_bytes
 
     def _downlink(self, current: CurrentRound, token: str) -> Downlink:
@@ -153,6 +156,7 @@ class Offering:
         it = self._it
         sizing = Sizing(it.run.layout, current.download_bytes[""], self._settings.policy.deadline_s)
         for token, name in selected.tasks:
+            sizing = replace(sizing, upload_recipe=current.recipes[token][1])
             # An aggregator takes the whole model: its workers have devices of their own.
             if not it.fleet.get(name).leads:
                 task, choice = it.local_models.task_of(it.fleet.get(name), sizing, current.state.number)

@@ -177,6 +177,7 @@ class CurrentRound:
             record.weight = self.weights.get(token, 0.0)
             record.scale = self.scales.get(token, 0.0)
             record.metrics.update(report.metrics)
+            record.evaluation_metrics.update(report.evaluation_metrics)
             timings = replace(report.timings, global_s=self.global_s)
             record.timings.CopyFrom(timings_to_proto(timings))
             record.upload_bytes = report.upload_bytes

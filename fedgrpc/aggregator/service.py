@@ -12,6 +12,7 @@ from fedgrpc import __version__
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.histories import tell_history, upload_reserve_s
+from fedgrpc.aggregator.model_store import WHOLE, Slice
 from fedgrpc.aggregator.negotiation import link_of
 from fedgrpc.aggregator.receiver import Receiver
 from fedgrpc.aggregator.run_state import Assignment
@@ -126,26 +127,30 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         downlink = self._it.negotiation.downlink_of(request.recipe)
         given = downlink is not None and self._is_given(request.sub_model)
         base = (request.base_version, request.base_sha256)
-        if given and not request.sub_model and request.base_version == version and self._it.models.holds(base):
+        its = await self._slice(request.sub_model, version)
+        if given and request.base_version == version and self._it.models.holds(base, its):
             nothing = manifest_to_proto(Manifest.of_nothing())
             yield pb.PullModelResponse(
                 header=pb.ModelHeader(version=version, base_version=version, manifest=nothing)
             )
             return
-        if given and not request.sub_model:
-            encoded = await self._it.models.offered(version, base, downlink)
+        if given:
+            encoded = await self._it.models.offered(version, base, downlink, its)
         else:
             recipe = Recipe.parse(request.recipe or "raw") if downlink is None else downlink.whole
-            sub_model = parse_sub_model(request.sub_model)
-            selection = await asyncio.to_thread(self._it.local_models.selection, sub_model, version)
-            most = None if given else _MAX_RECIPES
-            encoded = await self._it.models.encoded(version, recipe, most, request.sub_model, selection)
+            encoded = await self._it.models.encoded(version, recipe, _MAX_RECIPES, its)
         size_bytes = encoded.manifest.size_bytes
         if request.offset > size_bytes:
             raise WrongOffset(f"offset {request.offset} is beyond the payload of {size_bytes} bytes")
         yield encoded.header
         async for message in self._it.models.frames.frames(encoded.payload, request.offset):
             yield message
+
+    async def _slice(self, text: str, version: int) -> Slice:
+        sub_model = parse_sub_model(text)
+        if sub_model.whole:
+            return WHOLE
+        return Slice(sub_model, await asyncio.to_thread(self._it.local_models.selection, sub_model, version))
 
     def _is_given(self, sub_model: str) -> bool:
         """Whether workers are asked to pull this slice."""

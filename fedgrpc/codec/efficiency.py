@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from typing import Protocol, runtime_checkable
 
@@ -15,8 +16,10 @@ import numpy as np
 
 from fedgrpc.codec.encoding import Encoding
 from fedgrpc.codec.layout import Array, TensorSpec, spec_of
-from fedgrpc.codec.payload import PayloadWriter
-from fedgrpc.codec.recipe import Compression
+from fedgrpc.codec.payload import PayloadWriter, write_payload
+from fedgrpc.codec.recipe import Compression, Recipe
+
+_SAMPLE = 1 << 16
 
 
 @runtime_checkable
@@ -60,3 +63,21 @@ def measure(array: Array, encoding: Encoding, compression: Compression, rng: np.
     writer.add(spec, encoding, data)
     wire_bytes = writer.finish().size_bytes
     return Efficiency(entropy_bits, 8 * data.nbytes / spec.size, 8 * wire_bytes / spec.size)
+
+
+def expected_bits(recipe: Recipe, elements: int) -> float:
+    """Bits on the wire for each of an update's `elements`, before there is an update: those of normal values.
+
+    A budget in bytes bounds them; one that goes by a link is not known here.
+    """
+    bits = _bits_of_normal(str(recipe.without_budget()))
+    known = recipe.budget.isdecimal() and elements > 0
+    return min(bits, 8 * int(recipe.budget) / elements) if known else bits
+
+
+@lru_cache(maxsize=64)
+def _bits_of_normal(recipe: str) -> float:
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((_SAMPLE // 256, 256), np.float32)
+    manifest = write_payload({"tensor": values}, Recipe.parse(recipe), BytesIO(), rng)
+    return 8 * manifest.size_bytes / values.size

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from fedgrpc.aggregation.prediction import Choice, Device, Observation, PlanSize, Prediction
+from fedgrpc.aggregation.prediction import (
+    Choice,
+    Device,
+    Observation,
+    PlanSize,
+    Prediction,
+    bits_per_element,
+)
+from fedgrpc.rpc.local_model import compression_from_proto
 from fedgrpc.v1 import device_pb2, round_pb2
 
 
@@ -17,7 +25,7 @@ def counts(task: round_pb2.TaskRecord) -> bool:
 
 
 def observation_of(task: round_pb2.TaskRecord, size: PlanSize) -> Observation:
-    """What a task cost that trained a model of that size."""
+    """What a task cost whose plan makes the model that size."""
     return Observation(
         size.share,
         size.weights_bytes,
@@ -28,6 +36,7 @@ def observation_of(task: round_pb2.TaskRecord, size: PlanSize) -> Observation:
         task.upload_bytes,
         task.peak_memory_bytes,
         task.tensor_bytes,
+        bits_per_element(task.upload_bytes, size.sent_elements, compression_from_proto(task.local_model)),
     )
 
 

@@ -225,8 +225,8 @@ class AggregatorClient:
     ) -> HeldModel | None:
         """One stream from `offset`; None when the aggregator's payload is not the one kept here."""
         held = folder.held
-        # Slices may have other channels in every version: a difference between two of them says nothing.
-        comparable = held is not None and not held.source.sub_model and not source.sub_model
+        # Between different slices a difference says nothing.
+        comparable = held is not None and held.source.sub_model == source.sub_model
         request = aggregator_pb2.PullModelRequest(
             version=source.version, recipe=source.recipe, offset=offset, sub_model=source.sub_model
         )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 import numpy as np
 import structlog
@@ -39,9 +39,20 @@ from fedgrpc.worker.part import Part
 from fedgrpc.worker.spool import Fill
 from fedgrpc.worker.task import Plan, Task, TaskKind
 from fedgrpc.worker.throttle import Throttle
-from fedgrpc.worker.trainer import Cancelled, EvalResult, SliceableTrainer, Trainer, TrainJob, Weights
+from fedgrpc.worker.trainer import (
+    Cancelled,
+    EvalResult,
+    SliceableTrainer,
+    Trainer,
+    TrainJob,
+    TrainResult,
+    Weights,
+    kept_whole,
+)
 
 log = structlog.get_logger()
+
+_LOCAL: Final = "local_"
 
 
 @dataclass(frozen=True)
@@ -98,12 +109,13 @@ def train(
     job = job_of(plan, task.round, hooks, task.training_ends_s)
     with users_code():
         result = returned.train_result(trainer.train(weights, job))
+        metrics = {**result.metrics, **_local_scores(trainer, result, task, hooks, scores)}
         channels = _channels(trainer) if plan.tell_channels else None
     return Outcome(
         result.weights,
         result.example_count,
         result.steps,
-        result.metrics,
+        metrics,
         scores,
         result.start,
         result.masks,
@@ -113,12 +125,27 @@ def train(
     )
 
 
+def _local_scores(
+    trainer: Trainer, result: TrainResult, task: Task, hooks: Hooks, scores: EvalResult | None
+) -> dict[str, float]:
+    """Of the trained model, where the model that was given was scored, and there is time for more than to send."""
+    ends_s = task.training_ends_s
+    known = any(name.startswith(_LOCAL) for name in result.metrics)
+    if scores is None or known or (ends_s is not None and time.monotonic() >= ends_s):
+        return {}
+    local = evaluate(trainer, result.weights, hooks)
+    return {} if local is None else {f"{_LOCAL}{name}": value for name, value in local.metrics.items()}
+
+
 def _channels(trainer: Trainer) -> ChannelMap | None:
     """The channels of its model; None where it has none to tell."""
     if not isinstance(trainer, SliceableTrainer):
         return None
     try:
-        return trainer.channels()
+        channels = trainer.channels()
+        for names, reason in kept_whole(trainer):
+            log.warning("kept whole at every width", tensors=names, reason=reason)
+        return channels
     except (UsageError, TaskError) as error:
         log.warning("channels unknown", reason=str(error))
         return None

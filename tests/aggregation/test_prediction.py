@@ -12,10 +12,12 @@ from fedgrpc.aggregation.prediction import (
     Device,
     Observation,
     PlanSize,
+    bits_per_element,
     choose,
     errors_of,
     payload_bytes,
     predict,
+    shown_upload_bits,
 )
 
 MIB = 1 << 20
@@ -116,6 +118,19 @@ def test_errors_are_relative_to_what_was_measured() -> None:
 )
 def test_bytes_of_an_update_follow_from_its_plan(plan: CompressionPlan, bits: float) -> None:
     assert payload_bytes(8000, 32, plan) == 1000 * bits
+
+
+@pytest.mark.parametrize("plan", [CompressionPlan(), CompressionPlan(0.5, pruning=Pruning(0.75))], ids=str)
+def test_the_bits_of_an_update_are_told_from_its_bytes(plan: CompressionPlan) -> None:
+    assert bits_per_element(payload_bytes(8000, 5.5, plan), 8000, plan) == pytest.approx(5.5, rel=1e-3)
+
+
+def test_codes_of_clusters_tell_nothing_of_the_encoding_and_are_left_out() -> None:
+    clustered = CompressionPlan(clustering=Clustering(16))
+    assert bits_per_element(4000, 8000, clustered) == 0.0
+    history = [Observation(1.0, 1, 1, 1, 1, 1, 1, upload_bits=bits) for bits in (0.0, 2.0, 3.0, 7.0)]
+    assert shown_upload_bits(history) == 3.0
+    assert shown_upload_bits(history[:1]) is None
 
 
 def test_activations_shrink_with_the_width_and_weights_with_its_square() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgrpc.codec.budget import fit
-from fedgrpc.codec.efficiency import measure, order0_bits
+from fedgrpc.codec.efficiency import expected_bits, measure, order0_bits
 from fedgrpc.codec.entropy import Entropy
 from fedgrpc.codec.layout import Array, layout_of
 from fedgrpc.codec.payload import write_payload
@@ -126,3 +126,16 @@ def test_order_0_entropy_of_known_symbols() -> None:
     assert order0_bits(np.array([0, 1, 2, 3])) == 2
     assert order0_bits(np.array([7, 7, 7])) == 0
     assert order0_bits(np.array([])) == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "least", "most"),
+    [("raw", 32, 32.1), ("int8+zstd", 7.5, 8.5), ("int4", 4, 4.6), ("entropy:c=8+zstd", 0.01, 1)],
+)
+def test_what_updates_will_take_is_expected_by_their_recipe(recipe: str, least: float, most: float) -> None:
+    assert least <= expected_bits(Recipe.parse(recipe), 1000) <= most
+
+
+def test_a_budget_bounds_what_is_expected() -> None:
+    assert expected_bits(Recipe.parse("entropy:budget=1000"), 16_000) == 0.5
+    assert expected_bits(Recipe.parse("entropy:budget=link"), 16_000) > 1

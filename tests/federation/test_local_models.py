@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -148,6 +148,44 @@ async def test_rolling_windows_reach_every_channel(tmp_path: Path) -> None:
     np.testing.assert_allclose(moved, 2.0, rtol=1e-5)
 
 
+class Noisy(Adder):
+    """Moves every coordinate a little, each by its own amount, and remembers what it began from."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.began: dict[int, dict[str, np.ndarray]] = {}
+
+    def train(self, weights: Weights, job: TrainJob) -> TrainResult:
+        self.began[job.round] = {name: np.array(array) for name, array in weights.items()}
+        rng = np.random.default_rng(job.round)
+        moved = {
+            name: (array + rng.normal(scale=0.01, size=array.shape)).astype(array.dtype)
+            for name, array in weights.items()
+        }
+        return TrainResult(moved, 10, 1)
+
+
+async def test_a_slice_whose_channels_stay_comes_as_the_difference_to_what_is_held(tmp_path: Path) -> None:
+    plans = PlanTable(classes={"half": CompressionPlan(0.5), "rolling": CompressionPlan(0.5, "rolling")})
+    staying, moving = Noisy(), Noisy()
+    workers: dict[str, Worker] = {"a": ("full", Noisy()), "b": ("half", staying), "c": ("rolling", moving)}
+    outcome = await play(tmp_path, workers, plans, rounds=4, download_recipe="int8+zstd")
+    held = {path.name for path in (tmp_path / "aggregator" / "held").glob("*.safetensors")}
+    assert not any("rolling" in name for name in held)
+
+    def off_by(trainer: Noisy, number: int, kept: slice) -> float:
+        return float(np.abs(trainer.began[number]["w"] - outcome.versions[number - 1]["w"][kept]).max())
+
+    # A step of int8 of the weights at first, and then one of what a round changes of them.
+    assert off_by(staying, 1, slice(4)) > 1e-3
+    assert all(off_by(staying, number, slice(4)) < 4e-4 for number in (2, 3, 4))
+    assert all(off_by(moving, number, slice(number, number + 4)) > 1e-3 for number in (2, 3, 4))
+    for number in (1, 2, 3, 4):
+        (path,) = (tmp_path / "aggregator" / "held").glob(f"{number:06d}-*-prefix:0.5.safetensors")
+        for name, array in load_file(path).items():
+            np.testing.assert_array_equal(staying.began[number][name], array)
+
+
 async def test_channels_are_chosen_by_magnitude_of_the_version_that_is_trained(tmp_path: Path) -> None:
     outcome = await play(tmp_path, {"a": ("", Adder(1))}, PlanTable(CompressionPlan(0.25, "magnitude")))
     before, after = outcome.versions
@@ -202,6 +240,17 @@ async def test_scores_of_slices_are_not_scores_of_the_version(tmp_path: Path) ->
     assert all(round_.metrics["width"] == 8 for round_ in scored)
 
 
+async def test_each_workers_scores_of_the_global_and_of_its_local_model_are_in_the_record(tmp_path: Path) -> None:
+    workers: dict[str, Worker] = {"a": ("full", Adder(1)), "b": ("half", Adder(2))}
+    tasks = (await play(tmp_path, workers, THREE, evaluate=True)).tasks(-2)
+    assert {name: dict(task.evaluation_metrics) for name, task in tasks.items()} == {
+        "a": {"width": 8},
+        "b": {"width": 4},
+    }
+    assert tasks["a"].metrics["local_width"] == 8
+    assert tasks["b"].metrics["local_width"] == 4
+
+
 async def test_personal_layers_stay_on_the_device_and_outlive_it(tmp_path: Path) -> None:
     plans = PlanTable(CompressionPlan(personal_layers=("b",)))
     trainer = Adder(1)
@@ -243,6 +292,21 @@ async def test_a_device_gets_the_largest_plan_that_its_link_can_carry_and_then_w
     assert again.upload_seconds < 100
     assert again.local_seconds > 0
     assert again.peak_memory_bytes > 1 << 20
+
+
+async def test_bytes_up_are_predicted_by_the_encoding_of_updates_and_then_by_those_that_came(
+    tmp_path: Path,
+) -> None:
+    link = {"uplink_bits_per_second": 1000, "downlink_bits_per_second": 1000}
+    workers: dict[str, Worker] = {"a": (link, Noisy()), "b": ("", Noisy())}
+    encodings = {"download_recipe": "raw", "upload_recipe": "int8"}
+    outcome = await play(tmp_path, workers, PlanTable(), rounds=2, **encodings)
+    first, second = (outcome.tasks(number)["a"] for number in (-2, -1))
+    elements = sum(array.size for array in outcome.versions[0].values())
+    assert first.prediction.upload_seconds == pytest.approx(8 * elements / 1000, rel=0.1)
+    assert first.prediction.download_seconds == pytest.approx(first.download_bytes * 8 / 1000)
+    rate = first.upload_bytes / first.timings.upload_seconds
+    assert second.prediction.upload_seconds * rate == pytest.approx(first.upload_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize(

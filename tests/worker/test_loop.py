@@ -131,6 +131,16 @@ async def test_the_pulled_model_is_scored_before_training_when_the_plan_says_so(
     assert header.evaluation_example_count == 16
 
 
+async def test_the_trained_model_is_scored_after_training_where_the_pulled_one_was(tmp_path):
+    peer = Peer({1: model(1), 2: model(2)})
+    peer.tasks = [train_task("t1", evaluate=True), train_task("t2", 2)]
+    await run(peer, tmp_path)
+    metrics = peer.uploads["t1"].header.metrics
+    assert metrics["local_mean"] == pytest.approx(float(model(1)["weight"].mean()) + 1)
+    assert metrics["train_loss"] == 0.5
+    assert peer.uploads["t2"].header.metrics == {"train_loss": 0.5}
+
+
 async def test_an_evaluation_carries_scores_and_no_tensors(tmp_path):
     peer = Peer({1: model(1)})
     peer.tasks = [train_task(kind=round_pb2.TASK_KIND_EVALUATE)]
