@@ -1,4 +1,8 @@
-"""Models by name, so that `--model lenet` works in every task."""
+"""Models by name, so that `--model lenet` works in every task.
+
+`mobilenetv2` and `shufflenetv2` have GroupNorm; `mobilenetv2-static` and `mobilenetv2-batch` (and so on) have the
+other normalizations of `fedgrpc.models.norm`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,11 @@ _BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "net": Net,
     "resnet18": lambda classes, channels, side: ResNet18(classes, channels),
     "mobilenetv2": lambda classes, channels, side: MobileNetV2(classes, channels),
+    "mobilenetv2-static": lambda classes, channels, side: MobileNetV2(classes, channels, norm="static"),
+    "mobilenetv2-batch": lambda classes, channels, side: MobileNetV2(classes, channels, norm="batch"),
     "shufflenetv2": lambda classes, channels, side: ShuffleNetV2(classes, channels),
+    "shufflenetv2-static": lambda classes, channels, side: ShuffleNetV2(classes, channels, norm="static"),
+    "shufflenetv2-batch": lambda classes, channels, side: ShuffleNetV2(classes, channels, norm="batch"),
     "sigmoid-mlp": lambda classes, channels, side: sigmoid_mlp(channels * side * side, classes),
 }
 

@@ -5,8 +5,9 @@ import asyncio
 import numpy as np
 import pytest
 
+from fedgrpc.aggregation.server_optimizer import OPTIMIZERS, server_optimizer
 from fedgrpc.aggregator.settings import TrainingPlan
-from fedgrpc.worker.trainer import TrainJob, load_trainer
+from fedgrpc.worker.trainer import TrainJob, TrainResult, load_trainer
 from tests.federation.federation import aggregating, working
 
 
@@ -71,3 +72,50 @@ async def test_a_round_is_the_mean_by_examples_whatever_the_order_in_which_updat
         mean = sum(counts[name] / total * updates[name][key].astype(np.float64) for name in names)
         np.testing.assert_allclose(weights[key], base[key] + mean, atol=1e-6)
     assert weights["n"] == 7
+
+
+class Fit:
+    """Least squares of a worker's own examples; `train` is the loop of any trainer: batches of a job, SGD."""
+
+    def __init__(self, seed, count):
+        rng = np.random.default_rng(seed)
+        self.x = rng.standard_normal((count, 5))
+        self.y = self.x @ rng.standard_normal(5)
+
+    def gradient(self, w, chosen=slice(None)):
+        x, y = self.x[chosen], self.y[chosen]
+        return x.T @ (x @ w - y) / len(y)
+
+    def initial_weights(self):
+        return {"w": np.zeros(5, np.float32)}
+
+    def train(self, weights, job):
+        w, steps = weights["w"].astype(np.float64), 0
+        for chosen in job.batches(len(self.y), 8):
+            w, steps = w - job.learning_rate * self.gradient(w, chosen), steps + 1
+        return TrainResult({"w": w.astype(np.float32)}, len(self.y), steps)
+
+    def evaluate(self, weights):
+        return None
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+async def test_fedsgd_is_one_step_of_the_servers_optimizer_down_the_gradient_of_all_by_p_m(tmp_path, optimizer):
+    """One batch of all examples a round; p_m are the user's, and not the counts of examples."""
+    trainers = {"a": Fit(1, 30), "b": Fit(2, 50), "c": Fit(3, 20)}
+    p = {"a": 2.0, "b": 0.5, "c": 1.0}
+    plan = TrainingPlan(epochs=1, batch_size=1 << 20, learning_rate=0.1, momentum=0.0)
+    changes = {"initial_model": None, "plan": plan, "worker_weights": p, "rounds": 3}
+    async with aggregating(
+        tmp_path, policy={"min_workers": 3}, server_optimizer=optimizer, keep_versions=9, **changes
+    ) as running:
+        codes = await asyncio.gather(*(working(running, tmp_path, n, each) for n, each in trainers.items()))
+        assert codes == [0, 0, 0]
+        assert all(task.steps == 1 for round_ in (await running.rounds())[-3:] for task in round_.tasks)
+        versions = [running.weights(number)["w"] for number in (1, 2, 3, 4)]
+    step = server_optimizer(optimizer)
+    w, memory = np.zeros(5), tuple(np.zeros(5) for _ in range(step.memory_count))
+    for version in versions[1:]:
+        gradient = sum(p[name] * each.gradient(w) for name, each in trainers.items()) / sum(p.values())
+        w, memory = step.step(w, -0.1 * gradient, memory)
+        np.testing.assert_allclose(version, w, atol=1e-5)

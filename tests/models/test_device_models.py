@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -46,6 +49,26 @@ def test_shufflenetv2_has_torchvisions_2278604_parameters_and_names() -> None:
     assert shapes["stage4.3.branch2.5.weight"] == (232, 232, 1, 1)
     assert shapes["conv5.1.running_mean"] == (1024,)
     assert shapes["fc.weight"] == (1000, 1024)
+
+
+@pytest.mark.parametrize(
+    ("model", "entries", "sha256"),
+    [
+        (lambda stem: MobileNetV2(1000, cifar_stem=stem, norm="batch"), 314, "a18c560d82f6d01d"),
+        (lambda stem: ShuffleNetV2(1000, cifar_stem=stem, norm="batch"), 338, "cb82a4e6fc1db15e"),
+        (lambda stem: ShuffleNetV2(1000, cifar_stem=stem, norm="batch", width=0.5), 338, "54a515f5b9e5104f"),
+    ],
+    ids=["mobilenet_v2", "shufflenet_v2_x1_0", "shufflenet_v2_x0_5"],
+)
+@pytest.mark.parametrize("cifar_stem", [False, True])
+def test_names_shapes_and_their_order_are_those_of_torchvision_0_29(
+    model: Callable[[bool], nn.Module], entries: int, sha256: str, cifar_stem: bool
+) -> None:
+    """The digests are of torchvision's own; with its weights, the outputs were the same bit for bit."""
+    state = model(cifar_stem).state_dict()
+    text = "\n".join(f"{name} {list(tensor.shape)}" for name, tensor in state.items())
+    assert len(state) == entries
+    assert hashlib.sha256(text.encode()).hexdigest().startswith(sha256)
 
 
 @pytest.mark.parametrize("build", [MobileNetV2, ShuffleNetV2])
