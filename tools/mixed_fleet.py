@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ HELD = (1, 8)
 # Accuracy swings from round to round: the mean of so many is what counts.
 LAST = 5
 EVERY = 3
-COMPARED = ("all whole", "mixed, prefix", "all smallest", "small left out")
+COMPARED = ("all whole", "mixed, prefix", "all smallest, compressed", "all smallest", "small left out")
 
 
 def small(rule: str) -> list[CompressionPlan]:
@@ -95,6 +95,8 @@ def fleets() -> dict[str, Sequence[CompressionPlan | None]]:
         "mixed, 2 bits": [whole] * 4 + [CompressionPlan(quantization=Quantization(2))] * 6,
         "all half": [half] * WORKERS,
         "all smallest": [quarter] * WORKERS,
+        # As the small devices of the mixed fleet really are.
+        "all smallest, compressed": (small("prefix") * 4)[:WORKERS],
         "small left out": [whole] * 4 + [None] * 6,
     }
 
@@ -210,7 +212,7 @@ def run(plans: Sequence[CompressionPlan | None], asked: argparse.Namespace, seed
             if number % EVERY == 0 or number > asked.rounds - LAST:
                 # Version 1 is the untrained model.
                 version = folder / "aggregator" / "models" / f"{number + 1:06d}.safetensors"
-                score = judge.evaluate(load_file(version))
+                score = judge.evaluate(trained_part(load_file(version), judge.channels(), wanted.values()))
                 assert score is not None
                 scores[number] = round(100 * score.metrics["accuracy"], 2)
     mine = {name: [task for task in tasks if task.worker == name] for name in wanted}
@@ -225,6 +227,16 @@ def run(plans: Sequence[CompressionPlan | None], asked: argparse.Namespace, seed
         for name, plan in wanted.items()
     ]
     return {"accuracy": scores, "costs": costs}
+
+
+def trained_part(weights: Weights, channels: ChannelMap, plans: Iterable[CompressionPlan]) -> Weights:
+    """What a fleet has of the model: all of it, or the prefix that its widest plan trains.
+
+    The other channels still have their first values, which would only disturb.
+    """
+    widest = max(plans, key=lambda plan: plan.width)
+    selection = channels.select(widest.sub_model(0))
+    return {name: selection.coverage(name, its.shape).take(its).copy() for name, its in weights.items()}
 
 
 def last_mean(line: Mapping[str, Any]) -> float:
