@@ -385,6 +385,13 @@ MIXED = PlanTable(
         "clustered": CompressionPlan(0.5, clustering=Clustering(16), pruning=Pruning(0.3)),
         "bfloat16": CompressionPlan(0.25, arithmetic=Arithmetic("bfloat16")),
         "fixed": CompressionPlan(0.5, arithmetic=Arithmetic("fixed16.10", "stochastic")),
+        "everything": CompressionPlan(
+            *(0.5, "random"),
+            pruning=Pruning(0.5),
+            quantization=Quantization(8, 8),
+            clustering=Clustering(16, ("4.*",)),
+            arithmetic=Arithmetic("bfloat16"),
+        ),
     },
 )
 
@@ -405,3 +412,6 @@ async def test_a_mixed_fleet_of_torch_workers_learns_one_model(tmp_path: Path) -
     assert tasks["bfloat16"].download_bytes < 0.15 * tasks["full"].download_bytes
     assert tasks["pruned"].metrics["local_accuracy"] > 0.5
     assert tasks["clustered"].upload_bytes < tasks["full"].upload_bytes
+    assert tasks["everything"].local_model.sub_model.startswith("random:")
+    assert tasks["everything"].upload_bytes < 0.6 * tasks["quantized"].upload_bytes
+    assert tasks["everything"].metrics["local_accuracy"] > 0.5

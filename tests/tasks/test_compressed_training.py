@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -230,3 +231,12 @@ def test_what_is_kept_whole_at_every_width_is_told(trainer: TorchTrainer) -> Non
     assert names == ["a.weight", "a.bias"]
     assert "view()" in reason
     assert trainer.kept_whole() == []
+
+
+def test_masks_are_made_anew_from_the_weights_of_each_round(trainer: TorchTrainer) -> None:
+    """PruneFL (arXiv 1909.12326): what others have made large comes back."""
+    job = replace(JOB, compression=CompressionPlan(pruning=Pruning(0.5)))
+    weights = trainer.initial_weights()
+    pruned = ~trainer.train(weights, job).masks["0.weight"]
+    grown = {**weights, "0.weight": np.where(pruned, 1.0, 1e-3).astype(np.float32)}
+    assert np.array_equal(trainer.train(grown, job).masks["0.weight"], pruned)
