@@ -1,11 +1,11 @@
 """A fleet of unequal devices on Fashion-MNIST: what mixed local models cost and bring.
 
 Ten workers hold non-IID parts: four train the whole model, three half of its channels, three a quarter, pruned,
-quantized and clustered. Beside it the fleets to hold it against: all whole; all as the smallest are, compressed or just
-a quarter; and the small ones left out. A fleet in which nobody trains the whole model is scored by the slice it trains.
-An aggregator and its workers run in this process and talk gRPC; one worker trains at a time, so that its CPU time is
-its own. Parts are Dirichlet(0.5)'s, or `held`: trousers and bags (labels 1 and 8) are held by the six small devices
-alone.
+quantized and clustered. Beside it the fleets to hold it against: all whole; all as the smallest are, compressed
+or just a quarter; and the small ones left out. A fleet in which nobody trains the whole model is scored by the
+slice it trains. An aggregator and its workers run in this process and talk gRPC; one worker trains at a time,
+so that its CPU time is its own. Parts are Dirichlet(0.5)'s, or `held`: trousers and bags (labels 1 and 8) are
+held by the six small devices alone.
 
 `python tools/mixed_fleet.py --out results.jsonl` writes one JSON line for each fleet and seed, and goes on where
 it was stopped; `--show results.jsonl` prints the tables, with `--plot figure.png` it draws them.
