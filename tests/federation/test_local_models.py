@@ -24,6 +24,7 @@ from fedgrpc.aggregation.compression_plan import (
     Pruning,
     Quantization,
 )
+from fedgrpc.aggregator.forms import Forms
 from fedgrpc.aggregator.settings import TrainingPlan
 from fedgrpc.rpc.local_model import channels_to_proto
 from fedgrpc.rpc.retry import Backoff
@@ -184,6 +185,10 @@ async def test_a_slice_whose_channels_stay_comes_as_the_difference_to_what_is_he
         (path,) = (tmp_path / "aggregator" / "held").glob(f"{number:06d}-*-prefix:0.5.safetensors")
         for name, array in load_file(path).items():
             np.testing.assert_array_equal(staying.began[number][name], array)
+    # The next process knows it as what it is.
+    forms, sha256 = Forms(path.parent), bytes.fromhex(path.name.split("-")[1])
+    assert forms.open((4, sha256, "prefix:0.5")) is not None
+    assert not forms.knows((4, sha256, ""))
 
 
 async def test_channels_are_chosen_by_magnitude_of_the_version_that_is_trained(tmp_path: Path) -> None:
