@@ -210,6 +210,27 @@ async def test_a_pruned_update_counts_only_where_it_was_kept(tmp_path: Path) -> 
     assert tasks["b"].upload_bytes < 0.62 * tasks["a"].upload_bytes
 
 
+class Coarse(Adder):
+    """Starts from rounded weights, as a quantized or clustered local model does."""
+
+    def train(self, weights: Weights, job: TrainJob) -> TrainResult:
+        start = {name: np.round(array) for name, array in weights.items()}
+        trained = {name: array + array.dtype.type(self.number) for name, array in start.items()}
+        return TrainResult(trained, 10, 1, {}, start)
+
+
+async def test_an_update_is_counted_from_the_compressed_model_and_never_from_the_one_that_was_given(
+    tmp_path: Path,
+) -> None:
+    """Counted from w, the rounding itself, up to a half here, would be averaged into the model."""
+    plans = PlanTable(CompressionPlan(), {"coarse": CompressionPlan(quantization=Quantization(8))})
+    workers: dict[str, Worker] = {"a": ("", Adder(1)), "b": ("coarse", Coarse(3))}
+    before, after = (await play(tmp_path, workers, plans)).versions
+    assert np.abs(before["w"] - np.round(before["w"])).max() > 0.4
+    for name in ("w", "b"):
+        np.testing.assert_allclose(after[name], before[name] + 2, rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
     made = tmp_path / "plain", tmp_path / "beside"
