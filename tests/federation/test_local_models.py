@@ -439,5 +439,5 @@ async def test_a_mixed_fleet_of_torch_workers_learns_one_model(tmp_path: Path) -
     assert tasks["pruned"].metrics["local_accuracy"] > 0.5
     assert tasks["clustered"].upload_bytes < tasks["full"].upload_bytes
     assert tasks["everything"].local_model.sub_model.startswith("random:")
-    assert tasks["everything"].upload_bytes < 0.6 * tasks["quantized"].upload_bytes
+    assert tasks["everything"].upload_bytes < 0.8 * tasks["quantized"].upload_bytes
     assert tasks["everything"].metrics["local_accuracy"] > 0.5
