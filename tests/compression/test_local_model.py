@@ -148,6 +148,29 @@ def test_a_clustered_layer_is_trained_through_its_centroids(kind: Any) -> None:
     assert distinct(weights(local)["conv2.weight"]) > 1000
 
 
+def test_one_step_moves_each_cluster_by_the_mean_gradient_of_its_members() -> None:
+    """A dumb loop over the clusters, from the gradients of a plain module with the same weights."""
+    local = LocalModel(mlp(), CompressionPlan(clustering=Clustering(8)))
+    plain = mlp()
+    plain.load_state_dict(local.module.state_dict())
+    inputs, targets = torch.randn(16, 1, 28, 28), torch.arange(16) % 10
+    functional.cross_entropy(plain(inputs), targets).backward()  # type: ignore[no-untyped-call]
+    before = weights(local)
+    with local.arithmetic():
+        functional.cross_entropy(local(inputs), targets).backward()  # type: ignore[no-untyped-call]
+        MomentumSgd(local.module.parameters(), 0.5, 0.0, 0.0).step()
+    local.settle()
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for name, after in weights(local).items():
+        gradient = gradients[name]
+        assert gradient is not None
+        wanted = gradient.clone()
+        for number in range(len(local.clusters[name].centroids) if name in local.clusters else 0):
+            members = local.clusters[name].members == number
+            wanted[members] = gradient[members].mean()
+        torch.testing.assert_close(after, before[name] - 0.5 * wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_pruned_weights_belong_to_no_cluster() -> None:
     plan = CompressionPlan(pruning=Pruning(0.5), clustering=Clustering(4))
     local = LocalModel(lenet(), plan)
