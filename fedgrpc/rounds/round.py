@@ -35,6 +35,7 @@ class RoundPhase(Enum):
 class Round:
     """The whole state of a round. `aim`: how many updates are wanted; `asked`: the `Select` not yet answered.
 
+    `ready_at`: when the selection window ends, if one runs; `short_since`: since when too few are idle.
     `carried`: tasks that outlive the round, as they stand now; in `tasks` they are late, or accepted in vain.
     """
 
@@ -46,6 +47,7 @@ class Round:
     aim: int = 0
     asked: int = 0
     ready_at: float | None = None
+    short_since: float | None = None
     deadline_at: float | None = None
     version: int | None = None
     reason: str = ""

@@ -22,7 +22,8 @@ def gather(round_: Round, event: Pool, now: float) -> Step:
     if policy.buffer_size is not None and round_.at_work_count:
         return _gather_buffer(round_, event, idle_count, now)
     if idle_count + brought < policy.needed_idle:
-        return replace(round_, ready_at=None), ()
+        return _too_few(round_, now), ()
+    round_ = _enough_again(round_, now)
     ready_at = now + policy.selection_window_s if round_.ready_at is None else round_.ready_at
     # One whose carried update is in, or lost, is idle and in the round's tasks, too.
     there = {task.worker for task in round_.tasks.values()}.union(event.idle)
@@ -33,6 +34,19 @@ def gather(round_: Round, event: Pool, now: float) -> Step:
     aim = policy.aim(event.live_count)
     round_ = replace(round_, aim=min(aim, idle_count + brought))
     return _ask_or_open(round_, policy.ask(aim) - brought if idle_count else 0, now)
+
+
+def _too_few(round_: Round, now: float) -> Round:
+    """The selection window goes on meanwhile: one who polls again is not idle for a moment."""
+    return round_ if round_.short_since is not None else replace(round_, short_since=now)
+
+
+def _enough_again(round_: Round, now: float) -> Round:
+    """Those who were gone for longer than the selection window get a new one to come back in."""
+    if round_.short_since is None:
+        return round_
+    gone = now - round_.short_since > round_.policy.selection_window_s
+    return replace(round_, short_since=None, ready_at=None if gone else round_.ready_at)
 
 
 def _gather_buffer(round_: Round, event: Pool, idle_count: int, now: float) -> Step:
@@ -65,7 +79,7 @@ def open_round(round_: Round, event: Selected, now: float) -> Step:
     brought = round_.accepted_count + round_.at_work_count
     enough = max(round_.policy.quorum, round_.policy.min_sample_size)
     if len(event.tasks) + brought < (1 if round_.policy.buffer_size is not None else enough):
-        return replace(round_, asked=0, ready_at=None), ()
+        return _too_few(replace(round_, asked=0), now), ()
     return add_tasks(_opened(round_, event, now), event, now)
 
 

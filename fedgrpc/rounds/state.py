@@ -153,7 +153,8 @@ def wake_at(round_: Round) -> float | None:
     times: list[float | None] = []
     if round_.phase is RoundPhase.SELECTING and not round_.asked:
         timeout_s = round_.policy.selection_timeout_s
-        times = [round_.ready_at, None if timeout_s is None else round_.opened_at + timeout_s]
+        ready_at = round_.ready_at if round_.short_since is None else None
+        times = [ready_at, None if timeout_s is None else round_.opened_at + timeout_s]
     elif round_.phase is RoundPhase.REPORTING:
         times = [round_.opened_at if enough(round_) else round_.deadline_at]
     if times:

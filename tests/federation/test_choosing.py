@@ -7,7 +7,7 @@ from prometheus_client import generate_latest
 from fedgrpc.rounds.choosing import Choosing
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
-from tests.federation.federation import Device, aggregating, chunks, encoded, refused, update_of
+from tests.federation.federation import PATIENCE_S, Device, aggregating, chunks, encoded, refused, update_of
 
 ACCEPTED, EXPIRED, LATE = (
     round_pb2.TASK_PHASE_ACCEPTED,
@@ -240,3 +240,29 @@ async def test_the_useful_are_chosen_and_the_record_says_why_even_after_a_restar
             poll.cancel()
     async with aggregating(tmp_path, **settings) as running:
         assert {task.worker: task.chosen for task in (await running.round()).tasks} == record
+
+
+async def test_a_round_opens_when_its_window_has_passed_though_a_worker_polled_again_meanwhile(tmp_path):
+    """Two of three come, again and again, as workers do; the third is alive, and never comes."""
+    policy = {"selection_window_s": 600.0, "lease_s": 10_000.0}
+    async with aggregating(tmp_path, policy=policy) as running:
+        a, b, _ = [await running.device(name) for name in ("a", "b", "away")]
+        coordinator = running.aggregator.coordinator
+
+        async def until(condition):
+            async with asyncio.timeout(PATIENCE_S):
+                while not condition(coordinator.current.state):
+                    coordinator.wake.set()
+                    await asyncio.sleep(0.02)
+
+        waiting = asyncio.create_task(a.task())
+        polled = asyncio.create_task(b.poll(wait_s=PATIENCE_S))
+        await until(lambda round_: round_.ready_at is not None)
+        running.pass_time(400.0)
+        polled.cancel()
+        await until(lambda round_: round_.short_since is not None)
+        again = asyncio.create_task(b.task())
+        await until(lambda round_: round_.short_since is None)
+        running.pass_time(400.0)
+        tasks = await asyncio.wait_for(asyncio.gather(waiting, again), PATIENCE_S)
+        assert [task.round for task in tasks] == [1, 1]

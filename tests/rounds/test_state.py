@@ -36,13 +36,37 @@ def test_the_other_live_workers_get_the_selection_window_to_come() -> None:
     assert it.pool("abc", live_count=4) == (Select(4, frozenset()),)
 
 
-def test_the_selection_window_starts_anew_when_too_few_are_left() -> None:
+def test_the_selection_window_starts_anew_when_too_few_are_left_for_as_long_as_it() -> None:
     it = Scenario(RoundPolicy(selection_window_s=1.0))
     it.pool("ab", live_count=3)
     it.pool("a", live_count=3)
     assert wake_at(it.round) is None
-    it.wait(2.0)
+    it.wait(0.7)
+    it.pool("a", live_count=3)
+    it.wait(0.7)
     assert it.pool("ab", live_count=3) == ()
+    assert wake_at(it.round) == it.now + 1.0
+
+
+def test_the_selection_window_runs_out_though_workers_that_poll_again_are_not_idle_for_a_moment() -> None:
+    it = Scenario(RoundPolicy(selection_window_s=1.0))
+    for _ in range(3):
+        assert it.pool("ab", live_count=3) == ()
+        it.wait(0.3)
+        assert it.pool("a", live_count=3) == ()
+        it.wait(0.05)
+    assert it.pool("ab", live_count=3) == (Select(3, frozenset()),)
+
+
+def test_the_selection_window_goes_on_when_the_chosen_were_polling_again() -> None:
+    it = Scenario(RoundPolicy(selection_window_s=1.0, min_sample_size=2))
+    it.pool("ab", live_count=3)
+    it.wait(1.0)
+    assert it.pool("ab", live_count=3)
+    assert it.select("a") == ()
+    assert wake_at(it.round) is None
+    it.wait(0.05)
+    assert it.pool("ab", live_count=3) == (Select(3, frozenset()),)
 
 
 def test_a_round_asks_once_and_then_waits_for_the_answer() -> None:
