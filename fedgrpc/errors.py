@@ -82,7 +82,14 @@ class WrongOffset(FedgrpcError):
 
 
 class Exhausted(FedgrpcError):
-    """A bound (uploads, workers, memory, disk) is reached; trying again later may succeed."""
+    """A bound (uploads, workers, memory, disk) is reached; trying again later may succeed.
+
+    `retry_after_s`: after so many seconds it is likely to; None: that is not known.
+    """
+
+    def __init__(self, *args: object, retry_after_s: float | None = None) -> None:
+        super().__init__(*args)
+        self.retry_after_s = retry_after_s
 
 
 class WrongIdentity(FedgrpcError):

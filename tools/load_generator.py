@@ -17,6 +17,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -39,11 +40,13 @@ from fedgrpc.codec.chunk import chunks
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.codec.payload import buffer_reader, write_payload
 from fedgrpc.codec.recipe import Recipe
+from fedgrpc.errors import Exhausted
 from fedgrpc.rpc import framing
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.client_stream import ClientStream
 from fedgrpc.rpc.convert import duration_to_proto, manifest_to_proto
 from fedgrpc.rpc.retry import Retries
+from fedgrpc.rpc.status import error_from
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2, tensor_pb2
 
@@ -89,12 +92,15 @@ class Seen:
 class Worker:
     """One connection; `eager` ones ask for a task without waiting for it."""
 
-    def __init__(self, address: str, name: str, update: Update, seen: Seen, train_s: float, eager: bool) -> None:
+    def __init__(
+        self, address: str, name: str, update: Update, seen: Seen, options: argparse.Namespace, eager: bool
+    ) -> None:
         self._address = address
         self._name = name
         self._update = update
         self._seen = seen
-        self._train_s = train_s
+        self._train_s = options.train_s
+        self._deaf = options.deaf
         self._eager = eager
         self._rng = random.Random(name)
 
@@ -124,7 +130,8 @@ class Worker:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise asyncio.CancelledError from error
-        self._seen.failures[f"{error.code().name}: {(error.details() or '')[:80]}"] += 1
+        reason = re.sub(r"[0-9.]+", "N", error.details() or "")[:80]
+        self._seen.failures[f"{error.code().name}: {reason}"] += 1
 
     async def _turn(self) -> None:
         begun = time.monotonic()
@@ -159,9 +166,11 @@ class Worker:
                 return
             except grpc.aio.AioRpcError as error:
                 self._failed(error)
-                if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                refusal = error_from(error)
+                if not isinstance(refusal, Exhausted):
                     return
-                await asyncio.sleep(retries.next_delay_s())
+                told_s = None if self._deaf else refusal.retry_after_s
+                await asyncio.sleep(retries.next_delay_s() if told_s is None else told_s)
 
 
 class Aggregator:
@@ -246,7 +255,7 @@ async def measure(options: argparse.Namespace, aim: int, folder: Path) -> Row:
     aggregator = Aggregator(folder, model, options, aim)
     connecting = asyncio.Semaphore(_CONNECTING_AT_ONCE)
     workers = [
-        Worker(aggregator.address, f"w{i:05}", update, seen, options.train_s, i < options.probes)
+        Worker(aggregator.address, f"w{i:05}", update, seen, options, i < options.probes)
         for i in range(options.workers)
     ]
     try:
@@ -337,6 +346,7 @@ def main() -> int:
     parser.add_argument("--parameters", type=int, default=250_000, help="of the model (default: %(default)s)")
     parser.add_argument("--encoding", default="int8+zstd", help="both ways (default: %(default)s)")
     parser.add_argument("--train-s", type=float, default=2.0, help="longest training time (default: %(default)s)")
+    parser.add_argument("--deaf", action="store_true", help="workers do not heed when they are told to come back")
     parser.add_argument("--probes", type=int, default=20, help="of them poll without waiting")
     parser.add_argument("--core", type=int, default=0, help="the aggregator's; -1: any (default: %(default)s)")
     parser.add_argument(

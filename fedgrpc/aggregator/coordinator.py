@@ -364,6 +364,13 @@ class Coordinator:
         self.wake.set()
         self.changes.notify()
 
+    @property
+    def round_number(self) -> int:
+        """Of the round in progress, else of the last one; 0: there was none."""
+        if self.current is not None:
+            return self.current.state.number
+        return 0 if self.last_record is None else self.last_record.number
+
     def record(self) -> RoundRecord | None:
         """The round in progress, else the last one."""
         if self.current is None:

@@ -27,7 +27,7 @@ from fedgrpc.aggregator.run_store import Version
 from fedgrpc.aggregator.scales import scales_of
 from fedgrpc.errors import CodecError, NotFound, StorageError, UpdateRefused
 from fedgrpc.rounds.events import Abort, Commit, Committed, Finished, Select, Tick
-from fedgrpc.rounds.state import Round, RoundPhase, step, wake_at
+from fedgrpc.rounds.state import Round, RoundPhase, step, wake_at, wants_pool
 from fedgrpc.rpc.retry import Backoff, Retries
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RUN_PHASE_PAUSED
 from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE, TASK_KIND_TRAIN, TaskKind
@@ -110,7 +110,8 @@ class Driver:
                 continue
             it.wake.clear()
             looked_at = time.perf_counter()
-            it.dispatch(it.pool())
+            if wants_pool(it.current.state):
+                it.dispatch(it.pool())
             if it.effects:
                 continue
             due = wake_at(it.current.state)

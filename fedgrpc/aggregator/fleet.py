@@ -32,14 +32,17 @@ class Worker:
     token: str | None = None
     told_of_end: bool = False
     woken: asyncio.Event = field(default_factory=asyncio.Event)
+    name: str = field(init=False)
+    evaluator: bool = field(init=False)
 
-    @property
-    def name(self) -> str:
-        return self.registration.worker
+    def __post_init__(self) -> None:
+        self.renew(self.registration)
 
-    @property
-    def evaluator(self) -> bool:
-        return self.registration.role == WORKER_ROLE_EVALUATOR
+    def renew(self, registration: RegisterRequest) -> None:
+        """Take what it says of itself now. What the whole fleet is asked for again and again is read once."""
+        self.registration = registration
+        self.name = registration.worker
+        self.evaluator = registration.role == WORKER_ROLE_EVALUATOR
 
     @property
     def leads(self) -> bool:
@@ -84,7 +87,7 @@ class Fleet:
         """Add a worker, or renew what it says of itself. Raises `UsageError` and `Exhausted`."""
         self.check(registration)
         worker = self._workers.setdefault(registration.worker, Worker(registration, now))
-        worker.registration = registration
+        worker.renew(registration)
         worker.last_seen = now
         return worker
 

@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import structlog
@@ -83,12 +84,12 @@ class LocalTask:
     plan: CompressionPlan = field(default_factory=CompressionPlan)
     sub_model: SubModel = field(default_factory=SubModel)
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether it trains the whole model as it is."""
         return self.plan.plain and self.sub_model.whole
 
-    @property
+    @cached_property
     def slice(self) -> str:
         """The sub-model as it is on the wire; "" is the whole model."""
         return "" if self.sub_model.whole else str(self.sub_model)

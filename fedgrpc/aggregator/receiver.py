@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from fedgrpc.aggregation.merged import check_merged_layout, merged_values
@@ -21,12 +22,12 @@ from fedgrpc.aggregator.memory import ByteBudget
 from fedgrpc.aggregator.model_file import METADATA
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.scales import check_steps
+from fedgrpc.aggregator.turns import Turns
 from fedgrpc.aggregator.uploads import StoredUpdate, Upload
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.manifest import Limits, Manifest
 from fedgrpc.errors import (
     CodecError,
-    Exhausted,
     LayoutError,
     LinkError,
     RoundClosed,
@@ -57,6 +58,15 @@ class _Stream:
         await self.ended.wait()
 
 
+@dataclass(frozen=True)
+class Held:
+    """How much of an update is held, whether it is accepted, and how long to wait before the rest is sent."""
+
+    size_bytes: int
+    complete: bool
+    retry_after_s: float = 0.0
+
+
 class Receiver:
     """Takes the updates of one run."""
 
@@ -68,7 +78,7 @@ class Receiver:
         )
         self._max_chunk_bytes = settings.max_chunk_bytes
         self._idle_s = settings.policy.lease_s
-        self._max_uploads = settings.max_uploads
+        self._turns = Turns(settings.max_uploads)
         self._memory = ByteBudget(settings.max_upload_memory_bytes)
         self._streams: dict[str, _Stream] = {}
         self._begun: dict[str, float] = {}
@@ -86,10 +96,11 @@ class Receiver:
         if await self._it.check_open(header.worker, header.token) is TaskPhase.ACCEPTED:
             return header.manifest.size_bytes, True
         manifest, report = self._examine(header)
+        self._note_round()
         async with self._only_stream(header.token):
             if await self._it.check_open(header.worker, header.token) is TaskPhase.ACCEPTED:
                 return manifest.size_bytes, True
-            self._note_begin(header.token)
+            self._begun.setdefault(header.token, time.monotonic())
             try:
                 return await self._store(header, manifest, report, chunks)
             except StorageError:
@@ -127,23 +138,27 @@ class Receiver:
                 await asyncio.to_thread(upload.close if self._it.wants(header.token) else upload.discard)
             raise
 
-    async def held(self, worker: str, token: str) -> tuple[int, bool]:
-        """How much of an update is held, and whether it is accepted. Raises as `QueryPush` says."""
+    async def held(self, worker: str, token: str) -> Held:
+        """What is held of an update. Raises as `QueryPush` says."""
         if self._it.evaluations.find(worker, token):
-            return 0, not self._it.evaluations.waiting_for(worker, self._it.run.version)
+            return Held(0, not self._it.evaluations.waiting_for(worker, self._it.run.version))
         if await self._it.check_open(worker, token) is TaskPhase.ACCEPTED:
-            return 0, True
-        return await asyncio.to_thread(self._it.journal.committed_bytes, token), False
+            return Held(0, True)
+        self._note_round()
+        # The stream that runs is one of this upload's own: the next takes over from it.
+        retry_after_s = 0.0 if token in self._streams else self._turns.wait_s(token)
+        size_bytes = await asyncio.to_thread(self._it.journal.committed_bytes, token)
+        return Held(size_bytes, False, retry_after_s)
 
-    def _note_begin(self, token: str) -> None:
-        """When the first byte of each update came that the present round still waits for."""
+    def _note_round(self) -> None:
+        """When the first byte of each update came, and who waits for a turn: only of the present round's."""
         current = self._it.current
         number = None if current is None else current.state.number
         if current is None or number != self._begun_in:
             known = () if current is None else current.state.tasks
             self._begun = {kept: at for kept, at in self._begun.items() if kept in known}
+            self._turns.keep_only(known)
             self._begun_in = number
-        self._begun.setdefault(token, time.monotonic())
 
     def _examine(self, header: UpdateHeader) -> tuple[Manifest, Report]:
         """All that can be known before the first byte. A refusal is final, and on the record."""
@@ -190,8 +205,7 @@ class Receiver:
         """
         while (former := self._streams.get(token)) is not None:
             await former.supersede()
-        if len(self._streams) >= self._max_uploads:
-            raise Exhausted(f"{self._max_uploads} uploads are running; try again")
+        self._turns.enter(token)
         self._streams[token] = stream = _Stream()
         try:
             async with stream.limit:
@@ -200,6 +214,7 @@ class Receiver:
             raise LinkError("a newer stream of this update has taken over") from None
         finally:
             del self._streams[token]
+            self._turns.leave()
             stream.ended.set()
 
     async def _take(self, upload: Upload, chunks: AsyncIterator[Chunk]) -> None:

@@ -10,7 +10,7 @@ from fedgrpc.aggregator.local_models import LocalTask
 from fedgrpc.aggregator.run_store import TaskRow
 from fedgrpc.errors import UpdateRefused
 from fedgrpc.rounds import events
-from fedgrpc.rounds.state import Round, time_left
+from fedgrpc.rounds.state import Round, Task, time_left
 from fedgrpc.rpc.convert import (
     Timings,
     duration_to_proto,
@@ -21,6 +21,8 @@ from fedgrpc.rpc.convert import (
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.v1.round_pb2 import Prediction, RoundPhase, TaskKind, TaskPhase, TaskRecord
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
+
+_PLAIN = LocalTask()
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,11 @@ class CurrentRound:
     training_metrics: dict[str, float] = field(default_factory=dict)
     global_s: float = 0.0
     due_at: float | None = None
+    _told: dict[str, tuple[tuple[object, ...], TaskRecord]] = field(default_factory=dict, init=False, repr=False)
 
     def local_task(self, token: str) -> LocalTask:
         """What the worker of a task makes of the model; the default is nothing."""
-        return self.local_tasks.get(token, LocalTask())
+        return self.local_tasks.get(token, _PLAIN)
 
     def pulled_bytes(self, token: str) -> int:
         """Bytes of the model that the worker of a task is to pull."""
@@ -137,7 +140,7 @@ class CurrentRound:
             base_version=self.base_version,
             committed_version=state.version or 0,
             reason=state.reason,
-            tasks=[self._task(token) for token in state.tasks],
+            tasks=[self._told_of(token, task) for token, task in state.tasks.items()],
             duration_seconds=max(0.0, wall_now - self.started_at),
             training_metrics=self.training_metrics,
             kind=self.kind,
@@ -151,8 +154,16 @@ class CurrentRound:
             record.time_left.CopyFrom(duration_to_proto(left_s))
         return record
 
-    def _task(self, token: str) -> TaskRecord:
-        task = self.state.tasks[token]
+    def _told_of(self, token: str, task: Task) -> TaskRecord:
+        """The record of a task, as it was told last where nothing of it has changed: who watches asks often."""
+        report, weight, scale = self.reports.get(token), self.weights.get(token), self.scales.get(token)
+        known = task, report, weight, scale, self.global_s, self.offered_bytes.get(task.worker)
+        told = self._told.get(token)
+        if told is None or told[0] != known:
+            told = self._told[token] = known, self._task(token, task)
+        return told[1]
+
+    def _task(self, token: str, task: Task) -> TaskRecord:
         record = TaskRecord(
             worker=task.worker,
             kind=self.kind,

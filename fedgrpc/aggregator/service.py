@@ -182,8 +182,11 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self, request: pb.QueryPushRequest, context: grpc.aio.ServicerContext
     ) -> pb.QueryPushResponse:
         self._access.check_worker(context, request.worker)
-        size_bytes, complete = await self._receiver.held(request.worker, request.token)
-        return pb.QueryPushResponse(committed_size_bytes=size_bytes, complete=complete)
+        held = await self._receiver.held(request.worker, request.token)
+        response = pb.QueryPushResponse(committed_size_bytes=held.size_bytes, complete=held.complete)
+        if held.retry_after_s:
+            response.retry_after.CopyFrom(duration_to_proto(held.retry_after_s))
+        return response
 
     async def ReportFailure(
         self, request: pb.ReportFailureRequest, context: grpc.aio.ServicerContext
@@ -197,14 +200,13 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
 
     def _run(self) -> pb.Run:
         state = self._it.run
-        record = self._it.record()
         run = pb.Run(
             name=self._settings.run_name,
             id=state.id,
             phase=state.phase,
             reason=state.reason,
             model_version=state.version,
-            current_round=record.number if record else 0,
+            current_round=self._it.round_number,
             total_rounds=self._it.orders.rounds,
             software_version=__version__,
             layout=layout_to_proto(state.layout),

@@ -99,6 +99,11 @@ class Round:
         return self.tasks.count(OPEN, stale=self.policy.buffer_size is not None)
 
     @property
+    def missing_count(self) -> int:
+        """How many updates of the aim are neither in nor worked on; not for a buffer, which goes by the fleet."""
+        return self.aim - self.accepted_count - self.at_work_count
+
+    @property
     def accepted_weight(self) -> float:
         """Weight of the accepted updates that count."""
         return sum(self.tasks[token].weight for token in self.accepted if self.counts(self.tasks[token]))

@@ -130,10 +130,9 @@ def _check(round_: Round, event: Selected) -> None:
 def refill(round_: Round, event: Pool, now: float) -> Step:
     """Replace lost tasks by idle workers that have had none in this round; end it when nobody is left."""
     policy = round_.policy
+    missing = round_.missing_count
     if policy.buffer_size is not None:
         missing = policy.aim(event.live_count) - round_.at_work_count
-    else:
-        missing = round_.aim - round_.accepted_count - round_.at_work_count
     if round_.asked or missing <= 0:
         return round_, ()
     exclude = round_.workers

@@ -53,6 +53,7 @@ __all__ = [
     "step",
     "time_left",
     "wake_at",
+    "wants_pool",
 ]
 
 
@@ -160,6 +161,15 @@ def wake_at(round_: Round) -> float | None:
     if times:
         times += (task.lease_until for task in round_.tasks.values() if task.phase.open)
     return min((time for time in times if time is not None), default=None)
+
+
+def wants_pool(round_: Round) -> bool:
+    """Whether a `Pool` could change anything: to look at a whole fleet takes its time."""
+    if round_.asked:
+        return False
+    if round_.phase is RoundPhase.REPORTING:
+        return round_.policy.buffer_size is not None or round_.missing_count > 0
+    return round_.phase is RoundPhase.SELECTING
 
 
 def time_left(round_: Round, now: float) -> float | None:

@@ -1,12 +1,15 @@
 """Domain errors to gRPC statuses and back, in one place.
 
 The class alone decides the status (the table is in `fedgrpc.errors`). The class name travels as trailing
-metadata, so that the other side raises the very same class; the status message is the error's own line.
+metadata, so that the other side raises the very same class; the status message is the error's own line. When to
+try again travels as gRPC's own retries have it (https://github.com/grpc/proposal/blob/master/A6-client-retries.md),
+so that clients of other languages know it, too.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -19,7 +22,9 @@ from fedgrpc import errors
 from fedgrpc.errors import FedgrpcError, LinkError
 
 ERROR_KEY: Final = "fedgrpc-error"
+RETRY_KEY: Final = "grpc-retry-pushback-ms"
 _MAX_DETAIL_CHARS: Final = 1024
+MAX_RETRY_AFTER_S: Final = 3600.0
 
 _Code = grpc.StatusCode
 
@@ -72,22 +77,27 @@ def status_of(error: FedgrpcError) -> Any:
 def error_from(rpc_error: grpc.aio.AioRpcError) -> FedgrpcError:
     """The domain error behind a failed call; a `LinkError` when no answer of the peer's own came back."""
     detail = rpc_error.details() or rpc_error.code().name
-    name = _named_class(rpc_error)
-    if name is not None:
-        return _CLASS_OF_NAME.get(name, FedgrpcError)(detail)
+    name = _trailer(rpc_error, ERROR_KEY)
     code = rpc_error.code()
-    if code is _Code.RESOURCE_EXHAUSTED and "larger than max" in detail:
+    if name is None and code is _Code.RESOURCE_EXHAUSTED and "larger than max" in detail:
         return errors.TooLargeError(detail)
-    if code in _CLASS_OF_CODE:
-        return _CLASS_OF_CODE[code](detail)
-    return LinkError(f"{code.name}: {one_line(detail)}")
+    kind = _CLASS_OF_CODE.get(code) if name is None else _CLASS_OF_NAME.get(name, FedgrpcError)
+    if kind is errors.Exhausted:
+        return errors.Exhausted(detail, retry_after_s=_retry_after_s(rpc_error))
+    return LinkError(f"{code.name}: {one_line(detail)}") if kind is None else kind(detail)
 
 
-def _named_class(rpc_error: grpc.aio.AioRpcError) -> str | None:
+def _trailer(rpc_error: grpc.aio.AioRpcError, name: str) -> str | None:
     for key, value in rpc_error.trailing_metadata() or ():
-        if key == ERROR_KEY:
+        if key == name:
             return str(value)
     return None
+
+
+def _retry_after_s(rpc_error: grpc.aio.AioRpcError) -> float | None:
+    """What the peer says, within reason; None: nothing that can be understood."""
+    text = _trailer(rpc_error, RETRY_KEY) or ""
+    return min(int(text) / 1e3, MAX_RETRY_AFTER_S) if text.isascii() and text.isdigit() else None
 
 
 @contextmanager
@@ -167,4 +177,7 @@ async def _abort(error: Exception, method: str, context: Any) -> None:
     else:
         log.error("call failed", method=method, exc_info=error)
         code, detail, name = _Code.INTERNAL, "internal error; see the server's log", FedgrpcError.__name__
-    await context.abort(code, detail, trailing_metadata=((ERROR_KEY, name),))
+    trailers = [(ERROR_KEY, name)]
+    if isinstance(error, errors.Exhausted) and error.retry_after_s is not None:
+        trailers.append((RETRY_KEY, str(math.ceil(1e3 * error.retry_after_s))))
+    await context.abort(code, detail, trailing_metadata=tuple(trailers))

@@ -34,7 +34,7 @@ from fedgrpc.rounds.events import (
 )
 from fedgrpc.rounds.history import Timing, WorkerHistory, timing_of
 from fedgrpc.rounds.selection import choose_oort, choose_uniform
-from fedgrpc.rounds.state import Round, RoundPhase, follow, restore, step, time_left, wake_at
+from fedgrpc.rounds.state import Round, RoundPhase, follow, restore, step, time_left, wake_at, wants_pool
 from fedgrpc.simulation.disk import Disk, Version
 from fedgrpc.simulation.loop import Future, Life, Process, Timeout, Wait
 from fedgrpc.simulation.messages import Assignment, GiveBack, Heartbeat, Held, Poll, Push, Query, Request
@@ -315,7 +315,8 @@ class Aggregator:
                     yield from self._finish(effect)
                     return
             self.wake = Future()
-            self.dispatch(self.pool())
+            if wants_pool(self.round):
+                self.dispatch(self.pool())
             if self.effects:
                 continue
             due = self.wake_at(self.round)

@@ -249,12 +249,14 @@ class QueryPushRequest(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ...) -> None: ...
 
 class QueryPushResponse(_message.Message):
-    __slots__ = ("committed_size_bytes", "complete")
+    __slots__ = ("committed_size_bytes", "complete", "retry_after")
     COMMITTED_SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_FIELD_NUMBER: _ClassVar[int]
     committed_size_bytes: int
     complete: bool
-    def __init__(self, committed_size_bytes: _Optional[int] = ..., complete: _Optional[bool] = ...) -> None: ...
+    retry_after: _duration_pb2.Duration
+    def __init__(self, committed_size_bytes: _Optional[int] = ..., complete: _Optional[bool] = ..., retry_after: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class ReportFailureRequest(_message.Message):
     __slots__ = ("worker", "token", "reason")

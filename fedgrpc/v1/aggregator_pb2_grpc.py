@@ -166,7 +166,9 @@ class AggregatorServicer:
         NOT_FOUND: the token is unknown. PERMISSION_DENIED: the token is another worker's.
         FAILED_PRECONDITION: the round is closed. OUT_OF_RANGE: a chunk is not at the committed size.
         DATA_LOSS: CRC or digest does not match. INVALID_ARGUMENT: layout, values or counts are refused, for good.
-        RESOURCE_EXHAUSTED: a declared size is over the limit (for good), or no upload slot is free (retry).
+        RESOURCE_EXHAUSTED: a declared size is over the limit (for good), or no upload slot is free. In the latter case
+        the trailer "grpc-retry-pushback-ms" says when to try again, as gRPC's own retries have it, and a slot is kept
+        for whoever does; who comes earlier or later is served as it happens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -23,7 +23,7 @@ from fedgrpc.rpc import framing
 from fedgrpc.rpc.client_stream import ClientStream
 from fedgrpc.rpc.convert import duration_from_proto, duration_to_proto
 from fedgrpc.rpc.lane import Lane
-from fedgrpc.rpc.status import domain_errors
+from fedgrpc.rpc.status import MAX_RETRY_AFTER_S, domain_errors
 from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, tensor_pb2
 from fedgrpc.worker.held import HeldModel, ModelFolder, Source
 from fedgrpc.worker.partial import PartialModel
@@ -61,10 +61,11 @@ class Beat:
 
 @dataclass(frozen=True)
 class Pushed:
-    """How much of an update the aggregator holds."""
+    """How much of an update the aggregator holds, and how long to wait before the rest is sent."""
 
     committed_size_bytes: int
     complete: bool
+    retry_after_s: float = 0.0
 
 
 def _ignore(progress: float) -> None:
@@ -148,7 +149,8 @@ class AggregatorClient:
         request = aggregator_pb2.QueryPushRequest(worker=self._worker, token=token)
         with domain_errors():
             reply = await self._stub.QueryPush(request, timeout=_CALL_S)
-        return Pushed(reply.committed_size_bytes, reply.complete)
+        retry_after_s = min(duration_from_proto(reply.retry_after), MAX_RETRY_AFTER_S)
+        return Pushed(reply.committed_size_bytes, reply.complete, retry_after_s)
 
     async def push(
         self, header: aggregator_pb2.UpdateHeader, read: Read, offset: int, report: Report = _ignore

@@ -88,7 +88,7 @@ class Delivery:
                 if held.complete:
                     return
                 try:
-                    if await self._client.push(update.header, read, held.committed_size_bytes, moved):
+                    if await self._push_in_turn(update, read, held, moved):
                         return
                 except (WrongOffset, CorruptError) as error:
                     await self._explain(error, update, read, tries_left)
@@ -96,6 +96,25 @@ class Delivery:
         if held.complete:
             return
         raise LinkError("the aggregator took the update's last byte but does not acknowledge it")
+
+    async def _push_in_turn(
+        self, update: SpooledUpdate, read: Read, held: Pushed, moved: Callable[[float], None]
+    ) -> bool:
+        """Send as soon as the aggregator says that there is a place; as long as it says when, that is no failure.
+
+        Who waits is no burden: the heartbeats go on, and end it with the round.
+        """
+        wait_s = held.retry_after_s
+        while True:
+            if wait_s:
+                self._log_of(update).info("upload waits for its turn", wait_s=round(wait_s, 2))
+                await asyncio.sleep(wait_s)
+            try:
+                return await self._client.push(update.header, read, held.committed_size_bytes, moved)
+            except Exhausted as refusal:
+                if refusal.retry_after_s is None:
+                    raise
+                wait_s = refusal.retry_after_s
 
     async def _explain(
         self, error: WrongOffset | CorruptError, update: SpooledUpdate, read: Read, tries_left: int

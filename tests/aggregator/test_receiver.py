@@ -51,12 +51,13 @@ async def test_a_connection_lost_about_the_last_byte_leaves_the_update_accepted_
             await asyncio.sleep(0)
         receiving.cancel()
         await asyncio.gather(receiving, return_exceptions=True)
-        held, complete = await receiver.held("a", task.token)
+        there = await receiver.held("a", task.token)
+        held, complete = there.size_bytes, there.complete
         assert complete or 0 < held <= len(sender.payload)
         again = Sender(task, offset=held)
         again.may_end.set()
         assert (await receiver.receive(again.header, again.chunks()))[1]
-        assert (await receiver.held("a", task.token))[1]
+        assert (await receiver.held("a", task.token)).complete
         assert len(running.aggregator.coordinator.current.state.accepted) == 1
 
 

@@ -284,7 +284,7 @@ async def aggregating(folder, **changes):
 
 
 class refused:  # noqa: N801 - reads as pytest.raises does
-    """The block ends with this status, this reason, and the name of the domain error."""
+    """The block ends with this status, this reason, and the name of the domain error; keeps its `trailers`."""
 
     def __init__(self, code, reason, error=None):
         self._raises = pytest.raises(grpc.aio.AioRpcError)
@@ -292,14 +292,16 @@ class refused:  # noqa: N801 - reads as pytest.raises does
 
     def __enter__(self):
         self._caught = self._raises.__enter__()
+        return self
 
     def __exit__(self, *exception):
         passed = self._raises.__exit__(*exception)
         error = self._caught.value
+        self.trailers = dict(error.trailing_metadata())
         assert (error.code(), error.details()) == (getattr(grpc.StatusCode, self._code), error.details())
         assert self._reason in error.details()
         if self._error is not None:
-            assert dict(error.trailing_metadata())["fedgrpc-error"] == self._error
+            assert self.trailers["fedgrpc-error"] == self._error
         return passed
 
 

@@ -234,12 +234,17 @@ async def silent_upload(running, device, task, messages):
     return call
 
 
-async def test_where_every_upload_slot_is_taken_others_are_told_to_try_again(tmp_path):
+async def test_where_every_upload_slot_is_taken_others_are_told_when_to_try_again(tmp_path):
     async with aggregating(tmp_path, policy={"quorum": 2}, max_uploads=1) as running:
         (a, b), tasks = await fleet(running, "a", "b")
+        assert not (await a.held(tasks[0])).HasField("retry_after")
         silent = await silent_upload(running, b, tasks[1], 1)
-        with refused("RESOURCE_EXHAUSTED", "1 uploads are running; try again", "Exhausted"):
+        with refused("RESOURCE_EXHAUSTED", "1 uploads are running; try again in", "Exhausted") as refusal:
             await a.push(tasks[0])
+        assert int(refusal.trailers["grpc-retry-pushback-ms"]) > 0
+        assert (await a.held(tasks[0])).retry_after.ToNanoseconds() > 0
+        # The upload that runs is b's own: a new stream of it would take over.
+        assert not (await b.held(tasks[1])).HasField("retry_after")
         silent.cancel()
 
 

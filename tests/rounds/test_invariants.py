@@ -30,7 +30,7 @@ from fedgrpc.rounds.events import (
     Tick,
 )
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rounds.state import Round, RoundPhase, StoredTask, follow, restore, step, wake_at
+from fedgrpc.rounds.state import Round, RoundPhase, StoredTask, follow, restore, step, wake_at, wants_pool
 
 WORKERS = tuple("abcdefgh")
 
@@ -96,6 +96,8 @@ class AnyRound(RuleBasedStateMachine):
         except (IllegalTransition, RoundClosed, UnknownTask):
             assert self.round is before
             return
+        if isinstance(event, Pool) and not wants_pool(before):
+            assert (self.round, effects) == (before, ())
         if before.phase.final:
             assert replace(self.round, carried=before.carried) == before
             assert not effects

@@ -7,6 +7,7 @@ byte offset, and can be told to misbehave as links, restarts and bounds do.
 
 import asyncio
 import io
+import time
 import zlib
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -64,6 +65,9 @@ class Peer(aggregator_pb2_grpc.AggregatorServicer):
         self.pulled = []
         self.deltas = {}
         self.faults = []
+        self.retry_after_s = 0.0
+        self.told_at = 0.0
+        self.pushed_at = []
         self.changed = asyncio.Condition()
 
     async def note(self, call):
@@ -172,9 +176,14 @@ class Peer(aggregator_pb2_grpc.AggregatorServicer):
         upload = self.uploads.get(request.token)
         if upload is None:
             return aggregator_pb2.QueryPushResponse()
-        return aggregator_pb2.QueryPushResponse(committed_size_bytes=len(upload.data), complete=upload.complete)
+        reply = aggregator_pb2.QueryPushResponse(committed_size_bytes=len(upload.data), complete=upload.complete)
+        if self.retry_after_s:
+            reply.retry_after.CopyFrom(duration_to_proto(self.retry_after_s))
+            self.told_at = time.monotonic()
+        return reply
 
     async def PushUpdate(self, requests, context):
+        self.pushed_at.append(time.monotonic())
         await self.note("PushUpdate")
         header = (await anext(requests)).header
         self.task_of(header.token)

@@ -421,6 +421,40 @@ async def test_an_upload_that_failed_for_now_is_resumed_until_it_is_acknowledged
     assert spooled(tmp_path) == []
 
 
+async def test_a_refused_upload_comes_back_when_it_is_told_and_keeps_its_session(tmp_path):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+    peer.faults = [("PushUpdate", Exhausted("no upload slot is free", retry_after_s=0.05)) for _ in range(5)]
+    assert await run(peer, tmp_path, backoff=Backoff(PATIENCE_S, PATIENCE_S), timeout_s=SOON_S) == 0
+    _, *after = peer.calls[peer.calls.index("PushUpdate") :]
+    assert after.count("PushUpdate") == 5
+    assert "Register" not in after
+    assert "QueryPush" not in after
+
+
+async def test_a_worker_that_has_something_to_send_asks_first_and_comes_when_it_is_told(tmp_path):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+    peer.faults = [("PushUpdate.chunk", LinkError("cut"))]
+    peer.retry_after_s = 0.2
+    assert await run(peer, tmp_path) == 0
+    assert peer.uploads["t1"].complete
+    assert peer.pushed_at[1] - peer.told_at >= 0.2
+
+
+async def test_one_who_waits_for_its_turn_hears_that_the_round_is_over(tmp_path):
+    peer = Peer({1: model(1)}, ends=False)
+    peer.tasks = [train_task()]
+    peer.faults = [("PushUpdate", Exhausted("no upload slot is free", retry_after_s=3000.0))]
+    async with serving(peer) as server:
+        worker = Worker(settings(server.address, tmp_path), lambda _: Adds())
+        async with running(worker):
+            await peer.until(lambda: "PushUpdate" in peer.calls)
+            peer.cancelled["t1"] = "the round is closed"
+            peer.closed["t1"] = "the round is closed"
+            await peer.until(lambda: not spooled(tmp_path))
+
+
 async def test_an_upload_resumes_at_the_byte_the_aggregator_holds(tmp_path):
     peer = Peer({1: model(1)})
     peer.tasks = [train_task()]
