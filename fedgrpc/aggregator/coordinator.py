@@ -29,6 +29,7 @@ from fedgrpc.aggregator.run_state import Assignment, Beat, Changes, RunState
 from fedgrpc.aggregator.run_store import RunStore
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.uploads import UploadJournal
+from fedgrpc.aggregator.waking import Waking
 from fedgrpc.aggregator.weights import weight_of
 from fedgrpc.errors import IllegalTransition, RoundClosed, UnknownTask, UnknownWorker, UsageError, WrongIdentity
 from fedgrpc.metrics import Metrics
@@ -95,6 +96,7 @@ class Coordinator:
         self.stopping = False
         self.wake = asyncio.Event()
         self.changes = Changes()
+        self._waking = Waking()
         self._changing_phase = asyncio.Lock()
         self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._log = log.bind(run=settings.run_name)
@@ -395,7 +397,7 @@ class Coordinator:
         if isinstance(effect, Offer):
             offered = self.fleet.get(effect.worker)
             offered.token = effect.token
-            offered.woken.set()
+            self._waking.wake(offered.woken)
         elif isinstance(effect, Cancel):
             self._cancelled(effect)
         elif isinstance(effect, Carry):

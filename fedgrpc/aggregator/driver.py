@@ -232,7 +232,7 @@ class Driver:
         kind, phase = it.current.kind, it.current.state.phase
         it.effects.clear()
         dropped = self._carry_on(it.current)
-        it.fleet.wake_all()
+        it.fleet.wake_concerned()
         it.changes.notify()
         if dropped:
             await self._until_stored(partial(self._drop, dropped))

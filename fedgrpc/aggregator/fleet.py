@@ -61,6 +61,9 @@ class Fleet:
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._workers.values())
 
+    def __len__(self) -> int:
+        return len(self._workers)
+
     def get(self, name: str) -> Worker:
         """The worker of that name. Raises `UnknownWorker`."""
         try:
@@ -140,6 +143,12 @@ class Fleet:
     def still_unaware(self, now: float) -> bool:
         """Whether a worker is alive that has not been told of the end of the run."""
         return any(self.alive(worker, now) and not worker.told_of_end for worker in self)
+
+    def wake_concerned(self) -> None:
+        """Let the open polls of those look again whom a new version or the end of a round concerns."""
+        for worker in self:
+            if worker.evaluator or worker.token is not None:
+                worker.woken.set()
 
     def wake_all(self) -> None:
         """Let every open poll look again."""

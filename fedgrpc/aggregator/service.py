@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from itertools import islice
 from typing import cast
 
 import grpc.aio
@@ -14,6 +15,7 @@ from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.histories import tell_history, upload_reserve_s
 from fedgrpc.aggregator.model_store import WHOLE, Slice
 from fedgrpc.aggregator.negotiation import link_of
+from fedgrpc.aggregator.pages import MAX_PAGE_BYTES, fitting, page_of
 from fedgrpc.aggregator.receiver import Receiver
 from fedgrpc.aggregator.run_state import Assignment
 from fedgrpc.codec.chunk import Chunk
@@ -21,7 +23,6 @@ from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import LayoutError, NotFound, UsageError, WrongOffset
 from fedgrpc.rounds.events import TaskPhase
-from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
 from fedgrpc.rpc.convert import (
     duration_from_proto,
     duration_to_proto,
@@ -33,7 +34,6 @@ from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
 
 _MAX_PAGE = 1000
-_MAX_PAGE_BYTES = MAX_MESSAGE_BYTES // 2
 _MAX_RECIPES = 8
 _MAX_ROUND = (1 << 63) - 1
 _RATE_HZ = 4.0
@@ -219,20 +219,25 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     async def GetRound(
         self, request: pb.GetRoundRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetRoundResponse:
+        wanted, start = request.number if request.HasField("number") else None, 0
+        if request.page_token:
+            wanted, start = _numbers(request.page_token, 2, "GetRound")
         record = self._it.record()
-        if request.HasField("number") and (record is None or record.number != request.number):
-            record = await self._it.in_database(self._it.store.round, min(request.number, _MAX_ROUND))
+        if wanted is not None and (record is None or record.number != wanted):
+            record = await self._it.in_database(self._it.store.round, min(wanted, _MAX_ROUND))
         if record is None:
-            raise NotFound(f"there is no round {request.number}" if request.HasField("number") else "no round yet")
-        return pb.GetRoundResponse(round=record)
+            raise NotFound("no round yet" if wanted is None else f"there is no round {wanted}")
+        page, after = page_of(record, start, request.page_size)
+        return pb.GetRoundResponse(round=page, next_page_token=f"{record.number}.{after}" if after else "")
 
     async def ListRounds(
         self, request: pb.ListRoundsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListRoundsResponse:
         size = min(request.page_size or 100, _MAX_PAGE)
-        below = _before(request.page_token)
-        records, more = await self._it.in_database(self._it.store.rounds, below, size, _MAX_PAGE_BYTES)
-        return pb.ListRoundsResponse(rounds=records, next_page_token=str(records[-1].number) if more else "")
+        (below,) = _numbers(request.page_token, 1, "ListRounds") if request.page_token else (_MAX_ROUND,)
+        records, more = await self._it.in_database(self._it.store.rounds, below, size, MAX_PAGE_BYTES)
+        pages = [page_of(record)[0] for record in records]
+        return pb.ListRoundsResponse(rounds=pages, next_page_token=str(records[-1].number) if more else "")
 
     async def WatchRounds(
         self, request: pb.WatchRoundsRequest, context: grpc.aio.ServicerContext
@@ -242,7 +247,8 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         while True:
             seen = await self._it.changes.wait(seen)
             last = self._it.run.ended or self._it.stopping
-            yield pb.WatchRoundsResponse(run=self._run(), round=self._it.record())
+            record = self._it.record()
+            yield pb.WatchRoundsResponse(run=self._run(), round=None if record is None else page_of(record)[0])
             if last:
                 return
             await asyncio.sleep(1.0 / min(rate_hz, _MAX_RATE_HZ))
@@ -250,7 +256,11 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     async def ListWorkers(
         self, request: pb.ListWorkersRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListWorkersResponse:
-        return pb.ListWorkersResponse(workers=[self._worker(worker) for worker in self._it.fleet])
+        (start,) = _numbers(request.page_token, 1, "ListWorkers") if request.page_token else (0,)
+        workers = fitting(map(self._worker, islice(self._it.fleet, start, None)), request.page_size)
+        after = start + len(workers)
+        more = workers and after < len(self._it.fleet)
+        return pb.ListWorkersResponse(workers=workers, next_page_token=str(after) if more else "")
 
     def _worker(self, worker: Worker) -> pb.WorkerRecord:
         now = self._it.clock()
@@ -295,13 +305,13 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         return pb.StopRunResponse(run=self._run())
 
 
-def _before(page_token: str) -> int:
-    """The round that a page ends before. Raises `UsageError`."""
-    if not page_token:
-        return _MAX_ROUND
-    if not (page_token.isascii() and page_token.isdigit() and len(page_token) <= len(str(_MAX_ROUND))):
-        raise UsageError("the page token is not one that ListRounds gave")
-    return min(int(page_token), _MAX_ROUND)
+def _numbers(page_token: str, count: int, call: str) -> tuple[int, ...]:
+    """What a page token says. Raises `UsageError`."""
+    parts = page_token.split(".")
+    whole = all(part.isascii() and part.isdigit() and len(part) <= len(str(_MAX_ROUND)) for part in parts)
+    if not whole or len(parts) != count:
+        raise UsageError(f"the page token is not one that {call} gave")
+    return tuple(min(int(part), _MAX_ROUND) for part in parts)
 
 
 def _open_phase(number: int) -> TaskPhase:

@@ -23,6 +23,7 @@ from fedgrpc.errors import UsageError
 from fedgrpc.metrics import Metrics, serve_metrics
 from fedgrpc.rounds.choosing import Choosing
 from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.rpc.collector import collect_rarely
 from fedgrpc.tree.run import run_leaf
 
 _place = Declare("Where", AggregatorSettings)
@@ -230,6 +231,7 @@ def _run(**values: Any) -> int:
     configure_logs(values)
     settings = settings_from(values)
     metrics = Metrics()
+    collect_rarely()
     with ExitStack() as stack:
         if values["metrics_address"] is not None:
             stack.enter_context(serve_metrics(metrics, values["metrics_address"]))

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from fedgrpc.errors import UsageError
 
-TABLES: Final = ("aggregator", "worker", "demo", "status", "watch", "plan", "health")
+TABLES: Final = ("aggregator", "worker", "demo", "status", "watch", "plan", "health", "simulate")
 
 Text = str | list[str]
 

@@ -37,33 +37,57 @@ class Operator:
 
     async def workers(self) -> list[pb.WorkerRecord]:
         """Every worker that has registered, by name."""
-        with self._reaching():
-            answer = await self._stub.ListWorkers(pb.ListWorkersRequest(), timeout=_TIMEOUT_S)
-        return sorted(answer.workers, key=lambda record: record.worker)
+        workers: list[pb.WorkerRecord] = []
+        request = pb.ListWorkersRequest()
+        while True:
+            with self._reaching():
+                answer = await self._stub.ListWorkers(request, timeout=_TIMEOUT_S)
+            workers += answer.workers
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                return sorted(workers, key=lambda record: record.worker)
 
     async def latest_rounds(self, count: int) -> list[Round]:
         """At most `count` rounds, oldest first."""
-        request = pb.ListRoundsRequest(page_size=count)
-        with self._reaching():
-            answer = await self._stub.ListRounds(request, timeout=_TIMEOUT_S)
-        return sorted(answer.rounds, key=lambda record: record.number)
+        rounds = []
+        async for record in self.rounds_back(min(count, _PAGE)):
+            rounds.append(record)
+            if len(rounds) == count:
+                break
+        return rounds[::-1]
 
     async def all_rounds(self) -> list[Round]:
         """Every round, oldest first."""
         return [record async for record in self.rounds_back()][::-1]
 
-    async def rounds_back(self) -> AsyncIterator[Round]:
-        """Every round, newest first."""
-        token = ""
+    async def rounds_back(self, page_size: int = _PAGE) -> AsyncIterator[Round]:
+        """Every round, newest first, each with all of its tasks."""
+        request = pb.ListRoundsRequest(page_size=page_size)
         while True:
-            request = pb.ListRoundsRequest(page_size=_PAGE, page_token=token)
             with self._reaching():
                 answer = await self._stub.ListRounds(request, timeout=_TIMEOUT_S)
             for record in answer.rounds:
-                yield record
-            token = answer.next_page_token
-            if not token:
+                yield await self._whole(record) if record.tasks_left_out else record
+            request.page_token = answer.next_page_token
+            if not request.page_token:
                 return
+
+    async def _whole(self, record: Round) -> Round:
+        """The round with the tasks that its record has left out."""
+        request = pb.GetRoundRequest(number=record.number)
+        whole: Round | None = None
+        while True:
+            with self._reaching():
+                answer = await self._stub.GetRound(request, timeout=_TIMEOUT_S)
+            if whole is None:
+                whole = answer.round
+            else:
+                whole.tasks.extend(answer.round.tasks)
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                whole.ClearField("tasks_left_out")
+                whole.ClearField("accepted_left_out")
+                return whole
 
     async def watch(self, max_rate_hz: float = 0.0) -> AsyncIterator[pb.WatchRoundsResponse]:
         """The run and its current round each time they change, until the run ends."""

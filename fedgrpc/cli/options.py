@@ -7,6 +7,7 @@ the environment variable, which wins over the file, which wins over the default.
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,12 @@ from click.core import ParameterSource
 
 from fedgrpc.cli.config_file import read_table
 from fedgrpc.cli.quantities import Quantity
+from fedgrpc.errors import UsageError
 
 T = TypeVar("T")
+
+_WORD = re.compile(r"\w+")
+_ABOUT_SETTINGS = re.compile(r"^\w+ (must|goes with)\b")
 
 
 class Setting(click.Option):
@@ -50,16 +55,19 @@ class Setting(click.Option):
         except click.MissingParameter as error:
             raise click.UsageError(f"{self.opts[0]} is missing", ctx) from error
         except click.BadParameter as error:
-            complaint = f"{self.opts[0]}: {error.message.removesuffix('.')}{self._origin(ctx)}"
+            origin = self.origin(ctx)
+            where = "" if origin in ("", self.opts[0]) else f" (from {origin})"
+            complaint = f"{self.opts[0]}: {error.message.removesuffix('.')}{where}"
             raise click.UsageError(complaint, ctx) from error
 
-    def _origin(self, ctx: click.Context) -> str:
+    def origin(self, ctx: click.Context) -> str:
+        """The variable, the file or the flag that gave its value; empty: nobody did."""
         source = ctx.get_parameter_source(self.name or "")
         if source is ParameterSource.ENVIRONMENT:
-            return f" (from the variable {self.resolve_envvar_name(ctx)})"
+            return f"the variable {self.resolve_envvar_name(ctx)}"
         if source is ParameterSource.DEFAULT_MAP:
-            return f" (from {ctx.params.get('config')})"
-        return ""
+            return str(ctx.params.get("config"))
+        return self.opts[0] if source is ParameterSource.COMMANDLINE else ""
 
     def resolve_envvar_name(self, ctx: click.Context) -> str:
         """FEDGRPC_AGGREGATOR_MIN_WORKERS, by command and flag."""
@@ -127,6 +135,25 @@ class SettingsCommand(click.Command):
     def settings(self) -> list[Setting]:
         """What can be set, in the order of `--help`."""
         return [param for param in self.params if isinstance(param, Setting)]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it; a complaint about the values of settings says where they came from."""
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            raise UsageError(f"{error}{self._origins(ctx, str(error))}") from error
+
+    def _origins(self, ctx: click.Context, complaint: str) -> str:
+        """Of the settings that a complaint such as "quorum must be at least 1" names, those that were given."""
+        if not _ABOUT_SETTINGS.search(complaint):
+            return ""
+        words = frozenset(_WORD.findall(complaint))
+        named = {setting.name: setting.origin(ctx) for setting in self.settings() if setting.name in words}
+        given = {name: origin for name, origin in named.items() if origin}
+        if len(named) == 1:
+            return "".join(f" (from {origin})" for origin in given.values())
+        listed = ", ".join(f"{name} from {origin}" for name, origin in given.items())
+        return f" ({listed})" if listed else ""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Settings under their headings."""

@@ -7,13 +7,14 @@ import tomllib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from fedgrpc.cli.options import Declare, SettingsCommand
 from fedgrpc.cli.view import piped_console, print_table, seconds, size
 from fedgrpc.errors import UsageError
 from fedgrpc.simulation.fleet import Fleet, Variant
@@ -27,12 +28,13 @@ LIMITS: Final = (
 )
 
 
-def _run(fleet: Path, hours: float, seed: int, plot: Path | None, as_json: bool, jobs: int) -> None:
-    described = read_fleet(fleet)
-    results = play(described, hours, seed, jobs)
+def _run(**values: Any) -> None:
+    hours, plot = values["hours"], values["plot"]
+    described = read_fleet(values["fleet"])
+    results = play(described, hours, values["seed"], values["jobs"])
     if plot is not None:
         plot_results(results, plot)
-    if as_json:
+    if values["as_json"]:
         click.echo(json.dumps([result.to_json() for result in results], indent=2))
         return
     console = piped_console()
@@ -154,17 +156,21 @@ def plot_results(results: Sequence[FleetResult], path: Path) -> None:
         plt.close(figure)
 
 
-COMMAND = click.Command(
+_fleet = Declare("What to play")
+_show = Declare("What to show")
+
+SETTINGS = [
+    _fleet("--fleet", "TOML file of the fleet.", type=click.Path(path_type=Path), required=True),
+    _fleet("--hours", "Virtual hours.", type=click.FloatRange(0, min_open=True), default=24.0),
+    _fleet("--seed", "The same seed gives the same result.", type=click.IntRange(0), default=0),
+    _fleet("--jobs", "Variants played at the same time.", type=click.IntRange(1), default=2),
+    _show("--plot", "Write a picture there.", type=click.Path(path_type=Path)),
+    _show("--json/--table", "JSON, for programs.", name="as_json", default=False),
+]
+
+COMMAND = SettingsCommand(
     "simulate",
-    callback=_run,
-    params=[
-        click.Option(["--fleet"], type=click.Path(path_type=Path), required=True, help="TOML file of the fleet."),
-        click.Option(["--hours"], type=click.FloatRange(0, min_open=True), default=24.0, help="Virtual hours."),
-        click.Option(["--seed"], type=click.IntRange(0), default=0, help="The same seed gives the same result."),
-        click.Option(["--plot"], type=click.Path(path_type=Path), help="Write a picture there."),
-        click.Option(["--json/--table", "as_json"], default=False, help="JSON, for programs."),
-        click.Option(["--jobs"], type=click.IntRange(1), default=2, help="Variants played at the same time."),
-    ],
-    help="Play a described fleet by the production round, to choose rules before a rollout.",
-    context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"], "show_default": True},
+    _run,
+    SETTINGS,
+    "Play a described fleet by the production round, to choose rules before a rollout.",
 )

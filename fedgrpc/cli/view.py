@@ -42,6 +42,7 @@ _ROLES: Mapping[int, str] = {
 }
 _ACCEPTED = TaskPhase.TASK_PHASE_ACCEPTED
 _PIPE_COLUMNS = 120
+_SHOWN_AT_MOST = 20
 _DONE = (RoundPhase.ROUND_PHASE_COMMITTED, RoundPhase.ROUND_PHASE_ABANDONED)
 
 
@@ -125,17 +126,17 @@ def run_line(run: Run) -> str:
 
 def round_line(record: Round) -> str:
     """One line about a round: where it stands, who is in, what came out."""
-    accepted = sum(task.phase == TaskPhase.TASK_PHASE_ACCEPTED for task in record.tasks)
+    accepted = sum(task.phase == _ACCEPTED for task in record.tasks) + record.accepted_left_out
     parts = [f"round {record.number}", round_phase(record)]
     if record.tasks:
-        parts.append(f"{accepted} of {len(record.tasks)} updates")
+        parts.append(f"{accepted} of {len(record.tasks) + record.tasks_left_out} updates")
     if record.HasField("time_left"):
         parts.append(f"{record.time_left.ToTimedelta().total_seconds():.0f} s left")
     if record.phase in _DONE:
         parts.append(seconds(record.duration_seconds))
     if record.phase == RoundPhase.ROUND_PHASE_ABANDONED and record.reason:
         parts.append(record.reason)
-    missing = [f"{task.worker} {task_phase(task)}" for task in record.tasks if task.phase in LOST]
+    missing = _first([f"{task.worker} {task_phase(task)}" for task in record.tasks if task.phase in LOST])
     found = scores(record.evaluator_metrics or record.metrics)
     return " · ".join([*parts, *missing, *([found] if found else [])])
 
@@ -154,6 +155,8 @@ def task_table(record: Round) -> Table:
             size(task.upload_bytes) if task.upload_bytes else "",
             task.reason,
         )
+    if record.tasks_left_out:
+        table.add_row(f"and {record.tasks_left_out} more")
     return table
 
 
@@ -184,7 +187,13 @@ def rounds_table(rounds: Sequence[Round]) -> Table:
 def _note(record: Round) -> str:
     if record.phase == RoundPhase.ROUND_PHASE_ABANDONED:
         return record.reason
-    return "; ".join(f"{task.worker}: {task.reason}" for task in record.tasks if task.phase in LOST)
+    return "; ".join(_first([f"{task.worker}: {task.reason}" for task in record.tasks if task.phase in LOST]))
+
+
+def _first(items: list[str]) -> list[str]:
+    """As many as one reads."""
+    more = len(items) - _SHOWN_AT_MOST
+    return [*items[:_SHOWN_AT_MOST], f"and {more} more"] if more > 1 else items
 
 
 def workers_table(workers: Sequence[WorkerRecord]) -> Table:

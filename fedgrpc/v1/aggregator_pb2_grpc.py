@@ -198,7 +198,8 @@ class AggregatorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetRound(self, request, context):
-        """One round with its tasks; the latest when no number is given. NOT_FOUND: no such round.
+        """One round with its tasks; the latest when no number is given. What does not fit comes in further pages.
+        NOT_FOUND: no such round. INVALID_ARGUMENT: the page token is not one that it gave.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -219,7 +220,7 @@ class AggregatorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListWorkers(self, request, context):
-        """Every worker that has registered, and what it does now.
+        """Every worker that has registered, and what it does now, in pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

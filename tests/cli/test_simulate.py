@@ -44,6 +44,21 @@ def test_a_fleet_is_played_and_shown_with_what_is_not_modelled(fleet: Path, tmp_
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_its_settings_come_from_variables_and_the_file_too(fleet: Path, tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text(f'[simulate]\nfleet = "{fleet}"\njobs = 1\nhours = 7\n')
+    env = {"FEDGRPC_SIMULATE_HOURS": "1", "FEDGRPC_SIMULATE_CONFIG": "settings.toml"}
+    ended = fedgrpc("simulate", "--table", env=env, cwd=tmp_path)
+    assert ended.code == 0, ended.error
+    assert "20 devices, 1 virtual hours" in ended.out
+
+
+def test_a_wrong_setting_says_where_it_came_from(fleet: Path, tmp_path: Path) -> None:
+    ended = fedgrpc("simulate", "--fleet", str(fleet), env={"FEDGRPC_SIMULATE_HOURS": "0"}, cwd=tmp_path)
+    assert ended.code == 2
+    assert "--hours: 0" in ended.error
+    assert "(from the variable FEDGRPC_SIMULATE_HOURS)" in ended.error
+
+
 def test_programs_get_the_same_as_json(fleet: Path, tmp_path: Path) -> None:
     ended = fedgrpc("simulate", "--fleet", str(fleet), "--hours", "1", "--json", cwd=tmp_path)
     plain, over = json.loads(ended.out)

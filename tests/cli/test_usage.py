@@ -26,7 +26,7 @@ def _is_one_line(ended: Ended, *parts: str, code: int = 2) -> None:
         (["aggregator"], ["--data-dir is missing", "fedgrpc aggregator --help"]),
         (["aggregator", "--data-dir", "d", "--round", "3"], ["No such option", "--round"]),
         (["aggregator", "--data-dir", "d", "--rounds", "three"], ["--rounds", "'three'"]),
-        (["aggregator", "--data-dir", "d", "--rounds", "0"], ["rounds must be at least 1"]),
+        (["aggregator", "--data-dir", "d", "--rounds", "0"], ["rounds must be at least 1, not 0 (from --rounds)"]),
         (["aggregator", "--data-dir", "d", "--deadline", "soon"], ["--deadline", "'soon'", "10m"]),
         (["aggregator", "--data-dir", "d", "--fraction", "1.5"], ["fraction must be above 0 and at most 1"]),
         (["aggregator", "--data-dir", "d", "--encoding", "int9"], ["int9"]),
@@ -73,6 +73,7 @@ def test_a_wrong_flag_is_one_line_that_says_what_to_do(
         ("[agregator]\nrounds = 3\n", ["no table [agregator]; did you mean 'aggregator'?"]),
         ("rounds = 3\n", ["'rounds' stands outside of a table; begin with a line [aggregator]"]),
         ("[aggregator]\nrounds = 2.5\n", ["--rounds: '2.5'", "(from fleet.toml)"]),
+        ("[aggregator]\nrounds = 0\n", ["rounds must be at least 1, not 0 (from fleet.toml)"]),
         ("[aggregator]\nrounds = true\n", ["--rounds: 'true'", "(from fleet.toml)"]),
         ("[aggregator]\nrounds = [1, 2]\n", ["rounds: expected text, a number, true or false, not [1, 2]"]),
         ("[aggregator.rounds]\na = 1\n", ["rounds: expected text, a number, true or false, not {'a': 1}"]),
@@ -99,6 +100,28 @@ def test_a_settings_file_that_is_no_text_is_one_line(tmp_path: Path) -> None:
 def test_a_wrong_variable_is_one_line_that_names_it(tmp_path: Path) -> None:
     ended = fedgrpc("aggregator", "--data-dir", "d", env={"FEDGRPC_AGGREGATOR_ROUNDS": "x"}, cwd=tmp_path)
     _is_one_line(ended, "--rounds: 'x'", "(from the variable FEDGRPC_AGGREGATOR_ROUNDS)")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable", "complaint"),
+    [
+        ([], ("ROUNDS", "0"), "rounds must be at least 1, not 0 (from the variable FEDGRPC_AGGREGATOR_ROUNDS)"),
+        ([], ("DEADLINE", "0s"), "number of seconds (from the variable FEDGRPC_AGGREGATOR_DEADLINE)"),
+        (
+            ["--min-sample-size", "5"],
+            ("MAX_PARTICIPANTS", "3"),
+            "(min_sample_size from --min-sample-size, "
+            "max_participants from the variable FEDGRPC_AGGREGATOR_MAX_PARTICIPANTS)",
+        ),
+        (["--late", "discard"], ("BUFFER_SIZE", "3"), "buffer_size from the variable FEDGRPC_AGGREGATOR_BUFFER"),
+    ],
+)
+def test_a_value_out_of_range_is_one_line_that_says_where_it_came_from(
+    arguments: list[str], variable: tuple[str, str], complaint: str, tmp_path: Path
+) -> None:
+    name, value = variable
+    env = {f"FEDGRPC_AGGREGATOR_{name}": value}
+    _is_one_line(fedgrpc("aggregator", "--data-dir", "d", *arguments, env=env, cwd=tmp_path), complaint)
 
 
 @pytest.mark.parametrize("setting", ["--address", "--metrics-address"])

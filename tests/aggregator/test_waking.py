@@ -1,0 +1,45 @@
+"""Many polls that are to hear of a task at the same time."""
+
+import asyncio
+import itertools
+
+from fedgrpc.aggregator.waking import Waking
+
+
+def events(count):
+    return [asyncio.Event() for _ in range(count)]
+
+
+async def test_a_few_are_woken_at_once():
+    few, waking = events(10), Waking()
+    for event in few:
+        waking.wake(event)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert all(event.is_set() for event in few)
+
+
+async def test_all_of_many_are_woken_in_the_order_in_which_they_came():
+    many, waking = events(1000), Waking()
+    for event in many:
+        waking.wake(event)
+    counts = []
+    async with asyncio.timeout(60):
+        while not counts or counts[-1] < 1000:
+            await asyncio.sleep(0)
+            counts.append(sum(event.is_set() for event in many))
+            assert all(event.is_set() for event in many[: counts[-1]])
+    steps = sorted({after - before for before, after in itertools.pairwise(counts)} - {0})
+    assert min(steps) > 0
+    assert max(steps) < 100
+
+
+async def test_those_who_come_while_others_wait_are_woken_too():
+    first, later, waking = events(100), events(3), Waking()
+    for event in first:
+        waking.wake(event)
+    await asyncio.sleep(0.01)
+    for event in later:
+        waking.wake(event)
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(event.wait() for event in [*first, *later]))
