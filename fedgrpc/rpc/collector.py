@@ -11,7 +11,7 @@ import gc
 from typing import Final
 
 # New objects until the youngest are looked at, and how many of these looks until the older ones are, and all.
-_THRESHOLDS: Final = (10_000, 20, 100)
+_THRESHOLDS: Final = (2_000, 10, 1_000)
 
 
 def collect_rarely() -> None:
