@@ -23,14 +23,16 @@ from fedgrpc.aggregator.new_version import NewVersion
 from fedgrpc.aggregator.offering import Offering
 from fedgrpc.aggregator.recovery import Recovery
 from fedgrpc.aggregator.report import CurrentRound
-from fedgrpc.aggregator.run_store import Version
+from fedgrpc.aggregator.run_store import TaskRow, Version
 from fedgrpc.aggregator.scales import scales_of
 from fedgrpc.errors import CodecError, NotFound, StorageError, UpdateRefused
 from fedgrpc.rounds.events import Abort, Commit, Committed, Finished, Select, Tick
+from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rounds.state import Round, RoundPhase, step, wake_at, wants_pool
 from fedgrpc.rpc.retry import Backoff, Retries
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RUN_PHASE_PAUSED
 from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE, TASK_KIND_TRAIN, TaskKind
+from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 log = structlog.get_logger()
 
@@ -173,15 +175,26 @@ class Driver:
         current.global_s = time.monotonic() - begun
         pairs = [(current.reports[token], weight) for token, weight in weights.items()]
         current.training_metrics = mean_metrics([(report.metrics, weight) for report, weight in pairs])
-        record = replace(current, state=after).record(time.time(), it.clock())
-        histories = histories_after(current, after, it.fleet)
-        rows = [*current.rows(after), *carried_rows(current, after, it.clock())]
+        record, rows, histories = await self._account(current, after)
         await it.in_database(it.store.finish_round, record, rows, histories, version)
         # It is stored: no wait from here on, or a second try would store it twice.
         if version is not None:
             it.run.version, it.run.layout = version.version, layout
         it.fleet.remember(histories)
         it.dispatch(Committed(version.version if version else current.base_version))
+
+    async def _account(
+        self, current: CurrentRound, ended: Round
+    ) -> tuple[RoundRecord, list[TaskRow], dict[str, WorkerHistory]]:
+        """What is stored of a round that ended so. In a thread: with a thousand tasks it takes its time."""
+        fleet, wall_now, now = self._it.fleet, time.time(), self._it.clock()
+
+        def account() -> tuple[RoundRecord, list[TaskRow], dict[str, WorkerHistory]]:
+            record = replace(current, state=ended).record(wall_now, now)
+            rows = [*current.rows(ended), *carried_rows(current, ended, now)]
+            return record, rows, histories_after(current, ended, fleet)
+
+        return await asyncio.to_thread(account)
 
     async def _keep_scores(self, current: CurrentRound) -> None:
         """What the workers of a committed round say of the version they were given."""
@@ -202,13 +215,12 @@ class Driver:
     async def _finish(self, current: CurrentRound, finished: Finished) -> None:
         """Record an abandoned round (a committed one is recorded with its version), and clean up."""
         it = self._it
-        record = current.record(time.time(), it.clock())
         if finished.committed:
+            record = await asyncio.to_thread(current.record, time.time(), it.clock())
             it.local_models.observe(record, it.run.layout)
             await self._keep_scores(current)
         else:
-            histories = histories_after(current, current.state, it.fleet)
-            rows = [*current.rows(current.state), *carried_rows(current, current.state, it.clock())]
+            record, rows, histories = await self._account(current, current.state)
             await it.in_database(it.store.finish_round, record, rows, histories, None)
             it.fleet.remember(histories)
             self._log.warning("round abandoned", round=record.number, reason=finished.reason)

@@ -1,13 +1,14 @@
 """One upload on its way from the wire to its file.
 
 The rule: no message is read before there is memory for it, and that is given back when its bytes are in the file.
-So the memory of all uploads together has a bound. A sender that keeps its reader waiting holds none of it, that
-nobody may wait for a silent one: the bound is then exceeded by one chunk of each of those.
+So the memory of all uploads together has a bound. A sender that keeps an idle reader waiting holds none of it, so
+that nobody waits for a silent one: the bound is then exceeded by one chunk of each of those.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from fedgrpc.aggregator.memory import ByteBudget
@@ -18,6 +19,9 @@ from fedgrpc.rpc.lane import Lane
 
 _LEAST_BYTES = 16 << 10
 _PATIENCE_S = 0.25
+# Of the time, on any number of cores; and how often a busy process is patient again.
+_BUSY_SHARE = 0.5
+_MOST_PATIENCE = 8
 
 
 class Intake:
@@ -70,6 +74,17 @@ class Intake:
         await self._budget.take(size)
         self._reserved = size
 
+    def _be_patient(self, times: int) -> None:
+        loop, worked_s = asyncio.get_running_loop(), time.process_time()
+        self._impatience = loop.call_later(_PATIENCE_S, self._lose_patience, worked_s, times)
+
+    def _lose_patience(self, worked_s: float, times: int) -> None:
+        """Where this process was busy all the while, it is not the sender who keeps it waiting."""
+        if times and time.process_time() - worked_s > _BUSY_SHARE * _PATIENCE_S:
+            self._be_patient(times - 1)
+        else:
+            self._settle()
+
     def _settle(self, size: int = 0) -> None:
         """Hold `size` bytes of the budget in place of what is reserved."""
         reserved, self._reserved = self._reserved, 0
@@ -79,7 +94,7 @@ class Intake:
         """The next chunk, with its size taken from the budget; None at the end."""
         size = 0
         self._reading = True
-        impatience = asyncio.get_running_loop().call_later(_PATIENCE_S, self._settle)
+        self._be_patient(_MOST_PATIENCE)
         try:
             chunk = await anext(chunks, None)
             if chunk is None:
@@ -88,7 +103,7 @@ class Intake:
             size = len(chunk.data)
         finally:
             self._reading = False
-            impatience.cancel()
+            self._impatience.cancel()
             self._settle(size)
         self._expected_bytes = max(size, _LEAST_BYTES)
         self._next_offset += size

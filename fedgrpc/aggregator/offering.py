@@ -91,9 +91,10 @@ class Offering:
         it = self._it
         assert after.deadline_at is not None
         wall_deadline = time.time() + after.deadline_at - it.clock()
-        record = replace(current, state=after).record(time.time(), it.clock())
+        offered, now = replace(current, state=after), it.clock()
+        record = await asyncio.to_thread(offered.record, time.time(), now)
         histories = {name: it.fleet.get(name).history.chosen(after.number) for name in chosen}
-        rows = current.rows(after)
+        rows = await asyncio.to_thread(offered.rows, after)
         await it.in_database(it.store.save_open_round, record, after.aim, wall_deadline, rows, histories)
         it.fleet.remember(histories)
         for name in chosen:
