@@ -1,0 +1,152 @@
+"""Tasks that cannot be done: given back with the reason, and the worker goes on."""
+
+import re
+
+import numpy as np
+import pytest
+
+from fedgrpc.errors import (
+    TaskError,
+)
+from fedgrpc.v1 import round_pb2
+from fedgrpc.worker.trainer import EvalResult, TrainResult
+from tests.worker.living import Adds, run, spooled
+from tests.worker.peer import Peer, model, train_task
+
+
+class Raises(Adds):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def train(self, weights, job):
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return super().train(weights, job)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ZeroDivisionError("float\ndivision"), "ZeroDivisionError: float division"),
+        (StopIteration(), "StopIteration"),
+        (MemoryError(), "MemoryError"),
+        (TaskError("task mine raised KeyError: 'x'"), "task mine raised KeyError"),
+    ],
+)
+async def test_a_task_that_raises_is_given_back_with_one_line_and_the_worker_goes_on(tmp_path, error, reason):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task("t1"), train_task("t2")]
+    assert await run(peer, tmp_path, Raises(error)) == 0
+    assert reason in peer.failures["t1"]
+    assert "\n" not in peer.failures["t1"]
+    assert peer.uploads["t2"].complete
+
+
+class Returns(Adds):
+    def __init__(self, change, **counts):
+        super().__init__()
+        self.change, self.counts = change, counts
+
+    def train(self, weights, job):
+        result = super().train(weights, job)
+        values = {"example_count": 64, "steps": 1, **self.counts}
+        return TrainResult(self.change(dict(result.weights)), **values)
+
+
+def _nan(weights):
+    weights["weight"][3, 3] = np.nan
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("trainer", "reason"),
+    [
+        (Returns(_nan), "weight: .*NaN"),
+        (Returns(lambda weights: {"weight": weights["weight"]}), "no tensor"),
+        (Returns(lambda weights: {**weights, "bias": np.zeros(3, np.float32)}), "bias.*shape"),
+        (Returns(lambda weights: weights, example_count=-5), "-5 as example_count"),
+    ],
+)
+async def test_a_training_result_that_cannot_be_sent_is_reported_and_not_sent(tmp_path, trainer, reason):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+    assert await run(peer, tmp_path, trainer) == 0
+    assert re.search(reason, peer.failures["t1"])
+    assert peer.uploads == {}
+    assert spooled(tmp_path) == []
+
+
+class Gives(Adds):
+    """Returns anything at all from one of its methods."""
+
+    def __init__(self, **given):
+        super().__init__()
+        self.given = given
+
+    def initial_weights(self):
+        return self.given.get("initial", model(42))
+
+    def train(self, weights, job):
+        return self.given["train"] if "train" in self.given else super().train(weights, job)
+
+    def evaluate(self, weights):
+        return self.given.get("scores")
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "reason"),
+    [
+        ({"train": None}, "TRAIN", "train() of the learning task returned nothing, not a TrainResult"),
+        ({"train": (model(1), 3, 1)}, "TRAIN", "returned a tuple, not a TrainResult"),
+        ({"train": TrainResult({"weight": [[1.0]]}, 3, 1)}, "TRAIN", "gave a list as weight 'weight'"),
+        ({"train": TrainResult(model(1), None, 1)}, "TRAIN", "reports None as example_count"),
+        ({"train": TrainResult(model(1), float("nan"), 1)}, "TRAIN", "reports nan as example_count"),
+        ({"train": TrainResult(model(1), 10**30, 1)}, "TRAIN", "as example_count; it must be a whole number"),
+        ({"train": TrainResult(model(1), 3, 1, {"loss": "low"})}, "TRAIN", "must be numbers by name"),
+        ({"train": TrainResult(model(1), 3, 1, None)}, "TRAIN", "must be numbers by name"),
+        ({"scores": 0.5}, "EVALUATE", "evaluate() of the learning task returned a float, not an EvalResult"),
+        ({"initial": {"w": [1.0]}}, "INITIALIZE", "gave a list as weight 'w'; weights are NumPy arrays by name"),
+        ({"initial": {3: np.zeros(2)}}, "INITIALIZE", "weights are NumPy arrays by name"),
+        ({"initial": None}, "INITIALIZE", "gave nothing as weights"),
+    ],
+    ids=str,
+)
+async def test_a_learning_task_that_returns_the_wrong_thing_is_given_back_and_the_worker_goes_on(
+    tmp_path, given, kind, reason
+):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task(kind=getattr(round_pb2, f"TASK_KIND_{kind}"))]
+    assert await run(peer, tmp_path, Gives(**given)) == 0
+    assert reason in peer.failures["t1"]
+    assert peer.uploads == {}
+
+
+async def test_scores_that_are_not_numbers_do_not_cost_the_update(tmp_path):
+    class Diverged(Adds):
+        def evaluate(self, weights):
+            return EvalResult(4, {"loss": float("nan"), "accuracy": 0.5})
+
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task(evaluate=True)]
+    await run(peer, tmp_path, Diverged())
+    assert peer.uploads["t1"].header.evaluation_metrics == {"accuracy": 0.5}
+
+
+async def test_an_evaluator_without_data_says_so(tmp_path):
+    class Blind(Adds):
+        def evaluate(self, weights):
+            return None
+
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task(kind=round_pb2.TASK_KIND_EVALUATE)]
+    await run(peer, tmp_path, Blind())
+    assert "held-out" in peer.failures["t1"]
+
+
+async def test_a_kind_of_task_from_the_future_is_given_back(tmp_path):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task(kind=99)]
+    assert await run(peer, tmp_path) == 0
+    assert "update fedgrpc" in peer.failures["t1"]
