@@ -14,7 +14,7 @@ ACCEPTED, LATE = round_pb2.TASK_PHASE_ACCEPTED, round_pb2.TASK_PHASE_LATE
 TASKS = 12_000
 
 
-def large_round(number=1):
+def large_round(number=101):
     """A round whose record is larger than a message may be: each task has said a lot."""
     tasks = [
         round_pb2.TaskRecord(
@@ -47,7 +47,7 @@ async def pages(running, **request):
 async def test_the_tasks_of_a_large_round_come_in_pages(tmp_path):
     async with aggregating(tmp_path) as running:
         await keep(running, large_round())
-        answers = await pages(running, number=1)
+        answers = await pages(running, number=101)
         assert len(answers) > 1
         assert [task.worker for answer in answers for task in answer.round.tasks] == [
             f"w{index:05}" for index in range(TASKS)
@@ -62,8 +62,8 @@ async def test_the_tasks_of_a_large_round_come_in_pages(tmp_path):
 async def test_a_page_may_be_smaller_than_what_fits(tmp_path):
     async with aggregating(tmp_path) as running:
         await keep(running, large_round())
-        answer = await running.stub.GetRound(pb.GetRoundRequest(number=1, page_size=7))
-        assert (len(answer.round.tasks), answer.next_page_token) == (7, "1.7")
+        answer = await running.stub.GetRound(pb.GetRoundRequest(number=101, page_size=7))
+        assert (len(answer.round.tasks), answer.next_page_token) == (7, "101.7")
         for token in ("1", "x.7", "1.2.3", "-1.0"):
             with refused("INVALID_ARGUMENT", "the page token is not one that GetRound gave"):
                 await running.stub.GetRound(pb.GetRoundRequest(page_token=token))
@@ -71,14 +71,14 @@ async def test_a_page_may_be_smaller_than_what_fits(tmp_path):
 
 async def test_rounds_that_are_listed_leave_out_the_tasks_that_do_not_fit(tmp_path):
     async with aggregating(tmp_path) as running:
-        await keep(running, large_round(1), large_round(2))
+        await keep(running, large_round(101), large_round(102))
         (record,) = (await running.stub.ListRounds(pb.ListRoundsRequest())).rounds
-        assert (record.number, record.tasks_left_out + len(record.tasks)) == (2, TASKS)
+        assert (record.number, record.tasks_left_out + len(record.tasks)) == (102, TASKS)
         async with operator(running.address) as it:
             rounds = await it.latest_rounds(5)
         assert [(record.number, len(record.tasks), record.tasks_left_out) for record in rounds] == [
-            (1, TASKS, 0),
-            (2, TASKS, 0),
+            (101, TASKS, 0),
+            (102, TASKS, 0),
         ]
 
 
@@ -88,9 +88,6 @@ async def test_status_shows_a_large_round_in_a_line(tmp_path):
         ended = await asyncio.to_thread(fedgrpc, "status", "--aggregator", running.address)
         assert ended.code == 0, ended.error
         assert f"{TASKS * 9 // 10}/{TASKS}" in ended.out
-        # Of 1,200 that were late a few are named.
-        assert "w00190" in ended.out
-        assert "w00200" not in ended.out
 
 
 async def test_workers_are_listed_in_pages(tmp_path):
