@@ -30,7 +30,7 @@ from fedgrpc.worker.concurrency import Interrupted, in_thread, unless
 from fedgrpc.worker.controls import Controls
 from fedgrpc.worker.delivery import Delivery, worth_retrying
 from fedgrpc.worker.held import HeldModel, ModelFolder, Source
-from fedgrpc.worker.personal import PersonalLayers
+from fedgrpc.worker.personal import keeping, restored
 from fedgrpc.worker.profile import DeviceProfile
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Spool, SpooledUpdate
@@ -73,7 +73,6 @@ class Loop:
         self._retries = Retries(settings.backoff)
         self._download_began: tuple[str, float] = ("", 0.0)
         self._show_at_s = 0.0
-        self._personal = PersonalLayers(settings.state_dir)
         self._delivery = Delivery(client, spool, board, self._beat)
         self._log: Any = log.bind(worker=settings.name)
 
@@ -188,12 +187,10 @@ class Loop:
         hooks = Hooks(stop, self._reporter(stop), self._settings.throttle)
         assert self._trainer is not None
         outcome = await self._local_work(self._trainer, task, given, hooks)
-        if outcome.weights is not None:
-            keep = self._personal.keep
-            await asyncio.to_thread(keep, outcome.weights, task.run_id, is_personal(task.plan))
         residual = await asyncio.to_thread(self._spool.residual, task.run_id)
         fill = update_of(task, self._settings.name, given, outcome, residual, began)
-        update = await asyncio.to_thread(self._spool.write, message, fill)
+        keep = keeping(outcome.weights or {}, task.run_id, is_personal(task.plan))
+        update = await asyncio.to_thread(self._spool.write, message, fill, keep)
         self._show_disk()
         return update
 
@@ -203,7 +200,8 @@ class Loop:
             return {}, 0.0
         held, _ = await self._hold(task)
         weights: Weights = await asyncio.to_thread(held.weights)
-        weights = await asyncio.to_thread(self._personal.restored, weights, task.run_id, is_personal(task.plan))
+        own = is_personal(task.plan)
+        weights = await asyncio.to_thread(lambda: restored(weights, self._spool.personal, task.run_id, own))
         return weights, time.monotonic() - self._download_began[1]
 
     async def _hold(self, task: Task) -> tuple[HeldModel, float]:

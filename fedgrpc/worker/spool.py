@@ -1,12 +1,13 @@
 """Finished updates on the worker's disk, from before their upload starts until they are acknowledged.
 
-    spool/00000007/        one update: task.pb, header.pb, payload, and the residual it leaves behind
+    spool/00000007/        one update: task.pb, header.pb, payload, residual (which it leaves behind), personal
     spool/residual         the residual that the next update starts from
+    spool/personal         the layers that stay here, as the last update that is gone has left them
 
 The rule: an update's folder is complete, and on the disk, once it has its name: what was trained and what it
 leaves behind survive a power cut together or not at all. Its residual becomes the current one when the update is
 acknowledged, by one rename that is on the disk before the update goes, and is dropped with the update when that is
-refused.
+refused. Personal layers are what was trained last, whatever becomes of its update.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ _TASK: Final = "task.pb"
 _HEADER: Final = "header.pb"
 _PAYLOAD: Final = "payload"
 _RESIDUAL: Final = "residual"
+_PERSONAL: Final = "personal"
 _BUFFER_BYTES: Final = 1 << 18
 
 log = structlog.get_logger()
@@ -100,6 +102,7 @@ class Spool:
                 found.append(_load(folder))
             except (OSError, DecodeError, LayoutError) as error:
                 log.warning("update dropped", folder=str(folder), reason=f"it is corrupt: {error}")
+                self._keep_personal(folder)
                 remove_folder(folder)
         return found
 
@@ -107,8 +110,10 @@ class Spool:
         """How many updates still have to be sent."""
         return len(self._folders())
 
-    def write(self, task: aggregator_pb2.Task, fill: Fill) -> SpooledUpdate:
-        """Write an update, durable on return; `fill` writes payload and residual.
+    def write(
+        self, task: aggregator_pb2.Task, fill: Fill, keep_personal: Callable[[Path], None] | None = None
+    ) -> SpooledUpdate:
+        """Write an update, durable on return; `fill` writes payload and residual, `keep_personal` a third file.
 
         Where the spool is full the oldest updates make room: their rounds are long closed.
 
@@ -130,6 +135,8 @@ class Spool:
                 (unfinished / _TASK).write_bytes(task.SerializeToString())
                 if layout is not None:
                     left.finish(layout)
+                if keep_personal is not None:
+                    keep_personal(unfinished / _PERSONAL)
                 self._make_room(folder_size_bytes(unfinished))
                 publish_folder(unfinished, final)
             finally:
@@ -153,8 +160,21 @@ class Spool:
             self._remove(update)
 
     def _remove(self, update: SpooledUpdate) -> None:
+        self._keep_personal(update.folder)
         self._spares.keep(update.folder / _PAYLOAD)
         remove_folder(update.folder)
+
+    def _keep_personal(self, folder: Path) -> None:
+        """What an update that is about to go has left of them, before it goes."""
+        if (folder / _PERSONAL).exists():
+            (folder / _PERSONAL).replace(self._folder / _PERSONAL)
+            sync(self._folder)
+
+    @property
+    def personal(self) -> Path:
+        """The file with the layers that stay here, as the last training left them; it may not be there."""
+        spooled = [folder / _PERSONAL for folder in reversed(self._folders())]
+        return next((path for path in spooled if path.exists()), self._folder / _PERSONAL)
 
     def residual(self, run: str) -> Residual:
         """What the next update of `run` has to make good."""
@@ -173,6 +193,7 @@ class Spool:
             if len(held) < self._max_updates and sum(held.values()) + wanted_bytes <= self._max_bytes:
                 return
             log.warning("update dropped", folder=str(folder), reason="the spool is full")
+            self._keep_personal(folder)
             remove_folder(folder)
             del held[folder]
 

@@ -230,3 +230,43 @@ def test_what_is_owed_is_on_the_disk_before_the_update_that_left_it_goes(tmp_pat
     synced = on_disk.index(("sync", tmp_path.name))
     assert on_disk[synced - 1] == ("rename", "residual")
     assert on_disk[synced + 1 :] == [("rename", "payload"), ("rename", "00000001")]
+
+
+def kept(text):
+    return lambda path: path.write_text(text)
+
+
+def test_what_stays_here_is_kept_with_its_update_or_not_at_all(tmp_path):
+    spool = Spool(tmp_path)
+    spool.write(task("a"), fill("a"), kept("first"))
+    assert Spool(tmp_path).personal.read_text() == "first"
+
+    def fails(path):
+        path.write_text("second")
+        raise OSError("power cut")
+
+    with pytest.raises(StorageError):
+        spool.write(task("b"), fill("b"), fails)
+    assert Spool(tmp_path).personal.read_text() == "first"
+    assert Spool(tmp_path).count() == 1
+
+
+@pytest.mark.parametrize("end", ["acknowledge", "drop"])
+def test_what_stays_here_outlives_its_update_whatever_becomes_of_it(tmp_path, end):
+    spool = Spool(tmp_path)
+    first = spool.write(task("a"), fill("a"), kept("first"))
+    second = spool.write(task("b"), fill("b"), kept("second"))
+    getattr(spool, end)(first)
+    assert Spool(tmp_path).personal.read_text() == "second"
+    third = spool.write(task("c"), fill("c"))
+    getattr(spool, end)(second)
+    getattr(spool, end)(third)
+    assert Spool(tmp_path).personal.read_text() == "second"
+    assert Spool(tmp_path).count() == 0
+
+
+def test_what_stays_here_outlives_an_update_that_a_full_spool_drops(tmp_path):
+    spool = Spool(tmp_path, max_updates=1)
+    spool.write(task("a"), fill("a"), kept("first"))
+    spool.write(task("b"), fill("b"))
+    assert Spool(tmp_path).personal.read_text() == "first"
