@@ -2,7 +2,8 @@
 
 Each worker has a connection of its own and makes a real worker's calls: Register, PollTask (waiting), PullModel,
 Heartbeat, PushUpdate. Its update is the same prepared payload each time, sent after a random "training" time. A
-few of the workers do not wait in PollTask but ask again and again, to see how fast it answers.
+few of the workers do not wait in PollTask but ask again and again, to see how fast it answers. They are in a
+process of their own: two thousand workers in one are late themselves, and how much so is measured, too.
 
 Measured over whole rounds, once every worker is connected: the aggregator's resident memory (largest of 20 samples
 a second), its CPU time per update, and how long PollTask takes to answer one that does not want to wait.
@@ -54,6 +55,7 @@ _CONNECTING_AT_ONCE = 50
 _ZSTD = tensor_pb2.COMPRESSION_ZSTD
 _PATIENCE_S = 300.0
 _WAIT_S = 30.0
+_LOOK_S = 0.02
 _TICKS = os.sysconf("SC_CLK_TCK")
 _MIB = 1 << 20
 
@@ -83,7 +85,7 @@ class Seen:
 
     connected: int = 0
     measuring: bool = False
-    answers_s: list[float] = field(default_factory=list)
+    late_s: list[float] = field(default_factory=list)
     tasks_at: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     pushed: int = 0
     failures: Counter[str] = field(default_factory=Counter)
@@ -137,8 +139,8 @@ class Worker:
         begun = time.monotonic()
         wait = pb.PollTaskRequest(worker=self._name, wait=duration_to_proto(0.0 if self._eager else _WAIT_S))
         reply = await self._stub.PollTask(wait, timeout=_WAIT_S + 60)
-        if self._eager and self._seen.measuring:
-            self._seen.answers_s.append(time.monotonic() - begun)
+        if self._eager:
+            print(begun, time.monotonic() - begun, flush=True)
         if reply.HasField("task"):
             await self._perform(reply.task)
         elif self._eager:
@@ -171,6 +173,57 @@ class Worker:
                     return
                 told_s = None if self._deaf else refusal.retry_after_s
                 await asyncio.sleep(retries.next_delay_s() if told_s is None else told_s)
+
+
+class Probes:
+    """The process of those who poll without waiting, and what it tells: when each asked, and how long it took."""
+
+    def __init__(self, address: str) -> None:
+        command = [sys.executable, __file__, "--probes-of", address, *sys.argv[1:]]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self._answers: list[tuple[float, float]] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            begun, took_s = map(float, line.split())
+            self._answers.append((begun, took_s))
+
+    def answers_s(self, since: float, until: float) -> list[float]:
+        """How long those waited who asked in between."""
+        return [took_s for begun, took_s in list(self._answers) if since <= begun < until]
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+
+
+async def probe(options: argparse.Namespace) -> None:
+    """Be the process of `Probes`, until it is killed."""
+    update, seen = Update.of(model_of(options), options.encoding), Seen()
+    connecting = asyncio.Semaphore(_CONNECTING_AT_ONCE)
+    async with asyncio.TaskGroup() as group:
+        for i in range(options.probes):
+            worker = Worker(options.probes_of, f"p{i:05}", update, seen, options, eager=True)
+            group.create_task(worker.live(connecting))
+
+
+async def note_lateness(seen: Seen) -> None:
+    """How late this process comes to what it wants to do, as long as it is measured."""
+    while True:
+        due = time.monotonic() + _LOOK_S
+        await asyncio.sleep(_LOOK_S)
+        if seen.measuring:
+            seen.late_s.append(time.monotonic() - due)
+
+
+def model_of(options: argparse.Namespace) -> dict[str, np.ndarray]:
+    """A model of so many parameters."""
+    side = int(options.parameters**0.5)
+    return {"w": np.zeros((side, options.parameters // side), np.float32)}
 
 
 class Aggregator:
@@ -243,35 +296,38 @@ class Row:
     poll_p50_ms: float
     poll_p99_ms: float
     polls: int
+    generator_late_p99_ms: float
     handed_out_p99_s: float
     failures: dict[str, int]
 
 
 async def measure(options: argparse.Namespace, aim: int, folder: Path) -> Row:
     """Connect everybody, let one round pass, and measure the next ones."""
-    side = int(options.parameters**0.5)
-    model = {"w": np.zeros((side, options.parameters // side), np.float32)}
+    model = model_of(options)
     update, seen = Update.of(model, options.encoding), Seen()
     aggregator = Aggregator(folder, model, options, aim)
+    probes = Probes(aggregator.address)
     connecting = asyncio.Semaphore(_CONNECTING_AT_ONCE)
     workers = [
-        Worker(aggregator.address, f"w{i:05}", update, seen, options, i < options.probes)
-        for i in range(options.workers)
+        Worker(aggregator.address, f"w{i:05}", update, seen, options, eager=False)
+        for i in range(options.workers - options.probes)
     ]
     try:
         async with open_channel(aggregator.address) as channel, asyncio.TaskGroup() as group:
             living = [group.create_task(worker.live(connecting)) for worker in workers]
+            living.append(group.create_task(note_lateness(seen)))
             stub: Any = aggregator_pb2_grpc.AggregatorStub(channel)
-            row = await _measured(options, aim, aggregator, stub, seen, len(workers))
+            row = await _measured(options, aim, aggregator, stub, seen, probes)
             for task in living:
                 task.cancel()
     finally:
+        probes.end()
         aggregator.end()
     return row
 
 
 async def _measured(
-    options: argparse.Namespace, aim: int, aggregator: Aggregator, stub: Any, seen: Seen, count: int
+    options: argparse.Namespace, aim: int, aggregator: Aggregator, stub: Any, seen: Seen, probes: Probes
 ) -> Row:
     async def until_version(version: int) -> int:
         while (now := (await stub.GetRun(pb.GetRunRequest())).run.model_version) < version:  # noqa: ASYNC110
@@ -279,7 +335,7 @@ async def _measured(
         return int(now)
 
     async with asyncio.timeout(_PATIENCE_S):
-        while seen.connected < count:  # noqa: ASYNC110
+        while seen.connected < options.workers - options.probes:  # noqa: ASYNC110
             await asyncio.sleep(0.2)
     idle_bytes = aggregator.rss_bytes
     first = await until_version(await until_version(1) + 2)
@@ -287,11 +343,13 @@ async def _measured(
     aggregator.largest_rss_bytes()
     cpu_s, begun = aggregator.cpu_s, time.monotonic()
     last = await until_version(first + options.rounds)
-    took_s, cpu_s = time.monotonic() - begun, aggregator.cpu_s - cpu_s
+    ended = time.monotonic()
+    took_s, cpu_s = ended - begun, aggregator.cpu_s - cpu_s
+    answers_s = probes.answers_s(begun, ended)
     seen.measuring = False
     spreads = [np.percentile(at, 99) - min(at) for number, at in seen.tasks_at.items() if number >= first]
     return Row(
-        workers=count,
+        workers=options.workers,
         updates_a_round=aim,
         rounds=last - first,
         round_s=took_s / (last - first),
@@ -299,9 +357,10 @@ async def _measured(
         rss_mib=aggregator.largest_rss_bytes() / _MIB,
         cpu_ms_per_update=1e3 * cpu_s / ((last - first) * aim),
         core_busy=cpu_s / took_s,
-        poll_p50_ms=1e3 * float(np.percentile(seen.answers_s, 50)),
-        poll_p99_ms=1e3 * float(np.percentile(seen.answers_s, 99)),
-        polls=len(seen.answers_s),
+        poll_p50_ms=1e3 * float(np.percentile(answers_s, 50)),
+        poll_p99_ms=1e3 * float(np.percentile(answers_s, 99)),
+        polls=len(answers_s),
+        generator_late_p99_ms=1e3 * float(np.percentile(seen.late_s, 99)),
         handed_out_p99_s=float(np.median(spreads)),
         failures=dict(seen.failures),
     )
@@ -311,12 +370,13 @@ def show(rows: list[Row], options: argparse.Namespace, update_bytes: int) -> Non
     """The table, and how memory follows the number of updates."""
     print(f"{options.parameters} parameters as {options.encoding}: {update_bytes} bytes an update")
     titles = ["workers", "updates a round", "round, s", "RSS idle, MiB", "RSS, MiB", "CPU, ms an update"]
-    print("  ".join([*titles, "core busy", "PollTask p50, p99, ms"]))
+    print("  ".join([*titles, "core busy", "PollTask p50, p99, ms", "workers late, p99, ms"]))
     for row in rows:
         print(
             f"{row.workers:7}  {row.updates_a_round:15}  {row.round_s:8.2f}  {row.rss_idle_mib:13.1f}"
             f"  {row.rss_mib:8.1f}  {row.cpu_ms_per_update:17.2f}  {row.core_busy:8.0%}"
             f"   {row.poll_p50_ms:8.1f}  {row.poll_p99_ms:8.1f}"
+            f"  {row.generator_late_p99_ms:21.1f}"
         )
         for failure, count in row.failures.items():
             print(f"         {count} x {failure}")
@@ -348,6 +408,7 @@ def main() -> int:
     parser.add_argument("--train-s", type=float, default=2.0, help="longest training time (default: %(default)s)")
     parser.add_argument("--deaf", action="store_true", help="workers do not heed when they are told to come back")
     parser.add_argument("--probes", type=int, default=20, help="of them poll without waiting")
+    parser.add_argument("--probes-of", help=argparse.SUPPRESS)
     parser.add_argument("--core", type=int, default=0, help="the aggregator's; -1: any (default: %(default)s)")
     parser.add_argument(
         "--aggregator-option", action="append", default=[], help="one more word of its command line"
@@ -360,14 +421,15 @@ def main() -> int:
         parser.error("a round cannot have more updates than there are workers that wait for a task")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if options.probes_of:
+        asyncio.run(probe(options))
+        return 0
     rows = []
     with beside(options.core):
         for aim in aims:
             with tempfile.TemporaryDirectory() as folder:
                 rows.append(asyncio.run(measure(options, aim, Path(folder))))
-    side = int(options.parameters**0.5)
-    model = {"w": np.zeros((side, options.parameters // side), np.float32)}
-    show(rows, options, Update.of(model, options.encoding).size_bytes)
+    show(rows, options, Update.of(model_of(options), options.encoding).size_bytes)
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return 0
