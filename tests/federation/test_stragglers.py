@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 
+from fedgrpc.rpc.client_stream import ClientStream
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from tests.federation.federation import MODEL, PATIENCE_S, aggregating, chunks, encoded, refused, update_of
@@ -58,12 +59,13 @@ async def test_a_trickling_upload_does_not_hold_the_round(tmp_path):
     async with aggregating(tmp_path) as running:
         (quick, slow), (quick_task, slow_task) = await fleet(running, "quick", "slow")
         manifest, payload = encoded(update_of(100.0))
-        call = slow.stub.PushUpdate()
-        await call.write(pb.PushUpdateRequest(header=slow.header(slow_task, manifest)))
+        stream = ClientStream(slow.stub.PushUpdate())
+        assert await stream.write(pb.PushUpdateRequest(header=slow.header(slow_task, manifest)))
 
         async def trickle():
             for message in chunks(payload, chunk_bytes=10):
-                await call.write(message)
+                if not await stream.write(message):
+                    return
                 await asyncio.sleep(0.05)
 
         trickling = asyncio.create_task(trickle())
@@ -72,9 +74,9 @@ async def test_a_trickling_upload_does_not_hold_the_round(tmp_path):
         running.pass_time(600)
         await running.until_finished()
         assert "slow upload" in tasks_of(await running.round())["slow"].reason
-        await asyncio.gather(trickling, return_exceptions=True)
+        await trickling
         with refused("FAILED_PRECONDITION", "", "RoundClosed"):
-            await call
+            await stream.finish()
         assert_model(running, 2, 1.0)
 
 
