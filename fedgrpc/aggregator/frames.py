@@ -12,13 +12,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-import zlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from io import FileIO
 
 from fedgrpc.codec.chunk import CHUNK_BYTES, LARGE_CHUNK_BYTES, Chunk, Pace, chunks
+from fedgrpc.codec.crc import crc32
 from fedgrpc.errors import StorageError
 from fedgrpc.rpc.framing import frame, parse
 
@@ -60,10 +60,11 @@ class FrameCache:
     The messages that are on their way to all who pull have about `sending_bytes` together, or 16 KiB each.
     """
 
-    def __init__(self, limit_bytes: int, sending_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, sending_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_batches = max(2, limit_bytes // _BATCH_BYTES)
         self._batches: OrderedDict[Key, Batch] = OrderedDict()
         self._sending_bytes = sending_bytes
+        self._clock = clock
         self._pulling = 0
 
     @property
@@ -83,10 +84,10 @@ class FrameCache:
                 size = pace.chunk_bytes if large else CHUNK_BYTES
                 end = min(at - at % CHUNK_BYTES + size, at + most, payload.size_bytes)
                 message = await self._frame(payload, at, end, size)
-                told_s = time.monotonic()
+                told_s = self._clock()
                 # Nothing but the one message is held while a slow reader takes it.
                 yield message
-                pace.note(len(message), time.monotonic() - told_s)
+                pace.note(len(message), self._clock() - told_s)
                 at = end
         finally:
             self._pulling -= 1
@@ -134,4 +135,4 @@ def _part(message: bytes, offset: int, end: int) -> bytes:
     data = memoryview(whole.data)[offset - whole.offset : end - whole.offset]
     if len(data) == len(whole.data):
         return message
-    return frame(Chunk(offset, data, zlib.crc32(data)))
+    return frame(Chunk(offset, data, crc32(data)))

@@ -279,13 +279,14 @@ class Receiver:
         it = self._it
         local = LocalTask() if current is None else current.local_task(stored.header.token)
         header = stored.header
-        with stored.open() as reader:
+        update = stored.open()
+        with update as reader:
             if header.merged_updates:
                 values = merged_values(it.run.layout, reader.names, reader.tensor, header.weight)
                 check_values(values, it.settings.admission)
                 return
             if current is None or local.plain:
-                check_values(iter(reader), it.settings.admission)
+                check_values(update.pieces(), it.settings.admission)
                 return
             selection = it.local_models.selection(local.sub_model, current.version_of(header.token))
             tensors = unpacked(it.run.layout, reader.names, reader.tensor, selection)

@@ -28,8 +28,9 @@ from google.protobuf.message import DecodeError
 
 from fedgrpc.aggregator.durable import fsync_folder
 from fedgrpc.codec.chunk import Chunk, check_chunk
+from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.codec.manifest import Manifest
-from fedgrpc.codec.payload import PayloadReader
+from fedgrpc.codec.payload import PayloadReader, in_pieces
 from fedgrpc.codec.values import Fill
 from fedgrpc.errors import CodecError, CorruptError, StorageError
 from fedgrpc.rpc.convert import manifest_from_proto
@@ -40,6 +41,7 @@ _HEAD = struct.Struct("<QI")
 _MAX_SPARES = 32
 _MAX_HEADER_BYTES = 16 << 20
 _READ_BYTES = 1 << 20
+_PIECE = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,22 @@ class UpdateFile:
     def close(self) -> None:
         """No more reading."""
         self._payload.file.close()
+
+    def pieces(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
+        """Every tensor in order, most of them flat, in pieces that stay in the cache and last until the next one."""
+        buffers: dict[str, np.ndarray] = {}
+        for entry in self.reader.manifest.entries:
+            spec = entry.spec
+            if not (spec.is_float and in_pieces(entry)):
+                yield spec, self.reader.tensor(spec.name)
+                continue
+            if spec.dtype not in buffers:
+                buffers[spec.dtype] = np.empty(_PIECE, spec.numpy_dtype)
+            fill = self.fill_from(spec.name)
+            for start in range(0, spec.size, _PIECE):
+                piece = buffers[spec.dtype][: min(_PIECE, spec.size - start)]
+                fill(piece, start)
+                yield spec, piece
 
     def fill_from(self, name: str) -> Fill:
         """What fills an array with elements of a tensor that is `in_pieces`."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fedgrpc.codec.crc import crc32
 from fedgrpc.codec.payload import Read
 from fedgrpc.errors import CorruptError, LayoutError, TooLargeError, WrongOffset
 
@@ -24,7 +24,7 @@ class Chunk:
 
     def verify(self) -> None:
         """Raise CorruptError unless the CRC fits the data."""
-        if zlib.crc32(self.data) != self.crc32:
+        if crc32(self.data) != self.crc32:
             raise CorruptError(f"the chunk at offset {self.offset} does not match its CRC; send it again")
 
 
@@ -41,7 +41,7 @@ def chunk_at(read: Read, offset: int, size: int) -> Chunk:
     data = read(offset, size)
     if len(data) != size:
         raise CorruptError(f"the payload ends at byte {offset + len(data)}, {offset + size} are declared")
-    return Chunk(offset, data, zlib.crc32(data))
+    return Chunk(offset, data, crc32(data))
 
 
 @dataclass

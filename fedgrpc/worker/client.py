@@ -82,6 +82,7 @@ class AggregatorClient:
         throttle: Throttle | None = None,
         stall_s: float = 300.0,
         encodings: Sequence[str] = ENCODING_NAMES,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stub: Any = aggregator_pb2_grpc.AggregatorStub(channel)  # type: ignore[no-untyped-call]
         self._pull_model = framing.pull_model(channel)
@@ -90,7 +91,9 @@ class AggregatorClient:
         self._throttle = throttle or Throttle()
         self._stall_s = stall_s
         self._encodings = encodings
+        self._clock = clock
         self._max_chunk_bytes = CHUNK_BYTES
+        self._fast = False
 
     async def register(self, profile: DeviceProfile, role: Role) -> Registration:
         """Introduce this device. Idempotent."""
@@ -107,9 +110,11 @@ class AggregatorClient:
         return registration
 
     def _pace(self) -> Pace:
+        """As fast as the last upload was at its end; slow where that broke off, for small chunks get through."""
         sizes = (min(size, self._max_chunk_bytes) for size in (CHUNK_BYTES, LARGE_CHUNK_BYTES))
         least, most = map(self._throttle.chunk_bytes, sizes)
-        return Pace(least, most)
+        fast, self._fast = self._fast, False
+        return Pace(least, most, fast)
 
     async def poll(self, wait_s: float, held: HeldModel | None) -> Polled:
         """Wait up to `wait_s` for a task; raises UnknownWorker when the aggregator wants a registration."""
@@ -170,13 +175,14 @@ class AggregatorClient:
                 async with aclosing(_ahead(_chunks(read, size_bytes, offset, pace))) as framed:
                     async for chunk, message in framed:
                         await pacer.wait(len(chunk.data), moved)
-                        sent_s = time.monotonic()
+                        sent_s = self._clock()
                         if not wanted or not (wanted := await stream.write(message)):
                             break
-                        pace.note(len(chunk.data), time.monotonic() - sent_s)
+                        pace.note(len(chunk.data), self._clock() - sent_s)
                         moved(0)
                         report((chunk.offset + len(chunk.data)) / size_bytes)
                 response = await stream.finish()
+                self._fast = pace.fast
         return response is not None and bool(response.complete)
 
     async def pull(self, folder: ModelFolder, source: Source, report: Report = _ignore) -> HeldModel:

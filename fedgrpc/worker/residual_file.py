@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import zlib
 from collections.abc import Iterator, Mapping
 from io import BufferedWriter
 from itertools import accumulate
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 import structlog
 
+from fedgrpc.codec.crc import crc32
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import Array, Layout, TensorSpec
 from fedgrpc.codec.values import flat
@@ -46,7 +46,7 @@ class ResidualWriter:
     def add(self, name: str, array: Array) -> None:
         """The next tensor. Raises OSError."""
         data = flat(array).view(np.uint8).data
-        self._crc32 = zlib.crc32(data, self._crc32)
+        self._crc32 = crc32(data, self._crc32)
         self._opened().write(data)
         self._names.append(name)
 
@@ -131,12 +131,12 @@ def _read_about(file: BinaryIO) -> tuple[dict[str, Any], int]:
 
 
 def _crc32_of(file: BinaryIO, size_bytes: int) -> int:
-    crc32, piece = 0, bytearray(_PIECE_BYTES)
+    crc, piece = 0, bytearray(_PIECE_BYTES)
     view = memoryview(piece)
     for offset in range(0, size_bytes, _PIECE_BYTES):
         count = os.preadv(file.fileno(), [view[: min(_PIECE_BYTES, size_bytes - offset)]], offset)
-        crc32 = zlib.crc32(view[:count], crc32)
-    return crc32
+        crc = crc32(view[:count], crc)
+    return crc
 
 
 class _Stored(Mapping[str, Array]):

@@ -204,3 +204,23 @@ def test_what_was_read_of_an_update_goes_with_its_file(journal):
         assert [ref() for ref in gone] == [None, None]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("recipe", ["raw", "raw+zstd", "int8", "entropy:c=1+zstd", "float16"])
+def test_an_update_is_read_in_pieces_that_are_its_tensors(journal, recipe):
+    rng = np.random.default_rng(1)
+    tensors = {
+        "large": rng.normal(size=(300, 301)).astype(np.float32),
+        "half": rng.normal(size=70_000).astype(np.float16),
+        "n": np.array(3),
+        "none": np.empty((0, 4), np.float32),
+        "mask": np.array([True, False]),
+    }
+    update = accept(journal, "token", tensors, recipe).open()
+    with update as reader:
+        found = {name: [] for name in tensors}
+        for spec, piece in update.pieces():
+            found[spec.name].append(piece.reshape(-1).copy())
+        for name in tensors:
+            joined = np.concatenate(found[name]) if found[name] else np.empty(0)
+            np.testing.assert_array_equal(joined, reader.tensor(name).reshape(-1))
