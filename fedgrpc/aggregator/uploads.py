@@ -123,7 +123,7 @@ class UpdateFile:
         self._payload.file.close()
 
     def pieces(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
-        """Every tensor in order, most of them flat, in pieces that stay in the cache and last until the next one."""
+        """Every tensor in order, most of them flat in pieces that fit the cache, each good until the next."""
         buffers: dict[str, np.ndarray] = {}
         for entry in self.reader.manifest.entries:
             spec = entry.spec
