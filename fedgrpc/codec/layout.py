@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import ml_dtypes
@@ -45,12 +46,12 @@ class TensorSpec:
         except KeyError:
             raise LayoutError(f"tensor {self.name!r} has the unknown dtype {self.dtype!r}") from None
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Elements."""
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the decoded tensor."""
         return self.size * self.numpy_dtype.itemsize

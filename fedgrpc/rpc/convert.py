@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 from google.protobuf import duration_pb2
@@ -32,6 +33,8 @@ _COMPRESSION_NAMES: Final[dict[int, str]] = {
     tensor_pb2.COMPRESSION_ZSTD: "zstd",
 }
 _COMPRESSION_NUMBERS: Final[dict[str, Any]] = {name: number for number, name in _COMPRESSION_NAMES.items()}
+_KNOWN_ENTRIES: Final = 4096
+_KNOWN_ENTRY_BYTES: Final = 512
 _NO_TENSORS: Final = Manifest((), "none", (), 0, hashlib.sha256().digest())
 
 
@@ -118,6 +121,17 @@ def manifest_from_proto(message: tensor_pb2.Manifest, limits: Limits | None = No
 
 
 def _entry_from_proto(message: tensor_pb2.TensorEntry) -> TensorEntry:
+    """Parsed once for all the payloads that have it, as those of a run do; what is long is not kept."""
+    text = message.SerializeToString()
+    return _known_entry(text) if len(text) <= _KNOWN_ENTRY_BYTES else _parsed_entry(message)
+
+
+@lru_cache(maxsize=_KNOWN_ENTRIES)
+def _known_entry(text: bytes) -> TensorEntry:
+    return _parsed_entry(tensor_pb2.TensorEntry.FromString(text))
+
+
+def _parsed_entry(message: tensor_pb2.TensorEntry) -> TensorEntry:
     try:
         encoding = parse_encoding(message.encoding.spec)
     except UsageError as error:
