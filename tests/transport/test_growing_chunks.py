@@ -1,4 +1,4 @@
-"""Chunks have 4 MiB while the other side takes 32 MiB a second and more, and 1 MiB when it does not."""
+"""Chunks have 4 MiB while the other side takes 2 MiB a second and more, and 1 MiB when it does not."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -69,8 +69,8 @@ async def uploading(tmp_path, clock, **settings):
         np.testing.assert_allclose(running.weights(2)["w"], 2 * TENSORS["w"], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("mib_per_s", "fast"), [(8, False), (31, False), (32, True), (1000, True)])
-def test_a_link_is_fast_from_32_mib_a_second_on(mib_per_s, fast):
+@pytest.mark.parametrize(("mib_per_s", "fast"), [(0.1, False), (1.9, False), (2, True), (1000, True)])
+def test_a_link_is_fast_from_2_mib_a_second_on(mib_per_s, fast):
     pace = Pace()
     for size in (CHUNK_BYTES, LARGE_CHUNK_BYTES):
         pace.note(size, size / (mib_per_s * MIB))
@@ -89,7 +89,7 @@ async def test_an_upload_grows_its_chunks_while_they_are_taken_fast(tmp_path):
 
 
 async def test_an_upload_to_a_slow_reader_keeps_to_small_chunks(tmp_path):
-    async with uploading(tmp_path, Clock(step_s=1.0)) as (client, header):
+    async with uploading(tmp_path, Clock(step_s=4.0)) as (client, header):
         read = Reading()
         assert await client.push(header, read, 0)
         assert set(read.sizes[:-1]) == {CHUNK_BYTES}
@@ -102,7 +102,7 @@ async def test_an_upload_shrinks_its_chunks_when_the_link_has_become_slow(tmp_pa
 
         def report(progress):
             if progress > 0.45:
-                clock.step_s = 1.0
+                clock.step_s = 4.0
 
         assert await client.push(header, read, 0, report)
         assert LARGE_CHUNK_BYTES in read.sizes
@@ -114,7 +114,7 @@ async def test_an_upload_that_broke_off_goes_on_at_its_byte_in_chunks_of_another
     async with uploading(tmp_path, clock) as (client, header):
         with pytest.raises(LinkError, match="cut"):
             await client.push(header, Reading(break_at=20 * MIB), 0)
-        clock.step_s = 1.0
+        clock.step_s = 4.0
         offset, sizes = await pushed_on(client, header)
         assert 0 < offset < len(PAYLOAD)
         # Large chunks might break off again and again on a link that has become slow.
@@ -155,7 +155,7 @@ async def test_a_download_grows_and_shrinks_its_chunks_with_its_reader(payload):
     async for message in FrameCache(16 * MIB, 16 * MIB, clock).frames(payload, 0):
         sizes.append(len(parse(message).data))
         if sum(sizes) > 15 * MIB:
-            clock.step_s = 1.0
+            clock.step_s = 4.0
     assert sizes[:5] == [MIB] * 4 + [4 * MIB]
     assert sizes[-2] == MIB
     assert sum(sizes) == len(PAYLOAD)

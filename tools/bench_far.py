@@ -1,0 +1,82 @@
+"""How fast a model comes down and an update goes up over links that are far: round trip and rate.
+
+    python tools/bench_far.py [--links 50:100,150:100,50:1000,150:1000]
+
+One worker's client, a real aggregator and a proxy that delays every byte (`transport_bench/far.py`), each in a
+process of its own. The payload is raw and lasts about a second of the link at its full rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transport_bench import far, latency
+from transport_bench.processes import process, reply
+from transport_bench.workload import WIDTHS, initial_model
+
+_SMALL, _LARGE = WIDTHS["2.5M"], WIDTHS["25.2M"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--links", default="50:100,150:100,50:1000,150:1000", help="round trip in ms, Mbit/s")
+    for link in parser.parse_args().links.split(","):
+        round_trip_ms, mbits = map(float, link.split(":"))
+        down, up = measure(round_trip_ms * 1e-3, mbits)
+        print(f"{round_trip_ms:4.0f} ms, {mbits:5.0f} Mbit/s: down {down:6.1f}, up {up:6.1f} Mbit/s", flush=True)
+
+
+def measure(round_trip_s: float, mbits: float) -> tuple[float, float]:
+    """Mbit/s down and up."""
+    width = _LARGE if mbits > 200 else _SMALL
+    with tempfile.TemporaryDirectory(prefix="fedgrpc-bench-") as name:
+        folder = Path(name)
+        with process(latency.serve, width=width, workers=1, folder=folder) as server:
+            link = {"port": reply(server), "round_trip_s": round_trip_s, "bits_per_s": mbits * 1e6}
+            with process(far.serve, 0.0, **link) as proxy:
+                return asyncio.run(_exchange(reply(proxy), width, folder / "worker"))
+
+
+async def _exchange(port: int, width: int, folder: Path) -> tuple[float, float]:
+    from fedgrpc.codec.payload import buffer_reader, write_payload
+    from fedgrpc.codec.recipe import Recipe
+    from fedgrpc.rpc.channel import open_channel
+    from fedgrpc.rpc.convert import manifest_to_proto
+    from fedgrpc.v1.aggregator_pb2 import UpdateHeader
+    from fedgrpc.worker.client import AggregatorClient
+    from fedgrpc.worker.held import ModelFolder, Source
+    from fedgrpc.worker.profile import detect
+    from fedgrpc.worker.task import Role
+
+    out = io.BytesIO()
+    manifest = write_payload(initial_model(width), Recipe.parse("raw"), out, np.random.default_rng(0))
+    mbit = manifest.size_bytes * 8e-6
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        client = AggregatorClient(channel, "far")
+        registration = await client.register(detect(), Role.TRAINER)
+        while (polled := await client.poll(5.0, None)).task is None:
+            pass
+        source = Source(registration.run_id, polled.task.model_version, "raw")
+        down_s = await _timed(client.pull(ModelFolder(folder), source))
+        header = UpdateHeader(
+            worker="far", token=polled.task.token, manifest=manifest_to_proto(manifest), example_count=10
+        )
+        up_s = await _timed(client.push(header, buffer_reader(out.getbuffer()), 0))
+    return mbit / down_s, mbit / up_s
+
+
+async def _timed(call: Any) -> float:
+    began = time.monotonic()
+    await call
+    return time.monotonic() - began
+
+
+if __name__ == "__main__":
+    main()
