@@ -11,8 +11,7 @@ from fedgrpc.errors import CorruptError, LayoutError, TooLargeError, WrongOffset
 
 CHUNK_BYTES = 1 << 20
 LARGE_CHUNK_BYTES = 4 << 20
-# From here on a large chunk takes two seconds at most: that is what a stream that breaks may lose of it.
-_FAST_BYTES_PER_S = 2 << 20
+_FAST_BYTES_PER_S = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,7 @@ def chunk_at(read: Read, offset: int, size: int) -> Chunk:
 class Pace:
     """How large chunks are best: `least` bytes, so that a broken stream loses little, and `most` on a fast link.
 
-    Beside its bytes a large chunk costs both ends no more work than a small one, and an upload no more round trips:
-    of a message that nobody reads yet a server lets little come.
+    Beside its bytes a large chunk costs both ends no more work than a small one.
     """
 
     least: int = CHUNK_BYTES
