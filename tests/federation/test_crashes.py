@@ -59,6 +59,7 @@ async def uninterrupted(folder):
         return (running.settings.data_dir / "models" / "000006.safetensors").read_bytes()
 
 
+@pytest.mark.faults
 async def test_an_aggregator_killed_in_every_round_ends_with_the_model_of_one_that_was_not(tmp_path):
     """Killed: with its tasks out, within an upload, between two acceptances, with the last one, between rounds."""
     kept = tmp_path / "killed"
@@ -133,6 +134,7 @@ async def test_an_aggregator_killed_in_every_round_ends_with_the_model_of_one_th
     assert killed == await uninterrupted(tmp_path / "uninterrupted")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("seed", [int.from_bytes(os.urandom(2), "little")])
 async def test_an_aggregator_killed_at_random_loses_nothing_that_real_workers_have_trained(tmp_path, seed):
     """A seed that fails is in the test's name."""

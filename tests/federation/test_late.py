@@ -157,6 +157,7 @@ def made():
     return {}
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("kills", [False, True])
 async def test_a_carried_update_is_counted_once_with_the_same_bits_over_kills(tmp_path, made, kills):
     """Killed while it is under way, once it is accepted, and in the round that takes it: as if never killed."""

@@ -327,7 +327,9 @@ async def test_without_a_file_the_first_worker_gives_the_initial_model(tmp_path)
 async def test_initial_weights_that_cannot_be_are_refused_and_another_worker_is_asked(
     tmp_path, tensors, recipe, reason
 ):
-    async with aggregating(tmp_path, initial_model=None, policy={"min_workers": 1}) as running:
+    # Where the round ends before the other one polls, the next waits that long for this one, which is silent.
+    policy = {"min_workers": 1, "selection_window_s": 0.2}
+    async with aggregating(tmp_path, initial_model=None, policy=policy) as running:
         bad = await running.device("bad")
         task = await bad.task()
         good = await running.device("good")

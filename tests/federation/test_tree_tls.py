@@ -11,6 +11,8 @@ from tests.certificates import make_authority, make_certificate
 from tests.federation.federation import settings_for
 from tests.federation.process import free_address, process
 
+pytestmark = pytest.mark.faults
+
 ROUND = ("--selection-window", "200ms", "--lease", "60s", "--encoding", "raw")
 
 
