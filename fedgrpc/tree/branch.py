@@ -122,6 +122,7 @@ class Branches:
         if self._branch is not None:
             log.warning("the aggregator above leads another run", run=registration.run)
             former, self._branch = self._branch, None
+            self.led.clear()
             # Who waits for evaluators of that run asks again.
             former.desk.evaluators.set()
             former.aggregator.stop()

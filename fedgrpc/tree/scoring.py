@@ -32,8 +32,7 @@ log = structlog.get_logger()
 
 async def relay_scores(above: WorkerSettings, channel: Channel, branches: Branches, lease_s: float) -> None:
     """Be an evaluator of the aggregator above from when there is one below, until the run above has ended."""
-    await branches.led.wait()
-    await branches.present.desk.evaluators.wait()
+    await _until_needed(branches)
     name, state_dir = f"{above.name}.evaluators", above.state_dir / "evaluators"
     settings = replace(above, name=name, state_dir=state_dir, role=Role.EVALUATOR)
     client = AggregatorClient(channel, name, above.throttle, above.stall_s)
@@ -41,6 +40,16 @@ async def relay_scores(above: WorkerSettings, channel: Channel, branches: Branch
         await ScoringLoop(settings, client, branches, lease_s).run()
     except FedgrpcError as error:
         log.warning("the scores of evaluators stay here", reason=str(error))
+
+
+async def _until_needed(branches: Branches) -> None:
+    """Until an evaluator is below. Where another run begins, all who wait are woken: that is none."""
+    while True:
+        await branches.led.wait()
+        branch = branches.present
+        await branch.desk.evaluators.wait()
+        if branches.led.is_set() and branches.present is branch:
+            return
 
 
 class ScoringLoop(Link):
