@@ -25,6 +25,7 @@ ERROR_KEY: Final = "fedgrpc-error"
 RETRY_KEY: Final = "grpc-retry-pushback-ms"
 _MAX_DETAIL_CHARS: Final = 1024
 MAX_RETRY_AFTER_S: Final = 3600.0
+_MAX_DIGITS: Final = 18
 
 _Code = grpc.StatusCode
 
@@ -97,7 +98,8 @@ def _trailer(rpc_error: grpc.aio.AioRpcError, name: str) -> str | None:
 def _retry_after_s(rpc_error: grpc.aio.AioRpcError) -> float | None:
     """What the peer says, within reason; None: nothing that can be understood."""
     text = _trailer(rpc_error, RETRY_KEY) or ""
-    return min(int(text) / 1e3, MAX_RETRY_AFTER_S) if text.isascii() and text.isdigit() else None
+    known = text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS
+    return min(int(text) / 1e3, MAX_RETRY_AFTER_S) if known else None
 
 
 @contextmanager

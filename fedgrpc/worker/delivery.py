@@ -28,6 +28,8 @@ from fedgrpc.worker.spool import Spool, SpooledUpdate
 from fedgrpc.worker.task import task_from_proto
 
 _TRIES: Final = 3
+# One that is told to come at once, again and again, is not to ask without a pause.
+_LEAST_WAIT_S: Final = 0.05
 
 # Keeps a task's lease until it is to stop, then tells why.
 Beat = Callable[[str], Coroutine[Any, Any, str]]
@@ -114,7 +116,7 @@ class Delivery:
             except Exhausted as refusal:
                 if refusal.retry_after_s is None:
                     raise
-                wait_s = refusal.retry_after_s
+                wait_s = max(refusal.retry_after_s, _LEAST_WAIT_S)
 
     async def _explain(
         self, error: WrongOffset | CorruptError, update: SpooledUpdate, read: Read, tries_left: int

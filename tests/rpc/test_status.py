@@ -7,7 +7,7 @@ from fedgrpc import errors
 from fedgrpc.errors import FedgrpcError, LinkError
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.server import serve
-from fedgrpc.rpc.status import ERROR_KEY, domain_errors, error_from, status_of
+from fedgrpc.rpc.status import ERROR_KEY, RETRY_KEY, domain_errors, error_from, status_of
 from tests.rpc.echo import SHAPES, call, echo_service
 
 # As drawn in the docstring of fedgrpc.errors.
@@ -115,3 +115,14 @@ def test_a_peer_that_does_not_name_the_class_is_understood_by_its_code():
 def test_a_class_name_that_is_none_of_ours_is_never_looked_up_elsewhere():
     error = error_from(_failure(grpc.StatusCode.INTERNAL, (ERROR_KEY, "SystemExit")))
     assert type(error) is FedgrpcError
+
+
+@pytest.mark.parametrize(
+    ("told", "retry_after_s"),
+    [("0", 0.0), ("1500", 1.5), ("9" * 10, 3600.0), ("9" * 5000, None), ("-1", None), ("soon", None), ("", None)],
+)
+def test_when_to_come_back_is_what_the_peer_says_within_reason(told, retry_after_s):
+    failure = _failure(grpc.StatusCode.RESOURCE_EXHAUSTED, (ERROR_KEY, "Exhausted"), (RETRY_KEY, told))
+    error = error_from(failure)
+    assert isinstance(error, errors.Exhausted)
+    assert error.retry_after_s == retry_after_s

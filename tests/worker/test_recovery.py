@@ -96,6 +96,15 @@ async def test_a_refused_upload_comes_back_when_it_is_told_and_keeps_its_session
     assert "QueryPush" not in after
 
 
+async def test_a_refused_upload_that_is_told_to_come_at_once_leaves_a_moment(tmp_path):
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task()]
+    peer.faults = [("PushUpdate", Exhausted("no upload slot is free", retry_after_s=0.0)) for _ in range(5)]
+    assert await run(peer, tmp_path) == 0
+    assert peer.uploads["t1"].complete
+    assert peer.pushed_at[5] - peer.pushed_at[0] >= 5 * 0.05
+
+
 async def test_a_worker_that_has_something_to_send_asks_first_and_comes_when_it_is_told(tmp_path):
     peer = Peer({1: model(1)})
     peer.tasks = [train_task()]
