@@ -133,7 +133,7 @@ class Coordinator:
             self.negotiation.check(worker.registration)
         except UsageError as error:
             raise UnknownWorker(f"register again: {error}") from error
-        worker.last_seen = self.clock()
+        worker.heard(self.clock())
         worker.held = held
         self._drop_lost(worker)
         with self.fleet.polling(worker):
@@ -207,7 +207,7 @@ class Coordinator:
 
     async def heartbeat(self, name: str, token: str, phase: TaskPhase, fraction: float) -> Beat:
         """Extend a lease. Raises `UnknownTask` and `WrongIdentity`."""
-        self.fleet.get(name).last_seen = self.clock()
+        self.fleet.get(name).heard(self.clock())
         if self.evaluations.find(name, token):
             return Beat(cancel=False)
         try:
@@ -284,6 +284,12 @@ class Coordinator:
             self.dispatch(Failed(token, reason))
         except RoundClosed:
             return
+
+    def leave(self, name: str) -> None:
+        """The worker ends: who waits for it looks again. Raises `UnknownWorker`."""
+        self.fleet.get(name).left = True
+        self._log.info("worker left", worker=name)
+        self._news()
 
     async def score(self, task: Evaluation, metrics: dict[str, float], example_count: int) -> None:
         """Keep an evaluator's scores with the round that wrote the version."""

@@ -21,7 +21,8 @@ _MAX_REGISTRATION_BYTES = 16 << 10
 class Worker:
     """A registered worker; `last_seen` is the aggregator's clock, seconds; `polls` counts its open polls.
 
-    `held` is what it said to hold: a version, and the SHA-256 of the payload that made it.
+    `held` is what it said to hold: a version, and the SHA-256 of the payload that made it. `left`: it said that it
+    ends, and has not been heard of since.
     """
 
     registration: RegisterRequest
@@ -31,6 +32,7 @@ class Worker:
     held: tuple[int, bytes] | None = None
     token: str | None = None
     told_of_end: bool = False
+    left: bool = False
     woken: asyncio.Event = field(default_factory=asyncio.Event)
     name: str = field(init=False)
     evaluator: bool = field(init=False)
@@ -44,6 +46,10 @@ class Worker:
         self.name = registration.worker
         self.evaluator = registration.role == WORKER_ROLE_EVALUATOR
 
+    def heard(self, now: float) -> None:
+        """It has called."""
+        self.last_seen, self.left = now, False
+
     @property
     def leads(self) -> bool:
         """Whether it is an aggregator with workers of its own."""
@@ -51,7 +57,9 @@ class Worker:
 
 
 class Fleet:
-    """Every worker that has registered; one is alive while it polls, and for `away_after_s` after it was heard."""
+    """Every worker that has registered; one is alive while it polls, and for `away_after_s` after it was heard, unless
+    it has left.
+    """
 
     def __init__(self, max_workers: int, away_after_s: float) -> None:
         self._workers: dict[str, Worker] = {}
@@ -91,7 +99,7 @@ class Fleet:
         self.check(registration)
         worker = self._workers.setdefault(registration.worker, Worker(registration, now))
         worker.renew(registration)
-        worker.last_seen = now
+        worker.heard(now)
         return worker
 
     def restore(self, registration: RegisterRequest, history: WorkerHistory, now: float) -> None:
@@ -109,12 +117,12 @@ class Fleet:
             worker.polls -= 1
 
     def alive(self, worker: Worker, now: float) -> bool:
-        """Whether the worker polls, or was heard of lately."""
-        return worker.polls > 0 or now - worker.last_seen < self._away_after_s
+        """Whether the worker polls, or was heard of lately, and has not left."""
+        return not worker.left and (worker.polls > 0 or now - worker.last_seen < self._away_after_s)
 
     def idle_trainers(self) -> tuple[str, ...]:
         """Names of the trainers that poll and hold no task."""
-        return tuple(w.name for w in self if w.polls and w.token is None and not w.evaluator)
+        return tuple(w.name for w in self if w.polls and not w.left and w.token is None and not w.evaluator)
 
     def histories(self) -> Histories:
         """What is remembered of each trainer that has had a task."""

@@ -25,13 +25,20 @@ _MOST_PATIENCE = 8
 
 
 class Intake:
-    """Takes the chunks of one stream into `upload`."""
+    """Takes the chunks of one stream into `upload`. `worked_s` tells how long this process has worked, seconds."""
 
-    def __init__(self, upload: Upload, budget: ByteBudget, max_chunk_bytes: int) -> None:
+    def __init__(
+        self,
+        upload: Upload,
+        budget: ByteBudget,
+        max_chunk_bytes: int,
+        worked_s: Callable[[], float] = time.process_time,
+    ) -> None:
         self._upload = upload
         self._budget = budget
         self._max_chunk_bytes = max_chunk_bytes
         self._expected_bytes = min(CHUNK_BYTES, max_chunk_bytes)
+        self._worked_s = worked_s
         self._next_offset = upload.size_bytes
         self._reading = False
         self._reserved = 0
@@ -75,12 +82,12 @@ class Intake:
         self._reserved = size
 
     def _be_patient(self, times: int) -> None:
-        loop, worked_s = asyncio.get_running_loop(), time.process_time()
+        loop, worked_s = asyncio.get_running_loop(), self._worked_s()
         self._impatience = loop.call_later(_PATIENCE_S, self._lose_patience, worked_s, times)
 
     def _lose_patience(self, worked_s: float, times: int) -> None:
         """Where this process was busy all the while, it is not the sender who keeps it waiting."""
-        if times and time.process_time() - worked_s > _BUSY_SHARE * _PATIENCE_S:
+        if times and self._worked_s() - worked_s > _BUSY_SHARE * _PATIENCE_S:
             self._be_patient(times - 1)
         else:
             self._settle()

@@ -195,6 +195,11 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         await self._it.give_back(request.worker, request.token, " ".join(request.reason.split())[:500])
         return pb.ReportFailureResponse()
 
+    async def Leave(self, request: pb.LeaveRequest, context: grpc.aio.ServicerContext) -> pb.LeaveResponse:
+        self._access.check_worker(context, request.worker)
+        self._it.leave(request.worker)
+        return pb.LeaveResponse()
+
     async def GetRun(self, request: pb.GetRunRequest, context: grpc.aio.ServicerContext) -> pb.GetRunResponse:
         return pb.GetRunResponse(run=self._run())
 

@@ -69,7 +69,10 @@ class ScoringLoop(Link):
 
     async def _next_answer(self, registration: Registration) -> Polled | None:
         self._board.enter(Activity.WAITING)
-        await self._branches.of(registration.run_id).desk.evaluators.wait()
+        evaluators = self._branches.of(registration.run_id).desk.evaluators
+        if not evaluators.is_set():
+            await self._leave()
+            await evaluators.wait()
         return await super()._next_answer(registration)
 
     async def _work(self, task: Task, message: aggregator_pb2.Task) -> SpooledUpdate:

@@ -272,6 +272,16 @@ class ReportFailureResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class LeaveRequest(_message.Message):
+    __slots__ = ("worker",)
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    def __init__(self, worker: _Optional[str] = ...) -> None: ...
+
+class LeaveResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class Run(_message.Message):
     __slots__ = ("name", "phase", "reason", "model_version", "current_round", "total_rounds", "started_at", "software_version", "layout", "settings", "id", "local_models")
     class SettingsEntry(_message.Message):

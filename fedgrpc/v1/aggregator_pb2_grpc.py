@@ -75,6 +75,11 @@ class AggregatorStub:
                 request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.ReportFailureRequest.SerializeToString,
                 response_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.ReportFailureResponse.FromString,
                 _registered_method=True)
+        self.Leave = channel.unary_unary(
+                '/fedgrpc.v1.Aggregator/Leave',
+                request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.LeaveRequest.SerializeToString,
+                response_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.LeaveResponse.FromString,
+                _registered_method=True)
         self.GetRun = channel.unary_unary(
                 '/fedgrpc.v1.Aggregator/GetRun',
                 request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.GetRunRequest.SerializeToString,
@@ -190,6 +195,15 @@ class AggregatorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Leave(self, request, context):
+        """The worker ends: it counts as away, and is waited for by nobody, until it is heard of again. Idempotent. A task
+        that it still holds stays its own, under its lease.
+        NOT_FOUND: the worker has not registered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetRun(self, request, context):
         """The run: settings, version, phase.
         """
@@ -284,6 +298,11 @@ def add_AggregatorServicer_to_server(servicer, server):
                     servicer.ReportFailure,
                     request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.ReportFailureRequest.FromString,
                     response_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.ReportFailureResponse.SerializeToString,
+            ),
+            'Leave': grpc.unary_unary_rpc_method_handler(
+                    servicer.Leave,
+                    request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.LeaveRequest.FromString,
+                    response_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.LeaveResponse.SerializeToString,
             ),
             'GetRun': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRun,
@@ -521,6 +540,33 @@ class Aggregator:
             '/fedgrpc.v1.Aggregator/ReportFailure',
             fedgrpc_dot_v1_dot_aggregator__pb2.ReportFailureRequest.SerializeToString,
             fedgrpc_dot_v1_dot_aggregator__pb2.ReportFailureResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedgrpc.v1.Aggregator/Leave',
+            fedgrpc_dot_v1_dot_aggregator__pb2.LeaveRequest.SerializeToString,
+            fedgrpc_dot_v1_dot_aggregator__pb2.LeaveResponse.FromString,
             options,
             channel_credentials,
             insecure,

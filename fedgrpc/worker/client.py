@@ -149,6 +149,11 @@ class AggregatorClient:
         with domain_errors():
             await self._stub.ReportFailure(request, timeout=timeout_s)
 
+    async def leave(self, timeout_s: float) -> None:
+        """Say that this worker ends; raises UnknownWorker when the aggregator does not know it."""
+        with domain_errors():
+            await self._stub.Leave(aggregator_pb2.LeaveRequest(worker=self._worker), timeout=timeout_s)
+
     async def query_push(self, token: str) -> Pushed:
         """How much of the update under `token` is held."""
         request = aggregator_pb2.QueryPushRequest(worker=self._worker, token=token)

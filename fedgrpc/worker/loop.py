@@ -40,6 +40,7 @@ from fedgrpc.worker.training import Began, Hooks, Outcome, evaluate, initialize,
 
 _TRIES: Final = 3
 _GOODBYE_S: Final = 2.0
+_LEAVE_S: Final = 10.0
 _REPORT_INTERVAL_S: Final = 0.1
 _SETTLED_S: Final = 0.1
 
@@ -113,6 +114,7 @@ class Loop:
                 return
             if polled.run_ended:
                 await self._controls.wait(self._settings.poll_wait_s)
+        await self._leave()
 
     async def _connect(self) -> Registration:
         registration = await self._register()
@@ -269,6 +271,15 @@ class Loop:
         """The worker ends before its task: say so, that another may take it, but do not wait long."""
         try:
             await self._client.report_failure(task.token, "the worker is shutting down", _GOODBYE_S)
+        except FedgrpcError as error:
+            self._log.debug("goodbye not heard", reason=str(error))
+        else:
+            await self._leave()
+
+    async def _leave(self) -> None:
+        """Nobody is to wait for this worker any more."""
+        try:
+            await self._client.leave(_LEAVE_S)
         except FedgrpcError as error:
             self._log.debug("goodbye not heard", reason=str(error))
 

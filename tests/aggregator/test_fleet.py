@@ -27,6 +27,19 @@ def test_a_worker_is_alive_for_a_while_after_it_was_heard_of_and_as_long_as_it_p
     assert not fleet.alive(worker, 1e6)
 
 
+def test_a_worker_that_has_left_is_away_until_it_is_heard_of_again(fleet):
+    worker = fleet.register(request("a"), 0.0)
+    with fleet.polling(worker):
+        # Its last poll may be seen to end after it said that it leaves.
+        worker.left = True
+        assert (fleet.alive(worker, 0.0), fleet.live_trainers(0.0), fleet.idle_trainers()) == (False, 0, ())
+        assert not fleet.still_unaware(0.0)
+    assert fleet.alive(fleet.register(request("a"), 1.0), 1.0)
+    worker.left = True
+    worker.heard(2.0)
+    assert fleet.alive(worker, 11.9)
+
+
 def test_registering_again_renews_what_it_says_and_keeps_what_it_did(fleet):
     fleet.register(request("a"), 0.0).history = WorkerHistory(accepted=7)
     again = fleet.register(request("a", cores=4), 50.0)

@@ -70,6 +70,7 @@ async def test_no_call_is_open_to_another_name(tmp_path, pki):
         "Heartbeat": pb.HeartbeatRequest(worker="pi-1", token="t"),
         "QueryPush": pb.QueryPushRequest(worker="pi-1", token="t"),
         "ReportFailure": pb.ReportFailureRequest(worker="pi-1", token="t"),
+        "Leave": pb.LeaveRequest(worker="pi-1"),
         "PauseRun": pb.PauseRunRequest(),
         "ResumeRun": pb.ResumeRunRequest(),
         "StopRun": pb.StopRunRequest(),

@@ -297,6 +297,13 @@ async def test_the_operator_may_set_the_weight_of_each_worker(tmp_path, weights,
         np.testing.assert_allclose(running.weights(2)["w"], MODEL["w"] + mean, rtol=1e-5)
 
 
+async def test_initial_weights_are_asked_of_the_first_who_comes_and_nobody_else_is_waited_for(tmp_path):
+    async with aggregating(tmp_path, initial_model=None, policy={"selection_window_s": 600.0}) as running:
+        await running.device("looks-only")
+        first = await running.device("first")
+        assert (await first.task()).kind == round_pb2.TASK_KIND_INITIALIZE
+
+
 async def test_without_a_file_the_first_worker_gives_the_initial_model(tmp_path):
     weights = {name: array + 1 for name, array in MODEL.items()}
     weights = {name: array.astype(MODEL[name].dtype) for name, array in weights.items()}

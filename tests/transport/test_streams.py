@@ -134,6 +134,38 @@ async def test_a_sender_that_falls_silent_costs_only_itself(tmp_path):
         upload.discard()
 
 
+class Work:
+    """How long a process has worked that is at it all the time, for so many looks; then it rests."""
+
+    def __init__(self, looks):
+        self.looks = looks
+        self.looked = 0
+
+    def __call__(self):
+        self.looked += 1
+        return float(min(self.looked, self.looks))
+
+
+@pytest.mark.parametrize(("busy_looks", "looks"), [(0, 2), (5, 6), (1000, 17)], ids=["idle", "for a while", "always"])
+async def test_a_busy_process_is_patient_with_a_sender_for_a_while(tmp_path, busy_looks, looks):
+    """It looks twice each quarter of a second: what it has done since, and, as long as that is much, from where on."""
+    (silent,), _ = _uploads(tmp_path, 1, 1 << 20)
+    budget, work = ByteBudget(128 << 10), Work(busy_looks)
+
+    async def nothing():
+        await asyncio.Event().wait()
+        yield Chunk(0, b"", 0)
+
+    waiting = asyncio.create_task(Intake(silent, budget, CHUNK_BYTES, work).run(nothing(), 600.0, _always))
+    await asyncio.sleep(0)
+    assert budget.taken_bytes == CHUNK_BYTES
+    await asyncio.wait_for(budget.take(1), 60)
+    assert (budget.taken_bytes, work.looked) == (1, looks)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    silent.discard()
+
+
 async def test_a_reader_that_stops_reading_keeps_nobody_from_the_model(tmp_path):
     from safetensors.numpy import save_file
 

@@ -218,6 +218,10 @@ class Peer(aggregator_pb2_grpc.AggregatorServicer):
         await self.finished(request.token)
         return aggregator_pb2.ReportFailureResponse()
 
+    async def Leave(self, request, context):
+        await self.note("Leave")
+        return aggregator_pb2.LeaveResponse()
+
 
 @asynccontextmanager
 async def serving(peer, address="127.0.0.1:0"):

@@ -48,6 +48,7 @@ async def test_a_draining_worker_finishes_its_task_and_takes_no_other(tmp_path):
         assert await asyncio.wait_for(task, PATIENCE_S) == 0
     assert peer.uploads["t1"].complete
     assert "t2" not in peer.uploads
+    assert peer.calls[-1] == "Leave"
 
 
 async def test_a_drain_that_takes_too_long_gives_the_task_back(tmp_path):
@@ -61,6 +62,7 @@ async def test_a_drain_that_takes_too_long_gives_the_task_back(tmp_path):
         worker.drain(within_s=0.2, exit_code=143)
         assert await asyncio.wait_for(task, PATIENCE_S) == 143
     assert peer.failures["t1"] == "the worker is shutting down"
+    assert peer.calls[-1] == "Leave"
 
 
 async def test_an_idle_worker_drains_at_once(tmp_path):
@@ -71,6 +73,18 @@ async def test_an_idle_worker_drains_at_once(tmp_path):
         await peer.until(lambda: "PollTask" in peer.calls)
         worker.drain()
         assert await asyncio.wait_for(task, SOON_S) == 0
+    assert peer.calls[-1] == "Leave"
+
+
+async def test_an_aggregator_that_knows_of_no_leaving_keeps_no_worker_from_it(tmp_path):
+    peer = Peer(ends=False)
+    peer.faults.append(("Leave", NotImplementedError("of an earlier version")))
+    async with serving(peer) as server:
+        worker = Worker(settings(server.address, tmp_path), lambda _: Adds())
+        task = asyncio.create_task(worker.run())
+        await peer.until(lambda: "PollTask" in peer.calls)
+        worker.drain()
+        assert await asyncio.wait_for(task, PATIENCE_S) == 0
 
 
 async def test_a_user_task_that_hangs_does_not_keep_the_worker_alive(tmp_path):

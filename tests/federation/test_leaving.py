@@ -1,0 +1,71 @@
+"""A worker that ends says so: from then on nobody waits for it, neither the next round nor the end of the run.
+
+Windows and leases are longer than any test waits.
+"""
+
+import asyncio
+
+from fedgrpc.rpc.retry import Backoff
+from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.worker.run import Worker
+from fedgrpc.worker.settings import WorkerSettings
+from fedgrpc.worker.task import Role
+from tests.federation.federation import Shifter, aggregating
+from tests.federation.tree import leading
+
+ALONE = {"min_workers": 1, "selection_window_s": 600.0, "lease_s": 10_000.0, "deadline_s": 20_000.0}
+
+
+class Leaving:
+    """A real worker that drains when it is told to."""
+
+    def __init__(self, running, folder, name, role=Role.TRAINER):
+        state = {"state_dir": folder / name, "serve_address": None, "backoff": Backoff(0.05, 0.5)}
+        settings = WorkerSettings(name=name, aggregator=running.address, role=role, **state)
+        self.worker = Worker(settings, lambda registration: Shifter())
+        self.task = asyncio.create_task(self.worker.run())
+
+    async def leave(self):
+        self.worker.drain()
+        assert await self.task == 0
+
+
+async def test_a_round_does_not_wait_for_a_worker_that_has_left(tmp_path):
+    async with aggregating(tmp_path, rounds=2, policy={**ALONE, "min_workers": 2, "min_sample_size": 1}) as running:
+        staying, leaving = await running.device("staying"), Leaving(running, tmp_path, "leaving")
+        task = await staying.task()
+        await leaving.leave()
+        another = await running.device("another")
+        waiting = asyncio.create_task(another.task())
+        await running.until_polling("another")
+        await staying.push(task)
+        tasks = await asyncio.gather(staying.task(), waiting)
+        assert [given.round for given in tasks] == [2, 2]
+        states = {it.worker: it.state for it in (await running.stub.ListWorkers(pb.ListWorkersRequest())).workers}
+        assert states["leaving"] == pb.WORKER_STATE_AWAY
+
+
+async def test_a_run_ends_without_the_scores_of_an_evaluator_that_has_left(tmp_path):
+    async with aggregating(tmp_path, policy=ALONE) as running:
+        trainer, scorer = await running.device("trainer"), Leaving(running, tmp_path, "scorer", Role.EVALUATOR)
+        await running.until_known("scorer")
+        task = await trainer.task()
+        await scorer.leave()
+        await trainer.push(task)
+        await running.until_finished()
+
+
+async def test_a_run_ends_without_the_scores_of_a_leaf_whose_last_evaluator_has_left(tmp_path):
+    async with (
+        aggregating(tmp_path, policy=ALONE) as root,
+        leading(tmp_path / "leaf", "leaf", root, policy=ALONE) as leaf,
+    ):
+        scorer = Leaving(leaf, tmp_path, "scorer", Role.EVALUATOR)
+        await root.until_known("leaf.evaluators")
+        trainer = await leaf.device("trainer")
+        task = await trainer.task()
+        await scorer.leave()
+        await trainer.push(task)
+        await root.until_finished()
+        assert (await trainer.poll()).run_ended
+        assert await leaf.task == 0
