@@ -57,8 +57,9 @@ class Worker:
 
 
 class Fleet:
-    """Every worker that has registered; one is alive while it polls, and for `away_after_s` after it was heard, unless
-    it has left.
+    """Every worker that has registered.
+
+    One that has not left is alive while it polls, and for `away_after_s` after it was heard.
     """
 
     def __init__(self, max_workers: int, away_after_s: float) -> None:

@@ -9,7 +9,7 @@ from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE, TASK_
 
 
 def policy_of(policy: RoundPolicy, kind: TaskKind) -> RoundPolicy:
-    """The run's policy for a round of that kind: initial weights come from whoever is first, scores from all who are there."""
+    """The run's policy for a round of that kind: whoever comes first gives initial weights, all who come score."""
     if kind != TASK_KIND_TRAIN:
         policy = replace(policy, weight_aim=None, deadline_floor_s=0.0, late="discard", buffer_size=None)
     if kind == TASK_KIND_INITIALIZE:

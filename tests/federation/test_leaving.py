@@ -31,7 +31,7 @@ class Leaving:
 
 
 async def test_a_round_does_not_wait_for_a_worker_that_has_left(tmp_path):
-    async with aggregating(tmp_path, rounds=2, policy={**ALONE, "min_workers": 2, "min_sample_size": 1}) as running:
+    async with aggregating(tmp_path, rounds=2, policy={**ALONE, "min_workers": 2}) as running:
         staying, leaving = await running.device("staying"), Leaving(running, tmp_path, "leaving")
         task = await staying.task()
         await leaving.leave()

@@ -146,9 +146,9 @@ class Work:
         return float(min(self.looked, self.looks))
 
 
-@pytest.mark.parametrize(("busy_looks", "looks"), [(0, 2), (5, 6), (1000, 17)], ids=["idle", "for a while", "always"])
+@pytest.mark.parametrize(("busy_looks", "looks"), [(0, 2), (5, 6), (1000, 17)], ids=["idle", "a while", "always"])
 async def test_a_busy_process_is_patient_with_a_sender_for_a_while(tmp_path, busy_looks, looks):
-    """It looks twice each quarter of a second: what it has done since, and, as long as that is much, from where on."""
+    """It looks twice at each quarter of a second: at its beginning and, while patience is left, at its end."""
     (silent,), _ = _uploads(tmp_path, 1, 1 << 20)
     budget, work = ByteBudget(128 << 10), Work(busy_looks)
 
