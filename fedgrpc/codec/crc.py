@@ -1,4 +1,4 @@
-"""CRC-32 (RFC 1952), that of zlib and gzip; from zlib-ng where it is installed, which is nine times as fast."""
+"""CRC-32 (RFC 1952), that of zlib and gzip; from zlib-ng, nine times as fast, where there is a wheel of it."""
 
 from __future__ import annotations
 
