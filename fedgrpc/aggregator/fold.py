@@ -7,6 +7,7 @@ The rule: what is in hand fits the cache, whatever the number and size of update
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -23,7 +24,11 @@ Load = Callable[[str], StoredUpdate]
 
 
 class Fold:
-    """A context manager over the updates of one commit, (token, weight) in slot order. One thread uses it."""
+    """A context manager over the updates of one commit, (token, weight) in slot order. One thread uses it.
+
+    Another inflates what comes next of each of a few updates: that is work in large pieces, which leaves the
+    interpreter to the first.
+    """
 
     def __init__(self, updates: Sequence[tuple[str, float]], load: Load, scales: Mapping[str, float]) -> None:
         self._updates, self._load = updates, load
@@ -34,6 +39,7 @@ class Fold:
         self._filling: tuple[str, list[Fill]] = ("", [])
         self._kept = len(updates) <= _MOST_OPEN
         self._sum, self._scratch = np.empty(0), np.empty(PIECE)
+        self._inflating = ThreadPoolExecutor(1, thread_name_prefix="inflate")
 
     def _common(self) -> set[str]:
         """The tensors that can be read in pieces from every update."""
@@ -45,6 +51,7 @@ class Fold:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._inflating.shutdown(cancel_futures=True)
         for file in self._open:
             file.close()
 
@@ -84,7 +91,7 @@ class Fold:
     def _files(self) -> list[UpdateFile]:
         if not self._open:
             for token, _ in self._updates:
-                self._open.append(self._load(token).open())
+                self._open.append(self._load(token).open(self._inflating.submit))
         return self._open
 
     def _opened_in_turn(self, name: str) -> Iterator[tuple[Fill, float]]:

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,17 +26,107 @@ import numpy as np
 
 from fedgrpc.aggregator.model_file import ModelFile, ModelWriter
 from fedgrpc.codec.difference import add, subtract
-from fedgrpc.codec.layout import Array, layout_of, spec_of
+from fedgrpc.codec.encoding import Buffer
+from fedgrpc.codec.layout import Array, Layout, TensorSpec
 from fedgrpc.codec.manifest import Manifest
-from fedgrpc.codec.payload import PayloadWriter, encode_tensor
+from fedgrpc.codec.parts import part_of
+from fedgrpc.codec.payload import PayloadWriter, encode_tensor, naming
 from fedgrpc.codec.recipe import Recipe
+from fedgrpc.codec.uniform import Uniform
 from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.spares import SpareFiles
 
 _NAME = re.compile(r"(\d+)-([0-9a-f]{64})(?:-([a-z]+:[0-9.e-]+))?\.safetensors")
 
+_MOST_BEHIND = 2
+# A multiple of all pieces that a quantizer works in.
+_KEPT_AT_ONCE = 1 << 18
+
 # Version, SHA-256 of the payload that made it, and name of the slice ("": the whole model).
 Key = tuple[int, bytes, str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a payload is made of: `model`, or its difference to `base`.
+
+    `model` is a version, or what the slice of that name has of it; both are of that layout.
+    """
+
+    version: int
+    layout: Layout
+    model: Mapping[str, Array]
+    base: Mapping[str, Array] | None = None
+    slice_name: str = ""
+
+    def wanted(self, name: str) -> Array:
+        """What is to be sent of a tensor."""
+        return self.model[name] if self.base is None else subtract(self.model[name], self.base[name])
+
+    def held_after(self, name: str, arrives: Array) -> Array:
+        """What those who held `base` have of a tensor, once that has arrived."""
+        return arrives if self.base is None else add(self.base[name], arrives)
+
+
+class Behind:
+    """A context manager around a thread that does what it is given, in order, and is two things behind at most."""
+
+    def __enter__(self) -> Behind:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="forms")
+        self._doing: deque[Future[None]] = deque()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def do(self, work: Callable[..., None], *args: object) -> None:
+        """Have it done; raises what went wrong before."""
+        if len(self._doing) >= _MOST_BEHIND:
+            self._doing.popleft().result()
+        self._doing.append(self._thread.submit(work, *args))
+
+    def wait(self) -> None:
+        """Until all is done; raises what went wrong."""
+        while self._doing:
+            self._doing.popleft().result()
+
+
+def _quantize(
+    source: Source, spec: TensorSpec, encoding: Uniform, rng: np.random.Generator, keep: Callable[[Array], None]
+) -> memoryview:
+    """One tensor of a payload; `keep` gets what its receivers then hold, in parts that are arrays of their own."""
+    wanted = part_of(source.model, spec.name)
+    base = None if source.base is None else part_of(source.base, spec.name)
+    held = scratch = np.empty(0, np.float32)
+    after = np.empty(0, np.float32)
+    filled = 0
+
+    def difference(start: int, stop: int) -> Array:
+        nonlocal held, scratch
+        values = wanted(start, stop)
+        if base is None:
+            return values
+        if scratch.size < stop - start:
+            scratch = np.empty(stop - start, np.float32)
+        held = base(start, stop)
+        return np.subtract(values, held, out=scratch[: stop - start])
+
+    def arrived(start: int, values: Array, decoded: Array) -> None:
+        nonlocal after, filled
+        if not after.size:
+            after = np.empty(min(_KEPT_AT_ONCE, spec.size - start), np.float32)
+        out = after[filled : filled + decoded.size]
+        if base is None:
+            out[:] = decoded
+        else:
+            np.add(held, decoded, out=out)
+        filled += decoded.size
+        if filled == after.size:
+            keep(after)
+            after, filled = np.empty(0, np.float32), 0
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        return encoding.encode_parts(difference, spec.size, rng, arrived)
 
 
 class Forms:
@@ -65,7 +158,7 @@ class Forms:
             return None
         try:
             form = ModelFile.open(path)
-            if key in self._unchecked and form.computed_sha256() != form.tensors_sha256:
+            if key in self._unchecked and not form.as_written:
                 raise StorageError(f"{path} is damaged")
         except (StorageError, UsageError):
             self._forget(key)
@@ -73,45 +166,32 @@ class Forms:
         self._unchecked.discard(key)
         return form
 
-    def write(
-        self,
-        version: int,
-        model: Mapping[str, Array],
-        base: Mapping[str, Array] | None,
-        recipe: Recipe,
-        out: BinaryIO,
-        rng: np.random.Generator,
-        slice_name: str = "",
-    ) -> Manifest:
-        """Write to `out` the payload of `model`, or of its difference to `base`, and keep the form it gives.
+    def write(self, source: Source, recipe: Recipe, out: BinaryIO, rng: np.random.Generator) -> Manifest:
+        """Write the payload of `source` to `out`, and keep the form it gives.
 
-        `model` is a version, or what the slice of that name has of it. Raises `EncodeError` and `StorageError`;
-        nothing is kept then.
+        Raises `EncodeError` and `StorageError`; nothing is kept then.
         """
-        layout = layout_of(model)
+        unnamed = self._folder / f"{source.version:06d}-{threading.get_ident()}.safetensors"
         payload = PayloadWriter(out, recipe.compression)
-        unnamed = self._folder / f"{version:06d}-{threading.get_ident()}.safetensors"
         with (
-            ModelWriter(unnamed, layout, self._spares, durable=False) as form,
-            ThreadPoolExecutor(1, thread_name_prefix="forms") as thread,
+            ModelWriter(unnamed, source.layout, self._spares, durable=False) as form,
+            Behind() as behind,
         ):
-            writing: Future[None] | None = None
-            for name, values in model.items():
-                spec = spec_of(name, values)
-                held = None if base is None else base[name]
-                wanted = values if held is None else subtract(values, held)
-                encoding, data = encode_tensor(spec, wanted, recipe, rng)
-                payload.add(spec, encoding, data)
-                arrives = encoding.decode(memoryview(data).toreadonly(), spec)
-                if writing is not None:
-                    writing.result()
-                # It is hashed and written while the next tensor is encoded.
-                writing = thread.submit(form.add, arrives if held is None else add(held, arrives))
+            for spec in source.layout:
+                encoding = recipe.for_tensor(spec)
+                if isinstance(encoding, Uniform) and spec.dtype == "float32":
+                    with naming(spec):
+                        data: Buffer = _quantize(source, spec, encoding, rng, partial(behind.do, form.add))
+                else:
+                    wanted = source.wanted(spec.name)
+                    encoding, data = encode_tensor(spec, wanted, recipe, rng)
+                    arrives = encoding.decode(memoryview(data).toreadonly(), spec)
+                    behind.do(form.add, source.held_after(spec.name, arrives))
+                behind.do(payload.add, spec, encoding, data)
+            behind.wait()
             manifest = payload.finish()
-            if writing is not None:
-                writing.result()
             form.finish()
-        self._keep(unnamed, (version, manifest.sha256, slice_name))
+        self._keep(unnamed, (source.version, manifest.sha256, source.slice_name))
         return manifest
 
     def _keep(self, unnamed: Path, key: Key) -> None:

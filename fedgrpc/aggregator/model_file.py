@@ -4,7 +4,8 @@ The safetensors package writes only whole models from memory; an aggregator hold
 its memory does not grow with the model. Files written here are read by that package, and the other way round.
 
 The tensors of a file, end to end, are also the payload of the model in the raw recipe. So its header keeps their
-SHA-256, and the digest of the whole file is that of the header and this.
+SHA-256, and the digest of the whole file is that of the header and this. A file that never travels has a `WordSum`
+in its place, which costs a fraction.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import struct
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,7 +26,10 @@ from typing import Any
 import numpy as np
 
 from fedgrpc.aggregator.durable import fsync_folder
-from fedgrpc.codec.layout import Layout, TensorSpec
+from fedgrpc.codec.layout import Array, Layout, TensorSpec
+from fedgrpc.codec.parts import InParts
+from fedgrpc.codec.values import Part
+from fedgrpc.codec.wordsum import WordSum
 from fedgrpc.errors import LayoutError, StorageError, UsageError
 from fedgrpc.spares import SpareFiles, pwrite, write_back
 
@@ -47,7 +52,9 @@ _MAX_DIMS = 16
 _MAX_HEADER_BYTES = 100_000_000
 _NEW = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_UNKNOWN_SHA256 = "0" * 64
+_WORDSUM = re.compile(r"[0-9a-f]{8}")
+_UNKNOWN_SHA256, _UNKNOWN_WORDSUM = "0" * 64, "-" * 8
+_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class ModelFile:
     starts: tuple[int, ...]
     header: bytes
     tensors_sha256: bytes | None
+    wordsum: int | None = None
 
     @classmethod
     def open(cls, path: Path) -> ModelFile:
@@ -80,7 +88,10 @@ class ModelFile:
             raise UsageError(f"{path} is not a safetensors file that fedgrpc can use: {error}") from error
         layout = tuple(spec for spec, _, _ in entries)
         starts = tuple(8 + size + start for _, start, _ in entries)
-        return cls(path, layout, starts, struct.pack("<Q", size) + text, _kept_sha256(header))
+        sums = _kept(header, "sha256", _SHA256), _kept(header, "wordsum", _WORDSUM)
+        sha256 = bytes.fromhex(sums[0]) if sums[0] else None
+        wordsum = int(sums[1], 16) if sums[1] else None
+        return cls(path, layout, starts, struct.pack("<Q", size) + text, sha256, wordsum)
 
     def tensor(self, index: int) -> np.ndarray:
         """Tensor number `index` of the layout, freshly read. Raises `StorageError`."""
@@ -113,6 +124,21 @@ class ModelFile:
         """Digest of the whole file, as `ModelWriter.finish` returns it. Raises `StorageError`."""
         return hashlib.sha256(self.header + self.computed_sha256()).digest()
 
+    @property
+    def as_written(self) -> bool:
+        """Whether its tensors are what its header says; False where it says nothing. Raises `StorageError`."""
+        if self.wordsum is None:
+            return self.tensors_sha256 == self.computed_sha256()
+        total = WordSum()
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.tensors_start)
+                while data := file.read(_READ_BYTES):
+                    total.add(data)
+        except OSError as error:
+            raise StorageError(f"cannot read the model {self.path}: {error.strerror}") from error
+        return total.value == self.wordsum
+
     def computed_sha256(self) -> bytes:
         """Digest of the tensors as they are on the disk now. Raises `StorageError`."""
         try:
@@ -123,10 +149,59 @@ class ModelFile:
             raise StorageError(f"cannot read the model {self.path}: {error.strerror}") from error
 
 
+class ModelTensors(InParts):
+    """A model's tensors by name, read when they are asked for."""
+
+    def __init__(self, model: ModelFile) -> None:
+        self._model = model
+        self._index = {spec.name: index for index, spec in enumerate(model.layout)}
+        self._file: FileIO | None = None
+
+    def __getitem__(self, name: str) -> Array:
+        return self._model.tensor(self._index[name])
+
+    def part_of(self, name: str) -> Part:
+        """See `InParts.part_of`. It, and what it gives, raise `StorageError`."""
+        index, path = self._index[name], self._model.path
+        file, first = self._opened(), self._model.starts[index]
+        out = np.empty(0, self._model.layout[index].numpy_dtype)
+
+        def part(start: int, stop: int) -> Array:
+            nonlocal out
+            if out.size < stop - start:
+                out = np.empty(stop - start, out.dtype)
+            its = out[: stop - start]
+            try:
+                size_bytes = os.preadv(file.fileno(), [its.view(np.uint8).data], first + start * its.itemsize)
+            except OSError as error:
+                raise StorageError(f"cannot read the model {path}: {error.strerror}") from error
+            if size_bytes != its.nbytes:
+                raise StorageError(f"the model {path} is cut short")
+            return its
+
+        return part
+
+    def _opened(self) -> FileIO:
+        if self._file is None:
+            try:
+                self._file = self._model.path.open("rb", buffering=0)
+            except OSError as error:
+                raise StorageError(f"cannot read the model {self._model.path}: {error.strerror}") from error
+            weakref.finalize(self, self._file.close)
+        return self._file
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+
 class ModelWriter:
     """Writes a model file one tensor at a time; nothing is at `path` until `finish` has put all of it there.
 
-    Raises `StorageError` when the disk does not take it; `path` is then as it was.
+    One that is not `durable` never travels either: it has a `WordSum`, and no digest. Raises `StorageError` when
+    the disk does not take it; `path` is then as it was.
     """
 
     def __init__(
@@ -138,12 +213,12 @@ class ModelWriter:
         self._waiting = iter(layout)
         self._spec, self._left = TensorSpec("", "float32", (0,)), 0
         self._layout = layout
-        self._digest = hashlib.sha256()
+        self._digest, self._wordsum = hashlib.sha256(), WordSum()
         self._size_bytes = 0
         with self._storage_errors():
             handle = spares.create(self._part) if spares else os.open(self._part, _NEW, 0o666)
             self._file = FileIO(handle, "r+")
-            self._put(_header(layout, _UNKNOWN_SHA256))
+            self._put(self._header(_UNKNOWN_SHA256 if durable else _UNKNOWN_WORDSUM))
 
     def __enter__(self) -> ModelWriter:
         return self
@@ -160,9 +235,15 @@ class ModelWriter:
             self._left = self._spec.size
         self._left -= values.size
         data = np.ascontiguousarray(values, dtype=self._spec.numpy_dtype).reshape(-1).view(np.uint8).data
-        self._digest.update(data)
+        if self._durable:
+            self._digest.update(data)
+        else:
+            self._wordsum.add(data)
         with self._storage_errors():
             self._put(data)
+
+    def _header(self, kept: str) -> bytes:
+        return _header(self._layout, {"sha256" if self._durable else "wordsum": kept})
 
     def _put(self, data: bytes | memoryview) -> None:
         pwrite(self._file.fileno(), data, self._size_bytes)
@@ -171,11 +252,11 @@ class ModelWriter:
         self._size_bytes += len(data)
 
     def finish(self) -> bytes:
-        """Make the file durable, if it is to be, and give it its name; returns its digest."""
+        """Make the file durable, if it is to be, and give it its name; returns its digest (b"": it has none)."""
         spec = self._spec if self._left else next(self._waiting, None)
         if spec is not None:
             raise ValueError(f"tensor {spec.name!r} was not written")
-        header = _header(self._layout, self._digest.hexdigest())
+        header = self._header(self._digest.hexdigest() if self._durable else f"{self._wordsum.value:08x}")
         with self._storage_errors():
             pwrite(self._file.fileno(), header, 0)
             os.ftruncate(self._file.fileno(), self._size_bytes)
@@ -184,7 +265,7 @@ class ModelWriter:
             self._part.replace(self._path)
             if self._durable:
                 fsync_folder(self._path.parent)
-        return hashlib.sha256(header + self._digest.digest()).digest()
+        return hashlib.sha256(header + self._digest.digest()).digest() if self._durable else b""
 
     @contextmanager
     def _storage_errors(self) -> Iterator[None]:
@@ -202,8 +283,8 @@ def write_model(path: Path, layout: Layout, tensors: Iterable[np.ndarray]) -> by
         return writer.finish()
 
 
-def _header(layout: Layout, tensors_sha256: str) -> bytes:
-    entries: dict[str, object] = {METADATA: {"format": "pt", "sha256": tensors_sha256}}
+def _header(layout: Layout, kept: dict[str, str]) -> bytes:
+    entries: dict[str, object] = {METADATA: {"format": "pt", **kept}}
     offset = 0
     for spec in layout:
         span = [offset, offset + spec.nbytes]
@@ -214,13 +295,13 @@ def _header(layout: Layout, tensors_sha256: str) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _kept_sha256(header: dict[str, Any]) -> bytes | None:
+def _kept(header: dict[str, Any], name: str, form: re.Pattern[str]) -> str | None:
     """What the file says of its tensors; None in a file that was not written here."""
     metadata = header.get("__metadata__")
-    text = metadata.get("sha256") if isinstance(metadata, dict) else None
-    if not isinstance(text, str) or not _SHA256.fullmatch(text) or text == _UNKNOWN_SHA256:
+    text = metadata.get(name) if isinstance(metadata, dict) else None
+    if not isinstance(text, str) or not form.fullmatch(text) or text == _UNKNOWN_SHA256:
         return None
-    return bytes.fromhex(text)
+    return text
 
 
 def _entries(header: dict[str, dict[str, Any]]) -> list[tuple[TensorSpec, int, int]]:

@@ -25,9 +25,9 @@ import structlog
 
 from fedgrpc.aggregation import packed
 from fedgrpc.aggregation.channels import Selection, SubModel
-from fedgrpc.aggregator.forms import Forms
+from fedgrpc.aggregator.forms import Forms, Source
 from fedgrpc.aggregator.frames import FrameCache, PayloadFile
-from fedgrpc.aggregator.model_file import ModelFile
+from fedgrpc.aggregator.model_file import ModelFile, ModelTensors
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.codec.manifest import Manifest, TensorEntry
 from fedgrpc.codec.payload import write_payload
@@ -88,7 +88,7 @@ class Slice:
 
     def of(self, model: ModelFile) -> Mapping[str, Array]:
         """Its tensors, each read and cut out when it is asked for."""
-        tensors = _LazyTensors(model)
+        tensors = ModelTensors(model)
         return tensors if self.selection is None else _Sliced(tensors, self.selection)
 
 
@@ -162,7 +162,7 @@ class ModelStore:
 
     def tensors(self, version: int) -> Mapping[str, Array]:
         """The tensors of `version` by name, each read when it is asked for. Raises as `open`."""
-        return _LazyTensors(self.open(version))
+        return ModelTensors(self.open(version))
 
     async def encoded(
         self,
@@ -265,7 +265,8 @@ class ModelStore:
         rng = np.random.default_rng([version, *held[1]])
         with self._payload_file(version, text) as file:
             recipe = recipe.for_layout(model.layout)
-            manifest = self._forms.write(version, its.of(model), _LazyTensors(base), recipe, file, rng, its.name)
+            source = Source(version, base.layout, its.of(model), ModelTensors(base), its.name)
+            manifest = self._forms.write(source, recipe, file, rng)
         return EncodedModel(version, manifest, _open_payload(Path(file.name), 0), held[0])
 
     def _encode(
@@ -286,7 +287,8 @@ class ModelStore:
             return EncodedModel(version, _raw_manifest(model), _open_payload(model.path, model.tensors_start))
         with self._payload_file(version, key) as file:
             named = recipe.for_layout(model.layout)
-            manifest = _write(its.of(model), version, named, file, self._forms if keep_form else None, its.name)
+            source = Source(version, its.layout(model.layout), its.of(model), None, its.name)
+            manifest = _write(source, named, file, self._forms if keep_form else None)
         if keep_form:
             self._whole_bytes[recipe, its.name] = manifest.size_bytes
         return EncodedModel(version, manifest, _open_payload(Path(file.name), 0))
@@ -346,41 +348,22 @@ def _open(path: Path) -> ModelFile:
         raise StorageError(str(error)) from error
 
 
-def _write(
-    tensors: Mapping[str, Array], version: int, recipe: Recipe, file: BinaryIO, forms: Forms | None, name: str
-) -> Manifest:
+def _write(source: Source, recipe: Recipe, file: BinaryIO, forms: Forms | None) -> Manifest:
     """A model that the recipe cannot hold, such as 70000 in float16, travels as it is: the run goes on."""
 
     def write(recipe: Recipe) -> Manifest:
-        rng = np.random.default_rng(version)
+        rng = np.random.default_rng(source.version)
         if forms is None:
-            return write_payload(tensors, recipe, file, rng)
-        return forms.write(version, tensors, None, recipe, file, rng, name)
+            return write_payload(source.model, recipe, file, rng)
+        return forms.write(source, recipe, file, rng)
 
     try:
         return write(recipe)
     except EncodeError as error:
-        log.warning("model sent as it is", version=version, recipe=str(recipe), reason=str(error))
+        log.warning("model sent as it is", version=source.version, recipe=str(recipe), reason=str(error))
     file.seek(0)
     file.truncate()
     return write(Recipe(Raw(), compression=recipe.compression))
-
-
-class _LazyTensors(Mapping[str, Array]):
-    """A model's tensors by name, each read when it is asked for."""
-
-    def __init__(self, model: ModelFile) -> None:
-        self._model = model
-        self._index = {spec.name: index for index, spec in enumerate(model.layout)}
-
-    def __getitem__(self, name: str) -> Array:
-        return self._model.tensor(self._index[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._index)
-
-    def __len__(self) -> int:
-        return len(self._index)
 
 
 class _Sliced(Mapping[str, Array]):

@@ -6,6 +6,7 @@ The rule: nothing of an update counts before all of it does.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -286,7 +287,8 @@ class Receiver:
                 check_values(values, it.settings.admission)
                 return
             if current is None or local.plain:
-                check_values(update.pieces(), it.settings.admission)
+                admission = it.settings.admission
+                check_values(update.pieces() if math.isfinite(admission.max_norm) else update.bounds(), admission)
                 return
             selection = it.local_models.selection(local.sub_model, current.version_of(header.token))
             tensors = unpacked(it.run.layout, reader.names, reader.tensor, selection)

@@ -29,8 +29,8 @@ from google.protobuf.message import DecodeError
 from fedgrpc.aggregator.durable import fsync_folder
 from fedgrpc.codec.chunk import Chunk, check_chunk
 from fedgrpc.codec.layout import TensorSpec
-from fedgrpc.codec.manifest import Manifest
-from fedgrpc.codec.payload import PayloadReader, in_pieces
+from fedgrpc.codec.manifest import Manifest, TensorEntry
+from fedgrpc.codec.payload import PayloadReader, Submit, in_pieces
 from fedgrpc.codec.values import Fill
 from fedgrpc.errors import CodecError, CorruptError, StorageError
 from fedgrpc.rpc.convert import manifest_from_proto
@@ -53,9 +53,9 @@ class StoredUpdate:
     manifest: Manifest
     payload_start: int
 
-    def open(self) -> UpdateFile:
-        """The update, open for reading."""
-        return UpdateFile(self)
+    def open(self, submit: Submit | None = None) -> UpdateFile:
+        """The update, open for reading; with `submit` as `PayloadReader` has it."""
+        return UpdateFile(self, submit)
 
 
 class _PayloadBytes:
@@ -107,10 +107,11 @@ class UpdateFile:
     Nothing here refers back to its owner: what was read of thousands of updates would wait for the collector.
     """
 
-    def __init__(self, update: StoredUpdate) -> None:
+    def __init__(self, update: StoredUpdate, submit: Submit | None = None) -> None:
         """Raises `StorageError`, as reading does."""
         self._payload = _PayloadBytes(update)
-        self.reader = PayloadReader(update.manifest, self._payload.read, valid=True)
+        self.reader = PayloadReader(update.manifest, self._payload.read, valid=True, submit=submit)
+        self._buffers: dict[str, np.ndarray] = {}
 
     def __enter__(self) -> PayloadReader:
         return self.reader
@@ -124,19 +125,30 @@ class UpdateFile:
 
     def pieces(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
         """Every tensor in order, most of them flat in pieces that fit the cache, each good until the next."""
-        buffers: dict[str, np.ndarray] = {}
         for entry in self.reader.manifest.entries:
-            spec = entry.spec
-            if not (spec.is_float and in_pieces(entry)):
-                yield spec, self.reader.tensor(spec.name)
-                continue
-            if spec.dtype not in buffers:
-                buffers[spec.dtype] = np.empty(_PIECE, spec.numpy_dtype)
-            fill = self.fill_from(spec.name)
-            for start in range(0, spec.size, _PIECE):
-                piece = buffers[spec.dtype][: min(_PIECE, spec.size - start)]
-                fill(piece, start)
-                yield spec, piece
+            yield from self._pieces_of(entry)
+
+    def bounds(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
+        """As `pieces`, but of quantized tensors only what none of their values exceeds."""
+        for entry in self.reader.manifest.entries:
+            bounds = self.reader.bounds(entry.spec.name)
+            if bounds is not None and np.isfinite(bounds).all():
+                yield entry.spec, bounds
+            else:
+                yield from self._pieces_of(entry)
+
+    def _pieces_of(self, entry: TensorEntry) -> Iterator[tuple[TensorSpec, np.ndarray]]:
+        spec = entry.spec
+        if not (spec.is_float and in_pieces(entry)):
+            yield spec, self.reader.tensor(spec.name)
+            return
+        if spec.dtype not in self._buffers:
+            self._buffers[spec.dtype] = np.empty(_PIECE, spec.numpy_dtype)
+        fill = self.fill_from(spec.name)
+        for start in range(0, spec.size, _PIECE):
+            piece = self._buffers[spec.dtype][: min(_PIECE, spec.size - start)]
+            fill(piece, start)
+            yield spec, piece
 
     def fill_from(self, name: str) -> Fill:
         """What fills an array with elements of a tensor that is `in_pieces`."""

@@ -15,10 +15,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fedgrpc.codec.layout import Array, Layout, layout_of, spec_of
+from fedgrpc.codec.layout import Array, Layout, TensorSpec, layout_of
 from fedgrpc.codec.manifest import Manifest
-from fedgrpc.codec.payload import PayloadWriter, encode_tensor
+from fedgrpc.codec.parts import part_of
+from fedgrpc.codec.payload import PayloadWriter, encode_tensor, naming
 from fedgrpc.codec.recipe import Recipe
+from fedgrpc.codec.uniform import Uniform
+from fedgrpc.codec.values import Part
 
 Keep = Callable[[str, Array], None]
 
@@ -46,23 +49,74 @@ def write_with_feedback(
 ) -> tuple[Manifest, Residual]:
     """Write delta + residual to `out`; return its manifest and the residual of the next update.
 
-    `layout` is delta's; give it where a delta computes its tensors when it is asked for them. `keep` takes the
-    tensors of the new residual as they come, one at a time; the one that is returned is then without them.
-    Neither input is changed. Raises EncodeError as `write_payload` does, the old residual then stays valid.
+    `layout` is delta's, in its order; give it where a delta computes its tensors when it is asked for them. `keep`
+    takes the new residual as it comes, each tensor whole or in flat parts that are good until it returns; the
+    residual that is returned is then without tensors. Neither input is changed. Raises EncodeError as
+    `write_payload` does, the old residual then stays valid.
     """
     layout = layout_of(delta) if layout is None else layout
     owed = residual.for_layout(layout).tensors
     writer = PayloadWriter(out, recipe.compression)
-    left: dict[str, Array] = {}
-    keep = keep or left.__setitem__
-    for name, array in delta.items():
-        spec = spec_of(name, array)
-        corrected = correct(array, owed.get(name))
-        encoding, data = encode_tensor(spec, corrected, recipe, rng)
-        writer.add(spec, encoding, data)
+    left = _Left()
+    keep = keep or left.add
+    for spec in layout:
+        encoding = recipe.for_tensor(spec)
+        if isinstance(encoding, Uniform) and spec.dtype == "float32":
+            with naming(spec):
+                data = quantize_with_feedback(delta, owed, spec, encoding, rng, keep)
+            writer.add(spec, encoding, data)
+            continue
+        corrected = correct(delta[spec.name], owed.get(spec.name))
+        encoding, encoded = encode_tensor(spec, corrected, recipe, rng)
+        writer.add(spec, encoding, encoded)
         if not encoding.lossless and encoding.contractive:
-            keep(name, left_over(corrected, encoding.decode(memoryview(data).toreadonly(), spec)))
-    return writer.finish(), Residual(layout, left)
+            keep(spec.name, left_over(corrected, encoding.decode(memoryview(encoded).toreadonly(), spec)))
+    return writer.finish(), Residual(layout, left.tensors(layout))
+
+
+def quantize_with_feedback(
+    delta: Mapping[str, Array],
+    owed: Mapping[str, Array],
+    spec: TensorSpec,
+    encoding: Uniform,
+    rng: np.random.Generator,
+    keep: Keep,
+) -> memoryview:
+    """One float32 tensor of `write_with_feedback`, each piece from delta to residual while it is in the cache."""
+    part = part_of(delta, spec.name)
+    if spec.name in owed:
+        part = _sum_of(part, part_of(owed, spec.name))
+
+    def keep_part(start: int, values: Array, decoded: Array) -> None:
+        keep(spec.name, np.subtract(values, decoded, out=decoded))
+
+    return encoding.encode_parts(part, spec.size, rng, keep_part if encoding.contractive else None)
+
+
+def _sum_of(one: Part, other: Part) -> Part:
+    out = np.empty(0, np.float32)
+
+    def part(start: int, stop: int) -> Array:
+        nonlocal out
+        if out.size < stop - start:
+            out = np.empty(stop - start, np.float32)
+        return np.add(one(start, stop), other(start, stop), out=out[: stop - start])
+
+    return part
+
+
+class _Left:
+    """A residual that stays in memory."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[Array]] = {}
+
+    def add(self, name: str, part: Array) -> None:
+        self._parts.setdefault(name, []).append(part.reshape(-1).copy())
+
+    def tensors(self, layout: Layout) -> dict[str, Array]:
+        shapes = {spec.name: spec.shape for spec in layout}
+        return {name: np.concatenate(parts).reshape(shapes[name]) for name, parts in self._parts.items()}
 
 
 class Corrected(Mapping[str, Array]):

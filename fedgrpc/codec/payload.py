@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import accumulate
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import zstandard
@@ -19,10 +20,11 @@ import zstandard
 from fedgrpc.codec.encoding import Buffer, Encoding
 from fedgrpc.codec.layout import Array, TensorSpec, spec_of
 from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry
+from fedgrpc.codec.parts import InParts
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Compression, Recipe
 from fedgrpc.codec.uniform import Uniform
-from fedgrpc.codec.values import Fill
+from fedgrpc.codec.values import Fill, Part
 from fedgrpc.errors import CorruptError, EncodeError
 
 FRAME_CONTENT_BYTES = 1 << 20
@@ -32,6 +34,7 @@ EARLY_CUT_BYTES = 512 << 10
 MIN_GAIN = 0.02
 
 Read = Callable[[int, int], bytes | memoryview]
+Submit = Callable[[Callable[[int], memoryview], int], "Result"]
 
 
 def in_pieces(entry: TensorEntry) -> bool:
@@ -56,14 +59,27 @@ def encode_tensor(
 ) -> tuple[Encoding, Buffer]:
     """Encode one tensor as the recipe says, or raw where that turns out no larger."""
     encoding = recipe.for_tensor(spec)
-    try:
+    with naming(spec):
         data = encoding.encode(array, rng)
         if not encoding.lossless and memoryview(data).nbytes >= spec.nbytes:
             encoding = Raw()
             data = encoding.encode(array, rng)
+    return encoding, data
+
+
+@contextmanager
+def naming(spec: TensorSpec) -> Iterator[None]:
+    """Around encoding one tensor: an EncodeError names it."""
+    try:
+        yield
     except EncodeError as error:
         raise EncodeError(f"{spec.name}: {error}") from None
-    return encoding, data
+
+
+class Result(Protocol):
+    """What will be there: a `concurrent.futures.Future`."""
+
+    def result(self) -> memoryview: ...
 
 
 class PayloadWriter:
@@ -132,16 +148,24 @@ class PayloadReader:
     `read(offset, size)` gives bytes of the payload: `buffer_reader`, `file_reader` or any like them. The
     manifest is validated first, unless it is said to be `valid`. The digest is not checked here (see
     `verify_digest`). A decoded tensor may be a read-only view of a frame: copy it to change it. Use one
-    reader per thread.
+    reader per thread. With `submit`, as an executor's, the next frame is inflated there while one is decoded.
     """
 
     def __init__(
-        self, manifest: Manifest, read: Read, limits: Limits | None = None, *, valid: bool = False
+        self,
+        manifest: Manifest,
+        read: Read,
+        limits: Limits | None = None,
+        *,
+        valid: bool = False,
+        submit: Submit | None = None,
     ) -> None:
         if not valid:
             manifest.validate(limits or Limits())
         self.manifest = manifest
         self._read = read
+        self._submit = submit
+        self._next: tuple[int, Result] | None = None
         self._index = {entry.spec.name: i for i, entry in enumerate(manifest.entries)}
         self._starts = list(accumulate((entry.size_bytes for entry in manifest.entries), initial=0))
         self._frame_starts = list(accumulate((f.content_size_bytes for f in manifest.frames), initial=0))
@@ -172,6 +196,48 @@ class PayloadReader:
         assert isinstance(entry.encoding, Raw | Uniform)
         return entry.encoding.fill_from(lambda at, size: self._content(self._starts[i] + at, size), entry.spec)
 
+    def bounds(self, name: str) -> Array | None:
+        """Numbers that no value of a quantized tensor exceeds; None where only its values tell.
+
+        All of the tensor is inflated nevertheless. Raises as `tensor` does.
+        """
+        i = self._index[name]
+        entry, start = self.manifest.entries[i], self._starts[i]
+        if not (isinstance(entry.encoding, Uniform) and in_pieces(entry)):
+            return None
+        bounds = entry.encoding.bounds_from(lambda at, size: self._content(start + at, size), entry.spec)
+        if self.manifest.compression != "none":
+            first = bisect_right(self._frame_starts, start) - 1
+            for index in range(first, bisect_left(self._frame_starts, start + entry.size_bytes)):
+                self._frame(index)
+        return bounds
+
+    def part_of(self, name: str) -> Part | None:
+        """What decodes elements of a tensor; None where it is only to be had whole. It raises as `tensor` does."""
+        i = self._index[name]
+        entry = self.manifest.entries[i]
+        if not (entry.spec.is_float and in_pieces(entry)):
+            return None
+        dtype, start_bytes = entry.spec.numpy_dtype, self._starts[i]
+        if entry.encoding == Raw():
+
+            def elements(start: int, stop: int) -> Array:
+                at = start_bytes + start * dtype.itemsize
+                return np.frombuffer(self._content(at, (stop - start) * dtype.itemsize), dtype)
+
+            return elements
+        fill = self.fill_from(name)
+        out = np.empty(0, dtype)
+
+        def decoded(start: int, stop: int) -> Array:
+            nonlocal out
+            if out.size < stop - start:
+                out = np.empty(stop - start, dtype)
+            fill(out[: stop - start], start)
+            return out[: stop - start]
+
+        return decoded
+
     def raw_place(self, name: str) -> int | None:
         """Where in the payload the elements of a tensor lie as they are in memory; None where they do not."""
         i = self._index[name]
@@ -199,11 +265,25 @@ class PayloadReader:
         return out
 
     def _frame(self, index: int) -> memoryview:
-        if self._held[0] != index:
-            frame = self.manifest.frames[index]
-            compressed = self._exactly(self._frame_offsets[index], frame.size_bytes)
-            self._held = (index, memoryview(inflate(self._zstd, compressed, frame.content_size_bytes)))
-        return self._held[1]
+        if self._held[0] == index:
+            return self._held[1]
+        coming, self._next = self._next, None
+        if coming is None:
+            content = self._inflated(index)
+        elif coming[0] == index:
+            content = coming[1].result()
+        else:
+            coming[1].result()
+            content = self._inflated(index)
+        self._held = (index, content)
+        if self._submit is not None and index + 1 < len(self.manifest.frames):
+            self._next = (index + 1, self._submit(self._inflated, index + 1))
+        return content
+
+    def _inflated(self, index: int) -> memoryview:
+        frame = self.manifest.frames[index]
+        compressed = self._exactly(self._frame_offsets[index], frame.size_bytes)
+        return memoryview(inflate(self._zstd, compressed, frame.content_size_bytes))
 
     def _exactly(self, offset: int, size: int) -> memoryview:
         data = memoryview(self._read(offset, size)).cast("B")
@@ -212,14 +292,18 @@ class PayloadReader:
         return data
 
 
-class LazyTensors(Mapping[str, Array]):
-    """A payload's tensors by name, in its order, each decoded when it is asked for."""
+class LazyTensors(InParts):
+    """A payload's tensors by name, in its order, decoded when they are asked for."""
 
     def __init__(self, reader: PayloadReader) -> None:
         self._reader = reader
 
     def __getitem__(self, name: str) -> Array:
         return self._reader.tensor(name)
+
+    def part_of(self, name: str) -> Part | None:
+        """See `InParts.part_of`."""
+        return self._reader.part_of(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._reader.names)

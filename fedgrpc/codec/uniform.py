@@ -21,8 +21,10 @@ from fedgrpc.codec.layout import Array, TensorSpec
 from fedgrpc.codec.options import format_options
 from fedgrpc.codec.values import (
     PIECE,
+    Arrives,
     Content,
     Fill,
+    Part,
     as_float32,
     finished,
     flat,
@@ -38,6 +40,7 @@ ROUNDINGS = ("stochastic", "nearest")
 _HEADROOM = 1 + 2.0**-20
 _SMALLEST_SCALE = np.float32(2.0**-126)
 _LARGEST_VALUE = np.float32(2.0**127)
+_PIECES_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -77,18 +80,32 @@ class Uniform:
     def encode(self, array: Array, rng: np.random.Generator) -> memoryview:
         """See `Encoding.encode`."""
         values = flat(array)
-        scale_bytes = 4 * self._blocks(values.size)
-        out = np.empty(scale_bytes + packed_size(values.size, self.bits), np.uint8)
+        return self.encode_parts(lambda start, stop: as_float32(values[start:stop]), values.size, rng)
+
+    def encode_parts(
+        self, part: Part, size: int, rng: np.random.Generator, arrives: Arrives | None = None
+    ) -> memoryview:
+        """As `encode`, of `size` elements that `part` gives as float32, a cache-sized piece at a time.
+
+        `arrives` is told of each piece what of it will be decoded, which is at hand here.
+        """
+        scale_bytes = 4 * self._blocks(size)
+        out = np.empty(scale_bytes + packed_size(size, self.bits), np.uint8)
         scales, packed = out[:scale_bytes].view("<f4"), out[scale_bytes:]
-        step = self._piece
-        dither = Dither(rng, values.size, step) if self.rounding == "stochastic" else None
-        for piece in pieces(values.size, step):
-            first_block = piece.start // self.block
-            uniform = dither.at(piece.start, piece.stop - piece.start) if dither else None
-            codes = self._quantize(as_float32(values[piece]), scales[first_block:], uniform)
-            at = piece.start * self.bits // 8
-            chunk = pack(codes, self.bits)
-            packed[at : at + chunk.size] = chunk
+        dither = Dither(rng, size, self._piece) if self.rounding == "stochastic" else None
+        scratch = np.empty(min(size, _PIECES_AT_ONCE * self._piece), np.float32)
+        for piece in pieces(size, _PIECES_AT_ONCE * self._piece):
+            values = part(piece.start, piece.stop)
+            codes = scratch[: values.size]
+            scale = scales[piece.start // self.block :][: self._blocks(values.size)]
+            scale[:] = self._scales(self._largest(values, codes))
+            inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+            self._multiply(values, inverse, codes)
+            self._round(codes, dither, piece.start)
+            self._pack(codes, packed[piece.start * self.bits // 8 :])
+            if arrives is not None:
+                self._multiply(codes, scale, codes)
+                arrives(piece.start, values, codes)
         return out.data
 
     def decode(self, data: memoryview, spec: TensorSpec) -> Array:
@@ -102,18 +119,27 @@ class Uniform:
 
     def fill_from(self, content: Content, spec: TensorSpec) -> Fill:
         """What decodes elements as float32, a piece at a time. Raises CorruptError for scales that cannot be."""
-        scale_bytes = 4 * self._blocks(spec.size)
-        scales = np.frombuffer(content(0, scale_bytes), "<f4").astype(np.float32)
-        if not (np.isfinite(scales) & (scales >= 0)).all():
-            raise CorruptError(f"tensor {spec.name!r} has a block scale that is negative or not finite")
+        scales = self._read_scales(content, spec)
+        scale_bytes = scales.nbytes
 
         @np.errstate(over="ignore")
         def fill(out: Array, first: int) -> None:
             data = content(scale_bytes + first * self.bits // 8, packed_size(out.size, self.bits))
             codes = self._signed(unpack(np.frombuffer(data, np.uint8), out.size, self.bits))
-            self._dequantize(codes, scales[first // self.block :], out)
+            self._multiply(codes, scales[first // self.block :], out)
 
         return fill
+
+    @np.errstate(over="ignore")
+    def bounds_from(self, content: Content, spec: TensorSpec) -> Array:
+        """What no value of each block exceeds, float32; infinite where that is too large. Raises CorruptError."""
+        return self._read_scales(content, spec) * np.float32(1 << (self.bits - 1))
+
+    def _read_scales(self, content: Content, spec: TensorSpec) -> Array:
+        scales = np.frombuffer(content(0, 4 * self._blocks(spec.size)), "<f4").astype(np.float32)
+        if not (np.isfinite(scales) & (scales >= 0)).all():
+            raise CorruptError(f"tensor {spec.name!r} has a block scale that is negative or not finite")
+        return scales
 
     def size_bounds(self, spec: TensorSpec) -> tuple[int, int]:
         """See `Encoding.size_bounds`."""
@@ -133,24 +159,42 @@ class Uniform:
     def _blocks(self, size: int) -> int:
         return -(-size // self.block)
 
-    def _quantize(self, values: Array, scales: Array, uniform: Array | None) -> Array:
-        """Write the scales of a piece's blocks; return its codes as uint8 below 2**bits."""
-        size, blocks = values.size, self._blocks(values.size)
-        if size % self.block:
-            values = np.concatenate([values, np.zeros(-size % self.block, np.float32)])
-        rows = values.reshape(blocks, self.block)
-        scratch = np.abs(rows)
-        scale = self._scales(scratch.max(axis=1))
-        scales[:blocks] = scale
-        inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
-        np.multiply(rows, inverse[:, None], out=scratch)
-        scaled = scratch.reshape(-1)[:size]
-        if uniform is None:
-            np.rint(scaled, out=scaled)
-        else:
-            np.floor(np.add(scaled, uniform, out=scaled), out=scaled)
-        codes = scaled.astype(np.int8).view(np.uint8)
-        return codes if self.bits == 8 else codes & np.uint8(2**self.bits - 1)
+    def _largest(self, values: Array, scratch: Array) -> Array:
+        """max|x| of each block; where a block holds NaN or infinity, that."""
+        whole = values.size // self.block * self.block
+        # Floats without a sign are ordered as their bits are, whose maximum takes half as long. NaN is above all.
+        bits = np.abs(values, out=scratch).view("<u4")
+        largest = np.empty(self._blocks(values.size), "<u4")
+        np.maximum.reduce(bits[:whole].reshape(-1, self.block), axis=1, out=largest[: whole // self.block])
+        if whole < values.size:
+            largest[-1] = bits[whole:].max()
+        return largest.view("<f4")
+
+    def _multiply(self, values: Array, factors: Array, out: Array) -> None:
+        """Each block by its factor; `values` are float32, or codes."""
+        full = values.size // self.block
+        whole = full * self.block
+        rows = values[:whole].reshape(full, self.block)
+        np.multiply(rows, factors[:full, None], out=out[:whole].reshape(full, self.block))
+        if whole < values.size:
+            np.multiply(values[whole:], factors[full], out=out[whole:])
+
+    def _round(self, scaled: Array, dither: Dither | None, first: int) -> None:
+        """In place, to codes as floats; none is -0, which is no code."""
+        if dither is None:
+            np.add(np.rint(scaled, out=scaled), np.float32(0), out=scaled)
+            return
+        for piece in pieces(scaled.size, self._piece):
+            its = scaled[piece]
+            np.add(its, dither.at(first + piece.start, its.size), out=its)
+        np.floor(scaled, out=scaled)
+
+    def _pack(self, codes: Array, out: Array) -> None:
+        if self.bits == 8:
+            np.copyto(out[: codes.size].view(np.int8), codes, casting="unsafe")
+            return
+        chunk = pack(codes.astype(np.int8).view(np.uint8) & np.uint8(2**self.bits - 1), self.bits)
+        out[: chunk.size] = chunk
 
     def _scales(self, largest: Array) -> Array:
         if not (largest <= _LARGEST_VALUE).all():
@@ -164,11 +208,3 @@ class Uniform:
             return codes.view(np.int8)
         unused = 8 - self.bits
         return (codes << np.uint8(unused)).view(np.int8) >> np.int8(unused)
-
-    def _dequantize(self, codes: Array, scales: Array, out: Array) -> None:
-        full = codes.size // self.block
-        whole = full * self.block
-        rows = codes[:whole].reshape(full, self.block)
-        np.multiply(rows, scales[:full, None], out=out[:whole].reshape(full, self.block))
-        if whole < codes.size:
-            np.multiply(codes[whole:], scales[full], out=out[whole:])

@@ -19,6 +19,10 @@ PIECE = 16384
 Content = Callable[[int, int], memoryview]
 # fill(out, first): elements of a tensor from number `first` on, as many as fit. `first` is a multiple of `PIECE`.
 Fill = Callable[[Array, int], None]
+# part(start, stop): these elements of a tensor, flat, to be left as they are; good until the next call.
+Part = Callable[[int, int], Array]
+# arrives(start, values, decoded): what will be decoded of the elements from `start`; `decoded` may be overwritten.
+Arrives = Callable[[int, Array, Array], None]
 
 
 def flat(array: Array) -> Array:

@@ -8,12 +8,14 @@ import numpy as np
 
 from fedgrpc.codec.difference import add, subtract
 from fedgrpc.codec.layout import Array, spec_of
+from fedgrpc.codec.parts import InParts
 from fedgrpc.codec.payload import PayloadReader
+from fedgrpc.codec.values import Part, flat
 from fedgrpc.errors import LayoutError
 
 
-class Delta(Mapping[str, Array]):
-    """What travels, computed when a tensor is asked for, so that no third model is held in memory."""
+class Delta(InParts):
+    """What travels, computed when it is asked for, so that no third model is held in memory."""
 
     def __init__(self, trained: Mapping[str, Array], given: Mapping[str, Array]) -> None:
         """Raises LayoutError unless both have the same tensors; floats may differ in width."""
@@ -27,6 +29,21 @@ class Delta(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         return subtract(self._trained[name], self._given[name])
 
+    def part_of(self, name: str) -> Part | None:
+        """See `InParts.part_of`."""
+        if self._given[name].dtype != np.float32:
+            return None
+        trained, given, out = flat(self._trained[name]), flat(self._given[name]), np.empty(0, np.float32)
+
+        @np.errstate(over="ignore", invalid="ignore")
+        def part(start: int, stop: int) -> Array:
+            nonlocal out
+            if out.size < stop - start:
+                out = np.empty(stop - start, np.float32)
+            return np.subtract(trained[start:stop], given[start:stop], out=out[: stop - start])
+
+        return part
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._given)
 
@@ -34,18 +51,18 @@ class Delta(Mapping[str, Array]):
         return len(self._given)
 
 
-class Applied(Mapping[str, Array]):
-    """base + delta, each tensor read and computed when it is asked for."""
+class Applied(InParts):
+    """base + delta, read and computed when it is asked for."""
 
     def __init__(self, base: PayloadReader, delta: PayloadReader) -> None:
         """Raises LayoutError unless the delta has the tensors of the base."""
         specs = {spec.name: spec for spec in base.manifest.layout}
-        self._names = [spec.name for spec in delta.manifest.layout]
-        for spec in delta.manifest.layout:
+        self.layout = delta.manifest.layout
+        for spec in self.layout:
             if specs.get(spec.name) != spec:
                 raise LayoutError(f"the difference has a tensor {spec.name!r} that does not fit the held model")
-        if len(self._names) != len(specs):
-            lacking = len(specs) - len(self._names)
+        if len(self.layout) != len(specs):
+            lacking = len(specs) - len(self.layout)
             raise LayoutError(f"the difference lacks {lacking} tensors of the held model")
         self._base = base
         self._delta = delta
@@ -53,11 +70,18 @@ class Applied(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         return add(self._base.tensor(name), self._delta.tensor(name))
 
+    def part_of(self, name: str) -> Part | None:
+        """See `InParts.part_of`."""
+        base, delta = self._base.part_of(name), self._delta.part_of(name)
+        if base is None or delta is None:
+            return None
+        return lambda start, stop: add(base(start, stop), delta(start, stop))
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return (spec.name for spec in self.layout)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.layout)
 
 
 def _like(name: str, array: Array, given: Array) -> Array:

@@ -4,18 +4,19 @@
     model/partial/     a download that goes on where it stopped
 
 The rule: a folder with a number is complete and its payload has matched its digest. Weights that came as a
-difference are kept whole, so that the held version never depends on another. Nothing here is synced to the disk:
-what a power cut takes away can be pulled again, and what it leaves is checked at the next start.
+difference are kept whole, so that the held version never depends on another; of these about.json has a sum, and
+their digest is taken when somebody pulls them. Nothing here is synced to the disk: what a power cut takes away can
+be pulled again, and what it leaves is checked at the next start.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -24,18 +25,21 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from fedgrpc.codec.layout import Array
-from fedgrpc.codec.manifest import Limits, Manifest
+from fedgrpc.codec.manifest import Limits, Manifest, TensorEntry
+from fedgrpc.codec.parts import part_of
 from fedgrpc.codec.payload import (
     LazyTensors,
     PayloadReader,
-    Read,
     buffer_reader,
     file_reader,
+    naming,
     verify_digest,
     write_payload,
 )
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Recipe
+from fedgrpc.codec.values import PIECE, pieces, refuse_non_finite
+from fedgrpc.codec.wordsum import WordSum
 from fedgrpc.errors import CodecError, CorruptError, LayoutError
 from fedgrpc.rpc.convert import manifest_from_proto, manifest_to_proto
 from fedgrpc.spares import SpareFiles
@@ -48,6 +52,9 @@ _ABOUT: Final = "about.json"
 _RAW: Final = "payload.raw"
 _RAW_HEADER: Final = "header.raw.pb"
 _RAW_RECIPE: Final = Recipe(Raw())
+_NO_DIGEST: Final = bytes(32)
+_PIECE: Final = 2 * PIECE
+_READ_BYTES: Final = 1 << 20
 
 log = structlog.get_logger()
 
@@ -77,12 +84,16 @@ class Origin:
 
 @dataclass(frozen=True)
 class HeldModel:
-    """One complete model version on disk. `origin` is the payload that made it, a difference perhaps."""
+    """One complete model version on disk. `origin` is the payload that made it, a difference perhaps.
+
+    `wordsum` is the `WordSum` of a payload that was put together here, and whose manifest has no digest.
+    """
 
     folder: Path
     source: Source
     manifest: Manifest
     origin: Origin
+    wordsum: int | None = None
     _uses: list[weakref.ref[Any]] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -100,12 +111,16 @@ class HeldModel:
 
         Tensors that lie in the file as they are in memory are mapped, and copied only where they are written to.
         """
-        path = self.folder / PAYLOAD
-        with storage_errors(path):
-            content = np.memmap(path, np.uint8, "c") if self.manifest.size_bytes else np.empty(0, np.uint8)
+        content = self.mapped()
         self._note_use(content)
         reader = PayloadReader(self.manifest, buffer_reader(content.data))
         return {spec.name: _own(array) for spec, array in reader}
+
+    def mapped(self) -> Array:
+        """The payload's bytes, mapped; what is written to them does not reach the file."""
+        path = self.folder / PAYLOAD
+        with storage_errors(path):
+            return np.memmap(path, np.uint8, "c") if self.manifest.size_bytes else np.empty(0, np.uint8)
 
     def tensors(self) -> Mapping[str, Array]:
         """All tensors, each read when it is asked for, also once a newer version is held.
@@ -125,11 +140,17 @@ class HeldModel:
         self._note_use(read)
         return LazyTensors(PayloadReader(self.manifest, read))
 
-    @contextmanager
-    def reader(self) -> Iterator[Read]:
-        """Reads the payload by offset."""
+    def check(self) -> None:
+        """Raises CorruptError unless the payload is what it was. Slow: run it in a thread."""
         with self._open(self.folder / PAYLOAD) as file:
-            yield file_reader(file.fileno())
+            read = file_reader(file.fileno())
+            if self.wordsum is None:
+                return verify_digest(self.manifest, read)
+            total = WordSum()
+            for offset in range(0, self.manifest.size_bytes, _READ_BYTES):
+                total.add(read(offset, min(_READ_BYTES, self.manifest.size_bytes - offset)))
+        if total.value != self.wordsum:
+            raise CorruptError("its payload is not what was written")
 
     def open_raw(self) -> tuple[Manifest, BinaryIO]:
         """Manifest and file of the same weights in the raw recipe, written once. Slow: run it in a thread."""
@@ -146,25 +167,45 @@ class HeldModel:
         self._uses[:] = [use for use in self._uses if use() is not None] + [weakref.ref(reader)]
 
     def _raw(self) -> tuple[Manifest, Path]:
-        if self.manifest.compression == "none" and all(entry.encoding == Raw() for entry in self.manifest.entries):
+        plain = self.manifest.compression == "none" and all(e.encoding == Raw() for e in self.manifest.entries)
+        if plain and self.manifest.sha256 != _NO_DIGEST:
             return self.manifest, self.folder / PAYLOAD
-        path, header = self.folder / _RAW, self.folder / _RAW_HEADER
+        path, header = self.folder / (PAYLOAD if plain else _RAW), self.folder / _RAW_HEADER
         with storage_errors(path):
             if not header.exists():
-                unfinished = self.folder / (UNFINISHED + _RAW)
-                manifest = _write_raw(self.weights(), unfinished)
-                unfinished.replace(path)
+                manifest = self._digested() if plain else self._write_raw(path)
                 header.write_bytes(manifest_to_proto(manifest).SerializeToString())
             return _read_manifest(header), path
+
+    def _digested(self) -> Manifest:
+        return replace(self.manifest, sha256=hashlib.sha256(self.mapped().data).digest())
+
+    def _write_raw(self, path: Path) -> Manifest:
+        unfinished = self.folder / (UNFINISHED + _RAW)
+        with unfinished.open("wb") as file:
+            manifest = write_payload(self.weights(), _RAW_RECIPE, file, np.random.default_rng(0))
+        unfinished.replace(path)
+        return manifest
 
 
 def _read_manifest(path: Path) -> Manifest:
     return manifest_from_proto(tensor_pb2.Manifest.FromString(path.read_bytes()))
 
 
-def _write_raw(weights: dict[str, Array], path: Path) -> Manifest:
-    with path.open("wb") as file:
-        return write_payload(weights, _RAW_RECIPE, file, np.random.default_rng(0))
+def _write_whole(model: Applied, out: BinaryIO) -> tuple[Manifest, int]:
+    """Write all tensors raw; their manifest, without a digest, and the `WordSum` of the payload."""
+    total = WordSum()
+    for spec in model.layout:
+        part = part_of(model, spec.name)
+        for piece in pieces(spec.size, _PIECE):
+            values = part(piece.start, piece.stop)
+            with naming(spec):
+                refuse_non_finite(values)
+            data = values.view(np.uint8).data
+            total.add(data)
+            out.write(data)
+    entries = tuple(TensorEntry(spec, Raw(), spec.nbytes) for spec in model.layout)
+    return Manifest(entries, "none", (), sum(spec.nbytes for spec in model.layout), _NO_DIGEST), total.value
 
 
 def _own(array: Array) -> Array:
@@ -249,14 +290,14 @@ class ModelFolder:
         except CorruptError:
             self.drop_partial()
             raise
-        manifest = partial.manifest
+        manifest, wordsum = partial.manifest, None
         with storage_errors(self._folder):
             source = _read_source(self._partial)
             if partial.header.base_version:
-                manifest = self._merge(partial)
+                manifest, wordsum = self._merge(partial)
             final = self._folder / f"{self._next_number():08}"
             self._partial.rename(final)
-        old, self.held = self.held, HeldModel(final, source, manifest, Origin.of(partial.manifest))
+        old, self.held = self.held, HeldModel(final, source, manifest, Origin.of(partial.manifest), wordsum)
         if old is not None:
             with storage_errors(old.folder):
                 if not old.in_use:
@@ -264,27 +305,27 @@ class ModelFolder:
                 remove_folder(old.folder)
         return self.held
 
-    def _merge(self, partial: PartialModel) -> Manifest:
-        """Turn the difference in the partial download into the whole model, in place; returns its manifest."""
+    def _merge(self, partial: PartialModel) -> tuple[Manifest, int]:
+        """Turn the difference in the partial download into the whole model, in place; its manifest and sum."""
         base = self.held
         if base is None or base.version != partial.header.base_version:
             self.drop_partial()
             raise LayoutError(f"the model came as a difference to version {partial.header.base_version}, not held")
         merged = self._folder / (UNFINISHED + "merged")
         merged.mkdir()
-        with (self._partial / PAYLOAD).open("rb") as file, base.reader() as read:
+        with (self._partial / PAYLOAD).open("rb") as file:
             difference = PayloadReader(partial.manifest, file_reader(file.fileno()), self._limits)
-            held = PayloadReader(base.manifest, read)
+            held = PayloadReader(base.manifest, buffer_reader(base.mapped().data))
             with open(self._spares.create(merged / PAYLOAD), "wb") as payload:
-                manifest = write_payload(Applied(held, difference), _RAW_RECIPE, payload, np.random.default_rng(0))
+                manifest, wordsum = _write_whole(Applied(held, difference), payload)
                 payload.truncate()
         header = aggregator_pb2.ModelHeader(version=partial.header.version, manifest=manifest_to_proto(manifest))
         (merged / HEADER).write_bytes(header.SerializeToString(deterministic=True))
-        _write_about(merged, _read_source(self._partial), Origin.of(partial.manifest))
+        _write_about(merged, _read_source(self._partial), Origin.of(partial.manifest), wordsum)
         self._spare_differences.keep(self._partial / PAYLOAD)
         self.drop_partial()
         merged.rename(self._partial)
-        return manifest
+        return manifest, wordsum
 
     def _next_number(self) -> int:
         return max((int(path.name) for path in self._numbered()), default=0) + 1
@@ -299,8 +340,7 @@ class ModelFolder:
             if held is None:
                 try:
                     held = _load(folder)
-                    with held.reader() as read:
-                        verify_digest(held.manifest, read)
+                    held.check()
                     continue
                 except (OSError, ValueError, KeyError, DecodeError, CodecError) as error:
                     log.warning("held model dropped", folder=str(folder), reason=str(error))
@@ -313,24 +353,27 @@ def _load(folder: Path) -> HeldModel:
     manifest = manifest_from_proto(header.manifest)
     if (folder / PAYLOAD).stat().st_size != manifest.size_bytes:
         raise LayoutError("its payload is not as long as declared")
-    source, origin = _read_about(folder)
-    return HeldModel(folder, source, manifest, origin or Origin.of(manifest))
+    source, origin, wordsum = _read_about(folder)
+    return HeldModel(folder, source, manifest, origin or Origin.of(manifest), wordsum)
 
 
-def _write_about(folder: Path, source: Source, origin: Origin | None = None) -> None:
+def _write_about(folder: Path, source: Source, origin: Origin | None = None, wordsum: int | None = None) -> None:
     about = asdict(source)
     if origin is not None:
         about |= {"origin_sha256": origin.sha256.hex(), "origin_bytes": origin.size_bytes}
+    if wordsum is not None:
+        about["wordsum"] = wordsum
     (folder / _ABOUT).write_text(json.dumps(about))
 
 
-def _read_about(folder: Path) -> tuple[Source, Origin | None]:
+def _read_about(folder: Path) -> tuple[Source, Origin | None, int | None]:
     about = json.loads((folder / _ABOUT).read_text())
     sub_model = str(about.get("sub_model", ""))
     source = Source(str(about["run"]), int(about["version"]), str(about["recipe"]), sub_model)
     if "origin_sha256" not in about:
-        return source, None
-    return source, Origin(bytes.fromhex(about["origin_sha256"]), int(about["origin_bytes"]))
+        return source, None, None
+    wordsum = int(about["wordsum"]) if "wordsum" in about else None
+    return source, Origin(bytes.fromhex(about["origin_sha256"]), int(about["origin_bytes"])), wordsum
 
 
 def _read_source(folder: Path) -> Source:

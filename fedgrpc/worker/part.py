@@ -8,9 +8,11 @@ import numpy as np
 
 from fedgrpc.aggregation.packed import pack
 from fedgrpc.codec.layout import Array
+from fedgrpc.codec.parts import InParts, part_of
+from fedgrpc.codec.values import Part
 
 
-class Part(Mapping[str, Array]):
+class Covered(InParts):
     """A delta without its personal tensors, of pruned ones the kept values, of clustered ones the codes."""
 
     def __init__(
@@ -34,6 +36,10 @@ class Part(Mapping[str, Array]):
 
     def __getitem__(self, name: str) -> Array:
         return self._packed[name] if name in self._packed else self._delta[name]
+
+    def part_of(self, name: str) -> Part | None:
+        """See `InParts.part_of`."""
+        return None if name in self._packed else part_of(self._delta, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from io import BufferedWriter
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +21,9 @@ import structlog
 from fedgrpc.codec.crc import crc32
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import Array, Layout, TensorSpec
-from fedgrpc.codec.values import flat
+from fedgrpc.codec.parts import InParts
+from fedgrpc.codec.values import Part, flat
+from fedgrpc.codec.wordsum import WordSum
 from fedgrpc.errors import LayoutError, StorageError
 from fedgrpc.spares import SpareFiles, WrittenBack
 
@@ -41,14 +43,15 @@ class ResidualWriter:
         self._spares = spares
         self._file: BinaryIO | None = None
         self._names: list[str] = []
-        self._crc32 = 0
+        self._sum = WordSum()
 
     def add(self, name: str, array: Array) -> None:
-        """The next tensor. Raises OSError."""
+        """The next tensor, or the next part of the one in hand. Raises OSError."""
         data = flat(array).view(np.uint8).data
-        self._crc32 = crc32(data, self._crc32)
+        self._sum.add(data)
         self._opened().write(data)
-        self._names.append(name)
+        if not self._names or self._names[-1] != name:
+            self._names.append(name)
 
     def finish(self, layout: Layout) -> None:
         """What was added is whole, and of an update of that layout. Raises OSError."""
@@ -56,7 +59,7 @@ class ResidualWriter:
             "run": self._run,
             "layout": [[spec.name, spec.dtype, list(spec.shape)] for spec in layout],
             "tensors": self._names,
-            "crc32": self._crc32,
+            "wordsum": self._sum.value,
         }
         text = json.dumps(about).encode()
         file = self._opened()
@@ -89,10 +92,10 @@ def write_residual(path: Path, residual: Residual, run: str) -> None:
         writer.close()
 
 
-def read_residual(path: Path, run: str) -> Residual:
+def read_residual(path: Path, run: str, *, checked: bool = False) -> Residual:
     """The residual of `run` at `path`; empty where there is none, or none that can be used.
 
-    Its CRC is checked here; each tensor is read when it is asked for.
+    Its sum is checked here, unless the file is known to be as it was written; tensors are read when asked for.
     """
     try:
         file = path.open("rb")
@@ -107,8 +110,8 @@ def read_residual(path: Path, run: str) -> Residual:
         tensors = _Stored(file, tuple(specs[name] for name in about["tensors"]))
         if tensors.size_bytes != content_bytes:
             raise ValueError(f"{content_bytes} bytes of arrays are not those that it tells of")
-        if _crc32_of(file, content_bytes) != about["crc32"]:
-            raise ValueError("its CRC does not match")
+        if not checked and not _as_written(file, content_bytes, about):
+            raise ValueError("its sum does not match")
     except (ValueError, KeyError, TypeError, LayoutError) as error:
         log.warning("residual dropped", reason=f"{path} is corrupt: {error}")
         return Residual()
@@ -130,17 +133,21 @@ def _read_about(file: BinaryIO) -> tuple[dict[str, Any], int]:
     return about, start - length
 
 
-def _crc32_of(file: BinaryIO, size_bytes: int) -> int:
-    crc, piece = 0, bytearray(_PIECE_BYTES)
-    view = memoryview(piece)
+def _as_written(file: BinaryIO, size_bytes: int, about: dict[str, Any]) -> bool:
+    """By the sum of the arrays; files of former versions have a CRC-32."""
+    crc, total, piece = 0, WordSum(), memoryview(bytearray(_PIECE_BYTES))
+    former = "wordsum" not in about
     for offset in range(0, size_bytes, _PIECE_BYTES):
-        count = os.preadv(file.fileno(), [view[: min(_PIECE_BYTES, size_bytes - offset)]], offset)
-        crc = crc32(view[:count], crc)
-    return crc
+        data = piece[: os.preadv(file.fileno(), [piece[: min(_PIECE_BYTES, size_bytes - offset)]], offset)]
+        if former:
+            crc = crc32(data, crc)
+        else:
+            total.add(data)
+    return bool(crc == about["crc32"] if former else total.value == about["wordsum"])
 
 
-class _Stored(Mapping[str, Array]):
-    """Arrays in an open file, each a new one every time that it is asked for."""
+class _Stored(InParts):
+    """Arrays in an open file, read each time that they are asked for."""
 
     def __init__(self, file: BinaryIO, specs: tuple[TensorSpec, ...]) -> None:
         starts = list(accumulate((spec.nbytes for spec in specs), initial=0))
@@ -150,15 +157,31 @@ class _Stored(Mapping[str, Array]):
 
     def __getitem__(self, name: str) -> Array:
         spec, start = self._places[name]
-        array = np.empty(spec.shape, spec.numpy_dtype)
-        data = array.reshape(-1).view(np.uint8).data
-        done = 0
-        while done < spec.nbytes:
-            count = os.preadv(self._file.fileno(), [data[done:]], start + done)
+        array = np.empty(spec.size, spec.numpy_dtype)
+        self._read(array, start)
+        return array.reshape(spec.shape)
+
+    def part_of(self, name: str) -> Part:
+        """See `InParts.part_of`."""
+        spec, first = self._places[name]
+        out = np.empty(0, spec.numpy_dtype)
+
+        def part(start: int, stop: int) -> Array:
+            nonlocal out
+            if out.size < stop - start:
+                out = np.empty(stop - start, spec.numpy_dtype)
+            self._read(out[: stop - start], first + start * out.itemsize)
+            return out[: stop - start]
+
+        return part
+
+    def _read(self, out: Array, offset: int) -> None:
+        data, done = out.view(np.uint8).data, 0
+        while done < len(data):
+            count = os.preadv(self._file.fileno(), [data[done:]], offset + done)
             if not count:
                 raise StorageError("the residual has become shorter")
             done += count
-        return array
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

@@ -93,6 +93,9 @@ class Spool:
             sweep(folder)
             self._spares = SpareFiles(folder / "spare", 1)
             self._spare_residuals = SpareFiles(folder / "spare-residuals", 1)
+        # Whose residuals are what this process has written, and whether the current one is.
+        self._own: set[Path] = set()
+        self._own_residual = False
 
     def updates(self) -> list[SpooledUpdate]:
         """Every update still to be sent, oldest first. One that is corrupt is dropped, with a line in the log."""
@@ -142,6 +145,7 @@ class Spool:
             finally:
                 left.close()
                 sweep(self._folder)
+        self._own.add(final)
         return SpooledUpdate(final, task, header)
 
     def acknowledge(self, update: SpooledUpdate) -> None:
@@ -151,6 +155,7 @@ class Spool:
             if residual.exists():
                 self._spare_residuals.keep(self._folder / _RESIDUAL)
                 residual.replace(self._folder / _RESIDUAL)
+                self._own_residual = update.folder in self._own
                 sync(self._folder)
             self._remove(update)
 
@@ -160,6 +165,7 @@ class Spool:
             self._remove(update)
 
     def _remove(self, update: SpooledUpdate) -> None:
+        self._own.discard(update.folder)
         self._keep_personal(update.folder)
         self._spares.keep(update.folder / _PAYLOAD)
         remove_folder(update.folder)
@@ -177,9 +183,9 @@ class Spool:
         return next((path for path in spooled if path.exists()), self._folder / _PERSONAL)
 
     def residual(self, run: str) -> Residual:
-        """What the next update of `run` has to make good."""
+        """What the next update of `run` has to make good. One that a former process has left is checked."""
         with storage_errors(self._folder):
-            return read_residual(self._folder / _RESIDUAL, run)
+            return read_residual(self._folder / _RESIDUAL, run, checked=self._own_residual)
 
     def _folders(self) -> list[Path]:
         with storage_errors(self._folder):
@@ -193,6 +199,7 @@ class Spool:
             if len(held) < self._max_updates and sum(held.values()) + wanted_bytes <= self._max_bytes:
                 return
             log.warning("update dropped", folder=str(folder), reason="the spool is full")
+            self._own.discard(folder)
             self._keep_personal(folder)
             remove_folder(folder)
             del held[folder]

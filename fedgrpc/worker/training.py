@@ -35,7 +35,7 @@ from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker import returned
 from fedgrpc.worker.budget import fitted
 from fedgrpc.worker.delta import Delta
-from fedgrpc.worker.part import Part
+from fedgrpc.worker.part import Covered
 from fedgrpc.worker.spool import Fill
 from fedgrpc.worker.task import Plan, Task, TaskKind
 from fedgrpc.worker.throttle import Throttle
@@ -222,7 +222,7 @@ def _write(
         return write_payload(outcome.weights, recipe, payload, draw()), None
     start = given if outcome.start is None else outcome.start
     recipe = recipe.for_layout(layout_of(start))
-    part = Part(Delta(outcome.weights, start), outcome.masks, outcome.clustered, is_personal(task.plan))
+    part = Covered(Delta(outcome.weights, start), outcome.masks, outcome.clustered, is_personal(task.plan))
     if outcome.masks or task.plan.sub_model.moves:
         # The next update covers other coordinates: what this one lost is not owed to those.
         return write_payload(part, fitted(recipe, part, task, draw), payload, draw()), None
