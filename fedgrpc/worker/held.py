@@ -339,8 +339,9 @@ class ModelFolder:
         for folder in reversed(self._numbered()):
             if held is None:
                 try:
-                    held = _load(folder)
-                    held.check()
+                    whole = _load(folder)
+                    whole.check()
+                    held = whole
                     continue
                 except (OSError, ValueError, KeyError, DecodeError, CodecError) as error:
                     log.warning("held model dropped", folder=str(folder), reason=str(error))

@@ -1,14 +1,19 @@
 """The journal of updates: "the files of accepted updates ARE the record of acceptance"."""
 
 import gc
+import hashlib
 import shutil
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from fedgrpc.aggregator.uploads import UploadJournal
+from fedgrpc.codec.layout import spec_of
+from fedgrpc.codec.manifest import Manifest, TensorEntry
 from fedgrpc.codec.payload import tensors_of
+from fedgrpc.codec.uniform import Uniform
 from fedgrpc.errors import CorruptError, StorageError, TooLargeError, WrongOffset
 from tests.aggregator.updates import accept, chunk, encoded, header_of
 
@@ -224,3 +229,71 @@ def test_an_update_is_read_in_pieces_that_are_its_tensors(journal, recipe):
         for name in tensors:
             joined = np.concatenate(found[name]) if found[name] else np.empty(0)
             np.testing.assert_array_equal(joined, reader.tensor(name).reshape(-1))
+
+
+def accept_payload(journal, manifest, payload):
+    """An update as it is once its last byte is there, whatever is in it."""
+    upload = journal.begin(header_of(manifest), manifest)
+    upload.append([chunk(payload, 0, len(payload))])
+    stored = upload.finish()
+    upload.close()
+    return stored
+
+
+@pytest.mark.parametrize("recipe", ["raw", "int8", "int2+zstd", "int8+zstd", "entropy:c=1+zstd"])
+def test_bounds_of_an_update_are_no_smaller_than_its_values_and_those_of_floats_are_few(journal, recipe):
+    rng = np.random.default_rng(1)
+    tensors = {
+        "large": rng.normal(size=(3000, 401)).astype(np.float32),
+        "half": rng.normal(size=70_000).astype(np.float16),
+        "small": rng.normal(size=5).astype(np.float32),
+        "n": np.array(3),
+    }
+    update = accept(journal, "token", tensors, recipe).open()
+    with update as reader:
+        found = {name: [] for name in tensors}
+        for spec, bounds in update.bounds():
+            found[spec.name].append(bounds.reshape(-1).copy())
+        for name in tensors:
+            assert np.abs(np.concatenate(found[name])).max() >= np.abs(reader.tensor(name)).max()
+    assert (sum(part.size for part in found["large"]) < 5000) == recipe.startswith("int")
+
+
+@pytest.mark.parametrize(("code", "finite"), [(1, True), (-2, False)])
+def test_where_bounds_are_infinite_the_values_themselves_are_looked_at(journal, code, finite):
+    """A code that no encoder writes, -2 of two bits, times a scale that is allowed, is beyond float32."""
+    size, encoding = 64, Uniform(2, 64)
+    spec = spec_of("w", np.empty(size, np.float32))
+    byte = sum((code & 3) << shift for shift in (0, 2, 4, 6))
+    payload = np.float32(2.0**127).tobytes() + bytes([byte]) * (size // 4)
+    entries = (TensorEntry(spec, encoding, len(payload)),)
+    manifest = Manifest(entries, "none", (), len(payload), hashlib.sha256(payload).digest())
+    update = accept_payload(journal, manifest, payload).open()
+    with update:
+        values = np.concatenate([piece.copy() for _, piece in update.bounds()])
+    assert values.size == size
+    assert np.isfinite(values).all() == finite
+
+
+@pytest.mark.parametrize("which", [0, 1, -1])
+def test_every_frame_of_an_update_is_inflated_when_its_bounds_are_asked_for(journal, which):
+    """What is accepted can be merged: the digest is of the bytes that were sent, whatever they are."""
+    values = np.random.default_rng(0).normal(size=3_000_000).astype(np.float32)
+    manifest, payload = encoded({"w": values}, "int8+zstd")
+    assert len(manifest.frames) == 3
+    starts = np.cumsum([0, *(frame.size_bytes for frame in manifest.frames)])[:-1]
+    garbled = bytearray(payload)
+    garbled[starts[which] : starts[which] + 4] = b"none"
+    manifest = Manifest(manifest.entries, "zstd", manifest.frames, len(garbled), hashlib.sha256(garbled).digest())
+    update = accept_payload(journal, manifest, bytes(garbled)).open()
+    with update, pytest.raises(CorruptError):
+        list(update.bounds())
+
+
+def test_frames_that_are_inflated_ahead_give_the_same_tensors_in_any_order(journal):
+    rng = np.random.default_rng(1)
+    tensors = {name: rng.normal(size=900_000).astype(np.float32) for name in "abcde"}
+    stored = accept(journal, "token", tensors, "int8+zstd")
+    with ThreadPoolExecutor(1) as pool, stored.open(pool.submit) as ahead, stored.open() as reader:
+        for name in "abcdeedcbaacbed":
+            np.testing.assert_array_equal(ahead.tensor(name), reader.tensor(name))

@@ -121,6 +121,32 @@ def test_a_value_that_is_not_finite_is_refused_wherever_it_stands(
             encoding.encode(array, rng())
 
 
+@pytest.mark.parametrize("encoding", [*UNIFORM, Uniform(8, 65536)], ids=str)
+@pytest.mark.parametrize("size", [1, 300, PIECE, 5 * PIECE + 77])
+def test_what_quantizing_tells_of_the_values_to_come_is_what_is_decoded(encoding: Uniform, size: int) -> None:
+    array = rng(size).standard_t(3, size=size).astype(np.float32)
+    array[size // 3 : size // 2] = 0
+    array[::97] = -0.0
+    arrived = np.full(size, np.nan, np.float32)
+
+    def arrives(start: int, values: Array, decoded: Array) -> None:
+        np.testing.assert_array_equal(values, array[start : start + values.size])
+        arrived[start : start + decoded.size] = decoded
+        decoded[:] = np.nan
+
+    data = encoding.encode_parts(lambda start, stop: array[start:stop], size, rng(), arrives)
+    assert bytes(data) == bytes(encoding.encode(array, rng()))
+    # Bit for bit, the signs of zeros among them: a base of the next difference is made of these.
+    assert arrived.tobytes() == encoding.decode(data, spec_of("x", array)).tobytes()
+
+
+def test_nan_with_a_sign_is_refused_too() -> None:
+    array = np.ones(1000, np.float32)
+    array.view(np.uint32)[700] = 0xFFC00000
+    with pytest.raises(EncodeError):
+        Uniform().encode(array, rng())
+
+
 def test_values_out_of_the_target_range_are_refused_rather_than_saturated() -> None:
     with pytest.raises(EncodeError):
         parse_encoding("float16").encode(np.full(100, 70000, np.float32), rng())

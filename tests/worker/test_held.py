@@ -1,9 +1,11 @@
 """The model that a worker holds: read as a whole, or a tensor at a time, also once a newer one has come."""
 
+import hashlib
 import io
 import zlib
 
 import numpy as np
+import pytest
 
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.payload import write_payload
@@ -21,11 +23,11 @@ def model(version):
     }
 
 
-def pulled(folder, version, recipe):
-    """Version `version` as it is once its download is whole."""
+def pulled(folder, version, recipe, base=0):
+    """Version `version`, or what is to be added to `base`, as it is once its download is whole."""
     out = io.BytesIO()
     manifest = write_payload(model(version), Recipe.parse(recipe), out, np.random.default_rng(0))
-    header = ModelHeader(version=version, manifest=manifest_to_proto(manifest))
+    header = ModelHeader(version=version, manifest=manifest_to_proto(manifest), base_version=base)
     partial = folder.open_partial(Source("run", version, recipe), header, 0)
     partial.append([Chunk(0, out.getvalue(), zlib.crc32(out.getvalue()))])
     return folder.finish(partial)
@@ -43,3 +45,50 @@ def test_tensors_read_one_by_one_are_the_weights_also_when_a_newer_version_has_c
         for name, values in model(version).items():
             np.testing.assert_array_equal(tensors[name], values)
             assert tensors[name].dtype == values.dtype
+
+
+RECIPES = ["raw", "int8", "int8+zstd", "int4+zstd", "entropy:c=0.5+zstd", "float16+zstd"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("first", ["raw", "int8+zstd"])
+def test_a_difference_is_added_to_what_is_held(tmp_path, first, recipe):
+    folder = ModelFolder(tmp_path)
+    before = pulled(folder, 1, first).weights()
+    held = pulled(folder, 2, recipe, base=1)
+    np.testing.assert_allclose(held.weights()["w"], before["w"] + 2, rtol=0.02)
+    assert held.weights()["n"] == 2
+    added = pulled(ModelFolder(tmp_path / "other"), 2, recipe).weights()["w"]
+    np.testing.assert_array_equal(held.weights()["w"], before["w"] + added)
+
+
+def test_a_sum_that_a_power_cut_has_damaged_is_not_held_after_a_restart(tmp_path):
+    folder = ModelFolder(tmp_path)
+    pulled(folder, 1, "int8+zstd")
+    held = pulled(folder, 2, "int8+zstd", base=1)
+    weights = held.weights()
+    again = ModelFolder(tmp_path).held
+    assert (again.source, again.origin) == (held.source, held.origin)
+    for name, values in again.weights().items():
+        np.testing.assert_array_equal(values, weights[name])
+    del again, values, weights
+    content = bytearray((held.folder / "payload").read_bytes())
+    content[4096:] = bytes(len(content) - 4096)
+    (held.folder / "payload").write_bytes(content)
+    assert ModelFolder(tmp_path).held is None
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_whoever_pulls_a_sum_from_the_device_gets_its_digest(tmp_path, restarted):
+    folder = ModelFolder(tmp_path)
+    pulled(folder, 1, "int8+zstd")
+    pulled(folder, 2, "int8+zstd", base=1)
+    if restarted:
+        folder = ModelFolder(tmp_path)
+    for _ in range(2):
+        manifest, file = folder.held.open_raw()
+        with file:
+            content = file.read()
+        assert manifest.sha256 == hashlib.sha256(content).digest()
+        assert (manifest.size_bytes, manifest.compression) == (len(content), "none")
+        assert content.startswith(folder.held.weights()["w"].tobytes())

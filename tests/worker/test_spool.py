@@ -1,5 +1,7 @@
 import hashlib
+import json
 import os
+import zlib
 from pathlib import Path
 
 import ml_dtypes
@@ -8,12 +10,13 @@ import pytest
 
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import layout_of
+from fedgrpc.codec.parts import part_of
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import EncodeError, StorageError
 from fedgrpc.rpc.convert import manifest_to_proto
 from fedgrpc.v1 import aggregator_pb2
-from fedgrpc.worker.residual_file import read_residual, write_residual
+from fedgrpc.worker.residual_file import ResidualWriter, read_residual, write_residual
 from fedgrpc.worker.spool import Spool
 
 
@@ -182,6 +185,51 @@ def test_a_damaged_residual_is_dropped_not_applied(tmp_path):
     ):
         path.write_bytes(bytes(damaged))
         assert read_residual(path, "run") == Residual()
+
+
+def test_a_residual_of_a_former_version_with_a_crc_in_place_of_the_sum_is_owed_still(tmp_path):
+    path = tmp_path / "residual"
+    write_residual(path, residual_of(tensors()), "run")
+    content = path.read_bytes()
+    arrays = b"".join(array.tobytes() for array in tensors().values())
+    about = json.loads(content[len(arrays) : -8])
+    del about["wordsum"]
+    for crc, wanted in ((zlib.crc32(arrays), residual_of(tensors())), (zlib.crc32(arrays) ^ 1, Residual())):
+        text = json.dumps({**about, "crc32": crc}).encode()
+        path.write_bytes(arrays + text + len(text).to_bytes(8, "little"))
+        assert equal(read_residual(path, "run"), wanted)
+
+
+def test_a_residual_may_be_written_and_read_in_parts(tmp_path):
+    array = np.random.default_rng(0).normal(size=(50, 2000)).astype(np.float32)
+    writer = ResidualWriter(tmp_path / "residual", "run")
+    for start in range(0, array.size, 32768):
+        writer.add("w", array.reshape(-1)[start : start + 32768])
+    writer.add("after", np.ones(3, np.float32))
+    layout = (*layout_of({"w": array}), *layout_of({"after": np.ones(3, np.float32)}))
+    writer.finish(layout)
+    stored = read_residual(tmp_path / "residual", "run").tensors
+    np.testing.assert_array_equal(stored["w"], array)
+    np.testing.assert_array_equal(stored["after"], np.ones(3))
+    part = part_of(stored, "w")
+    for start, stop in ((0, 10), (99_990, 100_000), (32768, 65536)):
+        np.testing.assert_array_equal(part(start, stop), array.reshape(-1)[start:stop])
+
+
+@pytest.mark.parametrize("restarted", ["never", "before the acknowledgement", "after it"])
+def test_a_residual_of_a_former_process_is_checked_before_it_is_applied(tmp_path, restarted):
+    spool = Spool(tmp_path)
+    update = spool.write(task(), fill(residual=residual_of(tensors())))
+    if restarted == "before the acknowledgement":
+        spool = Spool(tmp_path)
+        [update] = spool.updates()
+    spool.acknowledge(update)
+    if restarted == "after it":
+        spool = Spool(tmp_path)
+    content = bytearray((tmp_path / "residual").read_bytes())
+    content[0] ^= 1
+    (tmp_path / "residual").write_bytes(content)
+    assert bool(spool.residual("run").tensors) == (restarted == "never")
 
 
 def test_the_residual_file_is_the_arrays_and_little_more(tmp_path):
