@@ -31,11 +31,12 @@ import numpy as np
 
 from fedgrpc.codec.efficiency import measure
 from fedgrpc.codec.encoding import Encoding, parse_encoding
-from fedgrpc.codec.feedback import correct, left_over
+from fedgrpc.codec.feedback import correct, left_over, quantize_with_feedback
 from fedgrpc.codec.layout import Array, spec_of
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import PayloadReader, PayloadWriter, buffer_reader
 from fedgrpc.codec.recipe import Compression
+from fedgrpc.codec.uniform import Uniform
 
 DATA = ("laplace", "gauss", "student")
 DEFAULT = [
@@ -112,7 +113,17 @@ def bench(encoding: Encoding, array: Array) -> Row:
     residual = array - decoded if encoding.contractive and not encoding.lossless else None
     plain, packed = pack(encoding, array, data, "none"), pack(encoding, array, data, "zstd")
 
+    left, at = np.empty(array.size, np.float32), 0
+
+    def keep(name: str, part: Array) -> None:
+        nonlocal at
+        left[at : at + part.size] = part
+        at = (at + part.size) % left.size
+
     def feedback() -> Array:
+        if isinstance(encoding, Uniform):
+            quantize_with_feedback({"x": array}, {"x": residual}, spec, encoding, rng, keep)
+            return left
         corrected = correct(array, residual)
         return left_over(corrected, encoding.decode(memoryview(encoding.encode(corrected, rng)), spec))
 
