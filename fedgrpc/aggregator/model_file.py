@@ -4,7 +4,7 @@ The safetensors package writes only whole models from memory; an aggregator hold
 its memory does not grow with the model. Files written here are read by that package, and the other way round.
 
 The tensors of a file, end to end, are also the payload of the model in the raw recipe. So its header keeps their
-SHA-256, and the digest of the whole file is that of the header and this. A file that never travels has a `WordSum`
+SHA-256, and the digest of the whole file is that of the header and this. A file that never travels has a CRC-32
 in its place, which costs a fraction.
 """
 
@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 
 from fedgrpc.aggregator.durable import fsync_folder
+from fedgrpc.codec.crc import crc32
 from fedgrpc.codec.layout import Array, Layout, TensorSpec
 from fedgrpc.codec.parts import InParts
 from fedgrpc.codec.values import Part
-from fedgrpc.codec.wordsum import WordSum
 from fedgrpc.errors import LayoutError, StorageError, UsageError
 from fedgrpc.spares import SpareFiles, pwrite, write_back
 
@@ -52,8 +52,8 @@ _MAX_DIMS = 16
 _MAX_HEADER_BYTES = 100_000_000
 _NEW = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_WORDSUM = re.compile(r"[0-9a-f]{8}")
-_UNKNOWN_SHA256, _UNKNOWN_WORDSUM = "0" * 64, "-" * 8
+_CRC32 = re.compile(r"[0-9a-f]{8}")
+_UNKNOWN_SHA256, _UNKNOWN_CRC32 = "0" * 64, "-" * 8
 _READ_BYTES = 1 << 20
 
 
@@ -66,7 +66,7 @@ class ModelFile:
     starts: tuple[int, ...]
     header: bytes
     tensors_sha256: bytes | None
-    wordsum: int | None = None
+    tensors_crc32: int | None = None
 
     @classmethod
     def open(cls, path: Path) -> ModelFile:
@@ -88,10 +88,10 @@ class ModelFile:
             raise UsageError(f"{path} is not a safetensors file that fedgrpc can use: {error}") from error
         layout = tuple(spec for spec, _, _ in entries)
         starts = tuple(8 + size + start for _, start, _ in entries)
-        sums = _kept(header, "sha256", _SHA256), _kept(header, "wordsum", _WORDSUM)
+        sums = _kept(header, "sha256", _SHA256), _kept(header, "crc32", _CRC32)
         sha256 = bytes.fromhex(sums[0]) if sums[0] else None
-        wordsum = int(sums[1], 16) if sums[1] else None
-        return cls(path, layout, starts, struct.pack("<Q", size) + text, sha256, wordsum)
+        crc = int(sums[1], 16) if sums[1] else None
+        return cls(path, layout, starts, struct.pack("<Q", size) + text, sha256, crc)
 
     def tensor(self, index: int) -> np.ndarray:
         """Tensor number `index` of the layout, freshly read. Raises `StorageError`."""
@@ -127,17 +127,17 @@ class ModelFile:
     @property
     def as_written(self) -> bool:
         """Whether its tensors are what its header says; False where it says nothing. Raises `StorageError`."""
-        if self.wordsum is None:
+        if self.tensors_crc32 is None:
             return self.tensors_sha256 == self.computed_sha256()
-        total = WordSum()
+        crc = 0
         try:
             with self.path.open("rb") as file:
                 file.seek(self.tensors_start)
                 while data := file.read(_READ_BYTES):
-                    total.add(data)
+                    crc = crc32(data, crc)
         except OSError as error:
             raise StorageError(f"cannot read the model {self.path}: {error.strerror}") from error
-        return total.value == self.wordsum
+        return crc == self.tensors_crc32
 
     def computed_sha256(self) -> bytes:
         """Digest of the tensors as they are on the disk now. Raises `StorageError`."""
@@ -200,7 +200,7 @@ class ModelTensors(InParts):
 class ModelWriter:
     """Writes a model file one tensor at a time; nothing is at `path` until `finish` has put all of it there.
 
-    One that is not `durable` never travels either: it has a `WordSum`, and no digest. Raises `StorageError` when
+    One that is not `durable` never travels either: it has a CRC-32, and no digest. Raises `StorageError` when
     the disk does not take it; `path` is then as it was.
     """
 
@@ -213,12 +213,12 @@ class ModelWriter:
         self._waiting = iter(layout)
         self._spec, self._left = TensorSpec("", "float32", (0,)), 0
         self._layout = layout
-        self._digest, self._wordsum = hashlib.sha256(), WordSum()
+        self._digest, self._crc32 = hashlib.sha256(), 0
         self._size_bytes = 0
         with self._storage_errors():
             handle = spares.create(self._part) if spares else os.open(self._part, _NEW, 0o666)
             self._file = FileIO(handle, "r+")
-            self._put(self._header(_UNKNOWN_SHA256 if durable else _UNKNOWN_WORDSUM))
+            self._put(self._header(_UNKNOWN_SHA256 if durable else _UNKNOWN_CRC32))
 
     def __enter__(self) -> ModelWriter:
         return self
@@ -238,12 +238,12 @@ class ModelWriter:
         if self._durable:
             self._digest.update(data)
         else:
-            self._wordsum.add(data)
+            self._crc32 = crc32(data, self._crc32)
         with self._storage_errors():
             self._put(data)
 
     def _header(self, kept: str) -> bytes:
-        return _header(self._layout, {"sha256" if self._durable else "wordsum": kept})
+        return _header(self._layout, {"sha256" if self._durable else "crc32": kept})
 
     def _put(self, data: bytes | memoryview) -> None:
         pwrite(self._file.fileno(), data, self._size_bytes)
@@ -256,7 +256,7 @@ class ModelWriter:
         spec = self._spec if self._left else next(self._waiting, None)
         if spec is not None:
             raise ValueError(f"tensor {spec.name!r} was not written")
-        header = self._header(self._digest.hexdigest() if self._durable else f"{self._wordsum.value:08x}")
+        header = self._header(self._digest.hexdigest() if self._durable else f"{self._crc32:08x}")
         with self._storage_errors():
             pwrite(self._file.fileno(), header, 0)
             os.ftruncate(self._file.fileno(), self._size_bytes)

@@ -4,9 +4,9 @@
     model/partial/     a download that goes on where it stopped
 
 The rule: a folder with a number is complete and its payload has matched its digest. Weights that came as a
-difference are kept whole, so that the held version never depends on another; of these about.json has a sum, and
-their digest is taken when somebody pulls them. Nothing here is synced to the disk: what a power cut takes away can
-be pulled again, and what it leaves is checked at the next start.
+difference are kept whole, so that the held version never depends on another; of these about.json has a CRC-32,
+and their digest is taken when somebody pulls them. Nothing here is synced to the disk: what a power cut takes away
+can be pulled again, and what it leaves is checked at the next start.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 import structlog
 from google.protobuf.message import DecodeError
 
+from fedgrpc.codec.crc import crc32
 from fedgrpc.codec.layout import Array
 from fedgrpc.codec.manifest import Limits, Manifest, TensorEntry
 from fedgrpc.codec.parts import part_of
@@ -39,7 +40,6 @@ from fedgrpc.codec.payload import (
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.values import PIECE, pieces, refuse_non_finite
-from fedgrpc.codec.wordsum import WordSum
 from fedgrpc.errors import CodecError, CorruptError, LayoutError
 from fedgrpc.rpc.convert import manifest_from_proto, manifest_to_proto
 from fedgrpc.spares import SpareFiles
@@ -86,14 +86,14 @@ class Origin:
 class HeldModel:
     """One complete model version on disk. `origin` is the payload that made it, a difference perhaps.
 
-    `wordsum` is the `WordSum` of a payload that was put together here, and whose manifest has no digest.
+    `crc32` is that of a payload that was put together here, and whose manifest has no digest.
     """
 
     folder: Path
     source: Source
     manifest: Manifest
     origin: Origin
-    wordsum: int | None = None
+    crc32: int | None = None
     _uses: list[weakref.ref[Any]] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -144,12 +144,12 @@ class HeldModel:
         """Raises CorruptError unless the payload is what it was. Slow: run it in a thread."""
         with self._open(self.folder / PAYLOAD) as file:
             read = file_reader(file.fileno())
-            if self.wordsum is None:
+            if self.crc32 is None:
                 return verify_digest(self.manifest, read)
-            total = WordSum()
+            crc = 0
             for offset in range(0, self.manifest.size_bytes, _READ_BYTES):
-                total.add(read(offset, min(_READ_BYTES, self.manifest.size_bytes - offset)))
-        if total.value != self.wordsum:
+                crc = crc32(read(offset, min(_READ_BYTES, self.manifest.size_bytes - offset)), crc)
+        if crc != self.crc32:
             raise CorruptError("its payload is not what was written")
 
     def open_raw(self) -> tuple[Manifest, BinaryIO]:
@@ -193,8 +193,8 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _write_whole(model: Applied, out: BinaryIO) -> tuple[Manifest, int]:
-    """Write all tensors raw; their manifest, without a digest, and the `WordSum` of the payload."""
-    total = WordSum()
+    """Write all tensors raw; their manifest, without a digest, and the CRC-32 of the payload."""
+    crc = 0
     for spec in model.layout:
         part = part_of(model, spec.name)
         for piece in pieces(spec.size, _PIECE):
@@ -202,10 +202,10 @@ def _write_whole(model: Applied, out: BinaryIO) -> tuple[Manifest, int]:
             with naming(spec):
                 refuse_non_finite(values)
             data = values.view(np.uint8).data
-            total.add(data)
+            crc = crc32(data, crc)
             out.write(data)
     entries = tuple(TensorEntry(spec, Raw(), spec.nbytes) for spec in model.layout)
-    return Manifest(entries, "none", (), sum(spec.nbytes for spec in model.layout), _NO_DIGEST), total.value
+    return Manifest(entries, "none", (), sum(spec.nbytes for spec in model.layout), _NO_DIGEST), crc
 
 
 def _own(array: Array) -> Array:
@@ -290,14 +290,14 @@ class ModelFolder:
         except CorruptError:
             self.drop_partial()
             raise
-        manifest, wordsum = partial.manifest, None
+        manifest, crc = partial.manifest, None
         with storage_errors(self._folder):
             source = _read_source(self._partial)
             if partial.header.base_version:
-                manifest, wordsum = self._merge(partial)
+                manifest, crc = self._merge(partial)
             final = self._folder / f"{self._next_number():08}"
             self._partial.rename(final)
-        old, self.held = self.held, HeldModel(final, source, manifest, Origin.of(partial.manifest), wordsum)
+        old, self.held = self.held, HeldModel(final, source, manifest, Origin.of(partial.manifest), crc)
         if old is not None:
             with storage_errors(old.folder):
                 if not old.in_use:
@@ -306,7 +306,7 @@ class ModelFolder:
         return self.held
 
     def _merge(self, partial: PartialModel) -> tuple[Manifest, int]:
-        """Turn the difference in the partial download into the whole model, in place; its manifest and sum."""
+        """Turn the difference in the partial download into the whole model, in place; its manifest and CRC."""
         base = self.held
         if base is None or base.version != partial.header.base_version:
             self.drop_partial()
@@ -317,15 +317,15 @@ class ModelFolder:
             difference = PayloadReader(partial.manifest, file_reader(file.fileno()), self._limits)
             held = PayloadReader(base.manifest, buffer_reader(base.mapped().data))
             with open(self._spares.create(merged / PAYLOAD), "wb") as payload:
-                manifest, wordsum = _write_whole(Applied(held, difference), payload)
+                manifest, crc = _write_whole(Applied(held, difference), payload)
                 payload.truncate()
         header = aggregator_pb2.ModelHeader(version=partial.header.version, manifest=manifest_to_proto(manifest))
         (merged / HEADER).write_bytes(header.SerializeToString(deterministic=True))
-        _write_about(merged, _read_source(self._partial), Origin.of(partial.manifest), wordsum)
+        _write_about(merged, _read_source(self._partial), Origin.of(partial.manifest), crc)
         self._spare_differences.keep(self._partial / PAYLOAD)
         self.drop_partial()
         merged.rename(self._partial)
-        return manifest, wordsum
+        return manifest, crc
 
     def _next_number(self) -> int:
         return max((int(path.name) for path in self._numbered()), default=0) + 1
@@ -354,16 +354,16 @@ def _load(folder: Path) -> HeldModel:
     manifest = manifest_from_proto(header.manifest)
     if (folder / PAYLOAD).stat().st_size != manifest.size_bytes:
         raise LayoutError("its payload is not as long as declared")
-    source, origin, wordsum = _read_about(folder)
-    return HeldModel(folder, source, manifest, origin or Origin.of(manifest), wordsum)
+    source, origin, crc = _read_about(folder)
+    return HeldModel(folder, source, manifest, origin or Origin.of(manifest), crc)
 
 
-def _write_about(folder: Path, source: Source, origin: Origin | None = None, wordsum: int | None = None) -> None:
+def _write_about(folder: Path, source: Source, origin: Origin | None = None, crc: int | None = None) -> None:
     about = asdict(source)
     if origin is not None:
         about |= {"origin_sha256": origin.sha256.hex(), "origin_bytes": origin.size_bytes}
-    if wordsum is not None:
-        about["wordsum"] = wordsum
+    if crc is not None:
+        about["crc32"] = crc
     (folder / _ABOUT).write_text(json.dumps(about))
 
 
@@ -373,8 +373,8 @@ def _read_about(folder: Path) -> tuple[Source, Origin | None, int | None]:
     source = Source(str(about["run"]), int(about["version"]), str(about["recipe"]), sub_model)
     if "origin_sha256" not in about:
         return source, None, None
-    wordsum = int(about["wordsum"]) if "wordsum" in about else None
-    return source, Origin(bytes.fromhex(about["origin_sha256"]), int(about["origin_bytes"])), wordsum
+    crc = int(about["crc32"]) if "crc32" in about else None
+    return source, Origin(bytes.fromhex(about["origin_sha256"]), int(about["origin_bytes"])), crc
 
 
 def _read_source(folder: Path) -> Source:

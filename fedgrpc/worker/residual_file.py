@@ -23,7 +23,6 @@ from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import Array, Layout, TensorSpec
 from fedgrpc.codec.parts import InParts
 from fedgrpc.codec.values import Part, flat
-from fedgrpc.codec.wordsum import WordSum
 from fedgrpc.errors import LayoutError, StorageError
 from fedgrpc.spares import SpareFiles, WrittenBack
 
@@ -43,12 +42,12 @@ class ResidualWriter:
         self._spares = spares
         self._file: BinaryIO | None = None
         self._names: list[str] = []
-        self._sum = WordSum()
+        self._crc32 = 0
 
     def add(self, name: str, array: Array) -> None:
         """The next tensor, or the next part of the one in hand. Raises OSError."""
         data = flat(array).view(np.uint8).data
-        self._sum.add(data)
+        self._crc32 = crc32(data, self._crc32)
         self._opened().write(data)
         if not self._names or self._names[-1] != name:
             self._names.append(name)
@@ -59,7 +58,7 @@ class ResidualWriter:
             "run": self._run,
             "layout": [[spec.name, spec.dtype, list(spec.shape)] for spec in layout],
             "tensors": self._names,
-            "wordsum": self._sum.value,
+            "crc32": self._crc32,
         }
         text = json.dumps(about).encode()
         file = self._opened()
@@ -95,7 +94,7 @@ def write_residual(path: Path, residual: Residual, run: str) -> None:
 def read_residual(path: Path, run: str, *, checked: bool = False) -> Residual:
     """The residual of `run` at `path`; empty where there is none, or none that can be used.
 
-    Its sum is checked here, unless the file is known to be as it was written; tensors are read when asked for.
+    Its CRC is checked here, unless the file is known to be as it was written; tensors are read when asked for.
     """
     try:
         file = path.open("rb")
@@ -110,8 +109,8 @@ def read_residual(path: Path, run: str, *, checked: bool = False) -> Residual:
         tensors = _Stored(file, tuple(specs[name] for name in about["tensors"]))
         if tensors.size_bytes != content_bytes:
             raise ValueError(f"{content_bytes} bytes of arrays are not those that it tells of")
-        if not checked and not _as_written(file, content_bytes, about):
-            raise ValueError("its sum does not match")
+        if not checked and _crc32_of(file, content_bytes) != about["crc32"]:
+            raise ValueError("its CRC does not match")
     except (ValueError, KeyError, TypeError, LayoutError) as error:
         log.warning("residual dropped", reason=f"{path} is corrupt: {error}")
         return Residual()
@@ -133,17 +132,12 @@ def _read_about(file: BinaryIO) -> tuple[dict[str, Any], int]:
     return about, start - length
 
 
-def _as_written(file: BinaryIO, size_bytes: int, about: dict[str, Any]) -> bool:
-    """By the sum of the arrays; files of former versions have a CRC-32."""
-    crc, total, piece = 0, WordSum(), memoryview(bytearray(_PIECE_BYTES))
-    former = "wordsum" not in about
+def _crc32_of(file: BinaryIO, size_bytes: int) -> int:
+    crc, piece = 0, memoryview(bytearray(_PIECE_BYTES))
     for offset in range(0, size_bytes, _PIECE_BYTES):
-        data = piece[: os.preadv(file.fileno(), [piece[: min(_PIECE_BYTES, size_bytes - offset)]], offset)]
-        if former:
-            crc = crc32(data, crc)
-        else:
-            total.add(data)
-    return bool(crc == about["crc32"] if former else total.value == about["wordsum"])
+        count = os.preadv(file.fileno(), [piece[: min(_PIECE_BYTES, size_bytes - offset)]], offset)
+        crc = crc32(piece[:count], crc)
+    return crc
 
 
 class _Stored(InParts):

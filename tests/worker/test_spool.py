@@ -1,7 +1,5 @@
 import hashlib
-import json
 import os
-import zlib
 from pathlib import Path
 
 import ml_dtypes
@@ -185,19 +183,6 @@ def test_a_damaged_residual_is_dropped_not_applied(tmp_path):
     ):
         path.write_bytes(bytes(damaged))
         assert read_residual(path, "run") == Residual()
-
-
-def test_a_residual_of_a_former_version_with_a_crc_in_place_of_the_sum_is_owed_still(tmp_path):
-    path = tmp_path / "residual"
-    write_residual(path, residual_of(tensors()), "run")
-    content = path.read_bytes()
-    arrays = b"".join(array.tobytes() for array in tensors().values())
-    about = json.loads(content[len(arrays) : -8])
-    del about["wordsum"]
-    for crc, wanted in ((zlib.crc32(arrays), residual_of(tensors())), (zlib.crc32(arrays) ^ 1, Residual())):
-        text = json.dumps({**about, "crc32": crc}).encode()
-        path.write_bytes(arrays + text + len(text).to_bytes(8, "little"))
-        assert equal(read_residual(path, "run"), wanted)
 
 
 def test_a_residual_may_be_written_and_read_in_parts(tmp_path):
