@@ -25,6 +25,7 @@ _SIZES = {
     "max_payload_bytes": Limits().max_payload_bytes,
     "max_upload_memory_bytes": 1 << 40,
 }
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,8 @@ class AggregatorSettings:
         for name, most in _SIZES.items():
             if not 1 <= getattr(self, name) <= most:
                 raise UsageError(f"{name} must be from 1 to {most} bytes, not {getattr(self, name)}")
+        if not self.run_name.isprintable() or not 1 <= len(self.run_name) <= _LONGEST_NAME:
+            raise UsageError(f"run_name must be 1 to {_LONGEST_NAME} printable characters")
         for worker, weight in self.worker_weights.items():
             if not 0 <= weight < math.inf:
                 raise UsageError(f"the weight of worker {worker!r} must be a number from 0, not {weight:g}")

@@ -10,7 +10,10 @@ from typing import Any, Final
 
 from fedgrpc.errors import UsageError
 
-TABLES: Final = ("aggregator", "worker", "demo", "status", "watch", "plan", "health", "simulate")
+TABLES: Final = (
+    *("aggregator", "worker", "demo", "status", "watch", "pause", "resume", "stop"),
+    *("plan", "health", "simulate"),
+)
 
 Text = str | list[str]
 

@@ -1,4 +1,4 @@
-"""An operator's view of a running aggregator: the calls that `status`, `watch` and `demo` make."""
+"""An operator's view of a running aggregator, and what it is told: the calls that the other commands make."""
 
 from __future__ import annotations
 
@@ -94,6 +94,25 @@ class Operator:
         with self._reaching():
             async for news in self._stub.WatchRounds(pb.WatchRoundsRequest(max_rate_hz=max_rate_hz)):
                 yield news
+
+    async def pause(self) -> pb.Run:
+        """Open no further round. Raises `IllegalTransition` once the run has ended."""
+        with self._reaching():
+            answer: pb.PauseRunResponse = await self._stub.PauseRun(pb.PauseRunRequest(), timeout=_TIMEOUT_S)
+        return answer.run
+
+    async def resume(self) -> pb.Run:
+        """Open rounds again. Raises `IllegalTransition` once the run has ended."""
+        with self._reaching():
+            answer: pb.ResumeRunResponse = await self._stub.ResumeRun(pb.ResumeRunRequest(), timeout=_TIMEOUT_S)
+        return answer.run
+
+    async def stop(self, reason: str) -> pb.Run:
+        """End the run, for that reason."""
+        request = pb.StopRunRequest(reason=reason)
+        with self._reaching():
+            answer: pb.StopRunResponse = await self._stub.StopRun(request, timeout=_TIMEOUT_S)
+        return answer.run
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:

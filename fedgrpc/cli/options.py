@@ -60,6 +60,12 @@ class Setting(click.Option):
             complaint = f"{self.opts[0]}: {error.message.removesuffix('.')}{where}"
             raise click.UsageError(complaint, ctx) from error
 
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        """As click does, but that no path is empty: it would be the folder that one happens to be in."""
+        if isinstance(self.type, click.Path) and value == "":
+            raise click.BadParameter("the path is empty", ctx, self)
+        return super().type_cast_value(ctx, value)
+
     def origin(self, ctx: click.Context) -> str:
         """The variable, the file or the flag that gave its value; empty: nobody did."""
         source = ctx.get_parameter_source(self.name or "")
@@ -130,7 +136,7 @@ class SettingsCommand(click.Command):
             "the variable over the file."
         )
         context = {"max_content_width": 110, "help_option_names": ["-h", "--help"]}
-        super().__init__(name, context, callback, [*params, config], help, epilog)
+        super().__init__(name, context, callback, [*params, config], help, epilog, short_help=help)
 
     def settings(self) -> list[Setting]:
         """What can be set, in the order of `--help`."""

@@ -12,10 +12,16 @@ _NUMBER_AND_UNIT: Final = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\
 
 
 class Quantity(click.ParamType[Any]):
-    """A number with a unit from a table, in the unit that the table gives as 1; without a unit in that, too."""
+    """A number with a unit from a table, in the unit that the table gives as 1; without a unit in that, too.
 
-    def __init__(self, name: str, units: Mapping[str, float], example: str, whole: bool = False) -> None:
+    At most `most`: what is above it stands for no time, size or rate, and does not fit into messages.
+    """
+
+    def __init__(
+        self, name: str, units: Mapping[str, float], example: str, *, most: float, whole: bool = False
+    ) -> None:
         self.name = name
+        self._most = most
         self._units = units
         self._factors = {unit.lower(): factor for unit, factor in units.items()}
         self._example = example
@@ -29,6 +35,8 @@ class Quantity(click.ParamType[Any]):
         if match is None or factor is None:
             self.fail(f"{value!r} must look like {self._example}", param, ctx)
         amount = float(match[1]) * factor
+        if amount > self._most:
+            self.fail(f"{value!r} is more than {self.show(self._most)}", param, ctx)
         return round(amount) if self._whole else amount
 
     def show(self, amount: float) -> str:
@@ -39,7 +47,12 @@ class Quantity(click.ParamType[Any]):
         return f"{amount:g}"
 
 
-DURATION: Final = Quantity("duration", {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600}, "30, 1.5s, 10m or 2h")
+DURATION: Final = Quantity(
+    "duration",
+    {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600},
+    "30, 1.5s, 10m or 2h",
+    most=100_000 * 3600,
+)
 SIZE: Final = Quantity(
     "size",
     {
@@ -47,6 +60,9 @@ SIZE: Final = Quantity(
         **{"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30},
     },
     "4096, 256MB or 4GiB",
+    most=1 << 60,
     whole=True,
 )
-RATE: Final = Quantity("rate", {"": 1, "bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}, "500kbit or 50mbit")
+RATE: Final = Quantity(
+    "rate", {"": 1, "bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}, "500kbit or 50mbit", most=1e14
+)

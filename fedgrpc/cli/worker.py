@@ -18,6 +18,7 @@ from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand, 
 from fedgrpc.cli.quantities import DURATION, RATE, SIZE
 from fedgrpc.cli.tls import client_settings, client_tls
 from fedgrpc.codec.encoding import ENCODING_NAMES
+from fedgrpc.data.partition import parse_part, parse_partition
 from fedgrpc.errors import UsageError
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.rpc.retry import Backoff
@@ -193,8 +194,12 @@ def _run(**values: Any) -> int:
     settings = settings_from(values)
     setup = pick(TaskSetup, values, options=dict(values["options"]))
     own_task: str | None = values["task"]
+    # Mistakes are told before anybody is asked.
     if own_task is not None:
-        find_task(own_task)  # a mistake is told before anybody is asked
+        find_task(own_task)
+    if setup.partition is not None and setup.part is not None:
+        parse_partition(setup.partition)
+        parse_part(setup.part)
 
     def build(registration: Registration) -> Trainer:
         return trainer_for(setup, own_task, registration)

@@ -107,6 +107,20 @@ def test_watch_follows_a_run_to_its_end(tmp_path: Path) -> None:
     assert "run default · finished · 3 of 3 rounds committed" in lines[-1]
 
 
+def test_an_operator_pauses_resumes_and_stops_a_run(tmp_path: Path) -> None:
+    with running_aggregator(tmp_path, *_AGGREGATOR, "--stay") as (_, address):
+        told = [fedgrpc(order, "--aggregator", address) for order in ("pause", "resume")]
+        told.append(fedgrpc("stop", "--aggregator", address, "--reason", "enough is\nenough"))
+        assert [(ended.code, ended.error) for ended in told] == [(0, "")] * 3
+        assert [ended.out for ended in told] == [
+            "run default · paused · 0 of 3 rounds committed · no model yet\n",
+            "run default · running · 0 of 3 rounds committed · no model yet\n",
+            "run default · stopped · 0 of 3 rounds committed · no model yet (enough is enough)\n",
+        ]
+        too_late = fedgrpc("resume", "--aggregator", address)
+        assert (too_late.code, too_late.error) == (1, "error: the run has ended: enough is enough\n")
+
+
 def test_metrics_are_served_while_the_run_goes_on(tmp_path: Path) -> None:
     metrics = free_address()
     settings = [*_AGGREGATOR, "--stay", "--metrics-address", metrics]

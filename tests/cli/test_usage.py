@@ -39,7 +39,21 @@ def _is_one_line(ended: Ended, *parts: str, code: int = 2) -> None:
         (["aggregator", "--data-dir", "d", "--metrics-address", "9090"], ["'9090' must look like HOST:PORT"]),
         (["aggregator", "--data-dir", "/dev/null/d"], ["/dev/null/d"]),
         (["aggregator", "--data-dir", "d", "--tls-key", __file__], ["TLS", "--tls-cert"]),
+        (["aggregator", "--data-dir", ""], ["--data-dir: the path is empty"]),
+        (
+            ["aggregator", "--data-dir", "d", "--run-name", "a\nb"],
+            ["run_name must be 1 to 200 printable characters"],
+        ),
+        (["aggregator", "--data-dir", "d", "--max-payload", "1e400"], ["--max-payload: '1e400' is more than"]),
+        (["aggregator", "--data-dir", "d", "--lease", "1e300"], ["--lease: '1e300' is more than 100000h"]),
         (["worker"], ["--aggregator is missing"]),
+        (["worker", "--aggregator", "a:1", "--state-dir", ""], ["--state-dir: the path is empty"]),
+        (["worker", "--aggregator", "a:1", "--link", "1e400"], ["--link: '1e400' is more than 100000gbit"]),
+        (["worker", "--aggregator", "a:1", "--partition", "shards:x", "--part", "1/2"], ["partition 'shards:x'"]),
+        (
+            ["worker", "--aggregator", "a:1", "--partition", "iid", "--part", "3/2"],
+            ["part '3/2' must look like 3/10"],
+        ),
         (["worker", "--aggregator", "there"], ["'there' must look like HOST:PORT"]),
         (["worker", "--aggregator", "a:1", "--name", "a b"], ["worker name 'a b'"]),
         (["worker", "--aggregator", "a:1", "--data", "nowhere"], ["--data", "'nowhere' does not exist"]),
@@ -63,6 +77,12 @@ def test_a_wrong_flag_is_one_line_that_says_what_to_do(
     arguments: list[str], parts: list[str], tmp_path: Path
 ) -> None:
     _is_one_line(fedgrpc(*arguments, cwd=tmp_path), *parts)
+
+
+def test_the_commands_are_listed_with_all_that_is_said_of_them(tmp_path: Path) -> None:
+    listed = fedgrpc("--help", cwd=tmp_path)
+    assert "hand out tasks, take updates in, average them, keep every model" in listed.out
+    assert "..." not in listed.out.split("Commands:")[1]
 
 
 @pytest.mark.parametrize(
