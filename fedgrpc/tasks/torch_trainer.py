@@ -65,14 +65,14 @@ class TorchTrainer:
         self._lock = threading.Lock()
         if "threads" in setup.options:
             torch.set_num_threads(_thread_count(setup.options["threads"]))
-        train, held_out = _share(*task.data(setup.data), setup)
+        train, held_out = _share(*_data_of(task, setup.data), setup)
         self._train = batches_of(train, self._device)
         self._train_data = train
         self._held_out = None if held_out is None else batches_of(held_out, self._device)
         if len(self._train) == 0 and not self._held_out:  # with nothing to train on, it can still score
             raise UsageError(f"{type(task).__name__} has no examples in {setup.data}")
         with _seeded(self._device, setup.seed):
-            self._model = task.model()
+            self._model = _model_of(task)
         self._initial = weights_of(self._model)
         self._model.to(self._device)
         self._widths = Widths(self._model, self._example)
@@ -229,6 +229,33 @@ def _means(task: Task, model: Forward, held_out: Batches) -> dict[str, float]:
         for name, mean in {"loss": task.loss(outputs, targets), **task.metrics(outputs, targets)}.items():
             sums[name] = sums.get(name, torch.zeros((), device=outputs.device)) + mean * len(indices)
     return {name: float(total) / len(held_out) for name, total in sums.items()}
+
+
+def _data_of(task: Task, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
+    """What the task's own code gives. Raises TaskError where it is something else."""
+    found: Any = task.data(path)
+    if not isinstance(found, tuple | list) or len(found) != 2 or not _indexable(found[0]):
+        raise TaskError(
+            f"{type(task).__name__}.data() must return two data sets, one to train on and one to score with "
+            f"(or None), each with a length and items (input, target); it returned a {type(found).__name__}"
+        )
+    train, held_out = found
+    if held_out is not None and not _indexable(held_out):
+        raise TaskError(f"{type(task).__name__}.data(): what to score with must be a data set or None")
+    return train, held_out
+
+
+def _indexable(found: object) -> bool:
+    return hasattr(found, "__len__") and hasattr(found, "__getitem__")
+
+
+def _model_of(task: Task) -> nn.Module:
+    model: Any = task.model()
+    if not isinstance(model, nn.Module):
+        raise TaskError(
+            f"{type(task).__name__}.model() must return a torch.nn.Module, not a {type(model).__name__}"
+        )
+    return model
 
 
 def _share(

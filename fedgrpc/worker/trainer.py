@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -328,15 +329,21 @@ def _blaming(reference: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         text = " ".join(str(error).split())[:300]
-        where = _innermost_line(error)
+        where = _line_of(error, reference)
         raise TaskError(f"task {reference} raised {type(error).__name__}: {text}{where}") from error
 
 
-def _innermost_line(error: BaseException) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return f" ({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})" if trace is not None else ""
+def _line_of(error: BaseException, reference: str) -> str:
+    """The innermost line of the task's own package; of whatever library it is in where there is none."""
+    if isinstance(error, SyntaxError):
+        return ""  # its text says where
+    package = reference.partition(":")[0].partition(".")[0]
+    lines = list(traceback.walk_tb(error.__traceback__))
+    own = [line for line in lines if line[0].f_globals.get("__name__", "").partition(".")[0] == package]
+    if not lines:
+        return ""
+    frame, number = (own or lines)[-1]
+    return f" ({Path(frame.f_code.co_filename).name}:{number})"
 
 
 class _GuardedTrainer:

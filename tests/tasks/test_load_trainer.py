@@ -133,6 +133,17 @@ def test_what_user_code_raises_becomes_one_line_that_names_it(module) -> None:  
         trainer.evaluate({})
 
 
+def test_the_line_that_is_told_is_the_user_s_own_and_not_that_of_a_library_it_calls(module) -> None:  # type: ignore[no-untyped-def]
+    trainer = load_trainer(module({"train": "return np.load('not there')"}))
+    with pytest.raises(TaskError, match=r"raised FileNotFoundError: .* \(own_task_.*\.py:\d+\)$"):
+        trainer.train({}, TrainJob())
+
+
+def test_a_module_that_is_no_python_says_where(module) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(TaskError, match=r"SyntaxError: .*\(own_task_.*\.py, line \d+\)$"):
+        load_trainer(module(extra="def f(:\n"))
+
+
 def test_a_constructor_that_raises_is_a_task_error(module) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(TaskError, match="raised RuntimeError: no camera"):
         load_trainer(module({"init": "raise RuntimeError('no camera')"}))

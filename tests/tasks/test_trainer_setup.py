@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
-from fedgrpc.errors import UsageError
+from fedgrpc.errors import TaskError, UsageError
 from fedgrpc.tasks.torch_task import TorchTask
 from fedgrpc.worker.trainer import TrainJob
 from tests.tasks.plain import ByItem, Plain, X, Y, trainer_of
@@ -48,6 +48,26 @@ def test_a_dataset_of_items_is_shared_out_by_its_labels() -> None:
 def test_a_wrong_setting_is_a_usage_error(setup: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         trainer_of(Plain, **setup)
+
+
+ONE_SET = TensorDataset(X, Y)
+
+
+@pytest.mark.parametrize(
+    ("method", "returned", "message"),
+    [
+        ("data", ONE_SET, r"Bent.data\(\) must return two data sets, .*; it returned a TensorDataset"),
+        ("data", (None, None), "must return two data sets"),
+        ("data", (ONE_SET, 0.5), "what to score with must be a data set or None"),
+        ("model", None, r"Bent.model\(\) must return a torch.nn.Module, not a NoneType"),
+    ],
+)
+def test_a_task_that_returns_something_else_is_told_what_to_return(
+    method: str, returned: object, message: str
+) -> None:
+    bent = type("Bent", (Plain,), {method: lambda *_: returned})
+    with pytest.raises(TaskError, match=message):
+        trainer_of(bent)
 
 
 def test_threads_are_set_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
