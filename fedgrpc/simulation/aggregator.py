@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedgrpc.errors import FedgrpcError, LinkError, RoundClosed, UnknownTask, UpdateRefused, WrongOffset
-from fedgrpc.rounds.deadline import learned_deadline
 from fedgrpc.rounds.events import (
     Accepted,
     Cancel,
@@ -28,13 +27,11 @@ from fedgrpc.rounds.events import (
     Progress,
     Rejected,
     Select,
-    Selected,
     TaskPhase,
     Tick,
 )
-from fedgrpc.rounds.history import Timing, WorkerHistory, timing_of
-from fedgrpc.rounds.selection import choose_oort, choose_uniform
 from fedgrpc.rounds.state import Round, RoundPhase, follow, restore, step, time_left, wake_at, wants_pool
+from fedgrpc.simulation.choosing import Chooser
 from fedgrpc.simulation.disk import Disk, Version
 from fedgrpc.simulation.loop import Future, Life, Process, Timeout, Wait
 from fedgrpc.simulation.messages import Assignment, GiveBack, Heartbeat, Held, Poll, Push, Query, Request
@@ -67,7 +64,7 @@ class Aggregator:
         self.polling: dict[str, Future] = {}
         self.busy: dict[str, str] = {}
         self.streams: dict[str, object] = {}
-        self.histories: dict[str, WorkerHistory] = {}
+        self.chooser = Chooser(self.world)
         self.last_seen: dict[str, float] = {}
         self.recover()
         self.world.loop.spawn(self._drive(), self.life)
@@ -334,9 +331,8 @@ class Aggregator:
 
     def _select(self, select: Select) -> Process[None]:
         assert self.round is not None
-        rng = np.random.default_rng(self.world.rng.integers(1 << 32))
-        idle = tuple(worker for worker in self.pool().idle if worker not in select.exclude)
-        selected = self._choose(idle, select.count, rng)
+        idle = (worker for worker in self.pool().idle if worker not in select.exclude)
+        selected = self.chooser.choose(self.round, idle, select.count)
         chosen = [worker for _, worker in selected.tasks]
         after, _ = step(self.round, selected, self.world.loop.now)
         if after.phase is RoundPhase.REPORTING and chosen:
@@ -346,34 +342,6 @@ class Aggregator:
             self.disk.save_open(after, wall_deadline_at)
             yield self._disk_time()
         self.dispatch(selected)
-
-    def _choose(self, idle: tuple[str, ...], count: int, rng: np.random.Generator) -> Selected:
-        assert self.round is not None
-        number, habits = self.round.number, self.world.choosing
-        if habits.oort:
-            choices = choose_oort(idle, count, self.histories, number, rng)
-        else:
-            choices = choose_uniform(idle, count, rng)
-        workers = [choice.worker for choice in choices]
-        for worker in workers:
-            self.histories[worker] = self.histories.get(worker, WorkerHistory()).chosen(number)
-        deadline = None
-        if habits.learned_deadline:
-            deadline = learned_deadline(workers, self.round.aim, self.histories)
-        reasons = {choice.worker: choice.reason for choice in choices}
-        return Selected(tuple((self.world.new_token(), worker) for worker in workers), reasons, deadline)
-
-    def _remember(self) -> None:
-        """What the round has told of its workers."""
-        assert self.round is not None
-        for token, task in self.round.tasks.items():
-            history = self.histories.get(task.worker, WorkerHistory())
-            timing = timing_of(self.round.carried.get(token, task))
-            if task.phase is TaskPhase.ACCEPTED:
-                history = history.reported(timing or Timing(), loss=float(len(token)), example_count=100)
-            elif timing is not None:
-                history = history.timed(timing)
-            self.histories[task.worker] = history
 
     def _commit(self, commit: Commit) -> Process[None]:
         assert self.round is not None
@@ -395,7 +363,7 @@ class Aggregator:
 
     def _finish(self, finished: Finished) -> Process[None]:
         assert self.round is not None
-        self._remember()
+        self.chooser.remember(self.round)
         if not finished.committed:
             yield from self.finish_round(self.round, None)
         for worker, token in list(self.busy.items()):
