@@ -10,15 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
-from torch import nn
-from torch.utils.data import TensorDataset
 
 from fedgrpc.aggregation.channels import ChannelGroup, ChannelMap, Segment
 from fedgrpc.aggregation.compression_plan import (
-    Arithmetic,
-    Clustering,
     CompressionPlan,
     PlanTable,
     Pruning,
@@ -26,15 +21,13 @@ from fedgrpc.aggregation.compression_plan import (
 )
 from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.forms import Forms
-from fedgrpc.aggregator.settings import TrainingPlan
 from fedgrpc.rpc.local_model import channels_to_proto
 from fedgrpc.rpc.retry import Backoff
-from fedgrpc.tasks.torch_task import TorchTask
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.run import run_worker
 from fedgrpc.worker.settings import WorkerSettings
-from fedgrpc.worker.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights
+from fedgrpc.worker.trainer import EvalResult, TrainJob, TrainResult, Weights
 from tests.federation.federation import aggregating, refused
 
 # What it says of its device, or just its class; and its trainer.
@@ -400,62 +393,3 @@ async def test_what_a_worker_was_given_is_known_after_a_restart(tmp_path: Path) 
         before, after = running.weights(1), running.weights(2)
     step = np.array([2, 2, 2, 2, 3, 3, 3, 3])
     np.testing.assert_allclose(after["b"], before["b"] + step, rtol=1e-6)
-
-
-class Blobs(TorchTask):
-    """Four clouds of points; each worker has its own."""
-
-    learning_rate = 0.1
-    batch_size = 20
-
-    def __init__(self, cloud: int = 0) -> None:
-        self._seed = cloud
-
-    def model(self) -> nn.Module:
-        return nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
-
-    def data(self, path: Path | None) -> tuple[TensorDataset, TensorDataset]:
-        generator = torch.Generator().manual_seed(self._seed)
-        labels = torch.arange(400) % 4
-        points = torch.randn(400, 8, generator=generator) + 3 * torch.eye(4, 8)[labels]
-        return TensorDataset(points[:300], labels[:300]), TensorDataset(points[300:], labels[300:])
-
-
-MIXED = PlanTable(
-    CompressionPlan(),
-    {
-        "pruned": CompressionPlan(0.5, pruning=Pruning(0.5)),
-        "quantized": CompressionPlan(0.5, "rolling", quantization=Quantization(8, 8)),
-        "clustered": CompressionPlan(0.5, clustering=Clustering(16), pruning=Pruning(0.3)),
-        "bfloat16": CompressionPlan(0.25, arithmetic=Arithmetic("bfloat16")),
-        "fixed": CompressionPlan(0.5, arithmetic=Arithmetic("fixed16.10", "stochastic")),
-        "everything": CompressionPlan(
-            *(0.5, "random"),
-            pruning=Pruning(0.5),
-            quantization=Quantization(8, 8),
-            clustering=Clustering(16, ("4.*",)),
-            arithmetic=Arithmetic("bfloat16"),
-        ),
-    },
-)
-
-
-async def test_a_mixed_fleet_of_torch_workers_learns_one_model(tmp_path: Path) -> None:
-    torch.set_num_threads(1)
-    kinds = ["full", *MIXED.classes]
-    workers: dict[str, Worker] = {
-        f"pi-{number}": (kind, Blobs.build_trainer(TaskSetup(device="cpu", options={"cloud": str(number)})))
-        for number, kind in enumerate(kinds)
-    }
-    outcome = await play(
-        tmp_path, workers, MIXED, rounds=5, evaluate=True, plan=TrainingPlan(epochs=2), upload_recipe="int8+zstd"
-    )
-    scored = [round_.metrics["accuracy"] for round_ in outcome.rounds if "accuracy" in round_.metrics]
-    assert scored[-1] > 0.85
-    tasks = {task.device_class: task for task in outcome.tasks(-2).values()}
-    assert tasks["bfloat16"].download_bytes < 0.15 * tasks["full"].download_bytes
-    assert tasks["pruned"].metrics["local_accuracy"] > 0.5
-    assert tasks["clustered"].upload_bytes < tasks["full"].upload_bytes
-    assert tasks["everything"].local_model.sub_model.startswith("random:")
-    assert tasks["everything"].upload_bytes < 0.8 * tasks["quantized"].upload_bytes
-    assert tasks["everything"].metrics["local_accuracy"] > 0.5

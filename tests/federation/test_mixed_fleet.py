@@ -1,0 +1,81 @@
+"""Devices of every plan train one model in PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fedgrpc.aggregation.compression_plan import (
+    Arithmetic,
+    Clustering,
+    CompressionPlan,
+    PlanTable,
+    Pruning,
+    Quantization,
+)
+from fedgrpc.aggregator.settings import TrainingPlan
+from fedgrpc.tasks.torch_task import TorchTask
+from fedgrpc.worker.trainer import TaskSetup
+from tests.federation.test_local_models import Worker, play
+
+
+class Blobs(TorchTask):
+    """Four clouds of points; each worker has its own."""
+
+    learning_rate = 0.1
+    batch_size = 20
+
+    def __init__(self, cloud: int = 0) -> None:
+        self._seed = cloud
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+
+    def data(self, path: Path | None) -> tuple[TensorDataset, TensorDataset]:
+        generator = torch.Generator().manual_seed(self._seed)
+        labels = torch.arange(400) % 4
+        points = torch.randn(400, 8, generator=generator) + 3 * torch.eye(4, 8)[labels]
+        return TensorDataset(points[:300], labels[:300]), TensorDataset(points[300:], labels[300:])
+
+
+MIXED = PlanTable(
+    CompressionPlan(),
+    {
+        "pruned": CompressionPlan(0.5, pruning=Pruning(0.5)),
+        "quantized": CompressionPlan(0.5, "rolling", quantization=Quantization(8, 8)),
+        "clustered": CompressionPlan(0.5, clustering=Clustering(16), pruning=Pruning(0.3)),
+        "bfloat16": CompressionPlan(0.25, arithmetic=Arithmetic("bfloat16")),
+        "fixed": CompressionPlan(0.5, arithmetic=Arithmetic("fixed16.10", "stochastic")),
+        "everything": CompressionPlan(
+            *(0.5, "random"),
+            pruning=Pruning(0.5),
+            quantization=Quantization(8, 8),
+            clustering=Clustering(16, ("4.*",)),
+            arithmetic=Arithmetic("bfloat16"),
+        ),
+    },
+)
+
+
+async def test_a_mixed_fleet_of_torch_workers_learns_one_model(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    kinds = ["full", *MIXED.classes]
+    workers: dict[str, Worker] = {
+        f"pi-{number}": (kind, Blobs.build_trainer(TaskSetup(device="cpu", options={"cloud": str(number)})))
+        for number, kind in enumerate(kinds)
+    }
+    outcome = await play(
+        tmp_path, workers, MIXED, rounds=5, evaluate=True, plan=TrainingPlan(epochs=2), upload_recipe="int8+zstd"
+    )
+    scored = [round_.metrics["accuracy"] for round_ in outcome.rounds if "accuracy" in round_.metrics]
+    assert scored[-1] > 0.85
+    tasks = {task.device_class: task for task in outcome.tasks(-2).values()}
+    assert tasks["bfloat16"].download_bytes < 0.15 * tasks["full"].download_bytes
+    assert tasks["pruned"].metrics["local_accuracy"] > 0.5
+    assert tasks["clustered"].upload_bytes < tasks["full"].upload_bytes
+    assert tasks["everything"].local_model.sub_model.startswith("random:")
+    assert tasks["everything"].upload_bytes < 0.8 * tasks["quantized"].upload_bytes
+    assert tasks["everything"].metrics["local_accuracy"] > 0.5
