@@ -22,6 +22,12 @@ def make_certificate(folder, name):
     _openssl(folder, *sign, "-days", "2", "-extfile", "san", "-out", f"{name}.pem")
 
 
+def tls_flags(folder, name, prefix="--tls", authority="ca.pem"):
+    """The flags of one end of mutual TLS: what it shows, and whom it trusts."""
+    shown = [f"{prefix}-cert", folder / f"{name}.pem", f"{prefix}-key", folder / f"{name}.key"]
+    return [*shown, f"{prefix}-ca", folder / authority]
+
+
 def _openssl(folder, *arguments):
     if shutil.which("openssl") is None:
         pytest.skip("openssl, which makes the certificates, is not installed")

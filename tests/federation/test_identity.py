@@ -10,7 +10,7 @@ from fedgrpc.rpc.channel import Tls, open_channel
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc
-from tests.certificates import make_authority, make_certificate
+from tests.certificates import make_authority, make_certificate, tls_flags
 from tests.federation.federation import settings_for
 from tests.federation.process import process
 
@@ -24,10 +24,6 @@ def pki(tmp_path):
     for name in ("server", "pi-1", "pi-2", "chief"):
         make_certificate(folder, name)
     return folder
-
-
-def tls_flags(pki, name):
-    return ["--tls-cert", pki / f"{name}.pem", "--tls-key", pki / f"{name}.key", "--tls-ca", pki / "ca.pem"]
 
 
 def aggregator_process(tmp_path, pki, *arguments):

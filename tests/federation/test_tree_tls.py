@@ -7,7 +7,7 @@ import pytest
 from fedgrpc.rpc.channel import Tls, open_channel
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
-from tests.certificates import make_authority, make_certificate
+from tests.certificates import make_authority, make_certificate, tls_flags
 from tests.federation.federation import settings_for
 from tests.federation.process import free_address, process
 
@@ -25,22 +25,10 @@ def pki(tmp_path):
     return folder
 
 
-def shown(pki, name, prefix="--tls", authority="ca.pem"):
-    """The flags of one end: what it shows, and whom it trusts."""
-    return [
-        f"{prefix}-cert",
-        pki / f"{name}.pem",
-        f"{prefix}-key",
-        pki / f"{name}.key",
-        f"{prefix}-ca",
-        pki / authority,
-    ]
-
-
 def root_process(tmp_path, pki, *arguments):
     place = ["--data-dir", tmp_path / "root", "--address", "127.0.0.1:0"]
     place += ["--initial-model", settings_for(tmp_path).initial_model]
-    return process("aggregator", *place, *ROUND, "--min-workers", 1, *shown(pki, "root"), *arguments)
+    return process("aggregator", *place, *ROUND, "--min-workers", 1, *tls_flags(pki, "root"), *arguments)
 
 
 def leaf_process(tmp_path, port, *arguments):
@@ -55,7 +43,7 @@ def worker_process(tmp_path, pki, port, name):
     place = ["--aggregator", f"127.0.0.1:{port}", "--serve-address", "none"]
     place += ["--name", name, "--state-dir", tmp_path / name]
     task = ["--task", "tests.federation.tasks:Recorded", "--data", data]
-    return process("worker", *place, *task, *shown(pki, "worker"))
+    return process("worker", *place, *task, *tls_flags(pki, "worker"))
 
 
 async def seen_at(port, pki):
@@ -70,7 +58,7 @@ async def seen_at(port, pki):
 async def test_rounds_pass_through_two_levels_of_mutual_tls_and_a_killed_aggregator_below(tmp_path, pki):
     async with root_process(tmp_path, pki, "--rounds", 3, "--stay", "--no-evaluate") as root:
         port = (await root.until("serving"))["port"]
-        both = [*shown(pki, "leaf", "--upstream-tls"), *shown(pki, "leaf"), "--address", free_address()]
+        both = [*tls_flags(pki, "leaf", "--upstream-tls"), *tls_flags(pki, "leaf"), "--address", free_address()]
         async with leaf_process(tmp_path, port, *both) as leaf:
             below = (await leaf.until("serving"))["port"]
             async with worker_process(tmp_path, pki, below, "x"), worker_process(tmp_path, pki, below, "y"):
@@ -90,7 +78,7 @@ async def test_rounds_pass_through_two_levels_of_mutual_tls_and_a_killed_aggrega
 async def test_an_aggregator_that_cannot_show_or_trust_a_certificate_stays_outside(tmp_path, pki, wrong):
     flags = {"no certificate": ["--upstream-tls-ca", pki / "ca.pem"], "no TLS": []}
     make_authority(pki / "other")
-    flags["another authority"] = shown(pki, "leaf", "--upstream-tls", "other/ca.pem")
+    flags["another authority"] = tls_flags(pki, "leaf", "--upstream-tls", "other/ca.pem")
     async with root_process(tmp_path, pki) as root:
         port = (await root.until("serving"))["port"]
         async with leaf_process(tmp_path, port, *flags[wrong]) as leaf:
@@ -110,7 +98,7 @@ async def test_what_opens_the_link_below_opens_nothing_above(tmp_path, pki):
         port = (await root.until("serving"))["port"]
         fleet = pki / "fleet"
         async with leaf_process(
-            tmp_path, port, *shown(pki, "leaf", "--upstream-tls"), *shown(fleet, "leaf")
+            tmp_path, port, *tls_flags(pki, "leaf", "--upstream-tls"), *tls_flags(fleet, "leaf")
         ) as leaf:
             below = (await leaf.until("serving"))["port"]
             async with (

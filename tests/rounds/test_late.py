@@ -38,6 +38,21 @@ def _with_one_late(policy: RoundPolicy = CARRY) -> tuple[Scenario, Effects]:
     return it, it.wait(10.0)
 
 
+def _next_with_the_late_one_at_work() -> Scenario:
+    """Round 2, into which the task of "b" is carried."""
+    it, _ = _with_one_late()
+    it.commit()
+    return _next(it)[0]
+
+
+def _next_with_the_late_one_in() -> Scenario:
+    """The same, its update having come while round 1 was committed."""
+    it, _ = _with_one_late()
+    it.accept("b")
+    it.commit()
+    return _next(it)[0]
+
+
 def test_a_late_task_is_discarded_by_default() -> None:
     it, effects = _with_one_late(RoundPolicy(deadline_s=10.0, lease_s=60.0))
     assert cancelled(effects) == {"b", "c"}
@@ -76,10 +91,7 @@ def test_a_carried_update_is_taken_while_its_round_commits_and_counts_in_the_nex
 
 
 def test_a_carried_update_comes_on_top_of_what_the_next_round_wants() -> None:
-    it, _ = _with_one_late()
-    it.accept("b")
-    it.commit()
-    after, _ = _next(it)
+    after = _next_with_the_late_one_in()
     after.open("de")
     assert after.round.aim == 2
     after.accept("d")
@@ -88,10 +100,7 @@ def test_a_carried_update_comes_on_top_of_what_the_next_round_wants() -> None:
 
 
 def test_a_carried_update_does_not_make_a_quorum() -> None:
-    it, _ = _with_one_late()
-    it.accept("b")
-    it.commit()
-    after, _ = _next(it)
+    after = _next_with_the_late_one_in()
     after.open("de")
     end = finished(after.wait(10.0))
     assert end is not None
@@ -102,10 +111,7 @@ def test_a_carried_update_does_not_make_a_quorum() -> None:
 
 
 def test_a_worker_whose_carried_update_is_in_may_take_part_in_the_next_round_too() -> None:
-    it, _ = _with_one_late()
-    it.accept("b")
-    it.commit()
-    after, _ = _next(it)
+    after = _next_with_the_late_one_in()
     (select,) = after.pool("ab")
     assert select == Select(2, frozenset())
     after.send(Selected((("a2", "a"), ("b2", "b"))))
@@ -114,18 +120,13 @@ def test_a_worker_whose_carried_update_is_in_may_take_part_in_the_next_round_too
 
 
 def test_a_worker_whose_carried_update_is_in_is_not_counted_twice_while_others_are_waited_for() -> None:
-    it, _ = _with_one_late()
-    it.accept("b")
-    it.commit()
-    after, _ = _next(it)
+    after = _next_with_the_late_one_in()
     assert after.pool("ab", live_count=3) == ()
     assert after.pool("abc", live_count=3) == (Select(3, frozenset()),)
 
 
 def test_a_worker_still_at_a_carried_task_is_not_asked() -> None:
-    it, _ = _with_one_late()
-    it.commit()
-    after, _ = _next(it)
+    after = _next_with_the_late_one_at_work()
     assert after.pool("ac", live_count=3) == (Select(3, frozenset("b")),)
 
 
@@ -173,9 +174,7 @@ def test_a_round_that_discards_has_no_use_for_what_was_carried() -> None:
 
 
 def test_a_carried_task_that_its_worker_gave_back_is_gone_and_the_worker_free() -> None:
-    it, _ = _with_one_late()
-    it.commit()
-    after, _ = _next(it)
+    after = _next_with_the_late_one_at_work()
     after.fail("b", "its worker has lost it")
     assert after.pool("ab") == (Select(2, frozenset()),)
 

@@ -51,9 +51,9 @@ class Upload:
 class Peer(aggregator_pb2_grpc.AggregatorServicer):
     """`tasks` are handed out one after the other; then the run has ended, if `ends`."""
 
-    def __init__(self, models=None, *, ends=True):
+    def __init__(self, models=None, *, tasks=(), ends=True):
         self.models = models or {}
-        self.tasks = []
+        self.tasks = list(tasks)
         self.ends = ends
         self.registered = {}
         self.uploads = {}

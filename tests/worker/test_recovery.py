@@ -29,10 +29,13 @@ from tests.worker.living import Adds, run, running, settings, spooled
 from tests.worker.peer import PATIENCE_S, SOON_S, Peer, model, serving, train_task
 
 
+def with_a_task(**about):
+    return Peer({1: model(1)}, tasks=[train_task()], **about)
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 12])
 async def test_a_broken_download_goes_on_at_the_byte_where_it_stopped(tmp_path, chunk):
-    peer = Peer({1: model(1)})
-    peer.tasks = [train_task()]
+    peer = with_a_task()
 
     async def note(call, note=peer.note):
         await note(call)
@@ -46,8 +49,7 @@ async def test_a_broken_download_goes_on_at_the_byte_where_it_stopped(tmp_path, 
 
 
 async def test_a_corrupt_chunk_is_asked_for_again_and_nothing_before_it(tmp_path):
-    peer = Peer({1: model(1)})
-    peer.tasks = [train_task()]
+    peer = with_a_task()
     peer.faults = ["corrupt"]
     assert await run(peer, tmp_path) == 0
     assert peer.uploads["t1"].complete
@@ -55,8 +57,7 @@ async def test_a_corrupt_chunk_is_asked_for_again_and_nothing_before_it(tmp_path
 
 
 async def test_a_model_that_changed_under_a_partial_download_starts_over(tmp_path):
-    peer = Peer({1: model(1)})
-    peer.tasks = [train_task()]
+    peer = with_a_task()
 
     async def note(call, note=peer.note):
         await note(call)
@@ -75,8 +76,7 @@ async def test_a_model_that_changed_under_a_partial_download_starts_over(tmp_pat
     [LinkError("cut"), Exhausted("no upload slot is free"), StorageError("disk full"), RuntimeError("bug")],
 )
 async def test_an_upload_that_failed_for_now_is_resumed_until_it_is_acknowledged(tmp_path, moment, error):
-    peer = Peer({1: model(1)})
-    peer.tasks = [train_task()]
+    peer = with_a_task()
     peer.faults = [(moment, error)]
     trainer = Adds()
     assert await run(peer, tmp_path, trainer) == 0
@@ -86,8 +86,7 @@ async def test_an_upload_that_failed_for_now_is_resumed_until_it_is_acknowledged
 
 
 async def test_a_refused_upload_comes_back_when_it_is_told_and_keeps_its_session(tmp_path):
-    peer = Peer({1: model(1)})
-    peer.tasks = [train_task()]
+    peer = with_a_task()
     peer.faults = [("PushUpdate", Exhausted("no upload slot is free", retry_after_s=0.05)) for _ in range(5)]
     assert await run(peer, tmp_path) == 0
     _, *after = peer.calls[peer.calls.index("PushUpdate") :]
@@ -97,8 +96,7 @@ async def test_a_refused_upload_comes_back_when_it_is_told_and_keeps_its_session
 
 
 async def test_a_refused_upload_that_is_told_to_come_at_once_leaves_a_moment(tmp_path):
-    peer = Peer({1: model(1)})
-    peer.tasks = [train_task()]
+    peer = with_a_task()
     peer.faults = [("PushUpdate", Exhausted("no upload slot is free", retry_after_s=0.0)) for _ in range(5)]
     assert await run(peer, tmp_path) == 0
     assert peer.uploads["t1"].complete
@@ -106,8 +104,7 @@ async def test_a_refused_upload_that_is_told_to_come_at_once_leaves_a_moment(tmp
 
 
 async def test_a_worker_that_has_something_to_send_asks_first_and_comes_when_it_is_told(tmp_path):
-    peer = Peer({1: model(1)})
-    peer.tasks = [train_task()]
+    peer = with_a_task()
     peer.faults = [("PushUpdate.chunk", LinkError("cut"))]
     peer.retry_after_s = 0.2
     assert await run(peer, tmp_path) == 0
@@ -116,8 +113,7 @@ async def test_a_worker_that_has_something_to_send_asks_first_and_comes_when_it_
 
 
 async def test_one_who_waits_for_its_turn_hears_that_the_round_is_over(tmp_path):
-    peer = Peer({1: model(1)}, ends=False)
-    peer.tasks = [train_task()]
+    peer = with_a_task(ends=False)
     peer.faults = [("PushUpdate", Exhausted("no upload slot is free", retry_after_s=3000.0))]
     async with serving(peer) as server:
         worker = Worker(settings(server.address, tmp_path), lambda _: Adds())
@@ -129,8 +125,7 @@ async def test_one_who_waits_for_its_turn_hears_that_the_round_is_over(tmp_path)
 
 
 async def test_an_upload_resumes_at_the_byte_the_aggregator_holds(tmp_path):
-    peer = Peer({1: model(1)})
-    peer.tasks = [train_task()]
+    peer = with_a_task()
 
     async def note(call, note=peer.note):
         await note(call)
@@ -144,8 +139,7 @@ async def test_an_upload_resumes_at_the_byte_the_aggregator_holds(tmp_path):
 
 
 async def test_an_answer_that_is_no_acknowledgement_does_not_end_the_upload(tmp_path):
-    peer = Peer({1: model(1)})
-    peer.tasks = [train_task()]
+    peer = with_a_task()
     peer.faults = ["incomplete"]
     assert await run(peer, tmp_path) == 0
     assert peer.uploads["t1"].complete
@@ -153,8 +147,7 @@ async def test_an_answer_that_is_no_acknowledgement_does_not_end_the_upload(tmp_
 
 
 async def test_a_lost_acknowledgement_makes_no_second_update(tmp_path):
-    peer = Peer({1: model(1)})
-    peer.tasks = [train_task()]
+    peer = with_a_task()
     peer.faults = [("PushUpdate.acknowledged", LinkError("cut"))]
     assert await run(peer, tmp_path) == 0
     assert peer.uploads["t1"].acknowledged_times == 1
@@ -163,8 +156,7 @@ async def test_a_lost_acknowledgement_makes_no_second_update(tmp_path):
 
 @pytest.mark.parametrize("call", ["Register", "PollTask", "Heartbeat", "PullModel", "PushUpdate"])
 async def test_a_worker_that_the_aggregator_has_forgotten_registers_again(tmp_path, call):
-    peer = Peer({1: model(1)})
-    peer.tasks = [train_task()]
+    peer = with_a_task()
     peer.faults = [(call, UnknownWorker("who are you?"))]
     assert await run(peer, tmp_path) == 0
     assert peer.uploads["t1"].complete
@@ -182,8 +174,7 @@ async def test_a_worker_that_the_aggregator_has_forgotten_registers_again(tmp_pa
     ],
 )
 async def test_an_update_that_is_refused_for_good_is_dropped_and_the_next_task_is_taken(tmp_path, error):
-    peer = Peer({1: model(1)})
-    peer.tasks = [train_task("t1"), train_task("t2")]
+    peer = Peer({1: model(1)}, tasks=[train_task("t1"), train_task("t2")])
 
     async def note(call, note=peer.note):
         await note(call)
@@ -203,8 +194,7 @@ async def test_an_update_that_is_refused_for_good_is_dropped_and_the_next_task_i
 
 
 async def test_a_payload_that_rots_on_the_workers_disk_is_dropped_not_sent_for_ever(tmp_path):
-    peer = Peer({1: model(1)})
-    peer.tasks = [train_task("t1"), train_task("t2")]
+    peer = Peer({1: model(1)}, tasks=[train_task("t1"), train_task("t2")])
 
     async def note(call, note=peer.note):
         await note(call)
@@ -227,8 +217,7 @@ async def test_a_paced_link_takes_as_long_as_its_bytes_and_a_slowdown_as_long_as
                 time.sleep(0.02)
             return TrainResult(weights, 4, 4)
 
-    peer = Peer({1: model(1)})
-    peer.tasks = [train_task()]
+    peer = with_a_task()
     await run(peer, tmp_path, Works(), throttle=Throttle(slowdown=3, link_bits_per_second=480_000))
     timings = peer.uploads["t1"].header.timings
     assert timings.download_seconds >= 12_048 * 8 / 480_000
@@ -237,8 +226,7 @@ async def test_a_paced_link_takes_as_long_as_its_bytes_and_a_slowdown_as_long_as
 
 
 async def test_an_aggregator_that_hangs_in_the_middle_of_a_stream_is_given_up(tmp_path):
-    peer = Peer({1: model(1)})
-    peer.tasks = [train_task()]
+    peer = with_a_task()
 
     async def note(call, note=peer.note):
         await note(call)
@@ -252,8 +240,7 @@ async def test_an_aggregator_that_hangs_in_the_middle_of_a_stream_is_given_up(tm
 
 async def test_a_worker_starts_before_its_aggregator_and_finds_it(tmp_path):
     address = free_address()
-    peer = Peer({1: model(1)})
-    peer.tasks = [train_task()]
+    peer = with_a_task()
     task = asyncio.create_task(run_worker(settings(address, tmp_path), Adds()))
     await asyncio.sleep(0.3)
     async with serving(peer, address):
@@ -262,8 +249,7 @@ async def test_a_worker_starts_before_its_aggregator_and_finds_it(tmp_path):
 
 
 async def test_training_goes_on_while_the_aggregator_is_away_and_its_update_arrives_afterwards(tmp_path):
-    peer = Peer({1: model(1)})
-    peer.tasks = [train_task()]
+    peer = with_a_task()
     gate = threading.Event()
     trainer = Adds(steps=30, gate=gate)
     address = free_address()
