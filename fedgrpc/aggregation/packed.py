@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,15 +26,6 @@ _MAX_VALUES = 256
 _PIECE = 1 << 16
 
 Read = Callable[[str], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Spec:
-    """Name, dtype and shape of a tensor, as `TensorLike` wants them."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def code_bits(count: int) -> int:

@@ -17,7 +17,7 @@ from fedgrpc.data.cifar10 import load_cifar10
 from fedgrpc.data.dataset import Examples, LabelledData
 from fedgrpc.data.digits import load_digits
 from fedgrpc.data.idx import load_fashion_mnist
-from fedgrpc.data.partition import Partition, parse_part, parse_partition
+from fedgrpc.data.partition import Partition, parse_partition
 from fedgrpc.errors import UsageError
 
 _ARRAYS = ("train_inputs", "train_labels", "held_out_inputs", "held_out_labels")
@@ -29,14 +29,6 @@ def take_share(data: LabelledData, partition: Partition, index: int, parts: int,
         data.train.take(partition.split(data.train.labels, parts, seed)[index]),
         data.held_out.take(partition.split(data.held_out.labels, parts, seed)[index]),
     )
-
-
-def share_of(data: LabelledData, partition: str | None, part: str | None, seed: int) -> LabelledData:
-    """The share that `--partition` and `--part` ask for; everything where they are not given."""
-    if partition is None or part is None:
-        return data
-    index, parts = parse_part(part)
-    return take_share(data, parse_partition(partition), index, parts, seed)
 
 
 def save_share(path: Path, share: LabelledData) -> None:

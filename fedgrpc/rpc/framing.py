@@ -117,7 +117,6 @@ def _reader(message_class: Any) -> Callable[[bytes], Any]:
 
 
 _pull_response = _reader(aggregator_pb2.PullModelResponse)
-_worker_pull_response = _reader(worker_pb2.WorkerPullModelResponse)
 _push_request = _reader(aggregator_pb2.PushUpdateRequest)
 
 

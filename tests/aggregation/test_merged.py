@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedgrpc.aggregation.coverage import CoordinateMean, Coverage
 from fedgrpc.aggregation.merged import add_merged, check_merged_layout, merged_values, pack_mean
-from fedgrpc.aggregation.packed import Spec
+from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.errors import UpdateRefused
 from tests.aggregation.test_coverage import Update, rounds
 
@@ -22,7 +22,7 @@ def total(updates: list[Update]) -> float:
     return float(sum(weight for _, weight, _ in updates))
 
 
-def sent(spec: Spec, updates: list[Update]) -> Packed:
+def sent(spec: TensorSpec, updates: list[Update]) -> Packed:
     """What an aggregator sends of these updates."""
     mean = CoordinateMean(spec.shape)
     for values, weight, coverage in updates:
@@ -30,15 +30,15 @@ def sent(spec: Spec, updates: list[Update]) -> Packed:
     return pack_mean(spec, mean, total(updates), np.dtype(spec.dtype))
 
 
-def merge(spec: Spec, parts: list[tuple[Packed, float]]) -> CoordinateMean:
+def merge(spec: TensorSpec, parts: list[tuple[Packed, float]]) -> CoordinateMean:
     mean = CoordinateMean(spec.shape)
     for packed, weight in parts:
         add_merged(mean, spec, packed.keys(), packed.__getitem__, weight, weight)
     return mean
 
 
-def specs_of(packed: Packed) -> list[Spec]:
-    return [Spec(name, array.dtype.name, array.shape) for name, array in packed.items()]
+def specs_of(packed: Packed) -> list[TensorSpec]:
+    return [TensorSpec(name, array.dtype.name, array.shape) for name, array in packed.items()]
 
 
 @settings(max_examples=150, deadline=None)
@@ -49,7 +49,7 @@ def test_a_tree_of_means_is_the_mean_of_all_updates(data: st.DataObject) -> None
     dtype = data.draw(st.sampled_from(["float32", "float64", "int64"]))
     if dtype == "int64":
         updates = [(np.rint(values).astype(np.int64), weight, coverage) for values, weight, coverage in updates]
-    spec = Spec("w", dtype, shape)
+    spec = TensorSpec("w", dtype, shape)
     flat = CoordinateMean(shape)
     for values, weight, coverage in updates:
         flat.add(values, weight, coverage)
@@ -78,7 +78,7 @@ def test_a_tree_of_means_is_the_mean_of_all_updates(data: st.DataObject) -> None
 
 
 def test_a_mean_of_whole_updates_is_one_tensor_and_one_weight() -> None:
-    spec = Spec("w", "float32", (20, 30))
+    spec = TensorSpec("w", "float32", (20, 30))
     mean = CoordinateMean(spec.shape)
     for value, weight in ((1.0, 3.0), (5.0, 1.0)):
         mean.add(np.full(spec.shape, value, np.float32), weight)
@@ -88,7 +88,7 @@ def test_a_mean_of_whole_updates_is_one_tensor_and_one_weight() -> None:
 
 
 def test_the_weights_of_slices_take_a_bit_or_two_for_each_coordinate() -> None:
-    spec = Spec("w", "float32", (64, 100))
+    spec = TensorSpec("w", "float32", (64, 100))
     mean = CoordinateMean(spec.shape)
     mean.add(np.ones(spec.shape, np.float32), 10.0)
     half = np.arange(32)
@@ -102,7 +102,7 @@ def test_the_weights_of_slices_take_a_bit_or_two_for_each_coordinate() -> None:
 
 def test_a_mean_of_integers_keeps_what_rounding_takes() -> None:
     """Two pairs of counters: 1 and 2 here, 2 and 2 there. Rounded twice, their mean would be 2 or 1 by chance."""
-    spec = Spec("n", "int64", ())
+    spec = TensorSpec("n", "int64", ())
     mean = CoordinateMean(())
     for value in (1, 2):
         mean.add(np.array(value), 1.0)
@@ -113,7 +113,7 @@ def test_a_mean_of_integers_keeps_what_rounding_takes() -> None:
 
 
 def test_a_mean_is_weighed_as_the_operator_says() -> None:
-    spec = Spec("w", "float32", (2,))
+    spec = TensorSpec("w", "float32", (2,))
     mean = CoordinateMean((2,))
     packed = {"w": np.array([1, 1], np.float32), "w#weights": np.array([4.0, 2.0])}
     add_merged(mean, spec, packed.keys(), packed.__getitem__, 4.0, 1.0)
@@ -134,7 +134,7 @@ def test_a_mean_is_weighed_as_the_operator_says() -> None:
     ],
 )
 def test_tensors_that_are_not_of_a_mean_are_refused(changes: Packed, complaint: str) -> None:
-    model = [Spec("w", "float32", (2, 3)), Spec("n", "int64", ())]
+    model = [TensorSpec("w", "float32", (2, 3)), TensorSpec("n", "int64", ())]
     honest = {"w": np.zeros((2, 3), np.float32), "n": np.array(1)}
     check_merged_layout(model, specs_of(honest))
     check_merged_layout(model, specs_of({"n": honest["n"]}))
@@ -144,7 +144,7 @@ def test_tensors_that_are_not_of_a_mean_are_refused(changes: Packed, complaint: 
 
 
 def test_a_tensor_listed_twice_is_refused() -> None:
-    spec = Spec("w", "float32", (2,))
+    spec = TensorSpec("w", "float32", (2,))
     with pytest.raises(UpdateRefused, match="twice"):
         check_merged_layout([spec], [spec, replace(spec)])
 
@@ -154,18 +154,18 @@ def test_weights_beyond_the_updates_own_are_refused(weights: list[float]) -> Non
     """A coordinate never weighs more than all the updates together."""
     packed = {"w": np.zeros(2, np.float32), "w#weights": np.array(weights)}
     with pytest.raises(UpdateRefused, match="a weight of tensor 'w'"):
-        list(merged_values([Spec("w", "float32", (2,))], packed.keys(), packed.__getitem__, 4.0))
+        list(merged_values([TensorSpec("w", "float32", (2,))], packed.keys(), packed.__getitem__, 4.0))
 
 
 @pytest.mark.parametrize("rest", [0.7, np.nan, -np.inf])
 def test_a_rest_that_rounding_never_leaves_is_refused(rest: float) -> None:
     packed = {"n": np.array([1, 2]), "n#rest": np.array([0.0, rest])}
     with pytest.raises(UpdateRefused, match="the rest of tensor 'n'"):
-        list(merged_values([Spec("n", "int64", (2,))], packed.keys(), packed.__getitem__, 4.0))
+        list(merged_values([TensorSpec("n", "int64", (2,))], packed.keys(), packed.__getitem__, 4.0))
 
 
 def test_a_mean_that_its_dtype_cannot_hold_is_refused() -> None:
     mean = CoordinateMean((1,))
     mean.add(np.array([1e6]), 1.0)
     with pytest.raises(UpdateRefused, match="not finite in float16"):
-        pack_mean(Spec("w", "float16", (1,)), mean, 1.0, np.dtype("float16"))
+        pack_mean(TensorSpec("w", "float16", (1,)), mean, 1.0, np.dtype("float16"))

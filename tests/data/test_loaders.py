@@ -14,7 +14,7 @@ from fedgrpc.data.dataset import Examples, LabelledData
 from fedgrpc.data.digits import load_digits
 from fedgrpc.data.idx import load_fashion_mnist, read_idx
 from fedgrpc.data.partition import parse_partition
-from fedgrpc.data.shares import load_named, load_share, save_share, share_of, write_shares
+from fedgrpc.data.shares import load_named, load_share, save_share, take_share, write_shares
 from fedgrpc.errors import UsageError
 
 ARRAYS = {
@@ -130,10 +130,11 @@ def small_data() -> LabelledData:
 
 
 def test_a_share_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    paths = write_shares(tmp_path / "new", small_data(), parse_partition("dirichlet:0.5"), 3, seed=1)
+    partition = parse_partition("dirichlet:0.5")
+    paths = write_shares(tmp_path / "new", small_data(), partition, 3, seed=1)
     assert [path.name for path in paths] == ["part-1-of-3.npz", "part-2-of-3.npz", "part-3-of-3.npz"]
-    for number, path in enumerate(paths, start=1):
-        share, read = share_of(small_data(), "dirichlet:0.5", f"{number}/3", 1), load_share(path)
+    for index, path in enumerate(paths):
+        share, read = take_share(small_data(), partition, index, 3, 1), load_share(path)
         assert np.array_equal(read.train.inputs, share.train.inputs)
         assert np.array_equal(read.held_out.labels, share.held_out.labels)
     assert sum(len(load_share(path).train) for path in paths) == 60
@@ -142,10 +143,6 @@ def test_a_share_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 def test_a_share_stands_in_for_its_data_set(tmp_path: Path) -> None:
     save_share(tmp_path / "mine.npz", small_data())
     assert len(load_named("cifar10", tmp_path / "mine.npz").train) == 60
-
-
-def test_without_a_partition_a_share_is_everything() -> None:
-    assert len(share_of(small_data(), None, None, 0).train) == 60
 
 
 def test_files_that_are_no_share_are_refused(tmp_path: Path) -> None:
