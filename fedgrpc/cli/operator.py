@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from fedgrpc.cli.options import Declare, Setting
 from fedgrpc.errors import LinkError
 from fedgrpc.rpc.channel import Tls, open_channel
@@ -27,6 +29,7 @@ class Operator:
     def __init__(self, channel: Any, address: str) -> None:
         stub: Any = AggregatorStub
         self._stub = stub(channel)
+        self._health: Any = health_pb2_grpc.HealthStub(channel)
         self._address = address
 
     async def run(self) -> pb.Run:
@@ -34,6 +37,12 @@ class Operator:
         with self._reaching():
             answer: pb.GetRunResponse = await self._stub.GetRun(pb.GetRunRequest(), timeout=_TIMEOUT_S)
         return answer.run
+
+    async def healthy(self) -> bool:
+        """Whether it serves: not while its data folder fails, nor while it ends."""
+        with self._reaching():
+            answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S)
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def workers(self) -> list[pb.WorkerRecord]:
         """Every worker that has registered, by name."""

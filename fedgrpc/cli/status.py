@@ -52,15 +52,18 @@ def _run(**values: Any) -> None:
 
 async def _status(values: dict[str, Any]) -> None:
     async with operator(values["aggregator"], client_tls(values)) as aggregator:
-        run, workers = await aggregator.run(), await aggregator.workers()
+        run, workers, healthy = await aggregator.run(), await aggregator.workers(), await aggregator.healthy()
         latest = await aggregator.latest_rounds(max(values["rounds"], _LOOKED_BACK))
     rounds = latest[-values["rounds"] :]
     if values["as_json"]:
         messages = {"run": run, "rounds": rounds, "workers": workers}
-        click.echo(json.dumps({name: _plain(item) for name, item in messages.items()}, indent=2))
+        answer = {name: _plain(item) for name, item in messages.items()}
+        click.echo(json.dumps({"healthy": healthy, **answer}, indent=2))
         return
     console = piped_console()
     console.print(run_line(run), style="bold", highlight=False)
+    if not healthy:
+        console.print("NOT_SERVING: its data folder fails, or it is ending; its log says more", highlight=False)
     tables = [rounds_table(rounds), workers_table(workers)]
     predictions = predictions_table(latest)
     if values["plans"]:

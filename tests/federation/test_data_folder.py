@@ -14,6 +14,7 @@ from fedgrpc.aggregator.server import Aggregator
 from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.v1 import round_pb2
+from tests.cli.process import fedgrpc
 from tests.federation.federation import MODEL, PATIENCE_S, Device, aggregating, refused, settings_for, update_of
 
 Serving = health_pb2.HealthCheckResponse
@@ -162,6 +163,13 @@ def mended(folder):
     folder.with_name(folder.name + "-away").rename(folder)
 
 
+async def status_of(running):
+    """What `fedgrpc status` says."""
+    ended = await asyncio.to_thread(fedgrpc, "status", "--aggregator", running.address)
+    assert ended.code == 0, ended.error
+    return ended.out
+
+
 async def test_an_upload_that_cannot_be_stored_is_internal_and_the_health_says_so_until_it_can(tmp_path):
     async with aggregating(tmp_path) as running:
         a, b = await running.device("a"), await running.device("b")
@@ -172,9 +180,11 @@ async def test_an_upload_that_cannot_be_stored_is_internal_and_the_health_says_s
         with refused("INTERNAL", "cannot store an update: Not a directory", "StorageError"):
             await a.push(a_task)
         await health_becomes(running, Serving.NOT_SERVING)
+        assert "NOT_SERVING: its data folder fails" in await status_of(running)
         mended(uploads)
         assert (await a.push(a_task)).complete
         await health_becomes(running, Serving.SERVING)
+        assert "NOT_SERVING" not in await status_of(running)
         assert (await b.push(b_task)).complete
         await running.until_finished()
 
