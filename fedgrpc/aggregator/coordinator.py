@@ -383,7 +383,7 @@ class Coordinator:
         """The round in progress, else the last one."""
         if self.current is None:
             return self.last_record
-        return self.current.record(time.time(), self.clock())
+        return self.current.record(self.clock())
 
     # What happens to the round.
 

@@ -187,10 +187,10 @@ class Driver:
         self, current: CurrentRound, ended: Round
     ) -> tuple[RoundRecord, list[TaskRow], dict[str, WorkerHistory]]:
         """What is stored of a round that ended so. In a thread: with a thousand tasks it takes its time."""
-        fleet, wall_now, now = self._it.fleet, time.time(), self._it.clock()
+        fleet, now = self._it.fleet, self._it.clock()
 
         def account() -> tuple[RoundRecord, list[TaskRow], dict[str, WorkerHistory]]:
-            record = replace(current, state=ended).record(wall_now, now)
+            record = replace(current, state=ended).record(now)
             rows = [*current.rows(ended), *carried_rows(current, ended, now)]
             return record, rows, histories_after(current, ended, fleet)
 
@@ -216,7 +216,7 @@ class Driver:
         """Record an abandoned round (a committed one is recorded with its version), and clean up."""
         it = self._it
         if finished.committed:
-            record = await asyncio.to_thread(current.record, time.time(), it.clock())
+            record = await asyncio.to_thread(current.record, it.clock())
             it.local_models.observe(record, it.run.layout)
             await self._keep_scores(current)
         else:

@@ -119,6 +119,7 @@ class Recovery:
             state = replace(state, deadline_s=deadline_s, deadline_reason=record.deadline_reason)
         started_at = record.started_at.ToNanoseconds() / 1e9
         it.current = current = CurrentRound(state, record.kind, record.base_version, started_at, reports=reports)
+        current.earlier_s = max(0.0, time.time() - started_at)
         self._take_over(current, open_round.tasks)
         expected = {task.worker: task.prediction for task in record.tasks if task.HasField("prediction")}
         current.predictions = {

@@ -76,11 +76,12 @@ class Report:
 
 @dataclass
 class CurrentRound:
-    """The round in progress: its pure state, and what the shell knows of it. Times are wall times, seconds.
+    """The round in progress: its pure state, and what the shell knows of it. `started_at` is wall time, seconds.
 
     `download_bytes` are by slice ("" is the whole model), `offered_bytes` by worker, `local_tasks`, `predictions`
     and `recipes` (of download and upload) by token.
-    `due_at`, by the clock of `state`: until when an aggregator above waits; None: there is none.
+    `due_at`, by the clock of `state`: until when an aggregator above waits; None: there is none. `earlier_s`: how
+    long the round was open in former processes, by the wall clock, which alone outlives one.
     """
 
     state: Round
@@ -99,6 +100,7 @@ class CurrentRound:
     training_metrics: dict[str, float] = field(default_factory=dict)
     global_s: float = 0.0
     due_at: float | None = None
+    earlier_s: float = 0.0
     _told: dict[str, tuple[tuple[object, ...], TaskRecord]] = field(default_factory=dict, init=False, repr=False)
 
     def local_task(self, token: str) -> LocalTask:
@@ -131,8 +133,8 @@ class CurrentRound:
             for token, task in state.tasks.items()
         ]
 
-    def record(self, wall_now: float, now: float) -> RoundRecord:
-        """The round as operators see it, `now` by the clock of `state`."""
+    def record(self, now: float) -> RoundRecord:
+        """The round as operators see it, `now` by the clock of `state`: a wall clock may be set meanwhile."""
         state = self.state
         record = RoundRecord(
             number=state.number,
@@ -141,7 +143,7 @@ class CurrentRound:
             committed_version=state.version or 0,
             reason=state.reason,
             tasks=[self._told_of(token, task) for token, task in state.tasks.items()],
-            duration_seconds=max(0.0, wall_now - self.started_at),
+            duration_seconds=self.earlier_s + now - state.opened_at,
             training_metrics=self.training_metrics,
             kind=self.kind,
             deadline_reason=state.deadline_reason,
