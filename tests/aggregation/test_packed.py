@@ -9,16 +9,17 @@ from hypothesis import strategies as st
 
 from fedgrpc.aggregation.channels import ChannelGroup, ChannelMap, Segment, Selection, SubModel
 from fedgrpc.aggregation.coverage import Coverage
-from fedgrpc.aggregation.packed import CODES, MASK, Spec, check_layout, pack, unpack, unpacked
+from fedgrpc.aggregation.packed import CODES, MASK, check_layout, pack, unpack, unpacked
+from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.errors import UpdateRefused
 
-MODEL = [Spec("w", "float32", (8, 4)), Spec("b", "float32", (8,)), Spec("n", "int64", ())]
+MODEL = [TensorSpec("w", "float32", (8, 4)), TensorSpec("b", "float32", (8,)), TensorSpec("n", "int64", ())]
 MAP = ChannelMap((ChannelGroup(8),), {"w": ((Segment(0),), (Segment(None, 4),)), "b": ((Segment(0),),)})
 HALF = MAP.select(SubModel(0.5))
 
 
-def specs(tensors: dict[str, np.ndarray]) -> list[Spec]:
-    return [Spec(name, array.dtype.name, array.shape) for name, array in tensors.items()]
+def specs(tensors: dict[str, np.ndarray]) -> list[TensorSpec]:
+    return [TensorSpec(name, array.dtype.name, array.shape) for name, array in tensors.items()]
 
 
 def update(selection: Selection | None = None) -> dict[str, np.ndarray]:
@@ -49,7 +50,7 @@ def test_packing_and_unpacking_gives_back_what_was_kept(
     values = rng.choice(rng.standard_normal(different).astype(np.float32), (size, 3))
     mask = rng.random((size, 3)) < 0.4 if masked else None
     packed = pack("w", values, mask, clustered)
-    check_layout([Spec("w", "float32", (size, 3))], specs(packed), masked=masked, clustered=clustered)
+    check_layout([TensorSpec("w", "float32", (size, 3))], specs(packed), masked=masked, clustered=clustered)
     got, coverage = unpack("w", packed.keys(), packed.__getitem__, Coverage((size, 3)))
     assert got.dtype == np.float32
     assert np.array_equal(got, values if mask is None else values[mask])
