@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedgrpc.codec.encoding import Encoding
@@ -77,13 +78,14 @@ class Manifest:
 
     def validate(self, limits: Limits) -> None:
         """Raise TooLargeError for what is over a limit, LayoutError for what does not fit together."""
+        check_entries(self.entries, limits.max_dims)
+        self.validate_sizes(limits)
+
+    def validate_sizes(self, limits: Limits) -> None:
+        """The part of `validate` that is left once `check_entries` has passed."""
         _at_most(len(self.entries), limits.max_tensors, "tensors")
         _at_most(len(self.frames), limits.max_frames, "frames")
         _at_most(self.size_bytes, limits.max_payload_bytes, "payload bytes")
-        for entry in self.entries:
-            _check_entry(entry, limits)
-        if len({entry.spec.name for entry in self.entries}) != len(self.entries):
-            raise LayoutError("the manifest names a tensor twice")
         _at_most(self.content_size_bytes, limits.max_content_bytes, "content bytes")
         _at_most(sum(spec.nbytes for spec in self.layout), limits.max_decoded_bytes, "decoded bytes")
         self._check_frames(limits)
@@ -107,8 +109,16 @@ class Manifest:
         _must_equal(self.content_size_bytes, inflated, "tensors", "inflated frames")
 
 
-def _check_entry(entry: TensorEntry, limits: Limits) -> None:
-    entry.spec.validate(limits.max_dims)
+def check_entries(entries: Sequence[TensorEntry], max_dims: int) -> None:
+    """Raise LayoutError for a tensor that cannot be, or that is named twice."""
+    for entry in entries:
+        _check_entry(entry, max_dims)
+    if len({entry.spec.name for entry in entries}) != len(entries):
+        raise LayoutError("the manifest names a tensor twice")
+
+
+def _check_entry(entry: TensorEntry, max_dims: int) -> None:
+    entry.spec.validate(max_dims)
     least, most = entry.encoding.size_bounds(entry.spec)
     if not least <= entry.size_bytes <= most:
         raise LayoutError(

@@ -18,7 +18,7 @@ from google.protobuf import duration_pb2
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.encoding import parse_encoding
 from fedgrpc.codec.layout import Layout, TensorSpec
-from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry
+from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry, check_entries
 from fedgrpc.errors import LayoutError, UsageError
 from fedgrpc.v1 import device_pb2, tensor_pb2
 
@@ -33,8 +33,9 @@ _COMPRESSION_NAMES: Final[dict[int, str]] = {
     tensor_pb2.COMPRESSION_ZSTD: "zstd",
 }
 _COMPRESSION_NUMBERS: Final[dict[str, Any]] = {name: number for number, name in _COMPRESSION_NAMES.items()}
-_KNOWN_ENTRIES: Final = 4096
-_KNOWN_ENTRY_BYTES: Final = 512
+# Lists of tensors that are kept parsed, and up to which size each.
+_KNOWN_LISTS: Final = 16
+_KNOWN_LIST_BYTES: Final = 64 << 10
 _NO_TENSORS: Final = Manifest((), "none", (), 0, hashlib.sha256().digest())
 
 
@@ -86,6 +87,20 @@ def layout_from_proto(messages: Iterable[tensor_pb2.TensorSpec], max_dims: int =
 
 def manifest_to_proto(manifest: Manifest) -> tensor_pb2.Manifest:
     """A payload's declaration."""
+    message = tensor_pb2.Manifest()
+    message.CopyFrom(_listed(manifest.entries))
+    message.compression = _COMPRESSION_NUMBERS[manifest.compression]
+    message.frames.extend(
+        tensor_pb2.Frame(size_bytes=frame.size_bytes, content_size_bytes=frame.content_size_bytes)
+        for frame in manifest.frames
+    )
+    message.size_bytes, message.sha256 = manifest.size_bytes, manifest.sha256
+    return message
+
+
+@lru_cache(maxsize=_KNOWN_LISTS)
+def _listed(entries: tuple[TensorEntry, ...]) -> tensor_pb2.Manifest:
+    """A declaration of these tensors and nothing else; to be copied, since all payloads of a run begin with it."""
     return tensor_pb2.Manifest(
         entries=[
             tensor_pb2.TensorEntry(
@@ -93,15 +108,8 @@ def manifest_to_proto(manifest: Manifest) -> tensor_pb2.Manifest:
                 encoding=tensor_pb2.Encoding(spec=str(entry.encoding)),
                 size_bytes=entry.size_bytes,
             )
-            for entry in manifest.entries
-        ],
-        compression=_COMPRESSION_NUMBERS[manifest.compression],
-        frames=[
-            tensor_pb2.Frame(size_bytes=frame.size_bytes, content_size_bytes=frame.content_size_bytes)
-            for frame in manifest.frames
-        ],
-        size_bytes=manifest.size_bytes,
-        sha256=manifest.sha256,
+            for entry in entries
+        ]
     )
 
 
@@ -109,26 +117,39 @@ def manifest_from_proto(message: tensor_pb2.Manifest, limits: Limits | None = No
     """A validated declaration; one that is not set at all declares no tensors."""
     if message == tensor_pb2.Manifest():
         return _NO_TENSORS
+    limits = limits or Limits()
     manifest = Manifest(
-        tuple(_entry_from_proto(entry) for entry in message.entries),
+        _entries_from_proto(message, limits.max_dims),
         compression_from_proto(message.compression),
         tuple(Frame(frame.size_bytes, frame.content_size_bytes) for frame in message.frames),
         message.size_bytes,
         message.sha256,
     )
-    manifest.validate(limits or Limits())
+    manifest.validate_sizes(limits)
     return manifest
 
 
-def _entry_from_proto(message: tensor_pb2.TensorEntry) -> TensorEntry:
-    """Parsed once for all the payloads that have it, as those of a run do; what is long is not kept."""
-    text = message.SerializeToString()
-    return _known_entry(text) if len(text) <= _KNOWN_ENTRY_BYTES else _parsed_entry(message)
+def _entries_from_proto(message: tensor_pb2.Manifest, max_dims: int) -> tuple[TensorEntry, ...]:
+    """Parsed and checked once for all the payloads that list the same, as those of a run do."""
+    listed = tensor_pb2.Manifest()
+    listed.CopyFrom(message)
+    for rest in ("compression", "frames", "size_bytes", "sha256"):
+        listed.ClearField(rest)
+    text = listed.SerializeToString()
+    if len(text) > _KNOWN_LIST_BYTES:
+        return _checked_entries(listed, max_dims)
+    return _known_entries(text, max_dims)
 
 
-@lru_cache(maxsize=_KNOWN_ENTRIES)
-def _known_entry(text: bytes) -> TensorEntry:
-    return _parsed_entry(tensor_pb2.TensorEntry.FromString(text))
+@lru_cache(maxsize=_KNOWN_LISTS)
+def _known_entries(text: bytes, max_dims: int) -> tuple[TensorEntry, ...]:
+    return _checked_entries(tensor_pb2.Manifest.FromString(text), max_dims)
+
+
+def _checked_entries(listed: tensor_pb2.Manifest, max_dims: int) -> tuple[TensorEntry, ...]:
+    entries = tuple(_parsed_entry(entry) for entry in listed.entries)
+    check_entries(entries, max_dims)
+    return entries
 
 
 def _parsed_entry(message: tensor_pb2.TensorEntry) -> TensorEntry:

@@ -16,6 +16,9 @@ from fedgrpc.errors import FedgrpcError, LinkError
 
 T = TypeVar("T")
 
+# To seed one for each call would cost more than most calls' retries.
+_CHANCE = random.Random()
+
 
 @dataclass(frozen=True)
 class Backoff:
@@ -44,7 +47,7 @@ class Retries:
     """Waits between failures in a row; `reset` after a success. The state of one reconnect loop."""
 
     backoff: Backoff = field(default_factory=Backoff)
-    rng: random.Random = field(default_factory=random.Random)
+    rng: random.Random = _CHANCE
     failures: int = 0
 
     def next_delay_s(self) -> float:
@@ -67,7 +70,7 @@ async def with_retries(
     rng: random.Random | None = None,
 ) -> T:
     """Await `call()` up to `attempts` times; the last failure, and any error not listed, is raised."""
-    retries = Retries(backoff or Backoff(), rng or random.Random())
+    retries = Retries(backoff or Backoff(), rng or _CHANCE)
     while True:
         try:
             return await call()

@@ -49,6 +49,23 @@ def test_a_manifest_comes_back_equal(recipe):
     assert convert.manifest_from_proto(through_the_wire(convert.manifest_to_proto(manifest))) == manifest
 
 
+def test_a_list_of_tensors_that_is_known_is_held_to_the_limits_of_each_who_reads_it():
+    message = convert.manifest_to_proto(payload()[0])
+    known = convert.manifest_from_proto(message)
+    for limits in (Limits(max_tensors=1), Limits(max_decoded_bytes=1)):
+        with pytest.raises(TooLargeError):
+            convert.manifest_from_proto(message, limits)
+    with pytest.raises(LayoutError, match="dimensions"):
+        convert.manifest_from_proto(message, Limits(max_dims=1))
+    assert convert.manifest_from_proto(message) == known
+
+
+def test_writing_into_a_message_changes_no_other_of_the_same_tensors():
+    manifest, _ = payload()
+    convert.manifest_to_proto(manifest).entries[0].size_bytes += 1
+    assert convert.manifest_from_proto(convert.manifest_to_proto(manifest)) == manifest
+
+
 def test_a_manifest_that_is_not_set_declares_no_tensors():
     empty = write_payload({}, Recipe.parse("raw"), io.BytesIO(), np.random.default_rng(0))
     assert convert.manifest_from_proto(tensor_pb2.Manifest()) == empty
