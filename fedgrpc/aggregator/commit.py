@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -48,7 +49,7 @@ Mean = Callable[[int, int], np.ndarray]
 
 @dataclass(frozen=True)
 class Span:
-    """Elements `start` to `stop` of tensor number `index`."""
+    """Elements `start` to `stop` of tensor number `index`, perhaps on into those behind it (`Fold.goes_on`)."""
 
     index: int
     start: int
@@ -131,14 +132,29 @@ class Commit:
                 yield from stepped
 
     def _spans(self, fold: Fold) -> Iterator[list[Span]]:
-        """The model in pieces of work; tensors are cut where nothing needs them whole."""
+        """The model in pieces of work; tensors are joined and cut where nothing needs each of them whole."""
         whole = self.optimizer.memory_count > 0
         for group in groups(self.base.layout):
             spans = [Span(index, 0, self.base.layout[index].size) for index in group]
-            if whole or len(spans) > 1 or not fold.covers(self.base.layout[group[0]]):
+            if whole:
+                yield spans
+                continue
+            spans = self._joined(spans, fold)
+            if len(spans) > 1 or not fold.covers(self.base.layout[group[0]]):
                 yield spans
             else:
                 yield from ([span] for span in spans[0].cut())
+
+    def _joined(self, spans: Sequence[Span], fold: Fold) -> list[Span]:
+        """The spans of whole tensors, those in one that a fold can take in one: most tensors are small."""
+        joined: list[Span] = []
+        first, stop = spans[0].index, 0
+        for before, after in pairwise(spans):
+            stop += before.stop
+            if not fold.goes_on(self.base.layout[before.index], self.base.layout[after.index]):
+                joined.append(Span(first, 0, stop))
+                first, stop = after.index, 0
+        return [*joined, Span(first, 0, stop + spans[-1].stop)]
 
     def _step(self, spans: Sequence[Span], load: Load, fold: Fold) -> list[Stepped]:
         """New values and optimizer memory of each span.
@@ -198,10 +214,29 @@ class Commit:
             if untouched is not None:
                 stepped[untouched[piece]] = wide[untouched[piece]]
                 after = tuple(map(partial(_keep_where, untouched[piece]), before, after))
-            new[piece] = _finite(spec, stepped, spec.numpy_dtype)
+            new[piece] = self._finite(span, at, stepped, spec.numpy_dtype)
             for part, its in zip(kept, after, strict=True):
-                part.reshape(-1)[piece] = _finite(spec, its, np.dtype(np.float32))
+                part.reshape(-1)[piece] = self._finite(span, at, its, np.dtype(np.float32))
         return new, kept
+
+    def _finite(self, span: Span, at: int, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """`values`, which begin at element `at` of a span, as `dtype`. Raises `UpdateRefused` when it cannot hold
+        them: no round could go on.
+        """
+        with np.errstate(over="ignore"):
+            cast = values.astype(dtype)
+        finite = np.isfinite(cast)
+        if not finite.all():
+            name = self._name_at(span.index, span.start + at + int(finite.argmin()))
+            raise UpdateRefused(f"the new values of tensor {name!r} would not be finite in {dtype.name}")
+        return cast
+
+    def _name_at(self, index: int, element: int) -> str:
+        """Of the tensor that has this element, counted from the first one of tensor number `index`."""
+        while element >= self.base.layout[index].size:
+            element -= self.base.layout[index].size
+            index += 1
+        return self.base.layout[index].name
 
     def _memory_of(self, spec: TensorSpec) -> tuple[np.ndarray, ...]:
         count = self.optimizer.memory_count if spec.is_float else 0
@@ -255,10 +290,15 @@ def by_groups(layout: Layout, work: Callable[[Group], T]) -> Iterator[T]:
 
 
 def ahead(items: Iterable[S], work: Callable[[S], T]) -> Iterator[T]:
-    """What `work` makes of each item, in order, one item ahead in a thread."""
+    """What `work` makes of each item, in order, one item ahead in a thread where there is more than one."""
+    rest = iter(items)
+    first = list(islice(rest, 2))
+    if len(first) < 2:
+        yield from map(work, first)
+        return
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="commit") as pool:
         pending: deque[Future[T]] = deque()
-        for item in items:
+        for item in chain(first, rest):
             pending.append(pool.submit(work, item))
             if len(pending) > _THREADS:
                 yield pending.popleft().result()
@@ -269,15 +309,6 @@ def ahead(items: Iterable[S], work: Callable[[S], T]) -> Iterator[T]:
 def _keep_where(untouched: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
     after[untouched] = before[untouched]
     return after
-
-
-def _finite(spec: TensorSpec, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """`values` as `dtype`. Raises `UpdateRefused` when it cannot hold them: no round could go on."""
-    with np.errstate(over="ignore"):
-        cast = values.astype(dtype)
-    if not np.isfinite(cast).all():
-        raise UpdateRefused(f"the new values of tensor {spec.name!r} would not be finite in {dtype.name}")
-    return cast
 
 
 def groups(layout: Layout) -> Iterator[Group]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
 from fedgrpc.aggregator.uploads import StoredUpdate, UpdateFile
 from fedgrpc.codec.layout import TensorSpec
-from fedgrpc.codec.payload import in_pieces
+from fedgrpc.codec.manifest import Manifest
+from fedgrpc.codec.payload import in_pieces, neighbours
 from fedgrpc.codec.values import Fill
 
 PIECE = 1 << 15
@@ -21,6 +23,7 @@ PIECE = 1 << 15
 _MOST_OPEN = 8
 
 Load = Callable[[str], StoredUpdate]
+T = TypeVar("T")
 
 
 class Fold:
@@ -34,18 +37,14 @@ class Fold:
         self._updates, self._load = updates, load
         self._factors = [weight * scales.get(token, 1.0) for token, weight in updates]
         self._total = sum(weight for _, weight in updates)
-        self._names = self._common() if self._total > 0 else set()
+        manifests = [load(token).manifest for token, _ in updates] if self._total > 0 else []
+        self._names = _in_all(manifests, lambda one: {each.spec.name for each in one.entries if in_pieces(each)})
+        self._neighbours = _in_all(manifests, neighbours)
         self._open: list[UpdateFile] = []
         self._filling: tuple[str, list[Fill]] = ("", [])
         self._kept = len(updates) <= _MOST_OPEN
         self._sum, self._scratch = np.empty(0), np.empty(PIECE)
         self._inflating = ThreadPoolExecutor(1, thread_name_prefix="inflate")
-
-    def _common(self) -> set[str]:
-        """The tensors that can be read in pieces from every update."""
-        manifests = [self._load(token).manifest for token, _ in self._updates]
-        names = [{entry.spec.name for entry in manifest.entries if in_pieces(entry)} for manifest in manifests]
-        return set.intersection(*names) if names else set()
 
     def __enter__(self) -> Fold:
         return self
@@ -59,13 +58,20 @@ class Fold:
         """Whether the mean of this tensor can be had here."""
         return spec.is_float and spec.name in self._names
 
+    def goes_on(self, spec: TensorSpec, after: TensorSpec) -> bool:
+        """Whether `mean` of the one tensor can go on into the other, as if they were one."""
+        return self.covers(spec) and self.covers(after) and (spec.name, after.name) in self._neighbours
+
     @property
     def step(self) -> int:
         """How many elements to ask for at a time; files that do not stay open are opened for each `mean`."""
         return PIECE if self._kept else 1 << 62
 
     def mean(self, spec: TensorSpec, start: int, stop: int) -> np.ndarray:
-        """These elements of the mean, flat and float64, until the next call. Raises as reading an update does."""
+        """These elements of the mean, flat and float64, until the next call. Raises as reading an update does.
+
+        They may lie beyond the end of the tensor, in those behind it, as far as it `goes_on`.
+        """
         if self._sum.size < stop - start:
             self._sum = np.empty(stop - start)
         total = self._sum[: stop - start]
@@ -101,3 +107,10 @@ class Fold:
                 yield file.fill_from(name), factor
             finally:
                 file.close()
+
+
+def _in_all(manifests: Iterable[Manifest], find: Callable[[Manifest], set[T]]) -> set[T]:
+    """What is found in each; updates of a run mostly list the very same tensors, which are looked at once."""
+    alike = {(id(manifest.entries), manifest.compression): manifest for manifest in manifests}
+    found = [find(manifest) for manifest in alike.values()]
+    return set.intersection(*found) if found else set()

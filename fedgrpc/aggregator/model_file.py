@@ -16,9 +16,10 @@ import os
 import re
 import struct
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,13 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CRC32 = re.compile(r"[0-9a-f]{8}")
 _UNKNOWN_SHA256, _UNKNOWN_CRC32 = "0" * 64, "-" * 8
 _READ_BYTES = 1 << 20
+# How the header of a file begins that was written here and has a tensor.
+_OWN_METADATA = re.compile(rb'\{"__metadata__":(\{"format":"pt","(?:sha256|crc32)":"[0-9a-f-]{8,64}"\}),')
+_KNOWN_HEADERS = 8
+_KNOWN_HEADER_BYTES = 64 << 10
+
+# Spec of a tensor, and from where to where its bytes go behind the header.
+Entry = tuple[TensorSpec, int, int]
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,7 @@ class ModelFile:
                 if size > _MAX_HEADER_BYTES:
                     raise ValueError("its header is too large")
                 text = file.read(size)
-                header = json.loads(text)
-                entries = _entries(header)
+                entries, metadata = _parsed(text)
                 end = 8 + size + max((stop for _, _, stop in entries), default=0)
                 if os.fstat(file.fileno()).st_size != end:
                     raise ValueError("its size is not what its header says")
@@ -88,7 +95,7 @@ class ModelFile:
             raise UsageError(f"{path} is not a safetensors file that fedgrpc can use: {error}") from error
         layout = tuple(spec for spec, _, _ in entries)
         starts = tuple(8 + size + start for _, start, _ in entries)
-        sums = _kept(header, "sha256", _SHA256), _kept(header, "crc32", _CRC32)
+        sums = _kept(metadata, "sha256", _SHA256), _kept(metadata, "crc32", _CRC32)
         sha256 = bytes.fromhex(sums[0]) if sums[0] else None
         crc = int(sums[1], 16) if sums[1] else None
         return cls(path, layout, starts, struct.pack("<Q", size) + text, sha256, crc)
@@ -99,7 +106,10 @@ class ModelFile:
         return self.part(index, 0, spec.size).reshape(spec.shape)
 
     def part(self, index: int, start: int, stop: int) -> np.ndarray:
-        """These elements of tensor number `index`, flat and freshly read. Raises `StorageError`."""
+        """These elements of tensor number `index`, or of those of its dtype behind it, flat and freshly read.
+
+        Raises `StorageError`.
+        """
         values = np.empty(stop - start, self.layout[index].numpy_dtype)
         try:
             with self.path.open("rb", buffering=0) as file:
@@ -212,13 +222,14 @@ class ModelWriter:
         self._part = path.with_suffix(".part")
         self._waiting = iter(layout)
         self._spec, self._left = TensorSpec("", "float32", (0,)), 0
-        self._layout = layout
+        self._unknown = _UNKNOWN_SHA256 if durable else _UNKNOWN_CRC32
+        self._header = _header(layout, {"sha256" if durable else "crc32": self._unknown})
         self._digest, self._crc32 = hashlib.sha256(), 0
         self._size_bytes = 0
         with self._storage_errors():
             handle = spares.create(self._part) if spares else os.open(self._part, _NEW, 0o666)
             self._file = FileIO(handle, "r+")
-            self._put(self._header(_UNKNOWN_SHA256 if durable else _UNKNOWN_CRC32))
+            self._put(self._header)
 
     def __enter__(self) -> ModelWriter:
         return self
@@ -229,12 +240,17 @@ class ModelWriter:
             self._part.unlink(missing_ok=True)
 
     def add(self, values: np.ndarray) -> None:
-        """Write the next tensor of the layout, or the next elements of the one in hand, cast to its dtype."""
+        """Write the next elements of a tensor, cast to its dtype; they may go on into the next of this dtype."""
         if not self._left:
-            self._spec = next(self._waiting)
-            self._left = self._spec.size
-        self._left -= values.size
-        data = np.ascontiguousarray(values, dtype=self._spec.numpy_dtype).reshape(-1).view(np.uint8).data
+            self._go_on()
+        dtype, left = self._spec.numpy_dtype, values.size
+        while left > self._left:
+            left -= self._left
+            self._go_on()
+            if self._spec.numpy_dtype != dtype:
+                raise ValueError(f"tensor {self._spec.name!r} is {self._spec.dtype}")
+        self._left -= left
+        data = np.ascontiguousarray(values, dtype=dtype).reshape(-1).view(np.uint8).data
         if self._durable:
             self._digest.update(data)
         else:
@@ -242,8 +258,9 @@ class ModelWriter:
         with self._storage_errors():
             self._put(data)
 
-    def _header(self, kept: str) -> bytes:
-        return _header(self._layout, {"sha256" if self._durable else "crc32": kept})
+    def _go_on(self) -> None:
+        self._spec = next(self._waiting)
+        self._left = self._spec.size
 
     def _put(self, data: bytes | memoryview) -> None:
         pwrite(self._file.fileno(), data, self._size_bytes)
@@ -256,7 +273,9 @@ class ModelWriter:
         spec = self._spec if self._left else next(self._waiting, None)
         if spec is not None:
             raise ValueError(f"tensor {spec.name!r} was not written")
-        header = self._header(self._digest.hexdigest() if self._durable else f"{self._crc32:08x}")
+        kept = self._digest.hexdigest() if self._durable else f"{self._crc32:08x}"
+        # Of the same length, and the first of what the header says.
+        header = self._header.replace(self._unknown.encode(), kept.encode(), 1)
         with self._storage_errors():
             pwrite(self._file.fileno(), header, 0)
             os.ftruncate(self._file.fileno(), self._size_bytes)
@@ -295,18 +314,32 @@ def _header(layout: Layout, kept: dict[str, str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _kept(header: dict[str, Any], name: str, form: re.Pattern[str]) -> str | None:
+def _parsed(text: bytes) -> tuple[Sequence[Entry], object]:
+    """The tensors that a header tells of, and its metadata. Raises as `_entries`."""
+    own = _OWN_METADATA.match(text)
+    if own is None or len(text) > _KNOWN_HEADER_BYTES:
+        header = json.loads(text)
+        return _entries(header), header.get(METADATA)
+    return _known_entries(b"{" + text[own.end() :]), json.loads(own[1])
+
+
+@lru_cache(maxsize=_KNOWN_HEADERS)
+def _known_entries(text: bytes) -> tuple[Entry, ...]:
+    """Parsed once for all versions of a model: their headers differ in the metadata alone."""
+    return tuple(_entries(json.loads(text)))
+
+
+def _kept(metadata: object, name: str, form: re.Pattern[str]) -> str | None:
     """What the file says of its tensors; None in a file that was not written here."""
-    metadata = header.get("__metadata__")
     text = metadata.get(name) if isinstance(metadata, dict) else None
     if not isinstance(text, str) or not form.fullmatch(text) or text == _UNKNOWN_SHA256:
         return None
     return text
 
 
-def _entries(header: dict[str, dict[str, Any]]) -> list[tuple[TensorSpec, int, int]]:
+def _entries(header: dict[str, dict[str, Any]]) -> list[Entry]:
     """(spec, start, stop) in file order. Raises ValueError for holes, overlaps, unknown dtypes and wrong sizes."""
-    found: list[tuple[TensorSpec, int, int]] = []
+    found: list[Entry] = []
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     for name, entry in header.items():

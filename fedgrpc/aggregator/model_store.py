@@ -385,9 +385,8 @@ class _Sliced(Mapping[str, Array]):
 
 
 def _is_raw(recipe: Recipe, layout: Layout) -> bool:
-    return recipe.compression.method == "none" and all(
-        recipe.for_layout(layout).for_tensor(spec) == Raw() for spec in layout
-    )
+    named = recipe.for_layout(layout)
+    return recipe.compression.method == "none" and all(named.for_tensor(spec) == Raw() for spec in layout)
 
 
 def _raw_manifest(model: ModelFile) -> Manifest:

@@ -15,7 +15,7 @@ from typing import Any
 
 from fedgrpc.aggregation.merged import check_merged_layout, merged_values
 from fedgrpc.aggregation.packed import unpacked
-from fedgrpc.aggregation.update import check_layout, check_values
+from fedgrpc.aggregation.update import AdmissionPolicy, check_layout, check_values
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.intake import Intake
 from fedgrpc.aggregator.local_models import LocalTask
@@ -24,7 +24,7 @@ from fedgrpc.aggregator.model_file import METADATA
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.scales import check_steps
 from fedgrpc.aggregator.turns import Turns
-from fedgrpc.aggregator.uploads import StoredUpdate, Upload
+from fedgrpc.aggregator.uploads import StoredUpdate, UpdateFile, Upload
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.manifest import Limits, Manifest
 from fedgrpc.errors import (
@@ -287,12 +287,21 @@ class Receiver:
                 check_values(values, it.settings.admission)
                 return
             if current is None or local.plain:
-                admission = it.settings.admission
-                check_values(update.pieces() if math.isfinite(admission.max_norm) else update.bounds(), admission)
+                _check_plain(update, it.settings.admission)
                 return
             selection = it.local_models.selection(local.sub_model, current.version_of(header.token))
             tensors = unpacked(it.run.layout, reader.names, reader.tensor, selection)
             check_values(tensors, it.settings.admission)
+
+
+def _check_plain(update: UpdateFile, policy: AdmissionPolicy) -> None:
+    values = update.long_pieces() if math.isfinite(policy.max_norm) else update.bounds()
+    try:
+        check_values(values, policy)
+    except UpdateRefused:
+        # Only what is refused is looked at tensor by tensor, to say which one it was.
+        check_values(update.pieces(), policy)
+        raise
 
 
 async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:

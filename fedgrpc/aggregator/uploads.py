@@ -30,7 +30,7 @@ from fedgrpc.aggregator.durable import fsync_folder
 from fedgrpc.codec.chunk import Chunk, check_chunk
 from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.codec.manifest import Manifest, TensorEntry
-from fedgrpc.codec.payload import PayloadReader, Submit, in_pieces
+from fedgrpc.codec.payload import PayloadReader, Submit, in_pieces, neighbours
 from fedgrpc.codec.values import Fill
 from fedgrpc.errors import CodecError, CorruptError, StorageError
 from fedgrpc.rpc.convert import manifest_from_proto
@@ -126,18 +126,35 @@ class UpdateFile:
     def pieces(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
         """Every tensor in order, most of them flat in pieces that fit the cache, each good until the next."""
         for entry in self.reader.manifest.entries:
-            yield from self._pieces_of(entry)
+            yield from self._pieces_of(entry, entry.spec.size)
+
+    def long_pieces(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
+        """The same, but that a piece goes on into the tensors behind its own where they can be read in one."""
+        for entry, size in self._runs():
+            yield from self._pieces_of(entry, size)
 
     def bounds(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
-        """As `pieces`, but of quantized tensors only what none of their values exceeds."""
-        for entry in self.reader.manifest.entries:
+        """As `long_pieces`, but of quantized tensors only what none of their values exceeds."""
+        for entry, size in self._runs():
             bounds = self.reader.bounds(entry.spec.name)
             if bounds is not None and np.isfinite(bounds).all():
                 yield entry.spec, bounds
             else:
-                yield from self._pieces_of(entry)
+                yield from self._pieces_of(entry, size)
 
-    def _pieces_of(self, entry: TensorEntry) -> Iterator[tuple[TensorSpec, np.ndarray]]:
+    def _runs(self) -> Iterator[tuple[TensorEntry, int]]:
+        """Each tensor that those behind it can be read with, and how many elements they have together."""
+        entries, together = self.reader.manifest.entries, neighbours(self.reader.manifest)
+        at = 0
+        while at < len(entries):
+            first, size = entries[at], entries[at].spec.size
+            while at + 1 < len(entries) and (entries[at].spec.name, entries[at + 1].spec.name) in together:
+                at += 1
+                size += entries[at].spec.size
+            yield first, size
+            at += 1
+
+    def _pieces_of(self, entry: TensorEntry, size: int) -> Iterator[tuple[TensorSpec, np.ndarray]]:
         spec = entry.spec
         if not (spec.is_float and in_pieces(entry)):
             yield spec, self.reader.tensor(spec.name)
@@ -145,8 +162,8 @@ class UpdateFile:
         if spec.dtype not in self._buffers:
             self._buffers[spec.dtype] = np.empty(_PIECE, spec.numpy_dtype)
         fill = self.fill_from(spec.name)
-        for start in range(0, spec.size, _PIECE):
-            piece = self._buffers[spec.dtype][: min(_PIECE, spec.size - start)]
+        for start in range(0, size, _PIECE):
+            piece = self._buffers[spec.dtype][: min(_PIECE, size - start)]
             fill(piece, start)
             yield spec, piece
 

@@ -11,7 +11,7 @@ import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import BinaryIO, Protocol
 
 import numpy as np
@@ -40,6 +40,22 @@ Submit = Callable[[Callable[[int], memoryview], int], "Result"]
 def in_pieces(entry: TensorEntry) -> bool:
     """Whether a tensor can be decoded a piece at a time (`PayloadReader.fill_from`)."""
     return entry.encoding == Raw() or (isinstance(entry.encoding, Uniform) and entry.spec.dtype == "float32")
+
+
+def neighbours(manifest: Manifest) -> set[tuple[str, str]]:
+    """Names of tensors and of those that follow them, where both lie end to end as in memory, floats of one dtype.
+
+    What reads the one (`PayloadReader.raw_place`) can go on into the other.
+    """
+    if manifest.compression != "none":
+        return set()
+    together = set()
+    for entry, after in pairwise(manifest.entries):
+        spec, its = entry.spec, after.spec
+        raw = entry.encoding == Raw() and after.encoding == Raw()
+        if raw and spec.is_float and spec.dtype == its.dtype and spec.size and its.size:
+            together.add((spec.name, its.name))
+    return together
 
 
 def write_payload(
@@ -99,7 +115,8 @@ class PayloadWriter:
 
     def add(self, spec: TensorSpec, encoding: Encoding, data: Buffer) -> None:
         """Append one encoded tensor."""
-        view = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(b"")
+        view = memoryview(data)
+        view = view.cast("B") if view.nbytes else memoryview(b"")
         self._entries.append(TensorEntry(spec, encoding, view.nbytes))
         while self._zstd and len(self._pending) + view.nbytes >= FRAME_CONTENT_BYTES:
             room = FRAME_CONTENT_BYTES - len(self._pending)

@@ -110,6 +110,18 @@ def test_the_same_updates_give_the_same_bits_however_the_work_is_cut(tmp_path, m
         assert folder.model(2).read_bytes() == whole
 
 
+@pytest.mark.parametrize("recipe", ["raw", "raw+zstd"])
+def test_the_same_updates_give_the_same_bits_whether_their_tensors_lie_as_the_models_do_or_not(tmp_path, recipe):
+    as_the_model = Folder(tmp_path / "as")
+    as_the_model.commit()
+    names = list(BASE)
+    mixed = {"a": names, "b": names[::-1], "c": names[3:] + names[:3]}
+    other = {token: {name: UPDATES[token][name] for name in order} for token, order in mixed.items()}
+    folder = Folder(tmp_path / "mixed", updates=other, recipe=recipe)
+    folder.commit()
+    assert folder.model(2).read_bytes() == as_the_model.model(2).read_bytes()
+
+
 def test_the_same_updates_give_the_same_bits_in_whatever_order_they_were_stored(tmp_path):
     files = set()
     for number, order in enumerate(itertools.permutations(UPDATES)):
@@ -158,6 +170,15 @@ def test_a_result_that_is_not_finite_is_refused_and_nothing_is_written(tmp_path)
     with pytest.raises(UpdateRefused, match="'w' would not be finite in float32"):
         folder.commit(tokens=("a",))
     assert not folder.model(2).exists()
+
+
+@pytest.mark.parametrize("spoiled", [0, 2, 3])
+def test_the_tensor_that_would_not_be_finite_is_named_among_those_that_are_read_together(tmp_path, spoiled):
+    largest = float(np.finfo(np.float32).max)
+    base = {f"w{number}": np.full(size, 1.0, np.float32) for number, size in enumerate((3, 1, 5, 2))}
+    base[f"w{spoiled}"][-1] = largest
+    with pytest.raises(UpdateRefused, match=f"'w{spoiled}' would not be finite in float32"):
+        Folder(tmp_path, base, {"a": base}).commit(tokens=("a",))
 
 
 def test_a_memory_that_is_not_finite_is_refused_too(tmp_path):

@@ -93,6 +93,18 @@ def test_a_tensor_is_found_by_name(tmp_path):
     assert ModelFile.open(tmp_path / "m.safetensors").named("scalar") == 7
 
 
+def test_versions_of_one_layout_are_told_apart_by_their_digests(tmp_path):
+    for number in (1, 2):
+        write(tmp_path / str(number), {"w": np.full((2, 3), float(number)), "b": np.zeros(number, np.float32)})
+        write(tmp_path / f"{number}-again", {"w": np.full((2, 3), 7.0), "b": np.zeros(number, np.float32)})
+    for number in (1, 2):
+        model, again = ModelFile.open(tmp_path / str(number)), ModelFile.open(tmp_path / f"{number}-again")
+        assert [spec.shape for spec in again.layout] == [(2, 3), (number,)]
+        assert (again.layout, again.starts) == (model.layout, model.starts)
+        assert model.tensors_sha256 == model.computed_sha256() != again.tensors_sha256 == again.computed_sha256()
+        np.testing.assert_array_equal(again.tensor(0), np.full((2, 3), 7.0))
+
+
 def test_nothing_is_there_until_all_of_it_is(tmp_path):
     path = tmp_path / "m.safetensors"
     write(path, {"w": np.ones(3, np.float32)})
@@ -105,6 +117,27 @@ def test_nothing_is_there_until_all_of_it_is(tmp_path):
             writer.finish()
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_elements_of_several_tensors_of_a_dtype_may_come_together(tmp_path):
+    tensors = {"a": np.arange(3.0), "none": np.empty((2, 0)), "b": np.arange(4.0).reshape(2, 2), "n": np.array(3)}
+    together = np.concatenate([values.reshape(-1) for name, values in tensors.items() if name != "n"])
+    write(tmp_path / "apart.safetensors", tensors)
+    for cut in (1, 3, 5, 7):
+        with ModelWriter(tmp_path / "together.safetensors", layout_of(tensors)) as writer:
+            for piece in (together[:cut], together[cut:], tensors["n"]):
+                writer.add(piece)
+            writer.finish()
+        assert (tmp_path / "together.safetensors").read_bytes() == (tmp_path / "apart.safetensors").read_bytes()
+    with ModelWriter(tmp_path / "m.safetensors", layout_of(tensors)) as writer:
+        writer.add(together)
+        with pytest.raises(ValueError, match="'n' was not written"):
+            writer.finish()
+    with (
+        ModelWriter(tmp_path / "m.safetensors", layout_of(tensors)) as writer,
+        pytest.raises(ValueError, match="'n' is int64"),
+    ):
+        writer.add(np.zeros(8))
 
 
 def test_a_disk_that_does_not_take_it_is_a_storage_error(tmp_path):

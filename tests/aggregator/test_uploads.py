@@ -231,6 +231,30 @@ def test_an_update_is_read_in_pieces_that_are_its_tensors(journal, recipe):
             np.testing.assert_array_equal(joined, reader.tensor(name).reshape(-1))
 
 
+@pytest.mark.parametrize("recipe", ["raw", "raw+zstd", "int8"])
+def test_long_pieces_are_all_elements_once_and_in_order(journal, recipe):
+    rng = np.random.default_rng(1)
+    sizes = {"a": 300, "b": 40_000, "c": 0, "d": 5, "e": 1}
+    tensors = {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}
+    tensors |= {"half": rng.normal(size=70).astype(np.float16), "n": np.array(3), "z": np.ones(2, np.float32)}
+    with accept(journal, "token", tensors, recipe).open() as reader:
+        wanted = {dtype: [] for dtype in (np.float32, np.float16, np.int64)}
+        for name, values in tensors.items():
+            wanted[values.dtype.type].append(reader.tensor(name).reshape(-1))
+    update = journal.load("token").open()
+    with update:
+        found, count = {dtype: [] for dtype in wanted}, 0
+        for spec, piece in update.long_pieces():
+            assert spec.numpy_dtype == piece.dtype
+            found[piece.dtype.type].append(piece.reshape(-1).copy())
+            count += 1
+    for dtype in wanted:
+        np.testing.assert_array_equal(np.concatenate(found[dtype]), np.concatenate(wanted[dtype]))
+    if recipe == "raw":
+        # a and b, in two pieces; d and e; half; n; z.
+        assert count == 6
+
+
 def accept_payload(journal, manifest, payload):
     """An update as it is once its last byte is there, whatever is in it."""
     upload = journal.begin(header_of(manifest), manifest)
