@@ -81,10 +81,9 @@ class Board:
 
     def show(self, **changes: Any) -> None:
         """Replace fields of the status; watchers wake."""
-        status = replace(self.status, **changes)
-        if status == self.status:
+        if all(getattr(self.status, name) == value for name, value in changes.items()):
             return
-        self.status = status
+        self.status = replace(self.status, **changes)
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -177,7 +177,7 @@ class AggregatorClient:
                 stream = ClientStream(call)
                 wanted = await stream.write(aggregator_pb2.PushUpdateRequest(header=header))
                 pace = self._pace()
-                async with aclosing(_ahead(_chunks(read, size_bytes, offset, pace))) as framed:
+                async with aclosing(_ahead(_chunks(read, size_bytes, offset, pace), size_bytes)) as framed:
                     async for chunk, message in framed:
                         await pacer.wait(len(chunk.data), moved)
                         sent_s = self._clock()
@@ -202,7 +202,7 @@ class AggregatorClient:
         held = folder.held
         if held is not None and held.source == source and await self._still_sent(folder, held):
             return held
-        offset = await asyncio.to_thread(folder.partial_size_bytes, source)
+        offset = await asyncio.to_thread(folder.partial_size_bytes, source) if folder.has_partial else 0
         if offset:
             try:
                 pulled = await self._pull_from(folder, source, offset, report)
@@ -210,7 +210,8 @@ class AggregatorClient:
                 pulled = None
             if pulled is not None:
                 return pulled
-        folder.drop_partial()
+        if folder.has_partial:
+            await asyncio.to_thread(folder.drop_partial)
         pulled = await self._pull_from(folder, source, 0, report)
         assert pulled is not None
         return pulled
@@ -300,15 +301,20 @@ def _chunks(read: Read, size_bytes: int, offset: int, pace: Pace) -> Iterator[Ch
         yield chunk
 
 
-async def _ahead(pieces: Iterator[Chunk]) -> AsyncGenerator[tuple[Chunk, bytes], None]:
-    """Each chunk with its framed message, read and framed in a thread while those before are being sent."""
+async def _ahead(pieces: Iterator[Chunk], size_bytes: int) -> AsyncGenerator[tuple[Chunk, bytes], None]:
+    """Each chunk of a payload with its framed message, read and framed in a thread while those before are sent."""
     loop = asyncio.get_running_loop()
     coming = loop.run_in_executor(None, _framed, pieces)
     try:
         while batch := await coming:
-            coming = loop.run_in_executor(None, _framed, pieces)
+            last, _ = batch[-1]
+            ends = last.offset + len(last.data) == size_bytes
+            if not ends:
+                coming = loop.run_in_executor(None, _framed, pieces)
             for framed in batch:
                 yield framed
+            if ends:
+                return
     finally:
         # The file must not be closed under the thread that reads it.
         await asyncio.wait([coming])

@@ -9,7 +9,6 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -50,10 +49,9 @@ def write_file(path: Path, content: bytes) -> None:
 
 def publish_folder(unfinished: Path, final: Path) -> None:
     """Sync every file of `unfinished` and rename it to `final`, which must not exist."""
-    # At the same time: the file system then writes its journal once for all of them.
-    paths = [unfinished, *unfinished.iterdir()]
-    with ThreadPoolExecutor(len(paths), thread_name_prefix="sync") as pool:
-        list(pool.map(sync, paths))
+    # One after the other: a journal that is written for the first is written for all, and threads cost more.
+    for path in (*unfinished.iterdir(), unfinished):
+        sync(path)
     unfinished.rename(final)
     sync(final.parent)
 

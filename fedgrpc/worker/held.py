@@ -113,7 +113,7 @@ class HeldModel:
         """
         content = self.mapped()
         self._note_use(content)
-        reader = PayloadReader(self.manifest, buffer_reader(content.data))
+        reader = PayloadReader(self.manifest, buffer_reader(content.data), valid=True)
         return {spec.name: _own(array) for spec, array in reader}
 
     def mapped(self) -> Array:
@@ -210,11 +210,14 @@ def _write_whole(model: Applied, out: BinaryIO) -> tuple[Manifest, int]:
 
 def _own(array: Array) -> Array:
     """Decoded tensors may be read-only views of a frame; a trainer gets aligned arrays that it may change."""
+    flags = array.flags
+    if flags.c_contiguous and flags.aligned and flags.writeable:
+        return array
     return np.require(array, requirements=["C", "A", "W"])
 
 
 class ModelFolder:
-    """The held version and the partial download in one folder. One owner."""
+    """The held version and the partial download, if it `has_partial`, in one folder. One owner."""
 
     def __init__(self, folder: Path, limits: Limits | None = None) -> None:
         self._folder = folder
@@ -226,6 +229,7 @@ class ModelFolder:
             # Apart, since a difference is small and whole weights are large.
             self._spares = SpareFiles(folder / "spare", 1)
             self._spare_differences = SpareFiles(folder / "spare-differences", 1)
+            self.has_partial = self._partial.exists()
         self.held = self._load_held()
 
     def forget_other_runs(self, run: str) -> None:
@@ -249,6 +253,7 @@ class ModelFolder:
         with storage_errors(self._partial):
             if self._partial.exists():
                 remove_folder(self._partial)
+        self.has_partial = False
 
     def open_partial(self, source: Source, header: aggregator_pb2.ModelHeader, offset: int) -> PartialModel | None:
         """Where the chunks of a stream that starts at `offset` go; None when what is kept does not fit it.
@@ -277,6 +282,7 @@ class ModelFolder:
         _write_about(unfinished, source)
         begin(unfinished, header, self._spare_differences if header.base_version else self._spares)
         unfinished.rename(self._partial)
+        self.has_partial = True
 
     def finish(self, partial: PartialModel) -> HeldModel:
         """Verify the download and make it the held version. Slow: run it in a thread.
@@ -297,6 +303,7 @@ class ModelFolder:
                 manifest, crc = self._merge(partial)
             final = self._folder / f"{self._next_number():08}"
             self._partial.rename(final)
+        self.has_partial = False
         old, self.held = self.held, HeldModel(final, source, manifest, Origin.of(partial.manifest), crc)
         if old is not None:
             with storage_errors(old.folder):
@@ -325,6 +332,7 @@ class ModelFolder:
         self._spare_differences.keep(self._partial / PAYLOAD)
         self.drop_partial()
         merged.rename(self._partial)
+        self.has_partial = True
         return manifest, crc
 
     def _next_number(self) -> int:

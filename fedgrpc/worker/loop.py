@@ -189,10 +189,14 @@ class Loop:
         hooks = Hooks(stop, self._reporter(stop), self._settings.throttle)
         assert self._trainer is not None
         outcome = await self._local_work(self._trainer, task, given, hooks)
-        residual = await asyncio.to_thread(self._spool.residual, task.run_id)
-        fill = update_of(task, self._settings.name, given, outcome, residual, began)
-        keep = keeping(outcome.weights or {}, task.run_id, is_personal(task.plan))
-        update = await asyncio.to_thread(self._spool.write, message, fill, keep)
+
+        def spooled() -> SpooledUpdate:
+            residual = self._spool.residual(task.run_id)
+            fill = update_of(task, self._settings.name, given, outcome, residual, began)
+            keep = keeping(outcome.weights or {}, task.run_id, is_personal(task.plan))
+            return self._spool.write(message, fill, keep)
+
+        update = await asyncio.to_thread(spooled)
         self._show_disk()
         return update
 
@@ -201,9 +205,11 @@ class Loop:
         if task.kind is TaskKind.INITIALIZE:
             return {}, 0.0
         held, _ = await self._hold(task)
-        weights: Weights = await asyncio.to_thread(held.weights)
-        own = is_personal(task.plan)
-        weights = await asyncio.to_thread(lambda: restored(weights, self._spool.personal, task.run_id, own))
+
+        def given() -> Weights:
+            return restored(held.weights(), self._spool.personal, task.run_id, is_personal(task.plan))
+
+        weights = await asyncio.to_thread(given)
         return weights, time.monotonic() - self._download_began[1]
 
     async def _hold(self, task: Task) -> tuple[HeldModel, float]:

@@ -44,6 +44,11 @@ class ResidualWriter:
         self._names: list[str] = []
         self._crc32 = 0
 
+    @property
+    def begun(self) -> bool:
+        """Whether it has a tensor."""
+        return bool(self._names)
+
     def add(self, name: str, array: Array) -> None:
         """The next tensor, or the next part of the one in hand. Raises OSError."""
         data = flat(array).view(np.uint8).data

@@ -1,8 +1,12 @@
 """Finished updates on the worker's disk, from before their upload starts until they are acknowledged.
 
-    spool/00000007/        one update: task.pb, header.pb, payload, residual (which it leaves behind), personal
+    spool/00000007/        one update: payload, residual (which it leaves behind), personal; those two where there
+                           is something in them
     spool/residual         the residual that the next update starts from
     spool/personal         the layers that stay here, as the last update that is gone has left them
+
+Behind the payload its file has the `UpdateHeader`, the `Task`, and how many bytes each of them takes: a file less
+to sync. Former versions had them in files of their own, header.pb and task.pb.
 
 The rule: an update's folder is complete, and on the disk, once it has its name: what was trained and what it
 leaves behind survive a power cut together or not at all. Its residual becomes the current one when the update is
@@ -13,6 +17,7 @@ refused. Personal layers are what was trained last, whatever becomes of its upda
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,9 +46,9 @@ from fedgrpc.worker.disk import (
 )
 from fedgrpc.worker.residual_file import ResidualWriter, read_residual
 
-_TASK: Final = "task.pb"
-_HEADER: Final = "header.pb"
 _PAYLOAD: Final = "payload"
+_SIZES: Final = struct.Struct("<QQ")
+_MAX_ABOUT_BYTES: Final = 64 << 20
 _RESIDUAL: Final = "residual"
 _PERSONAL: Final = "personal"
 _BUFFER_BYTES: Final = 1 << 18
@@ -133,10 +138,11 @@ class Spool:
                 file = WrittenBack(self._spares.create(unfinished / _PAYLOAD))
                 with BufferedWriter(file, _BUFFER_BYTES) as payload:
                     header, layout = fill(payload, left.add)
+                    about = header.SerializeToString(), task.SerializeToString()
+                    payload.write(b"".join((*about, _SIZES.pack(*map(len, about)))))
                     payload.truncate()
-                (unfinished / _HEADER).write_bytes(header.SerializeToString())
-                (unfinished / _TASK).write_bytes(task.SerializeToString())
-                if layout is not None:
+                if layout is not None and (left.begun or (self._folder / _RESIDUAL).exists()):
+                    # Without either nothing was owed, and nothing is.
                     left.finish(layout)
                 if keep_personal is not None:
                     keep_personal(unfinished / _PERSONAL)
@@ -206,9 +212,27 @@ class Spool:
 
 
 def _load(folder: Path) -> SpooledUpdate:
-    header = aggregator_pb2.UpdateHeader.FromString((folder / _HEADER).read_bytes())
-    task = aggregator_pb2.Task.FromString((folder / _TASK).read_bytes())
-    size_bytes = os.stat(folder / _PAYLOAD).st_size
+    former = folder / "header.pb"
+    if former.exists():
+        texts = former.read_bytes(), (folder / "task.pb").read_bytes()
+        size_bytes = os.stat(folder / _PAYLOAD).st_size
+    else:
+        texts, size_bytes = _read_about(folder / _PAYLOAD)
+    header = aggregator_pb2.UpdateHeader.FromString(texts[0])
+    task = aggregator_pb2.Task.FromString(texts[1])
     if manifest_from_proto(header.manifest).size_bytes != size_bytes:
         raise LayoutError(f"its payload has {size_bytes} bytes, declared are {header.manifest.size_bytes}")
     return SpooledUpdate(folder, task, header)
+
+
+def _read_about(path: Path) -> tuple[tuple[bytes, bytes], int]:
+    """Header and task as they stand behind a payload, and how many bytes that has."""
+    with path.open("rb") as file:
+        end = os.fstat(file.fileno()).st_size - _SIZES.size
+        sizes = _SIZES.unpack(os.pread(file.fileno(), _SIZES.size, end)) if end >= 0 else (0, 0)
+        size_bytes = end - sum(sizes)
+        if size_bytes < 0 or max(sizes) > _MAX_ABOUT_BYTES:
+            raise LayoutError("it is cut short")
+        header_bytes, task_bytes = sizes
+        header = os.pread(file.fileno(), header_bytes, size_bytes)
+        return (header, os.pread(file.fileno(), task_bytes, size_bytes + header_bytes)), size_bytes

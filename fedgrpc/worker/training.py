@@ -24,7 +24,7 @@ import structlog
 from fedgrpc.aggregation.channels import ChannelMap
 from fedgrpc.aggregation.compression_plan import CompressionPlan
 from fedgrpc.codec.feedback import Corrected, Keep, Residual, write_with_feedback
-from fedgrpc.codec.layout import Layout, layout_of, spec_of
+from fedgrpc.codec.layout import Layout, layout_of
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
@@ -221,12 +221,14 @@ def _write(
     if task.kind is TaskKind.INITIALIZE:
         return write_payload(outcome.weights, recipe, payload, draw()), None
     start = given if outcome.start is None else outcome.start
-    recipe = recipe.for_layout(layout_of(start))
+    whole = layout_of(start)
+    recipe = recipe.for_layout(whole)
     part = Covered(Delta(outcome.weights, start), outcome.masks, outcome.clustered, is_personal(task.plan))
     if outcome.masks or task.plan.sub_model.moves:
         # The next update covers other coordinates: what this one lost is not owed to those.
         return write_payload(part, fitted(recipe, part, task, draw), payload, draw()), None
-    layout = layout_of(part) if outcome.clustered else tuple(spec_of(name, start[name]) for name in part)
+    names = set(part)
+    layout = layout_of(part) if outcome.clustered else tuple(spec for spec in whole if spec.name in names)
     recipe = fitted(recipe, Corrected(part, residual, layout), task, draw)
     return write_with_feedback(part, residual, recipe, payload, draw(), layout, keep)[0], layout
 

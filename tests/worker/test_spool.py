@@ -130,11 +130,49 @@ def test_what_a_crash_left_half_written_is_swept_at_the_next_start(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"spare", "spare-residuals"}
 
 
-@pytest.mark.parametrize("name", ["payload", "header.pb", "task.pb"])
-@pytest.mark.parametrize("damage", ["truncated", "missing", "garbage"])
-def test_a_damaged_update_is_dropped_and_the_others_stay(tmp_path, name, damage):
+def as_former_versions_left_it(update):
+    """With header and task in files of their own."""
+    path = update.folder / "payload"
+    path.write_bytes(path.read_bytes()[: update.size_bytes])
+    (update.folder / "header.pb").write_bytes(update.header.SerializeToString())
+    (update.folder / "task.pb").write_bytes(update.task.SerializeToString())
+
+
+def test_an_update_that_a_former_version_has_left_is_sent(tmp_path):
+    spool = Spool(tmp_path)
+    as_former_versions_left_it(spool.write(task("former"), fill("former")))
+    spool.write(task("new"), fill("new"))
+    former, new = Spool(tmp_path).updates()
+    assert (former.task.token, former.token, new.token) == ("former", "former", "new")
+    for update in (former, new):
+        with update.reader() as read:
+            assert hashlib.sha256(read(0, update.size_bytes)).digest() == update.header.manifest.sha256
+        spool.acknowledge(update)
+    assert spool.count() == 0
+
+
+def damaged(content):
+    header_bytes = int.from_bytes(content[-16:-8], "little")
+    yield from (content[:-1], content[1:], b"", content[:10], b"\xff" * 77, content[:-16] + b"\xff" * 16)
+    yield content[:-16] + (header_bytes + 1).to_bytes(8, "little") + content[-8:]
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_a_damaged_update_is_dropped_and_the_others_stay(tmp_path, number):
     spool = Spool(tmp_path)
     first, second = spool.write(task(), fill("first")), spool.write(task(), fill("second"))
+    path = first.folder / "payload"
+    path.write_bytes(list(damaged(path.read_bytes()))[number])
+    assert [update.token for update in spool.updates()] == [second.token]
+    assert not first.folder.exists()
+
+
+@pytest.mark.parametrize("name", ["payload", "header.pb", "task.pb"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "garbage"])
+def test_a_damaged_update_of_a_former_version_is_dropped_and_the_others_stay(tmp_path, name, damage):
+    spool = Spool(tmp_path)
+    first, second = spool.write(task(), fill("first")), spool.write(task(), fill("second"))
+    as_former_versions_left_it(first)
     path = first.folder / name
     if damage == "missing":
         path.unlink()
@@ -250,7 +288,7 @@ def test_an_update_and_what_it_leaves_behind_are_on_the_disk_before_it_has_its_n
     Spool(tmp_path).write(task(), fill(residual=residual_of(tensors(1))))
     named = on_disk.index(("rename", ".new-00000001"))
     assert {name for kind, name in on_disk[:named] if kind == "sync"} == {
-        *(".new-00000001", "payload", "header.pb", "task.pb", "residual")
+        *(".new-00000001", "payload", "residual")
     }
     assert on_disk[named + 1 :] == [("sync", tmp_path.name)]
 
@@ -263,6 +301,24 @@ def test_what_is_owed_is_on_the_disk_before_the_update_that_left_it_goes(tmp_pat
     synced = on_disk.index(("sync", tmp_path.name))
     assert on_disk[synced - 1] == ("rename", "residual")
     assert on_disk[synced + 1 :] == [("rename", "payload"), ("rename", "00000001")]
+
+
+def test_an_update_without_loss_leaves_nothing_to_sync_when_it_goes(tmp_path, on_disk):
+    spool = Spool(tmp_path)
+    update = spool.write(task(), fill(residual=residual_of({})))
+    on_disk.clear()
+    spool.acknowledge(update)
+    assert [name for kind, name in on_disk if kind == "sync"] == []
+    assert spool.residual("run") == Residual()
+
+
+def test_an_update_without_loss_makes_good_what_was_owed_before_it(tmp_path):
+    spool = Spool(tmp_path)
+    spool.acknowledge(spool.write(task(), fill(residual=residual_of(tensors(1)))))
+    update = spool.write(task(), fill(residual=Residual(layout_of(tensors(1)))))
+    assert equal(spool.residual("run"), residual_of(tensors(1)))
+    spool.acknowledge(update)
+    assert not Spool(tmp_path).residual("run").tensors
 
 
 def kept(text):
