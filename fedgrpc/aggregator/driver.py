@@ -23,7 +23,7 @@ from fedgrpc.aggregator.new_version import NewVersion
 from fedgrpc.aggregator.offering import Offering
 from fedgrpc.aggregator.recovery import Recovery
 from fedgrpc.aggregator.report import CurrentRound
-from fedgrpc.aggregator.run_store import TaskRow, Version
+from fedgrpc.aggregator.run_store import Version
 from fedgrpc.aggregator.scales import scales_of
 from fedgrpc.errors import CodecError, NotFound, StorageError, UpdateRefused
 from fedgrpc.rounds.events import Abort, Commit, Committed, Finished, Select, Tick
@@ -51,6 +51,9 @@ class Driver:
         self._offering = Offering(coordinator)
         self._new_version = NewVersion(coordinator)
         self._last_number = 0
+        self._record = RoundRecord()
+        # Tasks of rounds that are over, whose updates are still to be cleared away; None: all is done.
+        self._over: list[str] | None = None
         self._closing_evaluation = self._settings.evaluate
         self._abandoned = Retries(_AFTER_ABANDONED)
         self._log = log.bind(run=self._settings.run_name)
@@ -67,6 +70,7 @@ class Driver:
                 continue
             await self._play()
             await self._after_round()
+        await self._clear_away()
 
     async def _open(self) -> bool:
         """Open the next round if there is one to open now; else wait or end the run."""
@@ -75,11 +79,11 @@ class Driver:
             await self._wait(None)
             return False
         if it.run.reason:
-            await it.end(RUN_PHASE_FINISHED, it.run.reason)
+            await self._end(it.run.reason)
             return False
         if it.run.version and it.run.trained >= self._settings.rounds and not self._closing_evaluation:
             await self._wait_for_evaluators()
-            await it.end(RUN_PHASE_FINISHED, it.run.reason or f"all {self._settings.rounds} rounds are done")
+            await self._end(it.run.reason or f"all {self._settings.rounds} rounds are done")
             return False
         kind = self._next_kind()
         number = 0 if kind == TASK_KIND_INITIALIZE else self._last_number + 1
@@ -87,6 +91,10 @@ class Driver:
         it.current = CurrentRound(state, kind, it.run.version, time.time())
         self._log.debug("round opened", round=number, kind=TaskKind.Name(kind))
         return True
+
+    async def _end(self, reason: str) -> None:
+        await self._clear_away()
+        await self._it.end(RUN_PHASE_FINISHED, reason)
 
     def _next_kind(self) -> TaskKind:
         if not self._it.run.version:
@@ -127,10 +135,11 @@ class Driver:
                 await asyncio.sleep(rest_s)
 
     async def _wait(self, until: float | None, clear: bool = True) -> None:
-        """Wait for news, or for the clock to read `until`."""
+        """Wait for news, or for the clock to read `until`; there is time now for what could wait."""
         it = self._it
         if clear:
             it.wake.clear()
+        await self._clear_away()
         timeout_s = None if until is None else max(0.0, until - it.clock())
         try:
             async with asyncio.timeout(timeout_s):
@@ -175,26 +184,28 @@ class Driver:
         current.global_s = time.monotonic() - begun
         pairs = [(current.reports[token], weight) for token, weight in weights.items()]
         current.training_metrics = mean_metrics([(report.metrics, weight) for report, weight in pairs])
-        record, rows, histories = await self._account(current, after)
-        await it.in_database(it.store.finish_round, record, rows, histories, version)
+        await self._store_end(current, after, version)
         # It is stored: no wait from here on, or a second try would store it twice.
         if version is not None:
             it.run.version, it.run.layout = version.version, layout
-        it.fleet.remember(histories)
         it.dispatch(Committed(version.version if version else current.base_version))
 
-    async def _account(
-        self, current: CurrentRound, ended: Round
-    ) -> tuple[RoundRecord, list[TaskRow], dict[str, WorkerHistory]]:
-        """What is stored of a round that ended so. In a thread: with a thousand tasks it takes its time."""
-        fleet, now = self._it.fleet, self._it.clock()
+    async def _store_end(self, current: CurrentRound, ended: Round, version: Version | None) -> None:
+        """Make durable how a round has ended, and then remember it; with a thousand tasks that takes its time."""
+        it, now = self._it, self._it.clock()
 
-        def account() -> tuple[RoundRecord, list[TaskRow], dict[str, WorkerHistory]]:
+        def store() -> tuple[RoundRecord, dict[str, WorkerHistory]]:
             record = replace(current, state=ended).record(now)
             rows = [*current.rows(ended), *carried_rows(current, ended, now)]
-            return record, rows, histories_after(current, ended, fleet)
+            histories = histories_after(current, ended, it.fleet)
+            it.store.finish_round(record, rows, histories, version)
+            return record, histories
 
-        return await asyncio.to_thread(account)
+        self._record, histories = await it.in_database(store)
+        it.fleet.remember(histories)
+        if it.last_record is None or self._record.number >= it.last_record.number:
+            # Before the version is known, whose scores the record is given.
+            it.last_record = self._record
 
     async def _keep_scores(self, current: CurrentRound) -> None:
         """What the workers of a committed round say of the version they were given."""
@@ -213,30 +224,38 @@ class Driver:
         return given and current.local_task(token).sub_model.whole
 
     async def _finish(self, current: CurrentRound, finished: Finished) -> None:
-        """Record an abandoned round (a committed one is recorded with its version), and clean up."""
+        """Record an abandoned round (a committed one is recorded with its version), and let go of what is over."""
         it = self._it
         if finished.committed:
-            record = await asyncio.to_thread(current.record, it.clock())
-            it.local_models.observe(record, it.run.layout)
+            it.local_models.observe(self._record, it.run.layout)
             await self._keep_scores(current)
         else:
-            record, rows, histories = await self._account(current, current.state)
-            await it.in_database(it.store.finish_round, record, rows, histories, None)
-            it.fleet.remember(histories)
-            self._log.warning("round abandoned", round=record.number, reason=finished.reason)
+            await self._store_end(current, current.state, None)
+            self._log.warning("round abandoned", round=current.state.number, reason=finished.reason)
         over = [token for token in current.state.tasks if token not in current.state.carried]
         it.fleet.release(over)
-        await asyncio.to_thread(it.journal.discard, over)
-        given = [current.version_of(token) for token in current.state.carried]
-        oldest = min([it.run.version - self._settings.keep_versions + 1, *given])
-        await it.models.prune(frozenset(range(oldest, it.run.version + 1)))
-        if it.last_record is None or record.number >= it.last_record.number:
-            # As stored: an evaluator may have scored the new version already.
-            it.last_record = await it.in_database(it.store.round, record.number)
-        self._last_number = max(self._last_number, record.number)
-        it.metrics.observe_round(record)
+        self._over = [*(self._over or ()), *over]
+        self._last_number = max(self._last_number, self._record.number)
+        it.metrics.observe_round(self._record)
         it.metrics.model_version.set(it.run.version)
         it.metrics.live_workers.set(sum(it.fleet.alive(worker, it.clock()) for worker in it.fleet))
+
+    async def _clear_away(self) -> None:
+        """Remove the updates and versions of rounds that are over: once nobody waits for the driver.
+
+        A process that dies before has left them to the next one, which clears them away before it begins.
+        """
+        if self._over is not None:
+            await self._until_stored(partial(self._remove, self._over))
+            self._over = None
+
+    async def _remove(self, over: list[str]) -> None:
+        it = self._it
+        await asyncio.to_thread(it.journal.discard, over)
+        current = it.current
+        given = [] if current is None else [current.version_of(token) for token in current.state.tasks]
+        oldest = min([it.run.version - self._settings.keep_versions + 1, *given])
+        await it.models.prune(frozenset(range(oldest, it.run.version + 1)))
 
     async def _after_round(self) -> None:
         it = self._it

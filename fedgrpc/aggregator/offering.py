@@ -92,10 +92,13 @@ class Offering:
         assert after.deadline_at is not None
         wall_deadline = time.time() + after.deadline_at - it.clock()
         offered, now = replace(current, state=after), it.clock()
-        record = await asyncio.to_thread(offered.record, now)
         histories = {name: it.fleet.get(name).history.chosen(after.number) for name in chosen}
-        rows = await asyncio.to_thread(offered.rows, after)
-        await it.in_database(it.store.save_open_round, record, after.aim, wall_deadline, rows, histories)
+
+        def store() -> None:
+            record = offered.record(now)
+            it.store.save_open_round(record, after.aim, wall_deadline, offered.rows(after), histories)
+
+        await it.in_database(store)
         it.fleet.remember(histories)
         for name in chosen:
             current.device_classes[name] = it.fleet.get(name).registration.device.device_class
