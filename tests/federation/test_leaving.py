@@ -7,6 +7,7 @@ import asyncio
 
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.run import Worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Role
@@ -34,6 +35,8 @@ async def test_a_round_does_not_wait_for_a_worker_that_has_left(tmp_path):
     async with aggregating(tmp_path, rounds=2, policy={**ALONE, "min_workers": 2}) as running:
         staying, leaving = await running.device("staying"), Leaving(running, tmp_path, "leaving")
         task = await staying.task()
+        # One that is told to drain while the answer to its poll is on the way would never hear of its task.
+        await running.until_task("leaving", round_pb2.TASK_PHASE_ACCEPTED)
         await leaving.leave()
         another = await running.device("another")
         waiting = asyncio.create_task(another.task())
