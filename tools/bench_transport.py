@@ -6,8 +6,12 @@
 Every worker is its own process on this machine and returns the model it was given plus noise: communication and
 aggregation, no training. Figures are medians over the rounds, the first one dropped. "loopback" is what the
 interface carried in a round; the run takes a network namespace of its own where it may, so that nobody else's
-bytes are in it. With --latency it is told instead how long polls and heartbeats take while eight workers upload
-100 MB each.
+bytes are in it.
+
+With --latency it is told instead how long polls and heartbeats take while eight workers upload 100 MB each, again
+and again: as often as it takes for 2,000 polls and as many heartbeats (--calls). Beside it stands how late two
+timers were meanwhile: one on the aggregator's event loop, and one in the process that asks, which has nothing else
+to do and so waits for a core alone.
 """
 
 from __future__ import annotations
@@ -33,6 +37,8 @@ from transport_bench.workload import WIDTHS, size_of
 
 _ISOLATED = "FEDGRPC_BENCH_ISOLATED"
 _UPLOADS = 8
+_UPDATES_EACH = 4
+_LATENCIES = ("polls", "heartbeats", "aggregator's timer late", "asking process's timer late")
 _LARGE = "25.2M"
 
 FLOAT32: Mapping[str, object] = {"download_recipe": "raw", "upload_recipe": "raw"}
@@ -64,7 +70,7 @@ class Row:
 def main() -> None:
     args = _arguments()
     if args.latency:
-        found = measure_latency(args.rounds, args.folder)
+        found = measure_latency(args.calls, args.folder)
         print("\n".join(_latency_line(kind, latency) for kind, latency in found.items()))
         if args.json:
             args.json.write_text(json.dumps({kind: asdict(latency) for kind, latency in found.items()}, indent=1))
@@ -92,28 +98,27 @@ def measure(contestant: str, size: str, workers: int, rounds: int, folder: Path 
     return Row(contestant, size, size_of(width), workers, server, cpu_s, peak, own)
 
 
-def measure_latency(rounds: int, folder: Path | None = None) -> dict[str, Latency]:
-    """Polls and heartbeats while `_UPLOADS` uploads run, each round with a new aggregator."""
-    polls: list[Span] = []
-    heartbeats: list[Span] = []
-    for _ in range(rounds):
+def measure_latency(calls: int, folder: Path | None = None) -> dict[str, Latency]:
+    """Polls and heartbeats while `_UPLOADS` uploads run, at least `calls` of each; a new aggregator each time."""
+    spans: dict[str, list[Span]] = {name: [] for name in _LATENCIES}
+    while min(map(len, spans.values())) < calls:
         with tempfile.TemporaryDirectory(dir=folder, prefix="fedgrpc-bench-") as name:
-            probe, uploading = _probe(Path(name))
-            for found, spans in ((polls, probe.polls), (heartbeats, probe.heartbeats)):
-                # On one axis, whatever the round: seconds since the first upload began.
-                found += [(sent - uploading[0], took_s) for sent, took_s in spans if sent <= uploading[1]]
-    always = (0.0, float("inf"))
-    return {"polls": Latency.of(polls, always), "heartbeats": Latency.of(heartbeats, always)}
+            for kind, found in _probe(Path(name)).items():
+                spans[kind] += found
+        print(f"{len(spans['polls'])} polls", file=sys.stderr, flush=True)
+    return {kind: Latency.of(found) for kind, found in spans.items()}
 
 
-def _probe(folder: Path) -> tuple[Probe, Span]:
-    """What the asking worker saw, and from when to when there were uploads."""
+def _probe(folder: Path) -> dict[str, list[Span]]:
+    """What was seen while there were uploads, by kind."""
     latency, width = partial(_enter, "latency"), WIDTHS[_LARGE]
-    with process(partial(latency, "serve"), 0.0, width=width, workers=_UPLOADS + 1, folder=folder) as server:
+    workers = _UPLOADS * _UPDATES_EACH + 1
+    with process(partial(latency, "serve"), 0.0, width=width, workers=workers, folder=folder) as server:
         port = reply(server)
 
         def uploader(number: int) -> Any:
-            return process(partial(latency, "upload"), port=port, number=number, width=width)
+            upload = partial(latency, "upload", updates=_UPDATES_EACH)
+            return process(upload, port=port, number=number, width=width)
 
         with (
             several(_UPLOADS, uploader) as uploaders,
@@ -123,16 +128,21 @@ def _probe(folder: Path) -> tuple[Probe, Span]:
                 reply(pipe)
             for pipe in uploaders:
                 pipe.send("begin")
-            spans = [reply(pipe) for pipe in uploaders]
+            uploading = [reply(pipe) for pipe in uploaders]
             asking.send("stop")
-            probe = reply(asking)
-    return probe, (min(began for began, _ in spans), max(ended for _, ended in spans))
+            probe: Probe = reply(asking)
+            server.send("tell")
+            late = reply(server)
+    # Until the first has sent all of its updates there are always as many uploads.
+    since, until = min(began for began, _ in uploading), min(ended for _, ended in uploading)
+    found = dict(zip(_LATENCIES, (probe.polls, probe.heartbeats, late, probe.late), strict=True))
+    return {kind: [span for span in spans if since <= span[0] <= until] for kind, spans in found.items()}
 
 
 def _latency_line(kind: str, found: Latency) -> str:
     numbers = f"p50 {1e3 * found.median_s:6.1f} ms  p99 {1e3 * found.p99_s:6.1f} ms"
     longest = f"longest {1e3 * found.longest_s:6.1f} ms"
-    return f"{kind:12} while {_UPLOADS} uploads of 100 MB run  {numbers}  {longest}  ({found.count} calls)"
+    return f"{kind:28} while {_UPLOADS} uploads of 100 MB run  {numbers}  {longest}  ({found.count} times)"
 
 
 def _targets(contestant: str, folder: Path) -> tuple[Target, Target]:
@@ -185,6 +195,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=_counts, default=[4], help="worker counts, as in 2,8,32")
     parser.add_argument("--rounds", type=int, default=7, help="rounds that count; one more is dropped")
     parser.add_argument("--latency", action="store_true", help="of polls and heartbeats while large uploads run")
+    parser.add_argument("--calls", type=int, default=2000, help="polls, and heartbeats, that --latency measures")
     parser.add_argument("--contestants", type=_contestants, default=list(CONTESTANTS), help="parts of their names")
     parser.add_argument("--folder", type=Path, help="where data folders go")
     parser.add_argument("--json", type=Path, help="write all figures to this file")

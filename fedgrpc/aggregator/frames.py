@@ -13,7 +13,7 @@ import asyncio
 import os
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from io import FileIO
 
@@ -73,24 +73,32 @@ class FrameCache:
         share = self._sending_bytes // max(1, self._pulling)
         return min(LARGE_CHUNK_BYTES, max(_LEAST_BYTES, 1 << share.bit_length() >> 1))
 
-    async def frames(self, payload: PayloadFile, offset: int) -> AsyncIterator[bytes]:
-        """The payload from `offset` on, in larger chunks to a fast reader; all end at multiples of their size."""
+    async def frames(self, payload: PayloadFile, offset: int) -> AsyncGenerator[bytes, None]:
+        """The payload from `offset` on, in larger chunks to a fast reader; all end at multiples of their size.
+
+        Those who pull at the same time and as fast have chunks of one size, and so the same messages.
+        """
         self._pulling += 1
         try:
             at, pace = offset, Pace()
+            size = min(CHUNK_BYTES, self.message_bytes)
             while at < payload.size_bytes:
                 most = self.message_bytes
-                large = at % LARGE_CHUNK_BYTES == 0 and pace.chunk_bytes <= most
-                size = pace.chunk_bytes if large else CHUNK_BYTES
-                end = min(at - at % CHUNK_BYTES + size, at + most, payload.size_bytes)
+                if at % _BATCH_BYTES == 0:
+                    size = min(pace.chunk_bytes, most)
+                end = min(at - at % size + size, at + most, payload.size_bytes)
                 message = await self._frame(payload, at, end, size)
                 told_s = self._clock()
                 # Nothing but the one message is held while a slow reader takes it.
                 yield message
                 pace.note(len(message), self._clock() - told_s)
+                del message
                 at = end
         finally:
             self._pulling -= 1
+            if not self._pulling:
+                # The memory is wanted for what comes next, and the page cache has all of it.
+                self._batches.clear()
 
     async def _frame(self, payload: PayloadFile, offset: int, end: int, chunk_bytes: int) -> bytes:
         """The bytes from `offset` to `end`, all or a part of a chunk of the usual `chunk_bytes`."""

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from fedgrpc.aggregator.memory import ByteBudget
 from fedgrpc.aggregator.uploads import Upload
-from fedgrpc.codec.chunk import CHUNK_BYTES, Chunk
+from fedgrpc.codec.chunk import Chunk
 from fedgrpc.errors import LinkError, TooLargeError, WrongOffset
 from fedgrpc.rpc.lane import Lane
 
@@ -37,7 +37,7 @@ class Intake:
         self._upload = upload
         self._budget = budget
         self._max_chunk_bytes = max_chunk_bytes
-        self._expected_bytes = min(CHUNK_BYTES, max_chunk_bytes)
+        self._expected_bytes = max_chunk_bytes
         self._worked_s = worked_s
         self._next_offset = upload.size_bytes
         self._reading = False
@@ -69,6 +69,8 @@ class Intake:
                         if chunk is None:
                             return await lane.drain()
                         await lane.put(chunk)
+                        # Once it is in the file nothing may hold it: the wait for more memory can be long.
+                        del chunk
                         await still_wanted()
         except TimeoutError:
             if lane is not None:
@@ -99,7 +101,7 @@ class Intake:
 
     async def _read(self, chunks: AsyncIterator[Chunk]) -> Chunk | None:
         """The next chunk, with its size taken from the budget; None at the end."""
-        size = 0
+        size, begun = 0, time.monotonic()
         self._reading = True
         self._be_patient(_MOST_PATIENCE)
         try:
@@ -112,7 +114,9 @@ class Intake:
             self._reading = False
             self._impatience.cancel()
             self._settle(size)
-        self._expected_bytes = max(size, _LEAST_BYTES)
+        # One who hesitates goes on as it does; anybody else may send larger chunks the next time.
+        hesitated = time.monotonic() - begun >= _PATIENCE_S
+        self._expected_bytes = max(size, _LEAST_BYTES) if hesitated else self._max_chunk_bytes
         self._next_offset += size
         return chunk
 

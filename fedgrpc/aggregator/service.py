@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from itertools import islice
 from typing import cast
 
@@ -118,9 +119,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             message.lead.CopyFrom(orders.lead(self._it.local_models.to_proto(), self._it.local_models.channels))
         return message
 
-    async def PullModel(
-        self, request: pb.PullModelRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.PullModelResponse | bytes]:
+    async def PullModel(self, request: pb.PullModelRequest, context: grpc.aio.ServicerContext) -> None:
         version = request.version or self._it.run.version
         if not version:
             raise NotFound("there is no model version yet")
@@ -129,10 +128,10 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         base = (request.base_version, request.base_sha256)
         its = await self._slice(request.sub_model, version)
         if given and request.base_version == version and self._it.models.holds(base, its):
-            nothing = manifest_to_proto(Manifest.of_nothing())
-            yield pb.PullModelResponse(
-                header=pb.ModelHeader(version=version, base_version=version, manifest=nothing)
+            header = pb.ModelHeader(
+                version=version, base_version=version, manifest=manifest_to_proto(Manifest.of_nothing())
             )
+            await context.write(pb.PullModelResponse(header=header))
             return
         if given:
             encoded = await self._it.models.offered(version, base, downlink, its)
@@ -142,9 +141,12 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         size_bytes = encoded.manifest.size_bytes
         if request.offset > size_bytes:
             raise WrongOffset(f"offset {request.offset} is beyond the payload of {size_bytes} bytes")
-        yield encoded.header
-        async for message in self._it.models.frames.frames(encoded.payload, request.offset):
-            yield message
+        await context.write(encoded.header)
+        async with aclosing(self._it.models.frames.frames(encoded.payload, request.offset)) as frames:
+            async for message in frames:
+                await context.write(message)
+                # Yielded, it would be held here and by gRPC until the next one is there.
+                del message
 
     async def _slice(self, text: str, version: int) -> Slice:
         sub_model = parse_sub_model(text)
@@ -171,11 +173,12 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     async def PushUpdate(
         self, request_iterator: AsyncIterator[pb.PushUpdateRequest | Chunk], context: grpc.aio.ServicerContext
     ) -> pb.PushUpdateResponse:
-        first = await anext(request_iterator, None)
+        # Not from the iterator, which would hold each message until the next one has come.
+        first = await context.read()
         if not isinstance(first, pb.PushUpdateRequest) or first.WhichOneof("content") != "header":
             raise LayoutError("the first message of an update is its header")
         self._access.check_worker(context, first.header.worker)
-        size_bytes, complete = await self._receiver.receive(first.header, _chunks(request_iterator))
+        size_bytes, complete = await self._receiver.receive(first.header, _Chunks(context))
         return pb.PushUpdateResponse(committed_size_bytes=size_bytes, complete=complete)
 
     async def QueryPush(
@@ -330,8 +333,19 @@ def _open_phase(number: int) -> TaskPhase:
     return phase
 
 
-async def _chunks(messages: AsyncIterator[pb.PushUpdateRequest | Chunk]) -> AsyncIterator[Chunk]:
-    async for message in messages:
+class _Chunks:
+    """The chunks of an update, read from its call and not held here."""
+
+    def __init__(self, context: grpc.aio.ServicerContext) -> None:
+        self._context = context
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        message = await self._context.read()
+        if message is grpc.aio.EOF:
+            raise StopAsyncIteration
         if not isinstance(message, Chunk):
             raise LayoutError("after the header of an update come chunks, nothing else")
-        yield message
+        return message

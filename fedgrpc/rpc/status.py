@@ -172,7 +172,8 @@ def _guarded(behaviour: Any, method: str) -> Any:
 
 
 async def _abort(error: Exception, method: str, context: Any) -> None:
-    if isinstance(error, grpc.aio.AbortError):
+    if isinstance(error, grpc.aio.BaseError) and not isinstance(error, grpc.aio.UsageError):
+        # gRPC's own, as when the other side has gone within a `context.write`: it knows what to do.
         raise error
     if isinstance(error, FedgrpcError):
         code, detail, name = status_of(error), one_line(str(error)), type(error).__name__

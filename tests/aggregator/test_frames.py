@@ -1,6 +1,7 @@
 """Encoded models as framed messages: the same bytes for all, in messages that are small where many pull."""
 
 import asyncio
+import itertools
 import zlib
 
 import numpy as np
@@ -71,6 +72,24 @@ async def test_messages_are_large_again_once_the_others_are_done_or_gone(payload
     sizes = [len(message) async for message in mine]
     assert max(sizes) > MIB
     assert cache.message_bytes == LARGE_CHUNK_BYTES
+
+
+async def test_nothing_is_kept_once_nobody_pulls(payload, monkeypatch):
+    read = []
+    pread = PayloadFile.read
+    monkeypatch.setattr(PayloadFile, "read", lambda self, at, size: read.append(size) or pread(self, at, size))
+    # By this clock all readers are slow: chunks are of one size, and each byte is read once.
+    cache = FrameCache(8 * MIB, 16 * MIB, itertools.count().__next__)
+    first, second = cache.frames(payload, 0), cache.frames(payload, 0)
+    for pull in (first, second):
+        assert [message async for message in pull]
+    assert sum(read) == 2 * len(CONTENT)
+    alongside = [cache.frames(payload, 0) for _ in range(2)]
+    for pull in alongside:
+        await anext(pull)
+    for pull in alongside:
+        assert [message async for message in pull]
+    assert sum(read) == 3 * len(CONTENT)
 
 
 async def test_many_slow_readers_far_apart_read_no_more_than_they_send(payload, monkeypatch):

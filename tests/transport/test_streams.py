@@ -1,21 +1,25 @@
 """Streams over real connections: resumed at any byte, bounded in memory, alive through idle hours."""
 
 import asyncio
+import gc
 import random
+import weakref
 import zlib
 
 import grpc
 import grpc.aio
 import numpy as np
 import pytest
+import structlog
 
 from fedgrpc.aggregator.intake import Intake
 from fedgrpc.aggregator.memory import ByteBudget
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.codec.chunk import CHUNK_BYTES, Chunk
 from fedgrpc.errors import LinkError
-from fedgrpc.rpc.channel import CLIENT_OPTIONS, SERVER_OPTIONS
+from fedgrpc.rpc.channel import CLIENT_OPTIONS, SERVER_OPTIONS, open_channel
 from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.v1 import aggregator_pb2_grpc
 from tests.aggregator import updates
 from tests.federation.federation import Device, aggregating, chunks, encoded, refused, update_of
 from tests.rpc.echo import NAME, echo_service
@@ -103,11 +107,96 @@ async def test_the_memory_of_all_uploads_together_has_a_bound(tmp_path):
     await asyncio.wait_for(asyncio.gather(*(intake.run(stream(), 30, _always) for intake in intakes)), 60)
     assert all(upload.complete for upload in uploads)
     assert budget.taken_bytes == 0
-    # A first chunk is expected to be of the usual size, and one who asks for more than all gets it alone.
-    assert piece < most <= max(limit, CHUNK_BYTES) + piece
+    assert piece < most <= limit
     for upload in uploads:
         upload.finish()
         upload.discard()
+
+
+class _Growing:
+    """Chunks of `small` bytes, then of `large`; remembers those that it gave, and keeps none of them alive."""
+
+    def __init__(self, payload, small, large):
+        self._payload, self._at = payload, 0
+        self._sizes = iter([small, small])
+        self._large = large
+        self.given = []
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        await asyncio.sleep(0)
+        data = self._payload[self._at : self._at + next(self._sizes, self._large)]
+        if not data:
+            raise StopAsyncIteration
+        self._at += len(data)
+        chunk = Chunk(self._at - len(data), data, zlib.crc32(data))
+        self.given.append(weakref.ref(chunk))
+        return chunk
+
+
+async def test_senders_that_turn_to_larger_chunks_stay_within_the_bound(tmp_path):
+    small, large = 64 << 10, 256 << 10
+    uploads, payload = _uploads(tmp_path, 8, 2 << 20)
+    budget, most = ByteBudget(2 * large), []
+
+    async def look():
+        most.append(budget.taken_bytes)
+
+    intakes = [Intake(upload, budget, large) for upload in uploads]
+    streams = [_Growing(payload, small, large) for _ in uploads]
+    runs = (intake.run(stream, 30, look) for intake, stream in zip(intakes, streams, strict=True))
+    await asyncio.wait_for(asyncio.gather(*runs), 60)
+    assert all(upload.complete for upload in uploads)
+    assert large < max(most) <= 2 * large
+    for upload in uploads:
+        upload.discard()
+
+
+async def test_what_is_in_the_file_is_not_held_by_an_upload_that_waits_for_memory(tmp_path):
+    (upload,), payload = _uploads(tmp_path, 1, 2 << 20)
+    budget, piece = ByteBudget(1 << 20), 256 << 10
+    stream = _Growing(payload, piece, piece)
+    others: list[asyncio.Task] = []
+
+    async def wanted():
+        # Somebody else asks for all of it, and so comes before the next chunk of this one.
+        if not others:
+            others.append(asyncio.create_task(budget.take(1 << 20)))
+            await asyncio.sleep(0)
+
+    running = asyncio.create_task(Intake(upload, budget, piece).run(stream, 30, wanted))
+    async with asyncio.timeout(60):
+        while not (others and others[0].done()):  # noqa: ASYNC110 - the budget tells nobody
+            await asyncio.sleep(0.01)
+        # The thread that wrote the chunk lets go of it a moment after it has said so.
+        while any(ref() is not None for ref in stream.given):  # noqa: ASYNC110 - nor does a thread
+            await asyncio.sleep(0.01)
+    assert upload.size_bytes == len(stream.given) * piece
+    budget.give_back(1 << 20)
+    await asyncio.wait_for(running, 60)
+    assert upload.complete
+    upload.discard()
+
+
+async def test_the_message_that_came_last_is_not_held_while_the_next_is_waited_for(tmp_path):
+    async with aggregating(tmp_path, policy=ALONE) as running:
+        device = await running.device("a")
+        task = await device.task()
+        manifest, payload = encoded(update_of())
+        call = running.stub.PushUpdate()
+        first, *rest = (pb.PushUpdateRequest(header=device.header(task, manifest)), *chunks(payload))
+        for message in (first, rest[0]):
+            await call.write(message)
+        await device.until_held(task, len(rest[0].chunk.data))
+        async with asyncio.timeout(60):
+            while any(isinstance(found, Chunk) for found in gc.get_objects()):  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.01)
+        for message in rest[1:]:
+            await call.write(message)
+        await call.done_writing()
+        assert (await call).complete
 
 
 async def test_a_sender_that_falls_silent_costs_only_itself(tmp_path):
@@ -180,6 +269,31 @@ async def test_a_reader_that_stops_reading_keeps_nobody_from_the_model(tmp_path)
         while (message := await stuck.read()) is not grpc.aio.EOF:
             rest += message.chunk.data
         assert rest == payload
+
+
+async def test_a_reader_that_leaves_is_no_error_and_costs_nothing_any_more(tmp_path):
+    from safetensors.numpy import save_file
+
+    large = np.random.default_rng(0).normal(size=6 << 20).astype(np.float32)
+    save_file({"w": large}, tmp_path / "initial.safetensors")
+    with structlog.testing.capture_logs() as logs:
+        async with aggregating(tmp_path, policy=ALONE) as running:
+            frames = running.aggregator.coordinator.models.frames
+            alone_bytes = frames.message_bytes
+            async with open_channel(running.address) as channel:
+                stub = aggregator_pb2_grpc.AggregatorStub(channel)
+                pulls = [stub.PullModel(pb.PullModelRequest(version=1)) for _ in range(16)]
+                for pull in pulls:
+                    await pull.read()
+                    await pull.read()
+                assert frames.message_bytes < alone_bytes
+                for pull in pulls[::2]:
+                    pull.cancel()
+            # The others lose their connection.
+            async with asyncio.timeout(60):
+                while frames.message_bytes < alone_bytes:  # noqa: ASYNC110 - nobody tells
+                    await asyncio.sleep(0.01)
+    assert [line for line in logs if line["log_level"] in ("warning", "error")] == []
 
 
 @pytest.mark.faults

@@ -17,7 +17,7 @@ import numpy as np
 
 from fedgrpc import logging
 from transport_bench.meter import Mark, Usage, rss_mb
-from transport_bench.workload import Noise, initial_model, initial_tensors, shapes
+from transport_bench.workload import Noise, initial_model, initial_pieces, shapes
 
 if TYPE_CHECKING:
     from fedgrpc.aggregator.coordinator import Coordinator
@@ -35,12 +35,12 @@ def serve(
 
 
 def write_initial(path: Path, width: int) -> None:
-    """The model that everyone starts from."""
+    """The model that everyone starts from; in pieces, so that it is not this which is measured as the peak."""
     from fedgrpc.aggregator.model_file import write_model
     from fedgrpc.codec.layout import TensorSpec
 
     layout = tuple(TensorSpec(name, "float32", shape) for name, shape in shapes(width).items())
-    write_model(path, layout, initial_tensors(width))
+    write_model(path, layout, initial_pieces(width))
 
 
 async def _serve(

@@ -14,6 +14,7 @@ WIDTHS = {"0.28M": 10, "2.5M": 30, "11.2M": 64, "25.2M": 96}
 _NOISE_STD = 0.01
 # Longer than a zstd frame, so that compression never meets the same noise twice.
 _NOISE_ELEMENTS = (1 << 21) + 257
+_PIECE_ELEMENTS = 1 << 18
 
 Array = np.ndarray
 
@@ -49,14 +50,21 @@ def size_of(width: int) -> int:
 
 def initial_model(width: int) -> dict[str, Array]:
     """Gaussian float32 tensors, the same for everyone."""
-    return dict(zip(shapes(width), initial_tensors(width), strict=True))
+    rng = np.random.default_rng(0)
+    return {name: _gaussian(rng, shape) for name, shape in shapes(width).items()}
 
 
-def initial_tensors(width: int) -> Iterator[Array]:
-    """The same, one after the other."""
+def initial_pieces(width: int) -> Iterator[Array]:
+    """The same end to end: flat pieces, none of which has elements of two tensors."""
     rng = np.random.default_rng(0)
     for shape in shapes(width).values():
-        yield np.float32(0.05) * rng.standard_normal(shape, dtype=np.float32)
+        size = int(np.prod(shape))
+        for start in range(0, size, _PIECE_ELEMENTS):
+            yield _gaussian(rng, (min(_PIECE_ELEMENTS, size - start),))
+
+
+def _gaussian(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return np.float32(0.05) * rng.standard_normal(shape, dtype=np.float32)
 
 
 class Noise:
