@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import structlog
 
+from fedgrpc.aggregator import intake
 from fedgrpc.aggregator.intake import Intake
 from fedgrpc.aggregator.memory import ByteBudget
 from fedgrpc.aggregator.uploads import UploadJournal
@@ -90,7 +91,13 @@ async def _always():
     return None
 
 
-async def test_the_memory_of_all_uploads_together_has_a_bound(tmp_path):
+@pytest.fixture
+def patient(monkeypatch):
+    """Nobody is taken for slow because this machine is."""
+    monkeypatch.setattr(intake, "_PATIENCE_S", 60.0)
+
+
+async def test_the_memory_of_all_uploads_together_has_a_bound(tmp_path, patient):
     limit, piece = 1 << 20, 128 << 10
     uploads, payload = _uploads(tmp_path, 12, 3 << 20)
     budget, most = ByteBudget(limit), 0
@@ -103,8 +110,8 @@ async def test_the_memory_of_all_uploads_together_has_a_bound(tmp_path):
             yield Chunk(at, data, zlib.crc32(data))
             await asyncio.sleep(0)
 
-    intakes = [Intake(upload, budget, CHUNK_BYTES) for upload in uploads]
-    await asyncio.wait_for(asyncio.gather(*(intake.run(stream(), 30, _always) for intake in intakes)), 60)
+    runs = [Intake(upload, budget, CHUNK_BYTES).run(stream(), 30, _always) for upload in uploads]
+    await asyncio.wait_for(asyncio.gather(*runs), 60)
     assert all(upload.complete for upload in uploads)
     assert budget.taken_bytes == 0
     assert piece < most <= limit
@@ -136,7 +143,7 @@ class _Growing:
         return chunk
 
 
-async def test_senders_that_turn_to_larger_chunks_stay_within_the_bound(tmp_path):
+async def test_senders_that_turn_to_larger_chunks_stay_within_the_bound(tmp_path, patient):
     small, large = 64 << 10, 256 << 10
     uploads, payload = _uploads(tmp_path, 8, 2 << 20)
     budget, most = ByteBudget(2 * large), []
@@ -144,9 +151,7 @@ async def test_senders_that_turn_to_larger_chunks_stay_within_the_bound(tmp_path
     async def look():
         most.append(budget.taken_bytes)
 
-    intakes = [Intake(upload, budget, large) for upload in uploads]
-    streams = [_Growing(payload, small, large) for _ in uploads]
-    runs = (intake.run(stream, 30, look) for intake, stream in zip(intakes, streams, strict=True))
+    runs = [Intake(upload, budget, large).run(_Growing(payload, small, large), 30, look) for upload in uploads]
     await asyncio.wait_for(asyncio.gather(*runs), 60)
     assert all(upload.complete for upload in uploads)
     assert large < max(most) <= 2 * large
@@ -154,7 +159,7 @@ async def test_senders_that_turn_to_larger_chunks_stay_within_the_bound(tmp_path
         upload.discard()
 
 
-async def test_what_is_in_the_file_is_not_held_by_an_upload_that_waits_for_memory(tmp_path):
+async def test_what_is_in_the_file_is_not_held_by_an_upload_that_waits_for_memory(tmp_path, patient):
     (upload,), payload = _uploads(tmp_path, 1, 2 << 20)
     budget, piece = ByteBudget(1 << 20), 256 << 10
     stream = _Growing(payload, piece, piece)
