@@ -16,11 +16,13 @@ from fedgrpc.aggregator.uploads import StoredUpdate, UpdateFile
 from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import in_pieces, neighbours
+from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.values import Fill
 
 PIECE = 1 << 15
-# Each open file may hold an inflated frame of a megabyte.
+# Each open file may hold a megabyte, inflated or read ahead; one whose tensors are read in place holds nothing.
 _MOST_OPEN = 8
+_MOST_OPEN_PLAIN = 64
 
 Load = Callable[[str], StoredUpdate]
 T = TypeVar("T")
@@ -42,7 +44,8 @@ class Fold:
         self._neighbours = _in_all(manifests, neighbours)
         self._open: list[UpdateFile] = []
         self._filling: tuple[str, list[Fill]] = ("", [])
-        self._kept = len(updates) <= _MOST_OPEN
+        plain = all(map(_in_place, manifests))
+        self._kept = len(updates) <= (_MOST_OPEN_PLAIN if plain else _MOST_OPEN)
         self._sum, self._scratch = np.empty(0), np.empty(PIECE)
         self._inflating = ThreadPoolExecutor(1, thread_name_prefix="inflate")
 
@@ -114,3 +117,7 @@ def _in_all(manifests: Iterable[Manifest], find: Callable[[Manifest], set[T]]) -
     alike = {(id(manifest.entries), manifest.compression): manifest for manifest in manifests}
     found = [find(manifest) for manifest in alike.values()]
     return set.intersection(*found) if found else set()
+
+
+def _in_place(manifest: Manifest) -> bool:
+    return manifest.compression == "none" and all(entry.encoding == Raw() for entry in manifest.entries)

@@ -44,12 +44,26 @@ def naive(journal, spec, scales):
 @pytest.mark.parametrize("scales", [{}, SCALES])
 def test_the_mean_in_pieces_is_that_of_whole_tensors_bit_for_bit(journal, monkeypatch, most_open, scales):
     monkeypatch.setattr(fold_module, "_MOST_OPEN", most_open)
+    monkeypatch.setattr(fold_module, "_MOST_OPEN_PLAIN", most_open)
     with Fold(UPDATES, journal.load, scales) as fold:
         for spec, step in itertools.product((LARGE, SMALL), (PIECE, 2 * PIECE, LARGE.size)):
             assert fold.covers(spec)
             starts = range(0, spec.size, step)
             pieces = [fold.mean(spec, at, min(at + step, spec.size)).copy() for at in starts]
             np.testing.assert_array_equal(np.concatenate(pieces), naive(journal, spec, scales))
+
+
+@pytest.mark.parametrize(("recipe", "large_steps"), [("raw", False), ("int8", True), ("int8+zstd", True)])
+def test_many_files_that_hold_nothing_stay_open_and_small_steps_do(tmp_path, recipe, large_steps):
+    journal, updates = UploadJournal(tmp_path / "uploads"), [(f"update-{number}", 1.0) for number in range(20)]
+    tensors = {"w": np.ones((64, 2000), np.float32)}
+    for token, _ in updates:
+        accept(journal, token, tensors, recipe)
+    (spec,) = layout_of(tensors)
+    with Fold(updates, journal.load, {}) as fold:
+        assert fold.covers(spec)
+        assert (fold.step > PIECE) == large_steps
+        np.testing.assert_allclose(fold.mean(spec, 0, 100), 1.0, rtol=0.01)
 
 
 def test_integers_and_what_cannot_be_cut_are_left_to_others(tmp_path):
