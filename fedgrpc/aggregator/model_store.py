@@ -48,7 +48,7 @@ _VERSION = re.compile(r"(\d+)(-|\.safetensors$)")
 _HELD = re.compile(r" (held$|to [0-9a-f]{64} or )")
 
 _FRAMES_BYTES = 16 << 20
-_SENDING_BYTES = 8 << 20
+_SENDING_BYTES = 16 << 20
 _MAX_SPARES = 1
 # Workers that hold other forms than these few get the whole model, and so hold the same again.
 _MAX_DIFFERENCES = 3

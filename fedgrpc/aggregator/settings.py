@@ -130,7 +130,7 @@ class AggregatorSettings:
     max_workers: int = 10_000
     max_uploads: int = 64
     max_payload_bytes: int = 4 << 30
-    max_chunk_bytes: int = 4 * MIB
+    max_chunk_bytes: int = 2 * MIB
     max_upload_memory_bytes: int = 8 * MIB
     durable: bool = True
     stay: bool = False

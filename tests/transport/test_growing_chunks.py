@@ -1,4 +1,4 @@
-"""Chunks have 4 MiB while the other side takes 32 MiB a second and more, and 1 MiB when it does not."""
+"""Chunks have 4 MiB down and 2 MiB up while the other side takes 32 MiB a second and more, else 1 MiB."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fedgrpc.aggregator.frames import FrameCache, PayloadFile
+from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.codec.chunk import CHUNK_BYTES, LARGE_CHUNK_BYTES, Pace
 from fedgrpc.codec.payload import buffer_reader
 from fedgrpc.errors import LinkError, WrongOffset
@@ -20,6 +21,7 @@ from fedgrpc.worker.task import Role
 from tests.federation.federation import PATIENCE_S, aggregating, encoded
 
 MIB = 1 << 20
+LARGE_UPLOAD_BYTES = AggregatorSettings.max_chunk_bytes
 TENSORS = {"w": np.random.default_rng(0).normal(size=(6 << 20) + 77).astype(np.float32)}
 MANIFEST, PAYLOAD = encoded(TENSORS)
 
@@ -83,9 +85,9 @@ async def test_an_upload_grows_its_chunks_while_they_are_taken_fast(tmp_path):
         assert await client.push(header, read, 0)
         assert sum(read.sizes) == len(PAYLOAD)
         assert read.sizes[0] == CHUNK_BYTES
-        assert LARGE_CHUNK_BYTES in read.sizes
-        first = read.sizes.index(LARGE_CHUNK_BYTES)
-        assert set(read.sizes[first:-1]) == {LARGE_CHUNK_BYTES}
+        assert LARGE_UPLOAD_BYTES in read.sizes
+        first = read.sizes.index(LARGE_UPLOAD_BYTES)
+        assert set(read.sizes[first:-1]) == {LARGE_UPLOAD_BYTES}
 
 
 async def test_an_upload_to_a_slow_reader_keeps_to_small_chunks(tmp_path):
@@ -105,8 +107,8 @@ async def test_an_upload_shrinks_its_chunks_when_the_link_has_become_slow(tmp_pa
                 clock.step_s = 4.0
 
         assert await client.push(header, read, 0, report)
-        assert LARGE_CHUNK_BYTES in read.sizes
-        assert CHUNK_BYTES in read.sizes[read.sizes.index(LARGE_CHUNK_BYTES) :]
+        assert LARGE_UPLOAD_BYTES in read.sizes
+        assert CHUNK_BYTES in read.sizes[read.sizes.index(LARGE_UPLOAD_BYTES) :]
 
 
 async def test_an_upload_that_broke_off_goes_on_at_its_byte_in_chunks_of_another_size(tmp_path):
