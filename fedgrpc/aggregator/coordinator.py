@@ -287,9 +287,19 @@ class Coordinator:
 
     def leave(self, name: str) -> None:
         """The worker ends: who waits for it looks again. Raises `UnknownWorker`."""
-        self.fleet.get(name).left = True
+        worker = self.fleet.get(name)
+        worker.left = True
         self._log.info("worker left", worker=name)
+        if worker.token is not None and self._not_begun(worker.token):
+            # It was told to end while the answer to its poll was on the way.
+            self.dispatch(Failed(worker.token, "its worker has left"))
         self._news()
+
+    def _not_begun(self, token: str) -> bool:
+        current = self.current
+        if current is None or not takes_news(current.state, token):
+            return False
+        return current.state.find(token).phase is TaskPhase.OFFERED
 
     async def score(self, task: Evaluation, metrics: dict[str, float], example_count: int) -> None:
         """Keep an evaluator's scores with the round that wrote the version."""

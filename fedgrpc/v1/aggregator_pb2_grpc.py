@@ -197,7 +197,7 @@ class AggregatorServicer:
 
     def Leave(self, request, context):
         """The worker ends: it counts as away, and is waited for by nobody, until it is heard of again. Idempotent. A task
-        that it still holds stays its own, under its lease.
+        that it has not begun goes to another; one that it has begun stays its own, under its lease.
         NOT_FOUND: the worker has not registered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

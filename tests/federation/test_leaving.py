@@ -48,6 +48,28 @@ async def test_a_round_does_not_wait_for_a_worker_that_has_left(tmp_path):
         assert states["leaving"] == pb.WORKER_STATE_AWAY
 
 
+async def test_a_task_that_its_worker_has_not_begun_goes_to_another_at_once(tmp_path):
+    async with aggregating(tmp_path, policy={**ALONE, "min_workers": 2}) as running:
+        staying, leaving = await running.device("staying"), await running.device("leaving")
+        await asyncio.gather(staying.task(), leaving.task())
+        for _ in range(2):
+            await running.stub.Leave(pb.LeaveRequest(worker="leaving"))
+        record = await running.until_task("leaving", round_pb2.TASK_PHASE_FAILED)
+        assert record.reason == "its worker has left"
+        assert (await (await running.device("another")).task()).round == 1
+
+
+async def test_a_task_that_its_worker_has_begun_stays_its_own_when_it_leaves(tmp_path):
+    async with aggregating(tmp_path, policy={**ALONE, "min_workers": 2}) as running:
+        staying, leaving = await running.device("staying"), await running.device("leaving")
+        task, kept = await asyncio.gather(staying.task(), leaving.task())
+        await leaving.beat(kept)
+        await running.stub.Leave(pb.LeaveRequest(worker="leaving"))
+        assert (await leaving.push(kept)).complete
+        assert (await staying.push(task)).complete
+        await running.until_finished()
+
+
 async def test_a_run_ends_without_the_scores_of_an_evaluator_that_has_left(tmp_path):
     async with aggregating(tmp_path, policy=ALONE) as running:
         trainer, scorer = await running.device("trainer"), Leaving(running, tmp_path, "scorer", Role.EVALUATOR)
