@@ -1,10 +1,11 @@
 """A round of models out and updates in, side by side: fedgrpc, a bare grpc.aio floor, and raw TCP.
 
-    python tools/bench_transport.py [--sizes 0.28M,2.5M,11.2M,25.2M] [--workers 4] [--rounds N] [--json FILE]
+    python tools/bench_transport.py [--sizes 0.28M,2.5M,11.2M,25.2M] [--workers 4] [--turns N] [--json FILE]
     python tools/bench_transport.py --latency
 
-Every worker is its own process on this machine and returns the model it was given plus noise: communication and
-aggregation, no training. Figures are medians over the rounds, the first one dropped. "loopback" is what the
+Every worker is a process on this machine and returns the model it was given plus noise: communication and
+aggregation, no training. Figures are medians over the rounds, the first one dropped; of several turns, in which
+all contestants of a size run one after the other, medians of those, and the largest memory. "loopback" is what the
 interface carried in a round; the run takes a network namespace of its own where it may, so that nobody else's
 bytes are in it.
 
@@ -24,10 +25,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from transport_bench.latency import Latency, Probe, Span
@@ -78,9 +80,9 @@ def main() -> None:
     rows: list[Row] = []
     for size in args.sizes:
         for workers in args.workers:
-            for contestant in args.contestants:
-                rows.append(measure(contestant, size, workers, args.rounds, args.folder))
-                print(_line(rows[-1], _floor_of(rows, size, workers)), flush=True)
+            for row in in_turns(args.contestants, size, workers, args.rounds, args.turns, args.folder):
+                rows.append(row)
+                print(_line(row, _floor_of(rows, size, workers)), flush=True)
             print()
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
@@ -96,6 +98,31 @@ def measure(contestant: str, size: str, workers: int, rounds: int, folder: Path 
     largest = max(clients, key=lambda client: client.peak_rss_mb - client.own_rss_mb)
     peak, own = largest.peak_rss_mb, largest.own_rss_mb
     return Row(contestant, size, size_of(width), workers, server, cpu_s, peak, own)
+
+
+def in_turns(
+    contestants: Sequence[str], size: str, workers: int, rounds: int, turns: int, folder: Path | None = None
+) -> Iterator[Row]:
+    """One row of each contestant. What slows the machine down for a while then meets all of them."""
+    found: dict[str, list[Row]] = {contestant: [] for contestant in contestants}
+    for turn in range(turns):
+        for contestant, rows in found.items():
+            rows.append(measure(contestant, size, workers, rounds, folder))
+            if turn == turns - 1:
+                yield _of_turns(rows)
+
+
+def _of_turns(rows: Sequence[Row]) -> Row:
+    servers = [row.server for row in rows]
+    server = Usage(
+        wall_s=median(server.wall_s for server in servers),
+        cpu_s=median(server.cpu_s for server in servers),
+        loopback_mb=median(server.loopback_mb for server in servers),
+        peak_rss_mb=max(server.peak_rss_mb for server in servers),
+        walls_s=tuple(wall_s for server in servers for wall_s in server.walls_s),
+    )
+    largest = max(rows, key=lambda row: row.worker_peak_rss_mb - row.worker_own_rss_mb)
+    return replace(largest, server=server, worker_cpu_s=median(row.worker_cpu_s for row in rows))
 
 
 def measure_latency(calls: int, folder: Path | None = None) -> dict[str, Latency]:
@@ -194,6 +221,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", type=partial(_choices, known=tuple(WIDTHS)), default=list(WIDTHS))
     parser.add_argument("--workers", type=_counts, default=[4], help="worker counts, as in 2,8,32")
     parser.add_argument("--rounds", type=int, default=7, help="rounds that count; one more is dropped")
+    parser.add_argument("--turns", type=int, default=1, help="how often each contestant runs")
     parser.add_argument("--latency", action="store_true", help="of polls and heartbeats while large uploads run")
     parser.add_argument("--calls", type=int, default=2000, help="polls, and heartbeats, that --latency measures")
     parser.add_argument("--contestants", type=_contestants, default=list(CONTESTANTS), help="parts of their names")
@@ -202,6 +230,8 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.rounds < 2 and not args.latency:
         parser.error("at least two rounds count")
+    if args.turns < 1:
+        parser.error("at least one turn is needed")
     return args
 
 
