@@ -14,9 +14,9 @@ from __future__ import annotations
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -140,6 +140,7 @@ class Forms:
         self._lock = threading.Lock()
         self._paths: dict[Key, Path] = {}
         self._unchecked: set[Key] = set()
+        self._read: list[Key] = []
         for path in folder.iterdir():
             if found := _NAME.fullmatch(path.name):
                 self._paths[int(found[1]), bytes.fromhex(found[2]), found[3] or ""] = path
@@ -165,6 +166,17 @@ class Forms:
             return None
         self._unchecked.discard(key)
         return form
+
+    @contextmanager
+    def reading(self, key: Key) -> Iterator[ModelFile | None]:
+        """The form as `open` gives it; while the block runs its file stays what it is, whatever is pruned."""
+        with self._lock:
+            self._read.append(key)
+        try:
+            yield self.open(key)
+        finally:
+            with self._lock:
+                self._read.remove(key)
 
     def write(self, source: Source, recipe: Recipe, out: BinaryIO, rng: np.random.Generator) -> Manifest:
         """Write the payload of `source` to `out`, and keep the form it gives.
@@ -209,20 +221,14 @@ class Forms:
         """Nobody will hold it."""
         self._forget(key)
 
-    def prune(self, keep: frozenset[int], reuse: bool) -> None:
-        """Remove the forms of versions that are not in `keep`; `reuse` their files if nobody reads one now.
-
-        Raises OSError.
-        """
+    def prune(self, keep: frozenset[int]) -> None:
+        """Remove the forms of versions that are not in `keep`, once nobody reads them. Raises OSError."""
         with self._lock:
-            gone = [key for key in self._paths if key[0] not in keep]
+            gone = [key for key in self._paths if key[0] not in keep and key not in self._read]
             paths = [self._paths.pop(key) for key in gone]
             self._unchecked.difference_update(gone)
         for path in paths:
-            if reuse:
-                self._spares.keep(path)
-            else:
-                path.unlink(missing_ok=True)
+            self._spares.keep(path)
 
     def _forget(self, key: Key) -> None:
         with self._lock:

@@ -259,14 +259,14 @@ class ModelStore:
         self, model: ModelFile, version: int, recipe: Recipe, held: Held, text: str, its: Slice
     ) -> EncodedModel | None:
         """None where `held` is not there any more, or of another layout."""
-        base = self._forms.open((*held, its.name))
-        if base is None or base.layout != its.layout(model.layout):
-            return None
-        rng = np.random.default_rng([version, *held[1]])
-        with self._payload_file(version, text) as file:
-            recipe = recipe.for_layout(model.layout)
-            source = Source(version, base.layout, its.of(model), ModelTensors(base), its.name)
-            manifest = self._forms.write(source, recipe, file, rng)
+        with self._forms.reading((*held, its.name)) as base:
+            if base is None or base.layout != its.layout(model.layout):
+                return None
+            rng = np.random.default_rng([version, *held[1]])
+            with self._payload_file(version, text) as file:
+                recipe = recipe.for_layout(model.layout)
+                source = Source(version, base.layout, its.of(model), ModelTensors(base), its.name)
+                manifest = self._forms.write(source, recipe, file, rng)
         return EncodedModel(version, manifest, _open_payload(Path(file.name), 0), held[0])
 
     def _encode(
@@ -307,9 +307,8 @@ class ModelStore:
 
     async def prune(self, keep: frozenset[int]) -> None:
         """Remove every version that is not in `keep`, in all its forms."""
-        idle = all(made.done() for made in self._made.values())
         pulled = {key[0] for key in list(self._made) if key[0] not in keep and self._let_go(key)}
-        await asyncio.to_thread(self._remove_files, keep, pulled, idle)
+        await asyncio.to_thread(self._remove_files, keep, pulled)
 
     def _let_go(self, key: tuple[int, str]) -> bool:
         """Forget an encoded form; whether somebody is still pulling it."""
@@ -324,10 +323,10 @@ class ModelStore:
         del made, payload
         return pulling() is not None
 
-    def _remove_files(self, keep: frozenset[int], pulled: set[int], reuse: bool) -> None:
+    def _remove_files(self, keep: frozenset[int], pulled: set[int]) -> None:
         try:
             # Those who have waited for `keep` hold the version before it.
-            self._forms.prune(keep | {min(keep) - 1}, reuse)
+            self._forms.prune(keep | {min(keep) - 1})
             for folder in (self._models, self._memories, self._encoded):
                 for path in folder.iterdir():
                     number = _VERSION.match(path.name)

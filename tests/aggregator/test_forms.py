@@ -1,0 +1,54 @@
+"""What workers hold, kept to make differences to: no file is another's while a difference to it is being made."""
+
+import asyncio
+import io
+
+import numpy as np
+
+from fedgrpc.aggregator.forms import Forms, Source
+from fedgrpc.aggregator.model_file import ModelTensors, write_model
+from fedgrpc.aggregator.model_store import Downlink, ModelStore
+from fedgrpc.codec.layout import layout_of
+from fedgrpc.codec.recipe import Recipe
+
+INT8 = Recipe.parse("int8")
+# Many, so that a difference takes a while; small ones travel as they are, and are read one by one.
+MODEL = {f"layer{number}": np.full(40, float(number), np.float32) for number in range(2000)}
+LAYOUT = layout_of(MODEL)
+
+
+def written(forms, version, value, base=None):
+    """The key of the form of a model of which each element is `value`."""
+    model = {name: np.full(40, value, np.float32) for name in MODEL}
+    source = Source(version, LAYOUT, model, base)
+    manifest = forms.write(source, Recipe.parse("raw"), io.BytesIO(), np.random.default_rng(0))
+    return version, manifest.sha256, ""
+
+
+def test_a_form_that_is_read_stays_what_it_is_while_others_are_pruned_and_written(tmp_path):
+    forms = Forms(tmp_path)
+    read, gone = written(forms, 1, 1.0), written(forms, 2, 2.0)
+    with forms.reading(read) as form:
+        tensors = ModelTensors(form)
+        forms.prune(frozenset({3}))
+        assert not forms.knows(gone)
+        written(forms, 3, 3.0)
+        written(forms, 4, 4.0)
+        assert {float(tensors[name].max()) for name in MODEL} == {1.0}
+    forms.prune(frozenset({3}))
+    assert not forms.knows(read)
+
+
+async def test_old_versions_go_while_a_difference_to_one_is_being_made(tmp_path):
+    store, held = ModelStore(tmp_path, [Downlink(Recipe.parse("raw"), INT8)]), {0: None}
+    for version in range(1, 5):
+        values = [array + version for array in MODEL.values()]
+        write_model(store.path(version), LAYOUT, values)
+        if version < 4:
+            offered = await store.offered(version, held[version - 1])
+            held[version] = (version, offered.manifest.sha256)
+    making = asyncio.create_task(store.offered(4, held[2]))
+    while not [*tmp_path.glob("encoded/000004-*")]:
+        await asyncio.sleep(0)
+    await store.prune(frozenset({4}))
+    assert (await making).base_version == 2
