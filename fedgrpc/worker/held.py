@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -95,6 +96,7 @@ class HeldModel:
     origin: Origin
     crc32: int | None = None
     _uses: list[weakref.ref[Any]] = field(default_factory=list, compare=False, repr=False)
+    _writing: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     @property
     def in_use(self) -> bool:
@@ -154,8 +156,9 @@ class HeldModel:
 
     def open_raw(self) -> tuple[Manifest, BinaryIO]:
         """Manifest and file of the same weights in the raw recipe, written once. Slow: run it in a thread."""
-        manifest, path = self._raw()
-        return manifest, self._open(path)
+        with self._writing:
+            manifest, path = self._raw()
+            return manifest, self._open(path)
 
     def _open(self, path: Path) -> BinaryIO:
         with storage_errors(path):
@@ -319,6 +322,7 @@ class ModelFolder:
             self.drop_partial()
             raise LayoutError(f"the model came as a difference to version {partial.header.base_version}, not held")
         merged = self._folder / (UNFINISHED + "merged")
+        sweep(self._folder)  # of a sum that the disk has stopped
         merged.mkdir()
         with (self._partial / PAYLOAD).open("rb") as file:
             difference = PayloadReader(partial.manifest, file_reader(file.fileno()), self._limits)
@@ -363,6 +367,8 @@ def _load(folder: Path) -> HeldModel:
     if (folder / PAYLOAD).stat().st_size != manifest.size_bytes:
         raise LayoutError("its payload is not as long as declared")
     source, origin, crc = _read_about(folder)
+    # It was written when somebody asked, and nothing tells whether all of it has reached the disk.
+    (folder / _RAW_HEADER).unlink(missing_ok=True)
     return HeldModel(folder, source, manifest, origin or Origin.of(manifest), crc)
 
 

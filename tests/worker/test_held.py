@@ -3,6 +3,7 @@
 import hashlib
 import io
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
+from fedgrpc.errors import StorageError
 from fedgrpc.rpc.convert import manifest_to_proto
 from fedgrpc.v1.aggregator_pb2 import ModelHeader
 from fedgrpc.worker.held import ModelFolder, Source
@@ -92,3 +94,37 @@ def test_whoever_pulls_a_sum_from_the_device_gets_its_digest(tmp_path, restarted
         assert manifest.sha256 == hashlib.sha256(content).digest()
         assert (manifest.size_bytes, manifest.compression) == (len(content), "none")
         assert content.startswith(folder.held.weights()["w"].tobytes())
+
+
+@pytest.mark.parametrize("recipe", ["raw", "int8+zstd"])
+def test_what_a_power_cut_left_of_raw_weights_is_written_anew(tmp_path, recipe):
+    folder = ModelFolder(tmp_path)
+    pulled(folder, 1, "raw")
+    held = pulled(folder, 2, "raw", base=1) if recipe == "raw" else pulled(folder, 2, recipe)
+    before, _ = held.open_raw()
+    (held.folder / "header.raw.pb").write_bytes(b"")
+    after, file = ModelFolder(tmp_path).held.open_raw()
+    assert after == before
+    assert hashlib.sha256(file.read()).digest() == before.sha256
+
+
+@pytest.mark.parametrize("recipe", ["raw", "int8+zstd"])
+def test_all_who_ask_for_raw_weights_at_once_get_them(tmp_path, recipe):
+    folder = ModelFolder(tmp_path)
+    pulled(folder, 1, "raw")
+    for version in range(2, 22):
+        held = pulled(folder, version, recipe, base=version - 1)
+        with ThreadPoolExecutor(8) as pool:
+            got = list(pool.map(lambda _, held=held: held.open_raw(), range(8)))
+        for manifest, file in got:
+            with file:
+                assert hashlib.sha256(file.read()).digest() == manifest.sha256 == got[0][0].sha256
+
+
+def test_a_difference_can_be_added_after_the_disk_has_stopped_it_once(tmp_path):
+    pulled(ModelFolder(tmp_path), 1, "raw")
+    (tmp_path / "spare" / "1").mkdir()  # cannot be written to
+    folder = ModelFolder(tmp_path)
+    with pytest.raises(StorageError):
+        pulled(folder, 2, "raw", base=1)
+    assert pulled(folder, 2, "raw", base=1).version == 2
