@@ -290,10 +290,15 @@ class Coordinator:
         worker = self.fleet.get(name)
         worker.left = True
         self._log.info("worker left", worker=name)
-        if worker.token is not None and self._not_begun(worker.token):
-            # It was told to end while the answer to its poll was on the way.
-            self.dispatch(Failed(worker.token, "its worker has left"))
+        # It may have been told to end while the answer to its poll was on the way.
+        self.take_back(name)
         self._news()
+
+    def take_back(self, name: str) -> None:
+        """A task goes to another when its worker has left and has not begun it. Raises `UnknownWorker`."""
+        worker = self.fleet.get(name)
+        if worker.left and worker.token is not None and self._not_begun(worker.token):
+            self.dispatch(Failed(worker.token, "its worker has left"))
 
     def _not_begun(self, token: str) -> bool:
         current = self.current

@@ -54,6 +54,9 @@ class Offering:
             self._tell(after, selected)
         if not current.state.phase.final:
             it.dispatch(selected)
+            for worker in chosen:
+                # To encode a large model takes its time, in which it may have left.
+                it.take_back(worker)
 
     async def _choose(self, current: CurrentRound, select: Select) -> Selected:
         it = self._it

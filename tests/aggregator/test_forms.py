@@ -49,6 +49,6 @@ async def test_old_versions_go_while_a_difference_to_one_is_being_made(tmp_path)
             held[version] = (version, offered.manifest.sha256)
     making = asyncio.create_task(store.offered(4, held[2]))
     while not [*tmp_path.glob("encoded/000004-*")]:
-        await asyncio.sleep(0)
+        await asyncio.wait([making], timeout=0.001)
     await store.prune(frozenset({4}))
     assert (await making).base_version == 2

@@ -4,6 +4,7 @@ Windows and leases are longer than any test waits.
 """
 
 import asyncio
+import threading
 
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.v1 import aggregator_pb2 as pb
@@ -57,6 +58,27 @@ async def test_a_task_that_its_worker_has_not_begun_goes_to_another_at_once(tmp_
         record = await running.until_task("leaving", round_pb2.TASK_PHASE_FAILED)
         assert record.reason == "its worker has left"
         assert (await (await running.device("another")).task()).round == 1
+
+
+async def test_a_worker_that_leaves_while_tasks_are_being_stored_keeps_none(tmp_path):
+    async with aggregating(tmp_path, policy={**ALONE, "min_workers": 2}) as running:
+        devices = [await running.device(name) for name in ("staying", "leaving")]
+        coordinator, go_on = running.aggregator.coordinator, threading.Event()
+        storing = asyncio.create_task(coordinator.in_database(go_on.wait))
+        polling = [asyncio.create_task(device.poll()) for device in devices]
+        try:
+            async with asyncio.timeout(60):
+                while not (coordinator.current and coordinator.current.recipes):
+                    await running.run()
+                await running.stub.Leave(pb.LeaveRequest(worker="leaving"))
+        finally:
+            go_on.set()
+        assert (await polling[0]).HasField("task")
+        record = await running.until_task("leaving", round_pb2.TASK_PHASE_FAILED)
+        assert record.reason == "its worker has left"
+        assert (await (await running.device("another")).task()).round == 1
+        polling[1].cancel()
+        await storing
 
 
 async def test_a_task_that_its_worker_has_begun_stays_its_own_when_it_leaves(tmp_path):
