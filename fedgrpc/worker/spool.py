@@ -31,7 +31,7 @@ from google.protobuf.message import DecodeError
 from fedgrpc.codec.feedback import Keep, Residual
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.payload import Read, file_reader
-from fedgrpc.errors import LayoutError, StorageError
+from fedgrpc.errors import CodecError, LayoutError, StorageError
 from fedgrpc.rpc.convert import manifest_from_proto
 from fedgrpc.spares import SpareFiles, WrittenBack
 from fedgrpc.v1 import aggregator_pb2
@@ -108,7 +108,7 @@ class Spool:
         for folder in self._folders():
             try:
                 found.append(_load(folder))
-            except (OSError, DecodeError, LayoutError) as error:
+            except (OSError, DecodeError, CodecError) as error:
                 log.warning("update dropped", folder=str(folder), reason=f"it is corrupt: {error}")
                 self._keep_personal(folder)
                 remove_folder(folder)

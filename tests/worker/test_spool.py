@@ -167,6 +167,18 @@ def test_a_damaged_update_is_dropped_and_the_others_stay(tmp_path, number):
     assert not first.folder.exists()
 
 
+def test_an_update_that_is_over_a_limit_is_dropped_and_the_others_stay(tmp_path):
+    def too_large(payload, keep):
+        header, layout = fill("first")(payload, keep)
+        header.manifest.size_bytes = 1 << 62
+        return header, layout
+
+    spool = Spool(tmp_path)
+    spool.write(task(), too_large)
+    second = spool.write(task(), fill("second"))
+    assert [update.token for update in spool.updates()] == [second.token]
+
+
 @pytest.mark.parametrize("name", ["payload", "header.pb", "task.pb"])
 @pytest.mark.parametrize("damage", ["truncated", "missing", "garbage"])
 def test_a_damaged_update_of_a_former_version_is_dropped_and_the_others_stay(tmp_path, name, damage):
