@@ -93,6 +93,7 @@ class AggregatorClient:
         self._encodings = encodings
         self._clock = clock
         self._max_chunk_bytes = CHUNK_BYTES
+        self._introduced_as: tuple[DeviceProfile, Role] | None = None
         self._fast = False
 
     async def register(self, profile: DeviceProfile, role: Role) -> Registration:
@@ -107,7 +108,15 @@ class AggregatorClient:
         with domain_errors():
             registration = registration_from_proto(await self._stub.Register(request, timeout=_CALL_S))
         self._max_chunk_bytes = registration.max_chunk_bytes
+        self._introduced_as = profile, role
         return registration
+
+    async def takes_smaller_chunks(self) -> bool:
+        """Whether the aggregator, asked again, takes smaller chunks than before: it may have been restarted."""
+        before = self._max_chunk_bytes
+        if self._introduced_as is not None:
+            await self.register(*self._introduced_as)
+        return self._max_chunk_bytes < before
 
     def _pace(self) -> Pace:
         """As fast as the last upload was at its end; slow where that broke off, for small chunks get through."""

@@ -17,6 +17,7 @@ from fedgrpc.errors import (
     LinkError,
     RoundClosed,
     StorageError,
+    TooLargeError,
     UnknownWorker,
     WrongOffset,
 )
@@ -94,6 +95,9 @@ class Delivery:
                         return
                 except (WrongOffset, CorruptError) as error:
                     await self._explain(error, update, read, tries_left)
+                except TooLargeError:
+                    if not await self._client.takes_smaller_chunks():
+                        raise
                 held = await self._client.query_push(update.token)
         if held.complete:
             return

@@ -17,7 +17,16 @@ import numpy as np
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.codec.payload import PayloadReader, buffer_reader, tensors_of, write_payload
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.errors import CorruptError, LinkError, NotFound, RoundClosed, UnknownTask, UnknownWorker, WrongOffset
+from fedgrpc.errors import (
+    CorruptError,
+    LinkError,
+    NotFound,
+    RoundClosed,
+    TooLargeError,
+    UnknownTask,
+    UnknownWorker,
+    WrongOffset,
+)
 from fedgrpc.rpc.convert import duration_to_proto, manifest_from_proto, manifest_to_proto
 from fedgrpc.rpc.server import AGGREGATOR, Service, serve
 from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, round_pb2
@@ -66,6 +75,7 @@ class Peer(aggregator_pb2_grpc.AggregatorServicer):
         self.deltas = {}
         self.faults = []
         self.retry_after_s = 0.0
+        self.max_chunk_bytes = CHUNK_BYTES
         self.told_at = 0.0
         self.pushed_at = []
         self.changed = asyncio.Condition()
@@ -109,7 +119,7 @@ class Peer(aggregator_pb2_grpc.AggregatorServicer):
             poll_wait=duration_to_proto(2 * PATIENCE_S),
             heartbeat_interval=duration_to_proto(0.1),
             lease=duration_to_proto(5),
-            max_chunk_bytes=CHUNK_BYTES,
+            max_chunk_bytes=self.max_chunk_bytes,
             max_payload_bytes=1 << 30,
             learning_task="tests:Linear",
         )
@@ -194,6 +204,8 @@ class Peer(aggregator_pb2_grpc.AggregatorServicer):
             raise AssertionError("the header differs between attempts")
         async for request in requests:
             await self.note("PushUpdate.chunk")
+            if len(request.chunk.data) > self.max_chunk_bytes:
+                raise TooLargeError(f"allowed are {self.max_chunk_bytes}")
             if request.chunk.offset != len(upload.data):
                 raise WrongOffset(f"expected {len(upload.data)}")
             if zlib.crc32(request.chunk.data) != request.chunk.crc32:

@@ -48,6 +48,19 @@ async def test_a_broken_download_goes_on_at_the_byte_where_it_stopped(tmp_path, 
     assert np.allclose(peer.uploads["t1"].tensors()["weight"], 1, atol=1e-6)
 
 
+async def test_an_update_survives_an_aggregator_that_takes_smaller_chunks_after_a_restart(tmp_path):
+    peer = with_a_task()
+
+    async def note(call, note=peer.note):
+        await note(call)
+        if call == "PushUpdate.chunk" and peer.calls.count(call) == 3:
+            peer.max_chunk_bytes = 300
+
+    peer.note = note
+    assert await run(peer, tmp_path) == 0
+    assert peer.uploads["t1"].complete
+
+
 async def test_a_corrupt_chunk_is_asked_for_again_and_nothing_before_it(tmp_path):
     peer = with_a_task()
     peer.faults = ["corrupt"]
