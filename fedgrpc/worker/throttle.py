@@ -40,7 +40,7 @@ class Throttle:
         """Chunk size at which a paced link still moves a few times a second."""
         if self.link_bits_per_second is None:
             return usual_bytes
-        return max(_MIN_CHUNK_BYTES, min(usual_bytes, int(self.link_bits_per_second / 8 * _PACED_CHUNK_S)))
+        return min(usual_bytes, max(_MIN_CHUNK_BYTES, int(self.link_bits_per_second / 8 * _PACED_CHUNK_S)))
 
     def pause_s(self, work_s: float) -> float:
         """How long to rest after `work_s` seconds of work."""
