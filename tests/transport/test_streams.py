@@ -196,7 +196,7 @@ async def test_the_message_that_came_last_is_not_held_while_the_next_is_waited_f
             await call.write(message)
         await device.until_held(task, len(rest[0].chunk.data))
         async with asyncio.timeout(60):
-            while any(isinstance(found, Chunk) for found in gc.get_objects()):  # noqa: ASYNC110 - nobody tells
+            while any(type(found) is Chunk for found in gc.get_objects()):  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0.01)
         for message in rest[1:]:
             await call.write(message)
