@@ -155,8 +155,8 @@ class AggregatorSettings:
                 raise UsageError(f"the weight of worker {worker!r} must be a number from 0, not {weight:g}")
         if self.max_update_norm is not None and not self.max_update_norm > 0:
             raise UsageError(f"max_update_norm must be above 0, not {self.max_update_norm:g}")
-        if self.seed < 0:
-            raise UsageError(f"seed must not be negative, not {self.seed}")
+        if not 0 <= self.seed < 1 << 32:
+            raise UsageError(f"seed must be from 0 to {(1 << 32) - 1}, not {self.seed}")
         if self.access.any and (self.tls is None or self.tls.ca is None):
             raise UsageError("certificate_names and operators need tls_ca: without certificates nobody has a name")
         self._check_times()

@@ -18,7 +18,7 @@ from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand, 
 from fedgrpc.cli.quantities import DURATION, RATE, SIZE
 from fedgrpc.cli.tls import client_settings, client_tls
 from fedgrpc.codec.encoding import ENCODING_NAMES
-from fedgrpc.data.partition import parse_part, parse_partition
+from fedgrpc.data.partition import PARTITIONS, parse_part, parse_partition
 from fedgrpc.errors import UsageError
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.rpc.retry import Backoff
@@ -59,7 +59,7 @@ SETTINGS: list[Setting] = [
     _task("--model", "Model name, where the task knows several.", metavar="NAME"),
     _task("--data", "Folder or file of this device's data.", type=click.Path(path_type=Path, exists=True)),
     _task("--device", "auto, cpu, cuda or cuda:1.", metavar="DEVICE"),
-    _task("--partition", "Use a part of the data: iid, dirichlet:0.5, shards:2 or quantity:0.5.", metavar="KIND"),
+    _task("--partition", f"Use a part of the data: {PARTITIONS}.", metavar="KIND"),
     _task("--part", "Which part, as in 3/10.", metavar="N/PARTS"),
     _task("--seed", "Of the partition and of the untrained model."),
     _task(

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import ClassVar, Final, Protocol, TypeVar
 
 import numpy as np
 
 from fedgrpc.errors import UsageError
 
 MINIMUM_PART_SIZE = 10
+PARTITIONS: Final = "iid, dirichlet:0.5, shards:2, labels:2 or quantity:0.5"
+"""What `parse_partition` takes, for people."""
 
 N = TypeVar("N", int, float)
 
 
 class Partition(Protocol):
-    """A way of sharing out examples."""
+    """A way of sharing out examples; `by_label` where it looks at more than how many labels there are."""
+
+    @property
+    def by_label(self) -> bool: ...
 
     def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
         """Indices into `labels` (int64, ascending) of each of `parts` parts.
@@ -38,9 +43,11 @@ class Partition(Protocol):
 class Iid:
     """Every part is an equal, uniform sample."""
 
+    by_label: ClassVar[bool] = False
+
     def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
         """See `Partition`."""
-        _check(labels, parts)
+        _check_parts(labels, parts)
         order = np.random.default_rng(seed).permutation(len(labels))
         return [np.sort(part) for part in np.array_split(order, parts)]
 
@@ -53,6 +60,7 @@ class Dirichlet:
     """
 
     alpha: float
+    by_label: ClassVar[bool] = True
 
     def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
         """See `Partition`."""
@@ -75,10 +83,12 @@ class Dirichlet:
 class LabelShards:
     """Label skew: the examples, sorted by label, are cut into equal shards; each part is dealt a few.
 
-    The pathological split of McMahan et al. (arXiv 1602.05629).
+    The pathological split of McMahan et al. (arXiv 1602.05629). All parts have one size; a part that is dealt two
+    shards of one label has fewer labels than shards.
     """
 
     shards_per_part: int
+    by_label: ClassVar[bool] = True
 
     def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
         """See `Partition`."""
@@ -94,21 +104,58 @@ class LabelShards:
 
 
 @dataclass(frozen=True)
-class QuantitySkew:
-    """Parts are uniform samples whose sizes come from Dir(alpha), as in NIID-Bench (arXiv 2102.02079)."""
+class LabelsPerPart:
+    """Label skew: each part has a few labels; the parts that have a label share its examples evenly.
 
-    alpha: float
+    The #C=k of NIID-Bench (arXiv 2102.02079): part i has label i and k-1 others by lot, so that sizes differ. With
+    fewer parts than labels, a label that nobody drew goes to a part by lot: nothing is left out.
+    """
+
+    labels_per_part: int
+    by_label: ClassVar[bool] = True
 
     def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
         """See `Partition`."""
         _check(labels, parts)
+        rng = np.random.default_rng(seed)
+        classes, of_example = np.unique(labels, return_inverse=True)
+        owners = self._owners(len(classes), parts, rng)
+        held: list[list[np.ndarray]] = [[] for _ in range(parts)]
+        for label, having in enumerate(owners):
+            examples = rng.permutation(np.flatnonzero(of_example == label))
+            for part, piece in zip(having, np.array_split(examples, len(having)), strict=True):
+                held[part].append(piece)
+        return _with_minimum([_joined(pieces) for pieces in held], rng)
+
+    def _owners(self, classes: int, parts: int, rng: np.random.Generator) -> list[list[int]]:
+        """The parts that have each label."""
+        owners: list[list[int]] = [[] for _ in range(classes)]
+        for part in range(parts):
+            own = part % classes
+            others = np.delete(np.arange(classes), own)
+            drawn = rng.choice(others, min(self.labels_per_part - 1, classes - 1), replace=False)
+            for label in (own, *drawn):
+                owners[label].append(part)
+        return [having or [int(rng.integers(parts))] for having in owners]
+
+
+@dataclass(frozen=True)
+class QuantitySkew:
+    """Parts are uniform samples whose sizes come from Dir(alpha), as in NIID-Bench (arXiv 2102.02079)."""
+
+    alpha: float
+    by_label: ClassVar[bool] = False
+
+    def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
+        """See `Partition`."""
+        _check_parts(labels, parts)
         rng = np.random.default_rng(seed)
         proportions = _normalized(rng.dirichlet(np.full(parts, self.alpha)))
         return _with_minimum(_deal(rng.permutation(len(labels)), proportions), rng)
 
 
 def parse_partition(text: str) -> Partition:
-    """`iid`, `dirichlet:ALPHA`, `shards:PER_PART` or `quantity:ALPHA`.
+    """`iid`, `dirichlet:ALPHA`, `shards:PER_PART`, `labels:PER_PART` or `quantity:ALPHA`.
 
     Raises:
         UsageError: it is none of these, or its number is not positive.
@@ -120,9 +167,11 @@ def parse_partition(text: str) -> Partition:
         return Dirichlet(_positive(text, argument, float))
     if kind == "shards":
         return LabelShards(_positive(text, argument, int))
+    if kind == "labels":
+        return LabelsPerPart(_positive(text, argument, int))
     if kind == "quantity":
         return QuantitySkew(_positive(text, argument, float))
-    raise UsageError(f"partition {text!r} must be iid, dirichlet:0.5, shards:2 or quantity:0.5")
+    raise UsageError(f"partition {text!r} must be {PARTITIONS}")
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -150,6 +199,10 @@ def _positive(text: str, argument: str, kind: Callable[[str], N]) -> N:
 def _check(labels: np.ndarray, parts: int) -> None:
     if labels.ndim != 1:
         raise UsageError(f"a partition needs one label per example, not labels of shape {labels.shape}")
+    _check_parts(labels, parts)
+
+
+def _check_parts(labels: np.ndarray, parts: int) -> None:
     if parts < 1:
         raise UsageError(f"cannot share out among {parts} parts")
     if len(labels) < parts:
@@ -160,6 +213,10 @@ def _normalized(weights: np.ndarray) -> np.ndarray:
     """Weights that add up to one; even ones where all are zero (a tiny alpha underflows)."""
     total = weights.sum()
     return weights / total if total > 0 else np.full(len(weights), 1 / len(weights))
+
+
+def _joined(pieces: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int64), *pieces])
 
 
 def _deal(examples: np.ndarray, proportions: np.ndarray) -> list[np.ndarray]:

@@ -17,7 +17,7 @@ from fedgrpc.data.cifar10 import load_cifar10
 from fedgrpc.data.dataset import Examples, LabelledData
 from fedgrpc.data.digits import load_digits
 from fedgrpc.data.idx import load_fashion_mnist
-from fedgrpc.data.partition import Partition, parse_partition
+from fedgrpc.data.partition import PARTITIONS, Partition, parse_partition
 from fedgrpc.errors import UsageError
 
 _ARRAYS = ("train_inputs", "train_labels", "held_out_inputs", "held_out_labels")
@@ -106,7 +106,7 @@ def _main() -> None:
     parser.add_argument("dataset", choices=["digits", "fashion_mnist", "cifar10"])
     parser.add_argument("--data", type=Path, help="folder of the data set's files")
     parser.add_argument("--parts", type=int, required=True)
-    parser.add_argument("--partition", default="iid", help="iid, dirichlet:0.5, shards:2 or quantity:0.5")
+    parser.add_argument("--partition", default="iid", help=PARTITIONS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--to", type=Path, required=True, help="folder to write the shares into")
     asked = parser.parse_args()

@@ -70,6 +70,11 @@ def batches_of(dataset: Dataset[Any], device: torch.device) -> Batches:
     return ItemBatches(dataset, device)
 
 
+def size_of(dataset: Dataset[Any]) -> int:
+    """How many examples there are."""
+    return len(cast(Sequence[Any], dataset))
+
+
 def labels_of(dataset: Dataset[Any]) -> np.ndarray:
     """Each example's label [N], for a partition; read from its tensors or `targets` where it has them."""
     if isinstance(dataset, TensorDataset):

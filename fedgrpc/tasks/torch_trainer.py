@@ -26,7 +26,7 @@ from fedgrpc.compression.nested import Nested
 from fedgrpc.data.partition import parse_part, parse_partition
 from fedgrpc.errors import TaskError, UsageError
 from fedgrpc.tasks.label_adjustment import LabelAdjustment
-from fedgrpc.tasks.torch_batches import Batches, batches_of, choose_device, labels_of, subset_of
+from fedgrpc.tasks.torch_batches import Batches, batches_of, choose_device, labels_of, size_of, subset_of
 from fedgrpc.tasks.torch_local import Compression, Widths
 from fedgrpc.tasks.torch_memory import TensorBytes
 from fedgrpc.tasks.torch_optimizer import Optimizer
@@ -265,10 +265,12 @@ def _share(
     if setup.partition is None or setup.part is None:
         return train, held_out
     partition, (index, parts) = parse_partition(setup.partition), parse_part(setup.part)
-    train = subset_of(train, partition.split(labels_of(train), parts, setup.seed)[index])
-    if held_out is not None:
-        held_out = subset_of(held_out, partition.split(labels_of(held_out), parts, setup.seed)[index])
-    return train, held_out
+
+    def part_of(dataset: Dataset[Any]) -> Dataset[Any]:
+        labels = labels_of(dataset) if partition.by_label else np.zeros(size_of(dataset), np.int64)
+        return subset_of(dataset, partition.split(labels, parts, setup.seed)[index])
+
+    return part_of(train), None if held_out is None else part_of(held_out)
 
 
 def _optimizer(task: Task, parameters: list[nn.Parameter], job: TrainJob) -> Optimizer:

@@ -232,7 +232,7 @@ class Loop:
     async def _local_work(self, trainer: Trainer, task: Task, given: Weights, hooks: Hooks) -> Outcome:
         if task.kind is TaskKind.INITIALIZE:
             self._board.enter(Activity.TRAINING)
-            return await in_thread(lambda: initialize(trainer), hooks.stop)
+            return await in_thread(lambda: initialize(trainer, task.plan), hooks.stop)
         scores = None
         if task.kind is TaskKind.EVALUATE or task.plan.evaluate:
             self._board.enter(Activity.EVALUATING)

@@ -71,14 +71,27 @@ def _count(name: str, value: Any) -> int:
 
 def _finite(metrics: Any) -> dict[str, float]:
     """Without what is not a finite number: one diverged score must not cost the update."""
-    try:
-        values = {str(name): float(value) for name, value in metrics.items()}
-    except (AttributeError, TypeError, ValueError, OverflowError):
-        raise TaskError("the metrics of the learning task must be numbers by name") from None
+    if not isinstance(metrics, Mapping):
+        raise TaskError(f"the metrics of the learning task are {_kind(metrics)}, not numbers by name")
+    values = {str(name): _number(name, value) for name, value in metrics.items()}
     kept = {name: value for name, value in values.items() if math.isfinite(value)}
     if len(kept) < len(values):
         log.warning("metrics not finite", names=sorted(values.keys() - kept.keys()))
     return kept
+
+
+def _number(name: object, value: Any) -> float:
+    """A number, or an array or tensor of no dimension; None, a score that is not defined, is NaN."""
+    if value is None:
+        return math.nan
+    try:
+        if isinstance(value, str | bytes | np.complexfloating) or np.ndim(value):
+            raise TypeError
+        return float(value)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError):
+        raise TaskError(f"metric {name!r} of the learning task is {_kind(value)}, not a number") from None
 
 
 def _kind(value: object) -> str:

@@ -44,14 +44,20 @@ def _no_pause(batch_seconds: float) -> None:
     return None
 
 
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 1 << 32:
+        raise UsageError(f"seed must be from 0 to {(1 << 32) - 1}, not {seed}")
+
+
 @dataclass(frozen=True)
 class TrainJob:
     """One worker's share of one round: how much to train, how, and when to stop.
 
     `None` for `batch_size`, `learning_rate`, `momentum` or `weight_decay` leaves the choice to the task.
     `proximal_mu` is the mu of FedProx (arXiv 1812.06127); 0 is FedAvg. `label_adjustment` is the tau of logit
-    adjustment by its own labels (arXiv 2007.07314); 0 is the loss as it is. `stop` is asked before every batch:
-    True cancels.
+    adjustment by its own labels (arXiv 2007.07314); 0 is the loss as it is. `seed` has 32 bits, as the generators
+    of NumPy and scikit-learn want; it differs between workers and rounds. `stop` is asked before every batch: True
+    cancels.
     `compression` says what to make of the given weights before they are trained; None trains them as they are.
     `time_left_s` bounds the training in time: once it is not positive, what has been trained so far is the
     result. `report` hears of every finished step; `pause` is told each batch's duration and may sleep, which
@@ -73,6 +79,10 @@ class TrainJob:
     time_left_s: Callable[[], float] | None = None
     report: Callable[[int, int], None] = _no_report
     pause: Callable[[float], None] = _no_pause
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a seed of more than 32 bits."""
+        _check_seed(self.seed)
 
     def total_steps(self, example_count: int, default_batch_size: int = 32) -> int:
         """Steps that `epochs` passes over `example_count` examples take; `max_steps` caps them."""
@@ -186,7 +196,8 @@ class TaskSetup:
     options: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises UsageError for half of what goes together."""
+        """Raises UsageError for half of what goes together, or a seed of more than 32 bits."""
+        _check_seed(self.seed)
         if (self.partition is None) != (self.part is None):
             raise UsageError("--partition and --part go together, as in --partition dirichlet:0.5 --part 3/10")
 
@@ -204,9 +215,9 @@ def load_trainer(
 ) -> Trainer:
     """Find and construct the task `package.module:Class`, or `package.module` with one task class in it.
 
-    `partition` (`iid`, `dirichlet:0.5`, `shards:2`, `quantity:0.5`) with `part` (`3/10`) makes the task take
-    its share of a common data set. The trainer that comes back raises only `Cancelled`, `UsageError`, other
-    errors of `fedgrpc.errors`, and `TaskError` for whatever the user's code raises.
+    `partition` (`iid`, `dirichlet:0.5`, `shards:2`, `labels:2`, `quantity:0.5`) with `part` (`3/10`) makes the
+    task take its share of a common data set. The trainer that comes back raises only `Cancelled`, `UsageError`,
+    other errors of `fedgrpc.errors`, and `TaskError` for whatever the user's code raises.
 
     Raises:
         UsageError: no such module or class, it is no task, or it does not take a setting that was given.

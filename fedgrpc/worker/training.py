@@ -92,11 +92,11 @@ def evaluate(trainer: Trainer, weights: Weights, hooks: Hooks) -> EvalResult | N
     return result
 
 
-def initialize(trainer: Trainer) -> Outcome:
+def initialize(trainer: Trainer, plan: Plan) -> Outcome:
     """The untrained weights of the task's model. Raises TaskError."""
     with users_code():
         weights = returned.initial_weights(trainer.initial_weights())
-        return Outcome(weights, 0, channels=_channels(trainer))
+        return Outcome(weights, 0, channels=_channels(trainer, plan.tell_channels))
 
 
 def train(
@@ -110,7 +110,7 @@ def train(
     with users_code():
         result = returned.train_result(trainer.train(weights, job))
         metrics = {**result.metrics, **_local_scores(trainer, result, task, hooks, scores)}
-        channels = _channels(trainer) if plan.tell_channels else None
+        channels = _channels(trainer, True) if plan.tell_channels else None
     return Outcome(
         result.weights,
         result.example_count,
@@ -137,17 +137,21 @@ def _local_scores(
     return {} if local is None else {f"{_LOCAL}{name}": value for name, value in local.metrics.items()}
 
 
-def _channels(trainer: Trainer) -> ChannelMap | None:
-    """The channels of its model; None where it has none to tell."""
+def _channels(trainer: Trainer, wanted: bool) -> ChannelMap | None:
+    """The channels of its model; None where it has none to tell.
+
+    `wanted`: some device is to train a narrower model, and what stands in the way is worth a warning.
+    """
+    tell = log.warning if wanted else log.debug
     if not isinstance(trainer, SliceableTrainer):
         return None
     try:
         channels = trainer.channels()
         for names, reason in kept_whole(trainer):
-            log.warning("kept whole at every width", tensors=names, reason=reason)
+            tell("kept whole at every width", tensors=names, reason=reason)
         return channels
     except (UsageError, TaskError) as error:
-        log.warning("channels unknown", reason=str(error))
+        tell("channels unknown", reason=str(error))
         return None
 
 

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from fedgrpc.data.partition import MINIMUM_PART_SIZE, Partition, parse_part, parse_partition
 from fedgrpc.errors import UsageError
 
-KINDS = ["iid", "dirichlet:0.5", "dirichlet:0.01", "dirichlet:100", "shards:2", "quantity:0.5", "quantity:0.05"]
+KINDS = [
+    "iid",
+    "dirichlet:0.5",
+    "dirichlet:0.01",
+    "dirichlet:100",
+    "shards:2",
+    "labels:2",
+    "quantity:0.5",
+    "quantity:0.05",
+]
 LABELS = np.repeat(np.arange(10), 600)
 
 
@@ -46,7 +55,7 @@ def test_the_same_seed_gives_the_same_parts_and_another_seed_others(kind: str) -
     assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["iid", "dirichlet:0.5", "shards:2", "quantity:0.5"])
+@pytest.mark.parametrize("kind", ["iid", "dirichlet:0.5", "shards:2", "labels:3", "quantity:0.5"])
 def test_training_and_held_out_set_give_a_part_the_same_mix_and_share(kind: str) -> None:
     partition, held_out = parse_partition(kind), np.tile(np.arange(10), 200)
     train_parts, held_out_parts = partition.split(LABELS, 5, 1), partition.split(held_out, 5, 1)
@@ -83,6 +92,30 @@ def test_two_shards_hold_about_two_labels() -> None:
     assert {len(part) for part in parts} == {600}
 
 
+@given(st.integers(2, 8), st.integers(1, 9), st.integers(0, 12), st.data())
+def test_each_part_has_k_labels_and_each_label_is_divided_evenly_among_its_owners(
+    classes: int, k: int, more_parts: int, data: st.DataObject
+) -> None:
+    """NIID-Bench's #C=k, for at least as many parts as labels."""
+    parts, k = classes + more_parts, min(k, classes)
+    counts = [
+        data.draw(st.integers(MINIMUM_PART_SIZE * parts, MINIMUM_PART_SIZE * parts + 50)) for _ in range(classes)
+    ]
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(classes), counts))
+    split = parse_partition(f"labels:{k}").split(labels, parts, data.draw(st.integers(0, 2**32 - 1)))
+    held = np.array([np.bincount(labels[part], minlength=classes) for part in split])
+    assert (np.count_nonzero(held, axis=1) == k).all()
+    assert all(held[part, part % classes] for part in range(parts))
+    for label in range(classes):
+        owned = held[held[:, label] > 0, label]
+        assert owned.max() - owned.min() <= 1
+
+
+def test_labels_that_fewer_parts_did_not_draw_are_not_left_out() -> None:
+    parts = parse_partition("labels:2").split(LABELS, 3, 0)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(LABELS)))
+
+
 def test_quantity_skew_changes_sizes_and_not_labels() -> None:
     parts = parse_partition("quantity:0.5").split(LABELS, 5, 0)
     assert max(map(len, parts)) > 3 * min(map(len, parts))
@@ -93,7 +126,7 @@ def test_quantity_skew_changes_sizes_and_not_labels() -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "IID", "iid:2", "dirichlet", "dirichlet:", "dirichlet:0", "dirichlet:-1", "dirichlet:nan", "shards:1.5",
-     "shards:0", "quantity:inf", "other:1"],
+     "shards:0", "labels:", "labels:0", "quantity:inf", "other:1"],
 )  # fmt: skip
 def test_a_partition_that_is_none_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(UsageError, match=r"^[^\n]*partition[^\n]*$"):
@@ -112,10 +145,19 @@ def test_a_part_that_is_none_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("labels", "parts"), [(np.zeros(3, int), 4), (np.zeros((8, 2), int), 2), (np.zeros(3, int), 0)]
-)
-def test_what_cannot_be_shared_out_is_refused(kind: str, labels: np.ndarray, parts: int) -> None:
+@pytest.mark.parametrize("parts", [4, 0])
+def test_what_cannot_be_shared_out_is_refused(kind: str, parts: int) -> None:
     partition: Partition = parse_partition(kind)
     with pytest.raises(UsageError):
-        partition.split(labels, parts, 0)
+        partition.split(np.zeros(3, int), parts, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_a_partition_by_label_needs_one_label_of_each_example(kind: str) -> None:
+    partition: Partition = parse_partition(kind)
+    targets = np.zeros((40, 2), int)
+    if partition.by_label:
+        with pytest.raises(UsageError, match="one label per example"):
+            partition.split(targets, 2, 0)
+    else:
+        assert sum(map(len, partition.split(targets, 2, 0))) == 40

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgrpc.worker.trainer import Cancelled, TrainJob
+from fedgrpc.errors import UsageError
+from fedgrpc.worker.trainer import Cancelled, TaskSetup, TrainJob
 
 
 @given(st.integers(1, 200), st.integers(1, 50), st.integers(1, 4))
@@ -45,6 +46,15 @@ def test_order_follows_from_seed_and_round_alone() -> None:
 
     assert order(1, 2) == order(1, 2)
     assert len({tuple(order(seed, round)) for seed in (1, 2) for round in (1, 2)}) == 4
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 32])
+def test_a_seed_that_the_generators_of_numpy_and_scikit_learn_refuse_is_refused(seed: int) -> None:
+    np.random.RandomState((1 << 32) - 1)
+    for make in (TrainJob, TaskSetup):
+        assert make(seed=(1 << 32) - 1).seed
+        with pytest.raises(UsageError, match="seed must be from 0 to 4294967295"):
+            make(seed=seed)
 
 
 def test_stop_cancels_between_two_batches() -> None:

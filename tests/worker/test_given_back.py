@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 from fedgrpc.errors import (
     TaskError,
@@ -104,8 +105,10 @@ class Gives(Adds):
         ({"train": TrainResult(model(1), None, 1)}, "TRAIN", "reports None as example_count"),
         ({"train": TrainResult(model(1), float("nan"), 1)}, "TRAIN", "reports nan as example_count"),
         ({"train": TrainResult(model(1), 10**30, 1)}, "TRAIN", "as example_count; it must be a whole number"),
-        ({"train": TrainResult(model(1), 3, 1, {"loss": "low"})}, "TRAIN", "must be numbers by name"),
-        ({"train": TrainResult(model(1), 3, 1, None)}, "TRAIN", "must be numbers by name"),
+        ({"train": TrainResult(model(1), 3, 1, {"loss": "low"})}, "TRAIN", "metric 'loss' of the learning task"),
+        ({"train": TrainResult(model(1), 3, 1, {"f1": [0.1, 0.2]})}, "TRAIN", "metric 'f1' of the learning task"),
+        ({"train": TrainResult(model(1), 3, 1, {"matrix": np.eye(2)})}, "TRAIN", "metric 'matrix'"),
+        ({"train": TrainResult(model(1), 3, 1, None)}, "TRAIN", "not numbers by name"),
         ({"scores": 0.5}, "EVALUATE", "evaluate() of the learning task returned a float, not an EvalResult"),
         ({"initial": {"w": [1.0]}}, "INITIALIZE", "gave a list as weight 'w'; weights are NumPy arrays by name"),
         ({"initial": {3: np.zeros(2)}}, "INITIALIZE", "weights are NumPy arrays by name"),
@@ -132,6 +135,19 @@ async def test_scores_that_are_not_numbers_do_not_cost_the_update(tmp_path):
     peer.tasks = [train_task(evaluate=True)]
     await run(peer, tmp_path, Diverged())
     assert peer.uploads["t1"].header.evaluation_metrics == {"accuracy": 0.5}
+
+
+async def test_numbers_of_numpy_and_torch_and_scores_that_are_not_defined_are_metrics(tmp_path):
+    class Scores(Adds):
+        def evaluate(self, weights):
+            scores = {"a": np.float32(0.5), "b": np.array(0.25), "c": np.int64(3), "d": np.bool_(True), "e": None}
+            return EvalResult(np.int64(4), scores | {"f": torch.tensor(0.75)})
+
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task(evaluate=True)]
+    await run(peer, tmp_path, Scores())
+    told = peer.uploads["t1"].header.evaluation_metrics
+    assert dict(told) == {"a": 0.5, "b": 0.25, "c": 3.0, "d": 1.0, "f": 0.75}
 
 
 async def test_an_evaluator_without_data_says_so(tmp_path):

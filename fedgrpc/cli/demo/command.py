@@ -32,6 +32,7 @@ from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
 from fedgrpc.cli.quantities import DURATION
 from fedgrpc.cli.view import piped_console, print_table
 from fedgrpc.codec.recipe import Recipe
+from fedgrpc.data.partition import PARTITIONS
 from fedgrpc.errors import UsageError
 
 _demo = Declare("The demo", DemoSettings)
@@ -43,7 +44,7 @@ SETTINGS: list[Setting] = [
     _demo("--workers", "How many devices.", type=click.IntRange(1, 64)),
     _demo("--rounds", "How many rounds.", type=click.IntRange(1)),
     _demo("--epochs", "Passes over a device's data in each round."),
-    _demo("--partition", "How to share out the data: iid, dirichlet:0.5, shards:2, quantity:0.5.", metavar="KIND"),
+    _demo("--partition", f"How to share out the data: {PARTITIONS}.", metavar="KIND"),
     _demo("--encoding", "Of models and updates, as in raw or int8+zstd.", metavar="RECIPE"),
     _demo("--deadline", "A round's time to report.", name="deadline_s", type=DURATION),
     _demo("--straggler-round", "The round in which the first device hangs; 0: none."),

@@ -1,0 +1,26 @@
+"""What no width makes narrower is worth a warning only where a width is asked for."""
+
+import pytest
+from structlog.testing import capture_logs
+
+from fedgrpc.aggregation.channels import ChannelGroup, ChannelMap, Segment
+from fedgrpc.worker.task import Plan
+from fedgrpc.worker.training import initialize
+from tests.worker.living import Adds
+
+
+class Sliced(Adds):
+    def channels(self):
+        return ChannelMap((ChannelGroup(8),), {"weight": ((Segment(0),),)})
+
+    def kept_whole(self):
+        return [(["bias"], "view() is not understood")]
+
+
+@pytest.mark.parametrize(("asked", "warnings"), [(False, []), (True, ["bias"])])
+def test_tensors_kept_whole_are_a_warning_only_where_a_width_is_asked_for(asked, warnings):
+    with capture_logs() as lines:
+        assert initialize(Sliced(), Plan(tell_channels=asked)).channels is not None
+    assert [
+        name for line in lines if line["event"].startswith("kept whole") for name in line["tensors"]
+    ] == warnings
