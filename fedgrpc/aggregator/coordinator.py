@@ -264,6 +264,8 @@ class Coordinator:
             examples=report.example_count,
             bytes=report.upload_bytes,
         )
+        if report.unchanged:
+            self._log.warning("training changed nothing", round=current.state.number, worker=worker)
 
     def reject(self, token: str, reason: str) -> None:
         """Record that an update was refused, for good."""

@@ -30,7 +30,8 @@ class Report:
     """One worker's account of its task; counts of examples, scores by name, sizes in bytes.
 
     `merged_updates`: of how many updates this is the mean, with the summed `weight`, and what the steps of one
-    amount to in the mean (`accumulated_steps`, 0: not told); 0: it is a worker's own.
+    amount to in the mean (`accumulated_steps`, 0: not told); 0: it is a worker's own. `unchanged`: the worker says
+    that training left the model as it was.
     """
 
     example_count: int
@@ -45,6 +46,7 @@ class Report:
     weight: float = 0.0
     tensor_bytes: int = 0
     accumulated_steps: float = 0.0
+    unchanged: bool = False
 
     @classmethod
     def of(cls, header: UpdateHeader, policy: AdmissionPolicy) -> Report:
@@ -67,6 +69,7 @@ class Report:
             header.weight if header.merged_updates else 0.0,
             header.tensor_bytes,
             header.accumulated_steps if header.merged_updates else 0.0,
+            header.unchanged,
         )
 
     def uploaded_in(self, seconds: float) -> Report:
@@ -197,4 +200,5 @@ class CurrentRound:
             record.peak_memory_bytes = report.peak_memory_bytes
             record.tensor_bytes = report.tensor_bytes
             record.merged_updates = report.merged_updates
+            record.unchanged = report.unchanged
         return record

@@ -153,7 +153,7 @@ def task_table(record: Round) -> Table:
             str(task.example_count or ""),
             size(task.download_bytes) if task.download_bytes else "",
             size(task.upload_bytes) if task.upload_bytes else "",
-            task.reason,
+            task.reason or ("training changed nothing" if task.unchanged else ""),
         )
     if record.tasks_left_out:
         table.add_row(f"and {record.tasks_left_out} more")
@@ -187,7 +187,9 @@ def rounds_table(rounds: Sequence[Round]) -> Table:
 def _note(record: Round) -> str:
     if record.phase == RoundPhase.ROUND_PHASE_ABANDONED:
         return record.reason
-    return "; ".join(_first([f"{task.worker}: {task.reason}" for task in record.tasks if task.phase in LOST]))
+    lost = [f"{task.worker}: {task.reason}" for task in record.tasks if task.phase in LOST]
+    idle = [f"{task.worker}: training changed nothing" for task in record.tasks if task.unchanged]
+    return "; ".join(_first(lost + idle))
 
 
 def _first(items: list[str]) -> list[str]:

@@ -185,7 +185,7 @@ class PushUpdateRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[UpdateHeader, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ...) -> None: ...
 
 class UpdateHeader(_message.Message):
-    __slots__ = ("worker", "token", "manifest", "example_count", "steps", "metrics", "evaluation_metrics", "evaluation_example_count", "timings", "peak_memory_bytes", "channels", "merged_updates", "weight", "tensor_bytes", "accumulated_steps")
+    __slots__ = ("worker", "token", "manifest", "example_count", "steps", "metrics", "evaluation_metrics", "evaluation_example_count", "timings", "peak_memory_bytes", "channels", "merged_updates", "weight", "tensor_bytes", "accumulated_steps", "unchanged")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -215,6 +215,7 @@ class UpdateHeader(_message.Message):
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     ACCUMULATED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    UNCHANGED_FIELD_NUMBER: _ClassVar[int]
     worker: str
     token: str
     manifest: _tensor_pb2.Manifest
@@ -230,7 +231,8 @@ class UpdateHeader(_message.Message):
     weight: float
     tensor_bytes: int
     accumulated_steps: float
-    def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ..., manifest: _Optional[_Union[_tensor_pb2.Manifest, _Mapping]] = ..., example_count: _Optional[int] = ..., steps: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluation_metrics: _Optional[_Mapping[str, float]] = ..., evaluation_example_count: _Optional[int] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., peak_memory_bytes: _Optional[int] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ..., merged_updates: _Optional[int] = ..., weight: _Optional[float] = ..., tensor_bytes: _Optional[int] = ..., accumulated_steps: _Optional[float] = ...) -> None: ...
+    unchanged: bool
+    def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ..., manifest: _Optional[_Union[_tensor_pb2.Manifest, _Mapping]] = ..., example_count: _Optional[int] = ..., steps: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluation_metrics: _Optional[_Mapping[str, float]] = ..., evaluation_example_count: _Optional[int] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., peak_memory_bytes: _Optional[int] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ..., merged_updates: _Optional[int] = ..., weight: _Optional[float] = ..., tensor_bytes: _Optional[int] = ..., accumulated_steps: _Optional[float] = ..., unchanged: _Optional[bool] = ...) -> None: ...
 
 class PushUpdateResponse(_message.Message):
     __slots__ = ("committed_size_bytes", "complete")

@@ -193,7 +193,7 @@ class Arithmetic(_message.Message):
     def __init__(self, format: _Optional[str] = ..., stochastic_rounding: _Optional[bool] = ..., emulated: _Optional[bool] = ..., loss_scale: _Optional[float] = ..., dynamic_loss_scale: _Optional[bool] = ...) -> None: ...
 
 class TaskRecord(_message.Message):
-    __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes", "local_model", "merged_updates", "steps", "staleness", "scale", "chosen", "prediction", "tensor_bytes", "download_recipe", "upload_recipe", "evaluation_metrics")
+    __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes", "local_model", "merged_updates", "steps", "staleness", "scale", "chosen", "prediction", "tensor_bytes", "download_recipe", "upload_recipe", "evaluation_metrics", "unchanged")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -232,6 +232,7 @@ class TaskRecord(_message.Message):
     DOWNLOAD_RECIPE_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_RECIPE_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_METRICS_FIELD_NUMBER: _ClassVar[int]
+    UNCHANGED_FIELD_NUMBER: _ClassVar[int]
     worker: str
     kind: TaskKind
     phase: TaskPhase
@@ -256,7 +257,8 @@ class TaskRecord(_message.Message):
     download_recipe: str
     upload_recipe: str
     evaluation_metrics: _containers.ScalarMap[str, float]
-    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., phase: _Optional[_Union[TaskPhase, str]] = ..., reason: _Optional[str] = ..., example_count: _Optional[int] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., progress: _Optional[float] = ..., device_class: _Optional[str] = ..., peak_memory_bytes: _Optional[int] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., merged_updates: _Optional[int] = ..., steps: _Optional[int] = ..., staleness: _Optional[int] = ..., scale: _Optional[float] = ..., chosen: _Optional[str] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ..., tensor_bytes: _Optional[int] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., evaluation_metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    unchanged: bool
+    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., phase: _Optional[_Union[TaskPhase, str]] = ..., reason: _Optional[str] = ..., example_count: _Optional[int] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., progress: _Optional[float] = ..., device_class: _Optional[str] = ..., peak_memory_bytes: _Optional[int] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., merged_updates: _Optional[int] = ..., steps: _Optional[int] = ..., staleness: _Optional[int] = ..., scale: _Optional[float] = ..., chosen: _Optional[str] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ..., tensor_bytes: _Optional[int] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., evaluation_metrics: _Optional[_Mapping[str, float]] = ..., unchanged: _Optional[bool] = ...) -> None: ...
 
 class Prediction(_message.Message):
     __slots__ = ("download_seconds", "local_seconds", "upload_seconds", "peak_memory_bytes", "reason")

@@ -44,6 +44,9 @@ _LEAVE_S: Final = 10.0
 _REPORT_INTERVAL_S: Final = 0.1
 _SETTLED_S: Final = 0.1
 
+# The weights that were pulled, writable and nobody else's, each time it is called. Slow: call it in a thread.
+Given = Callable[[], Weights]
+
 log = structlog.get_logger()
 
 
@@ -191,8 +194,10 @@ class Loop:
         outcome = await self._local_work(self._trainer, task, given, hooks)
 
         def spooled() -> SpooledUpdate:
+            # Read anew: the learning task may have trained in the very arrays that it was given.
+            pulled = {} if outcome.weights is None else given()
             residual = self._spool.residual(task.run_id)
-            fill = update_of(task, self._settings.name, given, outcome, residual, began)
+            fill = update_of(task, self._settings.name, pulled, outcome, residual, began)
             keep = keeping(outcome.weights or {}, task.run_id, is_personal(task.plan))
             return self._spool.write(message, fill, keep)
 
@@ -200,17 +205,16 @@ class Loop:
         self._show_disk()
         return update
 
-    async def _download(self, task: Task) -> tuple[Weights, float]:
-        """The weights to start from, and the seconds since their download began, in whichever session."""
+    async def _download(self, task: Task) -> tuple[Given, float]:
+        """The weights to start from, and the seconds that their download took, in whichever sessions."""
         if task.kind is TaskKind.INITIALIZE:
-            return {}, 0.0
-        held, _ = await self._hold(task)
+            return dict, 0.0
+        held, download_s = await self._hold(task)
 
         def given() -> Weights:
             return restored(held.weights(), self._spool.personal, task.run_id, is_personal(task.plan))
 
-        weights = await asyncio.to_thread(given)
-        return weights, time.monotonic() - self._download_began[1]
+        return given, download_s
 
     async def _hold(self, task: Task) -> tuple[HeldModel, float]:
         """The version that the task is for, on the disk, and the seconds since its download began."""
@@ -229,20 +233,20 @@ class Loop:
         self._show_disk()
         return held, time.monotonic() - self._download_began[1]
 
-    async def _local_work(self, trainer: Trainer, task: Task, given: Weights, hooks: Hooks) -> Outcome:
+    async def _local_work(self, trainer: Trainer, task: Task, given: Given, hooks: Hooks) -> Outcome:
         if task.kind is TaskKind.INITIALIZE:
             self._board.enter(Activity.TRAINING)
             return await in_thread(lambda: initialize(trainer, task.plan), hooks.stop)
         scores = None
         if task.kind is TaskKind.EVALUATE or task.plan.evaluate:
             self._board.enter(Activity.EVALUATING)
-            scores = await in_thread(lambda: evaluate(trainer, given, hooks), hooks.stop)
+            scores = await in_thread(lambda: evaluate(trainer, given(), hooks), hooks.stop)
         if task.kind is TaskKind.EVALUATE:
             if scores is None:
                 raise TaskError("there is no held-out data on this device to score the model on")
             return Outcome(None, scores.example_count, scores=scores)
         self._board.enter(Activity.TRAINING)
-        return await in_thread(lambda: train(trainer, given, task, hooks, scores), hooks.stop)
+        return await in_thread(lambda: train(trainer, given(), task, hooks, scores), hooks.stop)
 
     async def _beat(self, token: str) -> str:
         """Keep a task's lease: at the told interval, and when its phase changes. Returns why it is to stop."""

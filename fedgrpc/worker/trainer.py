@@ -154,7 +154,8 @@ class Trainer(Protocol):
     """Trains and scores one model on this device's data. Implement it directly for NumPy or scikit-learn.
 
     A class is constructed with those of `data`, `model`, `device`, `partition`, `part`, `seed`, `setup` and
-    its own options that its constructor names. Arrays handed in belong to the caller and are not changed.
+    its own options that its constructor names. Arrays handed in are the trainer's own: it may train in them and
+    return them, as `torch.from_numpy` and scikit-learn do.
     """
 
     def initial_weights(self) -> Weights:

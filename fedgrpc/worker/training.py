@@ -133,7 +133,8 @@ def _local_scores(
     known = any(name.startswith(_LOCAL) for name in result.metrics)
     if scores is None or known or (ends_s is not None and time.monotonic() >= ends_s):
         return {}
-    local = evaluate(trainer, result.weights, hooks)
+    # A copy: what is sent must not change should the learning task score in place. The optimizer's memory is free.
+    local = evaluate(trainer, {name: np.array(array) for name, array in result.weights.items()}, hooks)
     return {} if local is None else {f"{_LOCAL}{name}": value for name, value in local.metrics.items()}
 
 
@@ -188,13 +189,26 @@ def users_code() -> Iterator[None]:
 
 
 def update_of(task: Task, worker: str, given: Weights, outcome: Outcome, residual: Residual, began: Began) -> Fill:
-    """What the spool calls to write the update and the residual it leaves."""
+    """What the spool calls to write the update and the residual it leaves.
+
+    `given` are the weights as they were pulled: the trainer may have changed those that it was handed.
+    """
 
     def fill(payload: BinaryIO, keep: Keep) -> tuple[aggregator_pb2.UpdateHeader, Layout | None]:
         manifest, left = _write(task, worker, given, outcome, residual, payload, keep)
-        return _header(task, worker, outcome, manifest, began.timings()), left
+        unchanged = task.kind is TaskKind.TRAIN and _left_as_it_was(outcome, given)
+        if unchanged:
+            log.warning("training changed nothing", round=task.round, steps=outcome.steps)
+        return _header(task, worker, outcome, manifest, began.timings(), unchanged), left
 
     return fill
+
+
+def _left_as_it_was(outcome: Outcome, given: Weights) -> bool:
+    """Whether each tensor that training returned is the one that it began with."""
+    start = given if outcome.start is None else outcome.start
+    trained = outcome.weights or {}
+    return all(np.array_equal(array, start[name]) for name, array in trained.items())
 
 
 @dataclass(frozen=True)
@@ -244,7 +258,7 @@ def is_personal(plan: Plan) -> Callable[[str], bool]:
 
 
 def _header(
-    task: Task, worker: str, outcome: Outcome, manifest: Manifest, timings: Timings
+    task: Task, worker: str, outcome: Outcome, manifest: Manifest, timings: Timings, unchanged: bool
 ) -> aggregator_pb2.UpdateHeader:
     scores = outcome.scores or EvalResult(0, {})
     header = aggregator_pb2.UpdateHeader(
@@ -259,6 +273,7 @@ def _header(
         timings=timings_to_proto(timings),
         peak_memory_bytes=peak_memory_bytes(),
         tensor_bytes=outcome.tensor_bytes,
+        unchanged=unchanged,
     )
     if outcome.channels is not None:
         header.channels.CopyFrom(channels_to_proto(outcome.channels))
