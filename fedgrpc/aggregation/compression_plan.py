@@ -34,7 +34,7 @@ import dataclasses
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -146,6 +146,21 @@ class CompressionPlan:
         techniques = (self.pruning, self.clustering, self.quantization, self.arithmetic)
         return not self.personal_layers and not self.nested and all(part is None for part in techniques)
 
+    def known_to(self, parts: Collection[str]) -> CompressionPlan:
+        """This plan, or none at all for a device that lacks one of its parts: half a plan is no plan."""
+        return self if self.parts <= set(parts) else CompressionPlan()
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Names of what a device must know to follow the plan, as in `RegisterRequest.local_model_parts`."""
+        needed = {
+            "sub_model": self.width < 1,
+            "personal_layers": bool(self.personal_layers),
+            "nested_widths": bool(self.nested),
+            **{name: getattr(self, name) is not None for name in _PARTS},
+        }
+        return frozenset(name for name, used in needed.items() if used)
+
     def is_personal(self, name: str) -> bool:
         """Whether the tensor of that name never leaves the device."""
         return matches(name, self.personal_layers)
@@ -202,6 +217,11 @@ _PARTS: dict[str, type] = {
 }
 
 
+# Personal layers are the worker's own business; all other parts are the learning task's.
+WORKER_PARTS = frozenset({"personal_layers"})
+TASK_PARTS = frozenset({"sub_model", "nested_widths", *_PARTS})
+
+
 @dataclass(frozen=True)
 class PlanTable:
     """Plans by device class; all others get `default`, or the best of `automatic` that they can keep.
@@ -247,6 +267,14 @@ class PlanTable:
     def plan_of(self, device_class: str) -> CompressionPlan:
         """The plan of a device of that class."""
         return self.classes.get(device_class, self.default)
+
+    def known_to(self, parts: Collection[str]) -> PlanTable:
+        """The table for a device that knows only these parts of a plan: others are the model as it is."""
+        if all(plan.parts <= set(parts) for plan in self.plans):
+            return self
+        classes = {name: plan.known_to(parts) for name, plan in self.classes.items()}
+        ladder = tuple(plan for plan in self.automatic if plan.parts <= set(parts))
+        return PlanTable(self.default.known_to(parts), classes, ladder)
 
     @property
     def trivial(self) -> bool:

@@ -213,7 +213,8 @@ class Coordinator:
             return Beat(cancel=False)
         try:
             if await self.check_open(name, token) is TaskPhase.ACCEPTED:
-                raise RoundClosed("the update of this task is accepted")
+                # Its acknowledgement may be on the way: a worker told to stop would drop an update that counts.
+                return Beat(cancel=False)
             self.dispatch(Progress(token, phase, fraction))
         except RoundClosed as error:
             return Beat(cancel=True, reason=str(error))
@@ -317,12 +318,21 @@ class Coordinator:
         self._news()
 
     async def keep_scores(
-        self, version: int, workers: dict[str, float] | None = None, evaluator: dict[str, float] | None = None
+        self,
+        version: int,
+        workers: dict[str, float] | None = None,
+        evaluator: dict[str, float] | None = None,
+        of_sub_models: bool = False,
     ) -> None:
-        """Add scores of `version` to the record of the round that wrote it, and end the run if they will do."""
+        """Add scores of `version` to the record of the round that wrote it, and end the run if they will do.
+
+        `of_sub_models`: those of the workers are of their sub-models of it.
+        """
         self.metrics.observe_scores(workers or {}, "global")
         self.metrics.observe_scores(evaluator or {}, "evaluator")
-        record = await self.in_database(self.store.add_scores, version, workers or {}, evaluator or {})
+        record = await self.in_database(
+            self.store.add_scores, version, workers or {}, evaluator or {}, of_sub_models
+        )
         if record is None:
             return
         if self.last_record is not None and self.last_record.number == record.number:

@@ -25,6 +25,7 @@ from fedgrpc.aggregator.recovery import Recovery
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.aggregator.run_store import Version
 from fedgrpc.aggregator.scales import scales_of
+from fedgrpc.aggregator.scores import scores_of
 from fedgrpc.errors import CodecError, NotFound, StorageError, UpdateRefused
 from fedgrpc.rounds.events import Abort, Commit, Committed, Finished, Select, Tick
 from fedgrpc.rounds.history import WorkerHistory
@@ -209,19 +210,12 @@ class Driver:
 
     async def _keep_scores(self, current: CurrentRound) -> None:
         """What the workers of a committed round say of the version they were given."""
-        reports = [current.reports[token] for token in current.weights]
-        whole = [current.reports[token] for token in current.weights if self._saw_whole(current, token)]
-        scores = mean_metrics([(r.evaluation_metrics, r.evaluation_example_count) for r in whole])
-        self._closing_evaluation = self._settings.evaluate and bool(scores)
-        if scores:
-            await self._it.keep_scores(current.base_version, workers=scores)
-        number, version = current.state.number, self._it.run.version
-        self._log.info("round committed", round=number, version=version, updates=len(reports), **scores)
-
-    def _saw_whole(self, current: CurrentRound, token: str) -> bool:
-        """Whether the worker was given this version itself: scores of a slice or an older one are not its."""
-        given = current.version_of(token) == current.base_version
-        return given and current.local_task(token).sub_model.whole
+        scores = scores_of(current, current.weights)
+        self._closing_evaluation = self._settings.evaluate and bool(scores.metrics)
+        if scores.metrics:
+            await self._it.keep_scores(current.base_version, scores.metrics, of_sub_models=scores.of_sub_models)
+        number, version, updates = current.state.number, self._it.run.version, len(current.weights)
+        self._log.info("round committed", round=number, version=version, updates=updates, **scores.metrics)
 
     async def _finish(self, current: CurrentRound, finished: Finished) -> None:
         """Record an abandoned round (a committed one is recorded with its version), and let go of what is over."""

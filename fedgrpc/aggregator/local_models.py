@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -165,7 +165,11 @@ class LocalModels:
         def size(plan: CompressionPlan) -> PlanSize:
             return self._elements_of(plan, sizing.layout).size(download_bits, upload_bits)
 
-        choice = choose_of(self._plans, device_class, size, about, history, sizing.deadline_s)
+        plans = self._plans.known_to(worker.registration.local_model_parts)
+        choice = choose_of(plans, device_class, size, about, history, sizing.deadline_s)
+        lacking = self._plans.plan_of(device_class).parts.difference(worker.registration.local_model_parts)
+        if lacking and not self._plans.automatic:
+            return replace(choice, reason=f"the worker knows no {', '.join(sorted(lacking))}: the model as it is")
         if not self._plans.automatic or device_class in self._plans.classes:
             return choice
         log.info(

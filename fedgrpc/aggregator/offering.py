@@ -157,8 +157,8 @@ class Offering:
             current.download_bytes[""] = encoded.manifest.size_bytes
 
     def _give_local_tasks(self, current: CurrentRound, selected: Selected) -> None:
-        """Each worker trains what the plan of its device class says."""
-        if current.kind != TASK_KIND_TRAIN:
+        """Give each worker what the plan of its device class says: to train, and to score the last version."""
+        if current.kind == TASK_KIND_INITIALIZE:
             return
         it = self._it
         sizing = Sizing(it.run.layout, current.download_bytes[""], self._settings.policy.deadline_s)
@@ -168,4 +168,5 @@ class Offering:
             if not it.fleet.get(name).leads:
                 task, choice = it.local_models.task_of(it.fleet.get(name), sizing, current.state.number)
                 current.local_tasks[token] = task
-                current.predictions[token] = prediction_to_proto(choice)
+                if current.kind == TASK_KIND_TRAIN:
+                    current.predictions[token] = prediction_to_proto(choice)

@@ -280,6 +280,8 @@ class Receiver:
         it = self._it
         local = LocalTask() if current is None else current.local_task(stored.header.token)
         header = stored.header
+        if current is not None and current.kind == TASK_KIND_EVALUATE:
+            return
         update = stored.open()
         with update as reader:
             if header.merged_updates:

@@ -47,6 +47,7 @@ class Report:
     tensor_bytes: int = 0
     accumulated_steps: float = 0.0
     unchanged: bool = False
+    scores_of_sub_models: bool = False
 
     @classmethod
     def of(cls, header: UpdateHeader, policy: AdmissionPolicy) -> Report:
@@ -70,6 +71,7 @@ class Report:
             header.tensor_bytes,
             header.accumulated_steps if header.merged_updates else 0.0,
             header.unchanged,
+            header.scores_of_sub_models,
         )
 
     def uploaded_in(self, seconds: float) -> Report:

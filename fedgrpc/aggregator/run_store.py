@@ -182,7 +182,11 @@ class RunStore:
             self._save_histories(histories)
 
     def add_scores(
-        self, version: int, workers: Mapping[str, float], evaluator: Mapping[str, float]
+        self,
+        version: int,
+        workers: Mapping[str, float],
+        evaluator: Mapping[str, float],
+        of_sub_models: bool = False,
     ) -> RoundRecord | None:
         """Add scores of `version` to the record of the round that wrote it; None for the initial model of a file.
 
@@ -192,6 +196,7 @@ class RunStore:
         if record is None:
             return None
         record.metrics.update(workers)
+        record.metrics_of_sub_models = of_sub_models or (record.metrics_of_sub_models and not workers)
         record.evaluator_metrics.update(evaluator)
         with self._transaction():
             self._db.execute(

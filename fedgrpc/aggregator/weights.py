@@ -9,10 +9,9 @@ from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, TaskKind
 
 
 def weight_of(worker_weights: Mapping[str, float], kind: TaskKind, worker: str, report: Report) -> float:
-    """p_m where the operator has set any (1 for workers not named), else the count of examples.
+    """Return p_m where the operator has set it for this worker, else the count of examples.
 
-    An update that is a mean itself brings the sum of such weights along.
+    A partial aggregate carries the sum of such weights.
     """
-    chosen = worker_weights if kind == TASK_KIND_TRAIN else {}
-    usual = 1.0 if chosen else float(report.example_count)
-    return chosen.get(worker, report.weight or usual)
+    usual = report.weight or float(report.example_count)
+    return worker_weights.get(worker, usual) if kind == TASK_KIND_TRAIN else usual

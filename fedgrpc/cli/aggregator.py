@@ -123,7 +123,7 @@ SETTINGS: list[Setting] = [
     ),
     _mean(
         "--weight",
-        "Weight of a worker in the mean instead of its example count; repeat for each.",
+        "Weight of a worker in the mean instead of its example count; repeat for each. Others keep their counts.",
         name="worker_weights",
         type=NamedValues(number=True),
         multiple=True,

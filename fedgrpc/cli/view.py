@@ -137,8 +137,15 @@ def round_line(record: Round) -> str:
     if record.phase == RoundPhase.ROUND_PHASE_ABANDONED and record.reason:
         parts.append(record.reason)
     missing = _first([f"{task.worker} {task_phase(task)}" for task in record.tasks if task.phase in LOST])
-    found = scores(record.evaluator_metrics or record.metrics)
+    found = round_scores(record)
     return " · ".join([*parts, *missing, *([found] if found else [])])
+
+
+def round_scores(record: Round) -> str:
+    """Scores of the version that a round wrote: by evaluators where there are any, else by its workers."""
+    if record.evaluator_metrics or not record.metrics_of_sub_models:
+        return scores(record.evaluator_metrics or record.metrics)
+    return f"{scores(record.metrics)} (of sub-models)" if record.metrics else ""
 
 
 def task_table(record: Round) -> Table:
@@ -178,7 +185,7 @@ def rounds_table(rounds: Sequence[Round]) -> Table:
             size(sum(task.download_bytes for task in record.tasks)),
             size(sum(task.upload_bytes for task in record.tasks)),
             round_phase(record),
-            scores(record.evaluator_metrics or record.metrics),
+            round_scores(record),
             _note(record),
         )
     return table

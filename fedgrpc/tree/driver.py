@@ -27,6 +27,7 @@ from fedgrpc.aggregator.orders import Orders
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.aggregator.run_store import Version
 from fedgrpc.aggregator.scales import accumulated_of, scales_of
+from fedgrpc.aggregator.scores import scores_of
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import CodecError, StorageError
 from fedgrpc.rounds.events import Abort, Commit
@@ -224,14 +225,15 @@ class LeafDriver(Driver):
     def _header(self, current: CurrentRound, weights: dict[str, float]) -> aggregator_pb2.UpdateHeader:
         """What the mean says besides its tensors: sums of counts, means of scores."""
         reports = [(current.reports[token], weight) for token, weight in weights.items()]
-        whole = [current.reports[token] for token in weights if self._saw_whole(current, token)]
+        scores = scores_of(current, weights)
         header = aggregator_pb2.UpdateHeader(
             token=self._task.token,
             example_count=sum(report.example_count for report, _ in reports),
             steps=sum(report.steps for report, _ in reports),
             metrics=mean_metrics([(report.metrics, weight) for report, weight in reports]),
-            evaluation_metrics=mean_metrics([(r.evaluation_metrics, r.evaluation_example_count) for r in whole]),
-            evaluation_example_count=sum(report.evaluation_example_count for report in whole),
+            evaluation_metrics=scores.metrics,
+            evaluation_example_count=scores.example_count,
+            scores_of_sub_models=scores.of_sub_models,
         )
         if current.kind != TASK_KIND_INITIALIZE:
             header.merged_updates = sum(report.merged_updates or 1 for report, _ in reports)

@@ -39,18 +39,20 @@ WORKER_STATE_BUSY: WorkerState
 WORKER_STATE_AWAY: WorkerState
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("worker", "role", "device", "encodings", "compressions")
+    __slots__ = ("worker", "role", "device", "encodings", "compressions", "local_model_parts")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     ENCODINGS_FIELD_NUMBER: _ClassVar[int]
     COMPRESSIONS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_MODEL_PARTS_FIELD_NUMBER: _ClassVar[int]
     worker: str
     role: _device_pb2.WorkerRole
     device: _device_pb2.DeviceProfile
     encodings: _containers.RepeatedScalarFieldContainer[str]
     compressions: _containers.RepeatedScalarFieldContainer[_tensor_pb2.Compression]
-    def __init__(self, worker: _Optional[str] = ..., role: _Optional[_Union[_device_pb2.WorkerRole, str]] = ..., device: _Optional[_Union[_device_pb2.DeviceProfile, _Mapping]] = ..., encodings: _Optional[_Iterable[str]] = ..., compressions: _Optional[_Iterable[_Union[_tensor_pb2.Compression, str]]] = ...) -> None: ...
+    local_model_parts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, worker: _Optional[str] = ..., role: _Optional[_Union[_device_pb2.WorkerRole, str]] = ..., device: _Optional[_Union[_device_pb2.DeviceProfile, _Mapping]] = ..., encodings: _Optional[_Iterable[str]] = ..., compressions: _Optional[_Iterable[_Union[_tensor_pb2.Compression, str]]] = ..., local_model_parts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RegisterResponse(_message.Message):
     __slots__ = ("run", "poll_wait", "heartbeat_interval", "lease", "max_chunk_bytes", "max_payload_bytes", "learning_task", "model", "run_id")
@@ -185,7 +187,7 @@ class PushUpdateRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[UpdateHeader, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ...) -> None: ...
 
 class UpdateHeader(_message.Message):
-    __slots__ = ("worker", "token", "manifest", "example_count", "steps", "metrics", "evaluation_metrics", "evaluation_example_count", "timings", "peak_memory_bytes", "channels", "merged_updates", "weight", "tensor_bytes", "accumulated_steps", "unchanged")
+    __slots__ = ("worker", "token", "manifest", "example_count", "steps", "metrics", "evaluation_metrics", "evaluation_example_count", "timings", "peak_memory_bytes", "channels", "merged_updates", "weight", "tensor_bytes", "accumulated_steps", "unchanged", "scores_of_sub_models")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -216,6 +218,7 @@ class UpdateHeader(_message.Message):
     TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     ACCUMULATED_STEPS_FIELD_NUMBER: _ClassVar[int]
     UNCHANGED_FIELD_NUMBER: _ClassVar[int]
+    SCORES_OF_SUB_MODELS_FIELD_NUMBER: _ClassVar[int]
     worker: str
     token: str
     manifest: _tensor_pb2.Manifest
@@ -232,7 +235,8 @@ class UpdateHeader(_message.Message):
     tensor_bytes: int
     accumulated_steps: float
     unchanged: bool
-    def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ..., manifest: _Optional[_Union[_tensor_pb2.Manifest, _Mapping]] = ..., example_count: _Optional[int] = ..., steps: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluation_metrics: _Optional[_Mapping[str, float]] = ..., evaluation_example_count: _Optional[int] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., peak_memory_bytes: _Optional[int] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ..., merged_updates: _Optional[int] = ..., weight: _Optional[float] = ..., tensor_bytes: _Optional[int] = ..., accumulated_steps: _Optional[float] = ..., unchanged: _Optional[bool] = ...) -> None: ...
+    scores_of_sub_models: bool
+    def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ..., manifest: _Optional[_Union[_tensor_pb2.Manifest, _Mapping]] = ..., example_count: _Optional[int] = ..., steps: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluation_metrics: _Optional[_Mapping[str, float]] = ..., evaluation_example_count: _Optional[int] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., peak_memory_bytes: _Optional[int] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ..., merged_updates: _Optional[int] = ..., weight: _Optional[float] = ..., tensor_bytes: _Optional[int] = ..., accumulated_steps: _Optional[float] = ..., unchanged: _Optional[bool] = ..., scores_of_sub_models: _Optional[bool] = ...) -> None: ...
 
 class PushUpdateResponse(_message.Message):
     __slots__ = ("committed_size_bytes", "complete")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -93,22 +93,23 @@ class AggregatorClient:
         self._encodings = encodings
         self._clock = clock
         self._max_chunk_bytes = CHUNK_BYTES
-        self._introduced_as: tuple[DeviceProfile, Role] | None = None
+        self._introduced_as: tuple[DeviceProfile, Role, Collection[str]] | None = None
         self._fast = False
 
-    async def register(self, profile: DeviceProfile, role: Role) -> Registration:
-        """Introduce this device. Idempotent."""
+    async def register(self, profile: DeviceProfile, role: Role, parts: Collection[str] = ()) -> Registration:
+        """Introduce this device, which knows these parts of a local-model plan. Idempotent."""
         request = aggregator_pb2.RegisterRequest(
             worker=self._worker,
             role=role.value,
             device=profile.to_proto(),
             encodings=self._encodings,
             compressions=[tensor_pb2.COMPRESSION_NONE, tensor_pb2.COMPRESSION_ZSTD],
+            local_model_parts=sorted(parts),
         )
         with domain_errors():
             registration = registration_from_proto(await self._stub.Register(request, timeout=_CALL_S))
         self._max_chunk_bytes = registration.max_chunk_bytes
-        self._introduced_as = profile, role
+        self._introduced_as = profile, role, parts
         return registration
 
     async def takes_smaller_chunks(self) -> bool:

@@ -36,7 +36,18 @@ from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Spool, SpooledUpdate
 from fedgrpc.worker.task import Registration, Task, TaskKind
 from fedgrpc.worker.trainer import Cancelled, Trainer, Weights
-from fedgrpc.worker.training import Began, Hooks, Outcome, evaluate, initialize, is_personal, train, update_of
+from fedgrpc.worker.training import (
+    ALL_PARTS,
+    Began,
+    Hooks,
+    Outcome,
+    evaluate,
+    initialize,
+    is_personal,
+    parts_of,
+    train,
+    update_of,
+)
 
 _TRIES: Final = 3
 _GOODBYE_S: Final = 2.0
@@ -123,7 +134,8 @@ class Loop:
         registration = await self._register()
         if self._trainer is None:
             self._trainer = await asyncio.to_thread(self._build_trainer, registration)
-            if await asyncio.to_thread(self._profile) != self._board.status.device:
+            profile = await asyncio.to_thread(self._profile)
+            if profile != self._board.status.device or self._parts() != ALL_PARTS:
                 # The learning task has brought its libraries, and with them the knowledge of the accelerator.
                 registration = await self._register()
         self._log.info("connected", run=registration.run, aggregator=self._settings.aggregator)
@@ -131,12 +143,16 @@ class Loop:
 
     async def _register(self) -> Registration:
         profile = await asyncio.to_thread(self._profile)
-        registration = await self._client.register(profile, self._settings.role)
+        registration = await self._client.register(profile, self._settings.role, self._parts())
         await asyncio.to_thread(self._models.forget_other_runs, registration.run_id)
         self._heartbeat_interval_s = registration.heartbeat_interval_s
         self._board.show(run=registration.run, device=profile)
         self._show_disk()
         return registration
+
+    def _parts(self) -> frozenset[str]:
+        """What the trainer can do of a local-model plan; before it is built, what most can."""
+        return ALL_PARTS if self._trainer is None else parts_of(self._trainer)
 
     async def _next_answer(self, registration: Registration) -> Polled | None:
         """The answer to a poll; None when the worker is to drain."""

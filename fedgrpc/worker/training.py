@@ -22,7 +22,7 @@ import numpy as np
 import structlog
 
 from fedgrpc.aggregation.channels import ChannelMap
-from fedgrpc.aggregation.compression_plan import CompressionPlan
+from fedgrpc.aggregation.compression_plan import TASK_PARTS, WORKER_PARTS, CompressionPlan
 from fedgrpc.codec.feedback import Corrected, Keep, Residual, write_with_feedback
 from fedgrpc.codec.layout import Layout, layout_of
 from fedgrpc.codec.manifest import Manifest
@@ -53,6 +53,7 @@ from fedgrpc.worker.trainer import (
 log = structlog.get_logger()
 
 _LOCAL: Final = "local_"
+ALL_PARTS: Final = WORKER_PARTS | TASK_PARTS
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,11 @@ class Outcome:
     tensor_bytes: int = 0
 
 
+def parts_of(trainer: Trainer) -> frozenset[str]:
+    """The parts of a local-model plan that a worker with this trainer can do."""
+    return WORKER_PARTS | (TASK_PARTS if isinstance(trainer, SliceableTrainer) else frozenset())
+
+
 def evaluate(trainer: Trainer, weights: Weights, hooks: Hooks) -> EvalResult | None:
     """Score `weights` on local held-out data; None where there is none. Raises TaskError."""
     started_s = time.monotonic()
@@ -104,8 +110,9 @@ def train(
 ) -> Outcome:
     """Train from `weights` as the plan says. Raises TaskError, or Cancelled when told to stop."""
     plan = task.plan
-    if not isinstance(trainer, SliceableTrainer) and (plan.compression or not plan.sub_model.whole):
-        raise TaskError("this learning task trains the model as it is; it can neither slice nor compress it")
+    needed = (plan.compression or CompressionPlan()).parts | (set() if plan.sub_model.whole else {"sub_model"})
+    if lacking := needed - parts_of(trainer):
+        raise TaskError(f"this learning task cannot do the plan's {', '.join(sorted(lacking))}")
     job = job_of(plan, task.round, hooks, task.training_ends_s)
     with users_code():
         result = returned.train_result(trainer.train(weights, job))

@@ -30,6 +30,7 @@ from fedgrpc.v1 import aggregator_pb2_grpc, device_pb2, round_pb2, tensor_pb2
 from fedgrpc.worker.run import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.trainer import EvalResult, TrainResult
+from fedgrpc.worker.training import ALL_PARTS
 
 MODEL = {
     "w": np.linspace(-1, 1, 2000, dtype=np.float32).reshape(50, 40),
@@ -70,7 +71,12 @@ class Device:
 
     async def register(self, role=device_pb2.WORKER_ROLE_TRAINER, **about):
         both = [tensor_pb2.COMPRESSION_NONE, tensor_pb2.COMPRESSION_ZSTD]
-        about = {"encodings": ENCODING_NAMES, "compressions": both, **about}
+        about = {
+            "encodings": ENCODING_NAMES,
+            "compressions": both,
+            "local_model_parts": sorted(ALL_PARTS),
+            **about,
+        }
         return await self.stub.Register(pb.RegisterRequest(worker=self.name, role=role, **about))
 
     async def poll(self, wait_s=10.0, held=(0, b"")):

@@ -21,6 +21,7 @@ from fedgrpc.aggregation.compression_plan import (
 )
 from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.forms import Forms
+from fedgrpc.aggregator.settings import Target
 from fedgrpc.rpc.local_model import channels_to_proto
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.v1 import aggregator_pb2 as pb
@@ -275,6 +276,60 @@ async def test_scores_of_slices_are_not_scores_of_the_version(tmp_path: Path) ->
     scored = [round_ for round_ in outcome.rounds if round_.metrics]
     assert scored
     assert all(round_.metrics["width"] == 8 for round_ in scored)
+
+
+async def test_a_fleet_of_sub_models_alone_has_a_score_and_can_meet_its_target(tmp_path: Path) -> None:
+    plans = PlanTable(CompressionPlan(0.5))
+    about: dict[str, Any] = {"rounds": 9, "evaluate": True, "target": Target.parse("width>=4")}
+    outcome = await play(tmp_path, {"a": ("", Adder(1)), "b": ("", Adder(2))}, plans, **about)
+    assert len(outcome.rounds) < 9
+    scored = [round_ for round_ in outcome.rounds if round_.metrics]
+    assert scored
+    assert all(round_.metrics["width"] == 4 and round_.metrics_of_sub_models for round_ in scored)
+
+
+class Headed(Adder):
+    """Scores the sum of its layer `b`, which stays at home: 8 more with each round it has trained."""
+
+    def evaluate(self, weights: Weights) -> EvalResult:
+        return EvalResult(4, {"width": float(len(weights["b"])), "head": float(weights["b"].sum())})
+
+
+async def test_the_closing_evaluation_scores_each_device_with_its_own_layers_and_its_own_sub_model(
+    tmp_path: Path,
+) -> None:
+    classes = {"own": CompressionPlan(personal_layers=("b",)), "half": CompressionPlan(0.5)}
+    workers: dict[str, Worker] = {"a": ("own", Headed(1)), "b": ("half", Headed(1)), "c": ("", Headed(0))}
+    outcome = await play(tmp_path, workers, PlanTable(classes=classes), rounds=2, evaluate=True)
+    (closing,) = [round_ for round_ in outcome.rounds if round_.kind == round_pb2.TASK_KIND_EVALUATE]
+    tasks = {task.worker: task for task in closing.tasks}
+    trained = outcome.versions[0]["b"].sum() + 2 * 8
+    assert tasks["a"].evaluation_metrics["head"] == pytest.approx(trained, rel=1e-5)
+    assert tasks["b"].evaluation_metrics["width"] == 4
+    assert tasks["b"].download_bytes < 0.6 * tasks["c"].download_bytes
+
+
+class Plain:
+    """A trainer that knows no local models."""
+
+    def __init__(self) -> None:
+        self._inner = Adder(1)
+        self.initial_weights = self._inner.initial_weights
+        self.evaluate = self._inner.evaluate
+
+    def train(self, weights: Weights, job: TrainJob) -> TrainResult:
+        return self._inner.train(weights, job)
+
+
+async def test_a_worker_gets_no_plan_whose_parts_it_does_not_know(tmp_path: Path) -> None:
+    pruned = CompressionPlan(0.5, pruning=Pruning(0.5))
+    plans = PlanTable(pruned, {"own": CompressionPlan(personal_layers=("b",))})
+    workers: dict[str, Worker] = {"a": ("", Plain()), "b": ("own", Plain())}
+    outcome = await play(tmp_path, workers, plans, rounds=2)
+    assert [round_.phase for round_ in outcome.rounds] == [round_pb2.ROUND_PHASE_COMMITTED] * 3
+    assert not outcome.tasks()["a"].HasField("local_model")
+    assert "pruning" in outcome.tasks()["a"].prediction.reason
+    assert outcome.tasks()["b"].local_model.personal_layers == ["b"]
 
 
 async def test_each_workers_scores_of_the_global_and_of_its_local_model_are_in_the_record(tmp_path: Path) -> None:

@@ -281,13 +281,13 @@ async def test_the_target_ends_the_run_early(tmp_path):
     ("weights", "mean"),
     [
         ({"a": 1.0, "b": 3.0}, (1 + 3 * 5) / 4),
-        ({"b": 3.0}, (1 + 3 * 5) / 4),
+        ({"b": 3.0}, (10 * 1 + 3 * 5) / 13),
         ({"a": 0.0}, 5.0),
         ({}, (10 + 100) / 30),
     ],
 )
 async def test_the_operator_may_set_the_weight_of_each_worker(tmp_path, weights, mean):
-    """p_m instead of the example counts of 10 and 20; one for who is not named."""
+    """p_m instead of the example counts of 10 and 20, which those who are not named keep."""
     async with aggregating(tmp_path, worker_weights=weights) as running:
         crew = [
             working(running, tmp_path, "a", Shifter(1.0, 10)),

@@ -292,3 +292,15 @@ async def test_silent_streams_take_no_memory_from_those_that_send(tmp_path):
         assert (await good.push(good_task)).complete
         for call in calls:
             call.cancel()
+
+
+async def test_a_heartbeat_after_acceptance_never_cancels_not_even_once_the_round_is_over(tmp_path):
+    """The acknowledgement may be lost: a worker told to stop would drop an update that counts."""
+    async with aggregating(tmp_path, policy={"min_workers": 2}, rounds=2) as running:
+        a, b = await running.device("a"), await running.device("b")
+        first, second = await asyncio.gather(a.task(), b.task())
+        await a.push(first)
+        assert not (await a.beat(first)).cancel
+        await b.push(second)
+        await running.until_ended(1)
+        assert not (await a.beat(first)).cancel

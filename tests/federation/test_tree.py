@@ -226,4 +226,4 @@ async def test_slices_masks_and_weights_under_two_aggregators_give_the_flat_resu
         assert version["n"] == flat_version["n"]
         for name in ("w", "b"):
             np.testing.assert_allclose(version[name], flat_version[name], rtol=0, atol=2e-6)
-    assert {task.worker: task.weight for task in records} == {"a": 1.5 + 1 + 0.25 + 1, "b": 4.0 + 1}
+    assert {task.worker: task.weight for task in records} == {"a": 1.5 + 10 + 0.25 + 10, "b": 4.0 + 10}
