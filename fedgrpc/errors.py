@@ -19,6 +19,8 @@ status in one place, `fedgrpc.rpc.status`. The class alone decides the status.
     ├── WrongOffset                not the byte the receiver expects              OUT_OF_RANGE
     ├── Exhausted                  a bound is reached; try again later            RESOURCE_EXHAUSTED
     ├── WrongIdentity              the token belongs to another worker            PERMISSION_DENIED
+    ├── NameTaken                  another device works under this name            ALREADY_EXISTS
+    │   └── StateCopied            another process with the same state folder does ALREADY_EXISTS
     ├── StorageError               disk full, read-only or corrupt data folder    INTERNAL
     ├── LinkError                  the aggregator cannot be reached               UNAVAILABLE
     └── TaskError                  the user's own training code raised
@@ -94,6 +96,14 @@ class Exhausted(FedgrpcError):
 
 class WrongIdentity(FedgrpcError):
     """The task token, or the name, belongs to another; or the caller may not do this."""
+
+
+class NameTaken(FedgrpcError):
+    """Another device works under this worker's name, and is alive."""
+
+
+class StateCopied(NameTaken):
+    """Another process with a copy of this worker's state folder works under its name."""
 
 
 class StorageError(FedgrpcError):

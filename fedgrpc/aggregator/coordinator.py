@@ -27,6 +27,7 @@ from fedgrpc.aggregator.orders import Orders
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.run_state import Assignment, Beat, Changes, RunState
 from fedgrpc.aggregator.run_store import RunStore
+from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.aggregator.waking import Waking
@@ -51,6 +52,7 @@ from fedgrpc.rounds.events import (
     TaskPhase,
 )
 from fedgrpc.rounds.state import RoundPhase, step, time_left
+from fedgrpc.rpc.identity import Session
 from fedgrpc.v1.aggregator_pb2 import (
     RUN_PHASE_PAUSED,
     RUN_PHASE_RUNNING,
@@ -63,6 +65,7 @@ from fedgrpc.v1.round_pb2 import TaskKind
 
 log = structlog.get_logger()
 T = TypeVar("T")
+_ANONYMOUS = Session()
 
 
 class Coordinator:
@@ -87,6 +90,7 @@ class Coordinator:
         self.metrics = metrics
         self.clock = clock
         self.fleet = Fleet(settings.max_workers, settings.policy.lease_s)
+        self.sessions = Sessions(self.fleet, settings.heartbeat_s, lambda: self.clock())
         self.evaluations = Evaluations()
         self.run = RunState(RUN_PHASE_RUNNING, time.time())
         self.current: CurrentRound | None = None
@@ -112,16 +116,29 @@ class Coordinator:
 
     # What workers do.
 
-    async def register(self, registration: RegisterRequest) -> None:
-        """Add or renew a worker, durably. Raises `UsageError` and `Exhausted`."""
+    async def register(self, registration: RegisterRequest, session: Session = _ANONYMOUS, peer: str = "") -> None:
+        """Add or renew a worker, durably. Raises `UsageError`, `Exhausted` and `NameTaken`."""
         self.fleet.check(registration)
         self.negotiation.check(registration)
-        if not self.fleet.knows(registration):
+        await self.sessions.claim(registration.worker, session, peer)
+        if not self.fleet.knows(registration, session):
             # After an outage a whole fleet comes back at once with nothing new to store.
-            await self.in_database(self.store.save_worker, registration)
+            await self.in_database(self.store.save_worker, registration, str(session))
+            # Another process may have been faster.
+            await self.sessions.claim(registration.worker, session, peer)
         worker = self.fleet.register(registration, self.clock())
+        if self.sessions.take(worker, session, peer):
+            self._abandon(worker)
         self._log.info("worker registered", worker=worker.name, device=registration.device.device_class)
         self.wake.set()
+
+    def _abandon(self, worker: Worker) -> None:
+        """The device that had the worker's tasks is gone: whoever has its name now does not get them."""
+        if task := self.evaluations.held_by(worker.name):
+            self.evaluations.give_back(task)
+        if worker.token is not None and self.wants(worker.token):
+            self.dispatch(Failed(worker.token, "its device is gone, and another has its name"))
+        worker.held = None
 
     async def poll(self, name: str, wait_s: float, held: tuple[int, bytes] | None = None) -> Assignment | None:
         """The worker's task, as soon as it has one; None after `wait_s`, and at once when the run has ended.
@@ -140,13 +157,17 @@ class Coordinator:
             self.wake.set()
             try:
                 async with asyncio.timeout(min(wait_s, self.settings.poll_wait_s)):
-                    while not (self.run.ended or self.stopping):
+                    # A poll that is challenged ends, for the caller to show that it is alive.
+                    while not (self.run.ended or self.stopping or worker.holder.challenge):
                         worker.woken.clear()
                         if assignment := self._assignment(worker):
                             return assignment
                         await worker.woken.wait()
             except TimeoutError:
                 pass
+            except asyncio.CancelledError:
+                worker.holder.hung_up = worker.polls == 1
+                raise
             finally:
                 worker.last_seen = self.clock()
         worker.told_of_end = self.run.ended

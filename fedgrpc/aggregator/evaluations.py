@@ -36,6 +36,10 @@ class Evaluations:
             task = self._tasks[worker] = Evaluation(secrets.token_urlsafe(18), worker, version)
         return task
 
+    def held_by(self, worker: str) -> Evaluation | None:
+        """The task that the worker was last given."""
+        return self._tasks.get(worker)
+
     def find(self, worker: str, token: str) -> Evaluation | None:
         """The evaluation of that token. Raises `WrongIdentity` when it is another worker's."""
         for task in self._tasks.values():

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from fedgrpc.errors import Exhausted, UnknownWorker, UsageError
 from fedgrpc.rounds.history import Histories, WorkerHistory
+from fedgrpc.rpc.identity import Session
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.device_pb2 import WORKER_ROLE_AGGREGATOR, WORKER_ROLE_EVALUATOR
 
@@ -18,11 +19,33 @@ _MAX_REGISTRATION_BYTES = 16 << 10
 
 
 @dataclass
+class Holder:
+    """The process that speaks for a worker; `session` is None before one has registered.
+
+    `called` is when it last called, seconds. `hung_up`: its poll broke off, and it has not called since.
+    `challenge` is set by its next call, while another process asks for its place.
+    """
+
+    session: Session | None = None
+    peer: str = ""
+    called: float = 0.0
+    hung_up: bool = False
+    challenge: asyncio.Event | None = None
+    refused: Session | None = None
+
+    def heard(self, now: float) -> None:
+        """It has called."""
+        self.called, self.hung_up = now, False
+        if self.challenge is not None:
+            self.challenge.set()
+
+
+@dataclass
 class Worker:
     """A registered worker; `last_seen` is the aggregator's clock, seconds; `polls` counts its open polls.
 
     `held` is what it said to hold: a version, and the SHA-256 of the payload that made it. `left`: it said that it
-    ends, and has not been heard of since.
+    ends, and has not been heard of since. `holder` is the process that speaks for it.
     """
 
     registration: RegisterRequest
@@ -34,6 +57,7 @@ class Worker:
     told_of_end: bool = False
     left: bool = False
     woken: asyncio.Event = field(default_factory=asyncio.Event)
+    holder: Holder = field(default_factory=Holder)
     name: str = field(init=False)
     evaluator: bool = field(init=False)
 
@@ -80,10 +104,10 @@ class Fleet:
         except KeyError:
             raise UnknownWorker(f"worker {name!r} has not registered here") from None
 
-    def knows(self, registration: RegisterRequest) -> bool:
-        """Whether this very registration is in force."""
+    def knows(self, registration: RegisterRequest, session: Session | None = None) -> bool:
+        """Whether this very registration, by this process, is in force."""
         worker = self._workers.get(registration.worker)
-        return worker is not None and worker.registration == registration
+        return worker is not None and worker.registration == registration and worker.holder.session == session
 
     def check(self, registration: RegisterRequest) -> None:
         """Raise `UsageError` or `Exhausted` where `register` will."""
@@ -103,10 +127,25 @@ class Fleet:
         worker.heard(now)
         return worker
 
-    def restore(self, registration: RegisterRequest, history: WorkerHistory, now: float) -> None:
-        """Add a worker known from before a restart; it counts as away until it is heard of."""
+    def restore(
+        self, registration: RegisterRequest, history: WorkerHistory, now: float, session: Session | None = None
+    ) -> None:
+        """Add a worker known from before a restart; it counts as away until it is heard of.
+
+        Its name stays its own for as long as that of one that has just called: it may be about to.
+        """
         last_seen = now - 2 * self._away_after_s
-        self._workers[registration.worker] = Worker(registration, last_seen, history)
+        holder = Holder(session, called=now, hung_up=True)
+        self._workers[registration.worker] = Worker(registration, last_seen, history, holder=holder)
+
+    def find(self, name: str) -> Worker | None:
+        """The worker of that name; None where nobody has registered under it."""
+        return self._workers.get(name)
+
+    def holds_name(self, worker: Worker, now: float) -> bool:
+        """Whether no other device may take the worker's name."""
+        lately = now - worker.holder.called < self._away_after_s
+        return self.alive(worker, now) or (lately and not worker.left)
 
     @contextmanager
     def polling(self, worker: Worker) -> Iterator[None]:

@@ -28,6 +28,7 @@ from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.state import StoredTask, restore
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
 from fedgrpc.rpc.convert import duration_from_proto, layout_to_proto
+from fedgrpc.rpc.identity import Session
 from fedgrpc.v1 import round_pb2
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RUN_PHASE_RUNNING, RunPhase
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, TaskKind
@@ -59,8 +60,10 @@ class Recovery:
                 raise UsageError(f"the data folder holds the run {name!r}, not {self._settings.run_name!r}")
             it.run.id, it.run.phase = run_id, cast(RunPhase, phase)
             it.run.reason, it.run.started_at = reason, started_at
+        sessions = await it.in_database(it.store.sessions)
         for registration, history in await it.in_database(lambda: list(it.store.workers())):
-            it.fleet.restore(registration, history, it.clock())
+            session = Session.parse(sessions.get(registration.worker, ""))
+            it.fleet.restore(registration, history, it.clock(), session)
         it.last_record = await it.in_database(it.store.round)
         await self._recover_model()
         await self._recall_costs()

@@ -28,6 +28,7 @@ CREATE TABLE IF NOT EXISTS run (
 CREATE TABLE IF NOT EXISTS workers (
     name TEXT PRIMARY KEY, registration BLOB NOT NULL, selected INTEGER NOT NULL DEFAULT 0,
     accepted INTEGER NOT NULL DEFAULT 0) STRICT;
+CREATE TABLE IF NOT EXISTS sessions (worker TEXT PRIMARY KEY, session TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS histories (worker TEXT PRIMARY KEY, history BLOB NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS versions (
     version INTEGER PRIMARY KEY, round INTEGER NOT NULL, sha256 BLOB NOT NULL) STRICT;
@@ -121,8 +122,12 @@ class RunStore:
         for registration, *kept in self._all(query):
             yield RegisterRequest.FromString(registration), history_from_bytes(*kept)
 
-    def save_worker(self, registration: RegisterRequest) -> None:
-        """Keep who a worker said it is."""
+    def sessions(self) -> dict[str, str]:
+        """The process that spoke last for each worker."""
+        return dict(self._all("SELECT worker, session FROM sessions"))
+
+    def save_worker(self, registration: RegisterRequest, session: str = "") -> None:
+        """Keep who a worker said it is, and which process said it."""
         blob = registration.SerializeToString()
         with self._transaction():
             self._db.execute(
@@ -130,6 +135,7 @@ class RunStore:
                 "ON CONFLICT (name) DO UPDATE SET registration = excluded.registration",
                 (registration.worker, blob),
             )
+            self._db.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?)", (registration.worker, session))
 
     def latest_version(self) -> Version | None:
         """The newest committed version."""

@@ -30,6 +30,7 @@ from fedgrpc.rpc.convert import (
     layout_to_proto,
     manifest_to_proto,
 )
+from fedgrpc.rpc.identity import Session, peer_of
 from fedgrpc.rpc.local_model import parse_sub_model
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
@@ -55,7 +56,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext
     ) -> pb.RegisterResponse:
         self._access.check_worker(context, request.worker)
-        await self._it.register(request)
+        await self._it.register(request, Session.of(context), peer_of(context))
         return pb.RegisterResponse(
             run=self._settings.run_name,
             run_id=self._it.run.id,
@@ -68,10 +69,15 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             model=self._settings.model,
         )
 
+    def _check_caller(self, context: grpc.aio.ServicerContext, worker: str) -> None:
+        """Raise `WrongIdentity` or `NameTaken` when the caller is not the process that speaks for `worker`."""
+        self._access.check_worker(context, worker)
+        self._it.sessions.check(worker, Session.of(context))
+
     async def PollTask(
         self, request: pb.PollTaskRequest, context: grpc.aio.ServicerContext
     ) -> pb.PollTaskResponse:
-        self._access.check_worker(context, request.worker)
+        self._check_caller(context, request.worker)
         held = (request.held_version, request.held_sha256) if request.held_version else None
         assignment = await self._it.poll(request.worker, duration_from_proto(request.wait), held)
         if assignment is None:
@@ -162,7 +168,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     async def Heartbeat(
         self, request: pb.HeartbeatRequest, context: grpc.aio.ServicerContext
     ) -> pb.HeartbeatResponse:
-        self._access.check_worker(context, request.worker)
+        self._check_caller(context, request.worker)
         phase = _open_phase(request.phase)
         beat = await self._it.heartbeat(request.worker, request.token, phase, min(1.0, max(0.0, request.progress)))
         response = pb.HeartbeatResponse(cancel=beat.cancel, reason=beat.reason)
@@ -177,14 +183,14 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         first = await context.read()
         if not isinstance(first, pb.PushUpdateRequest) or first.WhichOneof("content") != "header":
             raise LayoutError("the first message of an update is its header")
-        self._access.check_worker(context, first.header.worker)
+        self._check_caller(context, first.header.worker)
         size_bytes, complete = await self._receiver.receive(first.header, _Chunks(context))
         return pb.PushUpdateResponse(committed_size_bytes=size_bytes, complete=complete)
 
     async def QueryPush(
         self, request: pb.QueryPushRequest, context: grpc.aio.ServicerContext
     ) -> pb.QueryPushResponse:
-        self._access.check_worker(context, request.worker)
+        self._check_caller(context, request.worker)
         held = await self._receiver.held(request.worker, request.token)
         response = pb.QueryPushResponse(committed_size_bytes=held.size_bytes, complete=held.complete)
         if held.retry_after_s:
@@ -194,12 +200,12 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     async def ReportFailure(
         self, request: pb.ReportFailureRequest, context: grpc.aio.ServicerContext
     ) -> pb.ReportFailureResponse:
-        self._access.check_worker(context, request.worker)
+        self._check_caller(context, request.worker)
         await self._it.give_back(request.worker, request.token, " ".join(request.reason.split())[:500])
         return pb.ReportFailureResponse()
 
     async def Leave(self, request: pb.LeaveRequest, context: grpc.aio.ServicerContext) -> pb.LeaveResponse:
-        self._access.check_worker(context, request.worker)
+        self._check_caller(context, request.worker)
         self._it.leave(request.worker)
         return pb.LeaveResponse()
 

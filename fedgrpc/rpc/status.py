@@ -46,6 +46,7 @@ _STATUS: Final[dict[type[FedgrpcError], Any]] = {
     errors.WrongOffset: _Code.OUT_OF_RANGE,
     errors.Exhausted: _Code.RESOURCE_EXHAUSTED,
     errors.WrongIdentity: _Code.PERMISSION_DENIED,
+    errors.NameTaken: _Code.ALREADY_EXISTS,
     errors.LinkError: _Code.UNAVAILABLE,
 }
 
@@ -60,6 +61,7 @@ _CLASS_OF_CODE: Final[dict[Any, type[FedgrpcError]]] = {
     _Code.DATA_LOSS: errors.CorruptError,
     _Code.RESOURCE_EXHAUSTED: errors.Exhausted,
     _Code.PERMISSION_DENIED: errors.WrongIdentity,
+    _Code.ALREADY_EXISTS: errors.NameTaken,
     _Code.UNAUTHENTICATED: errors.WrongIdentity,
 }
 

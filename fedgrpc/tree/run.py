@@ -21,7 +21,7 @@ from fedgrpc.tree.loop import LeafLoop
 from fedgrpc.tree.scoring import relay_scores
 from fedgrpc.worker.board import Board, Status
 from fedgrpc.worker.client import AggregatorClient
-from fedgrpc.worker.disk import owned
+from fedgrpc.worker.disk import owned, session_in
 from fedgrpc.worker.settings import WorkerSettings
 
 _DECIDED_ABOVE: Final = (
@@ -69,11 +69,14 @@ class Leaf:
         async with AsyncExitStack() as stack:
             stack.enter_context(owned(above.state_dir))
             channel = await stack.enter_async_context(open_channel(above.aggregator, above.tls))
-            client = AggregatorClient(channel, above.name, above.throttle, above.stall_s)
+            session = session_in(above.state_dir)
+            client = AggregatorClient(channel, above.name, above.throttle, above.stall_s, session=session)
             link = LeafLoop(above, client, Board(Status(above.name, above.aggregator)), branches)
             await branches.resume()
             linked, ended = asyncio.create_task(link.run()), asyncio.create_task(branches.ended.wait())
-            scoring = asyncio.create_task(relay_scores(above, channel, branches, self._settings.policy.lease_s))
+            scoring = asyncio.create_task(
+                relay_scores(above, channel, session, branches, self._settings.policy.lease_s)
+            )
             try:
                 await asyncio.wait([linked, ended], return_when=asyncio.FIRST_COMPLETED)
                 if linked.done() and linked.exception() is None:

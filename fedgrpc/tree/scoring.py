@@ -15,6 +15,7 @@ from grpc.aio import Channel
 
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.errors import FedgrpcError, TaskError
+from fedgrpc.rpc.identity import Session
 from fedgrpc.tree.branch import Branches
 from fedgrpc.tree.desk import Shown
 from fedgrpc.tree.loop import Link
@@ -30,12 +31,14 @@ from fedgrpc.worker.training import Began, Outcome, update_of
 log = structlog.get_logger()
 
 
-async def relay_scores(above: WorkerSettings, channel: Channel, branches: Branches, lease_s: float) -> None:
+async def relay_scores(
+    above: WorkerSettings, channel: Channel, session: Session, branches: Branches, lease_s: float
+) -> None:
     """Be an evaluator of the aggregator above from when there is one below, until the run above has ended."""
     await _until_needed(branches)
     name, state_dir = f"{above.name}.evaluators", above.state_dir / "evaluators"
     settings = replace(above, name=name, state_dir=state_dir, role=Role.EVALUATOR)
-    client = AggregatorClient(channel, name, above.throttle, above.stall_s)
+    client = AggregatorClient(channel, name, above.throttle, above.stall_s, session=session)
     try:
         await ScoringLoop(settings, client, branches, lease_s).run()
     except FedgrpcError as error:

@@ -32,6 +32,12 @@ class AggregatorStub:
 
     Where the aggregator asks for certificates and ties names to them, a call under another name than the certificate's
     (of workers), or by somebody who is no operator (PauseRun, ResumeRun, StopRun), fails with PERMISSION_DENIED.
+
+    One process at a time speaks for a worker. It sends the metadata "fedgrpc-session: FOLDER.PROCESS" with every call:
+    a random id that stays with the device's state, and one of this start of the process (1 to 64 of letters, digits,
+    '_' and '-' each; INVALID_ARGUMENT otherwise). `Register` binds the worker's name to that session. A call under the
+    name with another session fails with ALREADY_EXISTS: another device has the name, or this one's state was copied
+    (trailer "fedgrpc-error": "NameTaken" or "StateCopied"). Callers without the metadata are taken for one process.
     """
 
     def __init__(self, channel):
@@ -129,10 +135,19 @@ class AggregatorServicer:
 
     Where the aggregator asks for certificates and ties names to them, a call under another name than the certificate's
     (of workers), or by somebody who is no operator (PauseRun, ResumeRun, StopRun), fails with PERMISSION_DENIED.
+
+    One process at a time speaks for a worker. It sends the metadata "fedgrpc-session: FOLDER.PROCESS" with every call:
+    a random id that stays with the device's state, and one of this start of the process (1 to 64 of letters, digits,
+    '_' and '-' each; INVALID_ARGUMENT otherwise). `Register` binds the worker's name to that session. A call under the
+    name with another session fails with ALREADY_EXISTS: another device has the name, or this one's state was copied
+    (trailer "fedgrpc-error": "NameTaken" or "StateCopied"). Callers without the metadata are taken for one process.
     """
 
     def Register(self, request, context):
         """Tells who the device is and what it can do. Idempotent; call it again after any restart.
+        ALREADY_EXISTS: another device holds the name, and has been heard of within the lease: give this one another
+        name, or try later. Or another process with the same FOLDER does, and is alive; to find that out, the answer
+        takes up to 10 s. Of a restarted device, whose former process is silent, the new one takes over.
         INVALID_ARGUMENT: bad name, or nothing in common between the encodings of both sides.
         RESOURCE_EXHAUSTED: the limit of registered workers is reached.
         """
@@ -359,6 +374,12 @@ class Aggregator:
 
     Where the aggregator asks for certificates and ties names to them, a call under another name than the certificate's
     (of workers), or by somebody who is no operator (PauseRun, ResumeRun, StopRun), fails with PERMISSION_DENIED.
+
+    One process at a time speaks for a worker. It sends the metadata "fedgrpc-session: FOLDER.PROCESS" with every call:
+    a random id that stays with the device's state, and one of this start of the process (1 to 64 of letters, digits,
+    '_' and '-' each; INVALID_ARGUMENT otherwise). `Register` binds the worker's name to that session. A call under the
+    name with another session fails with ALREADY_EXISTS: another device has the name, or this one's state was copied
+    (trailer "fedgrpc-error": "NameTaken" or "StateCopied"). Callers without the metadata are taken for one process.
     """
 
     @staticmethod

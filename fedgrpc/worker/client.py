@@ -22,6 +22,7 @@ from fedgrpc.errors import CorruptError, LayoutError, LinkError, WrongOffset
 from fedgrpc.rpc import framing
 from fedgrpc.rpc.client_stream import ClientStream
 from fedgrpc.rpc.convert import duration_from_proto, duration_to_proto
+from fedgrpc.rpc.identity import Session
 from fedgrpc.rpc.lane import Lane
 from fedgrpc.rpc.status import MAX_RETRY_AFTER_S, domain_errors
 from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, tensor_pb2
@@ -83,11 +84,13 @@ class AggregatorClient:
         stall_s: float = 300.0,
         encodings: Sequence[str] = ENCODING_NAMES,
         clock: Callable[[], float] = time.monotonic,
+        session: Session | None = None,
     ) -> None:
         self._stub: Any = aggregator_pb2_grpc.AggregatorStub(channel)  # type: ignore[no-untyped-call]
         self._pull_model = framing.pull_model(channel)
         self._push_update = framing.push_update(channel)
         self._worker = worker
+        self._metadata = () if session is None else session.metadata
         self._throttle = throttle or Throttle()
         self._stall_s = stall_s
         self._encodings = encodings
@@ -107,7 +110,9 @@ class AggregatorClient:
             local_model_parts=sorted(parts),
         )
         with domain_errors():
-            registration = registration_from_proto(await self._stub.Register(request, timeout=_CALL_S))
+            registration = registration_from_proto(
+                await self._stub.Register(request, metadata=self._metadata, timeout=_CALL_S)
+            )
         self._max_chunk_bytes = registration.max_chunk_bytes
         self._introduced_as = profile, role, parts
         return registration
@@ -133,7 +138,7 @@ class AggregatorClient:
             request.held_version = held.version
             request.held_sha256 = held.origin.sha256
         with domain_errors():
-            reply = await self._stub.PollTask(request, timeout=wait_s + _POLL_MARGIN_S)
+            reply = await self._stub.PollTask(request, metadata=self._metadata, timeout=wait_s + _POLL_MARGIN_S)
         if not reply.HasField("task"):
             return Polled(None, None, reply.run_ended)
         try:
@@ -148,7 +153,7 @@ class AggregatorClient:
             worker=self._worker, token=token, phase=phase.value, progress=progress
         )
         with domain_errors():
-            reply = await self._stub.Heartbeat(request, timeout=_CALL_S)
+            reply = await self._stub.Heartbeat(request, metadata=self._metadata, timeout=_CALL_S)
         time_left_s = duration_from_proto(reply.time_left) if reply.HasField("time_left") else None
         return Beat(reply.cancel, reply.reason, time_left_s)
 
@@ -157,18 +162,20 @@ class AggregatorClient:
         reason = " ".join(reason.split())[:_MAX_REASON_CHARS]
         request = aggregator_pb2.ReportFailureRequest(worker=self._worker, token=token, reason=reason)
         with domain_errors():
-            await self._stub.ReportFailure(request, timeout=timeout_s)
+            await self._stub.ReportFailure(request, metadata=self._metadata, timeout=timeout_s)
 
     async def leave(self, timeout_s: float) -> None:
         """Say that this worker ends; raises UnknownWorker when the aggregator does not know it."""
         with domain_errors():
-            await self._stub.Leave(aggregator_pb2.LeaveRequest(worker=self._worker), timeout=timeout_s)
+            await self._stub.Leave(
+                aggregator_pb2.LeaveRequest(worker=self._worker), metadata=self._metadata, timeout=timeout_s
+            )
 
     async def query_push(self, token: str) -> Pushed:
         """How much of the update under `token` is held."""
         request = aggregator_pb2.QueryPushRequest(worker=self._worker, token=token)
         with domain_errors():
-            reply = await self._stub.QueryPush(request, timeout=_CALL_S)
+            reply = await self._stub.QueryPush(request, metadata=self._metadata, timeout=_CALL_S)
         retry_after_s = min(duration_from_proto(reply.retry_after), MAX_RETRY_AFTER_S)
         return Pushed(reply.committed_size_bytes, reply.complete, retry_after_s)
 
@@ -183,7 +190,10 @@ class AggregatorClient:
         size_bytes = header.manifest.size_bytes
         pacer = Pacer(self._throttle.link_bits_per_second)
         with domain_errors():
-            async with self._moving() as moved, _cancelled_on_exit(self._push_update()) as call:
+            async with (
+                self._moving() as moved,
+                _cancelled_on_exit(self._push_update(metadata=self._metadata)) as call,
+            ):
                 stream = ClientStream(call)
                 wanted = await stream.write(aggregator_pb2.PushUpdateRequest(header=header))
                 pace = self._pace()
@@ -238,7 +248,10 @@ class AggregatorClient:
         )
         try:
             with domain_errors():
-                async with self._moving(), _cancelled_on_exit(self._pull_model(request)) as call:
+                async with (
+                    self._moving(),
+                    _cancelled_on_exit(self._pull_model(request, metadata=self._metadata)) as call,
+                ):
                     header = _header_of(await call.read())
                     return header.base_version == held.version or header.manifest.sha256 == held.origin.sha256
         except WrongOffset:
@@ -258,7 +271,10 @@ class AggregatorClient:
             request.base_version = held.version
             request.base_sha256 = held.origin.sha256
         with domain_errors():
-            async with self._moving() as moved, _cancelled_on_exit(self._pull_model(request)) as call:
+            async with (
+                self._moving() as moved,
+                _cancelled_on_exit(self._pull_model(request, metadata=self._metadata)) as call,
+            ):
                 header = _header_of(await call.read())
                 partial = await asyncio.to_thread(folder.open_partial, source, header, offset)
                 if partial is None:

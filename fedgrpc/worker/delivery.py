@@ -15,7 +15,9 @@ from fedgrpc.errors import (
     Exhausted,
     FedgrpcError,
     LinkError,
+    NameTaken,
     RoundClosed,
+    StateCopied,
     StorageError,
     TooLargeError,
     UnknownWorker,
@@ -39,8 +41,14 @@ log = structlog.get_logger()
 
 
 def worth_retrying(error: FedgrpcError) -> bool:
-    """Whether the same call may succeed later: the link, a restart, a bound, a disk. Anything else is for good."""
-    return isinstance(error, LinkError | UnknownWorker | Exhausted | StorageError) or type(error) is FedgrpcError
+    """Whether the same call may succeed later: the link, a restart, a bound, a disk, a name that is in use.
+
+    Anything else is for good.
+    """
+    if isinstance(error, StateCopied):
+        return False
+    later = LinkError | UnknownWorker | Exhausted | StorageError | NameTaken
+    return isinstance(error, later) or type(error) is FedgrpcError
 
 
 class Delivery:
@@ -64,7 +72,7 @@ class Delivery:
         try:
             await self._send(update, moved, new)
         except FedgrpcError as error:
-            if worth_retrying(error):
+            if worth_retrying(error) or isinstance(error, NameTaken):
                 raise
             await asyncio.to_thread(self._spool.drop, update)
             self._board.show(last_error=str(error))

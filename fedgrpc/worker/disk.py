@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +16,11 @@ from pathlib import Path
 from typing import Final
 
 from fedgrpc.errors import StorageError, UsageError
+from fedgrpc.rpc.identity import Session
 
 UNFINISHED: Final = ".new-"
+_IDENTITY: Final = "identity"
+_ID: Final = re.compile(r"[0-9a-f]{32}")
 
 
 @contextmanager
@@ -76,6 +81,24 @@ def sweep(folder: Path) -> None:
 def folder_size_bytes(folder: Path) -> int:
     """Bytes of the files directly in `folder`."""
     return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def session_in(folder: Path) -> Session:
+    """The session of this process, under the random id that `folder` keeps.
+
+    Raises:
+        StorageError: the id cannot be read or written.
+    """
+    path = folder / _IDENTITY
+    with storage_errors(path):
+        try:
+            folder_id = path.read_text(errors="replace").strip()
+        except FileNotFoundError:
+            folder_id = ""
+        if not _ID.fullmatch(folder_id):
+            folder_id = secrets.token_hex(16)
+            write_file(path, f"{folder_id}\n".encode())
+    return Session.begin(folder_id)
 
 
 @contextmanager

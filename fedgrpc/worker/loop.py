@@ -17,6 +17,7 @@ import structlog
 from fedgrpc.errors import (
     CorruptError,
     FedgrpcError,
+    NameTaken,
     StorageError,
     TaskError,
     UnknownWorker,
@@ -277,7 +278,7 @@ class Loop:
             except UnknownWorker:
                 await self._register()
             except FedgrpcError as error:
-                if not worth_retrying(error):
+                if not worth_retrying(error) or isinstance(error, NameTaken):
                     return str(error)
                 self._log.debug("heartbeat failed", reason=str(error))
             if self._board.status.activity is status.activity:

@@ -17,7 +17,7 @@ from fedgrpc.rpc.server import WORKER, RunningServer, serve, worker_service
 from fedgrpc.worker.board import Activity, Board, Status
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.controls import Controls
-from fedgrpc.worker.disk import owned
+from fedgrpc.worker.disk import owned, session_in
 from fedgrpc.worker.held import ModelFolder
 from fedgrpc.worker.loop import Loop
 from fedgrpc.worker.profile import DeviceProfile, detect
@@ -61,9 +61,17 @@ class Worker:
             stack.enter_context(owned(settings.state_dir))
             models = ModelFolder(settings.state_dir / "model")
             channel = await stack.enter_async_context(open_channel(settings.aggregator, settings.tls))
+            client = AggregatorClient(
+                channel,
+                settings.name,
+                settings.throttle,
+                settings.stall_s,
+                settings.encodings,
+                session=session_in(settings.state_dir),
+            )
             loop = Loop(
                 settings,
-                AggregatorClient(channel, settings.name, settings.throttle, settings.stall_s, settings.encodings),
+                client,
                 self.board,
                 self.controls,
                 Spool(
