@@ -282,6 +282,11 @@ class PlanTable:
         return all(plan == CompressionPlan() for plan in self.plans)
 
 
+def covers_all(plan: CompressionPlan) -> bool:
+    """Whether an update by this plan has a say in every coordinate of the model."""
+    return plan.width == 1 and plan.pruning is None and not plan.personal_layers
+
+
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
     """Whether a tensor's name fits any of the patterns (fnmatch)."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)

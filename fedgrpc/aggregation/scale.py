@@ -1,4 +1,4 @@
-"""How far an update counts before it is averaged: for unequal local work, and for coming late.
+"""How far an update counts before it is averaged: for unequal local work, for its length, and for coming late.
 
 Both are factors on the update itself, never on its weight, so that the mean is still one over all who reported:
 
@@ -47,6 +47,11 @@ def effective_steps(weights: Sequence[float], accumulated: Sequence[float]) -> f
     counts as its updates would.
     """
     return sum(w * a for w, a in zip(weights, accumulated, strict=True)) / sum(weights)
+
+
+def clip_scale(norm: float, bound: float) -> float:
+    """min(1, C / norm): the factor that makes an update no longer than C (arXiv 1710.06963)."""
+    return min(1.0, bound / norm) if norm > 0 else 1.0
 
 
 def staleness_scale(staleness: int, exponent: float = 0.5) -> float:

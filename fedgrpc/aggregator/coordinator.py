@@ -31,7 +31,7 @@ from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.aggregator.waking import Waking
-from fedgrpc.aggregator.weights import weight_of
+from fedgrpc.aggregator.weights import Weighing
 from fedgrpc.errors import IllegalTransition, RoundClosed, UnknownTask, UnknownWorker, UsageError, WrongIdentity
 from fedgrpc.metrics import Metrics
 from fedgrpc.rounds.events import (
@@ -114,11 +114,18 @@ class Coordinator:
         self._database.shutdown()
         self.store.close()
 
+    @property
+    def weighing(self) -> Weighing:
+        """What the operator says of the weights of updates."""
+        orders = self.orders
+        return Weighing(orders.worker_weights, orders.max_examples, bool(self.settings.leaves))
+
     # What workers do.
 
     async def register(self, registration: RegisterRequest, session: Session = _ANONYMOUS, peer: str = "") -> None:
-        """Add or renew a worker, durably. Raises `UsageError`, `Exhausted` and `NameTaken`."""
+        """Add or renew a worker, durably. Raises `UsageError`, `WrongIdentity`, `Exhausted` and `NameTaken`."""
         self.fleet.check(registration)
+        self.settings.roles.check(registration)
         self.negotiation.check(registration)
         await self.sessions.claim(registration.worker, session, peer)
         if not self.fleet.knows(registration, session):
@@ -143,12 +150,13 @@ class Coordinator:
     async def poll(self, name: str, wait_s: float, held: tuple[int, bytes] | None = None) -> Assignment | None:
         """The worker's task, as soon as it has one; None after `wait_s`, and at once when the run has ended.
 
-        Raises `UnknownWorker`, also for one that registered when this run had other encodings.
+        Raises `UnknownWorker`, also for one that registered when this run had other encodings or named others.
         """
         worker = self.fleet.get(name)
         try:
             self.negotiation.check(worker.registration)
-        except UsageError as error:
+            self.settings.roles.check(worker.registration)
+        except (UsageError, WrongIdentity) as error:
             raise UnknownWorker(f"register again: {error}") from error
         worker.heard(self.clock())
         worker.held = held
@@ -277,7 +285,8 @@ class Coordinator:
         """Count a durable update. Raises `RoundClosed` when it came too late."""
         current = self._with(token)
         worker = current.state.find(token).worker
-        self.dispatch(Accepted(token, weight_of(self.orders.worker_weights, current.kind, worker, report)))
+        weight = self.weighing.weight_of(current.kind, worker, report, current.state.workers)
+        self.dispatch(Accepted(token, weight))
         current.reports[token] = report
         self._log.info(
             "update accepted",
@@ -348,6 +357,7 @@ class Coordinator:
         """Add scores of `version` to the record of the round that wrote it, and end the run if they will do.
 
         `of_sub_models`: those of the workers are of their sub-models of it.
+        Scores of evaluators that the operator has not named are shown, and nothing else.
         """
         self.metrics.observe_scores(workers or {}, "global")
         self.metrics.observe_scores(evaluator or {}, "evaluator")
@@ -359,7 +369,8 @@ class Coordinator:
         if self.last_record is not None and self.last_record.number == record.number:
             self.last_record = record
         target = self.settings.target
-        if target is not None and not self.run.ended and target.met({**(workers or {}), **(evaluator or {})}):
+        trusted = {**(workers or {}), **((evaluator or {}) if self.settings.evaluators else {})}
+        if target is not None and not self.run.ended and target.met(trusted):
             self.run.reason = f"version {version} has {target}"
         self.wake.set()
         self.changes.notify()
@@ -478,5 +489,12 @@ class Coordinator:
             worker.token = None
 
     def pool(self) -> Pool:
-        """Who could take a task now."""
-        return Pool(self.fleet.idle_trainers(), self.fleet.live_trainers(self.clock()))
+        """Who could take a task of the round now."""
+        return Pool(self.idle_trainers(), self.fleet.live_trainers(self.clock()))
+
+    def idle_trainers(self) -> tuple[str, ...]:
+        """Names of the idle trainers that may have a task of this kind of round."""
+        idle = self.fleet.idle_trainers()
+        if self.current is None or self.current.kind != TaskKind.TASK_KIND_INITIALIZE:
+            return idle
+        return tuple(name for name in idle if self.settings.roles.initialises(name))

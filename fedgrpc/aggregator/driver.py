@@ -24,7 +24,6 @@ from fedgrpc.aggregator.offering import Offering
 from fedgrpc.aggregator.recovery import Recovery
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.aggregator.run_store import Version
-from fedgrpc.aggregator.scales import scales_of
 from fedgrpc.aggregator.scores import scores_of
 from fedgrpc.errors import CodecError, NotFound, StorageError, UpdateRefused
 from fedgrpc.rounds.events import Abort, Commit, Committed, Finished, Select, Tick
@@ -175,7 +174,7 @@ class Driver:
         it = self._it
         begun = time.monotonic()
         weights = self._new_version.weights(current, commit.tokens)
-        current.scales = scales_of(self._settings, it.orders, current, weights)
+        current.scales = await self._new_version.scales(current, weights)
         version: Version | None = None
         if current.kind != TASK_KIND_EVALUATE:
             version = await self._new_version.write(current, weights)
@@ -210,11 +209,19 @@ class Driver:
 
     async def _keep_scores(self, current: CurrentRound) -> None:
         """What the workers of a committed round say of the version they were given."""
-        scores = scores_of(current, current.weights)
+        scores = scores_of(current, current.weights, self._it.weighing, self._settings.policy.max_share)
         self._closing_evaluation = self._settings.evaluate and bool(scores.metrics)
         if scores.metrics:
             await self._it.keep_scores(current.base_version, scores.metrics, of_sub_models=scores.of_sub_models)
         number, version, updates = current.state.number, self._it.run.version, len(current.weights)
+        if (dominance := current.dominance) is not None:
+            self._log.warning(
+                "one worker is over half of the mean",
+                round=number,
+                worker=dominance.worker,
+                share=round(dominance.share, 3),
+                hint="--max-examples and --max-share bound it",
+            )
         self._log.info("round committed", round=number, version=version, updates=updates, **scores.metrics)
 
     async def _finish(self, current: CurrentRound, finished: Finished) -> None:

@@ -12,12 +12,14 @@ from fedgrpc.aggregator.commit import Commit as CommitFiles
 from fedgrpc.aggregator.commit import Formats
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.model_file import write_model
+from fedgrpc.aggregator.norms import norm_of
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.aggregator.run_store import Version
+from fedgrpc.aggregator.scales import scales_of
 from fedgrpc.aggregator.uploads import StoredUpdate
-from fedgrpc.aggregator.weights import weight_of
+from fedgrpc.aggregator.weights import shared
 from fedgrpc.errors import StorageError, UpdateRefused
-from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE
+from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
 
 
 class NewVersion:
@@ -30,11 +32,28 @@ class NewVersion:
 
     def weights(self, current: CurrentRound, tokens: tuple[str, ...]) -> dict[str, float]:
         """The weight of each update. Raises `UpdateRefused` when there is none at all."""
-        tasks, reports, chosen = current.state.tasks, current.reports, self._it.orders.worker_weights
-        weights = {token: weight_of(chosen, current.kind, tasks[token].worker, reports[token]) for token in tokens}
+        reports, weighing = current.reports, self._it.weighing
+        workers = {token: task.worker for token, task in current.state.tasks.items()}
+        here = frozenset(workers.values())
+        weights = {
+            token: weighing.weight_of(current.kind, workers[token], reports[token], here) for token in tokens
+        }
         if not sum(weights.values()) > 0:
             raise UpdateRefused("the weights of all accepted updates are zero")
-        return weights
+        counts = {token: weighing.workers(reports[token]) for token in tokens}
+        return shared(weights, workers, counts, self._settings.policy.max_share)
+
+    async def scales(self, current: CurrentRound, weights: dict[str, float]) -> dict[str, float]:
+        """The factor on each update. Raises as `scales_of`, and as reading an update does."""
+        it = self._it
+        norms: dict[str, float] = {}
+        if it.orders.clip_norm is not None and current.kind == TASK_KIND_TRAIN:
+            norms = await asyncio.to_thread(self._norms, current, list(weights))
+        return scales_of(self._settings, it.orders, current, weights, norms)
+
+    def _norms(self, current: CurrentRound, tokens: Iterable[str]) -> dict[str, float]:
+        parts, layout = parts_of(self._it, current, tokens), self._it.run.layout
+        return {token: norm_of(self.load(token), layout, token not in parts, parts.get(token)) for token in tokens}
 
     async def write(self, current: CurrentRound, weights: dict[str, float]) -> Version | None:
         """The new version, durable; None where no version is made here. Raises as `Commit.write`."""

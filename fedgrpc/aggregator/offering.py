@@ -62,7 +62,7 @@ class Offering:
         it = self._it
         state = current.state
         rng = np.random.default_rng([self._settings.seed, state.number, len(state.tasks)])
-        idle = tuple(name for name in it.fleet.idle_trainers() if name not in select.exclude)
+        idle = tuple(name for name in it.idle_trainers() if name not in select.exclude)
         choosing = self._settings.choosing if current.kind == TASK_KIND_TRAIN else Choosing()
         histories = it.fleet.histories()
         choices, deadline = await asyncio.to_thread(choosing.choose, state, idle, select.count, histories, rng)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.rpc.convert import duration_to_proto
 from fedgrpc.v1 import round_pb2, tensor_pb2
+
+T = TypeVar("T", int, float)
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Orders:
     worker_weights: Mapping[str, float]
     rounds: int
     normalize_steps: bool = False
+    max_examples: int | None = None
+    clip_norm: float | None = None
 
     @classmethod
     def of(cls, settings: AggregatorSettings) -> Orders:
@@ -40,7 +45,15 @@ class Orders:
         )
         if plan.upload_reserve_s is not None:
             message.upload_reserve.CopyFrom(duration_to_proto(plan.upload_reserve_s))
-        return cls(message, settings.seed, settings.worker_weights, settings.rounds, settings.normalize_steps)
+        return cls(
+            message,
+            settings.seed,
+            settings.worker_weights,
+            settings.rounds,
+            settings.normalize_steps,
+            settings.max_examples,
+            settings.clip_norm,
+        )
 
     @classmethod
     def from_above(cls, plan: round_pb2.Plan, settings: AggregatorSettings) -> Orders:
@@ -51,7 +64,15 @@ class Orders:
             message.ClearField(own)
         lead = plan.lead
         weights = {**lead.worker_weights, **settings.worker_weights}
-        return cls(message, lead.seed, weights, lead.total_rounds, lead.normalize_steps)
+        return cls(
+            message,
+            lead.seed,
+            weights,
+            lead.total_rounds,
+            lead.normalize_steps,
+            _lower(lead.max_examples, settings.max_examples),
+            _lower(lead.clip_norm, settings.clip_norm),
+        )
 
     def lead(
         self, local_models: round_pb2.LocalModels | None, channels: tensor_pb2.ChannelMap | None
@@ -64,4 +85,11 @@ class Orders:
             channels=channels,
             total_rounds=self.rounds,
             normalize_steps=self.normalize_steps,
+            max_examples=self.max_examples or 0,
+            clip_norm=self.clip_norm or 0.0,
         )
+
+
+def _lower(above: T, own: T | None) -> T | None:
+    """The lower of two limits; 0 and None are none."""
+    return min(filter(None, (above, own)), default=None)

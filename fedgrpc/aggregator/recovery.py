@@ -21,7 +21,6 @@ from fedgrpc.aggregator.model_file import ModelFile, write_model
 from fedgrpc.aggregator.offering import Offering
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.run_store import OpenRound, TaskRow, Version
-from fedgrpc.aggregator.weights import weight_of
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.rounds.events import TaskPhase
@@ -163,10 +162,12 @@ class Recovery:
     def _stored(
         self, rows: Iterable[TaskRow], kind: TaskKind, reports: Mapping[str, Report]
     ) -> Iterator[StoredTask]:
+        rows = list(rows)
+        weighing, here = self._it.weighing, frozenset(row.worker for row in rows)
         for row in rows:
             report = reports.get(row.token)
             phase = row.phase if report is None else TaskPhase.ACCEPTED
-            weight = 1.0 if report is None else weight_of(self._it.orders.worker_weights, kind, row.worker, report)
+            weight = 1.0 if report is None else weighing.weight_of(kind, row.worker, report, here)
             yield StoredTask(row.token, row.worker, phase, row.reason, row.staleness, weight, row.chosen)
 
     def _take_over(self, current: CurrentRound, rows: Iterable[TaskRow]) -> None:

@@ -10,6 +10,7 @@ from fedgrpc.aggregator.local_models import LocalTask
 from fedgrpc.aggregator.run_store import TaskRow
 from fedgrpc.errors import UpdateRefused
 from fedgrpc.rounds import events
+from fedgrpc.rounds.shares import Dominance, dominant
 from fedgrpc.rounds.state import Round, Task, time_left
 from fedgrpc.rpc.convert import (
     Timings,
@@ -19,7 +20,7 @@ from fedgrpc.rpc.convert import (
     timings_to_proto,
 )
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
-from fedgrpc.v1.round_pb2 import Prediction, RoundPhase, TaskKind, TaskPhase, TaskRecord
+from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, Prediction, RoundPhase, TaskKind, TaskPhase, TaskRecord
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 _PLAIN = LocalTask()
@@ -121,6 +122,17 @@ class CurrentRound:
         """The version that the worker of a task was given."""
         return self.base_version - self.state.find(token).staleness
 
+    @property
+    def dominance(self) -> Dominance | None:
+        """The worker that is more than half of the mean, once the weights are known."""
+        if self.kind != TASK_KIND_TRAIN:
+            return None
+        weights: dict[str, float] = {}
+        for token, weight in self.weights.items():
+            worker = self.state.tasks[token].worker
+            weights[worker] = weights.get(worker, 0.0) + weight
+        return dominant(weights)
+
     def rows(self, state: Round) -> list[TaskRow]:
         """The tasks as they are stored, as they stand in `state`."""
         return [
@@ -153,6 +165,8 @@ class CurrentRound:
             kind=self.kind,
             deadline_reason=state.deadline_reason,
         )
+        if (dominance := self.dominance) is not None:
+            record.dominance.worker, record.dominance.share = dominance.worker, dominance.share
         if state.deadline_at is not None:
             record.deadline.CopyFrom(duration_to_proto(state.deadline_s))
         record.started_at.FromNanoseconds(int(self.started_at * 1e9))

@@ -1,4 +1,4 @@
-"""How far each update of a round counts: for unequal local work, and for coming late.
+"""How far each update of a round counts: for unequal local work, for its length, and for coming late.
 
 The rule: a pure function of what was stored with the updates, so that a commit done again gives the same bits.
 """
@@ -7,9 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Final
 
-from fedgrpc.aggregation.scale import accumulated_steps, effective_steps, nova_scales, staleness_scale
+from fedgrpc.aggregation.scale import (
+    accumulated_steps,
+    clip_scale,
+    effective_steps,
+    nova_scales,
+    staleness_scale,
+)
 from fedgrpc.aggregator.orders import Orders
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.settings import AggregatorSettings
@@ -37,10 +44,16 @@ def check_steps(report: Report, plan: Plan) -> None:
 
 
 def scales_of(
-    settings: AggregatorSettings, orders: Orders, current: CurrentRound, weights: Mapping[str, float]
+    settings: AggregatorSettings,
+    orders: Orders,
+    current: CurrentRound,
+    weights: Mapping[str, float],
+    norms: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, float]:
-    """The factor on each update: FedNova's (arXiv 2007.07481) where steps are normalized, times FedBuff's for
-    staleness (arXiv 2106.06639). Raises `UpdateRefused` for an update without steps.
+    """The factor on each update: FedNova's (arXiv 2007.07481) where steps are normalized, or what clips it to
+    `clip_norm` where `norms` are given, times FedBuff's for staleness (arXiv 2106.06639).
+
+    Raises `UpdateRefused` for an update without steps.
     """
     if current.kind != TASK_KIND_TRAIN:
         return dict.fromkeys(weights, 1.0)
@@ -48,6 +61,8 @@ def scales_of(
     if orders.normalize_steps:
         work = _work(orders.plan, current, weights)
         scales = dict(zip(weights, nova_scales(list(weights.values()), work), strict=True))
+    if orders.clip_norm is not None:
+        scales = {token: clip_scale(norms[token], orders.clip_norm) for token in weights}
     exponent = settings.staleness_exponent
     tasks = current.state.tasks
     return {token: scale * staleness_scale(tasks[token].staleness, exponent) for token, scale in scales.items()}

@@ -1,15 +1,17 @@
 """Scores of the version that a round's workers were given.
 
-The rule: scores of the whole model come before scores of sub-models, and the two are never mixed.
+The rule: scores of the whole model come before scores of sub-models, and the two are never mixed. Scores of a
+worker weigh no more examples than its update may, and none where its update weighs nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.aggregator.report import CurrentRound, Report
+from fedgrpc.aggregator.weights import Weighing, score_weights
 
 
 @dataclass(frozen=True)
@@ -21,22 +23,28 @@ class Scores:
     of_sub_models: bool
 
 
-def scores_of(current: CurrentRound, tokens: Iterable[str]) -> Scores:
-    """Return the scores of the round's base version by the reports of these tasks.
+def scores_of(
+    current: CurrentRound, weights: Mapping[str, float], weighing: Weighing, max_share: float | None
+) -> Scores:
+    """Return the scores of the round's base version by the reports of these tasks, whose updates weigh this much.
 
     Where no worker holds the whole model, they are of sub-models: a fleet of narrow devices has a score, too.
     Scores of older versions, by carried-over tasks, are left out.
     """
-    given = [token for token in tokens if current.version_of(token) == current.base_version]
+    counted = [token for token, weight in weights.items() if weight > 0]
+    given = [token for token in counted if current.version_of(token) == current.base_version]
     scored = [token for token in given if current.reports[token].evaluation_metrics]
-    whole = [current.reports[token] for token in scored if _is_whole(current, token)]
-    return _mean(whole or [current.reports[token] for token in scored], bool(scored) and not whole)
+    whole = [token for token in scored if _is_whole(current, token)]
+    reports = {token: current.reports[token] for token in whole or scored}
+    workers = {token: current.state.tasks[token].worker for token in reports}
+    counts = score_weights(weighing, reports, workers, max_share)
+    return _mean([(report, counts[token]) for token, report in reports.items()], bool(scored) and not whole)
 
 
 def _is_whole(current: CurrentRound, token: str) -> bool:
     return current.local_task(token).sub_model.whole and not current.reports[token].scores_of_sub_models
 
 
-def _mean(reports: list[Report], of_sub_models: bool) -> Scores:
-    metrics = mean_metrics([(report.evaluation_metrics, report.evaluation_example_count) for report in reports])
-    return Scores(metrics, sum(report.evaluation_example_count for report in reports), of_sub_models)
+def _mean(reports: list[tuple[Report, float]], of_sub_models: bool) -> Scores:
+    metrics = mean_metrics([(report.evaluation_metrics, count) for report, count in reports])
+    return Scores(metrics, round(sum(count for _, count in reports)), of_sub_models)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from fedgrpc.aggregation.compression_plan import PlanTable
+from fedgrpc.aggregation.compression_plan import PlanTable, covers_all
 from fedgrpc.aggregation.update import AdmissionPolicy
 from fedgrpc.aggregator.negotiation import Negotiation
+from fedgrpc.aggregator.roles import Roles
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.choosing import Choosing
@@ -123,6 +124,11 @@ class AggregatorSettings:
     target: Target | None = None
     evaluate: bool = True
     max_update_norm: float | None = None
+    max_examples: int | None = None
+    clip_norm: float | None = None
+    evaluators: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
+    initialisers: tuple[str, ...] = ()
     seed: int = 0
     keep_versions: int = 3
     poll_wait_s: float = 30.0
@@ -155,6 +161,9 @@ class AggregatorSettings:
                 raise UsageError(f"the weight of worker {worker!r} must be a number from 0, not {weight:g}")
         if self.max_update_norm is not None and not self.max_update_norm > 0:
             raise UsageError(f"max_update_norm must be above 0, not {self.max_update_norm:g}")
+        if self.max_examples is not None and not 1 <= self.max_examples < 1 << 63:
+            raise UsageError(f"max_examples must be at least 1, not {self.max_examples}")
+        self._check_clipping()
         if not 0 <= self.seed < 1 << 32:
             raise UsageError(f"seed must be from 0 to {(1 << 32) - 1}, not {self.seed}")
         if self.access.any and (self.tls is None or self.tls.ca is None):
@@ -162,6 +171,19 @@ class AggregatorSettings:
         self._check_times()
         self._check_scales()
         self.negotiation()
+
+    def _check_clipping(self) -> None:
+        """Shares and norms are bounded where every update is of the whole model and of a length of its own."""
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise UsageError(f"clip_norm must be a number above 0, not {self.clip_norm:g}")
+        if self.clip_norm is not None and self.normalize_steps:
+            raise UsageError("clip_norm goes without normalize_steps, by which others' steps set lengths")
+        if self.policy.max_share is None:
+            return
+        if self.precision_weights:
+            raise UsageError("max_share goes without precision_weights: each coordinate has its own shares")
+        if not all(covers_all(plan) for plan in self.local_models.plans):
+            raise UsageError("max_share goes without local_models of a part: few workers share a coordinate")
 
     def _check_scales(self) -> None:
         """Of steps that are to be normalized it has to be known what they amount to."""
@@ -195,6 +217,11 @@ class AggregatorSettings:
     def access(self) -> Access:
         """Who may act as whom."""
         return Access(self.certificate_names, frozenset(self.operators))
+
+    @property
+    def roles(self) -> Roles:
+        """Who may be an evaluator or an aggregator, and who gives the first model."""
+        return Roles(self.evaluators, self.leaves, self.initialisers)
 
     @property
     def admission(self) -> AdmissionPolicy:

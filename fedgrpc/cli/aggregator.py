@@ -57,6 +57,14 @@ SETTINGS: list[Setting] = [
     _model("--task", "Learning task for workers started without one.", name="learning_task", metavar="REF"),
     _model("--model", "Model name for workers started without one.", metavar="NAME"),
     _model("--initial-model", "Safetensors file to start from; without: a worker's untrained model.", type=FILE),
+    _model(
+        "--initialiser",
+        "Workers of this name (with * and ?) give the untrained model; repeat for each. Without: who comes first.",
+        name="initialisers",
+        multiple=True,
+        default=(),
+        metavar="NAME",
+    ),
     _policy("--min-workers", "A round opens once this many workers are idle."),
     _policy("--min-sample-size", "Aim at no fewer updates than this."),
     _policy("--max-participants", "Aim at no more updates than this."),
@@ -142,6 +150,30 @@ SETTINGS: list[Setting] = [
     _mean("--server-optimizer", "What to make of the mean.", type=click.Choice(list(OPTIMIZERS))),
     _mean("--server-learning-rate", "Its step size; without: its usual one."),
     _mean("--max-update-norm", "Refuse updates whose L2 norm is above this."),
+    _mean("--clip-norm", "Scale updates down to this L2 norm (of the difference to the version they began from)."),
+    _mean("--max-examples", "An update weighs no more examples than this, whatever it says."),
+    _policy(
+        "--max-share",
+        "No worker has a larger share of a mean, as in 0.2; with fewer than 1 / SHARE all weigh the same.",
+    ),
+    _mean(
+        "--evaluator",
+        "Workers of this name (with * and ?) may be evaluators; repeat for each. Without: anyone may, but what "
+        "they say ends no run.",
+        name="evaluators",
+        multiple=True,
+        default=(),
+        metavar="NAME",
+    ),
+    _mean(
+        "--leaf",
+        "Workers of this name (with * and ?) may be aggregators, and their means count for all their workers; "
+        "repeat for each. Without: anyone may, but a mean weighs no more than a worker's update could.",
+        name="leaves",
+        multiple=True,
+        default=(),
+        metavar="NAME",
+    ),
     _mean("--evaluate/--no-evaluate", "Workers score the model they are given on their held-out data."),
     _mean("--seed", "Of selection, shuffling and stochastic rounding."),
     _transfer(

@@ -138,7 +138,7 @@ def round_line(record: Round) -> str:
         parts.append(record.reason)
     missing = _first([f"{task.worker} {task_phase(task)}" for task in record.tasks if task.phase in LOST])
     found = round_scores(record)
-    return " · ".join([*parts, *missing, *([found] if found else [])])
+    return " · ".join([*parts, *warnings(record), *missing, *([found] if found else [])])
 
 
 def round_scores(record: Round) -> str:
@@ -196,7 +196,14 @@ def _note(record: Round) -> str:
         return record.reason
     lost = [f"{task.worker}: {task.reason}" for task in record.tasks if task.phase in LOST]
     idle = [f"{task.worker}: training changed nothing" for task in record.tasks if task.unchanged]
-    return "; ".join(_first(lost + idle))
+    return "; ".join([*warnings(record), *_first(lost + idle)])
+
+
+def warnings(record: Round) -> list[str]:
+    """What an operator should look at in a committed round."""
+    if not record.HasField("dominance"):
+        return []
+    return [f"{record.dominance.worker} is {record.dominance.share:.0%} of the mean"]
 
 
 def _first(items: list[str]) -> list[str]:

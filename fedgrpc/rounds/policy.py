@@ -19,8 +19,9 @@ class RoundPolicy:
     ones. It aims at `fraction` of the live workers, at least `min_sample_size` and at most `max_participants`,
     and asks `over_selection` times as many (Bonawitz et al. 2019, arXiv 1902.01046). It commits as soon as the
     aim is reached (or, with at least `quorum` updates, once these weigh `weight_aim`), or at the deadline with at
-    least `quorum` updates; else it is abandoned. The deadline is `deadline_s`, or what is learned of the workers,
-    from `deadline_floor_s` to `deadline_s`.
+    least `quorum` updates; else it is abandoned. With `max_share` no worker has a larger share of the mean, and
+    weight counts to `weight_aim` once there are updates enough to keep to it. The deadline is `deadline_s`, or
+    what is learned of the workers, from `deadline_floor_s` to `deadline_s`.
 
     What is late is discarded, or carried into the next rounds until `max_staleness` versions have been committed
     since its worker was given the model. With `buffer_size` there are no rounds to wait for (FedBuff, arXiv
@@ -39,6 +40,7 @@ class RoundPolicy:
     selection_window_s: float = 1.0
     selection_timeout_s: float | None = None
     weight_aim: float | None = None
+    max_share: float | None = None
     deadline_floor_s: float = 0.0
     late: Literal["discard", "carry"] = "discard"
     max_staleness: int = 5
@@ -63,6 +65,7 @@ class RoundPolicy:
         buffered = self.buffer_size is not None
         checks |= {
             "weight_aim must be positive": self.weight_aim is None or self.weight_aim > 0,
+            "max_share must be above 0 and at most 1": self.max_share is None or 0 < self.max_share <= 1,
             "deadline_floor_s must be from 0 to deadline_s": 0 <= self.deadline_floor_s <= self.deadline_s,
             "late must be 'discard' or 'carry'": self.late in ("discard", "carry"),
             "max_staleness must be at least 1": self.max_staleness >= 1,

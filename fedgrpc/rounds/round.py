@@ -10,6 +10,7 @@ from types import MappingProxyType
 from fedgrpc.errors import UnknownTask
 from fedgrpc.rounds.events import Effect, TaskPhase
 from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.rounds.shares import capped
 from fedgrpc.rounds.task import Task
 from fedgrpc.rounds.tasks import Tasks
 
@@ -105,8 +106,13 @@ class Round:
 
     @property
     def accepted_weight(self) -> float:
-        """Weight of the accepted updates that count."""
-        return sum(self.tasks[token].weight for token in self.accepted if self.counts(self.tasks[token]))
+        """Weight of the accepted updates that count, as the mean will have it."""
+        weights = [task.weight for task in map(self.tasks.__getitem__, self.accepted) if self.counts(task)]
+        share = self.policy.max_share
+        if share is None:
+            return sum(weights)
+        # Too few to keep to the share: one that claims to weigh everything would end the round alone.
+        return sum(capped(weights, share)) if len(weights) * share >= 1 else 0.0
 
     def with_tasks(self, changed: Mapping[str, Task]) -> Round:
         """This round with some tasks changed or added."""

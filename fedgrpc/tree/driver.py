@@ -26,7 +26,7 @@ from fedgrpc.aggregator.new_version import NewVersion, merged_of, parts_of
 from fedgrpc.aggregator.orders import Orders
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.aggregator.run_store import Version
-from fedgrpc.aggregator.scales import accumulated_of, scales_of
+from fedgrpc.aggregator.scales import accumulated_of
 from fedgrpc.aggregator.scores import scores_of
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import CodecError, StorageError
@@ -218,14 +218,14 @@ class LeafDriver(Driver):
             tensors = own_tensors(load(tokens[0]))
         else:
             parts, merged = parts_of(it, current, tokens), merged_of(current, tokens)
-            scales = scales_of(self._settings, it.orders, current, weights)
+            scales = await self._new_version.scales(current, weights)
             tensors = mean_tensors(it.run.layout, list(weights.items()), load, parts, merged, scales)
         await asyncio.to_thread(self._mean.write, header, tensors)
 
     def _header(self, current: CurrentRound, weights: dict[str, float]) -> aggregator_pb2.UpdateHeader:
         """What the mean says besides its tensors: sums of counts, means of scores."""
         reports = [(current.reports[token], weight) for token, weight in weights.items()]
-        scores = scores_of(current, weights)
+        scores = scores_of(current, weights, self._it.weighing, self._settings.policy.max_share)
         header = aggregator_pb2.UpdateHeader(
             token=self._task.token,
             example_count=sum(report.example_count for report, _ in reports),

@@ -93,7 +93,7 @@ class Plan(_message.Message):
     def __init__(self, epochs: _Optional[float] = ..., max_steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., proximal_mu: _Optional[float] = ..., seed: _Optional[int] = ..., evaluate: _Optional[bool] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., tell_channels: _Optional[bool] = ..., lead: _Optional[_Union[Lead, _Mapping]] = ..., upload_reserve: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., label_adjustment: _Optional[float] = ...) -> None: ...
 
 class Lead(_message.Message):
-    __slots__ = ("seed", "worker_weights", "local_models", "channels", "total_rounds", "normalize_steps")
+    __slots__ = ("seed", "worker_weights", "local_models", "channels", "total_rounds", "normalize_steps", "max_examples", "clip_norm")
     class WorkerWeightsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -107,13 +107,17 @@ class Lead(_message.Message):
     CHANNELS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_ROUNDS_FIELD_NUMBER: _ClassVar[int]
     NORMALIZE_STEPS_FIELD_NUMBER: _ClassVar[int]
+    MAX_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
     seed: int
     worker_weights: _containers.ScalarMap[str, float]
     local_models: LocalModels
     channels: _tensor_pb2.ChannelMap
     total_rounds: int
     normalize_steps: bool
-    def __init__(self, seed: _Optional[int] = ..., worker_weights: _Optional[_Mapping[str, float]] = ..., local_models: _Optional[_Union[LocalModels, _Mapping]] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ..., total_rounds: _Optional[int] = ..., normalize_steps: _Optional[bool] = ...) -> None: ...
+    max_examples: int
+    clip_norm: float
+    def __init__(self, seed: _Optional[int] = ..., worker_weights: _Optional[_Mapping[str, float]] = ..., local_models: _Optional[_Union[LocalModels, _Mapping]] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ..., total_rounds: _Optional[int] = ..., normalize_steps: _Optional[bool] = ..., max_examples: _Optional[int] = ..., clip_norm: _Optional[float] = ...) -> None: ...
 
 class LocalModels(_message.Message):
     __slots__ = ("default", "classes", "automatic")
@@ -305,7 +309,7 @@ class PastTiming(_message.Message):
     def __init__(self, download_seconds: _Optional[float] = ..., local_seconds: _Optional[float] = ..., upload_seconds: _Optional[float] = ..., cut: _Optional[bool] = ...) -> None: ...
 
 class Round(_message.Message):
-    __slots__ = ("number", "phase", "base_version", "committed_version", "reason", "tasks", "started_at", "time_left", "duration_seconds", "metrics", "evaluator_metrics", "training_metrics", "kind", "deadline", "deadline_reason", "tasks_left_out", "accepted_left_out", "metrics_of_sub_models")
+    __slots__ = ("number", "phase", "base_version", "committed_version", "reason", "tasks", "started_at", "time_left", "duration_seconds", "metrics", "evaluator_metrics", "training_metrics", "kind", "deadline", "deadline_reason", "tasks_left_out", "accepted_left_out", "dominance", "metrics_of_sub_models")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -344,6 +348,7 @@ class Round(_message.Message):
     DEADLINE_REASON_FIELD_NUMBER: _ClassVar[int]
     TASKS_LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    DOMINANCE_FIELD_NUMBER: _ClassVar[int]
     METRICS_OF_SUB_MODELS_FIELD_NUMBER: _ClassVar[int]
     number: int
     phase: RoundPhase
@@ -362,5 +367,14 @@ class Round(_message.Message):
     deadline_reason: str
     tasks_left_out: int
     accepted_left_out: int
+    dominance: Dominance
     metrics_of_sub_models: bool
-    def __init__(self, number: _Optional[int] = ..., phase: _Optional[_Union[RoundPhase, str]] = ..., base_version: _Optional[int] = ..., committed_version: _Optional[int] = ..., reason: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[TaskRecord, _Mapping]]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., duration_seconds: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluator_metrics: _Optional[_Mapping[str, float]] = ..., training_metrics: _Optional[_Mapping[str, float]] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., deadline: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., deadline_reason: _Optional[str] = ..., tasks_left_out: _Optional[int] = ..., accepted_left_out: _Optional[int] = ..., metrics_of_sub_models: _Optional[bool] = ...) -> None: ...
+    def __init__(self, number: _Optional[int] = ..., phase: _Optional[_Union[RoundPhase, str]] = ..., base_version: _Optional[int] = ..., committed_version: _Optional[int] = ..., reason: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[TaskRecord, _Mapping]]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., duration_seconds: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluator_metrics: _Optional[_Mapping[str, float]] = ..., training_metrics: _Optional[_Mapping[str, float]] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., deadline: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., deadline_reason: _Optional[str] = ..., tasks_left_out: _Optional[int] = ..., accepted_left_out: _Optional[int] = ..., dominance: _Optional[_Union[Dominance, _Mapping]] = ..., metrics_of_sub_models: _Optional[bool] = ...) -> None: ...
+
+class Dominance(_message.Message):
+    __slots__ = ("worker", "share")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    share: float
+    def __init__(self, worker: _Optional[str] = ..., share: _Optional[float] = ...) -> None: ...
