@@ -22,18 +22,19 @@ entropy of q for c from 0.1 to 30 and Laplace, Gauss and Student-3 data, and 6 %
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import ClassVar
 
 import numpy as np
 
 from fedgrpc.codec.dither import Dither
 from fedgrpc.codec.layout import Array, TensorSpec
-from fedgrpc.codec.marks import read_counts, read_flagged_marks, read_marks, write_counts, write_marks
+from fedgrpc.codec.marks import MAX_COUNT, CountReader, MarkReader, write_counts, write_marks
 from fedgrpc.codec.options import format_options
 from fedgrpc.codec.step import rms, sample, share_of_zeros, step_for_distortion
-from fedgrpc.codec.values import as_float32, finished, flat, pieces, require_float
+from fedgrpc.codec.values import as_float32, flat, pieces, require_float
 from fedgrpc.errors import CorruptError, EncodeError, LayoutError, UsageError
 
 DIGITS_PER_BYTE = {255: 1, 15: 2, 5: 3, 1: 0}
@@ -41,6 +42,7 @@ MAX_LEVELS = 8
 LINK = "link"
 _HEADER = struct.Struct("<fBBH")
 _PIECE = 15360  # fits the cache and is a multiple of every number of digits in a byte
+_DECODED_AT_ONCE = 2 * _PIECE
 _FEWEST_FOR_A_LEVEL = 64
 _SMALLEST_STEP = 2.0**-126
 
@@ -99,11 +101,11 @@ class Entropy:
     @np.errstate(over="ignore")
     def decode(self, data: memoryview, spec: TensorSpec) -> Array:
         """See `Encoding.decode`."""
-        step, digits, base, levels, counts = _split(data, spec)
-        out = np.multiply(_from_digits(digits, base, spec.size), step, dtype=np.float32)
-        positions, symbols = _read_levels(levels, counts, spec.size, (base - 1) // 2)
-        out[positions] = symbols * step
-        return finished(out, spec)
+        parts = _split(data, spec)
+        out = np.empty(spec.size, spec.numpy_dtype)
+        for piece, symbols in _symbols(parts, spec.size):
+            out[piece] = np.multiply(symbols, parts.step, out=symbols)
+        return out.reshape(spec.shape)
 
     def size_bounds(self, spec: TensorSpec) -> tuple[int, int]:
         """See `Encoding.size_bounds`."""
@@ -112,10 +114,9 @@ class Entropy:
 
     def symbols(self, data: memoryview, spec: TensorSpec) -> Array:
         """The quantized integers, flat: what the order-0 entropy is taken of."""
-        _, digits, base, levels, counts = _split(data, spec)
-        out = _from_digits(digits, base, spec.size).astype(np.int32)
-        positions, symbols = _read_levels(levels, counts, spec.size, (base - 1) // 2)
-        out[positions] = symbols
+        out = np.empty(spec.size, np.int32)
+        for piece, symbols in _symbols(_split(data, spec), spec.size):
+            out[piece] = symbols
         return out
 
     def _c(self, values: Array, size: float) -> float:
@@ -164,7 +165,7 @@ def _quantize(values: Array, step: np.float32, base: int, dither: Dither | None)
             scaled[marked] = 0
             digits.append(_pack_digits((scaled + np.float32(middle)).astype(np.uint8), base, per_byte))
     flat_symbols = np.concatenate([np.empty(0, np.float32), *symbols])
-    if flat_symbols.size and np.abs(flat_symbols).max() >= 2**22:
+    if flat_symbols.size and np.abs(flat_symbols).max() >= MAX_COUNT:
         raise EncodeError("a tensor holds a value too far above its RMS for this step")
     return (
         np.concatenate([np.empty(0, np.uint8), *digits]),
@@ -182,18 +183,13 @@ def _pack_digits(digits: Array, base: int, per_byte: int) -> Array:
     return packed
 
 
-def _from_digits(packed: Array, base: int, size: int) -> Array:
-    """Symbols within the digits' range, int8."""
-    per_byte = DIGITS_PER_BYTE[base]
-    if not per_byte:
-        return np.zeros(size, np.int8)
-    if packed.max(initial=0) >= base**per_byte:
+def _from_digits(packed: Array, base: int) -> Array:
+    """Symbols within the digits' range, int8; those that fill the last byte, too."""
+    if packed.max(initial=0) >= base ** DIGITS_PER_BYTE[base]:
         raise CorruptError(f"a byte of base {base} digits is {packed.max()}")
     # One table entry holds all symbols of a byte, as the bytes of one word.
     symbols = _DIGIT_TABLES[base].take(packed).view(np.int8)
-    if per_byte == 3:
-        symbols = symbols.reshape(-1, 4)[:, :3].reshape(-1)
-    return symbols[:size]
+    return symbols.reshape(-1, 4)[:, :3].reshape(-1) if base == 5 else symbols
 
 
 def _write_levels(positions: Array, symbols: Array, middle: int) -> tuple[list[Array], Array]:
@@ -210,20 +206,61 @@ def _write_levels(positions: Array, symbols: Array, middle: int) -> tuple[list[A
     return levels, write_counts(left)
 
 
-def _read_levels(levels: list[Array], counts: Array, size: int, middle: int) -> tuple[Array, Array]:
-    if not levels:
-        return np.empty(0, np.int64), np.empty(0, np.float32)
-    positions, negative = read_flagged_marks(levels[0], size)
-    magnitude = np.full(positions.size, middle + 1, np.int64)
-    members = np.arange(positions.size)
-    for level in levels[1:]:
-        members = members[read_marks(level, members.size)]
-        magnitude[members] += 1
-    left = read_counts(counts)
-    if left.size != members.size:
-        raise CorruptError(f"{left.size} counts for the {members.size} members of the last level")
-    magnitude[members] += left
-    return positions, np.where(negative, -magnitude, magnitude).astype(np.float32)
+@dataclass(frozen=True)
+class _Parts:
+    """An encoded tensor taken apart; the streams are views of it."""
+
+    step: np.float32
+    base: int
+    digits: Array
+    levels: list[Array]
+    counts: Array
+
+
+def _symbols(parts: _Parts, size: int) -> Iterator[tuple[slice, Array]]:
+    """The symbols in order as float32, each piece good until the next. Raises CorruptError."""
+    per_byte = DIGITS_PER_BYTE[parts.base]
+    beyond = _Beyond(parts)
+    buffer = np.empty(min(size, _DECODED_AT_ONCE), np.float32)
+    for piece in pieces(size, _DECODED_AT_ONCE):
+        symbols = buffer[: piece.stop - piece.start]
+        if per_byte:
+            packed = parts.digits[piece.start // per_byte : -(-piece.stop // per_byte)]
+            symbols[:] = _from_digits(packed, parts.base)[: symbols.size]
+        else:
+            symbols[:] = 0
+        places, values = beyond.among(symbols.size)
+        symbols[places] = values
+        yield piece, symbols
+    beyond.finish()
+
+
+class _Beyond:
+    """The symbols that are beyond the digits, in order; each level is read only as far as it is needed."""
+
+    def __init__(self, parts: _Parts) -> None:
+        self._middle = (parts.base - 1) // 2
+        self._levels = [MarkReader(level, flagged=not number) for number, level in enumerate(parts.levels)]
+        self._counts = CountReader(parts.counts)
+
+    def among(self, count: int) -> tuple[Array, Array]:
+        """Places and values of those among the next `count` elements."""
+        if not self._levels:
+            return np.empty(0, np.int64), np.empty(0, np.float32)
+        places, negative = self._levels[0].among(count)
+        magnitude = np.full(places.size, self._middle + 1, np.int64)
+        members = np.arange(places.size)
+        for level in self._levels[1:]:
+            members = members[level.among(members.size)[0]]
+            magnitude[members] += 1
+        magnitude[members] += self._counts.take(members.size)
+        return places, np.where(negative, -magnitude, magnitude)
+
+    def finish(self) -> None:
+        """Raise CorruptError where there are marks or counts of no element."""
+        for level in self._levels:
+            level.finish()
+        self._counts.finish()
 
 
 def _join(step: np.float32, base: int, levels: list[Array], counts: Array, digits: Array) -> memoryview:
@@ -234,8 +271,8 @@ def _join(step: np.float32, base: int, levels: list[Array], counts: Array, digit
     return memoryview(b"".join(parts))
 
 
-def _split(data: memoryview, spec: TensorSpec) -> tuple[np.float32, Array, int, list[Array], Array]:
-    """Step, digits, base, levels and counts; raises CorruptError or LayoutError."""
+def _split(data: memoryview, spec: TensorSpec) -> _Parts:
+    """Raises CorruptError or LayoutError."""
     if data.nbytes < _HEADER.size:
         raise LayoutError(f"tensor {spec.name!r} has {data.nbytes} encoded bytes, its header {_HEADER.size}")
     step, base, count, zero = _HEADER.unpack_from(data)
@@ -245,12 +282,10 @@ def _split(data: memoryview, spec: TensorSpec) -> tuple[np.float32, Array, int, 
     if data.nbytes < at:
         raise LayoutError(f"tensor {spec.name!r} has {data.nbytes} encoded bytes, its header {at}")
     per_byte = DIGITS_PER_BYTE[base]
-    sizes = struct.unpack_from(f"<{count + 1}I", data, _HEADER.size) if count else ()
+    sizes = struct.unpack_from(f"<{count + 1}I", data, _HEADER.size) if count else (0,)
     sizes = (-(-spec.size // per_byte) if per_byte else 0, *sizes)
     if at + sum(sizes) != data.nbytes:
         raise LayoutError(f"tensor {spec.name!r} has {data.nbytes} encoded bytes, its parts {at + sum(sizes)}")
     content = np.frombuffer(data, np.uint8)
-    ends = np.cumsum((at, *sizes))
-    parts = [content[start:stop] for start, stop in pairwise(ends)]
-    counts = parts.pop() if count else np.empty(0, np.uint8)
-    return np.float32(step), parts[0], base, parts[1:], counts
+    digits, *levels, counts = (content[start:stop] for start, stop in pairwise(accumulate(sizes, initial=at)))
+    return _Parts(np.float32(step), base, digits, levels, counts)

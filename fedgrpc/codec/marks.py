@@ -16,6 +16,9 @@ from fedgrpc.errors import CorruptError
 
 PASS = 255
 RUN, RUN_FLAGGED = 255, 127
+# No encoder writes a symbol of 2^22 and more, so no count is larger either.
+MAX_COUNT = 1 << 22
+_PIECE_BYTES = 1 << 14
 
 
 def write_marks(positions: Array, flags: Array | None = None) -> Array:
@@ -26,32 +29,109 @@ def write_marks(positions: Array, flags: Array | None = None) -> Array:
     return _write(gaps, RUN_FLAGGED, flags)
 
 
-def read_marks(stream: Array, size: int) -> Array:
-    """Positions below `size` of a stream without flags; raises CorruptError."""
-    _check_length(stream, size, RUN)
-    return _bounded(np.cumsum(read_counts(stream) + 1) - 1, size)
+class MarkReader:
+    """The positions of a stream in order, a bounded number of bytes at a time: it takes no more for a long one."""
+
+    def __init__(self, stream: Array, *, flagged: bool = False) -> None:
+        """Raises CorruptError for a stream that ends within a gap."""
+        _check_end(stream)
+        self._stream = stream
+        self._flagged = flagged
+        self._run = RUN_FLAGGED if flagged else RUN
+        self._read_bytes = 0
+        self._passed = 0
+        self._first = 0
+        self._positions = np.empty(0, np.int64)
+        self._flags = np.empty(0, np.bool_)
+
+    def among(self, count: int) -> tuple[Array, Array]:
+        """Which of the next `count` elements are marked, counted from the first of them, and their flags."""
+        stop = self._first + count
+        while self._passed < stop and self._read_bytes < self._stream.size:
+            self._read()
+        positions, flags = self._taken(int(np.searchsorted(self._positions, stop)))
+        start, self._first = self._first, stop
+        return positions - start, flags
+
+    def take(self, count: int) -> Array:
+        """Positions of the next `count` marks; raises CorruptError where there are fewer."""
+        while self._positions.size < count and self._read_bytes < self._stream.size:
+            self._read()
+        if self._positions.size < count:
+            raise CorruptError("a stream has fewer marks than are due")
+        return self._taken(count)[0]
+
+    def finish(self) -> None:
+        """Raise CorruptError where marks are left."""
+        if self._positions.size or self._read_bytes < self._stream.size:
+            raise CorruptError("a stream marks more positions than there are")
+
+    def _taken(self, count: int) -> tuple[Array, Array]:
+        positions, self._positions = self._positions[:count], self._positions[count:]
+        flags, self._flags = self._flags[:count], self._flags[count:]
+        return positions, flags
+
+    def _read(self) -> None:
+        piece = self._stream[self._read_bytes : self._read_bytes + _PIECE_BYTES]
+        self._read_bytes += piece.size
+        last = piece != PASS
+        if self._flagged:
+            if (piece == PASS - 1).any():
+                raise CorruptError("a stream of marks holds byte 254, which has no meaning")
+            steps = np.where(last, (piece >> 1) + np.uint8(1), np.uint8(RUN_FLAGGED))
+            self._flags = np.concatenate([self._flags, (piece[last] & 1).astype(np.bool_)])
+        else:
+            # A pass is over as many positions as its byte says; any other byte marks one more.
+            steps = piece.astype(np.uint16) + last
+        ends = np.cumsum(steps, dtype=np.int64) + self._passed
+        self._passed = int(ends[-1])
+        self._positions = np.concatenate([self._positions, ends[last] - 1])
+        if not self._flagged:
+            self._flags = np.zeros(self._positions.size, np.bool_)
 
 
-def read_flagged_marks(stream: Array, size: int) -> tuple[Array, Array]:
-    """Positions below `size`, and their flags as bool; raises CorruptError."""
-    _check_length(stream, size, RUN_FLAGGED)
-    last = _terminators(stream)
-    if (stream == PASS - 1).any():
-        raise CorruptError("a stream of marks holds byte 254, which has no meaning")
-    steps = np.where(last, (stream >> 1) + np.uint8(1), np.uint8(RUN_FLAGGED))
-    positions = np.cumsum(steps, dtype=np.int64)[last] - 1
-    return _bounded(positions, size), (stream[last] & 1).astype(bool)
+class CountReader:
+    """The counts of a stream in order, a bounded number of bytes at a time; none is above `MAX_COUNT`."""
+
+    def __init__(self, stream: Array) -> None:
+        """Raises CorruptError for a stream that ends within a count."""
+        _check_end(stream)
+        self._stream = stream
+        self._read_bytes = 0
+        self._unfinished = 0
+        self._counts = np.empty(0, np.int64)
+
+    def take(self, count: int) -> Array:
+        """The next `count` of them, int64; raises CorruptError where there are fewer."""
+        if self._counts.size + self._stream.size - self._read_bytes < count:
+            raise CorruptError("a stream has fewer counts than are due")
+        while self._counts.size < count and self._read_bytes < self._stream.size:
+            self._read()
+        if self._counts.size < count:
+            raise CorruptError("a stream has fewer counts than are due")
+        taken, self._counts = self._counts[:count], self._counts[count:]
+        return taken
+
+    def finish(self) -> None:
+        """Raise CorruptError where counts are left."""
+        if self._counts.size or self._read_bytes < self._stream.size:
+            raise CorruptError("a stream has more counts than there are members")
+
+    def _read(self) -> None:
+        piece = self._stream[self._read_bytes : self._read_bytes + _PIECE_BYTES]
+        self._read_bytes += piece.size
+        sums = np.cumsum(piece, dtype=np.int64) + self._unfinished
+        ends = sums[piece != PASS]
+        found = np.diff(ends, prepend=0)
+        self._unfinished = int(sums[-1]) - (int(ends[-1]) if ends.size else 0)
+        if max(self._unfinished, int(found.max(initial=0))) > MAX_COUNT:
+            raise CorruptError(f"a stream has a count above {MAX_COUNT}")
+        self._counts = np.concatenate([self._counts, found])
 
 
 def write_counts(counts: Array) -> Array:
     """Stream of non-negative integers, each as count // 255 bytes 255 and one byte count % 255."""
     return _write(counts, RUN, None)
-
-
-def read_counts(stream: Array) -> Array:
-    """The non-negative integers of a stream, int64; raises CorruptError."""
-    last = _terminators(stream)
-    return np.diff(np.cumsum(stream, dtype=np.int64)[last], prepend=0)
 
 
 def _write(counts: Array, run: int, flags: Array | None) -> Array:
@@ -64,20 +144,6 @@ def _write(counts: Array, run: int, flags: Array | None) -> Array:
     return np.insert(final, np.repeat(passing, counts[passing] // run), PASS) if passing.size else final
 
 
-def _terminators(stream: Array) -> Array:
-    last: Array = stream != PASS
-    if stream.size and not last[-1]:
+def _check_end(stream: Array) -> None:
+    if stream.size and stream[-1] == PASS:
         raise CorruptError("a stream of marks or counts ends within one")
-    return last
-
-
-def _check_length(stream: Array, size: int, run: int) -> None:
-    """Positions are eight times as large as their bytes: none is computed for a stream that cannot fit."""
-    if stream.size > size + size // run:
-        raise CorruptError(f"a stream of {stream.size} bytes marks positions among only {size}")
-
-
-def _bounded(positions: Array, size: int) -> Array:
-    if positions.size and positions[-1] >= size:
-        raise CorruptError(f"a stream marks position {positions[-1]} of {size}")
-    return positions

@@ -12,6 +12,7 @@ unbiased over the rotations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -21,7 +22,7 @@ import numpy as np
 from fedgrpc.codec.bitpack import pack, packed_size, unpack
 from fedgrpc.codec.layout import Array, TensorSpec
 from fedgrpc.codec.options import format_options
-from fedgrpc.codec.values import PIECE, as_float32, finished, flat, require_float, require_size
+from fedgrpc.codec.values import PIECE, as_float32, flat, require_float, require_size
 from fedgrpc.errors import CorruptError, EncodeError, UsageError
 
 # Upper halves of the Lloyd-Max centroids of the standard normal; the lower halves are their negatives.
@@ -88,16 +89,19 @@ class Rotated:
         scales = np.frombuffer(data, "<f4", count, 8).astype(np.float32)
         if not (np.isfinite(scales) & (scales >= 0)).all():
             raise CorruptError(f"tensor {spec.name!r} has a block scale that is negative or not finite")
-        packed, table = np.frombuffer(data, np.uint8, offset=8 + 4 * count), centroids(self.bits)
-        out, first = np.empty(spec.size, np.float32), 0
+        packed, table = (
+            np.frombuffer(data, np.uint8, offset=8 + 4 * count),
+            centroids(self.bits).astype(np.float64),
+        )
+        out, first = np.empty(spec.size, spec.numpy_dtype), 0
         for start, rows, width in self._groups(spec.size):
             at, codes = start * self.bits // 8, rows * width
             part = unpack(packed[at : at + packed_size(codes, self.bits)], codes, self.bits)
-            block = table.take(part).reshape(rows, width) * scales[first : first + rows, None]
+            block = _turned_back(table.take(part).reshape(rows, width), scales[first : first + rows])
             target = out[start : start + codes]
-            target[:] = (rotate(block) * signs[:width]).reshape(-1)[: target.size]
+            target[:] = (block * signs[:width]).reshape(-1)[: target.size]
             first += rows
-        return finished(out, spec)
+        return out.reshape(spec.shape)
 
     def size_bounds(self, spec: TensorSpec) -> tuple[int, int]:
         """See `Encoding.size_bounds`."""
@@ -135,14 +139,31 @@ def random_signs(seed: int, count: int) -> Array:
     return np.float32(1) - np.float32(2) * bits
 
 
+def _turned_back(rows: Array, scales: Array) -> Array:
+    """scale x (H row) / sqrt(length) of each row of centroids (float64), as float32: the same bits everywhere.
+
+    Sums of at most 65536 centroids, multiples of 2^-26 below 4, are exact in float64 whatever their order. So
+    BLAS, butterflies and another language agree, and only the three operations behind the sums round.
+    """
+    sums = _transformed(rows, _signs_of_hadamard)
+    return np.asarray(
+        (sums * scales[:, None].astype(np.float64) / np.sqrt(float(rows.shape[1]))).astype(np.float32)
+    )
+
+
 def rotate(rows: Array) -> Array:
-    """Orthonormal Walsh-Hadamard transform of each row (a power of two long); its own inverse.
+    """Orthonormal Walsh-Hadamard transform of each row (a power of two long); its own inverse, up to rounding."""
+    return _transformed(rows, hadamard)
+
+
+def _transformed(rows: Array, matrix: Callable[[int], Array]) -> Array:
+    """Each row by the Walsh-Hadamard matrix of its length.
 
     H of order a b is the Kronecker product of those of order a and b, so a row is an a x b matrix X and its
     transform H_a X H_b: two small matrix products in BLAS, several times faster than butterflies in numpy.
     """
     exponent = rows.shape[1].bit_length() - 1
-    left, right = hadamard(exponent // 2), hadamard(exponent - exponent // 2)
+    left, right = matrix(exponent // 2), matrix(exponent - exponent // 2)
     cube = rows.reshape(-1, left.shape[0], right.shape[0])
     result: Array = left @ (cube @ right)
     return result.reshape(rows.shape)
@@ -155,6 +176,12 @@ def hadamard(exponent: int) -> Array:
     for _ in range(exponent):
         matrix = np.block([[matrix, matrix], [matrix, -matrix]]) / np.sqrt(2)
     return matrix.astype(np.float32)
+
+
+@lru_cache
+def _signs_of_hadamard(exponent: int) -> Array:
+    """The matrix of order 2**exponent without its factor: 1 and -1, float64."""
+    return np.sign(hadamard(exponent)).astype(np.float64)
 
 
 def _tail_width(tail: int) -> int:

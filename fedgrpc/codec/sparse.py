@@ -9,17 +9,18 @@ left out is lost unless error feedback keeps it (`feedback`), so use it with tha
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from fedgrpc.codec.layout import Array, TensorSpec
-from fedgrpc.codec.marks import read_marks, write_marks
+from fedgrpc.codec.marks import MarkReader, write_marks
 from fedgrpc.codec.options import format_options
 from fedgrpc.codec.step import rms
 from fedgrpc.codec.uniform import BITS, Uniform
-from fedgrpc.codec.values import flat, require_float
+from fedgrpc.codec.values import PIECE, Content, flat, pieces, require_float, require_size
 from fedgrpc.errors import CorruptError, LayoutError, UsageError
 
 _HEADER = struct.Struct("<II")
@@ -117,34 +118,51 @@ def _write(values: Array, positions: Array, bits: int, rng: np.random.Generator)
     return memoryview(b"".join((_HEADER.pack(positions.size, marks.size), marks.tobytes(), kept)))
 
 
+@np.errstate(over="ignore")
 def _read(data: memoryview, spec: TensorSpec, bits: int) -> Array:
-    positions, values = _split(data, spec)
-    kept = Uniform(bits, rounding="nearest").decode(values, _kept_spec(spec, positions))
     out = np.zeros(spec.size, spec.numpy_dtype)
-    out[positions] = kept
+    kept_spec, positions, content = _split(data, spec, bits)
+    fill = Uniform(bits, rounding="nearest").fill_from(content, kept_spec)
+    values = np.empty(min(kept_spec.size, PIECE), np.float32)
+    for piece, places in positions:
+        part = values[: places.size]
+        fill(part, piece.start)
+        out[places] = part
     return out.reshape(spec.shape)
 
 
 def _symbols(data: memoryview, spec: TensorSpec, bits: int) -> Array:
-    positions, values = _split(data, spec)
+    kept_spec, positions, content = _split(data, spec, bits)
+    symbols = Uniform(bits, rounding="nearest").symbols(content(0, data.nbytes), kept_spec)
     out = np.full(spec.size, 1 << bits, np.int32)
-    out[positions] = Uniform(bits, rounding="nearest").symbols(values, _kept_spec(spec, positions))
+    for piece, places in positions:
+        out[places] = symbols[piece]
     return out
 
 
-def _kept_spec(spec: TensorSpec, positions: Array) -> TensorSpec:
-    return TensorSpec(spec.name, "float32", (positions.size,))
+def _split(
+    data: memoryview, spec: TensorSpec, bits: int
+) -> tuple[TensorSpec, Iterator[tuple[slice, Array]], Content]:
+    """Spec of the values that travel, their numbers and positions piece by piece, and their encoded bytes.
 
-
-def _split(data: memoryview, spec: TensorSpec) -> tuple[Array, memoryview]:
-    """Positions, and the encoded values that stand there; raises CorruptError or LayoutError."""
+    Raises LayoutError or CorruptError, as the positions do.
+    """
     if data.nbytes < _HEADER.size:
         raise LayoutError(f"tensor {spec.name!r} has {data.nbytes} encoded bytes, its header {_HEADER.size}")
     count, size_of_marks = _HEADER.unpack_from(data)
     if count > spec.size:
         raise CorruptError(f"tensor {spec.name!r} has {count} values for {spec.size} elements")
+    kept_spec = TensorSpec(spec.name, "float32", (count,))
     end = _HEADER.size + size_of_marks
-    positions = read_marks(np.frombuffer(data[_HEADER.size : end], np.uint8), spec.size)
-    if positions.size != count:
-        raise CorruptError(f"tensor {spec.name!r} has {positions.size} positions for {count} values")
-    return positions, data[end:]
+    require_size(data, end + Uniform(bits).size_bounds(kept_spec)[0], spec)
+    marks = MarkReader(np.frombuffer(data[_HEADER.size : end], np.uint8))
+    return kept_spec, _positions(marks, count, spec), lambda start, size: data[end + start : end + start + size]
+
+
+def _positions(marks: MarkReader, count: int, spec: TensorSpec) -> Iterator[tuple[slice, Array]]:
+    for piece in pieces(count):
+        places = marks.take(piece.stop - piece.start)
+        if places[-1] >= spec.size:
+            raise CorruptError(f"tensor {spec.name!r} has a value at {places[-1]} of {spec.size}")
+        yield piece, places
+    marks.finish()

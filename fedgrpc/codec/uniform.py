@@ -26,7 +26,7 @@ from fedgrpc.codec.values import (
     Fill,
     Part,
     as_float32,
-    finished,
+    filled,
     flat,
     pieces,
     require_float,
@@ -112,10 +112,7 @@ class Uniform:
         """See `Encoding.decode`."""
         require_size(data, self.size_bounds(spec)[0], spec)
         fill = self.fill_from(lambda start, size: data[start : start + size], spec)
-        out = np.empty(spec.size, np.float32)
-        for piece in pieces(spec.size, self._piece):
-            fill(out[piece], piece.start)
-        return finished(out, spec)
+        return filled(fill, spec, self._piece)
 
     def fill_from(self, content: Content, spec: TensorSpec) -> Fill:
         """What decodes elements as float32, a piece at a time. Raises CorruptError for scales that cannot be."""

@@ -67,10 +67,20 @@ def _all_finite(piece: Array) -> bool:
     return bool((piece.view("<u2") & exponent).max(initial=0) < exponent)
 
 
-def finished(decoded: Array, spec: TensorSpec) -> Array:
-    """Flat float32 values in the dtype and shape of the spec; overflow gives infinity, for admission to see."""
-    with np.errstate(over="ignore"):
-        return decoded.astype(spec.numpy_dtype, copy=False).reshape(spec.shape)
+@np.errstate(over="ignore", invalid="ignore")
+def filled(fill: Fill, spec: TensorSpec, step: int = PIECE) -> Array:
+    """All of a tensor from what gives its elements as float32, `step` at a time, rounded to the dtype of the spec.
+
+    No more is taken than the tensor itself. Overflow gives infinity, for admission to see.
+    """
+    out = np.empty(spec.size, spec.numpy_dtype)
+    scratch = np.empty(0 if spec.dtype == "float32" else min(spec.size, step), np.float32)
+    for piece in pieces(spec.size, step):
+        part = scratch[: piece.stop - piece.start] if scratch.size else out[piece]
+        fill(part, piece.start)
+        if scratch.size:
+            out[piece] = part
+    return out.reshape(spec.shape)
 
 
 def require_size(data: memoryview, wanted_bytes: int, spec: TensorSpec) -> None:

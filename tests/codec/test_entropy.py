@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import tracemalloc
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +7,7 @@ from hypothesis import strategies as st
 
 from fedgrpc.codec.entropy import Entropy
 from fedgrpc.codec.layout import Array, spec_of
-from fedgrpc.codec.marks import read_counts, read_flagged_marks, read_marks, write_counts, write_marks
+from fedgrpc.codec.marks import CountReader, MarkReader, write_counts, write_marks
 from fedgrpc.errors import CodecError, CorruptError
 from tests.codec.strategies import float_arrays
 
@@ -102,28 +100,32 @@ def test_whether_error_feedback_is_safe_follows_the_step(c: float, rounding: str
 def test_marks_give_back_positions_and_flags(positions: list[int], seed: int) -> None:
     array = np.array(sorted(positions), np.int64)
     flags = rng(seed).random(array.size) < 0.5
-    np.testing.assert_array_equal(read_marks(write_marks(array), 5001), array)
-    read, read_flags = read_flagged_marks(write_marks(array, flags), 5001)
+    np.testing.assert_array_equal(MarkReader(write_marks(array)).take(array.size), array)
+    read, read_flags = MarkReader(write_marks(array, flags), flagged=True).among(5001)
     np.testing.assert_array_equal(read, array)
     np.testing.assert_array_equal(read_flags, flags)
-    np.testing.assert_array_equal(read_counts(write_counts(array)), array)
+    np.testing.assert_array_equal(CountReader(write_counts(array)).take(array.size), array)
 
 
-def test_a_stream_that_marks_more_than_there_is_takes_no_memory() -> None:
-    stream = np.zeros(4_000_000, np.uint8)
-    tracemalloc.start()
-    for read in (read_marks, read_flagged_marks):
-        with pytest.raises(CorruptError):
-            read(stream, 1_000_000)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1 << 20
+@given(st.lists(st.integers(0, 300), max_size=60), st.lists(st.integers(0, 90), max_size=60))
+def test_marks_come_in_parts_of_any_size(gaps: list[int], parts: list[int]) -> None:
+    positions = np.cumsum(np.array([gap + 1 for gap in gaps], np.int64)) - 1
+    reader, start, found = MarkReader(write_marks(positions)), 0, []
+    for part in parts:
+        found += [start + place for place in reader.among(part)[0].tolist()]
+        start += part
+    assert found == [place for place in positions.tolist() if place < start]
 
 
 def test_marks_past_the_end_unfinished_or_meaningless_are_corrupt() -> None:
+    def read(stream: list[int]) -> None:
+        reader = MarkReader(np.array(stream, np.uint8), flagged=True)
+        reader.among(128)
+        reader.finish()
+
     for stream in ([255, 3], [5, 255], [254]):
         with pytest.raises(CorruptError):
-            read_flagged_marks(np.array(stream, np.uint8), 128)
+            read(stream)
 
 
 @settings(deadline=None, max_examples=300)
