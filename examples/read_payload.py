@@ -112,10 +112,12 @@ def rotated(data: bytes, bits: int, block: int, size: int) -> np.ndarray:
     scales = np.frombuffer(data, "<f4", blocks, 8)
     widths = [min(block, max(16, 1 << (size - i * block - 1).bit_length())) for i in range(blocks)]
     codes = unpack(data[8 + 4 * blocks :], sum(widths), bits)
-    table = np.concatenate([-np.array(CENTROIDS[bits])[::-1], CENTROIDS[bits]])
+    upper = np.array(CENTROIDS[bits], "<f4").astype("<f8")
+    table = np.concatenate([-upper[::-1], upper])
     signs, out, at = random_signs(seed, block), [], 0
-    for width, scale in zip(widths, scales, strict=True):
-        out.append(hadamard(table[codes[at : at + width]] * scale) * signs[:width])
+    for width, scale in zip(widths, scales.astype("<f8"), strict=True):
+        sums = hadamard(table[codes[at : at + width]])  # exact in float64
+        out.append((sums * scale / np.sqrt(width)).astype("<f4") * signs[:width].astype("<f4"))
         at += width
     return np.concatenate(out)[:size]
 
@@ -133,13 +135,13 @@ def random_signs(seed: int, count: int) -> np.ndarray:
 
 
 def hadamard(values: np.ndarray) -> np.ndarray:
-    """Orthonormal Walsh-Hadamard transform by butterflies; its own inverse."""
+    """Walsh-Hadamard transform by butterflies: sums and differences alone."""
     half = 1
     while half < values.size:
         pairs = values.reshape(-1, 2, half)
         values = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1).reshape(-1)
         half *= 2
-    return values / np.sqrt(values.size)
+    return values
 
 
 def counts_of(stream: bytes) -> list:
