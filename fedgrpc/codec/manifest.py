@@ -100,13 +100,30 @@ class Manifest:
             return
         if self.compression != "zstd":
             raise LayoutError(f"unknown compression {self.compression!r}")
+        _at_most(len(self.frames), most_frames(self.content_size_bytes), "frames of so little content")
         for frame in self.frames:
             if frame.size_bytes <= 0 or frame.content_size_bytes <= 0:
                 raise LayoutError("the manifest declares an empty frame or one of negative size")
             _at_most(frame.content_size_bytes, limits.max_frame_content_bytes, "bytes in one frame")
+            if frame.size_bytes > compress_bound(frame.content_size_bytes):
+                raise LayoutError(
+                    f"the manifest declares a frame of {frame.size_bytes} bytes for {frame.content_size_bytes} of "
+                    f"content; zstd takes {compress_bound(frame.content_size_bytes)} at most"
+                )
         _must_equal(self.size_bytes, sum(frame.size_bytes for frame in self.frames), "payload", "frames")
         inflated = sum(frame.content_size_bytes for frame in self.frames)
         _must_equal(self.content_size_bytes, inflated, "tensors", "inflated frames")
+
+
+def compress_bound(content_size_bytes: int) -> int:
+    """Bytes that a zstd frame takes at most: ZSTD_compressBound of zstd.h."""
+    short = max(0, (128 << 10) - content_size_bytes)
+    return content_size_bytes + (content_size_bytes >> 8) + (short >> 11)
+
+
+def most_frames(content_size_bytes: int) -> int:
+    """How many frames the content may be cut into: with them a payload is hardly larger than its content."""
+    return 64 + (content_size_bytes >> 10)
 
 
 def check_entries(entries: Sequence[TensorEntry], max_dims: int) -> None:

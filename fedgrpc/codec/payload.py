@@ -30,6 +30,8 @@ from fedgrpc.errors import CorruptError, EncodeError
 FRAME_CONTENT_BYTES = 1 << 20
 # A tensor's end closes a frame that already holds this much: fewer tensors then span two frames.
 EARLY_CUT_BYTES = 512 << 10
+# What RFC 8878 asks every decoder to have, and as much as a frame may hold.
+MAX_WINDOW_BYTES = 8 << 20
 # Below this gain the time of inflating is worth more than the bytes.
 MIN_GAIN = 0.02
 
@@ -187,7 +189,7 @@ class PayloadReader:
         self._starts = list(accumulate((entry.size_bytes for entry in manifest.entries), initial=0))
         self._frame_starts = list(accumulate((f.content_size_bytes for f in manifest.frames), initial=0))
         self._frame_offsets = list(accumulate((f.size_bytes for f in manifest.frames), initial=0))
-        self._zstd = zstandard.ZstdDecompressor()
+        self._zstd = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
         self._held: tuple[int, memoryview] = (-1, memoryview(b""))
 
     @property
@@ -336,6 +338,9 @@ def inflate(zstd: zstandard.ZstdDecompressor, frame: memoryview, content_size_by
         named = zstandard.frame_content_size(frame)
         if named not in (-1, content_size_bytes):
             raise CorruptError(f"a frame names {named} bytes of content, the manifest {content_size_bytes}")
+        window = zstandard.get_frame_parameters(frame).window_size
+        if window > MAX_WINDOW_BYTES:
+            raise CorruptError(f"a frame wants a window of {window} bytes, allowed are {MAX_WINDOW_BYTES}")
         content = zstd.decompress(frame, max_output_size=content_size_bytes, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CorruptError(f"a zstd frame is corrupt: {error}") from None

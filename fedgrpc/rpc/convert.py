@@ -19,7 +19,7 @@ from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.encoding import parse_encoding
 from fedgrpc.codec.layout import Layout, TensorSpec
 from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry, check_entries
-from fedgrpc.errors import LayoutError, UsageError
+from fedgrpc.errors import LayoutError, TooLargeError, UsageError
 from fedgrpc.v1 import device_pb2, tensor_pb2
 
 _DTYPE_NAMES: Final[dict[int, str]] = {
@@ -118,6 +118,13 @@ def manifest_from_proto(message: tensor_pb2.Manifest, limits: Limits | None = No
     if message == tensor_pb2.Manifest():
         return _NO_TENSORS
     limits = limits or Limits()
+    # Counted before any of them is parsed, which takes a hundred times as long.
+    for listed, most, what in (
+        (message.entries, limits.max_tensors, "tensors"),
+        (message.frames, limits.max_frames, "frames"),
+    ):
+        if len(listed) > most:
+            raise TooLargeError(f"the manifest declares {len(listed)} {what}, the limit is {most}")
     manifest = Manifest(
         _entries_from_proto(message, limits.max_dims),
         compression_from_proto(message.compression),

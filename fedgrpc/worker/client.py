@@ -294,7 +294,8 @@ class AggregatorClient:
                 await pacer.wait(len(chunk.data), moved)
                 await lane.put(chunk)
                 moved(0)
-                report(partial.size_bytes / partial.manifest.size_bytes)
+                # A payload of no bytes has no chunks: the one that came is refused when it is written.
+                report(partial.size_bytes / max(1, partial.manifest.size_bytes))
             await lane.drain()
         if partial.size_bytes < partial.manifest.size_bytes:
             raise LinkError("the model stream ended early")

@@ -278,7 +278,8 @@ class ModelFolder:
         return partial
 
     def _start_partial(self, source: Source, header: aggregator_pb2.ModelHeader) -> None:
-        manifest_from_proto(header.manifest, self._limits)
+        manifest = manifest_from_proto(header.manifest, self._limits)
+        self._check_layout(source, manifest)
         self.drop_partial()
         unfinished = self._folder / (UNFINISHED + "partial")
         unfinished.mkdir()
@@ -286,6 +287,14 @@ class ModelFolder:
         begin(unfinished, header, self._spare_differences if header.base_version else self._spares)
         unfinished.rename(self._partial)
         self.has_partial = True
+
+    def _check_layout(self, source: Source, manifest: Manifest) -> None:
+        """A version has the tensors of the one before it: what that took is known to fit this device."""
+        held = self.held
+        if held is None or (held.source.run, held.source.sub_model) != (source.run, source.sub_model):
+            return
+        if set(held.manifest.layout) != set(manifest.layout):
+            raise LayoutError(f"version {source.version} has not the tensors of version {held.version}")
 
     def finish(self, partial: PartialModel) -> HeldModel:
         """Verify the download and make it the held version. Slow: run it in a thread.

@@ -69,7 +69,7 @@ def detect(root: Path = Path("/")) -> DeviceProfile:
         device_class=device_class_of(board),
         cpu_model=board or _cpu_model(root),
         cpu_cores=_cpu_cores(root),
-        memory_bytes=_memory_bytes(root),
+        memory_bytes=usable_memory_bytes(root),
         accelerator=accelerator,
         accelerator_name=name,
         accelerator_memory_bytes=accelerator_memory_bytes,
@@ -122,7 +122,8 @@ def _cpu_cores(root: Path) -> int:
     return max(1, math.ceil(cores))
 
 
-def _memory_bytes(root: Path) -> int:
+def usable_memory_bytes(root: Path = Path("/")) -> int:
+    """The machine's memory, or what a container leaves of it."""
     limits = [_text(folder / "memory.max") for folder in _cgroup_folders(root)]
     limits.append(_text(root / "sys/fs/cgroup/memory/memory.limit_in_bytes"))
     return min([int(psutil.virtual_memory().total), *(int(limit) for limit in limits if limit.isdigit())])

@@ -7,10 +7,12 @@ import signal
 import threading
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Final
 
 import structlog
 
+from fedgrpc.codec.manifest import Limits
 from fedgrpc.rpc.allocator import reuse_memory
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.server import WORKER, RunningServer, serve, worker_service
@@ -20,7 +22,7 @@ from fedgrpc.worker.controls import Controls
 from fedgrpc.worker.disk import owned, session_in
 from fedgrpc.worker.held import ModelFolder
 from fedgrpc.worker.loop import Loop
-from fedgrpc.worker.profile import DeviceProfile, detect
+from fedgrpc.worker.profile import DeviceProfile, detect, usable_memory_bytes
 from fedgrpc.worker.service import WorkerService
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Spool
@@ -34,6 +36,12 @@ _STOP_THREAD_S: Final = 5.0
 BuildTrainer = Callable[[Registration], Trainer]
 
 log = structlog.get_logger()
+
+
+def _limits() -> Limits:
+    """A model that does not fit into this device's memory cannot be trained here, so none of it is taken."""
+    limits = Limits()
+    return replace(limits, max_decoded_bytes=min(limits.max_decoded_bytes, usable_memory_bytes()))
 
 
 class Worker:
@@ -59,7 +67,7 @@ class Worker:
         reuse_memory()
         async with AsyncExitStack() as stack:
             stack.enter_context(owned(settings.state_dir))
-            models = ModelFolder(settings.state_dir / "model")
+            models = ModelFolder(settings.state_dir / "model", _limits())
             channel = await stack.enter_async_context(open_channel(settings.aggregator, settings.tls))
             client = AggregatorClient(
                 channel,

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from fedgrpc.codec.encoding import parse_encoding
 from fedgrpc.codec.layout import Array, TensorSpec, layout_of
-from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry
+from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry, compress_bound
 from fedgrpc.codec.payload import (
     PayloadReader,
     buffer_reader,
     file_reader,
+    inflate,
     tensors_of,
     verify_digest,
     write_payload,
@@ -156,12 +157,38 @@ def test_a_compression_bomb_is_stopped_at_its_declared_size(with_content_size: b
         parts = zstandard.ZstdCompressor(write_content_size=False).compressobj()
         payload = b"".join(parts.compress(bytes(1 << 20)) for _ in range(1024)) + parts.flush()
         manifest = dataclasses.replace(manifest, frames=(Frame(len(payload), 1000),), size_bytes=len(payload))
+    with pytest.raises(LayoutError, match="frame of"):
+        manifest.validate(Limits())
     tracemalloc.start()
     with pytest.raises(CorruptError):
-        PayloadReader(manifest, buffer_reader(payload)).tensor(0)
+        PayloadReader(manifest, buffer_reader(payload), valid=True).tensor(0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
+
+
+def test_a_payload_is_hardly_larger_than_what_it_holds() -> None:
+    tensor = entry(shape=(2040,), encoding="raw", size=8160)
+    for frames in ((Frame(300 << 20, 8160),), (Frame(1, 1),) * 8160):
+        with pytest.raises((LayoutError, TooLargeError), match="frame"):
+            manifest_of(tensor, frames=frames, size=sum(frame.size_bytes for frame in frames)).validate(Limits())
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 5000, 130_000, 140_000, 3_000_000])
+def test_bytes_without_a_pattern_fit_into_the_bound_of_a_frame(size: int) -> None:
+    content = np.random.default_rng(0).bytes(size)
+    for level in (-5, 1, 19):
+        assert len(zstandard.ZstdCompressor(level=level, write_checksum=True).compress(content)) <= compress_bound(
+            size
+        )
+
+
+def test_a_frame_that_wants_a_large_window_is_refused_before_it_is_inflated() -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=27, compression_level=1, write_content_size=False)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    frame = stream.compress(bytes(8160)) + stream.flush()
+    with pytest.raises(CorruptError, match="window"):
+        inflate(zstandard.ZstdDecompressor(), memoryview(frame), 8160)
 
 
 @settings(deadline=None, max_examples=300)

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from fedgrpc.codec.chunk import Chunk
+from fedgrpc.codec.encoding import parse_encoding
+from fedgrpc.codec.layout import TensorSpec
+from fedgrpc.codec.manifest import Limits, Manifest, TensorEntry
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.errors import StorageError
+from fedgrpc.errors import LayoutError, StorageError, TooLargeError
 from fedgrpc.rpc.convert import manifest_to_proto
 from fedgrpc.v1.aggregator_pb2 import ModelHeader
 from fedgrpc.worker.held import ModelFolder, Source
@@ -128,3 +131,21 @@ def test_a_difference_can_be_added_after_the_disk_has_stopped_it_once(tmp_path):
     with pytest.raises(StorageError):
         pulled(folder, 2, "raw", base=1)
     assert pulled(folder, 2, "raw", base=1).version == 2
+
+
+def test_a_version_with_other_tensors_than_the_one_before_it_is_refused(tmp_path):
+    """What those took is known to fit the device: a few bytes could declare gigabytes."""
+    folder = ModelFolder(tmp_path)
+    pulled(folder, 1, "raw")
+    huge = TensorEntry(TensorSpec("w", "float32", (1 << 30,)), parse_encoding("entropy"), 8)
+    header = ModelHeader(version=2, manifest=manifest_to_proto(Manifest((huge,), "none", (), 8, bytes(32))))
+    with pytest.raises(LayoutError, match="version 2"):
+        folder.open_partial(Source("run", 2, "raw"), header, 0)
+    folder.open_partial(Source("another run", 2, "raw"), header, 0).close()
+
+
+def test_a_model_that_does_not_fit_into_the_devices_memory_is_refused(tmp_path):
+    folder = ModelFolder(tmp_path, Limits(max_decoded_bytes=1000))
+    with pytest.raises(TooLargeError):
+        pulled(folder, 1, "raw")
+    assert not folder.has_partial

@@ -3,11 +3,13 @@
 import asyncio
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
 import structlog
 
+from fedgrpc.codec.manifest import Manifest
 from fedgrpc.errors import (
     CorruptError,
     Exhausted,
@@ -21,6 +23,8 @@ from fedgrpc.errors import (
     UpdateRefused,
     WrongIdentity,
 )
+from fedgrpc.rpc.convert import manifest_to_proto
+from fedgrpc.v1.aggregator_pb2 import ModelHeader, PullModelResponse
 from fedgrpc.worker.run import Worker, run_worker
 from fedgrpc.worker.throttle import Throttle
 from fedgrpc.worker.trainer import TrainResult
@@ -59,6 +63,20 @@ async def test_an_update_survives_an_aggregator_that_takes_smaller_chunks_after_
     peer.note = note
     assert await run(peer, tmp_path) == 0
     assert peer.uploads["t1"].complete
+
+
+async def test_chunks_of_a_model_that_declares_no_bytes_do_not_end_the_worker(tmp_path):
+    peer = with_a_task()
+
+    async def pull(request, context):
+        await peer.note("PullModel")
+        manifest = manifest_to_proto(Manifest.of_nothing())
+        yield PullModelResponse(header=ModelHeader(version=1, manifest=manifest))
+        yield PullModelResponse(chunk={"data": b"x", "crc32": zlib.crc32(b"x")})
+
+    peer.PullModel = pull
+    async with serving(peer) as server, running(Worker(settings(server.address, tmp_path), lambda _: Adds())):
+        await peer.until(lambda: peer.failures or peer.calls.count("PullModel") > 2)
 
 
 async def test_a_corrupt_chunk_is_asked_for_again_and_nothing_before_it(tmp_path):
