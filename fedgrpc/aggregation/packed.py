@@ -74,9 +74,9 @@ def check_layout(
         mask = given.pop(tensor.name + MASK, None) if masked else None
         codes = given.pop(tensor.name + CODES, None) if clustered else None
         if mine.dtype != tensor.dtype or not fits(mine.shape, shape, mask, codes):
+            whose = "the model's is" if selection is None else "this worker's part of the model has"
             raise UpdateRefused(
-                f"tensor {tensor.name!r} is {mine.dtype}{list(mine.shape)}, the model's is "
-                f"{tensor.dtype}{list(shape)}"
+                f"tensor {tensor.name!r} is {mine.dtype}{list(mine.shape)}, {whose} {tensor.dtype}{list(shape)}"
             )
     if given:
         raise UpdateRefused(f"the update's part of the model has no tensor {min(given)!r}")
@@ -148,7 +148,10 @@ def _scattered(name: str, values: np.ndarray, packed: np.ndarray, count: int) ->
     codes = _unpack_codes(packed, count, bits)
     if codes.max(initial=0) >= values.size:
         raise UpdateRefused(f"tensor {name!r} has a code beyond its {values.size} values")
-    scattered: np.ndarray = values[codes]
+    scattered = np.empty(count, values.dtype)
+    for start in range(0, count, _PIECE):
+        # In pieces: numpy makes eight bytes of each code.
+        scattered[start : start + _PIECE] = values[codes[start : start + _PIECE]]
     return scattered
 
 

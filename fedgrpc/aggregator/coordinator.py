@@ -277,6 +277,15 @@ class Coordinator:
             raise RoundClosed(f"round {current.state.number} takes no more updates")
         return phase
 
+    async def accepted_bytes(self, token: str) -> int:
+        """Payload bytes of an update that was accepted; 0 where the record of its round has gone."""
+        if self.current is not None and (report := self.current.reports.get(token)):
+            return report.upload_bytes
+        row = await self.in_database(self.store.task, token)
+        record = None if row is None else await self.in_database(self.store.round, row.round)
+        tasks = () if row is None or record is None else record.tasks
+        return next((task.upload_bytes for task in tasks if row is not None and task.worker == row.worker), 0)
+
     def wants(self, token: str) -> bool:
         """Whether there is a use for an update of this task, as things stand."""
         return self.current is not None and takes_news(self.current.state, token)
@@ -307,17 +316,18 @@ class Coordinator:
 
     async def give_back(self, name: str, token: str, reason: str) -> None:
         """The worker cannot do its task. Idempotent. Raises `UnknownTask` and `WrongIdentity`."""
-        self._log.warning("task given back", worker=name, reason=reason)
         if evaluation := self.evaluations.find(name, token):
             self.evaluations.give_back(evaluation)
             self._news()
-            return
-        try:
-            if await self.check_open(name, token) is TaskPhase.ACCEPTED:
-                raise RoundClosed("the update of this task is accepted")
-            self.dispatch(Failed(token, reason))
-        except RoundClosed:
-            return
+        else:
+            try:
+                if await self.check_open(name, token) is TaskPhase.ACCEPTED:
+                    return
+                self.dispatch(Failed(token, reason))
+            except RoundClosed:
+                return
+        # Only once it is known to be this worker's: a stranger would fill the log.
+        self._log.warning("task given back", worker=name, reason=reason)
 
     def leave(self, name: str) -> None:
         """The worker ends: who waits for it looks again. Raises `UnknownWorker`."""

@@ -66,6 +66,13 @@ def text_of(downlink: Downlink) -> str:
     return f"{downlink.whole}{_DIFFERENCE}{downlink.difference or _RAW}"
 
 
+@lru_cache(maxsize=64)
+def full_text(recipe: str) -> str:
+    """A recipe, or a downlink in one word, as a worker is told it: with every key."""
+    whole, *difference = recipe.split(_DIFFERENCE, 1)
+    return _DIFFERENCE.join(Recipe.parse(text).full_text for text in (whole, *difference))
+
+
 class Negotiation:
     """The preferences of one run, each as `parse_preferences` reads it, or "auto".
 

@@ -144,7 +144,7 @@ class Receiver:
         if self._it.evaluations.find(worker, token):
             return Held(0, not self._it.evaluations.waiting_for(worker, self._it.run.version))
         if await self._it.check_open(worker, token) is TaskPhase.ACCEPTED:
-            return Held(0, True)
+            return Held(await self._it.accepted_bytes(token), True)
         self._note_round()
         # The stream that runs is one of this upload's own: the next takes over from it.
         retry_after_s = 0.0 if token in self._streams else self._turns.wait_s(token)
@@ -263,17 +263,15 @@ class Receiver:
             await asyncio.to_thread(it.journal.discard, [token])
             raise
 
-    def _verify_and_seal(
-        self, upload: Upload, current: CurrentRound | None
-    ) -> StoredUpdate | CodecError | UpdateRefused:
+    def _verify_and_seal(self, upload: Upload, current: CurrentRound | None) -> StoredUpdate | UpdateRefused:
         """The accepted update, or why it is refused for good. Raises `CorruptError` and `StorageError`."""
         stored = upload.finish()
         try:
             self._check(stored, current)
         except (CodecError, UpdateRefused) as error:
-            # These are the bytes that were sent: sending them again cannot help.
             upload.discard()
-            return error
+            # The digest matches, so these are the bytes that were sent: `CorruptError` would ask for them again.
+            return UpdateRefused(str(error))
         return upload.seal()
 
     def _check(self, stored: StoredUpdate, current: CurrentRound | None) -> None:

@@ -15,7 +15,7 @@ from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.histories import tell_history, upload_reserve_s
 from fedgrpc.aggregator.model_store import WHOLE, Slice
-from fedgrpc.aggregator.negotiation import link_of
+from fedgrpc.aggregator.negotiation import full_text, link_of
 from fedgrpc.aggregator.pages import MAX_PAGE_BYTES, fitting, page_of
 from fedgrpc.aggregator.receiver import Receiver
 from fedgrpc.aggregator.run_state import Assignment
@@ -94,8 +94,8 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             kind=assignment.kind,
             model_version=assignment.version,
             plan=self._plan(assignment),
-            download_recipe=download_recipe,
-            upload_recipe=upload_recipe,
+            download_recipe=full_text(download_recipe),
+            upload_recipe=full_text(upload_recipe),
             uplink_bytes_per_second=link_of(self._it.fleet.get(assignment.worker)).up or 0.0,
         )
         if assignment.time_left_s is not None:

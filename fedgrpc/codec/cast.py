@@ -30,7 +30,11 @@ class Cast:
     shuffle: bool = False
 
     def __str__(self) -> str:
-        return format_options(self.dtype, self, "dtype")
+        return self.text()
+
+    def text(self, *, full: bool = False) -> str:
+        """See `Encoding.text`."""
+        return format_options(self.dtype, self, "dtype", full=full)
 
     def encode(self, array: Array, rng: np.random.Generator) -> memoryview:
         """See `Encoding.encode`; a value that overflows float16 is refused, not saturated."""

@@ -36,6 +36,9 @@ class Encoding(Protocol):
     def contractive(self) -> bool:
         """Whether |x - decode(encode(x))| < |x| in the mean square, which error feedback needs."""
 
+    def text(self, *, full: bool = False) -> str:
+        """`NAME:key=value,...` that `parse_encoding` reads; the full one leaves no key to its default."""
+
     def encode(self, array: Array, rng: np.random.Generator) -> Buffer:
         """Bytes of the tensor; raises EncodeError for values that are not finite or out of range."""
 

@@ -77,7 +77,11 @@ class Entropy:
             raise UsageError("distortion and budget both set the step; give one of them")
 
     def __str__(self) -> str:
-        return format_options(self.name, self)
+        return self.text()
+
+    def text(self, *, full: bool = False) -> str:
+        """See `Encoding.text`."""
+        return format_options(self.name, self, full=full)
 
     @property
     def contractive(self) -> bool:

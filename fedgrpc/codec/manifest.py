@@ -100,7 +100,8 @@ class Manifest:
             return
         if self.compression != "zstd":
             raise LayoutError(f"unknown compression {self.compression!r}")
-        _at_most(len(self.frames), most_frames(self.content_size_bytes), "frames of so little content")
+        if len(self.frames) > (most := most_frames(self.content_size_bytes)):
+            raise LayoutError(f"the manifest declares {len(self.frames)} frames, for its content {most} at most")
         for frame in self.frames:
             if frame.size_bytes <= 0 or frame.content_size_bytes <= 0:
                 raise LayoutError("the manifest declares an empty frame or one of negative size")

@@ -31,13 +31,17 @@ def parse_options(cls: type[T], text: str, **fixed: Any) -> T:
     return cls(**values)
 
 
-def format_options(name: str, encoding: Any, *hidden: str) -> str:
-    """`name:key=value,...` with every setting that is neither hidden nor at its default."""
-    pairs = [
-        f"{field.name}={_text(getattr(encoding, field.name))}"
-        for field in dataclasses.fields(encoding)
-        if field.name not in hidden and getattr(encoding, field.name) != field.default
-    ]
+def format_options(name: str, encoding: Any, *hidden: str, full: bool = False) -> str:
+    """`name:key=value,...` with every setting that is neither hidden nor at its default.
+
+    The `full` text has those at their default, too, but none that is then not in force: a `distortion` of 0.
+    """
+    pairs = []
+    for field in dataclasses.fields(encoding):
+        value = getattr(encoding, field.name)
+        in_force = full and (isinstance(value, bool) or bool(value))
+        if field.name not in hidden and (value != field.default or in_force):
+            pairs.append(f"{field.name}={_text(value)}")
     return f"{name}:{','.join(pairs)}" if pairs else name
 
 

@@ -24,7 +24,11 @@ class Raw:
     shuffle: bool = False
 
     def __str__(self) -> str:
-        return format_options(self.name, self)
+        return self.text()
+
+    def text(self, *, full: bool = False) -> str:
+        """See `Encoding.text`."""
+        return format_options(self.name, self, full=full)
 
     def encode(self, array: Array, rng: np.random.Generator) -> memoryview:
         """See `Encoding.encode`."""

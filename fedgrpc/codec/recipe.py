@@ -69,9 +69,18 @@ class Recipe:
         return Recipe(parse_encoding(default), tuple(_override(part) for part in rest), compression)
 
     def __str__(self) -> str:
-        parts = [str(self.default), *(f"{pattern}={encoding}" for pattern, encoding in self.overrides)]
         suffix = "" if self.compression.method == "none" else f"+{self.compression}"
-        return ";".join(parts) + suffix
+        return self._encodings(full=False) + suffix
+
+    @property
+    def full_text(self) -> str:
+        """The recipe with every key of every encoding: whoever is told it needs no table of defaults."""
+        level = f":{self.compression.level}" if self.compression.method == "zstd" else ""
+        return f"{self._encodings(full=True)}+{self.compression.method}{level}"
+
+    def _encodings(self, *, full: bool) -> str:
+        overrides = (f"{pattern}={encoding.text(full=full)}" for pattern, encoding in self.overrides)
+        return ";".join((self.default.text(full=full), *overrides))
 
     @property
     def encodings(self) -> tuple[Encoding, ...]:

@@ -64,7 +64,11 @@ class Rotated:
             raise UsageError(f"block={self.block}; allowed is a power of two from {_SMALLEST_BLOCK} to 65536")
 
     def __str__(self) -> str:
-        return format_options(f"rotated{self.bits}", self, "bits")
+        return self.text()
+
+    def text(self, *, full: bool = False) -> str:
+        """See `Encoding.text`."""
+        return format_options(f"rotated{self.bits}", self, "bits", full=full)
 
     def encode(self, array: Array, rng: np.random.Generator) -> memoryview:
         """See `Encoding.encode`."""

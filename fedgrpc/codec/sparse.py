@@ -35,7 +35,11 @@ class _Sparse:
     bits: int
 
     def __str__(self) -> str:
-        return format_options(self.name, self)
+        return self.text()
+
+    def text(self, *, full: bool = False) -> str:
+        """See `Encoding.text`."""
+        return format_options(self.name, self, full=full)
 
     def _kept(self, values: Array) -> Array:
         """Increasing positions of the elements that travel. Raises `LayoutError` where values are not finite."""

@@ -65,7 +65,11 @@ class Uniform:
             raise UsageError(f"rounding={self.rounding}; allowed are {', '.join(ROUNDINGS)}")
 
     def __str__(self) -> str:
-        return format_options(f"int{self.bits}", self, "bits")
+        return self.text()
+
+    def text(self, *, full: bool = False) -> str:
+        """See `Encoding.text`."""
+        return format_options(f"int{self.bits}", self, "bits", full=full)
 
     @property
     def levels(self) -> int:

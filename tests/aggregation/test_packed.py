@@ -94,7 +94,10 @@ def test_personal_tensors_are_not_sent() -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"w": np.zeros((8, 4), np.float32)}, r"float32\[8, 4\], the model's is float32\[4, 4\]"),
+        (
+            {"w": np.zeros((8, 4), np.float32)},
+            r"float32\[8, 4\], .* has float32\[4, 4\]",
+        ),
         ({"w": np.zeros((4, 4), np.float64)}, "is float64"),
         ({"x": np.zeros(3, np.float32)}, "no tensor 'x'"),
         ({"w#mask": np.zeros(2, np.uint8)}, "no tensor 'w#mask'"),

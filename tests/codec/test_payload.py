@@ -170,7 +170,7 @@ def test_a_compression_bomb_is_stopped_at_its_declared_size(with_content_size: b
 def test_a_payload_is_hardly_larger_than_what_it_holds() -> None:
     tensor = entry(shape=(2040,), encoding="raw", size=8160)
     for frames in ((Frame(300 << 20, 8160),), (Frame(1, 1),) * 8160):
-        with pytest.raises((LayoutError, TooLargeError), match="frame"):
+        with pytest.raises(LayoutError, match="frame"):
             manifest_of(tensor, frames=frames, size=sum(frame.size_bytes for frame in frames)).validate(Limits())
 
 

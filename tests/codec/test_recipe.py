@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from fedgrpc.codec.encoding import ENCODING_NAMES, MAX_TEXT_CHARS, parse_encoding
 from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.codec.recipe import Compression, Recipe
 from fedgrpc.errors import UsageError
@@ -53,3 +54,28 @@ def test_the_first_pattern_that_fits_wins_and_tensors_that_cannot_gain_go_raw() 
         "count": "raw",
         "flags": "raw",
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "full"),
+    [
+        ("raw", "raw:shuffle=no+none"),
+        ("int8+zstd", "int8:block=256,rounding=stochastic+zstd:1"),
+        ("entropy+zstd:3", "entropy:c=3.0,rounding=stochastic+zstd:3"),
+        ("entropy:distortion=0.5", "entropy:c=3.0,distortion=0.5,rounding=stochastic+none"),
+        ("entropy:budget=link", "entropy:c=3.0,rounding=stochastic,budget=link+none"),
+        (
+            "rotated2;@last=topk;*.b=threshold",
+            "rotated2:block=4096;@last=topk:fraction=0.01,bits=8;*.b=threshold:times=3.0,bits=8+none",
+        ),
+        ("bfloat16;a=float32", "bfloat16:shuffle=no;a=raw:shuffle=no+none"),
+    ],
+)
+def test_the_full_text_names_every_key_and_means_the_same(text: str, full: str) -> None:
+    assert Recipe.parse(text).full_text == full
+    assert Recipe.parse(full) == Recipe.parse(text)
+
+
+def test_the_full_text_of_the_longest_encoding_can_be_read() -> None:
+    for name in ENCODING_NAMES:
+        assert len(parse_encoding(name).text(full=True)) < MAX_TEXT_CHARS / 2

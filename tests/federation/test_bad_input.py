@@ -193,7 +193,7 @@ def bomb(manifest):
         (endless_shape, "INVALID_ARGUMENT", "impossible shape"),
         (too_many_dimensions, "INVALID_ARGUMENT", "17 dimensions"),
         (sizes_that_do_not_add_up, "INVALID_ARGUMENT", "declares 7999 bytes"),
-        (bomb, "INVALID_ARGUMENT", "inflated frames"),
+        (bomb, "INVALID_ARGUMENT", "1000 frames"),
     ],
 )
 async def test_a_declaration_that_cannot_be_is_refused_before_its_first_byte(tmp_path, spoil, code, reason):
@@ -224,7 +224,7 @@ async def test_a_frame_that_inflates_to_something_else_is_refused_for_good(tmp_p
     frame = b"no frame at all" if content is None else zstandard.compress(content)
     manifest = zstd_manifest(frame)
     async with two_devices(tmp_path) as (running, bad, task, good, good_task):
-        with refused("DATA_LOSS", reason, "CorruptError"):
+        with refused("INVALID_ARGUMENT", reason, "UpdateRefused"):
             await bad.send(pb.PushUpdateRequest(header=bad.header(task, manifest)), *chunks(frame))
         await finishes_without(running, good, good_task, reason)
 
@@ -357,3 +357,15 @@ async def test_a_second_header_is_refused(tmp_path):
         with refused("INVALID_ARGUMENT", "after the header of an update come chunks, nothing else"):
             await bad.send(header, header)
         await finishes_with_both(running, bad, task, good, good_task)
+
+
+async def test_the_size_of_an_accepted_update_is_told_also_after_its_round(tmp_path):
+    manifest, payload = encoded(update_of(3.0))
+    async with two_devices(tmp_path) as (running, bad, task, good, good_task):
+        await bad.push(task, update_of(3.0))
+        held = await bad.held(task)
+        assert (held.committed_size_bytes, held.complete) == (manifest.size_bytes, True)
+        await good.push(good_task)
+        await running.until_ended(1)
+        held = await bad.held(task)
+        assert (held.committed_size_bytes, held.complete) == (len(payload), True)

@@ -16,6 +16,11 @@ UPLOAD = "entropy:c=1,rounding=nearest+zstd below 1mbit | int8+zstd | raw"
 DIFFERENCE = "entropy:c=1,rounding=nearest+zstd below 1mbit | int8+zstd | raw"
 BY_LINK = {"download_recipe": "int8+zstd | raw", "difference_recipe": DIFFERENCE, "upload_recipe": UPLOAD}
 COARSE, FINE = "entropy:c=1.0,rounding=nearest+zstd", "int8+zstd"
+# As a worker is told them: with every key.
+FULL = {
+    COARSE: "entropy:c=1.0,rounding=nearest+zstd:1",
+    FINE: "int8:block=256,rounding=stochastic+zstd:1",
+}
 SLOW = Throttle(link_bits_per_second=400_000)
 
 
@@ -145,20 +150,20 @@ async def test_recipes_are_those_of_the_task_for_as_long_as_it_lasts(tmp_path):
     async with aggregating(tmp_path, rounds=2, policy=one_alone, **BY_LINK) as running:
         device = await running.device("a", device={"uplink_bits_per_second": 9_000})
         task = await device.task()
-        assert (task.download_recipe, task.upload_recipe) == (FINE, COARSE)
+        assert (task.download_recipe, task.upload_recipe) == (FULL[FINE], FULL[COARSE])
         assert task.uplink_bytes_per_second == 9_000 / 8
         # It says something else of itself now, and polls again for the same task.
         await device.register(device={"uplink_bits_per_second": 9_000_000})
-        assert (await device.task()).upload_recipe == COARSE
+        assert (await device.task()).upload_recipe == FULL[COARSE]
     async with aggregating(tmp_path, rounds=2, policy=one_alone, **BY_LINK) as running:
         device = await running.device("a", device={"uplink_bits_per_second": 9_000_000})
         again = await device.task()
-        assert (again.token, again.upload_recipe) == (task.token, COARSE)
+        assert (again.token, again.upload_recipe) == (task.token, FULL[COARSE])
         assert (await running.round()).tasks[0].upload_recipe == COARSE
         update = {"w": np.ones((50, 40), np.float32), "b": np.ones(40, np.float32), "n": np.array(4)}
         await device.push(again, update)
         await running.until_ended(1)
-        assert (await device.task()).upload_recipe == FINE
+        assert (await device.task()).upload_recipe == FULL[FINE]
 
 
 async def test_who_registered_when_the_run_had_other_encodings_is_sent_to_register_again(tmp_path):
