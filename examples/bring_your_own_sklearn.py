@@ -35,7 +35,9 @@ class LinearClassifier:
         trained = {"coef": estimator.coef_.copy(), "intercept": estimator.intercept_.copy()}
         return TrainResult(trained, len(self._y), steps)
 
-    def evaluate(self, weights: Weights) -> EvalResult:
+    def evaluate(self, weights: Weights) -> EvalResult | None:
+        if not len(self._held_out_y):
+            return None
         estimator = _estimator(weights, 0.1, 0)
         loss = log_loss(self._held_out_y, estimator.predict_proba(self._held_out_x), labels=CLASSES)
         accuracy = float(estimator.score(self._held_out_x, self._held_out_y))

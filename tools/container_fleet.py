@@ -123,7 +123,7 @@ class Fleet:
             "aggregator": self._address, "name": device.name, "device-class": kind.name, "profile": "cpu_cores=4",
             "data": task.data, "partition": self._asked.partition or task.partition,
             "part": f"{number}/{len(self._devices)}",
-            "seed": self._asked.seed, "device": "cpu", "option": "threads=1", "reconnect-cap": "3s",
+            "seed": self._asked.seed, "device": "cpu", "threads": 1, "reconnect-cap": "3s",
             "log-format": "json",
         }  # fmt: skip
         if not link.shaped:

@@ -96,7 +96,7 @@ def _workers(address: str, partition: str, seed: int, data: Path | None, folder:
             settings = {
                 "aggregator": address, "name": f"party-{number}", "state-dir": folder / f"party-{number}",
                 "partition": partition, "part": f"{number}/{PARTIES}", "seed": seed, "device": "cpu",
-                "option": "threads=1", "serve-address": "none", "log-format": "json",
+                "threads": 1, "serve-address": "none", "log-format": "json",
             }  # fmt: skip
             flags = _flags(settings) + ([] if data is None else ["--data", str(data)])
             log = stack.enter_context((folder / f"party-{number}.log").open("w"))

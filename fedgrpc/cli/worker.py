@@ -26,6 +26,7 @@ from fedgrpc.worker.profile import DeviceProfile
 from fedgrpc.worker.run import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Registration, Role
+from fedgrpc.worker.threads import rest_while_waiting, use_threads
 from fedgrpc.worker.throttle import Throttle
 from fedgrpc.worker.trainer import TaskSetup, Trainer, find_task, load_trainer
 
@@ -59,6 +60,7 @@ SETTINGS: list[Setting] = [
     _task("--model", "Model name, where the task knows several.", metavar="NAME"),
     _task("--data", "Folder or file of this device's data.", type=click.Path(path_type=Path, exists=True)),
     _task("--device", "auto, cpu, cuda or cuda:1.", metavar="DEVICE"),
+    _task("--threads", "CPU threads to train with; without: as many as the libraries choose."),
     _task("--partition", f"Use a part of the data: {PARTITIONS}.", metavar="KIND"),
     _task("--part", "Which part, as in 3/10.", metavar="N/PARTS"),
     _task("--seed", "Of the partition and of the untrained model."),
@@ -186,13 +188,17 @@ def trainer_for(setup: TaskSetup, own_task: str | None, registration: Registrati
         part=setup.part,
         seed=setup.seed,
         options=setup.options,
+        threads=setup.threads,
     )
 
 
 def _run(**values: Any) -> int:
     configure_logs(values)
+    rest_while_waiting()
     settings = settings_from(values)
     setup = pick(TaskSetup, values, options=dict(values["options"]))
+    if setup.threads is not None:
+        use_threads(setup.threads)
     own_task: str | None = values["task"]
     # Mistakes are told before anybody is asked.
     if own_task is not None:

@@ -198,7 +198,9 @@ def _positive(text: str, argument: str, kind: Callable[[str], N]) -> N:
 
 def _check(labels: np.ndarray, parts: int) -> None:
     if labels.ndim != 1:
-        raise UsageError(f"a partition needs one label per example, not labels of shape {labels.shape}")
+        raise UsageError(
+            f"a partition needs one label per example, not labels of shape {labels.shape}; iid needs none"
+        )
     _check_parts(labels, parts)
 
 

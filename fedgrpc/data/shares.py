@@ -24,11 +24,15 @@ _ARRAYS = ("train_inputs", "train_labels", "held_out_inputs", "held_out_labels")
 
 
 def take_share(data: LabelledData, partition: Partition, index: int, parts: int, seed: int) -> LabelledData:
-    """Part `index` (from 0) of the training and of the held-out examples, both split with the same seed."""
-    return LabelledData(
-        data.train.take(partition.split(data.train.labels, parts, seed)[index]),
-        data.held_out.take(partition.split(data.held_out.labels, parts, seed)[index]),
-    )
+    """Part `index` (from 0) of the training and of the held-out examples, both split with the same seed.
+
+    Of no examples each part has none.
+    """
+
+    def part_of(examples: Examples) -> Examples:
+        return examples.take(partition.split(examples.labels, parts, seed)[index]) if len(examples) else examples
+
+    return LabelledData(part_of(data.train), part_of(data.held_out))
 
 
 def save_share(path: Path, share: LabelledData) -> None:

@@ -49,6 +49,8 @@ class ImageTask(TorchTask):
 
     def _tensors(self, examples: Examples, path: Path | None) -> TensorDataset:
         shape = (self.in_channels, self.image_size, self.image_size)
+        if not len(examples):
+            return TensorDataset(torch.zeros(0, *shape, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
         inputs = examples.inputs.reshape(len(examples), -1)
         if inputs.shape[1] != shape[0] * shape[1] * shape[2]:
             raise UsageError(f"{path} holds images of {examples.inputs.shape[1:]}, not {self.dataset}'s {shape}")

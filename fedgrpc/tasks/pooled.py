@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedgrpc.errors import FedgrpcError
+from fedgrpc.worker.threads import rest_while_waiting
 from fedgrpc.worker.trainer import EvalResult, Trainer, TrainJob, load_trainer
 
 
@@ -36,8 +37,9 @@ def _main() -> None:
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--momentum", type=float)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", default="1")
+    parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
+    rest_while_waiting()
     job = TrainJob(
         epochs=asked.epochs,
         batch_size=asked.batch_size,
@@ -46,14 +48,13 @@ def _main() -> None:
         seed=asked.seed,
     )
     try:
-        options = {"threads": asked.threads}
         trainer = load_trainer(
             asked.task,
             model=asked.model,
             data=asked.data,
             device=asked.device,
             seed=asked.seed,
-            options=options,
+            threads=asked.threads,
         )
         for number, result in enumerate(train_pooled(trainer, job, asked.rounds), start=1):
             metrics = {} if result is None else dict(result.metrics)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from fedgrpc.data.files import version_of
 from fedgrpc.tasks.torch_optimizer import MomentumSgd, Optimizer
 from fedgrpc.tasks.torch_trainer import TorchTrainer
 from fedgrpc.worker.trainer import TaskSetup, constructor_arguments
@@ -47,9 +48,19 @@ class TorchTask:
     def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
         """What to train on and, if any, what to score with; items are (input, target).
 
-        A `TensorDataset` trains much faster than others: its batches are cut out whole.
+        A `TensorDataset` trains much faster than others: its batches are cut out whole. Without a training example
+        a device can score, without a held-out one it can train.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define data()")
+
+    def data_version(self, path: Path | None) -> object:
+        """Asked at the start of each task: when it is no longer what it was, `data` is called again.
+
+        By default it changes with the file, or any file in the folder, that `--data` names; without `--data`,
+        never. Override it where the data is elsewhere: return a count of examples, a time, or `object()` to read
+        each time.
+        """
+        return None if path is None else version_of(path)
 
     def prepare(self, inputs: Tensor, training: bool) -> Tensor:
         """A batch of inputs as the model wants it: scaled, augmented; called on the device, for each batch."""

@@ -11,22 +11,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from fedgrpc.aggregation.channels import ChannelMap
 from fedgrpc.aggregation.compression_plan import CompressionPlan
 from fedgrpc.compression.loss_scale import LossScale
 from fedgrpc.compression.nested import Nested
-from fedgrpc.data.partition import parse_part, parse_partition
-from fedgrpc.errors import TaskError, UsageError
+from fedgrpc.errors import TaskError
 from fedgrpc.tasks.label_adjustment import LabelAdjustment
-from fedgrpc.tasks.torch_batches import Batches, batches_of, choose_device, labels_of, size_of, subset_of
+from fedgrpc.tasks.torch_batches import Batches, choose_device
+from fedgrpc.tasks.torch_data import DataTask, LocalData
 from fedgrpc.tasks.torch_local import Compression, Widths
 from fedgrpc.tasks.torch_memory import TensorBytes
 from fedgrpc.tasks.torch_optimizer import Optimizer
@@ -38,7 +36,7 @@ _EVALUATION_BATCH = 512
 Forward = Callable[[Tensor], Tensor]
 
 
-class Task(Protocol):
+class Task(DataTask, Protocol):
     """What the trainer needs of a task; `TorchTask` says what each does."""
 
     learning_rate: float
@@ -47,7 +45,6 @@ class Task(Protocol):
     batch_size: int
 
     def model(self) -> nn.Module: ...
-    def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]: ...
     def prepare(self, inputs: Tensor, training: bool) -> Tensor: ...
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor: ...
     def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]: ...
@@ -63,14 +60,9 @@ class TorchTrainer:
         self._task = task
         self._device = choose_device(setup.device)
         self._lock = threading.Lock()
-        if "threads" in setup.options:
-            torch.set_num_threads(_thread_count(setup.options["threads"]))
-        train, held_out = _share(*_data_of(task, setup.data), setup)
-        self._train = batches_of(train, self._device)
-        self._train_data = train
-        self._held_out = None if held_out is None else batches_of(held_out, self._device)
-        if len(self._train) == 0 and not self._held_out:  # with nothing to train on, it can still score
-            raise UsageError(f"{type(task).__name__} has no examples in {setup.data}")
+        if setup.threads is not None:
+            torch.set_num_threads(setup.threads)
+        self._data = LocalData(task, setup, self._device)
         with _seeded(self._device, setup.seed):
             self._model = _model_of(task)
         self._initial = weights_of(self._model)
@@ -92,8 +84,7 @@ class TorchTrainer:
             return self._widths.channels.by_reason
 
     def _example(self) -> Tensor:
-        examples = self._train if len(self._train) else self._held_out
-        assert examples is not None
+        examples = self._data.train if len(self._data.train) else self._data.held_out
         inputs, _ = examples.batch(np.arange(min(2, len(examples))))
         return self._task.prepare(inputs, False)
 
@@ -103,6 +94,8 @@ class TorchTrainer:
         Weights of a sub-model train a narrower model, and with `compression` its local model.
         """
         with self._lock, _seeded(self._device, job.seed, job.round):
+            self._data.refresh()
+            self._data.check_trainable()
             module = self._widths.loaded(weights)
             if job.compression is not None:
                 result = self._train_local(module, weights, job, job.compression)
@@ -111,7 +104,7 @@ class TorchTrainer:
                 ran.check()
                 metrics = {"loss": ran.mean_loss}
                 result = TrainResult(
-                    weights_of(module), len(self._train), ran.steps, metrics, tensor_bytes=ran.tensor_bytes
+                    weights_of(module), len(self._data.train), ran.steps, metrics, tensor_bytes=ran.tensor_bytes
                 )
         _check_finite(result.weights)
         return result
@@ -125,14 +118,14 @@ class TorchTrainer:
             ran.check()
         metrics = {"loss": ran.mean_loss}
         trained = compression.trained()
-        if self._held_out is not None and len(self._held_out):
+        if len(self._data.held_out):
             local.module.eval()
-            scores = _means(self._task, local.outputs, self._held_out)
+            scores = _means(self._task, local.outputs, self._data.held_out)
             metrics |= {f"local_{name}": value for name, value in scores.items()}
         clustered = tuple(local.clusters)
         start, masks = compression.start, compression.masks
         return TrainResult(
-            trained, len(self._train), ran.steps, metrics, start, masks, clustered, ran.tensor_bytes
+            trained, len(self._data.train), ran.steps, metrics, start, masks, clustered, ran.tensor_bytes
         )
 
     def _run(
@@ -150,22 +143,22 @@ class TorchTrainer:
         optimizer = _optimizer(task, parameters, job)
         scaled = None if scaling is None else scaling.prepare(optimizer)
         loss_of = self._loss(job)
-        lonely_batch_fails = len(self._train) > 1 and _has_batch_norm(model)
+        lonely_batch_fails = len(self._data.train) > 1 and _has_batch_norm(model)
         # Kept on the device: reading a loss each step would make the CPU wait for an accelerator. Summed at the
         # end: a small number format could not hold the sum.
         losses: list[Tensor] = []
         examples: list[int] = []
         steps = 0
         memory = TensorBytes(parameters)
-        for indices in job.batches(len(self._train), task.batch_size):
+        for indices in job.batches(len(self._data.train), task.batch_size):
             steps += 1
             if len(indices) == 1 and lonely_batch_fails:
                 continue
-            inputs, targets = self._train.batch(indices)
+            inputs, targets = self._data.train.batch(indices)
             for parameter in parameters:
                 parameter.grad = None
             prepared = task.prepare(inputs, True)
-            with memory.counting() if steps == 1 else nullcontext():
+            with memory.counting() if steps == 1 else nullcontext(), _naming_batch(prepared, targets):
                 loss = loss_of(forward(prepared), targets)
                 total = _with_nested(loss, nested, partial(loss_of, targets=targets), prepared)
             if scaling is None or scaled is None:
@@ -185,17 +178,18 @@ class TorchTrainer:
         """The loss of outputs and targets that is trained; see `LabelAdjustment`."""
         if not job.label_adjustment:
             return self._task.loss
-        adjusted = LabelAdjustment(labels_of(self._train_data), job.label_adjustment)
+        adjusted = LabelAdjustment(self._data.labels(), job.label_adjustment)
         return lambda outputs, targets: self._task.loss(adjusted(outputs), targets)
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
         """Means over the held-out examples of `loss` and the task's metrics."""
-        if self._held_out is None or len(self._held_out) == 0:
-            return None
         with self._lock, _seeded(self._device, 0):
+            self._data.refresh()
+            if not len(self._data.held_out):
+                return None
             module = self._widths.loaded(weights).eval()
-            metrics = _means(self._task, module, self._held_out)
-        return EvalResult(len(self._held_out), metrics)
+            metrics = _means(self._task, module, self._data.held_out)
+            return EvalResult(len(self._data.held_out), metrics)
 
 
 @dataclass(frozen=True)
@@ -225,28 +219,13 @@ def _means(task: Task, model: Forward, held_out: Batches) -> dict[str, float]:
     for start in range(0, len(held_out), _EVALUATION_BATCH):
         indices = np.arange(start, min(start + _EVALUATION_BATCH, len(held_out)))
         inputs, targets = held_out.batch(indices)
-        outputs = model(task.prepare(inputs, False))
-        for name, mean in {"loss": task.loss(outputs, targets), **task.metrics(outputs, targets)}.items():
+        prepared = task.prepare(inputs, False)
+        with _naming_batch(prepared, targets):
+            outputs = model(prepared)
+            means = {"loss": task.loss(outputs, targets), **task.metrics(outputs, targets)}
+        for name, mean in means.items():
             sums[name] = sums.get(name, torch.zeros((), device=outputs.device)) + mean * len(indices)
     return {name: float(total) / len(held_out) for name, total in sums.items()}
-
-
-def _data_of(task: Task, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
-    """What the task's own code gives. Raises TaskError where it is something else."""
-    found: Any = task.data(path)
-    if not isinstance(found, tuple | list) or len(found) != 2 or not _indexable(found[0]):
-        raise TaskError(
-            f"{type(task).__name__}.data() must return two data sets, one to train on and one to score with "
-            f"(or None), each with a length and items (input, target); it returned a {type(found).__name__}"
-        )
-    train, held_out = found
-    if held_out is not None and not _indexable(held_out):
-        raise TaskError(f"{type(task).__name__}.data(): what to score with must be a data set or None")
-    return train, held_out
-
-
-def _indexable(found: object) -> bool:
-    return hasattr(found, "__len__") and hasattr(found, "__getitem__")
 
 
 def _model_of(task: Task) -> nn.Module:
@@ -256,21 +235,6 @@ def _model_of(task: Task) -> nn.Module:
             f"{type(task).__name__}.model() must return a torch.nn.Module, not a {type(model).__name__}"
         )
     return model
-
-
-def _share(
-    train: Dataset[Any], held_out: Dataset[Any] | None, setup: TaskSetup
-) -> tuple[Dataset[Any], Dataset[Any] | None]:
-    """This worker's part of common data, where it was started with `--partition` and `--part`."""
-    if setup.partition is None or setup.part is None:
-        return train, held_out
-    partition, (index, parts) = parse_partition(setup.partition), parse_part(setup.part)
-
-    def part_of(dataset: Dataset[Any]) -> Dataset[Any]:
-        labels = labels_of(dataset) if partition.by_label else np.zeros(size_of(dataset), np.int64)
-        return subset_of(dataset, partition.split(labels, parts, setup.seed)[index])
-
-    return part_of(train), None if held_out is None else part_of(held_out)
 
 
 def _optimizer(task: Task, parameters: list[nn.Parameter], job: TrainJob) -> Optimizer:
@@ -304,6 +268,20 @@ def _seeded(device: torch.device, *seed: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _naming_batch(inputs: Tensor, targets: Tensor) -> Iterator[None]:
+    """Note on an exception what the model and the loss were given: inside of torch nothing else tells."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"inputs {_described(inputs)}, targets {_described(targets)}")
+        raise
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
 def _has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
@@ -312,9 +290,3 @@ def _check_finite(weights: Weights) -> None:
     for name, array in weights.items():
         if array.dtype.kind not in "iub" and not np.isfinite(array.astype(np.float32, copy=False)).all():
             raise TaskError(f"training diverged: {name!r} is not finite; lower the learning rate")
-
-
-def _thread_count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"option threads must be a whole number from 1, not {text!r}")
-    return int(text)

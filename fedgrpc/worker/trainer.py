@@ -17,15 +17,20 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
+import structlog
 
 from fedgrpc.aggregation.channels import ChannelMap
 from fedgrpc.aggregation.compression_plan import CompressionPlan
 from fedgrpc.errors import FedgrpcError, TaskError, UsageError
 
 Weights = Mapping[str, np.ndarray]
+
+_MOST_THREADS: Final = 1024
+
+log = structlog.get_logger()
 
 
 class Cancelled(Exception):
@@ -153,9 +158,9 @@ class EvalResult:
 class Trainer(Protocol):
     """Trains and scores one model on this device's data. Implement it directly for NumPy or scikit-learn.
 
-    A class is constructed with those of `data`, `model`, `device`, `partition`, `part`, `seed`, `setup` and
-    its own options that its constructor names. Arrays handed in are the trainer's own: it may train in them and
-    return them, as `torch.from_numpy` and scikit-learn do.
+    A class is constructed with those of `data`, `model`, `device`, `partition`, `part`, `seed`, `threads`, `setup`
+    and its own options that its constructor names. Arrays handed in are the trainer's own: it may train in them
+    and return them, as `torch.from_numpy` and scikit-learn do.
     """
 
     def initial_weights(self) -> Weights:
@@ -195,10 +200,13 @@ class TaskSetup:
     part: str | None = None
     seed: int = 0
     options: Mapping[str, str] = field(default_factory=dict)
+    threads: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises UsageError for half of what goes together, or a seed of more than 32 bits."""
+        """Raises UsageError for half of what goes together, a seed of more than 32 bits, or less than a thread."""
         _check_seed(self.seed)
+        if self.threads is not None and not 1 <= self.threads <= _MOST_THREADS:
+            raise UsageError(f"threads must be from 1 to {_MOST_THREADS}, not {self.threads}")
         if (self.partition is None) != (self.part is None):
             raise UsageError("--partition and --part go together, as in --partition dirichlet:0.5 --part 3/10")
 
@@ -213,6 +221,7 @@ def load_trainer(
     part: str | None = None,
     seed: int = 0,
     options: Mapping[str, str] | None = None,
+    threads: int | None = None,
 ) -> Trainer:
     """Find and construct the task `package.module:Class`, or `package.module` with one task class in it.
 
@@ -224,7 +233,7 @@ def load_trainer(
         UsageError: no such module or class, it is no task, or it does not take a setting that was given.
         TaskError: importing or constructing it raised.
     """
-    setup = TaskSetup(model, data, device, partition, part, seed, dict(options or {}))
+    setup = TaskSetup(model, data, device, partition, part, seed, dict(options or {}), threads)
     task = find_task(reference)
     with _blaming(reference):
         trainer = _construct(task, setup, reference)
@@ -238,6 +247,8 @@ def find_task(reference: str) -> type:
     module_name, _, class_name = reference.partition(":")
     if not all(part.isidentifier() for part in module_name.split(".")):
         raise UsageError(f"task {reference!r} must look like package.module or package.module:Class")
+    if module_name.endswith(".py"):
+        raise UsageError(f"task {reference!r} must be the name of a module, without .py: {module_name[:-3]}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a console script, unlike `python -m`, does not look beside the user
     with _blaming(reference):
@@ -298,6 +309,7 @@ def constructor_arguments(
     parameters = _parameters(task)
     given: dict[str, Any] = {"data": setup.data, "model": setup.model, "device": setup.device}
     given |= {"partition": setup.partition, "part": setup.part, "seed": setup.seed, "setup": setup}
+    given["threads"] = setup.threads
     arguments = {name: value for name, value in given.items() if name in parameters and value is not None}
     for name in ("data", "model", "partition"):
         if given[name] is not None and not {name, "setup"} & {*parameters, *taken}:
@@ -340,22 +352,24 @@ def _blaming(reference: str) -> Iterator[None]:
     except (Cancelled, FedgrpcError):
         raise
     except (Exception, SystemExit) as error:
+        log.debug("the learning task raised", task=reference, exc_info=True)
         text = " ".join(str(error).split())[:300]
         where = _line_of(error, reference)
         raise TaskError(f"task {reference} raised {type(error).__name__}: {text}{where}") from error
 
 
 def _line_of(error: BaseException, reference: str) -> str:
-    """The innermost line of the task's own package; of whatever library it is in where there is none."""
+    """The innermost line of the task's own package, and notes; the library's where there are neither."""
     if isinstance(error, SyntaxError):
         return ""  # its text says where
     package = reference.partition(":")[0].partition(".")[0]
     lines = list(traceback.walk_tb(error.__traceback__))
     own = [line for line in lines if line[0].f_globals.get("__name__", "").partition(".")[0] == package]
-    if not lines:
-        return ""
-    frame, number = (own or lines)[-1]
-    return f" ({Path(frame.f_code.co_filename).name}:{number})"
+    parts = [str(note) for note in getattr(error, "__notes__", [])]
+    if own or (lines and not parts):
+        frame, number = (own or lines)[-1]
+        parts.append(f"{Path(frame.f_code.co_filename).name}:{number}")
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 class _GuardedTrainer:

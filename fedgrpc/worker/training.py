@@ -191,6 +191,7 @@ def users_code() -> Iterator[None]:
     except (Cancelled, FedgrpcError):
         raise
     except Exception as error:
+        log.debug("the learning task raised", exc_info=True)
         text = " ".join(str(error).split())
         raise TaskError(f"the learning task raised {type(error).__name__}: {text}") from error
 

@@ -51,7 +51,7 @@ def _tree(folder: Path, rounds: int) -> Manifests:
         ),
         ("worker", "fedgrpc-workers"): (
             f"LEAVES={len(LEAVES)}",
-            "FEDGRPC_WORKER_OPTION=threads=1",
+            "FEDGRPC_WORKER_THREADS=1",
             "FEDGRPC_WORKER_SLOWDOWN=50",
         ),
     }

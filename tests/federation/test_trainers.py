@@ -1,12 +1,21 @@
 """Trainers as people write them, with a real aggregator: in place, without effect, one of each example."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
+from fedgrpc.aggregator.settings import TrainingPlan
 from fedgrpc.cli.view import rounds_table
-from fedgrpc.worker.trainer import EvalResult, TrainResult
+from fedgrpc.data.dataset import LabelledData
+from fedgrpc.data.digits import load_digits
+from fedgrpc.data.partition import parse_partition
+from fedgrpc.data.shares import save_share, write_shares
+from fedgrpc.v1 import round_pb2
+from fedgrpc.worker.trainer import EvalResult, TrainResult, load_trainer
 from tests.federation.federation import MODEL, Shifter, aggregating, working
+from tests.federation.process import aggregator_process, worker_process
 
 ONE = {"min_workers": 1}
 
@@ -57,3 +66,74 @@ async def test_training_that_changed_nothing_is_told_by_the_worker_the_aggregato
     assert len([line for line in lines if line["event"] == "training changed nothing"]) == 4
     notes = list(rounds_table(rounds).columns[-1].cells)
     assert all("pi-1: training changed nothing" in note for note in notes)
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("task", ["bring_your_own_torch", "bring_your_own_numpy", "bring_your_own_sklearn"])
+async def test_the_examples_learn_with_a_real_aggregator_and_two_workers(tmp_path, monkeypatch, task):
+    pytest.importorskip("torch").set_num_threads(1)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    shares = write_shares(tmp_path / "shares", load_digits(), parse_partition("iid"), 2, 0)
+    data = [None, None] if task == "bring_your_own_torch" else shares
+    plan = TrainingPlan(epochs=25)
+    async with aggregating(
+        tmp_path, rounds=2, initial_model=None, plan=plan, evaluate=True, upload_recipe="int8+zstd"
+    ) as running:
+        workers = [
+            working(running, tmp_path, f"pi-{number}", load_trainer(task, data=path))
+            for number, path in enumerate(data, start=1)
+        ]
+        await running.until_finished()
+        rounds = await running.rounds()
+        assert [await worker for worker in workers] == [0, 0]
+    scores = [round_.metrics["accuracy"] for round_ in rounds if "accuracy" in round_.metrics]
+    assert scores[-1] > 0.8, scores
+    ended = {task.phase for round_ in rounds for task in round_.tasks}
+    assert ended == {round_pb2.TASK_PHASE_ACCEPTED}
+    assert {round_.kind for round_ in rounds} >= {round_pb2.TASK_KIND_INITIALIZE, round_pb2.TASK_KIND_TRAIN}
+
+
+async def test_a_device_that_gathers_examples_trains_on_them_from_the_next_round_on(tmp_path):
+    pytest.importorskip("torch").set_num_threads(1)
+    digits, path = load_digits(), tmp_path / "share.npz"
+
+    def gathered(count):
+        save_share(path, LabelledData(digits.train.take(np.arange(count)), digits.held_out))
+
+    class Gathering:
+        """The trainer of the digits, on a device that has more examples once it has trained twice."""
+
+        def __init__(self):
+            self._inner = load_trainer("fedgrpc.tasks.digits", data=path)
+            self._trained = 0
+            self.initial_weights, self.evaluate = self._inner.initial_weights, self._inner.evaluate
+
+        def train(self, weights, job):
+            result = self._inner.train(weights, job)
+            self._trained += 1
+            if self._trained == 2:
+                gathered(600)
+            return result
+
+    gathered(100)
+    async with aggregating(tmp_path, policy=ONE, rounds=4, initial_model=None) as running:
+        worker = working(running, tmp_path, "pi-1", Gathering())
+        await running.until_finished()
+        rounds = await running.rounds()
+        assert await worker == 0
+    trained = [round_ for round_ in rounds if round_.kind == round_pb2.TASK_KIND_TRAIN]
+    assert [round_.tasks[0].example_count for round_ in trained] == [100, 100, 600, 600]
+    assert [round_.tasks[0].weight for round_ in trained] == [100, 100, 600, 600]
+
+
+async def test_the_traceback_of_a_learning_task_is_in_the_log_at_level_debug(tmp_path):
+    async with (
+        aggregator_process(tmp_path, "--min-workers", 1) as (_, running),
+        worker_process(running, tmp_path, "pi-1", tmp_path / "data", task="Raises") as worker,
+    ):
+        line = await worker.until("the learning task raised")
+        assert line["level"] == "debug"
+        assert 'raise RuntimeError("no camera")' in line["exception"]
+        assert "RuntimeError: no camera" in (await worker.until("task failed"))["reason"]

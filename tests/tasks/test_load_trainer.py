@@ -98,6 +98,7 @@ def test_a_setting_nobody_takes_is_refused(module, settings, message: str) -> No
     [
         ("", "must look like"),
         ("own/task.py", "must look like"),
+        ("own_task.py", "without .py: own_task"),
         ("no_such_module_x", "there is no module 'no_such_module_x'"),
         ("fedgrpc.tasks.nothing", "there is no module 'fedgrpc.tasks.nothing'"),
         ("json", "task classes found: none"),

@@ -39,7 +39,7 @@ def test_a_dataset_of_items_is_shared_out_by_its_labels() -> None:
         ({"device": "tpu0"}, "no device 'tpu0'"),
         ({"device": "cuda:99"}, "finds"),
         ({"model": "lenet"}, "takes no --model"),
-        ({"options": {"threads": "0"}}, "threads must be"),
+        ({"threads": 0}, "threads must be"),
         ({"options": {"widht": "3"}}, "takes no option 'widht'"),
         ({"partition": "iid", "part": "1/71"}, "cannot be shared out"),
         ({"partition": "x", "part": "1/2"}, "partition 'x'"),
@@ -73,7 +73,7 @@ def test_a_task_that_returns_something_else_is_told_what_to_return(
 def test_threads_are_set_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    trainer_of(Plain, options={"threads": "2"})
+    trainer_of(Plain, threads=2)
     assert asked == [2]
 
 
@@ -82,7 +82,7 @@ def test_no_data_at_all_is_a_usage_error() -> None:
         def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
             return TensorDataset(X[:0], Y[:0]), None
 
-    with pytest.raises(UsageError, match="has no examples"):
+    with pytest.raises(UsageError, match=r"Empty.data\(\) gives no examples"):
         trainer_of(Empty)
 
 
