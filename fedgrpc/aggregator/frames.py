@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from io import FileIO
 
-from fedgrpc.codec.chunk import CHUNK_BYTES, LARGE_CHUNK_BYTES, Chunk, Pace, chunks
+from fedgrpc.codec.chunk import LARGE_CHUNK_BYTES, Chunk, Pace, chunks
 from fedgrpc.codec.crc import crc32
 from fedgrpc.errors import StorageError
 from fedgrpc.rpc.framing import frame, parse
@@ -27,8 +27,8 @@ _BATCH_BYTES = LARGE_CHUNK_BYTES
 _LEAST_BYTES = 16 << 10
 
 Batch = asyncio.Task[list[bytes]]
-# Of a batch: payload, offset, size of its chunks.
-Key = tuple["PayloadFile", int, int]
+# Of a batch: payload, offset, size, and the size of its chunks.
+Key = tuple["PayloadFile", int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class FrameCache:
     """
 
     def __init__(self, limit_bytes: int, sending_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._max_batches = max(2, limit_bytes // _BATCH_BYTES)
+        self._limit_bytes = limit_bytes
         self._batches: OrderedDict[Key, Batch] = OrderedDict()
         self._sending_bytes = sending_bytes
         self._clock = clock
@@ -74,20 +74,21 @@ class FrameCache:
         return min(LARGE_CHUNK_BYTES, max(_LEAST_BYTES, 1 << share.bit_length() >> 1))
 
     async def frames(self, payload: PayloadFile, offset: int) -> AsyncGenerator[bytes, None]:
-        """The payload from `offset` on, in larger chunks to a fast reader; all end at multiples of their size.
+        """The payload from `offset` on, in larger chunks to a faster reader; all end at multiples of their size.
 
         Those who pull at the same time and as fast have chunks of one size, and so the same messages.
         """
         self._pulling += 1
         try:
-            at, pace = offset, Pace()
-            size = min(CHUNK_BYTES, self.message_bytes)
+            at, pace = offset, Pace(least=_LEAST_BYTES)
+            size = min(pace.chunk_bytes, self.message_bytes)
             while at < payload.size_bytes:
                 most = self.message_bytes
-                if at % _BATCH_BYTES == 0:
-                    size = min(pace.chunk_bytes, most)
+                wanted = min(pace.chunk_bytes, most)
+                if wanted < size or at % wanted == 0:
+                    size = wanted
                 end = min(at - at % size + size, at + most, payload.size_bytes)
-                message = await self._frame(payload, at, end, size)
+                message = await self._frame(payload, at, end, size, common=size == most)
                 told_s = self._clock()
                 # Nothing but the one message is held while a slow reader takes it.
                 yield message
@@ -100,28 +101,33 @@ class FrameCache:
                 # The memory is wanted for what comes next, and the page cache has all of it.
                 self._batches.clear()
 
-    async def _frame(self, payload: PayloadFile, offset: int, end: int, chunk_bytes: int) -> bytes:
-        """The bytes from `offset` to `end`, all or a part of a chunk of the usual `chunk_bytes`."""
-        start = offset // _BATCH_BYTES * _BATCH_BYTES
-        if offset != start and (payload, start, chunk_bytes) not in self._batches and end - offset < chunk_bytes:
+    async def _frame(self, payload: PayloadFile, offset: int, end: int, chunk_bytes: int, common: bool) -> bytes:
+        """The bytes from `offset` to `end`, all or a part of a chunk of `chunk_bytes`.
+
+        A `common` size is that of all fast readers: what they ask for next is read ahead.
+        """
+        span = _BATCH_BYTES if common else chunk_bytes
+        start = offset // span * span
+        part = end - offset < chunk_bytes
+        if offset != start and (payload, start, span, chunk_bytes) not in self._batches and part:
             # A whole batch for each of many small messages would be read over and over.
             return (await asyncio.to_thread(payload.frames, offset, end, chunk_bytes))[0]
-        batch = self._batch(payload, start, chunk_bytes)
-        if offset == start and start + _BATCH_BYTES < payload.size_bytes:
-            self._batch(payload, start + _BATCH_BYTES, chunk_bytes)
+        batch = self._batch(payload, start, span, chunk_bytes)
+        if common and offset == start and start + span < payload.size_bytes:
+            self._batch(payload, start + span, span, chunk_bytes)
         made = batch.result() if batch.done() else await asyncio.shield(batch)
         return _part(made[(offset - start) // chunk_bytes], offset, end)
 
-    def _batch(self, payload: PayloadFile, start: int, chunk_bytes: int) -> Batch:
-        key = (payload, start, chunk_bytes)
+    def _batch(self, payload: PayloadFile, start: int, span: int, chunk_bytes: int) -> Batch:
+        key = (payload, start, span, chunk_bytes)
         if key in self._batches:
             self._batches.move_to_end(key)
             return self._batches[key]
-        end = min(start + _BATCH_BYTES, payload.size_bytes)
+        end = min(start + span, payload.size_bytes)
         batch = asyncio.create_task(asyncio.to_thread(payload.frames, start, end, chunk_bytes))
         batch.add_done_callback(lambda _: self._forget_failed(key))
         self._batches[key] = batch
-        while len(self._batches) > self._max_batches:
+        while len(self._batches) > 2 and sum(span for _, _, span, _ in self._batches) > self._limit_bytes:
             self._batches.popitem(last=False)
         return batch
 

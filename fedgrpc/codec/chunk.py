@@ -9,8 +9,13 @@ from fedgrpc.codec.crc import crc32
 from fedgrpc.codec.payload import Read
 from fedgrpc.errors import CorruptError, LayoutError, TooLargeError, WrongOffset
 
+LEAST_CHUNK_BYTES = 4 << 10
+FIRST_CHUNK_BYTES = 64 << 10
 CHUNK_BYTES = 1 << 20
 LARGE_CHUNK_BYTES = 4 << 20
+# Well under any lease, and long enough that a message's own bytes do not count.
+CHUNK_S = 1.0
+_GROWTH = 4
 _FAST_BYTES_PER_S = 32 << 20
 
 
@@ -46,23 +51,44 @@ def chunk_at(read: Read, offset: int, size: int) -> Chunk:
 
 @dataclass
 class Pace:
-    """How large chunks are best: `least` bytes, so that a broken stream loses little, and `most` on a fast link.
+    """How large the next chunk is best: what the link carries in about `CHUNK_S`, within `least` and `most` bytes.
 
-    Beside its bytes a large chunk costs both ends no more work than a small one.
+    A chunk is kept whole or not at all, so on a slow link a broken stream loses little, and a chunk takes far less
+    than the lease. An unknown link begins with `FIRST_CHUNK_BYTES`. Beside its bytes a large chunk costs both ends no
+    more work than a small one, so a fast link gets the largest.
     """
 
-    least: int = CHUNK_BYTES
     most: int = LARGE_CHUNK_BYTES
-    fast: bool = False
+    chunk_bytes: int = FIRST_CHUNK_BYTES
+    least: int = LEAST_CHUNK_BYTES
+    _noted_bytes: int = 0
+    _noted_s: float = 0.0
 
-    @property
-    def chunk_bytes(self) -> int:
-        """Of the next chunk."""
-        return self.most if self.fast else self.least
+    def __post_init__(self) -> None:
+        self.chunk_bytes = min(self.chunk_bytes, self.most)
 
     def note(self, size_bytes: int, took_s: float) -> None:
-        """So long it took to hand over a chunk."""
-        self.fast = size_bytes >= _FAST_BYTES_PER_S * took_s
+        """So long it took to hand over a chunk. The first ones only fill buffers, so a few are looked at together."""
+        self._noted_bytes += size_bytes
+        self._noted_s += took_s
+        if took_s <= 2 * CHUNK_S and self._noted_bytes < (_GROWTH - 1) * self.chunk_bytes:
+            return
+        fits = _largest_chunk(self._noted_bytes, self._noted_s)
+        self.chunk_bytes = max(min(fits, _GROWTH * self.chunk_bytes, self.most), min(self.least, self.most))
+        self._noted_bytes, self._noted_s = 0, 0.0
+
+    def after_break(self) -> None:
+        """The stream broke off: the next one begins small, and smaller each time, until chunks get through."""
+        smaller = min(self.chunk_bytes // _GROWTH, FIRST_CHUNK_BYTES)
+        self.chunk_bytes = max(smaller, min(self.least, self.most))
+        self._noted_bytes, self._noted_s = 0, 0.0
+
+
+def _largest_chunk(size_bytes: int, took_s: float) -> int:
+    """A power of two that a link which carried `size_bytes` in `took_s` carries in `CHUNK_S`."""
+    if size_bytes >= _FAST_BYTES_PER_S * took_s:
+        return LARGE_CHUNK_BYTES
+    return min(CHUNK_BYTES, 1 << int(CHUNK_S * size_bytes / took_s).bit_length() >> 1)
 
 
 def check_chunk(chunk: Chunk, expected_offset: int, remaining_bytes: int) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc.aio
 
-from fedgrpc.codec.chunk import CHUNK_BYTES, LARGE_CHUNK_BYTES, Chunk, Pace, chunk_at
+from fedgrpc.codec.chunk import CHUNK_BYTES, FIRST_CHUNK_BYTES, LARGE_CHUNK_BYTES, Chunk, Pace, chunk_at
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.codec.payload import Read
 from fedgrpc.errors import CorruptError, LayoutError, LinkError, WrongOffset
@@ -37,6 +37,7 @@ _POLL_MARGIN_S: Final = 15.0
 _MAX_REASON_CHARS: Final = 500
 # A hop to a thread costs about as much as to read and frame a small chunk.
 _BATCH_BYTES: Final = LARGE_CHUNK_BYTES
+_BATCH_CHUNKS: Final = 4
 
 Report = Callable[[float], None]
 Moved = Callable[[float], None]
@@ -97,7 +98,7 @@ class AggregatorClient:
         self._clock = clock
         self._max_chunk_bytes = CHUNK_BYTES
         self._introduced_as: tuple[DeviceProfile, Role, Collection[str]] | None = None
-        self._fast = False
+        self._chunk_bytes = FIRST_CHUNK_BYTES
 
     async def register(self, profile: DeviceProfile, role: Role, parts: Collection[str] = ()) -> Registration:
         """Introduce this device, which knows these parts of a local-model plan. Idempotent."""
@@ -124,12 +125,18 @@ class AggregatorClient:
             await self.register(*self._introduced_as)
         return self._max_chunk_bytes < before
 
-    def _pace(self) -> Pace:
-        """As fast as the last upload was at its end; slow where that broke off, for small chunks get through."""
-        sizes = (min(size, self._max_chunk_bytes) for size in (CHUNK_BYTES, LARGE_CHUNK_BYTES))
-        least, most = map(self._throttle.chunk_bytes, sizes)
-        fast, self._fast = self._fast, False
-        return Pace(least, most, fast)
+    @contextmanager
+    def _pace(self) -> Iterator[Pace]:
+        """As fast as the last upload was at its end; slower where that broke off, for small chunks get through."""
+        most = self._throttle.chunk_bytes(min(LARGE_CHUNK_BYTES, self._max_chunk_bytes))
+        pace = Pace(most, self._chunk_bytes)
+        try:
+            yield pace
+        except BaseException:
+            pace.after_break()
+            raise
+        finally:
+            self._chunk_bytes = pace.chunk_bytes
 
     async def poll(self, wait_s: float, held: HeldModel | None) -> Polled:
         """Wait up to `wait_s` for a task; raises UnknownWorker when the aggregator wants a registration."""
@@ -189,15 +196,14 @@ class AggregatorClient:
         """
         size_bytes = header.manifest.size_bytes
         pacer = Pacer(self._throttle.link_bits_per_second)
-        with domain_errors():
+        with domain_errors(), self._pace() as pace:
             async with (
                 self._moving() as moved,
                 _cancelled_on_exit(self._push_update(metadata=self._metadata)) as call,
             ):
                 stream = ClientStream(call)
                 wanted = await stream.write(aggregator_pb2.PushUpdateRequest(header=header))
-                pace = self._pace()
-                async with aclosing(_ahead(_chunks(read, size_bytes, offset, pace), size_bytes)) as framed:
+                async with aclosing(_ahead(_chunks(read, size_bytes, offset, pace), size_bytes, pace)) as framed:
                     async for chunk, message in framed:
                         await pacer.wait(len(chunk.data), moved)
                         sent_s = self._clock()
@@ -207,7 +213,6 @@ class AggregatorClient:
                         moved(0)
                         report((chunk.offset + len(chunk.data)) / size_bytes)
                 response = await stream.finish()
-                self._fast = pace.fast
         return response is not None and bool(response.complete)
 
     async def pull(self, folder: ModelFolder, source: Source, report: Report = _ignore) -> HeldModel:
@@ -328,16 +333,21 @@ def _chunks(read: Read, size_bytes: int, offset: int, pace: Pace) -> Iterator[Ch
         yield chunk
 
 
-async def _ahead(pieces: Iterator[Chunk], size_bytes: int) -> AsyncGenerator[tuple[Chunk, bytes], None]:
-    """Each chunk of a payload with its framed message, read and framed in a thread while those before are sent."""
+async def _ahead(
+    pieces: Iterator[Chunk], size_bytes: int, pace: Pace
+) -> AsyncGenerator[tuple[Chunk, bytes], None]:
+    """Each chunk of a payload with its framed message, read and framed in a thread while those before are sent.
+
+    Only so far ahead that a change of pace is felt at once.
+    """
     loop = asyncio.get_running_loop()
-    coming = loop.run_in_executor(None, _framed, pieces)
+    coming = loop.run_in_executor(None, _framed, pieces, pace)
     try:
         while batch := await coming:
             last, _ = batch[-1]
             ends = last.offset + len(last.data) == size_bytes
             if not ends:
-                coming = loop.run_in_executor(None, _framed, pieces)
+                coming = loop.run_in_executor(None, _framed, pieces, pace)
             for framed in batch:
                 yield framed
             if ends:
@@ -347,10 +357,10 @@ async def _ahead(pieces: Iterator[Chunk], size_bytes: int) -> AsyncGenerator[tup
         await asyncio.wait([coming])
 
 
-def _framed(pieces: Iterator[Chunk]) -> list[tuple[Chunk, bytes]]:
+def _framed(pieces: Iterator[Chunk], pace: Pace) -> list[tuple[Chunk, bytes]]:
     batch: list[tuple[Chunk, bytes]] = []
-    size_bytes = 0
-    while size_bytes < _BATCH_BYTES and (chunk := next(pieces, None)) is not None:
+    size_bytes, wanted_bytes = 0, min(_BATCH_BYTES, _BATCH_CHUNKS * pace.chunk_bytes)
+    while size_bytes < wanted_bytes and (chunk := next(pieces, None)) is not None:
         batch.append((chunk, framing.frame(chunk)))
         size_bytes += len(chunk.data)
     return batch

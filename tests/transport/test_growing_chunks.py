@@ -1,4 +1,4 @@
-"""Chunks have 4 MiB down and 2 MiB up while the other side takes 32 MiB a second and more, else 1 MiB."""
+"""Chunks begin with 64 KiB and become what the link carries in a second: 4 KiB to 1 MiB, and more on a fast one."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from fedgrpc.aggregator.frames import FrameCache, PayloadFile
 from fedgrpc.aggregator.settings import AggregatorSettings
-from fedgrpc.codec.chunk import CHUNK_BYTES, LARGE_CHUNK_BYTES, Pace
+from fedgrpc.codec.chunk import CHUNK_BYTES, FIRST_CHUNK_BYTES, LARGE_CHUNK_BYTES, LEAST_CHUNK_BYTES, Pace
 from fedgrpc.codec.payload import buffer_reader
 from fedgrpc.errors import LinkError, WrongOffset
 from fedgrpc.rpc.channel import open_channel
@@ -73,10 +73,33 @@ async def uploading(tmp_path, clock, **settings):
 
 @pytest.mark.parametrize(("mib_per_s", "fast"), [(8, False), (31, False), (32, True), (1000, True)])
 def test_a_link_is_fast_from_32_mib_a_second_on(mib_per_s, fast):
+    pace = Pace(chunk_bytes=CHUNK_BYTES)
+    for _ in range(9):
+        pace.note(pace.chunk_bytes, pace.chunk_bytes / (mib_per_s * MIB))
+    assert pace.chunk_bytes == (LARGE_CHUNK_BYTES if fast else CHUNK_BYTES)
+
+
+@pytest.mark.parametrize("bytes_per_s", [1, 5_000, 20_000, 100_000, 1_000_000, 10_000_000])
+def test_a_chunk_takes_about_a_second_once_the_link_is_known(bytes_per_s):
     pace = Pace()
-    for size in (CHUNK_BYTES, LARGE_CHUNK_BYTES):
-        pace.note(size, size / (mib_per_s * MIB))
-        assert pace.chunk_bytes == (LARGE_CHUNK_BYTES if fast else CHUNK_BYTES)
+    for _ in range(30):
+        pace.note(pace.chunk_bytes, pace.chunk_bytes / bytes_per_s)
+    assert LEAST_CHUNK_BYTES <= pace.chunk_bytes <= CHUNK_BYTES
+    assert bytes_per_s / 2 < pace.chunk_bytes <= bytes_per_s or pace.chunk_bytes in (LEAST_CHUNK_BYTES, CHUNK_BYTES)
+
+
+def test_each_stream_that_breaks_off_makes_the_next_begin_smaller():
+    pace, sizes = Pace(chunk_bytes=LARGE_CHUNK_BYTES), []
+    for _ in range(4):
+        pace.after_break()
+        sizes.append(pace.chunk_bytes)
+    assert sizes == [FIRST_CHUNK_BYTES, FIRST_CHUNK_BYTES // 4, LEAST_CHUNK_BYTES, LEAST_CHUNK_BYTES]
+
+
+def test_what_fills_the_buffers_of_a_slow_link_at_once_does_not_make_chunks_large():
+    pace = Pace()
+    pace.note(pace.chunk_bytes, 0.0)
+    assert pace.chunk_bytes == FIRST_CHUNK_BYTES
 
 
 async def test_an_upload_grows_its_chunks_while_they_are_taken_fast(tmp_path):
@@ -84,8 +107,10 @@ async def test_an_upload_grows_its_chunks_while_they_are_taken_fast(tmp_path):
         read = Reading()
         assert await client.push(header, read, 0)
         assert sum(read.sizes) == len(PAYLOAD)
-        assert read.sizes[0] == CHUNK_BYTES
+        assert read.sizes[0] == FIRST_CHUNK_BYTES
         assert LARGE_UPLOAD_BYTES in read.sizes
+        # It costs a fast link no more than a dozen messages.
+        assert read.sizes.index(LARGE_UPLOAD_BYTES) < 30
         first = read.sizes.index(LARGE_UPLOAD_BYTES)
         assert set(read.sizes[first:-1]) == {LARGE_UPLOAD_BYTES}
 
@@ -94,7 +119,8 @@ async def test_an_upload_to_a_slow_reader_keeps_to_small_chunks(tmp_path):
     async with uploading(tmp_path, Clock(step_s=4.0)) as (client, header):
         read = Reading()
         assert await client.push(header, read, 0)
-        assert set(read.sizes[:-1]) == {CHUNK_BYTES}
+        assert max(read.sizes) == FIRST_CHUNK_BYTES
+        assert LEAST_CHUNK_BYTES in read.sizes
 
 
 async def test_an_upload_shrinks_its_chunks_when_the_link_has_become_slow(tmp_path):
@@ -108,7 +134,7 @@ async def test_an_upload_shrinks_its_chunks_when_the_link_has_become_slow(tmp_pa
 
         assert await client.push(header, read, 0, report)
         assert LARGE_UPLOAD_BYTES in read.sizes
-        assert CHUNK_BYTES in read.sizes[read.sizes.index(LARGE_UPLOAD_BYTES) :]
+        assert min(read.sizes[read.sizes.index(LARGE_UPLOAD_BYTES) : -1]) < CHUNK_BYTES
 
 
 async def test_an_upload_that_broke_off_goes_on_at_its_byte_in_chunks_of_another_size(tmp_path):
@@ -120,7 +146,7 @@ async def test_an_upload_that_broke_off_goes_on_at_its_byte_in_chunks_of_another
         offset, sizes = await pushed_on(client, header)
         assert 0 < offset < len(PAYLOAD)
         # Large chunks might break off again and again on a link that has become slow.
-        assert set(sizes[:-1]) <= {CHUNK_BYTES}
+        assert max(sizes) <= FIRST_CHUNK_BYTES
         assert sum(sizes) == len(PAYLOAD) - offset
 
 
@@ -141,7 +167,7 @@ async def test_chunks_are_never_larger_than_the_aggregator_takes(tmp_path):
     async with uploading(tmp_path, Clock(), max_chunk_bytes=3 * MIB // 2) as (client, header):
         read = Reading()
         assert await client.push(header, read, 0)
-        assert set(read.sizes[:-1]) == {CHUNK_BYTES, 3 * MIB // 2}
+        assert max(read.sizes) == 3 * MIB // 2
 
 
 @pytest.fixture
@@ -158,8 +184,8 @@ async def test_a_download_grows_and_shrinks_its_chunks_with_its_reader(payload):
         sizes.append(len(parse(message).data))
         if sum(sizes) > 15 * MIB:
             clock.step_s = 4.0
-    assert sizes[:5] == [MIB] * 4 + [4 * MIB]
-    assert sizes[-2] == MIB
+    assert sizes[:11] == [64 << 10] * 4 + [256 << 10] * 3 + [MIB] * 3 + [4 * MIB]
+    assert min(sizes) < MIB
     assert sum(sizes) == len(PAYLOAD)
 
 
