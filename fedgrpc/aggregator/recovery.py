@@ -115,13 +115,15 @@ class Recovery:
         policy = policy_of(self._settings.policy, record.kind)
         tasks = self._stored(open_round.tasks, record.kind, reports)
         left_s = open_round.deadline_at - time.time()
-        state = restore(record.number, policy, tasks, open_round.aim, left_s, it.clock())
+        granted_s = duration_from_proto(record.reconnect_grace)
+        state = restore(record.number, policy, tasks, open_round.aim, left_s, it.clock(), granted_s)
         if record.HasField("deadline"):
             deadline_s = duration_from_proto(record.deadline)
             state = replace(state, deadline_s=deadline_s, deadline_reason=record.deadline_reason)
         started_at = record.started_at.ToNanoseconds() / 1e9
         it.current = current = CurrentRound(state, record.kind, record.base_version, started_at, reports=reports)
-        current.earlier_s = max(0.0, time.time() - started_at)
+        # The wall clock may have been set meanwhile, and a round is not open while nobody is there to play it.
+        current.earlier_s = min(max(0.0, time.time() - started_at), state.deadline_s)
         self._take_over(current, open_round.tasks)
         expected = {task.worker: task.prediction for task in record.tasks if task.HasField("prediction")}
         current.predictions = {
@@ -132,7 +134,21 @@ class Recovery:
             if (recipes := told.get(row.worker, ("", "")))[0]:
                 current.recipes[row.token] = recipes
         await self._offering.prepare_download(current)
-        log.info("round resumed", run=self._settings.run_name, round=record.number, accepted=len(reports))
+        await self._keep_deadline(current, granted_s)
+        log.info(
+            "round resumed",
+            run=self._settings.run_name,
+            round=record.number,
+            accepted=len(reports),
+            time_left_s=round(state.deadline_at - it.clock(), 1) if state.deadline_at is not None else None,
+        )
+
+    async def _keep_deadline(self, current: CurrentRound, granted_s: float) -> None:
+        """What this restart adds to the round's time is remembered by the next one."""
+        it, state = self._it, current.state
+        if state.granted_s > granted_s and state.deadline_at is not None:
+            wall_deadline = time.time() + state.deadline_at - it.clock()
+            await it.in_database(it.store.save_deadline, current.record(it.clock()), wall_deadline)
 
     async def _go_on(self, number: int) -> None:
         """The round that a former process had not opened yet, with the tasks that the one before carried on."""

@@ -169,6 +169,8 @@ class CurrentRound:
             record.dominance.worker, record.dominance.share = dominance.worker, dominance.share
         if state.deadline_at is not None:
             record.deadline.CopyFrom(duration_to_proto(state.deadline_s))
+        if state.granted_s:
+            record.reconnect_grace.CopyFrom(duration_to_proto(state.granted_s))
         record.started_at.FromNanoseconds(int(self.started_at * 1e9))
         left_s = time_left(state, now)
         if left_s is not None and not state.phase.final:

@@ -161,6 +161,14 @@ class RunStore:
             self._save_tasks(tasks)
             self._save_histories(selected)
 
+    def save_deadline(self, record: RoundRecord, deadline_at: float) -> None:
+        """Keep that an open round ends at another time, wall time in seconds, and its record that says so."""
+        with self._transaction():
+            self._db.execute(
+                "UPDATE rounds SET deadline_at = ?, record = ? WHERE number = ? AND open = 1",
+                (deadline_at, record.SerializeToString(), record.number),
+            )
+
     def finish_round(
         self, record: RoundRecord, tasks: Iterable[TaskRow], histories: Histories, version: Version | None
     ) -> None:

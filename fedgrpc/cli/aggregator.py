@@ -89,6 +89,12 @@ SETTINGS: list[Setting] = [
         "--buffer-size",
         "With --late carry: every so many updates make a version, of whatever age (FedBuff).",
     ),
+    _policy(
+        "--reconnect-grace",
+        "After a restart of the aggregator the open round lasts at least this much longer.",
+        name="reconnect_grace_s",
+        type=DURATION,
+    ),
     _policy("--lease", "A worker silent for this long has lost its task.", name="lease_s", type=DURATION),
     _policy(
         "--selection-window",

@@ -53,8 +53,8 @@ def chunk_at(read: Read, offset: int, size: int) -> Chunk:
 class Pace:
     """How large the next chunk is best: what the link carries in about `CHUNK_S`, within `least` and `most` bytes.
 
-    A chunk is kept whole or not at all, so on a slow link a broken stream loses little, and a chunk takes far less
-    than the lease. An unknown link begins with `FIRST_CHUNK_BYTES`. Beside its bytes a large chunk costs both ends no
+    A chunk is kept whole or not at all. So on a slow link a broken stream loses little, and a chunk takes far
+    less than the lease. An unknown link begins with `FIRST_CHUNK_BYTES`. Beside its bytes a large chunk costs both ends no
     more work than a small one, so a fast link gets the largest.
     """
 
@@ -68,7 +68,7 @@ class Pace:
         self.chunk_bytes = min(self.chunk_bytes, self.most)
 
     def note(self, size_bytes: int, took_s: float) -> None:
-        """So long it took to hand over a chunk. The first ones only fill buffers, so a few are looked at together."""
+        """So long it took to hand over a chunk. The first ones only fill buffers: a few are judged together."""
         self._noted_bytes += size_bytes
         self._noted_s += took_s
         if took_s <= 2 * CHUNK_S and self._noted_bytes < (_GROWTH - 1) * self.chunk_bytes:

@@ -27,6 +27,9 @@ class RoundPolicy:
     since its worker was given the model. With `buffer_size` there are no rounds to wait for (FedBuff, arXiv
     2106.06639): the share of workers given by `fraction` and `max_participants` is always at work, every
     `buffer_size` updates make a version, and all others go on.
+
+    An aggregator that comes back leaves its open round at least `reconnect_grace_s`, whatever the deadline says:
+    workers can then reconnect and deliver what they have finished meanwhile.
     """
 
     min_workers: int = 2
@@ -45,6 +48,7 @@ class RoundPolicy:
     late: Literal["discard", "carry"] = "discard"
     max_staleness: int = 5
     buffer_size: int | None = None
+    reconnect_grace_s: float = 60.0
 
     def __post_init__(self) -> None:
         checks = {
@@ -61,6 +65,7 @@ class RoundPolicy:
             "selection_window_s must not be negative": 0 <= self.selection_window_s < math.inf,
             "selection_timeout_s must be a positive number of seconds": self.selection_timeout_s is None
             or 0 < self.selection_timeout_s < math.inf,
+            "reconnect_grace_s must be a number of seconds, or 0": 0 <= self.reconnect_grace_s < math.inf,
         }
         buffered = self.buffer_size is not None
         checks |= {

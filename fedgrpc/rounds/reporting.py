@@ -38,7 +38,8 @@ def check_time(round_: Round, event: Tick, now: float) -> Step:
     if why := enough(round_):
         return close(round_, why, now)
     if round_.deadline_at is not None and now >= round_.deadline_at:
-        return close(round_, f"deadline of {round_.deadline_s:g} s passed", now)
+        granted = f", and {round_.granted_s:.3g} s more after a restart," if round_.granted_s else ""
+        return close(round_, f"deadline of {round_.deadline_s:g} s{granted} passed", now)
     return expire(round_, now)
 
 

@@ -37,6 +37,7 @@ class Round:
     """The whole state of a round. `aim`: how many updates are wanted; `asked`: the `Select` not yet answered.
 
     `ready_at`: when the selection window ends, if one runs; `short_since`: since when too few are idle.
+    `granted_s`: how much later than its own deadline it ends, since the aggregator was away.
     `carried`: tasks that outlive the round, as they stand now; in `tasks` they are late, or accepted in vain.
     """
 
@@ -54,6 +55,7 @@ class Round:
     reason: str = ""
     deadline_s: float = 0.0
     deadline_reason: str = ""
+    granted_s: float = 0.0
     carried: Mapping[str, Task] = field(default_factory=lambda: NO_TASKS)
 
     def find(self, token: str) -> Task:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from fedgrpc.errors import IllegalTransition, RoundClosed
 from fedgrpc.rounds.closing import abort, commit
+from fedgrpc.rounds.deadline import left_after_restart
 from fedgrpc.rounds.events import (
     Abort,
     Accepted,
@@ -117,12 +118,14 @@ def restore(
     aim: int,
     deadline_left_s: float | None,
     now: float,
+    granted_s: float = 0.0,
 ) -> Round:
     """A round rebuilt from what was stored: `StoredTask`s, or as many of their first fields, by slot.
 
     Every lease starts anew: that the aggregator was away is no fault of its workers. The time left is at most the
-    policy's, whatever a wall clock that was set in between may say; None: the round has only carried tasks as
-    yet, and is to select. It wants a `Tick` at once when the updates stored are enough already.
+    policy's and at least its grace (`left_after_restart`), whatever a wall clock that was set in between may say;
+    None: the round has only carried tasks as yet, and is to select. It wants a `Tick` at once when the updates
+    stored are enough already.
 
     How far a worker has come is not stored, so each counts as one that has begun: a task whose worker comes back
     with its update is carried on, though the round may end before it is heard of.
@@ -145,8 +148,10 @@ def restore(
     round_ = Round(number, policy, now, tasks=Tasks(rebuilt), deadline_s=policy.deadline_s)
     if deadline_left_s is None:
         return round_
-    left_s = min(max(deadline_left_s, 0.0), policy.deadline_s)
-    return replace(round_, phase=RoundPhase.REPORTING, aim=aim, deadline_at=now + left_s)
+    left = left_after_restart(deadline_left_s, granted_s, policy)
+    return replace(
+        round_, phase=RoundPhase.REPORTING, aim=aim, deadline_at=now + left.seconds, granted_s=left.granted_s
+    )
 
 
 def wake_at(round_: Round) -> float | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,8 +85,12 @@ class Aggregator:
         ]
         if disk.open is not None:
             left_s = disk.open.deadline_at - self.world.wall_now
-            self.round = restore(number, policy, tasks, disk.open.aim, left_s, now)
+            self.round = restore(number, policy, tasks, disk.open.aim, left_s, now, disk.open.granted_s)
             self.world.watch.restored(self.round)
+            assert self.round.deadline_at is not None
+            if self.round.granted_s > disk.open.granted_s:
+                wall_deadline_at = self.world.wall_now + self.round.deadline_at - now
+                disk.open = replace(disk.open, deadline_at=wall_deadline_at, granted_s=self.round.granted_s)
         elif tasks:
             self.round = restore(number, policy, tasks, 0, None, now)
         for token, task in self.round.tasks.items() if self.round else ():

@@ -29,6 +29,7 @@ class OpenRound:
     number: int
     aim: int
     deadline_at: float
+    granted_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Disk:
         for row in self.rows_of(round_.number):
             if row.token not in round_.tasks:
                 del self.rows[row.token]
-        self.open = OpenRound(round_.number, round_.aim, wall_deadline_at)
+        self.open = OpenRound(round_.number, round_.aim, wall_deadline_at, round_.granted_s)
         self._save_rows(round_)
 
     def append(self, token: str, update: UpdateId, total: int) -> int:

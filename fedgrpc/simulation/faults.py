@@ -105,6 +105,7 @@ def draw_policy(rng: np.random.Generator, habits: Sequence[Habits]) -> RoundPoli
         lease_s=float(rng.uniform(1.5, 6)),
         selection_window_s=float(rng.choice([0.0, 0.5, 2.0])),
         selection_timeout_s=float(rng.uniform(5, 20)) if rng.random() < 0.3 else None,
+        reconnect_grace_s=(0.0, 2.0, 20.0)[workers % 3],
     )
 
 

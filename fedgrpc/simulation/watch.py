@@ -3,7 +3,7 @@
     counted once     no update is in two versions, or twice in one; no worker has two from one model
     quorum           a committed round has its quorum, all of it from its own tasks
     versions grow    each committed version is the one after the last; no worker is told one that is not durable
-    ends on time     no round outlives its deadline plus grace
+    ends on time     no round outlives its deadline plus grace, and after a restart the time to reconnect
     bound held       no more tasks at work than asked for, no more files than a worker's two, no update too stale
     none refused     a refused update is in no version
     nothing lost     an acknowledged update is in its round's model, or in the next's if it was carried
@@ -40,6 +40,7 @@ class Watch:
         self._counted: dict[UpdateId, int] = {}
         self._refused: set[UpdateId] = set()
         self._end_by: float | None = None
+        self._granted: dict[int, float] = {}
         # A round that ends writes four times, and each write takes its time.
         self._grace_s = 1.0 + 20 * world.faults.write_s
         self._acknowledged: set[str] = set()
@@ -87,7 +88,12 @@ class Watch:
         world = self._world
         assert world.aggregator.disk.open is not None
         left_s = world.aggregator.disk.open.deadline_at - world.wall_now
-        self._end_by = world.loop.now + min(max(left_s, 0.0), world.policy.deadline_s) + self._grace_s
+        own_s = min(max(left_s, 0.0), world.policy.deadline_s)
+        spent_s = self._granted.get(round_.number, 0.0)
+        most_s = max(world.policy.reconnect_grace_s, world.policy.deadline_s)
+        more_s = max(0.0, min(world.policy.reconnect_grace_s - own_s, most_s - spent_s))
+        self._granted[round_.number] = spent_s + more_s
+        self._end_by = world.loop.now + own_s + more_s + self._grace_s
         for token in round_.tasks:
             self._offered_at.setdefault(token, self._versions)
 

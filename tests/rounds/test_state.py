@@ -261,10 +261,10 @@ def test_a_restored_round_has_the_same_accepted_updates_and_fresh_leases() -> No
         ("b", "B", TaskPhase.UPLOADING, ""),
         ("c", "C", TaskPhase.FAILED, "oom"),
     ]
-    round_ = restore(7, RoundPolicy(lease_s=30.0), rows, aim=2, deadline_left_s=50.0, now=1000.0)
+    round_ = restore(7, RoundPolicy(lease_s=30.0), rows, aim=2, deadline_left_s=90.0, now=1000.0)
     assert (round_.number, round_.accepted, round_.aim) == (7, ("a",), 2)
     assert round_.tasks["b"].lease_until == 1030.0
-    assert round_.deadline_at == 1050.0
+    assert round_.deadline_at == 1090.0
     assert [task.slot for task in round_.tasks.values()] == [0, 1, 2]
     it = Scenario(round_=round_)
     assert committed_tokens(it.accept("b")) == ("a", "b")
@@ -279,8 +279,33 @@ def test_a_restored_round_whose_updates_are_enough_commits_at_once() -> None:
     assert after.reason == "enough updates are in"
 
 
-@pytest.mark.parametrize(("left_s", "deadline_at"), [(-3600.0, 1000.0), (86_400.0, 1600.0)])
+@pytest.mark.parametrize(("left_s", "deadline_at"), [(-30 * 86_400.0, 1045.0), (86_400.0, 1600.0)])
 def test_a_wall_clock_that_was_set_cannot_make_a_restored_round_longer(left_s: float, deadline_at: float) -> None:
     rows = [("a", "A", TaskPhase.OFFERED, "")]
-    round_ = restore(7, RoundPolicy(deadline_s=600.0), rows, aim=1, deadline_left_s=left_s, now=1000.0)
+    policy = RoundPolicy(deadline_s=600.0, reconnect_grace_s=45.0)
+    round_ = restore(7, policy, rows, aim=1, deadline_left_s=left_s, now=1000.0)
     assert round_.deadline_at == deadline_at
+
+
+@pytest.mark.parametrize("left_s", [-3600.0, 0.0, 7.0])
+def test_a_round_whose_deadline_passed_while_the_aggregator_was_away_takes_what_was_finished_meanwhile(
+    left_s: float,
+) -> None:
+    rows = [("a", "A", TaskPhase.TRAINING, "")]
+    policy = RoundPolicy(deadline_s=10.0, lease_s=90.0, reconnect_grace_s=60.0)
+    it = Scenario(round_=restore(7, policy, rows, aim=2, deadline_left_s=left_s, now=100.0))
+    assert it.round.granted_s == 60.0 - max(left_s, 0.0)
+    assert not it.wait(59.9)
+    it.accept("a")
+    assert committed_tokens(it.wait(0.1)) == ("a",)
+    assert "restart" in it.round.reason
+
+
+def test_restarts_together_add_no_more_than_a_deadline_to_a_round() -> None:
+    policy, granted_s, added = RoundPolicy(deadline_s=100.0, reconnect_grace_s=60.0), 0.0, []
+    for _ in range(4):
+        round_ = restore(7, policy, [("a", "A", TaskPhase.OFFERED, "")], 1, -1.0, 0.0, granted_s)
+        assert round_.deadline_at is not None
+        added.append(round_.deadline_at)
+        granted_s = round_.granted_s
+    assert added == [60.0, 40.0, 0.0, 0.0]

@@ -1,4 +1,4 @@
-"""Chunks begin with 64 KiB and become what the link carries in a second: 4 KiB to 1 MiB, and more on a fast one."""
+"""Chunks begin with 64 KiB and become what a link carries in a second: 4 KiB to 1 MiB, more on a fast one."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -85,7 +85,10 @@ def test_a_chunk_takes_about_a_second_once_the_link_is_known(bytes_per_s):
     for _ in range(30):
         pace.note(pace.chunk_bytes, pace.chunk_bytes / bytes_per_s)
     assert LEAST_CHUNK_BYTES <= pace.chunk_bytes <= CHUNK_BYTES
-    assert bytes_per_s / 2 < pace.chunk_bytes <= bytes_per_s or pace.chunk_bytes in (LEAST_CHUNK_BYTES, CHUNK_BYTES)
+    assert bytes_per_s / 2 < pace.chunk_bytes <= bytes_per_s or pace.chunk_bytes in (
+        LEAST_CHUNK_BYTES,
+        CHUNK_BYTES,
+    )
 
 
 def test_each_stream_that_breaks_off_makes_the_next_begin_smaller():
