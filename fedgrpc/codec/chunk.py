@@ -53,9 +53,9 @@ def chunk_at(read: Read, offset: int, size: int) -> Chunk:
 class Pace:
     """How large the next chunk is best: what the link carries in about `CHUNK_S`, within `least` and `most` bytes.
 
-    A chunk is kept whole or not at all. So on a slow link a broken stream loses little, and a chunk takes far
-    less than the lease. An unknown link begins with `FIRST_CHUNK_BYTES`. Beside its bytes a large chunk costs both ends no
-    more work than a small one, so a fast link gets the largest.
+    A chunk is kept whole or not at all. So on a slow link a broken stream loses little, and a chunk takes far less
+    than the lease. An unknown link begins with `FIRST_CHUNK_BYTES`. Beside its bytes a large chunk costs both ends
+    no more work than a small one, so a fast link gets the largest.
     """
 
     most: int = LARGE_CHUNK_BYTES
