@@ -22,6 +22,15 @@ _SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h> of Linux
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
+def make_private(folder: Path) -> None:
+    """Make `folder`, with those above it, for this user alone; one that is there stays as it is. Raises OSError.
+
+    Updates of single devices, tokens and models lie there.
+    """
+    for missing in [path for path in (folder, *folder.parents) if not path.exists()][::-1]:
+        missing.mkdir(mode=0o700, exist_ok=True)
+
+
 class SpareFiles:
     """Removed files kept under `folder` for the next ones, `max_files` at most. Thread-safe.
 
@@ -30,7 +39,7 @@ class SpareFiles:
 
     def __init__(self, folder: Path, max_files: int) -> None:
         """Raises OSError."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         self._folder = folder
         self._max_files = max_files
         self._lock = threading.Lock()
@@ -42,7 +51,7 @@ class SpareFiles:
         with self._lock:
             spare = self._spares.pop() if self._spares else None
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        handle = os.open(path, flags | os.O_TRUNC, 0o666) if spare is None else os.open(spare, flags, 0o666)
+        handle = os.open(path, flags | os.O_TRUNC, 0o600) if spare is None else os.open(spare, flags, 0o600)
         try:
             pwrite(handle, head, 0)
             if spare is not None:

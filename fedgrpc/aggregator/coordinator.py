@@ -112,6 +112,7 @@ class Coordinator:
     def close(self) -> None:
         """Let the database go."""
         self._database.shutdown()
+        self.models.close()
         self.store.close()
 
     @property

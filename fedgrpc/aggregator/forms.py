@@ -34,7 +34,7 @@ from fedgrpc.codec.payload import PayloadWriter, encode_tensor, naming
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.uniform import Uniform
 from fedgrpc.errors import StorageError, UsageError
-from fedgrpc.spares import SpareFiles
+from fedgrpc.spares import SpareFiles, make_private
 
 _NAME = re.compile(r"(\d+)-([0-9a-f]{64})(?:-([a-z]+:[0-9.e-]+))?\.safetensors")
 
@@ -134,7 +134,7 @@ class Forms:
 
     def __init__(self, folder: Path) -> None:
         """Raises OSError."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         self._folder = folder
         self._spares = SpareFiles(folder / "spare", 1)
         self._lock = threading.Lock()

@@ -22,7 +22,7 @@ from fedgrpc.codec.crc import crc32
 from fedgrpc.errors import StorageError
 from fedgrpc.rpc.framing import frame, parse
 
-_BATCH_BYTES = LARGE_CHUNK_BYTES
+_BATCH_BYTES = 4 << 20
 # A message costs about as much as copying this much.
 _LEAST_BYTES = 16 << 10
 
@@ -58,9 +58,17 @@ class FrameCache:
     """Frames of any number of payloads, up to about `limit_bytes` of them. Lives on one event loop.
 
     The messages that are on their way to all who pull have about `sending_bytes` together, or 16 KiB each.
+    None has more than `max_chunk_bytes` of a payload.
     """
 
-    def __init__(self, limit_bytes: int, sending_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        limit_bytes: int,
+        sending_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+        max_chunk_bytes: int = LARGE_CHUNK_BYTES,
+    ) -> None:
+        self._max_chunk_bytes = 1 << min(max_chunk_bytes, LARGE_CHUNK_BYTES).bit_length() - 1
         self._limit_bytes = limit_bytes
         self._batches: OrderedDict[Key, Batch] = OrderedDict()
         self._sending_bytes = sending_bytes
@@ -71,7 +79,7 @@ class FrameCache:
     def message_bytes(self) -> int:
         """What one message may hold now, a power of two."""
         share = self._sending_bytes // max(1, self._pulling)
-        return min(LARGE_CHUNK_BYTES, max(_LEAST_BYTES, 1 << share.bit_length() >> 1))
+        return min(self._max_chunk_bytes, max(_LEAST_BYTES, 1 << share.bit_length() >> 1))
 
     async def frames(self, payload: PayloadFile, offset: int) -> AsyncGenerator[bytes, None]:
         """The payload from `offset` on, in larger chunks to a faster reader; all end at multiples of their size.

@@ -2,23 +2,24 @@
 
 models/000007.safetensors       version 7
 optimizer/000007.safetensors    what the server optimizer remembers after version 7
-encoded/000007-HASH.payload     version 7 in one recipe, or its difference; made anew when it is not there
+encoded/000007-3.payload        version 7 in one recipe, or its difference; made anew by each process
 held/                           what workers hold of it (fedgrpc.aggregator.forms)
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import re
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import structlog
@@ -28,6 +29,7 @@ from fedgrpc.aggregation.channels import Selection, SubModel
 from fedgrpc.aggregator.forms import Forms, Source
 from fedgrpc.aggregator.frames import FrameCache, PayloadFile
 from fedgrpc.aggregator.model_file import ModelFile, ModelTensors
+from fedgrpc.codec.chunk import LARGE_CHUNK_BYTES
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.codec.manifest import Manifest, TensorEntry
 from fedgrpc.codec.payload import write_payload
@@ -35,17 +37,16 @@ from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import EncodeError, Exhausted, FedgrpcError, NotFound, StorageError, UsageError
 from fedgrpc.rpc.convert import manifest_to_proto
-from fedgrpc.spares import SpareFiles
+from fedgrpc.spares import SpareFiles, make_private
 from fedgrpc.v1.aggregator_pb2 import ModelHeader, PullModelResponse
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 # What a worker says to hold: a version, and the SHA-256 of the payload that made it.
 Held = tuple[int, bytes]
 
 _VERSION = re.compile(r"(\d+)(-|\.safetensors$)")
-# Keys of payloads whose receivers are known to hold what they then make differences to.
-_HELD = re.compile(r" (held$|to [0-9a-f]{64} or )")
 
 _FRAMES_BYTES = 16 << 20
 _SENDING_BYTES = 16 << 20
@@ -54,6 +55,8 @@ _MAX_SPARES = 1
 _MAX_DIFFERENCES = 3
 # A difference that is hardly larger than the model is worth its bytes: it loses far less.
 _SLACK = 1.05
+# Encoding a model may take minutes. Uploads have threads of their own, so they do not wait for it.
+_ENCODERS = 2
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,6 @@ class Slice:
         """As it is on the wire; "" is the whole model."""
         return "" if self.sub_model.whole else str(self.sub_model)
 
-    @property
-    def mark(self) -> str:
-        """What tells its recipes from those of others."""
-        return f"|{self.name}" if self.name else ""
-
     def layout(self, model: Layout) -> Layout:
         """The tensors that it has of a model of that layout."""
         shapes = packed.sub_layout(model, self.selection)
@@ -93,6 +91,22 @@ class Slice:
 
 
 WHOLE = Slice()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One encoded form of a version, by all that decides its bytes.
+
+    `base` is what a difference is taken to, and `whole` the recipe that stands in where the difference is worth
+    nothing. `kept`: what it makes its receivers hold is kept, as the base of differences to come.
+    """
+
+    version: int
+    recipe: Recipe
+    slice_name: str = ""
+    base: Held | None = None
+    whole: Recipe | None = None
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +129,9 @@ class EncodedModel:
 class ModelStore:
     """The versions in a data folder."""
 
-    def __init__(self, data_dir: Path, downlinks: Sequence[Downlink] = ()) -> None:
+    def __init__(
+        self, data_dir: Path, downlinks: Sequence[Downlink] = (), max_chunk_bytes: int = LARGE_CHUNK_BYTES
+    ) -> None:
         """`downlinks`: those of all workers, the usual one first. Raises OSError."""
         self._downlinks = tuple(downlinks) or (Downlink(Recipe(Raw())),)
         self._max_differences = _MAX_DIFFERENCES + len({downlink.difference for downlink in self._downlinks}) - 1
@@ -123,15 +139,25 @@ class ModelStore:
         self._opened: tuple[tuple[int, ...], ModelFile] | None = None
         self._models = data_dir / "models"
         self._memories = data_dir / "optimizer"
-        self._encoded = data_dir / "encoded"
-        for folder in (self._models, self._memories, self._encoded):
-            folder.mkdir(parents=True, exist_ok=True)
+        self._encoded_folder = data_dir / "encoded"
+        for folder in (self._models, self._memories, self._encoded_folder):
+            make_private(folder)
         self.spares = SpareFiles(data_dir / "models" / "spare", _MAX_SPARES)
         self._forms = Forms(data_dir / "held")
-        for path in self._encoded.iterdir():
+        for path in self._encoded_folder.iterdir():
             path.unlink(missing_ok=True)
-        self._made: dict[tuple[int, str], asyncio.Task[EncodedModel]] = {}
-        self.frames = FrameCache(_FRAMES_BYTES, _SENDING_BYTES)
+        self._made: dict[Variant, asyncio.Task[EncodedModel]] = {}
+        self._numbers = count(1)
+        self._encoders = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="encoding")
+        self.frames = FrameCache(_FRAMES_BYTES, _SENDING_BYTES, max_chunk_bytes=max_chunk_bytes)
+
+    def close(self) -> None:
+        """Begin no further encoding."""
+        self._encoders.shutdown(wait=False, cancel_futures=True)
+
+    async def in_encoder(self, call: Callable[..., T], *args: object) -> T:
+        """Run a call that may take long in the threads that encode."""
+        return await asyncio.get_running_loop().run_in_executor(self._encoders, call, *args)
 
     def path(self, version: int) -> Path:
         """Where `version` is, or will be."""
@@ -168,38 +194,39 @@ class ModelStore:
         self,
         version: int,
         recipe: Recipe,
-        max_recipes: int | None = None,
+        max_foreign: int | None = None,
         its: Slice = WHOLE,
     ) -> EncodedModel:
         """`version`, or a slice of it, in `recipe`; made once for all who ask.
 
-        Raises `NotFound`, `StorageError`, and `Exhausted` when it is kept in `max_recipes` others already.
+        Raises `NotFound`, `StorageError`, and `Exhausted` when `max_foreign` others are kept that no worker is
+        told to pull.
         """
-        key = (version, f"{recipe}{its.mark}")
-        if key not in self._made:
-            if max_recipes is not None and len(self._foreign(version)) >= max_recipes:
-                raise Exhausted(f"model version {version} is already kept in {max_recipes} recipes")
-            model = self.open(version)
-            encode = asyncio.to_thread(self._encode, model, version, recipe, key[1], its)
-            self._made[key] = asyncio.create_task(encode)
-        return await self._wait_for(key)
+        variant = Variant(version, recipe, its.name)
+        if variant not in self._made and max_foreign is not None and self._foreign_count(version) >= max_foreign:
+            raise Exhausted(f"model version {version} is already kept in {max_foreign} other forms")
+        return await self._encoded(variant, its)
 
-    def _foreign(self, version: int) -> list[str]:
-        """What is kept of a version beside that which workers are told to pull."""
-        own = {str(downlink.whole) for downlink in self._downlinks}
-        texts = (text for made, text in self._made if made == version)
-        return [text for text in texts if text not in own and not _HELD.search(text)]
+    async def _encoded(self, variant: Variant, its: Slice) -> EncodedModel:
+        if variant not in self._made:
+            encoding = self.in_encoder(self._encode, self.open(variant.version), variant, its)
+            self._made[variant] = asyncio.create_task(encoding)
+        return await self._wait_for(variant)
+
+    def _foreign_count(self, version: int) -> int:
+        """How many variants are kept of a version beside those which workers are told to pull."""
+        own = {downlink.whole for downlink in self._downlinks}
+        return sum(
+            variant.version == version
+            and not (variant.kept or variant.base is not None)
+            and not (variant.recipe in own and not variant.slice_name)
+            for variant in self._made
+        )
 
     async def _whole(self, version: int, downlink: Downlink, its: Slice) -> EncodedModel:
         """No difference; what it makes its receivers hold is kept where a difference to that may follow."""
-        if downlink.difference is None or its.sub_model.moves:
-            return await self.encoded(version, downlink.whole, its=its)
-        key = (version, f"{downlink.whole}{its.mark} held")
-        if key not in self._made:
-            model = self.open(version)
-            encode = asyncio.to_thread(self._encode, model, version, downlink.whole, key[1], its, True)
-            self._made[key] = asyncio.create_task(encode)
-        return await self._wait_for(key)
+        kept = downlink.difference is not None and not its.sub_model.moves
+        return await self._encoded(Variant(version, downlink.whole, its.name, kept=kept), its)
 
     async def offered(
         self, version: int, held: Held | None = None, downlink: Downlink | None = None, its: Slice = WHOLE
@@ -214,39 +241,34 @@ class ModelStore:
         recipe = downlink.difference
         if held is None or recipe is None or held[0] >= version or not self.holds(held, its):
             return await self._whole(version, downlink, its)
-        key = (version, f"{recipe}{its.mark} to {held[1].hex()} or {downlink.whole}")
-        if key not in self._made:
-            if self._differences(version, its) >= self._max_differences:
+        variant = Variant(version, recipe, its.name, base=held, whole=downlink.whole)
+        if variant not in self._made:
+            if self._difference_count(version, its) >= self._max_differences:
                 return await self._whole(version, downlink, its)
-            self._made[key] = asyncio.create_task(self._difference(version, downlink, held, key[1], its))
-        return await self._wait_for(key)
+            self._made[variant] = asyncio.create_task(self._difference(variant, downlink, its))
+        return await self._wait_for(variant)
 
-    def _differences(self, version: int, its: Slice) -> int:
-        recipes = (text.partition(" to ") for made, text in self._made if made == version)
-        return sum(bool(base) and recipe.partition("|")[2] == its.name for recipe, base, _ in recipes)
+    def _difference_count(self, version: int, its: Slice) -> int:
+        alike = (made for made in self._made if made.version == version and made.slice_name == its.name)
+        return sum(made.base is not None for made in alike)
 
     def holds(self, held: Held, its: Slice = WHOLE) -> bool:
         """Whether this is a form that was given here, and a difference to it can be made."""
         return self._forms.knows((*held, its.name))
 
-    async def _wait_for(self, key: tuple[int, str]) -> EncodedModel:
+    async def _wait_for(self, variant: Variant) -> EncodedModel:
         try:
-            return await asyncio.shield(self._made[key])
+            return await asyncio.shield(self._made[variant])
         except FedgrpcError:
-            self._made.pop(key, None)
+            self._made.pop(variant, None)
             raise
 
-    async def _difference(
-        self, version: int, downlink: Downlink, held: Held, text: str, its: Slice
-    ) -> EncodedModel:
-        recipe = downlink.difference
-        assert recipe is not None
+    async def _difference(self, variant: Variant, downlink: Downlink, its: Slice) -> EncodedModel:
+        version = variant.version
         try:
-            made = await asyncio.to_thread(
-                self._encode_difference, self.open(version), version, recipe, held, text, its
-            )
+            made = await self.in_encoder(self._encode_difference, self.open(version), variant, its)
         except EncodeError as error:
-            log.warning("model sent whole", version=version, recipe=str(recipe), reason=str(error))
+            log.warning("model sent whole", version=version, recipe=str(variant.recipe), reason=str(error))
             made = None
         whole_bytes = self._whole_bytes.get((downlink.whole, its.name))
         if made is not None and (whole_bytes is None or made.manifest.size_bytes <= _SLACK * whole_bytes):
@@ -255,49 +277,41 @@ class ModelStore:
             await asyncio.to_thread(self._forms.drop, (version, made.manifest.sha256, its.name))
         return await self._whole(version, downlink, its)
 
-    def _encode_difference(
-        self, model: ModelFile, version: int, recipe: Recipe, held: Held, text: str, its: Slice
-    ) -> EncodedModel | None:
-        """None where `held` is not there any more, or of another layout."""
+    def _encode_difference(self, model: ModelFile, variant: Variant, its: Slice) -> EncodedModel | None:
+        """None where the base is not there any more, or of another layout."""
+        version, held = variant.version, variant.base
+        assert held is not None
         with self._forms.reading((*held, its.name)) as base:
             if base is None or base.layout != its.layout(model.layout):
                 return None
             rng = np.random.default_rng([version, *held[1]])
-            with self._payload_file(version, text) as file:
-                recipe = recipe.for_layout(model.layout)
+            with self._payload_file(version) as file:
+                recipe = variant.recipe.for_layout(model.layout)
                 source = Source(version, base.layout, its.of(model), ModelTensors(base), its.name)
                 manifest = self._forms.write(source, recipe, file, rng)
         return EncodedModel(version, manifest, _open_payload(Path(file.name), 0), held[0])
 
-    def _encode(
-        self,
-        model: ModelFile,
-        version: int,
-        recipe: Recipe,
-        key: str,
-        its: Slice,
-        keep_form: bool = False,
-    ) -> EncodedModel:
+    def _encode(self, model: ModelFile, variant: Variant, its: Slice) -> EncodedModel:
+        version, recipe = variant.version, variant.recipe
         if (
             its.selection is None
-            and not keep_form
+            and not variant.kept
             and _is_raw(recipe, model.layout)
             and model.tensors_sha256 is not None
         ):
             return EncodedModel(version, _raw_manifest(model), _open_payload(model.path, model.tensors_start))
-        with self._payload_file(version, key) as file:
+        with self._payload_file(version) as file:
             named = recipe.for_layout(model.layout)
             source = Source(version, its.layout(model.layout), its.of(model), None, its.name)
-            manifest = _write(source, named, file, self._forms if keep_form else None)
-        if keep_form:
+            manifest = _write(source, named, file, self._forms if variant.kept else None)
+        if variant.kept:
             self._whole_bytes[recipe, its.name] = manifest.size_bytes
         return EncodedModel(version, manifest, _open_payload(Path(file.name), 0))
 
     @contextmanager
-    def _payload_file(self, version: int, key: str) -> Iterator[BinaryIO]:
+    def _payload_file(self, version: int) -> Iterator[BinaryIO]:
         """A new file for a payload; it is removed where writing it fails. Raises `StorageError`."""
-        name = hashlib.sha256(key.encode()).hexdigest()[:16]
-        path = self._encoded / f"{version:06d}-{name}.payload"
+        path = self._encoded_folder / f"{version:06d}-{next(self._numbers)}.payload"
         try:
             with path.open("wb") as file:
                 yield file
@@ -307,12 +321,13 @@ class ModelStore:
 
     async def prune(self, keep: frozenset[int]) -> None:
         """Remove every version that is not in `keep`, in all its forms."""
-        pulled = {key[0] for key in list(self._made) if key[0] not in keep and self._let_go(key)}
+        gone = [variant for variant in self._made if variant.version not in keep]
+        pulled = {variant.version for variant in gone if self._let_go(variant)}
         await asyncio.to_thread(self._remove_files, keep, pulled)
 
-    def _let_go(self, key: tuple[int, str]) -> bool:
+    def _let_go(self, variant: Variant) -> bool:
         """Forget an encoded form; whether somebody is still pulling it."""
-        made = self._made.pop(key)
+        made = self._made.pop(variant)
         if not made.done():
             return True
         if made.cancelled() or made.exception() is not None:
@@ -327,7 +342,7 @@ class ModelStore:
         try:
             # Those who have waited for `keep` hold the version before it.
             self._forms.prune(keep | {min(keep) - 1})
-            for folder in (self._models, self._memories, self._encoded):
+            for folder in (self._models, self._memories, self._encoded_folder):
                 for path in folder.iterdir():
                     number = _VERSION.match(path.name)
                     if number is None or int(number[1]) in keep:

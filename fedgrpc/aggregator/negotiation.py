@@ -26,7 +26,7 @@ AUTO_UPLOAD = "entropy:c=8+zstd below 2mbit | entropy:c=3+zstd below 20mbit | in
 AUTO_DOWNLOAD = "int8+zstd | int8 | raw"
 AUTO_DIFFERENCE = "entropy:c=1+zstd below 20mbit | int8+zstd | int8 | raw"
 _DIFFERENCE = "~"
-_RAW = Recipe.parse("raw")
+RAW = Recipe.parse("raw")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def text_of(downlink: Downlink) -> str:
     """A downlink in one word; the difference is left out where the recipe of the whole model says it, too."""
     if downlink == _downlink(downlink.whole, downlink.whole):
         return str(downlink.whole)
-    return f"{downlink.whole}{_DIFFERENCE}{downlink.difference or _RAW}"
+    return f"{downlink.whole}{_DIFFERENCE}{downlink.difference or RAW}"
 
 
 @lru_cache(maxsize=64)
@@ -86,6 +86,13 @@ class Negotiation:
             difference = AUTO
         self._difference = None if difference is None else _preferences(difference, AUTO_DIFFERENCE)
         self.downlinks = tuple(dict.fromkeys(self._downlinks()))
+        # Of the recipe of whole models alone the first downlink is the one.
+        self._downlink_of: dict[str, Downlink] = {}
+        for downlink in self.downlinks:
+            self._downlink_of[text_of(downlink)] = self._downlink_of[full_text(text_of(downlink))] = downlink
+        for downlink in self.downlinks:
+            for text in (str(downlink.whole), downlink.whole.full_text):
+                self._downlink_of.setdefault(text, downlink)
         for recipe in self._difference.recipes if self._difference else ():
             if not recipe.contractive:
                 raise UsageError(
@@ -141,13 +148,8 @@ class Negotiation:
         record.download_recipe, record.upload_recipe = agreed.download_text, str(agreed.upload)
 
     def downlink_of(self, text: str) -> Downlink | None:
-        """The downlink that a worker was told as `text`; None: it was not told so. Raises UsageError."""
-        whole, _, difference = text.partition(_DIFFERENCE)
-        recipe = Recipe.parse(whole) if whole else _RAW
-        wanted = Recipe.parse(difference) if difference else recipe
-        alike = [downlink for downlink in self.downlinks if downlink.whole == recipe]
-        exact = [downlink for downlink in alike if downlink == _downlink(recipe, wanted)]
-        return next(iter(exact or (alike if not difference else [])), None)
+        """The downlink that a worker was told as `text`; None: no worker is told so."""
+        return self._downlink_of.get(text)
 
 
 def _preferences(text: str, auto: str) -> Preferences:

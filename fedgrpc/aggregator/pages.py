@@ -11,7 +11,8 @@ from google.protobuf.message import Message
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
 from fedgrpc.v1.round_pb2 import TASK_PHASE_ACCEPTED, Round
 
-MAX_PAGE_BYTES: Final = MAX_MESSAGE_BYTES // 2
+# `WatchRounds` has the run beside it, with the layout of a model of any size that is taken.
+MAX_PAGE_BYTES: Final = MAX_MESSAGE_BYTES // 4
 _MAX_ITEMS: Final = 1 << 31
 # Tag and length of an item.
 _FRAME_BYTES: Final = 8

@@ -26,7 +26,9 @@ from fedgrpc.aggregator.scales import check_steps
 from fedgrpc.aggregator.turns import Turns
 from fedgrpc.aggregator.uploads import StoredUpdate, UpdateFile, Upload
 from fedgrpc.codec.chunk import Chunk
+from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.manifest import Limits, Manifest
+from fedgrpc.codec.payload import EARLY_CUT_BYTES
 from fedgrpc.errors import (
     CodecError,
     LayoutError,
@@ -37,11 +39,19 @@ from fedgrpc.errors import (
     UpdateRefused,
 )
 from fedgrpc.rounds.events import Progress, TaskPhase
-from fedgrpc.rpc.convert import manifest_from_proto, metrics_from_proto
+from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
+from fedgrpc.rpc.convert import layout_to_proto, manifest_from_proto, metrics_from_proto
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
 
 _PROGRESS_INTERVAL_S = 0.1
+# What a header has beside its manifest; what an entry has beside its name and shape; entries for a tensor, and as
+# much again for its channels; bytes of one frame's sizes; element, float64 weight and rest of a mean.
+_OTHER_BYTES = 64 << 10
+_ENTRY_BYTES = 128
+_LISTED = 4
+_FRAME_BYTES = 16
+_MOST_BYTES_AN_ELEMENT = 8 + 8 + 8
 
 
 class _Stream:
@@ -82,8 +92,17 @@ class Receiver:
         self._turns = Turns(settings.max_uploads)
         self._memory = ByteBudget(settings.max_upload_memory_bytes)
         self._streams: dict[str, _Stream] = {}
+        self._header_of: Layout = ()
+        self._max_header_bytes = _max_header_bytes(())
         self._begun: dict[str, float] = {}
         self._begun_in: int | None = None
+
+    def max_header_bytes(self) -> int:
+        """Size of the largest header that an update of this run can need."""
+        layout = self._it.run.layout
+        if layout != self._header_of:
+            self._header_of, self._max_header_bytes = layout, _max_header_bytes(layout)
+        return self._max_header_bytes
 
     async def receive(self, header: UpdateHeader, chunks: AsyncIterator[Chunk]) -> tuple[int, bool]:
         """Take an update; (committed bytes, whether it is complete and accepted).
@@ -292,6 +311,19 @@ class Receiver:
             selection = it.local_models.selection(local.sub_model, current.version_of(header.token))
             tensors = unpacked(it.run.layout, reader.names, reader.tensor, selection)
             check_values(tensors, it.settings.admission)
+
+
+def _max_header_bytes(layout: Layout) -> int:
+    """Of a model of that layout, or of any model that may be proposed where there is none.
+
+    A partial update or a mean lists up to three tensors for one of the model's (NAME, NAME#mask, NAME#codes), with
+    float64 weights among them; the channels of the model come beside its manifest.
+    """
+    if not layout:
+        return MAX_MESSAGE_BYTES
+    entries = sum(spec.ByteSize() + _ENTRY_BYTES for spec in layout_to_proto(layout))
+    frames = _FRAME_BYTES * sum(spec.size for spec in layout) * _MOST_BYTES_AN_ELEMENT // EARLY_CUT_BYTES
+    return min(MAX_MESSAGE_BYTES, _OTHER_BYTES + _LISTED * entries + frames)
 
 
 def _check_plain(update: UpdateFile, policy: AdmissionPolicy) -> None:

@@ -26,6 +26,7 @@ from fedgrpc.errors import UsageError
 from fedgrpc.metrics import Metrics
 from fedgrpc.rpc.allocator import reuse_memory
 from fedgrpc.rpc.server import AGGREGATOR, Health, aggregator_service, serve
+from fedgrpc.spares import make_private
 
 log = structlog.get_logger()
 
@@ -66,7 +67,10 @@ class Aggregator:
                 await driver.recover()
                 service = AggregatorService(coordinator, _settings_text(settings))
                 async with serve(
-                    settings.address, [aggregator_service(service)], tls=settings.tls, grace_s=settings.drain_s
+                    settings.address,
+                    [aggregator_service(service, service.max_header_bytes)],
+                    tls=settings.tls,
+                    grace_s=settings.drain_s,
                 ) as server:
                     self.port = server.port
                     await self._serve(driver, server.health, ready)
@@ -78,7 +82,8 @@ class Aggregator:
     def _open(self) -> Coordinator:
         folder = self._settings.data_dir
         try:
-            models = ModelStore(folder, self._settings.negotiation().downlinks)
+            settings = self._settings
+            models = ModelStore(folder, settings.negotiation().downlinks, settings.max_chunk_bytes)
             journal = UploadJournal(folder / "uploads", self._settings.durable)
         except OSError as error:
             raise UsageError(f"cannot use the data folder {folder}: {error.strerror}") from error
@@ -170,7 +175,7 @@ async def _tell_health(coordinator: Coordinator, playing: asyncio.Task[None], he
 def _owned(folder: Path) -> Iterator[None]:
     """One process at a time uses a data folder. Raises `UsageError`."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise UsageError(f"cannot use the data folder {folder}: {error.strerror}") from error

@@ -14,14 +14,13 @@ from fedgrpc import __version__
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.histories import tell_history, upload_reserve_s
-from fedgrpc.aggregator.model_store import WHOLE, Slice
-from fedgrpc.aggregator.negotiation import full_text, link_of
+from fedgrpc.aggregator.model_store import WHOLE, Downlink, Slice
+from fedgrpc.aggregator.negotiation import RAW, full_text, link_of
 from fedgrpc.aggregator.pages import MAX_PAGE_BYTES, fitting, page_of
 from fedgrpc.aggregator.receiver import Receiver
 from fedgrpc.aggregator.run_state import Assignment
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.manifest import Manifest
-from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import LayoutError, NotFound, UsageError, WrongOffset
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rpc.convert import (
@@ -36,7 +35,8 @@ from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
 
 _MAX_PAGE = 1000
-_MAX_RECIPES = 8
+# Raw whole models, and slices that nobody is told to pull.
+_MAX_FOREIGN = 8
 _MAX_ROUND = (1 << 63) - 1
 _RATE_HZ = 4.0
 _MAX_RATE_HZ = 20.0
@@ -51,6 +51,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self._settings_text = settings_text
         self._receiver = Receiver(coordinator)
         self._access = coordinator.settings.access
+        self.max_header_bytes = self._receiver.max_header_bytes
 
     async def Register(
         self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext
@@ -78,7 +79,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self, request: pb.PollTaskRequest, context: grpc.aio.ServicerContext
     ) -> pb.PollTaskResponse:
         self._check_caller(context, request.worker)
-        held = (request.held_version, request.held_sha256) if request.held_version else None
+        held = (request.held_version, _digest(request.held_sha256)) if request.held_version else None
         assignment = await self._it.poll(request.worker, duration_from_proto(request.wait), held)
         if assignment is None:
             return pb.PollTaskResponse(run_ended=self._it.run.ended)
@@ -129,9 +130,9 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         version = request.version or self._it.run.version
         if not version:
             raise NotFound("there is no model version yet")
-        downlink = self._it.negotiation.downlink_of(request.recipe)
+        downlink = self._downlink(request.recipe)
         given = downlink is not None and self._is_given(request.sub_model)
-        base = (request.base_version, request.base_sha256)
+        base = (request.base_version, _digest(request.base_sha256))
         its = await self._slice(request.sub_model, version)
         if given and request.base_version == version and self._it.models.holds(base, its):
             header = pb.ModelHeader(
@@ -142,8 +143,8 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         if given:
             encoded = await self._it.models.offered(version, base, downlink, its)
         else:
-            recipe = Recipe.parse(request.recipe or "raw") if downlink is None else downlink.whole
-            encoded = await self._it.models.encoded(version, recipe, _MAX_RECIPES, its)
+            recipe = RAW if downlink is None else downlink.whole
+            encoded = await self._it.models.encoded(version, recipe, _MAX_FOREIGN, its)
         size_bytes = encoded.manifest.size_bytes
         if request.offset > size_bytes:
             raise WrongOffset(f"offset {request.offset} is beyond the payload of {size_bytes} bytes")
@@ -154,11 +155,27 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
                 # Yielded, it would be held here and by gRPC until the next one is there.
                 del message
 
+    def _downlink(self, text: str) -> Downlink | None:
+        """The downlink that workers are told as `text`; None: raw, for whoever wants it. Raises `UsageError`.
+
+        The text is compared, not read: nothing is encoded as a caller likes.
+        """
+        negotiation, current = self._it.negotiation, self._it.current
+        text = text or str(RAW)
+        if (downlink := negotiation.downlink_of(text)) is not None or text == str(RAW):
+            return downlink
+        if current is not None and any(text in (told, full_text(told)) for told, _ in current.recipes.values()):
+            # Told before a restart with other settings.
+            return negotiation.downlinks[0]
+        raise UsageError(f"models of this run do not come as {text[:80]!r}; pull with the task's download_recipe")
+
     async def _slice(self, text: str, version: int) -> Slice:
         sub_model = parse_sub_model(text)
         if sub_model.whole:
             return WHOLE
-        return Slice(sub_model, await asyncio.to_thread(self._it.local_models.selection, sub_model, version))
+        return Slice(
+            sub_model, await self._it.models.in_encoder(self._it.local_models.selection, sub_model, version)
+        )
 
     def _is_given(self, sub_model: str) -> bool:
         """Whether workers are asked to pull this slice."""
@@ -179,8 +196,8 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     async def PushUpdate(
         self, request_iterator: AsyncIterator[pb.PushUpdateRequest | Chunk], context: grpc.aio.ServicerContext
     ) -> pb.PushUpdateResponse:
-        # Not from the iterator, which would hold each message until the next one has come.
-        first = await context.read()
+        # The chunks do not come from the iterator, which would hold each until the next one is there.
+        first = await anext(request_iterator, None)
         if not isinstance(first, pb.PushUpdateRequest) or first.WhichOneof("content") != "header":
             raise LayoutError("the first message of an update is its header")
         self._check_caller(context, first.header.worker)
@@ -326,6 +343,13 @@ def _numbers(page_token: str, count: int, call: str) -> tuple[int, ...]:
     if not whole or len(parts) != count:
         raise UsageError(f"the page token is not one that {call} gave")
     return tuple(min(int(part), _MAX_ROUND) for part in parts)
+
+
+def _digest(sha256: bytes) -> bytes:
+    """A digest as a worker names it, empty for none. Raises `LayoutError` for any other size."""
+    if len(sha256) not in (0, 32):
+        raise LayoutError(f"a SHA-256 has 32 bytes, not {len(sha256)}")
+    return sha256
 
 
 def _open_phase(number: int) -> TaskPhase:

@@ -16,13 +16,13 @@ from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.choosing import Choosing
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES, Tls
+from fedgrpc.rpc.channel import MAX_CHUNK_BYTES, Tls
 from fedgrpc.rpc.identity import Access
 
 MIB = 1 << 20
 # A chunk has to fit into a message, and a payload into what a reader of payloads takes.
 _SIZES = {
-    "max_chunk_bytes": MAX_MESSAGE_BYTES - MIB,
+    "max_chunk_bytes": MAX_CHUNK_BYTES,
     "max_payload_bytes": Limits().max_payload_bytes,
     "max_upload_memory_bytes": 1 << 40,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -266,6 +267,8 @@ def _plans(path: Path | None) -> PlanTable:
 
 
 def _run(**values: Any) -> int:
+    # Whatever is written is this user's alone: models, updates, tokens, residuals.
+    os.umask(0o077)
     configure_logs(values)
     settings = settings_from(values)
     metrics = Metrics()

@@ -193,6 +193,8 @@ def trainer_for(setup: TaskSetup, own_task: str | None, registration: Registrati
 
 
 def _run(**values: Any) -> int:
+    # Whatever is written is this user's alone: models, updates, tokens, residuals.
+    os.umask(0o077)
     configure_logs(values)
     rest_while_waiting()
     settings = settings_from(values)

@@ -12,7 +12,8 @@ from fedgrpc.errors import CorruptError, LayoutError, TooLargeError, WrongOffset
 LEAST_CHUNK_BYTES = 4 << 10
 FIRST_CHUNK_BYTES = 64 << 10
 CHUNK_BYTES = 1 << 20
-LARGE_CHUNK_BYTES = 4 << 20
+# With what frames it, a message fits the 4 MiB that a gRPC client of any language takes by default.
+LARGE_CHUNK_BYTES = 2 << 20
 # Well under any lease, and long enough that a message's own bytes do not count.
 CHUNK_S = 1.0
 _GROWTH = 4

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fedgrpc.codec.encoding import parse_encoding
-from fedgrpc.codec.recipe import Recipe
+from fedgrpc.codec.recipe import MAX_RECIPE_CHARS, Recipe
 from fedgrpc.errors import UsageError
 
 MAX_ALTERNATIVES = 6
@@ -97,6 +97,8 @@ class Preferences:
 @lru_cache(maxsize=64)
 def parse_preferences(text: str) -> Preferences:
     """Read alternatives, "|" between them. Raises UsageError in one line."""
+    if len(text) > MAX_ALTERNATIVES * MAX_RECIPE_CHARS:
+        raise UsageError(f"alternatives of {len(text)} characters; each recipe has at most {MAX_RECIPE_CHARS}")
     parts = [part for part in text.split("|") if part.strip()]
     if not 1 <= len(parts) <= MAX_ALTERNATIVES:
         raise UsageError(f"{len(parts)} alternatives of recipes; allowed are 1 to {MAX_ALTERNATIVES}")

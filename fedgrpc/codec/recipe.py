@@ -24,6 +24,7 @@ from fedgrpc.codec.raw import Raw
 from fedgrpc.errors import UsageError
 
 MIN_LOSSY_ELEMENTS = 64
+MAX_RECIPE_CHARS = 4096
 ZSTD_LEVELS = range(-7, 20)
 VECTORS, LAST = "@vectors", "@last"
 _SUFFIX = re.compile(r"\+(none|zstd)(?::(-?\d{1,3}))?$")
@@ -61,6 +62,8 @@ class Recipe:
     @staticmethod
     def parse(text: str) -> Recipe:
         """Read `ENCODING[;PATTERN=ENCODING...][+zstd[:LEVEL]]`; raises UsageError in one line."""
+        if len(text) > MAX_RECIPE_CHARS:
+            raise UsageError(f"a recipe of {len(text)} characters; allowed are {MAX_RECIPE_CHARS}")
         body, compression = text.strip(), Compression()
         if match := _SUFFIX.search(body):
             body = body[: match.start()]

@@ -14,8 +14,11 @@ from fedgrpc.errors import UsageError
 
 Options = list[tuple[str, int | str]]
 
-# Chunks are 1 MiB by default and 4 MiB at most; a manifest of 10,000 tensors is below 1 MiB.
-MAX_MESSAGE_BYTES: Final = 8 * 1024 * 1024
+# What a gRPC client of any language takes unless it is told otherwise. A manifest of 10,000 tensors is below
+# 1 MiB.
+MAX_MESSAGE_BYTES: Final = 4 << 20
+# Around the data of a chunk come its offset, its CRC and three tags; the rest is room for fields yet unknown.
+MAX_CHUNK_BYTES: Final = MAX_MESSAGE_BYTES - (64 << 10)
 
 # The shortest idle timeouts on the way are about 60 s (ingresses, some carrier NATs), so a silent connection
 # speaks every 30 s. A ping may wait behind data in the send buffers of a slow link, hence the long timeout:
@@ -33,9 +36,14 @@ _MIN_PING_INTERVAL_MS: Final = _PING_INTERVAL_MS // 3
 _READ_BUFFER_BYTES: Final = 8 << 10
 _UNREAD_BYTES: Final = 16 << 10
 
+# Calls that one connection may have open.
+MAX_STREAMS: Final = 100
+
 _COMMON: Final[Options] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # No compression of messages: a few bytes of gzip inflate to a whole message before anyone has seen them.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
     ("grpc.http2.max_pings_without_data", 0),
@@ -67,6 +75,8 @@ SERVER_OPTIONS: Final[Options] = [
     # Fast links would let a sender run far ahead of its reader: with 1,000 uploads that is all of their bytes.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", _UNREAD_BYTES),
+    # Without a bound one connection opens and resets 80,000 streams a second (CVE-2023-44487).
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
 ]
 
 

@@ -22,11 +22,16 @@ import grpc
 import grpc.aio
 
 from fedgrpc.codec.chunk import Chunk
+from fedgrpc.errors import TooLargeError
+from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
 from fedgrpc.rpc.convert import chunk_from_proto
+from fedgrpc.rpc.requests import parsed
 from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 _AGGREGATOR: Final = "fedgrpc.v1.Aggregator"
 _WORKER: Final = "fedgrpc.v1.Worker"
+# Their messages are as large as a chunk or a manifest, and bounded here.
+CHUNK_CALLS: Final = frozenset({f"/{_AGGREGATOR}/PushUpdate"})
 _CHUNK_TAG: Final = 0x12
 _OFFSET_TAG: Final = 0x08
 _DATA_TAG: Final = 0x12
@@ -103,21 +108,30 @@ def to_wire(message: bytes | _Message) -> bytes:
     return message if isinstance(message, bytes) else message.SerializeToString()
 
 
-def _reader(message_class: Any) -> Callable[[bytes], Any]:
-    """Deserializer of streams: a `Chunk` wherever the message holds one, else the message."""
+def _any_message() -> int:
+    return MAX_MESSAGE_BYTES
+
+
+def _reader(message_class: Any, max_bytes: Callable[[], int] = _any_message) -> Callable[[bytes], Any]:
+    """Deserializer of streams: a `Chunk` wherever the message holds one, else the message.
+
+    A message without a chunk has at most `max_bytes()`: raises `TooLargeError` before anything is parsed, and
+    `LayoutError` for bytes that are no such message.
+    """
 
     def from_wire(data: bytes) -> Any:
         chunk = parse(data)
         if chunk is not None:
             return chunk
-        message = message_class.FromString(data)
+        if len(data) > (limit := max_bytes()):
+            raise TooLargeError(f"a header of {len(data)} bytes; allowed are {limit}")
+        message = parsed(message_class.FromString, data)
         return chunk_from_proto(message.chunk) if message.WhichOneof("content") == "chunk" else message
 
     return from_wire
 
 
 _pull_response = _reader(aggregator_pb2.PullModelResponse)
-_push_request = _reader(aggregator_pb2.PushUpdateRequest)
 
 
 def pull_model(channel: grpc.aio.Channel) -> Any:
@@ -134,8 +148,13 @@ def push_update(channel: grpc.aio.Channel) -> Any:
     )
 
 
-def add_aggregator(servicer: aggregator_pb2_grpc.AggregatorServicer, server: grpc.aio.Server) -> None:
+def add_aggregator(
+    servicer: aggregator_pb2_grpc.AggregatorServicer,
+    server: grpc.aio.Server,
+    max_header_bytes: Callable[[], int] = _any_message,
+) -> None:
     """Serve `servicer`: its `PullModel` may yield framed chunks, its `PushUpdate` gets each `Chunk`."""
+    push_request = _reader(aggregator_pb2.PushUpdateRequest, max_header_bytes)
     aggregator_pb2_grpc.add_AggregatorServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
     server.add_registered_method_handlers(
         _AGGREGATOR,
@@ -144,7 +163,7 @@ def add_aggregator(servicer: aggregator_pb2_grpc.AggregatorServicer, server: grp
                 servicer.PullModel, aggregator_pb2.PullModelRequest.FromString, to_wire
             ),
             "PushUpdate": grpc.stream_unary_rpc_method_handler(
-                servicer.PushUpdate, _push_request, aggregator_pb2.PushUpdateResponse.SerializeToString
+                servicer.PushUpdate, push_request, aggregator_pb2.PushUpdateResponse.SerializeToString
             ),
         },
     )

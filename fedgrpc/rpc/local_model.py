@@ -17,6 +17,7 @@ from fedgrpc.errors import LayoutError, UsageError
 from fedgrpc.v1 import round_pb2, tensor_pb2
 
 _ALL = ("*",)
+_MAX_SUB_MODEL_CHARS = 200
 
 
 def local_model_to_proto(plan: CompressionPlan, sub_model: SubModel) -> round_pb2.LocalModel:
@@ -62,6 +63,8 @@ def sub_model_from_proto(message: round_pb2.LocalModel) -> SubModel:
 
 def parse_sub_model(text: str) -> SubModel:
     """As on the wire: "" or what `str` gives. Raises LayoutError."""
+    if len(text) > _MAX_SUB_MODEL_CHARS:
+        raise LayoutError(f"a sub-model of {len(text)} characters; allowed are {_MAX_SUB_MODEL_CHARS}")
     try:
         return SubModel.parse(text)
     except UsageError as error:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -17,7 +18,8 @@ from grpc_reflection.v1alpha import reflection
 
 from fedgrpc.errors import UsageError
 from fedgrpc.rpc import framing
-from fedgrpc.rpc.channel import SERVER_OPTIONS, Options, Tls, check_target
+from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES, SERVER_OPTIONS, Options, Tls, check_target
+from fedgrpc.rpc.requests import FirstMessages
 from fedgrpc.rpc.status import ErrorInterceptor
 from fedgrpc.v1 import aggregator_pb2_grpc, worker_pb2_grpc
 
@@ -27,16 +29,24 @@ WORKER: Final = "fedgrpc.v1.Worker"
 
 @dataclass(frozen=True)
 class Service:
-    """A servicer, its full name, and the generated function that adds it to a server."""
+    """A servicer, its full name, and the generated function that adds it to a server.
+
+    `large` names the calls, as "/SERVICE/METHOD", that take requests of more than `SMALL_REQUEST_BYTES`.
+    """
 
     name: str
     servicer: Any
     add: Callable[[Any, Any], None]
+    large: frozenset[str] = frozenset()
 
 
-def aggregator_service(servicer: aggregator_pb2_grpc.AggregatorServicer) -> Service:
-    """The `Aggregator` service, served by `servicer`."""
-    return Service(AGGREGATOR, servicer, framing.add_aggregator)
+def aggregator_service(
+    servicer: aggregator_pb2_grpc.AggregatorServicer,
+    max_header_bytes: Callable[[], int] = lambda: MAX_MESSAGE_BYTES,
+) -> Service:
+    """The `Aggregator` service, served by `servicer`; an update's header has at most `max_header_bytes()`."""
+    add = partial(framing.add_aggregator, max_header_bytes=max_header_bytes)
+    return Service(AGGREGATOR, servicer, add, framing.CHUNK_CALLS)
 
 
 def worker_service(servicer: worker_pb2_grpc.WorkerServicer) -> Service:
@@ -91,6 +101,7 @@ async def serve(
     tls: Tls | None = None,
     grace_s: float = 5.0,
     options: Options | None = None,
+    first_messages: FirstMessages | None = None,
 ) -> AsyncIterator[RunningServer]:
     """Serve on `address` ("HOST:PORT"; port 0 takes a free one) until the block ends.
 
@@ -100,8 +111,11 @@ async def serve(
     Raises:
         UsageError: the address is malformed or not this machine's, the port is in use, a TLS file is bad.
     """
+    large = frozenset().union(*(service.large for service in services))
     # Of options with the same name gRPC takes the first.
-    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=[*(options or []), *SERVER_OPTIONS])
+    server = grpc.aio.server(
+        interceptors=[ErrorInterceptor(large, first_messages)], options=[*(options or []), *SERVER_OPTIONS]
+    )
     health = Health([service.name for service in services])
     await health.set_all(False)
     for service in services:

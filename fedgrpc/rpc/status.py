@@ -8,9 +8,10 @@ so that clients of other languages know it, too.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ import structlog
 
 from fedgrpc import errors
 from fedgrpc.errors import FedgrpcError, LinkError
+from fedgrpc.rpc.requests import SMALL_REQUEST_BYTES, FirstMessages, bounded
 
 ERROR_KEY: Final = "fedgrpc-error"
 RETRY_KEY: Final = "grpc-retry-pushback-ms"
@@ -122,10 +124,19 @@ def one_line(text: str) -> str:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Turns what a servicer raises into a status: domain errors as in `status_of`, anything else INTERNAL.
+    """Bounds the requests of every call, and turns what a servicer raises into a status.
 
-    A surprise leaves its traceback in the log and one generic line with the peer.
+    Domain errors become what `status_of` says, anything else INTERNAL: a surprise leaves its traceback in the log
+    and one generic line with the peer. `large` names the calls whose deserializers bound their messages
+    themselves.
+
+    Every call is served as one that streams its requests, which looks the same to its client. gRPC would read
+    the message of any other by itself, however long that takes and however many callers hold theirs back.
     """
+
+    def __init__(self, large: Collection[str] = (), first_messages: FirstMessages | None = None) -> None:
+        self._large = frozenset(large)
+        self._first_messages = first_messages or FirstMessages()
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
@@ -134,39 +145,54 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         handler = await continuation(details)
         if handler is None:
             return None
-        make = _HANDLER_OF_SHAPE[handler.request_streaming, handler.response_streaming]
+        stream = grpc.stream_stream_rpc_method_handler
+        make = stream if handler.response_streaming else grpc.stream_unary_rpc_method_handler
         behaviour = handler.stream_stream or handler.stream_unary or handler.unary_stream or handler.unary_unary
+        first = self._first_messages
+        deserialize = handler.request_deserializer
+        if details.method not in self._large:
+            deserialize = bounded(deserialize, SMALL_REQUEST_BYTES)
         return make(
-            _guarded(behaviour, details.method),
-            request_deserializer=handler.request_deserializer,
+            _guarded(behaviour, _messages if handler.request_streaming else _only, first, details.method),
+            request_deserializer=deserialize,
             response_serializer=handler.response_serializer,
         )
 
 
-_HANDLER_OF_SHAPE: Final = {
-    (False, False): grpc.unary_unary_rpc_method_handler,
-    (False, True): grpc.unary_stream_rpc_method_handler,
-    (True, False): grpc.stream_unary_rpc_method_handler,
-    (True, True): grpc.stream_stream_rpc_method_handler,
-}
+async def _only(first: FirstMessages, context: Any) -> Any:
+    """The request of a call that has one."""
+    return await first.request(context)
 
 
-def _guarded(behaviour: Any, method: str) -> Any:
+async def _messages(first: FirstMessages, context: Any) -> AsyncIterator[Any]:
+    """All requests of a call, once the first is there."""
+    return _following(await first.read(context), context)
+
+
+async def _following(message: Any, context: Any) -> AsyncIterator[Any]:
+    while message is not grpc.aio.EOF:
+        yield message
+        # A message that is yielded would be held here until the next one is there.
+        del message
+        message = await context.read()
+
+
+def _guarded(behaviour: Any, read: Callable[..., Awaitable[Any]], first: FirstMessages, method: str) -> Any:
     """grpc.aio tells generators from coroutines by inspection, so the wrapper keeps the kind."""
     if inspect.isasyncgenfunction(behaviour):
 
-        async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        async def stream(_: Any, context: Any) -> AsyncIterator[Any]:
             try:
-                async for response in behaviour(request, context):
+                async for response in behaviour(await read(first, context), context):
                     yield response
             except Exception as error:  # noqa: BLE001 - ends the call with a status
                 await _abort(error, method, context)
 
         return stream
 
-    async def single(request: Any, context: Any) -> Any:
+    async def single(_: Any, context: Any) -> Any:
         try:
-            return await behaviour(request, context)
+            return await behaviour(await read(first, context), context)
         except Exception as error:  # noqa: BLE001 - ends the call with a status
             await _abort(error, method, context)
 
@@ -174,6 +200,10 @@ def _guarded(behaviour: Any, method: str) -> Any:
 
 
 async def _abort(error: Exception, method: str, context: Any) -> None:
+    if context.done() and not isinstance(error, FedgrpcError):
+        # The client has gone, and gRPC refuses to write to it: that is what links do.
+        log.debug("call broken off", method=method, reason=one_line(repr(error)))
+        raise asyncio.CancelledError
     if isinstance(error, grpc.aio.BaseError) and not isinstance(error, grpc.aio.UsageError):
         # gRPC's own, as when the other side has gone within a `context.write`: it knows what to do.
         raise error

@@ -33,6 +33,7 @@ from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Compression, Recipe
 from fedgrpc.errors import StorageError
 from fedgrpc.rpc.convert import manifest_from_proto, manifest_to_proto, timings_to_proto
+from fedgrpc.spares import make_private
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.budget import fitted
 from fedgrpc.worker.disk import storage_errors, sync, write_file
@@ -64,7 +65,7 @@ class MeanFile:
 
     def __init__(self, folder: Path) -> None:
         with storage_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_private(folder)
         self._payload = folder / "mean.payload"
         self._header = folder / "mean.header"
 

@@ -30,6 +30,11 @@ class AggregatorStub:
     Any call may end with UNAVAILABLE (restarting or draining: retry with backoff) or INTERNAL (the data
     folder cannot be written).
 
+    Requests travel without gRPC's own compression (UNIMPLEMENTED). One has at most 64 KiB (RESOURCE_EXHAUSTED), but for
+    `PushUpdate`, where a chunk is bounded by `RegisterResponse.max_chunk_bytes` and a header by what the manifest of the
+    run's model can need. The first message of a call is waited for 60 s, less where many are late (UNAVAILABLE). A
+    connection may have 100 calls open. INVALID_ARGUMENT: the bytes are not the message of the call.
+
     Where the aggregator asks for certificates and ties names to them, a call under another name than the certificate's
     (of workers), or by somebody who is no operator (PauseRun, ResumeRun, StopRun), fails with PERMISSION_DENIED.
 
@@ -133,6 +138,11 @@ class AggregatorServicer:
     Any call may end with UNAVAILABLE (restarting or draining: retry with backoff) or INTERNAL (the data
     folder cannot be written).
 
+    Requests travel without gRPC's own compression (UNIMPLEMENTED). One has at most 64 KiB (RESOURCE_EXHAUSTED), but for
+    `PushUpdate`, where a chunk is bounded by `RegisterResponse.max_chunk_bytes` and a header by what the manifest of the
+    run's model can need. The first message of a call is waited for 60 s, less where many are late (UNAVAILABLE). A
+    connection may have 100 calls open. INVALID_ARGUMENT: the bytes are not the message of the call.
+
     Where the aggregator asks for certificates and ties names to them, a call under another name than the certificate's
     (of workers), or by somebody who is no operator (PauseRun, ResumeRun, StopRun), fails with PERMISSION_DENIED.
 
@@ -166,7 +176,10 @@ class AggregatorServicer:
 
     def PullModel(self, request, context):
         """Streams the encoded bytes of one model version: its manifest first, then chunks from `offset` on.
-        NOT_FOUND: no such version. OUT_OF_RANGE: offset beyond the payload. INVALID_ARGUMENT: unknown encoding.
+        A chunk's data has at most `RegisterResponse.max_chunk_bytes`, and every message fits the 4 MiB that gRPC takes
+        by default.
+        NOT_FOUND: no such version. OUT_OF_RANGE: offset beyond the payload. INVALID_ARGUMENT: a recipe that this run
+        does not use, or a digest that is not of 32 bytes. RESOURCE_EXHAUSTED: too many slices that no task names.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -371,6 +384,11 @@ class Aggregator:
     """Workers dial out to it; it never dials a worker. Every call is short or resumable and stands alone.
     Any call may end with UNAVAILABLE (restarting or draining: retry with backoff) or INTERNAL (the data
     folder cannot be written).
+
+    Requests travel without gRPC's own compression (UNIMPLEMENTED). One has at most 64 KiB (RESOURCE_EXHAUSTED), but for
+    `PushUpdate`, where a chunk is bounded by `RegisterResponse.max_chunk_bytes` and a header by what the manifest of the
+    run's model can need. The first message of a call is waited for 60 s, less where many are late (UNAVAILABLE). A
+    connection may have 100 calls open. INVALID_ARGUMENT: the bytes are not the message of the call.
 
     Where the aggregator asks for certificates and ties names to them, a call under another name than the certificate's
     (of workers), or by somebody who is no operator (PauseRun, ResumeRun, StopRun), fails with PERMISSION_DENIED.

@@ -36,7 +36,7 @@ _CALL_S: Final = 20.0
 _POLL_MARGIN_S: Final = 15.0
 _MAX_REASON_CHARS: Final = 500
 # A hop to a thread costs about as much as to read and frame a small chunk.
-_BATCH_BYTES: Final = LARGE_CHUNK_BYTES
+_BATCH_BYTES: Final = 2 * LARGE_CHUNK_BYTES
 _BATCH_CHUNKS: Final = 4
 
 Report = Callable[[float], None]

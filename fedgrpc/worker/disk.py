@@ -17,6 +17,7 @@ from typing import Final
 
 from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.rpc.identity import Session
+from fedgrpc.spares import make_private
 
 UNFINISHED: Final = ".new-"
 _IDENTITY: Final = "identity"
@@ -109,7 +110,7 @@ def owned(folder: Path) -> Iterator[None]:
         UsageError: it cannot be created or written, or another process holds it.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise UsageError(f"cannot use the folder {folder}: {error.strerror}") from error

@@ -43,7 +43,7 @@ from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.values import PIECE, pieces, refuse_non_finite
 from fedgrpc.errors import CodecError, CorruptError, LayoutError
 from fedgrpc.rpc.convert import manifest_from_proto, manifest_to_proto
-from fedgrpc.spares import SpareFiles
+from fedgrpc.spares import SpareFiles, make_private
 from fedgrpc.v1 import aggregator_pb2, tensor_pb2
 from fedgrpc.worker.delta import Applied
 from fedgrpc.worker.disk import UNFINISHED, remove_folder, storage_errors, sweep
@@ -227,7 +227,7 @@ class ModelFolder:
         self._limits = limits or Limits()
         self._partial = folder / "partial"
         with storage_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_private(folder)
             sweep(folder)
             # Apart, since a difference is small and whole weights are large.
             self._spares = SpareFiles(folder / "spare", 1)

@@ -33,7 +33,7 @@ from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.payload import Read, file_reader
 from fedgrpc.errors import CodecError, LayoutError, StorageError
 from fedgrpc.rpc.convert import manifest_from_proto
-from fedgrpc.spares import SpareFiles, WrittenBack
+from fedgrpc.spares import SpareFiles, WrittenBack, make_private
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.disk import (
     UNFINISHED,
@@ -94,7 +94,7 @@ class Spool:
         self._max_updates = max_updates
         self._max_bytes = max_bytes
         with storage_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_private(folder)
             sweep(folder)
             self._spares = SpareFiles(folder / "spare", 1)
             self._spare_residuals = SpareFiles(folder / "spare-residuals", 1)

@@ -63,7 +63,7 @@ async def test_a_registration_without_a_common_encoding_or_over_the_limits_is_re
             with refused("INVALID_ARGUMENT", "knows no encoding of this run's updates", "UsageError"):
                 await Device(running.stub, "silent").register(**lacking)
         with refused("INVALID_ARGUMENT", "a registration of", "UsageError"):
-            await Device(running.stub, "large").register(encodings=["int8", "raw", "x" * 100_000])
+            await Device(running.stub, "large").register(encodings=["int8", "raw", "x" * 30_000])
         await Device(running.stub, "first").register(encodings=["int8"])
         await Device(running.stub, "first").register(encodings=["uniform8", "raw"])
         with refused("RESOURCE_EXHAUSTED", "the limit of 1 workers is reached", "Exhausted"):
@@ -87,8 +87,14 @@ async def test_impossible_wishes_for_a_model_are_refused(tmp_path):
             await bad.pull(2**64 - 1)
         with refused("OUT_OF_RANGE", "offset 9000 is beyond the payload of 8168 bytes", "WrongOffset"):
             await bad.pull(1, offset=9000)
-        with refused("INVALID_ARGUMENT", "unknown encoding 'telepathy'", "UsageError"):
-            await bad.pull(1, recipe="telepathy")
+        for recipe in ("telepathy", "float16", "raw" + ";a=raw" * 5000):
+            with refused("INVALID_ARGUMENT", "do not come as", "UsageError"):
+                await bad.pull(1, recipe=recipe)
+        for sha256 in (b"a", bytes(31), bytes(33), bytes(10_000)):
+            with refused("INVALID_ARGUMENT", "32 bytes", "LayoutError"):
+                await bad.pull(1, base=(1, sha256))
+            with refused("INVALID_ARGUMENT", "32 bytes", "LayoutError"):
+                await bad.poll(held=(1, sha256))
         with refused("NOT_FOUND", "channels of this model are not known", "NotFound"):
             await bad.pull(1, sub_model="prefix:0.5")
         for text in (
@@ -104,12 +110,14 @@ async def test_impossible_wishes_for_a_model_are_refused(tmp_path):
         await finishes_with_both(running, bad, task, good, good_task)
 
 
-async def test_pulling_a_version_in_every_recipe_does_not_keep_the_run_from_its_own(tmp_path):
+async def test_no_caller_decides_in_which_recipes_a_version_is_kept(tmp_path):
     async with two_devices(tmp_path, download_recipe="raw+zstd:3") as (running, bad, task, good, good_task):
-        for level in range(4, 12):
-            await bad.pull(1, recipe=f"raw+zstd:{level}")
-        with refused("RESOURCE_EXHAUSTED", "is already kept in 8 recipes", "Exhausted"):
-            await bad.pull(1, recipe="float16")
+        for recipe in ("raw+zstd:4", "float16", f"raw+zstd:3;x to {'0' * 64} or y=raw", "raw+zstd:3 held"):
+            with refused("INVALID_ARGUMENT", "do not come as", "UsageError"):
+                await bad.pull(1, recipe=recipe)
+        for recipe in ("", "raw", "raw+zstd:3"):
+            await bad.pull(1, recipe=recipe)
+        assert len(list((running.settings.data_dir / "encoded").iterdir())) == 1
         assert (await good.model(1, "raw+zstd:3"))["n"] == 3
         await finishes_with_both(running, bad, task, good, good_task)
 

@@ -49,7 +49,7 @@ def add(servicer: Echo, server: grpc.aio.Server) -> None:
 
 
 def echo_service() -> Service:
-    return Service(NAME, Echo(), add)
+    return Service(NAME, Echo(), add, frozenset({f"/{NAME}/stream_unary"}))
 
 
 async def _once(request: bytes) -> AsyncIterator[bytes]:

@@ -50,7 +50,7 @@ async def test_an_answer_in_the_middle_of_the_stream_is_the_servers_own_every_ti
 
 
 async def test_a_large_message_in_flight_does_not_hide_the_answer_either():
-    sink = Service("test.Sink", Sink(1, RoundClosed("closed")), Sink.add)
+    sink = Service("test.Sink", Sink(1, RoundClosed("closed")), Sink.add, frozenset({"/test.Sink/Push"}))
     async with serve("127.0.0.1:0", [sink]) as server, open_channel(server.address) as channel:
         for _ in range(10):
             with pytest.raises(RoundClosed):

@@ -187,7 +187,7 @@ async def test_a_download_grows_and_shrinks_its_chunks_with_its_reader(payload):
         sizes.append(len(parse(message).data))
         if sum(sizes) > 15 * MIB:
             clock.step_s = 4.0
-    assert sizes[:11] == [64 << 10] * 4 + [256 << 10] * 3 + [MIB] * 3 + [4 * MIB]
+    assert sizes[:11] == [64 << 10] * 4 + [256 << 10] * 3 + [MIB] * 3 + [LARGE_CHUNK_BYTES]
     assert min(sizes) < MIB
     assert sum(sizes) == len(PAYLOAD)
 

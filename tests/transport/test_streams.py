@@ -30,7 +30,7 @@ ALONE = {"min_workers": 1}
 
 @pytest.mark.parametrize("recipe", ["raw", "raw+zstd", "int8"])
 async def test_a_download_goes_on_at_any_byte(tmp_path, recipe):
-    async with aggregating(tmp_path, policy=ALONE) as running:
+    async with aggregating(tmp_path, policy=ALONE, download_recipe=recipe) as running:
         device = Device(running.stub, "a")
         header, payload = await device.pull(1, recipe)
         size = len(payload)

@@ -1,0 +1,108 @@
+"""Bounds on requests: on the size of each, the time of its first message, and the number of late ones.
+
+The rule: gRPC collects a message before anyone sees it, so calls whose first message is late hold memory that
+nobody has checked. Only a few may. Beyond that the connection with the most of them loses its oldest one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from fedgrpc.errors import LayoutError, LinkError, TooLargeError
+
+# A registration takes at most 16 KiB, every other small request less.
+SMALL_REQUEST_BYTES: Final = 64 << 10
+# What comes sooner than this is bounded by the caller's own link.
+_LATE_S: Final = 0.5
+
+Deserialize = Callable[[bytes], Any]
+
+
+def bounded(deserialize: Deserialize | None, max_bytes: int) -> Deserialize:
+    """Return a deserializer that refuses a message by its size before it parses anything.
+
+    It raises `TooLargeError`, and `LayoutError` for bytes that are not such a message.
+    """
+
+    def from_wire(data: bytes) -> Any:
+        if len(data) > max_bytes:
+            raise TooLargeError(f"a request of {len(data)} bytes; allowed are {max_bytes}")
+        return data if deserialize is None else parsed(deserialize, data)
+
+    return from_wire
+
+
+def parsed(deserialize: Deserialize, data: bytes) -> Any:
+    """The message in `data`. Raises `LayoutError` for bytes that are not such a message."""
+    try:
+        return deserialize(data)
+    except DecodeError:
+        raise LayoutError(f"the request of {len(data)} bytes is not a message of this call") from None
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """One call whose first message has not come."""
+
+    peer: str
+    limit: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
+    crowded: bool = False
+
+
+class FirstMessages:
+    """Reads the first message of each call: within `within_s`, and with at most `max_late` late ones at a time.
+
+    Lives on one event loop.
+    """
+
+    def __init__(self, within_s: float = 60.0, max_late: int = 32) -> None:
+        self._within_s = within_s
+        self._max_late = max_late
+        self._late: list[_Waiting] = []
+
+    @property
+    def late_count(self) -> int:
+        """How many calls hold back their first message now."""
+        return len(self._late)
+
+    async def read(self, context: Any) -> Any:
+        """The first message, or `grpc.aio.EOF`.
+
+        Raises `LinkError` when it does not come, and as deserializers do.
+        """
+        waiting = _Waiting(context.peer())
+        timer = asyncio.get_running_loop().call_later(_LATE_S, self._is_late, waiting)
+        try:
+            async with waiting.limit:
+                return await context.read()
+        except TimeoutError:
+            why = "too many calls wait for theirs" if waiting.crowded else f"none came for {self._within_s:g} s"
+            raise LinkError(f"the first message of the call is missing: {why}; try again") from None
+        finally:
+            timer.cancel()
+            if waiting in self._late:
+                self._late.remove(waiting)
+
+    async def request(self, context: Any) -> Any:
+        """The one message of a call that has one. Raises as `read`, and `LayoutError` where it has none."""
+        message = await self.read(context)
+        if message is grpc.aio.EOF:
+            raise LayoutError("the call ended without a request")
+        return message
+
+    def _is_late(self, waiting: _Waiting) -> None:
+        self._late.append(waiting)
+        loop = asyncio.get_running_loop()
+        waiting.limit.reschedule(loop.time() + max(0.0, self._within_s - _LATE_S))
+        if len(self._late) > self._max_late:
+            most = Counter(each.peer for each in self._late if not each.crowded).most_common(1)[0][0]
+            oldest = next(each for each in self._late if each.peer == most and not each.crowded)
+            oldest.crowded = True
+            oldest.limit.reschedule(loop.time())

@@ -1,0 +1,157 @@
+"""Bounds on requests, against a real server: size, compression, and how long a first message may take."""
+
+import asyncio
+
+import grpc
+import grpc.aio
+import pytest
+import structlog
+
+from fedgrpc.errors import LayoutError, LinkError, TooLargeError
+from fedgrpc.rpc.channel import CLIENT_OPTIONS, MAX_STREAMS, SERVER_OPTIONS, open_channel
+from fedgrpc.rpc.requests import SMALL_REQUEST_BYTES, FirstMessages
+from fedgrpc.rpc.server import Service, serve
+from fedgrpc.rpc.status import domain_errors
+from fedgrpc.v1 import aggregator_pb2 as pb
+from tests.rpc.echo import NAME, SHAPES, call, echo_service
+
+PATIENCE_S = 60.0
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "stream_unary"])
+async def test_a_request_over_the_small_limit_is_refused_and_one_at_it_is_served(shape):
+    async with serve("127.0.0.1:0", [echo_service()]) as server, open_channel(server.address) as channel:
+        assert len((await call(channel, shape, b"x" * SMALL_REQUEST_BYTES))[-1]) == SMALL_REQUEST_BYTES
+        with pytest.raises(TooLargeError, match="allowed are"), domain_errors():
+            await call(channel, shape, b"x" * (SMALL_REQUEST_BYTES + 1))
+
+
+async def test_a_call_that_says_so_takes_large_requests():
+    async with serve("127.0.0.1:0", [echo_service()]) as server, open_channel(server.address) as channel:
+        assert await call(channel, "stream_unary", b"x" * (1 << 20)) == [b"x" * (1 << 20)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_a_compressed_request_is_refused_before_it_inflates(shape):
+    compressing = [option for option in CLIENT_OPTIONS if "compression" not in option[0]]
+    async with (
+        serve("127.0.0.1:0", [echo_service()]) as server,
+        grpc.aio.insecure_channel(server.address, compressing, compression=grpc.Compression.Gzip) as channel,
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(channel, shape, b"x" * 10_000)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_both_sides_refuse_compression_and_a_server_bounds_the_calls_of_one_connection():
+    for options in (CLIENT_OPTIONS, SERVER_OPTIONS):
+        assert dict(options)["grpc.compression_enabled_algorithms_bitset"] == 1
+    assert dict(SERVER_OPTIONS)["grpc.max_concurrent_streams"] == MAX_STREAMS
+
+
+class Parsing:
+    async def get(self, request, context):
+        return b"parsed"
+
+    @staticmethod
+    def add(servicer, server):
+        read = pb.PollTaskRequest.FromString
+        handlers = {"Get": grpc.unary_unary_rpc_method_handler(servicer.get, request_deserializer=read)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Parsing", handlers),))
+
+
+async def test_bytes_that_are_no_message_are_refused_without_a_traceback():
+    service = Service("test.Parsing", Parsing(), Parsing.add)
+    async with serve("127.0.0.1:0", [service]) as server, open_channel(server.address) as channel:
+        with structlog.testing.capture_logs() as logs, pytest.raises(LayoutError), domain_errors():
+            await channel.unary_unary("/test.Parsing/Get")(b"\xff\xff\xff")
+        assert not [line for line in logs if line["event"] == "call failed"]
+        assert await channel.unary_unary("/test.Parsing/Get")(b"") == b"parsed"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_a_call_whose_first_message_does_not_come_ends(shape):
+    first = FirstMessages(within_s=0.6)
+    async with (
+        serve("127.0.0.1:0", [echo_service()], first_messages=first) as server,
+        open_channel(server.address) as channel,
+    ):
+        # On the wire there is no difference between a call with one request and one that streams them.
+        silent = channel.stream_unary(f"/{NAME}/{shape}")()
+        async with asyncio.timeout(PATIENCE_S):
+            with pytest.raises(LinkError, match="first message"), domain_errors():
+                await silent
+        assert first.late_count == 0
+
+
+async def test_a_call_without_any_request_is_refused():
+    async with serve("127.0.0.1:0", [echo_service()]) as server, open_channel(server.address) as channel:
+        empty = channel.stream_unary(f"/{NAME}/unary_unary")()
+        await empty.done_writing()
+        with pytest.raises(LayoutError, match="without a request"), domain_errors():
+            await empty
+
+
+async def until(condition):
+    while not condition():  # noqa: ASYNC110 - nobody tells
+        await asyncio.sleep(0.02)
+
+
+async def test_where_too_many_first_messages_are_late_the_busiest_connection_loses_its_oldest():
+    first = FirstMessages(within_s=600.0, max_late=4)
+    async with (
+        serve("127.0.0.1:0", [echo_service()], first_messages=first) as server,
+        open_channel(server.address) as greedy_channel,
+        open_channel(server.address) as honest_channel,
+        asyncio.timeout(PATIENCE_S),
+    ):
+        honest = honest_channel.stream_unary(f"/{NAME}/unary_unary")()
+        await honest_channel.channel_ready()
+        await until(lambda: first.late_count)
+        greedy = [greedy_channel.stream_unary(f"/{NAME}/unary_unary")() for _ in range(12)]
+        await until(lambda: sum(each.done() for each in greedy) == 9)
+        assert {await each.code() for each in greedy if each.done()} == {grpc.StatusCode.UNAVAILABLE}
+        assert first.late_count == 4
+        await honest.write(b"here it is")
+        assert await honest == b"here it is"
+        assert await call(honest_channel, "unary_unary", b"and again") == [b"and again"]
+
+
+class Endless:
+    def __init__(self):
+        self.ended = asyncio.Event()
+
+    async def pull(self, request, context):
+        try:
+            while True:
+                await context.write(b"x" * 50_000)
+        finally:
+            self.ended.set()
+
+    @staticmethod
+    def add(servicer, server):
+        handlers = {"Pull": grpc.unary_stream_rpc_method_handler(servicer.pull)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Endless", handlers),))
+
+
+@pytest.mark.parametrize("how", ["cancelled", "refused", "closed"])
+async def test_a_stream_that_its_reader_breaks_off_leaves_no_traceback(how, caplog):
+    endless = Endless()
+    options = [("grpc.max_receive_message_length", 1000)] if how == "refused" else []
+    async with (
+        serve("127.0.0.1:0", [Service("test.Endless", endless, Endless.add)]) as server,
+        grpc.aio.insecure_channel(server.address, options) as channel,
+        asyncio.timeout(PATIENCE_S),
+    ):
+        with structlog.testing.capture_logs() as logs:
+            reading = channel.unary_stream("/test.Endless/Pull")(b"")
+            if how == "refused":
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await reading.read()
+            else:
+                assert await reading.read()
+                reading.cancel() if how == "cancelled" else await channel.close()
+            await endless.ended.wait()
+            await asyncio.sleep(0.2)
+        assert not [line for line in logs if line["log_level"] != "debug"]
+        assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
