@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "aggregator": {*CORE, "v1", "rpc", "spares", "logging", "metrics"},
     "worker": {*CORE, "v1", "rpc", "spares", "logging", "metrics"},
     # An aggregator below another is both, and so above both: neither knows of it, nor of the other.
-    "tree": {*CORE, "v1", "rpc", "metrics", "aggregator", "worker"},
+    "tree": {*CORE, "v1", "rpc", "spares", "metrics", "aggregator", "worker"},
     "data": {"errors"},
     "models": {"errors"},
     "compression": {"errors", "models", "aggregation"},
