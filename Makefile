@@ -12,7 +12,7 @@ CONTAINER_BUILD ?= podman build --format docker
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test simulate faults soak load bench-niid images deploy-test fleet lint format protos settings clean
+.PHONY: help venv demo test simulate fuzz faults soak load bench-niid images deploy-test fleet lint format protos settings clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ simulate: $(INSTALLED)  ## play rounds in simulated worlds full of faults: make 
 
 bench-niid: $(INSTALLED)  ## a tenth of NIID-Bench's Fashion-MNIST cells beside the published figures
 	$(BIN)/python tools/niid_bench.py --short $(ARGS)
+
+fuzz: $(INSTALLED)  ## damaged input for every reader: make fuzz N=1000000 (about 1,000 a second)
+	$(BIN)/python -m tests.fuzz.run --inputs $(or $(N),100000) --seed $(or $(SEED),0) $(ARGS)
 
 faults: $(INSTALLED)  ## kill aggregator and workers at every named point, break links and disks (about 4 minutes)
 	$(BIN)/python -m pytest -m faults $(ARGS)

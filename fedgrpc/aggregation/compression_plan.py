@@ -170,7 +170,7 @@ class CompressionPlan:
         """Read the text form. Raises `UsageError`."""
         try:
             return cls.from_mapping(tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"a compression plan is TOML: {error}") from error
 
     @classmethod
@@ -247,7 +247,7 @@ class PlanTable:
         """Read the text form. Raises `UsageError`."""
         try:
             tables = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"plans are TOML: {error}") from error
         plans, automatic = {}, tables.pop("automatic", [])
         if not isinstance(automatic, list) or ("default" in tables and automatic):

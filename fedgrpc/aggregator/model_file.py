@@ -56,6 +56,19 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CRC32 = re.compile(r"[0-9a-f]{8}")
 _UNKNOWN_SHA256, _UNKNOWN_CRC32 = "0" * 64, "-" * 8
 _READ_BYTES = 1 << 20
+# What is given in place of a model again and again, by how it begins.
+_MARKS = {
+    b"version https://git-lfs": "it is a pointer of Git LFS, not the file itself; fetch it with git lfs pull",
+    b"<!doctype html": "it is a web page; download the file itself",
+    b"<html": "it is a web page; download the file itself",
+    b"<?xml": "it is an XML page; download the file itself",
+    b"pk\x03\x04": "it is a zip archive, as torch.save writes; save it with safetensors.torch.save_file",
+    b"\x80\x02": "it is a pickle, as torch.save writes; save it with safetensors.torch.save_file",
+    b"\x1f\x8b": "it is a gzip file; unpack it first",
+    b"gguf": "it is a GGUF file; fedgrpc reads safetensors",
+}
+_LONGEST_MARK = 64
+_LENGTH = struct.Struct("<Q")
 # How the header of a file begins that was written here and has a tensor.
 _OWN_METADATA = re.compile(rb'\{"__metadata__":(\{"format":"pt","(?:sha256|crc32)":"[0-9a-f-]{8,64}"\}),')
 _KNOWN_HEADERS = 8
@@ -81,9 +94,9 @@ class ModelFile:
         """Read the header of the safetensors file at `path`. Raises `UsageError` when it is none."""
         try:
             with path.open("rb") as file:
-                (size,) = struct.unpack("<Q", file.read(8))
-                if size > _MAX_HEADER_BYTES:
-                    raise ValueError("its header is too large")
+                start = file.read(_LONGEST_MARK)
+                size = _header_size(start)
+                file.seek(8)
                 text = file.read(size)
                 entries, metadata = _parsed(text)
                 end = 8 + size + max((stop for _, _, stop in entries), default=0)
@@ -292,6 +305,19 @@ class ModelWriter:
             yield
         except OSError as error:
             raise StorageError(f"cannot write the model {self._path}: {error.strerror}") from error
+
+
+def _header_size(start: bytes) -> int:
+    """Bytes of a file's header, as its first eight say. Raises ValueError, and says what the file is instead."""
+    if len(start) < _LENGTH.size:
+        raise ValueError("it is cut short" if start else "it is empty")
+    size = int(_LENGTH.unpack_from(start)[0])
+    if size > _MAX_HEADER_BYTES:
+        text = start.lstrip().lower()
+        raise ValueError(
+            next((what for mark, what in _MARKS.items() if text.startswith(mark)), "its header is too large")
+        )
+    return size
 
 
 def write_model(path: Path, layout: Layout, tensors: Iterable[np.ndarray]) -> bytes:

@@ -49,7 +49,8 @@ def _parse(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        # Besides its own errors tomllib raises these for numbers of thousands of digits, and nesting as deep.
         raise UsageError(f"{path} is no valid TOML: {' '.join(str(error).split())}") from error
 
 

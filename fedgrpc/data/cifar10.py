@@ -52,7 +52,7 @@ def load_cifar10(path: Path | None) -> LabelledData:
                 name = PurePosixPath(member.name).name
                 if not member.isfile() or not name.startswith((_TRAIN_PREFIX, _TEST_PREFIX)):
                     continue
-                batch = _read_batch(tar, member, name)
+                batch = _read_batch(tar, member, f"{archive}: {name}")
                 if name.startswith(_TRAIN_PREFIX):
                     train.append((name, batch))
                 else:
@@ -114,7 +114,7 @@ def _find(path: Path | None) -> Path:
 
 def _read_batch(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> Examples:
     if member.size > _BATCH_LIMIT_BYTES:
-        raise UsageError(f"{member.name} in the archive is {member.size} bytes, too large for a CIFAR-10 batch")
+        raise UsageError(f"{name} is {member.size} bytes, too large for a CIFAR-10 batch")
     stream = tar.extractfile(member)
     assert stream is not None  # only a member that is no file has no content
     content = stream.read()
@@ -133,16 +133,11 @@ def _parse_pickle(content: bytes, name: str) -> Examples:
     try:
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
         pixels, labels = batch[b"data"], np.asarray(batch[b"labels"])
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-    ) as error:
-        raise UsageError(f"{name} is not a CIFAR-10 batch: {error}") from error
+    except Exception as error:
+        # Damaged pickles raise whatever numpy, codecs and memory may.
+        raise UsageError(
+            f"{name} is not a CIFAR-10 batch: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or labels.dtype.kind not in "iu":
         raise UsageError(f"{name} is not a CIFAR-10 batch: it holds no uint8 pixels and integer labels")
     return _examples(pixels, labels, name)

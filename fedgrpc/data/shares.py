@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +64,11 @@ def load_share(path: Path) -> LabelledData:
     except ValueError as error:
         # What numpy says of it is how to run code that the file may hold.
         raise UsageError(f"cannot read the share {path}: it is no .npz file of plain arrays") from error
-    except (OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"cannot read the share {path}: {error}") from error
+    except (NotImplementedError, RuntimeError, MemoryError) as error:
+        # Its directory is damaged: it names compressions, passwords or sizes that `save_share` never writes.
+        raise UsageError(f"cannot read the share {path}: it is damaged ({error})") from error
     for inputs, labels in ((train_inputs, train_labels), (held_out_inputs, held_out_labels)):
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
             shape = list(labels.shape)

@@ -247,7 +247,7 @@ class ModelFolder:
         try:
             if _read_source(self._partial) == source:
                 return received_bytes(self._partial)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             self.drop_partial()
         return 0
 
@@ -364,7 +364,7 @@ class ModelFolder:
                     whole.check()
                     held = whole
                     continue
-                except (OSError, ValueError, KeyError, DecodeError, CodecError) as error:
+                except (OSError, ValueError, KeyError, TypeError, DecodeError, CodecError) as error:
                     log.warning("held model dropped", folder=str(folder), reason=str(error))
             remove_folder(folder)
         return held
@@ -391,7 +391,12 @@ def _write_about(folder: Path, source: Source, origin: Origin | None = None, crc
 
 
 def _read_about(folder: Path) -> tuple[Source, Origin | None, int | None]:
-    about = json.loads((folder / _ABOUT).read_text())
+    try:
+        about = json.loads((folder / _ABOUT).read_text())
+    except RecursionError as error:
+        raise ValueError(f"{_ABOUT} is nested too deep") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"{_ABOUT} is no JSON object")
     sub_model = str(about.get("sub_model", ""))
     source = Source(str(about["run"]), int(about["version"]), str(about["recipe"]), sub_model)
     if "origin_sha256" not in about:

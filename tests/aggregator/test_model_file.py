@@ -223,3 +223,32 @@ def test_a_garbled_file_is_a_usage_error_or_a_model_and_nothing_else(tmp_path_fa
     path.write_bytes(content[: len(content) - cut])
     with contextlib.suppress(UsageError):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "empty"),
+        (b"\x08\0\0", "cut short"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "Git LFS"),
+        (b"\n<!DOCTYPE html>\n<html><title>404</title></html>", "web page"),
+        (b"PK\x03\x04\x00\x00\x08\x08archive/data.pkl", "torch.save"),
+        (b"\x80\x02}q\x00(X\x06\x00weight", "torch.save"),
+        (b"GGUF\x03\x00\x00\x00\x01\x00", "GGUF"),
+        (b"\xff" * 100, "header is too large"),
+    ],
+)
+def test_a_file_given_in_place_of_a_model_is_called_what_it_is(tmp_path, content, why):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=why) as refused:
+        ModelFile.open(path)
+    assert str(path) in str(refused.value)
+
+
+def test_a_header_whose_length_looks_like_another_format_is_read(tmp_path):
+    """640 bytes of header begin as pickles of protocol 2 do."""
+    text = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).ljust(640).encode()
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(struct.pack("<Q", 640) + text + bytes(4))
+    assert len(ModelFile.open(path).layout) == 1
