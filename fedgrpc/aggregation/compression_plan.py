@@ -31,6 +31,7 @@ A large device may train the prefixes that small ones have along with its own mo
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import tomllib
@@ -337,8 +338,8 @@ def _line(name: str, value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    # JSON's escapes are TOML's; TOML alone wants DEL escaped, too.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _check_layers(part: str, layers: tuple[str, ...]) -> None:

@@ -41,7 +41,11 @@ def read_idx(path: Path) -> np.ndarray:
     shape = tuple(int(size) for size in np.frombuffer(content, ">u4", content[3], 4))
     if len(content) - header_bytes != math.prod(shape):
         raise UsageError(f"{path} declares shape {shape} but holds {len(content) - header_bytes} elements")
-    return np.frombuffer(content, np.uint8, offset=header_bytes).reshape(shape)
+    try:
+        return np.frombuffer(content, np.uint8, offset=header_bytes).reshape(shape)
+    except ValueError as error:
+        # An extent of 0 makes any product of the others nothing, and numpy refuses what overflows.
+        raise UsageError(f"{path} declares the impossible shape {shape}") from error
 
 
 def load_fashion_mnist(folder: Path | None = None) -> LabelledData:

@@ -30,6 +30,12 @@ class AggregatorStub:
     Any call may end with UNAVAILABLE (restarting or draining: retry with backoff) or INTERNAL (the data
     folder cannot be written).
 
+    Besides its status, an error that the aggregator itself raises has a trailer "fedgrpc-error" with the name of what
+    it means, which tells apart what has one status: "UnknownTask" (no such lease), "UnknownWorker" (register first),
+    "NotFound" (no such round or version), "RoundClosed", "WrongOffset", "CorruptError" (send again), "UpdateRefused",
+    "LayoutError", "UsageError" (for good), "TooLargeError" (for good), "Exhausted" (later), "WrongIdentity",
+    "StorageError". An error without it is of gRPC, or of something between the two, and says nothing of the task.
+
     Requests travel without gRPC's own compression (UNIMPLEMENTED). One has at most 64 KiB (RESOURCE_EXHAUSTED), but for
     `PushUpdate`, where a chunk is bounded by `RegisterResponse.max_chunk_bytes` and a header by what the manifest of the
     run's model can need. The first message of a call is waited for 60 s, less where many are late (UNAVAILABLE). A
@@ -138,6 +144,12 @@ class AggregatorServicer:
     Any call may end with UNAVAILABLE (restarting or draining: retry with backoff) or INTERNAL (the data
     folder cannot be written).
 
+    Besides its status, an error that the aggregator itself raises has a trailer "fedgrpc-error" with the name of what
+    it means, which tells apart what has one status: "UnknownTask" (no such lease), "UnknownWorker" (register first),
+    "NotFound" (no such round or version), "RoundClosed", "WrongOffset", "CorruptError" (send again), "UpdateRefused",
+    "LayoutError", "UsageError" (for good), "TooLargeError" (for good), "Exhausted" (later), "WrongIdentity",
+    "StorageError". An error without it is of gRPC, or of something between the two, and says nothing of the task.
+
     Requests travel without gRPC's own compression (UNIMPLEMENTED). One has at most 64 KiB (RESOURCE_EXHAUSTED), but for
     `PushUpdate`, where a chunk is bounded by `RegisterResponse.max_chunk_bytes` and a header by what the manifest of the
     run's model can need. The first message of a call is waited for 60 s, less where many are late (UNAVAILABLE). A
@@ -154,7 +166,8 @@ class AggregatorServicer:
     """
 
     def Register(self, request, context):
-        """Tells who the device is and what it can do. Idempotent; call it again after any restart.
+        """Tells who the device is and what it can do. Idempotent. A worker calls it when it starts, and again where another
+        call says "UnknownWorker"; a restarted aggregator remembers it.
         ALREADY_EXISTS: another device holds the name, and has been heard of within the lease: give this one another
         name, or try later. Or another process with the same FOLDER does, and is alive; to find that out, the answer
         takes up to 10 s. Of a restarted device, whose former process is silent, the new one takes over.
@@ -166,7 +179,8 @@ class AggregatorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PollTask(self, request, context):
-        """Long poll: answers as soon as there is a task for this worker, else with none when `wait` has passed.
+        """Long poll: answers as soon as there is a task for this worker, else with none when `wait` has passed. The call's
+        own deadline should be some 15 s beyond `wait`.
         Polling again while holding a task returns the same task, so a lost answer costs nothing.
         NOT_FOUND: the worker has not registered.
         """
@@ -178,16 +192,24 @@ class AggregatorServicer:
         """Streams the encoded bytes of one model version: its manifest first, then chunks from `offset` on.
         A chunk's data has at most `RegisterResponse.max_chunk_bytes`, and every message fits the 4 MiB that gRPC takes
         by default.
-        NOT_FOUND: no such version. OUT_OF_RANGE: offset beyond the payload. INVALID_ARGUMENT: a recipe that this run
-        does not use, or a digest that is not of 32 bytes. RESOURCE_EXHAUSTED: too many slices that no task names.
+        A pull that broke off goes on with the same request and `offset` set to the bytes held. The caller compares the
+        header with the one it got first: with another manifest or `base_version` the bytes held are of another payload,
+        and it begins at 0. `offset` may be the payload's size: then the header comes alone.
+        NOT_FOUND: no such version, or a slice of a model whose channels nobody has told yet. OUT_OF_RANGE: offset beyond
+        the payload. INVALID_ARGUMENT: a recipe that this run does not use, a `sub_model` that is none, or a digest that
+        is not of 32 bytes. RESOURCE_EXHAUSTED: too many slices that no task names.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Heartbeat(self, request, context):
-        """Reports progress and extends the lease of a task; the answer says whether to go on.
-        NOT_FOUND: the lease is gone. PERMISSION_DENIED: the token is another worker's.
+        """Reports progress and extends the lease of a task; the answer says whether to go on. Call it every
+        `RegisterResponse.heartbeat_interval` from the task's arrival to the acknowledgement of its update, also while
+        pulling and pushing.
+        NOT_FOUND: the lease is gone (the task is another's now: drop it), or the worker has not registered.
+        PERMISSION_DENIED: the token is another worker's. INVALID_ARGUMENT: a phase that is not for a worker to say, or
+        none; this is checked before the token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -196,9 +218,14 @@ class AggregatorServicer:
     def PushUpdate(self, request_iterator, context):
         """Sends an update: a header, then chunks from the offset that `QueryPush` told (0 for a new one). Acknowledged
         once it is verified and durable; sending a complete update again is acknowledged again and counts once.
+        A stream that ends before the payload does is answered with the committed size, and not an error.
         NOT_FOUND: the token is unknown. PERMISSION_DENIED: the token is another worker's.
-        FAILED_PRECONDITION: the round is closed. OUT_OF_RANGE: a chunk is not at the committed size.
-        DATA_LOSS: CRC or digest does not match. INVALID_ARGUMENT: layout, values or counts are refused, for good.
+        FAILED_PRECONDITION: the round is closed, or the task has ended otherwise; the update will never be taken.
+        OUT_OF_RANGE: a chunk is not at the committed size; ask `QueryPush`.
+        DATA_LOSS: a CRC or the digest does not match what came; ask `QueryPush` and send again.
+        INVALID_ARGUMENT: layout, bytes, values, counts or metrics are refused, for good; so is a payload whose digest
+        matches and that cannot be decoded. The task is then rejected, and there is nothing to give back.
+        UNAVAILABLE with "LinkError": a newer stream of this update has taken over, which is the one to go on with.
         RESOURCE_EXHAUSTED: a declared size is over the limit (for good), or no upload slot is free. In the latter case
         the trailer "grpc-retry-pushback-ms" says when to try again, as gRPC's own retries have it, and a slot is kept
         for whoever does; who comes earlier or later is served as it happens.
@@ -208,15 +235,19 @@ class AggregatorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def QueryPush(self, request, context):
-        """Tells how many bytes of an update are held. The number never decreases while the lease lives.
-        NOT_FOUND: the token is unknown. PERMISSION_DENIED: the token is another worker's.
+        """Tells how many bytes of an update are held; ask before each attempt but the first. While the lease lives the
+        number decreases only to 0, and only where what is held is of no use: another header came, or the whole did not
+        match its digest. Of an accepted update it is the payload's size, also after its round (0 once its record is gone).
+        NOT_FOUND: the token is unknown. PERMISSION_DENIED: the token is another worker's. FAILED_PRECONDITION: the task
+        has ended without an update; drop it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportFailure(self, request, context):
-        """Gives a task back, with the reason. Idempotent.
+        """Gives a task back that the worker cannot do, with the reason. Idempotent; of a task that has ended, or whose
+        update is accepted or was refused, it changes nothing and is not needed.
         NOT_FOUND: the token is unknown. PERMISSION_DENIED: the token is another worker's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -225,7 +256,8 @@ class AggregatorServicer:
 
     def Leave(self, request, context):
         """The worker ends: it counts as away, and is waited for by nobody, until it is heard of again. Idempotent. A task
-        that it has not begun goes to another; one that it has begun stays its own, under its lease.
+        that it has not begun goes to another; one that it has begun stays its own, under its lease. After `run_ended` it
+        may be called and need not: the server may be closing, so that UNAVAILABLE and CANCELLED mean nothing then.
         NOT_FOUND: the worker has not registered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -384,6 +416,12 @@ class Aggregator:
     """Workers dial out to it; it never dials a worker. Every call is short or resumable and stands alone.
     Any call may end with UNAVAILABLE (restarting or draining: retry with backoff) or INTERNAL (the data
     folder cannot be written).
+
+    Besides its status, an error that the aggregator itself raises has a trailer "fedgrpc-error" with the name of what
+    it means, which tells apart what has one status: "UnknownTask" (no such lease), "UnknownWorker" (register first),
+    "NotFound" (no such round or version), "RoundClosed", "WrongOffset", "CorruptError" (send again), "UpdateRefused",
+    "LayoutError", "UsageError" (for good), "TooLargeError" (for good), "Exhausted" (later), "WrongIdentity",
+    "StorageError". An error without it is of gRPC, or of something between the two, and says nothing of the task.
 
     Requests travel without gRPC's own compression (UNIMPLEMENTED). One has at most 64 KiB (RESOURCE_EXHAUSTED), but for
     `PushUpdate`, where a chunk is bounded by `RegisterResponse.max_chunk_bytes` and a header by what the manifest of the
