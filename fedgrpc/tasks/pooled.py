@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedgrpc.errors import FedgrpcError
+from fedgrpc.worker import returned
 from fedgrpc.worker.threads import rest_while_waiting
 from fedgrpc.worker.trainer import EvalResult, Trainer, TrainJob, load_trainer
 
@@ -21,8 +22,8 @@ def train_pooled(trainer: Trainer, job: TrainJob, rounds: int) -> Iterator[EvalR
     """Train from the initial weights for `rounds` times `job.epochs` epochs, scoring after each."""
     weights = trainer.initial_weights()
     for number in range(rounds):
-        weights = trainer.train(weights, replace(job, round=number)).weights
-        yield trainer.evaluate(weights)
+        weights = returned.train_result(trainer.train(weights, replace(job, round=number))).weights
+        yield returned.eval_result(trainer.evaluate(weights))
 
 
 def _main() -> None:
@@ -58,7 +59,7 @@ def _main() -> None:
         )
         for number, result in enumerate(train_pooled(trainer, job, asked.rounds), start=1):
             metrics = {} if result is None else dict(result.metrics)
-            print(json.dumps({"round": number, "metrics": metrics}), flush=True)
+            print(json.dumps({"round": number, "metrics": metrics}, allow_nan=False), flush=True)
     except FedgrpcError as error:
         parser.error(str(error))
 

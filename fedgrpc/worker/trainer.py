@@ -323,6 +323,11 @@ def constructor_arguments(
     return arguments
 
 
+def takes(task: type, setting: str) -> bool:
+    """Whether a task that `find_task` has found makes use of a setting, such as `partition`."""
+    return hasattr(task, "build_trainer") or bool({setting, "setup"} & {*_parameters(task)})
+
+
 def _parameters(task: type) -> Mapping[str, inspect.Parameter]:
     if task.__init__ is object.__init__:  # type: ignore[misc]
         return {}

@@ -17,6 +17,9 @@ import pytest
 
 from fedgrpc.cli.demo.devices import make_fleet
 from fedgrpc.cli.demo.processes import die_with
+from fedgrpc.cli.demo.report import make_report, verdict_line
+from fedgrpc.v1.aggregator_pb2 import Run
+from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind
 from tests.cli.process import fedgrpc, running
 
 pytest.importorskip("torch")
@@ -48,10 +51,100 @@ def test_the_demo_trains_reports_and_writes_its_files(tmp_path: Path) -> None:
     assert (out / "model.safetensors").stat().st_size > 1000
     assert (out / "rounds.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((out / "rounds.json").read_text())
-    assert len(report["accuracy"]) == len(report["pooled_accuracy"]) == 4
-    assert report["accuracy"][-1] > 0.9
+    assert report["metric"] == "accuracy"
+    assert len(report["scores"]) == len(report["pooled_scores"]) == 4
+    assert report["scores"][-1] > 0.9
     assert report["traffic"]["upload_bytes"] < 0.3 * report["traffic"]["plain_upload_bytes"]
     assert "jetson-nano-2gb-1" in [worker["worker"] for worker in report["workers"] if worker["missed"]]
+
+
+REGRESSION = """
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+from fedgrpc.tasks.torch_task import TorchTask
+
+class Sums(TorchTask):
+    def model(self):
+        return nn.Linear(3, 1)
+
+    def data(self, path):
+        x = torch.randn(120, 3, generator=torch.Generator().manual_seed(0))
+        data = TensorDataset(x, x.sum(1, keepdim=True))
+        return data, data
+
+    def loss(self, outputs, targets):
+        return functional.mse_loss(outputs, targets)
+
+    def metrics(self, outputs, targets):
+        return {"mae": (outputs - targets).abs().mean()}
+
+class Broken(Sums):
+    def loss(self, outputs, targets):
+        if outputs.requires_grad:
+            raise RuntimeError("my loss is broken")
+        return super().loss(outputs, targets)
+"""
+
+
+def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is not JSON")
+
+
+@pytest.mark.timeout(300)
+def test_the_demo_of_a_regression_shows_its_own_metric(tmp_path: Path) -> None:
+    (tmp_path / "own_task.py").write_text(REGRESSION)
+    asked = ("--task", "own_task:Sums", "--partition", "iid", "--workers", "2", "--rounds", "2", "--epochs", "1")
+    ended = fedgrpc("demo", *asked, "--out", "out", cwd=tmp_path)
+    assert ended.code == 0, ended.error
+    assert re.search(r"mae \S+ federated, \S+ pooled \(iid, 2 workers\)", ended.out), ended.out
+    assert "accuracy" not in ended.out
+    report = json.loads((tmp_path / "out" / "rounds.json").read_text(), parse_constant=refuse)
+    assert report["metric"] == "mae"
+    assert len(report["scores"]) == 2
+    assert all(score > 0 for score in report["scores"])
+
+
+@pytest.mark.timeout(300)
+def test_the_demo_of_a_numpy_task_gives_each_device_all_of_its_data(tmp_path: Path) -> None:
+    asked = ("--task", "bring_your_own_numpy", "--workers", "2", "--rounds", "2", "--epochs", "1")
+    ended = fedgrpc("demo", *asked, "--out", "out", cwd=tmp_path)
+    assert ended.code == 0, ended.error
+    assert "takes no --partition" in ended.out
+    report = json.loads((tmp_path / "out" / "rounds.json").read_text(), parse_constant=refuse)
+    assert report["metric"] == "accuracy"
+    assert {worker["example_count"] for worker in report["workers"]} == {1442}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--task", "own_task:Broken"), "my loss is broken"),
+        (("--task", "own_task:Sums", "--deadline", "20ms", "--straggler-round", "0"), "deadline of 0.02 s passed"),
+    ],
+)
+def test_the_demo_ends_with_the_reason_once_three_rounds_in_a_row_brought_nothing(
+    tmp_path: Path, arguments: tuple[str, ...], reason: str
+) -> None:
+    (tmp_path / "own_task.py").write_text(REGRESSION)
+    ended = fedgrpc("demo", *arguments, "--partition", "iid", "--workers", "2", "--out", "out", cwd=tmp_path)
+    assert ended.code == 1, ended.out
+    assert re.fullmatch(rf"error: 3 rounds in a row ended without an update: .*{reason}.*", ended.error.strip())
+    assert ended.out.count("abandoned") == 3
+    assert reason in ended.out
+
+
+def test_a_report_without_scores_is_json_all_the_same() -> None:
+    committed = Round(kind=TaskKind.TASK_KIND_TRAIN, phase=RoundPhase.ROUND_PHASE_COMMITTED)
+    for scores, metric in (({}, "loss"), ({"loss": 1.0}, "loss"), ({"loss": 1.0, "auc": 0.5}, "auc")):
+        report = make_report(Run(), [committed, Round(evaluator_metrics=scores)], [scores], 1.0)
+        assert report.metric == metric
+        written = json.loads(json.dumps(report.as_json(), allow_nan=False))
+        assert written["scores"] == [None]
+        assert written["pooled_scores"] == [scores.get(metric)]
+        assert verdict_line(report) == "no scores"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -7,8 +7,9 @@ import importlib.util
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 from rich.console import Console
@@ -21,8 +22,8 @@ from fedgrpc.cli.demo.pooled import Scores, train_pooled
 from fedgrpc.cli.demo.processes import Processes
 from fedgrpc.cli.demo.report import (
     Report,
-    accuracy_table,
     make_report,
+    scores_table,
     traffic_line,
     training_rounds,
     verdict_line,
@@ -34,6 +35,10 @@ from fedgrpc.cli.view import piped_console, print_table
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.data.partition import PARTITIONS
 from fedgrpc.errors import UsageError
+from fedgrpc.worker.threads import rest_while_waiting
+from fedgrpc.worker.trainer import find_task, takes
+
+_PARTITION: Final = "dirichlet:0.5"
 
 _demo = Declare("The demo", DemoSettings)
 
@@ -44,9 +49,18 @@ SETTINGS: list[Setting] = [
     _demo("--workers", "How many devices.", type=click.IntRange(1, 64)),
     _demo("--rounds", "How many rounds.", type=click.IntRange(1)),
     _demo("--epochs", "Passes over a device's data in each round."),
-    _demo("--partition", f"How to share out the data: {PARTITIONS}.", metavar="KIND"),
+    _demo(
+        "--partition",
+        f"How to share out the data: {PARTITIONS}; without: {_PARTITION}, where the task takes one.",
+        metavar="KIND",
+    ),
     _demo("--encoding", "Of models and updates, as in raw or int8+zstd.", metavar="RECIPE"),
-    _demo("--deadline", "A round's time to report.", name="deadline_s", type=DURATION),
+    _demo(
+        "--deadline",
+        "A round's time to report; without: twice what the devices are seen to need, 6s at least.",
+        name="deadline_s",
+        type=DURATION,
+    ),
     _demo("--straggler-round", "The round in which the first device hangs; 0: none."),
     _demo("--seed", "Of the partition, the model and the training."),
     _demo(
@@ -61,9 +75,11 @@ SETTINGS: list[Setting] = [
 def _run(**values: Any) -> None:
     settings = pick(DemoSettings, values)
     Recipe.parse(settings.encoding)
-    for module in ("torch", "matplotlib"):
-        if importlib.util.find_spec(module) is None:
-            raise UsageError(f"the demo needs {module}: pip install 'fedgrpc[demo]'")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("the demo needs matplotlib: pip install 'fedgrpc[demo]'")
+    rest_while_waiting()
+    if settings.partition is None and takes(find_task(settings.task), "partition"):
+        settings = replace(settings, partition=_PARTITION)
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -88,6 +104,8 @@ async def _demo_in(settings: DemoSettings) -> None:
 async def _federate(settings: DemoSettings, processes: Processes, state: Path, screen: Screen) -> History:
     devices = make_fleet(settings.workers)
     screen.tell(f"starting one aggregator, {len(devices)} workers and an evaluator; logs in {processes.folder}")
+    if settings.partition is None:
+        screen.tell(f"{settings.task} takes no --partition: each device has all of its data")
     return await Federation(settings, devices, processes, state).run(screen.show, screen.tell)
 
 
@@ -100,16 +118,17 @@ async def _pool(settings: DemoSettings, processes: Processes, rounds: int, scree
 
 def _write(out: Path, history: History, report: Report) -> None:
     (out / "model.safetensors").write_bytes(history.model)
-    (out / "rounds.json").write_text(json.dumps(report.as_json(), indent=2) + "\n")
+    (out / "rounds.json").write_text(json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n")
     plot_rounds(report, out / "rounds.png")
 
 
 def _print(console: Console, settings: DemoSettings, report: Report) -> None:
-    for table in (accuracy_table(report), workers_table(report)):
+    for table in (scores_table(report), workers_table(report)):
         console.print()
         print_table(console, table)
     console.print()
-    console.print(f"{verdict_line(report)} ({settings.partition}, {settings.workers} workers)", highlight=False)
+    shared = settings.partition or "each with all of the data"
+    console.print(f"{verdict_line(report)} ({shared}, {settings.workers} workers)", highlight=False)
     console.print(f"{traffic_line(report.traffic)}, as {settings.encoding}", highlight=False)
     names = ", ".join(str(settings.out / name) for name in ("model.safetensors", "rounds.json", "rounds.png"))
     console.print(f"wrote {names} in {report.wall_s:.0f} s", highlight=False, soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,21 +15,25 @@ from fedgrpc.cli.demo.devices import Device
 from fedgrpc.cli.demo.processes import Processes
 from fedgrpc.cli.demo.straggler import Straggler
 from fedgrpc.cli.operator import Operator, operator
-from fedgrpc.cli.view import round_line
-from fedgrpc.errors import UsageError
-from fedgrpc.v1.aggregator_pb2 import Run
-from fedgrpc.v1.round_pb2 import Round, RoundPhase
+from fedgrpc.cli.view import LOST, round_line
+from fedgrpc.errors import FedgrpcError, UsageError
+from fedgrpc.v1.aggregator_pb2 import Run, RunPhase
+from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind, TaskPhase
 
 _WATCH_HZ: Final = 20.0
 _RECENT: Final = 5
 _LAST_SCORES_S: Final = 15.0
+_LOST_IN_A_ROW: Final = 3
 _AGGREGATOR: Final = "aggregator"
 _EVALUATOR: Final = "evaluator"
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo is asked to do. Times in seconds."""
+    """What the demo is asked to do. Times in seconds.
+
+    Without a `partition` every device has all of the task's data; without a deadline it is learned.
+    """
 
     out: Path
     task: str = "fedgrpc.tasks.digits"
@@ -37,9 +42,9 @@ class DemoSettings:
     workers: int = 5
     rounds: int = 12
     epochs: float = 3.0
-    partition: str = "dirichlet:0.5"
+    partition: str | None = None
     encoding: str = "int8+zstd"
-    deadline_s: float = 6.0
+    deadline_s: float | None = None
     straggler_round: int = 3
     seed: int = 0
 
@@ -59,6 +64,22 @@ class History:
     model: bytes
 
 
+def _deadline(seconds: float | None) -> list[str]:
+    """As asked, or learned of the devices: a task of minutes has no use for a deadline of seconds."""
+    if seconds is not None:
+        return ["--deadline", f"{seconds:g}s"]
+    return ["--deadline", "30m", "--learn-deadline", "--deadline-floor", "6s", "--deadline-margin", "2"]
+
+
+def _reason(record: Round) -> str:
+    """Why the first task of an abandoned round was lost, by name; empty where none was."""
+    lost = next((task for task in record.tasks if task.phase in LOST and task.reason), None)
+    if lost is None:
+        return ""
+    hint = "; --deadline gives them longer" if lost.phase == TaskPhase.TASK_PHASE_LATE else ""
+    return f"{lost.worker}: {lost.reason}{hint}"
+
+
 class Federation:
     """Starts everything, shows every change, and freezes one device for one round."""
 
@@ -67,8 +88,10 @@ class Federation:
         self._devices = devices
         self._processes = processes
         self._state = state
-        self._current = -1
         self._told = -1
+        self._lost_in_a_row = 0
+        self._reason = ""
+        self._remarks: list[str] = []
 
     async def run(self, show: Callable[[Run, Round], None], tell: Callable[[str], None]) -> History:
         """To the end of the run. `show` is called at each change, `tell` with a line that is to stay.
@@ -80,7 +103,13 @@ class Federation:
         for number, device in enumerate(self._devices, start=1):
             await self._start_worker(device, number, address)
         await self._start_evaluator(address)
-        straggler = Straggler(self._devices[0].name, self._settings.straggler_round, self._processes, tell)
+        straggler = Straggler(
+            self._devices[0].name,
+            self._settings.straggler_round,
+            self._processes,
+            self._remarks.append,
+            learned_deadline=self._settings.deadline_s is None,
+        )
         async with operator(address) as aggregator:
             following = asyncio.create_task(self._follow(aggregator, straggler, show, tell))
             guarding = asyncio.create_task(self._guard(tell))
@@ -100,13 +129,16 @@ class Federation:
         tell: Callable[[str], None],
     ) -> History:
         async for news in aggregator.watch(_WATCH_HZ):
-            if news.round.number != self._current:
-                self._tell_ended(await aggregator.latest_rounds(_RECENT), tell)
-                self._current = news.round.number
+            if self._told < news.round.number - 1 or news.round.phase == RoundPhase.ROUND_PHASE_ABANDONED:
+                self._tell_ended(await aggregator.latest_rounds(_RECENT), news.round.number, tell)
+            if news.run.phase == RunPhase.RUN_PHASE_PAUSED:
+                raise FedgrpcError(f"the run is paused: {news.run.reason or 'by an operator'}")
             straggler.follow(news.round)
+            self._tell_remarks(news.round.number, tell)
             show(news.run, news.round)
         history = await self._gather(aggregator)
-        self._tell_ended(history.rounds, tell)
+        self._tell_ended(history.rounds, math.inf, tell)
+        self._tell_remarks(math.inf, tell)
         return history
 
     async def _start_aggregator(self) -> int:
@@ -117,7 +149,7 @@ class Federation:
         arguments += ["--data-dir", str(self._state / _AGGREGATOR), "--port-file", f"/dev/fd/{writable}"]
         arguments += ["--rounds", str(settings.rounds), "--epochs", f"{settings.epochs:g}"]
         arguments += ["--min-workers", str(max(1, settings.workers - 1)), "--selection-window", "5s"]
-        arguments += ["--deadline", f"{settings.deadline_s:g}s", "--heartbeat-interval", "250ms"]
+        arguments += [*_deadline(settings.deadline_s), "--heartbeat-interval", "250ms"]
         arguments += ["--encoding", settings.encoding, "--seed", str(settings.seed), "--run-name", "demo"]
         with os.fdopen(readable, "rb") as told:
             try:
@@ -132,7 +164,8 @@ class Federation:
     async def _start_worker(self, device: Device, number: int, address: str) -> None:
         kind = device.device_class
         arguments = [*self._worker(device.name, address), *self._settings.task_arguments()]
-        arguments += ["--partition", self._settings.partition, "--part", f"{number}/{len(self._devices)}"]
+        if self._settings.partition is not None:
+            arguments += ["--partition", self._settings.partition, "--part", f"{number}/{len(self._devices)}"]
         arguments += ["--device-class", kind.name, "--profile", f"cpu_cores={kind.cpu_cores}"]
         arguments += ["--profile", f"memory_bytes={kind.memory_bytes}"]
         arguments += ["--slowdown", str(kind.slowdown), "--link", str(kind.link_bits_per_second)]
@@ -143,7 +176,7 @@ class Federation:
         await self._processes.start(_EVALUATOR, arguments)
 
     def _worker(self, name: str, address: str) -> list[str]:
-        arguments = ["-m", "fedgrpc", "worker", "--aggregator", address, "--name", name]
+        arguments = ["-m", "fedgrpc", "worker", "--aggregator", address, "--name", name, "--threads", "1"]
         return [*arguments, "--state-dir", str(self._state / name), "--serve-address", "none"]
 
     async def _guard(self, tell: Callable[[str], None]) -> NoReturn:
@@ -160,13 +193,33 @@ class Federation:
                 raise failure
             tell(str(failure))
 
-    def _tell_ended(self, rounds: list[Round], tell: Callable[[str], None]) -> None:
-        """A line for each round that has ended; its scores come with the next round's updates, so one later."""
+    def _tell_ended(self, rounds: list[Round], current: float, tell: Callable[[str], None]) -> None:
+        """A line for each round that has ended, once it is scored or the round after the next has begun.
+
+        Raises:
+            FedgrpcError: one round after another ended without an update.
+        """
         for record in rounds:
-            scored = record.evaluator_metrics or record.phase == RoundPhase.ROUND_PHASE_ABANDONED
-            if scored and record.number > self._told:
-                tell(round_line(record))
-                self._told = record.number
+            if record.number <= self._told or record.kind == TaskKind.TASK_KIND_EVALUATE:
+                continue
+            abandoned = record.phase == RoundPhase.ROUND_PHASE_ABANDONED
+            if not abandoned and not record.evaluator_metrics and record.number > current - 2:
+                break
+            self._told = record.number
+            reason = _reason(record) if abandoned else ""
+            tell(f"{round_line(record)} · {reason}" if reason not in ("", self._reason) else round_line(record))
+            self._reason = reason
+            self._lost_in_a_row = self._lost_in_a_row + 1 if abandoned else 0
+            if self._lost_in_a_row == _LOST_IN_A_ROW:
+                raise FedgrpcError(
+                    f"{_LOST_IN_A_ROW} rounds in a row ended without an update: {reason or record.reason}"
+                )
+
+    def _tell_remarks(self, current: float, tell: Callable[[str], None]) -> None:
+        """What there is to say of the current round comes after the line of the one before."""
+        if self._told >= current - 1 or current == math.inf:
+            while self._remarks:
+                tell(self._remarks.pop(0))
 
     async def _gather(self, aggregator: Operator) -> History:
         """Asked of the aggregator before it goes; the evaluator ends once it has scored the last version."""

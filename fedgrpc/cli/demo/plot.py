@@ -1,4 +1,4 @@
-"""`rounds.png`: accuracy over the rounds, and where each worker's time went."""
+"""`rounds.png`: scores over the rounds, and where each worker's time went."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def plot_rounds(report: Report, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (scores, times) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    numbers = range(1, len(report.accuracies) + 1)
-    scores.plot(numbers, report.accuracies, marker="o", label="federated")
-    pooled = report.pooled_accuracies
+    numbers = range(1, len(report.scores) + 1)
+    scores.plot(numbers, report.scores, marker="o", label="federated")
+    pooled = report.pooled_scores
     scores.plot(range(1, len(pooled) + 1), pooled, linestyle="--", color="gray", label="pooled, same epochs")
     for number, record in enumerate(report.training_rounds, start=1):
         accepted = sum(task.phase == TaskPhase.TASK_PHASE_ACCEPTED for task in record.tasks)
         if accepted < len(record.tasks):
-            at = (number, report.accuracies[number - 1])
+            at = (number, report.scores[number - 1])
             scores.annotate(
                 f"{accepted} of {len(record.tasks)}", at, xytext=(0, -18), textcoords="offset points", ha="center"
             )
-    scores.set(xlabel="round", ylabel="accuracy on held-out data", title="Accuracy")
+    scores.set(xlabel="round", ylabel=f"{report.metric} on held-out data", title=report.metric.capitalize())
     scores.grid(alpha=0.3)
-    scores.legend(loc="lower right")
+    scores.legend(loc="best")
 
     names = [worker.worker for worker in report.workers]
     left = [0.0] * len(names)

@@ -51,7 +51,7 @@ class Processes:
 
         It gets its own session: Ctrl-C on the terminal reaches this process alone.
         """
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         with self.log(name).open("wb") as output:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,

@@ -68,26 +68,39 @@ class Report:
     wall_s: float
 
     @property
-    def accuracies(self) -> list[float]:
-        """Of each committed training round, on the held-out data; NaN where it was not scored."""
-        return [record.evaluator_metrics.get("accuracy", math.nan) for record in self.training_rounds]
+    def metric(self) -> str:
+        """The score that is shown: accuracy; of a task without, its first metric or, without any, the loss."""
+        scored = [dict(record.evaluator_metrics) for record in self.training_rounds]
+        names = {name for scores in [*scored, *self.pooled] for name in scores}
+        return "accuracy" if "accuracy" in names else min(names - {"loss"}, default="loss")
 
     @property
-    def pooled_accuracies(self) -> list[float]:
+    def scores(self) -> list[float]:
+        """Of each committed training round, on the held-out data; NaN where it was not scored."""
+        return [record.evaluator_metrics.get(self.metric, math.nan) for record in self.training_rounds]
+
+    @property
+    def pooled_scores(self) -> list[float]:
         """Of the same model trained on the pooled data, after as many epochs."""
-        return [scores.get("accuracy", math.nan) for scores in self.pooled]
+        return [scores.get(self.metric, math.nan) for scores in self.pooled]
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, as `rounds.json` holds it."""
+        """Everything, as `rounds.json` holds it; a score that there is not is None."""
         return {
+            "metric": self.metric,
             "run": MessageToDict(self.run, preserving_proto_field_name=True),
-            "accuracy": self.accuracies,
-            "pooled_accuracy": self.pooled_accuracies,
+            "scores": _or_none(self.scores),
+            "pooled_scores": _or_none(self.pooled_scores),
             "traffic": asdict(self.traffic),
             "workers": [{**asdict(worker), "total_s": worker.total_s} for worker in self.workers],
             "wall_s": self.wall_s,
             "rounds": [MessageToDict(record, preserving_proto_field_name=True) for record in self.rounds],
         }
+
+
+def _or_none(scores: Sequence[float]) -> list[float | None]:
+    """JSON has no NaN."""
+    return [score if math.isfinite(score) else None for score in scores]
 
 
 def training_rounds(rounds: Sequence[Round]) -> list[Round]:
@@ -137,18 +150,18 @@ def _traffic(run: Run, training: Sequence[Round]) -> Traffic:
     )
 
 
-def accuracy_table(report: Report) -> Table:
-    """Federated and pooled accuracy side by side, round by round."""
-    table = _table("round", "updates", "accuracy", "pooled, same epochs", "without")
+def scores_table(report: Report) -> Table:
+    """Federated and pooled scores side by side, round by round."""
+    table = _table("round", "updates", report.metric, "pooled, same epochs", "without")
     for index, record in enumerate(report.training_rounds):
         accepted = [task for task in record.tasks if task.phase == TaskPhase.TASK_PHASE_ACCEPTED]
         missing = [task.worker for task in record.tasks if task.phase != TaskPhase.TASK_PHASE_ACCEPTED]
-        pooled = report.pooled_accuracies
+        pooled = report.pooled_scores
         table.add_row(
             str(record.number),
             f"{len(accepted)}/{len(record.tasks)}",
-            f"{report.accuracies[index]:.3f}",
-            f"{pooled[index]:.3f}" if index < len(pooled) else "",
+            _shown(report.scores[index]),
+            _shown(pooled[index]) if index < len(pooled) else "",
             ", ".join(missing),
         )
     return table
@@ -176,11 +189,19 @@ def _share(count: int, plain: int) -> str:
 
 
 def verdict_line(report: Report) -> str:
-    """The last accuracies, side by side."""
-    if not report.accuracies or not report.pooled_accuracies:
+    """The last scores, side by side."""
+    ours, pooled = (scores[-1] if scores else math.nan for scores in (report.scores, report.pooled_scores))
+    if math.isnan(ours) or math.isnan(pooled):
         return "no scores"
-    ours, pooled = report.accuracies[-1], report.pooled_accuracies[-1]
-    return f"accuracy {ours:.3f} federated, {pooled:.3f} pooled: {100 * (ours - pooled):+.1f} points"
+    said = f"{report.metric} {_shown(ours)} federated, {_shown(pooled)} pooled"
+    return f"{said}: {100 * (ours - pooled):+.1f} points" if report.metric == "accuracy" else said
+
+
+def _shown(score: float) -> str:
+    """Three digits after the point, or three that matter; nothing for no score."""
+    if math.isnan(score):
+        return ""
+    return f"{score:.3f}" if abs(score) < 10 and (abs(score) >= 0.1 or not score) else f"{score:.3g}"
 
 
 def _table(*headings: str) -> Table:

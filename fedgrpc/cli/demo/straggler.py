@@ -13,14 +13,23 @@ from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind, TaskPhase
 class Straggler:
     """Stops one worker's process while it has a task, and lets it go on when that round has ended without it.
 
-    A quick worker may have sent its update before the stop comes: then the next round is tried.
+    A quick worker may have sent its update before the stop comes: then the next round is tried. Where the deadline
+    is learned, the round must have one by then: the first one's is long.
     """
 
-    def __init__(self, name: str, round_number: int, processes: Processes, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        round_number: int,
+        processes: Processes,
+        tell: Callable[[str], None],
+        learned_deadline: bool = False,
+    ) -> None:
         self._name = name
         self._round_number = round_number
         self._processes = processes
         self._tell = tell
+        self._learned_deadline = learned_deadline
         self._frozen_in: int | None = None
         self._done = round_number < 1
 
@@ -48,6 +57,8 @@ class Straggler:
 
     def _is_at_work(self, record: Round) -> bool:
         due = record.number >= self._round_number and record.kind == TaskKind.TASK_KIND_TRAIN
+        if self._learned_deadline and not record.deadline_reason:
+            return False
         phase = self._phase(record)
         return due and record.phase == RoundPhase.ROUND_PHASE_REPORTING and phase not in {None, *SETTLED}
 
