@@ -24,6 +24,7 @@ import numpy as np
 from fedgrpc.aggregation.coverage import Coverage
 from fedgrpc.errors import LayoutError, UsageError
 
+_MAX_TEXT_CHARS = 100
 RULES = ("prefix", "rolling", "random", "magnitude")
 
 
@@ -80,6 +81,8 @@ class SubModel:
         """Read what `str` gives: "prefix:0.5", "rolling:12:0.5", ...; "" is the whole model. Raises UsageError."""
         if text in ("", "whole"):
             return cls()
+        if len(text) > _MAX_TEXT_CHARS:
+            raise UsageError(f"{len(text)} characters are no sub-model; one looks like prefix:0.5 or rolling:12:0.5")
         rule, *numbers = text.split(":")
         try:
             *rounds, width = numbers

@@ -31,7 +31,7 @@ import numpy as np
 
 from fedgrpc.codec.dither import Dither
 from fedgrpc.codec.layout import Array, TensorSpec
-from fedgrpc.codec.marks import MAX_COUNT, CountReader, MarkReader, write_counts, write_marks
+from fedgrpc.codec.marks import MAX_COUNT, CountReader, MarkReader, ends_in, write_counts, write_marks
 from fedgrpc.codec.options import format_options
 from fedgrpc.codec.step import rms, sample, share_of_zeros, step_for_distortion
 from fedgrpc.codec.values import as_float32, flat, pieces, require_float
@@ -292,4 +292,14 @@ def _split(data: memoryview, spec: TensorSpec) -> _Parts:
         raise LayoutError(f"tensor {spec.name!r} has {data.nbytes} encoded bytes, its parts {at + sum(sizes)}")
     content = np.frombuffer(data, np.uint8)
     digits, *levels, counts = (content[start:stop] for start, stop in pairwise(accumulate(sizes, initial=at)))
+    _check_members([*levels, counts], spec)
     return _Parts(np.float32(step), base, digits, levels, counts)
+
+
+def _check_members(streams: list[Array], spec: TensorSpec) -> None:
+    """Before memory is taken: no level has more members than the one before, and each of the last has a count."""
+    members = [spec.size, *map(ends_in, streams)]
+    if len(streams) > 1 and members[-1] != members[-2]:
+        raise CorruptError(f"tensor {spec.name!r} has {members[-1]} counts for {members[-2]} members")
+    if any(more > fewer for fewer, more in pairwise(members)):
+        raise CorruptError(f"tensor {spec.name!r} marks more elements than there are")

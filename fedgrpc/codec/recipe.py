@@ -24,6 +24,7 @@ from fedgrpc.codec.raw import Raw
 from fedgrpc.errors import UsageError
 
 MIN_LOSSY_ELEMENTS = 64
+MAX_TEXT_CHARS = 8192
 MAX_RECIPE_CHARS = 4096
 ZSTD_LEVELS = range(-7, 20)
 VECTORS, LAST = "@vectors", "@last"
@@ -64,6 +65,8 @@ class Recipe:
         """Read `ENCODING[;PATTERN=ENCODING...][+zstd[:LEVEL]]`; raises UsageError in one line."""
         if len(text) > MAX_RECIPE_CHARS:
             raise UsageError(f"a recipe of {len(text)} characters; allowed are {MAX_RECIPE_CHARS}")
+        if len(text) > MAX_TEXT_CHARS:
+            raise UsageError(f"a recipe of {len(text)} characters; allowed are {MAX_TEXT_CHARS}")
         body, compression = text.strip(), Compression()
         if match := _SUFFIX.search(body):
             body = body[: match.start()]

@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from fedgrpc.codec.layout import Array, TensorSpec
-from fedgrpc.codec.marks import MarkReader, write_marks
+from fedgrpc.codec.marks import MarkReader, ends_in, write_marks
 from fedgrpc.codec.options import format_options
 from fedgrpc.codec.step import rms
 from fedgrpc.codec.uniform import BITS, Uniform
@@ -124,8 +124,8 @@ def _write(values: Array, positions: Array, bits: int, rng: np.random.Generator)
 
 @np.errstate(over="ignore")
 def _read(data: memoryview, spec: TensorSpec, bits: int) -> Array:
-    out = np.zeros(spec.size, spec.numpy_dtype)
     kept_spec, positions, content = _split(data, spec, bits)
+    out = np.zeros(spec.size, spec.numpy_dtype)
     fill = Uniform(bits, rounding="nearest").fill_from(content, kept_spec)
     values = np.empty(min(kept_spec.size, PIECE), np.float32)
     for piece, places in positions:
@@ -159,7 +159,10 @@ def _split(
     kept_spec = TensorSpec(spec.name, "float32", (count,))
     end = _HEADER.size + size_of_marks
     require_size(data, end + Uniform(bits).size_bounds(kept_spec)[0], spec)
-    marks = MarkReader(np.frombuffer(data[_HEADER.size : end], np.uint8))
+    stream = np.frombuffer(data[_HEADER.size : end], np.uint8)
+    if ends_in(stream) != count:
+        raise CorruptError(f"tensor {spec.name!r} has not {count} positions for as many values")
+    marks = MarkReader(stream)
     return kept_spec, _positions(marks, count, spec), lambda start, size: data[end + start : end + start + size]
 
 

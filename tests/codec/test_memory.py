@@ -83,3 +83,12 @@ def test_tensors_of_no_elements_have_no_marks_and_no_counts() -> None:
             Entropy().decode(memoryview(data), empty)
     with pytest.raises(CodecError):
         TopK().decode(memoryview(struct.pack("<II", 0, 1) + b"\0"), empty)
+
+
+@pytest.mark.parametrize("name", ["counts of no member", "more marks than elements", "topk of marks alone"])
+def test_streams_that_do_not_fit_each_other_are_refused_before_memory_is_taken(name: str) -> None:
+    text, data = HOSTILE[name]
+    spec = TensorSpec("x", "float32", (SIZE,))
+    with pytest.raises(CodecError):
+        parse_encoding(text).decode(memoryview(data), spec)
+    assert peak_of_decode(text, data, spec) < 1 << 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -83,6 +84,23 @@ def decoders(rnd: Random, folder: Path) -> None:
     array = encoding.decode(memoryview(data), spec)
     assert array.shape == spec.shape
     assert array.dtype == spec.numpy_dtype
+
+
+LARGE: Final = TensorSpec("t", "float32", (1 << 20,))
+
+
+@target(share=2)
+def large_decoders(rnd: Random, folder: Path) -> None:
+    """A tensor so large that what it takes stands out: at most twice itself, and the scratch of a piece."""
+    text, other = rnd.choice(ENCODINGS), rnd.choice(ENCODINGS)
+    data = _encoded(other, LARGE, 1) if rnd.random() < 0.2 else mutated(_encoded(text, LARGE, 1), rnd)
+    tracemalloc.start()
+    try:
+        parse_encoding(text).decode(memoryview(data), LARGE)
+    finally:
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak_bytes <= 2 * LARGE.nbytes + (4 << 20), f"{text} took {peak_bytes >> 10} KiB"
 
 
 @cache
