@@ -82,7 +82,7 @@ class SubModel:
         if text in ("", "whole"):
             return cls()
         if len(text) > _MAX_TEXT_CHARS:
-            raise UsageError(f"{len(text)} characters are no sub-model; one looks like prefix:0.5 or rolling:12:0.5")
+            raise UsageError(f"{len(text)} characters are no sub-model; one looks like rolling:12:0.5")
         rule, *numbers = text.split(":")
         try:
             *rounds, width = numbers
