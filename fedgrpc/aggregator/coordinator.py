@@ -102,6 +102,9 @@ class Coordinator:
         self.changes = Changes()
         self._waking = Waking()
         self._changing_phase = asyncio.Lock()
+        self._registering = asyncio.Lock()
+        # Who is about to be offered a task.
+        self.chosen: frozenset[str] = frozenset()
         self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._log = log.bind(run=settings.run_name)
 
@@ -130,15 +133,33 @@ class Coordinator:
         self.negotiation.check(registration)
         await self.sessions.claim(registration.worker, session, peer)
         if not self.fleet.knows(registration, session):
-            # After an outage a whole fleet comes back at once with nothing new to store.
-            await self.in_database(self.store.save_worker, registration, str(session))
-            # Another process may have been faster.
-            await self.sessions.claim(registration.worker, session, peer)
-        worker = self.fleet.register(registration, self.clock())
+            # After an outage a whole fleet comes back at once with nothing new to store. Registrations are stored
+            # one at a time, so that what a round stores waits for one of them at most.
+            async with self._registering:
+                await self._save_worker(registration, session)
+                # Another process may have been faster.
+                await self.sessions.claim(registration.worker, session, peer)
+                worker = self.fleet.register(registration, self.clock())
+        else:
+            worker = self.fleet.register(registration, self.clock())
         if self.sessions.take(worker, session, peer):
             self._abandon(worker)
         self._log.info("worker registered", worker=worker.name, device=registration.device.device_class)
         self.wake.set()
+
+    async def _save_worker(self, registration: RegisterRequest, session: Session) -> None:
+        """Store a registration, and make room for it where there is none. Raises `Exhausted`."""
+        if (known := self.fleet.find(registration.worker)) is not None:
+            known.changes.take(self.clock())
+        else:
+            at_work = () if self.current is None else self.current.state.workers
+            forgotten = self.fleet.make_room(registration.worker, {*at_work, *self.chosen}, self.clock())
+            if forgotten:
+                self._log.warning(
+                    "workers forgotten", count=len(forgotten), reason="they never delivered an update"
+                )
+                await self.in_database(self.store.forget_workers, forgotten)
+        await self.in_database(self.store.save_worker, registration, str(session))
 
     def _abandon(self, worker: Worker) -> None:
         """The device that had the worker's tasks is gone: whoever has its name now does not get them."""
@@ -162,10 +183,11 @@ class Coordinator:
         worker.heard(self.clock())
         worker.held = held
         self._drop_lost(worker)
-        with self.fleet.polling(worker):
+        limit = asyncio.timeout(min(wait_s, self.settings.poll_wait_s))
+        with self.fleet.polling(worker, limit):
             self.wake.set()
             try:
-                async with asyncio.timeout(min(wait_s, self.settings.poll_wait_s)):
+                async with limit:
                     # A poll that is challenged ends, for the caller to show that it is alive.
                     while not (self.run.ended or self.stopping or worker.holder.challenge):
                         worker.woken.clear()
@@ -501,11 +523,15 @@ class Coordinator:
 
     def pool(self) -> Pool:
         """Who could take a task of the round now."""
-        return Pool(self.idle_trainers(), self.fleet.live_trainers(self.clock()))
+        return Pool(self.idle_trainers(), self.fleet.live_trainers(self.clock(), self._trusted_are_enough()))
+
+    def _trusted_are_enough(self) -> bool:
+        """Whether rounds can do without workers that hold them up."""
+        return self.fleet.live_trainers(self.clock(), trusted=True) >= self.settings.policy.needed_idle
 
     def idle_trainers(self) -> tuple[str, ...]:
         """Names of the idle trainers that may have a task of this kind of round."""
-        idle = self.fleet.idle_trainers()
+        idle = self.fleet.idle_trainers(self.clock() if self._trusted_are_enough() else None)
         if self.current is None or self.current.kind != TaskKind.TASK_KIND_INITIALIZE:
             return idle
         return tuple(name for name in idle if self.settings.roles.initialises(name))

@@ -235,6 +235,8 @@ class Driver:
             self._log.warning("round abandoned", round=current.state.number, reason=finished.reason)
         over = [token for token in current.state.tasks if token not in current.state.carried]
         it.fleet.release(over)
+        if doubted := it.fleet.judge(current.state, it.clock()):
+            self._log.warning("workers held up rounds again and again", count=len(doubted), workers=doubted[:8])
         self._over = [*(self._over or ()), *over]
         self._last_number = max(self._last_number, self._record.number)
         it.metrics.observe_round(self._record)

@@ -3,19 +3,46 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fedgrpc.errors import Exhausted, UnknownWorker, UsageError
 from fedgrpc.rounds.history import Histories, WorkerHistory
+from fedgrpc.rounds.round import Round
+from fedgrpc.rounds.trust import Trust
 from fedgrpc.rpc.identity import Session
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.device_pb2 import WORKER_ROLE_AGGREGATOR, WORKER_ROLE_EVALUATOR
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MAX_REGISTRATION_BYTES = 16 << 10
+# Links that flap leave polls behind that nobody waits for.
+_MAX_POLLS = 4
+# Of so many registered workers one is forgotten at a time, so that room is not made for each new one anew.
+_FORGOTTEN_SHARE = 100
+# Changed registrations of one name: each is written to the disk.
+_CHANGES = 10
+_CHANGE_S = 2.0
+
+
+@dataclass
+class Allowance:
+    """`_CHANGES` changes at once, and one more every `_CHANGE_S`."""
+
+    left: float = _CHANGES
+    counted_at: float = 0.0
+
+    def take(self, now: float) -> None:
+        """Take one. Raises `Exhausted` when none is left."""
+        left = min(_CHANGES, self.left + max(0.0, now - self.counted_at) / _CHANGE_S)
+        if left < 1:
+            wait_s = (1 - left) * _CHANGE_S
+            raise Exhausted(f"this worker registers too often; try again in {wait_s:.2g} s", retry_after_s=wait_s)
+        self.left, self.counted_at = left - 1, now
 
 
 @dataclass
@@ -44,6 +71,7 @@ class Holder:
 class Worker:
     """A registered worker; `last_seen` is the aggregator's clock, seconds; `polls` counts its open polls.
 
+    `open_polls` are the time limits of its open polls, oldest first. `trust` says whether rounds may count on it.
     `held` is what it said to hold: a version, and the SHA-256 of the payload that made it. `left`: it said that it
     ends, and has not been heard of since. `holder` is the process that speaks for it.
     """
@@ -58,6 +86,9 @@ class Worker:
     left: bool = False
     woken: asyncio.Event = field(default_factory=asyncio.Event)
     holder: Holder = field(default_factory=Holder)
+    open_polls: deque[asyncio.Timeout] = field(default_factory=deque)
+    trust: Trust = field(default_factory=Trust)
+    changes: Allowance = field(default_factory=Allowance)
     name: str = field(init=False)
     evaluator: bool = field(init=False)
 
@@ -90,6 +121,7 @@ class Fleet:
         self._workers: dict[str, Worker] = {}
         self._max_workers = max_workers
         self._away_after_s = away_after_s
+        self._polls_kept_until = -math.inf
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._workers.values())
@@ -110,18 +142,39 @@ class Fleet:
         return worker is not None and worker.registration == registration and worker.holder.session == session
 
     def check(self, registration: RegisterRequest) -> None:
-        """Raise `UsageError` or `Exhausted` where `register` will."""
+        """Raise `UsageError` where `register` will."""
         name = registration.worker
         if not _NAME.fullmatch(name):
             raise UsageError(f"a worker's name is 1 to 64 of letters, digits, '.', '_' and '-', not {name[:80]!r}")
         if (size_bytes := registration.ByteSize()) > _MAX_REGISTRATION_BYTES:
             raise UsageError(f"a registration of {size_bytes} bytes; allowed are {_MAX_REGISTRATION_BYTES}")
-        if name not in self._workers and len(self._workers) >= self._max_workers:
-            raise Exhausted(f"the limit of {self._max_workers} workers is reached")
+
+    def make_room(self, name: str, keep: Container[str], now: float) -> list[str]:
+        """Forget workers for a new one called `name`, if there is no room; the names of those forgotten.
+
+        Only those that never delivered an update are, none in `keep` and none with a task: they lose nothing but
+        their place, and register again if they are there. Those that poll give way only now and then.
+
+        Raises `Exhausted` when there is nobody to forget.
+        """
+        if name in self._workers or len(self._workers) < self._max_workers:
+            return []
+        idle = [w for w in self if not w.history.accepted and w.token is None and w.name not in keep]
+        silent = sorted((w for w in idle if not w.polls), key=lambda w: (self.alive(w, now), w.last_seen))
+        count = max(1, self._max_workers // _FORGOTTEN_SHARE)
+        if not silent and now >= self._polls_kept_until:
+            self._polls_kept_until = now + self._away_after_s
+            silent = sorted(idle, key=lambda w: w.last_seen)
+        if not silent:
+            why = f"the limit of {self._max_workers} workers is reached"
+            raise Exhausted(why, retry_after_s=self._away_after_s)
+        return [self._workers.pop(worker.name).name for worker in silent[:count]]
 
     def register(self, registration: RegisterRequest, now: float) -> Worker:
         """Add a worker, or renew what it says of itself. Raises `UsageError` and `Exhausted`."""
         self.check(registration)
+        if registration.worker not in self._workers and len(self._workers) >= self._max_workers:
+            raise Exhausted(f"the limit of {self._max_workers} workers is reached")
         worker = self._workers.setdefault(registration.worker, Worker(registration, now))
         worker.renew(registration)
         worker.heard(now)
@@ -148,25 +201,37 @@ class Fleet:
         return self.alive(worker, now) or (lately and not worker.left)
 
     @contextmanager
-    def polling(self, worker: Worker) -> Iterator[None]:
-        """While the block runs, the worker polls."""
+    def polling(self, worker: Worker, limit: asyncio.Timeout | None = None) -> Iterator[None]:
+        """While the block runs, the worker polls. Of more polls than it needs the oldest reach their `limit`."""
         worker.polls += 1
+        if limit is not None:
+            worker.open_polls.append(limit)
+        while len(worker.open_polls) > _MAX_POLLS:
+            worker.open_polls.popleft().reschedule(asyncio.get_running_loop().time())
         try:
             yield
         finally:
             worker.polls -= 1
+            if limit is not None and limit in worker.open_polls:
+                worker.open_polls.remove(limit)
 
     def alive(self, worker: Worker, now: float) -> bool:
         """Whether the worker polls, or was heard of lately, and has not left."""
         return not worker.left and (worker.polls > 0 or now - worker.last_seen < self._away_after_s)
 
-    def idle_trainers(self) -> tuple[str, ...]:
-        """Names of the trainers that poll and hold no task."""
-        return tuple(w.name for w in self if w.polls and not w.left and w.token is None and not w.evaluator)
+    def idle_trainers(self, trusted_at: float | None = None) -> tuple[str, ...]:
+        """Names of the trainers that poll and hold no task; with a time, only of those that are trusted then."""
+        idle = (w for w in self if w.polls and not w.left and w.token is None and not w.evaluator)
+        return tuple(w.name for w in idle if trusted_at is None or not w.trust.doubted(trusted_at))
 
     def histories(self) -> Histories:
         """What is remembered of each trainer that has had a task."""
         return {w.name: w.history for w in self if w.history.selected and not w.evaluator}
+
+    def history_of(self, name: str) -> WorkerHistory:
+        """What is remembered of a worker; nothing of one that has been forgotten."""
+        worker = self.find(name)
+        return WorkerHistory() if worker is None else worker.history
 
     def release(self, tokens: Iterable[str]) -> None:
         """Whoever held one of these tasks holds none."""
@@ -176,13 +241,25 @@ class Fleet:
                 worker.token = None
 
     def remember(self, histories: Histories) -> None:
-        """Replace the histories of these workers."""
+        """Replace the histories of these workers; some may have been forgotten since."""
         for name, history in histories.items():
-            self.get(name).history = history
+            if (worker := self.find(name)) is not None:
+                worker.history = history
 
-    def live_trainers(self, now: float) -> int:
-        """How many trainers are alive."""
-        return sum(self.alive(w, now) and not w.evaluator for w in self)
+    def live_trainers(self, now: float, trusted: bool = False) -> int:
+        """How many trainers are alive, all of them or those that are `trusted`."""
+        return sum(self.alive(w, now) and not w.evaluator and not (trusted and w.trust.doubted(now)) for w in self)
+
+    def judge(self, round_: Round, now: float) -> list[str]:
+        """Note who held up a round that has ended; names of those that are doubted for it."""
+        doubted = []
+        for token, task in round_.tasks.items():
+            worker = self._workers.get(task.worker)
+            if worker is not None and token not in round_.carried:
+                worker.trust = worker.trust.after(round_, task, now)
+                if worker.trust.doubted(now):
+                    doubted.append(worker.name)
+        return doubted
 
     def live_evaluators(self, now: float) -> list[Worker]:
         """The evaluators that are alive."""

@@ -43,7 +43,7 @@ def histories_after(current: CurrentRound, state: Round, fleet: Fleet) -> dict[s
     for token, task in state.tasks.items():
         if token in state.carried:
             continue
-        history = changed.get(task.worker) or fleet.get(task.worker).history
+        history = changed.get(task.worker) or fleet.history_of(task.worker)
         report = current.reports.get(token)
         if current.kind == TASK_KIND_TRAIN:
             history = remember(history, task, report, state.policy.deadline_s)
@@ -59,7 +59,7 @@ def histories_of(dropped: Iterable[Dropped], fleet: Fleet) -> dict[str, WorkerHi
     for each in dropped:
         task = each.task
         if task.phase is not TaskPhase.ACCEPTED:
-            history = changed.get(task.worker) or fleet.get(task.worker).history
+            history = changed.get(task.worker) or fleet.history_of(task.worker)
             changed[task.worker] = with_rates(remember(history, task, None, 0.0), task, None, 0)
     return changed
 

@@ -43,6 +43,7 @@ class Offering:
         state = current.state
         selected = await self._choose(current, select)
         chosen = tuple(worker for _, worker in selected.tasks)
+        it.chosen = frozenset(chosen)
         after, _ = step(state, selected, it.clock())
         if chosen and after.phase is RoundPhase.REPORTING:
             self._agree(current, selected)
@@ -63,6 +64,8 @@ class Offering:
         state = current.state
         rng = np.random.default_rng([self._settings.seed, state.number, len(state.tasks)])
         idle = tuple(name for name in it.idle_trainers() if name not in select.exclude)
+        # Nobody who may be chosen is forgotten meanwhile.
+        it.chosen = frozenset(idle)
         choosing = self._settings.choosing if current.kind == TASK_KIND_TRAIN else Choosing()
         histories = it.fleet.histories()
         choices, deadline = await asyncio.to_thread(choosing.choose, state, idle, select.count, histories, rng)

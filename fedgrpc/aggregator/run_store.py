@@ -137,6 +137,13 @@ class RunStore:
             )
             self._db.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?)", (registration.worker, session))
 
+    def forget_workers(self, names: Iterable[str]) -> None:
+        """Remove workers, with all that is remembered of them."""
+        with self._transaction():
+            rows = [(name,) for name in names]
+            for table, column in (("workers", "name"), ("sessions", "worker"), ("histories", "worker")):
+                self._db.executemany(f"DELETE FROM {table} WHERE {column} = ?", rows)
+
     def latest_version(self) -> Version | None:
         """The newest committed version."""
         row = self._one("SELECT version, round, sha256 FROM versions ORDER BY version DESC LIMIT 1")

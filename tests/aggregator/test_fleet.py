@@ -1,8 +1,11 @@
 """Who is there, who is alive, who is idle."""
 
+import asyncio
+from contextlib import ExitStack
+
 import pytest
 
-from fedgrpc.aggregator.fleet import Fleet
+from fedgrpc.aggregator.fleet import Allowance, Fleet
 from fedgrpc.errors import Exhausted, UnknownWorker, UsageError
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
@@ -60,7 +63,12 @@ def test_only_trainers_that_poll_without_a_task_are_idle(fleet):
     a, b = fleet.register(request("a"), 0.0), fleet.register(request("b"), 0.0)
     scorer = fleet.register(request("c", WORKER_ROLE_EVALUATOR), 0.0)
     assert fleet.idle_trainers() == ()
-    with fleet.polling(a), fleet.polling(a), fleet.polling(b), fleet.polling(scorer):
+    with (
+        fleet.polling(a),
+        fleet.polling(a),
+        fleet.polling(b),
+        fleet.polling(scorer),
+    ):
         assert fleet.idle_trainers() == ("a", "b")
         b.token = "task"
         assert fleet.idle_trainers() == ("a",)
@@ -103,3 +111,78 @@ def test_the_end_of_a_run_concerns_those_who_are_alive_and_not_told(fleet):
     assert not fleet.still_unaware(5.0)
     b.told_of_end = False
     assert not fleet.still_unaware(20.0)
+
+
+def full(fleet):
+    """Three workers: one that has delivered, one that holds a task, one that polls."""
+    known, busy, polling = (fleet.register(request(name), 0.0) for name in "abc")
+    known.history = WorkerHistory(selected=5, accepted=1)
+    busy.token = "task"
+    return polling
+
+
+def test_workers_that_never_delivered_make_room_for_new_ones_the_longest_silent_first():
+    fleet = Fleet(max_workers=4, away_after_s=10.0)
+    full(fleet)
+    fleet.register(request("d"), 5.0)
+    assert fleet.make_room("a", (), 20.0) == []
+    assert fleet.make_room("new", ("c",), 20.0) == ["d"]
+    assert fleet.make_room("new", (), 20.0) == []
+    fleet.register(request("new"), 20.0)
+    assert fleet.make_room("other", (), 21.0) == ["c"]
+    fleet.register(request("other"), 21.0)
+    assert fleet.make_room("c", (), 22.0) == ["new"]
+    assert {worker.name for worker in fleet} == {"a", "b", "other"}
+
+
+def test_those_who_deliver_or_work_are_never_forgotten_and_those_who_poll_only_now_and_then(fleet):
+    polling = full(fleet)
+    with fleet.polling(polling):
+        assert fleet.make_room("d", (), 100.0) == ["c"]
+        fleet.register(request("d"), 100.0)
+        with fleet.polling(fleet.get("d")):
+            for now in (100.0, 109.9):
+                with pytest.raises(Exhausted, match="the limit of 3 workers is reached") as caught:
+                    fleet.make_room("e", (), now)
+                assert caught.value.retry_after_s == 10.0
+            assert fleet.make_room("e", (), 110.0) == ["d"]
+    fleet.register(request("e"), 110.0)
+    with pytest.raises(Exhausted):
+        fleet.make_room("f", ("e",), 110.0)
+    with pytest.raises(Exhausted):
+        fleet.register(request("f"), 110.0)
+
+
+def test_of_many_workers_more_than_one_is_forgotten_at_a_time():
+    fleet = Fleet(max_workers=1000, away_after_s=10.0)
+    for number in range(1000):
+        fleet.register(request(f"w{number}"), float(number))
+    assert fleet.make_room("new", (), 2000.0) == [f"w{number}" for number in range(10)]
+
+
+async def test_the_oldest_of_too_many_polls_of_one_worker_end(fleet):
+    worker = fleet.register(request("a"), 0.0)
+    limits = [asyncio.timeout(None) for _ in range(6)]
+    with ExitStack() as stack:
+        for limit in limits:
+            await limit.__aenter__()
+            stack.enter_context(fleet.polling(worker, limit))
+        assert [limit.when() is None for limit in limits] == [False, False, True, True, True, True]
+        assert worker.polls == 6
+        for limit in limits:
+            limit.reschedule(None)
+    for limit in limits:
+        await limit.__aexit__(None, None, None)
+    assert (worker.polls, len(worker.open_polls)) == (0, 0)
+
+
+def test_a_worker_that_changes_what_it_says_all_the_time_is_told_to_wait():
+    allowance = Allowance()
+    for _ in range(10):
+        allowance.take(5.0)
+    with pytest.raises(Exhausted, match="registers too often") as caught:
+        allowance.take(5.0)
+    assert 0 < caught.value.retry_after_s <= 2.0
+    allowance.take(5.0 + caught.value.retry_after_s)
+    with pytest.raises(Exhausted):
+        allowance.take(5.0 + caught.value.retry_after_s)

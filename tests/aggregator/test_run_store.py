@@ -51,6 +51,18 @@ def test_the_run_and_its_workers_are_remembered(tmp_path, store):
     again.close()
 
 
+def test_a_worker_that_is_forgotten_is_forgotten_for_good(tmp_path, store):
+    for name in ("w0", "w1"):
+        store.save_worker(RegisterRequest(worker=name), f"session of {name}")
+    store.save_open_round(Round(number=1), 1, 0.0, rows(1, TaskPhase.OFFERED), {"w0": WorkerHistory().chosen(1)})
+    store.forget_workers(["w0", "nobody"])
+    again = reopened(tmp_path, store)
+    assert [registration.worker for registration, *_ in again.workers()] == ["w1"]
+    again.save_worker(RegisterRequest(worker="w0"))
+    assert [history for _, history, *_ in again.workers()] == [WorkerHistory(), WorkerHistory()]
+    again.close()
+
+
 def test_what_a_worker_was_like_is_remembered(tmp_path, store):
     for name in ("w0", "w1"):
         store.save_worker(RegisterRequest(worker=name))
