@@ -4,8 +4,8 @@ The safetensors package writes only whole models from memory; an aggregator hold
 its memory does not grow with the model. Files written here are read by that package, and the other way round.
 
 The tensors of a file, end to end, are also the payload of the model in the raw recipe. So its header keeps their
-SHA-256, and the digest of the whole file is that of the header and this. A file that never travels has a CRC-32
-in its place, which costs a fraction.
+SHA-256, and the digest of the whole file is that of the header and this. Beside it is their CRC-32, which costs a
+fraction, and is checked whenever something is decided by the file. A file that never travels has this alone.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ _MARKS = {
 _LONGEST_MARK = 64
 _LENGTH = struct.Struct("<Q")
 # How the header of a file begins that was written here and has a tensor.
-_OWN_METADATA = re.compile(rb'\{"__metadata__":(\{"format":"pt","(?:sha256|crc32)":"[0-9a-f-]{8,64}"\}),')
+_OWN_METADATA = re.compile(
+    rb'\{"__metadata__":(\{"format":"pt",(?:"sha256":"[0-9a-f]{64}",)?"crc32":"[0-9a-f-]{8}"\}),'
+)
 _KNOWN_HEADERS = 8
 _KNOWN_HEADER_BYTES = 64 << 10
 
@@ -223,7 +225,7 @@ class ModelTensors(InParts):
 class ModelWriter:
     """Writes a model file one tensor at a time; nothing is at `path` until `finish` has put all of it there.
 
-    One that is not `durable` never travels either: it has a CRC-32, and no digest. Raises `StorageError` when
+    One that is not `durable` never travels either: it has no digest. Raises `StorageError` when
     the disk does not take it; `path` is then as it was.
     """
 
@@ -235,8 +237,8 @@ class ModelWriter:
         self._part = path.with_suffix(".part")
         self._waiting = iter(layout)
         self._spec, self._left = TensorSpec("", "float32", (0,)), 0
-        self._unknown = _UNKNOWN_SHA256 if durable else _UNKNOWN_CRC32
-        self._header = _header(layout, {"sha256" if durable else "crc32": self._unknown})
+        sha256 = {"sha256": _UNKNOWN_SHA256} if durable else {}
+        self._header = _header(layout, {**sha256, "crc32": _UNKNOWN_CRC32})
         self._digest, self._crc32 = hashlib.sha256(), 0
         self._size_bytes = 0
         with self._storage_errors():
@@ -266,8 +268,7 @@ class ModelWriter:
         data = np.ascontiguousarray(values, dtype=dtype).reshape(-1).view(np.uint8).data
         if self._durable:
             self._digest.update(data)
-        else:
-            self._crc32 = crc32(data, self._crc32)
+        self._crc32 = crc32(data, self._crc32)
         with self._storage_errors():
             self._put(data)
 
@@ -286,9 +287,10 @@ class ModelWriter:
         spec = self._spec if self._left else next(self._waiting, None)
         if spec is not None:
             raise ValueError(f"tensor {spec.name!r} was not written")
-        kept = self._digest.hexdigest() if self._durable else f"{self._crc32:08x}"
         # Of the same length, and the first of what the header says.
-        header = self._header.replace(self._unknown.encode(), kept.encode(), 1)
+        header = self._header.replace(_UNKNOWN_CRC32.encode(), b"%08x" % self._crc32, 1)
+        if self._durable:
+            header = header.replace(_UNKNOWN_SHA256.encode(), self._digest.hexdigest().encode(), 1)
         with self._storage_errors():
             pwrite(self._file.fileno(), header, 0)
             os.ftruncate(self._file.fileno(), self._size_bytes)

@@ -167,6 +167,14 @@ class ModelStore:
         """Where the server optimizer's memory after `version` is, or will be."""
         return self._memories / f"{version:06d}.safetensors"
 
+    def newest(self) -> int:
+        """The newest version whose file is here; 0: there is none. Raises `StorageError`."""
+        try:
+            found = (_VERSION.match(path.name) for path in self._models.iterdir() if path.is_file())
+            return max((int(match[1]) for match in found if match), default=0)
+        except OSError as error:
+            raise StorageError(f"cannot read {self._models}: {error.strerror}") from error
+
     def open(self, version: int) -> ModelFile:
         """Version `version`. Raises `NotFound`, and `StorageError` when its file is damaged."""
         path = self.path(version)
@@ -185,6 +193,18 @@ class ModelStore:
         """The server optimizer's memory after `version`, None where it keeps none."""
         path = self.memory_path(version)
         return _open(path) if path.exists() else None
+
+    def check(self, version: int) -> None:
+        """Raise `StorageError` unless a version, and what the server optimizer remembers, are as they were written.
+
+        Raises as `open` too.
+        """
+        for model in (self.open(version), self.open_memory(version)):
+            if model is not None and not model.as_written:
+                raise StorageError(
+                    f"{model.path} has changed on the disk since it was written; stop the aggregator and restore the "
+                    "data folder from a copy, or remove this version's round"
+                )
 
     def tensors(self, version: int) -> Mapping[str, Array]:
         """The tensors of `version` by name, each read when it is asked for. Raises as `open`."""

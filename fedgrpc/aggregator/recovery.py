@@ -60,6 +60,7 @@ class Recovery:
             it.run.id, it.run.phase = run_id, cast(RunPhase, phase)
             it.run.reason, it.run.started_at = reason, started_at
         sessions = await it.in_database(it.store.sessions)
+        await self._check_folder(stored is not None)
         for registration, history in await it.in_database(lambda: list(it.store.workers())):
             session = Session.parse(sessions.get(registration.worker, ""))
             it.fleet.restore(registration, history, it.clock(), session)
@@ -75,9 +76,38 @@ class Recovery:
         last_number = it.last_record.number if it.last_record else 0
         if open_round is None and not it.run.ended:
             await self._go_on(last_number + 1)
+        await self._tell_unknown_updates()
         await asyncio.to_thread(it.journal.keep_only, it.current.state.tasks if it.current else ())
         await it.save_run()
         return last_number
+
+    async def _check_folder(self, known: bool) -> None:
+        """Folder and database are of one run and one time. Raises `UsageError` where they are not: to go on would
+        begin the run anew, or write over what it has made.
+        """
+        it, folder = self._it, self._settings.data_dir
+        version = await it.in_database(it.store.latest_version)
+        recorded = 0 if version is None else version.version
+        newest = await asyncio.to_thread(it.models.newest)
+        if not known:
+            if newest or await asyncio.to_thread(it.journal.accepted):
+                raise UsageError(
+                    f"the data folder {folder} holds models or updates, but its database knows of no run: restore "
+                    "run.sqlite with run.sqlite-wal, or begin in an empty --data-dir"
+                )
+            # First of all: from now on a model without a database is noticed.
+            await it.save_run()
+        elif newest > recorded + 1:
+            # One more is that of a commit which a crash cut off.
+            raise UsageError(
+                f"the data folder {folder} holds model version {newest}, but its database is older and ends with "
+                f"{recorded}: restore both from one copy, or remove the models above {recorded} to go on from there"
+            )
+        elif recorded and not it.models.path(recorded).exists():
+            raise UsageError(
+                f"the database of {folder} ends with model version {recorded}, whose file {it.models.path(recorded)} "
+                "is missing: restore both from one copy"
+            )
 
     async def _recover_model(self) -> None:
         it = self._it
@@ -185,6 +215,18 @@ class Recovery:
             phase = row.phase if report is None else TaskPhase.ACCEPTED
             weight = 1.0 if report is None else weighing.weight_of(kind, row.worker, report, here)
             yield StoredTask(row.token, row.worker, phase, row.reason, row.staleness, weight, row.chosen)
+
+    async def _tell_unknown_updates(self) -> None:
+        """Accepted updates that no task is known of: the database is of an older time than they are."""
+        it = self._it
+        unknown = await asyncio.to_thread(it.journal.accepted) - await it.in_database(it.store.known_tokens)
+        if unknown:
+            log.warning(
+                "accepted updates removed",
+                run=self._settings.run_name,
+                updates=len(unknown),
+                reason="the database knows no task of theirs: was it restored from an older copy?",
+            )
 
     def _take_over(self, current: CurrentRound, rows: Iterable[TaskRow]) -> None:
         """What the shell knows of the tasks, and who is at work."""

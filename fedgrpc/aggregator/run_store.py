@@ -3,13 +3,16 @@
 The rule: what the world has been told is here first. A round and its tasks are written before a task is offered, a
 committed round, its tasks and its version in one transaction. Records are the protocol's own messages, so that
 what operators read and what is stored cannot differ. Everything here blocks, and runs in one thread of its own.
+
+Once a version is committed the database's file holds all of it: `run.sqlite` alone, without its write-ahead log, is
+a copy of the run as of its last commit.
 """
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +115,7 @@ class RunStore:
             self._db.execute(
                 "INSERT OR REPLACE INTO run VALUES (1, ?, ?, ?, ?, ?)", (run_id, name, phase, reason, started_at)
             )
+        self._checkpoint()
 
     def workers(self) -> Iterator[tuple[RegisterRequest, WorkerHistory]]:
         """Every worker, with what is remembered of it, in the order of registration: it decides the slots."""
@@ -153,6 +157,7 @@ class RunStore:
         """Keep a version that no round has written: the initial model."""
         with self._transaction():
             self._insert_version(version)
+        self._checkpoint()
 
     def save_open_round(
         self, record: RoundRecord, aim: int, deadline_at: float, tasks: Iterable[TaskRow], selected: Histories
@@ -192,6 +197,8 @@ class RunStore:
             if version is not None:
                 self._insert_version(version)
             self._db.execute("DELETE FROM tasks WHERE round <= ?", (record.number - _KEEP_TASKS_OF_ROUNDS,))
+        if version is not None:
+            self._checkpoint()
 
     def drop_tasks(self, dropped: Iterable[tuple[str, int, TaskPhase, str]], histories: Histories) -> None:
         """No further round takes these: (token, round it was of, phase, reason)."""
@@ -319,6 +326,15 @@ class RunStore:
     def _all(self, query: str, *values: object) -> list[tuple]:  # type: ignore[type-arg]
         with _storage_errors(self._path):
             return self._db.execute(query, values).fetchall()
+
+    def _checkpoint(self) -> None:
+        """Move all of the write-ahead log into the database's file. What fails here is in the log still."""
+        with suppress(sqlite3.Error):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def known_tokens(self) -> frozenset[str]:
+        """Tokens of all tasks that are remembered."""
+        return frozenset(token for (token,) in self._all("SELECT token FROM tasks"))
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -5,10 +5,15 @@
 
     spare/          files of updates that are done with, to be overwritten by the next
 
-Both begin with two little-endian numbers, how many bytes of the payload are committed (8 bytes) and the size of
-the `UpdateHeader` (4 bytes); then come the header and the payload, and what a former use has left behind. Tokens
-name files only after the coordinator has found them among its own. Everything here blocks, and runs off the event
-loop.
+Both begin with four little-endian numbers: how many bytes of the payload are committed (8 bytes), the size of the
+`UpdateHeader` (4 bytes), and the CRC-32 of the header and of these bytes (4 bytes each). Then come the header and
+the payload, and what a former use has left behind. Whoever decides by a file checks it first.
+
+A file whose sync has failed is given up, and its sender begins anew: Linux takes the pages for clean from then on,
+so a second sync would succeed without writing them (https://wiki.postgresql.org/wiki/Fsync_Errors).
+
+Tokens name files only after the coordinator has found them among its own. Everything here blocks, and runs off the
+event loop.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from google.protobuf.message import DecodeError
 
 from fedgrpc.aggregator.durable import fsync_folder
 from fedgrpc.codec.chunk import Chunk, check_chunk
+from fedgrpc.codec.crc import crc32
 from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.codec.manifest import Manifest, TensorEntry
 from fedgrpc.codec.payload import PayloadReader, Submit, in_pieces, neighbours
@@ -37,7 +43,7 @@ from fedgrpc.rpc.convert import manifest_from_proto
 from fedgrpc.spares import SpareFiles, pwrite, write_back
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 
-_HEAD = struct.Struct("<QI")
+_HEAD = struct.Struct("<QIII")
 _MAX_SPARES = 32
 _MAX_HEADER_BYTES = 16 << 20
 _READ_BYTES = 1 << 20
@@ -52,6 +58,28 @@ class StoredUpdate:
     header: UpdateHeader
     manifest: Manifest
     payload_start: int
+
+    def check(self) -> None:
+        """Raise `CorruptError` unless the file is what was accepted, and `StorageError` when it cannot be read."""
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                head = file.read(_HEAD.size)
+                if len(head) == _HEAD.size and self._fits(head, file):
+                    return
+        except OSError as error:
+            raise StorageError(f"cannot read the update {self.path}: {error.strerror}") from error
+        raise CorruptError(f"the update {self.path.name} has changed on the disk: its CRC does not match")
+
+    def _fits(self, head: bytes, file: FileIO) -> bool:
+        committed, header_size, header_crc, payload_crc = _HEAD.unpack(head)
+        if (committed, _HEAD.size + header_size) != (self.manifest.size_bytes, self.payload_start):
+            return False
+        if crc32(file.read(header_size)) != header_crc:
+            return False
+        crc, left = 0, committed
+        while left and (data := file.read(min(_READ_BYTES, left))):
+            crc, left = crc32(data, crc), left - len(data)
+        return not left and crc == payload_crc
 
     def open(self, submit: Submit | None = None) -> UpdateFile:
         """The update, open for reading; with `submit` as `PayloadReader` has it."""
@@ -184,13 +212,17 @@ class Upload:
         self.manifest = manifest
         self.size_bytes = 0
         self._part = part
-        self._digest = hashlib.sha256()
+        self._digest, self._crc32 = hashlib.sha256(), 0
         text = header.SerializeToString(deterministic=True)
         self._start = _HEAD.size + len(text)
+        self._header_crc32 = crc32(text)
         self._file = self._continued(text) or self._begun(text, spares)
 
     def _begun(self, text: bytes, spares: SpareFiles) -> FileIO:
-        return FileIO(spares.create(self._part, _HEAD.pack(0, len(text)) + text), "r+")
+        return FileIO(spares.create(self._part, self._head(0) + text), "r+")
+
+    def _head(self, committed: int) -> bytes:
+        return _HEAD.pack(committed, self._start - _HEAD.size, self._header_crc32, self._crc32)
 
     def _continued(self, text: bytes) -> FileIO | None:
         """The part on disk, when it is of this very update."""
@@ -200,15 +232,20 @@ class Upload:
             return None
         head = file.read(self._start)
         if len(head) == self._start and head[_HEAD.size :] == text:
-            committed, _ = _HEAD.unpack_from(head)
+            committed, _, _, crc = _HEAD.unpack_from(head)
             self._rehash(file, min(committed, self.manifest.size_bytes))
-            return file
+            # Of one that is cut short the digest will tell.
+            if self._crc32 == crc or self.size_bytes < committed:
+                return file
+        # Another update, or not what came: it begins anew.
+        self._digest, self._crc32, self.size_bytes = hashlib.sha256(), 0, 0
         file.close()
         return None
 
     def _rehash(self, file: FileIO, committed: int) -> None:
         while data := file.read(min(_READ_BYTES, committed - self.size_bytes)):
             self._digest.update(data)
+            self._crc32 = crc32(data, self._crc32)
             self.size_bytes += len(data)
 
     @property
@@ -233,15 +270,17 @@ class Upload:
     def _commit(self, whole: Sequence[Chunk]) -> None:
         if not whole:
             return
-        file, at = self._file.fileno(), self.size_bytes
+        file, at, before = self._file.fileno(), self.size_bytes, self._crc32
         try:
             for chunk in whole:
                 pwrite(file, chunk.data, self._start + at)
                 at += len(chunk.data)
-            pwrite(file, _HEAD.pack(at, self._start - _HEAD.size), 0)
+                self._crc32 = crc32(chunk.data, self._crc32)
+            pwrite(file, self._head(at), 0)
             if self._durable:
                 write_back(file, self._start + self.size_bytes, at - self.size_bytes)
         except OSError as error:
+            self._crc32 = before
             raise StorageError(f"cannot store an update: {error.strerror}") from error
         for chunk in whole:
             self._digest.update(chunk.data)
@@ -255,11 +294,14 @@ class Upload:
         return StoredUpdate(self._part, self.header, self.manifest, self._start)
 
     def seal(self) -> StoredUpdate:
-        """Accept: make it durable, if it is to be, then give it its final name. Raises `StorageError`."""
+        """Accept: make it durable, if it is to be, then give it its final name.
+
+        Raises `StorageError`; what could not be made durable is gone then, and is to be sent again.
+        """
         final = self._part.with_suffix(".update")
         try:
             if self._durable:
-                os.fdatasync(self._file.fileno())
+                self._sync()
             self._part.replace(final)
             if self._durable:
                 fsync_folder(final.parent)
@@ -268,6 +310,13 @@ class Upload:
         finally:
             self._file.close()
         return StoredUpdate(final, self.header, self.manifest, self._start)
+
+    def _sync(self) -> None:
+        try:
+            os.fdatasync(self._file.fileno())
+        except OSError:
+            self.discard()
+            raise
 
     @property
     def closed(self) -> bool:
@@ -303,13 +352,15 @@ class UploadJournal:
             raise StorageError(f"cannot store an update: {error.strerror}") from error
 
     def committed_bytes(self, token: str) -> int:
-        """Payload bytes held of an upload in progress; 0 when none is."""
+        """Payload bytes held of an upload in progress; 0 when none is. Raises `StorageError`."""
         try:
             with (self._folder / f"{token}.part").open("rb") as file:
-                committed, header_size = _HEAD.unpack(file.read(_HEAD.size))
+                committed, header_size, _, _ = _HEAD.unpack(file.read(_HEAD.size))
                 there = os.fstat(file.fileno()).st_size - _HEAD.size - header_size
         except (FileNotFoundError, struct.error):
             return 0
+        except OSError as error:
+            raise StorageError(f"cannot read an upload: {error.strerror}") from error
         return int(max(0, min(committed, there)))
 
     def remember(self, token: str, update: StoredUpdate) -> None:
@@ -318,20 +369,33 @@ class UploadJournal:
             self._sealed[token] = update
 
     def load(self, token: str) -> StoredUpdate | None:
-        """The accepted update of `token`, None where there is none. Raises `StorageError` when unreadable."""
+        """The accepted update of `token`, None where there is none.
+
+        Raises `StorageError` when it cannot be read, and `CorruptError` when it is none.
+        """
         if (sealed := self._sealed.get(token)) is not None:
             return sealed
         path = self._folder / f"{token}.update"
         try:
             with path.open("rb") as file:
-                _, size = _HEAD.unpack(file.read(_HEAD.size))
-                header = UpdateHeader.FromString(file.read(min(size, _MAX_HEADER_BYTES)))
+                _, size, crc, _ = _HEAD.unpack(file.read(_HEAD.size))
+                text = file.read(min(size, _MAX_HEADER_BYTES))
+            if crc32(text) != crc:
+                raise CorruptError("its header has changed on the disk")
+            header = UpdateHeader.FromString(text)
             manifest = manifest_from_proto(header.manifest)
         except FileNotFoundError:
             return None
-        except (OSError, struct.error, DecodeError, CodecError) as error:
+        except OSError as error:
             raise StorageError(f"cannot read the update {path}: {error}") from error
+        except (struct.error, DecodeError, CodecError) as error:
+            raise CorruptError(f"the update {path} is damaged: {error}") from error
         return StoredUpdate(path, header, manifest, _HEAD.size + size)
+
+    def accepted(self) -> frozenset[str]:
+        """Tokens of all accepted updates that are here. Raises `StorageError`."""
+        with self._storage_errors():
+            return frozenset(path.stem for path in self._folder.glob("*.update"))
 
     def discard(self, tokens: Iterable[str]) -> None:
         """Remove whatever is held of these."""

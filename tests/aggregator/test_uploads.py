@@ -1,5 +1,6 @@
 """The journal of updates: "the files of accepted updates ARE the record of acceptance"."""
 
+import errno
 import gc
 import hashlib
 import shutil
@@ -172,11 +173,83 @@ def test_an_update_without_tensors_is_kept_too(journal):
 
 
 @pytest.mark.parametrize("content", [b"", b"\0", b"\xff" * 300, b"\x05\0\0\0junk!"])
-def test_an_accepted_update_that_is_unreadable_is_a_storage_error(journal, content):
+def test_an_accepted_update_that_is_damaged_is_no_fault_of_the_disk_that_waiting_mends(journal, content):
     path = journal._folder / "token.update"
     path.write_bytes(content)
-    with pytest.raises(StorageError, match="cannot read the update"):
+    with pytest.raises(CorruptError, match="damaged"):
         journal.load("token")
+
+
+def accepted(journal):
+    upload = journal.begin(HEADER, MANIFEST)
+    send(upload, len(PAYLOAD))
+    upload.finish()
+    return upload.seal()
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x40
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("where", [0, 9, 13, 17, 30, -1, -len(PAYLOAD)])
+def test_a_bit_that_flips_in_an_accepted_update_is_found_before_anything_is_decided_by_it(journal, where):
+    stored = accepted(journal)
+    stored.check()
+    flip(stored.path, where)
+    with pytest.raises(CorruptError, match=r"token\.update"):
+        stored.check()
+
+
+def test_a_header_that_has_changed_is_found_when_it_is_read(tmp_path):
+    stored = accepted(UploadJournal(tmp_path))
+    flip(stored.path, stored.payload_start - 1)
+    with pytest.raises(CorruptError, match="header has changed"):
+        UploadJournal(tmp_path).load("token")
+
+
+def test_an_update_that_is_gone_or_cut_short_does_not_pass_for_what_was_accepted(journal):
+    stored = accepted(journal)
+    whole = stored.path.read_bytes()
+    for size in (0, 5, 40, len(whole) - 1):
+        stored.path.write_bytes(whole[:size])
+        with pytest.raises(CorruptError):
+            stored.check()
+    stored.path.unlink()
+    with pytest.raises(StorageError, match="cannot read"):
+        stored.check()
+
+
+def test_bytes_that_changed_while_an_upload_was_away_are_sent_again(tmp_path):
+    upload = UploadJournal(tmp_path).begin(HEADER, MANIFEST)
+    send(upload, 1024)
+    upload.close()
+    flip(tmp_path / "token.part", -1 - (len((tmp_path / "token.part").read_bytes()) - upload._start - 1024))
+    again = UploadJournal(tmp_path).begin(HEADER, MANIFEST)
+    assert again.size_bytes == 0
+
+
+def test_nothing_of_a_file_whose_sync_failed_is_acknowledged(journal, monkeypatch):
+    """Linux takes its pages for clean then: to sync again would succeed, and write nothing."""
+    upload = journal.begin(HEADER, MANIFEST)
+    send(upload, len(PAYLOAD))
+    upload.finish()
+
+    def fail(handle):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fdatasync", fail)
+        with pytest.raises(StorageError, match="Input/output"):
+            upload.seal()
+    assert names(journal) == []
+    assert journal.committed_bytes("token") == 0
+    again = journal.begin(HEADER, MANIFEST)
+    assert again.size_bytes == 0
+    send(again, len(PAYLOAD))
+    again.finish()
+    again.seal().check()
 
 
 def test_an_accepted_update_that_goes_before_it_is_read_is_a_storage_error(journal):
