@@ -18,6 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "v1": set(),
     "spares": set(),
+    "disk_errors": set(),
     "codec": {"errors"},
     "aggregation": {"errors"},
     "rounds": {"errors"},
@@ -25,8 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "logging": {"errors"},
     "metrics": {"errors", "v1"},
     "rpc": {*CORE, "v1"},
-    "aggregator": {*CORE, "v1", "rpc", "spares", "logging", "metrics"},
-    "worker": {*CORE, "v1", "rpc", "spares", "logging", "metrics"},
+    "aggregator": {*CORE, "v1", "rpc", "spares", "disk_errors", "logging", "metrics"},
+    "worker": {*CORE, "v1", "rpc", "spares", "disk_errors", "logging", "metrics"},
     # An aggregator below another is both, and so above both: neither knows of it, nor of the other.
     "tree": {*CORE, "v1", "rpc", "spares", "metrics", "aggregator", "worker"},
     "data": {"errors"},

@@ -139,33 +139,38 @@ class Forms:
         self._spares = SpareFiles(folder / "spare", 1)
         self._lock = threading.Lock()
         self._paths: dict[Key, Path] = {}
-        self._unchecked: set[Key] = set()
         self._read: list[Key] = []
         for path in folder.iterdir():
             if found := _NAME.fullmatch(path.name):
                 self._paths[int(found[1]), bytes.fromhex(found[2]), found[3] or ""] = path
             elif path.is_file():
                 path.unlink()
-        self._unchecked.update(self._paths)
 
     def knows(self, key: Key) -> bool:
         """Whether this form may be there."""
         return key in self._paths
 
     def open(self, key: Key) -> ModelFile | None:
-        """The form, None where it is not known or was damaged. One from a former process is read through once."""
+        """The form, None where it is not known or was damaged: each time it is read through first."""
         path = self._paths.get(key)
         if path is None:
             return None
         try:
             form = ModelFile.open(path)
-            if key in self._unchecked and not form.as_written:
+            if not form.as_written:
                 raise StorageError(f"{path} is damaged")
         except (StorageError, UsageError):
             self._forget(key)
             return None
-        self._unchecked.discard(key)
         return form
+
+    def crc32(self, key: Key) -> int | None:
+        """CRC-32 of the form's tensors as it was written; None where it is not known."""
+        path = self._paths.get(key)
+        try:
+            return None if path is None else ModelFile.open(path).tensors_crc32
+        except UsageError:
+            return None
 
     @contextmanager
     def reading(self, key: Key) -> Iterator[ModelFile | None]:
@@ -215,7 +220,6 @@ class Forms:
             raise StorageError(f"cannot store what workers hold: {error.strerror}") from error
         with self._lock:
             self._paths[key] = path
-            self._unchecked.discard(key)
 
     def drop(self, key: Key) -> None:
         """Nobody will hold it."""
@@ -226,14 +230,12 @@ class Forms:
         with self._lock:
             gone = [key for key in self._paths if key[0] not in keep and key not in self._read]
             paths = [self._paths.pop(key) for key in gone]
-            self._unchecked.difference_update(gone)
         for path in paths:
             self._spares.keep(path)
 
     def _forget(self, key: Key) -> None:
         with self._lock:
             path = self._paths.pop(key, None)
-            self._unchecked.discard(key)
         if path is not None:
             with suppress(OSError):
                 path.unlink(missing_ok=True)

@@ -111,18 +111,24 @@ class Variant:
 
 @dataclass(frozen=True)
 class EncodedModel:
-    """One version in one recipe, on disk; `base_version` above 0: its difference to a form of that version."""
+    """One version in one recipe, on disk; `base_version` above 0: its difference to a form of that version.
+
+    `held_crc32` is of what its receivers then hold.
+    """
 
     version: int
     manifest: Manifest
     payload: PayloadFile
     base_version: int = 0
+    held_crc32: int | None = None
 
     @cached_property
     def header(self) -> bytes:
         """The first message of its stream, serialized."""
         manifest = manifest_to_proto(self.manifest)
-        header = ModelHeader(version=self.version, manifest=manifest, base_version=self.base_version)
+        header = ModelHeader(
+            version=self.version, manifest=manifest, base_version=self.base_version, held_crc32=self.held_crc32
+        )
         return PullModelResponse(header=header).SerializeToString()
 
 
@@ -195,16 +201,13 @@ class ModelStore:
         return _open(path) if path.exists() else None
 
     def check(self, version: int) -> None:
-        """Raise `StorageError` unless a version, and what the server optimizer remembers, are as they were written.
+        """Raise `StorageError` unless a version, and what the server optimizer keeps, are as they were written.
 
         Raises as `open` too.
         """
-        for model in (self.open(version), self.open_memory(version)):
-            if model is not None and not model.as_written:
-                raise StorageError(
-                    f"{model.path} has changed on the disk since it was written; stop the aggregator and restore the "
-                    "data folder from a copy, or remove this version's round"
-                )
+        _check(self.open(version))
+        if (memory := self.open_memory(version)) is not None:
+            _check(memory)
 
     def tensors(self, version: int) -> Mapping[str, Array]:
         """The tensors of `version` by name, each read when it is asked for. Raises as `open`."""
@@ -301,6 +304,7 @@ class ModelStore:
         """None where the base is not there any more, or of another layout."""
         version, held = variant.version, variant.base
         assert held is not None
+        _check(model)
         with self._forms.reading((*held, its.name)) as base:
             if base is None or base.layout != its.layout(model.layout):
                 return None
@@ -309,7 +313,8 @@ class ModelStore:
                 recipe = variant.recipe.for_layout(model.layout)
                 source = Source(version, base.layout, its.of(model), ModelTensors(base), its.name)
                 manifest = self._forms.write(source, recipe, file, rng)
-        return EncodedModel(version, manifest, _open_payload(Path(file.name), 0), held[0])
+        crc = self._forms.crc32((version, manifest.sha256, its.name))
+        return EncodedModel(version, manifest, _open_payload(Path(file.name), 0), held[0], crc)
 
     def _encode(self, model: ModelFile, variant: Variant, its: Slice) -> EncodedModel:
         version, recipe = variant.version, variant.recipe
@@ -320,6 +325,7 @@ class ModelStore:
             and model.tensors_sha256 is not None
         ):
             return EncodedModel(version, _raw_manifest(model), _open_payload(model.path, model.tensors_start))
+        _check(model)
         with self._payload_file(version) as file:
             named = recipe.for_layout(model.layout)
             source = Source(version, its.layout(model.layout), its.of(model), None, its.name)
@@ -380,6 +386,14 @@ def _open(path: Path) -> ModelFile:
         return ModelFile.open(path)
     except UsageError as error:
         raise StorageError(str(error)) from error
+
+
+def _check(model: ModelFile) -> None:
+    """Nothing is made of a file that has changed. Raises `StorageError`."""
+    if not model.as_written:
+        raise StorageError(
+            f"{model.path} is corrupt: it has changed on the disk since it was written; restore it from a copy"
+        )
 
 
 def _write(source: Source, recipe: Recipe, file: BinaryIO, forms: Forms | None) -> Manifest:

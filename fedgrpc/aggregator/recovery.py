@@ -89,8 +89,9 @@ class Recovery:
         version = await it.in_database(it.store.latest_version)
         recorded = 0 if version is None else version.version
         newest = await asyncio.to_thread(it.models.newest)
+        accepted = await asyncio.to_thread(it.journal.accepted)
         if not known:
-            if newest or await asyncio.to_thread(it.journal.accepted):
+            if newest or accepted:
                 raise UsageError(
                     f"the data folder {folder} holds models or updates, but its database knows of no run: restore "
                     "run.sqlite with run.sqlite-wal, or begin in an empty --data-dir"
@@ -100,13 +101,13 @@ class Recovery:
         elif newest > recorded + 1:
             # One more is that of a commit which a crash cut off.
             raise UsageError(
-                f"the data folder {folder} holds model version {newest}, but its database is older and ends with "
-                f"{recorded}: restore both from one copy, or remove the models above {recorded} to go on from there"
+                f"the data folder {folder} holds model version {newest}, but its database is older and ends "
+                f"with {recorded}: restore both from one copy, or remove the models above {recorded} to go on"
             )
         elif recorded and not it.models.path(recorded).exists():
             raise UsageError(
-                f"the database of {folder} ends with model version {recorded}, whose file {it.models.path(recorded)} "
-                "is missing: restore both from one copy"
+                f"the database of {folder} ends with model version {recorded}, whose file "
+                f"{it.models.path(recorded)} is missing: restore both from one copy"
             )
 
     async def _recover_model(self) -> None:

@@ -4,8 +4,8 @@ The rule: what the world has been told is here first. A round and its tasks are 
 committed round, its tasks and its version in one transaction. Records are the protocol's own messages, so that
 what operators read and what is stored cannot differ. Everything here blocks, and runs in one thread of its own.
 
-Once a version is committed the database's file holds all of it: `run.sqlite` alone, without its write-ahead log, is
-a copy of the run as of its last commit.
+Once a version is committed the database's file holds all of it: `run.sqlite` alone, without its write-ahead log,
+is a copy of the run as of its last commit.
 """
 
 from __future__ import annotations

@@ -108,6 +108,12 @@ SETTINGS: list[Setting] = [
     _life("--drain", "How long SIGTERM lets the task in hand go on.", name="drain_s", type=DURATION),
     _life("--spool-max-updates", "Unsent updates to keep at most."),
     _life("--spool-max", "Bytes of unsent updates to keep at most.", name="spool_max_bytes", type=SIZE),
+    _life(
+        "--spool-keep",
+        "Keep unsent updates of another run this long, should its aggregator come back.",
+        name="spool_keep_s",
+        type=DURATION,
+    ),
     *client_settings(),
     *LOGS,
 ]

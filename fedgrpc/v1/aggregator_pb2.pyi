@@ -147,14 +147,16 @@ class PullModelResponse(_message.Message):
     def __init__(self, header: _Optional[_Union[ModelHeader, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ...) -> None: ...
 
 class ModelHeader(_message.Message):
-    __slots__ = ("version", "manifest", "base_version")
+    __slots__ = ("version", "manifest", "base_version", "held_crc32")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    HELD_CRC32_FIELD_NUMBER: _ClassVar[int]
     version: int
     manifest: _tensor_pb2.Manifest
     base_version: int
-    def __init__(self, version: _Optional[int] = ..., manifest: _Optional[_Union[_tensor_pb2.Manifest, _Mapping]] = ..., base_version: _Optional[int] = ...) -> None: ...
+    held_crc32: int
+    def __init__(self, version: _Optional[int] = ..., manifest: _Optional[_Union[_tensor_pb2.Manifest, _Mapping]] = ..., base_version: _Optional[int] = ..., held_crc32: _Optional[int] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("worker", "token", "phase", "progress")

@@ -33,6 +33,13 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(f"cannot use {error.filename or path}: {error.strerror or error}") from error
 
 
+def empty_folder(path: Path) -> Path:
+    """Make the folder `path`, in place of what a full disk has left of it. Raises OSError."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
 def sync(path: Path) -> None:
     """Make a file's content, or a folder's entries, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, NoReturn
 
 import numpy as np
 import structlog
@@ -41,12 +41,13 @@ from fedgrpc.codec.payload import (
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.values import PIECE, pieces, refuse_non_finite
-from fedgrpc.errors import CodecError, CorruptError, LayoutError
+from fedgrpc.disk_errors import is_gone
+from fedgrpc.errors import CodecError, CorruptError, LayoutError, StorageError
 from fedgrpc.rpc.convert import manifest_from_proto, manifest_to_proto
 from fedgrpc.spares import SpareFiles, make_private
 from fedgrpc.v1 import aggregator_pb2, tensor_pb2
 from fedgrpc.worker.delta import Applied
-from fedgrpc.worker.disk import UNFINISHED, remove_folder, storage_errors, sweep
+from fedgrpc.worker.disk import UNFINISHED, empty_folder, remove_folder, storage_errors, sweep
 from fedgrpc.worker.partial import HEADER, PAYLOAD, PartialModel, begin, received_bytes
 
 _ABOUT: Final = "about.json"
@@ -87,7 +88,7 @@ class Origin:
 class HeldModel:
     """One complete model version on disk. `origin` is the payload that made it, a difference perhaps.
 
-    `crc32` is that of a payload that was put together here, and whose manifest has no digest.
+    `crc32` is that of the payload; None: it was pulled by a former process, and has the digest of its manifest.
     """
 
     folder: Path
@@ -247,8 +248,14 @@ class ModelFolder:
         try:
             if _read_source(self._partial) == source:
                 return received_bytes(self._partial)
-        except (OSError, ValueError, KeyError, TypeError):
-            self.drop_partial()
+        except OSError as error:
+            if not is_gone(error):
+                raise StorageError(f"cannot read {self._partial}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError):
+            pass
+        else:
+            return 0
+        self.drop_partial()
         return 0
 
     def drop_partial(self) -> None:
@@ -281,8 +288,7 @@ class ModelFolder:
         manifest = manifest_from_proto(header.manifest, self._limits)
         self._check_layout(source, manifest)
         self.drop_partial()
-        unfinished = self._folder / (UNFINISHED + "partial")
-        unfinished.mkdir()
+        unfinished = empty_folder(self._folder / (UNFINISHED + "partial"))
         _write_about(unfinished, source)
         begin(unfinished, header, self._spare_differences if header.base_version else self._spares)
         unfinished.rename(self._partial)
@@ -308,7 +314,7 @@ class ModelFolder:
         except CorruptError:
             self.drop_partial()
             raise
-        manifest, crc = partial.manifest, None
+        manifest, crc = partial.manifest, partial.crc32
         with storage_errors(self._folder):
             source = _read_source(self._partial)
             if partial.header.base_version:
@@ -330,15 +336,16 @@ class ModelFolder:
         if base is None or base.version != partial.header.base_version:
             self.drop_partial()
             raise LayoutError(f"the model came as a difference to version {partial.header.base_version}, not held")
-        merged = self._folder / (UNFINISHED + "merged")
-        sweep(self._folder)  # of a sum that the disk has stopped
-        merged.mkdir()
+        self.check_held()
+        merged = empty_folder(self._folder / (UNFINISHED + "merged"))
         with (self._partial / PAYLOAD).open("rb") as file:
             difference = PayloadReader(partial.manifest, file_reader(file.fileno()), self._limits)
             held = PayloadReader(base.manifest, buffer_reader(base.mapped().data))
             with open(self._spares.create(merged / PAYLOAD), "wb") as payload:
                 manifest, crc = _write_whole(Applied(held, difference), payload)
                 payload.truncate()
+        if partial.header.HasField("held_crc32") and partial.header.held_crc32 != crc:
+            self._drop_held("what it becomes is not what the aggregator takes it for")
         header = aggregator_pb2.ModelHeader(version=partial.header.version, manifest=manifest_to_proto(manifest))
         (merged / HEADER).write_bytes(header.SerializeToString(deterministic=True))
         _write_about(merged, _read_source(self._partial), Origin.of(partial.manifest), crc)
@@ -348,6 +355,25 @@ class ModelFolder:
         self.has_partial = True
         return manifest, crc
 
+    def check_held(self) -> None:
+        """Raises CorruptError unless the held model is what it was; it is dropped then, to be pulled whole."""
+        if self.held is None:
+            return
+        try:
+            self.held.check()
+        except CorruptError as error:
+            self._drop_held(str(error))
+
+    def _drop_held(self, why: str) -> NoReturn:
+        """Nothing may be made of it, nor be the difference to it."""
+        assert self.held is not None
+        log.warning("held model dropped", folder=str(self.held.folder), reason=why)
+        held, self.held = self.held, None
+        with storage_errors(self._folder):
+            remove_folder(held.folder)
+        self.drop_partial()
+        raise CorruptError(f"the held model version {held.version} has changed on the disk: {why}")
+
     def _next_number(self) -> int:
         return max((int(path.name) for path in self._numbered()), default=0) + 1
 
@@ -355,7 +381,10 @@ class ModelFolder:
         return sorted(path for path in self._folder.iterdir() if path.name.isdigit())
 
     def _load_held(self) -> HeldModel | None:
-        """The newest complete version; older ones, left by a crash, and unreadable ones go."""
+        """The newest complete version; older ones, left by a crash, and damaged ones go.
+
+        One that cannot be read now stays for the next start, and is pulled anew for this one.
+        """
         held: HeldModel | None = None
         for folder in reversed(self._numbered()):
             if held is None:
@@ -364,7 +393,10 @@ class ModelFolder:
                     whole.check()
                     held = whole
                     continue
-                except (OSError, ValueError, KeyError, TypeError, DecodeError, CodecError) as error:
+                except (OSError, ValueError, KeyError, TypeError, DecodeError, CodecError, StorageError) as error:
+                    if isinstance(error, StorageError) or (isinstance(error, OSError) and not is_gone(error)):
+                        log.warning("held model cannot be read now", folder=str(folder), reason=str(error))
+                        return None
                     log.warning("held model dropped", folder=str(folder), reason=str(error))
             remove_folder(folder)
         return held

@@ -23,13 +23,14 @@ from fedgrpc.errors import (
     UnknownWorker,
     WrongOffset,
 )
-from fedgrpc.rpc.retry import Retries, with_retries
+from fedgrpc.rpc.retry import Backoff, Retries, with_retries
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.board import Activity, Board
 from fedgrpc.worker.client import AggregatorClient, Polled
 from fedgrpc.worker.concurrency import Interrupted, in_thread, unless
 from fedgrpc.worker.controls import Controls
 from fedgrpc.worker.delivery import Delivery, worth_retrying
+from fedgrpc.worker.disk import storage_errors
 from fedgrpc.worker.held import HeldModel, ModelFolder, Source
 from fedgrpc.worker.personal import keeping, restored
 from fedgrpc.worker.profile import DeviceProfile
@@ -51,6 +52,10 @@ from fedgrpc.worker.training import (
 )
 
 _TRIES: Final = 3
+_TRIES_TO_SPOOL: Final = 5
+# About ten seconds together.
+_TRIES_TO_READ: Final = 6
+_UNREADABLE: Final = Backoff(first_s=0.5, cap_s=5.0)
 _GOODBYE_S: Final = 2.0
 _LEAVE_S: Final = 10.0
 _REPORT_INTERVAL_S: Final = 0.1
@@ -85,6 +90,7 @@ class Loop:
         self._build_trainer = build_trainer
         self._profile = profile
         self._trainer: Trainer | None = None
+        self._run_id = ""
         self._heartbeat_interval_s = 5.0
         self._retries = Retries(settings.backoff)
         self._download_began: tuple[str, float] = ("", 0.0)
@@ -108,7 +114,7 @@ class Loop:
                 if not worth_retrying(error):
                     raise
                 reason = str(error)
-            if self._controls.draining and not self._spool.count():
+            if self._controls.draining and not self._spool.count(self._run_id):
                 return
             delay_s = self._retries.next_delay_s()
             self._board.show(last_error=reason)
@@ -117,7 +123,7 @@ class Loop:
 
     async def _session(self) -> None:
         registration = await self._connect()
-        for update in await asyncio.to_thread(self._spool.updates):
+        for update in await self._unsent(registration):
             await self._deliver(update)
         while (polled := await self._next_answer(registration)) is not None:
             if polled.task is not None and polled.message is not None:
@@ -130,6 +136,19 @@ class Loop:
             if polled.run_ended:
                 await self._controls.wait(self._settings.poll_wait_s)
         await self._leave()
+
+    async def _unsent(self, registration: Registration) -> list[SpooledUpdate]:
+        """The updates of this run that are still to be sent. What cannot be read now is waited for."""
+        retries = Retries(_UNREADABLE)
+        updates = await asyncio.to_thread(self._spool.updates)
+        while self._spool.unreadable and retries.failures < _TRIES_TO_READ:
+            await self._controls.wait(retries.next_delay_s())
+            updates = await asyncio.to_thread(self._spool.updates)
+        self._run_id = registration.run_id
+        own = [update for update in updates if update.is_of(registration.run_id)]
+        others = [update for update in updates if not update.is_of(registration.run_id)]
+        await asyncio.to_thread(self._spool.keep_for_later, others, self._settings.spool_keep_s)
+        return own
 
     async def _connect(self) -> Registration:
         registration = await self._register()
@@ -194,7 +213,12 @@ class Loop:
             self._board.show(task_kind=None)
 
     async def _deliver(self, update: SpooledUpdate, new: bool = False) -> None:
-        delivered = await self._delivery.deliver(update, self._moved, new)
+        try:
+            delivered = await self._delivery.deliver(update, self._moved, new)
+        except StorageError:
+            # It may be this disk that fails, or the aggregator's.
+            self._spool.doubt(update)
+            raise
         self._show_disk()
         if delivered:
             self._retries.reset()
@@ -218,7 +242,13 @@ class Loop:
             keep = keeping(outcome.weights or {}, task.run_id, is_personal(task.plan))
             return self._spool.write(message, fill, keep)
 
-        update = await asyncio.to_thread(spooled)
+        # The disk may be full for a moment only, and training may have taken hours.
+        update = await with_retries(
+            lambda: asyncio.to_thread(spooled),
+            attempts=_TRIES_TO_SPOOL,
+            backoff=self._settings.backoff,
+            retry_on=(StorageError,),
+        )
         self._show_disk()
         return update
 
@@ -229,7 +259,8 @@ class Loop:
         held, download_s = await self._hold(task)
 
         def given() -> Weights:
-            return restored(held.weights(), self._spool.personal, task.run_id, is_personal(task.plan))
+            with storage_errors(self._spool.personal):
+                return restored(held.weights(), self._spool.personal, task.run_id, is_personal(task.plan))
 
         return given, download_s
 
@@ -241,8 +272,14 @@ class Loop:
         sub_model = task.plan.sub_model
         slice_text = "" if sub_model.whole else str(sub_model)
         source = Source(task.run_id, task.model_version, task.download_recipe, slice_text)
+
+        async def checked() -> HeldModel:
+            held = await self._client.pull(self._models, source, self._moved)
+            await asyncio.to_thread(self._models.check_held)
+            return held
+
         held = await with_retries(
-            lambda: self._client.pull(self._models, source, self._moved),
+            checked,
             attempts=_TRIES,
             backoff=self._settings.backoff,
             retry_on=(CorruptError, WrongOffset),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from fedgrpc.codec.chunk import Chunk, check_chunk
+from fedgrpc.codec.crc import crc32
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import CorruptError
 from fedgrpc.rpc.convert import manifest_from_proto
@@ -54,15 +55,19 @@ class PartialModel:
         self.header = header
         self.manifest = manifest_from_proto(header.manifest, limits)
         self.size_bytes = 0
-        self._digest = hashlib.sha256()
+        self._digest, self.crc32 = hashlib.sha256(), 0
         self._received = (folder / _RECEIVED).open("r+b", buffering=0)
         self._file = (folder / PAYLOAD).open("r+b", buffering=0)
         self._rehash(self._file, min(received_bytes(folder), self.manifest.size_bytes))
 
     def _rehash(self, kept: FileIO, size_bytes: int) -> None:
         while piece := kept.read(min(_READ_BYTES, size_bytes - self.size_bytes)):
-            self._digest.update(piece)
-            self.size_bytes += len(piece)
+            self._note(piece)
+
+    def _note(self, piece: bytes | memoryview) -> None:
+        self._digest.update(piece)
+        self.crc32 = crc32(piece, self.crc32)
+        self.size_bytes += len(piece)
 
     def append(self, batch: Sequence[Chunk]) -> None:
         """Take the next chunks; raises WrongOffset, TooLargeError, LayoutError or CorruptError."""
@@ -71,8 +76,7 @@ class PartialModel:
                 check_chunk(chunk, self.size_bytes, self.manifest.size_bytes - self.size_bytes)
                 with storage_errors(self.folder):
                     pwrite(self._file.fileno(), chunk.data, self.size_bytes)
-                self._digest.update(chunk.data)
-                self.size_bytes += len(chunk.data)
+                self._note(chunk.data)
         finally:
             with storage_errors(self.folder):
                 pwrite(self._received.fileno(), _COUNT.pack(self.size_bytes), 0)

@@ -96,10 +96,10 @@ def write_residual(path: Path, residual: Residual, run: str) -> None:
         writer.close()
 
 
-def read_residual(path: Path, run: str, *, checked: bool = False) -> Residual:
+def read_residual(path: Path, run: str) -> Residual:
     """The residual of `run` at `path`; empty where there is none, or none that can be used.
 
-    Its CRC is checked here, unless the file is known to be as it was written; tensors are read when asked for.
+    Its CRC is checked here; tensors are read when asked for. Raises OSError when it cannot be read now.
     """
     try:
         file = path.open("rb")
@@ -114,7 +114,7 @@ def read_residual(path: Path, run: str, *, checked: bool = False) -> Residual:
         tensors = _Stored(file, tuple(specs[name] for name in about["tensors"]))
         if tensors.size_bytes != content_bytes:
             raise ValueError(f"{content_bytes} bytes of arrays are not those that it tells of")
-        if not checked and _crc32_of(file, content_bytes) != about["crc32"]:
+        if _crc32_of(file, content_bytes) != about["crc32"]:
             raise ValueError("its CRC does not match")
     except (ValueError, KeyError, TypeError, LayoutError) as error:
         log.warning("residual dropped", reason=f"{path} is corrupt: {error}")
@@ -177,7 +177,10 @@ class _Stored(InParts):
     def _read(self, out: Array, offset: int) -> None:
         data, done = out.view(np.uint8).data, 0
         while done < len(data):
-            count = os.preadv(self._file.fileno(), [data[done:]], offset + done)
+            try:
+                count = os.preadv(self._file.fileno(), [data[done:]], offset + done)
+            except OSError as error:
+                raise StorageError(f"cannot read the residual: {error.strerror}") from error
             if not count:
                 raise StorageError("the residual has become shorter")
             done += count

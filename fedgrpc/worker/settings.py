@@ -49,6 +49,7 @@ class WorkerSettings:
     drain_s: float = 20.0
     spool_max_updates: int = 8
     spool_max_bytes: int = 8 << 30
+    spool_keep_s: float = 7 * 86_400.0
     encodings: tuple[str, ...] = ENCODING_NAMES
 
     def __post_init__(self) -> None:
@@ -57,7 +58,7 @@ class WorkerSettings:
         check_target(self.aggregator)
         if self.serve_address is not None:
             check_target(self.serve_address)
-        for name in ("poll_wait_s", "stall_s", "spool_max_updates", "spool_max_bytes"):
+        for name in ("poll_wait_s", "stall_s", "spool_max_updates", "spool_max_bytes", "spool_keep_s"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
         for encoding in self.encodings:

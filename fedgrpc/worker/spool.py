@@ -8,6 +8,8 @@
 Behind the payload its file has the `UpdateHeader`, the `Task`, and how many bytes each of them takes: a file less
 to sync. Former versions had them in files of their own, header.pb and task.pb.
 
+An update that cannot be read now is kept, and tried again later. Only content that was read can be corrupt.
+
 The rule: an update's folder is complete, and on the disk, once it has its name: what was trained and what it
 leaves behind survive a power cut together or not at all. Its residual becomes the current one when the update is
 acknowledged, by one rename that is on the disk before the update goes, and is dropped with the update when that is
@@ -18,7 +20,8 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedWriter
@@ -30,13 +33,15 @@ from google.protobuf.message import DecodeError
 
 from fedgrpc.codec.feedback import Keep, Residual
 from fedgrpc.codec.layout import Layout
-from fedgrpc.codec.payload import Read, file_reader
+from fedgrpc.codec.payload import Read, file_reader, verify_digest
+from fedgrpc.disk_errors import is_gone
 from fedgrpc.errors import CodecError, LayoutError, StorageError
 from fedgrpc.rpc.convert import manifest_from_proto
 from fedgrpc.spares import SpareFiles, WrittenBack, make_private
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.disk import (
     UNFINISHED,
+    empty_folder,
     folder_size_bytes,
     publish_folder,
     remove_folder,
@@ -78,6 +83,10 @@ class SpooledUpdate:
         """Bytes of the payload."""
         return self.header.manifest.size_bytes
 
+    def is_of(self, run: str) -> bool:
+        """Whether the aggregator that has the run of this id can know of it."""
+        return not run or not self.task.run_id or self.task.run_id == run
+
     @contextmanager
     def reader(self) -> Iterator[Read]:
         """Reads the payload by offset; raises StorageError if it cannot be opened."""
@@ -98,25 +107,65 @@ class Spool:
             sweep(folder)
             self._spares = SpareFiles(folder / "spare", 1)
             self._spare_residuals = SpareFiles(folder / "spare-residuals", 1)
-        # Whose residuals are what this process has written, and whether the current one is.
-        self._own: set[Path] = set()
-        self._own_residual = False
+        # Updates that this process has written, or has read through.
+        self._sound: set[Path] = set()
+        self._unsynced = False
+        self.unreadable = 0
 
     def updates(self) -> list[SpooledUpdate]:
-        """Every update still to be sent, oldest first. One that is corrupt is dropped, with a line in the log."""
+        """Every update still to be sent, oldest first, but for the `unreadable` ones, which a later call may find.
+
+        One that is corrupt is dropped, with a line in the log. What a former process left is read through once.
+        """
         found = []
+        self.unreadable = 0
         for folder in self._folders():
             try:
-                found.append(_load(folder))
-            except (OSError, DecodeError, CodecError) as error:
-                log.warning("update dropped", folder=str(folder), reason=f"it is corrupt: {error}")
-                self._keep_personal(folder)
-                remove_folder(folder)
+                found.append(self._checked(folder))
+            except (DecodeError, CodecError) as error:
+                self._drop_corrupt(folder, error)
+            except OSError as error:
+                if is_gone(error):
+                    self._drop_corrupt(folder, error)
+                    continue
+                self.unreadable += 1
+                log.warning("update cannot be read now", folder=str(folder), reason=str(error), kept=True)
         return found
 
-    def count(self) -> int:
-        """How many updates still have to be sent."""
-        return len(self._folders())
+    def _checked(self, folder: Path) -> SpooledUpdate:
+        update = _load(folder)
+        if folder not in self._sound:
+            with (folder / _PAYLOAD).open("rb") as file:
+                verify_digest(manifest_from_proto(update.header.manifest), file_reader(file.fileno()))
+            self._sound.add(folder)
+        return update
+
+    def _drop_corrupt(self, folder: Path, error: Exception) -> None:
+        log.warning("update dropped", folder=str(folder), reason=f"it is corrupt: {error}")
+        with storage_errors(folder):
+            self._keep_personal(folder)
+            remove_folder(folder)
+
+    def doubt(self, update: SpooledUpdate) -> None:
+        """It could not be read: `updates` reads it through before it gives it again."""
+        self._sound.discard(update.folder)
+
+    def count(self, run: str = "") -> int:
+        """How many updates still have to be sent, or those of one run alone."""
+        return sum(1 for update in self.updates() if update.is_of(run)) if run else len(self._folders())
+
+    def keep_for_later(self, updates: Iterable[SpooledUpdate], keep_s: float) -> None:
+        """Updates of other runs wait for their own aggregators, for `keep_s` since they were written."""
+        for update in updates:
+            with storage_errors(update.folder):
+                waited_s = time.time() - (update.folder / _PAYLOAD).stat().st_mtime
+            if waited_s > keep_s:
+                log.warning("update dropped", folder=str(update.folder), reason="its run has not been met again")
+                self.drop(update)
+            else:
+                log.info(
+                    "update kept", folder=str(update.folder), reason=f"it is of another run, {update.task.run_id}"
+                )
 
     def write(
         self, task: aggregator_pb2.Task, fill: Fill, keep_personal: Callable[[Path], None] | None = None
@@ -132,7 +181,7 @@ class Spool:
         number = int(names[-1].name) + 1 if names else 1
         unfinished, final = self._folder / f"{UNFINISHED}{number:08}", self._folder / f"{number:08}"
         with storage_errors(self._folder):
-            unfinished.mkdir()
+            empty_folder(unfinished)
             left = ResidualWriter(unfinished / _RESIDUAL, task.run_id or task.run, self._spare_residuals)
             try:
                 file = WrittenBack(self._spares.create(unfinished / _PAYLOAD))
@@ -151,18 +200,13 @@ class Spool:
             finally:
                 left.close()
                 sweep(self._folder)
-        self._own.add(final)
+        self._sound.add(final)
         return SpooledUpdate(final, task, header)
 
     def acknowledge(self, update: SpooledUpdate) -> None:
         """The aggregator has it: what it left behind is owed from now on."""
         with storage_errors(update.folder):
-            residual = update.folder / _RESIDUAL
-            if residual.exists():
-                self._spare_residuals.keep(self._folder / _RESIDUAL)
-                residual.replace(self._folder / _RESIDUAL)
-                self._own_residual = update.folder in self._own
-                sync(self._folder)
+            self._move_out(update.folder / _RESIDUAL, self._spare_residuals)
             self._remove(update)
 
     def drop(self, update: SpooledUpdate) -> None:
@@ -171,16 +215,28 @@ class Spool:
             self._remove(update)
 
     def _remove(self, update: SpooledUpdate) -> None:
-        self._own.discard(update.folder)
+        self._sound.discard(update.folder)
         self._keep_personal(update.folder)
         self._spares.keep(update.folder / _PAYLOAD)
         remove_folder(update.folder)
 
     def _keep_personal(self, folder: Path) -> None:
         """What an update that is about to go has left of them, before it goes."""
-        if (folder / _PERSONAL).exists():
-            (folder / _PERSONAL).replace(self._folder / _PERSONAL)
+        self._move_out(folder / _PERSONAL)
+
+    def _move_out(self, path: Path, spares: SpareFiles | None = None) -> None:
+        """Put a file of an update beside the updates, on the disk before anything else is done.
+
+        A sync that failed is made up for by the next call, though the file is not there to be moved any more.
+        """
+        if path.exists():
+            if spares is not None:
+                spares.keep(self._folder / path.name)
+            self._unsynced = True
+            path.replace(self._folder / path.name)
+        if self._unsynced:
             sync(self._folder)
+            self._unsynced = False
 
     @property
     def personal(self) -> Path:
@@ -189,9 +245,9 @@ class Spool:
         return next((path for path in spooled if path.exists()), self._folder / _PERSONAL)
 
     def residual(self, run: str) -> Residual:
-        """What the next update of `run` has to make good. One that a former process has left is checked."""
+        """What the next update of `run` has to make good. Raises `StorageError` when it cannot be read now."""
         with storage_errors(self._folder):
-            return read_residual(self._folder / _RESIDUAL, run, checked=self._own_residual)
+            return read_residual(self._folder / _RESIDUAL, run)
 
     def _folders(self) -> list[Path]:
         with storage_errors(self._folder):
@@ -205,7 +261,7 @@ class Spool:
             if len(held) < self._max_updates and sum(held.values()) + wanted_bytes <= self._max_bytes:
                 return
             log.warning("update dropped", folder=str(folder), reason="the spool is full")
-            self._own.discard(folder)
+            self._sound.discard(folder)
             self._keep_personal(folder)
             remove_folder(folder)
             del held[folder]

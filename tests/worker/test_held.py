@@ -1,9 +1,12 @@
 """The model that a worker holds: read as a whole, or a tensor at a time, also once a newer one has come."""
 
+import errno
 import hashlib
 import io
+import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.codec.manifest import Limits, Manifest, TensorEntry
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.errors import LayoutError, StorageError, TooLargeError
+from fedgrpc.errors import CorruptError, LayoutError, StorageError, TooLargeError
 from fedgrpc.rpc.convert import manifest_to_proto
 from fedgrpc.v1.aggregator_pb2 import ModelHeader
 from fedgrpc.worker.held import ModelFolder, Source
@@ -28,11 +31,11 @@ def model(version):
     }
 
 
-def pulled(folder, version, recipe, base=0):
+def pulled(folder, version, recipe, base=0, **told):
     """Version `version`, or what is to be added to `base`, as it is once its download is whole."""
     out = io.BytesIO()
     manifest = write_payload(model(version), Recipe.parse(recipe), out, np.random.default_rng(0))
-    header = ModelHeader(version=version, manifest=manifest_to_proto(manifest), base_version=base)
+    header = ModelHeader(version=version, manifest=manifest_to_proto(manifest), base_version=base, **told)
     partial = folder.open_partial(Source("run", version, recipe), header, 0)
     partial.append([Chunk(0, out.getvalue(), zlib.crc32(out.getvalue()))])
     return folder.finish(partial)
@@ -149,3 +152,73 @@ def test_a_model_that_does_not_fit_into_the_devices_memory_is_refused(tmp_path):
     with pytest.raises(TooLargeError):
         pulled(folder, 1, "raw")
     assert not folder.has_partial
+
+
+def flip(path, at=100):
+    with path.open("r+b") as file:
+        byte = os.pread(file.fileno(), 1, at)[0] ^ 0x40
+        os.pwrite(file.fileno(), bytes([byte]), at)
+
+
+@pytest.mark.parametrize("sums", [0, 1])
+def test_no_difference_is_added_to_a_model_that_has_changed_on_the_disk(tmp_path, sums):
+    """The CRC of the sum would be that of a wrong one: it is healed by a whole model."""
+    folder = ModelFolder(tmp_path)
+    held = pulled(folder, 1, "int8")
+    if sums:
+        held = pulled(folder, 2, "int8", base=1)
+    flip(held.folder / "payload")
+    with pytest.raises(CorruptError, match="changed on the disk"):
+        pulled(folder, 3, "int8", base=held.version)
+    assert folder.held is None
+    assert not folder.has_partial
+    np.testing.assert_allclose(pulled(folder, 3, "int8").weights()["w"], 3, rtol=0.02)
+
+
+def test_a_held_model_is_checked_before_anybody_trains_on_it(tmp_path):
+    folder = ModelFolder(tmp_path)
+    held = pulled(folder, 1, "raw")
+    folder.check_held()
+    flip(held.folder / "payload")
+    with pytest.raises(CorruptError, match="changed on the disk"):
+        folder.check_held()
+    assert folder.held is None
+    folder.check_held()
+
+
+def test_a_sum_that_is_not_what_the_aggregator_takes_it_for_is_dropped(tmp_path):
+    folder = ModelFolder(tmp_path)
+    pulled(folder, 1, "int8")
+    twin = ModelFolder(tmp_path / "twin")
+    pulled(twin, 1, "int8")
+    crc = pulled(twin, 2, "int8", base=1).crc32
+    assert pulled(folder, 2, "int8", base=1, held_crc32=crc).crc32 == crc
+    with pytest.raises(CorruptError, match="not what the aggregator takes it for"):
+        pulled(folder, 3, "int8", base=2, held_crc32=crc ^ 1)
+    assert folder.held is None
+
+
+def test_a_download_begins_although_a_full_disk_has_stopped_one_before(tmp_path, monkeypatch):
+    folder = ModelFolder(tmp_path)
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedgrpc.worker.held.begin", fail)
+        for _ in range(2):
+            with pytest.raises(StorageError, match="No space left"):
+                pulled(folder, 1, "raw")
+    assert pulled(folder, 1, "raw").version == 1
+
+
+def test_a_held_model_that_cannot_be_read_now_is_there_at_the_next_start(tmp_path, monkeypatch):
+    pulled(ModelFolder(tmp_path), 1, "raw")
+
+    def fail(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        assert ModelFolder(tmp_path).held is None
+    assert ModelFolder(tmp_path).held.version == 1

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -252,7 +253,7 @@ def test_a_residual_may_be_written_and_read_in_parts(tmp_path):
 
 
 @pytest.mark.parametrize("restarted", ["never", "before the acknowledgement", "after it"])
-def test_a_residual_of_a_former_process_is_checked_before_it_is_applied(tmp_path, restarted):
+def test_a_residual_is_checked_before_it_is_applied(tmp_path, restarted):
     spool = Spool(tmp_path)
     update = spool.write(task(), fill(residual=residual_of(tensors())))
     if restarted == "before the acknowledgement":
@@ -264,7 +265,69 @@ def test_a_residual_of_a_former_process_is_checked_before_it_is_applied(tmp_path
     content = bytearray((tmp_path / "residual").read_bytes())
     content[0] ^= 1
     (tmp_path / "residual").write_bytes(content)
-    assert bool(spool.residual("run").tensors) == (restarted == "never")
+    assert not spool.residual("run").tensors
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EACCES, errno.ENOMEM])
+def test_an_update_that_cannot_be_read_now_is_kept_and_found_later(tmp_path, monkeypatch, number):
+    Spool(tmp_path).write(task("first"), fill("first"))
+    Spool(tmp_path).write(task("second"), fill("second"))
+    real = Path.open
+
+    def fail(path, *how):
+        if path.parent.name == "00000001":
+            raise OSError(number, os.strerror(number))
+        return real(path, *how)
+
+    spool = Spool(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", fail)
+        assert [update.token for update in spool.updates()] == ["second"]
+        assert spool.unreadable == 1
+    assert [update.token for update in spool.updates()] == ["first", "second"]
+    assert not spool.unreadable
+
+
+def test_an_update_that_could_not_be_read_while_it_was_sent_is_read_through_before_the_next_try(tmp_path):
+    spool = Spool(tmp_path)
+    update = spool.write(task(), fill())
+    payload = bytearray((update.folder / "payload").read_bytes())
+    payload[17] ^= 1
+    (update.folder / "payload").write_bytes(payload)
+    assert spool.updates()
+    spool.doubt(update)
+    assert not spool.updates()
+    assert not update.folder.exists()
+
+
+def test_updates_of_another_run_are_kept_for_their_aggregator_and_not_for_ever(tmp_path):
+    spool = Spool(tmp_path)
+    own = spool.write(aggregator_pb2.Task(token="own", run_id="a"), fill("own"))
+    other = spool.write(aggregator_pb2.Task(token="other", run_id="b"), fill("other"))
+    assert [update.is_of("a") for update in (own, other)] == [True, False]
+    assert (spool.count(), spool.count("a"), spool.count("b")) == (2, 1, 1)
+    spool.keep_for_later([other], 3600.0)
+    assert spool.count("b") == 1
+    spool.keep_for_later([other], 0.0)
+    assert [update.token for update in spool.updates()] == ["own"]
+
+
+def test_a_sync_that_failed_is_made_up_for_before_an_update_goes(tmp_path, monkeypatch):
+    spool = Spool(tmp_path)
+    update = spool.write(task(), fill(residual=residual_of(tensors())))
+
+    def fail(handle):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fail)
+        for _ in range(2):
+            with pytest.raises(StorageError, match="Input/output"):
+                spool.acknowledge(update)
+            assert update.folder.exists()
+    spool.acknowledge(update)
+    assert not update.folder.exists()
+    assert equal(spool.residual("run"), residual_of(tensors()))
 
 
 def test_the_residual_file_is_the_arrays_and_little_more(tmp_path):
