@@ -19,6 +19,7 @@ from typing import TypeVar
 import structlog
 
 from fedgrpc.aggregator.carrying import stale, takes_news
+from fedgrpc.aggregator.data_folder import DataFolder
 from fedgrpc.aggregator.evaluations import Evaluation, Evaluations
 from fedgrpc.aggregator.fleet import Fleet, Worker
 from fedgrpc.aggregator.local_models import LocalModels
@@ -96,7 +97,6 @@ class Coordinator:
         self.current: CurrentRound | None = None
         self.last_record: RoundRecord | None = None
         self.effects: deque[Select | Commit | Finished] = deque()
-        self.healthy = True
         self.stopping = False
         self.wake = asyncio.Event()
         self.changes = Changes()
@@ -107,6 +107,7 @@ class Coordinator:
         self.chosen: frozenset[str] = frozenset()
         self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._log = log.bind(run=settings.run_name)
+        self.data_folder = DataFolder(self._log, self.changes.notify)
 
     async def in_database(self, call: Callable[..., T], *args: object) -> T:
         """Run a method of `store` in its thread. Raises as it does."""

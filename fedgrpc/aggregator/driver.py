@@ -17,6 +17,7 @@ import structlog
 from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.aggregator.carrying import Dropped, carried_rows, ending_here, going_on
 from fedgrpc.aggregator.coordinator import Coordinator
+from fedgrpc.aggregator.data_folder import Use
 from fedgrpc.aggregator.histories import histories_after, histories_of
 from fedgrpc.aggregator.kinds import policy_of
 from fedgrpc.aggregator.new_version import NewVersion
@@ -54,6 +55,8 @@ class Driver:
         self._record = RoundRecord()
         # Tasks of rounds that are over, whose updates are still to be cleared away; None: all is done.
         self._over: list[str] | None = None
+        self._clear_at = 0.0
+        self._clearing = Retries(_AFTER_STORAGE_ERROR)
         self._closing_evaluation = self._settings.evaluate
         self._abandoned = Retries(_AFTER_ABANDONED)
         self._log = log.bind(run=self._settings.run_name)
@@ -154,14 +157,13 @@ class Driver:
         while True:
             try:
                 await act()
-                it.healthy = True
+                it.data_folder.works(Use.ROUNDS)
                 return
             except (StorageError, NotFound) as error:
-                it.healthy = False
-                delay_s = retries.next_delay_s()
-                self._log.error("the data folder fails", error=str(error), retry_s=round(delay_s, 2))
-                it.changes.notify()
-            await asyncio.sleep(delay_s)
+                it.data_folder.failed(Use.ROUNDS, error)
+            # It may be full of what is not needed any more.
+            await self._clear_away()
+            await asyncio.sleep(retries.next_delay_s())
 
     async def _commit(self, current: CurrentRound, commit: Commit) -> None:
         """Compute and record the new version; an update that turns out unusable ends the round."""
@@ -246,11 +248,20 @@ class Driver:
     async def _clear_away(self) -> None:
         """Remove the updates and versions of rounds that are over: once nobody waits for the driver.
 
-        A process that dies before has left them to the next one, which clears them away before it begins.
+        What cannot be removed now is tried again at a later wait, and holds nothing up. A process that dies before
+        has left it to the next one, which clears it away before it begins.
         """
-        if self._over is not None:
-            await self._until_stored(partial(self._remove, self._over))
-            self._over = None
+        if self._over is None or self._it.clock() < self._clear_at:
+            return
+        over, self._over = self._over, None
+        try:
+            await self._remove(over)
+            self._it.data_folder.works(Use.OLD_FILES)
+            self._clearing.reset()
+        except StorageError as error:
+            self._over = [*over, *(self._over or ())]
+            self._clear_at = self._it.clock() + self._clearing.next_delay_s()
+            self._it.data_folder.failed(Use.OLD_FILES, error)
 
     async def _remove(self, over: list[str]) -> None:
         it = self._it
@@ -297,7 +308,7 @@ class Driver:
         for each in dropped:
             worker, reason = each.task.worker, each.task.reason
             self._log.info("carried task dropped", round=each.round, worker=worker, reason=reason)
-        await asyncio.to_thread(it.journal.discard, [each.token for each in dropped])
+        self._over = [*(self._over or ()), *(each.token for each in dropped)]
 
     async def _rest(self, seconds: float) -> None:
         """Wait, whoever polls meanwhile: rounds that fail at once must not spin."""

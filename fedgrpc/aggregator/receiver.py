@@ -17,6 +17,7 @@ from fedgrpc.aggregation.merged import check_merged_layout, merged_values
 from fedgrpc.aggregation.packed import unpacked
 from fedgrpc.aggregation.update import AdmissionPolicy, check_layout, check_values
 from fedgrpc.aggregator.coordinator import Coordinator
+from fedgrpc.aggregator.data_folder import Use
 from fedgrpc.aggregator.intake import Intake
 from fedgrpc.aggregator.local_models import LocalTask
 from fedgrpc.aggregator.memory import ByteBudget
@@ -123,8 +124,8 @@ class Receiver:
             self._begun.setdefault(header.token, time.monotonic())
             try:
                 return await self._store(header, manifest, report, chunks)
-            except StorageError:
-                self._it.healthy = False
+            except StorageError as error:
+                self._it.data_folder.failed(Use.UPDATES, error)
                 raise
 
     async def _store(
@@ -136,7 +137,7 @@ class Receiver:
             if not upload.complete:
                 return upload.size_bytes, False
             await _to_its_end(self._accept(upload, report))
-            self._it.healthy = True
+            self._it.data_folder.works(Use.UPDATES)
         except RoundClosed:
             # The round has swept up what there was of its uploads, perhaps before this one was there.
             await asyncio.to_thread(upload.discard)

@@ -160,7 +160,7 @@ async def _tell_health(coordinator: Coordinator, playing: asyncio.Task[None], he
     """SERVING only while the round loop is alive and can commit."""
     seen, told = -1, True
     while True:
-        healthy = coordinator.healthy and not (playing.done() and not coordinator.run.ended)
+        healthy = coordinator.data_folder.healthy and not (playing.done() and not coordinator.run.ended)
         if healthy != told:
             await health.set(AGGREGATOR, healthy)
             told = healthy

@@ -3,12 +3,14 @@ half-written." """
 
 import asyncio
 import json
+import shutil
 import struct
 
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.numpy import save_file
+from structlog.testing import capture_logs
 
 from fedgrpc.aggregator.server import Aggregator
 from fedgrpc.errors import StorageError, UsageError
@@ -177,8 +179,12 @@ async def test_an_upload_that_cannot_be_stored_is_internal_and_the_health_says_s
         assert await health_of(running) == Serving.SERVING
         uploads = running.settings.data_dir / "uploads"
         broken(uploads)
-        with refused("INTERNAL", "cannot store an update: Not a directory", "StorageError"):
+        with (
+            capture_logs() as lines,
+            refused("INTERNAL", "cannot store an update: Not a directory", "StorageError"),
+        ):
             await a.push(a_task)
+        assert ["Not a directory" in line["error"] for line in lines if line["log_level"] == "error"] == [True]
         await health_becomes(running, Serving.NOT_SERVING)
         assert "NOT_SERVING: its data folder fails" in await status_of(running)
         mended(uploads)
@@ -241,3 +247,93 @@ async def test_updates_whose_sum_is_not_finite_cost_their_round_and_not_the_mode
         ]
         assert "would not be finite in float32" in rounds[1].reason
         assert run.model_version == 3
+
+
+async def test_old_files_that_cannot_be_removed_hold_up_no_round(tmp_path, monkeypatch):
+    async with aggregating(tmp_path, rounds=3, keep_versions=1) as running:
+        models = running.aggregator.coordinator.models
+        prune, tries = models.prune, []
+
+        async def fails(keep):
+            tries.append(keep)
+            if len(tries) < 3:
+                raise StorageError("cannot remove an old model: Input/output error")
+            await prune(keep)
+
+        monkeypatch.setattr(models, "prune", fails)
+        for _ in range(3):
+            a, b = await running.device("a"), await running.device("b")
+            a_task, b_task = await asyncio.gather(a.task(), b.task())
+            await asyncio.gather(a.push(a_task), b.push(b_task))
+        await running.until_finished()
+        assert len(tries) >= 1
+        assert running.aggregator.coordinator.data_folder.healthy
+
+
+async def test_models_without_their_database_are_not_begun_anew(tmp_path):
+    data_dir, _ = await played(tmp_path)
+    for path in data_dir.glob("run.sqlite*"):
+        path.unlink()
+    await fails_to_start(tmp_path, UsageError, "knows of no run: restore run.sqlite")
+
+
+async def test_a_database_without_its_log_holds_the_run_up_to_its_last_commit(tmp_path):
+    """What a copy of `run.sqlite` alone is."""
+    data_dir = tmp_path / "copy"
+    async with aggregating(tmp_path, rounds=2) as running:
+        devices = [await running.device("a"), await running.device("b")]
+        tasks = await asyncio.gather(*(device.task() for device in devices))
+        await asyncio.gather(*(device.push(task) for device, task in zip(devices, tasks, strict=True)))
+        await running.until(lambda run, _: run.model_version == 2)
+        data_dir.mkdir()
+        shutil.copy(running.settings.data_dir / "run.sqlite", data_dir / "run.sqlite")
+        shutil.copytree(running.settings.data_dir / "models", data_dir / "models")
+    async with aggregating(tmp_path, rounds=2, data_dir=data_dir) as again:
+        assert (await again.run()).model_version == 2
+
+
+async def test_a_database_that_is_older_than_the_models_is_refused(tmp_path):
+    data_dir, _ = await played(tmp_path)
+    shutil.copy(data_dir / "models" / "000002.safetensors", data_dir / "models" / "000004.safetensors")
+    await fails_to_start(tmp_path, UsageError, "its database is older and ends with 2")
+
+
+async def test_a_model_of_a_commit_that_a_crash_cut_off_is_written_anew(tmp_path):
+    data_dir, _ = await played(tmp_path)
+    shutil.copy(data_dir / "models" / "000002.safetensors", data_dir / "models" / "000003.safetensors")
+    async with aggregating(tmp_path, rounds=2) as again:
+        assert (await again.run()).model_version == 2
+
+
+async def test_a_database_whose_last_model_is_missing_is_refused(tmp_path):
+    data_dir, _ = await played(tmp_path)
+    (data_dir / "models" / "000002.safetensors").unlink()
+    await fails_to_start(tmp_path, UsageError, "is missing: restore both from one copy")
+
+
+async def test_accepted_updates_that_the_database_does_not_know_are_told_of(tmp_path):
+    data_dir, _ = await played(tmp_path)
+    (data_dir / "uploads" / "unknown.update").write_bytes(b"x")
+    with capture_logs() as lines:
+        async with aggregating(tmp_path, rounds=2):
+            pass
+    assert [line["updates"] for line in lines if line["event"] == "accepted updates removed"] == [1]
+
+
+async def test_a_base_model_that_changed_while_the_aggregator_runs_makes_no_version(tmp_path):
+    async with aggregating(tmp_path, rounds=2) as running:
+        a, b = await running.device("a"), await running.device("b")
+        a_task, b_task = await asyncio.gather(a.task(), b.task())
+        path = running.aggregator.coordinator.models.path(1)
+        content = path.read_bytes()
+        damaged = bytearray(content)
+        damaged[-3] ^= 0x40
+        with path.open("r+b") as file:
+            file.write(damaged)
+        with capture_logs() as lines:
+            await asyncio.gather(a.push(a_task), b.push(b_task))
+            await health_becomes(running, Serving.NOT_SERVING)
+        assert any("is corrupt" in line.get("error", "") for line in lines)
+        with path.open("r+b") as file:
+            file.write(content)
+        await running.until(lambda run, _: run.model_version == 2)

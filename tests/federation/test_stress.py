@@ -151,7 +151,7 @@ async def test_troublemakers_cost_a_run_nothing_but_their_own_updates(tmp_path, 
             assert accepted <= {"honest-0", "honest-1"}
         np.testing.assert_allclose(running.weights(run.model_version)["w"], MODEL["w"] + ROUNDS, rtol=1e-5)
         assert running.kept_updates() == []
-        assert running.aggregator.coordinator.healthy
+        assert running.aggregator.coordinator.data_folder.healthy
     async with asyncio.timeout(PATIENCE_S):
         while len(asyncio.all_tasks()) > before_tasks or open_files() > before_files + 8:
             gc.collect()
