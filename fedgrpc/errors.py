@@ -5,6 +5,7 @@ status in one place, `fedgrpc.rpc.status`. The class alone decides the status.
 
     FedgrpcError
     ├── UsageError                 a setting, flag or file the person gave        exit code 2
+    │   └── TaskUnfit              a learning task that can never take part
     ├── CodecError
     │   ├── EncodeError            the values cannot be encoded (non-finite, dtype)
     │   ├── LayoutError            manifest, tensors or sizes do not fit          INVALID_ARGUMENT
@@ -33,6 +34,10 @@ class FedgrpcError(Exception):
 
 class UsageError(FedgrpcError):
     """A setting, flag or file given by a person is wrong."""
+
+
+class TaskUnfit(UsageError):
+    """The learning task can never take part in this run: its worker ends, since no other round would differ."""
 
 
 class CodecError(FedgrpcError):

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"errors"},
     "models": {"errors"},
     "compression": {"errors", "models", "aggregation"},
-    "tasks": {"errors", "aggregation", "data", "models", "compression", "worker"},
+    "tasks": {"errors", "codec", "aggregation", "data", "models", "compression", "worker"},
     "__main__": {"cli"},
     "cli": {
         *(*CORE, "v1", "rpc", "logging", "metrics"),

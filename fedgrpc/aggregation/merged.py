@@ -19,7 +19,7 @@ import numpy as np
 
 from fedgrpc.aggregation.coverage import CoordinateMean, Coverage
 from fedgrpc.aggregation.packed import CODES, Read, fits, pack, unpack
-from fedgrpc.aggregation.update import TensorLike
+from fedgrpc.aggregation.update import TensorLike, check_role
 from fedgrpc.errors import UpdateRefused
 
 WEIGHTS, REST = "#weights", "#rest"
@@ -74,6 +74,7 @@ def check_merged_layout(model: Sequence[TensorLike], update: Sequence[TensorLike
                 f"tensor {tensor.name!r} is {mine.dtype}{list(mine.shape)}, the model's is "
                 f"{tensor.dtype}{list(tensor.shape)}"
             )
+        check_role(tensor, mine)
         weights, codes = given.pop(tensor.name + WEIGHTS, None), given.pop(tensor.name + WEIGHTS + CODES, None)
         rest = given.pop(tensor.name + REST, None)
         if weights is not None and not (

@@ -6,7 +6,8 @@ A tensor of the update is one of these, `n` the elements of its slice of the mod
     NAME, NAME#mask      [k] values that are kept, and n bits that say where, 8 to a byte, first bit lowest
     NAME, NAME#codes     [K] different values, and for each element kept its number, in the fewest bits
 
-Mask and codes go together: codes are then of the kept elements only. Personal tensors are left out.
+Mask and codes go together: codes are then of the kept elements only. Personal tensors are left out,
+and so are tensors that are no parameters and have not changed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 
 from fedgrpc.aggregation.channels import Selection
 from fedgrpc.aggregation.coverage import Coverage
-from fedgrpc.aggregation.update import TensorLike
+from fedgrpc.aggregation.update import TensorLike, check_role
 from fedgrpc.errors import UpdateRefused
 
 MASK, CODES = "#mask", "#codes"
@@ -68,6 +69,8 @@ def check_layout(
         if personal(tensor.name):
             continue
         mine = given.pop(tensor.name, None)
+        if mine is None and tensor.role != "parameter":
+            continue
         if mine is None:
             raise UpdateRefused(f"tensor {tensor.name!r} is missing")
         shape = _sub_shape(tensor, selection)
@@ -78,6 +81,7 @@ def check_layout(
             raise UpdateRefused(
                 f"tensor {tensor.name!r} is {mine.dtype}{list(mine.shape)}, {whose} {tensor.dtype}{list(shape)}"
             )
+        check_role(tensor, mine)
     if given:
         raise UpdateRefused(f"the update's part of the model has no tensor {min(given)!r}")
 

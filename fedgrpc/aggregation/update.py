@@ -27,6 +27,10 @@ class TensorLike(Protocol):
     def dtype(self) -> str: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def role(self) -> str: ...
+    @property
+    def is_trained(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,18 @@ class AdmissionPolicy:
 
 
 def check_layout(model: Sequence[TensorLike], update: Sequence[TensorLike]) -> None:
-    """Both list the same tensors (in any order). Raises `UpdateRefused` with the first difference."""
+    """Both list the same tensors, in any order; an update may leave out those that are no parameters.
+
+    Raises `UpdateRefused` with the first difference.
+    """
     wanted = {tensor.name: tensor for tensor in model}
     given = {tensor.name: tensor for tensor in update}
     if len(given) < len(update):
         twice = min(name for name, count in Counter(tensor.name for tensor in update).items() if count > 1)
         raise UpdateRefused(f"tensor {twice!r} is listed twice")
-    if missing := sorted(wanted.keys() - given.keys()):
+    if missing := sorted(
+        name for name, tensor in wanted.items() if tensor.role == "parameter" and name not in given
+    ):
         raise UpdateRefused(f"tensor {missing[0]!r} is missing{_and_more(missing)}")
     if extra := sorted(given.keys() - wanted.keys()):
         raise UpdateRefused(f"the model has no tensor {extra[0]!r}{_and_more(extra)}")
@@ -52,6 +61,13 @@ def check_layout(model: Sequence[TensorLike], update: Sequence[TensorLike]) -> N
         mine, theirs = (tensor.dtype, tensor.shape), (wanted[name].dtype, wanted[name].shape)
         if mine != theirs:
             raise UpdateRefused(f"tensor {name!r} is {_text(*mine)}, the model's is {_text(*theirs)}")
+        check_role(wanted[name], tensor)
+
+
+def check_role(mine: TensorLike, given: TensorLike) -> None:
+    """A tensor of an update has the model's role: by it the update's values are read. Raises `UpdateRefused`."""
+    if mine.role != given.role:
+        raise UpdateRefused(f"tensor {mine.name!r} is a {given.role}, the model's is a {mine.role}")
 
 
 def check_counts(example_count: int, metrics: Mapping[str, float], policy: AdmissionPolicy) -> None:
@@ -64,18 +80,19 @@ def check_counts(example_count: int, metrics: Mapping[str, float], policy: Admis
 
 
 def check_values(tensors: Iterable[tuple[TensorLike, np.ndarray]], policy: AdmissionPolicy) -> float:
-    """The update's L2 norm over its float tensors, read one tensor at a time.
+    """The update's L2 norm over its trained tensors, read one tensor at a time.
 
     Raises `UpdateRefused` for a value that is not finite, and for a norm over the bound.
     """
     square = 0.0
     for tensor, values in tensors:
-        if np.dtype(values.dtype).kind in "iub":
+        if np.dtype(values.dtype).kind in "iub" or tensor.role == "constant":
             continue
         part = sum_of_squares(values)
         if not math.isfinite(part):
             raise UpdateRefused(f"tensor {tensor.name!r} has values that are not finite, or too large to square")
-        square += part
+        if tensor.is_trained:
+            square += part
     norm = math.sqrt(square)
     if norm > policy.max_norm:
         raise UpdateRefused(f"the update's norm {norm:.6g} is over the bound {policy.max_norm:.6g}")

@@ -28,7 +28,7 @@ from fedgrpc.aggregation.precision import rounding_noise, say
 from fedgrpc.aggregation.server_optimizer import ServerOptimizer
 from fedgrpc.aggregator.fold import PIECE, Fold, Load
 from fedgrpc.aggregator.model_file import ModelFile, ModelWriter
-from fedgrpc.codec.layout import Layout, TensorSpec
+from fedgrpc.codec.layout import Layout, TensorRole, TensorSpec
 from fedgrpc.errors import UpdateRefused
 from fedgrpc.spares import SpareFiles
 
@@ -96,11 +96,11 @@ class Commit:
 
     @property
     def memory_layout(self) -> Layout:
-        """What the optimizer keeps: `memory_count` float32 tensors for each float tensor of the model."""
+        """What the optimizer keeps: `memory_count` float32 tensors for each trained tensor of the model."""
         return tuple(
             TensorSpec(f"{part}/{spec.name}", "float32", spec.shape)
             for spec in self.base.layout
-            if spec.is_float
+            if spec.is_trained
             for part in range(self.optimizer.memory_count)
         )
 
@@ -159,7 +159,7 @@ class Commit:
     def _step(self, spans: Sequence[Span], load: Load, fold: Fold) -> list[Stepped]:
         """New values and optimizer memory of each span.
 
-        Float tensors are differences to the base; all others are values, whose weighted mean is rounded.
+        Trained tensors are differences to the base. All others are values, which no optimizer steps on.
         """
         means = self._means([s.index for s in spans if not fold.covers(self.base.layout[s.index])], load)
         stepped: list[Stepped] = []
@@ -167,16 +167,16 @@ class Commit:
             spec = self.base.layout[span.index]
             if span.index not in means:
                 stepped.append(self._step_floats(span, partial(fold.mean, spec), fold.step))
-            elif means[span.index].covers_nothing:
+            elif means[span.index].covers_nothing or spec.role is TensorRole.CONSTANT:
                 stepped.append((self.base.tensor(span.index), self._memory_of(spec)))
-            elif spec.is_float:
+            elif spec.is_trained:
                 delta, where = means[span.index].result().reshape(-1), means[span.index].untouched
                 untouched = None if where is None else where.reshape(-1)
                 stepped.append(
                     self._step_floats(span, lambda start, stop: delta[start:stop], PIECE, untouched)  # noqa: B023
                 )
             else:
-                stepped.append((self._rounded(span.index, means[span.index]), ()))
+                stepped.append((self._replaced(span.index, means[span.index]), ()))
         return stepped
 
     def _means(self, indices: Sequence[int], load: Load) -> dict[int, CoordinateMean]:
@@ -188,8 +188,12 @@ class Commit:
         means = means_of(specs, self.updates, load, self.parts, self.merged, self.scales, self.formats, base)
         return dict(zip(indices, means, strict=True))
 
-    def _rounded(self, index: int, mean: CoordinateMean) -> np.ndarray:
-        values: np.ndarray = np.rint(mean.result())
+    def _replaced(self, index: int, mean: CoordinateMean) -> np.ndarray:
+        """The mean in place of what was there: it is within the values of the updates, and so in their domain."""
+        spec, result = self.base.layout[index], mean.result()
+        if spec.role is not TensorRole.STATISTIC or not spec.is_float:
+            result = np.rint(result)
+        values = _cast(result, spec.numpy_dtype)
         if (untouched := mean.untouched) is not None:
             values[untouched] = self.base.tensor(index)[untouched]
         return values
@@ -239,10 +243,17 @@ class Commit:
         return self.base.layout[index].name
 
     def _memory_of(self, spec: TensorSpec) -> tuple[np.ndarray, ...]:
-        count = self.optimizer.memory_count if spec.is_float else 0
+        count = self.optimizer.memory_count if spec.is_trained else 0
         if self.memory is None:
             return tuple(np.zeros(spec.shape, np.float32) for _ in range(count))
         return tuple(self.memory.named(f"{part}/{spec.name}") for part in range(count))
+
+
+def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Means of values of that dtype as that dtype: the largest int64 is none of float64, which has one beyond."""
+    if dtype == np.int64:
+        values = np.minimum(values, np.nextafter(2.0**63, 0))
+    return values.astype(dtype)
 
 
 def means_of(
@@ -261,16 +272,18 @@ def means_of(
         with load(token).open() as reader:
             for spec, mean in zip(specs, means, strict=True):
                 # What is not a difference but a value stays what it is.
-                scale = scales.get(token, 1.0) if spec.is_float else 1.0
+                scale = scales.get(token, 1.0) if spec.is_trained else 1.0
                 if token in merged:
                     add_merged(mean, spec, reader.names, reader.tensor, merged[token], weight, scale)
+                elif spec.name not in reader.names:
+                    continue
                 elif token not in parts:
                     mean.add(reader.tensor(spec.name), weight, scale=scale)
-                elif spec.name in reader.names:
+                else:
                     whole = coverage_of(spec, parts[token])
                     values, coverage = unpack(spec.name, reader.names, reader.tensor, whole)
                     noise = None
-                    if token in formats and spec.is_float:
+                    if token in formats and spec.is_trained:
                         noise = formats[token].noise(spec, coverage.take(base[spec.name]))
                     if noise is None:
                         mean.add(values, weight, coverage, scale=scale)

@@ -1,4 +1,4 @@
-"""The weighted mean of float tensors straight from the files of updates, a piece of every update at a time.
+"""The weighted mean of trained tensors straight from the files of updates, a piece of every update at a time.
 
 The rule: what is in hand fits the cache, whatever the number and size of updates; and the result is that of
 `fedgrpc.aggregation.mean.TensorMean` bit for bit, however the work is cut.
@@ -59,7 +59,7 @@ class Fold:
 
     def covers(self, spec: TensorSpec) -> bool:
         """Whether the mean of this tensor can be had here."""
-        return spec.is_float and spec.name in self._names
+        return spec.is_trained and spec.name in self._names
 
     def goes_on(self, spec: TensorSpec, after: TensorSpec) -> bool:
         """Whether `mean` of the one tensor can go on into the other, as if they were one."""

@@ -25,7 +25,7 @@ from typing import BinaryIO
 import numpy as np
 
 from fedgrpc.aggregator.model_file import ModelFile, ModelWriter
-from fedgrpc.codec.difference import add, subtract
+from fedgrpc.codec.difference import add, left_out, subtract
 from fedgrpc.codec.encoding import Buffer
 from fedgrpc.codec.layout import Array, Layout, TensorSpec
 from fedgrpc.codec.manifest import Manifest
@@ -59,13 +59,17 @@ class Source:
     base: Mapping[str, Array] | None = None
     slice_name: str = ""
 
-    def wanted(self, name: str) -> Array:
-        """What is to be sent of a tensor."""
-        return self.model[name] if self.base is None else subtract(self.model[name], self.base[name])
+    def wanted(self, spec: TensorSpec) -> Array | None:
+        """What is to be sent of a tensor; None: it is left out."""
+        new = self.model[spec.name]
+        if self.base is None:
+            return new
+        old = self.base[spec.name]
+        return None if left_out(spec, new, old) else subtract(spec, new, old)
 
-    def held_after(self, name: str, arrives: Array) -> Array:
+    def held_after(self, spec: TensorSpec, arrives: Array) -> Array:
         """What those who held `base` have of a tensor, once that has arrived."""
-        return arrives if self.base is None else add(self.base[name], arrives)
+        return arrives if self.base is None else add(spec, self.base[spec.name], arrives)
 
 
 class Behind:
@@ -200,10 +204,13 @@ class Forms:
                     with naming(spec):
                         data: Buffer = _quantize(source, spec, encoding, rng, partial(behind.do, form.add))
                 else:
-                    wanted = source.wanted(spec.name)
+                    wanted = source.wanted(spec)
+                    if wanted is None:
+                        behind.do(form.add, source.model[spec.name])
+                        continue
                     encoding, data = encode_tensor(spec, wanted, recipe, rng)
                     arrives = encoding.decode(memoryview(data).toreadonly(), spec)
-                    behind.do(form.add, source.held_after(spec.name, arrives))
+                    behind.do(form.add, source.held_after(spec, arrives))
                 behind.do(payload.add, spec, encoding, data)
             behind.wait()
             manifest = payload.finish()

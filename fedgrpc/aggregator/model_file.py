@@ -6,6 +6,10 @@ its memory does not grow with the model. Files written here are read by that pac
 The tensors of a file, end to end, are also the payload of the model in the raw recipe. So its header keeps their
 SHA-256, and the digest of the whole file is that of the header and this. Beside it is their CRC-32, which costs a
 fraction, and is checked whenever something is decided by the file. A file that never travels has this alone.
+
+What the format has no place for is in its metadata, which holds text alone: `roles` is a JSON object of roles by
+name, without those that names tell, and `tied` one of lists of tied names. A version has each tied tensor again
+under those names, behind all others, so that any reader finds what the model's code asks for.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import struct
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
@@ -28,7 +32,7 @@ import numpy as np
 
 from fedgrpc.aggregator.durable import fsync_folder
 from fedgrpc.codec.crc import crc32
-from fedgrpc.codec.layout import Array, Layout, TensorSpec
+from fedgrpc.codec.layout import Array, Layout, TensorRole, TensorSpec, check_unique, role_by_name
 from fedgrpc.codec.parts import InParts
 from fedgrpc.codec.values import Part
 from fedgrpc.errors import LayoutError, StorageError, UsageError
@@ -70,9 +74,7 @@ _MARKS = {
 _LONGEST_MARK = 64
 _LENGTH = struct.Struct("<Q")
 # How the header of a file begins that was written here and has a tensor.
-_OWN_METADATA = re.compile(
-    rb'\{"__metadata__":(\{"format":"pt",(?:"sha256":"[0-9a-f]{64}",)?"crc32":"[0-9a-f-]{8}"\}),'
-)
+_OWN_SUMS = re.compile(rb'\{"__metadata__":\{"format":"pt",((?:"sha256":"[0-9a-f]{64}",)?"crc32":"[0-9a-f-]{8}")')
 _KNOWN_HEADERS = 8
 _KNOWN_HEADER_BYTES = 64 << 10
 
@@ -100,9 +102,8 @@ class ModelFile:
                 size = _header_size(start)
                 file.seek(8)
                 text = file.read(size)
-                entries, metadata = _parsed(text)
-                end = 8 + size + max((stop for _, _, stop in entries), default=0)
-                if os.fstat(file.fileno()).st_size != end:
+                entries, end, metadata = _parsed(text)
+                if os.fstat(file.fileno()).st_size != 8 + size + end:
                     raise ValueError("its size is not what its header says")
         except OSError as error:
             raise UsageError(f"cannot read the model {path}: {error.strerror}") from error
@@ -155,21 +156,26 @@ class ModelFile:
         if self.tensors_crc32 is None:
             return self.tensors_sha256 == self.computed_sha256()
         crc = 0
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.tensors_start)
-                while data := file.read(_READ_BYTES):
-                    crc = crc32(data, crc)
-        except OSError as error:
-            raise StorageError(f"cannot read the model {self.path}: {error.strerror}") from error
+        for data in self._pieces():
+            crc = crc32(data, crc)
         return crc == self.tensors_crc32
 
     def computed_sha256(self) -> bytes:
         """Digest of the tensors as they are on the disk now. Raises `StorageError`."""
+        digest = hashlib.sha256()
+        for data in self._pieces():
+            digest.update(data)
+        return digest.digest()
+
+    def _pieces(self) -> Iterator[bytes]:
+        """The bytes of all tensors, in order, each tensor once."""
+        left = sum(spec.nbytes for spec in self.layout)
         try:
-            with self.path.open("rb") as file:
+            with self.path.open("rb", buffering=0) as file:
                 file.seek(self.tensors_start)
-                return hashlib.file_digest(file, "sha256").digest()
+                while left and (data := file.read(min(_READ_BYTES, left))):
+                    left -= len(data)
+                    yield data
         except OSError as error:
             raise StorageError(f"cannot read the model {self.path}: {error.strerror}") from error
 
@@ -238,7 +244,9 @@ class ModelWriter:
         self._waiting = iter(layout)
         self._spec, self._left = TensorSpec("", "float32", (0,)), 0
         sha256 = {"sha256": _UNKNOWN_SHA256} if durable else {}
-        self._header = _header(layout, {**sha256, "crc32": _UNKNOWN_CRC32})
+        self._header = _header(layout, {**sha256, "crc32": _UNKNOWN_CRC32}, twice=durable)
+        self._tied = _tied(layout) if durable else []
+        self._start_bytes = len(self._header)
         self._digest, self._crc32 = hashlib.sha256(), 0
         self._size_bytes = 0
         with self._storage_errors():
@@ -282,11 +290,20 @@ class ModelWriter:
             write_back(self._file.fileno(), self._size_bytes, len(data))
         self._size_bytes += len(data)
 
+    def _repeat(self, start: int, size_bytes: int) -> None:
+        """Write once more what was written from byte `start` on."""
+        with self._storage_errors():
+            for at in range(start, start + size_bytes, _READ_BYTES):
+                size = min(_READ_BYTES, start + size_bytes - at)
+                self._put(os.pread(self._file.fileno(), size, at))
+
     def finish(self) -> bytes:
         """Make the file durable, if it is to be, and give it its name; returns its digest (b"": it has none)."""
         spec = self._spec if self._left else next(self._waiting, None)
         if spec is not None:
             raise ValueError(f"tensor {spec.name!r} was not written")
+        for _, start, size_bytes in self._tied:
+            self._repeat(self._start_bytes + start, size_bytes)
         # Of the same length, and the first of what the header says.
         header = self._header.replace(_UNKNOWN_CRC32.encode(), b"%08x" % self._crc32, 1)
         if self._durable:
@@ -330,31 +347,102 @@ def write_model(path: Path, layout: Layout, tensors: Iterable[np.ndarray]) -> by
         return writer.finish()
 
 
-def _header(layout: Layout, kept: dict[str, str]) -> bytes:
-    entries: dict[str, object] = {METADATA: {"format": "pt", **kept}}
+def _header(layout: Layout, kept: dict[str, str], twice: bool) -> bytes:
+    """The head of a file of these tensors; `twice`: those that are tied once more for each of their names."""
+    entries: dict[str, object] = {METADATA: {"format": "pt", **kept, **_told(layout)}}
     offset = 0
-    for spec in layout:
+    again = [(name, replace(spec, name=name)) for spec in layout for name in spec.tied_names] if twice else []
+    for name, spec in [*((spec.name, spec) for spec in layout), *again]:
         span = [offset, offset + spec.nbytes]
-        entries[spec.name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": span}
+        entries[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": span}
         offset += spec.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
-def _parsed(text: bytes) -> tuple[Sequence[Entry], object]:
-    """The tensors that a header tells of, and its metadata. Raises as `_entries`."""
-    own = _OWN_METADATA.match(text)
+def _tied(layout: Layout) -> list[tuple[str, int, int]]:
+    """Name, place and bytes of what is written once more, in the order of `_header`."""
+    found, offset = [], 0
+    for spec in layout:
+        found += [(name, offset, spec.nbytes) for name in spec.tied_names]
+        offset += spec.nbytes
+    return found
+
+
+def _told(layout: Layout) -> dict[str, str]:
+    """What the metadata says of the tensors, beside what the format says."""
+    told: dict[str, dict[str, Any]] = {
+        "roles": {spec.name: spec.role for spec in layout if spec.role is not role_by_name(spec.name)},
+        "tied": {spec.name: list(spec.tied_names) for spec in layout if spec.tied_names},
+    }
+    return {key: json.dumps(about, separators=(",", ":")) for key, about in told.items() if about}
+
+
+def _parsed(text: bytes) -> tuple[Sequence[Entry], int, object]:
+    """The tensors that a header tells of, where their bytes end, and its metadata. Raises as `_entries`."""
+    own = _OWN_SUMS.match(text)
     if own is None or len(text) > _KNOWN_HEADER_BYTES:
-        header = json.loads(text)
-        return _entries(header), header.get(METADATA)
-    return _known_entries(b"{" + text[own.end() :]), json.loads(own[1])
+        return _parse(text)
+    entries, end, _ = _known(text[: own.start(1)] + b'"":""' + text[own.end(1) :])
+    return entries, end, json.loads(b"{" + own[1] + b"}")
 
 
 @lru_cache(maxsize=_KNOWN_HEADERS)
-def _known_entries(text: bytes) -> tuple[Entry, ...]:
-    """Parsed once for all versions of a model: their headers differ in the metadata alone."""
-    return tuple(_entries(json.loads(text)))
+def _known(text: bytes) -> tuple[Sequence[Entry], int, object]:
+    """Parsed once for all versions of a model: their headers differ in the sums alone."""
+    return _parse(text)
+
+
+def _parse(text: bytes) -> tuple[Sequence[Entry], int, object]:
+    header = json.loads(text)
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    metadata = header.get(METADATA)
+    entries = _entries(header)
+    end = entries[-1][2] if entries else 0
+    return _described(entries, metadata if isinstance(metadata, dict) else {}), end, metadata
+
+
+def _described(entries: list[Entry], metadata: dict[str, Any]) -> list[Entry]:
+    """The tensors with the roles and tied names that the metadata tells, each once. Raises as `_entries`."""
+    roles, tied = _object(metadata, "roles"), _object(metadata, "tied")
+    names = {spec.name for spec, _, _ in entries}
+    for name, kept in metadata.items():
+        # As `safetensors.torch.save_model` notes the names that it leaves out.
+        if isinstance(kept, str) and kept in names and name not in names:
+            tied.setdefault(kept, []).append(name)
+    left_out = {name for tied_names in tied.values() for name in tied_names}
+    found = [
+        (
+            replace(
+                spec,
+                role=TensorRole(roles[spec.name]) if spec.name in roles else role_by_name(spec.name),
+                tied_names=tuple(map(str, tied.get(spec.name, ()))),
+            ),
+            start,
+            stop,
+        )
+        for spec, start, stop in entries
+        if spec.name not in left_out
+    ]
+    for spec, _, _ in found:
+        spec.validate(_MAX_DIMS)
+    if sum(spec.nbytes for spec, _, _ in found) != (found[-1][2] if found else 0):
+        raise ValueError("tensors under a second name are not behind all others")
+    check_unique(tuple(spec for spec, _, _ in found))
+    return found
+
+
+def _object(metadata: dict[str, Any], key: str) -> dict[str, Any]:
+    """What a key of the metadata says, a JSON object. Raises ValueError."""
+    text = metadata.get(key)
+    if text is None:
+        return {}
+    told = json.loads(text) if isinstance(text, str) else text
+    if not isinstance(told, dict):
+        raise ValueError(f"its {key} are no JSON object")
+    return told
 
 
 def _kept(metadata: object, name: str, form: re.Pattern[str]) -> str | None:
@@ -368,8 +456,6 @@ def _kept(metadata: object, name: str, form: re.Pattern[str]) -> str | None:
 def _entries(header: dict[str, dict[str, Any]]) -> list[Entry]:
     """(spec, start, stop) in file order. Raises ValueError for holes, overlaps, unknown dtypes and wrong sizes."""
     found: list[Entry] = []
-    if not isinstance(header, dict):
-        raise ValueError("its header is no JSON object")
     for name, entry in header.items():
         if name == METADATA:
             continue

@@ -314,7 +314,8 @@ class ModelStore:
                 source = Source(version, base.layout, its.of(model), ModelTensors(base), its.name)
                 manifest = self._forms.write(source, recipe, file, rng)
         crc = self._forms.crc32((version, manifest.sha256, its.name))
-        return EncodedModel(version, manifest, _open_payload(Path(file.name), 0), held[0], crc)
+        payload = _open_payload(Path(file.name), 0, manifest.size_bytes)
+        return EncodedModel(version, manifest, payload, held[0], crc)
 
     def _encode(self, model: ModelFile, variant: Variant, its: Slice) -> EncodedModel:
         version, recipe = variant.version, variant.recipe
@@ -324,7 +325,10 @@ class ModelStore:
             and _is_raw(recipe, model.layout)
             and model.tensors_sha256 is not None
         ):
-            return EncodedModel(version, _raw_manifest(model), _open_payload(model.path, model.tensors_start))
+            manifest = _raw_manifest(model)
+            return EncodedModel(
+                version, manifest, _open_payload(model.path, model.tensors_start, manifest.size_bytes)
+            )
         _check(model)
         with self._payload_file(version) as file:
             named = recipe.for_layout(model.layout)
@@ -332,7 +336,7 @@ class ModelStore:
             manifest = _write(source, named, file, self._forms if variant.kept else None)
         if variant.kept:
             self._whole_bytes[recipe, its.name] = manifest.size_bytes
-        return EncodedModel(version, manifest, _open_payload(Path(file.name), 0))
+        return EncodedModel(version, manifest, _open_payload(Path(file.name), 0, manifest.size_bytes))
 
     @contextmanager
     def _payload_file(self, version: int) -> Iterator[BinaryIO]:
@@ -402,7 +406,7 @@ def _write(source: Source, recipe: Recipe, file: BinaryIO, forms: Forms | None) 
     def write(recipe: Recipe) -> Manifest:
         rng = np.random.default_rng(source.version)
         if forms is None:
-            return write_payload(source.model, recipe, file, rng)
+            return write_payload(source.model, recipe, file, rng, source.layout)
         return forms.write(source, recipe, file, rng)
 
     try:
@@ -445,10 +449,10 @@ def _raw_manifest(model: ModelFile) -> Manifest:
     return Manifest(entries, "none", (), size_bytes, model.tensors_sha256)
 
 
-def _open_payload(path: Path, start: int) -> PayloadFile:
+def _open_payload(path: Path, start: int, size_bytes: int) -> PayloadFile:
     """The file stays open, and so readable after it has been pruned."""
     try:
         file = path.open("rb", buffering=0)
-        return PayloadFile(file, start, os.fstat(file.fileno()).st_size - start)
+        return PayloadFile(file, start, size_bytes)
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error

@@ -306,6 +306,10 @@ class Receiver:
                 values = merged_values(it.run.layout, reader.names, reader.tensor, header.weight)
                 check_values(values, it.settings.admission)
                 return
+            if current is not None and current.kind == TASK_KIND_INITIALIZE:
+                # A statistic that nobody has measured yet, or a mask, may be infinite.
+                check_values(((spec, v) for spec, v in update.pieces() if spec.is_trained), it.settings.admission)
+                return
             if current is None or local.plain:
                 _check_plain(update, it.settings.admission)
                 return
@@ -356,5 +360,5 @@ def _check_initial(manifest: Manifest) -> None:
     for entry in manifest.entries:
         if not entry.encoding.lossless:
             raise UpdateRefused(f"initial weights come lossless, {entry.spec.name!r} is {entry.encoding}")
-        if entry.spec.name == METADATA:
+        if METADATA in (entry.spec.name, *entry.spec.tied_names):
             raise UpdateRefused(f"no tensor of a model may be called {METADATA!r}")

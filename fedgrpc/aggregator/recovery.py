@@ -22,6 +22,7 @@ from fedgrpc.aggregator.offering import Offering
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.run_store import OpenRound, TaskRow, Version
 from fedgrpc.codec.manifest import Limits
+from fedgrpc.codec.raw import as_bool
 from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.state import StoredTask, restore
@@ -255,6 +256,9 @@ def _check_sendable(model: ModelFile) -> None:
 def _finite_tensors(model: ModelFile) -> Iterator[np.ndarray]:
     for index, spec in enumerate(model.layout):
         values = model.tensor(index)
-        if spec.is_float and not np.isfinite(values).all():
-            raise UsageError(f"tensor {spec.name!r} of the model {model.path} has values that are not finite")
-        yield values
+        if spec.is_trained and not np.isfinite(values).all():
+            raise UsageError(
+                f"tensor {spec.name!r} of the model {model.path} has values that are not finite; if it is a mask, "
+                'let the metadata of the file say so: roles = \'{"NAME": "constant"}\''
+            )
+        yield as_bool(values) if spec.dtype == "bool" else values

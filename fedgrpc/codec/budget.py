@@ -11,7 +11,7 @@ import numpy as np
 
 from fedgrpc.codec.encoding import Buffer
 from fedgrpc.codec.entropy import Entropy
-from fedgrpc.codec.layout import Array
+from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.step import C_RANGE
@@ -31,13 +31,19 @@ class Fitted:
 
 
 def fit(
-    tensors: Mapping[str, Array], recipe: Recipe, budget_bytes: float, draw: Callable[[], np.random.Generator]
+    tensors: Mapping[str, Array],
+    recipe: Recipe,
+    budget_bytes: float,
+    draw: Callable[[], np.random.Generator],
+    known: Layout = (),
 ) -> Fitted:
     """The recipe with the smallest step, from its c on, whose payload of these tensors is at most `budget_bytes`;
     with the coarsest step where even that is larger.
 
     Each try really encodes, into nothing but a count. `draw` gives the same random numbers each time: a payload
-    then written with them has the size that was found, to the byte. Raises EncodeError where there is no step.
+    then written with them has the size that was found, to the byte. `known` as in `layout_of`.
+
+    Raises EncodeError where there is no step.
     """
     default = recipe.default
     if not isinstance(default, Entropy):
@@ -46,7 +52,7 @@ def fit(
     def attempt(log_c: float) -> Fitted:
         step = replace(default, c=float(f"{math.exp(log_c):.4g}"), budget="")
         tried = replace(recipe, default=step)
-        return Fitted(tried, _size(tensors, tried, draw()))
+        return Fitted(tried, _size(tensors, tried, draw(), known))
 
     finest, coarsest = math.log(default.c), math.log(max(C_RANGE[1], default.c))
     over = attempt(finest)
@@ -87,6 +93,6 @@ class _Counter:
         return memoryview(data).nbytes
 
 
-def _size(tensors: Mapping[str, Array], recipe: Recipe, rng: np.random.Generator) -> int:
+def _size(tensors: Mapping[str, Array], recipe: Recipe, rng: np.random.Generator, known: Layout) -> int:
     sink = cast(BinaryIO, cast(Any, _Counter()))
-    return write_payload(tensors, recipe, sink, rng).size_bytes
+    return write_payload(tensors, recipe, sink, rng, known).size_bytes

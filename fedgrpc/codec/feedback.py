@@ -35,7 +35,12 @@ class Residual:
 
     def for_layout(self, layout: Layout) -> Residual:
         """This residual, or an empty one when the model's layout has changed."""
-        return self if self.layout == layout else Residual(layout)
+        return self if trained(self.layout) == trained(layout) else Residual(layout)
+
+
+def trained(layout: Layout) -> Layout:
+    """The tensors that may owe anything: the others arrive as they are, or are left out."""
+    return tuple(spec for spec in layout if spec.is_trained)
 
 
 def write_with_feedback(

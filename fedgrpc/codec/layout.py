@@ -1,4 +1,4 @@
-"""What tensors a payload holds: names, dtypes and shapes, without their values.
+"""What tensors a payload holds: names, dtypes, shapes and roles, without their values.
 
 Nothing here is trusted: a layout may come from the wire, so every property is plain arithmetic on
 Python integers, and `TensorSpec.validate` decides before any memory is taken.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
@@ -28,15 +29,45 @@ _DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
 _NAMES = {each: name for name, dtype in _DTYPES.items() for each in (dtype, dtype.newbyteorder(">"))}
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 MAX_NAME_CHARS = 1024
+MAX_TIED_NAMES = 64
+
+
+class TensorRole(StrEnum):
+    """What a tensor is to the model. Only floats that are parameters travel as differences, and may lose bits.
+
+    The others have a domain: a variance below 0 or half a mask means nothing. They travel as values, without loss.
+    """
+
+    PARAMETER = "parameter"  # trained
+    STATISTIC = "statistic"  # measured by training, such as a running variance: averaged
+    COUNTER = "counter"  # counted by training: averaged and rounded
+    CONSTANT = "constant"  # a mask or a table: stays as the initial model has it
+
+
+_ROLES_BY_NAME = {
+    "running_mean": TensorRole.STATISTIC,
+    "running_var": TensorRole.STATISTIC,
+    "num_batches_tracked": TensorRole.COUNTER,
+}
+
+
+def role_by_name(name: str) -> TensorRole:
+    """The role of a tensor where nobody has told it: names tell PyTorch's batch statistics."""
+    return _ROLES_BY_NAME.get(name.rpartition(".")[2], TensorRole.PARAMETER)
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor's name, dtype (one of `DTYPE_NAMES`) and shape; 0-d and empty tensors are legal."""
+    """One tensor's name, dtype (one of `DTYPE_NAMES`), shape and role; 0-d and empty tensors are legal.
+
+    `tied_names`: further names under which the model's code knows this very tensor.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    role: TensorRole = TensorRole.PARAMETER
+    tied_names: tuple[str, ...] = ()
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -58,13 +89,21 @@ class TensorSpec:
 
     @property
     def is_float(self) -> bool:
-        """Whether a lossy encoding may be used at all: integers and bool always travel as they are."""
+        """Whether its elements are floating-point numbers."""
         return self.dtype in _FLOATS
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is a float parameter: travels as a difference, may lose bits, and optimizers step on it."""
+        return self.role is TensorRole.PARAMETER and self.dtype in _FLOATS
 
     def validate(self, max_dims: int) -> None:
         """Raise LayoutError unless name, dtype and shape can be a real tensor's."""
         if not 0 < len(self.name) <= MAX_NAME_CHARS:
             raise LayoutError(f"a tensor name has {len(self.name)} characters, allowed are 1 to {MAX_NAME_CHARS}")
+        longest = max(map(len, self.tied_names), default=1)
+        if len(self.tied_names) > MAX_TIED_NAMES or longest > MAX_NAME_CHARS or "" in self.tied_names:
+            raise LayoutError(f"tensor {self.name!r} is tied to too many names, or to one that is too long")
         if len(self.shape) > max_dims:
             raise LayoutError(f"tensor {self.name!r} has {len(self.shape)} dimensions, allowed are {max_dims}")
         if any(extent < 0 for extent in self.shape):
@@ -78,14 +117,27 @@ DTYPE_NAMES: tuple[str, ...] = tuple(sorted(_DTYPES))
 Layout = tuple[TensorSpec, ...]
 
 
-def spec_of(name: str, array: Array) -> TensorSpec:
-    """Name, dtype and shape of an array; raises EncodeError for a dtype that payloads do not carry."""
+def spec_of(name: str, array: Array, known: TensorSpec | None = None) -> TensorSpec:
+    """Spec of an array: role and tied names as `known` has them, by the name where nothing is known.
+
+    Raises EncodeError for a dtype that payloads do not carry.
+    """
     dtype = _NAMES.get(array.dtype)
     if dtype is None:
         raise EncodeError(f"tensor {name!r} has dtype {array.dtype}, allowed are {', '.join(DTYPE_NAMES)}")
-    return TensorSpec(name, dtype, array.shape)
+    if known is None:
+        return TensorSpec(name, dtype, array.shape, role_by_name(name))
+    return TensorSpec(name, dtype, array.shape, known.role, known.tied_names)
 
 
-def layout_of(tensors: Mapping[str, Array]) -> Layout:
-    """Layout of a state dict, in its order; raises EncodeError for a dtype that payloads do not carry."""
-    return tuple(spec_of(name, array) for name, array in tensors.items())
+def layout_of(tensors: Mapping[str, Array], known: Layout = ()) -> Layout:
+    """Layout of a state dict, in its order; each tensor as `spec_of` with that of its name in `known`."""
+    by_name = {spec.name: spec for spec in known}
+    return tuple(spec_of(name, array, by_name.get(name)) for name, array in tensors.items())
+
+
+def check_unique(layout: Layout) -> None:
+    """Raise LayoutError where two tensors have a name in common."""
+    names = [name for spec in layout for name in (spec.name, *spec.tied_names)]
+    if len(set(names)) != len(names):
+        raise LayoutError("a layout names a tensor twice")

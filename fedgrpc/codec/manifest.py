@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedgrpc.codec.encoding import Encoding
-from fedgrpc.codec.layout import Layout, TensorSpec
+from fedgrpc.codec.layout import Layout, TensorSpec, check_unique
 from fedgrpc.errors import LayoutError, TooLargeError
 
 GIB = 1 << 30
@@ -131,8 +131,7 @@ def check_entries(entries: Sequence[TensorEntry], max_dims: int) -> None:
     """Raise LayoutError for a tensor that cannot be, or that is named twice."""
     for entry in entries:
         _check_entry(entry, max_dims)
-    if len({entry.spec.name for entry in entries}) != len(entries):
-        raise LayoutError("the manifest names a tensor twice")
+    check_unique(tuple(entry.spec for entry in entries))
 
 
 def _check_entry(entry: TensorEntry, max_dims: int) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import zstandard
 
 from fedgrpc.codec.encoding import Buffer, Encoding
-from fedgrpc.codec.layout import Array, TensorSpec, spec_of
+from fedgrpc.codec.layout import Array, Layout, TensorRole, TensorSpec, spec_of
 from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry
 from fedgrpc.codec.parts import InParts
 from fedgrpc.codec.raw import Raw
@@ -45,7 +45,9 @@ def in_pieces(entry: TensorEntry) -> bool:
 
 
 def neighbours(manifest: Manifest) -> set[tuple[str, str]]:
-    """Names of tensors and of those that follow them, where both lie end to end as in memory, floats of one dtype.
+    """Names of tensors and of those that follow them, where both lie end to end as in memory.
+
+    Both are floats of one dtype and role.
 
     What reads the one (`PayloadReader.raw_place`) can go on into the other.
     """
@@ -55,18 +57,27 @@ def neighbours(manifest: Manifest) -> set[tuple[str, str]]:
     for entry, after in pairwise(manifest.entries):
         spec, its = entry.spec, after.spec
         raw = entry.encoding == Raw() and after.encoding == Raw()
-        if raw and spec.is_float and spec.dtype == its.dtype and spec.size and its.size:
+        alike = spec.is_float and spec.dtype == its.dtype and spec.role == its.role
+        if raw and alike and spec.size and its.size:
             together.add((spec.name, its.name))
     return together
 
 
 def write_payload(
-    tensors: Mapping[str, Array], recipe: Recipe, out: BinaryIO, rng: np.random.Generator
+    tensors: Mapping[str, Array],
+    recipe: Recipe,
+    out: BinaryIO,
+    rng: np.random.Generator,
+    known: Layout = (),
 ) -> Manifest:
-    """Write all tensors to `out`, one at a time; raises EncodeError naming the tensor that cannot be."""
+    """Write all tensors to `out`, one at a time; `known` as in `layout_of`.
+
+    Raises EncodeError naming the tensor that cannot be.
+    """
     writer = PayloadWriter(out, recipe.compression)
+    by_name = {spec.name: spec for spec in known}
     for name, array in tensors.items():
-        spec = spec_of(name, array)
+        spec = spec_of(name, array, by_name.get(name))
         encoding, data = encode_tensor(spec, array, recipe, rng)
         writer.add(spec, encoding, data)
     return writer.finish()
@@ -77,6 +88,8 @@ def encode_tensor(
 ) -> tuple[Encoding, Buffer]:
     """Encode one tensor as the recipe says, or raw where that turns out no larger."""
     encoding = recipe.for_tensor(spec)
+    if isinstance(encoding, Raw) and spec.role is not TensorRole.PARAMETER:
+        return encoding, encoding.encode_any(array)
     with naming(spec):
         data = encoding.encode(array, rng)
         if not encoding.lossless and memoryview(data).nbytes >= spec.nbytes:

@@ -34,6 +34,13 @@ class Raw:
         """See `Encoding.encode`."""
         values = flat(array)
         refuse_non_finite(values)
+        return self.encode_any(values)
+
+    def encode_any(self, array: Array) -> memoryview:
+        """As `encode`, but of any values: what no one computes with may be infinite, as the entries of a mask."""
+        values = flat(array)
+        if values.dtype == np.bool_:
+            values = as_bool(values)
         return shuffle(values).data if self.shuffle else values.view(np.uint8).data.toreadonly()
 
     def decode(self, data: memoryview, spec: TensorSpec) -> Array:
@@ -59,3 +66,9 @@ class Raw:
     def size_bounds(self, spec: TensorSpec) -> tuple[int, int]:
         """See `Encoding.size_bounds`."""
         return spec.nbytes, spec.nbytes
+
+
+def as_bool(values: Array) -> Array:
+    """Bools whose bytes are 0 and 1: views of bytes hold others, which no reader takes. Itself where they are."""
+    bytes_of = values.view(np.uint8)
+    return values if bytes_of.max(initial=0) <= 1 else bytes_of != 0

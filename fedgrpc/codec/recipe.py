@@ -5,8 +5,8 @@
     entropy:c=5;@vectors=raw;@last=int8+zstd  @vectors: floats of fewer than two dimensions (norms, biases);
                                               @last: the last float tensor of two or more (`for_layout`)
 
-Integers, bool, tensors below 64 elements, and tensors that would not shrink travel raw whatever is
-asked. Before zstd, float bytes that are not quantized are shuffled.
+Tensors that are no trained floats (`TensorSpec.is_trained`), tensors below 64 elements, and tensors that would
+not shrink travel raw whatever is asked. Before zstd, float bytes that are not quantized are shuffled.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Recipe:
         """This recipe with the name of the tensor that `@last` means in a payload of that layout."""
         if all(pattern != LAST for pattern, _ in self.overrides):
             return self
-        matrices = [spec.name for spec in layout if spec.is_float and len(spec.shape) >= 2]
+        matrices = [spec.name for spec in layout if spec.is_trained and len(spec.shape) >= 2]
         last = [glob.escape(name) for name in matrices[-1:]]
         named = [
             (name, encoding)
@@ -135,6 +135,8 @@ class Recipe:
         """The encoding this tensor gets; `for_layout` comes first."""
         if not spec.is_float or spec.size < MIN_LOSSY_ELEMENTS:
             return Raw()
+        if not spec.is_trained:
+            return Raw(shuffle=self.compression.method != "none")
         matching = (encoding for pattern, encoding in self.overrides if _fits(pattern, spec))
         encoding = next(matching, self.default)
         if not encoding.lossless and encoding.size_bounds(spec)[0] >= spec.nbytes:

@@ -17,7 +17,7 @@ from google.protobuf import duration_pb2
 
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.encoding import parse_encoding
-from fedgrpc.codec.layout import Layout, TensorSpec
+from fedgrpc.codec.layout import Layout, TensorRole, TensorSpec, check_unique, role_by_name
 from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry, check_entries
 from fedgrpc.errors import LayoutError, TooLargeError, UsageError
 from fedgrpc.v1 import device_pb2, tensor_pb2
@@ -28,6 +28,12 @@ _DTYPE_NAMES: Final[dict[int, str]] = {
     if number != tensor_pb2.DTYPE_UNSPECIFIED
 }
 _DTYPE_NUMBERS: Final[dict[str, Any]] = {name: number for number, name in _DTYPE_NAMES.items()}
+_ROLES: Final[dict[int, TensorRole]] = {
+    number: TensorRole(name.removeprefix("TENSOR_ROLE_").lower())
+    for name, number in tensor_pb2.TensorRole.items()
+    if number != tensor_pb2.TENSOR_ROLE_UNSPECIFIED
+}
+_ROLE_NUMBERS: Final[dict[TensorRole, Any]] = {role: number for number, role in _ROLES.items()}
 _COMPRESSION_NAMES: Final[dict[int, str]] = {
     tensor_pb2.COMPRESSION_NONE: "none",
     tensor_pb2.COMPRESSION_ZSTD: "zstd",
@@ -61,13 +67,21 @@ def compression_from_proto(number: int) -> str:
 
 
 def spec_to_proto(spec: TensorSpec) -> tensor_pb2.TensorSpec:
-    """One tensor's name, dtype and shape."""
-    return tensor_pb2.TensorSpec(name=spec.name, dtype=dtype_to_proto(spec.dtype), shape=spec.shape)
+    """One tensor's name, dtype, shape, role and tied names. Of a parameter the role goes without saying."""
+    message = tensor_pb2.TensorSpec(name=spec.name, dtype=dtype_to_proto(spec.dtype), shape=spec.shape)
+    if TensorRole.PARAMETER is not spec.role or TensorRole.PARAMETER is not role_by_name(spec.name):
+        message.role = _ROLE_NUMBERS[spec.role]
+    message.tied_names.extend(spec.tied_names)
+    return message
 
 
 def spec_from_proto(message: tensor_pb2.TensorSpec) -> TensorSpec:
-    """One tensor's name, dtype and shape."""
-    return TensorSpec(message.name, dtype_from_proto(message.dtype), tuple(message.shape))
+    """One tensor's name, dtype, shape, role and tied names; without a role, the one that its name tells."""
+    role = _ROLES.get(message.role) if message.role else role_by_name(message.name)
+    if role is None:
+        raise LayoutError(f"tensor {message.name!r} has the unknown role number {message.role}")
+    tied = tuple(message.tied_names)
+    return TensorSpec(message.name, dtype_from_proto(message.dtype), tuple(message.shape), role, tied)
 
 
 def layout_to_proto(layout: Layout) -> list[tensor_pb2.TensorSpec]:
@@ -80,8 +94,7 @@ def layout_from_proto(messages: Iterable[tensor_pb2.TensorSpec], max_dims: int =
     layout = tuple(spec_from_proto(message) for message in messages)
     for spec in layout:
         spec.validate(max_dims)
-    if len({spec.name for spec in layout}) != len(layout):
-        raise LayoutError("the layout names a tensor twice")
+    check_unique(layout)
     return layout
 
 

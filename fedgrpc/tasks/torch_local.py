@@ -20,7 +20,7 @@ from fedgrpc.compression.local_model import LocalModel
 from fedgrpc.compression.nested import Nested
 from fedgrpc.compression.slicing import check_runs, check_slice, resized, shapes_of
 from fedgrpc.compression.tracing import trace_channels
-from fedgrpc.tasks.torch_weights import load_weights, named_tensors, weights_of
+from fedgrpc.tasks.torch_weights import load_weights, named_tensors, uncompiled, weights_of
 from fedgrpc.worker.trainer import Weights
 
 # A width at which every group that can be narrower is.
@@ -38,14 +38,14 @@ class Widths:
     def channels(self) -> Channels:
         """The module's channel groups. Raises UsageError when it cannot be traced, or does not run narrower."""
         example = self._example()
-        channels = trace_channels(self._module, example)
+        channels = trace_channels(uncompiled(self._module), example)
         self._check(channels, example)
         return channels
 
     def _check(self, channels: Channels, example: Tensor) -> None:
         """A module's own code may count on its sizes, and only running it shows that."""
-        whole = shapes_of(self._module)
-        narrow = resized(self._module, sub_shapes(channels.map.select(SubModel(_TRIED)), whole))
+        whole = shapes_of(uncompiled(self._module))
+        narrow = resized(uncompiled(self._module), sub_shapes(channels.map.select(SubModel(_TRIED)), whole))
         with torch.no_grad():
             training = self._module.training
             outputs = self._module.eval()(example)
@@ -54,7 +54,8 @@ class Widths:
 
     def nested(self, module: nn.Module, widths: Sequence[float]) -> Nested | None:
         """What is to be trained along with a loaded module; None where nothing is narrower."""
-        nested = Nested(module, self.channels.map, shapes_of(self._module), widths) if widths else None
+        whole = shapes_of(uncompiled(self._module))
+        nested = Nested(module, self.channels.map, whole, widths) if widths else None
         return nested or None
 
     def loaded(self, weights: Weights) -> nn.Module:
@@ -67,6 +68,7 @@ class Widths:
         given = {name: array.shape for name, array in weights.items()}
         module = self._module
         if given.keys() == own.keys() and given != own:
+            module = uncompiled(module)
             check_slice(self.channels.map, shapes_of(module), given)
             module = resized(module, given)
         load_weights(module, weights)
@@ -77,7 +79,7 @@ class Compression:
     """A loaded module turned into the local model of a plan, and what has become of it after training."""
 
     def __init__(self, module: nn.Module, plan: CompressionPlan, given: Weights, seed: int) -> None:
-        self.local = LocalModel(copy.deepcopy(module), plan, seed)
+        self.local = LocalModel(copy.deepcopy(uncompiled(module)), plan, seed)
         self._given = given
         self.start = self._weights()
 

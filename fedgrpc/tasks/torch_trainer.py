@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fedgrpc.aggregation.channels import ChannelMap
 from fedgrpc.aggregation.compression_plan import CompressionPlan
+from fedgrpc.codec.layout import TensorRole
 from fedgrpc.compression.loss_scale import LossScale
 from fedgrpc.compression.nested import Nested
 from fedgrpc.errors import TaskError
@@ -28,7 +29,7 @@ from fedgrpc.tasks.torch_data import DataTask, LocalData
 from fedgrpc.tasks.torch_local import Compression, Widths
 from fedgrpc.tasks.torch_memory import TensorBytes
 from fedgrpc.tasks.torch_optimizer import Optimizer
-from fedgrpc.tasks.torch_weights import weights_of
+from fedgrpc.tasks.torch_weights import Names, prepare, tensor_roles, weights_of
 from fedgrpc.worker.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights
 
 _EVALUATION_BATCH = 512
@@ -65,6 +66,9 @@ class TorchTrainer:
         self._data = LocalData(task, setup, self._device)
         with _seeded(self._device, setup.seed):
             self._model = _model_of(task)
+        prepare(self._model)
+        self._names = Names.of(self._model)
+        self._roles = tensor_roles(self._model)
         self._initial = weights_of(self._model)
         self._model.to(self._device)
         self._widths = Widths(self._model, self._example)
@@ -72,6 +76,14 @@ class TorchTrainer:
     def initial_weights(self) -> Weights:
         """The same on every worker that was given the same seed."""
         return {name: array.copy() for name, array in self._initial.items()}
+
+    def roles(self) -> Mapping[str, TensorRole]:
+        """The roles of the model's buffers."""
+        return self._roles
+
+    def tied_names(self) -> Mapping[str, tuple[str, ...]]:
+        """The further names of tied weights."""
+        return self._names.tied
 
     def channels(self) -> ChannelMap:
         """The channel groups of the task's model, found by scoring an example. Raises UsageError."""
@@ -96,9 +108,10 @@ class TorchTrainer:
         with self._lock, _seeded(self._device, job.seed, job.round):
             self._data.refresh()
             self._data.check_trainable()
-            module = self._widths.loaded(weights)
+            own = self._names.to_own(weights)
+            module = self._widths.loaded(own)
             if job.compression is not None:
-                result = self._train_local(module, weights, job, job.compression)
+                result = self._train_local(module, own, job, job.compression)
             else:
                 ran = self._run(job, module, module)
                 ran.check()
@@ -106,8 +119,8 @@ class TorchTrainer:
                 result = TrainResult(
                     weights_of(module), len(self._data.train), ran.steps, metrics, tensor_bytes=ran.tensor_bytes
                 )
-        _check_finite(result.weights)
-        return result
+        _check_finite(result.weights, own)
+        return self._names.to_given(result, weights)
 
     def _train_local(self, module: nn.Module, given: Weights, job: TrainJob, plan: CompressionPlan) -> TrainResult:
         compression = Compression(module, plan, given, job.seed)
@@ -187,7 +200,7 @@ class TorchTrainer:
             self._data.refresh()
             if not len(self._data.held_out):
                 return None
-            module = self._widths.loaded(weights).eval()
+            module = self._widths.loaded(self._names.to_own(weights)).eval()
             metrics = _means(self._task, module, self._data.held_out)
             return EvalResult(len(self._data.held_out), metrics)
 
@@ -286,7 +299,10 @@ def _has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
-def _check_finite(weights: Weights) -> None:
+def _check_finite(weights: Weights, given: Weights) -> None:
+    """What training has not changed may be infinite, as a mask is, or a statistic that is not measured yet."""
     for name, array in weights.items():
-        if array.dtype.kind not in "iub" and not np.isfinite(array.astype(np.float32, copy=False)).all():
+        if array.dtype.kind in "iub" or np.isfinite(array.astype(np.float32, copy=False)).all():
+            continue
+        if not np.array_equal(array, given[name], equal_nan=True):
             raise TaskError(f"training diverged: {name!r} is not finite; lower the learning rate")

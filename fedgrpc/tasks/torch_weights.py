@@ -1,18 +1,28 @@
 """Between a module's state_dict and numpy weights.
 
 The rule: every persistent tensor crosses under its own state_dict name, in its own dtype. Tensors tied to each
-other (one storage under several names) cross once, under the first of those names.
+other (one storage under several names) cross once, under the name that sorts first, as `safetensors` keeps them;
+what comes under another of their names is taken, too. The prefix that `torch.compile` adds does not cross.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedgrpc.errors import LayoutError, UsageError
-from fedgrpc.worker.trainer import Weights
+from fedgrpc.codec.layout import TensorRole, spec_of
+from fedgrpc.errors import EncodeError, LayoutError, UsageError
+from fedgrpc.worker.trainer import TrainResult, Weights
+
+T = TypeVar("T")
+
+_COMPILED = "_orig_mod"
 
 # numpy has no types of its own for these; they cross as their bits.
 _BY_BITS: dict[torch.dtype, tuple[torch.dtype, np.dtype]] = {
@@ -24,24 +34,115 @@ _BACK = {numpy_dtype: (torch_dtype, bits) for torch_dtype, (bits, numpy_dtype) i
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The module's own tensors (not copies) by name; of tied ones the first.
+    """The module's own tensors (not copies) by name; of tied ones the name that sorts first.
 
     Raises:
         UsageError: the module keeps state that is no tensor, or is not initialized yet.
     """
-    found: dict[str, Tensor] = {}
-    seen: set[tuple[object, ...]] = set()
+    return {min(names): tensor.detach() for names, tensor in _tensors(module)}
+
+
+def _tensors(module: nn.Module) -> list[tuple[list[str], Tensor]]:
+    """Each tensor of the state once, with all its names, in the order of the state_dict. Raises UsageError."""
+    found: dict[object, tuple[list[str], Tensor]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor) or isinstance(
             tensor, nn.UninitializedParameter | nn.UninitializedBuffer
         ):
             raise UsageError(f"the model's state {name!r} is no initialized tensor, so it cannot be shared")
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and place in seen:
-            continue
-        seen.add(place)
-        found[name] = tensor.detach()
-    return found
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
+        found.setdefault(place, ([], tensor))[0].append(name.replace(f"{_COMPILED}.", ""))
+    return list(found.values())
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` was given; the module itself where it was not."""
+    inner = getattr(module, _COMPILED, module)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+@dataclass(frozen=True)
+class Names:
+    """All names of a module's tensors: of each, the one it crosses under."""
+
+    own: Mapping[str, str]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Names:
+        """Raises UsageError as `named_tensors`."""
+        return cls({name: min(names) for names, _ in _tensors(module) for name in names})
+
+    @property
+    def tied(self) -> dict[str, tuple[str, ...]]:
+        """The other names of the tensors that have any."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name, own in sorted(self.own.items()):
+            if name != own:
+                found[own] = (*found.get(own, ()), name)
+        return found
+
+    def to_own(self, given: Mapping[str, T]) -> dict[str, T]:
+        """What came under any of the names, by the tensors' own; names of no tensor stay as they are."""
+        return {self.own.get(name, name): each for name, each in reversed(list(given.items()))}
+
+    def to_given(self, result: TrainResult, given: Weights) -> TrainResult:
+        """The result under the names that the weights were given under."""
+        own = {name: self.own[name] for name in given}
+
+        def renamed(found: Mapping[str, T]) -> dict[str, T]:
+            return {name: found[its] for name, its in own.items() if its in found}
+
+        start = None if result.start is None else renamed(result.start)
+        clustered = tuple(name for name, its in own.items() if its in result.clustered)
+        masks = renamed(result.masks)
+        return replace(result, weights=renamed(result.weights), start=start, masks=masks, clustered=clustered)
+
+
+def prepare(module: nn.Module) -> None:
+    """Give each buffer memory of its own: elements of one that was expanded share it, and cannot be loaded.
+
+    Raises:
+        UsageError: a tensor cannot be shared, and the message says how it can.
+    """
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if _overlaps(buffer):
+                setattr(owner, name, buffer.clone(memory_format=torch.contiguous_format))
+    buffers = {name.replace(f"{_COMPILED}.", "") for name, _ in module.named_buffers(remove_duplicate=False)}
+    for names, tensor in _tensors(module):
+        _check(min(names), tensor, is_buffer=not buffers.isdisjoint(names))
+
+
+def _check(name: str, tensor: Tensor, is_buffer: bool) -> None:
+    cure = "; register it with persistent=False to keep it on the device" if is_buffer else ""
+    if tensor.is_meta:
+        raise UsageError(f"the model's {name!r} is on the meta device and has no values; initialize it in model()")
+    try:
+        values = _to_numpy(tensor)
+        spec_of(name, values)
+    except (EncodeError, TypeError) as error:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise UsageError(f"the model's {name!r} is {dtype}, which updates do not carry{cure}") from error
+    if not is_buffer and tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
+        raise UsageError(f"the model's parameter {name!r} has values that are not finite before any training")
+    if not is_buffer and _overlaps(tensor):
+        raise UsageError(f"elements of the model's parameter {name!r} share memory; make it contiguous in model()")
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def tensor_roles(module: nn.Module) -> dict[str, TensorRole]:
+    """The roles of the module's buffers by name: what is no number of elements or steps, training measures."""
+    parameters = {id(parameter) for parameter in module.parameters()}
+    buffers = {id(b): b for b in module.buffers() if id(b) not in parameters}
+    return {
+        min(names): TensorRole.STATISTIC if tensor.is_floating_point() else TensorRole.COUNTER
+        for names, tensor in _tensors(module)
+        if id(tensor) in buffers
+    }
 
 
 def weights_of(module: nn.Module) -> dict[str, np.ndarray]:
@@ -71,6 +172,9 @@ def load_weights(module: nn.Module, weights: Weights) -> None:
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:
     tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bool:
+        # Views of bytes hold other bytes than 0 and 1, which torch takes as true.
+        return np.asarray(tensor.view(torch.uint8).numpy() != 0)
     if tensor.dtype in _BY_BITS:
         bits, dtype = _BY_BITS[tensor.dtype]
         return tensor.view(bits).numpy().view(dtype).copy()

@@ -62,7 +62,7 @@ class Link(Loop):
         held, download_s = await self._hold(task)
         return held.manifest.layout, await asyncio.to_thread(held.tensors), download_s
 
-    async def _say_goodbye(self, task: Task) -> None:
+    async def _say_goodbye(self, task: Task, reason: str = "") -> None:
         """Nothing is given back at the end of the process: the next one goes on with it."""
 
 

@@ -26,9 +26,16 @@ from fedgrpc.aggregator.commit import Group, by_groups, cached, means_of
 from fedgrpc.aggregator.fold import Fold, Load
 from fedgrpc.aggregator.uploads import StoredUpdate
 from fedgrpc.codec.feedback import Corrected, Keep, Residual, write_with_feedback
-from fedgrpc.codec.layout import Array, Layout, TensorSpec, spec_of
+from fedgrpc.codec.layout import Array, Layout, TensorRole, TensorSpec, spec_of
 from fedgrpc.codec.manifest import Manifest
-from fedgrpc.codec.payload import LazyTensors, PayloadReader, PayloadWriter, file_reader, write_payload
+from fedgrpc.codec.payload import (
+    LazyTensors,
+    PayloadReader,
+    PayloadWriter,
+    encode_tensor,
+    file_reader,
+    write_payload,
+)
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Compression, Recipe
 from fedgrpc.errors import StorageError
@@ -41,9 +48,10 @@ from fedgrpc.worker.spool import Fill
 from fedgrpc.worker.task import Task, TaskKind
 from fedgrpc.worker.training import Began, peak_memory_bytes
 
-Tensors = Iterator[tuple[str, Array]]
+Tensors = Iterator[tuple[TensorSpec, Array]]
 # Elements of a tensor whose mean is in hand at a time, float64.
 _MOST_AT_ONCE: Final = 1 << 20
+_AS_IT_IS: Final = Recipe(Raw())
 
 
 @dataclass(frozen=True)
@@ -86,8 +94,8 @@ class MeanFile:
             self._header.unlink(missing_ok=True)
             with self._payload.open("wb") as file:
                 writer, rng = PayloadWriter(file, Compression()), np.random.default_rng(0)
-                for name, array in tensors:
-                    writer.add(spec_of(name, array), Raw(), Raw().encode(array, rng))
+                for spec, array in tensors:
+                    writer.add(spec, *encode_tensor(spec, array, _AS_IT_IS, rng))
                 manifest = writer.finish()
             sync(self._payload)
             header.manifest.CopyFrom(manifest_to_proto(manifest))
@@ -113,7 +121,7 @@ def mean_tensors(
     with Fold(updates if alike else (), load, scales) as fold:
 
         def pack(group: Group) -> dict[str, Array]:
-            specs = [layout[index] for index in group]
+            specs = [layout[index] for index in group if layout[index].role is not TensorRole.CONSTANT]
             rest = [spec for spec in specs if not fold.covers(spec)]
             means = iter(means_of(rest, updates, load, parts, merged, scales) if rest else ())
             packed: dict[str, Array] = {}
@@ -124,8 +132,10 @@ def mean_tensors(
                     packed |= pack_mean(spec, next(means), total, spec.numpy_dtype)
             return packed
 
+        known = {spec.name: spec for spec in layout}
         for packed in by_groups(layout, pack):
-            yield from packed.items()
+            for name, array in packed.items():
+                yield spec_of(name, array, known.get(name)), array
 
 
 def _folded(spec: TensorSpec, fold: Fold) -> Array:
@@ -142,8 +152,7 @@ def _folded(spec: TensorSpec, fold: Fold) -> Array:
 def own_tensors(update: StoredUpdate) -> Tensors:
     """The tensors of one update, as they are."""
     with update.open() as reader:
-        for spec, array in reader:
-            yield spec.name, array
+        yield from reader
 
 
 def sending(task: Task, worker: str, mean: StoredMean, residual: Residual, began: Began) -> Fill:
@@ -172,7 +181,7 @@ def _encode(
     draw = partial(np.random.default_rng, (task.plan.seed, task.round, zlib.crc32(worker.encode())))
     tensors = LazyTensors(reader)
     if task.kind is not TaskKind.TRAIN:
-        return write_payload(tensors, recipe, payload, draw()), None
+        return write_payload(tensors, recipe, payload, draw(), reader.manifest.layout), None
     layout = reader.manifest.layout
-    recipe = fitted(recipe, Corrected(tensors, residual, layout), task, draw)
+    recipe = fitted(recipe, Corrected(tensors, residual, layout), layout, task, draw)
     return write_with_feedback(tensors, residual, recipe, payload, draw(), layout, keep)[0], layout

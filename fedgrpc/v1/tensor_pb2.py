@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65\x64grpc/v1/tensor.proto\x12\nfedgrpc.v1\"K\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12 \n\x05\x64type\x18\x02 \x01(\x0e\x32\x11.fedgrpc.v1.Dtype\x12\r\n\x05shape\x18\x03 \x03(\x04\"0\n\x0c\x43hannelGroup\x12\x10\n\x08\x63hannels\x18\x01 \x01(\r\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\"/\n\x0e\x43hannelSegment\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0e\n\x06repeat\x18\x02 \x01(\x04\";\n\x0b\x43hannelAxis\x12,\n\x08segments\x18\x01 \x03(\x0b\x32\x1a.fedgrpc.v1.ChannelSegment\"4\n\x0b\x43hannelAxes\x12%\n\x04\x61xes\x18\x01 \x03(\x0b\x32\x17.fedgrpc.v1.ChannelAxis\"\xb5\x01\n\nChannelMap\x12(\n\x06groups\x18\x01 \x03(\x0b\x32\x18.fedgrpc.v1.ChannelGroup\x12\x34\n\x07tensors\x18\x02 \x03(\x0b\x32#.fedgrpc.v1.ChannelMap.TensorsEntry\x1aG\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.fedgrpc.v1.ChannelAxes:\x02\x38\x01\"\x18\n\x08\x45ncoding\x12\x0c\n\x04spec\x18\x01 \x01(\t\"q\n\x0bTensorEntry\x12&\n\x06tensor\x18\x01 \x01(\x0b\x32\x16.fedgrpc.v1.TensorSpec\x12&\n\x08\x65ncoding\x18\x02 \x01(\x0b\x32\x14.fedgrpc.v1.Encoding\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"7\n\x05\x46rame\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x1a\n\x12\x63ontent_size_bytes\x18\x02 \x01(\x04\"\xa9\x01\n\x08Manifest\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.fedgrpc.v1.TensorEntry\x12,\n\x0b\x63ompression\x18\x02 \x01(\x0e\x32\x17.fedgrpc.v1.Compression\x12!\n\x06\x66rames\x18\x03 \x03(\x0b\x32\x11.fedgrpc.v1.Frame\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c\"4\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07*\xcf\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT64\x10\x01\x12\x11\n\rDTYPE_FLOAT32\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x04\x12\x0f\n\x0b\x44TYPE_INT64\x10\x05\x12\x0f\n\x0b\x44TYPE_INT32\x10\x06\x12\x0f\n\x0b\x44TYPE_INT16\x10\x07\x12\x0e\n\nDTYPE_INT8\x10\x08\x12\x0f\n\x0b\x44TYPE_UINT8\x10\t\x12\x0e\n\nDTYPE_BOOL\x10\n*V\n\x0b\x43ompression\x12\x1b\n\x17\x43OMPRESSION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43OMPRESSION_NONE\x10\x01\x12\x14\n\x10\x43OMPRESSION_ZSTD\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65\x64grpc/v1/tensor.proto\x12\nfedgrpc.v1\"\x85\x01\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12 \n\x05\x64type\x18\x02 \x01(\x0e\x32\x11.fedgrpc.v1.Dtype\x12\r\n\x05shape\x18\x03 \x03(\x04\x12$\n\x04role\x18\x04 \x01(\x0e\x32\x16.fedgrpc.v1.TensorRole\x12\x12\n\ntied_names\x18\x05 \x03(\t\"0\n\x0c\x43hannelGroup\x12\x10\n\x08\x63hannels\x18\x01 \x01(\r\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\"/\n\x0e\x43hannelSegment\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0e\n\x06repeat\x18\x02 \x01(\x04\";\n\x0b\x43hannelAxis\x12,\n\x08segments\x18\x01 \x03(\x0b\x32\x1a.fedgrpc.v1.ChannelSegment\"4\n\x0b\x43hannelAxes\x12%\n\x04\x61xes\x18\x01 \x03(\x0b\x32\x17.fedgrpc.v1.ChannelAxis\"\xb5\x01\n\nChannelMap\x12(\n\x06groups\x18\x01 \x03(\x0b\x32\x18.fedgrpc.v1.ChannelGroup\x12\x34\n\x07tensors\x18\x02 \x03(\x0b\x32#.fedgrpc.v1.ChannelMap.TensorsEntry\x1aG\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.fedgrpc.v1.ChannelAxes:\x02\x38\x01\"\x18\n\x08\x45ncoding\x12\x0c\n\x04spec\x18\x01 \x01(\t\"q\n\x0bTensorEntry\x12&\n\x06tensor\x18\x01 \x01(\x0b\x32\x16.fedgrpc.v1.TensorSpec\x12&\n\x08\x65ncoding\x18\x02 \x01(\x0b\x32\x14.fedgrpc.v1.Encoding\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"7\n\x05\x46rame\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x1a\n\x12\x63ontent_size_bytes\x18\x02 \x01(\x04\"\xa9\x01\n\x08Manifest\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.fedgrpc.v1.TensorEntry\x12,\n\x0b\x63ompression\x18\x02 \x01(\x0e\x32\x17.fedgrpc.v1.Compression\x12!\n\x06\x66rames\x18\x03 \x03(\x0b\x32\x11.fedgrpc.v1.Frame\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c\"4\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07*\xcf\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT64\x10\x01\x12\x11\n\rDTYPE_FLOAT32\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x04\x12\x0f\n\x0b\x44TYPE_INT64\x10\x05\x12\x0f\n\x0b\x44TYPE_INT32\x10\x06\x12\x0f\n\x0b\x44TYPE_INT16\x10\x07\x12\x0e\n\nDTYPE_INT8\x10\x08\x12\x0f\n\x0b\x44TYPE_UINT8\x10\t\x12\x0e\n\nDTYPE_BOOL\x10\n*\x92\x01\n\nTensorRole\x12\x1b\n\x17TENSOR_ROLE_UNSPECIFIED\x10\x00\x12\x19\n\x15TENSOR_ROLE_PARAMETER\x10\x01\x12\x19\n\x15TENSOR_ROLE_STATISTIC\x10\x02\x12\x17\n\x13TENSOR_ROLE_COUNTER\x10\x03\x12\x18\n\x14TENSOR_ROLE_CONSTANT\x10\x04*V\n\x0b\x43ompression\x12\x1b\n\x17\x43OMPRESSION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43OMPRESSION_NONE\x10\x01\x12\x14\n\x10\x43OMPRESSION_ZSTD\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,32 +33,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CHANNELMAP_TENSORSENTRY']._loaded_options = None
   _globals['_CHANNELMAP_TENSORSENTRY']._serialized_options = b'8\001'
-  _globals['_DTYPE']._serialized_start=939
-  _globals['_DTYPE']._serialized_end=1146
-  _globals['_COMPRESSION']._serialized_start=1148
-  _globals['_COMPRESSION']._serialized_end=1234
-  _globals['_TENSORSPEC']._serialized_start=39
-  _globals['_TENSORSPEC']._serialized_end=114
-  _globals['_CHANNELGROUP']._serialized_start=116
-  _globals['_CHANNELGROUP']._serialized_end=164
-  _globals['_CHANNELSEGMENT']._serialized_start=166
-  _globals['_CHANNELSEGMENT']._serialized_end=213
-  _globals['_CHANNELAXIS']._serialized_start=215
-  _globals['_CHANNELAXIS']._serialized_end=274
-  _globals['_CHANNELAXES']._serialized_start=276
-  _globals['_CHANNELAXES']._serialized_end=328
-  _globals['_CHANNELMAP']._serialized_start=331
-  _globals['_CHANNELMAP']._serialized_end=512
-  _globals['_CHANNELMAP_TENSORSENTRY']._serialized_start=441
-  _globals['_CHANNELMAP_TENSORSENTRY']._serialized_end=512
-  _globals['_ENCODING']._serialized_start=514
-  _globals['_ENCODING']._serialized_end=538
-  _globals['_TENSORENTRY']._serialized_start=540
-  _globals['_TENSORENTRY']._serialized_end=653
-  _globals['_FRAME']._serialized_start=655
-  _globals['_FRAME']._serialized_end=710
-  _globals['_MANIFEST']._serialized_start=713
-  _globals['_MANIFEST']._serialized_end=882
-  _globals['_CHUNK']._serialized_start=884
-  _globals['_CHUNK']._serialized_end=936
+  _globals['_DTYPE']._serialized_start=998
+  _globals['_DTYPE']._serialized_end=1205
+  _globals['_TENSORROLE']._serialized_start=1208
+  _globals['_TENSORROLE']._serialized_end=1354
+  _globals['_COMPRESSION']._serialized_start=1356
+  _globals['_COMPRESSION']._serialized_end=1442
+  _globals['_TENSORSPEC']._serialized_start=40
+  _globals['_TENSORSPEC']._serialized_end=173
+  _globals['_CHANNELGROUP']._serialized_start=175
+  _globals['_CHANNELGROUP']._serialized_end=223
+  _globals['_CHANNELSEGMENT']._serialized_start=225
+  _globals['_CHANNELSEGMENT']._serialized_end=272
+  _globals['_CHANNELAXIS']._serialized_start=274
+  _globals['_CHANNELAXIS']._serialized_end=333
+  _globals['_CHANNELAXES']._serialized_start=335
+  _globals['_CHANNELAXES']._serialized_end=387
+  _globals['_CHANNELMAP']._serialized_start=390
+  _globals['_CHANNELMAP']._serialized_end=571
+  _globals['_CHANNELMAP_TENSORSENTRY']._serialized_start=500
+  _globals['_CHANNELMAP_TENSORSENTRY']._serialized_end=571
+  _globals['_ENCODING']._serialized_start=573
+  _globals['_ENCODING']._serialized_end=597
+  _globals['_TENSORENTRY']._serialized_start=599
+  _globals['_TENSORENTRY']._serialized_end=712
+  _globals['_FRAME']._serialized_start=714
+  _globals['_FRAME']._serialized_end=769
+  _globals['_MANIFEST']._serialized_start=772
+  _globals['_MANIFEST']._serialized_end=941
+  _globals['_CHUNK']._serialized_start=943
+  _globals['_CHUNK']._serialized_end=995
 # @@protoc_insertion_point(module_scope)

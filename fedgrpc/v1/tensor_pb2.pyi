@@ -21,6 +21,14 @@ class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_UINT8: _ClassVar[Dtype]
     DTYPE_BOOL: _ClassVar[Dtype]
 
+class TensorRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TENSOR_ROLE_UNSPECIFIED: _ClassVar[TensorRole]
+    TENSOR_ROLE_PARAMETER: _ClassVar[TensorRole]
+    TENSOR_ROLE_STATISTIC: _ClassVar[TensorRole]
+    TENSOR_ROLE_COUNTER: _ClassVar[TensorRole]
+    TENSOR_ROLE_CONSTANT: _ClassVar[TensorRole]
+
 class Compression(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     COMPRESSION_UNSPECIFIED: _ClassVar[Compression]
@@ -37,19 +45,28 @@ DTYPE_INT16: Dtype
 DTYPE_INT8: Dtype
 DTYPE_UINT8: Dtype
 DTYPE_BOOL: Dtype
+TENSOR_ROLE_UNSPECIFIED: TensorRole
+TENSOR_ROLE_PARAMETER: TensorRole
+TENSOR_ROLE_STATISTIC: TensorRole
+TENSOR_ROLE_COUNTER: TensorRole
+TENSOR_ROLE_CONSTANT: TensorRole
 COMPRESSION_UNSPECIFIED: Compression
 COMPRESSION_NONE: Compression
 COMPRESSION_ZSTD: Compression
 
 class TensorSpec(_message.Message):
-    __slots__ = ("name", "dtype", "shape")
+    __slots__ = ("name", "dtype", "shape", "role", "tied_names")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    TIED_NAMES_FIELD_NUMBER: _ClassVar[int]
     name: str
     dtype: Dtype
     shape: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+    role: TensorRole
+    tied_names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ..., role: _Optional[_Union[TensorRole, str]] = ..., tied_names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ChannelGroup(_message.Message):
     __slots__ = ("channels", "blocks")

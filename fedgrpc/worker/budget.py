@@ -18,7 +18,7 @@ import structlog
 
 from fedgrpc.codec.budget import fit
 from fedgrpc.codec.entropy import LINK, Entropy
-from fedgrpc.codec.layout import Array
+from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.worker.task import Task
 
@@ -38,11 +38,15 @@ def budget_bytes(budget: str, task: Task, now_s: float) -> float | None:
 
 
 def fitted(
-    recipe: Recipe, tensors: Mapping[str, Array], task: Task, draw: Callable[[], np.random.Generator]
+    recipe: Recipe,
+    tensors: Mapping[str, Array],
+    known: Layout,
+    task: Task,
+    draw: Callable[[], np.random.Generator],
 ) -> Recipe:
     """`recipe` with the step that its budget asks for, as fine as fits; unchanged without a budget.
 
-    `tensors` are what will be encoded, with the random numbers that `draw` gives.
+    `tensors` are what will be encoded, `known` as in `layout_of`, with the random numbers that `draw` gives.
     """
     if not recipe.budget:
         return recipe
@@ -51,7 +55,7 @@ def fitted(
         reason = "a deadline or the rate of this link is not known"
         log.info("update without a budget", round=task.round, reason=reason)
         return recipe.without_budget()
-    found = fit(tensors, recipe, most_bytes, draw)
+    found = fit(tensors, recipe, most_bytes, draw, known)
     assert isinstance(found.recipe.default, Entropy)
     about = {"round": task.round, "c": found.recipe.default.c, "bytes": found.size_bytes}
     if found.size_bytes > most_bytes:

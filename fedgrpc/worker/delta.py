@@ -6,32 +6,57 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from fedgrpc.codec.difference import add, subtract
-from fedgrpc.codec.layout import Array, spec_of
+from fedgrpc.codec.difference import add, left_out, subtract
+from fedgrpc.codec.layout import Array, Layout, TensorRole, layout_of, spec_of
 from fedgrpc.codec.parts import InParts
-from fedgrpc.codec.payload import PayloadReader
-from fedgrpc.codec.values import Part, flat
+from fedgrpc.codec.payload import PayloadReader, naming
+from fedgrpc.codec.values import Part, flat, refuse_non_finite
 from fedgrpc.errors import LayoutError
 
 
 class Delta(InParts):
-    """What travels, computed when it is asked for, so that no third model is held in memory."""
+    """What travels, computed when it is asked for, so that no third model is held in memory.
 
-    def __init__(self, trained: Mapping[str, Array], given: Mapping[str, Array]) -> None:
-        """Raises LayoutError unless both have the same tensors; floats may differ in width."""
+    Tensors that are no parameters are left out where they have not changed, and constants always.
+    """
+
+    def __init__(
+        self,
+        trained: Mapping[str, Array],
+        given: Mapping[str, Array],
+        known: Layout = (),
+        whole: Mapping[str, Array] | None = None,
+    ) -> None:
+        """`known` as in `layout_of`; `whole`: what was given before a local model was made of it, if one was.
+
+        Raises LayoutError unless both have the same tensors; floats may differ in width.
+        """
         if missing := given.keys() - trained.keys():
             raise LayoutError(f"training returned no tensor {min(missing)!r}")
         if surplus := trained.keys() - given.keys():
             raise LayoutError(f"training returned the tensor {min(surplus)!r}, which the model does not have")
         self._given = given
         self._trained = {name: _like(name, trained[name], array) for name, array in given.items()}
+        layout = layout_of(given, known)
+        unchanged = {spec for spec in layout if left_out(spec, self._trained[spec.name], given[spec.name])}
+        constants = {spec for spec in layout if spec.role is TensorRole.CONSTANT}
+        self.layout = tuple(spec for spec in layout if spec not in unchanged | constants)
+        self.changed_constants = sorted(spec.name for spec in constants - unchanged)
+        self._specs = {spec.name: spec for spec in self.layout}
+        self._whole = given if whole is None else whole
 
     def __getitem__(self, name: str) -> Array:
-        return subtract(self._trained[name], self._given[name])
+        spec = self._specs[name]
+        if spec.role is not TensorRole.STATISTIC or not spec.is_float:
+            return subtract(spec, self._trained[name], self._given[name])
+        measured = _measured(self._trained[name], self._given[name], self._whole[name])
+        with naming(spec):
+            refuse_non_finite(measured)
+        return measured
 
     def part_of(self, name: str) -> Part | None:
         """See `InParts.part_of`."""
-        if self._given[name].dtype != np.float32:
+        if self._given[name].dtype != np.float32 or not self._specs[name].is_trained:
             return None
         trained, given, out = flat(self._trained[name]), flat(self._given[name]), np.empty(0, np.float32)
 
@@ -45,43 +70,60 @@ class Delta(InParts):
         return part
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._given)
+        return iter(self._specs)
 
     def __len__(self) -> int:
-        return len(self._given)
+        return len(self._specs)
 
 
 class Applied(InParts):
-    """base + delta, read and computed when it is asked for."""
+    """base + delta, read and computed when it is asked for; what the delta leaves out is as in the base."""
 
     def __init__(self, base: PayloadReader, delta: PayloadReader) -> None:
-        """Raises LayoutError unless the delta has the tensors of the base."""
-        specs = {spec.name: spec for spec in base.manifest.layout}
-        self.layout = delta.manifest.layout
-        for spec in self.layout:
-            if specs.get(spec.name) != spec:
+        """Raises LayoutError unless the delta has the parameters of the base, and no others than its own."""
+        self.layout = base.manifest.layout
+        self._specs = {spec.name: spec for spec in self.layout}
+        for spec in delta.manifest.layout:
+            if self._specs.get(spec.name) != spec:
                 raise LayoutError(f"the difference has a tensor {spec.name!r} that does not fit the held model")
-        if len(self.layout) != len(specs):
-            lacking = len(specs) - len(self.layout)
-            raise LayoutError(f"the difference lacks {lacking} tensors of the held model")
+        for spec in self.layout:
+            if spec.role is TensorRole.PARAMETER and spec.name not in delta.names:
+                raise LayoutError(f"the difference lacks the tensor {spec.name!r} of the held model")
         self._base = base
         self._delta = delta
 
     def __getitem__(self, name: str) -> Array:
-        return add(self._base.tensor(name), self._delta.tensor(name))
+        base = self._base.tensor(name)
+        return add(self._specs[name], base, self._delta.tensor(name)) if name in self._delta.names else base
 
     def part_of(self, name: str) -> Part | None:
         """See `InParts.part_of`."""
+        spec = self._specs[name]
+        if not spec.is_trained:
+            return None
         base, delta = self._base.part_of(name), self._delta.part_of(name)
         if base is None or delta is None:
             return None
-        return lambda start, stop: add(base(start, stop), delta(start, stop))
+        return lambda start, stop: add(spec, base(start, stop), delta(start, stop))
 
     def __iter__(self) -> Iterator[str]:
-        return (spec.name for spec in self.layout)
+        return iter(self._specs)
 
     def __len__(self) -> int:
         return len(self.layout)
+
+
+def _measured(trained: Array, start: Array, whole: Array) -> Array:
+    """A statistic after training, without what a local model's number format took from it at the start.
+
+    It is between what was given and what training has measured, and so in the domain of both.
+    """
+    if start is whole or np.array_equal(start, whole):
+        return trained
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = whole + (trained - start)
+    between = np.clip(values, np.minimum(whole, trained), np.maximum(whole, trained))
+    return np.asarray(between, trained.dtype)
 
 
 def _like(name: str, array: Array, given: Array) -> Array:

@@ -187,7 +187,8 @@ class HeldModel:
     def _write_raw(self, path: Path) -> Manifest:
         unfinished = self.folder / (UNFINISHED + _RAW)
         with unfinished.open("wb") as file:
-            manifest = write_payload(self.weights(), _RAW_RECIPE, file, np.random.default_rng(0))
+            layout = self.manifest.layout
+            manifest = write_payload(self.weights(), _RAW_RECIPE, file, np.random.default_rng(0), layout)
         unfinished.replace(path)
         return manifest
 
@@ -203,8 +204,9 @@ def _write_whole(model: Applied, out: BinaryIO) -> tuple[Manifest, int]:
         part = part_of(model, spec.name)
         for piece in pieces(spec.size, _PIECE):
             values = part(piece.start, piece.stop)
-            with naming(spec):
-                refuse_non_finite(values)
+            if spec.is_trained:
+                with naming(spec):
+                    refuse_non_finite(values)
             data = values.view(np.uint8).data
             crc = crc32(data, crc)
             out.write(data)

@@ -14,12 +14,14 @@ from typing import Any, Final
 
 import structlog
 
+from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import (
     CorruptError,
     FedgrpcError,
     NameTaken,
     StorageError,
     TaskError,
+    TaskUnfit,
     UnknownWorker,
     WrongOffset,
 )
@@ -44,6 +46,7 @@ from fedgrpc.worker.training import (
     Hooks,
     Outcome,
     evaluate,
+    fitting,
     initialize,
     is_personal,
     parts_of,
@@ -202,6 +205,9 @@ class Loop:
         except asyncio.CancelledError:
             await self._say_goodbye(task)
             raise
+        except TaskUnfit as error:
+            await self._say_goodbye(task, str(error))
+            raise
         except FedgrpcError as error:
             if worth_retrying(error) and not isinstance(error, StorageError):
                 raise
@@ -227,18 +233,19 @@ class Loop:
 
     async def _work(self, task: Task, message: aggregator_pb2.Task) -> SpooledUpdate:
         """Download, train or score, and spool the update."""
-        given, download_s = await self._download(task)
+        given, layout, download_s = await self._download(task)
         began = Began(download_s, time.monotonic())
         stop = threading.Event()
         hooks = Hooks(stop, self._reporter(stop), self._settings.throttle)
         assert self._trainer is not None
-        outcome = await self._local_work(self._trainer, task, given, hooks)
+        with fitting(task):
+            outcome = await self._local_work(self._trainer, task, given, hooks)
 
         def spooled() -> SpooledUpdate:
             # Read anew: the learning task may have trained in the very arrays that it was given.
             pulled = {} if outcome.weights is None else given()
             residual = self._spool.residual(task.run_id)
-            fill = update_of(task, self._settings.name, pulled, outcome, residual, began)
+            fill = update_of(task, self._settings.name, pulled, outcome, residual, began, layout)
             keep = keeping(outcome.weights or {}, task.run_id, is_personal(task.plan))
             return self._spool.write(message, fill, keep)
 
@@ -252,17 +259,17 @@ class Loop:
         self._show_disk()
         return update
 
-    async def _download(self, task: Task) -> tuple[Given, float]:
-        """The weights to start from, and the seconds that their download took, in whichever sessions."""
+    async def _download(self, task: Task) -> tuple[Given, Layout, float]:
+        """The weights to start from, their layout, and the seconds that their download took, in any sessions."""
         if task.kind is TaskKind.INITIALIZE:
-            return dict, 0.0
+            return dict, (), 0.0
         held, download_s = await self._hold(task)
 
         def given() -> Weights:
             with storage_errors(self._spool.personal):
                 return restored(held.weights(), self._spool.personal, task.run_id, is_personal(task.plan))
 
-        return given, download_s
+        return given, held.manifest.layout, download_s
 
     async def _hold(self, task: Task) -> tuple[HeldModel, float]:
         """The version that the task is for, on the disk, and the seconds since its download began."""
@@ -331,10 +338,10 @@ class Loop:
                 raise
         await self._controls.wait(self._retries.next_delay_s())
 
-    async def _say_goodbye(self, task: Task) -> None:
+    async def _say_goodbye(self, task: Task, reason: str = "the worker is shutting down") -> None:
         """The worker ends before its task: say so, that another may take it, but do not wait long."""
         try:
-            await self._client.report_failure(task.token, "the worker is shutting down", _GOODBYE_S)
+            await self._client.report_failure(task.token, reason, _GOODBYE_S)
         except FedgrpcError as error:
             self._log.debug("goodbye not heard", reason=str(error))
         else:

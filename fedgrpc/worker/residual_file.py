@@ -20,7 +20,7 @@ import structlog
 
 from fedgrpc.codec.crc import crc32
 from fedgrpc.codec.feedback import Residual
-from fedgrpc.codec.layout import Array, Layout, TensorSpec
+from fedgrpc.codec.layout import Array, Layout, TensorRole, TensorSpec
 from fedgrpc.codec.parts import InParts
 from fedgrpc.codec.values import Part, flat
 from fedgrpc.errors import LayoutError, StorageError
@@ -61,7 +61,7 @@ class ResidualWriter:
         """What was added is whole, and of an update of that layout. Raises OSError."""
         about = {
             "run": self._run,
-            "layout": [[spec.name, spec.dtype, list(spec.shape)] for spec in layout],
+            "layout": [[spec.name, spec.dtype, list(spec.shape), spec.role] for spec in layout],
             "tensors": self._names,
             "crc32": self._crc32,
         }
@@ -109,7 +109,9 @@ def read_residual(path: Path, run: str) -> Residual:
         about, content_bytes = _read_about(file)
         if about["run"] != run:
             return Residual()
-        layout: Layout = tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in about["layout"])
+        layout: Layout = tuple(
+            TensorSpec(name, dtype, tuple(shape), TensorRole(role)) for name, dtype, shape, role in about["layout"]
+        )
         specs = {spec.name: spec for spec in layout}
         tensors = _Stored(file, tuple(specs[name] for name in about["tensors"]))
         if tensors.size_bytes != content_bytes:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 import structlog
 
-from fedgrpc.errors import TaskError
+from fedgrpc.codec.layout import Layout, TensorRole, layout_of
+from fedgrpc.errors import EncodeError, TaskError, TaskUnfit
 from fedgrpc.worker.trainer import EvalResult, TrainResult, Weights
 
 _MOST: Final = 1 << 63
@@ -23,6 +25,38 @@ log = structlog.get_logger()
 def initial_weights(returned: Any) -> Weights:
     """Of `Trainer.initial_weights`."""
     return _arrays("initial_weights", returned)
+
+
+def layout(roles: Any, tied_names: Any, weights: Weights) -> Layout:
+    """The layout of initial weights, with the roles and tied names that the trainer tells of some.
+
+    Raises TaskUnfit for weights that no run could begin with, too.
+    """
+    if not isinstance(roles, Mapping) or not isinstance(tied_names, Mapping):
+        raise TaskError("roles() and tied_names() of the learning task must give roles, and tied names, by name")
+    if unknown := (roles.keys() | tied_names.keys()) - weights.keys():
+        raise TaskError(
+            f"the learning task tells the role or tied names of {min(unknown)!r}, no weights of its own"
+        )
+    try:
+        told = {name: TensorRole(role) for name, role in roles.items()}
+    except ValueError as error:
+        raise TaskError(f"the learning task tells a role that there is not: {error}") from None
+    try:
+        known = layout_of({name: np.asarray(array) for name, array in weights.items()})
+    except EncodeError as error:
+        raise TaskUnfit(f"initial_weights() of the learning task: {error}") from error
+    found = tuple(
+        replace(spec, role=told.get(spec.name, spec.role), tied_names=tuple(tied_names.get(spec.name, ())))
+        for spec in known
+    )
+    for spec in found:
+        if spec.is_trained and not np.isfinite(weights[spec.name]).all():
+            raise TaskUnfit(
+                f"the initial weights {spec.name!r} are not all finite; if they are a mask or a table, "
+                "let the learning task's roles() call them constant"
+            )
+    return found
 
 
 def train_result(returned: Any) -> TrainResult:

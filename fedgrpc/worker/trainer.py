@@ -161,6 +161,9 @@ class Trainer(Protocol):
     A class is constructed with those of `data`, `model`, `device`, `partition`, `part`, `seed`, `threads`, `setup`
     and its own options that its constructor names. Arrays handed in are the trainer's own: it may train in them
     and return them, as `torch.from_numpy` and scikit-learn do.
+
+    It may have a method `roles() -> Mapping[str, str]`: by name, what is no "parameter" but a "statistic" that
+    training measures, a "counter", or a "constant" (`TensorRole`). Without, names tell PyTorch's batch statistics.
     """
 
     def initial_weights(self) -> Weights:
@@ -388,6 +391,16 @@ class _GuardedTrainer:
         with _blaming(self._reference):
             return self._inner.initial_weights()
 
+    def roles(self) -> Mapping[str, str]:
+        """As `roles`."""
+        with _blaming(self._reference):
+            return roles(self._inner)
+
+    def tied_names(self) -> Mapping[str, tuple[str, ...]]:
+        """As `tied_names`."""
+        with _blaming(self._reference):
+            return tied_names(self._inner)
+
     def train(self, weights: Weights, job: TrainJob) -> TrainResult:
         with _blaming(self._reference):
             return self._inner.train(weights, job)
@@ -412,6 +425,18 @@ class _GuardedSliceableTrainer(_GuardedTrainer):
         """As `kept_whole`."""
         with _blaming(self._reference):
             return kept_whole(self._sliceable)
+
+
+def roles(trainer: Trainer) -> Mapping[str, str]:
+    """The roles of tensors as the trainer tells them, by name; where it tells none, their names do."""
+    tell = getattr(trainer, "roles", None)
+    return {} if tell is None else tell()
+
+
+def tied_names(trainer: Trainer) -> Mapping[str, tuple[str, ...]]:
+    """Further names of tensors, by the name under which they are among the weights; of many trainers, none."""
+    tell = getattr(trainer, "tied_names", None)
+    return {} if tell is None else tell()
 
 
 def kept_whole(trainer: Trainer) -> Reasons:

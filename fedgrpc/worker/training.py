@@ -28,7 +28,7 @@ from fedgrpc.codec.layout import Layout, layout_of
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.errors import FedgrpcError, TaskError, UsageError
+from fedgrpc.errors import FedgrpcError, LayoutError, TaskError, TaskUnfit, UsageError
 from fedgrpc.rpc.convert import Timings, manifest_to_proto, timings_to_proto
 from fedgrpc.rpc.local_model import channels_to_proto
 from fedgrpc.v1 import aggregator_pb2
@@ -48,6 +48,8 @@ from fedgrpc.worker.trainer import (
     TrainResult,
     Weights,
     kept_whole,
+    roles,
+    tied_names,
 )
 
 log = structlog.get_logger()
@@ -69,7 +71,8 @@ class Hooks:
 class Outcome:
     """What the local work gave. `weights` are trained, initial, or None for scores alone.
 
-    `start`, `masks`, `clustered` and `tensor_bytes` are those of `TrainResult`.
+    `start`, `masks`, `clustered` and `tensor_bytes` are those of `TrainResult`; `layout` is that of
+    initial weights.
     """
 
     weights: Weights | None
@@ -82,6 +85,7 @@ class Outcome:
     clustered: Collection[str] = ()
     channels: ChannelMap | None = None
     tensor_bytes: int = 0
+    layout: Layout = ()
 
 
 def parts_of(trainer: Trainer) -> frozenset[str]:
@@ -102,7 +106,8 @@ def initialize(trainer: Trainer, plan: Plan) -> Outcome:
     """The untrained weights of the task's model. Raises TaskError."""
     with users_code():
         weights = returned.initial_weights(trainer.initial_weights())
-        return Outcome(weights, 0, channels=_channels(trainer, plan.tell_channels))
+        layout = returned.layout(roles(trainer), tied_names(trainer), weights)
+        return Outcome(weights, 0, channels=_channels(trainer, plan.tell_channels), layout=layout)
 
 
 def train(
@@ -196,14 +201,33 @@ def users_code() -> Iterator[None]:
         raise TaskError(f"the learning task raised {type(error).__name__}: {text}") from error
 
 
-def update_of(task: Task, worker: str, given: Weights, outcome: Outcome, residual: Residual, began: Began) -> Fill:
-    """What the spool calls to write the update and the residual it leaves.
+@contextmanager
+def fitting(task: Task) -> Iterator[None]:
+    """Around local work: a model that is not the run's will not be in any other round. Raises TaskUnfit."""
+    try:
+        yield
+    except LayoutError as error:
+        if not task.plan.sub_model.whole:
+            raise
+        raise TaskUnfit(str(error)) from error
+
+
+def update_of(
+    task: Task,
+    worker: str,
+    given: Weights,
+    outcome: Outcome,
+    residual: Residual,
+    began: Began,
+    layout: Layout = (),
+) -> Fill:
+    """What the spool calls to write the update and the residual it leaves; `layout` is the run's, of `given`.
 
     `given` are the weights as they were pulled: the trainer may have changed those that it was handed.
     """
 
     def fill(payload: BinaryIO, keep: Keep) -> tuple[aggregator_pb2.UpdateHeader, Layout | None]:
-        manifest, left = _write(task, worker, given, outcome, residual, payload, keep)
+        manifest, left = _write(task, worker, given, layout, outcome, residual, payload, keep)
         unchanged = task.kind is TaskKind.TRAIN and _left_as_it_was(outcome, given)
         if unchanged:
             log.warning("training changed nothing", round=task.round, steps=outcome.steps)
@@ -235,6 +259,7 @@ def _write(
     task: Task,
     worker: str,
     given: Weights,
+    known: Layout,
     outcome: Outcome,
     residual: Residual,
     payload: BinaryIO,
@@ -245,17 +270,20 @@ def _write(
     if outcome.weights is None:
         return write_payload({}, recipe, payload, draw()), None
     if task.kind is TaskKind.INITIALIZE:
-        return write_payload(outcome.weights, recipe, payload, draw()), None
+        return write_payload(outcome.weights, recipe, payload, draw(), outcome.layout), None
     start = given if outcome.start is None else outcome.start
-    whole = layout_of(start)
-    recipe = recipe.for_layout(whole)
-    part = Covered(Delta(outcome.weights, start), outcome.masks, outcome.clustered, is_personal(task.plan))
+    delta = Delta(outcome.weights, start, known, given)
+    if delta.changed_constants:
+        log.warning("constants changed by training stay as they are", tensors=delta.changed_constants)
+    recipe = recipe.for_layout(layout_of(start, known))
+    part = Covered(delta, outcome.masks, outcome.clustered, is_personal(task.plan))
     if outcome.masks or task.plan.sub_model.moves:
         # The next update covers other coordinates: what this one lost is not owed to those.
-        return write_payload(part, fitted(recipe, part, task, draw), payload, draw()), None
+        return write_payload(part, fitted(recipe, part, known, task, draw), payload, draw(), known), None
     names = set(part)
-    layout = layout_of(part) if outcome.clustered else tuple(spec for spec in whole if spec.name in names)
-    recipe = fitted(recipe, Corrected(part, residual, layout), task, draw)
+    kept = tuple(spec for spec in delta.layout if spec.name in names)
+    layout = layout_of(part, known) if outcome.clustered else kept
+    recipe = fitted(recipe, Corrected(part, residual, layout), known, task, draw)
     return write_with_feedback(part, residual, recipe, payload, draw(), layout, keep)[0], layout
 
 

@@ -26,6 +26,11 @@ class Spec:
     name: str
     dtype: str = "float32"
     shape: tuple[int, ...] = (2, 3)
+    role: str = "parameter"
+
+    @property
+    def is_trained(self) -> bool:
+        return self.role == "parameter" and self.dtype == "float32"
 
 
 MODEL = [Spec("conv.weight"), Spec("conv.bias", shape=(2,)), Spec("steps", "int64", ())]

@@ -82,5 +82,5 @@ def test_a_difference_that_does_not_fit_the_held_model_is_refused():
     three, four = {"weight": np.zeros(3, np.float32)}, {"weight": np.zeros(4, np.float32)}
     with pytest.raises(LayoutError, match="fit"):
         Applied(through_a_payload(three), through_a_payload(four))
-    with pytest.raises(LayoutError, match="lacks 4"):
+    with pytest.raises(LayoutError, match="lacks"):
         Applied(through_a_payload(GIVEN), through_a_payload({"weight": GIVEN["weight"]}))
