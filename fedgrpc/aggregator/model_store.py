@@ -9,7 +9,6 @@ held/                           what workers hold of it (fedgrpc.aggregator.form
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -22,14 +22,14 @@ from fedgrpc.aggregation.compression_plan import CompressionPlan
 from fedgrpc.codec.layout import TensorRole
 from fedgrpc.compression.loss_scale import LossScale
 from fedgrpc.compression.nested import Nested
-from fedgrpc.errors import TaskError
+from fedgrpc.errors import TaskError, TaskUnfit
 from fedgrpc.tasks.label_adjustment import LabelAdjustment
 from fedgrpc.tasks.torch_batches import Batches, choose_device
 from fedgrpc.tasks.torch_data import DataTask, LocalData
 from fedgrpc.tasks.torch_local import Compression, Widths
 from fedgrpc.tasks.torch_memory import TensorBytes
 from fedgrpc.tasks.torch_optimizer import Optimizer
-from fedgrpc.tasks.torch_weights import Names, prepare, tensor_roles, weights_of
+from fedgrpc.tasks.torch_weights import Names, named_tensors, prepare, tensor_roles, weights_of
 from fedgrpc.worker.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights
 
 _EVALUATION_BATCH = 512
@@ -95,6 +95,21 @@ class TorchTrainer:
         with self._lock, _seeded(self._device, 0):
             return self._widths.channels.by_reason
 
+    def _loadable(self, weights: Weights) -> Weights:
+        """The weights by the model's own names. Raises TaskUnfit."""
+        self._check_shapes()
+        return self._names.to_own(weights)
+
+    def _check_shapes(self) -> None:
+        """Raise TaskUnfit for a model that is another one once it has run, as some observers are."""
+        for name, tensor in named_tensors(self._model).items():
+            first = self._initial[name].shape
+            if tuple(tensor.shape) != first:
+                raise TaskUnfit(
+                    f"the model's {name!r} is {list(first)} at first and {list(tensor.shape)} once it ran; let "
+                    "model() give it its last shape, such as by a first pass"
+                )
+
     def _example(self) -> Tensor:
         examples = self._data.train if len(self._data.train) else self._data.held_out
         inputs, _ = examples.batch(np.arange(min(2, len(examples))))
@@ -108,7 +123,7 @@ class TorchTrainer:
         with self._lock, _seeded(self._device, job.seed, job.round):
             self._data.refresh()
             self._data.check_trainable()
-            own = self._names.to_own(weights)
+            own = self._loadable(weights)
             module = self._widths.loaded(own)
             if job.compression is not None:
                 result = self._train_local(module, own, job, job.compression)
@@ -119,6 +134,7 @@ class TorchTrainer:
                 result = TrainResult(
                     weights_of(module), len(self._data.train), ran.steps, metrics, tensor_bytes=ran.tensor_bytes
                 )
+            self._check_shapes()
         _check_finite(result.weights, own)
         return self._names.to_given(result, weights)
 
@@ -200,7 +216,7 @@ class TorchTrainer:
             self._data.refresh()
             if not len(self._data.held_out):
                 return None
-            module = self._widths.loaded(self._names.to_own(weights)).eval()
+            module = self._widths.loaded(self._loadable(weights)).eval()
             metrics = _means(self._task, module, self._data.held_out)
             return EvalResult(len(self._data.held_out), metrics)
 

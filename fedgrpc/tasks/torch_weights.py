@@ -171,14 +171,15 @@ def load_weights(module: nn.Module, weights: Weights) -> None:
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:
-    tensor = tensor.detach().cpu().contiguous()
+    # A copy: numpy would pin the module's own storage, which some observers resize.
+    tensor = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     if tensor.dtype == torch.bool:
         # Views of bytes hold other bytes than 0 and 1, which torch takes as true.
         return np.asarray(tensor.view(torch.uint8).numpy() != 0)
     if tensor.dtype in _BY_BITS:
         bits, dtype = _BY_BITS[tensor.dtype]
-        return tensor.view(bits).numpy().view(dtype).copy()
-    return tensor.numpy().copy()
+        return tensor.view(bits).numpy().view(dtype)
+    return tensor.numpy()
 
 
 def _to_torch(array: np.ndarray) -> Tensor:

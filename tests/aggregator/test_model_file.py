@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from fedgrpc.aggregator.model_file import ModelFile, ModelWriter, write_model
-from fedgrpc.codec.layout import layout_of
+from fedgrpc.codec.layout import TensorRole, TensorSpec, layout_of
 from fedgrpc.errors import StorageError, UsageError
 
 DTYPES = ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
@@ -252,3 +252,66 @@ def test_a_header_whose_length_looks_like_another_format_is_read(tmp_path):
     path = tmp_path / "m.safetensors"
     path.write_bytes(struct.pack("<Q", 640) + text + bytes(4))
     assert len(ModelFile.open(path).layout) == 1
+TIED = (
+    TensorSpec("head.weight", "float32", (2, 3), tied_names=("tok.weight",)),
+    TensorSpec("mask", "float32", (4,), TensorRole.CONSTANT),
+    TensorSpec("bn.running_var", "float32", (2,), TensorRole.STATISTIC),
+)
+TIED_VALUES = [
+    np.arange(6, dtype=np.float32).reshape(2, 3),
+    np.full(4, -np.inf, np.float32),
+    np.ones(2, np.float32),
+]
+
+
+def test_roles_and_tied_names_are_in_the_file_and_each_tensor_counts_once(tmp_path):
+    path = tmp_path / "m.safetensors"
+    digest = write_model(path, TIED, TIED_VALUES)
+    model = ModelFile.open(path)
+    assert model.layout == TIED
+    assert model.sha256() == digest
+    assert model.as_written
+    assert np.array_equal(model.tensor(1), TIED_VALUES[1])
+
+
+def test_other_readers_find_a_tied_tensor_under_each_of_its_names(tmp_path):
+    write_model(tmp_path / "m.safetensors", TIED, TIED_VALUES)
+    found = load_file(tmp_path / "m.safetensors")
+    assert found.keys() == {"head.weight", "mask", "bn.running_var", "tok.weight"}
+    assert np.array_equal(found["tok.weight"], found["head.weight"])
+
+
+def test_a_file_of_save_model_tells_the_names_that_it_leaves_out(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_model
+
+    model = torch.nn.ModuleDict({"tok": torch.nn.Embedding(4, 2), "head": torch.nn.Linear(2, 4, bias=False)})
+    model["head"].weight = model["tok"].weight
+    save_model(model, str(tmp_path / "m.safetensors"))
+    (spec,) = ModelFile.open(tmp_path / "m.safetensors").layout
+    assert {spec.name, *spec.tied_names} == {"tok.weight", "head.weight"}
+
+
+def test_a_file_without_roles_has_those_that_names_tell(tmp_path):
+    save_file({"bn.running_var": np.ones(2, np.float32), "w": np.ones(2, np.float32)}, tmp_path / "m.safetensors")
+    roles = {spec.name: spec.role for spec in ModelFile.open(tmp_path / "m.safetensors").layout}
+    assert roles == {"bn.running_var": TensorRole.STATISTIC, "w": TensorRole.PARAMETER}
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"roles": "[]"},
+        {"roles": '{"w": "king"}'},
+        {"roles": "{"},
+        {"tied": '{"w": 3}'},
+        {"tied": '{"w": [""]}'},
+        {"tied": '{"w": ["v"]}'},
+    ],
+    ids=str,
+)
+def test_metadata_that_cannot_be_is_refused_in_one_line(tmp_path, metadata):
+    tensors = {"v": np.zeros(3, np.float32), "w": np.zeros(2, np.float32)}
+    save_file(tensors, tmp_path / "m.safetensors", metadata=metadata)
+    with pytest.raises(UsageError, match=r"m\.safetensors"):
+        ModelFile.open(tmp_path / "m.safetensors")

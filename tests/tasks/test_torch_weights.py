@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from fedgrpc.codec.layout import TensorRole
 from fedgrpc.errors import LayoutError, UsageError
-from fedgrpc.tasks.torch_weights import load_weights, weights_of
+from fedgrpc.tasks.torch_weights import Names, load_weights, prepare, tensor_roles, weights_of
+from fedgrpc.worker.trainer import TrainResult
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
           torch.int64, torch.int32, torch.uint8, torch.bool]  # fmt: skip
@@ -105,3 +107,79 @@ def test_weights_of_another_model_are_refused_and_change_nothing(
 def test_a_model_that_is_not_initialized_is_refused() -> None:
     with pytest.raises(UsageError, match="'weight' is no initialized tensor"):
         weights_of(nn.LazyLinear(3))
+
+
+def tied(first: str, second: str) -> nn.ModuleDict:
+    embed, head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+    head.weight = embed.weight
+    return nn.ModuleDict({first: embed, second: head})
+
+
+def test_the_name_of_tied_tensors_does_not_depend_on_their_order() -> None:
+    assert list(weights_of(tied("tok", "head"))) == list(weights_of(tied("head", "tok"))) == ["head.weight"]
+    assert Names.of(tied("tok", "head")).tied == {"head.weight": ("tok.weight",)}
+
+
+@pytest.mark.parametrize("given", [["tok.weight"], ["head.weight"], ["tok.weight", "head.weight"]])
+def test_any_of_the_tied_names_serves_and_comes_back(given: list[str]) -> None:
+    model = tied("tok", "head")
+    names = Names.of(model)
+    weights = {name: np.ones((5, 3), np.float32) for name in given}
+    load_weights(model, names.to_own(weights))
+    result = names.to_given(TrainResult(weights_of(model), 1, 1), weights)
+    assert list(result.weights) == given
+    assert model["tok"].weight.sum() == 15
+
+
+def test_the_prefix_of_a_compiled_model_does_not_cross() -> None:
+    model = torch.compile(nn.Sequential(nn.Linear(2, 2)), backend="eager")
+    assert list(weights_of(model)) == ["0.weight", "0.bias"]
+    load_weights(model, {"0.weight": np.ones((2, 2), np.float32), "0.bias": np.zeros(2, np.float32)})
+    assert model.state_dict()["_orig_mod.0.weight"].sum() == 4
+
+
+def test_buffers_are_statistics_or_counters_and_parameters_need_no_role() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model.register_buffer("mask", torch.ones(2, dtype=torch.bool))
+    assert tensor_roles(model) == {
+        "1.running_mean": TensorRole.STATISTIC,
+        "1.running_var": TensorRole.STATISTIC,
+        "1.num_batches_tracked": TensorRole.COUNTER,
+        "mask": TensorRole.COUNTER,
+    }
+
+
+def test_an_expanded_buffer_gets_memory_of_its_own() -> None:
+    model = Buffers(torch.arange(4)[None].expand(3, 4))
+    prepare(model)
+    load_weights(model, weights_of(model))
+    assert model.b0.tolist() == [[0, 1, 2, 3]] * 3
+
+
+@pytest.mark.parametrize(
+    ("tensor", "reason"),
+    [
+        (torch.polar(torch.ones(4), torch.arange(4.0)), "'b0' is complex64.*persistent=False"),
+        (torch.arange(4).to(torch.uint16), "'b0' is uint16.*persistent=False"),
+        (torch.zeros(4).to(torch.float8_e4m3fn), "'b0' is float8_e4m3fn.*persistent=False"),
+    ],
+)
+def test_a_buffer_that_updates_do_not_carry_is_refused_by_name_with_the_cure(
+    tensor: torch.Tensor, reason: str
+) -> None:
+    with pytest.raises(UsageError, match=reason):
+        prepare(Buffers(tensor))
+
+
+def test_a_parameter_that_is_not_finite_is_refused_and_a_mask_is_not() -> None:
+    prepare(Buffers(torch.full((2, 2), float("-inf"))))
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight[0, 0] = float("nan")
+    with pytest.raises(UsageError, match="'weight'"):
+        prepare(model)
+
+
+def test_bools_of_other_bytes_cross_as_true() -> None:
+    odd = torch.tensor([0, 255, 1, 2], dtype=torch.uint8).view(torch.bool)
+    assert weights_of(Buffers(odd))["b0"].view(np.uint8).tolist() == [0, 1, 1, 1]

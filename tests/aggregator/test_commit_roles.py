@@ -1,0 +1,92 @@
+"""A version's buffers are the mean of what was measured, whatever the server optimizer does with parameters."""
+
+import numpy as np
+import pytest
+
+from fedgrpc.aggregation.server_optimizer import OPTIMIZERS, server_optimizer
+from fedgrpc.aggregator.commit import Commit
+from fedgrpc.aggregator.model_file import ModelFile, write_model
+from fedgrpc.aggregator.uploads import UploadJournal
+from fedgrpc.codec.layout import TensorRole, TensorSpec
+from tests.aggregator.updates import accept
+
+MASK = np.triu(np.full((3, 3), -np.inf, np.float32), 1)
+LAYOUT = (
+    TensorSpec("w", "float32", (2,)),
+    TensorSpec("bn.running_var", "float32", (3,), TensorRole.STATISTIC),
+    TensorSpec("bn.num_batches_tracked", "int64", (), TensorRole.COUNTER),
+    TensorSpec("mask", "float32", (3, 3), TensorRole.CONSTANT),
+    TensorSpec("calls", "float32", (), TensorRole.COUNTER),
+)
+BASE = [np.zeros(2, np.float32), np.array([1, 1e4, 1e-6], np.float32), np.array(0), MASK, np.float32(3)]
+WEIGHTS = {"a": 1.0, "b": 3.0}
+
+
+def written(tmp_path, updates, optimizer="fedavg", versions=1, **about):
+    """The last of so many versions, each made of the same updates."""
+    journal = UploadJournal(tmp_path / "uploads")
+    for token, tensors in updates.items():
+        accept(journal, token, tensors)
+    write_model(tmp_path / "1", LAYOUT, BASE)
+    pairs = [(token, WEIGHTS[token]) for token in updates]
+    for version in range(1, versions + 1):
+        base = ModelFile.open(tmp_path / str(version))
+        memory = tmp_path / f"memory-{version}"
+        remembered = ModelFile.open(memory) if memory.exists() else None
+        commit = Commit(base, remembered, server_optimizer(optimizer), pairs, journal.load, **about)
+        commit.write(tmp_path / str(version + 1), tmp_path / f"memory-{version + 1}")
+    model = ModelFile.open(tmp_path / str(versions + 1))
+    assert model.layout == LAYOUT
+    return {spec.name: model.tensor(index) for index, spec in enumerate(model.layout)}
+
+
+def update(variance, batches, calls=None):
+    tensors = {"w": np.ones(2, np.float32), "bn.running_var": np.float32(variance)}
+    tensors["bn.num_batches_tracked"] = np.array(batches)
+    return tensors if calls is None else {**tensors, "calls": np.float32(calls)}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_no_optimizer_steps_on_statistics_and_counters(tmp_path, optimizer):
+    updates = {"a": update([4, 0, 1e-8], 10, 4), "b": update([8, 0, 3e-8], 11, 6)}
+    new = written(tmp_path, updates, optimizer, versions=5)
+    np.testing.assert_allclose(new["bn.running_var"], [7, 0, 2.5e-8], rtol=1e-6)
+    assert new["bn.num_batches_tracked"] == 11
+    assert new["calls"] == 6
+    assert np.array_equal(new["mask"], MASK)
+    assert (new["w"] > 0).all()
+
+
+def test_an_optimizer_remembers_nothing_of_buffers(tmp_path):
+    written(tmp_path, {"a": update([1, 1, 1], 1)}, "fedadam")
+    assert [spec.name for spec in ModelFile.open(tmp_path / "memory-2").layout] == ["0/w", "1/w"]
+
+
+def test_a_buffer_that_an_update_leaves_out_is_the_mean_of_the_others(tmp_path):
+    without = {"w": np.ones(2, np.float32)}
+    new = written(tmp_path, {"a": update([4, 5, 6], 10), "b": without})
+    assert new["bn.running_var"].tolist() == [4, 5, 6]
+    assert new["bn.num_batches_tracked"] == 10
+
+
+def test_a_buffer_that_all_updates_leave_out_stays(tmp_path):
+    new = written(tmp_path, {"a": {"w": np.ones(2, np.float32)}})
+    assert new["bn.running_var"].tolist() == BASE[1].tolist()
+    assert new["w"].tolist() == [1, 1]
+
+
+def test_a_constant_stays_whatever_an_update_says(tmp_path):
+    tensors = {**update([1, 1, 1], 1), "mask": np.ones((3, 3), np.float32)}
+    assert np.array_equal(written(tmp_path, {"a": tensors})["mask"], MASK)
+
+
+def test_statistics_are_not_scaled_for_unequal_work(tmp_path):
+    new = written(tmp_path, {"a": update([4, 4, 4], 8)}, scales={"a": 0.25})
+    assert new["bn.running_var"].tolist() == [4, 4, 4]
+    assert new["w"].tolist() == [0.25, 0.25]
+
+
+def test_the_largest_counter_is_kept(tmp_path):
+    most = np.iinfo(np.int64).max
+    new = written(tmp_path, {"a": update([1, 1, 1], most), "b": update([1, 1, 1], most)})
+    assert new["bn.num_batches_tracked"] > most - 2**12
