@@ -67,6 +67,7 @@ class Masked(TorchTask):
 async def ran(folder, *tasks, rounds=3, exit_codes=(0, 0), **settings):
     """The model files of a run from a worker's initial model, trained to its end by a worker for each task."""
     settings = {"rounds": rounds, "keep_versions": 9, "policy": {"min_workers": len(tasks)}, **LOSSY, **settings}
+    folder.mkdir(exist_ok=True)
     async with aggregating(folder, **{"initial_model": None, **settings}) as running:
         crew = [
             working(running, folder, f"pi-{number}", task.build_trainer(TaskSetup(options={})))
