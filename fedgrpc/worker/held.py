@@ -26,7 +26,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from fedgrpc.codec.crc import crc32
-from fedgrpc.codec.layout import Array
+from fedgrpc.codec.layout import Array, TensorRole
 from fedgrpc.codec.manifest import Limits, Manifest, TensorEntry
 from fedgrpc.codec.parts import part_of
 from fedgrpc.codec.payload import (
@@ -288,7 +288,7 @@ class ModelFolder:
 
     def _start_partial(self, source: Source, header: aggregator_pb2.ModelHeader) -> None:
         manifest = manifest_from_proto(header.manifest, self._limits)
-        self._check_layout(source, manifest)
+        self._check_layout(source, manifest, header.base_version > 0)
         self.drop_partial()
         unfinished = empty_folder(self._folder / (UNFINISHED + "partial"))
         _write_about(unfinished, source)
@@ -296,12 +296,17 @@ class ModelFolder:
         unfinished.rename(self._partial)
         self.has_partial = True
 
-    def _check_layout(self, source: Source, manifest: Manifest) -> None:
-        """A version has the tensors of the one before it: what that took is known to fit this device."""
+    def _check_layout(self, source: Source, manifest: Manifest, is_difference: bool) -> None:
+        """A version has the tensors of the one before it: what that took is known to fit this device.
+
+        A difference may leave out those that are no parameters.
+        """
         held = self.held
         if held is None or (held.source.run, held.source.sub_model) != (source.run, source.sub_model):
             return
-        if set(held.manifest.layout) != set(manifest.layout):
+        given, known = set(manifest.layout), set(held.manifest.layout)
+        due = {spec for spec in known if spec.role is TensorRole.PARAMETER} if is_difference else known
+        if not due <= given <= known:
             raise LayoutError(f"version {source.version} has not the tensors of version {held.version}")
 
     def finish(self, partial: PartialModel) -> HeldModel:

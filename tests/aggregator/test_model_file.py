@@ -252,6 +252,8 @@ def test_a_header_whose_length_looks_like_another_format_is_read(tmp_path):
     path = tmp_path / "m.safetensors"
     path.write_bytes(struct.pack("<Q", 640) + text + bytes(4))
     assert len(ModelFile.open(path).layout) == 1
+
+
 TIED = (
     TensorSpec("head.weight", "float32", (2, 3), tied_names=("tok.weight",)),
     TensorSpec("mask", "float32", (4,), TensorRole.CONSTANT),
