@@ -51,6 +51,7 @@ def configure(level: str = "info", log_format: str = "auto", stream: TextIO | No
         structlog.processors.TimeStamper("%H:%M:%S" if console else "iso", utc=not console),
         mask,
         in_order,
+        *([short] if console else []),
     ]
     renderer = _console_renderer(stream) if console else _json_renderer()
     number = logging.getLevelNamesMapping()[level.upper()]
@@ -86,6 +87,11 @@ def in_order(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDic
     """Time, level, event, run, round and worker first; the rest as the caller wrote it."""
     first = {key: event[key] for key in _FIRST_KEYS if key in event}
     return {**first, **event}
+
+
+def short(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Numbers for people: six digits."""
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in event.items()}
 
 
 def _masked(key: object, value: Any, depth: int) -> Any:

@@ -6,14 +6,27 @@ the tests, do not add up. Labels take few values: no worker names, a fleet has t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+    start_http_server,
+)
 
+from fedgrpc import __version__
 from fedgrpc.errors import UsageError
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskPhase, TaskRecord
+
+# They double the page and say nothing that a restart of the process does not.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 # From a round of digits on loopback to one of a large model over a radio link, seconds.
 _BUCKETS_S: Final = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600)
@@ -39,6 +52,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
+        Info("fedgrpc_build", "Version of this program", registry=registry).info({"version": __version__})
         self.rounds = Counter("fedgrpc_rounds", "Rounds that have ended", ["outcome"], registry=registry)
         self.tasks = Counter(
             "fedgrpc_tasks", "Tasks of ended rounds, by how they ended", ["outcome"], registry=registry
@@ -115,6 +129,14 @@ class Metrics:
                     seconds = getattr(task.timings, f"{phase}_seconds")
                     self.phase_seconds.labels(phase).observe(seconds)
                 self._observe_memory(task)
+
+    def restore(self, version: int, records: Sequence[Round]) -> None:
+        """Show what a former process knew: version, latest round, scores; `records` are newest first."""
+        self.model_version.set(version)
+        if records:
+            self.current_round.set(records[0].number)
+        for of, scores in (("global", "metrics"), ("evaluator", "evaluator_metrics")):
+            self.observe_scores(next(filter(None, (getattr(record, scores) for record in records)), {}), of)
 
     def observe_scores(self, metrics: Mapping[str, float], of: str) -> None:
         """Show the latest means; `of` is "global" (as workers score it), "evaluator" or "local"."""

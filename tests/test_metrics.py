@@ -3,6 +3,7 @@ from __future__ import annotations
 import urllib.request
 
 import pytest
+from prometheus_client import generate_latest
 
 from fedgrpc.errors import UsageError
 from fedgrpc.metrics import Metrics, serve_metrics
@@ -89,3 +90,19 @@ def test_a_metrics_port_in_use_is_one_clear_line() -> None:
 def test_a_malformed_metrics_address_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="HOST:PORT"), serve_metrics(Metrics(), "9090"):
         pass
+
+
+def test_after_a_restart_the_page_shows_what_is_in_the_data_folder() -> None:
+    metrics = Metrics()
+    older = Round(number=3, metrics={"accuracy": 0.5})
+    metrics.restore(5, [Round(number=4), older, Round(number=2, metrics={"accuracy": 0.1})])
+    text = generate_latest(metrics.registry).decode()
+    for line in ("fedgrpc_model_version 5.0", "fedgrpc_current_round 4.0"):
+        assert line in text
+    assert 'fedgrpc_score{metric="accuracy",of="global"} 0.5' in text
+
+
+def test_the_page_names_the_program_and_has_no_times_of_creation() -> None:
+    text = generate_latest(Metrics().registry).decode()
+    assert "fedgrpc_build_info{version=" in text
+    assert "_created" not in text

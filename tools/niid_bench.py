@@ -124,12 +124,13 @@ def _wait_for(events: Iterator[dict[str, Any]], name: str) -> dict[str, Any]:
 
 def _follow(events: Iterator[dict[str, Any]], label: str, rounds: int) -> None:
     """Show each committed round until the run ends."""
-    started_s = time.monotonic()
+    started_s, before = time.monotonic(), ""
     for event in events:
         if event["event"] == "run ended":
             return
+        if event["event"] == "version scored" and "accuracy" in event:
+            before = f", {100 * event['accuracy']:.2f} % before it"
         if event["event"] == "round committed" and event["round"]:
-            before = f", {100 * event['accuracy']:.2f} % before it" if "accuracy" in event else ""
             done = min(event["round"], rounds)
             elapsed_s = time.monotonic() - started_s
             print(f"{label}: round {done} of {rounds}{before}, {elapsed_s:.0f} s", file=sys.stderr, flush=True)
@@ -138,13 +139,13 @@ def _follow(events: Iterator[dict[str, Any]], label: str, rounds: int) -> None:
 def _records(address: str, rounds: int) -> list[dict[str, Any]]:
     command = [*FEDGRPC, "status", "--aggregator", address, "--json", "--rounds", str(rounds + 5)]
     status = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return [record for record in json.loads(status)["rounds"] if record["kind"] == "TASK_KIND_TRAIN"]
+    return [record for record in json.loads(status)["rounds"] if record["kind"] == "train"]
 
 
 def _cell(partition: str, encoding: str, seed: int, records: list[dict[str, Any]], seconds: float) -> Cell:
     records = sorted(records, key=lambda record: int(record["number"]))
     tasks = [task for record in records for task in record["tasks"]]
-    if any(task["phase"] != "TASK_PHASE_ACCEPTED" for task in tasks):
+    if any(task["phase"] != "accepted" for task in tasks):
         raise SystemExit("not every party took part in every round")
     return Cell(
         partition,

@@ -40,6 +40,8 @@ log = structlog.get_logger()
 _AFTER_ABANDONED = Backoff(first_s=0.5, cap_s=15.0)
 # After each look at the whole fleet, this many times as long for everything else.
 _REST = 9.0
+# Rounds that are looked through for the newest scores after a restart.
+_RECENT_ROUNDS = 20
 _AFTER_STORAGE_ERROR = Backoff(first_s=0.5, cap_s=15.0)
 
 
@@ -63,7 +65,10 @@ class Driver:
 
     async def recover(self) -> None:
         """Take up what a former process left in the data folder. Raises `UsageError` and `StorageError`."""
-        self._last_number = await Recovery(self._it, self._offering).recover()
+        it = self._it
+        self._last_number = await Recovery(it, self._offering).recover()
+        records, _ = await it.in_database(it.store.rounds, self._last_number + 1, _RECENT_ROUNDS)
+        it.metrics.restore(it.run.version, records)
 
     async def run(self) -> None:
         """Play rounds until the run has ended. Raises `StorageError` only for what waiting cannot mend."""
@@ -214,6 +219,7 @@ class Driver:
         scores = scores_of(current, current.weights, self._it.weighing, self._settings.policy.max_share)
         self._closing_evaluation = self._settings.evaluate and bool(scores.metrics)
         if scores.metrics:
+            self._log.info("version scored", version=current.base_version, by="workers", **scores.metrics)
             await self._it.keep_scores(current.base_version, scores.metrics, of_sub_models=scores.of_sub_models)
         number, version, updates = current.state.number, self._it.run.version, len(current.weights)
         if (dominance := current.dominance) is not None:
@@ -224,7 +230,7 @@ class Driver:
                 share=round(dominance.share, 3),
                 hint="--max-examples and --max-share bound it",
             )
-        self._log.info("round committed", round=number, version=version, updates=updates, **scores.metrics)
+        self._log.info("round committed", round=number, version=version, updates=updates)
 
     async def _finish(self, current: CurrentRound, finished: Finished) -> None:
         """Record an abandoned round (a committed one is recorded with its version), and let go of what is over."""

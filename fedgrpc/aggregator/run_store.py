@@ -24,6 +24,7 @@ from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
+DATABASE = "run.sqlite"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (
     one INTEGER PRIMARY KEY CHECK (one = 1), id TEXT NOT NULL, name TEXT NOT NULL, phase INTEGER NOT NULL,
@@ -100,6 +101,15 @@ class RunStore:
             for column in _ADDED_TO_TASKS.keys() - there:
                 self._db.execute(f"ALTER TABLE tasks ADD COLUMN {column} {_ADDED_TO_TASKS[column]}")
         self._path = path
+
+    @classmethod
+    def reading(cls, path: Path) -> RunStore:
+        """Open the database for reading alone, beside the process that owns it."""
+        store = cls.__new__(cls)
+        with _storage_errors(path):
+            store._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+        store._path = path
+        return store
 
     def close(self) -> None:
         """Close the database; the store is then used up."""

@@ -18,7 +18,7 @@ import structlog
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.driver import Driver
 from fedgrpc.aggregator.model_store import ModelStore
-from fedgrpc.aggregator.run_store import RunStore
+from fedgrpc.aggregator.run_store import DATABASE, RunStore
 from fedgrpc.aggregator.service import AggregatorService
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.uploads import UploadJournal
@@ -87,7 +87,7 @@ class Aggregator:
             journal = UploadJournal(folder / "uploads", self._settings.durable)
         except OSError as error:
             raise UsageError(f"cannot use the data folder {folder}: {error.strerror}") from error
-        store = RunStore(folder / "run.sqlite")
+        store = RunStore(folder / DATABASE)
         return Coordinator(self._settings, store, models, journal, self._metrics)
 
     async def _serve(self, driver: Driver, health: Health, ready: Callable[[int], None] | None) -> None:

@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any, Final, NoReturn
 
 import click
@@ -44,6 +45,16 @@ class LazyGroup(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         return load_command(cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if close := get_close_matches(args[0], _COMMANDS, 1):
+                raise click.UsageError(f"{error.format_message()} Did you mean {close[0]!r}?", ctx) from error
+            raise
 
 
 def load_command(name: str) -> click.Command:

@@ -9,6 +9,7 @@ from typing import Any
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedgrpc.cli.options import Declare, Setting
+from fedgrpc.cli.view import by_name
 from fedgrpc.errors import LinkError
 from fedgrpc.rpc.channel import Tls, open_channel
 from fedgrpc.rpc.status import domain_errors
@@ -54,12 +55,12 @@ class Operator:
             workers += answer.workers
             request.page_token = answer.next_page_token
             if not request.page_token:
-                return sorted(workers, key=lambda record: record.worker)
+                return sorted(workers, key=lambda record: by_name(record.worker))
 
-    async def latest_rounds(self, count: int) -> list[Round]:
-        """At most `count` rounds, oldest first."""
+    async def latest_rounds(self, count: int, whole: bool = True) -> list[Round]:
+        """At most `count` rounds, oldest first; unless `whole`, without the tasks that a page leaves out."""
         rounds = []
-        async for record in self.rounds_back(min(count, _PAGE)):
+        async for record in self.rounds_back(min(count, _PAGE), whole):
             rounds.append(record)
             if len(rounds) == count:
                 break
@@ -69,14 +70,14 @@ class Operator:
         """Every round, oldest first."""
         return [record async for record in self.rounds_back()][::-1]
 
-    async def rounds_back(self, page_size: int = _PAGE) -> AsyncIterator[Round]:
-        """Every round, newest first, each with all of its tasks."""
+    async def rounds_back(self, page_size: int = _PAGE, whole: bool = True) -> AsyncIterator[Round]:
+        """Every round, newest first, each with all of its tasks if `whole`."""
         request = pb.ListRoundsRequest(page_size=page_size)
         while True:
             with self._reaching():
                 answer = await self._stub.ListRounds(request, timeout=_TIMEOUT_S)
             for record in answer.rounds:
-                yield await self._whole(record) if record.tasks_left_out else record
+                yield await self._whole(record) if whole and record.tasks_left_out else record
             request.page_token = answer.next_page_token
             if not request.page_token:
                 return

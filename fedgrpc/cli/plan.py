@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
 from fedgrpc.aggregation.prediction import Choice, Device, Observation, Prediction, choose_of, misfit, predict
+from fedgrpc.cli.as_json import json_text
 from fedgrpc.cli.operator import operator
 from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand
 from fedgrpc.cli.planning import Asked, Model, Subject, ask, measured
@@ -112,7 +112,7 @@ def _run(**values: Any) -> None:
     questions = {each: replace(question, model=Model.of(trainer, *each)) for each in told}
     decided = [(subject, questions.get(subject.encodings, question)) for subject in subjects]
     if values["as_json"]:
-        click.echo(json.dumps([_plain(*each) for each in decided], indent=2))
+        click.echo(json_text([_plain(*each) for each in decided]))
         return
     console = piped_console()
     console.print(f"plans: {whose}; a round has {seconds(deadline_s)}", highlight=False, soft_wrap=True)

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import json
+import multiprocessing
+import os
+import signal
+import threading
 import tomllib
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
+from fedgrpc.cli.as_json import json_text
 from fedgrpc.cli.options import Declare, SettingsCommand
 from fedgrpc.cli.view import piped_console, print_table, seconds, size
 from fedgrpc.errors import UsageError
 from fedgrpc.simulation.fleet import Fleet, Variant
 from fedgrpc.simulation.fleet_result import FleetResult
 from fedgrpc.simulation.fleet_run import FleetRun
+
+_SHOWN_EACH_S: Final = 0.2
+# Of a process that plays: where it notes how much of each variant is done.
+_done: Any = None
 
 LIMITS: Final = (
     "Modelled: reach, speed and link of each device, failed tasks, paused and resumed transfers, leases, "
@@ -31,11 +39,20 @@ LIMITS: Final = (
 def _run(**values: Any) -> None:
     hours, plot = values["hours"], values["plot"]
     described = read_fleet(values["fleet"])
-    results = play(described, hours, values["seed"], values["jobs"])
+    if plot is not None:
+        check_plot(plot)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        shown = [progress.add_task(variant.name, total=1.0) for variant in described.variants]
+
+        def show(done: Sequence[float]) -> None:
+            for number, part in zip(shown, done, strict=True):
+                progress.update(number, completed=part)
+
+        results = play(described, hours, values["seed"], values["jobs"], show)
     if plot is not None:
         plot_results(results, plot)
     if values["as_json"]:
-        click.echo(json.dumps([result.to_json() for result in results], indent=2))
+        click.echo(json_text([result.to_json() for result in results]))
         return
     console = piped_console()
     print_table(console, results_table(described, hours, results))
@@ -65,18 +82,46 @@ def read_fleet(path: Path) -> Fleet:
         raise UsageError(f"{path}: {error}") from error
 
 
-def play(fleet: Fleet, hours: float, seed: int, jobs: int) -> list[FleetResult]:
-    """Every variant on the same fleet, each in a process of its own where there are several."""
-    arguments = [(fleet, variant, hours, seed) for variant in fleet.variants]
-    if jobs == 1 or len(arguments) == 1:
-        return [_play_one(one) for one in arguments]
-    with ProcessPoolExecutor(min(jobs, len(arguments))) as pool:
-        return list(pool.map(_play_one, arguments))
+def play(
+    fleet: Fleet, hours: float, seed: int, jobs: int, show: Callable[[Sequence[float]], None] = lambda done: None
+) -> list[FleetResult]:
+    """Play every variant on the same fleet, each in a process of its own; `show` hears how much of each is done.
+
+    Whatever ends this process ends the others at once.
+    """
+    count = len(fleet.variants)
+    done: Any = multiprocessing.Array("d", count)
+    with multiprocessing.Pool(min(jobs, count), _begin, (done,)) as pool:
+        work = [(index, fleet, variant, hours, seed) for index, variant in enumerate(fleet.variants)]
+        playing = pool.map_async(_play_one, work, chunksize=1)
+        while not playing.ready():
+            playing.wait(_SHOWN_EACH_S)
+            show(list(done))
+        return playing.get()
 
 
-def _play_one(arguments: tuple[Fleet, Variant, float, int]) -> FleetResult:
-    fleet, variant, hours, seed = arguments
-    return FleetRun(fleet, variant, seed).run(hours * 3600)
+def _begin(done: Any) -> None:
+    """Leave Ctrl-C to the process that started this one, and end with it."""
+    global _done
+    _done = done
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _play_one(work: tuple[int, Fleet, Variant, float, int]) -> FleetResult:
+    index, fleet, variant, hours, seed = work
+
+    def note(part: float) -> None:
+        _done[index] = part
+
+    return FleetRun(fleet, variant, seed).run(hours * 3600, note)
 
 
 def results_table(fleet: Fleet, hours: float, results: Sequence[FleetResult]) -> Table:
@@ -120,13 +165,25 @@ def classes_table(results: Sequence[FleetResult]) -> Table:
     return table
 
 
-def plot_results(results: Sequence[FleetResult], path: Path) -> None:
-    """Write the picture: versions and participation over time, where work went. Raises `UsageError`."""
+def check_plot(path: Path) -> None:
+    """Raise `UsageError` where `plot_results` will: before hours are spent on what is to be drawn."""
     try:
         import matplotlib as mpl
     except ImportError as error:
         raise UsageError("--plot needs matplotlib: pip install 'fedgrpc[demo]'") from error
     mpl.use("Agg")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
+        raise UsageError(f"cannot write the plot {path}: its name ends in none of .{', .'.join(sorted(formats))}")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"cannot write the plot {path}: {path.parent} is no folder that can be written")
+
+
+def plot_results(results: Sequence[FleetResult], path: Path) -> None:
+    """Write the picture: versions and participation over time, where work went. Raises `UsageError`."""
+    check_plot(path)
     from matplotlib import pyplot as plt
 
     figure, (versions, part, work) = plt.subplots(1, 3, figsize=(14, 4.2), constrained_layout=True)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
-from google.protobuf.json_format import MessageToDict
 
+from fedgrpc.aggregator.run_store import DATABASE, RunStore
+from fedgrpc.cli import as_json
 from fedgrpc.cli.operator import AGGREGATOR_SETTING, operator
 from fedgrpc.cli.options import Declare, SettingsCommand
 from fedgrpc.cli.tls import client_settings, client_tls
@@ -21,13 +25,23 @@ from fedgrpc.cli.view import (
     run_line,
     workers_table,
 )
+from fedgrpc.errors import UsageError
+from fedgrpc.v1.aggregator_pb2 import Run, RunPhase, WorkerRecord
+from fedgrpc.v1.round_pb2 import Round
 
 _show = Declare("What to show")
 # The last round may be one that only scores, or was abandoned.
 _LOOKED_BACK = 20
+_MAX_ROUND = (1 << 63) - 1
+_MAX_BYTES = 1 << 30
 
 SETTINGS = [
     AGGREGATOR_SETTING,
+    Declare("Where")(
+        "--data-dir",
+        "Read this data folder instead, whether or not an aggregator uses it.",
+        type=click.Path(path_type=Path, exists=True, file_okay=False),
+    ),
     _show("--json/--table", "JSON, for programs.", name="as_json", default=False),
     _show(
         "--plans/--no-plans",
@@ -46,23 +60,64 @@ SETTINGS = [
 ]
 
 
+@dataclass(frozen=True)
+class Status:
+    """A run as it stands, with its latest rounds, oldest first. `healthy`: None where nobody serves it."""
+
+    run: Run
+    workers: Sequence[WorkerRecord]
+    latest: Sequence[Round]
+    healthy: bool | None
+
+
 def _run(**values: Any) -> None:
-    asyncio.run(_status(values))
+    count, folder = max(values["rounds"], _LOOKED_BACK), values["data_dir"]
+    status = asyncio.run(_asked(values, count)) if folder is None else stored(folder, count)
+    if values["as_json"]:
+        click.echo(as_json.json_text(_plain(status, values["rounds"])))
+    else:
+        _print(status, values)
 
 
-async def _status(values: dict[str, Any]) -> None:
+async def _asked(values: dict[str, Any], count: int) -> Status:
     async with operator(values["aggregator"], client_tls(values)) as aggregator:
         run, workers, healthy = await aggregator.run(), await aggregator.workers(), await aggregator.healthy()
-        latest = await aggregator.latest_rounds(max(values["rounds"], _LOOKED_BACK))
+        return Status(run, workers, await aggregator.latest_rounds(count), healthy)
+
+
+def stored(folder: Path, count: int) -> Status:
+    """What a data folder holds of its run. Raises `UsageError` for one without a run, and `StorageError`."""
+    if not (folder / DATABASE).exists():
+        raise UsageError(f"{folder} is no data folder of an aggregator: it has no {DATABASE}")
+    with closing(RunStore.reading(folder / DATABASE)) as store:
+        kept, version = store.run(), store.latest_version()
+        if kept is None:
+            raise UsageError(f"the data folder {folder} holds no run yet")
+        run_id, name, phase, reason, started_at = kept
+        run = Run(id=run_id, name=name, phase=RunPhase.Name(phase), reason=reason)
+        run.model_version = version.version if version else 0
+        run.started_at.FromNanoseconds(int(started_at * 1e9))
+        rounds, _ = store.rounds(_MAX_ROUND, count, _MAX_BYTES)
+        run.current_round = rounds[0].number if rounds else 0
+        return Status(run, [], rounds[::-1], None)
+
+
+def _plain(status: Status, count: int) -> dict[str, Any]:
+    run = as_json.plain(status.run)
+    return {
+        "healthy": status.healthy,
+        "run": {**run, "settings": as_json.settings(run["settings"])},
+        "rounds": [as_json.plain(record) for record in status.latest[-count:]],
+        "workers": [as_json.plain(record) for record in status.workers],
+    }
+
+
+def _print(status: Status, values: dict[str, Any]) -> None:
+    run, workers, latest, healthy = status.run, status.workers, status.latest, status.healthy
     rounds = latest[-values["rounds"] :]
-    if values["as_json"]:
-        messages = {"run": run, "rounds": rounds, "workers": workers}
-        answer = {name: _plain(item) for name, item in messages.items()}
-        click.echo(json.dumps({"healthy": healthy, **answer}, indent=2))
-        return
     console = piped_console()
-    console.print(run_line(run), style="bold", highlight=False)
-    if not healthy:
+    console.print(run_line(run), style="bold", highlight=False, markup=False, soft_wrap=True)
+    if healthy is False:
         console.print("NOT_SERVING: its data folder fails, or it is ending; its log says more", highlight=False)
     tables = [rounds_table(rounds), workers_table(workers)]
     predictions = predictions_table(latest)
@@ -76,12 +131,6 @@ async def _status(values: dict[str, Any]) -> None:
             print_table(console, table)
     if values["plans"] and not predictions.row_count:
         console.print(f"\nno task of the last {len(latest)} rounds had its cost predicted", highlight=False)
-
-
-def _plain(message: Any) -> Any:
-    if isinstance(message, list):
-        return [_plain(item) for item in message]
-    return MessageToDict(message, preserving_proto_field_name=True)
 
 
 COMMAND = SettingsCommand("status", _run, SETTINGS, "Show a running aggregator: run, last rounds, workers.")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
+from fedgrpc.cli.table import Column, Table
 from fedgrpc.metrics import prediction_errors
 from fedgrpc.rpc.local_model import plan_from_proto
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase, WorkerRecord, WorkerState
@@ -41,18 +41,22 @@ _ROLES: Mapping[int, str] = {
     WorkerRole.WORKER_ROLE_AGGREGATOR: "aggregator",
 }
 _ACCEPTED = TaskPhase.TASK_PHASE_ACCEPTED
-_PIPE_COLUMNS = 120
+# Wider than any line: into a pipe nothing is cut or broken.
+_PIPE_COLUMNS = 10_000
+_BAR_CELLS = 20
+# A worker that holds a poll was heard of just now.
+_SILENT_S = 5.0
 _SHOWN_AT_MOST = 20
 _DONE = (RoundPhase.ROUND_PHASE_COMMITTED, RoundPhase.ROUND_PHASE_ABANDONED)
 
 
 def piped_console() -> Console:
-    """A terminal as wide as it is; into a pipe or a file, room enough for the tables."""
+    """A terminal as wide as it is; into a pipe or a file, lines as long as they are."""
     console = Console()
     return console if console.is_terminal else Console(width=_PIPE_COLUMNS)
 
 
-def print_table(console: Console, table: Table) -> None:
+def print_table(console: Console, table: RenderableType) -> None:
     """A table; in a pipe or a file without the blanks that fill its lines."""
     if console.is_terminal:
         console.print(table)
@@ -119,7 +123,8 @@ def scores(metrics: Mapping[str, float], names: Iterable[str] = ("accuracy", "lo
 def run_line(run: Run) -> str:
     """One line about the run."""
     committed = max(0, run.model_version - 1)
-    parts = [f"run {run.name}", run_phase(run), f"{committed} of {run.total_rounds} rounds committed"]
+    planned = f" of {run.total_rounds}" if run.total_rounds else ""
+    parts = [f"run {run.name}", run_phase(run), f"{committed}{planned} rounds committed"]
     parts.append(f"model version {run.model_version}" if run.model_version else "no model yet")
     return " · ".join(parts) + (f" ({run.reason})" if run.reason else "")
 
@@ -134,8 +139,8 @@ def round_line(record: Round) -> str:
         parts.append(f"{record.time_left.ToTimedelta().total_seconds():.0f} s left")
     if record.phase in _DONE:
         parts.append(seconds(record.duration_seconds))
-    if record.phase == RoundPhase.ROUND_PHASE_ABANDONED and record.reason:
-        parts.append(record.reason)
+    if record.phase == RoundPhase.ROUND_PHASE_ABANDONED:
+        parts += filter(None, (record.reason, first_failure(record)))
     missing = _first([f"{task.worker} {task_phase(task)}" for task in record.tasks if task.phase in LOST])
     found = round_scores(record)
     return " · ".join([*parts, *warnings(record), *missing, *([found] if found else [])])
@@ -150,7 +155,10 @@ def round_scores(record: Round) -> str:
 
 def task_table(record: Round) -> Table:
     """Who does what in a round, with a bar of progress for each."""
-    table = _table("worker", "device", "task", "progress", ">examples", ">down", ">up", "note")
+    table = Table(
+        *(Column("worker"), Column("device", rank=3), Column("task"), Column("progress", rank=1)),
+        *(Column("examples", True, 4), Column("down", True, 5), Column("up", True, 6)),
+    )
     for task in record.tasks:
         table.add_row(
             task.worker,
@@ -160,22 +168,25 @@ def task_table(record: Round) -> Table:
             str(task.example_count or ""),
             size(task.download_bytes) if task.download_bytes else "",
             size(task.upload_bytes) if task.upload_bytes else "",
-            task.reason or ("training changed nothing" if task.unchanged else ""),
+            note=task.reason or ("training changed nothing" if task.unchanged else ""),
         )
     if record.tasks_left_out:
         table.add_row(f"and {record.tasks_left_out} more")
     return table
 
 
-def _bar(task: TaskRecord) -> ProgressBar:
-    share = 1.0 if task.phase == TaskPhase.TASK_PHASE_ACCEPTED else task.progress
-    style = _STYLES.get(task.phase, "white")
-    return ProgressBar(total=1.0, completed=share, width=20, complete_style=style, finished_style=style)
+def _bar(task: TaskRecord) -> Text:
+    share = 1.0 if task.phase == TaskPhase.TASK_PHASE_ACCEPTED else min(1.0, max(0.0, task.progress))
+    done = round(share * _BAR_CELLS)
+    return Text.assemble(("━" * done, _STYLES.get(task.phase, "white")), ("━" * (_BAR_CELLS - done), "grey23"))
 
 
 def rounds_table(rounds: Sequence[Round]) -> Table:
     """One row per round, oldest first."""
-    table = _table(">round", ">updates", ">time", ">down", ">up", "phase", "scores", "note")
+    table = Table(
+        *(Column("round", True), Column("updates", True), Column("time", True, 1)),
+        *(Column("down", True, 3), Column("up", True, 4), Column("phase"), Column("scores", rank=2)),
+    )
     for record in rounds:
         accepted = sum(task.phase == TaskPhase.TASK_PHASE_ACCEPTED for task in record.tasks)
         table.add_row(
@@ -186,14 +197,14 @@ def rounds_table(rounds: Sequence[Round]) -> Table:
             size(sum(task.upload_bytes for task in record.tasks)),
             round_phase(record),
             round_scores(record),
-            _note(record),
+            note=_note(record),
         )
     return table
 
 
 def _note(record: Round) -> str:
     if record.phase == RoundPhase.ROUND_PHASE_ABANDONED:
-        return record.reason
+        return "; ".join(filter(None, (record.reason, first_failure(record))))
     lost = [f"{task.worker}: {task.reason}" for task in record.tasks if task.phase in LOST]
     idle = [f"{task.worker}: training changed nothing" for task in record.tasks if task.unchanged]
     return "; ".join([*warnings(record), *_first(lost + idle)])
@@ -206,6 +217,18 @@ def warnings(record: Round) -> list[str]:
     return [f"{record.dominance.worker} is {record.dominance.share:.0%} of the mean"]
 
 
+def first_failure(record: Round) -> str:
+    """The reason of the first task that failed or was rejected: most likely that of all the others."""
+    failed = (TaskPhase.TASK_PHASE_FAILED, TaskPhase.TASK_PHASE_REJECTED)
+    reasons = [f"{task.worker}: {task.reason}" for task in record.tasks if task.phase in failed and task.reason]
+    return reasons[0] if reasons else ""
+
+
+def by_name(name: str) -> tuple[object, ...]:
+    """A sorting key by which pi-2 comes before pi-10."""
+    return tuple(int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name))
+
+
 def _first(items: list[str]) -> list[str]:
     """As many as one reads."""
     more = len(items) - _SHOWN_AT_MOST
@@ -214,7 +237,15 @@ def _first(items: list[str]) -> list[str]:
 
 def workers_table(workers: Sequence[WorkerRecord]) -> Table:
     """One row per worker."""
-    table = _table("worker", "role", "device", "state", ">cores", ">memory", ">seen", "accepted")
+    table = Table(
+        *(Column("worker"), Column("role", rank=4), Column("device", rank=3), Column("state")),
+        *(
+            Column("cores", True, 6),
+            Column("memory", True, 5),
+            Column("seen", True, 1),
+            Column("accepted", rank=2),
+        ),
+    )
     for record in workers:
         device = record.device
         table.add_row(
@@ -232,17 +263,22 @@ def workers_table(workers: Sequence[WorkerRecord]) -> Table:
 
 def links_table(workers: Sequence[WorkerRecord]) -> Table:
     """One row per worker: its link, and how its models and updates travel over it."""
-    table = _table("worker", ">up", "updates as", ">down", "models as")
+    table = Table(
+        *(Column("worker"), Column("up", True, 1), Column("updates as"), Column("down", True, 2)),
+        Column("models as"),
+    )
     for record in workers:
-        up, down = (rate(it) for it in (record.uplink_bytes_per_second, record.downlink_bytes_per_second))
+        up, down = map(rate, (record.uplink_bytes_per_second, record.downlink_bytes_per_second))
         table.add_row(record.worker, up, record.upload_recipe, down, record.download_recipe)
     return table
 
 
 def predictions_table(rounds: Sequence[Round]) -> Table:
     """Of the last of these rounds that has any: each accepted task's cost predicted and measured."""
-    table = _table("worker", ">T_local", ">T_upload", ">T_download", ">memory", ">tensors", "plan")
-    table.columns[-1].no_wrap = False
+    table = Table(
+        *(Column("worker"), Column("T_local", True), Column("T_upload", True), Column("T_download", True)),
+        *(Column("memory", True, 1), Column("tensors", True, 2)),
+    )
     for record in reversed(rounds):
         tasks = [task for task in record.tasks if task.HasField("prediction") and task.phase == _ACCEPTED]
         for task in tasks:
@@ -256,7 +292,7 @@ def predictions_table(rounds: Sequence[Round]) -> Table:
             )
             memory = _beside(size(task.peak_memory_bytes), its.peak_memory_bytes, errors.get("memory"), size)
             tensors = size(task.tensor_bytes) if task.tensor_bytes else ""
-            table.add_row(task.worker, *times, memory, tensors, plan_from_proto(task.local_model).to_line())
+            table.add_row(task.worker, *times, memory, tensors, note=plan_from_proto(task.local_model).to_line())
         if tasks:
             return table
     return table
@@ -269,23 +305,25 @@ def _beside(measured: str, expected: float, error: float | None, shown: Callable
 
 def _state(record: WorkerRecord) -> str:
     state = WorkerState.Name(record.state).removeprefix("WORKER_STATE_").lower()
+    if record.state == WorkerState.WORKER_STATE_IDLE:
+        # Its lease has not run out, but it does not wait for a task: it hangs, or its link is gone.
+        silent = record.last_seen_ago.ToTimedelta().total_seconds() >= _SILENT_S
+        return "silent" if silent else state
     if record.state != WorkerState.WORKER_STATE_BUSY or not record.task_phase:
         return state
     phase = TaskPhase.Name(record.task_phase).removeprefix("TASK_PHASE_").lower()
     return f"{phase} {record.progress:.0%}"
 
 
-def _table(*headings: str) -> Table:
-    """A table without lines, ">" for columns to the right; the last one gives way on a narrow terminal."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", expand=True)
-    *fixed, last = headings
-    for heading in fixed:
-        name = heading.removeprefix(">")
-        table.add_column(name, justify="right" if heading != name else "left", no_wrap=True)
-    table.add_column(last, ratio=1, overflow="ellipsis", no_wrap=True)
-    return table
+def scored_line(rounds: Sequence[Round]) -> str:
+    """Scores of the newest version that has any: they come with the updates of the round after."""
+    for record in sorted(rounds, key=lambda record: -record.number):
+        if found := round_scores(record):
+            return f"version {record.committed_version or record.base_version}: {found}"
+    return ""
 
 
-def live_view(run: Run, record: Round) -> RenderableType:
-    """What `watch` shows: the run, the round, its tasks."""
-    return Group(Text(run_line(run), style="bold"), Text(round_line(record)), Text(), task_table(record))
+def live_view(run: Run, record: Round, scored: str = "") -> RenderableType:
+    """What `watch` shows: the run, the round, its tasks, and the newest scores."""
+    lines = [Text(run_line(run), style="bold"), Text(round_line(record)), *([Text(scored)] if scored else [])]
+    return Group(*lines, Text(), task_table(record))

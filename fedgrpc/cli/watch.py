@@ -1,46 +1,135 @@
-"""`fedgrpc watch`: a running aggregator, live; one line per change where there is no terminal."""
+"""`fedgrpc watch`: a running aggregator, live; one line per change where there is no terminal.
+
+exit code 0     the run is finished
+          1     the aggregator could not be reached, at first or for longer than `--patience`
+          3     an operator has stopped the run
+"""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final
 
 from rich.console import Console
 from rich.live import Live
 
 from fedgrpc.cli.operator import AGGREGATOR_SETTING, Operator, operator
-from fedgrpc.cli.options import SettingsCommand
+from fedgrpc.cli.options import Declare, SettingsCommand
+from fedgrpc.cli.quantities import DURATION
 from fedgrpc.cli.tls import client_settings, client_tls
-from fedgrpc.cli.view import SETTLED, live_view, piped_console, round_line, round_phase, run_line, run_phase
+from fedgrpc.cli.view import (
+    SETTLED,
+    live_view,
+    piped_console,
+    round_line,
+    round_phase,
+    run_line,
+    run_phase,
+    scored_line,
+)
+from fedgrpc.errors import LinkError
+from fedgrpc.rpc.retry import Backoff, Retries
+from fedgrpc.v1 import aggregator_pb2 as pb
 
-SETTINGS = [AGGREGATOR_SETTING, *client_settings()]
+_AGAIN: Final = Backoff(first_s=0.2, cap_s=5.0)
+_RECENT: Final = 5
+_STOPPED: Final = 3
+_ENDED: Final = (pb.RUN_PHASE_FINISHED, pb.RUN_PHASE_STOPPED)
+
+News = pb.WatchRoundsResponse
+# Takes what has changed, and the newest scores as a line.
+Show = Callable[[News, str], None]
+
+SETTINGS = [
+    AGGREGATOR_SETTING,
+    Declare("Where")(
+        "--patience", "How long to try again after the aggregator has gone.", type=DURATION, default=300.0
+    ),
+    *client_settings(),
+]
 
 
-def _run(**values: Any) -> None:
-    asyncio.run(_watch(values))
+def _run(**values: Any) -> int:
+    return asyncio.run(_watch(values))
 
 
-async def _watch(values: dict[str, Any]) -> None:
+async def _watch(values: dict[str, Any]) -> int:
     console = piped_console()
     async with operator(values["aggregator"], client_tls(values)) as aggregator:
-        await (_live(aggregator, console) if console.is_terminal else _lines(aggregator, console))
+        if not console.is_terminal:
+            return await follow(aggregator, _lines(console), _remark(console), values["patience"])
+        with Live(console=console, refresh_per_second=8) as live:
+
+            def show(news: News, scored: str) -> None:
+                live.update(live_view(news.run, news.round, scored))
+
+            return await follow(aggregator, show, _remark(console), values["patience"])
 
 
-async def _live(aggregator: Operator, console: Console) -> None:
-    with Live(console=console, refresh_per_second=8) as live:
-        async for news in aggregator.watch():
-            live.update(live_view(news.run, news.round))
+async def follow(aggregator: Operator, show: Show, remark: Callable[[str], None], patience_s: float) -> int:
+    """Show every change until the run ends; the exit code.
+
+    An aggregator that restarts is waited for. Raises `LinkError` when it is not there at first, or not again
+    within `patience_s`.
+    """
+    heard_at: float | None = None
+    retries = Retries(_AGAIN)
+    seen, scored = None, ""
+    while True:
+        try:
+            phase = None
+            async for news in aggregator.watch():
+                heard_at = time.monotonic()
+                retries.reset()
+                phase = news.run.phase
+                if seen != (seen := (phase, news.round.number, news.round.phase)):
+                    # An aggregator whose run has ended leaves at once: its last word is enough.
+                    with suppress(LinkError):
+                        scored = scored_line(await aggregator.latest_rounds(_RECENT, whole=False))
+                show(news, scored)
+            if phase in _ENDED:
+                return 0 if phase == pb.RUN_PHASE_FINISHED else _STOPPED
+            remark("the aggregator is ending, and the run has not; waiting for it to come back")
+        except LinkError:
+            if heard_at is None or time.monotonic() - heard_at > patience_s:
+                raise
+            remark("the aggregator is gone, and the run has not ended; waiting for it to come back")
+        await asyncio.sleep(retries.next_delay_s())
 
 
-async def _lines(aggregator: Operator, console: Console) -> None:
-    """A line when the run changes its phase, when a round does, and when an update comes in."""
+def _remark(console: Console) -> Callable[[str], None]:
+    told = ""
+
+    def remark(text: str) -> None:
+        nonlocal told
+        if text != told:
+            console.print(text, highlight=False, soft_wrap=True)
+        told = text
+
+    return remark
+
+
+def _lines(console: Console) -> Show:
+    """A line when the run changes its phase, when a round does, when an update comes in, and for new scores."""
     shown: object = None
-    async for news in aggregator.watch():
+    told = ""
+
+    def show(news: News, scored: str) -> None:
+        nonlocal shown, told
         phases = tuple(task.phase for task in news.round.tasks if task.phase in SETTLED)
         state = (run_phase(news.run), news.round.number, round_phase(news.round), phases)
+        if scored != told:
+            console.print(scored, highlight=False, soft_wrap=True, markup=False)
+            told = scored
         if state != shown:
-            console.print(f"{run_line(news.run)} | {round_line(news.round)}", highlight=False, soft_wrap=True)
+            line = f"{run_line(news.run)} | {round_line(news.round)}"
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
             shown = state
+
+    return show
 
 
 COMMAND = SettingsCommand("watch", _run, SETTINGS, "Follow a running aggregator until its run ends.")

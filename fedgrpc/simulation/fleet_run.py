@@ -9,7 +9,9 @@ device out of reach trains on, and its transfers wait.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,7 @@ from fedgrpc.simulation.loop import Life, Loop, Process, Wait
 _LOOK_AGAIN_S = 5.0
 _KNOWN_WORKERS = 1000
 _ENOUGH_IDLE = 1000
+_SHOWN_STEPS = 200
 
 
 @dataclass
@@ -77,9 +80,11 @@ class FleetRun:
         self._pool_wanted = False
         self._life = Life()
 
-    def run(self, duration_s: float) -> FleetResult:
-        """Play that much virtual time."""
+    def run(self, duration_s: float, show: Callable[[float], None] = lambda part: None) -> FleetResult:
+        """Play that much virtual time; `show` hears how much of it is over, 0 to 1."""
         self._look(1)
+        for number in range(1, _SHOWN_STEPS + 1):
+            self.loop.call_at(duration_s * number / _SHOWN_STEPS, partial(show, number / _SHOWN_STEPS))
         self.loop.run(duration_s, lambda: True)
         return summarize(self.variant, self.devices, self.lines, self.all_jobs, duration_s)
 

@@ -62,7 +62,7 @@ def test_status_shows_the_run_its_rounds_and_its_workers(finished_run: tuple[str
 def test_status_as_json_is_for_programs(finished_run: tuple[str, Path]) -> None:
     ended = fedgrpc("status", "--aggregator", finished_run[0], "--json", "--rounds", "2")
     answer = json.loads(ended.out)
-    assert answer["run"]["phase"] == "RUN_PHASE_FINISHED"
+    assert answer["run"]["phase"] == "finished"
     assert [worker["worker"] for worker in answer["workers"]] == ["pi-1", "pi-2"]
     assert len(answer["rounds"]) == 2
 

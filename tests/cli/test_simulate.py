@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.cli.process import fedgrpc
+from tests.cli.process import fedgrpc, running
 
 FLEET = """
 [model]
@@ -89,3 +92,32 @@ def test_a_bad_fleet_file_is_one_line_and_exit_code_2(content: str | None, compl
     assert ended.error.startswith("error: ")
     assert complaint in ended.error
     assert ended.error.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_whatever_ends_it_ends_its_processes_at_once(tmp_path: Path, number: signal.Signals) -> None:
+    with running("simulate", "--fleet", str(EXAMPLE), "--hours", "2000", log=tmp_path / "log") as process:
+        playing = _children(process.pid)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == (130 if number == signal.SIGINT else -signal.SIGKILL)
+        _, alive = psutil.wait_procs(playing, timeout=60)
+        assert alive == []
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    """The processes that play, once they are there."""
+    for _ in range(1200):
+        if len(found := psutil.Process(pid).children(recursive=True)) >= 2:
+            return found
+        time.sleep(0.05)
+    raise AssertionError("nothing plays")
+
+
+@pytest.mark.parametrize("plot", ["nowhere/x.png", "x.doc", "x"])
+def test_a_plot_that_cannot_be_written_is_said_before_anything_is_played(
+    fleet: Path, tmp_path: Path, plot: str
+) -> None:
+    ended = fedgrpc("simulate", "--fleet", str(fleet), "--hours", "100000", "--plot", plot, cwd=tmp_path)
+    assert (ended.code, len(ended.error.splitlines())) == (2, 1)
+    assert "cannot write the plot" in ended.error

@@ -97,7 +97,7 @@ def worker_for(manifests: Manifests, labels: Mapping[str, str]) -> Workload:
 
 def committed(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The rounds of `Pod.status` that wrote a version or scored one."""
-    return [item for item in status["rounds"] if item["phase"] == "ROUND_PHASE_COMMITTED"]
+    return [item for item in status["rounds"] if item["phase"] == "committed"]
 
 
 def accepted(status: Mapping[str, Any]) -> set[tuple[str, int]]:
@@ -106,17 +106,17 @@ def accepted(status: Mapping[str, Any]) -> set[tuple[str, int]]:
         (task["worker"], number_of(item))
         for item in status["rounds"]
         for task in item["tasks"]
-        if task["phase"] == "TASK_PHASE_ACCEPTED"
+        if task["phase"] == "accepted"
     }
 
 
 def number_of(record: Mapping[str, Any]) -> int:
-    """A round's number; JSON leaves out zero."""
-    return int(record.get("number", "0"))
+    """A round's number."""
+    return int(record["number"])
 
 
 def versions_in_a_row(status: Mapping[str, Any]) -> bool:
     """Whether every version up to the present one was committed, once."""
-    trained = [item for item in status["rounds"] if item["kind"] != "TASK_KIND_EVALUATE"]
+    trained = [item for item in status["rounds"] if item["kind"] != "evaluate"]
     versions = [int(item["committed_version"]) for item in trained if item.get("committed_version")]
     return sorted(versions) == list(range(1, int(status["run"]["model_version"]) + 1))

@@ -63,7 +63,7 @@ def test_pods_of_the_manifests_finish_a_run_through_a_rollout_in_mid_round(
         leader.down()
         leader = make_pod(workload_of(changed, "aggregator"), "aggregator-0", link, tmp_path, claimed=True)
         leader.play()
-        after = leader.until(lambda status: status["run"]["phase"] == "RUN_PHASE_FINISHED")
+        after = leader.until(lambda status: status["run"]["phase"] == "finished")
 
         kept = {number_of(item): item for item in after["rounds"]}
         for item in committed(before):

@@ -164,13 +164,13 @@ def test_pods_of_the_tree_go_on_when_a_leaf_is_killed_and_another_replaced(
         changed = workload_of(_tree(tmp_path / "changed", rounds), "aggregator")
         root = make_pod(changed, "aggregator-0", links["aggregator-0"], tmp_path, claimed=True, hosts=hosts)
         root.play()
-        after = root.until(lambda status: status["run"]["phase"] == "RUN_PHASE_FINISHED")
+        after = root.until(lambda status: status["run"]["phase"] == "finished")
 
         assert versions_in_a_row(after)
         assert accepted(seen) <= accepted(after)
         roles = {item["worker"]: item["device"]["device_class"] for item in after["workers"]}
         assert roles == dict.fromkeys(LEAVES, "aggregator")
-        trained = [item for item in committed(after) if item["kind"] == "TASK_KIND_TRAIN"]
+        trained = [item for item in committed(after) if item["kind"] == "train"]
         assert len(trained) >= rounds - 1
         for item in trained:
             merged = {task["worker"]: int(task["merged_updates"]) for task in item["tasks"]}

@@ -1,0 +1,80 @@
+"""`fedgrpc watch` tells a run that has ended from an aggregator that is gone; `status` reads a folder, too."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sqlite3
+from pathlib import Path
+
+from tests.cli.process import NUMPY_TASK, fedgrpc, running, until_line, worker_arguments
+from tests.federation.process import free_address
+
+_RUN = ("--task", NUMPY_TASK, "--min-workers", "1", "--rounds", "2", "--epochs", "1")
+
+
+def test_watch_outlives_a_restart_of_the_aggregator_and_ends_with_the_run(tmp_path: Path) -> None:
+    address, log, watched = free_address(), tmp_path / "aggregator.log", tmp_path / "watch.log"
+    serve = ("aggregator", "--address", address, "--data-dir", str(tmp_path / "data"), *_RUN)
+    with running(*serve, log=log) as first:
+        until_line(log, "serving", first)
+        with running("watch", "--aggregator", address, log=watched) as watch:
+            until_line(watched, "run default", watch)
+            first.send_signal(signal.SIGTERM)
+            assert first.wait(timeout=300) == 143
+            until_line(watched, "waiting for it to come back", watch)
+            with (
+                running(*serve, "--stay", log=tmp_path / "again.log"),
+                running(*worker_arguments(tmp_path, address, "pi"), log=tmp_path / "pi.log"),
+            ):
+                assert watch.wait(timeout=120) == 0
+    assert "finished" in watched.read_text().splitlines()[-1]
+
+
+def test_watch_of_an_aggregator_that_does_not_come_back_fails(tmp_path: Path) -> None:
+    address, log, watched = free_address(), tmp_path / "aggregator.log", tmp_path / "watch.log"
+    with running("aggregator", "--address", address, "--data-dir", str(tmp_path / "data"), *_RUN, log=log) as it:
+        until_line(log, "serving", it)
+        with running("watch", "--aggregator", address, "--patience", "100ms", log=watched) as watch:
+            until_line(watched, "run default", watch)
+            it.kill()
+            assert watch.wait(timeout=300) == 1
+    assert "cannot reach" in watched.read_text().splitlines()[-1]
+
+
+def test_watch_says_by_its_exit_code_that_an_operator_has_stopped_the_run(tmp_path: Path) -> None:
+    address, log, watched = free_address(), tmp_path / "aggregator.log", tmp_path / "watch.log"
+    with running("aggregator", "--address", address, "--data-dir", str(tmp_path / "data"), *_RUN, log=log) as it:
+        until_line(log, "serving", it)
+        with running("watch", "--aggregator", address, log=watched) as watch:
+            until_line(watched, "run default", watch)
+            assert fedgrpc("stop", "--aggregator", address).code == 0
+            assert watch.wait(timeout=300) == 3
+
+
+def test_status_reads_the_folder_of_a_run_whose_aggregator_has_left(tmp_path: Path) -> None:
+    address, data = free_address(), tmp_path / "data"
+    serve = ("aggregator", "--address", address, "--data-dir", str(data), *_RUN)
+    with (
+        running(*serve, log=tmp_path / "aggregator.log") as aggregator,
+        running(*worker_arguments(tmp_path, address, "pi"), log=tmp_path / "pi.log"),
+    ):
+        assert aggregator.wait(timeout=300) == 0
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in data.rglob("*.safetensors"))
+    shown = fedgrpc("status", "--data-dir", str(data))
+    assert shown.code == 0, shown.error
+    assert "run default · finished · 2 rounds committed · model version 3" in shown.out
+    answer = json.loads(fedgrpc("status", "--data-dir", str(data), "--json").out)
+    assert (answer["healthy"], answer["run"]["model_version"], answer["rounds"][0]["number"]) == (None, 3, 0)
+    assert before == sorted((path.name, path.stat().st_mtime_ns) for path in data.rglob("*.safetensors"))
+
+
+def test_status_of_a_folder_without_a_run_is_one_clear_line(tmp_path: Path) -> None:
+    ended = fedgrpc("status", "--data-dir", str(tmp_path))
+    assert (ended.code, "no data folder" in ended.error) == (2, True)
+    (tmp_path / "run.sqlite").write_bytes(b"not a database" * 100)
+    ended = fedgrpc("status", "--data-dir", str(tmp_path))
+    assert (ended.code, len(ended.error.splitlines())) == (1, 1)
+    (tmp_path / "run.sqlite").unlink()
+    sqlite3.connect(tmp_path / "run.sqlite").close()
+    assert fedgrpc("status", "--data-dir", str(tmp_path)).code in (1, 2)
