@@ -293,16 +293,16 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _read(kind: type, table: Mapping[str, Any], what: str) -> Any:
+def _read(kind: type, table: Any, what: str) -> Any:
+    if not isinstance(table, Mapping):
+        raise UsageError(f"{what} is a table, not {table!r}")
     fields = {each.name: each for each in dataclasses.fields(kind)}
     arguments: dict[str, Any] = {}
     for key, value in table.items():
         if key not in fields:
             raise UsageError(f"{what} has no {key!r}; it has {', '.join(fields)}")
         if key in _PARTS and kind is CompressionPlan:
-            if not isinstance(value, Mapping):
-                raise UsageError(f"{key} of {what} is a table")
-            arguments[key] = _read(_PARTS[key], value, key)
+            arguments[key] = _read(_PARTS[key], value, f"{key} of {what}")
         else:
             arguments[key] = _value(value, fields[key].type, f"{key} of {what}")
     return kind(**arguments)
@@ -312,14 +312,14 @@ def _value(value: Any, declared: Any, what: str) -> Any:
     """`value` if it is of the declared type, given by name; whole numbers do for fractions."""
     if declared == "tuple[float, ...]":
         if isinstance(value, list) and all(type(each) in (int, float) for each in value):
-            return tuple(map(float, value))
+            return tuple(_float(each, what) for each in value)
         raise UsageError(f"{what} is a list of numbers, not {value!r}")
     if declared.startswith("tuple"):
         if isinstance(value, list) and all(isinstance(each, str) for each in value):
             return tuple(value)
         raise UsageError(f"{what} is a list of strings, not {value!r}")
     if declared == "float" and type(value) is int:
-        return float(value)
+        return _float(value, what)
     if type(value).__name__ != declared:
         raise UsageError(f"{what} is a {declared}, not {value!r}")
     return value
@@ -327,6 +327,13 @@ def _value(value: Any, declared: Any, what: str) -> Any:
 
 def _of(value: Any) -> tuple[dataclasses.Field[Any], ...]:
     return tuple(each for each in dataclasses.fields(value) if getattr(value, each.name) != each.default)
+
+
+def _float(value: float, what: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise UsageError(f"{what} is too large") from None
 
 
 def _line(name: str, value: Any) -> str:

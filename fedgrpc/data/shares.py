@@ -60,7 +60,10 @@ def load_share(path: Path) -> LabelledData:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            train_inputs, train_labels, held_out_inputs, held_out_labels = (file[name] for name in _ARRAYS)
+            arrays = [file[name] for name in _ARRAYS]
+        if not all(isinstance(array, np.ndarray) for array in arrays):
+            # NumPy gives what does not begin as its arrays do as bytes.
+            raise ValueError("a member is no array")
     except ValueError as error:
         # What numpy says of it is how to run code that the file may hold.
         raise UsageError(f"cannot read the share {path}: it is no .npz file of plain arrays") from error
@@ -69,6 +72,7 @@ def load_share(path: Path) -> LabelledData:
     except (NotImplementedError, RuntimeError, MemoryError) as error:
         # Its directory is damaged: it names compressions, passwords or sizes that `save_share` never writes.
         raise UsageError(f"cannot read the share {path}: it is damaged ({error})") from error
+    train_inputs, train_labels, held_out_inputs, held_out_labels = arrays
     for inputs, labels in ((train_inputs, train_labels), (held_out_inputs, held_out_labels)):
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
             shape = list(labels.shape)

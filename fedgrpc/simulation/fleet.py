@@ -164,7 +164,9 @@ def _make(kind: type[T], values: Mapping[str, Any], where: str) -> T:
         raise UsageError(f"{where} has a value of the wrong type: {error}") from error
 
 
-def _check_keys(where: str, values: Mapping[str, Any], known: set[str]) -> None:
+def _check_keys(where: str, values: object, known: set[str]) -> None:
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{where} must be a table, not {values!r}")
     for key in values:
         if key not in known:
             raise UsageError(f"{where} has an unknown key {key!r}; there are {', '.join(sorted(known))}")

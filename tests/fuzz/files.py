@@ -8,6 +8,7 @@ import json
 import pickle
 import tarfile
 import tempfile
+import tomllib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
 from fedgrpc.aggregator.model_file import ModelFile, ModelTensors, write_model
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.cli.config_file import read_table
+from fedgrpc.cli.simulate import read_fleet
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.crc import crc32
 from fedgrpc.codec.feedback import Residual
@@ -32,11 +34,13 @@ from fedgrpc.data.idx import read_idx
 from fedgrpc.data.shares import load_share, save_share
 from fedgrpc.errors import UsageError
 from fedgrpc.rpc.convert import manifest_to_proto
+from fedgrpc.simulation.fleet import Fleet
+from fedgrpc.tree.mean import MeanFile
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.held import ModelFolder, Source
 from fedgrpc.worker.residual_file import read_residual, write_residual
 from fedgrpc.worker.spool import Spool
-from tests.fuzz.mutate import mutated
+from tests.fuzz.mutate import mutated, spoiled_document
 from tests.fuzz.registry import target
 from tests.fuzz.targets import LAYOUT, MODEL, PLAN_TEXTS, TABLE_TEXTS, encoded
 
@@ -288,6 +292,38 @@ def plan_files(rnd: Random, folder: Path) -> None:
     good = rnd.choice((*PLAN_TEXTS, *TABLE_TEXTS, rnd.choice(_DEEP).decode()))
     text = mutated(good.encode(), rnd).decode("utf-8", "replace")
     rnd.choice((CompressionPlan.from_toml, PlanTable.from_toml))(text)
+
+
+_FLEET: Final = (Path(__file__).parents[2] / "examples" / "fleet.toml").read_bytes()
+
+
+@target(share=8)
+def fleets(rnd: Random, folder: Path) -> None:
+    path = _put(folder / "fleet.toml", _FLEET if rnd.random() < 0.9 else rnd.choice(_DEEP), rnd)
+    _named(path, lambda: read_fleet(path))
+
+
+@target(share=8)
+def documents(rnd: Random, folder: Path) -> None:
+    """TOML that is TOML, with values that nobody means."""
+    if rnd.random() < 0.5:
+        read, text = Fleet.parse, _FLEET.decode()
+    else:
+        read, text = CompressionPlan.from_mapping, rnd.choice(PLAN_TEXTS)
+    document = spoiled_document(tomllib.loads(text), rnd)
+    # The root of TOML is a table.
+    read(document if isinstance(document, dict) else {"rules": document, "width": document})
+
+
+@target(share=5)
+def kept_means(rnd: Random, folder: Path) -> None:
+    """What an aggregator below another keeps of its answer."""
+    means = MeanFile(folder / "means")
+    header, payload = _header()
+    (folder / "means" / "mean.payload").write_bytes(payload)
+    _put(folder / "means" / "mean.header", header.SerializeToString(), rnd)
+    stored = means.load("token")
+    assert stored is None or stored.header.token == "token"
 
 
 @target(share=2)

@@ -115,6 +115,25 @@ def invented(kind: type[Message], rnd: Random) -> Any:
     return message
 
 
+_ODD: tuple[Any, ...] = (
+    *(-1, 0, 1, 10**30, 10**400, 0.0, -0.5, 1e308, math.nan, math.inf, True, "", "x", "auto", [], {}, [1], ["x"]),
+    *({"x": 1}, [[1]], "0s", "-1s", "1e400s", "10mbit", "nanmbit"),
+)
+
+
+def spoiled_document(document: Any, rnd: Random) -> Any:
+    """What a TOML file holds, with one of its values another or missing, anywhere within it."""
+    if isinstance(document, dict) and document and rnd.random() < 0.9:
+        key = rnd.choice(sorted(document))
+        if rnd.random() < 0.1:
+            return {name: value for name, value in document.items() if name != key}
+        return {**document, key: spoiled_document(document[key], rnd)}
+    if isinstance(document, list) and document and rnd.random() < 0.8:
+        at = rnd.randrange(len(document))
+        return [*document[:at], spoiled_document(document[at], rnd), *document[at + 1 :]]
+    return rnd.choice(_ODD)
+
+
 def _spoil(message: Message, rnd: Random, depth: int) -> None:
     """Change a field, of the message or of one within it."""
     field = rnd.choice(message.DESCRIPTOR.fields)

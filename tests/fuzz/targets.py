@@ -25,6 +25,7 @@ from fedgrpc.aggregation.update import AdmissionPolicy, check_values
 from fedgrpc.aggregator.fleet import Fleet, Worker
 from fedgrpc.aggregator.negotiation import Negotiation, full_text
 from fedgrpc.aggregator.report import Report
+from fedgrpc.aggregator.settings import Target as RunTarget
 from fedgrpc.codec.chunk import Chunk, check_chunk
 from fedgrpc.codec.crc import crc32
 from fedgrpc.codec.encoding import parse_encoding
@@ -33,9 +34,11 @@ from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry
 from fedgrpc.codec.payload import LazyTensors, PayloadReader, buffer_reader, in_pieces, write_payload
 from fedgrpc.codec.preference import parse_preferences
 from fedgrpc.codec.recipe import Recipe
+from fedgrpc.data.partition import parse_part, parse_partition
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rpc import convert, framing, local_model, planning, worker_history
+from fedgrpc.rpc.identity import Session
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2, tensor_pb2
 from fedgrpc.worker.task import plan_from_proto, registration_from_proto, task_from_proto
 from tests.fuzz.mutate import invented, mutated, spoiled
@@ -179,6 +182,7 @@ _TEXTS: Final = (
         "topk:fraction=0.01,bits=4",
     ),
     *("int8+zstd~entropy:c=1+zstd", "rolling:12:0.5", "prefix:0.25", "entropy:distortion=0.5,rounding=nearest"),
+    *("accuracy>=0.95", "loss<0.1", "dirichlet:0.5", "shards:2", "quantity:0.5", "3/10", "aB3_-.9xY"),
     *("entropy:budget=link+zstd:-7", "raw:shuffle=yes;[a-z]?*=float32+none"),
 )
 
@@ -196,7 +200,8 @@ def _recipe(text: str) -> None:
 
 _READERS_OF_TEXT: Final[tuple[Callable[[str], object], ...]] = (
     *(_recipe, parse_encoding, parse_preferences, full_text, local_model.parse_sub_model),
-    *(lambda text: SubModel.parse(text), lambda text: _negotiation().downlink_of(text)),
+    *(SubModel.parse, Session.parse, RunTarget.parse, parse_partition, parse_part),
+    lambda text: _negotiation().downlink_of(text),
 )
 
 
