@@ -14,10 +14,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from fedgrpc.aggregator.memory import ByteBudget
 from fedgrpc.aggregator.uploads import Upload
 from fedgrpc.codec.chunk import Chunk
-from fedgrpc.errors import LinkError, TooLargeError, WrongOffset
+from fedgrpc.errors import LayoutError, LinkError, TooLargeError, WrongOffset
 from fedgrpc.rpc.lane import Lane
 
 _LEAST_BYTES = 16 << 10
+# A chunk costs some 100 us, however small it is. A few small ones are anybody's.
+_LEAST_MEAN_BYTES = 512
+_FEW_CHUNKS = 256
 _PATIENCE_S = 0.25
 # Of the time, on any number of cores; and how often a busy process is patient again.
 _BUSY_SHARE = 0.5
@@ -42,6 +45,7 @@ class Intake:
         self._next_offset = upload.size_bytes
         self._reading = False
         self._reserved = 0
+        self._began_at, self._count = upload.size_bytes, 0
 
     async def run(
         self, chunks: AsyncIterator[Chunk], idle_s: float, still_wanted: Callable[[], Awaitable[None]]
@@ -124,6 +128,9 @@ class Intake:
         """What can be told at once; the rest is found out in the thread."""
         if len(chunk.data) > self._max_chunk_bytes:
             raise TooLargeError(f"a chunk of {len(chunk.data)} bytes; allowed are {self._max_chunk_bytes}")
+        self._count += 1
+        if self._count > _FEW_CHUNKS + (self._next_offset - self._began_at) // _LEAST_MEAN_BYTES:
+            raise LayoutError(f"chunks of less than {_LEAST_MEAN_BYTES} bytes on average; send larger ones")
         if chunk.offset != self._next_offset:
             raise WrongOffset(f"the chunk starts at offset {chunk.offset}, expected is {self._next_offset}")
 

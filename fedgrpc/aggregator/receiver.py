@@ -9,6 +9,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from fedgrpc.codec.manifest import Limits, Manifest
 from fedgrpc.codec.payload import EARLY_CUT_BYTES
 from fedgrpc.errors import (
     CodecError,
+    Exhausted,
     LayoutError,
     LinkError,
     RoundClosed,
@@ -40,12 +42,23 @@ from fedgrpc.errors import (
     UpdateRefused,
 )
 from fedgrpc.rounds.events import Progress, TaskPhase
+from fedgrpc.rounds.task import Pace
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
 from fedgrpc.rpc.convert import layout_to_proto, manifest_from_proto, metrics_from_proto
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
 
 _PROGRESS_INTERVAL_S = 0.1
+# A stream that is slower than this, measured over one to two such times, leaves its slot to one who waits. In
+# that time a link of 5 kB/s brings the 64 KiB that an upload over an unknown link begins with.
+_LEAST_BYTES_PER_S = 1024
+_PACE_S = 15.0
+# Updates that are checked at the same time: threads, and memory all together.
+_CHECKERS = 4
+_DECODING_BYTES = 64 << 20
+# Of one: frames and pieces, and as many arrays of its largest tensor.
+_BESIDE_BYTES = 8 << 20
+_ARRAYS = 4
 # What a header has beside its manifest; what an entry has beside its name and shape; entries for a tensor, and as
 # much again for its channels; bytes of one frame's sizes; element, float64 weight and rest of a mean.
 _OTHER_BYTES = 64 << 10
@@ -56,18 +69,43 @@ _MOST_BYTES_AN_ELEMENT = 8 + 8 + 8
 
 
 class _Stream:
-    """One stream of an upload: a newer one ends it, and waits until it has ended."""
+    """One stream of an upload: a newer one ends it, or another upload that needs its slot."""
 
     def __init__(self) -> None:
         self.limit = asyncio.timeout(None)
         self.ended = asyncio.Event()
-        self._superseded = False
+        self.gives_way = False
+        self._ending = False
+        self._begun_at = time.monotonic()
+        self._upload: Upload | None = None
+        self._pace: Pace | None = None
 
     async def supersede(self) -> None:
-        if not self._superseded:
-            self._superseded = True
-            self.limit.reschedule(asyncio.get_running_loop().time())
+        """End it in favour of a newer one."""
+        self._end()
         await self.ended.wait()
+
+    def give_way(self) -> None:
+        """End it in favour of another upload."""
+        self.gives_way = True
+        self._end()
+
+    def _end(self) -> None:
+        if not self._ending:
+            self._ending = True
+            self.limit.reschedule(asyncio.get_running_loop().time())
+
+    def carries(self, upload: Upload) -> None:
+        """Its bytes are measured from now on."""
+        self._upload = upload
+        self._pace = Pace.begun(upload.size_bytes, upload.manifest.size_bytes, self._begun_at)
+
+    def bytes_per_second(self, now: float) -> float:
+        """How fast it has lately been; without end while that is not known, and once all bytes are there."""
+        if self._ending or self._upload is None or self._pace is None or self._upload.complete:
+            return math.inf
+        self._pace = self._pace.moved(self._upload.size_bytes, now, _PACE_S)
+        return math.inf if now - self._begun_at < _PACE_S else self._pace.bytes_per_second(now)
 
 
 @dataclass(frozen=True)
@@ -92,6 +130,8 @@ class Receiver:
         self._idle_s = settings.policy.lease_s
         self._turns = Turns(settings.max_uploads)
         self._memory = ByteBudget(settings.max_upload_memory_bytes)
+        self._decoding = ByteBudget(_DECODING_BYTES)
+        self._checkers = ThreadPoolExecutor(_CHECKERS, thread_name_prefix="checking")
         self._streams: dict[str, _Stream] = {}
         self._header_of: Layout = ()
         self._max_header_bytes = _max_header_bytes(())
@@ -132,6 +172,7 @@ class Receiver:
         self, header: UpdateHeader, manifest: Manifest, report: Report, chunks: AsyncIterator[Chunk]
     ) -> tuple[int, bool]:
         upload = await self._begin(header, manifest)
+        self._streams[header.token].carries(upload)
         try:
             await self._take(upload, chunks)
             if not upload.complete:
@@ -168,6 +209,8 @@ class Receiver:
         self._note_round()
         # The stream that runs is one of this upload's own: the next takes over from it.
         retry_after_s = 0.0 if token in self._streams else self._turns.wait_s(token)
+        if retry_after_s:
+            self._free_a_slot()
         size_bytes = await asyncio.to_thread(self._it.journal.committed_bytes, token)
         return Held(size_bytes, False, retry_after_s)
 
@@ -226,17 +269,31 @@ class Receiver:
         """
         while (former := self._streams.get(token)) is not None:
             await former.supersede()
-        self._turns.enter(token)
+        try:
+            self._turns.enter(token)
+        except Exhausted:
+            self._free_a_slot()
+            raise
         self._streams[token] = stream = _Stream()
         try:
             async with stream.limit:
                 yield
         except TimeoutError:
+            if stream.gives_way:
+                why = f"others wait, and less than {_LEAST_BYTES_PER_S} bytes a second came; go on later"
+                raise Exhausted(why, retry_after_s=_PACE_S) from None
             raise LinkError("a newer stream of this update has taken over") from None
         finally:
             del self._streams[token]
             self._turns.leave()
             stream.ended.set()
+
+    def _free_a_slot(self) -> None:
+        """Somebody waits: the slowest stream gives its slot up if it hardly uses it. What has come is kept."""
+        now = time.monotonic()
+        slowest = min(self._streams.values(), key=lambda stream: stream.bytes_per_second(now), default=None)
+        if slowest is not None and slowest.bytes_per_second(now) < _LEAST_BYTES_PER_S:
+            slowest.give_way()
 
     async def _take(self, upload: Upload, chunks: AsyncIterator[Chunk]) -> None:
         """Commit chunks until the stream ends. A silent stream gives up its slot."""
@@ -268,7 +325,7 @@ class Receiver:
         token = upload.header.token
         took_s = time.monotonic() - self._begun.get(token, time.monotonic())
         try:
-            sealed = await asyncio.to_thread(self._verify_and_seal, upload, it.current)
+            sealed = await self._checked(upload)
         except StorageError:
             # A round that has closed meanwhile has swept its uploads away: that is no fault of the disk.
             await it.check_open(upload.header.worker, token)
@@ -282,6 +339,16 @@ class Receiver:
         except RoundClosed:
             await asyncio.to_thread(it.journal.discard, [token])
             raise
+
+    async def _checked(self, upload: Upload) -> StoredUpdate | UpdateRefused:
+        """As `_verify_and_seal`, once there is memory to decode it: many updates that end at once take turns."""
+        size_bytes = _decoding_bytes(upload.manifest)
+        await self._decoding.take(size_bytes)
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._checkers, self._verify_and_seal, upload, self._it.current)
+        finally:
+            self._decoding.give_back(size_bytes)
 
     def _verify_and_seal(self, upload: Upload, current: CurrentRound | None) -> StoredUpdate | UpdateRefused:
         """The accepted update, or why it is refused for good. Raises `CorruptError` and `StorageError`."""
@@ -329,6 +396,11 @@ def _max_header_bytes(layout: Layout) -> int:
     entries = sum(spec.ByteSize() + _ENTRY_BYTES for spec in layout_to_proto(layout))
     frames = _FRAME_BYTES * sum(spec.size for spec in layout) * _MOST_BYTES_AN_ELEMENT // EARLY_CUT_BYTES
     return min(MAX_MESSAGE_BYTES, _OTHER_BYTES + _LISTED * entries + frames)
+
+
+def _decoding_bytes(manifest: Manifest) -> int:
+    """Memory that checking an update may take: it is decoded tensor by tensor, a few arrays of each at a time."""
+    return _BESIDE_BYTES + _ARRAYS * max((spec.nbytes for spec in manifest.layout), default=0)
 
 
 def _check_plain(update: UpdateFile, policy: AdmissionPolicy) -> None:

@@ -19,7 +19,9 @@ from fedgrpc.aggregator.negotiation import RAW, full_text, link_of
 from fedgrpc.aggregator.pages import MAX_PAGE_BYTES, fitting, page_of
 from fedgrpc.aggregator.receiver import Receiver
 from fedgrpc.aggregator.run_state import Assignment
+from fedgrpc.aggregator.watching import Pieces, Watching
 from fedgrpc.codec.chunk import Chunk
+from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.errors import LayoutError, NotFound, UsageError, WrongOffset
 from fedgrpc.rounds.events import TaskPhase
@@ -32,7 +34,7 @@ from fedgrpc.rpc.convert import (
 from fedgrpc.rpc.identity import Session, peer_of
 from fedgrpc.rpc.local_model import parse_sub_model
 from fedgrpc.v1 import aggregator_pb2 as pb
-from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
+from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2, tensor_pb2
 
 _MAX_PAGE = 1000
 # Raw whole models, and slices that nobody is told to pull.
@@ -51,6 +53,9 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self._settings_text = settings_text
         self._receiver = Receiver(coordinator)
         self._access = coordinator.settings.access
+        self._watching = Watching(self._watched, lambda: coordinator.changes.revision)
+        self._pieces = Pieces()
+        self._layout: tuple[Layout, list[tensor_pb2.TensorSpec]] | None = None
         self.max_header_bytes = self._receiver.max_header_bytes
 
     async def Register(
@@ -240,10 +245,12 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             current_round=self._it.round_number,
             total_rounds=self._it.orders.rounds,
             software_version=__version__,
-            layout=layout_to_proto(state.layout),
             settings=self._settings_text,
             local_models=self._it.local_models.to_proto(),
         )
+        if self._layout is None or self._layout[0] is not state.layout:
+            self._layout = state.layout, layout_to_proto(state.layout)
+        run.layout.extend(self._layout[1])
         run.started_at.FromNanoseconds(int(state.started_at * 1e9))
         return run
 
@@ -272,23 +279,29 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
 
     async def WatchRounds(
         self, request: pb.WatchRoundsRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.WatchRoundsResponse]:
+    ) -> AsyncIterator[bytes]:
         rate_hz = request.max_rate_hz if request.max_rate_hz > 0 else _RATE_HZ
         seen = -1
-        while True:
-            seen = await self._it.changes.wait(seen)
-            last = self._it.run.ended or self._it.stopping
-            record = self._it.record()
-            yield pb.WatchRoundsResponse(run=self._run(), round=None if record is None else page_of(record)[0])
-            if last:
-                return
-            await asyncio.sleep(1.0 / min(rate_hz, _MAX_RATE_HZ))
+        with self._watching.watcher(peer_of(context)):
+            while True:
+                await self._it.changes.wait(seen)
+                last = self._it.run.ended or self._it.stopping
+                seen, message = self._watching.latest(fresh=last)
+                yield message
+                if last:
+                    return
+                await asyncio.sleep(1.0 / min(rate_hz, _MAX_RATE_HZ))
+
+    def _watched(self) -> pb.WatchRoundsResponse:
+        record = self._it.record()
+        return pb.WatchRoundsResponse(run=self._run(), round=None if record is None else page_of(record)[0])
 
     async def ListWorkers(
         self, request: pb.ListWorkersRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListWorkersResponse:
         (start,) = _numbers(request.page_token, 1, "ListWorkers") if request.page_token else (0,)
-        workers = fitting(map(self._worker, islice(self._it.fleet, start, None)), request.page_size)
+        listed = list(islice(self._it.fleet, start, start + min(request.page_size or _MAX_PAGE, _MAX_PAGE)))
+        workers = fitting(await self._pieces.list_of(map(self._worker, listed)))
         after = start + len(workers)
         more = workers and after < len(self._it.fleet)
         return pb.ListWorkersResponse(workers=workers, next_page_token=str(after) if more else "")

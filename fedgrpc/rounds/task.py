@@ -49,6 +49,11 @@ class Pace:
             older, newer = newer, (now, held)
         return replace(self, held=held, gained_at=now, older=older, newer=newer)
 
+    def bytes_per_second(self, now: float) -> float:
+        """The rate since the older mark."""
+        since, held_then = self.older
+        return (self.held - held_then) / max(1e-9, now - since)
+
     def hopeless(self, deadline_at: float, window_s: float, now: float) -> bool:
         """Whether the bytes still due cannot come in the time left at the rate since the older mark.
 

@@ -153,7 +153,10 @@ def add_aggregator(
     server: grpc.aio.Server,
     max_header_bytes: Callable[[], int] = _any_message,
 ) -> None:
-    """Serve `servicer`: its `PullModel` may yield framed chunks, its `PushUpdate` gets each `Chunk`."""
+    """Serve `servicer`: its `PushUpdate` gets each `Chunk`, its `PullModel` may yield framed chunks.
+
+    Its `WatchRounds` may yield serialized messages, each made once for all who watch.
+    """
     push_request = _reader(aggregator_pb2.PushUpdateRequest, max_header_bytes)
     aggregator_pb2_grpc.add_AggregatorServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
     server.add_registered_method_handlers(
@@ -161,6 +164,9 @@ def add_aggregator(
         {
             "PullModel": grpc.unary_stream_rpc_method_handler(
                 servicer.PullModel, aggregator_pb2.PullModelRequest.FromString, to_wire
+            ),
+            "WatchRounds": grpc.unary_stream_rpc_method_handler(
+                servicer.WatchRounds, aggregator_pb2.WatchRoundsRequest.FromString, to_wire
             ),
             "PushUpdate": grpc.stream_unary_rpc_method_handler(
                 servicer.PushUpdate, push_request, aggregator_pb2.PushUpdateResponse.SerializeToString

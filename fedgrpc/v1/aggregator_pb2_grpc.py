@@ -172,7 +172,10 @@ class AggregatorServicer:
         name, or try later. Or another process with the same FOLDER does, and is alive; to find that out, the answer
         takes up to 10 s. Of a restarted device, whose former process is silent, the new one takes over.
         INVALID_ARGUMENT: bad name, or nothing in common between the encodings of both sides.
-        RESOURCE_EXHAUSTED: the limit of registered workers is reached.
+        RESOURCE_EXHAUSTED: the limit of registered workers is reached, and all of them have delivered or are at work; or
+        this worker registers with changes too often. The trailer "grpc-retry-pushback-ms" says when to try again. Of
+        workers that never delivered an update some are forgotten to make room: their next call is NOT_FOUND, and they
+        register again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -181,7 +184,8 @@ class AggregatorServicer:
     def PollTask(self, request, context):
         """Long poll: answers as soon as there is a task for this worker, else with none when `wait` has passed. The call's
         own deadline should be some 15 s beyond `wait`.
-        Polling again while holding a task returns the same task, so a lost answer costs nothing.
+        Polling again while holding a task returns the same task, so a lost answer costs nothing. Of more than four open
+        polls of one worker the oldest are answered with none.
         NOT_FOUND: the worker has not registered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -288,6 +292,8 @@ class AggregatorServicer:
 
     def WatchRounds(self, request, context):
         """Streams the current round each time it changes (at most `max_rate_hz` times a second), until the run ends.
+        RESOURCE_EXHAUSTED: too many watch, 20 over one connection or 200 in all; the trailer "grpc-retry-pushback-ms"
+        says when to try again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -2,15 +2,24 @@
 
 import asyncio
 import threading
+import time
 
+import grpc
+import grpc.aio
 import numpy as np
 import pytest
 
+from fedgrpc.aggregator import receiver as receiver_module
 from fedgrpc.aggregator.receiver import Receiver
-from fedgrpc.errors import RoundClosed
+from fedgrpc.errors import Exhausted, RoundClosed
 from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rpc.status import domain_errors
+from fedgrpc.v1 import aggregator_pb2 as pb
 from tests.aggregator.updates import chunk, encoded, header_of
-from tests.federation.federation import PATIENCE_S, aggregating, update_of
+from tests.federation.federation import PATIENCE_S, Device, aggregating, refused, update_of
+from tests.federation.federation import chunk as upload_chunk
+from tests.federation.federation import chunks as upload_chunks
+from tests.federation.federation import encoded as by_hand
 
 
 async def tasks_out(running):
@@ -140,3 +149,104 @@ async def test_a_round_that_closes_while_an_update_is_verified_refuses_it_and_ke
         await asyncio.sleep(0.2)
         assert running.kept_updates() == []
         np.testing.assert_equal((await running.run()).model_version, 1)
+
+
+async def test_updates_that_end_at_once_are_decoded_one_after_the_other_where_they_are_large(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(receiver_module, "_DECODING_BYTES", 1)
+    at_once, most = 0, 0
+    check = Receiver._check
+
+    def counting(self, stored, current):
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        time.sleep(0.05)
+        at_once -= 1
+        return check(self, stored, current)
+
+    monkeypatch.setattr(Receiver, "_check", counting)
+    async with aggregating(tmp_path, policy={"min_workers": 5}) as running:
+        devices = [await running.device(name) for name in "abcde"]
+        tasks = await asyncio.gather(*(device.task() for device in devices))
+        pushed = [device.push(task) for device, task in zip(devices, tasks, strict=True)]
+        assert all(answer.complete for answer in await asyncio.gather(*pushed))
+        assert most == 1
+        await running.until_finished()
+
+
+def test_what_checking_an_update_takes_grows_with_its_largest_tensor():
+    small, large = ({"w": np.zeros(size, np.float32), "b": np.zeros(3, np.float32)} for size in (1 << 10, 1 << 20))
+    sizes = [receiver_module._decoding_bytes(encoded(tensors)[0]) for tensors in (small, large)]
+    assert sizes[1] - sizes[0] == 4 * 4 * ((1 << 20) - (1 << 10))
+
+
+@pytest.mark.parametrize("recipe", ["raw", "raw+zstd", "entropy:c=1+zstd", "int8+zstd"])
+def test_a_header_of_the_runs_model_is_within_its_bound_and_one_of_many_more_tensors_is_not(recipe):
+    model = {f"layer-{n}.weight": np.zeros((n, 70), np.float32) for n in range(1, 300)}
+    manifest, _ = encoded(model, recipe)
+    bound = receiver_module._max_header_bytes(manifest.layout)
+    assert header_of(manifest).ByteSize() < bound < 400_000
+    masked = {f"{name}{end}": tensor for name, tensor in model.items() for end in ("", "#mask", "#codes")}
+    assert header_of(encoded(masked, recipe)[0]).ByteSize() < bound
+    many, _ = encoded({str(n): np.zeros(1, np.float32) for n in range(20_000)})
+    assert header_of(many).ByteSize() > bound
+
+
+async def test_a_stream_that_carries_hardly_anything_gives_its_slot_to_one_who_waits_and_goes_on_later(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(receiver_module, "_PACE_S", 0.3)
+    async with aggregating(tmp_path, max_uploads=1) as running, asyncio.timeout(PATIENCE_S):
+        tasks = await tasks_out(running)
+        manifest, payload = by_hand(update_of())
+        slow, fast = Device(running.stub, "a"), Device(running.stub, "b")
+        header = slow.header(tasks["a"], manifest)
+        stream = running.stub.PushUpdate()
+        await stream.write(pb.PushUpdateRequest(header=header))
+        await stream.write(upload_chunk(payload[:-20], 0))
+        await slow.until_held(tasks["a"], len(payload) - 20)
+        answer = None
+        while answer is None:
+            try:
+                with domain_errors():
+                    answer = await fast.push(tasks["b"])
+            except Exhausted:
+                await asyncio.sleep(0.1)
+        assert answer.complete
+        assert await stream.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (await slow.held(tasks["a"])).committed_size_bytes == len(payload) - 20
+        rest = upload_chunk(payload[-20:], len(payload) - 20)
+        assert (await slow.send(pb.PushUpdateRequest(header=header), rest)).complete
+        await running.until_finished()
+
+
+async def test_a_stream_that_carries_its_share_keeps_its_slot(tmp_path, monkeypatch):
+    monkeypatch.setattr(receiver_module, "_PACE_S", 0.3)
+    async with aggregating(tmp_path, max_uploads=1) as running, asyncio.timeout(PATIENCE_S):
+        tasks = await tasks_out(running)
+        manifest, payload = by_hand(update_of())
+        steady, other = Device(running.stub, "a"), Device(running.stub, "b")
+        stream = running.stub.PushUpdate()
+        await stream.write(pb.PushUpdateRequest(header=steady.header(tasks["a"], manifest)))
+        for at in range(0, len(payload), 512):
+            await stream.write(upload_chunk(payload[at : at + 512], at))
+            with refused("RESOURCE_EXHAUSTED", "uploads are running", "Exhausted"):
+                await other.push(tasks["b"])
+            await asyncio.sleep(0.1)
+        await stream.done_writing()
+        assert (await stream).complete
+
+
+async def test_an_update_in_tiny_chunks_is_refused(tmp_path):
+    async with aggregating(tmp_path) as running:
+        tasks = await tasks_out(running)
+        manifest, payload = by_hand(update_of())
+        device = Device(running.stub, "a")
+        header = pb.PushUpdateRequest(header=device.header(tasks["a"], manifest))
+        with refused("INVALID_ARGUMENT", "send larger ones", "LayoutError"):
+            await device.send(header, *upload_chunks(payload, chunk_bytes=1))
+        held = (await device.held(tasks["a"])).committed_size_bytes
+        assert held == 256
+        assert (await device.send(header, *upload_chunks(payload, held))).complete
