@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgrpc.codec.encoding import parse_encoding
-from fedgrpc.codec.layout import Array, TensorSpec, layout_of
+from fedgrpc.codec.layout import Array, TensorRole, TensorSpec, layout_of
 from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry, compress_bound
 from fedgrpc.codec.payload import (
     PayloadReader,
@@ -248,6 +248,16 @@ def manifest_of(*entries: TensorEntry, frames: tuple[Frame, ...] = (), size: int
 def test_a_manifest_that_does_not_fit_together_is_a_layout_error(manifest: Manifest, why: str) -> None:
     with pytest.raises(LayoutError, match=why):
         manifest.validate(Limits())
+
+
+@pytest.mark.parametrize("encoding", ["int8", "float16", "entropy"])
+def test_what_is_no_trained_float_is_declared_in_lossless_encodings_alone(encoding: str) -> None:
+    """A variance that loses bits may become negative, and an optimizer would step on it."""
+    size = parse_encoding(encoding).size_bounds(TensorSpec("x", "float32", (100,)))[0]
+    for role in (TensorRole.STATISTIC, TensorRole.CONSTANT):
+        spec = TensorSpec("x", "float32", (100,), role)
+        with pytest.raises(LayoutError, match="cannot be encoded"):
+            manifest_of(TensorEntry(spec, parse_encoding(encoding), size)).validate(Limits())
 
 
 @pytest.mark.parametrize(
