@@ -90,7 +90,7 @@ def require_size(data: memoryview, wanted_bytes: int, spec: TensorSpec) -> None:
 
 
 def require_float(spec: TensorSpec, encoding: object) -> None:
-    """Raise LayoutError when a lossy encoding is declared for what is no trained float: its values mean something."""
+    """Raise LayoutError when a lossy encoding is declared for what is no trained float."""
     if not spec.is_trained:
         what = spec.dtype if not spec.is_float else f"a {spec.role}"
         raise LayoutError(f"tensor {spec.name!r} is {what} and cannot be encoded as {encoding}")
