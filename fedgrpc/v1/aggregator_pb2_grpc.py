@@ -228,11 +228,13 @@ class AggregatorServicer:
         OUT_OF_RANGE: a chunk is not at the committed size; ask `QueryPush`.
         DATA_LOSS: a CRC or the digest does not match what came; ask `QueryPush` and send again.
         INVALID_ARGUMENT: layout, bytes, values, counts or metrics are refused, for good; so is a payload whose digest
-        matches and that cannot be decoded. The task is then rejected, and there is nothing to give back.
+        matches and that cannot be decoded. The task is then rejected, and there is nothing to give back. Chunks of less
+        than 512 bytes on average end the stream, too, beyond the first 256 of them; the task stays.
         UNAVAILABLE with "LinkError": a newer stream of this update has taken over, which is the one to go on with.
         RESOURCE_EXHAUSTED: a declared size is over the limit (for good), or no upload slot is free. In the latter case
         the trailer "grpc-retry-pushback-ms" says when to try again, as gRPC's own retries have it, and a slot is kept
-        for whoever does; who comes earlier or later is served as it happens.
+        for whoever does; who comes earlier or later is served as it happens. Where others wait, a stream of less than
+        1 KiB a second over 15 s loses its slot in this way. What has come stays: ask `QueryPush`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
