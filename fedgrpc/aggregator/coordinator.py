@@ -141,11 +141,11 @@ class Coordinator:
                 # Another process may have been faster.
                 await self.sessions.claim(registration.worker, session, peer)
                 worker = self.fleet.register(registration, self.clock())
+            self._log.info("worker registered", worker=worker.name, device=registration.device.device_class)
         else:
             worker = self.fleet.register(registration, self.clock())
         if self.sessions.take(worker, session, peer):
             self._abandon(worker)
-        self._log.info("worker registered", worker=worker.name, device=registration.device.device_class)
         self.wake.set()
 
     async def _save_worker(self, registration: RegisterRequest, session: Session) -> None:
@@ -356,8 +356,9 @@ class Coordinator:
     def leave(self, name: str) -> None:
         """The worker ends: who waits for it looks again. Raises `UnknownWorker`."""
         worker = self.fleet.get(name)
+        if not worker.left:
+            self._log.info("worker left", worker=name)
         worker.left = True
-        self._log.info("worker left", worker=name)
         # It may have been told to end while the answer to its poll was on the way.
         self.take_back(name)
         self._news()

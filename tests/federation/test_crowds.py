@@ -18,7 +18,7 @@ async def test_a_new_device_finds_a_place_among_names_that_never_delivered_also_
             assert f"honest-{restart}" in {worker.name for worker in running.aggregator.coordinator.fleet}
 
 
-async def test_a_name_that_registers_with_changes_in_a_loop_is_told_to_wait_and_the_same_facts_are_not(tmp_path):
+async def test_a_name_that_changes_in_a_loop_is_told_to_wait_and_the_same_facts_cost_nothing(tmp_path):
     async with aggregating(tmp_path) as running:
         device = Device(running.stub, "flip")
         for number in range(11):
@@ -26,8 +26,11 @@ async def test_a_name_that_registers_with_changes_in_a_loop_is_told_to_wait_and_
         with refused("RESOURCE_EXHAUSTED", "registers too often", "Exhausted") as caught:
             await device.register(device={"cpu_cores": 99})
         assert int(caught.trailers["grpc-retry-pushback-ms"]) > 0
+        store, stored = running.aggregator.coordinator.store, []
+        store.save_worker = lambda *about: stored.append(about)
         for _ in range(20):
             await device.register(device={"cpu_cores": 10})
+        assert not stored
 
 
 async def test_the_oldest_of_many_polls_of_one_worker_are_answered_with_nothing(tmp_path):
