@@ -91,7 +91,9 @@ class Version:
 class RunStore:
     """The database. Every method may raise `StorageError`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keep_rounds: int = 1 << 62) -> None:
+        """Records of rounds older than the last `keep_rounds` are forgotten."""
+        self._keep_rounds = max(keep_rounds, _KEEP_TASKS_OF_ROUNDS)
         with _storage_errors(path):
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
@@ -207,6 +209,12 @@ class RunStore:
             if version is not None:
                 self._insert_version(version)
             self._db.execute("DELETE FROM tasks WHERE round <= ?", (record.number - _KEEP_TASKS_OF_ROUNDS,))
+            # The round that wrote the newest version is still given its scores.
+            self._db.execute(
+                "DELETE FROM rounds WHERE number <= ? AND open = 0 AND number <> "
+                "COALESCE((SELECT round FROM versions ORDER BY version DESC LIMIT 1), -1)",
+                (record.number - self._keep_rounds,),
+            )
         if version is not None:
             self._checkpoint()
 

@@ -87,7 +87,7 @@ class Aggregator:
             journal = UploadJournal(folder / "uploads", self._settings.durable)
         except OSError as error:
             raise UsageError(f"cannot use the data folder {folder}: {error.strerror}") from error
-        store = RunStore(folder / DATABASE)
+        store = RunStore(folder / DATABASE, self._settings.keep_rounds)
         return Coordinator(self._settings, store, models, journal, self._metrics)
 
     async def _serve(self, driver: Driver, health: Health, ready: Callable[[int], None] | None) -> None:

@@ -131,6 +131,7 @@ class AggregatorSettings:
     initialisers: tuple[str, ...] = ()
     seed: int = 0
     keep_versions: int = 3
+    keep_rounds: int = 10_000
     poll_wait_s: float = 30.0
     heartbeat_interval_s: float | None = None
     max_workers: int = 10_000
@@ -146,7 +147,7 @@ class AggregatorSettings:
     operators: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "keep_versions", "max_workers", "max_uploads"):
+        for name in ("rounds", "keep_versions", "keep_rounds", "max_workers", "max_uploads"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
             if getattr(self, name) >= 1 << 32:

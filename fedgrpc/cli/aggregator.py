@@ -211,6 +211,7 @@ SETTINGS: list[Setting] = [
     _transfer("--durable/--no-durable", "Acknowledge an update once it is on the disk."),
     _service("--max-workers", "Registered workers."),
     _service("--keep-versions", "Model versions to keep on the disk."),
+    _service("--keep-rounds", "Records of past rounds to keep: one of 1,000 tasks takes about 180 kB."),
     _service("--poll-wait", "How long a worker's poll may wait.", name="poll_wait_s", type=DURATION),
     _service(
         "--heartbeat-interval",

@@ -176,3 +176,15 @@ def test_a_locked_or_foreign_database_is_a_storage_error(tmp_path, store):
     (tmp_path / "other.sqlite").write_bytes(b"something else entirely" * 100)
     with pytest.raises(StorageError, match="file is not a database"):
         RunStore(tmp_path / "other.sqlite")
+
+
+def test_records_of_rounds_long_past_are_forgotten_but_that_of_the_newest_version(tmp_path):
+    store = RunStore(tmp_path / "run.sqlite", keep_rounds=20)
+    store.finish_round(committed(1, 2), [], {}, Version(2, 1, b"x"))
+    for number in range(2, 60):
+        store.finish_round(Round(number=number), [], {}, None)
+    records, more = store.rounds(1 << 62, 100)
+    assert [record.number for record in records] == [*range(59, 39, -1), 1]
+    assert not more
+    assert store.add_scores(2, {"accuracy": 0.5}, {}).metrics == {"accuracy": 0.5}
+    store.close()
