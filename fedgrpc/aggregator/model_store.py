@@ -172,11 +172,11 @@ class ModelStore:
         """Where the server optimizer's memory after `version` is, or will be."""
         return self._memories / f"{version:06d}.safetensors"
 
-    def newest(self) -> int:
-        """The newest version whose file is here; 0: there is none. Raises `StorageError`."""
+    def versions(self) -> list[int]:
+        """The versions whose files are here, in order. Raises `StorageError`."""
         try:
             found = (_VERSION.match(path.name) for path in self._models.iterdir() if path.is_file())
-            return max((int(match[1]) for match in found if match), default=0)
+            return sorted(int(match[1]) for match in found if match)
         except OSError as error:
             raise StorageError(f"cannot read {self._models}: {error.strerror}") from error
 

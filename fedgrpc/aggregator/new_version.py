@@ -58,7 +58,7 @@ class NewVersion:
     async def write(self, current: CurrentRound, weights: dict[str, float]) -> Version | None:
         """The new version, durable; None where no version is made here. Raises as `Commit.write`."""
         it = self._it
-        await asyncio.to_thread(self._check, current, list(weights))
+        await asyncio.to_thread(self.check, current, list(weights))
         number = current.base_version + 1
         path = it.models.path(number)
         if current.kind == TASK_KIND_INITIALIZE:
@@ -106,7 +106,7 @@ class NewVersion:
         if it.local_models.wants_channels and (header := self.load(token).header).HasField("channels"):
             await asyncio.to_thread(it.local_models.learn, header.channels, it.run.layout)
 
-    def _check(self, current: CurrentRound, tokens: Iterable[str]) -> None:
+    def check(self, current: CurrentRound, tokens: Iterable[str]) -> None:
         """Nothing goes into a version that has changed on the disk since it was accepted, or written.
 
         Raises `CorruptError` for an update, and `StorageError` for the version itself.

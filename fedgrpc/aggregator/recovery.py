@@ -89,23 +89,24 @@ class Recovery:
         it, folder = self._it, self._settings.data_dir
         version = await it.in_database(it.store.latest_version)
         recorded = 0 if version is None else version.version
-        newest = await asyncio.to_thread(it.models.newest)
+        versions = await asyncio.to_thread(it.models.versions)
+        newer = [each for each in versions if each > recorded]
         accepted = await asyncio.to_thread(it.journal.accepted)
         if not known:
-            if newest or accepted:
+            if versions or accepted:
                 raise UsageError(
                     f"the data folder {folder} holds models or updates, but its database knows of no run: restore "
                     "run.sqlite with run.sqlite-wal, or begin in an empty --data-dir"
                 )
             # First of all: from now on a model without a database is noticed.
             await it.save_run()
-        elif newest > recorded + 1:
-            # One more is that of a commit which a crash cut off.
+        elif len(newer) > 1:
+            # One is that of a commit which a crash cut off.
             raise UsageError(
-                f"the data folder {folder} holds model version {newest}, but its database is older and ends "
+                f"the data folder {folder} holds model version {newer[-1]}, but its database is older and ends "
                 f"with {recorded}: restore both from one copy, or remove the models above {recorded} to go on"
             )
-        elif recorded and not it.models.path(recorded).exists():
+        elif recorded and recorded not in versions:
             raise UsageError(
                 f"the database of {folder} ends with model version {recorded}, whose file "
                 f"{it.models.path(recorded)} is missing: restore both from one copy"

@@ -204,6 +204,7 @@ class LeafDriver(Driver):
         it = self._it
         header = self._header(current, weights)
         tokens = list(weights)
+        await asyncio.to_thread(self._new_version.check, current, tokens)
         for token in tokens:
             told = self._new_version.load(token).header
             if told.HasField("channels") and not header.HasField("channels"):

@@ -294,7 +294,8 @@ async def test_a_database_without_its_log_holds_the_run_up_to_its_last_commit(tm
 
 async def test_a_database_that_is_older_than_the_models_is_refused(tmp_path):
     data_dir, _ = await played(tmp_path)
-    shutil.copy(data_dir / "models" / "000002.safetensors", data_dir / "models" / "000004.safetensors")
+    for version in (3, 4):
+        shutil.copy(data_dir / "models" / "000002.safetensors", data_dir / "models" / f"{version:06d}.safetensors")
     await fails_to_start(tmp_path, UsageError, "its database is older and ends with 2")
 
 
