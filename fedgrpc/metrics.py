@@ -6,9 +6,12 @@ the tests, do not add up. Labels take few values: no worker names, a fleet has t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from socketserver import ThreadingMixIn
 from typing import Final
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import (
     CollectorRegistry,
@@ -18,11 +21,13 @@ from prometheus_client import (
     Info,
     ProcessCollector,
     disable_created_metrics,
-    start_http_server,
+    make_wsgi_app,
 )
 
 from fedgrpc import __version__
 from fedgrpc.errors import UsageError
+from fedgrpc.process import keep_from_children
+from fedgrpc.rpc.address import Address
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskPhase, TaskRecord
 
 # They double the page and say nothing that a restart of the process does not.
@@ -173,16 +178,39 @@ def serve_metrics(metrics: Metrics, address: str) -> Iterator[int]:
     Raises:
         UsageError: the address is malformed or in use.
     """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"the metrics address {address!r} must look like HOST:PORT, as in 127.0.0.1:9090")
+    where = Address.parse(address)
+    if where.is_unix:
+        raise UsageError(f"metrics are served at HOST:PORT, as in 127.0.0.1:9090, not on {address}")
     try:
-        server, thread = start_http_server(int(port), host.strip("[]"), metrics.registry)
+        server = _server_at(where)
     except OSError as error:
         raise UsageError(f"cannot serve metrics on {address}: {error.strerror or error}") from error
+    server.set_app(make_wsgi_app(metrics.registry))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    keep_from_children(server.server_port)
     try:
         yield server.server_port
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _MetricsServer(ThreadingMixIn, WSGIServer):
+    """Answers each scrape in a thread of its own."""
+
+    daemon_threads = True
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Scrapes are no news."""
+
+
+def _server_at(address: Address) -> _MetricsServer:
+    """A server that listens. Raises OSError. The whole socket address is used: it says which zone is meant."""
+    family, where = address.resolve(listening=True)[0]
+    kind = type("_Server", (_MetricsServer,), {"address_family": family})
+    server: _MetricsServer = kind(where, _Quiet)
+    return server

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import fcntl
 import os
 import resource
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 
 import structlog
 
@@ -24,9 +19,9 @@ from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.errors import UsageError
 from fedgrpc.metrics import Metrics
+from fedgrpc.process import HeldFolder, hold_folder, told_to_end
 from fedgrpc.rpc.allocator import reuse_memory
-from fedgrpc.rpc.server import AGGREGATOR, Health, aggregator_service, serve
-from fedgrpc.spares import make_private
+from fedgrpc.rpc.server import AGGREGATOR, Health, RunningServer, aggregator_service, serve
 
 log = structlog.get_logger()
 
@@ -59,7 +54,7 @@ class Aggregator:
         settings = self._settings
         _raise_file_limit()
         reuse_memory()
-        with _owned(settings.data_dir):
+        with hold_folder(settings.data_dir, "is in use by another aggregator") as folder:
             coordinator = self._open()
             self.coordinator = coordinator
             try:
@@ -73,7 +68,7 @@ class Aggregator:
                     grace_s=settings.drain_s,
                 ) as server:
                     self.port = server.port
-                    await self._serve(driver, server.health, ready)
+                    await self._serve(driver, server, folder, ready)
                     coordinator.release_calls()
             finally:
                 coordinator.close()
@@ -90,26 +85,32 @@ class Aggregator:
         store = RunStore(folder / DATABASE, self._settings.keep_rounds)
         return Coordinator(self._settings, store, models, journal, self._metrics)
 
-    async def _serve(self, driver: Driver, health: Health, ready: Callable[[int], None] | None) -> None:
-        coordinator = self.coordinator
+    async def _serve(
+        self, driver: Driver, server: RunningServer, folder: HeldFolder, ready: Callable[[int], None] | None
+    ) -> None:
+        coordinator, health = self.coordinator, server.health
         assert coordinator is not None
         playing = asyncio.create_task(driver.run())
         watching = asyncio.create_task(_tell_health(coordinator, playing, health))
         stopping = asyncio.create_task(self._stopping.wait())
+        guarding = asyncio.create_task(_until_removed(folder))
+        ends = [playing, stopping, guarding]
         try:
             await health.set(AGGREGATOR, True)
-            log.info("serving", run=self._settings.run_name, port=self.port)
+            log.info("serving", run=self._settings.run_name, address=server.address, port=self.port)
             if ready is not None:
                 ready(self.port)
-            await asyncio.wait([playing, stopping], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if guarding.done():
+                guarding.result()
             if playing.done():
                 playing.result()
                 await self._let_workers_know(stopping)
             await health.set(AGGREGATOR, False)
         finally:
-            for task in (playing, watching, stopping):
+            for task in (*ends, watching):
                 task.cancel()
-            await asyncio.gather(playing, watching, stopping, return_exceptions=True)
+            await asyncio.gather(*ends, watching, return_exceptions=True)
 
     async def _let_workers_know(self, stopping: asyncio.Task[bool]) -> None:
         """Workers that are alive poll once more and hear that the run has ended; operators may still look."""
@@ -145,15 +146,8 @@ async def run_aggregator(
     Raises: as `Aggregator.run`.
     """
     aggregator = Aggregator(settings, metrics)
-    loop = asyncio.get_running_loop()
-    signals = [signal.SIGTERM, signal.SIGINT] if threading.current_thread() is threading.main_thread() else []
-    for number in signals:
-        loop.add_signal_handler(number, aggregator.stop, int(number))
-    try:
+    with told_to_end(aggregator.stop):
         return await aggregator.run(ready)
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)
 
 
 async def _tell_health(coordinator: Coordinator, playing: asyncio.Task[None], health: Health) -> None:
@@ -171,21 +165,11 @@ async def _tell_health(coordinator: Coordinator, playing: asyncio.Task[None], he
             continue
 
 
-@contextmanager
-def _owned(folder: Path) -> Iterator[None]:
-    """One process at a time uses a data folder. Raises `UsageError`."""
-    try:
-        make_private(folder)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise UsageError(f"cannot use the data folder {folder}: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UsageError(f"the data folder {folder} is in use by another aggregator") from None
-    finally:
-        os.close(lock)
+async def _until_removed(folder: HeldFolder) -> None:
+    """Raise `UsageError` once the folder is gone: what is written to it then is lost."""
+    while True:
+        folder.check()
+        await asyncio.sleep(_HEALTH_INTERVAL_S)
 
 
 def _raise_file_limit() -> None:

@@ -61,7 +61,9 @@ class Sessions:
         other = holder.session is not None and not _same_folder(worker, session)
         if other:
             log.warning("name taken over", reason="the device that had it is gone", **self._about(worker, peer))
-        holder.session, holder.peer, holder.refused = session, peer, None
+        if holder.session != session:
+            holder.refused = None
+        holder.session, holder.peer = session, peer
         holder.heard(self._clock())
         return other
 

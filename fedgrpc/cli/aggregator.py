@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,8 +21,10 @@ from fedgrpc.cli.tls import FILE, server_tls, tls_settings
 from fedgrpc.cli.upstream import UPSTREAM, above_from
 from fedgrpc.errors import UsageError
 from fedgrpc.metrics import Metrics, serve_metrics
+from fedgrpc.process import keep_private
 from fedgrpc.rounds.choosing import Choosing
 from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.collector import collect_rarely
 from fedgrpc.tree.run import run_leaf
 
@@ -268,15 +269,17 @@ def _plans(path: Path | None) -> PlanTable:
 
 
 def _run(**values: Any) -> int:
-    # Whatever is written is this user's alone: models, updates, tokens, residuals.
-    os.umask(0o077)
+    keep_private()
     configure_logs(values)
     settings = settings_from(values)
+    Address.parse(settings.address)
     metrics = Metrics()
     collect_rarely()
     with ExitStack() as stack:
         if values["metrics_address"] is not None:
             stack.enter_context(serve_metrics(metrics, values["metrics_address"]))
+        if values["port_file"] is not None and Address.parse(settings.address).is_unix:
+            raise UsageError("--port-file goes with an --address that has a port, not with a unix socket")
         ready = _port_writer(values["port_file"])
         above = above_from(values, settings.data_dir)
         if above is not None:

@@ -17,10 +17,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from fedgrpc.cli.options import Declare, SettingsCommand
 from fedgrpc.cli.quantities import DURATION
 from fedgrpc.cli.tls import client_settings, client_tls
-from fedgrpc.rpc.channel import CLIENT_OPTIONS, Tls, check_target
+from fedgrpc.rpc.address import dialled
+from fedgrpc.rpc.channel import Tls, client_options
+from fedgrpc.rpc.diagnosis import explain
 
 _where = Declare("Where")
 
+_UNREACHED = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
 SETTINGS = [
     _where(
         "--address", "An aggregator, or a worker's own service.", default="127.0.0.1:50051", metavar="HOST:PORT"
@@ -32,8 +35,11 @@ SETTINGS = [
 
 
 def _run(**values: Any) -> int:
-    answer = health_of(values["address"], values["service"], values["timeout_s"], client_tls(values))
+    tls = client_tls(values)
+    answer = health_of(values["address"], values["service"], values["timeout_s"], tls)
     click.echo(answer)
+    if answer in _UNREACHED and (why := explain(dialled(values["address"]), tls)):
+        click.echo(why, err=True)
     return 0 if answer == "SERVING" else 1
 
 
@@ -43,11 +49,12 @@ def health_of(address: str, service: str, timeout_s: float, tls: Tls | None) -> 
     Raises:
         UsageError: the address or a TLS file is unusable.
     """
-    check_target(address)
+    where = dialled(address)
+    options = client_options(where)
     if tls is None:
-        channel = grpc.insecure_channel(address, options=CLIENT_OPTIONS)
+        channel = grpc.insecure_channel(where.target, options=options)
     else:
-        channel = grpc.secure_channel(address, tls.client_credentials(), options=CLIENT_OPTIONS)
+        channel = grpc.secure_channel(where.target, tls.client_credentials(), options=options)
     with channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:

@@ -18,6 +18,7 @@ from typing import Any, Final, NoReturn
 import click
 
 from fedgrpc.errors import FedgrpcError, UsageError
+from fedgrpc.process import prepare
 
 # Where each command lives. Loaded when asked for: `fedgrpc status` needs no training code.
 _COMMANDS: Final = {
@@ -88,6 +89,7 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
+    prepare()
     sys.exit(run(arguments))
 
 

@@ -11,7 +11,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from fedgrpc.cli.options import Declare, Setting
 from fedgrpc.cli.view import by_name
 from fedgrpc.errors import LinkError
+from fedgrpc.rpc.address import dialled
 from fedgrpc.rpc.channel import Tls, open_channel
+from fedgrpc.rpc.diagnosis import explain
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1.aggregator_pb2_grpc import AggregatorStub
@@ -27,11 +29,12 @@ _PAGE = 1000
 class Operator:
     """Calls an aggregator. Every method raises `LinkError` when it cannot be reached."""
 
-    def __init__(self, channel: Any, address: str) -> None:
+    def __init__(self, channel: Any, address: str, tls: Tls | None = None) -> None:
         stub: Any = AggregatorStub
         self._stub = stub(channel)
         self._health: Any = health_pb2_grpc.HealthStub(channel)
         self._address = address
+        self._tls = tls
 
     async def run(self) -> pb.Run:
         """The run."""
@@ -130,11 +133,12 @@ class Operator:
             with domain_errors():
                 yield
         except LinkError as error:
-            raise LinkError(f"cannot reach an aggregator at {self._address}; is it running? ({error})") from error
+            why = explain(dialled(self._address), self._tls) or "is it running?"
+            raise LinkError(f"cannot reach an aggregator at {self._address}: {why} ({error})") from error
 
 
 @asynccontextmanager
 async def operator(address: str, tls: Tls | None = None) -> AsyncIterator[Operator]:
     """Dial an aggregator for as long as the block lasts."""
     async with open_channel(address, tls) as channel:
-        yield Operator(channel, address)
+        yield Operator(channel, address, tls)

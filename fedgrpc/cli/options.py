@@ -7,10 +7,12 @@ the environment variable, which wins over the file, which wins over the default.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import os
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +26,9 @@ from fedgrpc.errors import UsageError
 T = TypeVar("T")
 
 _WORD = re.compile(r"\w+")
+# https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+_OF_A_SERVICE = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$")
+_ASK_FOR_HELP = frozenset({"-h", "--help"})
 _ABOUT_SETTINGS = re.compile(r"^\w+ (must|goes with)\b")
 
 
@@ -142,6 +147,13 @@ class SettingsCommand(click.Command):
         """What can be set, in the order of `--help`."""
         return [param for param in self.params if isinstance(param, Setting)]
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does; before that, a variable that is close to a setting's, and is none, is refused."""
+        known = [setting.resolve_envvar_name(ctx) for setting in self.settings()]
+        if not _ASK_FOR_HELP.intersection(args):
+            check_variables(known, f"FEDGRPC_{(ctx.info_name or '').upper()}_", os.environ)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run it; a complaint about the values of settings says where they came from."""
         try:
@@ -181,6 +193,19 @@ class SettingsCommand(click.Command):
             ctx.default_map = {settings[key].name or "": value for key, value in values.items()}
             ctx.params["config"] = path
         return path
+
+
+def check_variables(known: Sequence[str], prefix: str, given: Iterable[str]) -> None:
+    """Raise `UsageError` for a variable that begins with `prefix` and is nearly, but not, one of `known`.
+
+    Others are left alone: Kubernetes sets some for every service, named after it.
+    """
+    keys = [name.removeprefix(prefix) for name in known]
+    for name in sorted(given):
+        if not name.startswith(prefix) or name in known or _OF_A_SERVICE.search(name):
+            continue
+        if close := difflib.get_close_matches(name.removeprefix(prefix), keys, n=1, cutoff=0.75):
+            raise UsageError(f"there is no variable {name}; did you mean {prefix}{close[0]}?")
 
 
 def _example_variable(name: str, params: Sequence[Setting]) -> str:

@@ -20,6 +20,7 @@ from fedgrpc.cli.tls import client_settings, client_tls
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.data.partition import PARTITIONS, parse_part, parse_partition
 from fedgrpc.errors import UsageError
+from fedgrpc.process import keep_private
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.worker.profile import DeviceProfile
@@ -152,7 +153,10 @@ def _encodings(text: str | None) -> tuple[str, ...]:
 
 
 def _default_state_dir(name: str) -> Path:
-    root = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    try:
+        root = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    except RuntimeError:
+        raise UsageError("this user has no home folder; say where to keep the state with --state-dir") from None
     return Path(root) / "fedgrpc" / name
 
 
@@ -199,8 +203,7 @@ def trainer_for(setup: TaskSetup, own_task: str | None, registration: Registrati
 
 
 def _run(**values: Any) -> int:
-    # Whatever is written is this user's alone: models, updates, tokens, residuals.
-    os.umask(0o077)
+    keep_private()
     configure_logs(values)
     rest_while_waiting()
     settings = settings_from(values)

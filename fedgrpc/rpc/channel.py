@@ -11,6 +11,8 @@ import grpc
 import grpc.aio
 
 from fedgrpc.errors import UsageError
+from fedgrpc.process import keep_from_children
+from fedgrpc.rpc.address import Address, dialled
 
 Options = list[tuple[str, int | str]]
 
@@ -133,21 +135,19 @@ def _read(path: Path | None) -> bytes | None:
 
 
 def open_channel(target: str, tls: Tls | None = None) -> grpc.aio.Channel:
-    """A channel to `target` ("host:port"); it dials lazily and reconnects by itself.
+    """A channel to `target` (`fedgrpc.rpc.address`); it dials lazily and reconnects by itself.
 
     Raises:
         UsageError: the target or a TLS file is unusable.
     """
-    check_target(target)
+    address = dialled(target)
+    options = client_options(address)
+    keep_from_children(address.path or address.port)
     if tls is None:
-        return grpc.aio.insecure_channel(target, options=CLIENT_OPTIONS)
-    return grpc.aio.secure_channel(target, tls.client_credentials(), options=CLIENT_OPTIONS)
+        return grpc.aio.insecure_channel(address.target, options=options)
+    return grpc.aio.secure_channel(address.target, tls.client_credentials(), options=options)
 
 
-def check_target(target: str) -> None:
-    """Raise `UsageError` unless `target` reads as HOST:PORT, [IPV6]:PORT or a gRPC URI such as unix:PATH."""
-    if target.startswith(("unix:", "dns:", "ipv4:", "ipv6:")):
-        return
-    host, _, port = target.rpartition(":")
-    if not host or "/" in host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise UsageError(f"{target!r} must look like HOST:PORT, as in 192.168.1.10:50051")
+def client_options(address: Address) -> Options:
+    """The options of a channel to `address`: no proxy of the environment stands within one machine."""
+    return [*CLIENT_OPTIONS, ("grpc.enable_http_proxy", 0)] if address.is_loopback else CLIENT_OPTIONS

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -17,14 +18,17 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from fedgrpc.errors import UsageError
+from fedgrpc.process import keep_from_children
 from fedgrpc.rpc import framing
-from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES, SERVER_OPTIONS, Options, Tls, check_target
+from fedgrpc.rpc.address import Address
+from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES, SERVER_OPTIONS, Options, Tls
 from fedgrpc.rpc.requests import FirstMessages
 from fedgrpc.rpc.status import ErrorInterceptor
 from fedgrpc.v1 import aggregator_pb2_grpc, worker_pb2_grpc
 
 AGGREGATOR: Final = "fedgrpc.v1.Aggregator"
 WORKER: Final = "fedgrpc.v1.Worker"
+_PROBE_S: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Health:
 
 @dataclass(frozen=True)
 class RunningServer:
-    """A server that listens: where, and how healthy it says it is."""
+    """A server that listens: where (port 0: at a unix socket), and how healthy it says it is."""
 
     address: str
     port: int
@@ -125,36 +129,58 @@ async def serve(
     reflection.enable_server_reflection(
         [*names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME], server
     )
-    port = _listen(server, address, tls)
+    where = Address.parse(address)
+    port = _listen(server, where, tls)
     await server.start()
     try:
-        yield RunningServer(f"{address.rpartition(':')[0]}:{port}", port, health)
+        yield RunningServer(str(where if where.is_unix else where.with_port(port)), port, health)
     finally:
         await health.servicer.enter_graceful_shutdown()
         await server.stop(grace_s)
 
 
-def _listen(server: grpc.aio.Server, address: str, tls: Tls | None) -> int:
-    check_target(address)
-    if not address.startswith("unix:"):
+def _listen(server: grpc.aio.Server, address: Address, tls: Tls | None) -> int:
+    """Bind; the port, 0 for a unix socket."""
+    credentials = None if tls is None else tls.server_credentials()
+    if address.is_unix:
+        _clear_path(address)
+    else:
         _check_free(address)
+    where = str(address)
     try:
-        if tls is None:
-            port = server.add_insecure_port(address)
-        else:
-            port = server.add_secure_port(address, tls.server_credentials())
+        port = (
+            server.add_insecure_port(where) if credentials is None else server.add_secure_port(where, credentials)
+        )
     except RuntimeError as error:
         raise UsageError(f"cannot listen on {address}: {error}") from error
-    return int(port)
+    keep_from_children(address.path or port)
+    return 0 if address.is_unix else int(port)
 
 
-def _check_free(address: str) -> None:
-    """gRPC says only that binding failed; the system says why."""
-    host, _, port = address.rpartition(":")
+def _clear_path(address: Address) -> None:
+    """Remove a socket that a process which was killed has left; gRPC would remove one that is in use, too."""
+    path = Path(address.path)
     try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, where = found[0]
-        with socket.socket(family, kind, protocol) as probe:
+        if not path.parent.is_dir():
+            raise UsageError(f"cannot listen on {address}: there is no folder {path.parent}")
+        if not path.exists():
+            return
+        if not path.is_socket():
+            raise UsageError(f"cannot listen on {address}: the file is there already, and is no socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(_PROBE_S)
+            if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
+                raise UsageError(f"cannot listen on {address}: the socket is in use; stop what uses it")
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot listen on {address}: {error.strerror or error}") from error
+
+
+def _check_free(address: Address) -> None:
+    """gRPC says only that binding failed; the system says why."""
+    try:
+        family, where = address.resolve(listening=True)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(where)
     except OSError as error:

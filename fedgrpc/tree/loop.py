@@ -34,6 +34,8 @@ _DEVICE_CLASS: Final = "aggregator"
 class Link(Loop):
     """A worker's loop that trains nothing itself, and leaves models on the disk until they are read."""
 
+    _TLS_FLAGS = "--upstream-tls"
+
     def __init__(
         self, settings: WorkerSettings, client: AggregatorClient, board: Board, branches: Branches
     ) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import threading
 from contextlib import AsyncExitStack
 from typing import Final
 
@@ -15,13 +13,14 @@ from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import UsageError
 from fedgrpc.metrics import Metrics
+from fedgrpc.process import hold_folder, told_to_end
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.tree.branch import Branches, Ready
 from fedgrpc.tree.loop import LeafLoop
 from fedgrpc.tree.scoring import relay_scores
 from fedgrpc.worker.board import Board, Status
 from fedgrpc.worker.client import AggregatorClient
-from fedgrpc.worker.disk import owned, session_in
+from fedgrpc.worker.disk import IN_USE, session_in
 from fedgrpc.worker.settings import WorkerSettings
 
 _DECIDED_ABOVE: Final = (
@@ -67,7 +66,7 @@ class Leaf:
         above = self._above
         branches = self._branches = Branches(self._settings, self._metrics, ready)
         async with AsyncExitStack() as stack:
-            stack.enter_context(owned(above.state_dir))
+            stack.enter_context(hold_folder(above.state_dir, IN_USE))
             channel = await stack.enter_async_context(open_channel(above.aggregator, above.tls))
             session = session_in(above.state_dir)
             client = AggregatorClient(channel, above.name, above.throttle, above.stall_s, session=session)
@@ -121,12 +120,5 @@ async def run_leaf(
     Raises: as `Leaf.run`.
     """
     leaf = Leaf(settings, above, metrics)
-    loop = asyncio.get_running_loop()
-    signals = [signal.SIGTERM, signal.SIGINT] if threading.current_thread() is threading.main_thread() else []
-    for number in signals:
-        loop.add_signal_handler(number, leaf.stop, int(number))
-    try:
+    with told_to_end(leaf.stop):
         return await leaf.run(ready)
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)

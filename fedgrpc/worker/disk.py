@@ -5,7 +5,6 @@ A folder under its final name is complete: it is filled under a temporary name, 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import secrets
@@ -15,11 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from fedgrpc.errors import StorageError, UsageError
+from fedgrpc.errors import StorageError
 from fedgrpc.rpc.identity import Session
-from fedgrpc.spares import make_private
 
 UNFINISHED: Final = ".new-"
+IN_USE: Final = "is used by another worker; give each worker its own --state-dir"
 _IDENTITY: Final = "identity"
 _ID: Final = re.compile(r"[0-9a-f]{32}")
 
@@ -107,28 +106,3 @@ def session_in(folder: Path) -> Session:
             folder_id = secrets.token_hex(16)
             write_file(path, f"{folder_id}\n".encode())
     return Session.begin(folder_id)
-
-
-@contextmanager
-def owned(folder: Path) -> Iterator[None]:
-    """Create `folder` and hold it for this process alone.
-
-    Raises:
-        UsageError: it cannot be created or written, or another process holds it.
-    """
-    try:
-        make_private(folder)
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise UsageError(f"cannot use the folder {folder}: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UsageError(
-            f"the folder {folder} is used by another worker; give each worker its own --state-dir"
-        ) from error
-    try:
-        yield
-    finally:
-        os.close(descriptor)

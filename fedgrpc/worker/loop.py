@@ -18,13 +18,17 @@ from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import (
     CorruptError,
     FedgrpcError,
+    LinkError,
     NameTaken,
     StorageError,
     TaskError,
     TaskUnfit,
     UnknownWorker,
+    UsageError,
     WrongOffset,
 )
+from fedgrpc.rpc.address import dialled
+from fedgrpc.rpc.diagnosis import explain
 from fedgrpc.rpc.retry import Backoff, Retries, with_retries
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.board import Activity, Board
@@ -73,6 +77,8 @@ log = structlog.get_logger()
 class Loop:
     """One worker's life with one aggregator."""
 
+    _TLS_FLAGS = "--tls"
+
     def __init__(
         self,
         settings: WorkerSettings,
@@ -116,13 +122,28 @@ class Loop:
             except FedgrpcError as error:
                 if not worth_retrying(error):
                     raise
-                reason = str(error)
+                self._check_folder(error)
+                reason = await self._explained(error)
             if self._controls.draining and not self._spool.count(self._run_id):
                 return
             delay_s = self._retries.next_delay_s()
             self._board.show(last_error=reason)
             self._log.warning("disconnected", reason=reason, retry_in_s=round(delay_s, 2))
             await (asyncio.sleep(delay_s) if self._controls.draining else self._controls.wait(delay_s))
+
+    def _check_folder(self, error: FedgrpcError) -> None:
+        """Raise `UsageError` where no later try can succeed, because the state folder has been removed."""
+        folder = self._settings.state_dir
+        if isinstance(error, StorageError) and not folder.exists():
+            raise UsageError(f"the folder {folder} was removed while it was in use; start again") from error
+
+    async def _explained(self, error: FedgrpcError) -> str:
+        """The error, and after the first of several failures to connect what helps."""
+        if not isinstance(error, LinkError) or self._retries.failures:
+            return str(error)
+        settings = self._settings
+        why = await asyncio.to_thread(explain, dialled(settings.aggregator), settings.tls, self._TLS_FLAGS)
+        return f"{why} ({error})" if why else str(error)
 
     async def _session(self) -> None:
         registration = await self._connect()
@@ -213,6 +234,7 @@ class Loop:
                 raise
             task_log.warning("task failed", reason=str(error))
             await self._give_back(task, str(error))
+            self._check_folder(error)
         else:
             await self._deliver(update, new=True)
         finally:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import threading
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -13,13 +11,14 @@ from typing import Final
 import structlog
 
 from fedgrpc.codec.manifest import Limits
+from fedgrpc.process import hold_folder, told_to_end
 from fedgrpc.rpc.allocator import reuse_memory
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.server import WORKER, RunningServer, serve, worker_service
 from fedgrpc.worker.board import Activity, Board, Status
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.controls import Controls
-from fedgrpc.worker.disk import owned, session_in
+from fedgrpc.worker.disk import IN_USE, session_in
 from fedgrpc.worker.held import ModelFolder
 from fedgrpc.worker.loop import Loop
 from fedgrpc.worker.profile import DeviceProfile, detect, usable_memory_bytes
@@ -66,7 +65,7 @@ class Worker:
         settings = self._settings
         reuse_memory()
         async with AsyncExitStack() as stack:
-            stack.enter_context(owned(settings.state_dir))
+            stack.enter_context(hold_folder(settings.state_dir, IN_USE))
             models = ModelFolder(settings.state_dir / "model", _limits())
             channel = await stack.enter_async_context(open_channel(settings.aggregator, settings.tls))
             client = AggregatorClient(
@@ -175,12 +174,5 @@ async def run_worker(
         worker = Worker(settings, build_trainer)
     else:
         raise TypeError("a worker needs a trainer, or a way to build one")
-    loop = asyncio.get_running_loop()
-    signals = [signal.SIGTERM, signal.SIGINT] if threading.current_thread() is threading.main_thread() else []
-    for number in signals:
-        loop.add_signal_handler(number, worker.told_to_end, int(number))
-    try:
+    with told_to_end(worker.told_to_end):
         return await worker.run()
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.errors import UsageError
-from fedgrpc.rpc.channel import Tls, check_target
+from fedgrpc.rpc.address import Address, dialled
+from fedgrpc.rpc.channel import Tls
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.worker.profile import DeviceProfile
 from fedgrpc.worker.task import Role
@@ -55,9 +56,9 @@ class WorkerSettings:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise UsageError(f"the worker name {self.name!r} must be 1 to 64 of letters, digits, '.', '_' and '-'")
-        check_target(self.aggregator)
+        dialled(self.aggregator)
         if self.serve_address is not None:
-            check_target(self.serve_address)
+            Address.parse(self.serve_address)
         for name in ("poll_wait_s", "stall_s", "spool_max_updates", "spool_max_bytes", "spool_keep_s"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")

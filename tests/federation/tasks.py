@@ -4,6 +4,8 @@ trained     one line for each training begun
 wait        while this file is there, training does not end
 """
 
+import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -84,3 +86,29 @@ class Raises(Recorded):
 
     def train(self, weights, job):
         raise RuntimeError("no camera")
+
+
+class Pooled(Recorded):
+    """Uses a pool of forked processes within each training."""
+
+    def train(self, weights, job):
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            assert pool.map_async(abs, [-1, -2]).get(60) == [1, 2]
+        return super().train(weights, job)
+
+
+def _idle():
+    """Sleep, without the output of the parent: whoever reads that waits for its end."""
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    time.sleep(600)
+
+
+class Orphaning(Recorded):
+    """Forks a process that outlives the worker, and tells its number in the file `child`."""
+
+    def train(self, weights, job):
+        child = multiprocessing.get_context("fork").Process(target=_idle)
+        child.start()
+        (self.folder / "child").write_text(str(child.pid))
+        return super().train(weights, job)

@@ -7,7 +7,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from fedgrpc.errors import LinkError, UsageError
-from fedgrpc.rpc.channel import CLIENT_OPTIONS, SERVER_OPTIONS, Tls, check_target, open_channel
+from fedgrpc.rpc.address import Address
+from fedgrpc.rpc.channel import CLIENT_OPTIONS, SERVER_OPTIONS, Tls, open_channel
 from fedgrpc.rpc.server import Service, serve
 from fedgrpc.rpc.status import domain_errors
 from tests.certificates import make_authority, make_certificate
@@ -62,7 +63,7 @@ async def test_a_port_in_use_is_a_usage_error_of_one_line():
 )
 async def test_a_malformed_address_is_a_usage_error(address):
     with pytest.raises(UsageError, match="HOST:PORT"):
-        check_target(address)
+        Address.parse(address)
     with pytest.raises(UsageError, match="HOST:PORT"):
         async with serve(address, [echo_service()]):
             pass

@@ -1,0 +1,139 @@
+"""Why a server cannot be reached, where gRPC says only that the socket was closed: TLS that does not fit, a proxy.
+
+The rule: look once, after a failure, for a few seconds at most, and send nothing but a TLS handshake.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Final
+
+from fedgrpc.rpc.address import Address
+from fedgrpc.rpc.channel import Tls
+
+_TIMEOUT_S: Final = 2.0
+# In the order in which gRPC reads them. It heeds no upper-case ones.
+_PROXIES: Final = ("grpc_proxy", "https_proxy", "http_proxy")
+_NO_PROXIES: Final = ("no_grpc_proxy", "no_proxy")
+_NOT_TLS: Final = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNEXPECTED_EOF", "HTTP_REQUEST")
+# X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH of OpenSSL.
+_OTHER_NAME: Final = (62, 64)
+
+
+def explain(address: Address, tls: Tls | None, flags: str = "--tls") -> str:
+    """What is wrong and which flag cures it, in one line; empty where gRPC's own message is all there is to say.
+
+    `flags` is how the flags of this side's TLS begin. It blocks for some seconds at most.
+    """
+    if address.is_unix:
+        return ""
+    if (proxy := proxy_for(address)) is not None:
+        name, value = proxy
+        return (
+            f"it goes through the proxy {value} of the variable {name}; to go there directly, add it to no_proxy"
+        )
+    try:
+        if tls is None:
+            return _explain_plain(address, flags)
+        return _explain_tls(address, tls, flags)
+    except OSError:
+        # Nobody listens, or nobody answers: that is what gRPC says.
+        return ""
+
+
+def proxy_for(address: Address) -> tuple[str, str] | None:
+    """(variable, value) of the proxy that gRPC uses for an address; None: it goes there directly."""
+    if address.is_loopback:
+        return None
+    name = next((name for name in _PROXIES if os.environ.get(name)), None)
+    if name is None or _excluded(address.host):
+        return None
+    return name, os.environ[name]
+
+
+def _excluded(host: str) -> bool:
+    text = next((os.environ[name] for name in _NO_PROXIES if os.environ.get(name)), "")
+    for entry in filter(None, (entry.strip() for entry in text.split(","))):
+        with suppress(ValueError):
+            if ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False):
+                return True
+        if host.endswith(entry):
+            return True
+    return False
+
+
+@contextmanager
+def _connected(address: Address) -> Iterator[socket.socket]:
+    with socket.create_connection((address.host, address.port), timeout=_TIMEOUT_S) as connection:
+        yield connection
+
+
+def _explain_plain(address: Address, flags: str) -> str:
+    context = _context(None)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with _connected(address) as connection:
+        try:
+            with context.wrap_socket(connection) as secured:
+                wants_certificate = _wants_certificate(secured)
+        except ssl.SSLError as error:
+            if any(reason in str(error).upper() for reason in _NOT_TLS) or "ALERT" not in str(error).upper():
+                return ""
+            wants_certificate = True
+    also = f", with {flags}-cert and {flags}-key" if wants_certificate else ""
+    return f"{address} speaks TLS; give {flags}-ca FILE{also}"
+
+
+def _explain_tls(address: Address, tls: Tls, flags: str) -> str:
+    context = _context(tls)
+    with _connected(address) as connection:
+        try:
+            with context.wrap_socket(connection, server_hostname=address.host) as secured:
+                refused = _wants_certificate(secured)
+        except ssl.SSLCertVerificationError as error:
+            if error.verify_code in _OTHER_NAME:
+                return _explain_name(address, tls)
+            trusted = f"{tls.ca} of {flags}-ca" if tls.ca else "what the system trusts"
+            return f"the certificate of {address} does not go with {trusted}: {error.verify_message}"
+        except ssl.SSLError as error:
+            if any(reason in str(error).upper().replace(" ", "_") for reason in _NOT_TLS):
+                return f"{address} speaks no TLS; leave out {flags} and {flags}-..., or start it with --tls-cert"
+            refused = "ALERT" in str(error).upper()
+    if not refused:
+        return ""
+    if tls.certificate is None:
+        return f"{address} asks for a certificate; give {flags}-cert and {flags}-key"
+    return f"{address} refuses the certificate {tls.certificate} of {flags}-cert"
+
+
+def _explain_name(address: Address, tls: Tls) -> str:
+    context = _context(tls)
+    context.check_hostname = False
+    with _connected(address) as connection, context.wrap_socket(connection) as secured:
+        found: Any = secured.getpeercert() or {}
+    names = [value for kind, value in found.get("subjectAltName", ()) if kind in ("DNS", "IP Address")]
+    listed = ", ".join(names) or "nobody by name"
+    return f"the certificate of {address} is for {listed}, and not for {address.host}; dial one of its names"
+
+
+def _wants_certificate(secured: ssl.SSLSocket) -> bool:
+    """Whether the server ends the connection, as it does for want of a certificate; a content one speaks first."""
+    try:
+        return not secured.recv(1)
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
+def _context(tls: Tls | None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=None if tls is None or tls.ca is None else str(tls.ca))
+    if tls is not None and tls.certificate is not None:
+        context.load_cert_chain(tls.certificate, tls.key, password="")
+    # gRPC's servers take no connection that does not ask for it.
+    context.set_alpn_protocols(["h2"])
+    return context
