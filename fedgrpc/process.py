@@ -109,7 +109,7 @@ class HeldFolder:
 
 
 @contextmanager
-def hold_folder(path: Path, in_use: str) -> Iterator[HeldFolder]:
+def hold_folder(path: Path, in_use: str, kind: str = "folder") -> Iterator[HeldFolder]:
     """Create the folder and hold it for this process alone, and not for its children.
 
     Raises:
@@ -118,12 +118,12 @@ def hold_folder(path: Path, in_use: str) -> Iterator[HeldFolder]:
     try:
         make_private(path)
         if not os.access(path, os.W_OK | os.X_OK):
-            raise UsageError(f"cannot use the folder {path}: it cannot be written")
+            raise UsageError(f"cannot use the {kind} {path}: it cannot be written")
         descriptor = _locked(path)
     except BlockingIOError:
-        raise UsageError(f"the folder {path} {in_use}") from None
+        raise UsageError(f"the {kind} {path} {in_use}") from None
     except OSError as error:
-        raise UsageError(f"cannot use the folder {path}: {error.strerror}") from error
+        raise UsageError(f"cannot use the {kind} {path}: {error.strerror}") from error
     _locks.add(descriptor)
     try:
         yield HeldFolder(path, descriptor)

@@ -54,7 +54,7 @@ class Aggregator:
         settings = self._settings
         _raise_file_limit()
         reuse_memory()
-        with hold_folder(settings.data_dir, "is in use by another aggregator") as folder:
+        with hold_folder(settings.data_dir, "is in use by another aggregator", "data folder") as folder:
             coordinator = self._open()
             self.coordinator = coordinator
             try:
