@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -74,12 +75,16 @@ def _peak_bytes() -> int:
 
 
 def fuzz(inputs: int, seed: int, only: list[str], start: int = 0, quiet: bool = True) -> Tally:
-    """Play so many inputs, over the targets by their shares; each fault comes with what plays it again."""
+    """Play so many inputs, over the targets by their shares; each fault comes with what plays it again.
+
+    Interrupted, it gives what it has.
+    """
     chosen = [TARGETS[name] for name in only] if only else list(TARGETS.values())
     turns = [target for target in chosen for _ in range(target.share)]
     Random(seed).shuffle(turns)
-    tally, told = Tally(), time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, np.errstate(all="ignore"):
+    tally = Tally()
+    with tempfile.TemporaryDirectory() as folder, np.errstate(all="ignore"), suppress(KeyboardInterrupt):
+        told = time.monotonic()
         for number, target in zip(range(start, start + inputs), itertools.cycle(turns), strict=False):
             if wrong := play(target, seed, number, Path(folder), tally):
                 again = f"python -m tests.fuzz.run --seed {seed} --only {target.name} --at {number}"
