@@ -27,7 +27,7 @@ from fedgrpc.worker.profile import DeviceProfile
 from fedgrpc.worker.run import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Registration, Role
-from fedgrpc.worker.threads import rest_while_waiting, use_threads
+from fedgrpc.worker.threads import use_threads
 from fedgrpc.worker.throttle import Throttle
 from fedgrpc.worker.trainer import TaskSetup, Trainer, find_task, load_trainer
 
@@ -205,7 +205,6 @@ def trainer_for(setup: TaskSetup, own_task: str | None, registration: Registrati
 def _run(**values: Any) -> int:
     keep_private()
     configure_logs(values)
-    rest_while_waiting()
     settings = settings_from(values)
     setup = pick(TaskSetup, values, options=dict(values["options"]))
     if setup.threads is not None:

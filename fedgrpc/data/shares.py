@@ -81,8 +81,12 @@ def load_share(path: Path) -> LabelledData:
             )
         if inputs.ndim < 1 or len(inputs) != len(labels):
             raise UsageError(f"{path} is no share: it has not one label for each input")
-    train = Examples(train_inputs, train_labels.astype(np.int64, copy=False))
-    return LabelledData(train, Examples(held_out_inputs, held_out_labels.astype(np.int64, copy=False)))
+    return LabelledData(_examples(train_inputs, train_labels), _examples(held_out_inputs, held_out_labels))
+
+
+def _examples(inputs: np.ndarray, labels: np.ndarray) -> Examples:
+    """In this machine's order of bytes: torch takes no other."""
+    return Examples(inputs.astype(inputs.dtype.newbyteorder("="), copy=False), labels.astype(np.int64, copy=False))
 
 
 def write_shares(folder: Path, data: LabelledData, partition: Partition, parts: int, seed: int) -> list[Path]:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from fedgrpc.errors import FedgrpcError
 from fedgrpc.worker import returned
-from fedgrpc.worker.threads import rest_while_waiting
 from fedgrpc.worker.trainer import EvalResult, Trainer, TrainJob, load_trainer
 
 
@@ -40,7 +39,6 @@ def _main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
-    rest_while_waiting()
     job = TrainJob(
         epochs=asked.epochs,
         batch_size=asked.batch_size,

@@ -25,6 +25,7 @@ import structlog
 from fedgrpc.aggregation.channels import ChannelMap
 from fedgrpc.aggregation.compression_plan import CompressionPlan
 from fedgrpc.errors import FedgrpcError, TaskError, UsageError
+from fedgrpc.worker.threads import rest_while_waiting
 
 Weights = Mapping[str, np.ndarray]
 
@@ -247,6 +248,7 @@ def load_trainer(
 
 def find_task(reference: str) -> type:
     """The class that `load_trainer` constructs. Raises as it does."""
+    rest_while_waiting()
     module_name, _, class_name = reference.partition(":")
     if not all(part.isidentifier() for part in module_name.split(".")):
         raise UsageError(f"task {reference!r} must look like package.module or package.module:Class")

@@ -24,7 +24,7 @@ import structlog
 from fedgrpc.aggregation.channels import ChannelMap
 from fedgrpc.aggregation.compression_plan import TASK_PARTS, WORKER_PARTS, CompressionPlan
 from fedgrpc.codec.feedback import Corrected, Keep, Residual, write_with_feedback
-from fedgrpc.codec.layout import Layout, layout_of
+from fedgrpc.codec.layout import Layout, TensorRole, layout_of
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
@@ -228,7 +228,7 @@ def update_of(
 
     def fill(payload: BinaryIO, keep: Keep) -> tuple[aggregator_pb2.UpdateHeader, Layout | None]:
         manifest, left = _write(task, worker, given, layout, outcome, residual, payload, keep)
-        unchanged = task.kind is TaskKind.TRAIN and _left_as_it_was(outcome, given)
+        unchanged = task.kind is TaskKind.TRAIN and _left_as_it_was(outcome, given, layout)
         if unchanged:
             log.warning("training changed nothing", round=task.round, steps=outcome.steps)
         return _header(task, worker, outcome, manifest, began.timings(), unchanged), left
@@ -236,11 +236,12 @@ def update_of(
     return fill
 
 
-def _left_as_it_was(outcome: Outcome, given: Weights) -> bool:
-    """Whether each tensor that training returned is the one that it began with."""
+def _left_as_it_was(outcome: Outcome, given: Weights, layout: Layout) -> bool:
+    """Whether each parameter that training returned is the one that it began with."""
     start = given if outcome.start is None else outcome.start
-    trained = outcome.weights or {}
-    return all(np.array_equal(array, start[name]) for name, array in trained.items())
+    others = {spec.name for spec in layout if spec.role is not TensorRole.PARAMETER}
+    trained = (outcome.weights or {}).items()
+    return all(np.array_equal(array, start[name]) for name, array in trained if name not in others)
 
 
 @dataclass(frozen=True)

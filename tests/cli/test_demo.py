@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fedgrpc.cli.as_json import json_text
 from fedgrpc.cli.demo.devices import make_fleet
 from fedgrpc.cli.demo.processes import die_with
 from fedgrpc.cli.demo.report import make_report, verdict_line
@@ -141,7 +142,7 @@ def test_a_report_without_scores_is_json_all_the_same() -> None:
     for scores, metric in (({}, "loss"), ({"loss": 1.0}, "loss"), ({"loss": 1.0, "auc": 0.5}, "auc")):
         report = make_report(Run(), [committed, Round(evaluator_metrics=scores)], [scores], 1.0)
         assert report.metric == metric
-        written = json.loads(json.dumps(report.as_json(), allow_nan=False))
+        written = json.loads(json_text(report.as_json()), parse_constant=refuse)
         assert written["scores"] == [None]
         assert written["pooled_scores"] == [scores.get(metric)]
         assert verdict_line(report) == "no scores"

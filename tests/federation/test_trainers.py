@@ -64,8 +64,29 @@ async def test_training_that_changed_nothing_is_told_by_the_worker_the_aggregato
     for round_ in rounds:
         assert {task.worker: task.unchanged for task in round_.tasks} == {"pi-1": True, "pi-2": False}
     assert len([line for line in lines if line["event"] == "training changed nothing"]) == 4
-    notes = list(rounds_table(rounds).columns[-1].cells)
-    assert all("pi-1: training changed nothing" in note for note in notes)
+    notes = [
+        str(line) for line in rounds_table(rounds).lines(None) if "pi-1: training changed nothing" in str(line)
+    ]
+    assert len(notes) == 2
+
+
+async def test_training_that_only_measured_statistics_has_changed_nothing(tmp_path):
+    """As PyTorch's with a learning rate of 0: batches are counted, and nothing is learned."""
+    weights = {"w": np.ones(8, np.float32), "n.running_mean": np.zeros(8, np.float32)}
+
+    class Measures(Shifter):
+        def train(self, weights, job):
+            return TrainResult({**weights, "n.running_mean": weights["n.running_mean"] + 1}, self.examples, 1)
+
+        def evaluate(self, weights):
+            return None
+
+    async with aggregating(tmp_path, policy=ONE, rounds=1, initial_model=None) as running:
+        worker = working(running, tmp_path, "pi-1", Measures(weights=weights))
+        await running.until_finished()
+        trained = [round_ for round_ in await running.rounds() if round_.kind == round_pb2.TASK_KIND_TRAIN]
+        assert await worker == 0
+    assert [task.unchanged for round_ in trained for task in round_.tasks] == [True]
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -86,6 +86,13 @@ def test_the_examples_without_torch_do_without_held_out_examples(
     assert counts(load_trainer(reference, data=share_of(tmp_path / "a.npz", 30, 0))) == (30, 0)
 
 
+def test_a_share_in_another_order_of_bytes_is_read(tmp_path: Path) -> None:
+    images, labels = np.arange(64 * 20).reshape(20, 8, 8).astype(">i2") % 17, (np.arange(20) % 10).astype(">i4")
+    both = {"train_inputs": images, "train_labels": labels, "held_out_inputs": images, "held_out_labels": labels}
+    np.savez(tmp_path / "a.npz", **both)  # type: ignore[arg-type]
+    assert counts(load_trainer("fedgrpc.tasks.digits", data=tmp_path / "a.npz")) == (20, 20)
+
+
 def test_data_without_held_out_examples_is_shared_out(tmp_path: Path) -> None:
     data = LabelledData(load_digits().train.take(np.arange(40)), Examples(np.zeros((0, 8, 8)), np.zeros(0, int)))
     paths = write_shares(tmp_path, data, parse_partition("iid"), 2, 0)

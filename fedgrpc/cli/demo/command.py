@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import json
 import tempfile
 import time
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any, Final
 import click
 from rich.console import Console
 
+from fedgrpc.cli.as_json import json_text
 from fedgrpc.cli.demo.devices import make_fleet
 from fedgrpc.cli.demo.federation import DemoSettings, Federation, History
 from fedgrpc.cli.demo.live import Screen
@@ -35,7 +35,6 @@ from fedgrpc.cli.view import piped_console, print_table
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.data.partition import PARTITIONS
 from fedgrpc.errors import UsageError
-from fedgrpc.worker.threads import rest_while_waiting
 from fedgrpc.worker.trainer import find_task, takes
 
 _PARTITION: Final = "dirichlet:0.5"
@@ -77,7 +76,6 @@ def _run(**values: Any) -> None:
     Recipe.parse(settings.encoding)
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("the demo needs matplotlib: pip install 'fedgrpc[demo]'")
-    rest_while_waiting()
     if settings.partition is None and takes(find_task(settings.task), "partition"):
         settings = replace(settings, partition=_PARTITION)
     try:
@@ -118,7 +116,7 @@ async def _pool(settings: DemoSettings, processes: Processes, rounds: int, scree
 
 def _write(out: Path, history: History, report: Report) -> None:
     (out / "model.safetensors").write_bytes(history.model)
-    (out / "rounds.json").write_text(json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n")
+    (out / "rounds.json").write_text(json_text(report.as_json()) + "\n")
     plot_rounds(report, out / "rounds.png")
 
 

@@ -15,7 +15,7 @@ from fedgrpc.cli.demo.devices import Device
 from fedgrpc.cli.demo.processes import Processes
 from fedgrpc.cli.demo.straggler import Straggler
 from fedgrpc.cli.operator import Operator, operator
-from fedgrpc.cli.view import LOST, round_line
+from fedgrpc.cli.view import first_failure, round_line
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind, TaskPhase
@@ -72,12 +72,10 @@ def _deadline(seconds: float | None) -> list[str]:
 
 
 def _reason(record: Round) -> str:
-    """Why the first task of an abandoned round was lost, by name; empty where none was."""
-    lost = next((task for task in record.tasks if task.phase in LOST and task.reason), None)
-    if lost is None:
-        return ""
-    hint = "; --deadline gives them longer" if lost.phase == TaskPhase.TASK_PHASE_LATE else ""
-    return f"{lost.worker}: {lost.reason}{hint}"
+    """Why an abandoned round brought nothing."""
+    late = any(task.phase == TaskPhase.TASK_PHASE_LATE for task in record.tasks)
+    hint = "; --deadline gives them longer" if late else ""
+    return first_failure(record) or record.reason + hint
 
 
 class Federation:
@@ -90,7 +88,6 @@ class Federation:
         self._state = state
         self._told = -1
         self._lost_in_a_row = 0
-        self._reason = ""
         self._remarks: list[str] = []
 
     async def run(self, show: Callable[[Run, Round], None], tell: Callable[[str], None]) -> History:
@@ -206,14 +203,10 @@ class Federation:
             if not abandoned and not record.evaluator_metrics and record.number > current - 2:
                 break
             self._told = record.number
-            reason = _reason(record) if abandoned else ""
-            tell(f"{round_line(record)} · {reason}" if reason not in ("", self._reason) else round_line(record))
-            self._reason = reason
+            tell(round_line(record))
             self._lost_in_a_row = self._lost_in_a_row + 1 if abandoned else 0
             if self._lost_in_a_row == _LOST_IN_A_ROW:
-                raise FedgrpcError(
-                    f"{_LOST_IN_A_ROW} rounds in a row ended without an update: {reason or record.reason}"
-                )
+                raise FedgrpcError(f"{_LOST_IN_A_ROW} rounds in a row ended without an update: {_reason(record)}")
 
     def _tell_remarks(self, current: float, tell: Callable[[str], None]) -> None:
         """What there is to say of the current round comes after the line of the one before."""

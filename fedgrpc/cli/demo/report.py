@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from google.protobuf.json_format import MessageToDict
 from rich.table import Table
 
+from fedgrpc.cli.as_json import plain
 from fedgrpc.cli.demo.pooled import Scores
 from fedgrpc.cli.view import size
 from fedgrpc.v1.aggregator_pb2 import Run
@@ -70,14 +70,14 @@ class Report:
     @property
     def metric(self) -> str:
         """The score that is shown: accuracy; of a task without, its first metric or, without any, the loss."""
-        scored = [dict(record.evaluator_metrics) for record in self.training_rounds]
+        scored = [_scored(record) for record in self.training_rounds]
         names = {name for scores in [*scored, *self.pooled] for name in scores}
         return "accuracy" if "accuracy" in names else min(names - {"loss"}, default="loss")
 
     @property
     def scores(self) -> list[float]:
         """Of each committed training round, on the held-out data; NaN where it was not scored."""
-        return [record.evaluator_metrics.get(self.metric, math.nan) for record in self.training_rounds]
+        return [_scored(record).get(self.metric, math.nan) for record in self.training_rounds]
 
     @property
     def pooled_scores(self) -> list[float]:
@@ -85,22 +85,22 @@ class Report:
         return [scores.get(self.metric, math.nan) for scores in self.pooled]
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, as `rounds.json` holds it; a score that there is not is None."""
+        """Everything, as `rounds.json` holds it; a score that there is not is NaN here and null there."""
         return {
             "metric": self.metric,
-            "run": MessageToDict(self.run, preserving_proto_field_name=True),
-            "scores": _or_none(self.scores),
-            "pooled_scores": _or_none(self.pooled_scores),
+            "run": plain(self.run),
+            "scores": self.scores,
+            "pooled_scores": self.pooled_scores,
             "traffic": asdict(self.traffic),
             "workers": [{**asdict(worker), "total_s": worker.total_s} for worker in self.workers],
             "wall_s": self.wall_s,
-            "rounds": [MessageToDict(record, preserving_proto_field_name=True) for record in self.rounds],
+            "rounds": [plain(record) for record in self.rounds],
         }
 
 
-def _or_none(scores: Sequence[float]) -> list[float | None]:
-    """JSON has no NaN."""
-    return [score if math.isfinite(score) else None for score in scores]
+def _scored(record: Round) -> Mapping[str, float]:
+    """By the evaluator or, while it still starts, by the workers, each on its own part."""
+    return record.evaluator_metrics or record.metrics
 
 
 def training_rounds(rounds: Sequence[Round]) -> list[Round]:
