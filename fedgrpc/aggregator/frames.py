@@ -96,7 +96,7 @@ class FrameCache:
                 if wanted < size or at % wanted == 0:
                     size = wanted
                 end = min(at - at % size + size, at + most, payload.size_bytes)
-                message = await self._frame(payload, at, end, size, common=size == most)
+                message = await self._frame(payload, at, end, size, size == most)
                 told_s = self._clock()
                 # Nothing but the one message is held while a slow reader takes it.
                 yield message
