@@ -33,6 +33,7 @@ from fedgrpc.codec.parts import part_of
 from fedgrpc.codec.payload import PayloadWriter, encode_tensor, naming
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.uniform import Uniform
+from fedgrpc.disk_errors import is_gone
 from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.spares import SpareFiles, make_private
 
@@ -155,15 +156,21 @@ class Forms:
         return key in self._paths
 
     def open(self, key: Key) -> ModelFile | None:
-        """The form, None where it is not known or was damaged: each time it is read through first."""
+        """The form, None where it is unknown, damaged or cannot be read: it is read through each time."""
         path = self._paths.get(key)
         if path is None:
             return None
         try:
             form = ModelFile.open(path)
-            if not form.as_written:
-                raise StorageError(f"{path} is damaged")
-        except (StorageError, UsageError):
+            damaged = not form.as_written
+        except StorageError:
+            # It may be there again later.
+            return None
+        except UsageError as error:
+            if isinstance(error.__cause__, OSError) and not is_gone(error.__cause__):
+                return None
+            damaged = True
+        if damaged:
             self._forget(key)
             return None
         return form

@@ -366,6 +366,8 @@ class ModelFolder:
         """Raises CorruptError unless the held model is what it was; it is dropped then, to be pulled whole."""
         if self.held is None:
             return
+        if not self.held.folder.exists():
+            self._drop_held("its folder is gone")
         try:
             self.held.check()
         except CorruptError as error:
@@ -377,7 +379,8 @@ class ModelFolder:
         log.warning("held model dropped", folder=str(self.held.folder), reason=why)
         held, self.held = self.held, None
         with storage_errors(self._folder):
-            remove_folder(held.folder)
+            if held.folder.exists():
+                remove_folder(held.folder)
         self.drop_partial()
         raise CorruptError(f"the held model version {held.version} has changed on the disk: {why}")
 
@@ -385,7 +388,7 @@ class ModelFolder:
         return max((int(path.name) for path in self._numbered()), default=0) + 1
 
     def _numbered(self) -> list[Path]:
-        return sorted(path for path in self._folder.iterdir() if path.name.isdigit())
+        return sorted(path for path in self._folder.glob("*") if path.name.isdigit())
 
     def _load_held(self) -> HeldModel | None:
         """The newest complete version; older ones, left by a crash, and damaged ones go.

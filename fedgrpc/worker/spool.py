@@ -251,7 +251,8 @@ class Spool:
 
     def _folders(self) -> list[Path]:
         with storage_errors(self._folder):
-            return sorted(path for path in self._folder.iterdir() if path.name.isdigit())
+            # The folder may have been deleted meanwhile: then nothing is in it.
+            return sorted(path for path in self._folder.glob("*") if path.name.isdigit())
 
     def _make_room(self, wanted_bytes: int) -> None:
         if wanted_bytes > self._max_bytes:

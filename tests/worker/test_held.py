@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import os
+import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -222,3 +223,18 @@ def test_a_held_model_that_cannot_be_read_now_is_there_at_the_next_start(tmp_pat
         patch.setattr(Path, "read_bytes", fail)
         assert ModelFolder(tmp_path).held is None
     assert ModelFolder(tmp_path).held.version == 1
+
+
+def test_a_folder_that_was_deleted_meanwhile_is_begun_anew(tmp_path):
+    folder = ModelFolder(tmp_path / "model")
+    pulled(folder, 1, "raw")
+    pulled(folder, 2, "raw")
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(CorruptError, match="gone"):
+        folder.check_held()
+    try:
+        pulled(folder, 3, "raw")
+    except StorageError:
+        # Files that were to be written over are gone, too; it is known now.
+        pulled(folder, 3, "raw")
+    assert folder.held.version == 3

@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -434,3 +435,12 @@ def test_what_stays_here_outlives_an_update_that_a_full_spool_drops(tmp_path):
     spool.write(task("a"), fill("a"), kept("first"))
     spool.write(task("b"), fill("b"))
     assert Spool(tmp_path).personal.read_text() == "first"
+
+
+def test_a_spool_that_was_deleted_meanwhile_takes_updates_again(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    spool.write(task("first"), fill("first"))
+    shutil.rmtree(tmp_path / "spool")
+    assert spool.updates() == []
+    spool.write(task("second"), fill("second"))
+    assert [update.token for update in spool.updates()] == ["second"]
