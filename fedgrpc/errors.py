@@ -12,6 +12,8 @@ status in one place, `fedgrpc.rpc.status`. The class alone decides the status.
     │   ├── TooLargeError          a declared size is over the limit              RESOURCE_EXHAUSTED
     │   └── CorruptError           CRC, digest or frame does not match            DATA_LOSS
     ├── UpdateRefused              admission said no; carries the reason          INVALID_ARGUMENT
+    │   ├── UnusableUpdate         an accepted update that cannot be averaged; carries its token
+    │   └── NotFinite              what updates make of a tensor is not finite; carries its name
     ├── UnknownTask                no live lease under this token                 NOT_FOUND
     ├── UnknownWorker              the worker has not registered                  NOT_FOUND
     ├── NotFound                   no such run, round or model version            NOT_FOUND
@@ -62,6 +64,22 @@ class CorruptError(CodecError):
 
 class UpdateRefused(FedgrpcError):
     """Admission refused an update; the message is the reason."""
+
+
+class UnusableUpdate(UpdateRefused):
+    """An update that was accepted cannot be averaged; `token` says whose."""
+
+    def __init__(self, *args: object, token: str = "") -> None:
+        super().__init__(*args)
+        self.token = token
+
+
+class NotFinite(UpdateRefused):
+    """What the updates of a round make of a tensor is not finite; `tensor` is its name."""
+
+    def __init__(self, *args: object, tensor: str = "") -> None:
+        super().__init__(*args)
+        self.tensor = tensor
 
 
 class UnknownTask(FedgrpcError):

@@ -13,19 +13,20 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedgrpc"
 
 # Every module or package right below fedgrpc, and what it may import besides itself.
-CORE = {"errors", "codec", "aggregation", "rounds"}
+CORE = {"errors", "claims", "codec", "aggregation", "rounds"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "claims": {"errors"},
     "v1": set(),
     "spares": set(),
     "disk_errors": set(),
     "codec": {"errors"},
-    "aggregation": {"errors"},
-    "rounds": {"errors"},
+    "aggregation": {"errors", "claims"},
+    "rounds": {"errors", "claims"},
     "simulation": {"errors", "rounds"},
     "process": {"errors", "spares"},
     "logging": {"errors"},
-    "metrics": {"errors", "v1", "rpc", "process"},
+    "metrics": {"errors", "claims", "v1", "rpc", "process"},
     "rpc": {*CORE, "v1", "process"},
     "aggregator": {*CORE, "v1", "rpc", "spares", "disk_errors", "process", "logging", "metrics"},
     "worker": {*CORE, "v1", "rpc", "spares", "disk_errors", "process", "logging", "metrics"},
@@ -44,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Where torch may be imported; everything else runs on a machine without it.
 TORCH = {"compression", "models", "tasks"}
 # The core knows no I/O, no clock and no gRPC.
-PURE = {"codec", "aggregation", "rounds", "simulation"}
+PURE = {"claims", "codec", "aggregation", "rounds", "simulation"}
 IMPURE_MODULES = {
     *("asyncio", "concurrent", "datetime", "grpc", "multiprocessing", "pathlib", "random", "shutil"),
     *("signal", "socket", "sqlite3", "structlog", "subprocess", "threading", "time", "torch"),

@@ -20,7 +20,7 @@ import numpy as np
 from fedgrpc.aggregation.coverage import CoordinateMean, Coverage
 from fedgrpc.aggregation.packed import CODES, Read, fits, pack, unpack
 from fedgrpc.aggregation.update import TensorLike, check_role
-from fedgrpc.errors import UpdateRefused
+from fedgrpc.errors import NotFinite, UpdateRefused
 
 WEIGHTS, REST = "#weights", "#rest"
 # Patterns of the tensors that no lossy encoding may touch: a weight is not a value that may be a little off.
@@ -31,7 +31,7 @@ _SLACK = 1 + 1e-9
 def pack_mean(tensor: TensorLike, mean: CoordinateMean, weight: float, dtype: np.dtype) -> dict[str, np.ndarray]:
     """What travels of a tensor's mean; `weight` is the whole update's. `mean` is then used up.
 
-    Raises `UpdateRefused` when the mean is not finite in `dtype`.
+    Raises `NotFinite` when the mean is not finite in `dtype`.
     """
     if mean.covers_nothing:
         return {}
@@ -51,9 +51,9 @@ def pack_mean(tensor: TensorLike, mean: CoordinateMean, weight: float, dtype: np
 
 
 def check_finite(tensor: TensorLike, mean: np.ndarray) -> None:
-    """A mean travels where its dtype holds it. Raises `UpdateRefused`."""
+    """A mean travels where its dtype holds it. Raises `NotFinite`."""
     if mean.dtype.kind not in "iub" and not np.isfinite(mean).all():
-        raise UpdateRefused(f"the mean of tensor {tensor.name!r} is not finite in {tensor.dtype}")
+        raise NotFinite(f"the mean of tensor {tensor.name!r} is not finite in {tensor.dtype}", tensor=tensor.name)
 
 
 def check_merged_layout(model: Sequence[TensorLike], update: Sequence[TensorLike]) -> None:

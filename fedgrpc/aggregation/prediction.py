@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from fedgrpc import claims
 from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
 
 # Of a batch's time, what does not shrink with the model: data, Python, kernel launches. Fitted once there are two
@@ -175,7 +176,7 @@ def _rate(history: Sequence[Observation], way: str, bits_per_second: float) -> f
         if getattr(seen, f"{way}_s") > 0 and getattr(seen, f"{way}_bytes") > 0
     ]
     if rates:
-        return float(statistics.median(rates))
+        return claims.BYTES_PER_SECOND.clamped(float(statistics.median(rates)))
     return bits_per_second / 8 if bits_per_second > 0 else None
 
 
@@ -210,7 +211,7 @@ def _memory_bytes(history: Sequence[Observation], size: PlanSize) -> int:
         largest = max(seen, key=lambda each: each.weights_bytes)
         held = max(0, largest.tensor_bytes - _TRAINED * largest.weights_bytes)
         base = max(0, peak - held - COPIES * largest.weights_bytes)
-        activations = held * math.sqrt(size.share / largest.share)
+        activations = held * math.sqrt(size.share / (largest.share or 1.0))
     return base + COPIES * size.weights_bytes + round(activations)
 
 

@@ -8,6 +8,10 @@ Both are factors on the update itself, never on its weight, so that the mean is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
+
+# The data of a fleet differ by less.
+MOST_TIMES_MEDIAN: Final = 50.0
 
 
 def accumulated_steps(steps: int, momentum: float = 0.0, proximal: float = 0.0) -> float:
@@ -29,7 +33,7 @@ def accumulated_steps(steps: int, momentum: float = 0.0, proximal: float = 0.0) 
 def nova_scales(weights: Sequence[float], accumulated: Sequence[float]) -> list[float]:
     """FedNova's factor for each update (arXiv 2007.07481): tau_eff / ||a_k||_1.
 
-    tau_eff is the weighted mean of ||a_k||_1, which keeps the length of the step. Updates of equal work stay as
+    tau_eff is the bounded mean of ||a_k||_1, which keeps the length of the step. Updates of equal work stay as
     they are, to the last bit. Raises `ValueError` when nothing has weight, or an update has no work in it.
     """
     if not sum(weights) > 0 or not all(steps > 0 for steps in accumulated):
@@ -43,10 +47,25 @@ def nova_scales(weights: Sequence[float], accumulated: Sequence[float]) -> list[
 def effective_steps(weights: Sequence[float], accumulated: Sequence[float]) -> float:
     """FedNova's tau_eff as it is used here: the weighted mean of ||a_k||_1. The weights are not all zero.
 
+    No ||a_k||_1 counts for more than `MOST_TIMES_MEDIAN` times the weighted median: it is a worker's word, and the
+    updates of all others are multiplied with the mean.
+
     A mean of updates so normalized is itself an update of that much work: normalized with others and averaged, it
     counts as its updates would.
     """
-    return sum(w * a for w, a in zip(weights, accumulated, strict=True)) / sum(weights)
+    most = MOST_TIMES_MEDIAN * _median(weights, accumulated)
+    return sum(w * min(a, most) for w, a in zip(weights, accumulated, strict=True)) / sum(weights)
+
+
+def _median(weights: Sequence[float], values: Sequence[float]) -> float:
+    """The smallest value that those of at least half of the weight do not exceed."""
+    half, so_far = sum(weights) / 2, 0.0
+    ordered = sorted(zip(values, weights, strict=True))
+    for value, weight in ordered:
+        so_far += weight
+        if so_far >= half:
+            return value
+    return ordered[-1][0]
 
 
 def clip_scale(norm: float, bound: float) -> float:

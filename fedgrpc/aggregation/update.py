@@ -13,9 +13,11 @@ from typing import Protocol
 
 import numpy as np
 
+from fedgrpc import claims
 from fedgrpc.errors import UpdateRefused
 
 _PIECE = 1 << 15
+_MOST_SQUARE = claims.MAX_ELEMENT**2
 
 
 class TensorLike(Protocol):
@@ -82,7 +84,7 @@ def check_counts(example_count: int, metrics: Mapping[str, float], policy: Admis
 def check_values(tensors: Iterable[tuple[TensorLike, np.ndarray]], policy: AdmissionPolicy) -> float:
     """The update's L2 norm over its trained tensors, read one tensor at a time.
 
-    Raises `UpdateRefused` for a value that is not finite, and for a norm over the bound.
+    Raises `UpdateRefused` for a value that is not finite or beyond all measure, and for a norm over the bound.
     """
     square = 0.0
     for tensor, values in tensors:
@@ -91,8 +93,11 @@ def check_values(tensors: Iterable[tuple[TensorLike, np.ndarray]], policy: Admis
         part = sum_of_squares(values)
         if not math.isfinite(part):
             raise UpdateRefused(f"tensor {tensor.name!r} has values that are not finite, or too large to square")
-        if tensor.is_trained:
-            square += part
+        if not tensor.is_trained:
+            continue
+        if part > _MOST_SQUARE:
+            raise UpdateRefused(f"tensor {tensor.name!r} has values above {claims.MAX_ELEMENT:g}")
+        square += part
     norm = math.sqrt(square)
     if norm > policy.max_norm:
         raise UpdateRefused(f"the update's norm {norm:.6g} is over the bound {policy.max_norm:.6g}")

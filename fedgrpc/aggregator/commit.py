@@ -26,10 +26,11 @@ from fedgrpc.aggregation.merged import add_merged
 from fedgrpc.aggregation.packed import coverage_of, unpack
 from fedgrpc.aggregation.precision import rounding_noise, say
 from fedgrpc.aggregation.server_optimizer import ServerOptimizer
+from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.fold import PIECE, Fold, Load
 from fedgrpc.aggregator.model_file import ModelFile, ModelWriter
 from fedgrpc.codec.layout import Layout, TensorRole, TensorSpec
-from fedgrpc.errors import UpdateRefused
+from fedgrpc.errors import NotFinite, UpdateRefused
 from fedgrpc.spares import SpareFiles
 
 _GROUP_ELEMENTS = 1 << 20
@@ -107,8 +108,8 @@ class Commit:
     def write(self, model_path: Path, memory_path: Path) -> bytes:
         """Write the new version, and the optimizer's memory if it has any; returns the model's SHA-256.
 
-        Raises `StorageError`, `CodecError` when a file is not what was accepted, and `UpdateRefused` when what the
-        updates make of the model is not finite.
+        Raises `StorageError`, `UnusableUpdate` when an update is not what was accepted, and `NotFinite` when what
+        the updates make of the model is not finite.
         """
         memory_layout = self.memory_layout
         with ModelWriter(model_path, self.base.layout, self.spares) as model:
@@ -224,7 +225,7 @@ class Commit:
         return new, kept
 
     def _finite(self, span: Span, at: int, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """`values`, which begin at element `at` of a span, as `dtype`. Raises `UpdateRefused` when it cannot hold
+        """`values`, which begin at element `at` of a span, as `dtype`. Raises `NotFinite` when it cannot hold
         them: no round could go on.
         """
         with np.errstate(over="ignore"):
@@ -232,7 +233,7 @@ class Commit:
         finite = np.isfinite(cast)
         if not finite.all():
             name = self._name_at(span.index, span.start + at + int(finite.argmin()))
-            raise UpdateRefused(f"the new values of tensor {name!r} would not be finite in {dtype.name}")
+            raise NotFinite(f"the new values of tensor {name!r} would not be finite in {dtype.name}", tensor=name)
         return cast
 
     def _name_at(self, index: int, element: int) -> str:
@@ -269,7 +270,7 @@ def means_of(
     """The mean of each of these tensors over the updates, all of them as `Commit` has them."""
     means = [CoordinateMean(spec.shape) for spec in specs]
     for token, weight in updates:
-        with load(token).open() as reader:
+        with blaming(token), load(token).open() as reader:
             for spec, mean in zip(specs, means, strict=True):
                 # What is not a difference but a value stays what it is.
                 scale = scales.get(token, 1.0) if spec.is_trained else 1.0

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import structlog
 
+from fedgrpc import claims
 from fedgrpc.aggregator.carrying import stale, takes_news
 from fedgrpc.aggregator.data_folder import DataFolder
 from fedgrpc.aggregator.evaluations import Evaluation, Evaluations
@@ -33,7 +34,16 @@ from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.aggregator.waking import Waking
 from fedgrpc.aggregator.weights import Weighing
-from fedgrpc.errors import IllegalTransition, RoundClosed, UnknownTask, UnknownWorker, UsageError, WrongIdentity
+from fedgrpc.errors import (
+    FedgrpcError,
+    IllegalTransition,
+    RoundClosed,
+    UnknownTask,
+    UnknownWorker,
+    UnusableUpdate,
+    UsageError,
+    WrongIdentity,
+)
 from fedgrpc.metrics import Metrics
 from fedgrpc.rounds.events import (
     Abort,
@@ -53,6 +63,7 @@ from fedgrpc.rounds.events import (
     TaskPhase,
 )
 from fedgrpc.rounds.state import RoundPhase, step, time_left
+from fedgrpc.rpc.convert import registration_from_proto
 from fedgrpc.rpc.identity import Session
 from fedgrpc.v1.aggregator_pb2 import (
     RUN_PHASE_PAUSED,
@@ -130,6 +141,7 @@ class Coordinator:
     async def register(self, registration: RegisterRequest, session: Session = _ANONYMOUS, peer: str = "") -> None:
         """Add or renew a worker, durably. Raises `UsageError`, `WrongIdentity`, `Exhausted` and `NameTaken`."""
         self.fleet.check(registration)
+        registration = registration_from_proto(registration)
         self.settings.roles.check(registration)
         self.negotiation.check(registration)
         await self.sessions.claim(registration.worker, session, peer)
@@ -335,11 +347,24 @@ class Coordinator:
         """Record that an update was refused, for good."""
         current = self._with(token)
         worker = current.state.find(token).worker
+        reason = claims.REASON.cleaned(reason)
         self._log.warning("update refused", round=current.state.number, worker=worker, reason=reason)
         self.dispatch(Rejected(token, reason))
 
+    def leave_out(self, error: UnusableUpdate) -> None:
+        """An update that was accepted cannot be averaged: it is rejected, and the round goes on without it."""
+        current = self._with(error.token)
+        worker, reason = current.state.find(error.token).worker, claims.REASON.cleaned(str(error))
+        # What nobody raised on purpose is a fault of this program, too.
+        surprise = None if isinstance(error.__cause__, FedgrpcError | None) else error.__cause__
+        self._log.warning(
+            "update left out", round=current.state.number, worker=worker, reason=reason, exc_info=surprise
+        )
+        self.dispatch(Rejected(error.token, reason))
+
     async def give_back(self, name: str, token: str, reason: str) -> None:
         """The worker cannot do its task. Idempotent. Raises `UnknownTask` and `WrongIdentity`."""
+        reason = claims.REASON.cleaned(reason)
         if evaluation := self.evaluations.find(name, token):
             self.evaluations.give_back(evaluation)
             self._news()
@@ -435,6 +460,7 @@ class Coordinator:
 
     async def stop(self, reason: str) -> None:
         """End the run; the round in flight is abandoned, unless it is committing already. Idempotent."""
+        reason = claims.REASON.cleaned(reason)
         if not self.run.ended:
             await self.end(RUN_PHASE_STOPPED, reason or "stopped by an operator")
 

@@ -26,7 +26,7 @@ from fedgrpc.aggregator.recovery import Recovery
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.aggregator.run_store import Version
 from fedgrpc.aggregator.scores import scores_of
-from fedgrpc.errors import CodecError, NotFound, StorageError, UpdateRefused
+from fedgrpc.errors import CodecError, NotFound, StorageError, UnusableUpdate, UpdateRefused
 from fedgrpc.rounds.events import Abort, Commit, Committed, Finished, Select, Tick
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rounds.state import Round, RoundPhase, step, wake_at, wants_pool
@@ -171,9 +171,13 @@ class Driver:
             await asyncio.sleep(retries.next_delay_s())
 
     async def _commit(self, current: CurrentRound, commit: Commit) -> None:
-        """Compute and record the new version; an update that turns out unusable ends the round."""
+        """Compute and record the new version. An update that turns out unusable is left out: the round then has
+        another commit to do, or has ended. What nobody in particular is to blame for ends it.
+        """
         try:
             await self._commit_once(current, commit)
+        except UnusableUpdate as error:
+            self._it.leave_out(error)
         except (CodecError, UpdateRefused) as error:
             self._it.dispatch(Abort(str(error)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 
+from fedgrpc import claims
 from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.errors import WrongIdentity
 
@@ -70,4 +71,4 @@ class Evaluations:
         """On how many examples it was scored, and the mean by them; None for all but the version last scored."""
         if self._version != version or not self._scores:
             return None
-        return int(sum(count for _, count in self._scores)), mean_metrics(self._scores)
+        return claims.EXAMPLES.total(int(count) for _, count in self._scores), mean_metrics(self._scores)

@@ -134,7 +134,7 @@ class Fleet:
         try:
             return self._workers[name]
         except KeyError:
-            raise UnknownWorker(f"worker {name!r} has not registered here") from None
+            raise UnknownWorker(f"worker {name[:80]!r} has not registered here") from None
 
     def knows(self, registration: RegisterRequest, session: Session | None = None) -> bool:
         """Whether this very registration, by this process, is in force."""

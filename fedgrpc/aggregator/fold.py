@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.uploads import StoredUpdate, UpdateFile
 from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.codec.manifest import Manifest
@@ -80,22 +81,33 @@ class Fold:
         total = self._sum[: stop - start]
         total[:] = 0
         values = np.empty(min(total.size, PIECE), spec.numpy_dtype)
-        for fill, factor in self._sources(spec.name):
-            for at in range(0, total.size, PIECE):
-                piece = total[at : at + PIECE]
-                its, scratch = values[: piece.size], self._scratch[: piece.size]
-                fill(its, start + at)
-                piece += np.multiply(its, factor, out=scratch, dtype=np.float64)
+        for (token, _), (fill, factor) in zip(self._updates, self._sources(spec.name), strict=True):
+            with blaming(token):
+                self._add(total, fill, factor, start, values)
         total /= self._total
         return total
+
+    def _add(self, total: np.ndarray, fill: Fill, factor: float, start: int, values: np.ndarray) -> None:
+        """Add an update's elements from `start` on to the sum; `values` is room for a piece of them."""
+        for at in range(0, total.size, PIECE):
+            piece = total[at : at + PIECE]
+            its, scratch = values[: piece.size], self._scratch[: piece.size]
+            fill(its, start + at)
+            piece += np.multiply(its, factor, out=scratch, dtype=np.float64)
 
     def _sources(self, name: str) -> Iterable[tuple[Fill, float]]:
         """What reads that tensor from each update, and by what it is multiplied."""
         if not self._kept:
             return self._opened_in_turn(name)
         if self._filling[0] != name:
-            self._filling = (name, [file.fill_from(name) for file in self._files()])
+            self._filling = (name, list(self._fills(name)))
         return zip(self._filling[1], self._factors, strict=True)
+
+    def _fills(self, name: str) -> Iterator[Fill]:
+        for (token, _), file in zip(self._updates, self._files(), strict=True):
+            with blaming(token):
+                fill = file.fill_from(name)
+            yield fill
 
     def _files(self) -> list[UpdateFile]:
         if not self._open:
@@ -107,7 +119,9 @@ class Fold:
         for (token, _), factor in zip(self._updates, self._factors, strict=True):
             file = self._load(token).open()
             try:
-                yield file.fill_from(name), factor
+                with blaming(token):
+                    fill = file.fill_from(name)
+                yield fill, factor
             finally:
                 file.close()
 

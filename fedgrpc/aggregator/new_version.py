@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fedgrpc.aggregation.channels import Selection
 from fedgrpc.aggregation.server_optimizer import server_optimizer
+from fedgrpc.aggregator.blame import blaming, most_to_blame
 from fedgrpc.aggregator.commit import Commit as CommitFiles
 from fedgrpc.aggregator.commit import Formats
 from fedgrpc.aggregator.coordinator import Coordinator
@@ -18,7 +19,7 @@ from fedgrpc.aggregator.run_store import Version
 from fedgrpc.aggregator.scales import scales_of
 from fedgrpc.aggregator.uploads import StoredUpdate
 from fedgrpc.aggregator.weights import shared
-from fedgrpc.errors import StorageError, UpdateRefused
+from fedgrpc.errors import NotFinite, StorageError, UnusableUpdate, UpdateRefused
 from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
 
 
@@ -56,7 +57,11 @@ class NewVersion:
         return {token: norm_of(self.load(token), layout, token not in parts, parts.get(token)) for token in tokens}
 
     async def write(self, current: CurrentRound, weights: dict[str, float]) -> Version | None:
-        """The new version, durable; None where no version is made here. Raises as `Commit.write`."""
+        """The new version, durable; None where no version is made here.
+
+        Raises `StorageError`, `UnusableUpdate` for an update that is to be left out, and `UpdateRefused` when no
+        update in particular is to blame.
+        """
         it = self._it
         await asyncio.to_thread(self.check, current, list(weights))
         number = current.base_version + 1
@@ -66,8 +71,10 @@ class NewVersion:
             update = self.load(token)
             if update.header.HasField("channels"):
                 learn = it.local_models.learn
-                await asyncio.to_thread(learn, update.header.channels, update.manifest.layout)
-            digest = await asyncio.to_thread(_write_values, path, update)
+                with blaming(token):
+                    await asyncio.to_thread(learn, update.header.channels, update.manifest.layout)
+            with blaming(token):
+                digest = await asyncio.to_thread(_write_values, path, update)
         else:
             base = it.models.open(current.base_version)
             memory = it.models.open_memory(current.base_version)
@@ -86,7 +93,10 @@ class NewVersion:
                 current.scales,
                 self._formats(current, weights),
             )
-            digest = await asyncio.to_thread(files.write, path, it.models.memory_path(number))
+            try:
+                digest = await asyncio.to_thread(files.write, path, it.models.memory_path(number))
+            except NotFinite as error:
+                raise await asyncio.to_thread(self.blamed, error, weights, current.scales) from error
         return Version(number, current.state.number, digest)
 
     def _formats(self, current: CurrentRound, tokens: Iterable[str]) -> dict[str, Formats]:
@@ -104,7 +114,16 @@ class NewVersion:
         """Keep the channels that the update of that token tells, if they are wanted."""
         it = self._it
         if it.local_models.wants_channels and (header := self.load(token).header).HasField("channels"):
-            await asyncio.to_thread(it.local_models.learn, header.channels, it.run.layout)
+            with blaming(token):
+                await asyncio.to_thread(it.local_models.learn, header.channels, it.run.layout)
+
+    def blamed(
+        self, error: NotFinite, weights: Mapping[str, float], scales: Mapping[str, float]
+    ) -> UnusableUpdate | NotFinite:
+        """Whose fault it is: of those who add to the tensor, the one that adds most."""
+        factors = [(token, weight * scales.get(token, 1.0)) for token, weight in weights.items()]
+        token = most_to_blame(error.tensor, factors, self.load)
+        return error if token is None else UnusableUpdate(f"{error}; this update adds most", token=token)
 
     def check(self, current: CurrentRound, tokens: Iterable[str]) -> None:
         """Nothing goes into a version that has changed on the disk since it was accepted, or written.

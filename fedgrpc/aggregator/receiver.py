@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from fedgrpc import claims
 from fedgrpc.aggregation.merged import check_merged_layout, merged_values
 from fedgrpc.aggregation.packed import unpacked
 from fedgrpc.aggregation.update import AdmissionPolicy, check_layout, check_values
@@ -152,7 +153,8 @@ class Receiver:
         """
         if evaluation := self._it.evaluations.find(header.worker, header.token):
             scores = metrics_from_proto(header.evaluation_metrics)
-            await self._it.score(evaluation, scores, header.evaluation_example_count)
+            example_count = claims.EXAMPLES.checked(header.evaluation_example_count)
+            await self._it.score(evaluation, scores, example_count)
             return 0, True
         if await self._it.check_open(header.worker, header.token) is TaskPhase.ACCEPTED:
             return header.manifest.size_bytes, True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from fedgrpc import claims
 from fedgrpc.aggregation.update import AdmissionPolicy, check_counts
 from fedgrpc.aggregator.local_models import LocalTask
 from fedgrpc.aggregator.run_store import TaskRow
@@ -58,19 +59,21 @@ class Report:
         check_counts(header.example_count, {**metrics, **evaluation_metrics}, policy)
         if header.merged_updates and not 0 < header.weight <= policy.max_example_count:
             raise UpdateRefused(f"the summed weight {header.weight:g} is not from above 0 to the bound")
+        # Where it decides, `check_steps` holds it against the plan.
+        accumulated_steps = claims.ACCUMULATED_STEPS.clamped(header.accumulated_steps)
         return cls(
-            header.example_count,
-            header.steps,
+            claims.EXAMPLES.checked(header.example_count),
+            claims.STEPS.checked(header.steps),
             metrics,
             evaluation_metrics,
-            header.evaluation_example_count,
+            claims.EXAMPLES.checked(header.evaluation_example_count),
             timings_from_proto(header.timings),
             header.manifest.size_bytes,
-            header.peak_memory_bytes,
-            header.merged_updates,
-            header.weight if header.merged_updates else 0.0,
-            header.tensor_bytes,
-            header.accumulated_steps if header.merged_updates else 0.0,
+            claims.MEMORY_BYTES.clamped(header.peak_memory_bytes),
+            claims.MERGED_UPDATES.checked(header.merged_updates),
+            claims.WEIGHT.checked(header.weight) if header.merged_updates else 0.0,
+            claims.MEMORY_BYTES.clamped(header.tensor_bytes),
+            accumulated_steps if header.merged_updates else 0.0,
             header.unchanged,
             header.scores_of_sub_models,
         )

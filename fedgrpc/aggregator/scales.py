@@ -20,7 +20,7 @@ from fedgrpc.aggregation.scale import (
 from fedgrpc.aggregator.orders import Orders
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.settings import AggregatorSettings
-from fedgrpc.errors import UpdateRefused
+from fedgrpc.errors import UnusableUpdate, UpdateRefused
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, Plan
 
 # A mean of what the bound holds for may be above it by rounding.
@@ -53,7 +53,7 @@ def scales_of(
     """The factor on each update: FedNova's (arXiv 2007.07481) where steps are normalized, or what clips it to
     `clip_norm` where `norms` are given, times FedBuff's for staleness (arXiv 2106.06639).
 
-    Raises `UpdateRefused` for an update without steps.
+    Raises `UnusableUpdate` for an update without steps.
     """
     if current.kind != TASK_KIND_TRAIN:
         return dict.fromkeys(weights, 1.0)
@@ -80,13 +80,13 @@ def accumulated_of(orders: Orders, current: CurrentRound, weights: Mapping[str, 
 
 def _work(plan: Plan, current: CurrentRound, tokens: Iterable[str]) -> list[float]:
     """What the steps of each update amount to; a mean says it of its own."""
-    reports = [current.reports[token] for token in tokens]
-    if not all(report.accumulated_steps if report.merged_updates else report.steps for report in reports):
-        raise UpdateRefused("an update that reports no steps cannot be normalized")
-    return [
-        report.accumulated_steps if report.merged_updates else _accumulated(report.steps, plan)
-        for report in reports
-    ]
+    return [_work_of(plan, token, current.reports[token]) for token in tokens]
+
+
+def _work_of(plan: Plan, token: str, report: Report) -> float:
+    if not (report.accumulated_steps if report.merged_updates else report.steps):
+        raise UnusableUpdate("an update that reports no steps cannot be normalized", token=token)
+    return report.accumulated_steps if report.merged_updates else _accumulated(report.steps, plan)
 
 
 def _accumulated(steps: int, plan: Plan) -> float:

@@ -223,7 +223,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self, request: pb.ReportFailureRequest, context: grpc.aio.ServicerContext
     ) -> pb.ReportFailureResponse:
         self._check_caller(context, request.worker)
-        await self._it.give_back(request.worker, request.token, " ".join(request.reason.split())[:500])
+        await self._it.give_back(request.worker, request.token, request.reason)
         return pb.ReportFailureResponse()
 
     async def Leave(self, request: pb.LeaveRequest, context: grpc.aio.ServicerContext) -> pb.LeaveResponse:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from types import MappingProxyType
 
-from fedgrpc.rounds.events import Abort, Cancel, Carry, Commit, Committed, Effect, Finished, TaskPhase
+from fedgrpc.errors import RoundClosed
+from fedgrpc.rounds.events import Abort, Cancel, Carry, Commit, Committed, Effect, Finished, Rejected, TaskPhase
 from fedgrpc.rounds.round import NO_TASKS, Round, RoundPhase, Step
 from fedgrpc.rounds.task import SLOW, Task
 
@@ -15,8 +16,7 @@ def close(round_: Round, why: str, now: float) -> Step:
     short = round_.accepted_count < round_.policy.quorum
     round_, late = _end_open(round_, why, now, staler=0 if short else 1)
     if short:
-        counted = f"{round_.accepted_count} of {round_.policy.quorum} needed updates: {why}"
-        round_, effects = _finish_without(round_, counted)
+        round_, effects = _finish_without(round_, f"{_counted(round_)}: {why}")
         return round_, late + effects
     return replace(round_, phase=RoundPhase.COMMITTING, reason=why), (*late, Commit(round_.accepted))
 
@@ -45,6 +45,21 @@ def abort(round_: Round, event: Abort, now: float) -> Step:
     end = Finished(committed=False, reason=event.reason)
     round_ = replace(round_.with_tasks(ended), phase=RoundPhase.ABANDONED, reason=event.reason, carried=NO_TASKS)
     return round_, (*(Cancel(token, event.reason) for token in tokens), end)
+
+
+def leave_out(round_: Round, event: Rejected, now: float) -> Step:
+    """An accepted update that cannot be averaged is rejected: the others are committed, if they are enough."""
+    task = round_.find(event.token)
+    if task.phase is not TaskPhase.ACCEPTED:
+        raise RoundClosed(f"round {round_.number} takes no more updates: it is committing")
+    round_ = round_.with_tasks({event.token: task.ended(TaskPhase.REJECTED, event.reason, now)})
+    if round_.accepted_count >= round_.policy.quorum:
+        return round_, (Commit(round_.accepted),)
+    return _finish_without(round_, f"{_counted(round_)}: {event.reason}")
+
+
+def _counted(round_: Round) -> str:
+    return f"{round_.accepted_count} of {round_.policy.quorum} needed updates"
 
 
 def _end_open(round_: Round, why: str, now: float, staler: int) -> Step:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
+from fedgrpc import claims
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.task import Task
 
@@ -36,7 +37,7 @@ class Rates:
         """With one more transfer, if that tells anything."""
         if size_bytes <= 0 or seconds <= 0:
             return self
-        rate, known = size_bytes / seconds, self.bytes_per_second
+        rate, known = claims.BYTES_PER_SECOND.clamped(size_bytes / seconds), self.bytes_per_second
         faster = known is not None and rate > known
         long = seconds >= _LONG_S or size_bytes >= _LARGE_BYTES or faster
         if seconds >= _VERY_LONG_S or (size_bytes >= _SMALL_BYTES and long):

@@ -7,6 +7,7 @@ nothing has happened. `now` is any clock that never runs backwards, in seconds.
         |                       |                                                     |
         +-----------------------+--------- no workers, no quorum, Abort --------------+--------> ABANDONED
 
+`Rejected` while COMMITTING leaves out an accepted update that cannot be averaged: the round commits the others.
 A task that a round carries on goes over to the round that `follow` opens after it.
 """
 
@@ -19,7 +20,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fedgrpc.errors import IllegalTransition, RoundClosed
-from fedgrpc.rounds.closing import abort, commit
+from fedgrpc.rounds.closing import abort, commit, leave_out
 from fedgrpc.rounds.deadline import left_after_restart
 from fedgrpc.rounds.events import (
     Abort,
@@ -195,6 +196,7 @@ _TABLE: Mapping[tuple[RoundPhase, type], Callable[[Round, Any, float], Step]] = 
         (RoundPhase.REPORTING, Selected): add_tasks,
         (RoundPhase.REPORTING, Tick): check_time,
         (RoundPhase.COMMITTING, Committed): commit,
+        (RoundPhase.COMMITTING, Rejected): leave_out,
         **dict.fromkeys(
             product([RoundPhase.SELECTING, RoundPhase.REPORTING], [Progress, Accepted, Rejected, Failed]), report
         ),

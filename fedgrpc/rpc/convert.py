@@ -1,7 +1,8 @@
 """Between generated messages and domain types. What comes from the wire is never trusted.
 
 Every `*_from_proto` raises `LayoutError` for what no honest peer sends (unknown dtypes, encodings and
-compressions, negative or non-finite times) and `TooLargeError` for a manifest over the limits.
+compressions, negative or non-finite times) and `TooLargeError` for a manifest over the limits. What a peer says of
+itself has the ranges of `fedgrpc.claims`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from typing import Any, Final
 
 from google.protobuf import duration_pb2
 
+from fedgrpc import claims
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.encoding import parse_encoding
 from fedgrpc.codec.layout import Layout, TensorRole, TensorSpec, check_unique, role_by_name
 from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry, check_entries
 from fedgrpc.errors import LayoutError, TooLargeError, UsageError
-from fedgrpc.v1 import device_pb2, tensor_pb2
+from fedgrpc.v1 import aggregator_pb2, device_pb2, tensor_pb2
 
 _DTYPE_NAMES: Final[dict[int, str]] = {
     number: name.removeprefix("DTYPE_").lower()
@@ -200,8 +202,8 @@ def duration_to_proto(seconds: float) -> duration_pb2.Duration:
 
 
 def duration_from_proto(message: duration_pb2.Duration) -> float:
-    """Seconds; times before zero count as zero, as they are all waits or time left."""
-    return max(0.0, message.seconds + message.nanos * 1e-9)
+    """Seconds, at most 30 years; times before zero count as zero, as they are all waits or time left."""
+    return claims.SECONDS.clamped(message.seconds + message.nanos * 1e-9)
 
 
 @dataclass(frozen=True)
@@ -225,21 +227,49 @@ def timings_to_proto(timings: Timings) -> device_pb2.Timings:
 
 
 def timings_from_proto(message: device_pb2.Timings) -> Timings:
-    """Seconds per part, none negative or endless."""
-    timings = Timings(
-        message.download_seconds, message.local_seconds, message.upload_seconds, message.global_seconds
-    )
-    for seconds in (timings.download_s, timings.local_s, timings.upload_s, timings.global_s):
+    """Seconds per part, none negative or endless, and none over 30 years."""
+    parts = (message.download_seconds, message.local_seconds, message.upload_seconds, message.global_seconds)
+    for seconds in parts:
         if not (math.isfinite(seconds) and seconds >= 0):
             raise LayoutError(f"a timing of {seconds} seconds cannot be")
-    return timings
+    return Timings(*map(claims.SECONDS.clamped, parts))
 
 
-def metrics_from_proto(metrics: Mapping[str, float], max_metrics: int = 64) -> dict[str, float]:
-    """Finite scores by name; at most `max_metrics`, names of at most 64 characters."""
+def metrics_from_proto(metrics: Mapping[str, float], max_metrics: int = claims.METRICS) -> dict[str, float]:
+    """Bounded scores by name; at most `max_metrics`, names of 1 to 64 printable characters."""
     if len(metrics) > max_metrics:
         raise LayoutError(f"{len(metrics)} metrics are reported, allowed are {max_metrics}")
     for name, value in metrics.items():
-        if not (0 < len(name) <= 64 and math.isfinite(value)):
-            raise LayoutError(f"metric {name[:64]!r} is {value}; it needs a short name and a finite value")
+        shown = claims.LABEL.cleaned(name)
+        if not (0 < len(name) <= claims.METRIC_NAME_CHARS and name.isprintable()):
+            raise LayoutError(f"a metric is called {shown!r}; a name has 1 to 64 printable characters")
+        if not claims.SCORE.least <= value <= claims.SCORE.most:
+            raise LayoutError(f"metric {shown!r} is {value}; a score is a number up to {claims.SCORE.most:g}")
     return dict(metrics)
+
+
+def registration_from_proto(message: aggregator_pb2.RegisterRequest) -> aggregator_pb2.RegisterRequest:
+    """What a worker says of itself, bounded; the name is for the fleet to check."""
+    bounded = aggregator_pb2.RegisterRequest()
+    bounded.CopyFrom(message)
+    bounded.device.CopyFrom(device_from_proto(message.device))
+    del bounded.encodings[:]
+    bounded.encodings.extend(map(claims.LABEL.cleaned, message.encodings))
+    return bounded
+
+
+def device_from_proto(message: device_pb2.DeviceProfile) -> device_pb2.DeviceProfile:
+    """A device's account of itself, each number within its range, each text one printable line."""
+    return device_pb2.DeviceProfile(
+        device_class=claims.LABEL.cleaned(message.device_class),
+        cpu_model=claims.LABEL.cleaned(message.cpu_model),
+        cpu_cores=claims.CORES.clamped(message.cpu_cores),
+        memory_bytes=claims.MEMORY_BYTES.clamped(message.memory_bytes),
+        accelerator=claims.LABEL.cleaned(message.accelerator),
+        accelerator_name=claims.LABEL.cleaned(message.accelerator_name),
+        accelerator_memory_bytes=claims.MEMORY_BYTES.clamped(message.accelerator_memory_bytes),
+        uplink_bits_per_second=claims.BITS_PER_SECOND.clamped(message.uplink_bits_per_second),
+        downlink_bits_per_second=claims.BITS_PER_SECOND.clamped(message.downlink_bits_per_second),
+        on_battery=message.on_battery,
+        software_version=claims.LABEL.cleaned(message.software_version),
+    )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from fedgrpc.rounds.history import Timing, WorkerHistory
+from google.protobuf.message import DecodeError
+
+from fedgrpc import claims
+from fedgrpc.errors import LayoutError
+from fedgrpc.rounds.history import KEPT, Timing, WorkerHistory
 from fedgrpc.rounds.link import Rates
 from fedgrpc.v1 import round_pb2
 
@@ -30,22 +34,33 @@ def history_to_bytes(history: WorkerHistory) -> bytes:
 
 
 def history_from_bytes(kept: bytes, selected: int, accepted: int) -> WorkerHistory:
-    """What `history_to_bytes` has made of it."""
-    message = round_pb2.WorkerHistory.FromString(kept)
-    timings = tuple(
-        Timing(
-            each.download_seconds if each.HasField("download_seconds") else None,
-            each.local_seconds if each.HasField("local_seconds") else None,
-            each.upload_seconds if each.HasField("upload_seconds") else None,
-            each.cut,
-        )
-        for each in message.timings
-    )
-    loss = message.loss if message.HasField("loss") else None
-    endings = tuple(message.endings)
+    """What `history_to_bytes` has made of it, with every number in its range, whoever wrote it.
+
+    Raises `LayoutError` where it is none.
+    """
+    try:
+        message = round_pb2.WorkerHistory.FromString(kept)
+    except DecodeError as error:
+        raise LayoutError(f"no history: {error}") from error
     up, down = (
-        Rates(tuple(rates)) for rates in (message.uplink_bytes_per_second, message.downlink_bytes_per_second)
+        Rates(tuple(map(claims.BYTES_PER_SECOND.clamped, rates)))
+        for rates in (message.uplink_bytes_per_second, message.downlink_bytes_per_second)
     )
     return WorkerHistory(
-        timings, selected, accepted, message.selected_in, loss, message.example_count, endings, up, down
+        timings=tuple(map(_timing, message.timings[-KEPT:])),
+        selected=selected,
+        accepted=accepted,
+        selected_in=claims.NUMBER.clamped(message.selected_in),
+        loss=claims.SCORE.clamped(message.loss) if message.HasField("loss") else None,
+        example_count=claims.EXAMPLES.clamped(message.example_count),
+        endings=tuple(map(claims.LABEL.cleaned, message.endings[-KEPT:])),
+        uplink=up,
+        downlink=down,
     )
+
+
+def _timing(message: round_pb2.PastTiming) -> Timing:
+    def seconds(name: str) -> float | None:
+        return claims.SECONDS.clamped(getattr(message, name)) if message.HasField(name) else None
+
+    return Timing(seconds("download_seconds"), seconds("local_seconds"), seconds("upload_seconds"), message.cut)

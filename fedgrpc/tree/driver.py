@@ -17,6 +17,7 @@ from functools import partial
 
 from google.protobuf.message import DecodeError
 
+from fedgrpc import claims
 from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.driver import Driver
@@ -29,7 +30,7 @@ from fedgrpc.aggregator.run_store import Version
 from fedgrpc.aggregator.scales import accumulated_of
 from fedgrpc.aggregator.scores import scores_of
 from fedgrpc.codec.layout import Array, Layout
-from fedgrpc.errors import CodecError, StorageError
+from fedgrpc.errors import CodecError, NotFinite, StorageError
 from fedgrpc.rounds.events import Abort, Commit
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.state import Round, RoundPhase
@@ -216,30 +217,36 @@ class LeafDriver(Driver):
         if current.kind == TASK_KIND_EVALUATE:
             tensors = iter(())
         elif current.kind == TASK_KIND_INITIALIZE:
-            tensors = own_tensors(load(tokens[0]))
+            tensors = own_tensors(tokens[0], load(tokens[0]))
         else:
             parts, merged = parts_of(it, current, tokens), merged_of(current, tokens)
             scales = await self._new_version.scales(current, weights)
+            current.scales = scales
             tensors = mean_tensors(it.run.layout, list(weights.items()), load, parts, merged, scales)
-        await asyncio.to_thread(self._mean.write, header, tensors)
+        try:
+            await asyncio.to_thread(self._mean.write, header, tensors)
+        except NotFinite as error:
+            raise await asyncio.to_thread(self._new_version.blamed, error, weights, current.scales) from error
 
     def _header(self, current: CurrentRound, weights: dict[str, float]) -> aggregator_pb2.UpdateHeader:
-        """What the mean says besides its tensors: sums of counts, means of scores."""
+        """What the mean says besides its tensors: sums of counts, as far as they go, and means of scores."""
         reports = [(current.reports[token], weight) for token, weight in weights.items()]
         scores = scores_of(current, weights, self._it.weighing, self._settings.policy.max_share)
         header = aggregator_pb2.UpdateHeader(
             token=self._task.token,
-            example_count=sum(report.example_count for report, _ in reports),
-            steps=sum(report.steps for report, _ in reports),
+            example_count=claims.EXAMPLES.total(report.example_count for report, _ in reports),
+            steps=claims.STEPS.total(report.steps for report, _ in reports),
             metrics=mean_metrics([(report.metrics, weight) for report, weight in reports]),
             evaluation_metrics=scores.metrics,
-            evaluation_example_count=scores.example_count,
+            evaluation_example_count=claims.EXAMPLES.clamped(scores.example_count),
             scores_of_sub_models=scores.of_sub_models,
         )
         if current.kind != TASK_KIND_INITIALIZE:
-            header.merged_updates = sum(report.merged_updates or 1 for report, _ in reports)
-            header.weight = sum(weights.values())
-            header.accumulated_steps = accumulated_of(self._it.orders, current, weights)
+            updates = (report.merged_updates or 1 for report, _ in reports)
+            header.merged_updates = claims.MERGED_UPDATES.total(updates)
+            header.weight = claims.WEIGHT.clamped(sum(weights.values()))
+            accumulated_steps = accumulated_of(self._it.orders, current, weights)
+            header.accumulated_steps = claims.ACCUMULATED_STEPS.clamped(accumulated_steps)
         return header
 
     async def _after_round(self) -> None:
@@ -258,6 +265,14 @@ class LeafDriver(Driver):
 
 class _NoVersion(NewVersion):
     """Versions are made at the root."""
+
+    def weights(self, current: CurrentRound, tokens: tuple[str, ...]) -> dict[str, float]:
+        """As above, but together no more than one update may weigh there: the mean travels as one."""
+        weights = super().weights(current, tokens)
+        total = sum(weights.values())
+        if total <= claims.WEIGHT.most:
+            return weights
+        return {token: weight * (claims.WEIGHT.most / total) for token, weight in weights.items()}
 
     async def write(self, current: CurrentRound, weights: dict[str, float]) -> Version | None:
         return None

@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 
 from fedgrpc.aggregation.channels import Selection
 from fedgrpc.aggregation.merged import EXACT, check_finite, pack_mean
+from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.commit import Group, by_groups, cached, means_of
 from fedgrpc.aggregator.fold import Fold, Load
 from fedgrpc.aggregator.uploads import StoredUpdate
@@ -112,7 +113,7 @@ def mean_tensors(
 ) -> Tensors:
     """The tensors of the mean over `updates`, (token, weight) in slot order; the rest is as in `Commit`.
 
-    Raises `UpdateRefused`, `StorageError`, and `CodecError` when a file is not what was accepted.
+    Raises `NotFinite`, `StorageError`, and `UnusableUpdate` when an update is not what was accepted.
     """
     total = 0.0
     for _, weight in updates:
@@ -149,9 +150,9 @@ def _folded(spec: TensorSpec, fold: Fold) -> Array:
     return packed.reshape(spec.shape)
 
 
-def own_tensors(update: StoredUpdate) -> Tensors:
+def own_tensors(token: str, update: StoredUpdate) -> Tensors:
     """The tensors of one update, as they are."""
-    with update.open() as reader:
+    with blaming(token), update.open() as reader:
         yield from reader
 
 

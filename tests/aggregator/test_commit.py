@@ -15,7 +15,7 @@ from fedgrpc.aggregator.commit import Commit, Formats, groups
 from fedgrpc.aggregator.model_file import ModelFile, write_model
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.codec.layout import layout_of
-from fedgrpc.errors import CorruptError, StorageError, UpdateRefused
+from fedgrpc.errors import CorruptError, StorageError, UnusableUpdate, UpdateRefused
 from tests.aggregator.updates import accept
 
 RNG = np.random.default_rng(7)
@@ -191,12 +191,14 @@ def test_a_memory_that_is_not_finite_is_refused_too(tmp_path):
     assert not folder.memory(2).exists()
 
 
-def test_an_update_that_is_cut_short_on_the_disk_is_corrupt(tmp_path):
+def test_an_update_that_is_cut_short_on_the_disk_is_the_one_that_is_unusable(tmp_path):
     folder = Folder(tmp_path)
     path = tmp_path / "uploads" / "b.update"
     path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(CorruptError):
+    with pytest.raises(UnusableUpdate) as caught:
         folder.commit()
+    assert caught.value.token == "b"
+    assert isinstance(caught.value.__cause__, CorruptError)
     assert not folder.model(2).exists()
 
 
