@@ -29,13 +29,14 @@ from fedgrpc.aggregation.prediction import (
     shown_upload_bits,
 )
 from fedgrpc.aggregation.update import TensorLike
+from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.durable import fsync_folder
 from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.codec.efficiency import expected_bits
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.errors import LayoutError, NotFound, StorageError
+from fedgrpc.errors import LayoutError, NotFound, StorageError, UnusableUpdate
 from fedgrpc.rpc.local_model import (
     channels_from_proto,
     channels_to_proto,
@@ -192,7 +193,8 @@ class LocalModels:
     def observe(self, record: round_pb2.Round, layout: Layout) -> None:
         """Learn from a committed round what its tasks cost, and say how far the predictions were off."""
         for task in filter(counts, record.tasks):
-            seen = self._observation(task, layout)
+            if (seen := self._observation(task, layout)) is None:
+                continue
             self._histories.setdefault(task.worker, deque(maxlen=_KEPT)).append(seen)
             if task.HasField("prediction"):
                 errors = errors_of(prediction_from_proto(task.prediction), seen)
@@ -206,15 +208,22 @@ class LocalModels:
         for record in records:
             for task in filter(counts, record.tasks):
                 history = self._histories.setdefault(task.worker, deque(maxlen=_KEPT))
-                if len(history) < _KEPT:
-                    history.appendleft(self._observation(task, layout))
+                if len(history) < _KEPT and (seen := self._observation(task, layout)) is not None:
+                    history.appendleft(seen)
                 if len(history) == _KEPT:
                     lacking.discard(task.worker)
             if not lacking:
                 return
 
-    def _observation(self, task: round_pb2.TaskRecord, layout: Layout) -> Observation:
-        return observation_of(task, self._elements_of(plan_from_proto(task.local_model), layout).size(0.0, 0.0))
+    def _observation(self, task: round_pb2.TaskRecord, layout: Layout) -> Observation | None:
+        """What the task cost; None where its record makes no sense."""
+        try:
+            with blaming(task.worker):
+                plan = plan_from_proto(task.local_model)
+                return observation_of(task, self._elements_of(plan, layout).size(0.0, 0.0))
+        except UnusableUpdate as error:
+            log.warning("nothing learned of a task", worker=task.worker, reason=str(error))
+            return None
 
     def selection(self, sub_model: SubModel, version: int) -> Selection | None:
         """The slice's coverage of every tensor; None for the whole model.
@@ -267,5 +276,5 @@ class LocalModels:
             return channels_from_proto(tensor_pb2.ChannelMap.FromString(self._path.read_bytes()))
         except FileNotFoundError:
             return None
-        except (OSError, DecodeError) as error:
-            raise StorageError(f"cannot read the model's channels: {error}") from error
+        except (OSError, DecodeError, LayoutError) as error:
+            raise StorageError(f"cannot read the model's channels, {self._path}: {error}") from error

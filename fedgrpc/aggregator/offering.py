@@ -9,17 +9,20 @@ import asyncio
 import secrets
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
 import structlog
 
+from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.local_models import LocalTask, Sizing
 from fedgrpc.aggregator.model_store import Downlink, Held, Slice
 from fedgrpc.aggregator.report import CurrentRound
+from fedgrpc.errors import UnusableUpdate
 from fedgrpc.rounds.choosing import Choosing
 from fedgrpc.rounds.events import Deadline, Select, Selected
 from fedgrpc.rounds.state import Round, RoundPhase, step
@@ -45,16 +48,19 @@ class Offering:
         chosen = tuple(worker for _, worker in selected.tasks)
         it.chosen = frozenset(chosen)
         after, _ = step(state, selected, it.clock())
+        failed: dict[str, str] = {}
         if chosen and after.phase is RoundPhase.REPORTING:
-            self._agree(current, selected)
-            new = dict(selected.tasks)
+            failed |= self._agree(current, selected)
+            new = {token: worker for token, worker in selected.tasks if token not in failed}
             await self.prepare_download(current, new)
-            self._give_local_tasks(current, selected)
-            await self.prepare_download(current, new)
+            failed |= self._give_local_tasks(current, new)
+            await self.prepare_download(current, {token: new[token] for token in new if token not in failed})
             await self._save_tasks(current, after, chosen)
             self._tell(after, selected)
         if not current.state.phase.final:
             it.dispatch(selected)
+            for token, reason in failed.items():
+                it.reject(token, reason)
             for worker in chosen:
                 # To encode a large model takes its time, in which it may have left.
                 it.take_back(worker)
@@ -76,15 +82,20 @@ class Offering:
         tasks = tuple((secrets.token_urlsafe(18), choice.worker) for choice in choices)
         return Selected(tasks, {choice.worker: choice.reason for choice in choices}, deadline)
 
-    def _agree(self, current: CurrentRound, selected: Selected) -> None:
-        """In which recipes each of the chosen pulls and pushes, for as long as it has this task."""
-        for token, name in selected.tasks:
-            agreed = self._it.negotiation.agreed(self._it.fleet.get(name))
-            upload = "raw" if current.kind == TASK_KIND_INITIALIZE else str(agreed.upload)
-            current.recipes[token] = agreed.download_text, upload
-            self._log.debug(
-                "recipes agreed", round=current.state.number, worker=name, down=agreed.download_text, up=upload
-            )
+    def _agree(self, current: CurrentRound, selected: Selected) -> dict[str, str]:
+        """In which recipes each of the chosen pulls and pushes, for as long as it has this task.
+
+        Returns why some tasks cannot be given, by token, as `_give_local_tasks` does.
+        """
+        return _each(selected.tasks, partial(self._agree_on, current))
+
+    def _agree_on(self, current: CurrentRound, token: str, name: str) -> None:
+        agreed = self._it.negotiation.agreed(self._it.fleet.get(name))
+        upload = "raw" if current.kind == TASK_KIND_INITIALIZE else str(agreed.upload)
+        current.recipes[token] = agreed.download_text, upload
+        self._log.debug(
+            "recipes agreed", round=current.state.number, worker=name, down=agreed.download_text, up=upload
+        )
 
     def _tell(self, after: Round, selected: Selected) -> None:
         workers = [worker for _, worker in selected.tasks]
@@ -159,17 +170,32 @@ class Offering:
             encoded = await it.models.offered(current.base_version)
             current.download_bytes[""] = encoded.manifest.size_bytes
 
-    def _give_local_tasks(self, current: CurrentRound, selected: Selected) -> None:
+    def _give_local_tasks(self, current: CurrentRound, new: Mapping[str, str]) -> dict[str, str]:
         """Give each worker what the plan of its device class says: to train, and to score the last version."""
         if current.kind == TASK_KIND_INITIALIZE:
+            return {}
+        return _each(new.items(), partial(self._give_local_task, current))
+
+    def _give_local_task(self, current: CurrentRound, token: str, name: str) -> None:
+        it, worker = self._it, self._it.fleet.get(name)
+        # An aggregator takes the whole model: its workers have devices of their own.
+        if worker.leads:
             return
-        it = self._it
-        sizing = Sizing(it.run.layout, current.download_bytes[""], self._settings.policy.deadline_s)
-        for token, name in selected.tasks:
-            sizing = replace(sizing, upload_recipe=current.recipes[token][1])
-            # An aggregator takes the whole model: its workers have devices of their own.
-            if not it.fleet.get(name).leads:
-                task, choice = it.local_models.task_of(it.fleet.get(name), sizing, current.state.number)
-                current.local_tasks[token] = task
-                if current.kind == TASK_KIND_TRAIN:
-                    current.predictions[token] = prediction_to_proto(choice)
+        deadline_s, recipe = self._settings.policy.deadline_s, current.recipes[token][1]
+        sizing = Sizing(it.run.layout, current.download_bytes[""], deadline_s, recipe)
+        task, choice = it.local_models.task_of(worker, sizing, current.state.number)
+        current.local_tasks[token] = task
+        if current.kind == TASK_KIND_TRAIN:
+            current.predictions[token] = prediction_to_proto(choice)
+
+
+def _each(tasks: Iterable[tuple[str, str]], prepare: Callable[[str, str], None]) -> dict[str, str]:
+    """Prepare each (token, worker). What a worker has said of itself stops its own task alone: why, by token."""
+    failed: dict[str, str] = {}
+    for token, worker in tasks:
+        try:
+            with blaming(token):
+                prepare(token, worker)
+        except UnusableUpdate as error:
+            failed[token] = f"its task cannot be prepared: {error}"
+    return failed

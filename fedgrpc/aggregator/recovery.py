@@ -13,7 +13,10 @@ from typing import cast
 
 import numpy as np
 import structlog
+from google.protobuf.message import DecodeError
 
+from fedgrpc import claims
+from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.kinds import policy_of
 from fedgrpc.aggregator.local_models import LocalTask
@@ -23,7 +26,7 @@ from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.run_store import OpenRound, TaskRow, Version
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.codec.raw import as_bool
-from fedgrpc.errors import StorageError, UsageError
+from fedgrpc.errors import LayoutError, StorageError, UnusableUpdate, UsageError
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.state import StoredTask, restore
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
@@ -144,9 +147,9 @@ class Recovery:
         """Go on in the round that was open, with the updates that were accepted."""
         it = self._it
         record = open_round.record
-        reports = await self._reports(open_round.tasks)
+        rows, reports = await self._accepted(open_round.tasks)
         policy = policy_of(self._settings.policy, record.kind)
-        tasks = self._stored(open_round.tasks, record.kind, reports)
+        tasks = self._stored(rows, record.kind, reports)
         left_s = open_round.deadline_at - time.time()
         granted_s = duration_from_proto(record.reconnect_grace)
         state = restore(record.number, policy, tasks, open_round.aim, left_s, it.clock(), granted_s)
@@ -157,13 +160,11 @@ class Recovery:
         it.current = current = CurrentRound(state, record.kind, record.base_version, started_at, reports=reports)
         # The wall clock may have been set meanwhile, and a round is not open while nobody is there to play it.
         current.earlier_s = min(max(0.0, time.time() - started_at), state.deadline_s)
-        self._take_over(current, open_round.tasks)
+        self._take_over(current, rows)
         expected = {task.worker: task.prediction for task in record.tasks if task.HasField("prediction")}
-        current.predictions = {
-            row.token: expected[row.worker] for row in open_round.tasks if row.worker in expected
-        }
+        current.predictions = {row.token: expected[row.worker] for row in rows if row.worker in expected}
         told = {task.worker: (task.download_recipe, task.upload_recipe) for task in record.tasks}
-        for row in open_round.tasks:
+        for row in rows:
             if (recipes := told.get(row.worker, ("", "")))[0]:
                 current.recipes[row.token] = recipes
         await self._offering.prepare_download(current)
@@ -190,23 +191,42 @@ class Recovery:
         policy = self._settings.policy
         if not rows or policy.late != "carry" or not 0 <= it.run.trained < self._settings.rounds:
             return
-        reports = await self._reports(rows)
+        rows, reports = await self._accepted(rows)
         tasks = self._stored(rows, TASK_KIND_TRAIN, reports)
         state = restore(number, policy, tasks, 0, None, it.clock())
         it.current = CurrentRound(state, TASK_KIND_TRAIN, it.run.version, time.time(), reports=reports)
         self._take_over(it.current, rows)
         log.info("tasks carried on", run=self._settings.run_name, round=number, accepted=len(reports))
 
-    async def _reports(self, rows: Iterable[TaskRow]) -> dict[str, Report]:
-        """The reports of the updates that were accepted, by token. Raises `StorageError` where one is gone."""
-        reports: dict[str, Report] = {}
+    async def _accepted(self, rows: Iterable[TaskRow]) -> tuple[list[TaskRow], dict[str, Report]]:
+        """The tasks, and the reports of the updates that were accepted, by token. An update that would be refused
+        today is rejected: no round could use it. Raises `StorageError` where one is gone.
+        """
+        kept, reports = [], {}
         for row in rows:
-            update = await asyncio.to_thread(self._it.journal.load, row.token)
+            try:
+                report = await asyncio.to_thread(self._report, row)
+            except UnusableUpdate as error:
+                reason = claims.REASON.cleaned(str(error))
+                log.warning("update left out", round=row.round, worker=row.worker, reason=reason)
+                row = replace(row, phase=TaskPhase.REJECTED, reason=reason)
+            else:
+                if report is not None:
+                    reports[row.token] = report
+            kept.append(row)
+        return kept, reports
+
+    def _report(self, row: TaskRow) -> Report | None:
+        """What came with the update of a task; None where none was accepted."""
+        if row.phase in (TaskPhase.REJECTED, TaskPhase.FAILED):
+            return None
+        with blaming(row.token):
+            update = self._it.journal.load(row.token)
             if update is not None:
-                reports[row.token] = Report.of(update.header, self._settings.admission)
-            elif row.phase is TaskPhase.ACCEPTED:
-                raise StorageError(f"the accepted update of worker {row.worker} is gone from the data folder")
-        return reports
+                return Report.of(update.header, self._settings.admission)
+        if row.phase is TaskPhase.ACCEPTED:
+            raise StorageError(f"the accepted update of worker {row.worker} is gone from the data folder")
+        return None
 
     def _stored(
         self, rows: Iterable[TaskRow], kind: TaskKind, reports: Mapping[str, Report]
@@ -238,10 +258,16 @@ class Recovery:
             worker = fleet.get(row.worker)
             current.device_classes[row.worker] = worker.registration.device.device_class
             if row.local_model:
-                local_model = round_pb2.LocalModel.FromString(row.local_model)
-                current.local_tasks[row.token] = LocalTask.from_proto(local_model)
+                current.local_tasks[row.token] = _local_task(row)
             if not current.state.tasks[row.token].phase.final:
                 worker.token = row.token
+
+
+def _local_task(row: TaskRow) -> LocalTask:
+    try:
+        return LocalTask.from_proto(round_pb2.LocalModel.FromString(row.local_model))
+    except (DecodeError, LayoutError) as error:
+        raise StorageError(f"the database has no plan for the task of worker {row.worker}: {error}") from error
 
 
 def _check_sendable(model: ModelFile) -> None:

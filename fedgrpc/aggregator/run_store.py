@@ -10,15 +10,19 @@ is a copy of the run as of its last commit.
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedgrpc.errors import StorageError
+from google.protobuf.message import DecodeError
+
+from fedgrpc.errors import LayoutError, StorageError
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.history import Histories, WorkerHistory
+from fedgrpc.rpc.convert import registration_from_proto
 from fedgrpc.rpc.worker_history import history_from_bytes, history_to_bytes
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED
@@ -52,6 +56,8 @@ _ADDED_TO_TASKS = {
 }
 _TASK_COLUMNS = "token, round, slot, worker, phase, reason, staleness, chosen, local_model"
 _KEEP_TASKS_OF_ROUNDS = 8
+# Tokens name files.
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,11 @@ class RunStore:
             "FROM workers LEFT JOIN histories ON worker = name ORDER BY workers.rowid"
         )
         for registration, *kept in self._all(query):
-            yield RegisterRequest.FromString(registration), history_from_bytes(*kept)
+            with _storage_errors(self._path):
+                about = RegisterRequest.FromString(registration)
+                history = history_from_bytes(*kept)
+            # As it was registered, or by a version that let more pass.
+            yield registration_from_proto(about), history
 
     def sessions(self) -> dict[str, str]:
         """The process that spoke last for each worker."""
@@ -255,18 +265,20 @@ class RunStore:
         row = self._one("SELECT record, aim, deadline_at FROM rounds WHERE open = 1")
         if row is None:
             return None
-        record = RoundRecord.FromString(row[0])
+        record = self._record(row[0])
         return OpenRound(record, row[1], row[2], tuple(self.tasks(record.number)))
 
     def tasks(self, number: int) -> list[TaskRow]:
         """Tasks of a round, by slot; those of rounds long past are gone."""
         rows = self._all(f"SELECT {_TASK_COLUMNS} FROM tasks WHERE round = ? ORDER BY slot", number)
-        return [_task_row(row) for row in rows]
+        with _storage_errors(self._path):
+            return [_task_row(row) for row in rows]
 
     def task(self, token: str) -> TaskRow | None:
         """The task of that token, if it is of one of the last rounds."""
         row = self._one(f"SELECT {_TASK_COLUMNS} FROM tasks WHERE token = ?", token)
-        return None if row is None else _task_row(row)
+        with _storage_errors(self._path):
+            return None if row is None else _task_row(row)
 
     def round(self, number: int | None = None) -> RoundRecord | None:
         """The record of that round; the latest finished one when no number is given."""
@@ -274,14 +286,14 @@ class RunStore:
             row = self._one("SELECT record FROM rounds WHERE open = 0 ORDER BY number DESC LIMIT 1")
         else:
             row = self._one("SELECT record FROM rounds WHERE number = ?", number)
-        return None if row is None else RoundRecord.FromString(row[0])
+        return None if row is None else self._record(row[0])
 
     def round_of_version(self, version: int) -> RoundRecord | None:
         """The record of the round that wrote `version`; None for the initial model of a file."""
         row = self._one(
             "SELECT record FROM rounds JOIN versions ON rounds.number = versions.round WHERE version = ?", version
         )
-        return None if row is None else RoundRecord.FromString(row[0])
+        return None if row is None else self._record(row[0])
 
     def rounds(self, below: int, count: int, max_bytes: int = 1 << 62) -> tuple[list[RoundRecord], bool]:
         """Finished rounds with a number below `below`, newest first, and whether there are more.
@@ -296,7 +308,7 @@ class RunStore:
                 size_bytes += len(blob)
                 if len(records) == count or (records and size_bytes > max_bytes):
                     return records, True
-                records.append(RoundRecord.FromString(blob))
+                records.append(self._record(blob))
         return records, False
 
     def committed_rounds(self, max_bytes: int) -> Iterator[RoundRecord]:
@@ -308,7 +320,7 @@ class RunStore:
                 size_bytes += len(blob)
                 if size_bytes > max_bytes:
                     return
-                record = RoundRecord.FromString(blob)
+                record = self._record(blob)
                 if record.phase == ROUND_PHASE_COMMITTED:
                     yield record
 
@@ -335,6 +347,10 @@ class RunStore:
         self._db.execute(
             "INSERT OR REPLACE INTO versions VALUES (?, ?, ?)", (version.version, version.round, version.sha256)
         )
+
+    def _record(self, blob: bytes) -> RoundRecord:
+        with _storage_errors(self._path):
+            return RoundRecord.FromString(blob)
 
     def _one(self, query: str, *values: object) -> tuple | None:  # type: ignore[type-arg]
         with _storage_errors(self._path):
@@ -363,6 +379,8 @@ class RunStore:
 
 def _task_row(row: tuple) -> TaskRow:  # type: ignore[type-arg]
     token, number, slot, worker, phase, *rest = row
+    if not _TOKEN.fullmatch(token):
+        raise ValueError(f"a task has the token {token[:64]!r}")
     return TaskRow(token, number, slot, worker, TaskPhase(phase), *rest)
 
 
@@ -372,3 +390,5 @@ def _storage_errors(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise StorageError(f"the database {path} failed: {error}") from error
+    except (DecodeError, LayoutError, ValueError) as error:
+        raise StorageError(f"the database {path} is damaged: {error}") from error
