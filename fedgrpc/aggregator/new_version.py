@@ -54,7 +54,11 @@ class NewVersion:
 
     def _norms(self, current: CurrentRound, tokens: Iterable[str]) -> dict[str, float]:
         parts, layout = parts_of(self._it, current, tokens), self._it.run.layout
-        return {token: norm_of(self.load(token), layout, token not in parts, parts.get(token)) for token in tokens}
+        norms = {}
+        for token in tokens:
+            with blaming(token):
+                norms[token] = norm_of(self.load(token), layout, token not in parts, parts.get(token))
+        return norms
 
     async def write(self, current: CurrentRound, weights: dict[str, float]) -> Version | None:
         """The new version, durable; None where no version is made here.

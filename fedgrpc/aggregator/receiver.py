@@ -244,7 +244,7 @@ class Receiver:
                 self._check_layout(header.token, manifest, header.merged_updates > 0)
             report = Report.of(header, it.settings.admission)
             if it.orders.normalize_steps and it.current.kind == TASK_KIND_TRAIN:
-                check_steps(report, it.orders.plan)
+                check_steps(report, it.orders.plan, it.weighing.examples(report.example_count, report))
             return manifest, report
         except (LayoutError, TooLargeError, UpdateRefused) as error:
             it.reject(header.token, str(error))

@@ -27,12 +27,13 @@ from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, Plan
 _SLACK: Final = 1 + 1e-9
 
 
-def check_steps(report: Report, plan: Plan) -> None:
+def check_steps(report: Report, plan: Plan, examples: float) -> None:
     """Raises `UpdateRefused` for a count of steps that cannot be, of which others' updates would depend.
 
+    `examples`: for how many the update counts at most.
     Of a mean: for what the steps of its updates cannot amount to, each of fewer examples than all of them have.
     """
-    most = math.ceil((plan.epochs or 1.0) * report.example_count)
+    most = math.ceil((plan.epochs or 1.0) * examples)
     most = min(most, plan.max_steps) if plan.max_steps else most
     if report.merged_updates:
         bound = _accumulated(max(1, most), plan)
