@@ -67,8 +67,8 @@ WEIGHT: Final = Range("the weight", 0.0, float(1 << 40))
 ACCUMULATED_STEPS: Final = Range("the number of accumulated steps", 0.0, float(1 << 50))
 # What float32 holds, so that a reader in any language does.
 SCORE: Final = Range("a score", -1e30, 1e30)
-# Of an update's elements: their squares fit float32, in which optimizers keep them.
-MAX_ELEMENT: Final = 1e18
+# Of a tensor of an update: the squares of its elements fit float32, in which optimizers keep them.
+MAX_TENSOR_NORM: Final = 1e18
 # 30 years.
 SECONDS: Final = Range("a time", 0.0, 1e9)
 BYTES_PER_SECOND: Final = Range("a rate", 0.0, 1e15)

@@ -17,7 +17,7 @@ from fedgrpc import claims
 from fedgrpc.errors import UpdateRefused
 
 _PIECE = 1 << 15
-_MOST_SQUARE = claims.MAX_ELEMENT**2
+_MOST_SQUARE = claims.MAX_TENSOR_NORM**2
 
 
 class TensorLike(Protocol):
@@ -96,7 +96,7 @@ def check_values(tensors: Iterable[tuple[TensorLike, np.ndarray]], policy: Admis
         if not tensor.is_trained:
             continue
         if part > _MOST_SQUARE:
-            raise UpdateRefused(f"tensor {tensor.name!r} has values above {claims.MAX_ELEMENT:g}")
+            raise UpdateRefused(f"tensor {tensor.name!r} has a norm above {claims.MAX_TENSOR_NORM:g}")
         square += part
     norm = math.sqrt(square)
     if norm > policy.max_norm:

@@ -140,9 +140,8 @@ class NewVersion:
             self._it.models.check(current.base_version)
 
     def load(self, token: str) -> StoredUpdate:
-        """The accepted update of that token. Raises `StorageError`, and `UnusableUpdate` when it is damaged."""
-        with blaming(token):
-            update = self._it.journal.load(token)
+        """The accepted update of that token. Raises `StorageError`."""
+        update = self._it.journal.load(token)
         if update is None:
             raise StorageError("an accepted update is gone from the data folder")
         return update

@@ -220,9 +220,9 @@ class Recovery:
         """What came with the update of a task; None where none was accepted."""
         if row.phase in (TaskPhase.REJECTED, TaskPhase.FAILED):
             return None
-        with blaming(row.token):
-            update = self._it.journal.load(row.token)
-            if update is not None:
+        update = self._it.journal.load(row.token)
+        if update is not None:
+            with blaming(row.token):
                 return Report.of(update.header, self._settings.admission)
         if row.phase is TaskPhase.ACCEPTED:
             raise StorageError(f"the accepted update of worker {row.worker} is gone from the data folder")
