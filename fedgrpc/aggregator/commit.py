@@ -30,7 +30,7 @@ from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.fold import PIECE, Fold, Load
 from fedgrpc.aggregator.model_file import ModelFile, ModelWriter
 from fedgrpc.codec.layout import Layout, TensorRole, TensorSpec
-from fedgrpc.errors import NotFinite, UpdateRefused
+from fedgrpc.errors import NotFinite
 from fedgrpc.spares import SpareFiles
 
 _GROUP_ELEMENTS = 1 << 20

@@ -132,10 +132,11 @@ class NewVersion:
     def check(self, current: CurrentRound, tokens: Iterable[str]) -> None:
         """Nothing goes into a version that has changed on the disk since it was accepted, or written.
 
-        Raises `CorruptError` for an update, and `StorageError` for the version itself.
+        Raises `UnusableUpdate` for an update, and `StorageError` for the version itself.
         """
         for token in tokens:
-            self.load(token).check()
+            with blaming(token):
+                self.load(token).check()
         if current.base_version:
             self._it.models.check(current.base_version)
 

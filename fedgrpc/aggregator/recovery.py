@@ -26,7 +26,7 @@ from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.run_store import OpenRound, TaskRow, Version
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.codec.raw import as_bool
-from fedgrpc.errors import LayoutError, StorageError, UnusableUpdate, UsageError
+from fedgrpc.errors import CorruptError, LayoutError, StorageError, UnusableUpdate, UsageError
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.state import StoredTask, restore
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
@@ -220,7 +220,11 @@ class Recovery:
         """What came with the update of a task; None where none was accepted."""
         if row.phase in (TaskPhase.REJECTED, TaskPhase.FAILED):
             return None
-        update = self._it.journal.load(row.token)
+        try:
+            update = self._it.journal.load(row.token)
+        except CorruptError as error:
+            # A fault of the disk, which a copy may mend: nothing is thrown away before the operator knows.
+            raise StorageError(f"cannot read the update of worker {row.worker}: {error}") from error
         if update is not None:
             with blaming(row.token):
                 return Report.of(update.header, self._settings.admission)

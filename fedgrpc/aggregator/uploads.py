@@ -369,7 +369,10 @@ class UploadJournal:
             self._sealed[token] = update
 
     def load(self, token: str) -> StoredUpdate | None:
-        """The accepted update of `token`, None where there is none. Raises `StorageError` when unreadable."""
+        """The accepted update of `token`, None where there is none.
+
+        Raises `StorageError` when it cannot be read, and `CorruptError` when it is none.
+        """
         if (sealed := self._sealed.get(token)) is not None:
             return sealed
         path = self._folder / f"{token}.update"
@@ -383,8 +386,10 @@ class UploadJournal:
             manifest = manifest_from_proto(header.manifest)
         except FileNotFoundError:
             return None
-        except (OSError, struct.error, DecodeError, CodecError) as error:
+        except OSError as error:
             raise StorageError(f"cannot read the update {path}: {error}") from error
+        except (struct.error, DecodeError, CodecError) as error:
+            raise CorruptError(f"the update {path} is damaged: {error}") from error
         return StoredUpdate(path, header, manifest, _HEAD.size + size)
 
     def accepted(self) -> frozenset[str]:

@@ -173,10 +173,10 @@ def test_an_update_without_tensors_is_kept_too(journal):
 
 
 @pytest.mark.parametrize("content", [b"", b"\0", b"\xff" * 300, b"\x05\0\0\0junk!"])
-def test_an_accepted_update_that_is_unreadable_is_a_storage_error(journal, content):
+def test_an_accepted_update_that_is_damaged_is_no_fault_of_the_disk_that_waiting_mends(journal, content):
     path = journal._folder / "token.update"
     path.write_bytes(content)
-    with pytest.raises(StorageError, match="cannot read the update"):
+    with pytest.raises(CorruptError, match="damaged"):
         journal.load("token")
 
 
