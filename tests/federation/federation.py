@@ -266,6 +266,7 @@ def settings_for(folder, policy=None, **changes):
         "download_recipe": "raw",
         "upload_recipe": "raw",
     }
+    values = {"reconnect_grace_s": 0.5, **values}
     return AggregatorSettings(**{**defaults, **changes, "policy": RoundPolicy(**values)})
 
 

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import sqlite3
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,6 +49,31 @@ async def test_a_deadline_that_passed_meanwhile_closes_the_round_with_who_had_re
             round_pb2.TASK_PHASE_LATE,
         ]
         np.testing.assert_allclose(running.weights(2)["w"], MODEL["w"] + 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("days", [0, 30])
+async def test_what_was_finished_while_the_aggregator_was_away_counts_although_the_deadline_has_passed(
+    tmp_path, monkeypatch, days
+):
+    """It was away for an hour, or its wall clock was set 30 days ahead."""
+    policy = {"quorum": 2, "deadline_s": 300.0, "reconnect_grace_s": 60.0}
+    async with aggregating(tmp_path, policy=policy) as running:
+        (a, _), tasks = await tasks_out(running, "a", "b")
+        await a.push(tasks[0])
+    if days:
+        clock = SimpleNamespace(time=lambda: time.time() + days * 86_400)
+        monkeypatch.setattr("fedgrpc.aggregator.recovery.time", clock)
+    else:
+        away_for(running, 3600.0)
+    async with aggregating(tmp_path, policy=policy) as running:
+        assert 55 < (await running.round()).time_left.ToSeconds() <= 60
+        _, b = again(running, "a", "b")
+        await b.push(tasks[1])
+        await running.until_finished()
+        round_ = await running.round()
+        assert round_.phase == COMMITTED
+        assert round_.reconnect_grace.ToSeconds() == 60
+        assert round_.duration_seconds < 400
 
 
 async def test_a_deadline_that_passed_meanwhile_without_the_quorum_abandons_the_round(tmp_path):

@@ -1,7 +1,7 @@
 """A bad link: a TCP proxy in this event loop with a rate, a delay, lost packets and connections that are reset.
 
-TCP repairs what it loses, so a lost packet is a pause: everything behind it waits until it has come again. A reset
-is what a device sees that changes its network.
+TCP repairs what it loses, so a lost packet is a pause of a round trip (fast retransmit). Everything behind it
+waits until it has come again. A reset is what a device sees that changes its network.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 _PACKET_BYTES = 1448
-_REPAIR_S = 0.2
 _READ_BYTES = 16 << 10
 _RESET = struct.pack("ii", 1, 0)
 
@@ -82,7 +81,7 @@ class Lossy:
         while data := await reader.read(_READ_BYTES):
             packets = -(-len(data) // _PACKET_BYTES)
             lost = sum(self._rng.random() < quality.loss for _ in range(packets)) if quality.loss else 0
-            free_at = max(loop.time(), free_at) + len(data) / quality.bytes_per_s + lost * _REPAIR_S
+            free_at = max(loop.time(), free_at) + len(data) / quality.bytes_per_s + lost * quality.round_trip_s
             # A sleep is a millisecond late: fast links catch up.
             if (wait_s := free_at - loop.time()) > 0.002:
                 await asyncio.sleep(wait_s)
