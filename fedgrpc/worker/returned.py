@@ -65,7 +65,7 @@ def train_result(returned: Any) -> TrainResult:
         raise TaskError(f"train() of the learning task returned {_kind(returned)}, not a TrainResult")
     return TrainResult(
         _arrays("train", returned.weights),
-        _count("example_count", returned.example_count),
+        _count("example_count", returned.example_count, least=1),
         _count("steps", returned.steps),
         _finite(returned.metrics),
         returned.start,
@@ -81,7 +81,9 @@ def eval_result(returned: Any) -> EvalResult | None:
         return None
     if not isinstance(returned, EvalResult):
         raise TaskError(f"evaluate() of the learning task returned {_kind(returned)}, not an EvalResult or None")
-    return EvalResult(_count("example_count", returned.example_count), _finite(returned.metrics))
+    # Means over no example are NaN, or whatever a library makes of them.
+    count = _count("example_count", returned.example_count)
+    return EvalResult(count, _finite(returned.metrics)) if count else None
 
 
 def _arrays(method: str, weights: Any) -> Weights:
@@ -96,10 +98,10 @@ def _arrays(method: str, weights: Any) -> Weights:
     return weights
 
 
-def _count(name: str, value: Any) -> int:
+def _count(name: str, value: Any, least: int = 0) -> int:
     number = isinstance(value, int | float | np.integer | np.floating)
-    if not number or not 0 <= value < _MOST or value != int(value):
-        raise TaskError(f"the learning task reports {value} as {name}; it must be a whole number from 0")
+    if not number or not least <= value < _MOST or value != int(value):
+        raise TaskError(f"the learning task reports {value} as {name}; it must be a whole number from {least}")
     return int(value)
 
 

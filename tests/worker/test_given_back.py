@@ -68,6 +68,7 @@ def _nan(weights):
         (Returns(lambda weights: {"weight": weights["weight"]}), "no tensor"),
         (Returns(lambda weights: {**weights, "bias": np.zeros(3, np.float32)}), "bias.*shape"),
         (Returns(lambda weights: weights, example_count=-5), "-5 as example_count"),
+        (Returns(lambda weights: weights, example_count=0), "0 as example_count; .* from 1"),
     ],
 )
 async def test_a_training_result_that_cannot_be_sent_is_reported_and_not_sent(tmp_path, trainer, reason):
@@ -148,6 +149,17 @@ async def test_numbers_of_numpy_and_torch_and_scores_that_are_not_defined_are_me
     await run(peer, tmp_path, Scores())
     told = peer.uploads["t1"].header.evaluation_metrics
     assert dict(told) == {"a": 0.5, "b": 0.25, "c": 3.0, "d": 1.0, "f": 0.75}
+
+
+async def test_scores_of_no_examples_are_none(tmp_path):
+    class Empty(Adds):
+        def evaluate(self, weights):
+            return EvalResult(0, {"loss": float("nan"), "accuracy": 0.0})
+
+    peer = Peer({1: model(1)})
+    peer.tasks = [train_task(evaluate=True)]
+    await run(peer, tmp_path, Empty())
+    assert not peer.uploads["t1"].header.evaluation_metrics
 
 
 async def test_an_evaluator_without_data_says_so(tmp_path):
