@@ -1,4 +1,4 @@
-"""Bounds on requests: on the size of each, the time of its first message, and the number of late ones.
+"""Bounds on requests: on the size of each, their rate, the time of the first message, and the number of late ones.
 
 The rule: gRPC collects a message before anyone sees it, so calls whose first message is late hold memory that
 nobody has checked. Only a few may. Beyond that the connection with the most of them loses its oldest one.
@@ -7,6 +7,7 @@ nobody has checked. Only a few may. Beyond that the connection with the most of 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from fedgrpc.errors import LayoutError, LinkError, TooLargeError
 SMALL_REQUEST_BYTES: Final = 64 << 10
 # What comes sooner than this is bounded by the caller's own link.
 _LATE_S: Final = 0.5
+# Connections whose rate is known.
+_KNOWN_PEERS: Final = 20_000
 
 Deserialize = Callable[[bytes], Any]
 
@@ -47,6 +50,28 @@ def parsed(deserialize: Deserialize, data: bytes) -> Any:
         raise LayoutError(f"the request of {len(data)} bytes is not a message of this call") from None
 
 
+class CallRates:
+    """Slows down connections that make calls faster than any fleet needs: a call too many waits for `delay_s`.
+
+    A connection has `burst` calls at once and `per_second` more. As it may have only so many calls open, the wait
+    bounds how much of the event loop's time it gets. Lives on one event loop.
+    """
+
+    def __init__(self, per_second: float = 500.0, burst: float = 2000.0, delay_s: float = 0.5) -> None:
+        self._per_second, self._burst, self._delay_s = per_second, burst, delay_s
+        self._left: dict[str, tuple[float, float]] = {}
+
+    def wait_s(self, peer: str, now: float) -> float:
+        """How long a call that `peer` makes now is to wait, seconds."""
+        left, at = self._left.pop(peer, (self._burst, now))
+        left = min(self._burst, left + (now - at) * self._per_second)
+        # Kept in the order of the last calls, so that those who have gone are the first to be forgotten.
+        self._left[peer] = (max(0.0, left - 1), now)
+        if len(self._left) > _KNOWN_PEERS:
+            del self._left[next(iter(self._left))]
+        return 0.0 if left >= 1 else self._delay_s
+
+
 @dataclass(eq=False)
 class _Waiting:
     """One call whose first message has not come."""
@@ -62,7 +87,8 @@ class FirstMessages:
     Lives on one event loop.
     """
 
-    def __init__(self, within_s: float = 60.0, max_late: int = 32) -> None:
+    def __init__(self, within_s: float = 60.0, max_late: int = 32, rates: CallRates | None = None) -> None:
+        self._rates = rates or CallRates()
         self._within_s = within_s
         self._max_late = max_late
         self._late: list[_Waiting] = []
@@ -77,7 +103,10 @@ class FirstMessages:
 
         Raises `LinkError` when it does not come, and as deserializers do.
         """
-        waiting = _Waiting(context.peer())
+        peer = context.peer()
+        if wait_s := self._rates.wait_s(peer, time.monotonic()):
+            await asyncio.sleep(wait_s)
+        waiting = _Waiting(peer)
         timer = asyncio.get_running_loop().call_later(_LATE_S, self._is_late, waiting)
         try:
             async with waiting.limit:

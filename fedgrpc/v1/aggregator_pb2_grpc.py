@@ -39,7 +39,8 @@ class AggregatorStub:
     Requests travel without gRPC's own compression (UNIMPLEMENTED). One has at most 64 KiB (RESOURCE_EXHAUSTED), but for
     `PushUpdate`, where a chunk is bounded by `RegisterResponse.max_chunk_bytes` and a header by what the manifest of the
     run's model can need. The first message of a call is waited for 60 s, less where many are late (UNAVAILABLE). A
-    connection may have 100 calls open. INVALID_ARGUMENT: the bytes are not the message of the call.
+    connection may have 100 calls open, and its calls beyond 500 a second are delayed by half a second.
+    INVALID_ARGUMENT: the bytes are not the message of the call.
 
     Where the aggregator asks for certificates and ties names to them, a call under another name than the certificate's
     (of workers), or by somebody who is no operator (PauseRun, ResumeRun, StopRun), fails with PERMISSION_DENIED.
@@ -153,7 +154,8 @@ class AggregatorServicer:
     Requests travel without gRPC's own compression (UNIMPLEMENTED). One has at most 64 KiB (RESOURCE_EXHAUSTED), but for
     `PushUpdate`, where a chunk is bounded by `RegisterResponse.max_chunk_bytes` and a header by what the manifest of the
     run's model can need. The first message of a call is waited for 60 s, less where many are late (UNAVAILABLE). A
-    connection may have 100 calls open. INVALID_ARGUMENT: the bytes are not the message of the call.
+    connection may have 100 calls open, and its calls beyond 500 a second are delayed by half a second.
+    INVALID_ARGUMENT: the bytes are not the message of the call.
 
     Where the aggregator asks for certificates and ties names to them, a call under another name than the certificate's
     (of workers), or by somebody who is no operator (PauseRun, ResumeRun, StopRun), fails with PERMISSION_DENIED.
@@ -434,7 +436,8 @@ class Aggregator:
     Requests travel without gRPC's own compression (UNIMPLEMENTED). One has at most 64 KiB (RESOURCE_EXHAUSTED), but for
     `PushUpdate`, where a chunk is bounded by `RegisterResponse.max_chunk_bytes` and a header by what the manifest of the
     run's model can need. The first message of a call is waited for 60 s, less where many are late (UNAVAILABLE). A
-    connection may have 100 calls open. INVALID_ARGUMENT: the bytes are not the message of the call.
+    connection may have 100 calls open, and its calls beyond 500 a second are delayed by half a second.
+    INVALID_ARGUMENT: the bytes are not the message of the call.
 
     Where the aggregator asks for certificates and ties names to them, a call under another name than the certificate's
     (of workers), or by somebody who is no operator (PauseRun, ResumeRun, StopRun), fails with PERMISSION_DENIED.

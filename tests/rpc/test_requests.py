@@ -8,8 +8,9 @@ import pytest
 import structlog
 
 from fedgrpc.errors import LayoutError, LinkError, TooLargeError
+from fedgrpc.rpc import requests
 from fedgrpc.rpc.channel import CLIENT_OPTIONS, MAX_STREAMS, SERVER_OPTIONS, open_channel
-from fedgrpc.rpc.requests import SMALL_REQUEST_BYTES, FirstMessages
+from fedgrpc.rpc.requests import SMALL_REQUEST_BYTES, CallRates, FirstMessages
 from fedgrpc.rpc.server import Service, serve
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import aggregator_pb2 as pb
@@ -155,3 +156,37 @@ async def test_a_stream_that_its_reader_breaks_off_leaves_no_traceback(how, capl
             await asyncio.sleep(0.2)
         assert not [line for line in logs if line["log_level"] != "debug"]
         assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+
+
+def test_a_connection_has_so_many_calls_at_once_and_then_so_many_a_second():
+    rates = CallRates(per_second=8.0, burst=3.0, delay_s=0.5)
+    assert [rates.wait_s("a", 100.0) for _ in range(5)] == [0.0, 0.0, 0.0, 0.5, 0.5]
+    assert rates.wait_s("b", 100.0) == 0.0
+    assert [rates.wait_s("a", 100.125), rates.wait_s("a", 100.125)] == [0.0, 0.5]
+    assert [rates.wait_s("a", 200.0) for _ in range(4)] == [0.0, 0.0, 0.0, 0.5]
+
+
+def test_of_the_rates_of_many_connections_the_oldest_are_forgotten(monkeypatch):
+    monkeypatch.setattr(requests, "_KNOWN_PEERS", 3)
+    rates = CallRates(per_second=1.0, burst=1.0)
+    for peer in "abca":
+        rates.wait_s(peer, 100.0)
+    rates.wait_s("d", 100.0)
+    assert [bool(rates.wait_s(peer, 100.0)) for peer in "acd"] == [True, True, True]
+    assert rates.wait_s("b", 100.0) == 0.0
+
+
+async def test_a_connection_that_calls_without_end_leaves_time_for_others():
+    first = FirstMessages(rates=CallRates(per_second=5.0, burst=20.0, delay_s=600.0))
+    async with (
+        serve("127.0.0.1:0", [echo_service()], first_messages=first) as server,
+        open_channel(server.address) as greedy_channel,
+        open_channel(server.address) as honest_channel,
+        asyncio.timeout(PATIENCE_S),
+    ):
+        flood = [asyncio.create_task(call(greedy_channel, "unary_unary", b"x")) for _ in range(90)]
+        await until(lambda: sum(task.done() for task in flood) >= 20)
+        assert await call(honest_channel, "unary_unary", b"hello") == [b"hello"]
+        assert sum(task.done() for task in flood) < 90
+        for task in flood:
+            task.cancel()
