@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import grpc
 import grpc.aio
 import pytest
@@ -24,6 +26,8 @@ TABLE = {
     "WrongOffset": "OUT_OF_RANGE",
     "Exhausted": "RESOURCE_EXHAUSTED",
     "WrongIdentity": "PERMISSION_DENIED",
+    "NameTaken": "ALREADY_EXISTS",
+    "StateCopied": "ALREADY_EXISTS",
     "StorageError": "INTERNAL",
     "LinkError": "UNAVAILABLE",
 }
@@ -39,6 +43,11 @@ async def channel():
 @pytest.mark.parametrize(("name", "code"), TABLE.items())
 def test_an_error_becomes_the_status_its_class_is_listed_with(name, code):
     assert status_of(getattr(errors, name)("why")).name == code
+
+
+@pytest.mark.parametrize("name", sorted({*TABLE, "UsageError", "FedgrpcError"}))
+def test_the_protocol_names_every_error_that_a_caller_may_read_in_the_trailer(name):
+    assert f'"{name}"' in (Path(__file__).parents[2] / "protos" / "fedgrpc" / "v1" / "aggregator.proto").read_text()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
