@@ -189,3 +189,35 @@ def test_an_independent_reader_decodes_the_same_bits(text: str, dtype: str) -> N
         data = bytes(parse_encoding(text).encode(array, rng))
         ours = parse_encoding(text).decode(memoryview(data), TensorSpec("x", dtype, (size,)))
         assert ours.tobytes() == READER.decode(data, text, dtype, [size]).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("row", "texts"),
+    [
+        (
+            "`float16`, `bfloat16`, `int8`, `int6`, `int4`, `int3`, `rotatedN` | may",
+            ["float16", "int3", "rotated1"],
+        ),
+        ("`topk`, `threshold` | must,", ["topk", "threshold"]),
+        ("`int2`, `rounding=nearest` | may", ["int2:rounding=nearest"]),
+        ("`int2`, `rounding=stochastic` | must not", ["int2"]),
+        ("`entropy`, `rounding=nearest` | may", ["entropy:c=8.0,rounding=nearest"]),
+        ("c below 2 (or a distortion below 1) | may", ["entropy:c=1.99", "entropy:distortion=0.9"]),
+        (
+            "c of 2 and more (or a distortion of 1 and more) | must not",
+            ["entropy:c=2.0", "entropy", "entropy:distortion=1.0"],
+        ),
+    ],
+)
+def test_the_wire_document_says_which_encodings_may_owe_what_they_lose(row: str, texts: list[str]) -> None:
+    assert row in (ROOT / "protos" / "WIRE.md").read_text()
+    for text in texts:
+        assert parse_encoding(text).contractive == ("must not" not in row)
+
+
+def test_the_wire_document_gives_the_defaults_that_are_in_force() -> None:
+    text = (ROOT / "protos" / "WIRE.md").read_text()
+    table = text[text.index("| encoding | keys for the reader") : text.index("Lossy encodings are for")]
+    for name in ("raw", "int8", "rotated2", "topk", "threshold", "entropy"):
+        for pair in parse_encoding(name).text(full=True).partition(":")[2].split(","):
+            assert f"`{pair}`" in table

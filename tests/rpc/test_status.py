@@ -47,7 +47,7 @@ def test_an_error_becomes_the_status_its_class_is_listed_with(name, code):
 
 @pytest.mark.parametrize("name", sorted({*TABLE, "UsageError", "FedgrpcError"}))
 def test_the_protocol_names_every_error_that_a_caller_may_read_in_the_trailer(name):
-    assert f'"{name}"' in (Path(__file__).parents[2] / "protos" / "fedgrpc" / "v1" / "aggregator.proto").read_text()
+    assert f'"{name}"' in (Path(__file__).parents[2] / "protos/fedgrpc/v1/aggregator.proto").read_text()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
