@@ -32,9 +32,11 @@ class AggregatorStub:
 
     Besides its status, an error that the aggregator itself raises has a trailer "fedgrpc-error" with the name of what
     it means, which tells apart what has one status: "UnknownTask" (no such lease), "UnknownWorker" (register first),
-    "NotFound" (no such round or version), "RoundClosed", "WrongOffset", "CorruptError" (send again), "UpdateRefused",
-    "LayoutError", "UsageError" (for good), "TooLargeError" (for good), "Exhausted" (later), "WrongIdentity",
-    "StorageError". An error without it is of gRPC, or of something between the two, and says nothing of the task.
+    "NotFound" (no such round or version), "RoundClosed", "IllegalTransition" (the run has ended), "WrongOffset",
+    "CorruptError" (send again), "UpdateRefused", "LayoutError", "UsageError", "TooLargeError" (all four for good),
+    "Exhausted" and "LinkError" (later), "WrongIdentity", "NameTaken", "StateCopied", "StorageError" and "FedgrpcError"
+    (the aggregator's own trouble). An error without it is of gRPC, or of something between the two, and says nothing of
+    the task.
 
     Requests travel without gRPC's own compression (UNIMPLEMENTED). One has at most 64 KiB (RESOURCE_EXHAUSTED), but for
     `PushUpdate`, where a chunk is bounded by `RegisterResponse.max_chunk_bytes` and a header by what the manifest of the
@@ -147,9 +149,11 @@ class AggregatorServicer:
 
     Besides its status, an error that the aggregator itself raises has a trailer "fedgrpc-error" with the name of what
     it means, which tells apart what has one status: "UnknownTask" (no such lease), "UnknownWorker" (register first),
-    "NotFound" (no such round or version), "RoundClosed", "WrongOffset", "CorruptError" (send again), "UpdateRefused",
-    "LayoutError", "UsageError" (for good), "TooLargeError" (for good), "Exhausted" (later), "WrongIdentity",
-    "StorageError". An error without it is of gRPC, or of something between the two, and says nothing of the task.
+    "NotFound" (no such round or version), "RoundClosed", "IllegalTransition" (the run has ended), "WrongOffset",
+    "CorruptError" (send again), "UpdateRefused", "LayoutError", "UsageError", "TooLargeError" (all four for good),
+    "Exhausted" and "LinkError" (later), "WrongIdentity", "NameTaken", "StateCopied", "StorageError" and "FedgrpcError"
+    (the aggregator's own trouble). An error without it is of gRPC, or of something between the two, and says nothing of
+    the task.
 
     Requests travel without gRPC's own compression (UNIMPLEMENTED). One has at most 64 KiB (RESOURCE_EXHAUSTED), but for
     `PushUpdate`, where a chunk is bounded by `RegisterResponse.max_chunk_bytes` and a header by what the manifest of the
@@ -429,9 +433,11 @@ class Aggregator:
 
     Besides its status, an error that the aggregator itself raises has a trailer "fedgrpc-error" with the name of what
     it means, which tells apart what has one status: "UnknownTask" (no such lease), "UnknownWorker" (register first),
-    "NotFound" (no such round or version), "RoundClosed", "WrongOffset", "CorruptError" (send again), "UpdateRefused",
-    "LayoutError", "UsageError" (for good), "TooLargeError" (for good), "Exhausted" (later), "WrongIdentity",
-    "StorageError". An error without it is of gRPC, or of something between the two, and says nothing of the task.
+    "NotFound" (no such round or version), "RoundClosed", "IllegalTransition" (the run has ended), "WrongOffset",
+    "CorruptError" (send again), "UpdateRefused", "LayoutError", "UsageError", "TooLargeError" (all four for good),
+    "Exhausted" and "LinkError" (later), "WrongIdentity", "NameTaken", "StateCopied", "StorageError" and "FedgrpcError"
+    (the aggregator's own trouble). An error without it is of gRPC, or of something between the two, and says nothing of
+    the task.
 
     Requests travel without gRPC's own compression (UNIMPLEMENTED). One has at most 64 KiB (RESOURCE_EXHAUSTED), but for
     `PushUpdate`, where a chunk is bounded by `RegisterResponse.max_chunk_bytes` and a header by what the manifest of the
