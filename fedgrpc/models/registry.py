@@ -1,6 +1,6 @@
 """Models by name, so that `--model lenet` works in every task.
 
-`mobilenetv2` and `shufflenetv2` have GroupNorm; `mobilenetv2-static` and `mobilenetv2-batch` (and so on) have the
+`resnet18`, `mobilenetv2` and `shufflenetv2` have GroupNorm; `resnet18-static`, `resnet18-batch` and so on have the
 other normalizations of `fedgrpc.models.norm`.
 """
 
@@ -25,6 +25,8 @@ _BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "cnn": CNN,
     "net": Net,
     "resnet18": lambda classes, channels, side: ResNet18(classes, channels),
+    "resnet18-static": lambda classes, channels, side: ResNet18(classes, channels, norm="static"),
+    "resnet18-batch": lambda classes, channels, side: ResNet18(classes, channels, norm="batch"),
     "mobilenetv2": lambda classes, channels, side: MobileNetV2(classes, channels),
     "mobilenetv2-static": lambda classes, channels, side: MobileNetV2(classes, channels, norm="static"),
     "mobilenetv2-batch": lambda classes, channels, side: MobileNetV2(classes, channels, norm="batch"),
