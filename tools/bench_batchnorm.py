@@ -149,8 +149,8 @@ class Federation:
         assert form is not None
         return dict(ModelTensors(form))
 
-    def round(self, number: int, learning_rate: float, seed: int) -> dict[str, float]:
-        """Train version `number` to the next; the scores of the version itself."""
+    def round(self, number: int, learning_rate: float, seed: int) -> None:
+        """Train version `number` to the next."""
         given = self.given(number)
         layout = ModelFile.open(self._path(number)).layout
         weights = []
@@ -166,7 +166,6 @@ class Federation:
         commit = Commit(base, memory, optimizer, weights, self.journal.load)
         commit.write(self._path(number + 1), self.folder / f"memory-{number + 1}")
         self.journal.discard([token for token, _ in weights])
-        return self.scores(number + 1)
 
     def _send(self, worker: int, token: str, delta: Delta, seed: int) -> None:
         payload = io.BytesIO()
@@ -184,16 +183,16 @@ class Federation:
         upload.seal()
         upload.close()
 
-    def scores(self, version: int) -> dict[str, float]:
-        """Of a committed version, on the held-out images."""
+    def accuracy(self, version: int) -> float:
+        """Accuracy of a committed version on the held-out images."""
         scored = self.trainers[0].evaluate(dict(ModelTensors(ModelFile.open(self._path(version)))))
         assert scored is not None
-        least = min(
-            float(values.min())
-            for name, values in ModelTensors(ModelFile.open(self._path(version))).items()
-            if name.endswith("running_var")
-        )
-        return {**scored.metrics, "least_variance": least}
+        return scored.metrics["accuracy"]
+
+    def least_variance(self, version: int) -> float:
+        """The smallest running variance of a committed version."""
+        tensors = ModelTensors(ModelFile.open(self._path(version)))
+        return min(float(tensors[name].min()) for name in tensors if name.endswith("running_var"))
 
 
 def scores_of(args: argparse.Namespace, optimizer: str, encoding: str, seed: int) -> dict[str, float]:
@@ -210,13 +209,16 @@ def scores_of(args: argparse.Namespace, optimizer: str, encoding: str, seed: int
     with tempfile.TemporaryDirectory() as folder:
         federation = Federation(Path(folder), trainers, up, down, optimizer)
         federation.start()
-        scores = []
+        scores, least = [], []
         for number in range(1, args.rounds + 1):
             rate = 0.5 * args.learning_rate * (1 + math.cos(math.pi * (number - 1) / args.rounds))
-            scores.append(federation.round(number, rate, seed))
+            federation.round(number, rate, seed)
+            least.append(federation.least_variance(number + 1))
+            if number > args.rounds - LAST_SCORES:
+                scores.append(federation.accuracy(number + 1))
     return {
-        "accuracy": statistics.mean(score["accuracy"] for score in scores[-LAST_SCORES:]),
-        "least_variance": min(score["least_variance"] for score in scores),
+        "accuracy": statistics.mean(scores),
+        "least_variance": min(least),
         "bytes_up": federation.bytes_up,
     }
 

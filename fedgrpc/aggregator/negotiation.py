@@ -15,8 +15,11 @@ from functools import lru_cache
 
 from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.model_store import Downlink
+from fedgrpc.codec.cast import Cast
+from fedgrpc.codec.encoding import Encoding
 from fedgrpc.codec.preference import Known, Preferences, parse_preferences
 from fedgrpc.codec.recipe import Recipe
+from fedgrpc.codec.uniform import Uniform
 from fedgrpc.errors import UsageError
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest, WorkerRecord
 from fedgrpc.v1.tensor_pb2 import COMPRESSION_ZSTD
@@ -26,6 +29,7 @@ AUTO_UPLOAD = "entropy:c=8+zstd below 2mbit | entropy:c=3+zstd below 20mbit | in
 AUTO_DOWNLOAD = "int8+zstd | int8 | raw"
 AUTO_DIFFERENCE = "entropy:c=1+zstd below 20mbit | int8+zstd | int8 | raw"
 _DIFFERENCE = "~"
+_LEAST_BITS = 8
 RAW = Recipe.parse("raw")
 
 
@@ -102,6 +106,12 @@ class Negotiation:
         for downlink in self.downlinks:
             if any(recipe is not None and recipe.budget for recipe in (downlink.whole, downlink.difference)):
                 raise UsageError("a budget is for updates: a model is encoded once for everybody")
+        for recipe in self._whole.recipes:
+            if not all(map(_is_fine, recipe.encodings)):
+                raise UsageError(
+                    f"'{recipe}' is too coarse for whole models: nothing makes good what they lose. "
+                    f"Use it for updates, as in --upload-encoding '{recipe}' --download-encoding int8+zstd"
+                )
 
     def _downlinks(self) -> Iterator[Downlink]:
         """All that may be agreed on."""
@@ -150,6 +160,13 @@ class Negotiation:
     def downlink_of(self, text: str) -> Downlink | None:
         """The downlink that a worker was told as `text`; None: no worker is told so."""
         return self._downlink_of.get(text)
+
+
+def _is_fine(encoding: Encoding) -> bool:
+    """Whether a whole model in this encoding is still the model: no coarser than int8."""
+    if isinstance(encoding, Uniform):
+        return encoding.bits >= _LEAST_BITS
+    return encoding.lossless or isinstance(encoding, Cast)
 
 
 def _preferences(text: str, auto: str) -> Preferences:

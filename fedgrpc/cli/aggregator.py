@@ -186,7 +186,7 @@ SETTINGS: list[Setting] = [
     _mean("--seed", "Of selection, shuffling and stochastic rounding."),
     _transfer(
         "--encoding",
-        "Both ways, as in raw or int8+zstd; by link, as in 'int4+zstd below 2mbit | int8+zstd | raw', or auto "
+        "Both ways, as in raw or int8+zstd; by link, as in 'raw above 1gbit | int8+zstd | raw', or auto "
         "(docs/transport.md).",
         default=_RECIPE,
         metavar="RECIPES",

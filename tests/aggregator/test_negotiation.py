@@ -93,8 +93,8 @@ def test_who_lists_nothing_usable_is_told_what_would_be(recipes, lists, why):
         ("raw", "int8"),
         ("int8+zstd", "raw"),
         ("int8+zstd", "entropy:c=1+zstd below 2mbit | raw above 1gbit | int8+zstd"),
-        ("int4 below 2mbit | int8+zstd", "entropy:c=1+zstd below 2mbit | int8"),
-        ("entropy:c=8", None),
+        ("int8 below 2mbit | int8+zstd", "entropy:c=1+zstd below 2mbit | int8"),
+        ("bfloat16", None),
         ("auto", None),
     ],
 )
@@ -110,6 +110,15 @@ def test_what_a_worker_was_told_is_understood_when_it_comes_back(recipes):
 def test_a_recipe_of_a_whole_model_alone_is_the_usual_one_with_it():
     negotiation = Negotiation("int8+zstd", "entropy:c=1+zstd", "raw")
     assert negotiation.downlink_of("int8+zstd") == negotiation.downlinks[0]
+
+
+@pytest.mark.parametrize(
+    "recipe", ["entropy:c=3+zstd", "int4", "raw | int2+zstd", "topk", "rotated4", "int8;*.bias=threshold"]
+)
+def test_a_recipe_too_coarse_for_whole_models_is_refused_with_the_cure(recipe):
+    with pytest.raises(UsageError, match=r"--upload-encoding .* --download-encoding int8\+zstd"):
+        Negotiation(recipe, None, "raw")
+    Negotiation("int8+zstd", None, recipe)
 
 
 def test_a_difference_that_would_let_errors_grow_and_a_budget_for_models_are_refused():

@@ -200,7 +200,7 @@ async def test_a_recipe_may_treat_the_last_layer_and_vectors_otherwise_in_models
     shapes = {"w": (50, 40), "head": (40, 10), "b": (400,)}
     model = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     save_file(model, tmp_path / "initial.safetensors")
-    recipe = "int4;@last=int8;@vectors=float16"
+    recipe = "float16;@last=int8;@vectors=bfloat16"
     async with aggregating(tmp_path, rounds=2, policy=ALONE, download_recipe=recipe) as running:
         device = await running.device("a")
         task = await device.task()
@@ -215,13 +215,16 @@ async def test_a_recipe_may_treat_the_last_layer_and_vectors_otherwise_in_models
         specs = {entry.tensor.name: entry.encoding.spec for entry in header.manifest.entries}
         # A safetensors file has its tensors in an order of its own: the last of the matrices is meant.
         last = [entry.tensor.name for entry in header.manifest.entries if len(entry.tensor.shape) == 2][-1]
-        assert specs == {"b": "float16", **{name: "int8" if name == last else "int4" for name in ("w", "head")}}
+        assert specs == {
+            "b": "bfloat16",
+            **{name: "int8" if name == last else "float16" for name in ("w", "head")},
+        }
 
 
 async def test_a_difference_larger_than_the_model_is_not_sent(tmp_path):
-    recipes = {"download_recipe": "int4", "difference_recipe": "int8"}
+    recipes = {"download_recipe": "int8", "difference_recipe": "float16"}
     async with aggregating(tmp_path, rounds=2, policy=ALONE, **recipes) as running:
-        holder = Holder(await running.device("a"), "int4")
+        holder = Holder(await running.device("a"), "int8")
         await a_round(holder, 1)
         header, _ = await a_round(holder, 2)
         assert (header.version, header.base_version) == (2, 0)
