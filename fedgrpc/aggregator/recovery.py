@@ -122,6 +122,7 @@ class Recovery:
             model = it.models.open(version.version)
             if await asyncio.to_thread(model.sha256) != version.sha256:
                 raise StorageError(f"the model {model.path} is corrupt: its SHA-256 is not the one recorded")
+            await asyncio.to_thread(it.models.check, version.version)
             it.run.version, it.run.layout = version.version, model.layout
         elif self._settings.initial_model is not None:
             await self._import(ModelFile.open(self._settings.initial_model))

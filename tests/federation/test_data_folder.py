@@ -339,3 +339,17 @@ async def test_a_base_model_that_changed_while_the_aggregator_runs_makes_no_vers
         with path.open("r+b") as file:
             file.write(content)
         await running.until(lambda run, _: run.model_version == 2)
+
+
+async def test_an_optimizer_state_that_has_changed_is_named_at_the_start(tmp_path):
+    how = {"rounds": 2, "server_optimizer": "fedadam"}
+    async with aggregating(tmp_path, **how) as running:
+        devices = [await running.device("a"), await running.device("b")]
+        tasks = await asyncio.gather(*(device.task() for device in devices))
+        await asyncio.gather(*(device.push(task) for device, task in zip(devices, tasks, strict=True)))
+        await running.until(lambda run, _: run.model_version == 2)
+    state = running.settings.data_dir / "optimizer" / "000002.safetensors"
+    damaged = bytearray(state.read_bytes())
+    damaged[-2] ^= 0x40
+    state.write_bytes(damaged)
+    await fails_to_start(tmp_path, StorageError, r"optimizer/000002\.safetensors is corrupt", **how)
