@@ -17,6 +17,9 @@ from fedgrpc.rpc.local_model import compression_from_proto, sub_model_from_proto
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2
 
 _SHORTEST_INTERVAL_S: Final = 0.05
+_PLAN_NUMBERS: Final = ("epochs", "learning_rate", "momentum", "proximal_mu", "label_adjustment")
+# No training is meant by what is above, and steps counted from it would overflow.
+_LARGEST_PLAN_NUMBER: Final = 1e9
 
 
 class Role(IntEnum):
@@ -144,7 +147,11 @@ def task_from_proto(message: aggregator_pb2.Task) -> Task:
 
 
 def plan_from_proto(message: round_pb2.Plan) -> Plan:
-    """Zero on the wire is None here. Raises LayoutError for a local model that cannot be."""
+    """Zero on the wire is None here. Raises LayoutError for numbers and a local model that cannot be."""
+    for name in _PLAN_NUMBERS:
+        value = getattr(message, name)
+        if not 0 <= value <= _LARGEST_PLAN_NUMBER:
+            raise LayoutError(f"the plan's {name} is {value:g}; it must be from 0 to {_LARGEST_PLAN_NUMBER:g}")
     compression = compression_from_proto(message.local_model)
     return Plan(
         epochs=message.epochs or None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -40,7 +41,7 @@ from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rpc import convert, framing, local_model, planning, worker_history
 from fedgrpc.rpc.identity import Session
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2, tensor_pb2
-from fedgrpc.worker.task import plan_from_proto, registration_from_proto, task_from_proto
+from fedgrpc.worker.task import Registration, plan_from_proto, registration_from_proto, task_from_proto
 from tests.fuzz.mutate import invented, mutated, spoiled
 from tests.fuzz.registry import target
 
@@ -258,10 +259,23 @@ def values_of_messages(rnd: Random, folder: Path) -> None:
             lambda: convert.layout_from_proto(layout),
             lambda: convert.metrics_from_proto(header.metrics),
             lambda: convert.timings_from_proto(header.timings),
-            lambda: convert.duration_from_proto(invented(duration_pb2.Duration, rnd)),
-            lambda: registration_from_proto(invented(aggregator_pb2.RegisterResponse, rnd)),
+            lambda: _duration(convert.duration_from_proto(invented(duration_pb2.Duration, rnd))),
+            lambda: _registration(registration_from_proto(invented(aggregator_pb2.RegisterResponse, rnd))),
         )
     )()
+
+
+def _duration(seconds: float) -> None:
+    """What has been read can be waited for, and told to somebody else."""
+    assert 0 <= seconds < 1e10
+    convert.duration_to_proto(seconds)
+
+
+def _registration(registration: Registration) -> None:
+    for seconds in (registration.poll_wait_s, registration.heartbeat_interval_s, registration.lease_s):
+        _duration(seconds)
+    assert registration.heartbeat_interval_s > 0
+    assert registration.max_chunk_bytes > 0
 
 
 @target(share=10)
@@ -336,12 +350,33 @@ def plans(rnd: Random, folder: Path) -> None:
 def tasks(rnd: Random, folder: Path) -> None:
     task = task_from_proto(invented(aggregator_pb2.Task, rnd))
     assert plan_from_proto(round_pb2.Plan()).compression is None
+    for number in (task.plan.epochs, task.plan.learning_rate, task.plan.momentum, task.plan.upload_reserve_s):
+        assert number is None or 0 <= number < 1e10
     Recipe.parse(task.upload_recipe or "raw")
 
 
 @target(share=10)
 def headers(rnd: Random, folder: Path) -> None:
-    Report.of(invented(aggregator_pb2.UpdateHeader, rnd), AdmissionPolicy())
+    report = Report.of(invented(aggregator_pb2.UpdateHeader, rnd), AdmissionPolicy())
+    # What it says goes into records and databases, and is summed over thousands.
+    record = round_pb2.TaskRecord(
+        example_count=report.example_count,
+        steps=report.steps,
+        metrics=report.metrics,
+        timings=convert.timings_to_proto(report.timings),
+        peak_memory_bytes=report.peak_memory_bytes,
+        tensor_bytes=report.tensor_bytes,
+        merged_updates=report.merged_updates,
+    )
+    numbers = (
+        record.example_count,
+        record.steps,
+        record.peak_memory_bytes,
+        record.tensor_bytes,
+        record.merged_updates,
+    )
+    assert all(1000 * number < 2**63 for number in numbers)
+    assert all(math.isfinite(1000 * score) for score in (*report.metrics.values(), report.weight))
 
 
 @target(share=10)
