@@ -23,6 +23,8 @@ _NO_PROXIES: Final = ("no_grpc_proxy", "no_proxy")
 _NOT_TLS: Final = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNEXPECTED_EOF", "HTTP_REQUEST")
 # X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH of OpenSSL.
 _OTHER_NAME: Final = (62, 64)
+# X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED.
+_OTHER_TIME: Final = (9, 10)
 
 
 def explain(address: Address, tls: Tls | None, flags: str = "--tls") -> str:
@@ -97,6 +99,8 @@ def _explain_tls(address: Address, tls: Tls, flags: str) -> str:
         except ssl.SSLCertVerificationError as error:
             if error.verify_code in _OTHER_NAME:
                 return _explain_name(address, tls)
+            if error.verify_code in _OTHER_TIME:
+                return f"the {error.verify_message} at {address}, by this machine's clock"
             trusted = f"{tls.ca} of {flags}-ca" if tls.ca else "what the system trusts"
             return f"the certificate of {address} does not go with {trusted}: {error.verify_message}"
         except ssl.SSLError as error:
@@ -116,7 +120,7 @@ def _explain_name(address: Address, tls: Tls) -> str:
     with _connected(address) as connection, context.wrap_socket(connection) as secured:
         found: Any = secured.getpeercert() or {}
     names = [value for kind, value in found.get("subjectAltName", ()) if kind in ("DNS", "IP Address")]
-    listed = ", ".join(names) or "nobody by name"
+    listed = ", ".join(names) or "no host"
     return f"the certificate of {address} is for {listed}, and not for {address.host}; dial one of its names"
 
 

@@ -102,6 +102,7 @@ class Loop:
         self._run_id = ""
         self._heartbeat_interval_s = 5.0
         self._retries = Retries(settings.backoff)
+        self._why = ""
         self._download_began: tuple[str, float] = ("", 0.0)
         self._show_at_s = 0.0
         self._delivery = Delivery(client, spool, board, self._beat)
@@ -134,16 +135,19 @@ class Loop:
     def _check_folder(self, error: FedgrpcError) -> None:
         """Raise `UsageError` where no later try can succeed, because the state folder has been removed."""
         folder = self._settings.state_dir
-        if isinstance(error, StorageError) and not folder.exists():
+        # The spool is made at the start alone; other folders may come back.
+        if isinstance(error, StorageError) and not (folder / "spool").exists():
             raise UsageError(f"the folder {folder} was removed while it was in use; start again") from error
 
     async def _explained(self, error: FedgrpcError) -> str:
-        """The error, and after the first of several failures to connect what helps."""
-        if not isinstance(error, LinkError) or self._retries.failures:
+        """The error, with what helps; that is looked into after the first of several failures."""
+        if not isinstance(error, LinkError):
             return str(error)
-        settings = self._settings
-        why = await asyncio.to_thread(explain, dialled(settings.aggregator), settings.tls, self._TLS_FLAGS)
-        return f"{why} ({error})" if why else str(error)
+        if not self._retries.failures:
+            settings = self._settings
+            where = dialled(settings.aggregator)
+            self._why = await asyncio.to_thread(explain, where, settings.tls, self._TLS_FLAGS)
+        return f"{self._why} ({error})" if self._why else str(error)
 
     async def _session(self) -> None:
         registration = await self._connect()

@@ -1,4 +1,5 @@
 import asyncio
+import socket
 
 import grpc
 import grpc.aio
@@ -171,3 +172,29 @@ def test_unusable_tls_files_are_named_in_a_usage_error(tmp_path):
         open_channel("127.0.0.1:1", Tls(certificate=tmp_path / "bad.pem"))
     with pytest.raises(UsageError, match="certificate and its key"):
         Tls(ca=tmp_path / "bad.pem").server_credentials()
+
+
+async def test_a_unix_socket_in_use_is_refused_and_the_first_server_goes_on(tmp_path):
+    address = f"unix:{tmp_path}/s.sock"
+    async with serve(address, [echo_service()]) as server:
+        assert (server.address, server.port) == (address, 0)
+        with pytest.raises(UsageError, match="in use"):
+            async with serve(address, [echo_service()]):
+                pass
+        assert await check(server.address) == "NOT_SERVING"
+
+
+async def test_a_unix_socket_that_a_killed_server_left_is_replaced(tmp_path):
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(tmp_path / "s.sock"))
+    async with serve(f"unix:{tmp_path}/s.sock", [echo_service()]) as server:
+        assert await check(server.address) == "NOT_SERVING"
+
+
+async def test_a_file_or_a_missing_folder_in_the_place_of_a_unix_socket_is_a_usage_error(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path, reason in (("file", "no socket"), ("missing/s.sock", "no folder")):
+        with pytest.raises(UsageError, match=reason):
+            async with serve(f"unix:{tmp_path / path}", [echo_service()]):
+                pass
+    assert (tmp_path / "file").read_text() == "mine"
