@@ -6,7 +6,7 @@ The learning rate falls to nothing along a cosine, and the score is the mean of 
 differ by the encoding more than by chance. Statistics that lose bits, or that an optimizer steps on, show at once.
 
     python tools/bench_batchnorm.py --model cnn --seeds 1 --rounds 12
-    python tools/bench_batchnorm.py --model resnet18 --width 0.25 --examples 1000 --rounds 12
+    python tools/bench_batchnorm.py --model resnet18 --width 0.25 --examples 500 --rounds 12
 """
 
 from __future__ import annotations
@@ -51,15 +51,14 @@ from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.worker.delta import Delta
 from fedgrpc.worker.trainer import TaskSetup, TrainJob
 
-WORKERS = 4
 # Upload and download recipe.
 ENCODINGS = {
     "raw": ("raw", "raw"),
     "int8 both ways (default)": ("int8+zstd", "int8+zstd"),
-    "entropy c=5 up, int8 down": ("entropy:c=5+zstd", "int8+zstd"),
+    "entropy c=3 up, int8 down": ("entropy:c=3+zstd", "int8+zstd"),
 }
 # Of each server optimizer: one that learns at this number of rounds.
-RATES = {"fedavg": 1.0, "fedavgm": 0.3, "fedadagrad": 0.03, "fedyogi": 0.01, "fedadam": 0.01}
+RATES = {"fedavg": 1.0, "fedavgm": 0.3, "fedadagrad": 0.03, "fedyogi": 0.02, "fedadam": 0.02}
 LAST_SCORES = 3
 
 
@@ -155,7 +154,7 @@ class Federation:
         layout = ModelFile.open(self._path(number)).layout
         weights = []
         for worker, trainer in enumerate(self.trainers):
-            job = TrainJob(learning_rate=learning_rate, seed=seed * WORKERS + worker, round=number)
+            job = TrainJob(learning_rate=learning_rate, seed=seed * len(self.trainers) + worker, round=number)
             result = trainer.train({name: array.copy() for name, array in given.items()}, job)
             token = f"{number}-{worker}"
             self._send(worker, token, Delta(result.weights, given, layout), seed)
@@ -201,7 +200,7 @@ def scores_of(args: argparse.Namespace, optimizer: str, encoding: str, seed: int
     whole = network(args.model, args.width)
     data = load_fashion_mnist()
     order = np.random.default_rng(seed).permutation(len(data.train))
-    shares = [data.train.take(order[n * args.examples : (n + 1) * args.examples]) for n in range(WORKERS)]
+    shares = [data.train.take(order[n * args.examples : (n + 1) * args.examples]) for n in range(args.workers)]
     held_out = data.held_out.take(np.arange(args.held_out))
     tasks = [Images(copy.deepcopy(whole), share, held_out) for share in shares]
     trainers = [TorchTrainer(task, TaskSetup(device="cpu")) for task in tasks]
@@ -230,7 +229,8 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="*", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--examples", type=int, default=2000, help="of each of the workers")
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--examples", type=int, default=1000, help="of each of the workers")
     parser.add_argument("--held-out", type=int, default=10_000, help="images that score")
     parser.add_argument("--learning-rate", type=float, default=0.05, help="of the first round")
     parser.add_argument("--threads", type=int, default=1)

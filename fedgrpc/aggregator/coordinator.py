@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -413,16 +413,17 @@ class Coordinator:
         workers: dict[str, float] | None = None,
         evaluator: dict[str, float] | None = None,
         of_sub_models: bool = False,
+        not_finite: Sequence[str] = (),
     ) -> None:
         """Add scores of `version` to the record of the round that wrote it, and end the run if they will do.
 
-        `of_sub_models`: those of the workers are of their sub-models of it.
+        `of_sub_models`: those of the workers are of their sub-models of it. `not_finite`: names of others.
         Scores of evaluators that the operator has not named are shown, and nothing else.
         """
         self.metrics.observe_scores(workers or {}, "global")
         self.metrics.observe_scores(evaluator or {}, "evaluator")
         record = await self.in_database(
-            self.store.add_scores, version, workers or {}, evaluator or {}, of_sub_models
+            self.store.add_scores, version, workers or {}, evaluator or {}, of_sub_models, not_finite
         )
         if record is None:
             return

@@ -224,7 +224,15 @@ class Driver:
         self._closing_evaluation = self._settings.evaluate and bool(scores.metrics)
         if scores.metrics:
             self._log.info("version scored", version=current.base_version, by="workers", **scores.metrics)
-            await self._it.keep_scores(current.base_version, scores.metrics, of_sub_models=scores.of_sub_models)
+        if scores.not_finite:
+            self._log.warning("scores not finite", version=current.base_version, names=scores.not_finite)
+        if scores.metrics or scores.not_finite:
+            await self._it.keep_scores(
+                current.base_version,
+                scores.metrics,
+                of_sub_models=scores.of_sub_models,
+                not_finite=scores.not_finite,
+            )
         number, version, updates = current.state.number, self._it.run.version, len(current.weights)
         if (dominance := current.dominance) is not None:
             self._log.warning(

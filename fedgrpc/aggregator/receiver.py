@@ -14,6 +14,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
+
 from fedgrpc import claims
 from fedgrpc.aggregation.merged import check_merged_layout, merged_values
 from fedgrpc.aggregation.packed import unpacked
@@ -50,6 +52,8 @@ from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
 
 _PROGRESS_INTERVAL_S = 0.1
+
+log = structlog.get_logger()
 # A stream that is slower than this, measured over one to two such times, leaves its slot to one who waits. In
 # that time a link of 5 kB/s brings the 64 KiB that an upload over an unknown link begins with.
 _LEAST_BYTES_PER_S = 1024
@@ -153,6 +157,8 @@ class Receiver:
         """
         if evaluation := self._it.evaluations.find(header.worker, header.token):
             scores = metrics_from_proto(header.evaluation_metrics)
+            if not_finite := metrics_from_proto(dict.fromkeys(header.scores_not_finite, 0.0)):
+                log.warning("scores not finite", worker=header.worker, names=sorted(not_finite))
             example_count = claims.EXAMPLES.checked(header.evaluation_example_count)
             await self._it.score(evaluation, scores, example_count)
             return 0, True

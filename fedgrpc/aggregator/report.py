@@ -50,6 +50,7 @@ class Report:
     accumulated_steps: float = 0.0
     unchanged: bool = False
     scores_of_sub_models: bool = False
+    scores_not_finite: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, header: UpdateHeader, policy: AdmissionPolicy) -> Report:
@@ -76,6 +77,7 @@ class Report:
             accumulated_steps if header.merged_updates else 0.0,
             header.unchanged,
             header.scores_of_sub_models,
+            frozenset(metrics_from_proto(dict.fromkeys(header.scores_not_finite, 0.0))),
         )
 
     def uploaded_in(self, seconds: float) -> Report:

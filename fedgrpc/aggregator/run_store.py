@@ -243,6 +243,7 @@ class RunStore:
         workers: Mapping[str, float],
         evaluator: Mapping[str, float],
         of_sub_models: bool = False,
+        not_finite: Iterable[str] = (),
     ) -> RoundRecord | None:
         """Add scores of `version` to the record of the round that wrote it; None for the initial model of a file.
 
@@ -254,6 +255,7 @@ class RunStore:
         record.metrics.update(workers)
         record.metrics_of_sub_models = of_sub_models or (record.metrics_of_sub_models and not workers)
         record.evaluator_metrics.update(evaluator)
+        record.scores_not_finite[:] = sorted({*record.scores_not_finite, *not_finite})
         with self._transaction():
             self._db.execute(
                 "UPDATE rounds SET record = ? WHERE number = ?", (record.SerializeToString(), record.number)

@@ -7,7 +7,7 @@ worker weigh no more examples than its update may, and none where its update wei
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.aggregator.report import CurrentRound, Report
@@ -16,11 +16,15 @@ from fedgrpc.aggregator.weights import Weighing, score_weights
 
 @dataclass(frozen=True)
 class Scores:
-    """Mean of the workers' scores by examples, over how many examples, and whether each is of a sub-model."""
+    """Mean of the workers' scores by examples, over how many examples, and whether each is of a sub-model.
+
+    `not_finite`: names of those that are NaN or infinite on some worker.
+    """
 
     metrics: dict[str, float]
     example_count: int
     of_sub_models: bool
+    not_finite: tuple[str, ...] = ()
 
 
 def scores_of(
@@ -38,7 +42,9 @@ def scores_of(
     reports = {token: current.reports[token] for token in whole or scored}
     workers = {token: current.state.tasks[token].worker for token in reports}
     counts = score_weights(weighing, reports, workers, max_share)
-    return _mean([(report, counts[token]) for token, report in reports.items()], bool(scored) and not whole)
+    not_finite = {name for token in given for name in current.reports[token].scores_not_finite}
+    mean = _mean([(report, counts[token]) for token, report in reports.items()], bool(scored) and not whole)
+    return replace(mean, not_finite=tuple(sorted(not_finite)))
 
 
 def _is_whole(current: CurrentRound, token: str) -> bool:

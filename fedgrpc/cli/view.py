@@ -212,9 +212,12 @@ def _note(record: Round) -> str:
 
 def warnings(record: Round) -> list[str]:
     """What an operator should look at in a committed round."""
-    if not record.HasField("dominance"):
-        return []
-    return [f"{record.dominance.worker} is {record.dominance.share:.0%} of the mean"]
+    found = []
+    if record.scores_not_finite:
+        found.append(f"not finite: {', '.join(record.scores_not_finite[:3])}")
+    if record.HasField("dominance"):
+        found.append(f"{record.dominance.worker} is {record.dominance.share:.0%} of the mean")
+    return found
 
 
 def first_failure(record: Round) -> str:

@@ -238,6 +238,7 @@ class LeafDriver(Driver):
             steps=claims.STEPS.total(report.steps for report, _ in reports),
             metrics=mean_metrics([(report.metrics, weight) for report, weight in reports]),
             evaluation_metrics=scores.metrics,
+            scores_not_finite=scores.not_finite,
             evaluation_example_count=claims.EXAMPLES.clamped(scores.example_count),
             scores_of_sub_models=scores.of_sub_models,
         )

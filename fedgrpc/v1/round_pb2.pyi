@@ -309,7 +309,7 @@ class PastTiming(_message.Message):
     def __init__(self, download_seconds: _Optional[float] = ..., local_seconds: _Optional[float] = ..., upload_seconds: _Optional[float] = ..., cut: _Optional[bool] = ...) -> None: ...
 
 class Round(_message.Message):
-    __slots__ = ("number", "phase", "base_version", "committed_version", "reason", "tasks", "started_at", "time_left", "duration_seconds", "metrics", "evaluator_metrics", "training_metrics", "kind", "deadline", "deadline_reason", "tasks_left_out", "accepted_left_out", "dominance", "reconnect_grace", "metrics_of_sub_models")
+    __slots__ = ("number", "phase", "base_version", "committed_version", "reason", "tasks", "started_at", "time_left", "duration_seconds", "metrics", "evaluator_metrics", "training_metrics", "kind", "deadline", "deadline_reason", "tasks_left_out", "accepted_left_out", "dominance", "reconnect_grace", "metrics_of_sub_models", "scores_not_finite")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -351,6 +351,7 @@ class Round(_message.Message):
     DOMINANCE_FIELD_NUMBER: _ClassVar[int]
     RECONNECT_GRACE_FIELD_NUMBER: _ClassVar[int]
     METRICS_OF_SUB_MODELS_FIELD_NUMBER: _ClassVar[int]
+    SCORES_NOT_FINITE_FIELD_NUMBER: _ClassVar[int]
     number: int
     phase: RoundPhase
     base_version: int
@@ -371,7 +372,8 @@ class Round(_message.Message):
     dominance: Dominance
     reconnect_grace: _duration_pb2.Duration
     metrics_of_sub_models: bool
-    def __init__(self, number: _Optional[int] = ..., phase: _Optional[_Union[RoundPhase, str]] = ..., base_version: _Optional[int] = ..., committed_version: _Optional[int] = ..., reason: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[TaskRecord, _Mapping]]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., duration_seconds: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluator_metrics: _Optional[_Mapping[str, float]] = ..., training_metrics: _Optional[_Mapping[str, float]] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., deadline: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., deadline_reason: _Optional[str] = ..., tasks_left_out: _Optional[int] = ..., accepted_left_out: _Optional[int] = ..., dominance: _Optional[_Union[Dominance, _Mapping]] = ..., reconnect_grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., metrics_of_sub_models: _Optional[bool] = ...) -> None: ...
+    scores_not_finite: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, number: _Optional[int] = ..., phase: _Optional[_Union[RoundPhase, str]] = ..., base_version: _Optional[int] = ..., committed_version: _Optional[int] = ..., reason: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[TaskRecord, _Mapping]]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., duration_seconds: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluator_metrics: _Optional[_Mapping[str, float]] = ..., training_metrics: _Optional[_Mapping[str, float]] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., deadline: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., deadline_reason: _Optional[str] = ..., tasks_left_out: _Optional[int] = ..., accepted_left_out: _Optional[int] = ..., dominance: _Optional[_Union[Dominance, _Mapping]] = ..., reconnect_grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., metrics_of_sub_models: _Optional[bool] = ..., scores_not_finite: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Dominance(_message.Message):
     __slots__ = ("worker", "share")

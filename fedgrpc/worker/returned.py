@@ -83,7 +83,10 @@ def eval_result(returned: Any) -> EvalResult | None:
         raise TaskError(f"evaluate() of the learning task returned {_kind(returned)}, not an EvalResult or None")
     # Means over no example are NaN, or whatever a library makes of them.
     count = _count("example_count", returned.example_count)
-    return EvalResult(count, _finite(returned.metrics)) if count else None
+    metrics = _finite(returned.metrics)
+    return (
+        EvalResult(count, metrics, tuple(sorted(map(str, returned.metrics.keys() - metrics)))) if count else None
+    )
 
 
 def _arrays(method: str, weights: Any) -> Weights:

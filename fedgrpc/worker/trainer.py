@@ -149,10 +149,14 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Metrics (`loss`, `accuracy`, ...) of one set of weights on `example_count` held-out examples."""
+    """Metrics (`loss`, `accuracy`, ...) of one set of weights on `example_count` held-out examples.
+
+    `not_finite`: names of those that are NaN or infinite, and left out of the metrics. A trainer need not tell.
+    """
 
     example_count: int
     metrics: Mapping[str, float]
+    not_finite: tuple[str, ...] = ()
 
 
 @runtime_checkable

@@ -311,6 +311,7 @@ def _header(
         peak_memory_bytes=peak_memory_bytes(),
         tensor_bytes=outcome.tensor_bytes,
         unchanged=unchanged,
+        scores_not_finite=scores.not_finite,
     )
     if outcome.channels is not None:
         header.channels.CopyFrom(channels_to_proto(outcome.channels))

@@ -4,11 +4,13 @@ import asyncio
 
 import numpy as np
 import pytest
+import structlog
 
+from fedgrpc.cli.view import round_line
 from fedgrpc.errors import TaskUnfit, UsageError
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import tensor_pb2
-from fedgrpc.worker.trainer import TrainResult
+from fedgrpc.worker.trainer import EvalResult, TrainResult
 from tests.federation.federation import PATIENCE_S, Shifter, aggregating, chunks, encoded, refused, working
 
 torch = pytest.importorskip("torch")
@@ -199,3 +201,22 @@ def test_a_mask_in_an_initial_model_that_says_nothing_of_it_is_refused_with_the_
 
     with pytest.raises(UsageError, match=r"'mask'.*roles"):
         asyncio.run(start())
+
+
+async def test_a_score_that_is_not_finite_is_told_where_the_operator_looks(tmp_path):
+    class Diverged(Shifter):
+        def evaluate(self, weights):
+            return EvalResult(10, {"loss": float("nan"), "accuracy": 0.1})
+
+    with structlog.testing.capture_logs() as events:
+        async with aggregating(tmp_path, rounds=2, policy={"min_workers": 1}, evaluate=True) as running:
+            worker = working(running, tmp_path, "pi", Diverged())
+            await running.until_finished()
+            await asyncio.wait_for(worker, PATIENCE_S)
+            record = await running.round(1)
+    assert record.scores_not_finite == ["loss"]
+    assert dict(record.metrics) == {"accuracy": 0.1}
+    assert "loss" in round_line(record)
+    told = [event for event in events if event["event"] == "scores not finite"]
+    assert told
+    assert all(tuple(event["names"]) == ("loss",) and event["log_level"] == "warning" for event in told)
