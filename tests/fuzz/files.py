@@ -40,7 +40,7 @@ from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.held import ModelFolder, Source
 from fedgrpc.worker.residual_file import read_residual, write_residual
 from fedgrpc.worker.spool import Spool
-from tests.fuzz.mutate import mutated, spoiled_document
+from tests.fuzz.mutate import made, mutated, spoiled_document
 from tests.fuzz.registry import target
 from tests.fuzz.targets import LAYOUT, MODEL, PLAN_TEXTS, TABLE_TEXTS, encoded
 
@@ -310,7 +310,7 @@ def documents(rnd: Random, folder: Path) -> None:
         read, text = Fleet.parse, _FLEET.decode()
     else:
         read, text = CompressionPlan.from_mapping, rnd.choice(PLAN_TEXTS)
-    document = spoiled_document(tomllib.loads(text), rnd)
+    document = made(spoiled_document(tomllib.loads(text), rnd), rnd)
     # The root of TOML is a table.
     read(document if isinstance(document, dict) else {"rules": document, "width": document})
 

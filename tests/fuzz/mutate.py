@@ -39,6 +39,30 @@ _TEXTS = (
 )
 _MAX_ITEMS = 4
 _MAX_DEPTH = 6
+_SHOWN_CHARS = 600
+
+
+class Recording(Random):
+    """A `Random` that remembers what was made with it, to be shown where that is not taken well."""
+
+    def __init__(self, seed: str) -> None:
+        super().__init__(seed)
+        self.made: list[Any] = []
+
+    def __str__(self) -> str:
+        return "; ".join(map(_shown, self.made)) or "nothing"
+
+
+def _shown(made: Any) -> str:
+    text = made.hex() if isinstance(made, bytes) else " ".join(str(made).split())
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}... ({len(text)} characters)"
+
+
+def made(value: Any, rnd: Random) -> Any:
+    """The value, remembered as what was made with `rnd`."""
+    if isinstance(rnd, Recording):
+        rnd.made.append(value)
+    return value
 
 
 def mutated(data: bytes, rnd: Random) -> bytes:
@@ -46,7 +70,7 @@ def mutated(data: bytes, rnd: Random) -> bytes:
     out = bytearray(data)
     for _ in range(rnd.choice((1, 1, 1, 2, 3, 8))):
         rnd.choice(_DAMAGES)(out, rnd)
-    return bytes(out)
+    return bytes(made(bytes(out), rnd))
 
 
 def _flip(out: bytearray, rnd: Random) -> None:
@@ -105,14 +129,14 @@ def spoiled(message: Message, rnd: Random) -> Any:
     copy.CopyFrom(message)
     for _ in range(rnd.choice((1, 1, 2, 4))):
         _spoil(copy, rnd, _MAX_DEPTH)
-    return copy
+    return made(copy, rnd)
 
 
 def invented(kind: type[Message], rnd: Random) -> Any:
     """A message whose fields hold what no honest peer would send."""
     message = kind()
     _fill(message, rnd, _MAX_DEPTH)
-    return message
+    return made(message, rnd)
 
 
 _ODD: tuple[Any, ...] = (

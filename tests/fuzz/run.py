@@ -26,6 +26,7 @@ import structlog
 
 from fedgrpc.errors import FedgrpcError
 from tests.fuzz import files, targets
+from tests.fuzz.mutate import Recording
 from tests.fuzz.registry import TARGETS, Target
 
 # Where the targets are; importing them has registered them.
@@ -53,10 +54,11 @@ class Tally:
 
 def play(target: Target, seed: int, number: int, folder: Path, tally: Tally) -> str | None:
     """One input; what is wrong with how it was taken, or None."""
+    rnd = Recording(f"{seed}/{target.name}/{number}")
     before, started = _peak_bytes(), time.thread_time()
     wrong, outcome = None, "taken"
     try:
-        target.run(Random(f"{seed}/{target.name}/{number}"), folder)
+        target.run(rnd, folder)
     except FedgrpcError as error:
         outcome = type(error).__name__
     except Exception:  # noqa: BLE001 - any other is what is looked for
@@ -67,7 +69,7 @@ def play(target: Target, seed: int, number: int, folder: Path, tally: Tally) -> 
     if grown_bytes > MAX_GROWTH_BYTES:
         wrong = f"it took {grown_bytes >> 20} MiB of memory"
     tally.note(target, outcome, took_s)
-    return wrong
+    return f"{wrong}\n  input: {rnd}" if wrong else None
 
 
 def _peak_bytes() -> int:
@@ -102,7 +104,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", action="append", default=[], choices=sorted(TARGETS), metavar="TARGET")
-    parser.add_argument("--at", type=int, help="play this input alone, and say what it was")
+    parser.add_argument("--at", type=int, help="play this input alone")
     asked = parser.parse_args()
     # What is refused is a line of the log, hundreds of thousands of times.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgrpc.errors import FedgrpcError
+from tests.fuzz.mutate import mutated
 from tests.fuzz.registry import TARGETS
 from tests.fuzz.run import fuzz
 
@@ -36,6 +37,7 @@ def test_what_hypothesis_draws_gives_the_projects_errors_alone(
 
 def test_a_fault_is_told_with_the_seed_and_the_number_that_bring_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks(rnd: Random, folder: Path) -> None:
+        mutated(b"the input", rnd)
         if rnd.random() < 0.5:
             raise ZeroDivisionError("of all things")
 
@@ -45,4 +47,6 @@ def test_a_fault_is_told_with_the_seed_and_the_number_that_bring_it_back(monkeyp
     assert 0 < len(tally.faults) < 8
     number = int(tally.faults[0].split("--at ")[1])
     assert "ZeroDivisionError" in tally.faults[0]
+    assert "input: " in tally.faults[0]
+    assert "nothing" not in tally.faults[0]
     assert fuzz(1, 3, ["broken"], start=number).faults == tally.faults[:1]
