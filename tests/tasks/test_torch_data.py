@@ -224,6 +224,13 @@ def test_a_version_of_files_changes_with_each_of_them(tmp_path: Path) -> None:
     assert changed()
     (folder / "cats" / "1.png").unlink()
     assert changed()
+    (folder / "cats" / "all").symlink_to(folder)
+    assert changed()
+    (tmp_path / "dogs").mkdir()
+    (folder / "dogs").symlink_to(tmp_path / "dogs")
+    assert changed()
+    (tmp_path / "dogs" / "1.png").write_bytes(b"1")
+    assert changed()
     assert version_of(tmp_path / "nowhere") == version_of(tmp_path / "elsewhere")
 
 
