@@ -81,6 +81,7 @@ class Commit:
     `parts` names the tokens whose updates are of a part of the model, and the slice (None: all channels) of each;
     `merged` those whose updates are means themselves, and what such an update says that it weighs. `scales` are
     factors on the differences of an update; without: 1. `formats` names those whose say falls with their noise.
+    `about` is for the metadata of the model's file.
     A coordinate that no update covers keeps its value, and the optimizer what it remembers of it.
     """
 
@@ -94,6 +95,7 @@ class Commit:
     merged: Mapping[str, float] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
     formats: Mapping[str, Formats] = field(default_factory=dict)
+    about: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def memory_layout(self) -> Layout:
@@ -112,7 +114,7 @@ class Commit:
         the updates make of the model is not finite.
         """
         memory_layout = self.memory_layout
-        with ModelWriter(model_path, self.base.layout, self.spares) as model:
+        with ModelWriter(model_path, self.base.layout, self.spares, about=self.about) as model:
             if not memory_layout:
                 for values, _ in self._stepped():
                     model.add(values)

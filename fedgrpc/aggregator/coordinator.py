@@ -27,16 +27,19 @@ from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.orders import Orders
 from fedgrpc.aggregator.report import CurrentRound, Report
-from fedgrpc.aggregator.run_state import Assignment, Beat, Changes, RunState
+from fedgrpc.aggregator.run_state import Assignment, Beat, Changes, RollBack, RunState
 from fedgrpc.aggregator.run_store import RunStore
+from fedgrpc.aggregator.scores import for_log
 from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.uploads import UploadJournal
+from fedgrpc.aggregator.versions import Versions
 from fedgrpc.aggregator.waking import Waking
 from fedgrpc.aggregator.weights import Weighing
 from fedgrpc.errors import (
     FedgrpcError,
     IllegalTransition,
+    NotFound,
     RoundClosed,
     UnknownTask,
     UnknownWorker,
@@ -45,6 +48,7 @@ from fedgrpc.errors import (
     WrongIdentity,
 )
 from fedgrpc.metrics import Metrics
+from fedgrpc.rounds.best import Jump
 from fedgrpc.rounds.events import (
     Abort,
     Accepted,
@@ -104,6 +108,9 @@ class Coordinator:
         self.fleet = Fleet(settings.max_workers, settings.policy.lease_s)
         self.sessions = Sessions(self.fleet, settings.heartbeat_s, lambda: self.clock())
         self.evaluations = Evaluations()
+        self.versions = Versions(settings.target, bool(settings.evaluators))
+        self.rolling_back: RollBack | None = None
+        self.makes_versions = True
         self.run = RunState(RUN_PHASE_RUNNING, time.time())
         self.current: CurrentRound | None = None
         self.last_record: RoundRecord | None = None
@@ -179,7 +186,7 @@ class Coordinator:
         if task := self.evaluations.held_by(worker.name):
             self.evaluations.give_back(task)
         if worker.token is not None and self.wants(worker.token):
-            self.dispatch(Failed(worker.token, "its device is gone, and another has its name"))
+            self.dispatch(Failed(worker.token, "its device is gone, and another has its name", gone=True))
         worker.held = None
 
     async def poll(self, name: str, wait_s: float, held: tuple[int, bytes] | None = None) -> Assignment | None:
@@ -237,11 +244,11 @@ class Coordinator:
             return
         if stale(current.state, token):
             self._log.info("carried task lost", round=current.state.number, worker=worker.name)
-            self.dispatch(Failed(token, "its worker has lost it"))
+            self.dispatch(Failed(token, "its worker has lost it", gone=True))
 
     def _assignment(self, worker: Worker) -> Assignment | None:
         if worker.evaluator:
-            task = self.evaluations.offer(worker.name, self.run.version)
+            task = self.evaluations.offer(worker.name, self.run.version if self.run.began else 0)
             return None if task is None else self._evaluation(task)
         current = self.current
         if worker.token is None or current is None or not takes_news(current.state, worker.token):
@@ -392,7 +399,7 @@ class Coordinator:
         """A task goes to another when its worker has left and has not begun it. Raises `UnknownWorker`."""
         worker = self.fleet.get(name)
         if worker.left and worker.token is not None and self._not_begun(worker.token):
-            self.dispatch(Failed(worker.token, "its worker has left"))
+            self.dispatch(Failed(worker.token, "its worker has left", gone=True))
 
     def _not_begun(self, token: str) -> bool:
         current = self.current
@@ -403,7 +410,8 @@ class Coordinator:
     async def score(self, task: Evaluation, metrics: dict[str, float], example_count: int) -> None:
         """Keep an evaluator's scores with the round that wrote the version."""
         mean = self.evaluations.score(task, metrics, example_count)
-        self._log.info("version scored", worker=task.worker, version=task.version, **mean)
+        told = for_log(mean, "worker", "version")
+        self._log.info("version scored", worker=task.worker, version=task.version, **told)
         await self.keep_scores(task.version, evaluator=mean)
         self._news()
 
@@ -422,9 +430,16 @@ class Coordinator:
         """
         self.metrics.observe_scores(workers or {}, "global")
         self.metrics.observe_scores(evaluator or {}, "evaluator")
+        told = {**(workers or {}), **(evaluator or {})}
+        jump = Jump.SCORES if self.versions.score_jumps(version, told) else Jump.NONE
         record = await self.in_database(
-            self.store.add_scores, version, workers or {}, evaluator or {}, of_sub_models, not_finite
+            self.store.add_scores, version, workers or {}, evaluator or {}, of_sub_models, not_finite, jump
         )
+        for known in await self.in_database(self.store.versions, [version]):
+            if version in self.versions:
+                self.versions.add(known)
+        if jump is not Jump.NONE:
+            self._log.warning("scores are far worse than the best", version=version, scores=told)
         if record is None:
             return
         if self.last_record is not None and self.last_record.number == record.number:
@@ -447,17 +462,47 @@ class Coordinator:
         """Open no further round. Raises `IllegalTransition` when the run has ended."""
         await self._set_phase(RUN_PHASE_PAUSED)
 
+    async def pause_itself(self, reason: str) -> None:
+        """Open no further round until an operator says so: it would end as the last ones did."""
+        if not self.run.ended and self.run.phase != RUN_PHASE_PAUSED:
+            await self._set_phase(RUN_PHASE_PAUSED, reason)
+            self._log.error("the run has paused itself", reason=reason, hint="`fedgrpc resume` goes on")
+
     async def resume(self) -> None:
         """Open rounds again. Raises `IllegalTransition` when the run has ended."""
         await self._set_phase(RUN_PHASE_RUNNING)
 
-    async def _set_phase(self, phase: RunPhase) -> None:
+    async def _set_phase(self, phase: RunPhase, paused_reason: str = "") -> None:
         async with self._changing_phase:
             if self.run.ended:
                 raise IllegalTransition(f"the run has ended: {self.run.reason}")
-            await self._store_run(phase, self.run.reason)
-            self.run.phase = phase
+            await self._store_run(phase, self.run.reason, paused_reason)
+            self.run.phase, self.run.paused_reason = phase, paused_reason
         self._news()
+
+    async def roll_back(self, version: int, reason: str) -> None:
+        """Go on from a kept version, or (0) from a new first model; returns once that is durable.
+
+        Raises `NotFound` when the version is not kept, `IllegalTransition`, and `StorageError`.
+        """
+        if self.run.ended:
+            raise IllegalTransition(f"the run has ended: {self.run.reason}")
+        if not self.makes_versions:
+            raise IllegalTransition("versions are made by the parent of this aggregator: roll back there")
+        if self.rolling_back is not None:
+            raise IllegalTransition(f"the run is being rolled back to version {self.rolling_back.version} already")
+        known = self.versions.get(version)
+        if version and (known is None or not known.sha256):
+            kept = ", ".join(map(str, self.versions))
+            raise NotFound(f"model version {version} is not kept; kept are {kept or 'none'}")
+        if not self.run.version:
+            raise NotFound("there is no model version yet")
+        self.rolling_back = asked = RollBack(version, reason, asyncio.get_running_loop().create_future())
+        current = self.current
+        if current is not None and current.state.phase in (RoundPhase.SELECTING, RoundPhase.REPORTING):
+            self.dispatch(Abort(asked.text))
+        self._news()
+        await asyncio.shield(asked.done)
 
     async def stop(self, reason: str) -> None:
         """End the run; the round in flight is abandoned, unless it is committing already. Idempotent."""
@@ -480,14 +525,20 @@ class Coordinator:
 
     async def save_run(self) -> None:
         """Make the run durable as it stands, and let everybody look."""
-        await self._store_run(self.run.phase, self.run.reason)
+        await self._store_run(self.run.phase, self.run.reason, self.run.paused_reason)
         self._news()
 
-    async def _store_run(self, phase: RunPhase, reason: str) -> None:
+    async def _store_run(self, phase: RunPhase, reason: str, paused_reason: str = "") -> None:
         """Before the phase is entered: nobody hears of one that a process that died might have forgotten."""
         run = self.run
         await self.in_database(
-            self.store.save_run, run.id, self.settings.run_name, int(phase), reason, run.started_at
+            self.store.save_run,
+            run.id,
+            self.settings.run_name,
+            int(phase),
+            reason,
+            run.started_at,
+            paused_reason,
         )
 
     def _news(self) -> None:

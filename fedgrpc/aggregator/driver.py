@@ -24,15 +24,24 @@ from fedgrpc.aggregator.new_version import NewVersion
 from fedgrpc.aggregator.offering import Offering
 from fedgrpc.aggregator.recovery import Recovery
 from fedgrpc.aggregator.report import CurrentRound
-from fedgrpc.aggregator.run_store import Version
-from fedgrpc.aggregator.scores import scores_of
-from fedgrpc.errors import CodecError, NotFound, StorageError, UnusableUpdate, UpdateRefused
-from fedgrpc.rounds.events import Abort, Commit, Committed, Finished, Select, Tick
+from fedgrpc.aggregator.run_state import RollBack
+from fedgrpc.aggregator.scores import for_log, scores_of
+from fedgrpc.aggregator.versions import Version, jump_to_proto
+from fedgrpc.errors import CodecError, IllegalTransition, NotFound, StorageError, UnusableUpdate, UpdateRefused
+from fedgrpc.rounds.best import Jump
+from fedgrpc.rounds.cause import Streak
+from fedgrpc.rounds.events import Abort, Cause, Commit, Committed, Finished, Select, TaskPhase, Tick
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rounds.state import Round, RoundPhase, step, wake_at, wants_pool
 from fedgrpc.rpc.retry import Backoff, Retries
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RUN_PHASE_PAUSED
-from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE, TASK_KIND_TRAIN, TaskKind
+from fedgrpc.v1.round_pb2 import (
+    ROUND_PHASE_COMMITTED,
+    TASK_KIND_EVALUATE,
+    TASK_KIND_INITIALIZE,
+    TASK_KIND_TRAIN,
+    TaskKind,
+)
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 log = structlog.get_logger()
@@ -61,6 +70,7 @@ class Driver:
         self._clearing = Retries(_AFTER_STORAGE_ERROR)
         self._closing_evaluation = self._settings.evaluate
         self._abandoned = Retries(_AFTER_ABANDONED)
+        self._streak = Streak()
         self._log = log.bind(run=self._settings.run_name)
 
     async def recover(self) -> None:
@@ -78,34 +88,74 @@ class Driver:
                 continue
             await self._play()
             await self._after_round()
+        if it.rolling_back is not None:
+            it.rolling_back.done.set_exception(IllegalTransition(f"the run has ended: {it.run.reason}"))
         await self._clear_away()
 
     async def _open(self) -> bool:
         """Open the next round if there is one to open now; else wait or end the run."""
         it = self._it
+        if it.rolling_back is not None:
+            await self._roll_back(it.rolling_back)
+            return False
         if it.run.phase == RUN_PHASE_PAUSED:
             await self._wait(None)
             return False
         if it.run.reason:
             await self._end(it.run.reason)
             return False
-        if it.run.version and it.run.trained >= self._settings.rounds and not self._closing_evaluation:
+        if it.run.began and it.run.trained >= self._settings.rounds and not self._closing_evaluation:
             await self._wait_for_evaluators()
+            if it.rolling_back is not None:
+                return False
             await self._end(it.run.reason or f"all {self._settings.rounds} rounds are done")
             return False
         kind = self._next_kind()
-        number = 0 if kind == TASK_KIND_INITIALIZE else self._last_number + 1
+        first = kind == TASK_KIND_INITIALIZE and not it.run.version
+        number = 0 if first else self._last_number + 1
         state = Round(number, policy_of(self._settings.policy, kind), it.clock())
         it.current = CurrentRound(state, kind, it.run.version, time.time())
         self._log.debug("round opened", round=number, kind=TaskKind.Name(kind))
         return True
 
+    async def _roll_back(self, asked: RollBack) -> None:
+        """Make a copy of the version that is asked for the latest one, durably, and answer."""
+        it = self._it
+        number = self._last_number + 1
+        record = RoundRecord(number=number, phase=ROUND_PHASE_COMMITTED, kind=TASK_KIND_TRAIN, reason=asked.text)
+        record.base_version, record.rolled_back_to = it.run.version, asked.version
+        record.started_at.FromNanoseconds(time.time_ns())
+        try:
+            version, layout = await self._new_version.roll_back(asked.version, number)
+            record.committed_version, record.jump = version.version, jump_to_proto(version.jump)
+            record.metrics.update(version.metrics)
+            record.evaluator_metrics.update(version.evaluator_metrics)
+            await it.in_database(it.store.finish_round, record, [], {}, version)
+        except (StorageError, NotFound) as error:
+            it.rolling_back = None
+            asked.done.set_exception(error)
+            return
+        it.rolling_back, self._last_number, it.last_record = None, number, record
+        it.run.take(version, layout)
+        it.versions.add(version)
+        self._closing_evaluation = self._settings.evaluate
+        self._log.warning(asked.text, round=number, version=version.version)
+        it.metrics.model_version.set(version.version)
+        it.fleet.wake_concerned()
+        it.changes.notify()
+        asked.done.set_result(None)
+
     async def _end(self, reason: str) -> None:
         await self._clear_away()
+        best, last = self._it.versions.best, self._it.versions.last
+        for which, version in (("best", best), ("last", last)):
+            if version is not None and version.sha256:
+                path, told = str(self._it.models.path(version.version)), for_log(version.scores, "version", "file")
+                self._log.info(f"{which} version", version=version.version, file=path, **told)
         await self._it.end(RUN_PHASE_FINISHED, reason)
 
     def _next_kind(self) -> TaskKind:
-        if not self._it.run.version:
+        if not self._it.run.began:
             return TASK_KIND_INITIALIZE
         return TASK_KIND_TRAIN if self._it.run.trained < self._settings.rounds else TASK_KIND_EVALUATE
 
@@ -179,7 +229,7 @@ class Driver:
         except UnusableUpdate as error:
             self._it.leave_out(error)
         except (CodecError, UpdateRefused) as error:
-            self._it.dispatch(Abort(str(error)))
+            self._it.dispatch(Abort(str(error), Cause.UNUSABLE))
 
     async def _commit_once(self, current: CurrentRound, commit: Commit) -> None:
         it = self._it
@@ -190,6 +240,7 @@ class Driver:
         if current.kind != TASK_KIND_EVALUATE:
             version = await self._new_version.write(current, weights)
         layout = it.models.open(version.version).layout if version else it.run.layout
+        current.jump = version.jump if version else Jump.NONE
         after, _ = step(current.state, Committed(version.version if version else current.base_version), it.clock())
         current.weights = weights
         current.global_s = time.monotonic() - begun
@@ -198,7 +249,8 @@ class Driver:
         await self._store_end(current, after, version)
         # It is stored: no wait from here on, or a second try would store it twice.
         if version is not None:
-            it.run.version, it.run.layout = version.version, layout
+            it.run.take(version, layout)
+            it.versions.add(version)
         it.dispatch(Committed(version.version if version else current.base_version))
 
     async def _store_end(self, current: CurrentRound, ended: Round, version: Version | None) -> None:
@@ -223,7 +275,8 @@ class Driver:
         scores = scores_of(current, current.weights, self._it.weighing, self._settings.policy.max_share)
         self._closing_evaluation = self._settings.evaluate and bool(scores.metrics)
         if scores.metrics:
-            self._log.info("version scored", version=current.base_version, by="workers", **scores.metrics)
+            told = for_log(scores.metrics, "version", "by")
+            self._log.info("version scored", version=current.base_version, by="workers", **told)
         if scores.not_finite:
             self._log.warning("scores not finite", version=current.base_version, names=scores.not_finite)
         if scores.metrics or scores.not_finite:
@@ -234,6 +287,8 @@ class Driver:
                 not_finite=scores.not_finite,
             )
         number, version, updates = current.state.number, self._it.run.version, len(current.weights)
+        if current.jump is Jump.NORM:
+            self._log.warning("the model has become far larger", round=number, version=version)
         if (dominance := current.dominance) is not None:
             self._log.warning(
                 "one worker is over half of the mean",
@@ -287,12 +342,15 @@ class Driver:
         current = it.current
         given = [] if current is None else [current.version_of(token) for token in current.state.tasks]
         oldest = min([it.run.version - self._settings.keep_versions + 1, *given])
-        await it.models.prune(frozenset(range(oldest, it.run.version + 1)))
+        keep, best = frozenset(range(oldest, it.run.version + 1)), it.versions.best
+        wanted = {best.version if best else 0, it.rolling_back.version if it.rolling_back else 0}
+        it.versions.keep_only(keep | wanted)
+        await it.models.prune(keep, frozenset(wanted))
 
     async def _after_round(self) -> None:
         it = self._it
         assert it.current is not None
-        kind, phase = it.current.kind, it.current.state.phase
+        kind, state, phase = it.current.kind, it.current.state, it.current.state.phase
         it.effects.clear()
         dropped = self._carry_on(it.current)
         it.fleet.wake_concerned()
@@ -303,14 +361,30 @@ class Driver:
             self._closing_evaluation = False
         elif phase is RoundPhase.COMMITTED:
             self._abandoned.reset()
-        elif not it.run.ended:
+            self._streak = Streak()
+        elif not it.run.ended and it.rolling_back is None:
+            await self._after_abandoned(state)
+
+    async def _after_abandoned(self, state: Round) -> None:
+        """Rest, or pause where the next round would only end for the same reason."""
+        self._streak = self._streak.after(state.cause)
+        if not self._streak.hopeless:
             await self._rest(self._abandoned.next_delay_s())
+            return
+        lost = (task for task in state.tasks.values() if task.phase is not TaskPhase.ACCEPTED and task.reason)
+        first = min(lost, key=lambda task: task.phase not in (TaskPhase.FAILED, TaskPhase.REJECTED), default=None)
+        told = f" ({first.worker}: {first.reason})" if first else ""
+        reason = f"{self._streak.count} rounds in a row were abandoned for one reason: {state.reason}{told}"
+        self._streak = Streak()
+        self._abandoned.reset()
+        await self._until_stored(partial(self._it.pause_itself, reason))
 
     def _carry_on(self, ended: CurrentRound) -> list[Dropped]:
         """Open the next round at once if this one carries tasks on, for news of them may come any time."""
         it, now = self._it, self._it.clock()
         it.current, dropped = None, ending_here(ended, now)
-        if ended.state.carried and not it.run.ended and not it.run.reason and self._next_kind() == ended.kind:
+        goes_on = not it.run.ended and not it.run.reason and it.rolling_back is None
+        if ended.state.carried and goes_on and self._next_kind() == ended.kind:
             policy = policy_of(self._settings.policy, ended.kind)
             number = self._last_number + 1
             it.current, dropped = going_on(ended, number, policy, it.run.version, time.time(), now)
@@ -332,14 +406,14 @@ class Driver:
         """Wait, whoever polls meanwhile: rounds that fail at once must not spin."""
         it = self._it
         until = it.clock() + seconds
-        while not it.run.ended and it.clock() < until:
+        while not it.run.ended and it.rolling_back is None and it.clock() < until:
             await self._wait(until)
 
     async def _wait_for_evaluators(self) -> None:
         """Evaluators that are alive may score the last version, within the time of a round."""
         it = self._it
         until = it.clock() + self._settings.policy.deadline_s
-        while it.clock() < until:
+        while it.clock() < until and it.rolling_back is None:
             alive = it.fleet.live_evaluators(it.clock())
             if not any(it.evaluations.waiting_for(worker.name, it.run.version) for worker in alive):
                 return

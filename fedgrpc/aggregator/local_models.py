@@ -259,6 +259,16 @@ class LocalModels:
         self._channels = channel_map
         self._elements.clear()
 
+    def forget(self) -> None:
+        """The model, and so its channels, are another's from now on. Raises `StorageError`."""
+        try:
+            self._path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot remove the model's channels: {error.strerror}") from error
+        self._channels = None
+        self._elements.clear()
+        self._selections.clear()
+
     def _write(self, channel_map: ChannelMap) -> None:
         unfinished = self._path.with_suffix(".part")
         try:

@@ -20,12 +20,13 @@ import os
 import re
 import struct
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -236,15 +237,22 @@ class ModelWriter:
     """
 
     def __init__(
-        self, path: Path, layout: Layout, spares: SpareFiles | None = None, *, durable: bool = True
+        self,
+        path: Path,
+        layout: Layout,
+        spares: SpareFiles | None = None,
+        *,
+        durable: bool = True,
+        about: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        """`about` is text for the metadata of the file."""
         self._path = path
         self._durable = durable
         self._part = path.with_suffix(".part")
         self._waiting = iter(layout)
         self._spec, self._left = TensorSpec("", "float32", (0,)), 0
         sha256 = {"sha256": _UNKNOWN_SHA256} if durable else {}
-        self._header = _header(layout, {**sha256, "crc32": _UNKNOWN_CRC32}, twice=durable)
+        self._header = _header(layout, {**sha256, "crc32": _UNKNOWN_CRC32, **about}, twice=durable)
         self._tied = _tied(layout) if durable else []
         self._start_bytes = len(self._header)
         self._digest, self._crc32 = hashlib.sha256(), 0
@@ -339,9 +347,11 @@ def _header_size(start: bytes) -> int:
     return size
 
 
-def write_model(path: Path, layout: Layout, tensors: Iterable[np.ndarray]) -> bytes:
+def write_model(
+    path: Path, layout: Layout, tensors: Iterable[np.ndarray], about: Mapping[str, str] = MappingProxyType({})
+) -> bytes:
     """Write a whole model file; `tensors` come in the order of `layout`. Returns its digest."""
-    with ModelWriter(path, layout) as writer:
+    with ModelWriter(path, layout, about=about) as writer:
         for values in tensors:
             writer.add(values)
         return writer.finish()

@@ -25,6 +25,7 @@ import structlog
 
 from fedgrpc.aggregation import packed
 from fedgrpc.aggregation.channels import Selection, SubModel
+from fedgrpc.aggregator.durable import fsync_folder
 from fedgrpc.aggregator.forms import Forms, Source
 from fedgrpc.aggregator.frames import FrameCache, PayloadFile
 from fedgrpc.aggregator.model_file import ModelFile, ModelTensors
@@ -199,6 +200,15 @@ class ModelStore:
         path = self.memory_path(version)
         return _open(path) if path.exists() else None
 
+    def forget_memories(self) -> None:
+        """Remove what a server optimizer remembers: another one would read it wrong. Raises `StorageError`."""
+        try:
+            for path in self._memories.iterdir():
+                path.unlink(missing_ok=True)
+            fsync_folder(self._memories)
+        except OSError as error:
+            raise StorageError(f"cannot remove the server optimizer's state: {error.strerror}") from error
+
     def check(self, version: int) -> None:
         """Raise `StorageError` unless a version, and what the server optimizer keeps, are as they were written.
 
@@ -348,11 +358,11 @@ class ModelStore:
             path.unlink(missing_ok=True)
             raise StorageError(f"cannot store the encoded model: {error.strerror}") from error
 
-    async def prune(self, keep: frozenset[int]) -> None:
-        """Remove every version that is not in `keep`, in all its forms."""
+    async def prune(self, keep: frozenset[int], models: frozenset[int] = frozenset()) -> None:
+        """Remove every version that is not in `keep`, in all its forms; of those in `models` only the forms."""
         gone = [variant for variant in self._made if variant.version not in keep]
         pulled = {variant.version for variant in gone if self._let_go(variant)}
-        await asyncio.to_thread(self._remove_files, keep, pulled)
+        await asyncio.to_thread(self._remove_files, keep, models, pulled)
 
     def _let_go(self, variant: Variant) -> bool:
         """Forget an encoded form; whether somebody is still pulling it."""
@@ -367,7 +377,7 @@ class ModelStore:
         del made, payload
         return pulling() is not None
 
-    def _remove_files(self, keep: frozenset[int], pulled: set[int]) -> None:
+    def _remove_files(self, keep: frozenset[int], models: frozenset[int], pulled: set[int]) -> None:
         try:
             # Those who have waited for `keep` hold the version before it.
             self._forms.prune(keep | {min(keep) - 1})
@@ -375,6 +385,8 @@ class ModelStore:
                 for path in folder.iterdir():
                     number = _VERSION.match(path.name)
                     if number is None or int(number[1]) in keep:
+                        continue
+                    if folder == self._models and int(number[1]) in models:
                         continue
                     if folder == self._models and int(number[1]) not in pulled:
                         self.spares.keep(path)

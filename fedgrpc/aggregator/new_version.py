@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from fedgrpc.aggregation.channels import Selection
 from fedgrpc.aggregation.server_optimizer import server_optimizer
@@ -12,15 +15,19 @@ from fedgrpc.aggregator.blame import blaming, most_to_blame
 from fedgrpc.aggregator.commit import Commit as CommitFiles
 from fedgrpc.aggregator.commit import Formats
 from fedgrpc.aggregator.coordinator import Coordinator
-from fedgrpc.aggregator.model_file import write_model
-from fedgrpc.aggregator.norms import norm_of
+from fedgrpc.aggregator.model_file import ModelFile, write_model
+from fedgrpc.aggregator.norms import content_digest, model_norm, norm_of
 from fedgrpc.aggregator.report import CurrentRound
-from fedgrpc.aggregator.run_store import Version
 from fedgrpc.aggregator.scales import scales_of
+from fedgrpc.aggregator.scores import scores_of
 from fedgrpc.aggregator.uploads import StoredUpdate
+from fedgrpc.aggregator.versions import Version
 from fedgrpc.aggregator.weights import shared
-from fedgrpc.errors import NotFinite, StorageError, UnusableUpdate, UpdateRefused
+from fedgrpc.codec.layout import Layout
+from fedgrpc.errors import NotFinite, NotFound, StorageError, UnusableUpdate, UpdateRefused
 from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
+
+_NO_SCORES: Mapping[str, float] = MappingProxyType({})
 
 
 class NewVersion:
@@ -77,8 +84,9 @@ class NewVersion:
                 learn = it.local_models.learn
                 with blaming(token):
                     await asyncio.to_thread(learn, update.header.channels, update.manifest.layout)
+            about = about_version(self._settings.run_name, current.state.number, number)
             with blaming(token):
-                digest = await asyncio.to_thread(_write_values, path, update)
+                digest = await asyncio.to_thread(_write_values, path, update, about)
         else:
             base = it.models.open(current.base_version)
             memory = it.models.open_memory(current.base_version)
@@ -96,12 +104,60 @@ class NewVersion:
                 merged,
                 current.scales,
                 self._formats(current, weights),
+                self._about(current, number, weights),
             )
             try:
                 digest = await asyncio.to_thread(files.write, path, it.models.memory_path(number))
             except NotFinite as error:
                 raise await asyncio.to_thread(self.blamed, error, weights, current.scales) from error
-        return Version(number, current.state.number, digest)
+        model = it.models.open(number)
+        norm = await asyncio.to_thread(model_norm, model)
+        if current.kind == TASK_KIND_INITIALIZE:
+            first = await asyncio.to_thread(content_digest, model)
+            return Version(number, current.state.number, digest, 0, norm, first_model=first)
+        before, elements = it.versions.last, sum(spec.size for spec in model.layout)
+        return Version(
+            number,
+            current.state.number,
+            digest,
+            it.run.trained + 1,
+            norm,
+            it.versions.norm_jump(norm, elements),
+            first_model=before.first_model if before else b"",
+        )
+
+    async def roll_back(self, wanted: int, round_number: int) -> tuple[Version, Layout]:
+        """A new version that is a copy of a kept one, or (0) holds no model; only its file is durable yet.
+
+        The server optimizer remembers nothing of it. Raises `NotFound` and `StorageError`.
+        """
+        it = self._it
+        number = it.run.version + 1
+        if not wanted:
+            await asyncio.to_thread(it.local_models.forget)
+            return Version(number, round_number, b""), ()
+        known = it.versions.get(wanted)
+        if known is None:
+            raise NotFound(f"model version {wanted} is not kept")
+        model = it.models.open(wanted)
+        digest = await asyncio.to_thread(self._copy, model, known, number, round_number)
+        version = replace(known, version=number, round=round_number, sha256=digest, rolled_back_to=wanted)
+        return version, model.layout
+
+    def _copy(self, model: ModelFile, known: Version, number: int, round_number: int) -> bytes:
+        it = self._it
+        if model.sha256() != known.sha256:
+            raise StorageError(f"the model {model.path} is corrupt: its SHA-256 is not the one recorded")
+        # A round that was cut off may have left what its optimizer would have remembered.
+        it.models.memory_path(number).unlink(missing_ok=True)
+        about = about_version(it.settings.run_name, round_number, number, known.scores)
+        tensors = (model.tensor(index) for index in range(len(model.layout)))
+        return write_model(it.models.path(number), model.layout, tensors, about)
+
+    def _about(self, current: CurrentRound, number: int, weights: Mapping[str, float]) -> dict[str, str]:
+        """The metadata of a version, with what this round says of the one before. Computed again, it is equal."""
+        scores = scores_of(current, weights, self._it.weighing, self._settings.policy.max_share)
+        return about_version(self._settings.run_name, current.state.number, number, scores.metrics)
 
     def _formats(self, current: CurrentRound, tokens: Iterable[str]) -> dict[str, Formats]:
         """Of the updates whose say falls with the noise of their formats."""
@@ -137,7 +193,7 @@ class NewVersion:
         for token in tokens:
             with blaming(token):
                 self.load(token).check()
-        if current.base_version:
+        if current.kind != TASK_KIND_INITIALIZE:
             self._it.models.check(current.base_version)
 
     def load(self, token: str) -> StoredUpdate:
@@ -164,6 +220,14 @@ def merged_of(current: CurrentRound, tokens: Iterable[str]) -> dict[str, float]:
     return {token: report.weight for token, report in reports.items() if report.merged_updates}
 
 
-def _write_values(path: Path, update: StoredUpdate) -> bytes:
+def about_version(
+    run: str, round_number: int, version: int, scores: Mapping[str, float] = _NO_SCORES
+) -> dict[str, str]:
+    """The metadata of a model's file. `scores` are those of the version that it began from: its own come later."""
+    about = {"run": run, "round": str(round_number), "version": str(version)}
+    return about | ({"base_scores": json.dumps(dict(scores), sort_keys=True)} if scores else {})
+
+
+def _write_values(path: Path, update: StoredUpdate, about: Mapping[str, str]) -> bytes:
     with update.open() as reader:
-        return write_model(path, update.manifest.layout, (values for _, values in reader))
+        return write_model(path, update.manifest.layout, (values for _, values in reader), about)

@@ -1,19 +1,49 @@
-"""The values and the norm of an accepted update, whatever form it travels in."""
+"""The norm of an accepted update, whatever form it travels in, and what is told of a model as a whole."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
 
 from fedgrpc.aggregation.channels import Selection
 from fedgrpc.aggregation.merged import merged_values
 from fedgrpc.aggregation.packed import unpacked
-from fedgrpc.aggregation.update import AdmissionPolicy, TensorLike, check_values
+from fedgrpc.aggregation.update import AdmissionPolicy, TensorLike, check_values, sum_of_squares
+from fedgrpc.aggregator.model_file import ModelFile
 from fedgrpc.aggregator.uploads import StoredUpdate
 from fedgrpc.codec.layout import Layout
 
+_PIECE: Final = 1 << 20
 Values = Iterator[tuple[TensorLike, np.ndarray]]
+
+
+def model_norm(model: ModelFile) -> float:
+    """L2 norm of the float tensors of a model, read in pieces. Raises `StorageError`."""
+    square = 0.0
+    for index, spec in enumerate(model.layout):
+        for start in range(0, spec.size if spec.is_float else 0, _PIECE):
+            square += sum_of_squares(model.part(index, start, min(start + _PIECE, spec.size)))
+    return math.sqrt(square)
+
+
+def content_digest(model: ModelFile) -> bytes:
+    """SHA-256 of names, types, shapes and values of a model, in whatever order its file has them.
+
+    Raises `StorageError`.
+    """
+    digest = hashlib.sha256()
+    for index in sorted(range(len(model.layout)), key=lambda each: model.layout[each].name):
+        spec = model.layout[index]
+        digest.update(f"{spec.name}\0{spec.dtype}\0{spec.shape}\0".encode())
+        inner = hashlib.sha256()
+        for start in range(0, spec.size, _PIECE):
+            inner.update(model.part(index, start, min(start + _PIECE, spec.size)).view(np.uint8).data)
+        digest.update(inner.digest())
+    return digest.digest()
 
 
 def norm_of(stored: StoredUpdate, layout: Layout, plain: bool, selection: Selection | None) -> float:

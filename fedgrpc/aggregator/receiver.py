@@ -22,10 +22,10 @@ from fedgrpc.aggregation.packed import unpacked
 from fedgrpc.aggregation.update import AdmissionPolicy, check_layout, check_values
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.data_folder import Use
+from fedgrpc.aggregator.first_model import complaint
 from fedgrpc.aggregator.intake import Intake
 from fedgrpc.aggregator.local_models import LocalTask
 from fedgrpc.aggregator.memory import ByteBudget
-from fedgrpc.aggregator.model_file import METADATA
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.scales import check_steps
 from fedgrpc.aggregator.turns import Turns
@@ -245,7 +245,7 @@ class Receiver:
                 check_layout((), manifest.layout)
             elif it.current.kind == TASK_KIND_INITIALIZE:
                 header.example_count = header.example_count or 1
-                _check_initial(manifest)
+                _check_initial(manifest, it.settings.max_model_bytes)
             else:
                 self._check_layout(header.token, manifest, header.merged_updates > 0)
             report = Report.of(header, it.settings.admission)
@@ -433,12 +433,12 @@ async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
         raise
 
 
-def _check_initial(manifest: Manifest) -> None:
-    """Initial weights come as they are: every worker starts from exactly these."""
+def _check_initial(manifest: Manifest, max_bytes: int) -> None:
+    """Initial weights come as they are, as a file would have them: every worker starts from exactly these."""
     if not manifest.entries:
         raise UpdateRefused("initial weights are wanted, and the update has no tensors")
     for entry in manifest.entries:
         if not entry.encoding.lossless:
             raise UpdateRefused(f"initial weights come lossless, {entry.spec.name!r} is {entry.encoding}")
-        if METADATA in (entry.spec.name, *entry.spec.tied_names):
-            raise UpdateRefused(f"no tensor of a model may be called {METADATA!r}")
+    if wrong := complaint(manifest.layout, max_bytes):
+        raise UpdateRefused(f"these initial weights cannot be a model: {wrong}")

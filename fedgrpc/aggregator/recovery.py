@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -17,24 +18,28 @@ from google.protobuf.message import DecodeError
 
 from fedgrpc import claims
 from fedgrpc.aggregator.blame import blaming
+from fedgrpc.aggregator.changed_settings import OPTIMIZER, changes, compared_text
 from fedgrpc.aggregator.coordinator import Coordinator
+from fedgrpc.aggregator.first_model import complaint
 from fedgrpc.aggregator.kinds import policy_of
 from fedgrpc.aggregator.local_models import LocalTask
 from fedgrpc.aggregator.model_file import ModelFile, write_model
+from fedgrpc.aggregator.new_version import about_version
+from fedgrpc.aggregator.norms import content_digest, model_norm
 from fedgrpc.aggregator.offering import Offering
 from fedgrpc.aggregator.report import CurrentRound, Report
-from fedgrpc.aggregator.run_store import OpenRound, TaskRow, Version
-from fedgrpc.codec.manifest import Limits
+from fedgrpc.aggregator.run_store import OpenRound, TaskRow
+from fedgrpc.aggregator.versions import Version
+from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.raw import as_bool
 from fedgrpc.errors import CorruptError, LayoutError, StorageError, UnusableUpdate, UsageError
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.state import StoredTask, restore
-from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
-from fedgrpc.rpc.convert import duration_from_proto, layout_to_proto
+from fedgrpc.rpc.convert import duration_from_proto
 from fedgrpc.rpc.identity import Session
 from fedgrpc.v1 import round_pb2
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RUN_PHASE_RUNNING, RunPhase
-from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, TaskKind
+from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE, TASK_KIND_TRAIN, TaskKind
 
 log = structlog.get_logger()
 
@@ -63,6 +68,8 @@ class Recovery:
                 raise UsageError(f"the data folder holds the run {name!r}, not {self._settings.run_name!r}")
             it.run.id, it.run.phase = run_id, cast(RunPhase, phase)
             it.run.reason, it.run.started_at = reason, started_at
+            it.run.paused_reason = await it.in_database(it.store.paused_reason)
+        await self._compare_settings()
         sessions = await it.in_database(it.store.sessions)
         await self._check_folder(stored is not None)
         for registration, history in await it.in_database(lambda: list(it.store.workers())):
@@ -72,6 +79,9 @@ class Recovery:
         await self._recover_model()
         await self._recall_costs()
         open_round = await it.in_database(it.store.open_round)
+        if open_round is not None and open_round.record.kind == TASK_KIND_INITIALIZE and it.run.began:
+            await self._close(open_round.record, "the first model came from a file")
+            open_round = None
         if open_round is not None:
             await self._reopen(open_round)
         met_target = self._settings.target is not None and it.run.reason.endswith(f" has {self._settings.target}")
@@ -84,6 +94,19 @@ class Recovery:
         await asyncio.to_thread(it.journal.keep_only, it.current.state.tasks if it.current else ())
         await it.save_run()
         return last_number
+
+    async def _compare_settings(self) -> None:
+        """Tell which settings are not those of the last start. Raises `UsageError` for one that may not change."""
+        it, now = self._it, compared_text(self._settings)
+        before = await it.in_database(it.store.settings)
+        changed = changes(before, now) if before else {}
+        if OPTIMIZER in changed:
+            log.warning("the server optimizer's state begins anew", changed=changed[OPTIMIZER])
+            await asyncio.to_thread(it.models.forget_memories)
+        if changed:
+            log.info("settings changed", run=self._settings.run_name, changed=changed)
+        if before != now:
+            await it.in_database(it.store.save_settings, now)
 
     async def _check_folder(self, known: bool) -> None:
         """Folder and database are of one run and one time. Raises `UsageError` where they are not: to go on would
@@ -109,7 +132,7 @@ class Recovery:
                 f"the data folder {folder} holds model version {newer[-1]}, but its database is older and ends "
                 f"with {recorded}: restore both from one copy, or remove the models above {recorded} to go on"
             )
-        elif recorded and recorded not in versions:
+        elif version is not None and version.sha256 and recorded not in versions:
             raise UsageError(
                 f"the database of {folder} ends with model version {recorded}, whose file "
                 f"{it.models.path(recorded)} is missing: restore both from one copy"
@@ -119,30 +142,61 @@ class Recovery:
         it = self._it
         version = await it.in_database(it.store.latest_version)
         if version is not None:
-            model = it.models.open(version.version)
-            if await asyncio.to_thread(model.sha256) != version.sha256:
-                raise StorageError(f"the model {model.path} is corrupt: its SHA-256 is not the one recorded")
-            await asyncio.to_thread(it.models.check, version.version)
-            it.run.version, it.run.layout = version.version, model.layout
-        elif self._settings.initial_model is not None:
+            for known in await it.in_database(it.store.versions, it.models.versions()):
+                it.versions.add(known)
+            it.versions.add(version)
+            layout: Layout = ()
+            if version.sha256:
+                model = it.models.open(version.version)
+                if await asyncio.to_thread(model.sha256) != version.sha256:
+                    raise StorageError(f"the model {model.path} is corrupt: its SHA-256 is not the one recorded")
+                await asyncio.to_thread(it.models.check, version.version)
+                layout = model.layout
+            it.run.take(version, layout)
+        if self._settings.initial_model is not None:
             await self._import(ModelFile.open(self._settings.initial_model))
 
     async def _recall_costs(self) -> None:
         """What plans are predicted from is in the records of the rounds that are over, and nowhere else."""
         it = self._it
-        if it.run.version:
+        if it.run.began:
             trainers = [worker.name for worker in it.fleet if worker.history.accepted]
             records = it.store.committed_rounds(_RECALLED_BYTES)
             await it.in_database(it.local_models.recall, records, it.run.layout, trainers)
 
     async def _import(self, model: ModelFile) -> None:
-        """Make a safetensors file version 1."""
+        """Make a safetensors file the first version, unless the run has begun from the same model.
+
+        Raises `UsageError` when it has begun from another one.
+        """
         it = self._it
-        _check_sendable(model)
-        digest = await asyncio.to_thread(write_model, it.models.path(1), model.layout, _finite_tensors(model))
-        await it.in_database(it.store.save_version, Version(1, 0, digest))
-        it.run.version, it.run.layout = 1, model.layout
+        if wrong := complaint(model.layout):
+            raise UsageError(f"the model {model.path} cannot be used: {wrong}")
+        first = await asyncio.to_thread(content_digest, model)
+        last = it.versions.last
+        if it.run.began:
+            if last is not None and last.first_model != first:
+                raise UsageError(
+                    f"initial_model {model.path} is not the model that the run in {self._settings.data_dir} began "
+                    "from; leave it out, or take another data folder. To begin anew from it, tell the running "
+                    "aggregator `fedgrpc pause` and `fedgrpc rollback 0`, and start it again with this file"
+                )
+            return
+        number = it.run.version + 1
+        about = about_version(self._settings.run_name, 0, number)
+        write = partial(write_model, it.models.path(number), model.layout, _finite_tensors(model), about)
+        digest = await asyncio.to_thread(write)
+        norm = await asyncio.to_thread(model_norm, it.models.open(number))
+        version = Version(number, 0, digest, norm=norm, first_model=first)
+        await it.in_database(it.store.save_version, version)
+        it.run.take(version, model.layout)
+        it.versions.add(version)
         log.info("initial model", run=self._settings.run_name, file=str(model.path), tensors=len(model.layout))
+
+    async def _close(self, record: round_pb2.Round, reason: str) -> None:
+        """Nothing more is to come of the round that was open."""
+        record.phase, record.reason = round_pb2.ROUND_PHASE_ABANDONED, reason
+        await self._it.in_database(self._it.store.finish_round, record, [], {}, None)
 
     async def _reopen(self, open_round: OpenRound) -> None:
         """Go on in the round that was open, with the updates that were accepted."""
@@ -273,16 +327,6 @@ def _local_task(row: TaskRow) -> LocalTask:
         return LocalTask.from_proto(round_pb2.LocalModel.FromString(row.local_model))
     except (DecodeError, LayoutError) as error:
         raise StorageError(f"the database has no plan for the task of worker {row.worker}: {error}") from error
-
-
-def _check_sendable(model: ModelFile) -> None:
-    """Its manifest travels in one message, with each tensor's encoding beside its name and shape."""
-    count, most = len(model.layout), Limits().max_tensors
-    if not 1 <= count <= most:
-        raise UsageError(f"the model {model.path} has {count} tensors; it may have 1 to {most}")
-    size_bytes = sum(spec.ByteSize() for spec in layout_to_proto(model.layout))
-    if size_bytes > MAX_MESSAGE_BYTES // 2:
-        raise UsageError(f"the names and shapes of {model.path} take {size_bytes} bytes, too many for one message")
 
 
 def _finite_tensors(model: ModelFile) -> Iterator[np.ndarray]:

@@ -9,8 +9,10 @@ from fedgrpc import claims
 from fedgrpc.aggregation.update import AdmissionPolicy, check_counts
 from fedgrpc.aggregator.local_models import LocalTask
 from fedgrpc.aggregator.run_store import TaskRow
+from fedgrpc.aggregator.versions import jump_to_proto
 from fedgrpc.errors import UpdateRefused
 from fedgrpc.rounds import events
+from fedgrpc.rounds.best import Jump
 from fedgrpc.rounds.shares import Dominance, dominant
 from fedgrpc.rounds.state import Round, Task, time_left
 from fedgrpc.rpc.convert import (
@@ -109,6 +111,7 @@ class CurrentRound:
     scales: dict[str, float] = field(default_factory=dict)
     device_classes: dict[str, str] = field(default_factory=dict)
     training_metrics: dict[str, float] = field(default_factory=dict)
+    jump: Jump = Jump.NONE
     global_s: float = 0.0
     due_at: float | None = None
     earlier_s: float = 0.0
@@ -170,6 +173,8 @@ class CurrentRound:
             kind=self.kind,
             deadline_reason=state.deadline_reason,
         )
+        if self.jump is not Jump.NONE:
+            record.jump = jump_to_proto(self.jump)
         if (dominance := self.dominance) is not None:
             record.dominance.worker, record.dominance.share = dominance.worker, dominance.share
         if state.deadline_at is not None:

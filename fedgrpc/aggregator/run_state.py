@@ -7,6 +7,7 @@ import secrets
 from dataclasses import dataclass, field
 
 from fedgrpc.aggregator.local_models import LocalTask
+from fedgrpc.aggregator.versions import Version
 from fedgrpc.codec.layout import Layout
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RUN_PHASE_STOPPED, RunPhase
 from fedgrpc.v1.round_pb2 import TaskKind
@@ -36,21 +37,45 @@ class Beat:
     time_left_s: float | None = None
 
 
+@dataclass(frozen=True)
+class RollBack:
+    """What an operator has asked for; `done` once it is durable, or with the reason why it is not."""
+
+    version: int
+    reason: str
+    done: asyncio.Future[None]
+
+    @property
+    def text(self) -> str:
+        """For the record and for workers."""
+        what = f"rolled back to version {self.version}" if self.version else "begun anew"
+        return f"the run is {what}" + (f": {self.reason}" if self.reason else "")
+
+
 @dataclass
 class RunState:
-    """Where the run stands; version 0: no model yet."""
+    """Where the run stands; version 0: no model yet. `trained` rounds have been committed to the model.
+
+    `paused_reason`: why the run has paused itself.
+    """
 
     phase: RunPhase
     started_at: float
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     reason: str = ""
+    paused_reason: str = ""
     version: int = 0
     layout: Layout = ()
+    trained: int = 0
+
+    def take(self, version: Version, layout: Layout) -> None:
+        """Go on from this version; it may have no layout, and then a first model is to be asked for."""
+        self.version, self.layout, self.trained = version.version, layout, version.trained
 
     @property
-    def trained(self) -> int:
-        """How many rounds have been committed to the model."""
-        return max(0, self.version - 1)
+    def began(self) -> bool:
+        """Whether there is a model."""
+        return bool(self.layout)
 
     @property
     def ended(self) -> bool:

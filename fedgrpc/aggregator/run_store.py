@@ -14,32 +14,35 @@ import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
+from fedgrpc.aggregator.versions import Version, jump_to_proto
 from fedgrpc.errors import LayoutError, StorageError
+from fedgrpc.rounds.best import Jump
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.history import Histories, WorkerHistory
 from fedgrpc.rpc.convert import registration_from_proto
 from fedgrpc.rpc.worker_history import history_from_bytes, history_to_bytes
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
-from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED
+from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, ModelVersion
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 DATABASE = "run.sqlite"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (
     one INTEGER PRIMARY KEY CHECK (one = 1), id TEXT NOT NULL, name TEXT NOT NULL, phase INTEGER NOT NULL,
-    reason TEXT NOT NULL, started_at REAL NOT NULL) STRICT;
+    reason TEXT NOT NULL, started_at REAL NOT NULL, paused_reason TEXT NOT NULL DEFAULT '') STRICT;
+CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS workers (
     name TEXT PRIMARY KEY, registration BLOB NOT NULL, selected INTEGER NOT NULL DEFAULT 0,
     accepted INTEGER NOT NULL DEFAULT 0) STRICT;
 CREATE TABLE IF NOT EXISTS sessions (worker TEXT PRIMARY KEY, session TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS histories (worker TEXT PRIMARY KEY, history BLOB NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS versions (
-    version INTEGER PRIMARY KEY, round INTEGER NOT NULL, sha256 BLOB NOT NULL) STRICT;
+    version INTEGER PRIMARY KEY, round INTEGER NOT NULL, record BLOB NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS rounds (
     number INTEGER PRIMARY KEY, open INTEGER NOT NULL, aim INTEGER NOT NULL, deadline_at REAL NOT NULL,
     record BLOB NOT NULL) STRICT;
@@ -85,15 +88,6 @@ class OpenRound:
     tasks: tuple[TaskRow, ...]
 
 
-@dataclass(frozen=True)
-class Version:
-    """A committed model version."""
-
-    version: int
-    round: int
-    sha256: bytes
-
-
 class RunStore:
     """The database. Every method may raise `StorageError`."""
 
@@ -127,11 +121,29 @@ class RunStore:
         """(id, name, phase, reason, start as wall time) of the run kept here, None for a fresh folder."""
         return self._one("SELECT id, name, phase, reason, started_at FROM run")
 
-    def save_run(self, run_id: str, name: str, phase: int, reason: str, started_at: float) -> None:
+    def settings(self) -> dict[str, str]:
+        """The settings of the last start; none for a fresh folder."""
+        return dict(self._all("SELECT name, value FROM settings"))
+
+    def save_settings(self, settings: Mapping[str, str]) -> None:
+        """Keep the settings of this start."""
+        with self._transaction():
+            self._db.execute("DELETE FROM settings")
+            self._db.executemany("INSERT INTO settings VALUES (?, ?)", settings.items())
+
+    def paused_reason(self) -> str:
+        """Why the run kept here has paused itself; empty: it has not."""
+        row = self._one("SELECT paused_reason FROM run")
+        return "" if row is None else str(row[0])
+
+    def save_run(
+        self, run_id: str, name: str, phase: int, reason: str, started_at: float, paused_reason: str = ""
+    ) -> None:
         """Keep the state of the run."""
         with self._transaction():
             self._db.execute(
-                "INSERT OR REPLACE INTO run VALUES (1, ?, ?, ?, ?, ?)", (run_id, name, phase, reason, started_at)
+                "INSERT OR REPLACE INTO run VALUES (1, ?, ?, ?, ?, ?, ?)",
+                (run_id, name, phase, reason, started_at, paused_reason),
             )
         self._checkpoint()
 
@@ -172,8 +184,13 @@ class RunStore:
 
     def latest_version(self) -> Version | None:
         """The newest committed version."""
-        row = self._one("SELECT version, round, sha256 FROM versions ORDER BY version DESC LIMIT 1")
-        return None if row is None else Version(*row)
+        row = self._one("SELECT record FROM versions ORDER BY version DESC LIMIT 1")
+        return None if row is None else _version(row)
+
+    def versions(self, numbers: Iterable[int]) -> list[Version]:
+        """Those of these versions that there ever were."""
+        rows = (self._one("SELECT record FROM versions WHERE version = ?", number) for number in numbers)
+        return [_version(row) for row in rows if row is not None]
 
     def save_version(self, version: Version) -> None:
         """Keep a version that no round has written: the initial model."""
@@ -244,14 +261,25 @@ class RunStore:
         evaluator: Mapping[str, float],
         of_sub_models: bool = False,
         not_finite: Iterable[str] = (),
+        jump: Jump = Jump.NONE,
     ) -> RoundRecord | None:
-        """Add scores of `version` to the record of the round that wrote it; None for the initial model of a file.
+        """Add scores of `version` to what is kept of it, and to the record of its round, if it has one.
 
         One call: scores come from several tasks, and none may undo what another has written.
         """
+        for known in self.versions([version]):
+            metrics = {**known.metrics, **workers}
+            evaluator_metrics = {**known.evaluator_metrics, **evaluator}
+            told = jump if known.jump is Jump.NONE else known.jump
+            with self._transaction():
+                self._insert_version(
+                    replace(known, metrics=metrics, evaluator_metrics=evaluator_metrics, jump=told)
+                )
         record = self.round_of_version(version)
         if record is None:
             return None
+        if jump is not Jump.NONE and not record.jump:
+            record.jump = jump_to_proto(jump)
         record.metrics.update(workers)
         record.metrics_of_sub_models = of_sub_models or (record.metrics_of_sub_models and not workers)
         record.evaluator_metrics.update(evaluator)
@@ -293,7 +321,8 @@ class RunStore:
     def round_of_version(self, version: int) -> RoundRecord | None:
         """The record of the round that wrote `version`; None for the initial model of a file."""
         row = self._one(
-            "SELECT record FROM rounds JOIN versions ON rounds.number = versions.round WHERE version = ?", version
+            "SELECT rounds.record FROM rounds JOIN versions ON number = versions.round WHERE version = ?",
+            version,
         )
         return None if row is None else self._record(row[0])
 
@@ -347,7 +376,8 @@ class RunStore:
 
     def _insert_version(self, version: Version) -> None:
         self._db.execute(
-            "INSERT OR REPLACE INTO versions VALUES (?, ?, ?)", (version.version, version.round, version.sha256)
+            "INSERT OR REPLACE INTO versions VALUES (?, ?, ?)",
+            (version.version, version.round, version.to_proto().SerializeToString(deterministic=True)),
         )
 
     def _record(self, blob: bytes) -> RoundRecord:
@@ -377,6 +407,10 @@ class RunStore:
         with _storage_errors(self._path), self._db:
             self._db.execute("BEGIN IMMEDIATE")
             yield
+
+
+def _version(row: tuple) -> Version:  # type: ignore[type-arg]
+    return Version.from_proto(ModelVersion.FromString(row[0]))
 
 
 def _task_row(row: tuple) -> TaskRow:  # type: ignore[type-arg]

@@ -47,6 +47,12 @@ def scores_of(
     return replace(mean, not_finite=tuple(sorted(not_finite)))
 
 
+def for_log(metrics: Mapping[str, float], *own: str) -> dict[str, float]:
+    """Scores as keys of a log line that has the keys `own`: workers choose the names of their scores."""
+    taken = {"event", "run", "level", "timestamp", *own}
+    return {f"score_{name}" if name in taken else name: value for name, value in metrics.items()}
+
+
 def _is_whole(current: CurrentRound, token: str) -> bool:
     return current.local_task(token).sub_model.whole and not current.reports[token].scores_of_sub_models
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import resource
 from collections.abc import Callable
 
 import structlog
 
+from fedgrpc.aggregator.changed_settings import settings_text
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.driver import Driver
 from fedgrpc.aggregator.model_store import ModelStore
@@ -60,7 +60,7 @@ class Aggregator:
             try:
                 driver = self._driver(coordinator)
                 await driver.recover()
-                service = AggregatorService(coordinator, _settings_text(settings))
+                service = AggregatorService(coordinator, settings_text(settings))
                 async with serve(
                     settings.address,
                     [aggregator_service(service, service.max_header_bytes)],
@@ -176,17 +176,3 @@ def _raise_file_limit() -> None:
     """Each connection and each upload is a file; the usual soft limit of 1024 is for other programs."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _settings_text(settings: AggregatorSettings) -> dict[str, str]:
-    """The settings as operators see them; where secrets lie is no concern of theirs, and plans have a message."""
-    text: dict[str, str] = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if dataclasses.is_dataclass(value) and field.name in ("policy", "choosing", "plan", "target"):
-            text.update(
-                {f"{field.name}.{name}": str(item) for name, item in vars(value).items() if item is not None}
-            )
-        elif field.name not in ("tls", "local_models") and value is not None:
-            text[field.name] = str(value)
-    return text

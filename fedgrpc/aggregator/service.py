@@ -247,10 +247,14 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             software_version=__version__,
             settings=self._settings_text,
             local_models=self._it.local_models.to_proto(),
+            paused_reason=state.paused_reason,
         )
         if self._layout is None or self._layout[0] is not state.layout:
             self._layout = state.layout, layout_to_proto(state.layout)
         run.layout.extend(self._layout[1])
+        for known, field in ((self._it.versions.last, run.last), (self._it.versions.best, run.best)):
+            if known is not None and known.sha256:
+                field.CopyFrom(known.to_proto())
         run.started_at.FromNanoseconds(int(state.started_at * 1e9))
         return run
 
@@ -342,6 +346,13 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self._access.check_operator(context)
         await self._it.resume()
         return pb.ResumeRunResponse(run=self._run())
+
+    async def RollBackRun(
+        self, request: pb.RollBackRunRequest, context: grpc.aio.ServicerContext
+    ) -> pb.RollBackRunResponse:
+        self._access.check_operator(context)
+        await self._it.roll_back(min(request.version, _MAX_ROUND), " ".join(request.reason.split())[:500])
+        return pb.RollBackRunResponse(run=self._run())
 
     async def StopRun(self, request: pb.StopRunRequest, context: grpc.aio.ServicerContext) -> pb.StopRunResponse:
         self._access.check_operator(context)

@@ -24,6 +24,7 @@ MIB = 1 << 20
 _SIZES = {
     "max_chunk_bytes": MAX_CHUNK_BYTES,
     "max_payload_bytes": Limits().max_payload_bytes,
+    "max_model_bytes": Limits().max_payload_bytes,
     "max_upload_memory_bytes": 1 << 40,
 }
 _LONGEST_NAME = 200
@@ -137,6 +138,7 @@ class AggregatorSettings:
     max_workers: int = 10_000
     max_uploads: int = 64
     max_payload_bytes: int = 4 << 30
+    max_model_bytes: int = 256 * MIB
     max_chunk_bytes: int = 2 * MIB
     max_upload_memory_bytes: int = 8 * MIB
     durable: bool = True

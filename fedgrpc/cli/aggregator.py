@@ -60,6 +60,9 @@ SETTINGS: list[Setting] = [
     _model("--model", "Model name for workers started without one.", metavar="NAME"),
     _model("--initial-model", "Safetensors file to start from; without: a worker's untrained model.", type=FILE),
     _model(
+        "--max-model", "Largest model that a worker may give as the first one.", name="max_model_bytes", type=SIZE
+    ),
+    _model(
         "--initialiser",
         "Workers of this name (with * and ?) give the untrained model; repeat for each. Without: who comes first.",
         name="initialisers",

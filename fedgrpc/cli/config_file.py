@@ -11,8 +11,8 @@ from typing import Any, Final
 from fedgrpc.errors import UsageError
 
 TABLES: Final = (
-    *("aggregator", "worker", "demo", "status", "watch", "pause", "resume", "stop"),
-    *("plan", "health", "simulate"),
+    *("aggregator", "worker", "demo", "status", "watch", "pause", "resume", "rollback", "stop"),
+    *("init", "plan", "health", "simulate"),
 )
 
 Text = str | list[str]

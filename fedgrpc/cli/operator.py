@@ -23,6 +23,8 @@ AGGREGATOR_SETTING: Setting = Declare("Where")(
     "--aggregator", "The aggregator to ask.", default="127.0.0.1:50051", metavar="HOST:PORT"
 )
 _TIMEOUT_S = 10.0
+# A round that is committing is waited for, and a large model is copied.
+_COMMIT_TIMEOUT_S = 600.0
 _PAGE = 1000
 
 
@@ -118,6 +120,13 @@ class Operator:
         """Open rounds again. Raises `IllegalTransition` once the run has ended."""
         with self._reaching():
             answer: pb.ResumeRunResponse = await self._stub.ResumeRun(pb.ResumeRunRequest(), timeout=_TIMEOUT_S)
+        return answer.run
+
+    async def roll_back(self, version: int, reason: str) -> pb.Run:
+        """Go on from a version that is kept; 0: from a new first model. Raises `NotFound`, `IllegalTransition`."""
+        request = pb.RollBackRunRequest(version=version, reason=reason)
+        with self._reaching():
+            answer: pb.RollBackRunResponse = await self._stub.RollBackRun(request, timeout=_COMMIT_TIMEOUT_S)
         return answer.run
 
     async def stop(self, reason: str) -> pb.Run:

@@ -1,4 +1,4 @@
-"""`fedgrpc pause`, `fedgrpc resume`, `fedgrpc stop`: what an operator tells a running aggregator.
+"""`fedgrpc pause`, `resume`, `rollback` and `stop`: what an operator tells a running aggregator.
 
 exit code 0     done; one line says where the run stands
           1     the run has ended, this certificate is no operator's, or nobody answers
@@ -7,7 +7,7 @@ exit code 0     done; one line says where the run stands
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import click
@@ -21,11 +21,15 @@ from fedgrpc.v1.aggregator_pb2 import Run
 Order = Callable[[Operator, dict[str, Any]], Awaitable[Run]]
 
 
-def _command(name: str, order: Order, help: str, *settings: Any) -> SettingsCommand:
+def _command(
+    name: str, order: Order, help: str, *settings: Any, arguments: Sequence[click.Argument] = ()
+) -> SettingsCommand:
     def run(**values: Any) -> None:
         click.echo(run_line(asyncio.run(_tell(order, values))))
 
-    return SettingsCommand(name, run, [AGGREGATOR_SETTING, *settings, *client_settings()], help)
+    command = SettingsCommand(name, run, [AGGREGATOR_SETTING, *settings, *client_settings()], help)
+    command.params[:0] = arguments
+    return command
 
 
 async def _tell(order: Order, values: dict[str, Any]) -> Run:
@@ -43,6 +47,13 @@ PAUSE = _command(
     "Open no further round of a run; the one in progress goes on.",
 )
 RESUME = _command("resume", lambda aggregator, _: aggregator.resume(), "Open rounds again after a pause.")
+ROLLBACK = _command(
+    "rollback",
+    lambda aggregator, values: aggregator.roll_back(values["version"], values["reason"]),
+    "Go on from a VERSION that is kept, such as the best that `fedgrpc status` shows; 0: from a new first model.",
+    _REASON,
+    arguments=[click.Argument(["version"], type=click.IntRange(0))],
+)
 STOP = _command(
     "stop",
     lambda aggregator, values: aggregator.stop(values["reason"]),

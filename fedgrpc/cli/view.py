@@ -13,7 +13,7 @@ from fedgrpc.metrics import prediction_errors
 from fedgrpc.rpc.local_model import plan_from_proto
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase, WorkerRecord, WorkerState
 from fedgrpc.v1.device_pb2 import WorkerRole
-from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind, TaskPhase, TaskRecord
+from fedgrpc.v1.round_pb2 import Jump, ModelVersion, Round, RoundPhase, TaskKind, TaskPhase, TaskRecord
 
 _STYLES: Mapping[int, str] = {
     TaskPhase.TASK_PHASE_OFFERED: "dim",
@@ -39,6 +39,10 @@ SETTLED: frozenset[int] = LOST | {TaskPhase.TASK_PHASE_ACCEPTED}
 _ROLES: Mapping[int, str] = {
     WorkerRole.WORKER_ROLE_EVALUATOR: "evaluator",
     WorkerRole.WORKER_ROLE_AGGREGATOR: "aggregator",
+}
+_JUMPS: Mapping[int, str] = {
+    Jump.JUMP_NORM: "the model has become far larger",
+    Jump.JUMP_SCORES: "its scores are far worse than the best",
 }
 _ACCEPTED = TaskPhase.TASK_PHASE_ACCEPTED
 # Wider than any line: into a pipe nothing is cut or broken.
@@ -122,11 +126,20 @@ def scores(metrics: Mapping[str, float], names: Iterable[str] = ("accuracy", "lo
 
 def run_line(run: Run) -> str:
     """One line about the run."""
-    committed = max(0, run.model_version - 1)
+    committed = run.last.trained_rounds if run.HasField("last") else 0
     planned = f" of {run.total_rounds}" if run.total_rounds else ""
     parts = [f"run {run.name}", run_phase(run), f"{committed}{planned} rounds committed"]
-    parts.append(f"model version {run.model_version}" if run.model_version else "no model yet")
-    return " · ".join(parts) + (f" ({run.reason})" if run.reason else "")
+    parts.append(f"model version {run.model_version}" if run.HasField("last") else "no model yet")
+    if run.HasField("best") and run.best.version != run.last.version:
+        parts.append(f"best {version_text(run.best)}")
+    reason = run.reason or run.paused_reason
+    return " · ".join(parts) + (f" ({reason})" if reason else "")
+
+
+def version_text(version: ModelVersion) -> str:
+    """`version 7: accuracy 0.93`; only the number of one that is not scored."""
+    found = scores(version.evaluator_metrics or version.metrics)
+    return f"version {version.version}" + (f": {found}" if found else "")
 
 
 def round_line(record: Round) -> str:
@@ -213,10 +226,14 @@ def _note(record: Round) -> str:
 def warnings(record: Round) -> list[str]:
     """What an operator should look at in a committed round."""
     found = []
+    if record.HasField("rolled_back_to"):
+        found.append(record.reason)
     if record.scores_not_finite:
         found.append(f"not finite: {', '.join(record.scores_not_finite[:3])}")
     if record.HasField("dominance"):
         found.append(f"{record.dominance.worker} is {record.dominance.share:.0%} of the mean")
+    if record.jump:
+        found.append(_JUMPS.get(record.jump, ""))
     return found
 
 

@@ -6,7 +6,19 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from fedgrpc.errors import RoundClosed
-from fedgrpc.rounds.events import Abort, Cancel, Carry, Commit, Committed, Effect, Finished, Rejected, TaskPhase
+from fedgrpc.rounds.cause import cause_of
+from fedgrpc.rounds.events import (
+    Abort,
+    Cancel,
+    Carry,
+    Cause,
+    Commit,
+    Committed,
+    Effect,
+    Finished,
+    Rejected,
+    TaskPhase,
+)
 from fedgrpc.rounds.round import NO_TASKS, Round, RoundPhase, Step
 from fedgrpc.rounds.task import SLOW, Task
 
@@ -14,9 +26,10 @@ from fedgrpc.rounds.task import SLOW, Task
 def close(round_: Round, why: str, now: float) -> Step:
     """End reporting: tasks without an update are late; commit with a quorum, abandon without."""
     short = round_.accepted_count < round_.policy.quorum
+    cause = cause_of(round_.tasks.values())
     round_, late = _end_open(round_, why, now, staler=0 if short else 1)
     if short:
-        round_, effects = _finish_without(round_, f"{_counted(round_)}: {why}")
+        round_, effects = _finish_without(round_, f"{_counted(round_)}: {why}", cause)
         return round_, late + effects
     return replace(round_, phase=RoundPhase.COMMITTING, reason=why), (*late, Commit(round_.accepted))
 
@@ -24,7 +37,7 @@ def close(round_: Round, why: str, now: float) -> Step:
 def abandon(round_: Round, why: str, now: float) -> Step:
     """End a round that never began to report."""
     round_, late = _end_open(round_, why, now, staler=0)
-    round_, effects = _finish_without(round_, why)
+    round_, effects = _finish_without(round_, why, Cause.NO_WORKERS)
     return round_, late + effects
 
 
@@ -43,7 +56,8 @@ def abort(round_: Round, event: Abort, now: float) -> Step:
     }
     tokens = dict.fromkeys([*ended, *round_.carried])
     end = Finished(committed=False, reason=event.reason)
-    round_ = replace(round_.with_tasks(ended), phase=RoundPhase.ABANDONED, reason=event.reason, carried=NO_TASKS)
+    round_ = replace(round_.with_tasks(ended), phase=RoundPhase.ABANDONED, carried=NO_TASKS)
+    round_ = replace(round_, reason=event.reason, cause=event.cause)
     return round_, (*(Cancel(token, event.reason) for token in tokens), end)
 
 
@@ -55,7 +69,7 @@ def leave_out(round_: Round, event: Rejected, now: float) -> Step:
     round_ = round_.with_tasks({event.token: task.ended(TaskPhase.REJECTED, event.reason, now)})
     if round_.accepted_count >= round_.policy.quorum:
         return round_, (Commit(round_.accepted),)
-    return _finish_without(round_, f"{_counted(round_)}: {event.reason}")
+    return _finish_without(round_, f"{_counted(round_)}: {event.reason}", Cause.FAILED)
 
 
 def _counted(round_: Round) -> str:
@@ -87,12 +101,12 @@ def _goes_on(round_: Round, task: Task, staler: int) -> bool:
     return task.staleness + staler <= round_.policy.max_staleness
 
 
-def _finish_without(round_: Round, why: str) -> Step:
+def _finish_without(round_: Round, why: str, cause: Cause) -> Step:
     """Abandon. The model stays as it is, so what was accepted is as good for the next round."""
     effects: list[Effect] = []
     if round_.policy.late == "carry":
         accepted = {token: round_.tasks[token] for token in round_.accepted}
         effects += (Carry(token, "accepted; carried into the next round") for token in accepted)
         round_ = replace(round_, carried=MappingProxyType({**accepted, **round_.carried}))
-    round_ = replace(round_, phase=RoundPhase.ABANDONED, reason=why)
+    round_ = replace(round_, phase=RoundPhase.ABANDONED, reason=why, cause=cause)
     return round_, (*effects, Finished(committed=False, reason=why))

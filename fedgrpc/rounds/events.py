@@ -36,6 +36,22 @@ class TaskPhase(Enum):
         return not self.open and self is not TaskPhase.EXPIRED
 
 
+class Cause(Enum):
+    """Why a round was abandoned."""
+
+    NONE = 0
+    # Too few came, or those who came went away.
+    NO_WORKERS = 1
+    # Workers gave their tasks back, or their updates were refused.
+    FAILED = 2
+    # Workers were at work when the deadline came.
+    TOO_SLOW = 3
+    # No version could be made of the updates.
+    UNUSABLE = 4
+    # An operator or the parent said so.
+    ORDERED = 5
+
+
 @dataclass(frozen=True)
 class Pool:
     """Who could take a task now (in no order), and how many workers are alive, busy ones included."""
@@ -97,10 +113,11 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Failed:
-    """The worker gave the task back."""
+    """The worker gave the task back; `gone`: it has not tried, it has left or forgotten it."""
 
     token: str
     reason: str
+    gone: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +137,7 @@ class Abort:
     """The round is to end without a result."""
 
     reason: str
+    cause: Cause = Cause.ORDERED
 
 
 Event = Pool | Selected | Progress | Accepted | Rejected | Failed | Tick | Committed | Abort

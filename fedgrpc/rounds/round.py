@@ -8,7 +8,7 @@ from enum import Enum
 from types import MappingProxyType
 
 from fedgrpc.errors import UnknownTask
-from fedgrpc.rounds.events import Effect, TaskPhase
+from fedgrpc.rounds.events import Cause, Effect, TaskPhase
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.shares import capped
 from fedgrpc.rounds.task import Task
@@ -36,7 +36,8 @@ class RoundPhase(Enum):
 class Round:
     """The whole state of a round. `aim`: how many updates are wanted; `asked`: the `Select` not yet answered.
 
-    `ready_at`: when the selection window ends, if one runs; `short_since`: since when too few are idle.
+    `ready_at`: when the selection window ends, if one runs; `short_since`: since when too few are idle. `cause`:
+    why it was abandoned.
     `granted_s`: how much later than its own deadline it ends, since the aggregator was away.
     `carried`: tasks that outlive the round, as they stand now; in `tasks` they are late, or accepted in vain.
     """
@@ -53,6 +54,7 @@ class Round:
     deadline_at: float | None = None
     version: int | None = None
     reason: str = ""
+    cause: Cause = Cause.NONE
     deadline_s: float = 0.0
     deadline_reason: str = ""
     granted_s: float = 0.0

@@ -71,7 +71,7 @@ class Task:
 
     `staleness`: how many versions were committed since the worker was given its model. `chosen`: why it was.
     `begun`: it was, or may have been, heard of beyond the offer. `carried`: it is from a round before. `entered`:
-    when it first came to each phase.
+    when it first came to each phase. `gone`: its worker has left, or does not know it any more.
     """
 
     worker: str
@@ -85,6 +85,7 @@ class Task:
     chosen: str = ""
     begun: bool = False
     carried: bool = False
+    gone: bool = False
     pace: Pace | None = None
     entered: Mapping[TaskPhase, float] = field(default_factory=lambda: _NOWHERE)
 
@@ -133,8 +134,9 @@ def hear(
         return _accepted(task, news, now)
     if task.phase.final:
         return task
-    phase = TaskPhase.REJECTED if isinstance(news, Rejected) else TaskPhase.FAILED
-    return task.ended(phase, news.reason, now)
+    if isinstance(news, Rejected):
+        return task.ended(TaskPhase.REJECTED, news.reason, now)
+    return replace(task.ended(TaskPhase.FAILED, news.reason, now), gone=news.gone)
 
 
 def _progress(task: Task, news: Progress, deadline_at: float | None, lease_s: float, now: float) -> Task:

@@ -26,9 +26,9 @@ from fedgrpc.aggregator.model_file import write_model
 from fedgrpc.aggregator.new_version import NewVersion, merged_of, parts_of
 from fedgrpc.aggregator.orders import Orders
 from fedgrpc.aggregator.report import CurrentRound
-from fedgrpc.aggregator.run_store import Version
 from fedgrpc.aggregator.scales import accumulated_of
 from fedgrpc.aggregator.scores import scores_of
+from fedgrpc.aggregator.versions import Version
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import CodecError, NotFinite, StorageError
 from fedgrpc.rounds.events import Abort, Commit
@@ -55,6 +55,7 @@ class LeafDriver(Driver):
         self._task_path = folder / "task.pb"
         self._task = aggregator_pb2.Task()
         self._desk = desk
+        self._it.makes_versions = False
         desk.ordered, desk.withdrawn, desk.showing = self._ordered, self._withdrawn, self._it.wake.set
 
     async def recover(self) -> None:
@@ -177,8 +178,10 @@ class LeafDriver(Driver):
     ) -> None:
         it = self._it
         digest = await asyncio.to_thread(write_model, it.models.path(number), layout, given.values())
-        await it.in_database(it.store.save_version, Version(number, written_in, digest))
-        it.run.version, it.run.layout = number, layout
+        version = Version(number, written_in, digest, trained=number - 1)
+        await it.in_database(it.store.save_version, version)
+        it.run.take(version, layout)
+        it.versions.add(version)
         # Evaluators that wait for something to score.
         it.fleet.wake_all()
 
@@ -260,7 +263,7 @@ class LeafDriver(Driver):
         else:
             self._desk.failed(token, f"its own round was abandoned: {current.state.reason}")
 
-    async def _rest(self, seconds: float) -> None:
+    async def _after_abandoned(self, state: Round) -> None:
         """Nothing to rest from: the next round comes when the one above says."""
 
 

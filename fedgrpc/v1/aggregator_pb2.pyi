@@ -293,7 +293,7 @@ class LeaveResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class Run(_message.Message):
-    __slots__ = ("name", "phase", "reason", "model_version", "current_round", "total_rounds", "started_at", "software_version", "layout", "settings", "id", "local_models")
+    __slots__ = ("name", "phase", "reason", "model_version", "current_round", "total_rounds", "started_at", "software_version", "layout", "settings", "id", "local_models", "last", "best", "paused_reason")
     class SettingsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -313,6 +313,9 @@ class Run(_message.Message):
     SETTINGS_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     LOCAL_MODELS_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    BEST_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_REASON_FIELD_NUMBER: _ClassVar[int]
     name: str
     phase: RunPhase
     reason: str
@@ -325,7 +328,10 @@ class Run(_message.Message):
     settings: _containers.ScalarMap[str, str]
     id: str
     local_models: _round_pb2.LocalModels
-    def __init__(self, name: _Optional[str] = ..., phase: _Optional[_Union[RunPhase, str]] = ..., reason: _Optional[str] = ..., model_version: _Optional[int] = ..., current_round: _Optional[int] = ..., total_rounds: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., software_version: _Optional[str] = ..., layout: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., settings: _Optional[_Mapping[str, str]] = ..., id: _Optional[str] = ..., local_models: _Optional[_Union[_round_pb2.LocalModels, _Mapping]] = ...) -> None: ...
+    last: _round_pb2.ModelVersion
+    best: _round_pb2.ModelVersion
+    paused_reason: str
+    def __init__(self, name: _Optional[str] = ..., phase: _Optional[_Union[RunPhase, str]] = ..., reason: _Optional[str] = ..., model_version: _Optional[int] = ..., current_round: _Optional[int] = ..., total_rounds: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., software_version: _Optional[str] = ..., layout: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., settings: _Optional[_Mapping[str, str]] = ..., id: _Optional[str] = ..., local_models: _Optional[_Union[_round_pb2.LocalModels, _Mapping]] = ..., last: _Optional[_Union[_round_pb2.ModelVersion, _Mapping]] = ..., best: _Optional[_Union[_round_pb2.ModelVersion, _Mapping]] = ..., paused_reason: _Optional[str] = ...) -> None: ...
 
 class GetRunRequest(_message.Message):
     __slots__ = ()
@@ -457,6 +463,20 @@ class ResumeRunRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ResumeRunResponse(_message.Message):
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: Run
+    def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ...) -> None: ...
+
+class RollBackRunRequest(_message.Message):
+    __slots__ = ("version", "reason")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    reason: str
+    def __init__(self, version: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class RollBackRunResponse(_message.Message):
     __slots__ = ("run",)
     RUN_FIELD_NUMBER: _ClassVar[int]
     run: Run

@@ -45,7 +45,7 @@ class AggregatorStub:
     INVALID_ARGUMENT: the bytes are not the message of the call.
 
     Where the aggregator asks for certificates and ties names to them, a call under another name than the certificate's
-    (of workers), or by somebody who is no operator (PauseRun, ResumeRun, StopRun), fails with PERMISSION_DENIED.
+    (of workers), or by somebody who is no operator (PauseRun, ResumeRun, RollBackRun, StopRun), fails with PERMISSION_DENIED.
 
     One process at a time speaks for a worker. It sends the metadata "fedgrpc-session: FOLDER.PROCESS" with every call:
     a random id that stays with the device's state, and one of this start of the process (1 to 64 of letters, digits,
@@ -135,6 +135,11 @@ class AggregatorStub:
                 request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.ResumeRunRequest.SerializeToString,
                 response_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.ResumeRunResponse.FromString,
                 _registered_method=True)
+        self.RollBackRun = channel.unary_unary(
+                '/fedgrpc.v1.Aggregator/RollBackRun',
+                request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.RollBackRunRequest.SerializeToString,
+                response_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.RollBackRunResponse.FromString,
+                _registered_method=True)
         self.StopRun = channel.unary_unary(
                 '/fedgrpc.v1.Aggregator/StopRun',
                 request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.StopRunRequest.SerializeToString,
@@ -162,7 +167,7 @@ class AggregatorServicer:
     INVALID_ARGUMENT: the bytes are not the message of the call.
 
     Where the aggregator asks for certificates and ties names to them, a call under another name than the certificate's
-    (of workers), or by somebody who is no operator (PauseRun, ResumeRun, StopRun), fails with PERMISSION_DENIED.
+    (of workers), or by somebody who is no operator (PauseRun, ResumeRun, RollBackRun, StopRun), fails with PERMISSION_DENIED.
 
     One process at a time speaks for a worker. It sends the metadata "fedgrpc-session: FOLDER.PROCESS" with every call:
     a random id that stays with the device's state, and one of this start of the process (1 to 64 of letters, digits,
@@ -328,6 +333,17 @@ class AggregatorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RollBackRun(self, request, context):
+        """Goes on from a version that is kept: a copy of it becomes the latest version, and the server optimizer's state
+        begins anew. The round in flight is abandoned, unless it is committing already; no update of it, or carried over,
+        counts. Version 0: begins anew, with a round that asks for initial weights. Answers once it is durable.
+        NOT_FOUND: the version is not kept. FAILED_PRECONDITION: the run has ended, another rollback is under way, or this
+        aggregator has a parent, which makes the versions.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StopRun(self, request, context):
         """Ends the run; the round in flight is abandoned. Idempotent.
         """
@@ -413,6 +429,11 @@ def add_AggregatorServicer_to_server(servicer, server):
                     request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.ResumeRunRequest.FromString,
                     response_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.ResumeRunResponse.SerializeToString,
             ),
+            'RollBackRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollBackRun,
+                    request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.RollBackRunRequest.FromString,
+                    response_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.RollBackRunResponse.SerializeToString,
+            ),
             'StopRun': grpc.unary_unary_rpc_method_handler(
                     servicer.StopRun,
                     request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.StopRunRequest.FromString,
@@ -446,7 +467,7 @@ class Aggregator:
     INVALID_ARGUMENT: the bytes are not the message of the call.
 
     Where the aggregator asks for certificates and ties names to them, a call under another name than the certificate's
-    (of workers), or by somebody who is no operator (PauseRun, ResumeRun, StopRun), fails with PERMISSION_DENIED.
+    (of workers), or by somebody who is no operator (PauseRun, ResumeRun, RollBackRun, StopRun), fails with PERMISSION_DENIED.
 
     One process at a time speaks for a worker. It sends the metadata "fedgrpc-session: FOLDER.PROCESS" with every call:
     a random id that stays with the device's state, and one of this start of the process (1 to 64 of letters, digits,
@@ -850,6 +871,33 @@ class Aggregator:
             '/fedgrpc.v1.Aggregator/ResumeRun',
             fedgrpc_dot_v1_dot_aggregator__pb2.ResumeRunRequest.SerializeToString,
             fedgrpc_dot_v1_dot_aggregator__pb2.ResumeRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollBackRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedgrpc.v1.Aggregator/RollBackRun',
+            fedgrpc_dot_v1_dot_aggregator__pb2.RollBackRunRequest.SerializeToString,
+            fedgrpc_dot_v1_dot_aggregator__pb2.RollBackRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

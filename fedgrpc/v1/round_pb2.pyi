@@ -41,6 +41,12 @@ class TaskPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TASK_PHASE_FAILED: _ClassVar[TaskPhase]
     TASK_PHASE_EXPIRED: _ClassVar[TaskPhase]
     TASK_PHASE_LATE: _ClassVar[TaskPhase]
+
+class Jump(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    JUMP_UNSPECIFIED: _ClassVar[Jump]
+    JUMP_NORM: _ClassVar[Jump]
+    JUMP_SCORES: _ClassVar[Jump]
 TASK_KIND_UNSPECIFIED: TaskKind
 TASK_KIND_TRAIN: TaskKind
 TASK_KIND_EVALUATE: TaskKind
@@ -61,6 +67,9 @@ TASK_PHASE_REJECTED: TaskPhase
 TASK_PHASE_FAILED: TaskPhase
 TASK_PHASE_EXPIRED: TaskPhase
 TASK_PHASE_LATE: TaskPhase
+JUMP_UNSPECIFIED: Jump
+JUMP_NORM: Jump
+JUMP_SCORES: Jump
 
 class Plan(_message.Message):
     __slots__ = ("epochs", "max_steps", "batch_size", "learning_rate", "momentum", "proximal_mu", "seed", "evaluate", "local_model", "tell_channels", "lead", "upload_reserve", "label_adjustment")
@@ -309,7 +318,7 @@ class PastTiming(_message.Message):
     def __init__(self, download_seconds: _Optional[float] = ..., local_seconds: _Optional[float] = ..., upload_seconds: _Optional[float] = ..., cut: _Optional[bool] = ...) -> None: ...
 
 class Round(_message.Message):
-    __slots__ = ("number", "phase", "base_version", "committed_version", "reason", "tasks", "started_at", "time_left", "duration_seconds", "metrics", "evaluator_metrics", "training_metrics", "kind", "deadline", "deadline_reason", "tasks_left_out", "accepted_left_out", "dominance", "reconnect_grace", "metrics_of_sub_models", "scores_not_finite")
+    __slots__ = ("number", "phase", "base_version", "committed_version", "reason", "tasks", "started_at", "time_left", "duration_seconds", "metrics", "evaluator_metrics", "training_metrics", "kind", "deadline", "deadline_reason", "tasks_left_out", "accepted_left_out", "jump", "rolled_back_to", "dominance", "reconnect_grace", "metrics_of_sub_models", "scores_not_finite")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -348,6 +357,8 @@ class Round(_message.Message):
     DEADLINE_REASON_FIELD_NUMBER: _ClassVar[int]
     TASKS_LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    JUMP_FIELD_NUMBER: _ClassVar[int]
+    ROLLED_BACK_TO_FIELD_NUMBER: _ClassVar[int]
     DOMINANCE_FIELD_NUMBER: _ClassVar[int]
     RECONNECT_GRACE_FIELD_NUMBER: _ClassVar[int]
     METRICS_OF_SUB_MODELS_FIELD_NUMBER: _ClassVar[int]
@@ -369,11 +380,51 @@ class Round(_message.Message):
     deadline_reason: str
     tasks_left_out: int
     accepted_left_out: int
+    jump: Jump
+    rolled_back_to: int
     dominance: Dominance
     reconnect_grace: _duration_pb2.Duration
     metrics_of_sub_models: bool
     scores_not_finite: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, number: _Optional[int] = ..., phase: _Optional[_Union[RoundPhase, str]] = ..., base_version: _Optional[int] = ..., committed_version: _Optional[int] = ..., reason: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[TaskRecord, _Mapping]]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., duration_seconds: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluator_metrics: _Optional[_Mapping[str, float]] = ..., training_metrics: _Optional[_Mapping[str, float]] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., deadline: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., deadline_reason: _Optional[str] = ..., tasks_left_out: _Optional[int] = ..., accepted_left_out: _Optional[int] = ..., dominance: _Optional[_Union[Dominance, _Mapping]] = ..., reconnect_grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., metrics_of_sub_models: _Optional[bool] = ..., scores_not_finite: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, number: _Optional[int] = ..., phase: _Optional[_Union[RoundPhase, str]] = ..., base_version: _Optional[int] = ..., committed_version: _Optional[int] = ..., reason: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[TaskRecord, _Mapping]]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., duration_seconds: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluator_metrics: _Optional[_Mapping[str, float]] = ..., training_metrics: _Optional[_Mapping[str, float]] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., deadline: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., deadline_reason: _Optional[str] = ..., tasks_left_out: _Optional[int] = ..., accepted_left_out: _Optional[int] = ..., jump: _Optional[_Union[Jump, str]] = ..., rolled_back_to: _Optional[int] = ..., dominance: _Optional[_Union[Dominance, _Mapping]] = ..., reconnect_grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., metrics_of_sub_models: _Optional[bool] = ..., scores_not_finite: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ModelVersion(_message.Message):
+    __slots__ = ("version", "round", "sha256", "trained_rounds", "norm", "jump", "rolled_back_to", "first_model_sha256", "metrics", "evaluator_metrics")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class EvaluatorMetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    TRAINED_ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    NORM_FIELD_NUMBER: _ClassVar[int]
+    JUMP_FIELD_NUMBER: _ClassVar[int]
+    ROLLED_BACK_TO_FIELD_NUMBER: _ClassVar[int]
+    FIRST_MODEL_SHA256_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATOR_METRICS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    round: int
+    sha256: bytes
+    trained_rounds: int
+    norm: float
+    jump: Jump
+    rolled_back_to: int
+    first_model_sha256: bytes
+    metrics: _containers.ScalarMap[str, float]
+    evaluator_metrics: _containers.ScalarMap[str, float]
+    def __init__(self, version: _Optional[int] = ..., round: _Optional[int] = ..., sha256: _Optional[bytes] = ..., trained_rounds: _Optional[int] = ..., norm: _Optional[float] = ..., jump: _Optional[_Union[Jump, str]] = ..., rolled_back_to: _Optional[int] = ..., first_model_sha256: _Optional[bytes] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluator_metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Dominance(_message.Message):
     __slots__ = ("worker", "share")

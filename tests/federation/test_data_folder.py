@@ -255,11 +255,11 @@ async def test_old_files_that_cannot_be_removed_hold_up_no_round(tmp_path, monke
         models = running.aggregator.coordinator.models
         prune, tries = models.prune, []
 
-        async def fails(keep):
+        async def fails(keep, *also):
             tries.append(keep)
             if len(tries) < 3:
                 raise StorageError("cannot remove an old model: Input/output error")
-            await prune(keep)
+            await prune(keep, *also)
 
         monkeypatch.setattr(models, "prune", fails)
         for _ in range(3):

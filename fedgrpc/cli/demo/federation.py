@@ -129,7 +129,7 @@ class Federation:
             if self._told < news.round.number - 1 or news.round.phase == RoundPhase.ROUND_PHASE_ABANDONED:
                 self._tell_ended(await aggregator.latest_rounds(_RECENT), news.round.number, tell)
             if news.run.phase == RunPhase.RUN_PHASE_PAUSED:
-                raise FedgrpcError(f"the run is paused: {news.run.reason or 'by an operator'}")
+                raise FedgrpcError(f"the run is paused: {news.run.paused_reason or 'by an operator'}")
             straggler.follow(news.round)
             self._tell_remarks(news.round.number, tell)
             show(news.run, news.round)

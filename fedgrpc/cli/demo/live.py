@@ -47,7 +47,7 @@ class Screen:
     def show(self, run: Run, record: Round) -> None:
         """The run has changed."""
         self._record = record
-        committed = max(0, run.model_version - 1)
+        committed = run.last.trained_rounds
         self._progress.update(self._rounds, completed=committed)
         self._refresh()
 

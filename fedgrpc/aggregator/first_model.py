@@ -1,0 +1,47 @@
+"""What the first model of a run has to be like, whether a file or a worker brings it.
+
+The rule: whatever is taken here every worker can pull, and every reader of files can read.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fedgrpc.aggregator.model_file import METADATA
+from fedgrpc.codec.layout import Layout
+from fedgrpc.codec.manifest import Limits
+from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
+from fedgrpc.rpc.convert import layout_to_proto
+
+# A manifest travels in one message, with each tensor's encoding beside its name and shape.
+_MAX_LAYOUT_BYTES: Final = MAX_MESSAGE_BYTES // 2
+_LONGEST_NAME: Final = 1000
+
+
+def complaint(layout: Layout, max_bytes: int | None = None) -> str:
+    """What is wrong with a first model of this layout, in one line; "": nothing. It has up to `max_bytes`."""
+    count, most = len(layout), Limits().max_tensors
+    if not 1 <= count <= most:
+        return f"it has {count} tensors; it may have 1 to {most}"
+    for spec in layout:
+        for name in (spec.name, *spec.tied_names):
+            if wrong := _wrong_name(name):
+                return f"no tensor may be called {name[:80]!r}: {wrong}"
+    size_bytes = sum(spec.nbytes for spec in layout)
+    if max_bytes is not None and size_bytes > max_bytes:
+        return f"it has {size_bytes} bytes, and --max-model allows {max_bytes}"
+    told_bytes = sum(spec.ByteSize() for spec in layout_to_proto(layout))
+    if told_bytes > _MAX_LAYOUT_BYTES:
+        return f"its names and shapes take {told_bytes} bytes, too many for one message"
+    return ""
+
+
+def _wrong_name(name: str) -> str:
+    """Names reach terminals, files and the code of others; slashes are usual in them, ways out of a folder not."""
+    if name == METADATA:
+        return "that is the metadata of a file"
+    if not name.isprintable() or not 1 <= len(name) <= _LONGEST_NAME:
+        return f"a name has 1 to {_LONGEST_NAME} printable characters"
+    if "\\" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
+        return "that is a path"
+    return ""

@@ -1,0 +1,142 @@
+"""What is known of the versions that are kept: their scores, how large they are, and which one is the best.
+
+The rule: the best version that has not jumped is never let go, however many bad ones come after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import cast
+
+from fedgrpc.aggregator.settings import Target
+from fedgrpc.rounds.best import ACCURACY, LOSS, Candidate, Jump, Measure, best_of, norm_jumps, score_jumps
+from fedgrpc.v1 import round_pb2
+
+_NOTHING: Mapping[str, float] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Version:
+    """A committed model version. `sha256` is that of its file; b"": it holds no model, one is to be asked for.
+
+    `trained` rounds lead to it from the first model, whose content has the digest `first_model`. It is a copy of
+    version `rolled_back_to`, if that is not 0.
+    """
+
+    version: int
+    round: int
+    sha256: bytes
+    trained: int = 0
+    norm: float = 0.0
+    jump: Jump = Jump.NONE
+    rolled_back_to: int = 0
+    first_model: bytes = b""
+    metrics: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
+    evaluator_metrics: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
+
+    @property
+    def scores(self) -> Mapping[str, float]:
+        """What is known of how good it is, evaluators first."""
+        return {**self.metrics, **self.evaluator_metrics}
+
+    def to_proto(self) -> round_pb2.ModelVersion:
+        """As operators see it, and the database keeps it."""
+        return round_pb2.ModelVersion(
+            version=self.version,
+            round=self.round,
+            sha256=self.sha256,
+            trained_rounds=self.trained,
+            norm=self.norm,
+            jump=jump_to_proto(self.jump),
+            rolled_back_to=self.rolled_back_to,
+            first_model_sha256=self.first_model,
+            metrics=self.metrics,
+            evaluator_metrics=self.evaluator_metrics,
+        )
+
+    @classmethod
+    def from_proto(cls, message: round_pb2.ModelVersion) -> Version:
+        """As the database kept it."""
+        return cls(
+            message.version,
+            message.round,
+            message.sha256,
+            message.trained_rounds,
+            message.norm,
+            Jump(message.jump),
+            message.rolled_back_to,
+            message.first_model_sha256,
+            dict(message.metrics),
+            dict(message.evaluator_metrics),
+        )
+
+
+def jump_to_proto(jump: Jump) -> round_pb2.Jump:
+    """As it travels."""
+    return cast(round_pb2.Jump, jump.value)
+
+
+class Versions:
+    """The versions that are kept, by number."""
+
+    def __init__(self, target: Target | None, evaluators_named: bool) -> None:
+        """The best is the one with the best score of `target`, or else accuracy, or else loss."""
+        own = () if target is None else (Measure(target.name, target.at_least),)
+        self._measures = (*own, ACCURACY, LOSS)
+        self._evaluators_named = evaluators_named
+        self._kept: dict[int, Version] = {}
+
+    def __contains__(self, version: object) -> bool:
+        return version in self._kept
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(self._kept))
+
+    def get(self, version: int) -> Version | None:
+        """What is known of a version; None: it is not kept."""
+        return self._kept.get(version)
+
+    def add(self, version: Version) -> None:
+        """A version is there, or more is known of it."""
+        self._kept[version.version] = version
+
+    def keep_only(self, numbers: Collection[int]) -> None:
+        """The others have been let go."""
+        self._kept = {number: version for number, version in self._kept.items() if number in numbers}
+
+    @property
+    def last(self) -> Version | None:
+        """The newest one."""
+        return self._kept[max(self._kept)] if self._kept else None
+
+    @property
+    def best(self) -> Version | None:
+        """The one that is never let go; None where each has jumped."""
+        number = best_of(self._candidates(), self._measures)
+        return None if number is None else self._kept[number]
+
+    def _candidates(self) -> list[Candidate]:
+        """Scores of evaluators that the operator named come before those of workers; the two are not mixed."""
+        there = [version for version in self._kept.values() if version.sha256]
+        by_evaluators = self._evaluators_named and any(version.evaluator_metrics for version in there)
+        return [
+            Candidate(each.version, each.evaluator_metrics if by_evaluators else each.metrics, each.jump)
+            for each in there
+        ]
+
+    def norm_jump(self, norm: float, elements: int) -> Jump:
+        """Whether a new version is far larger than all that are kept and have not jumped."""
+        norms = (each.norm for each in self._kept.values() if each.jump is not Jump.NORM)
+        return Jump.NORM if norm_jumps(norm, max(norms, default=0.0), elements) else Jump.NONE
+
+    def score_jumps(self, version: int, scores: Mapping[str, float]) -> bool:
+        """Whether new scores of a version are far worse than those of the best one."""
+        best = self.best
+        if best is None or best.version == version or version not in self._kept:
+            return False
+        for measure in self._measures:
+            if measure.name in scores and measure.name in best.scores:
+                return score_jumps(measure, scores[measure.name], best.scores[measure.name])
+        return False

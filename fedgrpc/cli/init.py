@@ -1,0 +1,82 @@
+"""`fedgrpc init`: the first model of a run, written on a workstation rather than by the first worker that comes.
+
+exit code 0     done; one line says what was written
+          1     the learning task failed
+          2     the task, the file or the model cannot be used
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fedgrpc.aggregator.first_model import complaint
+from fedgrpc.aggregator.model_file import write_model
+from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand
+from fedgrpc.cli.view import size
+from fedgrpc.codec.layout import Layout, layout_of
+from fedgrpc.errors import StorageError, UsageError
+from fedgrpc.worker.returned import initial_weights
+from fedgrpc.worker.trainer import Weights, load_trainer
+from fedgrpc.worker.training import users_code
+
+_model = Declare("The model")
+
+SETTINGS: list[Setting] = [
+    _model("--task", "package.module or package.module:Class.", metavar="REF", required=True),
+    _model("--model", "Model name, where the task knows several.", metavar="NAME"),
+    _model(
+        "--data", "Folder or file of data, where the task needs it.", type=click.Path(path_type=Path, exists=True)
+    ),
+    _model("--seed", "Of the untrained model.", type=int, default=0),
+    _model(
+        "--option",
+        "An option of the task's own; repeat for each.",
+        name="options",
+        type=NamedValues(),
+        multiple=True,
+        default=(),
+        metavar="NAME=VALUE",
+    ),
+    _model(
+        "--to",
+        "Safetensors file to write, for `fedgrpc aggregator --initial-model`.",
+        type=click.Path(path_type=Path, dir_okay=False),
+        required=True,
+        metavar="FILE",
+    ),
+]
+
+
+def _run(**values: Any) -> None:
+    path: Path = values["to"]
+    if path.exists():
+        raise UsageError(f"{path} is there already; remove it, or take another name")
+    trainer = load_trainer(
+        values["task"],
+        model=values["model"],
+        data=values["data"],
+        seed=values["seed"],
+        options=dict(values["options"]),
+    )
+    with users_code():
+        weights = initial_weights(trainer.initial_weights())
+    layout = layout_of(weights)
+    if wrong := complaint(layout):
+        raise UsageError(f"the model of {values['task']} cannot be used: {wrong}")
+    _write(path, layout, weights, {"task": values["task"], "model": values["model"] or ""})
+    size_bytes = sum(spec.nbytes for spec in layout)
+    click.echo(f"{path}: {len(layout)} tensors, {size(size_bytes)}")
+
+
+def _write(path: Path, layout: Layout, weights: Weights, about: Mapping[str, str]) -> None:
+    try:
+        write_model(path, layout, (weights[spec.name] for spec in layout), about)
+    except StorageError as error:
+        raise UsageError(str(error)) from error
+
+
+COMMAND = SettingsCommand("init", _run, SETTINGS, "Write the untrained model of a learning task to a file.")

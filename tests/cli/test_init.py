@@ -1,0 +1,46 @@
+"""`fedgrpc init`: a first model written on a workstation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from tests.cli.process import NUMPY_TASK, fedgrpc, running_aggregator
+
+
+def test_init_writes_the_untrained_model_of_a_task_that_an_aggregator_starts_from(tmp_path: Path) -> None:
+    path = tmp_path / "first.safetensors"
+    done = fedgrpc("init", "--task", NUMPY_TASK, "--to", str(path))
+    assert (done.code, done.error) == (0, "")
+    assert str(path) in done.out
+    with safe_open(path, "numpy") as file:
+        assert file.metadata()["task"] == NUMPY_TASK
+        names = set(file.keys())
+    again = fedgrpc("init", "--task", NUMPY_TASK, "--to", str(path))
+    assert (again.code, "is there already" in again.error) == (2, True)
+    with running_aggregator(tmp_path, "--initial-model", str(path)) as (_, address):
+        status = fedgrpc("status", "--aggregator", address, "--json")
+        assert status.code == 0, status.error
+        assert all(f'"{name}"' in status.out for name in names)
+        refused = fedgrpc("rollback", "7", "--aggregator", address)
+        assert (refused.code, "kept are 1" in refused.error) == (1, True)
+        back = fedgrpc("rollback", "1", "--aggregator", address, "--reason", "to see")
+        assert (back.code, "model version 2" in back.out) == (0, True), back.error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--to", "x.safetensors"), "--task"),
+        (("--task", NUMPY_TASK), "--to"),
+        (("--task", NUMPY_TASK, "--to", "nowhere/x.safetensors"), "nowhere"),
+        (("--task", "no_such_module", "--to", "x.safetensors"), "no_such_module"),
+    ],
+)
+def test_what_cannot_be_written_is_told_in_one_line(
+    tmp_path: Path, arguments: tuple[str, ...], reason: str
+) -> None:
+    done = fedgrpc("init", *arguments, cwd=tmp_path)
+    assert (done.code, reason in done.error, done.error.count("\n")) == (2, True, 1)
