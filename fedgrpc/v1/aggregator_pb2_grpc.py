@@ -234,6 +234,8 @@ class AggregatorServicer:
         """Sends an update: a header, then chunks from the offset that `QueryPush` told (0 for a new one). Acknowledged
         once it is verified and durable; sending a complete update again is acknowledged again and counts once.
         A stream that ends before the payload does is answered with the committed size, and not an error.
+        UNAVAILABLE with "LinkError": no whole chunk came for the time of a lease. So chunks have to fit the link: begin
+        with 64 KiB, and let one take about a second.
         NOT_FOUND: the token is unknown. PERMISSION_DENIED: the token is another worker's.
         FAILED_PRECONDITION: the round is closed, or the task has ended otherwise; the update will never be taken.
         OUT_OF_RANGE: a chunk is not at the committed size; ask `QueryPush`.
@@ -253,8 +255,8 @@ class AggregatorServicer:
 
     def QueryPush(self, request, context):
         """Tells how many bytes of an update are held; ask before each attempt but the first. While the lease lives the
-        number decreases only to 0, and only where what is held is of no use: another header came, or the whole did not
-        match its digest. Of an accepted update it is the payload's size, also after its round (0 once its record is gone).
+        number decreases only to 0, and only where what is held is of no use: another header came, the whole did not
+        match its digest, or it could not be brought to the disk. Of an accepted update it is the payload's size, also after its round (0 once its record is gone).
         NOT_FOUND: the token is unknown. PERMISSION_DENIED: the token is another worker's. FAILED_PRECONDITION: the task
         has ended without an update; drop it.
         """
