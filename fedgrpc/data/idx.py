@@ -20,6 +20,8 @@ FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts its files."""
 
 _UINT8 = 0x08
+_MOST_BYTES = 4 << 30
+_PIECE_BYTES = 1 << 20
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -29,8 +31,7 @@ def read_idx(path: Path) -> np.ndarray:
         UsageError: the file cannot be read, is not IDX, or is longer or shorter than it says.
     """
     try:
-        raw = path.read_bytes()
-        content = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        content = _unpacked(path) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"cannot read {path}: {error}") from error
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _UINT8:
@@ -46,6 +47,17 @@ def read_idx(path: Path) -> np.ndarray:
     except ValueError as error:
         # An extent of 0 makes any product of the others nothing, and numpy refuses what overflows.
         raise UsageError(f"{path} declares the impossible shape {shape}") from error
+
+
+def _unpacked(path: Path) -> bytes:
+    """What a gzip file holds, a piece at a time: a few bytes of it may stand for any number."""
+    content = bytearray()
+    with gzip.open(path) as file:
+        while piece := file.read(_PIECE_BYTES):
+            content += piece
+            if len(content) > _MOST_BYTES:
+                raise UsageError(f"{path} unpacks to more than {_MOST_BYTES >> 30} GiB; no IDX file is that large")
+    return bytes(content)
 
 
 def load_fashion_mnist(folder: Path | None = None) -> LabelledData:

@@ -88,6 +88,14 @@ def test_a_gzip_file_cut_short_is_refused(tmp_path: Path, cut: int) -> None:
         read_idx(path)
 
 
+def test_a_gzip_file_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedgrpc.data.idx._MOST_BYTES", 1 << 20)
+    path = tmp_path / "file.gz"
+    path.write_bytes(gzip.compress(bytes(8 << 20)))
+    with pytest.raises(UsageError, match="unpacks to more"):
+        read_idx(path)
+
+
 def test_the_installed_fashion_mnist_has_its_published_size() -> None:
     folder = Path("/usr/share/datasets/fashion-mnist")
     if not folder.is_dir():
