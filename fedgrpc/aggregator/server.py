@@ -66,6 +66,7 @@ class Aggregator:
                     [aggregator_service(service, service.max_header_bytes)],
                     tls=settings.tls,
                     grace_s=settings.drain_s,
+                    options=[("grpc.max_receive_message_length", service.max_message_bytes)],
                 ) as server:
                     self.port = server.port
                     await self._serve(driver, server, folder, ready)

@@ -39,6 +39,7 @@ from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2, tensor_pb2
 _MAX_PAGE = 1000
 # Raw whole models, and slices that nobody is told to pull.
 _MAX_FOREIGN = 8
+_AROUND_CHUNK_BYTES = 64 << 10
 _MAX_ROUND = (1 << 63) - 1
 _RATE_HZ = 4.0
 _MAX_RATE_HZ = 20.0
@@ -57,6 +58,11 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self._pieces = Pieces()
         self._layout: tuple[Layout, list[tensor_pb2.TensorSpec]] | None = None
         self.max_header_bytes = self._receiver.max_header_bytes
+
+    @property
+    def max_message_bytes(self) -> int:
+        """Size of the largest message that any call needs now: gRPC collects each before anyone sees it."""
+        return max(self._settings.max_chunk_bytes + _AROUND_CHUNK_BYTES, self.max_header_bytes())
 
     async def Register(
         self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext

@@ -123,8 +123,10 @@ def _reader(message_class: Any, max_bytes: Callable[[], int] = _any_message) -> 
         chunk = parse(data)
         if chunk is not None:
             return chunk
-        if len(data) > (limit := max_bytes()):
-            raise TooLargeError(f"a header of {len(data)} bytes; allowed are {limit}")
+        if (size_bytes := len(data)) > (limit := max_bytes()):
+            # A traceback would hold the bytes for as long as anyone holds the error.
+            del data
+            raise TooLargeError(f"a header of {size_bytes} bytes; allowed are {limit}")
         message = parsed(message_class.FromString, data)
         return chunk_from_proto(message.chunk) if message.WhichOneof("content") == "chunk" else message
 

@@ -35,8 +35,10 @@ def bounded(deserialize: Deserialize | None, max_bytes: int) -> Deserialize:
     """
 
     def from_wire(data: bytes) -> Any:
-        if len(data) > max_bytes:
-            raise TooLargeError(f"a request of {len(data)} bytes; allowed are {max_bytes}")
+        if (size_bytes := len(data)) > max_bytes:
+            # A traceback would hold the bytes for as long as anyone holds the error.
+            del data
+            raise TooLargeError(f"a request of {size_bytes} bytes; allowed are {max_bytes}")
         return data if deserialize is None else parsed(deserialize, data)
 
     return from_wire

@@ -199,6 +199,13 @@ def _guarded(behaviour: Any, read: Callable[..., Awaitable[Any]], first: FirstMe
     return single
 
 
+def _let_go(error: BaseException | None) -> None:
+    """Forget the frames of an error that has been told: their requests would live until the next collection."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 async def _abort(error: Exception, method: str, context: Any) -> None:
     if context.done() and not isinstance(error, FedgrpcError):
         # The client has gone, and gRPC refuses to write to it: that is what links do.
@@ -212,6 +219,7 @@ async def _abort(error: Exception, method: str, context: Any) -> None:
     else:
         log.error("call failed", method=method, exc_info=error)
         code, detail, name = _Code.INTERNAL, "internal error; see the server's log", FedgrpcError.__name__
+    _let_go(error)
     trailers = [(ERROR_KEY, name)]
     if isinstance(error, errors.Exhausted) and error.retry_after_s is not None:
         trailers.append((RETRY_KEY, str(math.ceil(1e3 * error.retry_after_s))))

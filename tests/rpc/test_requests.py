@@ -1,6 +1,8 @@
 """Bounds on requests, against a real server: size, compression, and how long a first message may take."""
 
 import asyncio
+import gc
+import weakref
 
 import grpc
 import grpc.aio
@@ -190,3 +192,38 @@ async def test_a_connection_that_calls_without_end_leaves_time_for_others():
         assert sum(task.done() for task in flood) < 90
         for task in flood:
             task.cancel()
+
+
+class Refusing:
+    """Refuses each request, and notes what becomes of what it held."""
+
+    class Held:
+        pass
+
+    def __init__(self):
+        self.held = []
+
+    async def get(self, request, context):
+        held = self.Held()
+        self.held.append(weakref.ref(held))
+        raise LayoutError(f"no {held} is wanted")
+
+    @staticmethod
+    def add(servicer, server):
+        handlers = {"Get": grpc.unary_unary_rpc_method_handler(servicer.get)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Refusing", handlers),))
+
+
+async def test_what_a_refused_call_held_is_let_go_before_the_next_collection_of_garbage():
+    refusing = Refusing()
+    service = Service("test.Refusing", refusing, Refusing.add)
+    async with serve("127.0.0.1:0", [service]) as server, open_channel(server.address) as channel:
+        gc.disable()
+        try:
+            for _ in range(5):
+                with pytest.raises(LayoutError), domain_errors():
+                    await channel.unary_unary("/test.Refusing/Get")(b"")
+            await asyncio.sleep(0.1)
+            assert [held() for held in refusing.held] == [None] * 5
+        finally:
+            gc.enable()
