@@ -53,10 +53,14 @@ class Text:
     def cleaned(self, text: str) -> str:
         """Return `text` with control characters as blanks, blanks in a row as one, and what is too long cut."""
         # Cut first: the text may be as long as a message.
-        shown = text[: 4 * self.most_chars]
-        if not shown.isprintable():
-            shown = "".join(char if char.isprintable() else " " for char in shown)
-        return " ".join(shown.split())[: self.most_chars]
+        return " ".join(printable(text[: 4 * self.most_chars]).split())[: self.most_chars]
+
+
+def printable(text: str) -> str:
+    """Return `text` with a blank for each character that is not printable, such as what terminals obey."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else " " for char in text)
 
 
 EXAMPLES: Final = Range("the example count", 0, 1 << 40)

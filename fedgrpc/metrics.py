@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from socketserver import ThreadingMixIn
 from typing import Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -24,7 +25,7 @@ from prometheus_client import (
     make_wsgi_app,
 )
 
-from fedgrpc import __version__
+from fedgrpc import __version__, claims
 from fedgrpc.errors import UsageError
 from fedgrpc.process import keep_from_children
 from fedgrpc.rpc.address import Address
@@ -44,8 +45,6 @@ _OUTCOMES: Final = {
     TaskPhase.TASK_PHASE_EXPIRED: "expired",
     TaskPhase.TASK_PHASE_LATE: "late",
 }
-# Names of scores are the workers' word: no more than so many are shown.
-_MAX_SCORES: Final = 24
 _LOCAL: Final = "local_"
 # How the reason of a task that was lost begins.
 _SLOW: Final = ("no-show", "slow download", "slow training", "slow upload")
@@ -95,7 +94,7 @@ class Metrics:
             buckets=_BUCKETS_RATIO,
             registry=registry,
         )
-        self._scored: set[tuple[str, str]] = set()
+        self._scored: dict[str, frozenset[str]] = {}
         self.scores = Gauge(
             "fedgrpc_score",
             "Means over held-out examples: of the latest version that workers or evaluators have scored, and of "
@@ -144,11 +143,18 @@ class Metrics:
             self.observe_scores(next(filter(None, (getattr(record, scores) for record in records)), {}), of)
 
     def observe_scores(self, metrics: Mapping[str, float], of: str) -> None:
-        """Show the latest means; `of` is "global" (as workers score it), "evaluator" or "local"."""
-        for metric, value in sorted(metrics.items()):
-            if (metric, of) in self._scored or len(self._scored) < _MAX_SCORES:
-                self._scored.add((metric, of))
-                self.scores.labels(metric, of).set(value)
+        """Show the latest means in place of the former; `of` is "global" (by workers), "evaluator" or "local".
+
+        Names of scores are the workers' word: those that nobody reports any more make room.
+        """
+        if not metrics:
+            return
+        shown = dict(islice(sorted(metrics.items()), claims.METRICS))
+        for metric in self._scored.get(of, frozenset()) - shown.keys():
+            self.scores.remove(metric, of)
+        self._scored[of] = frozenset(shown)
+        for metric, value in shown.items():
+            self.scores.labels(metric, of).set(value)
 
     def _observe_memory(self, task: TaskRecord) -> None:
         for kind, size_bytes in (("resident", task.peak_memory_bytes), ("tensors", task.tensor_bytes)):

@@ -62,13 +62,21 @@ def test_an_ended_round_is_counted_with_its_tasks_bytes_and_times() -> None:
         assert line in lines
 
 
-def test_names_of_scores_are_bounded_and_known_ones_go_on() -> None:
+def test_names_of_scores_are_bounded_and_make_room_for_those_that_are_reported_now() -> None:
     metrics = Metrics()
     metrics.observe_scores({f"score-{number:03}": 0.0 for number in range(100)}, "global")
+    metrics.observe_scores({"accuracy": 0.5}, "local")
+    assert len(_scores(metrics)) == 65
     metrics.observe_scores({"score-001": 3.0, "zzz": 4.0}, "global")
-    lines = [line for line in _scrape(metrics).splitlines() if line.startswith("fedgrpc_score{")]
-    assert len(lines) == 24
-    assert 'fedgrpc_score{metric="score-001",of="global"} 3.0' in lines
+    assert sorted(_scores(metrics)) == [
+        'fedgrpc_score{metric="accuracy",of="local"} 0.5',
+        'fedgrpc_score{metric="score-001",of="global"} 3.0',
+        'fedgrpc_score{metric="zzz",of="global"} 4.0',
+    ]
+
+
+def _scores(metrics: Metrics) -> list[str]:
+    return [line for line in _scrape(metrics).splitlines() if line.startswith("fedgrpc_score{")]
 
 
 def test_two_aggregators_in_one_process_do_not_add_up() -> None:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from fedgrpc import claims
+
 _PIECE = 1 << 15
 
 
@@ -52,11 +54,18 @@ def mean_of(values_and_weights: Iterable[tuple[np.ndarray, float]], shape: tuple
 
 
 def mean_metrics(reports: Iterable[tuple[Mapping[str, float], float]]) -> dict[str, float]:
-    """The weighted mean of each metric, over the reports that have it and weigh more than nothing."""
+    """The weighted mean of each metric, over the reports that have it and weigh more than nothing.
+
+    Names are the workers' word: each report has one vote, shared among its names, and the `METRICS` names with most
+    votes are kept. Whatever one worker makes up, the few names of the others stay.
+    """
     sums: dict[str, float] = {}
     weights: dict[str, float] = {}
+    votes: dict[str, float] = {}
     for metrics, weight in reports:
-        for name, value in metrics.items():
+        for name, value in metrics.items() if weight > 0 else ():
             sums[name] = sums.get(name, 0.0) + weight * value
             weights[name] = weights.get(name, 0.0) + weight
-    return {name: sums[name] / weights[name] for name in sorted(sums) if weights[name] > 0}
+            votes[name] = votes.get(name, 0.0) + 1 / len(metrics)
+    kept = sorted(votes, key=lambda name: (-votes[name], name))[: claims.METRICS]
+    return {name: sums[name] / weights[name] for name in sorted(kept)}

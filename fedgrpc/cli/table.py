@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
+from fedgrpc.claims import printable
+
 _GAP = 2
 _NOTE = "  └ "
 
@@ -40,10 +42,12 @@ class Table:
         return len(self._rows)
 
     def add_row(self, *cells: Cell, note: str = "") -> None:
-        """Add a row; cells that are missing at its end are empty. Text is shown as it is, never as markup."""
-        texts = [cell if isinstance(cell, Text) else Text(cell) for cell in cells]
+        """Add a row; cells that are missing at its end are empty. Text is shown as it is, never as markup, and has
+        blanks for what a terminal would obey.
+        """
+        texts = [cell if isinstance(cell, Text) else Text(printable(cell)) for cell in cells]
         missing = len(self._columns) - len(texts)
-        self._rows.append(([*texts, *(Text() for _ in range(missing))], note))
+        self._rows.append(([*texts, *(Text() for _ in range(missing))], printable(note)))
 
     def lines(self, width: int | None) -> Iterator[Text]:
         """The table as lines of at most `width` cells where that can be; None: as wide as it is."""

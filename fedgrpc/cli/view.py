@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
+from fedgrpc.claims import printable
 from fedgrpc.cli.table import Column, Table
 from fedgrpc.metrics import prediction_errors
 from fedgrpc.rpc.local_model import plan_from_proto
@@ -133,7 +134,7 @@ def run_line(run: Run) -> str:
     if run.HasField("best") and run.best.version != run.last.version:
         parts.append(f"best {version_text(run.best)}")
     reason = run.reason or run.paused_reason
-    return " · ".join(parts) + (f" ({reason})" if reason else "")
+    return printable(" · ".join(parts) + (f" ({reason})" if reason else ""))
 
 
 def version_text(version: ModelVersion) -> str:
@@ -156,7 +157,7 @@ def round_line(record: Round) -> str:
         parts += filter(None, (record.reason, first_failure(record)))
     missing = _first([f"{task.worker} {task_phase(task)}" for task in record.tasks if task.phase in LOST])
     found = round_scores(record)
-    return " · ".join([*parts, *warnings(record), *missing, *([found] if found else [])])
+    return printable(" · ".join([*parts, *warnings(record), *missing, *([found] if found else [])]))
 
 
 def round_scores(record: Round) -> str:

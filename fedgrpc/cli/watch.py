@@ -16,6 +16,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.live import Live
 
+from fedgrpc.claims import printable
 from fedgrpc.cli.operator import AGGREGATOR_SETTING, Operator, operator
 from fedgrpc.cli.options import Declare, SettingsCommand
 from fedgrpc.cli.quantities import DURATION
@@ -106,7 +107,7 @@ def _remark(console: Console) -> Callable[[str], None]:
     def remark(text: str) -> None:
         nonlocal told
         if text != told:
-            console.print(text, highlight=False, soft_wrap=True)
+            console.print(printable(text), highlight=False, soft_wrap=True, markup=False)
         told = text
 
     return remark

@@ -20,12 +20,13 @@ import grpc.aio
 import structlog
 
 from fedgrpc import errors
+from fedgrpc.claims import Text, printable
 from fedgrpc.errors import FedgrpcError, LinkError
 from fedgrpc.rpc.requests import SMALL_REQUEST_BYTES, FirstMessages, bounded
 
 ERROR_KEY: Final = "fedgrpc-error"
 RETRY_KEY: Final = "grpc-retry-pushback-ms"
-_MAX_DETAIL_CHARS: Final = 1024
+_DETAIL: Final = Text(1024)
 MAX_RETRY_AFTER_S: Final = 3600.0
 _MAX_DIGITS: Final = 18
 
@@ -81,7 +82,7 @@ def status_of(error: FedgrpcError) -> Any:
 
 def error_from(rpc_error: grpc.aio.AioRpcError) -> FedgrpcError:
     """The domain error behind a failed call; a `LinkError` when no answer of the peer's own came back."""
-    detail = rpc_error.details() or rpc_error.code().name
+    detail = printable(rpc_error.details() or rpc_error.code().name)
     name = _trailer(rpc_error, ERROR_KEY)
     code = rpc_error.code()
     if name is None and code is _Code.RESOURCE_EXHAUSTED and "larger than max" in detail:
@@ -119,8 +120,8 @@ def domain_errors() -> Iterator[None]:
 
 
 def one_line(text: str) -> str:
-    """`text` without line breaks, and short enough for a status message."""
-    return " ".join(text.split())[:_MAX_DETAIL_CHARS]
+    """`text` without line breaks and control characters, and short enough for a status message."""
+    return _DETAIL.cleaned(text)
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]

@@ -13,6 +13,7 @@ from typing import Any, Final
 import click
 from rich.console import Console
 
+from fedgrpc.claims import printable
 from fedgrpc.cli.as_json import json_text
 from fedgrpc.cli.demo.devices import make_fleet
 from fedgrpc.cli.demo.federation import DemoSettings, Federation, History
@@ -126,7 +127,8 @@ def _print(console: Console, settings: DemoSettings, report: Report) -> None:
         print_table(console, table)
     console.print()
     shared = settings.partition or "each with all of the data"
-    console.print(f"{verdict_line(report)} ({shared}, {settings.workers} workers)", highlight=False)
+    verdict = printable(f"{verdict_line(report)} ({shared}, {settings.workers} workers)")
+    console.print(verdict, highlight=False, markup=False)
     console.print(f"{traffic_line(report.traffic)}, as {settings.encoding}", highlight=False)
     names = ", ".join(str(settings.out / name) for name in ("model.safetensors", "rounds.json", "rounds.png"))
     console.print(f"wrote {names} in {report.wall_s:.0f} s", highlight=False, soft_wrap=True)

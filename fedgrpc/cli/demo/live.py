@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from fedgrpc.claims import printable
 from fedgrpc.cli.view import round_line, scores, task_table
 from fedgrpc.v1.aggregator_pb2 import Run
 from fedgrpc.v1.round_pb2 import Round
@@ -54,7 +55,8 @@ class Screen:
     def tell(self, remark: str) -> None:
         """A line that stays."""
         elapsed_s = time.monotonic() - self._began_s
-        self._console.print(f"{elapsed_s:5.1f} s  {remark}", highlight=False, soft_wrap=True)
+        line = printable(f"{elapsed_s:5.1f} s  {remark}")
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def step(self, what: str, done: int, total: int, metrics: dict[str, float]) -> None:
         """One step of a long piece of work is done."""
