@@ -42,7 +42,10 @@ def test_a_million_of_the_largest_claims_can_be_added_and_two_multiplied(range_)
     assert math.isfinite(1e6 * float(range_.most) * float(claims.WEIGHT.most))
 
 
-@given(st.sampled_from(RANGES), st.lists(st.integers(0, MOST), max_size=5))
+@given(
+    st.sampled_from([item for item in RANGES if isinstance(item.most, int)]),
+    st.lists(st.integers(0, MOST), max_size=5),
+)
 def test_a_sum_saturates(range_, values) -> None:
     assert range_.total(values) == min(sum(values), range_.most)
 

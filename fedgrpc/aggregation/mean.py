@@ -56,8 +56,8 @@ def mean_of(values_and_weights: Iterable[tuple[np.ndarray, float]], shape: tuple
 def mean_metrics(reports: Iterable[tuple[Mapping[str, float], float]]) -> dict[str, float]:
     """The weighted mean of each metric, over the reports that have it and weigh more than nothing.
 
-    Names are the workers' word: each report has one vote, shared among its names, and the `METRICS` names with most
-    votes are kept. Whatever one worker makes up, the few names of the others stay.
+    Names are the workers' word: each report has one vote, shared among its names, and the names with most votes
+    are kept, as many as one report may have. Whatever one worker makes up, the few names of the others stay.
     """
     sums: dict[str, float] = {}
     weights: dict[str, float] = {}

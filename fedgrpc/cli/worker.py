@@ -6,8 +6,9 @@ import asyncio
 import os
 import socket
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,10 @@ _slow = Declare("Honest slowness, to try out a fleet on one machine", Throttle)
 _transfer = Declare("Transfer")
 _service = Declare("The worker's own service")
 _life = Declare("Life", WorkerSettings)
+_limit = Declare("What the aggregator may ask for", WorkerSettings)
 _retry = Declare("Life", Backoff)
 
+ALLOWED_TASKS = ("fedgrpc.tasks.*",)
 _ROLES = {"trainer": Role.TRAINER, "evaluator": Role.EVALUATOR}
 
 SETTINGS: list[Setting] = [
@@ -58,6 +61,15 @@ SETTINGS: list[Setting] = [
         default="trainer",
     ),
     _task("--task", "package.module or package.module:Class; without: what the aggregator names.", metavar="REF"),
+    _task(
+        "--allow-task",
+        "A task that the aggregator may name where there is no --task, installed on this device, as in "
+        "mine.tasks.*; repeat for each.",
+        name="allow_tasks",
+        multiple=True,
+        default=ALLOWED_TASKS,
+        metavar="REF",
+    ),
     _task("--model", "Model name, where the task knows several.", metavar="NAME"),
     _task("--data", "Folder or file of this device's data.", type=click.Path(path_type=Path, exists=True)),
     _task("--device", "auto, cpu, cuda or cuda:1.", metavar="DEVICE"),
@@ -107,6 +119,13 @@ SETTINGS: list[Setting] = [
     _retry("--reconnect-cap", "Longest wait before any later one.", name="cap_s", type=DURATION),
     _life("--stall", "Give up a stream that has not moved for this long.", name="stall_s", type=DURATION),
     _life("--drain", "How long SIGTERM lets the task in hand go on.", name="drain_s", type=DURATION),
+    _limit(
+        "--max-model",
+        "Take no larger model, bytes once decoded; without: a quarter of the memory that this process may use.",
+        name="max_model_bytes",
+        type=SIZE,
+    ),
+    _limit("--min-batch-size", "Take no task that trains on smaller batches."),
     _life("--spool-max-updates", "Unsent updates to keep at most."),
     _life("--spool-max", "Bytes of unsent updates to keep at most.", name="spool_max_bytes", type=SIZE),
     _life(
@@ -181,11 +200,21 @@ def _parse_field(name: str, kind: type, text: str) -> Any:
         raise UsageError(f"--profile {name} must be a whole number, not {text!r}") from None
 
 
-def trainer_for(setup: TaskSetup, own_task: str | None, registration: Registration) -> Trainer:
-    """The learning task: the worker's own, else the aggregator's; the aggregator's model goes with its task."""
+def trainer_for(
+    setup: TaskSetup, own_task: str | None, registration: Registration, allowed: Iterable[str] = ALLOWED_TASKS
+) -> Trainer:
+    """The learning task: the worker's own, else the aggregator's; the aggregator's model goes with its task.
+
+    Code that the aggregator names is run only where it is `allowed`, and never from the working folder.
+    """
     task = own_task or registration.learning_task
     if not task:
         raise UsageError("neither this worker nor its aggregator was started with --task")
+    if own_task is None and not is_allowed(task, allowed):
+        raise UsageError(
+            f"the aggregator names the task {task[:200]!r}, which this device does not allow; "
+            "start the worker with --task or --allow-task and its name"
+        )
     model = setup.model
     if model is None and task == registration.learning_task:
         model = registration.model or None
@@ -199,7 +228,14 @@ def trainer_for(setup: TaskSetup, own_task: str | None, registration: Registrati
         seed=setup.seed,
         options=setup.options,
         threads=setup.threads,
+        here=own_task is not None,
     )
+
+
+def is_allowed(task: str, allowed: Iterable[str]) -> bool:
+    """Whether one of the patterns is of the task, or of its module."""
+    module = task.partition(":")[0]
+    return any(fnmatchcase(task, pattern) or fnmatchcase(module, pattern) for pattern in allowed)
 
 
 def _run(**values: Any) -> int:
@@ -218,7 +254,7 @@ def _run(**values: Any) -> int:
         parse_part(setup.part)
 
     def build(registration: Registration) -> Trainer:
-        return trainer_for(setup, own_task, registration)
+        return trainer_for(setup, own_task, registration, values["allow_tasks"])
 
     return asyncio.run(run_worker(settings, build_trainer=build))
 

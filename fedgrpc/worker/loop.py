@@ -258,7 +258,8 @@ class Loop:
             await self._controls.wait(self._retries.next_delay_s())
 
     async def _work(self, task: Task, message: aggregator_pb2.Task) -> SpooledUpdate:
-        """Download, train or score, and spool the update."""
+        """Download, train or score, and spool the update. Raises `TaskError` for a plan that is refused here."""
+        _check_plan(task, self._settings.min_batch_size)
         given, layout, download_s = await self._download(task)
         began = Began(download_s, time.monotonic())
         stop = threading.Event()
@@ -405,3 +406,12 @@ class Loop:
     def _show_disk(self) -> None:
         held = self._models.held
         self._board.show(model_version=0 if held is None else held.version, spooled_updates=self._spool.count())
+
+
+def _check_plan(task: Task, min_batch_size: int) -> None:
+    """What an update tells of single examples is for the owner of the device to bound, whatever the plan says."""
+    batch_size = task.plan.batch_size
+    if task.kind is TaskKind.TRAIN and batch_size is not None and batch_size < min_batch_size:
+        raise TaskError(
+            f"this device trains on no batches of {batch_size}: its --min-batch-size is {min_batch_size}"
+        )

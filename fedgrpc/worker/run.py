@@ -31,16 +31,19 @@ from fedgrpc.worker.trainer import Trainer
 # How long after an order to end at once what is still awaited is left behind.
 _ABANDON_S: Final = 0.2
 _STOP_THREAD_S: Final = 5.0
+# Of the model while it trains: weights, gradients, velocities, and the weights that were given.
+_COPIES: Final = 4
 
 BuildTrainer = Callable[[Registration], Trainer]
 
 log = structlog.get_logger()
 
 
-def _limits() -> Limits:
+def _limits(settings: WorkerSettings) -> Limits:
     """A model that does not fit into this device's memory cannot be trained here, so none of it is taken."""
+    most_bytes = settings.max_model_bytes or usable_memory_bytes() // _COPIES
     limits = Limits()
-    return replace(limits, max_decoded_bytes=min(limits.max_decoded_bytes, usable_memory_bytes()))
+    return replace(limits, max_decoded_bytes=min(limits.max_decoded_bytes, most_bytes))
 
 
 class Worker:
@@ -66,7 +69,7 @@ class Worker:
         reuse_memory()
         async with AsyncExitStack() as stack:
             stack.enter_context(hold_folder(settings.state_dir, IN_USE))
-            models = ModelFolder(settings.state_dir / "model", _limits())
+            models = ModelFolder(settings.state_dir / "model", _limits(settings))
             channel = await stack.enter_async_context(open_channel(settings.aggregator, settings.tls))
             client = AggregatorClient(
                 channel,

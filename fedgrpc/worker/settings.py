@@ -30,6 +30,10 @@ class WorkerSettings:
     `drain_s` is how long the task in hand may go on after SIGTERM. `device` replaces what is measured, by field
     name of the profile. `encodings` are the names of those that this worker offers to read and write.
 
+    What the aggregator says is bounded, too: a model of more than `max_model_bytes`, decoded, is not taken (None:
+    a quarter of the memory that this process may use, since training keeps four copies). Nor is a task whose
+    batches have fewer than `min_batch_size` examples: the update of a single example tells that example.
+
     Raises:
         UsageError: a value is out of range.
     """
@@ -52,6 +56,8 @@ class WorkerSettings:
     spool_max_bytes: int = 8 << 30
     spool_keep_s: float = 7 * 86_400.0
     encodings: tuple[str, ...] = ENCODING_NAMES
+    max_model_bytes: int | None = None
+    min_batch_size: int = 1
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -59,12 +65,21 @@ class WorkerSettings:
         dialled(self.aggregator)
         if self.serve_address is not None:
             Address.parse(self.serve_address)
-        for name in ("poll_wait_s", "stall_s", "spool_max_updates", "spool_max_bytes", "spool_keep_s"):
+        for name in (
+            "poll_wait_s",
+            "stall_s",
+            "spool_max_updates",
+            "spool_max_bytes",
+            "spool_keep_s",
+            "min_batch_size",
+        ):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
         for encoding in self.encodings:
             if encoding not in ENCODING_NAMES:
                 raise UsageError(f"unknown encoding {encoding!r}; known are {', '.join(ENCODING_NAMES)}")
+        if self.max_model_bytes is not None and not self.max_model_bytes > 0:
+            raise UsageError(f"max_model_bytes must be above 0, not {self.max_model_bytes}")
         if not self.drain_s >= 0:
             raise UsageError(f"drain_s must not be negative, not {self.drain_s}")
         DeviceProfile().with_overrides(self.device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final
 
+from fedgrpc import claims
 from fedgrpc.aggregation.channels import SubModel
 from fedgrpc.aggregation.compression_plan import CompressionPlan
 from fedgrpc.codec.chunk import CHUNK_BYTES
@@ -123,7 +124,9 @@ def registration_from_proto(message: aggregator_pb2.RegisterResponse) -> Registr
 
 
 def task_from_proto(message: aggregator_pb2.Task) -> Task:
-    """Raises LayoutError for a kind of task or a plan that this version does not know."""
+    """Raises LayoutError for a kind of task or a plan that this version does not know, and for numbers that no run
+    comes to.
+    """
     try:
         kind = TaskKind(message.kind)
     except ValueError:
@@ -134,9 +137,9 @@ def task_from_proto(message: aggregator_pb2.Task) -> Task:
     return Task(
         token=message.token,
         run=message.run,
-        round=message.round,
+        round=claims.NUMBER.checked(message.round),
         kind=kind,
-        model_version=message.model_version,
+        model_version=claims.NUMBER.checked(message.model_version),
         plan=plan_from_proto(message.plan),
         download_recipe=message.download_recipe,
         upload_recipe=message.upload_recipe,
@@ -154,13 +157,13 @@ def plan_from_proto(message: round_pb2.Plan) -> Plan:
             raise LayoutError(f"the plan's {name} is {value:g}; it must be from 0 to {_LARGEST_PLAN_NUMBER:g}")
     compression = compression_from_proto(message.local_model)
     return Plan(
-        epochs=message.epochs or None,
+        epochs=claims.FACTOR.checked(message.epochs) or None,
         max_steps=message.max_steps or None,
         batch_size=message.batch_size or None,
-        learning_rate=message.learning_rate or None,
-        momentum=message.momentum or None,
-        proximal_mu=message.proximal_mu,
-        label_adjustment=message.label_adjustment,
+        learning_rate=claims.FACTOR.checked(message.learning_rate) or None,
+        momentum=claims.FACTOR.checked(message.momentum) or None,
+        proximal_mu=claims.FACTOR.checked(message.proximal_mu),
+        label_adjustment=claims.FACTOR.checked(message.label_adjustment),
         seed=message.seed,
         evaluate=message.evaluate,
         compression=None if compression.plain else compression,

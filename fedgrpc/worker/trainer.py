@@ -230,19 +230,21 @@ def load_trainer(
     seed: int = 0,
     options: Mapping[str, str] | None = None,
     threads: int | None = None,
+    here: bool = True,
 ) -> Trainer:
     """Find and construct the task `package.module:Class`, or `package.module` with one task class in it.
 
     `partition` (`iid`, `dirichlet:0.5`, `shards:2`, `labels:2`, `quantity:0.5`) with `part` (`3/10`) makes the
-    task take its share of a common data set. The trainer that comes back raises only `Cancelled`, `UsageError`,
-    other errors of `fedgrpc.errors`, and `TaskError` for whatever the user's code raises.
+    task take its share of a common data set. `here`: modules in the working folder are found, too. The trainer
+    that comes back raises only `Cancelled`, `UsageError`, other errors of `fedgrpc.errors`, and `TaskError` for
+    whatever the user's code raises.
 
     Raises:
         UsageError: no such module or class, it is no task, or it does not take a setting that was given.
         TaskError: importing or constructing it raised.
     """
     setup = TaskSetup(model, data, device, partition, part, seed, dict(options or {}), threads)
-    task = find_task(reference)
+    task = find_task(reference, here)
     with _blaming(reference):
         trainer = _construct(task, setup, reference)
     if isinstance(trainer, SliceableTrainer):
@@ -250,15 +252,15 @@ def load_trainer(
     return _GuardedTrainer(trainer, reference)
 
 
-def find_task(reference: str) -> type:
-    """The class that `load_trainer` constructs. Raises as it does."""
+def find_task(reference: str, here: bool = True) -> type:
+    """The class that `load_trainer` constructs; `here`: also in the working folder. Raises as it does."""
     rest_while_waiting()
     module_name, _, class_name = reference.partition(":")
     if not all(part.isidentifier() for part in module_name.split(".")):
         raise UsageError(f"task {reference!r} must look like package.module or package.module:Class")
     if module_name.endswith(".py"):
         raise UsageError(f"task {reference!r} must be the name of a module, without .py: {module_name[:-3]}")
-    if os.getcwd() not in sys.path:
+    if here and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a console script, unlike `python -m`, does not look beside the user
     with _blaming(reference):
         try:

@@ -93,7 +93,16 @@ def _read_port(fifo: Path, process: subprocess.Popen[bytes], log: Path) -> int:
 
 def worker_arguments(folder: Path, address: str, name: str, *more: str) -> list[str]:
     """A worker with its own state folder and no service of its own."""
-    place = ["--aggregator", address, "--name", name, "--state-dir", str(folder / name)]
+    place = [
+        "--aggregator",
+        address,
+        "--name",
+        name,
+        "--state-dir",
+        str(folder / name),
+        "--allow-task",
+        NUMPY_TASK,
+    ]
     return ["worker", *place, "--serve-address", "none", *more]
 
 

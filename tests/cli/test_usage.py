@@ -187,6 +187,18 @@ def test_a_worker_without_a_task_says_that_nobody_named_one(tmp_path: Path) -> N
     _is_one_line(ended, "neither this worker nor its aggregator was started with --task")
 
 
+@pytest.mark.parametrize("task", ["own_task", "unittest.__main__", "fedgrpc.tasks_of_mine:Task"])
+def test_a_task_that_only_the_aggregator_names_is_not_imported_unless_it_is_allowed(
+    task: str, tmp_path: Path
+) -> None:
+    (tmp_path / "own_task.py").write_text("open('ran', 'w')")
+    with running_aggregator(tmp_path, "--task", task) as (_, address):
+        arguments = worker_arguments(tmp_path, address, "pi-1", "--log-level", "error")
+        ended = fedgrpc(*arguments, cwd=tmp_path)
+    _is_one_line(ended, "does not allow", "--allow-task")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_no_command_at_all_shows_the_help() -> None:
     ended = fedgrpc()
     assert ended.code == 2
