@@ -47,7 +47,11 @@ _ROLES = {"trainer": Role.TRAINER, "evaluator": Role.EVALUATOR}
 
 SETTINGS: list[Setting] = [
     _place("--aggregator", "The aggregator to work for.", metavar="HOST:PORT", required=True),
-    _place("--name", "Unique in the fleet; without: this machine's host name.", required=False),
+    _place(
+        "--name",
+        "Unique in the fleet, or the second waits for the first to go; without: this machine's host name.",
+        required=False,
+    ),
     _place(
         "--state-dir",
         "Folder of what must survive a restart: unsent updates and the like; without: "
