@@ -256,7 +256,8 @@ class AggregatorServicer:
     def QueryPush(self, request, context):
         """Tells how many bytes of an update are held; ask before each attempt but the first. While the lease lives the
         number decreases only to 0, and only where what is held is of no use: another header came, the whole did not
-        match its digest, or it could not be brought to the disk. Of an accepted update it is the payload's size, also after its round (0 once its record is gone).
+        match its digest, or it could not be brought to the disk. Of an accepted update it is the payload's size, also after
+        its round (0 once its record is gone).
         NOT_FOUND: the token is unknown. PERMISSION_DENIED: the token is another worker's. FAILED_PRECONDITION: the task
         has ended without an update; drop it.
         """
