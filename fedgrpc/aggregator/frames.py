@@ -33,11 +33,24 @@ Key = tuple["PayloadFile", int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class PayloadFile:
-    """A payload of `size_bytes` that starts at byte `start` of an open file."""
+    """A payload of `size_bytes` from byte `start` of an open file; `crc32` is what it had when it was written."""
 
     file: FileIO
     start: int
     size_bytes: int
+    crc32: int | None = None
+
+    @property
+    def as_written(self) -> bool:
+        """Whether its bytes are those that were written, as far as that is known. Raises `StorageError`."""
+        return self.crc32 is None or self.computed_crc32() == self.crc32
+
+    def computed_crc32(self) -> int:
+        """CRC-32 of its bytes as they are now. Raises `StorageError`."""
+        crc = 0
+        for at in range(0, self.size_bytes, _BATCH_BYTES):
+            crc = crc32(self.read(at, min(_BATCH_BYTES, self.size_bytes - at)), crc)
+        return crc
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes of the payload. Raises `StorageError` when they are not all there."""

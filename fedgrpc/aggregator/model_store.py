@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,8 @@ _MAX_DIFFERENCES = 3
 _SLACK = 1.05
 # Encoding a model may take minutes. Uploads have threads of their own, so they do not wait for it.
 _ENCODERS = 2
+# Between two looks at a payload that many pull, seconds.
+_LOOK_INTERVAL_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,7 @@ class ModelStore:
         for path in self._encoded_folder.iterdir():
             path.unlink(missing_ok=True)
         self._made: dict[Variant, asyncio.Task[EncodedModel]] = {}
+        self._looked_at: dict[Variant, float] = {}
         self._numbers = count(1)
         self._encoders = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="encoding")
         self.frames = FrameCache(_FRAMES_BYTES, _SENDING_BYTES, max_chunk_bytes=max_chunk_bytes)
@@ -289,11 +293,25 @@ class ModelStore:
         return self._forms.knows((*held, its.name))
 
     async def _wait_for(self, variant: Variant) -> EncodedModel:
+        """A variant once it is made. One that has changed on the disk is forgotten, to be made anew."""
         try:
-            return await asyncio.shield(self._made[variant])
+            made = await asyncio.shield(self._made[variant])
+            await self._look_at(variant, made.payload)
         except FedgrpcError:
             self._made.pop(variant, None)
             raise
+        return made
+
+    async def _look_at(self, variant: Variant, payload: PayloadFile) -> None:
+        """Read a payload through now and then, before it goes to somebody. Raises `StorageError`."""
+        now = time.monotonic()
+        if now - self._looked_at.setdefault(variant, now) < _LOOK_INTERVAL_S:
+            return
+        self._looked_at[variant] = now
+        if not await asyncio.to_thread(lambda: payload.as_written):
+            self.frames.forget(payload)
+            log.error("encoded model has changed on the disk", version=variant.version, recipe=str(variant.recipe))
+            raise StorageError(f"an encoded form of version {variant.version} has changed on the disk; ask again")
 
     async def _difference(self, variant: Variant, downlink: Downlink, its: Slice) -> EncodedModel:
         version = variant.version
@@ -334,6 +352,7 @@ class ModelStore:
             and _is_raw(recipe, model.layout)
             and model.tensors_sha256 is not None
         ):
+            _check(model)
             manifest = _raw_manifest(model)
             return EncodedModel(
                 version, manifest, _open_payload(model.path, model.tensors_start, manifest.size_bytes)
@@ -367,6 +386,7 @@ class ModelStore:
     def _let_go(self, variant: Variant) -> bool:
         """Forget an encoded form; whether somebody is still pulling it."""
         made = self._made.pop(variant)
+        self._looked_at.pop(variant, None)
         if not made.done():
             return True
         if made.cancelled() or made.exception() is not None:
@@ -461,9 +481,10 @@ def _raw_manifest(model: ModelFile) -> Manifest:
 
 
 def _open_payload(path: Path, start: int, size_bytes: int) -> PayloadFile:
-    """The file stays open, and so readable after it has been pruned."""
+    """The file stays open, and so readable after it has been pruned. It has just been written, or checked."""
     try:
         file = path.open("rb", buffering=0)
-        return PayloadFile(file, start, size_bytes)
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
+    payload = PayloadFile(file, start, size_bytes)
+    return replace(payload, crc32=payload.computed_crc32())

@@ -353,3 +353,28 @@ async def test_an_optimizer_state_that_has_changed_is_named_at_the_start(tmp_pat
     damaged[-2] ^= 0x40
     state.write_bytes(damaged)
     await fails_to_start(tmp_path, StorageError, r"optimizer/000002\.safetensors is corrupt", **how)
+
+
+@pytest.mark.parametrize("recipe", ["int8+zstd", "raw"])
+async def test_an_encoded_model_that_changed_on_the_disk_is_not_sent_again_and_again(
+    tmp_path, monkeypatch, recipe
+):
+    monkeypatch.setattr("fedgrpc.aggregator.model_store._LOOK_INTERVAL_S", 0.0)
+    async with aggregating(tmp_path, download_recipe=recipe) as running:
+        a, b = await running.device("a"), await running.device("b")
+        a_task, _ = await asyncio.gather(a.task(), b.task())
+        _, good = await a.pull(1, a_task.download_recipe)
+        data_dir = running.settings.data_dir
+        path = next((data_dir / "encoded").glob("*.payload"), data_dir / "models" / "000001.safetensors")
+        content = path.read_bytes()
+        with path.open("r+b") as file:
+            file.seek(len(content) - 3)
+            file.write(bytes([content[-3] ^ 0x40]))
+        with refused("INTERNAL", "changed on the disk", "StorageError"):
+            await a.pull(1, a_task.download_recipe)
+        if recipe == "raw":
+            with refused("INTERNAL", "is corrupt", "StorageError"):
+                await a.pull(1, a_task.download_recipe)
+            path.write_bytes(content)
+        _, again = await a.pull(1, a_task.download_recipe)
+        assert again == good
