@@ -88,6 +88,12 @@ def test_a_part_cut_anywhere_by_a_crash_is_continued_from_what_is_there(tmp_path
         upload.close()
 
 
+def test_a_part_that_cannot_be_opened_is_a_storage_error(journal, tmp_path):
+    (tmp_path / "token.part").mkdir()
+    with pytest.raises(StorageError):
+        UploadJournal(tmp_path).committed_bytes("token")
+
+
 def test_an_update_in_the_file_of_a_larger_one_is_only_itself(journal):
     """Files are used again: what a former update has left behind belongs to nobody."""
     accept(journal, "large", {"w": np.full(5000, 7.0, np.float32)})

@@ -15,7 +15,9 @@ from fedgrpc.errors import (
     Exhausted,
     LayoutError,
     LinkError,
+    NameTaken,
     RoundClosed,
+    StateCopied,
     StorageError,
     TooLargeError,
     UnknownTask,
@@ -63,6 +65,21 @@ async def test_an_update_survives_an_aggregator_that_takes_smaller_chunks_after_
     peer.note = note
     assert await run(peer, tmp_path) == 0
     assert peer.uploads["t1"].complete
+
+
+async def test_an_update_outlives_a_time_in_which_another_device_has_the_name(tmp_path):
+    peer = with_a_task()
+    peer.faults += [("PushUpdate", NameTaken("another device")), ("Register", NameTaken("another device"))]
+    assert await run(peer, tmp_path) == 0
+    assert peer.uploads["t1"].complete
+
+
+async def test_a_worker_ends_when_its_state_was_copied_and_keeps_its_update(tmp_path):
+    peer = with_a_task()
+    peer.faults += [("PushUpdate", StateCopied("another process"))]
+    with pytest.raises(StateCopied):
+        await run(peer, tmp_path)
+    assert len(spooled(tmp_path)) == 1
 
 
 async def test_chunks_of_a_model_that_declares_no_bytes_do_not_end_the_worker(tmp_path):
