@@ -335,6 +335,6 @@ def _finite_tensors(model: ModelFile) -> Iterator[np.ndarray]:
         if spec.is_trained and not np.isfinite(values).all():
             raise UsageError(
                 f"tensor {spec.name!r} of the model {model.path} has values that are not finite; if it is a mask, "
-                'let the metadata of the file say so: roles = \'{"NAME": "constant"}\''
+                "let `fedgrpc init` write the file, which tells the roles of tensors"
             )
         yield as_bool(values) if spec.dtype == "bool" else values

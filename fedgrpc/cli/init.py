@@ -17,11 +17,10 @@ from fedgrpc.aggregator.first_model import complaint
 from fedgrpc.aggregator.model_file import write_model
 from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand
 from fedgrpc.cli.view import size
-from fedgrpc.codec.layout import Layout, layout_of
+from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import StorageError, UsageError
-from fedgrpc.worker.returned import initial_weights
 from fedgrpc.worker.trainer import Weights, load_trainer
-from fedgrpc.worker.training import users_code
+from fedgrpc.worker.training import first_weights
 
 _model = Declare("The model")
 
@@ -62,9 +61,7 @@ def _run(**values: Any) -> None:
         seed=values["seed"],
         options=dict(values["options"]),
     )
-    with users_code():
-        weights = initial_weights(trainer.initial_weights())
-    layout = layout_of(weights)
+    weights, layout = first_weights(trainer)
     if wrong := complaint(layout):
         raise UsageError(f"the model of {values['task']} cannot be used: {wrong}")
     _write(path, layout, weights, {"task": values["task"], "model": values["model"] or ""})

@@ -104,10 +104,16 @@ def evaluate(trainer: Trainer, weights: Weights, hooks: Hooks) -> EvalResult | N
 
 def initialize(trainer: Trainer, plan: Plan) -> Outcome:
     """The untrained weights of the task's model. Raises TaskError."""
+    weights, layout = first_weights(trainer)
+    with users_code():
+        return Outcome(weights, 0, channels=_channels(trainer, plan.tell_channels), layout=layout)
+
+
+def first_weights(trainer: Trainer) -> tuple[Weights, Layout]:
+    """The untrained weights and their layout. Raises TaskError, and TaskUnfit for what no run can begin with."""
     with users_code():
         weights = returned.initial_weights(trainer.initial_weights())
-        layout = returned.layout(roles(trainer), tied_names(trainer), weights)
-        return Outcome(weights, 0, channels=_channels(trainer, plan.tell_channels), layout=layout)
+        return weights, returned.layout(roles(trainer), tied_names(trainer), weights)
 
 
 def train(

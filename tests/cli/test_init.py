@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from fedgrpc.aggregator.model_file import ModelFile
+from fedgrpc.codec.layout import TensorRole
 from tests.cli.process import NUMPY_TASK, fedgrpc, running_aggregator
 
 
@@ -44,3 +46,13 @@ def test_what_cannot_be_written_is_told_in_one_line(
 ) -> None:
     done = fedgrpc("init", *arguments, cwd=tmp_path)
     assert (done.code, reason in done.error, done.error.count("\n")) == (2, True, 1)
+
+
+def test_masks_and_tied_weights_are_in_the_file_with_their_roles_and_names(tmp_path: Path) -> None:
+    path = tmp_path / "first.safetensors"
+    task = "tests.federation.test_state_with_a_domain:Masked"
+    done = fedgrpc("init", "--task", task, "--to", str(path))
+    assert done.code == 0, done.error
+    layout = {spec.name: spec for spec in ModelFile.open(path).layout}
+    assert layout["mask"].role is TensorRole.STATISTIC
+    assert layout["head.weight"].tied_names == ("tok.weight",)
