@@ -287,6 +287,9 @@ class Driver:
                 not_finite=scores.not_finite,
             )
         number, version, updates = current.state.number, self._it.run.version, len(current.weights)
+        if current.kind == TASK_KIND_INITIALIZE:
+            giver = next((current.state.tasks[token].worker for token in current.weights), "")
+            self._log.info("initial model", worker=giver, hint="--initialiser says who may give it")
         if current.jump is Jump.NORM:
             self._log.warning("the model has become far larger", round=number, version=version)
         if (dominance := current.dominance) is not None:

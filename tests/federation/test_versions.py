@@ -145,7 +145,7 @@ async def test_a_run_that_began_from_a_wrong_model_begins_anew_without_a_new_fol
         task = await good.task()
         assert task.kind == round_pb2.TASK_KIND_INITIALIZE
         await good.push(task, MODEL)
-        run, _ = await running.until(lambda run, _: run.HasField("last"))
+        run, _ = await running.until(lambda run, _: run.model_version == 3)
         assert {spec.name for spec in run.layout} == set(MODEL)
         record = await play(running, [good, Device(running.stub, "other")])
         np.testing.assert_allclose(running.weights(record.committed_version)["b"], MODEL["b"] + 1.0)
