@@ -426,5 +426,6 @@ def _storage_errors(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise StorageError(f"the database {path} failed: {error}") from error
-    except (DecodeError, LayoutError, ValueError) as error:
+    except (DecodeError, LayoutError, ValueError, TypeError) as error:
+        # A damaged page gives rows of other types than their table's, NULL among them.
         raise StorageError(f"the database {path} is damaged: {error}") from error

@@ -20,6 +20,7 @@ from safetensors.numpy import save
 
 from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
 from fedgrpc.aggregator.model_file import ModelFile, ModelTensors, write_model
+from fedgrpc.aggregator.run_store import RunStore, TaskRow
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.cli.config_file import read_table
 from fedgrpc.cli.simulate import read_fleet
@@ -33,10 +34,12 @@ from fedgrpc.data.dataset import Examples, LabelledData
 from fedgrpc.data.idx import read_idx
 from fedgrpc.data.shares import load_share, save_share
 from fedgrpc.errors import UsageError
+from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rounds.history import Timing, WorkerHistory
 from fedgrpc.rpc.convert import manifest_to_proto
 from fedgrpc.simulation.fleet import Fleet
 from fedgrpc.tree.mean import MeanFile
-from fedgrpc.v1 import aggregator_pb2
+from fedgrpc.v1 import aggregator_pb2, round_pb2
 from fedgrpc.worker.held import ModelFolder, Source
 from fedgrpc.worker.residual_file import read_residual, write_residual
 from fedgrpc.worker.spool import Spool
@@ -324,6 +327,43 @@ def kept_means(rnd: Random, folder: Path) -> None:
     _put(folder / "means" / "mean.header", header.SerializeToString(), rnd)
     stored = means.load("token")
     assert stored is None or stored.header.token == "token"
+
+
+@cache
+def _database() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.sqlite"
+        store = RunStore(path)
+        store.save_run("id", _RUN, 1, "", 0.0)
+        store.save_worker(aggregator_pb2.RegisterRequest(worker="pi-1", role=1, encodings=["int8"]), "a.b")
+        record = round_pb2.Round(number=3, phase=2, base_version=2, kind=1)
+        record.tasks.add(worker="pi-1", example_count=5, metrics={"loss": 0.5})
+        tasks = [TaskRow(f"token{slot}", 3, slot, "pi-1", TaskPhase.TRAINING, "why") for slot in range(3)]
+        history = WorkerHistory(timings=(Timing(1.0, 2.0, None, cut=True),), loss=0.25, endings=("accepted",))
+        store.save_open_round(record, 2, 9.0, tasks, {"pi-1": history})
+        store.close()
+        return path.read_bytes()
+
+
+@cache
+def _written(data: bytes) -> tuple[int, ...]:
+    return tuple(place for place, byte in enumerate(data) if byte)
+
+
+@target(share=6)
+def databases(rnd: Random, folder: Path) -> None:
+    """Damage to rows rather than to empty pages: only what is not zero is of use."""
+    path = folder / "run.sqlite"
+    data = bytearray(_database())
+    for _ in range(rnd.choice((1, 1, 2, 5))):
+        data[rnd.choice(_written(_database()))] = rnd.randrange(256)
+    path.write_bytes(made(bytes(data), rnd))
+    store = RunStore.reading(path)
+    try:
+        run, workers, opened = store.run(), list(store.workers()), store.open_round()
+        _ = run, workers, opened, store.sessions(), store.task("token1"), store.round(3), store.rounds(9, 5)
+    finally:
+        store.close()
 
 
 @target(share=2)
