@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
+from fedgrpc import claims
 from fedgrpc.aggregator.versions import Version, jump_to_proto
 from fedgrpc.errors import LayoutError, StorageError
 from fedgrpc.rounds.best import Jump
@@ -280,10 +282,10 @@ class RunStore:
             return None
         if jump is not Jump.NONE and not record.jump:
             record.jump = jump_to_proto(jump)
-        record.metrics.update(workers)
+        _add(record.metrics, workers)
         record.metrics_of_sub_models = of_sub_models or (record.metrics_of_sub_models and not workers)
-        record.evaluator_metrics.update(evaluator)
-        record.scores_not_finite[:] = sorted({*record.scores_not_finite, *not_finite})
+        _add(record.evaluator_metrics, evaluator)
+        record.scores_not_finite[:] = sorted({*record.scores_not_finite, *not_finite})[: claims.METRICS]
         with self._transaction():
             self._db.execute(
                 "UPDATE rounds SET record = ? WHERE number = ?", (record.SerializeToString(), record.number)
@@ -411,6 +413,13 @@ class RunStore:
 
 def _version(row: tuple) -> Version:  # type: ignore[type-arg]
     return Version.from_proto(ModelVersion.FromString(row[0]))
+
+
+def _add(scores: MutableMapping[str, float], new: Mapping[str, float]) -> None:
+    """Add scores; where there is no more room, older ones go: names are the workers' word."""
+    kept = dict(islice({**new, **scores}.items(), claims.METRICS)) | dict(new)
+    scores.clear()
+    scores.update(kept)
 
 
 def _task_row(row: tuple) -> TaskRow:  # type: ignore[type-arg]

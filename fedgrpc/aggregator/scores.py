@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from fedgrpc import claims
 from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.weights import Weighing, score_weights
@@ -18,7 +19,7 @@ from fedgrpc.aggregator.weights import Weighing, score_weights
 class Scores:
     """Mean of the workers' scores by examples, over how many examples, and whether each is of a sub-model.
 
-    `not_finite`: names of those that are NaN or infinite on some worker.
+    `not_finite`: names of those that are NaN or infinite on some worker, as many as one report may have.
     """
 
     metrics: dict[str, float]
@@ -43,8 +44,9 @@ def scores_of(
     workers = {token: current.state.tasks[token].worker for token in reports}
     counts = score_weights(weighing, reports, workers, max_share)
     not_finite = {name for token in given for name in current.reports[token].scores_not_finite}
+    told = sorted(not_finite)[: claims.METRICS]
     mean = _mean([(report, counts[token]) for token, report in reports.items()], bool(scored) and not whole)
-    return replace(mean, not_finite=tuple(sorted(not_finite)))
+    return replace(mean, not_finite=tuple(told))
 
 
 def for_log(metrics: Mapping[str, float], *own: str) -> dict[str, float]:
