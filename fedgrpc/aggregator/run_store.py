@@ -28,7 +28,7 @@ from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.history import Histories, WorkerHistory
 from fedgrpc.rpc.convert import registration_from_proto
 from fedgrpc.rpc.worker_history import history_from_bytes, history_to_bytes
-from fedgrpc.v1.aggregator_pb2 import RegisterRequest
+from fedgrpc.v1.aggregator_pb2 import RegisterRequest, RunPhase
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, ModelVersion
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
@@ -121,7 +121,11 @@ class RunStore:
 
     def run(self) -> tuple[str, str, int, str, float] | None:
         """(id, name, phase, reason, start as wall time) of the run kept here, None for a fresh folder."""
-        return self._one("SELECT id, name, phase, reason, started_at FROM run")
+        row = self._one("SELECT id, name, phase, reason, started_at FROM run")
+        with _storage_errors(self._path):
+            if row is not None:
+                RunPhase.Name(row[2])
+        return row
 
     def settings(self) -> dict[str, str]:
         """The settings of the last start; none for a fresh folder."""

@@ -118,7 +118,7 @@ def read_residual(path: Path, run: str) -> Residual:
             raise ValueError(f"{content_bytes} bytes of arrays are not those that it tells of")
         if _crc32_of(file, content_bytes) != about["crc32"]:
             raise ValueError("its CRC does not match")
-    except (ValueError, KeyError, TypeError, LayoutError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, LayoutError) as error:
         log.warning("residual dropped", reason=f"{path} is corrupt: {error}")
         return Residual()
     return Residual(layout, tensors)

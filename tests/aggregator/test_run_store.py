@@ -188,3 +188,33 @@ def test_records_of_rounds_long_past_are_forgotten_but_that_of_the_newest_versio
     assert not more
     assert store.add_scores(2, {"accuracy": 0.5}, {}).metrics == {"accuracy": 0.5}
     store.close()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE workers SET registration = x'ff'",
+        "UPDATE histories SET history = x'ff'",
+        "UPDATE rounds SET record = x'ff'",
+        "UPDATE tasks SET phase = 99",
+        "UPDATE tasks SET token = '../../elsewhere'",
+        "UPDATE run SET phase = 99",
+    ],
+)
+def test_a_row_that_makes_no_sense_is_one_line_that_names_the_database(store, damage):
+    store.save_run("id", "name", 1, "", 12.5)
+    store.save_worker(RegisterRequest(worker="w0"))
+    store.save_open_round(Round(number=1), 1, 0.0, rows(1, TaskPhase.OFFERED), {"w0": WorkerHistory().chosen(1)})
+    store._db.execute(damage)
+    with pytest.raises(StorageError, match=r"run\.sqlite is damaged") as caught:
+        (store.run(), list(store.workers()), store.open_round())
+    assert "\n" not in str(caught.value)
+
+
+def test_names_of_scores_make_room_for_newer_ones(store):
+    store.save_run("id", "name", 1, "", 12.5)
+    store.finish_round(committed(1, 2), [], {}, Version(2, 1, b"x"))
+    for number in range(3):
+        record = store.add_scores(2, {}, {f"score-{number}-{name:02}": 0.5 for name in range(40)})
+    assert len(record.evaluator_metrics) == 64
+    assert sum(name.startswith("score-2") for name in record.evaluator_metrics) == 40

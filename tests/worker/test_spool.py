@@ -340,6 +340,13 @@ def test_the_residual_file_is_the_arrays_and_little_more(tmp_path):
     assert len(content) < len(arrays) + 400
 
 
+def test_a_residual_file_that_tells_of_its_arrays_in_deep_nests_is_dropped(tmp_path):
+    path = tmp_path / "residual"
+    about = b"[" * 100_000
+    path.write_bytes(about + len(about).to_bytes(8, "little"))
+    assert not read_residual(path, "run").tensors
+
+
 @pytest.fixture
 def on_disk(monkeypatch, tmp_path):
     """What is asked of the disk, in order: ("sync" or "rename" or "remove", the name it is asked of)."""
