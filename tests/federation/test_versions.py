@@ -291,3 +291,15 @@ async def test_another_model_on_a_used_folder_is_refused(tmp_path):
     async with aggregating(tmp_path, rounds=3, model="lenet") as running:
         await play(running, await two(running))
     await fails_to_start(tmp_path, UsageError, "model 'cnn' is not that of the run", model="cnn", rounds=3)
+
+
+async def test_a_score_may_have_any_name(tmp_path):
+    """A name that a log line has itself must not end the driver."""
+    names = ("version", "round", "event", "run", "updates", "worker", "file", "by", "level")
+    async with aggregating(tmp_path, rounds=2, evaluate=True) as running:
+        devices = await two(running)
+        for _ in range(2):
+            await play(running, devices, scores=dict.fromkeys(names, 0.5))
+        assert dict((await running.round(1)).metrics) == dict.fromkeys(names, 0.5)
+        tasks = await asyncio.gather(*(device.task() for device in devices))
+        assert {task.kind for task in tasks} == {round_pb2.TASK_KIND_EVALUATE}, "the driver goes on"
