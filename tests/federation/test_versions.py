@@ -13,6 +13,7 @@ from fedgrpc.errors import UsageError
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from tests.federation.federation import MODEL, Device, aggregating, refused, update_of
+from tests.federation.process import aggregator_process
 from tests.federation.test_data_folder import fails_to_start
 
 ABANDONED, COMMITTED = round_pb2.ROUND_PHASE_ABANDONED, round_pb2.ROUND_PHASE_COMMITTED
@@ -129,6 +130,30 @@ async def test_a_rolled_back_run_is_where_it_was_after_a_restart(tmp_path):
         record = await play(running, [Device(running.stub, name) for name in "ab"])
         assert (record.number, record.committed_version) == (3, 4) or record.number > 2
         np.testing.assert_allclose(running.weights(4)["b"], MODEL["b"] + 1.0)
+
+
+async def test_a_rollback_that_was_answered_outlives_kill_9_and_one_that_was_not_is_whole_or_nothing(tmp_path):
+    async with aggregator_process(tmp_path, "--rounds", 9, "--encoding", "raw") as (process, running):
+        devices = await two(running)
+        await play(running, devices)
+        await running.stub.RollBackRun(pb.RollBackRunRequest(version=1))
+        await process.kill()
+    before = 3
+    for wait_s in (0.003, 0.006, 0.012):
+        async with aggregator_process(tmp_path, "--rounds", 9, "--encoding", "raw") as (process, running):
+            run = await running.run()
+            assert (run.last.rolled_back_to, run.last.trained_rounds) == (1, 0)
+            assert run.model_version in (before, before + 1)
+            np.testing.assert_array_equal(running.weights(run.model_version)["b"], MODEL["b"])
+            before = run.model_version
+            asked = asyncio.create_task(_ask(running, 1))
+            await asyncio.sleep(wait_s)
+            await process.kill()
+            await asyncio.gather(asked, return_exceptions=True)
+
+
+async def _ask(running, version):
+    await running.stub.RollBackRun(pb.RollBackRunRequest(version=version))
 
 
 async def test_a_run_that_began_from_a_wrong_model_begins_anew_without_a_new_folder(tmp_path):
