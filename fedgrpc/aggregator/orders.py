@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from fedgrpc import claims
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.rpc.convert import duration_to_proto
 from fedgrpc.v1 import round_pb2, tensor_pb2
@@ -57,13 +58,17 @@ class Orders:
 
     @classmethod
     def from_above(cls, plan: round_pb2.Plan, settings: AggregatorSettings) -> Orders:
-        """Those of a task; weights that this aggregator's operator gives to workers come first."""
+        """Those of a task; weights that this aggregator's operator gives to workers come first.
+
+        Raises `LayoutError` for weights that cannot be.
+        """
         message = round_pb2.Plan()
         message.CopyFrom(plan)
         for own in ("seed", "local_model", "tell_channels", "lead"):
             message.ClearField(own)
         lead = plan.lead
-        weights = {**lead.worker_weights, **settings.worker_weights}
+        told = {worker: claims.WEIGHT.checked(weight) for worker, weight in lead.worker_weights.items()}
+        weights = {**told, **settings.worker_weights}
         return cls(
             message,
             lead.seed,
