@@ -22,7 +22,7 @@ from fedgrpc import claims
 from fedgrpc.aggregator.carrying import stale, takes_news
 from fedgrpc.aggregator.data_folder import DataFolder
 from fedgrpc.aggregator.evaluations import Evaluation, Evaluations
-from fedgrpc.aggregator.fleet import Fleet, Worker
+from fedgrpc.aggregator.fleet import Allowance, Fleet, Worker
 from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.orders import Orders
@@ -170,6 +170,7 @@ class Coordinator:
     async def _save_worker(self, registration: RegisterRequest, session: Session) -> None:
         """Store a registration, and make room for it where there is none. Raises `Exhausted`."""
         if (known := self.fleet.find(registration.worker)) is not None:
+            known.changes = known.changes or Allowance()
             known.changes.take(self.clock())
         else:
             at_work = () if self.current is None else self.current.state.workers
@@ -603,15 +604,24 @@ class Coordinator:
 
     def pool(self) -> Pool:
         """Who could take a task of the round now."""
-        return Pool(self.idle_trainers(), self.fleet.live_trainers(self.clock(), self._trusted_are_enough()))
+        left_out = self._left_out()
+        return Pool(self._idle_but(left_out), self.fleet.live_trainers(self.clock(), left_out))
 
-    def _trusted_are_enough(self) -> bool:
-        """Whether rounds can do without workers that hold them up."""
-        return self.fleet.live_trainers(self.clock(), trusted=True) >= self.settings.policy.needed_idle
+    def _left_out(self) -> frozenset[str]:
+        """Workers that held up rounds again and again, where the others are enough."""
+        doubted = self.fleet.doubted(self.clock())
+        if not doubted or self.fleet.live_trainers(self.clock(), doubted) < self.settings.policy.needed_idle:
+            return frozenset()
+        return doubted
 
     def idle_trainers(self) -> tuple[str, ...]:
         """Names of the idle trainers that may have a task of this kind of round."""
-        idle = self.fleet.idle_trainers(self.clock() if self._trusted_are_enough() else None)
+        return self._idle_but(self._left_out())
+
+    def _idle_but(self, left_out: frozenset[str]) -> tuple[str, ...]:
+        idle = self.fleet.idle_trainers()
+        if left_out:
+            idle = tuple(name for name in idle if name not in left_out)
         if self.current is None or self.current.kind != TaskKind.TASK_KIND_INITIALIZE:
             return idle
         return tuple(name for name in idle if self.settings.roles.initialises(name))

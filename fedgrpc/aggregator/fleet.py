@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections import deque
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +26,8 @@ _FORGOTTEN_SHARE = 100
 # Changed registrations of one name: each is written to the disk.
 _CHANGES = 10
 _CHANGE_S = 2.0
+
+_TRUSTED = Trust()
 
 
 @dataclass
@@ -86,9 +87,9 @@ class Worker:
     left: bool = False
     woken: asyncio.Event = field(default_factory=asyncio.Event)
     holder: Holder = field(default_factory=Holder)
-    open_polls: deque[asyncio.Timeout] = field(default_factory=deque)
-    trust: Trust = field(default_factory=Trust)
-    changes: Allowance = field(default_factory=Allowance)
+    open_polls: list[asyncio.Timeout] = field(default_factory=list)
+    trust: Trust = _TRUSTED
+    changes: Allowance | None = None
     name: str = field(init=False)
     evaluator: bool = field(init=False)
 
@@ -122,6 +123,7 @@ class Fleet:
         self._max_workers = max_workers
         self._away_after_s = away_after_s
         self._polls_kept_until = -math.inf
+        self._doubted: set[str] = set()
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._workers.values())
@@ -207,7 +209,7 @@ class Fleet:
         if limit is not None:
             worker.open_polls.append(limit)
         while len(worker.open_polls) > _MAX_POLLS:
-            worker.open_polls.popleft().reschedule(asyncio.get_running_loop().time())
+            worker.open_polls.pop(0).reschedule(asyncio.get_running_loop().time())
         try:
             yield
         finally:
@@ -219,10 +221,19 @@ class Fleet:
         """Whether the worker polls, or was heard of lately, and has not left."""
         return not worker.left and (worker.polls > 0 or now - worker.last_seen < self._away_after_s)
 
-    def idle_trainers(self, trusted_at: float | None = None) -> tuple[str, ...]:
-        """Names of the trainers that poll and hold no task; with a time, only of those that are trusted then."""
-        idle = (w for w in self if w.polls and not w.left and w.token is None and not w.evaluator)
-        return tuple(w.name for w in idle if trusted_at is None or not w.trust.doubted(trusted_at))
+    def idle_trainers(self) -> tuple[str, ...]:
+        """Names of the trainers that poll and hold no task."""
+        return tuple(w.name for w in self if w.polls and not w.left and w.token is None and not w.evaluator)
+
+    def doubted(self, now: float) -> frozenset[str]:
+        """Names of the workers that rounds cannot count on; there mostly are none."""
+        if self._doubted:
+            self._doubted = {name for name in self._doubted if self._is_doubted(name, now)}
+        return frozenset(self._doubted)
+
+    def _is_doubted(self, name: str, now: float) -> bool:
+        worker = self.find(name)
+        return worker is not None and worker.trust.doubted(now)
 
     def histories(self) -> Histories:
         """What is remembered of each trainer that has had a task."""
@@ -246,9 +257,9 @@ class Fleet:
             if (worker := self.find(name)) is not None:
                 worker.history = history
 
-    def live_trainers(self, now: float, trusted: bool = False) -> int:
-        """How many trainers are alive, all of them or those that are `trusted`."""
-        return sum(self.alive(w, now) and not w.evaluator and not (trusted and w.trust.doubted(now)) for w in self)
+    def live_trainers(self, now: float, but: Container[str] = ()) -> int:
+        """How many trainers are alive, those named in `but` left out."""
+        return sum(self.alive(w, now) and not w.evaluator and w.name not in but for w in self)
 
     def judge(self, round_: Round, now: float) -> list[str]:
         """Note who held up a round that has ended; names of those that are doubted for it."""
@@ -259,6 +270,7 @@ class Fleet:
                 worker.trust = worker.trust.after(round_, task, now)
                 if worker.trust.doubted(now):
                     doubted.append(worker.name)
+        self._doubted.update(doubted)
         return doubted
 
     def live_evaluators(self, now: float) -> list[Worker]:
