@@ -69,7 +69,7 @@ class Recovery:
             it.run.id, it.run.phase = run_id, cast(RunPhase, phase)
             it.run.reason, it.run.started_at = reason, started_at
             it.run.paused_reason = await it.in_database(it.store.paused_reason)
-        await self._compare_settings()
+        changed = await self._changed_settings()
         sessions = await it.in_database(it.store.sessions)
         await self._check_folder(stored is not None)
         for registration, history in await it.in_database(lambda: list(it.store.workers())):
@@ -77,6 +77,7 @@ class Recovery:
             it.fleet.restore(registration, history, it.clock(), session)
         it.last_record = await it.in_database(it.store.round)
         await self._recover_model()
+        await self._take_settings(changed)
         await self._recall_costs()
         open_round = await it.in_database(it.store.open_round)
         if open_round is not None and open_round.record.kind == TASK_KIND_INITIALIZE and it.run.began:
@@ -95,18 +96,20 @@ class Recovery:
         await it.save_run()
         return last_number
 
-    async def _compare_settings(self) -> None:
-        """Tell which settings are not those of the last start. Raises `UsageError` for one that may not change."""
-        it, now = self._it, compared_text(self._settings)
-        before = await it.in_database(it.store.settings)
-        changed = changes(before, now) if before else {}
+    async def _changed_settings(self) -> dict[str, str]:
+        """What is not as at the last start. Raises `UsageError` for a setting that may not change."""
+        before = await self._it.in_database(self._it.store.settings)
+        return changes(before, compared_text(self._settings)) if before else {}
+
+    async def _take_settings(self, changed: Mapping[str, str]) -> None:
+        """Tell what has changed, and keep the settings: nothing refuses to start any more."""
+        it = self._it
         if OPTIMIZER in changed:
             log.warning("the server optimizer's state begins anew", changed=changed[OPTIMIZER])
             await asyncio.to_thread(it.models.forget_memories)
         if changed:
-            log.info("settings changed", run=self._settings.run_name, changed=changed)
-        if before != now:
-            await it.in_database(it.store.save_settings, now)
+            log.info("settings changed", run=self._settings.run_name, changed=dict(changed))
+        await it.in_database(it.store.save_settings, compared_text(self._settings))
 
     async def _check_folder(self, known: bool) -> None:
         """Folder and database are of one run and one time. Raises `UsageError` where they are not: to go on would
