@@ -8,6 +8,7 @@ from fedgrpc.aggregator.commit import Commit
 from fedgrpc.aggregator.model_file import ModelFile, write_model
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.codec.layout import TensorRole, TensorSpec
+from fedgrpc.tree.mean import mean_tensors
 from tests.aggregator.updates import accept
 
 MASK = np.triu(np.full((3, 3), -np.inf, np.float32), 1)
@@ -90,3 +91,26 @@ def test_the_largest_counter_is_kept(tmp_path):
     most = np.iinfo(np.int64).max
     new = written(tmp_path, {"a": update([1, 1, 1], most), "b": update([1, 1, 1], most)})
     assert new["bn.num_batches_tracked"] > most - 2**12
+
+
+def test_a_leaf_s_mean_gives_the_version_that_its_workers_would_have_given(tmp_path):
+    alone = {"w": np.ones(2, np.float32)}
+    updates = {"a": update([4, 0, 1e-8], 10, 4), "b": update([8, 0, 3e-8], 11, 6), "c": alone}
+    weights = {"a": 1.0, "b": 3.0, "c": 4.0}
+    journal = UploadJournal(tmp_path / "leaf")
+    for token, tensors in updates.items():
+        accept(journal, token, tensors)
+    mean = mean_tensors(LAYOUT, list(weights.items()), journal.load, {}, {}, {})
+    accept(journal, "leaf", {spec.name: array for spec, array in mean})
+    write_model(tmp_path / "1", LAYOUT, BASE)
+    found = []
+    for pairs, merged in (list(weights.items()), {}), ([("leaf", 8.0)], {"leaf": 8.0}):
+        base = ModelFile.open(tmp_path / "1")
+        Commit(base, None, server_optimizer("fedadam"), pairs, journal.load, merged=merged).write(
+            tmp_path / "2", tmp_path / "memory-2"
+        )
+        model = ModelFile.open(tmp_path / "2")
+        found.append({spec.name: model.tensor(index) for index, spec in enumerate(model.layout)})
+    for name, values in found[0].items():
+        np.testing.assert_allclose(found[1][name], values, rtol=1e-6)
+    assert found[0]["bn.running_var"].tolist() == pytest.approx([7, 0, 2.5e-8])
