@@ -16,7 +16,7 @@ from fedgrpc.aggregator.model_file import ModelFile, write_model
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.errors import CorruptError, StorageError, UnusableUpdate, UpdateRefused
-from tests.aggregator.updates import accept
+from tests.support.stored_updates import accept
 
 RNG = np.random.default_rng(7)
 SHAPES = {"conv": (8, 3, 5, 5), "bias": (8,), "scalar": (), "empty": (0, 4), "long": (3000,)}

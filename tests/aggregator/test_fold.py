@@ -13,7 +13,7 @@ from fedgrpc.aggregator.fold import PIECE, Fold
 from fedgrpc.aggregator.model_file import ModelFile, write_model
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.codec.layout import TensorSpec, layout_of
-from tests.aggregator.updates import accept
+from tests.support.stored_updates import accept
 
 LARGE = TensorSpec("large", "float32", (5, PIECE // 2 + 77))
 # Too small to be encoded: it travels as it is.

@@ -4,7 +4,7 @@ from fedgrpc.aggregator.kinds import policy_of
 from fedgrpc.rounds.events import Select
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
-from tests.rounds.scenario import Scenario
+from tests.support.round_scenario import Scenario
 
 POLICY = RoundPolicy(min_workers=3, min_sample_size=2, quorum=2, over_selection=2.0, selection_window_s=30.0)
 

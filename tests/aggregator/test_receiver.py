@@ -15,11 +15,11 @@ from fedgrpc.errors import Exhausted, RoundClosed
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import aggregator_pb2 as pb
-from tests.aggregator.updates import chunk, encoded, header_of
-from tests.federation.federation import PATIENCE_S, Device, aggregating, refused, update_of
-from tests.federation.federation import chunk as upload_chunk
-from tests.federation.federation import chunks as upload_chunks
-from tests.federation.federation import encoded as by_hand
+from tests.support.running_federation import PATIENCE_S, Device, aggregating, refused, update_of
+from tests.support.running_federation import chunk as upload_chunk
+from tests.support.running_federation import chunks as upload_chunks
+from tests.support.running_federation import encoded as by_hand
+from tests.support.stored_updates import chunk, encoded, header_of
 
 
 async def tasks_out(running):

@@ -7,7 +7,7 @@ from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.state import Round
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN
-from tests.federation.federation import aggregating
+from tests.support.running_federation import aggregating
 
 
 def test_a_wall_clock_that_was_set_does_not_change_how_long_a_round_took() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.tree.mean import mean_tensors
-from tests.aggregator.updates import accept
+from tests.support.stored_updates import accept
 
 RNG = np.random.default_rng(11)
 WEIGHTS = {"a": 3.0, "b": 100.0, "c": 0.5}

@@ -16,7 +16,7 @@ from fedgrpc.codec.manifest import Manifest, TensorEntry
 from fedgrpc.codec.payload import tensors_of
 from fedgrpc.codec.uniform import Uniform
 from fedgrpc.errors import CorruptError, StorageError, TooLargeError, WrongOffset
-from tests.aggregator.updates import accept, chunk, encoded, header_of
+from tests.support.stored_updates import accept, chunk, encoded, header_of
 
 TENSORS = {"w": np.arange(1000, dtype=np.float32), "n": np.array(3)}
 MANIFEST, PAYLOAD = encoded(TENSORS)

@@ -21,7 +21,7 @@ from fedgrpc.cli.demo.processes import die_with
 from fedgrpc.cli.demo.report import make_report, verdict_line
 from fedgrpc.v1.aggregator_pb2 import Run
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind
-from tests.cli.process import fedgrpc, running
+from tests.support.command_line import fedgrpc, running
 
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")

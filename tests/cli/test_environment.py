@@ -10,7 +10,7 @@ import pytest
 
 from fedgrpc.cli.options import check_variables
 from fedgrpc.errors import UsageError
-from tests.cli.process import environment, fedgrpc, running
+from tests.support.command_line import environment, fedgrpc, running
 
 PREFIX = "FEDGRPC_AGGREGATOR_"
 KNOWN = [PREFIX + key for key in ("ROUNDS", "ADDRESS", "PORT_FILE", "MIN_WORKERS", "DEADLINE")]

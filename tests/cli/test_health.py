@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.process import (
+from tests.support.command_line import (
     NUMPY_TASK,
     environment,
     fedgrpc,
@@ -19,7 +19,7 @@ from tests.cli.process import (
     until_line,
     worker_arguments,
 )
-from tests.federation.process import free_address
+from tests.support.processes import free_address
 
 
 def test_a_serving_aggregator_is_healthy_as_a_whole_and_by_service(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from fedgrpc.aggregator.model_file import ModelFile
 from fedgrpc.codec.layout import TensorRole
-from tests.cli.process import NUMPY_TASK, fedgrpc, running_aggregator
+from tests.support.command_line import NUMPY_TASK, fedgrpc, running_aggregator
 
 
 def test_init_writes_the_untrained_model_of_a_task_that_an_aggregator_starts_from(tmp_path: Path) -> None:

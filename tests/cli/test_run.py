@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.process import (
+from tests.support.command_line import (
     NUMPY_TASK,
     environment,
     fedgrpc,
@@ -23,7 +23,7 @@ from tests.cli.process import (
     until_line,
     worker_arguments,
 )
-from tests.federation.process import free_address
+from tests.support.processes import free_address
 
 _AGGREGATOR = ("--task", NUMPY_TASK, "--min-workers", "2", "--rounds", "3", "--epochs", "1", "--seed", "1")
 

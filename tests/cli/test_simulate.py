@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cli.process import fedgrpc, running
+from tests.support.command_line import fedgrpc, running
 
 FLEET = """
 [model]

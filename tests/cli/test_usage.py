@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.process import Ended, fedgrpc, running_aggregator, worker_arguments
+from tests.support.command_line import Ended, fedgrpc, running_aggregator, worker_arguments
 
 
 def _is_one_line(ended: Ended, *parts: str, code: int = 2) -> None:

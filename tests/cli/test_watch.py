@@ -7,8 +7,8 @@ import signal
 import sqlite3
 from pathlib import Path
 
-from tests.cli.process import NUMPY_TASK, fedgrpc, running, until_line, worker_arguments
-from tests.federation.process import free_address
+from tests.support.command_line import NUMPY_TASK, fedgrpc, running, until_line, worker_arguments
+from tests.support.processes import free_address
 
 _RUN = ("--task", NUMPY_TASK, "--min-workers", "1", "--rounds", "2", "--epochs", "1")
 

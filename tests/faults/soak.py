@@ -26,10 +26,10 @@ from safetensors.numpy import save_file
 
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
-from tests.faults.link import Link
 from tests.faults.tasks import ZEROS, Adding, changes_of
-from tests.federation.federation import aggregating, working
-from tests.federation.process import aggregator_process, process
+from tests.support.processes import aggregator_process, process
+from tests.support.running_federation import aggregating, working
+from tests.support.unreliable_link import Link
 
 _MANY_ROUNDS = 1_000_000
 _STOPPED = "the soak is over"

@@ -19,7 +19,7 @@ from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, device_pb2, round_pb2
 from tests.faults.tasks import change
-from tests.federation.federation import Device, chunks, encoded
+from tests.support.running_federation import Device, chunks, encoded
 
 _CHUNK_BYTES = 128 << 10
 _PAUSE_S = 0.05

@@ -20,8 +20,8 @@ from fedgrpc.v1 import round_pb2
 from tests.faults.points import AGGREGATOR
 from tests.faults.steadfast import Judge, Recovery, Steadfast
 from tests.faults.tasks import MODEL
-from tests.federation.federation import PATIENCE_S
-from tests.federation.process import free_address, process
+from tests.support.processes import free_address, process
+from tests.support.running_federation import PATIENCE_S
 
 pytestmark = pytest.mark.faults
 

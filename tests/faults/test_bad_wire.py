@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 
 from fedgrpc.v1 import round_pb2
 from tests.faults.wire import Wire
-from tests.federation.federation import PATIENCE_S, aggregating
-from tests.federation.process import process
+from tests.support.processes import process
+from tests.support.running_federation import PATIENCE_S, aggregating
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 

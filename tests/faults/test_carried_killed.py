@@ -12,8 +12,8 @@ import pytest
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from tests.faults.points import CARRYING
-from tests.federation.federation import Device, chunks, encoded, update_of
-from tests.federation.process import aggregator_process
+from tests.support.processes import aggregator_process
+from tests.support.running_federation import Device, chunks, encoded, update_of
 
 pytestmark = pytest.mark.faults
 

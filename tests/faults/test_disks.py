@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 
 from fedgrpc.v1 import round_pb2
 from tests.faults.tasks import MODEL
-from tests.federation.federation import Shifter, aggregating, refused, working
-from tests.federation.process import process
 from tests.federation.test_data_folder import Serving, health_becomes
+from tests.support.processes import process
+from tests.support.running_federation import Shifter, aggregating, refused, working
 
 MIB = 1 << 20
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.faults.link import Link
+from tests.support.unreliable_link import Link
 
 
 async def echo(reader, writer):

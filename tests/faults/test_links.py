@@ -16,11 +16,11 @@ from fedgrpc.rpc.server import aggregator_service, serve
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
 from fedgrpc.worker.partial import received_bytes
-from tests.faults.link import Link
 from tests.faults.soak import SPARE_FILES, SPARE_TASKS, flap
 from tests.faults.steadfast import Steadfast
 from tests.faults.tasks import MODEL
-from tests.federation.federation import PATIENCE_S, Device, Shifter, aggregating, working
+from tests.support.running_federation import PATIENCE_S, Device, Shifter, aggregating, working
+from tests.support.unreliable_link import Link
 
 pytestmark = pytest.mark.faults
 

@@ -18,8 +18,8 @@ from safetensors.numpy import save_file
 
 from fedgrpc.v1 import round_pb2
 from tests.faults.tasks import ZEROS
-from tests.federation.federation import aggregating
-from tests.federation.process import process
+from tests.support.processes import process
+from tests.support.running_federation import aggregating
 
 DOWN_S = [1.0, float(os.environ.get("FEDGRPC_DOWN_S", "75"))]
 

@@ -15,11 +15,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from fedgrpc.v1 import round_pb2
-from tests.faults.link import Link
 from tests.faults.points import TRAINED_AGAIN, WORKER
 from tests.faults.tasks import MODEL, Repeatable
-from tests.federation.federation import aggregating, working
-from tests.federation.process import process
+from tests.support.processes import process
+from tests.support.running_federation import aggregating, working
+from tests.support.unreliable_link import Link
 
 pytestmark = pytest.mark.faults
 

@@ -8,7 +8,7 @@ import pytest
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS, server_optimizer
 from fedgrpc.aggregator.settings import TrainingPlan
 from fedgrpc.worker.trainer import TrainJob, TrainResult, load_trainer
-from tests.federation.federation import aggregating, working
+from tests.support.running_federation import aggregating, working
 
 
 async def test_one_worker_and_one_epoch_equal_local_training(tmp_path):

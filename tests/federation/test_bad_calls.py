@@ -5,8 +5,8 @@ import pytest
 from fedgrpc.rpc.convert import duration_to_proto
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
-from tests.federation.federation import Device, aggregating, refused
 from tests.federation.test_bad_input import finishes_with_both, two_devices
+from tests.support.running_federation import Device, aggregating, refused
 
 CALLS = {
     "PushUpdate": lambda device, task: device.push(task),

@@ -14,7 +14,7 @@ import zstandard
 
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2, tensor_pb2
-from tests.federation.federation import MODEL, aggregating, chunk, chunks, encoded, refused, update_of
+from tests.support.running_federation import MODEL, aggregating, chunk, chunks, encoded, refused, update_of
 
 
 @asynccontextmanager

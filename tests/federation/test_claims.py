@@ -8,8 +8,8 @@ from safetensors.numpy import save_file
 
 from fedgrpc.rounds.choosing import Choosing
 from fedgrpc.v1 import device_pb2, round_pb2
-from tests.federation.federation import MODEL, Device, aggregating, refused, update_of
-from tests.federation.tree import leading
+from tests.support.running_federation import MODEL, Device, aggregating, refused, update_of
+from tests.support.running_tree import leading
 
 REJECTED, ACCEPTED = round_pb2.TASK_PHASE_REJECTED, round_pb2.TASK_PHASE_ACCEPTED
 MOST = 2**64 - 1

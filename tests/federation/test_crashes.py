@@ -13,7 +13,9 @@ import pytest
 
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
-from tests.federation.federation import (
+from tests.support.learning_tasks import Recorded
+from tests.support.processes import again, aggregator_process, free_address, worker_process
+from tests.support.running_federation import (
     MODEL,
     PATIENCE_S,
     Shifter,
@@ -23,8 +25,6 @@ from tests.federation.federation import (
     update_of,
     working,
 )
-from tests.federation.process import again, aggregator_process, free_address, worker_process
-from tests.federation.tasks import Recorded
 
 ACCEPTED = round_pb2.TASK_PHASE_ACCEPTED
 RNG = np.random.default_rng(11)

@@ -3,7 +3,7 @@
 import asyncio
 
 from fedgrpc.v1 import round_pb2
-from tests.federation.federation import PATIENCE_S, Device, aggregating, refused
+from tests.support.running_federation import PATIENCE_S, Device, aggregating, refused
 
 
 async def test_a_new_device_finds_a_place_among_names_that_never_delivered_also_after_a_restart(tmp_path):

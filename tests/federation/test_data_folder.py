@@ -16,8 +16,16 @@ from fedgrpc.aggregator.server import Aggregator
 from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.v1 import round_pb2
-from tests.cli.process import fedgrpc
-from tests.federation.federation import MODEL, PATIENCE_S, Device, aggregating, refused, settings_for, update_of
+from tests.support.command_line import fedgrpc
+from tests.support.running_federation import (
+    MODEL,
+    PATIENCE_S,
+    Device,
+    aggregating,
+    refused,
+    settings_for,
+    update_of,
+)
 
 Serving = health_pb2.HealthCheckResponse
 

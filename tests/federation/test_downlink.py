@@ -14,7 +14,7 @@ from fedgrpc.rpc.convert import manifest_from_proto
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.held import ModelFolder, Source
 from fedgrpc.worker.trainer import TrainResult
-from tests.federation.federation import PATIENCE_S, Shifter, aggregating, working
+from tests.support.running_federation import PATIENCE_S, Shifter, aggregating, working
 
 INT8 = {"download_recipe": "int8+zstd"}
 ALONE = {"min_workers": 1}

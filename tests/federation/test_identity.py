@@ -10,9 +10,9 @@ from fedgrpc.rpc.channel import Tls, open_channel
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc
-from tests.certificates import make_authority, make_certificate, tls_flags
-from tests.federation.federation import settings_for
-from tests.federation.process import process
+from tests.support.certificates import make_authority, make_certificate, tls_flags
+from tests.support.processes import process
+from tests.support.running_federation import settings_for
 
 RULES = ("--certificate-names", "--operator", "chief")
 
@@ -36,7 +36,7 @@ def worker_process(tmp_path, pki, port, name, certificate):
     data = tmp_path / f"data-{name}-{certificate}"
     data.mkdir()
     place = ["--aggregator", f"127.0.0.1:{port}", "--serve-address", "none", "--data", data]
-    place += ["--name", name, "--state-dir", data / "state", "--task", "tests.federation.tasks:Recorded"]
+    place += ["--name", name, "--state-dir", data / "state", "--task", "tests.support.learning_tasks:Recorded"]
     return process("worker", *place, *tls_flags(pki, certificate))
 
 

@@ -12,7 +12,7 @@ from fedgrpc.errors import UsageError
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
-from tests.federation.federation import MODEL, Device, aggregating, refused, update_of
+from tests.support.running_federation import MODEL, Device, aggregating, refused, update_of
 
 HUGE = 1 << 40
 LEADING = device_pb2.WORKER_ROLE_AGGREGATOR

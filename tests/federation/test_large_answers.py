@@ -6,8 +6,8 @@ from fedgrpc.cli.operator import operator
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
-from tests.cli.process import fedgrpc
-from tests.federation.federation import aggregating, refused
+from tests.support.command_line import fedgrpc
+from tests.support.running_federation import aggregating, refused
 
 COMMITTED = round_pb2.ROUND_PHASE_COMMITTED
 ACCEPTED, LATE = round_pb2.TASK_PHASE_ACCEPTED, round_pb2.TASK_PHASE_LATE

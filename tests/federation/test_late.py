@@ -9,7 +9,8 @@ import pytest
 from fedgrpc.aggregation.scale import staleness_scale
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
-from tests.federation.federation import (
+from tests.support.processes import aggregator_process
+from tests.support.running_federation import (
     MODEL,
     Device,
     Shifter,
@@ -20,7 +21,6 @@ from tests.federation.federation import (
     update_of,
     working,
 )
-from tests.federation.process import aggregator_process
 
 ACCEPTED, LATE = round_pb2.TASK_PHASE_ACCEPTED, round_pb2.TASK_PHASE_LATE
 # Every worker that has registered is waited for, as long as it takes.

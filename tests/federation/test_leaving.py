@@ -12,8 +12,8 @@ from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.run import Worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Role
-from tests.federation.federation import Shifter, aggregating
-from tests.federation.tree import leading
+from tests.support.running_federation import Shifter, aggregating
+from tests.support.running_tree import leading
 
 ALONE = {"min_workers": 1, "selection_window_s": 600.0, "lease_s": 10_000.0, "deadline_s": 20_000.0}
 

@@ -10,7 +10,7 @@ from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN
 from fedgrpc.worker.throttle import Throttle
 from fedgrpc.worker.trainer import EvalResult, TrainResult
-from tests.federation.federation import PATIENCE_S, Device, aggregating, refused, working
+from tests.support.running_federation import PATIENCE_S, Device, aggregating, refused, working
 
 UPLOAD = "entropy:c=1,rounding=nearest+zstd below 1mbit | int8+zstd | raw"
 DIFFERENCE = "entropy:c=1,rounding=nearest+zstd below 1mbit | int8+zstd | raw"

@@ -29,7 +29,7 @@ from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.run import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.trainer import EvalResult, TrainJob, TrainResult, Weights
-from tests.federation.federation import aggregating, refused
+from tests.support.running_federation import aggregating, refused
 
 # What it says of its device, or just its class; and its trainer.
 Worker = tuple[str | dict[str, Any], Any]

@@ -9,9 +9,9 @@ import pytest
 
 from fedgrpc.rpc.identity import Session
 from fedgrpc.v1 import aggregator_pb2 as pb
-from tests.federation.federation import PATIENCE_S, Device, Shifter, aggregating, refused, update_of, working
-from tests.federation.process import aggregator_process, worker_process
-from tests.federation.tasks import Recorded
+from tests.support.learning_tasks import Recorded
+from tests.support.processes import aggregator_process, worker_process
+from tests.support.running_federation import PATIENCE_S, Device, Shifter, aggregating, refused, update_of, working
 
 ONE = {"min_workers": 1}
 CARD_1, CARD_2 = Session("card-1", "p1"), Session("card-2", "p2")

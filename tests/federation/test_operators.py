@@ -12,7 +12,7 @@ from fedgrpc.rpc.channel import open_channel
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
 from fedgrpc.worker.task import Role
-from tests.federation.federation import MODEL, PATIENCE_S, Shifter, aggregating, refused, update_of, working
+from tests.support.running_federation import MODEL, PATIENCE_S, Shifter, aggregating, refused, update_of, working
 
 COMMITTED = round_pb2.ROUND_PHASE_COMMITTED
 

@@ -12,9 +12,9 @@ from safetensors.numpy import save_file
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, TASK_KIND_TRAIN
-from tests.federation.federation import PATIENCE_S
-from tests.federation.process import ROOT, again, aggregator_process, free_address, worker_process
-from tests.federation.tasks import Sliced
+from tests.support.learning_tasks import Sliced
+from tests.support.processes import ROOT, again, aggregator_process, free_address, worker_process
+from tests.support.running_federation import PATIENCE_S
 
 TIMINGS = {
     1: device_pb2.Timings(download_seconds=1, local_seconds=8, upload_seconds=2),
@@ -107,7 +107,7 @@ async def test_plans_by_class_and_layers_at_home_hold_over_a_kill_and_operators_
     (tmp_path / "home-data" / "change").write_text("1000")
     arguments = ("--rounds", 200, "--min-workers", 3, "--quorum", 3, "--local-models", tmp_path / "plans.toml")
     asked = ("--aggregator", address)
-    task = ("--task", "tests.federation.tasks:Sliced", "--data", tmp_path)
+    task = ("--task", "tests.support.learning_tasks:Sliced", "--data", tmp_path)
 
     async with AsyncExitStack() as stack:
 

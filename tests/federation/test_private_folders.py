@@ -2,8 +2,8 @@
 
 import stat
 
-from tests.federation.federation import aggregating
-from tests.federation.process import aggregator_process, worker_process
+from tests.support.processes import aggregator_process, worker_process
+from tests.support.running_federation import aggregating
 
 
 def readable_by_others(folder):

@@ -14,8 +14,8 @@ from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.rpc.convert import manifest_from_proto
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
-from tests.aggregator.updates import chunk
-from tests.federation.federation import MODEL, Device, Shifter, aggregating, encoded, update_of, working
+from tests.support.running_federation import MODEL, Device, Shifter, aggregating, encoded, update_of, working
+from tests.support.stored_updates import chunk
 
 ABANDONED, COMMITTED = round_pb2.ROUND_PHASE_ABANDONED, round_pb2.ROUND_PHASE_COMMITTED
 

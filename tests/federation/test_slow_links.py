@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.faults.link import Link
-from tests.federation.federation import PATIENCE_S, Shifter, aggregating, working
+from tests.support.running_federation import PATIENCE_S, Shifter, aggregating, working
+from tests.support.unreliable_link import Link
 
 TENSORS = {"w": np.random.default_rng(1).normal(size=40_000).astype(np.float32)}
 SIZE_BYTES = TENSORS["w"].nbytes

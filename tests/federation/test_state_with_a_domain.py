@@ -11,7 +11,7 @@ from fedgrpc.errors import TaskUnfit, UsageError
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import tensor_pb2
 from fedgrpc.worker.trainer import EvalResult, TrainResult
-from tests.federation.federation import PATIENCE_S, Shifter, aggregating, chunks, encoded, refused, working
+from tests.support.running_federation import PATIENCE_S, Shifter, aggregating, chunks, encoded, refused, working
 
 torch = pytest.importorskip("torch")
 

@@ -9,7 +9,7 @@ import pytest
 from fedgrpc.rpc.client_stream import ClientStream
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
-from tests.federation.federation import MODEL, PATIENCE_S, aggregating, chunks, encoded, refused, update_of
+from tests.support.running_federation import MODEL, PATIENCE_S, aggregating, chunks, encoded, refused, update_of
 
 ACCEPTED, LATE = round_pb2.TASK_PHASE_ACCEPTED, round_pb2.TASK_PHASE_LATE
 FAILED, EXPIRED = round_pb2.TASK_PHASE_FAILED, round_pb2.TASK_PHASE_EXPIRED

@@ -13,7 +13,7 @@ import pytest
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
-from tests.federation.federation import (
+from tests.support.running_federation import (
     MODEL,
     PATIENCE_S,
     Device,

@@ -14,8 +14,8 @@ from fedgrpc.data.partition import parse_partition
 from fedgrpc.data.shares import save_share, write_shares
 from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.trainer import EvalResult, TrainResult, load_trainer
-from tests.federation.federation import MODEL, Shifter, aggregating, working
-from tests.federation.process import aggregator_process, worker_process
+from tests.support.processes import aggregator_process, worker_process
+from tests.support.running_federation import MODEL, Shifter, aggregating, working
 
 ONE = {"min_workers": 1}
 

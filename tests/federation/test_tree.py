@@ -13,9 +13,9 @@ from fedgrpc.aggregator.settings import TrainingPlan
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
 from fedgrpc.worker.task import Role
-from tests.federation.federation import MODEL, Shifter, aggregating, working
 from tests.federation.test_local_models import Adder, play
-from tests.federation.tree import leading
+from tests.support.running_federation import MODEL, Shifter, aggregating, working
+from tests.support.running_tree import leading
 
 ROUNDS = 3
 

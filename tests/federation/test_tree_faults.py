@@ -11,7 +11,8 @@ import pytest
 
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
-from tests.federation.federation import (
+from tests.support.processes import again, aggregator_process, free_address
+from tests.support.running_federation import (
     MODEL,
     PATIENCE_S,
     Shifter,
@@ -21,8 +22,7 @@ from tests.federation.federation import (
     update_of,
     working,
 )
-from tests.federation.process import again, aggregator_process, free_address
-from tests.federation.tree import leading, leaf_process
+from tests.support.running_tree import leading, leaf_process
 
 pytestmark = pytest.mark.faults
 

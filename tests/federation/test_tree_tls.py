@@ -7,9 +7,9 @@ import pytest
 from fedgrpc.rpc.channel import Tls, open_channel
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
-from tests.certificates import make_authority, make_certificate, tls_flags
-from tests.federation.federation import settings_for
-from tests.federation.process import free_address, process
+from tests.support.certificates import make_authority, make_certificate, tls_flags
+from tests.support.processes import free_address, process
+from tests.support.running_federation import settings_for
 
 pytestmark = pytest.mark.faults
 
@@ -42,7 +42,7 @@ def worker_process(tmp_path, pki, port, name):
     data.mkdir()
     place = ["--aggregator", f"127.0.0.1:{port}", "--serve-address", "none"]
     place += ["--name", name, "--state-dir", tmp_path / name]
-    task = ["--task", "tests.federation.tasks:Recorded", "--data", data]
+    task = ["--task", "tests.support.learning_tasks:Recorded", "--data", data]
     return process("worker", *place, *task, *tls_flags(pki, "worker"))
 
 

@@ -12,7 +12,7 @@ from fedgrpc.errors import UsageError
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
 from fedgrpc.worker.trainer import TrainResult
-from tests.federation.federation import (
+from tests.support.running_federation import (
     MODEL,
     Shifter,
     aggregating,

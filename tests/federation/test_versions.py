@@ -12,9 +12,9 @@ from fedgrpc.cli.view import rounds_table, run_line
 from fedgrpc.errors import UsageError
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
-from tests.federation.federation import MODEL, Device, aggregating, refused, update_of
-from tests.federation.process import aggregator_process
 from tests.federation.test_data_folder import fails_to_start
+from tests.support.processes import aggregator_process
+from tests.support.running_federation import MODEL, Device, aggregating, refused, update_of
 
 ABANDONED, COMMITTED = round_pb2.ROUND_PHASE_ABANDONED, round_pb2.ROUND_PHASE_COMMITTED
 

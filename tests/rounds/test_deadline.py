@@ -23,7 +23,7 @@ from fedgrpc.rounds.history import (
     usual_parts,
 )
 from fedgrpc.rounds.policy import RoundPolicy
-from tests.rounds.scenario import Scenario
+from tests.support.round_scenario import Scenario
 
 
 def _history(*timings: Timing) -> WorkerHistory:

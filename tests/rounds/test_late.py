@@ -10,7 +10,7 @@ from fedgrpc.errors import RoundClosed, UsageError
 from fedgrpc.rounds.events import Accepted, Cancel, Carry, Select, Selected, TaskPhase, Tick
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.state import RoundPhase, follow, restore, step, wake_at
-from tests.rounds.scenario import Effects, Scenario, cancelled, committed_tokens, finished
+from tests.support.round_scenario import Effects, Scenario, cancelled, committed_tokens, finished
 
 
 def _carried(effects: Effects) -> set[str]:

@@ -8,7 +8,7 @@ from fedgrpc.errors import RoundClosed
 from fedgrpc.rounds.events import Commit, Finished, Rejected, TaskPhase
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.state import RoundPhase
-from tests.rounds.scenario import Scenario
+from tests.support.round_scenario import Scenario
 
 
 def _committing(quorum: int) -> Scenario:

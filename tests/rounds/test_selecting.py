@@ -8,7 +8,7 @@ from fedgrpc.errors import IllegalTransition
 from fedgrpc.rounds.events import Offer, Select, TaskPhase
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.state import RoundPhase, wake_at
-from tests.rounds.scenario import Scenario, committed_tokens, finished
+from tests.support.round_scenario import Scenario, committed_tokens, finished
 
 
 def test_a_round_waits_until_enough_workers_are_idle() -> None:

@@ -8,7 +8,7 @@ from fedgrpc.errors import IllegalTransition, RoundClosed, UnknownTask
 from fedgrpc.rounds.events import Offer, Select, TaskPhase, Tick
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.state import RoundPhase, restore, step, time_left, wake_at
-from tests.rounds.scenario import Scenario, cancelled, committed_tokens, finished
+from tests.support.round_scenario import Scenario, cancelled, committed_tokens, finished
 
 # Reporting.
 

@@ -6,7 +6,7 @@ import pytest
 
 from fedgrpc.rounds.events import Accepted, Deadline, Progress, Select, Selected, TaskPhase
 from fedgrpc.rounds.policy import RoundPolicy
-from tests.rounds.scenario import Effects, Scenario, cancelled, committed_tokens, finished
+from tests.support.round_scenario import Effects, Scenario, cancelled, committed_tokens, finished
 
 MIB = 1 << 20
 

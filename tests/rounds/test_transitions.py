@@ -23,7 +23,7 @@ from fedgrpc.rounds.events import (
 )
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.state import RoundPhase, step
-from tests.rounds.scenario import Scenario
+from tests.support.round_scenario import Scenario
 
 KNOWN: dict[type, Event] = {
     Pool: Pool((), 0),

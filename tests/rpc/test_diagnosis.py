@@ -10,8 +10,8 @@ from fedgrpc.rpc.channel import Tls, open_channel
 from fedgrpc.rpc.diagnosis import explain, proxy_for
 from fedgrpc.rpc.server import serve
 from fedgrpc.rpc.status import domain_errors
-from tests.certificates import make_authority, make_certificate
-from tests.rpc.echo import call, echo_service
+from tests.support.certificates import make_authority, make_certificate
+from tests.support.echo_service import call, echo_service
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from fedgrpc.rpc.requests import SMALL_REQUEST_BYTES, CallRates, FirstMessages
 from fedgrpc.rpc.server import Service, serve
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import aggregator_pb2 as pb
-from tests.rpc.echo import NAME, SHAPES, call, echo_service
+from tests.support.echo_service import NAME, SHAPES, call, echo_service
 
 PATIENCE_S = 60.0
 

@@ -12,8 +12,8 @@ from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.channel import CLIENT_OPTIONS, SERVER_OPTIONS, Tls, open_channel
 from fedgrpc.rpc.server import Service, serve
 from fedgrpc.rpc.status import domain_errors
-from tests.certificates import make_authority, make_certificate
-from tests.rpc.echo import NAME, call, echo_service
+from tests.support.certificates import make_authority, make_certificate
+from tests.support.echo_service import NAME, call, echo_service
 
 Serving = health_pb2.HealthCheckResponse
 

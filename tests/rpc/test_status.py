@@ -10,7 +10,7 @@ from fedgrpc.errors import FedgrpcError, LinkError
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.server import serve
 from fedgrpc.rpc.status import ERROR_KEY, RETRY_KEY, domain_errors, error_from, status_of
-from tests.rpc.echo import SHAPES, call, echo_service
+from tests.support.echo_service import SHAPES, call, echo_service
 
 # As drawn in the docstring of fedgrpc.errors.
 TABLE = {

@@ -18,7 +18,7 @@ from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.profile import detect
 from fedgrpc.worker.task import Role
-from tests.federation.federation import PATIENCE_S, aggregating, encoded
+from tests.support.running_federation import PATIENCE_S, aggregating, encoded
 
 MIB = 1 << 20
 LARGE_UPLOAD_BYTES = AggregatorSettings.max_chunk_bytes

@@ -21,9 +21,9 @@ from fedgrpc.errors import LinkError
 from fedgrpc.rpc.channel import CLIENT_OPTIONS, SERVER_OPTIONS, open_channel
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc
-from tests.aggregator import updates
-from tests.federation.federation import Device, aggregating, chunks, encoded, refused, update_of
-from tests.rpc.echo import NAME, echo_service
+from tests.support import stored_updates as stored
+from tests.support.echo_service import NAME, echo_service
+from tests.support.running_federation import Device, aggregating, chunks, encoded, refused, update_of
 
 ALONE = {"min_workers": 1}
 
@@ -82,8 +82,8 @@ async def test_an_upload_that_breaks_at_any_byte_goes_on_there(tmp_path, seed):
 def _uploads(folder, count, size):
     journal = UploadJournal(folder, durable=False)
     values = np.random.default_rng(0).normal(size=size // 4).astype(np.float32)
-    manifest, payload = updates.encoded({"w": values})
-    uploads = [journal.begin(updates.header_of(manifest, f"t{number}"), manifest) for number in range(count)]
+    manifest, payload = stored.encoded({"w": values})
+    uploads = [journal.begin(stored.header_of(manifest, f"t{number}"), manifest) for number in range(count)]
     return uploads, payload
 
 

@@ -6,8 +6,8 @@ from fedgrpc.cli.worker import is_allowed
 from fedgrpc.errors import LayoutError
 from fedgrpc.v1 import aggregator_pb2, round_pb2
 from fedgrpc.worker.task import task_from_proto
-from tests.worker.living import Adds, run
-from tests.worker.peer import Peer, model, train_task
+from tests.support.fake_aggregator import Peer, model, train_task
+from tests.support.running_worker import Adds, run
 
 
 async def test_a_model_over_the_limit_is_given_back_and_not_taken(tmp_path):

@@ -14,7 +14,7 @@ from fedgrpc.worker.run import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import task_from_proto
 from fedgrpc.worker.trainer import TrainResult
-from tests.worker.peer import PATIENCE_S, Peer, model, serving, train_task
+from tests.support.fake_aggregator import PATIENCE_S, Peer, model, serving, train_task
 
 SIZE = 60_000
 

@@ -17,8 +17,8 @@ from fedgrpc.errors import (
 )
 from fedgrpc.worker.run import Worker, run_worker
 from fedgrpc.worker.settings import WorkerSettings
-from tests.worker.living import Adds, run, running, settings, spooled
-from tests.worker.peer import PATIENCE_S, SOON_S, Peer, model, serving, train_task
+from tests.support.fake_aggregator import PATIENCE_S, SOON_S, Peer, model, serving, train_task
+from tests.support.running_worker import Adds, run, running, settings, spooled
 
 
 async def test_a_paused_worker_takes_no_task_until_it_is_resumed(tmp_path):
@@ -171,7 +171,7 @@ from pathlib import Path
 from fedgrpc.worker.run import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.throttle import Throttle
-from tests.worker.living import Adds
+from tests.support.running_worker import Adds
 
 settings = WorkerSettings("pi-1", sys.argv[1], Path(sys.argv[2]) / "state", drain_s=float(sys.argv[3]),
                           serve_address=None, throttle=Throttle(link_bits_per_second=float(sys.argv[4])))

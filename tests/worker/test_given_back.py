@@ -14,8 +14,8 @@ from fedgrpc.errors import (
 from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.task import plan_from_proto
 from fedgrpc.worker.trainer import EvalResult, TrainResult
-from tests.worker.living import Adds, run, spooled
-from tests.worker.peer import Peer, model, train_task
+from tests.support.fake_aggregator import Peer, model, train_task
+from tests.support.running_worker import Adds, run, spooled
 
 
 class Raises(Adds):

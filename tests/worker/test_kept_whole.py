@@ -6,7 +6,7 @@ from structlog.testing import capture_logs
 from fedgrpc.aggregation.channels import ChannelGroup, ChannelMap, Segment
 from fedgrpc.worker.task import Plan
 from fedgrpc.worker.training import initialize
-from tests.worker.living import Adds
+from tests.support.running_worker import Adds
 
 
 class Sliced(Adds):

@@ -10,8 +10,8 @@ from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.run import Worker, run_worker
 from fedgrpc.worker.throttle import Throttle
 from fedgrpc.worker.trainer import TrainResult
-from tests.worker.living import Adds, run, running, settings, spooled
-from tests.worker.peer import PATIENCE_S, Peer, model, serving, train_task
+from tests.support.fake_aggregator import PATIENCE_S, Peer, model, serving, train_task
+from tests.support.running_worker import Adds, run, running, settings, spooled
 
 
 async def test_a_task_is_pulled_trained_and_pushed_as_a_difference(tmp_path):

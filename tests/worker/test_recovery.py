@@ -30,9 +30,9 @@ from fedgrpc.v1.aggregator_pb2 import ModelHeader, PullModelResponse
 from fedgrpc.worker.run import Worker, run_worker
 from fedgrpc.worker.throttle import Throttle
 from fedgrpc.worker.trainer import TrainResult
-from tests.federation.process import free_address
-from tests.worker.living import Adds, run, running, settings, spooled
-from tests.worker.peer import PATIENCE_S, SOON_S, Peer, model, serving, train_task
+from tests.support.fake_aggregator import PATIENCE_S, SOON_S, Peer, model, serving, train_task
+from tests.support.processes import free_address
+from tests.support.running_worker import Adds, run, running, settings, spooled
 
 
 def with_a_task(**about):

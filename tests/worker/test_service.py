@@ -15,8 +15,8 @@ from fedgrpc.rpc.server import WORKER
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import round_pb2, worker_pb2, worker_pb2_grpc
 from fedgrpc.worker.run import Worker
-from tests.worker.living import Adds, settings
-from tests.worker.peer import PATIENCE_S, SOON_S, Peer, model, serving, train_task
+from tests.support.fake_aggregator import PATIENCE_S, SOON_S, Peer, model, serving, train_task
+from tests.support.running_worker import Adds, settings
 
 
 @asynccontextmanager

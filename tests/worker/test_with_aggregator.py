@@ -17,7 +17,7 @@ from fedgrpc.worker.run import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Role
 from fedgrpc.worker.trainer import EvalResult, TrainResult
-from tests.federation.process import free_address
+from tests.support.processes import free_address
 
 
 class LeastSquares:

@@ -9,8 +9,8 @@ from fedgrpc.tree.run import Leaf
 from fedgrpc.v1 import aggregator_pb2_grpc
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Role
-from tests.federation.federation import PATIENCE_S, Running, settings_for
-from tests.federation.process import process
+from tests.support.processes import process
+from tests.support.running_federation import PATIENCE_S, Running, settings_for
 
 
 class RunningLeaf(Running):

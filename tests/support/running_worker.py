@@ -10,7 +10,7 @@ from fedgrpc.rpc.retry import Backoff
 from fedgrpc.worker.run import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.trainer import Cancelled, EvalResult, TrainResult
-from tests.worker.peer import PATIENCE_S, model, serving
+from tests.support.fake_aggregator import PATIENCE_S, model, serving
 
 
 class Adds:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.v1 import aggregator_pb2_grpc
-from tests.federation.federation import PATIENCE_S, Device, Running, settings_for
+from tests.support.running_federation import PATIENCE_S, Device, Running, settings_for
 
 ROOT = Path(__file__).parents[2]
 _LONGEST_LINE_BYTES = 1 << 20
@@ -132,11 +132,11 @@ async def aggregator_process(folder, *arguments, address="127.0.0.1:0", **how):
 
 @asynccontextmanager
 async def worker_process(running, folder, name, data, *arguments, task="Recorded"):
-    """A worker on a task of `tests.federation.tasks`, whose data folder is `data`."""
+    """A worker on a task of `tests.support.learning_tasks`, whose data folder is `data`."""
     data.mkdir(exist_ok=True)
     place = ["--aggregator", running.address, "--serve-address", "none"]
     place += ["--name", name, "--state-dir", folder / name]
-    learning = ["--task", f"tests.federation.tasks:{task}", "--data", data]
+    learning = ["--task", f"tests.support.learning_tasks:{task}", "--data", data]
     async with process("worker", *place, *learning, "--reconnect-first", "50ms", *arguments) as started:
         yield started
 
