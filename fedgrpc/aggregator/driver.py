@@ -29,9 +29,9 @@ from fedgrpc.aggregator.scores import for_log, scores_of
 from fedgrpc.aggregator.versions import Version, jump_to_proto
 from fedgrpc.errors import CodecError, IllegalTransition, NotFound, StorageError, UnusableUpdate, UpdateRefused
 from fedgrpc.rounds.best import Jump
-from fedgrpc.rounds.cause import Streak
 from fedgrpc.rounds.events import Abort, Cause, Commit, Committed, Finished, Select, TaskPhase, Tick
 from fedgrpc.rounds.history import WorkerHistory
+from fedgrpc.rounds.round import Streak
 from fedgrpc.rounds.state import Round, RoundPhase, step, wake_at, wants_pool
 from fedgrpc.rpc.retry import Backoff, Retries
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RUN_PHASE_PAUSED

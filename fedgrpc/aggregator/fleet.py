@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fedgrpc.errors import Exhausted, UnknownWorker, UsageError
-from fedgrpc.rounds.history import Histories, WorkerHistory
+from fedgrpc.rounds.history import Histories, Trust, WorkerHistory
 from fedgrpc.rounds.round import Round
-from fedgrpc.rounds.trust import Trust
 from fedgrpc.rpc.identity import Session
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.device_pb2 import WORKER_ROLE_AGGREGATOR, WORKER_ROLE_EVALUATOR

@@ -16,12 +16,13 @@ from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.history import (
     Timing,
     WorkerHistory,
+    cut_download,
+    cut_upload,
     ending,
     expected_parts,
     timing_of,
     timing_of_accepted,
 )
-from fedgrpc.rounds.link import cut_download, cut_upload
 from fedgrpc.rounds.state import Round, Task
 from fedgrpc.v1 import aggregator_pb2, device_pb2
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN

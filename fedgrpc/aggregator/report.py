@@ -13,7 +13,7 @@ from fedgrpc.aggregator.versions import jump_to_proto
 from fedgrpc.errors import UpdateRefused
 from fedgrpc.rounds import events
 from fedgrpc.rounds.best import Jump
-from fedgrpc.rounds.shares import Dominance, dominant
+from fedgrpc.rounds.policy import Dominance, dominant
 from fedgrpc.rounds.state import Round, Task, time_left
 from fedgrpc.rpc.convert import (
     Timings,

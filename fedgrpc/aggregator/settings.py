@@ -14,8 +14,8 @@ from fedgrpc.aggregator.negotiation import Negotiation
 from fedgrpc.aggregator.roles import Roles
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import UsageError
-from fedgrpc.rounds.choosing import Choosing
 from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.rounds.selection import Choosing
 from fedgrpc.rpc.channel import MAX_CHUNK_BYTES, Tls
 from fedgrpc.rpc.identity import Access
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedgrpc.aggregator.report import Report
-from fedgrpc.rounds.shares import capped
+from fedgrpc.rounds.policy import capped
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, TaskKind
 
 

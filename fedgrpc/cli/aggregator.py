@@ -22,8 +22,8 @@ from fedgrpc.cli.upstream import UPSTREAM, above_from
 from fedgrpc.errors import UsageError
 from fedgrpc.metrics import Metrics, serve_metrics
 from fedgrpc.process import keep_private
-from fedgrpc.rounds.choosing import Choosing
 from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.rounds.selection import Choosing
 from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.collector import collect_rarely
 from fedgrpc.tree.run import run_leaf

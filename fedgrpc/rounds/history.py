@@ -6,16 +6,27 @@ The rule: bounded. Quantiles, not means: one bad night of a link is not what a w
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from fedgrpc import claims
 from fedgrpc.rounds.events import TaskPhase
-from fedgrpc.rounds.link import NO_RATES, Rates
+from fedgrpc.rounds.round import Round
 from fedgrpc.rounds.task import SLOW, Task
 
 KEPT = 16
 # A part that was cut short took longer than was seen; how much longer nobody knows.
 CUT_FACTOR = 1.5
+KEPT_RATES = 5
+_LONG_S = 0.2
+# However few bytes: nothing but the link takes so long.
+_VERY_LONG_S = 10.0
+_LARGE_BYTES = 1 << 20
+_SMALL_BYTES = 16 << 10
+_PATIENCE = 2
+_MOST_DOUBLINGS = 8
+_LONGEST_S = 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,36 @@ def ending(task: Task) -> str:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """One direction of one worker's link: bytes a second of the last transfers that told it, newest last.
+
+    A small or very short transfer measures the round trip and a busy machine, not the link. It counts only where
+    it was faster than the link was thought to be.
+    """
+
+    told: tuple[float, ...] = ()
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """What is to be expected; None: nothing has told."""
+        return statistics.median(self.told) if self.told else None
+
+    def after(self, size_bytes: float, seconds: float) -> Rates:
+        """With one more transfer, if that tells anything."""
+        if size_bytes <= 0 or seconds <= 0:
+            return self
+        rate, known = claims.BYTES_PER_SECOND.clamped(size_bytes / seconds), self.bytes_per_second
+        faster = known is not None and rate > known
+        long = seconds >= _LONG_S or size_bytes >= _LARGE_BYTES or faster
+        if seconds >= _VERY_LONG_S or (size_bytes >= _SMALL_BYTES and long):
+            return Rates((*self.told, rate)[-KEPT_RATES:])
+        return self
+
+
+NO_RATES = Rates()
+
+
+@dataclass(frozen=True)
 class WorkerHistory:
     """One worker. `loss` and `example_count` are those of its last update; `selected_in` the last round.
 
@@ -157,3 +198,52 @@ def usual_parts(histories: Iterable[WorkerHistory], share: float) -> list[float 
     columns = list(zip(*(expected_parts(history, share) for history in histories), strict=True)) or [(), (), ()]
     seen = [[part for part in column if part is not None] for column in columns]
     return [quantile(column, 0.5) if column else None for column in seen]
+
+
+def cut_upload(task: Task) -> tuple[float, float]:
+    """Bytes of an update that came before its task was over, and the seconds they took; (0, 0): none did."""
+    begun = task.entered.get(TaskPhase.UPLOADING)
+    if task.pace is None or begun is None or not _cut_at(task):
+        return 0.0, 0.0
+    return float(task.pace.held), task.pace.gained_at - begun
+
+
+def cut_download(task: Task, size_bytes: float) -> tuple[float, float]:
+    """The same of a model of `size_bytes` that never came whole, by what its worker said of it."""
+    begun = task.entered.get(TaskPhase.DOWNLOADING)
+    further = TaskPhase.TRAINING in task.entered or TaskPhase.UPLOADING in task.entered
+    if begun is None or further or not (over := _cut_at(task)):
+        return 0.0, 0.0
+    return task.fraction * size_bytes, over[0] - begun
+
+
+def _cut_at(task: Task) -> list[float]:
+    return [task.entered[phase] for phase in (TaskPhase.LATE, TaskPhase.EXPIRED) if phase in task.entered]
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How many of its last rounds in a row a worker held up, and until when it is doubted for that, seconds.
+
+    A worker that held up two rounds in a row, and delivered in neither, is chosen only where there are too few
+    others, for a time that doubles with each further round. One delivery clears it.
+    """
+
+    held_up: int = 0
+    doubted_until: float = 0.0
+
+    def doubted(self, now: float) -> bool:
+        """Whether others are to be chosen first."""
+        return now < self.doubted_until
+
+    def after(self, round_: Round, task: Task, now: float) -> Trust:
+        """What a task of a round that has ended makes of it. A round that had enough was held up by nobody."""
+        if task.phase is TaskPhase.ACCEPTED:
+            return Trust()
+        if task.phase not in (TaskPhase.LATE, TaskPhase.EXPIRED) or round_.enough_reason:
+            return self
+        held_up = self.held_up + 1
+        if held_up < _PATIENCE:
+            return Trust(held_up)
+        doublings = min(held_up - _PATIENCE + 1, _MOST_DOUBLINGS)
+        return Trust(held_up, now + min(_LONGEST_S, round_.policy.deadline_s * 2**doublings))

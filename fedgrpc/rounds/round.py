@@ -1,18 +1,16 @@
-"""The state of one round. Values only; what changes it is in `selecting`, `reporting` and `closing`."""
+"""The state of one round. Values only; what changes it is in `transitions`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import MappingProxyType
 
 from fedgrpc.errors import UnknownTask
 from fedgrpc.rounds.events import Cause, Effect, TaskPhase
-from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rounds.shares import capped
-from fedgrpc.rounds.task import Task
-from fedgrpc.rounds.tasks import Tasks
+from fedgrpc.rounds.policy import RoundPolicy, capped
+from fedgrpc.rounds.task import Task, Tasks
 
 NO_TASKS: Mapping[str, Task] = MappingProxyType({})
 OPEN = tuple(phase for phase in TaskPhase if phase.open)
@@ -118,9 +116,51 @@ class Round:
         # Too few to keep to the share: one that claims to weigh everything would end the round alone.
         return sum(capped(weights, share)) if len(weights) * share >= 1 else 0.0
 
+    @property
+    def enough_reason(self) -> str:
+        """Why no more updates are wanted; empty: they are."""
+        if self.accepted_count >= self.aim:
+            return "enough updates are in"
+        weight_aim = self.policy.weight_aim
+        if weight_aim is None or self.accepted_count < self.policy.quorum:
+            return ""
+        return "enough weight is in" if self.accepted_weight >= weight_aim else ""
+
     def with_tasks(self, changed: Mapping[str, Task]) -> Round:
         """This round with some tasks changed or added."""
         return replace(self, tasks=self.tasks.changed(changed)) if changed else self
 
 
 Step = tuple[Round, tuple[Effect, ...]]
+
+
+# What has gone wrong so often in a row goes wrong again.
+PATIENCE = 3
+_AT_WORK = frozenset({TaskPhase.DOWNLOADING, TaskPhase.TRAINING, TaskPhase.UPLOADING})
+
+
+def cause_of(tasks: Iterable[Task]) -> Cause:
+    """Why too few of these tasks, as they stand when their round closes, have an update."""
+    phases = {task.phase for task in tasks if not task.gone}
+    if phases & {TaskPhase.FAILED, TaskPhase.REJECTED}:
+        return Cause.FAILED
+    return Cause.TOO_SLOW if phases & _AT_WORK else Cause.NO_WORKERS
+
+
+@dataclass(frozen=True)
+class Streak:
+    """How many rounds in a row were abandoned for one cause; those that wanted workers are left out."""
+
+    cause: Cause = Cause.NONE
+    count: int = 0
+
+    def after(self, cause: Cause) -> Streak:
+        """One more round was abandoned."""
+        if cause not in (Cause.FAILED, Cause.TOO_SLOW, Cause.UNUSABLE):
+            return self
+        return Streak(cause, self.count + 1 if cause is self.cause else 1)
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether another round would most likely end in the same way."""
+        return self.count >= PATIENCE

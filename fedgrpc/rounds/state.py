@@ -20,8 +20,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fedgrpc.errors import IllegalTransition, RoundClosed
-from fedgrpc.rounds.closing import abort, commit, leave_out
-from fedgrpc.rounds.deadline import left_after_restart
 from fedgrpc.rounds.events import (
     Abort,
     Accepted,
@@ -36,12 +34,22 @@ from fedgrpc.rounds.events import (
     TaskPhase,
     Tick,
 )
-from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rounds.reporting import check_time, enough, report, report_carried
+from fedgrpc.rounds.policy import RoundPolicy, left_after_restart
 from fedgrpc.rounds.round import Round, RoundPhase, Step
-from fedgrpc.rounds.selecting import add_tasks, gather, gather_timeout, open_round, refill
-from fedgrpc.rounds.task import SLOW, Task
-from fedgrpc.rounds.tasks import Tasks
+from fedgrpc.rounds.task import SLOW, Task, Tasks
+from fedgrpc.rounds.transitions import (
+    abort,
+    add_tasks,
+    check_time,
+    commit,
+    gather,
+    gather_timeout,
+    leave_out,
+    open_round,
+    refill,
+    report,
+    report_carried,
+)
 
 __all__ = [
     "SLOW",
@@ -163,7 +171,7 @@ def wake_at(round_: Round) -> float | None:
         ready_at = round_.ready_at if round_.short_since is None else None
         times = [ready_at, None if timeout_s is None else round_.opened_at + timeout_s]
     elif round_.phase is RoundPhase.REPORTING:
-        times = [round_.opened_at if enough(round_) else round_.deadline_at]
+        times = [round_.opened_at if round_.enough_reason else round_.deadline_at]
     if times:
         times += (task.lease_until for task in round_.tasks.values() if task.phase.open)
     return min((time for time in times if time is not None), default=None)

@@ -6,8 +6,7 @@ from google.protobuf.message import DecodeError
 
 from fedgrpc import claims
 from fedgrpc.errors import LayoutError
-from fedgrpc.rounds.history import KEPT, Timing, WorkerHistory
-from fedgrpc.rounds.link import Rates
+from fedgrpc.rounds.history import KEPT, Rates, Timing, WorkerHistory
 from fedgrpc.v1 import round_pb2
 
 

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedgrpc.rounds.deadline import learned_deadline
 from fedgrpc.rounds.events import Selected, TaskPhase
 from fedgrpc.rounds.history import Timing, WorkerHistory, timing_of
-from fedgrpc.rounds.selection import choose_oort, choose_uniform
+from fedgrpc.rounds.selection import choose_oort, choose_uniform, learned_deadline
 from fedgrpc.rounds.state import Round
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from fedgrpc.errors import RoundClosed, UnknownTask
-from fedgrpc.rounds.deadline import learned_deadline
 from fedgrpc.rounds.events import (
     Accepted,
     Cancel,
@@ -35,7 +34,7 @@ from fedgrpc.rounds.events import (
     Tick,
 )
 from fedgrpc.rounds.history import WorkerHistory, timing_of
-from fedgrpc.rounds.selection import Choice, choose_oort
+from fedgrpc.rounds.selection import Choice, choose_oort, learned_deadline
 from fedgrpc.rounds.state import Round, RoundPhase, follow, step, wake_at
 from fedgrpc.simulation.devices import Devices
 from fedgrpc.simulation.fleet import Fleet, Variant

@@ -7,8 +7,7 @@ from fedgrpc.aggregator.model_store import Downlink
 from fedgrpc.aggregator.negotiation import Negotiation, text_of
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import UsageError
-from fedgrpc.rounds.history import WorkerHistory
-from fedgrpc.rounds.link import Rates
+from fedgrpc.rounds.history import Rates, WorkerHistory
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest, WorkerRecord
 from fedgrpc.v1.tensor_pb2 import COMPRESSION_ZSTD
 

@@ -14,8 +14,8 @@ from fedgrpc.cli.config_file import TABLES
 from fedgrpc.cli.main import load_command
 from fedgrpc.cli.options import SettingsCommand
 from fedgrpc.cli.quantities import DURATION, RATE, SIZE
-from fedgrpc.rounds.choosing import Choosing
 from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.rounds.selection import Choosing
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Role

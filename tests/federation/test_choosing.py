@@ -4,7 +4,7 @@ import asyncio
 
 from prometheus_client import generate_latest
 
-from fedgrpc.rounds.choosing import Choosing
+from fedgrpc.rounds.selection import Choosing
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
 from tests.support.running_federation import PATIENCE_S, Device, aggregating, chunks, encoded, refused, update_of

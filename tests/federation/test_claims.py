@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fedgrpc.rounds.choosing import Choosing
+from fedgrpc.rounds.selection import Choosing
 from fedgrpc.v1 import device_pb2, round_pb2
 from tests.support.running_federation import MODEL, Device, aggregating, refused, update_of
 from tests.support.running_tree import leading

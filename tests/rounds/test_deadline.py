@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgrpc.rounds.deadline import DeadlineRule, learned_deadline
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.history import (
     CUT_FACTOR,
@@ -23,6 +22,7 @@ from fedgrpc.rounds.history import (
     usual_parts,
 )
 from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.rounds.selection import DeadlineRule, learned_deadline
 from tests.support.round_scenario import Scenario
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from fedgrpc.rounds.events import TaskPhase
-from fedgrpc.rounds.link import NO_RATES, cut_download, cut_upload
+from fedgrpc.rounds.history import NO_RATES, cut_download, cut_upload
 from fedgrpc.rounds.task import Pace, Task
 
 KB = 1000

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgrpc.rounds.shares import Dominance, capped, dominant
+from fedgrpc.rounds.policy import Dominance, capped, dominant
 
 WEIGHTS = st.lists(st.floats(1e-3, 2.0**40), min_size=1, max_size=12)
 SHARES = st.floats(0.05, 1.0)

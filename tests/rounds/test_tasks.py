@@ -4,8 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgrpc.rounds.events import TaskPhase
-from fedgrpc.rounds.task import Task
-from fedgrpc.rounds.tasks import Tasks
+from fedgrpc.rounds.task import Task, Tasks
 
 TOKENS = st.integers(0, 80).map(str)
 TASKS = st.builds(

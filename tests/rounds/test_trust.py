@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rounds.history import Trust
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.round import Round
 from fedgrpc.rounds.task import Task
-from fedgrpc.rounds.trust import Trust
 
 POLICY = RoundPolicy(deadline_s=100.0)
 
