@@ -53,18 +53,18 @@ from fedgrpc.rounds.events import (
     Abort,
     Accepted,
     Cancel,
-    Carry,
+    CarryOver,
     Commit,
     Effect,
     Event,
     Failed,
     Finished,
     Offer,
-    Pool,
     Progress,
     Rejected,
     Select,
     TaskPhase,
+    WorkersAvailable,
 )
 from fedgrpc.rounds.state import RoundPhase, step, time_left
 from fedgrpc.rpc.convert import registration_from_proto
@@ -580,7 +580,7 @@ class Coordinator:
             self._waking.wake(offered.woken)
         elif isinstance(effect, Cancel):
             self._cancelled(effect)
-        elif isinstance(effect, Carry):
+        elif isinstance(effect, CarryOver):
             assert self.current is not None
             state = self.current.state
             worker = state.find(effect.token).worker
@@ -602,10 +602,10 @@ class Coordinator:
         if worker.token == token:
             worker.token = None
 
-    def pool(self) -> Pool:
+    def pool(self) -> WorkersAvailable:
         """Who could take a task of the round now."""
         left_out = self._left_out()
-        return Pool(self._idle_but(left_out), self.fleet.live_trainers(self.clock(), left_out))
+        return WorkersAvailable(self._idle_but(left_out), self.fleet.live_trainers(self.clock(), left_out))
 
     def _left_out(self) -> frozenset[str]:
         """Workers that held up rounds again and again, where the others are enough."""

@@ -29,10 +29,10 @@ from fedgrpc.aggregator.scores import for_log, scores_of
 from fedgrpc.aggregator.versions import Version, jump_to_proto
 from fedgrpc.errors import CodecError, IllegalTransition, NotFound, StorageError, UnusableUpdate, UpdateRefused
 from fedgrpc.rounds.best import Jump
-from fedgrpc.rounds.events import Abort, Cause, Commit, Committed, Finished, Select, TaskPhase, Tick
+from fedgrpc.rounds.events import AbandonCause, Abort, Commit, Committed, Finished, Select, TaskPhase, Tick
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rounds.round import Streak
-from fedgrpc.rounds.state import Round, RoundPhase, step, wake_at, wants_pool
+from fedgrpc.rounds.state import Round, RoundPhase, step, wake_at, wants_workers
 from fedgrpc.rpc.retry import Backoff, Retries
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RUN_PHASE_PAUSED
 from fedgrpc.v1.round_pb2 import (
@@ -178,7 +178,7 @@ class Driver:
                 continue
             it.wake.clear()
             looked_at = time.perf_counter()
-            if wants_pool(it.current.state):
+            if wants_workers(it.current.state):
                 it.dispatch(it.pool())
             if it.effects:
                 continue
@@ -229,7 +229,7 @@ class Driver:
         except UnusableUpdate as error:
             self._it.leave_out(error)
         except (CodecError, UpdateRefused) as error:
-            self._it.dispatch(Abort(str(error), Cause.UNUSABLE))
+            self._it.dispatch(Abort(str(error), AbandonCause.UNUSABLE))
 
     async def _commit_once(self, current: CurrentRound, commit: Commit) -> None:
         it = self._it

@@ -24,7 +24,7 @@ from fedgrpc.aggregator.model_store import Downlink, Held, Slice
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.errors import UnusableUpdate
 from fedgrpc.rounds.events import Deadline, Select, Selected
-from fedgrpc.rounds.selection import Choosing
+from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rounds.state import Round, RoundPhase, step
 from fedgrpc.rpc.planning import prediction_to_proto
 from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
@@ -72,7 +72,7 @@ class Offering:
         idle = tuple(name for name in it.idle_trainers() if name not in select.exclude)
         # Nobody who may be chosen is forgotten meanwhile.
         it.chosen = frozenset(idle)
-        choosing = self._settings.choosing if current.kind == TASK_KIND_TRAIN else Choosing()
+        choosing = self._settings.choosing if current.kind == TASK_KIND_TRAIN else SelectionPolicy()
         histories = it.fleet.histories()
         choices, deadline = await asyncio.to_thread(choosing.choose, state, idle, select.count, histories, rng)
         if current.due_at is not None:

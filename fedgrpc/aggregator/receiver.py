@@ -45,7 +45,7 @@ from fedgrpc.errors import (
     UpdateRefused,
 )
 from fedgrpc.rounds.events import Progress, TaskPhase
-from fedgrpc.rounds.task import Pace
+from fedgrpc.rounds.task import UploadPace
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
 from fedgrpc.rpc.convert import layout_to_proto, manifest_from_proto, metrics_from_proto
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
@@ -83,7 +83,7 @@ class _Stream:
         self._ending = False
         self._begun_at = time.monotonic()
         self._upload: Upload | None = None
-        self._pace: Pace | None = None
+        self._pace: UploadPace | None = None
 
     async def supersede(self) -> None:
         """End it in favour of a newer one."""
@@ -103,7 +103,7 @@ class _Stream:
     def carries(self, upload: Upload) -> None:
         """Its bytes are measured from now on."""
         self._upload = upload
-        self._pace = Pace.begun(upload.size_bytes, upload.manifest.size_bytes, self._begun_at)
+        self._pace = UploadPace.begun(upload.size_bytes, upload.manifest.size_bytes, self._begun_at)
 
     def bytes_per_second(self, now: float) -> float:
         """How fast it has lately been; without end while that is not known, and once all bytes are there."""

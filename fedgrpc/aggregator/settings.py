@@ -15,7 +15,7 @@ from fedgrpc.aggregator.roles import Roles
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rounds.selection import Choosing
+from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.channel import MAX_CHUNK_BYTES, Tls
 from fedgrpc.rpc.identity import Access
 
@@ -107,7 +107,7 @@ class AggregatorSettings:
     run_name: str = "default"
     rounds: int = 10
     policy: RoundPolicy = field(default_factory=RoundPolicy)
-    choosing: Choosing = field(default_factory=Choosing)
+    choosing: SelectionPolicy = field(default_factory=SelectionPolicy)
     plan: TrainingPlan = field(default_factory=TrainingPlan)
     local_models: PlanTable = field(default_factory=PlanTable)
     initial_model: Path | None = None

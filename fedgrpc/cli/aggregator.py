@@ -23,7 +23,7 @@ from fedgrpc.errors import UsageError
 from fedgrpc.metrics import Metrics, serve_metrics
 from fedgrpc.process import keep_private
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rounds.selection import Choosing
+from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.collector import collect_rarely
 from fedgrpc.tree.run import run_leaf
@@ -31,7 +31,7 @@ from fedgrpc.tree.run import run_leaf
 _place = Declare("Where", AggregatorSettings)
 _model = Declare("The model", AggregatorSettings)
 _policy = Declare("Rounds", RoundPolicy)
-_choosing = Declare("Rounds", Choosing)
+_choosing = Declare("Rounds", SelectionPolicy)
 _end = Declare("When the run ends", AggregatorSettings)
 _plan = Declare("What workers are asked to do (without: as their learning task does)", TrainingPlan)
 _mean = Declare("Averaging", AggregatorSettings)
@@ -249,7 +249,7 @@ def settings_from(values: dict[str, Any]) -> AggregatorSettings:
         AggregatorSettings,
         values,
         policy=pick(RoundPolicy, values),
-        choosing=pick(Choosing, values),
+        choosing=pick(SelectionPolicy, values),
         plan=pick(TrainingPlan, values),
         local_models=_plans(values["local_models"]),
         worker_weights=dict(values["worker_weights"]),

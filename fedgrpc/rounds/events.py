@@ -36,7 +36,7 @@ class TaskPhase(Enum):
         return not self.open and self is not TaskPhase.EXPIRED
 
 
-class Cause(Enum):
+class AbandonCause(Enum):
     """Why a round was abandoned."""
 
     NONE = 0
@@ -53,7 +53,7 @@ class Cause(Enum):
 
 
 @dataclass(frozen=True)
-class Pool:
+class WorkersAvailable:
     """Who could take a task now (in no order), and how many workers are alive, busy ones included."""
 
     idle: tuple[str, ...]
@@ -137,10 +137,10 @@ class Abort:
     """The round is to end without a result."""
 
     reason: str
-    cause: Cause = Cause.ORDERED
+    cause: AbandonCause = AbandonCause.ORDERED
 
 
-Event = Pool | Selected | Progress | Accepted | Rejected | Failed | Tick | Committed | Abort
+Event = WorkersAvailable | Selected | Progress | Accepted | Rejected | Failed | Tick | Committed | Abort
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Cancel:
 
 
 @dataclass(frozen=True)
-class Carry:
+class CarryOver:
     """The task outlives the round: it is to be kept as one of the next round, which `follow` opens."""
 
     token: str
@@ -190,4 +190,4 @@ class Finished:
     reason: str
 
 
-Effect = Select | Offer | Cancel | Carry | Commit | Finished
+Effect = Select | Offer | Cancel | CarryOver | Commit | Finished

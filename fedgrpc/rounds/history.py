@@ -99,21 +99,21 @@ def ending(task: Task) -> str:
 
 
 @dataclass(frozen=True)
-class Rates:
-    """One direction of one worker's link: bytes a second of the last transfers that told it, newest last.
+class LinkRates:
+    """One direction of one worker's link: bytes a second of its last informative transfers, newest last.
 
     A small or very short transfer measures the round trip and a busy machine, not the link. It counts only where
     it was faster than the link was thought to be.
     """
 
-    told: tuple[float, ...] = ()
+    samples: tuple[float, ...] = ()
 
     @property
     def bytes_per_second(self) -> float | None:
-        """What is to be expected; None: nothing has told."""
-        return statistics.median(self.told) if self.told else None
+        """The median; None: no informative transfer yet."""
+        return statistics.median(self.samples) if self.samples else None
 
-    def after(self, size_bytes: float, seconds: float) -> Rates:
+    def after(self, size_bytes: float, seconds: float) -> LinkRates:
         """With one more transfer, if that tells anything."""
         if size_bytes <= 0 or seconds <= 0:
             return self
@@ -121,11 +121,11 @@ class Rates:
         faster = known is not None and rate > known
         long = seconds >= _LONG_S or size_bytes >= _LARGE_BYTES or faster
         if seconds >= _VERY_LONG_S or (size_bytes >= _SMALL_BYTES and long):
-            return Rates((*self.told, rate)[-KEPT_RATES:])
+            return LinkRates((*self.samples, rate)[-KEPT_RATES:])
         return self
 
 
-NO_RATES = Rates()
+NO_RATES = LinkRates()
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ class WorkerHistory:
     loss: float | None = None
     example_count: int = 0
     endings: tuple[str, ...] = ()
-    uplink: Rates = NO_RATES
-    downlink: Rates = NO_RATES
+    uplink: LinkRates = NO_RATES
+    downlink: LinkRates = NO_RATES
 
     def chosen(self, round_number: int) -> WorkerHistory:
         """After it was given a task."""

@@ -8,7 +8,7 @@ from enum import Enum
 from types import MappingProxyType
 
 from fedgrpc.errors import UnknownTask
-from fedgrpc.rounds.events import Cause, Effect, TaskPhase
+from fedgrpc.rounds.events import AbandonCause, Effect, TaskPhase
 from fedgrpc.rounds.policy import RoundPolicy, capped
 from fedgrpc.rounds.task import Task, Tasks
 
@@ -52,7 +52,7 @@ class Round:
     deadline_at: float | None = None
     version: int | None = None
     reason: str = ""
-    cause: Cause = Cause.NONE
+    cause: AbandonCause = AbandonCause.NONE
     deadline_s: float = 0.0
     deadline_reason: str = ""
     granted_s: float = 0.0
@@ -139,24 +139,24 @@ PATIENCE = 3
 _AT_WORK = frozenset({TaskPhase.DOWNLOADING, TaskPhase.TRAINING, TaskPhase.UPLOADING})
 
 
-def cause_of(tasks: Iterable[Task]) -> Cause:
+def abandon_cause(tasks: Iterable[Task]) -> AbandonCause:
     """Why too few of these tasks, as they stand when their round closes, have an update."""
     phases = {task.phase for task in tasks if not task.gone}
     if phases & {TaskPhase.FAILED, TaskPhase.REJECTED}:
-        return Cause.FAILED
-    return Cause.TOO_SLOW if phases & _AT_WORK else Cause.NO_WORKERS
+        return AbandonCause.FAILED
+    return AbandonCause.TOO_SLOW if phases & _AT_WORK else AbandonCause.NO_WORKERS
 
 
 @dataclass(frozen=True)
 class Streak:
     """How many rounds in a row were abandoned for one cause; those that wanted workers are left out."""
 
-    cause: Cause = Cause.NONE
+    cause: AbandonCause = AbandonCause.NONE
     count: int = 0
 
-    def after(self, cause: Cause) -> Streak:
+    def after(self, cause: AbandonCause) -> Streak:
         """One more round was abandoned."""
-        if cause not in (Cause.FAILED, Cause.TOO_SLOW, Cause.UNUSABLE):
+        if cause not in (AbandonCause.FAILED, AbandonCause.TOO_SLOW, AbandonCause.UNUSABLE):
             return self
         return Streak(cause, self.count + 1 if cause is self.cause else 1)
 

@@ -146,7 +146,7 @@ def _describe(utility: float, history: WorkerHistory) -> str:
 
 
 @dataclass(frozen=True)
-class Choosing:
+class SelectionPolicy:
     """Settings of choosing.
 
     `selection`: by lot, or by expected usefulness and speed (Oort, arXiv 2010.06081). There `fairness` is the part

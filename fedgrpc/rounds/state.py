@@ -27,12 +27,12 @@ from fedgrpc.rounds.events import (
     Committed,
     Event,
     Failed,
-    Pool,
     Progress,
     Rejected,
     Selected,
     TaskPhase,
     Tick,
+    WorkersAvailable,
 )
 from fedgrpc.rounds.policy import RoundPolicy, left_after_restart
 from fedgrpc.rounds.round import Round, RoundPhase, Step
@@ -42,13 +42,13 @@ from fedgrpc.rounds.transitions import (
     add_tasks,
     check_time,
     commit,
-    gather,
-    gather_timeout,
     leave_out,
+    on_workers_available,
     open_round,
     refill,
     report,
     report_carried,
+    time_out_selection,
 )
 
 __all__ = [
@@ -63,7 +63,7 @@ __all__ = [
     "step",
     "time_left",
     "wake_at",
-    "wants_pool",
+    "wants_workers",
 ]
 
 
@@ -177,8 +177,8 @@ def wake_at(round_: Round) -> float | None:
     return min((time for time in times if time is not None), default=None)
 
 
-def wants_pool(round_: Round) -> bool:
-    """Whether a `Pool` could change anything: to look at a whole fleet takes its time."""
+def wants_workers(round_: Round) -> bool:
+    """Whether a `WorkersAvailable` could change anything: to look at a whole fleet takes its time."""
     if round_.asked:
         return False
     if round_.phase is RoundPhase.REPORTING:
@@ -197,10 +197,10 @@ def _ignore(round_: Round, event: Event, now: float) -> Step:
 
 _TABLE: Mapping[tuple[RoundPhase, type], Callable[[Round, Any, float], Step]] = MappingProxyType(
     {
-        (RoundPhase.SELECTING, Pool): gather,
+        (RoundPhase.SELECTING, WorkersAvailable): on_workers_available,
         (RoundPhase.SELECTING, Selected): open_round,
-        (RoundPhase.SELECTING, Tick): gather_timeout,
-        (RoundPhase.REPORTING, Pool): refill,
+        (RoundPhase.SELECTING, Tick): time_out_selection,
+        (RoundPhase.REPORTING, WorkersAvailable): refill,
         (RoundPhase.REPORTING, Selected): add_tasks,
         (RoundPhase.REPORTING, Tick): check_time,
         (RoundPhase.COMMITTING, Committed): commit,
@@ -212,7 +212,10 @@ _TABLE: Mapping[tuple[RoundPhase, type], Callable[[Round, Any, float], Step]] = 
             product([RoundPhase.SELECTING, RoundPhase.REPORTING, RoundPhase.COMMITTING], [Abort]), abort
         ),
         **dict.fromkeys(
-            product([RoundPhase.COMMITTING, RoundPhase.COMMITTED, RoundPhase.ABANDONED], [Pool, Selected, Tick]),
+            product(
+                [RoundPhase.COMMITTING, RoundPhase.COMMITTED, RoundPhase.ABANDONED],
+                [WorkersAvailable, Selected, Tick],
+            ),
             _ignore,
         ),
     }

@@ -28,7 +28,7 @@ _NOWHERE: Mapping[TaskPhase, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class Pace:
+class UploadPace:
     """Bytes of an update over time: how many are held since when, and two marks (seconds, bytes) before that."""
 
     held: int
@@ -38,11 +38,11 @@ class Pace:
     newer: tuple[float, int]
 
     @classmethod
-    def begun(cls, held: int, total: int, now: float) -> Pace:
+    def begun(cls, held: int, total: int, now: float) -> UploadPace:
         """The first news of an upload."""
         return cls(held, total, now, (now, held), (now, held))
 
-    def moved(self, held: int, now: float, window_s: float) -> Pace:
+    def moved(self, held: int, now: float, window_s: float) -> UploadPace:
         """More news. The rate is measured over one to two windows, so that an old stall is forgotten."""
         if held <= self.held:
             return self
@@ -56,7 +56,7 @@ class Pace:
         since, held_then = self.older
         return (self.held - held_then) / max(1e-9, now - since)
 
-    def hopeless(self, deadline_at: float, window_s: float, now: float) -> bool:
+    def cannot_finish(self, deadline_at: float, window_s: float, now: float) -> bool:
         """Whether the bytes still due cannot come in the time left at the rate since the older mark.
 
         A rate is judged at the moment of a gain, or after a window without one: bytes come in lumps.
@@ -88,7 +88,7 @@ class Task:
     begun: bool = False
     carried: bool = False
     gone: bool = False
-    pace: Pace | None = None
+    pace: UploadPace | None = None
     entered: Mapping[TaskPhase, float] = field(default_factory=lambda: _NOWHERE)
 
     @classmethod
@@ -113,13 +113,13 @@ class Task:
 
     def too_slow(self, deadline_at: float | None, window_s: float, now: float) -> Task:
         """This task, without its slot if it is an upload that cannot make it."""
-        if self.pace is None or deadline_at is None or not self.pace.hopeless(deadline_at, window_s, now):
+        if self.pace is None or deadline_at is None or not self.pace.cannot_finish(deadline_at, window_s, now):
             return self
         due = f"{self.pace.total - self.pace.held} bytes are due in {max(0.0, deadline_at - now):.3g} s"
         return self.ended(TaskPhase.EXPIRED, f"slow upload: {due}", now)
 
 
-def hear(
+def apply_event(
     task: Task,
     news: Progress | Accepted | Rejected | Failed,
     deadline_at: float | None,
@@ -159,13 +159,13 @@ def _progress(task: Task, news: Progress, deadline_at: float | None, lease_s: fl
     return heard.too_slow(deadline_at, lease_s, now)
 
 
-def _pace(task: Task, news: Progress, window_s: float, now: float) -> Pace | None:
+def _pace(task: Task, news: Progress, window_s: float, now: float) -> UploadPace | None:
     if news.phase is not TaskPhase.UPLOADING:
         return None
     if news.bytes_held is None or news.bytes_total is None:
         return task.pace
     if task.pace is None or task.pace.total != news.bytes_total:
-        return Pace.begun(news.bytes_held, news.bytes_total, now)
+        return UploadPace.begun(news.bytes_held, news.bytes_total, now)
     return task.pace.moved(news.bytes_held, now, window_s)
 
 

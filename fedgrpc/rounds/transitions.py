@@ -7,30 +7,30 @@ from types import MappingProxyType
 
 from fedgrpc.errors import IllegalTransition, RoundClosed
 from fedgrpc.rounds.events import (
+    AbandonCause,
     Abort,
     Accepted,
     Cancel,
-    Carry,
-    Cause,
+    CarryOver,
     Commit,
     Committed,
     Effect,
     Failed,
     Finished,
     Offer,
-    Pool,
     Progress,
     Rejected,
     Select,
     Selected,
     TaskPhase,
     Tick,
+    WorkersAvailable,
 )
-from fedgrpc.rounds.round import NO_TASKS, Round, RoundPhase, Step, cause_of
-from fedgrpc.rounds.task import SLOW, Task, hear
+from fedgrpc.rounds.round import NO_TASKS, Round, RoundPhase, Step, abandon_cause
+from fedgrpc.rounds.task import SLOW, Task, apply_event
 
 
-def gather(round_: Round, event: Pool, now: float) -> Step:
+def on_workers_available(round_: Round, event: WorkersAvailable, now: float) -> Step:
     """Open once enough are idle and the rest of the live ones had their time to come."""
     if round_.asked:
         return round_, ()
@@ -38,7 +38,7 @@ def gather(round_: Round, event: Pool, now: float) -> Step:
     idle_count = sum(worker not in exclude for worker in event.idle)
     brought = round_.accepted_count + round_.at_work_count
     if policy.buffer_size is not None and round_.at_work_count:
-        return _gather_buffer(round_, event, idle_count, now)
+        return _ask_for_buffer(round_, event, idle_count, now)
     if idle_count + brought < policy.needed_idle:
         return _too_few(round_, now), ()
     round_ = _enough_again(round_, now)
@@ -48,7 +48,7 @@ def gather(round_: Round, event: Pool, now: float) -> Step:
     if len(there) < event.live_count and now < ready_at:
         return replace(round_, ready_at=ready_at), ()
     if policy.buffer_size is not None:
-        return _gather_buffer(round_, event, idle_count, now)
+        return _ask_for_buffer(round_, event, idle_count, now)
     aim = policy.aim(event.live_count)
     round_ = replace(round_, aim=min(aim, idle_count + brought))
     return _ask_or_open(round_, policy.ask(aim) - brought if idle_count else 0, now)
@@ -67,7 +67,7 @@ def _enough_again(round_: Round, now: float) -> Round:
     return replace(round_, short_since=None, ready_at=None if gone else round_.ready_at)
 
 
-def _gather_buffer(round_: Round, event: Pool, idle_count: int, now: float) -> Step:
+def _ask_for_buffer(round_: Round, event: WorkersAvailable, idle_count: int, now: float) -> Step:
     """A buffer goes on with whoever is at work: there is nobody to wait for."""
     assert round_.policy.buffer_size is not None
     missing = round_.policy.aim(event.live_count) - round_.at_work_count
@@ -80,7 +80,7 @@ def _ask_or_open(round_: Round, count: int, now: float) -> Step:
     return _opened(round_, Selected(()), now), ()
 
 
-def gather_timeout(round_: Round, event: Tick, now: float) -> Step:
+def time_out_selection(round_: Round, event: Tick, now: float) -> Step:
     """Give up on a round for which too few came."""
     round_, effects = expire(round_, now)
     timeout_s = round_.policy.selection_timeout_s
@@ -145,7 +145,7 @@ def _check(round_: Round, event: Selected) -> None:
         workers.add(worker)
 
 
-def refill(round_: Round, event: Pool, now: float) -> Step:
+def refill(round_: Round, event: WorkersAvailable, now: float) -> Step:
     """Replace lost tasks by idle workers that have had none in this round; end it when nobody is left."""
     policy = round_.policy
     missing = round_.missing_count
@@ -170,13 +170,13 @@ def _give_up_waiting(round_: Round, now: float) -> Step:
     return close(round_, "no worker is left to wait for", now)
 
 
-News = Progress | Accepted | Rejected | Failed
+TaskEvent = Progress | Accepted | Rejected | Failed
 
 
-def report(round_: Round, event: News, now: float) -> Step:
+def report(round_: Round, event: TaskEvent, now: float) -> Step:
     """What a task's news makes of the round."""
     before = round_.find(event.token)
-    after = hear(before, event, round_.deadline_at, round_.policy.lease_s, now)
+    after = apply_event(before, event, round_.deadline_at, round_.policy.lease_s, now)
     if after == before:
         return round_, ()
     round_ = round_.with_tasks({event.token: after})
@@ -187,9 +187,9 @@ def report(round_: Round, event: News, now: float) -> Step:
     return round_, ()
 
 
-def report_carried(round_: Round, event: News, now: float) -> Step:
-    """News of a task that outlives the round: the next one will have it."""
-    task = hear(round_.carried[event.token], event, None, round_.policy.lease_s, now)
+def report_carried(round_: Round, event: TaskEvent, now: float) -> Step:
+    """Apply an event of a task that outlives the round: the next one will have it."""
+    task = apply_event(round_.carried[event.token], event, None, round_.policy.lease_s, now)
     return replace(round_, carried=MappingProxyType({**round_.carried, event.token: task})), ()
 
 
@@ -222,7 +222,7 @@ def _judge(round_: Round, now: float) -> Step:
 def close(round_: Round, why: str, now: float) -> Step:
     """End reporting: tasks without an update are late; commit with a quorum, abandon without."""
     short = round_.accepted_count < round_.policy.quorum
-    cause = cause_of(round_.tasks.values())
+    cause = abandon_cause(round_.tasks.values())
     round_, late = _end_open(round_, why, now, staler=0 if short else 1)
     if short:
         round_, effects = _finish_without(round_, f"{_counted(round_)}: {why}", cause)
@@ -233,7 +233,7 @@ def close(round_: Round, why: str, now: float) -> Step:
 def abandon(round_: Round, why: str, now: float) -> Step:
     """End a round that never began to report."""
     round_, late = _end_open(round_, why, now, staler=0)
-    round_, effects = _finish_without(round_, why, Cause.NO_WORKERS)
+    round_, effects = _finish_without(round_, why, AbandonCause.NO_WORKERS)
     return round_, late + effects
 
 
@@ -265,7 +265,7 @@ def leave_out(round_: Round, event: Rejected, now: float) -> Step:
     round_ = round_.with_tasks({event.token: task.ended(TaskPhase.REJECTED, event.reason, now)})
     if round_.accepted_count >= round_.policy.quorum:
         return round_, (Commit(round_.accepted),)
-    return _finish_without(round_, f"{_counted(round_)}: {event.reason}", Cause.FAILED)
+    return _finish_without(round_, f"{_counted(round_)}: {event.reason}", AbandonCause.FAILED)
 
 
 def _counted(round_: Round) -> str:
@@ -278,11 +278,11 @@ def _end_open(round_: Round, why: str, now: float, staler: int) -> Step:
     carried: dict[str, Task] = {}
     effects: list[Effect] = []
     for token, task in round_.tasks.items():
-        if _goes_on(round_, task, staler):
+        if _carries_over(round_, task, staler):
             carried[token] = task
             reason = task.reason or f"{SLOW[task.phase]}: {why}"
             late[token] = task.ended(TaskPhase.LATE, f"{reason}; carried into the next round", now)
-            effects.append(Carry(token, late[token].reason))
+            effects.append(CarryOver(token, late[token].reason))
         elif task.phase.open:
             late[token] = task.ended(TaskPhase.LATE, f"{SLOW[task.phase]}: {why}", now)
             effects.append(Cancel(token, why))
@@ -290,19 +290,19 @@ def _end_open(round_: Round, why: str, now: float, staler: int) -> Step:
     return round_, tuple(effects)
 
 
-def _goes_on(round_: Round, task: Task, staler: int) -> bool:
+def _carries_over(round_: Round, task: Task, staler: int) -> bool:
     """Whether a task without an update is worth waiting for beyond the round: its worker has begun."""
     if round_.policy.late != "carry" or task.phase.final or not task.begun:
         return False
     return task.staleness + staler <= round_.policy.max_staleness
 
 
-def _finish_without(round_: Round, why: str, cause: Cause) -> Step:
+def _finish_without(round_: Round, why: str, cause: AbandonCause) -> Step:
     """Abandon. The model stays as it is, so what was accepted is as good for the next round."""
     effects: list[Effect] = []
     if round_.policy.late == "carry":
         accepted = {token: round_.tasks[token] for token in round_.accepted}
-        effects += (Carry(token, "accepted; carried into the next round") for token in accepted)
+        effects += (CarryOver(token, "accepted; carried into the next round") for token in accepted)
         round_ = replace(round_, carried=MappingProxyType({**accepted, **round_.carried}))
     round_ = replace(round_, phase=RoundPhase.ABANDONED, reason=why, cause=cause)
     return round_, (*effects, Finished(committed=False, reason=why))

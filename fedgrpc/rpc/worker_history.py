@@ -6,7 +6,7 @@ from google.protobuf.message import DecodeError
 
 from fedgrpc import claims
 from fedgrpc.errors import LayoutError
-from fedgrpc.rounds.history import KEPT, Rates, Timing, WorkerHistory
+from fedgrpc.rounds.history import KEPT, LinkRates, Timing, WorkerHistory
 from fedgrpc.v1 import round_pb2
 
 
@@ -26,8 +26,8 @@ def history_to_bytes(history: WorkerHistory) -> bytes:
         loss=history.loss,
         example_count=history.example_count,
         endings=history.endings,
-        uplink_bytes_per_second=history.uplink.told,
-        downlink_bytes_per_second=history.downlink.told,
+        uplink_bytes_per_second=history.uplink.samples,
+        downlink_bytes_per_second=history.downlink.samples,
     )
     return message.SerializeToString()
 
@@ -42,7 +42,7 @@ def history_from_bytes(kept: bytes, selected: int, accepted: int) -> WorkerHisto
     except DecodeError as error:
         raise LayoutError(f"no history: {error}") from error
     up, down = (
-        Rates(tuple(map(claims.BYTES_PER_SECOND.clamped, rates)))
+        LinkRates(tuple(map(claims.BYTES_PER_SECOND.clamped, rates)))
         for rates in (message.uplink_bytes_per_second, message.downlink_bytes_per_second)
     )
     return WorkerHistory(

@@ -24,14 +24,14 @@ from fedgrpc.rounds.events import (
     Failed,
     Finished,
     Offer,
-    Pool,
     Progress,
     Rejected,
     Select,
     TaskPhase,
     Tick,
+    WorkersAvailable,
 )
-from fedgrpc.rounds.state import Round, RoundPhase, follow, restore, step, time_left, wake_at, wants_pool
+from fedgrpc.rounds.state import Round, RoundPhase, follow, restore, step, time_left, wake_at, wants_workers
 from fedgrpc.simulation.choosing import Chooser
 from fedgrpc.simulation.disk import Disk, Version
 from fedgrpc.simulation.loop import Future, Life, Process, Timeout, Wait
@@ -279,11 +279,13 @@ class Aggregator:
             if held == token:
                 del self.busy[worker]
 
-    def pool(self) -> Pool:
+    def pool(self) -> WorkersAvailable:
         """Who could take a task now."""
         since = self.world.loop.now - self.world.policy.lease_s
         idle = tuple(worker for worker in self.polling if worker not in self.busy)
-        return Pool(idle, sum(seen > since or worker in self.polling for worker, seen in self.last_seen.items()))
+        return WorkersAvailable(
+            idle, sum(seen > since or worker in self.polling for worker, seen in self.last_seen.items())
+        )
 
     # The one task that opens rounds, selects and commits.
 
@@ -317,7 +319,7 @@ class Aggregator:
                     yield from self._finish(effect)
                     return
             self.wake = Future()
-            if wants_pool(self.round):
+            if wants_workers(self.round):
                 self.dispatch(self.pool())
             if self.effects:
                 continue

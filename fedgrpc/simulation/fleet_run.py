@@ -27,11 +27,11 @@ from fedgrpc.rounds.events import (
     Failed,
     Finished,
     Offer,
-    Pool,
     Select,
     Selected,
     TaskPhase,
     Tick,
+    WorkersAvailable,
 )
 from fedgrpc.rounds.history import WorkerHistory, timing_of
 from fedgrpc.rounds.selection import Choice, choose_oort, learned_deadline
@@ -132,14 +132,14 @@ class FleetRun:
         self.devices.advance(self.loop.now)
         return np.flatnonzero(self.devices.reachable & ~self.busy)
 
-    def _pool(self) -> Pool:
+    def _pool(self) -> WorkersAvailable:
         names = self.devices.names
         idle = self._idle()
         if self._round.phase is RoundPhase.REPORTING:
             # A round that is under way only counts whether there are enough for those that are missing.
             idle = idle[~self._in_round[idle]][:_ENOUGH_IDLE]
         live_count = int((self.devices.reachable | self.busy).sum())
-        return Pool(tuple(names[i] for i in idle), live_count)
+        return WorkersAvailable(tuple(names[i] for i in idle), live_count)
 
     def _select(self, select: Select) -> None:
         idle = self._idle()

@@ -7,7 +7,7 @@ from fedgrpc.aggregator.model_store import Downlink
 from fedgrpc.aggregator.negotiation import Negotiation, text_of
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import UsageError
-from fedgrpc.rounds.history import Rates, WorkerHistory
+from fedgrpc.rounds.history import LinkRates, WorkerHistory
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest, WorkerRecord
 from fedgrpc.v1.tensor_pb2 import COMPRESSION_ZSTD
 
@@ -19,7 +19,7 @@ def worker(encodings=ALL, up=0, down=0, measured_up=(), measured_down=(), zstd=T
     about = RegisterRequest(
         worker="pi", device=device, encodings=encodings, compressions=[COMPRESSION_ZSTD] if zstd else []
     )
-    return Worker(about, 0.0, WorkerHistory(uplink=Rates(measured_up), downlink=Rates(measured_down)))
+    return Worker(about, 0.0, WorkerHistory(uplink=LinkRates(measured_up), downlink=LinkRates(measured_down)))
 
 
 def told(negotiation, worker):

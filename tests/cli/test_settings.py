@@ -15,7 +15,7 @@ from fedgrpc.cli.main import load_command
 from fedgrpc.cli.options import SettingsCommand
 from fedgrpc.cli.quantities import DURATION, RATE, SIZE
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rounds.selection import Choosing
+from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Role
@@ -45,7 +45,7 @@ def _worker(*arguments: str) -> WorkerSettings:
     [
         (aggregator.COMMAND, AggregatorSettings),
         (aggregator.COMMAND, RoundPolicy),
-        (aggregator.COMMAND, Choosing),
+        (aggregator.COMMAND, SelectionPolicy),
         (aggregator.COMMAND, TrainingPlan),
         (worker.COMMAND, WorkerSettings),
         (worker.COMMAND, Throttle),

@@ -4,7 +4,7 @@ import asyncio
 
 from prometheus_client import generate_latest
 
-from fedgrpc.rounds.selection import Choosing
+from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
 from tests.support.running_federation import PATIENCE_S, Device, aggregating, chunks, encoded, refused, update_of
@@ -19,7 +19,7 @@ DOWNLOADING, TRAINING, UPLOADING = (
     round_pb2.TASK_PHASE_TRAINING,
     round_pb2.TASK_PHASE_UPLOADING,
 )
-LEARNING = Choosing(learn_deadline=True)
+LEARNING = SelectionPolicy(learn_deadline=True)
 
 
 def again(running, *names):
@@ -216,7 +216,7 @@ async def test_workers_are_chosen_by_lot_and_the_record_says_so(tmp_path):
 async def test_the_useful_are_chosen_and_the_record_says_why_even_after_a_restart(tmp_path):
     """Once all have been tried: the one with the highest loss, and the one who has waited longest."""
     policy = {"min_workers": 3, "max_participants": 2}
-    oort = Choosing(selection="oort", fairness=0.5, exploration=0.0)
+    oort = SelectionPolicy(selection="oort", fairness=0.5, exploration=0.0)
     settings = {"policy": policy, "choosing": oort, "rounds": 4}
     loss = {"a": 1e15, "b": 0.1, "c": 0.1}
     async with aggregating(tmp_path, **settings) as running:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fedgrpc.rounds.selection import Choosing
+from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.v1 import device_pb2, round_pb2
 from tests.support.running_federation import MODEL, Device, aggregating, refused, update_of
 from tests.support.running_tree import leading
@@ -127,7 +127,7 @@ async def test_a_leaf_leaves_out_an_update_whose_mean_is_not_finite_too(tmp_path
 
 
 async def test_losses_of_all_sizes_leave_the_choice_of_workers_working(tmp_path):
-    choosing = Choosing(selection="oort")
+    choosing = SelectionPolicy(selection="oort")
     async with aggregating(tmp_path, rounds=4, choosing=choosing) as running:
         (honest, evil), tasks = await both(running)
         for _ in range(3):

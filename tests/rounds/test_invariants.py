@@ -13,7 +13,7 @@ from fedgrpc.rounds.events import (
     Abort,
     Accepted,
     Cancel,
-    Carry,
+    CarryOver,
     Commit,
     Committed,
     Effect,
@@ -21,16 +21,16 @@ from fedgrpc.rounds.events import (
     Failed,
     Finished,
     Offer,
-    Pool,
     Progress,
     Rejected,
     Select,
     Selected,
     TaskPhase,
     Tick,
+    WorkersAvailable,
 )
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rounds.state import Round, RoundPhase, StoredTask, follow, restore, step, wake_at, wants_pool
+from fedgrpc.rounds.state import Round, RoundPhase, StoredTask, follow, restore, step, wake_at, wants_workers
 
 WORKERS = tuple("abcdefgh")
 
@@ -96,7 +96,7 @@ class AnyRound(RuleBasedStateMachine):
         except (IllegalTransition, RoundClosed, UnknownTask):
             assert self.round is before
             return
-        if isinstance(event, Pool) and not wants_pool(before):
+        if isinstance(event, WorkersAvailable) and not wants_workers(before):
             assert (self.round, effects) == (before, ())
         if before.phase.final:
             assert replace(self.round, carried=before.carried) == before
@@ -109,7 +109,7 @@ class AnyRound(RuleBasedStateMachine):
 
     @rule(idle=st.sets(st.sampled_from(WORKERS)), others=st.integers(0, 3))
     def pool(self, idle: set[str], others: int) -> None:
-        self.send(Pool(tuple(sorted(idle)), len(idle) + others))
+        self.send(WorkersAvailable(tuple(sorted(idle)), len(idle) + others))
 
     @precondition(lambda self: self.select is not None)
     @rule(data=st.data())
@@ -175,7 +175,7 @@ class AnyRound(RuleBasedStateMachine):
     @rule()
     def everybody_comes(self) -> None:
         idle = tuple(worker for worker in WORKERS if worker not in self.round.workers)
-        self.send(Pool(idle, len(WORKERS)))
+        self.send(WorkersAvailable(idle, len(WORKERS)))
         if self.select is not None and self.round.asked:
             workers = [worker for worker in idle if worker not in self.select.exclude][: self.select.count]
             self.select = None
@@ -244,7 +244,7 @@ class AnyRound(RuleBasedStateMachine):
 
     @invariant()
     def what_is_carried_is_late_or_accepted_in_vain_and_said_to_be_carried(self) -> None:
-        carried = {effect.token for effect in self.all if isinstance(effect, Carry)}
+        carried = {effect.token for effect in self.all if isinstance(effect, CarryOver)}
         assert set(self.round.carried) in (carried, set())
         assert not self.round.carried or self.round.policy.late == "carry"
         for token in self.round.carried:

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from fedgrpc.errors import RoundClosed, UsageError
-from fedgrpc.rounds.events import Accepted, Cancel, Carry, Select, Selected, TaskPhase, Tick
+from fedgrpc.rounds.events import Accepted, Cancel, CarryOver, Select, Selected, TaskPhase, Tick
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.state import RoundPhase, follow, restore, step, wake_at
 from tests.support.round_scenario import Effects, Scenario, cancelled, committed_tokens, finished
 
 
 def _carried(effects: Effects) -> set[str]:
-    return {effect.token for effect in effects if isinstance(effect, Carry)}
+    return {effect.token for effect in effects if isinstance(effect, CarryOver)}
 
 
 def _next(it: Scenario) -> tuple[Scenario, Effects]:

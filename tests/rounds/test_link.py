@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.history import NO_RATES, cut_download, cut_upload
-from fedgrpc.rounds.task import Pace, Task
+from fedgrpc.rounds.task import Task, UploadPace
 
 KB = 1000
 
@@ -20,7 +20,7 @@ def test_the_median_of_the_last_transfers_counts() -> None:
     for _ in range(3):
         rates = rates.after(2_000 * KB, 1.0)
     assert rates.bytes_per_second == 2_000 * KB
-    assert len(rates.told) == 5
+    assert len(rates.samples) == 5
 
 
 def test_nothing_is_told_by_what_is_over_at_once_or_never_was() -> None:
@@ -52,7 +52,7 @@ def late(**changes: object) -> Task:
 def test_an_upload_that_was_too_slow_tells_how_slow() -> None:
     entered = MappingProxyType({TaskPhase.UPLOADING: 20.0, TaskPhase.LATE: 30.0})
     # The last byte came at 25; after that the link was silent, which is not what it is like.
-    pace = Pace.begun(0, 900 * KB, 20.0).moved(300 * KB, 25.0, 1.0)
+    pace = UploadPace.begun(0, 900 * KB, 20.0).moved(300 * KB, 25.0, 1.0)
     assert cut_upload(late(entered=entered, pace=pace)) == (300 * KB, 5.0)
     assert cut_upload(late(entered=entered)) == (0.0, 0.0)
     assert cut_upload(late(pace=pace)) == (0.0, 0.0)

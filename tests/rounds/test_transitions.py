@@ -14,19 +14,19 @@ from fedgrpc.rounds.events import (
     Committed,
     Event,
     Failed,
-    Pool,
     Progress,
     Rejected,
     Selected,
     TaskPhase,
     Tick,
+    WorkersAvailable,
 )
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.state import RoundPhase, step
 from tests.support.round_scenario import Scenario
 
 KNOWN: dict[type, Event] = {
-    Pool: Pool((), 0),
+    WorkersAvailable: WorkersAvailable((), 0),
     Selected: Selected(()),
     Progress: Progress("c", TaskPhase.TRAINING),
     Accepted: Accepted("c"),
@@ -40,10 +40,10 @@ UNKNOWN = [Progress("z", TaskPhase.TRAINING), Accepted("z"), Rejected("z", "NaN"
 
 S, R, C, D, A = RoundPhase
 HANDLED = {
-    *product([S, R], [Pool, Selected, Tick, Abort]),
+    *product([S, R], [WorkersAvailable, Selected, Tick, Abort]),
     *product([R], [Progress, Accepted, Rejected, Failed]),
-    *product([C], [Pool, Selected, Tick, Abort, Committed]),
-    *product([D, A], [Pool, Selected, Tick]),
+    *product([C], [WorkersAvailable, Selected, Tick, Abort, Committed]),
+    *product([D, A], [WorkersAvailable, Selected, Tick]),
 }
 RAISES: dict[tuple[RoundPhase, type], type[FedgrpcError]] = {
     **dict.fromkeys(product([S], [Progress, Accepted, Rejected, Failed]), UnknownTask),
@@ -126,7 +126,7 @@ def test_to_accept_an_update_again_changes_nothing(phase: RoundPhase) -> None:
 
 
 @pytest.mark.parametrize("phase", [C, D, A])
-@pytest.mark.parametrize("kind", [Pool, Selected, Tick])
+@pytest.mark.parametrize("kind", [WorkersAvailable, Selected, Tick])
 def test_news_of_the_fleet_and_the_time_change_nothing_in_a_closed_round(phase: RoundPhase, kind: type) -> None:
     it = _in_phase(phase)
     before = it.round

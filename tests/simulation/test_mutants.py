@@ -8,7 +8,17 @@ from dataclasses import replace
 import pytest
 
 from fedgrpc.rounds import state
-from fedgrpc.rounds.events import Cancel, Commit, Effect, Event, Pool, Progress, Select, TaskPhase, Tick
+from fedgrpc.rounds.events import (
+    Cancel,
+    Commit,
+    Effect,
+    Event,
+    Progress,
+    Select,
+    TaskPhase,
+    Tick,
+    WorkersAvailable,
+)
 from fedgrpc.rounds.state import Round, RoundPhase, follow
 from fedgrpc.simulation.aggregator import Aggregator
 from fedgrpc.simulation.disk import Disk, Version
@@ -176,9 +186,9 @@ class NeverAsksALostWorkerAgain(Aggregator):
             self.lost.add(self.round.tasks[effect.token].worker)
         super()._carry_out(effect)
 
-    def pool(self) -> Pool:
+    def pool(self) -> WorkersAvailable:
         pool = super().pool()
-        return Pool(tuple(worker for worker in pool.idle if worker not in self.lost), pool.live_count)
+        return WorkersAvailable(tuple(worker for worker in pool.idle if worker not in self.lost), pool.live_count)
 
 
 MUTANTS: list[tuple[type[Aggregator], str]] = [
@@ -208,7 +218,7 @@ def test_a_broken_promise_is_found(mutant: type[Aggregator], invariant: str) -> 
     assert found.startswith(invariant), found
 
 
-def _replace_all(round_: Round, event: Pool, now: float) -> tuple[Round, Effects]:
+def _replace_all(round_: Round, event: WorkersAvailable, now: float) -> tuple[Round, Effects]:
     count = round_.aim - len(round_.accepted)
     if round_.asked or all(worker in round_.workers for worker in event.idle):
         return round_, ()
@@ -216,7 +226,7 @@ def _replace_all(round_: Round, event: Pool, now: float) -> tuple[Round, Effects
 
 
 def test_a_round_that_replaces_workers_who_are_at_work_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "_TABLE", {**state._TABLE, (RoundPhase.REPORTING, Pool): _replace_all})
+    monkeypatch.setattr(state, "_TABLE", {**state._TABLE, (RoundPhase.REPORTING, WorkersAvailable): _replace_all})
     found = _found(Aggregator)
     assert found.startswith("bound held"), found
 

@@ -14,13 +14,13 @@ from fedgrpc.rounds.events import (
     Event,
     Failed,
     Finished,
-    Pool,
     Progress,
     Rejected,
     Select,
     Selected,
     TaskPhase,
     Tick,
+    WorkersAvailable,
 )
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.state import Round, step
@@ -47,7 +47,7 @@ class Scenario:
 
     def pool(self, idle: str = "", live_count: int | None = None) -> Effects:
         """`idle`: names of one letter."""
-        return self.send(Pool(tuple(idle), len(idle) if live_count is None else live_count))
+        return self.send(WorkersAvailable(tuple(idle), len(idle) if live_count is None else live_count))
 
     def select(self, workers: str) -> Effects:
         return self.send(Selected(tuple((worker, worker) for worker in workers)))
