@@ -35,7 +35,7 @@ simulate: $(INSTALLED)  ## play rounds in simulated worlds full of faults: make 
 	$(BIN)/python tools/simulate_rounds.py --seeds $(or $(SEEDS),1000) $(ARGS)
 
 bench-niid: $(INSTALLED)  ## a tenth of NIID-Bench's Fashion-MNIST cells beside the published figures
-	$(BIN)/python tools/niid_bench.py --short $(ARGS)
+	$(BIN)/python -m tools.bench.niid --short $(ARGS)
 
 fuzz: $(INSTALLED)  ## damaged input for every reader: make fuzz N=1000000 (about 1,000 a second)
 	$(BIN)/python -m tests.fuzz.run --inputs $(or $(N),100000) --seed $(or $(SEED),0) $(ARGS)
@@ -47,7 +47,7 @@ soak: $(INSTALLED)  ## 1,000 flaps of three links while a run proceeds (about 4 
 	$(BIN)/python -m tests.faults.soak --flaps $(or $(FLAPS),1000) $(ARGS)
 
 load: $(INSTALLED)  ## 2,000 connected workers against one aggregator on one core (about 5 minutes)
-	$(BIN)/python tools/load_generator.py $(ARGS)
+	$(BIN)/python -m tools.bench.load $(ARGS)
 
 images:  ## build the images of the aggregator and of the worker, with podman or CONTAINER_BUILD
 	$(CONTAINER_BUILD) -f docker/aggregator.Dockerfile -t localhost/fedgrpc-aggregator:dev .

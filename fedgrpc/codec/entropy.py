@@ -13,7 +13,7 @@ Marks come in levels: level 1 has the position and sign of every |q| > m, level 
 j - 1 with |q| >= m + j, and the members of the last level carry what is left as a count. The base is
 chosen per tensor from its share of zeros. After zstd level 1 the content was 1 to 4 % above the order-0
 entropy of q for c from 0.1 to 30 and Laplace, Gauss and Student-3 data, and 6 % for Student-3 at c near 1
-(`tools/bench_codec.py`).
+(`tools/bench/codec.py`).
 
     bytes: d float32, b uint8, levels uint8, zero uint16, the bytes of each level uint32, bytes of counts
     uint32 (only if there are levels), digits, levels, counts

@@ -1,4 +1,4 @@
-"""tools/peers watches other frameworks' processes from outside."""
+"""tools/bench/peers watches other frameworks' processes from outside."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-from peers.rounds import read_marks, run_logged
-from peers.watch import Group, Watch
+from tools.bench.peers.rounds import read_marks, run_logged
+from tools.bench.peers.watch import Group, Watch
 
 _BUSY = "while True: sum(range(10_000))"
 _PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {_BUSY!r}])  # {{mark}}"

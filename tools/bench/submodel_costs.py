@@ -1,8 +1,8 @@
 """What a step of training and a payload cost, by the width of the slice: the first table of docs/heterogeneity.md.
 
-`python tools/slice_costs.py`: random weights and images, one thread, SGD with momentum. CPU time of a step is the
-median of five rounds of `--steps` each; bytes are those of tensors (weights, gradients, velocities, and what the
-backward pass keeps) and of whole payloads.
+`python -m tools.bench.submodel_costs`: random weights and images, one thread, SGD with momentum. CPU time of a
+step is the median of five rounds of `--steps` each; bytes are those of tensors (weights, gradients, velocities,
+and what the backward pass keeps) and of whole payloads.
 """
 
 from __future__ import annotations

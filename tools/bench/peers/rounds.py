@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from peers.watch import Group, Watch
+from tools.bench.peers.watch import Group, Watch
 
 
 @dataclass(frozen=True)

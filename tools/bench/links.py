@@ -1,6 +1,6 @@
 """A round over bad links: from 5 kB/s to 100 MB/s, with lost packets and connections that are reset.
 
-    python tools/bench_links.py [--rates 5k,20k,100k,1M,10M,100M] [--seconds 20] [--resets 15] [--json FILE]
+    python -m tools.bench.links [--rates 5k,20k,100k,1M,10M,100M] [--seconds 20] [--resets 15] [--json FILE]
 
 For each rate three links: a clean one, one that loses 1 % of its packets, and one that loses them and is reset
 every 15 s or so. Over each a real worker gets a model from a real aggregator and returns an update of the same
@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import structlog
 from safetensors.numpy import save_file
-from transport_bench.lossy import Lossy, Quality
 
 from fedgrpc.aggregator.server import Aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings
@@ -33,6 +32,7 @@ from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.worker.run import Worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.trainer import EvalResult, TrainResult
+from tools.bench.transport.lossy import Lossy, Quality
 
 _MOST_BYTES = 45_000_000
 _LEAST_BYTES = 100_000

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from fedgrpc import logging
-from transport_bench.federation import write_initial
-from transport_bench.workload import initial_model
+from tools.bench.transport.federation import write_initial
+from tools.bench.transport.workload import initial_model
 
 _PAUSE_S = 0.005
 _WAIT_S = 60.0

@@ -1,6 +1,6 @@
 """What the images take: their size on top of their base, and how long an aggregator takes to serve. Root, podman.
 
-python -m tools.measure_images [--starts 9] [--base NAME]
+python -m tools.bench.images [--starts 9] [--base NAME]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Milliseconds per million elements and bits per element of every encoding, as a table.
 
-    python tools/bench_codec.py [--elements N] [--data laplace|gauss|student] [--json FILE] [ENCODING ...]
-    python tools/bench_codec.py --entropy [--elements N] [ENCODING ...]
+    python -m tools.bench.codec [--elements N] [--data laplace|gauss|student] [--json FILE] [ENCODING ...]
+    python -m tools.bench.codec --entropy [--elements N] [ENCODING ...]
 
 One core, best of several repetitions, on one float32 tensor. "encode" includes drawing random numbers;
 "feedback" is error feedback around it: add the residual, encode, decode, keep the new residual. "wire" is

@@ -6,7 +6,7 @@ one process, since sixty runs over sockets would take days and change no byte. D
 to what the workers hold, and the aggregator remembers exactly that (arXiv 1905.05957). The learning rate falls to
 nothing along a cosine, so that the last scores differ by the encoding more than by chance.
 
-    python tools/bench_encodings.py --seeds 3 --rounds 60 --json results.json --plot results.png
+    python -m tools.bench.encodings --seeds 3 --rounds 60 --json results.json --plot results.png
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ import os
 import shutil
 from pathlib import Path
 
-from peers.rounds import Result, measured, run_logged
-from peers.watch import Group
+from tools.bench.peers.rounds import Result, measured, run_logged
+from tools.bench.peers.watch import Group
 
 _JOB = Path(__file__).parent / "nvflare_job"
-_WORKLOAD = Path(__file__).parents[1] / "transport_bench/workload.py"
+_WORKLOAD = Path(__file__).parents[1] / "transport/workload.py"
 
 _PROJECT = """\
 api_version: 3

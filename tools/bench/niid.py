@@ -1,7 +1,7 @@
 """NIID-Bench's Fashion-MNIST cells for FedAvg (Li et al., arXiv 2102.02079), over real gRPC and real processes.
 
-    python tools/niid_bench.py --json niid.json      the full 50 rounds of all four cells
-    python tools/niid_bench.py --short               a tenth of the work: 5 rounds
+    python -m tools.bench.niid --json niid.json      the full 50 rounds of all four cells
+    python -m tools.bench.niid --short               a tenth of the work: 5 rounds
 
 Ten parties that all take part, LeNet with 6 and 16 filters, batch 64, learning rate 0.01, momentum 0.9, 10 local
 epochs. Each cell is one `fedgrpc aggregator` and ten `fedgrpc worker` on loopback, one thread each. The workers

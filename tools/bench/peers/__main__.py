@@ -2,7 +2,7 @@
 
     python3.11 -m venv flower && flower/bin/pip install flwr==1.41.0
     python3.11 -m venv nvflare && nvflare/bin/pip install nvflare==2.9.0
-    python tools/bench_peers.py --flower flower/bin/python --nvflare nvflare/bin/python [--sizes 0.28M]
+    python -m tools.bench.peers --flower flower/bin/python --nvflare nvflare/bin/python [--sizes 0.28M]
 
 Every client is a process of its own (with the frameworks' helpers, several), without TLS, and returns the model it
 was given plus noise. A framework's round lasts from before its first message is built until its mean is there;
@@ -20,10 +20,10 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import bench_transport
-from peers import flower, nvflare
-from peers.rounds import Result
-from transport_bench.workload import WIDTHS
+from tools.bench.peers import flower, nvflare
+from tools.bench.peers.rounds import Result
+from tools.bench.transport import measure as transport
+from tools.bench.transport.workload import WIDTHS
 
 _OURS = ("fedgrpc float32", "fedgrpc int8+zstd both ways")
 
@@ -53,7 +53,7 @@ def _contestants(args: argparse.Namespace) -> dict[str, Callable[[str], Result]]
 
 
 def _ours(name: str, clients: int, rounds: int, size: str) -> Result:
-    row = bench_transport.measure(name, size, clients, rounds)
+    row = transport.measure(name, size, clients, rounds)
     return Result(row.server.wall_s, row.server.cpu_s, row.server.peak_rss_mb, row.worker_peak_rss_mb)
 
 

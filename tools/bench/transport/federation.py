@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedgrpc import logging
-from transport_bench.meter import Mark, Usage, rss_mb
-from transport_bench.workload import Noise, initial_model, initial_pieces, shapes
+from tools.bench.transport.meter import Mark, Usage, rss_mb
+from tools.bench.transport.workload import Noise, initial_model, initial_pieces, shapes
 
 if TYPE_CHECKING:
     from fedgrpc.aggregator.coordinator import Coordinator

@@ -16,8 +16,8 @@ import grpc.aio
 import numpy as np
 
 from fedgrpc.v1.tensor_pb2 import Chunk
-from transport_bench.meter import Mark, Usage
-from transport_bench.workload import Array, Noise, flat, initial_model
+from tools.bench.transport.meter import Mark, Usage
+from tools.bench.transport.workload import Array, Noise, flat, initial_model
 
 CHUNK_BYTES = 1 << 20
 _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]

@@ -1,7 +1,7 @@
 """A round of models out and updates in, side by side: fedgrpc, a bare grpc.aio floor, and raw TCP.
 
-    python tools/bench_transport.py [--sizes 0.28M,2.5M,11.2M,25.2M] [--workers 4] [--turns N] [--json FILE]
-    python tools/bench_transport.py --latency
+    python -m tools.bench.transport [--sizes 0.28M,2.5M,11.2M,25.2M] [--workers 4] [--turns N] [--json FILE]
+    python -m tools.bench.transport --latency
 
 Every worker is a process on this machine and returns the model it was given plus noise: communication and
 aggregation, no training. Figures are medians over the rounds, the first one dropped; of several turns, in which
@@ -32,10 +32,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from transport_bench.latency import Latency, Probe, Span
-from transport_bench.meter import Usage
-from transport_bench.processes import Target, process, reply, several
-from transport_bench.workload import WIDTHS, size_of
+from tools.bench.transport.latency import Latency, Probe, Span
+from tools.bench.transport.meter import Usage
+from tools.bench.transport.processes import Target, process, reply, several
+from tools.bench.transport.workload import WIDTHS, size_of
 
 _ISOLATED = "FEDGRPC_BENCH_ISOLATED"
 _UPLOADS = 8
@@ -182,7 +182,7 @@ def _targets(contestant: str, folder: Path) -> tuple[Target, Target]:
 
 def _enter(module: str, function: str, pipe: Any, **arguments: Any) -> None:
     """In the new process: only the contestant's own modules are imported, and counted in its memory."""
-    getattr(importlib.import_module(f"transport_bench.{module}"), function)(pipe, **arguments)
+    getattr(importlib.import_module(f"tools.bench.transport.{module}"), function)(pipe, **arguments)
 
 
 def _run(serve: Target, work: Target, width: int, workers: int, rounds: int) -> list[Usage]:
@@ -256,7 +256,7 @@ def _counts(text: str) -> list[int]:
     return counts
 
 
-def _isolate() -> None:
+def isolate() -> None:
     """Go on in a network namespace of its own, where there is one to be had."""
     if os.environ.get(_ISOLATED) or not shutil.which("unshare") or not shutil.which("ip"):
         return
@@ -264,10 +264,5 @@ def _isolate() -> None:
     command = ["unshare", "--net", "--map-root-user", "sh", "-c"]
     if subprocess.run([*command, "ip link set lo up"], capture_output=True, check=False).returncode == 0:
         os.environ[_ISOLATED] = "yes"
-        os.execvp("unshare", [*command, inside, "sh", sys.executable, *sys.argv])
+        os.execvp("unshare", [*command, inside, "sh", sys.executable, *sys.orig_argv[1:]])
     print("no network namespace to be had: loopback bytes count what others send, too", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    _isolate()
-    main()

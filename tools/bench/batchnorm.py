@@ -5,8 +5,8 @@ the package's own trainer, codec, update files and commit. Workers are simulated
 The learning rate falls to nothing along a cosine, and the score is the mean of the last rounds', so that figures
 differ by the encoding more than by chance. Statistics that lose bits, or that an optimizer steps on, show at once.
 
-    python tools/bench_batchnorm.py --model cnn --seeds 1 --rounds 12
-    python tools/bench_batchnorm.py --model resnet18 --width 0.25 --examples 500 --rounds 12
+    python -m tools.bench.batchnorm --model cnn --seeds 1 --rounds 12
+    python -m tools.bench.batchnorm --model resnet18 --width 0.25 --examples 500 --rounds 12
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from load.workers import PATIENCE_S, WAIT_S
+from tools.bench.load.workers import PATIENCE_S, WAIT_S
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 

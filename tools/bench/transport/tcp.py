@@ -9,8 +9,8 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from transport_bench.meter import Mark, Usage
-from transport_bench.workload import Array, Noise, flat, initial_model
+from tools.bench.transport.meter import Mark, Usage
+from tools.bench.transport.workload import Array, Noise, flat, initial_model
 
 
 def serve(pipe: Connection, width: int, workers: int, rounds: int) -> None:

@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from load.aggregator import Aggregator
-from load.workers import PATIENCE_S, Seen, Update, Worker
 
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc
+from tools.bench.load.aggregator import Aggregator
+from tools.bench.load.workers import PATIENCE_S, Seen, Update, Worker
 
 _CONNECTING_AT_ONCE = 50
 _LOOK_S = 0.02
@@ -44,7 +44,7 @@ class Probes:
     """The process of those who poll without waiting, and what it tells: when each asked, and how long it took."""
 
     def __init__(self, address: str) -> None:
-        command = [sys.executable, __file__, "--probes-of", address, *sys.argv[1:]]
+        command = [sys.executable, "-m", "tools.bench.load", "--probes-of", address, *sys.argv[1:]]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self._answers: list[tuple[float, float]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)

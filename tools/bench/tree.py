@@ -1,6 +1,6 @@
 """What a worker's update costs an aggregator, at the root and below another: CPU seconds and memory.
 
-    python tools/bench_tree.py [--sizes 0.28M,2.5M] [--workers 8,24,48] [--rounds N] [--json FILE]
+    python -m tools.bench.tree [--sizes 0.28M,2.5M] [--workers 8,24,48] [--rounds N] [--json FILE]
 
 Workers add noise to the model they are given, many in one process, which is not the aggregator's. CPU is that of
 the aggregator's process for one round, the median over rounds, the first one dropped; a line through the worker
@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transport_bench import federation
-from transport_bench.meter import Mark, Usage
-from transport_bench.processes import process, reply
-from transport_bench.workload import WIDTHS, size_of
+
+from tools.bench.transport import federation
+from tools.bench.transport.meter import Mark, Usage
+from tools.bench.transport.processes import process, reply
+from tools.bench.transport.workload import WIDTHS, size_of
 
 ENCODINGS = ("raw", "int8+zstd")
 PLACES = ("root", "below")

@@ -1,8 +1,8 @@
 """How fast a model comes down and an update goes up over links that are far: round trip and rate.
 
-    python tools/bench_far.py [--links 50:100,150:100,50:1000,150:1000]
+    python -m tools.bench.far [--links 50:100,150:100,50:1000,150:1000]
 
-One worker's client, a real aggregator and a proxy that delays every byte (`transport_bench/far.py`), each in a
+One worker's client, a real aggregator and a proxy that delays every byte (`transport/far.py`), each in a
 process of its own. The payload is raw and has 45 MB, on fast links 100 MB.
 """
 
@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transport_bench import far, latency
-from transport_bench.processes import process, reply
-from transport_bench.workload import WIDTHS, initial_model
+
+from tools.bench.transport import far, latency
+from tools.bench.transport.processes import process, reply
+from tools.bench.transport.workload import WIDTHS, initial_model
 
 _SMALL, _LARGE = WIDTHS["11.2M"], WIDTHS["25.2M"]
 

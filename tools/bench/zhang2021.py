@@ -4,7 +4,7 @@ The paper: two Gaussian classes of 5 features, means -1 and 1, sigma 1; five lay
 descent on the full batch; 500 to 2000 samples; 20 runs. Time and memory of an epoch, accuracy after training, and
 the epochs it takes to get there, by number format.
 
-`python tools/reproduce_zhang2021.py --out docs/images/zhang2021 --runs 20` writes results.json and three plots;
+`python -m tools.bench.zhang2021 --out docs/images/zhang2021 --runs 20` writes results.json and three plots;
 with `--models`, rows of MobileNetV2 and ShuffleNetV2 on Fashion-MNIST and PointNet on solids instead, into
 models.json, where rows of as many steps stay as they are: it goes on where it was stopped.
 """

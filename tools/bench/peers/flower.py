@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from peers.rounds import Result, measured, run_logged
-from peers.watch import Group
+from tools.bench.peers.rounds import Result, measured, run_logged
+from tools.bench.peers.watch import Group
 
 _APP = Path(__file__).parent / "flower_app"
-_WORKLOAD = Path(__file__).parents[1] / "transport_bench/workload.py"
+_WORKLOAD = Path(__file__).parents[1] / "transport/workload.py"
 _START_S = 60.0
 
 

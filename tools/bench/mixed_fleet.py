@@ -7,8 +7,8 @@ slice it trains. An aggregator and its workers run in this process and talk gRPC
 so that its CPU time is its own. Parts are Dirichlet(0.5)'s, or `held`: trousers and bags (labels 1 and 8) are
 held by the six small devices alone.
 
-`python tools/mixed_fleet.py --out results.jsonl` writes one JSON line for each fleet and seed, and goes on where
-it was stopped; `--show results.jsonl` prints the tables, with `--plot figure.png` it draws them.
+`python -m tools.bench.mixed_fleet --out results.jsonl` writes one JSON line for each fleet and seed, and
+continues where it was stopped; `--show results.jsonl` prints the tables, with `--plot figure.png` it draws them.
 """
 
 from __future__ import annotations

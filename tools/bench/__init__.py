@@ -1,0 +1,1 @@
+"""Benchmarks and experiments, each run from the repository's root as `python -m tools.bench.NAME`."""
