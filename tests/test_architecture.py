@@ -27,18 +27,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "process": {"errors", "spares"},
     "logging": {"errors"},
     "metrics": {"errors", "claims", "v1", "rpc", "process"},
-    "rpc": {*CORE, "v1", "process"},
-    "aggregator": {*CORE, "v1", "rpc", "spares", "disk_errors", "process", "logging", "metrics"},
-    "worker": {*CORE, "v1", "rpc", "spares", "disk_errors", "process", "logging", "metrics"},
+    "protocol": {*CORE, "v1"},
+    "rpc": {"errors", "claims", "codec", "v1", "protocol", "process"},
+    "aggregator": {*CORE, "v1", "protocol", "rpc", "spares", "disk_errors", "process", "logging", "metrics"},
+    "worker": {*CORE, "v1", "protocol", "rpc", "spares", "disk_errors", "process", "logging", "metrics"},
     # An aggregator below another is both, and so above both: neither knows of it, nor of the other.
-    "tree": {*CORE, "v1", "rpc", "spares", "process", "metrics", "aggregator", "worker"},
+    "tree": {*CORE, "v1", "protocol", "rpc", "spares", "process", "metrics", "aggregator", "worker"},
     "data": {"errors"},
     "models": {"errors"},
     "compression": {"errors", "models", "aggregation"},
     "tasks": {"errors", "codec", "aggregation", "data", "models", "compression", "worker"},
     "__main__": {"cli"},
     "cli": {
-        *(*CORE, "v1", "rpc", "process", "logging", "metrics"),
+        *(*CORE, "v1", "protocol", "rpc", "process", "logging", "metrics"),
         *("aggregator", "worker", "tree", "data", "models", "tasks", "simulation"),
     },
 }
@@ -100,7 +101,8 @@ def test_importing_the_aggregator_imports_no_torch() -> None:
     modules = [
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         for path in _modules()
-        if _owner(path) in {"aggregator", "tree", "codec", "aggregation", "rounds", "rpc", "logging", "metrics"}
+        if _owner(path)
+        in {"aggregator", "tree", "codec", "aggregation", "rounds", "protocol", "rpc", "logging", "metrics"}
     ]
     code = f"import sys, importlib\n[importlib.import_module(name) for name in {modules!r}]"
     code += "\nprint('torch' in sys.modules)"

@@ -48,6 +48,7 @@ from fedgrpc.errors import (
     WrongIdentity,
 )
 from fedgrpc.metrics import Metrics
+from fedgrpc.protocol.records import registration_from_proto
 from fedgrpc.rounds.best import Jump
 from fedgrpc.rounds.events import (
     Abort,
@@ -67,7 +68,6 @@ from fedgrpc.rounds.events import (
     WorkersAvailable,
 )
 from fedgrpc.rounds.state import RoundPhase, step, time_left
-from fedgrpc.rpc.convert import registration_from_proto
 from fedgrpc.rpc.identity import Session
 from fedgrpc.v1.aggregator_pb2 import (
     RUN_PHASE_PAUSED,

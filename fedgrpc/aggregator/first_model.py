@@ -10,8 +10,8 @@ from typing import Final
 from fedgrpc.aggregator.model_file import METADATA
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.manifest import Limits
+from fedgrpc.protocol.tensors import layout_to_proto
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
-from fedgrpc.rpc.convert import layout_to_proto
 
 # A manifest travels in one message, with each tensor's encoding beside its name and shape.
 _MAX_LAYOUT_BYTES: Final = MAX_MESSAGE_BYTES // 2

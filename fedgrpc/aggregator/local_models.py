@@ -37,16 +37,15 @@ from fedgrpc.codec.efficiency import expected_bits
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import LayoutError, NotFound, StorageError, UnusableUpdate
-from fedgrpc.rpc.local_model import (
-    channels_from_proto,
-    channels_to_proto,
+from fedgrpc.protocol.plans import (
     compression_from_proto,
     local_model_to_proto,
     plan_from_proto,
     plans_to_proto,
     sub_model_from_proto,
 )
-from fedgrpc.rpc.planning import counts, device_of, observation_of, prediction_from_proto
+from fedgrpc.protocol.records import counts, device_of, observation_of, prediction_from_proto
+from fedgrpc.protocol.tensors import channels_from_proto, channels_to_proto
 from fedgrpc.v1 import round_pb2, tensor_pb2
 
 log = structlog.get_logger()

@@ -37,7 +37,7 @@ from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import EncodeError, Exhausted, FedgrpcError, NotFound, StorageError, UsageError
-from fedgrpc.rpc.convert import manifest_to_proto
+from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.spares import SpareFiles, make_private
 from fedgrpc.v1.aggregator_pb2 import ModelHeader, PullModelResponse
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from fedgrpc import claims
 from fedgrpc.aggregator.settings import AggregatorSettings
-from fedgrpc.rpc.convert import duration_to_proto
+from fedgrpc.protocol.durations import duration_to_proto
 from fedgrpc.v1 import round_pb2, tensor_pb2
 
 T = TypeVar("T", int, float)

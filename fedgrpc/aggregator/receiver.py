@@ -44,10 +44,11 @@ from fedgrpc.errors import (
     TooLargeError,
     UpdateRefused,
 )
+from fedgrpc.protocol.records import metrics_from_proto
+from fedgrpc.protocol.tensors import layout_to_proto, manifest_from_proto
 from fedgrpc.rounds.events import Progress, TaskPhase
 from fedgrpc.rounds.task import UploadPace
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
-from fedgrpc.rpc.convert import layout_to_proto, manifest_from_proto, metrics_from_proto
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
 

@@ -33,9 +33,9 @@ from fedgrpc.aggregator.versions import Version
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.raw import as_bool
 from fedgrpc.errors import CorruptError, LayoutError, StorageError, UnusableUpdate, UsageError
+from fedgrpc.protocol.durations import duration_from_proto
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.state import StoredTask, restore
-from fedgrpc.rpc.convert import duration_from_proto
 from fedgrpc.rpc.identity import Session
 from fedgrpc.v1 import round_pb2
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RUN_PHASE_RUNNING, RunPhase

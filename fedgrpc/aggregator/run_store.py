@@ -23,11 +23,10 @@ from google.protobuf.message import DecodeError
 from fedgrpc import claims
 from fedgrpc.aggregator.versions import Version, jump_to_proto
 from fedgrpc.errors import LayoutError, StorageError
+from fedgrpc.protocol.records import history_from_bytes, history_to_bytes, registration_from_proto
 from fedgrpc.rounds.best import Jump
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.history import Histories, WorkerHistory
-from fedgrpc.rpc.convert import registration_from_proto
-from fedgrpc.rpc.worker_history import history_from_bytes, history_to_bytes
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest, RunPhase
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, ModelVersion
 from fedgrpc.v1.round_pb2 import Round as RoundRecord

@@ -24,15 +24,11 @@ from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.errors import LayoutError, NotFound, UsageError, WrongOffset
+from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
+from fedgrpc.protocol.plans import parse_sub_model
+from fedgrpc.protocol.tensors import layout_to_proto, manifest_to_proto
 from fedgrpc.rounds.events import TaskPhase
-from fedgrpc.rpc.convert import (
-    duration_from_proto,
-    duration_to_proto,
-    layout_to_proto,
-    manifest_to_proto,
-)
 from fedgrpc.rpc.identity import Session, peer_of
-from fedgrpc.rpc.local_model import parse_sub_model
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2, tensor_pb2
 

@@ -39,7 +39,7 @@ from fedgrpc.codec.manifest import Manifest, TensorEntry
 from fedgrpc.codec.payload import PayloadReader, Submit, in_pieces, neighbours
 from fedgrpc.codec.values import Fill
 from fedgrpc.errors import CodecError, CorruptError, StorageError
-from fedgrpc.rpc.convert import manifest_from_proto
+from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.spares import SpareFiles, pwrite, write_back
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 

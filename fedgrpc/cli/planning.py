@@ -24,8 +24,8 @@ from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import UsageError
 from fedgrpc.metrics import prediction_errors
-from fedgrpc.rpc.local_model import plan_from_proto, plans_from_proto
-from fedgrpc.rpc.planning import counts, device_of, observation_of
+from fedgrpc.protocol.plans import plan_from_proto, plans_from_proto
+from fedgrpc.protocol.records import counts, device_of, observation_of
 from fedgrpc.v1.aggregator_pb2 import WorkerRecord
 from fedgrpc.v1.device_pb2 import WORKER_ROLE_TRAINER
 from fedgrpc.v1.round_pb2 import TaskRecord

@@ -11,7 +11,7 @@ from rich.text import Text
 from fedgrpc.claims import printable
 from fedgrpc.cli.table import Column, Table
 from fedgrpc.metrics import prediction_errors
-from fedgrpc.rpc.local_model import plan_from_proto
+from fedgrpc.protocol.plans import plan_from_proto
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase, WorkerRecord, WorkerState
 from fedgrpc.v1.device_pb2 import WorkerRole
 from fedgrpc.v1.round_pb2 import Jump, ModelVersion, Round, RoundPhase, TaskKind, TaskPhase, TaskRecord

@@ -1,1 +1,1 @@
-"""gRPC plumbing shared by both sides: status codes, proto conversion, channels, servers, retries."""
+"""gRPC plumbing shared by both sides: status codes, channels, servers, retries."""

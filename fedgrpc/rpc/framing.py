@@ -23,8 +23,8 @@ import grpc.aio
 
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.errors import TooLargeError
+from fedgrpc.protocol.tensors import chunk_from_proto
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
-from fedgrpc.rpc.convert import chunk_from_proto
 from fedgrpc.rpc.requests import parsed
 from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, worker_pb2, worker_pb2_grpc
 

@@ -31,10 +31,10 @@ from fedgrpc.aggregator.scores import scores_of
 from fedgrpc.aggregator.versions import Version
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import CodecError, NotFinite, StorageError
+from fedgrpc.protocol.plans import plans_from_proto
 from fedgrpc.rounds.events import Abort, Commit
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.state import Round, RoundPhase
-from fedgrpc.rpc.local_model import plans_from_proto
 from fedgrpc.tree.desk import Desk, Order, Shown
 from fedgrpc.tree.mean import MeanFile, Tensors, mean_tensors, own_tensors
 from fedgrpc.v1 import aggregator_pb2

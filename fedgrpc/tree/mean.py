@@ -40,7 +40,8 @@ from fedgrpc.codec.payload import (
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Compression, Recipe
 from fedgrpc.errors import StorageError
-from fedgrpc.rpc.convert import manifest_from_proto, manifest_to_proto, timings_to_proto
+from fedgrpc.protocol.records import timings_to_proto
+from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
 from fedgrpc.spares import make_private
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.budget import fitted

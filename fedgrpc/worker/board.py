@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Final
 
-from fedgrpc.rpc.convert import Timings, timings_to_proto
+from fedgrpc.protocol.records import Timings, timings_to_proto
 from fedgrpc.v1 import round_pb2, worker_pb2
 from fedgrpc.worker.profile import DeviceProfile
 from fedgrpc.worker.task import Phase, TaskKind

@@ -19,9 +19,9 @@ from fedgrpc.codec.chunk import CHUNK_BYTES, FIRST_CHUNK_BYTES, LARGE_CHUNK_BYTE
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.codec.payload import Read
 from fedgrpc.errors import CorruptError, LayoutError, LinkError, WrongOffset
+from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
 from fedgrpc.rpc import framing
 from fedgrpc.rpc.client_stream import ClientStream
-from fedgrpc.rpc.convert import duration_from_proto, duration_to_proto
 from fedgrpc.rpc.identity import Session
 from fedgrpc.rpc.lane import Lane
 from fedgrpc.rpc.status import MAX_RETRY_AFTER_S, domain_errors

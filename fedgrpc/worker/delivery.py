@@ -23,7 +23,8 @@ from fedgrpc.errors import (
     UnknownWorker,
     WrongOffset,
 )
-from fedgrpc.rpc.convert import Timings, manifest_from_proto
+from fedgrpc.protocol.records import Timings
+from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.worker.board import Activity, Board
 from fedgrpc.worker.client import AggregatorClient, Pushed
 from fedgrpc.worker.concurrency import Interrupted, unless

@@ -43,7 +43,7 @@ from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.values import PIECE, pieces, refuse_non_finite
 from fedgrpc.disk_errors import is_gone
 from fedgrpc.errors import CodecError, CorruptError, LayoutError, StorageError
-from fedgrpc.rpc.convert import manifest_from_proto, manifest_to_proto
+from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
 from fedgrpc.spares import SpareFiles, make_private
 from fedgrpc.v1 import aggregator_pb2, tensor_pb2
 from fedgrpc.worker.delta import Applied

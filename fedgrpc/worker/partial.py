@@ -19,7 +19,7 @@ from fedgrpc.codec.chunk import Chunk, check_chunk
 from fedgrpc.codec.crc import crc32
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import CorruptError
-from fedgrpc.rpc.convert import manifest_from_proto
+from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.spares import SpareFiles, pwrite
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.disk import storage_errors

@@ -11,7 +11,7 @@ import grpc.aio
 from fedgrpc.codec.chunk import Chunk, chunks
 from fedgrpc.codec.payload import file_reader
 from fedgrpc.errors import NotFound, WrongOffset
-from fedgrpc.rpc.convert import manifest_to_proto
+from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.rpc.framing import frame
 from fedgrpc.v1 import aggregator_pb2, worker_pb2, worker_pb2_grpc
 from fedgrpc.worker.board import Board

@@ -36,7 +36,7 @@ from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.payload import Read, file_reader, verify_digest
 from fedgrpc.disk_errors import is_gone
 from fedgrpc.errors import CodecError, LayoutError, StorageError
-from fedgrpc.rpc.convert import manifest_from_proto
+from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.spares import SpareFiles, WrittenBack, make_private
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.disk import (

@@ -29,8 +29,8 @@ from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import FedgrpcError, LayoutError, TaskError, TaskUnfit, UsageError
-from fedgrpc.rpc.convert import Timings, manifest_to_proto, timings_to_proto
-from fedgrpc.rpc.local_model import channels_to_proto
+from fedgrpc.protocol.records import Timings, timings_to_proto
+from fedgrpc.protocol.tensors import channels_to_proto, manifest_to_proto
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker import returned
 from fedgrpc.worker.budget import fitted

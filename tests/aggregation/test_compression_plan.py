@@ -21,7 +21,7 @@ from fedgrpc.aggregation.compression_plan import (
     Quantization,
 )
 from fedgrpc.errors import UsageError
-from fedgrpc.rpc.local_model import compression_from_proto, local_model_to_proto
+from fedgrpc.protocol.plans import compression_from_proto, local_model_to_proto
 
 NAMES = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=8)
 LAYERS = st.lists(NAMES, min_size=1, max_size=3).map(tuple)

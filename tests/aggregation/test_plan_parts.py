@@ -12,7 +12,7 @@ from fedgrpc.aggregation.compression_plan import (
     Pruning,
     Quantization,
 )
-from fedgrpc.rpc.local_model import local_model_to_proto
+from fedgrpc.protocol.plans import local_model_to_proto
 from fedgrpc.v1 import round_pb2
 
 FULL = CompressionPlan(0.5, personal_layers=("head",), pruning=Pruning(), clustering=Clustering())

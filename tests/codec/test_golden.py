@@ -24,7 +24,7 @@ from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry
 from fedgrpc.codec.marks import write_marks
 from fedgrpc.codec.payload import PayloadReader, buffer_reader, verify_digest
 from fedgrpc.errors import FedgrpcError
-from fedgrpc.rpc.convert import chunk_from_proto, manifest_from_proto
+from fedgrpc.protocol.tensors import chunk_from_proto, manifest_from_proto
 from fedgrpc.v1 import tensor_pb2
 from tests.golden.generate import VECTORS
 

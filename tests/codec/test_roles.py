@@ -11,7 +11,7 @@ from fedgrpc.codec.layout import TensorRole, TensorSpec, check_unique, layout_of
 from fedgrpc.codec.payload import PayloadReader, buffer_reader, write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import EncodeError, LayoutError
-from fedgrpc.rpc.convert import layout_from_proto, layout_to_proto
+from fedgrpc.protocol.tensors import layout_from_proto, layout_to_proto
 from fedgrpc.v1 import tensor_pb2
 
 RNG = np.random.default_rng(3)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedgrpc.errors import LinkError, WrongOffset
+from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.rpc.channel import open_channel
-from fedgrpc.rpc.convert import manifest_from_proto
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, device_pb2, round_pb2

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from fedgrpc.protocol.durations import duration_to_proto
 from fedgrpc.rpc.channel import CLIENT_OPTIONS
-from fedgrpc.rpc.convert import duration_to_proto
 from fedgrpc.rpc.server import aggregator_service, serve
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2

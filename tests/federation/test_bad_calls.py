@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedgrpc.rpc.convert import duration_to_proto
+from fedgrpc.protocol.durations import duration_to_proto
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from tests.federation.test_bad_input import finishes_with_both, two_devices

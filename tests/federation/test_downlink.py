@@ -9,8 +9,8 @@ from safetensors.numpy import load_file, save_file
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.codec.payload import PayloadReader, buffer_reader, tensors_of
 from fedgrpc.errors import UsageError
+from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.rpc.channel import open_channel
-from fedgrpc.rpc.convert import manifest_from_proto
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.held import ModelFolder, Source
 from fedgrpc.worker.trainer import TrainResult

@@ -22,7 +22,7 @@ from fedgrpc.aggregation.compression_plan import (
 from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.forms import Forms
 from fedgrpc.aggregator.settings import Target
-from fedgrpc.rpc.local_model import channels_to_proto
+from fedgrpc.protocol.tensors import channels_to_proto
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2

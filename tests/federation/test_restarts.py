@@ -11,7 +11,7 @@ import pytest
 
 from fedgrpc.aggregator.settings import Target
 from fedgrpc.aggregator.uploads import UploadJournal
-from fedgrpc.rpc.convert import manifest_from_proto
+from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from tests.support.running_federation import MODEL, Device, Shifter, aggregating, encoded, update_of, working

@@ -34,9 +34,9 @@ from fedgrpc.data.dataset import Examples, LabelledData
 from fedgrpc.data.idx import read_idx
 from fedgrpc.data.shares import load_share, save_share
 from fedgrpc.errors import UsageError
+from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.history import Timing, WorkerHistory
-from fedgrpc.rpc.convert import manifest_to_proto
 from fedgrpc.simulation.fleet import Fleet
 from fedgrpc.tree.mean import MeanFile
 from fedgrpc.v1 import aggregator_pb2, round_pb2

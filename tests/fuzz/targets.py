@@ -37,8 +37,9 @@ from fedgrpc.codec.preference import parse_preferences
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.data.partition import parse_part, parse_partition
 from fedgrpc.errors import FedgrpcError, UsageError
+from fedgrpc.protocol import durations, plans, records, tensors
 from fedgrpc.rounds.history import WorkerHistory
-from fedgrpc.rpc import convert, framing, local_model, planning, worker_history
+from fedgrpc.rpc import framing
 from fedgrpc.rpc.identity import Session
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2, tensor_pb2
 from fedgrpc.worker.task import Registration, plan_from_proto, registration_from_proto, task_from_proto
@@ -200,7 +201,7 @@ def _recipe(text: str) -> None:
 
 
 _READERS_OF_TEXT: Final[tuple[Callable[[str], object], ...]] = (
-    *(_recipe, parse_encoding, parse_preferences, full_text, local_model.parse_sub_model),
+    *(_recipe, parse_encoding, parse_preferences, full_text, plans.parse_sub_model),
     *(SubModel.parse, Session.parse, RunTarget.parse, parse_partition, parse_part),
     lambda text: _negotiation().downlink_of(text),
 )
@@ -217,7 +218,7 @@ def texts(rnd: Random, folder: Path) -> None:
 
 @cache
 def _manifests() -> tuple[tensor_pb2.Manifest, ...]:
-    return tuple(convert.manifest_to_proto(_golden(name)[0]) for name in NAMES)
+    return tuple(tensors.manifest_to_proto(_golden(name)[0]) for name in NAMES)
 
 
 def _one_of(messages: tuple[Any, ...], rnd: Random) -> Any:
@@ -244,9 +245,9 @@ def _parsed(kind: type[Message], data: bytes) -> Any:
 
 @target(share=20)
 def manifests(rnd: Random, folder: Path) -> None:
-    manifest = convert.manifest_from_proto(_one_of(_manifests(), rnd), _SMALL)
+    manifest = tensors.manifest_from_proto(_one_of(_manifests(), rnd), _SMALL)
     manifest.validate(_SMALL)
-    assert convert.manifest_from_proto(convert.manifest_to_proto(manifest), _SMALL) == manifest
+    assert tensors.manifest_from_proto(tensors.manifest_to_proto(manifest), _SMALL) == manifest
     assert sum(spec.nbytes for spec in manifest.layout) <= _SMALL.max_decoded_bytes
 
 
@@ -256,10 +257,10 @@ def values_of_messages(rnd: Random, folder: Path) -> None:
     header = invented(aggregator_pb2.UpdateHeader, rnd)
     rnd.choice(
         (
-            lambda: convert.layout_from_proto(layout),
-            lambda: convert.metrics_from_proto(header.metrics),
-            lambda: convert.timings_from_proto(header.timings),
-            lambda: _duration(convert.duration_from_proto(invented(duration_pb2.Duration, rnd))),
+            lambda: tensors.layout_from_proto(layout),
+            lambda: records.metrics_from_proto(header.metrics),
+            lambda: records.timings_from_proto(header.timings),
+            lambda: _duration(durations.duration_from_proto(invented(duration_pb2.Duration, rnd))),
             lambda: _registration(registration_from_proto(invented(aggregator_pb2.RegisterResponse, rnd))),
         )
     )()
@@ -268,7 +269,7 @@ def values_of_messages(rnd: Random, folder: Path) -> None:
 def _duration(seconds: float) -> None:
     """What has been read can be waited for, and told to somebody else."""
     assert 0 <= seconds < 1e10
-    convert.duration_to_proto(seconds)
+    durations.duration_to_proto(seconds)
 
 
 def _registration(registration: Registration) -> None:
@@ -287,7 +288,7 @@ def chunks(rnd: Random, folder: Path) -> None:
     whole = _parsed(aggregator_pb2.PushUpdateRequest, message)
     if quick is not None:
         assert whole.WhichOneof("content") == "chunk"
-        slow = convert.chunk_from_proto(whole.chunk)
+        slow = tensors.chunk_from_proto(whole.chunk)
         assert (quick.offset, bytes(quick.data), quick.crc32) == (slow.offset, slow.data, slow.crc32)
         check_chunk(quick, rnd.choice((0, quick.offset)), rnd.choice((0, 50, 1 << 40)))
 
@@ -309,7 +310,7 @@ CHANNELS: Final = ChannelMap((ChannelGroup(8, 2), ChannelGroup(2)), {"w": (_ROWS
 
 @target(share=15)
 def channel_maps(rnd: Random, folder: Path) -> None:
-    channels = local_model.channels_from_proto(_one_of((local_model.channels_to_proto(CHANNELS),), rnd))
+    channels = tensors.channels_from_proto(_one_of((tensors.channels_to_proto(CHANNELS),), rnd))
     channels.validate(SHAPES)
     sub_model = SubModel.parse(rnd.choice(("prefix:0.5", "rolling:7:0.3", "random:2:0.9", "magnitude:0.25")))
     selection = channels.select(sub_model, MODEL)
@@ -332,14 +333,14 @@ TABLE_TEXTS: Final = (
 
 @cache
 def _plans() -> tuple[round_pb2.LocalModels, ...]:
-    return tuple(local_model.plans_to_proto(PlanTable.from_toml(text)) for text in TABLE_TEXTS)
+    return tuple(plans.plans_to_proto(PlanTable.from_toml(text)) for text in TABLE_TEXTS)
 
 
 @target(share=15)
 def plans(rnd: Random, folder: Path) -> None:
-    table = local_model.plans_from_proto(_one_of(_plans(), rnd))
-    assert local_model.plans_from_proto(local_model.plans_to_proto(table)) == table
-    plan = local_model.plan_from_proto(invented(round_pb2.LocalModel, rnd))
+    table = plans.plans_from_proto(_one_of(_plans(), rnd))
+    assert plans.plans_from_proto(plans.plans_to_proto(table)) == table
+    plan = plans.plan_from_proto(invented(round_pb2.LocalModel, rnd))
     try:
         assert CompressionPlan.from_toml(plan.to_toml()) == plan
     except UsageError as error:
@@ -363,7 +364,7 @@ def headers(rnd: Random, folder: Path) -> None:
         example_count=report.example_count,
         steps=report.steps,
         metrics=report.metrics,
-        timings=convert.timings_to_proto(report.timings),
+        timings=records.timings_to_proto(report.timings),
         peak_memory_bytes=report.peak_memory_bytes,
         tensor_bytes=report.tensor_bytes,
         merged_updates=report.merged_updates,
@@ -382,17 +383,17 @@ def headers(rnd: Random, folder: Path) -> None:
 @target(share=10)
 def histories(rnd: Random, folder: Path) -> None:
     message = invented(round_pb2.WorkerHistory, rnd)
-    history = worker_history.history_from_bytes(message.SerializeToString(), 3, 2)
+    history = records.history_from_bytes(message.SerializeToString(), 3, 2)
     assert isinstance(history, WorkerHistory)
-    again = worker_history.history_from_bytes(worker_history.history_to_bytes(history), 3, 2)
+    again = records.history_from_bytes(records.history_to_bytes(history), 3, 2)
     assert repr(again) == repr(history)
 
 
 @target(share=5)
 def costs(rnd: Random, folder: Path) -> None:
-    planning.device_of(invented(device_pb2.DeviceProfile, rnd))
-    planning.prediction_from_proto(invented(round_pb2.Prediction, rnd))
-    planning.counts(invented(round_pb2.TaskRecord, rnd))
+    records.device_of(invented(device_pb2.DeviceProfile, rnd))
+    records.prediction_from_proto(invented(round_pb2.Prediction, rnd))
+    records.counts(invented(round_pb2.TaskRecord, rnd))
 
 
 @cache

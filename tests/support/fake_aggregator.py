@@ -27,7 +27,8 @@ from fedgrpc.errors import (
     UnknownWorker,
     WrongOffset,
 )
-from fedgrpc.rpc.convert import duration_to_proto, manifest_from_proto, manifest_to_proto
+from fedgrpc.protocol.durations import duration_to_proto
+from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
 from fedgrpc.rpc.server import AGGREGATOR, Service, serve
 from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, round_pb2
 from fedgrpc.worker.delta import Delta

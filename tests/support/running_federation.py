@@ -20,10 +20,11 @@ from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.codec.payload import PayloadReader, buffer_reader, tensors_of, write_payload
 from fedgrpc.codec.recipe import Recipe
+from fedgrpc.protocol.durations import duration_to_proto
+from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.client_stream import ClientStream
-from fedgrpc.rpc.convert import duration_to_proto, manifest_from_proto, manifest_to_proto
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, device_pb2, round_pb2, tensor_pb2

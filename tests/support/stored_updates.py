@@ -8,7 +8,7 @@ import numpy as np
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.rpc.convert import manifest_to_proto
+from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 
 

@@ -7,7 +7,7 @@ import pytest
 import structlog
 
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.rpc.convert import duration_to_proto
+from fedgrpc.protocol.durations import duration_to_proto
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.worker.budget import budget_bytes
 from fedgrpc.worker.run import run_worker

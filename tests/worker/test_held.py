@@ -19,7 +19,7 @@ from fedgrpc.codec.manifest import Limits, Manifest, TensorEntry
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import CorruptError, LayoutError, StorageError, TooLargeError
-from fedgrpc.rpc.convert import manifest_to_proto
+from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.v1.aggregator_pb2 import ModelHeader
 from fedgrpc.worker.held import ModelFolder, Source
 

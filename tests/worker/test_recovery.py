@@ -25,7 +25,7 @@ from fedgrpc.errors import (
     UpdateRefused,
     WrongIdentity,
 )
-from fedgrpc.rpc.convert import manifest_to_proto
+from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.v1.aggregator_pb2 import ModelHeader, PullModelResponse
 from fedgrpc.worker.run import Worker, run_worker
 from fedgrpc.worker.throttle import Throttle

@@ -9,8 +9,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from fedgrpc.codec.chunk import check_chunk
 from fedgrpc.codec.payload import PayloadReader, buffer_reader, tensors_of
 from fedgrpc.errors import NotFound, WrongOffset
+from fedgrpc.protocol.tensors import chunk_from_proto, manifest_from_proto
 from fedgrpc.rpc.channel import open_channel
-from fedgrpc.rpc.convert import chunk_from_proto, manifest_from_proto
 from fedgrpc.rpc.server import WORKER
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import round_pb2, worker_pb2, worker_pb2_grpc

@@ -44,7 +44,7 @@ from fedgrpc.compression.tracing import trace_channels
 from fedgrpc.data.dataset import Examples
 from fedgrpc.data.idx import load_fashion_mnist
 from fedgrpc.models import build_model
-from fedgrpc.rpc.convert import manifest_to_proto
+from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.tasks.torch_task import TorchTask
 from fedgrpc.tasks.torch_trainer import TorchTrainer
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader

@@ -48,8 +48,8 @@ def measure(round_trip_s: float, mbits: float) -> tuple[float, float]:
 async def _exchange(port: int, width: int, folder: Path) -> tuple[float, float]:
     from fedgrpc.codec.payload import buffer_reader, write_payload
     from fedgrpc.codec.recipe import Recipe
+    from fedgrpc.protocol.tensors import manifest_to_proto
     from fedgrpc.rpc.channel import open_channel
-    from fedgrpc.rpc.convert import manifest_to_proto
     from fedgrpc.v1.aggregator_pb2 import UpdateHeader
     from fedgrpc.worker.client import AggregatorClient
     from fedgrpc.worker.held import ModelFolder, Source

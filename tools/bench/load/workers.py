@@ -21,10 +21,11 @@ from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.codec.payload import buffer_reader, write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import Exhausted
+from fedgrpc.protocol.durations import duration_to_proto
+from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.rpc import framing
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.client_stream import ClientStream
-from fedgrpc.rpc.convert import duration_to_proto, manifest_to_proto
 from fedgrpc.rpc.retry import Retries
 from fedgrpc.rpc.status import error_from
 from fedgrpc.v1 import aggregator_pb2 as pb

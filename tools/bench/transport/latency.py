@@ -114,8 +114,8 @@ def upload(pipe: Connection, port: int, number: int, width: int, updates: int = 
 async def _upload(pipe: Connection, port: int, number: int, width: int, updates: int) -> Span:
     from fedgrpc.codec.payload import buffer_reader, write_payload
     from fedgrpc.codec.recipe import Recipe
+    from fedgrpc.protocol.tensors import manifest_to_proto
     from fedgrpc.rpc.channel import open_channel
-    from fedgrpc.rpc.convert import manifest_to_proto
     from fedgrpc.v1.aggregator_pb2 import UpdateHeader
     from fedgrpc.worker.client import AggregatorClient
 

@@ -1,10 +1,10 @@
-"""Between `LocalModel`, `ChannelMap` messages and their domain types. What comes from the wire is checked."""
+"""Plans on the wire: a device's local model, and the table of them by device class."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from fedgrpc.aggregation.channels import Axis, ChannelGroup, ChannelMap, Segment, SubModel
+from fedgrpc.aggregation.channels import SubModel
 from fedgrpc.aggregation.compression_plan import (
     Arithmetic,
     Clustering,
@@ -14,7 +14,7 @@ from fedgrpc.aggregation.compression_plan import (
     Quantization,
 )
 from fedgrpc.errors import LayoutError, UsageError
-from fedgrpc.v1 import round_pb2, tensor_pb2
+from fedgrpc.v1 import round_pb2
 
 _ALL = ("*",)
 _MAX_SUB_MODEL_CHARS = 200
@@ -129,29 +129,3 @@ def plan_from_proto(message: round_pb2.LocalModel) -> CompressionPlan:
     """All of a plan, the slice's width and rule too. Raises LayoutError for what cannot be."""
     sub_model = sub_model_from_proto(message)
     return replace(compression_from_proto(message), width=sub_model.width, rule=sub_model.rule)
-
-
-def channels_to_proto(channel_map: ChannelMap) -> tensor_pb2.ChannelMap:
-    """The channels of a model."""
-    message = tensor_pb2.ChannelMap()
-    for group in channel_map.groups:
-        message.groups.add(channels=group.channels, blocks=group.blocks)
-    for name, axes in channel_map.tensors.items():
-        for axis in axes:
-            segments = message.tensors[name].axes.add().segments
-            for segment in axis:
-                segments.add(group=0 if segment.group is None else segment.group + 1, repeat=segment.repeat)
-    return message
-
-
-def channels_from_proto(message: tensor_pb2.ChannelMap) -> ChannelMap:
-    """The channels of a model, not yet held against one (`ChannelMap.validate`)."""
-    groups = tuple(ChannelGroup(group.channels, group.blocks) for group in message.groups)
-    tensors = {name: tuple(_axis(axis) for axis in axes.axes) for name, axes in message.tensors.items()}
-    return ChannelMap(groups, tensors)
-
-
-def _axis(message: tensor_pb2.ChannelAxis) -> Axis:
-    return tuple(
-        Segment(segment.group - 1 if segment.group else None, segment.repeat) for segment in message.segments
-    )

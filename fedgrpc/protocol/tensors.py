@@ -1,28 +1,23 @@
-"""Between generated messages and domain types. What comes from the wire is never trusted.
+"""Tensors on the wire: layouts, manifests, chunks, and the channels of a model.
 
 Every `*_from_proto` raises `LayoutError` for what no honest peer sends (unknown dtypes, encodings and
-compressions, negative or non-finite times) and `TooLargeError` for a manifest over the limits. What a peer says of
-itself has the ranges of `fedgrpc.claims`.
+compressions) and `TooLargeError` for a manifest over the limits.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, Final
 
-from google.protobuf import duration_pb2
-
-from fedgrpc import claims
+from fedgrpc.aggregation.channels import Axis, ChannelGroup, ChannelMap, Segment
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.encoding import parse_encoding
 from fedgrpc.codec.layout import Layout, TensorRole, TensorSpec, check_unique, role_by_name
 from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry, check_entries
 from fedgrpc.errors import LayoutError, TooLargeError, UsageError
-from fedgrpc.v1 import aggregator_pb2, device_pb2, tensor_pb2
+from fedgrpc.v1 import tensor_pb2
 
 _DTYPE_NAMES: Final[dict[int, str]] = {
     number: name.removeprefix("DTYPE_").lower()
@@ -193,83 +188,27 @@ def chunk_from_proto(message: tensor_pb2.Chunk) -> Chunk:
     return Chunk(message.offset, message.data, message.crc32)
 
 
-def duration_to_proto(seconds: float) -> duration_pb2.Duration:
-    """Seconds, rounded to the nanosecond."""
-    nanos = round(seconds * 1e9)
-    sign = -1 if nanos < 0 else 1
-    whole, rest = divmod(abs(nanos), 1_000_000_000)
-    return duration_pb2.Duration(seconds=sign * whole, nanos=sign * rest)
+def channels_to_proto(channel_map: ChannelMap) -> tensor_pb2.ChannelMap:
+    """The channels of a model."""
+    message = tensor_pb2.ChannelMap()
+    for group in channel_map.groups:
+        message.groups.add(channels=group.channels, blocks=group.blocks)
+    for name, axes in channel_map.tensors.items():
+        for axis in axes:
+            segments = message.tensors[name].axes.add().segments
+            for segment in axis:
+                segments.add(group=0 if segment.group is None else segment.group + 1, repeat=segment.repeat)
+    return message
 
 
-def duration_from_proto(message: duration_pb2.Duration) -> float:
-    """Seconds, at most 30 years; times before zero count as zero, as they are all waits or time left."""
-    return claims.SECONDS.clamped(message.seconds + message.nanos * 1e-9)
+def channels_from_proto(message: tensor_pb2.ChannelMap) -> ChannelMap:
+    """The channels of a model, not yet held against one (`ChannelMap.validate`)."""
+    groups = tuple(ChannelGroup(group.channels, group.blocks) for group in message.groups)
+    tensors = {name: tuple(_axis(axis) for axis in axes.axes) for name, axes in message.tensors.items()}
+    return ChannelMap(groups, tensors)
 
 
-@dataclass(frozen=True)
-class Timings:
-    """Where a worker's time in a round went: T = T_local + T_upload + T_global + T_download, in seconds."""
-
-    download_s: float = 0.0
-    local_s: float = 0.0
-    upload_s: float = 0.0
-    global_s: float = 0.0
-
-
-def timings_to_proto(timings: Timings) -> device_pb2.Timings:
-    """Seconds per part."""
-    return device_pb2.Timings(
-        download_seconds=timings.download_s,
-        local_seconds=timings.local_s,
-        upload_seconds=timings.upload_s,
-        global_seconds=timings.global_s,
-    )
-
-
-def timings_from_proto(message: device_pb2.Timings) -> Timings:
-    """Seconds per part, none negative or endless, and none over 30 years."""
-    parts = (message.download_seconds, message.local_seconds, message.upload_seconds, message.global_seconds)
-    for seconds in parts:
-        if not (math.isfinite(seconds) and seconds >= 0):
-            raise LayoutError(f"a timing of {seconds} seconds cannot be")
-    return Timings(*map(claims.SECONDS.clamped, parts))
-
-
-def metrics_from_proto(metrics: Mapping[str, float], max_metrics: int = claims.METRICS) -> dict[str, float]:
-    """Bounded scores by name; at most `max_metrics`, names of 1 to 64 printable characters."""
-    if len(metrics) > max_metrics:
-        raise LayoutError(f"{len(metrics)} metrics are reported, allowed are {max_metrics}")
-    for name, value in metrics.items():
-        shown = claims.LABEL.cleaned(name)
-        if not (0 < len(name) <= claims.METRIC_NAME_CHARS and name.isprintable()):
-            raise LayoutError(f"a metric is called {shown!r}; a name has 1 to 64 printable characters")
-        if not claims.SCORE.least <= value <= claims.SCORE.most:
-            raise LayoutError(f"metric {shown!r} is {value}; a score is a number up to {claims.SCORE.most:g}")
-    return dict(metrics)
-
-
-def registration_from_proto(message: aggregator_pb2.RegisterRequest) -> aggregator_pb2.RegisterRequest:
-    """What a worker says of itself, bounded; the name is for the fleet to check."""
-    bounded = aggregator_pb2.RegisterRequest()
-    bounded.CopyFrom(message)
-    bounded.device.CopyFrom(device_from_proto(message.device))
-    del bounded.encodings[:]
-    bounded.encodings.extend(map(claims.LABEL.cleaned, message.encodings))
-    return bounded
-
-
-def device_from_proto(message: device_pb2.DeviceProfile) -> device_pb2.DeviceProfile:
-    """A device's account of itself, each number within its range, each text one printable line."""
-    return device_pb2.DeviceProfile(
-        device_class=claims.LABEL.cleaned(message.device_class),
-        cpu_model=claims.LABEL.cleaned(message.cpu_model),
-        cpu_cores=claims.CORES.clamped(message.cpu_cores),
-        memory_bytes=claims.MEMORY_BYTES.clamped(message.memory_bytes),
-        accelerator=claims.LABEL.cleaned(message.accelerator),
-        accelerator_name=claims.LABEL.cleaned(message.accelerator_name),
-        accelerator_memory_bytes=claims.MEMORY_BYTES.clamped(message.accelerator_memory_bytes),
-        uplink_bits_per_second=claims.BITS_PER_SECOND.clamped(message.uplink_bits_per_second),
-        downlink_bits_per_second=claims.BITS_PER_SECOND.clamped(message.downlink_bits_per_second),
-        on_battery=message.on_battery,
-        software_version=claims.LABEL.cleaned(message.software_version),
+def _axis(message: tensor_pb2.ChannelAxis) -> Axis:
+    return tuple(
+        Segment(segment.group - 1 if segment.group else None, segment.repeat) for segment in message.segments
     )

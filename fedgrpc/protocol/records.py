@@ -1,0 +1,209 @@
+"""Records on the wire and in the database: devices, timings, metrics, predictions and histories of workers.
+
+Each number is brought into its range (`fedgrpc.claims`) or refused with `LayoutError`. Stored records are
+read in the same way: a worker wrote them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+
+from fedgrpc import claims
+from fedgrpc.aggregation.prediction import (
+    Choice,
+    Device,
+    Observation,
+    PlanSize,
+    Prediction,
+    bits_per_element,
+)
+from fedgrpc.errors import LayoutError
+from fedgrpc.protocol.plans import compression_from_proto
+from fedgrpc.rounds.history import KEPT, LinkRates, Timing, WorkerHistory
+from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where a worker's time in a round went: T = T_local + T_upload + T_global + T_download, in seconds."""
+
+    download_s: float = 0.0
+    local_s: float = 0.0
+    upload_s: float = 0.0
+    global_s: float = 0.0
+
+
+def timings_to_proto(timings: Timings) -> device_pb2.Timings:
+    """Seconds per part."""
+    return device_pb2.Timings(
+        download_seconds=timings.download_s,
+        local_seconds=timings.local_s,
+        upload_seconds=timings.upload_s,
+        global_seconds=timings.global_s,
+    )
+
+
+def timings_from_proto(message: device_pb2.Timings) -> Timings:
+    """Seconds per part, none negative or endless, and none over 30 years."""
+    parts = (message.download_seconds, message.local_seconds, message.upload_seconds, message.global_seconds)
+    for seconds in parts:
+        if not (math.isfinite(seconds) and seconds >= 0):
+            raise LayoutError(f"a timing of {seconds} seconds cannot be")
+    return Timings(*map(claims.SECONDS.clamped, parts))
+
+
+def metrics_from_proto(metrics: Mapping[str, float], max_metrics: int = claims.METRICS) -> dict[str, float]:
+    """Bounded scores by name; at most `max_metrics`, names of 1 to 64 printable characters."""
+    if len(metrics) > max_metrics:
+        raise LayoutError(f"{len(metrics)} metrics are reported, allowed are {max_metrics}")
+    for name, value in metrics.items():
+        shown = claims.LABEL.cleaned(name)
+        if not (0 < len(name) <= claims.METRIC_NAME_CHARS and name.isprintable()):
+            raise LayoutError(f"a metric is called {shown!r}; a name has 1 to 64 printable characters")
+        if not claims.SCORE.least <= value <= claims.SCORE.most:
+            raise LayoutError(f"metric {shown!r} is {value}; a score is a number up to {claims.SCORE.most:g}")
+    return dict(metrics)
+
+
+def registration_from_proto(message: aggregator_pb2.RegisterRequest) -> aggregator_pb2.RegisterRequest:
+    """What a worker says of itself, bounded; the name is for the fleet to check."""
+    bounded = aggregator_pb2.RegisterRequest()
+    bounded.CopyFrom(message)
+    bounded.device.CopyFrom(device_from_proto(message.device))
+    del bounded.encodings[:]
+    bounded.encodings.extend(map(claims.LABEL.cleaned, message.encodings))
+    return bounded
+
+
+def device_from_proto(message: device_pb2.DeviceProfile) -> device_pb2.DeviceProfile:
+    """A device's account of itself, each number within its range, each text one printable line."""
+    return device_pb2.DeviceProfile(
+        device_class=claims.LABEL.cleaned(message.device_class),
+        cpu_model=claims.LABEL.cleaned(message.cpu_model),
+        cpu_cores=claims.CORES.clamped(message.cpu_cores),
+        memory_bytes=claims.MEMORY_BYTES.clamped(message.memory_bytes),
+        accelerator=claims.LABEL.cleaned(message.accelerator),
+        accelerator_name=claims.LABEL.cleaned(message.accelerator_name),
+        accelerator_memory_bytes=claims.MEMORY_BYTES.clamped(message.accelerator_memory_bytes),
+        uplink_bits_per_second=claims.BITS_PER_SECOND.clamped(message.uplink_bits_per_second),
+        downlink_bits_per_second=claims.BITS_PER_SECOND.clamped(message.downlink_bits_per_second),
+        on_battery=message.on_battery,
+        software_version=claims.LABEL.cleaned(message.software_version),
+    )
+
+
+def device_of(profile: device_pb2.DeviceProfile) -> Device:
+    """What costs are predicted from, of what a device says of itself."""
+    return Device(
+        claims.MEMORY_BYTES.clamped(profile.memory_bytes),
+        claims.BITS_PER_SECOND.clamped(profile.uplink_bits_per_second),
+        claims.BITS_PER_SECOND.clamped(profile.downlink_bits_per_second),
+    )
+
+
+def counts(task: round_pb2.TaskRecord) -> bool:
+    """Whether the record tells what training costs."""
+    return task.phase == round_pb2.TASK_PHASE_ACCEPTED and task.kind == round_pb2.TASK_KIND_TRAIN
+
+
+def observation_of(task: round_pb2.TaskRecord, size: PlanSize) -> Observation:
+    """What a task cost whose plan makes the model that size."""
+    timings = task.timings
+    upload_bytes = claims.PAYLOAD_BYTES.clamped(task.upload_bytes)
+    return Observation(
+        size.share,
+        size.weights_bytes,
+        claims.SECONDS.clamped(timings.download_seconds),
+        claims.SECONDS.clamped(timings.local_seconds),
+        claims.SECONDS.clamped(timings.upload_seconds),
+        claims.PAYLOAD_BYTES.clamped(task.download_bytes),
+        upload_bytes,
+        claims.MEMORY_BYTES.clamped(task.peak_memory_bytes),
+        claims.MEMORY_BYTES.clamped(task.tensor_bytes),
+        bits_per_element(upload_bytes, size.sent_elements, compression_from_proto(task.local_model)),
+    )
+
+
+def prediction_to_proto(choice: Choice) -> round_pb2.Prediction:
+    """As it is kept with the task; what is beyond all measure counts as the most there is."""
+    expected = choice.prediction
+    return round_pb2.Prediction(
+        download_seconds=_seconds(expected.download_s),
+        local_seconds=_seconds(expected.local_s),
+        upload_seconds=_seconds(expected.upload_s),
+        peak_memory_bytes=claims.MEMORY_BYTES.clamped(expected.peak_memory_bytes),
+        reason=choice.reason,
+    )
+
+
+def _seconds(predicted: float | None) -> float | None:
+    return None if predicted is None else claims.SECONDS.clamped(predicted)
+
+
+def prediction_from_proto(message: round_pb2.Prediction) -> Prediction:
+    """As it was kept."""
+    return Prediction(
+        _seconds(message.download_seconds) if message.HasField("download_seconds") else None,
+        _seconds(message.local_seconds) if message.HasField("local_seconds") else None,
+        _seconds(message.upload_seconds) if message.HasField("upload_seconds") else None,
+        claims.MEMORY_BYTES.clamped(message.peak_memory_bytes),
+    )
+
+
+def history_to_bytes(history: WorkerHistory) -> bytes:
+    """As the database keeps it; how often it was selected and accepted is kept beside it."""
+    message = round_pb2.WorkerHistory(
+        timings=[
+            round_pb2.PastTiming(
+                download_seconds=timing.download_s,
+                local_seconds=timing.local_s,
+                upload_seconds=timing.upload_s,
+                cut=timing.cut,
+            )
+            for timing in history.timings
+        ],
+        selected_in=history.selected_in,
+        loss=history.loss,
+        example_count=history.example_count,
+        endings=history.endings,
+        uplink_bytes_per_second=history.uplink.samples,
+        downlink_bytes_per_second=history.downlink.samples,
+    )
+    return message.SerializeToString()
+
+
+def history_from_bytes(kept: bytes, selected: int, accepted: int) -> WorkerHistory:
+    """What `history_to_bytes` has made of it, with every number in its range, whoever wrote it.
+
+    Raises `LayoutError` where it is none.
+    """
+    try:
+        message = round_pb2.WorkerHistory.FromString(kept)
+    except DecodeError as error:
+        raise LayoutError(f"no history: {error}") from error
+    up, down = (
+        LinkRates(tuple(map(claims.BYTES_PER_SECOND.clamped, rates)))
+        for rates in (message.uplink_bytes_per_second, message.downlink_bytes_per_second)
+    )
+    return WorkerHistory(
+        timings=tuple(map(_timing, message.timings[-KEPT:])),
+        selected=selected,
+        accepted=accepted,
+        selected_in=claims.NUMBER.clamped(message.selected_in),
+        loss=claims.SCORE.clamped(message.loss) if message.HasField("loss") else None,
+        example_count=claims.EXAMPLES.clamped(message.example_count),
+        endings=tuple(map(claims.LABEL.cleaned, message.endings[-KEPT:])),
+        uplink=up,
+        downlink=down,
+    )
+
+
+def _timing(message: round_pb2.PastTiming) -> Timing:
+    def seconds(name: str) -> float | None:
+        return claims.SECONDS.clamped(getattr(message, name)) if message.HasField(name) else None
+
+    return Timing(seconds("download_seconds"), seconds("local_seconds"), seconds("upload_seconds"), message.cut)
