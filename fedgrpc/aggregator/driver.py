@@ -15,13 +15,12 @@ from functools import partial
 import structlog
 
 from fedgrpc.aggregation.mean import mean_metrics
+from fedgrpc.aggregator.assignment import TaskAssigner
 from fedgrpc.aggregator.carrying import Dropped, carried_rows, ending_here, going_on
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.data_folder import Use
 from fedgrpc.aggregator.histories import histories_after, histories_of
-from fedgrpc.aggregator.kinds import policy_of
 from fedgrpc.aggregator.new_version import NewVersion
-from fedgrpc.aggregator.offering import Offering
 from fedgrpc.aggregator.recovery import Recovery
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.aggregator.run_state import RollBack
@@ -31,6 +30,7 @@ from fedgrpc.errors import CodecError, IllegalTransition, NotFound, StorageError
 from fedgrpc.rounds.best import Jump
 from fedgrpc.rounds.events import AbandonCause, Abort, Commit, Committed, Finished, Select, TaskPhase, Tick
 from fedgrpc.rounds.history import WorkerHistory
+from fedgrpc.rounds.policy import TaskKind as TaskKinds
 from fedgrpc.rounds.round import Streak
 from fedgrpc.rounds.state import Round, RoundPhase, step, wake_at, wants_workers
 from fedgrpc.rpc.retry import Backoff, Retries
@@ -60,7 +60,7 @@ class Driver:
     def __init__(self, coordinator: Coordinator) -> None:
         self._it = coordinator
         self._settings = coordinator.settings
-        self._offering = Offering(coordinator)
+        self._assigner = TaskAssigner(coordinator)
         self._new_version = NewVersion(coordinator)
         self._last_number = 0
         self._record = RoundRecord()
@@ -76,7 +76,7 @@ class Driver:
     async def recover(self) -> None:
         """Take up what a former process left in the data folder. Raises `UsageError` and `StorageError`."""
         it = self._it
-        self._last_number = await Recovery(it, self._offering).recover()
+        self._last_number = await Recovery(it, self._assigner).recover()
         records, _ = await it.in_database(it.store.rounds, self._last_number + 1, _RECENT_ROUNDS)
         it.metrics.restore(it.run.version, records)
 
@@ -113,7 +113,7 @@ class Driver:
         kind = self._next_kind()
         first = kind == TASK_KIND_INITIALIZE and not it.run.version
         number = 0 if first else self._last_number + 1
-        state = Round(number, policy_of(self._settings.policy, kind), it.clock())
+        state = Round(number, self._settings.policy.for_kind(TaskKinds(kind)), it.clock())
         it.current = CurrentRound(state, kind, it.run.version, time.time())
         self._log.debug("round opened", round=number, kind=TaskKind.Name(kind))
         return True
@@ -167,7 +167,7 @@ class Driver:
             while it.effects:
                 effect = it.effects.popleft()
                 if isinstance(effect, Select):
-                    await self._until_stored(partial(self._offering.select, it.current, effect))
+                    await self._until_stored(partial(self._assigner.select, it.current, effect))
                 elif isinstance(effect, Commit):
                     await self._until_stored(partial(self._commit, it.current, effect))
                 else:
@@ -388,7 +388,7 @@ class Driver:
         it.current, dropped = None, ending_here(ended, now)
         goes_on = not it.run.ended and not it.run.reason and it.rolling_back is None
         if ended.state.carried and goes_on and self._next_kind() == ended.kind:
-            policy = policy_of(self._settings.policy, ended.kind)
+            policy = self._settings.policy.for_kind(TaskKinds(ended.kind))
             number = self._last_number + 1
             it.current, dropped = going_on(ended, number, policy, it.run.version, time.time(), now)
         it.fleet.release(each.token for each in dropped)

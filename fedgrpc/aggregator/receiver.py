@@ -23,12 +23,12 @@ from fedgrpc.aggregation.update import AdmissionPolicy, check_layout, check_valu
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.data_folder import Use
 from fedgrpc.aggregator.first_model import complaint
-from fedgrpc.aggregator.intake import Intake
 from fedgrpc.aggregator.local_models import LocalTask
 from fedgrpc.aggregator.memory import ByteBudget
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.scales import check_steps
-from fedgrpc.aggregator.turns import Turns
+from fedgrpc.aggregator.upload_queue import UploadQueue
+from fedgrpc.aggregator.upload_reader import UploadReader
 from fedgrpc.aggregator.uploads import StoredUpdate, UpdateFile, Upload
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.layout import Layout
@@ -134,7 +134,7 @@ class Receiver:
         )
         self._max_chunk_bytes = settings.max_chunk_bytes
         self._idle_s = settings.policy.lease_s
-        self._turns = Turns(settings.max_uploads)
+        self._queue = UploadQueue(settings.max_uploads)
         self._memory = ByteBudget(settings.max_upload_memory_bytes)
         self._decoding = ByteBudget(_DECODING_BYTES)
         self._checkers = ThreadPoolExecutor(_CHECKERS, thread_name_prefix="checking")
@@ -217,7 +217,7 @@ class Receiver:
             return Held(await self._it.accepted_bytes(token), True)
         self._note_round()
         # The stream that runs is one of this upload's own: the next takes over from it.
-        retry_after_s = 0.0 if token in self._streams else self._turns.wait_s(token)
+        retry_after_s = 0.0 if token in self._streams else self._queue.wait_s(token)
         if retry_after_s:
             self._free_a_slot()
         size_bytes = await asyncio.to_thread(self._it.journal.committed_bytes, token)
@@ -230,7 +230,7 @@ class Receiver:
         if current is None or number != self._begun_in:
             known = () if current is None else current.state.tasks
             self._begun = {kept: at for kept, at in self._begun.items() if kept in known}
-            self._turns.keep_only(known)
+            self._queue.keep_only(known)
             self._begun_in = number
 
     def _examine(self, header: UpdateHeader) -> tuple[Manifest, Report]:
@@ -279,7 +279,7 @@ class Receiver:
         while (former := self._streams.get(token)) is not None:
             await former.supersede()
         try:
-            self._turns.enter(token)
+            self._queue.enter(token)
         except Exhausted:
             self._free_a_slot()
             raise
@@ -294,7 +294,7 @@ class Receiver:
             raise LinkError("a newer stream of this update has taken over") from None
         finally:
             del self._streams[token]
-            self._turns.leave()
+            self._queue.leave()
             stream.ended.set()
 
     def _free_a_slot(self) -> None:
@@ -319,8 +319,8 @@ class Receiver:
 
         await self._it.check_open(upload.header.worker, token)
         self._tell(upload)
-        intake = Intake(upload, self._memory, self._max_chunk_bytes)
-        await intake.run(chunks, self._idle_s, still_wanted)
+        reader = UploadReader(upload, self._memory, self._max_chunk_bytes)
+        await reader.run(chunks, self._idle_s, still_wanted)
 
     def _tell(self, upload: Upload) -> None:
         """How far it is. Raises `RoundClosed`."""

@@ -17,16 +17,15 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from fedgrpc import claims
+from fedgrpc.aggregator.assignment import TaskAssigner
 from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.changed_settings import OPTIMIZER, changes, compared_text
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.first_model import complaint
-from fedgrpc.aggregator.kinds import policy_of
 from fedgrpc.aggregator.local_models import LocalTask
 from fedgrpc.aggregator.model_file import ModelFile, write_model
 from fedgrpc.aggregator.new_version import about_version
 from fedgrpc.aggregator.norms import content_digest, model_norm
-from fedgrpc.aggregator.offering import Offering
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.run_store import OpenRound, TaskRow
 from fedgrpc.aggregator.versions import Version
@@ -35,6 +34,7 @@ from fedgrpc.codec.raw import as_bool
 from fedgrpc.errors import CorruptError, LayoutError, StorageError, UnusableUpdate, UsageError
 from fedgrpc.protocol.durations import duration_from_proto
 from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rounds.policy import TaskKind as TaskKinds
 from fedgrpc.rounds.state import StoredTask, restore
 from fedgrpc.rpc.identity import Session
 from fedgrpc.v1 import round_pb2
@@ -50,10 +50,10 @@ _RECALLED_BYTES = 64 << 20
 class Recovery:
     """Brings a coordinator to where the last process left the run."""
 
-    def __init__(self, coordinator: Coordinator, offering: Offering) -> None:
+    def __init__(self, coordinator: Coordinator, assigner: TaskAssigner) -> None:
         self._it = coordinator
         self._settings = coordinator.settings
-        self._offering = offering
+        self._assigner = assigner
 
     async def recover(self) -> int:
         """Take up what a former process left in the data folder; the number of the last round (0: none).
@@ -206,7 +206,7 @@ class Recovery:
         it = self._it
         record = open_round.record
         rows, reports = await self._accepted(open_round.tasks)
-        policy = policy_of(self._settings.policy, record.kind)
+        policy = self._settings.policy.for_kind(TaskKinds(record.kind))
         tasks = self._stored(rows, record.kind, reports)
         left_s = open_round.deadline_at - time.time()
         granted_s = duration_from_proto(record.reconnect_grace)
@@ -225,7 +225,7 @@ class Recovery:
         for row in rows:
             if (recipes := told.get(row.worker, ("", "")))[0]:
                 current.recipes[row.token] = recipes
-        await self._offering.prepare_download(current)
+        await self._assigner.prepare_download(current)
         await self._keep_deadline(current, granted_s)
         log.info(
             "round resumed",

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import IntEnum
 from itertools import accumulate
 from typing import Literal
 
 import numpy as np
 
 from fedgrpc.errors import UsageError
+
+
+class TaskKind(IntEnum):
+    """What the tasks of a round ask for; numbered as on the wire."""
+
+    TRAIN = 1
+    EVALUATE = 2
+    INITIALIZE = 3
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,26 @@ class RoundPolicy:
     def needed_idle(self) -> int:
         """How many idle workers a round needs to open."""
         return max(self.min_workers, self.min_sample_size, self.quorum)
+
+    def for_kind(self, kind: TaskKind) -> RoundPolicy:
+        """Return the policy of rounds of that kind: one worker gives initial weights, all who come evaluate."""
+        if kind is TaskKind.TRAIN:
+            return self
+        policy = replace(
+            self,
+            weight_aim=None,
+            deadline_floor_s=0.0,
+            late="discard",
+            buffer_size=None,
+            min_workers=1,
+            min_sample_size=1,
+            quorum=1,
+            over_selection=1.0,
+        )
+        if kind is TaskKind.INITIALIZE:
+            return replace(policy, max_participants=1, selection_window_s=0.0)
+        timeout_s = self.lease_s + self.selection_window_s
+        return replace(policy, max_participants=None, fraction=1.0, selection_timeout_s=timeout_s)
 
 
 def _ceil(value: float) -> int:

@@ -21,7 +21,6 @@ from fedgrpc import claims
 from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.driver import Driver
-from fedgrpc.aggregator.kinds import policy_of
 from fedgrpc.aggregator.model_file import write_model
 from fedgrpc.aggregator.new_version import NewVersion, merged_of, parts_of
 from fedgrpc.aggregator.orders import Orders
@@ -33,7 +32,7 @@ from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import CodecError, NotFinite, StorageError
 from fedgrpc.protocol.plans import plans_from_proto
 from fedgrpc.rounds.events import Abort, Commit
-from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.rounds.policy import RoundPolicy, TaskKind
 from fedgrpc.rounds.state import Round, RoundPhase
 from fedgrpc.tree.desk import Desk, Order, Shown
 from fedgrpc.tree.mean import MeanFile, Tensors, mean_tensors, own_tensors
@@ -191,7 +190,7 @@ class LeafDriver(Driver):
 
     def _policy(self, order: Order) -> RoundPolicy:
         """This aggregator's own, but for the time that the one above leaves."""
-        policy = policy_of(self._settings.policy, order.task.kind)
+        policy = self._settings.policy.for_kind(TaskKind(order.task.kind))
         if order.due_at is None:
             return policy
         left_s = max(0.001, order.due_at - self._it.clock())

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import structlog
 
-from fedgrpc.aggregator import intake
-from fedgrpc.aggregator.intake import Intake
+from fedgrpc.aggregator import upload_reader
 from fedgrpc.aggregator.memory import ByteBudget
+from fedgrpc.aggregator.upload_reader import UploadReader
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.codec.chunk import CHUNK_BYTES, Chunk
 from fedgrpc.errors import LinkError
@@ -94,7 +94,7 @@ async def _always():
 @pytest.fixture
 def patient(monkeypatch):
     """Nobody is taken for slow because this machine is."""
-    monkeypatch.setattr(intake, "_PATIENCE_S", 60.0)
+    monkeypatch.setattr(upload_reader, "_GRACE_S", 60.0)
 
 
 async def test_the_memory_of_all_uploads_together_has_a_bound(tmp_path, patient):
@@ -110,7 +110,7 @@ async def test_the_memory_of_all_uploads_together_has_a_bound(tmp_path, patient)
             yield Chunk(at, data, zlib.crc32(data))
             await asyncio.sleep(0)
 
-    runs = [Intake(upload, budget, CHUNK_BYTES).run(stream(), 30, _always) for upload in uploads]
+    runs = [UploadReader(upload, budget, CHUNK_BYTES).run(stream(), 30, _always) for upload in uploads]
     await asyncio.wait_for(asyncio.gather(*runs), 60)
     assert all(upload.complete for upload in uploads)
     assert budget.taken_bytes == 0
@@ -151,7 +151,9 @@ async def test_senders_that_turn_to_larger_chunks_stay_within_the_bound(tmp_path
     async def look():
         most.append(budget.taken_bytes)
 
-    runs = [Intake(upload, budget, large).run(_Growing(payload, small, large), 30, look) for upload in uploads]
+    runs = [
+        UploadReader(upload, budget, large).run(_Growing(payload, small, large), 30, look) for upload in uploads
+    ]
     await asyncio.wait_for(asyncio.gather(*runs), 60)
     assert all(upload.complete for upload in uploads)
     assert large < max(most) <= 2 * large
@@ -171,7 +173,7 @@ async def test_what_is_in_the_file_is_not_held_by_an_upload_that_waits_for_memor
             others.append(asyncio.create_task(budget.take(1 << 20)))
             await asyncio.sleep(0)
 
-    running = asyncio.create_task(Intake(upload, budget, piece).run(stream, 30, wanted))
+    running = asyncio.create_task(UploadReader(upload, budget, piece).run(stream, 30, wanted))
     async with asyncio.timeout(60):
         while not (others and others[0].done()):  # noqa: ASYNC110 - the budget tells nobody
             await asyncio.sleep(0.01)
@@ -222,9 +224,9 @@ async def test_a_sender_that_falls_silent_costs_only_itself(tmp_path):
             data = payload[at : at + (64 << 10)]
             yield Chunk(at, data, zlib.crc32(data))
 
-    waiting = asyncio.create_task(Intake(silent, budget, CHUNK_BYTES).run(nothing(), 2.0, _always))
+    waiting = asyncio.create_task(UploadReader(silent, budget, CHUNK_BYTES).run(nothing(), 2.0, _always))
     await asyncio.sleep(0)
-    await asyncio.wait_for(Intake(busy, budget, CHUNK_BYTES).run(stream(), 60, _always), 60)
+    await asyncio.wait_for(UploadReader(busy, budget, CHUNK_BYTES).run(stream(), 60, _always), 60)
     assert busy.complete
     with pytest.raises(LinkError, match="no byte came for 2 s"):
         await waiting
@@ -255,7 +257,7 @@ async def test_a_busy_process_is_patient_with_a_sender_for_a_while(tmp_path, bus
         await asyncio.Event().wait()
         yield Chunk(0, b"", 0)
 
-    waiting = asyncio.create_task(Intake(silent, budget, CHUNK_BYTES, work).run(nothing(), 600.0, _always))
+    waiting = asyncio.create_task(UploadReader(silent, budget, CHUNK_BYTES, work).run(nothing(), 600.0, _always))
     await asyncio.sleep(0)
     assert budget.taken_bytes == CHUNK_BYTES
     await asyncio.wait_for(budget.take(1), 60)

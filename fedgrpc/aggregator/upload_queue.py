@@ -1,8 +1,8 @@
-"""Places for uploads, and the order of those who found none.
+"""Upload queue: a bounded number of slots, and reserved times for the uploads that found none free.
 
-The rule: nobody waits on an open stream. Who finds no place is told when to come back: once those who came before
-it have been served, at the rate at which places become free. A place is kept for one whose time has come, for as
-long as it may be late; then it is anybody's.
+The rule: no upload waits on an open stream. An upload without a slot is refused with a delay: by then those before
+it have been served, at the rate at which slots become free. Once the delay is over a slot stays reserved for it,
+for `_LATE_S`; after that anybody may take it.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from fedgrpc.errors import Exhausted
 
 _SAMPLES: Final = 64
 _LEAST_SAMPLES: Final = 8
-# Places are never left faster than others come for them: told exactly that, they would come ever slower.
+# The observed rate is limited by how fast uploads come back. Answering with it unchanged would slow them further.
 _HASTE: Final = 0.8
-# How long an upload is thought to hold its place as long as none has left one.
+# Assumed time an upload holds its slot, until one has left its slot.
 _GUESS_S: Final = 0.25
 _SHORTEST_S: Final = 0.05
-# Estimates err: one who waits for very long asks now and then.
+# Estimates err, so a long wait is cut into several.
 _LONGEST_S: Final = 300.0
-# How late one may be that was told a time.
+# How long after its time a slot stays reserved for an upload.
 _LATE_S: Final = 2.0
 _MAX_WAITING: Final = 100_000
 
 
-class Turns:
-    """`places` uploads at a time. Lives on one event loop; `clock` never runs backwards, seconds."""
+class UploadQueue:
+    """`slots` uploads at a time. Lives on one event loop; `clock` never runs backwards, seconds."""
 
-    def __init__(self, places: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._places = places
+    def __init__(self, slots: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._slots = slots
         self._clock = clock
         self._running = 0
-        # When each is to come; those whose time has come; those who came in time, and found no place again; and a
-        # heap of all, that may hold what is no longer so.
+        # By token: when each is to come back; those whose time has come; those that came back in time and found no
+        # slot again. `_coming` is a heap over all of them, with entries that may be outdated.
         self._waiting: dict[str, float] = {}
         self._due: OrderedDict[str, float] = OrderedDict()
         self._again: set[str] = set()
@@ -47,11 +47,11 @@ class Turns:
 
     @property
     def waiting_count(self) -> int:
-        """How many were told to come back, and have not come."""
+        """Number of uploads that were told to come back and have not done so."""
         return len(self._waiting)
 
     def enter(self, token: str) -> None:
-        """Take a place, to be left again. Raises `Exhausted`, which says when to come back, where none is free."""
+        """Take a slot. Raises `Exhausted`, with the time to wait, when none is free."""
         wait_s = self.wait_s(token)
         if wait_s:
             others = f" and {len(self._waiting) - 1} wait" if len(self._waiting) > 1 else ""
@@ -59,43 +59,43 @@ class Turns:
             raise Exhausted(why, retry_after_s=wait_s)
         self._forget(token)
         self._running += 1
-        if self._running == self._places and not self._freed_at:
+        if self._running == self._slots and not self._freed_at:
             self._full_since = self._clock()
 
     def keep_only(self, tokens: Container[str]) -> None:
-        """Nobody else has a turn any more."""
+        """Drop the reservations of all other tokens."""
         for token in [token for token in self._waiting if token not in tokens]:
             self._forget(token)
 
     def leave(self) -> None:
-        """A place is free."""
+        """Free a slot."""
         self._running -= 1
         if self._waiting:
             self._freed_at.append(self._clock())
         else:
-            # How often places are left that nobody waits for says nothing of how often they can be.
+            # Without a queue the rate measures demand, not capacity.
             self._freed_at.clear()
 
     def wait_s(self, token: str) -> float:
-        """How long `token` is to wait before it comes, seconds; its turn is kept. 0: it may come now."""
+        """Return how long `token` must wait, seconds, and keep its reservation. 0: it may come now."""
         now = self._clock()
         self._advance(now)
         known = token in self._waiting
-        if self._running + (0 if known else len(self._due)) < self._places:
+        if self._running + (0 if known else len(self._due)) < self._slots:
             return 0.0
         if known and (left_s := self._waiting[token] - now) > 0:
             return max(_SHORTEST_S, left_s)
         self._forget(token)
         before = len(self._again) + len(self._due) if known else len(self._waiting)
-        wait_s = min(max((before + 1) * self._seconds_a_place(now), _SHORTEST_S), _LONGEST_S)
+        wait_s = min(max((before + 1) * self._seconds_per_slot(now), _SHORTEST_S), _LONGEST_S)
         self._remember(token, now + wait_s, again=known)
         return wait_s
 
-    def _seconds_a_place(self, now: float) -> float:
-        """How long it takes until one more place is free."""
+    def _seconds_per_slot(self, now: float) -> float:
+        """Estimate the time until one more slot is free."""
         if len(self._freed_at) >= _LEAST_SAMPLES:
             return _HASTE * (now - self._freed_at[0]) / len(self._freed_at)
-        return max(_GUESS_S, now - self._full_since) / self._places
+        return max(_GUESS_S, now - self._full_since) / self._slots
 
     def _remember(self, token: str, at: float, again: bool) -> None:
         if len(self._waiting) >= _MAX_WAITING:
@@ -108,7 +108,7 @@ class Turns:
             self._coming = sorted((at, token) for token, at in self._waiting.items() if token not in self._due)
 
     def _advance(self, now: float) -> None:
-        """Whose time has come is due; who is too late has no turn any more."""
+        """Mark tokens whose time has come as due, and drop those that are too late."""
         while self._coming and self._coming[0][0] <= now:
             at, token = heapq.heappop(self._coming)
             if self._waiting.get(token) == at:

@@ -32,7 +32,7 @@ from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
 log = structlog.get_logger()
 
 
-class Offering:
+class TaskAssigner:
     """Answers a round's `Select`."""
 
     def __init__(self, coordinator: Coordinator) -> None:

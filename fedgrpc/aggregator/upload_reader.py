@@ -1,8 +1,8 @@
-"""One upload on its way from the wire to its file.
+"""Reader of one upload: from the stream of chunks to its file.
 
-The rule: no message is read before there is memory for it, and that is given back when its bytes are in the file.
-So the memory of all uploads together has a bound. A sender that keeps an idle reader waiting holds none of it, so
-that nobody waits for a silent one: the bound is then exceeded by one chunk of each of those.
+The rule: no message is read before there is memory for it, and the memory is given back once its bytes are in
+the file. So all uploads together use bounded memory. A reader whose sender is silent gives its reservation back
+after a grace time, so that nobody waits for it: each such reader may exceed the bound by one chunk.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from fedgrpc.errors import LayoutError, LinkError, TooLargeError, WrongOffset
 from fedgrpc.rpc.lane import Lane
 
 _LEAST_BYTES = 16 << 10
-# A chunk costs some 100 us, however small it is. A few small ones are anybody's.
+# A chunk costs some 100 us, however small it is, so many tiny chunks are refused. A few are harmless.
 _LEAST_MEAN_BYTES = 512
 _FEW_CHUNKS = 256
-_PATIENCE_S = 0.25
-# Of the time, on any number of cores; and how often a busy process is patient again.
+_GRACE_S = 0.25
+# A process that worked for this share of the grace time, on any number of cores, keeps its senders waiting itself:
+# it grants the time again, at most so often.
 _BUSY_SHARE = 0.5
-_MOST_PATIENCE = 8
+_MOST_GRACES = 8
 
 
-class Intake:
-    """Takes the chunks of one stream into `upload`. `worked_s` tells how long this process has worked, seconds."""
+class UploadReader:
+    """Reads the chunks of one stream into `upload`. `worked_s` returns the process's CPU time, seconds."""
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class Intake:
             async with asyncio.timeout(None) as limit:
 
                 def failed() -> None:
-                    # Nothing more may come, and the sender is to hear of it now.
+                    # The sender may be silent: end the wait for its next chunk, so that it learns of it now.
                     if self._reading:
                         limit.reschedule(loop.time())
 
@@ -73,7 +74,7 @@ class Intake:
                         if chunk is None:
                             return await lane.drain()
                         await lane.put(chunk)
-                        # Once it is in the file nothing may hold it: the wait for more memory can be long.
+                        # Release the chunk here: the wait for more memory can be long.
                         del chunk
                         await still_wanted()
         except TimeoutError:
@@ -87,27 +88,27 @@ class Intake:
         await self._budget.take(size)
         self._reserved = size
 
-    def _be_patient(self, times: int) -> None:
+    def _start_grace_timer(self, times: int) -> None:
         loop, worked_s = asyncio.get_running_loop(), self._worked_s()
-        self._impatience = loop.call_later(_PATIENCE_S, self._lose_patience, worked_s, times)
+        self._grace_timer = loop.call_later(_GRACE_S, self._end_grace, worked_s, times)
 
-    def _lose_patience(self, worked_s: float, times: int) -> None:
-        """Where this process was busy all the while, it is not the sender who keeps it waiting."""
-        if times and self._worked_s() - worked_s > _BUSY_SHARE * _PATIENCE_S:
-            self._be_patient(times - 1)
+    def _end_grace(self, worked_s: float, times: int) -> None:
+        """Give the reservation back, unless this process was too busy to read: then start another grace time."""
+        if times and self._worked_s() - worked_s > _BUSY_SHARE * _GRACE_S:
+            self._start_grace_timer(times - 1)
         else:
-            self._settle()
+            self._hold_only()
 
-    def _settle(self, size: int = 0) -> None:
-        """Hold `size` bytes of the budget in place of what is reserved."""
+    def _hold_only(self, size: int = 0) -> None:
+        """Hold `size` bytes of the budget in place of the reservation."""
         reserved, self._reserved = self._reserved, 0
         self._budget.give_back(reserved - size)
 
     async def _read(self, chunks: AsyncIterator[Chunk]) -> Chunk | None:
-        """The next chunk, with its size taken from the budget; None at the end."""
+        """Return the next chunk, its size taken from the budget; None at the end."""
         size, begun = 0, time.monotonic()
         self._reading = True
-        self._be_patient(_MOST_PATIENCE)
+        self._start_grace_timer(_MOST_GRACES)
         try:
             chunk = await anext(chunks, None)
             if chunk is None:
@@ -116,16 +117,16 @@ class Intake:
             size = len(chunk.data)
         finally:
             self._reading = False
-            self._impatience.cancel()
-            self._settle(size)
-        # One who hesitates goes on as it does; anybody else may send larger chunks the next time.
-        hesitated = time.monotonic() - begun >= _PATIENCE_S
+            self._grace_timer.cancel()
+            self._hold_only(size)
+        # A slow sender will send chunks of this size again; any other may send the largest allowed.
+        hesitated = time.monotonic() - begun >= _GRACE_S
         self._expected_bytes = max(size, _LEAST_BYTES) if hesitated else self._max_chunk_bytes
         self._next_offset += size
         return chunk
 
     def _check(self, chunk: Chunk) -> None:
-        """What can be told at once; the rest is found out in the thread."""
+        """Check what needs no bytes; the thread that writes checks the rest."""
         if len(chunk.data) > self._max_chunk_bytes:
             raise TooLargeError(f"a chunk of {len(chunk.data)} bytes; allowed are {self._max_chunk_bytes}")
         self._count += 1
