@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "aggregator": {*CORE, "v1", "protocol", "rpc", "spares", "disk_errors", "process", "logging", "metrics"},
     "worker": {*CORE, "v1", "protocol", "rpc", "spares", "disk_errors", "process", "logging", "metrics"},
     # An aggregator below another is both, and so above both: neither knows of it, nor of the other.
-    "tree": {*CORE, "v1", "protocol", "rpc", "spares", "process", "metrics", "aggregator", "worker"},
+    "hierarchy": {*CORE, "v1", "protocol", "rpc", "spares", "process", "metrics", "aggregator", "worker"},
     "data": {"errors"},
     "models": {"errors"},
     "compression": {"errors", "models", "aggregation"},
@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
         *(*CORE, "v1", "protocol", "rpc", "process", "logging", "metrics"),
-        *("aggregator", "worker", "tree", "data", "models", "tasks", "simulation"),
+        *("aggregator", "worker", "hierarchy", "data", "models", "tasks", "simulation"),
     },
 }
 # Where torch may be imported; everything else runs on a machine without it.
@@ -102,7 +102,7 @@ def test_importing_the_aggregator_imports_no_torch() -> None:
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         for path in _modules()
         if _owner(path)
-        in {"aggregator", "tree", "codec", "aggregation", "rounds", "protocol", "rpc", "logging", "metrics"}
+        in {"aggregator", "hierarchy", "codec", "aggregation", "rounds", "protocol", "rpc", "logging", "metrics"}
     ]
     code = f"import sys, importlib\n[importlib.import_module(name) for name in {modules!r}]"
     code += "\nprint('torch' in sys.modules)"

@@ -20,13 +20,13 @@ from fedgrpc.cli.quantities import DURATION, SIZE
 from fedgrpc.cli.tls import FILE, server_tls, tls_settings
 from fedgrpc.cli.upstream import UPSTREAM, above_from
 from fedgrpc.errors import UsageError
+from fedgrpc.hierarchy.run import run_leaf
 from fedgrpc.metrics import Metrics, serve_metrics
 from fedgrpc.process import keep_private
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.collector import collect_rarely
-from fedgrpc.tree.run import run_leaf
 
 _place = Declare("Where", AggregatorSettings)
 _model = Declare("The model", AggregatorSettings)

@@ -5,7 +5,7 @@ import numpy as np
 
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.codec.layout import layout_of
-from fedgrpc.tree.mean import mean_tensors
+from fedgrpc.hierarchy.mean import mean_tensors
 from tests.support.stored_updates import accept
 
 RNG = np.random.default_rng(11)

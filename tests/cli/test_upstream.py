@@ -12,8 +12,8 @@ from fedgrpc.aggregator.settings import AggregatorSettings, Target, TrainingPlan
 from fedgrpc.cli import aggregator
 from fedgrpc.cli.upstream import above_from
 from fedgrpc.errors import UsageError
+from fedgrpc.hierarchy.run import Leaf
 from fedgrpc.rpc.channel import Tls
-from fedgrpc.tree.run import Leaf
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Role
 

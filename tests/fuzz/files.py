@@ -34,11 +34,11 @@ from fedgrpc.data.dataset import Examples, LabelledData
 from fedgrpc.data.idx import read_idx
 from fedgrpc.data.shares import load_share, save_share
 from fedgrpc.errors import UsageError
+from fedgrpc.hierarchy.mean import MeanFile
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.history import Timing, WorkerHistory
 from fedgrpc.simulation.fleet import Fleet
-from fedgrpc.tree.mean import MeanFile
 from fedgrpc.v1 import aggregator_pb2, round_pb2
 from fedgrpc.worker.held import ModelFolder, Source
 from fedgrpc.worker.residual_file import read_residual, write_residual

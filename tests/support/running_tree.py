@@ -3,9 +3,9 @@
 import asyncio
 from contextlib import asynccontextmanager
 
+from fedgrpc.hierarchy.run import Leaf
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.retry import Backoff
-from fedgrpc.tree.run import Leaf
 from fedgrpc.v1 import aggregator_pb2_grpc
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Role

@@ -99,8 +99,8 @@ def lead(pipe: Any, port: int, workers: int, folder: Path, settings: Mapping[str
 async def _lead(pipe: Any, port: int, workers: int, folder: Path, settings: Mapping[str, Any]) -> Usage:
     from fedgrpc import logging
     from fedgrpc.aggregator.settings import AggregatorSettings
+    from fedgrpc.hierarchy.run import Leaf
     from fedgrpc.rounds.policy import RoundPolicy
-    from fedgrpc.tree.run import Leaf
     from fedgrpc.worker.settings import WorkerSettings
     from fedgrpc.worker.task import Role
 

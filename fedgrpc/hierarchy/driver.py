@@ -1,7 +1,7 @@
 """Plays the rounds that the aggregator above has given tasks for.
 
     task.pb         the task whose round is played, or was last
-    mean.*          what that round has made (fedgrpc.tree.mean)
+    mean.*          what that round has made (fedgrpc.hierarchy.mean)
 
 The rule: as in `Driver`, what was cut off goes on. A round outlives this process and the link above; it ends early
 only when the one above no longer wants it.
@@ -30,12 +30,12 @@ from fedgrpc.aggregator.scores import scores_of
 from fedgrpc.aggregator.versions import Version
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import CodecError, NotFinite, StorageError
+from fedgrpc.hierarchy.desk import Desk, Order, Shown
+from fedgrpc.hierarchy.mean import MeanFile, Tensors, mean_tensors, own_tensors
 from fedgrpc.protocol.plans import plans_from_proto
 from fedgrpc.rounds.events import Abort, Commit
 from fedgrpc.rounds.policy import RoundPolicy, TaskKind
 from fedgrpc.rounds.state import Round, RoundPhase
-from fedgrpc.tree.desk import Desk, Order, Shown
-from fedgrpc.tree.mean import MeanFile, Tensors, mean_tensors, own_tensors
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_PAUSED
 from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE, TASK_KIND_TRAIN

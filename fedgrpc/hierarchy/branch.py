@@ -26,9 +26,9 @@ from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.server import Aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import LinkError, StorageError
+from fedgrpc.hierarchy.desk import Desk
+from fedgrpc.hierarchy.driver import LeafDriver
 from fedgrpc.metrics import Metrics
-from fedgrpc.tree.desk import Desk
-from fedgrpc.tree.driver import LeafDriver
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RegisterResponse
 from fedgrpc.worker.disk import storage_errors, write_file
 from fedgrpc.worker.task import Registration, registration_from_proto

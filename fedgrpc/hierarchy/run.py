@@ -12,12 +12,12 @@ import structlog
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import UsageError
+from fedgrpc.hierarchy.branch import Branches, Ready
+from fedgrpc.hierarchy.loop import LeafLoop
+from fedgrpc.hierarchy.scoring import relay_scores
 from fedgrpc.metrics import Metrics
 from fedgrpc.process import hold_folder, told_to_end
 from fedgrpc.rpc.channel import open_channel
-from fedgrpc.tree.branch import Branches, Ready
-from fedgrpc.tree.loop import LeafLoop
-from fedgrpc.tree.scoring import relay_scores
 from fedgrpc.worker.board import Board, Status
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.disk import IN_USE, session_in

@@ -9,9 +9,9 @@ from typing import Final
 
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import TaskError
-from fedgrpc.tree.branch import Branches
-from fedgrpc.tree.desk import Order
-from fedgrpc.tree.mean import sending
+from fedgrpc.hierarchy.branch import Branches
+from fedgrpc.hierarchy.desk import Order
+from fedgrpc.hierarchy.mean import sending
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.board import Activity, Board
 from fedgrpc.worker.client import AggregatorClient, Polled

@@ -15,10 +15,10 @@ from grpc.aio import Channel
 
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.errors import FedgrpcError, TaskError
+from fedgrpc.hierarchy.branch import Branches
+from fedgrpc.hierarchy.desk import Shown
+from fedgrpc.hierarchy.loop import Link
 from fedgrpc.rpc.identity import Session
-from fedgrpc.tree.branch import Branches
-from fedgrpc.tree.desk import Shown
-from fedgrpc.tree.loop import Link
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.board import Activity, Board, Status
 from fedgrpc.worker.client import AggregatorClient, Polled
