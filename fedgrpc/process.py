@@ -1,4 +1,4 @@
-"""What a whole process sets up for itself: standard streams, signals, its folder's lock, and what a fork takes.
+"""What a whole process sets up for itself: standard streams, signals, and what a fork takes.
 
 The rule: a forked child holds nothing of its parent's. Users' code forks (`multiprocessing.Pool`, data loaders),
 and a child may outlive a parent that was killed. So it gets default signal handlers, no locks and no connections.
@@ -6,7 +6,6 @@ and a child may outlive a parent that was killed. So it gets default signal hand
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import socket
@@ -15,11 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Final
-
-from fedgrpc.errors import UsageError
-from fedgrpc.spares import make_private
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _OWNER_ALONE: Final = 0o077
@@ -90,57 +85,14 @@ def told_to_end(handler: Callable[[int], None]) -> Iterator[None]:
         end_on_sigterm_as_init()
 
 
-class HeldFolder:
-    """A folder that this process alone uses. The lock is on the folder itself: there is no file to be deleted."""
-
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self.path = path
-        self._descriptor = descriptor
-
-    def check(self) -> None:
-        """Raise `UsageError` when the folder has been removed, or another one put in its place."""
-        held = os.fstat(self._descriptor)
-        try:
-            there = self.path.stat()
-        except OSError:
-            there = None
-        if there is None or (there.st_dev, there.st_ino) != (held.st_dev, held.st_ino):
-            raise UsageError(f"the folder {self.path} was removed while it was in use; start again with a new one")
-
-
-@contextmanager
-def hold_folder(path: Path, in_use: str, kind: str = "folder") -> Iterator[HeldFolder]:
-    """Create the folder and hold it for this process alone, and not for its children.
-
-    Raises:
-        UsageError: it cannot be created or written, or, with the words of `in_use`, another process holds it.
-    """
-    try:
-        make_private(path)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise UsageError(f"cannot use the {kind} {path}: it cannot be written")
-        descriptor = _locked(path)
-    except BlockingIOError:
-        raise UsageError(f"the {kind} {path} {in_use}") from None
-    except OSError as error:
-        raise UsageError(f"cannot use the {kind} {path}: {error.strerror}") from error
+def close_in_children(descriptor: int) -> None:
+    """Close a lock's file in forked children, for as long as `descriptor` is this process's own."""
     _locks.add(descriptor)
-    try:
-        yield HeldFolder(path, descriptor)
-    finally:
-        _locks.discard(descriptor)
-        os.close(descriptor)
 
 
-def _locked(path: Path) -> int:
-    """The folder, opened and locked. Raises OSError, as `BlockingIOError` where another process has it."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+def closed(descriptor: int) -> None:
+    """The lock's file is no longer open here."""
+    _locks.discard(descriptor)
 
 
 def keep_from_children(endpoint: int | str) -> None:

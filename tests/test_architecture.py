@@ -18,28 +18,27 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "claims": {"errors"},
     "v1": set(),
-    "spares": set(),
-    "disk_errors": set(),
     "codec": {"errors"},
     "aggregation": {"errors", "claims"},
     "rounds": {"errors", "claims"},
     "simulation": {"errors", "rounds"},
-    "process": {"errors", "spares"},
+    "process": set(),
     "logging": {"errors"},
     "metrics": {"errors", "claims", "v1", "rpc", "process"},
     "protocol": {*CORE, "v1"},
     "rpc": {"errors", "claims", "codec", "v1", "protocol", "process"},
-    "aggregator": {*CORE, "v1", "protocol", "rpc", "spares", "disk_errors", "process", "logging", "metrics"},
-    "worker": {*CORE, "v1", "protocol", "rpc", "spares", "disk_errors", "process", "logging", "metrics"},
+    "storage": {*CORE, "v1", "protocol", "process"},
+    "aggregator": {*CORE, "v1", "protocol", "rpc", "storage", "process", "logging", "metrics"},
+    "worker": {*CORE, "v1", "protocol", "rpc", "storage", "process", "logging", "metrics"},
     # An aggregator below another is both, and so above both: neither knows of it, nor of the other.
-    "hierarchy": {*CORE, "v1", "protocol", "rpc", "spares", "process", "metrics", "aggregator", "worker"},
+    "hierarchy": {*CORE, "v1", "protocol", "rpc", "storage", "process", "metrics", "aggregator", "worker"},
     "data": {"errors"},
     "models": {"errors"},
     "compression": {"errors", "models", "aggregation"},
     "tasks": {"errors", "codec", "aggregation", "data", "models", "compression", "worker"},
     "__main__": {"cli"},
     "cli": {
-        *(*CORE, "v1", "protocol", "rpc", "process", "logging", "metrics"),
+        *(*CORE, "v1", "protocol", "rpc", "storage", "process", "logging", "metrics"),
         *("aggregator", "worker", "hierarchy", "data", "models", "tasks", "simulation"),
     },
 }
@@ -101,8 +100,7 @@ def test_importing_the_aggregator_imports_no_torch() -> None:
     modules = [
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         for path in _modules()
-        if _owner(path)
-        in {"aggregator", "hierarchy", "codec", "aggregation", "rounds", "protocol", "rpc", "logging", "metrics"}
+        if _owner(path) in {*CORE, "aggregator", "hierarchy", "protocol", "rpc", "storage", "logging", "metrics"}
     ]
     code = f"import sys, importlib\n[importlib.import_module(name) for name in {modules!r}]"
     code += "\nprint('torch' in sys.modules)"

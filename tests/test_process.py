@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -10,8 +9,8 @@ import sys
 
 import pytest
 
-from fedgrpc.errors import UsageError
-from fedgrpc.process import hold_folder, keep_from_children
+from fedgrpc.process import keep_from_children
+from fedgrpc.storage.folder import hold_folder
 
 USED = "is used by another"
 
@@ -33,37 +32,6 @@ def in_child(work):
         finally:
             os._exit(ended)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-
-
-def test_a_folder_is_held_by_one_process(tmp_path):
-    with hold_folder(tmp_path / "a", USED):
-        second = hold_folder(tmp_path / "a", USED)
-        with pytest.raises(UsageError, match=USED):
-            second.__enter__()
-    with hold_folder(tmp_path / "a", USED):
-        pass
-
-
-def test_no_file_that_could_be_deleted_holds_the_folder(tmp_path):
-    with hold_folder(tmp_path / "a", USED):
-        assert not list((tmp_path / "a").iterdir())
-
-
-def test_a_removed_or_replaced_folder_is_noticed(tmp_path):
-    with hold_folder(tmp_path / "a", USED) as folder:
-        folder.check()
-        shutil.rmtree(tmp_path / "a")
-        with pytest.raises(UsageError, match="removed"):
-            folder.check()
-        (tmp_path / "a").mkdir()
-        with pytest.raises(UsageError, match="removed"):
-            folder.check()
-
-
-def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
-    (tmp_path / "a").touch()
-    with pytest.raises(UsageError, match="cannot use the folder"), hold_folder(tmp_path / "a", USED):
-        pass
 
 
 def test_a_forked_child_does_not_hold_the_folder(tmp_path):

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedgrpc.aggregator.report import CurrentRound
-from fedgrpc.aggregator.run_store import TaskRow
 from fedgrpc.rounds.events import Cancel, TaskPhase
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.state import Round, RoundPhase, Task, follow
+from fedgrpc.storage.database import TaskRow
 
 _TOO_LATE = "no round is left that could take the update"
 

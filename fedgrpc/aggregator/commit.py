@@ -28,10 +28,10 @@ from fedgrpc.aggregation.precision import rounding_noise, say
 from fedgrpc.aggregation.server_optimizer import ServerOptimizer
 from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.fold import PIECE, Fold, Load
-from fedgrpc.aggregator.model_file import ModelFile, ModelWriter
 from fedgrpc.codec.layout import Layout, TensorRole, TensorSpec
 from fedgrpc.errors import NotFinite
-from fedgrpc.spares import SpareFiles
+from fedgrpc.storage.files import RecycledFiles
+from fedgrpc.storage.model_file import ModelFile, ModelWriter
 
 _GROUP_ELEMENTS = 1 << 20
 _SPAN_ELEMENTS = 1 << 20
@@ -90,7 +90,7 @@ class Commit:
     optimizer: ServerOptimizer
     updates: Sequence[tuple[str, float]]
     load: Load
-    spares: SpareFiles | None = None
+    spares: RecycledFiles | None = None
     parts: Mapping[str, Selection | None] = field(default_factory=dict)
     merged: Mapping[str, float] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)

@@ -20,7 +20,6 @@ import structlog
 
 from fedgrpc import claims
 from fedgrpc.aggregator.carrying import stale, takes_news
-from fedgrpc.aggregator.data_folder import DataFolder
 from fedgrpc.aggregator.evaluations import Evaluation, Evaluations
 from fedgrpc.aggregator.fleet import Allowance, Fleet, Worker
 from fedgrpc.aggregator.local_models import LocalModels
@@ -28,7 +27,6 @@ from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.orders import Orders
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.run_state import Assignment, Beat, Changes, RollBack, RunState
-from fedgrpc.aggregator.run_store import RunStore
 from fedgrpc.aggregator.scores import for_log
 from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.aggregator.settings import AggregatorSettings
@@ -69,6 +67,8 @@ from fedgrpc.rounds.events import (
 )
 from fedgrpc.rounds.state import RoundPhase, step, time_left
 from fedgrpc.rpc.identity import Session
+from fedgrpc.storage.data_folder import DataFolder
+from fedgrpc.storage.database import RunStore
 from fedgrpc.v1.aggregator_pb2 import (
     RUN_PHASE_PAUSED,
     RUN_PHASE_RUNNING,

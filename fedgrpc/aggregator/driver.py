@@ -18,22 +18,23 @@ from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.aggregator.assignment import TaskAssigner
 from fedgrpc.aggregator.carrying import Dropped, carried_rows, ending_here, going_on
 from fedgrpc.aggregator.coordinator import Coordinator
-from fedgrpc.aggregator.data_folder import Use
 from fedgrpc.aggregator.histories import histories_after, histories_of
 from fedgrpc.aggregator.new_version import NewVersion
 from fedgrpc.aggregator.recovery import Recovery
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.aggregator.run_state import RollBack
 from fedgrpc.aggregator.scores import for_log, scores_of
-from fedgrpc.aggregator.versions import Version, jump_to_proto
 from fedgrpc.errors import CodecError, IllegalTransition, NotFound, StorageError, UnusableUpdate, UpdateRefused
+from fedgrpc.protocol.records import jump_to_proto
 from fedgrpc.rounds.best import Jump
 from fedgrpc.rounds.events import AbandonCause, Abort, Commit, Committed, Finished, Select, TaskPhase, Tick
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rounds.policy import TaskKind as TaskKinds
 from fedgrpc.rounds.round import Streak
 from fedgrpc.rounds.state import Round, RoundPhase, step, wake_at, wants_workers
+from fedgrpc.rounds.version import Version
 from fedgrpc.rpc.retry import Backoff, Retries
+from fedgrpc.storage.data_folder import Use
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RUN_PHASE_PAUSED
 from fedgrpc.v1.round_pb2 import (
     ROUND_PHASE_COMMITTED,

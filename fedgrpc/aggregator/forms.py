@@ -24,7 +24,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fedgrpc.aggregator.model_file import ModelFile, ModelWriter
 from fedgrpc.codec.difference import add, left_out, subtract
 from fedgrpc.codec.encoding import Buffer
 from fedgrpc.codec.layout import Array, Layout, TensorSpec
@@ -33,9 +32,9 @@ from fedgrpc.codec.parts import part_of
 from fedgrpc.codec.payload import PayloadWriter, encode_tensor, naming
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.uniform import Uniform
-from fedgrpc.disk_errors import is_gone
 from fedgrpc.errors import StorageError, UsageError
-from fedgrpc.spares import SpareFiles, make_private
+from fedgrpc.storage.files import RecycledFiles, is_gone, make_private
+from fedgrpc.storage.model_file import ModelFile, ModelWriter
 
 _NAME = re.compile(r"(\d+)-([0-9a-f]{64})(?:-([a-z]+:[0-9.e-]+))?\.safetensors")
 
@@ -141,7 +140,7 @@ class Forms:
         """Raises OSError."""
         make_private(folder)
         self._folder = folder
-        self._spares = SpareFiles(folder / "spare", 1)
+        self._spares = RecycledFiles(folder / "spare", 1)
         self._lock = threading.Lock()
         self._paths: dict[Key, Path] = {}
         self._read: list[Key] = []

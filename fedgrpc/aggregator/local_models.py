@@ -30,7 +30,6 @@ from fedgrpc.aggregation.prediction import (
 )
 from fedgrpc.aggregation.update import TensorLike
 from fedgrpc.aggregator.blame import blaming
-from fedgrpc.aggregator.durable import fsync_folder
 from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.codec.efficiency import expected_bits
@@ -46,6 +45,7 @@ from fedgrpc.protocol.plans import (
 )
 from fedgrpc.protocol.records import counts, device_of, observation_of, prediction_from_proto
 from fedgrpc.protocol.tensors import channels_from_proto, channels_to_proto
+from fedgrpc.storage.files import sync
 from fedgrpc.v1 import round_pb2, tensor_pb2
 
 log = structlog.get_logger()
@@ -276,7 +276,7 @@ class LocalModels:
                 file.flush()
                 os.fsync(file.fileno())
             unfinished.replace(self._path)
-            fsync_folder(self._path.parent)
+            sync(self._path.parent)
         except OSError as error:
             raise StorageError(f"cannot store the model's channels: {error.strerror}") from error
 

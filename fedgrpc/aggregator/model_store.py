@@ -26,10 +26,8 @@ import structlog
 
 from fedgrpc.aggregation import packed
 from fedgrpc.aggregation.channels import Selection, SubModel
-from fedgrpc.aggregator.durable import fsync_folder
 from fedgrpc.aggregator.forms import Forms, Source
 from fedgrpc.aggregator.frames import FrameCache, PayloadFile
-from fedgrpc.aggregator.model_file import ModelFile, ModelTensors
 from fedgrpc.codec.chunk import LARGE_CHUNK_BYTES
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.codec.manifest import Manifest, TensorEntry
@@ -38,7 +36,8 @@ from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import EncodeError, Exhausted, FedgrpcError, NotFound, StorageError, UsageError
 from fedgrpc.protocol.tensors import manifest_to_proto
-from fedgrpc.spares import SpareFiles, make_private
+from fedgrpc.storage.files import RecycledFiles, make_private, sync
+from fedgrpc.storage.model_file import ModelFile, ModelTensors
 from fedgrpc.v1.aggregator_pb2 import ModelHeader, PullModelResponse
 
 log = structlog.get_logger()
@@ -151,7 +150,7 @@ class ModelStore:
         self._encoded_folder = data_dir / "encoded"
         for folder in (self._models, self._memories, self._encoded_folder):
             make_private(folder)
-        self.spares = SpareFiles(data_dir / "models" / "spare", _MAX_SPARES)
+        self.spares = RecycledFiles(data_dir / "models" / "spare", _MAX_SPARES)
         self._forms = Forms(data_dir / "held")
         for path in self._encoded_folder.iterdir():
             path.unlink(missing_ok=True)
@@ -209,7 +208,7 @@ class ModelStore:
         try:
             for path in self._memories.iterdir():
                 path.unlink(missing_ok=True)
-            fsync_folder(self._memories)
+            sync(self._memories)
         except OSError as error:
             raise StorageError(f"cannot remove the server optimizer's state: {error.strerror}") from error
 

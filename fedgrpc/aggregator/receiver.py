@@ -21,7 +21,6 @@ from fedgrpc.aggregation.merged import check_merged_layout, merged_values
 from fedgrpc.aggregation.packed import unpacked
 from fedgrpc.aggregation.update import AdmissionPolicy, check_layout, check_values
 from fedgrpc.aggregator.coordinator import Coordinator
-from fedgrpc.aggregator.data_folder import Use
 from fedgrpc.aggregator.first_model import complaint
 from fedgrpc.aggregator.local_models import LocalTask
 from fedgrpc.aggregator.memory import ByteBudget
@@ -49,6 +48,7 @@ from fedgrpc.protocol.tensors import layout_to_proto, manifest_from_proto
 from fedgrpc.rounds.events import Progress, TaskPhase
 from fedgrpc.rounds.task import UploadPace
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
+from fedgrpc.storage.data_folder import Use
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
 

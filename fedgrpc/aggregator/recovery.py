@@ -23,12 +23,9 @@ from fedgrpc.aggregator.changed_settings import OPTIMIZER, changes, compared_tex
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.first_model import complaint
 from fedgrpc.aggregator.local_models import LocalTask
-from fedgrpc.aggregator.model_file import ModelFile, write_model
 from fedgrpc.aggregator.new_version import about_version
 from fedgrpc.aggregator.norms import content_digest, model_norm
 from fedgrpc.aggregator.report import CurrentRound, Report
-from fedgrpc.aggregator.run_store import OpenRound, TaskRow
-from fedgrpc.aggregator.versions import Version
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.raw import as_bool
 from fedgrpc.errors import CorruptError, LayoutError, StorageError, UnusableUpdate, UsageError
@@ -36,7 +33,10 @@ from fedgrpc.protocol.durations import duration_from_proto
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.policy import TaskKind as TaskKinds
 from fedgrpc.rounds.state import StoredTask, restore
+from fedgrpc.rounds.version import Version
 from fedgrpc.rpc.identity import Session
+from fedgrpc.storage.database import OpenRound, TaskRow
+from fedgrpc.storage.model_file import ModelFile, write_model
 from fedgrpc.v1 import round_pb2
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RUN_PHASE_RUNNING, RunPhase
 from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE, TASK_KIND_TRAIN, TaskKind

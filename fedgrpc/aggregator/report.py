@@ -8,15 +8,20 @@ from dataclasses import dataclass, field, replace
 from fedgrpc import claims
 from fedgrpc.aggregation.update import AdmissionPolicy, check_counts
 from fedgrpc.aggregator.local_models import LocalTask
-from fedgrpc.aggregator.run_store import TaskRow
-from fedgrpc.aggregator.versions import jump_to_proto
 from fedgrpc.errors import UpdateRefused
 from fedgrpc.protocol.durations import duration_to_proto
-from fedgrpc.protocol.records import Timings, metrics_from_proto, timings_from_proto, timings_to_proto
+from fedgrpc.protocol.records import (
+    Timings,
+    jump_to_proto,
+    metrics_from_proto,
+    timings_from_proto,
+    timings_to_proto,
+)
 from fedgrpc.rounds import events
 from fedgrpc.rounds.best import Jump
 from fedgrpc.rounds.policy import Dominance, dominant
 from fedgrpc.rounds.state import Round, Task, time_left
+from fedgrpc.storage.database import TaskRow
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, Prediction, RoundPhase, TaskKind, TaskPhase, TaskRecord
 from fedgrpc.v1.round_pb2 import Round as RoundRecord

@@ -7,8 +7,8 @@ import secrets
 from dataclasses import dataclass, field
 
 from fedgrpc.aggregator.local_models import LocalTask
-from fedgrpc.aggregator.versions import Version
 from fedgrpc.codec.layout import Layout
+from fedgrpc.rounds.version import Version
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RUN_PHASE_STOPPED, RunPhase
 from fedgrpc.v1.round_pb2 import TaskKind
 

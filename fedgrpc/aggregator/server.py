@@ -13,15 +13,16 @@ from fedgrpc.aggregator.changed_settings import settings_text
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.driver import Driver
 from fedgrpc.aggregator.model_store import ModelStore
-from fedgrpc.aggregator.run_store import DATABASE, RunStore
 from fedgrpc.aggregator.service import AggregatorService
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.errors import UsageError
 from fedgrpc.metrics import Metrics
-from fedgrpc.process import HeldFolder, hold_folder, told_to_end
+from fedgrpc.process import told_to_end
 from fedgrpc.rpc.allocator import reuse_memory
 from fedgrpc.rpc.server import AGGREGATOR, Health, RunningServer, aggregator_service, serve
+from fedgrpc.storage.database import DATABASE, RunStore
+from fedgrpc.storage.folder import HeldFolder, hold_folder
 
 log = structlog.get_logger()
 

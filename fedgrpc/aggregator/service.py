@@ -26,6 +26,7 @@ from fedgrpc.codec.manifest import Manifest
 from fedgrpc.errors import LayoutError, NotFound, UsageError, WrongOffset
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
 from fedgrpc.protocol.plans import parse_sub_model
+from fedgrpc.protocol.records import version_to_proto
 from fedgrpc.protocol.tensors import layout_to_proto, manifest_to_proto
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rpc.identity import Session, peer_of
@@ -256,7 +257,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         run.layout.extend(self._layout[1])
         for known, field in ((self._it.versions.last, run.last), (self._it.versions.best, run.best)):
             if known is not None and known.sha256:
-                field.CopyFrom(known.to_proto())
+                field.CopyFrom(version_to_proto(known))
         run.started_at.FromNanoseconds(int(state.started_at * 1e9))
         return run
 

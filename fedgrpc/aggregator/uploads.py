@@ -31,7 +31,6 @@ from pathlib import Path
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from fedgrpc.aggregator.durable import fsync_folder
 from fedgrpc.codec.chunk import Chunk, check_chunk
 from fedgrpc.codec.crc import crc32
 from fedgrpc.codec.layout import TensorSpec
@@ -40,7 +39,7 @@ from fedgrpc.codec.payload import PayloadReader, Submit, in_pieces, neighbours
 from fedgrpc.codec.values import Fill
 from fedgrpc.errors import CodecError, CorruptError, StorageError
 from fedgrpc.protocol.tensors import manifest_from_proto
-from fedgrpc.spares import SpareFiles, pwrite, write_back
+from fedgrpc.storage.files import RecycledFiles, pwrite, sync, write_back
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 
 _HEAD = struct.Struct("<QIII")
@@ -205,7 +204,7 @@ class Upload:
     """An update on its way in. One task at a time uses it."""
 
     def __init__(
-        self, part: Path, header: UpdateHeader, manifest: Manifest, spares: SpareFiles, durable: bool = True
+        self, part: Path, header: UpdateHeader, manifest: Manifest, spares: RecycledFiles, durable: bool = True
     ) -> None:
         self._durable = durable
         self.header = header
@@ -218,7 +217,7 @@ class Upload:
         self._header_crc32 = crc32(text)
         self._file = self._continued(text) or self._begun(text, spares)
 
-    def _begun(self, text: bytes, spares: SpareFiles) -> FileIO:
+    def _begun(self, text: bytes, spares: RecycledFiles) -> FileIO:
         return FileIO(spares.create(self._part, self._head(0) + text), "r+")
 
     def _head(self, committed: int) -> bytes:
@@ -304,7 +303,7 @@ class Upload:
                 self._sync()
             self._part.replace(final)
             if self._durable:
-                fsync_folder(final.parent)
+                sync(final.parent)
         except OSError as error:
             raise StorageError(f"cannot store an update: {error.strerror}") from error
         finally:
@@ -340,7 +339,7 @@ class UploadJournal:
         """Accepted updates are `durable`, on the disk. Raises OSError."""
         self._folder = folder
         self._durable = durable
-        self._spares = SpareFiles(folder / "spare", _MAX_SPARES)
+        self._spares = RecycledFiles(folder / "spare", _MAX_SPARES)
         self._sealed: dict[str, StoredUpdate] = {}
 
     def begin(self, header: UpdateHeader, manifest: Manifest) -> Upload:

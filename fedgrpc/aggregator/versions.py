@@ -6,76 +6,10 @@ The rule: the best version that has not jumped is never let go, however many bad
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import cast
 
 from fedgrpc.aggregator.settings import Target
 from fedgrpc.rounds.best import ACCURACY, LOSS, Candidate, Jump, Measure, best_of, norm_jumps, score_jumps
-from fedgrpc.v1 import round_pb2
-
-_NOTHING: Mapping[str, float] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class Version:
-    """A committed model version. `sha256` is that of its file; b"": it holds no model, one is to be asked for.
-
-    `trained` rounds lead to it from the first model, whose content has the digest `first_model`. It is a copy of
-    version `rolled_back_to`, if that is not 0.
-    """
-
-    version: int
-    round: int
-    sha256: bytes
-    trained: int = 0
-    norm: float = 0.0
-    jump: Jump = Jump.NONE
-    rolled_back_to: int = 0
-    first_model: bytes = b""
-    metrics: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
-    evaluator_metrics: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
-
-    @property
-    def scores(self) -> Mapping[str, float]:
-        """What is known of how good it is, evaluators first."""
-        return {**self.metrics, **self.evaluator_metrics}
-
-    def to_proto(self) -> round_pb2.ModelVersion:
-        """As operators see it, and the database keeps it."""
-        return round_pb2.ModelVersion(
-            version=self.version,
-            round=self.round,
-            sha256=self.sha256,
-            trained_rounds=self.trained,
-            norm=self.norm,
-            jump=jump_to_proto(self.jump),
-            rolled_back_to=self.rolled_back_to,
-            first_model_sha256=self.first_model,
-            metrics=self.metrics,
-            evaluator_metrics=self.evaluator_metrics,
-        )
-
-    @classmethod
-    def from_proto(cls, message: round_pb2.ModelVersion) -> Version:
-        """As the database kept it."""
-        return cls(
-            message.version,
-            message.round,
-            message.sha256,
-            message.trained_rounds,
-            message.norm,
-            Jump(message.jump),
-            message.rolled_back_to,
-            message.first_model_sha256,
-            dict(message.metrics),
-            dict(message.evaluator_metrics),
-        )
-
-
-def jump_to_proto(jump: Jump) -> round_pb2.Jump:
-    """As it travels."""
-    return cast(round_pb2.Jump, jump.value)
+from fedgrpc.rounds.version import Version
 
 
 class Versions:

@@ -14,11 +14,11 @@ from typing import Any
 import click
 
 from fedgrpc.aggregator.first_model import complaint
-from fedgrpc.aggregator.model_file import write_model
 from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand
 from fedgrpc.cli.view import size
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import StorageError, UsageError
+from fedgrpc.storage.model_file import write_model
 from fedgrpc.worker.trainer import Weights, load_trainer
 from fedgrpc.worker.training import first_weights
 

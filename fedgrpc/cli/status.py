@@ -11,7 +11,6 @@ from typing import Any
 
 import click
 
-from fedgrpc.aggregator.run_store import DATABASE, RunStore
 from fedgrpc.cli import as_json
 from fedgrpc.cli.operator import AGGREGATOR_SETTING, operator
 from fedgrpc.cli.options import Declare, SettingsCommand
@@ -26,6 +25,7 @@ from fedgrpc.cli.view import (
     workers_table,
 )
 from fedgrpc.errors import UsageError
+from fedgrpc.storage.database import DATABASE, RunStore
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase, WorkerRecord
 from fedgrpc.v1.round_pb2 import Round
 

@@ -21,13 +21,11 @@ from fedgrpc import claims
 from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.driver import Driver
-from fedgrpc.aggregator.model_file import write_model
 from fedgrpc.aggregator.new_version import NewVersion, merged_of, parts_of
 from fedgrpc.aggregator.orders import Orders
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.aggregator.scales import accumulated_of
 from fedgrpc.aggregator.scores import scores_of
-from fedgrpc.aggregator.versions import Version
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import CodecError, NotFinite, StorageError
 from fedgrpc.hierarchy.desk import Desk, Order, Shown
@@ -36,10 +34,12 @@ from fedgrpc.protocol.plans import plans_from_proto
 from fedgrpc.rounds.events import Abort, Commit
 from fedgrpc.rounds.policy import RoundPolicy, TaskKind
 from fedgrpc.rounds.state import Round, RoundPhase
+from fedgrpc.rounds.version import Version
+from fedgrpc.storage.files import storage_errors, write_file
+from fedgrpc.storage.model_file import write_model
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_PAUSED
 from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
-from fedgrpc.worker.disk import storage_errors, write_file
 
 
 class LeafDriver(Driver):

@@ -42,10 +42,9 @@ from fedgrpc.codec.recipe import Compression, Recipe
 from fedgrpc.errors import StorageError
 from fedgrpc.protocol.records import timings_to_proto
 from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
-from fedgrpc.spares import make_private
+from fedgrpc.storage.files import make_private, storage_errors, sync, write_file
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.budget import fitted
-from fedgrpc.worker.disk import storage_errors, sync, write_file
 from fedgrpc.worker.spool import Fill
 from fedgrpc.worker.task import Task, TaskKind
 from fedgrpc.worker.training import Began, peak_memory_bytes

@@ -16,11 +16,13 @@ from fedgrpc.hierarchy.branch import Branches, Ready
 from fedgrpc.hierarchy.loop import LeafLoop
 from fedgrpc.hierarchy.scoring import relay_scores
 from fedgrpc.metrics import Metrics
-from fedgrpc.process import hold_folder, told_to_end
+from fedgrpc.process import told_to_end
 from fedgrpc.rpc.channel import open_channel
+from fedgrpc.rpc.identity import Session
+from fedgrpc.storage.folder import folder_id, hold_folder
 from fedgrpc.worker.board import Board, Status
 from fedgrpc.worker.client import AggregatorClient
-from fedgrpc.worker.disk import IN_USE, session_in
+from fedgrpc.worker.run import IN_USE
 from fedgrpc.worker.settings import WorkerSettings
 
 _DECIDED_ABOVE: Final = (
@@ -68,7 +70,7 @@ class Leaf:
         async with AsyncExitStack() as stack:
             stack.enter_context(hold_folder(above.state_dir, IN_USE))
             channel = await stack.enter_async_context(open_channel(above.aggregator, above.tls))
-            session = session_in(above.state_dir)
+            session = Session.begin(folder_id(above.state_dir))
             client = AggregatorClient(channel, above.name, above.throttle, above.stall_s, session=session)
             link = LeafLoop(above, client, Board(Status(above.name, above.aggregator)), branches)
             await branches.resume()

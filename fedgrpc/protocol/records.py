@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from google.protobuf.message import DecodeError
 
@@ -23,7 +24,9 @@ from fedgrpc.aggregation.prediction import (
 )
 from fedgrpc.errors import LayoutError
 from fedgrpc.protocol.plans import compression_from_proto
+from fedgrpc.rounds.best import Jump
 from fedgrpc.rounds.history import KEPT, LinkRates, Timing, WorkerHistory
+from fedgrpc.rounds.version import Version
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2
 
 
@@ -207,3 +210,40 @@ def _timing(message: round_pb2.PastTiming) -> Timing:
         return claims.SECONDS.clamped(getattr(message, name)) if message.HasField(name) else None
 
     return Timing(seconds("download_seconds"), seconds("local_seconds"), seconds("upload_seconds"), message.cut)
+
+
+def version_to_proto(version: Version) -> round_pb2.ModelVersion:
+    """A version as operators see it, and as the database keeps it."""
+    return round_pb2.ModelVersion(
+        version=version.version,
+        round=version.round,
+        sha256=version.sha256,
+        trained_rounds=version.trained,
+        norm=version.norm,
+        jump=jump_to_proto(version.jump),
+        rolled_back_to=version.rolled_back_to,
+        first_model_sha256=version.first_model,
+        metrics=version.metrics,
+        evaluator_metrics=version.evaluator_metrics,
+    )
+
+
+def version_from_proto(message: round_pb2.ModelVersion) -> Version:
+    """The version of a message. Raises ValueError for a jump of another kind."""
+    return Version(
+        message.version,
+        message.round,
+        message.sha256,
+        message.trained_rounds,
+        message.norm,
+        Jump(message.jump),
+        message.rolled_back_to,
+        message.first_model_sha256,
+        dict(message.metrics),
+        dict(message.evaluator_metrics),
+    )
+
+
+def jump_to_proto(jump: Jump) -> round_pb2.Jump:
+    """As it travels."""
+    return cast(round_pb2.Jump, jump.value)

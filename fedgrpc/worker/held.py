@@ -41,13 +41,20 @@ from fedgrpc.codec.payload import (
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.values import PIECE, pieces, refuse_non_finite
-from fedgrpc.disk_errors import is_gone
 from fedgrpc.errors import CodecError, CorruptError, LayoutError, StorageError
 from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
-from fedgrpc.spares import SpareFiles, make_private
+from fedgrpc.storage.files import (
+    UNFINISHED,
+    RecycledFiles,
+    empty_folder,
+    is_gone,
+    make_private,
+    remove_folder,
+    storage_errors,
+    sweep,
+)
 from fedgrpc.v1 import aggregator_pb2, tensor_pb2
 from fedgrpc.worker.delta import Applied
-from fedgrpc.worker.disk import UNFINISHED, empty_folder, remove_folder, storage_errors, sweep
 from fedgrpc.worker.partial import HEADER, PAYLOAD, PartialModel, begin, received_bytes
 
 _ABOUT: Final = "about.json"
@@ -233,8 +240,8 @@ class ModelFolder:
             make_private(folder)
             sweep(folder)
             # Apart, since a difference is small and whole weights are large.
-            self._spares = SpareFiles(folder / "spare", 1)
-            self._spare_differences = SpareFiles(folder / "spare-differences", 1)
+            self._spares = RecycledFiles(folder / "spare", 1)
+            self._spare_differences = RecycledFiles(folder / "spare-differences", 1)
             self.has_partial = self._partial.exists()
         self.held = self._load_held()
 

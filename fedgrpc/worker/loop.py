@@ -30,13 +30,13 @@ from fedgrpc.errors import (
 from fedgrpc.rpc.address import dialled
 from fedgrpc.rpc.diagnosis import explain
 from fedgrpc.rpc.retry import Backoff, Retries, with_retries
+from fedgrpc.storage.files import storage_errors
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.board import Activity, Board
 from fedgrpc.worker.client import AggregatorClient, Polled
 from fedgrpc.worker.concurrency import Interrupted, in_thread, unless
 from fedgrpc.worker.controls import Controls
 from fedgrpc.worker.delivery import Delivery, worth_retrying
-from fedgrpc.worker.disk import storage_errors
 from fedgrpc.worker.held import HeldModel, ModelFolder, Source
 from fedgrpc.worker.personal import keeping, restored
 from fedgrpc.worker.profile import DeviceProfile

@@ -20,9 +20,8 @@ from fedgrpc.codec.crc import crc32
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import CorruptError
 from fedgrpc.protocol.tensors import manifest_from_proto
-from fedgrpc.spares import SpareFiles, pwrite
+from fedgrpc.storage.files import RecycledFiles, pwrite, storage_errors
 from fedgrpc.v1 import aggregator_pb2
-from fedgrpc.worker.disk import storage_errors
 
 HEADER: Final = "header.pb"
 PAYLOAD: Final = "payload"
@@ -31,7 +30,7 @@ _COUNT: Final = struct.Struct("<Q")
 _READ_BYTES: Final = 1 << 20
 
 
-def begin(folder: Path, header: aggregator_pb2.ModelHeader, spares: SpareFiles) -> None:
+def begin(folder: Path, header: aggregator_pb2.ModelHeader, spares: RecycledFiles) -> None:
     """Make `folder` ready for the first byte. Raises OSError."""
     (folder / HEADER).write_bytes(header.SerializeToString(deterministic=True))
     (folder / _RECEIVED).write_bytes(_COUNT.pack(0))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import layout_of, spec_of
-from fedgrpc.worker.residual_file import read_residual, write_residual
+from fedgrpc.storage.residual_file import read_residual, write_residual
 from fedgrpc.worker.trainer import Weights
 
 

@@ -11,14 +11,15 @@ from typing import Final
 import structlog
 
 from fedgrpc.codec.manifest import Limits
-from fedgrpc.process import hold_folder, told_to_end
+from fedgrpc.process import told_to_end
 from fedgrpc.rpc.allocator import reuse_memory
 from fedgrpc.rpc.channel import open_channel
+from fedgrpc.rpc.identity import Session
 from fedgrpc.rpc.server import WORKER, RunningServer, serve, worker_service
+from fedgrpc.storage.folder import folder_id, hold_folder
 from fedgrpc.worker.board import Activity, Board, Status
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.controls import Controls
-from fedgrpc.worker.disk import IN_USE, session_in
 from fedgrpc.worker.held import ModelFolder
 from fedgrpc.worker.loop import Loop
 from fedgrpc.worker.profile import DeviceProfile, detect, usable_memory_bytes
@@ -28,6 +29,7 @@ from fedgrpc.worker.spool import Spool
 from fedgrpc.worker.task import Registration
 from fedgrpc.worker.trainer import Trainer
 
+IN_USE: Final = "is used by another worker; give each worker its own --state-dir"
 # How long after an order to end at once what is still awaited is left behind.
 _ABANDON_S: Final = 0.2
 _STOP_THREAD_S: Final = 5.0
@@ -77,7 +79,7 @@ class Worker:
                 settings.throttle,
                 settings.stall_s,
                 settings.encodings,
-                session=session_in(settings.state_dir),
+                session=Session.begin(folder_id(settings.state_dir)),
             )
             loop = Loop(
                 settings,

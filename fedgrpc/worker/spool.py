@@ -34,22 +34,24 @@ from google.protobuf.message import DecodeError
 from fedgrpc.codec.feedback import Keep, Residual
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.payload import Read, file_reader, verify_digest
-from fedgrpc.disk_errors import is_gone
 from fedgrpc.errors import CodecError, LayoutError, StorageError
 from fedgrpc.protocol.tensors import manifest_from_proto
-from fedgrpc.spares import SpareFiles, WrittenBack, make_private
-from fedgrpc.v1 import aggregator_pb2
-from fedgrpc.worker.disk import (
+from fedgrpc.storage.files import (
     UNFINISHED,
+    RecycledFiles,
+    WrittenBack,
     empty_folder,
     folder_size_bytes,
+    is_gone,
+    make_private,
     publish_folder,
     remove_folder,
     storage_errors,
     sweep,
     sync,
 )
-from fedgrpc.worker.residual_file import ResidualWriter, read_residual
+from fedgrpc.storage.residual_file import ResidualWriter, read_residual
+from fedgrpc.v1 import aggregator_pb2
 
 _PAYLOAD: Final = "payload"
 _SIZES: Final = struct.Struct("<QQ")
@@ -105,8 +107,8 @@ class Spool:
         with storage_errors(folder):
             make_private(folder)
             sweep(folder)
-            self._spares = SpareFiles(folder / "spare", 1)
-            self._spare_residuals = SpareFiles(folder / "spare-residuals", 1)
+            self._spares = RecycledFiles(folder / "spare", 1)
+            self._spare_residuals = RecycledFiles(folder / "spare-residuals", 1)
         # Updates that this process has written, or has read through.
         self._sound: set[Path] = set()
         self._unsynced = False
@@ -224,7 +226,7 @@ class Spool:
         """What an update that is about to go has left of them, before it goes."""
         self._move_out(folder / _PERSONAL)
 
-    def _move_out(self, path: Path, spares: SpareFiles | None = None) -> None:
+    def _move_out(self, path: Path, spares: RecycledFiles | None = None) -> None:
         """Put a file of an update beside the updates, on the disk before anything else is done.
 
         A sync that failed is made up for by the next call, though the file is not there to be moved any more.

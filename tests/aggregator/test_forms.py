@@ -6,10 +6,10 @@ import io
 import numpy as np
 
 from fedgrpc.aggregator.forms import Forms, Source
-from fedgrpc.aggregator.model_file import ModelTensors, write_model
 from fedgrpc.aggregator.model_store import Downlink, ModelStore
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.codec.recipe import Recipe
+from fedgrpc.storage.model_file import ModelTensors, write_model
 
 INT8 = Recipe.parse("int8")
 # Many, so that a difference takes a while; small ones travel as they are, and are read one by one.

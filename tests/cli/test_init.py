@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from fedgrpc.aggregator.model_file import ModelFile
 from fedgrpc.codec.layout import TensorRole
+from fedgrpc.storage.model_file import ModelFile
 from tests.support.command_line import NUMPY_TASK, fedgrpc, running_aggregator
 
 

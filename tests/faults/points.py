@@ -1,9 +1,10 @@
 """The named points at which tests kill an aggregator or a worker, in the order in which a round passes them."""
 
-from fedgrpc.worker.disk import UNFINISHED
+from fedgrpc.storage.files import UNFINISHED
 from tests.faults.killed_at import Point
 
 _AGGREGATOR = "fedgrpc.aggregator"
+_STORAGE = "fedgrpc.storage"
 _WORKER = "fedgrpc.worker"
 _TRAINING = "tests.faults.tasks:Repeatable.half_way"
 
@@ -40,12 +41,12 @@ def _partly(partial, *_):
 
 # With three devices: the fifth of what every update does is the second update of round 2.
 AGGREGATOR = {
-    "importing-the-initial-model": Point(f"{_AGGREGATOR}.run_store:RunStore.save_version"),
-    "register-not-stored": Point(f"{_AGGREGATOR}.run_store:RunStore.save_worker", count=2),
-    "register-stored-not-answered": Point(f"{_AGGREGATOR}.run_store:RunStore.save_worker", "after", count=2),
+    "importing-the-initial-model": Point(f"{_STORAGE}.database:RunStore.save_version"),
+    "register-not-stored": Point(f"{_STORAGE}.database:RunStore.save_worker", count=2),
+    "register-stored-not-answered": Point(f"{_STORAGE}.database:RunStore.save_worker", "after", count=2),
     "poll-waiting": Point(f"{_AGGREGATOR}.coordinator:Coordinator._assignment", "after", count=7),
-    "tasks-chosen-not-stored": Point(f"{_AGGREGATOR}.run_store:RunStore.save_open_round", count=2),
-    "tasks-stored-not-offered": Point(f"{_AGGREGATOR}.run_store:RunStore.save_open_round", "after", count=2),
+    "tasks-chosen-not-stored": Point(f"{_STORAGE}.database:RunStore.save_open_round", count=2),
+    "tasks-stored-not-offered": Point(f"{_STORAGE}.database:RunStore.save_open_round", "after", count=2),
     "encoding-the-model": Point(f"{_AGGREGATOR}.model_store:_write", "after", count=2),
     "mid-pull": Point(f"{_AGGREGATOR}.frames:FrameCache._frame", "after", _behind_the_first_chunk, count=2),
     "push-between-bytes-and-their-count": Point(
@@ -60,16 +61,16 @@ AGGREGATOR = {
         f"{_AGGREGATOR}.receiver:Receiver.receive", "after", _with_examples, count=5
     ),
     "before-the-commit": Point(f"{_AGGREGATOR}.commit:Commit.write", count=2),
-    "half-a-model-written": Point(f"{_AGGREGATOR}.model_file:ModelWriter.add", "after", count=12),
-    "optimizer-memory-written": Point(f"{_AGGREGATOR}.model_file:ModelWriter.finish", "after", count=4),
+    "half-a-model-written": Point(f"{_STORAGE}.model_file:ModelWriter.add", "after", count=12),
+    "optimizer-memory-written": Point(f"{_STORAGE}.model_file:ModelWriter.finish", "after", count=4),
     "model-not-renamed": Point("pathlib:Path.replace", "before", _is_model_part, count=3),
     "model-renamed": Point("pathlib:Path.replace", "after", _is_model_part, count=3),
-    "before-the-transaction": Point(f"{_AGGREGATOR}.run_store:RunStore.finish_round", count=2),
-    "within-the-transaction": Point(f"{_AGGREGATOR}.run_store:RunStore._insert_version", "after", count=3),
-    "after-the-transaction": Point(f"{_AGGREGATOR}.run_store:RunStore.finish_round", "after", count=2),
-    "half-the-updates-removed": Point("fedgrpc.spares:SpareFiles.keep", "after", count=5),
+    "before-the-transaction": Point(f"{_STORAGE}.database:RunStore.finish_round", count=2),
+    "within-the-transaction": Point(f"{_STORAGE}.database:RunStore._insert_version", "after", count=3),
+    "after-the-transaction": Point(f"{_STORAGE}.database:RunStore.finish_round", "after", count=2),
+    "half-the-updates-removed": Point("fedgrpc.storage.files:RecycledFiles.keep", "after", count=5),
     "before-old-versions-go": Point(f"{_AGGREGATOR}.model_store:ModelStore._remove_files", count=2),
-    "keeping-an-evaluators-scores": Point(f"{_AGGREGATOR}.run_store:RunStore.add_scores", count=2),
+    "keeping-an-evaluators-scores": Point(f"{_STORAGE}.database:RunStore.add_scores", count=2),
     "draining": Point(
         "grpc_health.v1._async:HealthServicer.enter_graceful_shutdown",
         "after",
@@ -80,16 +81,12 @@ AGGREGATOR = {
 
 # Round 1 has ended and carries one task on; round 2 has not begun, or nobody knows yet that it has.
 CARRYING = {
-    "carrying-not-committed": Point(f"{_AGGREGATOR}.run_store:RunStore.finish_round"),
-    "carrying-within-the-transaction": Point(
-        f"{_AGGREGATOR}.run_store:RunStore._insert_version", "after", count=2
-    ),
-    "carrying-committed": Point(f"{_AGGREGATOR}.run_store:RunStore.finish_round", "after"),
+    "carrying-not-committed": Point(f"{_STORAGE}.database:RunStore.finish_round"),
+    "carrying-within-the-transaction": Point(f"{_STORAGE}.database:RunStore._insert_version", "after", count=2),
+    "carrying-committed": Point(f"{_STORAGE}.database:RunStore.finish_round", "after"),
     "carrying-updates-removed": Point(f"{_AGGREGATOR}.uploads:UploadJournal.discard", "after"),
-    "carrying-next-round-not-stored": Point(f"{_AGGREGATOR}.run_store:RunStore.save_open_round", count=2),
-    "carrying-next-round-not-offered": Point(
-        f"{_AGGREGATOR}.run_store:RunStore.save_open_round", "after", count=2
-    ),
+    "carrying-next-round-not-stored": Point(f"{_STORAGE}.database:RunStore.save_open_round", count=2),
+    "carrying-next-round-not-offered": Point(f"{_STORAGE}.database:RunStore.save_open_round", "after", count=2),
 }
 
 WORKER = {
@@ -103,7 +100,7 @@ WORKER = {
     "heartbeat": Point(f"{_WORKER}.client:AggregatorClient.heartbeat", since_round=2),
     "training": Point(_TRAINING, since_round=2),
     "trained-not-spooled": Point(f"{_WORKER}.spool:Spool.write", since_round=2),
-    "half-spooled": Point(f"{_WORKER}.residual_file:ResidualWriter.finish", since_round=2),
+    "half-spooled": Point(f"{_STORAGE}.residual_file:ResidualWriter.finish", since_round=2),
     "spooled-not-synced": Point(f"{_WORKER}.spool:publish_folder", since_round=2),
     "synced-not-spooled": Point("pathlib:Path.rename", "before", _is_spooled, since_round=2),
     "spooled": Point(f"{_WORKER}.spool:Spool.write", "after", since_round=2),

@@ -19,8 +19,6 @@ import numpy as np
 from safetensors.numpy import save
 
 from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
-from fedgrpc.aggregator.model_file import ModelFile, ModelTensors, write_model
-from fedgrpc.aggregator.run_store import RunStore, TaskRow
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.cli.config_file import read_table
 from fedgrpc.cli.simulate import read_fleet
@@ -39,9 +37,11 @@ from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.history import Timing, WorkerHistory
 from fedgrpc.simulation.fleet import Fleet
+from fedgrpc.storage.database import RunStore, TaskRow
+from fedgrpc.storage.model_file import ModelFile, ModelTensors, write_model
+from fedgrpc.storage.residual_file import read_residual, write_residual
 from fedgrpc.v1 import aggregator_pb2, round_pb2
 from fedgrpc.worker.held import ModelFolder, Source
-from fedgrpc.worker.residual_file import read_residual, write_residual
 from fedgrpc.worker.spool import Spool
 from tests.fuzz.mutate import made, mutated, spoiled_document
 from tests.fuzz.registry import target

@@ -15,8 +15,8 @@ from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import EncodeError, StorageError
 from fedgrpc.protocol.tensors import manifest_to_proto
+from fedgrpc.storage.residual_file import ResidualWriter, read_residual, write_residual
 from fedgrpc.v1 import aggregator_pb2
-from fedgrpc.worker.residual_file import ResidualWriter, read_residual, write_residual
 from fedgrpc.worker.spool import Spool
 
 

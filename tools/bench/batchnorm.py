@@ -33,7 +33,6 @@ from fedgrpc.aggregation.channels import SubModel, sub_shapes
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS, server_optimizer
 from fedgrpc.aggregator.commit import Commit
 from fedgrpc.aggregator.forms import Forms, Source
-from fedgrpc.aggregator.model_file import ModelFile, ModelTensors, write_model
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.feedback import Residual, write_with_feedback
@@ -45,6 +44,7 @@ from fedgrpc.data.dataset import Examples
 from fedgrpc.data.idx import load_fashion_mnist
 from fedgrpc.models import build_model
 from fedgrpc.protocol.tensors import manifest_to_proto
+from fedgrpc.storage.model_file import ModelFile, ModelTensors, write_model
 from fedgrpc.tasks.torch_task import TorchTask
 from fedgrpc.tasks.torch_trainer import TorchTrainer
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader

@@ -39,11 +39,11 @@ from fedgrpc.aggregation.compression_plan import (
     Pruning,
     Quantization,
 )
-from fedgrpc.aggregator.run_store import RoundRecord, RunStore
 from fedgrpc.aggregator.server import Aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings, TrainingPlan
 from fedgrpc.data.partition import parse_partition
 from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.storage.database import RoundRecord, RunStore
 from fedgrpc.tasks.fashion_mnist import FashionMnist
 from fedgrpc.tasks.torch_batches import labels_of, subset_of
 from fedgrpc.tasks.torch_trainer import TorchTrainer

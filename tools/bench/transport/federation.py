@@ -36,8 +36,8 @@ def serve(
 
 def write_initial(path: Path, width: int) -> None:
     """The model that everyone starts from; in pieces, so that it is not this which is measured as the peak."""
-    from fedgrpc.aggregator.model_file import write_model
     from fedgrpc.codec.layout import TensorSpec
+    from fedgrpc.storage.model_file import write_model
 
     layout = tuple(TensorSpec(name, "float32", shape) for name, shape in shapes(width).items())
     write_model(path, layout, initial_pieces(width))

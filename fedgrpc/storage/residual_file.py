@@ -24,7 +24,7 @@ from fedgrpc.codec.layout import Array, Layout, TensorRole, TensorSpec
 from fedgrpc.codec.parts import InParts
 from fedgrpc.codec.values import Part, flat
 from fedgrpc.errors import LayoutError, StorageError
-from fedgrpc.spares import SpareFiles, WrittenBack
+from fedgrpc.storage.files import RecycledFiles, WrittenBack
 
 _LENGTH: Final = struct.Struct("<Q")
 _MAX_ABOUT_BYTES: Final = 64 << 20
@@ -36,7 +36,7 @@ log = structlog.get_logger()
 class ResidualWriter:
     """Writes the residual of `run` to `path`, tensor by tensor; the caller makes it durable."""
 
-    def __init__(self, path: Path, run: str, spares: SpareFiles | None = None) -> None:
+    def __init__(self, path: Path, run: str, spares: RecycledFiles | None = None) -> None:
         self._path = path
         self._run = run
         self._spares = spares

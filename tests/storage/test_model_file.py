@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from fedgrpc.aggregator.model_file import ModelFile, ModelWriter, write_model
 from fedgrpc.codec.layout import TensorRole, TensorSpec, layout_of
 from fedgrpc.errors import StorageError, UsageError
+from fedgrpc.storage.model_file import ModelFile, ModelWriter, write_model
 
 DTYPES = ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 TENSORS = {

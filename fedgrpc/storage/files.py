@@ -3,19 +3,32 @@
 A round writes files as large as the model and removes those of the round before. A new file needs new blocks, new
 pages in the cache, and a commit of the file system's journal; one that is overwritten has them all. On a machine
 whose hypervisor takes back free memory, the new pages alone cost twenty times as much as the write.
+
+A folder under its final name is complete: it is filled under a temporary name, synced, and renamed.
+
+No error of the disk says that content is wrong. Only content that was read says so: a digest, a CRC, a size. A
+file that cannot be read now (EIO, EMFILE, ENOMEM, EACCES, a mount that went away for a moment) is kept and tried
+again later. Nothing is removed for it, and nothing is taken for absent.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import shutil
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import FileIO
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from fedgrpc.errors import StorageError
+
+UNFINISHED: Final = ".new-"
+_GONE: Final = frozenset({errno.ENOENT, errno.ENOTDIR})
 _BEHIND_BYTES = 4 << 20
 _WORTH_BYTES = 256 << 10
 _SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h> of Linux
@@ -31,7 +44,7 @@ def make_private(folder: Path) -> None:
         missing.mkdir(mode=0o700, exist_ok=True)
 
 
-class SpareFiles:
+class RecycledFiles:
     """Removed files kept under `folder` for the next ones, `max_files` at most. Thread-safe.
 
     The rule: nobody has a file open any more that is given to `keep`, since its content will change.
@@ -108,3 +121,75 @@ def write_back(handle: int, offset: int, size: int) -> None:
 
 def _number(path: Path) -> int:
     return int(path.name) if path.name.isdigit() else 0
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Around disk work: what the system refuses (full, read-only, gone) is a `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot use {error.filename or path}: {error.strerror or error}") from error
+
+
+def empty_folder(path: Path) -> Path:
+    """Make the folder `path`, in place of what a full disk has left of it. Raises OSError."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write and sync one file; readers see the old content or the new, never a mix."""
+    unfinished = path.with_name(UNFINISHED + path.name)
+    with unfinished.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    sync(path.parent)
+
+
+def publish_folder(unfinished: Path, final: Path) -> None:
+    """Sync every file of `unfinished` and rename it to `final`, which must not exist."""
+    # One after the other: a journal that is written for the first is written for all, and threads cost more.
+    for path in (*unfinished.iterdir(), unfinished):
+        sync(path)
+    unfinished.rename(final)
+    sync(final.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; a crash half way leaves it under an unfinished name, to be swept at the next start."""
+    doomed = folder.with_name(UNFINISHED + folder.name)
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a crash left unfinished in `folder`."""
+    for path in folder.glob(UNFINISHED + "*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def folder_size_bytes(folder: Path) -> int:
+    """Bytes of the files directly in `folder`."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def is_gone(error: OSError) -> bool:
+    """Whether there is no such file. Any other error is for later."""
+    return error.errno in _GONE

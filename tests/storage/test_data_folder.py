@@ -3,8 +3,8 @@
 import structlog
 from structlog.testing import capture_logs
 
-from fedgrpc.aggregator.data_folder import DataFolder, Use
 from fedgrpc.errors import StorageError
+from fedgrpc.storage.data_folder import DataFolder, Use
 
 
 def test_a_failure_is_in_the_log_once_and_again_when_it_mends():

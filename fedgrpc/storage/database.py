@@ -21,12 +21,19 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from fedgrpc import claims
-from fedgrpc.aggregator.versions import Version, jump_to_proto
 from fedgrpc.errors import LayoutError, StorageError
-from fedgrpc.protocol.records import history_from_bytes, history_to_bytes, registration_from_proto
+from fedgrpc.protocol.records import (
+    history_from_bytes,
+    history_to_bytes,
+    jump_to_proto,
+    registration_from_proto,
+    version_from_proto,
+    version_to_proto,
+)
 from fedgrpc.rounds.best import Jump
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.history import Histories, WorkerHistory
+from fedgrpc.rounds.version import Version
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest, RunPhase
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, ModelVersion
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
@@ -382,7 +389,7 @@ class RunStore:
     def _insert_version(self, version: Version) -> None:
         self._db.execute(
             "INSERT OR REPLACE INTO versions VALUES (?, ?, ?)",
-            (version.version, version.round, version.to_proto().SerializeToString(deterministic=True)),
+            (version.version, version.round, version_to_proto(version).SerializeToString(deterministic=True)),
         )
 
     def _record(self, blob: bytes) -> RoundRecord:
@@ -415,7 +422,7 @@ class RunStore:
 
 
 def _version(row: tuple) -> Version:  # type: ignore[type-arg]
-    return Version.from_proto(ModelVersion.FromString(row[0]))
+    return version_from_proto(ModelVersion.FromString(row[0]))
 
 
 def _add(scores: MutableMapping[str, float], new: Mapping[str, float]) -> None:

@@ -31,13 +31,12 @@ from typing import Any
 
 import numpy as np
 
-from fedgrpc.aggregator.durable import fsync_folder
 from fedgrpc.codec.crc import crc32
 from fedgrpc.codec.layout import Array, Layout, TensorRole, TensorSpec, check_unique, role_by_name
 from fedgrpc.codec.parts import InParts
 from fedgrpc.codec.values import Part
 from fedgrpc.errors import LayoutError, StorageError, UsageError
-from fedgrpc.spares import SpareFiles, pwrite, write_back
+from fedgrpc.storage.files import RecycledFiles, pwrite, sync, write_back
 
 _NAMES = {
     "float64": "F64",
@@ -240,7 +239,7 @@ class ModelWriter:
         self,
         path: Path,
         layout: Layout,
-        spares: SpareFiles | None = None,
+        spares: RecycledFiles | None = None,
         *,
         durable: bool = True,
         about: Mapping[str, str] = MappingProxyType({}),
@@ -323,7 +322,7 @@ class ModelWriter:
                 os.fsync(self._file.fileno())
             self._part.replace(self._path)
             if self._durable:
-                fsync_folder(self._path.parent)
+                sync(self._path.parent)
         return hashlib.sha256(header + self._digest.digest()).digest() if self._durable else b""
 
     @contextmanager

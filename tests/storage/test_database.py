@@ -4,10 +4,11 @@ import sqlite3
 
 import pytest
 
-from fedgrpc.aggregator.run_store import RunStore, TaskRow, Version
 from fedgrpc.errors import StorageError
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.history import Timing, WorkerHistory
+from fedgrpc.rounds.version import Version
+from fedgrpc.storage.database import RunStore, TaskRow
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, ROUND_PHASE_REPORTING, Round
 

@@ -1,0 +1,90 @@
+"""One folder of one process: its lock, and the random id that it keeps."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from fedgrpc.errors import UsageError
+from fedgrpc.process import close_in_children, closed
+from fedgrpc.storage.files import make_private, storage_errors, write_file
+
+_IDENTITY: Final = "identity"
+_ID: Final = re.compile(r"[0-9a-f]{32}")
+
+
+class HeldFolder:
+    """A folder that this process alone uses. The lock is on the folder itself: there is no file to be deleted."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self._descriptor = descriptor
+
+    def check(self) -> None:
+        """Raise `UsageError` when the folder has been removed, or another one put in its place."""
+        held = os.fstat(self._descriptor)
+        try:
+            there = self.path.stat()
+        except OSError:
+            there = None
+        if there is None or (there.st_dev, there.st_ino) != (held.st_dev, held.st_ino):
+            raise UsageError(f"the folder {self.path} was removed while it was in use; start again with a new one")
+
+
+@contextmanager
+def hold_folder(path: Path, in_use: str, kind: str = "folder") -> Iterator[HeldFolder]:
+    """Create the folder and hold it for this process alone, and not for its children.
+
+    Raises:
+        UsageError: it cannot be created or written, or, with the words of `in_use`, another process holds it.
+    """
+    try:
+        make_private(path)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise UsageError(f"cannot use the {kind} {path}: it cannot be written")
+        descriptor = _locked(path)
+    except BlockingIOError:
+        raise UsageError(f"the {kind} {path} {in_use}") from None
+    except OSError as error:
+        raise UsageError(f"cannot use the {kind} {path}: {error.strerror}") from error
+    close_in_children(descriptor)
+    try:
+        yield HeldFolder(path, descriptor)
+    finally:
+        closed(descriptor)
+        os.close(descriptor)
+
+
+def _locked(path: Path) -> int:
+    """The folder, opened and locked. Raises OSError, as `BlockingIOError` where another process has it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def folder_id(folder: Path) -> str:
+    """The random id that `folder` keeps; a folder without one is given it.
+
+    Raises:
+        StorageError: the id cannot be read or written.
+    """
+    path = folder / _IDENTITY
+    with storage_errors(path):
+        try:
+            found = path.read_text(errors="replace").strip()
+        except FileNotFoundError:
+            found = ""
+        if not _ID.fullmatch(found):
+            found = secrets.token_hex(16)
+            write_file(path, f"{found}\n".encode())
+    return found
