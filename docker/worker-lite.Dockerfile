@@ -38,7 +38,7 @@ FROM app AS digits
 # scikit-learn's digits as one small file, so that a worker can be tried out without any data.
 # Copied, not mounted: podman 4 cannot mount a stage that comes from its cache.
 COPY --from=scikit-learn /opt/scikit-learn /opt/scikit-learn
-RUN PYTHONPATH=/opt/scikit-learn /opt/fedgrpc/bin/python -m fedgrpc.data.shares digits \
+RUN PYTHONPATH=/opt/scikit-learn /opt/fedgrpc/bin/python -m fedgrpc.datasets.shares digits \
         --parts 1 --partition iid --to /usr/share/fedgrpc \
     && mv /usr/share/fedgrpc/part-1-of-1.npz /usr/share/fedgrpc/digits.npz
 

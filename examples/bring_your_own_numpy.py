@@ -2,7 +2,7 @@
 
 fedgrpc worker --aggregator HOST:PORT --name pi-1 --task bring_your_own_numpy --data shares/part-1-of-5.npz
 
-`python -m fedgrpc.data.shares digits --parts 5 --partition dirichlet:0.5 --to shares` writes such shares.
+`python -m fedgrpc.datasets.shares digits --parts 5 --partition dirichlet:0.5 --to shares` writes such shares.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedgrpc.data.shares import load_named
+from fedgrpc.datasets.shares import load_named
 from fedgrpc.worker.trainer import EvalResult, TrainJob, TrainResult, Weights
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.linear_model import SGDClassifier
 from sklearn.metrics import log_loss
 
-from fedgrpc.data.shares import load_named
+from fedgrpc.datasets.shares import load_named
 from fedgrpc.worker.trainer import EvalResult, TrainJob, TrainResult, Weights
 
 CLASSES = np.arange(10)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fedgrpc.tasks.torch_task import TorchTask
+from fedgrpc.torch.task import TorchTask
 
 
 class Spirals(TorchTask):

@@ -13,13 +13,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedgrpc"
 
 # Every module or package right below fedgrpc, and what it may import besides itself.
-CORE = {"errors", "claims", "codec", "aggregation", "rounds"}
+CORE = {"errors", "claims", "codec", "submodels", "aggregation", "rounds"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "claims": {"errors"},
     "v1": set(),
     "codec": {"errors"},
-    "aggregation": {"errors", "claims"},
+    "submodels": {"errors", "claims"},
+    "aggregation": {"errors", "claims", "submodels"},
     "rounds": {"errors", "claims"},
     "simulation": {"errors", "rounds"},
     "process": set(),
@@ -32,20 +33,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "worker": {*CORE, "v1", "protocol", "rpc", "storage", "process", "logging", "metrics"},
     # An aggregator below another is both, and so above both: neither knows of it, nor of the other.
     "hierarchy": {*CORE, "v1", "protocol", "rpc", "storage", "process", "metrics", "aggregator", "worker"},
-    "data": {"errors"},
-    "models": {"errors"},
-    "compression": {"errors", "models", "aggregation"},
-    "tasks": {"errors", "codec", "aggregation", "data", "models", "compression", "worker"},
+    "datasets": {"errors"},
+    "torch": {"errors", "codec", "submodels", "aggregation", "datasets", "worker"},
+    "tasks": {"errors", "datasets", "torch", "worker"},
     "__main__": {"cli"},
     "cli": {
         *(*CORE, "v1", "protocol", "rpc", "storage", "process", "logging", "metrics"),
-        *("aggregator", "worker", "hierarchy", "data", "models", "tasks", "simulation"),
+        *("aggregator", "worker", "hierarchy", "datasets", "tasks", "simulation"),
     },
 }
 # Where torch may be imported; everything else runs on a machine without it.
-TORCH = {"compression", "models", "tasks"}
+TORCH = {"torch", "tasks"}
 # The core knows no I/O, no clock and no gRPC.
-PURE = {"claims", "codec", "aggregation", "rounds", "simulation"}
+PURE = {"claims", "codec", "submodels", "aggregation", "rounds", "simulation"}
 IMPURE_MODULES = {
     *("asyncio", "concurrent", "datetime", "grpc", "multiprocessing", "pathlib", "random", "shutil"),
     *("signal", "socket", "sqlite3", "structlog", "subprocess", "threading", "time", "torch"),
@@ -86,7 +86,7 @@ def test_imports_point_down_only(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_torch_lives_in_models_tasks_and_compression_only(path: Path) -> None:
+def test_torch_lives_in_torch_and_tasks_only(path: Path) -> None:
     roots = {name.split(".")[0] for name in _imports(path)}
     assert "torch" not in roots or _owner(path) in TORCH
 

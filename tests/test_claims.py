@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from fedgrpc import claims
 from fedgrpc.aggregation.mean import mean_metrics
-from fedgrpc.aggregation.prediction import Device, Observation, PlanSize, predict
 from fedgrpc.errors import LayoutError
 from fedgrpc.protocol.durations import duration_from_proto
 from fedgrpc.protocol.records import history_from_bytes, metrics_from_proto, registration_from_proto
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rounds.selection import OortRule, utilities
+from fedgrpc.submodels.cost import Device, Observation, PlanSize, predict
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2
 
 RANGES = [item for item in vars(claims).values() if isinstance(item, claims.Range)]

@@ -2,6 +2,13 @@
 
     mean = sum_k p_k * x_k / sum_k p_k
 
+Where updates cover different coordinates, each coordinate is the mean over those who trained it:
+
+    mean[c] = sum_{k covers c} p_k * x_k[c] / sum_{k covers c} p_k        (HeteroFL, arXiv 2010.01264)
+
+A coordinate that nobody covered has no mean, and keeps its value. Where all updates cover everything, this is
+`TensorMean` bit for bit.
+
 The rule: updates are added in one canonical order, so that the same updates give the same bits, in whatever
 order they arrived. Sums are float64; memory is that of the one tensor in hand.
 """
@@ -13,6 +20,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from fedgrpc import claims
+from fedgrpc.submodels.coverage import Coverage
 
 _PIECE = 1 << 15
 
@@ -43,6 +51,74 @@ class TensorMean:
             raise ValueError("a mean needs at least one update of positive weight")
         self._sum /= self._weight
         return self._sum.reshape(self._shape)
+
+
+class CoordinateMean(TensorMean):
+    """Running weighted mean of sub-tensors of a tensor of one `shape`."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__(shape)
+        self._weights: np.ndarray | None = None
+
+    def add(
+        self, values: np.ndarray, weight: float, coverage: Coverage | None = None, *, scale: float = 1.0
+    ) -> None:
+        """Add `scale * values` with `weight`; `values` has the coverage's `value_shape`, None covers all."""
+        if coverage is None or coverage.whole:
+            super().add(values, weight, scale=scale)
+            if self._weights is not None:
+                self._weights += weight
+            return
+        self.add_each(values, weight, coverage, scale=scale)
+
+    def add_each(
+        self, values: np.ndarray, weight: np.ndarray | float, coverage: Coverage, *, scale: float = 1.0
+    ) -> None:
+        """The same where each value may have a weight of its own: an array that goes with `values`."""
+        if coverage.shape != self._shape or values.shape != coverage.value_shape:
+            raise ValueError(f"shape {values.shape} is not {coverage.value_shape} of {self._shape}")
+        if self._weights is None:
+            self._weights = np.full(self._shape, self._weight)
+        weighted = np.multiply(values, weight * scale, dtype=np.float64)
+        coverage.add_to(self._sum.reshape(self._shape), weighted)
+        coverage.add_to(self._weights, weight)
+
+    def add_mean(self, values: np.ndarray, weights: np.ndarray) -> None:
+        """Add what is itself a mean, in which each coordinate has its own of `weights` (float64, from 0)."""
+        if values.shape != self._shape or weights.shape != self._shape:
+            raise ValueError(f"shapes {values.shape} and {weights.shape} are not {self._shape}")
+        if self._weights is None:
+            self._weights = np.full(self._shape, self._weight)
+        self._sum.reshape(self._shape)[...] += np.multiply(values, weights, dtype=np.float64)
+        self._weights += weights
+
+    @property
+    def weights(self) -> np.ndarray | float:
+        """The summed weight, of each coordinate where they may differ."""
+        return self._weight if self._weights is None else self._weights
+
+    @property
+    def covers_nothing(self) -> bool:
+        """Whether no coordinate has a mean."""
+        return not self._weight > 0 and (self._weights is None or not (self._weights > 0).any())
+
+    @property
+    def untouched(self) -> np.ndarray | None:
+        """Where no update of positive weight has a say, bool of the tensor's shape; None: nowhere."""
+        if self._weights is None:
+            return None
+        untouched: np.ndarray = self._weights <= 0
+        return untouched if untouched.any() else None
+
+    def result(self) -> np.ndarray:
+        """The mean, float64, and 0 where `untouched`; call it once, after at least one `add`."""
+        if self._weights is None:
+            return super().result()
+        if self._weights.size and not (self._weights > 0).any():
+            raise ValueError("a mean needs at least one update of positive weight")
+        total = self._sum.reshape(self._shape)
+        mean: np.ndarray = np.divide(total, self._weights, out=np.zeros_like(total), where=self._weights > 0)
+        return mean
 
 
 def mean_of(values_and_weights: Iterable[tuple[np.ndarray, float]], shape: tuple[int, ...]) -> np.ndarray:

@@ -17,10 +17,11 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from fedgrpc.aggregation.coverage import CoordinateMean, Coverage
+from fedgrpc.aggregation.mean import CoordinateMean
 from fedgrpc.aggregation.packed import CODES, Read, fits, pack, unpack
 from fedgrpc.aggregation.update import TensorLike, check_role
 from fedgrpc.errors import NotFinite, UpdateRefused
+from fedgrpc.submodels.coverage import Coverage
 
 WEIGHTS, REST = "#weights", "#rest"
 # Patterns of the tensors that no lossy encoding may touch: a weight is not a value that may be a little off.

@@ -17,10 +17,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from fedgrpc.aggregation.channels import Selection
-from fedgrpc.aggregation.coverage import Coverage
 from fedgrpc.aggregation.update import TensorLike, check_role
 from fedgrpc.errors import UpdateRefused
+from fedgrpc.submodels.channels import Selection
+from fedgrpc.submodels.coverage import Coverage
 
 MASK, CODES = "#mask", "#codes"
 _MAX_VALUES = 256

@@ -17,7 +17,7 @@ import re
 
 import numpy as np
 
-from fedgrpc.aggregation.compression_plan import Arithmetic, CompressionPlan, matches
+from fedgrpc.submodels.plan import Arithmetic, CompressionPlan, matches
 
 # Bits of the significand with its hidden one, and the smallest normal exponent.
 _FLOATS = {

@@ -19,9 +19,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from fedgrpc.aggregation.channels import Selection
-from fedgrpc.aggregation.compression_plan import CompressionPlan
-from fedgrpc.aggregation.coverage import CoordinateMean
+from fedgrpc.aggregation.mean import CoordinateMean
 from fedgrpc.aggregation.merged import add_merged
 from fedgrpc.aggregation.packed import coverage_of, unpack
 from fedgrpc.aggregation.precision import rounding_noise, say
@@ -32,6 +30,8 @@ from fedgrpc.codec.layout import Layout, TensorRole, TensorSpec
 from fedgrpc.errors import NotFinite
 from fedgrpc.storage.files import RecycledFiles
 from fedgrpc.storage.model_file import ModelFile, ModelWriter
+from fedgrpc.submodels.channels import Selection
+from fedgrpc.submodels.plan import CompressionPlan
 
 _GROUP_ELEMENTS = 1 << 20
 _SPAN_ELEMENTS = 1 << 20

@@ -17,17 +17,6 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from fedgrpc.aggregation import packed
-from fedgrpc.aggregation.channels import ChannelMap, Selection, SubModel
-from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
-from fedgrpc.aggregation.plan_size import PlanElements, elements_of
-from fedgrpc.aggregation.prediction import (
-    Choice,
-    Observation,
-    PlanSize,
-    choose_of,
-    errors_of,
-    shown_upload_bits,
-)
 from fedgrpc.aggregation.update import TensorLike
 from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.fleet import Worker
@@ -46,6 +35,17 @@ from fedgrpc.protocol.plans import (
 from fedgrpc.protocol.records import counts, device_of, observation_of, prediction_from_proto
 from fedgrpc.protocol.tensors import channels_from_proto, channels_to_proto
 from fedgrpc.storage.files import sync
+from fedgrpc.submodels.channels import ChannelMap, Selection, SubModel
+from fedgrpc.submodels.cost import (
+    Choice,
+    Observation,
+    PlanSize,
+    choose_of,
+    errors_of,
+    shown_upload_bits,
+)
+from fedgrpc.submodels.plan import CompressionPlan, PlanTable
+from fedgrpc.submodels.plan_size import PlanElements, elements_of
 from fedgrpc.v1 import round_pb2, tensor_pb2
 
 log = structlog.get_logger()
@@ -186,7 +186,9 @@ class LocalModels:
         if plan not in self._elements:
             if len(self._elements) >= _MAX_SELECTIONS:
                 self._elements.clear()
-            self._elements[plan] = elements_of(plan, layout, self._channels)
+            self._elements[plan] = elements_of(
+                plan, {tensor.name: tensor.shape for tensor in layout}, self._channels
+            )
         return self._elements[plan]
 
     def observe(self, record: round_pb2.Round, layout: Layout) -> None:

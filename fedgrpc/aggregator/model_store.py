@@ -25,7 +25,6 @@ import numpy as np
 import structlog
 
 from fedgrpc.aggregation import packed
-from fedgrpc.aggregation.channels import Selection, SubModel
 from fedgrpc.aggregator.forms import Forms, Source
 from fedgrpc.aggregator.frames import FrameCache, PayloadFile
 from fedgrpc.codec.chunk import LARGE_CHUNK_BYTES
@@ -38,6 +37,7 @@ from fedgrpc.errors import EncodeError, Exhausted, FedgrpcError, NotFound, Stora
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.storage.files import RecycledFiles, make_private, sync
 from fedgrpc.storage.model_file import ModelFile, ModelTensors
+from fedgrpc.submodels.channels import Selection, SubModel
 from fedgrpc.v1.aggregator_pb2 import ModelHeader, PullModelResponse
 
 log = structlog.get_logger()

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from fedgrpc.aggregation.channels import Selection
 from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.blame import blaming, most_to_blame
 from fedgrpc.aggregator.commit import Commit as CommitFiles
@@ -25,6 +24,7 @@ from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import NotFinite, NotFound, StorageError, UnusableUpdate, UpdateRefused
 from fedgrpc.rounds.version import Version
 from fedgrpc.storage.model_file import ModelFile, write_model
+from fedgrpc.submodels.channels import Selection
 from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
 
 _NO_SCORES: Mapping[str, float] = MappingProxyType({})

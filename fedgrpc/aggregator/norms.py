@@ -9,13 +9,13 @@ from typing import Final
 
 import numpy as np
 
-from fedgrpc.aggregation.channels import Selection
 from fedgrpc.aggregation.merged import merged_values
 from fedgrpc.aggregation.packed import unpacked
 from fedgrpc.aggregation.update import AdmissionPolicy, TensorLike, check_values, sum_of_squares
 from fedgrpc.aggregator.uploads import StoredUpdate
 from fedgrpc.codec.layout import Layout
 from fedgrpc.storage.model_file import ModelFile
+from fedgrpc.submodels.channels import Selection
 
 _PIECE: Final = 1 << 20
 Values = Iterator[tuple[TensorLike, np.ndarray]]

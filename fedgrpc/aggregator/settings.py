@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from fedgrpc.aggregation.compression_plan import PlanTable, covers_all
 from fedgrpc.aggregation.update import AdmissionPolicy
 from fedgrpc.aggregator.negotiation import Negotiation
 from fedgrpc.aggregator.roles import Roles
@@ -18,6 +17,7 @@ from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.channel import MAX_CHUNK_BYTES, Tls
 from fedgrpc.rpc.identity import Access
+from fedgrpc.submodels.plan import PlanTable, covers_all
 
 MIB = 1 << 20
 # A chunk has to fit into a message, and a payload into what a reader of payloads takes.

@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 
-from fedgrpc.aggregation.compression_plan import PlanTable
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS
 from fedgrpc.aggregator.server import run_aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings, Target, TrainingPlan
@@ -27,6 +26,7 @@ from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.collector import collect_rarely
+from fedgrpc.submodels.plan import PlanTable
 
 _place = Declare("Where", AggregatorSettings)
 _model = Declare("The model", AggregatorSettings)

@@ -14,8 +14,6 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
-from fedgrpc.aggregation.prediction import Choice, Device, Observation, Prediction, choose_of, misfit, predict
 from fedgrpc.cli.as_json import json_text
 from fedgrpc.cli.operator import operator
 from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand
@@ -24,6 +22,8 @@ from fedgrpc.cli.quantities import DURATION, RATE, SIZE
 from fedgrpc.cli.tls import FILE, client_settings, client_tls
 from fedgrpc.cli.view import piped_console, print_table, seconds, size
 from fedgrpc.errors import UsageError
+from fedgrpc.submodels.cost import Choice, Device, Observation, Prediction, choose_of, misfit, predict
+from fedgrpc.submodels.plan import CompressionPlan, PlanTable
 from fedgrpc.worker.trainer import Trainer, kept_whole, load_trainer
 
 LADDER: Final = (CompressionPlan(), CompressionPlan(0.5), CompressionPlan(0.25))

@@ -12,11 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgrpc.aggregation.channels import ChannelMap
-from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
-from fedgrpc.aggregation.coverage import Coverage
-from fedgrpc.aggregation.plan_size import elements_of
-from fedgrpc.aggregation.prediction import Device, Observation, PlanSize, shown_upload_bits
 from fedgrpc.cli.operator import Operator
 from fedgrpc.codec.efficiency import expected_bits
 from fedgrpc.codec.layout import Layout, spec_of
@@ -26,6 +21,11 @@ from fedgrpc.errors import UsageError
 from fedgrpc.metrics import prediction_errors
 from fedgrpc.protocol.plans import plan_from_proto, plans_from_proto
 from fedgrpc.protocol.records import counts, device_of, observation_of
+from fedgrpc.submodels.channels import ChannelMap
+from fedgrpc.submodels.cost import Device, Observation, PlanSize, shown_upload_bits
+from fedgrpc.submodels.coverage import Coverage
+from fedgrpc.submodels.plan import CompressionPlan, PlanTable
+from fedgrpc.submodels.plan_size import elements_of
 from fedgrpc.v1.aggregator_pb2 import WorkerRecord
 from fedgrpc.v1.device_pb2 import WORKER_ROLE_TRAINER
 from fedgrpc.v1.round_pb2 import TaskRecord
@@ -61,7 +61,8 @@ class Model:
     def size_of(self, plan: CompressionPlan, history: Sequence[Observation] = ()) -> PlanSize:
         """The plan's share of this model; updates take the bits that those in the history took."""
         upload_bits = shown_upload_bits(history) or self.upload_bits
-        return elements_of(plan, self.layout, self.channels).size(self.download_bits, upload_bits)
+        shapes = {tensor.name: tensor.shape for tensor in self.layout}
+        return elements_of(plan, shapes, self.channels).size(self.download_bits, upload_bits)
 
 
 @dataclass(frozen=True)

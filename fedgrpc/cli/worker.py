@@ -19,7 +19,7 @@ from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand, 
 from fedgrpc.cli.quantities import DURATION, RATE, SIZE
 from fedgrpc.cli.tls import client_settings, client_tls
 from fedgrpc.codec.encoding import ENCODING_NAMES
-from fedgrpc.data.partition import PARTITIONS, parse_part, parse_partition
+from fedgrpc.datasets.partition import PARTITIONS, parse_part, parse_partition
 from fedgrpc.errors import UsageError
 from fedgrpc.process import keep_private
 from fedgrpc.rpc.channel import Tls

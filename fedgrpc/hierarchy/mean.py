@@ -20,7 +20,6 @@ from typing import BinaryIO, Final
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from fedgrpc.aggregation.channels import Selection
 from fedgrpc.aggregation.merged import EXACT, check_finite, pack_mean
 from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.commit import Group, by_groups, cached, means_of
@@ -43,6 +42,7 @@ from fedgrpc.errors import StorageError
 from fedgrpc.protocol.records import timings_to_proto
 from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
 from fedgrpc.storage.files import make_private, storage_errors, sync, write_file
+from fedgrpc.submodels.channels import Selection
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.budget import fitted
 from fedgrpc.worker.spool import Fill

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedgrpc.aggregation.channels import SubModel
-from fedgrpc.aggregation.compression_plan import (
+from fedgrpc.errors import LayoutError, UsageError
+from fedgrpc.submodels.channels import SubModel
+from fedgrpc.submodels.plan import (
     Arithmetic,
     Clustering,
     CompressionPlan,
@@ -13,7 +14,6 @@ from fedgrpc.aggregation.compression_plan import (
     Pruning,
     Quantization,
 )
-from fedgrpc.errors import LayoutError, UsageError
 from fedgrpc.v1 import round_pb2
 
 _ALL = ("*",)

@@ -14,7 +14,12 @@ from typing import cast
 from google.protobuf.message import DecodeError
 
 from fedgrpc import claims
-from fedgrpc.aggregation.prediction import (
+from fedgrpc.errors import LayoutError
+from fedgrpc.protocol.plans import compression_from_proto
+from fedgrpc.rounds.best import Jump
+from fedgrpc.rounds.history import KEPT, LinkRates, Timing, WorkerHistory
+from fedgrpc.rounds.version import Version
+from fedgrpc.submodels.cost import (
     Choice,
     Device,
     Observation,
@@ -22,11 +27,6 @@ from fedgrpc.aggregation.prediction import (
     Prediction,
     bits_per_element,
 )
-from fedgrpc.errors import LayoutError
-from fedgrpc.protocol.plans import compression_from_proto
-from fedgrpc.rounds.best import Jump
-from fedgrpc.rounds.history import KEPT, LinkRates, Timing, WorkerHistory
-from fedgrpc.rounds.version import Version
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2
 
 

@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, Final
 
-from fedgrpc.aggregation.channels import Axis, ChannelGroup, ChannelMap, Segment
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.encoding import parse_encoding
 from fedgrpc.codec.layout import Layout, TensorRole, TensorSpec, check_unique, role_by_name
 from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry, check_entries
 from fedgrpc.errors import LayoutError, TooLargeError, UsageError
+from fedgrpc.submodels.channels import Axis, ChannelGroup, ChannelMap, Segment
 from fedgrpc.v1 import tensor_pb2
 
 _DTYPE_NAMES: Final[dict[int, str]] = {

@@ -1,1 +1,1 @@
-"""Tasks: what a worker trains. `torch_task.TorchTask` is the base of one's own, the others are ready-made."""
+"""Ready-made learning tasks; `fedgrpc.torch.task.TorchTask` is the base of one's own."""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from fedgrpc.data.dataset import Examples
-from fedgrpc.data.shares import load_named
+from fedgrpc.datasets.dataset import Examples
+from fedgrpc.datasets.shares import load_named
 from fedgrpc.errors import UsageError
-from fedgrpc.models import build_model
-from fedgrpc.tasks.torch_task import TorchTask
+from fedgrpc.torch.models import build_model
+from fedgrpc.torch.task import TorchTask
 
 _CLASSES = 10
 
@@ -32,7 +32,7 @@ class ImageTask(TorchTask):
         self.model()  # an unknown name is the person's mistake, and is told before any data is read
 
     def model(self) -> nn.Module:
-        """See `fedgrpc.models`. Channels go last in memory, where convolution and pooling are faster."""
+        """See `fedgrpc.torch.models`. Channels go last in memory, where convolution and pooling are faster."""
         model = build_model(
             self._model_name, num_classes=_CLASSES, in_channels=self.in_channels, image_size=self.image_size
         )

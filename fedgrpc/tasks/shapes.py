@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from fedgrpc.data.dataset import Examples
-from fedgrpc.data.shapes import SHAPES, load_shapes
+from fedgrpc.datasets.dataset import Examples
+from fedgrpc.datasets.shapes import SHAPES, load_shapes
 from fedgrpc.errors import UsageError
-from fedgrpc.models.pointnet import PointNet
-from fedgrpc.tasks.torch_task import TorchTask
+from fedgrpc.torch.models.pointnet import PointNet
+from fedgrpc.torch.task import TorchTask
 
 
 class Shapes(TorchTask):

@@ -9,12 +9,12 @@ from enum import IntEnum
 from typing import Final
 
 from fedgrpc import claims
-from fedgrpc.aggregation.channels import SubModel
-from fedgrpc.aggregation.compression_plan import CompressionPlan
 from fedgrpc.codec.chunk import CHUNK_BYTES
 from fedgrpc.errors import LayoutError
 from fedgrpc.protocol.durations import duration_from_proto
 from fedgrpc.protocol.plans import compression_from_proto, sub_model_from_proto
+from fedgrpc.submodels.channels import SubModel
+from fedgrpc.submodels.plan import CompressionPlan
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2
 
 _SHORTEST_INTERVAL_S: Final = 0.05

@@ -22,9 +22,9 @@ from typing import Any, Final, Protocol, runtime_checkable
 import numpy as np
 import structlog
 
-from fedgrpc.aggregation.channels import ChannelMap
-from fedgrpc.aggregation.compression_plan import CompressionPlan
 from fedgrpc.errors import FedgrpcError, TaskError, UsageError
+from fedgrpc.submodels.channels import ChannelMap
+from fedgrpc.submodels.plan import CompressionPlan
 from fedgrpc.worker.threads import rest_while_waiting
 
 Weights = Mapping[str, np.ndarray]

@@ -21,8 +21,6 @@ from typing import BinaryIO, Final
 import numpy as np
 import structlog
 
-from fedgrpc.aggregation.channels import ChannelMap
-from fedgrpc.aggregation.compression_plan import TASK_PARTS, WORKER_PARTS, CompressionPlan
 from fedgrpc.codec.feedback import Corrected, Keep, Residual, write_with_feedback
 from fedgrpc.codec.layout import Layout, TensorRole, layout_of
 from fedgrpc.codec.manifest import Manifest
@@ -31,6 +29,8 @@ from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import FedgrpcError, LayoutError, TaskError, TaskUnfit, UsageError
 from fedgrpc.protocol.records import Timings, timings_to_proto
 from fedgrpc.protocol.tensors import channels_to_proto, manifest_to_proto
+from fedgrpc.submodels.channels import ChannelMap
+from fedgrpc.submodels.plan import TASK_PARTS, WORKER_PARTS, CompressionPlan
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker import returned
 from fedgrpc.worker.budget import fitted

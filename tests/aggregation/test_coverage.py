@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from fedgrpc.aggregation.coverage import CoordinateMean, Coverage, covers
-from fedgrpc.aggregation.mean import TensorMean
+from fedgrpc.aggregation.mean import CoordinateMean, TensorMean
+from fedgrpc.submodels.coverage import Coverage
 
 Update = tuple[np.ndarray, float, Coverage]
 
@@ -121,7 +121,9 @@ def test_what_is_taken_is_what_is_added_back() -> None:
     mean.add(coverage.take(tensor), 7.0, coverage)
     untouched = mean.untouched
     assert untouched is not None
-    assert np.array_equal(untouched, covers([coverage], (3, 4, 5)) == 0)
+    covered = np.zeros((3, 4, 5))
+    coverage.add_to(covered, 1)
+    assert np.array_equal(untouched, covered == 0)
     assert np.array_equal(mean.result()[~untouched], tensor[~untouched])
 
 

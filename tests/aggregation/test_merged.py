@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedgrpc.aggregation.coverage import CoordinateMean, Coverage
+from fedgrpc.aggregation.mean import CoordinateMean
 from fedgrpc.aggregation.merged import add_merged, check_merged_layout, merged_values, pack_mean
 from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.errors import UpdateRefused
+from fedgrpc.submodels.coverage import Coverage
 from tests.aggregation.test_coverage import Update, rounds
 
 Packed = dict[str, np.ndarray]

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedgrpc.aggregation.channels import ChannelGroup, ChannelMap, Segment, Selection, SubModel
-from fedgrpc.aggregation.coverage import Coverage
 from fedgrpc.aggregation.packed import CODES, MASK, check_layout, pack, unpack, unpacked
 from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.errors import UpdateRefused
+from fedgrpc.submodels.channels import ChannelGroup, ChannelMap, Segment, Selection, SubModel
+from fedgrpc.submodels.coverage import Coverage
 
 MODEL = [TensorSpec("w", "float32", (8, 4)), TensorSpec("b", "float32", (8,)), TensorSpec("n", "int64", ())]
 MAP = ChannelMap((ChannelGroup(8),), {"w": ((Segment(0),), (Segment(None, 4),)), "b": ((Segment(0),),)})

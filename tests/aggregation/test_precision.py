@@ -6,9 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fedgrpc.aggregation.compression_plan import Arithmetic, CompressionPlan, Pruning, Quantization
-from fedgrpc.aggregation.coverage import CoordinateMean, Coverage
+from fedgrpc.aggregation.mean import CoordinateMean
 from fedgrpc.aggregation.precision import rounding_noise, say
+from fedgrpc.submodels.coverage import Coverage
+from fedgrpc.submodels.plan import Arithmetic, CompressionPlan, Pruning, Quantization
 
 RNG = np.random.default_rng(5)
 WEIGHTS = RNG.normal(scale=0.1, size=(64, 100))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import fedgrpc.aggregator.commit as commit_module
-from fedgrpc.aggregation.compression_plan import Arithmetic, CompressionPlan
 from fedgrpc.aggregation.precision import rounding_noise, say
 from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.commit import Commit, Formats, groups
@@ -16,6 +15,7 @@ from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.errors import CorruptError, StorageError, UnusableUpdate, UpdateRefused
 from fedgrpc.storage.model_file import ModelFile, write_model
+from fedgrpc.submodels.plan import Arithmetic, CompressionPlan
 from tests.support.stored_updates import accept
 
 RNG = np.random.default_rng(7)

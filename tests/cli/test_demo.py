@@ -64,7 +64,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
-from fedgrpc.tasks.torch_task import TorchTask
+from fedgrpc.torch.task import TorchTask
 
 class Sums(TorchTask):
     def model(self):

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from fedgrpc.data.digits import load_digits
-from fedgrpc.data.partition import parse_partition
-from fedgrpc.data.shares import write_shares
+from fedgrpc.datasets.digits import load_digits
+from fedgrpc.datasets.partition import parse_partition
+from fedgrpc.datasets.shares import write_shares
 from tests.deploy.manifests import K8S, Manifests, Workload, relative, render
 from tools.containers.podman import AGGREGATOR_IMAGE, WORKER_IMAGE
 

@@ -5,11 +5,11 @@ import asyncio
 import numpy as np
 import pytest
 
-from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
 from fedgrpc.aggregator.settings import AggregatorSettings, Target
 from fedgrpc.cli.view import rounds_table
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.submodels.plan import CompressionPlan, PlanTable
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
 from tests.support.running_federation import MODEL, Device, aggregating, refused, update_of

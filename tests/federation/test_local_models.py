@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fedgrpc.aggregation.channels import ChannelGroup, ChannelMap, Segment
-from fedgrpc.aggregation.compression_plan import (
-    CompressionPlan,
-    PlanTable,
-    Pruning,
-    Quantization,
-)
 from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.forms import Forms
 from fedgrpc.aggregator.settings import Target
 from fedgrpc.protocol.tensors import channels_to_proto
 from fedgrpc.rpc.retry import Backoff
+from fedgrpc.submodels.channels import ChannelGroup, ChannelMap, Segment
+from fedgrpc.submodels.plan import (
+    CompressionPlan,
+    PlanTable,
+    Pruning,
+    Quantization,
+)
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.run import run_worker

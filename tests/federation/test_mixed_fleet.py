@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fedgrpc.aggregation.compression_plan import (
+from fedgrpc.aggregator.settings import TrainingPlan
+from fedgrpc.submodels.plan import (
     Arithmetic,
     Clustering,
     CompressionPlan,
@@ -16,8 +17,7 @@ from fedgrpc.aggregation.compression_plan import (
     Pruning,
     Quantization,
 )
-from fedgrpc.aggregator.settings import TrainingPlan
-from fedgrpc.tasks.torch_task import TorchTask
+from fedgrpc.torch.task import TorchTask
 from fedgrpc.worker.trainer import TaskSetup
 from tests.federation.test_local_models import Worker, play
 

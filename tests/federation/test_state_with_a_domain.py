@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file, save_model  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.data import TensorDataset  # noqa: E402
 
-from fedgrpc.tasks.torch_task import TorchTask  # noqa: E402
+from fedgrpc.torch.task import TorchTask  # noqa: E402
 from fedgrpc.worker.trainer import TaskSetup  # noqa: E402
 
 LOSSY = {"download_recipe": "int8+zstd", "upload_recipe": "entropy:c=5+zstd"}

@@ -8,10 +8,10 @@ from structlog.testing import capture_logs
 
 from fedgrpc.aggregator.settings import TrainingPlan
 from fedgrpc.cli.view import rounds_table
-from fedgrpc.data.dataset import LabelledData
-from fedgrpc.data.digits import load_digits
-from fedgrpc.data.partition import parse_partition
-from fedgrpc.data.shares import save_share, write_shares
+from fedgrpc.datasets.dataset import LabelledData
+from fedgrpc.datasets.digits import load_digits
+from fedgrpc.datasets.partition import parse_partition
+from fedgrpc.datasets.shares import save_share, write_shares
 from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.trainer import EvalResult, TrainResult, load_trainer
 from tests.support.processes import aggregator_process, worker_process

@@ -18,7 +18,6 @@ from typing import Any, Final
 import numpy as np
 from safetensors.numpy import save
 
-from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.cli.config_file import read_table
 from fedgrpc.cli.simulate import read_fleet
@@ -27,10 +26,10 @@ from fedgrpc.codec.crc import crc32
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.codec.parts import part_of
-from fedgrpc.data.cifar10 import load_cifar10
-from fedgrpc.data.dataset import Examples, LabelledData
-from fedgrpc.data.idx import read_idx
-from fedgrpc.data.shares import load_share, save_share
+from fedgrpc.datasets.cifar10 import load_cifar10
+from fedgrpc.datasets.dataset import Examples, LabelledData
+from fedgrpc.datasets.idx import read_idx
+from fedgrpc.datasets.shares import load_share, save_share
 from fedgrpc.errors import UsageError
 from fedgrpc.hierarchy.mean import MeanFile
 from fedgrpc.protocol.tensors import manifest_to_proto
@@ -40,6 +39,7 @@ from fedgrpc.simulation.fleet import Fleet
 from fedgrpc.storage.database import RunStore, TaskRow
 from fedgrpc.storage.model_file import ModelFile, ModelTensors, write_model
 from fedgrpc.storage.residual_file import read_residual, write_residual
+from fedgrpc.submodels.plan import CompressionPlan, PlanTable
 from fedgrpc.v1 import aggregator_pb2, round_pb2
 from fedgrpc.worker.held import ModelFolder, Source
 from fedgrpc.worker.spool import Spool

@@ -19,9 +19,7 @@ from google.protobuf import duration_pb2
 from google.protobuf.message import DecodeError, Message
 
 from fedgrpc.aggregation import merged, packed
-from fedgrpc.aggregation.channels import Axis, ChannelGroup, ChannelMap, Segment, SubModel
-from fedgrpc.aggregation.compression_plan import CompressionPlan, PlanTable
-from fedgrpc.aggregation.coverage import CoordinateMean
+from fedgrpc.aggregation.mean import CoordinateMean
 from fedgrpc.aggregation.update import AdmissionPolicy, check_values
 from fedgrpc.aggregator.fleet import Fleet, Worker
 from fedgrpc.aggregator.negotiation import Negotiation, full_text
@@ -35,12 +33,14 @@ from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry
 from fedgrpc.codec.payload import LazyTensors, PayloadReader, buffer_reader, in_pieces, write_payload
 from fedgrpc.codec.preference import parse_preferences
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.data.partition import parse_part, parse_partition
+from fedgrpc.datasets.partition import parse_part, parse_partition
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.protocol import durations, plans, records, tensors
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rpc import framing
 from fedgrpc.rpc.identity import Session
+from fedgrpc.submodels.channels import Axis, ChannelGroup, ChannelMap, Segment, SubModel
+from fedgrpc.submodels.plan import CompressionPlan, PlanTable
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2, tensor_pb2
 from fedgrpc.worker.task import Registration, plan_from_proto, registration_from_proto, task_from_proto
 from tests.fuzz.mutate import invented, mutated, spoiled

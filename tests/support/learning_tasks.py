@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedgrpc.aggregation.channels import ChannelGroup, ChannelMap, Segment
+from fedgrpc.submodels.channels import ChannelGroup, ChannelMap, Segment
 from fedgrpc.worker.trainer import EvalResult, TrainResult
 
 

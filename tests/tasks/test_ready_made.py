@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedgrpc.data.cifar10 import BINARY_ARCHIVE
+from fedgrpc.datasets.cifar10 import BINARY_ARCHIVE
 from fedgrpc.errors import UsageError
 from fedgrpc.tasks.cifar10 import _shifted_and_mirrored
 from fedgrpc.tasks.pooled import train_pooled

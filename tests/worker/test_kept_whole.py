@@ -3,7 +3,7 @@
 import pytest
 from structlog.testing import capture_logs
 
-from fedgrpc.aggregation.channels import ChannelGroup, ChannelMap, Segment
+from fedgrpc.submodels.channels import ChannelGroup, ChannelMap, Segment
 from fedgrpc.worker.task import Plan
 from fedgrpc.worker.training import initialize
 from tests.support.running_worker import Adds

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fedgrpc.aggregation.channels import SubModel, sub_shapes
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS, server_optimizer
 from fedgrpc.aggregator.commit import Commit
 from fedgrpc.aggregator.forms import Forms, Source
@@ -38,15 +37,16 @@ from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.feedback import Residual, write_with_feedback
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.compression.slicing import resized, shapes_of
-from fedgrpc.compression.tracing import trace_channels
-from fedgrpc.data.dataset import Examples
-from fedgrpc.data.idx import load_fashion_mnist
-from fedgrpc.models import build_model
+from fedgrpc.datasets.dataset import Examples
+from fedgrpc.datasets.idx import load_fashion_mnist
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.storage.model_file import ModelFile, ModelTensors, write_model
-from fedgrpc.tasks.torch_task import TorchTask
-from fedgrpc.tasks.torch_trainer import TorchTrainer
+from fedgrpc.submodels.channels import SubModel, sub_shapes
+from fedgrpc.torch.local_model.slicing import resized, shapes_of
+from fedgrpc.torch.local_model.tracing import trace_channels
+from fedgrpc.torch.models import build_model
+from fedgrpc.torch.task import TorchTask
+from fedgrpc.torch.trainer import TorchTrainer
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.worker.delta import Delta
 from fedgrpc.worker.trainer import TaskSetup, TrainJob

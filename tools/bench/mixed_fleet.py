@@ -31,22 +31,22 @@ import torch
 from safetensors.numpy import load_file
 from torch.utils.data import Dataset
 
-from fedgrpc.aggregation.channels import ChannelMap
-from fedgrpc.aggregation.compression_plan import (
+from fedgrpc.aggregator.server import Aggregator
+from fedgrpc.aggregator.settings import AggregatorSettings, TrainingPlan
+from fedgrpc.datasets.partition import parse_partition
+from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.storage.database import RoundRecord, RunStore
+from fedgrpc.submodels.channels import ChannelMap
+from fedgrpc.submodels.plan import (
     Clustering,
     CompressionPlan,
     PlanTable,
     Pruning,
     Quantization,
 )
-from fedgrpc.aggregator.server import Aggregator
-from fedgrpc.aggregator.settings import AggregatorSettings, TrainingPlan
-from fedgrpc.data.partition import parse_partition
-from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.storage.database import RoundRecord, RunStore
 from fedgrpc.tasks.fashion_mnist import FashionMnist
-from fedgrpc.tasks.torch_batches import labels_of, subset_of
-from fedgrpc.tasks.torch_trainer import TorchTrainer
+from fedgrpc.torch.batches import labels_of, subset_of
+from fedgrpc.torch.trainer import TorchTrainer
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, TASK_PHASE_ACCEPTED
 from fedgrpc.worker.run import Worker
 from fedgrpc.worker.settings import WorkerSettings

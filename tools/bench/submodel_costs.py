@@ -20,12 +20,12 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from fedgrpc.aggregation.compression_plan import CompressionPlan
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.models.registry import build_model
-from fedgrpc.tasks.torch_task import TorchTask
-from fedgrpc.tasks.torch_trainer import TorchTrainer
+from fedgrpc.submodels.plan import CompressionPlan
+from fedgrpc.torch.models.registry import build_model
+from fedgrpc.torch.task import TorchTask
+from fedgrpc.torch.trainer import TorchTrainer
 from fedgrpc.worker.trainer import TaskSetup, TrainJob, Weights
 
 # Name, as in the table; channels and side of its images; batch.

@@ -24,16 +24,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedgrpc.aggregation.compression_plan import (
+from fedgrpc.submodels.plan import (
     Arithmetic,
     Clustering,
     CompressionPlan,
     Pruning,
     Quantization,
 )
-from fedgrpc.compression.local_model import LocalModel
-from fedgrpc.models.mlp import sigmoid_mlp
-from fedgrpc.tasks.torch_optimizer import MomentumSgd
+from fedgrpc.torch.local_model.local_model import LocalModel
+from fedgrpc.torch.models.mlp import sigmoid_mlp
+from fedgrpc.torch.optimizer import MomentumSgd
 from fedgrpc.worker.trainer import SliceableTrainer, Trainer, TrainJob, load_trainer
 
 SAMPLES = (500, 1000, 1500, 2000)

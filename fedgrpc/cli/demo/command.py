@@ -34,7 +34,7 @@ from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
 from fedgrpc.cli.quantities import DURATION
 from fedgrpc.cli.view import piped_console, print_table
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.data.partition import PARTITIONS
+from fedgrpc.datasets.partition import PARTITIONS
 from fedgrpc.errors import UsageError
 from fedgrpc.worker.trainer import find_task, takes
 

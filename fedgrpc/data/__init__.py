@@ -1,1 +1,0 @@
-"""Data sets as numpy arrays, and how one of them is shared out among workers."""

@@ -1,0 +1,1 @@
+"""Data sets, how they are partitioned, and files with one device's share."""

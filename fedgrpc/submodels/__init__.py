@@ -1,0 +1,1 @@
+"""Which coordinates of a model a device gets, and what that costs it."""

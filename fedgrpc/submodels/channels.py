@@ -1,0 +1,232 @@
+"""Which channels of a model belong together, and which of them a narrower sub-model has.
+
+A channel group is what must be kept or left out together: the output channels of one layer are the input channels
+of the next, and layers joined by an addition share theirs. A `ChannelMap` says for every axis of every tensor
+which groups lie along it; with a `SubModel` it gives each tensor's coverage: the same one on any machine and with
+any version of numpy, so that only the few numbers of the `SubModel` need to travel and to be kept.
+
+prefix    the first channels: HeteroFL (arXiv 2010.01264)
+rolling   a window that moves on by one channel each round and wraps around: FedRolex (arXiv 2212.01548)
+random    drawn anew each round: Federated Dropout (arXiv 1812.07210)
+magnitude those whose weights are largest: structured pruning (arXiv 1608.08710)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from fedgrpc.errors import LayoutError, UsageError
+from fedgrpc.submodels.coverage import Coverage
+
+_MAX_TEXT_CHARS = 100
+RULES = ("prefix", "rolling", "random", "magnitude")
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """`channels` that are kept or left out together wherever they appear.
+
+    They lie in `blocks` equal blocks of which each keeps as many: the groups of a GroupNorm or of a convolution.
+    """
+
+    channels: int
+    blocks: int = 1
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of an axis: each channel of `group` takes `repeat` elements; no group: `repeat` kept elements."""
+
+    group: int | None
+    repeat: int = 1
+
+
+Axis = tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class SubModel:
+    """A width fraction, above 0 to 1, and the rule that picks channels; `round` moves or draws them anew."""
+
+    width: float = 1.0
+    rule: str = "prefix"
+    round: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.width <= 1:
+            raise UsageError(f"a sub-model's width is above 0 to 1, not {self.width:g}")
+        if self.rule not in RULES:
+            raise UsageError(f"no rule {self.rule!r} for sub-models; there are {', '.join(RULES)}")
+        if not 0 <= self.round < 1 << 62:
+            raise UsageError(f"a round counts from 0 to 2**62, not {self.round}")
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is the model itself."""
+        return self.width == 1.0
+
+    @property
+    def moves(self) -> bool:
+        """Whether the next round's channels may be others."""
+        return self.rule != "prefix" and not self.whole
+
+    @classmethod
+    def parse(cls, text: str) -> SubModel:
+        """Read what `str` gives: "prefix:0.5", "rolling:12:0.5", ...; "" is the whole model. Raises UsageError."""
+        if text in ("", "whole"):
+            return cls()
+        if len(text) > _MAX_TEXT_CHARS:
+            raise UsageError(f"{len(text)} characters are no sub-model; one looks like rolling:12:0.5")
+        rule, *numbers = text.split(":")
+        try:
+            *rounds, width = numbers
+            return cls(float(width), rule, int(rounds[0]) if rounds else 0)
+        except ValueError as error:
+            raise UsageError(f"{text!r} is no sub-model; one looks like prefix:0.5 or rolling:12:0.5") from error
+
+    def __str__(self) -> str:
+        """Two sub-models with the same text have the same channels."""
+        if self.whole:
+            return "whole"
+        moving = f":{self.round}" if self.rule in ("rolling", "random") else ""
+        return f"{self.rule}{moving}:{self.width!r}"
+
+
+@dataclass(frozen=True)
+class ChannelMap:
+    """The groups, and the axes of each tensor that has any; other tensors are kept whole."""
+
+    groups: tuple[ChannelGroup, ...]
+    tensors: Mapping[str, tuple[Axis, ...]]
+
+    def validate(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises LayoutError unless it fits a model of these shapes; it may come from the wire."""
+        for group in self.groups:
+            if group.channels < 1 or group.blocks < 1 or group.channels % group.blocks:
+                raise LayoutError(f"{group.channels} channels do not fall into {group.blocks} blocks")
+        for name, axes in self.tensors.items():
+            if name not in shapes or len(axes) != len(shapes[name]):
+                raise LayoutError(f"the model has no tensor {name!r} of {len(axes)} axes")
+            for place, (axis, extent) in enumerate(zip(axes, shapes[name], strict=True)):
+                if self._extent(axis, extent) != extent:
+                    raise LayoutError(
+                        f"the channels of axis {place} of {name!r} do not take its {extent} elements"
+                    )
+        # The axes bound the channels of the groups they have, and nothing those of any other.
+        if unused := set(range(len(self.groups))) - self._used():
+            raise LayoutError(f"no tensor has channels of group {min(unused)}")
+
+    def _used(self) -> set[int]:
+        return {
+            segment.group
+            for axes in self.tensors.values()
+            for axis in axes
+            for segment in axis
+            if segment.group is not None
+        }
+
+    def _extent(self, axis: Axis, limit: int) -> int:
+        total = 0
+        for segment in axis:
+            if segment.repeat < 1 or not (segment.group is None or 0 <= segment.group < len(self.groups)):
+                return -1
+            total += segment.repeat * (1 if segment.group is None else self.groups[segment.group].channels)
+            if total > limit:
+                return -1
+        return total
+
+    def select(self, sub_model: SubModel, weights: Mapping[str, np.ndarray] | None = None) -> Selection:
+        """The sub-model's coverage of every tensor; the rule "magnitude" wants the whole model's weights."""
+        if sub_model.rule == "magnitude" and not sub_model.whole and weights is None:
+            raise ValueError("channels are chosen by magnitude where the weights are known")
+        return Selection(self, sub_model, weights)
+
+    def norms(self, number: int, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Sum of squares of the weights that make each channel of a group: those of axis 0, float64 [channels]."""
+        total = np.zeros(self.groups[number].channels)
+        for name, axes in self.tensors.items():
+            if axes and axes[0] and len(axes) > 1 and axes[0][0].group == number and len(axes[0]) == 1:
+                rows = weights[name].reshape(len(total), -1).astype(np.float64)
+                total += np.einsum("ij,ij->i", rows, rows)
+        return total
+
+
+class Selection:
+    """Coverages of the tensors of one sub-model."""
+
+    def __init__(
+        self, channel_map: ChannelMap, sub_model: SubModel, weights: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        self._map = channel_map
+        self._sub_model = sub_model
+        self._weights = weights
+
+    @cached_property
+    def kept(self) -> tuple[np.ndarray, ...]:
+        """Increasing channels (int64) kept of each group."""
+        kept = []
+        for number, group in enumerate(self._map.groups):
+            norms = None
+            if self._sub_model.rule == "magnitude" and self._weights is not None:
+                norms = self._map.norms(number, self._weights)
+            kept.append(kept_channels(group, self._sub_model, number, norms))
+        return tuple(kept)
+
+    def coverage(self, name: str, shape: tuple[int, ...]) -> Coverage:
+        """What the sub-model has of the tensor `name` of the whole model's `shape`."""
+        axes = self._map.tensors.get(name)
+        if axes is None or self._sub_model.whole:
+            return Coverage(shape)
+        return Coverage(shape, tuple(self._positions(axis) for axis in axes))
+
+    def _positions(self, axis: Axis) -> np.ndarray | None:
+        if all(segment.group is None or self._all_kept(segment.group) for segment in axis):
+            return None
+        parts, start = [], 0
+        for segment in axis:
+            if segment.group is None:
+                parts.append(np.arange(start, start + segment.repeat))
+                start += segment.repeat
+            else:
+                first = start + self.kept[segment.group] * segment.repeat
+                parts.append((first[:, None] + np.arange(segment.repeat)).reshape(-1))
+                start += self._map.groups[segment.group].channels * segment.repeat
+        return np.concatenate(parts)
+
+    def _all_kept(self, group: int) -> bool:
+        return len(self.kept[group]) == self._map.groups[group].channels
+
+
+def kept_channels(
+    group: ChannelGroup, sub_model: SubModel, number: int, norms: np.ndarray | None = None
+) -> np.ndarray:
+    """Increasing channels of `group`, the `number`-th of its model; at least one of each block."""
+    size = group.channels // group.blocks
+    count = max(1, math.ceil(sub_model.width * size - 1e-9))
+    starts = np.arange(group.blocks)[:, None] * size
+    if norms is not None:
+        within = np.argsort(-norms.reshape(group.blocks, size), axis=1, kind="stable")[:, :count]
+    elif sub_model.rule == "rolling":
+        within = (sub_model.round + np.arange(count)) % size
+    elif sub_model.rule == "random":
+        within = _ranked(size, f"{sub_model.round}/{number}")[:count]
+    else:
+        within = np.arange(count)
+    return np.sort((starts + within).reshape(-1)).astype(np.int64)
+
+
+def _ranked(size: int, seed: str) -> np.ndarray:
+    """A permutation of `size` that depends on nothing but the seed: numpy's own may change with its version."""
+    digest = hashlib.shake_256(seed.encode()).digest(8 * size)
+    return np.argsort(np.frombuffer(digest, "<u8"), kind="stable")
+
+
+def sub_shapes(selection: Selection, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a sub-model's tensors, by name."""
+    return {name: selection.coverage(name, shape).sub_shape for name, shape in shapes.items()}

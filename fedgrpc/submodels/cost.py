@@ -1,0 +1,241 @@
+"""What a plan will cost a device, from its profile and what it has shown, and the most capable plan it can keep.
+
+    T_local    = seconds per unit of work  *  work(plan)
+    T_upload   = bytes(plan) / rate up,  T_download = bytes(plan) / rate down
+    memory     = what the process takes without a model  +  bytes of weights, gradients, optimizer state and
+                 activations; weights go with the square of the width, activations with the width
+
+The rule: every number is a median of what was measured on this device; its profile stands in until there is any.
+The work of a plan is its share of the whole model's weights, plus a part that no slicing saves. Each prediction
+can be held against what then happened (`relative_error`).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedgrpc import claims
+from fedgrpc.submodels.plan import CompressionPlan, PlanTable
+
+# Of a batch's time, what does not shrink with the model: data, Python, kernel launches. Fitted once there are two
+# different plans in a device's history.
+UNSHRINKABLE_SHARE = 0.2
+PROCESS_BYTES = 300 << 20
+# Weights, gradients, velocities, and the weights that were given, to count the update from.
+COPIES = 4
+# The first three of them are in an observation's `tensor_bytes`.
+_TRAINED = 3
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device says of itself; 0 is not known. Rates in bits per second."""
+
+    memory_bytes: int = 0
+    uplink_bits_per_second: float = 0.0
+    downlink_bits_per_second: float = 0.0
+
+
+@dataclass(frozen=True)
+class PlanSize:
+    """A plan's share of the model's weights (0 to 1), bytes of its weights in memory, its payloads' bytes, and how
+    many elements its updates are of.
+    """
+
+    share: float
+    weights_bytes: int
+    download_bytes: int
+    upload_bytes: int
+    sent_elements: int = 0
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one task cost: seconds, bytes, peak resident memory, tensors in it, the share of the model trained, and
+    the bits that each element of its update took, pruned and clustered ones aside (0: not known).
+    """
+
+    share: float
+    weights_bytes: int
+    download_s: float
+    local_s: float
+    upload_s: float
+    download_bytes: int
+    upload_bytes: int
+    peak_memory_bytes: int = 0
+    tensor_bytes: int = 0
+    upload_bits: float = 0.0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a plan will cost; None: nothing is known to tell it from."""
+
+    download_s: float | None
+    local_s: float | None
+    upload_s: float | None
+    peak_memory_bytes: int
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of all that can be told."""
+        return sum(part or 0.0 for part in (self.download_s, self.local_s, self.upload_s))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The plan a device gets, what it will cost, and why it is this one."""
+
+    plan: CompressionPlan
+    prediction: Prediction
+    reason: str
+
+
+def predict(device: Device, history: Sequence[Observation], size: PlanSize) -> Prediction:
+    """What a plan of that size will cost the device."""
+    down = _rate(history, "download", device.downlink_bits_per_second)
+    up = _rate(history, "upload", device.uplink_bits_per_second)
+    return Prediction(
+        None if down is None else size.download_bytes / down,
+        _local_s(history, size.share),
+        None if up is None else size.upload_bytes / up,
+        _memory_bytes(history, size),
+    )
+
+
+def choose(
+    plans: Sequence[CompressionPlan],
+    size_of: Callable[[CompressionPlan], PlanSize],
+    device: Device,
+    history: Sequence[Observation],
+    deadline_s: float,
+) -> Choice:
+    """The first of `plans`, which come most capable first, that fits memory and deadline; else the last one."""
+    if not plans:
+        raise ValueError("there is no plan to choose from")
+    why = ""
+    for plan in plans:
+        prediction = predict(device, history, size_of(plan))
+        unfit = misfit(device, prediction, deadline_s)
+        if not unfit:
+            return Choice(plan, prediction, why or "the most capable plan fits")
+        why = f"a larger one {unfit}"
+    return Choice(plans[-1], prediction, f"none fits: the smallest {unfit}")
+
+
+def choose_of(
+    table: PlanTable,
+    device_class: str,
+    size_of: Callable[[CompressionPlan], PlanSize],
+    device: Device,
+    history: Sequence[Observation],
+    deadline_s: float,
+) -> Choice:
+    """What a device of that class gets of the table: its class's own plan, else the best of the automatic ones."""
+    if table.automatic and device_class not in table.classes:
+        return choose(table.automatic, size_of, device, history, deadline_s)
+    plan = table.plan_of(device_class)
+    pinned = device_class in table.classes
+    reason = f"the plan of {device_class}" if pinned else "the plan of every device without one of its own"
+    return Choice(plan, predict(device, history, size_of(plan)), reason)
+
+
+def misfit(device: Device, prediction: Prediction, deadline_s: float) -> str:
+    """Why the device cannot keep a plan that costs so much; "" if it can."""
+    if device.memory_bytes and prediction.peak_memory_bytes > device.memory_bytes:
+        return f"takes {prediction.peak_memory_bytes >> 20} MiB of {device.memory_bytes >> 20}"
+    if prediction.total_s > deadline_s:
+        return f"takes {prediction.total_s:.1f} s of {deadline_s:g}"
+    return ""
+
+
+def relative_error(predicted: float | None, measured: float) -> float | None:
+    """(predicted - measured) / measured; None where there is nothing to compare."""
+    return None if predicted is None or not measured > 0 else (predicted - measured) / measured
+
+
+def errors_of(prediction: Prediction, seen: Observation) -> Mapping[str, float]:
+    """How far a prediction was off, by part, as relative errors."""
+    pairs = {
+        "download": relative_error(prediction.download_s, seen.download_s),
+        "local": relative_error(prediction.local_s, seen.local_s),
+        "upload": relative_error(prediction.upload_s, seen.upload_s),
+        "memory": relative_error(prediction.peak_memory_bytes, seen.peak_memory_bytes),
+    }
+    return {name: error for name, error in pairs.items() if error is not None}
+
+
+def _rate(history: Sequence[Observation], way: str, bits_per_second: float) -> float | None:
+    """Bytes per second, as measured or as the device says."""
+    rates = [
+        getattr(seen, f"{way}_bytes") / getattr(seen, f"{way}_s")
+        for seen in history
+        if getattr(seen, f"{way}_s") > 0 and getattr(seen, f"{way}_bytes") > 0
+    ]
+    if rates:
+        return claims.BYTES_PER_SECOND.clamped(float(statistics.median(rates)))
+    return bits_per_second / 8 if bits_per_second > 0 else None
+
+
+def _local_s(history: Sequence[Observation], share: float) -> float | None:
+    """On the line through what was measured at different shares; through one share, of the usual slope."""
+    by_share: dict[float, list[float]] = {}
+    for seen in history:
+        if seen.local_s > 0:
+            by_share.setdefault(seen.share, []).append(seen.local_s)
+    points = sorted((at, statistics.median(times)) for at, times in by_share.items())
+    if not points:
+        return None
+    (low, low_s), (high, high_s) = points[0], points[-1]
+    if high > low and high_s > low_s:
+        slope = (high_s - low_s) / (high - low)
+        floor = min(low_s, points[0][1]) * UNSHRINKABLE_SHARE
+        return float(max(floor, low_s + slope * (share - low)))
+    whole_s = high_s / _work(high)
+    return float(whole_s * _work(share))
+
+
+def _work(share: float) -> float:
+    return UNSHRINKABLE_SHARE + (1 - UNSHRINKABLE_SHARE) * share
+
+
+def _memory_bytes(history: Sequence[Observation], size: PlanSize) -> int:
+    """A process's peak never falls, so the largest model it has had explains it."""
+    seen = [each for each in history if each.peak_memory_bytes]
+    base, activations = PROCESS_BYTES, 0.0
+    if seen:
+        peak = max(each.peak_memory_bytes for each in seen)
+        largest = max(seen, key=lambda each: each.weights_bytes)
+        held = max(0, largest.tensor_bytes - _TRAINED * largest.weights_bytes)
+        base = max(0, peak - held - COPIES * largest.weights_bytes)
+        activations = held * math.sqrt(size.share / (largest.share or 1.0))
+    return base + COPIES * size.weights_bytes + round(activations)
+
+
+def shown_upload_bits(history: Sequence[Observation]) -> float | None:
+    """Bits that an element of an update takes, as this device's updates have shown; None: there was none."""
+    shown = [seen.upload_bits for seen in history if seen.upload_bits > 0]
+    return float(statistics.median(shown)) if shown else None
+
+
+def bits_per_element(upload_bytes: int, elements: int, plan: CompressionPlan) -> float:
+    """What `payload_bytes` is to be told to give so many bytes; 0.0 where codes of clusters hide it."""
+    if not elements or (plan.clustering is not None and plan.clustering.layers == ("*",)):
+        return 0.0
+    bits = 8 * upload_bytes / elements
+    if plan.pruning is not None and plan.pruning.layers == ("*",):
+        bits = (bits - 1) / (1 - plan.pruning.ratio)
+    return max(0.0, bits)
+
+
+def payload_bytes(elements: int, bits_per_element: float, plan: CompressionPlan) -> int:
+    """Bytes of an update of so many elements: pruned ones send values and a bit for each, clustered ones codes."""
+    bits = bits_per_element
+    if plan.clustering is not None and plan.clustering.layers == ("*",):
+        bits = min(bits, max(1, (plan.clustering.clusters - 1).bit_length()))
+    if plan.pruning is not None and plan.pruning.layers == ("*",):
+        bits = 1 + (1 - plan.pruning.ratio) * bits
+    return math.ceil(elements * bits / 8)

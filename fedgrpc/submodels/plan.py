@@ -1,0 +1,359 @@
+"""What one device's local model is made of: narrower, pruned, quantized, clustered, in a small number format.
+
+Every part may be left out, and any combination is a plan. In TOML:
+
+    width = 0.5                    # of the channels
+    rule = "rolling"               # which ones: prefix, rolling, random, magnitude
+    personal_layers = ["head.*"]   # stay on the device
+
+    [pruning]
+    ratio = 0.5
+    scope = "layer"                # each layer alike; "global": the smallest of all layers
+
+    [quantization]
+    weight_bits = 8
+    activation_bits = 8
+
+    [clustering]
+    clusters = 16
+    layers = ["fc*"]
+
+    [arithmetic]
+    format = "float16"
+    emulated = true                # every operation rounded, even where the machine has the type
+    loss_scale = 256.0             # or dynamic_loss_scale = true
+
+A large device may train the prefixes that small ones have along with its own model, in each step:
+
+    nested = [0.5, 0.25]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from fedgrpc.errors import UsageError
+from fedgrpc.submodels.channels import SubModel
+
+SCOPES = ("layer", "global")
+ROUNDINGS = ("nearest", "stochastic")
+FORMATS = (
+    *("float64", "float32", "float24", "float16", "bfloat16"),
+    *("float8_e4m3", "float8_e4m3fn", "float8_e5m2"),
+)
+_OTHER_FORMAT = re.compile(r"e\d{1,2}s\d{1,2}|fixed\d{1,2}\.-?\d{1,2}")
+_ALL = ("*",)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Zero the `ratio` of the weights that are smallest; in each of the `layers`, or in all of them together."""
+
+    ratio: float = 0.5
+    scope: str = "layer"
+    layers: tuple[str, ...] = _ALL
+
+    def __post_init__(self) -> None:
+        _check(0 < self.ratio < 1, f"a pruning ratio is above 0 and below 1, not {self.ratio:g}")
+        _check(self.scope in SCOPES, f"pruning has the scope {' or '.join(SCOPES)}, not {self.scope!r}")
+        _check_layers("pruning", self.layers)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Weights, and inputs of layers, of few bits, trained with straight-through gradients; 0 bits: as they are."""
+
+    weight_bits: int = 8
+    activation_bits: int = 0
+    layers: tuple[str, ...] = _ALL
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits"):
+            bits = getattr(self, name)
+            _check(bits == 0 or 2 <= bits <= 16, f"{name} are 2 to 16, or 0 for none, not {bits}")
+        _check_layers("quantization", self.layers)
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Each of the `layers` has this many different weights."""
+
+    clusters: int = 16
+    layers: tuple[str, ...] = _ALL
+
+    def __post_init__(self) -> None:
+        _check(2 <= self.clusters <= 256, f"a layer has 2 to 256 clusters, not {self.clusters}")
+        _check_layers("clustering", self.layers)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The number format that all training is done in: natively where torch has it, unless `emulated`.
+
+    The gradients are those of `loss_scale` times the loss, so that small ones do not vanish in the format; steps
+    are taken as without (arXiv 1710.03740). A dynamic scale begins there, or as high as the format allows.
+    """
+
+    format: str = "float32"
+    rounding: str = "nearest"
+    emulated: bool = False
+    loss_scale: float = 1.0
+    dynamic_loss_scale: bool = False
+
+    def __post_init__(self) -> None:
+        power = 1 <= self.loss_scale <= 2.0**100 and math.frexp(self.loss_scale)[0] == 0.5
+        _check(power, f"a loss scale is a power of two from 1, which every format holds, not {self.loss_scale:g}")
+        known = self.format in FORMATS or _OTHER_FORMAT.fullmatch(self.format)
+        _check(bool(known), f"no number format {self.format!r}: choose {', '.join(FORMATS)}, or one like e5s11")
+        _check(self.rounding in ROUNDINGS, f"rounding is {' or '.join(ROUNDINGS)}, not {self.rounding!r}")
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """One device's local model. The parts apply in this order; the default changes nothing."""
+
+    width: float = 1.0
+    rule: str = "prefix"
+    personal_layers: tuple[str, ...] = ()
+    pruning: Pruning | None = None
+    clustering: Clustering | None = None
+    quantization: Quantization | None = None
+    arithmetic: Arithmetic | None = None
+    nested: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.sub_model(0)
+        for width in self.nested:
+            _check(0 < width < 1, f"a nested width is above 0 and below 1, not {width:g}")
+        prefix = self.width == 1 or self.rule == "prefix"
+        _check(not self.nested or prefix, f"prefixes cannot be nested in a slice by the rule {self.rule!r}")
+        _check(not self.nested or self.quantization is None, "nested widths are not trained with quantization")
+
+    def sub_model(self, round_number: int) -> SubModel:
+        """The channels that are trained in a round."""
+        return SubModel(self.width, self.rule, 0 if self.rule in ("prefix", "magnitude") else round_number)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the local model is the global one, or a slice of it, and nothing more is done on the device."""
+        techniques = (self.pruning, self.clustering, self.quantization, self.arithmetic)
+        return not self.personal_layers and not self.nested and all(part is None for part in techniques)
+
+    def known_to(self, parts: Collection[str]) -> CompressionPlan:
+        """This plan, or none at all for a device that lacks one of its parts: half a plan is no plan."""
+        return self if self.parts <= set(parts) else CompressionPlan()
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Names of what a device must know to follow the plan, as in `RegisterRequest.local_model_parts`."""
+        needed = {
+            "sub_model": self.width < 1,
+            "personal_layers": bool(self.personal_layers),
+            "nested_widths": bool(self.nested),
+            **{name: getattr(self, name) is not None for name in _PARTS},
+        }
+        return frozenset(name for name, used in needed.items() if used)
+
+    def is_personal(self, name: str) -> bool:
+        """Whether the tensor of that name never leaves the device."""
+        return matches(name, self.personal_layers)
+
+    @classmethod
+    def from_toml(cls, text: str) -> CompressionPlan:
+        """Read the text form. Raises `UsageError`."""
+        try:
+            return cls.from_mapping(tomllib.loads(text))
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"a compression plan is TOML: {error}") from error
+
+    @classmethod
+    def from_mapping(cls, table: Mapping[str, Any]) -> CompressionPlan:
+        """Read what a TOML file holds of a plan. Raises `UsageError`."""
+        plan = _read(cls, table, "the compression plan")
+        assert isinstance(plan, cls)
+        return plan
+
+    def to_line(self) -> str:
+        """The text form in one line: `width = 0.5, pruning.ratio = 0.3`."""
+        table, parts = "", list[str]()
+        for line in filter(None, self.to_toml().splitlines()):
+            if line.startswith("["):
+                table = line.strip("[]")
+                parts.append(table)
+            else:
+                if parts and parts[-1] == table:
+                    parts.pop()
+                parts.append(f"{table}.{line}" if table else line)
+        return ", ".join(parts) or "the whole model"
+
+    def to_toml(self) -> str:
+        """The text form: only what differs from the default."""
+        lines, tables = [], []
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if each.name in _PARTS and value is not None:
+                tables += [
+                    "",
+                    f"[{each.name}]",
+                    *(_line(part.name, getattr(value, part.name)) for part in _of(value)),
+                ]
+            elif each.name not in _PARTS and value != each.default:
+                lines.append(_line(each.name, value))
+        return "\n".join([*lines, *tables]).strip() + "\n" if lines or tables else ""
+
+
+_PARTS: dict[str, type] = {
+    "pruning": Pruning,
+    "clustering": Clustering,
+    "quantization": Quantization,
+    "arithmetic": Arithmetic,
+}
+
+
+# Personal layers are the worker's own business; all other parts are the learning task's.
+WORKER_PARTS = frozenset({"personal_layers"})
+TASK_PARTS = frozenset({"sub_model", "nested_widths", *_PARTS})
+
+
+@dataclass(frozen=True)
+class PlanTable:
+    """Plans by device class; all others get `default`, or the best of `automatic` that they can keep.
+
+    `automatic` goes from the most capable plan to the least. In TOML:
+
+    [[automatic]]
+
+    [[automatic]]
+    width = 0.5
+
+    [raspberry-pi-3]
+    width = 0.25
+    pruning.ratio = 0.5
+    """
+
+    default: CompressionPlan = field(default_factory=CompressionPlan)
+    classes: Mapping[str, CompressionPlan] = field(default_factory=dict)
+    automatic: tuple[CompressionPlan, ...] = ()
+
+    @classmethod
+    def from_toml(cls, text: str) -> PlanTable:
+        """Read the text form. Raises `UsageError`."""
+        try:
+            tables = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"plans are TOML: {error}") from error
+        plans, automatic = {}, tables.pop("automatic", [])
+        if not isinstance(automatic, list) or ("default" in tables and automatic):
+            raise UsageError("automatic plans are an array of tables, [[automatic]], and there is no default then")
+        ladder = tuple(_read(CompressionPlan, table, "an automatic plan") for table in automatic)
+        for name, table in tables.items():
+            if not isinstance(table, Mapping):
+                raise UsageError(f"plans are tables by device class; {name!r} is none")
+            plans[name] = _read(CompressionPlan, table, f"the plan of {name}")
+        return cls(plans.pop("default", CompressionPlan()), plans, ladder)
+
+    @property
+    def plans(self) -> tuple[CompressionPlan, ...]:
+        """Every plan that some device may get."""
+        return (self.default, *self.classes.values(), *self.automatic)
+
+    def plan_of(self, device_class: str) -> CompressionPlan:
+        """The plan of a device of that class."""
+        return self.classes.get(device_class, self.default)
+
+    def known_to(self, parts: Collection[str]) -> PlanTable:
+        """The table for a device that knows only these parts of a plan: others are the model as it is."""
+        if all(plan.parts <= set(parts) for plan in self.plans):
+            return self
+        classes = {name: plan.known_to(parts) for name, plan in self.classes.items()}
+        ladder = tuple(plan for plan in self.automatic if plan.parts <= set(parts))
+        return PlanTable(self.default.known_to(parts), classes, ladder)
+
+    @property
+    def trivial(self) -> bool:
+        """Whether every device trains the whole model as it is."""
+        return all(plan == CompressionPlan() for plan in self.plans)
+
+
+def covers_all(plan: CompressionPlan) -> bool:
+    """Whether an update by this plan has a say in every coordinate of the model."""
+    return plan.width == 1 and plan.pruning is None and not plan.personal_layers
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a tensor's name fits any of the patterns (fnmatch)."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _read(kind: type, table: Any, what: str) -> Any:
+    if not isinstance(table, Mapping):
+        raise UsageError(f"{what} is a table, not {table!r}")
+    fields = {each.name: each for each in dataclasses.fields(kind)}
+    arguments: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in fields:
+            raise UsageError(f"{what} has no {key!r}; it has {', '.join(fields)}")
+        if key in _PARTS and kind is CompressionPlan:
+            arguments[key] = _read(_PARTS[key], value, f"{key} of {what}")
+        else:
+            arguments[key] = _value(value, fields[key].type, f"{key} of {what}")
+    return kind(**arguments)
+
+
+def _value(value: Any, declared: Any, what: str) -> Any:
+    """`value` if it is of the declared type, given by name; whole numbers do for fractions."""
+    if declared == "tuple[float, ...]":
+        if isinstance(value, list) and all(type(each) in (int, float) for each in value):
+            return tuple(_float(each, what) for each in value)
+        raise UsageError(f"{what} is a list of numbers, not {value!r}")
+    if declared.startswith("tuple"):
+        if isinstance(value, list) and all(isinstance(each, str) for each in value):
+            return tuple(value)
+        raise UsageError(f"{what} is a list of strings, not {value!r}")
+    if declared == "float" and type(value) is int:
+        return _float(value, what)
+    if type(value).__name__ != declared:
+        raise UsageError(f"{what} is a {declared}, not {value!r}")
+    return value
+
+
+def _of(value: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return tuple(each for each in dataclasses.fields(value) if getattr(value, each.name) != each.default)
+
+
+def _float(value: float, what: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise UsageError(f"{what} is too large") from None
+
+
+def _line(name: str, value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"{name} = [{', '.join(_quoted(each) if isinstance(each, str) else repr(each) for each in value)}]"
+    if isinstance(value, bool):
+        return f"{name} = {str(value).lower()}"
+    return f"{name} = {_quoted(value) if isinstance(value, str) else repr(value)}"
+
+
+def _quoted(text: str) -> str:
+    # JSON's escapes are TOML's; TOML alone wants DEL escaped, too.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _check_layers(part: str, layers: tuple[str, ...]) -> None:
+    """A message without layers means all of them."""
+    _check(bool(layers), f"{part} is of some layers; leave the table out for none")
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise UsageError(message)

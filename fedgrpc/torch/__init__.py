@@ -1,0 +1,1 @@
+"""Learning tasks with PyTorch; absolute imports keep `import torch` PyTorch itself."""

@@ -1,0 +1,167 @@
+"""The data of a `TorchTask` on this device: read, checked, shared out, and read again once it has changed.
+
+The rule: what is trained on is what `data()` gives at the start of the task. A mistake in it is told in one line
+when the task is built, not in the middle of a round.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import structlog
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from fedgrpc.datasets.partition import parse_part, parse_partition
+from fedgrpc.errors import TaskError, UsageError
+from fedgrpc.torch.batches import Batches, batches_of, labels_of, size_of, subset_of
+from fedgrpc.worker.trainer import TaskSetup
+
+_UNREAD = object()
+
+log = structlog.get_logger()
+
+
+class DataTask(Protocol):
+    """What is needed of a task; `TorchTask` says what each does."""
+
+    def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]: ...
+    def data_version(self, path: Path | None) -> object: ...
+
+
+class LocalData:
+    """Examples to `train` on and to score with (`held_out`, perhaps none of them), as batches."""
+
+    train: Batches
+    held_out: Batches
+
+    def __init__(self, task: DataTask, setup: TaskSetup, device: torch.device) -> None:
+        """Raises UsageError where there is no example at all, TaskError where `data()` gives something else."""
+        self._task = task
+        self._setup = setup
+        self._device = device
+        self._version: object = _UNREAD
+        self._read()
+        if not len(self.train) and not len(self.held_out):
+            raise UsageError(
+                f"{_named(task)}.data() gives no examples{self._place}, neither to train on nor to score"
+            )
+
+    def refresh(self) -> None:
+        """Read the data again if it has changed. Raises what `data()` raises, and tries again the next time."""
+        if self._task.data_version(self._setup.data) != self._version:
+            self._read()
+            log.info("data read again", train=len(self.train), held_out=len(self.held_out))
+
+    def labels(self) -> np.ndarray:
+        """Those of the training examples. Raises TaskError where targets are no labels."""
+        return labels_of(self._train)
+
+    def check_trainable(self) -> None:
+        """Raise UsageError unless there is something to train on."""
+        if not len(self.train):
+            raise UsageError(
+                f"there are no training examples{self._place}; "
+                "a device with held-out examples alone works with --role evaluator"
+            )
+
+    @property
+    def _place(self) -> str:
+        return "" if self._setup.data is None else f" in {self._setup.data}"
+
+    def _read(self) -> None:
+        # Taken before it is read: what changes meanwhile is read the next time. What was read before is let go
+        # first: a device may have no room for both.
+        version = self._task.data_version(self._setup.data)
+        self._version = _UNREAD
+        self.train = self.held_out = nothing = _Nothing()
+        self._train: Dataset[Any] = nothing
+        train, held_out = _data_of(self._task, self._setup.data)
+        _check_item(self._task, "to train on", train)
+        _check_item(self._task, "to score with", held_out)
+        self._train, held_out = _share(train, held_out, self._setup)
+        self.train, self.held_out = batches_of(self._train, self._device), batches_of(held_out, self._device)
+        self._version = version
+
+
+class _Nothing(Dataset[Any]):
+    """No examples."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: int) -> Any:
+        raise IndexError(index)
+
+    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """See `Batches`."""
+        raise IndexError
+
+
+def _named(task: DataTask) -> str:
+    return type(task).__name__
+
+
+def _data_of(task: DataTask, path: Path | None) -> tuple[Dataset[Any], Dataset[Any]]:
+    """What the task's own code gives. Raises TaskError where it is something else."""
+    found: Any = task.data(path)
+    if not isinstance(found, tuple | list) or len(found) != 2 or not _indexable(found[0]):
+        raise TaskError(
+            f"{_named(task)}.data() must return two data sets, one to train on and one to score with "
+            f"(or None), each with a length and items (input, target); it returned a {type(found).__name__}"
+        )
+    train, held_out = found
+    if held_out is not None and not _indexable(held_out):
+        raise TaskError(f"{_named(task)}.data(): what to score with must be a data set or None")
+    return train, _Nothing() if held_out is None else held_out
+
+
+def _indexable(found: object) -> bool:
+    return hasattr(found, "__len__") and hasattr(found, "__getitem__")
+
+
+def _check_item(task: DataTask, purpose: str, dataset: Dataset[Any]) -> None:
+    """Raise TaskError unless the first item is an input and a target that make a batch of two tensors."""
+    if not size_of(dataset):
+        return
+    item: Any = dataset[0]
+    wanted = f"{_named(task)}.data() must give items (input, target)"
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise TaskError(f"{wanted}; the first one {purpose} is {_described(item)}")
+    for name, value in zip(("input", "target"), item, strict=True):
+        if not _is_tensor(value):
+            found = f"the {name} of the first one {purpose} is {_described(value)}"
+            raise TaskError(f"{wanted}, each a tensor, array or number; {found}")
+
+
+def _is_tensor(value: Any) -> bool:
+    try:
+        return isinstance(default_collate([value]), Tensor)
+    except (TypeError, RuntimeError, ValueError):
+        return False
+
+
+def _described(item: Any) -> str:
+    """`a dict with 'input_ids', 'labels'`, `a tuple of 3`, `a str`."""
+    kind = f"a {type(item).__name__}"
+    if hasattr(item, "keys"):
+        return f"{kind} with {', '.join(repr(str(key)[:40]) for key in list(item.keys())[:5]) or 'nothing'}"
+    return f"{kind} of {len(item)}" if isinstance(item, tuple | list) else kind
+
+
+def _share(train: Dataset[Any], held_out: Dataset[Any], setup: TaskSetup) -> tuple[Dataset[Any], Dataset[Any]]:
+    """This worker's part of common data, where it was started with `--partition` and `--part`."""
+    if setup.partition is None or setup.part is None:
+        return train, held_out
+    partition, (index, parts) = parse_partition(setup.partition), parse_part(setup.part)
+
+    def part_of(dataset: Dataset[Any]) -> Dataset[Any]:
+        if not size_of(dataset):
+            return dataset
+        labels = labels_of(dataset) if partition.by_label else np.zeros(size_of(dataset), np.int64)
+        return subset_of(dataset, partition.split(labels, parts, setup.seed)[index])
+
+    return part_of(train), part_of(held_out)

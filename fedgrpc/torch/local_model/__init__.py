@@ -1,0 +1,1 @@
+"""Local models in PyTorch: slicing, pruning, clustering, quantization and number formats."""

@@ -1,0 +1,168 @@
+"""A device's local model C_i(w): the global weights w, or its slice of them, compressed as the plan says.
+
+The rule: what C_i changes of w is no part of the update, which is a difference to C_i(w). So the compression's
+error is never averaged into the global model, and what the device did not train it does not speak of.
+
+    pruned          0 where the mask is False, there and in every step; the mask covers the rest
+    clustered       all members of a cluster are equal, and step by the mean of their gradients
+    quantized       forward with quantized weights and inputs, backward straight through; training starts at
+                    the quantized weights, and moves on from them in full precision
+    small format    every operation's result rounded (emulated), or the whole module in torch's own type
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fedgrpc.submodels.plan import Arithmetic, CompressionPlan, matches
+from fedgrpc.torch.local_model.clustering import Clusters, cluster
+from fedgrpc.torch.local_model.emulate import Emulation, round_module
+from fedgrpc.torch.local_model.formats import FLOAT32, NumberFormat, parse_format
+from fedgrpc.torch.local_model.loss_scale import LossScale
+from fedgrpc.torch.local_model.pruning import keep_masks, prunable
+from fedgrpc.torch.local_model.quantization import quantized_activations, quantized_weights, straight_through
+
+
+class LocalModel:
+    """`module` turned, in place, into the local model of `plan`. The width is the module's own already."""
+
+    def __init__(self, module: nn.Module, plan: CompressionPlan, seed: int = 0) -> None:
+        self.module = module
+        self._plan = plan
+        self._seed = seed
+        self._format = _format_of(plan.arithmetic)
+        self.masks: dict[str, Tensor] = {}
+        self.clusters: dict[str, Clusters] = {}
+        self._parameters: dict[str, Tensor] = dict(module.named_parameters())
+        self._quantized: dict[str, Tensor] = {}
+        with torch.no_grad():
+            self._compress()
+
+    def _compress(self) -> None:
+        plan = self._plan
+        if plan.pruning is not None:
+            self.masks = keep_masks(self._parameters, plan.pruning)
+            for name, mask in self.masks.items():
+                self._parameters[name].mul_(mask)
+        if plan.clustering is not None:
+            for name, tensor in prunable(self._parameters, plan.clustering.layers).items():
+                kept = self.masks.get(name)
+                self.clusters[name] = clusters = cluster(tensor, plan.clustering.clusters, kept)
+                tensor.copy_(clusters.values if kept is None else clusters.values * kept)
+        if plan.quantization is not None and plan.quantization.weight_bits:
+            self._quantized = prunable(self._parameters, plan.quantization.layers)
+            for name, tensor in self._quantized.items():
+                tensor.copy_(self._on_grid(name, tensor))
+        if self.emulated:
+            round_module(self.module, self._format)
+        elif self._format.native is not None:
+            self.module.to(self._format.native)
+
+    @property
+    def emulated(self) -> bool:
+        """Whether the number format is one that arithmetic is rounded to, rather than torch's own."""
+        asked = self._plan.arithmetic
+        return asked is not None and (asked.emulated or asked.rounding != "nearest" or self._format.native is None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the module's float tensors, and of the inputs it takes."""
+        native = self._format.native
+        return self._format.carrier if self.emulated or native is None else native
+
+    def loss_scale(self) -> LossScale | None:
+        """A new one, where the plan asks for it. Raises `UsageError` for one that the format does not hold."""
+        asked = self._plan.arithmetic
+        if asked is None or (asked.loss_scale == 1 and not asked.dynamic_loss_scale):
+            return None
+        return LossScale(asked, self._format)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Outputs of the local model, as it is on the device."""
+        if inputs.is_floating_point():
+            with _disable_current_modes():
+                inputs = inputs.to(self.dtype)
+                if self.emulated:
+                    inputs = self._format.round(inputs)
+        if not self._quantized:
+            return self.module(inputs)  # type: ignore[no-any-return]
+        quantized = {
+            name: straight_through(tensor, self._on_grid(name, tensor)) for name, tensor in self._quantized.items()
+        }
+        return functional_call(self.module, quantized, (inputs,))  # type: ignore[no-any-return]
+
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """Outputs in float32 of the local model's own arithmetic, to be scored in the ordinary one."""
+        with self.arithmetic():
+            outputs: Tensor = self(inputs)
+        return outputs.float()
+
+    def _on_grid(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor's quantized weights; those of a cluster stay equal, which a scale per channel would undo."""
+        quantization = self._plan.quantization
+        assert quantization is not None
+        return quantized_weights(tensor, quantization.weight_bits, per_channel=name not in self.clusters)
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Within it, all that the model and its optimizer compute is of the local model's arithmetic."""
+        with ExitStack() as stack:
+            if self.emulated:
+                asked = self._plan.arithmetic
+                assert asked is not None
+                stack.enter_context(Emulation(self._format, asked.rounding, seed=self._seed))
+            for handle in (*self._gradient_hooks(), *self._input_hooks()):
+                stack.callback(handle.remove)
+            yield
+
+    def _gradient_hooks(self) -> Iterator[Any]:
+        for name, parameter in self._parameters.items():
+            if parameter.requires_grad and (name in self.masks or name in self.clusters):
+                hook = partial(self._project, name)
+                yield parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _project(self, name: str, parameter: Tensor) -> None:
+        """Keep of a gradient what the local model can follow. A small format could not count the members."""
+        if parameter.grad is not None:
+            with _disable_current_modes():
+                projected = self._projected(name, parameter.grad)
+                parameter.grad = self._format.round(projected) if self.emulated else projected
+
+    def _projected(self, name: str, values: Tensor) -> Tensor:
+        mask = self.masks.get(name)
+        if name in self.clusters:
+            return self.clusters[name].projected(values, mask)
+        return values if mask is None else values * mask
+
+    def _input_hooks(self) -> Iterator[Any]:
+        quantization = self._plan.quantization
+        if quantization is None or not quantization.activation_bits:
+            return
+        for name, layer in self.module.named_modules():
+            if isinstance(layer, nn.Linear | _ConvNd) and matches(f"{name}.weight", quantization.layers):
+                yield layer.register_forward_pre_hook(partial(_quantize_input, quantization.activation_bits))
+
+    def settle(self) -> None:
+        """After training: members of a cluster, which may differ in their last bit, are equal again."""
+        with torch.no_grad():
+            for name, clusters in self.clusters.items():
+                tensor = self._parameters[name]
+                tensor.copy_(clusters.equalized(tensor, self.masks.get(name)))
+
+
+def _quantize_input(bits: int, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    first, *rest = inputs
+    return straight_through(first, quantized_activations(first.detach(), bits)), *rest
+
+
+def _format_of(arithmetic: Arithmetic | None) -> NumberFormat:
+    return FLOAT32 if arithmetic is None else parse_format(arithmetic.format)

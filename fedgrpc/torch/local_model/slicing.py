@@ -1,0 +1,127 @@
+"""A module made narrower: its own class and code, with smaller tensors.
+
+The rule: the shapes decide. Whoever cuts the tensors (the aggregator, or `ChannelMap.select` here) says which
+channels are left; the module only has to take them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from fedgrpc.errors import LayoutError, UsageError
+from fedgrpc.submodels.channels import Axis, ChannelMap, Segment
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a module's state, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
+
+
+def resized(module: nn.Module, shapes: Shapes) -> nn.Module:
+    """A copy of `module` whose tensors have these shapes and no particular values; tied tensors stay tied.
+
+    Names that `shapes` leaves out keep their shape.
+
+    Raises:
+        UsageError: a tensor is not there, or would change its number of axes.
+    """
+    own = shapes_of(module)
+    for name, shape in shapes.items():
+        if name not in own:
+            raise UsageError(f"the model has no tensor {name!r} to resize")
+        if len(shape) != len(own[name]):
+            raise UsageError(f"tensor {name!r} has {len(own[name])} axes, not {len(shape)}")
+    empty: dict[int, Tensor] = {}
+    memo: dict[int, object] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        shape = tuple(shapes.get(name, own[name]))
+        if shape != own[name] and id(tensor) not in empty:
+            empty[id(tensor)] = _empty_like(tensor, shape)
+            memo[id(tensor)] = empty[id(tensor)]
+    narrow = copy.deepcopy(module, memo)
+    for each in narrow.modules():
+        _update_attributes(each)
+    return narrow
+
+
+def check_slice(channel_map: ChannelMap, whole: Shapes, shapes: Shapes) -> None:
+    """Raises LayoutError unless `shapes` are those of a sub-model of the model that has the shapes `whole`."""
+    kept: dict[int, int] = {}
+    for name, shape in shapes.items():
+        full = whole.get(name, ())
+        axes = channel_map.tensors.get(name, tuple((Segment(None, extent),) for extent in full))
+        if len(shape) != len(full) or any(map(partial(_misfit, channel_map, kept), axes, shape)):
+            raise LayoutError(
+                f"tensor {name!r} is {list(shape)} in the run; this worker's model has {list(full)}, "
+                "and no sub-model of it has that shape"
+            )
+
+
+def _misfit(channel_map: ChannelMap, kept: dict[int, int], axis: Axis, extent: int) -> bool:
+    """Whether so many elements are no slice of the axis. A group's first axis says how many channels it keeps."""
+    grouped = [segment for segment in axis if segment.group is not None]
+    if len(grouped) == 1 and grouped[0].group is not None:
+        others = sum(segment.repeat for segment in axis if segment.group is None)
+        kept.setdefault(grouped[0].group, (extent - others) // grouped[0].repeat)
+    return extent != sum(_elements(segment, channel_map, kept) for segment in axis)
+
+
+def _elements(segment: Segment, channel_map: ChannelMap, kept: Mapping[int, int]) -> int:
+    if segment.group is None:
+        return segment.repeat
+    group = channel_map.groups[segment.group]
+    count = kept.get(segment.group, group.channels)
+    fits = 0 < count <= group.channels and count % group.blocks == 0
+    return segment.repeat * (count if fits else -group.channels)
+
+
+def check_runs(narrow: nn.Module, example: Tensor, outputs: tuple[int, ...]) -> None:
+    """Score `example`; raises UsageError unless the outputs have the shape that the whole model's have."""
+    training = narrow.training
+    narrow.eval()
+    try:
+        with torch.no_grad():
+            shape = tuple(narrow(example).shape)
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"a narrower {type(narrow).__name__} does not run: {what}") from error
+    finally:
+        narrow.train(training)
+    if shape != outputs:
+        raise UsageError(f"a narrower {type(narrow).__name__} gives {shape}, the whole one {outputs}")
+
+
+def _empty_like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    values = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(values, requires_grad=tensor.requires_grad)
+    return values
+
+
+def _update_attributes(module: nn.Module) -> None:
+    """What torch's own layers remember of their tensors' shapes."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, _ConvNd) and not module.transposed:
+        if module.groups > 1 and module.groups == module.in_channels:
+            multiplier = module.out_channels // module.in_channels
+            module.groups = module.weight.shape[0] // multiplier
+        module.out_channels = module.weight.shape[0]
+        module.in_channels = module.weight.shape[1] * module.groups
+    elif isinstance(module, _BatchNorm) and module.running_mean is not None:
+        module.num_features = len(module.running_mean)
+    elif isinstance(module, nn.GroupNorm) and module.affine:
+        module.num_channels = len(module.weight)
+    elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape

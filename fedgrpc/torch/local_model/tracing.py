@@ -1,0 +1,78 @@
+"""Finds the channel groups of any `nn.Module` by watching one forward pass.
+
+The rule: what an operation does to channels is either known (`operations`) or the channels it touches are kept
+whole, and the reason is told. So a wrong sub-model is never built; at worst, a wider one than was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from fedgrpc.errors import UsageError
+from fedgrpc.torch.local_model.graph import OUTPUT, Channels, Graph
+from fedgrpc.torch.local_model.operations import ALIASES, HANDLERS
+
+
+def trace_channels(module: nn.Module, example: Tensor) -> Channels:
+    """Watch `module` score `example`, a batch of one or a few inputs.
+
+    Raises:
+        UsageError: the module cannot score the example.
+    """
+    graph = Graph(module)
+    with _evaluating(module), torch.no_grad():
+        try:
+            with _Watch(graph):
+                outputs = module(example)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise UsageError(f"the model cannot be traced: {error}") from error
+    for output in tree_leaves(outputs):
+        if isinstance(output, Tensor):
+            graph.freeze(graph.axes(output), OUTPUT)
+    return graph.channels()
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Any:
+    """Dropout does nothing and running statistics stay as they are."""
+    training = {each: each.training for each in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, was in training.items():
+            each.training = was
+
+
+class _Watch(TorchFunctionMode):
+    """Calls the handler of each function, by name; what has none freezes what goes in."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self._graph = graph
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func)).strip("_")
+        tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if not tensors:
+            return out
+        handler = HANDLERS.get(ALIASES.get(name, name))
+        if handler is None or not handler(self._graph, out, args, kwargs):
+            reason = f"{name}() is not understood, or not with these sizes"
+            for leaf in tree_leaves((args, dict(kwargs))):
+                if isinstance(leaf, Tensor):
+                    self._graph.freeze(self._graph.axes(leaf), reason)
+                    if self._graph.is_state(leaf):
+                        self._graph.keep_whole(leaf, reason)
+        return out

@@ -1,0 +1,324 @@
+"""Runs a `TorchTask` as a `Trainer`: one model kept in memory, trained from whatever weights it is given.
+
+The rule: on a CPU, equal weights, data and job give equal results, whatever ran before.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedgrpc.codec.layout import TensorRole
+from fedgrpc.errors import TaskError, TaskUnfit
+from fedgrpc.submodels.channels import ChannelMap
+from fedgrpc.submodels.plan import CompressionPlan
+from fedgrpc.torch.batches import Batches, choose_device
+from fedgrpc.torch.data import DataTask, LocalData
+from fedgrpc.torch.label_adjustment import LabelAdjustment
+from fedgrpc.torch.local import Compression, Widths
+from fedgrpc.torch.local_model.loss_scale import LossScale
+from fedgrpc.torch.local_model.nested import Nested
+from fedgrpc.torch.memory import TensorBytes
+from fedgrpc.torch.optimizer import Optimizer
+from fedgrpc.torch.weights import Names, named_tensors, prepare, tensor_roles, weights_of
+from fedgrpc.worker.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights
+
+_EVALUATION_BATCH = 512
+
+Forward = Callable[[Tensor], Tensor]
+
+
+class Task(DataTask, Protocol):
+    """What the trainer needs of a task; `TorchTask` says what each does."""
+
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    batch_size: int
+
+    def model(self) -> nn.Module: ...
+    def prepare(self, inputs: Tensor, training: bool) -> Tensor: ...
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor: ...
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]: ...
+    def optimizer(
+        self, parameters: Iterable[nn.Parameter], learning_rate: float, momentum: float, weight_decay: float
+    ) -> Optimizer: ...
+
+
+class TorchTrainer:
+    """See `fedgrpc.worker.trainer.Trainer`. One call at a time; others wait."""
+
+    def __init__(self, task: Task, setup: TaskSetup) -> None:
+        self._task = task
+        self._device = choose_device(setup.device)
+        self._lock = threading.Lock()
+        if setup.threads is not None:
+            torch.set_num_threads(setup.threads)
+        self._data = LocalData(task, setup, self._device)
+        with _seeded(self._device, setup.seed):
+            self._model = _model_of(task)
+        prepare(self._model)
+        self._names = Names.of(self._model)
+        self._roles = tensor_roles(self._model)
+        self._initial = weights_of(self._model)
+        self._model.to(self._device)
+        self._widths = Widths(self._model, self._example)
+
+    def initial_weights(self) -> Weights:
+        """The same on every worker that was given the same seed."""
+        return {name: array.copy() for name, array in self._initial.items()}
+
+    def roles(self) -> Mapping[str, TensorRole]:
+        """The roles of the model's buffers."""
+        return self._roles
+
+    def tied_names(self) -> Mapping[str, tuple[str, ...]]:
+        """The further names of tied weights."""
+        return self._names.tied
+
+    def channels(self) -> ChannelMap:
+        """The channel groups of the task's model, found by scoring an example. Raises UsageError."""
+        with self._lock, _seeded(self._device, 0):
+            return self._widths.channels.map
+
+    def kept_whole(self) -> list[tuple[list[str], str]]:
+        """Tensors that no width makes narrower, though they are not the output, together by reason."""
+        with self._lock, _seeded(self._device, 0):
+            return self._widths.channels.by_reason
+
+    def _loadable(self, weights: Weights) -> Weights:
+        """The weights by the model's own names. Raises TaskUnfit."""
+        self._check_shapes()
+        return self._names.to_own(weights)
+
+    def _check_shapes(self) -> None:
+        """Raise TaskUnfit for a model that is another one once it has run, as some observers are."""
+        for name, tensor in named_tensors(self._model).items():
+            first = self._initial[name].shape
+            if tuple(tensor.shape) != first:
+                raise TaskUnfit(
+                    f"the model's {name!r} is {list(first)} at first and {list(tensor.shape)} once it ran; let "
+                    "model() give it its last shape, such as by a first pass"
+                )
+
+    def _example(self) -> Tensor:
+        examples = self._data.train if len(self._data.train) else self._data.held_out
+        inputs, _ = examples.batch(np.arange(min(2, len(examples))))
+        return self._task.prepare(inputs, False)
+
+    def train(self, weights: Weights, job: TrainJob) -> TrainResult:
+        """Mini-batch training; with `proximal_mu` FedProx (arXiv 1812.06127).
+
+        Weights of a sub-model train a narrower model, and with `compression` its local model.
+        """
+        with self._lock, _seeded(self._device, job.seed, job.round):
+            self._data.refresh()
+            self._data.check_trainable()
+            own = self._loadable(weights)
+            module = self._widths.loaded(own)
+            if job.compression is not None:
+                result = self._train_local(module, own, job, job.compression)
+            else:
+                ran = self._run(job, module, module)
+                ran.check()
+                metrics = {"loss": ran.mean_loss}
+                result = TrainResult(
+                    weights_of(module), len(self._data.train), ran.steps, metrics, tensor_bytes=ran.tensor_bytes
+                )
+            self._check_shapes()
+        _check_finite(result.weights, own)
+        return self._names.to_given(result, weights)
+
+    def _train_local(self, module: nn.Module, given: Weights, job: TrainJob, plan: CompressionPlan) -> TrainResult:
+        compression = Compression(module, plan, given, job.seed)
+        local = compression.local
+        with local.arithmetic():
+            nested = self._widths.nested(local.module, plan.nested)
+            ran = self._run(job, local.module, local, nested, local.loss_scale())
+            ran.check()
+        metrics = {"loss": ran.mean_loss}
+        trained = compression.trained()
+        if len(self._data.held_out):
+            local.module.eval()
+            scores = _means(self._task, local.outputs, self._data.held_out)
+            metrics |= {f"local_{name}": value for name, value in scores.items()}
+        clustered = tuple(local.clusters)
+        start, masks = compression.start, compression.masks
+        return TrainResult(
+            trained, len(self._data.train), ran.steps, metrics, start, masks, clustered, ran.tensor_bytes
+        )
+
+    def _run(
+        self,
+        job: TrainJob,
+        model: nn.Module,
+        forward: Forward,
+        nested: Nested | None = None,
+        scaling: LossScale | None = None,
+    ) -> Ran:
+        task = self._task
+        model.train()
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        start = [parameter.detach().clone() for parameter in parameters] if job.proximal_mu else []
+        optimizer = _optimizer(task, parameters, job)
+        scaled = None if scaling is None else scaling.prepare(optimizer)
+        loss_of = self._loss(job)
+        lonely_batch_fails = len(self._data.train) > 1 and _has_batch_norm(model)
+        # Kept on the device: reading a loss each step would make the CPU wait for an accelerator. Summed at the
+        # end: a small number format could not hold the sum.
+        losses: list[Tensor] = []
+        examples: list[int] = []
+        steps = 0
+        memory = TensorBytes(parameters)
+        for indices in job.batches(len(self._data.train), task.batch_size):
+            steps += 1
+            if len(indices) == 1 and lonely_batch_fails:
+                continue
+            inputs, targets = self._data.train.batch(indices)
+            for parameter in parameters:
+                parameter.grad = None
+            prepared = task.prepare(inputs, True)
+            with memory.counting() if steps == 1 else nullcontext(), _naming_batch(prepared, targets):
+                loss = loss_of(forward(prepared), targets)
+                total = _with_nested(loss, nested, partial(loss_of, targets=targets), prepared)
+            if scaling is None or scaled is None:
+                total.backward()  # type: ignore[no-untyped-call]
+                _pull_back(parameters, start, job.proximal_mu)
+                optimizer.step()
+            else:
+                scaling.backward(total)
+                _pull_back(parameters, start, job.proximal_mu * scaling.scale)
+                scaling.step(scaled, parameters)
+            losses.append(loss.detach())
+            examples.append(len(indices))
+        first_loss = float(losses[0]) if losses else 0.0
+        return Ran(_mean_loss(losses, examples), steps, memory.total, first_loss)
+
+    def _loss(self, job: TrainJob) -> Callable[..., Tensor]:
+        """The loss of outputs and targets that is trained; see `LabelAdjustment`."""
+        if not job.label_adjustment:
+            return self._task.loss
+        adjusted = LabelAdjustment(self._data.labels(), job.label_adjustment)
+        return lambda outputs, targets: self._task.loss(adjusted(outputs), targets)
+
+    def evaluate(self, weights: Weights) -> EvalResult | None:
+        """Means over the held-out examples of `loss` and the task's metrics."""
+        with self._lock, _seeded(self._device, 0):
+            self._data.refresh()
+            if not len(self._data.held_out):
+                return None
+            module = self._widths.loaded(self._loadable(weights)).eval()
+            metrics = _means(self._task, module, self._data.held_out)
+            return EvalResult(len(self._data.held_out), metrics)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What training came to; `tensor_bytes` of its first step."""
+
+    mean_loss: float
+    steps: int
+    tensor_bytes: int
+    first_loss: float
+
+    def check(self) -> None:
+        """Raise TaskError where there was nothing to learn from in the first place."""
+        if math.isnan(self.first_loss):
+            raise TaskError("the loss of the very first batch is NaN: look at the inputs and at loss()")
+
+
+def _mean_loss(losses: list[Tensor], examples: list[int]) -> float:
+    """Mean over the examples of the batches' mean losses; 0 where there were none."""
+    values = np.array(torch.stack(losses).tolist()) if losses else np.zeros(0)
+    return float(values @ np.array(examples, np.float64) / max(1, sum(examples)))
+
+
+@torch.no_grad()
+def _means(task: Task, model: Forward, held_out: Batches) -> dict[str, float]:
+    sums: dict[str, Tensor] = {}
+    for start in range(0, len(held_out), _EVALUATION_BATCH):
+        indices = np.arange(start, min(start + _EVALUATION_BATCH, len(held_out)))
+        inputs, targets = held_out.batch(indices)
+        prepared = task.prepare(inputs, False)
+        with _naming_batch(prepared, targets):
+            outputs = model(prepared)
+            means = {"loss": task.loss(outputs, targets), **task.metrics(outputs, targets)}
+        for name, mean in means.items():
+            sums[name] = sums.get(name, torch.zeros((), device=outputs.device)) + mean * len(indices)
+    return {name: float(total) / len(held_out) for name, total in sums.items()}
+
+
+def _model_of(task: Task) -> nn.Module:
+    model: Any = task.model()
+    if not isinstance(model, nn.Module):
+        raise TaskError(
+            f"{type(task).__name__}.model() must return a torch.nn.Module, not a {type(model).__name__}"
+        )
+    return model
+
+
+def _optimizer(task: Task, parameters: list[nn.Parameter], job: TrainJob) -> Optimizer:
+    learning_rate = task.learning_rate if job.learning_rate is None else job.learning_rate
+    momentum = task.momentum if job.momentum is None else job.momentum
+    weight_decay = task.weight_decay if job.weight_decay is None else job.weight_decay
+    return task.optimizer(parameters, learning_rate, momentum, weight_decay)
+
+
+def _pull_back(parameters: list[nn.Parameter], start: list[Tensor], mu: float) -> None:
+    """Add the gradient of mu/2 ||w - w_start||^2; there is no start where mu is 0."""
+    for parameter, origin in zip(parameters, start, strict=bool(mu)):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - origin, alpha=mu)
+
+
+def _with_nested(
+    loss: Tensor, nested: Nested | None, loss_of: Callable[[Tensor], Tensor], inputs: Tensor
+) -> Tensor:
+    """The sum of the model's own loss and those of the narrower ones in it."""
+    if nested is None:
+        return loss
+    return torch.stack([loss, *nested.losses(loss_of, inputs.to(loss.dtype))]).sum()
+
+
+@contextmanager
+def _seeded(device: torch.device, *seed: int) -> Iterator[None]:
+    """Within it torch's random numbers follow from the seed; after it they go on as if nothing had been."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        yield
+
+
+@contextmanager
+def _naming_batch(inputs: Tensor, targets: Tensor) -> Iterator[None]:
+    """Note on an exception what the model and the loss were given: inside of torch nothing else tells."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"inputs {_described(inputs)}, targets {_described(targets)}")
+        raise
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def _check_finite(weights: Weights, given: Weights) -> None:
+    """What training has not changed may be infinite, as a mask is, or a statistic that is not measured yet."""
+    for name, array in weights.items():
+        if array.dtype.kind in "iub" or np.isfinite(array.astype(np.float32, copy=False)).all():
+            continue
+        if not np.array_equal(array, given[name], equal_nan=True):
+            raise TaskError(f"training diverged: {name!r} is not finite; lower the learning rate")
