@@ -24,7 +24,7 @@ COPY fedgrpc fedgrpc
 RUN python3 -m venv --system-site-packages --without-pip /opt/fedgrpc \
     && grep -vE '^(torch|numpy|scipy|setuptools)==' constraints.txt > pins.txt \
     && python3 -m pip --python /opt/fedgrpc/bin/python install --constraint pins.txt . safetensors \
-    && /opt/fedgrpc/bin/python -c 'import torch, numpy, fedgrpc.worker.run; torch.from_numpy(numpy.zeros(1))' \
+    && /opt/fedgrpc/bin/python -c 'import torch, numpy, fedgrpc.worker.process; torch.from_numpy(numpy.zeros(1))' \
     && rm -rf /build/* \
     && useradd --uid 10001 --user-group --groups video --no-create-home --home-dir /var/lib/fedgrpc fedgrpc \
     && install -d -o fedgrpc -g fedgrpc -m 0750 /var/lib/fedgrpc

@@ -19,7 +19,7 @@ from fedgrpc.cli.quantities import DURATION, SIZE
 from fedgrpc.cli.tls import FILE, server_tls, tls_settings
 from fedgrpc.cli.upstream import UPSTREAM, above_from
 from fedgrpc.errors import UsageError
-from fedgrpc.hierarchy.run import run_leaf
+from fedgrpc.hierarchy.process import run_leaf
 from fedgrpc.metrics import Metrics, serve_metrics
 from fedgrpc.process import keep_private
 from fedgrpc.rounds.policy import RoundPolicy

@@ -24,8 +24,8 @@ from fedgrpc.errors import UsageError
 from fedgrpc.process import keep_private
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.rpc.retry import Backoff
-from fedgrpc.worker.profile import DeviceProfile
-from fedgrpc.worker.run import run_worker
+from fedgrpc.worker.device import DeviceProfile
+from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Registration, Role
 from fedgrpc.worker.threads import use_threads

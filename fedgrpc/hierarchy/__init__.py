@@ -1,6 +1,6 @@
 """An aggregator below another one: a worker to the one above, an aggregator to its own workers.
 
-    above   run       the process: one link up, and below it one aggregator for the run above
+    above   process   the process: one link up, and below it one aggregator for the run above
       |     scoring   a second link up, while there are evaluators below
       |     loop      takes tasks from above, as any worker does, and sends what the round below made of them
       |     desk      where a task from above meets the round that carries it out

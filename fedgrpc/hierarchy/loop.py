@@ -13,14 +13,14 @@ from fedgrpc.hierarchy.branch import Branches
 from fedgrpc.hierarchy.desk import Order
 from fedgrpc.hierarchy.mean import sending
 from fedgrpc.v1 import aggregator_pb2
-from fedgrpc.worker.board import Activity, Board
 from fedgrpc.worker.client import AggregatorClient, Polled
 from fedgrpc.worker.controls import Controls
-from fedgrpc.worker.held import ModelFolder
+from fedgrpc.worker.device import DeviceProfile, detect
 from fedgrpc.worker.loop import Loop
-from fedgrpc.worker.profile import DeviceProfile, detect
+from fedgrpc.worker.model_store import ModelFolder
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Spool, SpooledUpdate
+from fedgrpc.worker.status import Activity, Board
 from fedgrpc.worker.task import Registration, Task, TaskKind
 from fedgrpc.worker.trainer import Trainer
 from fedgrpc.worker.training import Began

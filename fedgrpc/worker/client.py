@@ -26,9 +26,9 @@ from fedgrpc.rpc.identity import Session
 from fedgrpc.rpc.lane import Lane
 from fedgrpc.rpc.status import MAX_RETRY_AFTER_S, domain_errors
 from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, tensor_pb2
-from fedgrpc.worker.held import HeldModel, ModelFolder, Source
+from fedgrpc.worker.device import DeviceProfile
+from fedgrpc.worker.model_store import HeldModel, ModelFolder, Source
 from fedgrpc.worker.partial import PartialModel
-from fedgrpc.worker.profile import DeviceProfile
 from fedgrpc.worker.task import Phase, Registration, Role, Task, registration_from_proto, task_from_proto
 from fedgrpc.worker.throttle import Pacer, Throttle
 

@@ -25,10 +25,10 @@ from fedgrpc.errors import (
 )
 from fedgrpc.protocol.records import Timings
 from fedgrpc.protocol.tensors import manifest_from_proto
-from fedgrpc.worker.board import Activity, Board
 from fedgrpc.worker.client import AggregatorClient, Pushed
 from fedgrpc.worker.concurrency import Interrupted, unless
 from fedgrpc.worker.spool import Spool, SpooledUpdate
+from fedgrpc.worker.status import Activity, Board
 from fedgrpc.worker.task import task_from_proto
 
 _TRIES: Final = 3

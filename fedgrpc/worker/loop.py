@@ -32,16 +32,16 @@ from fedgrpc.rpc.diagnosis import explain
 from fedgrpc.rpc.retry import Backoff, Retries, with_retries
 from fedgrpc.storage.files import storage_errors
 from fedgrpc.v1 import aggregator_pb2
-from fedgrpc.worker.board import Activity, Board
 from fedgrpc.worker.client import AggregatorClient, Polled
 from fedgrpc.worker.concurrency import Interrupted, in_thread, unless
 from fedgrpc.worker.controls import Controls
 from fedgrpc.worker.delivery import Delivery, worth_retrying
-from fedgrpc.worker.held import HeldModel, ModelFolder, Source
+from fedgrpc.worker.device import DeviceProfile
+from fedgrpc.worker.model_store import HeldModel, ModelFolder, Source
 from fedgrpc.worker.personal import keeping, restored
-from fedgrpc.worker.profile import DeviceProfile
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Spool, SpooledUpdate
+from fedgrpc.worker.status import Activity, Board
 from fedgrpc.worker.task import Registration, Task, TaskKind
 from fedgrpc.worker.trainer import Cancelled, Trainer, Weights
 from fedgrpc.worker.training import (

@@ -14,8 +14,8 @@ from fedgrpc.errors import NotFound, WrongOffset
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.rpc.framing import frame
 from fedgrpc.v1 import aggregator_pb2, worker_pb2, worker_pb2_grpc
-from fedgrpc.worker.board import Board
-from fedgrpc.worker.held import ModelFolder
+from fedgrpc.worker.model_store import ModelFolder
+from fedgrpc.worker.status import Board
 
 
 class Steering(Protocol):

@@ -13,7 +13,7 @@ from fedgrpc.errors import UsageError
 from fedgrpc.rpc.address import Address, dialled
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.rpc.retry import Backoff
-from fedgrpc.worker.profile import DeviceProfile
+from fedgrpc.worker.device import DeviceProfile
 from fedgrpc.worker.task import Role
 from fedgrpc.worker.throttle import Throttle
 

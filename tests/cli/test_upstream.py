@@ -12,7 +12,7 @@ from fedgrpc.aggregator.settings import AggregatorSettings, Target, TrainingPlan
 from fedgrpc.cli import aggregator
 from fedgrpc.cli.upstream import above_from
 from fedgrpc.errors import UsageError
-from fedgrpc.hierarchy.run import Leaf
+from fedgrpc.hierarchy.process import Leaf
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Role

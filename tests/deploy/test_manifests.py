@@ -15,7 +15,7 @@ from fedgrpc.cli import aggregator, worker
 from fedgrpc.cli.main import load_command
 from fedgrpc.cli.options import SettingsCommand
 from fedgrpc.cli.upstream import above_from
-from fedgrpc.hierarchy.run import Leaf
+from fedgrpc.hierarchy.process import Leaf
 from fedgrpc.rpc.server import AGGREGATOR, WORKER
 from tests.deploy.manifests import (
     K8S,

@@ -12,7 +12,7 @@ from fedgrpc.errors import UsageError
 from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.worker.client import AggregatorClient
-from fedgrpc.worker.held import ModelFolder, Source
+from fedgrpc.worker.model_store import ModelFolder, Source
 from fedgrpc.worker.trainer import TrainResult
 from tests.support.running_federation import PATIENCE_S, Shifter, aggregating, working
 

@@ -9,7 +9,7 @@ import threading
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
-from fedgrpc.worker.run import Worker
+from fedgrpc.worker.process import Worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Role
 from tests.support.running_federation import Shifter, aggregating

@@ -26,7 +26,7 @@ from fedgrpc.submodels.plan import (
 )
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
-from fedgrpc.worker.run import run_worker
+from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.trainer import EvalResult, TrainJob, TrainResult, Weights
 from tests.support.running_federation import aggregating, refused

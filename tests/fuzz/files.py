@@ -41,7 +41,7 @@ from fedgrpc.storage.model_file import ModelFile, ModelTensors, write_model
 from fedgrpc.storage.residual_file import read_residual, write_residual
 from fedgrpc.submodels.plan import CompressionPlan, PlanTable
 from fedgrpc.v1 import aggregator_pb2, round_pb2
-from fedgrpc.worker.held import ModelFolder, Source
+from fedgrpc.worker.model_store import ModelFolder, Source
 from fedgrpc.worker.spool import Spool
 from tests.fuzz.mutate import made, mutated, spoiled_document
 from tests.fuzz.registry import target

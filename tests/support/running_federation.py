@@ -28,7 +28,7 @@ from fedgrpc.rpc.client_stream import ClientStream
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, device_pb2, round_pb2, tensor_pb2
-from fedgrpc.worker.run import run_worker
+from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.trainer import EvalResult, TrainResult
 from fedgrpc.worker.training import ALL_PARTS

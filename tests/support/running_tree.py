@@ -3,7 +3,7 @@
 import asyncio
 from contextlib import asynccontextmanager
 
-from fedgrpc.hierarchy.run import Leaf
+from fedgrpc.hierarchy.process import Leaf
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.v1 import aggregator_pb2_grpc

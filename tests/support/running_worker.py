@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import numpy as np
 
 from fedgrpc.rpc.retry import Backoff
-from fedgrpc.worker.run import run_worker
+from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.trainer import Cancelled, EvalResult, TrainResult
 from tests.support.fake_aggregator import PATIENCE_S, model, serving

@@ -16,7 +16,7 @@ from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.framing import parse
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.worker.client import AggregatorClient
-from fedgrpc.worker.profile import detect
+from fedgrpc.worker.device import detect
 from fedgrpc.worker.task import Role
 from tests.support.running_federation import PATIENCE_S, aggregating, encoded
 

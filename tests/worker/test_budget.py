@@ -10,7 +10,7 @@ from fedgrpc.codec.recipe import Recipe
 from fedgrpc.protocol.durations import duration_to_proto
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.worker.budget import budget_bytes
-from fedgrpc.worker.run import run_worker
+from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import task_from_proto
 from fedgrpc.worker.trainer import TrainResult

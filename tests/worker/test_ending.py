@@ -15,7 +15,7 @@ import pytest
 from fedgrpc.errors import (
     UsageError,
 )
-from fedgrpc.worker.run import Worker, run_worker
+from fedgrpc.worker.process import Worker, run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from tests.support.fake_aggregator import PATIENCE_S, SOON_S, Peer, model, serving, train_task
 from tests.support.running_worker import Adds, run, running, settings, spooled
@@ -168,7 +168,7 @@ def test_a_wrong_setting_is_a_usage_error(tmp_path, bad):
 SCRIPT = """
 import asyncio, sys
 from pathlib import Path
-from fedgrpc.worker.run import run_worker
+from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.throttle import Throttle
 from tests.support.running_worker import Adds

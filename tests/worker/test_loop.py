@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedgrpc.v1 import round_pb2
-from fedgrpc.worker.run import Worker, run_worker
+from fedgrpc.worker.process import Worker, run_worker
 from fedgrpc.worker.throttle import Throttle
 from fedgrpc.worker.trainer import TrainResult
 from tests.support.fake_aggregator import PATIENCE_S, Peer, model, serving, train_task

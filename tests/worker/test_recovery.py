@@ -27,7 +27,7 @@ from fedgrpc.errors import (
 )
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.v1.aggregator_pb2 import ModelHeader, PullModelResponse
-from fedgrpc.worker.run import Worker, run_worker
+from fedgrpc.worker.process import Worker, run_worker
 from fedgrpc.worker.throttle import Throttle
 from fedgrpc.worker.trainer import TrainResult
 from tests.support.fake_aggregator import PATIENCE_S, SOON_S, Peer, model, serving, train_task

@@ -14,7 +14,7 @@ from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.server import WORKER
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import round_pb2, worker_pb2, worker_pb2_grpc
-from fedgrpc.worker.run import Worker
+from fedgrpc.worker.process import Worker
 from tests.support.fake_aggregator import PATIENCE_S, SOON_S, Peer, model, serving, train_task
 from tests.support.running_worker import Adds, settings
 

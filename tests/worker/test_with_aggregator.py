@@ -13,7 +13,7 @@ from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, round_pb2
-from fedgrpc.worker.run import run_worker
+from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Role
 from fedgrpc.worker.trainer import EvalResult, TrainResult

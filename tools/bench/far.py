@@ -52,8 +52,8 @@ async def _exchange(port: int, width: int, folder: Path) -> tuple[float, float]:
     from fedgrpc.rpc.channel import open_channel
     from fedgrpc.v1.aggregator_pb2 import UpdateHeader
     from fedgrpc.worker.client import AggregatorClient
-    from fedgrpc.worker.held import ModelFolder, Source
-    from fedgrpc.worker.profile import detect
+    from fedgrpc.worker.device import detect
+    from fedgrpc.worker.model_store import ModelFolder, Source
     from fedgrpc.worker.task import Role
 
     out = io.BytesIO()

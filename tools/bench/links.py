@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 from fedgrpc.aggregator.server import Aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.worker.run import Worker
+from fedgrpc.worker.process import Worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.trainer import EvalResult, TrainResult
 from tools.bench.transport.lossy import Lossy, Quality

@@ -48,7 +48,7 @@ from fedgrpc.tasks.fashion_mnist import FashionMnist
 from fedgrpc.torch.batches import labels_of, subset_of
 from fedgrpc.torch.trainer import TorchTrainer
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, TASK_PHASE_ACCEPTED
-from fedgrpc.worker.run import Worker
+from fedgrpc.worker.process import Worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights
 

@@ -99,7 +99,7 @@ def lead(pipe: Any, port: int, workers: int, folder: Path, settings: Mapping[str
 async def _lead(pipe: Any, port: int, workers: int, folder: Path, settings: Mapping[str, Any]) -> Usage:
     from fedgrpc import logging
     from fedgrpc.aggregator.settings import AggregatorSettings
-    from fedgrpc.hierarchy.run import Leaf
+    from fedgrpc.hierarchy.process import Leaf
     from fedgrpc.rounds.policy import RoundPolicy
     from fedgrpc.worker.settings import WorkerSettings
     from fedgrpc.worker.task import Role

@@ -92,7 +92,7 @@ def work(pipe: Connection, port: int, number: int, width: int, folder: Path) -> 
 
 
 async def take_part(port: int, number: int, folder: Path, width: int | None = None) -> Usage:
-    from fedgrpc.worker.run import run_worker
+    from fedgrpc.worker.process import run_worker
     from fedgrpc.worker.settings import WorkerSettings
 
     trainer = _NoiseTrainer(number)

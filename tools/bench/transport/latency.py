@@ -142,7 +142,7 @@ async def _upload(pipe: Connection, port: int, number: int, width: int, updates:
 
 
 async def _register(client: Any) -> None:
-    from fedgrpc.worker.profile import detect
+    from fedgrpc.worker.device import detect
     from fedgrpc.worker.task import Role
 
     await client.register(detect(), Role.TRAINER)

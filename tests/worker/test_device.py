@@ -7,7 +7,7 @@ import pytest
 
 from fedgrpc.errors import UsageError
 from fedgrpc.v1 import device_pb2
-from fedgrpc.worker.profile import DeviceProfile, detect, device_class_of
+from fedgrpc.worker.device import DeviceProfile, detect, device_class_of
 
 
 def machine(root, files):
@@ -97,7 +97,7 @@ def test_every_field_travels():
 
 def test_neither_the_worker_nor_its_profile_import_torch():
     code = (
-        "import sys, fedgrpc.worker.run as run; run.detect();"
+        "import sys, fedgrpc.worker.process as run; run.detect();"
         "sys.exit(sum(name == 'torch' or name.startswith('torch.') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -17,15 +17,15 @@ from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.identity import Session
 from fedgrpc.rpc.server import WORKER, RunningServer, serve, worker_service
 from fedgrpc.storage.folder import folder_id, hold_folder
-from fedgrpc.worker.board import Activity, Board, Status
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.controls import Controls
-from fedgrpc.worker.held import ModelFolder
+from fedgrpc.worker.device import DeviceProfile, detect, usable_memory_bytes
 from fedgrpc.worker.loop import Loop
-from fedgrpc.worker.profile import DeviceProfile, detect, usable_memory_bytes
+from fedgrpc.worker.model_store import ModelFolder
 from fedgrpc.worker.service import WorkerService
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Spool
+from fedgrpc.worker.status import Activity, Board, Status
 from fedgrpc.worker.task import Registration
 from fedgrpc.worker.trainer import Trainer
 

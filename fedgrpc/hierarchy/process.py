@@ -20,10 +20,10 @@ from fedgrpc.process import told_to_end
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.identity import Session
 from fedgrpc.storage.folder import folder_id, hold_folder
-from fedgrpc.worker.board import Board, Status
 from fedgrpc.worker.client import AggregatorClient
-from fedgrpc.worker.run import IN_USE
+from fedgrpc.worker.process import IN_USE
 from fedgrpc.worker.settings import WorkerSettings
+from fedgrpc.worker.status import Board, Status
 
 _DECIDED_ABOVE: Final = (
     *("run_name", "rounds", "plan", "initial_model", "target", "evaluate", "seed"),

@@ -21,7 +21,7 @@ from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import CorruptError, LayoutError, StorageError, TooLargeError
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.v1.aggregator_pb2 import ModelHeader
-from fedgrpc.worker.held import ModelFolder, Source
+from fedgrpc.worker.model_store import ModelFolder, Source
 
 
 def model(version):
@@ -206,7 +206,7 @@ def test_a_download_begins_although_a_full_disk_has_stopped_one_before(tmp_path,
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedgrpc.worker.held.begin", fail)
+        patch.setattr("fedgrpc.worker.model_store.begin", fail)
         for _ in range(2):
             with pytest.raises(StorageError, match="No space left"):
                 pulled(folder, 1, "raw")

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from fedgrpc.protocol.records import Timings, timings_to_proto
 from fedgrpc.v1 import round_pb2, worker_pb2
-from fedgrpc.worker.profile import DeviceProfile
+from fedgrpc.worker.device import DeviceProfile
 from fedgrpc.worker.task import Phase, TaskKind
 
 _MIN_INTERVAL_S: Final = 0.25
