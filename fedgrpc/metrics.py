@@ -28,6 +28,7 @@ from prometheus_client import (
 from fedgrpc import __version__, claims
 from fedgrpc.errors import UsageError
 from fedgrpc.process import keep_from_children
+from fedgrpc.rounds.events import LossCause
 from fedgrpc.rpc.address import Address
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskPhase, TaskRecord
 
@@ -46,8 +47,6 @@ _OUTCOMES: Final = {
     TaskPhase.TASK_PHASE_LATE: "late",
 }
 _LOCAL: Final = "local_"
-# How the reason of a task that was lost begins.
-_SLOW: Final = ("no-show", "slow download", "slow training", "slow upload")
 
 
 class Metrics:
@@ -110,8 +109,8 @@ class Metrics:
         for outcome in _OUTCOMES.values():
             self.tasks.labels(outcome)
             self.task_endings.labels(outcome)
-        for slow in _SLOW:
-            self.task_endings.labels(slow)
+        for cause in LossCause:
+            self.task_endings.labels(cause.label)
 
     def observe_round(self, record: Round) -> None:
         """Count a round that has ended, once: its outcome, tasks, bytes and times."""
@@ -126,8 +125,8 @@ class Metrics:
             self.payload_bytes.labels("upload").inc(task.upload_bytes)
             if task.phase in _OUTCOMES:
                 self.tasks.labels(_OUTCOMES[task.phase]).inc()
-                slow = task.reason.partition(":")[0]
-                self.task_endings.labels(slow if slow in _SLOW else _OUTCOMES[task.phase]).inc()
+                ending = LossCause(task.loss_cause).label if task.loss_cause else _OUTCOMES[task.phase]
+                self.task_endings.labels(ending).inc()
             if task.phase == TaskPhase.TASK_PHASE_ACCEPTED:
                 for phase in ("download", "local", "upload", "global"):
                     seconds = getattr(task.timings, f"{phase}_seconds")

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "simulation": {"errors", "rounds"},
     "process": set(),
     "logging": {"errors"},
-    "metrics": {"errors", "claims", "v1", "rpc", "process"},
+    "metrics": {"errors", "claims", "rounds", "v1", "rpc", "process"},
     "protocol": {*CORE, "v1"},
     "rpc": {"errors", "claims", "codec", "v1", "protocol", "process"},
     "storage": {*CORE, "v1", "protocol", "process"},

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedgrpc.aggregator.report import CurrentRound
-from fedgrpc.rounds.events import Cancel, TaskPhase
+from fedgrpc.rounds.events import Cancel, LossCause, TaskPhase
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.state import Round, RoundPhase, Task, follow
 from fedgrpc.storage.database import TaskRow
@@ -74,5 +74,5 @@ def ending_here(current: CurrentRound, now: float) -> list[Dropped]:
 def _dropped(current: CurrentRound, token: str, task: Task, reason: str, now: float) -> Dropped:
     """An expired one may have been on its way back; one that is final stays what it is."""
     if not task.phase.final:
-        task = task.ended(TaskPhase.LATE, reason, now)
+        task = task.lost(TaskPhase.LATE, LossCause.LATE, reason, now)
     return Dropped(token, current.state.number, task)

@@ -398,7 +398,9 @@ class Driver:
     async def _drop(self, dropped: list[Dropped]) -> None:
         it = self._it
         histories = histories_of(dropped, it.fleet)
-        rows = [(each.token, each.round, each.task.phase, each.task.reason) for each in dropped]
+        rows = [
+            (each.token, each.round, each.task.phase, each.task.reason, each.task.loss_cause) for each in dropped
+        ]
         await it.in_database(it.store.drop_tasks, rows, histories)
         it.fleet.remember(histories)
         for each in dropped:

@@ -18,7 +18,6 @@ from fedgrpc.rounds.history import (
     WorkerHistory,
     cut_download,
     cut_upload,
-    ending,
     expected_parts,
     timing_of,
     timing_of_accepted,
@@ -67,7 +66,7 @@ def histories_of(dropped: Iterable[Dropped], fleet: Fleet) -> dict[str, WorkerHi
 
 def remember(history: WorkerHistory, task: Task, report: Report | None, most_s: float) -> WorkerHistory:
     """The history with a task of training that has ended."""
-    history = history.ended(ending(task))
+    history = history.ended(task.loss_cause)
     if task.phase is TaskPhase.ACCEPTED and report is not None:
         timings = report.timings
         said = Timing(timings.download_s, timings.local_s, timings.upload_s)
@@ -100,4 +99,4 @@ def tell_history(worker: Worker, record: aggregator_pb2.WorkerRecord) -> None:
     if worker.history.timings:
         expected = device_pb2.Timings(download_seconds=download_s, local_seconds=local_s, upload_seconds=upload_s)
         record.expected_timings.CopyFrom(expected)
-    record.endings.update(Counter(worker.history.endings))
+    record.endings.update(Counter(cause.label for cause in worker.history.endings))

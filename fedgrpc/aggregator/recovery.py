@@ -30,7 +30,7 @@ from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.raw import as_bool
 from fedgrpc.errors import CorruptError, LayoutError, StorageError, UnusableUpdate, UsageError
 from fedgrpc.protocol.durations import duration_from_proto
-from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rounds.events import LossCause, TaskPhase
 from fedgrpc.rounds.policy import TaskKind as TaskKinds
 from fedgrpc.rounds.state import StoredTask, restore
 from fedgrpc.rounds.version import Version
@@ -267,7 +267,7 @@ class Recovery:
             except UnusableUpdate as error:
                 reason = claims.REASON.cleaned(str(error))
                 log.warning("update left out", round=row.round, worker=row.worker, reason=reason)
-                row = replace(row, phase=TaskPhase.REJECTED, reason=reason)
+                row = replace(row, phase=TaskPhase.REJECTED, reason=reason, loss_cause=LossCause.REFUSED)
             else:
                 if report is not None:
                     reports[row.token] = report
@@ -299,7 +299,8 @@ class Recovery:
             report = reports.get(row.token)
             phase = row.phase if report is None else TaskPhase.ACCEPTED
             weight = 1.0 if report is None else weighing.weight_of(kind, row.worker, report, here)
-            yield StoredTask(row.token, row.worker, phase, row.reason, row.staleness, weight, row.chosen)
+            cause = row.loss_cause if report is None else LossCause.NONE
+            yield StoredTask(row.token, row.worker, phase, row.reason, row.staleness, weight, row.chosen, cause)
 
     async def _tell_unknown_updates(self) -> None:
         """Accepted updates that no task is known of: the database is of an older time than they are."""

@@ -23,7 +23,15 @@ from fedgrpc.rounds.policy import Dominance, dominant
 from fedgrpc.rounds.state import Round, Task, time_left
 from fedgrpc.storage.database import TaskRow
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
-from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, Prediction, RoundPhase, TaskKind, TaskPhase, TaskRecord
+from fedgrpc.v1.round_pb2 import (
+    TASK_KIND_TRAIN,
+    LossCause,
+    Prediction,
+    RoundPhase,
+    TaskKind,
+    TaskPhase,
+    TaskRecord,
+)
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 _PLAIN = LocalTask()
@@ -154,6 +162,7 @@ class CurrentRound:
                 task.staleness,
                 task.chosen,
                 self.local_task(token).to_bytes(),
+                task.loss_cause,
             )
             for token, task in state.tasks.items()
         ]
@@ -202,6 +211,7 @@ class CurrentRound:
             kind=self.kind,
             phase=TaskPhase.Name(task.phase.value),
             reason=task.reason,
+            loss_cause=LossCause.Name(task.loss_cause.value),
             progress=task.fraction,
             device_class=self.device_classes.get(task.worker, ""),
             staleness=task.staleness,

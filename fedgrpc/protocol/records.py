@@ -17,6 +17,7 @@ from fedgrpc import claims
 from fedgrpc.errors import LayoutError
 from fedgrpc.protocol.plans import compression_from_proto
 from fedgrpc.rounds.best import Jump
+from fedgrpc.rounds.events import LossCause
 from fedgrpc.rounds.history import KEPT, LinkRates, Timing, WorkerHistory
 from fedgrpc.rounds.version import Version
 from fedgrpc.submodels.cost import (
@@ -172,7 +173,7 @@ def history_to_bytes(history: WorkerHistory) -> bytes:
         selected_in=history.selected_in,
         loss=history.loss,
         example_count=history.example_count,
-        endings=history.endings,
+        endings=[round_pb2.LossCause.Name(cause.value) for cause in history.endings],
         uplink_bytes_per_second=history.uplink.samples,
         downlink_bytes_per_second=history.downlink.samples,
     )
@@ -199,10 +200,15 @@ def history_from_bytes(kept: bytes, selected: int, accepted: int) -> WorkerHisto
         selected_in=claims.NUMBER.clamped(message.selected_in),
         loss=claims.SCORE.clamped(message.loss) if message.HasField("loss") else None,
         example_count=claims.EXAMPLES.clamped(message.example_count),
-        endings=tuple(map(claims.LABEL.cleaned, message.endings[-KEPT:])),
+        endings=tuple(map(_ending, message.endings[-KEPT:])),
         uplink=up,
         downlink=down,
     )
+
+
+def _ending(number: int) -> LossCause:
+    """Return the cause of that number; `LATE` for one that this version does not know."""
+    return LossCause(number) if number in {cause.value for cause in LossCause} else LossCause.LATE
 
 
 def _timing(message: round_pb2.PastTiming) -> Timing:

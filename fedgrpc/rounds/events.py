@@ -36,6 +36,41 @@ class TaskPhase(Enum):
         return not self.open and self is not TaskPhase.EXPIRED
 
 
+class LossCause(Enum):
+    """How a task was lost. The numbers are those of `fedgrpc.v1.LossCause`, and stored."""
+
+    # It is worked on, or its update was accepted.
+    NONE = 0
+    # Its worker never came for it.
+    NO_SHOW = 1
+    SLOW_DOWNLOAD = 2
+    SLOW_TRAINING = 3
+    SLOW_UPLOAD = 4
+    # The update was refused.
+    REFUSED = 5
+    # The worker failed at it, has left or has forgotten it.
+    GIVEN_BACK = 6
+    # Its round ended without a result, or no further round takes the update.
+    LATE = 7
+
+    @property
+    def label(self) -> str:
+        """Return how a task with this cause ended, in a word or two for metrics and operators."""
+        return _ENDINGS[self]
+
+
+_ENDINGS = {
+    LossCause.NONE: "accepted",
+    LossCause.NO_SHOW: "no-show",
+    LossCause.SLOW_DOWNLOAD: "slow download",
+    LossCause.SLOW_TRAINING: "slow training",
+    LossCause.SLOW_UPLOAD: "slow upload",
+    LossCause.REFUSED: "rejected",
+    LossCause.GIVEN_BACK: "failed",
+    LossCause.LATE: "late",
+}
+
+
 class AbandonCause(Enum):
     """Why a round was abandoned."""
 
@@ -161,18 +196,23 @@ class Offer:
 
 @dataclass(frozen=True)
 class Cancel:
-    """The task has lost its slot. A final one is over; an expired one may still come back with news."""
+    """The task has lost its slot. A final one is over; an expired one may still come back with an event."""
 
     token: str
     reason: str
+    cause: LossCause
 
 
 @dataclass(frozen=True)
 class CarryOver:
-    """The task outlives the round: it is to be kept as one of the next round, which `follow` opens."""
+    """The task outlives the round: it is to be kept as one of the next round, which `follow` opens.
+
+    `cause` is why this round has no use for it; `NONE`: it is accepted.
+    """
 
     token: str
     reason: str
+    cause: LossCause = LossCause.NONE
 
 
 @dataclass(frozen=True)

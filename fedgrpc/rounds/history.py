@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedgrpc import claims
-from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rounds.events import LossCause, TaskPhase
 from fedgrpc.rounds.round import Round
-from fedgrpc.rounds.task import SLOW, Task
+from fedgrpc.rounds.task import Task
 
 KEPT = 16
 # A part that was cut short took longer than was seen; how much longer nobody knows.
@@ -92,12 +92,6 @@ def timing_of_accepted(task: Task, said: Timing, most_s: float) -> Timing:
     return Timing(download_s, local_s, upload_s)
 
 
-def ending(task: Task) -> str:
-    """How a task ended: "accepted", "rejected", "failed", or what it was too slow in."""
-    slow = task.reason.partition(":")[0]
-    return slow if slow in SLOW.values() else task.phase.name.lower()
-
-
 @dataclass(frozen=True)
 class LinkRates:
     """One direction of one worker's link: bytes a second of its last informative transfers, newest last.
@@ -142,7 +136,7 @@ class WorkerHistory:
     selected_in: int = 0
     loss: float | None = None
     example_count: int = 0
-    endings: tuple[str, ...] = ()
+    endings: tuple[LossCause, ...] = ()
     uplink: LinkRates = NO_RATES
     downlink: LinkRates = NO_RATES
 
@@ -150,9 +144,9 @@ class WorkerHistory:
         """After it was given a task."""
         return replace(self, selected=self.selected + 1, selected_in=round_number)
 
-    def ended(self, how: str) -> WorkerHistory:
-        """After a task, however it ended."""
-        return replace(self, endings=(*self.endings, how)[-KEPT:])
+    def ended(self, cause: LossCause) -> WorkerHistory:
+        """Return the history after a task that was lost for `cause`; `NONE`: it was accepted."""
+        return replace(self, endings=(*self.endings, cause)[-KEPT:])
 
     def timed(self, timing: Timing) -> WorkerHistory:
         """After a task of which it is known how long it took."""

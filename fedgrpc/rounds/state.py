@@ -27,6 +27,7 @@ from fedgrpc.rounds.events import (
     Committed,
     Event,
     Failed,
+    LossCause,
     Progress,
     Rejected,
     Selected,
@@ -102,7 +103,7 @@ def follow(previous: Round, number: int, policy: RoundPolicy, now: float) -> Ste
         if task.phase in (TaskPhase.REJECTED, TaskPhase.FAILED):
             continue
         if task.phase is not TaskPhase.ACCEPTED and (policy.late != "carry" or staleness > policy.max_staleness):
-            effects.append(Cancel(token, f"the update would be {staleness} versions behind"))
+            effects.append(Cancel(token, f"the update would be {staleness} versions behind", LossCause.LATE))
         else:
             kept[token] = replace(task, slot=len(kept), staleness=staleness, carried=True)
     return Round(number, policy, now, tasks=Tasks(kept)), tuple(effects)
@@ -118,6 +119,7 @@ class StoredTask(NamedTuple):
     staleness: int = 0
     weight: float = 1.0
     chosen: str = ""
+    loss_cause: LossCause = LossCause.NONE
 
 
 def restore(
@@ -148,6 +150,7 @@ def restore(
             now + policy.lease_s,
             stored.phase,
             reason=stored.reason,
+            loss_cause=stored.loss_cause,
             weight=stored.weight,
             staleness=stored.staleness,
             chosen=stored.chosen,

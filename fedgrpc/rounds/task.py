@@ -11,14 +11,15 @@ from itertools import chain
 from types import MappingProxyType
 
 from fedgrpc.errors import IllegalTransition, RoundClosed
-from fedgrpc.rounds.events import Accepted, Failed, Progress, Rejected, TaskPhase
+from fedgrpc.rounds.events import Accepted, Failed, LossCause, Progress, Rejected, TaskPhase
 
-SLOW: Mapping[TaskPhase, str] = MappingProxyType(
+# How a task is lost whose time runs out in a phase.
+SLOW: Mapping[TaskPhase, LossCause] = MappingProxyType(
     {
-        TaskPhase.OFFERED: "no-show",
-        TaskPhase.DOWNLOADING: "slow download",
-        TaskPhase.TRAINING: "slow training",
-        TaskPhase.UPLOADING: "slow upload",
+        TaskPhase.OFFERED: LossCause.NO_SHOW,
+        TaskPhase.DOWNLOADING: LossCause.SLOW_DOWNLOAD,
+        TaskPhase.TRAINING: LossCause.SLOW_TRAINING,
+        TaskPhase.UPLOADING: LossCause.SLOW_UPLOAD,
     }
 )
 # How many tasks one chunk of `Tasks` has: a change copies a chunk.
@@ -82,6 +83,7 @@ class Task:
     phase: TaskPhase = TaskPhase.OFFERED
     fraction: float = 0.0
     reason: str = ""
+    loss_cause: LossCause = LossCause.NONE
     weight: float = 1.0
     staleness: int = 0
     chosen: str = ""
@@ -101,22 +103,27 @@ class Task:
         """When it first came to each phase, with this one."""
         return self.entered if phase in self.entered else MappingProxyType({**self.entered, phase: now})
 
-    def ended(self, phase: TaskPhase, reason: str, now: float) -> Task:
-        """This task, lost."""
-        return replace(self, phase=phase, reason=reason, entered=self.entering(phase, now))
+    def lost(self, phase: TaskPhase, cause: LossCause, reason: str, now: float) -> Task:
+        """Return this task, lost; `reason` is for people."""
+        return replace(self, phase=phase, loss_cause=cause, reason=reason, entered=self.entering(phase, now))
+
+    def timed_out(self, phase: TaskPhase, why: str, now: float) -> Task:
+        """Return this open task, lost since it took too long in its present phase."""
+        cause = SLOW[self.phase]
+        return self.lost(phase, cause, f"{cause.label}: {why}", now)
 
     def expired(self, lease_s: float, now: float) -> Task:
         """This task, without its slot if its lease ran out."""
         if not self.phase.open or now < self.lease_until:
             return self
-        return self.ended(TaskPhase.EXPIRED, f"{SLOW[self.phase]}: not heard of for {lease_s:g} s", now)
+        return self.timed_out(TaskPhase.EXPIRED, f"not heard of for {lease_s:g} s", now)
 
     def too_slow(self, deadline_at: float | None, window_s: float, now: float) -> Task:
         """This task, without its slot if it is an upload that cannot make it."""
         if self.pace is None or deadline_at is None or not self.pace.cannot_finish(deadline_at, window_s, now):
             return self
         due = f"{self.pace.total - self.pace.held} bytes are due in {max(0.0, deadline_at - now):.3g} s"
-        return self.ended(TaskPhase.EXPIRED, f"slow upload: {due}", now)
+        return self.timed_out(TaskPhase.EXPIRED, due, now)
 
 
 def apply_event(
@@ -137,8 +144,8 @@ def apply_event(
     if task.phase.final:
         return task
     if isinstance(news, Rejected):
-        return task.ended(TaskPhase.REJECTED, news.reason, now)
-    return replace(task.ended(TaskPhase.FAILED, news.reason, now), gone=news.gone)
+        return task.lost(TaskPhase.REJECTED, LossCause.REFUSED, news.reason, now)
+    return replace(task.lost(TaskPhase.FAILED, LossCause.GIVEN_BACK, news.reason, now), gone=news.gone)
 
 
 def _progress(task: Task, news: Progress, deadline_at: float | None, lease_s: float, now: float) -> Task:
@@ -153,6 +160,7 @@ def _progress(task: Task, news: Progress, deadline_at: float | None, lease_s: fl
         fraction=news.fraction,
         lease_until=now + lease_s,
         reason="",
+        loss_cause=LossCause.NONE,
         begun=task.begun or news.phase is not TaskPhase.OFFERED,
         pace=_pace(task, news, lease_s, now),
     )
@@ -176,7 +184,15 @@ def _accepted(task: Task, news: Accepted, now: float) -> Task:
         raise RoundClosed(f"the task is {task.phase.name.lower()}: {task.reason}")
     phase = TaskPhase.ACCEPTED
     entered = task.entering(phase, now)
-    return replace(task, phase=phase, entered=entered, fraction=1.0, reason="", weight=news.weight)
+    return replace(
+        task,
+        phase=phase,
+        entered=entered,
+        fraction=1.0,
+        reason="",
+        loss_cause=LossCause.NONE,
+        weight=news.weight,
+    )
 
 
 class Tasks(Mapping[str, Task]):

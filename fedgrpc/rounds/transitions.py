@@ -17,6 +17,7 @@ from fedgrpc.rounds.events import (
     Effect,
     Failed,
     Finished,
+    LossCause,
     Offer,
     Progress,
     Rejected,
@@ -27,7 +28,7 @@ from fedgrpc.rounds.events import (
     WorkersAvailable,
 )
 from fedgrpc.rounds.round import NO_TASKS, Round, RoundPhase, Step, abandon_cause
-from fedgrpc.rounds.task import SLOW, Task, apply_event
+from fedgrpc.rounds.task import Task, apply_event
 
 
 def on_workers_available(round_: Round, event: WorkersAvailable, now: float) -> Step:
@@ -181,7 +182,7 @@ def report(round_: Round, event: TaskEvent, now: float) -> Step:
         return round_, ()
     round_ = round_.with_tasks({event.token: after})
     if before.phase.open and after.phase is TaskPhase.EXPIRED:
-        return round_, (Cancel(event.token, after.reason),)
+        return round_, (Cancel(event.token, after.reason, after.loss_cause),)
     if after.phase is TaskPhase.ACCEPTED and round_.phase is RoundPhase.REPORTING:
         return _judge(round_, now)
     return round_, ()
@@ -211,7 +212,8 @@ def expire(round_: Round, now: float) -> Step:
         for token, task in round_.tasks.items()
         if task.phase.open and now >= task.lease_until
     }
-    return round_.with_tasks(expired), tuple(Cancel(token, task.reason) for token, task in expired.items())
+    effects = (Cancel(token, task.reason, task.loss_cause) for token, task in expired.items())
+    return round_.with_tasks(expired), tuple(effects)
 
 
 def _judge(round_: Round, now: float) -> Step:
@@ -246,7 +248,7 @@ def commit(round_: Round, event: Committed, now: float) -> Step:
 def abort(round_: Round, event: Abort, now: float) -> Step:
     """Nothing of the round is wanted, and nothing of it goes on."""
     ended = {
-        token: task.ended(TaskPhase.LATE, event.reason, now)
+        token: task.lost(TaskPhase.LATE, LossCause.LATE, event.reason, now)
         for token, task in round_.tasks.items()
         if not task.phase.final
     }
@@ -254,7 +256,7 @@ def abort(round_: Round, event: Abort, now: float) -> Step:
     end = Finished(committed=False, reason=event.reason)
     round_ = replace(round_.with_tasks(ended), phase=RoundPhase.ABANDONED, carried=NO_TASKS)
     round_ = replace(round_, reason=event.reason, cause=event.cause)
-    return round_, (*(Cancel(token, event.reason) for token in tokens), end)
+    return round_, (*(Cancel(token, event.reason, LossCause.LATE) for token in tokens), end)
 
 
 def leave_out(round_: Round, event: Rejected, now: float) -> Step:
@@ -262,7 +264,8 @@ def leave_out(round_: Round, event: Rejected, now: float) -> Step:
     task = round_.find(event.token)
     if task.phase is not TaskPhase.ACCEPTED:
         raise RoundClosed(f"round {round_.number} takes no more updates: it is committing")
-    round_ = round_.with_tasks({event.token: task.ended(TaskPhase.REJECTED, event.reason, now)})
+    refused = task.lost(TaskPhase.REJECTED, LossCause.REFUSED, event.reason, now)
+    round_ = round_.with_tasks({event.token: refused})
     if round_.accepted_count >= round_.policy.quorum:
         return round_, (Commit(round_.accepted),)
     return _finish_without(round_, f"{_counted(round_)}: {event.reason}", AbandonCause.FAILED)
@@ -280,14 +283,19 @@ def _end_open(round_: Round, why: str, now: float, staler: int) -> Step:
     for token, task in round_.tasks.items():
         if _carries_over(round_, task, staler):
             carried[token] = task
-            reason = task.reason or f"{SLOW[task.phase]}: {why}"
-            late[token] = task.ended(TaskPhase.LATE, f"{reason}; carried into the next round", now)
-            effects.append(CarryOver(token, late[token].reason))
+            late[token] = ended = _carried_late(task, why, now)
+            effects.append(CarryOver(token, ended.reason, ended.loss_cause))
         elif task.phase.open:
-            late[token] = task.ended(TaskPhase.LATE, f"{SLOW[task.phase]}: {why}", now)
-            effects.append(Cancel(token, why))
+            late[token] = ended = task.timed_out(TaskPhase.LATE, why, now)
+            effects.append(Cancel(token, why, ended.loss_cause))
     round_ = replace(round_.with_tasks(late), carried=MappingProxyType({**round_.carried, **carried}))
     return round_, tuple(effects)
+
+
+def _carried_late(task: Task, why: str, now: float) -> Task:
+    """Return the task as its round leaves it: one that has expired keeps the cause of that."""
+    late = task.timed_out(TaskPhase.LATE, why, now) if task.phase.open else task
+    return late.lost(TaskPhase.LATE, late.loss_cause, f"{late.reason}; carried into the next round", now)
 
 
 def _carries_over(round_: Round, task: Task, staler: int) -> bool:

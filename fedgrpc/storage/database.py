@@ -31,7 +31,7 @@ from fedgrpc.protocol.records import (
     version_to_proto,
 )
 from fedgrpc.rounds.best import Jump
-from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rounds.events import LossCause, TaskPhase
 from fedgrpc.rounds.history import Histories, WorkerHistory
 from fedgrpc.rounds.version import Version
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest, RunPhase
@@ -64,8 +64,9 @@ _ADDED_TO_TASKS = {
     "staleness": "INTEGER NOT NULL DEFAULT 0",
     "chosen": "TEXT NOT NULL DEFAULT ''",
     "local_model": "BLOB NOT NULL DEFAULT x''",
+    "loss_cause": "INTEGER NOT NULL DEFAULT 0",
 }
-_TASK_COLUMNS = "token, round, slot, worker, phase, reason, staleness, chosen, local_model"
+_TASK_COLUMNS = "token, round, slot, worker, phase, reason, staleness, chosen, local_model, loss_cause"
 _KEEP_TASKS_OF_ROUNDS = 8
 # Tokens name files.
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -84,6 +85,7 @@ class TaskRow:
     staleness: int = 0
     chosen: str = ""
     local_model: bytes = b""
+    loss_cause: LossCause = LossCause.NONE
 
 
 @dataclass(frozen=True)
@@ -257,12 +259,17 @@ class RunStore:
         if version is not None:
             self._checkpoint()
 
-    def drop_tasks(self, dropped: Iterable[tuple[str, int, TaskPhase, str]], histories: Histories) -> None:
-        """No further round takes these: (token, round it was of, phase, reason)."""
+    def drop_tasks(
+        self, dropped: Iterable[tuple[str, int, TaskPhase, str, LossCause]], histories: Histories
+    ) -> None:
+        """No further round takes these: (token, round it was of, phase, reason, cause)."""
         with self._transaction():
             self._db.executemany(
-                "UPDATE tasks SET round = ?, phase = ?, reason = ? WHERE token = ?",
-                ((number, phase.value, reason, token) for token, number, phase, reason in dropped),
+                "UPDATE tasks SET round = ?, phase = ?, reason = ?, loss_cause = ? WHERE token = ?",
+                (
+                    (number, phase.value, reason, cause.value, token)
+                    for token, number, phase, reason, cause in dropped
+                ),
             )
             self._save_histories(histories)
 
@@ -369,9 +376,12 @@ class RunStore:
 
     def _save_tasks(self, tasks: Iterable[TaskRow]) -> None:
         self._db.executemany(
-            f"INSERT OR REPLACE INTO tasks ({_TASK_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT OR REPLACE INTO tasks ({_TASK_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                (t.token, t.round, t.slot, t.worker, t.phase.value, t.reason, t.staleness, t.chosen, t.local_model)
+                (
+                    *(t.token, t.round, t.slot, t.worker, t.phase.value, t.reason, t.staleness, t.chosen),
+                    *(t.local_model, t.loss_cause.value),
+                )
                 for t in tasks
             ),
         )
@@ -433,10 +443,13 @@ def _add(scores: MutableMapping[str, float], new: Mapping[str, float]) -> None:
 
 
 def _task_row(row: tuple) -> TaskRow:  # type: ignore[type-arg]
-    token, number, slot, worker, phase, *rest = row
+    token, number, slot, worker, phase, reason, staleness, chosen, local_model, cause = row
     if not _TOKEN.fullmatch(token):
         raise ValueError(f"a task has the token {token[:64]!r}")
-    return TaskRow(token, number, slot, worker, TaskPhase(phase), *rest)
+    return TaskRow(
+        *(token, number, slot, worker, TaskPhase(phase)),
+        *(reason, staleness, chosen, local_model, LossCause(cause)),
+    )
 
 
 @contextmanager

@@ -42,6 +42,17 @@ class TaskPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TASK_PHASE_EXPIRED: _ClassVar[TaskPhase]
     TASK_PHASE_LATE: _ClassVar[TaskPhase]
 
+class LossCause(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LOSS_CAUSE_UNSPECIFIED: _ClassVar[LossCause]
+    LOSS_CAUSE_NO_SHOW: _ClassVar[LossCause]
+    LOSS_CAUSE_SLOW_DOWNLOAD: _ClassVar[LossCause]
+    LOSS_CAUSE_SLOW_TRAINING: _ClassVar[LossCause]
+    LOSS_CAUSE_SLOW_UPLOAD: _ClassVar[LossCause]
+    LOSS_CAUSE_REFUSED: _ClassVar[LossCause]
+    LOSS_CAUSE_GIVEN_BACK: _ClassVar[LossCause]
+    LOSS_CAUSE_LATE: _ClassVar[LossCause]
+
 class Jump(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     JUMP_UNSPECIFIED: _ClassVar[Jump]
@@ -67,6 +78,14 @@ TASK_PHASE_REJECTED: TaskPhase
 TASK_PHASE_FAILED: TaskPhase
 TASK_PHASE_EXPIRED: TaskPhase
 TASK_PHASE_LATE: TaskPhase
+LOSS_CAUSE_UNSPECIFIED: LossCause
+LOSS_CAUSE_NO_SHOW: LossCause
+LOSS_CAUSE_SLOW_DOWNLOAD: LossCause
+LOSS_CAUSE_SLOW_TRAINING: LossCause
+LOSS_CAUSE_SLOW_UPLOAD: LossCause
+LOSS_CAUSE_REFUSED: LossCause
+LOSS_CAUSE_GIVEN_BACK: LossCause
+LOSS_CAUSE_LATE: LossCause
 JUMP_UNSPECIFIED: Jump
 JUMP_NORM: Jump
 JUMP_SCORES: Jump
@@ -206,7 +225,7 @@ class Arithmetic(_message.Message):
     def __init__(self, format: _Optional[str] = ..., stochastic_rounding: _Optional[bool] = ..., emulated: _Optional[bool] = ..., loss_scale: _Optional[float] = ..., dynamic_loss_scale: _Optional[bool] = ...) -> None: ...
 
 class TaskRecord(_message.Message):
-    __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes", "local_model", "merged_updates", "steps", "staleness", "scale", "chosen", "prediction", "tensor_bytes", "download_recipe", "upload_recipe", "evaluation_metrics", "unchanged")
+    __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes", "local_model", "merged_updates", "steps", "staleness", "scale", "chosen", "prediction", "tensor_bytes", "download_recipe", "upload_recipe", "evaluation_metrics", "unchanged", "loss_cause")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -246,6 +265,7 @@ class TaskRecord(_message.Message):
     UPLOAD_RECIPE_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_METRICS_FIELD_NUMBER: _ClassVar[int]
     UNCHANGED_FIELD_NUMBER: _ClassVar[int]
+    LOSS_CAUSE_FIELD_NUMBER: _ClassVar[int]
     worker: str
     kind: TaskKind
     phase: TaskPhase
@@ -271,7 +291,8 @@ class TaskRecord(_message.Message):
     upload_recipe: str
     evaluation_metrics: _containers.ScalarMap[str, float]
     unchanged: bool
-    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., phase: _Optional[_Union[TaskPhase, str]] = ..., reason: _Optional[str] = ..., example_count: _Optional[int] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., progress: _Optional[float] = ..., device_class: _Optional[str] = ..., peak_memory_bytes: _Optional[int] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., merged_updates: _Optional[int] = ..., steps: _Optional[int] = ..., staleness: _Optional[int] = ..., scale: _Optional[float] = ..., chosen: _Optional[str] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ..., tensor_bytes: _Optional[int] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., evaluation_metrics: _Optional[_Mapping[str, float]] = ..., unchanged: _Optional[bool] = ...) -> None: ...
+    loss_cause: LossCause
+    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., phase: _Optional[_Union[TaskPhase, str]] = ..., reason: _Optional[str] = ..., example_count: _Optional[int] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., progress: _Optional[float] = ..., device_class: _Optional[str] = ..., peak_memory_bytes: _Optional[int] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., merged_updates: _Optional[int] = ..., steps: _Optional[int] = ..., staleness: _Optional[int] = ..., scale: _Optional[float] = ..., chosen: _Optional[str] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ..., tensor_bytes: _Optional[int] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., evaluation_metrics: _Optional[_Mapping[str, float]] = ..., unchanged: _Optional[bool] = ..., loss_cause: _Optional[_Union[LossCause, str]] = ...) -> None: ...
 
 class Prediction(_message.Message):
     __slots__ = ("download_seconds", "local_seconds", "upload_seconds", "peak_memory_bytes", "reason")
@@ -300,10 +321,10 @@ class WorkerHistory(_message.Message):
     selected_in: int
     loss: float
     example_count: int
-    endings: _containers.RepeatedScalarFieldContainer[str]
+    endings: _containers.RepeatedScalarFieldContainer[LossCause]
     uplink_bytes_per_second: _containers.RepeatedScalarFieldContainer[float]
     downlink_bytes_per_second: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, timings: _Optional[_Iterable[_Union[PastTiming, _Mapping]]] = ..., selected_in: _Optional[int] = ..., loss: _Optional[float] = ..., example_count: _Optional[int] = ..., endings: _Optional[_Iterable[str]] = ..., uplink_bytes_per_second: _Optional[_Iterable[float]] = ..., downlink_bytes_per_second: _Optional[_Iterable[float]] = ...) -> None: ...
+    def __init__(self, timings: _Optional[_Iterable[_Union[PastTiming, _Mapping]]] = ..., selected_in: _Optional[int] = ..., loss: _Optional[float] = ..., example_count: _Optional[int] = ..., endings: _Optional[_Iterable[_Union[LossCause, str]]] = ..., uplink_bytes_per_second: _Optional[_Iterable[float]] = ..., downlink_bytes_per_second: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class PastTiming(_message.Message):
     __slots__ = ("download_seconds", "local_seconds", "upload_seconds", "cut")

@@ -4,6 +4,7 @@ import asyncio
 
 from prometheus_client import generate_latest
 
+from fedgrpc.rounds.events import LossCause
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
@@ -89,6 +90,7 @@ async def test_each_worker_is_remembered_by_how_its_tasks_ended_and_what_it_was_
         for name, task in tasks_of(await running.round()).items():
             slow = expected[name] if name not in ("quick", "broken", "wrong") else ""
             assert task.reason.startswith(slow)
+            assert LossCause(task.loss_cause).label == expected[name]
             assert bool(task.reason) == (name != "quick")
 
 

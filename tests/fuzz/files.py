@@ -33,7 +33,7 @@ from fedgrpc.datasets.shares import load_share, save_share
 from fedgrpc.errors import UsageError
 from fedgrpc.hierarchy.mean import MeanFile
 from fedgrpc.protocol.tensors import manifest_to_proto
-from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rounds.events import LossCause, TaskPhase
 from fedgrpc.rounds.history import Timing, WorkerHistory
 from fedgrpc.simulation.fleet import Fleet
 from fedgrpc.storage.database import RunStore, TaskRow
@@ -339,7 +339,9 @@ def _database() -> bytes:
         record = round_pb2.Round(number=3, phase=2, base_version=2, kind=1)
         record.tasks.add(worker="pi-1", example_count=5, metrics={"loss": 0.5})
         tasks = [TaskRow(f"token{slot}", 3, slot, "pi-1", TaskPhase.TRAINING, "why") for slot in range(3)]
-        history = WorkerHistory(timings=(Timing(1.0, 2.0, None, cut=True),), loss=0.25, endings=("accepted",))
+        history = WorkerHistory(
+            timings=(Timing(1.0, 2.0, None, cut=True),), loss=0.25, endings=(LossCause.NONE, LossCause.SLOW_UPLOAD)
+        )
         store.save_open_round(record, 2, 9.0, tasks, {"pi-1": history})
         store.close()
         return path.read_bytes()

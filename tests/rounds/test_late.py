@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fedgrpc.errors import RoundClosed, UsageError
-from fedgrpc.rounds.events import Accepted, Cancel, CarryOver, Select, Selected, TaskPhase, Tick
+from fedgrpc.rounds.events import Accepted, Cancel, CarryOver, LossCause, Select, Selected, TaskPhase, Tick
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.state import RoundPhase, follow, restore, step, wake_at
 from tests.support.round_scenario import Effects, Scenario, cancelled, committed_tokens, finished
@@ -66,6 +66,7 @@ def test_a_late_task_that_has_begun_is_carried_and_a_no_show_is_not() -> None:
     assert (_carried(effects), cancelled(effects)) == ({"b"}, {"c"})
     assert committed_tokens(effects) == ("a",)
     assert it.phase("b") is TaskPhase.LATE
+    assert it.loss_cause("b") is LossCause.SLOW_TRAINING
     assert it.reason("b") == "slow training: deadline of 10 s passed; carried into the next round"
     assert it.round.find("b").phase is TaskPhase.TRAINING
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedgrpc.errors import IllegalTransition, RoundClosed, UnknownTask
-from fedgrpc.rounds.events import Offer, Select, TaskPhase, Tick
+from fedgrpc.rounds.events import LossCause, Offer, Select, TaskPhase, Tick
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.state import RoundPhase, restore, step, time_left, wake_at
 from tests.support.round_scenario import Scenario, cancelled, committed_tokens, finished
@@ -34,7 +34,9 @@ def test_a_round_ends_at_its_deadline_with_whoever_has_reported() -> None:
     effects = it.wait(10.0)
     assert committed_tokens(effects) == ("a",)
     assert cancelled(effects) == {"b", "c"}
+    assert it.loss_cause("b") is LossCause.SLOW_DOWNLOAD
     assert it.reason("b") == "slow download: deadline of 10 s passed"
+    assert it.loss_cause("c") is LossCause.NO_SHOW
     assert it.reason("c") == "no-show: deadline of 10 s passed"
 
 
@@ -100,6 +102,7 @@ def test_a_lease_that_is_not_extended_frees_its_slot() -> None:
     it.progress("b")
     assert it.wait(1.0)
     assert (it.phase("a"), it.reason("a")) == (TaskPhase.EXPIRED, "no-show: not heard of for 30 s")
+    assert it.loss_cause("a") is LossCause.NO_SHOW
     assert it.phase("b") is TaskPhase.TRAINING
     assert it.round.open_count == 1
 

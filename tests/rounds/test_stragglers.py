@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedgrpc.rounds.events import Accepted, Deadline, Progress, Select, Selected, TaskPhase
+from fedgrpc.rounds.events import Accepted, Deadline, LossCause, Progress, Select, Selected, TaskPhase
 from fedgrpc.rounds.policy import RoundPolicy
 from tests.support.round_scenario import Effects, Scenario, cancelled, committed_tokens, finished
 
@@ -84,6 +84,7 @@ def test_a_trickling_upload_gives_up_its_slot_when_it_cannot_make_it() -> None:
     assert cancelled(_trickle(it, "b", 1000, seconds=600.0)) == {"b"}
     assert it.now == 130.0
     assert it.phase("b") is TaskPhase.EXPIRED
+    assert it.loss_cause("b") is LossCause.SLOW_UPLOAD
     assert it.reason("b") == "slow upload: 104851600 bytes are due in 570 s"
     assert it.pool("c", live_count=3) == (Select(1, frozenset("ab")),)
 

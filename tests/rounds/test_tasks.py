@@ -3,8 +3,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgrpc.rounds.events import TaskPhase
-from fedgrpc.rounds.task import Task, Tasks
+from fedgrpc.rounds.events import Failed, LossCause, Progress, TaskPhase
+from fedgrpc.rounds.task import Task, Tasks, apply_event
 
 TOKENS = st.integers(0, 80).map(str)
 TASKS = st.builds(
@@ -43,3 +43,16 @@ def test_counts_are_those_of_going_through_all(first: dict[str, Task], changed: 
         assert tasks.count([phase], stale=False) == fresh
         assert tasks.count([phase], stale=True) == sum(task.phase is phase for task in tasks.values())
     assert tasks.count(TaskPhase, stale=True) == len(tasks)
+
+
+def test_a_worker_cannot_say_what_its_task_was_lost_for() -> None:
+    task = Task.offered("a", 0, 30.0, "", 0.0)
+    given_back = apply_event(task, Failed("token", "slow upload: of the parcel"), None, 30.0, 1.0)
+    assert given_back.loss_cause is LossCause.GIVEN_BACK
+
+
+def test_a_task_that_comes_back_is_lost_for_nothing_any_more() -> None:
+    expired = Task.offered("a", 0, 30.0, "", 0.0).expired(30.0, 30.0)
+    assert (expired.phase, expired.loss_cause) == (TaskPhase.EXPIRED, LossCause.NO_SHOW)
+    back = apply_event(expired, Progress("token", TaskPhase.DOWNLOADING), None, 30.0, 31.0)
+    assert (back.loss_cause, back.reason) == (LossCause.NONE, "")

@@ -5,7 +5,7 @@ import sqlite3
 import pytest
 
 from fedgrpc.errors import StorageError
-from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rounds.events import LossCause, TaskPhase
 from fedgrpc.rounds.history import Timing, WorkerHistory
 from fedgrpc.rounds.version import Version
 from fedgrpc.storage.database import RunStore, TaskRow
@@ -70,7 +70,7 @@ def test_what_a_worker_was_like_is_remembered(tmp_path, store):
     chosen = {name: WorkerHistory().chosen(1) for name in ("w0", "w1")}
     store.save_open_round(Round(number=1), 1, 0.0, rows(1, TaskPhase.OFFERED), chosen)
     timings = (Timing(1.0, 0.0, 2.5), Timing(1.5, 3.0, None, cut=True), Timing())
-    known = WorkerHistory(timings, 1, 1, 1, loss=0.0, example_count=9, endings=("accepted", "no-show"))
+    known = WorkerHistory(timings, 1, 1, 1, loss=0.0, example_count=9, endings=(LossCause.NONE, LossCause.NO_SHOW))
     store.finish_round(committed(1, 1), rows(1, TaskPhase.ACCEPTED), {"w0": known}, None)
     again = reopened(tmp_path, store)
     assert {registration.worker: history for registration, history in again.workers()} == {
@@ -81,7 +81,7 @@ def test_what_a_worker_was_like_is_remembered(tmp_path, store):
 
 
 def test_a_task_comes_back_with_all_that_is_known_of_it(tmp_path, store):
-    row = TaskRow("t", 1, 0, "w0", TaskPhase.TRAINING, "why", 3, "by lot", b"local")
+    row = TaskRow("t", 1, 0, "w0", TaskPhase.TRAINING, "why", 3, "by lot", b"local", LossCause.SLOW_TRAINING)
     store.save_open_round(Round(number=1), 1, 0.0, [row], {})
     assert reopened(tmp_path, store).open_round().tasks == (row,)
 

@@ -14,6 +14,7 @@ from fedgrpc.rounds.events import (
     Event,
     Failed,
     Finished,
+    LossCause,
     Progress,
     Rejected,
     Select,
@@ -86,6 +87,9 @@ class Scenario:
 
     def reason(self, token: str) -> str:
         return self.round.tasks[token].reason
+
+    def loss_cause(self, token: str) -> LossCause:
+        return self.round.tasks[token].loss_cause
 
 
 def committed_tokens(effects: Sequence[Effect]) -> tuple[str, ...] | None:
