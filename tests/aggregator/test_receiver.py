@@ -15,10 +15,11 @@ from fedgrpc.errors import Exhausted, RoundClosed
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import aggregator_pb2 as pb
-from tests.support.running_federation import PATIENCE_S, Device, aggregating, refused, update_of
-from tests.support.running_federation import chunk as upload_chunk
-from tests.support.running_federation import chunks as upload_chunks
-from tests.support.running_federation import encoded as by_hand
+from tests.support.hand_driven_device import PATIENCE_S, HandDrivenDevice, refused, update_of
+from tests.support.hand_driven_device import chunk as upload_chunk
+from tests.support.hand_driven_device import chunks as upload_chunks
+from tests.support.hand_driven_device import encoded as by_hand
+from tests.support.running_federation import running_aggregator
 from tests.support.stored_updates import chunk, encoded, header_of
 
 
@@ -49,7 +50,7 @@ async def test_a_connection_lost_about_the_last_byte_leaves_the_update_accepted_
     tmp_path, ticks
 ):
     """Lost at every step from the end of the stream on."""
-    async with aggregating(tmp_path, durable=True) as running:
+    async with running_aggregator(tmp_path, durable=True) as running:
         task = (await tasks_out(running))["a"]
         receiver = Receiver(running.aggregator.coordinator)
         sender = Sender(task)
@@ -73,7 +74,7 @@ async def test_a_connection_lost_about_the_last_byte_leaves_the_update_accepted_
 @pytest.mark.parametrize("lost", [False, True], ids=["still sending", "connection lost"])
 async def test_an_upload_whose_file_comes_only_after_the_round_has_closed_leaves_nothing(tmp_path, lost):
     """A disk may take so long for a new file that the round has swept up its uploads before."""
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         task = (await tasks_out(running))["a"]
         coordinator = running.aggregator.coordinator
         asked, goes_on, begin = asyncio.Event(), threading.Event(), coordinator.journal.begin
@@ -101,7 +102,7 @@ async def test_an_upload_whose_file_comes_only_after_the_round_has_closed_leaves
 
 
 async def test_two_streams_of_one_update_count_once(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         task = (await tasks_out(running))["a"]
         coordinator = running.aggregator.coordinator
         receiver = Receiver(coordinator)
@@ -119,7 +120,7 @@ async def test_two_streams_of_one_update_count_once(tmp_path):
 
 
 async def test_a_round_that_closes_while_an_update_is_verified_refuses_it_and_keeps_nothing(tmp_path):
-    async with aggregating(tmp_path, policy={"max_participants": 2, "min_workers": 2}) as running:
+    async with running_aggregator(tmp_path, policy={"max_participants": 2, "min_workers": 2}) as running:
         tasks = await tasks_out(running)
         coordinator = running.aggregator.coordinator
         verifying, goes_on, begin = asyncio.Event(), threading.Event(), coordinator.journal.begin
@@ -167,7 +168,7 @@ async def test_updates_that_end_at_once_are_decoded_one_after_the_other_where_th
         return check(self, stored, current)
 
     monkeypatch.setattr(Receiver, "_check", counting)
-    async with aggregating(tmp_path, policy={"min_workers": 5}) as running:
+    async with running_aggregator(tmp_path, policy={"min_workers": 5}) as running:
         devices = [await running.device(name) for name in "abcde"]
         tasks = await asyncio.gather(*(device.task() for device in devices))
         pushed = [device.push(task) for device, task in zip(devices, tasks, strict=True)]
@@ -198,10 +199,10 @@ async def test_a_stream_that_carries_hardly_anything_gives_its_slot_to_one_who_w
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(receiver_module, "_PACE_S", 0.3)
-    async with aggregating(tmp_path, max_uploads=1) as running, asyncio.timeout(PATIENCE_S):
+    async with running_aggregator(tmp_path, max_uploads=1) as running, asyncio.timeout(PATIENCE_S):
         tasks = await tasks_out(running)
         manifest, payload = by_hand(update_of())
-        slow, fast = Device(running.stub, "a"), Device(running.stub, "b")
+        slow, fast = HandDrivenDevice(running.stub, "a"), HandDrivenDevice(running.stub, "b")
         header = slow.header(tasks["a"], manifest)
         stream = running.stub.PushUpdate()
         await stream.write(pb.PushUpdateRequest(header=header))
@@ -224,10 +225,10 @@ async def test_a_stream_that_carries_hardly_anything_gives_its_slot_to_one_who_w
 
 async def test_a_stream_that_carries_its_share_keeps_its_slot(tmp_path, monkeypatch):
     monkeypatch.setattr(receiver_module, "_PACE_S", 0.3)
-    async with aggregating(tmp_path, max_uploads=1) as running, asyncio.timeout(PATIENCE_S):
+    async with running_aggregator(tmp_path, max_uploads=1) as running, asyncio.timeout(PATIENCE_S):
         tasks = await tasks_out(running)
         manifest, payload = by_hand(update_of())
-        steady, other = Device(running.stub, "a"), Device(running.stub, "b")
+        steady, other = HandDrivenDevice(running.stub, "a"), HandDrivenDevice(running.stub, "b")
         stream = running.stub.PushUpdate()
         await stream.write(pb.PushUpdateRequest(header=steady.header(tasks["a"], manifest)))
         for at in range(0, len(payload), 512):
@@ -240,10 +241,10 @@ async def test_a_stream_that_carries_its_share_keeps_its_slot(tmp_path, monkeypa
 
 
 async def test_an_update_in_tiny_chunks_is_refused(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         tasks = await tasks_out(running)
         manifest, payload = by_hand(update_of())
-        device = Device(running.stub, "a")
+        device = HandDrivenDevice(running.stub, "a")
         header = pb.PushUpdateRequest(header=device.header(tasks["a"], manifest))
         with refused("INVALID_ARGUMENT", "send larger ones", "LayoutError"):
             await device.send(header, *upload_chunks(payload, chunk_bytes=1))

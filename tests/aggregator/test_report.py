@@ -7,7 +7,7 @@ from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.state import Round
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN
-from tests.support.running_federation import aggregating
+from tests.support.running_federation import running_aggregator
 
 
 def test_a_wall_clock_that_was_set_does_not_change_how_long_a_round_took() -> None:
@@ -19,12 +19,12 @@ def test_a_wall_clock_that_was_set_does_not_change_how_long_a_round_took() -> No
 
 
 async def test_a_round_that_is_resumed_has_been_open_before(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         a, b = await running.device("a"), await running.device("b")
         await asyncio.gather(a.task(), b.task())
         started_at = (await running.round()).started_at.ToNanoseconds() / 1e9
     before_s = time.time() - started_at
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         assert (await running.round()).duration_seconds >= before_s - 0.001
         running.pass_time(50)
         assert (await running.round()).duration_seconds >= before_s + 49.999

@@ -21,7 +21,7 @@ from fedgrpc.cli.demo.processes import die_with
 from fedgrpc.cli.demo.report import make_report, verdict_line
 from fedgrpc.v1.aggregator_pb2 import Run
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind
-from tests.support.command_line import fedgrpc, running
+from tests.support.command_line import fedgrpc, running_command
 
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
@@ -151,7 +151,7 @@ def test_a_report_without_scores_is_json_all_the_same() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_stays_behind_when_the_demo_is_ended(number: signal.Signals, tmp_path: Path) -> None:
     log = tmp_path / "demo.log"
-    with running("demo", "--workers", "2", "--out", str(tmp_path / "out"), log=log) as demo:
+    with running_command("demo", "--workers", "2", "--out", str(tmp_path / "out"), log=log) as demo:
         children = _children(demo, 4)
         demo.send_signal(number)
         code = demo.wait(timeout=300)

@@ -10,7 +10,7 @@ import pytest
 
 from fedgrpc.cli.options import check_variables
 from fedgrpc.errors import UsageError
-from tests.support.command_line import environment, fedgrpc, running
+from tests.support.command_line import environment, fedgrpc, running_command
 
 PREFIX = "FEDGRPC_AGGREGATOR_"
 KNOWN = [PREFIX + key for key in ("ROUNDS", "ADDRESS", "PORT_FILE", "MIN_WORKERS", "DEADLINE")]
@@ -99,7 +99,7 @@ def until(condition):
 def test_an_aggregator_whose_folder_is_removed_ends_with_one_line(tmp_path):
     folder, port = tmp_path / "run", tmp_path / "port"
     place = ("--data-dir", str(folder), "--address", "127.0.0.1:0", "--port-file", str(port))
-    with running("aggregator", *place, log=tmp_path / "log") as aggregator:
+    with running_command("aggregator", *place, log=tmp_path / "log") as aggregator:
         until(port.exists)
         shutil.rmtree(folder)
         assert aggregator.wait(60) == 2
@@ -112,9 +112,9 @@ def test_a_worker_whose_state_folder_is_removed_ends_with_one_line(tmp_path):
     port, state = tmp_path / "port", tmp_path / "pi"
     place = ("--data-dir", str(tmp_path / "run"), "--address", "127.0.0.1:0", "--port-file", str(port))
     policy = ("--min-workers", "1", "--rounds", "1000000")
-    with running("aggregator", *place, *policy, log=tmp_path / "log"):
+    with running_command("aggregator", *place, *policy, log=tmp_path / "log"):
         until(lambda: port.exists() and port.read_text())
-        with running("worker", *worker_arguments(port, state), log=tmp_path / "log-pi") as worker:
+        with running_command("worker", *worker_arguments(port, state), log=tmp_path / "log-pi") as worker:
             until(lambda: "update acknowledged" in (tmp_path / "log-pi").read_text())
             shutil.rmtree(state, ignore_errors=True)
             shutil.rmtree(state, ignore_errors=True)
@@ -128,7 +128,7 @@ def test_a_worker_whose_state_folder_is_removed_ends_with_one_line(tmp_path):
 def test_a_second_aggregator_is_refused_though_files_of_the_folder_were_deleted(tmp_path):
     folder, port = tmp_path / "run", tmp_path / "port"
     place = ("--data-dir", str(folder), "--address", "127.0.0.1:0")
-    with running("aggregator", *place, "--port-file", str(port), log=tmp_path / "log"):
+    with running_command("aggregator", *place, "--port-file", str(port), log=tmp_path / "log"):
         until(port.exists)
         for path in folder.glob("lock*"):
             path.unlink()
@@ -139,7 +139,7 @@ def test_a_second_aggregator_is_refused_though_files_of_the_folder_were_deleted(
 
 def test_no_line_of_grpc_stands_between_the_lines_of_the_log(tmp_path):
     arguments = worker_arguments(tmp_path / "no port", tmp_path / "pi")
-    with running("worker", *arguments, log=tmp_path / "log") as worker:
+    with running_command("worker", *arguments, log=tmp_path / "log") as worker:
         until(lambda: (tmp_path / "log").read_text().count("disconnected") > 1)
         worker.terminate()
         worker.wait(60)

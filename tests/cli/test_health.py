@@ -12,10 +12,10 @@ import pytest
 
 from tests.support.command_line import (
     NUMPY_TASK,
+    aggregator_command,
     environment,
     fedgrpc,
-    running,
-    running_aggregator,
+    running_command,
     until_line,
     worker_arguments,
 )
@@ -23,7 +23,7 @@ from tests.support.processes import free_address
 
 
 def test_a_serving_aggregator_is_healthy_as_a_whole_and_by_service(tmp_path: Path) -> None:
-    with running_aggregator(tmp_path, "--task", NUMPY_TASK) as (_, address):
+    with aggregator_command(tmp_path, "--task", NUMPY_TASK) as (_, address):
         for service in ([], ["--service", "fedgrpc.v1.Aggregator"]):
             ended = fedgrpc("health", "--address", address, *service)
             assert (ended.code, ended.out, ended.error) == (0, "SERVING\n", "")
@@ -34,7 +34,7 @@ def test_a_serving_aggregator_is_healthy_as_a_whole_and_by_service(tmp_path: Pat
 def test_a_worker_is_healthy_while_its_aggregator_is_away(tmp_path: Path) -> None:
     aggregator, service = free_address(), free_address()
     arguments = worker_arguments(tmp_path, aggregator, "pi-1", "--serve-address", service)
-    with running(*arguments, log=tmp_path / "pi-1.log") as worker:
+    with running_command(*arguments, log=tmp_path / "pi-1.log") as worker:
         until_line(tmp_path / "pi-1.log", '"serving"', worker)
         ended = fedgrpc("health", "--service", "fedgrpc.v1.Worker", env={"FEDGRPC_HEALTH_ADDRESS": service})
         assert (ended.code, ended.out) == (0, "SERVING\n")
@@ -55,7 +55,7 @@ def test_one_that_does_not_answer_in_time_is_unhealthy() -> None:
 
 
 def test_a_frozen_aggregator_is_unhealthy_and_healthy_again_when_it_goes_on(tmp_path: Path) -> None:
-    with running_aggregator(tmp_path, "--task", NUMPY_TASK) as (process, address):
+    with aggregator_command(tmp_path, "--task", NUMPY_TASK) as (process, address):
         process.send_signal(signal.SIGSTOP)
         frozen = fedgrpc("health", "--address", address, "--timeout", "300ms")
         process.send_signal(signal.SIGCONT)

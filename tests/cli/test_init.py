@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from fedgrpc.codec.layout import TensorRole
 from fedgrpc.storage.model_file import ModelFile
-from tests.support.command_line import NUMPY_TASK, fedgrpc, running_aggregator
+from tests.support.command_line import NUMPY_TASK, aggregator_command, fedgrpc
 
 
 def test_init_writes_the_untrained_model_of_a_task_that_an_aggregator_starts_from(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_init_writes_the_untrained_model_of_a_task_that_an_aggregator_starts_fro
         names = set(file.keys())
     again = fedgrpc("init", "--task", NUMPY_TASK, "--to", str(path))
     assert (again.code, "is there already" in again.error) == (2, True)
-    with running_aggregator(tmp_path, "--initial-model", str(path)) as (_, address):
+    with aggregator_command(tmp_path, "--initial-model", str(path)) as (_, address):
         status = fedgrpc("status", "--aggregator", address, "--json")
         assert status.code == 0, status.error
         assert all(f'"{name}"' in status.out for name in names)

@@ -16,10 +16,10 @@ import pytest
 
 from tests.support.command_line import (
     NUMPY_TASK,
+    aggregator_command,
     environment,
     fedgrpc,
-    running,
-    running_aggregator,
+    running_command,
     until_line,
     worker_arguments,
 )
@@ -33,7 +33,7 @@ def _workers(folder: Path, address: str, count: int = 2, *more: str) -> Iterator
     with ExitStack() as stack:
         yield [
             stack.enter_context(
-                running(*worker_arguments(folder, address, name, *more), log=folder / f"{name}.log")
+                running_command(*worker_arguments(folder, address, name, *more), log=folder / f"{name}.log")
             )
             for name in (f"pi-{number}" for number in range(1, count + 1))
         ]
@@ -43,7 +43,7 @@ def _workers(folder: Path, address: str, count: int = 2, *more: str) -> Iterator
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A run of three rounds that has ended; its aggregator still answers."""
     folder = tmp_path_factory.mktemp("run")
-    with running_aggregator(folder, *_AGGREGATOR, "--stay", "--metrics-address", "127.0.0.1:0") as (_, address):
+    with aggregator_command(folder, *_AGGREGATOR, "--stay", "--metrics-address", "127.0.0.1:0") as (_, address):
         with _workers(folder, address) as workers:
             assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
         yield address, folder
@@ -95,8 +95,8 @@ def test_logs_hold_no_token(finished_run: tuple[str, Path]) -> None:
 
 
 def test_watch_follows_a_run_to_its_end(tmp_path: Path) -> None:
-    with running_aggregator(tmp_path, *_AGGREGATOR) as (aggregator, address):
-        with running("watch", "--aggregator", address, log=tmp_path / "watch.log") as watch:
+    with aggregator_command(tmp_path, *_AGGREGATOR) as (aggregator, address):
+        with running_command("watch", "--aggregator", address, log=tmp_path / "watch.log") as watch:
             until_line(tmp_path / "watch.log", "run default", watch)
             with _workers(tmp_path, address) as workers:
                 assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
@@ -108,7 +108,7 @@ def test_watch_follows_a_run_to_its_end(tmp_path: Path) -> None:
 
 
 def test_an_operator_pauses_resumes_and_stops_a_run(tmp_path: Path) -> None:
-    with running_aggregator(tmp_path, *_AGGREGATOR, "--stay") as (_, address):
+    with aggregator_command(tmp_path, *_AGGREGATOR, "--stay") as (_, address):
         told = [fedgrpc(order, "--aggregator", address) for order in ("pause", "resume")]
         told.append(fedgrpc("stop", "--aggregator", address, "--reason", "enough is\nenough"))
         assert [(ended.code, ended.error) for ended in told] == [(0, "")] * 3
@@ -124,7 +124,7 @@ def test_an_operator_pauses_resumes_and_stops_a_run(tmp_path: Path) -> None:
 def test_metrics_are_served_while_the_run_goes_on(tmp_path: Path) -> None:
     metrics = free_address()
     settings = [*_AGGREGATOR, "--stay", "--metrics-address", metrics]
-    with running_aggregator(tmp_path, *settings) as (_, address), _workers(tmp_path, address) as workers:
+    with aggregator_command(tmp_path, *settings) as (_, address), _workers(tmp_path, address) as workers:
         assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
         text = urllib.request.urlopen(f"http://{metrics}/metrics", timeout=300).read().decode()
     assert 'fedgrpc_tasks_total{outcome="accepted"}' in text
@@ -134,9 +134,9 @@ def test_metrics_are_served_while_the_run_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_aggregator_and_worker_cleanly(number: signal.Signals, tmp_path: Path) -> None:
     with (
-        running_aggregator(tmp_path, *_AGGREGATOR) as (aggregator, address),
+        aggregator_command(tmp_path, *_AGGREGATOR) as (aggregator, address),
         _workers(tmp_path, address, 1) as (worker,),
-        running("watch", "--aggregator", address, log=tmp_path / "watch.log") as watch,
+        running_command("watch", "--aggregator", address, log=tmp_path / "watch.log") as watch,
     ):
         until_line(tmp_path / "pi-1.log", "connected", worker)
         until_line(tmp_path / "watch.log", "run default", watch)

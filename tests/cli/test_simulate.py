@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.command_line import fedgrpc, running
+from tests.support.command_line import fedgrpc, running_command
 
 FLEET = """
 [model]
@@ -96,7 +96,7 @@ def test_a_bad_fleet_file_is_one_line_and_exit_code_2(content: str | None, compl
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_whatever_ends_it_ends_its_processes_at_once(tmp_path: Path, number: signal.Signals) -> None:
-    with running("simulate", "--fleet", str(EXAMPLE), "--hours", "2000", log=tmp_path / "log") as process:
+    with running_command("simulate", "--fleet", str(EXAMPLE), "--hours", "2000", log=tmp_path / "log") as process:
         playing = _children(process.pid)
         process.send_signal(number)
         assert process.wait(timeout=60) == (130 if number == signal.SIGINT else -signal.SIGKILL)

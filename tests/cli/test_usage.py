@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.command_line import Ended, fedgrpc, running_aggregator, worker_arguments
+from tests.support.command_line import EndedCommand, aggregator_command, fedgrpc, worker_arguments
 
 
-def _is_one_line(ended: Ended, *parts: str, code: int = 2) -> None:
+def _is_one_line(ended: EndedCommand, *parts: str, code: int = 2) -> None:
     assert ended.code == code, ended.error
     assert ended.error.startswith("error: ")
     assert ended.error.count("\n") == 1, ended.error
@@ -153,7 +153,7 @@ def test_a_port_in_use_is_one_line(setting: str, tmp_path: Path) -> None:
 
 
 def test_a_data_folder_in_use_is_one_line(tmp_path: Path) -> None:
-    with running_aggregator(tmp_path):
+    with aggregator_command(tmp_path):
         ended = fedgrpc("aggregator", "--data-dir", str(tmp_path / "data"), "--address", "127.0.0.1:0")
     _is_one_line(ended, str(tmp_path / "data"), "in use by another aggregator")
 
@@ -176,13 +176,13 @@ def test_an_aggregator_out_of_reach_is_one_line(command: str) -> None:
 def test_a_task_that_cannot_be_loaded_ends_the_worker_with_one_line(
     task: str, parts: list[str], tmp_path: Path
 ) -> None:
-    with running_aggregator(tmp_path) as (_, address):
+    with aggregator_command(tmp_path) as (_, address):
         ended = fedgrpc(*worker_arguments(tmp_path, address, "pi-1", "--task", task, "--log-level", "error"))
     _is_one_line(ended, *parts)
 
 
 def test_a_worker_without_a_task_says_that_nobody_named_one(tmp_path: Path) -> None:
-    with running_aggregator(tmp_path) as (_, address):
+    with aggregator_command(tmp_path) as (_, address):
         ended = fedgrpc(*worker_arguments(tmp_path, address, "pi-1", "--log-level", "error"))
     _is_one_line(ended, "neither this worker nor its aggregator was started with --task")
 
@@ -192,7 +192,7 @@ def test_a_task_that_only_the_aggregator_names_is_not_imported_unless_it_is_allo
     task: str, tmp_path: Path
 ) -> None:
     (tmp_path / "own_task.py").write_text("open('ran', 'w')")
-    with running_aggregator(tmp_path, "--task", task) as (_, address):
+    with aggregator_command(tmp_path, "--task", task) as (_, address):
         arguments = worker_arguments(tmp_path, address, "pi-1", "--log-level", "error")
         ended = fedgrpc(*arguments, cwd=tmp_path)
     _is_one_line(ended, "does not allow", "--allow-task")

@@ -7,7 +7,7 @@ import signal
 import sqlite3
 from pathlib import Path
 
-from tests.support.command_line import NUMPY_TASK, fedgrpc, running, until_line, worker_arguments
+from tests.support.command_line import NUMPY_TASK, fedgrpc, running_command, until_line, worker_arguments
 from tests.support.processes import free_address
 
 _RUN = ("--task", NUMPY_TASK, "--min-workers", "1", "--rounds", "2", "--epochs", "1")
@@ -16,16 +16,16 @@ _RUN = ("--task", NUMPY_TASK, "--min-workers", "1", "--rounds", "2", "--epochs",
 def test_watch_outlives_a_restart_of_the_aggregator_and_ends_with_the_run(tmp_path: Path) -> None:
     address, log, watched = free_address(), tmp_path / "aggregator.log", tmp_path / "watch.log"
     serve = ("aggregator", "--address", address, "--data-dir", str(tmp_path / "data"), *_RUN)
-    with running(*serve, log=log) as first:
+    with running_command(*serve, log=log) as first:
         until_line(log, "serving", first)
-        with running("watch", "--aggregator", address, log=watched) as watch:
+        with running_command("watch", "--aggregator", address, log=watched) as watch:
             until_line(watched, "run default", watch)
             first.send_signal(signal.SIGTERM)
             assert first.wait(timeout=300) == 143
             until_line(watched, "waiting for it to come back", watch)
             with (
-                running(*serve, "--stay", log=tmp_path / "again.log"),
-                running(*worker_arguments(tmp_path, address, "pi"), log=tmp_path / "pi.log"),
+                running_command(*serve, "--stay", log=tmp_path / "again.log"),
+                running_command(*worker_arguments(tmp_path, address, "pi"), log=tmp_path / "pi.log"),
             ):
                 assert watch.wait(timeout=120) == 0
     assert "finished" in watched.read_text().splitlines()[-1]
@@ -33,9 +33,11 @@ def test_watch_outlives_a_restart_of_the_aggregator_and_ends_with_the_run(tmp_pa
 
 def test_watch_of_an_aggregator_that_does_not_come_back_fails(tmp_path: Path) -> None:
     address, log, watched = free_address(), tmp_path / "aggregator.log", tmp_path / "watch.log"
-    with running("aggregator", "--address", address, "--data-dir", str(tmp_path / "data"), *_RUN, log=log) as it:
+    with running_command(
+        "aggregator", "--address", address, "--data-dir", str(tmp_path / "data"), *_RUN, log=log
+    ) as it:
         until_line(log, "serving", it)
-        with running("watch", "--aggregator", address, "--patience", "100ms", log=watched) as watch:
+        with running_command("watch", "--aggregator", address, "--patience", "100ms", log=watched) as watch:
             until_line(watched, "run default", watch)
             it.kill()
             assert watch.wait(timeout=300) == 1
@@ -44,9 +46,11 @@ def test_watch_of_an_aggregator_that_does_not_come_back_fails(tmp_path: Path) ->
 
 def test_watch_says_by_its_exit_code_that_an_operator_has_stopped_the_run(tmp_path: Path) -> None:
     address, log, watched = free_address(), tmp_path / "aggregator.log", tmp_path / "watch.log"
-    with running("aggregator", "--address", address, "--data-dir", str(tmp_path / "data"), *_RUN, log=log) as it:
+    with running_command(
+        "aggregator", "--address", address, "--data-dir", str(tmp_path / "data"), *_RUN, log=log
+    ) as it:
         until_line(log, "serving", it)
-        with running("watch", "--aggregator", address, log=watched) as watch:
+        with running_command("watch", "--aggregator", address, log=watched) as watch:
             until_line(watched, "run default", watch)
             assert fedgrpc("stop", "--aggregator", address).code == 0
             assert watch.wait(timeout=300) == 3
@@ -56,8 +60,8 @@ def test_status_reads_the_folder_of_a_run_whose_aggregator_has_left(tmp_path: Pa
     address, data = free_address(), tmp_path / "data"
     serve = ("aggregator", "--address", address, "--data-dir", str(data), *_RUN)
     with (
-        running(*serve, log=tmp_path / "aggregator.log") as aggregator,
-        running(*worker_arguments(tmp_path, address, "pi"), log=tmp_path / "pi.log"),
+        running_command(*serve, log=tmp_path / "aggregator.log") as aggregator,
+        running_command(*worker_arguments(tmp_path, address, "pi"), log=tmp_path / "pi.log"),
     ):
         assert aggregator.wait(timeout=300) == 0
     before = sorted((path.name, path.stat().st_mtime_ns) for path in data.rglob("*.safetensors"))

@@ -27,9 +27,9 @@ from safetensors.numpy import save_file
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from tests.faults.tasks import ZEROS, Adding, changes_of
-from tests.support.processes import aggregator_process, process
-from tests.support.running_federation import aggregating, working
-from tests.support.unreliable_link import Link
+from tests.support.processes import aggregator_process, running_process
+from tests.support.running_federation import running_aggregator, start_worker
+from tests.support.unreliable_link import UnreliableLink
 
 _MANY_ROUNDS = 1_000_000
 _STOPPED = "the soak is over"
@@ -101,11 +101,11 @@ async def flap(folder, flaps, workers, seed=0):
     names = starting_from_zeros(folder)[:workers]
     policy = {"min_workers": workers, "quorum": workers, "deadline_s": 300.0, "lease_s": 60.0}
     how = {"rounds": _MANY_ROUNDS, "policy": policy, "upload_recipe": "raw", "download_recipe": "raw"}
-    async with aggregating(folder, **how) as running, AsyncExitStack() as stack:
-        links = [await stack.enter_async_context(Link(running.address)) for _ in names]
+    async with running_aggregator(folder, **how) as running, AsyncExitStack() as stack:
+        links = [await stack.enter_async_context(UnreliableLink(running.address)) for _ in names]
         trainers = [Adding(change, 0.02) for change in changes_of(workers)]
         crew = [
-            working(link.address, folder, name, trainer, stall_s=5.0)
+            start_worker(link.address, folder, name, trainer, stall_s=5.0)
             for name, link, trainer in zip(names, links, trainers, strict=True)
         ]
         await running.until(lambda run, _: run.model_version > 1)
@@ -145,7 +145,7 @@ async def soak(folder, flaps, workers, seed):
         aggregator, running = await stack.enter_async_context(
             aggregator_process(folder, *rules, *how, program=program)
         )
-        links = [await stack.enter_async_context(Link(running.address)) for _ in names]
+        links = [await stack.enter_async_context(UnreliableLink(running.address)) for _ in names]
         crew = [
             await stack.enter_async_context(_worker(folder, name, link, change, program))
             for name, link, change in zip(names, links, changes_of(workers), strict=True)
@@ -183,7 +183,7 @@ def _worker(folder, name, link, change, program):
     place = ["--aggregator", link.address, "--serve-address", "none", "--name", name, "--state-dir", folder / name]
     task = ["--task", "tests.faults.tasks:Adding", "--option", f"change={change}", "--option", "seconds=0.1"]
     again = ["--reconnect-first", "50ms", "--reconnect-cap", "1s", "--stall", "5s"]
-    return process("worker", *place, *task, *again, program=program)
+    return running_process("worker", *place, *task, *again, program=program)
 
 
 async def _held(it):

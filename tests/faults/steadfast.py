@@ -19,7 +19,7 @@ from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, device_pb2, round_pb2
 from tests.faults.tasks import change
-from tests.support.running_federation import Device, chunks, encoded
+from tests.support.hand_driven_device import HandDrivenDevice, chunks, encoded
 
 _CHUNK_BYTES = 128 << 10
 _PAUSE_S = 0.05
@@ -45,7 +45,7 @@ class Steadfast:
     """Trains, sends, and keeps what it was told: the tokens of each round, and which were acknowledged."""
 
     role = device_pb2.WORKER_ROLE_TRAINER
-    device = Device
+    device = HandDrivenDevice
 
     def __init__(self, address, name, recovery=None):
         self.address = address

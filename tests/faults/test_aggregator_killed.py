@@ -20,8 +20,8 @@ from fedgrpc.v1 import round_pb2
 from tests.faults.points import AGGREGATOR
 from tests.faults.steadfast import Judge, Recovery, Steadfast
 from tests.faults.tasks import MODEL
-from tests.support.processes import free_address, process
-from tests.support.running_federation import PATIENCE_S
+from tests.support.hand_driven_device import PATIENCE_S
+from tests.support.processes import free_address, running_process
 
 pytestmark = pytest.mark.faults
 
@@ -111,7 +111,7 @@ async def _start(folder, rounds, address, point, before, number, devices, recove
     place += ["--initial-model", folder / "initial.safetensors"]
     rules = ["--rounds", rounds, "--min-workers", 3, "--quorum", 3, "--deadline", "5m", "--lease", "2m"]
     how = ["--server-optimizer", "fedadam", "--download-encoding", "raw+zstd", "--no-evaluate"]
-    async with process("aggregator", *place, *rules, *how, program=program) as running:
+    async with running_process("aggregator", *place, *rules, *how, program=program) as running:
         code = await running.ended()
         recovery.killed()
         assert code == (0 if point is None else -signal.SIGKILL), str(running.events[-8:])

@@ -15,8 +15,9 @@ from safetensors.numpy import save_file
 
 from fedgrpc.v1 import round_pb2
 from tests.faults.wire import Wire
-from tests.support.processes import process
-from tests.support.running_federation import PATIENCE_S, aggregating
+from tests.support.hand_driven_device import PATIENCE_S
+from tests.support.processes import running_process
+from tests.support.running_federation import running_aggregator
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
@@ -87,7 +88,7 @@ async def test_a_wire_that_loses_repeats_and_reorders_costs_only_time(tmp_path, 
     save_file(MODEL, tmp_path / "initial.safetensors")
     policy = {"min_workers": WORKERS, "quorum": WORKERS, "deadline_s": 900.0, "lease_s": 600.0}
     how = {"rounds": ROUNDS, "policy": policy, "address": "0.0.0.0:0"}
-    async with aggregating(tmp_path, upload_recipe="raw", download_recipe="raw", **how) as running:
+    async with running_aggregator(tmp_path, upload_recipe="raw", download_recipe="raw", **how) as running:
         port = running.address.rpartition(":")[2]
         wires = [lay(**BAD) for _ in range(WORKERS)]
         async with asyncio.TaskGroup() as group:
@@ -107,5 +108,5 @@ async def worked(wire, folder, port):
     task = ["--task", "tests.faults.tasks:Adding", "--option", "seconds=0.1", "--state-dir", folder]
     again = ["--reconnect-first", "100ms", "--reconnect-cap", "1s", "--stall", "10m"]
     before = ("ip", "netns", "exec", wire.namespace)
-    async with process("worker", *place, *task, *again, before=before) as started:
+    async with running_process("worker", *place, *task, *again, before=before) as started:
         return await started.ended()

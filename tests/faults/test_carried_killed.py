@@ -12,8 +12,8 @@ import pytest
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from tests.faults.points import CARRYING
+from tests.support.hand_driven_device import HandDrivenDevice, chunks, encoded, update_of
 from tests.support.processes import aggregator_process
-from tests.support.running_federation import Device, chunks, encoded, update_of
 
 pytestmark = pytest.mark.faults
 
@@ -24,7 +24,7 @@ HALF = 2
 
 async def registered(running, *names):
     """Every worker that has registered is waited for, as long as it takes."""
-    devices = [Device(running.stub, name) for name in names]
+    devices = [HandDrivenDevice(running.stub, name) for name in names]
     for device in devices:
         await device.register()
     return devices

@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 from fedgrpc.v1 import round_pb2
 from tests.faults.tasks import MODEL
 from tests.federation.test_data_folder import Serving, health_becomes
-from tests.support.processes import process
-from tests.support.running_federation import Shifter, aggregating, refused, working
+from tests.support.hand_driven_device import refused
+from tests.support.processes import running_process
+from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
 
 MIB = 1 << 20
 
@@ -60,7 +61,7 @@ def update():
 
 async def test_a_full_disk_refuses_uploads_for_now_and_the_health_says_so(tmp_path):
     with small_disk(tmp_path / "small", 16) as disk:
-        async with aggregating(tmp_path, data_dir=disk / "run", **large(tmp_path)) as running:
+        async with running_aggregator(tmp_path, data_dir=disk / "run", **large(tmp_path)) as running:
             a, b = await running.device("a"), await running.device("b")
             a_task, b_task = await asyncio.gather(a.task(), b.task())
             filler = fill(disk, MODEL["w"].nbytes // 2)
@@ -81,7 +82,7 @@ async def test_a_full_disk_refuses_uploads_for_now_and_the_health_says_so(tmp_pa
 
 async def test_a_disk_that_fills_before_the_commit_keeps_every_accepted_update_until_there_is_room(tmp_path):
     with small_disk(tmp_path / "small", 16) as disk:
-        async with aggregating(tmp_path, data_dir=disk / "run", **large(tmp_path)) as running:
+        async with running_aggregator(tmp_path, data_dir=disk / "run", **large(tmp_path)) as running:
             a, b = await running.device("a"), await running.device("b")
             a_task, b_task = await asyncio.gather(a.task(), b.task())
             await a.push(a_task, update())
@@ -102,7 +103,7 @@ async def test_an_aggregator_that_cannot_write_its_folder_says_so_in_one_line(tm
     with small_disk(tmp_path / "small", 4) as disk:
         remount(disk, "ro")
         place = ["--data-dir", disk / "run", "--address", "127.0.0.1:0", "--initial-model", model]
-        async with process("aggregator", *place) as it:
+        async with running_process("aggregator", *place) as it:
             assert await it.ended() == 2
             (line,) = it.events
             assert line["event"] == f"error: cannot use the data folder {disk / 'run'}: Read-only file system"
@@ -112,7 +113,7 @@ async def test_a_folder_that_becomes_read_only_stops_the_round_and_not_the_aggre
     with small_disk(tmp_path / "small", 16) as disk:
         (disk / "run" / "uploads").mkdir(parents=True)
         uploads = disk / "run" / "uploads"
-        async with aggregating(tmp_path, data_dir=disk / "run", **large(tmp_path)) as running:
+        async with running_aggregator(tmp_path, data_dir=disk / "run", **large(tmp_path)) as running:
             a, b = await running.device("a"), await running.device("b")
             a_task, b_task = await asyncio.gather(a.task(), b.task())
             with read_only(uploads):
@@ -139,9 +140,9 @@ def read_only(folder):
 async def test_a_worker_whose_disk_is_full_gives_its_task_back_with_the_reason_and_goes_on_later(tmp_path):
     with small_disk(tmp_path / "small", 8) as disk:
         changes = large(tmp_path)
-        async with aggregating(tmp_path, policy={"min_workers": 1}, **changes) as running:
+        async with running_aggregator(tmp_path, policy={"min_workers": 1}, **changes) as running:
             trainer = Filling(disk)
-            worker = working(running, disk, "pi", trainer)
+            worker = start_worker(running, disk, "pi", trainer)
             await asyncio.wait_for(trainer.filled.wait(), 120)
             first = await running.until_ended(1)
             assert "No space left on device" in first.tasks[0].reason
@@ -152,7 +153,7 @@ async def test_a_worker_whose_disk_is_full_gives_its_task_back_with_the_reason_a
             np.testing.assert_allclose(running.weights(2)["w"], MODEL["w"] + 1, rtol=1e-6)
 
 
-class Filling(Shifter):
+class Filling(ShiftTrainer):
     """Fills the worker's disk in its first training."""
 
     def __init__(self, disk):

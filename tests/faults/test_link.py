@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.support.unreliable_link import Link
+from tests.support.unreliable_link import UnreliableLink
 
 
 async def echo(reader, writer):
@@ -38,7 +38,7 @@ async def said(streams, data=b"hello"):
 
 
 async def test_a_mended_link_changes_nothing_and_counts(target):
-    async with Link(target) as link:
+    async with UnreliableLink(target) as link:
         data = bytes(range(256)) * 4000
         streams = await dial(link)
         assert await said(streams, data) == data
@@ -47,7 +47,7 @@ async def test_a_mended_link_changes_nothing_and_counts(target):
 
 
 async def test_a_delay_is_one_way_and_holds_no_bytes_up(target):
-    async with Link(target, delay_s=0.1) as link:
+    async with UnreliableLink(target, delay_s=0.1) as link:
         streams = await dial(link)
         begun = time.monotonic()
         for _ in range(3):
@@ -57,7 +57,7 @@ async def test_a_delay_is_one_way_and_holds_no_bytes_up(target):
 
 
 async def test_a_rate_holds(target):
-    async with Link(target, bytes_per_s=200_000) as link:
+    async with UnreliableLink(target, bytes_per_s=200_000) as link:
         streams = await dial(link)
         begun = time.monotonic()
         assert len(await said(streams, bytes(100_000))) == 100_000
@@ -66,7 +66,7 @@ async def test_a_rate_holds(target):
 
 
 async def test_a_cut_resets_who_is_there_and_who_dials_until_it_is_mended(target):
-    async with Link(target) as link:
+    async with UnreliableLink(target) as link:
         streams = await dial(link)
         await said(streams)
         link.cut()
@@ -82,7 +82,7 @@ async def test_a_cut_resets_who_is_there_and_who_dials_until_it_is_mended(target
 
 
 async def test_a_frozen_link_says_nothing_and_delivers_when_it_thaws(target):
-    async with Link(target) as link:
+    async with UnreliableLink(target) as link:
         streams = await dial(link)
         await said(streams)
         link.freeze()
@@ -95,6 +95,6 @@ async def test_a_frozen_link_says_nothing_and_delivers_when_it_thaws(target):
 
 
 async def test_a_target_that_is_gone_is_a_reset():
-    async with Link("127.0.0.1:1") as link:
+    async with UnreliableLink("127.0.0.1:1") as link:
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
             await said(await dial(link))

@@ -19,8 +19,9 @@ from fedgrpc.worker.partial import received_bytes
 from tests.faults.soak import SPARE_FILES, SPARE_TASKS, flap
 from tests.faults.steadfast import Steadfast
 from tests.faults.tasks import MODEL
-from tests.support.running_federation import PATIENCE_S, Device, Shifter, aggregating, working
-from tests.support.unreliable_link import Link
+from tests.support.hand_driven_device import PATIENCE_S, HandDrivenDevice
+from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
+from tests.support.unreliable_link import UnreliableLink
 
 pytestmark = pytest.mark.faults
 
@@ -70,9 +71,9 @@ async def ends_well(running, worker, rounds=1):
 
 @pytest.mark.parametrize("how", ["cut", "freeze"])
 async def test_an_upload_goes_on_at_its_byte_after_the_link_was_away(tmp_path, how):
-    trainer = Shifter(weights=MODEL)
-    async with aggregating(tmp_path, **large(tmp_path)) as running, Link(running.address) as link:
-        worker = working(link.address, tmp_path, "pi", Slowing(trainer, link), stall_s=1.5)
+    trainer = ShiftTrainer(weights=MODEL)
+    async with running_aggregator(tmp_path, **large(tmp_path)) as running, UnreliableLink(running.address) as link:
+        worker = start_worker(link.address, tmp_path, "pi", Slowing(trainer, link), stall_s=1.5)
         await has_uploaded(running)
         sent = link.up_bytes
         getattr(link, how)()
@@ -103,10 +104,10 @@ class Slowing:
 
 async def test_a_download_goes_on_at_its_byte_after_a_cut(tmp_path):
     async with (
-        aggregating(tmp_path, **large(tmp_path)) as running,
-        Link(running.address, bytes_per_s=PAYLOAD_BYTES / 2) as link,
+        running_aggregator(tmp_path, **large(tmp_path)) as running,
+        UnreliableLink(running.address, bytes_per_s=PAYLOAD_BYTES / 2) as link,
     ):
-        worker = working(link.address, tmp_path, "pi", Shifter(weights=MODEL))
+        worker = start_worker(link.address, tmp_path, "pi", ShiftTrainer(weights=MODEL))
         await a_chunk_is_kept(tmp_path / "pi")
         link.cut()
         link.bytes_per_s = None
@@ -116,9 +117,11 @@ async def test_a_download_goes_on_at_its_byte_after_a_cut(tmp_path):
 
 
 async def test_a_far_and_narrow_link_only_takes_longer(tmp_path):
-    async with aggregating(tmp_path, rounds=2, **large(tmp_path)) as running:
-        async with Link(running.address, delay_s=0.1, bytes_per_s=1.5 * PAYLOAD_BYTES) as link:
-            await ends_well(running, working(link.address, tmp_path, "pi", Shifter(weights=MODEL)), rounds=2)
+    async with running_aggregator(tmp_path, rounds=2, **large(tmp_path)) as running:
+        async with UnreliableLink(running.address, delay_s=0.1, bytes_per_s=1.5 * PAYLOAD_BYTES) as link:
+            await ends_well(
+                running, start_worker(link.address, tmp_path, "pi", ShiftTrainer(weights=MODEL)), rounds=2
+            )
         (task,) = (await running.round(2)).tasks
         assert task.timings.upload_seconds > 0.5
         assert task.timings.download_seconds > 0.5
@@ -133,18 +136,18 @@ async def twice(call):
     raise answers[0]
 
 
-class Repeated(Device):
+class Repeated(HandDrivenDevice):
     async def register(self, *about):
-        return await twice(lambda: Device.register(self, *about))
+        return await twice(lambda: HandDrivenDevice.register(self, *about))
 
     async def poll(self, *about):
-        return await twice(lambda: Device.poll(self, *about))
+        return await twice(lambda: HandDrivenDevice.poll(self, *about))
 
     async def held(self, task):
-        return await twice(lambda: Device.held(self, task))
+        return await twice(lambda: HandDrivenDevice.held(self, task))
 
     async def send(self, *messages):
-        return await twice(lambda: Device.send(self, *messages))
+        return await twice(lambda: HandDrivenDevice.send(self, *messages))
 
 
 class Stutterer(Steadfast):
@@ -155,7 +158,7 @@ async def test_every_call_made_twice_counts_once(tmp_path):
     changes = large(tmp_path)
     policy = {**changes.pop("policy"), "min_workers": 2, "quorum": 2}
     changes["max_chunk_bytes"] = 1 << 20
-    async with aggregating(tmp_path, rounds=3, policy=policy, **changes) as running:
+    async with running_aggregator(tmp_path, rounds=3, policy=policy, **changes) as running:
         devices = [Stutterer(running.address, name) for name in "ab"]
         await asyncio.wait_for(asyncio.gather(*(device.live() for device in devices)), PATIENCE_S)
         for number in (1, 2, 3):

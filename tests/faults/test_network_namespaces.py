@@ -18,8 +18,8 @@ from safetensors.numpy import save_file
 
 from fedgrpc.v1 import round_pb2
 from tests.faults.tasks import ZEROS
-from tests.support.processes import process
-from tests.support.running_federation import aggregating
+from tests.support.processes import running_process
+from tests.support.running_federation import running_aggregator
 
 DOWN_S = [1.0, float(os.environ.get("FEDGRPC_DOWN_S", "75"))]
 
@@ -76,7 +76,7 @@ async def worker_behind(cable, folder, port):
     task = ["--task", "tests.faults.tasks:Adding", "--option", "seconds=0.3", "--state-dir", folder / "far"]
     again = ["--reconnect-first", "100ms", "--reconnect-cap", "1s", "--stall", "10m"]
     before = ("ip", "netns", "exec", cable.namespace)
-    async with process("worker", *place, *task, *again, before=before) as started:
+    async with running_process("worker", *place, *task, *again, before=before) as started:
         yield started
 
 
@@ -96,7 +96,7 @@ async def test_a_cable_that_is_pulled_within_a_round_costs_only_time(tmp_path, c
     save_file(ZEROS, tmp_path / "initial.safetensors")
     policy = {"min_workers": 1, "deadline_s": 900.0, "lease_s": 600.0}
     how = {"rounds": 8, "policy": policy, "address": "0.0.0.0:0", "upload_recipe": "raw", "download_recipe": "raw"}
-    async with aggregating(tmp_path, **how) as running:
+    async with running_aggregator(tmp_path, **how) as running:
         port = running.address.rpartition(":")[2]
         async with worker_behind(cable, tmp_path, port) as worker:
             await worker.until("task started", round=2)

@@ -17,9 +17,9 @@ from safetensors.numpy import save_file
 from fedgrpc.v1 import round_pb2
 from tests.faults.points import TRAINED_AGAIN, WORKER
 from tests.faults.tasks import MODEL, Repeatable
-from tests.support.processes import process
-from tests.support.running_federation import aggregating, working
-from tests.support.unreliable_link import Link
+from tests.support.processes import running_process
+from tests.support.running_federation import running_aggregator, start_worker
+from tests.support.unreliable_link import UnreliableLink
 
 pytestmark = pytest.mark.faults
 
@@ -35,9 +35,9 @@ async def running_beside_a_steady_worker(folder):
     policy = {"quorum": 2, "max_participants": 2, "deadline_s": 300.0, "lease_s": 120.0}
     how = {"upload_recipe": "int8+zstd", "download_recipe": "raw", "max_chunk_bytes": 64 << 10, "evaluate": True}
     how["heartbeat_interval_s"] = 0.05
-    async with aggregating(folder, rounds=ROUNDS, policy=policy, **how) as running:
+    async with running_aggregator(folder, rounds=ROUNDS, policy=policy, **how) as running:
         (folder / "steady-data").mkdir()
-        steady = working(running, folder, "steady", Repeatable(folder / "steady-data"))
+        steady = start_worker(running, folder, "steady", Repeatable(folder / "steady-data"))
         try:
             yield running
             assert await steady == 0
@@ -51,7 +51,9 @@ def pi(folder, address, point=None):
     (folder / "data").mkdir(exist_ok=True)
     place = ["--aggregator", address, "--serve-address", "none", "--name", "pi", "--state-dir", folder / "pi"]
     task = ["--task", "tests.faults.tasks:Repeatable", "--data", folder / "data", "--drain", "30s"]
-    return process("worker", *place, *task, "--reconnect-first", "50ms", "--reconnect-cap", "1s", program=program)
+    return running_process(
+        "worker", *place, *task, "--reconnect-first", "50ms", "--reconnect-cap", "1s", program=program
+    )
 
 
 async def played(running, folder):
@@ -110,7 +112,7 @@ async def test_a_worker_killed_while_it_reconnects_loses_nothing_that_it_has_tra
     folder = tmp_path / "killed"
     async with (
         running_beside_a_steady_worker(folder) as running,
-        Link(running.address, bytes_per_s=1_000_000) as link,
+        UnreliableLink(running.address, bytes_per_s=1_000_000) as link,
     ):
         async with pi(folder, link.address, "reconnecting") as process:
             await process.until("task started", round=2)

@@ -8,7 +8,7 @@ import pytest
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS, server_optimizer
 from fedgrpc.aggregator.settings import TrainingPlan
 from fedgrpc.worker.trainer import TrainJob, TrainResult, load_trainer
-from tests.support.running_federation import aggregating, working
+from tests.support.running_federation import running_aggregator, start_worker
 
 
 async def test_one_worker_and_one_epoch_equal_local_training(tmp_path):
@@ -26,8 +26,8 @@ async def test_one_worker_and_one_epoch_equal_local_training(tmp_path):
             jobs.append(job)
             return trainer.train(weights, job)
 
-    async with aggregating(tmp_path, **changes) as running:
-        assert await working(running, tmp_path, "alone", Watched()) == 0
+    async with running_aggregator(tmp_path, **changes) as running:
+        assert await start_worker(running, tmp_path, "alone", Watched()) == 0
         federated = running.weights(2)
     (job,) = jobs
     local = trainer.train(
@@ -58,7 +58,7 @@ async def test_a_round_is_the_mean_by_examples_whatever_the_order_in_which_updat
     for turn, order in enumerate([names, names[::-1], ["c", "a", "d", "b"]]):
         folder = tmp_path / str(turn)
         folder.mkdir()
-        async with aggregating(folder, policy={"min_workers": 4}) as running:
+        async with running_aggregator(folder, policy={"min_workers": 4}) as running:
             devices = {name: await running.device(name) for name in names}
             tasks = dict(zip(names, await asyncio.gather(*(devices[n].task() for n in names)), strict=True))
             for name in order:
@@ -106,10 +106,10 @@ async def test_fedsgd_is_one_step_of_the_servers_optimizer_down_the_gradient_of_
     p = {"a": 2.0, "b": 0.5, "c": 1.0}
     plan = TrainingPlan(epochs=1, batch_size=1 << 20, learning_rate=0.1, momentum=0.0)
     changes = {"initial_model": None, "plan": plan, "worker_weights": p, "rounds": 3}
-    async with aggregating(
+    async with running_aggregator(
         tmp_path, policy={"min_workers": 3}, server_optimizer=optimizer, keep_versions=9, **changes
     ) as running:
-        codes = await asyncio.gather(*(working(running, tmp_path, n, each) for n, each in trainers.items()))
+        codes = await asyncio.gather(*(start_worker(running, tmp_path, n, each) for n, each in trainers.items()))
         assert codes == [0, 0, 0]
         assert all(task.steps == 1 for round_ in (await running.rounds())[-3:] for task in round_.tasks)
         versions = [running.weights(number)["w"] for number in (1, 2, 3, 4)]

@@ -6,7 +6,8 @@ from fedgrpc.protocol.durations import duration_to_proto
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from tests.federation.test_bad_input import finishes_with_both, two_devices
-from tests.support.running_federation import Device, aggregating, refused
+from tests.support.hand_driven_device import HandDrivenDevice, refused
+from tests.support.running_federation import running_aggregator
 
 CALLS = {
     "PushUpdate": lambda device, task: device.push(task),
@@ -35,7 +36,7 @@ async def test_another_workers_token_is_a_wrong_identity(tmp_path):
 
 async def test_a_worker_that_has_not_registered_is_told_so(tmp_path):
     async with two_devices(tmp_path) as (running, bad, task, good, good_task):
-        stranger = Device(running.stub, "stranger")
+        stranger = HandDrivenDevice(running.stub, "stranger")
         with refused("NOT_FOUND", "worker 'stranger' has not registered here", "UnknownWorker"):
             await stranger.poll()
         with refused("NOT_FOUND", "has not registered", "UnknownWorker"):
@@ -45,31 +46,31 @@ async def test_a_worker_that_has_not_registered_is_told_so(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "a b", "x" * 65, "../evil", "a\nb", "naïve"])
 async def test_a_name_that_cannot_be_is_refused(tmp_path, name):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         with refused("INVALID_ARGUMENT", "a worker's name is 1 to 64 of letters", "UsageError"):
-            await Device(running.stub, name).register()
+            await HandDrivenDevice(running.stub, name).register()
 
 
 async def test_a_registration_without_a_common_encoding_or_over_the_limits_is_refused(tmp_path):
-    async with aggregating(tmp_path, upload_recipe="int8+zstd", max_workers=1) as running:
+    async with running_aggregator(tmp_path, upload_recipe="int8+zstd", max_workers=1) as running:
         with refused(
             "INVALID_ARGUMENT",
             "'old' knows no encoding of this run's updates, int8+zstd; it lists raw",
             "UsageError",
         ):
-            await Device(running.stub, "old").register(encodings=["raw"])
+            await HandDrivenDevice(running.stub, "old").register(encodings=["raw"])
         # Nothing is assumed of who lists nothing.
         for lacking in ({"encodings": []}, {"compressions": []}):
             with refused("INVALID_ARGUMENT", "knows no encoding of this run's updates", "UsageError"):
-                await Device(running.stub, "silent").register(**lacking)
+                await HandDrivenDevice(running.stub, "silent").register(**lacking)
         with refused("INVALID_ARGUMENT", "a registration of", "UsageError"):
-            await Device(running.stub, "large").register(encodings=["int8", "raw", "x" * 30_000])
-        await Device(running.stub, "first").register(encodings=["int8"])
-        await Device(running.stub, "first").register(encodings=["uniform8", "raw"])
+            await HandDrivenDevice(running.stub, "large").register(encodings=["int8", "raw", "x" * 30_000])
+        await HandDrivenDevice(running.stub, "first").register(encodings=["int8"])
+        await HandDrivenDevice(running.stub, "first").register(encodings=["uniform8", "raw"])
         # A worker that has done nothing yet makes room for another.
-        await Device(running.stub, "second").register()
+        await HandDrivenDevice(running.stub, "second").register()
         with refused("NOT_FOUND", "worker 'first' has not registered here", "UnknownWorker"):
-            await Device(running.stub, "first").poll()
+            await HandDrivenDevice(running.stub, "first").poll()
 
 
 async def test_a_phase_that_is_not_a_workers_to_say_is_refused(tmp_path):
@@ -140,7 +141,7 @@ async def test_impossible_questions_of_operators_are_refused(tmp_path):
 
 
 async def test_a_poll_may_ask_for_any_wait_and_waits_no_longer_than_the_aggregator_allows(tmp_path):
-    async with aggregating(tmp_path, poll_wait_s=0.1) as running:
+    async with running_aggregator(tmp_path, poll_wait_s=0.1) as running:
         device = await running.device("eager")
         for wait_s in (-5.0, 0.0, 1e9):
             request = pb.PollTaskRequest(worker="eager", wait=duration_to_proto(wait_s))

@@ -14,13 +14,14 @@ import zstandard
 
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2, tensor_pb2
-from tests.support.running_federation import MODEL, aggregating, chunk, chunks, encoded, refused, update_of
+from tests.support.hand_driven_device import MODEL, chunk, chunks, encoded, refused, update_of
+from tests.support.running_federation import running_aggregator
 
 
 @asynccontextmanager
 async def two_devices(tmp_path, **changes):
     """(running, bad, its task, good, its task)."""
-    async with aggregating(tmp_path, **changes) as running:
+    async with running_aggregator(tmp_path, **changes) as running:
         bad, good = await running.device("bad"), await running.device("good")
         task, good_task = await asyncio.gather(bad.task(), good.task())
         yield running, bad, task, good, good_task

@@ -8,7 +8,8 @@ from fedgrpc.rounds.events import LossCause
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
-from tests.support.running_federation import PATIENCE_S, Device, aggregating, chunks, encoded, refused, update_of
+from tests.support.hand_driven_device import PATIENCE_S, HandDrivenDevice, chunks, encoded, refused, update_of
+from tests.support.running_federation import running_aggregator
 
 ACCEPTED, EXPIRED, LATE = (
     round_pb2.TASK_PHASE_ACCEPTED,
@@ -24,7 +25,7 @@ LEARNING = SelectionPolicy(learn_deadline=True)
 
 
 def again(running, *names):
-    return [Device(running.stub, name) for name in names]
+    return [HandDrivenDevice(running.stub, name) for name in names]
 
 
 async def fleet(running, *names):
@@ -56,7 +57,7 @@ def samples(running):
 
 async def test_each_worker_is_remembered_by_how_its_tasks_ended_and_what_it_was_too_slow_in(tmp_path):
     names = ("quick", "puller", "trainer", "sender", "absent", "broken", "wrong")
-    async with aggregating(tmp_path, policy={"min_workers": 7}) as running:
+    async with running_aggregator(tmp_path, policy={"min_workers": 7}) as running:
         devices, tasks = await fleet(running, *names)
         by_name = dict(zip(names, zip(devices, tasks, strict=True), strict=True))
         for name, phase in (("puller", DOWNLOADING), ("trainer", TRAINING)):
@@ -95,7 +96,7 @@ async def test_each_worker_is_remembered_by_how_its_tasks_ended_and_what_it_was_
 
 
 async def test_what_is_known_of_workers_outlives_a_restart(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         (a, b), tasks = await fleet(running, "a", "b")
         await b.beat(tasks[1])
         await a.push(tasks[0], timings=took(1000.0, 0.0))
@@ -105,7 +106,7 @@ async def test_what_is_known_of_workers_outlives_a_restart(tmp_path):
         assert 600.0 < before["b"].expected_timings.local_seconds < 1000.0
         # It cannot have taken longer than it had its task.
         assert 0 < before["a"].expected_timings.download_seconds < 100
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         after = await records(running)
         assert [after[n].expected_timings for n in "ab"] == [before[n].expected_timings for n in "ab"]
         assert endings(after) == {"a": {"accepted": 1}, "b": {"slow training": 1}}
@@ -115,7 +116,7 @@ async def test_what_is_known_of_workers_outlives_a_restart(tmp_path):
 async def test_the_deadline_is_learned_of_the_workers_and_stays_after_a_restart(tmp_path):
     policy = {"deadline_s": 600.0, "deadline_floor_s": 300.0}
     settings = {"policy": policy, "choosing": LEARNING, "rounds": 2}
-    async with aggregating(tmp_path, **settings) as running:
+    async with running_aggregator(tmp_path, **settings) as running:
         (a, b), tasks = await fleet(running, "a", "b")
         first = await running.round()
         assert (first.deadline.ToTimedelta().total_seconds(), first.deadline_reason) == (600.0, "")
@@ -125,7 +126,7 @@ async def test_the_deadline_is_learned_of_the_workers_and_stays_after_a_restart(
         second = await running.round()
         assert second.deadline.ToTimedelta().total_seconds() == 300.0
         assert second.deadline_reason.startswith("2 of 2 are expected within ")
-    async with aggregating(tmp_path, **settings) as running:
+    async with running_aggregator(tmp_path, **settings) as running:
         resumed = await running.round()
         assert (resumed.number, resumed.deadline) == (2, second.deadline)
         assert resumed.deadline_reason == second.deadline_reason
@@ -139,7 +140,7 @@ async def test_the_deadline_is_learned_of_the_workers_and_stays_after_a_restart(
 async def test_a_learned_deadline_is_the_times_that_workers_took(tmp_path):
     """b was seen to train for 100 s, a was not; the round waits for both."""
     policy = {"min_sample_size": 2}
-    async with aggregating(tmp_path, policy=policy, choosing=LEARNING, rounds=2) as running:
+    async with running_aggregator(tmp_path, policy=policy, choosing=LEARNING, rounds=2) as running:
         (a, b), tasks = await fleet(running, "a", "b")
         await b.beat(tasks[1])
         running.pass_time(100)
@@ -151,7 +152,7 @@ async def test_a_learned_deadline_is_the_times_that_workers_took(tmp_path):
 
 
 async def test_a_round_commits_early_once_enough_weight_is_in(tmp_path):
-    async with aggregating(tmp_path, policy={"min_workers": 3, "weight_aim": 30.0}) as running:
+    async with running_aggregator(tmp_path, policy={"min_workers": 3, "weight_aim": 30.0}) as running:
         (a, b, _), tasks = await fleet(running, "a", "b", "c")
         await a.push(tasks[0], example_count=10)
         assert not (await b.beat(tasks[1])).cancel
@@ -164,10 +165,10 @@ async def test_a_round_commits_early_once_enough_weight_is_in(tmp_path):
 
 async def test_weight_that_was_in_before_a_restart_counts_after_it(tmp_path):
     policy = {"min_workers": 3, "weight_aim": 30.0}
-    async with aggregating(tmp_path, policy=policy) as running:
+    async with running_aggregator(tmp_path, policy=policy) as running:
         (a, _, _), tasks = await fleet(running, "a", "b", "c")
         await a.push(tasks[0], example_count=20)
-    async with aggregating(tmp_path, policy=policy) as running:
+    async with running_aggregator(tmp_path, policy=policy) as running:
         await again(running, "b")[0].push(tasks[1], example_count=10)
         await running.until_finished()
         assert (await running.round()).reason == "enough weight is in"
@@ -175,7 +176,7 @@ async def test_weight_that_was_in_before_a_restart_counts_after_it(tmp_path):
 
 async def test_a_trickling_upload_gives_up_its_slot_and_is_replaced_in_the_round(tmp_path):
     policy = {"lease_s": 100.0, "min_sample_size": 2, "max_participants": 2}
-    async with aggregating(tmp_path, policy=policy) as running:
+    async with running_aggregator(tmp_path, policy=policy) as running:
         (a, slow), tasks = await fleet(running, "a", "slow")
         spare = await running.device("spare")
         reply = asyncio.create_task(spare.task())
@@ -209,7 +210,7 @@ async def test_a_trickling_upload_gives_up_its_slot_and_is_replaced_in_the_round
 
 
 async def test_workers_are_chosen_by_lot_and_the_record_says_so(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         (a, b), tasks = await fleet(running, "a", "b")
         assert {task.chosen for task in (await running.round()).tasks} == {"one of 2 by lot"}
         await asyncio.gather(a.push(tasks[0]), b.push(tasks[1]))
@@ -221,7 +222,7 @@ async def test_the_useful_are_chosen_and_the_record_says_why_even_after_a_restar
     oort = SelectionPolicy(selection="oort", fairness=0.5, exploration=0.0)
     settings = {"policy": policy, "choosing": oort, "rounds": 4}
     loss = {"a": 1e15, "b": 0.1, "c": 0.1}
-    async with aggregating(tmp_path, **settings) as running:
+    async with running_aggregator(tmp_path, **settings) as running:
         devices = {name: await running.device(name) for name in "abc"}
         polls = {name: asyncio.create_task(device.task()) for name, device in devices.items()}
         for number in (1, 2, 3):
@@ -240,14 +241,14 @@ async def test_the_useful_are_chosen_and_the_record_says_why_even_after_a_restar
         assert set(chosen.values()) == {"has waited for 2 rounds"}
         for poll in polls.values():
             poll.cancel()
-    async with aggregating(tmp_path, **settings) as running:
+    async with running_aggregator(tmp_path, **settings) as running:
         assert {task.worker: task.chosen for task in (await running.round()).tasks} == record
 
 
 async def test_a_round_opens_when_its_window_has_passed_though_a_worker_polled_again_meanwhile(tmp_path):
     """Two of three come, again and again, as workers do; the third is alive, and never comes."""
     policy = {"selection_window_s": 600.0, "lease_s": 10_000.0}
-    async with aggregating(tmp_path, policy=policy) as running:
+    async with running_aggregator(tmp_path, policy=policy) as running:
         a, b, _ = [await running.device(name) for name in ("a", "b", "away")]
         coordinator = running.aggregator.coordinator
 

@@ -8,8 +8,9 @@ from safetensors.numpy import save_file
 
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.v1 import device_pb2, round_pb2
-from tests.support.running_federation import MODEL, Device, aggregating, refused, update_of
-from tests.support.running_tree import leading
+from tests.support.hand_driven_device import MODEL, HandDrivenDevice, refused, update_of
+from tests.support.running_federation import running_aggregator
+from tests.support.running_hierarchy import running_leaf
 
 REJECTED, ACCEPTED = round_pb2.TASK_PHASE_REJECTED, round_pb2.TASK_PHASE_ACCEPTED
 MOST = 2**64 - 1
@@ -25,13 +26,13 @@ def tasks_of(round_):
 
 
 async def test_memory_beyond_all_measure_is_counted_as_the_most_there_is_and_the_next_round_opens(tmp_path):
-    async with aggregating(tmp_path, rounds=3, policy={"min_workers": 1}) as running:
+    async with running_aggregator(tmp_path, rounds=3, policy={"min_workers": 1}) as running:
         evil = await running.device("evil")
         await evil.push(await evil.task(), peak_memory_bytes=MOST, tensor_bytes=MOST)
         await evil.task()
         assert tasks_of(await running.round(1))["evil"].peak_memory_bytes < 2**53
-    async with aggregating(tmp_path, rounds=3, policy={"min_workers": 1}) as running:
-        await (evil := Device(running.stub, "evil")).register()
+    async with running_aggregator(tmp_path, rounds=3, policy={"min_workers": 1}) as running:
+        await (evil := HandDrivenDevice(running.stub, "evil")).register()
         task = await evil.task()
         await evil.push(task)
         assert (await running.until_ended(2)).phase == round_pb2.ROUND_PHASE_COMMITTED
@@ -39,7 +40,7 @@ async def test_memory_beyond_all_measure_is_counted_as_the_most_there_is_and_the
 
 async def test_a_record_of_memory_beyond_all_measure_is_read_within_bounds(tmp_path):
     """A data folder of a version that let it pass."""
-    async with aggregating(tmp_path, rounds=3, policy={"min_workers": 1}) as running:
+    async with running_aggregator(tmp_path, rounds=3, policy={"min_workers": 1}) as running:
         evil = await running.device("evil")
         await evil.push(await evil.task())
         record = await running.until_ended(1)
@@ -50,8 +51,8 @@ async def test_a_record_of_memory_beyond_all_measure_is_read_within_bounds(tmp_p
         sql = "UPDATE rounds SET record = ? WHERE number = 1"
         call = running.aggregator.coordinator.in_database
         await call(lambda: store._db.execute(sql, (record.SerializeToString(),)))
-    async with aggregating(tmp_path, rounds=3, policy={"min_workers": 1}) as running:
-        evil = Device(running.stub, "evil")
+    async with running_aggregator(tmp_path, rounds=3, policy={"min_workers": 1}) as running:
+        evil = HandDrivenDevice(running.stub, "evil")
         await evil.register()
         await evil.push(await evil.task())
         assert (await running.until_ended(2)).phase == round_pb2.ROUND_PHASE_COMMITTED
@@ -69,7 +70,7 @@ async def test_a_record_of_memory_beyond_all_measure_is_read_within_bounds(tmp_p
     ],
 )
 async def test_a_number_that_decides_is_refused_out_of_its_range(tmp_path, claim):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         (honest, evil), tasks = await both(running)
         with refused("INVALID_ARGUMENT", ""):
             await evil.push(tasks[1], **claim)
@@ -82,8 +83,8 @@ async def test_a_number_that_decides_is_refused_out_of_its_range(tmp_path, claim
 async def test_the_largest_claims_that_pass_add_up_in_a_leaf(tmp_path):
     most = 1 << 40
     async with (
-        aggregating(tmp_path, rounds=1, policy={"min_workers": 1}) as root,
-        leading(tmp_path / "leaf", "leaf", root) as leaf,
+        running_aggregator(tmp_path, rounds=1, policy={"min_workers": 1}) as root,
+        running_leaf(tmp_path / "leaf", "leaf", root) as leaf,
     ):
         devices, tasks = await both(leaf)
         largest = {"example_count": most, "steps": most, "evaluation_example_count": most}
@@ -97,7 +98,7 @@ async def test_the_largest_claims_that_pass_add_up_in_a_leaf(tmp_path):
 
 
 async def test_an_update_that_makes_the_model_not_finite_is_left_out_by_name_and_the_others_count(tmp_path):
-    async with aggregating(tmp_path, server_learning_rate=1e23) as running:
+    async with running_aggregator(tmp_path, server_learning_rate=1e23) as running:
         (honest, evil), tasks = await both(running)
         await evil.push(tasks[1], update_of(1e16))
         await honest.push(tasks[0], update_of(1e-23))
@@ -115,8 +116,8 @@ async def test_a_leaf_leaves_out_an_update_whose_mean_is_not_finite_too(tmp_path
     change = {name: np.ones_like(values) for name, values in half.items()}
     save_file(half, tmp_path / "initial.safetensors")
     async with (
-        aggregating(tmp_path, rounds=1, policy={"min_workers": 1}, normalize_steps=True) as root,
-        leading(tmp_path / "leaf", "leaf", root) as leaf,
+        running_aggregator(tmp_path, rounds=1, policy={"min_workers": 1}, normalize_steps=True) as root,
+        running_leaf(tmp_path / "leaf", "leaf", root) as leaf,
     ):
         (honest, evil), tasks = await both(leaf)
         await evil.push(tasks[1], {name: values * np.float16(60000) for name, values in change.items()}, steps=1)
@@ -128,7 +129,7 @@ async def test_a_leaf_leaves_out_an_update_whose_mean_is_not_finite_too(tmp_path
 
 async def test_losses_of_all_sizes_leave_the_choice_of_workers_working(tmp_path):
     choosing = SelectionPolicy(selection="oort")
-    async with aggregating(tmp_path, rounds=4, choosing=choosing) as running:
+    async with running_aggregator(tmp_path, rounds=4, choosing=choosing) as running:
         (honest, evil), tasks = await both(running)
         for _ in range(3):
             await evil.push(tasks[1], example_count=1 << 40, metrics={"train_loss": 1e30})
@@ -143,7 +144,7 @@ async def test_a_device_is_known_by_short_printable_words(tmp_path):
         "memory_bytes": MOST,
         "uplink_bits_per_second": MOST,
     }
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         await running.device("evil", device=device_pb2.DeviceProfile(**about))
         device = running.aggregator.coordinator.fleet.get("evil").registration.device
         assert device.device_class.isprintable()
@@ -154,7 +155,7 @@ async def test_a_device_is_known_by_short_printable_words(tmp_path):
 
 
 async def test_the_reason_of_a_task_given_back_is_one_short_printable_line(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         (_, evil), tasks = await both(running)
         await evil.give_back(tasks[1], "boom [/nope] \x1b[2J\r\n" + "x" * 5000)
         reason = (await running.until_task("evil", round_pb2.TASK_PHASE_FAILED)).reason
@@ -165,7 +166,7 @@ async def test_the_reason_of_a_task_given_back_is_one_short_printable_line(tmp_p
 
 async def test_a_claim_of_steps_scales_the_updates_of_others_by_no_more_than_its_own_say(tmp_path):
     weights = {"honest": 1.0, "evil": 0.001}
-    async with aggregating(tmp_path, worker_weights=weights, normalize_steps=True) as running:
+    async with running_aggregator(tmp_path, worker_weights=weights, normalize_steps=True) as running:
         (honest, evil), tasks = await both(running)
         await evil.push(tasks[1], update_of(0.0), example_count=1 << 40, steps=1 << 40)
         await honest.push(tasks[0], update_of(1.0), steps=10)

@@ -13,18 +13,10 @@ import pytest
 
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
+from tests.support.hand_driven_device import MODEL, PATIENCE_S, chunks, encoded, update_of
 from tests.support.learning_tasks import Recorded
-from tests.support.processes import again, aggregator_process, free_address, worker_process
-from tests.support.running_federation import (
-    MODEL,
-    PATIENCE_S,
-    Shifter,
-    aggregating,
-    chunks,
-    encoded,
-    update_of,
-    working,
-)
+from tests.support.processes import aggregator_process, free_address, reconnected, worker_process
+from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
 
 ACCEPTED = round_pb2.TASK_PHASE_ACCEPTED
 RNG = np.random.default_rng(11)
@@ -50,7 +42,7 @@ async def push(device, task, offset=0):
 async def uninterrupted(folder):
     """The last model of the same run when nobody is killed."""
     folder.mkdir()
-    async with aggregating(folder, rounds=5) as running:
+    async with running_aggregator(folder, rounds=5) as running:
         devices = [await running.device(name) for name in "ab"]
         for _ in range(5):
             tasks = await asyncio.gather(*(device.task() for device in devices))
@@ -72,7 +64,7 @@ async def test_an_aggregator_killed_in_every_round_ends_with_the_model_of_one_th
 
     # Tasks are out: they are the same after the restart, whether asked for again or not.
     async with aggregator_process(kept, *arguments) as (process, running):
-        a, b = again(running, a, b)
+        a, b = reconnected(running, a, b)
         assert (await a.task()).token == a_task.token
         await asyncio.gather(push(a, a_task), push(b, b_task))
         a_task, b_task = await asyncio.gather(a.task(), b.task())
@@ -87,7 +79,7 @@ async def test_an_aggregator_killed_in_every_round_ends_with_the_model_of_one_th
 
     # Within an upload: it goes on at the byte that is held.
     async with aggregator_process(kept, *arguments) as (process, running):
-        a, b = again(running, a, b)
+        a, b = reconnected(running, a, b)
         held = (await a.held(a_task)).committed_size_bytes
         assert held in (2048, 4096)
         assert (await push(a, a_task, held)).complete
@@ -98,7 +90,7 @@ async def test_an_aggregator_killed_in_every_round_ends_with_the_model_of_one_th
 
     # One of two accepted: it still is, and sending it again counts once.
     async with aggregator_process(kept, *arguments) as (process, running):
-        a, b = again(running, a, b)
+        a, b = reconnected(running, a, b)
         round_ = await running.round()
         assert {task.worker: task.phase for task in round_.tasks}["a"] == ACCEPTED
         assert round_.number == 3
@@ -112,7 +104,7 @@ async def test_an_aggregator_killed_in_every_round_ends_with_the_model_of_one_th
 
     # With the last acknowledgement: the round is committed, from both updates, whether it was before or is now.
     async with aggregator_process(kept, *arguments) as (process, running):
-        a, b = again(running, a, b)
+        a, b = reconnected(running, a, b)
         await running.until(lambda run, _: run.model_version == 5)
         assert {task.phase for task in (await running.round(4)).tasks} == {ACCEPTED}
         assert (await a.held(a_task)).complete
@@ -140,8 +132,8 @@ async def test_an_aggregator_killed_at_random_loses_nothing_that_real_workers_ha
     """A seed that fails is in the test's name."""
     rng, rounds = random.Random(seed), 10
     address = free_address()
-    trainers = [Shifter() for _ in range(2)]
-    crew = [working(address, tmp_path, f"w{i}", trainer, stall_s=5.0) for i, trainer in enumerate(trainers)]
+    trainers = [ShiftTrainer() for _ in range(2)]
+    crew = [start_worker(address, tmp_path, f"w{i}", trainer, stall_s=5.0) for i, trainer in enumerate(trainers)]
     for kills_left in reversed(range(4)):
         arguments = ["--rounds", rounds, "--quorum", 2, "--upload-encoding", "raw+zstd"]
         async with aggregator_process(tmp_path, *arguments, address=address) as (_, running):
@@ -162,7 +154,7 @@ async def test_a_worker_killed_with_a_finished_update_delivers_the_same_one_afte
     data = tmp_path / "data"
     data.mkdir()
     (data / "wait").touch()
-    async with aggregating(tmp_path, max_uploads=1, policy=PATIENT) as running:
+    async with running_aggregator(tmp_path, max_uploads=1, policy=PATIENT) as running:
         hand = await running.device("hand")
         async with worker_process(running, tmp_path, "pi", data) as process:
             task = await hand.task()
@@ -193,7 +185,7 @@ async def test_a_worker_killed_while_it_trains_is_replaced_within_the_round(tmp_
     data.mkdir()
     (data / "wait").touch()
     policy = {"lease_s": 60.0, "min_sample_size": 2, "max_participants": 2}
-    async with aggregating(tmp_path, policy=policy, heartbeat_interval_s=0.3) as running:
+    async with running_aggregator(tmp_path, policy=policy, heartbeat_interval_s=0.3) as running:
         hand = await running.device("hand")
         async with worker_process(running, tmp_path, "pi", data) as process:
             await hand.push(await hand.task())
@@ -215,7 +207,7 @@ async def test_a_worker_killed_while_it_trains_gets_its_task_again_after_its_res
     data = tmp_path / "data"
     data.mkdir()
     (data / "wait").touch()
-    async with aggregating(tmp_path, policy=PATIENT) as running:
+    async with running_aggregator(tmp_path, policy=PATIENT) as running:
         hand = await running.device("hand")
         async with worker_process(running, tmp_path, "pi", data) as process:
             task = await hand.task()
@@ -252,7 +244,7 @@ async def test_sigterm_lets_an_upload_end_and_waits_for_no_poll(tmp_path):
         assert await process.ended() == 128 + signal.SIGTERM
         await asyncio.gather(waiting, return_exceptions=True)
     async with aggregator_process(tmp_path) as (process, running):
-        a, b = again(running, a, b)
+        a, b = reconnected(running, a, b)
         assert {item.worker: item.phase for item in (await running.round()).tasks}["a"] == ACCEPTED
         assert (await a.held(a_task)).complete
 

@@ -3,12 +3,13 @@
 import asyncio
 
 from fedgrpc.v1 import round_pb2
-from tests.support.running_federation import PATIENCE_S, Device, aggregating, refused
+from tests.support.hand_driven_device import PATIENCE_S, HandDrivenDevice, refused
+from tests.support.running_federation import running_aggregator
 
 
 async def test_a_new_device_finds_a_place_among_names_that_never_delivered_also_after_a_restart(tmp_path):
     for restart in range(2):
-        async with aggregating(tmp_path, max_workers=3) as running:
+        async with running_aggregator(tmp_path, max_workers=3) as running:
             if not restart:
                 for number in range(20):
                     await running.device(f"idle-{number}")
@@ -19,8 +20,8 @@ async def test_a_new_device_finds_a_place_among_names_that_never_delivered_also_
 
 
 async def test_a_name_that_changes_in_a_loop_is_told_to_wait_and_the_same_facts_cost_nothing(tmp_path):
-    async with aggregating(tmp_path) as running:
-        device = Device(running.stub, "flip")
+    async with running_aggregator(tmp_path) as running:
+        device = HandDrivenDevice(running.stub, "flip")
         for number in range(11):
             await device.register(device={"cpu_cores": number})
         with refused("RESOURCE_EXHAUSTED", "registers too often", "Exhausted") as caught:
@@ -34,7 +35,7 @@ async def test_a_name_that_changes_in_a_loop_is_told_to_wait_and_the_same_facts_
 
 
 async def test_the_oldest_of_many_polls_of_one_worker_are_answered_with_nothing(tmp_path):
-    async with aggregating(tmp_path, policy={"min_workers": 9}, poll_wait_s=600.0) as running:
+    async with running_aggregator(tmp_path, policy={"min_workers": 9}, poll_wait_s=600.0) as running:
         device = await running.device("a")
         polls = [asyncio.create_task(device.poll(600.0)) for _ in range(10)]
         async with asyncio.timeout(PATIENCE_S):
@@ -47,7 +48,7 @@ async def test_the_oldest_of_many_polls_of_one_worker_are_answered_with_nothing(
 
 async def test_names_that_take_tasks_and_never_deliver_hold_up_two_rounds_and_no_third(tmp_path):
     policy = {"min_workers": 1, "deadline_s": 1.5, "selection_window_s": 1.0, "lease_s": 30.0}
-    async with aggregating(tmp_path, rounds=6, policy=policy) as running:
+    async with running_aggregator(tmp_path, rounds=6, policy=policy) as running:
         honest = await running.device("honest")
         idle = [await running.device(f"idle-{number}") for number in range(5)]
 

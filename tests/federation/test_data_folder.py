@@ -17,15 +17,8 @@ from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.v1 import round_pb2
 from tests.support.command_line import fedgrpc
-from tests.support.running_federation import (
-    MODEL,
-    PATIENCE_S,
-    Device,
-    aggregating,
-    refused,
-    settings_for,
-    update_of,
-)
+from tests.support.hand_driven_device import MODEL, PATIENCE_S, HandDrivenDevice, refused, update_of
+from tests.support.running_federation import running_aggregator, settings_for
 
 Serving = health_pb2.HealthCheckResponse
 
@@ -39,7 +32,7 @@ async def fails_to_start(folder, error, text, **changes):
 
 async def played(folder, push_all=True):
     """A folder with a finished round, or with one that is open and has one of two updates."""
-    async with aggregating(folder, rounds=2) as running:
+    async with running_aggregator(folder, rounds=2) as running:
         devices = [await running.device("a"), await running.device("b")]
         tasks = await asyncio.gather(*(device.task() for device in devices))
         await devices[0].push(tasks[0])
@@ -56,13 +49,13 @@ async def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 async def test_a_folder_in_use_is_refused(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         await fails_to_start(tmp_path, UsageError, "is in use by another aggregator")
         assert (await running.run()).name == "default"
 
 
 async def test_a_port_in_use_is_named(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         changes = {"address": running.address, "data_dir": tmp_path / "other"}
         await fails_to_start(
             tmp_path, UsageError, f"cannot listen on {running.address}: the port is in use", **changes
@@ -88,7 +81,7 @@ async def test_a_corrupt_model_is_found_at_the_start(tmp_path):
         model.write_bytes(content)
         await fails_to_start(tmp_path, StorageError, text)
     model.write_bytes(good)
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         assert (await running.run()).model_version == 2
 
 
@@ -109,7 +102,7 @@ async def test_an_accepted_update_that_is_gone_or_unreadable_is_an_error_and_not
     update.write_bytes(b"\0")
     await fails_to_start(tmp_path, StorageError, "cannot read the update")
     update.write_bytes(good)
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         assert (await running.round()).tasks[0].phase == round_pb2.TASK_PHASE_ACCEPTED
 
 
@@ -117,14 +110,14 @@ async def test_an_accepted_update_that_was_cut_short_is_left_out_by_name(tmp_pat
     folder, tasks = await played(tmp_path, push_all=False)
     update = folder / "uploads" / f"{tasks[0].token}.update"
     update.write_bytes(update.read_bytes()[:-100])
-    async with aggregating(tmp_path, rounds=1) as running:
-        await Device(running.stub, "b").push(tasks[1], update_of(3.0))
+    async with running_aggregator(tmp_path, rounds=1) as running:
+        await HandDrivenDevice(running.stub, "b").push(tasks[1], update_of(3.0))
         assert (await running.until_finished()).model_version == 2
         left_out, counted = (await running.rounds())[0].tasks
         assert left_out.phase == round_pb2.TASK_PHASE_REJECTED
         assert "CRC does not match" in left_out.reason
         assert counted.phase == round_pb2.TASK_PHASE_ACCEPTED
-        np.testing.assert_allclose((await Device(running.stub, "b").model())["b"], MODEL["b"] + 3.0)
+        np.testing.assert_allclose((await HandDrivenDevice(running.stub, "b").model())["b"], MODEL["b"] + 3.0)
 
 
 def raw_file(path, header, data=b""):
@@ -144,7 +137,7 @@ async def test_an_initial_model_that_cannot_be_used_is_named(tmp_path):
     save_file({f"{i:0900}": np.zeros(1, np.float32) for i in range(5000)}, path)
     await fails_to_start(tmp_path, UsageError, "too many for one message", initial_model=path)
     save_file(MODEL, path)
-    async with aggregating(tmp_path, initial_model=path) as running:
+    async with running_aggregator(tmp_path, initial_model=path) as running:
         assert (await running.run()).model_version == 1
 
 
@@ -182,7 +175,7 @@ async def status_of(running):
 
 
 async def test_an_upload_that_cannot_be_stored_is_internal_and_the_health_says_so_until_it_can(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         a, b = await running.device("a"), await running.device("b")
         a_task, b_task = await asyncio.gather(a.task(), b.task())
         assert await health_of(running) == Serving.SERVING
@@ -207,7 +200,7 @@ async def test_an_upload_that_cannot_be_stored_is_internal_and_the_health_says_s
 @pytest.mark.parametrize("name", ["models", "uploads"])
 async def test_a_commit_that_cannot_be_stored_is_tried_until_it_can(tmp_path, name):
     """Every accepted update is kept meanwhile."""
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         a, b = await running.device("a"), await running.device("b")
         a_task, b_task = await asyncio.gather(a.task(), b.task())
         await a.push(a_task)
@@ -230,7 +223,7 @@ async def test_a_commit_that_cannot_be_stored_is_tried_until_it_can(tmp_path, na
 
 async def test_a_model_that_no_encoding_of_the_run_can_hold_travels_as_it_is(tmp_path):
     """70000 is not finite in float16; the run goes on all the same."""
-    async with aggregating(tmp_path, rounds=2, download_recipe="float16") as running:
+    async with running_aggregator(tmp_path, rounds=2, download_recipe="float16") as running:
         a, b = await running.device("a"), await running.device("b")
         for _ in range(2):
             tasks = await asyncio.gather(a.task(), b.task())
@@ -241,7 +234,7 @@ async def test_a_model_that_no_encoding_of_the_run_can_hold_travels_as_it_is(tmp
 
 
 async def test_updates_whose_sum_is_not_finite_cost_their_round_and_not_the_model(tmp_path):
-    async with aggregating(tmp_path, rounds=2, server_learning_rate=1e23) as running:
+    async with running_aggregator(tmp_path, rounds=2, server_learning_rate=1e23) as running:
         a, b = await running.device("a"), await running.device("b")
         for change in (1e-23, 1e16, 1e-23):
             tasks = await asyncio.gather(a.task(), b.task())
@@ -259,7 +252,7 @@ async def test_updates_whose_sum_is_not_finite_cost_their_round_and_not_the_mode
 
 
 async def test_old_files_that_cannot_be_removed_hold_up_no_round(tmp_path, monkeypatch):
-    async with aggregating(tmp_path, rounds=3, keep_versions=1) as running:
+    async with running_aggregator(tmp_path, rounds=3, keep_versions=1) as running:
         models = running.aggregator.coordinator.models
         prune, tries = models.prune, []
 
@@ -289,7 +282,7 @@ async def test_models_without_their_database_are_not_begun_anew(tmp_path):
 async def test_a_database_without_its_log_holds_the_run_up_to_its_last_commit(tmp_path):
     """What a copy of `run.sqlite` alone is."""
     data_dir = tmp_path / "copy"
-    async with aggregating(tmp_path, rounds=2) as running:
+    async with running_aggregator(tmp_path, rounds=2) as running:
         devices = [await running.device("a"), await running.device("b")]
         tasks = await asyncio.gather(*(device.task() for device in devices))
         await asyncio.gather(*(device.push(task) for device, task in zip(devices, tasks, strict=True)))
@@ -297,7 +290,7 @@ async def test_a_database_without_its_log_holds_the_run_up_to_its_last_commit(tm
         data_dir.mkdir()
         shutil.copy(running.settings.data_dir / "run.sqlite", data_dir / "run.sqlite")
         shutil.copytree(running.settings.data_dir / "models", data_dir / "models")
-    async with aggregating(tmp_path, rounds=2, data_dir=data_dir) as again:
+    async with running_aggregator(tmp_path, rounds=2, data_dir=data_dir) as again:
         assert (await again.run()).model_version == 2
 
 
@@ -311,7 +304,7 @@ async def test_a_database_that_is_older_than_the_models_is_refused(tmp_path):
 async def test_a_model_of_a_commit_that_a_crash_cut_off_is_written_anew(tmp_path):
     data_dir, _ = await played(tmp_path)
     shutil.copy(data_dir / "models" / "000002.safetensors", data_dir / "models" / "000003.safetensors")
-    async with aggregating(tmp_path, rounds=2) as again:
+    async with running_aggregator(tmp_path, rounds=2) as again:
         assert (await again.run()).model_version == 2
 
 
@@ -325,13 +318,13 @@ async def test_accepted_updates_that_the_database_does_not_know_are_told_of(tmp_
     data_dir, _ = await played(tmp_path)
     (data_dir / "uploads" / "unknown.update").write_bytes(b"x")
     with capture_logs() as lines:
-        async with aggregating(tmp_path, rounds=2):
+        async with running_aggregator(tmp_path, rounds=2):
             pass
     assert [line["updates"] for line in lines if line["event"] == "accepted updates removed"] == [1]
 
 
 async def test_a_base_model_that_changed_while_the_aggregator_runs_makes_no_version(tmp_path):
-    async with aggregating(tmp_path, rounds=2) as running:
+    async with running_aggregator(tmp_path, rounds=2) as running:
         a, b = await running.device("a"), await running.device("b")
         a_task, b_task = await asyncio.gather(a.task(), b.task())
         path = running.aggregator.coordinator.models.path(1)
@@ -351,7 +344,7 @@ async def test_a_base_model_that_changed_while_the_aggregator_runs_makes_no_vers
 
 async def test_an_optimizer_state_that_has_changed_is_named_at_the_start(tmp_path):
     how = {"rounds": 2, "server_optimizer": "fedadam"}
-    async with aggregating(tmp_path, **how) as running:
+    async with running_aggregator(tmp_path, **how) as running:
         devices = [await running.device("a"), await running.device("b")]
         tasks = await asyncio.gather(*(device.task() for device in devices))
         await asyncio.gather(*(device.push(task) for device, task in zip(devices, tasks, strict=True)))
@@ -368,7 +361,7 @@ async def test_an_encoded_model_that_changed_on_the_disk_is_not_sent_again_and_a
     tmp_path, monkeypatch, recipe
 ):
     monkeypatch.setattr("fedgrpc.aggregator.model_store._LOOK_INTERVAL_S", 0.0)
-    async with aggregating(tmp_path, download_recipe=recipe) as running:
+    async with running_aggregator(tmp_path, download_recipe=recipe) as running:
         a, b = await running.device("a"), await running.device("b")
         a_task, _ = await asyncio.gather(a.task(), b.task())
         _, good = await a.pull(1, a_task.download_recipe)

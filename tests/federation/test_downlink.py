@@ -14,7 +14,8 @@ from fedgrpc.rpc.channel import open_channel
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.model_store import ModelFolder, Source
 from fedgrpc.worker.trainer import TrainResult
-from tests.support.running_federation import PATIENCE_S, Shifter, aggregating, working
+from tests.support.hand_driven_device import PATIENCE_S
+from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
 
 INT8 = {"download_recipe": "int8+zstd"}
 ALONE = {"min_workers": 1}
@@ -81,7 +82,7 @@ def held_on_disk(running, version):
 
 
 async def test_a_worker_that_holds_a_version_gets_the_difference_and_errors_do_not_add_up(tmp_path):
-    async with aggregating(tmp_path, rounds=6, policy=ALONE, **INT8) as running:
+    async with running_aggregator(tmp_path, rounds=6, policy=ALONE, **INT8) as running:
         holder = Holder(await running.device("a"))
         header, _ = await a_round(holder, 0)
         assert header.base_version == 0
@@ -98,16 +99,18 @@ async def test_a_worker_that_holds_a_version_gets_the_difference_and_errors_do_n
 async def test_the_aggregator_keeps_bit_for_bit_what_workers_hold(tmp_path):
     trained = {}
 
-    class Noisy(Shifter):
+    class Noisy(ShiftTrainer):
         def train(self, weights, job):
             trained.setdefault(job.round, []).append({name: np.array(a) for name, a in weights.items()})
             rng = np.random.default_rng(job.seed)
             moved = {n: a + rng.normal(size=a.shape).astype(a.dtype) / 100 for n, a in weights.items() if n != "n"}
             return TrainResult({**moved, "n": weights["n"] + 1}, 10, 1, {})
 
-    async with aggregating(tmp_path, rounds=4, keep_versions=9, upload_recipe="int8+zstd", **INT8) as running:
+    async with running_aggregator(
+        tmp_path, rounds=4, keep_versions=9, upload_recipe="int8+zstd", **INT8
+    ) as running:
         codes = await asyncio.wait_for(
-            asyncio.gather(*(working(running, tmp_path, name, Noisy()) for name in "ab")), PATIENCE_S
+            asyncio.gather(*(start_worker(running, tmp_path, name, Noisy()) for name in "ab")), PATIENCE_S
         )
         assert codes == [0, 0]
         assert sorted(trained) == [1, 2, 3, 4]
@@ -123,7 +126,7 @@ async def test_the_aggregator_keeps_bit_for_bit_what_workers_hold(tmp_path):
 
 
 async def test_a_difference_is_made_once_and_shared(tmp_path):
-    async with aggregating(tmp_path, rounds=2, **INT8) as running:
+    async with running_aggregator(tmp_path, rounds=2, **INT8) as running:
         holders = [Holder(await running.device(name)) for name in "ab"]
         await asyncio.gather(*(a_round(holder, 1) for holder in holders))
         (first, one), (second, other) = await asyncio.gather(*(a_round(holder, 2) for holder in holders))
@@ -133,13 +136,13 @@ async def test_a_difference_is_made_once_and_shared(tmp_path):
 
 
 async def test_a_restart_changes_nothing_for_those_who_hold_a_version(tmp_path):
-    async with aggregating(tmp_path, rounds=3, policy=ALONE, **INT8) as running:
+    async with running_aggregator(tmp_path, rounds=3, policy=ALONE, **INT8) as running:
         holder = Holder(await running.device("a"))
         await a_round(holder, 1)
         await running.until_ended(1)
         task = await holder.device.task()
         before, payload = await holder.device.pull(2, "int8+zstd", base=holder.key)
-    async with aggregating(tmp_path, rounds=3, policy=ALONE, **INT8) as running:
+    async with running_aggregator(tmp_path, rounds=3, policy=ALONE, **INT8) as running:
         holder.device = await running.device("a")
         task = await holder.device.task(held=holder.key)
         # The same bytes, so that a download that was cut off goes on.
@@ -153,7 +156,7 @@ async def test_a_restart_changes_nothing_for_those_who_hold_a_version(tmp_path):
 
 
 async def test_a_form_that_is_damaged_or_unknown_costs_a_whole_model_and_no_more(tmp_path):
-    async with aggregating(tmp_path, rounds=3, policy=ALONE, **INT8) as running:
+    async with running_aggregator(tmp_path, rounds=3, policy=ALONE, **INT8) as running:
         holder = Holder(await running.device("a"))
         await a_round(holder, 1)
         await running.until_ended(1)
@@ -161,7 +164,7 @@ async def test_a_form_that_is_damaged_or_unknown_costs_a_whole_model_and_no_more
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    async with aggregating(tmp_path, rounds=3, policy=ALONE, **INT8) as running:
+    async with running_aggregator(tmp_path, rounds=3, policy=ALONE, **INT8) as running:
         holder.device = await running.device("a")
         for key in [holder.key, (1, b"\x00" * 32), (1, b""), (7, holder.key[1]), (0, b"")]:
             header, _ = await holder.device.pull(2, "int8+zstd", base=key)
@@ -171,7 +174,7 @@ async def test_a_form_that_is_damaged_or_unknown_costs_a_whole_model_and_no_more
 async def test_a_worker_that_missed_versions_gets_the_difference_to_what_it_holds(tmp_path):
     recipes = {"download_recipe": "int8+zstd", "difference_recipe": "entropy:c=1+zstd"}
     policy = {**ALONE, "selection_window_s": 0.1}
-    async with aggregating(tmp_path, rounds=5, policy=policy, **recipes) as running:
+    async with running_aggregator(tmp_path, rounds=5, policy=policy, **recipes) as running:
         steady, away = Holder(await running.device("a")), Holder(await running.device("b"))
         _, whole = await away.pull(1)
         for number in (1, 2):
@@ -185,7 +188,7 @@ async def test_a_worker_that_missed_versions_gets_the_difference_to_what_it_hold
 
 
 async def test_what_is_held_of_the_wanted_version_itself_is_not_sent_again(tmp_path):
-    async with aggregating(tmp_path, rounds=2, policy=ALONE, **INT8) as running:
+    async with running_aggregator(tmp_path, rounds=2, policy=ALONE, **INT8) as running:
         holder = Holder(await running.device("a"))
         await a_round(holder, 1)
         await running.until_ended(1)
@@ -201,7 +204,7 @@ async def test_a_recipe_may_treat_the_last_layer_and_vectors_otherwise_in_models
     model = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     save_file(model, tmp_path / "initial.safetensors")
     recipe = "float16;@last=int8;@vectors=bfloat16"
-    async with aggregating(tmp_path, rounds=2, policy=ALONE, download_recipe=recipe) as running:
+    async with running_aggregator(tmp_path, rounds=2, policy=ALONE, download_recipe=recipe) as running:
         device = await running.device("a")
         task = await device.task()
         whole, _ = await device.pull(1, task.download_recipe)
@@ -223,7 +226,7 @@ async def test_a_recipe_may_treat_the_last_layer_and_vectors_otherwise_in_models
 
 async def test_a_difference_larger_than_the_model_is_not_sent(tmp_path):
     recipes = {"download_recipe": "int8", "difference_recipe": "float16"}
-    async with aggregating(tmp_path, rounds=2, policy=ALONE, **recipes) as running:
+    async with running_aggregator(tmp_path, rounds=2, policy=ALONE, **recipes) as running:
         holder = Holder(await running.device("a"), "int8")
         await a_round(holder, 1)
         header, _ = await a_round(holder, 2)
@@ -232,7 +235,7 @@ async def test_a_difference_larger_than_the_model_is_not_sent(tmp_path):
 
 
 async def test_a_lossless_downlink_is_the_version_itself_and_keeps_no_forms(tmp_path):
-    async with aggregating(tmp_path, rounds=2, policy=ALONE, download_recipe="raw") as running:
+    async with running_aggregator(tmp_path, rounds=2, policy=ALONE, download_recipe="raw") as running:
         holder = Holder(await running.device("a"), "raw")
         await a_round(holder, 1)
         header, _ = await a_round(holder, 2)
@@ -242,7 +245,7 @@ async def test_a_lossless_downlink_is_the_version_itself_and_keeps_no_forms(tmp_
 
 
 async def test_few_forms_are_kept_of_each_version_whatever_workers_hold(tmp_path):
-    async with aggregating(tmp_path, rounds=9, keep_versions=3, policy=ALONE, **INT8) as running:
+    async with running_aggregator(tmp_path, rounds=9, keep_versions=3, policy=ALONE, **INT8) as running:
         device = await running.device("a")
         steady, others = Holder(device), []
         for number in range(1, 9):
@@ -266,7 +269,7 @@ def test_a_difference_encoding_whose_errors_would_grow_is_refused(tmp_path):
 
 
 async def test_a_device_that_holds_a_sum_keeps_it_through_its_restart_and_asks_for_nothing_twice(tmp_path):
-    async with aggregating(tmp_path, rounds=3, policy=ALONE, **INT8) as running:
+    async with running_aggregator(tmp_path, rounds=3, policy=ALONE, **INT8) as running:
         run_id = (await running.run()).id
         steady = Holder(await running.device("a"))
 

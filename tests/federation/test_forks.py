@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
+from tests.support.hand_driven_device import PATIENCE_S
 from tests.support.processes import aggregator_process, free_address, worker_process
-from tests.support.running_federation import PATIENCE_S
 
 
 async def test_a_pool_of_forked_processes_in_each_training_does_not_end_the_worker(tmp_path):

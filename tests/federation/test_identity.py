@@ -11,7 +11,7 @@ from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc
 from tests.support.certificates import make_authority, make_certificate, tls_flags
-from tests.support.processes import process
+from tests.support.processes import running_process
 from tests.support.running_federation import settings_for
 
 RULES = ("--certificate-names", "--operator", "chief")
@@ -29,7 +29,7 @@ def pki(tmp_path):
 def aggregator_process(tmp_path, pki, *arguments):
     place = ["--data-dir", tmp_path / "aggregator", "--address", "127.0.0.1:0", "--min-workers", 1]
     place += ["--initial-model", settings_for(tmp_path).initial_model, "--encoding", "raw", "--no-evaluate"]
-    return process("aggregator", *place, "--lease", "60s", *tls_flags(pki, "server"), *arguments)
+    return running_process("aggregator", *place, "--lease", "60s", *tls_flags(pki, "server"), *arguments)
 
 
 def worker_process(tmp_path, pki, port, name, certificate):
@@ -37,7 +37,7 @@ def worker_process(tmp_path, pki, port, name, certificate):
     data.mkdir()
     place = ["--aggregator", f"127.0.0.1:{port}", "--serve-address", "none", "--data", data]
     place += ["--name", name, "--state-dir", data / "state", "--task", "tests.support.learning_tasks:Recorded"]
-    return process("worker", *place, *tls_flags(pki, certificate))
+    return running_process("worker", *place, *tls_flags(pki, certificate))
 
 
 def stub_of(channel):

@@ -12,7 +12,8 @@ from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.submodels.plan import CompressionPlan, PlanTable
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
-from tests.support.running_federation import MODEL, Device, aggregating, refused, update_of
+from tests.support.hand_driven_device import MODEL, HandDrivenDevice, refused, update_of
+from tests.support.running_federation import running_aggregator
 
 HUGE = 1 << 40
 LEADING = device_pb2.WORKER_ROLE_AGGREGATOR
@@ -42,7 +43,7 @@ def by_worker(round_):
 
 
 async def test_a_count_of_examples_weighs_no_more_than_the_operator_allows(tmp_path):
-    async with aggregating(tmp_path, max_examples=30) as running:
+    async with running_aggregator(tmp_path, max_examples=30) as running:
         round_ = await together(
             running, {"honest": (1.0, {"example_count": 10}), "evil": (-5.0, {"example_count": HUGE})}
         )
@@ -53,7 +54,7 @@ async def test_a_count_of_examples_weighs_no_more_than_the_operator_allows(tmp_p
 
 async def test_no_worker_has_a_larger_share_of_a_mean_than_the_operator_allows(tmp_path):
     policy = {"min_workers": 4, "max_share": 0.4}
-    async with aggregating(tmp_path, policy=policy) as running:
+    async with running_aggregator(tmp_path, policy=policy) as running:
         updates = {name: (1.0, {"example_count": 10}) for name in "abc"}
         round_ = await together(running, {**updates, "evil": (-5.0, {"example_count": HUGE})})
         assert by_worker(round_)["evil"].weight == pytest.approx(20.0)
@@ -62,7 +63,7 @@ async def test_no_worker_has_a_larger_share_of_a_mean_than_the_operator_allows(t
 
 
 async def test_a_worker_with_over_half_of_the_mean_of_more_than_three_is_named(tmp_path, capfd):
-    async with aggregating(tmp_path, policy={"min_workers": 4}) as running:
+    async with running_aggregator(tmp_path, policy={"min_workers": 4}) as running:
         updates = {name: (1.0, {"example_count": 10}) for name in "abc"}
         round_ = await together(running, {**updates, "large": (1.0, {"example_count": 70})})
         assert (round_.dominance.worker, round_.dominance.share) == ("large", 0.7)
@@ -73,7 +74,7 @@ async def test_a_worker_with_over_half_of_the_mean_of_more_than_three_is_named(t
 async def test_an_update_beyond_the_norm_is_scaled_down_to_it_and_the_record_says_how_far(tmp_path):
     honest, bound = update_of(1.0), 60.0
     norm = float(np.sqrt(sum((honest[name].astype(np.float64) ** 2).sum() for name in ("w", "b"))))
-    async with aggregating(tmp_path, clip_norm=bound) as running:
+    async with running_aggregator(tmp_path, clip_norm=bound) as running:
         round_ = await together(running, {"honest": (1.0, {}), "evil": (-1000.0, {})})
         scales = {name: task.scale for name, task in by_worker(round_).items()}
         assert scales == {"honest": 1.0, "evil": pytest.approx(bound / (1000 * norm))}
@@ -84,7 +85,7 @@ async def test_an_update_beyond_the_norm_is_scaled_down_to_it_and_the_record_say
 async def test_a_clipped_update_of_a_part_of_the_model_counts_by_the_norm_of_its_part(tmp_path):
     plans = PlanTable(default=CompressionPlan(personal_layers=("w",)))
     norm = np.sqrt(40.0) * 10
-    async with aggregating(tmp_path, clip_norm=norm / 2, local_models=plans) as running:
+    async with running_aggregator(tmp_path, clip_norm=norm / 2, local_models=plans) as running:
         devices = [await running.device(name) for name in "ab"]
         tasks = await asyncio.gather(*(device.task() for device in devices))
         part = {name: array for name, array in update_of(10.0).items() if name != "w"}
@@ -101,7 +102,7 @@ async def test_an_aggregator_nobody_named_weighs_no_more_than_a_worker(tmp_path)
     for weights, expected in (({"honest": 0.5, "friend": 0.5}, (0.5, 10.0)), ({}, (10.0, 10.0))):
         folder = tmp_path / str(len(weights))
         folder.mkdir()
-        async with aggregating(folder, worker_weights=weights) as running:
+        async with running_aggregator(folder, worker_weights=weights) as running:
             round_ = await together(
                 running, {"honest": (1.0, {}), "evil": (-5.0, mean)}, {"evil": {"role": LEADING}}
             )
@@ -110,14 +111,14 @@ async def test_an_aggregator_nobody_named_weighs_no_more_than_a_worker(tmp_path)
 
 async def test_a_fixed_weight_is_the_weight_of_an_aggregator_too(tmp_path):
     mean = {"merged_updates": 5, "weight": 50.0, "example_count": 50}
-    async with aggregating(tmp_path, worker_weights={"leaf": 2.0}, leaves=("leaf",)) as running:
+    async with running_aggregator(tmp_path, worker_weights={"leaf": 2.0}, leaves=("leaf",)) as running:
         round_ = await together(running, {"other": (1.0, {}), "leaf": (1.0, mean)}, {"leaf": {"role": LEADING}})
         assert by_worker(round_)["leaf"].weight == 2.0
 
 
 async def test_a_named_aggregator_weighs_what_its_workers_may(tmp_path):
     mean = {"merged_updates": 5, "weight": 1000.0, "example_count": 1000}
-    async with aggregating(tmp_path, max_examples=30, leaves=("leaf-*",)) as running:
+    async with running_aggregator(tmp_path, max_examples=30, leaves=("leaf-*",)) as running:
         round_ = await together(
             running,
             {"other": (1.0, {"example_count": 1000}), "leaf-1": (1.0, mean)},
@@ -128,7 +129,7 @@ async def test_a_named_aggregator_weighs_what_its_workers_may(tmp_path):
 
 @pytest.mark.parametrize("role", [LEADING, SCORING])
 async def test_a_role_that_the_operator_gives_to_others_is_refused(tmp_path, role):
-    async with aggregating(tmp_path, leaves=("leaf-*",), evaluators=("judge",)) as running:
+    async with running_aggregator(tmp_path, leaves=("leaf-*",), evaluators=("judge",)) as running:
         for name, its in (("leaf-1", LEADING), ("judge", SCORING), ("anyone", device_pb2.WORKER_ROLE_TRAINER)):
             await running.device(name, role=its)
         with refused("PERMISSION_DENIED", "worker 'evil' is no", "WrongIdentity"):
@@ -136,11 +137,11 @@ async def test_a_role_that_the_operator_gives_to_others_is_refused(tmp_path, rol
 
 
 async def test_a_worker_that_had_a_role_before_others_were_named_has_to_register_again(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         await running.device("judge", role=SCORING)
-    async with aggregating(tmp_path, evaluators=("other",)) as running:
+    async with running_aggregator(tmp_path, evaluators=("other",)) as running:
         with refused("NOT_FOUND", "register again", "UnknownWorker"):
-            await Device(running.stub, "judge").poll()
+            await HandDrivenDevice(running.stub, "judge").poll()
 
 
 async def second_round(running, devices, scores):
@@ -153,7 +154,7 @@ async def second_round(running, devices, scores):
 
 
 async def test_scores_that_end_a_run_count_by_no_more_than_the_examples_of_the_update(tmp_path):
-    async with aggregating(tmp_path, rounds=4, target=Target("accuracy", 0.95)) as running:
+    async with running_aggregator(tmp_path, rounds=4, target=Target("accuracy", 0.95)) as running:
         devices = [await running.device("evil"), await running.device("honest")]
         lie = {"evaluation_metrics": {"accuracy": 1.0}, "evaluation_example_count": 2**40, "example_count": 10}
         truth = {"evaluation_metrics": {"accuracy": 0.1}, "evaluation_example_count": 5, "example_count": 10}
@@ -165,7 +166,7 @@ async def test_scores_that_end_a_run_count_by_no_more_than_the_examples_of_the_u
 @pytest.mark.parametrize(("named", "versions"), [((), 5), (("jud*",), 4)])
 async def test_scores_of_an_evaluator_end_a_run_only_where_the_operator_named_it(tmp_path, named, versions):
     about = {"rounds": 4, "target": Target("accuracy", 0.95), "evaluators": named}
-    async with aggregating(tmp_path, **about) as running:
+    async with running_aggregator(tmp_path, **about) as running:
         devices = [await running.device("a"), await running.device("b")]
         await second_round(running, devices, [{}, {}])
         judge = await running.device("judge", role=SCORING)
@@ -190,7 +191,7 @@ async def test_weight_that_ends_a_round_early_is_weight_that_counts(tmp_path):
         folder = tmp_path / next(iter(limit))
         folder.mkdir()
         policy = {"min_workers": 3, "weight_aim": 1000.0, **limit.pop("policy", {})}
-        async with aggregating(folder, policy=policy, **limit) as running:
+        async with running_aggregator(folder, policy=policy, **limit) as running:
             devices = [await running.device(name) for name in ("evil", "a", "b")]
             tasks = await asyncio.gather(*(device.task() for device in devices))
             await devices[0].push(tasks[0], example_count=HUGE)

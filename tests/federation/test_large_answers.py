@@ -7,7 +7,8 @@ from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from tests.support.command_line import fedgrpc
-from tests.support.running_federation import aggregating, refused
+from tests.support.hand_driven_device import refused
+from tests.support.running_federation import running_aggregator
 
 COMMITTED = round_pb2.ROUND_PHASE_COMMITTED
 ACCEPTED, LATE = round_pb2.TASK_PHASE_ACCEPTED, round_pb2.TASK_PHASE_LATE
@@ -45,7 +46,7 @@ async def pages(running, **request):
 
 
 async def test_the_tasks_of_a_large_round_come_in_pages(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         await keep(running, large_round())
         answers = await pages(running, number=101)
         assert len(answers) > 1
@@ -60,7 +61,7 @@ async def test_the_tasks_of_a_large_round_come_in_pages(tmp_path):
 
 
 async def test_a_page_may_be_smaller_than_what_fits(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         await keep(running, large_round())
         answer = await running.stub.GetRound(pb.GetRoundRequest(number=101, page_size=7))
         assert (len(answer.round.tasks), answer.next_page_token) == (7, "101.7")
@@ -70,7 +71,7 @@ async def test_a_page_may_be_smaller_than_what_fits(tmp_path):
 
 
 async def test_rounds_that_are_listed_leave_out_the_tasks_that_do_not_fit(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         await keep(running, large_round(101), large_round(102))
         (record,) = (await running.stub.ListRounds(pb.ListRoundsRequest())).rounds
         assert (record.number, record.tasks_left_out + len(record.tasks)) == (102, TASKS)
@@ -83,7 +84,7 @@ async def test_rounds_that_are_listed_leave_out_the_tasks_that_do_not_fit(tmp_pa
 
 
 async def test_status_shows_a_large_round_in_a_line(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         await keep(running, large_round())
         ended = await asyncio.to_thread(fedgrpc, "status", "--aggregator", running.address)
         assert ended.code == 0, ended.error
@@ -91,7 +92,7 @@ async def test_status_shows_a_large_round_in_a_line(tmp_path):
 
 
 async def test_workers_are_listed_in_pages(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         names = [f"w{index}" for index in range(7)]
         for name in names:
             await running.device(name)

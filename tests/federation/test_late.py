@@ -9,18 +9,9 @@ import pytest
 from fedgrpc.aggregation.scale import staleness_scale
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
+from tests.support.hand_driven_device import MODEL, HandDrivenDevice, chunks, encoded, refused, update_of
 from tests.support.processes import aggregator_process
-from tests.support.running_federation import (
-    MODEL,
-    Device,
-    Shifter,
-    aggregating,
-    chunks,
-    encoded,
-    refused,
-    update_of,
-    working,
-)
+from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
 
 ACCEPTED, LATE = round_pb2.TASK_PHASE_ACCEPTED, round_pb2.TASK_PHASE_LATE
 # Every worker that has registered is waited for, as long as it takes.
@@ -31,7 +22,7 @@ HALF = staleness_scale(1)
 
 async def again(running, *names):
     """The same devices, as they come back to an aggregator that was away: a round waits for who has registered."""
-    devices = [Device(running.stub, name) for name in names]
+    devices = [HandDrivenDevice(running.stub, name) for name in names]
     for device in devices:
         await device.register()
     return devices
@@ -70,7 +61,7 @@ async def open_next(running, *devices):
 
 
 async def test_a_late_update_counts_in_the_next_round_with_a_discount(tmp_path):
-    async with aggregating(tmp_path, policy=CARRY, rounds=2) as running:
+    async with running_aggregator(tmp_path, policy=CARRY, rounds=2) as running:
         (a, b, late), task = await with_one_late(running)
         seen = tasks_of(await running.round(1))["late"]
         assert (seen.phase, seen.staleness) == (LATE, 0)
@@ -101,7 +92,7 @@ async def test_a_late_update_counts_in_the_next_round_with_a_discount(tmp_path):
 
 
 async def test_an_upload_that_is_under_way_when_its_round_ends_goes_on(tmp_path):
-    async with aggregating(tmp_path, policy=CARRY, rounds=2) as running:
+    async with running_aggregator(tmp_path, policy=CARRY, rounds=2) as running:
         devices, tasks = await fleet(running, "a", "b", "late")
         manifest, payload = encoded(update_of(4.0))
         call = devices[2].stub.PushUpdate()
@@ -191,7 +182,7 @@ async def test_a_carried_update_is_counted_once_with_the_same_bits_over_kills(tm
 
 async def test_a_stale_task_is_over_when_its_worker_asks_for_another(tmp_path):
     # No round is to open with the first two that ask.
-    async with aggregating(tmp_path, policy={**CARRY, "min_workers": 3}, rounds=2) as running:
+    async with running_aggregator(tmp_path, policy={**CARRY, "min_workers": 3}, rounds=2) as running:
         (a, b, late), task = await with_one_late(running)
         coming = asyncio.create_task(late.task())
         await running.until_task("late", round_pb2.TASK_PHASE_FAILED)
@@ -205,7 +196,7 @@ async def test_a_stale_task_is_over_when_its_worker_asks_for_another(tmp_path):
 
 
 async def test_an_update_that_is_too_stale_is_dropped(tmp_path):
-    async with aggregating(tmp_path, policy={**CARRY, "max_staleness": 1}, rounds=2) as running:
+    async with running_aggregator(tmp_path, policy={**CARRY, "max_staleness": 1}, rounds=2) as running:
         (a, b, late), task = await with_one_late(running)
         assert not (await late.beat(task)).cancel
         tasks = await open_next(running, a, b)
@@ -222,7 +213,7 @@ async def test_an_update_that_is_too_stale_is_dropped(tmp_path):
 
 
 async def test_a_refused_carried_update_harms_nobody(tmp_path):
-    async with aggregating(tmp_path, policy=CARRY, rounds=2) as running:
+    async with running_aggregator(tmp_path, policy=CARRY, rounds=2) as running:
         (a, b, late), task = await with_one_late(running)
         with refused("INVALID_ARGUMENT", "example count 0"):
             await late.push(task, update_of(100.0), example_count=0)
@@ -236,7 +227,7 @@ async def test_a_refused_carried_update_harms_nobody(tmp_path):
 
 async def test_what_was_accepted_for_an_abandoned_round_counts_in_the_next(tmp_path):
     policy = {"late": "carry", "quorum": 2}
-    async with aggregating(tmp_path, policy=policy) as running:
+    async with running_aggregator(tmp_path, policy=policy) as running:
         (one, two), tasks = await fleet(running, "one", "two")
         assert (await one.push(tasks[0], update_of(3.0))).complete
         running.pass_time(600)
@@ -250,21 +241,21 @@ async def test_what_was_accepted_for_an_abandoned_round_counts_in_the_next(tmp_p
 
 
 async def test_what_is_late_at_the_end_of_the_run_is_told_so(tmp_path):
-    async with aggregating(tmp_path, policy=CARRY, rounds=1) as running:
+    async with running_aggregator(tmp_path, policy=CARRY, rounds=1) as running:
         (_, _, late), task = await with_one_late(running)
         await running.until_finished()
         assert (await late.beat(task)).cancel
         with refused("FAILED_PRECONDITION", "no round is left", "RoundClosed"):
             await late.push(task)
         assert running.kept_updates() == []
-    async with aggregating(tmp_path, policy=CARRY, rounds=2) as running:
+    async with running_aggregator(tmp_path, policy=CARRY, rounds=2) as running:
         a, b, late = await again(running, "a", "b", "late")
         tasks = await open_next(running, a, b, late)
         assert {task.round for task in tasks} == {2}
 
 
 async def test_a_version_that_a_carried_task_starts_from_is_kept(tmp_path):
-    async with aggregating(tmp_path, policy=CARRY, rounds=4, keep_versions=1) as running:
+    async with running_aggregator(tmp_path, policy=CARRY, rounds=4, keep_versions=1) as running:
         (a, b, late), task = await with_one_late(running)
         for _ in range(2):
             tasks = await open_next(running, a, b)
@@ -286,7 +277,7 @@ BUFFER = {**WINDOW, "buffer_size": 2}
 
 
 async def test_a_buffer_commits_every_so_many_updates_and_waits_for_nobody(tmp_path):
-    async with aggregating(tmp_path, policy=BUFFER, rounds=3) as running:
+    async with running_aggregator(tmp_path, policy=BUFFER, rounds=3) as running:
         (a, b, slow), (task_a, task_b, task_slow) = await fleet(running, "a", "b", "slow")
         await slow.beat(task_slow)
         await asyncio.gather(a.push(task_a), b.push(task_b))
@@ -314,8 +305,8 @@ async def test_a_buffer_commits_every_so_many_updates_and_waits_for_nobody(tmp_p
 
 @pytest.mark.parametrize("policy", [BUFFER, CARRY])
 async def test_real_workers_bring_a_run_that_carries_to_its_end(tmp_path, policy):
-    async with aggregating(tmp_path, policy=policy, rounds=5) as running:
-        workers = [working(running, tmp_path, name, Shifter(1.0)) for name in ("a", "b", "c")]
+    async with running_aggregator(tmp_path, policy=policy, rounds=5) as running:
+        workers = [start_worker(running, tmp_path, name, ShiftTrainer(1.0)) for name in ("a", "b", "c")]
         await running.until_finished()
         counted = [
             sum(task.phase == ACCEPTED for task in record.tasks)

@@ -12,8 +12,8 @@ from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.process import Worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Role
-from tests.support.running_federation import Shifter, aggregating
-from tests.support.running_tree import leading
+from tests.support.running_federation import ShiftTrainer, running_aggregator
+from tests.support.running_hierarchy import running_leaf
 
 ALONE = {"min_workers": 1, "selection_window_s": 600.0, "lease_s": 10_000.0, "deadline_s": 20_000.0}
 
@@ -24,7 +24,7 @@ class Leaving:
     def __init__(self, running, folder, name, role=Role.TRAINER):
         state = {"state_dir": folder / name, "serve_address": None, "backoff": Backoff(0.05, 0.5)}
         settings = WorkerSettings(name=name, aggregator=running.address, role=role, **state)
-        self.worker = Worker(settings, lambda registration: Shifter())
+        self.worker = Worker(settings, lambda registration: ShiftTrainer())
         self.task = asyncio.create_task(self.worker.run())
 
     async def leave(self):
@@ -33,7 +33,7 @@ class Leaving:
 
 
 async def test_a_round_does_not_wait_for_a_worker_that_has_left(tmp_path):
-    async with aggregating(tmp_path, rounds=2, policy={**ALONE, "min_workers": 2}) as running:
+    async with running_aggregator(tmp_path, rounds=2, policy={**ALONE, "min_workers": 2}) as running:
         staying, leaving = await running.device("staying"), Leaving(running, tmp_path, "leaving")
         task = await staying.task()
         # One that is told to drain while the answer to its poll is on the way would never hear of its task.
@@ -50,7 +50,7 @@ async def test_a_round_does_not_wait_for_a_worker_that_has_left(tmp_path):
 
 
 async def test_a_task_that_its_worker_has_not_begun_goes_to_another_at_once(tmp_path):
-    async with aggregating(tmp_path, policy={**ALONE, "min_workers": 2}) as running:
+    async with running_aggregator(tmp_path, policy={**ALONE, "min_workers": 2}) as running:
         staying, leaving = await running.device("staying"), await running.device("leaving")
         await asyncio.gather(staying.task(), leaving.task())
         for _ in range(2):
@@ -61,7 +61,7 @@ async def test_a_task_that_its_worker_has_not_begun_goes_to_another_at_once(tmp_
 
 
 async def test_a_worker_that_leaves_while_tasks_are_being_stored_keeps_none(tmp_path):
-    async with aggregating(tmp_path, policy={**ALONE, "min_workers": 2}) as running:
+    async with running_aggregator(tmp_path, policy={**ALONE, "min_workers": 2}) as running:
         devices = [await running.device(name) for name in ("staying", "leaving")]
         coordinator, go_on = running.aggregator.coordinator, threading.Event()
         storing = asyncio.create_task(coordinator.in_database(go_on.wait))
@@ -82,7 +82,7 @@ async def test_a_worker_that_leaves_while_tasks_are_being_stored_keeps_none(tmp_
 
 
 async def test_a_task_that_its_worker_has_begun_stays_its_own_when_it_leaves(tmp_path):
-    async with aggregating(tmp_path, policy={**ALONE, "min_workers": 2}) as running:
+    async with running_aggregator(tmp_path, policy={**ALONE, "min_workers": 2}) as running:
         staying, leaving = await running.device("staying"), await running.device("leaving")
         task, kept = await asyncio.gather(staying.task(), leaving.task())
         await leaving.beat(kept)
@@ -93,7 +93,7 @@ async def test_a_task_that_its_worker_has_begun_stays_its_own_when_it_leaves(tmp
 
 
 async def test_a_run_ends_without_the_scores_of_an_evaluator_that_has_left(tmp_path):
-    async with aggregating(tmp_path, policy=ALONE) as running:
+    async with running_aggregator(tmp_path, policy=ALONE) as running:
         trainer, scorer = await running.device("trainer"), Leaving(running, tmp_path, "scorer", Role.EVALUATOR)
         await running.until_known("scorer")
         task = await trainer.task()
@@ -104,8 +104,8 @@ async def test_a_run_ends_without_the_scores_of_an_evaluator_that_has_left(tmp_p
 
 async def test_a_run_ends_without_the_scores_of_a_leaf_whose_last_evaluator_has_left(tmp_path):
     async with (
-        aggregating(tmp_path, policy=ALONE) as root,
-        leading(tmp_path / "leaf", "leaf", root, policy=ALONE) as leaf,
+        running_aggregator(tmp_path, policy=ALONE) as root,
+        running_leaf(tmp_path / "leaf", "leaf", root, policy=ALONE) as leaf,
     ):
         scorer = Leaving(leaf, tmp_path, "scorer", Role.EVALUATOR)
         await root.until_known("leaf.evaluators")

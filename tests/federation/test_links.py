@@ -10,7 +10,8 @@ from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN
 from fedgrpc.worker.throttle import Throttle
 from fedgrpc.worker.trainer import EvalResult, TrainResult
-from tests.support.running_federation import PATIENCE_S, Device, aggregating, refused, working
+from tests.support.hand_driven_device import PATIENCE_S, HandDrivenDevice, refused
+from tests.support.running_federation import running_aggregator, start_worker
 
 UPLOAD = "entropy:c=1,rounding=nearest+zstd below 1mbit | int8+zstd | raw"
 DIFFERENCE = "entropy:c=1,rounding=nearest+zstd below 1mbit | int8+zstd | raw"
@@ -67,7 +68,7 @@ def held_on_disk(running, version):
 
 async def federate(running, tmp_path, **workers):
     """Run the workers to the end of the run; `workers` are trainer and settings by name."""
-    tasks = [working(running, tmp_path, name, trainer, **how) for name, (trainer, how) in workers.items()]
+    tasks = [start_worker(running, tmp_path, name, trainer, **how) for name, (trainer, how) in workers.items()]
     assert await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE_S) == [0] * len(tasks)
 
 
@@ -82,7 +83,9 @@ def same(one, other):
 
 async def test_a_slow_worker_and_a_fast_one_travel_in_different_encodings_and_both_train(tmp_path):
     slow, fast, spare = Approaches(1), Approaches(2), Approaches(3)
-    async with aggregating(tmp_path, rounds=6, keep_versions=9, policy={"min_workers": 3}, **BY_LINK) as running:
+    async with running_aggregator(
+        tmp_path, rounds=6, keep_versions=9, policy={"min_workers": 3}, **BY_LINK
+    ) as running:
         await federate(
             running,
             tmp_path,
@@ -132,12 +135,12 @@ async def test_a_link_is_known_by_what_went_over_it_and_after_a_restart_still(tm
     write_model(tmp_path, columns)
     slow = {"throttle": Throttle(link_bits_per_second=600_000), "device": undeclared}
     how = {"policy": {"min_workers": 1}, "keep_versions": 9, **BY_LINK}
-    async with aggregating(tmp_path, rounds=3, **how) as running:
+    async with running_aggregator(tmp_path, rounds=3, **how) as running:
         await federate(running, tmp_path, slow=(Approaches(1, columns), slow))
         first, *others = recipes_of(await running.rounds(), "slow")
     assert first == (FINE, FINE)
     assert others == [(f"int8+zstd~{COARSE}", COARSE)] * 2
-    async with aggregating(tmp_path, rounds=4, **how) as running:
+    async with running_aggregator(tmp_path, rounds=4, **how) as running:
         (known,) = (await running.stub.ListWorkers(pb.ListWorkersRequest())).workers
         for rate in (known.uplink_bytes_per_second, known.downlink_bytes_per_second):
             assert 0 < rate <= 80_000
@@ -147,7 +150,7 @@ async def test_a_link_is_known_by_what_went_over_it_and_after_a_restart_still(tm
 
 async def test_recipes_are_those_of_the_task_for_as_long_as_it_lasts(tmp_path):
     one_alone = {"min_workers": 1}
-    async with aggregating(tmp_path, rounds=2, policy=one_alone, **BY_LINK) as running:
+    async with running_aggregator(tmp_path, rounds=2, policy=one_alone, **BY_LINK) as running:
         device = await running.device("a", device={"uplink_bits_per_second": 9_000})
         task = await device.task()
         assert (task.download_recipe, task.upload_recipe) == (FULL[FINE], FULL[COARSE])
@@ -155,7 +158,7 @@ async def test_recipes_are_those_of_the_task_for_as_long_as_it_lasts(tmp_path):
         # It says something else of itself now, and polls again for the same task.
         await device.register(device={"uplink_bits_per_second": 9_000_000})
         assert (await device.task()).upload_recipe == FULL[COARSE]
-    async with aggregating(tmp_path, rounds=2, policy=one_alone, **BY_LINK) as running:
+    async with running_aggregator(tmp_path, rounds=2, policy=one_alone, **BY_LINK) as running:
         device = await running.device("a", device={"uplink_bits_per_second": 9_000_000})
         again = await device.task()
         assert (again.token, again.upload_recipe) == (task.token, FULL[COARSE])
@@ -167,11 +170,11 @@ async def test_recipes_are_those_of_the_task_for_as_long_as_it_lasts(tmp_path):
 
 
 async def test_who_registered_when_the_run_had_other_encodings_is_sent_to_register_again(tmp_path):
-    async with aggregating(tmp_path, rounds=2, upload_recipe="int8 | raw") as running:
+    async with running_aggregator(tmp_path, rounds=2, upload_recipe="int8 | raw") as running:
         device = await running.device("old", encodings=["raw"])
         assert not (await device.poll(wait_s=0.01)).HasField("task")
-    async with aggregating(tmp_path, rounds=2, upload_recipe="int8") as running:
-        device = Device(running.stub, "old")
+    async with running_aggregator(tmp_path, rounds=2, upload_recipe="int8") as running:
+        device = HandDrivenDevice(running.stub, "old")
         with refused("NOT_FOUND", "register again: worker 'old' knows no encoding", "UnknownWorker"):
             await device.poll(wait_s=0.01)
         with refused("INVALID_ARGUMENT", "'old' knows no encoding of this run's updates, int8", "UsageError"):
@@ -179,7 +182,7 @@ async def test_who_registered_when_the_run_had_other_encodings_is_sent_to_regist
 
 
 async def test_a_worker_program_that_knows_nothing_usable_ends_with_the_reason(tmp_path):
-    async with aggregating(tmp_path, upload_recipe="int8+zstd | int4") as running:
-        worker = working(running, tmp_path, "bare", Approaches(1), encodings=("float16",))
+    async with running_aggregator(tmp_path, upload_recipe="int8+zstd | int4") as running:
+        worker = start_worker(running, tmp_path, "bare", Approaches(1), encodings=("float16",))
         with pytest.raises(Exception, match="'bare' knows no encoding of this run's updates"):
             await asyncio.wait_for(worker, PATIENCE_S)

@@ -29,7 +29,8 @@ from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.trainer import EvalResult, TrainJob, TrainResult, Weights
-from tests.support.running_federation import aggregating, refused
+from tests.support.hand_driven_device import refused
+from tests.support.running_federation import running_aggregator
 
 # What it says of its device, or just its class; and its trainer.
 Worker = tuple[str | dict[str, Any], Any]
@@ -75,7 +76,7 @@ async def play(folder: Path, workers: Mapping[str, Worker], plans: PlanTable, **
         "policy": {"min_workers": len(workers)},
         **changes,
     }
-    async with asyncio.timeout(250), aggregating(folder, local_models=plans, **given) as running:
+    async with asyncio.timeout(250), running_aggregator(folder, local_models=plans, **given) as running:
         settings = [
             WorkerSettings(
                 name=name,
@@ -417,7 +418,7 @@ async def test_an_update_of_another_part_than_was_given_is_refused(
     (tmp_path / "aggregator").mkdir()
     (tmp_path / "aggregator" / "channels.pb").write_bytes(channels_to_proto(MAP).SerializeToString())
     policy = {"min_workers": 1}
-    async with aggregating(tmp_path, local_models=THREE, initial_model=initial, policy=policy) as running:
+    async with running_aggregator(tmp_path, local_models=THREE, initial_model=initial, policy=policy) as running:
         device = await running.device("pi", device={"device_class": "half"})
         task = await device.task()
         assert task.plan.local_model.sub_model == "prefix:0.5"
@@ -435,13 +436,13 @@ async def test_what_a_worker_was_given_is_known_after_a_restart(tmp_path: Path) 
     about: dict[str, Any] = {"initial_model": initial, "policy": policy, "durable": True}
     part = {"w": np.ones((4, 50), np.float32), "b": np.ones(4, np.float32), "n": np.array(1)}
     whole = {"w": np.full((8, 50), 3, np.float32), "b": np.full(8, 3, np.float32), "n": np.array(3)}
-    async with aggregating(tmp_path, local_models=THREE, **about) as running:
+    async with running_aggregator(tmp_path, local_models=THREE, **about) as running:
         small = await running.device("small", device={"device_class": "half"})
         large = await running.device("large", device={"device_class": "full"})
         first, second = await asyncio.gather(small.task(), large.task())
         await small.push(first, part)
     # Even if the operator has changed the plans in between.
-    async with aggregating(tmp_path, local_models=PlanTable(), **about) as running:
+    async with running_aggregator(tmp_path, local_models=PlanTable(), **about) as running:
         large = await running.device("large", device={"device_class": "full"})
         await large.push(second, whole)
         await running.until_finished()

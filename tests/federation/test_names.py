@@ -9,9 +9,10 @@ import pytest
 
 from fedgrpc.rpc.identity import Session
 from fedgrpc.v1 import aggregator_pb2 as pb
+from tests.support.hand_driven_device import PATIENCE_S, HandDrivenDevice, refused, update_of
 from tests.support.learning_tasks import Recorded
 from tests.support.processes import aggregator_process, worker_process
-from tests.support.running_federation import PATIENCE_S, Device, Shifter, aggregating, refused, update_of, working
+from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
 
 ONE = {"min_workers": 1}
 CARD_1, CARD_2 = Session("card-1", "p1"), Session("card-2", "p2")
@@ -29,11 +30,11 @@ class Stub:
 
 
 def device(running, session, name="pi"):
-    return Device(Stub(running.stub, session), name)
+    return HandDrivenDevice(Stub(running.stub, session), name)
 
 
 async def test_each_call_of_a_second_device_is_refused_and_the_first_goes_on(tmp_path):
-    async with aggregating(tmp_path, policy=ONE) as running:
+    async with running_aggregator(tmp_path, policy=ONE) as running:
         first, second = device(running, CARD_1), device(running, CARD_2)
         await first.register()
         task = await first.task()
@@ -48,7 +49,7 @@ async def test_each_call_of_a_second_device_is_refused_and_the_first_goes_on(tmp
 
 
 async def test_the_device_that_takes_a_name_over_never_gets_the_token_of_the_one_before(tmp_path):
-    async with aggregating(tmp_path, policy={**ONE, "lease_s": 300.0}) as running:
+    async with running_aggregator(tmp_path, policy={**ONE, "lease_s": 300.0}) as running:
         first, second = device(running, CARD_1), device(running, CARD_2)
         await first.register()
         old = await first.task()
@@ -64,9 +65,9 @@ async def test_the_device_that_takes_a_name_over_never_gets_the_token_of_the_one
 
 
 async def test_a_name_is_kept_through_a_restart_of_the_aggregator(tmp_path):
-    async with aggregating(tmp_path, policy=ONE) as running:
+    async with running_aggregator(tmp_path, policy=ONE) as running:
         await device(running, CARD_1).register()
-    async with aggregating(tmp_path, policy=ONE) as running:
+    async with running_aggregator(tmp_path, policy=ONE) as running:
         with refused("ALREADY_EXISTS", "--name"):
             await device(running, CARD_2).register()
         await device(running, CARD_1).register()
@@ -130,9 +131,9 @@ async def test_a_copied_state_folder_is_noticed_and_the_first_device_goes_on(tmp
 
 
 async def test_two_workers_in_one_process_under_one_name_do_not_share_a_task(tmp_path):
-    async with aggregating(tmp_path, policy=ONE, rounds=3) as running:
-        first = working(running, tmp_path / "a", "pi", Shifter(1.0))
-        second = working(running, tmp_path / "b", "pi", Shifter(100.0))
+    async with running_aggregator(tmp_path, policy=ONE, rounds=3) as running:
+        first = start_worker(running, tmp_path / "a", "pi", ShiftTrainer(1.0))
+        second = start_worker(running, tmp_path / "b", "pi", ShiftTrainer(100.0))
         await running.until_finished()
         async with asyncio.timeout(PATIENCE_S):
             await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)

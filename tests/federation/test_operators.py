@@ -12,7 +12,8 @@ from fedgrpc.rpc.channel import open_channel
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
 from fedgrpc.worker.task import Role
-from tests.support.running_federation import MODEL, PATIENCE_S, Shifter, aggregating, refused, update_of, working
+from tests.support.hand_driven_device import MODEL, PATIENCE_S, refused, update_of
+from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
 
 COMMITTED = round_pb2.ROUND_PHASE_COMMITTED
 
@@ -26,7 +27,7 @@ async def play(running, devices, change=1.0):
 
 
 async def test_a_paused_run_finishes_its_round_and_opens_no_other_until_it_is_resumed(tmp_path):
-    async with aggregating(tmp_path, rounds=2) as running:
+    async with running_aggregator(tmp_path, rounds=2) as running:
         devices = [await running.device("a"), await running.device("b")]
         tasks = await asyncio.gather(*(device.task() for device in devices))
         paused = (await running.stub.PauseRun(pb.PauseRunRequest())).run
@@ -45,7 +46,7 @@ async def test_a_paused_run_finishes_its_round_and_opens_no_other_until_it_is_re
 
 
 async def test_a_stopped_run_abandons_its_round_and_tells_every_worker(tmp_path):
-    async with aggregating(tmp_path, rounds=5) as running:
+    async with running_aggregator(tmp_path, rounds=5) as running:
         devices = [await running.device("a"), await running.device("b")]
         tasks = await asyncio.gather(*(device.task() for device in devices))
         idle = await running.device("c")
@@ -68,7 +69,7 @@ async def test_a_stopped_run_abandons_its_round_and_tells_every_worker(tmp_path)
 
 async def test_nobody_is_told_of_the_end_before_it_is_stored(tmp_path):
     """A worker that was told is gone: the next process must not go on with the run."""
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         device = await running.device("a")
         store = running.aggregator.coordinator.store
         asked, goes_on, save = asyncio.Event(), threading.Event(), store.save_run
@@ -90,7 +91,7 @@ async def test_nobody_is_told_of_the_end_before_it_is_stored(tmp_path):
 
 
 async def test_rounds_are_listed_newest_first_in_pages(tmp_path):
-    async with aggregating(tmp_path, rounds=5) as running:
+    async with running_aggregator(tmp_path, rounds=5) as running:
         devices = [await running.device("a"), await running.device("b")]
         for _ in range(5):
             await play(running, devices)
@@ -108,7 +109,7 @@ async def test_rounds_are_listed_newest_first_in_pages(tmp_path):
 
 
 async def test_rounds_too_large_for_one_message_come_in_more_pages(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         coordinator = running.aggregator.coordinator
         tasks = [round_pb2.TaskRecord(worker=f"worker-{i}", reason="x" * 500) for i in range(2000)]
         for number in range(1, 21):
@@ -123,7 +124,7 @@ async def test_rounds_too_large_for_one_message_come_in_more_pages(tmp_path):
 
 
 async def test_a_round_tells_of_each_task_and_where_its_time_went(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         device = await running.device("a", device=device_pb2.DeviceProfile(device_class="jetson-nano"))
         other = await running.device("b")
         task, other_task = await asyncio.gather(device.task(), other.task())
@@ -151,7 +152,7 @@ async def test_a_round_tells_of_each_task_and_where_its_time_went(tmp_path):
 
 
 async def test_a_watch_shows_the_first_state_the_changes_and_the_end(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         watch = aiter(running.stub.WatchRounds(pb.WatchRoundsRequest(max_rate_hz=20)))
         seen = [await anext(watch)]
         devices = [await running.device("a"), await running.device("b")]
@@ -165,7 +166,7 @@ async def test_a_watch_shows_the_first_state_the_changes_and_the_end(tmp_path):
 
 
 async def test_workers_are_listed_with_what_they_do(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         devices = [await running.device("a"), await running.device("b")]
         scorer = await running.device("c", role=device_pb2.WORKER_ROLE_EVALUATOR)
         waiting = asyncio.create_task(scorer.task())
@@ -191,7 +192,7 @@ async def test_workers_are_listed_with_what_they_do(tmp_path):
 
 async def test_the_run_tells_its_settings_layout_and_progress(tmp_path):
     changes = {"run_name": "fleet-7", "rounds": 3, "target": Target("accuracy", 0.9), "model": "LeNet"}
-    async with aggregating(tmp_path, **changes) as running:
+    async with running_aggregator(tmp_path, **changes) as running:
         run = await running.run()
         assert (run.name, run.phase, run.model_version, run.total_rounds) == (
             "fleet-7",
@@ -212,7 +213,7 @@ async def test_the_run_tells_its_settings_layout_and_progress(tmp_path):
 
 async def test_registration_tells_the_limits_and_intervals(tmp_path):
     changes = {"policy": {"lease_s": 9.0}, "poll_wait_s": 7.0, "learning_task": "a.b:C", "model": "MLP"}
-    async with aggregating(tmp_path, max_chunk_bytes=1000, max_payload_bytes=10_000, **changes) as running:
+    async with running_aggregator(tmp_path, max_chunk_bytes=1000, max_payload_bytes=10_000, **changes) as running:
         reply = await (await running.device("a")).register()
         assert (reply.poll_wait.seconds, reply.heartbeat_interval.seconds, reply.lease.seconds) == (7, 3, 9)
         assert (reply.max_chunk_bytes, reply.max_payload_bytes) == (1000, 10_000)
@@ -220,7 +221,7 @@ async def test_registration_tells_the_limits_and_intervals(tmp_path):
 
 
 async def test_health_is_serving_while_rounds_are_played_and_not_when_it_ends(tmp_path):
-    async with aggregating(tmp_path) as running, open_channel(running.address) as channel:
+    async with running_aggregator(tmp_path) as running, open_channel(running.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for name in ("", "fedgrpc.v1.Aggregator"):
             reply = await health.Check(health_pb2.HealthCheckRequest(service=name))
@@ -232,7 +233,7 @@ async def test_health_is_serving_while_rounds_are_played_and_not_when_it_ends(tm
 
 
 async def test_a_model_is_given_to_anybody_raw_or_as_the_run_sends_it_from_any_offset(tmp_path):
-    async with aggregating(tmp_path, download_recipe="float16 above 1gbit | int8+zstd") as running:
+    async with running_aggregator(tmp_path, download_recipe="float16 above 1gbit | int8+zstd") as running:
         device = await running.device("a")
         _, payload = await device.pull(1)
         for offset in (0, 1, 8167, 8168):
@@ -246,12 +247,12 @@ async def test_a_model_is_given_to_anybody_raw_or_as_the_run_sends_it_from_any_o
 
 
 async def test_evaluators_score_every_version_and_the_workers_say_what_they_find(tmp_path):
-    async with aggregating(tmp_path, rounds=3, evaluate=True) as running:
-        scorer = Shifter(examples=5)
+    async with running_aggregator(tmp_path, rounds=3, evaluate=True) as running:
+        scorer = ShiftTrainer(examples=5)
         crew = [
-            working(running, tmp_path, "eval", scorer, role=Role.EVALUATOR),
-            working(running, tmp_path, "a", Shifter(1.0, 10)),
-            working(running, tmp_path, "b", Shifter(4.0, 20)),
+            start_worker(running, tmp_path, "eval", scorer, role=Role.EVALUATOR),
+            start_worker(running, tmp_path, "a", ShiftTrainer(1.0, 10)),
+            start_worker(running, tmp_path, "b", ShiftTrainer(4.0, 20)),
         ]
         assert await asyncio.gather(*crew) == [0, 0, 0]
         rounds = await running.rounds()
@@ -269,8 +270,8 @@ async def test_evaluators_score_every_version_and_the_workers_say_what_they_find
 
 
 async def test_the_target_ends_the_run_early(tmp_path):
-    async with aggregating(tmp_path, rounds=50, evaluate=True, target=Target("mean", 3.5)) as running:
-        crew = [working(running, tmp_path, name, Shifter()) for name in ("a", "b")]
+    async with running_aggregator(tmp_path, rounds=50, evaluate=True, target=Target("mean", 3.5)) as running:
+        crew = [start_worker(running, tmp_path, name, ShiftTrainer()) for name in ("a", "b")]
         assert await asyncio.gather(*crew) == [0, 0]
         run = await running.run()
         assert (run.phase, run.model_version < 10) == (pb.RUN_PHASE_FINISHED, True)
@@ -288,17 +289,17 @@ async def test_the_target_ends_the_run_early(tmp_path):
 )
 async def test_the_operator_may_set_the_weight_of_each_worker(tmp_path, weights, mean):
     """p_m instead of the example counts of 10 and 20, which those who are not named keep."""
-    async with aggregating(tmp_path, worker_weights=weights) as running:
+    async with running_aggregator(tmp_path, worker_weights=weights) as running:
         crew = [
-            working(running, tmp_path, "a", Shifter(1.0, 10)),
-            working(running, tmp_path, "b", Shifter(5.0, 20)),
+            start_worker(running, tmp_path, "a", ShiftTrainer(1.0, 10)),
+            start_worker(running, tmp_path, "b", ShiftTrainer(5.0, 20)),
         ]
         assert await asyncio.gather(*crew) == [0, 0]
         np.testing.assert_allclose(running.weights(2)["w"], MODEL["w"] + mean, rtol=1e-5)
 
 
 async def test_initial_weights_are_asked_of_the_first_who_comes_and_nobody_else_is_waited_for(tmp_path):
-    async with aggregating(tmp_path, initial_model=None, policy={"selection_window_s": 600.0}) as running:
+    async with running_aggregator(tmp_path, initial_model=None, policy={"selection_window_s": 600.0}) as running:
         await running.device("looks-only")
         first = await running.device("first")
         assert (await first.task()).kind == round_pb2.TASK_KIND_INITIALIZE
@@ -308,11 +309,11 @@ async def test_without_a_file_the_first_worker_gives_the_initial_model(tmp_path)
     weights = {name: array + 1 for name, array in MODEL.items()}
     weights = {name: array.astype(MODEL[name].dtype) for name, array in weights.items()}
     # The one who only looks is not waited for.
-    async with aggregating(tmp_path, initial_model=None, policy={"selection_window_s": 0.1}) as running:
+    async with running_aggregator(tmp_path, initial_model=None, policy={"selection_window_s": 0.1}) as running:
         device = await running.device("early")
         with refused("NOT_FOUND", "there is no model version yet", "NotFound"):
             await device.pull()
-        crew = [working(running, tmp_path, name, Shifter(1.0, 10, weights)) for name in ("a", "b")]
+        crew = [start_worker(running, tmp_path, name, ShiftTrainer(1.0, 10, weights)) for name in ("a", "b")]
         assert await asyncio.gather(*crew) == [0, 0]
         rounds = await running.rounds()
         assert [(item.number, item.kind) for item in rounds] == [
@@ -336,7 +337,7 @@ async def test_initial_weights_that_cannot_be_are_refused_and_another_worker_is_
 ):
     # Where the round ends before the other one polls, the next waits that long for this one, which is silent.
     policy = {"min_workers": 1, "selection_window_s": 0.2}
-    async with aggregating(tmp_path, initial_model=None, policy=policy) as running:
+    async with running_aggregator(tmp_path, initial_model=None, policy=policy) as running:
         bad = await running.device("bad")
         task = await bad.task()
         good = await running.device("good")
@@ -351,9 +352,9 @@ async def test_initial_weights_that_cannot_be_are_refused_and_another_worker_is_
 async def test_the_plan_reaches_the_trainers(tmp_path):
     work = {"epochs": 2.0, "max_steps": 7, "batch_size": 5}
     plan = TrainingPlan(**work, learning_rate=0.5, momentum=0.9, proximal_mu=0.25, label_adjustment=0.75)
-    async with aggregating(tmp_path, plan=plan, rounds=2, seed=3) as running:
-        trainers = [Shifter(), Shifter()]
-        crew = [working(running, tmp_path, f"w{i}", trainer) for i, trainer in enumerate(trainers)]
+    async with running_aggregator(tmp_path, plan=plan, rounds=2, seed=3) as running:
+        trainers = [ShiftTrainer(), ShiftTrainer()]
+        crew = [start_worker(running, tmp_path, f"w{i}", trainer) for i, trainer in enumerate(trainers)]
         assert await asyncio.gather(*crew) == [0, 0]
     jobs = [job for trainer in trainers for job in trainer.jobs]
     for job in jobs:

@@ -12,9 +12,9 @@ from safetensors.numpy import save_file
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, TASK_KIND_TRAIN
+from tests.support.hand_driven_device import PATIENCE_S
 from tests.support.learning_tasks import Sliced
-from tests.support.processes import ROOT, again, aggregator_process, free_address, worker_process
-from tests.support.running_federation import PATIENCE_S
+from tests.support.processes import ROOT, aggregator_process, free_address, reconnected, worker_process
 
 TIMINGS = {
     1: device_pb2.Timings(download_seconds=1, local_seconds=8, upload_seconds=2),
@@ -44,7 +44,7 @@ async def test_what_a_device_has_cost_is_known_to_an_aggregator_that_was_killed(
         assert not (await running.round(1)).tasks[0].prediction.HasField("local_seconds")
         assert await aggregator.kill() == -9
     async with aggregator_process(tmp_path, *arguments, address=address) as (_, running):
-        (device,) = again(running, device)
+        (device,) = reconnected(running, device)
         task = await device.task()
         expected = (await running.round()).tasks[0].prediction
         assert task.round == 4

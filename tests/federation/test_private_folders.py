@@ -3,7 +3,7 @@
 import stat
 
 from tests.support.processes import aggregator_process, worker_process
-from tests.support.running_federation import aggregating
+from tests.support.running_federation import running_aggregator
 
 
 def readable_by_others(folder):
@@ -23,7 +23,7 @@ async def test_whatever_the_processes_write_is_for_their_user_alone(tmp_path):
 
 
 async def test_folders_are_private_whatever_the_umask_of_the_process_that_makes_them(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         device = await running.device("a")
         await device.pull(1)
         for name in (".", "models", "encoded", "held", "uploads", "uploads/spare"):

@@ -11,7 +11,8 @@ from fedgrpc.errors import TaskUnfit, UsageError
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import tensor_pb2
 from fedgrpc.worker.trainer import EvalResult, TrainResult
-from tests.support.running_federation import PATIENCE_S, Shifter, aggregating, chunks, encoded, refused, working
+from tests.support.hand_driven_device import PATIENCE_S, chunks, encoded, refused
+from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
 
 torch = pytest.importorskip("torch")
 
@@ -70,9 +71,9 @@ async def ran(folder, *tasks, rounds=3, exit_codes=(0, 0), **settings):
     """The model files of a run from a worker's initial model, trained to its end by a worker for each task."""
     settings = {"rounds": rounds, "keep_versions": 9, "policy": {"min_workers": len(tasks)}, **LOSSY, **settings}
     folder.mkdir(exist_ok=True)
-    async with aggregating(folder, **{"initial_model": None, **settings}) as running:
+    async with running_aggregator(folder, **{"initial_model": None, **settings}) as running:
         crew = [
-            working(running, folder, f"pi-{number}", task.build_trainer(TaskSetup(options={})))
+            start_worker(running, folder, f"pi-{number}", task.build_trainer(TaskSetup(options={})))
             for number, task in enumerate(tasks)
         ]
         await running.until_finished()
@@ -128,7 +129,7 @@ async def test_an_initial_model_with_bools_of_other_bytes_is_taken_as_torch_take
     odd = torch.tensor([0, 255, 1, 2], dtype=torch.uint8).view(torch.bool)
     save_file({"w": torch.zeros(4), "m": odd}, tmp_path / "odd.safetensors")
     settings = {"initial_model": tmp_path / "odd.safetensors", "policy": {"min_workers": 1}}
-    async with aggregating(tmp_path, **settings) as running:
+    async with running_aggregator(tmp_path, **settings) as running:
         device = await running.device("a")
         task = await device.task()
         assert (await device.model(task.model_version))["m"].tolist() == [False, True, True, True]
@@ -136,7 +137,7 @@ async def test_an_initial_model_with_bools_of_other_bytes_is_taken_as_torch_take
 
 async def test_an_update_whose_roles_are_others_is_refused(tmp_path):
     save_file({"w": torch.zeros(4), "bn.running_var": torch.ones(2)}, tmp_path / "initial.safetensors")
-    async with aggregating(tmp_path, policy={"min_workers": 1}) as running:
+    async with running_aggregator(tmp_path, policy={"min_workers": 1}) as running:
         device = await running.device("a")
         task = await device.task()
         manifest, payload = encoded({"w": np.ones(4, np.float32), "bn.running_var": np.ones(2, np.float32)})
@@ -151,26 +152,26 @@ async def test_a_worker_whose_model_is_not_the_runs_ends_at_once_and_says_why(tm
             return nn.Sequential(nn.BatchNorm1d(64), nn.Linear(64, 3))
 
     save_file(Columns().model().state_dict(), tmp_path / "initial.safetensors")
-    async with aggregating(tmp_path, policy={"min_workers": 1}) as running:
-        worker = working(running, tmp_path, "pi", Wider.build_trainer(TaskSetup()))
+    async with running_aggregator(tmp_path, policy={"min_workers": 1}) as running:
+        worker = start_worker(running, tmp_path, "pi", Wider.build_trainer(TaskSetup()))
         with pytest.raises(TaskUnfit, match=r"1\.weight"):
             await asyncio.wait_for(worker, PATIENCE_S)
 
 
 async def test_weights_that_no_update_carries_end_the_worker_at_once(tmp_path):
-    class Complex(Shifter):
+    class Complex(ShiftTrainer):
         def initial_weights(self):
             return {"w": np.zeros(3, np.complex64)}
 
-    async with aggregating(tmp_path, initial_model=None, policy={"min_workers": 1}) as running:
+    async with running_aggregator(tmp_path, initial_model=None, policy={"min_workers": 1}) as running:
         with pytest.raises(TaskUnfit, match="complex64"):
-            await asyncio.wait_for(working(running, tmp_path, "pi", Complex()), PATIENCE_S)
+            await asyncio.wait_for(start_worker(running, tmp_path, "pi", Complex()), PATIENCE_S)
 
 
 async def test_a_trainer_tells_its_roles_and_a_constant_stays(tmp_path):
     table = {"w": np.zeros(100, np.float32), "table": np.full(100, np.inf, np.float32)}
 
-    class Told(Shifter):
+    class Told(ShiftTrainer):
         def initial_weights(self):
             return table
 
@@ -184,8 +185,8 @@ async def test_a_trainer_tells_its_roles_and_a_constant_stays(tmp_path):
             return None
 
     settings = {"initial_model": None, "rounds": 2, "policy": {"min_workers": 1}}
-    async with aggregating(tmp_path, **settings) as running:
-        worker = working(running, tmp_path, "pi", Told())
+    async with running_aggregator(tmp_path, **settings) as running:
+        worker = start_worker(running, tmp_path, "pi", Told())
         await running.until_finished()
         assert await asyncio.wait_for(worker, PATIENCE_S) == 0
         assert np.array_equal(running.weights(3)["table"], table["table"])
@@ -196,7 +197,7 @@ def test_a_mask_in_an_initial_model_that_says_nothing_of_it_is_refused_with_the_
     save_file({"mask": torch.full((4,), float("-inf"))}, tmp_path / "initial.safetensors")
 
     async def start():
-        async with aggregating(tmp_path):
+        async with running_aggregator(tmp_path):
             pass
 
     with pytest.raises(UsageError, match=r"'mask'.*roles"):
@@ -204,13 +205,13 @@ def test_a_mask_in_an_initial_model_that_says_nothing_of_it_is_refused_with_the_
 
 
 async def test_a_score_that_is_not_finite_is_told_where_the_operator_looks(tmp_path):
-    class Diverged(Shifter):
+    class Diverged(ShiftTrainer):
         def evaluate(self, weights):
             return EvalResult(10, {"loss": float("nan"), "accuracy": 0.1})
 
     with structlog.testing.capture_logs() as events:
-        async with aggregating(tmp_path, rounds=2, policy={"min_workers": 1}, evaluate=True) as running:
-            worker = working(running, tmp_path, "pi", Diverged())
+        async with running_aggregator(tmp_path, rounds=2, policy={"min_workers": 1}, evaluate=True) as running:
+            worker = start_worker(running, tmp_path, "pi", Diverged())
             await running.until_finished()
             await asyncio.wait_for(worker, PATIENCE_S)
             record = await running.round(1)

@@ -9,7 +9,8 @@ import pytest
 from fedgrpc.rpc.client_stream import ClientStream
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
-from tests.support.running_federation import MODEL, PATIENCE_S, aggregating, chunks, encoded, refused, update_of
+from tests.support.hand_driven_device import MODEL, PATIENCE_S, chunks, encoded, refused, update_of
+from tests.support.running_federation import running_aggregator
 
 ACCEPTED, LATE = round_pb2.TASK_PHASE_ACCEPTED, round_pb2.TASK_PHASE_LATE
 FAILED, EXPIRED = round_pb2.TASK_PHASE_FAILED, round_pb2.TASK_PHASE_EXPIRED
@@ -37,7 +38,7 @@ def assert_model(running, version, change):
 
 
 async def test_a_straggler_misses_the_deadline_and_the_round_is_committed_without_it(tmp_path):
-    async with aggregating(tmp_path, policy={"deadline_s": 100.0}) as running:
+    async with running_aggregator(tmp_path, policy={"deadline_s": 100.0}) as running:
         (quick, slow), (quick_task, slow_task) = await fleet(running, "quick", "slow")
         assert (await quick.push(quick_task)).complete
         assert 0 < (await slow.beat(slow_task)).time_left.ToTimedelta().total_seconds() <= 100
@@ -56,7 +57,7 @@ async def test_a_straggler_misses_the_deadline_and_the_round_is_committed_withou
 
 
 async def test_a_trickling_upload_does_not_hold_the_round(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         (quick, slow), (quick_task, slow_task) = await fleet(running, "quick", "slow")
         manifest, payload = encoded(update_of(100.0))
         stream = ClientStream(slow.stub.PushUpdate())
@@ -81,7 +82,7 @@ async def test_a_trickling_upload_does_not_hold_the_round(tmp_path):
 
 
 async def test_a_round_without_its_quorum_is_abandoned_with_the_model_unchanged_and_the_run_goes_on(tmp_path):
-    async with aggregating(tmp_path, policy={"quorum": 2}) as running:
+    async with running_aggregator(tmp_path, policy={"quorum": 2}) as running:
         (one, two), (task, _) = await fleet(running, "one", "two")
         assert (await one.push(task, update_of(100.0))).complete
         running.pass_time(600)
@@ -102,7 +103,7 @@ async def test_a_round_without_its_quorum_is_abandoned_with_the_model_unchanged_
 
 async def test_a_worker_that_is_not_heard_of_loses_its_slot_and_is_replaced(tmp_path):
     policy = {"min_sample_size": 2, "max_participants": 2}
-    async with aggregating(tmp_path, policy=policy) as running:
+    async with running_aggregator(tmp_path, policy=policy) as running:
         devices, tasks = await fleet(running, "a", "b")
         spare = await running.device("spare")
         reply = asyncio.create_task(spare.task())
@@ -119,7 +120,7 @@ async def test_a_worker_that_is_not_heard_of_loses_its_slot_and_is_replaced(tmp_
 
 
 async def test_a_worker_whose_lease_ran_out_comes_back_with_its_update(tmp_path):
-    async with aggregating(tmp_path, policy={"quorum": 2}) as running:
+    async with running_aggregator(tmp_path, policy={"quorum": 2}) as running:
         (one, two), (first, second) = await fleet(running, "one", "two")
         running.pass_time(300)
         await running.until_task("two", EXPIRED)
@@ -132,7 +133,7 @@ async def test_a_worker_whose_lease_ran_out_comes_back_with_its_update(tmp_path)
 
 
 async def test_a_poll_while_holding_a_task_gives_the_same_task_again(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         (one, two), (first, second) = await fleet(running, "one", "two")
         again = await one.task()
         assert (again.token, again.round, again.plan.seed) == (first.token, first.round, first.plan.seed)
@@ -142,7 +143,7 @@ async def test_a_poll_while_holding_a_task_gives_the_same_task_again(tmp_path):
 
 async def test_more_are_asked_than_are_needed_and_the_surplus_is_told_to_stop(tmp_path):
     policy = {"min_workers": 3, "max_participants": 2, "over_selection": 1.5}
-    async with aggregating(tmp_path, policy=policy) as running:
+    async with running_aggregator(tmp_path, policy=policy) as running:
         (a, b, c), tasks = await fleet(running, "a", "b", "c")
         assert not (await c.beat(tasks[2])).cancel
         await asyncio.gather(a.push(tasks[0]), b.push(tasks[1], update_of(3.0)))
@@ -155,7 +156,7 @@ async def test_more_are_asked_than_are_needed_and_the_surplus_is_told_to_stop(tm
 
 async def test_a_task_given_back_is_replaced_and_its_reason_kept(tmp_path):
     policy = {"min_sample_size": 2, "max_participants": 2}
-    async with aggregating(tmp_path, policy=policy) as running:
+    async with running_aggregator(tmp_path, policy=policy) as running:
         (a, b), tasks = await fleet(running, "a", "b")
         spare = await running.device("spare")
         reply = asyncio.create_task(spare.task())
@@ -173,7 +174,7 @@ async def test_a_task_given_back_is_replaced_and_its_reason_kept(tmp_path):
 
 
 async def test_a_round_ends_at_once_when_nobody_is_left_to_wait_for(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         (a, b), tasks = await fleet(running, "a", "b")
         assert (await a.push(tasks[0])).complete
         await b.give_back(tasks[1])
@@ -182,7 +183,7 @@ async def test_a_round_ends_at_once_when_nobody_is_left_to_wait_for(tmp_path):
 
 
 async def test_a_worker_that_joins_late_takes_part_in_the_next_round(tmp_path):
-    async with aggregating(tmp_path, rounds=2) as running:
+    async with running_aggregator(tmp_path, rounds=2) as running:
         (a, b), tasks = await fleet(running, "a", "b")
         late = await running.device("late")
         waiting = asyncio.create_task(late.task())
@@ -196,7 +197,7 @@ async def test_a_worker_that_joins_late_takes_part_in_the_next_round(tmp_path):
 
 
 async def test_a_fraction_of_the_workers_takes_part(tmp_path):
-    async with aggregating(tmp_path, policy={"min_workers": 4, "fraction": 0.5}) as running:
+    async with running_aggregator(tmp_path, policy={"min_workers": 4, "fraction": 0.5}) as running:
         devices = [await running.device(name) for name in "abcd"]
         polls = [asyncio.create_task(device.task()) for device in devices]
         done, waiting = set(), set(polls)
@@ -214,7 +215,7 @@ async def test_a_fraction_of_the_workers_takes_part(tmp_path):
 
 async def test_rounds_that_fail_at_once_do_not_spin(tmp_path):
     """A fleet that gives every task back in no time costs a few rounds a second, not thousands."""
-    async with aggregating(tmp_path, policy={"min_workers": 1}) as running:
+    async with running_aggregator(tmp_path, policy={"min_workers": 1}) as running:
         device = await running.device("hasty")
         begun, given_back = time.monotonic(), 0
         while time.monotonic() < begun + 2.0 or given_back < 2:
@@ -237,7 +238,7 @@ async def silent_upload(running, device, task, messages):
 
 
 async def test_where_every_upload_slot_is_taken_others_are_told_when_to_try_again(tmp_path):
-    async with aggregating(tmp_path, policy={"quorum": 2}, max_uploads=1) as running:
+    async with running_aggregator(tmp_path, policy={"quorum": 2}, max_uploads=1) as running:
         (a, b), tasks = await fleet(running, "a", "b")
         assert not (await a.held(tasks[0])).HasField("retry_after")
         silent = await silent_upload(running, b, tasks[1], 1)
@@ -252,7 +253,7 @@ async def test_where_every_upload_slot_is_taken_others_are_told_when_to_try_agai
 
 @pytest.mark.parametrize("messages", [0, 1])
 async def test_a_silent_stream_gives_up_its_upload_slot(tmp_path, messages):
-    async with aggregating(tmp_path, policy={"lease_s": 1.0, "quorum": 2}, max_uploads=1) as running:
+    async with running_aggregator(tmp_path, policy={"lease_s": 1.0, "quorum": 2}, max_uploads=1) as running:
         (a, b), tasks = await fleet(running, "a", "b")
         silent = await silent_upload(running, b, tasks[1], messages)
         with refused("UNAVAILABLE", "no byte came for 1 s", "LinkError"):
@@ -264,7 +265,7 @@ async def test_a_silent_stream_gives_up_its_upload_slot(tmp_path, messages):
 
 
 async def test_a_second_stream_takes_over_from_one_that_hangs(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         (a, b), tasks = await fleet(running, "a", "b")
         manifest, payload = encoded(update_of(3.0))
         hanging = b.stub.PushUpdate()
@@ -281,7 +282,7 @@ async def test_a_second_stream_takes_over_from_one_that_hangs(tmp_path):
 async def test_silent_streams_take_no_memory_from_those_that_send(tmp_path):
     """Four that open an upload and say nothing, where there is memory for one chunk of each."""
     policy = {"min_workers": 5, "quorum": 1}
-    async with aggregating(tmp_path, policy=policy, max_upload_memory_bytes=4 * 16384) as running:
+    async with running_aggregator(tmp_path, policy=policy, max_upload_memory_bytes=4 * 16384) as running:
         (good, *silent), (good_task, *tasks) = await fleet(running, "good", "s1", "s2", "s3", "s4")
         manifest, _ = encoded(update_of(100.0))
         calls = [device.stub.PushUpdate() for device in silent]
@@ -296,7 +297,7 @@ async def test_silent_streams_take_no_memory_from_those_that_send(tmp_path):
 
 async def test_a_heartbeat_after_acceptance_never_cancels_not_even_once_the_round_is_over(tmp_path):
     """The acknowledgement may be lost: a worker told to stop would drop an update that counts."""
-    async with aggregating(tmp_path, policy={"min_workers": 2}, rounds=2) as running:
+    async with running_aggregator(tmp_path, policy={"min_workers": 2}, rounds=2) as running:
         a, b = await running.device("a"), await running.device("b")
         first, second = await asyncio.gather(a.task(), b.task())
         await a.push(first)

@@ -13,18 +13,8 @@ import pytest
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
-from tests.support.running_federation import (
-    MODEL,
-    PATIENCE_S,
-    Device,
-    Shifter,
-    aggregating,
-    chunk,
-    chunks,
-    encoded,
-    update_of,
-    working,
-)
+from tests.support.hand_driven_device import MODEL, PATIENCE_S, HandDrivenDevice, chunk, chunks, encoded, update_of
+from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
 
 ROUNDS = 12
 
@@ -124,11 +114,13 @@ async def test_troublemakers_cost_a_run_nothing_but_their_own_updates(tmp_path, 
     gc.collect()
     before_tasks, before_files = len(asyncio.all_tasks()), open_files()
     rng = np.random.default_rng(seed)
-    async with aggregating(tmp_path, rounds=ROUNDS, policy=policy, max_update_norm=1e3) as running:
-        honest = [working(running, tmp_path, f"honest-{i}", Shifter(), poll_wait_s=1.0) for i in range(2)]
+    async with running_aggregator(tmp_path, rounds=ROUNDS, policy=policy, max_update_norm=1e3) as running:
+        honest = [
+            start_worker(running, tmp_path, f"honest-{i}", ShiftTrainer(), poll_wait_s=1.0) for i in range(2)
+        ]
         channels = [open_channel(running.address) for _ in range(4)]
         stubs = [aggregator_pb2_grpc.AggregatorStub(channel) for channel in channels]
-        bad = [Troublemaker(Device(stub, f"bad-{i}"), rng) for i, stub in enumerate(stubs)]
+        bad = [Troublemaker(HandDrivenDevice(stub, f"bad-{i}"), rng) for i, stub in enumerate(stubs)]
         for troublemaker in bad:
             await troublemaker.device.register()
         making_trouble = [asyncio.create_task(troublemaker.run()) for troublemaker in bad]
@@ -181,7 +173,7 @@ async def test_an_aggregator_that_waits_does_nothing(tmp_path):
         return least
 
     policy = {"min_workers": 3, "quorum": 2, "lease_s": 0.5}
-    async with aggregating(tmp_path, policy=policy) as running:
+    async with running_aggregator(tmp_path, policy=policy) as running:
         devices = [await running.device(name) for name in "abc"]
         polls = [asyncio.create_task(device.task()) for device in devices[:2]]
         for_workers = await busy_s()
@@ -203,7 +195,7 @@ async def test_an_aggregator_that_waits_does_nothing(tmp_path):
 async def test_of_many_who_send_at_once_exactly_as_many_count_as_are_wanted(tmp_path):
     """Rounds close while other updates are verified and made durable: each is told one truth."""
     policy = {"min_workers": 4, "max_participants": 2, "over_selection": 2.0}
-    async with aggregating(tmp_path, rounds=10, policy=policy, durable=True) as running:
+    async with running_aggregator(tmp_path, rounds=10, policy=policy, durable=True) as running:
         devices = [await running.device(name) for name in "abcd"]
         for number in range(1, 11):
             tasks = await asyncio.gather(*(device.task() for device in devices))

@@ -14,13 +14,14 @@ from fedgrpc.datasets.partition import parse_partition
 from fedgrpc.datasets.shares import save_share, write_shares
 from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.trainer import EvalResult, TrainResult, load_trainer
+from tests.support.hand_driven_device import MODEL
 from tests.support.processes import aggregator_process, worker_process
-from tests.support.running_federation import MODEL, Shifter, aggregating, working
+from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
 
 ONE = {"min_workers": 1}
 
 
-class InPlace(Shifter):
+class InPlace(ShiftTrainer):
     """Trains in the arrays that it is given, and returns them; scores in them, too."""
 
     def train(self, weights, job):
@@ -36,8 +37,10 @@ class InPlace(Shifter):
 
 @pytest.mark.parametrize("recipe", ["raw", "float16+zstd"])
 async def test_a_trainer_that_trains_in_the_arrays_that_it_is_given_trains(tmp_path, recipe):
-    async with aggregating(tmp_path, policy=ONE, rounds=3, download_recipe=recipe, evaluate=True) as running:
-        worker = working(running, tmp_path, "pi-1", InPlace())
+    async with running_aggregator(
+        tmp_path, policy=ONE, rounds=3, download_recipe=recipe, evaluate=True
+    ) as running:
+        worker = start_worker(running, tmp_path, "pi-1", InPlace())
         run = await running.until_finished()
         assert await worker == 0
         trained = running.weights(run.model_version)
@@ -46,7 +49,7 @@ async def test_a_trainer_that_trains_in_the_arrays_that_it_is_given_trains(tmp_p
         assert not any(task.unchanged for round_ in await running.rounds() for task in round_.tasks)
 
 
-class Idle(Shifter):
+class Idle(ShiftTrainer):
     """Trains a copy, and returns what it was given."""
 
     def train(self, weights, job):
@@ -56,8 +59,11 @@ class Idle(Shifter):
 
 async def test_training_that_changed_nothing_is_told_by_the_worker_the_aggregator_and_the_rounds_table(tmp_path):
     with capture_logs() as lines:
-        async with aggregating(tmp_path, rounds=2) as running:
-            workers = [working(running, tmp_path, "pi-1", Idle()), working(running, tmp_path, "pi-2", Shifter())]
+        async with running_aggregator(tmp_path, rounds=2) as running:
+            workers = [
+                start_worker(running, tmp_path, "pi-1", Idle()),
+                start_worker(running, tmp_path, "pi-2", ShiftTrainer()),
+            ]
             await running.until_finished()
             rounds = await running.rounds()
             assert [await worker for worker in workers] == [0, 0]
@@ -74,15 +80,15 @@ async def test_training_that_only_measured_statistics_has_changed_nothing(tmp_pa
     """As PyTorch's with a learning rate of 0: batches are counted, and nothing is learned."""
     weights = {"w": np.ones(8, np.float32), "n.running_mean": np.zeros(8, np.float32)}
 
-    class Measures(Shifter):
+    class Measures(ShiftTrainer):
         def train(self, weights, job):
             return TrainResult({**weights, "n.running_mean": weights["n.running_mean"] + 1}, self.examples, 1)
 
         def evaluate(self, weights):
             return None
 
-    async with aggregating(tmp_path, policy=ONE, rounds=1, initial_model=None) as running:
-        worker = working(running, tmp_path, "pi-1", Measures(weights=weights))
+    async with running_aggregator(tmp_path, policy=ONE, rounds=1, initial_model=None) as running:
+        worker = start_worker(running, tmp_path, "pi-1", Measures(weights=weights))
         await running.until_finished()
         trained = [round_ for round_ in await running.rounds() if round_.kind == round_pb2.TASK_KIND_TRAIN]
         assert await worker == 0
@@ -99,11 +105,11 @@ async def test_the_examples_learn_with_a_real_aggregator_and_two_workers(tmp_pat
     shares = write_shares(tmp_path / "shares", load_digits(), parse_partition("iid"), 2, 0)
     data = [None, None] if task == "bring_your_own_torch" else shares
     plan = TrainingPlan(epochs=25)
-    async with aggregating(
+    async with running_aggregator(
         tmp_path, rounds=2, initial_model=None, plan=plan, evaluate=True, upload_recipe="int8+zstd"
     ) as running:
         workers = [
-            working(running, tmp_path, f"pi-{number}", load_trainer(task, data=path))
+            start_worker(running, tmp_path, f"pi-{number}", load_trainer(task, data=path))
             for number, path in enumerate(data, start=1)
         ]
         await running.until_finished()
@@ -139,8 +145,8 @@ async def test_a_device_that_gathers_examples_trains_on_them_from_the_next_round
             return result
 
     gathered(100)
-    async with aggregating(tmp_path, policy=ONE, rounds=4, initial_model=None) as running:
-        worker = working(running, tmp_path, "pi-1", Gathering())
+    async with running_aggregator(tmp_path, policy=ONE, rounds=4, initial_model=None) as running:
+        worker = start_worker(running, tmp_path, "pi-1", Gathering())
         await running.until_finished()
         rounds = await running.rounds()
         assert await worker == 0

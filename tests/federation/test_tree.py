@@ -14,13 +14,14 @@ from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
 from fedgrpc.worker.task import Role
 from tests.federation.test_local_models import Adder, play
-from tests.support.running_federation import MODEL, Shifter, aggregating, working
-from tests.support.running_tree import leading
+from tests.support.hand_driven_device import MODEL
+from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
+from tests.support.running_hierarchy import running_leaf
 
 ROUNDS = 3
 
 
-class Drawn(Shifter):
+class Drawn(ShiftTrainer):
     """Adds to each float noise that the task's seed and round decide, and tells what it was asked to do."""
 
     def train(self, weights, job):
@@ -57,8 +58,8 @@ ABOUT = {"rounds": ROUNDS, "plan": PLAN, "evaluate": True, "seed": 3, "keep_vers
 async def flat(folder, kind=Drawn, about=ABOUT):
     folder.mkdir()
     workers = crew(kind)
-    async with aggregating(folder, policy={"min_workers": 8}, **about) as running:
-        codes = await asyncio.gather(*(working(running, folder, *each) for each in workers.items()))
+    async with running_aggregator(folder, policy={"min_workers": 8}, **about) as running:
+        codes = await asyncio.gather(*(start_worker(running, folder, *each) for each in workers.items()))
         assert codes == [0] * 8
         versions = [running.weights(version) for version in range(1, ROUNDS + 2)]
         return versions, await running.rounds(), workers
@@ -72,16 +73,16 @@ async def tree(folder, places, kind=Drawn, about=ABOUT):
     children = {name: [other for other in names if other[:-1] == name] for name in names}
     async with AsyncExitStack() as stack:
         root = await stack.enter_async_context(
-            aggregating(folder, policy={"min_workers": sum(len(name) == 1 for name in names)}, **about)
+            running_aggregator(folder, policy={"min_workers": sum(len(name) == 1 for name in names)}, **about)
         )
         running = {(): root}
         for name in names:
             below = len(children[name]) + sum(place == name for place in places)
             folder_of = folder / "-".join(name)
-            leaf = leading(folder_of, name[-1], running[name[:-1]], policy={"min_workers": below})
+            leaf = running_leaf(folder_of, name[-1], running[name[:-1]], policy={"min_workers": below})
             running[name] = await stack.enter_async_context(leaf)
         pairs = zip(workers.items(), places, strict=True)
-        crew_tasks = [working(running[place], folder, *each) for each, place in pairs]
+        crew_tasks = [start_worker(running[place], folder, *each) for each, place in pairs]
         assert await asyncio.gather(*crew_tasks) == [0] * 8
         assert await asyncio.gather(*(running[name].task for name in names)) == [0] * len(names)
         versions = [root.weights(version) for version in range(1, ROUNDS + 2)]
@@ -139,7 +140,7 @@ async def test_updates_of_unequal_steps_are_normalized_in_a_tree_as_they_are_fla
     assert_equal(result, await tree(tmp_path / "three", places, Unequal, about))
 
 
-class Scorer(Shifter):
+class Scorer(ShiftTrainer):
     """Scores what it is given by a number of its own."""
 
     def evaluate(self, weights):
@@ -151,13 +152,13 @@ async def test_what_evaluators_below_a_leaf_find_reaches_the_root(tmp_path, eval
     """By their examples, with those of the root's own; also of the last version, of which no leaf has a round."""
     about = {"rounds": 2, "evaluate": evaluate, "keep_versions": 99}
     async with (
-        aggregating(tmp_path, policy={"min_workers": 2}, **about) as root,
-        leading(tmp_path / "m", "m", root, policy={"min_workers": 1}) as middle,
-        leading(tmp_path / "c", "c", middle, policy={"min_workers": 1}) as leaf,
+        running_aggregator(tmp_path, policy={"min_workers": 2}, **about) as root,
+        running_leaf(tmp_path / "m", "m", root, policy={"min_workers": 1}) as middle,
+        running_leaf(tmp_path / "c", "c", middle, policy={"min_workers": 1}) as leaf,
     ):
         scorers = {"top": (root, 1.0, 10), "inner": (middle, 2.0, 20), "low": (leaf, 4.0, 10)}
         crew_tasks = [
-            working(place, tmp_path, name, Scorer(*about), role=Role.EVALUATOR)
+            start_worker(place, tmp_path, name, Scorer(*about), role=Role.EVALUATOR)
             for name, (place, *about) in scorers.items()
         ]
         for place, names in (
@@ -167,7 +168,10 @@ async def test_what_evaluators_below_a_leaf_find_reaches_the_root(tmp_path, eval
         ):
             for name in names:
                 await place.until_known(name)
-        crew_tasks += [working(root, tmp_path, "a", Shifter()), working(leaf, tmp_path, "b", Shifter())]
+        crew_tasks += [
+            start_worker(root, tmp_path, "a", ShiftTrainer()),
+            start_worker(leaf, tmp_path, "b", ShiftTrainer()),
+        ]
         assert await asyncio.gather(*crew_tasks) == [0] * 5
         trained = [item for item in await root.rounds() if item.kind == round_pb2.TASK_KIND_TRAIN]
         last = root.weights(trained[-1].committed_version)["w"].mean()
@@ -210,13 +214,13 @@ async def test_slices_masks_and_weights_under_two_aggregators_give_the_flat_resu
     outcome = await play(tmp_path / "flat", devices(), PLANS, **about)
     folder, given = tmp_path / "tree", {"local_models": PLANS, "initial_model": None}
     async with (
-        aggregating(folder, **given, **about) as root,
-        leading(folder / "a", "a", root, policy={"min_workers": 4}) as a,
-        leading(folder / "b", "b", root, policy={"min_workers": 2}) as b,
+        running_aggregator(folder, **given, **about) as root,
+        running_leaf(folder / "a", "a", root, policy={"min_workers": 4}) as a,
+        running_leaf(folder / "b", "b", root, policy={"min_workers": 2}) as b,
     ):
         above = {"a": a, "b": b}
         crew_tasks = [
-            working(above[name[0]], folder, name, trainer, device={"device_class": kind})
+            start_worker(above[name[0]], folder, name, trainer, device={"device_class": kind})
             for name, (kind, trainer) in devices().items()
         ]
         assert await asyncio.gather(*crew_tasks) == [0] * 6

@@ -11,18 +11,10 @@ import pytest
 
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
-from tests.support.processes import again, aggregator_process, free_address
-from tests.support.running_federation import (
-    MODEL,
-    PATIENCE_S,
-    Shifter,
-    aggregating,
-    chunks,
-    encoded,
-    update_of,
-    working,
-)
-from tests.support.running_tree import leading, leaf_process
+from tests.support.hand_driven_device import MODEL, PATIENCE_S, chunks, encoded, update_of
+from tests.support.processes import aggregator_process, free_address, reconnected
+from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
+from tests.support.running_hierarchy import leaf_process, running_leaf
 
 pytestmark = pytest.mark.faults
 
@@ -52,7 +44,7 @@ def phases(record):
 
 async def test_an_aggregator_below_that_is_killed_goes_on_in_the_same_round_and_nothing_counts_twice(tmp_path):
     """Killed: with one of two updates accepted, and with its mean made and not yet taken above."""
-    async with aggregating(tmp_path, max_uploads=1, policy={"quorum": 2}) as root:
+    async with running_aggregator(tmp_path, max_uploads=1, policy={"quorum": 2}) as root:
         async with leaf_process(tmp_path, "leaf", root.address) as (process, leaf):
             address = leaf.address
             direct, (x, y) = await root.device("direct"), await devices_of(leaf, "x", "y")
@@ -62,7 +54,7 @@ async def test_an_aggregator_below_that_is_killed_goes_on_in_the_same_round_and_
             await process.kill()
 
         async with leaf_process(tmp_path, "leaf", root.address, address=address) as (process, leaf):
-            x, y = again(leaf, x, y)
+            x, y = reconnected(leaf, x, y)
             assert (await x.held(x_task)).complete
             assert (await x.push(x_task, update_of(1.0), example_count=30)).complete
             assert (await y.task()).token == y_task.token
@@ -95,7 +87,7 @@ async def test_a_round_below_goes_on_while_the_aggregator_above_is_killed_and_st
     address, arguments = free_address(), ["--rounds", 2, "--min-workers", 1, "--encoding", "raw"]
     async with (
         aggregator_process(tmp_path, *arguments, address=address) as (process, _),
-        leading(tmp_path / "leaf", "leaf", address) as leaf,
+        running_leaf(tmp_path / "leaf", "leaf", address) as leaf,
     ):
         x, y = await devices_of(leaf, "x", "y")
         x_task, y_task = await at_work(x, y)
@@ -116,8 +108,8 @@ async def test_a_round_below_goes_on_while_the_aggregator_above_is_killed_and_st
 
 async def test_a_round_below_without_its_quorum_is_a_failure_above_and_nothing_more(tmp_path):
     async with (
-        aggregating(tmp_path, rounds=2) as root,
-        leading(tmp_path / "leaf", "leaf", root, policy={"quorum": 2, "deadline_s": 200.0}) as leaf,
+        running_aggregator(tmp_path, rounds=2) as root,
+        running_leaf(tmp_path / "leaf", "leaf", root, policy={"quorum": 2, "deadline_s": 200.0}) as leaf,
     ):
         direct, (x, y) = await root.device("direct"), await devices_of(leaf, "x", "y")
         task, x_task, _ = await at_work(direct, x, y)
@@ -137,7 +129,7 @@ async def test_a_round_below_without_its_quorum_is_a_failure_above_and_nothing_m
 
 async def test_an_aggregator_below_that_hangs_is_late_without_harm(tmp_path):
     async with (
-        aggregating(tmp_path, rounds=2) as root,
+        running_aggregator(tmp_path, rounds=2) as root,
         leaf_process(tmp_path, "leaf", root.address, "--heartbeat-interval", "200ms") as (process, leaf),
     ):
         direct, (x, y) = await root.device("direct"), await devices_of(leaf, "x", "y")
@@ -161,8 +153,8 @@ async def test_a_round_below_ends_when_the_one_above_has_enough(tmp_path):
     """Its workers are told to stop, and take part in the next round."""
     policy = {"max_participants": 1, "over_selection": 2.0}
     async with (
-        aggregating(tmp_path, rounds=2, policy=policy, heartbeat_interval_s=0.2) as root,
-        leading(tmp_path / "leaf", "leaf", root) as leaf,
+        running_aggregator(tmp_path, rounds=2, policy=policy, heartbeat_interval_s=0.2) as root,
+        running_leaf(tmp_path / "leaf", "leaf", root) as leaf,
     ):
         direct, (x, y) = await root.device("direct"), await devices_of(leaf, "x", "y")
         task, x_task, _ = await at_work(direct, x, y)
@@ -191,15 +183,15 @@ async def test_another_run_above_begins_anew_below(tmp_path):
     about = {"address": above, "policy": policy, "rounds": 1, "stay": True}
     async with AsyncExitStack() as stack:
         # More than can be played before somebody looks.
-        first = aggregating(tmp_path / "first", **{**about, "rounds": 10_000})
+        first = running_aggregator(tmp_path / "first", **{**about, "rounds": 10_000})
         async with first as root:
             leaf = await stack.enter_async_context(
-                leading(tmp_path / "leaf", "leaf", above, address=free_address(), policy=policy)
+                running_leaf(tmp_path / "leaf", "leaf", above, address=free_address(), policy=policy)
             )
-            worker = working(leaf, tmp_path, "pi", Shifter(examples=3))
+            worker = start_worker(leaf, tmp_path, "pi", ShiftTrainer(examples=3))
             await root.until(lambda run, _: run.model_version >= 2)
             below["first"] = (await leaf.run()).id
-        async with aggregating(tmp_path / "second", **about) as root:
+        async with running_aggregator(tmp_path / "second", **about) as root:
             await root.until_finished()
             assert await asyncio.wait_for(worker, PATIENCE_S) == 0
             assert await asyncio.wait_for(leaf.task, PATIENCE_S) == 0

@@ -8,7 +8,7 @@ from fedgrpc.rpc.channel import Tls, open_channel
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
 from tests.support.certificates import make_authority, make_certificate, tls_flags
-from tests.support.processes import free_address, process
+from tests.support.processes import free_address, running_process
 from tests.support.running_federation import settings_for
 
 pytestmark = pytest.mark.faults
@@ -28,13 +28,13 @@ def pki(tmp_path):
 def root_process(tmp_path, pki, *arguments):
     place = ["--data-dir", tmp_path / "root", "--address", "127.0.0.1:0"]
     place += ["--initial-model", settings_for(tmp_path).initial_model]
-    return process("aggregator", *place, *ROUND, "--min-workers", 1, *tls_flags(pki, "root"), *arguments)
+    return running_process("aggregator", *place, *ROUND, "--min-workers", 1, *tls_flags(pki, "root"), *arguments)
 
 
 def leaf_process(tmp_path, port, *arguments):
     place = ["--data-dir", tmp_path / "leaf", "--address", "127.0.0.1:0", "--min-workers", 2]
     link = ["--upstream", f"127.0.0.1:{port}", "--upstream-name", "leaf"]
-    return process("aggregator", *place, *ROUND, *link, *arguments)
+    return running_process("aggregator", *place, *ROUND, *link, *arguments)
 
 
 def worker_process(tmp_path, pki, port, name):
@@ -43,7 +43,7 @@ def worker_process(tmp_path, pki, port, name):
     place = ["--aggregator", f"127.0.0.1:{port}", "--serve-address", "none"]
     place += ["--name", name, "--state-dir", tmp_path / name]
     task = ["--task", "tests.support.learning_tasks:Recorded", "--data", data]
-    return process("worker", *place, *task, *tls_flags(pki, "worker"))
+    return running_process("worker", *place, *task, *tls_flags(pki, "worker"))
 
 
 async def seen_at(port, pki):

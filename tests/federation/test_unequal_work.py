@@ -12,22 +12,14 @@ from fedgrpc.errors import UsageError
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
 from fedgrpc.worker.trainer import TrainResult
-from tests.support.running_federation import (
-    MODEL,
-    Shifter,
-    aggregating,
-    chunks,
-    encoded,
-    refused,
-    update_of,
-    working,
-)
+from tests.support.hand_driven_device import MODEL, chunks, encoded, refused, update_of
+from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
 
 ACCEPTED = round_pb2.TASK_PHASE_ACCEPTED
 LEADING = device_pb2.WORKER_ROLE_AGGREGATOR
 
 
-class Plodder(Shifter):
+class Plodder(ShiftTrainer):
     """Takes a hundredth of a second a step, and would take ten thousand of them."""
 
     def train(self, weights, job):
@@ -52,8 +44,8 @@ async def test_a_worker_trains_until_its_upload_needs_the_time_and_tells_its_ste
     """The whole work would take 100 s, of the 600 s all but 2 are kept for the upload."""
     plan = TrainingPlan(upload_reserve_s=598.0)
     policy = {"min_workers": 1}
-    async with aggregating(tmp_path, policy=policy, plan=plan) as running:
-        worker = working(running, tmp_path, "plodder", Plodder())
+    async with running_aggregator(tmp_path, policy=policy, plan=plan) as running:
+        worker = start_worker(running, tmp_path, "plodder", Plodder())
         await running.until_finished()
         task = tasks_of(await running.round())["plodder"]
         assert task.phase == ACCEPTED
@@ -62,7 +54,7 @@ async def test_a_worker_trains_until_its_upload_needs_the_time_and_tells_its_ste
 
 
 async def test_without_a_reserve_all_of_the_work_is_done(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         device, other = await running.device("a"), await running.device("b")
         task, _ = await asyncio.gather(device.task(), other.task())
         assert not task.plan.HasField("upload_reserve")
@@ -70,7 +62,7 @@ async def test_without_a_reserve_all_of_the_work_is_done(tmp_path):
 
 async def test_a_worker_whose_uploads_have_taken_long_is_told_to_leave_more_time(tmp_path):
     plan = TrainingPlan(upload_reserve_s=0.5)
-    async with aggregating(tmp_path, plan=plan, rounds=2) as running:
+    async with running_aggregator(tmp_path, plan=plan, rounds=2) as running:
         (slow, quick), tasks = await fleet(running, "slow", "quick")
         assert [task.plan.upload_reserve.ToTimedelta().total_seconds() for task in tasks] == [0.5, 0.5]
         manifest, payload = encoded(update_of())
@@ -92,7 +84,7 @@ async def test_a_worker_whose_uploads_have_taken_long_is_told_to_leave_more_time
 
 async def test_updates_of_unequal_steps_count_by_their_direction(tmp_path):
     """FedNova: each is brought to the mean number of steps, tau_eff = 2; what is no difference stays as it is."""
-    async with aggregating(tmp_path, normalize_steps=True, plan=TrainingPlan(epochs=1.0)) as running:
+    async with running_aggregator(tmp_path, normalize_steps=True, plan=TrainingPlan(epochs=1.0)) as running:
         (a, b), tasks = await fleet(running, "a", "b")
         await a.push(tasks[0], update_of(1.0, n=5), steps=1)
         await b.push(tasks[1], update_of(3.0, n=5), steps=3)
@@ -105,7 +97,7 @@ async def test_updates_of_unequal_steps_count_by_their_direction(tmp_path):
 
 
 async def test_without_normalization_updates_count_as_they_are(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         (a, b), tasks = await fleet(running, "a", "b")
         await asyncio.gather(a.push(tasks[0], steps=1), b.push(tasks[1], update_of(3.0), steps=3))
         await running.until_finished()
@@ -115,7 +107,7 @@ async def test_without_normalization_updates_count_as_they_are(tmp_path):
 
 async def test_steps_with_momentum_amount_to_more(tmp_path):
     plan = TrainingPlan(momentum=0.9)
-    async with aggregating(tmp_path, normalize_steps=True, plan=plan) as running:
+    async with running_aggregator(tmp_path, normalize_steps=True, plan=plan) as running:
         (a, b), tasks = await fleet(running, "a", "b")
         await asyncio.gather(a.push(tasks[0], steps=1), b.push(tasks[1], steps=10))
         await running.until_finished()
@@ -127,7 +119,7 @@ async def test_steps_with_momentum_amount_to_more(tmp_path):
 
 @pytest.mark.parametrize(("steps", "plan"), [(0, {}), (11, {}), (21, {"epochs": 2.0}), (4, {"max_steps": 3})])
 async def test_steps_that_cannot_be_are_refused_where_others_depend_on_them(tmp_path, steps, plan):
-    async with aggregating(tmp_path, normalize_steps=True, plan=TrainingPlan(**plan)) as running:
+    async with running_aggregator(tmp_path, normalize_steps=True, plan=TrainingPlan(**plan)) as running:
         (a, b), tasks = await fleet(running, "a", "b")
         with refused("INVALID_ARGUMENT", f"{steps} steps are reported", "UpdateRefused"):
             await a.push(tasks[0], update_of(100.0), steps=steps)
@@ -139,7 +131,7 @@ async def test_steps_that_cannot_be_are_refused_where_others_depend_on_them(tmp_
 @pytest.mark.parametrize("accumulated", [0.0, 0.99, 20.1, float("nan"), float("inf")])
 async def test_a_mean_that_tells_of_steps_that_cannot_be_is_refused_too(tmp_path, accumulated):
     """Of 20 examples, each batch of one: 20 steps at most, whoever of its workers took them."""
-    async with aggregating(tmp_path, normalize_steps=True) as running:
+    async with running_aggregator(tmp_path, normalize_steps=True) as running:
         leaf, other = await running.device("leaf", role=LEADING), await running.device("other")
         tasks = await asyncio.gather(leaf.task(), other.task())
         assert tasks[0].plan.lead.normalize_steps
@@ -151,7 +143,7 @@ async def test_a_mean_that_tells_of_steps_that_cannot_be_is_refused_too(tmp_path
 
 
 async def test_a_mean_counts_by_what_the_steps_in_it_amount_to(tmp_path):
-    async with aggregating(tmp_path, normalize_steps=True) as running:
+    async with running_aggregator(tmp_path, normalize_steps=True) as running:
         leaf, other = await running.device("leaf", role=LEADING), await running.device("other")
         tasks = await asyncio.gather(leaf.task(), other.task())
         mean = {"example_count": 30, "steps": 8, "merged_updates": 2, "weight": 30.0}

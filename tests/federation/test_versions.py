@@ -13,8 +13,9 @@ from fedgrpc.errors import UsageError
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from tests.federation.test_data_folder import fails_to_start
+from tests.support.hand_driven_device import MODEL, HandDrivenDevice, refused, update_of
 from tests.support.processes import aggregator_process
-from tests.support.running_federation import MODEL, Device, aggregating, refused, update_of
+from tests.support.running_federation import running_aggregator
 
 ABANDONED, COMMITTED = round_pb2.ROUND_PHASE_ABANDONED, round_pb2.ROUND_PHASE_COMMITTED
 
@@ -37,7 +38,7 @@ def files(running):
 
 
 async def test_a_version_whose_norm_jumps_is_told_and_the_good_one_before_it_is_never_pruned(tmp_path):
-    async with aggregating(tmp_path, rounds=9, keep_versions=2) as running:
+    async with running_aggregator(tmp_path, rounds=9, keep_versions=2) as running:
         devices = await two(running)
         assert not (await play(running, devices)).jump
         poisoned = await play(running, devices, 1e10)
@@ -51,7 +52,7 @@ async def test_a_version_whose_norm_jumps_is_told_and_the_good_one_before_it_is_
 
 
 async def test_the_version_with_the_best_score_is_kept_whatever_comes_after_it(tmp_path):
-    async with aggregating(tmp_path, rounds=9, keep_versions=1, evaluate=True) as running:
+    async with running_aggregator(tmp_path, rounds=9, keep_versions=1, evaluate=True) as running:
         devices = await two(running)
         for accuracy in (0.5, 0.9, 0.8, 0.3, 0.7, 0.6):
             await play(running, devices, scores={"accuracy": accuracy})
@@ -59,14 +60,14 @@ async def test_the_version_with_the_best_score_is_kept_whatever_comes_after_it(t
         assert (run.best.version, run.best.metrics["accuracy"]) == (2, 0.9)
         assert "best version 2: accuracy 0.9" in run_line(run)
         assert (await running.round(3)).jump == round_pb2.JUMP_SCORES, "of version 4, a third of the best"
-    async with aggregating(tmp_path, rounds=9, keep_versions=1, evaluate=True) as running:
+    async with running_aggregator(tmp_path, rounds=9, keep_versions=1, evaluate=True) as running:
         assert (await running.run()).best.version == 2, "after a restart, too"
-        await play(running, [Device(running.stub, name) for name in "ab"], scores={"accuracy": 0.1})
+        await play(running, [HandDrivenDevice(running.stub, name) for name in "ab"], scores={"accuracy": 0.1})
         assert 2 in files(running)
 
 
 async def test_scores_of_the_first_model_count_too(tmp_path):
-    async with aggregating(tmp_path, rounds=9, evaluate=True) as running:
+    async with running_aggregator(tmp_path, rounds=9, evaluate=True) as running:
         devices = await two(running)
         for loss in (0.1, 0.5, 0.6):
             await play(running, devices, scores={"loss": loss})
@@ -75,7 +76,7 @@ async def test_scores_of_the_first_model_count_too(tmp_path):
 
 async def test_a_rollback_goes_on_from_a_kept_version_as_a_new_latest_one(tmp_path):
     about = {"rounds": 3, "server_optimizer": "fedavgm"}
-    async with aggregating(tmp_path, **about) as running:
+    async with running_aggregator(tmp_path, **about) as running:
         devices = await two(running)
         for _ in range(2):
             await play(running, devices)
@@ -102,7 +103,7 @@ async def test_a_rollback_goes_on_from_a_kept_version_as_a_new_latest_one(tmp_pa
 
 
 async def test_a_rollback_is_refused_for_versions_that_are_not_kept_and_once_the_run_has_ended(tmp_path):
-    async with aggregating(tmp_path) as running:
+    async with running_aggregator(tmp_path) as running:
         with refused("NOT_FOUND", "kept are 1", "NotFound"):
             await running.stub.RollBackRun(pb.RollBackRunRequest(version=7))
         await play(running, await two(running))
@@ -112,7 +113,7 @@ async def test_a_rollback_is_refused_for_versions_that_are_not_kept_and_once_the
 
 
 async def test_a_paused_run_is_rolled_back_and_stays_paused(tmp_path):
-    async with aggregating(tmp_path, rounds=3) as running:
+    async with running_aggregator(tmp_path, rounds=3) as running:
         await play(running, await two(running))
         await running.stub.PauseRun(pb.PauseRunRequest())
         run = (await running.stub.RollBackRun(pb.RollBackRunRequest(version=1))).run
@@ -120,14 +121,14 @@ async def test_a_paused_run_is_rolled_back_and_stays_paused(tmp_path):
 
 
 async def test_a_rolled_back_run_is_where_it_was_after_a_restart(tmp_path):
-    async with aggregating(tmp_path, rounds=3) as running:
+    async with running_aggregator(tmp_path, rounds=3) as running:
         devices = await two(running)
         await play(running, devices)
         await running.stub.RollBackRun(pb.RollBackRunRequest(version=1))
-    async with aggregating(tmp_path, rounds=3) as running:
+    async with running_aggregator(tmp_path, rounds=3) as running:
         run = await running.run()
         assert (run.model_version, run.last.rolled_back_to, run.last.trained_rounds) == (3, 1, 0)
-        record = await play(running, [Device(running.stub, name) for name in "ab"])
+        record = await play(running, [HandDrivenDevice(running.stub, name) for name in "ab"])
         assert (record.number, record.committed_version) == (3, 4) or record.number > 2
         np.testing.assert_allclose(running.weights(4)["b"], MODEL["b"] + 1.0)
 
@@ -158,7 +159,7 @@ async def _ask(running, version):
 
 async def test_a_run_that_began_from_a_wrong_model_begins_anew_without_a_new_folder(tmp_path):
     wrong = {"something/else": np.zeros((4, 4), np.float32)}
-    async with aggregating(tmp_path, initial_model=None, initialisers=("good*",), rounds=2) as running:
+    async with running_aggregator(tmp_path, initial_model=None, initialisers=("good*",), rounds=2) as running:
         good = await running.device("good-1")
         await running.device("other")
         task = await good.task()
@@ -172,32 +173,32 @@ async def test_a_run_that_began_from_a_wrong_model_begins_anew_without_a_new_fol
         await good.push(task, MODEL)
         run, _ = await running.until(lambda run, _: run.model_version == 3)
         assert {spec.name for spec in run.layout} == set(MODEL)
-        record = await play(running, [good, Device(running.stub, "other")])
+        record = await play(running, [good, HandDrivenDevice(running.stub, "other")])
         np.testing.assert_allclose(running.weights(record.committed_version)["b"], MODEL["b"] + 1.0)
 
 
 async def test_a_run_begun_anew_takes_its_first_model_from_a_file_at_the_next_start(tmp_path):
     other = tmp_path / "other.safetensors"
     save_file({"v": np.ones(3, np.float32)}, other)
-    async with aggregating(tmp_path, rounds=3) as running:
+    async with running_aggregator(tmp_path, rounds=3) as running:
         await play(running, await two(running))
         await running.stub.PauseRun(pb.PauseRunRequest())
     await fails_to_start(tmp_path, UsageError, "not the model that the run .* began from", initial_model=other)
-    async with aggregating(tmp_path, rounds=3) as running:
+    async with running_aggregator(tmp_path, rounds=3) as running:
         await running.stub.RollBackRun(pb.RollBackRunRequest(version=0))
-    async with aggregating(tmp_path, rounds=3, initial_model=other) as running:
+    async with running_aggregator(tmp_path, rounds=3, initial_model=other) as running:
         run = await running.run()
         assert ([spec.name for spec in run.layout], run.last.trained_rounds) == (["v"], 0)
-    async with aggregating(tmp_path, rounds=3, initial_model=other) as running:
+    async with running_aggregator(tmp_path, rounds=3, initial_model=other) as running:
         assert (await running.run()).model_version == run.model_version, "the same file changes nothing"
 
 
 async def test_the_same_initial_model_is_taken_at_each_start_in_whatever_order_its_file_has_it(tmp_path):
-    async with aggregating(tmp_path, rounds=2) as running:
+    async with running_aggregator(tmp_path, rounds=2) as running:
         await play(running, await two(running))
     turned = tmp_path / "turned.safetensors"
     save_file(dict(reversed(MODEL.items())), turned, {"author": "somebody"})
-    async with aggregating(tmp_path, rounds=2, initial_model=turned) as running:
+    async with running_aggregator(tmp_path, rounds=2, initial_model=turned) as running:
         assert (await running.run()).model_version == 2
 
 
@@ -216,7 +217,7 @@ async def test_a_first_model_is_refused_for_what_a_file_would_be_refused_for(tmp
     path = tmp_path / "bad.safetensors"
     save_file(tensors, path)
     await fails_to_start(tmp_path, UsageError, reason, initial_model=path)
-    async with aggregating(tmp_path, initial_model=None) as running:
+    async with running_aggregator(tmp_path, initial_model=None) as running:
         device = await running.device("evil")
         task = await device.task()
         with refused("INVALID_ARGUMENT", reason, "UpdateRefused"):
@@ -225,14 +226,14 @@ async def test_a_first_model_is_refused_for_what_a_file_would_be_refused_for(tmp
 
 
 async def test_a_first_model_of_a_worker_is_no_larger_than_the_operator_allows(tmp_path):
-    async with aggregating(tmp_path, initial_model=None, max_model_bytes=8000) as running:
+    async with running_aggregator(tmp_path, initial_model=None, max_model_bytes=8000) as running:
         device = await running.device("evil")
         with refused("INVALID_ARGUMENT", "--max-model", "UpdateRefused"):
             await device.push(await device.task(), MODEL)
 
 
 async def test_only_those_whom_the_operator_names_give_the_first_model(tmp_path):
-    async with aggregating(tmp_path, initial_model=None, initialisers=("bench",)) as running:
+    async with running_aggregator(tmp_path, initial_model=None, initialisers=("bench",)) as running:
         stranger, bench = await running.device("stranger"), await running.device("bench")
         waiting = asyncio.create_task(stranger.task())
         assert (await bench.task()).kind == round_pb2.TASK_KIND_INITIALIZE
@@ -241,7 +242,7 @@ async def test_only_those_whom_the_operator_names_give_the_first_model(tmp_path)
 
 
 async def test_a_models_file_says_what_it_is_of(tmp_path):
-    async with aggregating(tmp_path, run_name="fleet-7", rounds=2, evaluate=True) as running:
+    async with running_aggregator(tmp_path, run_name="fleet-7", rounds=2, evaluate=True) as running:
         devices = await two(running)
         for accuracy in (0.25, 0.5):
             await play(running, devices, scores={"accuracy": accuracy})
@@ -258,7 +259,7 @@ async def fail(running, device, reason):
 
 
 async def test_a_run_pauses_itself_after_three_rounds_abandoned_for_one_reason_and_says_which(tmp_path):
-    async with aggregating(tmp_path, policy={"min_workers": 1}) as running:
+    async with running_aggregator(tmp_path, policy={"min_workers": 1}) as running:
         device = await running.device("a")
         for number in (1, 2, 3):
             assert await fail(running, device, "task x:Y raised ValueError: no data (x.py:7)") == number
@@ -266,20 +267,20 @@ async def test_a_run_pauses_itself_after_three_rounds_abandoned_for_one_reason_a
         assert "3 rounds in a row" in run.paused_reason
         assert "a: task x:Y raised ValueError: no data (x.py:7)" in run.paused_reason
         assert run.paused_reason in run_line(run)
-    async with aggregating(tmp_path, policy={"min_workers": 1}) as running:
+    async with running_aggregator(tmp_path, policy={"min_workers": 1}) as running:
         run = await running.run()
         assert (run.phase, "ValueError" in run.paused_reason) == (pb.RUN_PHASE_PAUSED, True), (
             "after a restart, too"
         )
         run = (await running.stub.ResumeRun(pb.ResumeRunRequest())).run
         assert (run.phase, run.paused_reason) == (pb.RUN_PHASE_RUNNING, "")
-        device = Device(running.stub, "a")
+        device = HandDrivenDevice(running.stub, "a")
         await device.push(await device.task())
         await running.until_finished()
 
 
 async def test_a_round_that_went_well_begins_the_count_anew(tmp_path):
-    async with aggregating(tmp_path, rounds=3, policy={"min_workers": 1}) as running:
+    async with running_aggregator(tmp_path, rounds=3, policy={"min_workers": 1}) as running:
         device = await running.device("a")
         for _ in range(2):
             for _ in range(2):
@@ -289,7 +290,7 @@ async def test_a_round_that_went_well_begins_the_count_anew(tmp_path):
 
 
 async def test_a_want_of_workers_is_no_reason_to_pause(tmp_path):
-    async with aggregating(tmp_path, policy={"min_workers": 1, "selection_timeout_s": 0.1}) as running:
+    async with running_aggregator(tmp_path, policy={"min_workers": 1, "selection_timeout_s": 0.1}) as running:
         await running.until(lambda _, round_: round_.number >= 4)
         device = await running.device("a")
         for _ in range(4):
@@ -303,17 +304,17 @@ async def test_a_want_of_workers_is_no_reason_to_pause(tmp_path):
     ("before", "after"), [("fedavgm", "fedadam"), ("fedadam", "fedyogi"), ("fedadam", "fedavg")]
 )
 async def test_another_server_optimizer_on_a_used_folder_begins_its_state_anew(tmp_path, before, after):
-    async with aggregating(tmp_path, rounds=3, server_optimizer=before) as running:
+    async with running_aggregator(tmp_path, rounds=3, server_optimizer=before) as running:
         await play(running, await two(running))
-    async with aggregating(tmp_path, rounds=3, server_optimizer=after) as running:
-        devices = [Device(running.stub, name) for name in "ab"]
+    async with running_aggregator(tmp_path, rounds=3, server_optimizer=after) as running:
+        devices = [HandDrivenDevice(running.stub, name) for name in "ab"]
         for _ in range(2):
             assert (await play(running, devices)).phase == COMMITTED
         await running.until_finished()
 
 
 async def test_another_model_on_a_used_folder_is_refused(tmp_path):
-    async with aggregating(tmp_path, rounds=3, model="lenet") as running:
+    async with running_aggregator(tmp_path, rounds=3, model="lenet") as running:
         await play(running, await two(running))
     await fails_to_start(tmp_path, UsageError, "model 'cnn' is not that of the run", model="cnn", rounds=3)
 
@@ -321,7 +322,7 @@ async def test_another_model_on_a_used_folder_is_refused(tmp_path):
 async def test_a_score_may_have_any_name(tmp_path):
     """A name that a log line has itself must not end the driver."""
     names = ("version", "round", "event", "run", "updates", "worker", "file", "by", "level")
-    async with aggregating(tmp_path, rounds=2, evaluate=True) as running:
+    async with running_aggregator(tmp_path, rounds=2, evaluate=True) as running:
         devices = await two(running)
         for _ in range(2):
             await play(running, devices, scores=dict.fromkeys(names, 0.5))

@@ -17,7 +17,7 @@ NUMPY_TASK = "bring_your_own_numpy"
 
 
 @dataclass(frozen=True)
-class Ended:
+class EndedCommand:
     """What an ended command has left."""
 
     code: int
@@ -33,7 +33,7 @@ def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
 
 def fedgrpc(
     *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout_s: float = 300
-) -> Ended:
+) -> EndedCommand:
     """Run the command to its end."""
     done = subprocess.run(
         [sys.executable, "-m", "fedgrpc", *arguments],
@@ -44,11 +44,11 @@ def fedgrpc(
         timeout=timeout_s,
         stdin=subprocess.DEVNULL,
     )
-    return Ended(done.returncode, done.stdout, done.stderr)
+    return EndedCommand(done.returncode, done.stdout, done.stderr)
 
 
 @contextmanager
-def running(*arguments: str, log: Path, cwd: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def running_command(*arguments: str, log: Path, cwd: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """The command while the block lasts; its output goes to `log`."""
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -69,13 +69,13 @@ def running(*arguments: str, log: Path, cwd: Path | None = None) -> Iterator[sub
 
 
 @contextmanager
-def running_aggregator(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def aggregator_command(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """An aggregator on a free port, and its address."""
     fifo = folder / "port"
     os.mkfifo(fifo)
     settings = ["--address", "127.0.0.1:0", "--data-dir", str(folder / "data"), "--port-file", str(fifo)]
     log = folder / "aggregator.log"
-    with running("aggregator", *settings, *arguments, log=log) as process:
+    with running_command("aggregator", *settings, *arguments, log=log) as process:
         yield process, f"127.0.0.1:{_read_port(fifo, process, log)}"
 
 

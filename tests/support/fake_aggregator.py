@@ -58,7 +58,7 @@ class Upload:
         return tensors_of(PayloadReader(manifest, buffer_reader(bytes(self.data))))
 
 
-class Peer(aggregator_pb2_grpc.AggregatorServicer):
+class FakeAggregator(aggregator_pb2_grpc.AggregatorServicer):
     """`tasks` are handed out one after the other; then the run has ended, if `ends`."""
 
     def __init__(self, models=None, *, tasks=(), ends=True):

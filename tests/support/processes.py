@@ -12,7 +12,8 @@ from pathlib import Path
 
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.v1 import aggregator_pb2_grpc
-from tests.support.running_federation import PATIENCE_S, Device, Running, settings_for
+from tests.support.hand_driven_device import PATIENCE_S, HandDrivenDevice
+from tests.support.running_federation import RunningAggregator, settings_for
 
 ROOT = Path(__file__).parents[2]
 _LONGEST_LINE_BYTES = 1 << 20
@@ -93,7 +94,7 @@ def _event(line):
 
 
 @asynccontextmanager
-async def process(command, *arguments, **how):
+async def running_process(command, *arguments, **how):
     """A process until the block ends; `how` is that of `Process.start`."""
     started = await Process.start(command, *arguments, **how)
     try:
@@ -124,10 +125,15 @@ async def aggregator_process(folder, *arguments, address="127.0.0.1:0", **how):
     place = ["--data-dir", settings.data_dir, "--address", address]
     place += ["--initial-model", settings.initial_model]
     round_ = ["--min-workers", 2, "--selection-window", "30s", "--deadline", "10m", "--lease", "5m"]
-    async with process("aggregator", *place, *round_, "--no-evaluate", "--stay", *arguments, **how) as started:
+    async with running_process(
+        "aggregator", *place, *round_, "--no-evaluate", "--stay", *arguments, **how
+    ) as started:
         address = f"127.0.0.1:{(await started.until('serving'))['port']}"
         async with open_channel(address) as channel:
-            yield started, Running(address, settings, None, None, aggregator_pb2_grpc.AggregatorStub(channel))
+            yield (
+                started,
+                RunningAggregator(address, settings, None, None, aggregator_pb2_grpc.AggregatorStub(channel)),
+            )
 
 
 @asynccontextmanager
@@ -137,10 +143,10 @@ async def worker_process(running, folder, name, data, *arguments, task="Recorded
     place = ["--aggregator", running.address, "--serve-address", "none"]
     place += ["--name", name, "--state-dir", folder / name]
     learning = ["--task", f"tests.support.learning_tasks:{task}", "--data", data]
-    async with process("worker", *place, *learning, "--reconnect-first", "50ms", *arguments) as started:
+    async with running_process("worker", *place, *learning, "--reconnect-first", "50ms", *arguments) as started:
         yield started
 
 
-def again(running, *devices):
+def reconnected(running, *devices):
     """The same devices, calling the aggregator that runs now."""
-    return [Device(running.stub, device.name) for device in devices]
+    return [HandDrivenDevice(running.stub, device.name) for device in devices]

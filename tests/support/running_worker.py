@@ -13,7 +13,7 @@ from fedgrpc.worker.trainer import Cancelled, EvalResult, TrainResult
 from tests.support.fake_aggregator import PATIENCE_S, model, serving
 
 
-class Adds:
+class AddOneTrainer:
     """Trains by adding one to every float and counting a step; scores are the mean weight."""
 
     def __init__(self, steps=1, gate=None):
@@ -43,20 +43,20 @@ class Adds:
         return EvalResult(16, {"mean": float(weights["weight"].mean())})
 
 
-def settings(address, tmp_path, **changes):
+def worker_settings(address, tmp_path, **changes):
     values = {"serve_address": None, "backoff": Backoff(0.02, 0.1), **changes}
     return WorkerSettings(name="pi-1", aggregator=address, state_dir=tmp_path / "state", **values)
 
 
-async def run(peer, tmp_path, trainer=None, timeout_s=PATIENCE_S, **changes):
+async def run_against(peer, tmp_path, trainer=None, timeout_s=PATIENCE_S, **changes):
     """A worker's whole life with a peer that serves for as long."""
     async with serving(peer) as server:
-        task = run_worker(settings(server.address, tmp_path, **changes), trainer or Adds())
+        task = run_worker(worker_settings(server.address, tmp_path, **changes), trainer or AddOneTrainer())
         return await asyncio.wait_for(task, timeout_s)
 
 
 @asynccontextmanager
-async def running(worker):
+async def running_worker(worker):
     task = asyncio.create_task(worker.run())
     try:
         yield task

@@ -15,7 +15,7 @@ _QUEUED = 16
 _RESET = struct.pack("ii", 1, 0)
 
 
-class Link:
+class UnreliableLink:
     """An `async with`: listens on `address`, and is mended whenever it is not made worse."""
 
     def __init__(self, target, delay_s=0.0, bytes_per_s=None):

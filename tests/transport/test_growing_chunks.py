@@ -18,7 +18,8 @@ from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.device import detect
 from fedgrpc.worker.task import Role
-from tests.support.running_federation import PATIENCE_S, aggregating, encoded
+from tests.support.hand_driven_device import PATIENCE_S, encoded
+from tests.support.running_federation import running_aggregator
 
 MIB = 1 << 20
 LARGE_UPLOAD_BYTES = AggregatorSettings.max_chunk_bytes
@@ -57,7 +58,7 @@ async def uploading(tmp_path, clock, **settings):
     """A client that holds a task, and the header of its update."""
     save_file(TENSORS, tmp_path / "initial.safetensors")
     async with (
-        aggregating(tmp_path, policy={"min_workers": 1}, **settings) as running,
+        running_aggregator(tmp_path, policy={"min_workers": 1}, **settings) as running,
         open_channel(running.address) as channel,
     ):
         client = AggregatorClient(channel, "a", clock=clock)

@@ -23,15 +23,16 @@ from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc
 from tests.support import stored_updates as stored
 from tests.support.echo_service import NAME, echo_service
-from tests.support.running_federation import Device, aggregating, chunks, encoded, refused, update_of
+from tests.support.hand_driven_device import HandDrivenDevice, chunks, encoded, refused, update_of
+from tests.support.running_federation import running_aggregator
 
 ALONE = {"min_workers": 1}
 
 
 @pytest.mark.parametrize("recipe", ["raw", "raw+zstd", "int8"])
 async def test_a_download_goes_on_at_any_byte(tmp_path, recipe):
-    async with aggregating(tmp_path, policy=ALONE, download_recipe=recipe) as running:
-        device = Device(running.stub, "a")
+    async with running_aggregator(tmp_path, policy=ALONE, download_recipe=recipe) as running:
+        device = HandDrivenDevice(running.stub, "a")
         header, payload = await device.pull(1, recipe)
         size = len(payload)
         offsets = {0, 1, 2047, 2048, size // 2, size - 1, size, *random.Random(1).sample(range(size), 20)}
@@ -48,8 +49,8 @@ async def test_a_download_of_many_chunks_goes_on_beside_their_borders(tmp_path):
 
     large = np.random.default_rng(0).normal(size=(5 << 18) + 77).astype(np.float32)
     save_file({"w": large}, tmp_path / "initial.safetensors")
-    async with aggregating(tmp_path, policy=ALONE) as running:
-        device = Device(running.stub, "a")
+    async with running_aggregator(tmp_path, policy=ALONE) as running:
+        device = HandDrivenDevice(running.stub, "a")
         payload = large.tobytes()
         for border in range(0, len(payload), CHUNK_BYTES):
             for offset in {max(0, border - 1), border, border + 1}:
@@ -61,7 +62,7 @@ async def test_a_download_of_many_chunks_goes_on_beside_their_borders(tmp_path):
 async def test_an_upload_that_breaks_at_any_byte_goes_on_there(tmp_path, seed):
     manifest, payload = encoded(update_of(3.0))
     rng = random.Random(seed)
-    async with aggregating(tmp_path, policy=ALONE, max_chunk_bytes=1 << 20) as running:
+    async with running_aggregator(tmp_path, policy=ALONE, max_chunk_bytes=1 << 20) as running:
         device = await running.device("a")
         task = await device.task()
         header = pb.PushUpdateRequest(header=device.header(task, manifest))
@@ -193,7 +194,7 @@ def chunks_in_memory():
 
 async def test_the_message_that_came_last_is_not_held_while_the_next_is_waited_for(tmp_path):
     of_other_tests = chunks_in_memory()
-    async with aggregating(tmp_path, policy=ALONE) as running:
+    async with running_aggregator(tmp_path, policy=ALONE) as running:
         device = await running.device("a")
         task = await device.task()
         manifest, payload = encoded(update_of())
@@ -272,10 +273,10 @@ async def test_a_reader_that_stops_reading_keeps_nobody_from_the_model(tmp_path)
 
     large = np.random.default_rng(0).normal(size=6 << 20).astype(np.float32)
     save_file({"w": large}, tmp_path / "initial.safetensors")
-    async with aggregating(tmp_path, policy=ALONE) as running:
+    async with running_aggregator(tmp_path, policy=ALONE) as running:
         stuck = running.stub.PullModel(pb.PullModelRequest(version=1))
         await stuck.read()
-        _, payload = await Device(running.stub, "a").pull(1)
+        _, payload = await HandDrivenDevice(running.stub, "a").pull(1)
         assert payload == large.tobytes()
         rest = bytearray()
         while (message := await stuck.read()) is not grpc.aio.EOF:
@@ -289,7 +290,7 @@ async def test_a_reader_that_leaves_is_no_error_and_costs_nothing_any_more(tmp_p
     large = np.random.default_rng(0).normal(size=6 << 20).astype(np.float32)
     save_file({"w": large}, tmp_path / "initial.safetensors")
     with structlog.testing.capture_logs() as logs:
-        async with aggregating(tmp_path, policy=ALONE) as running:
+        async with running_aggregator(tmp_path, policy=ALONE) as running:
             frames = running.aggregator.coordinator.models.frames
             alone_bytes = frames.message_bytes
             async with open_channel(running.address) as channel:

@@ -6,24 +6,24 @@ from fedgrpc.cli.worker import is_allowed
 from fedgrpc.errors import LayoutError
 from fedgrpc.v1 import aggregator_pb2, round_pb2
 from fedgrpc.worker.task import task_from_proto
-from tests.support.fake_aggregator import Peer, model, train_task
-from tests.support.running_worker import Adds, run
+from tests.support.fake_aggregator import FakeAggregator, model, train_task
+from tests.support.running_worker import AddOneTrainer, run_against
 
 
 async def test_a_model_over_the_limit_is_given_back_and_not_taken(tmp_path):
-    peer = Peer({1: model(1)})
+    peer = FakeAggregator({1: model(1)})
     peer.tasks = [train_task("t1")]
-    assert await run(peer, tmp_path, Adds(), max_model_bytes=8) == 0
+    assert await run_against(peer, tmp_path, AddOneTrainer(), max_model_bytes=8) == 0
     assert "t1" in peer.failures
     assert not peer.uploads
 
 
 async def test_batches_under_the_floor_of_the_device_are_refused(tmp_path):
-    peer = Peer({1: model(1)})
+    peer = FakeAggregator({1: model(1)})
     small, usual = train_task("t1"), train_task("t2")
     small.plan.batch_size, usual.plan.batch_size = 1, 8
     peer.tasks = [small, usual]
-    assert await run(peer, tmp_path, Adds(), min_batch_size=8) == 0
+    assert await run_against(peer, tmp_path, AddOneTrainer(), min_batch_size=8) == 0
     assert "--min-batch-size is 8" in peer.failures["t1"]
     assert peer.uploads["t2"].complete
 

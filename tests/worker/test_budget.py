@@ -14,7 +14,7 @@ from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import task_from_proto
 from fedgrpc.worker.trainer import TrainResult
-from tests.support.fake_aggregator import PATIENCE_S, Peer, model, serving, train_task
+from tests.support.fake_aggregator import PATIENCE_S, FakeAggregator, model, serving, train_task
 
 SIZE = 60_000
 
@@ -39,7 +39,7 @@ def drift():
 
 async def updates_of(tmp_path, *tasks):
     """What came of the tasks: (bytes of the payload, encoding of the weight, the weight's tensor) of each."""
-    peer = Peer({1: model(1, SIZE)})
+    peer = FakeAggregator({1: model(1, SIZE)})
     peer.tasks = list(tasks)
     async with serving(peer) as server:
         settings = WorkerSettings(
@@ -134,7 +134,9 @@ def test_a_rate_that_is_none_is_not_known(rate):
 
 
 async def test_a_recipe_may_send_the_last_layer_finer_and_vectors_raw(tmp_path):
-    peer = Peer({1: {**model(1, 6000), "head": np.ones((80, 10), np.float32), "norm": np.ones(200, np.float32)}})
+    peer = FakeAggregator(
+        {1: {**model(1, 6000), "head": np.ones((80, 10), np.float32), "norm": np.ones(200, np.float32)}}
+    )
     peer.tasks = [train_task(upload_recipe="int4;@vectors=raw;@last=int8+zstd")]
     async with serving(peer) as server:
         settings = WorkerSettings(

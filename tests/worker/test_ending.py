@@ -17,15 +17,15 @@ from fedgrpc.errors import (
 )
 from fedgrpc.worker.process import Worker, run_worker
 from fedgrpc.worker.settings import WorkerSettings
-from tests.support.fake_aggregator import PATIENCE_S, SOON_S, Peer, model, serving, train_task
-from tests.support.running_worker import Adds, run, running, settings, spooled
+from tests.support.fake_aggregator import PATIENCE_S, SOON_S, FakeAggregator, model, serving, train_task
+from tests.support.running_worker import AddOneTrainer, run_against, running_worker, spooled, worker_settings
 
 
 async def test_a_paused_worker_takes_no_task_until_it_is_resumed(tmp_path):
-    peer = Peer({1: model(1)}, ends=False)
+    peer = FakeAggregator({1: model(1)}, ends=False)
     async with serving(peer) as server:
-        worker = Worker(settings(server.address, tmp_path), lambda _: Adds())
-        async with running(worker):
+        worker = Worker(worker_settings(server.address, tmp_path), lambda _: AddOneTrainer())
+        async with running_worker(worker):
             await peer.until(lambda: "PollTask" in peer.calls)
             worker.pause()
             await asyncio.sleep(0.1)
@@ -37,11 +37,11 @@ async def test_a_paused_worker_takes_no_task_until_it_is_resumed(tmp_path):
 
 
 async def test_a_draining_worker_finishes_its_task_and_takes_no_other(tmp_path):
-    peer = Peer({1: model(1)}, ends=False)
+    peer = FakeAggregator({1: model(1)}, ends=False)
     peer.tasks = [train_task("t1"), train_task("t2")]
-    trainer = Adds(steps=10, gate=threading.Event())
+    trainer = AddOneTrainer(steps=10, gate=threading.Event())
     async with serving(peer) as server:
-        worker = Worker(settings(server.address, tmp_path), lambda _: trainer)
+        worker = Worker(worker_settings(server.address, tmp_path), lambda _: trainer)
         task = asyncio.create_task(worker.run())
         await asyncio.to_thread(trainer.started.wait, PATIENCE_S)
         worker.drain()
@@ -52,11 +52,11 @@ async def test_a_draining_worker_finishes_its_task_and_takes_no_other(tmp_path):
 
 
 async def test_a_drain_that_takes_too_long_gives_the_task_back(tmp_path):
-    peer = Peer({1: model(1)}, ends=False)
+    peer = FakeAggregator({1: model(1)}, ends=False)
     peer.tasks = [train_task("t1")]
-    trainer = Adds(steps=10_000, gate=threading.Event())
+    trainer = AddOneTrainer(steps=10_000, gate=threading.Event())
     async with serving(peer) as server:
-        worker = Worker(settings(server.address, tmp_path), lambda _: trainer)
+        worker = Worker(worker_settings(server.address, tmp_path), lambda _: trainer)
         task = asyncio.create_task(worker.run())
         await asyncio.to_thread(trainer.started.wait, PATIENCE_S)
         worker.drain(within_s=0.2, exit_code=143)
@@ -66,9 +66,9 @@ async def test_a_drain_that_takes_too_long_gives_the_task_back(tmp_path):
 
 
 async def test_an_idle_worker_drains_at_once(tmp_path):
-    peer = Peer(ends=False)
+    peer = FakeAggregator(ends=False)
     async with serving(peer) as server:
-        worker = Worker(settings(server.address, tmp_path), lambda _: Adds())
+        worker = Worker(worker_settings(server.address, tmp_path), lambda _: AddOneTrainer())
         task = asyncio.create_task(worker.run())
         await peer.until(lambda: "PollTask" in peer.calls)
         worker.drain()
@@ -77,10 +77,10 @@ async def test_an_idle_worker_drains_at_once(tmp_path):
 
 
 async def test_an_aggregator_that_knows_of_no_leaving_keeps_no_worker_from_it(tmp_path):
-    peer = Peer(ends=False)
+    peer = FakeAggregator(ends=False)
     peer.faults.append(("Leave", NotImplementedError("of an earlier version")))
     async with serving(peer) as server:
-        worker = Worker(settings(server.address, tmp_path), lambda _: Adds())
+        worker = Worker(worker_settings(server.address, tmp_path), lambda _: AddOneTrainer())
         task = asyncio.create_task(worker.run())
         await peer.until(lambda: "PollTask" in peer.calls)
         worker.drain()
@@ -88,16 +88,16 @@ async def test_an_aggregator_that_knows_of_no_leaving_keeps_no_worker_from_it(tm
 
 
 async def test_a_user_task_that_hangs_does_not_keep_the_worker_alive(tmp_path):
-    class Hangs(Adds):
+    class Hangs(AddOneTrainer):
         def train(self, weights, job):
             self.started.set()
             time.sleep(2 * PATIENCE_S)
 
-    peer = Peer({1: model(1)}, ends=False)
+    peer = FakeAggregator({1: model(1)}, ends=False)
     peer.tasks = [train_task("t1")]
     trainer = Hangs()
     async with serving(peer) as server:
-        worker = Worker(settings(server.address, tmp_path), lambda _: trainer)
+        worker = Worker(worker_settings(server.address, tmp_path), lambda _: trainer)
         task = asyncio.create_task(worker.run())
         await asyncio.to_thread(trainer.started.wait, PATIENCE_S)
         worker.stop(130)
@@ -105,31 +105,32 @@ async def test_a_user_task_that_hangs_does_not_keep_the_worker_alive(tmp_path):
 
 
 async def test_a_worker_may_stay_when_the_run_has_ended(tmp_path):
-    peer = Peer()
+    peer = FakeAggregator()
     async with serving(peer) as server:
         worker = Worker(
-            settings(server.address, tmp_path, exit_when_run_ends=False, poll_wait_s=0.1), lambda _: Adds()
+            worker_settings(server.address, tmp_path, exit_when_run_ends=False, poll_wait_s=0.1),
+            lambda _: AddOneTrainer(),
         )
-        async with running(worker) as task:
+        async with running_worker(worker) as task:
             await peer.until(lambda: peer.calls.count("PollTask") >= 3)
             assert not task.done()
 
 
 async def test_two_workers_cannot_share_a_folder(tmp_path):
-    peer = Peer(ends=False)
+    peer = FakeAggregator(ends=False)
     async with serving(peer) as server:
-        worker = Worker(settings(server.address, tmp_path), lambda _: Adds())
-        async with running(worker):
+        worker = Worker(worker_settings(server.address, tmp_path), lambda _: AddOneTrainer())
+        async with running_worker(worker):
             await peer.until(lambda: "PollTask" in peer.calls)
             with pytest.raises(UsageError, match="another worker"):
-                await run_worker(settings(server.address, tmp_path), Adds())
+                await run_worker(worker_settings(server.address, tmp_path), AddOneTrainer())
 
 
 async def test_a_name_the_aggregator_refuses_ends_the_worker_with_its_reason(tmp_path):
-    peer = Peer()
+    peer = FakeAggregator()
     peer.faults = [("Register", UsageError("the name pi-1 is taken"))]
     with pytest.raises(UsageError, match="pi-1 is taken"):
-        await run(peer, tmp_path)
+        await run_against(peer, tmp_path)
 
 
 async def test_the_trainer_may_be_built_from_what_the_aggregator_tells(tmp_path):
@@ -137,12 +138,12 @@ async def test_the_trainer_may_be_built_from_what_the_aggregator_tells(tmp_path)
 
     def build(registration):
         told.append(registration)
-        return Adds()
+        return AddOneTrainer()
 
-    peer = Peer({1: model(1)})
+    peer = FakeAggregator({1: model(1)})
     peer.tasks = [train_task()]
     async with serving(peer) as server:
-        await run_worker(settings(server.address, tmp_path), build_trainer=build)
+        await run_worker(worker_settings(server.address, tmp_path), build_trainer=build)
     assert [registration.learning_task for registration in told] == ["tests:Linear"]
     assert peer.uploads["t1"].complete
 
@@ -197,7 +198,7 @@ async def exit_code(process):
 
 
 async def test_a_worker_killed_while_it_uploads_resumes_after_its_restart_and_does_not_train_again(tmp_path):
-    peer = Peer({1: model(1, size=30_000)})
+    peer = FakeAggregator({1: model(1, size=30_000)})
     peer.tasks = [train_task()]
     async with serving(peer) as server:
         with worker_process(server.address, tmp_path, rate=400_000) as first:
@@ -217,7 +218,7 @@ async def test_a_worker_killed_while_it_uploads_resumes_after_its_restart_and_do
 
 
 async def test_sigterm_lets_an_upload_finish(tmp_path):
-    peer = Peer({1: model(1, size=30_000)})
+    peer = FakeAggregator({1: model(1, size=30_000)})
     peer.tasks = [train_task()]
     async with serving(peer) as server:
         with worker_process(server.address, tmp_path, rate=1_000_000) as process:
@@ -228,7 +229,7 @@ async def test_sigterm_lets_an_upload_finish(tmp_path):
 
 
 async def test_a_second_sigterm_ends_the_process_at_once_and_keeps_the_update(tmp_path):
-    peer = Peer({1: model(1, size=30_000)})
+    peer = FakeAggregator({1: model(1, size=30_000)})
     peer.tasks = [train_task()]
     async with serving(peer) as server:
         with worker_process(server.address, tmp_path, drain_s=2 * PATIENCE_S, rate=200_000) as process:

@@ -14,11 +14,11 @@ from fedgrpc.errors import (
 from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.task import plan_from_proto
 from fedgrpc.worker.trainer import EvalResult, TrainResult
-from tests.support.fake_aggregator import Peer, model, train_task
-from tests.support.running_worker import Adds, run, spooled
+from tests.support.fake_aggregator import FakeAggregator, model, train_task
+from tests.support.running_worker import AddOneTrainer, run_against, spooled
 
 
-class Raises(Adds):
+class Raises(AddOneTrainer):
     def __init__(self, error):
         super().__init__()
         self.error = error
@@ -40,15 +40,15 @@ class Raises(Adds):
     ],
 )
 async def test_a_task_that_raises_is_given_back_with_one_line_and_the_worker_goes_on(tmp_path, error, reason):
-    peer = Peer({1: model(1)})
+    peer = FakeAggregator({1: model(1)})
     peer.tasks = [train_task("t1"), train_task("t2")]
-    assert await run(peer, tmp_path, Raises(error)) == 0
+    assert await run_against(peer, tmp_path, Raises(error)) == 0
     assert reason in peer.failures["t1"]
     assert "\n" not in peer.failures["t1"]
     assert peer.uploads["t2"].complete
 
 
-class Returns(Adds):
+class Returns(AddOneTrainer):
     def __init__(self, change, **counts):
         super().__init__()
         self.change, self.counts = change, counts
@@ -75,15 +75,15 @@ def _nan(weights):
     ],
 )
 async def test_a_training_result_that_cannot_be_sent_is_reported_and_not_sent(tmp_path, trainer, reason):
-    peer = Peer({1: model(1)})
+    peer = FakeAggregator({1: model(1)})
     peer.tasks = [train_task()]
-    assert await run(peer, tmp_path, trainer) == 0
+    assert await run_against(peer, tmp_path, trainer) == 0
     assert re.search(reason, peer.failures["t1"])
     assert peer.uploads == {}
     assert spooled(tmp_path) == []
 
 
-class Gives(Adds):
+class Gives(AddOneTrainer):
     """Returns anything at all from one of its methods."""
 
     def __init__(self, **given):
@@ -123,63 +123,63 @@ class Gives(Adds):
 async def test_a_learning_task_that_returns_the_wrong_thing_is_given_back_and_the_worker_goes_on(
     tmp_path, given, kind, reason
 ):
-    peer = Peer({1: model(1)})
+    peer = FakeAggregator({1: model(1)})
     peer.tasks = [train_task(kind=getattr(round_pb2, f"TASK_KIND_{kind}"))]
-    assert await run(peer, tmp_path, Gives(**given)) == 0
+    assert await run_against(peer, tmp_path, Gives(**given)) == 0
     assert reason in peer.failures["t1"]
     assert peer.uploads == {}
 
 
 async def test_scores_that_are_not_numbers_do_not_cost_the_update(tmp_path):
-    class Diverged(Adds):
+    class Diverged(AddOneTrainer):
         def evaluate(self, weights):
             return EvalResult(4, {"loss": float("nan"), "accuracy": 0.5})
 
-    peer = Peer({1: model(1)})
+    peer = FakeAggregator({1: model(1)})
     peer.tasks = [train_task(evaluate=True)]
-    await run(peer, tmp_path, Diverged())
+    await run_against(peer, tmp_path, Diverged())
     assert peer.uploads["t1"].header.evaluation_metrics == {"accuracy": 0.5}
 
 
 async def test_numbers_of_numpy_and_torch_and_scores_that_are_not_defined_are_metrics(tmp_path):
-    class Scores(Adds):
+    class Scores(AddOneTrainer):
         def evaluate(self, weights):
             scores = {"a": np.float32(0.5), "b": np.array(0.25), "c": np.int64(3), "d": np.bool_(True), "e": None}
             return EvalResult(np.int64(4), scores | {"f": torch.tensor(0.75)})
 
-    peer = Peer({1: model(1)})
+    peer = FakeAggregator({1: model(1)})
     peer.tasks = [train_task(evaluate=True)]
-    await run(peer, tmp_path, Scores())
+    await run_against(peer, tmp_path, Scores())
     told = peer.uploads["t1"].header.evaluation_metrics
     assert dict(told) == {"a": 0.5, "b": 0.25, "c": 3.0, "d": 1.0, "f": 0.75}
 
 
 async def test_scores_of_no_examples_are_none(tmp_path):
-    class Empty(Adds):
+    class Empty(AddOneTrainer):
         def evaluate(self, weights):
             return EvalResult(0, {"loss": float("nan"), "accuracy": 0.0})
 
-    peer = Peer({1: model(1)})
+    peer = FakeAggregator({1: model(1)})
     peer.tasks = [train_task(evaluate=True)]
-    await run(peer, tmp_path, Empty())
+    await run_against(peer, tmp_path, Empty())
     assert not peer.uploads["t1"].header.evaluation_metrics
 
 
 async def test_an_evaluator_without_data_says_so(tmp_path):
-    class Blind(Adds):
+    class Blind(AddOneTrainer):
         def evaluate(self, weights):
             return None
 
-    peer = Peer({1: model(1)})
+    peer = FakeAggregator({1: model(1)})
     peer.tasks = [train_task(kind=round_pb2.TASK_KIND_EVALUATE)]
-    await run(peer, tmp_path, Blind())
+    await run_against(peer, tmp_path, Blind())
     assert "held-out" in peer.failures["t1"]
 
 
 async def test_a_kind_of_task_from_the_future_is_given_back(tmp_path):
-    peer = Peer({1: model(1)})
+    peer = FakeAggregator({1: model(1)})
     peer.tasks = [train_task(kind=99)]
-    assert await run(peer, tmp_path) == 0
+    assert await run_against(peer, tmp_path) == 0
     assert "update fedgrpc" in peer.failures["t1"]
 
 

@@ -6,10 +6,10 @@ from structlog.testing import capture_logs
 from fedgrpc.submodels.channels import ChannelGroup, ChannelMap, Segment
 from fedgrpc.worker.task import Plan
 from fedgrpc.worker.training import initialize
-from tests.support.running_worker import Adds
+from tests.support.running_worker import AddOneTrainer
 
 
-class Sliced(Adds):
+class Sliced(AddOneTrainer):
     def channels(self):
         return ChannelMap((ChannelGroup(8),), {"weight": ((Segment(0),),)})
 

@@ -10,14 +10,14 @@ from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.process import Worker, run_worker
 from fedgrpc.worker.throttle import Throttle
 from fedgrpc.worker.trainer import TrainResult
-from tests.support.fake_aggregator import PATIENCE_S, Peer, model, serving, train_task
-from tests.support.running_worker import Adds, run, running, settings, spooled
+from tests.support.fake_aggregator import PATIENCE_S, FakeAggregator, model, serving, train_task
+from tests.support.running_worker import AddOneTrainer, run_against, running_worker, spooled, worker_settings
 
 
 async def test_a_task_is_pulled_trained_and_pushed_as_a_difference(tmp_path):
-    peer = Peer({1: model(1)})
+    peer = FakeAggregator({1: model(1)})
     peer.tasks = [train_task()]
-    assert await run(peer, tmp_path) == 0
+    assert await run_against(peer, tmp_path) == 0
     upload = peer.uploads["t1"]
     tensors = upload.tensors()
     assert np.allclose(tensors["weight"], 1, atol=1e-6)
@@ -31,8 +31,8 @@ async def test_a_task_is_pulled_trained_and_pushed_as_a_difference(tmp_path):
 
 
 async def test_the_worker_introduces_its_device_and_what_it_reads(tmp_path):
-    peer = Peer()
-    await run(
+    peer = FakeAggregator()
+    await run_against(
         peer, tmp_path, device={"device_class": "raspberry-pi-4"}, throttle=Throttle(link_bits_per_second=1e6)
     )
     request = peer.registered["pi-1"]
@@ -43,18 +43,18 @@ async def test_the_worker_introduces_its_device_and_what_it_reads(tmp_path):
 
 
 async def test_the_pulled_model_is_scored_before_training_when_the_plan_says_so(tmp_path):
-    peer = Peer({1: model(1)})
+    peer = FakeAggregator({1: model(1)})
     peer.tasks = [train_task(evaluate=True)]
-    await run(peer, tmp_path)
+    await run_against(peer, tmp_path)
     header = peer.uploads["t1"].header
     assert header.evaluation_metrics["mean"] == pytest.approx(float(model(1)["weight"].mean()))
     assert header.evaluation_example_count == 16
 
 
 async def test_the_trained_model_is_scored_after_training_where_the_pulled_one_was(tmp_path):
-    peer = Peer({1: model(1), 2: model(2)})
+    peer = FakeAggregator({1: model(1), 2: model(2)})
     peer.tasks = [train_task("t1", evaluate=True), train_task("t2", 2)]
-    await run(peer, tmp_path)
+    await run_against(peer, tmp_path)
     metrics = peer.uploads["t1"].header.metrics
     assert metrics["local_mean"] == pytest.approx(float(model(1)["weight"].mean()) + 1)
     assert metrics["train_loss"] == 0.5
@@ -62,10 +62,10 @@ async def test_the_trained_model_is_scored_after_training_where_the_pulled_one_w
 
 
 async def test_an_evaluation_carries_scores_and_no_tensors(tmp_path):
-    peer = Peer({1: model(1)})
+    peer = FakeAggregator({1: model(1)})
     peer.tasks = [train_task(kind=round_pb2.TASK_KIND_EVALUATE)]
-    trainer = Adds()
-    await run(peer, tmp_path, trainer)
+    trainer = AddOneTrainer()
+    await run_against(peer, tmp_path, trainer)
     header = peer.uploads["t1"].header
     assert len(header.manifest.entries) == 0
     assert header.evaluation_metrics.keys() == {"mean"}
@@ -73,9 +73,9 @@ async def test_an_evaluation_carries_scores_and_no_tensors(tmp_path):
 
 
 async def test_initial_weights_are_sent_themselves(tmp_path):
-    peer = Peer()
+    peer = FakeAggregator()
     peer.tasks = [train_task(kind=round_pb2.TASK_KIND_INITIALIZE, round=0)]
-    await run(peer, tmp_path)
+    await run_against(peer, tmp_path)
     tensors = peer.uploads["t1"].tensors()
     assert all(np.array_equal(tensors[name], array) for name, array in model(42).items())
     assert peer.pulled == []
@@ -84,7 +84,7 @@ async def test_initial_weights_are_sent_themselves(tmp_path):
 async def test_what_a_lossy_encoding_lost_is_in_the_next_update(tmp_path):
     """arXiv 1901.09847: with error feedback the sum of what was sent follows the sum of the deltas."""
 
-    class Drifts(Adds):
+    class Drifts(AddOneTrainer):
         def train(self, weights, job):
             rng = np.random.default_rng(7)
             trained = {
@@ -92,10 +92,10 @@ async def test_what_a_lossy_encoding_lost_is_in_the_next_update(tmp_path):
             }
             return TrainResult(trained, 1, 1)
 
-    peer = Peer({1: model(1)})
+    peer = FakeAggregator({1: model(1)})
     rounds = 12
     peer.tasks = [train_task(f"t{n}", upload_recipe="int2", round=n) for n in range(rounds)]
-    await run(peer, tmp_path, Drifts())
+    await run_against(peer, tmp_path, Drifts())
     rng = np.random.default_rng(7)
     delta = rng.normal(size=(300, 10)).astype(np.float32)
     sent = sum(peer.uploads[f"t{n}"].tensors()["weight"].astype(np.float64) for n in range(rounds))
@@ -105,11 +105,11 @@ async def test_what_a_lossy_encoding_lost_is_in_the_next_update(tmp_path):
 
 
 async def test_heartbeats_carry_the_phase_and_the_progress(tmp_path):
-    peer = Peer({1: model(1)})
+    peer = FakeAggregator({1: model(1)})
     peer.tasks = [train_task()]
     # Slow enough that every phase lasts: one that is over at once is not reported.
     throttle = Throttle(link_bits_per_second=160_000)
-    await run(peer, tmp_path, Adds(steps=60, gate=threading.Event()), throttle=throttle)
+    await run_against(peer, tmp_path, AddOneTrainer(steps=60, gate=threading.Event()), throttle=throttle)
     phases = [phase for _, phase, _ in peer.beats]
     assert round_pb2.TASK_PHASE_TRAINING in phases
     assert phases[-1] == round_pb2.TASK_PHASE_UPLOADING
@@ -119,10 +119,13 @@ async def test_heartbeats_carry_the_phase_and_the_progress(tmp_path):
 
 
 async def test_a_cancelled_task_stops_between_batches_and_the_worker_takes_the_next(tmp_path):
-    peer = Peer({1: model(1)}, ends=False)
+    peer = FakeAggregator({1: model(1)}, ends=False)
     peer.tasks = [train_task("t1")]
-    trainer = Adds(steps=10_000, gate=threading.Event())
-    async with serving(peer) as server, running(Worker(settings(server.address, tmp_path), lambda _: trainer)):
+    trainer = AddOneTrainer(steps=10_000, gate=threading.Event())
+    async with (
+        serving(peer) as server,
+        running_worker(Worker(worker_settings(server.address, tmp_path), lambda _: trainer)),
+    ):
         await asyncio.to_thread(trainer.started.wait, PATIENCE_S)
         trainer.steps = 1
         peer.cancelled["t1"] = "the round is closed"
@@ -133,11 +136,11 @@ async def test_a_cancelled_task_stops_between_batches_and_the_worker_takes_the_n
 
 
 async def test_training_stops_when_the_lease_is_gone(tmp_path):
-    peer = Peer({1: model(1)})
+    peer = FakeAggregator({1: model(1)})
     peer.tasks = [train_task("t1")]
-    trainer = Adds(steps=10_000, gate=threading.Event())
+    trainer = AddOneTrainer(steps=10_000, gate=threading.Event())
     async with serving(peer) as server:
-        task = asyncio.create_task(run_worker(settings(server.address, tmp_path), trainer))
+        task = asyncio.create_task(run_worker(worker_settings(server.address, tmp_path), trainer))
         await asyncio.to_thread(trainer.started.wait, PATIENCE_S)
         peer.tasks = []
         assert await asyncio.wait_for(task, PATIENCE_S) == 0
@@ -148,19 +151,19 @@ async def test_training_stops_when_the_lease_is_gone(tmp_path):
 
 
 async def test_a_version_that_is_held_is_not_pulled_twice(tmp_path):
-    peer = Peer({1: model(1)})
+    peer = FakeAggregator({1: model(1)})
     peer.tasks = [train_task("t1"), train_task("t2", round=2)]
-    await run(peer, tmp_path)
+    await run_against(peer, tmp_path)
     size = len(peer.payload(1, "raw")[1])
     assert peer.pulled == [(1, 0, 0), (1, size, 0)]
     assert peer.uploads["t2"].complete
 
 
 async def test_a_newer_version_may_come_as_a_difference_to_the_held_one(tmp_path):
-    peer = Peer({1: model(1), 2: model(2), 3: model(3)})
+    peer = FakeAggregator({1: model(1), 2: model(2), 3: model(3)})
     peer.deltas = {2: 1, 3: 2}
     peer.tasks = [train_task(f"t{version}", version, evaluate=True) for version in (1, 2, 3)]
-    await run(peer, tmp_path)
+    await run_against(peer, tmp_path)
     assert [base for _, _, base in peer.pulled] == [0, 1, 2]
     for version in (1, 2, 3):
         mean = float(model(version)["weight"].mean())
@@ -168,16 +171,16 @@ async def test_a_newer_version_may_come_as_a_difference_to_the_held_one(tmp_path
 
 
 async def test_only_the_newest_version_stays_on_the_disk(tmp_path):
-    peer = Peer({1: model(1), 2: model(2)})
+    peer = FakeAggregator({1: model(1), 2: model(2)})
     peer.tasks = [train_task("t1", 1), train_task("t2", 2)]
-    await run(peer, tmp_path)
+    await run_against(peer, tmp_path)
     names = {path.name for path in (tmp_path / "state" / "model").iterdir()}
     assert {name for name in names if not name.startswith("spare")} == {"00000002"}
 
 
 async def test_a_version_the_aggregator_no_longer_has_fails_the_task_alone(tmp_path):
-    peer = Peer({2: model(2)})
+    peer = FakeAggregator({2: model(2)})
     peer.tasks = [train_task("t1", 1), train_task("t2", 2)]
-    assert await run(peer, tmp_path) == 0
+    assert await run_against(peer, tmp_path) == 0
     assert "no model version 1" in peer.failures["t1"]
     assert peer.uploads["t2"].complete

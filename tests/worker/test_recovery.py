@@ -30,13 +30,13 @@ from fedgrpc.v1.aggregator_pb2 import ModelHeader, PullModelResponse
 from fedgrpc.worker.process import Worker, run_worker
 from fedgrpc.worker.throttle import Throttle
 from fedgrpc.worker.trainer import TrainResult
-from tests.support.fake_aggregator import PATIENCE_S, SOON_S, Peer, model, serving, train_task
+from tests.support.fake_aggregator import PATIENCE_S, SOON_S, FakeAggregator, model, serving, train_task
 from tests.support.processes import free_address
-from tests.support.running_worker import Adds, run, running, settings, spooled
+from tests.support.running_worker import AddOneTrainer, run_against, running_worker, spooled, worker_settings
 
 
 def with_a_task(**about):
-    return Peer({1: model(1)}, tasks=[train_task()], **about)
+    return FakeAggregator({1: model(1)}, tasks=[train_task()], **about)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 12])
@@ -49,7 +49,7 @@ async def test_a_broken_download_goes_on_at_the_byte_where_it_stopped(tmp_path, 
             raise LinkError("cut")
 
     peer.note = note
-    assert await run(peer, tmp_path) == 0
+    assert await run_against(peer, tmp_path) == 0
     assert [offset for _, offset, _ in peer.pulled] == [0, chunk * 1000]
     assert np.allclose(peer.uploads["t1"].tensors()["weight"], 1, atol=1e-6)
 
@@ -63,14 +63,14 @@ async def test_an_update_survives_an_aggregator_that_takes_smaller_chunks_after_
             peer.max_chunk_bytes = 300
 
     peer.note = note
-    assert await run(peer, tmp_path) == 0
+    assert await run_against(peer, tmp_path) == 0
     assert peer.uploads["t1"].complete
 
 
 async def test_an_update_outlives_a_time_in_which_another_device_has_the_name(tmp_path):
     peer = with_a_task()
     peer.faults += [("PushUpdate", NameTaken("another device")), ("Register", NameTaken("another device"))]
-    assert await run(peer, tmp_path) == 0
+    assert await run_against(peer, tmp_path) == 0
     assert peer.uploads["t1"].complete
 
 
@@ -78,7 +78,7 @@ async def test_a_worker_ends_when_its_state_was_copied_and_keeps_its_update(tmp_
     peer = with_a_task()
     peer.faults += [("PushUpdate", StateCopied("another process"))]
     with pytest.raises(StateCopied):
-        await run(peer, tmp_path)
+        await run_against(peer, tmp_path)
     assert len(spooled(tmp_path)) == 1
 
 
@@ -92,14 +92,17 @@ async def test_chunks_of_a_model_that_declares_no_bytes_do_not_end_the_worker(tm
         yield PullModelResponse(chunk={"data": b"x", "crc32": zlib.crc32(b"x")})
 
     peer.PullModel = pull
-    async with serving(peer) as server, running(Worker(settings(server.address, tmp_path), lambda _: Adds())):
+    async with (
+        serving(peer) as server,
+        running_worker(Worker(worker_settings(server.address, tmp_path), lambda _: AddOneTrainer())),
+    ):
         await peer.until(lambda: peer.failures or peer.calls.count("PullModel") > 2)
 
 
 async def test_a_corrupt_chunk_is_asked_for_again_and_nothing_before_it(tmp_path):
     peer = with_a_task()
     peer.faults = ["corrupt"]
-    assert await run(peer, tmp_path) == 0
+    assert await run_against(peer, tmp_path) == 0
     assert peer.uploads["t1"].complete
     assert len(peer.pulled) == 2
 
@@ -114,7 +117,7 @@ async def test_a_model_that_changed_under_a_partial_download_starts_over(tmp_pat
             raise LinkError("restarted with another model")
 
     peer.note = note
-    assert await run(peer, tmp_path) == 0
+    assert await run_against(peer, tmp_path) == 0
     assert [offset for _, offset, _ in peer.pulled] == [0, 3000, 0]
 
 
@@ -126,8 +129,8 @@ async def test_a_model_that_changed_under_a_partial_download_starts_over(tmp_pat
 async def test_an_upload_that_failed_for_now_is_resumed_until_it_is_acknowledged(tmp_path, moment, error):
     peer = with_a_task()
     peer.faults = [(moment, error)]
-    trainer = Adds()
-    assert await run(peer, tmp_path, trainer) == 0
+    trainer = AddOneTrainer()
+    assert await run_against(peer, tmp_path, trainer) == 0
     assert peer.uploads["t1"].complete
     assert trainer.trained == 1
     assert spooled(tmp_path) == []
@@ -136,7 +139,7 @@ async def test_an_upload_that_failed_for_now_is_resumed_until_it_is_acknowledged
 async def test_a_refused_upload_comes_back_when_it_is_told_and_keeps_its_session(tmp_path):
     peer = with_a_task()
     peer.faults = [("PushUpdate", Exhausted("no upload slot is free", retry_after_s=0.05)) for _ in range(5)]
-    assert await run(peer, tmp_path) == 0
+    assert await run_against(peer, tmp_path) == 0
     _, *after = peer.calls[peer.calls.index("PushUpdate") :]
     assert after.count("PushUpdate") == 5
     assert "Register" not in after
@@ -146,7 +149,7 @@ async def test_a_refused_upload_comes_back_when_it_is_told_and_keeps_its_session
 async def test_a_refused_upload_that_is_told_to_come_at_once_leaves_a_moment(tmp_path):
     peer = with_a_task()
     peer.faults = [("PushUpdate", Exhausted("no upload slot is free", retry_after_s=0.0)) for _ in range(5)]
-    assert await run(peer, tmp_path) == 0
+    assert await run_against(peer, tmp_path) == 0
     assert peer.uploads["t1"].complete
     assert peer.pushed_at[5] - peer.pushed_at[0] >= 5 * 0.05
 
@@ -155,7 +158,7 @@ async def test_a_worker_that_has_something_to_send_asks_first_and_comes_when_it_
     peer = with_a_task()
     peer.faults = [("PushUpdate.chunk", LinkError("cut"))]
     peer.retry_after_s = 0.2
-    assert await run(peer, tmp_path) == 0
+    assert await run_against(peer, tmp_path) == 0
     assert peer.uploads["t1"].complete
     assert peer.pushed_at[1] - peer.told_at >= 0.2
 
@@ -164,8 +167,8 @@ async def test_one_who_waits_for_its_turn_hears_that_the_round_is_over(tmp_path)
     peer = with_a_task(ends=False)
     peer.faults = [("PushUpdate", Exhausted("no upload slot is free", retry_after_s=3000.0))]
     async with serving(peer) as server:
-        worker = Worker(settings(server.address, tmp_path), lambda _: Adds())
-        async with running(worker):
+        worker = Worker(worker_settings(server.address, tmp_path), lambda _: AddOneTrainer())
+        async with running_worker(worker):
             await peer.until(lambda: "PushUpdate" in peer.calls)
             peer.cancelled["t1"] = "the round is closed"
             peer.closed["t1"] = "the round is closed"
@@ -181,7 +184,7 @@ async def test_an_upload_resumes_at_the_byte_the_aggregator_holds(tmp_path):
             raise LinkError("cut")
 
     peer.note = note
-    assert await run(peer, tmp_path) == 0
+    assert await run_against(peer, tmp_path) == 0
     total_chunks = -(-len(peer.uploads["t1"].data) // 1000)
     assert peer.calls.count("PushUpdate.chunk") == total_chunks + 1
 
@@ -189,7 +192,7 @@ async def test_an_upload_resumes_at_the_byte_the_aggregator_holds(tmp_path):
 async def test_an_answer_that_is_no_acknowledgement_does_not_end_the_upload(tmp_path):
     peer = with_a_task()
     peer.faults = ["incomplete"]
-    assert await run(peer, tmp_path) == 0
+    assert await run_against(peer, tmp_path) == 0
     assert peer.uploads["t1"].complete
     assert peer.calls.count("PushUpdate") == 2
 
@@ -197,7 +200,7 @@ async def test_an_answer_that_is_no_acknowledgement_does_not_end_the_upload(tmp_
 async def test_a_lost_acknowledgement_makes_no_second_update(tmp_path):
     peer = with_a_task()
     peer.faults = [("PushUpdate.acknowledged", LinkError("cut"))]
-    assert await run(peer, tmp_path) == 0
+    assert await run_against(peer, tmp_path) == 0
     assert peer.uploads["t1"].acknowledged_times == 1
     assert spooled(tmp_path) == []
 
@@ -206,7 +209,7 @@ async def test_a_lost_acknowledgement_makes_no_second_update(tmp_path):
 async def test_a_worker_that_the_aggregator_has_forgotten_registers_again(tmp_path, call):
     peer = with_a_task()
     peer.faults = [(call, UnknownWorker("who are you?"))]
-    assert await run(peer, tmp_path) == 0
+    assert await run_against(peer, tmp_path) == 0
     assert peer.uploads["t1"].complete
 
 
@@ -222,7 +225,7 @@ async def test_a_worker_that_the_aggregator_has_forgotten_registers_again(tmp_pa
     ],
 )
 async def test_an_update_that_is_refused_for_good_is_dropped_and_the_next_task_is_taken(tmp_path, error):
-    peer = Peer({1: model(1)}, tasks=[train_task("t1"), train_task("t2")])
+    peer = FakeAggregator({1: model(1)}, tasks=[train_task("t1"), train_task("t2")])
 
     async def note(call, note=peer.note):
         await note(call)
@@ -232,7 +235,7 @@ async def test_an_update_that_is_refused_for_good_is_dropped_and_the_next_task_i
 
     peer.note = note
     with structlog.testing.capture_logs() as logs:
-        assert await run(peer, tmp_path) == 0
+        assert await run_against(peer, tmp_path) == 0
     assert spooled(tmp_path) == []
     assert not peer.uploads["t1"].complete
     assert peer.uploads["t2"].complete
@@ -242,7 +245,7 @@ async def test_an_update_that_is_refused_for_good_is_dropped_and_the_next_task_i
 
 
 async def test_a_payload_that_rots_on_the_workers_disk_is_dropped_not_sent_for_ever(tmp_path):
-    peer = Peer({1: model(1)}, tasks=[train_task("t1"), train_task("t2")])
+    peer = FakeAggregator({1: model(1)}, tasks=[train_task("t1"), train_task("t2")])
 
     async def note(call, note=peer.note):
         await note(call)
@@ -254,19 +257,19 @@ async def test_a_payload_that_rots_on_the_workers_disk_is_dropped_not_sent_for_e
             await peer.finished("t1")
 
     peer.note = note
-    assert await run(peer, tmp_path) == 0
+    assert await run_against(peer, tmp_path) == 0
     assert peer.uploads["t2"].complete
 
 
 async def test_a_paced_link_takes_as_long_as_its_bytes_and_a_slowdown_as_long_as_it_says(tmp_path):
-    class Works(Adds):
+    class Works(AddOneTrainer):
         def train(self, weights, job):
             for _ in job.batches(4, 1):
                 time.sleep(0.02)
             return TrainResult(weights, 4, 4)
 
     peer = with_a_task()
-    await run(peer, tmp_path, Works(), throttle=Throttle(slowdown=3, link_bits_per_second=480_000))
+    await run_against(peer, tmp_path, Works(), throttle=Throttle(slowdown=3, link_bits_per_second=480_000))
     timings = peer.uploads["t1"].header.timings
     assert timings.download_seconds >= 12_048 * 8 / 480_000
     assert timings.local_seconds >= 3 * 4 * 0.02
@@ -282,14 +285,14 @@ async def test_an_aggregator_that_hangs_in_the_middle_of_a_stream_is_given_up(tm
             await asyncio.Event().wait()
 
     peer.note = note
-    assert await run(peer, tmp_path, stall_s=1.0) == 0
+    assert await run_against(peer, tmp_path, stall_s=1.0) == 0
     assert peer.uploads["t1"].complete
 
 
 async def test_a_worker_starts_before_its_aggregator_and_finds_it(tmp_path):
     address = free_address()
     peer = with_a_task()
-    task = asyncio.create_task(run_worker(settings(address, tmp_path), Adds()))
+    task = asyncio.create_task(run_worker(worker_settings(address, tmp_path), AddOneTrainer()))
     await asyncio.sleep(0.3)
     async with serving(peer, address):
         assert await asyncio.wait_for(task, PATIENCE_S) == 0
@@ -299,10 +302,10 @@ async def test_a_worker_starts_before_its_aggregator_and_finds_it(tmp_path):
 async def test_training_goes_on_while_the_aggregator_is_away_and_its_update_arrives_afterwards(tmp_path):
     peer = with_a_task()
     gate = threading.Event()
-    trainer = Adds(steps=30, gate=gate)
+    trainer = AddOneTrainer(steps=30, gate=gate)
     address = free_address()
     async with serving(peer, address):
-        task = asyncio.create_task(run_worker(settings(address, tmp_path), trainer))
+        task = asyncio.create_task(run_worker(worker_settings(address, tmp_path), trainer))
         await asyncio.to_thread(trainer.started.wait, PATIENCE_S)
     await asyncio.sleep(0.2)
     gate.set()

@@ -15,8 +15,8 @@ from fedgrpc.rpc.server import WORKER
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import round_pb2, worker_pb2, worker_pb2_grpc
 from fedgrpc.worker.process import Worker
-from tests.support.fake_aggregator import PATIENCE_S, SOON_S, Peer, model, serving, train_task
-from tests.support.running_worker import Adds, settings
+from tests.support.fake_aggregator import PATIENCE_S, SOON_S, FakeAggregator, model, serving, train_task
+from tests.support.running_worker import AddOneTrainer, worker_settings
 
 
 @asynccontextmanager
@@ -24,7 +24,8 @@ async def served(peer, tmp_path, trainer=None):
     """A running worker and a stub of its service."""
     async with serving(peer) as aggregator:
         worker = Worker(
-            settings(aggregator.address, tmp_path, serve_address="127.0.0.1:0"), lambda _: trainer or Adds()
+            worker_settings(aggregator.address, tmp_path, serve_address="127.0.0.1:0"),
+            lambda _: trainer or AddOneTrainer(),
         )
         task = asyncio.create_task(worker.run())
         await peer.until(lambda: "PollTask" in peer.calls)
@@ -48,7 +49,7 @@ async def pull(stub, offset=0):
 
 
 async def test_the_status_tells_who_the_worker_is_and_what_it_did(tmp_path):
-    peer = Peer({1: model(1)}, ends=False)
+    peer = FakeAggregator({1: model(1)}, ends=False)
     peer.tasks = [train_task()]
     async with served(peer, tmp_path) as (stub, _, _, _):
         await peer.until(lambda: peer.calls.count("PollTask") >= 2)
@@ -61,11 +62,11 @@ async def test_the_status_tells_who_the_worker_is_and_what_it_did(tmp_path):
 
 
 async def test_the_last_error_is_told_in_one_line(tmp_path):
-    class Fails(Adds):
+    class Fails(AddOneTrainer):
         def train(self, weights, job):
             raise ValueError("no\nluck")
 
-    peer = Peer({1: model(1)}, ends=False)
+    peer = FakeAggregator({1: model(1)}, ends=False)
     peer.tasks = [train_task()]
     async with served(peer, tmp_path, Fails()) as (stub, _, _, _):
         await peer.until(lambda: "t1" in peer.failures)
@@ -74,9 +75,9 @@ async def test_the_last_error_is_told_in_one_line(tmp_path):
 
 
 async def test_a_watcher_sees_the_worker_train_and_wait_again(tmp_path):
-    peer = Peer({1: model(1)}, ends=False)
+    peer = FakeAggregator({1: model(1)}, ends=False)
     gate = threading.Event()
-    async with served(peer, tmp_path, Adds(steps=5_000, gate=gate)) as (stub, _, _, _):
+    async with served(peer, tmp_path, AddOneTrainer(steps=5_000, gate=gate)) as (stub, _, _, _):
         watch = stub.WatchStatus(worker_pb2.WatchStatusRequest())
         await watch.read()
         await peer.give(train_task())
@@ -91,14 +92,14 @@ async def test_a_watcher_sees_the_worker_train_and_wait_again(tmp_path):
 
 
 async def test_before_the_first_task_there_is_no_model_to_pull(tmp_path):
-    async with served(Peer(ends=False), tmp_path) as (stub, _, _, _):
+    async with served(FakeAggregator(ends=False), tmp_path) as (stub, _, _, _):
         with pytest.raises(NotFound, match="no model yet"):
             await pull(stub)
 
 
 @pytest.mark.parametrize("recipe", ["raw", "raw+zstd", "int8+zstd"])
 async def test_an_application_pulls_the_held_model_raw_and_resumes_anywhere(tmp_path, recipe):
-    peer = Peer({1: model(1)}, ends=False)
+    peer = FakeAggregator({1: model(1)}, ends=False)
     peer.tasks = [train_task(download_recipe=recipe)]
     async with served(peer, tmp_path) as (stub, _, _, _):
         await peer.until(lambda: "t1" in peer.uploads and peer.uploads["t1"].complete)
@@ -118,7 +119,7 @@ async def test_an_application_pulls_the_held_model_raw_and_resumes_anywhere(tmp_
 
 
 async def test_the_owner_pauses_and_resumes_the_worker(tmp_path):
-    peer = Peer({1: model(1)}, ends=False)
+    peer = FakeAggregator({1: model(1)}, ends=False)
     async with served(peer, tmp_path) as (stub, worker, _, _):
         await stub.Pause(worker_pb2.PauseRequest())
         await peer.give(train_task())
@@ -131,29 +132,29 @@ async def test_the_owner_pauses_and_resumes_the_worker(tmp_path):
 
 
 async def test_the_owner_drains_the_worker_and_its_process_ends(tmp_path):
-    peer = Peer(ends=False)
+    peer = FakeAggregator(ends=False)
     async with served(peer, tmp_path) as (stub, _, task, _):
         await stub.Drain(worker_pb2.DrainRequest())
         assert await asyncio.wait_for(task, SOON_S) == 0
 
 
 async def test_the_workers_health_is_serving(tmp_path):
-    async with served(Peer(ends=False), tmp_path) as (_, _, _, channel):
+    async with served(FakeAggregator(ends=False), tmp_path) as (_, _, _, channel):
         request = health_pb2.HealthCheckRequest(service=WORKER)
         reply = await health_pb2_grpc.HealthStub(channel).Check(request)
     assert reply.status == health_pb2.HealthCheckResponse.SERVING
 
 
 async def test_the_service_can_be_off(tmp_path):
-    peer = Peer()
+    peer = FakeAggregator()
     async with serving(peer) as aggregator:
-        worker = Worker(settings(aggregator.address, tmp_path), lambda _: Adds())
+        worker = Worker(worker_settings(aggregator.address, tmp_path), lambda _: AddOneTrainer())
         assert await worker.run() == 0
     assert worker.server is None
 
 
 async def test_a_status_that_does_not_change_is_sent_once(tmp_path):
-    async with served(Peer(ends=False), tmp_path) as (stub, _, _, _):
+    async with served(FakeAggregator(ends=False), tmp_path) as (stub, _, _, _):
         watch = stub.WatchStatus(worker_pb2.WatchStatusRequest())
         await watch.read()
         with pytest.raises(TimeoutError):

@@ -9,11 +9,12 @@ from fedgrpc.rpc.retry import Backoff
 from fedgrpc.v1 import aggregator_pb2_grpc
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Role
-from tests.support.processes import process
-from tests.support.running_federation import PATIENCE_S, Running, settings_for
+from tests.support.hand_driven_device import PATIENCE_S
+from tests.support.processes import running_process
+from tests.support.running_federation import RunningAggregator, settings_for
 
 
-class RunningLeaf(Running):
+class RunningLeaf(RunningAggregator):
     """An aggregator below another, and a way to look at it."""
 
     def stop(self):
@@ -22,7 +23,7 @@ class RunningLeaf(Running):
 
 
 @asynccontextmanager
-async def leading(folder, name, above, **changes):
+async def running_leaf(folder, name, above, **changes):
     """An aggregator below the one at `above`, from when its workers are served until the block ends."""
     folder.mkdir(exist_ok=True)
     defaults = {"initial_model": None, "rounds": 10, "evaluate": True, "stay": False}
@@ -58,7 +59,10 @@ async def leaf_process(folder, name, above, *arguments, address="127.0.0.1:0"):
     """(process, a way to look at it) of `fedgrpc aggregator --upstream`, which can be killed."""
     place = ["--data-dir", folder / name, "--address", address, "--upstream", above, "--upstream-name", name]
     round_ = ["--min-workers", 2, "--selection-window", "30s", "--lease", "5m", "--encoding", "raw"]
-    async with process("aggregator", *place, *round_, *arguments) as started:
+    async with running_process("aggregator", *place, *round_, *arguments) as started:
         address = f"127.0.0.1:{(await started.until('serving'))['port']}"
         async with open_channel(address) as channel:
-            yield started, Running(address, None, None, None, aggregator_pb2_grpc.AggregatorStub(channel))
+            yield (
+                started,
+                RunningAggregator(address, None, None, None, aggregator_pb2_grpc.AggregatorStub(channel)),
+            )
