@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fedgrpc.datasets.shares import load_named
-from fedgrpc.worker.trainer import EvalResult, TrainJob, TrainResult, Weights
+from fedgrpc.trainer import EvalResult, TrainJob, TrainResult, Weights
 
 
 class SoftmaxRegression:

@@ -12,7 +12,7 @@ from sklearn.linear_model import SGDClassifier
 from sklearn.metrics import log_loss
 
 from fedgrpc.datasets.shares import load_named
-from fedgrpc.worker.trainer import EvalResult, TrainJob, TrainResult, Weights
+from fedgrpc.trainer import EvalResult, TrainJob, TrainResult, Weights
 
 CLASSES = np.arange(10)
 

@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "aggregation": {"errors", "claims", "submodels"},
     "rounds": {"errors", "claims"},
     "simulation": {"errors", "rounds"},
+    "trainer": {"errors", "submodels"},
     "process": set(),
     "logging": {"errors"},
     "metrics": {"errors", "claims", "rounds", "v1", "rpc", "process"},
@@ -30,15 +31,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rpc": {"errors", "claims", "codec", "v1", "protocol", "process"},
     "storage": {*CORE, "v1", "protocol", "process"},
     "aggregator": {*CORE, "v1", "protocol", "rpc", "storage", "process", "logging", "metrics"},
-    "worker": {*CORE, "v1", "protocol", "rpc", "storage", "process", "logging", "metrics"},
+    "worker": {*CORE, "trainer", "v1", "protocol", "rpc", "storage", "process", "logging", "metrics"},
     # An aggregator below another is both, and so above both: neither knows of it, nor of the other.
-    "hierarchy": {*CORE, "v1", "protocol", "rpc", "storage", "process", "metrics", "aggregator", "worker"},
+    "hierarchy": {
+        *(*CORE, "trainer", "v1", "protocol", "rpc", "storage", "process", "metrics", "aggregator", "worker"),
+    },
     "datasets": {"errors"},
-    "torch": {"errors", "codec", "submodels", "aggregation", "datasets", "worker"},
-    "tasks": {"errors", "datasets", "torch", "worker"},
+    "torch": {"errors", "codec", "submodels", "datasets", "trainer", "worker"},
+    "tasks": {"errors", "datasets", "torch", "trainer", "worker"},
     "__main__": {"cli"},
     "cli": {
-        *(*CORE, "v1", "protocol", "rpc", "storage", "process", "logging", "metrics"),
+        *(*CORE, "trainer", "v1", "protocol", "rpc", "storage", "process", "logging", "metrics"),
         *("aggregator", "worker", "hierarchy", "datasets", "tasks", "simulation"),
     },
 }

@@ -19,7 +19,8 @@ from fedgrpc.cli.view import size
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.storage.model_file import write_model
-from fedgrpc.worker.trainer import Weights, load_trainer
+from fedgrpc.trainer import Weights
+from fedgrpc.worker.task_loader import load_trainer
 from fedgrpc.worker.training import first_weights
 
 _model = Declare("The model")

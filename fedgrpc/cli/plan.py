@@ -24,7 +24,8 @@ from fedgrpc.cli.view import piped_console, print_table, seconds, size
 from fedgrpc.errors import UsageError
 from fedgrpc.submodels.cost import Choice, Device, Observation, Prediction, choose_of, misfit, predict
 from fedgrpc.submodels.plan import CompressionPlan, PlanTable
-from fedgrpc.worker.trainer import Trainer, kept_whole, load_trainer
+from fedgrpc.trainer import Trainer, kept_whole
+from fedgrpc.worker.task_loader import load_trainer
 
 LADDER: Final = (CompressionPlan(), CompressionPlan(0.5), CompressionPlan(0.25))
 ENCODING: Final = "int8+zstd"

@@ -26,10 +26,10 @@ from fedgrpc.submodels.cost import Device, Observation, PlanSize, shown_upload_b
 from fedgrpc.submodels.coverage import Coverage
 from fedgrpc.submodels.plan import CompressionPlan, PlanTable
 from fedgrpc.submodels.plan_size import elements_of
+from fedgrpc.trainer import SliceableTrainer, Trainer, TrainJob, Weights
 from fedgrpc.v1.aggregator_pb2 import WorkerRecord
 from fedgrpc.v1.device_pb2 import WORKER_ROLE_TRAINER
 from fedgrpc.v1.round_pb2 import TaskRecord
-from fedgrpc.worker.trainer import SliceableTrainer, Trainer, TrainJob, Weights
 
 # As many as the aggregator itself goes by.
 _KEPT = 16

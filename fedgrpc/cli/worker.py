@@ -24,13 +24,14 @@ from fedgrpc.errors import UsageError
 from fedgrpc.process import keep_private
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.rpc.retry import Backoff
+from fedgrpc.trainer import TaskSetup, Trainer
 from fedgrpc.worker.device import DeviceProfile
 from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Registration, Role
+from fedgrpc.worker.task_loader import find_task, load_trainer
 from fedgrpc.worker.threads import use_threads
 from fedgrpc.worker.throttle import Throttle
-from fedgrpc.worker.trainer import TaskSetup, Trainer, find_task, load_trainer
 
 _place = Declare("Where", WorkerSettings)
 _task = Declare("The learning task", TaskSetup)

@@ -12,6 +12,7 @@ from fedgrpc.errors import TaskError
 from fedgrpc.hierarchy.branch import Branches
 from fedgrpc.hierarchy.desk import Order
 from fedgrpc.hierarchy.mean import sending
+from fedgrpc.trainer import Trainer
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.client import AggregatorClient, Polled
 from fedgrpc.worker.controls import Controls
@@ -22,7 +23,6 @@ from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Spool, SpooledUpdate
 from fedgrpc.worker.status import Activity, Board
 from fedgrpc.worker.task import Registration, Task, TaskKind
-from fedgrpc.worker.trainer import Trainer
 from fedgrpc.worker.training import Began
 
 # Of the time that the task leaves, for its own upload: a tenth, or half as much again as the last one took.

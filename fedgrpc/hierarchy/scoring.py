@@ -19,13 +19,13 @@ from fedgrpc.hierarchy.branch import Branches
 from fedgrpc.hierarchy.desk import Shown
 from fedgrpc.hierarchy.loop import Link
 from fedgrpc.rpc.identity import Session
+from fedgrpc.trainer import EvalResult
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.client import AggregatorClient, Polled
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import SpooledUpdate
 from fedgrpc.worker.status import Activity, Board, Status
 from fedgrpc.worker.task import Registration, Role, Task
-from fedgrpc.worker.trainer import EvalResult
 from fedgrpc.worker.training import Began, Outcome, update_of
 
 log = structlog.get_logger()

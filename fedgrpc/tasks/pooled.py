@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedgrpc.errors import FedgrpcError
+from fedgrpc.trainer import EvalResult, Trainer, TrainJob
 from fedgrpc.worker import returned
-from fedgrpc.worker.trainer import EvalResult, Trainer, TrainJob, load_trainer
+from fedgrpc.worker.task_loader import load_trainer
 
 
 def train_pooled(trainer: Trainer, job: TrainJob, rounds: int) -> Iterator[EvalResult | None]:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, default_collate
 from fedgrpc.datasets.partition import parse_part, parse_partition
 from fedgrpc.errors import TaskError, UsageError
 from fedgrpc.torch.batches import Batches, batches_of, labels_of, size_of, subset_of
-from fedgrpc.worker.trainer import TaskSetup
+from fedgrpc.trainer import TaskSetup
 
 _UNREAD = object()
 

@@ -21,7 +21,7 @@ from fedgrpc.torch.local_model.nested import Nested
 from fedgrpc.torch.local_model.slicing import check_runs, check_slice, resized, shapes_of
 from fedgrpc.torch.local_model.tracing import trace_channels
 from fedgrpc.torch.weights import load_weights, named_tensors, uncompiled, weights_of
-from fedgrpc.worker.trainer import Weights
+from fedgrpc.trainer import Weights
 
 # A width at which every group that can be narrower is.
 _TRIED = 0.5

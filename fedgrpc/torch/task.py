@@ -26,7 +26,8 @@ from torch.utils.data import Dataset
 from fedgrpc.datasets.files import version_of
 from fedgrpc.torch.optimizer import MomentumSgd, Optimizer
 from fedgrpc.torch.trainer import TorchTrainer
-from fedgrpc.worker.trainer import TaskSetup, constructor_arguments
+from fedgrpc.trainer import TaskSetup
+from fedgrpc.worker.task_loader import constructor_arguments
 
 
 class TorchTask:

@@ -30,7 +30,7 @@ from fedgrpc.torch.local_model.nested import Nested
 from fedgrpc.torch.memory import TensorBytes
 from fedgrpc.torch.optimizer import Optimizer
 from fedgrpc.torch.weights import Names, named_tensors, prepare, tensor_roles, weights_of
-from fedgrpc.worker.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights
+from fedgrpc.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights
 
 _EVALUATION_BATCH = 512
 
@@ -55,7 +55,7 @@ class Task(DataTask, Protocol):
 
 
 class TorchTrainer:
-    """See `fedgrpc.worker.trainer.Trainer`. One call at a time; others wait."""
+    """See `fedgrpc.trainer.Trainer`. One call at a time; others wait."""
 
     def __init__(self, task: Task, setup: TaskSetup) -> None:
         self._task = task

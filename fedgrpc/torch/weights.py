@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedgrpc.codec.layout import TensorRole, spec_of
 from fedgrpc.errors import EncodeError, LayoutError, UsageError
-from fedgrpc.worker.trainer import TrainResult, Weights
+from fedgrpc.trainer import TrainResult, Weights
 
 T = TypeVar("T")
 

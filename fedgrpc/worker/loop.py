@@ -31,6 +31,7 @@ from fedgrpc.rpc.address import dialled
 from fedgrpc.rpc.diagnosis import explain
 from fedgrpc.rpc.retry import Backoff, Retries, with_retries
 from fedgrpc.storage.files import storage_errors
+from fedgrpc.trainer import Cancelled, Trainer, Weights
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.client import AggregatorClient, Polled
 from fedgrpc.worker.concurrency import Interrupted, in_thread, unless
@@ -43,7 +44,6 @@ from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Spool, SpooledUpdate
 from fedgrpc.worker.status import Activity, Board
 from fedgrpc.worker.task import Registration, Task, TaskKind
-from fedgrpc.worker.trainer import Cancelled, Trainer, Weights
 from fedgrpc.worker.training import (
     ALL_PARTS,
     Began,

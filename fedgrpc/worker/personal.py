@@ -13,7 +13,7 @@ from pathlib import Path
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import layout_of, spec_of
 from fedgrpc.storage.residual_file import read_residual, write_residual
-from fedgrpc.worker.trainer import Weights
+from fedgrpc.trainer import Weights
 
 
 def restored(given: Weights, path: Path, run: str, is_personal: Callable[[str], bool]) -> Weights:

@@ -17,6 +17,7 @@ from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.identity import Session
 from fedgrpc.rpc.server import WORKER, RunningServer, serve, worker_service
 from fedgrpc.storage.folder import folder_id, hold_folder
+from fedgrpc.trainer import Trainer
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.controls import Controls
 from fedgrpc.worker.device import DeviceProfile, detect, usable_memory_bytes
@@ -27,7 +28,6 @@ from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Spool
 from fedgrpc.worker.status import Activity, Board, Status
 from fedgrpc.worker.task import Registration
-from fedgrpc.worker.trainer import Trainer
 
 IN_USE: Final = "is used by another worker; give each worker its own --state-dir"
 # How long after an order to end at once what is still awaited is left behind.

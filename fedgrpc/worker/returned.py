@@ -15,7 +15,7 @@ import structlog
 
 from fedgrpc.codec.layout import Layout, TensorRole, layout_of
 from fedgrpc.errors import EncodeError, TaskError, TaskUnfit
-from fedgrpc.worker.trainer import EvalResult, TrainResult, Weights
+from fedgrpc.trainer import EvalResult, TrainResult, Weights
 
 _MOST: Final = 1 << 63
 

@@ -31,15 +31,7 @@ from fedgrpc.protocol.records import Timings, timings_to_proto
 from fedgrpc.protocol.tensors import channels_to_proto, manifest_to_proto
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.plan import TASK_PARTS, WORKER_PARTS, CompressionPlan
-from fedgrpc.v1 import aggregator_pb2
-from fedgrpc.worker import returned
-from fedgrpc.worker.budget import fitted
-from fedgrpc.worker.delta import Delta
-from fedgrpc.worker.part import Covered
-from fedgrpc.worker.spool import Fill
-from fedgrpc.worker.task import Plan, Task, TaskKind
-from fedgrpc.worker.throttle import Throttle
-from fedgrpc.worker.trainer import (
+from fedgrpc.trainer import (
     Cancelled,
     EvalResult,
     SliceableTrainer,
@@ -51,6 +43,14 @@ from fedgrpc.worker.trainer import (
     roles,
     tied_names,
 )
+from fedgrpc.v1 import aggregator_pb2
+from fedgrpc.worker import returned
+from fedgrpc.worker.budget import fitted
+from fedgrpc.worker.delta import Delta
+from fedgrpc.worker.part import Covered
+from fedgrpc.worker.spool import Fill
+from fedgrpc.worker.task import Plan, Task, TaskKind
+from fedgrpc.worker.throttle import Throttle
 
 log = structlog.get_logger()
 

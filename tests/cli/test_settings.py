@@ -17,10 +17,10 @@ from fedgrpc.cli.quantities import DURATION, RATE, SIZE
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.channel import Tls
+from fedgrpc.trainer import TaskSetup
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Role
 from fedgrpc.worker.throttle import Throttle
-from fedgrpc.worker.trainer import TaskSetup
 
 # Fields that are made of several settings.
 _COMPOSED = {"policy", "choosing", "plan", "tls", "serve_tls", "throttle", "backoff"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedgrpc.worker.trainer import EvalResult, TrainResult
+from fedgrpc.trainer import EvalResult, TrainResult
 
 # More than one chunk of 1 MiB each way.
 MODEL = {

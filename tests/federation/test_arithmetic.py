@@ -7,7 +7,8 @@ import pytest
 
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS, server_optimizer
 from fedgrpc.aggregator.settings import TrainingPlan
-from fedgrpc.worker.trainer import TrainJob, TrainResult, load_trainer
+from fedgrpc.trainer import TrainJob, TrainResult
+from fedgrpc.worker.task_loader import load_trainer
 from tests.support.running_federation import running_aggregator, start_worker
 
 

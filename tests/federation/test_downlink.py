@@ -11,9 +11,9 @@ from fedgrpc.codec.payload import PayloadReader, buffer_reader, tensors_of
 from fedgrpc.errors import UsageError
 from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.rpc.channel import open_channel
+from fedgrpc.trainer import TrainResult
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.model_store import ModelFolder, Source
-from fedgrpc.worker.trainer import TrainResult
 from tests.support.hand_driven_device import PATIENCE_S
 from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
 

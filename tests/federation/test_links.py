@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from fedgrpc.trainer import EvalResult, TrainResult
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN
 from fedgrpc.worker.throttle import Throttle
-from fedgrpc.worker.trainer import EvalResult, TrainResult
 from tests.support.hand_driven_device import PATIENCE_S, HandDrivenDevice, refused
 from tests.support.running_federation import running_aggregator, start_worker
 

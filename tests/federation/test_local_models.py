@@ -24,11 +24,11 @@ from fedgrpc.submodels.plan import (
     Pruning,
     Quantization,
 )
+from fedgrpc.trainer import EvalResult, TrainJob, TrainResult, Weights
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
-from fedgrpc.worker.trainer import EvalResult, TrainJob, TrainResult, Weights
 from tests.support.hand_driven_device import refused
 from tests.support.running_federation import running_aggregator
 

@@ -18,7 +18,7 @@ from fedgrpc.submodels.plan import (
     Quantization,
 )
 from fedgrpc.torch.task import TorchTask
-from fedgrpc.worker.trainer import TaskSetup
+from fedgrpc.trainer import TaskSetup
 from tests.federation.test_local_models import Worker, play
 
 

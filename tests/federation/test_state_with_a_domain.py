@@ -8,9 +8,9 @@ import structlog
 
 from fedgrpc.cli.view import round_line
 from fedgrpc.errors import TaskUnfit, UsageError
+from fedgrpc.trainer import EvalResult, TrainResult
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import tensor_pb2
-from fedgrpc.worker.trainer import EvalResult, TrainResult
 from tests.support.hand_driven_device import PATIENCE_S, chunks, encoded, refused
 from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
 
@@ -21,7 +21,7 @@ from torch import nn  # noqa: E402
 from torch.utils.data import TensorDataset  # noqa: E402
 
 from fedgrpc.torch.task import TorchTask  # noqa: E402
-from fedgrpc.worker.trainer import TaskSetup  # noqa: E402
+from fedgrpc.trainer import TaskSetup  # noqa: E402
 
 LOSSY = {"download_recipe": "int8+zstd", "upload_recipe": "entropy:c=5+zstd"}
 

@@ -12,8 +12,9 @@ from fedgrpc.datasets.dataset import LabelledData
 from fedgrpc.datasets.digits import load_digits
 from fedgrpc.datasets.partition import parse_partition
 from fedgrpc.datasets.shares import save_share, write_shares
+from fedgrpc.trainer import EvalResult, TrainResult
 from fedgrpc.v1 import round_pb2
-from fedgrpc.worker.trainer import EvalResult, TrainResult, load_trainer
+from fedgrpc.worker.task_loader import load_trainer
 from tests.support.hand_driven_device import MODEL
 from tests.support.processes import aggregator_process, worker_process
 from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker

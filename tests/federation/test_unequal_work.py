@@ -9,9 +9,9 @@ import pytest
 from fedgrpc.aggregation.scale import accumulated_steps
 from fedgrpc.aggregator.settings import AggregatorSettings, TrainingPlan
 from fedgrpc.errors import UsageError
+from fedgrpc.trainer import TrainResult
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
-from fedgrpc.worker.trainer import TrainResult
 from tests.support.hand_driven_device import MODEL, chunks, encoded, refused, update_of
 from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
 

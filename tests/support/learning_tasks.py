@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fedgrpc.submodels.channels import ChannelGroup, ChannelMap, Segment
-from fedgrpc.worker.trainer import EvalResult, TrainResult
+from fedgrpc.trainer import EvalResult, TrainResult
 
 
 class Recorded:

@@ -11,11 +11,11 @@ from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.retry import Backoff
+from fedgrpc.trainer import EvalResult, TrainResult
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
 from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
-from fedgrpc.worker.trainer import EvalResult, TrainResult
 from tests.support.hand_driven_device import MODEL, PATIENCE_S, HandDrivenDevice
 
 

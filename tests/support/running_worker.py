@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager
 import numpy as np
 
 from fedgrpc.rpc.retry import Backoff
+from fedgrpc.trainer import Cancelled, EvalResult, TrainResult
 from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
-from fedgrpc.worker.trainer import Cancelled, EvalResult, TrainResult
 from tests.support.fake_aggregator import PATIENCE_S, model, serving
 
 

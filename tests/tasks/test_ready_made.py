@@ -17,7 +17,8 @@ from fedgrpc.datasets.cifar10 import BINARY_ARCHIVE
 from fedgrpc.errors import UsageError
 from fedgrpc.tasks.cifar10 import _shifted_and_mirrored
 from fedgrpc.tasks.pooled import train_pooled
-from fedgrpc.worker.trainer import Cancelled, Trainer, TrainJob, Weights, load_trainer
+from fedgrpc.trainer import Cancelled, Trainer, TrainJob, Weights
+from fedgrpc.worker.task_loader import load_trainer
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ["bring_your_own_torch", "bring_your_own_numpy", "bring_your_own_sklearn"]

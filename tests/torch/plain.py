@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from fedgrpc.torch.task import TorchTask
 from fedgrpc.torch.trainer import TorchTrainer
-from fedgrpc.worker.trainer import TaskSetup, Weights
+from fedgrpc.trainer import TaskSetup, Weights
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(90, 4, generator=GENERATOR)

@@ -21,7 +21,8 @@ from fedgrpc.datasets.partition import parse_partition
 from fedgrpc.datasets.shares import save_share, write_shares
 from fedgrpc.errors import TaskError, UsageError
 from fedgrpc.torch.trainer import TorchTrainer
-from fedgrpc.worker.trainer import TaskSetup, Trainer, TrainJob, load_trainer
+from fedgrpc.trainer import TaskSetup, Trainer, TrainJob
+from fedgrpc.worker.task_loader import load_trainer
 from tests.torch.plain import Plain, X, Y, trainer_of
 
 JOB = TrainJob(max_steps=1)

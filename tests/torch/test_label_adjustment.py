@@ -16,7 +16,7 @@ from fedgrpc.submodels.plan import Arithmetic, CompressionPlan, Pruning, Quantiz
 from fedgrpc.torch.label_adjustment import LabelAdjustment
 from fedgrpc.torch.task import TorchTask
 from fedgrpc.torch.trainer import TorchTrainer
-from fedgrpc.worker.trainer import TaskSetup, TrainJob
+from fedgrpc.trainer import TaskSetup, TrainJob
 
 COUNTS = (40, 25, 5, 0)
 LABELS = np.repeat(np.arange(4), COUNTS)

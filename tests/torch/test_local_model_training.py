@@ -22,7 +22,7 @@ from fedgrpc.submodels.plan import (
 )
 from fedgrpc.torch.task import TorchTask
 from fedgrpc.torch.trainer import TorchTrainer
-from fedgrpc.worker.trainer import SliceableTrainer, TaskSetup, TrainJob, Weights
+from fedgrpc.trainer import SliceableTrainer, TaskSetup, TrainJob, Weights
 
 JOB = TrainJob(epochs=4, batch_size=16, learning_rate=0.1, seed=3)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedgrpc.errors import LayoutError, TaskError
 from fedgrpc.submodels.plan import CompressionPlan, Pruning
-from fedgrpc.worker.trainer import Cancelled, TrainJob
+from fedgrpc.trainer import Cancelled, TrainJob
 from tests.torch.plain import ByItem, Linear, Normalized, Plain, X, Y, equal, trainer_of
 
 
@@ -173,7 +173,7 @@ def test_the_default_optimizer_is_torchs_sgd_bit_for_bit(momentum: float, weight
 
 def test_training_does_not_pay_for_torch_dynamo() -> None:
     code = (
-        "import sys; from fedgrpc.worker.trainer import TrainJob, load_trainer;"
+        "import sys; from fedgrpc.trainer import TrainJob; from fedgrpc.worker.task_loader import load_trainer;"
         "trainer = load_trainer('fedgrpc.tasks.digits');"
         "trainer.evaluate(trainer.train(trainer.initial_weights(), TrainJob(max_steps=2)).weights);"
         "assert 'torch._dynamo' not in sys.modules"

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from fedgrpc.errors import TaskError, UsageError
 from fedgrpc.torch.task import TorchTask
-from fedgrpc.worker.trainer import TrainJob
+from fedgrpc.trainer import TrainJob
 from tests.torch.plain import ByItem, Plain, X, Y, trainer_of
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from fedgrpc.codec.layout import TensorRole
 from fedgrpc.errors import LayoutError, UsageError
 from fedgrpc.torch.weights import Names, load_weights, prepare, tensor_roles, weights_of
-from fedgrpc.worker.trainer import TrainResult
+from fedgrpc.trainer import TrainResult
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
           torch.int64, torch.int32, torch.uint8, torch.bool]  # fmt: skip

@@ -11,9 +11,9 @@ from fedgrpc.errors import (
     LayoutError,
     TaskError,
 )
+from fedgrpc.trainer import EvalResult, TrainResult
 from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.task import plan_from_proto
-from fedgrpc.worker.trainer import EvalResult, TrainResult
 from tests.support.fake_aggregator import FakeAggregator, model, train_task
 from tests.support.running_worker import AddOneTrainer, run_against, spooled
 

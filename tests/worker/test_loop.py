@@ -6,10 +6,10 @@ import threading
 import numpy as np
 import pytest
 
+from fedgrpc.trainer import TrainResult
 from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.process import Worker, run_worker
 from fedgrpc.worker.throttle import Throttle
-from fedgrpc.worker.trainer import TrainResult
 from tests.support.fake_aggregator import PATIENCE_S, FakeAggregator, model, serving, train_task
 from tests.support.running_worker import AddOneTrainer, run_against, running_worker, spooled, worker_settings
 

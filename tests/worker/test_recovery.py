@@ -26,10 +26,10 @@ from fedgrpc.errors import (
     WrongIdentity,
 )
 from fedgrpc.protocol.tensors import manifest_to_proto
+from fedgrpc.trainer import TrainResult
 from fedgrpc.v1.aggregator_pb2 import ModelHeader, PullModelResponse
 from fedgrpc.worker.process import Worker, run_worker
 from fedgrpc.worker.throttle import Throttle
-from fedgrpc.worker.trainer import TrainResult
 from tests.support.fake_aggregator import PATIENCE_S, SOON_S, FakeAggregator, model, serving, train_task
 from tests.support.processes import free_address
 from tests.support.running_worker import AddOneTrainer, run_against, running_worker, spooled, worker_settings

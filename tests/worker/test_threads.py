@@ -20,7 +20,7 @@ def said(code, **more):
 @pytest.mark.parametrize(("chosen", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "active")])
 def test_idle_threads_sleep_unless_the_user_has_chosen_before_a_task_brings_torch(chosen, policy):
     code = (
-        "import os, sys; from fedgrpc.worker.trainer import find_task; assert 'torch' not in sys.modules;"
+        "import os, sys; from fedgrpc.worker.task_loader import find_task; assert 'torch' not in sys.modules;"
         "find_task('tests.support.learning_tasks:Recorded'); print(os.environ['OMP_WAIT_POLICY'])"
     )
     assert said(code, **chosen) == [policy]

@@ -12,11 +12,11 @@ from fedgrpc.aggregator.settings import AggregatorSettings, TrainingPlan
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.retry import Backoff
+from fedgrpc.trainer import EvalResult, TrainResult
 from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, round_pb2
 from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Role
-from fedgrpc.worker.trainer import EvalResult, TrainResult
 from tests.support.processes import free_address
 
 

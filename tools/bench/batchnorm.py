@@ -47,9 +47,9 @@ from fedgrpc.torch.local_model.tracing import trace_channels
 from fedgrpc.torch.models import build_model
 from fedgrpc.torch.task import TorchTask
 from fedgrpc.torch.trainer import TorchTrainer
+from fedgrpc.trainer import TaskSetup, TrainJob
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.worker.delta import Delta
-from fedgrpc.worker.trainer import TaskSetup, TrainJob
 
 # Upload and download recipe.
 ENCODINGS = {

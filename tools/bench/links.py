@@ -29,9 +29,9 @@ from safetensors.numpy import save_file
 from fedgrpc.aggregator.server import Aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.trainer import EvalResult, TrainResult
 from fedgrpc.worker.process import Worker
 from fedgrpc.worker.settings import WorkerSettings
-from fedgrpc.worker.trainer import EvalResult, TrainResult
 from tools.bench.transport.lossy import Lossy, Quality
 
 _MOST_BYTES = 45_000_000

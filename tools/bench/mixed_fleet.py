@@ -47,10 +47,10 @@ from fedgrpc.submodels.plan import (
 from fedgrpc.tasks.fashion_mnist import FashionMnist
 from fedgrpc.torch.batches import labels_of, subset_of
 from fedgrpc.torch.trainer import TorchTrainer
+from fedgrpc.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, TASK_PHASE_ACCEPTED
 from fedgrpc.worker.process import Worker
 from fedgrpc.worker.settings import WorkerSettings
-from fedgrpc.worker.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights
 
 WORKERS, WHOLE = 10, 4
 HELD = (1, 8)

@@ -26,7 +26,7 @@ from fedgrpc.submodels.plan import CompressionPlan
 from fedgrpc.torch.models.registry import build_model
 from fedgrpc.torch.task import TorchTask
 from fedgrpc.torch.trainer import TorchTrainer
-from fedgrpc.worker.trainer import TaskSetup, TrainJob, Weights
+from fedgrpc.trainer import TaskSetup, TrainJob, Weights
 
 # Name, as in the table; channels and side of its images; batch.
 MODELS = {

@@ -34,7 +34,8 @@ from fedgrpc.submodels.plan import (
 from fedgrpc.torch.local_model.local_model import LocalModel
 from fedgrpc.torch.models.mlp import sigmoid_mlp
 from fedgrpc.torch.optimizer import MomentumSgd
-from fedgrpc.worker.trainer import SliceableTrainer, Trainer, TrainJob, load_trainer
+from fedgrpc.trainer import SliceableTrainer, Trainer, TrainJob
+from fedgrpc.worker.task_loader import load_trainer
 
 SAMPLES = (500, 1000, 1500, 2000)
 LEARNING_RATE = 0.5

@@ -36,7 +36,7 @@ from fedgrpc.cli.view import piped_console, print_table
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.datasets.partition import PARTITIONS
 from fedgrpc.errors import UsageError
-from fedgrpc.worker.trainer import find_task, takes
+from fedgrpc.worker.task_loader import find_task, takes
 
 _PARTITION: Final = "dirichlet:0.5"
 

@@ -21,7 +21,7 @@ from tools.bench.transport.workload import Noise, initial_model, initial_pieces,
 
 if TYPE_CHECKING:
     from fedgrpc.aggregator.coordinator import Coordinator
-    from fedgrpc.worker.trainer import TrainJob, TrainResult
+    from fedgrpc.trainer import TrainJob, TrainResult
 
 
 def serve(
@@ -114,7 +114,7 @@ def _with_model_mb(width: int) -> float:
 
 
 class _NoiseTrainer:
-    """A `fedgrpc.worker.trainer.Trainer` that trains nothing."""
+    """A `fedgrpc.trainer.Trainer` that trains nothing."""
 
     def __init__(self, number: int) -> None:
         self._noise = Noise(number)
@@ -124,7 +124,7 @@ class _NoiseTrainer:
         return initial_model(10)
 
     def train(self, weights: Mapping[str, np.ndarray], job: TrainJob) -> TrainResult:
-        from fedgrpc.worker.trainer import TrainResult
+        from fedgrpc.trainer import TrainResult
 
         self.marks.append(Mark.now())
         self._noise.shift()

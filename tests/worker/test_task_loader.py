@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from fedgrpc.errors import TaskError, UsageError
-from fedgrpc.worker.trainer import Cancelled, Trainer, TrainJob, load_trainer
+from fedgrpc.trainer import Cancelled, Trainer, TrainJob
+from fedgrpc.worker.task_loader import load_trainer
 
-PREAMBLE = "import numpy as np\nfrom fedgrpc.worker.trainer import Cancelled, EvalResult, TrainResult\n"
+PREAMBLE = "import numpy as np\nfrom fedgrpc.trainer import Cancelled, EvalResult, TrainResult\n"
 ONE = """
 class {name}:
     def __init__(self, {parameters}): self.given = dict(locals()); {init}
@@ -158,7 +159,7 @@ def test_cancelling_passes_through(module) -> None:  # type: ignore[no-untyped-d
 def test_the_protocol_and_a_numpy_task_import_no_torch() -> None:
     code = (
         "import sys; sys.path.insert(0, 'examples');"
-        "from fedgrpc.worker.trainer import load_trainer; load_trainer('bring_your_own_numpy');"
+        "from fedgrpc.worker.task_loader import load_trainer; load_trainer('bring_your_own_numpy');"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgrpc.errors import UsageError
-from fedgrpc.worker.trainer import Cancelled, TaskSetup, TrainJob
+from fedgrpc.trainer import Cancelled, TaskSetup, TrainJob
 
 
 @given(st.integers(1, 200), st.integers(1, 50), st.integers(1, 4))
