@@ -19,10 +19,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from fedgrpc.aggregation.inverse_variance import rounding_noise, say
 from fedgrpc.aggregation.mean import CoordinateMean
-from fedgrpc.aggregation.merged import add_merged
-from fedgrpc.aggregation.packed import coverage_of, unpack
-from fedgrpc.aggregation.precision import rounding_noise, say
+from fedgrpc.aggregation.partial_aggregate import add_merged
+from fedgrpc.aggregation.partial_update import coverage_of, unpack
 from fedgrpc.aggregation.server_optimizer import ServerOptimizer
 from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.fold import PIECE, Fold, Load

@@ -24,14 +24,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fedgrpc.codec.difference import add, left_out, subtract
 from fedgrpc.codec.encoding import Buffer
 from fedgrpc.codec.layout import Array, Layout, TensorSpec
 from fedgrpc.codec.manifest import Manifest
-from fedgrpc.codec.parts import part_of
 from fedgrpc.codec.payload import PayloadWriter, encode_tensor, naming
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.uniform import Uniform
+from fedgrpc.codec.values import add, left_out, part_of, subtract
 from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.storage.files import RecycledFiles, is_gone, make_private
 from fedgrpc.storage.model_file import ModelFile, ModelWriter

@@ -17,8 +17,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from io import FileIO
 
-from fedgrpc.codec.chunk import LARGE_CHUNK_BYTES, Chunk, Pace, chunks
-from fedgrpc.codec.crc import crc32
+from fedgrpc.codec.chunk import LARGE_CHUNK_BYTES, Chunk, Pace, chunks, crc32
 from fedgrpc.errors import StorageError
 from fedgrpc.rpc.framing import frame, parse
 

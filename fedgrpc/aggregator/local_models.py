@@ -16,12 +16,12 @@ from pathlib import Path
 import structlog
 from google.protobuf.message import DecodeError
 
-from fedgrpc.aggregation import packed
-from fedgrpc.aggregation.update import TensorLike
+from fedgrpc.aggregation import partial_update
+from fedgrpc.aggregation.admission import TensorLike
 from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.model_store import ModelStore
-from fedgrpc.codec.efficiency import expected_bits
+from fedgrpc.codec.budget import expected_bits
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import LayoutError, NotFound, StorageError, UnusableUpdate
@@ -109,7 +109,7 @@ class LocalTask:
 
     def check_layout(self, model: Sequence[TensorLike], update: Layout, selection: Selection | None) -> None:
         """Raises `UpdateRefused` unless these are the tensors of an update from this task."""
-        packed.check_layout(
+        partial_update.check_layout(
             model,
             update,
             selection,

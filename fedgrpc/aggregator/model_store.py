@@ -24,7 +24,7 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 import structlog
 
-from fedgrpc.aggregation import packed
+from fedgrpc.aggregation import partial_update
 from fedgrpc.aggregator.forms import Forms, Source
 from fedgrpc.aggregator.frames import FrameCache, PayloadFile
 from fedgrpc.codec.chunk import LARGE_CHUNK_BYTES
@@ -83,7 +83,7 @@ class Slice:
 
     def layout(self, model: Layout) -> Layout:
         """The tensors that it has of a model of that layout."""
-        shapes = packed.sub_layout(model, self.selection)
+        shapes = partial_update.sub_layout(model, self.selection)
         return tuple(replace(spec, shape=shapes[spec.name]) for spec in model)
 
     def of(self, model: ModelFile) -> Mapping[str, Array]:

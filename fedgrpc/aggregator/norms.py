@@ -9,9 +9,9 @@ from typing import Final
 
 import numpy as np
 
-from fedgrpc.aggregation.merged import merged_values
-from fedgrpc.aggregation.packed import unpacked
-from fedgrpc.aggregation.update import AdmissionPolicy, TensorLike, check_values, sum_of_squares
+from fedgrpc.aggregation.admission import AdmissionPolicy, TensorLike, check_values, sum_of_squares
+from fedgrpc.aggregation.partial_aggregate import merged_values
+from fedgrpc.aggregation.partial_update import unpacked
 from fedgrpc.aggregator.uploads import StoredUpdate
 from fedgrpc.codec.layout import Layout
 from fedgrpc.storage.model_file import ModelFile

@@ -17,9 +17,9 @@ from typing import Any
 import structlog
 
 from fedgrpc import claims
-from fedgrpc.aggregation.merged import check_merged_layout, merged_values
-from fedgrpc.aggregation.packed import unpacked
-from fedgrpc.aggregation.update import AdmissionPolicy, check_layout, check_values
+from fedgrpc.aggregation.admission import AdmissionPolicy, check_layout, check_values
+from fedgrpc.aggregation.partial_aggregate import check_merged_layout, merged_values
+from fedgrpc.aggregation.partial_update import unpacked
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.first_model import complaint
 from fedgrpc.aggregator.local_models import LocalTask

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from fedgrpc import claims
-from fedgrpc.aggregation.update import AdmissionPolicy, check_counts
+from fedgrpc.aggregation.admission import AdmissionPolicy, check_counts
 from fedgrpc.aggregator.local_models import LocalTask
 from fedgrpc.errors import UpdateRefused
 from fedgrpc.protocol.durations import duration_to_proto

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Final
 
-from fedgrpc.aggregation.scale import (
+from fedgrpc.aggregation.scaling import (
     accumulated_steps,
     clip_scale,
     effective_steps,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from fedgrpc.aggregation.update import AdmissionPolicy
+from fedgrpc.aggregation.admission import AdmissionPolicy
 from fedgrpc.aggregator.negotiation import Negotiation
 from fedgrpc.aggregator.roles import Roles
 from fedgrpc.codec.manifest import Limits

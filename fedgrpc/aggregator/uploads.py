@@ -31,8 +31,7 @@ from pathlib import Path
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from fedgrpc.codec.chunk import Chunk, check_chunk
-from fedgrpc.codec.crc import crc32
+from fedgrpc.codec.chunk import Chunk, check_chunk, crc32
 from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.codec.manifest import Manifest, TensorEntry
 from fedgrpc.codec.payload import PayloadReader, Submit, in_pieces, neighbours

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedgrpc.cli.operator import Operator
-from fedgrpc.codec.efficiency import expected_bits
+from fedgrpc.codec.budget import expected_bits
 from fedgrpc.codec.layout import Layout, spec_of
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe

@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fedgrpc.codec.crc import crc32
 from fedgrpc.codec.payload import Read
 from fedgrpc.errors import CorruptError, LayoutError, TooLargeError, WrongOffset
+
+try:
+    # Nine times as fast, where there is a wheel of it.
+    from zlib_ng.zlib_ng import crc32 as _crc32
+except ImportError:
+    from zlib import crc32 as _crc32
+
+crc32 = _crc32
 
 LEAST_CHUNK_BYTES = 4 << 10
 FIRST_CHUNK_BYTES = 64 << 10

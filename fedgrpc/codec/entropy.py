@@ -7,7 +7,7 @@ bit on a byte, so the symbols are arranged such that its bytes are few and each 
 
     dense    q within [-m, m], m = (b-1)/2, as digits in base b, several to a byte (b = 255, 15, 5);
              whatever is larger follows as marks
-    sparse   b = 1: no digits at all, every non-zero q is a mark (see `marks`)
+    sparse   b = 1: no digits at all, every non-zero q is a mark (see `packing`)
 
 Marks come in levels: level 1 has the position and sign of every |q| > m, level j those members of level
 j - 1 with |q| >= m + j, and the members of the last level carry what is left as a count. The base is
@@ -29,11 +29,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedgrpc.codec.dither import Dither
 from fedgrpc.codec.layout import Array, TensorSpec
-from fedgrpc.codec.marks import MAX_COUNT, CountReader, MarkReader, ends_in, write_counts, write_marks
 from fedgrpc.codec.options import format_options
-from fedgrpc.codec.step import rms, sample, share_of_zeros, step_for_distortion
+from fedgrpc.codec.packing import MAX_COUNT, CountReader, MarkReader, ends_in, write_counts, write_marks
+from fedgrpc.codec.rounding import Dither, rms, sample, share_of_zeros, step_for_distortion
 from fedgrpc.codec.values import as_float32, flat, pieces, require_float
 from fedgrpc.errors import CorruptError, EncodeError, LayoutError, UsageError
 

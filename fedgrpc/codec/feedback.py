@@ -17,11 +17,10 @@ import numpy as np
 
 from fedgrpc.codec.layout import Array, Layout, TensorSpec, layout_of
 from fedgrpc.codec.manifest import Manifest
-from fedgrpc.codec.parts import part_of
 from fedgrpc.codec.payload import PayloadWriter, encode_tensor, naming
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.uniform import Uniform
-from fedgrpc.codec.values import Part
+from fedgrpc.codec.values import Part, part_of
 
 Keep = Callable[[str, Array], None]
 

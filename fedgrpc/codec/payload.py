@@ -20,11 +20,10 @@ import zstandard
 from fedgrpc.codec.encoding import Buffer, Encoding
 from fedgrpc.codec.layout import Array, Layout, TensorRole, TensorSpec, spec_of
 from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry
-from fedgrpc.codec.parts import InParts
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Compression, Recipe
 from fedgrpc.codec.uniform import Uniform
-from fedgrpc.codec.values import Fill, Part
+from fedgrpc.codec.values import Fill, InParts, Part
 from fedgrpc.errors import CorruptError, EncodeError
 
 FRAME_CONTENT_BYTES = 1 << 20

@@ -19,9 +19,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedgrpc.codec.bitpack import pack, packed_size, unpack
 from fedgrpc.codec.layout import Array, TensorSpec
 from fedgrpc.codec.options import format_options
+from fedgrpc.codec.packing import pack, packed_size, unpack
 from fedgrpc.codec.values import PIECE, as_float32, flat, require_float, require_size
 from fedgrpc.errors import CorruptError, EncodeError, UsageError
 

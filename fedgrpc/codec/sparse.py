@@ -3,7 +3,7 @@
 Top-k or threshold sparsification as in Deep Gradient Compression (Lin et al., arXiv 1712.01887). What is
 left out is lost unless error feedback keeps it (`feedback`), so use it with that.
 
-    bytes: count uint32, bytes of marks uint32, marks (see `marks`, without flags), values as `Uniform`
+    bytes: count uint32, bytes of marks uint32, marks (see `packing`, without flags), values as `Uniform`
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import ClassVar
 import numpy as np
 
 from fedgrpc.codec.layout import Array, TensorSpec
-from fedgrpc.codec.marks import MarkReader, ends_in, write_marks
 from fedgrpc.codec.options import format_options
-from fedgrpc.codec.step import rms
+from fedgrpc.codec.packing import MarkReader, ends_in, write_marks
+from fedgrpc.codec.rounding import rms
 from fedgrpc.codec.uniform import BITS, Uniform
 from fedgrpc.codec.values import PIECE, Content, flat, pieces, require_float, require_size
 from fedgrpc.errors import CorruptError, LayoutError, UsageError

@@ -15,10 +15,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedgrpc.codec.bitpack import pack, packed_size, unpack
-from fedgrpc.codec.dither import Dither
 from fedgrpc.codec.layout import Array, TensorSpec
 from fedgrpc.codec.options import format_options
+from fedgrpc.codec.packing import pack, packed_size, unpack
+from fedgrpc.codec.rounding import Dither
 from fedgrpc.codec.values import (
     PIECE,
     Arrives,

@@ -1,6 +1,6 @@
 """What a round below gives to the one above: the mean of its updates, on the disk until it has been sent.
 
-    mean.payload    the tensors (fedgrpc.aggregation.merged), raw
+    mean.payload    the tensors (fedgrpc.aggregation.partial_aggregate), raw
     mean.header     the `UpdateHeader` that says the rest, written last: with it the mean is whole
 
 The rule: it is a pure function of the base and the accepted updates, so that a process that died half-way leaves
@@ -20,7 +20,7 @@ from typing import BinaryIO, Final
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from fedgrpc.aggregation.merged import EXACT, check_finite, pack_mean
+from fedgrpc.aggregation.partial_aggregate import EXACT, check_finite, pack_mean
 from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.commit import Group, by_groups, cached, means_of
 from fedgrpc.aggregator.fold import Fold, Load

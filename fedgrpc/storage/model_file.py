@@ -31,10 +31,9 @@ from typing import Any
 
 import numpy as np
 
-from fedgrpc.codec.crc import crc32
+from fedgrpc.codec.chunk import crc32
 from fedgrpc.codec.layout import Array, Layout, TensorRole, TensorSpec, check_unique, role_by_name
-from fedgrpc.codec.parts import InParts
-from fedgrpc.codec.values import Part
+from fedgrpc.codec.values import InParts, Part
 from fedgrpc.errors import LayoutError, StorageError, UsageError
 from fedgrpc.storage.files import RecycledFiles, pwrite, sync, write_back
 

@@ -18,11 +18,10 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 import structlog
 
-from fedgrpc.codec.crc import crc32
+from fedgrpc.codec.chunk import crc32
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import Array, Layout, TensorRole, TensorSpec
-from fedgrpc.codec.parts import InParts
-from fedgrpc.codec.values import Part, flat
+from fedgrpc.codec.values import InParts, Part, flat
 from fedgrpc.errors import LayoutError, StorageError
 from fedgrpc.storage.files import RecycledFiles, WrittenBack
 

@@ -1,4 +1,4 @@
-"""What training changed, tensor by tensor (`fedgrpc.codec.difference`). `Applied` undoes it."""
+"""What training changed, tensor by tensor (`fedgrpc.codec.values`). `Applied` undoes it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from fedgrpc.codec.difference import add, left_out, subtract
 from fedgrpc.codec.layout import Array, Layout, TensorRole, layout_of, spec_of
-from fedgrpc.codec.parts import InParts
 from fedgrpc.codec.payload import PayloadReader, naming
-from fedgrpc.codec.values import Part, flat, refuse_non_finite
+from fedgrpc.codec.values import InParts, Part, add, flat, left_out, refuse_non_finite, subtract
 from fedgrpc.errors import LayoutError
 
 

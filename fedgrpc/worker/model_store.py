@@ -25,10 +25,9 @@ import numpy as np
 import structlog
 from google.protobuf.message import DecodeError
 
-from fedgrpc.codec.crc import crc32
+from fedgrpc.codec.chunk import crc32
 from fedgrpc.codec.layout import Array, TensorRole
 from fedgrpc.codec.manifest import Limits, Manifest, TensorEntry
-from fedgrpc.codec.parts import part_of
 from fedgrpc.codec.payload import (
     LazyTensors,
     PayloadReader,
@@ -40,7 +39,7 @@ from fedgrpc.codec.payload import (
 )
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.codec.values import PIECE, pieces, refuse_non_finite
+from fedgrpc.codec.values import PIECE, part_of, pieces, refuse_non_finite
 from fedgrpc.errors import CodecError, CorruptError, LayoutError, StorageError
 from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
 from fedgrpc.storage.files import (

@@ -1,4 +1,4 @@
-"""The tensors of an update that covers a part of the model, as they travel (`fedgrpc.aggregation.packed`)."""
+"""The tensors of a partial update, as they travel (`fedgrpc.aggregation.partial_update`)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 
 import numpy as np
 
-from fedgrpc.aggregation.packed import pack
+from fedgrpc.aggregation.partial_update import pack
 from fedgrpc.codec.layout import Array
-from fedgrpc.codec.parts import InParts, part_of
-from fedgrpc.codec.values import Part
+from fedgrpc.codec.values import InParts, Part, part_of
 
 
 class Covered(InParts):

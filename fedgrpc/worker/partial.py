@@ -15,8 +15,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Final
 
-from fedgrpc.codec.chunk import Chunk, check_chunk
-from fedgrpc.codec.crc import crc32
+from fedgrpc.codec.chunk import Chunk, check_chunk, crc32
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import CorruptError
 from fedgrpc.protocol.tensors import manifest_from_proto

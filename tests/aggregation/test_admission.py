@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedgrpc.aggregation.update import (
+from fedgrpc.aggregation.admission import (
     AdmissionPolicy,
     check_counts,
     check_layout,

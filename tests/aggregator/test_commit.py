@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fedgrpc.aggregator.commit as commit_module
-from fedgrpc.aggregation.precision import rounding_noise, say
+from fedgrpc.aggregation.inverse_variance import rounding_noise, say
 from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.commit import Commit, Formats, groups
 from fedgrpc.aggregator.uploads import UploadJournal

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgrpc.codec.bitpack import pack, packed_size, unpack
+from fedgrpc.codec.packing import pack, packed_size, unpack
 
 
 @given(st.sampled_from((2, 3, 4, 6, 8)), st.integers(0, 300), st.integers(0))

@@ -8,13 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedgrpc.codec.budget import fit
-from fedgrpc.codec.efficiency import expected_bits, measure, order0_bits
+from fedgrpc.codec.budget import expected_bits, fit, measure, order0_bits
 from fedgrpc.codec.entropy import Entropy
 from fedgrpc.codec.layout import Array, layout_of
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Compression, Recipe
-from fedgrpc.codec.step import C_RANGE
+from fedgrpc.codec.rounding import C_RANGE
 from fedgrpc.errors import EncodeError, UsageError
 
 ZSTD = Compression("zstd")

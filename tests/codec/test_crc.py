@@ -4,7 +4,7 @@ import zlib
 
 import pytest
 
-from fedgrpc.codec.crc import crc32
+from fedgrpc.codec.chunk import crc32
 
 
 def test_the_check_value_of_the_standard():

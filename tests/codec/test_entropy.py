@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fedgrpc.codec.entropy import Entropy
 from fedgrpc.codec.layout import Array, spec_of
-from fedgrpc.codec.marks import CountReader, MarkReader, write_counts, write_marks
+from fedgrpc.codec.packing import CountReader, MarkReader, write_counts, write_marks
 from fedgrpc.errors import CodecError, CorruptError
 from tests.codec.strategies import float_arrays
 

@@ -16,12 +16,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fedgrpc.codec.bitpack import pack
 from fedgrpc.codec.encoding import parse_encoding
 from fedgrpc.codec.entropy import Entropy
 from fedgrpc.codec.layout import Array, TensorSpec
 from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry
-from fedgrpc.codec.marks import write_marks
+from fedgrpc.codec.packing import pack, write_marks
 from fedgrpc.codec.payload import PayloadReader, buffer_reader, verify_digest
 from fedgrpc.errors import FedgrpcError
 from fedgrpc.protocol.tensors import chunk_from_proto, manifest_from_proto

@@ -5,11 +5,11 @@ import io
 import numpy as np
 import pytest
 
-from fedgrpc.codec.difference import add, left_out, subtract
 from fedgrpc.codec.feedback import Residual, write_with_feedback
 from fedgrpc.codec.layout import TensorRole, TensorSpec, check_unique, layout_of, role_by_name
 from fedgrpc.codec.payload import PayloadReader, buffer_reader, write_payload
 from fedgrpc.codec.recipe import Recipe
+from fedgrpc.codec.values import add, left_out, subtract
 from fedgrpc.errors import EncodeError, LayoutError
 from fedgrpc.protocol.tensors import layout_from_proto, layout_to_proto
 from fedgrpc.v1 import tensor_pb2

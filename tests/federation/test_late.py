@@ -6,7 +6,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from fedgrpc.aggregation.scale import staleness_scale
+from fedgrpc.aggregation.scaling import staleness_scale
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from tests.support.hand_driven_device import MODEL, HandDrivenDevice, chunks, encoded, refused, update_of

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from fedgrpc.aggregation.scale import accumulated_steps
+from fedgrpc.aggregation.scaling import accumulated_steps
 from fedgrpc.aggregator.settings import AggregatorSettings, TrainingPlan
 from fedgrpc.errors import UsageError
 from fedgrpc.trainer import TrainResult

@@ -21,11 +21,10 @@ from safetensors.numpy import save
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.cli.config_file import read_table
 from fedgrpc.cli.simulate import read_fleet
-from fedgrpc.codec.chunk import Chunk
-from fedgrpc.codec.crc import crc32
+from fedgrpc.codec.chunk import Chunk, crc32
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import layout_of
-from fedgrpc.codec.parts import part_of
+from fedgrpc.codec.values import part_of
 from fedgrpc.datasets.cifar10 import load_cifar10
 from fedgrpc.datasets.dataset import Examples, LabelledData
 from fedgrpc.datasets.idx import read_idx

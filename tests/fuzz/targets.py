@@ -18,15 +18,14 @@ import numpy as np
 from google.protobuf import duration_pb2
 from google.protobuf.message import DecodeError, Message
 
-from fedgrpc.aggregation import merged, packed
+from fedgrpc.aggregation import partial_aggregate, partial_update
+from fedgrpc.aggregation.admission import AdmissionPolicy, check_values
 from fedgrpc.aggregation.mean import CoordinateMean
-from fedgrpc.aggregation.update import AdmissionPolicy, check_values
 from fedgrpc.aggregator.fleet import Fleet, Worker
 from fedgrpc.aggregator.negotiation import Negotiation, full_text
 from fedgrpc.aggregator.report import Report
 from fedgrpc.aggregator.settings import Target as RunTarget
-from fedgrpc.codec.chunk import Chunk, check_chunk
-from fedgrpc.codec.crc import crc32
+from fedgrpc.codec.chunk import Chunk, check_chunk, crc32
 from fedgrpc.codec.encoding import parse_encoding
 from fedgrpc.codec.layout import TensorSpec, layout_of
 from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry
@@ -434,11 +433,13 @@ def packed_updates(rnd: Random, folder: Path) -> None:
     masked, clustered = rnd.random() < 0.7, rnd.random() < 0.7
     update = [each for spec in LAYOUT for each in _packed(spec, masked, clustered, rnd)]
     data = {spec.name: _values(spec, rnd) for spec in update}
-    packed.check_layout(LAYOUT, update, None, masked, clustered)
-    check_values(packed.unpacked(LAYOUT, data.keys(), data.__getitem__, None), AdmissionPolicy())
+    partial_update.check_layout(LAYOUT, update, None, masked, clustered)
+    check_values(partial_update.unpacked(LAYOUT, data.keys(), data.__getitem__, None), AdmissionPolicy())
     for spec in LAYOUT:
         mean = CoordinateMean(spec.shape)
-        values, coverage = packed.unpack(spec.name, data.keys(), data.__getitem__, packed.coverage_of(spec, None))
+        values, coverage = partial_update.unpack(
+            spec.name, data.keys(), data.__getitem__, partial_update.coverage_of(spec, None)
+        )
         mean.add(values, 2.0, coverage)
         if not mean.covers_nothing:
             mean.result()
@@ -449,11 +450,11 @@ def _packed(spec: TensorSpec, masked: bool, clustered: bool, rnd: Random) -> Ite
     count = rnd.choice((0, 1, 2, 5, 30, 256, spec.size, rnd.randrange(spec.size + 1)))
     yield TensorSpec(spec.name, spec.dtype, (count,) if mask or codes else spec.shape)
     if mask:
-        yield TensorSpec(spec.name + packed.MASK, "uint8", ((spec.size + 7) // 8,))
+        yield TensorSpec(spec.name + partial_update.MASK, "uint8", ((spec.size + 7) // 8,))
     if codes:
         elements = rnd.randrange(spec.size + 1) if mask else spec.size
-        size = (elements * packed.code_bits(max(1, count)) + 7) // 8
-        yield TensorSpec(spec.name + packed.CODES, "uint8", (size,))
+        size = (elements * partial_update.code_bits(max(1, count)) + 7) // 8
+        yield TensorSpec(spec.name + partial_update.CODES, "uint8", (size,))
 
 
 @target(share=20)
@@ -461,11 +462,11 @@ def means(rnd: Random, folder: Path) -> None:
     update = [each for spec in LAYOUT if rnd.random() < 0.85 for each in _merged(spec, rnd)]
     weight = rnd.choice((1.0, 1e12, 1e-300))
     data = {spec.name: _bounded(spec, _values(spec, rnd), weight, rnd) for spec in update}
-    merged.check_merged_layout(LAYOUT, update)
-    check_values(merged.merged_values(LAYOUT, data.keys(), data.__getitem__, weight), AdmissionPolicy())
+    partial_aggregate.check_merged_layout(LAYOUT, update)
+    check_values(partial_aggregate.merged_values(LAYOUT, data.keys(), data.__getitem__, weight), AdmissionPolicy())
     for spec in LAYOUT:
         mean = CoordinateMean(spec.shape)
-        merged.add_merged(mean, spec, data.keys(), data.__getitem__, weight, 3.0)
+        partial_aggregate.add_merged(mean, spec, data.keys(), data.__getitem__, weight, 3.0)
         if not mean.covers_nothing:
             mean.result()
 
@@ -474,23 +475,23 @@ def _merged(spec: TensorSpec, rnd: Random) -> Iterator[TensorSpec]:
     yield spec
     kind = rnd.random()
     if kind < 0.3:
-        yield TensorSpec(spec.name + merged.WEIGHTS, "float64", spec.shape)
+        yield TensorSpec(spec.name + partial_aggregate.WEIGHTS, "float64", spec.shape)
     elif kind < 0.7:
         count = rnd.choice((1, 2, 3, 256, 200))
-        yield TensorSpec(spec.name + merged.WEIGHTS, "float64", (count,))
-        size = (spec.size * packed.code_bits(count) + 7) // 8
-        yield TensorSpec(spec.name + merged.WEIGHTS + packed.CODES, "uint8", (size,))
+        yield TensorSpec(spec.name + partial_aggregate.WEIGHTS, "float64", (count,))
+        size = (spec.size * partial_update.code_bits(count) + 7) // 8
+        yield TensorSpec(spec.name + partial_aggregate.WEIGHTS + partial_update.CODES, "uint8", (size,))
     if rnd.random() < 0.5:
-        yield TensorSpec(spec.name + merged.REST, "float64", spec.shape)
+        yield TensorSpec(spec.name + partial_aggregate.REST, "float64", spec.shape)
 
 
 def _bounded(spec: TensorSpec, values: np.ndarray, weight: float, rnd: Random) -> np.ndarray:
     """Half of the time what admission takes, so that the mean is computed, too."""
     if rnd.random() < 0.1:
         return values
-    if spec.name.endswith(merged.WEIGHTS):
+    if spec.name.endswith(partial_aggregate.WEIGHTS):
         return np.abs(values).clip(0, weight)
-    return values.clip(-0.5, 0.5) if spec.name.endswith(merged.REST) else values
+    return values.clip(-0.5, 0.5) if spec.name.endswith(partial_aggregate.REST) else values
 
 
 def encoded(tensors: dict[str, np.ndarray], recipe: str, seed: int = 0) -> tuple[Manifest, bytes]:

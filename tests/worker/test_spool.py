@@ -10,9 +10,9 @@ import pytest
 
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import layout_of
-from fedgrpc.codec.parts import part_of
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
+from fedgrpc.codec.values import part_of
 from fedgrpc.errors import EncodeError, StorageError
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.storage.residual_file import ResidualWriter, read_residual, write_residual

@@ -29,7 +29,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 
-from fedgrpc.codec.efficiency import measure
+from fedgrpc.codec.budget import measure
 from fedgrpc.codec.encoding import Encoding, parse_encoding
 from fedgrpc.codec.feedback import correct, left_over, quantize_with_feedback
 from fedgrpc.codec.layout import Array, spec_of

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgrpc.aggregation.mean import CoordinateMean
-from fedgrpc.aggregation.merged import add_merged, check_merged_layout, merged_values, pack_mean
+from fedgrpc.aggregation.partial_aggregate import add_merged, check_merged_layout, merged_values, pack_mean
 from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.errors import UpdateRefused
 from fedgrpc.submodels.coverage import Coverage

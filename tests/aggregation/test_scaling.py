@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgrpc.aggregation.mean import TensorMean
-from fedgrpc.aggregation.scale import accumulated_steps, nova_scales, staleness_scale
+from fedgrpc.aggregation.scaling import accumulated_steps, nova_scales, staleness_scale
 
 STEPS = st.integers(1, 50)
 

@@ -1,10 +1,13 @@
-"""Positions of rare elements as a stream of bytes that zstd codes within about 1 % of their entropy.
+"""Small integers as bytes: packed into a fixed number of bits, or as the positions of the few that matter.
 
-A stream lists increasing positions by the gap before each one. Byte 255 passes over `run` positions;
-any other byte passes over its gap and marks the next position. With flags, a byte is 2 * gap + flag and
-run is 127, else it is the gap and run is 255. If every element is marked with probability p, the gaps are
-geometric and need H(p)/p bits each: H(p) bits for every element, which Huffman's code of zstd reaches
-closely for p from 0.4 down to 0.005; at 0.001 the passes cost a third more, of a hundredth of a bit.
+Packed: codes of 1, 2, 3, 4 or 6 bits, least significant bit first. Element i takes bits [i*n, (i+1)*n) of the
+stream; bit j of the stream is bit j % 8 of byte j // 8. The last byte is filled with zero bits.
+
+Marks: a stream lists increasing positions by the gap before each one. Byte 255 passes over `run` positions; any
+other byte passes over its gap and marks the next position. With flags, a byte is 2 * gap + flag and run is 127,
+else it is the gap and run is 255. If every element is marked with probability p, the gaps are geometric and need
+H(p)/p bits each: H(p) bits for every element. Huffman's code of zstd gets within about 1 % of that for p from 0.4
+down to 0.005. At 0.001 the passes cost a third more, of a hundredth of a bit.
 """
 
 from __future__ import annotations
@@ -14,6 +17,11 @@ import numpy as np
 from fedgrpc.codec.layout import Array
 from fedgrpc.errors import CorruptError
 
+# Packing works on whole machine words (SIMD within a register): bytes that each hold one code are folded into
+# words by shift and or, and back.
+# bits -> (codes per word, bytes that they pack into); a word holds one code in each of its bytes
+_GROUPS: dict[int, tuple[int, int]] = {2: (4, 1), 3: (8, 3), 4: (2, 1), 6: (4, 3)}
+
 PASS = 255
 RUN, RUN_FLAGGED = 255, 127
 # No encoder writes a symbol of 2^22 and more, so no count is larger either.
@@ -21,12 +29,68 @@ MAX_COUNT = 1 << 22
 _PIECE_BYTES = 1 << 14
 
 
+def _folds(bits: int) -> tuple[tuple[int, int, int], ...]:
+    """(shift, mask of the fields that stay, mask of those that move down) for each halving of a word."""
+    lanes = _GROUPS[bits][0]
+    folds, lane, field = [], 8, bits
+    while lanes > 1:
+        stay = sum(((1 << field) - 1) << (2 * lane * i) for i in range(lanes // 2))
+        folds.append((lane - field, stay, stay << lane))
+        lanes, lane, field = lanes // 2, 2 * lane, 2 * field
+    return tuple(folds)
+
+
+_FOLDS = {bits: _folds(bits) for bits in _GROUPS}
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes that `count` codes of `bits` bits take."""
+    return (count * bits + 7) // 8
+
+
+def pack(codes: Array, bits: int) -> Array:
+    """Pack uint8 codes (each below 2**bits) into `packed_size` bytes."""
+    if bits == 8:
+        return codes
+    if bits == 1:
+        return np.packbits(codes, bitorder="little")
+    per_word, packed_bytes = _GROUPS[bits]
+    words = _padded(codes, per_word).view(f"<u{per_word}")
+    scalar = words.dtype.type
+    for shift, stay, move in _FOLDS[bits]:
+        words = (words & scalar(stay)) | ((words & scalar(move)) >> scalar(shift))
+    low_bytes = words.view(np.uint8).reshape(words.size, per_word)[:, :packed_bytes]
+    return low_bytes.reshape(-1)[: packed_size(codes.size, bits)]
+
+
+def unpack(packed: Array, count: int, bits: int) -> Array:
+    """The first `count` codes of `packed_size(count, bits)` packed bytes, as uint8."""
+    if bits == 8:
+        return packed[:count]
+    if bits == 1:
+        return np.unpackbits(packed, count=count, bitorder="little")
+    per_word, packed_bytes = _GROUPS[bits]
+    rows = _padded(packed, packed_bytes).reshape(-1, packed_bytes)
+    wide = np.zeros((rows.shape[0], per_word), np.uint8)
+    wide[:, :packed_bytes] = rows
+    words = wide.reshape(-1).view(f"<u{per_word}")
+    scalar = words.dtype.type
+    for shift, stay, move in reversed(_FOLDS[bits]):
+        words = (words & scalar(stay)) | ((words << scalar(shift)) & scalar(move))
+    return words.view(np.uint8)[:count]
+
+
+def _padded(codes: Array, multiple: int) -> Array:
+    missing = -codes.size % multiple
+    return np.pad(codes, (0, missing)) if missing else np.ascontiguousarray(codes)
+
+
 def write_marks(positions: Array, flags: Array | None = None) -> Array:
     """Stream of increasing int64 positions, each with a flag (bool) if flags are given; uint8."""
     gaps = np.diff(positions, prepend=-1) - 1
     if flags is None:
         return write_counts(gaps)
-    return _write(gaps, RUN_FLAGGED, flags)
+    return _stream_of(gaps, RUN_FLAGGED, flags)
 
 
 class MarkReader:
@@ -131,10 +195,10 @@ class CountReader:
 
 def write_counts(counts: Array) -> Array:
     """Stream of non-negative integers, each as count // 255 bytes 255 and one byte count % 255."""
-    return _write(counts, RUN, None)
+    return _stream_of(counts, RUN, None)
 
 
-def _write(counts: Array, run: int, flags: Array | None) -> Array:
+def _stream_of(counts: Array, run: int, flags: Array | None) -> Array:
     passing = np.flatnonzero(counts >= run)
     final = counts.astype(np.uint8)
     final[passing] = counts[passing] % run

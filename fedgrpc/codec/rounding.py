@@ -1,6 +1,6 @@
-"""Finding the step of a scalar quantizer: from the RMS, from a wanted distortion, from a sample.
+"""Scalar quantization: finding the step (from the RMS, a wanted distortion, a sample), and stochastic rounding.
 
-Expectations over the rounding are exact, so no random numbers are drawn here.
+Expectations over the rounding are exact, so finding a step draws no random numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from fedgrpc.errors import EncodeError
 
 SAMPLE = 8192
 C_RANGE = (0.01, 64.0)
+POOL = 65536
 
 
 def rms(values: Array) -> float:
@@ -64,3 +65,27 @@ def step_for_distortion(magnitudes: Array, wanted: float, rounding: str) -> floa
         else:
             low = middle
     return low
+
+
+class Dither:
+    """Uniform float32 numbers on [0, 1) for one tensor of `size` elements, read in pieces of `piece`.
+
+    Drawing a fresh float32 per element costs more than all the rest of the quantizer. Instead a pool is drawn once
+    per tensor, and each piece of the tensor reads it from its own random offset. Every element's number is still
+    exactly uniform and independent of the value it rounds, so rounding stays unbiased. Only elements of different
+    pieces that meet the same number are correlated.
+    """
+
+    def __init__(self, rng: np.random.Generator, size: int, piece: int) -> None:
+        self._pool = rng.random(min(size, max(POOL, 4 * piece)), dtype=np.float32)
+        self._reused = size > self._pool.size
+        self._piece = piece
+        self._offsets: list[int] = []
+        if self._reused:
+            top, count = self._pool.size - piece, -(-size // piece)
+            self._offsets = rng.integers(0, top, size=count, endpoint=True).tolist()
+
+    def at(self, start: int, count: int) -> Array:
+        """Numbers for the `count` elements from `start`, which is a multiple of `piece`."""
+        offset = self._offsets[start // self._piece] if self._reused else start
+        return self._pool[offset : offset + count]

@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from fedgrpc.aggregation.inverse_variance import rounding_noise, say
 from fedgrpc.aggregation.mean import CoordinateMean
-from fedgrpc.aggregation.precision import rounding_noise, say
 from fedgrpc.submodels.coverage import Coverage
 from fedgrpc.submodels.plan import Arithmetic, CompressionPlan, Pruning, Quantization
 

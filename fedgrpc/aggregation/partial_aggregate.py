@@ -7,8 +7,9 @@ A tensor of the model is one of these in it:
     NAME, NAME#rest                and what rounding took from a mean that is to be of integers, float64
 
 The weights of a tensor are mostly few different ones, those of the slices that its devices train. They are packed
-as the values of a clustered tensor are (`fedgrpc.aggregation.packed`): NAME#weights, NAME#weights#codes. The rule:
-the mean of such means is the mean of all the updates, up to the one rounding to the model's dtype.
+as the values of a clustered tensor are (see `partial_update`): NAME#weights, NAME#weights#codes.
+
+The rule: the mean of such means is the mean of all the updates, up to the one rounding to the model's dtype.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
+from fedgrpc.aggregation.admission import TensorLike, check_role
 from fedgrpc.aggregation.mean import CoordinateMean
-from fedgrpc.aggregation.packed import CODES, Read, fits, pack, unpack
-from fedgrpc.aggregation.update import TensorLike, check_role
+from fedgrpc.aggregation.partial_update import CODES, Read, fits, pack, unpack
 from fedgrpc.errors import NotFinite, UpdateRefused
 from fedgrpc.submodels.coverage import Coverage
 

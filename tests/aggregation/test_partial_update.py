@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedgrpc.aggregation.packed import CODES, MASK, check_layout, pack, unpack, unpacked
+from fedgrpc.aggregation.partial_update import CODES, MASK, check_layout, pack, unpack, unpacked
 from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.errors import UpdateRefused
 from fedgrpc.submodels.channels import ChannelGroup, ChannelMap, Segment, Selection, SubModel

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from fedgrpc.aggregation.update import TensorLike, check_role
+from fedgrpc.aggregation.admission import TensorLike, check_role
 from fedgrpc.errors import UpdateRefused
 from fedgrpc.submodels.channels import Selection
 from fedgrpc.submodels.coverage import Coverage
