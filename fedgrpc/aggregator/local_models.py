@@ -39,13 +39,14 @@ from fedgrpc.submodels.channels import ChannelMap, Selection, SubModel
 from fedgrpc.submodels.cost import (
     Choice,
     Observation,
+    PlanElements,
     PlanSize,
     choose_of,
+    elements_of,
     errors_of,
     shown_upload_bits,
 )
 from fedgrpc.submodels.plan import CompressionPlan, PlanTable
-from fedgrpc.submodels.plan_size import PlanElements, elements_of
 from fedgrpc.v1 import round_pb2, tensor_pb2
 
 log = structlog.get_logger()

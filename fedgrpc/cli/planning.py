@@ -22,10 +22,9 @@ from fedgrpc.metrics import prediction_errors
 from fedgrpc.protocol.plans import plan_from_proto, plans_from_proto
 from fedgrpc.protocol.records import counts, device_of, observation_of
 from fedgrpc.submodels.channels import ChannelMap
-from fedgrpc.submodels.cost import Device, Observation, PlanSize, shown_upload_bits
+from fedgrpc.submodels.cost import Device, Observation, PlanSize, elements_of, shown_upload_bits
 from fedgrpc.submodels.coverage import Coverage
 from fedgrpc.submodels.plan import CompressionPlan, PlanTable
-from fedgrpc.submodels.plan_size import elements_of
 from fedgrpc.trainer import SliceableTrainer, Trainer, TrainJob, Weights
 from fedgrpc.v1.aggregator_pb2 import WorkerRecord
 from fedgrpc.v1.device_pb2 import WORKER_ROLE_TRAINER

@@ -17,7 +17,7 @@ import numpy as np
 from fedgrpc.datasets.cifar10 import load_cifar10
 from fedgrpc.datasets.dataset import Examples, LabelledData
 from fedgrpc.datasets.digits import load_digits
-from fedgrpc.datasets.idx import load_fashion_mnist
+from fedgrpc.datasets.fashion_mnist import load_fashion_mnist
 from fedgrpc.datasets.partition import PARTITIONS, Partition, parse_partition
 from fedgrpc.errors import UsageError
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedgrpc import claims
+from fedgrpc.submodels.channels import ChannelMap, SubModel, sub_shapes
 from fedgrpc.submodels.plan import CompressionPlan, PlanTable
 
 # Of a batch's time, what does not shrink with the model: data, Python, kernel launches. Fitted once there are two
@@ -28,6 +29,7 @@ PROCESS_BYTES = 300 << 20
 COPIES = 4
 # The first three of them are in an observation's `tensor_bytes`.
 _TRAINED = 3
+_ELEMENT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -239,3 +241,41 @@ def payload_bytes(elements: int, bits_per_element: float, plan: CompressionPlan)
     if plan.pruning is not None and plan.pruning.layers == ("*",):
         bits = 1 + (1 - plan.pruning.ratio) * bits
     return math.ceil(elements * bits / 8)
+
+
+@dataclass(frozen=True)
+class PlanElements:
+    """How many elements a plan's slice has of how many in the whole model, and how many of them are sent back."""
+
+    plan: CompressionPlan
+    own: int
+    sent: int
+    whole: int
+
+    def size(self, download_bits: float, upload_bits: float) -> PlanSize:
+        """In bytes, at so many bits on the wire for each element; up, for each that is not pruned or clustered."""
+        return PlanSize(
+            self.own / max(1, self.whole),
+            _ELEMENT_BYTES * self.own,
+            math.ceil(self.own * download_bits / 8),
+            payload_bytes(self.sent, upload_bits, self.plan),
+            self.sent,
+        )
+
+
+def elements_of(
+    plan: CompressionPlan, model: Mapping[str, tuple[int, ...]], channels: ChannelMap | None
+) -> PlanElements:
+    """Of a model whose tensors have these shapes, by name.
+
+    Which channels a slice has makes no difference to its size; while nobody knows the channels, it is the whole.
+    """
+    shapes = model
+    if channels is not None and plan.width < 1:
+        shapes = sub_shapes(channels.select(SubModel(plan.width)), model)
+    return PlanElements(
+        plan,
+        sum(math.prod(shape) for shape in shapes.values()),
+        sum(math.prod(shape) for name, shape in shapes.items() if not plan.is_personal(name)),
+        sum(math.prod(shape) for shape in model.values()),
+    )

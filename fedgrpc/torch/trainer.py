@@ -5,9 +5,10 @@ The rule: on a CPU, equal weights, data and job give equal results, whatever ran
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,15 +22,15 @@ from fedgrpc.codec.layout import TensorRole
 from fedgrpc.errors import TaskError, TaskUnfit
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.plan import CompressionPlan
-from fedgrpc.torch.batches import Batches, choose_device
-from fedgrpc.torch.data import DataTask, LocalData
+from fedgrpc.torch.data import Batches, DataTask, LocalData, choose_device
 from fedgrpc.torch.label_adjustment import LabelAdjustment
-from fedgrpc.torch.local import Compression, Widths
+from fedgrpc.torch.local_model.local_model import LocalModel
 from fedgrpc.torch.local_model.loss_scale import LossScale
 from fedgrpc.torch.local_model.nested import Nested
+from fedgrpc.torch.local_model.slicing import SubModels
 from fedgrpc.torch.memory import TensorBytes
 from fedgrpc.torch.optimizer import Optimizer
-from fedgrpc.torch.weights import Names, named_tensors, prepare, tensor_roles, weights_of
+from fedgrpc.torch.weights import Names, named_tensors, prepare, tensor_roles, uncompiled, weights_of
 from fedgrpc.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights
 
 _EVALUATION_BATCH = 512
@@ -71,7 +72,7 @@ class TorchTrainer:
         self._roles = tensor_roles(self._model)
         self._initial = weights_of(self._model)
         self._model.to(self._device)
-        self._widths = Widths(self._model, self._example)
+        self._sub_models = SubModels(self._model, self._example)
 
     def initial_weights(self) -> Weights:
         """The same on every worker that was given the same seed."""
@@ -88,12 +89,12 @@ class TorchTrainer:
     def channels(self) -> ChannelMap:
         """The channel groups of the task's model, found by scoring an example. Raises UsageError."""
         with self._lock, _seeded(self._device, 0):
-            return self._widths.channels.map
+            return self._sub_models.channels.map
 
     def kept_whole(self) -> list[tuple[list[str], str]]:
         """Tensors that no width makes narrower, though they are not the output, together by reason."""
         with self._lock, _seeded(self._device, 0):
-            return self._widths.channels.by_reason
+            return self._sub_models.channels.by_reason
 
     def _loadable(self, weights: Weights) -> Weights:
         """The weights by the model's own names. Raises TaskUnfit."""
@@ -124,7 +125,7 @@ class TorchTrainer:
             self._data.refresh()
             self._data.check_trainable()
             own = self._loadable(weights)
-            module = self._widths.loaded(own)
+            module = self._sub_models.loaded(own)
             if job.compression is not None:
                 result = self._train_local(module, own, job, job.compression)
             else:
@@ -139,23 +140,30 @@ class TorchTrainer:
         return self._names.to_given(result, weights)
 
     def _train_local(self, module: nn.Module, given: Weights, job: TrainJob, plan: CompressionPlan) -> TrainResult:
-        compression = Compression(module, plan, given, job.seed)
-        local = compression.local
+        local = LocalModel(copy.deepcopy(uncompiled(module)), plan, job.seed)
+        start = _as_given(weights_of(local.module), given)
         with local.arithmetic():
-            nested = self._widths.nested(local.module, plan.nested)
+            nested = self._nested(local.module, plan.nested)
             ran = self._run(job, local.module, local, nested, local.loss_scale())
             ran.check()
         metrics = {"loss": ran.mean_loss}
-        trained = compression.trained()
+        local.settle()
+        trained = _as_given(weights_of(local.module), given)
         if len(self._data.held_out):
             local.module.eval()
             scores = _means(self._task, local.outputs, self._data.held_out)
             metrics |= {f"local_{name}": value for name, value in scores.items()}
         clustered = tuple(local.clusters)
-        start, masks = compression.start, compression.masks
+        masks = {name: mask.cpu().numpy() for name, mask in local.masks.items()}
         return TrainResult(
             trained, len(self._data.train), ran.steps, metrics, start, masks, clustered, ran.tensor_bytes
         )
+
+    def _nested(self, module: nn.Module, widths: Sequence[float]) -> Nested | None:
+        """The narrower models that are trained along with `module`; None where a plan has none."""
+        if not widths:
+            return None
+        return Nested(module, self._sub_models.channels.map, self._sub_models.whole_shapes, widths)
 
     def _run(
         self,
@@ -216,7 +224,7 @@ class TorchTrainer:
             self._data.refresh()
             if not len(self._data.held_out):
                 return None
-            module = self._widths.loaded(self._loadable(weights)).eval()
+            module = self._sub_models.loaded(self._loadable(weights)).eval()
             metrics = _means(self._task, module, self._data.held_out)
             return EvalResult(len(self._data.held_out), metrics)
 
@@ -234,6 +242,11 @@ class Ran:
         """Raise TaskError where there was nothing to learn from in the first place."""
         if math.isnan(self.first_loss):
             raise TaskError("the loss of the very first batch is NaN: look at the inputs and at loss()")
+
+
+def _as_given(weights: Weights, given: Weights) -> dict[str, np.ndarray]:
+    """The weights in the dtypes that were given."""
+    return {name: array.astype(given[name].dtype, copy=False) for name, array in weights.items()}
 
 
 def _mean_loss(losses: list[Tensor], examples: list[int]) -> float:
@@ -284,7 +297,7 @@ def _with_nested(
     loss: Tensor, nested: Nested | None, loss_of: Callable[[Tensor], Tensor], inputs: Tensor
 ) -> Tensor:
     """The sum of the model's own loss and those of the narrower ones in it."""
-    if nested is None:
+    if not nested:
         return loss
     return torch.stack([loss, *nested.losses(loss_of, inputs.to(loss.dtype))]).sum()
 

@@ -12,7 +12,7 @@ import pytest
 
 from fedgrpc.datasets.dataset import Examples, LabelledData
 from fedgrpc.datasets.digits import load_digits
-from fedgrpc.datasets.idx import load_fashion_mnist, read_idx
+from fedgrpc.datasets.fashion_mnist import load_fashion_mnist, read_idx
 from fedgrpc.datasets.partition import parse_partition
 from fedgrpc.datasets.shares import load_named, load_share, save_share, take_share, write_shares
 from fedgrpc.errors import UsageError
@@ -89,7 +89,7 @@ def test_a_gzip_file_cut_short_is_refused(tmp_path: Path, cut: int) -> None:
 
 
 def test_a_gzip_file_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedgrpc.datasets.idx._MOST_BYTES", 1 << 20)
+    monkeypatch.setattr("fedgrpc.datasets.fashion_mnist._MOST_BYTES", 1 << 20)
     path = tmp_path / "file.gz"
     path.write_bytes(gzip.compress(bytes(8 << 20)))
     with pytest.raises(UsageError, match="unpacks to more"):

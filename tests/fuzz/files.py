@@ -27,7 +27,7 @@ from fedgrpc.codec.layout import layout_of
 from fedgrpc.codec.values import part_of
 from fedgrpc.datasets.cifar10 import load_cifar10
 from fedgrpc.datasets.dataset import Examples, LabelledData
-from fedgrpc.datasets.idx import read_idx
+from fedgrpc.datasets.fashion_mnist import read_idx
 from fedgrpc.datasets.shares import load_share, save_share
 from fedgrpc.errors import UsageError
 from fedgrpc.hierarchy.mean import MeanFile

@@ -38,7 +38,7 @@ from fedgrpc.codec.feedback import Residual, write_with_feedback
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.datasets.dataset import Examples
-from fedgrpc.datasets.idx import load_fashion_mnist
+from fedgrpc.datasets.fashion_mnist import load_fashion_mnist
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.storage.model_file import ModelFile, ModelTensors, write_model
 from fedgrpc.submodels.channels import SubModel, sub_shapes

@@ -31,7 +31,7 @@ from fedgrpc.aggregation.mean import mean_of
 from fedgrpc.codec.feedback import Residual, write_with_feedback
 from fedgrpc.codec.payload import PayloadReader, buffer_reader, write_payload
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.datasets.idx import load_fashion_mnist
+from fedgrpc.datasets.fashion_mnist import load_fashion_mnist
 from fedgrpc.datasets.partition import Dirichlet
 
 Weights = dict[str, np.ndarray]

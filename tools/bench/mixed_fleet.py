@@ -45,7 +45,7 @@ from fedgrpc.submodels.plan import (
     Quantization,
 )
 from fedgrpc.tasks.fashion_mnist import FashionMnist
-from fedgrpc.torch.batches import labels_of, subset_of
+from fedgrpc.torch.data import labels_of, subset_of
 from fedgrpc.torch.trainer import TorchTrainer
 from fedgrpc.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, TASK_PHASE_ACCEPTED

@@ -7,8 +7,8 @@ channels are left; the module only has to take them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from fedgrpc.errors import LayoutError, UsageError
-from fedgrpc.submodels.channels import Axis, ChannelMap, Segment
+from fedgrpc.submodels.channels import Axis, ChannelMap, Segment, SubModel, sub_shapes
+from fedgrpc.torch.local_model.graph import Channels
+from fedgrpc.torch.local_model.tracing import trace_channels
+from fedgrpc.torch.weights import load_weights, named_tensors, uncompiled
+from fedgrpc.trainer import Weights
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+# A width at which every group that can be narrower is.
+_TRIED = 0.5
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -125,3 +132,50 @@ def _update_attributes(module: nn.Module) -> None:
         module.normalized_shape = tuple(module.weight.shape)
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = module.weight.shape
+
+
+class SubModels:
+    """Sub-models of one `module`, which `example` gives a batch of its inputs."""
+
+    def __init__(self, module: nn.Module, example: Callable[[], Tensor]) -> None:
+        self._module = module
+        self._example = example
+
+    @property
+    def whole_shapes(self) -> Shapes:
+        """Shapes of the module itself."""
+        return shapes_of(uncompiled(self._module))
+
+    @cached_property
+    def channels(self) -> Channels:
+        """The module's channel groups. Raises UsageError when it cannot be traced, or does not run narrower."""
+        example = self._example()
+        channels = trace_channels(uncompiled(self._module), example)
+        self._check(channels, example)
+        return channels
+
+    def _check(self, channels: Channels, example: Tensor) -> None:
+        """A module's own code may count on its sizes, and only running it shows that."""
+        shapes = sub_shapes(channels.map.select(SubModel(_TRIED)), self.whole_shapes)
+        narrow = resized(uncompiled(self._module), shapes)
+        with torch.no_grad():
+            training = self._module.training
+            outputs = self._module.eval()(example)
+            self._module.train(training)
+        check_runs(narrow, example, tuple(outputs.shape))
+
+    def loaded(self, weights: Weights) -> nn.Module:
+        """The module itself with these weights or, where they are narrower, a narrower one.
+
+        Raises:
+            LayoutError: the weights are of no sub-model of the module.
+        """
+        own = {name: tuple(tensor.shape) for name, tensor in named_tensors(self._module).items()}
+        given = {name: array.shape for name, array in weights.items()}
+        module = self._module
+        if given.keys() == own.keys() and given != own:
+            module = uncompiled(module)
+            check_slice(self.channels.map, shapes_of(module), given)
+            module = resized(module, given)
+        load_weights(module, weights)
+        return module
