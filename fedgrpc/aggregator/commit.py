@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -31,6 +31,7 @@ from fedgrpc.errors import NotFinite
 from fedgrpc.storage.files import RecycledFiles
 from fedgrpc.storage.model_file import ModelFile, ModelWriter
 from fedgrpc.submodels.channels import Selection
+from fedgrpc.submodels.coverage import Coverage
 from fedgrpc.submodels.plan import CompressionPlan
 
 _GROUP_ELEMENTS = 1 << 20
@@ -46,6 +47,13 @@ Group = range
 Stepped = tuple[np.ndarray, tuple[np.ndarray, ...]]
 # mean(start, stop)
 Mean = Callable[[int, int], np.ndarray]
+# keeps(token, name)
+Keeps = Callable[[str, str], bool]
+
+
+def keeps_nothing(token: str, name: str) -> bool:
+    """Of a worker that sends all it has trained."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,8 @@ class Commit:
 
     `parts` names the tokens whose updates are of a part of the model, and the slice (None: all channels) of each;
     `merged` those whose updates are means themselves, and what such an update says that it weighs. `scales` are
-    factors on the differences of an update; without: 1. `formats` names those whose say falls with their noise.
+    factors on the differences of an update; without: 1. `keeps` tells of an update and a tensor whether its worker
+    keeps the tensor to itself. `formats` names those whose say falls with their noise.
     `about` is for the metadata of the model's file.
     A coordinate that no update covers keeps its value, and the optimizer what it remembers of it.
     """
@@ -96,6 +105,7 @@ class Commit:
     scales: Mapping[str, float] = field(default_factory=dict)
     formats: Mapping[str, Formats] = field(default_factory=dict)
     about: Mapping[str, str] = field(default_factory=dict)
+    keeps: Keeps = keeps_nothing
 
     @property
     def memory_layout(self) -> Layout:
@@ -187,8 +197,10 @@ class Commit:
         if not indices:
             return {}
         specs = [self.base.layout[index] for index in indices]
-        base = {self.base.layout[index].name: self.base.tensor(index) for index in indices if self.formats}
-        means = means_of(specs, self.updates, load, self.parts, self.merged, self.scales, self.formats, base)
+        named = self.base.named
+        means = means_of(
+            specs, self.updates, load, self.parts, self.merged, named, self.scales, self.formats, self.keeps
+        )
         return dict(zip(indices, means, strict=True))
 
     def _replaced(self, index: int, mean: CoordinateMean) -> np.ndarray:
@@ -265,21 +277,29 @@ def means_of(
     load: Load,
     parts: Mapping[str, Selection | None],
     merged: Mapping[str, float],
+    base: Callable[[str], np.ndarray],
     scales: Mapping[str, float] = MappingProxyType({}),
     formats: Mapping[str, Formats] = MappingProxyType({}),
-    base: Mapping[str, np.ndarray] = MappingProxyType({}),
+    keeps: Keeps = keeps_nothing,
 ) -> list[CoordinateMean]:
-    """The mean of each of these tensors over the updates, all of them as `Commit` has them."""
+    """The mean of each of these tensors over the updates, all of them as `Commit` has them.
+
+    `base` gives a tensor of the base model by its name. A buffer that only some updates have is as it was to the
+    others: who sends one that nobody else has changed does not decide alone what it becomes.
+    """
     means = [CoordinateMean(spec.shape) for spec in specs]
+    base = cache(base)
+    sent = {spec.name for token, _ in updates for spec in load(token).manifest.layout}
     for token, weight in updates:
         with blaming(token), load(token).open() as reader:
             for spec, mean in zip(specs, means, strict=True):
                 # What is not a difference but a value stays what it is.
                 scale = scales.get(token, 1.0) if spec.is_trained else 1.0
-                if token in merged:
+                if spec.name not in reader.names:
+                    if spec.name in sent and not spec.is_trained and not keeps(token, spec.name):
+                        _add_unchanged(mean, base(spec.name), weight, coverage_of(spec, parts.get(token)))
+                elif token in merged:
                     add_merged(mean, spec, reader.names, reader.tensor, merged[token], weight, scale)
-                elif spec.name not in reader.names:
-                    continue
                 elif token not in parts:
                     mean.add(reader.tensor(spec.name), weight, scale=scale)
                 else:
@@ -287,12 +307,21 @@ def means_of(
                     values, coverage = unpack(spec.name, reader.names, reader.tensor, whole)
                     noise = None
                     if token in formats and spec.is_trained:
-                        noise = formats[token].noise(spec, coverage.take(base[spec.name]))
+                        noise = formats[token].noise(spec, coverage.take(base(spec.name)))
                     if noise is None:
                         mean.add(values, weight, coverage, scale=scale)
                     else:
                         mean.add_each(values, weight * say(noise, values), coverage, scale=scale)
     return means
+
+
+def _add_unchanged(mean: CoordinateMean, base: np.ndarray, weight: float, coverage: Coverage) -> None:
+    """Add what `coverage` has of a buffer as it was; NaN, which nobody has measured yet, has no say."""
+    values = coverage.take(base)
+    if (unknown := np.isnan(values)).any():
+        coverage = coverage.masked(~unknown)
+        values = coverage.take(base)
+    mean.add(values, weight, coverage)
 
 
 def cached(load: Load) -> Load:

@@ -105,6 +105,7 @@ class NewVersion:
                 current.scales,
                 self._formats(current, weights),
                 self._about(current, number, weights),
+                current.keeps,
             )
             try:
                 digest = await asyncio.to_thread(files.write, path, it.models.memory_path(number))

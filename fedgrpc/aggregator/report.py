@@ -129,6 +129,10 @@ class CurrentRound:
         """What the worker of a task makes of the model; the default is nothing."""
         return self.local_tasks.get(token, _PLAIN)
 
+    def keeps(self, token: str, name: str) -> bool:
+        """Whether the worker of a task keeps the tensor of that name to itself."""
+        return self.local_task(token).plan.is_personal(name)
+
     def pulled_bytes(self, token: str) -> int:
         """Bytes of the model that the worker of a task is to pull."""
         usual_bytes = self.download_bytes.get(self.local_task(token).slice, 0)

@@ -224,7 +224,8 @@ class LeafDriver(Driver):
             parts, merged = parts_of(it, current, tokens), merged_of(current, tokens)
             scales = await self._new_version.scales(current, weights)
             current.scales = scales
-            tensors = mean_tensors(it.run.layout, list(weights.items()), load, parts, merged, scales)
+            base, keeps = it.models.open(current.base_version), current.keeps
+            tensors = mean_tensors(base, list(weights.items()), load, parts, merged, scales, keeps)
         try:
             await asyncio.to_thread(self._mean.write, header, tensors)
         except NotFinite as error:

@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 
 from fedgrpc.aggregation.partial_aggregate import EXACT, check_finite, pack_mean
 from fedgrpc.aggregator.blame import blaming
-from fedgrpc.aggregator.commit import Group, by_groups, cached, means_of
+from fedgrpc.aggregator.commit import Group, Keeps, by_groups, cached, keeps_nothing, means_of
 from fedgrpc.aggregator.fold import Fold, Load
 from fedgrpc.aggregator.uploads import StoredUpdate
 from fedgrpc.codec.feedback import Corrected, Keep, Residual, write_with_feedback
@@ -42,6 +42,7 @@ from fedgrpc.errors import StorageError
 from fedgrpc.protocol.records import timings_to_proto
 from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
 from fedgrpc.storage.files import make_private, storage_errors, sync, write_file
+from fedgrpc.storage.model_file import ModelFile
 from fedgrpc.submodels.channels import Selection
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.budget import fitted
@@ -104,18 +105,19 @@ class MeanFile:
 
 
 def mean_tensors(
-    layout: Layout,
+    base: ModelFile,
     updates: Sequence[tuple[str, float]],
     load: Load,
     parts: Mapping[str, Selection | None],
     merged: Mapping[str, float],
     scales: Mapping[str, float],
+    keeps: Keeps = keeps_nothing,
 ) -> Tensors:
-    """The tensors of the mean over `updates`, (token, weight) in slot order; the rest is as in `Commit`.
+    """The tensors of the mean over `updates` of `base`, (token, weight) in slot order; the rest is as in `Commit`.
 
     Raises `NotFinite`, `StorageError`, and `UnusableUpdate` when an update is not what was accepted.
     """
-    total = 0.0
+    total, layout = 0.0, base.layout
     for _, weight in updates:
         total += weight
     load, alike = cached(load), not (parts or merged)
@@ -124,7 +126,9 @@ def mean_tensors(
         def pack(group: Group) -> dict[str, Array]:
             specs = [layout[index] for index in group if layout[index].role is not TensorRole.CONSTANT]
             rest = [spec for spec in specs if not fold.covers(spec)]
-            means = iter(means_of(rest, updates, load, parts, merged, scales) if rest else ())
+            means = iter(
+                means_of(rest, updates, load, parts, merged, base.named, scales, keeps=keeps) if rest else ()
+            )
             packed: dict[str, Array] = {}
             for spec in specs:
                 if fold.covers(spec):

@@ -23,12 +23,12 @@ BASE = [np.zeros(2, np.float32), np.array([1, 1e4, 1e-6], np.float32), np.array(
 WEIGHTS = {"a": 1.0, "b": 3.0}
 
 
-def written(tmp_path, updates, optimizer="fedavg", versions=1, **about):
+def written(tmp_path, updates, optimizer="fedavg", versions=1, base=BASE, **about):
     """The last of so many versions, each made of the same updates."""
     journal = UploadJournal(tmp_path / "uploads")
     for token, tensors in updates.items():
         accept(journal, token, tensors)
-    write_model(tmp_path / "1", LAYOUT, BASE)
+    write_model(tmp_path / "1", LAYOUT, base)
     pairs = [(token, WEIGHTS[token]) for token in updates]
     for version in range(1, versions + 1):
         base = ModelFile.open(tmp_path / str(version))
@@ -63,11 +63,25 @@ def test_an_optimizer_remembers_nothing_of_buffers(tmp_path):
     assert [spec.name for spec in ModelFile.open(tmp_path / "memory-2").layout] == ["0/w", "1/w"]
 
 
-def test_a_buffer_that_an_update_leaves_out_is_the_mean_of_the_others(tmp_path):
+def test_a_buffer_that_an_update_leaves_out_is_unchanged_to_its_worker_and_weighs_as_much(tmp_path):
     without = {"w": np.ones(2, np.float32)}
-    new = written(tmp_path, {"a": update([4, 5, 6], 10), "b": without})
-    assert new["bn.running_var"].tolist() == [4, 5, 6]
+    new = written(tmp_path, {"a": update([5, 2e4, 1e-6], 10), "b": without})
+    np.testing.assert_allclose(new["bn.running_var"], [2, 1.25e4, 1e-6], rtol=1e-6)
+    assert new["bn.num_batches_tracked"] == 2
+
+
+def test_a_buffer_that_a_worker_keeps_to_itself_is_the_mean_of_the_others(tmp_path):
+    updates = {"a": update([5, 2e4, 1e-6], 10), "b": {"w": np.ones(2, np.float32)}}
+    new = written(tmp_path, updates, keeps=lambda token, name: token == "b")
+    np.testing.assert_allclose(new["bn.running_var"], [5, 2e4, 1e-6], rtol=1e-6)
     assert new["bn.num_batches_tracked"] == 10
+
+
+def test_who_alone_sends_a_buffer_decides_no_more_than_its_share_of_it(tmp_path):
+    base = [*BASE[:1], np.array([-np.inf, 0, np.nan], np.float32), *BASE[2:]]
+    updates = {"a": update([8, 8, 8], 1), "b": {"w": np.ones(2, np.float32)}}
+    new = written(tmp_path, updates, base=base)
+    assert new["bn.running_var"].tolist() == [-np.inf, 2, 8]
 
 
 def test_a_buffer_that_all_updates_leave_out_stays(tmp_path):
@@ -100,9 +114,9 @@ def test_a_leaf_s_mean_gives_the_version_that_its_workers_would_have_given(tmp_p
     journal = UploadJournal(tmp_path / "leaf")
     for token, tensors in updates.items():
         accept(journal, token, tensors)
-    mean = mean_tensors(LAYOUT, list(weights.items()), journal.load, {}, {}, {})
-    accept(journal, "leaf", {spec.name: array for spec, array in mean})
     write_model(tmp_path / "1", LAYOUT, BASE)
+    mean = mean_tensors(ModelFile.open(tmp_path / "1"), list(weights.items()), journal.load, {}, {}, {})
+    accept(journal, "leaf", {spec.name: array for spec, array in mean})
     found = []
     for pairs, merged in (list(weights.items()), {}), ([("leaf", 8.0)], {"leaf": 8.0}):
         base = ModelFile.open(tmp_path / "1")
@@ -113,4 +127,4 @@ def test_a_leaf_s_mean_gives_the_version_that_its_workers_would_have_given(tmp_p
         found.append({spec.name: model.tensor(index) for index, spec in enumerate(model.layout)})
     for name, values in found[0].items():
         np.testing.assert_allclose(found[1][name], values, rtol=1e-6)
-    assert found[0]["bn.running_var"].tolist() == pytest.approx([7, 0, 2.5e-8])
+    assert found[0]["bn.running_var"].tolist() == pytest.approx([4, 5e3, 5.125e-7])

@@ -6,6 +6,7 @@ import numpy as np
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.hierarchy.mean import mean_tensors
+from fedgrpc.storage.model_file import ModelFile, write_model
 from tests.support.stored_updates import accept
 
 RNG = np.random.default_rng(11)
@@ -22,18 +23,19 @@ def update():
     }
 
 
-def mean(journal, layout, decoded):
+def mean(journal, base, decoded):
     """`decoded`: as updates that might be of a part of the model, whose part is all of it."""
     parts = dict.fromkeys(WEIGHTS) if decoded else {}
-    return dict(mean_tensors(layout, list(WEIGHTS.items()), journal.load, parts, {}, {"b": 0.25}))
+    return dict(mean_tensors(base, list(WEIGHTS.items()), journal.load, parts, {}, {"b": 0.25}))
 
 
 def test_a_mean_of_floats_that_lie_in_files_is_the_mean_of_decoded_ones_bit_for_bit(tmp_path):
     journal, updates = UploadJournal(tmp_path), {token: update() for token in WEIGHTS}
     for token, tensors in updates.items():
         accept(journal, token, tensors)
-    layout = layout_of(updates["a"])
-    in_place, decoded = mean(journal, layout, False), mean(journal, layout, True)
+    write_model(tmp_path / "base", layout_of(updates["a"]), updates["a"].values())
+    base = ModelFile.open(tmp_path / "base")
+    in_place, decoded = mean(journal, base, False), mean(journal, base, True)
     assert list(in_place) == list(decoded)
     for name, array in decoded.items():
         assert (in_place[name].dtype, in_place[name].shape) == (array.dtype, array.shape)
