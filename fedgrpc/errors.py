@@ -1,7 +1,7 @@
 """The one tree of errors.
 
 An error is raised where it is known, says in one line what is wrong and what to do, and becomes a gRPC
-status in one place, `fedgrpc.rpc.status`. The class alone decides the status.
+status in one place, `fedgrpc.rpc.status`. The class alone decides the status, and whether a retry may help.
 
     FedgrpcError
     ├── UsageError                 a setting, flag or file the person gave        exit code 2
@@ -29,9 +29,22 @@ status in one place, `fedgrpc.rpc.status`. The class alone decides the status.
     └── TaskError                  the user's own training code raised
 """
 
+from typing import ClassVar
+
 
 class FedgrpcError(Exception):
-    """Base of everything fedgrpc raises on purpose."""
+    """Base of everything fedgrpc raises on purpose.
+
+    `retryable`: whether the same call may succeed later, since a link, a restart, a bound or a disk made it fail.
+    Each class declares it for itself and does not inherit it. The base stands for an error of a peer that this
+    version does not know, and is retried.
+    """
+
+    retryable: ClassVar[bool] = True
+
+    def __init_subclass__(cls, *, retryable: bool = False) -> None:
+        super().__init_subclass__()
+        cls.retryable = retryable
 
 
 class UsageError(FedgrpcError):
@@ -86,7 +99,7 @@ class UnknownTask(FedgrpcError):
     """No live lease is held under this token."""
 
 
-class UnknownWorker(FedgrpcError):
+class UnknownWorker(FedgrpcError, retryable=True):
     """The worker has not registered with this aggregator."""
 
 
@@ -106,7 +119,7 @@ class WrongOffset(FedgrpcError):
     """The data does not start at the byte the receiver expects."""
 
 
-class Exhausted(FedgrpcError):
+class Exhausted(FedgrpcError, retryable=True):
     """A bound (uploads, workers, memory, disk) is reached; trying again later may succeed.
 
     `retry_after_s`: after so many seconds it is likely to; None: that is not known.
@@ -121,7 +134,7 @@ class WrongIdentity(FedgrpcError):
     """The task token, or the name, belongs to another; or the caller may not do this."""
 
 
-class NameTaken(FedgrpcError):
+class NameTaken(FedgrpcError, retryable=True):
     """Another device works under this worker's name, and is alive."""
 
 
@@ -129,11 +142,11 @@ class StateCopied(NameTaken):
     """Another process with a copy of this worker's state folder works under its name."""
 
 
-class StorageError(FedgrpcError):
+class StorageError(FedgrpcError, retryable=True):
     """The data folder is full, read-only or corrupt."""
 
 
-class LinkError(FedgrpcError):
+class LinkError(FedgrpcError, retryable=True):
     """The other side cannot be reached."""
 
 

@@ -1,4 +1,4 @@
-"""What a whole process sets up for itself: standard streams, signals, and what a fork takes.
+"""Setup of a whole process: standard streams, signals, memory, threads, and what a fork takes along.
 
 The rule: a forked child holds nothing of its parent's. Users' code forks (`multiprocessing.Pool`, data loaders),
 and a child may outlive a parent that was killed. So it gets default signal handlers, no locks and no connections.
@@ -6,6 +6,10 @@ and a child may outlive a parent that was killed. So it gets default signal hand
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import importlib
+import importlib.util
 import os
 import signal
 import socket
@@ -19,6 +23,17 @@ from typing import Final
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _OWNER_ALONE: Final = 0o077
 _OPEN_FILES: Final = "/proc/self/fd"
+
+# <malloc.h>
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
+_M_ARENA_MAX: Final = -8
+_ARENAS: Final = 1
+# Larger blocks come from the system and go back to it. glibc accepts no higher threshold.
+_LARGE_BYTES: Final = 32 << 20
+_KEPT_BYTES: Final = 256 << 20
+# New objects before the youngest generation is collected, then collections of it before the older ones are.
+_GC_THRESHOLDS: Final = (2_000, 10, 1_000)
 
 _handles_signals = False
 # What each thread that forks had blocked before.
@@ -58,6 +73,56 @@ def end_on_sigterm_as_init() -> None:
 def keep_private() -> None:
     """Let others than this user read none of the files made from now on: models, updates, keys."""
     os.umask(_OWNER_ALONE)
+
+
+def reuse_memory() -> bool:
+    """Have glibc keep memory for reuse; False where the C library is another or the user has tuned it.
+
+    By default glibc gives each thread an arena of its own, takes blocks of a megabyte from the system and gives
+    them back again and again. The system clears each page anew, which costs more than hashing what is written
+    there. One arena for all threads, which keeps what a round of a large model needs, avoids that cost. Call this
+    before threads start.
+    """
+    if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    options = ((_M_ARENA_MAX, _ARENAS), (_M_MMAP_THRESHOLD, _LARGE_BYTES), (_M_TRIM_THRESHOLD, _KEPT_BYTES))
+    return all(mallopt(option, value) for option, value in options)
+
+
+def collect_rarely() -> None:
+    """Collect garbage rarely, for a process with many connections. Call it once everything is imported.
+
+    Reference counts free nearly everything; the collector only finds cycles. A full collection stops the process
+    for a tenth of a second with 2,000 connections. By default one comes every few seconds, and finds nothing: what
+    lives as long as a connection is no garbage.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
+
+
+def rest_while_waiting() -> None:
+    """Let OpenMP's idle threads sleep rather than spin, unless the user has chosen (`OMP_WAIT_POLICY`).
+
+    By default they spin for some milliseconds after each operation. Two workers on one machine then take each
+    other's cores, and train ten times slower. Call it before torch is imported, which reads the variable once.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def use_threads(count: int) -> None:
+    """Let each numeric library use `count` threads. Call it before PyTorch and OpenMP are imported.
+
+    Libraries that are loaded already, such as NumPy's BLAS, are limited by threadpoolctl, which comes with
+    scikit-learn.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    if importlib.util.find_spec("threadpoolctl") is not None:
+        importlib.import_module("threadpoolctl").threadpool_limits(count)
 
 
 @contextmanager

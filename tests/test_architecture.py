@@ -25,13 +25,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "simulation": {"errors", "rounds"},
     "trainer": {"errors", "submodels"},
     "process": set(),
+    "aio": set(),
     "logging": {"errors"},
     "metrics": {"errors", "claims", "rounds", "v1", "rpc", "process"},
     "protocol": {*CORE, "v1"},
     "rpc": {"errors", "claims", "codec", "v1", "protocol", "process"},
     "storage": {*CORE, "v1", "protocol", "process"},
-    "aggregator": {*CORE, "v1", "protocol", "rpc", "storage", "process", "logging", "metrics"},
-    "worker": {*CORE, "trainer", "v1", "protocol", "rpc", "storage", "process", "logging", "metrics"},
+    "aggregator": {*CORE, "v1", "protocol", "rpc", "storage", "aio", "process", "logging", "metrics"},
+    "worker": {*CORE, "trainer", "v1", "protocol", "rpc", "storage", "aio", "process", "logging", "metrics"},
     # An aggregator below another is both, and so above both: neither knows of it, nor of the other.
     "hierarchy": {
         *(*CORE, "trainer", "v1", "protocol", "rpc", "storage", "process", "metrics", "aggregator", "worker"),

@@ -26,7 +26,7 @@ from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.orders import Orders
 from fedgrpc.aggregator.report import CurrentRound, Report
-from fedgrpc.aggregator.run_state import Assignment, Beat, Changes, RollBack, RunState
+from fedgrpc.aggregator.run_state import Assignment, Beat, RollBack, RunState
 from fedgrpc.aggregator.scores import for_log
 from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.aggregator.settings import AggregatorSettings
@@ -34,6 +34,7 @@ from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.aggregator.versions import Versions
 from fedgrpc.aggregator.waking import Waking
 from fedgrpc.aggregator.weights import Weighing
+from fedgrpc.aio import Changes
 from fedgrpc.errors import (
     FedgrpcError,
     IllegalTransition,

@@ -1,4 +1,4 @@
-"""Where a run stands, and what its workers are told: values, and the bell for those who watch."""
+"""Where a run stands, and what its workers are told: values."""
 
 from __future__ import annotations
 
@@ -80,23 +80,3 @@ class RunState:
     @property
     def ended(self) -> bool:
         return self.phase in (RUN_PHASE_FINISHED, RUN_PHASE_STOPPED)
-
-
-class Changes:
-    """Tells any number of watchers that something has changed; `revision` counts the changes."""
-
-    def __init__(self) -> None:
-        self.revision = 0
-        self._next = asyncio.Event()
-
-    def notify(self) -> None:
-        """Wake every watcher."""
-        self.revision += 1
-        changed, self._next = self._next, asyncio.Event()
-        changed.set()
-
-    async def wait(self, seen: int) -> int:
-        """Return the present revision once it is not `seen`."""
-        if self.revision == seen:
-            await self._next.wait()
-        return self.revision

@@ -18,8 +18,7 @@ from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.errors import UsageError
 from fedgrpc.metrics import Metrics
-from fedgrpc.process import told_to_end
-from fedgrpc.rpc.allocator import reuse_memory
+from fedgrpc.process import reuse_memory, told_to_end
 from fedgrpc.rpc.server import AGGREGATOR, Health, RunningServer, aggregator_service, serve
 from fedgrpc.storage.database import DATABASE, RunStore
 from fedgrpc.storage.folder import HeldFolder, hold_folder

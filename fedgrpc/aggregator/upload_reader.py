@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from fedgrpc.aggregator.memory import ByteBudget
 from fedgrpc.aggregator.uploads import Upload
+from fedgrpc.aio import BatchPipeline
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.errors import LayoutError, LinkError, TooLargeError, WrongOffset
-from fedgrpc.rpc.lane import Lane
 
 _LEAST_BYTES = 16 << 10
 # A chunk costs some 100 us, however small it is, so many tiny chunks are refused. A few are harmless.
@@ -56,7 +56,7 @@ class UploadReader:
         Raises as `Upload.append` does, and `LinkError` when nothing comes for `idle_s`.
         """
         loop = asyncio.get_running_loop()
-        lane: Lane[Chunk] | None = None
+        pipeline: BatchPipeline[Chunk] | None = None
         try:
             async with asyncio.timeout(None) as limit:
 
@@ -65,21 +65,21 @@ class UploadReader:
                     if self._reading:
                         limit.reschedule(loop.time())
 
-                async with Lane(self._upload.append, done=self._committed, failed=failed) as lane:
+                async with BatchPipeline(self._upload.append, done=self._committed, failed=failed) as pipeline:
                     while True:
                         await self._reserve()
                         limit.reschedule(loop.time() + idle_s)
                         chunk = await self._read(chunks)
                         limit.reschedule(None)
                         if chunk is None:
-                            return await lane.drain()
-                        await lane.put(chunk)
+                            return await pipeline.drain()
+                        await pipeline.put(chunk)
                         # Release the chunk here: the wait for more memory can be long.
                         del chunk
                         await still_wanted()
         except TimeoutError:
-            if lane is not None:
-                await lane.drain()
+            if pipeline is not None:
+                await pipeline.drain()
             raise LinkError(f"no byte came for {idle_s:g} s") from None
 
     async def _reserve(self) -> None:

@@ -21,11 +21,10 @@ from fedgrpc.cli.upstream import UPSTREAM, above_from
 from fedgrpc.errors import UsageError
 from fedgrpc.hierarchy.process import run_leaf
 from fedgrpc.metrics import Metrics, serve_metrics
-from fedgrpc.process import keep_private
+from fedgrpc.process import collect_rarely, keep_private
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.address import Address
-from fedgrpc.rpc.collector import collect_rarely
 from fedgrpc.submodels.plan import PlanTable
 
 _place = Declare("Where", AggregatorSettings)

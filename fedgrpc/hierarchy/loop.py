@@ -15,13 +15,12 @@ from fedgrpc.hierarchy.mean import sending
 from fedgrpc.trainer import Trainer
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.client import AggregatorClient, Polled
-from fedgrpc.worker.controls import Controls
 from fedgrpc.worker.device import DeviceProfile, detect
 from fedgrpc.worker.loop import Loop
 from fedgrpc.worker.model_store import ModelFolder
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Spool, SpooledUpdate
-from fedgrpc.worker.status import Activity, Board
+from fedgrpc.worker.status import Activity, Controls, StatusPublisher
 from fedgrpc.worker.task import Registration, Task, TaskKind
 from fedgrpc.worker.training import Began
 
@@ -37,13 +36,13 @@ class Link(Loop):
     _TLS_FLAGS = "--upstream-tls"
 
     def __init__(
-        self, settings: WorkerSettings, client: AggregatorClient, board: Board, branches: Branches
+        self, settings: WorkerSettings, client: AggregatorClient, publisher: StatusPublisher, branches: Branches
     ) -> None:
         """Raises `StorageError` for a state folder that cannot be used."""
         super().__init__(
             settings,
             client,
-            board,
+            publisher,
             Controls(),
             Spool(
                 settings.state_dir / "spool",
@@ -79,7 +78,7 @@ class LeafLoop(Link):
 
     async def _next_answer(self, registration: Registration) -> Polled | None:
         """A task is asked for once there are workers for it: the one above counts on whoever polls."""
-        self._board.enter(Activity.WAITING)
+        self._publisher.enter(Activity.WAITING)
         desk = self._branches.present.desk
         if not desk.resuming:
             await desk.crew.wait()
@@ -95,9 +94,9 @@ class LeafLoop(Link):
         nothing: tuple[Layout, Mapping[str, Array], float] = ((), {}, 0.0)
         layout, given, download_s = nothing if task.kind is TaskKind.INITIALIZE else await self._lazily(task)
         began = Began(download_s, time.monotonic())
-        self._board.enter(Activity.EVALUATING if task.kind is TaskKind.EVALUATE else Activity.TRAINING)
+        self._publisher.enter(Activity.EVALUATING if task.kind is TaskKind.EVALUATE else Activity.TRAINING)
         order = Order(message, layout, given, self._due_at(task))
-        watching = asyncio.create_task(branch.watch(lambda progress: self._board.show(progress=progress)))
+        watching = asyncio.create_task(branch.watch(lambda progress: self._publisher.show(progress=progress)))
         try:
             mean = await branch.desk.carry_out(order)
         except asyncio.CancelledError:
@@ -117,7 +116,7 @@ class LeafLoop(Link):
         if task.deadline_s is None:
             return None
         left_s = max(0.0, task.deadline_s - time.monotonic())
-        upload_s = max(_RESERVED * left_s, _LAST_UPLOADS * self._board.status.last_timings.upload_s)
+        upload_s = max(_RESERVED * left_s, _LAST_UPLOADS * self._publisher.status.last_timings.upload_s)
         return task.deadline_s - min(upload_s, left_s / 2)
 
 

@@ -23,7 +23,7 @@ from fedgrpc.storage.folder import folder_id, hold_folder
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.process import IN_USE
 from fedgrpc.worker.settings import WorkerSettings
-from fedgrpc.worker.status import Board, Status
+from fedgrpc.worker.status import Status, StatusPublisher
 
 _DECIDED_ABOVE: Final = (
     *("run_name", "rounds", "plan", "initial_model", "target", "evaluate", "seed"),
@@ -72,7 +72,7 @@ class Leaf:
             channel = await stack.enter_async_context(open_channel(above.aggregator, above.tls))
             session = Session.begin(folder_id(above.state_dir))
             client = AggregatorClient(channel, above.name, above.throttle, above.stall_s, session=session)
-            link = LeafLoop(above, client, Board(Status(above.name, above.aggregator)), branches)
+            link = LeafLoop(above, client, StatusPublisher(Status(above.name, above.aggregator)), branches)
             await branches.resume()
             linked, ended = asyncio.create_task(link.run()), asyncio.create_task(branches.ended.wait())
             scoring = asyncio.create_task(

@@ -24,7 +24,7 @@ from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.client import AggregatorClient, Polled
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import SpooledUpdate
-from fedgrpc.worker.status import Activity, Board, Status
+from fedgrpc.worker.status import Activity, Status, StatusPublisher
 from fedgrpc.worker.task import Registration, Role, Task
 from fedgrpc.worker.training import Began, Outcome, update_of
 
@@ -61,7 +61,7 @@ class ScoringLoop(Link):
     def __init__(
         self, settings: WorkerSettings, client: AggregatorClient, branches: Branches, lease_s: float
     ) -> None:
-        super().__init__(settings, client, Board(Status(settings.name, settings.aggregator)), branches)
+        super().__init__(settings, client, StatusPublisher(Status(settings.name, settings.aggregator)), branches)
         self._lease_s = lease_s
 
     async def _connect(self) -> Registration:
@@ -71,7 +71,7 @@ class ScoringLoop(Link):
         return registration
 
     async def _next_answer(self, registration: Registration) -> Polled | None:
-        self._board.enter(Activity.WAITING)
+        self._publisher.enter(Activity.WAITING)
         evaluators = self._branches.of(registration.run_id).desk.evaluators
         if not evaluators.is_set():
             await self._leave()
@@ -87,7 +87,7 @@ class ScoringLoop(Link):
             layout, given, download_s = await self._lazily(task)
             await branch.desk.show(Shown(task.model_version, layout, given))
         began = Began(download_s, time.monotonic())
-        self._board.enter(Activity.EVALUATING)
+        self._publisher.enter(Activity.EVALUATING)
         scores = await self._scores(coordinator, task.model_version)
         outcome = Outcome(None, scores.example_count, scores=scores)
         residual = await asyncio.to_thread(self._spool.residual, task.run_id)

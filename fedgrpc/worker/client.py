@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc.aio
 
+from fedgrpc.aio import BatchPipeline, prefetched
 from fedgrpc.codec.chunk import CHUNK_BYTES, FIRST_CHUNK_BYTES, LARGE_CHUNK_BYTES, Chunk, Pace, chunk_at
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.codec.payload import Read
@@ -23,7 +24,6 @@ from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
 from fedgrpc.rpc import framing
 from fedgrpc.rpc.client_stream import ClientStream
 from fedgrpc.rpc.identity import Session
-from fedgrpc.rpc.lane import Lane
 from fedgrpc.rpc.status import MAX_RETRY_AFTER_S, domain_errors
 from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, tensor_pb2
 from fedgrpc.worker.device import DeviceProfile
@@ -203,7 +203,8 @@ class AggregatorClient:
             ):
                 stream = ClientStream(call)
                 wanted = await stream.write(aggregator_pb2.PushUpdateRequest(header=header))
-                async with aclosing(_ahead(_chunks(read, size_bytes, offset, pace), size_bytes, pace)) as framed:
+                pieces = _chunks(read, size_bytes, offset, pace)
+                async with aclosing(prefetched(lambda: _framed(pieces, size_bytes, pace))) as framed:
                     async for chunk, message in framed:
                         await pacer.wait(len(chunk.data), moved)
                         sent_s = self._clock()
@@ -292,16 +293,16 @@ class AggregatorClient:
 
     async def _receive(self, call: Any, partial: PartialModel, moved: Moved, report: Report) -> None:
         pacer = Pacer(self._throttle.link_bits_per_second)
-        async with Lane(partial.append) as lane:
+        async with BatchPipeline(partial.append) as pipeline:
             while (chunk := await call.read()) is not grpc.aio.EOF:
                 if not isinstance(chunk, Chunk):
                     raise CorruptError("a second header came within a model stream")
                 await pacer.wait(len(chunk.data), moved)
-                await lane.put(chunk)
+                await pipeline.put(chunk)
                 moved(0)
                 # A payload of no bytes has no chunks: the one that came is refused when it is written.
                 report(partial.size_bytes / max(1, partial.manifest.size_bytes))
-            await lane.drain()
+            await pipeline.drain()
         if partial.size_bytes < partial.manifest.size_bytes:
             raise LinkError("the model stream ended early")
 
@@ -333,37 +334,20 @@ def _chunks(read: Read, size_bytes: int, offset: int, pace: Pace) -> Iterator[Ch
         yield chunk
 
 
-async def _ahead(
-    pieces: Iterator[Chunk], size_bytes: int, pace: Pace
-) -> AsyncGenerator[tuple[Chunk, bytes], None]:
-    """Each chunk of a payload with its framed message, read and framed in a thread while those before are sent.
+def _framed(pieces: Iterator[Chunk], size_bytes: int, pace: Pace) -> tuple[list[tuple[Chunk, bytes]], bool]:
+    """The next chunks of a payload with their framed messages, and whether more follow.
 
-    Only so far ahead that a change of pace is felt at once.
+    Only so many that a change of pace has effect at once.
     """
-    loop = asyncio.get_running_loop()
-    coming = loop.run_in_executor(None, _framed, pieces, pace)
-    try:
-        while batch := await coming:
-            last, _ = batch[-1]
-            ends = last.offset + len(last.data) == size_bytes
-            if not ends:
-                coming = loop.run_in_executor(None, _framed, pieces, pace)
-            for framed in batch:
-                yield framed
-            if ends:
-                return
-    finally:
-        # The file must not be closed under the thread that reads it.
-        await asyncio.wait([coming])
-
-
-def _framed(pieces: Iterator[Chunk], pace: Pace) -> list[tuple[Chunk, bytes]]:
     batch: list[tuple[Chunk, bytes]] = []
-    size_bytes, wanted_bytes = 0, min(_BATCH_BYTES, _BATCH_CHUNKS * pace.chunk_bytes)
-    while size_bytes < wanted_bytes and (chunk := next(pieces, None)) is not None:
+    batch_bytes, wanted_bytes = 0, min(_BATCH_BYTES, _BATCH_CHUNKS * pace.chunk_bytes)
+    while batch_bytes < wanted_bytes and (chunk := next(pieces, None)) is not None:
         batch.append((chunk, framing.frame(chunk)))
-        size_bytes += len(chunk.data)
-    return batch
+        batch_bytes += len(chunk.data)
+        # Tell the end with the last batch: an empty one more would cost a hop to a thread.
+        if chunk.offset + len(chunk.data) == size_bytes:
+            return batch, False
+    return batch, bool(batch)
 
 
 @asynccontextmanager

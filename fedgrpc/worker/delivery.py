@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import structlog
 
+from fedgrpc.aio import Interrupted, run_until_interrupted
 from fedgrpc.codec.payload import Read, verify_digest
 from fedgrpc.errors import (
     CorruptError,
@@ -17,18 +18,14 @@ from fedgrpc.errors import (
     LinkError,
     NameTaken,
     RoundClosed,
-    StateCopied,
-    StorageError,
     TooLargeError,
-    UnknownWorker,
     WrongOffset,
 )
 from fedgrpc.protocol.records import Timings
 from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.worker.client import AggregatorClient, Pushed
-from fedgrpc.worker.concurrency import Interrupted, unless
 from fedgrpc.worker.spool import Spool, SpooledUpdate
-from fedgrpc.worker.status import Activity, Board
+from fedgrpc.worker.status import Activity, StatusPublisher
 from fedgrpc.worker.task import task_from_proto
 
 _TRIES: Final = 3
@@ -41,24 +38,13 @@ Beat = Callable[[str], Coroutine[Any, Any, str]]
 log = structlog.get_logger()
 
 
-def worth_retrying(error: FedgrpcError) -> bool:
-    """Whether the same call may succeed later: the link, a restart, a bound, a disk, a name that is in use.
-
-    Anything else is for good.
-    """
-    if isinstance(error, StateCopied):
-        return False
-    later = LinkError | UnknownWorker | Exhausted | StorageError | NameTaken
-    return isinstance(error, later) or type(error) is FedgrpcError
-
-
 class Delivery:
     """Sends the updates of one spool, one at a time."""
 
-    def __init__(self, client: AggregatorClient, spool: Spool, board: Board, beat: Beat) -> None:
+    def __init__(self, client: AggregatorClient, spool: Spool, publisher: StatusPublisher, beat: Beat) -> None:
         self._client = client
         self._spool = spool
-        self._board = board
+        self._publisher = publisher
         self._beat = beat
         self._began: tuple[str, float] = ("", 0.0)
 
@@ -73,10 +59,10 @@ class Delivery:
         try:
             await self._send(update, moved, new)
         except FedgrpcError as error:
-            if worth_retrying(error) or isinstance(error, NameTaken):
+            if error.retryable or isinstance(error, NameTaken):
                 raise
             await asyncio.to_thread(self._spool.drop, update)
-            self._board.show(last_error=str(error))
+            self._publisher.show(last_error=str(error))
             self._log_of(update).warning("update refused", reason=str(error))
             return False
         await asyncio.to_thread(self._spool.acknowledge, update)
@@ -84,9 +70,9 @@ class Delivery:
         return True
 
     async def _send(self, update: SpooledUpdate, moved: Callable[[float], None], new: bool) -> None:
-        self._board.enter(Activity.UPLOADING)
+        self._publisher.enter(Activity.UPLOADING)
         try:
-            await unless(self._push(update, moved, new), self._beat(update.token))
+            await run_until_interrupted(self._push(update, moved, new), self._beat(update.token))
         except Interrupted as interruption:
             # The order to stop may have crossed the acknowledgement.
             if not (await self._client.query_push(update.token)).complete:
@@ -153,7 +139,7 @@ class Delivery:
             local_s=update.header.timings.local_seconds,
             upload_s=time.monotonic() - self._began[1],
         )
-        self._board.show(last_timings=timings, last_error="")
+        self._publisher.show(last_timings=timings, last_error="")
         self._log_of(update).info(
             "update acknowledged",
             bytes=update.size_bytes,

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import structlog
 
+from fedgrpc.aio import Interrupted, in_thread, run_until_interrupted
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import (
     CorruptError,
@@ -34,15 +35,13 @@ from fedgrpc.storage.files import storage_errors
 from fedgrpc.trainer import Cancelled, Trainer, Weights
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.client import AggregatorClient, Polled
-from fedgrpc.worker.concurrency import Interrupted, in_thread, unless
-from fedgrpc.worker.controls import Controls
-from fedgrpc.worker.delivery import Delivery, worth_retrying
+from fedgrpc.worker.delivery import Delivery
 from fedgrpc.worker.device import DeviceProfile
 from fedgrpc.worker.model_store import HeldModel, ModelFolder, Source
 from fedgrpc.worker.personal import keeping, restored
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Spool, SpooledUpdate
-from fedgrpc.worker.status import Activity, Board
+from fedgrpc.worker.status import Activity, Controls, StatusPublisher
 from fedgrpc.worker.task import Registration, Task, TaskKind
 from fedgrpc.worker.training import (
     ALL_PARTS,
@@ -83,7 +82,7 @@ class Loop:
         self,
         settings: WorkerSettings,
         client: AggregatorClient,
-        board: Board,
+        publisher: StatusPublisher,
         controls: Controls,
         spool: Spool,
         models: ModelFolder,
@@ -92,7 +91,7 @@ class Loop:
     ) -> None:
         self._settings = settings
         self._client = client
-        self._board = board
+        self._publisher = publisher
         self._controls = controls
         self._spool = spool
         self._models = models
@@ -105,7 +104,7 @@ class Loop:
         self._why = ""
         self._download_began: tuple[str, float] = ("", 0.0)
         self._show_at_s = 0.0
-        self._delivery = Delivery(client, spool, board, self._beat)
+        self._delivery = Delivery(client, spool, publisher, self._beat)
         self._log: Any = log.bind(worker=settings.name)
 
     async def run(self) -> None:
@@ -117,18 +116,18 @@ class Loop:
             FedgrpcError: the aggregator refuses this worker for good, or its learning task cannot be built.
         """
         while True:
-            self._board.enter(Activity.CONNECTING)
+            self._publisher.enter(Activity.CONNECTING)
             try:
                 return await self._session()
             except FedgrpcError as error:
-                if not worth_retrying(error):
+                if not error.retryable:
                     raise
                 self._check_folder(error)
                 reason = await self._explained(error)
             if self._controls.draining and not self._spool.count(self._run_id):
                 return
             delay_s = self._retries.next_delay_s()
-            self._board.show(last_error=reason)
+            self._publisher.show(last_error=reason)
             self._log.warning("disconnected", reason=reason, retry_in_s=round(delay_s, 2))
             await (asyncio.sleep(delay_s) if self._controls.draining else self._controls.wait(delay_s))
 
@@ -183,7 +182,7 @@ class Loop:
         if self._trainer is None:
             self._trainer = await asyncio.to_thread(self._build_trainer, registration)
             profile = await asyncio.to_thread(self._profile)
-            if profile != self._board.status.device or self._parts() != ALL_PARTS:
+            if profile != self._publisher.status.device or self._parts() != ALL_PARTS:
                 # The learning task has brought its libraries, and with them the knowledge of the accelerator.
                 registration = await self._register()
         self._log.info("connected", run=registration.run, aggregator=self._settings.aggregator)
@@ -194,7 +193,7 @@ class Loop:
         registration = await self._client.register(profile, self._settings.role, self._parts())
         await asyncio.to_thread(self._models.forget_other_runs, registration.run_id)
         self._heartbeat_interval_s = registration.heartbeat_interval_s
-        self._board.show(run=registration.run, device=profile)
+        self._publisher.show(run=registration.run, device=profile)
         self._show_disk()
         return registration
 
@@ -207,13 +206,13 @@ class Loop:
         wait_s = min(registration.poll_wait_s or self._settings.poll_wait_s, self._settings.poll_wait_s)
         while not self._controls.draining:
             if self._controls.paused:
-                self._board.enter(Activity.PAUSED)
+                self._publisher.enter(Activity.PAUSED)
                 await self._controls.changed()
                 continue
-            self._board.enter(Activity.WAITING)
+            self._publisher.enter(Activity.WAITING)
             poll = self._client.poll(wait_s, self._models.held)
             try:
-                return await unless(poll, self._controls.changed())
+                return await run_until_interrupted(poll, self._controls.changed())
             except Interrupted:
                 continue
         return None
@@ -222,9 +221,9 @@ class Loop:
         """One task from download to acknowledgement; its failure is reported and ends nothing else."""
         task_log = self._log.bind(run=task.run, round=task.round)
         task_log.info("task started", kind=task.kind.name.lower(), version=task.model_version)
-        self._board.show(round=task.round, task_kind=task.kind)
+        self._publisher.show(round=task.round, task_kind=task.kind)
         try:
-            update = await unless(self._work(task, message), self._beat(task.token))
+            update = await run_until_interrupted(self._work(task, message), self._beat(task.token))
         except (Interrupted, Cancelled) as interruption:
             task_log.warning("task cancelled", reason=str(interruption) or "the learning task ended it")
         except asyncio.CancelledError:
@@ -234,7 +233,7 @@ class Loop:
             await self._say_goodbye(task, str(error))
             raise
         except FedgrpcError as error:
-            if worth_retrying(error) and not isinstance(error, StorageError):
+            if error.retryable and not isinstance(error, StorageError):
                 raise
             task_log.warning("task failed", reason=str(error))
             await self._give_back(task, str(error))
@@ -242,7 +241,7 @@ class Loop:
         else:
             await self._deliver(update, new=True)
         finally:
-            self._board.show(task_kind=None)
+            self._publisher.show(task_kind=None)
 
     async def _deliver(self, update: SpooledUpdate, new: bool = False) -> None:
         try:
@@ -300,7 +299,7 @@ class Loop:
 
     async def _hold(self, task: Task) -> tuple[HeldModel, float]:
         """The version that the task is for, on the disk, and the seconds since its download began."""
-        self._board.enter(Activity.DOWNLOADING)
+        self._publisher.enter(Activity.DOWNLOADING)
         if self._download_began[0] != task.token:
             self._download_began = (task.token, time.monotonic())
         sub_model = task.plan.sub_model
@@ -323,17 +322,17 @@ class Loop:
 
     async def _local_work(self, trainer: Trainer, task: Task, given: Given, hooks: Hooks) -> Outcome:
         if task.kind is TaskKind.INITIALIZE:
-            self._board.enter(Activity.TRAINING)
+            self._publisher.enter(Activity.TRAINING)
             return await in_thread(lambda: initialize(trainer, task.plan), hooks.stop)
         scores = None
         if task.kind is TaskKind.EVALUATE or task.plan.evaluate:
-            self._board.enter(Activity.EVALUATING)
+            self._publisher.enter(Activity.EVALUATING)
             scores = await in_thread(lambda: evaluate(trainer, given(), hooks), hooks.stop)
         if task.kind is TaskKind.EVALUATE:
             if scores is None:
                 raise TaskError("there is no held-out data on this device to score the model on")
             return Outcome(None, scores.example_count, scores=scores)
-        self._board.enter(Activity.TRAINING)
+        self._publisher.enter(Activity.TRAINING)
         return await in_thread(lambda: train(trainer, given(), task, hooks, scores), hooks.stop)
 
     async def _beat(self, token: str) -> str:
@@ -341,7 +340,7 @@ class Loop:
         while True:
             # A phase that is over at once is not worth a call.
             await asyncio.sleep(min(_SETTLED_S, self._heartbeat_interval_s / 2))
-            status = self._board.status
+            status = self._publisher.status
             try:
                 beat = await self._client.heartbeat(token, status.activity.phase, status.progress)
                 if beat.cancel:
@@ -349,19 +348,19 @@ class Loop:
             except UnknownWorker:
                 await self._register()
             except FedgrpcError as error:
-                if not worth_retrying(error) or isinstance(error, NameTaken):
+                if not error.retryable or isinstance(error, NameTaken):
                     return str(error)
                 self._log.debug("heartbeat failed", reason=str(error))
-            if self._board.status.activity is status.activity:
-                await self._board.next_activity(self._heartbeat_interval_s)
+            if self._publisher.status.activity is status.activity:
+                await self._publisher.next_activity(self._heartbeat_interval_s)
 
     async def _give_back(self, task: Task, reason: str) -> None:
         """Report a failure, and wait a little: a task that fails at once must not spin."""
-        self._board.show(last_error=reason)
+        self._publisher.show(last_error=reason)
         try:
             await self._client.report_failure(task.token, reason)
         except FedgrpcError as error:
-            if worth_retrying(error):
+            if error.retryable:
                 raise
         await self._controls.wait(self._retries.next_delay_s())
 
@@ -387,7 +386,7 @@ class Loop:
         now_s = time.monotonic()
         if now_s >= self._show_at_s or progress >= 1.0:
             self._show_at_s = now_s + _REPORT_INTERVAL_S
-            self._board.show(progress=progress)
+            self._publisher.show(progress=progress)
 
     def _reporter(self, stop: threading.Event) -> Callable[[float], None]:
         """Shows progress from the training thread, a few times a second."""
@@ -399,13 +398,14 @@ class Loop:
             now_s = time.monotonic()
             if now_s >= next_at_s and not stop.is_set():
                 next_at_s = now_s + _REPORT_INTERVAL_S
-                loop.call_soon_threadsafe(lambda: self._board.show(progress=progress))
+                loop.call_soon_threadsafe(lambda: self._publisher.show(progress=progress))
 
         return report
 
     def _show_disk(self) -> None:
         held = self._models.held
-        self._board.show(model_version=0 if held is None else held.version, spooled_updates=self._spool.count())
+        version = 0 if held is None else held.version
+        self._publisher.show(model_version=version, spooled_updates=self._spool.count())
 
 
 def _check_plan(task: Task, min_batch_size: int) -> None:

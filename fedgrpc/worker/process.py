@@ -11,22 +11,20 @@ from typing import Final
 import structlog
 
 from fedgrpc.codec.manifest import Limits
-from fedgrpc.process import told_to_end
-from fedgrpc.rpc.allocator import reuse_memory
+from fedgrpc.process import reuse_memory, told_to_end
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.identity import Session
 from fedgrpc.rpc.server import WORKER, RunningServer, serve, worker_service
 from fedgrpc.storage.folder import folder_id, hold_folder
 from fedgrpc.trainer import Trainer
 from fedgrpc.worker.client import AggregatorClient
-from fedgrpc.worker.controls import Controls
 from fedgrpc.worker.device import DeviceProfile, detect, usable_memory_bytes
 from fedgrpc.worker.loop import Loop
 from fedgrpc.worker.model_store import ModelFolder
 from fedgrpc.worker.service import WorkerService
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Spool
-from fedgrpc.worker.status import Activity, Board, Status
+from fedgrpc.worker.status import Activity, Controls, Status, StatusPublisher
 from fedgrpc.worker.task import Registration
 
 IN_USE: Final = "is used by another worker; give each worker its own --state-dir"
@@ -57,7 +55,7 @@ class Worker:
         self._living: asyncio.Task[None] | None = None
         self._exit_code = 0
         self.controls = Controls()
-        self.board = Board(Status(settings.name, settings.aggregator))
+        self.publisher = StatusPublisher(Status(settings.name, settings.aggregator))
         self.server: RunningServer | None = None
 
     async def run(self) -> int:
@@ -84,7 +82,7 @@ class Worker:
             loop = Loop(
                 settings,
                 client,
-                self.board,
+                self.publisher,
                 self.controls,
                 Spool(
                     settings.state_dir / "spool",
@@ -102,7 +100,7 @@ class Worker:
         address = self._settings.serve_address
         if address is None:
             return
-        service = worker_service(WorkerService(self.board, models, self))
+        service = worker_service(WorkerService(self.publisher, models, self))
         server = serve(address, [service], tls=self._settings.serve_tls, grace_s=0.5)
         self.server = await stack.enter_async_context(server)
         await self.server.health.set(WORKER, True)
@@ -137,8 +135,8 @@ class Worker:
         back, an upload stays in the spool for the next start.
         """
         self.controls.drain()
-        if self.board.status.task_kind is None:
-            self.board.enter(Activity.DRAINING)
+        if self.publisher.status.task_kind is None:
+            self.publisher.enter(Activity.DRAINING)
         if within_s is not None:
             loop = asyncio.get_running_loop()
             loop.call_later(within_s, self._cancel, exit_code)

@@ -15,7 +15,7 @@ from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.rpc.framing import frame
 from fedgrpc.v1 import aggregator_pb2, worker_pb2, worker_pb2_grpc
 from fedgrpc.worker.model_store import ModelFolder
-from fedgrpc.worker.status import Board
+from fedgrpc.worker.status import StatusPublisher
 
 
 class Steering(Protocol):
@@ -34,8 +34,8 @@ class Steering(Protocol):
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """Serves one worker's status, held model and controls."""
 
-    def __init__(self, board: Board, models: ModelFolder, steering: Steering) -> None:
-        self._board = board
+    def __init__(self, publisher: StatusPublisher, models: ModelFolder, steering: Steering) -> None:
+        self._publisher = publisher
         self._models = models
         self._steering = steering
         self._making_raw = asyncio.Lock()
@@ -44,13 +44,13 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, request: worker_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.GetStatusResponse:
         """What the worker does now."""
-        return worker_pb2.GetStatusResponse(status=self._board.status.to_proto())
+        return worker_pb2.GetStatusResponse(status=self._publisher.status.to_proto())
 
     async def WatchStatus(
         self, request: worker_pb2.WatchStatusRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.WatchStatusResponse]:
         """The status, and every change of it."""
-        async for status in self._board.watch():
+        async for status in self._publisher.watch():
             yield worker_pb2.WatchStatusResponse(status=status.to_proto())
 
     async def PullModel(
@@ -76,21 +76,21 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     ) -> worker_pb2.PauseResponse:
         """Take no further task until `Resume`."""
         self._steering.pause()
-        return worker_pb2.PauseResponse(status=self._board.status.to_proto())
+        return worker_pb2.PauseResponse(status=self._publisher.status.to_proto())
 
     async def Resume(
         self, request: worker_pb2.ResumeRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.ResumeResponse:
         """Take tasks again."""
         self._steering.resume()
-        return worker_pb2.ResumeResponse(status=self._board.status.to_proto())
+        return worker_pb2.ResumeResponse(status=self._publisher.status.to_proto())
 
     async def Drain(
         self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.DrainResponse:
         """Finish the task in hand, then end the process."""
         self._steering.drain()
-        return worker_pb2.DrainResponse(status=self._board.status.to_proto())
+        return worker_pb2.DrainResponse(status=self._publisher.status.to_proto())
 
 
 def _next_framed(pieces: Iterator[Chunk]) -> bytes | None:

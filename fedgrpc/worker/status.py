@@ -1,13 +1,18 @@
-"""What the worker shows of itself: one immutable status, replaced on every change, watched by any number."""
+"""The two ends of a worker that its owner holds: the status it publishes, and the controls that steer it.
+
+The status is one immutable value, replaced on every change, and watched by any number.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Final
 
+from fedgrpc.aio import Changes
 from fedgrpc.protocol.records import Timings, timings_to_proto
 from fedgrpc.v1 import round_pb2, worker_pb2
 from fedgrpc.worker.device import DeviceProfile
@@ -71,41 +76,71 @@ class Status:
         )
 
 
-class Board:
+class StatusPublisher:
     """Holds the present status. Written by the worker's loop alone."""
 
     def __init__(self, status: Status) -> None:
         self.status = status
-        self._changed = asyncio.Event()
-        self._entered = asyncio.Event()
+        self._changes = Changes()
+        self._activities = Changes()
 
     def show(self, **changes: Any) -> None:
-        """Replace fields of the status; watchers wake."""
+        """Replace fields of the status, and wake watchers if that changes it."""
         if all(getattr(self.status, name) == value for name, value in changes.items()):
             return
         self.status = replace(self.status, **changes)
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._changes.notify()
 
     def enter(self, activity: Activity) -> None:
         """Start an activity, with its progress at zero."""
         self.show(activity=activity, progress=0.0)
-        self._entered.set()
-        self._entered = asyncio.Event()
+        self._activities.notify()
 
     async def next_activity(self, timeout_s: float) -> None:
         """Return when the next activity starts, or after `timeout_s`."""
-        entered = self._entered
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await entered.wait()
-        except TimeoutError:
-            return
+                await self._activities.wait(self._activities.revision)
 
     async def watch(self, min_interval_s: float = _MIN_INTERVAL_S) -> AsyncIterator[Status]:
         """The present status, then each one that follows; of those in quick succession only the last."""
         while True:
-            changed = self._changed
+            seen = self._changes.revision
             yield self.status
             await asyncio.sleep(min_interval_s)
-            await changed.wait()
+            await self._changes.wait(seen)
+
+
+class Controls:
+    """The owner's instructions: to pause, to drain. The loop looks at them between tasks and while it waits."""
+
+    def __init__(self) -> None:
+        self.paused = False
+        self.draining = False
+        self._changes = Changes()
+
+    def pause(self) -> None:
+        """Take no further task."""
+        self.paused = True
+        self._changes.notify()
+
+    def resume(self) -> None:
+        """Take tasks again."""
+        self.paused = False
+        self._changes.notify()
+
+    def drain(self) -> None:
+        """Finish the present task, then end."""
+        self.draining = True
+        self._changes.notify()
+
+    def changed(self) -> Coroutine[Any, Any, int]:
+        """Return an awaitable of the next change after this call (not: after it is awaited)."""
+        return self._changes.wait(self._changes.revision)
+
+    async def wait(self, timeout_s: float) -> None:
+        """Wait for `timeout_s`, or less when the worker is to drain."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self.draining:
+                    await self.changed()

@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 
 from fedgrpc.errors import FedgrpcError, TaskError, UsageError
+from fedgrpc.process import rest_while_waiting
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.trainer import (
     Cancelled,
@@ -30,7 +31,6 @@ from fedgrpc.trainer import (
     roles,
     tied_names,
 )
-from fedgrpc.worker.threads import rest_while_waiting
 
 log = structlog.get_logger()
 

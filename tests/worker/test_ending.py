@@ -172,11 +172,11 @@ from pathlib import Path
 from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.throttle import Throttle
-from tests.support.running_worker import Adds
+from tests.support.running_worker import AddOneTrainer
 
 settings = WorkerSettings("pi-1", sys.argv[1], Path(sys.argv[2]) / "state", drain_s=float(sys.argv[3]),
                           serve_address=None, throttle=Throttle(link_bits_per_second=float(sys.argv[4])))
-sys.exit(asyncio.run(run_worker(settings, Adds())))
+sys.exit(asyncio.run(run_worker(settings, AddOneTrainer())))
 """
 ROOT = Path(__file__).parents[2]
 

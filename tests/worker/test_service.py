@@ -123,7 +123,7 @@ async def test_the_owner_pauses_and_resumes_the_worker(tmp_path):
     async with served(peer, tmp_path) as (stub, worker, _, _):
         await stub.Pause(worker_pb2.PauseRequest())
         await peer.give(train_task())
-        async for status in worker.board.watch(0):
+        async for status in worker.publisher.watch(0):
             if status.activity.value == worker_pb2.ACTIVITY_PAUSED:
                 break
         assert peer.uploads == {}

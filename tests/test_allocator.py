@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-ASK = "from fedgrpc.rpc.allocator import reuse_memory; print(reuse_memory())"
+ASK = "from fedgrpc.process import reuse_memory; print(reuse_memory())"
 
 
 def answer(**environment):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def said(code, **more):
@@ -30,7 +30,7 @@ def test_threads_are_those_of_torch_and_of_what_is_loaded_before():
     pytest.importorskip("torch")
     pytest.importorskip("threadpoolctl")
     code = (
-        "import numpy; from fedgrpc.worker.threads import use_threads; use_threads(1); import torch;"
+        "import numpy; from fedgrpc.process import use_threads; use_threads(1); import torch;"
         "from threadpoolctl import threadpool_info;"
         "print(torch.get_num_threads(), *(each['num_threads'] for each in threadpool_info()))"
     )

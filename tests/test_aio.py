@@ -1,9 +1,10 @@
 import asyncio
 import threading
+from contextlib import aclosing
 
 import pytest
 
-from fedgrpc.worker.concurrency import Interrupted, in_thread, unless
+from fedgrpc.aio import Changes, Interrupted, in_thread, prefetched, run_until_interrupted
 
 
 async def forever():
@@ -20,31 +21,33 @@ async def failure(error):
 
 
 async def test_work_that_ends_first_gives_its_result():
-    assert await unless(value(7), forever()) == 7
+    assert await run_until_interrupted(value(7), forever()) == 7
 
 
 async def test_an_interrupter_that_ends_first_gives_its_reason():
     with pytest.raises(Interrupted, match="the lease is gone"):
-        await unless(forever(), value("the lease is gone"))
+        await run_until_interrupted(forever(), value("the lease is gone"))
 
 
 @pytest.mark.parametrize("who", ["work", "interrupter"])
 async def test_what_either_raises_is_raised(who):
     error = failure(ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
-        await (unless(error, forever()) if who == "work" else unless(forever(), error))
+        await (
+            run_until_interrupted(error, forever()) if who == "work" else run_until_interrupted(forever(), error)
+        )
 
 
 async def test_both_have_ended_when_it_returns():
     before = asyncio.all_tasks()
     with pytest.raises(Interrupted):
-        await unless(forever(), value("stop"))
+        await run_until_interrupted(forever(), value("stop"))
     assert asyncio.all_tasks() == before
 
 
 async def test_both_have_ended_when_it_is_cancelled():
     before = asyncio.all_tasks()
-    task = asyncio.create_task(unless(forever(), forever()))
+    task = asyncio.create_task(run_until_interrupted(forever(), forever()))
     await asyncio.sleep(0.01)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -84,3 +87,39 @@ async def test_a_thread_that_does_not_stop_is_left_behind_when_cancelled_again()
     with pytest.raises(asyncio.CancelledError):
         await asyncio.wait_for(task, 20)
     release.set()
+
+
+def counted(batches):
+    """A reader for `prefetched` of so many batches of two, and the numbers of those that were read."""
+    read = []
+
+    def next_batch():
+        number = len(read)
+        read.append(number)
+        return [2 * number, 2 * number + 1], number + 1 < batches
+
+    return next_batch, read
+
+
+async def test_prefetched_items_come_in_order_and_each_batch_is_read_once():
+    next_batch, read = counted(3)
+    assert [item async for item in prefetched(next_batch)] == [0, 1, 2, 3, 4, 5]
+    assert read == [0, 1, 2]
+
+
+async def test_one_batch_is_read_ahead_and_its_thread_has_ended_when_the_reader_stops():
+    next_batch, read = counted(100)
+    async with aclosing(prefetched(next_batch)) as items:
+        assert await anext(items) == 0
+    assert read == [0, 1]
+
+
+async def test_watchers_wake_at_each_change_and_miss_none_that_came_before_they_waited():
+    changes = Changes()
+    seen = changes.revision
+    changes.notify()
+    assert await asyncio.wait_for(changes.wait(seen), 20) == changes.revision
+    waiting = [asyncio.create_task(changes.wait(changes.revision)) for _ in range(2)]
+    await asyncio.sleep(0)
+    changes.notify()
+    assert await asyncio.gather(*waiting) == [changes.revision] * 2
