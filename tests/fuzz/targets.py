@@ -34,7 +34,8 @@ from fedgrpc.codec.preference import parse_preferences
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.datasets.partition import parse_part, parse_partition
 from fedgrpc.errors import FedgrpcError, UsageError
-from fedgrpc.protocol import durations, plans, records, tensors
+from fedgrpc.protocol import durations, records, tensors
+from fedgrpc.protocol import plans as plan_messages
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rpc import framing
 from fedgrpc.rpc.identity import Session
@@ -200,7 +201,7 @@ def _recipe(text: str) -> None:
 
 
 _READERS_OF_TEXT: Final[tuple[Callable[[str], object], ...]] = (
-    *(_recipe, parse_encoding, parse_preferences, full_text, plans.parse_sub_model),
+    *(_recipe, parse_encoding, parse_preferences, full_text, plan_messages.parse_sub_model),
     *(SubModel.parse, Session.parse, RunTarget.parse, parse_partition, parse_part),
     lambda text: _negotiation().downlink_of(text),
 )
@@ -332,14 +333,14 @@ TABLE_TEXTS: Final = (
 
 @cache
 def _plans() -> tuple[round_pb2.LocalModels, ...]:
-    return tuple(plans.plans_to_proto(PlanTable.from_toml(text)) for text in TABLE_TEXTS)
+    return tuple(plan_messages.plans_to_proto(PlanTable.from_toml(text)) for text in TABLE_TEXTS)
 
 
 @target(share=15)
 def plans(rnd: Random, folder: Path) -> None:
-    table = plans.plans_from_proto(_one_of(_plans(), rnd))
-    assert plans.plans_from_proto(plans.plans_to_proto(table)) == table
-    plan = plans.plan_from_proto(invented(round_pb2.LocalModel, rnd))
+    table = plan_messages.plans_from_proto(_one_of(_plans(), rnd))
+    assert plan_messages.plans_from_proto(plan_messages.plans_to_proto(table)) == table
+    plan = plan_messages.plan_from_proto(invented(round_pb2.LocalModel, rnd))
     try:
         assert CompressionPlan.from_toml(plan.to_toml()) == plan
     except UsageError as error:
