@@ -1,6 +1,6 @@
-"""How much an update's say in a coordinate is worth, by the noise that its number format adds.
+"""Weight of an update's coordinates by the noise that its number format adds.
 
-    say[c] = 1 / (1 + noise[c] / s2)        inverse variance, relative to an update without such noise
+    weight[c] = 1 / (1 + noise[c] / s2)        inverse variance, relative to an update without such noise
 
 Where an update's own variance is s2, rounding adds `noise` to it, and the best unbiased mean of several updates
 weighs each by 1 / (s2 + noise). The rule: full precision keeps its weight exactly, so a fleet without small
@@ -53,7 +53,7 @@ def rounding_noise(
     return np.broadcast_to(step**2 / 12, values.shape) + (0.0 if noise is None else noise)
 
 
-def say(noise: np.ndarray, delta: np.ndarray) -> np.ndarray:
+def inverse_variance_weight(noise: np.ndarray, delta: np.ndarray) -> np.ndarray:
     """From above 0 to 1 for each coordinate of an update `delta`, whose noise has this variance.
 
     s2 is what of the delta's own mean square the noise does not explain.

@@ -58,7 +58,7 @@ def check_finite(tensor: TensorLike, mean: np.ndarray) -> None:
         raise NotFinite(f"the mean of tensor {tensor.name!r} is not finite in {tensor.dtype}", tensor=tensor.name)
 
 
-def check_merged_layout(model: Sequence[TensorLike], update: Sequence[TensorLike]) -> None:
+def check_partial_aggregate(model: Sequence[TensorLike], update: Sequence[TensorLike]) -> None:
     """The update lists tensors of the model, each once, with weights and rests that may be theirs.
 
     Raises `UpdateRefused` with the first difference.
@@ -89,7 +89,7 @@ def check_merged_layout(model: Sequence[TensorLike], update: Sequence[TensorLike
         raise UpdateRefused(f"the model has no tensor {min(given)!r}")
 
 
-def add_merged(
+def add_partial_aggregate(
     mean: CoordinateMean,
     tensor: TensorLike,
     names: Collection[str],
@@ -112,7 +112,7 @@ def add_merged(
         mean.add_mean(values if scale == 1.0 else values.astype(np.float64) * scale, weights * (weight / own))
 
 
-def merged_values(
+def partial_aggregate_values(
     model: Sequence[TensorLike], names: Collection[str], read: Read, weight: float
 ) -> Iterator[tuple[TensorLike, np.ndarray]]:
     """Each tensor of the update as the values it stands for, its weights checked. Raises `UpdateRefused`."""

@@ -126,7 +126,7 @@ def unpack(name: str, names: Collection[str], read: Read, whole: Coverage) -> tu
     return values, coverage
 
 
-def unpacked(
+def unpack_all(
     model: Sequence[TensorLike], names: Collection[str], read: Read, selection: Selection | None
 ) -> Iterator[tuple[TensorLike, np.ndarray]]:
     """Each tensor of the update as the values it stands for, one at a time. Raises as `unpack`."""

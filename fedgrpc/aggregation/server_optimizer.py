@@ -1,6 +1,6 @@
 """What the server makes of the mean update: FedAvg and the adaptive optimizers of FedOpt (arXiv 2003.00295).
 
-An optimizer sees one tensor at a time, or a piece of one, since each coordinate is for itself. Its memory of a
+An optimizer sees one tensor at a time, or a piece of one, since each coordinate is for itself. Its state of a
 tensor is a tuple of arrays of that tensor's shape, kept by the caller with the model version, so that a restart
 loses nothing. `t` counts committed versions from 1.
 """
@@ -15,15 +15,17 @@ import numpy as np
 
 from fedgrpc.errors import UsageError
 
-Memory = tuple[np.ndarray, ...]
+OptimizerState = tuple[np.ndarray, ...]
 
 
 class ServerOptimizer(Protocol):
-    """`step(w, delta, memory) -> (new w, new memory)`; `memory` starts as `memory_count` arrays of zeros."""
+    """`step(w, delta, state) -> (new w, new state)`; `state` starts as `state_count` arrays of zeros."""
 
-    memory_count: ClassVar[int]
+    state_count: ClassVar[int]
 
-    def step(self, weights: np.ndarray, delta: np.ndarray, memory: Memory) -> tuple[np.ndarray, Memory]:
+    def step(
+        self, weights: np.ndarray, delta: np.ndarray, state: OptimizerState
+    ) -> tuple[np.ndarray, OptimizerState]:
         """One step along the mean update `delta` (float64), both of one shape. Inputs stay as they are."""
         ...
 
@@ -33,9 +35,11 @@ class FedAvg:
     """w + lr * delta (arXiv 1602.05629 with lr = 1)."""
 
     learning_rate: float = 1.0
-    memory_count: ClassVar[int] = 0
+    state_count: ClassVar[int] = 0
 
-    def step(self, weights: np.ndarray, delta: np.ndarray, memory: Memory) -> tuple[np.ndarray, Memory]:
+    def step(
+        self, weights: np.ndarray, delta: np.ndarray, state: OptimizerState
+    ) -> tuple[np.ndarray, OptimizerState]:
         return weights + self.learning_rate * delta, ()
 
 
@@ -45,10 +49,12 @@ class FedAvgM:
 
     learning_rate: float = 1.0
     momentum: float = 0.9
-    memory_count: ClassVar[int] = 1
+    state_count: ClassVar[int] = 1
 
-    def step(self, weights: np.ndarray, delta: np.ndarray, memory: Memory) -> tuple[np.ndarray, Memory]:
-        velocity = self.momentum * memory[0] + delta
+    def step(
+        self, weights: np.ndarray, delta: np.ndarray, state: OptimizerState
+    ) -> tuple[np.ndarray, OptimizerState]:
+        velocity = self.momentum * state[0] + delta
         return weights + self.learning_rate * velocity, (velocity,)
 
 
@@ -60,14 +66,16 @@ class _Adaptive:
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3
-    memory_count: ClassVar[int] = 2
+    state_count: ClassVar[int] = 2
 
     def _second(self, v: np.ndarray, square: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
-    def step(self, weights: np.ndarray, delta: np.ndarray, memory: Memory) -> tuple[np.ndarray, Memory]:
-        m = self.beta1 * memory[0] + (1 - self.beta1) * delta
-        v = self._second(memory[1], np.square(delta))
+    def step(
+        self, weights: np.ndarray, delta: np.ndarray, state: OptimizerState
+    ) -> tuple[np.ndarray, OptimizerState]:
+        m = self.beta1 * state[0] + (1 - self.beta1) * delta
+        v = self._second(state[1], np.square(delta))
         return weights + self.learning_rate * m / (np.sqrt(v) + self.tau), (m, v)
 
 

@@ -19,9 +19,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from fedgrpc.aggregation.inverse_variance import rounding_noise, say
+from fedgrpc.aggregation.inverse_variance import inverse_variance_weight, rounding_noise
 from fedgrpc.aggregation.mean import CoordinateMean
-from fedgrpc.aggregation.partial_aggregate import add_merged
+from fedgrpc.aggregation.partial_aggregate import add_partial_aggregate
 from fedgrpc.aggregation.partial_update import coverage_of, unpack
 from fedgrpc.aggregation.server_optimizer import ServerOptimizer
 from fedgrpc.aggregator.blame import blaming
@@ -43,7 +43,7 @@ _THREADS = 1
 S = TypeVar("S")
 T = TypeVar("T")
 Group = range
-# New values, flat or not, and optimizer memory.
+# New values, flat or not, and optimizer state.
 Stepped = tuple[np.ndarray, tuple[np.ndarray, ...]]
 # mean(start, stop)
 Mean = Callable[[int, int], np.ndarray]
@@ -89,13 +89,13 @@ class Commit:
     `parts` names the tokens whose updates are of a part of the model, and the slice (None: all channels) of each;
     `merged` those whose updates are means themselves, and what such an update says that it weighs. `scales` are
     factors on the differences of an update; without: 1. `keeps` tells of an update and a tensor whether its worker
-    keeps the tensor to itself. `formats` names those whose say falls with their noise.
+    keeps the tensor to itself. `formats` names those whose weight falls with their noise.
     `about` is for the metadata of the model's file.
     A coordinate that no update covers keeps its value, and the optimizer what it remembers of it.
     """
 
     base: ModelFile
-    memory: ModelFile | None
+    optimizer_state: ModelFile | None
     optimizer: ServerOptimizer
     updates: Sequence[tuple[str, float]]
     load: Load
@@ -108,33 +108,33 @@ class Commit:
     keeps: Keeps = keeps_nothing
 
     @property
-    def memory_layout(self) -> Layout:
-        """What the optimizer keeps: `memory_count` float32 tensors for each trained tensor of the model."""
+    def state_layout(self) -> Layout:
+        """What the optimizer keeps: `state_count` float32 tensors for each trained tensor of the model."""
         return tuple(
             TensorSpec(f"{part}/{spec.name}", "float32", spec.shape)
             for spec in self.base.layout
             if spec.is_trained
-            for part in range(self.optimizer.memory_count)
+            for part in range(self.optimizer.state_count)
         )
 
-    def write(self, model_path: Path, memory_path: Path) -> bytes:
-        """Write the new version, and the optimizer's memory if it has any; returns the model's SHA-256.
+    def write(self, model_path: Path, state_path: Path) -> bytes:
+        """Write the new version, and the optimizer's state if it has any; returns the model's SHA-256.
 
         Raises `StorageError`, `UnusableUpdate` when an update is not what was accepted, and `NotFinite` when what
         the updates make of the model is not finite.
         """
-        memory_layout = self.memory_layout
+        state_layout = self.state_layout
         with ModelWriter(model_path, self.base.layout, self.spares, about=self.about) as model:
-            if not memory_layout:
+            if not state_layout:
                 for values, _ in self._stepped():
                     model.add(values)
                 return model.finish()
-            with ModelWriter(memory_path, memory_layout) as memory:
+            with ModelWriter(state_path, state_layout) as state:
                 for values, parts in self._stepped():
                     model.add(values)
                     for part in parts:
-                        memory.add(part)
-                memory.finish()
+                        state.add(part)
+                state.finish()
             return model.finish()
 
     def _stepped(self) -> Iterator[Stepped]:
@@ -146,7 +146,7 @@ class Commit:
 
     def _spans(self, fold: Fold) -> Iterator[list[Span]]:
         """The model in pieces of work; tensors are joined and cut where nothing needs each of them whole."""
-        whole = self.optimizer.memory_count > 0
+        whole = self.optimizer.state_count > 0
         for group in groups(self.base.layout):
             spans = [Span(index, 0, self.base.layout[index].size) for index in group]
             if whole:
@@ -170,7 +170,7 @@ class Commit:
         return [*joined, Span(first, 0, stop + spans[-1].stop)]
 
     def _step(self, spans: Sequence[Span], load: Load, fold: Fold) -> list[Stepped]:
-        """New values and optimizer memory of each span.
+        """New values and optimizer state of each span.
 
         Trained tensors are differences to the base. All others are values, which no optimizer steps on.
         """
@@ -181,7 +181,7 @@ class Commit:
             if span.index not in means:
                 stepped.append(self._step_floats(span, partial(fold.mean, spec), fold.step))
             elif means[span.index].covers_nothing or spec.role is TensorRole.CONSTANT:
-                stepped.append((self.base.tensor(span.index), self._memory_of(spec)))
+                stepped.append((self.base.tensor(span.index), self._state_of(spec)))
             elif spec.is_trained:
                 delta, where = means[span.index].result().reshape(-1), means[span.index].untouched
                 untouched = None if where is None else where.reshape(-1)
@@ -219,15 +219,15 @@ class Commit:
         `mean_of` gives a piece of the mean update, flat and float64, best `step` elements at a time.
         """
         spec, old = self.base.layout[span.index], self.base.part(span.index, span.start, span.stop)
-        memory = self._memory_of(spec)
-        new, kept = np.empty_like(old), tuple(np.empty_like(part) for part in memory)
+        state = self._state_of(spec)
+        new, kept = np.empty_like(old), tuple(np.empty_like(part) for part in state)
         delta, delta_at = np.empty(0), 0
         for at in range(0, old.size, PIECE):
             piece = slice(at, min(at + PIECE, old.size))
             if piece.stop > delta_at + delta.size:
                 delta, delta_at = mean_of(span.start + at, min(span.start + at + step, span.stop)), at
             wide = old[piece].astype(np.float64)
-            before = tuple(part.reshape(-1)[piece].astype(np.float64) for part in memory)
+            before = tuple(part.reshape(-1)[piece].astype(np.float64) for part in state)
             mean = delta[at - delta_at : piece.stop - delta_at]
             stepped, after = self.optimizer.step(wide, mean, before)
             if untouched is not None:
@@ -257,11 +257,11 @@ class Commit:
             index += 1
         return self.base.layout[index].name
 
-    def _memory_of(self, spec: TensorSpec) -> tuple[np.ndarray, ...]:
-        count = self.optimizer.memory_count if spec.is_trained else 0
-        if self.memory is None:
+    def _state_of(self, spec: TensorSpec) -> tuple[np.ndarray, ...]:
+        count = self.optimizer.state_count if spec.is_trained else 0
+        if self.optimizer_state is None:
             return tuple(np.zeros(spec.shape, np.float32) for _ in range(count))
-        return tuple(self.memory.named(f"{part}/{spec.name}") for part in range(count))
+        return tuple(self.optimizer_state.named(f"{part}/{spec.name}") for part in range(count))
 
 
 def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -299,7 +299,7 @@ def means_of(
                     if spec.name in sent and not spec.is_trained and not keeps(token, spec.name):
                         _add_unchanged(mean, base(spec.name), weight, coverage_of(spec, parts.get(token)))
                 elif token in merged:
-                    add_merged(mean, spec, reader.names, reader.tensor, merged[token], weight, scale)
+                    add_partial_aggregate(mean, spec, reader.names, reader.tensor, merged[token], weight, scale)
                 elif token not in parts:
                     mean.add(reader.tensor(spec.name), weight, scale=scale)
                 else:
@@ -311,7 +311,9 @@ def means_of(
                     if noise is None:
                         mean.add(values, weight, coverage, scale=scale)
                     else:
-                        mean.add_each(values, weight * say(noise, values), coverage, scale=scale)
+                        mean.add_each(
+                            values, weight * inverse_variance_weight(noise, values), coverage, scale=scale
+                        )
     return means
 
 

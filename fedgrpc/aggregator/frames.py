@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from io import FileIO
 
-from fedgrpc.codec.chunk import LARGE_CHUNK_BYTES, Chunk, Pace, chunks, crc32
+from fedgrpc.codec.chunk import LARGE_CHUNK_BYTES, Chunk, ChunkSizer, chunks, crc32
 from fedgrpc.errors import StorageError
 from fedgrpc.rpc.framing import frame, parse
 
@@ -100,7 +100,7 @@ class FrameCache:
         """
         self._pulling += 1
         try:
-            at, pace = offset, Pace(least=_LEAST_BYTES)
+            at, pace = offset, ChunkSizer(least=_LEAST_BYTES)
             size = min(pace.chunk_bytes, self.message_bytes)
             while at < payload.size_bytes:
                 most = self.message_bytes

@@ -146,9 +146,9 @@ class ModelStore:
         self._whole_bytes: dict[tuple[Recipe, str], int] = {}
         self._opened: tuple[tuple[int, ...], ModelFile] | None = None
         self._models = data_dir / "models"
-        self._memories = data_dir / "optimizer"
+        self._optimizer_states = data_dir / "optimizer"
         self._encoded_folder = data_dir / "encoded"
-        for folder in (self._models, self._memories, self._encoded_folder):
+        for folder in (self._models, self._optimizer_states, self._encoded_folder):
             make_private(folder)
         self.spares = RecycledFiles(data_dir / "models" / "spare", _MAX_SPARES)
         self._forms = Forms(data_dir / "held")
@@ -172,9 +172,9 @@ class ModelStore:
         """Where `version` is, or will be."""
         return self._models / f"{version:06d}.safetensors"
 
-    def memory_path(self, version: int) -> Path:
-        """Where the server optimizer's memory after `version` is, or will be."""
-        return self._memories / f"{version:06d}.safetensors"
+    def optimizer_state_path(self, version: int) -> Path:
+        """Where the server optimizer's state after `version` is, or will be."""
+        return self._optimizer_states / f"{version:06d}.safetensors"
 
     def versions(self) -> list[int]:
         """The versions whose files are here, in order. Raises `StorageError`."""
@@ -198,17 +198,17 @@ class ModelStore:
             self._opened = (signature, _open(path))
         return self._opened[1]
 
-    def open_memory(self, version: int) -> ModelFile | None:
-        """The server optimizer's memory after `version`, None where it keeps none."""
-        path = self.memory_path(version)
+    def open_optimizer_state(self, version: int) -> ModelFile | None:
+        """The server optimizer's state after `version`, None where it keeps none."""
+        path = self.optimizer_state_path(version)
         return _open(path) if path.exists() else None
 
-    def forget_memories(self) -> None:
+    def forget_optimizer_state(self) -> None:
         """Remove what a server optimizer remembers: another one would read it wrong. Raises `StorageError`."""
         try:
-            for path in self._memories.iterdir():
+            for path in self._optimizer_states.iterdir():
                 path.unlink(missing_ok=True)
-            sync(self._memories)
+            sync(self._optimizer_states)
         except OSError as error:
             raise StorageError(f"cannot remove the server optimizer's state: {error.strerror}") from error
 
@@ -218,8 +218,8 @@ class ModelStore:
         Raises as `open` too.
         """
         _check(self.open(version))
-        if (memory := self.open_memory(version)) is not None:
-            _check(memory)
+        if (state := self.open_optimizer_state(version)) is not None:
+            _check(state)
 
     def tensors(self, version: int) -> Mapping[str, Array]:
         """The tensors of `version` by name, each read when it is asked for. Raises as `open`."""
@@ -400,7 +400,7 @@ class ModelStore:
         try:
             # Those who have waited for `keep` hold the version before it.
             self._forms.prune(keep | {min(keep) - 1})
-            for folder in (self._models, self._memories, self._encoded_folder):
+            for folder in (self._models, self._optimizer_states, self._encoded_folder):
                 for path in folder.iterdir():
                     number = _VERSION.match(path.name)
                     if number is None or int(number[1]) in keep:

@@ -17,7 +17,7 @@ from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.model_store import Downlink
 from fedgrpc.codec.cast import Cast
 from fedgrpc.codec.encoding import Encoding
-from fedgrpc.codec.preference import Known, Preferences, parse_preferences
+from fedgrpc.codec.preference import Capabilities, Preferences, parse_preferences
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.uniform import Uniform
 from fedgrpc.errors import UsageError
@@ -178,11 +178,11 @@ def _downlink(whole: Recipe, difference: Recipe) -> Downlink:
     return Downlink(whole, None if difference.lossless or not difference.contractive else difference)
 
 
-def _known(registration: RegisterRequest) -> Known:
+def _known(registration: RegisterRequest) -> Capabilities:
     return _listed(tuple(registration.encodings), COMPRESSION_ZSTD in registration.compressions)
 
 
 @lru_cache(maxsize=256)
-def _listed(encodings: tuple[str, ...], zstd: bool) -> Known:
+def _listed(encodings: tuple[str, ...], zstd: bool) -> Capabilities:
     """A fleet of thousands lists the same again and again."""
-    return Known.listed(encodings, ["zstd"] if zstd else [])
+    return Capabilities.listed(encodings, ["zstd"] if zstd else [])

@@ -89,13 +89,13 @@ class NewVersion:
                 digest = await asyncio.to_thread(_write_values, path, update, about)
         else:
             base = it.models.open(current.base_version)
-            memory = it.models.open_memory(current.base_version)
+            optimizer_state = it.models.open_optimizer_state(current.base_version)
             parts, merged = parts_of(it, current, weights), merged_of(current, weights)
             for token in weights:
                 await self.learn_channels(token)
             files = CommitFiles(
                 base,
-                memory,
+                optimizer_state,
                 self._optimizer,
                 list(weights.items()),
                 self.load,
@@ -108,7 +108,7 @@ class NewVersion:
                 current.keeps,
             )
             try:
-                digest = await asyncio.to_thread(files.write, path, it.models.memory_path(number))
+                digest = await asyncio.to_thread(files.write, path, it.models.optimizer_state_path(number))
             except NotFinite as error:
                 raise await asyncio.to_thread(self.blamed, error, weights, current.scales) from error
         model = it.models.open(number)
@@ -150,7 +150,7 @@ class NewVersion:
         if model.sha256() != known.sha256:
             raise StorageError(f"the model {model.path} is corrupt: its SHA-256 is not the one recorded")
         # A round that was cut off may have left what its optimizer would have remembered.
-        it.models.memory_path(number).unlink(missing_ok=True)
+        it.models.optimizer_state_path(number).unlink(missing_ok=True)
         about = about_version(it.settings.run_name, round_number, number, known.scores)
         tensors = (model.tensor(index) for index in range(len(model.layout)))
         return write_model(it.models.path(number), model.layout, tensors, about)

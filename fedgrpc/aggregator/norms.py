@@ -10,8 +10,8 @@ from typing import Final
 import numpy as np
 
 from fedgrpc.aggregation.admission import AdmissionPolicy, TensorLike, check_values, sum_of_squares
-from fedgrpc.aggregation.partial_aggregate import merged_values
-from fedgrpc.aggregation.partial_update import unpacked
+from fedgrpc.aggregation.partial_aggregate import partial_aggregate_values
+from fedgrpc.aggregation.partial_update import unpack_all
 from fedgrpc.aggregator.uploads import StoredUpdate
 from fedgrpc.codec.layout import Layout
 from fedgrpc.storage.model_file import ModelFile
@@ -54,9 +54,9 @@ def norm_of(stored: StoredUpdate, layout: Layout, plain: bool, selection: Select
     file = stored.open()
     with file as reader:
         if stored.header.merged_updates:
-            values: Values = merged_values(layout, reader.names, reader.tensor, stored.header.weight)
+            values: Values = partial_aggregate_values(layout, reader.names, reader.tensor, stored.header.weight)
         elif plain:
             values = file.long_pieces()
         else:
-            values = unpacked(layout, reader.names, reader.tensor, selection)
+            values = unpack_all(layout, reader.names, reader.tensor, selection)
         return check_values(values, AdmissionPolicy())

@@ -18,8 +18,8 @@ import structlog
 
 from fedgrpc import claims
 from fedgrpc.aggregation.admission import AdmissionPolicy, check_layout, check_values
-from fedgrpc.aggregation.partial_aggregate import check_merged_layout, merged_values
-from fedgrpc.aggregation.partial_update import unpacked
+from fedgrpc.aggregation.partial_aggregate import check_partial_aggregate, partial_aggregate_values
+from fedgrpc.aggregation.partial_update import unpack_all
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.first_model import complaint
 from fedgrpc.aggregator.local_models import LocalTask
@@ -263,7 +263,7 @@ class Receiver:
         assert it.current is not None
         local = it.current.local_task(token)
         if merged:
-            check_merged_layout(it.run.layout, manifest.layout)
+            check_partial_aggregate(it.run.layout, manifest.layout)
         elif local.plain:
             check_layout(it.run.layout, manifest.layout)
         else:
@@ -379,7 +379,7 @@ class Receiver:
         update = stored.open()
         with update as reader:
             if header.merged_updates:
-                values = merged_values(it.run.layout, reader.names, reader.tensor, header.weight)
+                values = partial_aggregate_values(it.run.layout, reader.names, reader.tensor, header.weight)
                 check_values(values, it.settings.admission)
                 return
             if current is not None and current.kind == TASK_KIND_INITIALIZE:
@@ -390,7 +390,7 @@ class Receiver:
                 _check_plain(update, it.settings.admission)
                 return
             selection = it.local_models.selection(local.sub_model, current.version_of(header.token))
-            tensors = unpacked(it.run.layout, reader.names, reader.tensor, selection)
+            tensors = unpack_all(it.run.layout, reader.names, reader.tensor, selection)
             check_values(tensors, it.settings.admission)
 
 

@@ -106,7 +106,7 @@ class Recovery:
         it = self._it
         if OPTIMIZER in changed:
             log.warning("the server optimizer's state begins anew", changed=changed[OPTIMIZER])
-            await asyncio.to_thread(it.models.forget_memories)
+            await asyncio.to_thread(it.models.forget_optimizer_state)
         if changed:
             log.info("settings changed", run=self._settings.run_name, changed=dict(changed))
         await it.in_database(it.store.save_settings, compared_text(self._settings))

@@ -58,7 +58,7 @@ def chunk_at(read: Read, offset: int, size: int) -> Chunk:
 
 
 @dataclass
-class Pace:
+class ChunkSizer:
     """How large the next chunk is best: what the link carries in about `CHUNK_S`, within `least` and `most` bytes.
 
     A chunk is kept whole or not at all. So on a slow link a broken stream loses little, and a chunk takes far less

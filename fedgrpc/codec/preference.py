@@ -25,14 +25,14 @@ _UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 
 @dataclass(frozen=True)
-class Known:
+class Capabilities:
     """What a side can read and write: names of encodings and of compressions."""
 
     encodings: frozenset[str]
     compressions: frozenset[str]
 
     @classmethod
-    def listed(cls, encodings: Iterable[str], compressions: Iterable[str]) -> Known:
+    def listed(cls, encodings: Iterable[str], compressions: Iterable[str]) -> Capabilities:
         """Of what it lists: other names of an encoding count as its own, and unknown ones not at all."""
         names = {_own_name(name) for name in encodings}
         return cls(frozenset(name for name in names if name) | {"raw"}, frozenset(compressions) | {"none"})
@@ -87,7 +87,7 @@ class Preferences:
         """Of all alternatives, each once."""
         return tuple(dict.fromkeys(alternative.recipe for alternative in self.alternatives))
 
-    def choose(self, known: Known, bits_per_second: float | None) -> Recipe | None:
+    def choose(self, known: Capabilities, bits_per_second: float | None) -> Recipe | None:
         """The recipe for a side that knows so much, over a link of that speed; None: it knows none of them."""
         usable = [alternative for alternative in self.alternatives if known.covers(alternative.recipe)]
         suited = [alternative for alternative in usable if alternative.suits(bits_per_second)]

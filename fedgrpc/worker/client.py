@@ -16,7 +16,7 @@ from typing import Any, Final
 import grpc.aio
 
 from fedgrpc.aio import BatchPipeline, prefetched
-from fedgrpc.codec.chunk import CHUNK_BYTES, FIRST_CHUNK_BYTES, LARGE_CHUNK_BYTES, Chunk, Pace, chunk_at
+from fedgrpc.codec.chunk import CHUNK_BYTES, FIRST_CHUNK_BYTES, LARGE_CHUNK_BYTES, Chunk, ChunkSizer, chunk_at
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.codec.payload import Read
 from fedgrpc.errors import CorruptError, LayoutError, LinkError, WrongOffset
@@ -126,10 +126,10 @@ class AggregatorClient:
         return self._max_chunk_bytes < before
 
     @contextmanager
-    def _pace(self) -> Iterator[Pace]:
+    def _pace(self) -> Iterator[ChunkSizer]:
         """As fast as the last upload was at its end; slower where that broke off, for small chunks get through."""
         most = self._throttle.chunk_bytes(min(LARGE_CHUNK_BYTES, self._max_chunk_bytes))
-        pace = Pace(most, self._chunk_bytes)
+        pace = ChunkSizer(most, self._chunk_bytes)
         try:
             yield pace
         except BaseException:
@@ -326,7 +326,7 @@ def _header_of(message: Any) -> aggregator_pb2.ModelHeader:
     return message.header
 
 
-def _chunks(read: Read, size_bytes: int, offset: int, pace: Pace) -> Iterator[Chunk]:
+def _chunks(read: Read, size_bytes: int, offset: int, pace: ChunkSizer) -> Iterator[Chunk]:
     """The payload's chunks from `offset`, as large as the pace allows when each is read. Raises as `chunk_at`."""
     while offset < size_bytes:
         chunk = chunk_at(read, offset, min(pace.chunk_bytes, size_bytes - offset))
@@ -334,7 +334,7 @@ def _chunks(read: Read, size_bytes: int, offset: int, pace: Pace) -> Iterator[Ch
         yield chunk
 
 
-def _framed(pieces: Iterator[Chunk], size_bytes: int, pace: Pace) -> tuple[list[tuple[Chunk, bytes]], bool]:
+def _framed(pieces: Iterator[Chunk], size_bytes: int, pace: ChunkSizer) -> tuple[list[tuple[Chunk, bytes]], bool]:
     """The next chunks of a payload with their framed messages, and whether more follow.
 
     Only so many that a change of pace has effect at once.

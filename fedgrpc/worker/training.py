@@ -151,7 +151,7 @@ def _local_scores(
     known = any(name.startswith(_LOCAL) for name in result.metrics)
     if scores is None or known or (ends_s is not None and time.monotonic() >= ends_s):
         return {}
-    # A copy: what is sent must not change should the learning task score in place. The optimizer's memory is free.
+    # A copy: what is sent must not change should the learning task score in place. The optimizer's state is free.
     local = evaluate(trainer, {name: np.array(array) for name, array in result.weights.items()}, hooks)
     return {} if local is None else {f"{_LOCAL}{name}": value for name, value in local.metrics.items()}
 

@@ -1,4 +1,4 @@
-"""A worker's say in a coordinate falls with the noise that its number format adds."""
+"""A worker's weight in a coordinate falls with the noise that its number format adds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fedgrpc.aggregation.inverse_variance import rounding_noise, say
+from fedgrpc.aggregation.inverse_variance import inverse_variance_weight, rounding_noise
 from fedgrpc.aggregation.mean import CoordinateMean
 from fedgrpc.submodels.coverage import Coverage
 from fedgrpc.submodels.plan import Arithmetic, CompressionPlan, Pruning, Quantization
@@ -63,7 +63,7 @@ def test_weighing_by_precision_comes_closer_to_the_truth_than_weighing_all_alike
         else:
             delta = delta + RNG.normal(size=truth.shape) * np.sqrt(noise)
             plain.add(delta, 100.0)
-            precise.add_each(delta, 100.0 * say(noise, delta), Coverage(WEIGHTS.shape))
+            precise.add_each(delta, 100.0 * inverse_variance_weight(noise, delta), Coverage(WEIGHTS.shape))
     errors = [np.mean((mean.result() - truth) ** 2) for mean in (plain, precise)]
     assert errors[1] < errors[0] / 2
 
@@ -71,6 +71,6 @@ def test_weighing_by_precision_comes_closer_to_the_truth_than_weighing_all_alike
 def test_the_say_is_from_above_nothing_to_all() -> None:
     delta = RNG.normal(scale=1e-3, size=WEIGHTS.shape)
     for variance in (1e-12, 1e-6, 1.0):
-        weights = say(np.full(WEIGHTS.shape, variance), delta)
+        weights = inverse_variance_weight(np.full(WEIGHTS.shape, variance), delta)
         assert ((weights > 0) & (weights <= 1)).all()
-    assert (say(np.full(3, 1e-3), np.zeros(3)) == 1).all()
+    assert (inverse_variance_weight(np.full(3, 1e-3), np.zeros(3)) == 1).all()

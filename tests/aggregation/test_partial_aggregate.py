@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgrpc.aggregation.mean import CoordinateMean
-from fedgrpc.aggregation.partial_aggregate import add_merged, check_merged_layout, merged_values, pack_mean
+from fedgrpc.aggregation.partial_aggregate import (
+    add_partial_aggregate,
+    check_partial_aggregate,
+    pack_mean,
+    partial_aggregate_values,
+)
 from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.errors import UpdateRefused
 from fedgrpc.submodels.coverage import Coverage
@@ -34,7 +39,7 @@ def sent(spec: TensorSpec, updates: list[Update]) -> Packed:
 def merge(spec: TensorSpec, parts: list[tuple[Packed, float]]) -> CoordinateMean:
     mean = CoordinateMean(spec.shape)
     for packed, weight in parts:
-        add_merged(mean, spec, packed.keys(), packed.__getitem__, weight, weight)
+        add_partial_aggregate(mean, spec, packed.keys(), packed.__getitem__, weight, weight)
     return mean
 
 
@@ -66,8 +71,10 @@ def test_a_tree_of_means_is_the_mean_of_all_updates(data: st.DataObject) -> None
             weight = sum(weight for _, weight in below)
             middles.append((pack_mean(spec, merge(spec, below), weight, np.dtype(dtype)), weight))
     for packed, weight in middles:
-        check_merged_layout([spec], specs_of(packed))
-        assert len(list(merged_values([spec], packed.keys(), packed.__getitem__, weight))) == bool(packed)
+        check_partial_aggregate([spec], specs_of(packed))
+        assert len(list(partial_aggregate_values([spec], packed.keys(), packed.__getitem__, weight))) == bool(
+            packed
+        )
     root = merge(spec, middles)
     assert root.covers_nothing == flat.covers_nothing
     if flat.covers_nothing:
@@ -117,7 +124,7 @@ def test_a_mean_is_weighed_as_the_operator_says() -> None:
     spec = TensorSpec("w", "float32", (2,))
     mean = CoordinateMean((2,))
     packed = {"w": np.array([1, 1], np.float32), "w#weights": np.array([4.0, 2.0])}
-    add_merged(mean, spec, packed.keys(), packed.__getitem__, 4.0, 1.0)
+    add_partial_aggregate(mean, spec, packed.keys(), packed.__getitem__, 4.0, 1.0)
     assert isinstance(mean.weights, np.ndarray)
     assert mean.weights.tolist() == [1.0, 0.5]
 
@@ -137,17 +144,17 @@ def test_a_mean_is_weighed_as_the_operator_says() -> None:
 def test_tensors_that_are_not_of_a_mean_are_refused(changes: Packed, complaint: str) -> None:
     model = [TensorSpec("w", "float32", (2, 3)), TensorSpec("n", "int64", ())]
     honest = {"w": np.zeros((2, 3), np.float32), "n": np.array(1)}
-    check_merged_layout(model, specs_of(honest))
-    check_merged_layout(model, specs_of({"n": honest["n"]}))
+    check_partial_aggregate(model, specs_of(honest))
+    check_partial_aggregate(model, specs_of({"n": honest["n"]}))
     with pytest.raises(UpdateRefused) as refused:
-        check_merged_layout(model, specs_of({**honest, **changes}))
+        check_partial_aggregate(model, specs_of({**honest, **changes}))
     assert complaint in str(refused.value)
 
 
 def test_a_tensor_listed_twice_is_refused() -> None:
     spec = TensorSpec("w", "float32", (2,))
     with pytest.raises(UpdateRefused, match="twice"):
-        check_merged_layout([spec], [spec, replace(spec)])
+        check_partial_aggregate([spec], [spec, replace(spec)])
 
 
 @pytest.mark.parametrize("weights", [[-1.0, 1.0], [5.0, 1.0], [np.nan, 1.0], [np.inf, 1.0]])
@@ -155,14 +162,14 @@ def test_weights_beyond_the_updates_own_are_refused(weights: list[float]) -> Non
     """A coordinate never weighs more than all the updates together."""
     packed = {"w": np.zeros(2, np.float32), "w#weights": np.array(weights)}
     with pytest.raises(UpdateRefused, match="a weight of tensor 'w'"):
-        list(merged_values([TensorSpec("w", "float32", (2,))], packed.keys(), packed.__getitem__, 4.0))
+        list(partial_aggregate_values([TensorSpec("w", "float32", (2,))], packed.keys(), packed.__getitem__, 4.0))
 
 
 @pytest.mark.parametrize("rest", [0.7, np.nan, -np.inf])
 def test_a_rest_that_rounding_never_leaves_is_refused(rest: float) -> None:
     packed = {"n": np.array([1, 2]), "n#rest": np.array([0.0, rest])}
     with pytest.raises(UpdateRefused, match="the rest of tensor 'n'"):
-        list(merged_values([TensorSpec("n", "int64", (2,))], packed.keys(), packed.__getitem__, 4.0))
+        list(partial_aggregate_values([TensorSpec("n", "int64", (2,))], packed.keys(), packed.__getitem__, 4.0))
 
 
 def test_a_mean_that_its_dtype_cannot_hold_is_refused() -> None:

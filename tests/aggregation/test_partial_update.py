@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedgrpc.aggregation.partial_update import CODES, MASK, check_layout, pack, unpack, unpacked
+from fedgrpc.aggregation.partial_update import CODES, MASK, check_layout, pack, unpack, unpack_all
 from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.errors import UpdateRefused
 from fedgrpc.submodels.channels import ChannelGroup, ChannelMap, Segment, Selection, SubModel
@@ -77,7 +77,7 @@ def test_the_plans_part_of_the_model_is_taken(selection: Selection | None) -> No
     tensors = update(selection)
     check_layout(MODEL, specs(tensors), selection)
     names, read = tensors.keys(), tensors.__getitem__
-    values = {spec.name: value for spec, value in unpacked(MODEL, names, read, selection)}
+    values = {spec.name: value for spec, value in unpack_all(MODEL, names, read, selection)}
     assert all(np.array_equal(values[name], array) for name, array in tensors.items())
 
 

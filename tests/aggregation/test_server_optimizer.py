@@ -67,11 +67,11 @@ def test_an_optimizer_does_what_its_paper_says(
 ) -> None:
     deltas = np.random.default_rng(3).standard_normal((STEPS, 2, 3)) * 10.0 ** np.arange(-3, 0)
     weights = np.ones((2, 3))
-    memory = tuple(np.zeros((2, 3)) for _ in range(optimizer.memory_count))
+    state = tuple(np.zeros((2, 3)) for _ in range(optimizer.state_count))
     path = []
     for delta in deltas:
-        weights, memory = optimizer.step(weights, delta, memory)
-        assert len(memory) == optimizer.memory_count
+        weights, state = optimizer.step(weights, delta, state)
+        assert len(state) == optimizer.state_count
         path.append(weights)
     for index in np.ndindex(2, 3):
         expected = paper([float(delta[index]) for delta in deltas])
@@ -82,18 +82,18 @@ def test_an_optimizer_does_what_its_paper_says(
 def test_a_step_leaves_its_inputs_as_they_are(name: str) -> None:
     optimizer = server_optimizer(name)
     weights, delta = np.ones(3), np.array([0.1, -0.2, 0.0])
-    memory = tuple(np.full(3, 0.5) for _ in range(optimizer.memory_count))
-    optimizer.step(weights, delta, memory)
+    state = tuple(np.full(3, 0.5) for _ in range(optimizer.state_count))
+    optimizer.step(weights, delta, state)
     np.testing.assert_array_equal(weights, np.ones(3))
     np.testing.assert_array_equal(delta, [0.1, -0.2, 0.0])
-    assert all(np.array_equal(part, np.full(3, 0.5)) for part in memory)
+    assert all(np.array_equal(part, np.full(3, 0.5)) for part in state)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_update_of_nothing_from_fresh_memory_moves_nothing(name: str) -> None:
     optimizer = server_optimizer(name)
-    memory = tuple(np.zeros(3) for _ in range(optimizer.memory_count))
-    weights, _ = optimizer.step(np.ones(3), np.zeros(3), memory)
+    state = tuple(np.zeros(3) for _ in range(optimizer.state_count))
+    weights, _ = optimizer.step(np.ones(3), np.zeros(3), state)
     np.testing.assert_array_equal(weights, np.ones(3))
 
 
@@ -102,7 +102,7 @@ def test_a_learning_rate_scales_the_first_step(name: str) -> None:
     small, large = server_optimizer(name, 0.001), server_optimizer(name, 0.01)
     delta = np.array([0.1, -0.2])
     moves = [
-        optimizer.step(np.zeros(2), delta, tuple(np.zeros(2) for _ in range(optimizer.memory_count)))[0]
+        optimizer.step(np.zeros(2), delta, tuple(np.zeros(2) for _ in range(optimizer.state_count)))[0]
         for optimizer in (small, large)
     ]
     np.testing.assert_allclose(moves[0] * 10, moves[1])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fedgrpc.aggregator.commit as commit_module
-from fedgrpc.aggregation.inverse_variance import rounding_noise, say
+from fedgrpc.aggregation.inverse_variance import inverse_variance_weight, rounding_noise
 from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.commit import Commit, Formats, groups
 from fedgrpc.aggregator.uploads import UploadJournal
@@ -60,16 +60,16 @@ class Folder:
     def model(self, version):
         return self.path / f"{version}.safetensors"
 
-    def memory(self, version):
-        return self.path / f"memory-{version}.safetensors"
+    def state(self, version):
+        return self.path / f"state-{version}.safetensors"
 
     def commit(self, version=1, optimizer="fedavg", tokens=tuple(WEIGHTS), weights=WEIGHTS, learning_rate=None):
         """Write `version + 1`; returns its tensors."""
-        memory = ModelFile.open(self.memory(version)) if self.memory(version).exists() else None
+        state = ModelFile.open(self.state(version)) if self.state(version).exists() else None
         pairs = [(token, weights[token]) for token in tokens]
         optimizer = server_optimizer(optimizer, learning_rate)
-        files = Commit(ModelFile.open(self.model(version)), memory, optimizer, pairs, self.journal.load)
-        digest = files.write(self.model(version + 1), self.memory(version + 1))
+        files = Commit(ModelFile.open(self.model(version)), state, optimizer, pairs, self.journal.load)
+        digest = files.write(self.model(version + 1), self.state(version + 1))
         written = ModelFile.open(self.model(version + 1))
         assert written.sha256() == digest
         return {spec.name: written.tensor(index) for index, spec in enumerate(written.layout)}
@@ -146,14 +146,14 @@ def test_fedavgm_remembers_its_velocity_from_version_to_version(tmp_path):
 def test_the_adaptive_optimizers_remember_two_moments(tmp_path, name):
     folder = Folder(tmp_path)
     weights = BASE["conv"].astype(np.float64)
-    memory = (np.zeros(weights.shape), np.zeros(weights.shape))
+    state = (np.zeros(weights.shape), np.zeros(weights.shape))
     for version in (1, 2, 3):
         written = folder.commit(version, name)["conv"]
-        weights, memory = server_optimizer(name).step(weights, mean_of("conv"), memory)
+        weights, state = server_optimizer(name).step(weights, mean_of("conv"), state)
         np.testing.assert_allclose(written, weights, rtol=1e-5, atol=1e-6)
-    kept = ModelFile.open(folder.memory(4))
+    kept = ModelFile.open(folder.state(4))
     assert {spec.dtype for spec in kept.layout} == {"float32"}
-    np.testing.assert_allclose(kept.named("1/conv"), memory[1], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(kept.named("1/conv"), state[1], rtol=1e-5, atol=1e-7)
     assert not any("counter" in spec.name for spec in kept.layout)
 
 
@@ -182,13 +182,13 @@ def test_the_tensor_that_would_not_be_finite_is_named_among_those_that_are_read_
 
 
 def test_a_memory_that_is_not_finite_is_refused_too(tmp_path):
-    """The square of 1e30 is finite in float64 and would stay in FedAdam's float32 memory for ever."""
+    """The square of 1e30 is finite in float64 and would stay in FedAdam's float32 state for ever."""
     base = {"w": np.zeros(3, np.float32)}
     folder = Folder(tmp_path, base, {"a": {"w": np.full(3, 1e30, np.float32)}})
     with pytest.raises(UpdateRefused, match="'w' would not be finite"):
         folder.commit(optimizer="fedadam", tokens=("a",))
     assert not folder.model(2).exists()
-    assert not folder.memory(2).exists()
+    assert not folder.state(2).exists()
 
 
 def test_an_update_that_is_cut_short_on_the_disk_is_the_one_that_is_unusable(tmp_path):
@@ -208,7 +208,7 @@ def test_a_base_that_is_gone_is_a_storage_error(tmp_path):
     folder.model(1).unlink()
     files = Commit(base, None, server_optimizer("fedavg"), [("a", 1.0)], folder.journal.load)
     with pytest.raises(StorageError, match=re.escape(str(folder.model(1)))):
-        files.write(folder.model(2), folder.memory(2))
+        files.write(folder.model(2), folder.state(2))
 
 
 def test_groups_are_all_tensors_once_in_order_and_none_is_larger_than_it_must_be(monkeypatch):
@@ -232,11 +232,13 @@ def test_an_update_of_a_small_format_has_less_say_in_each_coordinate_by_its_nois
         parts={"b": None},
         formats={"b": Formats(plan, 20)},
     )
-    files.write(folder.model(2), folder.memory(2))
+    files.write(folder.model(2), folder.state(2))
     written = ModelFile.open(folder.model(2))
     for name in ("conv", "long"):
         delta = {token: UPDATES[token][name].astype(np.float64) for token in WEIGHTS}
-        own = dict(WEIGHTS) | {"b": WEIGHTS["b"] * say(rounding_noise(plan, name, BASE[name], 20), delta["b"])}
+        own = dict(WEIGHTS) | {
+            "b": WEIGHTS["b"] * inverse_variance_weight(rounding_noise(plan, name, BASE[name], 20), delta["b"])
+        }
         mean = sum(own[token] * delta[token] for token in delta) / sum(own.values())
         assert_close(written.named(name), BASE[name].astype(np.float64) + mean)
         assert np.abs(mean - mean_of(name)).max() > 1e-3

@@ -32,10 +32,10 @@ def written(tmp_path, updates, optimizer="fedavg", versions=1, base=BASE, **abou
     pairs = [(token, WEIGHTS[token]) for token in updates]
     for version in range(1, versions + 1):
         base = ModelFile.open(tmp_path / str(version))
-        memory = tmp_path / f"memory-{version}"
-        remembered = ModelFile.open(memory) if memory.exists() else None
+        state = tmp_path / f"state-{version}"
+        remembered = ModelFile.open(state) if state.exists() else None
         commit = Commit(base, remembered, server_optimizer(optimizer), pairs, journal.load, **about)
-        commit.write(tmp_path / str(version + 1), tmp_path / f"memory-{version + 1}")
+        commit.write(tmp_path / str(version + 1), tmp_path / f"state-{version + 1}")
     model = ModelFile.open(tmp_path / str(versions + 1))
     assert model.layout == LAYOUT
     return {spec.name: model.tensor(index) for index, spec in enumerate(model.layout)}
@@ -60,7 +60,7 @@ def test_no_optimizer_steps_on_statistics_and_counters(tmp_path, optimizer):
 
 def test_an_optimizer_remembers_nothing_of_buffers(tmp_path):
     written(tmp_path, {"a": update([1, 1, 1], 1)}, "fedadam")
-    assert [spec.name for spec in ModelFile.open(tmp_path / "memory-2").layout] == ["0/w", "1/w"]
+    assert [spec.name for spec in ModelFile.open(tmp_path / "state-2").layout] == ["0/w", "1/w"]
 
 
 def test_a_buffer_that_an_update_leaves_out_is_unchanged_to_its_worker_and_weighs_as_much(tmp_path):
@@ -121,7 +121,7 @@ def test_a_leaf_s_mean_gives_the_version_that_its_workers_would_have_given(tmp_p
     for pairs, merged in (list(weights.items()), {}), ([("leaf", 8.0)], {"leaf": 8.0}):
         base = ModelFile.open(tmp_path / "1")
         Commit(base, None, server_optimizer("fedadam"), pairs, journal.load, merged=merged).write(
-            tmp_path / "2", tmp_path / "memory-2"
+            tmp_path / "2", tmp_path / "state-2"
         )
         model = ModelFile.open(tmp_path / "2")
         found.append({spec.name: model.tensor(index) for index, spec in enumerate(model.layout)})

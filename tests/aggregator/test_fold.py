@@ -96,6 +96,6 @@ def test_a_commit_scales_the_difference_of_each_update(tmp_path, recipe, optimiz
         journal.load,
         scales={"a": 0.5},
     )
-    files.write(tmp_path / "2.safetensors", tmp_path / "memory.safetensors")
+    files.write(tmp_path / "2.safetensors", tmp_path / "state.safetensors")
     written = ModelFile.open(tmp_path / "2.safetensors").named("w")
     assert written.mean() == pytest.approx((0.5 * 1.0 + 3.0) / 2, rel=0.1)

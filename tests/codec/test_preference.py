@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgrpc.codec.preference import Known, parse_preferences
+from fedgrpc.codec.preference import Capabilities, parse_preferences
 from fedgrpc.errors import UsageError
 
-EVERYTHING = Known.listed(["int8", "int4", "entropy", "float16"], ["zstd"])
+EVERYTHING = Capabilities.listed(["int8", "int4", "entropy", "float16"], ["zstd"])
 BY_LINK = "entropy:c=8+zstd below 2mbit | int4+zstd below 20mbit | raw above 1gbit | int8+zstd"
 
 
@@ -31,24 +31,24 @@ def test_the_first_that_suits_the_link_is_chosen(bits_per_second: float | None, 
 
 def test_what_is_not_listed_is_not_chosen() -> None:
     choose = parse_preferences(BY_LINK).choose
-    without_entropy = Known.listed(["int8", "int4"], ["zstd"])
+    without_entropy = Capabilities.listed(["int8", "int4"], ["zstd"])
     assert str(choose(without_entropy, 1e6)) == "int4+zstd"
-    assert str(choose(Known.listed(["int8"], ["zstd"]), 1e6)) == "int8+zstd"
+    assert str(choose(Capabilities.listed(["int8"], ["zstd"]), 1e6)) == "int8+zstd"
     # Compression counts like encodings do.
-    assert str(choose(Known.listed(["int8", "int4", "entropy"], []), 1e6)) == "raw"
-    assert parse_preferences("int8+zstd").choose(Known.listed(["int8"], []), None) is None
-    assert parse_preferences("int8;head.*=float16").choose(Known.listed(["int8"], []), None) is None
+    assert str(choose(Capabilities.listed(["int8", "int4", "entropy"], []), 1e6)) == "raw"
+    assert parse_preferences("int8+zstd").choose(Capabilities.listed(["int8"], []), None) is None
+    assert parse_preferences("int8;head.*=float16").choose(Capabilities.listed(["int8"], []), None) is None
 
 
 def test_where_nothing_that_is_known_suits_the_link_the_last_that_is_known_serves() -> None:
     preferences = parse_preferences("entropy below 1mbit | int4 below 2mbit | int8")
-    assert str(preferences.choose(Known.listed(["entropy", "int4"], []), None)) == "int4"
+    assert str(preferences.choose(Capabilities.listed(["entropy", "int4"], []), None)) == "int4"
 
 
 def test_raw_is_known_to_everybody_and_names_that_nobody_knows_mean_nothing() -> None:
-    known = Known.listed(["uniform8", "telepathy", "", "int8:block=64"], ["zstd"])
+    known = Capabilities.listed(["uniform8", "telepathy", "", "int8:block=64"], ["zstd"])
     assert (known.encodings, str(known)) == ({"raw", "int8"}, "int8, raw, zstd")
-    assert str(parse_preferences("float32").choose(Known.listed([], []), None)) == "raw"
+    assert str(parse_preferences("float32").choose(Capabilities.listed([], []), None)) == "raw"
 
 
 @given(
@@ -57,7 +57,7 @@ def test_raw_is_known_to_everybody_and_names_that_nobody_knows_mean_nothing() ->
 def test_whatever_is_chosen_is_known_and_there_is_something_if_anything_is_known(
     bits_per_second: float | None, names: set[str], zstd: bool
 ) -> None:
-    known = Known.listed(names, ["zstd"] if zstd else [])
+    known = Capabilities.listed(names, ["zstd"] if zstd else [])
     preferences = parse_preferences(BY_LINK)
     chosen = preferences.choose(known, bits_per_second)
     assert (chosen is not None) == any(map(known.covers, preferences.recipes))

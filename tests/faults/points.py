@@ -62,7 +62,7 @@ AGGREGATOR = {
     ),
     "before-the-commit": Point(f"{_AGGREGATOR}.commit:Commit.write", count=2),
     "half-a-model-written": Point(f"{_STORAGE}.model_file:ModelWriter.add", "after", count=12),
-    "optimizer-memory-written": Point(f"{_STORAGE}.model_file:ModelWriter.finish", "after", count=4),
+    "optimizer-state-written": Point(f"{_STORAGE}.model_file:ModelWriter.finish", "after", count=4),
     "model-not-renamed": Point("pathlib:Path.replace", "before", _is_model_part, count=3),
     "model-renamed": Point("pathlib:Path.replace", "after", _is_model_part, count=3),
     "before-the-transaction": Point(f"{_STORAGE}.database:RunStore.finish_round", count=2),

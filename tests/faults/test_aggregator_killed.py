@@ -77,7 +77,7 @@ class Played:
     """A run that has ended."""
 
     model: bytes
-    memory: bytes
+    optimizer_state: bytes
     kept: Kept
     devices: list
     recovery: Recovery
@@ -100,8 +100,8 @@ async def play(folder, rounds, points=()):
         playing.cancel()
     kept = Kept.in_folder(folder / "run", folder / "end")
     last = f"{rounds + 1:06d}.safetensors"
-    model, memory = (folder / "run" / place / last for place in ("models", "optimizer"))
-    return Played(model.read_bytes(), memory.read_bytes(), kept, devices, recovery)
+    model, optimizer_state = (folder / "run" / place / last for place in ("models", "optimizer"))
+    return Played(model.read_bytes(), optimizer_state.read_bytes(), kept, devices, recovery)
 
 
 async def _start(folder, rounds, address, point, before, number, devices, recovery):
@@ -140,7 +140,7 @@ async def uninterrupted(tmp_path_factory, rounds):
 
 def nothing_lost_and_nothing_twice(played, rounds, expected):
     assert played.model == expected.model
-    assert played.memory == expected.memory
+    assert played.optimizer_state == expected.optimizer_state
     assert sorted(played.kept.committed) == list(range(1, rounds + 1))
     for number in range(1, rounds + 1):
         given = [device.tokens[number] for device in played.devices]

@@ -115,8 +115,8 @@ async def test_fedsgd_is_one_step_of_the_servers_optimizer_down_the_gradient_of_
         assert all(task.steps == 1 for round_ in (await running.rounds())[-3:] for task in round_.tasks)
         versions = [running.weights(number)["w"] for number in (1, 2, 3, 4)]
     step = server_optimizer(optimizer)
-    w, memory = np.zeros(5), tuple(np.zeros(5) for _ in range(step.memory_count))
+    w, state = np.zeros(5), tuple(np.zeros(5) for _ in range(step.state_count))
     for version in versions[1:]:
         gradient = sum(p[name] * each.gradient(w) for name, each in trainers.items()) / sum(p.values())
-        w, memory = step.step(w, -0.1 * gradient, memory)
+        w, state = step.step(w, -0.1 * gradient, state)
         np.testing.assert_allclose(version, w, atol=1e-5)

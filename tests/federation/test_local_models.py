@@ -154,10 +154,10 @@ async def test_a_coordinate_that_is_left_out_of_a_round_waits_with_what_the_opti
     outcome = await play(tmp_path, {"a": ("", Adder(1))}, plans, rounds=9, server_optimizer=optimizer)
     step = server_optimizer(optimizer)
     value = outcome.versions[0]["b"].astype(np.float64)
-    memory = [tuple(np.zeros(1) for _ in range(step.memory_count)) for _ in value]
+    state = [tuple(np.zeros(1) for _ in range(step.state_count)) for _ in value]
     for number, version in enumerate(outcome.versions[1:], start=1):
         for channel in (number % 8, (number + 1) % 8):
-            moved, memory[channel] = step.step(value[channel : channel + 1], np.ones(1), memory[channel])
+            moved, state[channel] = step.step(value[channel : channel + 1], np.ones(1), state[channel])
             value[channel] = moved[0]
         np.testing.assert_allclose(version["b"], value, rtol=1e-4)
 

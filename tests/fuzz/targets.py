@@ -435,7 +435,7 @@ def packed_updates(rnd: Random, folder: Path) -> None:
     update = [each for spec in LAYOUT for each in _packed(spec, masked, clustered, rnd)]
     data = {spec.name: _values(spec, rnd) for spec in update}
     partial_update.check_layout(LAYOUT, update, None, masked, clustered)
-    check_values(partial_update.unpacked(LAYOUT, data.keys(), data.__getitem__, None), AdmissionPolicy())
+    check_values(partial_update.unpack_all(LAYOUT, data.keys(), data.__getitem__, None), AdmissionPolicy())
     for spec in LAYOUT:
         mean = CoordinateMean(spec.shape)
         values, coverage = partial_update.unpack(
@@ -463,11 +463,14 @@ def means(rnd: Random, folder: Path) -> None:
     update = [each for spec in LAYOUT if rnd.random() < 0.85 for each in _merged(spec, rnd)]
     weight = rnd.choice((1.0, 1e12, 1e-300))
     data = {spec.name: _bounded(spec, _values(spec, rnd), weight, rnd) for spec in update}
-    partial_aggregate.check_merged_layout(LAYOUT, update)
-    check_values(partial_aggregate.merged_values(LAYOUT, data.keys(), data.__getitem__, weight), AdmissionPolicy())
+    partial_aggregate.check_partial_aggregate(LAYOUT, update)
+    check_values(
+        partial_aggregate.partial_aggregate_values(LAYOUT, data.keys(), data.__getitem__, weight),
+        AdmissionPolicy(),
+    )
     for spec in LAYOUT:
         mean = CoordinateMean(spec.shape)
-        partial_aggregate.add_merged(mean, spec, data.keys(), data.__getitem__, weight, 3.0)
+        partial_aggregate.add_partial_aggregate(mean, spec, data.keys(), data.__getitem__, weight, 3.0)
         if not mean.covers_nothing:
             mean.result()
 

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from fedgrpc.aggregator.frames import FrameCache, PayloadFile
 from fedgrpc.aggregator.settings import AggregatorSettings
-from fedgrpc.codec.chunk import CHUNK_BYTES, FIRST_CHUNK_BYTES, LARGE_CHUNK_BYTES, LEAST_CHUNK_BYTES, Pace
+from fedgrpc.codec.chunk import CHUNK_BYTES, FIRST_CHUNK_BYTES, LARGE_CHUNK_BYTES, LEAST_CHUNK_BYTES, ChunkSizer
 from fedgrpc.codec.payload import buffer_reader
 from fedgrpc.errors import LinkError, WrongOffset
 from fedgrpc.rpc.channel import open_channel
@@ -74,7 +74,7 @@ async def uploading(tmp_path, clock, **settings):
 
 @pytest.mark.parametrize(("mib_per_s", "fast"), [(8, False), (31, False), (32, True), (1000, True)])
 def test_a_link_is_fast_from_32_mib_a_second_on(mib_per_s, fast):
-    pace = Pace(chunk_bytes=CHUNK_BYTES)
+    pace = ChunkSizer(chunk_bytes=CHUNK_BYTES)
     for _ in range(9):
         pace.note(pace.chunk_bytes, pace.chunk_bytes / (mib_per_s * MIB))
     assert pace.chunk_bytes == (LARGE_CHUNK_BYTES if fast else CHUNK_BYTES)
@@ -82,7 +82,7 @@ def test_a_link_is_fast_from_32_mib_a_second_on(mib_per_s, fast):
 
 @pytest.mark.parametrize("bytes_per_s", [1, 5_000, 20_000, 100_000, 1_000_000, 10_000_000])
 def test_a_chunk_takes_about_a_second_once_the_link_is_known(bytes_per_s):
-    pace = Pace()
+    pace = ChunkSizer()
     for _ in range(30):
         pace.note(pace.chunk_bytes, pace.chunk_bytes / bytes_per_s)
     assert LEAST_CHUNK_BYTES <= pace.chunk_bytes <= CHUNK_BYTES
@@ -93,7 +93,7 @@ def test_a_chunk_takes_about_a_second_once_the_link_is_known(bytes_per_s):
 
 
 def test_each_stream_that_breaks_off_makes_the_next_begin_smaller():
-    pace, sizes = Pace(chunk_bytes=LARGE_CHUNK_BYTES), []
+    pace, sizes = ChunkSizer(chunk_bytes=LARGE_CHUNK_BYTES), []
     for _ in range(4):
         pace.after_break()
         sizes.append(pace.chunk_bytes)
@@ -101,7 +101,7 @@ def test_each_stream_that_breaks_off_makes_the_next_begin_smaller():
 
 
 def test_what_fills_the_buffers_of_a_slow_link_at_once_does_not_make_chunks_large():
-    pace = Pace()
+    pace = ChunkSizer()
     pace.note(pace.chunk_bytes, 0.0)
     assert pace.chunk_bytes == FIRST_CHUNK_BYTES
 
