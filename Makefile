@@ -10,9 +10,13 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 # How an image is built: podman here, docker build or buildah's wrappers elsewhere.
 CONTAINER_BUILD ?= podman build --format docker
 
+# Tests of code without I/O, clock, gRPC or torch.
+PURE_TESTS := $(wildcard $(addprefix tests/,test_architecture.py test_claims.py codec rounds runs aggregation algorithms \
+	submodels privacy datasets cli/test_settings.py cli/test_options.py cli/test_table.py cli/test_view.py cli/test_as_json.py))
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test simulate fuzz faults soak load bench-niid images deploy-test fleet lint format protos settings clean
+.PHONY: help venv demo check test test-pure simulate fuzz faults soak load bench-niid images deploy-test fleet lint format protos settings clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -27,6 +31,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)  ## train one model on five simulated devices, as real processes
 	$(BIN)/fedgrpc demo $(ARGS)
+
+check: $(INSTALLED)  ## lint, types and the tests of the pure folders, side by side (within a minute)
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint test-pure
+
+test-pure: $(INSTALLED)
+	$(BIN)/python -m pytest -q $(PURE_TESTS)
 
 test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
