@@ -30,7 +30,7 @@ from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import PayloadWriter, encode_tensor, naming
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.uniform import Uniform
-from fedgrpc.codec.values import add, left_out, part_of, subtract
+from fedgrpc.codec.values import add, left_out, part_filled, part_of, subtract
 from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.storage.files import RecycledFiles, is_gone, make_private
 from fedgrpc.storage.model_file import ModelFile, ModelWriter
@@ -100,19 +100,14 @@ def _quantize(
     """One tensor of a payload; `keep` gets what its receivers then hold, in parts that are arrays of their own."""
     wanted = part_of(source.model, spec.name)
     base = None if source.base is None else part_of(source.base, spec.name)
-    held = scratch = np.empty(0, np.float32)
-    after = np.empty(0, np.float32)
+    held = after = np.empty(0, np.float32)
     filled = 0
 
-    def difference(start: int, stop: int) -> Array:
-        nonlocal held, scratch
-        values = wanted(start, stop)
-        if base is None:
-            return values
-        if scratch.size < stop - start:
-            scratch = np.empty(stop - start, np.float32)
-        held = base(start, stop)
-        return np.subtract(values, held, out=scratch[: stop - start])
+    def subtract_part(out: Array, start: int) -> None:
+        nonlocal held
+        assert base is not None
+        held = base(start, start + out.size)
+        np.subtract(wanted(start, start + out.size), held, out=out)
 
     def arrived(start: int, values: Array, decoded: Array) -> None:
         nonlocal after, filled
@@ -129,7 +124,8 @@ def _quantize(
             after, filled = np.empty(0, np.float32), 0
 
     with np.errstate(over="ignore", invalid="ignore"):
-        return encoding.encode_parts(difference, spec.size, rng, arrived)
+        part = wanted if base is None else part_filled(subtract_part, np.float32)
+        return encoding.encode_parts(part, spec.size, rng, arrived)
 
 
 class Forms:

@@ -20,7 +20,7 @@ from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import PayloadWriter, encode_tensor, naming
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.uniform import Uniform
-from fedgrpc.codec.values import Part, part_of
+from fedgrpc.codec.values import Part, part_filled, part_of
 
 Keep = Callable[[str, Array], None]
 
@@ -98,15 +98,10 @@ def quantize_with_feedback(
 
 
 def _sum_of(one: Part, other: Part) -> Part:
-    out = np.empty(0, np.float32)
+    def add(out: Array, start: int) -> None:
+        np.add(one(start, start + out.size), other(start, start + out.size), out=out)
 
-    def part(start: int, stop: int) -> Array:
-        nonlocal out
-        if out.size < stop - start:
-            out = np.empty(stop - start, np.float32)
-        return np.add(one(start, stop), other(start, stop), out=out[: stop - start])
-
-    return part
+    return part_filled(add, np.float32)
 
 
 class _Left:

@@ -23,7 +23,7 @@ from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Compression, Recipe
 from fedgrpc.codec.uniform import Uniform
-from fedgrpc.codec.values import Fill, InParts, Part
+from fedgrpc.codec.values import Fill, InParts, Part, part_filled
 from fedgrpc.errors import CorruptError, EncodeError
 
 FRAME_CONTENT_BYTES = 1 << 20
@@ -257,17 +257,7 @@ class PayloadReader:
                 return np.frombuffer(self._content(at, (stop - start) * dtype.itemsize), dtype)
 
             return elements
-        fill = self.fill_from(name)
-        out = np.empty(0, dtype)
-
-        def decoded(start: int, stop: int) -> Array:
-            nonlocal out
-            if out.size < stop - start:
-                out = np.empty(stop - start, dtype)
-            fill(out[: stop - start], start)
-            return out[: stop - start]
-
-        return decoded
+        return part_filled(self.fill_from(name), dtype)
 
     def raw_place(self, name: str) -> int | None:
         """Where in the payload the elements of a tensor lie as they are in memory; None where they do not."""

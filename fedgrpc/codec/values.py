@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -103,6 +104,20 @@ class InParts(Mapping[str, Array]):
     @abstractmethod
     def part_of(self, name: str) -> Part | None:
         """What gives elements of that tensor; None where it is only to be had whole."""
+
+
+def part_filled(fill: Fill, dtype: np.dtype[Any] | type[np.generic]) -> Part:
+    """Return the part of a tensor that `fill` gives, in one buffer that grows to the largest part asked for."""
+    buffer = np.empty(0, dtype)
+
+    def part(start: int, stop: int) -> Array:
+        nonlocal buffer
+        if buffer.size < stop - start:
+            buffer = np.empty(stop - start, dtype)
+        fill(buffer[: stop - start], start)
+        return buffer[: stop - start]
+
+    return part
 
 
 def part_of(tensors: Mapping[str, Array], name: str) -> Part:

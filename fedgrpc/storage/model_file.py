@@ -33,7 +33,7 @@ import numpy as np
 
 from fedgrpc.codec.chunk import crc32
 from fedgrpc.codec.layout import Array, Layout, TensorRole, TensorSpec, check_unique, role_by_name
-from fedgrpc.codec.values import InParts, Part
+from fedgrpc.codec.values import InParts, Part, part_filled
 from fedgrpc.errors import LayoutError, StorageError, UsageError
 from fedgrpc.storage.files import RecycledFiles, pwrite, sync, write_back
 
@@ -194,22 +194,16 @@ class ModelTensors(InParts):
         """See `InParts.part_of`. It, and what it gives, raise `StorageError`."""
         index, path = self._index[name], self._model.path
         file, first = self._opened(), self._model.starts[index]
-        out = np.empty(0, self._model.layout[index].numpy_dtype)
 
-        def part(start: int, stop: int) -> Array:
-            nonlocal out
-            if out.size < stop - start:
-                out = np.empty(stop - start, out.dtype)
-            its = out[: stop - start]
+        def fill(out: Array, start: int) -> None:
             try:
-                size_bytes = os.preadv(file.fileno(), [its.view(np.uint8).data], first + start * its.itemsize)
+                size_bytes = os.preadv(file.fileno(), [out.view(np.uint8).data], first + start * out.itemsize)
             except OSError as error:
                 raise StorageError(f"cannot read the model {path}: {error.strerror}") from error
-            if size_bytes != its.nbytes:
+            if size_bytes != out.nbytes:
                 raise StorageError(f"the model {path} is cut short")
-            return its
 
-        return part
+        return part_filled(fill, self._model.layout[index].numpy_dtype)
 
     def _opened(self) -> FileIO:
         if self._file is None:

@@ -21,7 +21,7 @@ import structlog
 from fedgrpc.codec.chunk import crc32
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import Array, Layout, TensorRole, TensorSpec
-from fedgrpc.codec.values import InParts, Part, flat
+from fedgrpc.codec.values import InParts, Part, flat, part_filled
 from fedgrpc.errors import LayoutError, StorageError
 from fedgrpc.storage.files import RecycledFiles, WrittenBack
 
@@ -164,16 +164,11 @@ class _Stored(InParts):
     def part_of(self, name: str) -> Part:
         """See `InParts.part_of`."""
         spec, first = self._places[name]
-        out = np.empty(0, spec.numpy_dtype)
 
-        def part(start: int, stop: int) -> Array:
-            nonlocal out
-            if out.size < stop - start:
-                out = np.empty(stop - start, spec.numpy_dtype)
-            self._read(out[: stop - start], first + start * out.itemsize)
-            return out[: stop - start]
+        def fill(out: Array, start: int) -> None:
+            self._read(out, first + start * out.itemsize)
 
-        return part
+        return part_filled(fill, spec.numpy_dtype)
 
     def _read(self, out: Array, offset: int) -> None:
         data, done = out.view(np.uint8).data, 0

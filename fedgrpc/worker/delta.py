@@ -8,7 +8,7 @@ import numpy as np
 
 from fedgrpc.codec.layout import Array, Layout, TensorRole, layout_of, spec_of
 from fedgrpc.codec.payload import PayloadReader, naming
-from fedgrpc.codec.values import InParts, Part, add, flat, left_out, refuse_non_finite, subtract
+from fedgrpc.codec.values import InParts, Part, add, flat, left_out, part_filled, refuse_non_finite, subtract
 from fedgrpc.errors import LayoutError
 
 
@@ -56,16 +56,13 @@ class Delta(InParts):
         """See `InParts.part_of`."""
         if self._given[name].dtype != np.float32 or not self._specs[name].is_trained:
             return None
-        trained, given, out = flat(self._trained[name]), flat(self._given[name]), np.empty(0, np.float32)
+        trained, given = flat(self._trained[name]), flat(self._given[name])
 
         @np.errstate(over="ignore", invalid="ignore")
-        def part(start: int, stop: int) -> Array:
-            nonlocal out
-            if out.size < stop - start:
-                out = np.empty(stop - start, np.float32)
-            return np.subtract(trained[start:stop], given[start:stop], out=out[: stop - start])
+        def subtract_part(out: Array, start: int) -> None:
+            np.subtract(trained[start : start + out.size], given[start : start + out.size], out=out)
 
-        return part
+        return part_filled(subtract_part, np.float32)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)
