@@ -22,7 +22,7 @@ from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Spool, SpooledUpdate
 from fedgrpc.worker.status import Activity, Controls, StatusPublisher
 from fedgrpc.worker.task import Registration, Task, TaskKind
-from fedgrpc.worker.training import Began
+from fedgrpc.worker.update import Began
 
 # Of the time that the task leaves, for its own upload: a tenth, or half as much again as the last one took.
 _RESERVED: Final = 0.1

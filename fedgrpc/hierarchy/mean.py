@@ -45,10 +45,9 @@ from fedgrpc.storage.files import make_private, storage_errors, sync, write_file
 from fedgrpc.storage.model_file import ModelFile
 from fedgrpc.submodels.channels import Selection
 from fedgrpc.v1 import aggregator_pb2
-from fedgrpc.worker.budget import fitted
 from fedgrpc.worker.spool import Fill
 from fedgrpc.worker.task import Task, TaskKind
-from fedgrpc.worker.training import Began, peak_memory_bytes
+from fedgrpc.worker.update import Began, fitted, peak_memory_bytes
 
 Tensors = Iterator[tuple[TensorSpec, Array]]
 # Elements of a tensor whose mean is in hand at a time, float64.

@@ -26,7 +26,7 @@ from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import SpooledUpdate
 from fedgrpc.worker.status import Activity, Status, StatusPublisher
 from fedgrpc.worker.task import Registration, Role, Task
-from fedgrpc.worker.training import Began, Outcome, update_of
+from fedgrpc.worker.update import Began, Outcome, update_of
 
 log = structlog.get_logger()
 

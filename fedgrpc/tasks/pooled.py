@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedgrpc.errors import FedgrpcError
 from fedgrpc.trainer import EvalResult, Trainer, TrainJob
-from fedgrpc.worker import returned
+from fedgrpc.worker import validation
 from fedgrpc.worker.task_loader import load_trainer
 
 
@@ -22,8 +22,8 @@ def train_pooled(trainer: Trainer, job: TrainJob, rounds: int) -> Iterator[EvalR
     """Train from the initial weights for `rounds` times `job.epochs` epochs, scoring after each."""
     weights = trainer.initial_weights()
     for number in range(rounds):
-        weights = returned.train_result(trainer.train(weights, replace(job, round=number))).weights
-        yield returned.eval_result(trainer.evaluate(weights))
+        weights = validation.train_result(trainer.train(weights, replace(job, round=number))).weights
+        yield validation.eval_result(trainer.evaluate(weights))
 
 
 def _main() -> None:

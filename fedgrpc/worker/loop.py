@@ -38,22 +38,25 @@ from fedgrpc.worker.client import AggregatorClient, Polled
 from fedgrpc.worker.delivery import Delivery
 from fedgrpc.worker.device import DeviceProfile
 from fedgrpc.worker.model_store import HeldModel, ModelFolder, Source
-from fedgrpc.worker.personal import keeping, restored
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Spool, SpooledUpdate
 from fedgrpc.worker.status import Activity, Controls, StatusPublisher
 from fedgrpc.worker.task import Registration, Task, TaskKind
 from fedgrpc.worker.training import (
     ALL_PARTS,
-    Began,
     Hooks,
-    Outcome,
     evaluate,
     fitting,
     initialize,
-    is_personal,
     parts_of,
     train,
+)
+from fedgrpc.worker.update import (
+    Began,
+    Outcome,
+    is_personal,
+    load_personal_layers,
+    personal_layers_writer,
     update_of,
 )
 
@@ -272,7 +275,7 @@ class Loop:
             pulled = {} if outcome.weights is None else given()
             residual = self._spool.residual(task.run_id)
             fill = update_of(task, self._settings.name, pulled, outcome, residual, began, layout)
-            keep = keeping(outcome.weights or {}, task.run_id, is_personal(task.plan))
+            keep = personal_layers_writer(outcome.weights or {}, task.run_id, is_personal(task.plan))
             return self._spool.write(message, fill, keep)
 
         # The disk may be full for a moment only, and training may have taken hours.
@@ -293,7 +296,9 @@ class Loop:
 
         def given() -> Weights:
             with storage_errors(self._spool.personal):
-                return restored(held.weights(), self._spool.personal, task.run_id, is_personal(task.plan))
+                return load_personal_layers(
+                    held.weights(), self._spool.personal, task.run_id, is_personal(task.plan)
+                )
 
         return given, held.manifest.layout, download_s
 

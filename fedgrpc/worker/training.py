@@ -1,34 +1,22 @@
-"""The local part of a task: score, train, and turn the outcome into a spooled update. Runs in threads.
+"""Calls of the learning task: initial weights, training, scores. Each runs in a thread.
 
-TRAIN         payload: what training changed (fedgrpc.worker.delta), plus the residual where it is lossy
-INITIALIZE    payload: the initial weights themselves
-EVALUATE      no payload: scores of the given weights
+The rule: whatever users' code raises or returns costs its task, never the worker.
 """
 
 from __future__ import annotations
 
-import resource
-import sys
 import threading
 import time
-import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from typing import BinaryIO, Final
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import structlog
 
-from fedgrpc.codec.feedback import Corrected, Keep, Residual, write_with_feedback
-from fedgrpc.codec.layout import Layout, TensorRole, layout_of
-from fedgrpc.codec.manifest import Manifest
-from fedgrpc.codec.payload import write_payload
-from fedgrpc.codec.recipe import Recipe
+from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import FedgrpcError, LayoutError, TaskError, TaskUnfit, UsageError
-from fedgrpc.protocol.records import Timings, timings_to_proto
-from fedgrpc.protocol.tensors import channels_to_proto, manifest_to_proto
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.plan import TASK_PARTS, WORKER_PARTS, CompressionPlan
 from fedgrpc.trainer import (
@@ -43,14 +31,10 @@ from fedgrpc.trainer import (
     roles,
     tied_names,
 )
-from fedgrpc.v1 import aggregator_pb2
-from fedgrpc.worker import returned
-from fedgrpc.worker.budget import fitted
-from fedgrpc.worker.delta import Delta
-from fedgrpc.worker.part import Covered
-from fedgrpc.worker.spool import Fill
-from fedgrpc.worker.task import Plan, Task, TaskKind
+from fedgrpc.worker import validation
+from fedgrpc.worker.task import Plan, Task
 from fedgrpc.worker.throttle import Throttle
+from fedgrpc.worker.update import Outcome
 
 log = structlog.get_logger()
 
@@ -67,27 +51,6 @@ class Hooks:
     throttle: Throttle
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What the local work gave. `weights` are trained, initial, or None for scores alone.
-
-    `start`, `masks`, `clustered` and `tensor_bytes` are those of `TrainResult`; `layout` is that of
-    initial weights.
-    """
-
-    weights: Weights | None
-    example_count: int
-    steps: int = 0
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    scores: EvalResult | None = None
-    start: Weights | None = None
-    masks: Weights = field(default_factory=dict)
-    clustered: Collection[str] = ()
-    channels: ChannelMap | None = None
-    tensor_bytes: int = 0
-    layout: Layout = ()
-
-
 def parts_of(trainer: Trainer) -> frozenset[str]:
     """The parts of a local-model plan that a worker with this trainer can do."""
     return WORKER_PARTS | (TASK_PARTS if isinstance(trainer, SliceableTrainer) else frozenset())
@@ -97,7 +60,7 @@ def evaluate(trainer: Trainer, weights: Weights, hooks: Hooks) -> EvalResult | N
     """Score `weights` on local held-out data; None where there is none. Raises TaskError."""
     started_s = time.monotonic()
     with users_code():
-        result = returned.eval_result(trainer.evaluate(weights))
+        result = validation.eval_result(trainer.evaluate(weights))
     hooks.throttle.rest(time.monotonic() - started_s, hooks.stop)
     return result
 
@@ -112,8 +75,8 @@ def initialize(trainer: Trainer, plan: Plan) -> Outcome:
 def first_weights(trainer: Trainer) -> tuple[Weights, Layout]:
     """The untrained weights and their layout. Raises TaskError, and TaskUnfit for what no run can begin with."""
     with users_code():
-        weights = returned.initial_weights(trainer.initial_weights())
-        return weights, returned.layout(roles(trainer), tied_names(trainer), weights)
+        weights = validation.initial_weights(trainer.initial_weights())
+        return weights, validation.initial_layout(roles(trainer), tied_names(trainer), weights)
 
 
 def train(
@@ -126,7 +89,7 @@ def train(
         raise TaskError(f"this learning task cannot do the plan's {', '.join(sorted(lacking))}")
     job = job_of(plan, task.round, hooks, task.training_ends_s)
     with users_code():
-        result = returned.train_result(trainer.train(weights, job))
+        result = validation.train_result(trainer.train(weights, job))
         metrics = {**result.metrics, **_local_scores(trainer, result, task, hooks, scores)}
         channels = _channels(trainer, True) if plan.tell_channels else None
     return Outcome(
@@ -216,115 +179,3 @@ def fitting(task: Task) -> Iterator[None]:
         if not task.plan.sub_model.whole:
             raise
         raise TaskUnfit(str(error)) from error
-
-
-def update_of(
-    task: Task,
-    worker: str,
-    given: Weights,
-    outcome: Outcome,
-    residual: Residual,
-    began: Began,
-    layout: Layout = (),
-) -> Fill:
-    """What the spool calls to write the update and the residual it leaves; `layout` is the run's, of `given`.
-
-    `given` are the weights as they were pulled: the trainer may have changed those that it was handed.
-    """
-
-    def fill(payload: BinaryIO, keep: Keep) -> tuple[aggregator_pb2.UpdateHeader, Layout | None]:
-        manifest, left = _write(task, worker, given, layout, outcome, residual, payload, keep)
-        unchanged = task.kind is TaskKind.TRAIN and _left_as_it_was(outcome, given, layout)
-        if unchanged:
-            log.warning("training changed nothing", round=task.round, steps=outcome.steps)
-        return _header(task, worker, outcome, manifest, began.timings(), unchanged), left
-
-    return fill
-
-
-def _left_as_it_was(outcome: Outcome, given: Weights, layout: Layout) -> bool:
-    """Whether each parameter that training returned is the one that it began with."""
-    start = given if outcome.start is None else outcome.start
-    others = {spec.name for spec in layout if spec.role is not TensorRole.PARAMETER}
-    trained = (outcome.weights or {}).items()
-    return all(np.array_equal(array, start[name]) for name, array in trained if name not in others)
-
-
-@dataclass(frozen=True)
-class Began:
-    """When the local work began, on the monotonic clock, after a download of `download_s`."""
-
-    download_s: float
-    local_at_s: float
-
-    def timings(self) -> Timings:
-        """Until now. The time of the upload is not known yet: the aggregator measures it."""
-        return Timings(download_s=self.download_s, local_s=time.monotonic() - self.local_at_s)
-
-
-def _write(
-    task: Task,
-    worker: str,
-    given: Weights,
-    known: Layout,
-    outcome: Outcome,
-    residual: Residual,
-    payload: BinaryIO,
-    keep: Keep,
-) -> tuple[Manifest, Layout | None]:
-    recipe = Recipe.parse(task.upload_recipe or "raw")
-    draw = partial(np.random.default_rng, (task.plan.seed, task.round, zlib.crc32(worker.encode())))
-    if outcome.weights is None:
-        return write_payload({}, recipe, payload, draw()), None
-    if task.kind is TaskKind.INITIALIZE:
-        return write_payload(outcome.weights, recipe, payload, draw(), outcome.layout), None
-    start = given if outcome.start is None else outcome.start
-    delta = Delta(outcome.weights, start, known, given)
-    if delta.changed_constants:
-        log.warning("constants changed by training stay as they are", tensors=delta.changed_constants)
-    recipe = recipe.for_layout(layout_of(start, known))
-    part = Covered(delta, outcome.masks, outcome.clustered, is_personal(task.plan))
-    if outcome.masks or task.plan.sub_model.moves:
-        # The next update covers other coordinates: what this one lost is not owed to those.
-        return write_payload(part, fitted(recipe, part, known, task, draw), payload, draw(), known), None
-    names = set(part)
-    kept = tuple(spec for spec in delta.layout if spec.name in names)
-    layout = layout_of(part, known) if outcome.clustered else kept
-    recipe = fitted(recipe, Corrected(part, residual, layout), known, task, draw)
-    return write_with_feedback(part, residual, recipe, payload, draw(), layout, keep)[0], layout
-
-
-def is_personal(plan: Plan) -> Callable[[str], bool]:
-    """Whether the tensor of a name stays on the device."""
-    compression = plan.compression or CompressionPlan()
-    return compression.is_personal
-
-
-def _header(
-    task: Task, worker: str, outcome: Outcome, manifest: Manifest, timings: Timings, unchanged: bool
-) -> aggregator_pb2.UpdateHeader:
-    scores = outcome.scores or EvalResult(0, {})
-    header = aggregator_pb2.UpdateHeader(
-        worker=worker,
-        token=task.token,
-        manifest=manifest_to_proto(manifest),
-        example_count=outcome.example_count,
-        steps=outcome.steps,
-        metrics=outcome.metrics,
-        evaluation_metrics=scores.metrics,
-        evaluation_example_count=scores.example_count,
-        timings=timings_to_proto(timings),
-        peak_memory_bytes=peak_memory_bytes(),
-        tensor_bytes=outcome.tensor_bytes,
-        unchanged=unchanged,
-        scores_not_finite=scores.not_finite,
-    )
-    if outcome.channels is not None:
-        header.channels.CopyFrom(channels_to_proto(outcome.channels))
-    return header
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,4 +1,4 @@
-"""What a trainer has returned, checked: it is a user's code, and a wrong type costs its task, never the worker.
+"""Validation of what a trainer returns: a wrong type in users' code costs its task, never the worker.
 
 Every function raises TaskError, in one line that says what was expected.
 """
@@ -23,14 +23,14 @@ log = structlog.get_logger()
 
 
 def initial_weights(returned: Any) -> Weights:
-    """Of `Trainer.initial_weights`."""
+    """Validate the result of `Trainer.initial_weights`."""
     return _arrays("initial_weights", returned)
 
 
-def layout(roles: Any, tied_names: Any, weights: Weights) -> Layout:
-    """The layout of initial weights, with the roles and tied names that the trainer tells of some.
+def initial_layout(roles: Any, tied_names: Any, weights: Weights) -> Layout:
+    """Return the layout of initial weights, with the roles and tied names that the trainer declares for some.
 
-    Raises TaskUnfit for weights that no run could begin with, too.
+    Also raises TaskUnfit, for weights that no run could start from.
     """
     if not isinstance(roles, Mapping) or not isinstance(tied_names, Mapping):
         raise TaskError("roles() and tied_names() of the learning task must give roles, and tied names, by name")
@@ -60,7 +60,7 @@ def layout(roles: Any, tied_names: Any, weights: Weights) -> Layout:
 
 
 def train_result(returned: Any) -> TrainResult:
-    """Of `Trainer.train`."""
+    """Validate the result of `Trainer.train`."""
     if not isinstance(returned, TrainResult):
         raise TaskError(f"train() of the learning task returned {_kind(returned)}, not a TrainResult")
     return TrainResult(
@@ -76,7 +76,7 @@ def train_result(returned: Any) -> TrainResult:
 
 
 def eval_result(returned: Any) -> EvalResult | None:
-    """Of `Trainer.evaluate`."""
+    """Validate the result of `Trainer.evaluate`."""
     if returned is None:
         return None
     if not isinstance(returned, EvalResult):
@@ -109,7 +109,7 @@ def _count(name: str, value: Any, least: int = 0) -> int:
 
 
 def _finite(metrics: Any) -> dict[str, float]:
-    """Without what is not a finite number: one diverged score must not cost the update."""
+    """Drop metrics that are not finite: one diverged score must not cost the update."""
     if not isinstance(metrics, Mapping):
         raise TaskError(f"the metrics of the learning task are {_kind(metrics)}, not numbers by name")
     values = {str(name): _number(name, value) for name, value in metrics.items()}

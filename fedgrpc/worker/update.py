@@ -1,0 +1,288 @@
+"""A task's outcome as an update: its payload, its header, and the layers that stay on the device.
+
+TRAIN         payload: what training changed (fedgrpc.worker.delta), plus the residual where it is lossy
+INITIALIZE    payload: the initial weights themselves
+EVALUATE      no payload: scores of the given weights
+
+Personal layers are trained here and never sent (FedPer, arXiv 1912.00818). They are stored with the update that
+they were trained with, or not at all.
+
+An encoding may have a budget of bytes:
+
+    entropy:budget=150000    that many
+    entropy:budget=link      what this worker's link carries in the time left: rate * seconds * 0.8
+
+A budget makes an update coarser and never stops it. An update that cannot keep to it is sent at the coarsest step,
+with a line in the log.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import numpy as np
+import structlog
+
+from fedgrpc.aggregation.partial_update import pack
+from fedgrpc.codec.budget import fit
+from fedgrpc.codec.entropy import LINK, Entropy
+from fedgrpc.codec.feedback import Corrected, Keep, Residual, write_with_feedback
+from fedgrpc.codec.layout import Array, Layout, TensorRole, layout_of, spec_of
+from fedgrpc.codec.manifest import Manifest
+from fedgrpc.codec.payload import write_payload
+from fedgrpc.codec.recipe import Recipe
+from fedgrpc.codec.values import InParts, Part, part_of
+from fedgrpc.protocol.records import Timings, timings_to_proto
+from fedgrpc.protocol.tensors import channels_to_proto, manifest_to_proto
+from fedgrpc.storage.residual_file import read_residual, write_residual
+from fedgrpc.submodels.channels import ChannelMap
+from fedgrpc.submodels.plan import CompressionPlan
+from fedgrpc.trainer import EvalResult, Weights
+from fedgrpc.v1 import aggregator_pb2
+from fedgrpc.worker.delta import Delta
+from fedgrpc.worker.spool import Fill
+from fedgrpc.worker.task import Plan, Task, TaskKind
+
+# The rest of what the link carries is for encoding, syncing and a link that is slower this time.
+_SHARE: Final = 0.8
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of the local work. `weights` are trained, initial, or None for scores alone.
+
+    `start`, `masks`, `clustered` and `tensor_bytes` are those of `TrainResult`; `layout` is that of
+    initial weights.
+    """
+
+    weights: Weights | None
+    example_count: int
+    steps: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    scores: EvalResult | None = None
+    start: Weights | None = None
+    masks: Weights = field(default_factory=dict)
+    clustered: Collection[str] = ()
+    channels: ChannelMap | None = None
+    tensor_bytes: int = 0
+    layout: Layout = ()
+
+
+def update_of(
+    task: Task,
+    worker: str,
+    given: Weights,
+    outcome: Outcome,
+    residual: Residual,
+    began: Began,
+    layout: Layout = (),
+) -> Fill:
+    """Return the function with which the spool writes the update and the residual it leaves behind.
+
+    `given` are the weights as they were pulled, `layout` is the run's layout of them. The trainer may have changed
+    the arrays that it was handed, so do not pass those.
+    """
+
+    def fill(payload: BinaryIO, keep: Keep) -> tuple[aggregator_pb2.UpdateHeader, Layout | None]:
+        manifest, left = _write(task, worker, given, layout, outcome, residual, payload, keep)
+        unchanged = task.kind is TaskKind.TRAIN and _left_as_it_was(outcome, given, layout)
+        if unchanged:
+            log.warning("training changed nothing", round=task.round, steps=outcome.steps)
+        return _header(task, worker, outcome, manifest, began.timings(), unchanged), left
+
+    return fill
+
+
+def _left_as_it_was(outcome: Outcome, given: Weights, layout: Layout) -> bool:
+    """Return whether training changed no parameter."""
+    start = given if outcome.start is None else outcome.start
+    others = {spec.name for spec in layout if spec.role is not TensorRole.PARAMETER}
+    trained = (outcome.weights or {}).items()
+    return all(np.array_equal(array, start[name]) for name, array in trained if name not in others)
+
+
+@dataclass(frozen=True)
+class Began:
+    """Start of the local work on the monotonic clock, after a download of `download_s` seconds."""
+
+    download_s: float
+    local_at_s: float
+
+    def timings(self) -> Timings:
+        """Return the times until now. The aggregator measures the upload."""
+        return Timings(download_s=self.download_s, local_s=time.monotonic() - self.local_at_s)
+
+
+def _write(
+    task: Task,
+    worker: str,
+    given: Weights,
+    known: Layout,
+    outcome: Outcome,
+    residual: Residual,
+    payload: BinaryIO,
+    keep: Keep,
+) -> tuple[Manifest, Layout | None]:
+    recipe = Recipe.parse(task.upload_recipe or "raw")
+    draw = partial(np.random.default_rng, (task.plan.seed, task.round, zlib.crc32(worker.encode())))
+    if outcome.weights is None:
+        return write_payload({}, recipe, payload, draw()), None
+    if task.kind is TaskKind.INITIALIZE:
+        return write_payload(outcome.weights, recipe, payload, draw(), outcome.layout), None
+    start = given if outcome.start is None else outcome.start
+    delta = Delta(outcome.weights, start, known, given)
+    if delta.changed_constants:
+        log.warning("constants changed by training stay as they are", tensors=delta.changed_constants)
+    recipe = recipe.for_layout(layout_of(start, known))
+    sent = PartialDelta(delta, outcome.masks, outcome.clustered, is_personal(task.plan))
+    if outcome.masks or task.plan.sub_model.moves:
+        # No error feedback: the next update covers other coordinates, which this one's loss does not concern.
+        return write_payload(sent, fitted(recipe, sent, known, task, draw), payload, draw(), known), None
+    names = set(sent)
+    kept = tuple(spec for spec in delta.layout if spec.name in names)
+    layout = layout_of(sent, known) if outcome.clustered else kept
+    recipe = fitted(recipe, Corrected(sent, residual, layout), known, task, draw)
+    return write_with_feedback(sent, residual, recipe, payload, draw(), layout, keep)[0], layout
+
+
+def is_personal(plan: Plan) -> Callable[[str], bool]:
+    """Return the predicate that tells by name whether a tensor stays on the device."""
+    compression = plan.compression or CompressionPlan()
+    return compression.is_personal
+
+
+def _header(
+    task: Task, worker: str, outcome: Outcome, manifest: Manifest, timings: Timings, unchanged: bool
+) -> aggregator_pb2.UpdateHeader:
+    scores = outcome.scores or EvalResult(0, {})
+    header = aggregator_pb2.UpdateHeader(
+        worker=worker,
+        token=task.token,
+        manifest=manifest_to_proto(manifest),
+        example_count=outcome.example_count,
+        steps=outcome.steps,
+        metrics=outcome.metrics,
+        evaluation_metrics=scores.metrics,
+        evaluation_example_count=scores.example_count,
+        timings=timings_to_proto(timings),
+        peak_memory_bytes=peak_memory_bytes(),
+        tensor_bytes=outcome.tensor_bytes,
+        unchanged=unchanged,
+        scores_not_finite=scores.not_finite,
+    )
+    if outcome.channels is not None:
+        header.channels.CopyFrom(channels_to_proto(outcome.channels))
+    return header
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class PartialDelta(InParts):
+    """A delta as it travels: no personal tensors, of pruned ones the kept values, of clustered ones the codes."""
+
+    def __init__(
+        self,
+        delta: Mapping[str, Array],
+        masks: Mapping[str, np.ndarray],
+        clustered: Collection[str],
+        is_personal: Callable[[str], bool],
+    ) -> None:
+        self._delta = delta
+        self._names: list[str] = []
+        self._packed: dict[str, Array] = {}
+        for name in delta:
+            if is_personal(name):
+                continue
+            packed = {}
+            if name in masks or name in clustered:
+                packed = pack(name, delta[name], masks.get(name), name in clustered)
+            self._packed |= packed
+            self._names += packed or [name]
+
+    def __getitem__(self, name: str) -> Array:
+        return self._packed[name] if name in self._packed else self._delta[name]
+
+    def part_of(self, name: str) -> Part | None:
+        """See `InParts.part_of`."""
+        return None if name in self._packed else part_of(self._delta, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def load_personal_layers(given: Weights, path: Path, run: str, is_personal: Callable[[str], bool]) -> Weights:
+    """Return `given` with the personal layers that the file `path` keeps in place of its own, where they fit.
+
+    The first round starts personal layers from the model's own values.
+    """
+    if not any(map(is_personal, given)):
+        return given
+    kept = read_residual(path, run).tensors
+    fits = {
+        name: array
+        for name, array in kept.items()
+        if name in given and is_personal(name) and spec_of(name, array) == spec_of(name, given[name])
+    }
+    return {**given, **fits}
+
+
+def personal_layers_writer(
+    trained: Weights, run: str, is_personal: Callable[[str], bool]
+) -> Callable[[Path], None] | None:
+    """Return a function that writes the personal layers of `trained` to a file; None where there are none."""
+    own = {name: array for name, array in trained.items() if is_personal(name)}
+    return partial(write_residual, residual=Residual(layout_of(own), own), run=run) if own else None
+
+
+def budget_bytes(budget: str, task: Task, now_s: float) -> float | None:
+    """Return the most bytes a payload may take; None: no bound is known. `now_s` is of the monotonic clock."""
+    if budget != LINK:
+        return float(budget)
+    if task.deadline_s is None or not task.uplink_bytes_per_second:
+        return None
+    return _SHARE * task.uplink_bytes_per_second * max(0.0, task.deadline_s - now_s)
+
+
+def fitted(
+    recipe: Recipe,
+    tensors: Mapping[str, Array],
+    known: Layout,
+    task: Task,
+    draw: Callable[[], np.random.Generator],
+) -> Recipe:
+    """Return `recipe` with the finest step that fits its budget; unchanged without a budget.
+
+    `tensors` will be encoded with the random numbers that `draw` gives; `known` is as in `layout_of`.
+    """
+    if not recipe.budget:
+        return recipe
+    most_bytes = budget_bytes(recipe.budget, task, time.monotonic())
+    if most_bytes is None:
+        reason = "a deadline or the rate of this link is not known"
+        log.info("update without a budget", round=task.round, reason=reason)
+        return recipe.without_budget()
+    found = fit(tensors, recipe, most_bytes, draw, known)
+    assert isinstance(found.recipe.default, Entropy)
+    about = {"round": task.round, "c": found.recipe.default.c, "bytes": found.size_bytes}
+    if found.size_bytes > most_bytes:
+        log.warning("update over its budget", **about, budget_bytes=int(most_bytes))
+    else:
+        log.info("update fitted to its budget", **about, budget_bytes=int(most_bytes))
+    return found.recipe
