@@ -104,6 +104,13 @@ def check_values(tensors: Iterable[tuple[TensorLike, np.ndarray]], policy: Admis
     return norm
 
 
+def check_variances(tensors: Iterable[tuple[TensorLike, np.ndarray]]) -> None:
+    """No variance has a value below zero, of which a network takes the root. Raises `UpdateRefused`."""
+    for tensor, values in tensors:
+        if values.size and values.min() < 0:
+            raise UpdateRefused(f"tensor {tensor.name!r} is a variance and has values below zero")
+
+
 def sum_of_squares(values: np.ndarray) -> float:
     """Sum of squares, taken in cache-sized pieces; not finite when any value is not."""
     flat = values.reshape(-1)

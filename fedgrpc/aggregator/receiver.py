@@ -17,7 +17,7 @@ from typing import Any
 import structlog
 
 from fedgrpc import claims
-from fedgrpc.aggregation.admission import AdmissionPolicy, check_layout, check_values
+from fedgrpc.aggregation.admission import AdmissionPolicy, check_layout, check_values, check_variances
 from fedgrpc.aggregation.partial_aggregate import check_partial_aggregate, partial_aggregate_values
 from fedgrpc.aggregation.partial_update import unpack_all
 from fedgrpc.aggregator.coordinator import Coordinator
@@ -378,20 +378,23 @@ class Receiver:
             return
         update = stored.open()
         with update as reader:
+            read, names, layout = reader.tensor, reader.names, it.run.layout
+            variances = [spec for spec in layout or stored.manifest.layout if spec.is_variance]
             if header.merged_updates:
-                values = partial_aggregate_values(it.run.layout, reader.names, reader.tensor, header.weight)
+                values = partial_aggregate_values(layout, names, read, header.weight)
                 check_values(values, it.settings.admission)
-                return
-            if current is not None and current.kind == TASK_KIND_INITIALIZE:
+                check_variances(partial_aggregate_values(variances, names, read, header.weight))
+            elif current is not None and current.kind == TASK_KIND_INITIALIZE:
                 # A statistic that nobody has measured yet, or a mask, may be infinite.
                 check_values(((spec, v) for spec, v in update.pieces() if spec.is_trained), it.settings.admission)
-                return
-            if current is None or local.plain:
+                check_variances((spec, read(spec.name)) for spec in variances)
+            elif current is None or local.plain:
                 _check_plain(update, it.settings.admission)
-                return
-            selection = it.local_models.selection(local.sub_model, current.version_of(header.token))
-            tensors = unpack_all(it.run.layout, reader.names, reader.tensor, selection)
-            check_values(tensors, it.settings.admission)
+                check_variances((spec, read(spec.name)) for spec in variances if spec.name in names)
+            else:
+                selection = it.local_models.selection(local.sub_model, current.version_of(header.token))
+                check_values(unpack_all(layout, names, read, selection), it.settings.admission)
+                check_variances(unpack_all(variances, names, read, selection))
 
 
 def _max_header_bytes(layout: Layout) -> int:

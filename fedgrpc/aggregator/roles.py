@@ -5,12 +5,16 @@ The rule: a role that is declared grants nothing. What only some may do, those d
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from fedgrpc.errors import WrongIdentity
+from fedgrpc.errors import UsageError, WrongIdentity
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.device_pb2 import WORKER_ROLE_AGGREGATOR, WORKER_ROLE_EVALUATOR
+
+# What a worker may be called, and what fnmatch knows.
+_PATTERN = re.compile(r"[A-Za-z0-9._*?\[\]!-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,17 @@ class Roles:
     evaluators: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
     initialisers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` for a pattern that no worker's name can match."""
+        for what, patterns in (
+            ("evaluator", self.evaluators),
+            ("leaf", self.leaves),
+            ("initialiser", self.initialisers),
+        ):
+            for pattern in patterns:
+                if not _PATTERN.fullmatch(pattern):
+                    raise UsageError(f"{what} must be a worker's name, perhaps with * and ?, not {pattern[:80]!r}")
 
     def check(self, registration: RegisterRequest) -> None:
         """Raise `WrongIdentity` when the worker may not have the role that it declares."""

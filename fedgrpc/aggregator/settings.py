@@ -11,6 +11,7 @@ from types import MappingProxyType
 from fedgrpc.aggregation.admission import AdmissionPolicy
 from fedgrpc.aggregator.negotiation import Negotiation
 from fedgrpc.aggregator.roles import Roles
+from fedgrpc.claims import WEIGHT
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.policy import RoundPolicy
@@ -160,12 +161,14 @@ class AggregatorSettings:
         if not self.run_name.isprintable() or not 1 <= len(self.run_name) <= _LONGEST_NAME:
             raise UsageError(f"run_name must be 1 to {_LONGEST_NAME} printable characters")
         for worker, weight in self.worker_weights.items():
-            if not 0 <= weight < math.inf:
-                raise UsageError(f"the weight of worker {worker!r} must be a number from 0, not {weight:g}")
+            if not 0 <= weight <= WEIGHT.most:
+                raise UsageError(
+                    f"the weight of worker {worker!r} must be a number from 0 to {WEIGHT.most:g}, not {weight:g}"
+                )
         if self.max_update_norm is not None and not self.max_update_norm > 0:
             raise UsageError(f"max_update_norm must be above 0, not {self.max_update_norm:g}")
         if self.max_examples is not None and not 1 <= self.max_examples < 1 << 63:
-            raise UsageError(f"max_examples must be at least 1, not {self.max_examples}")
+            raise UsageError(f"max_examples must be from 1 to {(1 << 63) - 1}, not {self.max_examples}")
         self._check_clipping()
         if not 0 <= self.seed < 1 << 32:
             raise UsageError(f"seed must be from 0 to {(1 << 32) - 1}, not {self.seed}")
@@ -174,6 +177,7 @@ class AggregatorSettings:
         self._check_times()
         self._check_scales()
         self.negotiation()
+        Roles(self.evaluators, self.leaves, self.initialisers)
 
     def _check_clipping(self) -> None:
         """Shares and norms are bounded where every update is of the whole model and of a length of its own."""

@@ -52,7 +52,7 @@ ROLLBACK = _command(
     lambda aggregator, values: aggregator.roll_back(values["version"], values["reason"]),
     "Go on from a VERSION that is kept, such as the best that `fedgrpc status` shows; 0: from a new first model.",
     _REASON,
-    arguments=[click.Argument(["version"], type=click.IntRange(0))],
+    arguments=[click.Argument(["version"], type=click.IntRange(0, (1 << 63) - 1))],
 )
 STOP = _command(
     "stop",

@@ -97,6 +97,11 @@ class TensorSpec:
         """Whether it is a float parameter: travels as a difference, may lose bits, and optimizers step on it."""
         return self.role is TensorRole.PARAMETER and self.dtype in _FLOATS
 
+    @property
+    def is_variance(self) -> bool:
+        """Whether it is a variance by its name: no value of it is below zero."""
+        return self.role is TensorRole.STATISTIC and self.name.rpartition(".")[2] == "running_var"
+
     def validate(self, max_dims: int) -> None:
         """Raise LayoutError unless name, dtype and shape can be a real tensor's."""
         if not 0 < len(self.name) <= MAX_NAME_CHARS:

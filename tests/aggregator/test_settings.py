@@ -68,6 +68,7 @@ def test_a_plan_that_no_worker_could_follow_is_refused(name, values):
         "max_payload_bytes": (0, 1 << 40),
         "max_upload_memory_bytes": (0,),
         "max_update_norm": (0.0, -1.0, NAN),
+        "max_examples": (0, -1, 1 << 63),
         "seed": (-1,),
         "poll_wait_s": (0.0, -1.0, NAN, INF),
         "drain_s": (-1.0, NAN, INF),
@@ -81,7 +82,15 @@ def test_a_setting_out_of_its_range_is_named(tmp_path, name, values):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("weight", [-1.0, NAN, INF])
+@pytest.mark.parametrize("name", ["evaluators", "leaves", "initialisers"])
+@pytest.mark.parametrize("pattern", ["", " ", "a b", "a\nb", "n" * 65])
+def test_a_pattern_that_no_workers_name_can_match_is_refused(tmp_path, name, pattern):
+    with pytest.raises(UsageError, match="must be a worker's name") as caught:
+        AggregatorSettings(tmp_path, **{name: ("pi-*", pattern)})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("weight", [-1.0, NAN, INF, 1e308])
 def test_a_weight_that_is_no_weight_is_named_with_its_worker(tmp_path, weight):
     with pytest.raises(UsageError, match="the weight of worker 'pi-1' must be a number from 0"):
         AggregatorSettings(tmp_path, worker_weights={"pi-1": weight})

@@ -46,6 +46,8 @@ def _is_one_line(ended: EndedCommand, *parts: str, code: int = 2) -> None:
         ),
         (["aggregator", "--data-dir", "d", "--max-payload", "1e400"], ["--max-payload: '1e400' is more than"]),
         (["aggregator", "--data-dir", "d", "--lease", "1e300"], ["--lease: '1e300' is more than 100000h"]),
+        (["rollback", "99999999999999999999"], ["VERSION"]),
+        (["aggregator", "--data-dir", "d", "--initialiser", ""], ["initialiser must be a worker's name"]),
         (["worker"], ["--aggregator is missing"]),
         (["worker", "--aggregator", "a:1", "--state-dir", ""], ["--state-dir: the path is empty"]),
         (["worker", "--aggregator", "a:1", "--link", "1e400"], ["--link: '1e400' is more than 100000gbit"]),

@@ -146,6 +146,16 @@ async def test_an_update_whose_roles_are_others_is_refused(tmp_path):
             await device.send(pb.PushUpdateRequest(header=device.header(task, manifest)), *chunks(payload))
 
 
+async def test_a_variance_below_zero_is_refused(tmp_path):
+    save_file({"w": torch.zeros(4), "bn.running_var": torch.ones(2)}, tmp_path / "initial.safetensors")
+    async with running_aggregator(tmp_path, policy={"min_workers": 1}) as running:
+        device = await running.device("a")
+        task = await device.task()
+        tensors = {"w": np.ones(4, np.float32), "bn.running_var": np.array([1, -1e-30], np.float32)}
+        with refused("INVALID_ARGUMENT", "'bn.running_var' is a variance"):
+            await device.push(task, tensors)
+
+
 async def test_a_worker_whose_model_is_not_the_runs_ends_at_once_and_says_why(tmp_path):
     class Wider(Columns):
         def model(self):
