@@ -25,8 +25,9 @@ from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.errors import UnusableUpdate
 from fedgrpc.protocol.records import prediction_to_proto
 from fedgrpc.rounds.events import Deadline, Select, Selected
+from fedgrpc.rounds.round import Round, RoundPhase
 from fedgrpc.rounds.selection import SelectionPolicy
-from fedgrpc.rounds.state import Round, RoundPhase, step
+from fedgrpc.rounds.state import step
 from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
 
 log = structlog.get_logger()

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.rounds.events import Cancel, LossCause, TaskPhase
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rounds.state import Round, RoundPhase, Task, follow
+from fedgrpc.rounds.round import Round, RoundPhase
+from fedgrpc.rounds.state import follow
+from fedgrpc.rounds.task import Task
 from fedgrpc.storage.database import TaskRow
 
 _TOO_LATE = "no round is left that could take the update"

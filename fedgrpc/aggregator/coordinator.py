@@ -48,7 +48,6 @@ from fedgrpc.errors import (
 )
 from fedgrpc.metrics import Metrics
 from fedgrpc.protocol.records import registration_from_proto
-from fedgrpc.rounds.best import Jump
 from fedgrpc.rounds.events import (
     Abort,
     Accepted,
@@ -66,7 +65,9 @@ from fedgrpc.rounds.events import (
     TaskPhase,
     WorkersAvailable,
 )
-from fedgrpc.rounds.state import RoundPhase, step, time_left
+from fedgrpc.rounds.round import RoundPhase
+from fedgrpc.rounds.state import step, time_left
+from fedgrpc.rounds.version import Jump
 from fedgrpc.rpc.identity import Session
 from fedgrpc.storage.data_folder import DataFolder
 from fedgrpc.storage.database import RunStore

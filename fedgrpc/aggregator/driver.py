@@ -26,13 +26,12 @@ from fedgrpc.aggregator.run_state import RollBack
 from fedgrpc.aggregator.scores import for_log, scores_of
 from fedgrpc.errors import CodecError, IllegalTransition, NotFound, StorageError, UnusableUpdate, UpdateRefused
 from fedgrpc.protocol.records import jump_to_proto
-from fedgrpc.rounds.best import Jump
 from fedgrpc.rounds.events import AbandonCause, Abort, Commit, Committed, Finished, Select, TaskPhase, Tick
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rounds.policy import TaskKind as TaskKinds
-from fedgrpc.rounds.round import Streak
-from fedgrpc.rounds.state import Round, RoundPhase, step, wake_at, wants_workers
-from fedgrpc.rounds.version import Version
+from fedgrpc.rounds.round import Round, RoundPhase, Streak
+from fedgrpc.rounds.state import step, wake_at, wants_workers
+from fedgrpc.rounds.version import Jump, Version
 from fedgrpc.rpc.retry import Backoff, Retries
 from fedgrpc.storage.data_folder import Use
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RUN_PHASE_PAUSED

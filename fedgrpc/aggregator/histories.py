@@ -22,7 +22,8 @@ from fedgrpc.rounds.history import (
     timing_of,
     timing_of_accepted,
 )
-from fedgrpc.rounds.state import Round, Task
+from fedgrpc.rounds.round import Round
+from fedgrpc.rounds.task import Task
 from fedgrpc.v1 import aggregator_pb2, device_pb2
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN
 

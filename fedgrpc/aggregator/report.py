@@ -18,9 +18,11 @@ from fedgrpc.protocol.records import (
     timings_to_proto,
 )
 from fedgrpc.rounds import events
-from fedgrpc.rounds.best import Jump
 from fedgrpc.rounds.policy import Dominance, dominant
-from fedgrpc.rounds.state import Round, Task, time_left
+from fedgrpc.rounds.round import Round
+from fedgrpc.rounds.state import time_left
+from fedgrpc.rounds.task import Task
+from fedgrpc.rounds.version import Jump
 from fedgrpc.storage.database import TaskRow
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.v1.round_pb2 import (

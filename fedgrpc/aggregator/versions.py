@@ -8,8 +8,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 
 from fedgrpc.aggregator.settings import Target
-from fedgrpc.rounds.best import ACCURACY, LOSS, Candidate, Jump, Measure, best_of, norm_jumps, score_jumps
-from fedgrpc.rounds.version import Version
+from fedgrpc.rounds.version import (
+    ACCURACY,
+    LOSS,
+    Candidate,
+    Jump,
+    Measure,
+    Version,
+    best_of,
+    norm_jumps,
+    score_jumps,
+)
 
 
 class Versions:

@@ -33,7 +33,7 @@ from fedgrpc.hierarchy.mean import MeanFile, Tensors, mean_tensors, own_tensors
 from fedgrpc.protocol.plans import plans_from_proto
 from fedgrpc.rounds.events import Abort, Commit
 from fedgrpc.rounds.policy import RoundPolicy, TaskKind
-from fedgrpc.rounds.state import Round, RoundPhase
+from fedgrpc.rounds.round import Round, RoundPhase
 from fedgrpc.rounds.version import Version
 from fedgrpc.storage.files import storage_errors, write_file
 from fedgrpc.storage.model_file import write_model

@@ -16,10 +16,9 @@ from google.protobuf.message import DecodeError
 from fedgrpc import claims
 from fedgrpc.errors import LayoutError
 from fedgrpc.protocol.plans import compression_from_proto
-from fedgrpc.rounds.best import Jump
 from fedgrpc.rounds.events import LossCause
 from fedgrpc.rounds.history import KEPT, LinkRates, Timing, WorkerHistory
-from fedgrpc.rounds.version import Version
+from fedgrpc.rounds.version import Jump, Version
 from fedgrpc.submodels.cost import (
     Choice,
     Device,

@@ -37,7 +37,7 @@ from fedgrpc.rounds.events import (
 )
 from fedgrpc.rounds.policy import RoundPolicy, left_after_restart
 from fedgrpc.rounds.round import Round, RoundPhase, Step
-from fedgrpc.rounds.task import SLOW, Task, Tasks
+from fedgrpc.rounds.task import Task, Tasks
 from fedgrpc.rounds.transitions import (
     abort,
     add_tasks,
@@ -51,21 +51,6 @@ from fedgrpc.rounds.transitions import (
     report_carried,
     time_out_selection,
 )
-
-__all__ = [
-    "SLOW",
-    "Round",
-    "RoundPhase",
-    "Step",
-    "StoredTask",
-    "Task",
-    "follow",
-    "restore",
-    "step",
-    "time_left",
-    "wake_at",
-    "wants_workers",
-]
 
 
 def step(round_: Round, event: Event, now: float) -> Step:

@@ -1,14 +1,29 @@
-"""A version of the model: what a committed round has written, and what is known of it."""
+"""A committed version of the model: what is known of it, whether it jumped, and which version is the best. Pure.
+
+What is not measured is not the best while something is, and what jumped is never the best.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from types import MappingProxyType
 
-from fedgrpc.rounds.best import Jump
-
+# Weights of a trained model are about as large as before the round. Below 1 each, growth is no reason to worry.
+_LARGER = 10.0
+# A score this many times worse than the best one.
+_WORSE = 2.0
 _NOTHING: Mapping[str, float] = MappingProxyType({})
+
+
+class Jump(Enum):
+    """What of a version is far from all versions before it."""
+
+    NONE = 0
+    NORM = 1
+    SCORES = 2
 
 
 @dataclass(frozen=True)
@@ -34,3 +49,55 @@ class Version:
     def scores(self) -> Mapping[str, float]:
         """What is known of how good it is, evaluators first."""
         return {**self.metrics, **self.evaluator_metrics}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The score by which versions are compared, and whether more of it is better."""
+
+    name: str
+    higher: bool
+
+    def better(self, value: float, other: float) -> bool:
+        """Whether `value` is better than `other`."""
+        return value > other if self.higher else value < other
+
+
+ACCURACY, LOSS = Measure("accuracy", True), Measure("loss", False)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A version, and what is known of it."""
+
+    version: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    jump: Jump = Jump.NONE
+
+
+def best_of(candidates: Sequence[Candidate], measures: Sequence[Measure] = (ACCURACY, LOSS)) -> int | None:
+    """The version with the best score by the first of `measures` that any of them has.
+
+    Where none is scored, the last; of equally good ones, the last; None where all have jumped.
+    """
+    good = sorted((each for each in candidates if each.jump is not Jump.NORM), key=lambda each: each.version)
+    for measure in measures:
+        scored = [each for each in good if measure.name in each.metrics]
+        if scored:
+            sign = 1 if measure.higher else -1
+            return max(scored, key=lambda each: (sign * each.metrics[measure.name], each.version)).version
+    return good[-1].version if good else None
+
+
+def norm_jumps(norm: float, largest_norm: float, elements: int) -> bool:
+    """Whether a model's L2 norm is far above that of every version before it that did not jump."""
+    if not largest_norm > 0:
+        return False
+    return not norm <= _LARGER * max(largest_norm, math.sqrt(elements))
+
+
+def score_jumps(measure: Measure, value: float, best: float) -> bool:
+    """Whether a score is far worse than the best one; scores that can be negative have no such scale."""
+    if not best > 0:
+        return False
+    return value < best / _WORSE if measure.higher else value > best * _WORSE

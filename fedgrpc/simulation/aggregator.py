@@ -31,7 +31,8 @@ from fedgrpc.rounds.events import (
     Tick,
     WorkersAvailable,
 )
-from fedgrpc.rounds.state import Round, RoundPhase, follow, restore, step, time_left, wake_at, wants_workers
+from fedgrpc.rounds.round import Round, RoundPhase
+from fedgrpc.rounds.state import follow, restore, step, time_left, wake_at, wants_workers
 from fedgrpc.simulation.choosing import Chooser
 from fedgrpc.simulation.disk import Disk, Version
 from fedgrpc.simulation.loop import Future, Life, Process, Timeout, Wait

@@ -9,8 +9,8 @@ import numpy as np
 
 from fedgrpc.rounds.events import Selected, TaskPhase
 from fedgrpc.rounds.history import Timing, WorkerHistory, timing_of
+from fedgrpc.rounds.round import Round
 from fedgrpc.rounds.selection import choose_oort, choose_uniform, learned_deadline
-from fedgrpc.rounds.state import Round
 
 if TYPE_CHECKING:
     from fedgrpc.simulation.world import World

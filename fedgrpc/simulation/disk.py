@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 from fedgrpc.rounds.events import TaskPhase
-from fedgrpc.rounds.state import Round
+from fedgrpc.rounds.round import Round
 from fedgrpc.simulation.messages import UpdateId
 
 

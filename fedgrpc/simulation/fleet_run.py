@@ -34,8 +34,9 @@ from fedgrpc.rounds.events import (
     WorkersAvailable,
 )
 from fedgrpc.rounds.history import WorkerHistory, timing_of
+from fedgrpc.rounds.round import Round, RoundPhase
 from fedgrpc.rounds.selection import Choice, choose_oort, learned_deadline
-from fedgrpc.rounds.state import Round, RoundPhase, follow, step, wake_at
+from fedgrpc.rounds.state import follow, step, wake_at
 from fedgrpc.simulation.devices import Devices
 from fedgrpc.simulation.fleet import Fleet, Variant
 from fedgrpc.simulation.fleet_job import Job

@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fedgrpc.rounds.events import Effect, Event, Offer, Select, TaskPhase
-from fedgrpc.rounds.state import Round, RoundPhase
+from fedgrpc.rounds.round import Round, RoundPhase
 from fedgrpc.simulation.disk import Version
 from fedgrpc.simulation.messages import Assignment, UpdateId
 

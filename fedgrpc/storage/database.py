@@ -30,10 +30,9 @@ from fedgrpc.protocol.records import (
     version_from_proto,
     version_to_proto,
 )
-from fedgrpc.rounds.best import Jump
 from fedgrpc.rounds.events import LossCause, TaskPhase
 from fedgrpc.rounds.history import Histories, WorkerHistory
-from fedgrpc.rounds.version import Version
+from fedgrpc.rounds.version import Jump, Version
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest, RunPhase
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, ModelVersion
 from fedgrpc.v1.round_pb2 import Round as RoundRecord

@@ -5,7 +5,7 @@ import time
 
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rounds.state import Round
+from fedgrpc.rounds.round import Round
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN
 from tests.support.running_federation import running_aggregator
 

@@ -7,7 +7,7 @@ import pytest
 from fedgrpc.errors import RoundClosed
 from fedgrpc.rounds.events import Commit, Finished, Rejected, TaskPhase
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rounds.state import RoundPhase
+from fedgrpc.rounds.round import RoundPhase
 from tests.support.round_scenario import Scenario
 
 

@@ -7,7 +7,8 @@ import pytest
 from fedgrpc.errors import IllegalTransition, RoundClosed, UnknownTask
 from fedgrpc.rounds.events import LossCause, Offer, Select, TaskPhase, Tick
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rounds.state import RoundPhase, restore, step, time_left, wake_at
+from fedgrpc.rounds.round import RoundPhase
+from fedgrpc.rounds.state import restore, step, time_left, wake_at
 from tests.support.round_scenario import Scenario, cancelled, committed_tokens, finished
 
 # Reporting.

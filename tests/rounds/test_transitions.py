@@ -22,7 +22,8 @@ from fedgrpc.rounds.events import (
     WorkersAvailable,
 )
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rounds.state import RoundPhase, step
+from fedgrpc.rounds.round import RoundPhase
+from fedgrpc.rounds.state import step
 from tests.support.round_scenario import Scenario
 
 KNOWN: dict[type, Event] = {

@@ -19,7 +19,8 @@ from fedgrpc.rounds.events import (
     Tick,
     WorkersAvailable,
 )
-from fedgrpc.rounds.state import Round, RoundPhase, follow
+from fedgrpc.rounds.round import Round, RoundPhase
+from fedgrpc.rounds.state import follow
 from fedgrpc.simulation.aggregator import Aggregator
 from fedgrpc.simulation.disk import Disk, Version
 from fedgrpc.simulation.loop import Process

@@ -24,7 +24,8 @@ from fedgrpc.rounds.events import (
     WorkersAvailable,
 )
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rounds.state import Round, step
+from fedgrpc.rounds.round import Round
+from fedgrpc.rounds.state import step
 
 Effects = tuple[Effect, ...]
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgrpc.rounds.best import ACCURACY, LOSS, Candidate, Jump, Measure, best_of, norm_jumps, score_jumps
+from fedgrpc.rounds.version import ACCURACY, LOSS, Candidate, Jump, Measure, best_of, norm_jumps, score_jumps
 
 
 def scored(version, value, name="accuracy", jump=Jump.NONE):
