@@ -155,7 +155,8 @@ class Negotiation:
         except UsageError:
             # It registered when this run had other encodings, and has not been back.
             return
-        record.download_recipe, record.upload_recipe = agreed.download_text, str(agreed.upload)
+        record.download_recipe, record.upload_recipe = str(agreed.downlink.whole), str(agreed.upload)
+        record.difference_recipe = str(agreed.downlink.difference or RAW)
 
     def downlink_of(self, text: str) -> Downlink | None:
         """The downlink that a worker was told as `text`; None: no worker is told so."""

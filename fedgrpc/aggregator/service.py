@@ -26,6 +26,7 @@ from fedgrpc.codec.manifest import Manifest
 from fedgrpc.errors import LayoutError, NotFound, UsageError, WrongOffset
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
 from fedgrpc.protocol.plans import parse_sub_model
+from fedgrpc.protocol.policies import policy_to_proto
 from fedgrpc.protocol.records import version_to_proto
 from fedgrpc.protocol.tensors import layout_to_proto, manifest_to_proto
 from fedgrpc.rounds.events import TaskPhase
@@ -251,6 +252,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             settings=self._settings_text,
             local_models=self._it.local_models.to_proto(),
             paused_reason=state.paused_reason,
+            policy=policy_to_proto(self._settings.policy),
         )
         if self._layout is None or self._layout[0] is not state.layout:
             self._layout = state.layout, layout_to_proto(state.layout)

@@ -286,11 +286,12 @@ def links_table(workers: Sequence[WorkerRecord]) -> Table:
     """One row per worker: its link, and how its models and updates travel over it."""
     table = Table(
         *(Column("worker"), Column("up", True, 1), Column("updates as"), Column("down", True, 2)),
-        Column("models as"),
+        *(Column("models as"), Column("differences as", rank=3)),
     )
     for record in workers:
         up, down = map(rate, (record.uplink_bytes_per_second, record.downlink_bytes_per_second))
-        table.add_row(record.worker, up, record.upload_recipe, down, record.download_recipe)
+        recipes = (record.download_recipe, record.difference_recipe)
+        table.add_row(record.worker, up, record.upload_recipe, down, *recipes)
     return table
 
 

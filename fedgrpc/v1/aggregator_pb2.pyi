@@ -293,7 +293,7 @@ class LeaveResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class Run(_message.Message):
-    __slots__ = ("name", "phase", "reason", "model_version", "current_round", "total_rounds", "started_at", "software_version", "layout", "settings", "id", "local_models", "last", "best", "paused_reason")
+    __slots__ = ("name", "phase", "reason", "model_version", "current_round", "total_rounds", "started_at", "software_version", "layout", "settings", "id", "local_models", "last", "best", "paused_reason", "policy")
     class SettingsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -316,6 +316,7 @@ class Run(_message.Message):
     LAST_FIELD_NUMBER: _ClassVar[int]
     BEST_FIELD_NUMBER: _ClassVar[int]
     PAUSED_REASON_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
     name: str
     phase: RunPhase
     reason: str
@@ -331,7 +332,8 @@ class Run(_message.Message):
     last: _round_pb2.ModelVersion
     best: _round_pb2.ModelVersion
     paused_reason: str
-    def __init__(self, name: _Optional[str] = ..., phase: _Optional[_Union[RunPhase, str]] = ..., reason: _Optional[str] = ..., model_version: _Optional[int] = ..., current_round: _Optional[int] = ..., total_rounds: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., software_version: _Optional[str] = ..., layout: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., settings: _Optional[_Mapping[str, str]] = ..., id: _Optional[str] = ..., local_models: _Optional[_Union[_round_pb2.LocalModels, _Mapping]] = ..., last: _Optional[_Union[_round_pb2.ModelVersion, _Mapping]] = ..., best: _Optional[_Union[_round_pb2.ModelVersion, _Mapping]] = ..., paused_reason: _Optional[str] = ...) -> None: ...
+    policy: _round_pb2.RoundPolicy
+    def __init__(self, name: _Optional[str] = ..., phase: _Optional[_Union[RunPhase, str]] = ..., reason: _Optional[str] = ..., model_version: _Optional[int] = ..., current_round: _Optional[int] = ..., total_rounds: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., software_version: _Optional[str] = ..., layout: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., settings: _Optional[_Mapping[str, str]] = ..., id: _Optional[str] = ..., local_models: _Optional[_Union[_round_pb2.LocalModels, _Mapping]] = ..., last: _Optional[_Union[_round_pb2.ModelVersion, _Mapping]] = ..., best: _Optional[_Union[_round_pb2.ModelVersion, _Mapping]] = ..., paused_reason: _Optional[str] = ..., policy: _Optional[_Union[_round_pb2.RoundPolicy, _Mapping]] = ...) -> None: ...
 
 class GetRunRequest(_message.Message):
     __slots__ = ()
@@ -408,7 +410,7 @@ class ListWorkersResponse(_message.Message):
     def __init__(self, workers: _Optional[_Iterable[_Union[WorkerRecord, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class WorkerRecord(_message.Message):
-    __slots__ = ("worker", "role", "device", "state", "last_seen_ago", "rounds_selected", "rounds_accepted", "task_phase", "progress", "expected_timings", "endings", "uplink_bytes_per_second", "downlink_bytes_per_second", "download_recipe", "upload_recipe")
+    __slots__ = ("worker", "role", "device", "state", "last_seen_ago", "rounds_selected", "rounds_accepted", "task_phase", "progress", "expected_timings", "endings", "uplink_bytes_per_second", "downlink_bytes_per_second", "download_recipe", "upload_recipe", "difference_recipe")
     class EndingsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -431,6 +433,7 @@ class WorkerRecord(_message.Message):
     DOWNLINK_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     DOWNLOAD_RECIPE_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_RECIPE_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCE_RECIPE_FIELD_NUMBER: _ClassVar[int]
     worker: str
     role: _device_pb2.WorkerRole
     device: _device_pb2.DeviceProfile
@@ -446,7 +449,8 @@ class WorkerRecord(_message.Message):
     downlink_bytes_per_second: float
     download_recipe: str
     upload_recipe: str
-    def __init__(self, worker: _Optional[str] = ..., role: _Optional[_Union[_device_pb2.WorkerRole, str]] = ..., device: _Optional[_Union[_device_pb2.DeviceProfile, _Mapping]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., last_seen_ago: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., rounds_selected: _Optional[int] = ..., rounds_accepted: _Optional[int] = ..., task_phase: _Optional[_Union[_round_pb2.TaskPhase, str]] = ..., progress: _Optional[float] = ..., expected_timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., endings: _Optional[_Mapping[str, int]] = ..., uplink_bytes_per_second: _Optional[float] = ..., downlink_bytes_per_second: _Optional[float] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ...) -> None: ...
+    difference_recipe: str
+    def __init__(self, worker: _Optional[str] = ..., role: _Optional[_Union[_device_pb2.WorkerRole, str]] = ..., device: _Optional[_Union[_device_pb2.DeviceProfile, _Mapping]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., last_seen_ago: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., rounds_selected: _Optional[int] = ..., rounds_accepted: _Optional[int] = ..., task_phase: _Optional[_Union[_round_pb2.TaskPhase, str]] = ..., progress: _Optional[float] = ..., expected_timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., endings: _Optional[_Mapping[str, int]] = ..., uplink_bytes_per_second: _Optional[float] = ..., downlink_bytes_per_second: _Optional[float] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., difference_recipe: _Optional[str] = ...) -> None: ...
 
 class PauseRunRequest(_message.Message):
     __slots__ = ()

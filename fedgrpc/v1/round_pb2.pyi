@@ -20,6 +20,12 @@ class TaskKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TASK_KIND_EVALUATE: _ClassVar[TaskKind]
     TASK_KIND_INITIALIZE: _ClassVar[TaskKind]
 
+class LatePolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LATE_POLICY_UNSPECIFIED: _ClassVar[LatePolicy]
+    LATE_POLICY_DISCARD: _ClassVar[LatePolicy]
+    LATE_POLICY_CARRY: _ClassVar[LatePolicy]
+
 class RoundPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ROUND_PHASE_UNSPECIFIED: _ClassVar[RoundPhase]
@@ -62,6 +68,9 @@ TASK_KIND_UNSPECIFIED: TaskKind
 TASK_KIND_TRAIN: TaskKind
 TASK_KIND_EVALUATE: TaskKind
 TASK_KIND_INITIALIZE: TaskKind
+LATE_POLICY_UNSPECIFIED: LatePolicy
+LATE_POLICY_DISCARD: LatePolicy
+LATE_POLICY_CARRY: LatePolicy
 ROUND_PHASE_UNSPECIFIED: RoundPhase
 ROUND_PHASE_SELECTING: RoundPhase
 ROUND_PHASE_REPORTING: RoundPhase
@@ -89,6 +98,44 @@ LOSS_CAUSE_LATE: LossCause
 JUMP_UNSPECIFIED: Jump
 JUMP_NORM: Jump
 JUMP_SCORES: Jump
+
+class RoundPolicy(_message.Message):
+    __slots__ = ("min_workers", "min_sample_size", "max_participants", "fraction", "over_selection", "quorum", "deadline", "lease", "selection_window", "selection_timeout", "weight_aim", "max_share", "deadline_floor", "late", "max_staleness", "buffer_size", "reconnect_grace")
+    MIN_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    MIN_SAMPLE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_PARTICIPANTS_FIELD_NUMBER: _ClassVar[int]
+    FRACTION_FIELD_NUMBER: _ClassVar[int]
+    OVER_SELECTION_FIELD_NUMBER: _ClassVar[int]
+    QUORUM_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    SELECTION_WINDOW_FIELD_NUMBER: _ClassVar[int]
+    SELECTION_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_AIM_FIELD_NUMBER: _ClassVar[int]
+    MAX_SHARE_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_FLOOR_FIELD_NUMBER: _ClassVar[int]
+    LATE_FIELD_NUMBER: _ClassVar[int]
+    MAX_STALENESS_FIELD_NUMBER: _ClassVar[int]
+    BUFFER_SIZE_FIELD_NUMBER: _ClassVar[int]
+    RECONNECT_GRACE_FIELD_NUMBER: _ClassVar[int]
+    min_workers: int
+    min_sample_size: int
+    max_participants: int
+    fraction: float
+    over_selection: float
+    quorum: int
+    deadline: _duration_pb2.Duration
+    lease: _duration_pb2.Duration
+    selection_window: _duration_pb2.Duration
+    selection_timeout: _duration_pb2.Duration
+    weight_aim: float
+    max_share: float
+    deadline_floor: _duration_pb2.Duration
+    late: LatePolicy
+    max_staleness: int
+    buffer_size: int
+    reconnect_grace: _duration_pb2.Duration
+    def __init__(self, min_workers: _Optional[int] = ..., min_sample_size: _Optional[int] = ..., max_participants: _Optional[int] = ..., fraction: _Optional[float] = ..., over_selection: _Optional[float] = ..., quorum: _Optional[int] = ..., deadline: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., selection_window: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., selection_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., weight_aim: _Optional[float] = ..., max_share: _Optional[float] = ..., deadline_floor: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., late: _Optional[_Union[LatePolicy, str]] = ..., max_staleness: _Optional[int] = ..., buffer_size: _Optional[int] = ..., reconnect_grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("epochs", "max_steps", "batch_size", "learning_rate", "momentum", "proximal_mu", "seed", "evaluate", "local_model", "tell_channels", "lead", "upload_reserve", "label_adjustment")

@@ -8,6 +8,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedgrpc.aggregator.settings import Target, TrainingPlan
+from fedgrpc.protocol.policies import policy_from_proto
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
@@ -202,6 +203,7 @@ async def test_the_run_tells_its_settings_layout_and_progress(tmp_path):
         )
         assert {spec.name: list(spec.shape) for spec in run.layout} == {"w": [50, 40], "b": [40], "n": []}
         assert run.settings["policy.min_workers"] == "2"
+        assert policy_from_proto(run.policy) == running.settings.policy
         assert run.settings["target.name"] == "accuracy"
         assert run.settings["model"] == "LeNet"
         assert run.started_at.seconds > 1_600_000_000
