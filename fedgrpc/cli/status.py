@@ -25,6 +25,7 @@ from fedgrpc.cli.view import (
     workers_table,
 )
 from fedgrpc.errors import UsageError
+from fedgrpc.protocol.records import version_to_proto
 from fedgrpc.storage.database import DATABASE, RunStore
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase, WorkerRecord
 from fedgrpc.v1.round_pb2 import Round
@@ -95,7 +96,9 @@ def stored(folder: Path, count: int) -> Status:
             raise UsageError(f"the data folder {folder} holds no run yet")
         run_id, name, phase, reason, started_at = kept
         run = Run(id=run_id, name=name, phase=RunPhase.Name(phase), reason=reason)
-        run.model_version = version.version if version else 0
+        if version is not None:
+            run.model_version = version.version
+            run.last.CopyFrom(version_to_proto(version))
         run.started_at.FromNanoseconds(int(started_at * 1e9))
         rounds, _ = store.rounds(_MAX_ROUND, count, _MAX_BYTES)
         run.current_round = rounds[0].number if rounds else 0

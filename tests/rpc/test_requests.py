@@ -43,7 +43,8 @@ async def test_a_compressed_request_is_refused_before_it_inflates(shape):
     ):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call(channel, shape, b"x" * 10_000)
-        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        # INTERNAL where the stream was closed under a message that the client was still writing.
+        assert caught.value.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL)
 
 
 def test_both_sides_refuse_compression_and_a_server_bounds_the_calls_of_one_connection():
