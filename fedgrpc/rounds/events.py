@@ -1,6 +1,6 @@
-"""What can happen to a round, and what the round then asks for. Values only; a token names a task.
+"""Events of a round and its effects: what happens to it, and what it asks for. Values only; a token names a task.
 
-Events come from outside (the aggregator or the simulator); effects go back to it.
+Events come from the aggregator or a simulator. Effects go back to it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import MappingProxyType
 class TaskPhase(Enum):
     """Where a task stands: `open` while its worker works on it, `final` once nothing can change it.
 
-    An expired task is neither: its slot is free for another worker, yet news of it revives it.
+    An expired task is neither: its slot is free for another worker, yet an event of it revives it.
     """
 
     OFFERED = 1
@@ -29,6 +29,7 @@ class TaskPhase(Enum):
 
     @property
     def open(self) -> bool:
+        # `value` is a property of its own, and far slower in a round of a thousand workers.
         return self._value_ <= 4
 
     @property
@@ -75,21 +76,21 @@ class AbandonCause(Enum):
     """Why a round was abandoned."""
 
     NONE = 0
-    # Too few came, or those who came went away.
+    # Too few workers came, or those that came went away.
     NO_WORKERS = 1
     # Workers gave their tasks back, or their updates were refused.
     FAILED = 2
-    # Workers were at work when the deadline came.
+    # Workers were still at work at the deadline.
     TOO_SLOW = 3
     # No version could be made of the updates.
     UNUSABLE = 4
-    # An operator or the parent said so.
+    # An operator or the parent ended it.
     ORDERED = 5
 
 
 @dataclass(frozen=True)
 class WorkersAvailable:
-    """Who could take a task now (in no order), and how many workers are alive, busy ones included."""
+    """The workers that could take a task now, in no order, and how many are alive, busy ones included."""
 
     idle: tuple[str, ...]
     live_count: int
@@ -97,7 +98,7 @@ class WorkersAvailable:
 
 @dataclass(frozen=True)
 class Deadline:
-    """How long a round may last from its opening, and why so long."""
+    """Time that a round may take from its opening, and why so much."""
 
     seconds: float
     reason: str
@@ -105,10 +106,10 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Selected:
-    """The answer to `Select`: (token, worker) for each new task; may be fewer than asked, or none.
+    """The answer to `Select`: (token, worker) for each new task, which may be fewer than asked for, or none.
 
-    `reasons` says of a worker why it was chosen. `deadline` counts when this opens the round, within the policy's
-    floor and ceiling; None: the policy's.
+    `reasons` holds why a worker was chosen. `deadline` is used if this opens the round, within the policy's floor
+    and ceiling; None: the policy's.
     """
 
     tasks: tuple[tuple[str, str], ...]
@@ -118,9 +119,9 @@ class Selected:
 
 @dataclass(frozen=True)
 class Progress:
-    """The worker was heard of: the lease of its task starts anew.
+    """The worker gave a sign of life: the lease of its task starts again.
 
-    `bytes_held` of the `bytes_total` of its update have been received; without them its pace is not judged.
+    `bytes_held` of the `bytes_total` of its update have been received. Without them its pace is not judged.
     """
 
     token: str
@@ -148,7 +149,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Failed:
-    """The worker gave the task back; `gone`: it has not tried, it has left or forgotten it."""
+    """The worker gave the task back; `gone`: without trying, since it has left or forgotten the task."""
 
     token: str
     reason: str
@@ -169,12 +170,13 @@ class Committed:
 
 @dataclass(frozen=True)
 class Abort:
-    """The round is to end without a result."""
+    """Someone ends the round without a result."""
 
     reason: str
     cause: AbandonCause = AbandonCause.ORDERED
 
 
+TaskEvent = Progress | Accepted | Rejected | Failed
 Event = WorkersAvailable | Selected | Progress | Accepted | Rejected | Failed | Tick | Committed | Abort
 
 
@@ -196,7 +198,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Cancel:
-    """The task has lost its slot. A final one is over; an expired one may still come back with an event."""
+    """The task has lost its slot. A final one is over; an expired one is revived by its next event."""
 
     token: str
     reason: str
@@ -205,7 +207,7 @@ class Cancel:
 
 @dataclass(frozen=True)
 class CarryOver:
-    """The task outlives the round: it is to be kept as one of the next round, which `follow` opens.
+    """The task outlives the round: keep it for the next round, which `follow` opens.
 
     `cause` is why this round has no use for it; `NONE`: it is accepted.
     """

@@ -1,6 +1,7 @@
-"""What is remembered of each worker: how long its tasks took, what they were worth, when it last took part.
+"""History of each worker: how long its tasks took, how fast its link is, how they ended.
 
-The rule: bounded. Quantiles, not means: one bad night of a link is not what a worker is like.
+Every history is bounded. Times are quantiles and rates medians, not means: one bad night is not typical of a
+worker.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from fedgrpc.rounds.round import Round
 from fedgrpc.rounds.task import Task
 
 KEPT = 16
-# A part that was cut short took longer than was seen; how much longer nobody knows.
+# A part that was cut off took longer than was seen. How much longer is not known: assume half as much again.
 CUT_FACTOR = 1.5
 KEPT_RATES = 5
 _LONG_S = 0.2
-# However few bytes: nothing but the link takes so long.
+# A transfer that takes this long measures the link, however few its bytes.
 _VERY_LONG_S = 10.0
 _LARGE_BYTES = 1 << 20
 _SMALL_BYTES = 16 << 10
@@ -31,9 +32,9 @@ _LONGEST_S = 24 * 3600.0
 
 @dataclass(frozen=True)
 class Timing:
-    """T_download, T_local and T_upload of one task, in seconds; None: it did not come to that part.
+    """T_download, T_local and T_upload of one task, in seconds; None: the task did not come to that part.
 
-    `cut`: the last part that is not None was not finished, so that it takes longer than that.
+    `cut`: the last part that is not None was not finished, so it takes longer than that.
     """
 
     download_s: float | None = None
@@ -43,7 +44,7 @@ class Timing:
 
     @property
     def parts(self) -> tuple[float | None, float | None, float | None]:
-        """The three in their order, a part that was cut being longer than it was seen to be."""
+        """The three parts in order. One that was cut off counts `CUT_FACTOR` times."""
         parts = [self.download_s, self.local_s, self.upload_s]
         if self.cut:
             last = max((i for i, part in enumerate(parts) if part is not None), default=None)
@@ -53,9 +54,9 @@ class Timing:
 
 
 def timing_of(task: Task) -> Timing | None:
-    """Where a task's time went, as the aggregator saw it; None: its worker never came for it.
+    """Return where a task's time went, as the aggregator saw it; None: its worker never came for it.
 
-    The worker's own account of an accepted task is finer: it knows to the moment when it began to train.
+    The worker's own account of an accepted task is more exact: it knows when it began to train.
     """
     entered = task.entered
     ends = [
@@ -74,10 +75,10 @@ def timing_of(task: Task) -> Timing | None:
 
 
 def timing_of_accepted(task: Task, said: Timing, most_s: float) -> Timing:
-    """Where an accepted task's time went, by what its worker said of it, as far as that can be.
+    """Return where an accepted task's time went: what its worker `said`, within what the aggregator saw.
 
-    The parts together are no less than what the aggregator saw from the worker's first sign of life to its update,
-    and no more than what passed since the offer; after a restart, which forgets both, no more than `most_s`.
+    The parts together are at least the time from the worker's first sign of life to its update, and at most the
+    time since the offer. After a restart, which forgets both, they are at most `most_s`.
     """
     entered = task.entered
     end = entered.get(TaskPhase.ACCEPTED)
@@ -94,7 +95,7 @@ def timing_of_accepted(task: Task, said: Timing, most_s: float) -> Timing:
 
 @dataclass(frozen=True)
 class LinkRates:
-    """One direction of one worker's link: bytes a second of its last informative transfers, newest last.
+    """One direction of a worker's link: bytes a second of its last informative transfers, newest last.
 
     A small or very short transfer measures the round trip and a busy machine, not the link. It counts only where
     it was faster than the link was thought to be.
@@ -108,7 +109,7 @@ class LinkRates:
         return statistics.median(self.samples) if self.samples else None
 
     def after(self, size_bytes: float, seconds: float) -> LinkRates:
-        """With one more transfer, if that tells anything."""
+        """Return the rates with one more transfer, if it is informative."""
         if size_bytes <= 0 or seconds <= 0:
             return self
         rate, known = claims.BYTES_PER_SECOND.clamped(size_bytes / seconds), self.bytes_per_second
@@ -124,10 +125,10 @@ NO_RATES = LinkRates()
 
 @dataclass(frozen=True)
 class WorkerHistory:
-    """One worker. `loss` and `example_count` are those of its last update; `selected_in` the last round.
+    """What is remembered of one worker.
 
-    `endings` tells how its last tasks ended, `timings` where their time went, `uplink` and `downlink` how fast its
-    bytes went up and down.
+    `loss` and `example_count` are those of its last update, `selected_in` is the last round that chose it.
+    `endings` holds how its last tasks ended (`NONE`: accepted), `timings` where their time went.
     """
 
     timings: tuple[Timing, ...] = ()
@@ -141,7 +142,7 @@ class WorkerHistory:
     downlink: LinkRates = NO_RATES
 
     def chosen(self, round_number: int) -> WorkerHistory:
-        """After it was given a task."""
+        """Return the history after the worker got a task."""
         return replace(self, selected=self.selected + 1, selected_in=round_number)
 
     def ended(self, cause: LossCause) -> WorkerHistory:
@@ -149,11 +150,11 @@ class WorkerHistory:
         return replace(self, endings=(*self.endings, cause)[-KEPT:])
 
     def timed(self, timing: Timing) -> WorkerHistory:
-        """After a task of which it is known how long it took."""
+        """Return the history after a task whose times are known."""
         return replace(self, timings=(*self.timings, timing)[-KEPT:])
 
     def reported(self, timing: Timing, loss: float | None, example_count: int) -> WorkerHistory:
-        """After an accepted update; `loss` is the mean over its examples."""
+        """Return the history after an accepted update; `loss` is the mean over its examples."""
         done = self.timed(timing)
         return replace(done, accepted=self.accepted + 1, loss=loss, example_count=example_count)
 
@@ -162,7 +163,7 @@ Histories = Mapping[str, WorkerHistory]
 
 
 def quantile(values: Iterable[float], share: float) -> float:
-    """The smallest value that at least `share` of the values do not exceed. Raises `ValueError` for no values."""
+    """Return the smallest value that at least `share` of the values do not exceed. Raises `ValueError`."""
     ordered = sorted(values)
     if not ordered:
         raise ValueError("no values")
@@ -170,16 +171,16 @@ def quantile(values: Iterable[float], share: float) -> float:
 
 
 def expected_parts(history: WorkerHistory, share: float) -> list[float | None]:
-    """The `share` quantile of each part of a task, in seconds; None: never seen."""
+    """Return the `share` quantile of each part of a task, in seconds; None: never seen."""
     columns = zip(*(timing.parts for timing in history.timings), strict=True)
     seen = [[part for part in column if part is not None] for column in columns] or [[], [], []]
     return [quantile(column, share) if column else None for column in seen]
 
 
 def expected_s(history: WorkerHistory, share: float, usual: Sequence[float | None] = (None,) * 3) -> float | None:
-    """How long its next task takes at most, `share` of the times; parts never seen take what is `usual`.
+    """Return the time that the worker's next task takes at most, in `share` of the cases.
 
-    None when a part is neither known nor usual.
+    Parts never seen take what is `usual`. None when a part is neither known nor usual.
     """
     parts = [
         own if own is not None else other for own, other in zip(expected_parts(history, share), usual, strict=True)
@@ -188,14 +189,14 @@ def expected_s(history: WorkerHistory, share: float, usual: Sequence[float | Non
 
 
 def usual_parts(histories: Iterable[WorkerHistory], share: float) -> list[float | None]:
-    """The median worker's parts."""
+    """Return the parts of the median worker, in seconds."""
     columns = list(zip(*(expected_parts(history, share) for history in histories), strict=True)) or [(), (), ()]
     seen = [[part for part in column if part is not None] for column in columns]
     return [quantile(column, 0.5) if column else None for column in seen]
 
 
 def cut_upload(task: Task) -> tuple[float, float]:
-    """Bytes of an update that came before its task was over, and the seconds they took; (0, 0): none did."""
+    """Return the bytes of a lost task's upload that arrived, and their seconds; (0, 0): none did."""
     begun = task.entered.get(TaskPhase.UPLOADING)
     if task.pace is None or begun is None or not _cut_at(task):
         return 0.0, 0.0
@@ -203,7 +204,7 @@ def cut_upload(task: Task) -> tuple[float, float]:
 
 
 def cut_download(task: Task, size_bytes: float) -> tuple[float, float]:
-    """The same of a model of `size_bytes` that never came whole, by what its worker said of it."""
+    """Return the same of a model of `size_bytes` whose download was never finished, by the worker's progress."""
     begun = task.entered.get(TaskPhase.DOWNLOADING)
     further = TaskPhase.TRAINING in task.entered or TaskPhase.UPLOADING in task.entered
     if begun is None or further or not (over := _cut_at(task)):
@@ -227,11 +228,11 @@ class Trust:
     doubted_until: float = 0.0
 
     def doubted(self, now: float) -> bool:
-        """Whether others are to be chosen first."""
+        """Whether other workers are chosen first."""
         return now < self.doubted_until
 
     def after(self, round_: Round, task: Task, now: float) -> Trust:
-        """What a task of a round that has ended makes of it. A round that had enough was held up by nobody."""
+        """Return the trust after a task of a round that has ended. Nobody holds up a round that had enough."""
         if task.phase is TaskPhase.ACCEPTED:
             return Trust()
         if task.phase not in (TaskPhase.LATE, TaskPhase.EXPIRED) or round_.enough_reason:

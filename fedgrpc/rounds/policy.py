@@ -24,7 +24,7 @@ class TaskKind(IntEnum):
 
 @dataclass(frozen=True)
 class RoundPolicy:
-    """Settings of a round.
+    """Rules of a round.
 
     A round opens once `min_workers` are idle, and waits up to `selection_window_s` more for the other live
     ones. It aims at `fraction` of the live workers, at least `min_sample_size` and at most `max_participants`,
@@ -34,13 +34,13 @@ class RoundPolicy:
     weight counts to `weight_aim` once there are updates enough to keep to it. The deadline is `deadline_s`, or
     what is learned of the workers, from `deadline_floor_s` to `deadline_s`.
 
-    What is late is discarded, or carried into the next rounds until `max_staleness` versions have been committed
-    since its worker was given the model. With `buffer_size` there are no rounds to wait for (FedBuff, arXiv
-    2106.06639): the share of workers given by `fraction` and `max_participants` is always at work, every
-    `buffer_size` updates make a version, and all others go on.
+    Late tasks are discarded, or carried over into the next rounds until `max_staleness` versions were committed
+    since their worker got the model. With `buffer_size` nobody waits for a round (FedBuff, arXiv 2106.06639): the
+    share of workers given by `fraction` and `max_participants` is always at work, and every `buffer_size` updates
+    make a version.
 
-    An aggregator that comes back leaves its open round at least `reconnect_grace_s`, whatever the deadline says:
-    workers can then reconnect and deliver what they have finished meanwhile.
+    After a restart, an open round lasts at least `reconnect_grace_s` longer, so that workers can reconnect and
+    deliver what they finished meanwhile.
     """
 
     min_workers: int = 2
@@ -95,12 +95,12 @@ class RoundPolicy:
                 raise UsageError(message)
 
     def aim(self, live_count: int) -> int:
-        """How many updates a round wants from a pool of `live_count` workers."""
+        """Return how many updates a round wants of `live_count` workers."""
         wanted = max(_ceil(self.fraction * live_count), self.min_sample_size, self.quorum)
         return wanted if self.max_participants is None else min(wanted, self.max_participants)
 
     def ask(self, aim: int) -> int:
-        """How many tasks to hand out to get `aim` updates."""
+        """Return how many tasks to give out to get `aim` updates."""
         return _ceil(aim * self.over_selection)
 
     @property
@@ -130,32 +130,32 @@ class RoundPolicy:
 
 
 def _ceil(value: float) -> int:
-    """The ceiling, where 11.000000000000002 (which is 10 x 1.1) is 11."""
+    """Return the ceiling, up to rounding: 10 x 1.1 is 11.000000000000002 in floats, and counts as 11."""
     return math.ceil(value - 1e-9 * value)
 
 
 def select_uniform(idle: tuple[str, ...], count: int, rng: np.random.Generator) -> tuple[str, ...]:
-    """Up to `count` of `idle`, each subset of that size equally likely, whatever the order of `idle`."""
+    """Return up to `count` of `idle`, each subset of that size equally likely, whatever the order of `idle`."""
     pool = sorted(idle)
     chosen = rng.choice(len(pool), size=min(count, len(pool)), replace=False) if pool else ()
     return tuple(pool[i] for i in sorted(chosen))
 
 
-# With fewer participants it is no wonder that one of them is more than half.
+# Among so few participants, one that is more than half is nothing to report.
 _FEW = 3
 _TINY = 1e-12
 
 
 @dataclass(frozen=True)
 class Dominance:
-    """One worker is more than half of a mean of more than three."""
+    """A worker that is more than half of a mean of more than three, and its share."""
 
     worker: str
     share: float
 
 
 def dominant(weights: Mapping[str, float]) -> Dominance | None:
-    """The worker that is over half of the mean, by the summed weight of each worker; None: nobody is."""
+    """Return the worker that is over half of the mean, given the summed weight of each; None: nobody is."""
     there = {worker: weight for worker, weight in weights.items() if weight > 0}
     if len(there) <= _FEW:
         return None
@@ -165,14 +165,14 @@ def dominant(weights: Mapping[str, float]) -> Dominance | None:
 
 
 def capped(weights: Sequence[float], max_share: float, counts: Sequence[int] | None = None) -> list[float]:
-    """The weights, the largest lowered until none is more than `max_share` of their sum.
+    """Return the weights, the largest lowered until none is more than `max_share` of their sum.
 
-    All that are lowered are lowered to one level c, the least change that will do (water-filling):
+    All that are lowered get one level c, the least change that suffices (water-filling):
 
         c = max_share * (c * lowered + sum of the others)
 
-    Weight `i` stands for `counts[i]` workers (1 without), of which none is to have more than its share. Fewer
-    workers than 1 / `max_share` cannot keep to it: then all of them weigh the same.
+    Weight `i` stands for `counts[i]` workers (default 1), and none of them gets more than its share. Fewer workers
+    than 1 / `max_share` cannot keep to it: then all of them weigh the same.
     """
     sizes = [1] * len(weights) if counts is None else list(counts)
     level = _level(sorted((w / n, n) for w, n in zip(weights, sizes, strict=True) if w > 0), max_share)
@@ -180,8 +180,8 @@ def capped(weights: Sequence[float], max_share: float, counts: Sequence[int] | N
 
 
 def _level(ascending: Sequence[tuple[float, int]], max_share: float) -> float:
-    """What one worker may weigh at most; `ascending` are (weight of each, how many)."""
-    # From the smallest on: beside a weight of 2^40 the small ones would be lost in a difference of sums.
+    """Return the most that one worker may weigh; `ascending` holds (weight of each, how many)."""
+    # Sums from the smallest on: beside a weight of 2^40 the small ones would be lost in a difference of sums.
     sums = list(accumulate(weight * size for weight, size in ascending))
     lowered = 0
     for (weight, size), rest in zip(reversed(ascending), reversed(sums), strict=True):
@@ -195,19 +195,20 @@ def _level(ascending: Sequence[tuple[float, int]], max_share: float) -> float:
 
 @dataclass(frozen=True)
 class TimeLeft:
-    """Seconds until the deadline of a restored round, and how many of all its seconds restarts have added."""
+    """Seconds until the deadline of a restored round, and how many seconds restarts have added to the round."""
 
     seconds: float
     granted_s: float
 
 
 def left_after_restart(left_s: float, granted_s: float, policy: RoundPolicy) -> TimeLeft:
-    """What is left of a deadline that was `left_s` away by a wall clock which may have been set meanwhile.
+    """Return the time left of a deadline that was `left_s` away by a wall clock which may have been set meanwhile.
 
-    Workers are given time to deliver what they finished while the aggregator was away: `reconnect_grace_s`. All
-    restarts of a round together add no more than that or the deadline once more: a process that comes back again
-    and again still ends its round. `granted_s` is what former restarts have added.
+    Workers get `reconnect_grace_s` to deliver what they finished while the aggregator was away. All restarts of a
+    round together add at most that or the deadline once more, whichever is longer, so an aggregator that restarts
+    again and again still ends its round. `granted_s` is what earlier restarts have added.
     """
+    # Clamp: a wall clock set back would otherwise prolong the round without a bound.
     own_s = min(max(left_s, 0.0), policy.deadline_s)
     most_s = max(policy.reconnect_grace_s, policy.deadline_s)
     added_s = min(max(policy.reconnect_grace_s - own_s, 0.0), max(most_s - granted_s, 0.0))

@@ -1,4 +1,4 @@
-"""The state of one round. Values only; what changes it is in `transitions`."""
+"""The state of one round, and why rounds are abandoned. Values only: `transitions` changes them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from fedgrpc.rounds.policy import RoundPolicy, capped
 from fedgrpc.rounds.task import Task, Tasks
 
 NO_TASKS: Mapping[str, Task] = MappingProxyType({})
+# After this many failures of one kind in a row, the next round would most likely fail as well.
+PATIENCE = 3
+_AT_WORK = frozenset({TaskPhase.DOWNLOADING, TaskPhase.TRAINING, TaskPhase.UPLOADING})
 OPEN = tuple(phase for phase in TaskPhase if phase.open)
 
 
@@ -32,12 +35,12 @@ class RoundPhase(Enum):
 
 @dataclass(frozen=True)
 class Round:
-    """The whole state of a round. `aim`: how many updates are wanted; `asked`: the `Select` not yet answered.
+    """The whole state of a round.
 
-    `ready_at`: when the selection window ends, if one runs; `short_since`: since when too few are idle. `cause`:
-    why it was abandoned.
-    `granted_s`: how much later than its own deadline it ends, since the aggregator was away.
-    `carried`: tasks that outlive the round, as they stand now; in `tasks` they are late, or accepted in vain.
+    `aim`: how many updates are wanted. `asked`: the count of the `Select` not yet answered, or 0. `ready_at`: when
+    the selection window ends, if one runs. `short_since`: since when too few workers are idle. `cause`: why it was
+    abandoned. `granted_s`: how much later than its own deadline it ends, since the aggregator was away. `carried`:
+    tasks that outlive the round, as they stand now. In `tasks` they are late, or accepted in vain.
     """
 
     number: int
@@ -59,14 +62,14 @@ class Round:
     carried: Mapping[str, Task] = field(default_factory=lambda: NO_TASKS)
 
     def find(self, token: str) -> Task:
-        """The task as it stands now, also when it outlives the round. Raises `UnknownTask`."""
+        """Return the task as it stands now, also when it outlives the round. Raises `UnknownTask`."""
         task = self.carried.get(token) or self.tasks.get(token)
         if task is None:
             raise UnknownTask(f"no task of round {self.number} has this token")
         return task
 
     def tokens(self, *phases: TaskPhase) -> tuple[str, ...]:
-        """Tokens of the tasks in one of `phases`, by slot."""
+        """Return the tokens of the tasks in one of `phases`, by slot."""
         return tuple(token for token, task in self.tasks.items() if task.phase in phases)
 
     @property
@@ -79,7 +82,7 @@ class Round:
 
     @property
     def workers(self) -> frozenset[str]:
-        """Those who had their task of this round, or have not lost one of a round before."""
+        """The workers that take no further task of this round: each had one, or still has a carried-over one."""
         return frozenset(task.worker for task in self.tasks.values() if self._occupies(task))
 
     def _occupies(self, task: Task) -> bool:
@@ -88,7 +91,7 @@ class Round:
         return task.phase is TaskPhase.ACCEPTED and self.counts(task)
 
     def counts(self, task: Task) -> bool:
-        """Whether its update counts to aim and quorum: stale ones come on top, but for a buffer all are equal."""
+        """Whether the update counts to aim and quorum. Stale ones come on top; in a buffer all count."""
         return task.staleness == 0 or self.policy.buffer_size is not None
 
     @property
@@ -103,22 +106,22 @@ class Round:
 
     @property
     def missing_count(self) -> int:
-        """How many updates of the aim are neither in nor worked on; not for a buffer, which goes by the fleet."""
+        """How many updates of the aim are neither in nor worked on. Not for a buffer, which goes by the fleet."""
         return self.aim - self.accepted_count - self.at_work_count
 
     @property
     def accepted_weight(self) -> float:
-        """Weight of the accepted updates that count, as the mean will have it."""
+        """Weight of the accepted updates that count, limited to `max_share` as in the mean."""
         weights = [task.weight for task in map(self.tasks.__getitem__, self.accepted) if self.counts(task)]
         share = self.policy.max_share
         if share is None:
             return sum(weights)
-        # Too few to keep to the share: one that claims to weigh everything would end the round alone.
+        # With too few updates to keep to the share, one that claims to weigh everything would end the round alone.
         return sum(capped(weights, share)) if len(weights) * share >= 1 else 0.0
 
     @property
     def enough_reason(self) -> str:
-        """Why no more updates are wanted; empty: they are."""
+        """Why no more updates are wanted; empty while they are."""
         if self.accepted_count >= self.aim:
             return "enough updates are in"
         weight_aim = self.policy.weight_aim
@@ -127,20 +130,15 @@ class Round:
         return "enough weight is in" if self.accepted_weight >= weight_aim else ""
 
     def with_tasks(self, changed: Mapping[str, Task]) -> Round:
-        """This round with some tasks changed or added."""
+        """Return this round with some tasks changed or added."""
         return replace(self, tasks=self.tasks.changed(changed)) if changed else self
 
 
 Step = tuple[Round, tuple[Effect, ...]]
 
 
-# What has gone wrong so often in a row goes wrong again.
-PATIENCE = 3
-_AT_WORK = frozenset({TaskPhase.DOWNLOADING, TaskPhase.TRAINING, TaskPhase.UPLOADING})
-
-
 def abandon_cause(tasks: Iterable[Task]) -> AbandonCause:
-    """Why too few of these tasks, as they stand when their round closes, have an update."""
+    """Return why too few of these tasks have an update, as they stand when their round closes."""
     phases = {task.phase for task in tasks if not task.gone}
     if phases & {TaskPhase.FAILED, TaskPhase.REJECTED}:
         return AbandonCause.FAILED
@@ -149,18 +147,18 @@ def abandon_cause(tasks: Iterable[Task]) -> AbandonCause:
 
 @dataclass(frozen=True)
 class Streak:
-    """How many rounds in a row were abandoned for one cause; those that wanted workers are left out."""
+    """How many rounds in a row were abandoned for one cause. Rounds that lacked workers do not count."""
 
     cause: AbandonCause = AbandonCause.NONE
     count: int = 0
 
     def after(self, cause: AbandonCause) -> Streak:
-        """One more round was abandoned."""
+        """Return the streak after one more abandoned round."""
         if cause not in (AbandonCause.FAILED, AbandonCause.TOO_SLOW, AbandonCause.UNUSABLE):
             return self
         return Streak(cause, self.count + 1 if cause is self.cause else 1)
 
     @property
     def hopeless(self) -> bool:
-        """Whether another round would most likely end in the same way."""
+        """Whether another round would most likely fail in the same way."""
         return self.count >= PATIENCE

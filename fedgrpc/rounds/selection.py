@@ -1,6 +1,6 @@
-"""Who is chosen, and why: uniformly, or by expected usefulness and speed (Oort, arXiv 2010.06081).
+"""Selection of workers, uniform or by usefulness and speed (Oort, arXiv 2010.06081), and learned deadlines.
 
-The rule: every choice comes with its reason, and nobody is left out for ever.
+Every choice comes with its reason, and no worker is left out for good.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedgrpc.rounds.round import Round, RoundPhase
 
 @dataclass(frozen=True)
 class Choice:
-    """One worker, and why it was chosen."""
+    """A chosen worker, and why it was chosen."""
 
     worker: str
     reason: str
@@ -31,10 +31,10 @@ class Choice:
 class OortRule:
     """Oort's settings, with its defaults, and a floor under fairness.
 
-    `fairness` is the share of seats for those who have waited longest. Of the other seats, workers never tried get
-    a share that falls from `exploration` by `exploration_decay` a round to `exploration_floor`. `slow_penalty` is
-    alpha; the pace that is preferred is met by the share `preferred_share` of the workers known. (The paper's
-    pacer, which relaxes that share when training stalls, is not here.)
+    `fairness` is the share of seats for the workers that have waited longest. Of the other seats, workers never
+    tried get a share that falls from `exploration` by `exploration_decay` a round to `exploration_floor`.
+    `slow_penalty` is alpha. `preferred_share` of the known workers meet the preferred pace. (The paper's pacer,
+    which relaxes that share when training stalls, is left out.)
     """
 
     fairness: float = 0.1
@@ -56,7 +56,7 @@ class OortRule:
             raise UsageError(f"slow_penalty must not be negative, not {self.slow_penalty:g}")
 
     def explored_share(self, round_number: int) -> float:
-        """Which share of the seats goes to workers never tried."""
+        """Return the share of the seats that goes to workers never tried."""
         decayed = self.exploration * self.exploration_decay ** max(0, round_number - 1)
         return max(self.exploration_floor, decayed)
 
@@ -66,7 +66,7 @@ _SHARE = 0.9
 
 
 def choose_uniform(idle: tuple[str, ...], count: int, rng: np.random.Generator) -> tuple[Choice, ...]:
-    """Up to `count` of `idle`, each subset equally likely."""
+    """Return up to `count` of `idle`, each subset equally likely."""
     chosen = select_uniform(idle, count, rng)
     return tuple(Choice(worker, f"one of {len(idle)} by lot") for worker in chosen)
 
@@ -79,7 +79,7 @@ def choose_oort(
     rng: np.random.Generator,
     rule: OortRule | None = None,
 ) -> tuple[Choice, ...]:
-    """Up to `count` of `idle`, in whatever order: who waited longest, who is useful and fast, who is untried."""
+    """Return up to `count` of `idle`: workers that waited longest, useful and fast ones, and untried ones."""
     rule = rule or OortRule()
     pool = {worker: histories.get(worker, _NEW) for worker in sorted(idle)}
     count = min(count, len(pool))
@@ -95,7 +95,7 @@ def choose_oort(
 
 
 def _longest_waiting(pool: Histories, seats: int, round_number: int) -> tuple[Choice, ...]:
-    """The floor under fairness: those who were chosen longest ago, or never."""
+    """Return the workers that were chosen longest ago, or never: the floor under fairness."""
     waiting = sorted(pool, key=lambda worker: (pool[worker].selected_in, worker))[:seats]
     return tuple(
         Choice(worker, f"has waited for {round_number - pool[worker].selected_in} rounds") for worker in waiting
@@ -105,11 +105,12 @@ def _longest_waiting(pool: Histories, seats: int, round_number: int) -> tuple[Ch
 def _most_useful(
     tried: Histories, seats: int, round_number: int, rng: np.random.Generator, rule: OortRule
 ) -> tuple[Choice, ...]:
-    """Drawn by their utility among those at or near the top."""
+    """Draw workers in proportion to their utility, among those at or near the top."""
     if seats <= 0 or not tried:
         return ()
     utility = utilities(tried, round_number, rule)
     ranked = sorted(utility, key=lambda worker: (-utility[worker], worker))
+    # Admit those close to the last seat's utility, so that a near tie is settled by lot and not by name.
     bar = rule.cutoff * utility[ranked[min(seats, len(ranked)) - 1]]
     admitted = [worker for worker in ranked if utility[worker] >= bar]
     shares = np.array([max(utility[worker], 1e-12) for worker in admitted])
@@ -119,11 +120,13 @@ def _most_useful(
 
 
 def utilities(tried: Histories, round_number: int, rule: OortRule) -> dict[str, float]:
-    """What each worker's next update is expected to be worth (arXiv 2010.06081).
+    """Return the expected worth of each worker's next update (arXiv 2010.06081).
 
-    Examples times their loss (workers report the mean loss, where the paper has the root mean square), clipped; a
-    bonus sqrt(0.1 ln R / r) in round R for one last tried in round r, as a share of the highest; all of it times
-    (T / t)^alpha when the worker takes t, longer than the pace T.
+        utility = (min(n |loss|, clip) + bonus) * (T / t)^alpha    the last factor only where t > T
+
+    `n` examples have the mean loss that the worker reported (the paper has the root mean square). In round R a
+    worker last tried in round r gets the bonus sqrt(0.1 ln R / r), as a share of the highest worth. Its task takes
+    t, and T is the preferred pace.
     """
     paces = {worker: expected_s(history, _SHARE, (0.0, 0.0, 0.0)) or 0.0 for worker, history in tried.items()}
     preferred_s = quantile(paces.values(), rule.preferred_share)
@@ -147,12 +150,12 @@ def _describe(utility: float, history: WorkerHistory) -> str:
 
 @dataclass(frozen=True)
 class SelectionPolicy:
-    """Settings of choosing.
+    """Rules by which workers and the deadline are chosen.
 
-    `selection`: by lot, or by expected usefulness and speed (Oort, arXiv 2010.06081). There `fairness` is the part
-    of the seats for those who have waited longest, and `exploration` the part of the others that is for workers
-    never tried, in the first round. `learn_deadline`: the deadline is the one that the wanted updates are expected
-    to meet, by the `deadline_quantile` of each worker's own times, times `deadline_margin`.
+    `selection`: uniform, or by expected usefulness and speed (Oort, arXiv 2010.06081). With Oort, `fairness` is
+    the share of the seats for workers that have waited longest, and `exploration` the share of the others that
+    goes to workers never tried, in the first round. `learn_deadline`: take the deadline that the wanted updates
+    are expected to meet, by the `deadline_quantile` of each worker's own times, times `deadline_margin`.
     """
 
     selection: Literal["uniform", "oort"] = "uniform"
@@ -178,9 +181,9 @@ class SelectionPolicy:
     def choose(
         self, round_: Round, idle: tuple[str, ...], count: int, histories: Histories, rng: np.random.Generator
     ) -> tuple[tuple[Choice, ...], Deadline | None]:
-        """Up to `count` of `idle`, each with its reason, and the deadline if these open the round.
+        """Return up to `count` of `idle`, each with its reason, and the deadline if these open the round.
 
-        None: the policy's, which is also that of a buffer, since nobody waits for its slowest.
+        None: the policy's deadline. A buffer has that too, since it does not wait for its slowest worker.
         """
         if self.selection == "oort":
             choices = choose_oort(idle, count, histories, round_.number, rng, self._oort())
@@ -196,7 +199,7 @@ class SelectionPolicy:
 
 @dataclass(frozen=True)
 class DeadlineRule:
-    """How sure of each worker to be (`quantile` of its own times), and how much to add for what is not in them."""
+    """How certain to be of each worker (`quantile` of its own times), and a factor for what those do not show."""
 
     quantile: float = 0.9
     margin: float = 1.2
@@ -208,9 +211,9 @@ _UNKNOWN = WorkerHistory()
 def learned_deadline(
     workers: Sequence[str], aim: int, histories: Histories, rule: DeadlineRule | None = None
 ) -> Deadline | None:
-    """The deadline for a round of `workers` that wants `aim` updates, before the policy's floor and ceiling.
+    """Return the deadline for a round of `workers` that wants `aim` updates, without the policy's bounds.
 
-    A worker never timed is taken for a median one. None while nothing at all is known.
+    A worker never timed counts as a median one. None while no times are known at all.
     """
     rule = rule or DeadlineRule()
     usual = usual_parts(histories.values(), rule.quantile)

@@ -8,7 +8,7 @@ nothing has happened. `now` is any clock that never runs backwards, in seconds.
         +-----------------------+--------- no workers, no quorum, Abort --------------+--------> ABANDONED
 
 `Rejected` while COMMITTING leaves out an accepted update that cannot be averaged: the round commits the others.
-A task that a round carries on goes over to the round that `follow` opens after it.
+Carried-over tasks go to the next round, which `follow` opens.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from fedgrpc.rounds.events import (
     Progress,
     Rejected,
     Selected,
+    TaskEvent,
     TaskPhase,
     Tick,
     WorkersAvailable,
@@ -56,16 +57,17 @@ from fedgrpc.rounds.transitions import (
 def step(round_: Round, event: Event, now: float) -> Step:
     """Apply one event.
 
-    Raises `UnknownTask` for a token that is not of this round, `RoundClosed` for news of a task once no more
-    updates are taken, and `IllegalTransition` for everything else that the phase does not allow. To accept an
-    update again changes nothing, in whatever phase.
+    Accepting an update again changes nothing, in any phase. Raises `UnknownTask` for a token that is not of this
+    round, `RoundClosed` for an event of a task once no more updates are taken, and `IllegalTransition` for
+    everything else that the phase does not allow.
     """
-    if isinstance(event, Progress | Accepted | Rejected | Failed) and event.token in round_.carried:
+    # Carried-over tasks live on while their round commits, so their events bypass the table.
+    if isinstance(event, TaskEvent) and event.token in round_.carried:
         return report_carried(round_, event, now)
     handler = _TABLE.get((round_.phase, type(event)))
     if handler is not None:
         return handler(round_, event, now)
-    if isinstance(event, Progress | Accepted | Rejected | Failed):
+    if isinstance(event, TaskEvent):
         task = round_.find(event.token)
         if isinstance(event, Accepted) and task.phase is TaskPhase.ACCEPTED:
             return round_, ()
@@ -76,15 +78,16 @@ def step(round_: Round, event: Event, now: float) -> Step:
 
 
 def follow(previous: Round, number: int, policy: RoundPolicy, now: float) -> Step:
-    """The round after `previous`, which has ended, with the tasks that it carries on.
+    """Return the round after `previous`, which has ended, with the tasks carried over.
 
-    Those that are too stale, or that a policy of `discard` has no use for, are cancelled; accepted ones stay.
+    Tasks that are too stale, or that a policy of `discard` has no use for, are cancelled. Accepted ones stay.
     """
     aged = 1 if previous.phase is RoundPhase.COMMITTED else 0
     kept: dict[str, Task] = {}
     effects = []
     for token, task in previous.carried.items():
         staleness = task.staleness + aged
+        # These ended while their round was committing, and need no cancelling.
         if task.phase in (TaskPhase.REJECTED, TaskPhase.FAILED):
             continue
         if task.phase is not TaskPhase.ACCEPTED and (policy.late != "carry" or staleness > policy.max_staleness):
@@ -95,7 +98,7 @@ def follow(previous: Round, number: int, policy: RoundPolicy, now: float) -> Ste
 
 
 class StoredTask(NamedTuple):
-    """What must be stored of a task."""
+    """The part of a task that outlives a restart."""
 
     token: str
     worker: str
@@ -116,15 +119,14 @@ def restore(
     now: float,
     granted_s: float = 0.0,
 ) -> Round:
-    """A round rebuilt from what was stored: `StoredTask`s, or as many of their first fields, by slot.
+    """Return a round rebuilt from its stored tasks by slot: `StoredTask`s, or as many of their first fields.
 
-    Every lease starts anew: that the aggregator was away is no fault of its workers. The time left is at most the
-    policy's and at least its grace (`left_after_restart`), whatever a wall clock that was set in between may say;
-    None: the round has only carried tasks as yet, and is to select. It wants a `Tick` at once when the updates
-    stored are enough already.
+    Every lease starts again: workers are not to blame that the aggregator was away. The time left is bounded by
+    `left_after_restart`, whatever a wall clock that was set meanwhile says; None: the round has only carried-over
+    tasks yet, and selects next. When the stored updates are enough already, `wake_at` asks for a `Tick` at once.
 
-    How far a worker has come is not stored, so each counts as one that has begun: a task whose worker comes back
-    with its update is carried on, though the round may end before it is heard of.
+    How far a worker has come is not stored, so each counts as begun. A task whose worker comes back with its
+    update is then carried over, even if the round ends before the worker reconnects.
     """
     rebuilt = {}
     for slot, row in enumerate(tasks):
@@ -152,7 +154,7 @@ def restore(
 
 
 def wake_at(round_: Round) -> float | None:
-    """When the round next wants a `Tick` if nothing else happens; None: it waits for an event."""
+    """Return when the round next needs a `Tick` if nothing else happens; None: it waits for an event."""
     times: list[float | None] = []
     if round_.phase is RoundPhase.SELECTING and not round_.asked:
         timeout_s = round_.policy.selection_timeout_s
@@ -166,7 +168,7 @@ def wake_at(round_: Round) -> float | None:
 
 
 def wants_workers(round_: Round) -> bool:
-    """Whether a `WorkersAvailable` could change anything: to look at a whole fleet takes its time."""
+    """Whether a `WorkersAvailable` could change anything: looking at a whole fleet is slow."""
     if round_.asked:
         return False
     if round_.phase is RoundPhase.REPORTING:
@@ -175,7 +177,7 @@ def wants_workers(round_: Round) -> bool:
 
 
 def time_left(round_: Round, now: float) -> float | None:
-    """Seconds until the deadline, not below 0; None: none runs."""
+    """Return the seconds until the deadline, at least 0; None: no deadline runs."""
     return None if round_.deadline_at is None else max(0.0, round_.deadline_at - now)
 
 

@@ -1,6 +1,6 @@
-"""One worker's share of a round, what an event makes of it, and the tasks of a round. Pure: a task in, a task out.
+"""One worker's share of a round, how events change it, and the tasks of a round. Pure: a task in, a task out.
 
-A final task stays as it is. An expired one comes back with an event, unless the event says that it is too slow.
+A final task never changes. An event revives an expired one, unless it shows that the upload cannot finish in time.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from itertools import chain
 from types import MappingProxyType
 
 from fedgrpc.errors import IllegalTransition, RoundClosed
-from fedgrpc.rounds.events import Accepted, Failed, LossCause, Progress, Rejected, TaskPhase
+from fedgrpc.rounds.events import Accepted, LossCause, Progress, Rejected, TaskEvent, TaskPhase
 
-# How a task is lost whose time runs out in a phase.
+# Why a task is lost whose time runs out in a phase.
 SLOW: Mapping[TaskPhase, LossCause] = MappingProxyType(
     {
         TaskPhase.OFFERED: LossCause.NO_SHOW,
@@ -30,7 +30,11 @@ _NOWHERE: Mapping[TaskPhase, float] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class UploadPace:
-    """Bytes of an update over time: how many are held since when, and two marks (seconds, bytes) before that."""
+    """Bytes of an update over time: how many are held since when, and two marks (seconds, bytes) before that.
+
+    The rate is measured from the older mark. Marks move up once the newer one is a window old, so a rate covers
+    one to two windows and an old stall is forgotten.
+    """
 
     held: int
     total: int
@@ -40,11 +44,11 @@ class UploadPace:
 
     @classmethod
     def begun(cls, held: int, total: int, now: float) -> UploadPace:
-        """The first news of an upload."""
+        """Return the pace at the first event of an upload."""
         return cls(held, total, now, (now, held), (now, held))
 
     def moved(self, held: int, now: float, window_s: float) -> UploadPace:
-        """More news. The rate is measured over one to two windows, so that an old stall is forgotten."""
+        """Return the pace with `held` bytes at `now`."""
         if held <= self.held:
             return self
         older, newer = self.older, self.newer
@@ -53,18 +57,17 @@ class UploadPace:
         return replace(self, held=held, gained_at=now, older=older, newer=newer)
 
     def bytes_per_second(self, now: float) -> float:
-        """The rate since the older mark."""
+        """Return the rate since the older mark."""
         since, held_then = self.older
         return (self.held - held_then) / max(1e-9, now - since)
 
     def cannot_finish(self, deadline_at: float, window_s: float, now: float) -> bool:
-        """Whether the bytes still due cannot come in the time left at the rate since the older mark.
-
-        A rate is judged at the moment of a gain, or after a window without one: bytes come in lumps.
-        """
+        """Whether the missing bytes cannot arrive in the time left at the rate since the older mark."""
         since, held_then = self.older
+        # Bytes come in lumps. Judge at the moment of a gain, or after a window without one.
         if now - since < window_s or self.gained_at < now < self.gained_at + window_s:
             return False
+        # gained / elapsed * left < missing, without a division by zero.
         return (self.held - held_then) * (deadline_at - now) < (self.total - self.held) * (now - since)
 
 
@@ -72,9 +75,9 @@ class UploadPace:
 class Task:
     """One worker's share of the round; `slot` is its place in the canonical order of updates.
 
-    `staleness`: how many versions were committed since the worker was given its model. `chosen`: why it was.
-    `begun`: it was, or may have been, heard of beyond the offer. `carried`: it is from a round before. `entered`:
-    when it first came to each phase. `gone`: its worker has left, or does not know it any more.
+    `staleness`: versions committed since the worker got its model. `chosen`: why the worker was chosen. `begun`:
+    its worker has, or may have, started on it. `carried`: it is of an earlier round. `entered`: when it first came
+    to each phase. `gone`: its worker has left, or has forgotten it. `reason` is for people, `loss_cause` for code.
     """
 
     worker: str
@@ -95,12 +98,12 @@ class Task:
 
     @classmethod
     def offered(cls, worker: str, slot: int, lease_s: float, chosen: str, now: float) -> Task:
-        """A new task."""
+        """Return a new task."""
         entered = MappingProxyType({TaskPhase.OFFERED: now})
         return cls(worker, slot, now + lease_s, chosen=chosen, entered=entered)
 
     def entering(self, phase: TaskPhase, now: float) -> Mapping[TaskPhase, float]:
-        """When it first came to each phase, with this one."""
+        """Return when the task first came to each phase, this one included."""
         return self.entered if phase in self.entered else MappingProxyType({**self.entered, phase: now})
 
     def lost(self, phase: TaskPhase, cause: LossCause, reason: str, now: float) -> Task:
@@ -113,13 +116,13 @@ class Task:
         return self.lost(phase, cause, f"{cause.label}: {why}", now)
 
     def expired(self, lease_s: float, now: float) -> Task:
-        """This task, without its slot if its lease ran out."""
+        """Return this task, expired if its lease ran out."""
         if not self.phase.open or now < self.lease_until:
             return self
         return self.timed_out(TaskPhase.EXPIRED, f"not heard of for {lease_s:g} s", now)
 
     def too_slow(self, deadline_at: float | None, window_s: float, now: float) -> Task:
-        """This task, without its slot if it is an upload that cannot make it."""
+        """Return this task, expired if it is an upload that cannot finish before the deadline."""
         if self.pace is None or deadline_at is None or not self.pace.cannot_finish(deadline_at, window_s, now):
             return self
         due = f"{self.pace.total - self.pace.held} bytes are due in {max(0.0, deadline_at - now):.3g} s"
@@ -128,56 +131,57 @@ class Task:
 
 def apply_event(
     task: Task,
-    news: Progress | Accepted | Rejected | Failed,
+    event: TaskEvent,
     deadline_at: float | None,
     lease_s: float,
     now: float,
 ) -> Task:
-    """What the news makes of the task.
+    """Return the task after an event.
 
-    Raises `RoundClosed` when the task is over, and `IllegalTransition` when its worker says what it cannot know.
+    Raises `RoundClosed` when the task is over, and `IllegalTransition` for a phase that only the aggregator
+    decides.
     """
-    if isinstance(news, Progress):
-        return _progress(task, news, deadline_at, lease_s, now)
-    if isinstance(news, Accepted):
-        return _accepted(task, news, now)
+    if isinstance(event, Progress):
+        return _progress(task, event, deadline_at, lease_s, now)
+    if isinstance(event, Accepted):
+        return _accepted(task, event, now)
     if task.phase.final:
         return task
-    if isinstance(news, Rejected):
-        return task.lost(TaskPhase.REJECTED, LossCause.REFUSED, news.reason, now)
-    return replace(task.lost(TaskPhase.FAILED, LossCause.GIVEN_BACK, news.reason, now), gone=news.gone)
+    if isinstance(event, Rejected):
+        return task.lost(TaskPhase.REJECTED, LossCause.REFUSED, event.reason, now)
+    return replace(task.lost(TaskPhase.FAILED, LossCause.GIVEN_BACK, event.reason, now), gone=event.gone)
 
 
-def _progress(task: Task, news: Progress, deadline_at: float | None, lease_s: float, now: float) -> Task:
+def _progress(task: Task, event: Progress, deadline_at: float | None, lease_s: float, now: float) -> Task:
     if task.phase.final:
         raise RoundClosed(f"the task is {task.phase.name.lower()}: {task.reason or 'done'}")
-    if not news.phase.open:
-        raise IllegalTransition(f"{news.phase.name.lower()} is not for a worker to say")
-    heard = replace(
+    if not event.phase.open:
+        raise IllegalTransition(f"{event.phase.name.lower()} is not for a worker to say")
+    after = replace(
         task,
-        phase=news.phase,
-        entered=task.entering(news.phase, now),
-        fraction=news.fraction,
+        phase=event.phase,
+        entered=task.entering(event.phase, now),
+        fraction=event.fraction,
         lease_until=now + lease_s,
         reason="",
         loss_cause=LossCause.NONE,
-        begun=task.begun or news.phase is not TaskPhase.OFFERED,
-        pace=_pace(task, news, lease_s, now),
+        begun=task.begun or event.phase is not TaskPhase.OFFERED,
+        pace=_pace(task, event, lease_s, now),
     )
-    return heard.too_slow(deadline_at, lease_s, now)
+    return after.too_slow(deadline_at, lease_s, now)
 
 
-def _pace(task: Task, news: Progress, window_s: float, now: float) -> UploadPace | None:
-    if news.phase is not TaskPhase.UPLOADING:
+def _pace(task: Task, event: Progress, window_s: float, now: float) -> UploadPace | None:
+    if event.phase is not TaskPhase.UPLOADING:
         return None
-    if news.bytes_held is None or news.bytes_total is None:
+    if event.bytes_held is None or event.bytes_total is None:
         return task.pace
-    if task.pace is None or task.pace.total != news.bytes_total:
-        return UploadPace.begun(news.bytes_held, news.bytes_total, now)
-    return task.pace.moved(news.bytes_held, now, window_s)
+    if task.pace is None or task.pace.total != event.bytes_total:
+        return UploadPace.begun(event.bytes_held, event.bytes_total, now)
+    return task.pace.moved(event.bytes_held, now, window_s)
 
 
-def _accepted(task: Task, news: Accepted, now: float) -> Task:
+def _accepted(task: Task, event: Accepted, now: float) -> Task:
     if task.phase is TaskPhase.ACCEPTED:
         return task
     if task.phase.final:
@@ -191,7 +195,7 @@ def _accepted(task: Task, news: Accepted, now: float) -> Task:
         fraction=1.0,
         reason="",
         loss_cause=LossCause.NONE,
-        weight=news.weight,
+        weight=event.weight,
     )
 
 
@@ -199,7 +203,7 @@ class Tasks(Mapping[str, Task]):
     """Tasks by token, in the order of their slots: an immutable mapping that is cheap to change.
 
     A round of a thousand workers sees tens of thousands of events. Tasks lie in chunks, of which a change copies
-    one; how many are in which phase is counted along the way.
+    one. Counts of tasks by phase are kept up to date, so that nobody goes through all tasks for them.
     """
 
     def __init__(self, tasks: Mapping[str, Task] | None = None) -> None:
@@ -210,11 +214,12 @@ class Tasks(Mapping[str, Task]):
         self._counts = _counted({}, ordered, 1)
 
     def changed(self, changes: Mapping[str, Task]) -> Tasks:
-        """These tasks with some replaced, or added at the end."""
+        """Return these tasks with some replaced, or added at the end."""
         if not changes.keys() <= self._slots.keys():
             return Tasks({**self, **changes})
         chunks = list(self._chunks)
         before = []
+        # The new tasks share the slots and all other chunks with the old ones.
         for token, task in changes.items():
             number, place = divmod(self._slots[token], _CHUNK)
             chunk = chunks[number]
@@ -226,7 +231,7 @@ class Tasks(Mapping[str, Task]):
         return new
 
     def count(self, phases: Iterable[TaskPhase], stale: bool) -> int:
-        """How many are in one of these phases; those that are not stale, or all of them."""
+        """Count the tasks in one of these phases: those that are not stale, or all of them."""
         counts = self._counts
         return sum(counts.get((phase, False), 0) + (stale and counts.get((phase, True), 0)) for phase in phases)
 

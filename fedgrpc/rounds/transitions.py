@@ -1,4 +1,7 @@
-"""The transitions of one round: selecting workers, reporting updates, closing. The table is in `state`."""
+"""The transitions of one round: selecting workers, reporting updates, closing. `state` has their table.
+
+Each function takes a round, an event and the time, and returns the round after it with the effects to carry out.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,18 @@ from fedgrpc.errors import IllegalTransition, RoundClosed
 from fedgrpc.rounds.events import (
     AbandonCause,
     Abort,
-    Accepted,
     Cancel,
     CarryOver,
     Commit,
     Committed,
     Effect,
-    Failed,
     Finished,
     LossCause,
     Offer,
-    Progress,
     Rejected,
     Select,
     Selected,
+    TaskEvent,
     TaskPhase,
     Tick,
     WorkersAvailable,
@@ -32,19 +33,20 @@ from fedgrpc.rounds.task import Task, apply_event
 
 
 def on_workers_available(round_: Round, event: WorkersAvailable, now: float) -> Step:
-    """Open once enough are idle and the rest of the live ones had their time to come."""
+    """Open the round once enough workers are idle and the other live ones had the selection window to come."""
     if round_.asked:
         return round_, ()
     policy, exclude = round_.policy, round_.workers
     idle_count = sum(worker not in exclude for worker in event.idle)
+    # Carried-over tasks count to the aim, so the round needs fewer new workers.
     brought = round_.accepted_count + round_.at_work_count
     if policy.buffer_size is not None and round_.at_work_count:
         return _ask_for_buffer(round_, event, idle_count, now)
     if idle_count + brought < policy.needed_idle:
-        return _too_few(round_, now), ()
-    round_ = _enough_again(round_, now)
+        return _note_shortage(round_, now), ()
+    round_ = _end_shortage(round_, now)
     ready_at = now + policy.selection_window_s if round_.ready_at is None else round_.ready_at
-    # One whose carried update is in, or lost, is idle and in the round's tasks, too.
+    # A union, since the worker of a carried-over task that is accepted or lost may be idle as well.
     there = {task.worker for task in round_.tasks.values()}.union(event.idle)
     if len(there) < event.live_count and now < ready_at:
         return replace(round_, ready_at=ready_at), ()
@@ -55,13 +57,13 @@ def on_workers_available(round_: Round, event: WorkersAvailable, now: float) -> 
     return _ask_or_open(round_, policy.ask(aim) - brought if idle_count else 0, now)
 
 
-def _too_few(round_: Round, now: float) -> Round:
-    """The selection window goes on meanwhile: one who polls again is not idle for a moment."""
+def _note_shortage(round_: Round, now: float) -> Round:
+    """Note since when too few are idle. The window keeps running: a worker between two polls is not idle."""
     return round_ if round_.short_since is not None else replace(round_, short_since=now)
 
 
-def _enough_again(round_: Round, now: float) -> Round:
-    """Those who were gone for longer than the selection window get a new one to come back in."""
+def _end_shortage(round_: Round, now: float) -> Round:
+    """Clear the note. A shortage longer than the selection window gets a new window, for workers to return in."""
     if round_.short_since is None:
         return round_
     gone = now - round_.short_since > round_.policy.selection_window_s
@@ -69,7 +71,7 @@ def _enough_again(round_: Round, now: float) -> Round:
 
 
 def _ask_for_buffer(round_: Round, event: WorkersAvailable, idle_count: int, now: float) -> Step:
-    """A buffer goes on with whoever is at work: there is nobody to wait for."""
+    """Keep the wanted share of the fleet at work: a buffer waits for nobody, so it needs no window."""
     assert round_.policy.buffer_size is not None
     missing = round_.policy.aim(event.live_count) - round_.at_work_count
     return _ask_or_open(replace(round_, aim=round_.policy.buffer_size), min(missing, idle_count), now)
@@ -82,7 +84,7 @@ def _ask_or_open(round_: Round, count: int, now: float) -> Step:
 
 
 def time_out_selection(round_: Round, event: Tick, now: float) -> Step:
-    """Give up on a round for which too few came."""
+    """Abandon a round for which too few workers came in time."""
     round_, effects = expire(round_, now)
     timeout_s = round_.policy.selection_timeout_s
     if timeout_s is not None and not round_.asked and now >= round_.opened_at + timeout_s:
@@ -93,16 +95,17 @@ def time_out_selection(round_: Round, event: Tick, now: float) -> Step:
 
 
 def open_round(round_: Round, event: Selected, now: float) -> Step:
-    """Begin to report, unless too many of those who were idle are gone."""
-    _check(round_, event)
+    """Begin to report, unless too many of the workers that were idle have gone meanwhile."""
+    _check_answer(round_, event)
     brought = round_.accepted_count + round_.at_work_count
     enough = max(round_.policy.quorum, round_.policy.min_sample_size)
     if len(event.tasks) + brought < (1 if round_.policy.buffer_size is not None else enough):
-        return _too_few(replace(round_, asked=0), now), ()
+        return _note_shortage(replace(round_, asked=0), now), ()
     return add_tasks(_opened(round_, event, now), event, now)
 
 
 def _opened(round_: Round, event: Selected, now: float) -> Round:
+    """Return the round in its reporting phase: aim and deadline are now fixed."""
     policy, deadline = round_.policy, event.deadline
     seconds = policy.deadline_s
     if deadline is not None:
@@ -121,8 +124,8 @@ def _opened(round_: Round, event: Selected, now: float) -> Round:
 
 
 def add_tasks(round_: Round, event: Selected, now: float) -> Step:
-    """Hand out a task to each of the chosen."""
-    _check(round_, event)
+    """Give a task to each chosen worker."""
+    _check_answer(round_, event)
     lease_s = round_.policy.lease_s
     new = {
         token: Task.offered(worker, slot, lease_s, event.reasons.get(worker, ""), now)
@@ -132,8 +135,8 @@ def add_tasks(round_: Round, event: Selected, now: float) -> Step:
     return replace(round_.with_tasks(new), asked=0), offers
 
 
-def _check(round_: Round, event: Selected) -> None:
-    """It answers a `Select`, with no more tasks than that asked for, and one for a worker at most."""
+def _check_answer(round_: Round, event: Selected) -> None:
+    """Raise unless the event answers a `Select`, with at most as many tasks as asked for, one for each worker."""
     if not round_.asked:
         raise IllegalTransition(f"round {round_.number} has not asked for workers")
     if len(event.tasks) > round_.asked:
@@ -147,7 +150,7 @@ def _check(round_: Round, event: Selected) -> None:
 
 
 def refill(round_: Round, event: WorkersAvailable, now: float) -> Step:
-    """Replace lost tasks by idle workers that have had none in this round; end it when nobody is left."""
+    """Replace lost tasks by idle workers that had none in this round. End the round when nobody is left."""
     policy = round_.policy
     missing = round_.missing_count
     if policy.buffer_size is not None:
@@ -164,18 +167,18 @@ def refill(round_: Round, event: WorkersAvailable, now: float) -> Step:
 
 
 def _give_up_waiting(round_: Round, now: float) -> Step:
-    """Nobody works and nobody can be asked. Workers out of touch are waited for only to reach the quorum."""
+    """Close the round: nobody works, nobody can be asked.
+
+    Short of the quorum, wait for expired tasks all the same: an event of their workers revives them.
+    """
     short = round_.accepted_count < round_.policy.quorum
     if short and round_.tokens(TaskPhase.EXPIRED):
         return round_, ()
     return close(round_, "no worker is left to wait for", now)
 
 
-TaskEvent = Progress | Accepted | Rejected | Failed
-
-
 def report(round_: Round, event: TaskEvent, now: float) -> Step:
-    """What a task's news makes of the round."""
+    """Apply an event of a task, and close the round if enough updates are in now."""
     before = round_.find(event.token)
     after = apply_event(before, event, round_.deadline_at, round_.policy.lease_s, now)
     if after == before:
@@ -184,18 +187,21 @@ def report(round_: Round, event: TaskEvent, now: float) -> Step:
     if before.phase.open and after.phase is TaskPhase.EXPIRED:
         return round_, (Cancel(event.token, after.reason, after.loss_cause),)
     if after.phase is TaskPhase.ACCEPTED and round_.phase is RoundPhase.REPORTING:
-        return _judge(round_, now)
+        return _close_if_enough(round_, now)
     return round_, ()
 
 
 def report_carried(round_: Round, event: TaskEvent, now: float) -> Step:
-    """Apply an event of a task that outlives the round: the next one will have it."""
+    """Apply an event of a task that outlives the round. The next round takes it as it then stands."""
     task = apply_event(round_.carried[event.token], event, None, round_.policy.lease_s, now)
     return replace(round_, carried=MappingProxyType({**round_.carried, event.token: task})), ()
 
 
 def check_time(round_: Round, event: Tick, now: float) -> Step:
-    """Whether enough is in (a restored round may begin so), then the deadline, then tasks whose time ran out."""
+    """Close the round if enough updates are in (a restored round may start so) or the deadline passed.
+
+    Otherwise expire tasks whose lease ran out.
+    """
     if why := round_.enough_reason:
         return close(round_, why, now)
     if round_.deadline_at is not None and now >= round_.deadline_at:
@@ -205,7 +211,7 @@ def check_time(round_: Round, event: Tick, now: float) -> Step:
 
 
 def expire(round_: Round, now: float) -> Step:
-    """Tasks whose lease ran out lose their slots."""
+    """Free the slots of tasks whose lease ran out."""
     lease_s = round_.policy.lease_s
     expired = {
         token: task.expired(lease_s, now)
@@ -216,37 +222,38 @@ def expire(round_: Round, now: float) -> Step:
     return round_.with_tasks(expired), tuple(effects)
 
 
-def _judge(round_: Round, now: float) -> Step:
+def _close_if_enough(round_: Round, now: float) -> Step:
     why = round_.enough_reason
     return close(round_, why, now) if why else (round_, ())
 
 
 def close(round_: Round, why: str, now: float) -> Step:
-    """End reporting: tasks without an update are late; commit with a quorum, abandon without."""
+    """End reporting: tasks without an update are late. Commit with a quorum, abandon without."""
+    # The cause is read before the open tasks become late.
     short = round_.accepted_count < round_.policy.quorum
     cause = abandon_cause(round_.tasks.values())
     round_, late = _end_open(round_, why, now, staler=0 if short else 1)
     if short:
-        round_, effects = _finish_without(round_, f"{_counted(round_)}: {why}", cause)
+        round_, effects = _finish_without(round_, f"{_accepted_of_quorum(round_)}: {why}", cause)
         return round_, late + effects
     return replace(round_, phase=RoundPhase.COMMITTING, reason=why), (*late, Commit(round_.accepted))
 
 
 def abandon(round_: Round, why: str, now: float) -> Step:
-    """End a round that never began to report."""
+    """Abandon a round that never began to report."""
     round_, late = _end_open(round_, why, now, staler=0)
     round_, effects = _finish_without(round_, why, AbandonCause.NO_WORKERS)
     return round_, late + effects
 
 
 def commit(round_: Round, event: Committed, now: float) -> Step:
-    """The new version is there."""
+    """End the round: its version is durable."""
     done = replace(round_, phase=RoundPhase.COMMITTED, version=event.version)
     return done, (Finished(committed=True, reason=round_.reason),)
 
 
 def abort(round_: Round, event: Abort, now: float) -> Step:
-    """Nothing of the round is wanted, and nothing of it goes on."""
+    """End the round without a result, and without carrying any task over."""
     ended = {
         token: task.lost(TaskPhase.LATE, LossCause.LATE, event.reason, now)
         for token, task in round_.tasks.items()
@@ -260,7 +267,7 @@ def abort(round_: Round, event: Abort, now: float) -> Step:
 
 
 def leave_out(round_: Round, event: Rejected, now: float) -> Step:
-    """An accepted update that cannot be averaged is rejected: the others are committed, if they are enough."""
+    """Reject an accepted update that cannot be averaged. Commit the others if they still make the quorum."""
     task = round_.find(event.token)
     if task.phase is not TaskPhase.ACCEPTED:
         raise RoundClosed(f"round {round_.number} takes no more updates: it is committing")
@@ -268,15 +275,15 @@ def leave_out(round_: Round, event: Rejected, now: float) -> Step:
     round_ = round_.with_tasks({event.token: refused})
     if round_.accepted_count >= round_.policy.quorum:
         return round_, (Commit(round_.accepted),)
-    return _finish_without(round_, f"{_counted(round_)}: {event.reason}", AbandonCause.FAILED)
+    return _finish_without(round_, f"{_accepted_of_quorum(round_)}: {event.reason}", AbandonCause.FAILED)
 
 
-def _counted(round_: Round) -> str:
+def _accepted_of_quorum(round_: Round) -> str:
     return f"{round_.accepted_count} of {round_.policy.quorum} needed updates"
 
 
 def _end_open(round_: Round, why: str, now: float, staler: int) -> Step:
-    """Tasks without an update are late; some of them go on, `staler` versions further behind."""
+    """Mark tasks without an update as late. Carry over those worth it, `staler` versions further behind."""
     late: dict[str, Task] = {}
     carried: dict[str, Task] = {}
     effects: list[Effect] = []
@@ -293,20 +300,20 @@ def _end_open(round_: Round, why: str, now: float, staler: int) -> Step:
 
 
 def _carried_late(task: Task, why: str, now: float) -> Task:
-    """Return the task as its round leaves it: one that has expired keeps the cause of that."""
+    """Return the task as its round leaves it. An expired one keeps the cause for which it expired."""
     late = task.timed_out(TaskPhase.LATE, why, now) if task.phase.open else task
     return late.lost(TaskPhase.LATE, late.loss_cause, f"{late.reason}; carried into the next round", now)
 
 
 def _carries_over(round_: Round, task: Task, staler: int) -> bool:
-    """Whether a task without an update is worth waiting for beyond the round: its worker has begun."""
+    """Whether a task without an update is carried over: its worker has begun, and it is not too stale."""
     if round_.policy.late != "carry" or task.phase.final or not task.begun:
         return False
     return task.staleness + staler <= round_.policy.max_staleness
 
 
 def _finish_without(round_: Round, why: str, cause: AbandonCause) -> Step:
-    """Abandon. The model stays as it is, so what was accepted is as good for the next round."""
+    """Abandon the round. The model stays as it is, so accepted updates are carried over as good as new."""
     effects: list[Effect] = []
     if round_.policy.late == "carry":
         accepted = {token: round_.tasks[token] for token in round_.accepted}

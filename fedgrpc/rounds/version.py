@@ -1,6 +1,6 @@
 """A committed version of the model: what is known of it, whether it jumped, and which version is the best. Pure.
 
-What is not measured is not the best while something is, and what jumped is never the best.
+A version without a score is not the best while another one has a score, and one that jumped is never the best.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
 
-# Weights of a trained model are about as large as before the round. Below 1 each, growth is no reason to worry.
+# A round leaves the norm of a trained model about as it was. Growth by this factor is a jump.
 _LARGER = 10.0
-# A score this many times worse than the best one.
+# A score this many times worse than the best one is a jump.
 _WORSE = 2.0
 _NOTHING: Mapping[str, float] = MappingProxyType({})
 
 
 class Jump(Enum):
-    """What of a version is far from all versions before it."""
+    """What is far off in a version, compared with all versions before it."""
 
     NONE = 0
     NORM = 1
@@ -28,7 +28,7 @@ class Jump(Enum):
 
 @dataclass(frozen=True)
 class Version:
-    """A committed model version. `sha256` is that of its file; b"": it holds no model, one is to be asked for.
+    """A committed model version. `sha256` is that of its file; b"": it holds no model yet, so ask for one.
 
     `trained` rounds lead to it from the first model, whose content has the digest `first_model`. It is a copy of
     version `rolled_back_to`, if that is not 0.
@@ -47,7 +47,7 @@ class Version:
 
     @property
     def scores(self) -> Mapping[str, float]:
-        """What is known of how good it is, evaluators first."""
+        """All scores of the version. Those of evaluators replace those of workers."""
         return {**self.metrics, **self.evaluator_metrics}
 
 
@@ -68,7 +68,7 @@ ACCURACY, LOSS = Measure("accuracy", True), Measure("loss", False)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A version, and what is known of it."""
+    """A version that may be the best one, its scores, and whether it jumped."""
 
     version: int
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -76,9 +76,9 @@ class Candidate:
 
 
 def best_of(candidates: Sequence[Candidate], measures: Sequence[Measure] = (ACCURACY, LOSS)) -> int | None:
-    """The version with the best score by the first of `measures` that any of them has.
+    """Return the version with the best score by the first of `measures` that any version has.
 
-    Where none is scored, the last; of equally good ones, the last; None where all have jumped.
+    Without scores, and among equally good versions, return the last; None if all have jumped.
     """
     good = sorted((each for each in candidates if each.jump is not Jump.NORM), key=lambda each: each.version)
     for measure in measures:
@@ -93,11 +93,12 @@ def norm_jumps(norm: float, largest_norm: float, elements: int) -> bool:
     """Whether a model's L2 norm is far above that of every version before it that did not jump."""
     if not largest_norm > 0:
         return False
+    # An untrained model may start near zero: below an average of 1 for each element, growth is no jump.
     return not norm <= _LARGER * max(largest_norm, math.sqrt(elements))
 
 
 def score_jumps(measure: Measure, value: float, best: float) -> bool:
-    """Whether a score is far worse than the best one; scores that can be negative have no such scale."""
+    """Whether a score is far worse than the best one. Scores that can be negative have no such scale."""
     if not best > 0:
         return False
     return value < best / _WORSE if measure.higher else value > best * _WORSE
