@@ -13,17 +13,14 @@ from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import UsageError
 from fedgrpc.hierarchy.branch import Branches, Ready
-from fedgrpc.hierarchy.loop import LeafLoop
-from fedgrpc.hierarchy.scoring import relay_scores
+from fedgrpc.hierarchy.upstream import relay_scores, round_link
 from fedgrpc.metrics import Metrics
 from fedgrpc.process import told_to_end
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.identity import Session
 from fedgrpc.storage.folder import folder_id, hold_folder
-from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.process import IN_USE
 from fedgrpc.worker.settings import WorkerSettings
-from fedgrpc.worker.status import Status, StatusPublisher
 
 _DECIDED_ABOVE: Final = (
     *("run_name", "rounds", "plan", "initial_model", "target", "evaluate", "seed"),
@@ -71,8 +68,7 @@ class Leaf:
             stack.enter_context(hold_folder(above.state_dir, IN_USE))
             channel = await stack.enter_async_context(open_channel(above.aggregator, above.tls))
             session = Session.begin(folder_id(above.state_dir))
-            client = AggregatorClient(channel, above.name, above.throttle, above.stall_s, session=session)
-            link = LeafLoop(above, client, StatusPublisher(Status(above.name, above.aggregator)), branches)
+            link = round_link(above, channel, session, branches)
             await branches.resume()
             linked, ended = asyncio.create_task(link.run()), asyncio.create_task(branches.ended.wait())
             scoring = asyncio.create_task(

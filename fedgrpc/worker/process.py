@@ -19,13 +19,14 @@ from fedgrpc.storage.folder import folder_id, hold_folder
 from fedgrpc.trainer import Trainer
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.device import DeviceProfile, detect, usable_memory_bytes
+from fedgrpc.worker.local_work import TaskFiles
 from fedgrpc.worker.loop import Loop
 from fedgrpc.worker.model_store import ModelFolder
 from fedgrpc.worker.service import WorkerService
 from fedgrpc.worker.settings import WorkerSettings
-from fedgrpc.worker.spool import Spool
 from fedgrpc.worker.status import Activity, Controls, Status, StatusPublisher
 from fedgrpc.worker.task import Registration
+from fedgrpc.worker.training import TrainerWork
 
 IN_USE: Final = "is used by another worker; give each worker its own --state-dir"
 # How long after an order to end at once what is still awaited is left behind.
@@ -69,7 +70,6 @@ class Worker:
         reuse_memory()
         async with AsyncExitStack() as stack:
             stack.enter_context(hold_folder(settings.state_dir, IN_USE))
-            models = ModelFolder(settings.state_dir / "model", _limits(settings))
             channel = await stack.enter_async_context(open_channel(settings.aggregator, settings.tls))
             client = AggregatorClient(
                 channel,
@@ -79,21 +79,10 @@ class Worker:
                 settings.encodings,
                 session=Session.begin(folder_id(settings.state_dir)),
             )
-            loop = Loop(
-                settings,
-                client,
-                self.publisher,
-                self.controls,
-                Spool(
-                    settings.state_dir / "spool",
-                    max_updates=settings.spool_max_updates,
-                    max_bytes=settings.spool_max_bytes,
-                ),
-                models,
-                self._build_trainer,
-                self._profile,
-            )
-            await self._serve(stack, models)
+            files = TaskFiles(settings, client, self.publisher, _limits(settings))
+            work = TrainerWork(settings, files, self.publisher, self._build_trainer)
+            loop = Loop(settings, client, self.publisher, self.controls, files, work, self._profile)
+            await self._serve(stack, files.models)
             return await self._live(loop)
 
     async def _serve(self, stack: AsyncExitStack, models: ModelFolder) -> None:

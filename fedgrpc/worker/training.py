@@ -1,22 +1,26 @@
-"""Calls of the learning task: initial weights, training, scores. Each runs in a thread.
+"""The local work of a worker: training and scoring with the user's learning task, in threads.
 
 The rule: whatever users' code raises or returns costs its task, never the worker.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import structlog
 
+from fedgrpc.aio import in_thread
+from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import FedgrpcError, LayoutError, TaskError, TaskUnfit, UsageError
+from fedgrpc.storage.files import storage_errors
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.plan import TASK_PARTS, WORKER_PARTS, CompressionPlan
 from fedgrpc.trainer import (
@@ -31,15 +35,32 @@ from fedgrpc.trainer import (
     roles,
     tied_names,
 )
+from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker import validation
-from fedgrpc.worker.task import Plan, Task
+from fedgrpc.worker.client import Report
+from fedgrpc.worker.local_work import TaskFiles
+from fedgrpc.worker.settings import WorkerSettings
+from fedgrpc.worker.spool import Fill, SpooledUpdate
+from fedgrpc.worker.status import Activity, StatusPublisher
+from fedgrpc.worker.task import Plan, Registration, Task, TaskKind
 from fedgrpc.worker.throttle import Throttle
-from fedgrpc.worker.update import Outcome
+from fedgrpc.worker.update import (
+    Began,
+    Outcome,
+    is_personal,
+    load_personal_layers,
+    personal_layers_writer,
+    update_of,
+)
 
 log = structlog.get_logger()
 
 _LOCAL: Final = "local_"
+_REPORT_INTERVAL_S: Final = 0.1
 ALL_PARTS: Final = WORKER_PARTS | TASK_PARTS
+
+# Returns the pulled weights, writable and nobody else's, at each call. Slow: call it in a thread.
+Given = Callable[[], Weights]
 
 
 @dataclass(frozen=True)
@@ -49,6 +70,111 @@ class Hooks:
     stop: threading.Event
     report: Callable[[float], None]
     throttle: Throttle
+
+
+class TrainerWork:
+    """Trains and scores with the learning task, which is built at the first registration. A `LocalWork`."""
+
+    gives_back = True
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        files: TaskFiles,
+        publisher: StatusPublisher,
+        build_trainer: Callable[[Registration], Trainer],
+    ) -> None:
+        self._settings = settings
+        self._files = files
+        self._publisher = publisher
+        self._build_trainer = build_trainer
+        self._trainer: Trainer | None = None
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """See `LocalWork.parts`. Before the trainer is built, what most trainers can do."""
+        return ALL_PARTS if self._trainer is None else parts_of(self._trainer)
+
+    async def prepare(self, registration: Registration) -> bool:
+        """See `LocalWork.prepare`."""
+        if self._trainer is not None:
+            return False
+        self._trainer = await asyncio.to_thread(self._build_trainer, registration)
+        return True
+
+    def polling(self, registration: Registration) -> AbstractAsyncContextManager[None]:
+        """See `LocalWork.polling`: a worker can always take a task."""
+        return nullcontext()
+
+    async def perform(self, task: Task, message: aggregator_pb2.Task, report: Report) -> SpooledUpdate:
+        """Download, train or score, and spool the update. Raises `TaskError` for a plan that is refused here."""
+        _check_plan(task, self._settings.min_batch_size)
+        given, layout, download_s = await self._download(task, report)
+        began = Began(download_s, time.monotonic())
+        stop = threading.Event()
+        hooks = Hooks(stop, self._reporter(stop), self._settings.throttle)
+        assert self._trainer is not None
+        with fitting(task):
+            outcome = await self._local_work(self._trainer, task, given, hooks)
+
+        def fill(residual: Residual) -> Fill:
+            # Read the weights again: the learning task may have trained in the arrays that it was given.
+            pulled = {} if outcome.weights is None else given()
+            return update_of(task, self._settings.name, pulled, outcome, residual, began, layout)
+
+        keep = personal_layers_writer(outcome.weights or {}, task.run_id, is_personal(task.plan))
+        return await self._files.store(task, message, fill, keep)
+
+    async def _download(self, task: Task, report: Report) -> tuple[Given, Layout, float]:
+        """Return the weights to start from, their layout, and the seconds that their download took."""
+        if task.kind is TaskKind.INITIALIZE:
+            return dict, (), 0.0
+        held, download_s = await self._files.download(task, report)
+        spool = self._files.spool
+
+        def given() -> Weights:
+            with storage_errors(spool.personal):
+                return load_personal_layers(held.weights(), spool.personal, task.run_id, is_personal(task.plan))
+
+        return given, held.manifest.layout, download_s
+
+    async def _local_work(self, trainer: Trainer, task: Task, given: Given, hooks: Hooks) -> Outcome:
+        if task.kind is TaskKind.INITIALIZE:
+            self._publisher.enter(Activity.TRAINING)
+            return await in_thread(lambda: initialize(trainer, task.plan), hooks.stop)
+        scores = None
+        if task.kind is TaskKind.EVALUATE or task.plan.evaluate:
+            self._publisher.enter(Activity.EVALUATING)
+            scores = await in_thread(lambda: evaluate(trainer, given(), hooks), hooks.stop)
+        if task.kind is TaskKind.EVALUATE:
+            if scores is None:
+                raise TaskError("there is no held-out data on this device to score the model on")
+            return Outcome(None, scores.example_count, scores=scores)
+        self._publisher.enter(Activity.TRAINING)
+        return await in_thread(lambda: train(trainer, given(), task, hooks, scores), hooks.stop)
+
+    def _reporter(self, stop: threading.Event) -> Callable[[float], None]:
+        """Return a function for the training thread that shows progress, a few times a second."""
+        loop = asyncio.get_running_loop()
+        next_at_s = 0.0
+
+        def report(progress: float) -> None:
+            nonlocal next_at_s
+            now_s = time.monotonic()
+            if now_s >= next_at_s and not stop.is_set():
+                next_at_s = now_s + _REPORT_INTERVAL_S
+                loop.call_soon_threadsafe(lambda: self._publisher.show(progress=progress))
+
+        return report
+
+
+def _check_plan(task: Task, min_batch_size: int) -> None:
+    """Refuse batches so small that the update tells of single examples. The device's owner sets the bound."""
+    batch_size = task.plan.batch_size
+    if task.kind is TaskKind.TRAIN and batch_size is not None and batch_size < min_batch_size:
+        raise TaskError(
+            f"this device trains on no batches of {batch_size}: its --min-batch-size is {min_batch_size}"
+        )
 
 
 def parts_of(trainer: Trainer) -> frozenset[str]:

@@ -92,7 +92,7 @@ CARRYING = {
 WORKER = {
     "registered": Point(f"{_WORKER}.client:AggregatorClient.register", "after"),
     "idle": Point(f"{_WORKER}.client:AggregatorClient.poll", count=2),
-    "given-a-task": Point(f"{_WORKER}.loop:Loop._work", since_round=2),
+    "given-a-task": Point(f"{_WORKER}.training:TrainerWork.perform", since_round=2),
     "mid-download": Point(f"{_WORKER}.partial:PartialModel.append", "after", _partly, since_round=2),
     "downloaded-not-verified": Point(f"{_WORKER}.held:ModelFolder.finish", since_round=2),
     "downloaded": Point(f"{_WORKER}.held:ModelFolder.finish", "after", since_round=2),

@@ -1,0 +1,263 @@
+"""The links of a leaf to its parent: worker loops whose local work is done by the leaf's own workers.
+
+    RoundWork      a round: takes tasks while there are enough workers, and sends the mean of their updates
+    ScoringWork    a second link, of an evaluator: sends the scores of the leaf's evaluators
+
+The second link starts once the leaf has an evaluator, and asks for a version to score while it has one. It holds
+no round: the scores of a version are sent when all live evaluators have reported theirs.
+
+The rule: the end of the process gives no task back. The task and its round are on the disk, and the next process
+continues them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Final
+
+import structlog
+from grpc.aio import Channel
+
+from fedgrpc.aggregator.coordinator import Coordinator
+from fedgrpc.codec.feedback import Residual
+from fedgrpc.codec.layout import Array, Layout
+from fedgrpc.errors import FedgrpcError, TaskError
+from fedgrpc.hierarchy.branch import Branches
+from fedgrpc.hierarchy.desk import Order, Shown
+from fedgrpc.hierarchy.mean import sending
+from fedgrpc.rpc.identity import Session
+from fedgrpc.trainer import EvalResult
+from fedgrpc.v1 import aggregator_pb2
+from fedgrpc.worker.client import AggregatorClient, Report
+from fedgrpc.worker.device import detect
+from fedgrpc.worker.local_work import LocalWork, TaskFiles
+from fedgrpc.worker.loop import Loop, leave
+from fedgrpc.worker.settings import WorkerSettings
+from fedgrpc.worker.spool import Fill, SpooledUpdate
+from fedgrpc.worker.status import Activity, Controls, Status, StatusPublisher
+from fedgrpc.worker.task import Registration, Role, Task, TaskKind
+from fedgrpc.worker.training import ALL_PARTS
+from fedgrpc.worker.update import Began, Outcome, update_of
+
+# Share of the time left that is reserved for the task's own upload, or this multiple of what the last one took.
+_RESERVED: Final = 0.1
+_LAST_UPLOADS: Final = 1.5
+_DEVICE_CLASS: Final = "aggregator"
+
+log = structlog.get_logger()
+
+
+def round_link(settings: WorkerSettings, channel: Channel, session: Session, branches: Branches) -> Loop:
+    """Return the loop that takes training tasks from the parent. Raises `StorageError`."""
+    client, publisher, files = _ends(settings, channel, session)
+    return _loop(settings, client, publisher, files, RoundWork(settings, files, publisher, branches))
+
+
+async def relay_scores(
+    settings: WorkerSettings, channel: Channel, session: Session, branches: Branches, lease_s: float
+) -> None:
+    """Be an evaluator of the parent from the leaf's first evaluator until the parent's run has ended.
+
+    `settings` are those of the leaf as a worker. Evaluators are counted every `lease_s`.
+    """
+    await _until_needed(branches)
+    settings = replace(
+        settings,
+        name=f"{settings.name}.evaluators",
+        state_dir=settings.state_dir / "evaluators",
+        role=Role.EVALUATOR,
+    )
+    try:
+        client, publisher, files = _ends(settings, channel, session)
+        work = ScoringWork(settings, client, files, publisher, branches, lease_s)
+        await _loop(settings, client, publisher, files, work).run()
+    except FedgrpcError as error:
+        log.warning("the scores of evaluators stay here", reason=str(error))
+
+
+def _ends(
+    settings: WorkerSettings, channel: Channel, session: Session
+) -> tuple[AggregatorClient, StatusPublisher, TaskFiles]:
+    client = AggregatorClient(channel, settings.name, settings.throttle, settings.stall_s, session=session)
+    publisher = StatusPublisher(Status(settings.name, settings.aggregator))
+    return client, publisher, TaskFiles(settings, client, publisher)
+
+
+def _loop(
+    settings: WorkerSettings,
+    client: AggregatorClient,
+    publisher: StatusPublisher,
+    files: TaskFiles,
+    work: LocalWork,
+) -> Loop:
+    overrides = {"device_class": _DEVICE_CLASS, **settings.device}
+    return Loop(
+        settings,
+        client,
+        publisher,
+        Controls(),
+        files,
+        work,
+        lambda: detect().with_overrides(overrides),
+        tls_flags="--upstream-tls",
+    )
+
+
+async def _until_needed(branches: Branches) -> None:
+    """Wait until the leaf has an evaluator."""
+    while True:
+        await branches.led.wait()
+        branch = branches.present
+        await branch.desk.evaluators.wait()
+        # A new run wakes all waiters. Ignore that wake-up.
+        if branches.led.is_set() and branches.present is branch:
+            return
+
+
+class RoundWork:
+    """Has the leaf's workers carry out a task of the parent in a round of their own. A `LocalWork`."""
+
+    gives_back = False
+    parts = ALL_PARTS
+
+    def __init__(
+        self, settings: WorkerSettings, files: TaskFiles, publisher: StatusPublisher, branches: Branches
+    ) -> None:
+        self._settings = settings
+        self._files = files
+        self._publisher = publisher
+        self._branches = branches
+
+    async def prepare(self, registration: Registration) -> bool:
+        """See `LocalWork.prepare`: serve workers for the parent's run."""
+        await self._branches.lead(registration)
+        return False
+
+    @asynccontextmanager
+    async def polling(self, registration: Registration) -> AsyncIterator[None]:
+        """See `LocalWork.polling`: the parent counts on whoever polls, so wait until there are enough workers."""
+        self._publisher.enter(Activity.WAITING)
+        desk = self._branches.present.desk
+        if not desk.resuming:
+            await desk.crew.wait()
+        yield
+        desk.resuming = False
+
+    async def perform(self, task: Task, message: aggregator_pb2.Task, report: Report) -> SpooledUpdate:
+        """Download, run a round of the leaf's workers, and spool the mean. See `LocalWork.perform`."""
+        branch = self._branches.of(task.run_id)
+        if not task.plan.sub_model.whole or task.plan.compression is not None:
+            raise TaskError("an aggregator takes the whole model as it is")
+        layout: Layout = ()
+        given: Mapping[str, Array] = {}
+        download_s = 0.0
+        if task.kind is not TaskKind.INITIALIZE:
+            layout, given, download_s = await _download(self._files, task, report)
+        began = Began(download_s, time.monotonic())
+        self._publisher.enter(Activity.EVALUATING if task.kind is TaskKind.EVALUATE else Activity.TRAINING)
+        order = Order(message, layout, given, self._due_at(task))
+        watching = asyncio.create_task(branch.watch(lambda progress: self._publisher.show(progress=progress)))
+        try:
+            mean = await branch.desk.carry_out(order)
+        except asyncio.CancelledError:
+            # The end of the process ends no round: it is on the disk, and continues after a restart.
+            if not self._branches.closing:
+                branch.desk.withdraw(order, "the aggregator above no longer wants it")
+            raise
+        finally:
+            watching.cancel()
+
+        def fill(residual: Residual) -> Fill:
+            return sending(task, self._settings.name, mean, residual, began)
+
+        return await self._files.store(task, message, fill)
+
+    def _due_at(self, task: Task) -> float | None:
+        if task.deadline_s is None:
+            return None
+        left_s = max(0.0, task.deadline_s - time.monotonic())
+        upload_s = max(_RESERVED * left_s, _LAST_UPLOADS * self._publisher.status.last_timings.upload_s)
+        return task.deadline_s - min(upload_s, left_s / 2)
+
+
+class ScoringWork:
+    """Has the leaf's evaluators score a version of the parent. A `LocalWork`."""
+
+    gives_back = False
+    parts = ALL_PARTS
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        client: AggregatorClient,
+        files: TaskFiles,
+        publisher: StatusPublisher,
+        branches: Branches,
+        lease_s: float,
+    ) -> None:
+        self._settings = settings
+        self._client = client
+        self._files = files
+        self._publisher = publisher
+        self._branches = branches
+        self._lease_s = lease_s
+
+    async def prepare(self, registration: Registration) -> bool:
+        """See `LocalWork.prepare`. Raises `LinkError` until the other link leads the run."""
+        self._branches.of(registration.run_id)
+        return False
+
+    @asynccontextmanager
+    async def polling(self, registration: Registration) -> AsyncIterator[None]:
+        """See `LocalWork.polling`: leave the parent while the leaf has no evaluator."""
+        self._publisher.enter(Activity.WAITING)
+        evaluators = self._branches.of(registration.run_id).desk.evaluators
+        if not evaluators.is_set():
+            await leave(self._client)
+            await evaluators.wait()
+        yield
+
+    async def perform(self, task: Task, message: aggregator_pb2.Task, report: Report) -> SpooledUpdate:
+        """Show the version to the leaf's evaluators, and spool the mean of their scores."""
+        branch = self._branches.of(task.run_id)
+        coordinator, download_s = branch.aggregator.coordinator, 0.0
+        assert coordinator is not None
+        if coordinator.run.version < task.model_version:
+            layout, given, download_s = await _download(self._files, task, report)
+            await branch.desk.show(Shown(task.model_version, layout, given))
+        began = Began(download_s, time.monotonic())
+        self._publisher.enter(Activity.EVALUATING)
+        scores = await self._scores(coordinator, task.model_version)
+        outcome = Outcome(None, scores.example_count, scores=scores)
+
+        def fill(residual: Residual) -> Fill:
+            return update_of(task, self._settings.name, {}, outcome, residual, began)
+
+        return await self._files.store(task, message, fill)
+
+    async def _scores(self, coordinator: Coordinator, version: int) -> EvalResult:
+        """Wait until all live evaluators have scored it. Raises `TaskError` when none of them has."""
+        seen, evaluations = -1, coordinator.evaluations
+        while any(
+            evaluations.waiting_for(worker.name, version)
+            for worker in coordinator.fleet.live_evaluators(coordinator.clock())
+        ):
+            try:
+                # An evaluator that goes away notifies nobody: look again when its lease is over.
+                async with asyncio.timeout(self._lease_s):
+                    seen = await coordinator.changes.wait(seen)
+            except TimeoutError:
+                continue
+        if (found := evaluations.scores_of(version)) is None:
+            raise TaskError(f"no evaluator has scored version {version}")
+        return EvalResult(*found)
+
+
+async def _download(files: TaskFiles, task: Task, report: Report) -> tuple[Layout, Mapping[str, Array], float]:
+    """Return the task's model, each tensor left on the disk until it is read, and the download's seconds."""
+    held, download_s = await files.download(task, report)
+    return held.manifest.layout, await asyncio.to_thread(held.tensors), download_s

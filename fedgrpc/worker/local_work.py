@@ -1,0 +1,129 @@
+"""The work of a task, apart from the loop that takes the task and delivers its update.
+
+    LocalWork    protocol: what a loop needs of whoever carries out its tasks
+    TaskFiles    the model a task starts from, and the update it ends with, on this device's disk
+
+`training.TrainerWork` trains with the user's learning task. `fedgrpc.hierarchy.upstream` has those of a leaf.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Final, Protocol
+
+from fedgrpc.codec.feedback import Residual
+from fedgrpc.codec.manifest import Limits
+from fedgrpc.errors import CorruptError, StorageError, WrongOffset
+from fedgrpc.rpc.retry import with_retries
+from fedgrpc.v1 import aggregator_pb2
+from fedgrpc.worker.client import AggregatorClient, Report
+from fedgrpc.worker.model_store import HeldModel, ModelFolder, Source
+from fedgrpc.worker.settings import WorkerSettings
+from fedgrpc.worker.spool import Fill, Spool, SpooledUpdate
+from fedgrpc.worker.status import Activity, StatusPublisher
+from fedgrpc.worker.task import Registration, Task
+
+_TRIES_TO_DOWNLOAD: Final = 3
+_TRIES_TO_SPOOL: Final = 5
+
+
+class LocalWork(Protocol):
+    """Carries out the tasks of one loop, one at a time."""
+
+    @property
+    def gives_back(self) -> bool:
+        """Whether the end of the process gives its task back, for another worker to take."""
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """The parts of a local-model plan that this work can do."""
+
+    async def prepare(self, registration: Registration) -> bool:
+        """Get ready for tasks of the registered run. True: the device's profile or `parts` may have changed."""
+
+    def polling(self, registration: Registration) -> AbstractAsyncContextManager[None]:
+        """Context of each request for a task. Entering it waits until a task can be taken."""
+
+    async def perform(self, task: Task, message: aggregator_pb2.Task, report: Report) -> SpooledUpdate:
+        """Carry out a task and spool its update; `report` is called as the model downloads, with 0 to 1.
+
+        Raises `TaskError` for a task that cannot be carried out here. A cancellation ends the work.
+        """
+
+
+class TaskFiles:
+    """Downloads the model of a task and spools its update; shows both in the worker's status."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        client: AggregatorClient,
+        publisher: StatusPublisher,
+        limits: Limits | None = None,
+    ) -> None:
+        """`limits` are those of a model that this device takes. Raises `StorageError`."""
+        self._settings = settings
+        self._client = client
+        self._publisher = publisher
+        self._download_began: tuple[str, float] = ("", 0.0)
+        self.models = ModelFolder(settings.state_dir / "model", limits)
+        self.spool = Spool(
+            settings.state_dir / "spool",
+            max_updates=settings.spool_max_updates,
+            max_bytes=settings.spool_max_bytes,
+        )
+
+    def show(self) -> None:
+        """Show what is on the disk."""
+        held = self.models.held
+        version = 0 if held is None else held.version
+        self._publisher.show(model_version=version, spooled_updates=self.spool.count())
+
+    async def download(self, task: Task, report: Report) -> tuple[HeldModel, float]:
+        """Return the task's version, on the disk, and the seconds since its download began, in any session."""
+        self._publisher.enter(Activity.DOWNLOADING)
+        if self._download_began[0] != task.token:
+            self._download_began = (task.token, time.monotonic())
+        sub_model = task.plan.sub_model
+        slice_text = "" if sub_model.whole else str(sub_model)
+        source = Source(task.run_id, task.model_version, task.download_recipe, slice_text)
+
+        async def checked() -> HeldModel:
+            held = await self._client.pull(self.models, source, report)
+            await asyncio.to_thread(self.models.check_held)
+            return held
+
+        held = await with_retries(
+            checked,
+            attempts=_TRIES_TO_DOWNLOAD,
+            backoff=self._settings.backoff,
+            retry_on=(CorruptError, WrongOffset),
+        )
+        self.show()
+        return held, time.monotonic() - self._download_began[1]
+
+    async def store(
+        self,
+        task: Task,
+        message: aggregator_pb2.Task,
+        fill: Callable[[Residual], Fill],
+        keep_personal: Callable[[Path], None] | None = None,
+    ) -> SpooledUpdate:
+        """Spool the update of a task; `fill` gets the residual that the update has to make good, in a thread."""
+
+        def write() -> SpooledUpdate:
+            return self.spool.write(message, fill(self.spool.residual(task.run_id)), keep_personal)
+
+        # A full disk may have room again in a moment, and the work may have taken hours.
+        update = await with_retries(
+            lambda: asyncio.to_thread(write),
+            attempts=_TRIES_TO_SPOOL,
+            backoff=self._settings.backoff,
+            retry_on=(StorageError,),
+        )
+        self.show()
+        return update
