@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from fedgrpc.aggregation.partial_aggregate import REST, WEIGHTS
+from fedgrpc.aggregation.partial_update import CODES, MASK
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.protocol.tensors import layout_to_proto
@@ -16,6 +18,8 @@ from fedgrpc.storage.model_file import METADATA
 # A manifest travels in one message, with each tensor's encoding beside its name and shape.
 _MAX_LAYOUT_BYTES: Final = MAX_MESSAGE_BYTES // 2
 _LONGEST_NAME: Final = 1000
+# "w#mask" beside "w" would be taken for the mask of w.
+_SUFFIXES: Final = (MASK, CODES, WEIGHTS, REST)
 
 
 def complaint(layout: Layout, max_bytes: int | None = None) -> str:
@@ -44,4 +48,6 @@ def _wrong_name(name: str) -> str:
         return f"a name has 1 to {_LONGEST_NAME} printable characters"
     if "\\" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
         return "that is a path"
+    if name.endswith(_SUFFIXES):
+        return f"{', '.join(_SUFFIXES)} are for what updates say of a tensor"
     return ""

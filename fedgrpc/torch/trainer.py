@@ -103,7 +103,13 @@ class TorchTrainer:
 
     def _check_shapes(self) -> None:
         """Raise TaskUnfit for a model that is another one once it has run, as some observers are."""
-        for name, tensor in named_tensors(self._model).items():
+        tensors = named_tensors(self._model)
+        if others := tensors.keys() ^ self._initial.keys():
+            raise TaskUnfit(
+                f"the model has {min(others)!r} at first or once it ran, and not both; let model() give "
+                "it its last shape, such as by a first pass"
+            )
+        for name, tensor in tensors.items():
             first = self._initial[name].shape
             if tuple(tensor.shape) != first:
                 raise TaskUnfit(

@@ -50,6 +50,11 @@ def _tensors(module: nn.Module) -> list[tuple[list[str], Tensor]]:
             tensor, nn.UninitializedParameter | nn.UninitializedBuffer
         ):
             raise UsageError(f"the model's state {name!r} is no initialized tensor, so it cannot be shared")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise UsageError(
+                f"the model's {name!r} is no plain array of elements, which updates do not carry; keep it "
+                "dense, or, if it is a buffer, register it with persistent=False"
+            )
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
         found.setdefault(place, ([], tensor))[0].append(name.replace(f"{_COMPILED}.", ""))
     return list(found.values())
@@ -107,7 +112,7 @@ def prepare(module: nn.Module) -> None:
     """
     for owner in module.modules():
         for name, buffer in owner.named_buffers(recurse=False):
-            if _overlaps(buffer):
+            if buffer.layout is torch.strided and not buffer.is_nested and _overlaps(buffer):
                 setattr(owner, name, buffer.clone(memory_format=torch.contiguous_format))
     buffers = {name.replace(f"{_COMPILED}.", "") for name, _ in module.named_buffers(remove_duplicate=False)}
     for names, tensor in _tensors(module):

@@ -208,6 +208,8 @@ async def test_the_same_initial_model_is_taken_at_each_start_in_whatever_order_i
         ({"../../x": np.zeros(4, np.float32)}, "that is a path"),
         ({"/etc/x": np.zeros(4, np.float32)}, "that is a path"),
         ({"a\\b": np.zeros(4, np.float32)}, "that is a path"),
+        ({"w": np.zeros(4, np.float32), "w#weights": np.zeros(4)}, "#weights"),
+        ({"w": np.zeros(4, np.float32), "w#mask": np.zeros(1, np.uint8)}, "#mask"),
         ({"a\nb": np.zeros(4, np.float32)}, "printable"),
         ({"x" * 1001: np.zeros(4, np.float32)}, "printable"),
         ({f"{i:05}" + "n" * 990: np.zeros(1, np.float32) for i in range(2500)}, "too many for one message"),

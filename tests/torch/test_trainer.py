@@ -5,15 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
-from fedgrpc.errors import LayoutError, TaskError
+from fedgrpc.errors import LayoutError, TaskError, TaskUnfit
 from fedgrpc.submodels.plan import CompressionPlan, Pruning
-from fedgrpc.trainer import Cancelled, TrainJob
+from fedgrpc.torch.task import TorchTask
+from fedgrpc.trainer import Cancelled, TaskSetup, TrainJob
 from tests.torch.plain import ByItem, Linear, Normalized, Plain, X, Y, equal, trainer_of
 
 
@@ -278,3 +282,28 @@ def test_cuda_trains_as_the_cpu_does() -> None:
     on_cpu, on_cuda = (trainer_of(Linear, device=name).train(start, job) for name in ("cpu", "cuda"))
     for name in start:
         np.testing.assert_allclose(on_cuda.weights[name], on_cpu.weights[name], atol=1e-4)
+
+
+def test_a_buffer_that_is_there_only_once_the_model_ran_is_told_by_name() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 2)
+            self.register_buffer("seen", None)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            self.seen = inputs.detach().mean(0)
+            outputs: torch.Tensor = self.head(inputs)
+            return outputs
+
+    class Task(TorchTask):
+        def model(self) -> nn.Module:
+            return Late()
+
+        def data(self, path: Path | None) -> tuple[Any, Any]:
+            return TensorDataset(torch.randn(8, 4), torch.zeros(8, dtype=torch.long)), None
+
+    trainer = Task.build_trainer(TaskSetup())
+    weights = trainer.initial_weights()
+    with pytest.raises(TaskUnfit, match="'seen' at first or once it ran"):
+        trainer.train(trainer.train(weights, TrainJob()).weights, TrainJob())

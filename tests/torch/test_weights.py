@@ -162,6 +162,7 @@ def test_an_expanded_buffer_gets_memory_of_its_own() -> None:
         (torch.polar(torch.ones(4), torch.arange(4.0)), "'b0' is complex64.*persistent=False"),
         (torch.arange(4).to(torch.uint16), "'b0' is uint16.*persistent=False"),
         (torch.zeros(4).to(torch.float8_e4m3fn), "'b0' is float8_e4m3fn.*persistent=False"),
+        (torch.eye(3).to_sparse(), "'b0' is no plain array.*persistent=False"),
     ],
 )
 def test_a_buffer_that_updates_do_not_carry_is_refused_by_name_with_the_cure(
