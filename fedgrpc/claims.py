@@ -80,8 +80,6 @@ BITS_PER_SECOND: Final = Range("a rate", 0, 10**16)
 MEMORY_BYTES: Final = Range("a size", 0, 1 << 50)
 PAYLOAD_BYTES: Final = Range("a size", 0, 1 << 50)
 CORES: Final = Range("the number of cores", 0, 1 << 16)
-# Of a plan: epochs, rates, coefficients.
-FACTOR: Final = Range("a number of the plan", 0.0, 1e9)
 # Of versions and rounds: databases have 63 bits, JSON 53.
 NUMBER: Final = Range("a number", 0, 1 << 53)
 

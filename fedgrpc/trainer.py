@@ -18,6 +18,7 @@ import numpy as np
 from fedgrpc.errors import UsageError
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.plan import CompressionPlan
+from fedgrpc.training_plan import TrainingPlan
 
 Weights = Mapping[str, np.ndarray]
 # Names of tensors, and what they have in common.
@@ -48,28 +49,19 @@ def _check_seed(seed: int) -> None:
 
 
 @dataclass(frozen=True)
-class TrainJob:
-    """One worker's share of one round: how much to train, how, and when to stop.
+class TrainJob(TrainingPlan):
+    """One worker's share of one round: a training plan, whose work it is, and when to stop.
 
-    `None` for `batch_size`, `learning_rate`, `momentum` or `weight_decay` leaves the choice to the task.
-    `proximal_mu` is the mu of FedProx (arXiv 1812.06127); 0 is FedAvg. `label_adjustment` is the tau of logit
-    adjustment by its own labels (arXiv 2007.07314); 0 is the loss as it is. `seed` has 32 bits, as the generators
-    of NumPy and scikit-learn want; it differs between workers and rounds. `stop` is asked before every batch: True
-    cancels.
-    `compression` says what to make of the given weights before they are trained; None trains them as they are.
-    `time_left_s` bounds the training in time: once it is not positive, what has been trained so far is the
-    result. `report` hears of every finished step; `pause` is told each batch's duration and may sleep, which
-    slows the training down honestly.
+    `seed` has 32 bits, as the generators of NumPy and scikit-learn want, else `UsageError`. It differs between
+    workers and rounds. `compression` says what to make of the given weights before they are trained; None trains
+    them as they are. `stop` is asked before every batch: True cancels. `time_left_s` bounds the training in time,
+    the plan's `upload_reserve_s` taken off: once it is not positive, what has been trained so far is the result.
+    `report` hears of every finished step. `pause` is given each batch's duration and may sleep, which slows the
+    training down honestly.
     """
 
     epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    momentum: float | None = None
     weight_decay: float | None = None
-    proximal_mu: float = 0.0
-    label_adjustment: float = 0.0
     seed: int = 0
     round: int = 0
     compression: CompressionPlan | None = None
@@ -79,7 +71,7 @@ class TrainJob:
     pause: Callable[[float], None] = _no_pause
 
     def __post_init__(self) -> None:
-        """Raises UsageError for a seed of more than 32 bits."""
+        # A plan was checked when it was made. A job made by hand may go further, as with a learning rate of 0.
         _check_seed(self.seed)
 
     def total_steps(self, example_count: int, default_batch_size: int = 32) -> int:

@@ -13,17 +13,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedgrpc"
 
 # Every module or package right below fedgrpc, and what it may import besides itself.
-CORE = {"errors", "claims", "codec", "submodels", "aggregation", "rounds"}
+CORE = {"errors", "claims", "training_plan", "codec", "submodels", "aggregation", "rounds"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "claims": {"errors"},
+    "training_plan": {"errors"},
     "v1": set(),
     "codec": {"errors"},
     "submodels": {"errors", "claims"},
     "aggregation": {"errors", "claims", "submodels"},
     "rounds": {"errors", "claims"},
     "simulation": {"errors", "rounds"},
-    "trainer": {"errors", "submodels"},
+    "trainer": {"errors", "training_plan", "submodels"},
     "process": set(),
     "aio": set(),
     "logging": {"errors"},
@@ -49,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Where torch may be imported; everything else runs on a machine without it.
 TORCH = {"torch", "tasks"}
 # The core knows no I/O, no clock and no gRPC.
-PURE = {"claims", "codec", "submodels", "aggregation", "rounds", "simulation"}
+PURE = {"claims", "training_plan", "codec", "submodels", "aggregation", "rounds", "simulation"}
 IMPURE_MODULES = {
     *("asyncio", "concurrent", "datetime", "grpc", "multiprocessing", "pathlib", "random", "shutil"),
     *("signal", "socket", "sqlite3", "structlog", "subprocess", "threading", "time", "torch"),

@@ -24,12 +24,12 @@ from fedgrpc.aggregator.evaluations import Evaluation, Evaluations
 from fedgrpc.aggregator.fleet import Allowance, Fleet, Worker
 from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
-from fedgrpc.aggregator.orders import Orders
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.run_state import Assignment, Beat, RollBack, RunState
 from fedgrpc.aggregator.scores import for_log
 from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.aggregator.training_instructions import TrainingInstructions
 from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.aggregator.versions import Versions
 from fedgrpc.aggregator.waking import Waking
@@ -99,7 +99,7 @@ class Coordinator:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = settings
-        self.orders = Orders.of(settings)
+        self.instructions = TrainingInstructions.from_settings(settings)
         self.negotiation = settings.negotiation()
         self.store = store
         self.models = models
@@ -142,8 +142,8 @@ class Coordinator:
     @property
     def weighing(self) -> Weighing:
         """What the operator says of the weights of updates."""
-        orders = self.orders
-        return Weighing(orders.worker_weights, orders.max_examples, bool(self.settings.leaves))
+        asked = self.instructions
+        return Weighing(asked.worker_weights, asked.max_examples, bool(self.settings.leaves))
 
     # What workers do.
 
@@ -278,7 +278,7 @@ class Coordinator:
 
     def _seed(self, number: int, worker: str) -> int:
         """32 bits: many generators, such as scikit-learn's, take no larger seed."""
-        text = f"{self.orders.seed}/{number}/{worker}".encode()
+        text = f"{self.instructions.seed}/{number}/{worker}".encode()
         return int.from_bytes(hashlib.sha256(text).digest()[:4], "little")
 
     async def heartbeat(self, name: str, token: str, phase: TaskPhase, fraction: float) -> Beat:

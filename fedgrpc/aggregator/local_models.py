@@ -26,11 +26,10 @@ from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import LayoutError, NotFound, StorageError, UnusableUpdate
 from fedgrpc.protocol.plans import (
-    compression_from_proto,
+    local_model_from_proto,
+    local_model_plan_from_proto,
     local_model_to_proto,
-    plan_from_proto,
-    plans_to_proto,
-    sub_model_from_proto,
+    plan_table_to_proto,
 )
 from fedgrpc.protocol.records import counts, device_of, observation_of, prediction_from_proto
 from fedgrpc.protocol.tensors import channels_from_proto, channels_to_proto
@@ -106,7 +105,7 @@ class LocalTask:
     @classmethod
     def from_proto(cls, message: round_pb2.LocalModel) -> LocalTask:
         """As a record kept it."""
-        return cls(compression_from_proto(message), sub_model_from_proto(message))
+        return cls(*local_model_from_proto(message))
 
     def check_layout(self, model: Sequence[TensorLike], update: Layout, selection: Selection | None) -> None:
         """Raises `UpdateRefused` unless these are the tensors of an update from this task."""
@@ -138,7 +137,7 @@ class LocalModels:
 
     def to_proto(self) -> round_pb2.LocalModels | None:
         """The plans for an aggregator below; None where every device trains the model as it is."""
-        return None if self._plans.trivial else plans_to_proto(self._plans)
+        return None if self._plans.trivial else plan_table_to_proto(self._plans)
 
     @property
     def channels(self) -> tensor_pb2.ChannelMap | None:
@@ -221,7 +220,7 @@ class LocalModels:
         """What the task cost; None where its record makes no sense."""
         try:
             with blaming(task.worker):
-                plan = plan_from_proto(task.local_model)
+                plan = local_model_plan_from_proto(task.local_model)
                 return observation_of(task, self._elements_of(plan, layout).size(0.0, 0.0))
         except UnusableUpdate as error:
             log.warning("nothing learned of a task", worker=task.worker, reason=str(error))

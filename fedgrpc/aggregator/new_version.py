@@ -55,9 +55,9 @@ class NewVersion:
         """The factor on each update. Raises as `scales_of`, and as reading an update does."""
         it = self._it
         norms: dict[str, float] = {}
-        if it.orders.clip_norm is not None and current.kind == TASK_KIND_TRAIN:
+        if it.instructions.clip_norm is not None and current.kind == TASK_KIND_TRAIN:
             norms = await asyncio.to_thread(self._norms, current, list(weights))
-        return scales_of(self._settings, it.orders, current, weights, norms)
+        return scales_of(self._settings, it.instructions, current, weights, norms)
 
     def _norms(self, current: CurrentRound, tokens: Iterable[str]) -> dict[str, float]:
         parts, layout = parts_of(self._it, current, tokens), self._it.run.layout

@@ -250,8 +250,8 @@ class Receiver:
             else:
                 self._check_layout(header.token, manifest, header.merged_updates > 0)
             report = Report.of(header, it.settings.admission)
-            if it.orders.normalize_steps and it.current.kind == TASK_KIND_TRAIN:
-                check_steps(report, it.orders.plan, it.weighing.examples(report.example_count, report))
+            if it.instructions.normalize_steps and it.current.kind == TASK_KIND_TRAIN:
+                check_steps(report, it.instructions.plan, it.weighing.examples(report.example_count, report))
             return manifest, report
         except (LayoutError, TooLargeError, UpdateRefused) as error:
             it.reject(header.token, str(error))

@@ -17,17 +17,18 @@ from fedgrpc.aggregation.scaling import (
     nova_scales,
     staleness_scale,
 )
-from fedgrpc.aggregator.orders import Orders
 from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.aggregator.training_instructions import TrainingInstructions
 from fedgrpc.errors import UnusableUpdate, UpdateRefused
-from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, Plan
+from fedgrpc.training_plan import TrainingPlan
+from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN
 
 # A mean of what the bound holds for may be above it by rounding.
 _SLACK: Final = 1 + 1e-9
 
 
-def check_steps(report: Report, plan: Plan, examples: float) -> None:
+def check_steps(report: Report, plan: TrainingPlan, examples: float) -> None:
     """Raises `UpdateRefused` for a count of steps that cannot be, of which others' updates would depend.
 
     `examples`: for how many the update counts at most.
@@ -46,7 +47,7 @@ def check_steps(report: Report, plan: Plan, examples: float) -> None:
 
 def scales_of(
     settings: AggregatorSettings,
-    orders: Orders,
+    instructions: TrainingInstructions,
     current: CurrentRound,
     weights: Mapping[str, float],
     norms: Mapping[str, float] = MappingProxyType({}),
@@ -59,36 +60,38 @@ def scales_of(
     if current.kind != TASK_KIND_TRAIN:
         return dict.fromkeys(weights, 1.0)
     scales = dict.fromkeys(weights, 1.0)
-    if orders.normalize_steps:
-        work = _work(orders.plan, current, weights)
+    if instructions.normalize_steps:
+        work = _work(instructions.plan, current, weights)
         scales = dict(zip(weights, nova_scales(list(weights.values()), work), strict=True))
-    if orders.clip_norm is not None:
-        scales = {token: clip_scale(norms[token], orders.clip_norm) for token in weights}
+    if instructions.clip_norm is not None:
+        scales = {token: clip_scale(norms[token], instructions.clip_norm) for token in weights}
     exponent = settings.staleness_exponent
     tasks = current.state.tasks
     return {token: scale * staleness_scale(tasks[token].staleness, exponent) for token, scale in scales.items()}
 
 
-def accumulated_of(orders: Orders, current: CurrentRound, weights: Mapping[str, float]) -> float:
+def accumulated_of(
+    instructions: TrainingInstructions, current: CurrentRound, weights: Mapping[str, float]
+) -> float:
     """tau_eff: what the steps of an update amount to, as the weighted mean of all; 0 where none are normalized.
 
     Raises as `scales_of`.
     """
-    if current.kind != TASK_KIND_TRAIN or not orders.normalize_steps:
+    if current.kind != TASK_KIND_TRAIN or not instructions.normalize_steps:
         return 0.0
-    return effective_steps(list(weights.values()), _work(orders.plan, current, weights))
+    return effective_steps(list(weights.values()), _work(instructions.plan, current, weights))
 
 
-def _work(plan: Plan, current: CurrentRound, tokens: Iterable[str]) -> list[float]:
+def _work(plan: TrainingPlan, current: CurrentRound, tokens: Iterable[str]) -> list[float]:
     """What the steps of each update amount to; a mean says it of its own."""
     return [_work_of(plan, token, current.reports[token]) for token in tokens]
 
 
-def _work_of(plan: Plan, token: str, report: Report) -> float:
+def _work_of(plan: TrainingPlan, token: str, report: Report) -> float:
     if not (report.accumulated_steps if report.merged_updates else report.steps):
         raise UnusableUpdate("an update that reports no steps cannot be normalized", token=token)
     return report.accumulated_steps if report.merged_updates else _accumulated(report.steps, plan)
 
 
-def _accumulated(steps: int, plan: Plan) -> float:
-    return accumulated_steps(steps, plan.momentum, plan.proximal_mu * plan.learning_rate)
+def _accumulated(steps: int, plan: TrainingPlan) -> float:
+    return accumulated_steps(steps, plan.momentum or 0.0, plan.proximal_mu * (plan.learning_rate or 0.0))

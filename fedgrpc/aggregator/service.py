@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from itertools import islice
 from typing import cast
 
@@ -25,7 +26,7 @@ from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.errors import LayoutError, NotFound, UsageError, WrongOffset
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
-from fedgrpc.protocol.plans import parse_sub_model
+from fedgrpc.protocol.plans import parse_sub_model, training_plan_to_proto
 from fedgrpc.protocol.policies import policy_to_proto
 from fedgrpc.protocol.records import version_to_proto
 from fedgrpc.protocol.tensors import layout_to_proto, manifest_to_proto
@@ -104,12 +105,20 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             kind=assignment.kind,
             model_version=assignment.version,
             plan=self._plan(assignment),
+            seed=assignment.seed,
+            evaluate=self._it.instructions.evaluate,
+            tell_channels=assignment.tell_channels,
             download_recipe=full_text(download_recipe),
             upload_recipe=full_text(upload_recipe),
             uplink_bytes_per_second=link_of(self._it.fleet.get(assignment.worker)).up or 0.0,
         )
         if assignment.time_left_s is not None:
             task.time_left.CopyFrom(duration_to_proto(assignment.time_left_s))
+        if not assignment.local.plain:
+            task.local_model.CopyFrom(assignment.local.to_proto())
+        if self._it.fleet.get(assignment.worker).leads:
+            models = self._it.local_models
+            task.leaf.CopyFrom(self._it.instructions.for_leaf(models.to_proto(), models.channels))
         return task
 
     def _recipes(self, assignment: Assignment) -> tuple[str, str]:
@@ -121,19 +130,12 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         initialize = assignment.kind == round_pb2.TASK_KIND_INITIALIZE
         return agreed.download_text, "raw" if initialize else str(agreed.upload)
 
-    def _plan(self, assignment: Assignment) -> round_pb2.Plan:
-        orders = self._it.orders
-        message = round_pb2.Plan(seed=assignment.seed, tell_channels=assignment.tell_channels)
-        message.MergeFrom(orders.plan)
-        if message.HasField("upload_reserve"):
+    def _plan(self, assignment: Assignment) -> round_pb2.TrainingPlan:
+        plan = self._it.instructions.plan
+        if plan.upload_reserve_s is not None:
             history = self._it.fleet.get(assignment.worker).history
-            reserve_s = upload_reserve_s(history, duration_from_proto(message.upload_reserve))
-            message.upload_reserve.CopyFrom(duration_to_proto(reserve_s))
-        if not assignment.local.plain:
-            message.local_model.CopyFrom(assignment.local.to_proto())
-        if self._it.fleet.get(assignment.worker).leads:
-            message.lead.CopyFrom(orders.lead(self._it.local_models.to_proto(), self._it.local_models.channels))
-        return message
+            plan = replace(plan, upload_reserve_s=upload_reserve_s(history, plan.upload_reserve_s))
+        return training_plan_to_proto(plan)
 
     async def PullModel(self, request: pb.PullModelRequest, context: grpc.aio.ServicerContext) -> None:
         version = request.version or self._it.run.version
@@ -247,7 +249,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             reason=state.reason,
             model_version=state.version,
             current_round=self._it.round_number,
-            total_rounds=self._it.orders.rounds,
+            total_rounds=self._it.instructions.rounds,
             software_version=__version__,
             settings=self._settings_text,
             local_models=self._it.local_models.to_proto(),

@@ -19,6 +19,7 @@ from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.channel import MAX_CHUNK_BYTES, Tls
 from fedgrpc.rpc.identity import Access
 from fedgrpc.submodels.plan import PlanTable, covers_all
+from fedgrpc.training_plan import TrainingPlan
 
 MIB = 1 << 20
 # A chunk has to fit into a message, and a payload into what a reader of payloads takes.
@@ -29,41 +30,6 @@ _SIZES = {
     "max_upload_memory_bytes": 1 << 40,
 }
 _LONGEST_NAME = 200
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """What every worker is asked to do in a training round; None leaves the choice to its learning task.
-
-    With `upload_reserve_s`, training ends once no more than this (or than a worker's uploads have taken) is left
-    until the deadline. `label_adjustment` is how far a worker's label frequencies leave its loss; 0: not.
-    """
-
-    epochs: float | None = None
-    max_steps: int | None = None
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    momentum: float | None = None
-    proximal_mu: float = 0.0
-    label_adjustment: float = 0.0
-    upload_reserve_s: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UsageError(f"{name} must be a number above 0, not {value:g}")
-        for name in ("max_steps", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value < 1 << 32:
-                raise UsageError(f"{name} must be from 1 to {(1 << 32) - 1}, not {value}")
-        if self.momentum is not None and not 0 <= self.momentum < 1:
-            raise UsageError(f"momentum must be from 0 to below 1, not {self.momentum:g}")
-        for name in ("proximal_mu", "label_adjustment"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UsageError(f"{name} must be a number from 0, not {getattr(self, name):g}")
-        if self.upload_reserve_s is not None and not 0 <= self.upload_reserve_s < math.inf:
-            raise UsageError(f"upload_reserve_s must be a number of seconds from 0, not {self.upload_reserve_s:g}")
 
 
 @dataclass(frozen=True)

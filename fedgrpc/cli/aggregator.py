@@ -12,7 +12,7 @@ import click
 
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS
 from fedgrpc.aggregator.server import run_aggregator
-from fedgrpc.aggregator.settings import AggregatorSettings, Target, TrainingPlan
+from fedgrpc.aggregator.settings import AggregatorSettings, Target
 from fedgrpc.cli.logs import LOGS, configure_logs
 from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand, pick
 from fedgrpc.cli.quantities import DURATION, SIZE
@@ -26,6 +26,7 @@ from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.address import Address
 from fedgrpc.submodels.plan import PlanTable
+from fedgrpc.training_plan import TrainingPlan
 
 _place = Declare("Where", AggregatorSettings)
 _model = Declare("The model", AggregatorSettings)

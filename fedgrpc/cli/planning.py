@@ -19,7 +19,7 @@ from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import UsageError
 from fedgrpc.metrics import prediction_errors
-from fedgrpc.protocol.plans import plan_from_proto, plans_from_proto
+from fedgrpc.protocol.plans import local_model_plan_from_proto, plan_table_from_proto
 from fedgrpc.protocol.policies import policy_from_proto
 from fedgrpc.protocol.records import counts, device_of, observation_of
 from fedgrpc.submodels.channels import ChannelMap
@@ -145,13 +145,15 @@ async def ask(aggregator: Operator, name: str | None) -> Asked:
         if all(len(each) == _KEPT for each in tasks.values()):
             break
     run = await aggregator.run()
-    plans = plans_from_proto(run.local_models) if run.HasField("local_models") else PlanTable()
+    plans = plan_table_from_proto(run.local_models) if run.HasField("local_models") else PlanTable()
     deadline_s = policy_from_proto(run.policy).deadline_s
     return Asked(plans, deadline_s, trainers, tasks)
 
 
 def _subject(record: WorkerRecord, tasks: Sequence[TaskRecord], model: Model) -> Subject:
-    history = tuple(observation_of(task, model.size_of(plan_from_proto(task.local_model))) for task in tasks)
+    history = tuple(
+        observation_of(task, model.size_of(local_model_plan_from_proto(task.local_model))) for task in tasks
+    )
     errors = tuple(prediction_errors(task) for task in tasks if task.HasField("prediction"))
     encodings = record.download_recipe, record.upload_recipe
     return Subject(record.worker, device_of(record.device), history, errors, record.device.device_class, encodings)

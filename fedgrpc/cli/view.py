@@ -11,7 +11,7 @@ from rich.text import Text
 from fedgrpc.claims import printable
 from fedgrpc.cli.table import Column, Table
 from fedgrpc.metrics import prediction_errors
-from fedgrpc.protocol.plans import plan_from_proto
+from fedgrpc.protocol.plans import local_model_plan_from_proto
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase, WorkerRecord, WorkerState
 from fedgrpc.v1.device_pb2 import WorkerRole
 from fedgrpc.v1.round_pb2 import Jump, ModelVersion, Round, RoundPhase, TaskKind, TaskPhase, TaskRecord
@@ -314,7 +314,9 @@ def predictions_table(rounds: Sequence[Round]) -> Table:
             )
             memory = _beside(size(task.peak_memory_bytes), its.peak_memory_bytes, errors.get("memory"), size)
             tensors = size(task.tensor_bytes) if task.tensor_bytes else ""
-            table.add_row(task.worker, *times, memory, tensors, note=plan_from_proto(task.local_model).to_line())
+            table.add_row(
+                task.worker, *times, memory, tensors, note=local_model_plan_from_proto(task.local_model).to_line()
+            )
         if tasks:
             return table
     return table

@@ -22,15 +22,15 @@ from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.driver import Driver
 from fedgrpc.aggregator.new_version import NewVersion, merged_of, parts_of
-from fedgrpc.aggregator.orders import Orders
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.aggregator.scales import accumulated_of
 from fedgrpc.aggregator.scores import scores_of
+from fedgrpc.aggregator.training_instructions import TrainingInstructions
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import CodecError, NotFinite, StorageError
 from fedgrpc.hierarchy.desk import Desk, Order, Shown
 from fedgrpc.hierarchy.mean import MeanFile, Tensors, mean_tensors, own_tensors
-from fedgrpc.protocol.plans import plans_from_proto
+from fedgrpc.protocol.plans import plan_table_from_proto
 from fedgrpc.rounds.events import Abort, Commit
 from fedgrpc.rounds.policy import RoundPolicy, TaskKind
 from fedgrpc.rounds.round import Round, RoundPhase
@@ -58,12 +58,12 @@ class LeafDriver(Driver):
         desk.ordered, desk.withdrawn, desk.showing = self._ordered, self._withdrawn, self._it.wake.set
 
     async def recover(self) -> None:
-        """As `Driver.recover`, with the orders that the round in progress was given under."""
+        """As `Driver.recover`, with the instructions of the round in progress."""
         it = self._it
         self._task = await asyncio.to_thread(self._read_task)
         if self._task.token:
             self._desk.resuming = True
-            self._take_orders(self._task)
+            self._take_instructions(self._task)
         await super().recover()
         it.run.id = self._run_id
         await it.save_run()
@@ -78,11 +78,11 @@ class LeafDriver(Driver):
         except DecodeError as error:
             raise StorageError(f"cannot read {self._task_path}: {error}") from error
 
-    def _take_orders(self, task: aggregator_pb2.Task) -> None:
-        """Tell workers what the one above says. Raises `LayoutError`."""
+    def _take_instructions(self, task: aggregator_pb2.Task) -> None:
+        """Ask workers for what the parent asks for. Raises `LayoutError`."""
         it = self._it
-        plans = plans_from_proto(task.plan.lead.local_models)
-        it.orders = Orders.from_above(task.plan, self._settings)
+        plans = plan_table_from_proto(task.leaf.local_models)
+        it.instructions = TrainingInstructions.from_parent(task, self._settings)
         if self._settings.local_models.trivial:
             it.local_models.use(plans)
 
@@ -166,9 +166,9 @@ class LeafDriver(Driver):
         if task.kind != TASK_KIND_INITIALIZE and it.run.version != task.model_version:
             # Its scores come with this round's updates, and are those of the round before.
             await self._keep_version(task.model_version, max(0, task.round - 1), order.layout, order.given)
-        self._take_orders(task)
-        if task.plan.lead.HasField("channels"):
-            await asyncio.to_thread(it.local_models.learn, task.plan.lead.channels, it.run.layout)
+        self._take_instructions(task)
+        if task.leaf.HasField("channels"):
+            await asyncio.to_thread(it.local_models.learn, task.leaf.channels, it.run.layout)
         await asyncio.to_thread(self._write_task, task)
         self._task = task
 
@@ -249,7 +249,7 @@ class LeafDriver(Driver):
             updates = (report.merged_updates or 1 for report, _ in reports)
             header.merged_updates = claims.MERGED_UPDATES.total(updates)
             header.weight = claims.WEIGHT.clamped(sum(weights.values()))
-            accumulated_steps = accumulated_of(self._it.orders, current, weights)
+            accumulated_steps = accumulated_of(self._it.instructions, current, weights)
             header.accumulated_steps = claims.ACCUMULATED_STEPS.clamped(accumulated_steps)
         return header
 

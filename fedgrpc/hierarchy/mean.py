@@ -182,7 +182,7 @@ def _encode(
     recipe = Recipe.parse(task.upload_recipe or "raw")
     recipe = replace(recipe, overrides=(*((pattern, Raw()) for pattern in EXACT), *recipe.overrides))
     recipe = recipe.for_layout(reader.manifest.layout)
-    draw = partial(np.random.default_rng, (task.plan.seed, task.round, zlib.crc32(worker.encode())))
+    draw = partial(np.random.default_rng, (task.seed, task.round, zlib.crc32(worker.encode())))
     tensors = LazyTensors(reader)
     if task.kind is not TaskKind.TRAIN:
         return write_payload(tensors, recipe, payload, draw(), reader.manifest.layout), None

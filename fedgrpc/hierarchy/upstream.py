@@ -150,7 +150,7 @@ class RoundWork:
     async def perform(self, task: Task, message: aggregator_pb2.Task, report: Report) -> SpooledUpdate:
         """Download, run a round of the leaf's workers, and spool the mean. See `LocalWork.perform`."""
         branch = self._branches.of(task.run_id)
-        if not task.plan.sub_model.whole or task.plan.compression is not None:
+        if not task.sub_model.whole or task.local_model is not None:
             raise TaskError("an aggregator takes the whole model as it is")
         layout: Layout = ()
         given: Mapping[str, Array] = {}

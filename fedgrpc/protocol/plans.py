@@ -1,10 +1,15 @@
-"""Plans on the wire: a device's local model, and the table of them by device class."""
+"""Plans on the wire: the training plan, a device's local model, and the table of those by device class.
+
+Every `*_from_proto` raises `LayoutError` for a plan that no worker could keep.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from fedgrpc.errors import LayoutError, UsageError
+from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
 from fedgrpc.submodels.channels import SubModel
 from fedgrpc.submodels.plan import (
     Arithmetic,
@@ -14,14 +19,44 @@ from fedgrpc.submodels.plan import (
     Pruning,
     Quantization,
 )
+from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import round_pb2
 
 _ALL = ("*",)
 _MAX_SUB_MODEL_CHARS = 200
+# Ending of the names of times, which are in seconds here and a `Duration` on the wire.
+_SECONDS = "_s"
+
+
+def training_plan_to_proto(plan: TrainingPlan) -> round_pb2.TrainingPlan:
+    """Write every number that the plan has, under its name: None is absent, and seconds are a `Duration`."""
+    message = round_pb2.TrainingPlan()
+    for name, value in vars(plan).items():
+        if value is None:
+            continue
+        if name.endswith(_SECONDS):
+            getattr(message, name.removesuffix(_SECONDS)).CopyFrom(duration_to_proto(value))
+        else:
+            setattr(message, name, value)
+    return message
+
+
+def training_plan_from_proto(message: round_pb2.TrainingPlan) -> TrainingPlan:
+    """Read the numbers that are there."""
+    numbers: dict[str, Any] = {}
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            numbers[field.name] = value
+        else:
+            numbers[field.name + _SECONDS] = duration_from_proto(value)
+    try:
+        return TrainingPlan(**numbers)
+    except UsageError as error:
+        raise LayoutError(f"the training plan cannot be kept: {error}") from error
 
 
 def local_model_to_proto(plan: CompressionPlan, sub_model: SubModel) -> round_pb2.LocalModel:
-    """What a worker is told of its local model."""
+    """Write the local model of a task."""
     message = round_pb2.LocalModel(
         sub_model="" if sub_model.whole else str(sub_model),
         personal_layers=plan.personal_layers,
@@ -56,13 +91,8 @@ def local_model_to_proto(plan: CompressionPlan, sub_model: SubModel) -> round_pb
     return message
 
 
-def sub_model_from_proto(message: round_pb2.LocalModel) -> SubModel:
-    """The slice of the model. Raises LayoutError for one that cannot be."""
-    return parse_sub_model(message.sub_model)
-
-
 def parse_sub_model(text: str) -> SubModel:
-    """As on the wire: "" or what `str` gives. Raises LayoutError."""
+    """Read a sub-model: "" or what `str` gives."""
     if len(text) > _MAX_SUB_MODEL_CHARS:
         raise LayoutError(f"a sub-model of {len(text)} characters; allowed are {_MAX_SUB_MODEL_CHARS}")
     try:
@@ -71,10 +101,10 @@ def parse_sub_model(text: str) -> SubModel:
         raise LayoutError(str(error)) from error
 
 
-def compression_from_proto(message: round_pb2.LocalModel) -> CompressionPlan:
-    """What is done on the device, the slice left out. Raises LayoutError for what cannot be."""
+def local_model_from_proto(message: round_pb2.LocalModel) -> tuple[CompressionPlan, SubModel]:
+    """Read the plan, without the sub-model's width and rule, and the sub-model."""
     try:
-        return CompressionPlan(
+        plan = CompressionPlan(
             personal_layers=tuple(message.personal_layers),
             pruning=_pruning(message.pruning) if message.HasField("pruning") else None,
             clustering=Clustering(message.clustering.clusters, tuple(message.clustering.layers) or _ALL)
@@ -86,6 +116,13 @@ def compression_from_proto(message: round_pb2.LocalModel) -> CompressionPlan:
         )
     except UsageError as error:
         raise LayoutError(f"the plan cannot be kept: {error}") from error
+    return plan, parse_sub_model(message.sub_model)
+
+
+def local_model_plan_from_proto(message: round_pb2.LocalModel) -> CompressionPlan:
+    """Read all of a plan, the sub-model's width and rule too."""
+    plan, sub_model = local_model_from_proto(message)
+    return replace(plan, width=sub_model.width, rule=sub_model.rule)
 
 
 def _pruning(message: round_pb2.Pruning) -> Pruning:
@@ -103,8 +140,8 @@ def _arithmetic(message: round_pb2.Arithmetic) -> Arithmetic:
     return Arithmetic(message.format or "float32", rounding, message.emulated, scale, message.dynamic_loss_scale)
 
 
-def plans_to_proto(plans: PlanTable) -> round_pb2.LocalModels:
-    """Plans by device class, as an aggregator below is told."""
+def plan_table_to_proto(plans: PlanTable) -> round_pb2.LocalModels:
+    """Write the plans of a leaf's workers by device class."""
     return round_pb2.LocalModels(
         default=_plan_to_proto(plans.default),
         classes={name: _plan_to_proto(plan) for name, plan in plans.classes.items()},
@@ -112,20 +149,14 @@ def plans_to_proto(plans: PlanTable) -> round_pb2.LocalModels:
     )
 
 
-def plans_from_proto(message: round_pb2.LocalModels) -> PlanTable:
-    """Plans by device class. Raises LayoutError for what cannot be."""
+def plan_table_from_proto(message: round_pb2.LocalModels) -> PlanTable:
+    """Read plans by device class."""
     return PlanTable(
-        plan_from_proto(message.default),
-        {name: plan_from_proto(plan) for name, plan in message.classes.items()},
-        tuple(plan_from_proto(plan) for plan in message.automatic),
+        local_model_plan_from_proto(message.default),
+        {name: local_model_plan_from_proto(plan) for name, plan in message.classes.items()},
+        tuple(local_model_plan_from_proto(plan) for plan in message.automatic),
     )
 
 
 def _plan_to_proto(plan: CompressionPlan) -> round_pb2.LocalModel:
     return local_model_to_proto(plan, plan.sub_model(0))
-
-
-def plan_from_proto(message: round_pb2.LocalModel) -> CompressionPlan:
-    """All of a plan, the slice's width and rule too. Raises LayoutError for what cannot be."""
-    sub_model = sub_model_from_proto(message)
-    return replace(compression_from_proto(message), width=sub_model.width, rule=sub_model.rule)

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from fedgrpc import claims
 from fedgrpc.errors import LayoutError
-from fedgrpc.protocol.plans import compression_from_proto
+from fedgrpc.protocol.plans import local_model_from_proto
 from fedgrpc.rounds.events import LossCause
 from fedgrpc.rounds.history import KEPT, LinkRates, Timing, WorkerHistory
 from fedgrpc.rounds.version import Jump, Version
@@ -127,7 +127,7 @@ def observation_of(task: round_pb2.TaskRecord, size: PlanSize) -> Observation:
         upload_bytes,
         claims.MEMORY_BYTES.clamped(task.peak_memory_bytes),
         claims.MEMORY_BYTES.clamped(task.tensor_bytes),
-        bits_per_element(upload_bytes, size.sent_elements, compression_from_proto(task.local_model)),
+        bits_per_element(upload_bytes, size.sent_elements, local_model_from_proto(task.local_model)[0]),
     )
 
 

@@ -97,7 +97,7 @@ class PollTaskResponse(_message.Message):
     def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., run_ended: _Optional[bool] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("token", "run", "round", "kind", "model_version", "plan", "download_recipe", "upload_recipe", "time_left", "run_id", "uplink_bytes_per_second")
+    __slots__ = ("token", "run", "round", "kind", "model_version", "plan", "download_recipe", "upload_recipe", "time_left", "run_id", "uplink_bytes_per_second", "seed", "evaluate", "local_model", "tell_channels", "leaf")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -109,18 +109,28 @@ class Task(_message.Message):
     TIME_LEFT_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     UPLINK_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_MODEL_FIELD_NUMBER: _ClassVar[int]
+    TELL_CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    LEAF_FIELD_NUMBER: _ClassVar[int]
     token: str
     run: str
     round: int
     kind: _round_pb2.TaskKind
     model_version: int
-    plan: _round_pb2.Plan
+    plan: _round_pb2.TrainingPlan
     download_recipe: str
     upload_recipe: str
     time_left: _duration_pb2.Duration
     run_id: str
     uplink_bytes_per_second: float
-    def __init__(self, token: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[_round_pb2.TaskKind, str]] = ..., model_version: _Optional[int] = ..., plan: _Optional[_Union[_round_pb2.Plan, _Mapping]] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., run_id: _Optional[str] = ..., uplink_bytes_per_second: _Optional[float] = ...) -> None: ...
+    seed: int
+    evaluate: bool
+    local_model: _round_pb2.LocalModel
+    tell_channels: bool
+    leaf: _round_pb2.LeafInstructions
+    def __init__(self, token: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[_round_pb2.TaskKind, str]] = ..., model_version: _Optional[int] = ..., plan: _Optional[_Union[_round_pb2.TrainingPlan, _Mapping]] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., run_id: _Optional[str] = ..., uplink_bytes_per_second: _Optional[float] = ..., seed: _Optional[int] = ..., evaluate: _Optional[bool] = ..., local_model: _Optional[_Union[_round_pb2.LocalModel, _Mapping]] = ..., tell_channels: _Optional[bool] = ..., leaf: _Optional[_Union[_round_pb2.LeafInstructions, _Mapping]] = ...) -> None: ...
 
 class PullModelRequest(_message.Message):
     __slots__ = ("version", "recipe", "offset", "base_version", "sub_model", "base_sha256")

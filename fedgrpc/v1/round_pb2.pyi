@@ -137,37 +137,27 @@ class RoundPolicy(_message.Message):
     reconnect_grace: _duration_pb2.Duration
     def __init__(self, min_workers: _Optional[int] = ..., min_sample_size: _Optional[int] = ..., max_participants: _Optional[int] = ..., fraction: _Optional[float] = ..., over_selection: _Optional[float] = ..., quorum: _Optional[int] = ..., deadline: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., selection_window: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., selection_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., weight_aim: _Optional[float] = ..., max_share: _Optional[float] = ..., deadline_floor: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., late: _Optional[_Union[LatePolicy, str]] = ..., max_staleness: _Optional[int] = ..., buffer_size: _Optional[int] = ..., reconnect_grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
-class Plan(_message.Message):
-    __slots__ = ("epochs", "max_steps", "batch_size", "learning_rate", "momentum", "proximal_mu", "seed", "evaluate", "local_model", "tell_channels", "lead", "upload_reserve", "label_adjustment")
+class TrainingPlan(_message.Message):
+    __slots__ = ("epochs", "max_steps", "batch_size", "learning_rate", "momentum", "proximal_mu", "label_adjustment", "upload_reserve")
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
     MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     MOMENTUM_FIELD_NUMBER: _ClassVar[int]
     PROXIMAL_MU_FIELD_NUMBER: _ClassVar[int]
-    SEED_FIELD_NUMBER: _ClassVar[int]
-    EVALUATE_FIELD_NUMBER: _ClassVar[int]
-    LOCAL_MODEL_FIELD_NUMBER: _ClassVar[int]
-    TELL_CHANNELS_FIELD_NUMBER: _ClassVar[int]
-    LEAD_FIELD_NUMBER: _ClassVar[int]
-    UPLOAD_RESERVE_FIELD_NUMBER: _ClassVar[int]
     LABEL_ADJUSTMENT_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_RESERVE_FIELD_NUMBER: _ClassVar[int]
     epochs: float
     max_steps: int
     batch_size: int
     learning_rate: float
     momentum: float
     proximal_mu: float
-    seed: int
-    evaluate: bool
-    local_model: LocalModel
-    tell_channels: bool
-    lead: Lead
-    upload_reserve: _duration_pb2.Duration
     label_adjustment: float
-    def __init__(self, epochs: _Optional[float] = ..., max_steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., proximal_mu: _Optional[float] = ..., seed: _Optional[int] = ..., evaluate: _Optional[bool] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., tell_channels: _Optional[bool] = ..., lead: _Optional[_Union[Lead, _Mapping]] = ..., upload_reserve: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., label_adjustment: _Optional[float] = ...) -> None: ...
+    upload_reserve: _duration_pb2.Duration
+    def __init__(self, epochs: _Optional[float] = ..., max_steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., proximal_mu: _Optional[float] = ..., label_adjustment: _Optional[float] = ..., upload_reserve: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
-class Lead(_message.Message):
+class LeafInstructions(_message.Message):
     __slots__ = ("seed", "worker_weights", "local_models", "channels", "total_rounds", "normalize_steps", "max_examples", "clip_norm")
     class WorkerWeightsEntry(_message.Message):
         __slots__ = ("key", "value")

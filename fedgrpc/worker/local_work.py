@@ -88,7 +88,7 @@ class TaskFiles:
         self._publisher.enter(Activity.DOWNLOADING)
         if self._download_began[0] != task.token:
             self._download_began = (task.token, time.monotonic())
-        sub_model = task.plan.sub_model
+        sub_model = task.sub_model
         slice_text = "" if sub_model.whole else str(sub_model)
         source = Source(task.run_id, task.model_version, task.download_recipe, slice_text)
 

@@ -1,9 +1,10 @@
-"""What the aggregator tells a worker: registration, tasks and plans, as values."""
+"""Answers of the aggregator to a worker, as values: its registration and its tasks."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final
@@ -12,15 +13,13 @@ from fedgrpc import claims
 from fedgrpc.codec.chunk import CHUNK_BYTES
 from fedgrpc.errors import LayoutError
 from fedgrpc.protocol.durations import duration_from_proto
-from fedgrpc.protocol.plans import compression_from_proto, sub_model_from_proto
+from fedgrpc.protocol.plans import local_model_from_proto, training_plan_from_proto
 from fedgrpc.submodels.channels import SubModel
 from fedgrpc.submodels.plan import CompressionPlan
+from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2
 
 _SHORTEST_INTERVAL_S: Final = 0.05
-_PLAN_NUMBERS: Final = ("epochs", "learning_rate", "momentum", "proximal_mu", "label_adjustment")
-# No training is meant by what is above, and steps counted from it would overflow.
-_LARGEST_PLAN_NUMBER: Final = 1e9
 
 
 class Role(IntEnum):
@@ -63,29 +62,11 @@ class Registration:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How to train. None leaves the choice to the learning task."""
-
-    epochs: float | None = None
-    max_steps: int | None = None
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    momentum: float | None = None
-    proximal_mu: float = 0.0
-    label_adjustment: float = 0.0
-    seed: int = 0
-    evaluate: bool = False
-    compression: CompressionPlan | None = None
-    sub_model: SubModel = field(default_factory=SubModel)
-    tell_channels: bool = False
-    upload_reserve_s: float | None = None
-
-
-@dataclass(frozen=True)
 class Task:
     """One worker's share of one round. `deadline_s` is of this process's monotonic clock; None: there is none.
 
-    `uplink_bytes_per_second`: what the aggregator knows of this worker's link; 0: nothing.
+    `evaluate` asks for scores of the given model before training. `local_model` is what to make of it, None is
+    nothing. `uplink_bytes_per_second` is what the aggregator knows of this worker's link, 0 is nothing.
     """
 
     token: str
@@ -93,12 +74,22 @@ class Task:
     round: int
     kind: TaskKind
     model_version: int
-    plan: Plan
+    plan: TrainingPlan
     download_recipe: str
     upload_recipe: str
     run_id: str
     deadline_s: float | None = None
     uplink_bytes_per_second: float = 0.0
+    seed: int = 0
+    evaluate: bool = False
+    local_model: CompressionPlan | None = None
+    sub_model: SubModel = field(default_factory=SubModel)
+    tell_channels: bool = False
+
+    @property
+    def is_personal(self) -> Callable[[str], bool]:
+        """Whether the tensor of a name stays on the device."""
+        return (self.local_model or CompressionPlan()).is_personal
 
     @property
     def training_ends_s(self) -> float | None:
@@ -134,42 +125,22 @@ def task_from_proto(message: aggregator_pb2.Task) -> Task:
     deadline_s = None
     if message.HasField("time_left"):
         deadline_s = time.monotonic() + duration_from_proto(message.time_left)
+    local_model, sub_model = local_model_from_proto(message.local_model)
     return Task(
         token=message.token,
         run=message.run,
         round=claims.NUMBER.checked(message.round),
         kind=kind,
         model_version=claims.NUMBER.checked(message.model_version),
-        plan=plan_from_proto(message.plan),
+        plan=training_plan_from_proto(message.plan),
         download_recipe=message.download_recipe,
         upload_recipe=message.upload_recipe,
         run_id=message.run_id or message.run,
         deadline_s=deadline_s,
         uplink_bytes_per_second=rate if 0 < (rate := message.uplink_bytes_per_second) < math.inf else 0.0,
-    )
-
-
-def plan_from_proto(message: round_pb2.Plan) -> Plan:
-    """Zero on the wire is None here. Raises LayoutError for numbers and a local model that cannot be."""
-    for name in _PLAN_NUMBERS:
-        value = getattr(message, name)
-        if not 0 <= value <= _LARGEST_PLAN_NUMBER:
-            raise LayoutError(f"the plan's {name} is {value:g}; it must be from 0 to {_LARGEST_PLAN_NUMBER:g}")
-    compression = compression_from_proto(message.local_model)
-    return Plan(
-        epochs=claims.FACTOR.checked(message.epochs) or None,
-        max_steps=message.max_steps or None,
-        batch_size=message.batch_size or None,
-        learning_rate=claims.FACTOR.checked(message.learning_rate) or None,
-        momentum=claims.FACTOR.checked(message.momentum) or None,
-        proximal_mu=claims.FACTOR.checked(message.proximal_mu),
-        label_adjustment=claims.FACTOR.checked(message.label_adjustment),
         seed=message.seed,
         evaluate=message.evaluate,
-        compression=None if compression.plain else compression,
-        sub_model=sub_model_from_proto(message.local_model),
+        local_model=None if local_model.plain else local_model,
+        sub_model=sub_model,
         tell_channels=message.tell_channels,
-        upload_reserve_s=(
-            duration_from_proto(message.upload_reserve) if message.HasField("upload_reserve") else None
-        ),
     )

@@ -42,12 +42,11 @@ from fedgrpc.worker.local_work import TaskFiles
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Fill, SpooledUpdate
 from fedgrpc.worker.status import Activity, StatusPublisher
-from fedgrpc.worker.task import Plan, Registration, Task, TaskKind
+from fedgrpc.worker.task import Registration, Task, TaskKind
 from fedgrpc.worker.throttle import Throttle
 from fedgrpc.worker.update import (
     Began,
     Outcome,
-    is_personal,
     load_personal_layers,
     personal_layers_writer,
     update_of,
@@ -122,7 +121,7 @@ class TrainerWork:
             pulled = {} if outcome.weights is None else given()
             return update_of(task, self._settings.name, pulled, outcome, residual, began, layout)
 
-        keep = personal_layers_writer(outcome.weights or {}, task.run_id, is_personal(task.plan))
+        keep = personal_layers_writer(outcome.weights or {}, task.run_id, task.is_personal)
         return await self._files.store(task, message, fill, keep)
 
     async def _download(self, task: Task, report: Report) -> tuple[Given, Layout, float]:
@@ -134,16 +133,16 @@ class TrainerWork:
 
         def given() -> Weights:
             with storage_errors(spool.personal):
-                return load_personal_layers(held.weights(), spool.personal, task.run_id, is_personal(task.plan))
+                return load_personal_layers(held.weights(), spool.personal, task.run_id, task.is_personal)
 
         return given, held.manifest.layout, download_s
 
     async def _local_work(self, trainer: Trainer, task: Task, given: Given, hooks: Hooks) -> Outcome:
         if task.kind is TaskKind.INITIALIZE:
             self._publisher.enter(Activity.TRAINING)
-            return await in_thread(lambda: initialize(trainer, task.plan), hooks.stop)
+            return await in_thread(lambda: initialize(trainer, task.tell_channels), hooks.stop)
         scores = None
-        if task.kind is TaskKind.EVALUATE or task.plan.evaluate:
+        if task.kind is TaskKind.EVALUATE or task.evaluate:
             self._publisher.enter(Activity.EVALUATING)
             scores = await in_thread(lambda: evaluate(trainer, given(), hooks), hooks.stop)
         if task.kind is TaskKind.EVALUATE:
@@ -191,11 +190,11 @@ def evaluate(trainer: Trainer, weights: Weights, hooks: Hooks) -> EvalResult | N
     return result
 
 
-def initialize(trainer: Trainer, plan: Plan) -> Outcome:
+def initialize(trainer: Trainer, tell_channels: bool = False) -> Outcome:
     """The untrained weights of the task's model. Raises TaskError."""
     weights, layout = first_weights(trainer)
     with users_code():
-        return Outcome(weights, 0, channels=_channels(trainer, plan.tell_channels), layout=layout)
+        return Outcome(weights, 0, channels=_channels(trainer, tell_channels), layout=layout)
 
 
 def first_weights(trainer: Trainer) -> tuple[Weights, Layout]:
@@ -209,15 +208,14 @@ def train(
     trainer: Trainer, weights: Weights, task: Task, hooks: Hooks, scores: EvalResult | None = None
 ) -> Outcome:
     """Train from `weights` as the plan says. Raises TaskError, or Cancelled when told to stop."""
-    plan = task.plan
-    needed = (plan.compression or CompressionPlan()).parts | (set() if plan.sub_model.whole else {"sub_model"})
+    needed = (task.local_model or CompressionPlan()).parts | (set() if task.sub_model.whole else {"sub_model"})
     if lacking := needed - parts_of(trainer):
-        raise TaskError(f"this learning task cannot do the plan's {', '.join(sorted(lacking))}")
-    job = job_of(plan, task.round, hooks, task.training_ends_s)
+        raise TaskError(f"this learning task cannot do the local model's {', '.join(sorted(lacking))}")
+    job = job_of(task, hooks)
     with users_code():
         result = validation.train_result(trainer.train(weights, job))
         metrics = {**result.metrics, **_local_scores(trainer, result, task, hooks, scores)}
-        channels = _channels(trainer, True) if plan.tell_channels else None
+        channels = _channels(trainer, True) if task.tell_channels else None
     return Outcome(
         result.weights,
         result.example_count,
@@ -263,19 +261,15 @@ def _channels(trainer: Trainer, wanted: bool) -> ChannelMap | None:
         return None
 
 
-def job_of(plan: Plan, number: int, hooks: Hooks, ends_s: float | None = None) -> TrainJob:
-    """The plan as a trainer sees it, wired to the hooks; `ends_s` is of the monotonic clock."""
+def job_of(task: Task, hooks: Hooks) -> TrainJob:
+    """The task as a trainer sees it, wired to the hooks. What the plan leaves open is as in `TrainJob`."""
+    asked = {name: value for name, value in vars(task.plan).items() if value is not None}
+    ends_s = task.training_ends_s
     return TrainJob(
-        epochs=1.0 if plan.epochs is None else plan.epochs,
-        max_steps=plan.max_steps,
-        batch_size=plan.batch_size,
-        learning_rate=plan.learning_rate,
-        momentum=plan.momentum,
-        proximal_mu=plan.proximal_mu,
-        label_adjustment=plan.label_adjustment,
-        seed=plan.seed,
-        round=number,
-        compression=plan.compression,
+        **asked,
+        seed=task.seed,
+        round=task.round,
+        compression=task.local_model,
         stop=hooks.stop.is_set,
         time_left_s=None if ends_s is None else lambda: ends_s - time.monotonic(),
         report=lambda done, total: hooks.report(done / total),
@@ -302,6 +296,6 @@ def fitting(task: Task) -> Iterator[None]:
     try:
         yield
     except LayoutError as error:
-        if not task.plan.sub_model.whole:
+        if not task.sub_model.whole:
             raise
         raise TaskUnfit(str(error)) from error

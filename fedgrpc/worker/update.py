@@ -44,12 +44,11 @@ from fedgrpc.protocol.records import Timings, timings_to_proto
 from fedgrpc.protocol.tensors import channels_to_proto, manifest_to_proto
 from fedgrpc.storage.residual_file import read_residual, write_residual
 from fedgrpc.submodels.channels import ChannelMap
-from fedgrpc.submodels.plan import CompressionPlan
 from fedgrpc.trainer import EvalResult, Weights
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.delta import Delta
 from fedgrpc.worker.spool import Fill
-from fedgrpc.worker.task import Plan, Task, TaskKind
+from fedgrpc.worker.task import Task, TaskKind
 
 # The rest of what the link carries is for encoding, syncing and a link that is slower this time.
 _SHARE: Final = 0.8
@@ -134,7 +133,7 @@ def _write(
     keep: Keep,
 ) -> tuple[Manifest, Layout | None]:
     recipe = Recipe.parse(task.upload_recipe or "raw")
-    draw = partial(np.random.default_rng, (task.plan.seed, task.round, zlib.crc32(worker.encode())))
+    draw = partial(np.random.default_rng, (task.seed, task.round, zlib.crc32(worker.encode())))
     if outcome.weights is None:
         return write_payload({}, recipe, payload, draw()), None
     if task.kind is TaskKind.INITIALIZE:
@@ -144,8 +143,8 @@ def _write(
     if delta.changed_constants:
         log.warning("constants changed by training stay as they are", tensors=delta.changed_constants)
     recipe = recipe.for_layout(layout_of(start, known))
-    sent = PartialDelta(delta, outcome.masks, outcome.clustered, is_personal(task.plan))
-    if outcome.masks or task.plan.sub_model.moves:
+    sent = PartialDelta(delta, outcome.masks, outcome.clustered, task.is_personal)
+    if outcome.masks or task.sub_model.moves:
         # No error feedback: the next update covers other coordinates, which this one's loss does not concern.
         return write_payload(sent, fitted(recipe, sent, known, task, draw), payload, draw(), known), None
     names = set(sent)
@@ -153,12 +152,6 @@ def _write(
     layout = layout_of(sent, known) if outcome.clustered else kept
     recipe = fitted(recipe, Corrected(sent, residual, layout), known, task, draw)
     return write_with_feedback(sent, residual, recipe, payload, draw(), layout, keep)[0], layout
-
-
-def is_personal(plan: Plan) -> Callable[[str], bool]:
-    """Return the predicate that tells by name whether a tensor stays on the device."""
-    compression = plan.compression or CompressionPlan()
-    return compression.is_personal
 
 
 def _header(

@@ -2,9 +2,10 @@
 
 import pytest
 
-from fedgrpc.aggregator.settings import AggregatorSettings, Target, TrainingPlan
+from fedgrpc.aggregator.settings import AggregatorSettings, Target
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.training_plan import TrainingPlan
 
 NAN, INF = float("nan"), float("inf")
 

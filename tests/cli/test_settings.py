@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedgrpc.aggregator.settings import AggregatorSettings, Target, TrainingPlan
+from fedgrpc.aggregator.settings import AggregatorSettings, Target
 from fedgrpc.cli import aggregator, worker
 from fedgrpc.cli.config_file import TABLES
 from fedgrpc.cli.main import load_command
@@ -18,6 +18,7 @@ from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.trainer import TaskSetup
+from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Role
 from fedgrpc.worker.throttle import Throttle

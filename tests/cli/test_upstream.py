@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from fedgrpc.aggregator.settings import AggregatorSettings, Target, TrainingPlan
+from fedgrpc.aggregator.settings import AggregatorSettings, Target
 from fedgrpc.cli import aggregator
 from fedgrpc.cli.upstream import above_from
 from fedgrpc.errors import UsageError
 from fedgrpc.hierarchy.process import Leaf
 from fedgrpc.rpc.channel import Tls
+from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task import Role
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS, server_optimizer
-from fedgrpc.aggregator.settings import TrainingPlan
 from fedgrpc.trainer import TrainJob, TrainResult
+from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.worker.task_loader import load_trainer
 from tests.support.running_federation import running_aggregator, start_worker
 

@@ -421,7 +421,7 @@ async def test_an_update_of_another_part_than_was_given_is_refused(
     async with running_aggregator(tmp_path, local_models=THREE, initial_model=initial, policy=policy) as running:
         device = await running.device("pi", device={"device_class": "half"})
         task = await device.task()
-        assert task.plan.local_model.sub_model == "prefix:0.5"
+        assert task.local_model.sub_model == "prefix:0.5"
         honest = {"w": np.ones((4, 50), np.float32), "b": np.ones(4, np.float32), "n": np.array(1)}
         with refused("INVALID_ARGUMENT", complaint):  # type: ignore[no-untyped-call]
             await device.push(task, {**honest, **tensors})

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fedgrpc.aggregator.settings import TrainingPlan
 from fedgrpc.submodels.plan import (
     Arithmetic,
     Clustering,
@@ -19,6 +18,7 @@ from fedgrpc.submodels.plan import (
 )
 from fedgrpc.torch.task import TorchTask
 from fedgrpc.trainer import TaskSetup
+from fedgrpc.training_plan import TrainingPlan
 from tests.federation.test_local_models import Worker, play
 
 

@@ -189,7 +189,7 @@ async def test_two_initial_models_made_durable_by_a_process_that_then_died_give_
 async def test_a_finished_round_is_remembered_with_its_scores(tmp_path):
     async with running_aggregator(tmp_path, rounds=2, evaluate=True) as running:
         (a, b), tasks = await tasks_out(running, "a", "b")
-        assert tasks[0].plan.evaluate
+        assert tasks[0].evaluate
         await asyncio.gather(a.push(tasks[0]), b.push(tasks[1]))
         tasks = await asyncio.gather(a.task(), b.task())
         scores = {"evaluation_metrics": {"accuracy": 0.5}, "evaluation_example_count": 4}

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from fedgrpc.aggregator.settings import TrainingPlan
 from fedgrpc.cli.view import rounds_table
 from fedgrpc.datasets.dataset import LabelledData
 from fedgrpc.datasets.digits import load_digits
 from fedgrpc.datasets.partition import parse_partition
 from fedgrpc.datasets.shares import save_share, write_shares
 from fedgrpc.trainer import EvalResult, TrainResult
+from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.task_loader import load_trainer
 from tests.support.hand_driven_device import MODEL

@@ -8,8 +8,8 @@ from contextlib import AsyncExitStack
 import numpy as np
 import pytest
 
-from fedgrpc.aggregator.settings import TrainingPlan
 from fedgrpc.submodels.plan import CompressionPlan, PlanTable, Pruning
+from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
 from fedgrpc.worker.task import Role

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from fedgrpc.aggregation.scaling import accumulated_steps
-from fedgrpc.aggregator.settings import AggregatorSettings, TrainingPlan
+from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import UsageError
 from fedgrpc.trainer import TrainResult
+from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
 from tests.support.hand_driven_device import MODEL, chunks, encoded, refused, update_of
@@ -134,7 +135,7 @@ async def test_a_mean_that_tells_of_steps_that_cannot_be_is_refused_too(tmp_path
     async with running_aggregator(tmp_path, normalize_steps=True) as running:
         leaf, other = await running.device("leaf", role=LEADING), await running.device("other")
         tasks = await asyncio.gather(leaf.task(), other.task())
-        assert tasks[0].plan.lead.normalize_steps
+        assert tasks[0].leaf.normalize_steps
         mean = {"example_count": 20, "steps": 20, "merged_updates": 2, "weight": 20.0}
         with refused("INVALID_ARGUMENT", "accumulated steps are reported", "UpdateRefused"):
             await leaf.push(tasks[0], accumulated_steps=accumulated, **mean)

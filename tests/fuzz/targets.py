@@ -42,7 +42,7 @@ from fedgrpc.rpc.identity import Session
 from fedgrpc.submodels.channels import Axis, ChannelGroup, ChannelMap, Segment, SubModel
 from fedgrpc.submodels.plan import CompressionPlan, PlanTable
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2, tensor_pb2
-from fedgrpc.worker.task import Registration, plan_from_proto, registration_from_proto, task_from_proto
+from fedgrpc.worker.task import Registration, registration_from_proto, task_from_proto
 from tests.fuzz.mutate import invented, mutated, spoiled
 from tests.fuzz.registry import target
 
@@ -333,14 +333,14 @@ TABLE_TEXTS: Final = (
 
 @cache
 def _plans() -> tuple[round_pb2.LocalModels, ...]:
-    return tuple(plan_messages.plans_to_proto(PlanTable.from_toml(text)) for text in TABLE_TEXTS)
+    return tuple(plan_messages.plan_table_to_proto(PlanTable.from_toml(text)) for text in TABLE_TEXTS)
 
 
 @target(share=15)
 def plans(rnd: Random, folder: Path) -> None:
-    table = plan_messages.plans_from_proto(_one_of(_plans(), rnd))
-    assert plan_messages.plans_from_proto(plan_messages.plans_to_proto(table)) == table
-    plan = plan_messages.plan_from_proto(invented(round_pb2.LocalModel, rnd))
+    table = plan_messages.plan_table_from_proto(_one_of(_plans(), rnd))
+    assert plan_messages.plan_table_from_proto(plan_messages.plan_table_to_proto(table)) == table
+    plan = plan_messages.local_model_plan_from_proto(invented(round_pb2.LocalModel, rnd))
     try:
         assert CompressionPlan.from_toml(plan.to_toml()) == plan
     except UsageError as error:
@@ -350,7 +350,7 @@ def plans(rnd: Random, folder: Path) -> None:
 @target(share=10)
 def tasks(rnd: Random, folder: Path) -> None:
     task = task_from_proto(invented(aggregator_pb2.Task, rnd))
-    assert plan_from_proto(round_pb2.Plan()).compression is None
+    assert task_from_proto(aggregator_pb2.Task(kind=round_pb2.TASK_KIND_TRAIN)).local_model is None
     for number in (task.plan.epochs, task.plan.learning_rate, task.plan.momentum, task.plan.upload_reserve_s):
         assert number is None or 0 <= number < 1e10
     Recipe.parse(task.upload_recipe or "raw")

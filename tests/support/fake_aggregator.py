@@ -41,9 +41,16 @@ SOON_S = 20.0
 
 
 def train_task(token="t1", version=1, kind=round_pb2.TASK_KIND_TRAIN, **changes):
-    plan = round_pb2.Plan(epochs=1, evaluate=changes.pop("evaluate", False), seed=5)
-    values = {"run": RUN, "round": 1, "download_recipe": "raw", "upload_recipe": "raw", **changes}
-    return aggregator_pb2.Task(token=token, kind=kind, model_version=version, plan=plan, **values)
+    values = {
+        "run": RUN,
+        "round": 1,
+        "plan": round_pb2.TrainingPlan(epochs=1),
+        "seed": 5,
+        "download_recipe": "raw",
+        "upload_recipe": "raw",
+        **changes,
+    }
+    return aggregator_pb2.Task(token=token, kind=kind, model_version=version, **values)
 
 
 @dataclass

@@ -33,9 +33,9 @@ async def test_batches_under_the_floor_of_the_device_are_refused(tmp_path):
     [
         {"round": 2**64 - 1},
         {"model_version": 2**63},
-        {"plan": round_pb2.Plan(epochs=float("inf"))},
-        {"plan": round_pb2.Plan(learning_rate=float("nan"))},
-        {"plan": round_pb2.Plan(proximal_mu=-1.0)},
+        {"plan": round_pb2.TrainingPlan(epochs=float("inf"))},
+        {"plan": round_pb2.TrainingPlan(learning_rate=float("nan"))},
+        {"plan": round_pb2.TrainingPlan(proximal_mu=-1.0)},
     ],
 )
 def test_a_task_of_numbers_that_no_run_comes_to_is_refused(changes):

@@ -11,9 +11,9 @@ from fedgrpc.errors import (
     LayoutError,
     TaskError,
 )
+from fedgrpc.protocol.plans import training_plan_from_proto
 from fedgrpc.trainer import EvalResult, TrainResult
 from fedgrpc.v1 import round_pb2
-from fedgrpc.worker.task import plan_from_proto
 from tests.support.fake_aggregator import FakeAggregator, model, train_task
 from tests.support.running_worker import AddOneTrainer, run_against, spooled
 
@@ -187,4 +187,4 @@ async def test_a_kind_of_task_from_the_future_is_given_back(tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 1e300])
 def test_numbers_of_a_plan_that_no_training_can_mean_are_refused(name, value):
     with pytest.raises(LayoutError, match=name):
-        plan_from_proto(round_pb2.Plan(**{name: value}))
+        training_plan_from_proto(round_pb2.TrainingPlan(**{name: value}))

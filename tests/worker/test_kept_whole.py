@@ -4,7 +4,6 @@ import pytest
 from structlog.testing import capture_logs
 
 from fedgrpc.submodels.channels import ChannelGroup, ChannelMap, Segment
-from fedgrpc.worker.task import Plan
 from fedgrpc.worker.training import initialize
 from tests.support.running_worker import AddOneTrainer
 
@@ -20,6 +19,6 @@ class Sliced(AddOneTrainer):
 @pytest.mark.parametrize(("asked", "warnings"), [(False, []), (True, ["bias"])])
 def test_tensors_kept_whole_are_a_warning_only_where_a_width_is_asked_for(asked, warnings):
     with capture_logs() as lines:
-        assert initialize(Sliced(), Plan(tell_channels=asked)).channels is not None
+        assert initialize(Sliced(), tell_channels=asked).channels is not None
     told = [line for line in lines if line["log_level"] == "warning" and line["event"].startswith("kept whole")]
     assert [name for line in told for name in line["tensors"]] == warnings

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from fedgrpc.aggregator.server import Aggregator
-from fedgrpc.aggregator.settings import AggregatorSettings, TrainingPlan
+from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.trainer import EvalResult, TrainResult
+from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, round_pb2
 from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings

@@ -32,7 +32,7 @@ from safetensors.numpy import load_file
 from torch.utils.data import Dataset
 
 from fedgrpc.aggregator.server import Aggregator
-from fedgrpc.aggregator.settings import AggregatorSettings, TrainingPlan
+from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.datasets.partition import parse_partition
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.storage.database import RoundRecord, RunStore
@@ -48,6 +48,7 @@ from fedgrpc.tasks.fashion_mnist import FashionMnist
 from fedgrpc.torch.data import labels_of, subset_of
 from fedgrpc.torch.trainer import TorchTrainer
 from fedgrpc.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights
+from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, TASK_PHASE_ACCEPTED
 from fedgrpc.worker.process import Worker
 from fedgrpc.worker.settings import WorkerSettings
