@@ -24,6 +24,7 @@ from fedgrpc.aggregation.mean import CoordinateMean
 from fedgrpc.aggregation.partial_aggregate import add_partial_aggregate
 from fedgrpc.aggregation.partial_update import coverage_of, unpack
 from fedgrpc.aggregation.server_optimizer import ServerOptimizer
+from fedgrpc.aggregation.spread import Spread
 from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.fold import PIECE, Fold, Load
 from fedgrpc.codec.layout import Layout, TensorRole, TensorSpec
@@ -89,8 +90,8 @@ class Commit:
     `parts` names the tokens whose updates are of a part of the model, and the slice (None: all channels) of each;
     `merged` those whose updates are means themselves, and what such an update says that it weighs. `scales` are
     factors on the differences of an update; without: 1. `keeps` tells of an update and a tensor whether its worker
-    keeps the tensor to itself. `formats` names those whose weight falls with their noise.
-    `about` is for the metadata of the model's file.
+    keeps the tensor to itself. `formats` names those whose weight falls with their noise. `clips_buffers`: no
+    update alone takes a buffer beyond what others say (`Spread`). `about` is for the metadata of the model's file.
     A coordinate that no update covers keeps its value, and the optimizer what it remembers of it.
     """
 
@@ -106,6 +107,7 @@ class Commit:
     formats: Mapping[str, Formats] = field(default_factory=dict)
     about: Mapping[str, str] = field(default_factory=dict)
     keeps: Keeps = keeps_nothing
+    clips_buffers: bool = False
 
     @property
     def state_layout(self) -> Layout:
@@ -199,7 +201,16 @@ class Commit:
         specs = [self.base.layout[index] for index in indices]
         named = self.base.named
         means = means_of(
-            specs, self.updates, load, self.parts, self.merged, named, self.scales, self.formats, self.keeps
+            specs,
+            self.updates,
+            load,
+            self.parts,
+            self.merged,
+            named,
+            self.scales,
+            self.formats,
+            self.keeps,
+            self.clips_buffers,
         )
         return dict(zip(indices, means, strict=True))
 
@@ -281,6 +292,7 @@ def means_of(
     scales: Mapping[str, float] = MappingProxyType({}),
     formats: Mapping[str, Formats] = MappingProxyType({}),
     keeps: Keeps = keeps_nothing,
+    clips_buffers: bool = False,
 ) -> list[CoordinateMean]:
     """The mean of each of these tensors over the updates, all of them as `Commit` has them.
 
@@ -290,21 +302,27 @@ def means_of(
     means = [CoordinateMean(spec.shape) for spec in specs]
     base = cache(base)
     sent = {spec.name for token, _ in updates for spec in load(token).manifest.layout}
+    buffers = [spec for spec in specs if not spec.is_trained and spec.name in sent] if clips_buffers else []
+    spreads = _spreads(buffers, updates, load, parts, base, keeps)
     for token, weight in updates:
         with blaming(token), load(token).open() as reader:
             for spec, mean in zip(specs, means, strict=True):
                 # What is not a difference but a value stays what it is.
                 scale = scales.get(token, 1.0) if spec.is_trained else 1.0
+                spread = spreads.get(spec.name)
                 if spec.name not in reader.names:
                     if spec.name in sent and not spec.is_trained and not keeps(token, spec.name):
                         _add_unchanged(mean, base(spec.name), weight, coverage_of(spec, parts.get(token)))
                 elif token in merged:
-                    add_partial_aggregate(mean, spec, reader.names, reader.tensor, merged[token], weight, scale)
+                    read = reader.tensor if spread is None else _clipping(spec.name, spread, reader.tensor)
+                    add_partial_aggregate(mean, spec, reader.names, read, merged[token], weight, scale)
                 elif token not in parts:
-                    mean.add(reader.tensor(spec.name), weight, scale=scale)
+                    values = reader.tensor(spec.name)
+                    mean.add(values if spread is None else spread.clipped(values), weight, scale=scale)
                 else:
                     whole = coverage_of(spec, parts[token])
                     values, coverage = unpack(spec.name, reader.names, reader.tensor, whole)
+                    values = values if spread is None else spread.clipped(values, coverage)
                     noise = None
                     if token in formats and spec.is_trained:
                         noise = formats[token].noise(spec, coverage.take(base(spec.name)))
@@ -315,6 +333,32 @@ def means_of(
                             values, weight * inverse_variance_weight(noise, values), coverage, scale=scale
                         )
     return means
+
+
+def _spreads(
+    buffers: Sequence[TensorSpec],
+    updates: Sequence[tuple[str, float]],
+    load: Load,
+    parts: Mapping[str, Selection | None],
+    base: Callable[[str], np.ndarray],
+    keeps: Keeps,
+) -> dict[str, Spread]:
+    """What the base and the updates say of each of these buffers."""
+    spreads = {spec.name: Spread(base(spec.name)) for spec in buffers}
+    for token, _ in updates if buffers else ():
+        with blaming(token), load(token).open() as reader:
+            for spec in buffers:
+                whole = coverage_of(spec, parts.get(token))
+                if spec.name in reader.names:
+                    spreads[spec.name].add(*unpack(spec.name, reader.names, reader.tensor, whole))
+                elif not keeps(token, spec.name):
+                    spreads[spec.name].add(whole.take(base(spec.name)), whole)
+    return spreads
+
+
+def _clipping(name: str, spread: Spread, read: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
+    """`read`, with the tensor of that name within its spread."""
+    return lambda each: spread.clipped(read(each)) if each == name else read(each)
 
 
 def _add_unchanged(mean: CoordinateMean, base: np.ndarray, weight: float, coverage: Coverage) -> None:

@@ -38,6 +38,11 @@ class NewVersion:
         self._settings = coordinator.settings
         self._optimizer = server_optimizer(self._settings.server_optimizer, self._settings.server_learning_rate)
 
+    @property
+    def clips_buffers(self) -> bool:
+        """Whether no update alone takes a buffer beyond what others say: a bound on norms is none on buffers."""
+        return self._it.instructions.clip_norm is not None or self._settings.max_update_norm is not None
+
     def weights(self, current: CurrentRound, tokens: tuple[str, ...]) -> dict[str, float]:
         """The weight of each update. Raises `UpdateRefused` when there is none at all."""
         reports, weighing = current.reports, self._it.weighing
@@ -106,6 +111,7 @@ class NewVersion:
                 self._formats(current, weights),
                 self._about(current, number, weights),
                 current.keeps,
+                self.clips_buffers,
             )
             try:
                 digest = await asyncio.to_thread(files.write, path, it.models.optimizer_state_path(number))

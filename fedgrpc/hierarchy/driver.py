@@ -224,8 +224,9 @@ class LeafDriver(Driver):
             parts, merged = parts_of(it, current, tokens), merged_of(current, tokens)
             scales = await self._new_version.scales(current, weights)
             current.scales = scales
-            base, keeps = it.models.open(current.base_version), current.keeps
-            tensors = mean_tensors(base, list(weights.items()), load, parts, merged, scales, keeps)
+            base, clips_buffers = it.models.open(current.base_version), self._new_version.clips_buffers
+            pairs = list(weights.items())
+            tensors = mean_tensors(base, pairs, load, parts, merged, scales, current.keeps, clips_buffers)
         try:
             await asyncio.to_thread(self._mean.write, header, tensors)
         except NotFinite as error:

@@ -111,6 +111,7 @@ def mean_tensors(
     merged: Mapping[str, float],
     scales: Mapping[str, float],
     keeps: Keeps = keeps_nothing,
+    clips_buffers: bool = False,
 ) -> Tensors:
     """The tensors of the mean over `updates` of `base`, (token, weight) in slot order; the rest is as in `Commit`.
 
@@ -125,9 +126,8 @@ def mean_tensors(
         def pack(group: Group) -> dict[str, Array]:
             specs = [layout[index] for index in group if layout[index].role is not TensorRole.CONSTANT]
             rest = [spec for spec in specs if not fold.covers(spec)]
-            means = iter(
-                means_of(rest, updates, load, parts, merged, base.named, scales, keeps=keeps) if rest else ()
-            )
+            made = partial(means_of, scales=scales, keeps=keeps, clips_buffers=clips_buffers)
+            means = iter(made(rest, updates, load, parts, merged, base.named) if rest else ())
             packed: dict[str, Array] = {}
             for spec in specs:
                 if fold.covers(spec):

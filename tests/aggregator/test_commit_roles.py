@@ -20,7 +20,7 @@ LAYOUT = (
     TensorSpec("calls", "float32", (), TensorRole.COUNTER),
 )
 BASE = [np.zeros(2, np.float32), np.array([1, 1e4, 1e-6], np.float32), np.array(0), MASK, np.float32(3)]
-WEIGHTS = {"a": 1.0, "b": 3.0}
+WEIGHTS = {"a": 1.0, "b": 3.0, "c": 4.0}
 
 
 def written(tmp_path, updates, optimizer="fedavg", versions=1, base=BASE, **about):
@@ -82,6 +82,31 @@ def test_who_alone_sends_a_buffer_decides_no_more_than_its_share_of_it(tmp_path)
     updates = {"a": update([8, 8, 8], 1), "b": {"w": np.ones(2, np.float32)}}
     new = written(tmp_path, updates, base=base)
     assert new["bn.running_var"].tolist() == [-np.inf, 2, 8]
+
+
+def test_no_update_alone_takes_a_buffer_beyond_what_others_say_where_norms_are_clipped(tmp_path):
+    updates = {
+        "a": update([2, 1e4, 1e-6], 4),
+        "b": update([3e38, 0, 3e38], 2**62),
+        "c": update([4, 1.2e4, 2e-6], 6),
+    }
+    new = written(tmp_path, updates, clips_buffers=True)
+    # Of 1 (the base), 2, 4 and 3e38 the last counts as 4; beside it weigh 2 and 4.
+    np.testing.assert_allclose(new["bn.running_var"], [(2 + 3 * 4 + 4 * 4) / 8, 1e4, 1.875e-6], rtol=1e-6)
+    assert new["bn.num_batches_tracked"] == 6
+
+
+def test_who_alone_changes_a_buffer_changes_nothing_where_norms_are_clipped(tmp_path):
+    alone = {"w": np.ones(2, np.float32)}
+    new = written(tmp_path, {"a": alone, "b": update([3e38, 0, -3e38], 9), "c": alone}, clips_buffers=True)
+    np.testing.assert_array_equal(new["bn.running_var"], BASE[1])
+    assert new["bn.num_batches_tracked"] == 0
+
+
+def test_of_two_updates_of_a_buffer_that_nobody_has_measured_both_count(tmp_path):
+    base = [BASE[0], np.full(3, np.nan, np.float32), *BASE[2:]]
+    new = written(tmp_path, {"a": update([4, 4, 4], 4), "b": update([8, 0, 8], 4)}, base=base, clips_buffers=True)
+    assert new["bn.running_var"].tolist() == [7, 1, 7]
 
 
 def test_a_buffer_that_all_updates_leave_out_stays(tmp_path):
