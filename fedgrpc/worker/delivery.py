@@ -1,4 +1,8 @@
-"""Bringing spooled updates to the aggregator: resumed, repeated without harm, and ended when refused for good."""
+"""Delivery of spooled updates to the aggregator.
+
+The rule: an update is sent until the aggregator acknowledges it as durable, or refuses it for good. Every try
+starts at the byte that the aggregator asks for. Sending again what has arrived is harmless.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +33,10 @@ from fedgrpc.worker.status import Activity, StatusPublisher
 from fedgrpc.worker.task import task_from_proto
 
 _TRIES: Final = 3
-# One that is told to come at once, again and again, is not to ask without a pause.
+# A floor for the aggregator's retry delay: one of zero must not make a busy loop.
 _LEAST_WAIT_S: Final = 0.05
 
-# Keeps a task's lease until it is to stop, then tells why.
+# Keeps a task's lease until the task must stop, then returns why.
 Beat = Callable[[str], Coroutine[Any, Any, str]]
 
 log = structlog.get_logger()
@@ -52,13 +56,15 @@ class Delivery:
         """Send until acknowledged (True), or refused for good and dropped (False). `new`: it was never sent.
 
         Raises:
-            LinkError, Exhausted, ...: not now; the update stays in the spool.
+            LinkError, Exhausted, ...: it may be taken later; the update stays in the spool.
         """
+        # The time of an upload is that of all its sessions.
         if self._began[0] != update.token:
             self._began = (update.token, time.monotonic())
         try:
             await self._send(update, moved, new)
         except FedgrpcError as error:
+            # A refused name, also of a copied folder, says nothing against the update: keep it for the next start.
             if error.retryable or isinstance(error, NameTaken):
                 raise
             await asyncio.to_thread(self._spool.drop, update)
@@ -74,13 +80,14 @@ class Delivery:
         try:
             await run_until_interrupted(self._push(update, moved, new), self._beat(update.token))
         except Interrupted as interruption:
-            # The order to stop may have crossed the acknowledgement.
+            # A lease also ends when its update is accepted: the order to stop may have crossed the
+            # acknowledgement.
             if not (await self._client.query_push(update.token)).complete:
                 raise RoundClosed(str(interruption)) from interruption
 
     async def _push(self, update: SpooledUpdate, moved: Callable[[float], None], new: bool) -> None:
         with update.reader() as read:
-            # Of what was never sent nothing is held; there is no need to ask.
+            # A new update has no bytes on the aggregator, so skip the query.
             held = Pushed(0, False) if new else await self._client.query_push(update.token)
             for tries_left in reversed(range(_TRIES)):
                 if held.complete:
@@ -91,6 +98,7 @@ class Delivery:
                 except (WrongOffset, CorruptError) as error:
                     await self._explain(error, update, read, tries_left)
                 except TooLargeError:
+                    # An aggregator that was restarted may take smaller chunks than the former one.
                     if not await self._client.takes_smaller_chunks():
                         raise
                 held = await self._client.query_push(update.token)
@@ -101,14 +109,15 @@ class Delivery:
     async def _push_in_turn(
         self, update: SpooledUpdate, read: Read, held: Pushed, moved: Callable[[float], None]
     ) -> bool:
-        """Send as soon as the aggregator says that there is a place; as long as it says when, that is no failure.
+        """Send as soon as the aggregator has a free upload slot.
 
-        Who waits is no burden: the heartbeats go on, and end it with the round.
+        A refusal that names a delay is no failure and counts as no try. Waiting needs no bound of its own, since
+        the heartbeats run meanwhile and end it with the round.
         """
         wait_s = held.retry_after_s
         while True:
             if wait_s:
-                self._log_of(update).info("upload waits for its turn", wait_s=round(wait_s, 2))
+                self._log_of(update).info("upload waits for a slot", wait_s=round(wait_s, 2))
                 await asyncio.sleep(wait_s)
             try:
                 return await self._client.push(update.header, read, held.committed_size_bytes, moved)
@@ -120,13 +129,14 @@ class Delivery:
     async def _explain(
         self, error: WrongOffset | CorruptError, update: SpooledUpdate, read: Read, tries_left: int
     ) -> None:
-        """Return where pushing again may help; raise where it cannot, or has been tried often enough.
+        """Return if another try may help; raise if it cannot, or the tries are used up.
 
         Raises:
             CorruptError: the payload on this disk is itself corrupt, or never arrives intact.
             LinkError: the aggregator's offset and ours do not meet; a later session asks again.
         """
         if isinstance(error, CorruptError):
+            # The bytes were damaged on this disk or on the way. Only a damaged disk makes another try useless.
             await asyncio.to_thread(verify_digest, manifest_from_proto(update.header.manifest), read)
             if not tries_left:
                 raise error

@@ -1,7 +1,7 @@
-"""The worker's loop: connect, wait, download, train, upload, wait.
+"""The worker's loop: connect, poll, have the task carried out, deliver its update, poll again.
 
-Recovery has one path. Whatever breaks the link ends the session; the next one registers, sends what is in the
-spool, and polls. The aggregator then answers with the task still held, whose download goes on where it stopped.
+Recovery has one path. Any failure of the link ends the session. The next session registers, sends what is in the
+spool, and polls. The aggregator then answers with the task still held, and its download resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -37,19 +37,21 @@ from fedgrpc.worker.spool import SpooledUpdate
 from fedgrpc.worker.status import Activity, Controls, StatusPublisher
 from fedgrpc.worker.task import Registration, Task
 
-# About ten seconds together.
+# About ten seconds in all: a file that cannot be read for a moment (EIO, EMFILE) is readable again by then.
 _TRIES_TO_READ: Final = 6
 _UNREADABLE: Final = Backoff(first_s=0.5, cap_s=5.0)
+# Short: a process that is told to end is killed soon after, and the lease ends the task anyway.
 _GOODBYE_S: Final = 2.0
 _LEAVE_S: Final = 10.0
 _REPORT_INTERVAL_S: Final = 0.1
+# A phase that is over sooner gets no heartbeat.
 _SETTLED_S: Final = 0.1
 
 log = structlog.get_logger()
 
 
 class Loop:
-    """One worker's life with one aggregator."""
+    """Connection of one worker to one aggregator, from its first registration to the end of the run."""
 
     def __init__(
         self,
@@ -63,7 +65,7 @@ class Loop:
         *,
         tls_flags: str = "--tls",
     ) -> None:
-        """`tls_flags` is how the flags of the link's TLS begin, for messages."""
+        """`tls_flags` is the common prefix of the link's TLS flags, for error messages."""
         self._settings = settings
         self._client = client
         self._publisher = publisher
@@ -83,9 +85,10 @@ class Loop:
         self._log: Any = log.bind(worker=settings.name)
 
     async def run(self) -> None:
-        """Until the run has ended or the worker has drained.
+        """Run until the run has ended or the worker has drained.
 
-        This is the one retry loop that only an order ends: a device holds on to its aggregator for ever.
+        This is the only retry loop without a bound. A device in the field waits for its aggregator however long
+        that is away, and there is nobody beside it to start it again.
 
         Raises:
             FedgrpcError: the aggregator refuses this worker for good, or its learning task cannot be built.
@@ -109,12 +112,12 @@ class Loop:
     def _check_folder(self, error: FedgrpcError) -> None:
         """Raise `UsageError` where no later try can succeed, because the state folder has been removed."""
         folder = self._settings.state_dir
-        # The spool is made at the start alone; other folders may come back.
+        # Only the start creates the spool. Other folders are created again when they are needed.
         if isinstance(error, StorageError) and not (folder / "spool").exists():
             raise UsageError(f"the folder {folder} was removed while it was in use; start again") from error
 
     async def _explained(self, error: FedgrpcError) -> str:
-        """The error, with what helps; that is looked into after the first of several failures."""
+        """Return the error with its likely cause, which is diagnosed once for several failures in a row."""
         if not isinstance(error, LinkError):
             return str(error)
         if not self._retries.failures:
@@ -140,12 +143,13 @@ class Loop:
         await leave(self._client)
 
     async def _unsent(self, registration: Registration) -> list[SpooledUpdate]:
-        """The updates of this run that are still to be sent. What cannot be read now is waited for."""
+        """Return the updates of this run that are still to be sent. Wait a while for those that cannot be read."""
         retries = Retries(_UNREADABLE)
         updates = await asyncio.to_thread(self._spool.updates)
         while self._spool.unreadable and retries.failures < _TRIES_TO_READ:
             await self._controls.wait(retries.next_delay_s())
             updates = await asyncio.to_thread(self._spool.updates)
+        # From here on, draining waits for the updates of this run alone.
         self._run_id = registration.run_id
         own = [update for update in updates if update.is_of(registration.run_id)]
         others = [update for update in updates if not update.is_of(registration.run_id)]
@@ -173,11 +177,11 @@ class Loop:
         return registration
 
     async def _poll(self, registration: Registration) -> Polled | None:
+        """Return the answer to a poll; None when the worker is to drain."""
         async with self._work.polling(registration):
-            return await self._next_answer(registration)
+            return await self._poll_unless_paused(registration)
 
-    async def _next_answer(self, registration: Registration) -> Polled | None:
-        """The answer to a poll; None when the worker is to drain."""
+    async def _poll_unless_paused(self, registration: Registration) -> Polled | None:
         wait_s = min(registration.poll_wait_s or self._settings.poll_wait_s, self._settings.poll_wait_s)
         while not self._controls.draining:
             if self._controls.paused:
@@ -193,7 +197,7 @@ class Loop:
         return None
 
     async def _perform(self, task: Task, message: aggregator_pb2.Task) -> None:
-        """One task from download to acknowledgement; its failure is reported and ends nothing else."""
+        """Carry out one task, from download to acknowledgement. Its failure is reported and ends nothing else."""
         task_log = self._log.bind(run=task.run, round=task.round)
         task_log.info("task started", kind=task.kind.name.lower(), version=task.model_version)
         self._publisher.show(round=task.round, task_kind=task.kind)
@@ -209,6 +213,8 @@ class Loop:
             await self._say_goodbye(task, str(error))
             raise
         except FedgrpcError as error:
+            # A lost link keeps the task: the next session resumes it. A full disk here does not heal by connecting
+            # again, so another worker gets the task.
             if error.retryable and not isinstance(error, StorageError):
                 raise
             task_log.warning("task failed", reason=str(error))
@@ -223,7 +229,8 @@ class Loop:
         try:
             delivered = await self._delivery.deliver(update, self._moved, new)
         except StorageError:
-            # It may be this disk that fails, or the aggregator's.
+            # The failing disk may be this one or the aggregator's: read the update through before it is sent
+            # again.
             self._spool.doubt(update)
             raise
         self._files.show()
@@ -233,9 +240,8 @@ class Loop:
             await self._controls.wait(self._retries.next_delay_s())
 
     async def _beat(self, token: str) -> str:
-        """Keep a task's lease: at the told interval, and when its phase changes. Returns why it is to stop."""
+        """Keep a task's lease, at the told interval and at each change of phase. Return why the task must stop."""
         while True:
-            # A phase that is over at once is not worth a call.
             await asyncio.sleep(min(_SETTLED_S, self._heartbeat_interval_s / 2))
             status = self._publisher.status
             try:
@@ -252,7 +258,7 @@ class Loop:
                 await self._publisher.next_activity(self._heartbeat_interval_s)
 
     async def _give_back(self, task: Task, reason: str) -> None:
-        """Report a failure, and wait a little: a task that fails at once must not spin."""
+        """Report a failure, then wait a little, so that a task that fails at once does not spin."""
         self._publisher.show(last_error=reason)
         try:
             await self._client.report_failure(task.token, reason)
@@ -273,7 +279,8 @@ class Loop:
             await leave(self._client)
 
     def _moved(self, progress: float) -> None:
-        """Bytes went through: the link works."""
+        """Note that bytes went through, and show how far."""
+        # A link that moves bytes works: the next failure is the first of its kind.
         self._retries.reset()
         now_s = time.monotonic()
         if now_s >= self._show_at_s or progress >= 1.0:

@@ -1,19 +1,19 @@
 """Finished updates on the worker's disk, from before their upload starts until they are acknowledged.
 
-    spool/00000007/        one update: payload, residual (which it leaves behind), personal; those two where there
-                           is something in them
+    spool/00000007/        one update: payload, and where they are not empty residual (what the update leaves
+    behind)
+                           and personal (the layers that stay here)
     spool/residual         the residual that the next update starts from
-    spool/personal         the layers that stay here, as the last update that is gone has left them
+    spool/personal         the personal layers of the last update that is gone
 
-Behind the payload its file has the `UpdateHeader`, the `Task`, and how many bytes each of them takes: a file less
-to sync. Former versions had them in files of their own, header.pb and task.pb.
+The payload's file ends with the `UpdateHeader`, the `Task`, and the sizes of both in bytes. One file less to sync.
 
 An update that cannot be read now is kept, and tried again later. Only content that was read can be corrupt.
 
-The rule: an update's folder is complete, and on the disk, once it has its name: what was trained and what it
-leaves behind survive a power cut together or not at all. Its residual becomes the current one when the update is
-acknowledged, by one rename that is on the disk before the update goes, and is dropped with the update when that is
-refused. Personal layers are what was trained last, whatever becomes of its update.
+The rule: an update's folder is complete and durable once it has its name. What was trained and what it leaves
+behind survive a power cut together or not at all. An acknowledged update's residual becomes the current one, by
+one rename that is durable before the update is removed. A refused update's residual is dropped with it. Personal
+layers are those trained last, whatever becomes of their update.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ _BUFFER_BYTES: Final = 1 << 18
 
 log = structlog.get_logger()
 
-# Writes a payload and gives away the residual it leaves, tensor by tensor; tells the header, and the layout of the
-# residual (None: the one before it stays).
+# Writes a payload and hands over the residual it leaves, tensor by tensor. Returns the header, and the layout of
+# the residual (None: the previous residual stays current).
 Fill = Callable[[BinaryIO, Keep], tuple[aggregator_pb2.UpdateHeader, Layout | None]]
 
 
@@ -86,12 +86,12 @@ class SpooledUpdate:
         return self.header.manifest.size_bytes
 
     def is_of(self, run: str) -> bool:
-        """Whether the aggregator that has the run of this id can know of it."""
+        """Whether the update may belong to the run of this id; one that is unknown matches every run."""
         return not run or not self.task.run_id or self.task.run_id == run
 
     @contextmanager
     def reader(self) -> Iterator[Read]:
-        """Reads the payload by offset; raises StorageError if it cannot be opened."""
+        """Open the payload for reading by offset. Raises `StorageError`."""
         path = self.folder / _PAYLOAD
         with storage_errors(path), path.open("rb") as file:
             yield file_reader(file.fileno())
@@ -115,9 +115,10 @@ class Spool:
         self.unreadable = 0
 
     def updates(self) -> list[SpooledUpdate]:
-        """Every update still to be sent, oldest first, but for the `unreadable` ones, which a later call may find.
+        """Return every update still to be sent, oldest first.
 
-        One that is corrupt is dropped, with a line in the log. What a former process left is read through once.
+        `unreadable` then counts the others, which cannot be read now: a later call may return them. A corrupt
+        update is dropped, with a line in the log. Those of a former process are read through once.
         """
         found = []
         self.unreadable = 0
@@ -149,15 +150,15 @@ class Spool:
             remove_folder(folder)
 
     def doubt(self, update: SpooledUpdate) -> None:
-        """It could not be read: `updates` reads it through before it gives it again."""
+        """Have `updates` read the update through before returning it again, since it could not be read."""
         self._sound.discard(update.folder)
 
     def count(self, run: str = "") -> int:
-        """How many updates still have to be sent, or those of one run alone."""
+        """Return how many updates are still to be sent, in all or of one run."""
         return sum(1 for update in self.updates() if update.is_of(run)) if run else len(self._folders())
 
     def keep_for_later(self, updates: Iterable[SpooledUpdate], keep_s: float) -> None:
-        """Updates of other runs wait for their own aggregators, for `keep_s` since they were written."""
+        """Keep updates of other runs for their own aggregators, until `keep_s` after they were written."""
         for update in updates:
             with storage_errors(update.folder):
                 waited_s = time.time() - (update.folder / _PAYLOAD).stat().st_mtime
@@ -172,9 +173,9 @@ class Spool:
     def write(
         self, task: aggregator_pb2.Task, fill: Fill, keep_personal: Callable[[Path], None] | None = None
     ) -> SpooledUpdate:
-        """Write an update, durable on return; `fill` writes payload and residual, `keep_personal` a third file.
+        """Write an update, durable on return. `fill` writes payload and residual, `keep_personal` a third file.
 
-        Where the spool is full the oldest updates make room: their rounds are long closed.
+        A full spool drops its oldest updates first: their rounds are long closed.
 
         Raises:
             StorageError: the disk is full or cannot be written; nothing half-written stays.
@@ -193,10 +194,11 @@ class Spool:
                     payload.write(b"".join((*about, _SIZES.pack(*map(len, about)))))
                     payload.truncate()
                 if layout is not None and (left.begun or (self._folder / _RESIDUAL).exists()):
-                    # Without either nothing was owed, and nothing is.
+                    # Without either, an empty residual would replace an empty one.
                     left.finish(layout)
                 if keep_personal is not None:
                     keep_personal(unfinished / _PERSONAL)
+                # Room is made only now that the size is known. Until the rename below nothing counts as spooled.
                 self._make_room(folder_size_bytes(unfinished))
                 publish_folder(unfinished, final)
             finally:
@@ -206,13 +208,14 @@ class Spool:
         return SpooledUpdate(final, task, header)
 
     def acknowledge(self, update: SpooledUpdate) -> None:
-        """The aggregator has it: what it left behind is owed from now on."""
+        """Remove an update that the aggregator has. Its residual becomes the current one."""
         with storage_errors(update.folder):
+            # First: a crash in between then repeats the acknowledgement, instead of losing the residual.
             self._move_out(update.folder / _RESIDUAL, self._spare_residuals)
             self._remove(update)
 
     def drop(self, update: SpooledUpdate) -> None:
-        """It will never be taken: it goes, and what was owed before it is owed still."""
+        """Remove an update that will never be taken. The previous residual stays current."""
         with storage_errors(update.folder):
             self._remove(update)
 
@@ -223,13 +226,13 @@ class Spool:
         remove_folder(update.folder)
 
     def _keep_personal(self, folder: Path) -> None:
-        """What an update that is about to go has left of them, before it goes."""
+        """Save the personal layers of an update before it is removed."""
         self._move_out(folder / _PERSONAL)
 
     def _move_out(self, path: Path, spares: RecycledFiles | None = None) -> None:
-        """Put a file of an update beside the updates, on the disk before anything else is done.
+        """Move a file of an update beside the updates, durably on return.
 
-        A sync that failed is made up for by the next call, though the file is not there to be moved any more.
+        After a failed sync the file is moved already: the next call then repeats only the sync.
         """
         if path.exists():
             if spares is not None:
@@ -242,18 +245,18 @@ class Spool:
 
     @property
     def personal(self) -> Path:
-        """The file with the layers that stay here, as the last training left them; it may not be there."""
+        """Path of the personal layers that the last training left; the file may not exist."""
         spooled = [folder / _PERSONAL for folder in reversed(self._folders())]
         return next((path for path in spooled if path.exists()), self._folder / _PERSONAL)
 
     def residual(self, run: str) -> Residual:
-        """What the next update of `run` has to make good. Raises `StorageError` when it cannot be read now."""
+        """Return the residual that the next update of `run` starts from. Raises `StorageError`."""
         with storage_errors(self._folder):
             return read_residual(self._folder / _RESIDUAL, run)
 
     def _folders(self) -> list[Path]:
         with storage_errors(self._folder):
-            # The folder may have been deleted meanwhile: then nothing is in it.
+            # `glob` finds nothing in a folder that was deleted, instead of raising.
             return sorted(path for path in self._folder.glob("*") if path.name.isdigit())
 
     def _make_room(self, wanted_bytes: int) -> None:
@@ -271,12 +274,7 @@ class Spool:
 
 
 def _load(folder: Path) -> SpooledUpdate:
-    former = folder / "header.pb"
-    if former.exists():
-        texts = former.read_bytes(), (folder / "task.pb").read_bytes()
-        size_bytes = os.stat(folder / _PAYLOAD).st_size
-    else:
-        texts, size_bytes = _read_about(folder / _PAYLOAD)
+    texts, size_bytes = _read_about(folder / _PAYLOAD)
     header = aggregator_pb2.UpdateHeader.FromString(texts[0])
     task = aggregator_pb2.Task.FromString(texts[1])
     if manifest_from_proto(header.manifest).size_bytes != size_bytes:
@@ -285,7 +283,7 @@ def _load(folder: Path) -> SpooledUpdate:
 
 
 def _read_about(path: Path) -> tuple[tuple[bytes, bytes], int]:
-    """Header and task as they stand behind a payload, and how many bytes that has."""
+    """Return header and task from the end of a payload's file, and the size of the payload itself."""
     with path.open("rb") as file:
         end = os.fstat(file.fileno()).st_size - _SIZES.size
         sizes = _SIZES.unpack(os.pread(file.fileno(), _SIZES.size, end)) if end >= 0 else (0, 0)

@@ -166,7 +166,7 @@ async def test_a_worker_killed_with_a_finished_update_delivers_the_same_one_afte
             # Only then does the worker come to the upload, and finds the one slot taken.
             await hand.until_held(task, len(first.chunk.data))
             (data / "wait").unlink()
-            await process.until("upload waits for its turn")
+            await process.until("upload waits for a slot")
             assert len(Recorded.changes(data)) == 1
             await process.kill()
         blocking.cancel()

@@ -66,7 +66,7 @@ async def test_an_aggregator_below_that_is_killed_goes_on_in_the_same_round_and_
             await blocking.write(first)
             await direct.until_held(task, len(first.chunk.data))
             assert (await y.push(y_task, update_of(5.0), example_count=10)).complete
-            await process.until("upload waits for its turn")
+            await process.until("upload waits for a slot")
             await process.kill()
             blocking.cancel()
 

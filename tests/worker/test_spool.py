@@ -132,27 +132,6 @@ def test_what_a_crash_left_half_written_is_swept_at_the_next_start(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"spare", "spare-residuals"}
 
 
-def as_former_versions_left_it(update):
-    """With header and task in files of their own."""
-    path = update.folder / "payload"
-    path.write_bytes(path.read_bytes()[: update.size_bytes])
-    (update.folder / "header.pb").write_bytes(update.header.SerializeToString())
-    (update.folder / "task.pb").write_bytes(update.task.SerializeToString())
-
-
-def test_an_update_that_a_former_version_has_left_is_sent(tmp_path):
-    spool = Spool(tmp_path)
-    as_former_versions_left_it(spool.write(task("former"), fill("former")))
-    spool.write(task("new"), fill("new"))
-    former, new = Spool(tmp_path).updates()
-    assert (former.task.token, former.token, new.token) == ("former", "former", "new")
-    for update in (former, new):
-        with update.reader() as read:
-            assert hashlib.sha256(read(0, update.size_bytes)).digest() == update.header.manifest.sha256
-        spool.acknowledge(update)
-    assert spool.count() == 0
-
-
 def damaged(content):
     header_bytes = int.from_bytes(content[-16:-8], "little")
     yield from (content[:-1], content[1:], b"", content[:10], b"\xff" * 77, content[:-16] + b"\xff" * 16)
@@ -179,21 +158,6 @@ def test_an_update_that_is_over_a_limit_is_dropped_and_the_others_stay(tmp_path)
     spool.write(task(), too_large)
     second = spool.write(task(), fill("second"))
     assert [update.token for update in spool.updates()] == [second.token]
-
-
-@pytest.mark.parametrize("name", ["payload", "header.pb", "task.pb"])
-@pytest.mark.parametrize("damage", ["truncated", "missing", "garbage"])
-def test_a_damaged_update_of_a_former_version_is_dropped_and_the_others_stay(tmp_path, name, damage):
-    spool = Spool(tmp_path)
-    first, second = spool.write(task(), fill("first")), spool.write(task(), fill("second"))
-    as_former_versions_left_it(first)
-    path = first.folder / name
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:-1] if damage == "truncated" else b"\xff" * 77)
-    assert [update.token for update in spool.updates()] == [second.token]
-    assert not first.folder.exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes to read-only folders")
