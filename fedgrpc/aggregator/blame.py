@@ -13,8 +13,8 @@ from typing import Final
 
 import numpy as np
 
-from fedgrpc.aggregator.uploads import StoredUpdate
 from fedgrpc.errors import FedgrpcError, NotFound, StorageError, UnusableUpdate
+from fedgrpc.storage.update_file import StoredUpdate
 
 _NOBODYS: Final = (UnusableUpdate, StorageError, NotFound, OSError, MemoryError)
 

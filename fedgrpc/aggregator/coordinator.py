@@ -30,7 +30,6 @@ from fedgrpc.aggregator.scores import for_log
 from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.training_instructions import TrainingInstructions
-from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.aggregator.versions import Versions
 from fedgrpc.aggregator.waking import Waking
 from fedgrpc.aggregator.weights import Weighing
@@ -71,6 +70,7 @@ from fedgrpc.rounds.version import Jump
 from fedgrpc.rpc.identity import Session
 from fedgrpc.storage.data_folder import DataFolder
 from fedgrpc.storage.database import RunStore
+from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.v1.aggregator_pb2 import (
     RUN_PHASE_PAUSED,
     RUN_PHASE_RUNNING,

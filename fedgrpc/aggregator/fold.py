@@ -13,12 +13,12 @@ from typing import TypeVar
 import numpy as np
 
 from fedgrpc.aggregator.blame import blaming
-from fedgrpc.aggregator.uploads import StoredUpdate, UpdateFile
 from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import in_pieces, neighbours
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.values import Fill
+from fedgrpc.storage.update_file import StoredUpdate, UpdateFile
 
 PIECE = 1 << 15
 # Each open file may hold a megabyte, inflated or read ahead; one whose tensors are read in place holds nothing.

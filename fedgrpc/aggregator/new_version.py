@@ -18,12 +18,12 @@ from fedgrpc.aggregator.norms import content_digest, model_norm, norm_of
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.aggregator.scales import scales_of
 from fedgrpc.aggregator.scores import scores_of
-from fedgrpc.aggregator.uploads import StoredUpdate
 from fedgrpc.aggregator.weights import shared
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import NotFinite, NotFound, StorageError, UnusableUpdate, UpdateRefused
 from fedgrpc.rounds.version import Version
 from fedgrpc.storage.model_file import ModelFile, write_model
+from fedgrpc.storage.update_file import StoredUpdate
 from fedgrpc.submodels.channels import Selection
 from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
 

@@ -12,9 +12,9 @@ import numpy as np
 from fedgrpc.aggregation.admission import AdmissionPolicy, TensorLike, check_values, sum_of_squares
 from fedgrpc.aggregation.partial_aggregate import partial_aggregate_values
 from fedgrpc.aggregation.partial_update import unpack_all
-from fedgrpc.aggregator.uploads import StoredUpdate
 from fedgrpc.codec.layout import Layout
 from fedgrpc.storage.model_file import ModelFile
+from fedgrpc.storage.update_file import StoredUpdate
 from fedgrpc.submodels.channels import Selection
 
 _PIECE: Final = 1 << 20

@@ -28,7 +28,6 @@ from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.scales import check_steps
 from fedgrpc.aggregator.upload_queue import UploadQueue
 from fedgrpc.aggregator.upload_reader import UploadReader
-from fedgrpc.aggregator.uploads import StoredUpdate, UpdateFile, Upload
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.manifest import Limits, Manifest
@@ -49,6 +48,8 @@ from fedgrpc.rounds.events import Progress, TaskPhase
 from fedgrpc.rounds.task import UploadPace
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
 from fedgrpc.storage.data_folder import Use
+from fedgrpc.storage.update_file import StoredUpdate, UpdateFile
+from fedgrpc.storage.uploads import Upload
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
 

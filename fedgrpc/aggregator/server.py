@@ -15,13 +15,13 @@ from fedgrpc.aggregator.driver import Driver
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.service import AggregatorService
 from fedgrpc.aggregator.settings import AggregatorSettings
-from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.errors import UsageError
 from fedgrpc.metrics import Metrics
 from fedgrpc.process import reuse_memory, told_to_end
 from fedgrpc.rpc.server import AGGREGATOR, Health, RunningServer, aggregator_service, serve
 from fedgrpc.storage.database import DATABASE, RunStore
 from fedgrpc.storage.folder import HeldFolder, hold_folder
+from fedgrpc.storage.uploads import UploadJournal
 
 log = structlog.get_logger()
 

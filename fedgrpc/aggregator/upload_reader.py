@@ -12,10 +12,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from fedgrpc.aggregator.memory import ByteBudget
-from fedgrpc.aggregator.uploads import Upload
 from fedgrpc.aio import BatchPipeline
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.errors import LayoutError, LinkError, TooLargeError, WrongOffset
+from fedgrpc.storage.uploads import Upload
 
 _LEAST_BYTES = 16 << 10
 # A chunk costs some 100 us, however small it is, so many tiny chunks are refused. A few are harmless.

@@ -24,7 +24,6 @@ from fedgrpc.aggregation.partial_aggregate import EXACT, check_finite, pack_mean
 from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.commit import Group, Keeps, by_groups, cached, keeps_nothing, means_of
 from fedgrpc.aggregator.fold import Fold, Load
-from fedgrpc.aggregator.uploads import StoredUpdate
 from fedgrpc.codec.feedback import Corrected, Keep, Residual, write_with_feedback
 from fedgrpc.codec.layout import Array, Layout, TensorRole, TensorSpec, spec_of
 from fedgrpc.codec.manifest import Manifest
@@ -43,6 +42,7 @@ from fedgrpc.protocol.records import timings_to_proto
 from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
 from fedgrpc.storage.files import make_private, storage_errors, sync, write_file
 from fedgrpc.storage.model_file import ModelFile
+from fedgrpc.storage.update_file import StoredUpdate
 from fedgrpc.submodels.channels import Selection
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.spool import Fill

@@ -124,12 +124,17 @@ def _number(path: Path) -> int:
 
 
 @contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Around disk work: what the system refuses (full, read-only, gone) is a `StorageError`."""
+def storage_errors(subject: Path | str, verb: str = "use") -> Iterator[None]:
+    """Around disk work: what the system refuses (full, read-only, gone) becomes a `StorageError`.
+
+    Its message is "cannot `verb` `subject`". A subject that is text is named as it is: messages travel to workers,
+    and paths of the aggregator are none of their business.
+    """
     try:
         yield
     except OSError as error:
-        raise StorageError(f"cannot use {error.filename or path}: {error.strerror or error}") from error
+        name = (error.filename or subject) if isinstance(subject, Path) else subject
+        raise StorageError(f"cannot {verb} {name}: {error.strerror or error}") from error
 
 
 def empty_folder(path: Path) -> Path:

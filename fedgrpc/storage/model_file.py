@@ -21,7 +21,7 @@ import re
 import struct
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import FileIO
@@ -35,7 +35,7 @@ from fedgrpc.codec.chunk import crc32
 from fedgrpc.codec.layout import Array, Layout, TensorRole, TensorSpec, check_unique, role_by_name
 from fedgrpc.codec.values import InParts, Part, part_filled
 from fedgrpc.errors import LayoutError, StorageError, UsageError
-from fedgrpc.storage.files import RecycledFiles, pwrite, sync, write_back
+from fedgrpc.storage.files import RecycledFiles, pwrite, storage_errors, sync, write_back
 
 _NAMES = {
     "float64": "F64",
@@ -126,12 +126,9 @@ class ModelFile:
         Raises `StorageError`.
         """
         values = np.empty(stop - start, self.layout[index].numpy_dtype)
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self.starts[index] + start * values.itemsize)
-                size_bytes = file.readinto(values.view(np.uint8).data)
-        except OSError as error:
-            raise StorageError(f"cannot read the model {self.path}: {error.strerror}") from error
+        with storage_errors(f"the model {self.path}", "read"), self.path.open("rb", buffering=0) as file:
+            file.seek(self.starts[index] + start * values.itemsize)
+            size_bytes = file.readinto(values.view(np.uint8).data)
         if size_bytes != values.nbytes:
             raise StorageError(f"the model {self.path} is cut short")
         return values
@@ -169,14 +166,11 @@ class ModelFile:
     def _pieces(self) -> Iterator[bytes]:
         """The bytes of all tensors, in order, each tensor once."""
         left = sum(spec.nbytes for spec in self.layout)
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self.tensors_start)
-                while left and (data := file.read(min(_READ_BYTES, left))):
-                    left -= len(data)
-                    yield data
-        except OSError as error:
-            raise StorageError(f"cannot read the model {self.path}: {error.strerror}") from error
+        with storage_errors(f"the model {self.path}", "read"), self.path.open("rb", buffering=0) as file:
+            file.seek(self.tensors_start)
+            while left and (data := file.read(min(_READ_BYTES, left))):
+                left -= len(data)
+                yield data
 
 
 class ModelTensors(InParts):
@@ -192,25 +186,21 @@ class ModelTensors(InParts):
 
     def part_of(self, name: str) -> Part:
         """See `InParts.part_of`. It, and what it gives, raise `StorageError`."""
-        index, path = self._index[name], self._model.path
+        index, name_of_file = self._index[name], f"the model {self._model.path}"
         file, first = self._opened(), self._model.starts[index]
 
         def fill(out: Array, start: int) -> None:
-            try:
+            with storage_errors(name_of_file, "read"):
                 size_bytes = os.preadv(file.fileno(), [out.view(np.uint8).data], first + start * out.itemsize)
-            except OSError as error:
-                raise StorageError(f"cannot read the model {path}: {error.strerror}") from error
             if size_bytes != out.nbytes:
-                raise StorageError(f"the model {path} is cut short")
+                raise StorageError(f"{name_of_file} is cut short")
 
         return part_filled(fill, self._model.layout[index].numpy_dtype)
 
     def _opened(self) -> FileIO:
         if self._file is None:
-            try:
+            with storage_errors(f"the model {self._model.path}", "read"):
                 self._file = self._model.path.open("rb", buffering=0)
-            except OSError as error:
-                raise StorageError(f"cannot read the model {self._model.path}: {error.strerror}") from error
             weakref.finalize(self, self._file.close)
         return self._file
 
@@ -249,7 +239,7 @@ class ModelWriter:
         self._start_bytes = len(self._header)
         self._digest, self._crc32 = hashlib.sha256(), 0
         self._size_bytes = 0
-        with self._storage_errors():
+        with storage_errors(f"the model {self._path}", "write"):
             handle = spares.create(self._part) if spares else os.open(self._part, _NEW, 0o666)
             self._file = FileIO(handle, "r+")
             self._put(self._header)
@@ -277,7 +267,7 @@ class ModelWriter:
         if self._durable:
             self._digest.update(data)
         self._crc32 = crc32(data, self._crc32)
-        with self._storage_errors():
+        with storage_errors(f"the model {self._path}", "write"):
             self._put(data)
 
     def _go_on(self) -> None:
@@ -292,7 +282,7 @@ class ModelWriter:
 
     def _repeat(self, start: int, size_bytes: int) -> None:
         """Write once more what was written from byte `start` on."""
-        with self._storage_errors():
+        with storage_errors(f"the model {self._path}", "write"):
             for at in range(start, start + size_bytes, _READ_BYTES):
                 size = min(_READ_BYTES, start + size_bytes - at)
                 self._put(os.pread(self._file.fileno(), size, at))
@@ -308,7 +298,7 @@ class ModelWriter:
         header = self._header.replace(_UNKNOWN_CRC32.encode(), b"%08x" % self._crc32, 1)
         if self._durable:
             header = header.replace(_UNKNOWN_SHA256.encode(), self._digest.hexdigest().encode(), 1)
-        with self._storage_errors():
+        with storage_errors(f"the model {self._path}", "write"):
             pwrite(self._file.fileno(), header, 0)
             os.ftruncate(self._file.fileno(), self._size_bytes)
             if self._durable:
@@ -317,13 +307,6 @@ class ModelWriter:
             if self._durable:
                 sync(self._path.parent)
         return hashlib.sha256(header + self._digest.digest()).digest() if self._durable else b""
-
-    @contextmanager
-    def _storage_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise StorageError(f"cannot write the model {self._path}: {error.strerror}") from error
 
 
 def _header_size(start: bytes) -> int:

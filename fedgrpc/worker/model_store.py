@@ -54,7 +54,7 @@ from fedgrpc.storage.files import (
 )
 from fedgrpc.v1 import aggregator_pb2, tensor_pb2
 from fedgrpc.worker.delta import Applied
-from fedgrpc.worker.partial import HEADER, PAYLOAD, PartialModel, begin, received_bytes
+from fedgrpc.worker.partial import HEADER, PAYLOAD, PartialModel, received_bytes
 
 _ABOUT: Final = "about.json"
 _RAW: Final = "payload.raw"
@@ -280,13 +280,10 @@ class ModelFolder:
             LayoutError, TooLargeError: the header's manifest is refused.
         """
         with storage_errors(self._partial):
-            if offset:
-                kept = (self._partial / HEADER).read_bytes()
-                if kept != header.SerializeToString(deterministic=True):
-                    return None
-            else:
+            if not offset:
                 self._start_partial(source, header)
-            partial = PartialModel(self._partial, header, self._limits)
+            recycled = self._spare_differences if header.base_version else self._spares
+            partial = PartialModel(self._partial, header, self._limits, recycled)
         if partial.size_bytes != offset:
             partial.close()
             return None
@@ -298,7 +295,6 @@ class ModelFolder:
         self.drop_partial()
         unfinished = empty_folder(self._folder / (UNFINISHED + "partial"))
         _write_about(unfinished, source)
-        begin(unfinished, header, self._spare_differences if header.base_version else self._spares)
         unfinished.rename(self._partial)
         self.has_partial = True
 

@@ -11,10 +11,10 @@ import fedgrpc.aggregator.commit as commit_module
 from fedgrpc.aggregation.inverse_variance import inverse_variance_weight, rounding_noise
 from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.commit import Commit, Formats, groups
-from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.errors import CorruptError, StorageError, UnusableUpdate, UpdateRefused
 from fedgrpc.storage.model_file import ModelFile, write_model
+from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.submodels.plan import Arithmetic, CompressionPlan
 from tests.support.stored_updates import accept
 

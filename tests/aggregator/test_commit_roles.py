@@ -5,10 +5,10 @@ import pytest
 
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS, server_optimizer
 from fedgrpc.aggregator.commit import Commit
-from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.codec.layout import TensorRole, TensorSpec
 from fedgrpc.hierarchy.mean import mean_tensors
 from fedgrpc.storage.model_file import ModelFile, write_model
+from fedgrpc.storage.uploads import UploadJournal
 from tests.support.stored_updates import accept
 
 MASK = np.triu(np.full((3, 3), -np.inf, np.float32), 1)

@@ -10,9 +10,9 @@ from fedgrpc.aggregation.mean import TensorMean
 from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.commit import Commit
 from fedgrpc.aggregator.fold import PIECE, Fold
-from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.codec.layout import TensorSpec, layout_of
 from fedgrpc.storage.model_file import ModelFile, write_model
+from fedgrpc.storage.uploads import UploadJournal
 from tests.support.stored_updates import accept
 
 LARGE = TensorSpec("large", "float32", (5, PIECE // 2 + 77))

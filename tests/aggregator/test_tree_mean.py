@@ -3,10 +3,10 @@
 import ml_dtypes
 import numpy as np
 
-from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.hierarchy.mean import mean_tensors
 from fedgrpc.storage.model_file import ModelFile, write_model
+from fedgrpc.storage.uploads import UploadJournal
 from tests.support.stored_updates import accept
 
 RNG = np.random.default_rng(11)

@@ -18,7 +18,7 @@ def _behind_the_first_chunk(_, payload, offset, *__):
 
 
 def _head_of_an_upload(_, data, offset):
-    """`Upload._commit` writes the count of committed bytes at offset 0, after the bytes themselves."""
+    """`ResumableFile._commit` writes the count of committed bytes at offset 0, after the bytes themselves."""
     return offset == 0
 
 
@@ -35,10 +35,6 @@ def _is_spooled(path, *_):
     return path.parent.name == "spool" and path.name.startswith(UNFINISHED)
 
 
-def _partly(partial, *_):
-    return partial.size_bytes < partial.manifest.size_bytes
-
-
 # With three devices: the fifth of what every update does is the second update of round 2.
 AGGREGATOR = {
     "importing-the-initial-model": Point(f"{_STORAGE}.database:RunStore.save_version"),
@@ -50,11 +46,11 @@ AGGREGATOR = {
     "encoding-the-model": Point(f"{_AGGREGATOR}.model_store:_write", "after", count=2),
     "mid-pull": Point(f"{_AGGREGATOR}.frames:FrameCache._frame", "after", _behind_the_first_chunk, count=2),
     "push-between-bytes-and-their-count": Point(
-        f"{_AGGREGATOR}.uploads:pwrite", "before", _head_of_an_upload, count=8
+        f"{_STORAGE}.resumable:pwrite", "before", _head_of_an_upload, count=8
     ),
-    "mid-push": Point(f"{_AGGREGATOR}.uploads:Upload._commit", "after", _unfinished, count=9),
-    "last-chunk-stored": Point(f"{_AGGREGATOR}.uploads:Upload.finish", count=5),
-    "verified-not-durable": Point(f"{_AGGREGATOR}.uploads:Upload.seal", count=5),
+    "mid-push": Point(f"{_STORAGE}.resumable:ResumableFile._commit", "after", _unfinished, count=9),
+    "last-chunk-stored": Point(f"{_STORAGE}.uploads:Upload.finish", count=5),
+    "verified-not-durable": Point(f"{_STORAGE}.uploads:Upload.seal", count=5),
     "durable-not-renamed": Point("os:fdatasync", "after", count=5),
     "renamed-not-counted": Point(f"{_AGGREGATOR}.coordinator:Coordinator.accept", count=5),
     "counted-not-acknowledged": Point(
@@ -74,9 +70,9 @@ AGGREGATOR = {
     "draining": Point(
         "grpc_health.v1._async:HealthServicer.enter_graceful_shutdown",
         "after",
-        sigterm_at=f"{_AGGREGATOR}.uploads:Upload._commit",
+        sigterm_at=f"{_STORAGE}.resumable:ResumableFile._commit",
     ),
-    "recovering": Point(f"{_AGGREGATOR}.uploads:UploadJournal.keep_only"),
+    "recovering": Point(f"{_STORAGE}.uploads:UploadJournal.keep_only"),
 }
 
 # Round 1 has ended and carries one task on; round 2 has not begun, or nobody knows yet that it has.
@@ -84,7 +80,7 @@ CARRYING = {
     "carrying-not-committed": Point(f"{_STORAGE}.database:RunStore.finish_round"),
     "carrying-within-the-transaction": Point(f"{_STORAGE}.database:RunStore._insert_version", "after", count=2),
     "carrying-committed": Point(f"{_STORAGE}.database:RunStore.finish_round", "after"),
-    "carrying-updates-removed": Point(f"{_AGGREGATOR}.uploads:UploadJournal.discard", "after"),
+    "carrying-updates-removed": Point(f"{_STORAGE}.uploads:UploadJournal.discard", "after"),
     "carrying-next-round-not-stored": Point(f"{_STORAGE}.database:RunStore.save_open_round", count=2),
     "carrying-next-round-not-offered": Point(f"{_STORAGE}.database:RunStore.save_open_round", "after", count=2),
 }
@@ -93,9 +89,9 @@ WORKER = {
     "registered": Point(f"{_WORKER}.client:AggregatorClient.register", "after"),
     "idle": Point(f"{_WORKER}.client:AggregatorClient.poll", count=2),
     "given-a-task": Point(f"{_WORKER}.training:TrainerWork.perform", since_round=2),
-    "mid-download": Point(f"{_WORKER}.partial:PartialModel.append", "after", _partly, since_round=2),
-    "downloaded-not-verified": Point(f"{_WORKER}.held:ModelFolder.finish", since_round=2),
-    "downloaded": Point(f"{_WORKER}.held:ModelFolder.finish", "after", since_round=2),
+    "mid-download": Point(f"{_STORAGE}.resumable:ResumableFile.append", "after", _unfinished, since_round=2),
+    "downloaded-not-verified": Point(f"{_WORKER}.model_store:ModelFolder.finish", since_round=2),
+    "downloaded": Point(f"{_WORKER}.model_store:ModelFolder.finish", "after", since_round=2),
     "evaluating": Point("tests.faults.tasks:Repeatable.scoring", since_round=2),
     "heartbeat": Point(f"{_WORKER}.client:AggregatorClient.heartbeat", since_round=2),
     "training": Point(_TRAINING, since_round=2),

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import pytest
 from safetensors.numpy import save_file
 
-from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.storage.database import RunStore
+from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.v1 import round_pb2
 from tests.faults.points import AGGREGATOR
 from tests.faults.steadfast import Judge, Recovery, Steadfast

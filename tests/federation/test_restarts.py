@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fedgrpc.aggregator.settings import Target
-from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.protocol.tensors import manifest_from_proto
+from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from tests.support.hand_driven_device import MODEL, HandDrivenDevice, encoded, update_of

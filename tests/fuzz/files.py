@@ -18,7 +18,6 @@ from typing import Any, Final
 import numpy as np
 from safetensors.numpy import save
 
-from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.cli.config_file import read_table
 from fedgrpc.cli.simulate import read_fleet
 from fedgrpc.codec.chunk import Chunk, crc32
@@ -38,6 +37,7 @@ from fedgrpc.simulation.fleet import Fleet
 from fedgrpc.storage.database import RunStore, TaskRow
 from fedgrpc.storage.model_file import ModelFile, ModelTensors, write_model
 from fedgrpc.storage.residual_file import read_residual, write_residual
+from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.submodels.plan import CompressionPlan, PlanTable
 from fedgrpc.v1 import aggregator_pb2, round_pb2
 from fedgrpc.worker.model_store import ModelFolder, Source

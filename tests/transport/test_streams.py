@@ -15,10 +15,10 @@ import structlog
 from fedgrpc.aggregator import upload_reader
 from fedgrpc.aggregator.memory import ByteBudget
 from fedgrpc.aggregator.upload_reader import UploadReader
-from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.codec.chunk import CHUNK_BYTES, Chunk
 from fedgrpc.errors import LinkError
 from fedgrpc.rpc.channel import CLIENT_OPTIONS, SERVER_OPTIONS, open_channel
+from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc
 from tests.support import stored_updates as stored

@@ -206,7 +206,7 @@ def test_a_download_begins_although_a_full_disk_has_stopped_one_before(tmp_path,
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedgrpc.worker.model_store.begin", fail)
+        patch.setattr("fedgrpc.storage.files.RecycledFiles.create", fail)
         for _ in range(2):
             with pytest.raises(StorageError, match="No space left"):
                 pulled(folder, 1, "raw")

@@ -32,7 +32,6 @@ from torch.utils.data import TensorDataset
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS, server_optimizer
 from fedgrpc.aggregator.commit import Commit
 from fedgrpc.aggregator.forms import Forms, Source
-from fedgrpc.aggregator.uploads import UploadJournal
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.feedback import Residual, write_with_feedback
 from fedgrpc.codec.layout import layout_of
@@ -41,6 +40,7 @@ from fedgrpc.datasets.dataset import Examples
 from fedgrpc.datasets.fashion_mnist import load_fashion_mnist
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.storage.model_file import ModelFile, ModelTensors, write_model
+from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.submodels.channels import SubModel, sub_shapes
 from fedgrpc.torch.local_model.slicing import resized, shapes_of
 from fedgrpc.torch.local_model.tracing import trace_channels

@@ -1,0 +1,245 @@
+"""A payload that arrives in checked chunks, over any number of connections and processes.
+
+Four little-endian numbers come first: how many bytes of the payload are committed (8 bytes), the size of the
+header (4 bytes), and the CRC-32 of the header and of the committed bytes (4 bytes each). The header follows: what
+the sender declared, in any form. Then comes the payload, and behind it what a former use of the file has left.
+Number and header may also have a file of their own; the payload then begins at byte 0 of the other.
+
+The rule: the committed count never says more than what is there. Bytes are written before their count, and a file
+is continued only where its header is the same and the committed bytes have their CRC-32.
+
+A file whose sync has failed is given up, and its sender begins anew: Linux takes the pages for clean from then on,
+so a second sync would succeed without writing them (https://wiki.postgresql.org/wiki/Fsync_Errors).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Sequence
+from io import FileIO
+from pathlib import Path
+
+from fedgrpc.codec.chunk import Chunk, check_chunk, crc32
+from fedgrpc.errors import CorruptError
+from fedgrpc.storage.files import RecycledFiles, pwrite, storage_errors, sync, write_back
+
+_HEAD = struct.Struct("<QIII")
+_MAX_HEADER_BYTES = 16 << 20
+_READ_BYTES = 1 << 20
+
+
+class ResumableFile:
+    """One payload of a declared size and digest. One task at a time uses it."""
+
+    def __init__(
+        self,
+        path: Path,
+        header: bytes,
+        size_bytes: int,
+        sha256: bytes,
+        recycled: RecycledFiles,
+        *,
+        head_path: Path | None = None,
+        durable: bool = True,
+        what: str = "a payload",
+    ) -> None:
+        """Continue the file at `path`, or begin it anew where it is not of this very payload.
+
+        `head_path` is where numbers and header go if they have a file of their own; `what` names the payload in
+        error messages. Raises OSError.
+        """
+        self.path = path
+        self.expected_bytes = size_bytes
+        self.size_bytes = 0
+        self.crc32 = 0
+        self._what = what
+        self._durable = durable
+        self._expected_sha256 = sha256
+        self._digest = hashlib.sha256()
+        self._text = header
+        self._header_crc32 = crc32(header)
+        self._head_path = head_path
+        self.payload_start = 0 if head_path else _HEAD.size + len(header)
+        self._file, self._head_file = self._reopened() or self._begun(recycled)
+
+    def _reopened(self) -> tuple[FileIO, FileIO] | None:
+        try:
+            file = self.path.open("r+b", buffering=0)
+        except FileNotFoundError:
+            return None
+        try:
+            head_file = self._head_path.open("r+b", buffering=0) if self._head_path else file
+        except FileNotFoundError:
+            file.close()
+            return None
+        if self._continues(file, head_file):
+            return file, head_file
+        # Another payload, or not the bytes that were committed: none of them is kept.
+        self.size_bytes, self.crc32, self._digest = 0, 0, hashlib.sha256()
+        file.close()
+        head_file.close()
+        return None
+
+    def _continues(self, file: FileIO, head_file: FileIO) -> bool:
+        head = os.pread(head_file.fileno(), _HEAD.size + len(self._text), 0)
+        if len(head) != _HEAD.size + len(self._text) or head[_HEAD.size :] != self._text:
+            return False
+        committed, _, _, crc = _HEAD.unpack_from(head)
+        file.seek(self.payload_start)
+        wanted = min(committed, self.expected_bytes)
+        while piece := file.read(min(_READ_BYTES, wanted - self.size_bytes)):
+            self._digest.update(piece)
+            self.crc32 = crc32(piece, self.crc32)
+            self.size_bytes += len(piece)
+        # A file cut short by a crash has no CRC of what is left: the digest of the whole decides in the end.
+        return bool(self.crc32 == crc or self.size_bytes < committed)
+
+    def _begun(self, recycled: RecycledFiles) -> tuple[FileIO, FileIO]:
+        head = self._head(0) + self._text
+        if self._head_path is None:
+            file = FileIO(recycled.create(self.path, head), "r+")
+            return file, file
+        # First of all: without it the payload's file, which may be a recycled one, means nothing.
+        self._head_path.write_bytes(head)
+        return FileIO(recycled.create(self.path), "r+"), self._head_path.open("r+b", buffering=0)
+
+    def _head(self, committed_bytes: int) -> bytes:
+        return _HEAD.pack(committed_bytes, len(self._text), self._header_crc32, self.crc32)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every byte is committed."""
+        return self.size_bytes == self.expected_bytes
+
+    @property
+    def matches_digest(self) -> bool:
+        """Whether the committed bytes have the declared SHA-256."""
+        return self._digest.digest() == self._expected_sha256
+
+    def append(self, batch: Sequence[Chunk]) -> None:
+        """Commit consecutive chunks.
+
+        Those before one at fault are committed; that one and those behind it are not.
+
+        Raises:
+            StorageError: the disk does not take them; none is committed.
+            WrongOffset, TooLargeError, CorruptError: as `check_chunk`.
+        """
+        checked: list[Chunk] = []
+        at = self.size_bytes
+        try:
+            for chunk in batch:
+                check_chunk(chunk, at, self.expected_bytes - at)
+                at += len(chunk.data)
+                checked.append(chunk)
+        finally:
+            if checked:
+                self._commit(checked)
+
+    def _commit(self, chunks: Sequence[Chunk]) -> None:
+        handle, at, crc_before = self._file.fileno(), self.size_bytes, self.crc32
+        try:
+            with storage_errors(self._what, "store"):
+                for chunk in chunks:
+                    pwrite(handle, chunk.data, self.payload_start + at)
+                    at += len(chunk.data)
+                    self.crc32 = crc32(chunk.data, self.crc32)
+                # After the bytes: a kill in between loses the chunks, and never counts what is not there.
+                pwrite(self._head_file.fileno(), self._head(at), 0)
+        except BaseException:
+            self.crc32 = crc_before
+            raise
+        if self._durable:
+            # The sync at the end then has little left to write.
+            write_back(handle, self.payload_start + self.size_bytes, at - self.size_bytes)
+        for chunk in chunks:
+            self._digest.update(chunk.data)
+        self.size_bytes = at
+
+    def publish(self, final: Path) -> None:
+        """Make the file durable, if it is to be, and give it the name `final`.
+
+        Raises `StorageError`; what could not be made durable is gone then, and has to be sent again.
+        """
+        try:
+            with storage_errors(self._what, "store"):
+                if self._durable:
+                    self._sync()
+                self.path.replace(final)
+                if self._durable:
+                    # Without this a power cut may take the name away again, though the bytes are there.
+                    sync(final.parent)
+        finally:
+            self.close()
+
+    def _sync(self) -> None:
+        try:
+            os.fdatasync(self._file.fileno())
+        except OSError:
+            self.discard()
+            raise
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more can be appended."""
+        return self._file.closed
+
+    def close(self) -> None:
+        """Leave the file on the disk, to be continued."""
+        self._file.close()
+        self._head_file.close()
+
+    def discard(self) -> None:
+        """Remove the file. Raises OSError."""
+        self.size_bytes = 0
+        self.path.unlink(missing_ok=True)
+        self.close()
+
+
+def committed_bytes(path: Path, head_path: Path | None = None) -> int:
+    """Bytes of a payload that a `ResumableFile` would continue from; 0 where there is none. Raises OSError."""
+    try:
+        with (head_path or path).open("rb") as file:
+            committed, header_bytes, _, _ = _HEAD.unpack(file.read(_HEAD.size))
+        start = 0 if head_path else _HEAD.size + header_bytes
+        # What a power cut has taken away is not there, whatever the count says.
+        return int(max(0, min(committed, path.stat().st_size - start)))
+    except (FileNotFoundError, struct.error):
+        return 0
+
+
+def read_header(path: Path) -> tuple[bytes, int]:
+    """The header of a file that has it in front, and where its payload begins.
+
+    Raises:
+        CorruptError: the header is not what was written.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        head = file.read(_HEAD.size)
+        if len(head) < _HEAD.size:
+            raise CorruptError("it is cut short")
+        _, size_bytes, crc, _ = _HEAD.unpack(head)
+        text = file.read(min(size_bytes, _MAX_HEADER_BYTES))
+    if crc32(text) != crc:
+        raise CorruptError("its header has changed on the disk")
+    return text, _HEAD.size + size_bytes
+
+
+def is_whole(path: Path, size_bytes: int, payload_start: int) -> bool:
+    """Whether a file with its header in front is what was committed, all `size_bytes` of it. Raises OSError."""
+    with path.open("rb", buffering=0) as file:
+        head = file.read(_HEAD.size)
+        if len(head) < _HEAD.size:
+            return False
+        committed, header_bytes, header_crc, payload_crc = _HEAD.unpack(head)
+        if (committed, _HEAD.size + header_bytes) != (size_bytes, payload_start):
+            return False
+        if crc32(file.read(header_bytes)) != header_crc:
+            return False
+        crc, left = 0, committed
+        while left and (piece := file.read(min(_READ_BYTES, left))):
+            crc, left = crc32(piece, crc), left - len(piece)
+        return not left and crc == payload_crc

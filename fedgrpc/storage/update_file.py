@@ -1,0 +1,152 @@
+"""An accepted update on the disk, and reading its tensors a piece at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from fedgrpc.codec.layout import TensorSpec
+from fedgrpc.codec.manifest import Manifest, TensorEntry
+from fedgrpc.codec.payload import PayloadReader, Submit, in_pieces, neighbours
+from fedgrpc.codec.values import Fill
+from fedgrpc.errors import CorruptError, StorageError
+from fedgrpc.storage.files import storage_errors
+from fedgrpc.storage.resumable import is_whole
+from fedgrpc.v1.aggregator_pb2 import UpdateHeader
+
+_READ_BYTES = 1 << 20
+_PIECE = 1 << 15
+
+
+@dataclass(frozen=True)
+class StoredUpdate:
+    """A whole update on disk; its manifest has been validated."""
+
+    path: Path
+    header: UpdateHeader
+    manifest: Manifest
+    payload_start: int
+
+    def check(self) -> None:
+        """Raise `CorruptError` unless the file is what was accepted, and `StorageError` when it cannot be read."""
+        with storage_errors(f"the update {self.path}", "read"):
+            whole = is_whole(self.path, self.manifest.size_bytes, self.payload_start)
+        if not whole:
+            raise CorruptError(f"the update {self.path.name} has changed on the disk: its CRC does not match")
+
+    def open(self, submit: Submit | None = None) -> UpdateFile:
+        """The update, open for reading; with `submit` as `PayloadReader` has it."""
+        return UpdateFile(self, submit)
+
+
+class _PayloadBytes:
+    """The payload within the open file of a `StoredUpdate`."""
+
+    def __init__(self, update: StoredUpdate) -> None:
+        self._name = f"the update {update.path}"
+        with storage_errors(self._name, "read"):
+            self.file = update.path.open("rb")
+        self._start = update.payload_start
+        self._size_bytes = update.manifest.size_bytes
+        self._ahead_at, self._ahead = 0, memoryview(b"")
+
+    def fill(self, place: int, out: np.ndarray, first: int) -> None:
+        """Elements from number `first` on of the tensor that lies at `place`."""
+        data = out.view(np.uint8).data
+        with storage_errors(self._name, "read"):
+            size_bytes = os.preadv(self.file.fileno(), [data], self._start + place + first * out.itemsize)
+        if size_bytes != len(data):
+            raise StorageError(f"{self._name} is cut short")
+
+    def read(self, offset: int, size: int) -> memoryview:
+        if size >= _READ_BYTES:
+            return self._pread(offset, size)
+        within = offset - self._ahead_at
+        if within < 0 or within + size > len(self._ahead):
+            # Most tensors are small, and are asked for one after the other.
+            self._ahead_at, within = offset, 0
+            self._ahead = self._pread(offset, min(_READ_BYTES, self._size_bytes - offset))
+        return self._ahead[within : within + size]
+
+    def _pread(self, offset: int, size: int) -> memoryview:
+        # numpy takes large pieces of memory as huge pages, which cost a fraction of bytes' small ones.
+        data = np.empty(size, np.uint8).data
+        with storage_errors(self._name, "read"):
+            return data[: os.preadv(self.file.fileno(), [data], self._start + offset)]
+
+
+class UpdateFile:
+    """A context manager around the open file of a `StoredUpdate`.
+
+    Nothing here refers back to its owner: what was read of thousands of updates would wait for the collector.
+    """
+
+    def __init__(self, update: StoredUpdate, submit: Submit | None = None) -> None:
+        """Raises `StorageError`, as reading does."""
+        self._payload = _PayloadBytes(update)
+        self.reader = PayloadReader(update.manifest, self._payload.read, valid=True, submit=submit)
+        self._buffers: dict[str, np.ndarray] = {}
+
+    def __enter__(self) -> PayloadReader:
+        return self.reader
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """No more reading."""
+        self._payload.file.close()
+
+    def pieces(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
+        """Every tensor in order, most of them flat in pieces that fit the cache, each good until the next."""
+        for entry in self.reader.manifest.entries:
+            yield from self._pieces_of(entry, entry.spec.size)
+
+    def long_pieces(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
+        """The same, but that a piece goes on into the tensors behind its own where they can be read in one."""
+        for entry, size in self._runs():
+            yield from self._pieces_of(entry, size)
+
+    def bounds(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
+        """As `long_pieces`, but of quantized tensors only what none of their values exceeds."""
+        for entry, size in self._runs():
+            bounds = self.reader.bounds(entry.spec.name)
+            if bounds is not None and np.isfinite(bounds).all():
+                yield entry.spec, bounds
+            else:
+                yield from self._pieces_of(entry, size)
+
+    def _runs(self) -> Iterator[tuple[TensorEntry, int]]:
+        """Each tensor that those behind it can be read with, and how many elements they have together."""
+        entries, together = self.reader.manifest.entries, neighbours(self.reader.manifest)
+        at = 0
+        while at < len(entries):
+            first, size = entries[at], entries[at].spec.size
+            while at + 1 < len(entries) and (entries[at].spec.name, entries[at + 1].spec.name) in together:
+                at += 1
+                size += entries[at].spec.size
+            yield first, size
+            at += 1
+
+    def _pieces_of(self, entry: TensorEntry, size: int) -> Iterator[tuple[TensorSpec, np.ndarray]]:
+        spec = entry.spec
+        if not (spec.is_float and in_pieces(entry)):
+            yield spec, self.reader.tensor(spec.name)
+            return
+        if spec.dtype not in self._buffers:
+            self._buffers[spec.dtype] = np.empty(_PIECE, spec.numpy_dtype)
+        fill = self.fill_from(spec.name)
+        for start in range(0, size, _PIECE):
+            piece = self._buffers[spec.dtype][: min(_PIECE, size - start)]
+            fill(piece, start)
+            yield spec, piece
+
+    def fill_from(self, name: str) -> Fill:
+        """What fills an array with elements of a tensor that is `in_pieces`."""
+        place = self.reader.raw_place(name)
+        return self.reader.fill_from(name) if place is None else partial(self._payload.fill, place)

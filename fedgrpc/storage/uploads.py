@@ -1,0 +1,130 @@
+"""The journal of updates: one file per update, and the files of accepted updates ARE the record of acceptance.
+
+    TOKEN.part     an upload in progress, a `ResumableFile`
+    TOKEN.update   a whole, verified, durable update: renaming into this name is what accepts it
+
+    spare/         files of updates that are done with, to be overwritten by the next
+
+The header of a file is its `UpdateHeader`. Whoever decides by a file checks it first (`StoredUpdate.check`).
+
+Tokens name files only after the coordinator has found them among its own. Everything here blocks, and runs off the
+event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+
+from fedgrpc.codec.manifest import Manifest
+from fedgrpc.errors import CodecError, CorruptError, StorageError
+from fedgrpc.protocol.tensors import manifest_from_proto
+from fedgrpc.storage.files import RecycledFiles, storage_errors
+from fedgrpc.storage.resumable import ResumableFile, committed_bytes, read_header
+from fedgrpc.storage.update_file import StoredUpdate
+from fedgrpc.v1.aggregator_pb2 import UpdateHeader
+
+_MAX_RECYCLED = 32
+_MAX_REMEMBERED = 32
+
+
+class Upload(ResumableFile):
+    """An update on its way in. One task at a time uses it."""
+
+    def __init__(
+        self, part: Path, header: UpdateHeader, manifest: Manifest, recycled: RecycledFiles, durable: bool = True
+    ) -> None:
+        """Raises OSError."""
+        self.header = header
+        self.manifest = manifest
+        text = header.SerializeToString(deterministic=True)
+        super().__init__(
+            part, text, manifest.size_bytes, manifest.sha256, recycled, durable=durable, what="an update"
+        )
+
+    def finish(self) -> StoredUpdate:
+        """The whole update, ready to be examined. Raises `CorruptError` when its digest does not match."""
+        if not self.matches_digest:
+            self.discard()
+            raise CorruptError("the payload does not match its SHA-256; send it again from the start")
+        return self._stored(self.path)
+
+    def seal(self) -> StoredUpdate:
+        """Accept the update: durable, if it is to be, then under its final name. Raises `StorageError`."""
+        final = self.path.with_suffix(".update")
+        self.publish(final)
+        return self._stored(final)
+
+    def _stored(self, path: Path) -> StoredUpdate:
+        return StoredUpdate(path, self.header, self.manifest, self.payload_start)
+
+
+class UploadJournal:
+    """The folder of updates."""
+
+    def __init__(self, folder: Path, durable: bool = True) -> None:
+        """Accepted updates are `durable`, on the disk. Raises OSError."""
+        self._folder = folder
+        self._durable = durable
+        self._recycled = RecycledFiles(folder / "spare", _MAX_RECYCLED)
+        self._sealed: dict[str, StoredUpdate] = {}
+
+    def begin(self, header: UpdateHeader, manifest: Manifest) -> Upload:
+        """Begin or continue the upload of `header.token`. Raises `StorageError`."""
+        with storage_errors("an update", "store"):
+            part = self._folder / f"{header.token}.part"
+            return Upload(part, header, manifest, self._recycled, self._durable)
+
+    def committed_bytes(self, token: str) -> int:
+        """Payload bytes held of an upload in progress; 0 when none is. Raises `StorageError`."""
+        with storage_errors("an upload", "read"):
+            return committed_bytes(self._folder / f"{token}.part")
+
+    def remember(self, token: str, update: StoredUpdate) -> None:
+        """Spare a few updates that were just sealed from being parsed again."""
+        if len(self._sealed) < _MAX_REMEMBERED:
+            self._sealed[token] = update
+
+    def load(self, token: str) -> StoredUpdate | None:
+        """The accepted update of `token`, None where there is none.
+
+        Raises `StorageError` when it cannot be read, and `CorruptError` when it is none.
+        """
+        if (sealed := self._sealed.get(token)) is not None:
+            return sealed
+        path = self._folder / f"{token}.update"
+        try:
+            text, payload_start = read_header(path)
+            header = UpdateHeader.FromString(text)
+            manifest = manifest_from_proto(header.manifest)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StorageError(f"cannot read the update {path}: {error}") from error
+        except (DecodeError, CodecError) as error:
+            raise CorruptError(f"the update {path} is damaged: {error}") from error
+        return StoredUpdate(path, header, manifest, payload_start)
+
+    def accepted(self) -> frozenset[str]:
+        """Tokens of all accepted updates that are here. Raises `StorageError`."""
+        with storage_errors(self._folder):
+            return frozenset(path.stem for path in self._folder.glob("*.update"))
+
+    def discard(self, tokens: Iterable[str]) -> None:
+        """Remove whatever is held of these."""
+        with storage_errors(self._folder):
+            for token in tokens:
+                self._sealed.pop(token, None)
+                # An upload that nobody wants any more may still be writing to its part.
+                (self._folder / f"{token}.part").unlink(missing_ok=True)
+                self._recycled.keep(self._folder / f"{token}.update")
+
+    def keep_only(self, tokens: Iterable[str]) -> None:
+        """Remove what belongs to no task any more, left behind by a process that died."""
+        wanted = set(tokens)
+        with storage_errors(self._folder):
+            for path in self._folder.iterdir():
+                if path.is_file() and path.stem not in wanted:
+                    path.unlink(missing_ok=True)
