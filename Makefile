@@ -12,7 +12,7 @@ CONTAINER_BUILD ?= podman build --format docker
 
 # Tests of code without I/O, clock, gRPC or torch.
 PURE_TESTS := $(wildcard $(addprefix tests/,test_architecture.py test_claims.py codec rounds runs aggregation algorithms \
-	submodels privacy datasets cli/test_settings.py cli/test_options.py cli/test_table.py cli/test_view.py cli/test_as_json.py))
+	submodels privacy datasets cli/test_settings.py cli/test_options.py cli/test_tables.py cli/test_view.py cli/test_as_json.py))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

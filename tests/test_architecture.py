@@ -38,13 +38,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hierarchy": {
         *(*CORE, "trainer", "v1", "protocol", "rpc", "storage", "process", "metrics", "aggregator", "worker"),
     },
+    "client": {"errors", "rpc", "v1"},
     "datasets": {"errors"},
     "torch": {"errors", "codec", "submodels", "datasets", "trainer", "worker"},
     "tasks": {"errors", "datasets", "torch", "trainer", "worker"},
     "__main__": {"cli"},
     "cli": {
         *(*CORE, "trainer", "v1", "protocol", "rpc", "storage", "process", "logging", "metrics"),
-        *("aggregator", "worker", "hierarchy", "datasets", "tasks", "simulation"),
+        *("client", "aggregator", "worker", "hierarchy", "datasets", "tasks", "simulation"),
     },
 }
 # Where torch may be imported; everything else runs on a machine without it.

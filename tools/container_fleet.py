@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from fedgrpc.cli.operator import Operator, operator
 from fedgrpc.cli.view import round_line
+from fedgrpc.client import Client, connect
 from fedgrpc.errors import FedgrpcError, LinkError
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.v1 import aggregator_pb2 as pb
@@ -180,7 +180,7 @@ class Fleet:
         """Watch the run, through an aggregator that goes and comes back."""
         while True:
             try:
-                async with operator(self._address) as aggregator:
+                async with connect(self._address) as aggregator:
                     async for news in aggregator.watch(_WATCH_HZ):
                         await self._note(aggregator, news)
                         if await self._is_enough(aggregator, news):
@@ -188,7 +188,7 @@ class Fleet:
             except LinkError:
                 await asyncio.sleep(0.1)
 
-    async def _note(self, aggregator: Operator, news: pb.WatchRoundsResponse) -> None:
+    async def _note(self, aggregator: Client, news: pb.WatchRoundsResponse) -> None:
         seen = self._seen
         seen.accepted |= accepted_in([news.round])
         for breakage in self._breakages:
@@ -202,7 +202,7 @@ class Fleet:
                     seen.accuracy = record.metrics.get("accuracy", seen.accuracy)
                     self.tell(round_line(record))
 
-    async def _is_enough(self, aggregator: Operator, news: pb.WatchRoundsResponse) -> bool:
+    async def _is_enough(self, aggregator: Client, news: pb.WatchRoundsResponse) -> bool:
         if news.run.phase in (pb.RUN_PHASE_FINISHED, pb.RUN_PHASE_STOPPED):
             return True
         if self._seen.accuracy < self._task.accuracy or not all(b.mended.is_set() for b in self._breakages):
@@ -231,7 +231,7 @@ class Fleet:
 
     async def count_up(self) -> list[str]:
         """Print the table; what does not hold, each in a line."""
-        async with operator(self._address) as aggregator:
+        async with connect(self._address) as aggregator:
             rounds = await aggregator.all_rounds()
         every = {"aggregator": self._aggregator, **self._workers}
         for container in every.values():

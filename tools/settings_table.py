@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fedgrpc.cli.config_file import TABLES
+from fedgrpc.cli import COMMANDS
 from fedgrpc.cli.main import load_command
 from fedgrpc.cli.options import Setting, SettingsCommand
 
@@ -40,7 +40,7 @@ data = "/data"
 
 
 def document() -> str:
-    return HEAD + "".join(f"\n## fedgrpc {name}\n{_tables(name)}" for name in TABLES)
+    return HEAD + "".join(f"\n## fedgrpc {name}\n{_tables(name)}" for name in COMMANDS)
 
 
 def _tables(name: str) -> str:

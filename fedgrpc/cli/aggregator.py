@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,10 @@ import click
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS
 from fedgrpc.aggregator.server import run_aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings, Target
+from fedgrpc.cli.connection import FILE, server_tls, tls_settings
 from fedgrpc.cli.logs import LOGS, configure_logs
-from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand, pick
-from fedgrpc.cli.quantities import DURATION, SIZE
-from fedgrpc.cli.tls import FILE, server_tls, tls_settings
-from fedgrpc.cli.upstream import UPSTREAM, above_from
+from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
+from fedgrpc.cli.value_types import DURATION, SIZE, NamedValues
 from fedgrpc.errors import UsageError
 from fedgrpc.hierarchy.process import run_leaf
 from fedgrpc.metrics import Metrics, serve_metrics
@@ -25,8 +25,11 @@ from fedgrpc.process import collect_rarely, keep_private
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.address import Address
+from fedgrpc.rpc.channel import Tls
 from fedgrpc.submodels.plan import PlanTable
 from fedgrpc.training_plan import TrainingPlan
+from fedgrpc.worker.settings import WorkerSettings
+from fedgrpc.worker.task import Role
 
 _place = Declare("Where", AggregatorSettings)
 _model = Declare("The model", AggregatorSettings)
@@ -37,6 +40,7 @@ _plan = Declare("What workers are asked to do (without: as their learning task d
 _mean = Declare("Averaging", AggregatorSettings)
 _transfer = Declare("Transfer", AggregatorSettings)
 _service = Declare("Service", AggregatorSettings)
+_upstream = Declare("Past one machine (docs/tree.md)")
 _tls = Declare("TLS", AggregatorSettings)
 _RECIPE = AggregatorSettings.upload_recipe
 _ONE_WAY: dict[str, Any] = {"default": None, "metavar": "RECIPES", "show_default": "as --encoding"}
@@ -224,7 +228,16 @@ SETTINGS: list[Setting] = [
         type=DURATION,
     ),
     _service("--drain", "How long SIGTERM waits for calls in flight.", name="drain_s", type=DURATION),
-    *UPSTREAM,
+    _upstream("--upstream", "Aggregator to work for, with the workers of this one.", metavar="HOST:PORT"),
+    _upstream(
+        "--upstream-name", "Name there, unique in its fleet; without: this machine's host name.", metavar="NAME"
+    ),
+    _upstream(
+        "--upstream-tls", "Use TLS with the certificates that the system trusts.", is_flag=True, default=False
+    ),
+    _upstream("--upstream-tls-ca", "Certificates to trust there (PEM); turns TLS on.", type=FILE),
+    _upstream("--upstream-tls-cert", "This side's certificate (PEM), where the parent asks for one.", type=FILE),
+    _upstream("--upstream-tls-key", "Key of that certificate (PEM).", type=FILE),
     *tls_settings("Certificate to serve with (PEM).", "Ask workers for certificates signed by these (PEM)."),
     _tls(
         "--certificate-names/--no-certificate-names",
@@ -260,6 +273,24 @@ def settings_from(values: dict[str, Any]) -> AggregatorSettings:
     )
 
 
+def upstream_from(values: Mapping[str, Any], data_dir: Path) -> WorkerSettings | None:
+    """Return the settings of this aggregator as a worker of its parent; None without one. Raises `UsageError`."""
+    files = Tls(values["upstream_tls_ca"], values["upstream_tls_cert"], values["upstream_tls_key"])
+    wants_tls = values["upstream_tls"] or files != Tls()
+    if values["upstream"] is None:
+        if wants_tls or values["upstream_name"] is not None:
+            raise UsageError("the --upstream-... settings go with --upstream HOST:PORT")
+        return None
+    return WorkerSettings(
+        name=values["upstream_name"] or socket.gethostname(),
+        aggregator=values["upstream"],
+        state_dir=data_dir / "upstream",
+        role=Role.AGGREGATOR,
+        tls=files if wants_tls else None,
+        serve_address=None,
+    )
+
+
 def _plans(path: Path | None) -> PlanTable:
     if path is None:
         return PlanTable()
@@ -284,9 +315,9 @@ def _run(**values: Any) -> int:
         if values["port_file"] is not None and Address.parse(settings.address).is_unix:
             raise UsageError("--port-file goes with an --address that has a port, not with a unix socket")
         ready = _port_writer(values["port_file"])
-        above = above_from(values, settings.data_dir)
-        if above is not None:
-            return asyncio.run(run_leaf(settings, above, ready=ready, metrics=metrics))
+        upstream = upstream_from(values, settings.data_dir)
+        if upstream is not None:
+            return asyncio.run(run_leaf(settings, upstream, ready=ready, metrics=metrics))
         return asyncio.run(run_aggregator(settings, ready=ready, metrics=metrics))
 
 

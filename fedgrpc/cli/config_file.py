@@ -6,14 +6,10 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from fedgrpc.cli import COMMANDS
 from fedgrpc.errors import UsageError
-
-TABLES: Final = (
-    *("aggregator", "worker", "demo", "status", "watch", "pause", "resume", "rollback", "stop"),
-    *("init", "plan", "health", "simulate"),
-)
 
 Text = str | list[str]
 
@@ -30,8 +26,8 @@ def read_table(path: Path, table: str, keys: Mapping[str, bool]) -> dict[str, Te
     for name, value in content.items():
         if not isinstance(value, dict):
             raise UsageError(f"{path}: {name!r} stands outside of a table; begin with a line [{table}]")
-        if name not in TABLES:
-            raise UsageError(f"{path}: there is no table [{name}]{_nearest(name, TABLES)}")
+        if name not in COMMANDS:
+            raise UsageError(f"{path}: there is no table [{name}]{_nearest(name, tuple(COMMANDS))}")
     found: dict[str, Text] = {}
     for name, value in content.get(table, {}).items():
         key = name.replace("-", "_")

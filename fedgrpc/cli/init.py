@@ -14,7 +14,8 @@ from typing import Any
 import click
 
 from fedgrpc.aggregator.first_model import complaint
-from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand
+from fedgrpc.cli.options import Declare, Setting, SettingsCommand
+from fedgrpc.cli.value_types import NamedValues
 from fedgrpc.cli.view import size
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import StorageError, UsageError

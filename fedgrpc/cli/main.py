@@ -13,39 +13,23 @@ import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any, Final, NoReturn
+from typing import Any, NoReturn
 
 import click
 
+from fedgrpc.cli import COMMANDS
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.process import prepare
-
-# Where each command lives. Loaded when asked for: `fedgrpc status` needs no training code.
-_COMMANDS: Final = {
-    "aggregator": "fedgrpc.cli.aggregator:COMMAND",
-    "worker": "fedgrpc.cli.worker:COMMAND",
-    "demo": "fedgrpc.cli.demo.command:COMMAND",
-    "status": "fedgrpc.cli.status:COMMAND",
-    "watch": "fedgrpc.cli.watch:COMMAND",
-    "pause": "fedgrpc.cli.orders:PAUSE",
-    "resume": "fedgrpc.cli.orders:RESUME",
-    "rollback": "fedgrpc.cli.orders:ROLLBACK",
-    "stop": "fedgrpc.cli.orders:STOP",
-    "init": "fedgrpc.cli.init:COMMAND",
-    "plan": "fedgrpc.cli.plan:COMMAND",
-    "health": "fedgrpc.cli.health:COMMAND",
-    "simulate": "fedgrpc.cli.simulate:COMMAND",
-}
 
 
 class LazyGroup(click.Group):
     """Commands are imported when they are run, or listed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
+        if cmd_name not in COMMANDS:
             return None
         return load_command(cmd_name)
 
@@ -55,14 +39,14 @@ class LazyGroup(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            if close := get_close_matches(args[0], _COMMANDS, 1):
+            if close := get_close_matches(args[0], COMMANDS, 1):
                 raise click.UsageError(f"{error.format_message()} Did you mean {close[0]!r}?", ctx) from error
             raise
 
 
 def load_command(name: str) -> click.Command:
     """One of the commands, by name."""
-    module, _, attribute = _COMMANDS[name].partition(":")
+    module, _, attribute = COMMANDS[name].partition(":")
     command: click.Command = getattr(importlib.import_module(module), attribute)
     return command
 

@@ -1,153 +1,62 @@
-"""An operator's view of a running aggregator, and what it is told: the calls that the other commands make."""
+"""`fedgrpc pause`, `resume`, `rollback` and `stop`: what an operator tells a running aggregator.
+
+exit code 0     done; one line says where the run stands
+          1     the run has ended, this certificate is no operator's, or nobody answers
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+import click
 
-from fedgrpc.cli.options import Declare, Setting
-from fedgrpc.cli.view import by_name
-from fedgrpc.errors import LinkError
-from fedgrpc.rpc.address import dialled
-from fedgrpc.rpc.channel import Tls, open_channel
-from fedgrpc.rpc.diagnosis import explain
-from fedgrpc.rpc.status import domain_errors
-from fedgrpc.v1 import aggregator_pb2 as pb
-from fedgrpc.v1.aggregator_pb2_grpc import AggregatorStub
-from fedgrpc.v1.round_pb2 import Round
+from fedgrpc.cli.connection import AGGREGATOR_SETTING, client_settings, client_tls
+from fedgrpc.cli.options import Declare, SettingsCommand
+from fedgrpc.cli.view import run_line
+from fedgrpc.client import Client, connect
+from fedgrpc.v1.aggregator_pb2 import Run
 
-AGGREGATOR_SETTING: Setting = Declare("Where")(
-    "--aggregator", "The aggregator to ask.", default="127.0.0.1:50051", metavar="HOST:PORT"
+Order = Callable[[Client, dict[str, Any]], Awaitable[Run]]
+
+
+def _command(
+    name: str, order: Order, help: str, *settings: Any, arguments: Sequence[click.Argument] = ()
+) -> SettingsCommand:
+    def run(**values: Any) -> None:
+        click.echo(run_line(asyncio.run(_tell(order, values))))
+
+    command = SettingsCommand(name, run, [AGGREGATOR_SETTING, *settings, *client_settings()], help)
+    command.params[:0] = arguments
+    return command
+
+
+async def _tell(order: Order, values: dict[str, Any]) -> Run:
+    async with connect(values["aggregator"], client_tls(values)) as aggregator:
+        return await order(aggregator, values)
+
+
+_REASON = Declare("What to say")(
+    "--reason", "Why, in one line; it is kept with the run.", type=str, default="", metavar="TEXT"
 )
-_TIMEOUT_S = 10.0
-# A round that is committing is waited for, and a large model is copied.
-_COMMIT_TIMEOUT_S = 600.0
-_PAGE = 1000
 
-
-class Operator:
-    """Calls an aggregator. Every method raises `LinkError` when it cannot be reached."""
-
-    def __init__(self, channel: Any, address: str, tls: Tls | None = None) -> None:
-        stub: Any = AggregatorStub
-        self._stub = stub(channel)
-        self._health: Any = health_pb2_grpc.HealthStub(channel)
-        self._address = address
-        self._tls = tls
-
-    async def run(self) -> pb.Run:
-        """The run."""
-        with self._reaching():
-            answer: pb.GetRunResponse = await self._stub.GetRun(pb.GetRunRequest(), timeout=_TIMEOUT_S)
-        return answer.run
-
-    async def healthy(self) -> bool:
-        """Whether it serves: not while its data folder fails, nor while it ends."""
-        with self._reaching():
-            answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S)
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
-    async def workers(self) -> list[pb.WorkerRecord]:
-        """Every worker that has registered, by name."""
-        workers: list[pb.WorkerRecord] = []
-        request = pb.ListWorkersRequest()
-        while True:
-            with self._reaching():
-                answer = await self._stub.ListWorkers(request, timeout=_TIMEOUT_S)
-            workers += answer.workers
-            request.page_token = answer.next_page_token
-            if not request.page_token:
-                return sorted(workers, key=lambda record: by_name(record.worker))
-
-    async def latest_rounds(self, count: int, whole: bool = True) -> list[Round]:
-        """At most `count` rounds, oldest first; unless `whole`, without the tasks that a page leaves out."""
-        rounds = []
-        async for record in self.rounds_back(min(count, _PAGE), whole):
-            rounds.append(record)
-            if len(rounds) == count:
-                break
-        return rounds[::-1]
-
-    async def all_rounds(self) -> list[Round]:
-        """Every round, oldest first."""
-        return [record async for record in self.rounds_back()][::-1]
-
-    async def rounds_back(self, page_size: int = _PAGE, whole: bool = True) -> AsyncIterator[Round]:
-        """Every round, newest first, each with all of its tasks if `whole`."""
-        request = pb.ListRoundsRequest(page_size=page_size)
-        while True:
-            with self._reaching():
-                answer = await self._stub.ListRounds(request, timeout=_TIMEOUT_S)
-            for record in answer.rounds:
-                yield await self._whole(record) if whole and record.tasks_left_out else record
-            request.page_token = answer.next_page_token
-            if not request.page_token:
-                return
-
-    async def _whole(self, record: Round) -> Round:
-        """The round with the tasks that its record has left out."""
-        request = pb.GetRoundRequest(number=record.number)
-        whole: Round | None = None
-        while True:
-            with self._reaching():
-                answer = await self._stub.GetRound(request, timeout=_TIMEOUT_S)
-            if whole is None:
-                whole = answer.round
-            else:
-                whole.tasks.extend(answer.round.tasks)
-            request.page_token = answer.next_page_token
-            if not request.page_token:
-                whole.ClearField("tasks_left_out")
-                whole.ClearField("accepted_left_out")
-                return whole
-
-    async def watch(self, max_rate_hz: float = 0.0) -> AsyncIterator[pb.WatchRoundsResponse]:
-        """The run and its current round each time they change, until the run ends."""
-        with self._reaching():
-            async for news in self._stub.WatchRounds(pb.WatchRoundsRequest(max_rate_hz=max_rate_hz)):
-                yield news
-
-    async def pause(self) -> pb.Run:
-        """Open no further round. Raises `IllegalTransition` once the run has ended."""
-        with self._reaching():
-            answer: pb.PauseRunResponse = await self._stub.PauseRun(pb.PauseRunRequest(), timeout=_TIMEOUT_S)
-        return answer.run
-
-    async def resume(self) -> pb.Run:
-        """Open rounds again. Raises `IllegalTransition` once the run has ended."""
-        with self._reaching():
-            answer: pb.ResumeRunResponse = await self._stub.ResumeRun(pb.ResumeRunRequest(), timeout=_TIMEOUT_S)
-        return answer.run
-
-    async def roll_back(self, version: int, reason: str) -> pb.Run:
-        """Go on from a version that is kept; 0: from a new first model. Raises `NotFound`, `IllegalTransition`."""
-        request = pb.RollBackRunRequest(version=version, reason=reason)
-        with self._reaching():
-            answer: pb.RollBackRunResponse = await self._stub.RollBackRun(request, timeout=_COMMIT_TIMEOUT_S)
-        return answer.run
-
-    async def stop(self, reason: str) -> pb.Run:
-        """End the run, for that reason."""
-        request = pb.StopRunRequest(reason=reason)
-        with self._reaching():
-            answer: pb.StopRunResponse = await self._stub.StopRun(request, timeout=_TIMEOUT_S)
-        return answer.run
-
-    @contextmanager
-    def _reaching(self) -> Iterator[None]:
-        try:
-            with domain_errors():
-                yield
-        except LinkError as error:
-            why = explain(dialled(self._address), self._tls) or "is it running?"
-            raise LinkError(f"cannot reach an aggregator at {self._address}: {why} ({error})") from error
-
-
-@asynccontextmanager
-async def operator(address: str, tls: Tls | None = None) -> AsyncIterator[Operator]:
-    """Dial an aggregator for as long as the block lasts."""
-    async with open_channel(address, tls) as channel:
-        yield Operator(channel, address, tls)
+PAUSE = _command(
+    "pause",
+    lambda aggregator, _: aggregator.pause(),
+    "Open no further round of a run; the one in progress goes on.",
+)
+RESUME = _command("resume", lambda aggregator, _: aggregator.resume(), "Open rounds again after a pause.")
+ROLLBACK = _command(
+    "rollback",
+    lambda aggregator, values: aggregator.roll_back(values["version"], values["reason"]),
+    "Go on from a VERSION that is kept, such as the best that `fedgrpc status` shows; 0: from a new first model.",
+    _REASON,
+    arguments=[click.Argument(["version"], type=click.IntRange(0, (1 << 63) - 1))],
+)
+STOP = _command(
+    "stop",
+    lambda aggregator, values: aggregator.stop(values["reason"]),
+    "End a run for good; the round in progress is abandoned.",
+    _REASON,
+)

@@ -20,7 +20,7 @@ import click
 from click.core import ParameterSource
 
 from fedgrpc.cli.config_file import read_table
-from fedgrpc.cli.quantities import Quantity
+from fedgrpc.cli.value_types import Quantity
 from fedgrpc.errors import UsageError
 
 T = TypeVar("T")
@@ -216,23 +216,3 @@ def pick(owner: type[T], values: Mapping[str, Any], **more: Any) -> T:
     """`owner` with those of `values` that are its fields, and `more`."""
     names = {field.name for field in dataclasses.fields(owner)}  # type: ignore[arg-type]
     return owner(**{name: value for name, value in values.items() if name in names} | more)
-
-
-class NamedValues(click.ParamType[Any]):
-    """NAME=VALUE, as a pair."""
-
-    name = "name=value"
-
-    def __init__(self, number: bool = False) -> None:
-        self._number = number
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
-            return value
-        name, equals, text = str(value).partition("=")
-        if not name or not equals:
-            self.fail(f"{value!r} must look like NAME=VALUE", param, ctx)
-        try:
-            return name, float(text) if self._number else text
-        except ValueError:
-            self.fail(f"{value!r} must look like NAME=0.5", param, ctx)

@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fedgrpc.cli.as_json import json_text
-from fedgrpc.cli.operator import operator
-from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand
+from fedgrpc.cli.connection import FILE, client_settings, client_tls
+from fedgrpc.cli.options import Declare, Setting, SettingsCommand
 from fedgrpc.cli.planning import Asked, Model, Subject, ask, measured
-from fedgrpc.cli.quantities import DURATION, RATE, SIZE
-from fedgrpc.cli.tls import FILE, client_settings, client_tls
+from fedgrpc.cli.value_types import DURATION, RATE, SIZE, NamedValues
 from fedgrpc.cli.view import piped_console, print_table, seconds, size
+from fedgrpc.client import connect
 from fedgrpc.errors import UsageError
 from fedgrpc.submodels.cost import Choice, Device, Observation, Prediction, choose_of, misfit, predict
 from fedgrpc.submodels.plan import CompressionPlan, PlanTable
@@ -164,7 +164,7 @@ def _here(values: Mapping[str, Any], trainer: Trainer, question: Question) -> Su
 
 
 async def _ask(values: Mapping[str, Any]) -> Asked:
-    async with operator(values["aggregator"], client_tls(dict(values))) as aggregator:
+    async with connect(values["aggregator"], client_tls(dict(values))) as aggregator:
         return await ask(aggregator, values["worker"])
 
 

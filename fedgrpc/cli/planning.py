@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgrpc.cli.operator import Operator
+from fedgrpc.client import Client
 from fedgrpc.codec.budget import expected_bits
 from fedgrpc.codec.layout import Layout, spec_of
 from fedgrpc.codec.payload import write_payload
@@ -131,7 +131,7 @@ class Asked:
         return [_subject(record, self.tasks[record.worker], model) for record in self.workers]
 
 
-async def ask(aggregator: Operator, name: str | None) -> Asked:
+async def ask(aggregator: Client, name: str | None) -> Asked:
     """All that an aggregator knows of its workers' costs, or of one's. Raises UsageError, LinkError."""
     records = [each for each in await aggregator.workers() if name in (None, each.worker)]
     if not records:

@@ -12,18 +12,11 @@ from typing import Any
 import click
 
 from fedgrpc.cli import as_json
-from fedgrpc.cli.operator import AGGREGATOR_SETTING, operator
+from fedgrpc.cli.connection import AGGREGATOR_SETTING, client_settings, client_tls
 from fedgrpc.cli.options import Declare, SettingsCommand
-from fedgrpc.cli.tls import client_settings, client_tls
-from fedgrpc.cli.view import (
-    links_table,
-    piped_console,
-    predictions_table,
-    print_table,
-    rounds_table,
-    run_line,
-    workers_table,
-)
+from fedgrpc.cli.tables import links_table, predictions_table, rounds_table, workers_table
+from fedgrpc.cli.view import piped_console, print_table, run_line
+from fedgrpc.client import connect
 from fedgrpc.errors import UsageError
 from fedgrpc.protocol.records import version_to_proto
 from fedgrpc.storage.database import DATABASE, RunStore
@@ -81,7 +74,7 @@ def _run(**values: Any) -> None:
 
 
 async def _asked(values: dict[str, Any], count: int) -> Status:
-    async with operator(values["aggregator"], client_tls(values)) as aggregator:
+    async with connect(values["aggregator"], client_tls(values)) as aggregator:
         run, workers, healthy = await aggregator.run(), await aggregator.workers(), await aggregator.healthy()
         return Status(run, workers, await aggregator.latest_rounds(count), healthy)
 

@@ -17,20 +17,12 @@ from rich.console import Console
 from rich.live import Live
 
 from fedgrpc.claims import printable
-from fedgrpc.cli.operator import AGGREGATOR_SETTING, Operator, operator
+from fedgrpc.cli.connection import AGGREGATOR_SETTING, client_settings, client_tls
 from fedgrpc.cli.options import Declare, SettingsCommand
-from fedgrpc.cli.quantities import DURATION
-from fedgrpc.cli.tls import client_settings, client_tls
-from fedgrpc.cli.view import (
-    SETTLED,
-    live_view,
-    piped_console,
-    round_line,
-    round_phase,
-    run_line,
-    run_phase,
-    scored_line,
-)
+from fedgrpc.cli.tables import live_view
+from fedgrpc.cli.value_types import DURATION
+from fedgrpc.cli.view import SETTLED, piped_console, round_line, round_phase, run_line, run_phase, scored_line
+from fedgrpc.client import Client, connect
 from fedgrpc.errors import LinkError
 from fedgrpc.rpc.retry import Backoff, Retries
 from fedgrpc.v1 import aggregator_pb2 as pb
@@ -59,7 +51,7 @@ def _run(**values: Any) -> int:
 
 async def _watch(values: dict[str, Any]) -> int:
     console = piped_console()
-    async with operator(values["aggregator"], client_tls(values)) as aggregator:
+    async with connect(values["aggregator"], client_tls(values)) as aggregator:
         if not console.is_terminal:
             return await follow(aggregator, _lines(console), _remark(console), values["patience"])
         with Live(console=console, refresh_per_second=8) as live:
@@ -70,7 +62,7 @@ async def _watch(values: dict[str, Any]) -> int:
             return await follow(aggregator, show, _remark(console), values["patience"])
 
 
-async def follow(aggregator: Operator, show: Show, remark: Callable[[str], None], patience_s: float) -> int:
+async def follow(aggregator: Client, show: Show, remark: Callable[[str], None], patience_s: float) -> int:
     """Show every change until the run ends; the exit code.
 
     An aggregator that restarts is waited for. Raises `LinkError` when it is not there at first, or not again

@@ -14,10 +14,10 @@ from typing import Any
 
 import click
 
+from fedgrpc.cli.connection import client_settings, client_tls
 from fedgrpc.cli.logs import LOGS, configure_logs
-from fedgrpc.cli.options import Declare, NamedValues, Setting, SettingsCommand, pick
-from fedgrpc.cli.quantities import DURATION, RATE, SIZE
-from fedgrpc.cli.tls import client_settings, client_tls
+from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
+from fedgrpc.cli.value_types import DURATION, RATE, SIZE, NamedValues
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.datasets.partition import PARTITIONS, parse_part, parse_partition
 from fedgrpc.errors import UsageError

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from fedgrpc.aggregator.settings import AggregatorSettings, Target
-from fedgrpc.cli import aggregator, worker
-from fedgrpc.cli.config_file import TABLES
+from fedgrpc.cli import COMMANDS, aggregator, worker
 from fedgrpc.cli.main import load_command
 from fedgrpc.cli.options import SettingsCommand
-from fedgrpc.cli.quantities import DURATION, RATE, SIZE
+from fedgrpc.cli.value_types import DURATION, RATE, SIZE
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.channel import Tls
@@ -132,7 +131,7 @@ def test_a_repeated_setting_may_be_a_list_or_a_single_value_in_the_file(tmp_path
         assert _aggregator("--config", str(config)).worker_weights == weights
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_no_two_settings_of_a_command_share_a_key(name: str) -> None:
     command = load_command(name)
     assert isinstance(command, SettingsCommand)

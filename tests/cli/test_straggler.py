@@ -6,8 +6,8 @@ import asyncio
 
 import psutil
 
+from fedgrpc.cli.demo.devices import Straggler
 from fedgrpc.cli.demo.processes import Processes
-from fedgrpc.cli.demo.straggler import Straggler
 from fedgrpc.v1 import round_pb2
 
 ACCEPTED, OFFERED = round_pb2.TASK_PHASE_ACCEPTED, round_pb2.TASK_PHASE_OFFERED

@@ -10,7 +10,7 @@ import pytest
 
 from fedgrpc.aggregator.settings import AggregatorSettings, Target
 from fedgrpc.cli import aggregator
-from fedgrpc.cli.upstream import above_from
+from fedgrpc.cli.aggregator import upstream_from
 from fedgrpc.errors import UsageError
 from fedgrpc.hierarchy.process import Leaf
 from fedgrpc.rpc.channel import Tls
@@ -21,7 +21,7 @@ from fedgrpc.worker.task import Role
 
 def above(*arguments: str) -> WorkerSettings | None:
     values = aggregator.COMMAND.make_context("aggregator", ["--data-dir", "d", *arguments]).params
-    return above_from(values, Path("d"))
+    return upstream_from(values, Path("d"))
 
 
 def test_an_aggregator_without_upstream_is_a_root() -> None:

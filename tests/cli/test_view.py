@@ -7,7 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from fedgrpc.cli.view import live_view, round_line, rounds_table, run_line, task_table, workers_table
+from fedgrpc.cli.tables import live_view, rounds_table, task_table, workers_table
+from fedgrpc.cli.view import round_line, run_line
 from fedgrpc.v1.aggregator_pb2 import Run, WorkerRecord
 from fedgrpc.v1.device_pb2 import DeviceProfile
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskPhase, TaskRecord

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from fedgrpc.cli import aggregator, worker
+from fedgrpc.cli.aggregator import upstream_from
 from fedgrpc.cli.main import load_command
 from fedgrpc.cli.options import SettingsCommand
-from fedgrpc.cli.upstream import above_from
 from fedgrpc.hierarchy.process import Leaf
 from fedgrpc.rpc.server import AGGREGATOR, WORKER
 from tests.deploy.manifests import (
@@ -191,7 +191,7 @@ def test_every_setting_exists_and_takes_its_value(workloads: list[Workload], set
         module = commands[workload.command]
         values = module.COMMAND.make_context(workload.command, []).params
         settings = module.settings_from(values)
-        if workload.command == "aggregator" and (above := above_from(values, settings.data_dir)) is not None:
+        if workload.command == "aggregator" and (above := upstream_from(values, settings.data_dir)) is not None:
             Leaf(settings, above)
 
 

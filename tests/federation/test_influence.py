@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedgrpc.aggregator.settings import AggregatorSettings, Target
-from fedgrpc.cli.view import rounds_table
+from fedgrpc.cli.tables import rounds_table
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.submodels.plan import CompressionPlan, PlanTable

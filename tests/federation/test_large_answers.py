@@ -2,7 +2,7 @@
 
 import asyncio
 
-from fedgrpc.cli.operator import operator
+from fedgrpc.client import connect
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
@@ -75,7 +75,7 @@ async def test_rounds_that_are_listed_leave_out_the_tasks_that_do_not_fit(tmp_pa
         await keep(running, large_round(101), large_round(102))
         (record,) = (await running.stub.ListRounds(pb.ListRoundsRequest())).rounds
         assert (record.number, record.tasks_left_out + len(record.tasks)) == (102, TASKS)
-        async with operator(running.address) as it:
+        async with connect(running.address) as it:
             rounds = await it.latest_rounds(5)
         assert [(record.number, len(record.tasks), record.tasks_left_out) for record in rounds] == [
             (101, TASKS, 0),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from fedgrpc.cli.view import rounds_table
+from fedgrpc.cli.tables import rounds_table
 from fedgrpc.datasets.dataset import LabelledData
 from fedgrpc.datasets.digits import load_digits
 from fedgrpc.datasets.partition import parse_partition

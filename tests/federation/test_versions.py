@@ -8,7 +8,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from fedgrpc.cli.view import rounds_table, run_line
+from fedgrpc.cli.tables import rounds_table
+from fedgrpc.cli.view import run_line
 from fedgrpc.errors import UsageError
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2

@@ -1,4 +1,4 @@
-"""`fedgrpc demo`: its settings, and what happens in which order."""
+"""`fedgrpc demo`: its settings, its screen, and what happens in which order."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Final
 
 import click
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from fedgrpc.claims import printable
 from fedgrpc.cli.as_json import json_text
 from fedgrpc.cli.demo.devices import make_fleet
 from fedgrpc.cli.demo.federation import DemoSettings, Federation, History
-from fedgrpc.cli.demo.live import Screen
-from fedgrpc.cli.demo.plot import plot_rounds
-from fedgrpc.cli.demo.pooled import Scores, train_pooled
-from fedgrpc.cli.demo.processes import Processes
+from fedgrpc.cli.demo.processes import Processes, Scores, train_pooled
 from fedgrpc.cli.demo.report import (
     Report,
     make_report,
+    plot_rounds,
     scores_table,
     traffic_line,
     training_rounds,
@@ -31,12 +33,81 @@ from fedgrpc.cli.demo.report import (
     workers_table,
 )
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
-from fedgrpc.cli.quantities import DURATION
-from fedgrpc.cli.view import piped_console, print_table
+from fedgrpc.cli.tables import task_table
+from fedgrpc.cli.value_types import DURATION
+from fedgrpc.cli.view import piped_console, print_table, round_line, scores
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.datasets.partition import PARTITIONS
 from fedgrpc.errors import UsageError
+from fedgrpc.v1.aggregator_pb2 import Run
+from fedgrpc.v1.round_pb2 import Round
 from fedgrpc.worker.task_loader import find_task, takes
+
+
+class Screen:
+    """`with`: `show` a change of the run, `tell` a remark, `step` through a long piece of work."""
+
+    def __init__(self, console: Console, rounds: int) -> None:
+        self._console = console
+        self._live: Live | None = None
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=40),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._rounds = self._progress.add_task("rounds", total=rounds)
+        self._record: Round | None = None
+        self._began_s = time.monotonic()
+
+    def __enter__(self) -> Screen:
+        if self._console.is_terminal:
+            self._live = Live(self._picture(), console=self._console, refresh_per_second=10, transient=True)
+            self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.__exit__(kind, error, trace)
+
+    def show(self, run: Run, record: Round) -> None:
+        """The run has changed."""
+        self._record = record
+        committed = run.last.trained_rounds
+        self._progress.update(self._rounds, completed=committed)
+        self._refresh()
+
+    def tell(self, remark: str) -> None:
+        """A line that stays."""
+        elapsed_s = time.monotonic() - self._began_s
+        line = printable(f"{elapsed_s:5.1f} s  {remark}")
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def step(self, what: str, done: int, total: int, metrics: dict[str, float]) -> None:
+        """One step of a long piece of work is done."""
+        task = next((task for task in self._progress.tasks if task.description == what), None)
+        number = self._progress.add_task(what, total=total) if task is None else task.id
+        self._progress.update(number, completed=done)
+        if done == total:
+            self.tell(f"{what}: {scores(metrics)}")
+        self._record = None
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.update(self._picture())
+
+    def _picture(self) -> RenderableType:
+        if self._record is None:
+            return self._progress
+        if not self._record.tasks:
+            waiting = Text("waiting for the workers; loading PyTorch takes them a few seconds", style="dim")
+            return Group(self._progress, waiting)
+        return Group(self._progress, Text(round_line(self._record)), task_table(self._record))
+
 
 _PARTITION: Final = "dirichlet:0.5"
 

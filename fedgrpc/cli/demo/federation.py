@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
-from fedgrpc.cli.demo.devices import Device
+from fedgrpc.cli.demo.devices import Device, Straggler
 from fedgrpc.cli.demo.processes import Processes
-from fedgrpc.cli.demo.straggler import Straggler
-from fedgrpc.cli.operator import Operator, operator
 from fedgrpc.cli.view import first_failure, round_line
+from fedgrpc.client import Client, connect
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind, TaskPhase
@@ -107,7 +106,7 @@ class Federation:
             self._remarks.append,
             learned_deadline=self._settings.deadline_s is None,
         )
-        async with operator(address) as aggregator:
+        async with connect(address) as aggregator:
             following = asyncio.create_task(self._follow(aggregator, straggler, show, tell))
             guarding = asyncio.create_task(self._guard(tell))
             try:
@@ -120,7 +119,7 @@ class Federation:
 
     async def _follow(
         self,
-        aggregator: Operator,
+        aggregator: Client,
         straggler: Straggler,
         show: Callable[[Run, Round], None],
         tell: Callable[[str], None],
@@ -214,7 +213,7 @@ class Federation:
             while self._remarks:
                 tell(self._remarks.pop(0))
 
-    async def _gather(self, aggregator: Operator) -> History:
+    async def _gather(self, aggregator: Client) -> History:
         """Asked of the aggregator before it goes; the evaluator ends once it has scored the last version."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_SCORES_S):

@@ -1,14 +1,15 @@
-"""Child processes that never outlive their parent, whatever ends it."""
+"""The demo's child processes: they never outlive their parent, whatever ends it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -112,3 +113,32 @@ def die_with(parent: int) -> None:
     if os.getppid() != parent:
         # It went before it was asked about.
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+_NAME: Final = "pooled"
+
+Scores = dict[str, float]
+
+
+async def train_pooled(
+    processes: Processes,
+    task_arguments: Sequence[str],
+    rounds: int,
+    epochs: float,
+    step: Callable[[int, Scores], None],
+) -> list[Scores]:
+    """Scores on the held-out data after each round's worth of epochs; `step` hears of each.
+
+    Raises:
+        FedgrpcError: the training failed.
+    """
+    arguments = ["-m", "fedgrpc.tasks.pooled", *task_arguments, "--rounds", str(rounds), "--epochs", f"{epochs:g}"]
+    process = await processes.start(_NAME, arguments, piped=True)
+    assert process.stdout is not None
+    scores: list[Scores] = []
+    async for line in process.stdout:
+        scores.append(json.loads(line)["metrics"])
+        step(len(scores), scores[-1])
+    if (code := await process.wait()) != 0:
+        raise processes.failure(_NAME, code)
+    return scores

@@ -1,4 +1,4 @@
-"""Times, sizes and rates as people write them: 90, 1.5s, 10m; 256MiB; 50mbit."""
+"""Values as people write them: times (90, 1.5s, 10m), sizes (256MiB), rates (50mbit) and NAME=VALUE."""
 
 from __future__ import annotations
 
@@ -66,3 +66,23 @@ SIZE: Final = Quantity(
 RATE: Final = Quantity(
     "rate", {"": 1, "bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}, "500kbit or 50mbit", most=1e14
 )
+
+
+class NamedValues(click.ParamType[Any]):
+    """NAME=VALUE, as a pair."""
+
+    name = "name=value"
+
+    def __init__(self, number: bool = False) -> None:
+        self._number = number
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = str(value).partition("=")
+        if not name or not equals:
+            self.fail(f"{value!r} must look like NAME=VALUE", param, ctx)
+        try:
+            return name, float(text) if self._number else text
+        except ValueError:
+            self.fail(f"{value!r} must look like NAME=0.5", param, ctx)

@@ -1,4 +1,4 @@
-"""TLS on the command line: the settings of who dials and of who serves.
+"""Settings of commands that dial or serve: the aggregator's address, and TLS.
 
 A container's health check imports this every few seconds, so it imports no more than it needs.
 """
@@ -16,6 +16,9 @@ from fedgrpc.errors import UsageError
 from fedgrpc.rpc.channel import Tls
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+AGGREGATOR_SETTING: Setting = Declare("Where")(
+    "--aggregator", "The aggregator to ask.", default="127.0.0.1:50051", metavar="HOST:PORT"
+)
 
 
 def tls_settings(certificate_help: str, ca_help: str) -> list[Setting]:

@@ -6,8 +6,8 @@ import io
 
 from rich.console import Console
 
-from fedgrpc.cli.table import Column, Table
-from fedgrpc.cli.view import by_name, predictions_table, rounds_table, task_table, workers_table
+from fedgrpc.cli.tables import Column, Table, predictions_table, rounds_table, task_table, workers_table
+from fedgrpc.client import natural_order
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 
@@ -73,7 +73,7 @@ def test_an_abandoned_round_says_why_its_first_task_failed() -> None:
 
 
 def test_workers_come_in_the_order_that_people_count() -> None:
-    assert sorted(["pi-10", "pi-2", "a", "pi-1"], key=by_name) == ["a", "pi-1", "pi-2", "pi-10"]
+    assert sorted(["pi-10", "pi-2", "a", "pi-1"], key=natural_order) == ["a", "pi-1", "pi-2", "pi-10"]
 
 
 def test_a_worker_that_neither_polls_nor_trains_is_silent() -> None:

@@ -1,0 +1,154 @@
+"""The operator's API: calls to a running aggregator. The command line stands on it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from fedgrpc.errors import LinkError
+from fedgrpc.rpc.address import dialled
+from fedgrpc.rpc.channel import Tls, open_channel
+from fedgrpc.rpc.diagnosis import explain
+from fedgrpc.rpc.status import domain_errors
+from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.v1.aggregator_pb2_grpc import AggregatorStub
+from fedgrpc.v1.round_pb2 import Round
+
+_TIMEOUT_S = 10.0
+# The aggregator waits for a round that is committing, and copies the model.
+_COMMIT_TIMEOUT_S = 600.0
+_PAGE = 1000
+
+
+class Client:
+    """Calls to one aggregator. Every method raises `LinkError` when it cannot be reached."""
+
+    def __init__(self, channel: Any, address: str, tls: Tls | None = None) -> None:
+        stub: Any = AggregatorStub
+        self._stub = stub(channel)
+        self._health: Any = health_pb2_grpc.HealthStub(channel)
+        self._address = address
+        self._tls = tls
+
+    async def run(self) -> pb.Run:
+        """Return the run."""
+        with self._reaching():
+            answer: pb.GetRunResponse = await self._stub.GetRun(pb.GetRunRequest(), timeout=_TIMEOUT_S)
+        return answer.run
+
+    async def healthy(self) -> bool:
+        """Whether the aggregator serves: not while its data folder fails, nor while it ends."""
+        with self._reaching():
+            answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S)
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def workers(self) -> list[pb.WorkerRecord]:
+        """Return every worker that has registered, pi-2 before pi-10."""
+        workers: list[pb.WorkerRecord] = []
+        request = pb.ListWorkersRequest()
+        while True:
+            with self._reaching():
+                answer = await self._stub.ListWorkers(request, timeout=_TIMEOUT_S)
+            workers += answer.workers
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                return sorted(workers, key=lambda record: natural_order(record.worker))
+
+    async def latest_rounds(self, count: int, whole: bool = True) -> list[Round]:
+        """Return the last `count` rounds, oldest first; unless `whole`, without tasks that a page leaves out."""
+        rounds = []
+        async for record in self.rounds_back(min(count, _PAGE), whole):
+            rounds.append(record)
+            if len(rounds) == count:
+                break
+        return rounds[::-1]
+
+    async def all_rounds(self) -> list[Round]:
+        """Return every round, oldest first."""
+        return [record async for record in self.rounds_back()][::-1]
+
+    async def rounds_back(self, page_size: int = _PAGE, whole: bool = True) -> AsyncIterator[Round]:
+        """Yield every round, newest first, each with all of its tasks if `whole`."""
+        request = pb.ListRoundsRequest(page_size=page_size)
+        while True:
+            with self._reaching():
+                answer = await self._stub.ListRounds(request, timeout=_TIMEOUT_S)
+            for record in answer.rounds:
+                yield await self._whole(record) if whole and record.tasks_left_out else record
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                return
+
+    async def _whole(self, record: Round) -> Round:
+        """Return the round with the tasks that its record has left out."""
+        request = pb.GetRoundRequest(number=record.number)
+        whole: Round | None = None
+        while True:
+            with self._reaching():
+                answer = await self._stub.GetRound(request, timeout=_TIMEOUT_S)
+            if whole is None:
+                whole = answer.round
+            else:
+                whole.tasks.extend(answer.round.tasks)
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                whole.ClearField("tasks_left_out")
+                whole.ClearField("accepted_left_out")
+                return whole
+
+    async def watch(self, max_rate_hz: float = 0.0) -> AsyncIterator[pb.WatchRoundsResponse]:
+        """Yield the run and its current round each time they change, until the run ends."""
+        with self._reaching():
+            async for news in self._stub.WatchRounds(pb.WatchRoundsRequest(max_rate_hz=max_rate_hz)):
+                yield news
+
+    async def pause(self) -> pb.Run:
+        """Open no further round. Raises `IllegalTransition` once the run has ended."""
+        with self._reaching():
+            answer: pb.PauseRunResponse = await self._stub.PauseRun(pb.PauseRunRequest(), timeout=_TIMEOUT_S)
+        return answer.run
+
+    async def resume(self) -> pb.Run:
+        """Open rounds again. Raises `IllegalTransition` once the run has ended."""
+        with self._reaching():
+            answer: pb.ResumeRunResponse = await self._stub.ResumeRun(pb.ResumeRunRequest(), timeout=_TIMEOUT_S)
+        return answer.run
+
+    async def roll_back(self, version: int, reason: str) -> pb.Run:
+        """Continue from a kept version; 0: from a new first model. Raises `NotFound`, `IllegalTransition`."""
+        request = pb.RollBackRunRequest(version=version, reason=reason)
+        with self._reaching():
+            answer: pb.RollBackRunResponse = await self._stub.RollBackRun(request, timeout=_COMMIT_TIMEOUT_S)
+        return answer.run
+
+    async def stop(self, reason: str) -> pb.Run:
+        """End the run, and record the reason."""
+        request = pb.StopRunRequest(reason=reason)
+        with self._reaching():
+            answer: pb.StopRunResponse = await self._stub.StopRun(request, timeout=_TIMEOUT_S)
+        return answer.run
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        try:
+            with domain_errors():
+                yield
+        except LinkError as error:
+            why = explain(dialled(self._address), self._tls) or "is it running?"
+            raise LinkError(f"cannot reach an aggregator at {self._address}: {why} ({error})") from error
+
+
+@asynccontextmanager
+async def connect(address: str, tls: Tls | None = None) -> AsyncIterator[Client]:
+    """Dial an aggregator for as long as the block lasts."""
+    async with open_channel(address, tls) as channel:
+        yield Client(channel, address, tls)
+
+
+def natural_order(name: str) -> tuple[object, ...]:
+    """A sorting key by which pi-2 comes before pi-10."""
+    return tuple(int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name))
