@@ -61,7 +61,6 @@ class TrainJob(TrainingPlan):
     """
 
     epochs: float = 1.0
-    weight_decay: float | None = None
     seed: int = 0
     round: int = 0
     compression: CompressionPlan | None = None

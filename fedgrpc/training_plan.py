@@ -50,6 +50,7 @@ class TrainingPlan:
     batch_size: int | None = _parameter(_COUNT)
     learning_rate: float | None = _parameter(_POSITIVE)
     momentum: float | None = _parameter(_BELOW_ONE)
+    weight_decay: float | None = _parameter(_NOT_NEGATIVE)
     proximal_mu: float = _parameter(_NOT_NEGATIVE, 0.0)
     label_adjustment: float = _parameter(_NOT_NEGATIVE, 0.0)
     upload_reserve_s: float | None = _parameter(_NOT_NEGATIVE)

@@ -125,6 +125,7 @@ SETTINGS: list[Setting] = [
     _plan("--batch-size", "Examples in a batch."),
     _plan("--learning-rate", "Step size of the workers' optimizer."),
     _plan("--momentum", "Momentum of the workers' optimizer."),
+    _plan("--weight-decay", "Weight decay of the workers' optimizer (L2 penalty); 0: none."),
     _plan("--proximal-mu", "FedProx's pull towards the global model; 0: FedAvg."),
     _plan(
         "--label-adjustment",

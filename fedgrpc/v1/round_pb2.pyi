@@ -138,7 +138,7 @@ class RoundPolicy(_message.Message):
     def __init__(self, min_workers: _Optional[int] = ..., min_sample_size: _Optional[int] = ..., max_participants: _Optional[int] = ..., fraction: _Optional[float] = ..., over_selection: _Optional[float] = ..., quorum: _Optional[int] = ..., deadline: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., selection_window: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., selection_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., weight_aim: _Optional[float] = ..., max_share: _Optional[float] = ..., deadline_floor: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., late: _Optional[_Union[LatePolicy, str]] = ..., max_staleness: _Optional[int] = ..., buffer_size: _Optional[int] = ..., reconnect_grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class TrainingPlan(_message.Message):
-    __slots__ = ("epochs", "max_steps", "batch_size", "learning_rate", "momentum", "proximal_mu", "label_adjustment", "upload_reserve")
+    __slots__ = ("epochs", "max_steps", "batch_size", "learning_rate", "momentum", "proximal_mu", "label_adjustment", "upload_reserve", "weight_decay")
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
     MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +147,7 @@ class TrainingPlan(_message.Message):
     PROXIMAL_MU_FIELD_NUMBER: _ClassVar[int]
     LABEL_ADJUSTMENT_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_RESERVE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
     epochs: float
     max_steps: int
     batch_size: int
@@ -155,7 +156,8 @@ class TrainingPlan(_message.Message):
     proximal_mu: float
     label_adjustment: float
     upload_reserve: _duration_pb2.Duration
-    def __init__(self, epochs: _Optional[float] = ..., max_steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., proximal_mu: _Optional[float] = ..., label_adjustment: _Optional[float] = ..., upload_reserve: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    weight_decay: float
+    def __init__(self, epochs: _Optional[float] = ..., max_steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., proximal_mu: _Optional[float] = ..., label_adjustment: _Optional[float] = ..., upload_reserve: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., weight_decay: _Optional[float] = ...) -> None: ...
 
 class LeafInstructions(_message.Message):
     __slots__ = ("seed", "worker_weights", "local_models", "channels", "total_rounds", "normalize_steps", "max_examples", "clip_norm")

@@ -47,6 +47,7 @@ def test_a_target_is_met_from_its_value_on_and_only_by_its_own_metric():
         "batch_size": (0, -1, 1 << 32),
         "learning_rate": (0.0, -0.1, NAN, INF),
         "momentum": (-0.1, 1.0, NAN),
+        "weight_decay": (-0.1, NAN, INF),
         "proximal_mu": (-0.1, NAN, INF),
         "label_adjustment": (-0.1, NAN, INF),
     }.items(),

@@ -1,6 +1,7 @@
 """What operators may do and see."""
 
 import asyncio
+import dataclasses
 import threading
 
 import numpy as np
@@ -353,15 +354,15 @@ async def test_initial_weights_that_cannot_be_are_refused_and_another_worker_is_
 
 
 async def test_the_plan_reaches_the_trainers(tmp_path):
-    work = {"epochs": 2.0, "max_steps": 7, "batch_size": 5}
-    plan = TrainingPlan(**work, learning_rate=0.5, momentum=0.9, proximal_mu=0.25, label_adjustment=0.75)
+    names = [field.name for field in dataclasses.fields(TrainingPlan) if field.name != "upload_reserve_s"]
+    values = {name: 0.125 * number for number, name in enumerate(names, start=1)}
+    plan = TrainingPlan(**values | {"max_steps": 7, "batch_size": 5, "momentum": 0.0})
     async with running_aggregator(tmp_path, plan=plan, rounds=2, seed=3) as running:
         trainers = [ShiftTrainer(), ShiftTrainer()]
         crew = [start_worker(running, tmp_path, f"w{i}", trainer) for i, trainer in enumerate(trainers)]
         assert await asyncio.gather(*crew) == [0, 0]
     jobs = [job for trainer in trainers for job in trainer.jobs]
     for job in jobs:
-        assert (job.epochs, job.max_steps, job.batch_size) == (2.0, 7, 5)
-        assert (job.learning_rate, job.momentum, job.proximal_mu, job.label_adjustment) == (0.5, 0.9, 0.25, 0.75)
+        assert {name: getattr(job, name) for name in names} == {name: getattr(plan, name) for name in names}
     assert sorted(job.round for job in jobs) == [1, 1, 2, 2]
     assert len({job.seed for job in jobs}) == 4
