@@ -20,7 +20,7 @@ from fedgrpc.codec.rounding import C_RANGE
 from fedgrpc.errors import EncodeError
 
 _TRIES = 8
-# A payload that leaves less than this share of its budget is close enough.
+# A payload that leaves less than this share of its budget unused is close enough.
 _SPARE = 0.03
 # Elements whose bits tell what others of the same distribution take.
 _SAMPLE = 1 << 16
@@ -28,7 +28,7 @@ _SAMPLE = 1 << 16
 
 @dataclass(frozen=True)
 class Fitted:
-    """A recipe without a budget, and the bytes that it really makes of the tensors it was fitted to."""
+    """A recipe without a budget, and the size of the payload that it makes of the tensors it was fitted to."""
 
     recipe: Recipe
     size_bytes: int
@@ -41,13 +41,11 @@ def fit(
     draw: Callable[[], np.random.Generator],
     known: Layout = (),
 ) -> Fitted:
-    """The recipe with the smallest step, from its c on, whose payload of these tensors is at most `budget_bytes`;
-    with the coarsest step where even that is larger.
+    """Return the recipe with the smallest step, from its c on, whose payload has at most `budget_bytes`.
 
-    Each try really encodes, into nothing but a count. `draw` gives the same random numbers each time: a payload
-    then written with them has the size that was found, to the byte. `known` as in `layout_of`.
-
-    Raises EncodeError where there is no step.
+    If even the coarsest step makes a larger payload, return that. Each try really encodes and counts the bytes.
+    `draw` must give the same random numbers each time, so that a payload written with them has exactly the size
+    found. `known` as in `layout_of`. Raises EncodeError for an encoding without a step.
     """
     default = recipe.default
     if not isinstance(default, Entropy):
@@ -74,7 +72,11 @@ def _between(
     over: tuple[float, Fitted],
     under: tuple[float, Fitted],
 ) -> Fitted:
-    """Interpolate the logarithm of the size over that of c; halve where the end that fits stays as it is."""
+    """Search between a step that is over the budget and one under it.
+
+    Interpolate the logarithm of the size over that of c. Every second try halves the interval instead, since
+    interpolation alone may approach from one side only.
+    """
     for number in range(_TRIES):
         sizes = [math.log(max(1, found.size_bytes)) for _, found in (over, under)]
         share = (sizes[0] - math.log(max(1.0, (1 - _SPARE / 2) * budget_bytes))) / max(1e-9, sizes[0] - sizes[1])
@@ -91,7 +93,7 @@ def _between(
 
 
 class _Counter:
-    """A sink that keeps nothing."""
+    """A sink that keeps nothing: `PayloadWriter` counts the bytes itself."""
 
     def write(self, data: Buffer) -> int:
         return memoryview(data).nbytes
@@ -104,10 +106,10 @@ def _size(tensors: Mapping[str, Array], recipe: Recipe, rng: np.random.Generator
 
 @runtime_checkable
 class HasSymbols(Protocol):
-    """An encoding that can name the integers it codes."""
+    """An encoding that can return the integers it codes."""
 
     def symbols(self, data: memoryview, spec: TensorSpec) -> Array:
-        """Integers whose order-0 entropy is the yardstick."""
+        """Return the integers whose order-0 entropy is the yardstick."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Efficiency:
 
 
 def order0_bits(symbols: Array) -> float:
-    """Order-0 entropy of the symbols, in bits for each of them."""
+    """Return the order-0 entropy of the symbols, in bits per symbol."""
     if not symbols.size:
         return 0.0
     _, counts = np.unique(symbols, return_counts=True)
@@ -140,7 +142,7 @@ def order0_bits(symbols: Array) -> float:
 
 
 def measure(array: Array, encoding: Encoding, compression: Compression, rng: np.random.Generator) -> Efficiency:
-    """Encode one non-empty tensor and compare what comes out with its entropy."""
+    """Encode one non-empty tensor and compare its size with its entropy."""
     spec = spec_of("tensor", array)
     data = memoryview(encoding.encode(array, rng)).cast("B")
     symbols = encoding.symbols(data, spec) if isinstance(encoding, HasSymbols) else np.frombuffer(data, np.uint8)
@@ -152,9 +154,9 @@ def measure(array: Array, encoding: Encoding, compression: Compression, rng: np.
 
 
 def expected_bits(recipe: Recipe, elements: int) -> float:
-    """Bits on the wire for each of an update's `elements`, before there is an update: those of normal values.
+    """Return the bits per element expected on the wire for an update of `elements`, as if its values were normal.
 
-    A budget in bytes bounds them; one that goes by a link is not known here.
+    A budget in bytes bounds them. One that follows the link is not known here.
     """
     bits = _bits_of_normal(str(recipe.without_budget()))
     known = recipe.budget.isdecimal() and elements > 0

@@ -19,9 +19,9 @@ crc32 = _crc32
 LEAST_CHUNK_BYTES = 4 << 10
 FIRST_CHUNK_BYTES = 64 << 10
 CHUNK_BYTES = 1 << 20
-# With what frames it, a message fits the 4 MiB that a gRPC client of any language takes by default.
+# With its envelope, a message stays below the 4 MiB that gRPC clients of any language accept by default.
 LARGE_CHUNK_BYTES = 2 << 20
-# Well under any lease, and long enough that a message's own bytes do not count.
+# Well below any lease, and long enough that the overhead of a message is negligible.
 CHUNK_S = 1.0
 _GROWTH = 4
 _FAST_BYTES_PER_S = 32 << 20
@@ -29,7 +29,7 @@ _FAST_BYTES_PER_S = 32 << 20
 
 @dataclass(frozen=True)
 class Chunk:
-    """`data` is the payload's bytes from `offset`; `crc32` is of `data` alone."""
+    """Bytes of the payload from `offset`; `crc32` is of `data` alone."""
 
     offset: int
     data: bytes | memoryview
@@ -42,7 +42,7 @@ class Chunk:
 
 
 def chunks(read: Read, size_bytes: int, start_offset: int = 0, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """The payload's chunks from `start_offset`; raises WrongOffset beyond its end, CorruptError if short."""
+    """Yield the payload's chunks from `start_offset`. Raises WrongOffset beyond its end, CorruptError if short."""
     if not 0 <= start_offset <= size_bytes:
         raise WrongOffset(f"offset {start_offset} is not within the payload of {size_bytes} bytes")
     for offset in range(start_offset, size_bytes, chunk_bytes):
@@ -50,7 +50,7 @@ def chunks(read: Read, size_bytes: int, start_offset: int = 0, chunk_bytes: int 
 
 
 def chunk_at(read: Read, offset: int, size: int) -> Chunk:
-    """The chunk of `size` bytes at `offset`; raises CorruptError where the payload is shorter."""
+    """Return the chunk of `size` bytes at `offset`. Raises CorruptError where the payload is shorter."""
     data = read(offset, size)
     if len(data) != size:
         raise CorruptError(f"the payload ends at byte {offset + len(data)}, {offset + size} are declared")
@@ -59,11 +59,11 @@ def chunk_at(read: Read, offset: int, size: int) -> Chunk:
 
 @dataclass
 class ChunkSizer:
-    """How large the next chunk is best: what the link carries in about `CHUNK_S`, within `least` and `most` bytes.
+    """Size of the next chunk: what the link carries in about `CHUNK_S`, within `least` and `most` bytes.
 
-    A chunk is kept whole or not at all. So on a slow link a broken stream loses little, and a chunk takes far less
-    than the lease. An unknown link begins with `FIRST_CHUNK_BYTES`. Beside its bytes a large chunk costs both ends
-    no more work than a small one, so a fast link gets the largest.
+    A receiver keeps a chunk whole or not at all. Small chunks on a slow link lose little with a broken stream, and
+    take far less than the lease. Both ends work as much for a small chunk as for a large one, so a fast link gets
+    the largest. An unknown link starts with `FIRST_CHUNK_BYTES`.
     """
 
     most: int = LARGE_CHUNK_BYTES
@@ -76,7 +76,7 @@ class ChunkSizer:
         self.chunk_bytes = min(self.chunk_bytes, self.most)
 
     def note(self, size_bytes: int, took_s: float) -> None:
-        """So long it took to hand over a chunk. The first ones only fill buffers: a few are judged together."""
+        """Note how long a chunk took to hand over. A few are judged together: the first ones only fill buffers."""
         self._noted_bytes += size_bytes
         self._noted_s += took_s
         if took_s <= 2 * CHUNK_S and self._noted_bytes < (_GROWTH - 1) * self.chunk_bytes:
@@ -86,21 +86,21 @@ class ChunkSizer:
         self._noted_bytes, self._noted_s = 0, 0.0
 
     def after_break(self) -> None:
-        """The stream broke off: the next one begins small, and smaller each time, until chunks get through."""
+        """Start small after a broken stream, and smaller each time, until chunks get through."""
         smaller = min(self.chunk_bytes // _GROWTH, FIRST_CHUNK_BYTES)
         self.chunk_bytes = max(smaller, min(self.least, self.most))
         self._noted_bytes, self._noted_s = 0, 0.0
 
 
 def _largest_chunk(size_bytes: int, took_s: float) -> int:
-    """A power of two that a link which carried `size_bytes` in `took_s` carries in `CHUNK_S`."""
+    """Return the power of two that a link carries in `CHUNK_S`, given that it carried `size_bytes` in `took_s`."""
     if size_bytes >= _FAST_BYTES_PER_S * took_s:
         return LARGE_CHUNK_BYTES
     return min(CHUNK_BYTES, 1 << int(CHUNK_S * size_bytes / took_s).bit_length() >> 1)
 
 
 def check_chunk(chunk: Chunk, expected_offset: int, remaining_bytes: int) -> None:
-    """Raise unless the chunk is the next one of an upload that is still owed `remaining_bytes`.
+    """Raise unless the chunk is the next one of an upload that lacks `remaining_bytes`.
 
     WrongOffset: it starts elsewhere (duplicated, reordered, overlapping or after a gap). TooLargeError: it
     runs past the declared end. LayoutError: it is empty. CorruptError: its CRC does not fit.

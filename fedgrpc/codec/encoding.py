@@ -1,4 +1,4 @@
-"""How one tensor's elements become bytes: the interface of every scheme, and its text form.
+"""Encodings: how one tensor's elements become bytes. The interface of every scheme, and its text form.
 
 Each scheme is a frozen dataclass in its own module. An encoding is stateless, never changes its input,
 and carries in its text form (`str(encoding)`) all that a reader needs besides the bytes and the spec.
@@ -37,20 +37,20 @@ class Encoding(Protocol):
         """Whether |x - decode(encode(x))| < |x| in the mean square, which error feedback needs."""
 
     def text(self, *, full: bool = False) -> str:
-        """`NAME:key=value,...` that `parse_encoding` reads; the full one leaves no key to its default."""
+        """Return `NAME:key=value,...` for `parse_encoding`; the full text leaves no key to its default."""
 
     def encode(self, array: Array, rng: np.random.Generator) -> Buffer:
-        """Bytes of the tensor; raises EncodeError for values that are not finite or out of range."""
+        """Return the bytes of the tensor. Raises EncodeError for values that are not finite or out of range."""
 
     def decode(self, data: memoryview, spec: TensorSpec) -> Array:
-        """Tensor of `spec`, possibly a read-only view of `data`.
+        """Return the tensor of `spec`, possibly a read-only view of `data`.
 
         Takes no more memory than `spec` implies. Raises LayoutError for a wrong number of bytes and
         CorruptError for bytes that no encoder writes.
         """
 
     def size_bounds(self, spec: TensorSpec) -> tuple[int, int]:
-        """Least and most bytes that `encode` may give for a tensor of `spec`; equal where it is fixed."""
+        """Return the least and most bytes that `encode` may give for a tensor of `spec`; equal if fixed."""
 
 
 _PARSERS: dict[str, Callable[[str], Encoding]] = {
@@ -72,7 +72,7 @@ ENCODING_NAMES: tuple[str, ...] = tuple(_PARSERS)
 
 @lru_cache(maxsize=1024)
 def parse_encoding(text: str) -> Encoding:
-    """Read `NAME` or `NAME:key=value,key=value`; raises UsageError with one line that says what is wrong."""
+    """Read `NAME` or `NAME:key=value,key=value`. Raises UsageError in one line."""
     if len(text) > MAX_TEXT_CHARS:
         raise UsageError(f"an encoding of {len(text)} characters; allowed are {MAX_TEXT_CHARS}")
     name, _, options = text.strip().partition(":")

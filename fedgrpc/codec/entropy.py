@@ -1,19 +1,18 @@
-"""Coarse scalar quantization made for an entropy coder (Mitchell et al., arXiv 2201.02664).
+"""Coarse scalar quantization for an entropy coder (Mitchell et al., arXiv 2201.02664).
 
     d = c * RMS(x),   q = floor(x / d + u),  u ~ U[0, 1)  (stochastic, unbiased)  or  1/2 (nearest)
 
-At c = 3 to 8 nearly all q are zero, and their entropy is 0.4 to 1.1 bit. zstd cannot spend less than a
-bit on a byte, so the symbols are arranged such that its bytes are few and each carries several bits:
+At c = 3 to 8 nearly all q are zero, and their entropy is 0.4 to 1.1 bit. zstd cannot spend less than a bit on a
+byte, so the symbols are arranged in few bytes that each carry several bits:
 
     dense    q within [-m, m], m = (b-1)/2, as digits in base b, several to a byte (b = 255, 15, 5);
-             whatever is larger follows as marks
-    sparse   b = 1: no digits at all, every non-zero q is a mark (see `packing`)
+             larger ones follow as marks
+    sparse   b = 1: no digits, every non-zero q is a mark (see `packing`)
 
-Marks come in levels: level 1 has the position and sign of every |q| > m, level j those members of level
-j - 1 with |q| >= m + j, and the members of the last level carry what is left as a count. The base is
-chosen per tensor from its share of zeros. After zstd level 1 the content was 1 to 4 % above the order-0
-entropy of q for c from 0.1 to 30 and Laplace, Gauss and Student-3 data, and 6 % for Student-3 at c near 1
-(`tools/bench/codec.py`).
+Marks come in levels. Level 1 has the position and sign of every |q| > m, level j those members of level j - 1 with
+|q| >= m + j, and the members of the last level carry the rest of |q| as a count. The base is chosen per tensor
+from its share of zeros. After zstd level 1 the content was 1 to 4 % above the order-0 entropy of q for c from 0.1
+to 30 and Laplace, Gauss and Student-3 data, and 6 % for Student-3 at c near 1 (`tools/bench/codec.py`).
 
     bytes: d float32, b uint8, levels uint8, zero uint16, the bytes of each level uint32, bytes of counts
     uint32 (only if there are levels), digits, levels, counts
@@ -48,12 +47,12 @@ _SMALLEST_STEP = 2.0**-126
 
 @dataclass(frozen=True)
 class Entropy:
-    """Unbiased coarse quantization (arXiv 2201.02664); meant for "+zstd", without which little is gained.
+    """Unbiased coarse quantization (arXiv 2201.02664). Use it with "+zstd": without, little is gained.
 
-    Give the step as `c` (in units of the tensor's RMS), or as `distortion`, the wanted relative squared
-    error |x - decoded|^2 / |x|^2, from which c is then found. The error of an element is below d.
-    With a `budget`, a number of bytes or "link" (what goes through the sender's link in the time left), c is
-    the finest step, and whoever writes the payload finds a coarser one where it has to (`codec.budget`).
+    Give the step as `c` (in units of the tensor's RMS), or as `distortion`, the wanted relative squared error
+    |x - decoded|^2 / |x|^2, from which c is then found. The error of an element is below d. With a `budget`, c is
+    the finest step, and the writer of the payload finds a coarser one if necessary (`codec.budget`). A budget is a
+    number of bytes, or "link": what the sender's link carries in the time left.
     """
 
     name: ClassVar[str] = "entropy"
@@ -116,7 +115,7 @@ class Entropy:
         return _HEADER.size, max(_HEADER.size, spec.nbytes)
 
     def symbols(self, data: memoryview, spec: TensorSpec) -> Array:
-        """The quantized integers, flat: what the order-0 entropy is taken of."""
+        """Return the quantized integers, flat, for the order-0 entropy."""
         out = np.empty(spec.size, np.int32)
         for piece, symbols in _symbols(_split(data, spec), spec.size):
             out[piece] = symbols
@@ -129,7 +128,7 @@ class Entropy:
 
 
 def _digit_table(base: int) -> Array:
-    """For every byte its symbols, little-endian in a word of 1, 2 or 4 bytes."""
+    """Return the symbols of every byte, little-endian in a word of 1, 2 or 4 bytes."""
     per_byte = DIGITS_PER_BYTE[base]
     width = (1, 2, 4)[per_byte - 1]
     table = np.zeros((256, width), np.int8)
@@ -142,7 +141,8 @@ _DIGIT_TABLES = {base: _digit_table(base) for base in (255, 15, 5)}
 
 
 def _base(zeros: float) -> int:
-    """Thresholds where the measured curves (Laplace, Gauss, Student) of two bases cross."""
+    """Return the base for a share of zeros."""
+    # The thresholds are where the measured curves (Laplace, Gauss, Student) of two bases cross.
     if zeros >= 0.64:
         return 1
     if zeros >= 0.47:
@@ -151,7 +151,7 @@ def _base(zeros: float) -> int:
 
 
 def _quantize(values: Array, step: np.float32, base: int, dither: Dither | None) -> tuple[Array, Array, Array]:
-    """Digit bytes; positions and values of the symbols that are beyond the digits."""
+    """Return the digit bytes, and positions and values of the symbols that digits cannot hold."""
     middle, per_byte = (base - 1) // 2, DIGITS_PER_BYTE[base]
     inverse = np.float32(1) / step
     digits, positions, symbols = [], [], []
@@ -161,6 +161,7 @@ def _quantize(values: Array, step: np.float32, base: int, dither: Dither | None)
             np.rint(scaled, out=scaled)
         else:
             np.floor(np.add(scaled, dither.at(piece.start, scaled.size), out=scaled), out=scaled)
+        # Marks are rare, so they are collected piece by piece while the symbols are in the cache.
         marked = np.flatnonzero(np.abs(scaled) > middle if middle else scaled != 0)
         positions.append(marked + piece.start)
         symbols.append(scaled[marked])
@@ -187,7 +188,7 @@ def _pack_digits(digits: Array, base: int, per_byte: int) -> Array:
 
 
 def _from_digits(packed: Array, base: int) -> Array:
-    """Symbols within the digits' range, int8; those that fill the last byte, too."""
+    """Return the symbols of digit bytes, int8, with those that only fill the last byte."""
     if packed.max(initial=0) >= base ** DIGITS_PER_BYTE[base]:
         raise CorruptError(f"a byte of base {base} digits is {packed.max()}")
     # One table entry holds all symbols of a byte, as the bytes of one word.
@@ -200,6 +201,8 @@ def _write_levels(positions: Array, symbols: Array, middle: int) -> tuple[list[A
         return [], np.empty(0, np.uint8)
     levels = [write_marks(positions, symbols < 0)]
     left = np.abs(symbols).astype(np.int64) - middle - 1
+    # Each level halves or better, since magnitudes fall off quickly. A level of few members costs more than
+    # counts.
     while len(levels) < MAX_LEVELS:
         members = np.flatnonzero(left)
         if members.size < _FEWEST_FOR_A_LEVEL:
@@ -211,7 +214,7 @@ def _write_levels(positions: Array, symbols: Array, middle: int) -> tuple[list[A
 
 @dataclass(frozen=True)
 class _Parts:
-    """An encoded tensor taken apart; the streams are views of it."""
+    """The parts of an encoded tensor. The streams are views of it."""
 
     step: np.float32
     base: int
@@ -221,7 +224,7 @@ class _Parts:
 
 
 def _symbols(parts: _Parts, size: int) -> Iterator[tuple[slice, Array]]:
-    """The symbols in order as float32, each piece good until the next. Raises CorruptError."""
+    """Yield the symbols in order as float32, each piece valid until the next. Raises CorruptError."""
     per_byte = DIGITS_PER_BYTE[parts.base]
     beyond = _Beyond(parts)
     buffer = np.empty(min(size, _DECODED_AT_ONCE), np.float32)
@@ -239,7 +242,7 @@ def _symbols(parts: _Parts, size: int) -> Iterator[tuple[slice, Array]]:
 
 
 class _Beyond:
-    """The symbols that are beyond the digits, in order; each level is read only as far as it is needed."""
+    """The symbols that digits cannot hold, in order. Each level is read only as far as needed."""
 
     def __init__(self, parts: _Parts) -> None:
         self._middle = (parts.base - 1) // 2
@@ -247,11 +250,12 @@ class _Beyond:
         self._counts = CountReader(parts.counts)
 
     def among(self, count: int) -> tuple[Array, Array]:
-        """Places and values of those among the next `count` elements."""
+        """Return places and values of such symbols among the next `count` elements."""
         if not self._levels:
             return np.empty(0, np.int64), np.empty(0, np.float32)
         places, negative = self._levels[0].among(count)
         magnitude = np.full(places.size, self._middle + 1, np.int64)
+        # A level marks members of the level before, so positions are looked up level by level.
         members = np.arange(places.size)
         for level in self._levels[1:]:
             members = members[level.among(members.size)[0]]
@@ -260,7 +264,7 @@ class _Beyond:
         return places, np.where(negative, -magnitude, magnitude)
 
     def finish(self) -> None:
-        """Raise CorruptError where there are marks or counts of no element."""
+        """Raise CorruptError if marks or counts are left over."""
         for level in self._levels:
             level.finish()
         self._counts.finish()
@@ -275,7 +279,7 @@ def _join(step: np.float32, base: int, levels: list[Array], counts: Array, digit
 
 
 def _split(data: memoryview, spec: TensorSpec) -> _Parts:
-    """Raises CorruptError or LayoutError."""
+    """Take an encoded tensor apart. Raises CorruptError or LayoutError."""
     if data.nbytes < _HEADER.size:
         raise LayoutError(f"tensor {spec.name!r} has {data.nbytes} encoded bytes, its header {_HEADER.size}")
     step, base, count, zero = _HEADER.unpack_from(data)
@@ -296,7 +300,10 @@ def _split(data: memoryview, spec: TensorSpec) -> _Parts:
 
 
 def _check_members(streams: list[Array], spec: TensorSpec) -> None:
-    """Before memory is taken: no level has more members than the one before, and each of the last has a count."""
+    """Raise CorruptError unless no level has more members than the one before, and the last has as many counts.
+
+    Checked before any memory is taken for marks.
+    """
     members = [spec.size, *map(ends_in, streams)]
     if len(streams) > 1 and members[-1] != members[-2]:
         raise CorruptError(f"tensor {spec.name!r} has {members[-1]} counts for {members[-2]} members")

@@ -2,9 +2,8 @@
 
     p_t = delta_t + e_t,   sent = C(p_t),   e_{t+1} = p_t - decode(sent)
 
-Pure: the caller keeps the old residual until the update is safe, and chooses which of the two survives.
-An encoding that is not contractive (coarse unbiased rounding) would make the residual grow without
-bound, so it keeps none.
+The caller keeps the old residual until the update is safe, and decides which of the two survives. An encoding that
+is not contractive (coarse unbiased rounding) would make the residual grow without bound, so none is kept for it.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ Keep = Callable[[str, Array], None]
 
 @dataclass(frozen=True)
 class Residual:
-    """The error still owed, for the tensors that have any; valid for one layout only."""
+    """The error still owed, for the tensors that have any. Valid for one layout only."""
 
     layout: Layout = ()
     tensors: Mapping[str, Array] = field(default_factory=dict)
 
     def for_layout(self, layout: Layout) -> Residual:
-        """This residual, or an empty one when the model's layout has changed."""
+        """Return this residual, or an empty one if the model's layout has changed."""
         return self if trained(self.layout) == trained(layout) else Residual(layout)
 
 
 def trained(layout: Layout) -> Layout:
-    """The tensors that may owe anything: the others arrive as they are, or are left out."""
+    """Return the tensors that may owe an error. The others arrive unchanged, or are left out."""
     return tuple(spec for spec in layout if spec.is_trained)
 
 
@@ -51,12 +50,12 @@ def write_with_feedback(
     layout: Layout | None = None,
     keep: Keep | None = None,
 ) -> tuple[Manifest, Residual]:
-    """Write delta + residual to `out`; return its manifest and the residual of the next update.
+    """Write delta + residual to `out`. Return the manifest and the residual of the next update.
 
-    `layout` is delta's, in its order; give it where a delta computes its tensors when it is asked for them. `keep`
-    takes the new residual as it comes, each tensor whole or in flat parts that are good until it returns; the
-    residual that is returned is then without tensors. Neither input is changed. Raises EncodeError as
-    `write_payload` does, the old residual then stays valid.
+    `layout` is that of `delta`, in its order: give it where `delta` computes its tensors on access. `keep`
+    receives the new residual as it arises, each tensor whole or in flat parts that are valid until `keep` returns.
+    The returned residual then has no tensors. Neither input is changed. Raises EncodeError as `write_payload`
+    does, and the old residual stays valid.
     """
     layout = layout_of(delta) if layout is None else layout
     owed = residual.for_layout(layout).tensors
@@ -86,7 +85,7 @@ def quantize_with_feedback(
     rng: np.random.Generator,
     keep: Keep,
 ) -> memoryview:
-    """One float32 tensor of `write_with_feedback`, each piece from delta to residual while it is in the cache."""
+    """Encode one float32 tensor, taking each piece from delta to residual while it is in the cache."""
     part = part_of(delta, spec.name)
     if spec.name in owed:
         part = _sum_of(part, part_of(owed, spec.name))
@@ -105,7 +104,7 @@ def _sum_of(one: Part, other: Part) -> Part:
 
 
 class _Left:
-    """A residual that stays in memory."""
+    """Collector of a residual that stays in memory."""
 
     def __init__(self) -> None:
         self._parts: dict[str, list[Array]] = {}
@@ -119,7 +118,7 @@ class _Left:
 
 
 class Corrected(Mapping[str, Array]):
-    """What `write_with_feedback` encodes: delta + residual, each tensor computed when it is asked for."""
+    """delta + residual, each tensor computed on access: what `write_with_feedback` encodes."""
 
     def __init__(self, delta: Mapping[str, Array], residual: Residual, layout: Layout) -> None:
         self._delta = delta
@@ -136,12 +135,12 @@ class Corrected(Mapping[str, Array]):
 
 
 def correct(delta: Array, owed: Array | None) -> Array:
-    """delta + owed in delta's dtype, or delta itself when nothing is owed."""
+    """Return delta + owed in delta's dtype, or delta itself when nothing is owed."""
     return delta if owed is None else np.add(delta, owed, dtype=delta.dtype)
 
 
 def left_over(corrected: Array, decoded: Array) -> Array:
-    """corrected - decoded, written into the decoded array where that is allowed."""
+    """Return corrected - decoded, written into the decoded array where that is writable."""
     if not decoded.flags.writeable:
         return np.subtract(corrected, decoded)
     return np.subtract(corrected, decoded, out=decoded)

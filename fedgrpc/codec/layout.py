@@ -1,7 +1,7 @@
-"""What tensors a payload holds: names, dtypes, shapes and roles, without their values.
+"""Layouts: names, dtypes, shapes and roles of the tensors of a model or payload, without their values.
 
-Nothing here is trusted: a layout may come from the wire, so every property is plain arithmetic on
-Python integers, and `TensorSpec.validate` decides before any memory is taken.
+A layout may come from the wire and is not trusted. So every property is plain arithmetic on Python integers, and
+`TensorSpec.validate` decides before any memory is taken.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_TIED_NAMES = 64
 
 
 class TensorRole(StrEnum):
-    """What a tensor is to the model. Only floats that are parameters travel as differences, and may lose bits.
+    """The part that a tensor plays in a model. Only float parameters travel as differences, and may lose bits.
 
     The others have a domain: a variance below 0 or half a mask means nothing. They travel as values, without loss.
     """
@@ -52,7 +52,7 @@ _ROLES_BY_NAME = {
 
 
 def role_by_name(name: str) -> TensorRole:
-    """The role of a tensor where nobody has told it: names tell PyTorch's batch statistics."""
+    """Return the role of a tensor that none was given for: PyTorch's batch statistics are known by their names."""
     return _ROLES_BY_NAME.get(name.rpartition(".")[2], TensorRole.PARAMETER)
 
 
@@ -60,7 +60,7 @@ def role_by_name(name: str) -> TensorRole:
 class TensorSpec:
     """One tensor's name, dtype (one of `DTYPE_NAMES`), shape and role; 0-d and empty tensors are legal.
 
-    `tied_names`: further names under which the model's code knows this very tensor.
+    `tied_names`: further names of this very tensor in the model's code.
     """
 
     name: str
@@ -123,7 +123,7 @@ Layout = tuple[TensorSpec, ...]
 
 
 def spec_of(name: str, array: Array, known: TensorSpec | None = None) -> TensorSpec:
-    """Spec of an array: role and tied names as `known` has them, by the name where nothing is known.
+    """Return the spec of an array. Role and tied names are those of `known`, or else follow from the name.
 
     Raises EncodeError for a dtype that payloads do not carry.
     """
@@ -136,13 +136,13 @@ def spec_of(name: str, array: Array, known: TensorSpec | None = None) -> TensorS
 
 
 def layout_of(tensors: Mapping[str, Array], known: Layout = ()) -> Layout:
-    """Layout of a state dict, in its order; each tensor as `spec_of` with that of its name in `known`."""
+    """Return the layout of a state dict, in its order; roles and tied names come from `known` (see `spec_of`)."""
     by_name = {spec.name: spec for spec in known}
     return tuple(spec_of(name, array, by_name.get(name)) for name, array in tensors.items())
 
 
 def check_unique(layout: Layout) -> None:
-    """Raise LayoutError where two tensors have a name in common."""
+    """Raise LayoutError if two tensors have a name in common."""
     names = [name for spec in layout for name in (spec.name, *spec.tied_names)]
     if len(set(names)) != len(names):
         raise LayoutError("a layout names a tensor twice")

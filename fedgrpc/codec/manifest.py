@@ -1,4 +1,4 @@
-"""What a payload declares about itself, and the checks made on it before any memory is taken."""
+"""Manifests: what a payload declares about itself, and the checks on that before any memory is taken."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds that a receiver sets; sizes in bytes.
+    """Bounds that a receiver sets, in bytes.
 
-    `max_payload_bytes` bounds the wire, `max_content_bytes` the encoded tensors after inflation, and
-    `max_decoded_bytes` the tensors themselves (a sparse tensor of few bytes may declare a huge shape).
+    `max_payload_bytes` bounds the bytes on the wire, `max_content_bytes` the encoded tensors after inflation, and
+    `max_decoded_bytes` the tensors themselves: a sparse tensor of few bytes may declare a huge shape.
     """
 
     max_payload_bytes: int = 4 * GIB
@@ -32,7 +32,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a payload: what it is, how it is encoded, and in how many bytes of the content."""
+    """One tensor of a payload: its spec, its encoding, and how many bytes of the content it takes."""
 
     spec: TensorSpec
     encoding: Encoding
@@ -41,7 +41,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Frame:
-    """One independent compressed frame: bytes on the wire and bytes it inflates to."""
+    """One independent zstd frame: its bytes on the wire, and the bytes that it inflates to."""
 
     size_bytes: int
     content_size_bytes: int
@@ -49,10 +49,10 @@ class Frame:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A payload's declaration. `sha256` and `size_bytes` are of the payload as it is on the wire.
+    """The declaration of a payload. `sha256` and `size_bytes` are of the payload as it is on the wire.
 
-    The content (encoded tensors end to end, in order) is cut into `frames`; with compression "none" the
-    payload is the content itself and `frames` is empty. No tensors at all is legal: an evaluation report.
+    The content (encoded tensors end to end, in order) is cut into `frames`. With compression "none" the payload is
+    the content itself and `frames` is empty. A payload without tensors is legal: an evaluation report.
     """
 
     entries: tuple[TensorEntry, ...]
@@ -63,7 +63,7 @@ class Manifest:
 
     @classmethod
     def of_nothing(cls) -> Manifest:
-        """The declaration of a payload without tensors and without a byte."""
+        """Return the manifest of a payload without tensors, which has no bytes."""
         return cls((), "none", (), 0, hashlib.sha256().digest())
 
     @property
@@ -77,12 +77,12 @@ class Manifest:
         return sum(entry.size_bytes for entry in self.entries)
 
     def validate(self, limits: Limits) -> None:
-        """Raise TooLargeError for what is over a limit, LayoutError for what does not fit together."""
+        """Raise TooLargeError for a value over a limit, LayoutError for parts that contradict each other."""
         check_entries(self.entries, limits.max_dims)
         self.validate_sizes(limits)
 
     def validate_sizes(self, limits: Limits) -> None:
-        """The part of `validate` that is left once `check_entries` has passed."""
+        """Check the rest of `validate`, once `check_entries` has passed."""
         _at_most(len(self.entries), limits.max_tensors, "tensors")
         _at_most(len(self.frames), limits.max_frames, "frames")
         _at_most(self.size_bytes, limits.max_payload_bytes, "payload bytes")
@@ -117,18 +117,18 @@ class Manifest:
 
 
 def compress_bound(content_size_bytes: int) -> int:
-    """Bytes that a zstd frame takes at most: ZSTD_compressBound of zstd.h."""
+    """Return the most bytes that a zstd frame takes: ZSTD_compressBound of zstd.h."""
     short = max(0, (128 << 10) - content_size_bytes)
     return content_size_bytes + (content_size_bytes >> 8) + (short >> 11)
 
 
 def most_frames(content_size_bytes: int) -> int:
-    """How many frames the content may be cut into: with them a payload is hardly larger than its content."""
+    """Return how many frames the content may be cut into. So few make a payload hardly larger than its content."""
     return 64 + (content_size_bytes >> 10)
 
 
 def check_entries(entries: Sequence[TensorEntry], max_dims: int) -> None:
-    """Raise LayoutError for a tensor that cannot be, or that is named twice."""
+    """Raise LayoutError for an impossible tensor, and for one that is named twice."""
     for entry in entries:
         _check_entry(entry, max_dims)
     check_unique(tuple(entry.spec for entry in entries))

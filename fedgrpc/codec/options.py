@@ -17,7 +17,7 @@ _CONVERTERS: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": _
 
 
 def parse_options(cls: type[T], text: str, **fixed: Any) -> T:
-    """Build `cls` from `key=value,key=value`; raises UsageError in one line for a bad key or value."""
+    """Build `cls` from `key=value,key=value`. Raises UsageError in one line for a bad key or value."""
     types = {field.name: str(field.type) for field in dataclasses.fields(cls) if field.name not in fixed}  # type: ignore[arg-type]
     values: dict[str, Any] = dict(fixed)
     for pair in filter(None, text.split(",")):
@@ -32,9 +32,9 @@ def parse_options(cls: type[T], text: str, **fixed: Any) -> T:
 
 
 def format_options(name: str, encoding: Any, *hidden: str, full: bool = False) -> str:
-    """`name:key=value,...` with every setting that is neither hidden nor at its default.
+    """Return `name:key=value,...` with every setting that is neither hidden nor at its default.
 
-    The `full` text has those at their default, too, but none that is then not in force: a `distortion` of 0.
+    The `full` text has settings at their default too, except those that are then off, such as a `distortion` of 0.
     """
     pairs = []
     for field in dataclasses.fields(encoding):

@@ -30,7 +30,7 @@ _PIECE_BYTES = 1 << 14
 
 
 def _folds(bits: int) -> tuple[tuple[int, int, int], ...]:
-    """(shift, mask of the fields that stay, mask of those that move down) for each halving of a word."""
+    """Return (shift, mask of fields that stay, mask of fields that move down) for each halving of a word."""
     lanes = _GROUPS[bits][0]
     folds, lane, field = [], 8, bits
     while lanes > 1:
@@ -44,7 +44,7 @@ _FOLDS = {bits: _folds(bits) for bits in _GROUPS}
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes that `count` codes of `bits` bits take."""
+    """Return the bytes that `count` codes of `bits` bits take."""
     return (count * bits + 7) // 8
 
 
@@ -64,7 +64,7 @@ def pack(codes: Array, bits: int) -> Array:
 
 
 def unpack(packed: Array, count: int, bits: int) -> Array:
-    """The first `count` codes of `packed_size(count, bits)` packed bytes, as uint8."""
+    """Return the first `count` codes of `packed_size(count, bits)` packed bytes, as uint8."""
     if bits == 8:
         return packed[:count]
     if bits == 1:
@@ -86,7 +86,7 @@ def _padded(codes: Array, multiple: int) -> Array:
 
 
 def write_marks(positions: Array, flags: Array | None = None) -> Array:
-    """Stream of increasing int64 positions, each with a flag (bool) if flags are given; uint8."""
+    """Return the stream of increasing int64 positions, each with a flag (bool) if flags are given."""
     gaps = np.diff(positions, prepend=-1) - 1
     if flags is None:
         return write_counts(gaps)
@@ -94,7 +94,7 @@ def write_marks(positions: Array, flags: Array | None = None) -> Array:
 
 
 class MarkReader:
-    """The positions of a stream in order, a bounded number of bytes at a time: it takes no more for a long one."""
+    """Reads the positions of a stream in order, a bounded number of bytes at a time, however long it is."""
 
     def __init__(self, stream: Array, *, flagged: bool = False) -> None:
         """Raises CorruptError for a stream that ends within a gap."""
@@ -109,7 +109,7 @@ class MarkReader:
         self._flags = np.empty(0, np.bool_)
 
     def among(self, count: int) -> tuple[Array, Array]:
-        """Which of the next `count` elements are marked, counted from the first of them, and their flags."""
+        """Return which of the next `count` elements are marked, relative to the first, and their flags."""
         stop = self._first + count
         while self._passed < stop and self._read_bytes < self._stream.size:
             self._read()
@@ -118,7 +118,7 @@ class MarkReader:
         return positions - start, flags
 
     def take(self, count: int) -> Array:
-        """Positions of the next `count` marks; raises CorruptError where there are fewer."""
+        """Return the positions of the next `count` marks. Raises CorruptError if there are fewer."""
         while self._positions.size < count and self._read_bytes < self._stream.size:
             self._read()
         if self._positions.size < count:
@@ -126,7 +126,7 @@ class MarkReader:
         return self._taken(count)[0]
 
     def finish(self) -> None:
-        """Raise CorruptError where marks are left."""
+        """Raise CorruptError if marks are left."""
         if self._positions.size or self._read_bytes < self._stream.size:
             raise CorruptError("a stream marks more positions than there are")
 
@@ -145,7 +145,7 @@ class MarkReader:
             steps = np.where(last, (piece >> 1) + np.uint8(1), np.uint8(RUN_FLAGGED))
             self._flags = np.concatenate([self._flags, (piece[last] & 1).astype(np.bool_)])
         else:
-            # A pass is over as many positions as its byte says; any other byte marks one more.
+            # A pass skips as many positions as its byte says. Any other byte marks one more.
             steps = piece.astype(np.uint16) + last
         ends = np.cumsum(steps, dtype=np.int64) + self._passed
         self._passed = int(ends[-1])
@@ -155,7 +155,7 @@ class MarkReader:
 
 
 class CountReader:
-    """The counts of a stream in order, a bounded number of bytes at a time; none is above `MAX_COUNT`."""
+    """Reads the counts of a stream in order, a bounded number of bytes at a time. None is above `MAX_COUNT`."""
 
     def __init__(self, stream: Array) -> None:
         """Raises CorruptError for a stream that ends within a count."""
@@ -166,7 +166,7 @@ class CountReader:
         self._counts = np.empty(0, np.int64)
 
     def take(self, count: int) -> Array:
-        """The next `count` of them, int64; raises CorruptError where there are fewer."""
+        """Return the next `count` counts, int64. Raises CorruptError if there are fewer."""
         if self._counts.size + self._stream.size - self._read_bytes < count:
             raise CorruptError("a stream has fewer counts than are due")
         while self._counts.size < count and self._read_bytes < self._stream.size:
@@ -194,7 +194,7 @@ class CountReader:
 
 
 def write_counts(counts: Array) -> Array:
-    """Stream of non-negative integers, each as count // 255 bytes 255 and one byte count % 255."""
+    """Return the stream of non-negative integers: each is count // 255 bytes 255 and one byte count % 255."""
     return _stream_of(counts, RUN, None)
 
 
@@ -204,12 +204,12 @@ def _stream_of(counts: Array, run: int, flags: Array | None) -> Array:
     final[passing] = counts[passing] % run
     if flags is not None:
         final = (final << np.uint8(1)) | flags.view(np.uint8)
-    # Almost no byte is a pass: they are inserted rather than every byte's place computed.
+    # Almost no byte is a pass, so inserting them is cheaper than computing the place of every byte.
     return np.insert(final, np.repeat(passing, counts[passing] // run), PASS) if passing.size else final
 
 
 def ends_in(stream: Array) -> int:
-    """How many marks or counts a stream has, found out in little memory."""
+    """Count the marks or counts of a stream, in little memory."""
     pieces = (stream[start : start + _PIECE_BYTES] for start in range(0, stream.size, _PIECE_BYTES))
     return sum(int(np.count_nonzero(piece != PASS)) for piece in pieces)
 

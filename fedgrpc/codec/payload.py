@@ -1,7 +1,7 @@
-"""Payloads: encoded tensors end to end, whole or in independent zstd frames, written and read as streams.
+"""Payloads: encoded tensors end to end, plain or in independent zstd frames, written and read as streams.
 
-Writing holds one encoded tensor and one frame; reading inflates only the frames that cover the wanted
-tensor and keeps the last one. A frame never inflates past the size that the manifest declares for it.
+Writing holds one encoded tensor and one frame. Reading inflates only the frames that cover the wanted tensor and
+keeps the last one. A frame never inflates past the size that the manifest declares for it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from fedgrpc.codec.values import Fill, InParts, Part, part_filled
 from fedgrpc.errors import CorruptError, EncodeError
 
 FRAME_CONTENT_BYTES = 1 << 20
-# A tensor's end closes a frame that already holds this much: fewer tensors then span two frames.
+# The end of a tensor closes a frame that holds at least this much, so that fewer tensors span two frames.
 EARLY_CUT_BYTES = 512 << 10
-# What RFC 8878 asks every decoder to have, and as much as a frame may hold.
+# The window that RFC 8878 recommends every decoder to support, and the most that a frame may hold.
 MAX_WINDOW_BYTES = 8 << 20
-# Below this gain the time of inflating is worth more than the bytes.
+# Below this gain, inflating costs more time than the saved bytes are worth.
 MIN_GAIN = 0.02
 
 Read = Callable[[int, int], bytes | memoryview]
@@ -39,26 +39,25 @@ Submit = Callable[[Callable[[int], memoryview], int], "Result"]
 
 
 def in_pieces(entry: TensorEntry) -> bool:
-    """Whether a tensor can be decoded a piece at a time (`PayloadReader.fill_from`)."""
+    """Whether a tensor can be decoded a piece at a time, by `PayloadReader.fill_from`."""
     return entry.encoding == Raw() or (isinstance(entry.encoding, Uniform) and entry.spec.dtype == "float32")
 
 
 def neighbours(manifest: Manifest) -> set[tuple[str, str]]:
-    """Names of tensors and of those that follow them, where both lie end to end as in memory.
+    """Return the pairs of names of tensors that lie end to end in the payload as they do in memory.
 
-    Both are floats of one dtype and role.
-
-    What reads the one (`PayloadReader.raw_place`) can go on into the other.
+    Both are floats of one dtype and role. So one read of the first (`PayloadReader.raw_place`) may run on into the
+    second.
     """
     if manifest.compression != "none":
         return set()
     together = set()
     for entry, after in pairwise(manifest.entries):
-        spec, its = entry.spec, after.spec
+        first, second = entry.spec, after.spec
         raw = entry.encoding == Raw() and after.encoding == Raw()
-        alike = spec.is_float and spec.dtype == its.dtype and spec.role == its.role
-        if raw and alike and spec.size and its.size:
-            together.add((spec.name, its.name))
+        alike = first.is_float and first.dtype == second.dtype and first.role == second.role
+        if raw and alike and first.size and second.size:
+            together.add((first.name, second.name))
     return together
 
 
@@ -71,7 +70,7 @@ def write_payload(
 ) -> Manifest:
     """Write all tensors to `out`, one at a time; `known` as in `layout_of`.
 
-    Raises EncodeError naming the tensor that cannot be.
+    Raises EncodeError that names the tensor which cannot be encoded.
     """
     writer = PayloadWriter(out, recipe.compression)
     by_name = {spec.name: spec for spec in known}
@@ -87,6 +86,7 @@ def encode_tensor(
 ) -> tuple[Encoding, Buffer]:
     """Encode one tensor as the recipe says, or raw where that turns out no larger."""
     encoding = recipe.for_tensor(spec)
+    # Only parameters must be finite: a mask may hold infinities.
     if isinstance(encoding, Raw) and spec.role is not TensorRole.PARAMETER:
         return encoding, encoding.encode_any(array)
     with naming(spec):
@@ -99,7 +99,7 @@ def encode_tensor(
 
 @contextmanager
 def naming(spec: TensorSpec) -> Iterator[None]:
-    """Around encoding one tensor: an EncodeError names it."""
+    """Context in which an EncodeError gets the name of the tensor."""
     try:
         yield
     except EncodeError as error:
@@ -107,15 +107,15 @@ def naming(spec: TensorSpec) -> Iterator[None]:
 
 
 class Result(Protocol):
-    """What will be there: a `concurrent.futures.Future`."""
+    """A result to wait for, such as a `concurrent.futures.Future`."""
 
     def result(self) -> memoryview: ...
 
 
 class PayloadWriter:
-    """Appends encoded tensors to a stream and keeps the account that becomes the manifest.
+    """Appends encoded tensors to a stream, and collects what becomes the manifest.
 
-    Whether compression pays is decided once, on the first frame.
+    The first frame decides whether the payload is compressed at all.
     """
 
     def __init__(self, out: BinaryIO, compression: Compression) -> None:
@@ -144,7 +144,7 @@ class PayloadWriter:
             self._fill_frame(memoryview(b""))
 
     def finish(self) -> Manifest:
-        """Write what is pending and return the manifest; the writer is then used up."""
+        """Write what is pending and return the manifest. The writer cannot be used afterwards."""
         if self._pending:
             self._fill_frame(memoryview(b""))
         compression = "zstd" if self._zstd else "none"
@@ -159,6 +159,7 @@ class PayloadWriter:
             content, self._pending = self._pending, bytearray()
         size = memoryview(content).nbytes
         frame = self._zstd.compress(content) if self._zstd else content
+        # Every frame holds a cut through all byte planes (see `shuffle`), so the first one is typical.
         if not self._frames and len(frame) > (1 - MIN_GAIN) * size:
             self._zstd = None
         if self._zstd is None:
@@ -176,10 +177,10 @@ class PayloadWriter:
 class PayloadReader:
     """Tensors of a payload by index or name, or all in order, one in memory at a time.
 
-    `read(offset, size)` gives bytes of the payload: `buffer_reader`, `file_reader` or any like them. The
-    manifest is validated first, unless it is said to be `valid`. The digest is not checked here (see
-    `verify_digest`). A decoded tensor may be a read-only view of a frame: copy it to change it. Use one
-    reader per thread. With `submit`, as an executor's, the next frame is inflated there while one is decoded.
+    `read(offset, size)` returns bytes of the payload, as those of `buffer_reader` and `file_reader` do. The
+    manifest is validated first, unless `valid` is given. The digest is not checked here (see `verify_digest`). A
+    decoded tensor may be a read-only view of a frame: copy it to change it. Use one reader per thread. With the
+    `submit` of an executor, the next frame is inflated there while one is decoded.
     """
 
     def __init__(
@@ -214,23 +215,23 @@ class PayloadReader:
             yield entry.spec, self.tensor(i)
 
     def tensor(self, which: int | str) -> Array:
-        """Decode one tensor; raises CorruptError, LayoutError, or KeyError for a name it does not have."""
+        """Decode one tensor. Raises CorruptError, LayoutError, or KeyError for an unknown name."""
         i = self._index[which] if isinstance(which, str) else which
         entry = self.manifest.entries[i]
         data = self._content(self._starts[i], entry.size_bytes)
         return entry.encoding.decode(data, entry.spec)
 
     def fill_from(self, name: str) -> Fill:
-        """What decodes elements of a tensor that is `in_pieces`; it raises as `tensor` does."""
+        """Return a function that decodes elements of a tensor that is `in_pieces`. It raises as `tensor` does."""
         i = self._index[name]
         entry = self.manifest.entries[i]
         assert isinstance(entry.encoding, Raw | Uniform)
         return entry.encoding.fill_from(lambda at, size: self._content(self._starts[i] + at, size), entry.spec)
 
     def bounds(self, name: str) -> Array | None:
-        """Numbers that no value of a quantized tensor exceeds; None where only its values tell.
+        """Return numbers that no value of a quantized tensor exceeds; None where all values must be decoded.
 
-        All of the tensor is inflated nevertheless. Raises as `tensor` does.
+        The whole tensor is inflated nevertheless, which proves its frames sound. Raises as `tensor` does.
         """
         i = self._index[name]
         entry, start = self.manifest.entries[i], self._starts[i]
@@ -244,7 +245,7 @@ class PayloadReader:
         return bounds
 
     def part_of(self, name: str) -> Part | None:
-        """What decodes elements of a tensor; None where it is only to be had whole. It raises as `tensor` does."""
+        """See `InParts.part_of`. The part raises as `tensor` does."""
         i = self._index[name]
         entry = self.manifest.entries[i]
         if not (entry.spec.is_float and in_pieces(entry)):
@@ -260,7 +261,7 @@ class PayloadReader:
         return part_filled(self.fill_from(name), dtype)
 
     def raw_place(self, name: str) -> int | None:
-        """Where in the payload the elements of a tensor lie as they are in memory; None where they do not."""
+        """Return the offset in the payload where a tensor lies as it does in memory; None if it does not."""
         i = self._index[name]
         if self.manifest.compression != "none" or self.manifest.entries[i].encoding != Raw():
             return None
@@ -288,6 +289,8 @@ class PayloadReader:
     def _frame(self, index: int) -> memoryview:
         if self._held[0] == index:
             return self._held[1]
+        # Take the frame that was inflated ahead. When another one is wanted, wait for that work all the same: the
+        # decompressor serves one thread at a time.
         coming, self._next = self._next, None
         if coming is None:
             content = self._inflated(index)
@@ -314,7 +317,7 @@ class PayloadReader:
 
 
 class LazyTensors(InParts):
-    """A payload's tensors by name, in its order, decoded when they are asked for."""
+    """The tensors of a payload by name, in its order, each decoded on access."""
 
     def __init__(self, reader: PayloadReader) -> None:
         self._reader = reader
@@ -334,7 +337,7 @@ class LazyTensors(InParts):
 
 
 def inflate(zstd: zstandard.ZstdDecompressor, frame: memoryview, content_size_bytes: int) -> bytes:
-    """Inflate one zstd frame to exactly its declared size, never beyond; raises CorruptError."""
+    """Inflate one zstd frame to exactly its declared size, never beyond. Raises CorruptError."""
     try:
         # A frame's own header is not trusted: it, not max_output_size, would decide what is allocated.
         named = zstandard.frame_content_size(frame)
@@ -352,7 +355,7 @@ def inflate(zstd: zstandard.ZstdDecompressor, frame: memoryview, content_size_by
 
 
 def verify_digest(manifest: Manifest, read: Read) -> None:
-    """Read the whole payload in pieces; raises CorruptError unless its sha256 is the declared one."""
+    """Read the whole payload in pieces. Raises CorruptError unless its sha256 is the declared one."""
     digest = hashlib.sha256()
     for offset in range(0, manifest.size_bytes, FRAME_CONTENT_BYTES):
         digest.update(read(offset, min(FRAME_CONTENT_BYTES, manifest.size_bytes - offset)))
@@ -361,13 +364,13 @@ def verify_digest(manifest: Manifest, read: Read) -> None:
 
 
 def buffer_reader(payload: Buffer) -> Read:
-    """Reads from memory, without copying."""
+    """Return a reader of bytes in memory, without copying."""
     view = memoryview(payload).cast("B") if memoryview(payload).nbytes else memoryview(b"")
     return lambda offset, size: view[offset : offset + size]
 
 
 def file_reader(descriptor: int) -> Read:
-    """Reads from an open file with pread, so that threads can share the descriptor."""
+    """Return a reader of an open file by pread, so that threads can share the descriptor."""
 
     def read(offset: int, size: int) -> bytes:
         parts: list[bytes] = []
@@ -380,5 +383,5 @@ def file_reader(descriptor: int) -> Read:
 
 
 def tensors_of(reader: PayloadReader) -> dict[str, Array]:
-    """All tensors at once, for callers that hold the whole model anyway."""
+    """Return all tensors at once, for callers that hold the whole model anyway."""
     return {spec.name: array for spec, array in reader}

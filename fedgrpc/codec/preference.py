@@ -1,11 +1,11 @@
-"""Which of several recipes two sides agree on: of those that both know, the one for the speed of the link.
+"""Preferences: several recipes, of which two sides agree on one that both know and that suits the link.
 
     int8+zstd                                                       this one, or nothing
     entropy:c=8+zstd below 2mbit | raw above 1gbit | int8+zstd | raw
 
-The rule: the first alternative that the other side knows and whose condition holds; where none of these is left,
-the last one that it knows. Of a link that nobody has measured no condition holds. What a side does not list it
-does not know; raw without compression everybody knows.
+The rule: take the first alternative that the other side knows and whose condition holds, else the last one that it
+knows. No condition holds for a link that was never measured. A side knows what it lists, and raw without
+compression.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a side can read and write: names of encodings and of compressions."""
+    """Names of the encodings and compressions that a side can read and write."""
 
     encodings: frozenset[str]
     compressions: frozenset[str]
 
     @classmethod
     def listed(cls, encodings: Iterable[str], compressions: Iterable[str]) -> Capabilities:
-        """Of what it lists: other names of an encoding count as its own, and unknown ones not at all."""
+        """Return the capabilities that a side lists. Aliases of an encoding count, unknown names do not."""
         names = {_own_name(name) for name in encodings}
         return cls(frozenset(name for name in names if name) | {"raw"}, frozenset(compressions) | {"none"})
 
     def covers(self, recipe: Recipe) -> bool:
-        """Whether it knows all that the recipe names."""
+        """Whether the side knows everything that the recipe names."""
         return recipe.names <= self.encodings and recipe.compression.method in self.compressions
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class Alternative:
-    """A recipe, and the links it is for: of less, or of more, than so many bits a second. None: of any."""
+    """A recipe, and the links it is for: `below` or `above` that many bits a second; None: all."""
 
     recipe: Recipe
     below: float | None = None
@@ -68,7 +68,7 @@ class Alternative:
         return Alternative(Recipe.parse(recipe), **{condition[0]: bits_per_second})
 
     def suits(self, bits_per_second: float | None) -> bool:
-        """Whether it is for a link of this speed; None: nobody knows it."""
+        """Whether the recipe is for a link of this speed; None: unknown."""
         if self.below is None and self.above is None:
             return True
         if bits_per_second is None:
@@ -84,11 +84,11 @@ class Preferences:
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
-        """Of all alternatives, each once."""
+        """The recipes of all alternatives, each once."""
         return tuple(dict.fromkeys(alternative.recipe for alternative in self.alternatives))
 
     def choose(self, known: Capabilities, bits_per_second: float | None) -> Recipe | None:
-        """The recipe for a side that knows so much, over a link of that speed; None: it knows none of them."""
+        """Return the recipe for a side over a link of that speed; None: the side knows none of them."""
         usable = [alternative for alternative in self.alternatives if known.covers(alternative.recipe)]
         suited = [alternative for alternative in usable if alternative.suits(bits_per_second)]
         return next((alternative.recipe for alternative in suited or usable[-1:]), None)
@@ -96,7 +96,7 @@ class Preferences:
 
 @lru_cache(maxsize=64)
 def parse_preferences(text: str) -> Preferences:
-    """Read alternatives, "|" between them. Raises UsageError in one line."""
+    """Read alternatives separated by "|". Raises UsageError in one line."""
     if len(text) > MAX_ALTERNATIVES * MAX_RECIPE_CHARS:
         raise UsageError(f"alternatives of {len(text)} characters; each recipe has at most {MAX_RECIPE_CHARS}")
     parts = [part for part in text.split("|") if part.strip()]
@@ -104,14 +104,12 @@ def parse_preferences(text: str) -> Preferences:
         raise UsageError(f"{len(parts)} alternatives of recipes; allowed are 1 to {MAX_ALTERNATIVES}")
     alternatives = tuple(Alternative.parse(part) for part in parts)
     if not any(alternative.suits(None) for alternative in alternatives):
-        raise UsageError(
-            f"{text!r} has no recipe for a link whose speed is not known: add one without below or above"
-        )
+        raise UsageError(f"{text!r} has no recipe for a link of unknown speed: add one without below or above")
     return Preferences(alternatives)
 
 
 def _own_name(name: str) -> str:
-    """ "int8" of "uniform8"; nothing of a name that is not known."""
+    """Return the canonical name, such as "int8" for "uniform8"; empty for an unknown name."""
     try:
         return str(parse_encoding(name)).partition(":")[0]
     except UsageError:

@@ -1,4 +1,4 @@
-"""Elements as they are, little-endian, in C order; what integers, bool and tiny tensors always use."""
+"""Elements unchanged, little-endian, in C order. Integers, bool and tiny tensors always travel so."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Raw:
         return self.encode_any(values)
 
     def encode_any(self, array: Array) -> memoryview:
-        """As `encode`, but of any values: what no one computes with may be infinite, as the entries of a mask."""
+        """Encode values that may be infinite or NaN, as the entries of a mask are."""
         values = flat(array)
         if values.dtype == np.bool_:
             values = as_bool(values)
@@ -55,7 +55,7 @@ class Raw:
         return values if values.flags.aligned else values.copy()
 
     def fill_from(self, content: Content, spec: TensorSpec) -> Fill:
-        """What reads elements that lie in the content as they are; not for shuffled ones."""
+        """Return a function that reads elements from the content. Not for shuffled ones."""
 
         def fill(out: Array, first: int) -> None:
             data = content(first * out.itemsize, out.nbytes)
@@ -69,6 +69,6 @@ class Raw:
 
 
 def as_bool(values: Array) -> Array:
-    """Bools whose bytes are 0 and 1: views of bytes hold others, which no reader takes. Itself where they are."""
+    """Return bools whose bytes are 0 and 1. Other bytes seen as bool are converted: readers refuse them."""
     bytes_of = values.view(np.uint8)
     return values if bytes_of.max(initial=0) <= 1 else bytes_of != 0

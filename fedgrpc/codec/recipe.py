@@ -1,12 +1,12 @@
-"""Which encoding each tensor of a payload gets, and whether the frames are compressed.
+"""Recipes: which encoding each tensor of a payload gets, and whether its frames are compressed.
 
     int8+zstd        int8 for every float tensor, frames through zstd level 1
     int4;*.bias=raw;head.*=int8+zstd:3        patterns (fnmatch) in order, the first that fits wins
     entropy:c=5;@vectors=raw;@last=int8+zstd  @vectors: floats of fewer than two dimensions (norms, biases);
                                               @last: the last float tensor of two or more (`for_layout`)
 
-Tensors that are no trained floats (`TensorSpec.is_trained`), tensors below 64 elements, and tensors that would
-not shrink travel raw whatever is asked. Before zstd, float bytes that are not quantized are shuffled.
+Tensors that are not trained floats (`TensorSpec.is_trained`), have fewer than 64 elements, or would not shrink
+travel raw, whatever the recipe says. Before zstd, float bytes that are not quantized are shuffled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from fedgrpc.codec.raw import Raw
 from fedgrpc.errors import UsageError
 
 MIN_LOSSY_ELEMENTS = 64
-MAX_TEXT_CHARS = 8192
 MAX_RECIPE_CHARS = 4096
 ZSTD_LEVELS = range(-7, 20)
 VECTORS, LAST = "@vectors", "@last"
@@ -50,7 +49,7 @@ class Compression:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a payload is written; a reader never needs it, the manifest says it all."""
+    """How a payload is written. A reader does not need it: the manifest names every encoding."""
 
     default: Encoding
     overrides: tuple[tuple[str, Encoding], ...] = ()
@@ -58,15 +57,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if any(isinstance(encoding, Entropy) and encoding.budget for _, encoding in self.overrides):
-            raise UsageError("a budget is of the whole payload: give it to the first encoding of the recipe")
+            raise UsageError("a budget is for the whole payload: give it to the first encoding of the recipe")
 
     @staticmethod
     def parse(text: str) -> Recipe:
-        """Read `ENCODING[;PATTERN=ENCODING...][+zstd[:LEVEL]]`; raises UsageError in one line."""
+        """Read `ENCODING[;PATTERN=ENCODING...][+zstd[:LEVEL]]`. Raises UsageError in one line."""
         if len(text) > MAX_RECIPE_CHARS:
             raise UsageError(f"a recipe of {len(text)} characters; allowed are {MAX_RECIPE_CHARS}")
-        if len(text) > MAX_TEXT_CHARS:
-            raise UsageError(f"a recipe of {len(text)} characters; allowed are {MAX_TEXT_CHARS}")
         body, compression = text.strip(), Compression()
         if match := _SUFFIX.search(body):
             body = body[: match.start()]
@@ -80,7 +77,7 @@ class Recipe:
 
     @property
     def full_text(self) -> str:
-        """The recipe with every key of every encoding: whoever is told it needs no table of defaults."""
+        """The recipe with every key of every encoding, so that its reader needs no table of defaults."""
         level = f":{self.compression.level}" if self.compression.method == "zstd" else ""
         return f"{self._encodings(full=True)}+{self.compression.method}{level}"
 
@@ -90,36 +87,36 @@ class Recipe:
 
     @property
     def encodings(self) -> tuple[Encoding, ...]:
-        """All that it names."""
+        """All encodings that the recipe names."""
         return (self.default, *(encoding for _, encoding in self.overrides))
 
     @property
     def names(self) -> frozenset[str]:
-        """Names of the encodings that a reader has to know, besides raw."""
+        """Names of the encodings that a reader must know, besides raw."""
         return frozenset(str(encoding).partition(":")[0] for encoding in self.encodings)
 
     @property
     def budget(self) -> str:
-        """What the payload has to fit into, as `Entropy.budget` says it; empty: nothing is asked."""
+        """The budget of the payload, as in `Entropy.budget`; empty: none."""
         return self.default.budget if isinstance(self.default, Entropy) else ""
 
     def without_budget(self) -> Recipe:
-        """This recipe at its finest step, whatever that takes."""
+        """Return this recipe at its finest step, however many bytes that takes."""
         default = self.default
         return replace(self, default=replace(default, budget="")) if isinstance(default, Entropy) else self
 
     @property
     def lossless(self) -> bool:
-        """Whether every tensor arrives as it was."""
+        """Whether every tensor arrives unchanged."""
         return all(encoding.lossless for encoding in self.encodings)
 
     @property
     def contractive(self) -> bool:
-        """Whether what is lost may be sent again with the next payload without growing."""
+        """Whether error feedback may add what was lost to the next payload without the error growing."""
         return all(encoding.contractive for encoding in self.encodings)
 
     def for_layout(self, layout: Layout) -> Recipe:
-        """This recipe with the name of the tensor that `@last` means in a payload of that layout."""
+        """Return this recipe with `@last` replaced by the tensor that it means in a payload of that layout."""
         if all(pattern != LAST for pattern, _ in self.overrides):
             return self
         matrices = [spec.name for spec in layout if spec.is_trained and len(spec.shape) >= 2]
@@ -132,7 +129,7 @@ class Recipe:
         return replace(self, overrides=tuple(named))
 
     def for_tensor(self, spec: TensorSpec) -> Encoding:
-        """The encoding this tensor gets; `for_layout` comes first."""
+        """Return the encoding of this tensor. Call `for_layout` first."""
         if not spec.is_float or spec.size < MIN_LOSSY_ELEMENTS:
             return Raw()
         if not spec.is_trained:
@@ -153,7 +150,7 @@ def _fits(pattern: str, spec: TensorSpec) -> bool:
 def _override(text: str) -> tuple[str, Encoding]:
     pattern, equals, encoding = text.partition("=")
     if not pattern or not equals:
-        raise UsageError(f"{text!r} is no override; write PATTERN=ENCODING, such as *.bias=raw")
+        raise UsageError(f"{text!r} is not an override; write PATTERN=ENCODING, such as *.bias=raw")
     if pattern.strip().startswith("@") and pattern.strip() not in (VECTORS, LAST):
         raise UsageError(
             f"{pattern.strip()!r} names no tensors; known are {VECTORS}, {LAST} and patterns of names"

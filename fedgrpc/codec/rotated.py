@@ -37,7 +37,7 @@ _CELLS_PER_UNIT, _CELLS = 256, 2048
 
 
 def centroids(bits: int) -> Array:
-    """All 2**bits centroids in increasing order, float32."""
+    """Return all 2**bits centroids in increasing order, float32."""
     upper = np.array(_UPPER[bits], np.float32)
     return np.concatenate([-upper[::-1], upper])
 
@@ -46,9 +46,8 @@ def centroids(bits: int) -> Array:
 class Rotated:
     """Unbiased 1 to 4 bit quantization in rotated blocks (arXiv 2105.08339, 2108.08842).
 
-    Relative squared error about 0.57, 0.13, 0.036, 0.0096 at 1 to 4 bits, for any distribution of values
-    (up to a third more where a few values hold nearly all of a block's energy).
-
+    Relative squared error about 0.57, 0.13, 0.036, 0.0096 at 1 to 4 bits, for any distribution of values (up to a
+    third more where a few values hold nearly all of a block's energy).
     """
 
     name: ClassVar[str] = "rotated"
@@ -77,6 +76,7 @@ class Rotated:
         signs = random_signs(int(seed), self.block)
         scales, packed = [np.empty(0, np.float32)], [np.empty(0, np.uint8)]
         for start, rows, width in self._groups(values.size):
+            # The tail is padded with zeros to a power of two, all of which are coded.
             block = _rows(as_float32(values[start : start + rows * width]), rows, width)
             scale, codes = _quantize(rotate(block * signs[:width]), self.bits)
             scales.append(scale)
@@ -116,7 +116,7 @@ class Rotated:
         return exact, exact
 
     def symbols(self, data: memoryview, spec: TensorSpec) -> Array:
-        """The codes, flat: what the order-0 entropy is taken of."""
+        """Return the codes, flat, for the order-0 entropy."""
         packed = np.frombuffer(data, np.uint8, offset=8 + 4 * self._scale_count(spec.size))
         return unpack(packed, packed.size * 8 // self.bits, self.bits)
 
@@ -124,7 +124,7 @@ class Rotated:
         return -(-size // self.block)
 
     def _groups(self, size: int) -> list[tuple[int, int, int]]:
-        """(first element, blocks, elements of each) of cache-sized groups, then of the padded tail."""
+        """Return (first element, blocks, elements of each) of cache-sized groups, then of the padded tail."""
         full = size // self.block
         step = max(1, PIECE // self.block)
         groups = [(i * self.block, min(step, full - i), self.block) for i in range(0, full, step)]
@@ -133,7 +133,9 @@ class Rotated:
 
 
 def random_signs(seed: int, count: int) -> Array:
-    """`count` signs (float32, 1 or -1) from SplitMix64 (Steele et al., 2014), lowest bit of a word first."""
+    """Return `count` signs (float32, 1 or -1) from SplitMix64 (Steele et al. 2014), lowest bit of a word first."""
+    # A counter-based generator: every word is computed from its index, so numpy makes all of them at once, and a
+    # few lines in any language make the same.
     counters = np.arange(1, -(-count // 64) + 1, dtype=np.uint64)
     words = np.uint64(seed) + counters * np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -144,10 +146,10 @@ def random_signs(seed: int, count: int) -> Array:
 
 
 def _turned_back(rows: Array, scales: Array) -> Array:
-    """scale x (H row) / sqrt(length) of each row of centroids (float64), as float32: the same bits everywhere.
+    """Return scale * (H row) / sqrt(length) of each row of centroids, as float32: the same bits everywhere.
 
     Sums of at most 65536 centroids, multiples of 2^-26 below 4, are exact in float64 whatever their order. So
-    BLAS, butterflies and another language agree, and only the three operations behind the sums round.
+    BLAS, butterflies and another language agree, and only the three operations after the sums round.
     """
     sums = _transformed(rows, _signs_of_hadamard)
     return np.asarray(
@@ -156,15 +158,15 @@ def _turned_back(rows: Array, scales: Array) -> Array:
 
 
 def rotate(rows: Array) -> Array:
-    """Orthonormal Walsh-Hadamard transform of each row (a power of two long); its own inverse, up to rounding."""
+    """Return the orthonormal Walsh-Hadamard transform of each row (a power of two long), its own inverse."""
     return _transformed(rows, hadamard)
 
 
 def _transformed(rows: Array, matrix: Callable[[int], Array]) -> Array:
-    """Each row by the Walsh-Hadamard matrix of its length.
+    """Multiply each row by the Walsh-Hadamard matrix of its length.
 
-    H of order a b is the Kronecker product of those of order a and b, so a row is an a x b matrix X and its
-    transform H_a X H_b: two small matrix products in BLAS, several times faster than butterflies in numpy.
+    H of order a b is the Kronecker product of those of order a and b. With a row as an a x b matrix X, its
+    transform is H_a X H_b: two small matrix products in BLAS, several times faster than butterflies in numpy.
     """
     exponent = rows.shape[1].bit_length() - 1
     left, right = matrix(exponent // 2), matrix(exponent - exponent // 2)
@@ -175,7 +177,7 @@ def _transformed(rows: Array, matrix: Callable[[int], Array]) -> Array:
 
 @lru_cache
 def hadamard(exponent: int) -> Array:
-    """Orthonormal Walsh-Hadamard matrix of order 2**exponent, float32."""
+    """Return the orthonormal Walsh-Hadamard matrix of order 2**exponent, float32."""
     matrix = np.ones((1, 1))
     for _ in range(exponent):
         matrix = np.block([[matrix, matrix], [matrix, -matrix]]) / np.sqrt(2)
@@ -184,7 +186,7 @@ def hadamard(exponent: int) -> Array:
 
 @lru_cache
 def _signs_of_hadamard(exponent: int) -> Array:
-    """The matrix of order 2**exponent without its factor: 1 and -1, float64."""
+    """Return the matrix of order 2**exponent without its factor: 1 and -1, float64."""
     return np.sign(hadamard(exponent)).astype(np.float64)
 
 
@@ -199,15 +201,16 @@ def _rows(values: Array, rows: int, width: int) -> Array:
 
 
 def _quantize(rotated: Array, bits: int) -> tuple[Array, Array]:
-    """Scale of each row, and all codes as uint8."""
+    """Return the scale of each row, and all codes as uint8."""
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.einsum("ij,ij->i", rotated, rotated)
     if not np.isfinite(squares).all():
         raise EncodeError("a tensor holds NaN, infinity or a value out of range; it cannot be rotated")
-    # Below this the squares are subnormal; the block becomes zero.
+    # Below this the squares of single elements are subnormal and lose bits. The block becomes zero.
     squares[squares < np.float32(2.0**-100)] = 0
     root = np.sqrt(squares / np.float32(rotated.shape[1]))
     inverse = np.divide(1, root, out=np.zeros_like(root), where=root > 0)
+    # Coordinates in units of their standard deviation, then in cells of the table, with 0 in the middle.
     cells = rotated * (inverse * np.float32(_CELLS_PER_UNIT))[:, None] + np.float32(_CELLS // 2)
     codes = _cell_codes(bits).take(np.clip(cells, 0, _CELLS - 1, out=cells).astype(np.int16))
     projections = np.einsum("ij,ij->i", rotated, centroids(bits).take(codes))
@@ -217,7 +220,10 @@ def _quantize(rotated: Array, bits: int) -> tuple[Array, Array]:
 
 @lru_cache
 def _cell_codes(bits: int) -> Array:
-    """Nearest centroid of each cell of width 1/256 around zero: a table instead of a search."""
+    """Return the nearest centroid of each cell of width 1/256 around zero: a table instead of a search.
+
+    A cell that spans a boundary rounds some values to the second nearest centroid, at most 1/256 further away.
+    """
     middles = (np.arange(_CELLS) + 0.5 - _CELLS // 2) / _CELLS_PER_UNIT
     table = centroids(bits)
     return np.searchsorted((table[1:] + table[:-1]) / 2, middles).astype(np.uint8)

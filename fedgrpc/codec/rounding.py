@@ -17,7 +17,7 @@ POOL = 65536
 
 
 def rms(values: Array) -> float:
-    """Root of the mean square of a flat float array, 0 for an empty one; raises EncodeError."""
+    """Return the root mean square of a flat float array, 0 for an empty one. Raises EncodeError unless finite."""
     total = 0.0
     for piece in pieces(values.size):
         wide = as_float32(values[piece]).astype(np.float64)
@@ -29,7 +29,7 @@ def rms(values: Array) -> float:
 
 
 def sample(values: Array, size: int = SAMPLE) -> Array:
-    """Absolute values of at most `size` elements spread over the array, float64."""
+    """Return absolute values of about `size` elements spread over the array, float64."""
     stride = max(1, values.size // size)
     # A stride that shares a factor with the row length would always meet the same columns.
     picked = np.arange(0, values.size, stride)
@@ -38,14 +38,14 @@ def sample(values: Array, size: int = SAMPLE) -> Array:
 
 
 def share_of_zeros(magnitudes: Array, step: float, rounding: str) -> float:
-    """Expected share of symbols that are zero."""
+    """Return the expected share of symbols that are zero."""
     if rounding == "nearest":
         return float((magnitudes <= step / 2).mean())
     return float(np.maximum(0, 1 - magnitudes / step).mean())
 
 
 def distortion(magnitudes: Array, step: float, rounding: str) -> float:
-    """Expected |x - decoded|^2 / |x|^2."""
+    """Return the expected |x - decoded|^2 / |x|^2."""
     scaled = magnitudes / step
     if rounding == "nearest":
         error = (scaled - np.rint(scaled)) ** 2
@@ -56,7 +56,7 @@ def distortion(magnitudes: Array, step: float, rounding: str) -> float:
 
 
 def step_for_distortion(magnitudes: Array, wanted: float, rounding: str) -> float:
-    """The step, within `C_RANGE`, whose expected distortion is the wanted one; bisection."""
+    """Return the step, within `C_RANGE`, with the wanted expected distortion, by bisection."""
     low, high = C_RANGE
     for _ in range(30):
         middle = float(np.sqrt(low * high))
@@ -86,6 +86,6 @@ class Dither:
             self._offsets = rng.integers(0, top, size=count, endpoint=True).tolist()
 
     def at(self, start: int, count: int) -> Array:
-        """Numbers for the `count` elements from `start`, which is a multiple of `piece`."""
+        """Return numbers for the `count` elements from `start`, which is a multiple of `piece`."""
         offset = self._offsets[start // self._piece] if self._reused else start
         return self._pool[offset : offset + count]

@@ -1,10 +1,8 @@
-"""Byte shuffle: the lowest bytes of a block's elements first, then all next ones, up to the highest.
+"""Byte shuffle: the lowest bytes of all elements of a block, then the next ones, up to the highest.
 
-The exponents of a tensor resemble each other and its mantissas do not, so zstd finds more in the planes
-than in the elements (Blosc's and HDF5's shuffle filter). A plane of a whole block is as long as a block
-of zstd, which then has a code of its own, and every frame holds all planes, so that the first tells
-whether compression pays. Planes are cut and joined by shifts of whole words, which numpy runs as SIMD,
-unlike a transposition of bytes.
+The exponents of a tensor resemble each other and its mantissas do not, so zstd finds more in these planes than in
+the elements (Blosc's and HDF5's shuffle filter). A plane of a whole block is as long as a block of zstd, which
+thus gets a code of its own. Every frame holds all planes, so the first frame tells whether compression pays.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ BLOCK = 131072
 
 
 def shuffle(values: Array) -> Array:
-    """Byte planes of a flat little-endian array, block by block of 131072 elements, as uint8."""
+    """Return the byte planes of a flat little-endian array, block by block of 131072 elements, as uint8."""
     width = values.dtype.itemsize
     words, out = values.view(f"<u{width}"), np.empty(values.nbytes, np.uint8)
     for block in pieces(values.size, BLOCK):
@@ -30,7 +28,7 @@ def shuffle(values: Array) -> Array:
 
 
 def unshuffle(content: Array, dtype: np.dtype[Any]) -> Array:
-    """The flat array of `dtype` whose byte planes these are."""
+    """Return the flat array of `dtype` that has these byte planes."""
     width = dtype.itemsize
     words = np.empty(content.size // width, f"<u{width}")
     for block in pieces(words.size, BLOCK):
@@ -40,6 +38,7 @@ def unshuffle(content: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def _cut(words: Array, planes: Array) -> None:
+    # Shifts of whole words run as SIMD in numpy. A transposition of bytes does not.
     for piece in pieces(words.size):
         for k in range(planes.shape[0]):
             planes[k, piece] = (words[piece] >> words.dtype.type(8 * k)).astype(np.uint8)

@@ -1,7 +1,7 @@
-"""Only the largest elements travel: their positions as marks, their values quantized.
+"""Sparsification: only the largest elements travel, their positions as marks, their values quantized.
 
-Top-k or threshold sparsification as in Deep Gradient Compression (Lin et al., arXiv 1712.01887). What is
-left out is lost unless error feedback keeps it (`feedback`), so use it with that.
+Top-k or threshold sparsification as in Deep Gradient Compression (Lin et al., arXiv 1712.01887). The other
+elements are lost unless error feedback (`feedback`) keeps them, so use it with that.
 
     bytes: count uint32, bytes of marks uint32, marks (see `packing`, without flags), values as `Uniform`
 """
@@ -27,7 +27,7 @@ _HEADER = struct.Struct("<II")
 
 
 class _Sparse:
-    """What is the same whichever elements are kept."""
+    """The part of a sparse encoding that does not depend on which elements are kept."""
 
     lossless: ClassVar[bool] = False
     contractive: ClassVar[bool] = True
@@ -42,7 +42,7 @@ class _Sparse:
         return format_options(self.name, self, full=full)
 
     def _kept(self, values: Array) -> Array:
-        """Increasing positions of the elements that travel. Raises `LayoutError` where values are not finite."""
+        """Return the increasing positions of the kept elements. Raises `EncodeError` for non-finite ones."""
         raise NotImplementedError
 
     def encode(self, array: Array, rng: np.random.Generator) -> memoryview:
@@ -60,7 +60,7 @@ class _Sparse:
         return _HEADER.size, max(_HEADER.size, spec.nbytes)
 
     def symbols(self, data: memoryview, spec: TensorSpec) -> Array:
-        """The codes, flat, with one more for what is not kept: what the order-0 entropy is taken of."""
+        """Return the codes, flat, for the order-0 entropy; one more code stands for elements left out."""
         return _symbols(data, spec, self.bits)
 
 
@@ -84,7 +84,7 @@ class TopK(_Sparse):
 
 @dataclass(frozen=True)
 class Threshold(_Sparse):
-    """The elements of at least `times` the tensor's RMS; how many that are follows the distribution."""
+    """The elements of at least `times` the tensor's RMS. Their number follows from the distribution."""
 
     name: ClassVar[str] = "threshold"
     times: float = 3.0
@@ -106,7 +106,7 @@ def _check_bits(bits: int) -> None:
 
 
 def _largest(magnitudes: Array, fraction: float) -> Array:
-    """Increasing positions of the k largest."""
+    """Return the increasing positions of the k largest magnitudes."""
     if not magnitudes.size:
         return np.empty(0, np.int64)
     k = max(1, round(fraction * magnitudes.size))
@@ -147,9 +147,9 @@ def _symbols(data: memoryview, spec: TensorSpec, bits: int) -> Array:
 def _split(
     data: memoryview, spec: TensorSpec, bits: int
 ) -> tuple[TensorSpec, Iterator[tuple[slice, Array]], Content]:
-    """Spec of the values that travel, their numbers and positions piece by piece, and their encoded bytes.
+    """Return the spec of the kept values, their numbers and positions piece by piece, and their encoded bytes.
 
-    Raises LayoutError or CorruptError, as the positions do.
+    Raises LayoutError or CorruptError. So does the iterator of positions.
     """
     if data.nbytes < _HEADER.size:
         raise LayoutError(f"tensor {spec.name!r} has {data.nbytes} encoded bytes, its header {_HEADER.size}")
@@ -159,6 +159,7 @@ def _split(
     kept_spec = TensorSpec(spec.name, "float32", (count,))
     end = _HEADER.size + size_of_marks
     require_size(data, end + Uniform(bits).size_bounds(kept_spec)[0], spec)
+    # Count the marks before any memory is taken for them.
     stream = np.frombuffer(data[_HEADER.size : end], np.uint8)
     if ends_in(stream) != count:
         raise CorruptError(f"tensor {spec.name!r} has not {count} positions for as many values")

@@ -89,9 +89,9 @@ class Uniform:
     def encode_parts(
         self, part: Part, size: int, rng: np.random.Generator, arrives: Arrives | None = None
     ) -> memoryview:
-        """As `encode`, of `size` elements that `part` gives as float32, a cache-sized piece at a time.
+        """Encode `size` elements that `part` gives as float32, a cache-sized piece at a time.
 
-        `arrives` is told of each piece what of it will be decoded, which is at hand here.
+        `arrives` gets each piece as it will be decoded, which costs one multiplication here.
         """
         scale_bytes = 4 * self._blocks(size)
         out = np.empty(scale_bytes + packed_size(size, self.bits), np.uint8)
@@ -103,6 +103,7 @@ class Uniform:
             codes = scratch[: values.size]
             scale = scales[piece.start // self.block :][: self._blocks(values.size)]
             scale[:] = self._scales(self._largest(values, codes))
+            # A block of zeros, or of values too small for a scale, has the scale 0 and no inverse.
             inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
             self._multiply(values, inverse, codes)
             self._round(codes, dither, piece.start)
@@ -119,7 +120,7 @@ class Uniform:
         return filled(fill, spec, self._piece)
 
     def fill_from(self, content: Content, spec: TensorSpec) -> Fill:
-        """What decodes elements as float32, a piece at a time. Raises CorruptError for scales that cannot be."""
+        """Return a function that decodes pieces as float32. Raises CorruptError for impossible scales."""
         scales = self._read_scales(content, spec)
         scale_bytes = scales.nbytes
 
@@ -133,7 +134,7 @@ class Uniform:
 
     @np.errstate(over="ignore")
     def bounds_from(self, content: Content, spec: TensorSpec) -> Array:
-        """What no value of each block exceeds, float32; infinite where that is too large. Raises CorruptError."""
+        """Return a bound on the values of each block, float32; infinite if too large. Raises CorruptError."""
         return self._read_scales(content, spec) * np.float32(1 << (self.bits - 1))
 
     def _read_scales(self, content: Content, spec: TensorSpec) -> Array:
@@ -149,7 +150,7 @@ class Uniform:
         return exact, exact
 
     def symbols(self, data: memoryview, spec: TensorSpec) -> Array:
-        """The codes, flat: what the order-0 entropy is taken of."""
+        """Return the codes, flat, for the order-0 entropy."""
         packed = np.frombuffer(data, np.uint8, offset=4 * self._blocks(spec.size))
         return unpack(packed, spec.size, self.bits)
 
@@ -161,9 +162,10 @@ class Uniform:
         return -(-size // self.block)
 
     def _largest(self, values: Array, scratch: Array) -> Array:
-        """max|x| of each block; where a block holds NaN or infinity, that."""
+        """Return max|x| of each block; NaN or infinity where a block holds one."""
         whole = values.size // self.block * self.block
-        # Floats without a sign are ordered as their bits are, whose maximum takes half as long. NaN is above all.
+        # Non-negative floats are ordered as their bits are, and the maximum of integers takes half as long. NaN
+        # is above all of them.
         bits = np.abs(values, out=scratch).view("<u4")
         largest = np.empty(self._blocks(values.size), "<u4")
         np.maximum.reduce(bits[:whole].reshape(-1, self.block), axis=1, out=largest[: whole // self.block])
@@ -172,7 +174,7 @@ class Uniform:
         return largest.view("<f4")
 
     def _multiply(self, values: Array, factors: Array, out: Array) -> None:
-        """Each block by its factor; `values` are float32, or codes."""
+        """Multiply each block by its factor; `values` are float32, or codes."""
         full = values.size // self.block
         whole = full * self.block
         rows = values[:whole].reshape(full, self.block)
@@ -181,13 +183,13 @@ class Uniform:
             np.multiply(values[whole:], factors[full], out=out[whole:])
 
     def _round(self, scaled: Array, dither: Dither | None, first: int) -> None:
-        """In place, to codes as floats; none is -0, which is no code."""
+        """Round in place, to codes as floats. Adding 0 turns -0 into 0."""
         if dither is None:
             np.add(np.rint(scaled, out=scaled), np.float32(0), out=scaled)
             return
         for piece in pieces(scaled.size, self._piece):
-            its = scaled[piece]
-            np.add(its, dither.at(first + piece.start, its.size), out=its)
+            part = scaled[piece]
+            np.add(part, dither.at(first + piece.start, part.size), out=part)
         np.floor(scaled, out=scaled)
 
     def _pack(self, codes: Array, out: Array) -> None:
@@ -207,5 +209,6 @@ class Uniform:
     def _signed(self, codes: Array) -> Array:
         if self.bits == 8:
             return codes.view(np.int8)
+        # Shift the sign bit of the code to the top, and back arithmetically.
         unused = 8 - self.bits
         return (codes << np.uint8(unused)).view(np.int8) >> np.int8(unused)

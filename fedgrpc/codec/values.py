@@ -23,14 +23,14 @@ _LITTLE = "<|=" if sys.byteorder == "little" else "<|"
 Content = Callable[[int, int], memoryview]
 # fill(out, first): elements of a tensor from number `first` on, as many as fit. `first` is a multiple of `PIECE`.
 Fill = Callable[[Array, int], None]
-# part(start, stop): these elements of a tensor, flat, to be left as they are; good until the next call.
+# part(start, stop): these elements of a tensor, flat, not to be changed, and valid until the next call.
 Part = Callable[[int, int], Array]
-# arrives(start, values, decoded): what will be decoded of the elements from `start`; `decoded` may be overwritten.
+# arrives(start, values, decoded): the elements from `start` as they will be decoded; `decoded` may be overwritten.
 Arrives = Callable[[int, Array, Array], None]
 
 
 def flat(array: Array) -> Array:
-    """One-dimensional, contiguous, little-endian; a view of the array wherever that is possible."""
+    """Return the array one-dimensional, contiguous and little-endian: a view of it wherever possible."""
     contiguous = np.ascontiguousarray(array).reshape(-1)
     if contiguous.dtype.byteorder in _LITTLE:
         return contiguous
@@ -38,13 +38,13 @@ def flat(array: Array) -> Array:
 
 
 def pieces(size: int, step: int = PIECE) -> Iterator[slice]:
-    """Slices of at most `step` elements that cover `size` elements in order."""
+    """Yield slices of at most `step` elements that cover `size` elements in order."""
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))
 
 
 def as_float32(piece: Array) -> Array:
-    """The piece as float32 (itself if it already is); raises EncodeError if a finite value overflows."""
+    """Return the piece as float32, itself if it is that already. A value that overflows becomes infinite."""
     if piece.dtype == np.float32:
         return piece
     with np.errstate(over="ignore"):
@@ -71,9 +71,9 @@ def _all_finite(piece: Array) -> bool:
 
 @np.errstate(over="ignore", invalid="ignore")
 def filled(fill: Fill, spec: TensorSpec, step: int = PIECE) -> Array:
-    """All of a tensor from what gives its elements as float32, `step` at a time, rounded to the dtype of the spec.
+    """Return a whole tensor from `fill`, which gives float32 elements, `step` at a time, in the dtype of the spec.
 
-    No more is taken than the tensor itself. Overflow gives infinity, for admission to see.
+    Takes no memory beyond the tensor and one piece. Overflow gives infinity, which admission then refuses.
     """
     out = np.empty(spec.size, spec.numpy_dtype)
     scratch = np.empty(0 if spec.dtype == "float32" else min(spec.size, step), np.float32)
@@ -92,18 +92,18 @@ def require_size(data: memoryview, wanted_bytes: int, spec: TensorSpec) -> None:
 
 
 def require_float(spec: TensorSpec, encoding: object) -> None:
-    """Raise LayoutError when a lossy encoding is declared for what is no trained float."""
+    """Raise LayoutError when a lossy encoding is declared for a tensor that is not trained floats."""
     if not spec.is_trained:
         what = spec.dtype if not spec.is_float else f"a {spec.role}"
         raise LayoutError(f"tensor {spec.name!r} is {what} and cannot be encoded as {encoding}")
 
 
 class InParts(Mapping[str, Array]):
-    """A mapping that computes or reads what it is asked for, and no more."""
+    """Tensors by name, available a part at a time, so that code working in cache-sized pieces holds none whole."""
 
     @abstractmethod
     def part_of(self, name: str) -> Part | None:
-        """What gives elements of that tensor; None where it is only to be had whole."""
+        """Return access to parts of that tensor; None where it is only available whole."""
 
 
 def part_filled(fill: Fill, dtype: np.dtype[Any] | type[np.generic]) -> Part:
@@ -121,7 +121,7 @@ def part_filled(fill: Fill, dtype: np.dtype[Any] | type[np.generic]) -> Part:
 
 
 def part_of(tensors: Mapping[str, Array], name: str) -> Part:
-    """What gives elements of that tensor, in whatever way it is to be had."""
+    """Return access to parts of that tensor; one that is only available whole is read first."""
     part = tensors.part_of(name) if isinstance(tensors, InParts) else None
     if part is not None:
         return part

@@ -126,5 +126,5 @@ def test_a_difference_that_would_let_errors_grow_and_a_budget_for_models_are_ref
     for download, difference in (("entropy:budget=100", None), ("int8", "entropy:c=1,budget=link")):
         with pytest.raises(UsageError, match="a budget is for updates"):
             Negotiation(download, difference, "raw")
-    with pytest.raises(UsageError, match="a link whose speed is not known"):
+    with pytest.raises(UsageError, match="a link of unknown speed"):
         Negotiation("int8 below 1mbit", None, "raw")

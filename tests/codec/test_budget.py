@@ -93,7 +93,7 @@ def test_only_a_step_can_be_fitted() -> None:
         ("entropy:budget=much", "allowed are a number of bytes, and link"),
         ("entropy:budget=-1", "allowed are a number of bytes, and link"),
         ("entropy:budget=100,distortion=0.5", "give one of them"),
-        ("int8;head.*=entropy:budget=100", "a budget is of the whole payload"),
+        ("int8;head.*=entropy:budget=100", "a budget is for the whole payload"),
     ],
 )
 def test_a_budget_that_means_nothing_is_refused(text: str, why: str) -> None:

@@ -73,7 +73,7 @@ def test_whatever_is_chosen_is_known_and_there_is_something_if_anything_is_known
         ("int8 below fast", "must look like"),
         ("int8 under 2mbit", "must look like"),
         ("int8 below 2mbit or so", "must look like"),
-        ("int8 below 2mbit", "a link whose speed is not known"),
+        ("int8 below 2mbit", "a link of unknown speed"),
         ("telepathy | raw", "unknown encoding 'telepathy'"),
     ],
 )
