@@ -1,4 +1,4 @@
-"""What `fedgrpc plan` plans for: a task's model, devices, and what training has cost them."""
+"""Inputs of `fedgrpc plan`: a task's model, devices, and the measured cost of their tasks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from fedgrpc.protocol.plans import local_model_plan_from_proto, plan_table_from_
 from fedgrpc.protocol.policies import policy_from_proto
 from fedgrpc.protocol.records import counts, device_of, observation_of
 from fedgrpc.submodels.channels import ChannelMap
-from fedgrpc.submodels.cost import Device, Observation, PlanSize, elements_of, shown_upload_bits
+from fedgrpc.submodels.cost import Choice, Device, Observation, PlanSize, choose_of, elements_of, shown_upload_bits
 from fedgrpc.submodels.coverage import Coverage
 from fedgrpc.submodels.plan import CompressionPlan, PlanTable
 from fedgrpc.trainer import SliceableTrainer, Trainer, TrainJob, Weights
@@ -31,13 +32,13 @@ from fedgrpc.v1.aggregator_pb2 import WorkerRecord
 from fedgrpc.v1.device_pb2 import WORKER_ROLE_TRAINER
 from fedgrpc.v1.round_pb2 import TaskRecord
 
-# As many as the aggregator itself goes by.
+# The aggregator itself predicts from as many.
 _KEPT = 16
 
 
 @dataclass(frozen=True)
-class Model:
-    """What plans are sized by: the task's model, and bits on the wire for each of its elements, down and up."""
+class PlannedModel:
+    """A task's model, and the bits that each of its elements takes on the wire, down and up."""
 
     layout: Layout
     channels: ChannelMap | None
@@ -45,10 +46,10 @@ class Model:
     upload_bits: float
 
     @classmethod
-    def of(cls, trainer: Trainer, encoding: str, upload_encoding: str = "") -> Model:
-        """A task's model; its payload is made once to see what the encoding does.
+    def of(cls, trainer: Trainer, encoding: str, upload_encoding: str = "") -> PlannedModel:
+        """Encode the task's model once to measure its bits per element.
 
-        Updates are in the same encoding, or in another. Raises UsageError.
+        Updates travel in `upload_encoding`, or like models without one. Raises `UsageError`.
         """
         weights = trainer.initial_weights()
         layout = tuple(spec_of(name, array) for name, array in weights.items())
@@ -59,17 +60,17 @@ class Model:
         return cls(layout, channels, 8 * payload.size_bytes / elements, upload_bits)
 
     def size_of(self, plan: CompressionPlan, history: Sequence[Observation] = ()) -> PlanSize:
-        """The plan's share of this model; updates take the bits that those in the history took."""
+        """Return the size of a plan for this model; updates take as many bits as those in the history."""
         upload_bits = shown_upload_bits(history) or self.upload_bits
         shapes = {tensor.name: tensor.shape for tensor in self.layout}
         return elements_of(plan, shapes, self.channels).size(self.download_bits, upload_bits)
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A device, what its tasks have cost, and by how much each prediction of them was off, by part.
+class PlannedDevice:
+    """A device, the cost of its past tasks, and by how much each prediction of them was off, by part.
 
-    `encodings` are those of models and of its updates; ("", "") where it has not been told any.
+    `encodings` are the recipes of its models and of its updates; ("", "") where the run has agreed on none.
     """
 
     name: str
@@ -80,23 +81,45 @@ class Subject:
     encodings: tuple[str, str] = ("", "")
 
 
+@dataclass(frozen=True)
+class PlanRequest:
+    """The choice to make for each device: one of these plans, for this model, within that deadline."""
+
+    model: PlannedModel
+    table: PlanTable
+    deadline_s: float
+
+    @property
+    def plans(self) -> tuple[CompressionPlan, ...]:
+        """Return every plan that some device may get, once."""
+        own = self.table.classes.values()
+        return tuple(dict.fromkeys((*self.table.automatic, *own) if self.table.automatic else self.table.plans))
+
+    def choice_for(self, planned: PlannedDevice) -> Choice:
+        """Return the choice that the aggregator would make."""
+        size_of = partial(self.model.size_of, history=planned.history)
+        about = planned.device, planned.history, self.deadline_s
+        return choose_of(self.table, planned.device_class, size_of, *about)
+
+
 def measured(
-    trainer: Trainer, model: Model, widths: Sequence[float], steps: int, epochs: float
+    trainer: Trainer, model: PlannedModel, widths: Sequence[float], steps: int, epochs: float
 ) -> list[Observation]:
-    """What a round's training of each width takes on this machine, told from `steps` of it; smallest first."""
+    """Measure a round's training of each width on this machine by `steps` steps of it, smallest width first."""
     weights, found = trainer.initial_weights(), []
     for width in sorted(set(widths)):
-        its = model.size_of(CompressionPlan(width))
+        size = model.size_of(CompressionPlan(width))
         given = _sliced(weights, model.channels, CompressionPlan(width))
-        _train(trainer, given, 1, epochs)  # loads and allocates what all later steps find
+        # The first step loads libraries and allocates buffers for all later ones.
+        _train(trainer, given, 1, epochs)
         local_s, tensor_bytes = _train(trainer, given, steps, epochs)
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        found.append(Observation(its.share, its.weights_bytes, 0, local_s, 0, 0, 0, peak_bytes, tensor_bytes))
+        found.append(Observation(size.share, size.weights_bytes, 0, local_s, 0, 0, 0, peak_bytes, tensor_bytes))
     return found
 
 
 def _train(trainer: Trainer, weights: Weights, steps: int, epochs: float) -> tuple[float, int]:
-    """Seconds that all steps of the epochs would take, and bytes of tensors."""
+    """Return the seconds that all steps of the epochs would take, and the bytes of tensors."""
     done = itertools.count(1)
     totals: list[int] = []
     job = TrainJob(
@@ -113,26 +136,28 @@ def _sliced(weights: Weights, channels: ChannelMap | None, plan: CompressionPlan
     if channels is None or plan.width == 1:
         return weights
     selection = channels.select(plan.sub_model(0), weights)
-    coverages: dict[str, Coverage] = {name: selection.coverage(name, its.shape) for name, its in weights.items()}
+    coverages: dict[str, Coverage] = {
+        name: selection.coverage(name, array.shape) for name, array in weights.items()
+    }
     return {name: coverages[name].take(array).copy() for name, array in weights.items()}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a running aggregator gives out, and its devices with what their tasks have cost."""
+class FleetSnapshot:
+    """The plans of a running aggregator, and its workers with their last tasks."""
 
     plans: PlanTable
     deadline_s: float
     workers: tuple[WorkerRecord, ...]
     tasks: Mapping[str, Sequence[TaskRecord]]
 
-    def subjects(self, model: Model) -> list[Subject]:
-        """Its devices, as the plans of that model are chosen for them."""
-        return [_subject(record, self.tasks[record.worker], model) for record in self.workers]
+    def devices(self, model: PlannedModel) -> list[PlannedDevice]:
+        """Return the devices, with a history in sizes of `model`."""
+        return [_planned_device(record, self.tasks[record.worker], model) for record in self.workers]
 
 
-async def ask(aggregator: Client, name: str | None) -> Asked:
-    """All that an aggregator knows of its workers' costs, or of one's. Raises UsageError, LinkError."""
+async def fleet_snapshot(aggregator: Client, name: str | None) -> FleetSnapshot:
+    """Ask an aggregator for the costs of its workers, or of one. Raises `UsageError`, `LinkError`."""
     records = [each for each in await aggregator.workers() if name in (None, each.worker)]
     if not records:
         raise UsageError("the aggregator knows no worker" + (f" {name!r}" if name else ""))
@@ -147,13 +172,15 @@ async def ask(aggregator: Client, name: str | None) -> Asked:
     run = await aggregator.run()
     plans = plan_table_from_proto(run.local_models) if run.HasField("local_models") else PlanTable()
     deadline_s = policy_from_proto(run.policy).deadline_s
-    return Asked(plans, deadline_s, trainers, tasks)
+    return FleetSnapshot(plans, deadline_s, trainers, tasks)
 
 
-def _subject(record: WorkerRecord, tasks: Sequence[TaskRecord], model: Model) -> Subject:
+def _planned_device(record: WorkerRecord, tasks: Sequence[TaskRecord], model: PlannedModel) -> PlannedDevice:
     history = tuple(
         observation_of(task, model.size_of(local_model_plan_from_proto(task.local_model))) for task in tasks
     )
     errors = tuple(prediction_errors(task) for task in tasks if task.HasField("prediction"))
     encodings = record.download_recipe, record.upload_recipe
-    return Subject(record.worker, device_of(record.device), history, errors, record.device.device_class, encodings)
+    return PlannedDevice(
+        record.worker, device_of(record.device), history, errors, record.device.device_class, encodings
+    )
