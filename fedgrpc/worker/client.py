@@ -1,7 +1,7 @@
 """The worker's side of the `Aggregator` service: domain types in and out, domain errors raised.
 
-Calls are short or resumable and each stands alone; nothing here retries. Streams have no total time limit, since
-a slow link may need hours, but one that moves no byte for `stall_s` is given up as a `LinkError`.
+Each call is short or resumable, and stands alone: nothing here retries. Streams have no total time limit, since a
+slow link may need hours. A stream that moves no byte for `stall_s` ends with a `LinkError`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Moved = Callable[[float], None]
 
 @dataclass(frozen=True)
 class Polled:
-    """The answer to a poll: a task, or nothing to do, or nothing to do ever again."""
+    """Answer to a poll: a task, or none now, or none ever again (`run_ended`)."""
 
     task: Task | None
     message: aggregator_pb2.Task | None
@@ -54,7 +54,7 @@ class Polled:
 
 @dataclass(frozen=True)
 class Beat:
-    """The answer to a heartbeat."""
+    """Answer to a heartbeat."""
 
     cancel: bool
     reason: str
@@ -63,7 +63,7 @@ class Beat:
 
 @dataclass(frozen=True)
 class Pushed:
-    """How much of an update the aggregator holds, and how long to wait before the rest is sent."""
+    """Bytes of an update that the aggregator holds, and the wait before the rest is sent."""
 
     committed_size_bytes: int
     complete: bool
@@ -75,7 +75,7 @@ def _ignore(progress: float) -> None:
 
 
 class AggregatorClient:
-    """One worker's calls over one channel."""
+    """Calls of one worker over one channel."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class AggregatorClient:
         self._chunk_bytes = FIRST_CHUNK_BYTES
 
     async def register(self, profile: DeviceProfile, role: Role, parts: Collection[str] = ()) -> Registration:
-        """Introduce this device, which knows these parts of a local-model plan. Idempotent."""
+        """Register this device, which can do these parts of a local-model plan. Idempotent."""
         request = aggregator_pb2.RegisterRequest(
             worker=self._worker,
             role=role.value,
@@ -119,7 +119,7 @@ class AggregatorClient:
         return registration
 
     async def takes_smaller_chunks(self) -> bool:
-        """Whether the aggregator, asked again, takes smaller chunks than before: it may have been restarted."""
+        """Register again; return whether the aggregator, perhaps restarted, now takes smaller chunks."""
         before = self._max_chunk_bytes
         if self._introduced_as is not None:
             await self.register(*self._introduced_as)
@@ -127,7 +127,7 @@ class AggregatorClient:
 
     @contextmanager
     def _pace(self) -> Iterator[ChunkSizer]:
-        """As fast as the last upload was at its end; slower where that broke off, for small chunks get through."""
+        """Start with the last chunk size of the upload before, or a smaller one if that broke off."""
         most = self._throttle.chunk_bytes(min(LARGE_CHUNK_BYTES, self._max_chunk_bytes))
         pace = ChunkSizer(most, self._chunk_bytes)
         try:
@@ -172,14 +172,14 @@ class AggregatorClient:
             await self._stub.ReportFailure(request, metadata=self._metadata, timeout=timeout_s)
 
     async def leave(self, timeout_s: float) -> None:
-        """Say that this worker ends; raises UnknownWorker when the aggregator does not know it."""
+        """Tell the aggregator that this worker ends; raises UnknownWorker when the aggregator does not know it."""
         with domain_errors():
             await self._stub.Leave(
                 aggregator_pb2.LeaveRequest(worker=self._worker), metadata=self._metadata, timeout=timeout_s
             )
 
     async def query_push(self, token: str) -> Pushed:
-        """How much of the update under `token` is held."""
+        """Return how much of the update under `token` the aggregator holds."""
         request = aggregator_pb2.QueryPushRequest(worker=self._worker, token=token)
         with domain_errors():
             reply = await self._stub.QueryPush(request, metadata=self._metadata, timeout=_CALL_S)
@@ -189,8 +189,9 @@ class AggregatorClient:
     async def push(
         self, header: aggregator_pb2.UpdateHeader, read: Read, offset: int, report: Report = _ignore
     ) -> bool:
-        """Send an update from `offset` on; True once it is acknowledged, that is verified and durable. False:
-        the answer does not say so, and `query_push` will.
+        """Send an update from `offset` on; return whether it is acknowledged, that is verified and durable.
+
+        After False ask `query_push`: the answer itself did not say.
 
         Raises what the aggregator answers, and LinkError for a lost or stalled connection.
         """
@@ -217,11 +218,11 @@ class AggregatorClient:
         return response is not None and bool(response.complete)
 
     async def pull(self, folder: ModelFolder, source: Source, report: Report = _ignore) -> HeldModel:
-        """Bring `source` into `folder`: from the byte where the last attempt stopped, or not at all if held.
+        """Download `source` into `folder`, from the byte where the last attempt stopped, unless it is held.
 
         Raises:
-            LinkError: the connection was lost; what has come is kept, and calling again goes on there.
-            CorruptError: a chunk or the whole payload does not match; calling again goes on or starts over.
+            LinkError: the connection was lost; the bytes received are kept, and the next call resumes there.
+            CorruptError: a chunk or the whole payload does not match; the next call resumes or starts over.
             NotFound: the aggregator has no such version.
             LayoutError, TooLargeError: the manifest is refused.
         """
@@ -243,7 +244,7 @@ class AggregatorClient:
         return pulled
 
     async def _still_sent(self, folder: ModelFolder, held: HeldModel) -> bool:
-        """Whether the aggregator would send for `held` what is held: only a header travels to find out."""
+        """Return whether the aggregator's payload for `held` is the one held. Only its header travels."""
         request = aggregator_pb2.PullModelRequest(
             version=held.version,
             recipe=held.source.recipe,
@@ -266,9 +267,9 @@ class AggregatorClient:
     async def _pull_from(
         self, folder: ModelFolder, source: Source, offset: int, report: Report
     ) -> HeldModel | None:
-        """One stream from `offset`; None when the aggregator's payload is not the one kept here."""
+        """Pull one stream from `offset`; None when the aggregator's payload is not the one kept here."""
         held = folder.held
-        # Between different slices a difference says nothing.
+        # A difference needs the same coordinates on both sides: that of another slice means nothing.
         comparable = held is not None and held.source.sub_model == source.sub_model
         request = aggregator_pb2.PullModelRequest(
             version=source.version, recipe=source.recipe, offset=offset, sub_model=source.sub_model
@@ -300,7 +301,7 @@ class AggregatorClient:
                 await pacer.wait(len(chunk.data), moved)
                 await pipeline.put(chunk)
                 moved(0)
-                # A payload of no bytes has no chunks: the one that came is refused when it is written.
+                # A payload of no bytes has no chunks: `append` refuses this one. Do not divide by zero before.
                 report(partial.size_bytes / max(1, partial.manifest.size_bytes))
             await pipeline.drain()
         if partial.size_bytes < partial.manifest.size_bytes:
@@ -308,9 +309,9 @@ class AggregatorClient:
 
     @asynccontextmanager
     async def _moving(self) -> AsyncIterator[Moved]:
-        """Give up when the yielded function has not been called for `stall_s` beyond the seconds it was told.
+        """Raise `LinkError` when the yielded function is not called for `stall_s` plus its last argument.
 
-        Keepalive finds dead links; this finds a peer that is alive and hangs.
+        Keepalive finds dead links. This finds a live peer that hangs.
         """
         loop = asyncio.get_running_loop()
         try:
@@ -327,7 +328,7 @@ def _header_of(message: Any) -> aggregator_pb2.ModelHeader:
 
 
 def _chunks(read: Read, size_bytes: int, offset: int, pace: ChunkSizer) -> Iterator[Chunk]:
-    """The payload's chunks from `offset`, as large as the pace allows when each is read. Raises as `chunk_at`."""
+    """Yield the payload's chunks from `offset`, each as large as allowed when it is read. Raises as `chunk_at`."""
     while offset < size_bytes:
         chunk = chunk_at(read, offset, min(pace.chunk_bytes, size_bytes - offset))
         offset += len(chunk.data)
@@ -335,16 +336,16 @@ def _chunks(read: Read, size_bytes: int, offset: int, pace: ChunkSizer) -> Itera
 
 
 def _framed(pieces: Iterator[Chunk], size_bytes: int, pace: ChunkSizer) -> tuple[list[tuple[Chunk, bytes]], bool]:
-    """The next chunks of a payload with their framed messages, and whether more follow.
+    """Return the next chunks of a payload with their framed messages, and whether more follow.
 
-    Only so many that a change of pace has effect at once.
+    They are few, so that a new chunk size has effect at once.
     """
     batch: list[tuple[Chunk, bytes]] = []
     batch_bytes, wanted_bytes = 0, min(_BATCH_BYTES, _BATCH_CHUNKS * pace.chunk_bytes)
     while batch_bytes < wanted_bytes and (chunk := next(pieces, None)) is not None:
         batch.append((chunk, framing.frame(chunk)))
         batch_bytes += len(chunk.data)
-        # Tell the end with the last batch: an empty one more would cost a hop to a thread.
+        # Return the end with the last batch: an empty batch after it would cost another hop to a thread.
         if chunk.offset + len(chunk.data) == size_bytes:
             return batch, False
     return batch, bool(batch)
@@ -352,7 +353,7 @@ def _framed(pieces: Iterator[Chunk], size_bytes: int, pace: ChunkSizer) -> tuple
 
 @asynccontextmanager
 async def _cancelled_on_exit(call: Any) -> AsyncIterator[Any]:
-    """A stream that is left for any reason is ended on the other side too."""
+    """End the stream on the other side too, for whatever reason the block is left."""
     try:
         yield call
     finally:

@@ -1,4 +1,4 @@
-"""What training changed, tensor by tensor (`fedgrpc.codec.values`). `Applied` undoes it."""
+"""Differences between models, tensor by tensor: `Delta` takes what training changed, `Applied` adds it again."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fedgrpc.errors import LayoutError
 
 
 class Delta(InParts):
-    """What travels, computed when it is asked for, so that no third model is held in memory.
+    """Trained minus given, computed tensor by tensor on access, so that no third model is in memory.
 
-    Tensors that are no parameters are left out where they have not changed, and constants always.
+    Leaves out constants, and unchanged tensors that are no parameters.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class Delta(InParts):
         known: Layout = (),
         whole: Mapping[str, Array] | None = None,
     ) -> None:
-        """`known` as in `layout_of`; `whole`: what was given before a local model was made of it, if one was.
+        """`known` is as in `layout_of`. `whole` is the given model before a local model was made of it.
 
         Raises LayoutError unless both have the same tensors; floats may differ in width.
         """
@@ -72,7 +72,7 @@ class Delta(InParts):
 
 
 class Applied(InParts):
-    """base + delta, read and computed when it is asked for; what the delta leaves out is as in the base."""
+    """base + delta, computed tensor by tensor on access. Tensors without a delta are those of the base."""
 
     def __init__(self, base: PayloadReader, delta: PayloadReader) -> None:
         """Raises LayoutError unless the delta has the parameters of the base, and no others than its own."""
@@ -109,9 +109,9 @@ class Applied(InParts):
 
 
 def _measured(trained: Array, start: Array, whole: Array) -> Array:
-    """A statistic after training, without what a local model's number format took from it at the start.
+    """Return a statistic after training, without what a local model's number format took from it at the start.
 
-    It is between what was given and what training has measured, and so in the domain of both.
+    The clip keeps it between the given and the measured value, and so in the domain of both.
     """
     if start is whole or np.array_equal(start, whole):
         return trained
@@ -122,7 +122,7 @@ def _measured(trained: Array, start: Array, whole: Array) -> Array:
 
 
 def _like(name: str, array: Array, given: Array) -> Array:
-    """`array` in the dtype of `given`: NumPy code returns float64 easily. Anything else must fit."""
+    """Return `array` in the dtype of `given`: NumPy code returns float64 easily. Anything else must fit."""
     array = np.asarray(array)
     if array.shape != given.shape:
         raise LayoutError(f"training returned {name!r} with shape {array.shape}, the model's is {given.shape}")

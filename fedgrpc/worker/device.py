@@ -1,7 +1,7 @@
-"""What this device is, as it tells the aggregator: measured where that is cheap, and overridable throughout.
+"""The profile of this device: measured where that is cheap, and every field can be overridden.
 
-A container's limits count, not its host's machine. torch is asked only when something else has imported it
-already: importing it takes seconds and hundreds of megabytes on a small device.
+A container's limits count, not those of its host. torch is asked for the accelerator only after something else has
+imported it: the import takes seconds and hundreds of megabytes on a small device.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedgrpc.v1 import device_pb2
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """What a device says of itself; zero or empty: not known. The fields are those of the message."""
+    """Profile of a device; zero or empty is unknown. The fields are those of the message."""
 
     device_class: str = ""
     cpu_model: str = ""
@@ -40,12 +40,12 @@ class DeviceProfile:
     software_version: str = __version__
 
     def to_proto(self) -> device_pb2.DeviceProfile:
-        """As it travels."""
+        """Return the message."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return device_pb2.DeviceProfile(**values)
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> DeviceProfile:
-        """This profile with what the operator says instead of what was found.
+        """Return this profile with the operator's values in place of measured ones.
 
         Raises:
             UsageError: a name that is no field, or a value of the wrong type.
@@ -62,7 +62,7 @@ class DeviceProfile:
 
 
 def detect(root: Path = Path("/")) -> DeviceProfile:
-    """Measure this device; `root` is where /proc, /sys and the like are looked for."""
+    """Measure this device; `root` is the folder that holds proc and sys."""
     board = _text(root / "proc/device-tree/model").rstrip("\0")
     accelerator, name, accelerator_memory_bytes = _accelerator()
     return DeviceProfile(
@@ -78,7 +78,7 @@ def detect(root: Path = Path("/")) -> DeviceProfile:
 
 
 def device_class_of(board: str) -> str:
-    """ "raspberry-pi-4" from "Raspberry Pi 4 Model B Rev 1.4", "jetson-nano" from "NVIDIA Jetson Nano ..."."""
+    """Return "raspberry-pi-4" for "Raspberry Pi 4 Model B Rev 1.4", "jetson-nano" for "NVIDIA Jetson Nano ..."."""
     name = re.sub(r"^nvidia ", "", board.strip().lower())
     name = re.split(r" (?:model|rev|developer|engineering|module|plus)\b", name)[0]
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
@@ -100,7 +100,7 @@ def _cpu_model(root: Path) -> str:
 
 
 def _cgroup_folders(root: Path) -> list[Path]:
-    """The process's cgroup and all above it; limits apply at every level."""
+    """Return the process's cgroup and all above it: limits apply at every level."""
     top = root / "sys/fs/cgroup"
     relative = "/"
     for line in _text(root / "proc/self/cgroup").splitlines():
@@ -123,14 +123,14 @@ def _cpu_cores(root: Path) -> int:
 
 
 def usable_memory_bytes(root: Path = Path("/")) -> int:
-    """The machine's memory, or what a container leaves of it."""
+    """Return the machine's memory, or a container's limit of it."""
     limits = [_text(folder / "memory.max") for folder in _cgroup_folders(root)]
     limits.append(_text(root / "sys/fs/cgroup/memory/memory.limit_in_bytes"))
     return min([int(psutil.virtual_memory().total), *(int(limit) for limit in limits if limit.isdigit())])
 
 
 def _accelerator() -> tuple[str, str, int]:
-    """Kind, name and memory in bytes; a Jetson is a CUDA device whose memory is the machine's."""
+    """Return kind, name and memory in bytes. A Jetson is a CUDA device with the machine's memory."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return "cpu", "", 0

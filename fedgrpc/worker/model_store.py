@@ -1,11 +1,11 @@
-"""The model version that the device holds, and the one that is on its way.
+"""The model version that the device holds, and the download of the next one.
 
     model/00000003/    the held version: about.json, header.pb, payload
-    model/partial/     a download that goes on where it stopped
+    model/partial/     a download that can resume
 
 The rule: a folder with a number is complete and its payload has matched its digest. Weights that came as a
-difference are kept whole, so that the held version never depends on another; of these about.json has a CRC-32,
-and their digest is taken when somebody pulls them. Nothing here is synced to the disk: what a power cut takes away
+difference are stored whole, so that the held version never depends on another. Their about.json has a CRC-32, and
+their digest is computed when somebody pulls them. Nothing here is synced to the disk: what a power cut takes away
 can be pulled again, and what it leaves is checked at the next start.
 """
 
@@ -69,7 +69,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Source:
-    """What a model was pulled as: run, version, recipe of the payload, and slice ("": the whole model)."""
+    """Origin of a model: run, version, recipe of the payload, and slice ("": the whole model)."""
 
     run: str
     version: int
@@ -79,22 +79,23 @@ class Source:
 
 @dataclass(frozen=True)
 class Origin:
-    """A payload, as its manifest declared it: by it the aggregator knows what precisely is held."""
+    """Digest and size of the payload that made a model. By these the aggregator knows exactly what is held."""
 
     sha256: bytes
     size_bytes: int
 
     @classmethod
     def of(cls, manifest: Manifest) -> Origin:
-        """The payload that `manifest` declares."""
+        """Return the origin that `manifest` declares."""
         return cls(manifest.sha256, manifest.size_bytes)
 
 
 @dataclass(frozen=True)
 class HeldModel:
-    """One complete model version on disk. `origin` is the payload that made it, a difference perhaps.
+    """One complete model version on disk. `origin` is the payload that made it, perhaps a difference.
 
-    `crc32` is that of the payload; None: it was pulled by a former process, and has the digest of its manifest.
+    `crc32` is that of the stored payload. None: an earlier process pulled it, and it has the digest of its
+    manifest.
     """
 
     folder: Path
@@ -107,7 +108,7 @@ class HeldModel:
 
     @property
     def in_use(self) -> bool:
-        """Whether somebody still reads the payload: weights that lie in it, or a stream."""
+        """Whether somebody still reads the payload: weights that are mapped from it, or a stream."""
         return any(use() is not None for use in self._uses)
 
     @property
@@ -116,9 +117,9 @@ class HeldModel:
         return self.source.version
 
     def weights(self) -> dict[str, Array]:
-        """All tensors, each writable and no other's. Slow: run it in a thread.
+        """Return all tensors, each writable and shared with nobody. Slow: run it in a thread.
 
-        Tensors that lie in the file as they are in memory are mapped, and copied only where they are written to.
+        Tensors that are stored as they are in memory are mapped, and only pages that are written to are copied.
         """
         content = self.mapped()
         self._note_use(content)
@@ -126,15 +127,15 @@ class HeldModel:
         return {spec.name: _own(array) for spec, array in reader}
 
     def mapped(self) -> Array:
-        """The payload's bytes, mapped; what is written to them does not reach the file."""
+        """Return the payload's bytes, mapped. Writes to them do not reach the file."""
         path = self.folder / PAYLOAD
         with storage_errors(path):
             return np.memmap(path, np.uint8, "c") if self.manifest.size_bytes else np.empty(0, np.uint8)
 
     def tensors(self) -> Mapping[str, Array]:
-        """All tensors, each read when it is asked for, also once a newer version is held.
+        """Return all tensors, each read on access, also once a newer version is held.
 
-        Raises `StorageError`, and so does whoever reads one.
+        Raises `StorageError`, and so does each access.
         """
         path = self.folder / PAYLOAD
         with storage_errors(path):
@@ -150,7 +151,7 @@ class HeldModel:
         return LazyTensors(PayloadReader(self.manifest, read))
 
     def check(self) -> None:
-        """Raises CorruptError unless the payload is what it was. Slow: run it in a thread."""
+        """Raise CorruptError unless the payload is what was written. Slow: run it in a thread."""
         with self._open(self.folder / PAYLOAD) as file:
             read = file_reader(file.fileno())
             if self.crc32 is None:
@@ -162,7 +163,7 @@ class HeldModel:
             raise CorruptError("its payload is not what was written")
 
     def open_raw(self) -> tuple[Manifest, BinaryIO]:
-        """Manifest and file of the same weights in the raw recipe, written once. Slow: run it in a thread."""
+        """Return manifest and file of the weights in the raw recipe, written once. Slow: run it in a thread."""
         with self._writing:
             manifest, path = self._raw()
             return manifest, self._open(path)
@@ -204,7 +205,7 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _write_whole(model: Applied, out: BinaryIO) -> tuple[Manifest, int]:
-    """Write all tensors raw; their manifest, without a digest, and the CRC-32 of the payload."""
+    """Write all tensors raw. Return their manifest, without a digest, and the CRC-32 of the payload."""
     crc = 0
     for spec in model.layout:
         part = part_of(model, spec.name)
@@ -221,7 +222,7 @@ def _write_whole(model: Applied, out: BinaryIO) -> tuple[Manifest, int]:
 
 
 def _own(array: Array) -> Array:
-    """Decoded tensors may be read-only views of a frame; a trainer gets aligned arrays that it may change."""
+    """Return an aligned array that a trainer may change: decoded tensors may be read-only views of a frame."""
     flags = array.flags
     if flags.c_contiguous and flags.aligned and flags.writeable:
         return array
@@ -229,7 +230,7 @@ def _own(array: Array) -> Array:
 
 
 class ModelFolder:
-    """The held version and the partial download, if it `has_partial`, in one folder. One owner."""
+    """The held version and, if it `has_partial`, the partial download in one folder. One owner."""
 
     def __init__(self, folder: Path, limits: Limits | None = None) -> None:
         self._folder = folder
@@ -238,21 +239,21 @@ class ModelFolder:
         with storage_errors(folder):
             make_private(folder)
             sweep(folder)
-            # Apart, since a difference is small and whole weights are large.
+            # Two sets of recycled files, since a difference is small and whole weights are large.
             self._spares = RecycledFiles(folder / "spare", 1)
             self._spare_differences = RecycledFiles(folder / "spare-differences", 1)
             self.has_partial = self._partial.exists()
         self.held = self._load_held()
 
     def forget_other_runs(self, run: str) -> None:
-        """Version numbers mean nothing across runs: a model of another run is dropped."""
+        """Drop a model of another run: version numbers mean nothing across runs."""
         if self.held is not None and self.held.source.run != run:
             with storage_errors(self._folder):
                 remove_folder(self.held.folder)
             self.held = None
 
     def partial_size_bytes(self, source: Source) -> int:
-        """Bytes of an interrupted download of `source`; 0 when there is none."""
+        """Return the bytes of an interrupted download of `source`; 0 when there is none."""
         try:
             if _read_source(self._partial) == source:
                 return received_bytes(self._partial)
@@ -267,14 +268,14 @@ class ModelFolder:
         return 0
 
     def drop_partial(self) -> None:
-        """The next download starts at its first byte."""
+        """Remove the partial download, so that the next one starts at its first byte."""
         with storage_errors(self._partial):
             if self._partial.exists():
                 remove_folder(self._partial)
         self.has_partial = False
 
     def open_partial(self, source: Source, header: aggregator_pb2.ModelHeader, offset: int) -> PartialModel | None:
-        """Where the chunks of a stream that starts at `offset` go; None when what is kept does not fit it.
+        """Open the download for a stream that starts at `offset`; None when the bytes kept do not fit the stream.
 
         Raises:
             LayoutError, TooLargeError: the header's manifest is refused.
@@ -299,9 +300,9 @@ class ModelFolder:
         self.has_partial = True
 
     def _check_layout(self, source: Source, manifest: Manifest, is_difference: bool) -> None:
-        """A version has the tensors of the one before it: what that took is known to fit this device.
+        """Raise `LayoutError` unless the version has the tensors of the held one, which fits this device.
 
-        A difference may leave out those that are no parameters.
+        A difference may leave out tensors that are no parameters.
         """
         held = self.held
         if held is None or (held.source.run, held.source.sub_model) != (source.run, source.sub_model):
@@ -340,7 +341,7 @@ class ModelFolder:
         return self.held
 
     def _merge(self, partial: PartialModel) -> tuple[Manifest, int]:
-        """Turn the difference in the partial download into the whole model, in place; its manifest and CRC."""
+        """Turn the difference in the partial download into the whole model. Return its manifest and CRC-32."""
         base = self.held
         if base is None or base.version != partial.header.base_version:
             self.drop_partial()
@@ -365,7 +366,7 @@ class ModelFolder:
         return manifest, crc
 
     def check_held(self) -> None:
-        """Raises CorruptError unless the held model is what it was; it is dropped then, to be pulled whole."""
+        """Raise CorruptError if the held model has changed on the disk. It is dropped then, to be pulled whole."""
         if self.held is None:
             return
         if not self.held.folder.exists():
@@ -376,7 +377,7 @@ class ModelFolder:
             self._drop_held(str(error))
 
     def _drop_held(self, why: str) -> NoReturn:
-        """Nothing may be made of it, nor be the difference to it."""
+        """Drop the held model and the partial download, which may be a difference to it. Raises CorruptError."""
         assert self.held is not None
         log.warning("held model dropped", folder=str(self.held.folder), reason=why)
         held, self.held = self.held, None
@@ -393,9 +394,9 @@ class ModelFolder:
         return sorted(path for path in self._folder.glob("*") if path.name.isdigit())
 
     def _load_held(self) -> HeldModel | None:
-        """The newest complete version; older ones, left by a crash, and damaged ones go.
+        """Return the newest complete version. Remove older ones, left by a crash, and damaged ones.
 
-        One that cannot be read now stays for the next start, and is pulled anew for this one.
+        A version that cannot be read now stays for the next start. This process pulls it again.
         """
         held: HeldModel | None = None
         for folder in reversed(self._numbered()):
@@ -420,7 +421,7 @@ def _load(folder: Path) -> HeldModel:
     if (folder / PAYLOAD).stat().st_size != manifest.size_bytes:
         raise LayoutError("its payload is not as long as declared")
     source, origin, crc = _read_about(folder)
-    # It was written when somebody asked, and nothing tells whether all of it has reached the disk.
+    # The raw copy was written without a sync: a power cut may have left part of it. Write it again when asked.
     (folder / _RAW_HEADER).unlink(missing_ok=True)
     return HeldModel(folder, source, manifest, origin or Origin.of(manifest), crc)
 

@@ -1,4 +1,4 @@
-"""A whole worker: its folder, its connection, its service, its loop, and how it is told to end."""
+"""The worker process: its folder, connection, service and loop, and how it ends."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from fedgrpc.worker.task import Registration
 from fedgrpc.worker.training import TrainerWork
 
 IN_USE: Final = "is used by another worker; give each worker its own --state-dir"
-# How long after an order to end at once what is still awaited is left behind.
+# Wait this long after `stop` before leaving behind what does not end.
 _ABANDON_S: Final = 0.2
 _STOP_THREAD_S: Final = 5.0
-# Of the model while it trains: weights, gradients, velocities, and the weights that were given.
+# Copies of the model during training: weights, gradients, velocities, and the weights that were given.
 _COPIES: Final = 4
 
 BuildTrainer = Callable[[Registration], Trainer]
@@ -41,7 +41,7 @@ log = structlog.get_logger()
 
 
 def _limits(settings: WorkerSettings) -> Limits:
-    """A model that does not fit into this device's memory cannot be trained here, so none of it is taken."""
+    """Refuse models that cannot be trained in this device's memory before any of their bytes are taken."""
     most_bytes = settings.max_model_bytes or usable_memory_bytes() // _COPIES
     limits = Limits()
     return replace(limits, max_decoded_bytes=min(limits.max_decoded_bytes, most_bytes))
@@ -60,7 +60,7 @@ class Worker:
         self.server: RunningServer | None = None
 
     async def run(self) -> int:
-        """Until the run has ended or the worker has drained (0), or was stopped before (128 + signal).
+        """Run until the run has ended or the worker has drained (0), or was stopped before (128 + signal).
 
         Raises:
             UsageError: a setting is unusable, or the state folder or the port is in use.
@@ -112,7 +112,7 @@ class Worker:
         return detect().with_overrides({**link, **self._settings.device})
 
     def pause(self) -> None:
-        """Take no further task until `resume`; the one in hand is finished."""
+        """Take no further task until `resume`. The present one is finished."""
         self.controls.pause()
 
     def resume(self) -> None:
@@ -120,8 +120,10 @@ class Worker:
         self.controls.resume()
 
     def drain(self, within_s: float | None = None, exit_code: int = 0) -> None:
-        """Finish the task in hand, then end. What takes longer than `within_s` is stopped: training is given
-        back, an upload stays in the spool for the next start.
+        """Finish the present task, then end.
+
+        After `within_s` the task is stopped: training is given back, an upload stays in the spool for the next
+        start.
         """
         self.controls.drain()
         if self.publisher.status.task_kind is None:
@@ -132,12 +134,12 @@ class Worker:
             loop.call_later(within_s + _STOP_THREAD_S, self._cancel, exit_code)
 
     def stop(self, exit_code: int = 0) -> None:
-        """End at once; whatever is finished is on the disk."""
+        """End at once. Finished updates are on the disk."""
         self._cancel(exit_code)
         asyncio.get_running_loop().call_later(_ABANDON_S, self._cancel, exit_code)
 
     def told_to_end(self, number: int) -> None:
-        """A signal: the first drains within `drain_s`, a second ends at once."""
+        """Handle a signal: the first drains within `drain_s`, a second ends at once."""
         if self.controls.draining:
             self.stop(128 + number)
             return
@@ -153,10 +155,10 @@ class Worker:
 async def run_worker(
     settings: WorkerSettings, trainer: Trainer | None = None, *, build_trainer: BuildTrainer | None = None
 ) -> int:
-    """Run a worker to its end; the exit code. In the main thread, SIGTERM and SIGINT drain it.
+    """Run a worker to its end and return the exit code. In the main thread, SIGTERM and SIGINT drain it.
 
-    Give the trainer, or a function that builds it from what the aggregator tells at registration
-    (`learning_task`, `model`); the function runs in a thread.
+    Give the trainer, or a function that builds it from the registration (`learning_task`, `model`). The function
+    runs in a thread.
 
     Raises: as `Worker.run`.
     """

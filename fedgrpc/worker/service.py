@@ -1,4 +1,4 @@
-"""The `Worker` service: the device's owner and the applications beside it look at the worker and steer it."""
+"""The `Worker` service, with which the device's owner and its applications watch and steer the worker."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedgrpc.worker.status import StatusPublisher
 
 
 class Steering(Protocol):
-    """What the service asks of the worker's loop."""
+    """Controls of a worker that the service calls."""
 
     def pause(self) -> None:
         """Take no further task."""
@@ -28,7 +28,7 @@ class Steering(Protocol):
         """Take tasks again."""
 
     def drain(self) -> None:
-        """Finish the task in hand, then end."""
+        """Finish the present task, then end."""
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -43,20 +43,20 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def GetStatus(
         self, request: worker_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.GetStatusResponse:
-        """What the worker does now."""
+        """Return the present status."""
         return worker_pb2.GetStatusResponse(status=self._publisher.status.to_proto())
 
     async def WatchStatus(
         self, request: worker_pb2.WatchStatusRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.WatchStatusResponse]:
-        """The status, and every change of it."""
+        """Stream the status, and every change of it."""
         async for status in self._publisher.watch():
             yield worker_pb2.WatchStatusResponse(status=status.to_proto())
 
     async def PullModel(
         self, request: worker_pb2.WorkerPullModelRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.WorkerPullModelResponse | bytes]:
-        """The held model in the raw recipe. The file stays readable while a newer version replaces it."""
+        """Stream the held model in the raw recipe. The file stays readable while a newer version replaces it."""
         held = self._models.held
         if held is None:
             raise NotFound("this device holds no model yet; it gets one with its first task")
@@ -88,7 +88,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Drain(
         self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.DrainResponse:
-        """Finish the task in hand, then end the process."""
+        """Finish the present task, then end the process."""
         self._steering.drain()
         return worker_pb2.DrainResponse(status=self._publisher.status.to_proto())
 

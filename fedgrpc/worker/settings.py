@@ -1,4 +1,4 @@
-"""The settings of a worker, checked once, when they are made."""
+"""Settings of a worker, checked once, on construction."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What the person who starts a worker may say. Times in seconds, sizes in bytes.
+    """Settings of one worker. Times in seconds, sizes in bytes.
 
-    `state_dir` keeps what survives a restart: unsent updates, the error-feedback residual, the held model; each
+    `state_dir` keeps what survives a restart: unsent updates, the error-feedback residual, the held model. Each
     worker needs its own. `serve_address` is where the `Worker` service listens; None: nowhere. `poll_wait_s` caps
-    what the aggregator proposes, `stall_s` how long a stream may move no byte, `backoff` the waits between tries.
-    `drain_s` is how long the task in hand may go on after SIGTERM. `device` replaces what is measured, by field
-    name of the profile. `encodings` are the names of those that this worker offers to read and write.
+    the wait that the aggregator proposes, `stall_s` the time without a byte on a stream, `backoff` the waits
+    between tries. `drain_s` is the time that the present task has after SIGTERM. `device` overrides measured
+    fields of the profile by name. `encodings` are those that this worker offers to read and write.
 
-    What the aggregator says is bounded, too: a model of more than `max_model_bytes`, decoded, is not taken (None:
-    a quarter of the memory that this process may use, since training keeps four copies). Nor is a task whose
-    batches have fewer than `min_batch_size` examples: the update of a single example tells that example.
+    The aggregator is not trusted with the device. A model of more than `max_model_bytes`, decoded, is refused
+    (None: a quarter of the memory that this process may use, since training keeps four copies). So is a task whose
+    batches have fewer than `min_batch_size` examples: the update of a single example reveals that example.
 
     Raises:
         UsageError: a value is out of range.

@@ -1,8 +1,7 @@
 """Finished updates on the worker's disk, from before their upload starts until they are acknowledged.
 
-    spool/00000007/        one update: payload, and where they are not empty residual (what the update leaves
-    behind)
-                           and personal (the layers that stay here)
+    spool/00000007/        one update: payload, residual (what it leaves behind), personal (layers that stay here);
+                           the last two only where there is something in them
     spool/residual         the residual that the next update starts from
     spool/personal         the personal layers of the last update that is gone
 

@@ -1,6 +1,6 @@
-"""The two ends of a worker that its owner holds: the status it publishes, and the controls that steer it.
+"""What the owner of a worker sees and steers: the status it publishes, and its controls.
 
-The status is one immutable value, replaced on every change, and watched by any number.
+The status is one immutable value, replaced on every change, with any number of watchers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MIN_INTERVAL_S: Final = 0.25
 
 
 class Activity(IntEnum):
-    """What the worker's loop is doing; numbers as in `fedgrpc.v1.Activity`."""
+    """Present activity of the worker's loop; numbers as in `fedgrpc.v1.Activity`."""
 
     CONNECTING = worker_pb2.ACTIVITY_CONNECTING
     WAITING = worker_pb2.ACTIVITY_WAITING
@@ -35,7 +35,7 @@ class Activity(IntEnum):
 
     @property
     def phase(self) -> Phase:
-        """The phase of a task that heartbeats carry during this activity."""
+        """Phase of the task in heartbeats during this activity."""
         if self is Activity.DOWNLOADING:
             return Phase.DOWNLOADING
         return Phase.UPLOADING if self is Activity.UPLOADING else Phase.TRAINING
@@ -43,7 +43,7 @@ class Activity(IntEnum):
 
 @dataclass(frozen=True)
 class Status:
-    """Everything `GetStatus` tells."""
+    """Status of a worker, as `GetStatus` returns it."""
 
     worker: str
     aggregator: str
@@ -59,7 +59,7 @@ class Status:
     task_kind: TaskKind | None = None
 
     def to_proto(self) -> worker_pb2.Status:
-        """As it travels."""
+        """Return the message."""
         return worker_pb2.Status(
             worker=self.worker,
             aggregator=self.aggregator,
@@ -77,7 +77,7 @@ class Status:
 
 
 class StatusPublisher:
-    """Holds the present status. Written by the worker's loop alone."""
+    """Holds the present status and notifies its watchers. Only the worker's loop writes it."""
 
     def __init__(self, status: Status) -> None:
         self.status = status
@@ -103,7 +103,7 @@ class StatusPublisher:
                 await self._activities.wait(self._activities.revision)
 
     async def watch(self, min_interval_s: float = _MIN_INTERVAL_S) -> AsyncIterator[Status]:
-        """The present status, then each one that follows; of those in quick succession only the last."""
+        """Yield the present status, then each that follows; of those in quick succession only the last."""
         while True:
             seen = self._changes.revision
             yield self.status

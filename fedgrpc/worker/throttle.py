@@ -1,7 +1,7 @@
-"""Honest slowness: a slower device or link, made by waiting in proportion to work that is really done.
+"""A slower device or link, simulated by waits in proportion to the work that is really done.
 
-Nothing is skipped or faked: training pauses after each batch, and streams wait as long as their bytes would
-take on the link.
+No work is skipped: training pauses after each batch, and streams wait as long as their bytes would take on the
+link.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _MIN_CHUNK_BYTES = 4096
 
 @dataclass(frozen=True)
 class Throttle:
-    """How much slower than it is a worker shall be. 1.0 and None change nothing.
+    """Slowdown of a worker. 1.0 and None change nothing.
 
-    `slowdown` 3.0 makes work take three times as long. `link_bits_per_second` paces pull and push, each on
-    its own, as on a full-duplex link.
+    `slowdown` 3.0 makes work take three times as long. `link_bits_per_second` limits pull and push, each on its
+    own, as on a full-duplex link.
     """
 
     slowdown: float = 1.0
@@ -37,17 +37,17 @@ class Throttle:
             raise UsageError(f"a link needs more than {self.link_bits_per_second} bits per second")
 
     def chunk_bytes(self, usual_bytes: int) -> int:
-        """Chunk size at which a paced link still moves a few times a second."""
+        """Return a chunk size with which a limited link still moves a few times a second."""
         if self.link_bits_per_second is None:
             return usual_bytes
         return min(usual_bytes, max(_MIN_CHUNK_BYTES, int(self.link_bits_per_second / 8 * _PACED_CHUNK_S)))
 
     def pause_s(self, work_s: float) -> float:
-        """How long to rest after `work_s` seconds of work."""
+        """Return the rest that is due after `work_s` seconds of work."""
         return work_s * (self.slowdown - 1)
 
     def rest(self, work_s: float, stop: threading.Event) -> None:
-        """Rest after work, in the thread that did it; ends at once when `stop` is set."""
+        """Rest after work, in the thread that did it. End at once when `stop` is set."""
         if self.slowdown > 1:
             stop.wait(self.pause_s(work_s))
 
@@ -55,7 +55,7 @@ class Throttle:
 class Pacer:
     """Delays a stream so that n bytes take n * 8 / rate seconds since it began; without a rate, not at all.
 
-    A pause in the stream is not made up for by a burst afterwards.
+    No burst follows a pause in the stream.
     """
 
     def __init__(self, bits_per_second: float | None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -64,7 +64,7 @@ class Pacer:
         self._free_at_s = clock()
 
     def delay_s(self, size_bytes: int) -> float:
-        """Book `size_bytes` on the link; the time until they are through, seconds."""
+        """Book `size_bytes` on the link and return the seconds until they are through."""
         if self._bytes_per_second is None:
             return 0.0
         now_s = self._clock()
@@ -72,7 +72,7 @@ class Pacer:
         return self._free_at_s - now_s
 
     async def wait(self, size_bytes: int, announce: Callable[[float], None]) -> None:
-        """Wait until `size_bytes` more are through; `announce` is told first how long that takes, seconds."""
+        """Wait until `size_bytes` more are through. First call `announce` with the seconds that this takes."""
         delay_s = self.delay_s(size_bytes)
         announce(delay_s)
         if delay_s > 0:

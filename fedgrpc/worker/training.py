@@ -64,7 +64,7 @@ Given = Callable[[], Weights]
 
 @dataclass(frozen=True)
 class Hooks:
-    """How training talks to the loop from its thread: `stop` is set to cancel, `report` takes 0 to 1."""
+    """Connection of a training thread to the loop: `stop` is set to cancel, `report` takes 0 to 1."""
 
     stop: threading.Event
     report: Callable[[float], None]
@@ -177,12 +177,12 @@ def _check_plan(task: Task, min_batch_size: int) -> None:
 
 
 def parts_of(trainer: Trainer) -> frozenset[str]:
-    """The parts of a local-model plan that a worker with this trainer can do."""
+    """Return the parts of a local-model plan that a worker with this trainer can do."""
     return WORKER_PARTS | (TASK_PARTS if isinstance(trainer, SliceableTrainer) else frozenset())
 
 
 def evaluate(trainer: Trainer, weights: Weights, hooks: Hooks) -> EvalResult | None:
-    """Score `weights` on local held-out data; None where there is none. Raises TaskError."""
+    """Score `weights` on local held-out data; None if there is none. Raises TaskError."""
     started_s = time.monotonic()
     with users_code():
         result = validation.eval_result(trainer.evaluate(weights))
@@ -191,14 +191,14 @@ def evaluate(trainer: Trainer, weights: Weights, hooks: Hooks) -> EvalResult | N
 
 
 def initialize(trainer: Trainer, tell_channels: bool = False) -> Outcome:
-    """The untrained weights of the task's model. Raises TaskError."""
+    """Return the untrained weights of the task's model. Raises TaskError."""
     weights, layout = first_weights(trainer)
     with users_code():
         return Outcome(weights, 0, channels=_channels(trainer, tell_channels), layout=layout)
 
 
 def first_weights(trainer: Trainer) -> tuple[Weights, Layout]:
-    """The untrained weights and their layout. Raises TaskError, and TaskUnfit for what no run can begin with."""
+    """Return the untrained weights and their layout. Raises TaskError; TaskUnfit if no run can use them."""
     with users_code():
         weights = validation.initial_weights(trainer.initial_weights())
         return weights, validation.initial_layout(roles(trainer), tied_names(trainer), weights)
@@ -233,20 +233,21 @@ def train(
 def _local_scores(
     trainer: Trainer, result: TrainResult, task: Task, hooks: Hooks, scores: EvalResult | None
 ) -> dict[str, float]:
-    """Of the trained model, where the model that was given was scored, and there is time for more than to send."""
+    """Score the trained model if the given one was scored, and time is left for more than the upload."""
     ends_s = task.training_ends_s
     known = any(name.startswith(_LOCAL) for name in result.metrics)
     if scores is None or known or (ends_s is not None and time.monotonic() >= ends_s):
         return {}
-    # A copy: what is sent must not change should the learning task score in place. The optimizer's state is free.
+    # Score a copy: a learning task that scores in place must not change the weights that are sent. There is memory
+    # for it, since the optimizer's state is free by now.
     local = evaluate(trainer, {name: np.array(array) for name, array in result.weights.items()}, hooks)
     return {} if local is None else {f"{_LOCAL}{name}": value for name, value in local.metrics.items()}
 
 
 def _channels(trainer: Trainer, wanted: bool) -> ChannelMap | None:
-    """The channels of its model; None where it has none to tell.
+    """Return the channels of the trainer's model; None if it has none.
 
-    `wanted`: some device is to train a narrower model, and what stands in the way is worth a warning.
+    `wanted`: some device is to train a narrower model, so log what stands in the way as a warning.
     """
     tell = log.warning if wanted else log.debug
     if not isinstance(trainer, SliceableTrainer):
@@ -279,7 +280,7 @@ def job_of(task: Task, hooks: Hooks) -> TrainJob:
 
 @contextmanager
 def users_code() -> Iterator[None]:
-    """Around calls of the trainer: whatever it raises is a TaskError of one line."""
+    """Turn whatever a call of the trainer raises into a TaskError of one line."""
     try:
         yield
     except (Cancelled, FedgrpcError):
@@ -292,7 +293,7 @@ def users_code() -> Iterator[None]:
 
 @contextmanager
 def fitting(task: Task) -> Iterator[None]:
-    """Around local work: a model that is not the run's will not be in any other round. Raises TaskUnfit."""
+    """Raise TaskUnfit for a model that is not the run's: it would not fit in any other round either."""
     try:
         yield
     except LayoutError as error:
