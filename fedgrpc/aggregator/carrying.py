@@ -14,7 +14,7 @@ from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.round import Round, RoundPhase
 from fedgrpc.rounds.state import follow
 from fedgrpc.rounds.task import Task
-from fedgrpc.storage.database import TaskRow
+from fedgrpc.storage.run_store import TaskRow
 
 _TOO_LATE = "no round is left that could take the update"
 

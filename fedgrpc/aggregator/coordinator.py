@@ -69,7 +69,7 @@ from fedgrpc.rounds.state import step, time_left
 from fedgrpc.rounds.version import Jump
 from fedgrpc.rpc.identity import Session
 from fedgrpc.storage.data_folder import DataFolder
-from fedgrpc.storage.database import RunStore
+from fedgrpc.storage.run_store import RunStore
 from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.v1.aggregator_pb2 import (
     RUN_PHASE_PAUSED,

@@ -35,8 +35,8 @@ from fedgrpc.rounds.policy import TaskKind as TaskKinds
 from fedgrpc.rounds.state import StoredTask, restore
 from fedgrpc.rounds.version import Version
 from fedgrpc.rpc.identity import Session
-from fedgrpc.storage.database import OpenRound, TaskRow
 from fedgrpc.storage.model_file import ModelFile, write_model
+from fedgrpc.storage.run_store import OpenRound, TaskRow
 from fedgrpc.v1 import round_pb2
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RUN_PHASE_RUNNING, RunPhase
 from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE, TASK_KIND_TRAIN, TaskKind

@@ -23,7 +23,7 @@ from fedgrpc.rounds.round import Round
 from fedgrpc.rounds.state import time_left
 from fedgrpc.rounds.task import Task
 from fedgrpc.rounds.version import Jump
-from fedgrpc.storage.database import TaskRow
+from fedgrpc.storage.run_store import TaskRow
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.v1.round_pb2 import (
     TASK_KIND_TRAIN,

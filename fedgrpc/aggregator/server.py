@@ -19,8 +19,9 @@ from fedgrpc.errors import UsageError
 from fedgrpc.metrics import Metrics
 from fedgrpc.process import reuse_memory, told_to_end
 from fedgrpc.rpc.server import AGGREGATOR, Health, RunningServer, aggregator_service, serve
-from fedgrpc.storage.database import DATABASE, RunStore
+from fedgrpc.storage.database import DATABASE
 from fedgrpc.storage.folder import HeldFolder, hold_folder
+from fedgrpc.storage.run_store import RunStore
 from fedgrpc.storage.uploads import UploadJournal
 
 log = structlog.get_logger()

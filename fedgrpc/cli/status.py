@@ -19,7 +19,8 @@ from fedgrpc.cli.view import piped_console, print_table, run_line
 from fedgrpc.client import connect
 from fedgrpc.errors import UsageError
 from fedgrpc.protocol.records import version_to_proto
-from fedgrpc.storage.database import DATABASE, RunStore
+from fedgrpc.storage.database import DATABASE
+from fedgrpc.storage.run_store import RunStore
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase, WorkerRecord
 from fedgrpc.v1.round_pb2 import Round
 
@@ -83,7 +84,7 @@ def stored(folder: Path, count: int) -> Status:
     """What a data folder holds of its run. Raises `UsageError` for one without a run, and `StorageError`."""
     if not (folder / DATABASE).exists():
         raise UsageError(f"{folder} is no data folder of an aggregator: it has no {DATABASE}")
-    with closing(RunStore.reading(folder / DATABASE)) as store:
+    with closing(RunStore(folder / DATABASE, read_only=True)) as store:
         kept, version = store.run(), store.latest_version()
         if kept is None:
             raise UsageError(f"the data folder {folder} holds no run yet")

@@ -1,458 +1,114 @@
-"""What an aggregator remembers of its run, in SQLite: workers, rounds, tasks and model versions.
+"""The database of a data folder, in SQLite: its schema, its transactions, and what its errors mean.
 
-The rule: what the world has been told is here first. A round and its tasks are written before a task is offered, a
-committed round, its tasks and its version in one transaction. Records are the protocol's own messages, so that
-what operators read and what is stored cannot differ. Everything here blocks, and runs in one thread of its own.
+The rule: a database is used by the version of the schema that wrote it, or not at all. Another one is refused in
+one line, and stays as it is.
 
-Once a version is committed the database's file holds all of it: `run.sqlite` alone, without its write-ahead log,
-is a copy of the run as of its last commit.
+Once a version of the model is committed the database's file holds all of it: `run.sqlite` alone, without its
+write-ahead log, is a copy of the run as of its last commit.
 """
 
 from __future__ import annotations
 
-import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 
-from fedgrpc import claims
-from fedgrpc.errors import LayoutError, StorageError
-from fedgrpc.protocol.records import (
-    history_from_bytes,
-    history_to_bytes,
-    jump_to_proto,
-    registration_from_proto,
-    version_from_proto,
-    version_to_proto,
-)
-from fedgrpc.rounds.events import LossCause, TaskPhase
-from fedgrpc.rounds.history import Histories, WorkerHistory
-from fedgrpc.rounds.version import Jump, Version
-from fedgrpc.v1.aggregator_pb2 import RegisterRequest, RunPhase
-from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, ModelVersion
-from fedgrpc.v1.round_pb2 import Round as RoundRecord
+from fedgrpc.errors import LayoutError, StorageError, UsageError
 
-DATABASE = "run.sqlite"
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS run (
+DATABASE: Final = "run.sqlite"
+# Add one whenever a table, or the meaning of a column, changes.
+SCHEMA_VERSION: Final = 1
+_SCHEMA: Final = """
+CREATE TABLE run (
     one INTEGER PRIMARY KEY CHECK (one = 1), id TEXT NOT NULL, name TEXT NOT NULL, phase INTEGER NOT NULL,
-    reason TEXT NOT NULL, started_at REAL NOT NULL, paused_reason TEXT NOT NULL DEFAULT '') STRICT;
-CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS workers (
+    reason TEXT NOT NULL, started_at REAL NOT NULL, paused_reason TEXT NOT NULL) STRICT;
+CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE workers (
     name TEXT PRIMARY KEY, registration BLOB NOT NULL, selected INTEGER NOT NULL DEFAULT 0,
     accepted INTEGER NOT NULL DEFAULT 0) STRICT;
-CREATE TABLE IF NOT EXISTS sessions (worker TEXT PRIMARY KEY, session TEXT NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS histories (worker TEXT PRIMARY KEY, history BLOB NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS versions (
-    version INTEGER PRIMARY KEY, round INTEGER NOT NULL, record BLOB NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS rounds (
+CREATE TABLE sessions (worker TEXT PRIMARY KEY, session TEXT NOT NULL) STRICT;
+CREATE TABLE histories (worker TEXT PRIMARY KEY, history BLOB NOT NULL) STRICT;
+CREATE TABLE versions (version INTEGER PRIMARY KEY, round INTEGER NOT NULL, record BLOB NOT NULL) STRICT;
+CREATE TABLE rounds (
     number INTEGER PRIMARY KEY, open INTEGER NOT NULL, aim INTEGER NOT NULL, deadline_at REAL NOT NULL,
     record BLOB NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS tasks (
+CREATE TABLE tasks (
     token TEXT PRIMARY KEY, round INTEGER NOT NULL, slot INTEGER NOT NULL, worker TEXT NOT NULL,
-    phase INTEGER NOT NULL, reason TEXT NOT NULL) STRICT;
-CREATE INDEX IF NOT EXISTS tasks_by_round ON tasks (round, slot);
+    phase INTEGER NOT NULL, reason TEXT NOT NULL, staleness INTEGER NOT NULL, chosen TEXT NOT NULL,
+    local_model BLOB NOT NULL, loss_cause INTEGER NOT NULL) STRICT;
+CREATE INDEX tasks_by_round ON tasks (round, slot);
 """
-# Columns that data folders of former versions lack.
-_ADDED_TO_TASKS = {
-    "staleness": "INTEGER NOT NULL DEFAULT 0",
-    "chosen": "TEXT NOT NULL DEFAULT ''",
-    "local_model": "BLOB NOT NULL DEFAULT x''",
-    "loss_cause": "INTEGER NOT NULL DEFAULT 0",
-}
-_TASK_COLUMNS = "token, round, slot, worker, phase, reason, staleness, chosen, local_model, loss_cause"
-_KEEP_TASKS_OF_ROUNDS = 8
-# Tokens name files.
-_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+Row = tuple[Any, ...]
 
 
-@dataclass(frozen=True)
-class TaskRow:
-    """A task as it is stored; `local_model` is a serialized `fedgrpc.v1.LocalModel`."""
+class Database:
+    """One connection to the database at `path`, with its schema. One thread at a time uses it."""
 
-    token: str
-    round: int
-    slot: int
-    worker: str
-    phase: TaskPhase
-    reason: str
-    staleness: int = 0
-    chosen: str = ""
-    local_model: bytes = b""
-    loss_cause: LossCause = LossCause.NONE
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        """Open the database, or make it; `read_only`: beside the process that owns it.
 
+        Raises:
+            UsageError: another version of the schema wrote it.
+            StorageError: it cannot be opened.
+        """
+        self.path = path
+        with database_errors(path):
+            name = f"{path.absolute().as_uri()}?mode=ro" if read_only else path
+            self._db = sqlite3.connect(name, uri=read_only, isolation_level=None, check_same_thread=False)
+            is_new = not read_only and not self._one("SELECT 1 FROM sqlite_master")
+            if not is_new:
+                self._check_version()
+            if not read_only:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                # A commit is on the disk when it returns: what is acknowledged outlives a power cut.
+                self._db.execute("PRAGMA synchronous=FULL")
+            if is_new:
+                # Tables and version in one transaction: after a kill half way the database is a new one again.
+                self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
 
-@dataclass(frozen=True)
-class OpenRound:
-    """A round that a former process left unfinished; `deadline_at` is wall time, seconds."""
-
-    record: RoundRecord
-    aim: int
-    deadline_at: float
-    tasks: tuple[TaskRow, ...]
-
-
-class RunStore:
-    """The database. Every method may raise `StorageError`."""
-
-    def __init__(self, path: Path, keep_rounds: int = 1 << 62) -> None:
-        """Records of rounds older than the last `keep_rounds` are forgotten."""
-        self._keep_rounds = max(keep_rounds, _KEEP_TASKS_OF_ROUNDS)
-        with _storage_errors(path):
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.executescript(_SCHEMA)
-            there = {row[1] for row in self._db.execute("PRAGMA table_info(tasks)")}
-            for column in _ADDED_TO_TASKS.keys() - there:
-                self._db.execute(f"ALTER TABLE tasks ADD COLUMN {column} {_ADDED_TO_TASKS[column]}")
-        self._path = path
-
-    @classmethod
-    def reading(cls, path: Path) -> RunStore:
-        """Open the database for reading alone, beside the process that owns it."""
-        store = cls.__new__(cls)
-        with _storage_errors(path):
-            store._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
-        store._path = path
-        return store
+    def _check_version(self) -> None:
+        (found,) = self._db.execute("PRAGMA user_version").fetchone()
+        if found != SCHEMA_VERSION:
+            self.close()
+            raise UsageError(
+                f"{self.path} was written by another version of fedgrpc (schema {found}, not {SCHEMA_VERSION}); "
+                "use that version, or a new data folder"
+            )
 
     def close(self) -> None:
-        """Close the database; the store is then used up."""
+        """Close the connection; no method may be called any more."""
         self._db.close()
 
-    def run(self) -> tuple[str, str, int, str, float] | None:
-        """(id, name, phase, reason, start as wall time) of the run kept here, None for a fresh folder."""
-        row = self._one("SELECT id, name, phase, reason, started_at FROM run")
-        with _storage_errors(self._path):
-            if row is not None:
-                RunPhase.Name(row[2])
+    def _one(self, query: str, *values: object) -> Row | None:
+        with database_errors(self.path):
+            row: Row | None = self._db.execute(query, values).fetchone()
         return row
 
-    def settings(self) -> dict[str, str]:
-        """The settings of the last start; none for a fresh folder."""
-        return dict(self._all("SELECT name, value FROM settings"))
-
-    def save_settings(self, settings: Mapping[str, str]) -> None:
-        """Keep the settings of this start."""
-        with self._transaction():
-            self._db.execute("DELETE FROM settings")
-            self._db.executemany("INSERT INTO settings VALUES (?, ?)", settings.items())
-
-    def paused_reason(self) -> str:
-        """Why the run kept here has paused itself; empty: it has not."""
-        row = self._one("SELECT paused_reason FROM run")
-        return "" if row is None else str(row[0])
-
-    def save_run(
-        self, run_id: str, name: str, phase: int, reason: str, started_at: float, paused_reason: str = ""
-    ) -> None:
-        """Keep the state of the run."""
-        with self._transaction():
-            self._db.execute(
-                "INSERT OR REPLACE INTO run VALUES (1, ?, ?, ?, ?, ?, ?)",
-                (run_id, name, phase, reason, started_at, paused_reason),
-            )
-        self._checkpoint()
-
-    def workers(self) -> Iterator[tuple[RegisterRequest, WorkerHistory]]:
-        """Every worker, with what is remembered of it, in the order of registration: it decides the slots."""
-        query = (
-            "SELECT registration, COALESCE(history, x''), selected, accepted "
-            "FROM workers LEFT JOIN histories ON worker = name ORDER BY workers.rowid"
-        )
-        for registration, *kept in self._all(query):
-            with _storage_errors(self._path):
-                about = RegisterRequest.FromString(registration)
-                history = history_from_bytes(*kept)
-            # As it was registered, or by a version that let more pass.
-            yield registration_from_proto(about), history
-
-    def sessions(self) -> dict[str, str]:
-        """The process that spoke last for each worker."""
-        return dict(self._all("SELECT worker, session FROM sessions"))
-
-    def save_worker(self, registration: RegisterRequest, session: str = "") -> None:
-        """Keep who a worker said it is, and which process said it."""
-        blob = registration.SerializeToString()
-        with self._transaction():
-            self._db.execute(
-                "INSERT INTO workers (name, registration) VALUES (?, ?) "
-                "ON CONFLICT (name) DO UPDATE SET registration = excluded.registration",
-                (registration.worker, blob),
-            )
-            self._db.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?)", (registration.worker, session))
-
-    def forget_workers(self, names: Iterable[str]) -> None:
-        """Remove workers, with all that is remembered of them."""
-        with self._transaction():
-            rows = [(name,) for name in names]
-            for table, column in (("workers", "name"), ("sessions", "worker"), ("histories", "worker")):
-                self._db.executemany(f"DELETE FROM {table} WHERE {column} = ?", rows)
-
-    def latest_version(self) -> Version | None:
-        """The newest committed version."""
-        row = self._one("SELECT record FROM versions ORDER BY version DESC LIMIT 1")
-        return None if row is None else _version(row)
-
-    def versions(self, numbers: Iterable[int]) -> list[Version]:
-        """Those of these versions that there ever were."""
-        rows = (self._one("SELECT record FROM versions WHERE version = ?", number) for number in numbers)
-        return [_version(row) for row in rows if row is not None]
-
-    def save_version(self, version: Version) -> None:
-        """Keep a version that no round has written: the initial model."""
-        with self._transaction():
-            self._insert_version(version)
-        self._checkpoint()
-
-    def save_open_round(
-        self, record: RoundRecord, aim: int, deadline_at: float, tasks: Iterable[TaskRow], selected: Histories
-    ) -> None:
-        """Open a round with its tasks, or add tasks to it; `selected` are the workers of the new ones."""
-        with self._transaction():
-            self._db.execute(
-                "INSERT OR REPLACE INTO rounds VALUES (?, 1, ?, ?, ?)",
-                (record.number, aim, deadline_at, record.SerializeToString()),
-            )
-            # Carried tasks that were lost since are of no round any more.
-            self._db.execute("DELETE FROM tasks WHERE round = ?", (record.number,))
-            self._save_tasks(tasks)
-            self._save_histories(selected)
-
-    def save_deadline(self, record: RoundRecord, deadline_at: float) -> None:
-        """Keep that an open round ends at another time, wall time in seconds, and its record that says so."""
-        with self._transaction():
-            self._db.execute(
-                "UPDATE rounds SET deadline_at = ?, record = ? WHERE number = ? AND open = 1",
-                (deadline_at, record.SerializeToString(), record.number),
-            )
-
-    def finish_round(
-        self, record: RoundRecord, tasks: Iterable[TaskRow], histories: Histories, version: Version | None
-    ) -> None:
-        """Close a round: its record, tasks, what it told of workers, the version it wrote; all or nothing.
-
-        Rows of the next round may be among the tasks, behind those of this one: the same tasks, carried on.
-        """
-        with self._transaction():
-            self._db.execute(
-                "INSERT OR REPLACE INTO rounds VALUES (?, 0, 0, 0, ?)", (record.number, record.SerializeToString())
-            )
-            self._save_tasks(tasks)
-            self._save_histories(histories)
-            if version is not None:
-                self._insert_version(version)
-            self._db.execute("DELETE FROM tasks WHERE round <= ?", (record.number - _KEEP_TASKS_OF_ROUNDS,))
-            # The round that wrote the newest version is still given its scores.
-            self._db.execute(
-                "DELETE FROM rounds WHERE number <= ? AND open = 0 AND number <> "
-                "COALESCE((SELECT round FROM versions ORDER BY version DESC LIMIT 1), -1)",
-                (record.number - self._keep_rounds,),
-            )
-        if version is not None:
-            self._checkpoint()
-
-    def drop_tasks(
-        self, dropped: Iterable[tuple[str, int, TaskPhase, str, LossCause]], histories: Histories
-    ) -> None:
-        """No further round takes these: (token, round it was of, phase, reason, cause)."""
-        with self._transaction():
-            self._db.executemany(
-                "UPDATE tasks SET round = ?, phase = ?, reason = ?, loss_cause = ? WHERE token = ?",
-                (
-                    (number, phase.value, reason, cause.value, token)
-                    for token, number, phase, reason, cause in dropped
-                ),
-            )
-            self._save_histories(histories)
-
-    def add_scores(
-        self,
-        version: int,
-        workers: Mapping[str, float],
-        evaluator: Mapping[str, float],
-        of_sub_models: bool = False,
-        not_finite: Iterable[str] = (),
-        jump: Jump = Jump.NONE,
-    ) -> RoundRecord | None:
-        """Add scores of `version` to what is kept of it, and to the record of its round, if it has one.
-
-        One call: scores come from several tasks, and none may undo what another has written.
-        """
-        for known in self.versions([version]):
-            metrics = {**known.metrics, **workers}
-            evaluator_metrics = {**known.evaluator_metrics, **evaluator}
-            told = jump if known.jump is Jump.NONE else known.jump
-            with self._transaction():
-                self._insert_version(
-                    replace(known, metrics=metrics, evaluator_metrics=evaluator_metrics, jump=told)
-                )
-        record = self.round_of_version(version)
-        if record is None:
-            return None
-        if jump is not Jump.NONE and not record.jump:
-            record.jump = jump_to_proto(jump)
-        _add(record.metrics, workers)
-        record.metrics_of_sub_models = of_sub_models or (record.metrics_of_sub_models and not workers)
-        _add(record.evaluator_metrics, evaluator)
-        record.scores_not_finite[:] = sorted({*record.scores_not_finite, *not_finite})[: claims.METRICS]
-        with self._transaction():
-            self._db.execute(
-                "UPDATE rounds SET record = ? WHERE number = ?", (record.SerializeToString(), record.number)
-            )
-        return record
-
-    def open_round(self) -> OpenRound | None:
-        """The round that was open when the last process ended."""
-        row = self._one("SELECT record, aim, deadline_at FROM rounds WHERE open = 1")
-        if row is None:
-            return None
-        record = self._record(row[0])
-        return OpenRound(record, row[1], row[2], tuple(self.tasks(record.number)))
-
-    def tasks(self, number: int) -> list[TaskRow]:
-        """Tasks of a round, by slot; those of rounds long past are gone."""
-        rows = self._all(f"SELECT {_TASK_COLUMNS} FROM tasks WHERE round = ? ORDER BY slot", number)
-        with _storage_errors(self._path):
-            return [_task_row(row) for row in rows]
-
-    def task(self, token: str) -> TaskRow | None:
-        """The task of that token, if it is of one of the last rounds."""
-        row = self._one(f"SELECT {_TASK_COLUMNS} FROM tasks WHERE token = ?", token)
-        with _storage_errors(self._path):
-            return None if row is None else _task_row(row)
-
-    def round(self, number: int | None = None) -> RoundRecord | None:
-        """The record of that round; the latest finished one when no number is given."""
-        if number is None:
-            row = self._one("SELECT record FROM rounds WHERE open = 0 ORDER BY number DESC LIMIT 1")
-        else:
-            row = self._one("SELECT record FROM rounds WHERE number = ?", number)
-        return None if row is None else self._record(row[0])
-
-    def round_of_version(self, version: int) -> RoundRecord | None:
-        """The record of the round that wrote `version`; None for the initial model of a file."""
-        row = self._one(
-            "SELECT rounds.record FROM rounds JOIN versions ON number = versions.round WHERE version = ?",
-            version,
-        )
-        return None if row is None else self._record(row[0])
-
-    def rounds(self, below: int, count: int, max_bytes: int = 1 << 62) -> tuple[list[RoundRecord], bool]:
-        """Finished rounds with a number below `below`, newest first, and whether there are more.
-
-        Up to `count` of them, and no more than `max_bytes` together, but at least one.
-        """
-        query = "SELECT record FROM rounds WHERE number < ? AND open = 0 ORDER BY number DESC LIMIT ?"
-        records: list[RoundRecord] = []
-        size_bytes = 0
-        with _storage_errors(self._path), closing(self._db.execute(query, (below, count + 1))) as cursor:
-            for (blob,) in cursor:
-                size_bytes += len(blob)
-                if len(records) == count or (records and size_bytes > max_bytes):
-                    return records, True
-                records.append(self._record(blob))
-        return records, False
-
-    def committed_rounds(self, max_bytes: int) -> Iterator[RoundRecord]:
-        """Committed rounds, newest first, until they are `max_bytes` together."""
-        query = "SELECT record FROM rounds WHERE open = 0 ORDER BY number DESC"
-        size_bytes = 0
-        with _storage_errors(self._path), closing(self._db.execute(query)) as cursor:
-            for (blob,) in cursor:
-                size_bytes += len(blob)
-                if size_bytes > max_bytes:
-                    return
-                record = self._record(blob)
-                if record.phase == ROUND_PHASE_COMMITTED:
-                    yield record
-
-    def _save_tasks(self, tasks: Iterable[TaskRow]) -> None:
-        self._db.executemany(
-            f"INSERT OR REPLACE INTO tasks ({_TASK_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                (
-                    *(t.token, t.round, t.slot, t.worker, t.phase.value, t.reason, t.staleness, t.chosen),
-                    *(t.local_model, t.loss_cause.value),
-                )
-                for t in tasks
-            ),
-        )
-
-    def _save_histories(self, histories: Histories) -> None:
-        self._db.executemany(
-            "UPDATE workers SET selected = ?, accepted = ? WHERE name = ?",
-            ((h.selected, h.accepted, worker) for worker, h in histories.items()),
-        )
-        self._db.executemany(
-            "INSERT OR REPLACE INTO histories VALUES (?, ?)",
-            ((worker, history_to_bytes(h)) for worker, h in histories.items()),
-        )
-
-    def _insert_version(self, version: Version) -> None:
-        self._db.execute(
-            "INSERT OR REPLACE INTO versions VALUES (?, ?, ?)",
-            (version.version, version.round, version_to_proto(version).SerializeToString(deterministic=True)),
-        )
-
-    def _record(self, blob: bytes) -> RoundRecord:
-        with _storage_errors(self._path):
-            return RoundRecord.FromString(blob)
-
-    def _one(self, query: str, *values: object) -> tuple | None:  # type: ignore[type-arg]
-        with _storage_errors(self._path):
-            row: tuple | None = self._db.execute(query, values).fetchone()  # type: ignore[type-arg]
-        return row
-
-    def _all(self, query: str, *values: object) -> list[tuple]:  # type: ignore[type-arg]
-        with _storage_errors(self._path):
+    def _all(self, query: str, *values: object) -> list[Row]:
+        with database_errors(self.path):
             return self._db.execute(query, values).fetchall()
-
-    def _checkpoint(self) -> None:
-        """Move all of the write-ahead log into the database's file. What fails here is in the log still."""
-        with suppress(sqlite3.Error):
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-
-    def known_tokens(self) -> frozenset[str]:
-        """Tokens of all tasks that are remembered."""
-        return frozenset(token for (token,) in self._all("SELECT token FROM tasks"))
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with _storage_errors(self._path), self._db:
+        """All or nothing of the block, durable once it is left."""
+        with database_errors(self.path), self._db:
             self._db.execute("BEGIN IMMEDIATE")
             yield
 
-
-def _version(row: tuple) -> Version:  # type: ignore[type-arg]
-    return version_from_proto(ModelVersion.FromString(row[0]))
-
-
-def _add(scores: MutableMapping[str, float], new: Mapping[str, float]) -> None:
-    """Add scores; where there is no more room, older ones go: names are the workers' word."""
-    kept = dict(islice({**new, **scores}.items(), claims.METRICS)) | dict(new)
-    scores.clear()
-    scores.update(kept)
-
-
-def _task_row(row: tuple) -> TaskRow:  # type: ignore[type-arg]
-    token, number, slot, worker, phase, reason, staleness, chosen, local_model, cause = row
-    if not _TOKEN.fullmatch(token):
-        raise ValueError(f"a task has the token {token[:64]!r}")
-    return TaskRow(
-        *(token, number, slot, worker, TaskPhase(phase)),
-        *(reason, staleness, chosen, local_model, LossCause(cause)),
-    )
+    def _checkpoint(self) -> None:
+        """Move all of the write-ahead log into the database's file. What fails here is still in the log."""
+        with suppress(sqlite3.Error):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 @contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
+def database_errors(path: Path) -> Iterator[None]:
+    """Around use of a database and its records: what fails is a `StorageError`."""
     try:
         yield
     except sqlite3.Error as error:

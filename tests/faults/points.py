@@ -37,12 +37,12 @@ def _is_spooled(path, *_):
 
 # With three devices: the fifth of what every update does is the second update of round 2.
 AGGREGATOR = {
-    "importing-the-initial-model": Point(f"{_STORAGE}.database:RunStore.save_version"),
-    "register-not-stored": Point(f"{_STORAGE}.database:RunStore.save_worker", count=2),
-    "register-stored-not-answered": Point(f"{_STORAGE}.database:RunStore.save_worker", "after", count=2),
+    "importing-the-initial-model": Point(f"{_STORAGE}.run_store:RunStore.save_version"),
+    "register-not-stored": Point(f"{_STORAGE}.run_store:RunStore.save_worker", count=2),
+    "register-stored-not-answered": Point(f"{_STORAGE}.run_store:RunStore.save_worker", "after", count=2),
     "poll-waiting": Point(f"{_AGGREGATOR}.coordinator:Coordinator._assignment", "after", count=7),
-    "tasks-chosen-not-stored": Point(f"{_STORAGE}.database:RunStore.save_open_round", count=2),
-    "tasks-stored-not-offered": Point(f"{_STORAGE}.database:RunStore.save_open_round", "after", count=2),
+    "tasks-chosen-not-stored": Point(f"{_STORAGE}.run_store:RunStore.save_open_round", count=2),
+    "tasks-stored-not-offered": Point(f"{_STORAGE}.run_store:RunStore.save_open_round", "after", count=2),
     "encoding-the-model": Point(f"{_AGGREGATOR}.model_store:_write", "after", count=2),
     "mid-pull": Point(f"{_AGGREGATOR}.frames:FrameCache._frame", "after", _behind_the_first_chunk, count=2),
     "push-between-bytes-and-their-count": Point(
@@ -61,12 +61,12 @@ AGGREGATOR = {
     "optimizer-state-written": Point(f"{_STORAGE}.model_file:ModelWriter.finish", "after", count=4),
     "model-not-renamed": Point("pathlib:Path.replace", "before", _is_model_part, count=3),
     "model-renamed": Point("pathlib:Path.replace", "after", _is_model_part, count=3),
-    "before-the-transaction": Point(f"{_STORAGE}.database:RunStore.finish_round", count=2),
-    "within-the-transaction": Point(f"{_STORAGE}.database:RunStore._insert_version", "after", count=3),
-    "after-the-transaction": Point(f"{_STORAGE}.database:RunStore.finish_round", "after", count=2),
+    "before-the-transaction": Point(f"{_STORAGE}.run_store:RunStore.finish_round", count=2),
+    "within-the-transaction": Point(f"{_STORAGE}.run_store:RunStore._insert_version", "after", count=3),
+    "after-the-transaction": Point(f"{_STORAGE}.run_store:RunStore.finish_round", "after", count=2),
     "half-the-updates-removed": Point("fedgrpc.storage.files:RecycledFiles.keep", "after", count=5),
     "before-old-versions-go": Point(f"{_AGGREGATOR}.model_store:ModelStore._remove_files", count=2),
-    "keeping-an-evaluators-scores": Point(f"{_STORAGE}.database:RunStore.add_scores", count=2),
+    "keeping-an-evaluators-scores": Point(f"{_STORAGE}.run_store:RunStore.add_scores", count=2),
     "draining": Point(
         "grpc_health.v1._async:HealthServicer.enter_graceful_shutdown",
         "after",
@@ -77,12 +77,12 @@ AGGREGATOR = {
 
 # Round 1 has ended and carries one task on; round 2 has not begun, or nobody knows yet that it has.
 CARRYING = {
-    "carrying-not-committed": Point(f"{_STORAGE}.database:RunStore.finish_round"),
-    "carrying-within-the-transaction": Point(f"{_STORAGE}.database:RunStore._insert_version", "after", count=2),
-    "carrying-committed": Point(f"{_STORAGE}.database:RunStore.finish_round", "after"),
+    "carrying-not-committed": Point(f"{_STORAGE}.run_store:RunStore.finish_round"),
+    "carrying-within-the-transaction": Point(f"{_STORAGE}.run_store:RunStore._insert_version", "after", count=2),
+    "carrying-committed": Point(f"{_STORAGE}.run_store:RunStore.finish_round", "after"),
     "carrying-updates-removed": Point(f"{_STORAGE}.uploads:UploadJournal.discard", "after"),
-    "carrying-next-round-not-stored": Point(f"{_STORAGE}.database:RunStore.save_open_round", count=2),
-    "carrying-next-round-not-offered": Point(f"{_STORAGE}.database:RunStore.save_open_round", "after", count=2),
+    "carrying-next-round-not-stored": Point(f"{_STORAGE}.run_store:RunStore.save_open_round", count=2),
+    "carrying-next-round-not-offered": Point(f"{_STORAGE}.run_store:RunStore.save_open_round", "after", count=2),
 }
 
 WORKER = {

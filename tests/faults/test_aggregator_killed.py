@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fedgrpc.rounds.events import TaskPhase
-from fedgrpc.storage.database import RunStore
+from fedgrpc.storage.run_store import RunStore
 from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.v1 import round_pb2
 from tests.faults.points import AGGREGATOR

@@ -34,9 +34,9 @@ from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.rounds.events import LossCause, TaskPhase
 from fedgrpc.rounds.history import Timing, WorkerHistory
 from fedgrpc.simulation.fleet import Fleet
-from fedgrpc.storage.database import RunStore, TaskRow
 from fedgrpc.storage.model_file import ModelFile, ModelTensors, write_model
 from fedgrpc.storage.residual_file import read_residual, write_residual
+from fedgrpc.storage.run_store import RunStore, TaskRow
 from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.submodels.plan import CompressionPlan, PlanTable
 from fedgrpc.v1 import aggregator_pb2, round_pb2
@@ -359,7 +359,7 @@ def databases(rnd: Random, folder: Path) -> None:
     for _ in range(rnd.choice((1, 1, 2, 5))):
         data[rnd.choice(_written(_database()))] = rnd.randrange(256)
     path.write_bytes(made(bytes(data), rnd))
-    store = RunStore.reading(path)
+    store = RunStore(path, read_only=True)
     try:
         run, workers, opened = store.run(), list(store.workers()), store.open_round()
         _ = run, workers, opened, store.sessions(), store.task("token1"), store.round(3), store.rounds(9, 5)

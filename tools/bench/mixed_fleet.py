@@ -35,7 +35,7 @@ from fedgrpc.aggregator.server import Aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.datasets.partition import parse_partition
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.storage.database import RoundRecord, RunStore
+from fedgrpc.storage.run_store import RoundRecord, RunStore
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.plan import (
     Clustering,

@@ -1,14 +1,16 @@
 """What an aggregator remembers is what it wrote, whatever happened in between."""
 
 import sqlite3
+from contextlib import closing
 
 import pytest
 
-from fedgrpc.errors import StorageError
+from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.rounds.events import LossCause, TaskPhase
 from fedgrpc.rounds.history import Timing, WorkerHistory
 from fedgrpc.rounds.version import Version
-from fedgrpc.storage.database import RunStore, TaskRow
+from fedgrpc.storage.database import SCHEMA_VERSION
+from fedgrpc.storage.run_store import RunStore, TaskRow
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, ROUND_PHASE_REPORTING, Round
 
@@ -86,16 +88,25 @@ def test_a_task_comes_back_with_all_that_is_known_of_it(tmp_path, store):
     assert reopened(tmp_path, store).open_round().tasks == (row,)
 
 
-def test_a_data_folder_of_a_former_version_is_taken_up(tmp_path):
-    with sqlite3.connect(tmp_path / "run.sqlite") as old:
-        old.execute(
-            "CREATE TABLE tasks (token TEXT PRIMARY KEY, round INTEGER NOT NULL, slot INTEGER NOT NULL, "
-            "worker TEXT NOT NULL, phase INTEGER NOT NULL, reason TEXT NOT NULL) STRICT"
-        )
-        old.execute("INSERT INTO tasks VALUES ('t', 1, 0, 'w0', 3, '')")
-    old.close()
-    store = RunStore(tmp_path / "run.sqlite")
-    assert store.task("t") == TaskRow("t", 1, 0, "w0", TaskPhase.TRAINING, "")
+@pytest.mark.parametrize("version", [0, SCHEMA_VERSION - 1, SCHEMA_VERSION + 1])
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_database_of_another_version_is_refused_in_one_line_and_stays_as_it_is(tmp_path, version, read_only):
+    path = tmp_path / "run.sqlite"
+    with closing(sqlite3.connect(path)) as other:
+        other.executescript(f"CREATE TABLE tasks (token TEXT); PRAGMA user_version = {version}")
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match=rf"another version .*schema {version}\b") as refused:
+        RunStore(path, read_only=read_only)
+    assert "\n" not in str(refused.value)
+    assert (path.read_bytes(), [found.name for found in tmp_path.iterdir()]) == (before, ["run.sqlite"])
+
+
+def test_a_database_whose_making_was_cut_off_is_made_by_the_next_start(tmp_path):
+    """Before its first transaction there is a file without tables."""
+    (tmp_path / "run.sqlite").touch()
+    RunStore(tmp_path / "run.sqlite").close()
+    store = RunStore(tmp_path / "run.sqlite", read_only=True)
+    assert store.run() is None
     store.close()
 
 
