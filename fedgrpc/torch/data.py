@@ -1,7 +1,8 @@
-"""The data of a `TorchTask` on this device: read, checked, shared out, and read again once it has changed.
+"""Local data of a `TorchTask`: read, checked, partitioned, cut into batches, and read again once it has changed.
 
-The rule: what is trained on is what `data()` gives at the start of the task. A mistake in it is told in one line
-when the task is built, not in the middle of a round.
+The rule: a task trains on what `data()` returns when the task starts. A mistake in `data()` is reported in one
+line when the trainer is built, not in the middle of a round. Batches of a `TensorDataset` are cut out of resident
+tensors in one operation each. Only other data sets pay for Python on every item.
 """
 
 from __future__ import annotations
@@ -20,27 +21,28 @@ from fedgrpc.datasets.partition import parse_part, parse_partition
 from fedgrpc.errors import TaskError, UsageError
 from fedgrpc.trainer import TaskSetup
 
-_RESIDENT_SHARE = 0.25  # of the accelerator's free memory: the rest is for the model and its activations
+# Largest share of an accelerator's free memory that the data may take. The rest is for model and activations.
+_RESIDENT_SHARE = 0.25
 _UNREAD = object()
 
 log = structlog.get_logger()
 
 
 class DataTask(Protocol):
-    """What is needed of a task; `TorchTask` says what each does."""
+    """Part of a learning task that provides data. `TorchTask` documents the methods."""
 
     def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]: ...
     def data_version(self, path: Path | None) -> object: ...
 
 
 class LocalData:
-    """Examples to `train` on and to score with (`held_out`, perhaps none of them), as batches."""
+    """Training examples (`train`) and examples to score with (`held_out`, perhaps none), as batches."""
 
     train: Batches
     held_out: Batches
 
     def __init__(self, task: DataTask, setup: TaskSetup, device: torch.device) -> None:
-        """Raises UsageError where there is no example at all, TaskError where `data()` gives something else."""
+        """Read the data. Raises UsageError without any example, TaskError for anything but data sets."""
         self._task = task
         self._setup = setup
         self._device = device
@@ -52,13 +54,13 @@ class LocalData:
             )
 
     def refresh(self) -> None:
-        """Read the data again if it has changed. Raises what `data()` raises, and tries again the next time."""
+        """Read the data again if it has changed. Raises what `data()` raises; the next call then tries again."""
         if self._task.data_version(self._setup.data) != self._version:
             self._read()
             log.info("data read again", train=len(self.train), held_out=len(self.held_out))
 
     def labels(self) -> np.ndarray:
-        """Those of the training examples. Raises TaskError where targets are no labels."""
+        """Return the labels of the training examples. Raises TaskError where targets are no labels."""
         return labels_of(self._train)
 
     def check_trainable(self) -> None:
@@ -74,8 +76,8 @@ class LocalData:
         return "" if self._setup.data is None else f" in {self._setup.data}"
 
     def _read(self) -> None:
-        # Taken before it is read: what changes meanwhile is read the next time. What was read before is let go
-        # first: a device may have no room for both.
+        # The version is taken first, so that a change during the reading is noticed by the next task. The old data
+        # is released before the new is read, because a small device may have no room for both.
         version = self._task.data_version(self._setup.data)
         self._version = _UNREAD
         self.train = self.held_out = nothing = _Nothing()
@@ -107,7 +109,7 @@ def _named(task: DataTask) -> str:
 
 
 def _data_of(task: DataTask, path: Path | None) -> tuple[Dataset[Any], Dataset[Any]]:
-    """What the task's own code gives. Raises TaskError where it is something else."""
+    """Call the task's `data()`. Raises TaskError for anything but two data sets."""
     found: Any = task.data(path)
     if not isinstance(found, tuple | list) or len(found) != 2 or not _indexable(found[0]):
         raise TaskError(
@@ -125,7 +127,7 @@ def _indexable(found: object) -> bool:
 
 
 def _check_item(task: DataTask, purpose: str, dataset: Dataset[Any]) -> None:
-    """Raise TaskError unless the first item is an input and a target that make a batch of two tensors."""
+    """Check that the first item is an input and a target that collate to tensors. Raises TaskError."""
     if not size_of(dataset):
         return
     item: Any = dataset[0]
@@ -146,7 +148,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _described(item: Any) -> str:
-    """`a dict with 'input_ids', 'labels'`, `a tuple of 3`, `a str`."""
+    """Name an item: `a dict with 'input_ids', 'labels'`, `a tuple of 3`, `a str`."""
     kind = f"a {type(item).__name__}"
     if hasattr(item, "keys"):
         return f"{kind} with {', '.join(repr(str(key)[:40]) for key in list(item.keys())[:5]) or 'nothing'}"
@@ -154,7 +156,7 @@ def _described(item: Any) -> str:
 
 
 def _share(train: Dataset[Any], held_out: Dataset[Any], setup: TaskSetup) -> tuple[Dataset[Any], Dataset[Any]]:
-    """This worker's part of common data, where it was started with `--partition` and `--part`."""
+    """Take this worker's part of common data, if the worker has `--partition` and `--part`."""
     if setup.partition is None or setup.part is None:
         return train, held_out
     partition, (index, parts) = parse_partition(setup.partition), parse_part(setup.part)
@@ -169,17 +171,17 @@ def _share(train: Dataset[Any], held_out: Dataset[Any], setup: TaskSetup) -> tup
 
 
 class Batches(Protocol):
-    """A finite set of (input, target) examples."""
+    """A finite set of (input, target) examples, read in batches."""
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Inputs and targets at `indices` (int64), on the device."""
+        """Return inputs and targets at `indices` (int64), on the device."""
         ...
 
 
 class TensorBatches:
-    """Examples that live in two tensors, on the device where they fit there."""
+    """Examples in two tensors, which stay on the device if they fit."""
 
     def __init__(self, inputs: Tensor, targets: Tensor, device: torch.device) -> None:
         home = device if _fits(inputs, device) else torch.device("cpu")
@@ -213,19 +215,19 @@ class ItemBatches:
 
 
 def batches_of(dataset: Dataset[Any], device: torch.device) -> Batches:
-    """The fastest way through `dataset`."""
+    """Choose the fastest way to read `dataset`."""
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
         return TensorBatches(dataset.tensors[0], dataset.tensors[1], device)
     return ItemBatches(dataset, device)
 
 
 def size_of(dataset: Dataset[Any]) -> int:
-    """How many examples there are."""
+    """Count the examples."""
     return len(cast(Sequence[Any], dataset))
 
 
 def labels_of(dataset: Dataset[Any]) -> np.ndarray:
-    """Each example's label [N], for a partition; read from its tensors or `targets` where it has them."""
+    """Return each example's label [N], from the data set's tensors or `targets` where it has them."""
     if isinstance(dataset, TensorDataset):
         return dataset.tensors[-1].numpy()
     targets = getattr(dataset, "targets", None)
@@ -236,7 +238,7 @@ def labels_of(dataset: Dataset[Any]) -> np.ndarray:
 
 
 def subset_of(dataset: Dataset[Any], indices: np.ndarray) -> Dataset[Any]:
-    """The examples at `indices`; of tensors a copy, so that the rest can be freed."""
+    """Return the examples at `indices`. Tensors are copied, so that the rest can be freed."""
     if isinstance(dataset, TensorDataset):
         index = torch.from_numpy(indices)
         return TensorDataset(*(tensor.index_select(0, index) for tensor in dataset.tensors))
@@ -251,7 +253,7 @@ def _fits(tensor: Tensor, device: torch.device) -> bool:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one (a Jetson is a CUDA device), else the CPU.
+    """Return the torch device of that name. `auto` is CUDA if there is one (as on a Jetson), else the CPU.
 
     Raises:
         UsageError: there is no such device here.

@@ -1,13 +1,13 @@
-"""A loss that does not teach which labels are frequent on this device.
+"""Logit adjustment: a loss that does not teach which labels are frequent on this device.
 
     loss(f(x) + tau log pi, y),    pi[c] = examples of label c here / examples here
 
 Logit adjustment (arXiv 2007.07314) by a worker's own labels, akin to FedLC (arXiv 2209.00189). With plain
 cross-entropy each worker teaches its own label frequencies, which other workers' updates have to undo. With
-tau = 1 the model's logits f(x) are free of them. A label that is not here is not unlearned: the softmax leaves it
-out.
+tau = 1 the model's logits f(x) are free of them. A label without examples here is not unlearned, because the softmax
+leaves it out.
 
-The rule: it is part of training alone. Scores are those of the logits as they are.
+The rule: the adjustment is part of training alone. Scores are those of the logits as they are.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from fedgrpc.errors import TaskError
 
-# The share of a label that is not here: its logit falls by 18 tau, and any number format can hold that.
+# Share of a label without examples. Its logit falls by 18 tau, which every number format can hold.
 _ABSENT = 1e-8
 
 
 class LabelAdjustment:
-    """What `tau` times the log of each label's share adds to logits; `labels` [N] are the worker's own.
+    """Adds `tau` times the log of each label's share to logits; `labels` [N] are the worker's own.
 
     Raises:
         TaskError: the labels are no class indices.
@@ -37,7 +37,7 @@ class LabelAdjustment:
         self._added: Tensor | None = None
 
     def __call__(self, outputs: Tensor) -> Tensor:
-        """`outputs` [B, classes] as the loss is to see them. Raises `TaskError` for other shapes."""
+        """Adjust `outputs` [B, classes] for the loss. Raises `TaskError` for other shapes."""
         if self._added is None:
             self._added = self._of(outputs)
         return outputs + self._added

@@ -1,7 +1,7 @@
-"""How many bytes of tensors a training step takes at its most, counted in one step of it.
+"""Peak bytes of tensors in a training step, counted during one step.
 
-The rule: each storage counts once. Unlike a process's resident memory this is the model's own share, which falls
-when the model gets smaller, whatever else the process has ever held.
+The rule: each storage counts once. Unlike a process's resident memory, the count is the model's own share. It
+falls when the model gets smaller, whatever else the process has held.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _STATE = 3
 
 
 class TensorBytes:
-    """Of weights, gradients, velocities, and of what autograd keeps for the backward pass."""
+    """Bytes of weights, gradients and velocities, and of the tensors that autograd saves for the backward pass."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         parameters = list(parameters)
@@ -32,7 +32,7 @@ class TensorBytes:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Around a forward pass, whose backward pass may come later."""
+        """Count what a forward pass in the block saves. Its backward pass may come later."""
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
             yield
 
@@ -40,5 +40,5 @@ class TensorBytes:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._own:
             self._kept[storage.data_ptr()] = storage.nbytes()
-        # Itself, an output would keep the graph that keeps it.
+        # Detached, because an output would keep alive the graph that keeps the output.
         return tensor.detach()

@@ -1,7 +1,7 @@
-"""SGD with momentum, step for step `torch.optim.SGD`, for the price of the step alone.
+"""SGD with momentum, step for step `torch.optim.SGD`, without the cost of importing its class.
 
 Constructing any `torch.optim.Optimizer` imports torch._dynamo: a second and 70 MB on a fast machine, which a
-small device would pay for nothing. The functional form beneath it does not.
+small device would pay for nothing. The functional form beneath the class does not.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _FUSED = (torch.float32, torch.float64)
 
 
 class Optimizer(Protocol):
-    """What training needs of an optimizer; every `torch.optim.Optimizer` has it."""
+    """Optimizer as training uses it. Every `torch.optim.Optimizer` is one."""
 
     def step(self) -> Any:
-        """Change the parameters by what their `grad` says."""
+        """Change the parameters according to their `grad`."""
         ...
 
 
@@ -38,7 +38,7 @@ class MomentumSgd:
 
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
-        """From now on gradients are `factor` times as large, for the same steps."""
+        """Expect gradients that are `factor` times as large from now on, for the same steps."""
         self._learning_rate /= factor
         self._weight_decay *= factor
         for velocity in self._velocities:
@@ -47,13 +47,13 @@ class MomentumSgd:
 
     @torch.no_grad()
     def step(self) -> None:
-        """See `Optimizer`; a parameter without a gradient stays as it is."""
+        """Take a step. A parameter without a gradient stays as it is."""
         places = [place for place, parameter in enumerate(self._parameters) if parameter.grad is not None]
         parameters = [self._parameters[place] for place in places]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         velocities = [self._velocities[place] for place in places]
         sparse = any(gradient.is_sparse for gradient in gradients)
-        # On a CPU, torch's fused step leaves 16-bit parameters as they are at first, without a word.
+        # On a CPU, torch's fused step silently skips the first step of 16-bit parameters.
         fused = not sparse and all(parameter.dtype in _FUSED for parameter in parameters)
         sgd(
             list(parameters),

@@ -31,10 +31,10 @@ from fedgrpc.worker.task_loader import constructor_arguments
 
 
 class TorchTask:
-    """Override `model` and `data`; the others where the defaults do not fit.
+    """Learning task in PyTorch. Override `model` and `data`, and other methods where the defaults do not fit.
 
     A constructor, if there is one, may take `model` (the value of `--model`) and options of its own. The class
-    attributes hold where a round's plan leaves the choice to the task.
+    attributes apply where the training plan leaves the choice to the task.
     """
 
     learning_rate: float = 0.01
@@ -43,36 +43,36 @@ class TorchTask:
     batch_size: int = 32
 
     def model(self) -> nn.Module:
-        """The untrained model, on the CPU."""
+        """Return the untrained model, on the CPU."""
         raise NotImplementedError(f"{type(self).__name__} does not define model()")
 
     def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
-        """What to train on and, if any, what to score with; items are (input, target).
+        """Return examples to train on, and examples to score with or None; items are (input, target).
 
-        A `TensorDataset` trains much faster than others: its batches are cut out whole. Without a training example
-        a device can score, without a held-out one it can train.
+        A `TensorDataset` trains much faster than others, because its batches are cut out whole. A device without
+        training examples can still score, and one without held-out examples can still train.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define data()")
 
     def data_version(self, path: Path | None) -> object:
-        """Asked at the start of each task: when it is no longer what it was, `data` is called again.
+        """Return a value that changes when the data does. `data` is then called again at the start of a task.
 
-        By default it changes with the file, or any file in the folder, that `--data` names; without `--data`,
-        never. Override it where the data is elsewhere: return a count of examples, a time, or `object()` to read
-        each time.
+        By default the value changes with the file that `--data` names, or with any file in that folder. Override
+        it where the data is elsewhere: return a count of examples, a time, or `object()` to read before every
+        task.
         """
         return None if path is None else version_of(path)
 
     def prepare(self, inputs: Tensor, training: bool) -> Tensor:
-        """A batch of inputs as the model wants it: scaled, augmented; called on the device, for each batch."""
+        """Scale or augment a batch of inputs, on the device, before the model gets it."""
         return inputs
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of a batch: cross-entropy."""
+        """Return the mean loss of a batch: cross-entropy."""
         return functional.cross_entropy(outputs, targets)
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
-        """Means over a batch, beside `loss`: accuracy, where the targets are class indices."""
+        """Return further means over a batch: accuracy, if the targets are class indices."""
         if targets.is_floating_point():
             return {}
         return {"accuracy": (outputs.argmax(1) == targets).float().mean()}
@@ -80,12 +80,12 @@ class TorchTask:
     def optimizer(
         self, parameters: Iterable[nn.Parameter], learning_rate: float, momentum: float, weight_decay: float
     ) -> Optimizer:
-        """A fresh optimizer for one round: SGD with momentum. Any of `torch.optim` will do."""
+        """Return a fresh optimizer for one round: SGD with momentum. Any of `torch.optim` works."""
         return MomentumSgd(parameters, learning_rate, momentum, weight_decay)
 
     @classmethod
     def build_trainer(cls, setup: TaskSetup) -> TorchTrainer:
-        """What a worker runs: this task, set up as its owner asked."""
+        """Construct the task and the trainer that a worker runs."""
         reference = f"{cls.__module__}:{cls.__qualname__}"
         return TorchTrainer(cls(**constructor_arguments(cls, setup, reference, taken=_TAKEN)), setup)
 

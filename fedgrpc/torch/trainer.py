@@ -1,4 +1,4 @@
-"""Runs a `TorchTask` as a `Trainer`: one model kept in memory, trained from whatever weights it is given.
+"""`Trainer` for a `TorchTask`: one model in memory, trained from the weights of each call.
 
 The rule: on a CPU, equal weights, data and job give equal results, whatever ran before.
 """
@@ -39,7 +39,7 @@ Forward = Callable[[Tensor], Tensor]
 
 
 class Task(DataTask, Protocol):
-    """What the trainer needs of a task; `TorchTask` says what each does."""
+    """Learning task as the trainer uses it. `TorchTask` documents the methods."""
 
     learning_rate: float
     momentum: float
@@ -56,7 +56,7 @@ class Task(DataTask, Protocol):
 
 
 class TorchTrainer:
-    """See `fedgrpc.trainer.Trainer`. One call at a time; others wait."""
+    """`fedgrpc.trainer.Trainer` of a task. A lock lets one call run at a time."""
 
     def __init__(self, task: Task, setup: TaskSetup) -> None:
         self._task = task
@@ -75,34 +75,34 @@ class TorchTrainer:
         self._sub_models = SubModels(self._model, self._example)
 
     def initial_weights(self) -> Weights:
-        """The same on every worker that was given the same seed."""
+        """Return the untrained weights, equal on all workers with the same seed."""
         return {name: array.copy() for name, array in self._initial.items()}
 
     def roles(self) -> Mapping[str, TensorRole]:
-        """The roles of the model's buffers."""
+        """Return the roles of the model's buffers."""
         return self._roles
 
     def tied_names(self) -> Mapping[str, tuple[str, ...]]:
-        """The further names of tied weights."""
+        """Return the further names of tied weights."""
         return self._names.tied
 
     def channels(self) -> ChannelMap:
-        """The channel groups of the task's model, found by scoring an example. Raises UsageError."""
+        """Find the channel groups of the model by scoring an example. Raises UsageError."""
         with self._lock, _seeded(self._device, 0):
             return self._sub_models.channels.map
 
     def kept_whole(self) -> list[tuple[list[str], str]]:
-        """Tensors that no width makes narrower, though they are not the output, together by reason."""
+        """Return the tensors that no width makes narrower, grouped by reason, without the model's output."""
         with self._lock, _seeded(self._device, 0):
             return self._sub_models.channels.by_reason
 
     def _loadable(self, weights: Weights) -> Weights:
-        """The weights by the model's own names. Raises TaskUnfit."""
+        """Return the weights under the model's own names. Raises TaskUnfit."""
         self._check_shapes()
         return self._names.to_own(weights)
 
     def _check_shapes(self) -> None:
-        """Raise TaskUnfit for a model that is another one once it has run, as some observers are."""
+        """Raise TaskUnfit if a forward pass has changed the state, as observers of quantization do."""
         tensors = named_tensors(self._model)
         if others := tensors.keys() ^ self._initial.keys():
             raise TaskUnfit(
@@ -123,9 +123,9 @@ class TorchTrainer:
         return self._task.prepare(inputs, False)
 
     def train(self, weights: Weights, job: TrainJob) -> TrainResult:
-        """Mini-batch training; with `proximal_mu` FedProx (arXiv 1812.06127).
+        """Train on mini-batches, as FedProx (arXiv 1812.06127) with `proximal_mu`.
 
-        Weights of a sub-model train a narrower model, and with `compression` its local model.
+        Weights of a sub-model train a narrower model. With `compression`, the local model of that plan is trained.
         """
         with self._lock, _seeded(self._device, job.seed, job.round):
             self._data.refresh()
@@ -178,7 +178,7 @@ class TorchTrainer:
         forward: Forward,
         nested: Nested | None = None,
         scaling: LossScale | None = None,
-    ) -> Ran:
+    ) -> TrainingRun:
         task = self._task
         model.train()
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -187,8 +187,8 @@ class TorchTrainer:
         scaled = None if scaling is None else scaling.prepare(optimizer)
         loss_of = self._loss(job)
         lonely_batch_fails = len(self._data.train) > 1 and _has_batch_norm(model)
-        # Kept on the device: reading a loss each step would make the CPU wait for an accelerator. Summed at the
-        # end: a small number format could not hold the sum.
+        # Losses stay on the device, because reading one each step would make the CPU wait for an accelerator. They
+        # are summed at the end, because a small number format could not hold the sum.
         losses: list[Tensor] = []
         examples: list[int] = []
         steps = 0
@@ -215,17 +215,17 @@ class TorchTrainer:
             losses.append(loss.detach())
             examples.append(len(indices))
         first_loss = float(losses[0]) if losses else 0.0
-        return Ran(_mean_loss(losses, examples), steps, memory.total, first_loss)
+        return TrainingRun(_mean_loss(losses, examples), steps, memory.total, first_loss)
 
     def _loss(self, job: TrainJob) -> Callable[..., Tensor]:
-        """The loss of outputs and targets that is trained; see `LabelAdjustment`."""
+        """Return the loss to train with, adjusted by labels where the job asks (`LabelAdjustment`)."""
         if not job.label_adjustment:
             return self._task.loss
         adjusted = LabelAdjustment(self._data.labels(), job.label_adjustment)
         return lambda outputs, targets: self._task.loss(adjusted(outputs), targets)
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
-        """Means over the held-out examples of `loss` and the task's metrics."""
+        """Return means of `loss` and the task's metrics over the held-out examples."""
         with self._lock, _seeded(self._device, 0):
             self._data.refresh()
             if not len(self._data.held_out):
@@ -236,8 +236,8 @@ class TorchTrainer:
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What training came to; `tensor_bytes` of its first step."""
+class TrainingRun:
+    """Outcome of one training run. `tensor_bytes` are those of its first step."""
 
     mean_loss: float
     steps: int
@@ -245,18 +245,18 @@ class Ran:
     first_loss: float
 
     def check(self) -> None:
-        """Raise TaskError where there was nothing to learn from in the first place."""
+        """Raise TaskError if the first loss is NaN: the cause is the data or the loss, not the training."""
         if math.isnan(self.first_loss):
             raise TaskError("the loss of the very first batch is NaN: look at the inputs and at loss()")
 
 
 def _as_given(weights: Weights, given: Weights) -> dict[str, np.ndarray]:
-    """The weights in the dtypes that were given."""
+    """Convert the weights to the dtypes of the given ones."""
     return {name: array.astype(given[name].dtype, copy=False) for name, array in weights.items()}
 
 
 def _mean_loss(losses: list[Tensor], examples: list[int]) -> float:
-    """Mean over the examples of the batches' mean losses; 0 where there were none."""
+    """Average the batches' mean losses over the examples; 0 without any batch."""
     values = np.array(torch.stack(losses).tolist()) if losses else np.zeros(0)
     return float(values @ np.array(examples, np.float64) / max(1, sum(examples)))
 
@@ -302,7 +302,7 @@ def _pull_back(parameters: list[nn.Parameter], start: list[Tensor], mu: float) -
 def _with_nested(
     loss: Tensor, nested: Nested | None, loss_of: Callable[[Tensor], Tensor], inputs: Tensor
 ) -> Tensor:
-    """The sum of the model's own loss and those of the narrower ones in it."""
+    """Add the losses of the narrower models to the model's own."""
     if not nested:
         return loss
     return torch.stack([loss, *nested.losses(loss_of, inputs.to(loss.dtype))]).sum()
@@ -310,7 +310,7 @@ def _with_nested(
 
 @contextmanager
 def _seeded(device: torch.device, *seed: int) -> Iterator[None]:
-    """Within it torch's random numbers follow from the seed; after it they go on as if nothing had been."""
+    """Seed torch's random numbers within the block, and restore their state after it."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
         yield
@@ -318,7 +318,7 @@ def _seeded(device: torch.device, *seed: int) -> Iterator[None]:
 
 @contextmanager
 def _naming_batch(inputs: Tensor, targets: Tensor) -> Iterator[None]:
-    """Note on an exception what the model and the loss were given: inside of torch nothing else tells."""
+    """Note the shapes of the batch on an exception, since errors from inside torch do not name them."""
     try:
         yield
     except Exception as error:
@@ -335,7 +335,10 @@ def _has_batch_norm(model: nn.Module) -> bool:
 
 
 def _check_finite(weights: Weights, given: Weights) -> None:
-    """What training has not changed may be infinite, as a mask is, or a statistic that is not measured yet."""
+    """Raise TaskError if training has made a value infinite or NaN.
+
+    Values that were not finite before and are unchanged pass, such as attention masks or statistics without data.
+    """
     for name, array in weights.items():
         if array.dtype.kind in "iub" or np.isfinite(array.astype(np.float32, copy=False)).all():
             continue

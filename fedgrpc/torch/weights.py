@@ -1,8 +1,8 @@
-"""Between a module's state_dict and numpy weights.
+"""Conversion between a module's state_dict and numpy weights.
 
-The rule: every persistent tensor crosses under its own state_dict name, in its own dtype. Tensors tied to each
-other (one storage under several names) cross once, under the name that sorts first, as `safetensors` keeps them;
-what comes under another of their names is taken, too. The prefix that `torch.compile` adds does not cross.
+The rule: every persistent tensor crosses under its own state_dict name, in its own dtype. Tied tensors (one
+storage under several names) cross once, under the name that sorts first, as in `safetensors`. Weights that arrive
+under another of their names are accepted. The prefix that `torch.compile` adds does not cross.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 _COMPILED = "_orig_mod"
 
-# numpy has no types of its own for these; they cross as their bits.
+# numpy has no types of its own for these dtypes, so their bits cross.
 _BY_BITS: dict[torch.dtype, tuple[torch.dtype, np.dtype]] = {
     torch.bfloat16: (torch.int16, np.dtype(ml_dtypes.bfloat16)),
     torch.float8_e4m3fn: (torch.uint8, np.dtype(ml_dtypes.float8_e4m3fn)),
@@ -34,7 +34,7 @@ _BACK = {numpy_dtype: (torch_dtype, bits) for torch_dtype, (bits, numpy_dtype) i
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The module's own tensors (not copies) by name; of tied ones the name that sorts first.
+    """Return the module's own tensors (not copies) by name; tied ones by the name that sorts first.
 
     Raises:
         UsageError: the module keeps state that is no tensor, or is not initialized yet.
@@ -43,7 +43,7 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _tensors(module: nn.Module) -> list[tuple[list[str], Tensor]]:
-    """Each tensor of the state once, with all its names, in the order of the state_dict. Raises UsageError."""
+    """List each tensor of the state once, with all its names, in state_dict order. Raises UsageError."""
     found: dict[object, tuple[list[str], Tensor]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor) or isinstance(
@@ -61,7 +61,7 @@ def _tensors(module: nn.Module) -> list[tuple[list[str], Tensor]]:
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
-    """The module that `torch.compile` was given; the module itself where it was not."""
+    """Return the module inside `torch.compile`'s wrapper, or the module itself."""
     inner = getattr(module, _COMPILED, module)
     assert isinstance(inner, nn.Module)
     return inner
@@ -69,18 +69,18 @@ def uncompiled(module: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Names:
-    """All names of a module's tensors: of each, the one it crosses under."""
+    """All names of a module's tensors, each with the name that its tensor crosses under."""
 
     own: Mapping[str, str]
 
     @classmethod
     def of(cls, module: nn.Module) -> Names:
-        """Raises UsageError as `named_tensors`."""
+        """Collect the names. Raises UsageError as `named_tensors`."""
         return cls({name: min(names) for names, _ in _tensors(module) for name in names})
 
     @property
     def tied(self) -> dict[str, tuple[str, ...]]:
-        """The other names of the tensors that have any."""
+        """The further names of tied tensors."""
         found: dict[str, tuple[str, ...]] = {}
         for name, own in sorted(self.own.items()):
             if name != own:
@@ -88,24 +88,24 @@ class Names:
         return found
 
     def to_own(self, given: Mapping[str, T]) -> dict[str, T]:
-        """What came under any of the names, by the tensors' own; names of no tensor stay as they are."""
+        """Rename entries under any name of a tensor to its own name; names of no tensor stay."""
         return {self.own.get(name, name): each for name, each in reversed(list(given.items()))}
 
     def to_given(self, result: TrainResult, given: Weights) -> TrainResult:
-        """The result under the names that the weights were given under."""
+        """Rename the result to the names under which the weights were given."""
         own = {name: self.own[name] for name in given}
 
         def renamed(found: Mapping[str, T]) -> dict[str, T]:
-            return {name: found[its] for name, its in own.items() if its in found}
+            return {name: found[source] for name, source in own.items() if source in found}
 
         start = None if result.start is None else renamed(result.start)
-        clustered = tuple(name for name, its in own.items() if its in result.clustered)
+        clustered = tuple(name for name, source in own.items() if source in result.clustered)
         masks = renamed(result.masks)
         return replace(result, weights=renamed(result.weights), start=start, masks=masks, clustered=clustered)
 
 
 def prepare(module: nn.Module) -> None:
-    """Give each buffer memory of its own: elements of one that was expanded share it, and cannot be loaded.
+    """Give each buffer memory of its own, since elements of an expanded one share memory and cannot be loaded.
 
     Raises:
         UsageError: a tensor cannot be shared, and the message says how it can.
@@ -140,7 +140,7 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def tensor_roles(module: nn.Module) -> dict[str, TensorRole]:
-    """The roles of the module's buffers by name: what is no number of elements or steps, training measures."""
+    """Return the roles of the module's buffers by name: floats are statistics, integers are counters."""
     parameters = {id(parameter) for parameter in module.parameters()}
     buffers = {id(b): b for b in module.buffers() if id(b) not in parameters}
     return {
@@ -151,7 +151,7 @@ def tensor_roles(module: nn.Module) -> dict[str, TensorRole]:
 
 
 def weights_of(module: nn.Module) -> dict[str, np.ndarray]:
-    """The module's tensors copied into numpy arrays."""
+    """Copy the module's tensors into numpy arrays."""
     return {name: _to_numpy(tensor) for name, tensor in named_tensors(module).items()}
 
 
@@ -176,10 +176,10 @@ def load_weights(module: nn.Module, weights: Weights) -> None:
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:
-    # A copy: numpy would pin the module's own storage, which some observers resize.
+    # Copied, because a view in numpy would pin the module's storage, which some observers resize.
     tensor = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     if tensor.dtype == torch.bool:
-        # Views of bytes hold other bytes than 0 and 1, which torch takes as true.
+        # A bool tensor made from a view of bytes holds other bytes than 0 and 1, which torch reads as true.
         return np.asarray(tensor.view(torch.uint8).numpy() != 0)
     if tensor.dtype in _BY_BITS:
         bits, dtype = _BY_BITS[tensor.dtype]

@@ -1,4 +1,4 @@
-"""Weight sharing: each layer has a few different weights, by k-means (Deep Compression, arXiv 1510.00149)."""
+"""Weight sharing: k-means leaves each layer a few different weights (Deep Compression, arXiv 1510.00149)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ITERATIONS = 50
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
-    """Centroids [K], increasing, and which one each element of the tensor has (int64, the tensor's shape)."""
+    """Increasing centroids [K], and the number of each element's centroid (int64, in the tensor's shape)."""
 
     centroids: Tensor
     members: Tensor
@@ -23,11 +23,10 @@ class Clusters:
         return self.centroids[self.members]
 
     def projected(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The nearest tensor to `values` whose elements are equal within each cluster: their means.
+        """Replace the elements of each cluster by their mean: the orthogonal projection onto clustered tensors.
 
-        It is the orthogonal projection onto clustered tensors. Of a gradient it is the centroids' gradient,
-        divided by the members' number, so that a learning rate means what it means without clusters. Elements
-        that `mask` leaves out belong to no cluster and become 0.
+        A projected gradient is the centroids' gradient, divided by the number of members, so that a learning rate
+        means what it means without clusters. Elements that `mask` leaves out belong to no cluster and become 0.
         """
         members, flat = self.members.reshape(-1), values.reshape(-1)
         ones = torch.ones_like(flat) if mask is None else mask.reshape(-1).to(flat.dtype)
@@ -37,7 +36,7 @@ class Clusters:
         return (means[members] * ones).reshape(values.shape)
 
     def equalized(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`values`, of which members of a cluster differ in their last bit at most, with no difference left."""
+        """Make the members of each cluster, which differ in their last bit at most, exactly equal."""
         members, flat = self.members.reshape(-1), values.reshape(-1)
         largest = torch.full_like(flat[:1], -torch.inf).repeat(len(self.centroids))
         kept = flat if mask is None else torch.where(mask.reshape(-1), flat, -torch.inf)
@@ -46,10 +45,10 @@ class Clusters:
 
 
 def cluster(values: Tensor, count: int, mask: Tensor | None = None) -> Clusters:
-    """k-means of the elements (of those that `mask` keeps), from centroids evenly spaced over their range.
+    """Cluster the elements that `mask` keeps by k-means, from centroids evenly spaced over their range.
 
-    Lloyd's algorithm on sorted values, where each cluster is a stretch: an iteration costs O(K log n). Centroids
-    that no element is nearest to are left out, so there may be fewer.
+    Lloyd's algorithm on sorted values, where each cluster is an interval, so an iteration costs O(K log n).
+    Centroids without any element are left out, so the result may have fewer.
     """
     elements = values.detach().reshape(-1).double()
     kept = elements if mask is None else elements[mask.reshape(-1)]

@@ -1,12 +1,12 @@
-"""A device's local model C_i(w): the global weights w, or its slice of them, compressed as the plan says.
+"""A device's local model C_i(w): the global weights w, or a sub-model of them, made smaller as the plan says.
 
-The rule: what C_i changes of w is no part of the update, which is a difference to C_i(w). So the compression's
-error is never averaged into the global model, and what the device did not train it does not speak of.
+The rule: what C_i changes of w is no part of the update, which is a difference to C_i(w). So the error of C_i is
+never averaged into the global model, and the update says nothing about coordinates that the device did not train.
 
     pruned          0 where the mask is False, there and in every step; the mask covers the rest
     clustered       all members of a cluster are equal, and step by the mean of their gradients
     quantized       forward with quantized weights and inputs, backward straight through; training starts at
-                    the quantized weights, and moves on from them in full precision
+                    the quantized weights, and continues from them in full precision
     small format    every operation's result rounded (emulated), or the whole module in torch's own type
 """
 
@@ -33,7 +33,7 @@ from fedgrpc.torch.local_model.quantization import quantized_activations, quanti
 
 
 class LocalModel:
-    """`module` turned, in place, into the local model of `plan`. The width is the module's own already."""
+    """Local model of `plan`, made of `module` in place. The module already has the plan's width."""
 
     def __init__(self, module: nn.Module, plan: CompressionPlan, seed: int = 0) -> None:
         self.module = module
@@ -45,9 +45,9 @@ class LocalModel:
         self._parameters: dict[str, Tensor] = dict(module.named_parameters())
         self._quantized: dict[str, Tensor] = {}
         with torch.no_grad():
-            self._compress()
+            self._apply_plan()
 
-    def _compress(self) -> None:
+    def _apply_plan(self) -> None:
         plan = self._plan
         if plan.pruning is not None:
             self.masks = keep_masks(self._parameters, plan.pruning)
@@ -69,25 +69,25 @@ class LocalModel:
 
     @property
     def emulated(self) -> bool:
-        """Whether the number format is one that arithmetic is rounded to, rather than torch's own."""
+        """Whether arithmetic is rounded to the number format, instead of torch computing in it."""
         asked = self._plan.arithmetic
         return asked is not None and (asked.emulated or asked.rounding != "nearest" or self._format.native is None)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the module's float tensors, and of the inputs it takes."""
+        """The dtype of the module's float tensors and of its inputs."""
         native = self._format.native
         return self._format.carrier if self.emulated or native is None else native
 
     def loss_scale(self) -> LossScale | None:
-        """A new one, where the plan asks for it. Raises `UsageError` for one that the format does not hold."""
+        """Return a new loss scale if the plan has one. Raises `UsageError` if the format cannot hold it."""
         asked = self._plan.arithmetic
         if asked is None or (asked.loss_scale == 1 and not asked.dynamic_loss_scale):
             return None
         return LossScale(asked, self._format)
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Outputs of the local model, as it is on the device."""
+        """Compute outputs of the local model, as the device has it."""
         if inputs.is_floating_point():
             with _disable_current_modes():
                 inputs = inputs.to(self.dtype)
@@ -101,20 +101,20 @@ class LocalModel:
         return functional_call(self.module, quantized, (inputs,))  # type: ignore[no-any-return]
 
     def outputs(self, inputs: Tensor) -> Tensor:
-        """Outputs in float32 of the local model's own arithmetic, to be scored in the ordinary one."""
+        """Compute outputs in the local model's arithmetic, and return them in float32 to be scored."""
         with self.arithmetic():
             outputs: Tensor = self(inputs)
         return outputs.float()
 
     def _on_grid(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor's quantized weights; those of a cluster stay equal, which a scale per channel would undo."""
+        """Quantize a tensor. Clustered tensors have one scale, since a scale per channel would split clusters."""
         quantization = self._plan.quantization
         assert quantization is not None
         return quantized_weights(tensor, quantization.weight_bits, per_channel=name not in self.clusters)
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """Within it, all that the model and its optimizer compute is of the local model's arithmetic."""
+        """Make model and optimizer compute in the local model's arithmetic within the block."""
         with ExitStack() as stack:
             if self.emulated:
                 asked = self._plan.arithmetic
@@ -131,8 +131,9 @@ class LocalModel:
                 yield parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def _project(self, name: str, parameter: Tensor) -> None:
-        """Keep of a gradient what the local model can follow. A small format could not count the members."""
+        """Project a gradient onto the steps that the local model can take."""
         if parameter.grad is not None:
+            # Outside of the emulation, because a small format could not count the members of a cluster.
             with _disable_current_modes():
                 projected = self._projected(name, parameter.grad)
                 parameter.grad = self._format.round(projected) if self.emulated else projected
@@ -152,7 +153,7 @@ class LocalModel:
                 yield layer.register_forward_pre_hook(partial(_quantize_input, quantization.activation_bits))
 
     def settle(self) -> None:
-        """After training: members of a cluster, which may differ in their last bit, are equal again."""
+        """After training, make the members of a cluster equal again; they may differ in their last bit."""
         with torch.no_grad():
             for name, clusters in self.clusters.items():
                 tensor = self._parameters[name]

@@ -1,11 +1,11 @@
-"""A scaled loss keeps gradients that a small number format would round to zero (Micikevicius, arXiv 1710.03740).
+"""Loss scaling: keeps gradients that a small number format would round to zero (arXiv 1710.03740).
 
-The backward pass starts from the scale instead of from 1, so every gradient, and what the optimizer makes of
-them, is that many times as large; the rate of the steps is that many times as small. A power of two changes no
-significand. There is no copy of the weights in a wider format: a step too small for a weight is still lost.
+The backward pass starts from the scale instead of from 1. So every gradient and velocity is that many times as
+large, and the learning rate is that many times as small. A power of two changes no significand. There is no copy
+of the weights in a wider format, so a step too small for a weight is still lost.
 
-A dynamic scale halves when a gradient overflows, which leaves that step out, and doubles after `GROWTH_STEPS` that
-did not overflow.
+A dynamic scale halves when a gradient overflows, and that step is left out. It doubles after `GROWTH_STEPS` steps
+without an overflow.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ _FIRST: Final = 2.0**16
 
 @runtime_checkable
 class Rescalable(Protocol):
-    """An optimizer whose steps can be made to follow from gradients of another scale."""
+    """Optimizer that can take its steps from scaled gradients."""
 
     def step(self) -> Any:
-        """Change the parameters by what their `grad` says."""
+        """Change the parameters according to their `grad`."""
         ...
 
     def rescale(self, factor: float) -> None:
-        """From now on gradients are `factor` times as large, for the same steps."""
+        """Expect gradients that are `factor` times as large from now on, for the same steps."""
         ...
 
 
 class LossScale:
-    """The scale of one task's training, in the `number_format` that its gradients are in.
+    """Loss scale of one task's training, whose gradients are in `number_format`.
 
     Raises:
-        UsageError: the format has no number as large.
+        UsageError: the format cannot hold the scale.
     """
 
     def __init__(self, arithmetic: Arithmetic, number_format: NumberFormat) -> None:
@@ -60,7 +60,7 @@ class LossScale:
             )
 
     def prepare(self, optimizer: object) -> Rescalable:
-        """`optimizer`, told of the scale. Raises `UsageError` where its steps cannot be made to follow it."""
+        """Rescale `optimizer`. Raises `UsageError` for one that cannot be rescaled."""
         if not isinstance(optimizer, Rescalable):
             raise UsageError(
                 f"a loss scale goes with SGD, as TorchTask has it, not with {type(optimizer).__name__}"
@@ -69,11 +69,14 @@ class LossScale:
         return optimizer
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of the loss times the scale."""
+        """Compute gradients of the loss times the scale."""
         loss.backward(torch.full_like(loss, self.scale))  # type: ignore[no-untyped-call]
 
     def step(self, optimizer: Rescalable, parameters: Sequence[nn.Parameter]) -> None:
-        """A step, unless a dynamic scale was too large for it. At 1 it is not the scale that is too large."""
+        """Take a step, or halve a dynamic scale that made a gradient overflow.
+
+        With a scale of 1, an overflow is the training's own, and the step is taken.
+        """
         if self._dynamic and self.scale > 1 and not self._fits(parameters):
             self._move(optimizer, 0.5)
             return
@@ -88,7 +91,7 @@ class LossScale:
         optimizer.rescale(factor)
 
     def _fits(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Whether no gradient has overflowed; in a format that saturates, none is at its end."""
+        """Whether no gradient has overflowed or, in a format that saturates, reached the largest number."""
         with _disable_current_modes():
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             return all(bool((gradient.abs() < self._saturates_at).all()) for gradient in gradients)

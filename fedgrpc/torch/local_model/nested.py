@@ -1,9 +1,9 @@
-"""Training a model together with the narrower ones inside it, in one step over one batch.
+"""Nested widths: a model and the narrower models inside it, trained in one step over one batch.
 
     loss = sum over the model and its prefixes of loss(prefix(x), y)    ordered dropout: FjORD, arXiv 2102.13451
 
-The rule: a narrower model has no weights of its own. Its tensors are slices of the wider one's, so that all
-gradients meet there, and the channels that small devices train stay of use to them and to the large ones.
+The rule: a narrower model has no weights of its own. Its tensors are cut from the wider one's, so that all
+gradients meet there, and the channels that small devices train stay useful to small and large devices.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from fedgrpc.torch.local_model.slicing import Shapes, resized, shapes_of
 
 
 class Nested:
-    """The prefix slices of `widths` within `module`, itself the whole model or a prefix slice of it.
+    """Prefix sub-models of `widths` within `module`, which is the whole model or a prefix sub-model of it.
 
-    `whole` has the shapes of the whole model, of which `channel_map` and the widths speak; a width that is not
-    narrower than the module is left out. The module's values are read at each call: they may change in between.
+    `whole` has the shapes of the whole model, to which `channel_map` and the widths refer. A width that is not
+    narrower than the module is left out. The module's values are read at each call, since training changes them.
     """
 
     def __init__(self, module: nn.Module, channel_map: ChannelMap, whole: Shapes, widths: Sequence[float]) -> None:
@@ -43,7 +43,7 @@ class Nested:
         return len(self._narrow)
 
     def losses(self, loss: Callable[[Tensor], Tensor], inputs: Tensor) -> Iterator[Tensor]:
-        """`loss` of the outputs of each narrower model, the widest first."""
+        """Yield `loss` of the outputs of each narrower model, the widest first."""
         for module, places in self._narrow:
             module.train()
             sliced = {name: _cut(tensor, places[name]) for name, tensor in self._parameters.items()}
@@ -55,7 +55,7 @@ def _within(shape: tuple[int, ...], wider: tuple[int, ...]) -> bool:
 
 
 def _places(coverage: Coverage, own: tuple[int, ...], whole: tuple[int, ...]) -> tuple[Tensor | None, ...]:
-    """For each axis the positions within the module's own tensor; None for all of it."""
+    """Return, for each axis, positions within the module's own tensor; None is the whole axis."""
     return tuple(map(_axis_places, coverage.positions, coverage.sub_shape, own, whole))
 
 
@@ -64,7 +64,8 @@ def _axis_places(taken: np.ndarray | None, kept: int, extent: int, whole: int) -
         return None
     if extent == whole:
         return torch.from_numpy(taken)
-    # Of a slice's axis only the extent is known; each block of it keeps its first channels.
+    # The module is a sub-model itself, and `taken` are positions in the whole model. Only the axis's extent is
+    # known of the module's own tensor: each block of a prefix sub-model keeps its first channels.
     blocks = int(np.count_nonzero(np.diff(taken) > 1)) + 1
     within = np.arange(kept // blocks)
     return torch.from_numpy((np.arange(blocks)[:, None] * (extent // blocks) + within).reshape(-1))
@@ -75,6 +76,7 @@ def _cut(tensor: Tensor, places: tuple[Tensor | None, ...]) -> Tensor:
         if positions is None:
             continue
         count = len(positions)
+        # The first channels are a view, which costs no copy in the forward pass.
         if int(positions[-1]) == count - 1:
             tensor = tensor.narrow(axis, 0, count)
         else:

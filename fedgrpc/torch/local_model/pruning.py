@@ -1,7 +1,7 @@
-"""Magnitude pruning: which weights are kept (Han et al., arXiv 1506.02626).
+"""Magnitude pruning: masks of the weights that are kept (Han et al., arXiv 1506.02626).
 
-A mask is made anew from the global model's weights each round, so what is pruned follows the training (PruneFL,
-arXiv 1909.12326). Whole channels are pruned by cutting them out: a sub-model of rule "magnitude".
+A new mask is made of the global model's weights each round, so pruning follows the training (PruneFL, arXiv
+1909.12326). Whole channels are pruned by a sub-model of rule "magnitude" instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fedgrpc.submodels.plan import Pruning, matches
 
 
 def prunable(weights: Mapping[str, Tensor], layers: tuple[str, ...]) -> dict[str, Tensor]:
-    """The float tensors of two axes or more with such a name: biases and normalization are left alone."""
+    """Choose float tensors of two axes or more by name; biases and normalization are left alone."""
     return {
         name: tensor
         for name, tensor in weights.items()
@@ -24,7 +24,7 @@ def prunable(weights: Mapping[str, Tensor], layers: tuple[str, ...]) -> dict[str
 
 
 def keep_masks(weights: Mapping[str, Tensor], pruning: Pruning) -> dict[str, Tensor]:
-    """For each tensor that is pruned, where it keeps its values (bool); at least one stays in each."""
+    """Make a mask (bool) of the values that each pruned tensor keeps, at least one in each."""
     chosen = prunable(weights, pruning.layers)
     if pruning.scope == "layer":
         return {name: _largest(tensor.detach().abs(), 1 - pruning.ratio) for name, tensor in chosen.items()}
@@ -39,7 +39,7 @@ def keep_masks(weights: Mapping[str, Tensor], pruning: Pruning) -> dict[str, Ten
 
 
 def _largest(magnitudes: Tensor, fraction: float) -> Tensor:
-    """True at the `fraction` of the elements that are largest, exactly as many; ties go by position."""
+    """Mark exactly the `fraction` of the elements that are largest; position decides between equal ones."""
     flat = magnitudes.reshape(-1)
     count = max(1, round(fraction * flat.numel()))
     least = flat.kthvalue(flat.numel() - count + 1).values

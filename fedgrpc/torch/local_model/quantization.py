@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def quantized_weights(weights: Tensor, bits: int, per_channel: bool = True) -> Tensor:
-    """Symmetric: multiples of max|w| / (2^(bits-1) - 1), for each output channel (axis 0) or the whole tensor."""
+    """Round to multiples of max|w| / (2^(bits-1) - 1), per output channel (axis 0) or for the whole tensor."""
     top = 2 ** (bits - 1) - 1
     over = tuple(range(1 if per_channel else 0, weights.dim()))
     scale = (weights.abs().amax(dim=over, keepdim=True) if over else weights.abs()) / top
@@ -16,9 +16,9 @@ def quantized_weights(weights: Tensor, bits: int, per_channel: bool = True) -> T
 
 
 def quantized_activations(values: Tensor, bits: int) -> Tensor:
-    """Affine, one scale for the batch at hand, whose range is widened to hold zero, exactly.
+    """Quantize affinely with one scale for the batch, whose range is widened to represent zero exactly.
 
-    The range is the batch's own rather than a running one: there is nothing to average over a federation.
+    The range is the batch's own, not a running one, so that there is no statistic to average over a federation.
     """
     steps = 2**bits - 1
     low, high = values.min().clamp(max=0), values.max().clamp(min=0)
@@ -29,5 +29,5 @@ def quantized_activations(values: Tensor, bits: int) -> Tensor:
 
 
 def straight_through(values: Tensor, quantized: Tensor) -> Tensor:
-    """`quantized` going forward; going backward, its gradient is that of `values` (arXiv 1308.3432)."""
+    """Return `quantized` with the gradient of `values` (arXiv 1308.3432)."""
     return values + (quantized - values).detach()
