@@ -3,8 +3,8 @@
     loss(f(x) + tau log pi, y),    pi[c] = examples of label c here / examples here
 
 Logit adjustment (arXiv 2007.07314) by a worker's own labels, akin to FedLC (arXiv 2209.00189). With plain
-cross-entropy each worker teaches its own label frequencies, which other workers' updates have to undo. With
-tau = 1 the model's logits f(x) are free of them. A label without examples here is not unlearned, because the softmax
+cross-entropy each worker teaches its own label frequencies, which other workers' updates have to undo. With tau =
+1 the model's logits f(x) are free of them. A label without examples here is not unlearned, because the softmax
 leaves it out.
 
 The rule: the adjustment is part of training alone. Scores are those of the logits as they are.

@@ -1,9 +1,10 @@
-"""Training in a number format that the machine does not have, with an unchanged `nn.Module`.
+"""Emulation of a number format that the machine does not have, with an unchanged `nn.Module`.
 
 The rule: within `Emulation` the result of every tensor operation, forward, backward and of the optimizer, is
-rounded to the format before anything else sees it; so weights, activations, gradients and optimizer state are
-never more than the format can hold. An operation is what torch dispatches as one: a matrix product or convolution
-sums in the carrier and is rounded once, as a multiplier with a wide accumulator does. Fused SGD is taken apart.
+rounded to the format before another operation reads it. So weights, activations, gradients and optimizer state
+never hold more than the format can. An operation is what torch dispatches as one. A matrix product or convolution
+sums in the carrier and is rounded once, like a multiplier with a wide accumulator. Fused SGD is split into its
+operations.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from fedgrpc.torch.local_model.formats import NEAREST, NumberFormat
 
 aten = torch.ops.aten
-# What they write holds nothing but values that were there before.
+# Operations whose output holds only values of their inputs, which are rounded already. Rounding again would cost
+# time, and with stochastic rounding random numbers.
 _MOVES = {
     aten.clone.default,
     aten.copy_.default,
@@ -33,17 +35,17 @@ _MOVES = {
     aten.threshold_backward.default,
     aten.zero_.default,
 }
-# Their second output is a count of the batch, kept for the backward pass: no number that training computes with,
-# and of more examples than a small format can count.
+# Operations whose second output is a count of the batch's examples for the backward pass. The count may be larger
+# than a small format can hold, and rounding it would change the mean loss.
 _COUNTING = {aten.nll_loss_forward.default, aten.nll_loss2d_forward.default}
 
 
 class Emulation(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A context in which tensor arithmetic is that of `number_format`.
+    """Context in which tensor arithmetic is that of `number_format`.
 
-    Modules and inputs are to be of the carrier's dtype, `number_format.carrier`; a float tensor that cannot hold
-    the format raises `TypeError`. Scalars, such as a learning rate, are not rounded, and neither is what is there
-    at the start: `round_module` and `round` are for that.
+    Modules and inputs must have the carrier's dtype, `number_format.carrier`. A float tensor that cannot hold the
+    format raises `TypeError`. Scalars, such as a learning rate, are not rounded. Neither are tensors made before
+    the context: `round_module` and `round` do that.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Emulation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        # The fused kernel would round once per step instead of after each of its operations.
         if func is aten._fused_sgd_.default:
             _sgd_in_steps(self.round, *args, **kwargs)
             return None
@@ -68,13 +71,14 @@ class Emulation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in _COUNTING and isinstance(out, tuple):
             loss, count = out
             return self.round(loss), count
+        # In-place operations must be rounded in place, because others hold a reference to the tensor.
         written = _written(func, args, kwargs)
         for tensor in written:
             tensor.copy_(self.round(tensor))
         return out if written else tree_map(self.round, out)
 
     def round(self, value: Any) -> Any:
-        """A float tensor rounded to the format; anything else as it is."""
+        """Round a float tensor to the format; return anything else as it is."""
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         return self.number_format.round(value, self._rounding, self._saturate, self._generator)
@@ -90,7 +94,7 @@ def round_module(module: nn.Module, number_format: NumberFormat) -> None:
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The float tensors that the operation changes: of in-place, out= and foreach operations."""
+    """List the float tensors that an in-place, out= or foreach operation changes."""
     found: list[Tensor] = []
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -115,7 +119,7 @@ def _sgd_in_steps(
     is_first_step: bool,
     **_: Any,
 ) -> None:
-    """`torch.optim.SGD` one operation at a time, each of them rounded."""
+    """Do a step of `torch.optim.SGD`, rounding after each operation."""
     velocities = list(velocities)
     for place, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
         step = -gradient if maximize else gradient

@@ -1,7 +1,7 @@
 """Number formats of any exponent and significand width, and rounding to them.
 
-The rule: values stay in an ordinary torch dtype, their carrier, and after rounding every one of them is a number
-of the format: nothing else may be stored, and nothing between two neighbours of the format survives.
+The rule: values stay in an ordinary torch dtype, their carrier. After rounding, every value is a number of the
+format.
 
 IEEE 754-2019 for formats with infinities; OCP 8-bit Floating Point Specification for those without.
 """
@@ -25,8 +25,8 @@ class FloatFormat:
     """Binary floating point of 1 + `exponent_bits` + (`significand_bits` - 1) bits.
 
     `significand_bits` counts the leading bit that is not stored, as IEEE 754's precision p does. With
-    `infinities` the largest exponent is kept for infinities and NaN; without, only its all-ones significand is
-    NaN, and overflow gives NaN (OCP's E4M3). Subnormals are always there.
+    `infinities`, the largest exponent is reserved for infinities and NaN. Without, only its all-ones significand
+    is NaN, and overflow gives NaN (OCP's E4M3). Every format has subnormals.
     """
 
     exponent_bits: int
@@ -73,16 +73,16 @@ class FloatFormat:
 
     @property
     def carrier(self) -> torch.dtype:
-        """float32 where one of its operations, rounded, is that operation of the format; else float64.
+        """The dtype whose rounded operations equal those of the format: float32 if wide enough, else float64.
 
-        Rounding twice does no harm to +, -, *, / and square roots if the wider format has at least 2p + 2
+        Rounding twice is harmless for +, -, *, / and square roots if the wider format has at least 2p + 2
         significand bits (Figueroa 1995), and float32 has 24.
         """
         return torch.float32 if 2 * self.significand_bits + 2 <= 24 and self.exponent_bits <= 8 else torch.float64
 
     @property
     def native(self) -> torch.dtype | None:
-        """The torch dtype that computes in this very format, if there is one."""
+        """The torch dtype that computes in exactly this format, if there is one."""
         return _NATIVE.get(self)
 
     def round(
@@ -92,11 +92,11 @@ class FloatFormat:
         saturate: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """`values` (float32 or float64) rounded to this format, as a new tensor of their dtype.
+        """Round `values` (float32 or float64) to this format, as a new tensor of their dtype.
 
-        `nearest` is to nearest, ties to even; `stochastic` goes to either neighbour with the probability that
-        makes the expectation exact. Overflow gives infinity (NaN without infinities) or, with `saturate`, the
-        largest number; infinities that come in are overflow too.
+        `nearest` rounds ties to even. `stochastic` chooses either neighbour with the probability that makes the
+        expectation exact. Overflow gives infinity (NaN without infinities) or, with `saturate`, the largest
+        number. Infinite values count as overflow.
         """
         if rounding == NEAREST and not saturate and values.dtype is torch.float32 and self in _CASTS:
             return values.to(_CASTS[self]).to(torch.float32)
@@ -109,13 +109,13 @@ class FloatFormat:
         return self._overflowed(values, rounded, saturate)
 
     def _round_tiny(self, values: Tensor, carrier_bits: int, uniform: Tensor | None) -> Tensor:
-        """Multiples of `smallest`, for what lies below the smallest normal number."""
+        """Round values below the smallest normal number to multiples of `smallest`."""
         quantum_exponent = self.min_exponent - self.significand_bits + 1
         if uniform is None:
-            # Where the carrier's own spacing is the quantum, its addition rounds to it, ties to even.
+            # At `shift` the carrier's own spacing is the quantum, so its addition rounds to it, ties to even.
             shift = math.ldexp(1.0, quantum_exponent + carrier_bits - 1)
             return torch.copysign((values.abs() + shift) - shift, values)
-        # In two steps: the quantum itself may be subnormal in the carrier.
+        # Scaled in two steps, because the quantum itself may be subnormal in the carrier.
         half = quantum_exponent // 2
         up, rest = math.ldexp(1.0, -half), math.ldexp(1.0, half - quantum_exponent)
         steps = torch.floor(values.abs() * up * rest + uniform)
@@ -159,7 +159,7 @@ class FixedFormat:
 
     @property
     def carrier(self) -> torch.dtype:
-        """As for `FloatFormat`: products of two numbers must be exact before they are rounded."""
+        """The dtype that holds products of two numbers exactly, so that they are rounded once."""
         return torch.float32 if self.bits <= 12 else torch.float64
 
     @property
@@ -174,7 +174,7 @@ class FixedFormat:
         saturate: bool = True,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """See `FloatFormat.round`; NaN stays NaN, and `saturate` is always on."""
+        """Round as `FloatFormat.round` does. NaN stays NaN, and overflow always saturates."""
         scaled = values * math.ldexp(1.0, self.fraction_bits)
         if rounding == NEAREST:
             steps = scaled.round()
@@ -194,12 +194,12 @@ _CARRIERS = {torch.float32: (torch.int32, 32, 24), torch.float64: (torch.int64, 
 
 
 def _uniform(values: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Random numbers from 0 to below 1, one for each value."""
+    """Draw a random number from 0 to below 1 for each value."""
     return torch.rand(values.shape, generator=generator, dtype=values.dtype, device=values.device)
 
 
 def _carried(values: Tensor, format_: FloatFormat) -> torch.dtype:
-    """The dtype of `values`, which must hold every number of the format."""
+    """Return the dtype of `values`. Raises TypeError unless it holds every number of the format."""
     dtype = values.dtype
     if dtype not in _CARRIERS:
         raise TypeError(f"rounding works on float32 and float64, not {dtype}")
@@ -210,7 +210,11 @@ def _carried(values: Tensor, format_: FloatFormat) -> torch.dtype:
 
 
 def _round_normal(values: Tensor, bits: torch.dtype, total: int, spare: int, uniform: Tensor | None) -> Tensor:
-    """Drop the `spare` last bits of the significand; a carry runs on into the exponent, as it should."""
+    """Round by dropping the last `spare` bits of the significand.
+
+    Sign, exponent and significand are one integer, so a carry out of the significand correctly increments the
+    exponent.
+    """
     if not spare:
         return values.clone()
     pattern = values.view(bits)
@@ -240,7 +244,7 @@ NAMED: dict[str, FloatFormat] = {
     "float8_e4m3fn": FLOAT8_E4M3FN,
     "float8_e5m2": FLOAT8_E5M2,
 }
-# torch's own casts from float32 that round as this module does, for a quarter of the time.
+# torch's own casts from float32 that round as this module does, in a quarter of the time.
 _CASTS = {FLOAT16: torch.float16, BFLOAT16: torch.bfloat16, FLOAT8_E5M2: torch.float8_e5m2}
 _NAMES = {format_: name for name, format_ in NAMED.items()}
 _NATIVE = {
@@ -252,7 +256,7 @@ _NATIVE = {
 
 
 def parse_format(text: str) -> NumberFormat:
-    """A named format, `e5s11` (exponent and significand bits) or `fixed8.4` (all bits, fraction bits).
+    """Parse a named format, `e5s11` (exponent and significand bits) or `fixed8.4` (all bits, fraction bits).
 
     Raises:
         UsageError: it is none of these.

@@ -1,7 +1,8 @@
-"""What is known of the channels of every tensor while a forward pass is watched, and the channel map it gives.
+"""Graph of channels: which channels lie along the axes of every tensor of a forward pass, and the channel map.
 
 Each axis of each tensor is a row of segments, (node, repeat): the channels of a node, each of `repeat` elements.
-Operations join nodes (an addition), lengthen rows (a concatenation), or freeze nodes (all they do not know).
+Operations join nodes (an addition), lengthen rows (a concatenation), or freeze nodes at their full width (anything
+unknown).
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ OUTPUT: Final = "it is the model's output"
 
 @dataclass(frozen=True)
 class Channels:
-    """The channel groups of a model, and for each tensor with an axis that is kept whole, why."""
+    """Channel groups of a model, and the reason for each tensor with an axis that keeps its full width."""
 
     map: ChannelMap
-    whole: Mapping[str, str]
+    full_width: Mapping[str, str]
 
     @property
     def by_reason(self) -> list[tuple[list[str], str]]:
-        """The tensors of `whole`, together by reason; without those that lead to the model's output."""
-        reasons = dict.fromkeys(reason for reason in self.whole.values() if reason != OUTPUT)
-        return [([name for name, why in self.whole.items() if why == reason], reason) for reason in reasons]
+        """Tensors of `full_width`, grouped by reason, without those that lead to the model's output."""
+        reasons = dict.fromkeys(reason for reason in self.full_width.values() if reason != OUTPUT)
+        return [([name for name, why in self.full_width.items() if why == reason], reason) for reason in reasons]
 
 
 @dataclass
 class Node:
-    """Channels that are kept or left out together; after a join, `into` leads to the one that stands for both."""
+    """Channels that are kept or left out together. After a join, `into` leads to the node that represents both."""
 
     channels: int
     blocks: int = 1
@@ -53,7 +54,7 @@ Axes = tuple[Row | None, ...]  # None: no channels lie along it
 
 
 class Graph:
-    """What is known of every tensor seen so far."""
+    """Known axes of every tensor seen so far."""
 
     def __init__(self, module: nn.Module) -> None:
         self.names: dict[int, str] = {}
@@ -70,19 +71,19 @@ class Graph:
         return id(tensor) in self.names
 
     def set(self, tensor: Tensor, axes: Sequence[Row | None]) -> None:
-        """The tensor is kept as well: its id is then no other's."""
+        """Record the axes of a tensor. The graph keeps the tensor alive, so that no other gets its id."""
         self._known[id(tensor)] = (tensor, tuple(axes))
 
     def state(self, tensor: Tensor | None, axes: Sequence[Row | None]) -> None:
-        """A parameter or buffer is used with these axes, perhaps for the second time."""
+        """Record the axes with which a parameter or buffer is used. Axes of a second use are joined."""
         if tensor is None:
             return
         if id(tensor) in self._known:
             axes = [self.join(mine, theirs) for mine, theirs in zip(self.axes(tensor), axes, strict=True)]
         self.set(tensor, axes)
 
-    def keep_whole(self, tensor: Tensor, reason: str) -> None:
-        """A parameter or buffer is used in a way that nobody knows."""
+    def freeze_state(self, tensor: Tensor, reason: str) -> None:
+        """Keep the full width of a parameter or buffer that an unknown operation uses."""
         self.state(tensor, [None] * tensor.dim())
         self._unknown.setdefault(self.names[id(tensor)], reason)
 
@@ -90,7 +91,7 @@ class Graph:
         return ((Node(channels), 1),)
 
     def join(self, left: Row | None, right: Row | None) -> Row | None:
-        """Both rows lie along one axis."""
+        """Join two rows that lie along one axis."""
         if left is None or right is None:
             self.freeze_row(left or right, "it meets an axis without known channels")
             return None
@@ -124,12 +125,12 @@ class Graph:
         numbers: dict[int, int] = {}
         groups: list[ChannelGroup] = []
         tensors: dict[str, tuple[Axis, ...]] = {}
-        whole: dict[str, str] = dict(self._unknown)
+        full_width: dict[str, str] = dict(self._unknown)
 
         def segment(node: Node, repeat: int, name: str) -> Segment:
             root = node.root()
             if root.frozen:
-                whole.setdefault(name, root.frozen)
+                full_width.setdefault(name, root.frozen)
                 return Segment(None, root.channels * repeat)
             if id(root) not in numbers:
                 numbers[id(root)] = len(groups)
@@ -146,4 +147,4 @@ class Graph:
                 rows.append(known)
             if any(each.group is not None for row in rows for each in row):
                 tensors[name] = tuple(rows)
-        return Channels(ChannelMap(tuple(groups), tensors), whole)
+        return Channels(ChannelMap(tuple(groups), tensors), full_width)

@@ -1,6 +1,7 @@
-"""What each function of torch does to channels, by name.
+"""Effects of torch's functions on channels, by name.
 
-The rule: a handler says True only where it knows for sure; whoever calls it then keeps the channels whole.
+The rule: a handler returns True only where it is sure of the effect. Otherwise the caller keeps the full width of
+the channels that go in.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name
 
 
 def _same_axes(graph: Graph, out: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Elementwise functions of one tensor, and pooling: each channel stays by itself."""
+    """Handle elementwise functions of one tensor, and pooling: each channel stays by itself."""
     source = _argument(args, kwargs, 0, "input")
     outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
     if not isinstance(source, Tensor) or any(each.dim() != source.dim() for each in outputs):
@@ -38,7 +39,7 @@ def _same_axes(graph: Graph, out: Any, args: tuple[Any, ...], kwargs: Mapping[st
 
 
 def _broadcast(graph: Graph, out: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """+, -, *, /: axes of equal extent are joined; an axis of one element follows the other's."""
+    """Handle +, -, *, /: axes of equal extent are joined; an axis of one element follows the other operand's."""
     operands = [each for each in args[:2] if isinstance(each, Tensor)]
     rows: list[Row | None] = [None] * out.dim()
     bare = [each for each in operands if graph.is_state(each) and all(row is None for row in graph.axes(each))]
@@ -52,7 +53,7 @@ def _broadcast(graph: Graph, out: Any, args: tuple[Any, ...], kwargs: Mapping[st
         for other in seen[1:]:
             if other is not None or rows[place] is not None:
                 rows[place] = graph.join(rows[place], other)
-    for each in bare:  # a learned scale or bias takes the axes of what it meets
+    for each in bare:  # a learned scale or bias takes the axes of the other operand
         own = rows[out.dim() - each.dim() :]
         graph.state(each, [row if extent > 1 else None for row, extent in zip(own, each.shape, strict=True)])
     graph.set(out, rows)
@@ -71,7 +72,7 @@ def _linear(graph: Graph, out: Any, args: tuple[Any, ...], kwargs: Mapping[str, 
 
 
 def _conv(graph: Graph, out: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Plain and depthwise convolutions; in other grouped ones the channels are kept whole."""
+    """Handle plain and depthwise convolutions. Other grouped ones keep the full width of their channels."""
     source, weight = args[0], _argument(args, kwargs, 1, "weight")
     groups = _argument(args, kwargs, 6, "groups", 1)
     if not graph.is_state(weight) or source.dim() != weight.dim():
@@ -151,7 +152,7 @@ def _flatten(graph: Graph, out: Any, args: tuple[Any, ...], kwargs: Mapping[str,
 
 
 def _reshape(graph: Graph, out: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Merging the last axes into one of size -1; a size written out would not fit a narrower model."""
+    """Handle merging the last axes into one of size -1. An explicit size would not fit a narrower model."""
     source = args[0]
     sizes = args[1] if len(args) == 2 and isinstance(args[1], Sequence) else args[1:]
     keep = len(sizes) - 1
@@ -173,21 +174,23 @@ def _reshape(graph: Graph, out: Any, args: tuple[Any, ...], kwargs: Mapping[str,
 
 
 _UNKNOWN: Row = ()
+_MOST_REPETITIONS = 64
 
 
 def _merged(axes: Axes, shape: tuple[int, ...]) -> Row | None:
-    """The row of axes that become one; `_UNKNOWN` where channels lie along more than one of them."""
+    """Return the row of axes that become one; `_UNKNOWN` where channels lie along more than one of them."""
     places = [place for place, row in enumerate(axes) if row is not None]
     if not places:
         return None
     row, outer, inner = axes[places[0]], math.prod(shape[: places[0]]), math.prod(shape[places[0] + 1 :])
-    if len(places) > 1 or row is None or outer > 64:
+    # Every repetition is a further segment of the channel map, so their number is bounded.
+    if len(places) > 1 or row is None or outer > _MOST_REPETITIONS:
         return _UNKNOWN
     return tuple((node, repeat * inner) for node, repeat in row) * outer
 
 
 def _reduce(graph: Graph, out: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """mean, sum, max and the like over axes without channels."""
+    """Handle mean, sum, max and the like over axes without channels."""
     source, dims = args[0], _argument(args, kwargs, 1, "dim")
     if dims is None or isinstance(dims, Tensor | float):
         return False

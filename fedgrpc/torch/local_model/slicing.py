@@ -1,7 +1,7 @@
-"""A module made narrower: its own class and code, with smaller tensors.
+"""Narrower copies of a module: its own class and code, with smaller tensors.
 
-The rule: the shapes decide. Whoever cuts the tensors (the aggregator, or `ChannelMap.select` here) says which
-channels are left; the module only has to take them.
+The rule: shapes decide. The aggregator, or `ChannelMap.select`, decides which channels a sub-model has. The module
+only has to fit their number.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from fedgrpc.trainer import Weights
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# A width at which every group that can be narrower is.
+# Width of the trial: every group that can be narrower is narrower at one half.
 _TRIED = 0.5
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of a module's state, by name."""
+    """Return the shapes of a module's state, by name."""
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 def resized(module: nn.Module, shapes: Shapes) -> nn.Module:
-    """A copy of `module` whose tensors have these shapes and no particular values; tied tensors stay tied.
+    """Copy `module` with tensors of these shapes and no particular values. Tied tensors stay tied.
 
-    Names that `shapes` leaves out keep their shape.
+    Tensors that `shapes` leaves out keep their shape.
 
     Raises:
-        UsageError: a tensor is not there, or would change its number of axes.
+        UsageError: the module has no such tensor, or one with another number of axes.
     """
     own = shapes_of(module)
     for name, shape in shapes.items():
@@ -47,6 +47,8 @@ def resized(module: nn.Module, shapes: Shapes) -> nn.Module:
             raise UsageError(f"the model has no tensor {name!r} to resize")
         if len(shape) != len(own[name]):
             raise UsageError(f"tensor {name!r} has {len(own[name])} axes, not {len(shape)}")
+    # `deepcopy` takes what its memo has in place of a copy, at every place in the module where the tensor occurs.
+    # So the wide tensors are never copied, and tied ones stay tied.
     empty: dict[int, Tensor] = {}
     memo: dict[int, object] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
@@ -60,8 +62,8 @@ def resized(module: nn.Module, shapes: Shapes) -> nn.Module:
     return narrow
 
 
-def check_slice(channel_map: ChannelMap, whole: Shapes, shapes: Shapes) -> None:
-    """Raises LayoutError unless `shapes` are those of a sub-model of the model that has the shapes `whole`."""
+def check_sub_model(channel_map: ChannelMap, whole: Shapes, shapes: Shapes) -> None:
+    """Raise LayoutError unless `shapes` are those of a sub-model of the model with the shapes `whole`."""
     kept: dict[int, int] = {}
     for name, shape in shapes.items():
         full = whole.get(name, ())
@@ -74,7 +76,10 @@ def check_slice(channel_map: ChannelMap, whole: Shapes, shapes: Shapes) -> None:
 
 
 def _misfit(channel_map: ChannelMap, kept: dict[int, int], axis: Axis, extent: int) -> bool:
-    """Whether so many elements are no slice of the axis. A group's first axis says how many channels it keeps."""
+    """Whether no sub-model has so many elements of the axis.
+
+    The first axis with one group says how many channels the group keeps; all other axes must agree.
+    """
     grouped = [segment for segment in axis if segment.group is not None]
     if len(grouped) == 1 and grouped[0].group is not None:
         others = sum(segment.repeat for segment in axis if segment.group is None)
@@ -92,7 +97,7 @@ def _elements(segment: Segment, channel_map: ChannelMap, kept: Mapping[int, int]
 
 
 def check_runs(narrow: nn.Module, example: Tensor, outputs: tuple[int, ...]) -> None:
-    """Score `example`; raises UsageError unless the outputs have the shape that the whole model's have."""
+    """Score `example`. Raises UsageError unless the outputs have the shape of the whole model's outputs."""
     training = narrow.training
     narrow.eval()
     try:
@@ -115,11 +120,12 @@ def _empty_like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _update_attributes(module: nn.Module) -> None:
-    """What torch's own layers remember of their tensors' shapes."""
+    """Correct the sizes that torch's own layers keep beside their tensors, since `forward` reads some of them."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, _ConvNd) and not module.transposed:
         if module.groups > 1 and module.groups == module.in_channels:
+            # A depthwise convolution has one group per input channel.
             multiplier = module.out_channels // module.in_channels
             module.groups = module.weight.shape[0] // multiplier
         module.out_channels = module.weight.shape[0]
@@ -148,14 +154,14 @@ class SubModels:
 
     @cached_property
     def channels(self) -> Channels:
-        """The module's channel groups. Raises UsageError when it cannot be traced, or does not run narrower."""
+        """Channel groups of the module. Raises UsageError if it cannot be traced or does not run narrower."""
         example = self._example()
         channels = trace_channels(uncompiled(self._module), example)
         self._check(channels, example)
         return channels
 
     def _check(self, channels: Channels, example: Tensor) -> None:
-        """A module's own code may count on its sizes, and only running it shows that."""
+        """Run a narrower copy, since a module's own code may rely on its sizes and only a run shows that."""
         shapes = sub_shapes(channels.map.select(SubModel(_TRIED)), self.whole_shapes)
         narrow = resized(uncompiled(self._module), shapes)
         with torch.no_grad():
@@ -165,17 +171,17 @@ class SubModels:
         check_runs(narrow, example, tuple(outputs.shape))
 
     def loaded(self, weights: Weights) -> nn.Module:
-        """The module itself with these weights or, where they are narrower, a narrower one.
+        """Load weights into the module itself or, if they are narrower, into a narrower copy.
 
         Raises:
-            LayoutError: the weights are of no sub-model of the module.
+            LayoutError: no sub-model of the module has such weights.
         """
         own = {name: tuple(tensor.shape) for name, tensor in named_tensors(self._module).items()}
         given = {name: array.shape for name, array in weights.items()}
         module = self._module
         if given.keys() == own.keys() and given != own:
             module = uncompiled(module)
-            check_slice(self.channels.map, shapes_of(module), given)
+            check_sub_model(self.channels.map, shapes_of(module), given)
             module = resized(module, given)
         load_weights(module, weights)
         return module

@@ -1,7 +1,7 @@
-"""Finds the channel groups of any `nn.Module` by watching one forward pass.
+"""Tracing: finds the channel groups of any `nn.Module` by watching one forward pass.
 
-The rule: what an operation does to channels is either known (`operations`) or the channels it touches are kept
-whole, and the reason is told. So a wrong sub-model is never built; at worst, a wider one than was asked for.
+The rule: channels keep their full width, with a reason, wherever an operation is not known to `operations`. So a
+wrong sub-model is never built. At worst, a sub-model is wider than asked for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedgrpc.torch.local_model.operations import ALIASES, HANDLERS
 
 
 def trace_channels(module: nn.Module, example: Tensor) -> Channels:
-    """Watch `module` score `example`, a batch of one or a few inputs.
+    """Find the channel groups of `module` by scoring `example`, a batch of one or a few inputs.
 
     Raises:
         UsageError: the module cannot score the example.
@@ -34,6 +34,7 @@ def trace_channels(module: nn.Module, example: Tensor) -> Channels:
         except (RuntimeError, ValueError, TypeError) as error:
             raise UsageError(f"the model cannot be traced: {error}") from error
     for output in tree_leaves(outputs):
+        # The classes of the output have a meaning to the task, so they are not channels to choose from.
         if isinstance(output, Tensor):
             graph.freeze(graph.axes(output), OUTPUT)
     return graph.channels()
@@ -41,7 +42,7 @@ def trace_channels(module: nn.Module, example: Tensor) -> Channels:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Any:
-    """Dropout does nothing and running statistics stay as they are."""
+    """Evaluate within the block, so that dropout does nothing and running statistics stay as they are."""
     training = {each: each.training for each in module.modules()}
     module.eval()
     try:
@@ -52,7 +53,7 @@ def _evaluating(module: nn.Module) -> Any:
 
 
 class _Watch(TorchFunctionMode):
-    """Calls the handler of each function, by name; what has none freezes what goes in."""
+    """Mode that calls the handler of each torch function, by name. Inputs of other functions are frozen."""
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
@@ -64,6 +65,7 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", str(func)).strip("_")
+        # Functions of sizes and flags, such as Tensor.size, say nothing about channels.
         tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if not tensors:
             return out
@@ -73,6 +75,7 @@ class _Watch(TorchFunctionMode):
             for leaf in tree_leaves((args, dict(kwargs))):
                 if isinstance(leaf, Tensor):
                     self._graph.freeze(self._graph.axes(leaf), reason)
+                    # A weight of an unknown operation has no known axes yet, and must get none later.
                     if self._graph.is_state(leaf):
-                        self._graph.keep_whole(leaf, reason)
+                        self._graph.freeze_state(leaf, reason)
         return out

@@ -148,9 +148,9 @@ class FixedView(nn.Module):
 def test_what_cannot_be_sliced_is_kept_whole_and_says_why() -> None:
     module, example = FixedView(), torch.randn(2, 1, 28, 28)
     channels = trace_channels(module, example)
-    assert "view()" in channels.whole["conv.weight"]
-    assert "output" in channels.whole["fc2.weight"]
-    assert "fc1.bias" not in channels.whole
+    assert "view()" in channels.full_width["conv.weight"]
+    assert "output" in channels.full_width["fc2.weight"]
+    assert "fc1.bias" not in channels.full_width
     narrow = sliced(module, example, SubModel(0.5))
     check_runs(narrow, example, (2, 10))
     shapes = shapes_of(narrow)
@@ -200,8 +200,8 @@ class Odd(nn.Module):
 def test_concatenations_shared_layers_and_learned_scales_are_followed() -> None:
     module, example = Odd(), torch.randn(2, 1, 8, 8)
     channels = trace_channels(module, example)
-    assert "prelu()" in channels.whole["again.weight"]
-    assert "prelu()" in channels.whole["scale"]
+    assert "prelu()" in channels.full_width["again.weight"]
+    assert "prelu()" in channels.full_width["scale"]
     narrow = sliced(module, example, SubModel(0.5))
     check_runs(narrow, example, (2, 3))
     shapes = shapes_of(narrow)
