@@ -1,6 +1,6 @@
-"""Admission: the questions an update must answer before any of it is merged.
+"""Admission: the checks that an update must pass before any of it is averaged.
 
-The rule: nothing here changes anything, and every refusal says what was wrong in one line.
+Checks change nothing, and every refusal says in one line what was wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MOST_SQUARE = claims.MAX_TENSOR_NORM**2
 
 
 class TensorLike(Protocol):
-    """What admission wants to know of a tensor."""
+    """The properties of a tensor that admission compares."""
 
     @property
     def name(self) -> str: ...
@@ -37,16 +37,16 @@ class TensorLike(Protocol):
 
 @dataclass(frozen=True)
 class AdmissionPolicy:
-    """Bounds on an update: L2 norm of all its float tensors together, and its count of examples."""
+    """Bounds on an update: the L2 norm of all its trained tensors together, and its count of examples."""
 
     max_norm: float = math.inf
     max_example_count: int = 1 << 40
 
 
 def check_layout(model: Sequence[TensorLike], update: Sequence[TensorLike]) -> None:
-    """Both list the same tensors, in any order; an update may leave out those that are no parameters.
+    """Raise `UpdateRefused` unless both list the same tensors, in any order.
 
-    Raises `UpdateRefused` with the first difference.
+    An update may leave out tensors that are not parameters. The error names the first difference.
     """
     wanted = {tensor.name: tensor for tensor in model}
     given = {tensor.name: tensor for tensor in update}
@@ -67,13 +67,13 @@ def check_layout(model: Sequence[TensorLike], update: Sequence[TensorLike]) -> N
 
 
 def check_role(mine: TensorLike, given: TensorLike) -> None:
-    """A tensor of an update has the model's role: by it the update's values are read. Raises `UpdateRefused`."""
+    """Raise `UpdateRefused` unless a tensor has the model's role, which decides how its values are read."""
     if mine.role != given.role:
         raise UpdateRefused(f"tensor {mine.name!r} is a {given.role}, the model's is a {mine.role}")
 
 
 def check_counts(example_count: int, metrics: Mapping[str, float], policy: AdmissionPolicy) -> None:
-    """An update stands for at least one example, and its metrics are numbers. Raises `UpdateRefused`."""
+    """Raise `UpdateRefused` unless an update has examples, within the bound, and its metrics are finite."""
     if not 1 <= example_count <= policy.max_example_count:
         raise UpdateRefused(f"example count {example_count} is not from 1 to {policy.max_example_count}")
     for name, value in metrics.items():
@@ -82,9 +82,9 @@ def check_counts(example_count: int, metrics: Mapping[str, float], policy: Admis
 
 
 def check_values(tensors: Iterable[tuple[TensorLike, np.ndarray]], policy: AdmissionPolicy) -> float:
-    """The update's L2 norm over its trained tensors, read one tensor at a time.
+    """Return the update's L2 norm over its trained tensors, read one tensor at a time.
 
-    Raises `UpdateRefused` for a value that is not finite or beyond all measure, and for a norm over the bound.
+    Raises `UpdateRefused` for a value that is not finite or far too large, and for a norm over the bound.
     """
     square = 0.0
     for tensor, values in tensors:
@@ -112,7 +112,7 @@ def check_variances(tensors: Iterable[tuple[TensorLike, np.ndarray]]) -> None:
 
 
 def sum_of_squares(values: np.ndarray) -> float:
-    """Sum of squares, taken in cache-sized pieces; not finite when any value is not."""
+    """Return the sum of squares, taken in cache-sized pieces. Not finite if any value is not."""
     flat = values.reshape(-1)
     total = 0.0
     for start in range(0, flat.size, _PIECE):
@@ -121,7 +121,7 @@ def sum_of_squares(values: np.ndarray) -> float:
 
 
 def _sum_of_squares(piece: np.ndarray) -> float:
-    # einsum, since dot would wake BLAS's threads, which spin for the cores that others need.
+    # einsum, since dot would wake BLAS's threads, which spin on cores that others need.
     if piece.dtype == np.float32:
         quick = float(np.einsum("i,i->", piece, piece))
         if math.isfinite(quick):

@@ -2,13 +2,13 @@
 
     weight[c] = 1 / (1 + noise[c] / s2)        inverse variance, relative to an update without such noise
 
-Where an update's own variance is s2, rounding adds `noise` to it, and the best unbiased mean of several updates
-weighs each by 1 / (s2 + noise). The rule: full precision keeps its weight exactly, so a fleet without small
-formats gives the same bits with and without.
+An update has the variance s2 of its own, and rounding adds `noise`. The best unbiased mean of several updates
+weighs each by 1 / (s2 + noise). Full precision keeps its weight exactly, so a fleet without small formats gives
+the same bits with and without these weights.
 
-What a rounding costs (uniform, arXiv 1712.05877 and others): a step of the format's grid squared, over 12, in each
-optimizer step for a number format, whose weights are rounded each time; once for weights quantized to a few bits,
-which move on in full precision.
+A rounding adds a step of the format's grid squared, over 12 (uniform, arXiv 1712.05877 and others). A number
+format rounds the weights in each optimizer step. Weights quantized to a few bits are rounded once, since they are
+trained in full precision.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ _FLOATS = {
     "float8_e5m2": (3, -14),
 }
 _FULL = ("float64", "float32")
-# Of an update's mean square: what at least is taken for its own variance, where noise would explain all of it.
+# The least share of an update's mean square that counts as its own variance, even if noise would explain all of
+# it.
 _LEAST_SHARE = 0.01
 
 
 def rounding_noise(
     plan: CompressionPlan, name: str, values: np.ndarray, steps: int, axes: int | None = None
 ) -> np.ndarray | None:
-    """Variance that the plan's formats add to each trained weight of a tensor that had `values`; None: none.
+    """Return the variance that the plan's formats add to each weight of a tensor that had `values`; None: none.
 
-    `axes` is how many the tensor itself has, where `values` are those that a mask has kept of it.
+    `axes` is the number of dimensions of the tensor, where `values` are only those that a mask has kept.
     """
     noise: np.ndarray | None = None
     if plan.arithmetic is not None and (spacing := _spacing(plan.arithmetic, values)) is not None:
@@ -54,9 +55,9 @@ def rounding_noise(
 
 
 def inverse_variance_weight(noise: np.ndarray, delta: np.ndarray) -> np.ndarray:
-    """From above 0 to 1 for each coordinate of an update `delta`, whose noise has this variance.
+    """Return a weight above 0, at most 1, for each coordinate of an update `delta` with this variance of noise.
 
-    s2 is what of the delta's own mean square the noise does not explain.
+    s2 is the part of the delta's mean square that the noise does not explain.
     """
     if not delta.size:
         return np.ones(noise.shape)
@@ -69,7 +70,7 @@ def inverse_variance_weight(noise: np.ndarray, delta: np.ndarray) -> np.ndarray:
 
 
 def _spacing(arithmetic: Arithmetic, values: np.ndarray) -> np.ndarray | None:
-    """Distance of neighbouring numbers of the format at each of `values`; None: none to speak of."""
+    """Return the distance of neighbouring numbers of the format at each of `values`; None: negligible."""
     name = arithmetic.format
     if name in _FULL:
         return None

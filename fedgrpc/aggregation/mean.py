@@ -9,8 +9,8 @@ Where updates cover different coordinates, each coordinate is the mean over thos
 A coordinate that nobody covered has no mean, and keeps its value. Where all updates cover everything, this is
 `TensorMean` bit for bit.
 
-The rule: updates are added in one canonical order, so that the same updates give the same bits, in whatever
-order they arrived. Sums are float64; memory is that of the one tensor in hand.
+Updates are added in one canonical order, so the same updates give the same bits, in whatever order they arrived.
+Sums are float64, and memory is that of one tensor.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TensorMean:
         self._weight = 0.0
 
     def add(self, values: np.ndarray, weight: float, *, scale: float = 1.0) -> None:
-        """Add `scale * values` with `weight`; `values` has the mean's shape and any real dtype."""
+        """Add `scale * values` with `weight`. `values` has the mean's shape and any real dtype."""
         if values.shape != self._shape:
             raise ValueError(f"shape {values.shape} is not {self._shape}")
         flat = values.reshape(-1)
@@ -46,7 +46,7 @@ class TensorMean:
         self._weight += weight
 
     def result(self) -> np.ndarray:
-        """The mean, float64; call it once, after at least one `add`."""
+        """Return the mean, float64. Call it once, after at least one `add`."""
         if not self._weight > 0:
             raise ValueError("a mean needs at least one update of positive weight")
         self._sum /= self._weight
@@ -63,7 +63,7 @@ class CoordinateMean(TensorMean):
     def add(
         self, values: np.ndarray, weight: float, coverage: Coverage | None = None, *, scale: float = 1.0
     ) -> None:
-        """Add `scale * values` with `weight`; `values` has the coverage's `value_shape`, None covers all."""
+        """Add `scale * values` with `weight`. `values` has the coverage's `value_shape`; None covers all."""
         if coverage is None or coverage.whole:
             super().add(values, weight, scale=scale)
             if self._weights is not None:
@@ -74,9 +74,10 @@ class CoordinateMean(TensorMean):
     def add_each(
         self, values: np.ndarray, weight: np.ndarray | float, coverage: Coverage, *, scale: float = 1.0
     ) -> None:
-        """The same where each value may have a weight of its own: an array that goes with `values`."""
+        """Add values that may each have a weight of their own: an array of the shape of `values`."""
         if coverage.shape != self._shape or values.shape != coverage.value_shape:
             raise ValueError(f"shape {values.shape} is not {coverage.value_shape} of {self._shape}")
+        # Weights by coordinate are kept only from the first partial update on. Until then one number is enough.
         if self._weights is None:
             self._weights = np.full(self._shape, self._weight)
         weighted = np.multiply(values, weight * scale, dtype=np.float64)
@@ -84,7 +85,7 @@ class CoordinateMean(TensorMean):
         coverage.add_to(self._weights, weight)
 
     def add_mean(self, values: np.ndarray, weights: np.ndarray) -> None:
-        """Add what is itself a mean, in which each coordinate has its own of `weights` (float64, from 0)."""
+        """Add values that are a mean themselves, with a weight for each coordinate (float64, from 0)."""
         if values.shape != self._shape or weights.shape != self._shape:
             raise ValueError(f"shapes {values.shape} and {weights.shape} are not {self._shape}")
         if self._weights is None:
@@ -94,7 +95,7 @@ class CoordinateMean(TensorMean):
 
     @property
     def weights(self) -> np.ndarray | float:
-        """The summed weight, of each coordinate where they may differ."""
+        """The summed weight: of each coordinate where they may differ, else one number."""
         return self._weight if self._weights is None else self._weights
 
     @property
@@ -104,14 +105,14 @@ class CoordinateMean(TensorMean):
 
     @property
     def untouched(self) -> np.ndarray | None:
-        """Where no update of positive weight has a say, bool of the tensor's shape; None: nowhere."""
+        """The coordinates that no update of positive weight covers, as bool; None: there are none."""
         if self._weights is None:
             return None
         untouched: np.ndarray = self._weights <= 0
         return untouched if untouched.any() else None
 
     def result(self) -> np.ndarray:
-        """The mean, float64, and 0 where `untouched`; call it once, after at least one `add`."""
+        """Return the mean, float64, and 0 where `untouched`. Call it once, after at least one `add`."""
         if self._weights is None:
             return super().result()
         if self._weights.size and not (self._weights > 0).any():
@@ -122,7 +123,7 @@ class CoordinateMean(TensorMean):
 
 
 def mean_of(values_and_weights: Iterable[tuple[np.ndarray, float]], shape: tuple[int, ...]) -> np.ndarray:
-    """The weighted mean of arrays of `shape`, float64."""
+    """Return the weighted mean of arrays of `shape`, float64."""
     mean = TensorMean(shape)
     for values, weight in values_and_weights:
         mean.add(values, weight)
@@ -130,10 +131,10 @@ def mean_of(values_and_weights: Iterable[tuple[np.ndarray, float]], shape: tuple
 
 
 def mean_metrics(reports: Iterable[tuple[Mapping[str, float], float]]) -> dict[str, float]:
-    """The weighted mean of each metric, over the reports that have it and weigh more than nothing.
+    """Return the weighted mean of each metric, over the reports of positive weight that have it.
 
-    Names are the workers' word: each report has one vote, shared among its names, and the names with most votes
-    are kept, as many as one report may have. Whatever one worker makes up, the few names of the others stay.
+    Names are claims of workers. Each report has one vote, shared among its names, and the names with most votes
+    are kept, as many as one report may have. So no worker can push out the few names of the others.
     """
     sums: dict[str, float] = {}
     weights: dict[str, float] = {}

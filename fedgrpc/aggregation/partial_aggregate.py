@@ -1,15 +1,15 @@
-"""How the mean of many updates travels as one: what an aggregator below another sends.
+"""Partial aggregates: the mean of many updates, which a leaf sends to its parent as one update.
 
 A tensor of the model is one of these in it:
 
-    NAME                           the mean in the model's dtype; left out where no update has a say in it
-    NAME, NAME#weights             and what each coordinate weighs, float64, where that is not the update's weight
-    NAME, NAME#rest                and what rounding took from a mean that is to be of integers, float64
+    NAME                           the mean in the model's dtype; left out where no update covers it NAME,
+    NAME#weights             and the weight of each coordinate, float64, where that is not the update's weight
+    NAME, NAME#rest                and what rounding to integers took from the mean, float64
 
-The weights of a tensor are mostly few different ones, those of the slices that its devices train. They are packed
-as the values of a clustered tensor are (see `partial_update`): NAME#weights, NAME#weights#codes.
+A tensor has few different weights, one for each set of slices that its devices train. They are packed like the
+values of a clustered tensor (see `partial_update`): NAME#weights, NAME#weights#codes.
 
-The rule: the mean of such means is the mean of all the updates, up to the one rounding to the model's dtype.
+The mean of such means is the mean of all the updates, up to one rounding to the model's dtype.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from fedgrpc.errors import NotFinite, UpdateRefused
 from fedgrpc.submodels.coverage import Coverage
 
 WEIGHTS, REST = "#weights", "#rest"
-# Patterns of the tensors that no lossy encoding may touch: a weight is not a value that may be a little off.
+# Tensors that must be encoded without loss: an inexact weight would shift the mean of all coordinates it covers.
 EXACT = (f"*{WEIGHTS}", f"*{REST}")
 _SLACK = 1 + 1e-9
 
 
 def pack_mean(tensor: TensorLike, mean: CoordinateMean, weight: float, dtype: np.dtype) -> dict[str, np.ndarray]:
-    """What travels of a tensor's mean; `weight` is the whole update's. `mean` is then used up.
+    """Return the tensors that travel for a tensor's mean; `weight` is that of the whole update. Uses `mean` up.
 
     Raises `NotFinite` when the mean is not finite in `dtype`.
     """
@@ -53,15 +53,15 @@ def pack_mean(tensor: TensorLike, mean: CoordinateMean, weight: float, dtype: np
 
 
 def check_finite(tensor: TensorLike, mean: np.ndarray) -> None:
-    """A mean travels where its dtype holds it. Raises `NotFinite`."""
+    """Raise `NotFinite` unless the dtype can hold the mean."""
     if mean.dtype.kind not in "iub" and not np.isfinite(mean).all():
         raise NotFinite(f"the mean of tensor {tensor.name!r} is not finite in {tensor.dtype}", tensor=tensor.name)
 
 
 def check_partial_aggregate(model: Sequence[TensorLike], update: Sequence[TensorLike]) -> None:
-    """The update lists tensors of the model, each once, with weights and rests that may be theirs.
+    """Raise `UpdateRefused` unless the update lists tensors of the model once, with weights and rests that fit.
 
-    Raises `UpdateRefused` with the first difference.
+    The error names the first difference.
     """
     given = {tensor.name: tensor for tensor in update}
     if len(given) < len(update):
@@ -98,9 +98,9 @@ def add_partial_aggregate(
     weight: float,
     scale: float = 1.0,
 ) -> None:
-    """Add `scale` times a merged update's tensor to `mean` with `weight`; the update says that it weighs `own`.
+    """Add `scale` times a tensor of a partial aggregate to `mean` with `weight`.
 
-    Raises `UpdateRefused` for weights that cannot be.
+    `own` is the weight that the partial aggregate claims. Raises `UpdateRefused` for impossible weights.
     """
     if tensor.name not in names:
         return
@@ -115,7 +115,7 @@ def add_partial_aggregate(
 def partial_aggregate_values(
     model: Sequence[TensorLike], names: Collection[str], read: Read, weight: float
 ) -> Iterator[tuple[TensorLike, np.ndarray]]:
-    """Each tensor of the update as the values it stands for, its weights checked. Raises `UpdateRefused`."""
+    """Yield each tensor of the update with its values, its weights checked. Raises `UpdateRefused`."""
     for tensor in model:
         if tensor.name in names:
             _weights(tensor, names, read, weight)
@@ -133,7 +133,7 @@ def _values(tensor: TensorLike, names: Collection[str], read: Read) -> np.ndarra
 
 
 def _weights(tensor: TensorLike, names: Collection[str], read: Read, weight: float) -> np.ndarray | None:
-    """Of each coordinate; None: all weigh what the update does."""
+    """Return the weight of each coordinate; None: all weigh as much as the update."""
     if tensor.name + WEIGHTS not in names:
         return None
     weights, _ = unpack(tensor.name + WEIGHTS, names, read, Coverage(tensor.shape))

@@ -1,4 +1,4 @@
-"""How an update's tensors travel when it covers a part of the model: their layout, packing and unpacking.
+"""Partial updates: how the tensors of an update that covers a sub-model travel. Layout, packing and unpacking.
 
 A tensor of the update is one of these, `n` the elements of its slice of the model's tensor:
 
@@ -6,8 +6,8 @@ A tensor of the update is one of these, `n` the elements of its slice of the mod
     NAME, NAME#mask      [k] values that are kept, and n bits that say where, 8 to a byte, first bit lowest
     NAME, NAME#codes     [K] different values, and for each element kept its number, in the fewest bits
 
-Mask and codes go together: codes are then of the kept elements only. Personal tensors are left out,
-and so are tensors that are no parameters and have not changed.
+With a mask and codes, there are codes of the kept elements only. Personal tensors are left out, and so are
+unchanged tensors that are not parameters.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ Read = Callable[[str], np.ndarray]
 
 
 def code_bits(count: int) -> int:
-    """Bits of the numbers below `count`; at least 1."""
+    """Return the bits of the numbers below `count`, at least 1."""
     return max(1, (count - 1).bit_length())
 
 
 def pack(
     name: str, values: np.ndarray, mask: np.ndarray | None = None, clustered: bool = False
 ) -> dict[str, np.ndarray]:
-    """What travels of a slice's dense `values`; a clustered tensor of too many different values goes as it is."""
+    """Return the tensors that travel for a slice's dense `values`.
+
+    A clustered tensor of too many different values travels dense.
+    """
     packed: dict[str, np.ndarray] = {}
     if mask is not None:
         packed[name + MASK] = np.packbits(mask.reshape(-1), bitorder="little")
@@ -58,9 +61,9 @@ def check_layout(
     clustered: bool = False,
     personal: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """The update lists each tensor of its part of the model once, in a form that its plan allows.
+    """Raise `UpdateRefused` unless the update lists each tensor of its sub-model once, in a form its plan allows.
 
-    Raises `UpdateRefused` with the first difference.
+    The error names the first difference.
     """
     given = {tensor.name: tensor for tensor in update}
     if len(given) < len(update):
@@ -93,7 +96,7 @@ def _sub_shape(tensor: TensorLike, selection: Selection | None) -> tuple[int, ..
 def fits(
     given: tuple[int, ...], shape: tuple[int, ...], mask: TensorLike | None, codes: TensorLike | None
 ) -> bool:
-    """Whether shapes and dtypes can be those of one packed tensor; `unpack` knows for sure."""
+    """Whether shapes and dtypes can be those of one packed tensor. Only `unpack` can tell for certain."""
     size = math.prod(shape)
     if mask is None and codes is None:
         return given == shape
@@ -108,10 +111,10 @@ def fits(
 
 
 def unpack(name: str, names: Collection[str], read: Read, whole: Coverage) -> tuple[np.ndarray, Coverage]:
-    """The values of a packed tensor and what they cover; `whole` is the coverage of its slice.
+    """Return the values of a packed tensor and their coverage; `whole` is the coverage of its slice.
 
-    `names` are those of the update's tensors, `read` gives one of them. Raises `UpdateRefused` when they do not
-    fit each other.
+    `names` are those of the update's tensors, and `read` returns one of them. Raises `UpdateRefused` when they do
+    not fit each other.
     """
     values, coverage = read(name), whole
     if name + MASK in names:
@@ -129,19 +132,19 @@ def unpack(name: str, names: Collection[str], read: Read, whole: Coverage) -> tu
 def unpack_all(
     model: Sequence[TensorLike], names: Collection[str], read: Read, selection: Selection | None
 ) -> Iterator[tuple[TensorLike, np.ndarray]]:
-    """Each tensor of the update as the values it stands for, one at a time. Raises as `unpack`."""
+    """Yield each tensor of the update with its unpacked values, one at a time. Raises as `unpack` does."""
     for tensor in model:
         if tensor.name in names:
             yield tensor, unpack(tensor.name, names, read, coverage_of(tensor, selection))[0]
 
 
 def coverage_of(tensor: TensorLike, selection: Selection | None) -> Coverage:
-    """What a sub-model has of a tensor; None is the whole model."""
+    """Return what a sub-model covers of a tensor; None is the whole model."""
     return Coverage(tensor.shape) if selection is None else selection.coverage(tensor.name, tensor.shape)
 
 
 def sub_layout(model: Sequence[TensorLike], selection: Selection | None) -> Mapping[str, tuple[int, ...]]:
-    """Shapes of the tensors of a sub-model, by name."""
+    """Return the shapes of the tensors of a sub-model, by name."""
     return {tensor.name: _sub_shape(tensor, selection) for tensor in model}
 
 
@@ -160,7 +163,7 @@ def _scattered(name: str, values: np.ndarray, packed: np.ndarray, count: int) ->
 
 
 def _pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Bit j of code i is bit i * bits + j of the whole, bit k of which is bit k % 8 of byte k // 8."""
+    """Pack codes: bit j of code i is bit i * bits + j of the stream, whose bit k is bit k % 8 of byte k // 8."""
     parts = [
         np.packbits(_bits_of(codes[start : start + _PIECE], bits), bitorder="little")
         for start in range(0, codes.size, _PIECE)

@@ -1,8 +1,8 @@
-"""What the server makes of the mean update: FedAvg and the adaptive optimizers of FedOpt (arXiv 2003.00295).
+"""Server optimizers, which step along the mean update: FedAvg and the adaptive ones of FedOpt (arXiv 2003.00295).
 
-An optimizer sees one tensor at a time, or a piece of one, since each coordinate is for itself. Its state of a
-tensor is a tuple of arrays of that tensor's shape, kept by the caller with the model version, so that a restart
-loses nothing. `t` counts committed versions from 1.
+An optimizer sees one tensor at a time, or a piece of one, since every coordinate is independent. Its state for a
+tensor is a tuple of arrays of that tensor's shape. The caller stores it with the model version, so a restart loses
+nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ServerOptimizer(Protocol):
     def step(
         self, weights: np.ndarray, delta: np.ndarray, state: OptimizerState
     ) -> tuple[np.ndarray, OptimizerState]:
-        """One step along the mean update `delta` (float64), both of one shape. Inputs stay as they are."""
+        """Step along the mean update `delta` (float64, of the shape of `weights`). Inputs stay unchanged."""
         ...
 
 
@@ -60,7 +60,7 @@ class FedAvgM:
 
 @dataclass(frozen=True)
 class _Adaptive:
-    """m = b1 * m + (1 - b1) * delta;  w + lr * m / (sqrt(v) + tau); v as each one says."""
+    """m = b1 * m + (1 - b1) * delta;  w + lr * m / (sqrt(v) + tau); each subclass defines v."""
 
     learning_rate: float = 0.01
     beta1: float = 0.9
@@ -115,7 +115,7 @@ OPTIMIZERS: dict[str, type] = {
 
 
 def server_optimizer(name: str, learning_rate: float | None = None) -> ServerOptimizer:
-    """The optimizer of that name. Raises `UsageError` for an unknown name or a learning rate not above 0."""
+    """Return the optimizer of that name. Raises `UsageError` for an unknown name or learning rate <= 0."""
     if name not in OPTIMIZERS:
         raise UsageError(f"no server optimizer {name!r}; there are {', '.join(OPTIMIZERS)}")
     if learning_rate is None:

@@ -201,8 +201,7 @@ def _write_levels(positions: Array, symbols: Array, middle: int) -> tuple[list[A
         return [], np.empty(0, np.uint8)
     levels = [write_marks(positions, symbols < 0)]
     left = np.abs(symbols).astype(np.int64) - middle - 1
-    # Each level halves or better, since magnitudes fall off quickly. A level of few members costs more than
-    # counts.
+    # Stop once a level would have few members: what is left of them is cheap as counts.
     while len(levels) < MAX_LEVELS:
         members = np.flatnonzero(left)
         if members.size < _FEWEST_FOR_A_LEVEL:
