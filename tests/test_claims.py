@@ -13,7 +13,7 @@ from fedgrpc import claims
 from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.errors import LayoutError
 from fedgrpc.protocol.durations import duration_from_proto
-from fedgrpc.protocol.records import history_from_bytes, metrics_from_proto, registration_from_proto
+from fedgrpc.protocol.records import bounded_registration, history_from_bytes, metrics_from_proto
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rounds.selection import OortRule, utilities
 from fedgrpc.submodels.cost import Device, Observation, PlanSize, predict
@@ -88,9 +88,9 @@ def test_a_wait_is_no_longer_than_the_longest_time() -> None:
 def test_the_profile_of_a_device_is_bounded_and_an_honest_one_stays_as_it_is() -> None:
     honest = device_pb2.DeviceProfile(device_class="pi-4", cpu_cores=4, memory_bytes=8 << 30, on_battery=True)
     told = aggregator_pb2.RegisterRequest(worker="a", device=honest, encodings=["int8", "raw"])
-    assert registration_from_proto(told) == told
+    assert bounded_registration(told) == told
     told.device.memory_bytes, told.device.uplink_bits_per_second = MOST, MOST
-    bounded = registration_from_proto(told).device
+    bounded = bounded_registration(told).device
     assert (bounded.memory_bytes, bounded.uplink_bits_per_second) == (1 << 50, 10**16)
 
 

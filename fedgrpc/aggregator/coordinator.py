@@ -46,7 +46,7 @@ from fedgrpc.errors import (
     WrongIdentity,
 )
 from fedgrpc.metrics import Metrics
-from fedgrpc.protocol.records import registration_from_proto
+from fedgrpc.protocol.records import bounded_registration
 from fedgrpc.rounds.events import (
     Abort,
     Accepted,
@@ -150,7 +150,7 @@ class Coordinator:
     async def register(self, registration: RegisterRequest, session: Session = _ANONYMOUS, peer: str = "") -> None:
         """Add or renew a worker, durably. Raises `UsageError`, `WrongIdentity`, `Exhausted` and `NameTaken`."""
         self.fleet.check(registration)
-        registration = registration_from_proto(registration)
+        registration = bounded_registration(registration)
         self.settings.roles.check(registration)
         self.negotiation.check(registration)
         await self.sessions.claim(registration.worker, session, peer)

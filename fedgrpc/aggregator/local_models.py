@@ -31,7 +31,7 @@ from fedgrpc.protocol.plans import (
     local_model_to_proto,
     plan_table_to_proto,
 )
-from fedgrpc.protocol.records import counts, device_of, observation_of, prediction_from_proto
+from fedgrpc.protocol.records import device_from_proto, observation_from_proto, prediction_from_proto, tells_cost
 from fedgrpc.protocol.tensors import channels_from_proto, channels_to_proto
 from fedgrpc.storage.files import sync
 from fedgrpc.submodels.channels import ChannelMap, Selection, SubModel
@@ -156,7 +156,7 @@ class LocalModels:
         return LocalTask(choice.plan, sub_model), choice
 
     def _choice(self, worker: Worker, sizing: Sizing) -> Choice:
-        about = device_of(worker.registration.device)
+        about = device_from_proto(worker.registration.device)
         device_class = worker.registration.device.device_class
         history = list(self._histories.get(worker.name, ()))
         upload_bits = shown_upload_bits(history) or sizing.upload_bits
@@ -193,7 +193,7 @@ class LocalModels:
 
     def observe(self, record: round_pb2.Round, layout: Layout) -> None:
         """Learn from a committed round what its tasks cost, and say how far the predictions were off."""
-        for task in filter(counts, record.tasks):
+        for task in filter(tells_cost, record.tasks):
             if (seen := self._observation(task, layout)) is None:
                 continue
             self._histories.setdefault(task.worker, deque(maxlen=_KEPT)).append(seen)
@@ -207,7 +207,7 @@ class LocalModels:
         """Learn from the rounds of a former process, newest first, until all is known of these workers."""
         lacking = set(workers)
         for record in records:
-            for task in filter(counts, record.tasks):
+            for task in filter(tells_cost, record.tasks):
                 history = self._histories.setdefault(task.worker, deque(maxlen=_KEPT))
                 if len(history) < _KEPT and (seen := self._observation(task, layout)) is not None:
                     history.appendleft(seen)
@@ -221,7 +221,7 @@ class LocalModels:
         try:
             with blaming(task.worker):
                 plan = local_model_plan_from_proto(task.local_model)
-                return observation_of(task, self._elements_of(plan, layout).size(0.0, 0.0))
+                return observation_from_proto(task, self._elements_of(plan, layout).size(0.0, 0.0))
         except UnusableUpdate as error:
             log.warning("nothing learned of a task", worker=task.worker, reason=str(error))
             return None

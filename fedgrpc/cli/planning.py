@@ -22,7 +22,7 @@ from fedgrpc.errors import UsageError
 from fedgrpc.metrics import prediction_errors
 from fedgrpc.protocol.plans import local_model_plan_from_proto, plan_table_from_proto
 from fedgrpc.protocol.policies import policy_from_proto
-from fedgrpc.protocol.records import counts, device_of, observation_of
+from fedgrpc.protocol.records import device_from_proto, observation_from_proto, tells_cost
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.cost import Choice, Device, Observation, PlanSize, choose_of, elements_of, shown_upload_bits
 from fedgrpc.submodels.coverage import Coverage
@@ -164,7 +164,7 @@ async def fleet_snapshot(aggregator: Client, name: str | None) -> FleetSnapshot:
     trainers = tuple(each for each in records if name or each.role == WORKER_ROLE_TRAINER)
     tasks: dict[str, deque[TaskRecord]] = {each.worker: deque(maxlen=_KEPT) for each in trainers}
     async for record in aggregator.rounds_back():
-        for task in filter(counts, record.tasks):
+        for task in filter(tells_cost, record.tasks):
             if task.worker in tasks and len(tasks[task.worker]) < _KEPT:
                 tasks[task.worker].appendleft(task)
         if all(len(each) == _KEPT for each in tasks.values()):
@@ -177,10 +177,11 @@ async def fleet_snapshot(aggregator: Client, name: str | None) -> FleetSnapshot:
 
 def _planned_device(record: WorkerRecord, tasks: Sequence[TaskRecord], model: PlannedModel) -> PlannedDevice:
     history = tuple(
-        observation_of(task, model.size_of(local_model_plan_from_proto(task.local_model))) for task in tasks
+        observation_from_proto(task, model.size_of(local_model_plan_from_proto(task.local_model)))
+        for task in tasks
     )
     errors = tuple(prediction_errors(task) for task in tasks if task.HasField("prediction"))
     encodings = record.download_recipe, record.upload_recipe
     return PlannedDevice(
-        record.worker, device_of(record.device), history, errors, record.device.device_class, encodings
+        record.worker, device_from_proto(record.device), history, errors, record.device.device_class, encodings
     )

@@ -6,10 +6,9 @@ Every `*_from_proto` raises `LayoutError` for a plan that no worker could keep.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from fedgrpc.errors import LayoutError, UsageError
-from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
+from fedgrpc.protocol.fields import fill, values_of
 from fedgrpc.submodels.channels import SubModel
 from fedgrpc.submodels.plan import (
     Arithmetic,
@@ -24,39 +23,25 @@ from fedgrpc.v1 import round_pb2
 
 _ALL = ("*",)
 _MAX_SUB_MODEL_CHARS = 200
-# Ending of the names of times, which are in seconds here and a `Duration` on the wire.
-_SECONDS = "_s"
 
 
 def training_plan_to_proto(plan: TrainingPlan) -> round_pb2.TrainingPlan:
-    """Write every number that the plan has, under its name: None is absent, and seconds are a `Duration`."""
+    """Return the message of a plan. What is left to the learning task is absent."""
     message = round_pb2.TrainingPlan()
-    for name, value in vars(plan).items():
-        if value is None:
-            continue
-        if name.endswith(_SECONDS):
-            getattr(message, name.removesuffix(_SECONDS)).CopyFrom(duration_to_proto(value))
-        else:
-            setattr(message, name, value)
+    fill(message, vars(plan))
     return message
 
 
 def training_plan_from_proto(message: round_pb2.TrainingPlan) -> TrainingPlan:
-    """Read the numbers that are there."""
-    numbers: dict[str, Any] = {}
-    for field, value in message.ListFields():
-        if field.message_type is None:
-            numbers[field.name] = value
-        else:
-            numbers[field.name + _SECONDS] = duration_from_proto(value)
+    """Return the plan of a message."""
     try:
-        return TrainingPlan(**numbers)
+        return TrainingPlan(**values_of(message, TrainingPlan))
     except UsageError as error:
         raise LayoutError(f"the training plan cannot be kept: {error}") from error
 
 
 def local_model_to_proto(plan: CompressionPlan, sub_model: SubModel) -> round_pb2.LocalModel:
-    """Write the local model of a task."""
+    """Return the message of a device's local model."""
     message = round_pb2.LocalModel(
         sub_model="" if sub_model.whole else str(sub_model),
         personal_layers=plan.personal_layers,
@@ -92,7 +77,7 @@ def local_model_to_proto(plan: CompressionPlan, sub_model: SubModel) -> round_pb
 
 
 def parse_sub_model(text: str) -> SubModel:
-    """Read a sub-model: "" or what `str` gives."""
+    """Return the sub-model of a text: "" or what `str` gave. Raises `LayoutError`."""
     if len(text) > _MAX_SUB_MODEL_CHARS:
         raise LayoutError(f"a sub-model of {len(text)} characters; allowed are {_MAX_SUB_MODEL_CHARS}")
     try:
@@ -102,7 +87,7 @@ def parse_sub_model(text: str) -> SubModel:
 
 
 def local_model_from_proto(message: round_pb2.LocalModel) -> tuple[CompressionPlan, SubModel]:
-    """Read the plan, without the sub-model's width and rule, and the sub-model."""
+    """Return the plan, without the sub-model's width and rule, and the sub-model."""
     try:
         plan = CompressionPlan(
             personal_layers=tuple(message.personal_layers),
@@ -120,7 +105,7 @@ def local_model_from_proto(message: round_pb2.LocalModel) -> tuple[CompressionPl
 
 
 def local_model_plan_from_proto(message: round_pb2.LocalModel) -> CompressionPlan:
-    """Read all of a plan, the sub-model's width and rule too."""
+    """Return the whole plan, the sub-model's width and rule too."""
     plan, sub_model = local_model_from_proto(message)
     return replace(plan, width=sub_model.width, rule=sub_model.rule)
 
@@ -141,7 +126,7 @@ def _arithmetic(message: round_pb2.Arithmetic) -> Arithmetic:
 
 
 def plan_table_to_proto(plans: PlanTable) -> round_pb2.LocalModels:
-    """Write the plans of a leaf's workers by device class."""
+    """Return the message of plans by device class."""
     return round_pb2.LocalModels(
         default=_plan_to_proto(plans.default),
         classes={name: _plan_to_proto(plan) for name, plan in plans.classes.items()},
@@ -150,7 +135,7 @@ def plan_table_to_proto(plans: PlanTable) -> round_pb2.LocalModels:
 
 
 def plan_table_from_proto(message: round_pb2.LocalModels) -> PlanTable:
-    """Read plans by device class."""
+    """Return the plans by device class of a message."""
     return PlanTable(
         local_model_plan_from_proto(message.default),
         {name: local_model_plan_from_proto(plan) for name, plan in message.classes.items()},

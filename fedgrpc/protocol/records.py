@@ -41,7 +41,7 @@ class Timings:
 
 
 def timings_to_proto(timings: Timings) -> device_pb2.Timings:
-    """Seconds per part."""
+    """Return the message of timings."""
     return device_pb2.Timings(
         download_seconds=timings.download_s,
         local_seconds=timings.local_s,
@@ -51,7 +51,7 @@ def timings_to_proto(timings: Timings) -> device_pb2.Timings:
 
 
 def timings_from_proto(message: device_pb2.Timings) -> Timings:
-    """Seconds per part, none negative or endless, and none over 30 years."""
+    """Return the timings of a message, cut at 30 years. Raises `LayoutError` for negative and endless ones."""
     parts = (message.download_seconds, message.local_seconds, message.upload_seconds, message.global_seconds)
     for seconds in parts:
         if not (math.isfinite(seconds) and seconds >= 0):
@@ -60,7 +60,7 @@ def timings_from_proto(message: device_pb2.Timings) -> Timings:
 
 
 def metrics_from_proto(metrics: Mapping[str, float], max_metrics: int = claims.METRICS) -> dict[str, float]:
-    """Bounded scores by name; at most `max_metrics`, names of 1 to 64 printable characters."""
+    """Return scores by name. Raises `LayoutError` for one out of range, a bad name, and too many."""
     if len(metrics) > max_metrics:
         raise LayoutError(f"{len(metrics)} metrics are reported, allowed are {max_metrics}")
     for name, value in metrics.items():
@@ -72,18 +72,18 @@ def metrics_from_proto(metrics: Mapping[str, float], max_metrics: int = claims.M
     return dict(metrics)
 
 
-def registration_from_proto(message: aggregator_pb2.RegisterRequest) -> aggregator_pb2.RegisterRequest:
-    """What a worker says of itself, bounded; the name is for the fleet to check."""
+def bounded_registration(message: aggregator_pb2.RegisterRequest) -> aggregator_pb2.RegisterRequest:
+    """Return a worker's registration with every claim in its range. The fleet checks the name."""
     bounded = aggregator_pb2.RegisterRequest()
     bounded.CopyFrom(message)
-    bounded.device.CopyFrom(device_from_proto(message.device))
+    bounded.device.CopyFrom(bounded_profile(message.device))
     del bounded.encodings[:]
     bounded.encodings.extend(map(claims.LABEL.cleaned, message.encodings))
     return bounded
 
 
-def device_from_proto(message: device_pb2.DeviceProfile) -> device_pb2.DeviceProfile:
-    """A device's account of itself, each number within its range, each text one printable line."""
+def bounded_profile(message: device_pb2.DeviceProfile) -> device_pb2.DeviceProfile:
+    """Return a device's profile with each number in its range and each text one printable line."""
     return device_pb2.DeviceProfile(
         device_class=claims.LABEL.cleaned(message.device_class),
         cpu_model=claims.LABEL.cleaned(message.cpu_model),
@@ -99,8 +99,8 @@ def device_from_proto(message: device_pb2.DeviceProfile) -> device_pb2.DevicePro
     )
 
 
-def device_of(profile: device_pb2.DeviceProfile) -> Device:
-    """What costs are predicted from, of what a device says of itself."""
+def device_from_proto(profile: device_pb2.DeviceProfile) -> Device:
+    """Return the claims of a profile that costs are predicted from."""
     return Device(
         claims.MEMORY_BYTES.clamped(profile.memory_bytes),
         claims.BITS_PER_SECOND.clamped(profile.uplink_bits_per_second),
@@ -108,13 +108,13 @@ def device_of(profile: device_pb2.DeviceProfile) -> Device:
     )
 
 
-def counts(task: round_pb2.TaskRecord) -> bool:
-    """Whether the record tells what training costs."""
+def tells_cost(task: round_pb2.TaskRecord) -> bool:
+    """Whether training can be learned from the record: an accepted task of training."""
     return task.phase == round_pb2.TASK_PHASE_ACCEPTED and task.kind == round_pb2.TASK_KIND_TRAIN
 
 
-def observation_of(task: round_pb2.TaskRecord, size: PlanSize) -> Observation:
-    """What a task cost whose plan makes the model that size."""
+def observation_from_proto(task: round_pb2.TaskRecord, size: PlanSize) -> Observation:
+    """Return what a task cost, whose plan makes the model that `size`."""
     timings = task.timings
     upload_bytes = claims.PAYLOAD_BYTES.clamped(task.upload_bytes)
     return Observation(
@@ -132,7 +132,7 @@ def observation_of(task: round_pb2.TaskRecord, size: PlanSize) -> Observation:
 
 
 def prediction_to_proto(choice: Choice) -> round_pb2.Prediction:
-    """As it is kept with the task; what is beyond all measure counts as the most there is."""
+    """Return the message of a choice and its prediction, each number in its range."""
     expected = choice.prediction
     return round_pb2.Prediction(
         download_seconds=_seconds(expected.download_s),
@@ -148,7 +148,7 @@ def _seconds(predicted: float | None) -> float | None:
 
 
 def prediction_from_proto(message: round_pb2.Prediction) -> Prediction:
-    """As it was kept."""
+    """Return the prediction of a message."""
     return Prediction(
         _seconds(message.download_seconds) if message.HasField("download_seconds") else None,
         _seconds(message.local_seconds) if message.HasField("local_seconds") else None,
@@ -158,7 +158,7 @@ def prediction_from_proto(message: round_pb2.Prediction) -> Prediction:
 
 
 def history_to_bytes(history: WorkerHistory) -> bytes:
-    """As the database keeps it; how often it was selected and accepted is kept beside it."""
+    """Return the bytes of a history. The counts `selected` and `accepted` are columns of their own."""
     message = round_pb2.WorkerHistory(
         timings=[
             round_pb2.PastTiming(
@@ -180,10 +180,7 @@ def history_to_bytes(history: WorkerHistory) -> bytes:
 
 
 def history_from_bytes(kept: bytes, selected: int, accepted: int) -> WorkerHistory:
-    """What `history_to_bytes` has made of it, with every number in its range, whoever wrote it.
-
-    Raises `LayoutError` where it is none.
-    """
+    """Return the history of stored bytes, with every number in its range. Raises `LayoutError` for other bytes."""
     try:
         message = round_pb2.WorkerHistory.FromString(kept)
     except DecodeError as error:
@@ -218,7 +215,7 @@ def _timing(message: round_pb2.PastTiming) -> Timing:
 
 
 def version_to_proto(version: Version) -> round_pb2.ModelVersion:
-    """A version as operators see it, and as the database keeps it."""
+    """Return the message of a version, for operators and the database."""
     return round_pb2.ModelVersion(
         version=version.version,
         round=version.round,
@@ -234,7 +231,7 @@ def version_to_proto(version: Version) -> round_pb2.ModelVersion:
 
 
 def version_from_proto(message: round_pb2.ModelVersion) -> Version:
-    """The version of a message. Raises ValueError for a jump of another kind."""
+    """Return the version of a message. Raises ValueError for a jump of another kind."""
     return Version(
         message.version,
         message.round,
@@ -250,5 +247,5 @@ def version_from_proto(message: round_pb2.ModelVersion) -> Version:
 
 
 def jump_to_proto(jump: Jump) -> round_pb2.Jump:
-    """As it travels."""
+    """Return the number of a jump."""
     return cast(round_pb2.Jump, jump.value)

@@ -43,28 +43,28 @@ _NO_TENSORS: Final = Manifest((), "none", (), 0, hashlib.sha256().digest())
 
 
 def dtype_to_proto(name: str) -> Any:
-    """The enum number of a dtype name ("float32", "bfloat16", ...)."""
+    """Return the number of a dtype ("float32", "bfloat16", ...)."""
     if name not in _DTYPE_NUMBERS:
         raise LayoutError(f"dtype {name!r} has no number on the wire")
     return _DTYPE_NUMBERS[name]
 
 
 def dtype_from_proto(number: int) -> str:
-    """The dtype name of an enum number."""
+    """Return the name of a dtype's number."""
     if number not in _DTYPE_NAMES:
         raise LayoutError(f"unknown dtype number {number}")
     return _DTYPE_NAMES[number]
 
 
 def compression_from_proto(number: int) -> str:
-    """ "none" or "zstd"."""
+    """Return "none" or "zstd"."""
     if number not in _COMPRESSION_NAMES:
         raise LayoutError(f"unknown compression number {number}")
     return _COMPRESSION_NAMES[number]
 
 
 def spec_to_proto(spec: TensorSpec) -> tensor_pb2.TensorSpec:
-    """One tensor's name, dtype, shape, role and tied names. Of a parameter the role goes without saying."""
+    """Return the message of one tensor. A parameter's role is left out where its name implies it."""
     message = tensor_pb2.TensorSpec(name=spec.name, dtype=dtype_to_proto(spec.dtype), shape=spec.shape)
     if TensorRole.PARAMETER is not spec.role or TensorRole.PARAMETER is not role_by_name(spec.name):
         message.role = _ROLE_NUMBERS[spec.role]
@@ -73,7 +73,7 @@ def spec_to_proto(spec: TensorSpec) -> tensor_pb2.TensorSpec:
 
 
 def spec_from_proto(message: tensor_pb2.TensorSpec) -> TensorSpec:
-    """One tensor's name, dtype, shape, role and tied names; without a role, the one that its name tells."""
+    """Return one tensor. Without a role, its name implies it."""
     role = _ROLES.get(message.role) if message.role else role_by_name(message.name)
     if role is None:
         raise LayoutError(f"tensor {message.name!r} has the unknown role number {message.role}")
@@ -82,12 +82,12 @@ def spec_from_proto(message: tensor_pb2.TensorSpec) -> TensorSpec:
 
 
 def layout_to_proto(layout: Layout) -> list[tensor_pb2.TensorSpec]:
-    """A model's layout, in order."""
+    """Return the messages of a layout, in order."""
     return [spec_to_proto(spec) for spec in layout]
 
 
 def layout_from_proto(messages: Iterable[tensor_pb2.TensorSpec], max_dims: int = 16) -> Layout:
-    """A model's layout, in order, with every spec valid and every name unique."""
+    """Return a layout, in order, with every spec valid and every name unique."""
     layout = tuple(spec_from_proto(message) for message in messages)
     for spec in layout:
         spec.validate(max_dims)
@@ -96,7 +96,7 @@ def layout_from_proto(messages: Iterable[tensor_pb2.TensorSpec], max_dims: int =
 
 
 def manifest_to_proto(manifest: Manifest) -> tensor_pb2.Manifest:
-    """A payload's declaration."""
+    """Return the message of a manifest."""
     message = tensor_pb2.Manifest()
     message.CopyFrom(_listed(manifest.entries))
     message.compression = _COMPRESSION_NUMBERS[manifest.compression]
@@ -110,7 +110,7 @@ def manifest_to_proto(manifest: Manifest) -> tensor_pb2.Manifest:
 
 @lru_cache(maxsize=_KNOWN_LISTS)
 def _listed(entries: tuple[TensorEntry, ...]) -> tensor_pb2.Manifest:
-    """A declaration of these tensors and nothing else; to be copied, since all payloads of a run begin with it."""
+    """Return a manifest of tensors alone. Callers copy it: all payloads of a run begin with the same."""
     return tensor_pb2.Manifest(
         entries=[
             tensor_pb2.TensorEntry(
@@ -124,11 +124,11 @@ def _listed(entries: tuple[TensorEntry, ...]) -> tensor_pb2.Manifest:
 
 
 def manifest_from_proto(message: tensor_pb2.Manifest, limits: Limits | None = None) -> Manifest:
-    """A validated declaration; one that is not set at all declares no tensors."""
+    """Return a manifest within `limits`. A message that is not set declares no tensors."""
     if message == tensor_pb2.Manifest():
         return _NO_TENSORS
     limits = limits or Limits()
-    # Counted before any of them is parsed, which takes a hundred times as long.
+    # Count before parsing, which takes a hundred times as long.
     for listed, most, what in (
         (message.entries, limits.max_tensors, "tensors"),
         (message.frames, limits.max_frames, "frames"),
@@ -147,7 +147,7 @@ def manifest_from_proto(message: tensor_pb2.Manifest, limits: Limits | None = No
 
 
 def _entries_from_proto(message: tensor_pb2.Manifest, max_dims: int) -> tuple[TensorEntry, ...]:
-    """Parsed and checked once for all the payloads that list the same, as those of a run do."""
+    """Parse and check the tensors, once for all payloads of a run, which list the same."""
     listed = tensor_pb2.Manifest()
     listed.CopyFrom(message)
     for rest in ("compression", "frames", "size_bytes", "sha256"):
@@ -178,18 +178,18 @@ def _parsed_entry(message: tensor_pb2.TensorEntry) -> TensorEntry:
 
 
 def chunk_to_proto(chunk: Chunk) -> tensor_pb2.Chunk:
-    """A piece of a payload."""
+    """Return the message of a chunk."""
     data = chunk.data if isinstance(chunk.data, bytes) else bytes(chunk.data)
     return tensor_pb2.Chunk(offset=chunk.offset, data=data, crc32=chunk.crc32)
 
 
 def chunk_from_proto(message: tensor_pb2.Chunk) -> Chunk:
-    """A piece of a payload, not yet verified (`fedgrpc.codec.chunk.check_chunk`)."""
+    """Return a chunk, not yet verified (`fedgrpc.codec.chunk.check_chunk`)."""
     return Chunk(message.offset, message.data, message.crc32)
 
 
 def channels_to_proto(channel_map: ChannelMap) -> tensor_pb2.ChannelMap:
-    """The channels of a model."""
+    """Return the message of a model's channels."""
     message = tensor_pb2.ChannelMap()
     for group in channel_map.groups:
         message.groups.add(channels=group.channels, blocks=group.blocks)
@@ -202,7 +202,7 @@ def channels_to_proto(channel_map: ChannelMap) -> tensor_pb2.ChannelMap:
 
 
 def channels_from_proto(message: tensor_pb2.ChannelMap) -> ChannelMap:
-    """The channels of a model, not yet held against one (`ChannelMap.validate`)."""
+    """Return the channels of a model, not yet compared with its tensors (`ChannelMap.validate`)."""
     groups = tuple(ChannelGroup(group.channels, group.blocks) for group in message.groups)
     tensors = {name: tuple(_axis(axis) for axis in axes.axes) for name, axes in message.tensors.items()}
     return ChannelMap(groups, tensors)

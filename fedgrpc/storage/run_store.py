@@ -16,10 +16,10 @@ from pathlib import Path
 
 from fedgrpc import claims
 from fedgrpc.protocol.records import (
+    bounded_registration,
     history_from_bytes,
     history_to_bytes,
     jump_to_proto,
-    registration_from_proto,
     version_from_proto,
     version_to_proto,
 )
@@ -118,7 +118,7 @@ class RunStore(Database):
             with database_errors(self.path):
                 about = RegisterRequest.FromString(registration)
                 history = history_from_bytes(*kept)
-            yield registration_from_proto(about), history
+            yield bounded_registration(about), history
 
     def sessions(self) -> dict[str, str]:
         """The process that spoke last for each worker."""

@@ -391,9 +391,9 @@ def histories(rnd: Random, folder: Path) -> None:
 
 @target(share=5)
 def costs(rnd: Random, folder: Path) -> None:
-    records.device_of(invented(device_pb2.DeviceProfile, rnd))
+    records.device_from_proto(invented(device_pb2.DeviceProfile, rnd))
     records.prediction_from_proto(invented(round_pb2.Prediction, rnd))
-    records.counts(invented(round_pb2.TaskRecord, rnd))
+    records.tells_cost(invented(round_pb2.TaskRecord, rnd))
 
 
 @cache
