@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from fedgrpc.codec.layout import Array, TensorSpec
-from fedgrpc.codec.options import format_options
+from fedgrpc.codec.options import TextForm
 from fedgrpc.codec.shuffle import shuffle, unshuffle
 from fedgrpc.codec.values import flat, pieces, refuse_non_finite, require_float, require_size
 
@@ -20,7 +20,7 @@ _TARGETS: dict[str, np.dtype[Any]] = {
 
 
 @dataclass(frozen=True)
-class Cast:
+class Cast(TextForm):
     """Relative error at most 2^-11 (float16, values of 6.1e-5 to 65504) or 2^-8 (bfloat16, normal values)."""
 
     name: ClassVar[str] = "cast"
@@ -29,12 +29,9 @@ class Cast:
     dtype: str = "float16"
     shuffle: bool = False
 
-    def __str__(self) -> str:
-        return self.text()
-
-    def text(self, *, full: bool = False) -> str:
-        """See `Encoding.text`."""
-        return format_options(self.dtype, self, "dtype", full=full)
+    @property
+    def _name_and_field(self) -> tuple[str, str]:
+        return self.dtype, "dtype"
 
     def encode(self, array: Array, rng: np.random.Generator) -> memoryview:
         """See `Encoding.encode`; a value that overflows float16 is refused, not saturated."""

@@ -29,7 +29,7 @@ from typing import ClassVar
 import numpy as np
 
 from fedgrpc.codec.layout import Array, TensorSpec
-from fedgrpc.codec.options import format_options
+from fedgrpc.codec.options import TextForm
 from fedgrpc.codec.packing import MAX_COUNT, CountReader, MarkReader, ends_in, write_counts, write_marks
 from fedgrpc.codec.rounding import Dither, rms, sample, share_of_zeros, step_for_distortion
 from fedgrpc.codec.values import as_float32, flat, pieces, require_float
@@ -46,7 +46,7 @@ _SMALLEST_STEP = 2.0**-126
 
 
 @dataclass(frozen=True)
-class Entropy:
+class Entropy(TextForm):
     """Unbiased coarse quantization (arXiv 2201.02664). Use it with "+zstd": without, little is gained.
 
     Give the step as `c` (in units of the tensor's RMS), or as `distortion`, the wanted relative squared error
@@ -73,13 +73,6 @@ class Entropy:
             raise UsageError(f"budget={self.budget}; allowed are a number of bytes, and {LINK}")
         if self.budget and self.distortion:
             raise UsageError("distortion and budget both set the step; give one of them")
-
-    def __str__(self) -> str:
-        return self.text()
-
-    def text(self, *, full: bool = False) -> str:
-        """See `Encoding.text`."""
-        return format_options(self.name, self, full=full)
 
     @property
     def contractive(self) -> bool:

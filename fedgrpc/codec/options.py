@@ -6,7 +6,7 @@ Settings are the fields of the encoding's frozen dataclass; those at their defau
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from fedgrpc.errors import UsageError
 
@@ -43,6 +43,25 @@ def format_options(name: str, encoding: Any, *hidden: str, full: bool = False) -
         if field.name not in hidden and (value != field.default or in_force):
             pairs.append(f"{field.name}={_text(value)}")
     return f"{name}:{','.join(pairs)}" if pairs else name
+
+
+class TextForm:
+    """Text form of an encoding: base of the frozen dataclasses in the modules of the encodings."""
+
+    name: ClassVar[str]
+
+    @property
+    def _name_and_field(self) -> tuple[str, str]:
+        """The name in the text form, and the field whose value that name already tells; empty: none."""
+        return self.name, ""
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, *, full: bool = False) -> str:
+        """See `Encoding.text`."""
+        name, field = self._name_and_field
+        return format_options(name, self, field, full=full)
 
 
 def _text(value: Any) -> str:

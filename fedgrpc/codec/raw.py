@@ -8,27 +8,20 @@ from typing import ClassVar
 import numpy as np
 
 from fedgrpc.codec.layout import Array, TensorSpec
-from fedgrpc.codec.options import format_options
+from fedgrpc.codec.options import TextForm
 from fedgrpc.codec.shuffle import shuffle, unshuffle
 from fedgrpc.codec.values import Content, Fill, flat, refuse_non_finite, require_size
 from fedgrpc.errors import CorruptError
 
 
 @dataclass(frozen=True)
-class Raw:
+class Raw(TextForm):
     """Lossless; without `shuffle` the bytes are a view of a contiguous array's own memory, not a copy."""
 
     name: ClassVar[str] = "raw"
     lossless: ClassVar[bool] = True
     contractive: ClassVar[bool] = True
     shuffle: bool = False
-
-    def __str__(self) -> str:
-        return self.text()
-
-    def text(self, *, full: bool = False) -> str:
-        """See `Encoding.text`."""
-        return format_options(self.name, self, full=full)
 
     def encode(self, array: Array, rng: np.random.Generator) -> memoryview:
         """See `Encoding.encode`."""

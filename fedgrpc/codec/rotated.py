@@ -20,7 +20,7 @@ from typing import ClassVar
 import numpy as np
 
 from fedgrpc.codec.layout import Array, TensorSpec
-from fedgrpc.codec.options import format_options
+from fedgrpc.codec.options import TextForm
 from fedgrpc.codec.packing import pack, packed_size, unpack
 from fedgrpc.codec.values import PIECE, as_float32, flat, require_float, require_size
 from fedgrpc.errors import CorruptError, EncodeError, UsageError
@@ -43,7 +43,7 @@ def centroids(bits: int) -> Array:
 
 
 @dataclass(frozen=True)
-class Rotated:
+class Rotated(TextForm):
     """Unbiased 1 to 4 bit quantization in rotated blocks (arXiv 2105.08339, 2108.08842).
 
     Relative squared error about 0.57, 0.13, 0.036, 0.0096 at 1 to 4 bits, for any distribution of values (up to a
@@ -62,12 +62,9 @@ class Rotated:
         if not _SMALLEST_BLOCK <= self.block <= 65536 or self.block & (self.block - 1):
             raise UsageError(f"block={self.block}; allowed is a power of two from {_SMALLEST_BLOCK} to 65536")
 
-    def __str__(self) -> str:
-        return self.text()
-
-    def text(self, *, full: bool = False) -> str:
-        """See `Encoding.text`."""
-        return format_options(f"rotated{self.bits}", self, "bits", full=full)
+    @property
+    def _name_and_field(self) -> tuple[str, str]:
+        return f"rotated{self.bits}", "bits"
 
     def encode(self, array: Array, rng: np.random.Generator) -> memoryview:
         """See `Encoding.encode`."""

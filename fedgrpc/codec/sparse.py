@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from fedgrpc.codec.layout import Array, TensorSpec
-from fedgrpc.codec.options import format_options
+from fedgrpc.codec.options import TextForm
 from fedgrpc.codec.packing import MarkReader, ends_in, write_marks
 from fedgrpc.codec.rounding import rms
 from fedgrpc.codec.uniform import BITS, Uniform
@@ -26,20 +26,13 @@ from fedgrpc.errors import CorruptError, LayoutError, UsageError
 _HEADER = struct.Struct("<II")
 
 
-class _Sparse:
+class _Sparse(TextForm):
     """The part of a sparse encoding that does not depend on which elements are kept."""
 
     lossless: ClassVar[bool] = False
     contractive: ClassVar[bool] = True
     name: ClassVar[str]
     bits: int
-
-    def __str__(self) -> str:
-        return self.text()
-
-    def text(self, *, full: bool = False) -> str:
-        """See `Encoding.text`."""
-        return format_options(self.name, self, full=full)
 
     def _kept(self, values: Array) -> Array:
         """Return the increasing positions of the kept elements. Raises `EncodeError` for non-finite ones."""

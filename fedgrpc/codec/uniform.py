@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from fedgrpc.codec.layout import Array, TensorSpec
-from fedgrpc.codec.options import format_options
+from fedgrpc.codec.options import TextForm
 from fedgrpc.codec.packing import pack, packed_size, unpack
 from fedgrpc.codec.rounding import Dither
 from fedgrpc.codec.values import (
@@ -44,7 +44,7 @@ _PIECES_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(TextForm):
     """Symmetric n-bit quantization (arXiv 1610.02132) in blocks of `block` elements.
 
     A block whose scale would be below 2^-126 becomes zero; values above 2^127 are refused.
@@ -64,12 +64,9 @@ class Uniform:
         if self.rounding not in ROUNDINGS:
             raise UsageError(f"rounding={self.rounding}; allowed are {', '.join(ROUNDINGS)}")
 
-    def __str__(self) -> str:
-        return self.text()
-
-    def text(self, *, full: bool = False) -> str:
-        """See `Encoding.text`."""
-        return format_options(f"int{self.bits}", self, "bits", full=full)
+    @property
+    def _name_and_field(self) -> tuple[str, str]:
+        return f"int{self.bits}", "bits"
 
     @property
     def levels(self) -> int:
