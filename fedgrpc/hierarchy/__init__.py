@@ -1,12 +1,12 @@
-"""An aggregator below another one: a worker to the one above, an aggregator to its own workers.
+"""A leaf: an aggregator that is a worker of another aggregator, its parent.
 
-    above   process   the process: one link up, and below it one aggregator for the run above
-      |     upstream  takes tasks from above, as any worker does, and sends what the round below made of them; a
-      |               second link up, while there are evaluators below
-      |     desk      where a task from above meets the round that carries it out
-      |     driver    plays that round
-    below   mean      the mean of its updates, on the disk until it is sent
+    process             the process: two links to the parent, and an aggregator for the parent's run
+    upstream            the links: takes tasks as any worker does, and sends what the leaf's round made of them
+    desk                hands a parent's task over to the round that carries it out
+    driver              plays that round
+    partial_aggregate   the mean of its updates, on the disk until it is sent
+    leaf_run            the leaf's aggregator, one for each run of the parent
 
-The rule: a round below has the number of the round above whose task it carries out, and starts from the same
-version. Whatever process dies, the task, the round and its updates are on the disk, and go on from there.
+The rule: a leaf's round has the number of the parent's round whose task it carries out, and starts from the same
+version. Whichever process dies, the task, the round and its updates are on the disk and continue from there.
 """

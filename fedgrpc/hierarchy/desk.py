@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import TaskError
-from fedgrpc.hierarchy.mean import StoredMean
+from fedgrpc.hierarchy.partial_aggregate import StoredMean
 from fedgrpc.v1 import aggregator_pb2
 
 

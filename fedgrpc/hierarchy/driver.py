@@ -1,7 +1,7 @@
 """Plays the rounds that the aggregator above has given tasks for.
 
     task.pb         the task whose round is played, or was last
-    mean.*          what that round has made (fedgrpc.hierarchy.mean)
+    mean.*          what that round has made (fedgrpc.hierarchy.partial_aggregate)
 
 The rule: as in `Driver`, what was cut off goes on. A round outlives this process and the link above; it ends early
 only when the one above no longer wants it.
@@ -29,7 +29,7 @@ from fedgrpc.aggregator.training_instructions import TrainingInstructions
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import CodecError, NotFinite, StorageError
 from fedgrpc.hierarchy.desk import Desk, Order, Shown
-from fedgrpc.hierarchy.mean import MeanFile, Tensors, mean_tensors, own_tensors
+from fedgrpc.hierarchy.partial_aggregate import MeanFile, Tensors, mean_tensors, own_tensors
 from fedgrpc.protocol.plans import plan_table_from_proto
 from fedgrpc.rounds.events import Abort, Commit
 from fedgrpc.rounds.policy import RoundPolicy, TaskKind

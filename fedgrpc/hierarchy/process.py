@@ -12,7 +12,7 @@ import structlog
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import UsageError
-from fedgrpc.hierarchy.branch import Branches, Ready
+from fedgrpc.hierarchy.leaf_run import LeafRuns, Ready
 from fedgrpc.hierarchy.upstream import relay_scores, round_link
 from fedgrpc.metrics import Metrics
 from fedgrpc.process import told_to_end
@@ -22,7 +22,7 @@ from fedgrpc.storage.folder import folder_id, hold_folder
 from fedgrpc.worker.process import IN_USE
 from fedgrpc.worker.settings import WorkerSettings
 
-_DECIDED_ABOVE: Final = (
+_DECIDED_BY_PARENT: Final = (
     *("run_name", "rounds", "plan", "initial_model", "target", "evaluate", "seed"),
     *("server_optimizer", "server_learning_rate", "normalize_steps", "precision_weights", "staleness_exponent"),
 )
@@ -31,58 +31,60 @@ log = structlog.get_logger()
 
 
 class Leaf:
-    """One aggregator below another. `run` it once; `stop` may be called from its event loop meanwhile.
+    """A leaf: an aggregator that is a worker of its parent.
 
-    `settings` are those of any aggregator; what the one above decides (run, model, rounds, plan) is left out of
-    them. `above` is how it is a worker there: its state folder lies in the data folder.
+    Call `run` once. `stop` may be called from its event loop meanwhile.
+
+    `settings` are those of any aggregator, without what the parent decides (run, model, rounds, plan). `upstream`
+    are those of a worker of the parent: its state folder lies in the data folder.
 
     Raises:
-        UsageError: a setting is the one above's to make.
+        UsageError: the parent decides one of the settings.
     """
 
     def __init__(
-        self, settings: AggregatorSettings, above: WorkerSettings, metrics: Metrics | None = None
+        self, settings: AggregatorSettings, upstream: WorkerSettings, metrics: Metrics | None = None
     ) -> None:
         _check_undecided(settings)
         self._settings = settings
-        self._above = above
+        self._upstream = upstream
         self._metrics = metrics or Metrics()
-        self._branches: Branches | None = None
+        self._runs: LeafRuns | None = None
         self._signals = 0
         self._stopping = False
 
     @property
     def coordinator(self) -> Coordinator | None:
-        """State of the run below; None before the one above has been heard."""
-        return None if self._branches is None else self._branches.coordinator
+        """Coordinator of the leaf's run; None before the parent has answered for the first time."""
+        return None if self._runs is None else self._runs.coordinator
 
     async def run(self, ready: Ready = None) -> int:
-        """Until the run above has ended (0), or until told to stop (128 + signal).
+        """Run until the parent's run has ended (0), or until told to stop (128 + signal).
 
-        `ready` is called with the port once workers are served: after the one above has been heard for the first
-        time. Raises as `Aggregator.run` and `Worker.run`.
+        `ready` is called with the port once workers are served: after the first answer of the parent. Raises as
+        `Aggregator.run` and `Worker.run`.
         """
-        above = self._above
-        branches = self._branches = Branches(self._settings, self._metrics, ready)
+        upstream = self._upstream
+        runs = self._runs = LeafRuns(self._settings, self._metrics, ready)
         async with AsyncExitStack() as stack:
-            stack.enter_context(hold_folder(above.state_dir, IN_USE))
-            channel = await stack.enter_async_context(open_channel(above.aggregator, above.tls))
-            session = Session.begin(folder_id(above.state_dir))
-            link = round_link(above, channel, session, branches)
-            await branches.resume()
-            linked, ended = asyncio.create_task(link.run()), asyncio.create_task(branches.ended.wait())
+            stack.enter_context(hold_folder(upstream.state_dir, IN_USE))
+            channel = await stack.enter_async_context(open_channel(upstream.aggregator, upstream.tls))
+            session = Session.begin(folder_id(upstream.state_dir))
+            link = round_link(upstream, channel, session, runs)
+            await runs.resume()
+            linked, ended = asyncio.create_task(link.run()), asyncio.create_task(runs.ended.wait())
             scoring = asyncio.create_task(
-                relay_scores(above, channel, session, branches, self._settings.policy.lease_s)
+                relay_scores(upstream, channel, session, runs, self._settings.policy.lease_s)
             )
             try:
                 await asyncio.wait([linked, ended], return_when=asyncio.FIRST_COMPLETED)
                 if linked.done() and linked.exception() is None:
-                    await branches.present.finish("the run of the aggregator above has ended")
+                    await runs.present.finish("the run of the parent has ended")
                 elif linked.done():
                     self.stop()
-                code = await branches.result()
+                code = await runs.result()
             finally:
-                branches.closing = True
+                runs.closing = True
                 linked.cancel()
                 ended.cancel()
                 scoring.cancel()
@@ -92,31 +94,31 @@ class Leaf:
         return 128 + self._signals if self._signals else code
 
     def stop(self, signal_number: int = 0) -> None:
-        """Drain and end; a second call ends at once. The task in hand is kept for the next start."""
+        """Drain and end. A second call ends at once. The present task is kept for the next start."""
         if self._stopping:
             log.warning("ending at once")
             os._exit(128 + signal_number)
         self._stopping, self._signals = True, signal_number
-        if self._branches is not None:
-            self._branches.close(signal_number)
+        if self._runs is not None:
+            self._runs.close(signal_number)
 
 
 def _check_undecided(settings: AggregatorSettings) -> None:
     default = AggregatorSettings(settings.data_dir)
-    for name in _DECIDED_ABOVE:
+    for name in _DECIDED_BY_PARENT:
         if getattr(settings, name) != getattr(default, name):
-            raise UsageError(f"{name} is for the aggregator above to decide; leave it out beside --upstream")
+            raise UsageError(f"{name} is for the parent to decide; leave it out beside --upstream")
     if settings.policy.late != "discard":
-        raise UsageError("beside --upstream, late = 'discard': a round below ends with the one above it")
+        raise UsageError("beside --upstream, late must be 'discard': a leaf's round ends with its parent's")
 
 
 async def run_leaf(
-    settings: AggregatorSettings, above: WorkerSettings, *, ready: Ready = None, metrics: Metrics | None = None
+    settings: AggregatorSettings, upstream: WorkerSettings, *, ready: Ready = None, metrics: Metrics | None = None
 ) -> int:
-    """Run an aggregator below another to its end; the exit code. In the main thread, SIGTERM and SIGINT drain it.
+    """Run a leaf to its end and return the exit code. In the main thread, SIGTERM and SIGINT drain it.
 
     Raises: as `Leaf.run`.
     """
-    leaf = Leaf(settings, above, metrics)
+    leaf = Leaf(settings, upstream, metrics)
     with told_to_end(leaf.stop):
         return await leaf.run(ready)

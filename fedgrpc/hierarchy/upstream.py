@@ -26,9 +26,9 @@ from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import FedgrpcError, TaskError
-from fedgrpc.hierarchy.branch import Branches
 from fedgrpc.hierarchy.desk import Order, Shown
-from fedgrpc.hierarchy.mean import sending
+from fedgrpc.hierarchy.leaf_run import LeafRuns
+from fedgrpc.hierarchy.partial_aggregate import sending
 from fedgrpc.rpc.identity import Session
 from fedgrpc.trainer import EvalResult
 from fedgrpc.v1 import aggregator_pb2
@@ -51,20 +51,20 @@ _DEVICE_CLASS: Final = "aggregator"
 log = structlog.get_logger()
 
 
-def round_link(settings: WorkerSettings, channel: Channel, session: Session, branches: Branches) -> Loop:
+def round_link(settings: WorkerSettings, channel: Channel, session: Session, runs: LeafRuns) -> Loop:
     """Return the loop that takes training tasks from the parent. Raises `StorageError`."""
     client, publisher, files = _ends(settings, channel, session)
-    return _loop(settings, client, publisher, files, RoundWork(settings, files, publisher, branches))
+    return _loop(settings, client, publisher, files, RoundWork(settings, files, publisher, runs))
 
 
 async def relay_scores(
-    settings: WorkerSettings, channel: Channel, session: Session, branches: Branches, lease_s: float
+    settings: WorkerSettings, channel: Channel, session: Session, runs: LeafRuns, lease_s: float
 ) -> None:
     """Be an evaluator of the parent from the leaf's first evaluator until the parent's run has ended.
 
     `settings` are those of the leaf as a worker. Evaluators are counted every `lease_s`.
     """
-    await _until_needed(branches)
+    await _until_needed(runs)
     settings = replace(
         settings,
         name=f"{settings.name}.evaluators",
@@ -73,7 +73,7 @@ async def relay_scores(
     )
     try:
         client, publisher, files = _ends(settings, channel, session)
-        work = ScoringWork(settings, client, files, publisher, branches, lease_s)
+        work = ScoringWork(settings, client, files, publisher, runs, lease_s)
         await _loop(settings, client, publisher, files, work).run()
     except FedgrpcError as error:
         log.warning("the scores of evaluators stay here", reason=str(error))
@@ -107,14 +107,14 @@ def _loop(
     )
 
 
-async def _until_needed(branches: Branches) -> None:
+async def _until_needed(runs: LeafRuns) -> None:
     """Wait until the leaf has an evaluator."""
     while True:
-        await branches.led.wait()
-        branch = branches.present
-        await branch.desk.evaluators.wait()
+        await runs.serving.wait()
+        run = runs.present
+        await run.desk.evaluators.wait()
         # A new run wakes all waiters. Ignore that wake-up.
-        if branches.led.is_set() and branches.present is branch:
+        if runs.serving.is_set() and runs.present is run:
             return
 
 
@@ -125,23 +125,23 @@ class RoundWork:
     parts = ALL_PARTS
 
     def __init__(
-        self, settings: WorkerSettings, files: TaskFiles, publisher: StatusPublisher, branches: Branches
+        self, settings: WorkerSettings, files: TaskFiles, publisher: StatusPublisher, runs: LeafRuns
     ) -> None:
         self._settings = settings
         self._files = files
         self._publisher = publisher
-        self._branches = branches
+        self._runs = runs
 
     async def prepare(self, registration: Registration) -> bool:
         """See `LocalWork.prepare`: serve workers for the parent's run."""
-        await self._branches.lead(registration)
+        await self._runs.lead(registration)
         return False
 
     @asynccontextmanager
     async def polling(self, registration: Registration) -> AsyncIterator[None]:
         """See `LocalWork.polling`: the parent counts on whoever polls, so wait until there are enough workers."""
         self._publisher.enter(Activity.WAITING)
-        desk = self._branches.present.desk
+        desk = self._runs.present.desk
         if not desk.resuming:
             await desk.crew.wait()
         yield
@@ -149,7 +149,7 @@ class RoundWork:
 
     async def perform(self, task: Task, message: aggregator_pb2.Task, report: Report) -> SpooledUpdate:
         """Download, run a round of the leaf's workers, and spool the mean. See `LocalWork.perform`."""
-        branch = self._branches.of(task.run_id)
+        run = self._runs.of(task.run_id)
         if not task.sub_model.whole or task.local_model is not None:
             raise TaskError("an aggregator takes the whole model as it is")
         layout: Layout = ()
@@ -160,13 +160,13 @@ class RoundWork:
         began = Began(download_s, time.monotonic())
         self._publisher.enter(Activity.EVALUATING if task.kind is TaskKind.EVALUATE else Activity.TRAINING)
         order = Order(message, layout, given, self._due_at(task))
-        watching = asyncio.create_task(branch.watch(lambda progress: self._publisher.show(progress=progress)))
+        watching = asyncio.create_task(run.watch(lambda progress: self._publisher.show(progress=progress)))
         try:
-            mean = await branch.desk.carry_out(order)
+            mean = await run.desk.carry_out(order)
         except asyncio.CancelledError:
             # The end of the process ends no round: it is on the disk, and continues after a restart.
-            if not self._branches.closing:
-                branch.desk.withdraw(order, "the aggregator above no longer wants it")
+            if not self._runs.closing:
+                run.desk.withdraw(order, "the parent no longer wants it")
             raise
         finally:
             watching.cancel()
@@ -196,26 +196,26 @@ class ScoringWork:
         client: AggregatorClient,
         files: TaskFiles,
         publisher: StatusPublisher,
-        branches: Branches,
+        runs: LeafRuns,
         lease_s: float,
     ) -> None:
         self._settings = settings
         self._client = client
         self._files = files
         self._publisher = publisher
-        self._branches = branches
+        self._runs = runs
         self._lease_s = lease_s
 
     async def prepare(self, registration: Registration) -> bool:
         """See `LocalWork.prepare`. Raises `LinkError` until the other link leads the run."""
-        self._branches.of(registration.run_id)
+        self._runs.of(registration.run_id)
         return False
 
     @asynccontextmanager
     async def polling(self, registration: Registration) -> AsyncIterator[None]:
         """See `LocalWork.polling`: leave the parent while the leaf has no evaluator."""
         self._publisher.enter(Activity.WAITING)
-        evaluators = self._branches.of(registration.run_id).desk.evaluators
+        evaluators = self._runs.of(registration.run_id).desk.evaluators
         if not evaluators.is_set():
             await leave(self._client)
             await evaluators.wait()
@@ -223,12 +223,12 @@ class ScoringWork:
 
     async def perform(self, task: Task, message: aggregator_pb2.Task, report: Report) -> SpooledUpdate:
         """Show the version to the leaf's evaluators, and spool the mean of their scores."""
-        branch = self._branches.of(task.run_id)
-        coordinator, download_s = branch.aggregator.coordinator, 0.0
+        run = self._runs.of(task.run_id)
+        coordinator, download_s = run.aggregator.coordinator, 0.0
         assert coordinator is not None
         if coordinator.run.version < task.model_version:
             layout, given, download_s = await _download(self._files, task, report)
-            await branch.desk.show(Shown(task.model_version, layout, given))
+            await run.desk.show(Shown(task.model_version, layout, given))
         began = Began(download_s, time.monotonic())
         self._publisher.enter(Activity.EVALUATING)
         scores = await self._scores(coordinator, task.model_version)

@@ -6,7 +6,7 @@ import pytest
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS, server_optimizer
 from fedgrpc.aggregator.commit import Commit
 from fedgrpc.codec.layout import TensorRole, TensorSpec
-from fedgrpc.hierarchy.mean import mean_tensors
+from fedgrpc.hierarchy.partial_aggregate import mean_tensors
 from fedgrpc.storage.model_file import ModelFile, write_model
 from fedgrpc.storage.uploads import UploadJournal
 from tests.support.stored_updates import accept

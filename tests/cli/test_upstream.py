@@ -67,5 +67,5 @@ def test_what_the_one_above_decides_is_refused_below(change: dict[str, Any]) -> 
     link = WorkerSettings("leaf", "root:1", Path("d/upstream"), Role.AGGREGATOR)
     settings = AggregatorSettings(Path("d"))
     Leaf(settings, link)
-    with pytest.raises(UsageError, match=f"{next(iter(change))} is for the aggregator above to decide"):
+    with pytest.raises(UsageError, match=f"{next(iter(change))} is for the parent to decide"):
         Leaf(replace(settings, **change), link)

@@ -29,7 +29,7 @@ from fedgrpc.datasets.dataset import Examples, LabelledData
 from fedgrpc.datasets.fashion_mnist import read_idx
 from fedgrpc.datasets.shares import load_share, save_share
 from fedgrpc.errors import UsageError
-from fedgrpc.hierarchy.mean import MeanFile
+from fedgrpc.hierarchy.partial_aggregate import MeanFile
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.rounds.events import LossCause, TaskPhase
 from fedgrpc.rounds.history import Timing, WorkerHistory

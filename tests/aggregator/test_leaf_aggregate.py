@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 
 from fedgrpc.codec.layout import layout_of
-from fedgrpc.hierarchy.mean import mean_tensors
+from fedgrpc.hierarchy.partial_aggregate import mean_tensors
 from fedgrpc.storage.model_file import ModelFile, write_model
 from fedgrpc.storage.uploads import UploadJournal
 from tests.support.stored_updates import accept

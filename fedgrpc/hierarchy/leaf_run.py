@@ -1,10 +1,11 @@
-"""The aggregator below, one for each run of the one above.
+"""The aggregator of a leaf, one for each run of its parent.
 
     run-ID/             the data folder of the run of that id
-    registration.pb     what the one above said of its run when it was last heard
+    registration.pb     the parent's last registration answer, which names its run
 
-The rule: versions and rounds are those of one run above. Another run begins with an empty folder, and the former
-one's goes. With the registration on the disk, workers are served while the one above is away.
+The rule: versions and rounds are those of one run of the parent. Another run starts with an empty folder, and the
+folder of the former one is removed. With the registration on the disk, workers are served also while the parent is
+away.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RegisterResponse
 from fedgrpc.worker.task import Registration, registration_from_proto
 
 _FOLDER: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
-# A run below ends when the one above says so, after however many rounds.
+# A leaf's run ends when its parent's does, after however many rounds.
 _ENDLESS: Final = 1 << 31
 
 log = structlog.get_logger()
@@ -42,8 +43,8 @@ log = structlog.get_logger()
 Ready = Callable[[int], None] | None
 
 
-class Branch:
-    """The aggregator of one run, from the moment that its workers are served."""
+class LeafRun:
+    """The aggregator of one run of the parent, from the moment that workers are served."""
 
     def __init__(self, settings: AggregatorSettings, run_id: str, metrics: Metrics) -> None:
         self.run_id = run_id
@@ -52,7 +53,7 @@ class Branch:
         self.living: asyncio.Task[int] | None = None
 
     async def start(self, ready: Ready) -> None:
-        """Serve. Raises as `Aggregator.run`."""
+        """Serve workers. Raises as `Aggregator.run`."""
         port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.living = asyncio.create_task(self.aggregator.run(port.set_result))
         await asyncio.wait([self.living, port], return_when=asyncio.FIRST_COMPLETED)
@@ -63,7 +64,7 @@ class Branch:
             ready(port.result())
 
     async def watch(self, show: Callable[[float], None]) -> None:
-        """Tell how much of the present round's updates are in, 0 to 1, each time it changes."""
+        """Call `show` with the share of the present round's updates that are in, 0 to 1, at each change."""
         coordinator = self.aggregator.coordinator
         assert coordinator is not None
         seen = -1
@@ -74,56 +75,56 @@ class Branch:
                 show(min(1.0, state.accepted_count / max(1, state.aim)))
 
     async def finish(self, reason: str) -> None:
-        """The run is over: its workers hear of it."""
+        """End the run, and tell its workers."""
         assert self.aggregator.coordinator is not None
         await self.aggregator.coordinator.end(RUN_PHASE_FINISHED, reason)
 
 
-class Branches:
-    """The present branch, and how one run's gives way to another's."""
+class LeafRuns:
+    """The present run of the parent, and the change to another one. `serving` is set while workers are served."""
 
     def __init__(self, settings: AggregatorSettings, metrics: Metrics, ready: Ready) -> None:
         self._settings = settings
         self._metrics = metrics
         self._ready = ready
         self._kept = settings.data_dir / "registration.pb"
-        self._branch: Branch | None = None
+        self._present: LeafRun | None = None
         self.ended = asyncio.Event()
-        self.led = asyncio.Event()
+        self.serving = asyncio.Event()
         self.closing = False
 
     @property
-    def present(self) -> Branch:
-        """The branch of the run that the link is connected to."""
-        assert self._branch is not None
-        return self._branch
+    def present(self) -> LeafRun:
+        """The run that the link is connected to."""
+        assert self._present is not None
+        return self._present
 
-    def of(self, run_id: str) -> Branch:
-        """The branch of that run. Raises `LinkError` where there is none, or not yet."""
-        if self._branch is None or self._branch.run_id != run_id or self.coordinator is None:
-            raise LinkError("the aggregator above leads another run now")
-        return self._branch
+    def of(self, run_id: str) -> LeafRun:
+        """Return the run of that id. Raises `LinkError` if it is not the present one, or not yet served."""
+        if self._present is None or self._present.run_id != run_id or self.coordinator is None:
+            raise LinkError("the parent leads another run now")
+        return self._present
 
     @property
     def coordinator(self) -> Coordinator | None:
-        """State of the present branch's run; None where there is none."""
-        return None if self._branch is None else self._branch.aggregator.coordinator
+        """Coordinator of the present run; None if there is none."""
+        return None if self._present is None else self._present.aggregator.coordinator
 
     async def resume(self) -> None:
-        """Serve the workers of the run that was last led, if there was one. Raises as `lead`."""
+        """Serve the workers of the run that this process's predecessor served, if any. Raises as `lead`."""
         registration = await asyncio.to_thread(self._read)
         if registration is not None:
             await self._begin(registration)
 
     async def lead(self, registration: Registration) -> None:
-        """Be an aggregator of this run of the one above. Raises as `Aggregator.run`."""
-        if self._branch is not None and self._branch.run_id == registration.run_id:
+        """Serve workers for this run of the parent. Raises as `Aggregator.run`."""
+        if self._present is not None and self._present.run_id == registration.run_id:
             return
-        if self._branch is not None:
-            log.warning("the aggregator above leads another run", run=registration.run)
-            former, self._branch = self._branch, None
-            self.led.clear()
-            # Who waits for evaluators of that run asks again.
+        if self._present is not None:
+            log.warning("the parent leads another run", run=registration.run)
+            former, self._present = self._present, None
+            self.serving.clear()
+            # Wake those who wait for evaluators of the former run: they look again.
             former.desk.evaluators.set()
             former.aggregator.stop()
             assert former.living is not None
@@ -143,28 +144,28 @@ class Branches:
             learning_task=settings.learning_task or registration.learning_task,
             model=settings.model or registration.model,
         )
-        branch = Branch(settings, registration.run_id, self._metrics)
-        self._branch = branch
-        await branch.start(self._ready)
-        self.led.set()
-        assert branch.living is not None
-        branch.living.add_done_callback(lambda _: self._over(branch))
+        run = LeafRun(settings, registration.run_id, self._metrics)
+        self._present = run
+        await run.start(self._ready)
+        self.serving.set()
+        assert run.living is not None
+        run.living.add_done_callback(lambda _: self._over(run))
 
-    def _over(self, branch: Branch) -> None:
-        if self._branch is branch:
+    def _over(self, run: LeafRun) -> None:
+        if self._present is run:
             self.ended.set()
 
     def close(self, signal_number: int = 0) -> None:
-        """Drain the present branch; a second call ends the process at once."""
+        """Drain the present run. A second call ends the process at once."""
         self.closing = True
-        if self._branch is None:
+        if self._present is None:
             self.ended.set()
         else:
-            self._branch.aggregator.stop(signal_number)
+            self._present.aggregator.stop(signal_number)
 
     async def result(self) -> int:
-        """The present branch's exit code, once it has ended. Raises what ended it."""
-        return 0 if self._branch is None or self._branch.living is None else await self._branch.living
+        """Return the present run's exit code, once it has ended. Raises what ended it."""
+        return 0 if self._present is None or self._present.living is None else await self._present.living
 
     def _folder(self, run_id: str) -> Path:
         name = run_id if _FOLDER.fullmatch(run_id) else hashlib.sha256(run_id.encode()).hexdigest()[:32]

@@ -1,10 +1,10 @@
-"""What a round below gives to the one above: the mean of its updates, on the disk until it has been sent.
+"""The partial aggregate of a leaf's round: the mean of its updates, on the disk until it has been sent.
 
     mean.payload    the tensors (fedgrpc.aggregation.partial_aggregate), raw
-    mean.header     the `UpdateHeader` that says the rest, written last: with it the mean is whole
+    mean.header     the `UpdateHeader`, written last: its presence says that the mean is whole
 
-The rule: it is a pure function of the base and the accepted updates, so that a process that died half-way leaves
-nothing to repair, and it is computed a group of tensors at a time. How it travels is decided when it is sent.
+The rule: the mean is a pure function of the base and the accepted updates, so that a process that died half-way
+leaves nothing to repair. It is computed one group of tensors at a time. Its encoding is chosen when it is sent.
 """
 
 from __future__ import annotations
@@ -50,27 +50,27 @@ from fedgrpc.worker.task import Task, TaskKind
 from fedgrpc.worker.update import Began, fitted, peak_memory_bytes
 
 Tensors = Iterator[tuple[TensorSpec, Array]]
-# Elements of a tensor whose mean is in hand at a time, float64.
+# Elements whose mean is in memory at a time, float64.
 _MOST_AT_ONCE: Final = 1 << 20
 _AS_IT_IS: Final = Recipe(Raw())
 
 
 @dataclass(frozen=True)
 class StoredMean:
-    """A whole mean on disk; the header's token is that of the task it answers."""
+    """A complete mean on disk. The header's token is that of the task it answers."""
 
     path: Path
     header: aggregator_pb2.UpdateHeader
 
     @contextmanager
     def open(self) -> Iterator[PayloadReader]:
-        """The tensors, open for reading. Raises `StorageError`."""
+        """Open the tensors for reading. Raises `StorageError`."""
         with storage_errors(self.path), self.path.open("rb") as file:
             yield PayloadReader(manifest_from_proto(self.header.manifest), file_reader(file.fileno()))
 
 
 class MeanFile:
-    """The one mean of a folder. Everything here blocks, and may raise `StorageError`."""
+    """The one mean of a folder. All methods block, and may raise `StorageError`."""
 
     def __init__(self, folder: Path) -> None:
         with storage_errors(folder):
@@ -79,7 +79,7 @@ class MeanFile:
         self._header = folder / "mean.header"
 
     def load(self, token: str) -> StoredMean | None:
-        """The mean that answers the task of that token, if this is the one that is kept."""
+        """Return the mean if it is the one that answers the task of that token."""
         with storage_errors(self._header):
             if not self._header.exists():
                 return None
@@ -90,7 +90,7 @@ class MeanFile:
         return StoredMean(self._payload, header) if header.token == token else None
 
     def write(self, header: aggregator_pb2.UpdateHeader, tensors: Tensors) -> None:
-        """Replace what is kept, durably. Raises what `tensors` raises, too."""
+        """Replace the stored mean, durably. Also raises what `tensors` raises."""
         with storage_errors(self._payload):
             self._header.unlink(missing_ok=True)
             with self._payload.open("wb") as file:
@@ -113,7 +113,7 @@ def mean_tensors(
     keeps: Keeps = keeps_nothing,
     clips_buffers: bool = False,
 ) -> Tensors:
-    """The tensors of the mean over `updates` of `base`, (token, weight) in slot order; the rest is as in `Commit`.
+    """Yield the tensors of the mean of `updates` of `base`, (token, weight) in slot order; else as in `Commit`.
 
     Raises `NotFinite`, `StorageError`, and `UnusableUpdate` when an update is not what was accepted.
     """
@@ -143,7 +143,7 @@ def mean_tensors(
 
 
 def _folded(spec: TensorSpec, fold: Fold) -> Array:
-    """What `pack_mean` makes of floats that all updates cover, without a float64 copy of the whole tensor."""
+    """Do what `pack_mean` does for floats that all updates cover, without a float64 copy of the whole tensor."""
     packed, step = np.empty(spec.size, spec.numpy_dtype), min(fold.step, _MOST_AT_ONCE)
     with np.errstate(over="ignore"):
         for start in range(0, spec.size, step):
@@ -154,13 +154,13 @@ def _folded(spec: TensorSpec, fold: Fold) -> Array:
 
 
 def own_tensors(token: str, update: StoredUpdate) -> Tensors:
-    """The tensors of one update, as they are."""
+    """Yield the tensors of one update unchanged."""
     with blaming(token), update.open() as reader:
         yield from reader
 
 
 def sending(task: Task, worker: str, mean: StoredMean, residual: Residual, began: Began) -> Fill:
-    """What the spool calls to write the update that the aggregator above gets, as the task says."""
+    """Return the function with which the spool writes the update for the parent, as the task says."""
 
     def fill(payload: BinaryIO, keep: Keep) -> tuple[aggregator_pb2.UpdateHeader, Layout | None]:
         with mean.open() as reader:
