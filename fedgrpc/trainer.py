@@ -17,7 +17,7 @@ import numpy as np
 
 from fedgrpc.errors import UsageError
 from fedgrpc.submodels.channels import ChannelMap
-from fedgrpc.submodels.plan import CompressionPlan
+from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.training_plan import TrainingPlan
 
 Weights = Mapping[str, np.ndarray]
@@ -53,7 +53,7 @@ class TrainJob(TrainingPlan):
     """One worker's share of one round: a training plan, whose work it is, and when to stop.
 
     `seed` has 32 bits, as the generators of NumPy and scikit-learn want, else `UsageError`. It differs between
-    workers and rounds. `compression` says what to make of the given weights before they are trained; None trains
+    workers and rounds. `local_model` says what to make of the given weights before they are trained; None trains
     them as they are. `stop` is asked before every batch: True cancels. `time_left_s` bounds the training in time,
     the plan's `upload_reserve_s` taken off: once it is not positive, what has been trained so far is the result.
     `report` hears of every finished step. `pause` is given each batch's duration and may sleep, which slows the
@@ -63,7 +63,7 @@ class TrainJob(TrainingPlan):
     epochs: float = 1.0
     seed: int = 0
     round: int = 0
-    compression: CompressionPlan | None = None
+    local_model: LocalModelPlan | None = None
     stop: Callable[[], bool] = _never
     time_left_s: Callable[[], float] | None = None
     report: Callable[[int, int], None] = _no_report
@@ -169,7 +169,7 @@ class Trainer(Protocol):
 
 @runtime_checkable
 class SliceableTrainer(Trainer, Protocol):
-    """A trainer that takes weights of any sub-model of its model's channels, and heeds `TrainJob.compression`."""
+    """A trainer that takes weights of any sub-model of its model's channels, and heeds `TrainJob.local_model`."""
 
     def channels(self) -> ChannelMap:
         """The channel groups of its model."""

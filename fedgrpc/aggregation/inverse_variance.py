@@ -17,7 +17,7 @@ import re
 
 import numpy as np
 
-from fedgrpc.submodels.plan import Arithmetic, CompressionPlan, matches
+from fedgrpc.submodels.plan import Arithmetic, LocalModelPlan, matches
 
 # Bits of the significand with its hidden one, and the smallest normal exponent.
 _FLOATS = {
@@ -35,7 +35,7 @@ _LEAST_SHARE = 0.01
 
 
 def rounding_noise(
-    plan: CompressionPlan, name: str, values: np.ndarray, steps: int, axes: int | None = None
+    plan: LocalModelPlan, name: str, values: np.ndarray, steps: int, axes: int | None = None
 ) -> np.ndarray | None:
     """Return the variance that the plan's formats add to each weight of a tensor that had `values`; None: none.
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from fedgrpc.aggregation.admission import TensorLike, check_role
 from fedgrpc.errors import UpdateRefused
-from fedgrpc.submodels.channels import Selection
+from fedgrpc.submodels.channels import KeptChannels
 from fedgrpc.submodels.coverage import Coverage
 
 MASK, CODES = "#mask", "#codes"
@@ -56,7 +56,7 @@ def pack(
 def check_layout(
     model: Sequence[TensorLike],
     update: Sequence[TensorLike],
-    selection: Selection | None = None,
+    selection: KeptChannels | None = None,
     masked: bool = False,
     clustered: bool = False,
     personal: Callable[[str], bool] = lambda name: False,
@@ -89,7 +89,7 @@ def check_layout(
         raise UpdateRefused(f"the update's part of the model has no tensor {min(given)!r}")
 
 
-def _sub_shape(tensor: TensorLike, selection: Selection | None) -> tuple[int, ...]:
+def _sub_shape(tensor: TensorLike, selection: KeptChannels | None) -> tuple[int, ...]:
     return tensor.shape if selection is None else selection.coverage(tensor.name, tensor.shape).sub_shape
 
 
@@ -130,7 +130,7 @@ def unpack(name: str, names: Collection[str], read: Read, whole: Coverage) -> tu
 
 
 def unpack_all(
-    model: Sequence[TensorLike], names: Collection[str], read: Read, selection: Selection | None
+    model: Sequence[TensorLike], names: Collection[str], read: Read, selection: KeptChannels | None
 ) -> Iterator[tuple[TensorLike, np.ndarray]]:
     """Yield each tensor of the update with its unpacked values, one at a time. Raises as `unpack` does."""
     for tensor in model:
@@ -138,12 +138,12 @@ def unpack_all(
             yield tensor, unpack(tensor.name, names, read, coverage_of(tensor, selection))[0]
 
 
-def coverage_of(tensor: TensorLike, selection: Selection | None) -> Coverage:
+def coverage_of(tensor: TensorLike, selection: KeptChannels | None) -> Coverage:
     """Return what a sub-model covers of a tensor; None is the whole model."""
     return Coverage(tensor.shape) if selection is None else selection.coverage(tensor.name, tensor.shape)
 
 
-def sub_layout(model: Sequence[TensorLike], selection: Selection | None) -> Mapping[str, tuple[int, ...]]:
+def sub_layout(model: Sequence[TensorLike], selection: KeptChannels | None) -> Mapping[str, tuple[int, ...]]:
     """Return the shapes of the tensors of a sub-model, by name."""
     return {tensor.name: _sub_shape(tensor, selection) for tensor in model}
 

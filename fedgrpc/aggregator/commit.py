@@ -31,9 +31,9 @@ from fedgrpc.codec.layout import Layout, TensorRole, TensorSpec
 from fedgrpc.errors import NotFinite
 from fedgrpc.storage.files import RecycledFiles
 from fedgrpc.storage.model_file import ModelFile, ModelWriter
-from fedgrpc.submodels.channels import Selection
+from fedgrpc.submodels.channels import KeptChannels
 from fedgrpc.submodels.coverage import Coverage
-from fedgrpc.submodels.plan import CompressionPlan
+from fedgrpc.submodels.plan import LocalModelPlan
 
 _GROUP_ELEMENTS = 1 << 20
 _SPAN_ELEMENTS = 1 << 20
@@ -75,7 +75,7 @@ class Span:
 class Formats:
     """The number formats in which an update was trained, by its plan, and in how many steps."""
 
-    plan: CompressionPlan
+    plan: LocalModelPlan
     steps: int
 
     def noise(self, spec: TensorSpec, values: np.ndarray) -> np.ndarray | None:
@@ -101,7 +101,7 @@ class Commit:
     updates: Sequence[tuple[str, float]]
     load: Load
     spares: RecycledFiles | None = None
-    parts: Mapping[str, Selection | None] = field(default_factory=dict)
+    parts: Mapping[str, KeptChannels | None] = field(default_factory=dict)
     merged: Mapping[str, float] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
     formats: Mapping[str, Formats] = field(default_factory=dict)
@@ -286,7 +286,7 @@ def means_of(
     specs: Sequence[TensorSpec],
     updates: Sequence[tuple[str, float]],
     load: Load,
-    parts: Mapping[str, Selection | None],
+    parts: Mapping[str, KeptChannels | None],
     merged: Mapping[str, float],
     base: Callable[[str], np.ndarray],
     scales: Mapping[str, float] = MappingProxyType({}),
@@ -339,7 +339,7 @@ def _spreads(
     buffers: Sequence[TensorSpec],
     updates: Sequence[tuple[str, float]],
     load: Load,
-    parts: Mapping[str, Selection | None],
+    parts: Mapping[str, KeptChannels | None],
     base: Callable[[str], np.ndarray],
     keeps: Keeps,
 ) -> dict[str, Spread]:

@@ -34,7 +34,7 @@ from fedgrpc.protocol.plans import (
 from fedgrpc.protocol.records import device_from_proto, observation_from_proto, prediction_from_proto, tells_cost
 from fedgrpc.protocol.tensors import channels_from_proto, channels_to_proto
 from fedgrpc.storage.files import sync
-from fedgrpc.submodels.channels import ChannelMap, Selection, SubModel
+from fedgrpc.submodels.channels import ChannelMap, KeptChannels, SubModel
 from fedgrpc.submodels.cost import (
     Choice,
     Observation,
@@ -45,7 +45,7 @@ from fedgrpc.submodels.cost import (
     errors_of,
     shown_upload_bits,
 )
-from fedgrpc.submodels.plan import CompressionPlan, PlanTable
+from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
 from fedgrpc.v1 import round_pb2, tensor_pb2
 
 log = structlog.get_logger()
@@ -81,7 +81,7 @@ class Sizing:
 class LocalTask:
     """What one worker makes of the model in one round."""
 
-    plan: CompressionPlan = field(default_factory=CompressionPlan)
+    plan: LocalModelPlan = field(default_factory=LocalModelPlan)
     sub_model: SubModel = field(default_factory=SubModel)
 
     @cached_property
@@ -107,7 +107,7 @@ class LocalTask:
         """As a record kept it."""
         return cls(*local_model_from_proto(message))
 
-    def check_layout(self, model: Sequence[TensorLike], update: Layout, selection: Selection | None) -> None:
+    def check_layout(self, model: Sequence[TensorLike], update: Layout, selection: KeptChannels | None) -> None:
         """Raises `UpdateRefused` unless these are the tensors of an update from this task."""
         partial_update.check_layout(
             model,
@@ -127,8 +127,8 @@ class LocalModels:
         self._models = models
         self._path = path
         self._histories: dict[str, deque[Observation]] = {}
-        self._selections: dict[tuple[str, int], Selection] = {}
-        self._elements: dict[CompressionPlan, PlanElements] = {}
+        self._selections: dict[tuple[str, int], KeptChannels] = {}
+        self._elements: dict[LocalModelPlan, PlanElements] = {}
         self._channels = self._read()
 
     def use(self, plans: PlanTable) -> None:
@@ -162,7 +162,7 @@ class LocalModels:
         upload_bits = shown_upload_bits(history) or sizing.upload_bits
         download_bits = sizing.download_bits
 
-        def size(plan: CompressionPlan) -> PlanSize:
+        def size(plan: LocalModelPlan) -> PlanSize:
             return self._elements_of(plan, sizing.layout).size(download_bits, upload_bits)
 
         plans = self._plans.known_to(worker.registration.local_model_parts)
@@ -181,7 +181,7 @@ class LocalModels:
         )
         return choice
 
-    def _elements_of(self, plan: CompressionPlan, layout: Layout) -> PlanElements:
+    def _elements_of(self, plan: LocalModelPlan, layout: Layout) -> PlanElements:
         """The same for every worker with this plan, and a fleet has thousands."""
         if plan not in self._elements:
             if len(self._elements) >= _MAX_SELECTIONS:
@@ -226,7 +226,7 @@ class LocalModels:
             log.warning("nothing learned of a task", worker=task.worker, reason=str(error))
             return None
 
-    def selection(self, sub_model: SubModel, version: int) -> Selection | None:
+    def selection(self, sub_model: SubModel, version: int) -> KeptChannels | None:
         """The slice's coverage of every tensor; None for the whole model.
 
         Raises `NotFound` while the channels are not known, and for a version that is not there.

@@ -37,7 +37,7 @@ from fedgrpc.errors import EncodeError, Exhausted, FedgrpcError, NotFound, Stora
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.storage.files import RecycledFiles, make_private, sync
 from fedgrpc.storage.model_file import ModelFile, ModelTensors
-from fedgrpc.submodels.channels import Selection, SubModel
+from fedgrpc.submodels.channels import KeptChannels, SubModel
 from fedgrpc.v1.aggregator_pb2 import ModelHeader, PullModelResponse
 
 log = structlog.get_logger()
@@ -74,7 +74,7 @@ class Slice:
     """What a sub-model has of a version; the default is all of it."""
 
     sub_model: SubModel = field(default_factory=SubModel)
-    selection: Selection | None = None
+    selection: KeptChannels | None = None
 
     @property
     def name(self) -> str:
@@ -451,7 +451,7 @@ def _write(source: Source, recipe: Recipe, file: BinaryIO, forms: Forms | None) 
 class _Sliced(Mapping[str, Array]):
     """A sub-model's tensors by name, each cut out when it is asked for."""
 
-    def __init__(self, tensors: Mapping[str, Array], selection: Selection) -> None:
+    def __init__(self, tensors: Mapping[str, Array], selection: KeptChannels) -> None:
         self._tensors = tensors
         self._selection = selection
 

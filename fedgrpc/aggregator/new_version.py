@@ -24,7 +24,7 @@ from fedgrpc.errors import NotFinite, NotFound, StorageError, UnusableUpdate, Up
 from fedgrpc.rounds.version import Version
 from fedgrpc.storage.model_file import ModelFile, write_model
 from fedgrpc.storage.update_file import StoredUpdate
-from fedgrpc.submodels.channels import Selection
+from fedgrpc.submodels.channels import KeptChannels
 from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
 
 _NO_SCORES: Mapping[str, float] = MappingProxyType({})
@@ -211,7 +211,7 @@ class NewVersion:
         return update
 
 
-def parts_of(it: Coordinator, current: CurrentRound, tokens: Iterable[str]) -> dict[str, Selection | None]:
+def parts_of(it: Coordinator, current: CurrentRound, tokens: Iterable[str]) -> dict[str, KeptChannels | None]:
     """The slices of the updates that are of a part of the model. Raises as `LocalModels.selection`."""
     local_tasks = {token: current.local_task(token) for token in tokens}
     return {

@@ -15,7 +15,7 @@ from fedgrpc.aggregation.partial_update import unpack_all
 from fedgrpc.codec.layout import Layout
 from fedgrpc.storage.model_file import ModelFile
 from fedgrpc.storage.update_file import StoredUpdate
-from fedgrpc.submodels.channels import Selection
+from fedgrpc.submodels.channels import KeptChannels
 
 _PIECE: Final = 1 << 20
 Values = Iterator[tuple[TensorLike, np.ndarray]]
@@ -46,7 +46,7 @@ def content_digest(model: ModelFile) -> bytes:
     return digest.digest()
 
 
-def norm_of(stored: StoredUpdate, layout: Layout, plain: bool, selection: Selection | None) -> float:
+def norm_of(stored: StoredUpdate, layout: Layout, plain: bool, selection: KeptChannels | None) -> float:
     """L2 norm of the differences that an update stands for; `selection` is its slice where it is not `plain`.
 
     Raises as reading it does, and `UpdateRefused` for what admission would refuse.

@@ -141,7 +141,7 @@ SETTINGS: list[Setting] = [
     ),
     _plan(
         "--local-models",
-        "TOML file of compression plans by device class (docs/heterogeneity.md).",
+        "TOML file of local-model plans by device class (docs/heterogeneity.md).",
         type=FILE,
         metavar="FILE",
     ),

@@ -22,11 +22,11 @@ from fedgrpc.cli.view import piped_console, print_table, seconds, size
 from fedgrpc.client import connect
 from fedgrpc.errors import UsageError
 from fedgrpc.submodels.cost import Device, Observation, Prediction, misfit, predict
-from fedgrpc.submodels.plan import CompressionPlan, PlanTable
+from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
 from fedgrpc.trainer import Trainer, kept_whole
 from fedgrpc.worker.task_loader import load_trainer
 
-LADDER: Final = (CompressionPlan(), CompressionPlan(0.5), CompressionPlan(0.25))
+LADDER: Final = (LocalModelPlan(), LocalModelPlan(0.5), LocalModelPlan(0.25))
 ENCODING: Final = "int8+zstd"
 DEADLINE_S: Final = 600.0
 _SHOWN: Final = 4
@@ -114,7 +114,7 @@ def _run(**values: Any) -> None:
         _show(console, *each)
 
 
-def _whole_lines(trainer: Trainer, plans: Sequence[CompressionPlan]) -> list[str]:
+def _whole_lines(trainer: Trainer, plans: Sequence[LocalModelPlan]) -> list[str]:
     """Name the layers that stay whole in narrower plans, and why."""
     if all(plan.width == 1 for plan in plans):
         return []
@@ -147,7 +147,7 @@ def _here(values: Mapping[str, Any], trainer: Trainer, request: PlanRequest) -> 
         widths = [plan.width for plan in plans]
         history += measured(trainer, model, widths, values["measured_steps"], values["epochs"])
     if values["local_s"]:
-        whole = model.size_of(CompressionPlan())
+        whole = model.size_of(LocalModelPlan())
         history.append(Observation(whole.share, whole.weights_bytes, 0, values["local_s"], 0, 0, 0))
     name = "this device" if values["measured_steps"] else "the device described"
     return PlannedDevice(name, device, tuple(history), device_class=values["device_class"])
@@ -203,7 +203,7 @@ def errors_line(planned: PlannedDevice) -> str:
 def _plain(planned: PlannedDevice, request: PlanRequest) -> dict[str, Any]:
     choice = request.choice_for(planned)
 
-    def row(plan: CompressionPlan) -> dict[str, Any]:
+    def row(plan: LocalModelPlan) -> dict[str, Any]:
         size = request.model.size_of(plan, planned.history)
         cost: Prediction = predict(planned.device, planned.history, size)
         total = {"total_s": cost.total_s, "misfit": misfit(planned.device, cost, request.deadline_s)}

@@ -26,7 +26,7 @@ from fedgrpc.protocol.records import device_from_proto, observation_from_proto, 
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.cost import Choice, Device, Observation, PlanSize, choose_of, elements_of, shown_upload_bits
 from fedgrpc.submodels.coverage import Coverage
-from fedgrpc.submodels.plan import CompressionPlan, PlanTable
+from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
 from fedgrpc.trainer import SliceableTrainer, Trainer, TrainJob, Weights
 from fedgrpc.v1.aggregator_pb2 import WorkerRecord
 from fedgrpc.v1.device_pb2 import WORKER_ROLE_TRAINER
@@ -59,7 +59,7 @@ class PlannedModel:
         upload_bits = expected_bits(Recipe.parse(upload_encoding or encoding), elements)
         return cls(layout, channels, 8 * payload.size_bytes / elements, upload_bits)
 
-    def size_of(self, plan: CompressionPlan, history: Sequence[Observation] = ()) -> PlanSize:
+    def size_of(self, plan: LocalModelPlan, history: Sequence[Observation] = ()) -> PlanSize:
         """Return the size of a plan for this model; updates take as many bits as those in the history."""
         upload_bits = shown_upload_bits(history) or self.upload_bits
         shapes = {tensor.name: tensor.shape for tensor in self.layout}
@@ -90,7 +90,7 @@ class PlanRequest:
     deadline_s: float
 
     @property
-    def plans(self) -> tuple[CompressionPlan, ...]:
+    def plans(self) -> tuple[LocalModelPlan, ...]:
         """Return every plan that some device may get, once."""
         own = self.table.classes.values()
         return tuple(dict.fromkeys((*self.table.automatic, *own) if self.table.automatic else self.table.plans))
@@ -108,8 +108,8 @@ def measured(
     """Measure a round's training of each width on this machine by `steps` steps of it, smallest width first."""
     weights, found = trainer.initial_weights(), []
     for width in sorted(set(widths)):
-        size = model.size_of(CompressionPlan(width))
-        given = _sliced(weights, model.channels, CompressionPlan(width))
+        size = model.size_of(LocalModelPlan(width))
+        given = _sliced(weights, model.channels, LocalModelPlan(width))
         # The first step loads libraries and allocates buffers for all later ones.
         _train(trainer, given, 1, epochs)
         local_s, tensor_bytes = _train(trainer, given, steps, epochs)
@@ -132,7 +132,7 @@ def _train(trainer: Trainer, weights: Weights, steps: int, epochs: float) -> tup
     return (time.perf_counter() - begun) * totals[-1] / max(1, result.steps), result.tensor_bytes
 
 
-def _sliced(weights: Weights, channels: ChannelMap | None, plan: CompressionPlan) -> Weights:
+def _sliced(weights: Weights, channels: ChannelMap | None, plan: LocalModelPlan) -> Weights:
     if channels is None or plan.width == 1:
         return weights
     selection = channels.select(plan.sub_model(0), weights)

@@ -43,7 +43,7 @@ from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
 from fedgrpc.storage.files import make_private, storage_errors, sync, write_file
 from fedgrpc.storage.model_file import ModelFile
 from fedgrpc.storage.update_file import StoredUpdate
-from fedgrpc.submodels.channels import Selection
+from fedgrpc.submodels.channels import KeptChannels
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.spool import Fill
 from fedgrpc.worker.task import Task, TaskKind
@@ -107,7 +107,7 @@ def mean_tensors(
     base: ModelFile,
     updates: Sequence[tuple[str, float]],
     load: Load,
-    parts: Mapping[str, Selection | None],
+    parts: Mapping[str, KeptChannels | None],
     merged: Mapping[str, float],
     scales: Mapping[str, float],
     keeps: Keeps = keeps_nothing,

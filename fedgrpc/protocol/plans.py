@@ -13,7 +13,7 @@ from fedgrpc.submodels.channels import SubModel
 from fedgrpc.submodels.plan import (
     Arithmetic,
     Clustering,
-    CompressionPlan,
+    LocalModelPlan,
     PlanTable,
     Pruning,
     Quantization,
@@ -40,7 +40,7 @@ def training_plan_from_proto(message: round_pb2.TrainingPlan) -> TrainingPlan:
         raise LayoutError(f"the training plan cannot be kept: {error}") from error
 
 
-def local_model_to_proto(plan: CompressionPlan, sub_model: SubModel) -> round_pb2.LocalModel:
+def local_model_to_proto(plan: LocalModelPlan, sub_model: SubModel) -> round_pb2.LocalModel:
     """Return the message of a device's local model."""
     message = round_pb2.LocalModel(
         sub_model="" if sub_model.whole else str(sub_model),
@@ -86,10 +86,10 @@ def parse_sub_model(text: str) -> SubModel:
         raise LayoutError(str(error)) from error
 
 
-def local_model_from_proto(message: round_pb2.LocalModel) -> tuple[CompressionPlan, SubModel]:
+def local_model_from_proto(message: round_pb2.LocalModel) -> tuple[LocalModelPlan, SubModel]:
     """Return the plan, without the sub-model's width and rule, and the sub-model."""
     try:
-        plan = CompressionPlan(
+        plan = LocalModelPlan(
             personal_layers=tuple(message.personal_layers),
             pruning=_pruning(message.pruning) if message.HasField("pruning") else None,
             clustering=Clustering(message.clustering.clusters, tuple(message.clustering.layers) or _ALL)
@@ -104,7 +104,7 @@ def local_model_from_proto(message: round_pb2.LocalModel) -> tuple[CompressionPl
     return plan, parse_sub_model(message.sub_model)
 
 
-def local_model_plan_from_proto(message: round_pb2.LocalModel) -> CompressionPlan:
+def local_model_plan_from_proto(message: round_pb2.LocalModel) -> LocalModelPlan:
     """Return the whole plan, the sub-model's width and rule too."""
     plan, sub_model = local_model_from_proto(message)
     return replace(plan, width=sub_model.width, rule=sub_model.rule)
@@ -143,5 +143,5 @@ def plan_table_from_proto(message: round_pb2.LocalModels) -> PlanTable:
     )
 
 
-def _plan_to_proto(plan: CompressionPlan) -> round_pb2.LocalModel:
+def _plan_to_proto(plan: LocalModelPlan) -> round_pb2.LocalModel:
     return local_model_to_proto(plan, plan.sub_model(0))

@@ -141,11 +141,11 @@ class ChannelMap:
                 return -1
         return total
 
-    def select(self, sub_model: SubModel, weights: Mapping[str, np.ndarray] | None = None) -> Selection:
+    def select(self, sub_model: SubModel, weights: Mapping[str, np.ndarray] | None = None) -> KeptChannels:
         """The sub-model's coverage of every tensor; the rule "magnitude" wants the whole model's weights."""
         if sub_model.rule == "magnitude" and not sub_model.whole and weights is None:
             raise ValueError("channels are chosen by magnitude where the weights are known")
-        return Selection(self, sub_model, weights)
+        return KeptChannels(self, sub_model, weights)
 
     def norms(self, number: int, weights: Mapping[str, np.ndarray]) -> np.ndarray:
         """Sum of squares of the weights that make each channel of a group: those of axis 0, float64 [channels]."""
@@ -157,7 +157,7 @@ class ChannelMap:
         return total
 
 
-class Selection:
+class KeptChannels:
     """Coverages of the tensors of one sub-model."""
 
     def __init__(
@@ -227,6 +227,6 @@ def _ranked(size: int, seed: str) -> np.ndarray:
     return np.argsort(np.frombuffer(digest, "<u8"), kind="stable")
 
 
-def sub_shapes(selection: Selection, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def sub_shapes(selection: KeptChannels, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Shapes of a sub-model's tensors, by name."""
     return {name: selection.coverage(name, shape).sub_shape for name, shape in shapes.items()}

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from fedgrpc import claims
 from fedgrpc.submodels.channels import ChannelMap, SubModel, sub_shapes
-from fedgrpc.submodels.plan import CompressionPlan, PlanTable
+from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
 
 # Of a batch's time, what does not shrink with the model: data, Python, kernel launches. Fitted once there are two
 # different plans in a device's history.
@@ -91,7 +91,7 @@ class Prediction:
 class Choice:
     """The plan a device gets, what it will cost, and why it is this one."""
 
-    plan: CompressionPlan
+    plan: LocalModelPlan
     prediction: Prediction
     reason: str
 
@@ -109,8 +109,8 @@ def predict(device: Device, history: Sequence[Observation], size: PlanSize) -> P
 
 
 def choose(
-    plans: Sequence[CompressionPlan],
-    size_of: Callable[[CompressionPlan], PlanSize],
+    plans: Sequence[LocalModelPlan],
+    size_of: Callable[[LocalModelPlan], PlanSize],
     device: Device,
     history: Sequence[Observation],
     deadline_s: float,
@@ -131,7 +131,7 @@ def choose(
 def choose_of(
     table: PlanTable,
     device_class: str,
-    size_of: Callable[[CompressionPlan], PlanSize],
+    size_of: Callable[[LocalModelPlan], PlanSize],
     device: Device,
     history: Sequence[Observation],
     deadline_s: float,
@@ -223,7 +223,7 @@ def shown_upload_bits(history: Sequence[Observation]) -> float | None:
     return float(statistics.median(shown)) if shown else None
 
 
-def bits_per_element(upload_bytes: int, elements: int, plan: CompressionPlan) -> float:
+def bits_per_element(upload_bytes: int, elements: int, plan: LocalModelPlan) -> float:
     """What `payload_bytes` is to be told to give so many bytes; 0.0 where codes of clusters hide it."""
     if not elements or (plan.clustering is not None and plan.clustering.layers == ("*",)):
         return 0.0
@@ -233,7 +233,7 @@ def bits_per_element(upload_bytes: int, elements: int, plan: CompressionPlan) ->
     return max(0.0, bits)
 
 
-def payload_bytes(elements: int, bits_per_element: float, plan: CompressionPlan) -> int:
+def payload_bytes(elements: int, bits_per_element: float, plan: LocalModelPlan) -> int:
     """Bytes of an update of so many elements: pruned ones send values and a bit for each, clustered ones codes."""
     bits = bits_per_element
     if plan.clustering is not None and plan.clustering.layers == ("*",):
@@ -247,7 +247,7 @@ def payload_bytes(elements: int, bits_per_element: float, plan: CompressionPlan)
 class PlanElements:
     """How many elements a plan's slice has of how many in the whole model, and how many of them are sent back."""
 
-    plan: CompressionPlan
+    plan: LocalModelPlan
     own: int
     sent: int
     whole: int
@@ -264,7 +264,7 @@ class PlanElements:
 
 
 def elements_of(
-    plan: CompressionPlan, model: Mapping[str, tuple[int, ...]], channels: ChannelMap | None
+    plan: LocalModelPlan, model: Mapping[str, tuple[int, ...]], channels: ChannelMap | None
 ) -> PlanElements:
     """Of a model whose tensors have these shapes, by name.
 

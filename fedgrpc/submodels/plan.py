@@ -117,7 +117,7 @@ class Arithmetic:
 
 
 @dataclass(frozen=True)
-class CompressionPlan:
+class LocalModelPlan:
     """One device's local model. The parts apply in this order; the default changes nothing."""
 
     width: float = 1.0
@@ -147,9 +147,9 @@ class CompressionPlan:
         techniques = (self.pruning, self.clustering, self.quantization, self.arithmetic)
         return not self.personal_layers and not self.nested and all(part is None for part in techniques)
 
-    def known_to(self, parts: Collection[str]) -> CompressionPlan:
+    def known_to(self, parts: Collection[str]) -> LocalModelPlan:
         """This plan, or none at all for a device that lacks one of its parts: half a plan is no plan."""
-        return self if self.parts <= set(parts) else CompressionPlan()
+        return self if self.parts <= set(parts) else LocalModelPlan()
 
     @property
     def parts(self) -> frozenset[str]:
@@ -167,17 +167,17 @@ class CompressionPlan:
         return matches(name, self.personal_layers)
 
     @classmethod
-    def from_toml(cls, text: str) -> CompressionPlan:
+    def from_toml(cls, text: str) -> LocalModelPlan:
         """Read the text form. Raises `UsageError`."""
         try:
             return cls.from_mapping(tomllib.loads(text))
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"a compression plan is TOML: {error}") from error
+            raise UsageError(f"a local-model plan is TOML: {error}") from error
 
     @classmethod
-    def from_mapping(cls, table: Mapping[str, Any]) -> CompressionPlan:
+    def from_mapping(cls, table: Mapping[str, Any]) -> LocalModelPlan:
         """Read what a TOML file holds of a plan. Raises `UsageError`."""
-        plan = _read(cls, table, "the compression plan")
+        plan = _read(cls, table, "the local-model plan")
         assert isinstance(plan, cls)
         return plan
 
@@ -239,9 +239,9 @@ class PlanTable:
     pruning.ratio = 0.5
     """
 
-    default: CompressionPlan = field(default_factory=CompressionPlan)
-    classes: Mapping[str, CompressionPlan] = field(default_factory=dict)
-    automatic: tuple[CompressionPlan, ...] = ()
+    default: LocalModelPlan = field(default_factory=LocalModelPlan)
+    classes: Mapping[str, LocalModelPlan] = field(default_factory=dict)
+    automatic: tuple[LocalModelPlan, ...] = ()
 
     @classmethod
     def from_toml(cls, text: str) -> PlanTable:
@@ -253,19 +253,19 @@ class PlanTable:
         plans, automatic = {}, tables.pop("automatic", [])
         if not isinstance(automatic, list) or ("default" in tables and automatic):
             raise UsageError("automatic plans are an array of tables, [[automatic]], and there is no default then")
-        ladder = tuple(_read(CompressionPlan, table, "an automatic plan") for table in automatic)
+        ladder = tuple(_read(LocalModelPlan, table, "an automatic plan") for table in automatic)
         for name, table in tables.items():
             if not isinstance(table, Mapping):
                 raise UsageError(f"plans are tables by device class; {name!r} is none")
-            plans[name] = _read(CompressionPlan, table, f"the plan of {name}")
-        return cls(plans.pop("default", CompressionPlan()), plans, ladder)
+            plans[name] = _read(LocalModelPlan, table, f"the plan of {name}")
+        return cls(plans.pop("default", LocalModelPlan()), plans, ladder)
 
     @property
-    def plans(self) -> tuple[CompressionPlan, ...]:
+    def plans(self) -> tuple[LocalModelPlan, ...]:
         """Every plan that some device may get."""
         return (self.default, *self.classes.values(), *self.automatic)
 
-    def plan_of(self, device_class: str) -> CompressionPlan:
+    def plan_of(self, device_class: str) -> LocalModelPlan:
         """The plan of a device of that class."""
         return self.classes.get(device_class, self.default)
 
@@ -280,10 +280,10 @@ class PlanTable:
     @property
     def trivial(self) -> bool:
         """Whether every device trains the whole model as it is."""
-        return all(plan == CompressionPlan() for plan in self.plans)
+        return all(plan == LocalModelPlan() for plan in self.plans)
 
 
-def covers_all(plan: CompressionPlan) -> bool:
+def covers_all(plan: LocalModelPlan) -> bool:
     """Whether an update by this plan has a say in every coordinate of the model."""
     return plan.width == 1 and plan.pruning is None and not plan.personal_layers
 
@@ -301,7 +301,7 @@ def _read(kind: type, table: Any, what: str) -> Any:
     for key, value in table.items():
         if key not in fields:
             raise UsageError(f"{what} has no {key!r}; it has {', '.join(fields)}")
-        if key in _PARTS and kind is CompressionPlan:
+        if key in _PARTS and kind is LocalModelPlan:
             arguments[key] = _read(_PARTS[key], value, f"{key} of {what}")
         else:
             arguments[key] = _value(value, fields[key].type, f"{key} of {what}")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fedgrpc.codec.layout import TensorRole
 from fedgrpc.errors import TaskError, TaskUnfit
 from fedgrpc.submodels.channels import ChannelMap
-from fedgrpc.submodels.plan import CompressionPlan
+from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.torch.data import Batches, DataTask, LocalData, choose_device
 from fedgrpc.torch.label_adjustment import LabelAdjustment
 from fedgrpc.torch.local_model.local_model import LocalModel
@@ -125,15 +125,15 @@ class TorchTrainer:
     def train(self, weights: Weights, job: TrainJob) -> TrainResult:
         """Train on mini-batches, as FedProx (arXiv 1812.06127) with `proximal_mu`.
 
-        Weights of a sub-model train a narrower model. With `compression`, the local model of that plan is trained.
+        Weights of a sub-model train a narrower model. With `local_model`, the local model of that plan is trained.
         """
         with self._lock, _seeded(self._device, job.seed, job.round):
             self._data.refresh()
             self._data.check_trainable()
             own = self._loadable(weights)
             module = self._sub_models.loaded(own)
-            if job.compression is not None:
-                result = self._train_local(module, own, job, job.compression)
+            if job.local_model is not None:
+                result = self._train_local(module, own, job, job.local_model)
             else:
                 ran = self._run(job, module, module)
                 ran.check()
@@ -145,7 +145,7 @@ class TorchTrainer:
         _check_finite(result.weights, own)
         return self._names.to_given(result, weights)
 
-    def _train_local(self, module: nn.Module, given: Weights, job: TrainJob, plan: CompressionPlan) -> TrainResult:
+    def _train_local(self, module: nn.Module, given: Weights, job: TrainJob, plan: LocalModelPlan) -> TrainResult:
         local = LocalModel(copy.deepcopy(uncompiled(module)), plan, job.seed)
         start = _as_given(weights_of(local.module), given)
         with local.arithmetic():

@@ -15,7 +15,7 @@ from fedgrpc.errors import LayoutError
 from fedgrpc.protocol.durations import duration_from_proto
 from fedgrpc.protocol.plans import local_model_from_proto, training_plan_from_proto
 from fedgrpc.submodels.channels import SubModel
-from fedgrpc.submodels.plan import CompressionPlan
+from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2
 
@@ -82,14 +82,14 @@ class Task:
     uplink_bytes_per_second: float = 0.0
     seed: int = 0
     evaluate: bool = False
-    local_model: CompressionPlan | None = None
+    local_model: LocalModelPlan | None = None
     sub_model: SubModel = field(default_factory=SubModel)
     tell_channels: bool = False
 
     @property
     def is_personal(self) -> Callable[[str], bool]:
         """Whether the tensor of a name stays on the device."""
-        return (self.local_model or CompressionPlan()).is_personal
+        return (self.local_model or LocalModelPlan()).is_personal
 
     @property
     def training_ends_s(self) -> float | None:

@@ -22,7 +22,7 @@ from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import FedgrpcError, LayoutError, TaskError, TaskUnfit, UsageError
 from fedgrpc.storage.files import storage_errors
 from fedgrpc.submodels.channels import ChannelMap
-from fedgrpc.submodels.plan import TASK_PARTS, WORKER_PARTS, CompressionPlan
+from fedgrpc.submodels.plan import TASK_PARTS, WORKER_PARTS, LocalModelPlan
 from fedgrpc.trainer import (
     Cancelled,
     EvalResult,
@@ -208,7 +208,7 @@ def train(
     trainer: Trainer, weights: Weights, task: Task, hooks: Hooks, scores: EvalResult | None = None
 ) -> Outcome:
     """Train from `weights` as the plan says. Raises TaskError, or Cancelled when told to stop."""
-    needed = (task.local_model or CompressionPlan()).parts | (set() if task.sub_model.whole else {"sub_model"})
+    needed = (task.local_model or LocalModelPlan()).parts | (set() if task.sub_model.whole else {"sub_model"})
     if lacking := needed - parts_of(trainer):
         raise TaskError(f"this learning task cannot do the local model's {', '.join(sorted(lacking))}")
     job = job_of(task, hooks)
@@ -270,7 +270,7 @@ def job_of(task: Task, hooks: Hooks) -> TrainJob:
         **asked,
         seed=task.seed,
         round=task.round,
-        compression=task.local_model,
+        local_model=task.local_model,
         stop=hooks.stop.is_set,
         time_left_s=None if ends_s is None else lambda: ends_s - time.monotonic(),
         report=lambda done, total: hooks.report(done / total),

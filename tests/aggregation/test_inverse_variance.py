@@ -9,18 +9,18 @@ import pytest
 from fedgrpc.aggregation.inverse_variance import inverse_variance_weight, rounding_noise
 from fedgrpc.aggregation.mean import CoordinateMean
 from fedgrpc.submodels.coverage import Coverage
-from fedgrpc.submodels.plan import Arithmetic, CompressionPlan, Pruning, Quantization
+from fedgrpc.submodels.plan import Arithmetic, LocalModelPlan, Pruning, Quantization
 
 RNG = np.random.default_rng(5)
 WEIGHTS = RNG.normal(scale=0.1, size=(64, 100))
 
 
-def arithmetic(name: str) -> CompressionPlan:
-    return CompressionPlan(arithmetic=Arithmetic(name, "stochastic"))
+def arithmetic(name: str) -> LocalModelPlan:
+    return LocalModelPlan(arithmetic=Arithmetic(name, "stochastic"))
 
 
-@pytest.mark.parametrize("plan", [CompressionPlan(0.5), arithmetic("float32"), CompressionPlan(pruning=Pruning())])
-def test_full_precision_adds_no_noise(plan: CompressionPlan) -> None:
+@pytest.mark.parametrize("plan", [LocalModelPlan(0.5), arithmetic("float32"), LocalModelPlan(pruning=Pruning())])
+def test_full_precision_adds_no_noise(plan: LocalModelPlan) -> None:
     assert rounding_noise(plan, "w", WEIGHTS, steps=10) is None
 
 
@@ -36,11 +36,11 @@ def test_noise_of_one_step_is_what_rounding_the_weights_once_does(name: str) -> 
 def test_noise_of_fixed_point_and_of_few_bits_is_that_of_their_grids() -> None:
     fixed = rounding_noise(arithmetic("fixed16.10"), "w", WEIGHTS, steps=3)
     assert fixed == pytest.approx(np.full(WEIGHTS.shape, 3 * 2.0**-20 / 12))
-    few = rounding_noise(CompressionPlan(quantization=Quantization(4)), "w", WEIGHTS, steps=9)
+    few = rounding_noise(LocalModelPlan(quantization=Quantization(4)), "w", WEIGHTS, steps=9)
     step = np.abs(WEIGHTS).max(axis=1, keepdims=True) / 7
     assert few == pytest.approx(np.broadcast_to(step**2 / 12, WEIGHTS.shape))
-    assert rounding_noise(CompressionPlan(quantization=Quantization(4)), "b", WEIGHTS[0], steps=9) is None
-    pruned = rounding_noise(CompressionPlan(quantization=Quantization(4)), "w", WEIGHTS[0], steps=9, axes=2)
+    assert rounding_noise(LocalModelPlan(quantization=Quantization(4)), "b", WEIGHTS[0], steps=9) is None
+    pruned = rounding_noise(LocalModelPlan(quantization=Quantization(4)), "w", WEIGHTS[0], steps=9, axes=2)
     assert pruned is not None
 
 

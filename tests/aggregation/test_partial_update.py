@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedgrpc.aggregation.partial_update import CODES, MASK, check_layout, pack, unpack, unpack_all
 from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.errors import UpdateRefused
-from fedgrpc.submodels.channels import ChannelGroup, ChannelMap, Segment, Selection, SubModel
+from fedgrpc.submodels.channels import ChannelGroup, ChannelMap, KeptChannels, Segment, SubModel
 from fedgrpc.submodels.coverage import Coverage
 
 MODEL = [TensorSpec("w", "float32", (8, 4)), TensorSpec("b", "float32", (8,)), TensorSpec("n", "int64", ())]
@@ -22,7 +22,7 @@ def specs(tensors: dict[str, np.ndarray]) -> list[TensorSpec]:
     return [TensorSpec(name, array.dtype.name, array.shape) for name, array in tensors.items()]
 
 
-def update(selection: Selection | None = None) -> dict[str, np.ndarray]:
+def update(selection: KeptChannels | None = None) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     shapes = {spec.name: Coverage(spec.shape) for spec in MODEL}
     if selection is not None:
@@ -73,7 +73,7 @@ def test_a_tensor_of_too_many_different_values_goes_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("selection", [None, HALF])
-def test_the_plans_part_of_the_model_is_taken(selection: Selection | None) -> None:
+def test_the_plans_part_of_the_model_is_taken(selection: KeptChannels | None) -> None:
     tensors = update(selection)
     check_layout(MODEL, specs(tensors), selection)
     names, read = tensors.keys(), tensors.__getitem__

@@ -15,7 +15,7 @@ from fedgrpc.codec.layout import layout_of
 from fedgrpc.errors import CorruptError, StorageError, UnusableUpdate, UpdateRefused
 from fedgrpc.storage.model_file import ModelFile, write_model
 from fedgrpc.storage.uploads import UploadJournal
-from fedgrpc.submodels.plan import Arithmetic, CompressionPlan
+from fedgrpc.submodels.plan import Arithmetic, LocalModelPlan
 from tests.support.stored_updates import accept
 
 RNG = np.random.default_rng(7)
@@ -221,7 +221,7 @@ def test_groups_are_all_tensors_once_in_order_and_none_is_larger_than_it_must_be
 
 
 def test_an_update_of_a_small_format_has_less_say_in_each_coordinate_by_its_noise(tmp_path):
-    plan = CompressionPlan(arithmetic=Arithmetic("float8_e5m2", "stochastic"))
+    plan = LocalModelPlan(arithmetic=Arithmetic("float8_e5m2", "stochastic"))
     folder = Folder(tmp_path)
     files = Commit(
         ModelFile.open(folder.model(1)),

@@ -9,7 +9,7 @@ from fedgrpc.aggregator.settings import AggregatorSettings, Target
 from fedgrpc.cli.tables import rounds_table
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.submodels.plan import CompressionPlan, PlanTable
+from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
 from tests.support.hand_driven_device import MODEL, HandDrivenDevice, refused, update_of
@@ -83,7 +83,7 @@ async def test_an_update_beyond_the_norm_is_scaled_down_to_it_and_the_record_say
 
 
 async def test_a_clipped_update_of_a_part_of_the_model_counts_by_the_norm_of_its_part(tmp_path):
-    plans = PlanTable(default=CompressionPlan(personal_layers=("w",)))
+    plans = PlanTable(default=LocalModelPlan(personal_layers=("w",)))
     norm = np.sqrt(40.0) * 10
     async with running_aggregator(tmp_path, clip_norm=norm / 2, local_models=plans) as running:
         devices = [await running.device(name) for name in "ab"]
@@ -210,7 +210,7 @@ async def test_weight_that_ends_a_round_early_is_weight_that_counts(tmp_path):
         ({"max_examples": 0}, "max_examples must be"),
         ({"policy": RoundPolicy(max_share=0.3), "precision_weights": True}, "max_share goes without precision"),
         (
-            {"policy": RoundPolicy(max_share=0.3), "local_models": PlanTable(default=CompressionPlan(width=0.5))},
+            {"policy": RoundPolicy(max_share=0.3), "local_models": PlanTable(default=LocalModelPlan(width=0.5))},
             "max_share goes without local_models",
         ),
     ],

@@ -19,7 +19,7 @@ from fedgrpc.protocol.tensors import channels_to_proto
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.submodels.channels import ChannelGroup, ChannelMap, Segment
 from fedgrpc.submodels.plan import (
-    CompressionPlan,
+    LocalModelPlan,
     PlanTable,
     Pruning,
     Quantization,
@@ -57,7 +57,7 @@ class Adder:
     def train(self, weights: Weights, job: TrainJob) -> TrainResult:
         self.given.append({name: array.shape for name, array in weights.items()})
         trained = {name: array + array.dtype.type(self.number) for name, array in weights.items()}
-        if job.compression is None or job.compression.pruning is None:
+        if job.local_model is None or job.local_model.pruning is None:
             return TrainResult(trained, 10, 1)
         assert self.keep is not None
         start = {**weights, "w": np.where(self.keep, weights["w"], 0).astype(np.float32)}
@@ -107,7 +107,7 @@ class Outcome:
         return {task.worker: task for task in self.rounds[number].tasks}
 
 
-THREE = PlanTable(CompressionPlan(), {"half": CompressionPlan(0.5), "quarter": CompressionPlan(0.25)})
+THREE = PlanTable(LocalModelPlan(), {"half": LocalModelPlan(0.5), "quarter": LocalModelPlan(0.25)})
 
 
 async def test_each_coordinate_is_averaged_over_those_who_were_given_it(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ async def test_each_coordinate_is_averaged_over_those_who_were_given_it(tmp_path
 
 async def test_coordinates_that_nobody_was_given_keep_their_value(tmp_path: Path) -> None:
     """With momentum, too: the optimizer remembers, but does not move what was not trained."""
-    plans = PlanTable(CompressionPlan(0.5))
+    plans = PlanTable(LocalModelPlan(0.5))
     workers: dict[str, Worker] = {"a": ("", Adder(1)), "b": ("", Adder(3))}
     outcome = await play(tmp_path, workers, plans, rounds=3, server_optimizer="fedavgm")
     first, last = outcome.versions[0], outcome.versions[-1]
@@ -139,7 +139,7 @@ async def test_coordinates_that_nobody_was_given_keep_their_value(tmp_path: Path
 
 
 async def test_rolling_windows_reach_every_channel(tmp_path: Path) -> None:
-    plans = PlanTable(CompressionPlan(0.25, "rolling"))
+    plans = PlanTable(LocalModelPlan(0.25, "rolling"))
     outcome = await play(tmp_path, {"a": ("", Adder(1))}, plans, rounds=8)
     moved = outcome.versions[-1]["b"] - outcome.versions[0]["b"]
     np.testing.assert_allclose(moved, 2.0, rtol=1e-5)
@@ -150,7 +150,7 @@ async def test_a_coordinate_that_is_left_out_of_a_round_waits_with_what_the_opti
     tmp_path: Path, optimizer: str
 ) -> None:
     """Each channel comes and goes with the window: a dumb loop steps those that are there, and no others."""
-    plans = PlanTable(CompressionPlan(0.25, "rolling"))
+    plans = PlanTable(LocalModelPlan(0.25, "rolling"))
     outcome = await play(tmp_path, {"a": ("", Adder(1))}, plans, rounds=9, server_optimizer=optimizer)
     step = server_optimizer(optimizer)
     value = outcome.versions[0]["b"].astype(np.float64)
@@ -180,7 +180,7 @@ class Noisy(Adder):
 
 
 async def test_a_slice_whose_channels_stay_comes_as_the_difference_to_what_is_held(tmp_path: Path) -> None:
-    plans = PlanTable(classes={"half": CompressionPlan(0.5), "rolling": CompressionPlan(0.5, "rolling")})
+    plans = PlanTable(classes={"half": LocalModelPlan(0.5), "rolling": LocalModelPlan(0.5, "rolling")})
     staying, moving = Noisy(), Noisy()
     workers: dict[str, Worker] = {"a": ("full", Noisy()), "b": ("half", staying), "c": ("rolling", moving)}
     outcome = await play(tmp_path, workers, plans, rounds=4, download_recipe="int8+zstd")
@@ -205,7 +205,7 @@ async def test_a_slice_whose_channels_stay_comes_as_the_difference_to_what_is_he
 
 
 async def test_channels_are_chosen_by_magnitude_of_the_version_that_is_trained(tmp_path: Path) -> None:
-    outcome = await play(tmp_path, {"a": ("", Adder(1))}, PlanTable(CompressionPlan(0.25, "magnitude")))
+    outcome = await play(tmp_path, {"a": ("", Adder(1))}, PlanTable(LocalModelPlan(0.25, "magnitude")))
     before, after = outcome.versions
     largest = np.sort(np.argsort(-(before["w"].astype(float) ** 2).sum(1))[:2])
     assert np.flatnonzero(after["b"] != before["b"]).tolist() == largest.tolist()
@@ -213,7 +213,7 @@ async def test_channels_are_chosen_by_magnitude_of_the_version_that_is_trained(t
 
 async def test_a_pruned_update_counts_only_where_it_was_kept(tmp_path: Path) -> None:
     keep = np.random.default_rng(1).random((8, 50)) < 0.5
-    plans = PlanTable(CompressionPlan(), {"pruned": CompressionPlan(pruning=Pruning(0.5))})
+    plans = PlanTable(LocalModelPlan(), {"pruned": LocalModelPlan(pruning=Pruning(0.5))})
     workers: dict[str, Worker] = {"a": ("", Adder(1)), "b": ("pruned", Adder(3, keep))}
     outcome = await play(tmp_path, workers, plans)
     before, after = outcome.versions
@@ -236,7 +236,7 @@ async def test_an_update_is_counted_from_the_compressed_model_and_never_from_the
     tmp_path: Path,
 ) -> None:
     """Counted from w, the rounding itself, up to a half here, would be averaged into the model."""
-    plans = PlanTable(CompressionPlan(), {"coarse": CompressionPlan(quantization=Quantization(8))})
+    plans = PlanTable(LocalModelPlan(), {"coarse": LocalModelPlan(quantization=Quantization(8))})
     workers: dict[str, Worker] = {"a": ("", Adder(1)), "b": ("coarse", Coarse(3))}
     before, after = (await play(tmp_path, workers, plans)).versions
     assert np.abs(before["w"] - np.round(before["w"])).max() > 0.4
@@ -280,7 +280,7 @@ async def test_scores_of_slices_are_not_scores_of_the_version(tmp_path: Path) ->
 
 
 async def test_a_fleet_of_sub_models_alone_has_a_score_and_can_meet_its_target(tmp_path: Path) -> None:
-    plans = PlanTable(CompressionPlan(0.5))
+    plans = PlanTable(LocalModelPlan(0.5))
     about: dict[str, Any] = {"rounds": 9, "evaluate": True, "target": Target.parse("width>=4")}
     outcome = await play(tmp_path, {"a": ("", Adder(1)), "b": ("", Adder(2))}, plans, **about)
     assert len(outcome.rounds) < 9
@@ -299,7 +299,7 @@ class Headed(Adder):
 async def test_the_closing_evaluation_scores_each_device_with_its_own_layers_and_its_own_sub_model(
     tmp_path: Path,
 ) -> None:
-    classes = {"own": CompressionPlan(personal_layers=("b",)), "half": CompressionPlan(0.5)}
+    classes = {"own": LocalModelPlan(personal_layers=("b",)), "half": LocalModelPlan(0.5)}
     workers: dict[str, Worker] = {"a": ("own", Headed(1)), "b": ("half", Headed(1)), "c": ("", Headed(0))}
     outcome = await play(tmp_path, workers, PlanTable(classes=classes), rounds=2, evaluate=True)
     (closing,) = [round_ for round_ in outcome.rounds if round_.kind == round_pb2.TASK_KIND_EVALUATE]
@@ -323,8 +323,8 @@ class Plain:
 
 
 async def test_a_worker_gets_no_plan_whose_parts_it_does_not_know(tmp_path: Path) -> None:
-    pruned = CompressionPlan(0.5, pruning=Pruning(0.5))
-    plans = PlanTable(pruned, {"own": CompressionPlan(personal_layers=("b",))})
+    pruned = LocalModelPlan(0.5, pruning=Pruning(0.5))
+    plans = PlanTable(pruned, {"own": LocalModelPlan(personal_layers=("b",))})
     workers: dict[str, Worker] = {"a": ("", Plain()), "b": ("own", Plain())}
     outcome = await play(tmp_path, workers, plans, rounds=2)
     assert [round_.phase for round_ in outcome.rounds] == [round_pb2.ROUND_PHASE_COMMITTED] * 3
@@ -345,7 +345,7 @@ async def test_each_workers_scores_of_the_global_and_of_its_local_model_are_in_t
 
 
 async def test_personal_layers_stay_on_the_device_and_outlive_it(tmp_path: Path) -> None:
-    plans = PlanTable(CompressionPlan(personal_layers=("b",)))
+    plans = PlanTable(LocalModelPlan(personal_layers=("b",)))
     trainer = Adder(1)
     seen: list[np.ndarray] = []
     train = trainer.train
@@ -368,7 +368,7 @@ async def test_a_device_gets_the_largest_plan_that_its_link_can_carry_and_then_w
 
     No pause of this machine makes the real link look like that.
     """
-    plans = PlanTable(automatic=(CompressionPlan(1.0), CompressionPlan(0.5), CompressionPlan(0.25)))
+    plans = PlanTable(automatic=(LocalModelPlan(1.0), LocalModelPlan(0.5), LocalModelPlan(0.25)))
     link = {"uplink_bits_per_second": 33, "downlink_bits_per_second": 33}
     workers: dict[str, Worker] = {"a": (link, Adder(1)), "b": ("", Adder(2))}
     outcome = await play(tmp_path, workers, plans, rounds=2)

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 from fedgrpc.submodels.plan import (
     Arithmetic,
     Clustering,
-    CompressionPlan,
+    LocalModelPlan,
     PlanTable,
     Pruning,
     Quantization,
@@ -42,14 +42,14 @@ class Blobs(TorchTask):
 
 
 MIXED = PlanTable(
-    CompressionPlan(),
+    LocalModelPlan(),
     {
-        "pruned": CompressionPlan(0.5, pruning=Pruning(0.5)),
-        "quantized": CompressionPlan(0.5, "rolling", quantization=Quantization(8, 8)),
-        "clustered": CompressionPlan(0.5, clustering=Clustering(16), pruning=Pruning(0.3)),
-        "bfloat16": CompressionPlan(0.25, arithmetic=Arithmetic("bfloat16")),
-        "fixed": CompressionPlan(0.5, arithmetic=Arithmetic("fixed16.10", "stochastic")),
-        "everything": CompressionPlan(
+        "pruned": LocalModelPlan(0.5, pruning=Pruning(0.5)),
+        "quantized": LocalModelPlan(0.5, "rolling", quantization=Quantization(8, 8)),
+        "clustered": LocalModelPlan(0.5, clustering=Clustering(16), pruning=Pruning(0.3)),
+        "bfloat16": LocalModelPlan(0.25, arithmetic=Arithmetic("bfloat16")),
+        "fixed": LocalModelPlan(0.5, arithmetic=Arithmetic("fixed16.10", "stochastic")),
+        "everything": LocalModelPlan(
             *(0.5, "random"),
             pruning=Pruning(0.5),
             quantization=Quantization(8, 8),

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 import numpy as np
 import pytest
 
-from fedgrpc.submodels.plan import CompressionPlan, PlanTable, Pruning
+from fedgrpc.submodels.plan import LocalModelPlan, PlanTable, Pruning
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
@@ -183,12 +183,12 @@ async def test_what_evaluators_below_a_leaf_find_reaches_the_root(tmp_path, eval
 
 KEEP = np.random.default_rng(1).random((8, 50)) < 0.5
 PLANS = PlanTable(
-    CompressionPlan(),
+    LocalModelPlan(),
     {
-        "half": CompressionPlan(0.5),
-        "rolling": CompressionPlan(0.25, "rolling"),
-        "pruned": CompressionPlan(pruning=Pruning(0.5)),
-        "personal": CompressionPlan(personal_layers=("b",)),
+        "half": LocalModelPlan(0.5),
+        "rolling": LocalModelPlan(0.25, "rolling"),
+        "pruned": LocalModelPlan(pruning=Pruning(0.5)),
+        "personal": LocalModelPlan(personal_layers=("b",)),
     },
 )
 

@@ -38,7 +38,7 @@ from fedgrpc.storage.model_file import ModelFile, ModelTensors, write_model
 from fedgrpc.storage.residual_file import read_residual, write_residual
 from fedgrpc.storage.run_store import RunStore, TaskRow
 from fedgrpc.storage.uploads import UploadJournal
-from fedgrpc.submodels.plan import CompressionPlan, PlanTable
+from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
 from fedgrpc.v1 import aggregator_pb2, round_pb2
 from fedgrpc.worker.model_store import ModelFolder, Source
 from fedgrpc.worker.spool import Spool
@@ -293,7 +293,7 @@ def settings_files(rnd: Random, folder: Path) -> None:
 def plan_files(rnd: Random, folder: Path) -> None:
     good = rnd.choice((*PLAN_TEXTS, *TABLE_TEXTS, rnd.choice(_DEEP).decode()))
     text = mutated(good.encode(), rnd).decode("utf-8", "replace")
-    rnd.choice((CompressionPlan.from_toml, PlanTable.from_toml))(text)
+    rnd.choice((LocalModelPlan.from_toml, PlanTable.from_toml))(text)
 
 
 _FLEET: Final = (Path(__file__).parents[2] / "examples" / "fleet.toml").read_bytes()
@@ -311,7 +311,7 @@ def documents(rnd: Random, folder: Path) -> None:
     if rnd.random() < 0.5:
         read, text = Fleet.parse, _FLEET.decode()
     else:
-        read, text = CompressionPlan.from_mapping, rnd.choice(PLAN_TEXTS)
+        read, text = LocalModelPlan.from_mapping, rnd.choice(PLAN_TEXTS)
     document = made(spoiled_document(tomllib.loads(text), rnd), rnd)
     # The root of TOML is a table.
     read(document if isinstance(document, dict) else {"rules": document, "width": document})

@@ -40,7 +40,7 @@ from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rpc import framing
 from fedgrpc.rpc.identity import Session
 from fedgrpc.submodels.channels import Axis, ChannelGroup, ChannelMap, Segment, SubModel
-from fedgrpc.submodels.plan import CompressionPlan, PlanTable
+from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2, tensor_pb2
 from fedgrpc.worker.task import Registration, registration_from_proto, task_from_proto
 from tests.fuzz.mutate import invented, mutated, spoiled
@@ -342,7 +342,7 @@ def plans(rnd: Random, folder: Path) -> None:
     assert plan_messages.plan_table_from_proto(plan_messages.plan_table_to_proto(table)) == table
     plan = plan_messages.local_model_plan_from_proto(invented(round_pb2.LocalModel, rnd))
     try:
-        assert CompressionPlan.from_toml(plan.to_toml()) == plan
+        assert LocalModelPlan.from_toml(plan.to_toml()) == plan
     except UsageError as error:
         raise AssertionError(f"a plan's own text is refused: {error}") from error
 

@@ -18,18 +18,18 @@ from fedgrpc.submodels.cost import (
     predict,
     shown_upload_bits,
 )
-from fedgrpc.submodels.plan import Clustering, CompressionPlan, Pruning
+from fedgrpc.submodels.plan import Clustering, LocalModelPlan, Pruning
 
 MIB = 1 << 20
-LADDER = [CompressionPlan(1.0), CompressionPlan(0.5), CompressionPlan(0.25)]
+LADDER = [LocalModelPlan(1.0), LocalModelPlan(0.5), LocalModelPlan(0.25)]
 
 
-def size_of(plan: CompressionPlan) -> PlanSize:
+def size_of(plan: LocalModelPlan) -> PlanSize:
     share = plan.width**2
     return PlanSize(share, int(40 * MIB * share), int(10 * MIB * share), int(10 * MIB * share))
 
 
-def seen(plan: CompressionPlan, local_s: float, rate: float = MIB, peak: int = 0) -> Observation:
+def seen(plan: LocalModelPlan, local_s: float, rate: float = MIB, peak: int = 0) -> Observation:
     """A task on a link of `rate` bytes a second."""
     size = size_of(plan)
     down_s, up_s = size.download_bytes / rate, size.upload_bytes / rate
@@ -91,7 +91,7 @@ def test_the_memory_that_was_measured_predicts_that_of_other_plans() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(LADDER), st.floats(0.1, 50)), max_size=6), st.floats(0.5, 200))
 def test_more_time_never_gives_a_smaller_plan(
-    measured: list[tuple[CompressionPlan, float]], deadline_s: float
+    measured: list[tuple[LocalModelPlan, float]], deadline_s: float
 ) -> None:
     history = [seen(plan, local_s) for plan, local_s in measured]
     tight = choose(LADDER, size_of, Device(), history, deadline_s)
@@ -109,24 +109,24 @@ def test_errors_are_relative_to_what_was_measured() -> None:
 @pytest.mark.parametrize(
     ("plan", "bits"),
     [
-        (CompressionPlan(), 32),
-        (CompressionPlan(pruning=Pruning(0.75)), 1 + 8),
-        (CompressionPlan(clustering=Clustering(16)), 4),
-        (CompressionPlan(pruning=Pruning(0.5), clustering=Clustering(16)), 1 + 2),
-        (CompressionPlan(clustering=Clustering(16, ("fc*",))), 32),
+        (LocalModelPlan(), 32),
+        (LocalModelPlan(pruning=Pruning(0.75)), 1 + 8),
+        (LocalModelPlan(clustering=Clustering(16)), 4),
+        (LocalModelPlan(pruning=Pruning(0.5), clustering=Clustering(16)), 1 + 2),
+        (LocalModelPlan(clustering=Clustering(16, ("fc*",))), 32),
     ],
 )
-def test_bytes_of_an_update_follow_from_its_plan(plan: CompressionPlan, bits: float) -> None:
+def test_bytes_of_an_update_follow_from_its_plan(plan: LocalModelPlan, bits: float) -> None:
     assert payload_bytes(8000, 32, plan) == 1000 * bits
 
 
-@pytest.mark.parametrize("plan", [CompressionPlan(), CompressionPlan(0.5, pruning=Pruning(0.75))], ids=str)
-def test_the_bits_of_an_update_are_told_from_its_bytes(plan: CompressionPlan) -> None:
+@pytest.mark.parametrize("plan", [LocalModelPlan(), LocalModelPlan(0.5, pruning=Pruning(0.75))], ids=str)
+def test_the_bits_of_an_update_are_told_from_its_bytes(plan: LocalModelPlan) -> None:
     assert bits_per_element(payload_bytes(8000, 5.5, plan), 8000, plan) == pytest.approx(5.5, rel=1e-3)
 
 
 def test_codes_of_clusters_tell_nothing_of_the_encoding_and_are_left_out() -> None:
-    clustered = CompressionPlan(clustering=Clustering(16))
+    clustered = LocalModelPlan(clustering=Clustering(16))
     assert bits_per_element(4000, 8000, clustered) == 0.0
     history = [Observation(1.0, 1, 1, 1, 1, 1, 1, upload_bits=bits) for bits in (0.0, 2.0, 3.0, 7.0)]
     assert shown_upload_bits(history) == 3.0

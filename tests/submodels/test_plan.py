@@ -17,7 +17,7 @@ from fedgrpc.submodels.plan import (
     FORMATS,
     Arithmetic,
     Clustering,
-    CompressionPlan,
+    LocalModelPlan,
     PlanTable,
     Pruning,
     Quantization,
@@ -26,7 +26,7 @@ from fedgrpc.submodels.plan import (
 NAMES = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=8)
 LAYERS = st.lists(NAMES, min_size=1, max_size=3).map(tuple)
 PLANS = st.builds(
-    CompressionPlan,
+    LocalModelPlan,
     width=st.floats(0, 1, exclude_min=True),
     rule=st.sampled_from(["prefix", "rolling", "random", "magnitude"]),
     personal_layers=st.just(()) | LAYERS,
@@ -53,17 +53,17 @@ PLANS = st.builds(
 
 
 @given(PLANS)
-def test_any_combination_comes_back_from_its_text_and_from_its_message(plan: CompressionPlan) -> None:
+def test_any_combination_comes_back_from_its_text_and_from_its_message(plan: LocalModelPlan) -> None:
     text = plan.to_toml()
     tomllib.loads(text)
-    assert CompressionPlan.from_toml(text) == plan
+    assert LocalModelPlan.from_toml(text) == plan
     message = local_model_to_proto(plan, SubModel())
     assert local_model_from_proto(message)[0] == replace(plan, width=1.0, rule="prefix")
 
 
 def test_a_plan_has_a_line_of_its_own() -> None:
-    assert CompressionPlan().to_line() == "the whole model"
-    plan = CompressionPlan(0.5, pruning=Pruning(), arithmetic=Arithmetic("float16", loss_scale=8.0))
+    assert LocalModelPlan().to_line() == "the whole model"
+    plan = LocalModelPlan(0.5, pruning=Pruning(), arithmetic=Arithmetic("float16", loss_scale=8.0))
     assert plan.to_line() == 'width = 0.5, pruning, arithmetic.format = "float16", arithmetic.loss_scale = 8.0'
 
 
@@ -79,26 +79,26 @@ def test_pruned_by_half_with_8_bit_weights_and_16_clusters_in_the_classifier_is_
         clusters = 16
         layers = ["classifier.*"]
     """
-    assert CompressionPlan.from_toml(text) == CompressionPlan(
+    assert LocalModelPlan.from_toml(text) == LocalModelPlan(
         pruning=Pruning(0.5), quantization=Quantization(8), clustering=Clustering(16, ("classifier.*",))
     )
 
 
 def test_the_example_in_the_documentation_is_a_plan() -> None:
     assert local_model_plan.__doc__ is not None
-    plan = CompressionPlan.from_toml(local_model_plan.__doc__.partition("In TOML:")[2].partition("A large")[0])
+    plan = LocalModelPlan.from_toml(local_model_plan.__doc__.partition("In TOML:")[2].partition("A large")[0])
     assert plan.width == 0.5
     assert plan.arithmetic == Arithmetic("float16", emulated=True, loss_scale=256)
 
 
 def test_the_default_changes_nothing_and_has_no_text() -> None:
-    assert CompressionPlan().to_toml() == ""
-    assert CompressionPlan().plain
-    assert CompressionPlan(width=0.5).plain
-    assert not CompressionPlan(nested=(0.5,)).plain
-    assert CompressionPlan.from_toml("nested = [0.5, 0.25]") == CompressionPlan(nested=(0.5, 0.25))
-    assert CompressionPlan.from_toml(CompressionPlan(nested=(0.5, 0.25)).to_toml()).nested == (0.5, 0.25)
-    assert not CompressionPlan(personal_layers=("head.*",)).plain
+    assert LocalModelPlan().to_toml() == ""
+    assert LocalModelPlan().plain
+    assert LocalModelPlan(width=0.5).plain
+    assert not LocalModelPlan(nested=(0.5,)).plain
+    assert LocalModelPlan.from_toml("nested = [0.5, 0.25]") == LocalModelPlan(nested=(0.5, 0.25))
+    assert LocalModelPlan.from_toml(LocalModelPlan(nested=(0.5, 0.25)).to_toml()).nested == (0.5, 0.25)
+    assert not LocalModelPlan(personal_layers=("head.*",)).plain
 
 
 @pytest.mark.parametrize(
@@ -128,12 +128,12 @@ def test_the_default_changes_nothing_and_has_no_text() -> None:
 )
 def test_a_plan_that_is_none_is_refused_with_the_reason(text: str, complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):
-        CompressionPlan.from_toml(text)
+        LocalModelPlan.from_toml(text)
 
 
 def test_rolling_windows_move_with_the_round_and_prefixes_do_not() -> None:
-    assert CompressionPlan(0.5, "rolling").sub_model(3) != CompressionPlan(0.5, "rolling").sub_model(4)
-    assert CompressionPlan(0.5, "prefix").sub_model(3) == CompressionPlan(0.5, "prefix").sub_model(4)
+    assert LocalModelPlan(0.5, "rolling").sub_model(3) != LocalModelPlan(0.5, "rolling").sub_model(4)
+    assert LocalModelPlan(0.5, "prefix").sub_model(3) == LocalModelPlan(0.5, "prefix").sub_model(4)
 
 
 def test_a_table_of_plans_is_read_from_toml() -> None:
@@ -145,8 +145,8 @@ def test_a_table_of_plans_is_read_from_toml() -> None:
         width = 0.25
         pruning.ratio = 0.7
     """)
-    assert table.plan_of("other") == CompressionPlan(0.5)
-    assert table.plan_of("raspberry-pi-3") == CompressionPlan(0.25, pruning=Pruning(0.7))
+    assert table.plan_of("other") == LocalModelPlan(0.5)
+    assert table.plan_of("raspberry-pi-3") == LocalModelPlan(0.25, pruning=Pruning(0.7))
     with pytest.raises(UsageError, match="'width' is none"):
         PlanTable.from_toml("width = 0.5")
     with pytest.raises(UsageError, match="the plan of pi has no 'wdith'"):
@@ -154,7 +154,7 @@ def test_a_table_of_plans_is_read_from_toml() -> None:
 
 
 def test_a_table_pins_a_plan_per_device_class() -> None:
-    table = PlanTable(CompressionPlan(), {"raspberry-pi-3": CompressionPlan(0.25)})
+    table = PlanTable(LocalModelPlan(), {"raspberry-pi-3": LocalModelPlan(0.25)})
     assert table.plan_of("raspberry-pi-3").width == 0.25
     assert table.plan_of("jetson").width == 1.0
     assert not table.trivial

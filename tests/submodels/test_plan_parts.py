@@ -8,34 +8,34 @@ from fedgrpc.submodels.plan import (
     WORKER_PARTS,
     Arithmetic,
     Clustering,
-    CompressionPlan,
+    LocalModelPlan,
     PlanTable,
     Pruning,
     Quantization,
 )
 from fedgrpc.v1 import round_pb2
 
-FULL = CompressionPlan(0.5, personal_layers=("head",), pruning=Pruning(), clustering=Clustering())
+FULL = LocalModelPlan(0.5, personal_layers=("head",), pruning=Pruning(), clustering=Clustering())
 ALL = WORKER_PARTS | TASK_PARTS
 
 
 def test_the_parts_of_a_plan_are_the_fields_of_its_message() -> None:
     assert {field.name for field in round_pb2.LocalModel.DESCRIPTOR.fields} == ALL
-    for plan in (FULL, CompressionPlan(arithmetic=Arithmetic()), CompressionPlan(nested=(0.5,))):
+    for plan in (FULL, LocalModelPlan(arithmetic=Arithmetic()), LocalModelPlan(nested=(0.5,))):
         message = local_model_to_proto(plan, plan.sub_model(0))
         assert {field.name for field, _ in message.ListFields()} == plan.parts
 
 
 def test_half_a_plan_is_no_plan() -> None:
     assert FULL.known_to(ALL) == FULL
-    assert FULL.known_to(ALL - {"pruning"}) == CompressionPlan()
-    assert CompressionPlan().known_to(()) == CompressionPlan()
+    assert FULL.known_to(ALL - {"pruning"}) == LocalModelPlan()
+    assert LocalModelPlan().known_to(()) == LocalModelPlan()
 
 
 def test_of_automatic_plans_a_device_keeps_those_it_knows() -> None:
-    half, coarse = CompressionPlan(0.5), CompressionPlan(0.5, quantization=Quantization())
-    table = PlanTable(automatic=(CompressionPlan(), coarse, half), classes={"pi": FULL})
+    half, coarse = LocalModelPlan(0.5), LocalModelPlan(0.5, quantization=Quantization())
+    table = PlanTable(automatic=(LocalModelPlan(), coarse, half), classes={"pi": FULL})
     assert table.known_to(ALL) is table
     known = table.known_to({"sub_model", "something new"})
-    assert known.automatic == (CompressionPlan(), half)
-    assert known.plan_of("pi") == CompressionPlan()
+    assert known.automatic == (LocalModelPlan(), half)
+    assert known.plan_of("pi") == LocalModelPlan()

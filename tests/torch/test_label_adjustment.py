@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from fedgrpc.errors import TaskError
-from fedgrpc.submodels.plan import Arithmetic, CompressionPlan, Pruning, Quantization
+from fedgrpc.submodels.plan import Arithmetic, LocalModelPlan, Pruning, Quantization
 from fedgrpc.torch.label_adjustment import LabelAdjustment
 from fedgrpc.torch.task import TorchTask
 from fedgrpc.torch.trainer import TorchTrainer
@@ -92,21 +92,21 @@ def test_a_label_that_is_not_here_is_not_unlearned() -> None:
 @pytest.mark.parametrize(
     "plan",
     [
-        CompressionPlan(pruning=Pruning(0.3)),
-        CompressionPlan(quantization=Quantization(8, 8)),
-        CompressionPlan(nested=(0.5,)),
-        CompressionPlan(arithmetic=Arithmetic("bfloat16")),
-        CompressionPlan(arithmetic=Arithmetic("float8_e5m2")),
+        LocalModelPlan(pruning=Pruning(0.3)),
+        LocalModelPlan(quantization=Quantization(8, 8)),
+        LocalModelPlan(nested=(0.5,)),
+        LocalModelPlan(arithmetic=Arithmetic("bfloat16")),
+        LocalModelPlan(arithmetic=Arithmetic("float8_e5m2")),
     ],
     ids=lambda plan: plan.to_toml().replace("\n", " "),
 )
-def test_a_compressed_local_model_is_trained_with_it_too(plan: CompressionPlan) -> None:
+def test_a_compressed_local_model_is_trained_with_it_too(plan: LocalModelPlan) -> None:
     """In every arithmetic, and in the narrower models within it."""
     trainer = trainer_of(Deep)
     start = trainer.initial_weights()
 
     def moved(tau: float) -> float:
-        job = TrainJob(batch_size=10, learning_rate=0.3, epochs=5, compression=plan, label_adjustment=tau)
+        job = TrainJob(batch_size=10, learning_rate=0.3, epochs=5, local_model=plan, label_adjustment=tau)
         result = trainer.train(start, job)
         assert result.start is not None
         return abs(float(result.weights["2.bias"][3] - result.start["2.bias"][3]))

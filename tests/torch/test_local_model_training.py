@@ -1,4 +1,4 @@
-"""A task that knows nothing of compression trains sub-models and compressed local models."""
+"""A task without code for sub-models and local models trains both."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedgrpc.submodels.channels import SubModel
 from fedgrpc.submodels.plan import (
     Arithmetic,
     Clustering,
-    CompressionPlan,
+    LocalModelPlan,
     Pruning,
     Quantization,
 )
@@ -95,12 +95,12 @@ def test_weights_of_no_sub_model_are_refused(trainer: TorchTrainer) -> None:
 
 
 PLANS = [
-    CompressionPlan(pruning=Pruning(0.5)),
-    CompressionPlan(clustering=Clustering(8, ("3.*",))),
-    CompressionPlan(quantization=Quantization(8, 8)),
-    CompressionPlan(arithmetic=Arithmetic("bfloat16")),
-    CompressionPlan(arithmetic=Arithmetic("float8_e5m2", "stochastic")),
-    CompressionPlan(
+    LocalModelPlan(pruning=Pruning(0.5)),
+    LocalModelPlan(clustering=Clustering(8, ("3.*",))),
+    LocalModelPlan(quantization=Quantization(8, 8)),
+    LocalModelPlan(arithmetic=Arithmetic("bfloat16")),
+    LocalModelPlan(arithmetic=Arithmetic("float8_e5m2", "stochastic")),
+    LocalModelPlan(
         pruning=Pruning(0.5),
         clustering=Clustering(8, ("3.*",)),
         quantization=Quantization(8),
@@ -112,11 +112,11 @@ PLANS = [
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.to_toml())
 @pytest.mark.parametrize("width", [1.0, 0.5])
 def test_a_compressed_local_model_starts_where_its_update_is_counted_from(
-    trainer: TorchTrainer, plan: CompressionPlan, width: float
+    trainer: TorchTrainer, plan: LocalModelPlan, width: float
 ) -> None:
     weights = sliced(trainer, SubModel(width))
     given = {name: array.copy() for name, array in weights.items()}
-    nothing = TrainJob(epochs=1, batch_size=16, learning_rate=0.0, momentum=0.0, seed=3, compression=plan)
+    nothing = TrainJob(epochs=1, batch_size=16, learning_rate=0.0, momentum=0.0, seed=3, local_model=plan)
     result = trainer.train(weights, nothing)
     assert result.start is not None
     for name, array in result.weights.items():
@@ -127,8 +127,8 @@ def test_a_compressed_local_model_starts_where_its_update_is_counted_from(
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.to_toml())
-def test_a_compressed_local_model_learns_and_says_how_well(trainer: TorchTrainer, plan: CompressionPlan) -> None:
-    job = TrainJob(epochs=4, batch_size=16, learning_rate=0.1, seed=3, compression=plan)
+def test_a_compressed_local_model_learns_and_says_how_well(trainer: TorchTrainer, plan: LocalModelPlan) -> None:
+    job = TrainJob(epochs=4, batch_size=16, learning_rate=0.1, seed=3, local_model=plan)
     result = trainer.train(trainer.initial_weights(), job)
     assert result.metrics["local_accuracy"] > 0.5
     for name, mask in result.masks.items():
@@ -144,7 +144,7 @@ def test_training_a_compressed_model_leaves_the_next_job_alone(trainer: TorchTra
     whole = trainer.initial_weights()
     fresh = Blobs.build_trainer(TaskSetup(device="cpu")).train(whole, JOB)
     for plan in PLANS:
-        trainer.train(whole, TrainJob(epochs=1, seed=3, compression=plan))
+        trainer.train(whole, TrainJob(epochs=1, seed=3, local_model=plan))
     again = trainer.train(whole, JOB)
     assert all(np.array_equal(again.weights[name], array) for name, array in fresh.weights.items())
 
@@ -176,8 +176,8 @@ def test_a_plan_with_nested_widths_makes_the_prefix_learn_what_the_whole_model_l
 ) -> None:
     """After training the whole model alone, its prefix is worth little; trained along, it is as good."""
 
-    def accuracies(plan: CompressionPlan | None) -> tuple[float, float]:
-        job = TrainJob(epochs=8, batch_size=16, learning_rate=0.1, seed=3, compression=plan)
+    def accuracies(plan: LocalModelPlan | None) -> tuple[float, float]:
+        job = TrainJob(epochs=8, batch_size=16, learning_rate=0.1, seed=3, local_model=plan)
         trained = trainer.train(trainer.initial_weights(), job).weights
         selection = trainer.channels().select(SubModel(0.25))
         prefix = {name: selection.coverage(name, array.shape).take(array) for name, array in trained.items()}
@@ -185,7 +185,7 @@ def test_a_plan_with_nested_widths_makes_the_prefix_learn_what_the_whole_model_l
         return scores[0].metrics["accuracy"], scores[1].metrics["accuracy"]  # type: ignore[union-attr]
 
     _, alone = accuracies(None)
-    whole, along = accuracies(CompressionPlan(nested=(0.5, 0.25)))
+    whole, along = accuracies(LocalModelPlan(nested=(0.5, 0.25)))
     assert along > alone + 0.1
     assert along > whole - 0.1
 
@@ -235,7 +235,7 @@ def test_what_is_kept_whole_at_every_width_is_told(trainer: TorchTrainer) -> Non
 
 def test_masks_are_made_anew_from_the_weights_of_each_round(trainer: TorchTrainer) -> None:
     """PruneFL (arXiv 1909.12326): what others have made large comes back."""
-    job = replace(JOB, compression=CompressionPlan(pruning=Pruning(0.5)))
+    job = replace(JOB, local_model=LocalModelPlan(pruning=Pruning(0.5)))
     weights = trainer.initial_weights()
     pruned = ~trainer.train(weights, job).masks["0.weight"]
     grown = {**weights, "0.weight": np.where(pruned, 1.0, 1e-3).astype(np.float32)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fedgrpc.errors import LayoutError, TaskError, TaskUnfit
-from fedgrpc.submodels.plan import CompressionPlan, Pruning
+from fedgrpc.submodels.plan import LocalModelPlan, Pruning
 from fedgrpc.torch.task import TorchTask
 from fedgrpc.trainer import Cancelled, TaskSetup, TrainJob
 from tests.torch.plain import ByItem, Linear, Normalized, Plain, X, Y, equal, trainer_of
@@ -265,9 +265,9 @@ def test_inputs_that_are_not_numbers_are_told_apart_from_a_rate_that_is_too_high
 
     trainer = trainer_of(Broken)
     start = trainer.initial_weights()
-    for plan in (None, CompressionPlan(pruning=Pruning(0.5))):
+    for plan in (None, LocalModelPlan(pruning=Pruning(0.5))):
         with pytest.raises(TaskError, match="very first batch is NaN: look at the inputs"):
-            trainer.train(start, TrainJob(compression=plan))
+            trainer.train(start, TrainJob(local_model=plan))
 
 
 def test_weights_of_another_model_are_refused() -> None:

@@ -39,7 +39,7 @@ from fedgrpc.storage.run_store import RoundRecord, RunStore
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.plan import (
     Clustering,
-    CompressionPlan,
+    LocalModelPlan,
     PlanTable,
     Pruning,
     Quantization,
@@ -61,32 +61,30 @@ EVERY = 3
 COMPARED = ("all whole", "mixed, prefix", "all smallest, compressed", "all smallest", "small left out")
 
 
-def small(rule: str) -> list[CompressionPlan]:
+def small(rule: str) -> list[LocalModelPlan]:
     """What the three smallest devices do besides training a quarter of the channels."""
     return [
-        CompressionPlan(0.25, rule, pruning=Pruning(0.3)),
-        CompressionPlan(0.25, rule, quantization=Quantization(8, 8)),
-        CompressionPlan(0.25, rule, clustering=Clustering(32, ("fc*",))),
+        LocalModelPlan(0.25, rule, pruning=Pruning(0.3)),
+        LocalModelPlan(0.25, rule, quantization=Quantization(8, 8)),
+        LocalModelPlan(0.25, rule, clustering=Clustering(32, ("fc*",))),
     ]
 
 
-def fleets() -> dict[str, Sequence[CompressionPlan | None]]:
+def fleets() -> dict[str, Sequence[LocalModelPlan | None]]:
     """The plan of each worker, by fleet; None stays out."""
-    whole, half, quarter = CompressionPlan(), CompressionPlan(0.5), CompressionPlan(0.25)
+    whole, half, quarter = LocalModelPlan(), LocalModelPlan(0.5), LocalModelPlan(0.25)
     mixed = {
-        f"mixed, {rule}": [whole] * 4 + [CompressionPlan(0.5, rule)] * 3 + small(rule)
+        f"mixed, {rule}": [whole] * 4 + [LocalModelPlan(0.5, rule)] * 3 + small(rule)
         for rule in ("prefix", "rolling")
     }
     # Large devices train the prefixes that the small ones have, too.
-    nested = (
-        [CompressionPlan(nested=(0.5, 0.25))] * 4 + [CompressionPlan(0.5, nested=(0.25,))] * 3 + small("prefix")
-    )
+    nested = [LocalModelPlan(nested=(0.5, 0.25))] * 4 + [LocalModelPlan(0.5, nested=(0.25,))] * 3 + small("prefix")
     # One technique at a time: what each of them costs.
     alone = {
         "widths alone": [whole] * 4 + [half] * 3 + [quarter] * 3,
-        "pruning alone": [whole] * 7 + [CompressionPlan(pruning=Pruning(0.3))] * 3,
-        "quantization alone": [whole] * 7 + [CompressionPlan(quantization=Quantization(8, 8))] * 3,
-        "clustering alone": [whole] * 7 + [CompressionPlan(clustering=Clustering(32, ("fc*",)))] * 3,
+        "pruning alone": [whole] * 7 + [LocalModelPlan(pruning=Pruning(0.3))] * 3,
+        "quantization alone": [whole] * 7 + [LocalModelPlan(quantization=Quantization(8, 8))] * 3,
+        "clustering alone": [whole] * 7 + [LocalModelPlan(clustering=Clustering(32, ("fc*",)))] * 3,
     }
     return {
         "all whole": [whole] * WORKERS,
@@ -94,7 +92,7 @@ def fleets() -> dict[str, Sequence[CompressionPlan | None]]:
         "mixed, nested": nested,
         **alone,
         # The six small devices as wide as the others, of very few bits: what precision weights are for.
-        "mixed, 2 bits": [whole] * 4 + [CompressionPlan(quantization=Quantization(2))] * 6,
+        "mixed, 2 bits": [whole] * 4 + [LocalModelPlan(quantization=Quantization(2))] * 6,
         "all half": [half] * WORKERS,
         "all smallest": [quarter] * WORKERS,
         # As the small devices of the mixed fleet really are.
@@ -153,7 +151,7 @@ class Timed:
 
 async def federated(
     folder: Path,
-    plans: Mapping[str, CompressionPlan],
+    plans: Mapping[str, LocalModelPlan],
     trainers: Mapping[str, Timed],
     asked: argparse.Namespace,
     seed: int,
@@ -193,7 +191,7 @@ async def federated(
     return [record for record in records if record.kind == TASK_KIND_TRAIN]
 
 
-def run(plans: Sequence[CompressionPlan | None], asked: argparse.Namespace, seed: int) -> dict[str, Any]:
+def run(plans: Sequence[LocalModelPlan | None], asked: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Scores of the global model on all held-out images, and what the rounds cost each worker."""
     setup, lock = TaskSetup(device="cpu", seed=seed), threading.Lock()
     wanted = {f"worker-{number}": plan for number, plan in enumerate(plans) if plan is not None}
@@ -231,7 +229,7 @@ def run(plans: Sequence[CompressionPlan | None], asked: argparse.Namespace, seed
     return {"accuracy": scores, "costs": costs}
 
 
-def trained_part(weights: Weights, channels: ChannelMap, plans: Iterable[CompressionPlan]) -> Weights:
+def trained_part(weights: Weights, channels: ChannelMap, plans: Iterable[LocalModelPlan]) -> Weights:
     """What a fleet has of the model: all of it, or the prefix that its widest plan trains.
 
     The other channels still have their first values, which would only disturb.

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.submodels.plan import CompressionPlan
+from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.torch.models.registry import build_model
 from fedgrpc.torch.task import TorchTask
 from fedgrpc.torch.trainer import TorchTrainer
@@ -81,7 +81,7 @@ def rows(model: str, steps: int) -> Iterator[str]:
     trainer = TorchTrainer(RandomImages(model, channels, side, batch_size), TaskSetup(device="cpu"))
     whole = trainer.initial_weights()
     for width in WIDTHS:
-        selection = trainer.channels().select(CompressionPlan(width).sub_model(0), whole)
+        selection = trainer.channels().select(LocalModelPlan(width).sub_model(0), whole)
         given = {key: selection.coverage(key, its.shape).take(its).copy() for key, its in whole.items()}
         ms, tensor_bytes = step_ms(trainer, given, steps)
         bytes_ = [tensor_bytes, payload_bytes(given, "raw"), payload_bytes(given, "int8+zstd")]

@@ -27,7 +27,7 @@ from torch.nn import functional
 from fedgrpc.submodels.plan import (
     Arithmetic,
     Clustering,
-    CompressionPlan,
+    LocalModelPlan,
     Pruning,
     Quantization,
 )
@@ -43,8 +43,8 @@ MOMENTUM = 0.9
 REACHED = 0.95
 
 FORMATS = {
-    "float64": CompressionPlan(arithmetic=Arithmetic("float64")),
-    "float32": CompressionPlan(),
+    "float64": LocalModelPlan(arithmetic=Arithmetic("float64")),
+    "float32": LocalModelPlan(),
 }
 # Of an epoch: section 4 of the paper.
 PAPER = {
@@ -54,22 +54,22 @@ PAPER = {
 }
 _FIGURES = {"epoch_ms": ("ms per epoch", 1), "tensor_bytes": ("tensors, MB", 1e6), "accuracy": ("accuracy", 1)}
 SMALL_FORMATS = {
-    "float24": CompressionPlan(arithmetic=Arithmetic("float24")),
-    "float16, native": CompressionPlan(arithmetic=Arithmetic("float16")),
-    "bfloat16, native": CompressionPlan(arithmetic=Arithmetic("bfloat16")),
-    "float16": CompressionPlan(arithmetic=Arithmetic("float16", emulated=True)),
-    "bfloat16": CompressionPlan(arithmetic=Arithmetic("bfloat16", emulated=True)),
-    "bfloat16, stochastic": CompressionPlan(arithmetic=Arithmetic("bfloat16", "stochastic")),
-    "float8_e4m3fn": CompressionPlan(arithmetic=Arithmetic("float8_e4m3fn")),
-    "float8_e4m3fn, stochastic": CompressionPlan(arithmetic=Arithmetic("float8_e4m3fn", "stochastic")),
-    "float8_e5m2, stochastic": CompressionPlan(arithmetic=Arithmetic("float8_e5m2", "stochastic")),
-    "fixed16.10, stochastic": CompressionPlan(arithmetic=Arithmetic("fixed16.10", "stochastic")),
+    "float24": LocalModelPlan(arithmetic=Arithmetic("float24")),
+    "float16, native": LocalModelPlan(arithmetic=Arithmetic("float16")),
+    "bfloat16, native": LocalModelPlan(arithmetic=Arithmetic("bfloat16")),
+    "float16": LocalModelPlan(arithmetic=Arithmetic("float16", emulated=True)),
+    "bfloat16": LocalModelPlan(arithmetic=Arithmetic("bfloat16", emulated=True)),
+    "bfloat16, stochastic": LocalModelPlan(arithmetic=Arithmetic("bfloat16", "stochastic")),
+    "float8_e4m3fn": LocalModelPlan(arithmetic=Arithmetic("float8_e4m3fn")),
+    "float8_e4m3fn, stochastic": LocalModelPlan(arithmetic=Arithmetic("float8_e4m3fn", "stochastic")),
+    "float8_e5m2, stochastic": LocalModelPlan(arithmetic=Arithmetic("float8_e5m2", "stochastic")),
+    "fixed16.10, stochastic": LocalModelPlan(arithmetic=Arithmetic("fixed16.10", "stochastic")),
 }
 TECHNIQUES = {
-    **{f"pruned {ratio:.0%}": CompressionPlan(pruning=Pruning(ratio)) for ratio in (0.25, 0.5, 0.75, 0.9)},
-    **{f"{bits}-bit weights": CompressionPlan(quantization=Quantization(bits)) for bits in (8, 4, 3, 2)},
-    "8-bit weights and activations": CompressionPlan(quantization=Quantization(8, 8)),
-    **{f"{count} clusters": CompressionPlan(clustering=Clustering(count)) for count in (32, 16, 8, 4)},
+    **{f"pruned {ratio:.0%}": LocalModelPlan(pruning=Pruning(ratio)) for ratio in (0.25, 0.5, 0.75, 0.9)},
+    **{f"{bits}-bit weights": LocalModelPlan(quantization=Quantization(bits)) for bits in (8, 4, 3, 2)},
+    "8-bit weights and activations": LocalModelPlan(quantization=Quantization(8, 8)),
+    **{f"{count} clusters": LocalModelPlan(clustering=Clustering(count)) for count in (32, 16, 8, 4)},
 }
 
 
@@ -102,7 +102,7 @@ class Held:
         return tensor
 
 
-def train(plan: CompressionPlan, count: int, seed: int, epochs: int) -> Run:
+def train(plan: LocalModelPlan, count: int, seed: int, epochs: int) -> Run:
     """Full-batch gradient descent from the seed's weights; scored on as many fresh samples."""
     torch.manual_seed(seed)
     local = LocalModel(sharpened(sigmoid_mlp()), plan, seed)
@@ -183,13 +183,13 @@ def measure(asked: argparse.Namespace, report: Callable[[str], None]) -> dict[st
 
 DEVICE_MODELS = ("mobilenetv2", "shufflenetv2", "pointnet")
 MODEL_PLANS = {
-    "whole": CompressionPlan(),
-    "width 0.5": CompressionPlan(0.5),
-    "width 0.25": CompressionPlan(0.25),
-    "pruned 50%": CompressionPlan(pruning=Pruning(0.5)),
-    "8-bit weights and activations": CompressionPlan(quantization=Quantization(8, 8)),
-    "16 clusters": CompressionPlan(clustering=Clustering(16)),
-    "bfloat16, native": CompressionPlan(arithmetic=Arithmetic("bfloat16")),
+    "whole": LocalModelPlan(),
+    "width 0.5": LocalModelPlan(0.5),
+    "width 0.25": LocalModelPlan(0.25),
+    "pruned 50%": LocalModelPlan(pruning=Pruning(0.5)),
+    "8-bit weights and activations": LocalModelPlan(quantization=Quantization(8, 8)),
+    "16 clusters": LocalModelPlan(clustering=Clustering(16)),
+    "bfloat16, native": LocalModelPlan(arithmetic=Arithmetic("bfloat16")),
 }
 
 
@@ -200,14 +200,14 @@ def device_model(name: str) -> Trainer:
     return load_trainer("fedgrpc.tasks.fashion_mnist", model=name, partition="iid", part="1/20")
 
 
-def measure_model(name: str, trainer: Trainer, plan: CompressionPlan, steps: int) -> dict[str, Any]:
+def measure_model(name: str, trainer: Trainer, plan: LocalModelPlan, steps: int) -> dict[str, Any]:
     """The model by that plan, trained once for so many steps: CPU ms of a step, bytes of tensors, accuracy."""
     assert isinstance(trainer, SliceableTrainer)
     whole = trainer.initial_weights()
     selection = trainer.channels().select(plan.sub_model(0), whole)
     given = {key: selection.coverage(key, its.shape).take(its).copy() for key, its in whole.items()}
-    compression = None if plan.plain else plan
-    job = TrainJob(epochs=100, max_steps=steps, batch_size=16, compression=compression)
+    local_model = None if plan.plain else plan
+    job = TrainJob(epochs=100, max_steps=steps, batch_size=16, local_model=local_model)
     job = job if name == "pointnet" else replace(job, learning_rate=0.005)
     begun = time.process_time()
     result = trainer.train(given, job)

@@ -23,7 +23,7 @@ from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fedgrpc.submodels.plan import Arithmetic, CompressionPlan, matches
+from fedgrpc.submodels.plan import Arithmetic, LocalModelPlan, matches
 from fedgrpc.torch.local_model.clustering import Clusters, cluster
 from fedgrpc.torch.local_model.emulate import Emulation, round_module
 from fedgrpc.torch.local_model.formats import FLOAT32, NumberFormat, parse_format
@@ -35,7 +35,7 @@ from fedgrpc.torch.local_model.quantization import quantized_activations, quanti
 class LocalModel:
     """Local model of `plan`, made of `module` in place. The module already has the plan's width."""
 
-    def __init__(self, module: nn.Module, plan: CompressionPlan, seed: int = 0) -> None:
+    def __init__(self, module: nn.Module, plan: LocalModelPlan, seed: int = 0) -> None:
         self.module = module
         self._plan = plan
         self._seed = seed

@@ -16,7 +16,7 @@ from fedgrpc.submodels.plan import (
     FORMATS,
     Arithmetic,
     Clustering,
-    CompressionPlan,
+    LocalModelPlan,
     Pruning,
     Quantization,
 )
@@ -93,7 +93,7 @@ def test_equal_weights_are_pruned_by_position_and_no_layer_vanishes() -> None:
 
 @pytest.mark.parametrize("kind", [None, torch.optim.Adam])
 def test_pruned_weights_are_zero_and_stay_zero(kind: Any) -> None:
-    local = LocalModel(lenet(), CompressionPlan(pruning=Pruning(0.7)))
+    local = LocalModel(lenet(), LocalModelPlan(pruning=Pruning(0.7)))
     before = weights(local)
     train(local, optimizer=kind and kind(local.module.parameters(), lr=0.01))
     for name, mask in local.masks.items():
@@ -133,7 +133,7 @@ def test_projecting_a_gradient_is_the_gradient_of_the_centroids() -> None:
 
 @pytest.mark.parametrize("kind", [None, torch.optim.Adam])
 def test_a_clustered_layer_is_trained_through_its_centroids(kind: Any) -> None:
-    plan = CompressionPlan(clustering=Clustering(16, ("fc*",)))
+    plan = LocalModelPlan(clustering=Clustering(16, ("fc*",)))
     local = LocalModel(lenet(), plan)
     before = weights(local)
     train(local, optimizer=kind and kind(local.module.parameters(), lr=0.01))
@@ -150,7 +150,7 @@ def test_a_clustered_layer_is_trained_through_its_centroids(kind: Any) -> None:
 
 def test_one_step_moves_each_cluster_by_the_mean_gradient_of_its_members() -> None:
     """A dumb loop over the clusters, from the gradients of a plain module with the same weights."""
-    local = LocalModel(mlp(), CompressionPlan(clustering=Clustering(8)))
+    local = LocalModel(mlp(), LocalModelPlan(clustering=Clustering(8)))
     plain = mlp()
     plain.load_state_dict(local.module.state_dict())
     inputs, targets = torch.randn(16, 1, 28, 28), torch.arange(16) % 10
@@ -172,7 +172,7 @@ def test_one_step_moves_each_cluster_by_the_mean_gradient_of_its_members() -> No
 
 
 def test_pruned_weights_belong_to_no_cluster() -> None:
-    plan = CompressionPlan(pruning=Pruning(0.5), clustering=Clustering(4))
+    plan = LocalModelPlan(pruning=Pruning(0.5), clustering=Clustering(4))
     local = LocalModel(lenet(), plan)
     train(local)
     for name, mask in local.masks.items():
@@ -209,7 +209,7 @@ def test_gradients_pass_straight_through() -> None:
 
 
 def test_the_forward_pass_of_a_quantized_model_is_that_of_its_quantized_weights() -> None:
-    local = LocalModel(lenet(), CompressionPlan(quantization=Quantization(4)))
+    local = LocalModel(lenet(), LocalModelPlan(quantization=Quantization(4)))
     train(local)
     plain = lenet()
     plain.load_state_dict(
@@ -222,7 +222,7 @@ def test_the_forward_pass_of_a_quantized_model_is_that_of_its_quantized_weights(
 
 
 def test_activations_are_quantized_while_training_and_hooks_are_gone_after_it() -> None:
-    plan = CompressionPlan(quantization=Quantization(0, 4, ("fc*",)), pruning=Pruning(0.5))
+    plan = LocalModelPlan(quantization=Quantization(0, 4, ("fc*",)), pruning=Pruning(0.5))
     local = LocalModel(lenet(), plan)
     seen: list[Tensor] = []
     layers = dict(local.module.named_modules())
@@ -238,14 +238,14 @@ def test_activations_are_quantized_while_training_and_hooks_are_gone_after_it() 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float64"])
 def test_native_formats_run_natively(name: str) -> None:
-    local = LocalModel(mlp(), CompressionPlan(arithmetic=Arithmetic(name)))
+    local = LocalModel(mlp(), LocalModelPlan(arithmetic=Arithmetic(name)))
     losses = train(local, steps=30)
     assert {parameter.dtype for parameter in local.module.parameters()} == {getattr(torch, name)}
     assert losses[-1] < losses[0]
 
 
 def test_emulated_formats_are_rounded_and_compressed_too() -> None:
-    plan = CompressionPlan(
+    plan = LocalModelPlan(
         pruning=Pruning(0.5),
         clustering=Clustering(8, ("fc*",)),
         arithmetic=Arithmetic("float8_e4m3", "stochastic"),
@@ -267,7 +267,7 @@ def test_the_names_of_formats_that_a_plan_takes_are_those_that_there_are() -> No
 def test_a_plain_plan_changes_nothing() -> None:
     whole, local = lenet(), lenet()
     local.load_state_dict(whole.state_dict())
-    trained = LocalModel(local, CompressionPlan())
+    trained = LocalModel(local, LocalModelPlan())
     train(trained, steps=3)
     torch.manual_seed(0)
     assert not trained.masks
@@ -276,15 +276,15 @@ def test_a_plain_plan_changes_nothing() -> None:
 
 
 COMBINATIONS = [
-    CompressionPlan(pruning=Pruning(0.5), quantization=Quantization(8), clustering=Clustering(16, ("fc3*",))),
-    CompressionPlan(quantization=Quantization(4, 8), arithmetic=Arithmetic("bfloat16")),
-    CompressionPlan(clustering=Clustering(32), quantization=Quantization(8, 8)),
-    CompressionPlan(pruning=Pruning(0.3, "global"), arithmetic=Arithmetic("float24")),
+    LocalModelPlan(pruning=Pruning(0.5), quantization=Quantization(8), clustering=Clustering(16, ("fc3*",))),
+    LocalModelPlan(quantization=Quantization(4, 8), arithmetic=Arithmetic("bfloat16")),
+    LocalModelPlan(clustering=Clustering(32), quantization=Quantization(8, 8)),
+    LocalModelPlan(pruning=Pruning(0.3, "global"), arithmetic=Arithmetic("float24")),
 ]
 
 
 @pytest.mark.parametrize("plan", COMBINATIONS, ids=str)
-def test_any_combination_learns(plan: CompressionPlan) -> None:
+def test_any_combination_learns(plan: LocalModelPlan) -> None:
     losses = train(LocalModel(mlp(), plan), steps=30)
     assert np.isfinite(losses).all()
     assert losses[-1] < 0.95 * losses[0]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fedgrpc.errors import UsageError
-from fedgrpc.submodels.plan import Arithmetic, CompressionPlan
+from fedgrpc.submodels.plan import Arithmetic, LocalModelPlan
 from fedgrpc.torch.local_model.formats import parse_format
 from fedgrpc.torch.local_model.local_model import LocalModel
 from fedgrpc.torch.local_model.loss_scale import GROWTH_STEPS, LossScale
@@ -21,7 +21,7 @@ def trained(arithmetic: Arithmetic, gradient: float, rate: float, steps: int = 1
     torch.set_num_threads(1)
     module = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(module.weight)
-    local = LocalModel(module, CompressionPlan(arithmetic=arithmetic))
+    local = LocalModel(module, LocalModelPlan(arithmetic=arithmetic))
     parameters = list(module.parameters())
     optimizer = MomentumSgd(parameters, rate, momentum, 0.0)
     scaling = local.loss_scale()
