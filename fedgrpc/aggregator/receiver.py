@@ -60,6 +60,9 @@ log = structlog.get_logger()
 # that time a link of 5 kB/s brings the 64 KiB that an upload over an unknown link begins with.
 _LEAST_BYTES_PER_S = 1024
 _PACE_S = 15.0
+# Where others wait, one that needs much longer than this gives its slot up in between: whoever fills all slots
+# with slow streams has them for a turn, not for a round.
+_TURN_S = 30.0
 # Updates that are checked at the same time: threads, and memory all together.
 _CHECKERS = 4
 _DECODING_BYTES = 64 << 20
@@ -113,6 +116,14 @@ class _Stream:
             return math.inf
         self._pace = self._pace.moved(self._upload.size_bytes, now, _PACE_S)
         return math.inf if now - self._begun_at < _PACE_S else self._pace.bytes_per_second(now)
+
+    def left_s(self, now: float) -> float:
+        """How much longer it needs at its pace, seconds, once it has had its turn; before that 0."""
+        rate = self.bytes_per_second(now)
+        if self._upload is None or math.isinf(rate) or now - self._begun_at < _TURN_S:
+            return 0.0
+        left_bytes = self._upload.manifest.size_bytes - self._upload.size_bytes
+        return left_bytes / rate if rate > 0 else math.inf
 
 
 @dataclass(frozen=True)
@@ -290,7 +301,7 @@ class Receiver:
                 yield
         except TimeoutError:
             if stream.gives_way:
-                why = f"others wait, and less than {_LEAST_BYTES_PER_S} bytes a second came; go on later"
+                why = "others wait, and this upload is slow or still needs long; go on later"
                 raise Exhausted(why, retry_after_s=_PACE_S) from None
             raise LinkError("a newer stream of this update has taken over") from None
         finally:
@@ -299,11 +310,15 @@ class Receiver:
             stream.ended.set()
 
     def _free_a_slot(self) -> None:
-        """Somebody waits: the slowest stream gives its slot up if it hardly uses it. What has come is kept."""
+        """Somebody waits: a stream that hardly uses its slot gives it up, else one that needs long."""
         now = time.monotonic()
         slowest = min(self._streams.values(), key=lambda stream: stream.bytes_per_second(now), default=None)
         if slowest is not None and slowest.bytes_per_second(now) < _LEAST_BYTES_PER_S:
             slowest.give_way()
+            return
+        longest = max(self._streams.values(), key=lambda stream: stream.left_s(now), default=None)
+        if longest is not None and longest.left_s(now) > _PACE_S:
+            longest.give_way()
 
     async def _take(self, upload: Upload, chunks: AsyncIterator[Chunk]) -> None:
         """Commit chunks until the stream ends. A silent stream gives up its slot."""

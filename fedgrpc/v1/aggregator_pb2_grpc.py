@@ -247,7 +247,8 @@ class AggregatorServicer:
         RESOURCE_EXHAUSTED: a declared size is over the limit (for good), or no upload slot is free. In the latter case
         the trailer "grpc-retry-pushback-ms" says when to try again, as gRPC's own retries have it, and a slot is kept
         for whoever does; who comes earlier or later is served as it happens. Where others wait, a stream of less than
-        1 KiB a second over 15 s loses its slot in this way. What has come stays: ask `QueryPush`.
+        1 KiB a second over 15 s loses its slot in this way, and so does one that has had its slot for 30 s and needs
+        15 s more at its pace, the one that needs longest first. What has come stays: ask `QueryPush`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

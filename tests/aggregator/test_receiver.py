@@ -1,6 +1,7 @@
 """An update that is here whole is accepted, whatever becomes of its connection."""
 
 import asyncio
+import contextlib
 import threading
 import time
 
@@ -238,6 +239,30 @@ async def test_a_stream_that_carries_its_share_keeps_its_slot(tmp_path, monkeypa
             await asyncio.sleep(0.1)
         await stream.done_writing()
         assert (await stream).complete
+
+
+async def test_streams_that_need_long_take_turns_with_those_who_wait(tmp_path, monkeypatch):
+    for name, seconds in {"_PACE_S": 0.3, "_TURN_S": 0.6, "_LEAST_BYTES_PER_S": 1}.items():
+        monkeypatch.setattr(receiver_module, name, seconds)
+    async with running_aggregator(tmp_path, max_uploads=1) as running, asyncio.timeout(PATIENCE_S):
+        tasks = await tasks_out(running)
+        manifest, payload = by_hand(update_of())
+        slow, fast = HandDrivenDevice(running.stub, "a"), HandDrivenDevice(running.stub, "b")
+        stream = running.stub.PushUpdate()
+        await stream.write(pb.PushUpdateRequest(header=slow.header(tasks["a"], manifest)))
+        answer, at = None, 0
+        while answer is None:
+            with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
+                await stream.write(upload_chunk(payload[at : at + 2], at))
+                at += 2
+            try:
+                with domain_errors():
+                    answer = await fast.push(tasks["b"])
+            except Exhausted:
+                await asyncio.sleep(0.1)
+        assert answer.complete
+        assert await stream.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (await slow.held(tasks["a"])).committed_size_bytes > 0
 
 
 async def test_an_update_in_tiny_chunks_is_refused(tmp_path):
