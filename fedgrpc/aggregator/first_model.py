@@ -13,7 +13,7 @@ from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.protocol.tensors import layout_to_proto
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
-from fedgrpc.storage.model_file import METADATA
+from fedgrpc.storage.model_header import METADATA
 
 # A manifest travels in one message, with each tensor's encoding beside its name and shape.
 _MAX_LAYOUT_BYTES: Final = MAX_MESSAGE_BYTES // 2
