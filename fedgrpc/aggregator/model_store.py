@@ -25,8 +25,8 @@ import numpy as np
 import structlog
 
 from fedgrpc.aggregation import partial_update
+from fedgrpc.aggregator.chunk_cache import ChunkCache, PayloadFile
 from fedgrpc.aggregator.forms import Forms, Source
-from fedgrpc.aggregator.frames import FrameCache, PayloadFile
 from fedgrpc.codec.chunk import LARGE_CHUNK_BYTES
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.codec.manifest import Manifest, TensorEntry
@@ -48,7 +48,7 @@ Held = tuple[int, bytes]
 
 _VERSION = re.compile(r"(\d+)(-|\.safetensors$)")
 
-_FRAMES_BYTES = 16 << 20
+_CHUNK_CACHE_BYTES = 16 << 20
 _SENDING_BYTES = 16 << 20
 _MAX_SPARES = 1
 # Workers that hold other forms than these few get the whole model, and so hold the same again.
@@ -158,7 +158,7 @@ class ModelStore:
         self._looked_at: dict[Variant, float] = {}
         self._numbers = count(1)
         self._encoders = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="encoding")
-        self.frames = FrameCache(_FRAMES_BYTES, _SENDING_BYTES, max_chunk_bytes=max_chunk_bytes)
+        self.chunk_cache = ChunkCache(_CHUNK_CACHE_BYTES, _SENDING_BYTES, max_chunk_bytes=max_chunk_bytes)
 
     def close(self) -> None:
         """Begin no further encoding."""
@@ -308,7 +308,7 @@ class ModelStore:
             return
         self._looked_at[variant] = now
         if not await asyncio.to_thread(lambda: payload.as_written):
-            self.frames.forget(payload)
+            self.chunk_cache.forget(payload)
             log.error("encoded model has changed on the disk", version=variant.version, recipe=str(variant.recipe))
             raise StorageError(f"an encoded form of version {variant.version} has changed on the disk; ask again")
 
@@ -391,7 +391,7 @@ class ModelStore:
         if made.cancelled() or made.exception() is not None:
             return False
         payload = made.result().payload
-        self.frames.forget(payload)
+        self.chunk_cache.forget(payload)
         pulling = weakref.ref(payload)
         del made, payload
         return pulling() is not None

@@ -160,8 +160,8 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         if request.offset > size_bytes:
             raise WrongOffset(f"offset {request.offset} is beyond the payload of {size_bytes} bytes")
         await context.write(encoded.header)
-        async with aclosing(self._it.models.frames.frames(encoded.payload, request.offset)) as frames:
-            async for message in frames:
+        async with aclosing(self._it.models.chunk_cache.messages(encoded.payload, request.offset)) as messages:
+            async for message in messages:
                 await context.write(message)
                 # Yielded, it would be held here and by gRPC until the next one is there.
                 del message

@@ -8,8 +8,8 @@ The messages that carry payloads have a chunk as field 2: `PullModelResponse`, `
        12 LENGTH DATA       absent when empty
        1d CRC32             4 bytes, little-endian; absent when 0
 
-`frame` writes exactly what the generated classes serialize. `parse` reads this form and leaves everything else
-(headers, other orders of fields, fields yet unknown) to the generated classes, so any peer is understood.
+`message_of` writes exactly what the generated classes serialize. `parse` reads this form and leaves everything
+else (headers, other orders of fields, unknown fields) to the generated classes, so any peer is understood.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Message(Protocol):
     def SerializeToString(self) -> bytes: ...  # noqa: N802
 
 
-def frame(chunk: Chunk) -> bytes:
+def message_of(chunk: Chunk) -> bytes:
     """The serialized message around `chunk`: one copy of its data, and the last."""
     size = len(chunk.data)
     before = b"" if not chunk.offset else b"\x08" + _varint(chunk.offset)
@@ -104,7 +104,7 @@ def _read_varint(message: bytes, at: int) -> tuple[int, int]:
 
 
 def to_wire(message: bytes | _Message) -> bytes:
-    """Serializer of streams: framed chunks pass as they are, messages are serialized."""
+    """Serializer of streams: chunk messages pass as they are, messages are serialized."""
     return message if isinstance(message, bytes) else message.SerializeToString()
 
 
@@ -144,7 +144,7 @@ def pull_model(channel: grpc.aio.Channel) -> Any:
 
 
 def push_update(channel: grpc.aio.Channel) -> Any:
-    """The aggregator's `PushUpdate`, whose stream takes its header's message, then framed chunks."""
+    """The aggregator's `PushUpdate`, whose stream takes its header's message, then chunk messages."""
     return channel.stream_unary(
         f"/{_AGGREGATOR}/PushUpdate", to_wire, aggregator_pb2.PushUpdateResponse.FromString
     )
@@ -155,7 +155,7 @@ def add_aggregator(
     server: grpc.aio.Server,
     max_header_bytes: Callable[[], int] = _any_message,
 ) -> None:
-    """Serve `servicer`: its `PushUpdate` gets each `Chunk`, its `PullModel` may yield framed chunks.
+    """Serve `servicer`: its `PushUpdate` gets each `Chunk`, its `PullModel` may yield chunk messages.
 
     Its `WatchRounds` may yield serialized messages, each made once for all who watch.
     """
@@ -178,7 +178,7 @@ def add_aggregator(
 
 
 def add_worker(servicer: worker_pb2_grpc.WorkerServicer, server: grpc.aio.Server) -> None:
-    """Serve `servicer`: its `PullModel` may yield framed chunks."""
+    """Serve `servicer`: its `PullModel` may yield chunk messages."""
     worker_pb2_grpc.add_WorkerServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
     pull = grpc.unary_stream_rpc_method_handler(
         servicer.PullModel, worker_pb2.WorkerPullModelRequest.FromString, to_wire

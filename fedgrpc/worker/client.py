@@ -35,7 +35,7 @@ from fedgrpc.worker.throttle import Pacer, Throttle
 _CALL_S: Final = 20.0
 _POLL_MARGIN_S: Final = 15.0
 _MAX_REASON_CHARS: Final = 500
-# A hop to a thread costs about as much as to read and frame a small chunk.
+# A hop to a thread costs about as much as to read a small chunk and write its message.
 _BATCH_BYTES: Final = 2 * LARGE_CHUNK_BYTES
 _BATCH_CHUNKS: Final = 4
 
@@ -205,8 +205,8 @@ class AggregatorClient:
                 stream = ClientStream(call)
                 wanted = await stream.write(aggregator_pb2.PushUpdateRequest(header=header))
                 pieces = _chunks(read, size_bytes, offset, pace)
-                async with aclosing(prefetched(lambda: _framed(pieces, size_bytes, pace))) as framed:
-                    async for chunk, message in framed:
+                async with aclosing(prefetched(lambda: _messages(pieces, size_bytes, pace))) as messages:
+                    async for chunk, message in messages:
                         await pacer.wait(len(chunk.data), moved)
                         sent_s = self._clock()
                         if not wanted or not (wanted := await stream.write(message)):
@@ -335,15 +335,17 @@ def _chunks(read: Read, size_bytes: int, offset: int, pace: ChunkSizer) -> Itera
         yield chunk
 
 
-def _framed(pieces: Iterator[Chunk], size_bytes: int, pace: ChunkSizer) -> tuple[list[tuple[Chunk, bytes]], bool]:
-    """Return the next chunks of a payload with their framed messages, and whether more follow.
+def _messages(
+    pieces: Iterator[Chunk], size_bytes: int, pace: ChunkSizer
+) -> tuple[list[tuple[Chunk, bytes]], bool]:
+    """Return the next chunks of a payload with their messages, and whether more follow.
 
     They are few, so that a new chunk size has effect at once.
     """
     batch: list[tuple[Chunk, bytes]] = []
     batch_bytes, wanted_bytes = 0, min(_BATCH_BYTES, _BATCH_CHUNKS * pace.chunk_bytes)
     while batch_bytes < wanted_bytes and (chunk := next(pieces, None)) is not None:
-        batch.append((chunk, framing.frame(chunk)))
+        batch.append((chunk, framing.message_of(chunk)))
         batch_bytes += len(chunk.data)
         # Return the end with the last batch: an empty batch after it would cost another hop to a thread.
         if chunk.offset + len(chunk.data) == size_bytes:

@@ -12,7 +12,7 @@ from fedgrpc.codec.chunk import Chunk, chunks
 from fedgrpc.codec.payload import file_reader
 from fedgrpc.errors import NotFound, WrongOffset
 from fedgrpc.protocol.tensors import manifest_to_proto
-from fedgrpc.rpc.framing import frame
+from fedgrpc.rpc.framing import message_of
 from fedgrpc.v1 import aggregator_pb2, worker_pb2, worker_pb2_grpc
 from fedgrpc.worker.model_store import ModelFolder
 from fedgrpc.worker.status import StatusPublisher
@@ -68,7 +68,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             header = aggregator_pb2.ModelHeader(version=held.version, manifest=manifest_to_proto(manifest))
             yield worker_pb2.WorkerPullModelResponse(header=header)
             pieces = chunks(file_reader(file.fileno()), manifest.size_bytes, request.offset)
-            while (message := await asyncio.to_thread(_next_framed, pieces)) is not None:
+            while (message := await asyncio.to_thread(_next_message, pieces)) is not None:
                 yield message
 
     async def Pause(
@@ -93,6 +93,6 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         return worker_pb2.DrainResponse(status=self._publisher.status.to_proto())
 
 
-def _next_framed(pieces: Iterator[Chunk]) -> bytes | None:
+def _next_message(pieces: Iterator[Chunk]) -> bytes | None:
     chunk = next(pieces, None)
-    return None if chunk is None else frame(chunk)
+    return None if chunk is None else message_of(chunk)

@@ -44,7 +44,7 @@ AGGREGATOR = {
     "tasks-chosen-not-stored": Point(f"{_STORAGE}.run_store:RunStore.save_open_round", count=2),
     "tasks-stored-not-offered": Point(f"{_STORAGE}.run_store:RunStore.save_open_round", "after", count=2),
     "encoding-the-model": Point(f"{_AGGREGATOR}.model_store:_write", "after", count=2),
-    "mid-pull": Point(f"{_AGGREGATOR}.frames:FrameCache._frame", "after", _behind_the_first_chunk, count=2),
+    "mid-pull": Point(f"{_AGGREGATOR}.chunk_cache:ChunkCache._message", "after", _behind_the_first_chunk, count=2),
     "push-between-bytes-and-their-count": Point(
         f"{_STORAGE}.resumable:pwrite", "before", _head_of_an_upload, count=8
     ),

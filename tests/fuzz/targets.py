@@ -283,7 +283,7 @@ def _registration(registration: Registration) -> None:
 def chunks(rnd: Random, folder: Path) -> None:
     data = rnd.randbytes(rnd.choice((0, 1, 3, 100)))
     chunk = Chunk(rnd.choice((0, 1, 1 << 20, (1 << 64) - 1)), data, crc32(data))
-    message = mutated(framing.frame(chunk), rnd)
+    message = mutated(framing.message_of(chunk), rnd)
     quick = framing.parse(message)
     whole = _parsed(aggregator_pb2.PushUpdateRequest, message)
     if quick is not None:

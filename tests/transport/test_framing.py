@@ -32,7 +32,7 @@ def equal(chunk, offset, data, crc32):
 @example(128, b"x" * 128, (1 << 32) - 1)
 @example((1 << 64) - 1, b"x" * 16384, 0)
 def test_what_is_framed_by_hand_is_what_protobuf_writes(carrier, offset, data, crc32):
-    framed = framing.frame(Chunk(offset, data, crc32))
+    framed = framing.message_of(Chunk(offset, data, crc32))
     message = carrier(chunk={"offset": offset, "data": data, "crc32": crc32})
     assert framed == message.SerializeToString(deterministic=True)
     assert equal(carrier.FromString(framed).chunk, offset, data, crc32)
@@ -50,7 +50,7 @@ def test_what_protobuf_writes_is_read_by_hand(carrier, offset, data, crc32):
 
 @given(datas, offsets)
 def test_the_data_of_a_parsed_chunk_is_a_view_and_no_copy(data, offset):
-    message = framing.frame(Chunk(offset, memoryview(data), zlib.crc32(data)))
+    message = framing.message_of(Chunk(offset, memoryview(data), zlib.crc32(data)))
     parsed = framing.parse(message)
     parsed.verify()
     assert isinstance(parsed.data, memoryview)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fedgrpc.aggregator.frames import FrameCache, PayloadFile
+from fedgrpc.aggregator.chunk_cache import ChunkCache, PayloadFile
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.codec.chunk import CHUNK_BYTES, FIRST_CHUNK_BYTES, LARGE_CHUNK_BYTES, LEAST_CHUNK_BYTES, ChunkSizer
 from fedgrpc.codec.payload import buffer_reader
@@ -184,7 +184,7 @@ def payload(tmp_path):
 
 async def test_a_download_grows_and_shrinks_its_chunks_with_its_reader(payload):
     clock, sizes = Clock(), []
-    async for message in FrameCache(16 * MIB, 16 * MIB, clock).frames(payload, 0):
+    async for message in ChunkCache(16 * MIB, 16 * MIB, clock).messages(payload, 0):
         sizes.append(len(parse(message).data))
         if sum(sizes) > 15 * MIB:
             clock.step_s = 4.0
@@ -195,7 +195,7 @@ async def test_a_download_grows_and_shrinks_its_chunks_with_its_reader(payload):
 
 async def test_a_download_goes_on_within_a_large_chunk(payload):
     async def rest(offset):
-        messages = FrameCache(16 * MIB, 16 * MIB, Clock()).frames(payload, offset)
+        messages = ChunkCache(16 * MIB, 16 * MIB, Clock()).messages(payload, offset)
         return b"".join([bytes(parse(message).data) async for message in messages])
 
     for offset in (4 * MIB + 1, 6 * MIB, 8 * MIB - 1, len(PAYLOAD) - 5):

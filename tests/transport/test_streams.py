@@ -291,20 +291,20 @@ async def test_a_reader_that_leaves_is_no_error_and_costs_nothing_any_more(tmp_p
     save_file({"w": large}, tmp_path / "initial.safetensors")
     with structlog.testing.capture_logs() as logs:
         async with running_aggregator(tmp_path, policy=ALONE) as running:
-            frames = running.aggregator.coordinator.models.frames
-            alone_bytes = frames.message_bytes
+            cache = running.aggregator.coordinator.models.chunk_cache
+            alone_bytes = cache.message_bytes
             async with open_channel(running.address) as channel:
                 stub = aggregator_pb2_grpc.AggregatorStub(channel)
                 pulls = [stub.PullModel(pb.PullModelRequest(version=1)) for _ in range(16)]
                 for pull in pulls:
                     await pull.read()
                     await pull.read()
-                assert frames.message_bytes < alone_bytes
+                assert cache.message_bytes < alone_bytes
                 for pull in pulls[::2]:
                     pull.cancel()
             # The others lose their connection.
             async with asyncio.timeout(60):
-                while frames.message_bytes < alone_bytes:  # noqa: ASYNC110 - nobody tells
+                while cache.message_bytes < alone_bytes:  # noqa: ASYNC110 - nobody tells
                     await asyncio.sleep(0.01)
     assert [line for line in logs if line["log_level"] in ("warning", "error")] == []
 

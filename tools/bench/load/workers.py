@@ -38,10 +38,10 @@ _ZSTD = tensor_pb2.COMPRESSION_ZSTD
 
 @dataclass(frozen=True)
 class Update:
-    """One payload for everybody: its manifest and its framed chunks."""
+    """One payload for everybody: its manifest and its chunk messages."""
 
     manifest: Any
-    frames: tuple[bytes, ...]
+    messages: tuple[bytes, ...]
     size_bytes: int
 
     @classmethod
@@ -52,7 +52,7 @@ class Update:
         out = io.BytesIO()
         manifest = write_payload(noise, Recipe.parse(recipe), out, rng)
         pieces = chunks(buffer_reader(out.getvalue()), manifest.size_bytes, 0)
-        return cls(manifest_to_proto(manifest), tuple(map(framing.frame, pieces)), manifest.size_bytes)
+        return cls(manifest_to_proto(manifest), tuple(map(framing.message_of, pieces)), manifest.size_bytes)
 
 
 @dataclass
@@ -136,7 +136,7 @@ class Worker:
         while True:
             try:
                 stream = ClientStream(self._push(timeout=PATIENCE_S))
-                for message in (pb.PushUpdateRequest(header=header), *self._update.frames):
+                for message in (pb.PushUpdateRequest(header=header), *self._update.messages):
                     if not await stream.write(message):
                         break
                 await stream.finish()

@@ -1,4 +1,4 @@
-"""Chunks of encoded models as framed messages, each made once for all who pull, a few of them kept.
+"""Chunks of encoded models as messages, each made once for all who pull, a few of them kept.
 
 Workers of a round pull the same bytes at about the same time, so a small window serves them all. One who is far
 behind reads again from the disk, and costs only itself.
@@ -19,7 +19,7 @@ from io import FileIO
 
 from fedgrpc.codec.chunk import LARGE_CHUNK_BYTES, Chunk, ChunkSizer, chunks, crc32
 from fedgrpc.errors import StorageError
-from fedgrpc.rpc.framing import frame, parse
+from fedgrpc.rpc.framing import message_of, parse
 
 _BATCH_BYTES = 4 << 20
 # A message costs about as much as copying this much.
@@ -61,12 +61,12 @@ class PayloadFile:
             raise StorageError(f"{self.file.name!r} is cut short")
         return data
 
-    def frames(self, offset: int, end: int, chunk_bytes: int) -> list[bytes]:
-        """The chunks from `offset` to `end`, framed."""
-        return [frame(chunk) for chunk in chunks(self.read, end, offset, chunk_bytes)]
+    def messages(self, offset: int, end: int, chunk_bytes: int) -> list[bytes]:
+        """The chunks from `offset` to `end` as messages."""
+        return [message_of(chunk) for chunk in chunks(self.read, end, offset, chunk_bytes)]
 
 
-class FrameCache:
+class ChunkCache:
     """Frames of any number of payloads, up to about `limit_bytes` of them. Lives on one event loop.
 
     The messages that are on their way to all who pull have about `sending_bytes` together, or 16 KiB each.
@@ -93,7 +93,7 @@ class FrameCache:
         share = self._sending_bytes // max(1, self._pulling)
         return min(self._max_chunk_bytes, max(_LEAST_BYTES, 1 << share.bit_length() >> 1))
 
-    async def frames(self, payload: PayloadFile, offset: int) -> AsyncGenerator[bytes, None]:
+    async def messages(self, payload: PayloadFile, offset: int) -> AsyncGenerator[bytes, None]:
         """The payload from `offset` on, in larger chunks to a faster reader; all end at multiples of their size.
 
         Those who pull at the same time and as fast have chunks of one size, and so the same messages.
@@ -108,7 +108,7 @@ class FrameCache:
                 if wanted < size or at % wanted == 0:
                     size = wanted
                 end = min(at - at % size + size, at + most, payload.size_bytes)
-                message = await self._frame(payload, at, end, size, size == most)
+                message = await self._message(payload, at, end, size, size == most)
                 told_s = self._clock()
                 # Nothing but the one message is held while a slow reader takes it.
                 yield message
@@ -121,7 +121,7 @@ class FrameCache:
                 # The memory is wanted for what comes next, and the page cache has all of it.
                 self._batches.clear()
 
-    async def _frame(self, payload: PayloadFile, offset: int, end: int, chunk_bytes: int, common: bool) -> bytes:
+    async def _message(self, payload: PayloadFile, offset: int, end: int, chunk_bytes: int, common: bool) -> bytes:
         """The bytes from `offset` to `end`, all or a part of a chunk of `chunk_bytes`.
 
         A `common` size is that of all fast readers: what they ask for next is read ahead.
@@ -131,7 +131,7 @@ class FrameCache:
         part = end - offset < chunk_bytes
         if offset != start and (payload, start, span, chunk_bytes) not in self._batches and part:
             # A whole batch for each of many small messages would be read over and over.
-            return (await asyncio.to_thread(payload.frames, offset, end, chunk_bytes))[0]
+            return (await asyncio.to_thread(payload.messages, offset, end, chunk_bytes))[0]
         batch = self._batch(payload, start, span, chunk_bytes)
         if common and offset == start and start + span < payload.size_bytes:
             self._batch(payload, start + span, span, chunk_bytes)
@@ -144,7 +144,7 @@ class FrameCache:
             self._batches.move_to_end(key)
             return self._batches[key]
         end = min(start + span, payload.size_bytes)
-        batch = asyncio.create_task(asyncio.to_thread(payload.frames, start, end, chunk_bytes))
+        batch = asyncio.create_task(asyncio.to_thread(payload.messages, start, end, chunk_bytes))
         batch.add_done_callback(lambda _: self._forget_failed(key))
         self._batches[key] = batch
         while len(self._batches) > 2 and sum(span for _, _, span, _ in self._batches) > self._limit_bytes:
@@ -163,10 +163,10 @@ class FrameCache:
 
 
 def _part(message: bytes, offset: int, end: int) -> bytes:
-    """The part of a framed chunk from byte `offset` to `end` of the payload, itself where that is all of it."""
+    """The part of a chunk message from byte `offset` to `end` of the payload, itself where that is all of it."""
     whole = parse(message)
     assert whole is not None
     data = memoryview(whole.data)[offset - whole.offset : end - whole.offset]
     if len(data) == len(whole.data):
         return message
-    return frame(Chunk(offset, data, crc32(data)))
+    return message_of(Chunk(offset, data, crc32(data)))
