@@ -22,6 +22,7 @@ from fedgrpc.errors import UsageError
 from fedgrpc.hierarchy.process import run_leaf
 from fedgrpc.metrics import Metrics, serve_metrics
 from fedgrpc.process import collect_rarely, keep_private
+from fedgrpc.protocol.tasks import Role
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.address import Address
@@ -29,7 +30,6 @@ from fedgrpc.rpc.channel import Tls
 from fedgrpc.submodels.plan import PlanTable
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.worker.settings import WorkerSettings
-from fedgrpc.worker.task import Role
 
 _place = Declare("Where", AggregatorSettings)
 _model = Declare("The model", AggregatorSettings)

@@ -30,9 +30,9 @@ from fedgrpc.errors import LinkError, StorageError
 from fedgrpc.hierarchy.desk import Desk
 from fedgrpc.hierarchy.driver import LeafDriver
 from fedgrpc.metrics import Metrics
+from fedgrpc.protocol.tasks import Registration, registration_from_proto
 from fedgrpc.storage.files import storage_errors, write_file
 from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RegisterResponse
-from fedgrpc.worker.task import Registration, registration_from_proto
 
 _FOLDER: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # A leaf's run ends when its parent's does, after however many rounds.

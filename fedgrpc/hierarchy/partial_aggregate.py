@@ -39,6 +39,7 @@ from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Compression, Recipe
 from fedgrpc.errors import StorageError
 from fedgrpc.protocol.records import timings_to_proto
+from fedgrpc.protocol.tasks import Task, TaskKind
 from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
 from fedgrpc.storage.files import make_private, storage_errors, sync, write_file
 from fedgrpc.storage.model_file import ModelFile
@@ -46,7 +47,6 @@ from fedgrpc.storage.update_file import StoredUpdate
 from fedgrpc.submodels.channels import KeptChannels
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.spool import Fill
-from fedgrpc.worker.task import Task, TaskKind
 from fedgrpc.worker.update import Began, fitted, peak_memory_bytes
 
 Tensors = Iterator[tuple[TensorSpec, Array]]

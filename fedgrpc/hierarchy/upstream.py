@@ -29,6 +29,7 @@ from fedgrpc.errors import FedgrpcError, TaskError
 from fedgrpc.hierarchy.desk import Order, Shown
 from fedgrpc.hierarchy.leaf_run import LeafRuns
 from fedgrpc.hierarchy.partial_aggregate import sending
+from fedgrpc.protocol.tasks import Registration, Role, Task, TaskKind
 from fedgrpc.rpc.identity import Session
 from fedgrpc.trainer import EvalResult
 from fedgrpc.v1 import aggregator_pb2
@@ -39,7 +40,6 @@ from fedgrpc.worker.loop import Loop, leave
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Fill, SpooledUpdate
 from fedgrpc.worker.status import Activity, Controls, Status, StatusPublisher
-from fedgrpc.worker.task import Registration, Role, Task, TaskKind
 from fedgrpc.worker.training import ALL_PARTS
 from fedgrpc.worker.update import Began, Outcome, update_of
 

@@ -21,6 +21,7 @@ from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.codec.payload import Read
 from fedgrpc.errors import CorruptError, LayoutError, LinkError, WrongOffset
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
+from fedgrpc.protocol.tasks import Phase, Registration, Role, Task, registration_from_proto, task_from_proto
 from fedgrpc.rpc import framing
 from fedgrpc.rpc.client_stream import ClientStream
 from fedgrpc.rpc.identity import Session
@@ -29,7 +30,6 @@ from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, tensor_pb2
 from fedgrpc.worker.device import DeviceProfile
 from fedgrpc.worker.model_store import HeldModel, ModelFolder, Source
 from fedgrpc.worker.partial import PartialModel
-from fedgrpc.worker.task import Phase, Registration, Role, Task, registration_from_proto, task_from_proto
 from fedgrpc.worker.throttle import Pacer, Throttle
 
 _CALL_S: Final = 20.0

@@ -26,11 +26,11 @@ from fedgrpc.errors import (
     WrongOffset,
 )
 from fedgrpc.protocol.records import Timings
+from fedgrpc.protocol.tasks import task_from_proto
 from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.worker.client import AggregatorClient, Pushed
 from fedgrpc.worker.spool import Spool, SpooledUpdate
 from fedgrpc.worker.status import Activity, StatusPublisher
-from fedgrpc.worker.task import task_from_proto
 
 _TRIES: Final = 3
 # A floor for the aggregator's retry delay: one of zero must not make a busy loop.

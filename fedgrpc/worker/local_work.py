@@ -18,6 +18,7 @@ from typing import Final, Protocol
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import CorruptError, StorageError, WrongOffset
+from fedgrpc.protocol.tasks import Registration, Task
 from fedgrpc.rpc.retry import with_retries
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.client import AggregatorClient, Report
@@ -25,7 +26,6 @@ from fedgrpc.worker.model_store import HeldModel, ModelFolder, Source
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Fill, Spool, SpooledUpdate
 from fedgrpc.worker.status import Activity, StatusPublisher
-from fedgrpc.worker.task import Registration, Task
 
 _TRIES_TO_DOWNLOAD: Final = 3
 _TRIES_TO_SPOOL: Final = 5

@@ -23,6 +23,7 @@ from fedgrpc.errors import (
     UnknownWorker,
     UsageError,
 )
+from fedgrpc.protocol.tasks import Registration, Task
 from fedgrpc.rpc.address import dialled
 from fedgrpc.rpc.diagnosis import explain
 from fedgrpc.rpc.retry import Backoff, Retries
@@ -35,7 +36,6 @@ from fedgrpc.worker.local_work import LocalWork, TaskFiles
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import SpooledUpdate
 from fedgrpc.worker.status import Activity, Controls, StatusPublisher
-from fedgrpc.worker.task import Registration, Task
 
 # About ten seconds in all: a file that cannot be read for a moment (EIO, EMFILE) is readable again by then.
 _TRIES_TO_READ: Final = 6

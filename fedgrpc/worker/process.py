@@ -12,6 +12,7 @@ import structlog
 
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.process import reuse_memory, told_to_end
+from fedgrpc.protocol.tasks import Registration
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.identity import Session
 from fedgrpc.rpc.server import WORKER, RunningServer, serve, worker_service
@@ -25,7 +26,6 @@ from fedgrpc.worker.model_store import ModelFolder
 from fedgrpc.worker.service import WorkerService
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.status import Activity, Controls, Status, StatusPublisher
-from fedgrpc.worker.task import Registration
 from fedgrpc.worker.training import TrainerWork
 
 IN_USE: Final = "is used by another worker; give each worker its own --state-dir"

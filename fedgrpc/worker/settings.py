@@ -10,11 +10,11 @@ from typing import Any, Final
 
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.errors import UsageError
+from fedgrpc.protocol.tasks import Role
 from fedgrpc.rpc.address import Address, dialled
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.worker.device import DeviceProfile
-from fedgrpc.worker.task import Role
 from fedgrpc.worker.throttle import Throttle
 
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")

@@ -14,9 +14,9 @@ from typing import Any, Final
 
 from fedgrpc.aio import Changes
 from fedgrpc.protocol.records import Timings, timings_to_proto
+from fedgrpc.protocol.tasks import Phase, TaskKind
 from fedgrpc.v1 import round_pb2, worker_pb2
 from fedgrpc.worker.device import DeviceProfile
-from fedgrpc.worker.task import Phase, TaskKind
 
 _MIN_INTERVAL_S: Final = 0.25
 

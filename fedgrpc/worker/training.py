@@ -20,6 +20,7 @@ from fedgrpc.aio import in_thread
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import FedgrpcError, LayoutError, TaskError, TaskUnfit, UsageError
+from fedgrpc.protocol.tasks import Registration, Task, TaskKind
 from fedgrpc.storage.files import storage_errors
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.plan import TASK_PARTS, WORKER_PARTS, LocalModelPlan
@@ -42,7 +43,6 @@ from fedgrpc.worker.local_work import TaskFiles
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Fill, SpooledUpdate
 from fedgrpc.worker.status import Activity, StatusPublisher
-from fedgrpc.worker.task import Registration, Task, TaskKind
 from fedgrpc.worker.throttle import Throttle
 from fedgrpc.worker.update import (
     Began,

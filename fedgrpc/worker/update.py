@@ -41,6 +41,7 @@ from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.values import InParts, Part, part_of
 from fedgrpc.protocol.records import Timings, timings_to_proto
+from fedgrpc.protocol.tasks import Task, TaskKind
 from fedgrpc.protocol.tensors import channels_to_proto, manifest_to_proto
 from fedgrpc.storage.residual_file import read_residual, write_residual
 from fedgrpc.submodels.channels import ChannelMap
@@ -48,7 +49,6 @@ from fedgrpc.trainer import EvalResult, Weights
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.delta import Delta
 from fedgrpc.worker.spool import Fill
-from fedgrpc.worker.task import Task, TaskKind
 
 # The rest of what the link carries is for encoding, syncing and a link that is slower this time.
 _SHARE: Final = 0.8

@@ -13,13 +13,13 @@ from fedgrpc.cli import COMMANDS, aggregator, worker
 from fedgrpc.cli.main import load_command
 from fedgrpc.cli.options import SettingsCommand
 from fedgrpc.cli.value_types import DURATION, RATE, SIZE
+from fedgrpc.protocol.tasks import Role
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.trainer import TaskSetup
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.worker.settings import WorkerSettings
-from fedgrpc.worker.task import Role
 from fedgrpc.worker.throttle import Throttle
 
 # Fields that are made of several settings.

@@ -13,10 +13,10 @@ from fedgrpc.cli import aggregator
 from fedgrpc.cli.aggregator import upstream_from
 from fedgrpc.errors import UsageError
 from fedgrpc.hierarchy.process import Leaf
+from fedgrpc.protocol.tasks import Role
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.worker.settings import WorkerSettings
-from fedgrpc.worker.task import Role
 
 
 def above(*arguments: str) -> WorkerSettings | None:

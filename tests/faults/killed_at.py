@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedgrpc.cli.main import main
-from fedgrpc.worker.task import Task
+from fedgrpc.protocol.tasks import Task
 
 
 def _any(*_, **__):

@@ -6,12 +6,12 @@ Windows and leases are longer than any test waits.
 import asyncio
 import threading
 
+from fedgrpc.protocol.tasks import Role
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from fedgrpc.worker.process import Worker
 from fedgrpc.worker.settings import WorkerSettings
-from fedgrpc.worker.task import Role
 from tests.support.running_federation import ShiftTrainer, running_aggregator
 from tests.support.running_hierarchy import running_leaf
 

@@ -10,11 +10,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedgrpc.aggregator.settings import Target
 from fedgrpc.protocol.policies import policy_from_proto
+from fedgrpc.protocol.tasks import Role
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
-from fedgrpc.worker.task import Role
 from tests.support.hand_driven_device import MODEL, PATIENCE_S, refused, update_of
 from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
 

@@ -8,11 +8,11 @@ from contextlib import AsyncExitStack
 import numpy as np
 import pytest
 
+from fedgrpc.protocol.tasks import Role
 from fedgrpc.submodels.plan import LocalModelPlan, PlanTable, Pruning
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
-from fedgrpc.worker.task import Role
 from tests.federation.test_local_models import Adder, play
 from tests.support.hand_driven_device import MODEL
 from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker

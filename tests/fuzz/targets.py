@@ -36,13 +36,13 @@ from fedgrpc.datasets.partition import parse_part, parse_partition
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.protocol import durations, records, tensors
 from fedgrpc.protocol import plans as plan_messages
+from fedgrpc.protocol.tasks import Registration, registration_from_proto, task_from_proto
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rpc import framing
 from fedgrpc.rpc.identity import Session
 from fedgrpc.submodels.channels import Axis, ChannelGroup, ChannelMap, Segment, SubModel
 from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2, tensor_pb2
-from fedgrpc.worker.task import Registration, registration_from_proto, task_from_proto
 from tests.fuzz.mutate import invented, mutated, spoiled
 from tests.fuzz.registry import target
 

@@ -4,11 +4,11 @@ import asyncio
 from contextlib import asynccontextmanager
 
 from fedgrpc.hierarchy.process import Leaf
+from fedgrpc.protocol.tasks import Role
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.v1 import aggregator_pb2_grpc
 from fedgrpc.worker.settings import WorkerSettings
-from fedgrpc.worker.task import Role
 from tests.support.hand_driven_device import PATIENCE_S
 from tests.support.processes import running_process
 from tests.support.running_federation import RunningAggregator, settings_for

@@ -12,12 +12,12 @@ from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.codec.chunk import CHUNK_BYTES, FIRST_CHUNK_BYTES, LARGE_CHUNK_BYTES, LEAST_CHUNK_BYTES, ChunkSizer
 from fedgrpc.codec.payload import buffer_reader
 from fedgrpc.errors import LinkError, WrongOffset
+from fedgrpc.protocol.tasks import Role
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.framing import parse
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.device import detect
-from fedgrpc.worker.task import Role
 from tests.support.hand_driven_device import PATIENCE_S, encoded
 from tests.support.running_federation import running_aggregator
 

@@ -4,8 +4,8 @@ import pytest
 
 from fedgrpc.cli.worker import is_allowed
 from fedgrpc.errors import LayoutError
+from fedgrpc.protocol.tasks import task_from_proto
 from fedgrpc.v1 import aggregator_pb2, round_pb2
-from fedgrpc.worker.task import task_from_proto
 from tests.support.fake_aggregator import FakeAggregator, model, train_task
 from tests.support.running_worker import AddOneTrainer, run_against
 

@@ -8,11 +8,11 @@ import structlog
 
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.protocol.durations import duration_to_proto
+from fedgrpc.protocol.tasks import task_from_proto
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.trainer import TrainResult
 from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
-from fedgrpc.worker.task import task_from_proto
 from fedgrpc.worker.update import budget_bytes
 from tests.support.fake_aggregator import PATIENCE_S, FakeAggregator, model, serving, train_task
 

@@ -9,6 +9,7 @@ import pytest
 
 from fedgrpc.aggregator.server import Aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.protocol.tasks import Role
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.retry import Backoff
@@ -17,7 +18,6 @@ from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, round_pb2
 from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
-from fedgrpc.worker.task import Role
 from tests.support.processes import free_address
 
 

@@ -48,13 +48,13 @@ def measure(round_trip_s: float, mbits: float) -> tuple[float, float]:
 async def _exchange(port: int, width: int, folder: Path) -> tuple[float, float]:
     from fedgrpc.codec.payload import buffer_reader, write_payload
     from fedgrpc.codec.recipe import Recipe
+    from fedgrpc.protocol.tasks import Role
     from fedgrpc.protocol.tensors import manifest_to_proto
     from fedgrpc.rpc.channel import open_channel
     from fedgrpc.v1.aggregator_pb2 import UpdateHeader
     from fedgrpc.worker.client import AggregatorClient
     from fedgrpc.worker.device import detect
     from fedgrpc.worker.model_store import ModelFolder, Source
-    from fedgrpc.worker.task import Role
 
     out = io.BytesIO()
     manifest = write_payload(initial_model(width), Recipe.parse("raw"), out, np.random.default_rng(0))

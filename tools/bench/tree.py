@@ -100,9 +100,9 @@ async def _lead(pipe: Any, port: int, workers: int, folder: Path, settings: Mapp
     from fedgrpc import logging
     from fedgrpc.aggregator.settings import AggregatorSettings
     from fedgrpc.hierarchy.process import Leaf
+    from fedgrpc.protocol.tasks import Role
     from fedgrpc.rounds.policy import RoundPolicy
     from fedgrpc.worker.settings import WorkerSettings
-    from fedgrpc.worker.task import Role
 
     logging.configure("warning")
     data_dir = folder / "leaf"

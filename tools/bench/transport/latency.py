@@ -142,8 +142,8 @@ async def _upload(pipe: Connection, port: int, number: int, width: int, updates:
 
 
 async def _register(client: Any) -> None:
+    from fedgrpc.protocol.tasks import Role
     from fedgrpc.worker.device import detect
-    from fedgrpc.worker.task import Role
 
     await client.register(detect(), Role.TRAINER)
 
@@ -162,9 +162,9 @@ def ask(pipe: Connection, port: int) -> None:
 
 
 async def _ask(pipe: Connection, port: int) -> Probe:
+    from fedgrpc.protocol.tasks import Phase
     from fedgrpc.rpc.channel import open_channel
     from fedgrpc.worker.client import AggregatorClient
-    from fedgrpc.worker.task import Phase
 
     polls: list[Span] = []
     beats: list[Span] = []
