@@ -52,7 +52,7 @@ class UsageError(FedgrpcError):
 
 
 class TaskUnfit(UsageError):
-    """The learning task can never take part in this run: its worker ends, since no other round would differ."""
+    """The learning task can never take part in this run. Its worker ends, since no other round would differ."""
 
 
 class CodecError(FedgrpcError):
@@ -80,7 +80,7 @@ class UpdateRefused(FedgrpcError):
 
 
 class UnusableUpdate(UpdateRefused):
-    """An update that was accepted cannot be averaged; `token` says whose."""
+    """An accepted update cannot be averaged; `token` is its lease."""
 
     def __init__(self, *args: object, token: str = "") -> None:
         super().__init__(*args)
@@ -88,7 +88,7 @@ class UnusableUpdate(UpdateRefused):
 
 
 class NotFinite(UpdateRefused):
-    """What the updates of a round make of a tensor is not finite; `tensor` is its name."""
+    """The updates of a round make a tensor that is not finite; `tensor` is its name."""
 
     def __init__(self, *args: object, tensor: str = "") -> None:
         super().__init__(*args)
@@ -122,7 +122,7 @@ class WrongOffset(FedgrpcError):
 class Exhausted(FedgrpcError, retryable=True):
     """A bound (uploads, workers, memory, disk) is reached; trying again later may succeed.
 
-    `retry_after_s`: after so many seconds it is likely to; None: that is not known.
+    `retry_after_s` is when it is likely to succeed, in seconds; None: unknown.
     """
 
     def __init__(self, *args: object, retry_after_s: float | None = None) -> None:
@@ -131,7 +131,7 @@ class Exhausted(FedgrpcError, retryable=True):
 
 
 class WrongIdentity(FedgrpcError):
-    """The task token, or the name, belongs to another; or the caller may not do this."""
+    """The task token or the name belongs to another worker, or the caller may not do this."""
 
 
 class NameTaken(FedgrpcError, retryable=True):

@@ -36,10 +36,10 @@ _KEPT_BYTES: Final = 256 << 20
 _GC_THRESHOLDS: Final = (2_000, 10, 1_000)
 
 _handles_signals = False
-# What each thread that forks had blocked before.
+# Signal mask of each forking thread before the fork.
 _forking = threading.local()
 _locks: set[int] = set()
-# Ports and paths of unix sockets that this process listens at or has dialled.
+# Ports and unix paths that this process listens at or has connected to.
 _endpoints: set[int | str] = set()
 
 
@@ -47,17 +47,17 @@ def prepare() -> None:
     """Make a command's process ready, before it opens anything and before gRPC is imported."""
     _open_standard_streams()
     end_on_sigterm_as_init()
-    # gRPC writes its own lines, in a form of its own, between those of the log. Each failure has a line here.
+    # gRPC writes lines of its own format between those of the log. Each failure is logged here anyway.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def _open_standard_streams() -> None:
-    """Where one is closed, the next file opened would take its place, and be written to by whoever complains."""
+    """Open closed streams on /dev/null: else the next file opened takes their number and gets error messages."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         with suppress(OSError):
             os.fstat(number)
             continue
-        # The lowest number that is free: this one.
+        # The system gives the lowest free number, which is this one.
         os.open(os.devnull, os.O_RDWR)
         if getattr(sys, name) is None:
             mode = "r" if number == 0 else "w"
@@ -65,13 +65,13 @@ def _open_standard_streams() -> None:
 
 
 def end_on_sigterm_as_init() -> None:
-    """As process 1 of a container, heed SIGTERM from the start: without a handler the kernel ignores it."""
+    """As process 1 of a container, end on SIGTERM from the start: without a handler the kernel ignores it."""
     if os.getpid() == 1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda number, _frame: os._exit(128 + number))
 
 
 def keep_private() -> None:
-    """Let others than this user read none of the files made from now on: models, updates, keys."""
+    """Make files private to this user from now on: models, updates, keys."""
     os.umask(_OWNER_ALONE)
 
 
@@ -126,10 +126,10 @@ def use_threads(count: int) -> None:
 
 
 @contextmanager
-def told_to_end(handler: Callable[[int], None]) -> Iterator[None]:
+def on_end_signal(handler: Callable[[int], None]) -> Iterator[None]:
     """While the block runs, call `handler` with the number of each SIGTERM and SIGINT, on the running event loop.
 
-    In the main thread only: elsewhere signals are somebody else's.
+    Does nothing outside the main thread: signals belong to the program around it there.
     """
     global _handles_signals
     if threading.current_thread() is not threading.main_thread():
@@ -161,12 +161,12 @@ def closed(descriptor: int) -> None:
 
 
 def keep_from_children(endpoint: int | str) -> None:
-    """Close in forked children the sockets of a port, or of a unix socket's path: listened at or dialled."""
+    """Close in forked children the sockets of a port or unix path, whether listening or connected."""
     _endpoints.add(endpoint)
 
 
 def _before_fork() -> None:
-    """Hold back signals until the child has handlers of its own: it may be told to end at once."""
+    """Block signals until the child has its own handlers: one may come right after the fork."""
     _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
@@ -175,9 +175,9 @@ def _after_fork() -> None:
 
 
 def _let_go() -> None:
-    """In a forked child: give up what is the parent's."""
+    """In a forked child, release what belongs to the parent."""
     if _handles_signals:
-        # Else a signal to the child writes into the pipe that wakes the parent's event loop.
+        # The wake-up pipe is shared: a signal to the child would wake the parent's event loop.
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -205,14 +205,14 @@ def _is_ours(descriptor: int) -> bool:
     try:
         return _endpoint(found.getsockname()) in _endpoints or _endpoint(found.getpeername()) in _endpoints
     except OSError:
-        # It is not connected.
+        # The socket is not connected.
         return False
     finally:
         found.detach()
 
 
 def _endpoint(address: object) -> int | str | None:
-    """The port of an IP address, the path of a unix one."""
+    """Return the port of an IP address, or the path of a unix socket."""
     if isinstance(address, tuple):
         return int(address[1])
     return address if isinstance(address, str) and address else None

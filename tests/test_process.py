@@ -67,10 +67,10 @@ def test_a_forked_child_has_neither_end_of_a_connection_of_ours_and_keeps_those_
 def test_a_forked_child_has_default_signal_handlers_and_wakes_no_event_loop():
     code = """
 import asyncio, os, signal, time
-from fedgrpc.process import told_to_end
+from fedgrpc.process import on_end_signal
 heard = []
 async def main():
-    with told_to_end(heard.append):
+    with on_end_signal(heard.append):
         pid = os.fork()
         if pid == 0:
             time.sleep(60)

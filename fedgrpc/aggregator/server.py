@@ -17,7 +17,7 @@ from fedgrpc.aggregator.service import AggregatorService
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import UsageError
 from fedgrpc.metrics import Metrics
-from fedgrpc.process import reuse_memory, told_to_end
+from fedgrpc.process import on_end_signal, reuse_memory
 from fedgrpc.rpc.server import AGGREGATOR, Health, RunningServer, aggregator_service, serve
 from fedgrpc.storage.database import DATABASE
 from fedgrpc.storage.folder import HeldFolder, hold_folder
@@ -148,7 +148,7 @@ async def run_aggregator(
     Raises: as `Aggregator.run`.
     """
     aggregator = Aggregator(settings, metrics)
-    with told_to_end(aggregator.stop):
+    with on_end_signal(aggregator.stop):
         return await aggregator.run(ready)
 
 

@@ -15,7 +15,7 @@ from fedgrpc.errors import UsageError
 from fedgrpc.hierarchy.leaf_run import LeafRuns, Ready
 from fedgrpc.hierarchy.upstream import relay_scores, round_link
 from fedgrpc.metrics import Metrics
-from fedgrpc.process import told_to_end
+from fedgrpc.process import on_end_signal
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.identity import Session
 from fedgrpc.storage.folder import folder_id, hold_folder
@@ -120,5 +120,5 @@ async def run_leaf(
     Raises: as `Leaf.run`.
     """
     leaf = Leaf(settings, upstream, metrics)
-    with told_to_end(leaf.stop):
+    with on_end_signal(leaf.stop):
         return await leaf.run(ready)

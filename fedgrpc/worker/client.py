@@ -126,17 +126,17 @@ class AggregatorClient:
         return self._max_chunk_bytes < before
 
     @contextmanager
-    def _pace(self) -> Iterator[ChunkSizer]:
+    def _chunk_sizer(self) -> Iterator[ChunkSizer]:
         """Start with the last chunk size of the upload before, or a smaller one if that broke off."""
         most = self._throttle.chunk_bytes(min(LARGE_CHUNK_BYTES, self._max_chunk_bytes))
-        pace = ChunkSizer(most, self._chunk_bytes)
+        sizer = ChunkSizer(most, self._chunk_bytes)
         try:
-            yield pace
+            yield sizer
         except BaseException:
-            pace.after_break()
+            sizer.after_break()
             raise
         finally:
-            self._chunk_bytes = pace.chunk_bytes
+            self._chunk_bytes = sizer.chunk_bytes
 
     async def poll(self, wait_s: float, held: HeldModel | None) -> Polled:
         """Wait up to `wait_s` for a task; raises UnknownWorker when the aggregator wants a registration."""
@@ -197,21 +197,21 @@ class AggregatorClient:
         """
         size_bytes = header.manifest.size_bytes
         pacer = Pacer(self._throttle.link_bits_per_second)
-        with domain_errors(), self._pace() as pace:
+        with domain_errors(), self._chunk_sizer() as sizer:
             async with (
-                self._moving() as moved,
+                self._stall_guard() as moved,
                 _cancelled_on_exit(self._push_update(metadata=self._metadata)) as call,
             ):
                 stream = ClientStream(call)
                 wanted = await stream.write(aggregator_pb2.PushUpdateRequest(header=header))
-                pieces = _chunks(read, size_bytes, offset, pace)
-                async with aclosing(prefetched(lambda: _messages(pieces, size_bytes, pace))) as messages:
+                pieces = _chunks(read, size_bytes, offset, sizer)
+                async with aclosing(prefetched(lambda: _messages(pieces, size_bytes, sizer))) as messages:
                     async for chunk, message in messages:
                         await pacer.wait(len(chunk.data), moved)
                         sent_s = self._clock()
                         if not wanted or not (wanted := await stream.write(message)):
                             break
-                        pace.note(len(chunk.data), self._clock() - sent_s)
+                        sizer.note(len(chunk.data), self._clock() - sent_s)
                         moved(0)
                         report((chunk.offset + len(chunk.data)) / size_bytes)
                 response = await stream.finish()
@@ -256,7 +256,7 @@ class AggregatorClient:
         try:
             with domain_errors():
                 async with (
-                    self._moving(),
+                    self._stall_guard(),
                     _cancelled_on_exit(self._pull_model(request, metadata=self._metadata)) as call,
                 ):
                     header = _header_of(await call.read())
@@ -279,7 +279,7 @@ class AggregatorClient:
             request.base_sha256 = held.origin.sha256
         with domain_errors():
             async with (
-                self._moving() as moved,
+                self._stall_guard() as moved,
                 _cancelled_on_exit(self._pull_model(request, metadata=self._metadata)) as call,
             ):
                 header = _header_of(await call.read())
@@ -308,7 +308,7 @@ class AggregatorClient:
             raise LinkError("the model stream ended early")
 
     @asynccontextmanager
-    async def _moving(self) -> AsyncIterator[Moved]:
+    async def _stall_guard(self) -> AsyncIterator[Moved]:
         """Raise `LinkError` when the yielded function is not called for `stall_s` plus its last argument.
 
         Keepalive finds dead links. This finds a live peer that hangs.
@@ -327,23 +327,23 @@ def _header_of(message: Any) -> aggregator_pb2.ModelHeader:
     return message.header
 
 
-def _chunks(read: Read, size_bytes: int, offset: int, pace: ChunkSizer) -> Iterator[Chunk]:
+def _chunks(read: Read, size_bytes: int, offset: int, sizer: ChunkSizer) -> Iterator[Chunk]:
     """Yield the payload's chunks from `offset`, each as large as allowed when it is read. Raises as `chunk_at`."""
     while offset < size_bytes:
-        chunk = chunk_at(read, offset, min(pace.chunk_bytes, size_bytes - offset))
+        chunk = chunk_at(read, offset, min(sizer.chunk_bytes, size_bytes - offset))
         offset += len(chunk.data)
         yield chunk
 
 
 def _messages(
-    pieces: Iterator[Chunk], size_bytes: int, pace: ChunkSizer
+    pieces: Iterator[Chunk], size_bytes: int, sizer: ChunkSizer
 ) -> tuple[list[tuple[Chunk, bytes]], bool]:
     """Return the next chunks of a payload with their messages, and whether more follow.
 
     They are few, so that a new chunk size has effect at once.
     """
     batch: list[tuple[Chunk, bytes]] = []
-    batch_bytes, wanted_bytes = 0, min(_BATCH_BYTES, _BATCH_CHUNKS * pace.chunk_bytes)
+    batch_bytes, wanted_bytes = 0, min(_BATCH_BYTES, _BATCH_CHUNKS * sizer.chunk_bytes)
     while batch_bytes < wanted_bytes and (chunk := next(pieces, None)) is not None:
         batch.append((chunk, framing.message_of(chunk)))
         batch_bytes += len(chunk.data)

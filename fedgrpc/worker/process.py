@@ -11,7 +11,7 @@ from typing import Final
 import structlog
 
 from fedgrpc.codec.manifest import Limits
-from fedgrpc.process import reuse_memory, told_to_end
+from fedgrpc.process import on_end_signal, reuse_memory
 from fedgrpc.protocol.tasks import Registration
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.identity import Session
@@ -138,7 +138,7 @@ class Worker:
         self._cancel(exit_code)
         asyncio.get_running_loop().call_later(_ABANDON_S, self._cancel, exit_code)
 
-    def told_to_end(self, number: int) -> None:
+    def on_end_signal(self, number: int) -> None:
         """Handle a signal: the first drains within `drain_s`, a second ends at once."""
         if self.controls.draining:
             self.stop(128 + number)
@@ -168,5 +168,5 @@ async def run_worker(
         worker = Worker(settings, build_trainer)
     else:
         raise TypeError("a worker needs a trainer, or a way to build one")
-    with told_to_end(worker.told_to_end):
+    with on_end_signal(worker.on_end_signal):
         return await worker.run()
