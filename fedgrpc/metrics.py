@@ -28,6 +28,7 @@ from prometheus_client import (
 from fedgrpc import __version__, claims
 from fedgrpc.errors import UsageError
 from fedgrpc.process import keep_from_children
+from fedgrpc.protocol.records import prediction_errors
 from fedgrpc.rounds.events import LossCause
 from fedgrpc.rpc.address import Address
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskPhase, TaskRecord
@@ -162,18 +163,6 @@ class Metrics:
         if task.HasField("prediction"):
             for part, error in prediction_errors(task).items():
                 self.prediction_errors.labels(part).observe(abs(error))
-
-
-def prediction_errors(task: TaskRecord) -> dict[str, float]:
-    """(predicted - measured) / measured of each part of an accepted task's cost that was predicted."""
-    expected, errors = task.prediction, {}
-    for part in ("download", "local", "upload"):
-        measured = getattr(task.timings, f"{part}_seconds")
-        if expected.HasField(f"{part}_seconds") and measured > 0:
-            errors[part] = getattr(expected, f"{part}_seconds") / measured - 1
-    if expected.peak_memory_bytes and task.peak_memory_bytes:
-        errors["memory"] = expected.peak_memory_bytes / task.peak_memory_bytes - 1
-    return errors
 
 
 @contextmanager

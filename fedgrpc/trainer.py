@@ -22,7 +22,7 @@ from fedgrpc.training_plan import TrainingPlan
 
 Weights = Mapping[str, np.ndarray]
 # Names of tensors, and what they have in common.
-Reasons = list[tuple[list[str], str]]
+TensorsByReason = list[tuple[list[str], str]]
 
 _MOST_THREADS: Final = 1024
 
@@ -210,7 +210,7 @@ def tied_names(trainer: Trainer) -> Mapping[str, tuple[str, ...]]:
     return {} if tell is None else tell()
 
 
-def kept_whole(trainer: Trainer) -> Reasons:
+def full_width_tensors(trainer: Trainer) -> TensorsByReason:
     """The tensors that no width makes narrower, together by reason; of a trainer that does not tell, none."""
-    tell = getattr(trainer, "kept_whole", None)
+    tell = getattr(trainer, "full_width_tensors", None)
     return [] if tell is None else tell()

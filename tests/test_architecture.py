@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "process": set(),
     "aio": set(),
     "logging": {"errors"},
-    "metrics": {"errors", "claims", "rounds", "v1", "rpc", "process"},
+    "metrics": {"errors", "claims", "rounds", "v1", "protocol", "rpc", "process"},
     "protocol": {*CORE, "v1"},
     "rpc": {"errors", "claims", "codec", "v1", "protocol", "process"},
     "storage": {*CORE, "v1", "protocol", "process"},

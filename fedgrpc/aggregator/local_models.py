@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import structlog
@@ -31,7 +31,7 @@ from fedgrpc.protocol.plans import (
     local_model_to_proto,
     plan_table_to_proto,
 )
-from fedgrpc.protocol.records import device_from_proto, observation_from_proto, prediction_from_proto, tells_cost
+from fedgrpc.protocol.records import device_from_proto, observation_from_proto, prediction_errors, tells_cost
 from fedgrpc.protocol.tensors import channels_from_proto, channels_to_proto
 from fedgrpc.storage.files import sync
 from fedgrpc.submodels.channels import ChannelMap, KeptChannels, SubModel
@@ -42,7 +42,6 @@ from fedgrpc.submodels.cost import (
     PlanSize,
     choose_of,
     elements_of,
-    errors_of,
     shown_upload_bits,
 )
 from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
@@ -127,7 +126,7 @@ class LocalModels:
         self._models = models
         self._path = path
         self._histories: dict[str, deque[Observation]] = {}
-        self._selections: dict[tuple[str, int], KeptChannels] = {}
+        self._kept_channels = lru_cache(_MAX_SELECTIONS)(self._select)
         self._elements: dict[LocalModelPlan, PlanElements] = {}
         self._channels = self._read()
 
@@ -198,8 +197,7 @@ class LocalModels:
                 continue
             self._histories.setdefault(task.worker, deque(maxlen=_KEPT)).append(seen)
             if task.HasField("prediction"):
-                errors = errors_of(prediction_from_proto(task.prediction), seen)
-                shown = {part: round(error, 3) for part, error in errors.items()}
+                shown = {part: round(error, 3) for part, error in prediction_errors(task).items()}
                 tell = log.info if self._plans.automatic else log.debug
                 tell("prediction checked", round=record.number, worker=task.worker, relative_errors=shown)
 
@@ -236,13 +234,11 @@ class LocalModels:
         if self._channels is None:
             raise NotFound("the channels of this model are not known, so it has no sub-models")
         by_weights = sub_model.rule == "magnitude"
-        key = (str(sub_model), version if by_weights else 0)
-        if key not in self._selections:
-            weights = self._models.tensors(version) if by_weights else None
-            if len(self._selections) >= _MAX_SELECTIONS:
-                self._selections.clear()
-            self._selections[key] = self._channels.select(sub_model, weights)
-        return self._selections[key]
+        return self._kept_channels(sub_model, version if by_weights else None)
+
+    def _select(self, sub_model: SubModel, version: int | None) -> KeptChannels:
+        assert self._channels is not None
+        return self._channels.select(sub_model, None if version is None else self._models.tensors(version))
 
     def learn(self, message: tensor_pb2.ChannelMap, layout: Layout) -> None:
         """Keep the channels of the model, if they fit it and none are known. Raises `StorageError`."""
@@ -268,7 +264,7 @@ class LocalModels:
             raise StorageError(f"cannot remove the model's channels: {error.strerror}") from error
         self._channels = None
         self._elements.clear()
-        self._selections.clear()
+        self._kept_channels.cache_clear()
 
     def _write(self, channel_map: ChannelMap) -> None:
         unfinished = self._path.with_suffix(".part")

@@ -23,7 +23,7 @@ from fedgrpc.client import connect
 from fedgrpc.errors import UsageError
 from fedgrpc.submodels.cost import Device, Observation, Prediction, misfit, predict
 from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
-from fedgrpc.trainer import Trainer, kept_whole
+from fedgrpc.trainer import Trainer, full_width_tensors
 from fedgrpc.worker.task_loader import load_trainer
 
 LADDER: Final = (LocalModelPlan(), LocalModelPlan(0.5), LocalModelPlan(0.25))
@@ -118,7 +118,9 @@ def _whole_lines(trainer: Trainer, plans: Sequence[LocalModelPlan]) -> list[str]
     """Name the layers that stay whole in narrower plans, and why."""
     if all(plan.width == 1 for plan in plans):
         return []
-    return [f"kept whole at every width: {_some(names)}: {reason}" for names, reason in kept_whole(trainer)]
+    return [
+        f"kept whole at every width: {_some(names)}: {reason}" for names, reason in full_width_tensors(trainer)
+    ]
 
 
 def _some(names: Sequence[str]) -> str:

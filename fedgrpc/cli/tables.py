@@ -28,8 +28,8 @@ from fedgrpc.cli.view import (
     task_phase,
     warnings,
 )
-from fedgrpc.metrics import prediction_errors
 from fedgrpc.protocol.plans import local_model_plan_from_proto
+from fedgrpc.protocol.records import prediction_errors
 from fedgrpc.v1.aggregator_pb2 import Run, WorkerRecord, WorkerState
 from fedgrpc.v1.device_pb2 import WorkerRole
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskPhase, TaskRecord

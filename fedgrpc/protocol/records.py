@@ -26,6 +26,7 @@ from fedgrpc.submodels.cost import (
     PlanSize,
     Prediction,
     bits_per_element,
+    errors_of,
 )
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2
 
@@ -155,6 +156,18 @@ def prediction_from_proto(message: round_pb2.Prediction) -> Prediction:
         _seconds(message.upload_seconds) if message.HasField("upload_seconds") else None,
         claims.MEMORY_BYTES.clamped(message.peak_memory_bytes),
     )
+
+
+def prediction_errors(task: round_pb2.TaskRecord) -> Mapping[str, float]:
+    """Return the relative error of each part of an accepted task's cost that was predicted and measured."""
+    timings = task.timings
+    measured = Prediction(
+        claims.SECONDS.clamped(timings.download_seconds),
+        claims.SECONDS.clamped(timings.local_seconds),
+        claims.SECONDS.clamped(timings.upload_seconds),
+        claims.MEMORY_BYTES.clamped(task.peak_memory_bytes),
+    )
+    return errors_of(prediction_from_proto(task.prediction), measured)
 
 
 def history_to_bytes(history: WorkerHistory) -> bytes:

@@ -154,18 +154,18 @@ def misfit(device: Device, prediction: Prediction, deadline_s: float) -> str:
     return ""
 
 
-def relative_error(predicted: float | None, measured: float) -> float | None:
-    """(predicted - measured) / measured; None where there is nothing to compare."""
-    return None if predicted is None or not measured > 0 else (predicted - measured) / measured
+def relative_error(predicted: float | None, measured: float | None) -> float | None:
+    """Return (predicted - measured) / measured; None where there is nothing to compare."""
+    return None if predicted is None or not measured else (predicted - measured) / measured
 
 
-def errors_of(prediction: Prediction, seen: Observation) -> Mapping[str, float]:
-    """How far a prediction was off, by part, as relative errors."""
+def errors_of(prediction: Prediction, seen: Prediction | Observation) -> Mapping[str, float]:
+    """Compare a prediction with what was measured: the relative error of each part that both have."""
     pairs = {
         "download": relative_error(prediction.download_s, seen.download_s),
         "local": relative_error(prediction.local_s, seen.local_s),
         "upload": relative_error(prediction.upload_s, seen.upload_s),
-        "memory": relative_error(prediction.peak_memory_bytes, seen.peak_memory_bytes),
+        "memory": relative_error(prediction.peak_memory_bytes or None, seen.peak_memory_bytes),
     }
     return {name: error for name, error in pairs.items() if error is not None}
 

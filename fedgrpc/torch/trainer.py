@@ -91,7 +91,7 @@ class TorchTrainer:
         with self._lock, _seeded(self._device, 0):
             return self._sub_models.channels.map
 
-    def kept_whole(self) -> list[tuple[list[str], str]]:
+    def full_width_tensors(self) -> list[tuple[list[str], str]]:
         """Return the tensors that no width makes narrower, grouped by reason, without the model's output."""
         with self._lock, _seeded(self._device, 0):
             return self._sub_models.channels.by_reason

@@ -20,14 +20,14 @@ from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.trainer import (
     Cancelled,
     EvalResult,
-    Reasons,
     SliceableTrainer,
     TaskSetup,
+    TensorsByReason,
     Trainer,
     TrainJob,
     TrainResult,
     Weights,
-    kept_whole,
+    full_width_tensors,
     roles,
     tied_names,
 )
@@ -245,7 +245,7 @@ class _GuardedSliceableTrainer(_GuardedTrainer):
         with _blaming(self._reference):
             return self._sliceable.channels()
 
-    def kept_whole(self) -> Reasons:
-        """As `kept_whole`."""
+    def full_width_tensors(self) -> TensorsByReason:
+        """As `full_width_tensors`."""
         with _blaming(self._reference):
-            return kept_whole(self._sliceable)
+            return full_width_tensors(self._sliceable)

@@ -32,7 +32,7 @@ from fedgrpc.trainer import (
     TrainJob,
     TrainResult,
     Weights,
-    kept_whole,
+    full_width_tensors,
     roles,
     tied_names,
 )
@@ -254,7 +254,7 @@ def _channels(trainer: Trainer, wanted: bool) -> ChannelMap | None:
         return None
     try:
         channels = trainer.channels()
-        for names, reason in kept_whole(trainer):
+        for names, reason in full_width_tensors(trainer):
             tell("kept whole at every width", tensors=names, reason=reason)
         return channels
     except (UsageError, TaskError) as error:

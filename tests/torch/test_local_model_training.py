@@ -227,10 +227,10 @@ def test_what_is_kept_whole_at_every_width_is_told(trainer: TorchTrainer) -> Non
 
             return Fixed()
 
-    ((names, reason),) = Viewing.build_trainer(TaskSetup(device="cpu")).kept_whole()
+    ((names, reason),) = Viewing.build_trainer(TaskSetup(device="cpu")).full_width_tensors()
     assert names == ["a.weight", "a.bias"]
     assert "view()" in reason
-    assert trainer.kept_whole() == []
+    assert trainer.full_width_tensors() == []
 
 
 def test_masks_are_made_anew_from_the_weights_of_each_round(trainer: TorchTrainer) -> None:

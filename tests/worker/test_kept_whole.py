@@ -12,7 +12,7 @@ class Sliced(AddOneTrainer):
     def channels(self):
         return ChannelMap((ChannelGroup(8),), {"weight": ((Segment(0),),)})
 
-    def kept_whole(self):
+    def full_width_tensors(self):
         return [(["bias"], "view() is not understood")]
 
 
