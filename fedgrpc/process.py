@@ -150,14 +150,14 @@ def on_end_signal(handler: Callable[[int], None]) -> Iterator[None]:
         end_on_sigterm_as_init()
 
 
-def close_in_children(descriptor: int) -> None:
-    """Close a lock's file in forked children, for as long as `descriptor` is this process's own."""
+@contextmanager
+def kept_from_children(descriptor: int) -> Iterator[None]:
+    """While the block runs, close the file of a lock in every child that is forked."""
     _locks.add(descriptor)
-
-
-def closed(descriptor: int) -> None:
-    """The lock's file is no longer open here."""
-    _locks.discard(descriptor)
+    try:
+        yield
+    finally:
+        _locks.discard(descriptor)
 
 
 def keep_from_children(endpoint: int | str) -> None:

@@ -6,7 +6,6 @@ against that, whoever restarts in between. The channels are a worker's word, che
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,7 +32,7 @@ from fedgrpc.protocol.plans import (
 )
 from fedgrpc.protocol.records import device_from_proto, observation_from_proto, prediction_errors, tells_cost
 from fedgrpc.protocol.tensors import channels_from_proto, channels_to_proto
-from fedgrpc.storage.files import sync
+from fedgrpc.storage.files import storage_errors, write_file
 from fedgrpc.submodels.channels import ChannelMap, KeptChannels, SubModel
 from fedgrpc.submodels.cost import (
     Choice,
@@ -258,25 +257,15 @@ class LocalModels:
 
     def forget(self) -> None:
         """The model, and so its channels, are another's from now on. Raises `StorageError`."""
-        try:
+        with storage_errors("the model's channels", "remove"):
             self._path.unlink(missing_ok=True)
-        except OSError as error:
-            raise StorageError(f"cannot remove the model's channels: {error.strerror}") from error
         self._channels = None
         self._elements.clear()
         self._kept_channels.cache_clear()
 
     def _write(self, channel_map: ChannelMap) -> None:
-        unfinished = self._path.with_suffix(".part")
-        try:
-            with unfinished.open("wb") as file:
-                file.write(channels_to_proto(channel_map).SerializeToString(deterministic=True))
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(self._path)
-            sync(self._path.parent)
-        except OSError as error:
-            raise StorageError(f"cannot store the model's channels: {error.strerror}") from error
+        with storage_errors("the model's channels", "store"):
+            write_file(self._path, channels_to_proto(channel_map).SerializeToString(deterministic=True))
 
     def _read(self) -> ChannelMap | None:
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from fedgrpc.errors import UsageError
-from fedgrpc.process import close_in_children, closed
+from fedgrpc.process import kept_from_children
 from fedgrpc.storage.files import make_private, storage_errors, write_file
 
 _IDENTITY: Final = "identity"
@@ -30,41 +30,42 @@ class HeldFolder:
         """Raise `UsageError` when the folder has been removed, or another one put in its place."""
         held = os.fstat(self._descriptor)
         try:
-            there = self.path.stat()
+            found = self.path.stat()
         except OSError:
-            there = None
-        if there is None or (there.st_dev, there.st_ino) != (held.st_dev, held.st_ino):
+            found = None
+        if found is None or (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
             raise UsageError(f"the folder {self.path} was removed while it was in use; start again with a new one")
 
 
 @contextmanager
 def hold_folder(path: Path, in_use: str, kind: str = "folder") -> Iterator[HeldFolder]:
-    """Create the folder and hold it for this process alone, and not for its children.
+    """Make the folder and hold it for this process alone, and not for its children.
 
     Raises:
-        UsageError: it cannot be created or written, or, with the words of `in_use`, another process holds it.
+        UsageError: it cannot be made or written, or, in the words of `in_use`, another process holds it.
     """
     try:
         make_private(path)
         if not os.access(path, os.W_OK | os.X_OK):
             raise UsageError(f"cannot use the {kind} {path}: it cannot be written")
-        descriptor = _locked(path)
+        descriptor = _lock(path)
     except BlockingIOError:
         raise UsageError(f"the {kind} {path} {in_use}") from None
     except OSError as error:
         raise UsageError(f"cannot use the {kind} {path}: {error.strerror}") from error
-    close_in_children(descriptor)
     try:
-        yield HeldFolder(path, descriptor)
+        # A child that outlived a killed parent would hold the folder, and no new process could start in it.
+        with kept_from_children(descriptor):
+            yield HeldFolder(path, descriptor)
     finally:
-        closed(descriptor)
         os.close(descriptor)
 
 
-def _locked(path: Path) -> int:
-    """The folder, opened and locked. Raises OSError, as `BlockingIOError` where another process has it."""
+def _lock(path: Path) -> int:
+    """Open and lock a folder. Raises OSError, `BlockingIOError` where another process has the lock."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        # The kernel drops the lock with the last descriptor: kill -9 leaves none behind.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BaseException:
         os.close(descriptor)
@@ -73,7 +74,7 @@ def _locked(path: Path) -> int:
 
 
 def folder_id(folder: Path) -> str:
-    """The random id that `folder` keeps; a folder without one is given it.
+    """Read the random id that `folder` keeps; write one into a folder without.
 
     Raises:
         StorageError: the id cannot be read or written.
@@ -85,6 +86,7 @@ def folder_id(folder: Path) -> str:
         except FileNotFoundError:
             found = ""
         if not _ID.fullmatch(found):
+            # None yet, or a file that a former power cut has emptied.
             found = secrets.token_hex(16)
             write_file(path, f"{found}\n".encode())
     return found
