@@ -1,4 +1,4 @@
-"""Answers of the aggregator to a worker, as values: its registration and its tasks."""
+"""A worker's registration and tasks: the aggregator's answers as values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SHORTEST_INTERVAL_S: Final = 0.05
 
 
 class Role(IntEnum):
-    """What a worker does in the run; numbers as in `fedgrpc.v1.WorkerRole`."""
+    """A worker's part in the run; numbers as in `fedgrpc.v1.WorkerRole`."""
 
     TRAINER = device_pb2.WORKER_ROLE_TRAINER
     EVALUATOR = device_pb2.WORKER_ROLE_EVALUATOR
@@ -31,7 +31,7 @@ class Role(IntEnum):
 
 
 class TaskKind(IntEnum):
-    """What a task asks for; numbers as in `fedgrpc.v1.TaskKind`."""
+    """The work of a task; numbers as in `fedgrpc.v1.TaskKind`."""
 
     TRAIN = round_pb2.TASK_KIND_TRAIN
     EVALUATE = round_pb2.TASK_KIND_EVALUATE
@@ -39,7 +39,7 @@ class TaskKind(IntEnum):
 
 
 class Phase(IntEnum):
-    """Where the worker is with a task; numbers as in `fedgrpc.v1.TaskPhase`."""
+    """Progress of a worker with a task; numbers as in `fedgrpc.v1.TaskPhase`."""
 
     DOWNLOADING = round_pb2.TASK_PHASE_DOWNLOADING
     TRAINING = round_pb2.TASK_PHASE_TRAINING
@@ -63,10 +63,11 @@ class Registration:
 
 @dataclass(frozen=True)
 class Task:
-    """One worker's share of one round. `deadline_s` is of this process's monotonic clock; None: there is none.
+    """One worker's share of one round.
 
-    `evaluate` asks for scores of the given model before training. `local_model` is what to make of it, None is
-    nothing. `uplink_bytes_per_second` is what the aggregator knows of this worker's link, 0 is nothing.
+    `deadline_s` is a time of this process's monotonic clock. `evaluate` asks for scores of the given model before
+    training. `local_model` is what to make of that model first. `tell_channels` asks for the model's channels with
+    the update. `uplink_bytes_per_second` is the rate of the worker's link, 0 if the aggregator does not know it.
     """
 
     token: str
@@ -93,13 +94,13 @@ class Task:
 
     @property
     def training_ends_s(self) -> float | None:
-        """When training is to end so that the update comes in time, by the same clock; None: when it is done."""
+        """Time by the same clock at which training ends, for the update to come in time. None: no such time."""
         reserve_s = self.plan.upload_reserve_s
         return None if self.deadline_s is None or reserve_s is None else self.deadline_s - reserve_s
 
 
 def registration_from_proto(message: aggregator_pb2.RegisterResponse) -> Registration:
-    """Read it with sane bounds: an aggregator that tells no interval is not polled in a tight loop."""
+    """Return a registration. Without an interval the worker still does not poll in a tight loop."""
     heartbeat_s = duration_from_proto(message.heartbeat_interval)
     return Registration(
         run=message.run,
@@ -115,9 +116,7 @@ def registration_from_proto(message: aggregator_pb2.RegisterResponse) -> Registr
 
 
 def task_from_proto(message: aggregator_pb2.Task) -> Task:
-    """Raises LayoutError for a kind of task or a plan that this version does not know, and for numbers that no run
-    comes to.
-    """
+    """Return a task. Raises `LayoutError` for an unknown kind, a plan that cannot be kept, and absurd numbers."""
     try:
         kind = TaskKind(message.kind)
     except ValueError:

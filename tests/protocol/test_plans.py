@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
@@ -55,3 +56,10 @@ def test_a_plan_comes_back_equal(plan):
 def test_a_plan_that_no_worker_could_keep_is_refused():
     with pytest.raises(LayoutError, match="momentum"):
         training_plan_from_proto(round_pb2.TrainingPlan(momentum=1.0))
+
+
+@pytest.mark.parametrize("name", ["epochs", "learning_rate", "momentum", "proximal_mu", "label_adjustment"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 1e300])
+def test_numbers_of_a_plan_that_no_training_can_mean_are_refused(name, value):
+    with pytest.raises(LayoutError, match=name):
+        training_plan_from_proto(round_pb2.TrainingPlan(**{name: value}))
