@@ -7,7 +7,7 @@ same local models by device class.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TypeVar
 
 from fedgrpc import claims
@@ -21,30 +21,21 @@ T = TypeVar("T", int, float)
 
 @dataclass(frozen=True)
 class TrainingInstructions:
-    """`rounds` is how many the run has; the other fields are as in `AggregatorSettings`."""
+    """Fields of `AggregatorSettings` that a parent decides for its leaves."""
 
     plan: TrainingPlan
     evaluate: bool
     seed: int
     worker_weights: Mapping[str, float]
     rounds: int
-    normalize_steps: bool = False
-    max_examples: int | None = None
-    clip_norm: float | None = None
+    normalize_steps: bool
+    max_examples: int | None
+    clip_norm: float | None
 
     @classmethod
     def from_settings(cls, settings: AggregatorSettings) -> TrainingInstructions:
         """Those of the operator."""
-        return cls(
-            settings.plan,
-            settings.evaluate,
-            settings.seed,
-            settings.worker_weights,
-            settings.rounds,
-            settings.normalize_steps,
-            settings.max_examples,
-            settings.clip_norm,
-        )
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
     @classmethod
     def from_parent(cls, task: aggregator_pb2.Task, settings: AggregatorSettings) -> TrainingInstructions:
