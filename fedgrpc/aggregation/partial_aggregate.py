@@ -27,6 +27,7 @@ from fedgrpc.submodels.coverage import Coverage
 WEIGHTS, REST = "#weights", "#rest"
 # Tensors that must be encoded without loss: an inexact weight would shift the mean of all coordinates it covers.
 EXACT = (f"*{WEIGHTS}", f"*{REST}")
+# Weights are float64 sums: the total and that of a coordinate may round differently.
 _SLACK = 1 + 1e-9
 
 
@@ -40,6 +41,7 @@ def pack_mean(tensor: TensorLike, mean: CoordinateMean, weight: float, dtype: np
     weights, values = mean.weights, mean.result()
     packed: dict[str, np.ndarray] = {}
     if dtype.kind in "iub":
+        # Counters travel as integers. What rounding takes travels beside them, so that means of means stay exact.
         rounded = np.rint(values)
         if (rest := values - rounded).any():
             packed[tensor.name + REST] = rest

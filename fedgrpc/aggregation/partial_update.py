@@ -71,6 +71,7 @@ def check_layout(
     for tensor in model:
         if personal(tensor.name):
             continue
+        # Whatever is left in `given` at the end is not of this sub-model.
         mine = given.pop(tensor.name, None)
         if mine is None and tensor.role != "parameter":
             continue
@@ -105,6 +106,7 @@ def fits(
         fit &= mask.dtype == "uint8" and mask.shape == ((size + 7) // 8,)
     if codes is None:
         return fit and given[0] <= size
+    # A mask hides how many codes there are, so their bytes are only bounded.
     most = (size * code_bits(given[0]) + 7) // 8 if fit else 0
     fit &= codes.dtype == "uint8" and len(codes.shape) == 1 and 0 < given[0] <= _MAX_VALUES
     return fit and (codes.shape[0] <= most if mask is not None else codes.shape[0] == most)
@@ -157,7 +159,7 @@ def _scattered(name: str, values: np.ndarray, packed: np.ndarray, count: int) ->
         raise UpdateRefused(f"tensor {name!r} has a code beyond its {values.size} values")
     scattered = np.empty(count, values.dtype)
     for start in range(0, count, _PIECE):
-        # In pieces: numpy makes eight bytes of each code.
+        # In pieces, since numpy makes eight bytes of each code to index with.
         scattered[start : start + _PIECE] = values[codes[start : start + _PIECE]]
     return scattered
 

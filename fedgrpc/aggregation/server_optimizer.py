@@ -65,6 +65,7 @@ class _Adaptive:
     learning_rate: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.99
+    # The paper's degree of adaptivity: bounds the step of coordinates that hardly move.
     tau: float = 1e-3
     state_count: ClassVar[int] = 2
 

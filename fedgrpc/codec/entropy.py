@@ -85,6 +85,7 @@ class Entropy(TextForm):
         values = flat(array)
         size = rms(values)
         step = np.float32(size * self._c(values, size))
+        # All zeros, or so small that 1 / step would overflow: nothing but the header travels.
         if step < _SMALLEST_STEP:
             return _join(np.float32(0), 1, [], np.empty(0, np.uint8), np.empty(0, np.uint8))
         base = _base(share_of_zeros(sample(values), float(step), self.rounding))
@@ -186,6 +187,7 @@ def _from_digits(packed: Array, base: int) -> Array:
         raise CorruptError(f"a byte of base {base} digits is {packed.max()}")
     # One table entry holds all symbols of a byte, as the bytes of one word.
     symbols = _DIGIT_TABLES[base].take(packed).view(np.int8)
+    # Three digits in base 5 lie in a word of four bytes: drop the last one.
     return symbols.reshape(-1, 4)[:, :3].reshape(-1) if base == 5 else symbols
 
 
@@ -277,6 +279,7 @@ def _split(data: memoryview, spec: TensorSpec) -> _Parts:
     step, base, count, zero = _HEADER.unpack_from(data)
     if base not in DIGITS_PER_BYTE or count > MAX_LEVELS or zero or not 0 <= step < np.inf:
         raise CorruptError(f"tensor {spec.name!r} has an impossible header")
+    # Every size below is checked against the bytes there are before a stream is read.
     at = _HEADER.size + (4 * (count + 1) if count else 0)
     if data.nbytes < at:
         raise LayoutError(f"tensor {spec.name!r} has {data.nbytes} encoded bytes, its header {at}")

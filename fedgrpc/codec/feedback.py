@@ -64,6 +64,7 @@ def write_with_feedback(
     keep = keep or left.add
     for spec in layout:
         encoding = recipe.for_tensor(spec)
+        # The common case works in pieces: no array of the size of the tensor is made beside the encoded one.
         if isinstance(encoding, Uniform) and spec.dtype == "float32":
             with naming(spec):
                 data = quantize_with_feedback(delta, owed, spec, encoding, rng, keep)

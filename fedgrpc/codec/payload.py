@@ -132,6 +132,7 @@ class PayloadWriter:
         view = memoryview(data)
         view = view.cast("B") if view.nbytes else memoryview(b"")
         self._entries.append(TensorEntry(spec, encoding, view.nbytes))
+        # The first frame may switch compression off, which ends the loop.
         while self._zstd and len(self._pending) + view.nbytes >= FRAME_CONTENT_BYTES:
             room = FRAME_CONTENT_BYTES - len(self._pending)
             self._fill_frame(view[:room])

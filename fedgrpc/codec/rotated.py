@@ -70,6 +70,7 @@ class Rotated(TextForm):
         """See `Encoding.encode`."""
         values = flat(array)
         seed = rng.integers(0, 2**64, dtype=np.uint64)
+        # Only the seed travels. Both sides compute the signs from it.
         signs = random_signs(int(seed), self.block)
         scales, packed = [np.empty(0, np.float32)], [np.empty(0, np.uint8)]
         for start, rows, width in self._groups(values.size):
@@ -188,6 +189,7 @@ def _signs_of_hadamard(exponent: int) -> Array:
 
 
 def _tail_width(tail: int) -> int:
+    # The transform needs a power of two. A short tail is padded, rather than a whole block coded for it.
     return max(_SMALLEST_BLOCK, 1 << (tail - 1).bit_length())
 
 
@@ -210,6 +212,7 @@ def _quantize(rotated: Array, bits: int) -> tuple[Array, Array]:
     # Coordinates in units of their standard deviation, then in cells of the table, with 0 in the middle.
     cells = rotated * (inverse * np.float32(_CELLS_PER_UNIT))[:, None] + np.float32(_CELLS // 2)
     codes = _cell_codes(bits).take(np.clip(cells, 0, _CELLS - 1, out=cells).astype(np.int16))
+    # S = |x|^2 / <z, q> makes the estimate unbiased; |z| = |x|, as the rotation keeps lengths.
     projections = np.einsum("ij,ij->i", rotated, centroids(bits).take(codes))
     scales = np.divide(squares, projections, out=np.zeros_like(squares), where=projections > 0)
     return scales, codes.reshape(-1)

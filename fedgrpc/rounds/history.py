@@ -67,6 +67,7 @@ def timing_of(task: Task) -> Timing | None:
         return None
     parts: list[float | None] = [None, None, None]
     end = ends[0]
+    # Backwards: a part ends where the next one that was seen begins. A phase may have been skipped.
     for index in (2, 1, 0):
         start = starts[index]
         if start is not None:
@@ -86,6 +87,7 @@ def timing_of_accepted(task: Task, said: Timing, most_s: float) -> Timing:
     whole = end is not None and TaskPhase.OFFERED in entered
     at_most_s = end - entered[TaskPhase.OFFERED] if end is not None and whole else most_s
     at_least_s = end - min(signs) if end is not None and whole and signs else 0.0
+    # Transfers first, since the aggregator saw their bytes. The local work takes what remains.
     download_s = min(said.download_s or 0.0, at_most_s)
     upload_s = min(said.upload_s or 0.0, at_most_s - download_s)
     rest_s = at_most_s - download_s - upload_s
@@ -185,6 +187,8 @@ def expected_s(history: WorkerHistory, share: float, usual: Sequence[float | Non
     parts = [
         own if own is not None else other for own, other in zip(expected_parts(history, share), usual, strict=True)
     ]
+    # The sum of high quantiles is usually above the quantile of the sum: a deadline made of it is on the safe
+    # side.
     return None if None in parts else sum(part for part in parts if part is not None)
 
 
@@ -240,5 +244,6 @@ class Trust:
         held_up = self.held_up + 1
         if held_up < _PATIENCE:
             return Trust(held_up)
+        # In units of the policy's deadline: what the worker has cost each round.
         doublings = min(held_up - _PATIENCE + 1, _MOST_DOUBLINGS)
         return Trust(held_up, now + min(_LONGEST_S, round_.policy.deadline_s * 2**doublings))

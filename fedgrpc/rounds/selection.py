@@ -88,6 +88,7 @@ def choose_oort(
     untried = [worker for worker, history in rest.items() if history.loss is None]
     tried = {worker: history for worker, history in rest.items() if history.loss is not None}
     seats = count - len(waited)
+    # Seats that tried workers cannot fill go to untried ones, whatever share those are to have.
     explored = min(len(untried), max(seats - len(tried), round(seats * rule.explored_share(round_number))))
     new = [untried[i] for i in rng.choice(len(untried), size=explored, replace=False)] if explored else []
     useful = _most_useful(tried, seats - explored, round_number, rng, rule)
@@ -113,6 +114,7 @@ def _most_useful(
     # Admit those close to the last seat's utility, so that a near tie is settled by lot and not by name.
     bar = rule.cutoff * utility[ranked[min(seats, len(ranked)) - 1]]
     admitted = [worker for worker in ranked if utility[worker] >= bar]
+    # A floor, since a draw without replacement needs as many positive shares as seats.
     shares = np.array([max(utility[worker], 1e-12) for worker in admitted])
     drawn = rng.choice(len(admitted), size=min(seats, len(admitted)), replace=False, p=shares / shares.sum())
     chosen = sorted(admitted[i] for i in drawn)
@@ -131,9 +133,11 @@ def utilities(tried: Histories, round_number: int, rule: OortRule) -> dict[str, 
     paces = {worker: expected_s(history, _SHARE, (0.0, 0.0, 0.0)) or 0.0 for worker, history in tried.items()}
     preferred_s = quantile(paces.values(), rule.preferred_share)
     statistical = {worker: h.example_count * abs(h.loss or 0.0) for worker, h in tried.items()}
+    # Clipping bounds what a worker gains by reporting a huge loss or number of examples.
     highest = quantile(statistical.values(), rule.clip)
     utility = {}
     for worker, history in tried.items():
+        # The bonus grows with the time since the worker was last tried, so that old losses are measured again.
         age = max(1, history.selected_in)
         worth = min(statistical[worker], highest)
         worth += math.sqrt(0.1 * math.log(max(1, round_number)) / age) * (highest or 1.0)
@@ -224,6 +228,7 @@ def learned_deadline(
     ]
     if not expected:
         return None
+    # The aim is reached with the fastest `count` workers, so the deadline is that of the slowest among them.
     expected.sort()
     count = min(aim, len(expected))
     seconds, slowest = expected[count - 1]

@@ -93,6 +93,7 @@ def follow(previous: Round, number: int, policy: RoundPolicy, now: float) -> Ste
         if task.phase is not TaskPhase.ACCEPTED and (policy.late != "carry" or staleness > policy.max_staleness):
             effects.append(Cancel(token, f"the update would be {staleness} versions behind", LossCause.LATE))
         else:
+            # New slots: updates of the next round are averaged in its own order, carried-over ones first.
             kept[token] = replace(task, slot=len(kept), staleness=staleness, carried=True)
     return Round(number, policy, now, tasks=Tasks(kept)), tuple(effects)
 
@@ -142,6 +143,7 @@ def restore(
             staleness=stored.staleness,
             chosen=stored.chosen,
             begun=True,
+            # A round that still selects has carried-over tasks only. Later ones are known by their staleness.
             carried=deadline_left_s is None or stored.staleness > 0,
         )
     round_ = Round(number, policy, now, tasks=Tasks(rebuilt), deadline_s=policy.deadline_s)
@@ -161,6 +163,7 @@ def wake_at(round_: Round) -> float | None:
         ready_at = round_.ready_at if round_.short_since is None else None
         times = [ready_at, None if timeout_s is None else round_.opened_at + timeout_s]
     elif round_.phase is RoundPhase.REPORTING:
+        # A time in the past asks for a `Tick` at once.
         times = [round_.opened_at if round_.enough_reason else round_.deadline_at]
     if times:
         times += (task.lease_until for task in round_.tasks.values() if task.phase.open)

@@ -53,6 +53,7 @@ def on_workers_available(round_: Round, event: WorkersAvailable, now: float) -> 
     if policy.buffer_size is not None:
         return _ask_for_buffer(round_, event, idle_count, now)
     aim = policy.aim(event.live_count)
+    # Never aim at more than can be had now: the round would wait for its deadline.
     round_ = replace(round_, aim=min(aim, idle_count + brought))
     return _ask_or_open(round_, policy.ask(aim) - brought if idle_count else 0, now)
 
@@ -98,6 +99,7 @@ def open_round(round_: Round, event: Selected, now: float) -> Step:
     """Begin to report, unless too many of the workers that were idle have gone meanwhile."""
     _check_answer(round_, event)
     brought = round_.accepted_count + round_.at_work_count
+    # A buffer makes progress with any single task. A round is pointless below its quorum.
     enough = max(round_.policy.quorum, round_.policy.min_sample_size)
     if len(event.tasks) + brought < (1 if round_.policy.buffer_size is not None else enough):
         return _note_shortage(replace(round_, asked=0), now), ()
@@ -111,6 +113,7 @@ def _opened(round_: Round, event: Selected, now: float) -> Round:
     if deadline is not None:
         seconds = min(max(deadline.seconds, policy.deadline_floor_s), policy.deadline_s)
     aim = round_.aim
+    # Fewer may be chosen than asked for. With the old aim the round would run to its deadline.
     if policy.buffer_size is None:
         aim = min(aim, len(event.tasks) + round_.accepted_count + round_.at_work_count)
     return replace(
@@ -157,6 +160,7 @@ def refill(round_: Round, event: WorkersAvailable, now: float) -> Step:
         missing = policy.aim(event.live_count) - round_.at_work_count
     if round_.asked or missing <= 0:
         return round_, ()
+    # One task per worker and round: else a worker that fails at once would take the freed slots again and again.
     exclude = round_.workers
     count = min(missing, sum(worker not in exclude for worker in event.idle))
     if count > 0:
@@ -232,6 +236,7 @@ def close(round_: Round, why: str, now: float) -> Step:
     # The cause is read before the open tasks become late.
     short = round_.accepted_count < round_.policy.quorum
     cause = abandon_cause(round_.tasks.values())
+    # Without a new version nobody falls further behind.
     round_, late = _end_open(round_, why, now, staler=0 if short else 1)
     if short:
         round_, effects = _finish_without(round_, f"{_accepted_of_quorum(round_)}: {why}", cause)
@@ -259,6 +264,7 @@ def abort(round_: Round, event: Abort, now: float) -> Step:
         for token, task in round_.tasks.items()
         if not task.phase.final
     }
+    # A carried-over task may be in both. Cancel each token once, in the order of the slots.
     tokens = dict.fromkeys([*ended, *round_.carried])
     end = Finished(committed=False, reason=event.reason)
     round_ = replace(round_.with_tasks(ended), phase=RoundPhase.ABANDONED, carried=NO_TASKS)
