@@ -1,9 +1,9 @@
-"""Model versions on disk, and their encoded forms, each made once and shared by every worker.
+"""Model versions on disk, and their payloads, each encoded once and shared by every worker.
 
 models/000007.safetensors       version 7
-optimizer/000007.safetensors    what the server optimizer remembers after version 7
+optimizer/000007.safetensors    state of the server optimizer after version 7
 encoded/000007-3.payload        version 7 in one recipe, or its difference; made anew by each process
-held/                           what workers hold of it (fedgrpc.aggregator.forms)
+delta-bases/                    versions as devices hold them (fedgrpc.aggregator.delta_bases)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import structlog
 
 from fedgrpc.aggregation import partial_update
 from fedgrpc.aggregator.chunk_cache import ChunkCache, PayloadFile
-from fedgrpc.aggregator.forms import Forms, Source
+from fedgrpc.aggregator.delta_bases import DeltaBases, PayloadSource
 from fedgrpc.codec.chunk import LARGE_CHUNK_BYTES
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.codec.manifest import Manifest, TensorEntry
@@ -51,7 +51,7 @@ _VERSION = re.compile(r"(\d+)(-|\.safetensors$)")
 _CHUNK_CACHE_BYTES = 16 << 20
 _SENDING_BYTES = 16 << 20
 _MAX_SPARES = 1
-# Workers that hold other forms than these few get the whole model, and so hold the same again.
+# Workers that hold other bases than these few get the whole model, and so hold the same one again.
 _MAX_DIFFERENCES = 3
 # A difference that is hardly larger than the model is worth its bytes: it loses far less.
 _SLACK = 1.05
@@ -97,7 +97,7 @@ WHOLE = Slice()
 
 @dataclass(frozen=True)
 class Variant:
-    """One encoded form of a version, by all that decides its bytes.
+    """A payload of a version, by all that decides its bytes.
 
     `base` is what a difference is taken to, and `whole` the recipe that stands in where the difference is worth
     nothing. `kept`: what it makes its receivers hold is kept, as the base of differences to come.
@@ -113,7 +113,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class EncodedModel:
-    """One version in one recipe, on disk; `base_version` above 0: its difference to a form of that version.
+    """One version in one recipe, on disk; `base_version` above 0: its difference to a delta base of that version.
 
     `held_crc32` is of what its receivers then hold.
     """
@@ -150,8 +150,8 @@ class ModelStore:
         self._encoded_folder = data_dir / "encoded"
         for folder in (self._models, self._optimizer_states, self._encoded_folder):
             make_private(folder)
-        self.spares = RecycledFiles(data_dir / "models" / "spare", _MAX_SPARES)
-        self._forms = Forms(data_dir / "held")
+        self.recycled = RecycledFiles(data_dir / "models" / "spare", _MAX_SPARES)
+        self._delta_bases = DeltaBases(data_dir / "delta-bases")
         for path in self._encoded_folder.iterdir():
             path.unlink(missing_ok=True)
         self._made: dict[Variant, asyncio.Task[EncodedModel]] = {}
@@ -204,7 +204,7 @@ class ModelStore:
         return _open(path) if path.exists() else None
 
     def forget_optimizer_state(self) -> None:
-        """Remove what a server optimizer remembers: another one would read it wrong. Raises `StorageError`."""
+        """Remove the state of a server optimizer: another one would read it wrong. Raises `StorageError`."""
         try:
             for path in self._optimizer_states.iterdir():
                 path.unlink(missing_ok=True)
@@ -239,7 +239,7 @@ class ModelStore:
         """
         variant = Variant(version, recipe, its.name)
         if variant not in self._made and max_foreign is not None and self._foreign_count(version) >= max_foreign:
-            raise Exhausted(f"model version {version} is already kept in {max_foreign} other forms")
+            raise Exhausted(f"model version {version} is already kept in {max_foreign} other recipes")
         return await self._encoded(variant, its)
 
     async def _encoded(self, variant: Variant, its: Slice) -> EncodedModel:
@@ -288,8 +288,8 @@ class ModelStore:
         return sum(made.base is not None for made in alike)
 
     def holds(self, held: Held, its: Slice = WHOLE) -> bool:
-        """Whether this is a form that was given here, and a difference to it can be made."""
-        return self._forms.knows((*held, its.name))
+        """Whether `held` is a delta base of this aggregator, so that a difference to it can be made."""
+        return self._delta_bases.knows((*held, its.name))
 
     async def _wait_for(self, variant: Variant) -> EncodedModel:
         """A variant once it is made. One that has changed on the disk is forgotten, to be made anew."""
@@ -310,7 +310,7 @@ class ModelStore:
         if not await asyncio.to_thread(lambda: payload.as_written):
             self.chunk_cache.forget(payload)
             log.error("encoded model has changed on the disk", version=variant.version, recipe=str(variant.recipe))
-            raise StorageError(f"an encoded form of version {variant.version} has changed on the disk; ask again")
+            raise StorageError(f"a payload of version {variant.version} has changed on the disk; ask again")
 
     async def _difference(self, variant: Variant, downlink: Downlink, its: Slice) -> EncodedModel:
         version = variant.version
@@ -323,7 +323,7 @@ class ModelStore:
         if made is not None and (whole_bytes is None or made.manifest.size_bytes <= _SLACK * whole_bytes):
             return made
         if made is not None:
-            await asyncio.to_thread(self._forms.drop, (version, made.manifest.sha256, its.name))
+            await asyncio.to_thread(self._delta_bases.drop, (version, made.manifest.sha256, its.name))
         return await self._whole(version, downlink, its)
 
     def _encode_difference(self, model: ModelFile, variant: Variant, its: Slice) -> EncodedModel | None:
@@ -331,15 +331,15 @@ class ModelStore:
         version, held = variant.version, variant.base
         assert held is not None
         _check(model)
-        with self._forms.reading((*held, its.name)) as base:
+        with self._delta_bases.reading((*held, its.name)) as base:
             if base is None or base.layout != its.layout(model.layout):
                 return None
             rng = np.random.default_rng([version, *held[1]])
             with self._payload_file(version) as file:
                 recipe = variant.recipe.for_layout(model.layout)
-                source = Source(version, base.layout, its.of(model), ModelTensors(base), its.name)
-                manifest = self._forms.write(source, recipe, file, rng)
-        crc = self._forms.crc32((version, manifest.sha256, its.name))
+                source = PayloadSource(version, base.layout, its.of(model), ModelTensors(base), its.name)
+                manifest = self._delta_bases.write(source, recipe, file, rng)
+        crc = self._delta_bases.crc32((version, manifest.sha256, its.name))
         payload = _open_payload(Path(file.name), 0, manifest.size_bytes)
         return EncodedModel(version, manifest, payload, held[0], crc)
 
@@ -359,8 +359,8 @@ class ModelStore:
         _check(model)
         with self._payload_file(version) as file:
             named = recipe.for_layout(model.layout)
-            source = Source(version, its.layout(model.layout), its.of(model), None, its.name)
-            manifest = _write(source, named, file, self._forms if variant.kept else None)
+            source = PayloadSource(version, its.layout(model.layout), its.of(model), None, its.name)
+            manifest = _write(source, named, file, self._delta_bases if variant.kept else None)
         if variant.kept:
             self._whole_bytes[recipe, its.name] = manifest.size_bytes
         return EncodedModel(version, manifest, _open_payload(Path(file.name), 0, manifest.size_bytes))
@@ -377,13 +377,13 @@ class ModelStore:
             raise StorageError(f"cannot store the encoded model: {error.strerror}") from error
 
     async def prune(self, keep: frozenset[int], models: frozenset[int] = frozenset()) -> None:
-        """Remove every version that is not in `keep`, in all its forms; of those in `models` only the forms."""
+        """Remove all of every version that is not in `keep`; the models themselves stay if in `models`."""
         gone = [variant for variant in self._made if variant.version not in keep]
         pulled = {variant.version for variant in gone if self._let_go(variant)}
         await asyncio.to_thread(self._remove_files, keep, models, pulled)
 
     def _let_go(self, variant: Variant) -> bool:
-        """Forget an encoded form; whether somebody is still pulling it."""
+        """Forget a payload; whether somebody is still pulling it."""
         made = self._made.pop(variant)
         self._looked_at.pop(variant, None)
         if not made.done():
@@ -399,7 +399,7 @@ class ModelStore:
     def _remove_files(self, keep: frozenset[int], models: frozenset[int], pulled: set[int]) -> None:
         try:
             # Those who have waited for `keep` hold the version before it.
-            self._forms.prune(keep | {min(keep) - 1})
+            self._delta_bases.prune(keep | {min(keep) - 1})
             for folder in (self._models, self._optimizer_states, self._encoded_folder):
                 for path in folder.iterdir():
                     number = _VERSION.match(path.name)
@@ -408,7 +408,7 @@ class ModelStore:
                     if folder == self._models and int(number[1]) in models:
                         continue
                     if folder == self._models and int(number[1]) not in pulled:
-                        self.spares.keep(path)
+                        self.recycled.keep(path)
                     else:
                         path.unlink(missing_ok=True)
         except OSError as error:
@@ -430,14 +430,14 @@ def _check(model: ModelFile) -> None:
         )
 
 
-def _write(source: Source, recipe: Recipe, file: BinaryIO, forms: Forms | None) -> Manifest:
+def _write(source: PayloadSource, recipe: Recipe, file: BinaryIO, delta_bases: DeltaBases | None) -> Manifest:
     """A model that the recipe cannot hold, such as 70000 in float16, travels as it is: the run goes on."""
 
     def write(recipe: Recipe) -> Manifest:
         rng = np.random.default_rng(source.version)
-        if forms is None:
+        if delta_bases is None:
             return write_payload(source.model, recipe, file, rng, source.layout)
-        return forms.write(source, recipe, file, rng)
+        return delta_bases.write(source, recipe, file, rng)
 
     try:
         return write(recipe)

@@ -104,7 +104,7 @@ class NewVersion:
                 self._optimizer,
                 list(weights.items()),
                 self.load,
-                it.models.spares,
+                it.models.recycled,
                 parts,
                 merged,
                 current.scales,

@@ -77,7 +77,7 @@ async def a_round(holder, seed, size=0.01):
 
 
 def held_on_disk(running, version):
-    found = sorted((running.settings.data_dir / "held").glob(f"{version:06d}-*.safetensors"))
+    found = sorted((running.settings.data_dir / "delta-bases").glob(f"{version:06d}-*.safetensors"))
     return {bytes.fromhex(path.stem.partition("-")[2]): load_file(path) for path in found}
 
 
@@ -160,7 +160,7 @@ async def test_a_form_that_is_damaged_or_unknown_costs_a_whole_model_and_no_more
         holder = Holder(await running.device("a"))
         await a_round(holder, 1)
         await running.until_ended(1)
-    (path,) = (tmp_path / "aggregator" / "held").glob("000001-*.safetensors")
+    (path,) = (tmp_path / "aggregator" / "delta-bases").glob("000001-*.safetensors")
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -255,7 +255,7 @@ async def test_few_forms_are_kept_of_each_version_whatever_workers_hold(tmp_path
                 await other.pull(number)
             await a_round(steady, number)
             await running.until_ended(number)
-        kept = [path.name for path in (tmp_path / "aggregator" / "held").glob("*.safetensors")]
+        kept = [path.name for path in (tmp_path / "aggregator" / "delta-bases").glob("*.safetensors")]
         versions = [int(name.partition("-")[0]) for name in kept]
         assert set(versions) <= {6, 7, 8, 9}
         assert max(map(versions.count, versions)) <= 4

@@ -62,7 +62,7 @@ class Approaches:
 
 
 def held_on_disk(running, version):
-    found = (running.settings.data_dir / "held").glob(f"{version:06d}-*.safetensors")
+    found = (running.settings.data_dir / "delta-bases").glob(f"{version:06d}-*.safetensors")
     return {path.stem.partition("-")[2]: load_file(path) for path in found}
 
 

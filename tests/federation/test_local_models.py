@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fedgrpc.aggregation.server_optimizer import server_optimizer
-from fedgrpc.aggregator.forms import Forms
+from fedgrpc.aggregator.delta_bases import DeltaBases
 from fedgrpc.aggregator.settings import Target
 from fedgrpc.protocol.tensors import channels_to_proto
 from fedgrpc.rpc.retry import Backoff
@@ -184,7 +184,7 @@ async def test_a_slice_whose_channels_stay_comes_as_the_difference_to_what_is_he
     staying, moving = Noisy(), Noisy()
     workers: dict[str, Worker] = {"a": ("full", Noisy()), "b": ("half", staying), "c": ("rolling", moving)}
     outcome = await play(tmp_path, workers, plans, rounds=4, download_recipe="int8+zstd")
-    held = {path.name for path in (tmp_path / "aggregator" / "held").glob("*.safetensors")}
+    held = {path.name for path in (tmp_path / "aggregator" / "delta-bases").glob("*.safetensors")}
     assert not any("rolling" in name for name in held)
 
     def off_by(trainer: Noisy, number: int, kept: slice) -> float:
@@ -195,13 +195,13 @@ async def test_a_slice_whose_channels_stay_comes_as_the_difference_to_what_is_he
     assert all(off_by(staying, number, slice(4)) < 4e-4 for number in (2, 3, 4))
     assert all(off_by(moving, number, slice(number, number + 4)) > 1e-3 for number in (2, 3, 4))
     for number in (1, 2, 3, 4):
-        (path,) = (tmp_path / "aggregator" / "held").glob(f"{number:06d}-*-prefix:0.5.safetensors")
+        (path,) = (tmp_path / "aggregator" / "delta-bases").glob(f"{number:06d}-*-prefix:0.5.safetensors")
         for name, array in load_file(path).items():
             np.testing.assert_array_equal(staying.began[number][name], array)
     # The next process knows it as what it is.
-    forms, sha256 = Forms(path.parent), bytes.fromhex(path.name.split("-")[1])
-    assert forms.open((4, sha256, "prefix:0.5")) is not None
-    assert not forms.knows((4, sha256, ""))
+    delta_bases, sha256 = DeltaBases(path.parent), bytes.fromhex(path.name.split("-")[1])
+    assert delta_bases.open((4, sha256, "prefix:0.5")) is not None
+    assert not delta_bases.knows((4, sha256, ""))
 
 
 async def test_channels_are_chosen_by_magnitude_of_the_version_that_is_trained(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from torch.utils.data import TensorDataset
 
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS, server_optimizer
 from fedgrpc.aggregator.commit import Commit
-from fedgrpc.aggregator.forms import Forms, Source
+from fedgrpc.aggregator.delta_bases import DeltaBases, PayloadSource
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.feedback import Residual, write_with_feedback
 from fedgrpc.codec.layout import layout_of
@@ -129,7 +129,10 @@ class Federation:
         """Write version 1."""
         weights = self.trainers[0].initial_weights()
         layout = layout_of(weights)
-        self.forms, self.journal = Forms(self.folder / "held"), UploadJournal(self.folder / "uploads")
+        self.delta_bases, self.journal = (
+            DeltaBases(self.folder / "delta-bases"),
+            UploadJournal(self.folder / "uploads"),
+        )
         write_model(self._path(1), layout, weights.values())
 
     def _path(self, version: int) -> Path:
@@ -140,13 +143,15 @@ class Federation:
         model = ModelFile.open(self._path(version))
         if self.down.lossless:
             return dict(ModelTensors(model))
-        base = None if self.held is None else self.forms.open(self.held)
-        source = Source(version, model.layout, ModelTensors(model), None if base is None else ModelTensors(base))
-        manifest = self.forms.write(source, self.down, io.BytesIO(), np.random.default_rng(version))
+        base = None if self.held is None else self.delta_bases.open(self.held)
+        source = PayloadSource(
+            version, model.layout, ModelTensors(model), None if base is None else ModelTensors(base)
+        )
+        manifest = self.delta_bases.write(source, self.down, io.BytesIO(), np.random.default_rng(version))
         self.held = (version, manifest.sha256, "")
-        form = self.forms.open(self.held)
-        assert form is not None
-        return dict(ModelTensors(form))
+        base = self.delta_bases.open(self.held)
+        assert base is not None
+        return dict(ModelTensors(base))
 
     def round(self, number: int, learning_rate: float, seed: int) -> None:
         """Train version `number` to the next."""

@@ -1,12 +1,12 @@
-"""What workers hold: model versions in the forms that lossy payloads give them.
+"""Delta bases: model versions as devices have them after a lossy payload. The next difference is taken to these.
 
-held/000007-SHA256.safetensors               version 7 as it is on a device that has the payload of this SHA-256
-held/000007-SHA256-prefix:0.5.safetensors    its slice of that name, likewise
+delta-bases/000007-SHA256.safetensors               version 7 as a device has it after the payload of this SHA-256
+delta-bases/000007-SHA256-prefix:0.5.safetensors    a sub-model of it, likewise
 
 The rule: a difference is taken to what its receivers hold, not to the version itself, and what they hold after it
 is kept as the next base. So what one payload loses travels with the next, and errors never add up (Tang et al.,
-arXiv 1905.05957). Nothing is synced to the disk: a form that a power cut has damaged is forgotten, and its holders
-get a whole model.
+arXiv 1905.05957). Nothing is synced to the disk: a base that a power cut has damaged is forgotten, and the devices
+that hold it get a whole model.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.uniform import Uniform
 from fedgrpc.codec.values import add, left_out, part_filled, part_of, subtract
 from fedgrpc.errors import StorageError, UsageError
-from fedgrpc.storage.files import RecycledFiles, is_gone, make_private
+from fedgrpc.storage.files import RecycledFiles, is_gone, make_private, storage_errors
 from fedgrpc.storage.model_file import ModelFile, ModelWriter
 
 _NAME = re.compile(r"(\d+)-([0-9a-f]{64})(?:-([a-z]+:[0-9.e-]+))?\.safetensors")
 
-_MOST_BEHIND = 2
+_MAX_PENDING = 2
 # A multiple of all pieces that a quantizer works in.
-_KEPT_AT_ONCE = 1 << 18
+_WRITTEN_ELEMENTS = 1 << 18
 
-# Version, SHA-256 of the payload that made it, and name of the slice ("": the whole model).
+# Version, SHA-256 of the payload that gave it to devices, and name of the sub-model ("": the whole model).
 Key = tuple[int, bytes, str]
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a payload is made of: `model`, or its difference to `base`.
+class PayloadSource:
+    """Tensors to send: those of `model`, or their difference to `base`; both have that layout.
 
-    `model` is a version, or what the slice of that name has of it; both are of that layout.
+    `model` is a version, or the sub-model of that name.
     """
 
     version: int
@@ -59,7 +59,7 @@ class Source:
     slice_name: str = ""
 
     def wanted(self, spec: TensorSpec) -> Array | None:
-        """What is to be sent of a tensor; None: it is left out."""
+        """The tensor to send; None: it is left out, since nothing has changed."""
         new = self.model[spec.name]
         if self.base is None:
             return new
@@ -67,37 +67,41 @@ class Source:
         return None if left_out(spec, new, old) else subtract(spec, new, old)
 
     def held_after(self, spec: TensorSpec, arrives: Array) -> Array:
-        """What those who held `base` have of a tensor, once that has arrived."""
+        """The tensor that devices with `base` have once `arrives` has arrived."""
         return arrives if self.base is None else add(spec, self.base[spec.name], arrives)
 
 
-class Behind:
-    """A context manager around a thread that does what it is given, in order, and is two things behind at most."""
+class WriteBehind:
+    """A thread that writes in order while the next tensor is encoded; at most two writes are pending."""
 
-    def __enter__(self) -> Behind:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="forms")
-        self._doing: deque[Future[None]] = deque()
+    def __enter__(self) -> WriteBehind:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="delta-bases")
+        self._pending: deque[Future[None]] = deque()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
 
     def do(self, work: Callable[..., None], *args: object) -> None:
-        """Have it done; raises what went wrong before."""
-        if len(self._doing) >= _MOST_BEHIND:
-            self._doing.popleft().result()
-        self._doing.append(self._thread.submit(work, *args))
+        """Run `work` in the thread, after all before it. Raises what went wrong before."""
+        if len(self._pending) >= _MAX_PENDING:
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(work, *args))
 
     def wait(self) -> None:
-        """Until all is done; raises what went wrong."""
-        while self._doing:
-            self._doing.popleft().result()
+        """Wait until all is written. Raises what went wrong."""
+        while self._pending:
+            self._pending.popleft().result()
 
 
 def _quantize(
-    source: Source, spec: TensorSpec, encoding: Uniform, rng: np.random.Generator, keep: Callable[[Array], None]
+    source: PayloadSource,
+    spec: TensorSpec,
+    encoding: Uniform,
+    rng: np.random.Generator,
+    keep: Callable[[Array], None],
 ) -> memoryview:
-    """One tensor of a payload; `keep` gets what its receivers then hold, in parts that are arrays of their own."""
+    """Encode one tensor; `keep` gets what receivers then hold of it, in parts that nobody else changes."""
     wanted = part_of(source.model, spec.name)
     base = None if source.base is None else part_of(source.base, spec.name)
     held = after = np.empty(0, np.float32)
@@ -112,7 +116,7 @@ def _quantize(
     def arrived(start: int, values: Array, decoded: Array) -> None:
         nonlocal after, filled
         if not after.size:
-            after = np.empty(min(_KEPT_AT_ONCE, spec.size - start), np.float32)
+            after = np.empty(min(_WRITTEN_ELEMENTS, spec.size - start), np.float32)
         out = after[filled : filled + decoded.size]
         if base is None:
             out[:] = decoded
@@ -128,14 +132,14 @@ def _quantize(
         return encoding.encode_parts(part, spec.size, rng, arrived)
 
 
-class Forms:
-    """The held forms in one folder, by version and SHA-256. Thread-safe; everything but `knows` blocks."""
+class DeltaBases:
+    """The delta bases in one folder. Thread-safe; everything but `knows` blocks."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises OSError."""
+        """Take up what a former process has left. Raises OSError."""
         make_private(folder)
         self._folder = folder
-        self._spares = RecycledFiles(folder / "spare", 1)
+        self._recycled = RecycledFiles(folder / "spare", 1)
         self._lock = threading.Lock()
         self._paths: dict[Key, Path] = {}
         self._read: list[Key] = []
@@ -146,19 +150,19 @@ class Forms:
                 path.unlink()
 
     def knows(self, key: Key) -> bool:
-        """Whether this form may be there."""
+        """Whether there may be such a base; only `open` looks at it."""
         return key in self._paths
 
     def open(self, key: Key) -> ModelFile | None:
-        """The form, None where it is unknown, damaged or cannot be read: it is read through each time."""
+        """Open a base; None where it is unknown, damaged or cannot be read now. It is read through each time."""
         path = self._paths.get(key)
         if path is None:
             return None
         try:
-            form = ModelFile.open(path)
-            damaged = not form.as_written
+            base = ModelFile.open(path)
+            damaged = not base.as_written
         except StorageError:
-            # It may be there again later.
+            # Not read, so not known to be damaged: it may be there again later.
             return None
         except UsageError as error:
             if isinstance(error.__cause__, OSError) and not is_gone(error.__cause__):
@@ -167,10 +171,10 @@ class Forms:
         if damaged:
             self._forget(key)
             return None
-        return form
+        return base
 
     def crc32(self, key: Key) -> int | None:
-        """CRC-32 of the form's tensors as it was written; None where it is not known."""
+        """CRC-32 of a base's tensors as they were written; None where it is not known."""
         path = self._paths.get(key)
         try:
             return None if path is None else ModelFile.open(path).tensors_crc32
@@ -179,7 +183,7 @@ class Forms:
 
     @contextmanager
     def reading(self, key: Key) -> Iterator[ModelFile | None]:
-        """The form as `open` gives it; while the block runs its file stays what it is, whatever is pruned."""
+        """Open a base as `open` does; while the block runs its file stays as it is, whatever is pruned."""
         with self._lock:
             self._read.append(key)
         try:
@@ -188,58 +192,57 @@ class Forms:
             with self._lock:
                 self._read.remove(key)
 
-    def write(self, source: Source, recipe: Recipe, out: BinaryIO, rng: np.random.Generator) -> Manifest:
-        """Write the payload of `source` to `out`, and keep the form it gives.
+    def write(self, source: PayloadSource, recipe: Recipe, out: BinaryIO, rng: np.random.Generator) -> Manifest:
+        """Write the payload of `source` to `out`, and keep what its receivers then hold as a delta base.
 
         Raises `EncodeError` and `StorageError`; nothing is kept then.
         """
+        # The key has the digest of the payload, which is known once it is written.
         unnamed = self._folder / f"{source.version:06d}-{threading.get_ident()}.safetensors"
         payload = PayloadWriter(out, recipe.compression)
         with (
-            ModelWriter(unnamed, source.layout, self._spares, durable=False) as form,
-            Behind() as behind,
+            ModelWriter(unnamed, source.layout, self._recycled, durable=False) as base,
+            WriteBehind() as writing,
         ):
             for spec in source.layout:
                 encoding = recipe.for_tensor(spec)
                 if isinstance(encoding, Uniform) and spec.dtype == "float32":
                     with naming(spec):
-                        data: Buffer = _quantize(source, spec, encoding, rng, partial(behind.do, form.add))
+                        data: Buffer = _quantize(source, spec, encoding, rng, partial(writing.do, base.add))
                 else:
                     wanted = source.wanted(spec)
                     if wanted is None:
-                        behind.do(form.add, source.model[spec.name])
+                        writing.do(base.add, source.model[spec.name])
                         continue
                     encoding, data = encode_tensor(spec, wanted, recipe, rng)
                     arrives = encoding.decode(memoryview(data).toreadonly(), spec)
-                    behind.do(form.add, source.held_after(spec, arrives))
-                behind.do(payload.add, spec, encoding, data)
-            behind.wait()
+                    writing.do(base.add, source.held_after(spec, arrives))
+                writing.do(payload.add, spec, encoding, data)
+            writing.wait()
             manifest = payload.finish()
-            form.finish()
+            base.finish()
         self._keep(unnamed, (source.version, manifest.sha256, source.slice_name))
         return manifest
 
     def _keep(self, unnamed: Path, key: Key) -> None:
         version, sha256, name = key
         path = self._folder / f"{version:06d}-{sha256.hex()}{'-' + name if name else ''}.safetensors"
-        try:
+        with storage_errors("a delta base", "store"):
             unnamed.replace(path)
-        except OSError as error:
-            raise StorageError(f"cannot store what workers hold: {error.strerror}") from error
         with self._lock:
             self._paths[key] = path
 
     def drop(self, key: Key) -> None:
-        """Nobody will hold it."""
+        """Remove a base that no device will hold."""
         self._forget(key)
 
     def prune(self, keep: frozenset[int]) -> None:
-        """Remove the forms of versions that are not in `keep`, once nobody reads them. Raises OSError."""
+        """Remove the bases of versions that are not in `keep`, but for those being read. Raises OSError."""
         with self._lock:
             gone = [key for key in self._paths if key[0] not in keep and key not in self._read]
             paths = [self._paths.pop(key) for key in gone]
         for path in paths:
-            self._spares.keep(path)
+            self._recycled.keep(path)
 
     def _forget(self, key: Key) -> None:
         with self._lock:

@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 
-from fedgrpc.aggregator.forms import Forms, Source
+from fedgrpc.aggregator.delta_bases import DeltaBases, PayloadSource
 from fedgrpc.aggregator.model_store import Downlink, ModelStore
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.codec.recipe import Recipe
@@ -17,26 +17,26 @@ MODEL = {f"layer{number}": np.full(40, float(number), np.float32) for number in 
 LAYOUT = layout_of(MODEL)
 
 
-def written(forms, version, value, base=None):
-    """The key of the form of a model of which each element is `value`."""
+def written(bases, version, value, base=None):
+    """The key of the delta base of a model of which each element is `value`."""
     model = {name: np.full(40, value, np.float32) for name in MODEL}
-    source = Source(version, LAYOUT, model, base)
-    manifest = forms.write(source, Recipe.parse("raw"), io.BytesIO(), np.random.default_rng(0))
+    source = PayloadSource(version, LAYOUT, model, base)
+    manifest = bases.write(source, Recipe.parse("raw"), io.BytesIO(), np.random.default_rng(0))
     return version, manifest.sha256, ""
 
 
 def test_a_form_that_is_read_stays_what_it_is_while_others_are_pruned_and_written(tmp_path):
-    forms = Forms(tmp_path)
-    read, gone = written(forms, 1, 1.0), written(forms, 2, 2.0)
-    with forms.reading(read) as form:
-        tensors = ModelTensors(form)
-        forms.prune(frozenset({3}))
-        assert not forms.knows(gone)
-        written(forms, 3, 3.0)
-        written(forms, 4, 4.0)
+    bases = DeltaBases(tmp_path)
+    read, gone = written(bases, 1, 1.0), written(bases, 2, 2.0)
+    with bases.reading(read) as base:
+        tensors = ModelTensors(base)
+        bases.prune(frozenset({3}))
+        assert not bases.knows(gone)
+        written(bases, 3, 3.0)
+        written(bases, 4, 4.0)
         assert {float(tensors[name].max()) for name in MODEL} == {1.0}
-    forms.prune(frozenset({3}))
-    assert not forms.knows(read)
+    bases.prune(frozenset({3}))
+    assert not bases.knows(read)
 
 
 async def test_old_versions_go_while_a_difference_to_one_is_being_made(tmp_path):
