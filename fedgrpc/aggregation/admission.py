@@ -121,8 +121,8 @@ def sum_of_squares(values: np.ndarray) -> float:
 
 
 def _sum_of_squares(piece: np.ndarray) -> float:
-    # einsum, since dot would wake BLAS's threads, which spin on cores that others need. float32 sums are exact
-    # enough to compare with a bound, and twice as fast. An overflow is summed again in float64.
+    # einsum, since dot would wake BLAS's threads, which spin on cores that others need. A sum in float32 is good
+    # enough for a bound, and faster. One that overflows is taken again in float64.
     if piece.dtype == np.float32:
         quick = float(np.einsum("i,i->", piece, piece))
         if math.isfinite(quick):
