@@ -1,7 +1,7 @@
-"""What users implement: the `Trainer` protocol, and the values that pass between a worker and a trainer.
+"""Interface that users implement: the `Trainer` protocol, and the values between a worker and a trainer.
 
 The rule: nothing here needs torch. Weights are numpy arrays by name, in a fixed order. A trainer runs in a
-thread, off the event loop; it asks the job between batches whether to go on, and never talks to the network.
+thread, off the event loop. It checks between batches whether the job is cancelled, and never uses the network.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.training_plan import TrainingPlan
 
 Weights = Mapping[str, np.ndarray]
-# Names of tensors, and what they have in common.
+# Names of tensors, and the reason that they have in common.
 TensorsByReason = list[tuple[list[str], str]]
 
 _MOST_THREADS: Final = 1024
 
 
 class Cancelled(Exception):
-    """Training was stopped between two batches; nothing of it is kept."""
+    """Training was cancelled between two batches. Its result is discarded."""
 
 
 def _never() -> bool:
@@ -50,14 +50,14 @@ def _check_seed(seed: int) -> None:
 
 @dataclass(frozen=True)
 class TrainJob(TrainingPlan):
-    """One worker's share of one round: a training plan, whose work it is, and when to stop.
+    """One worker's training in one round: the training plan, the worker's seed, and callbacks to the worker.
 
-    `seed` has 32 bits, as the generators of NumPy and scikit-learn want, else `UsageError`. It differs between
-    workers and rounds. `local_model` says what to make of the given weights before they are trained; None trains
-    them as they are. `stop` is asked before every batch: True cancels. `time_left_s` bounds the training in time,
-    the plan's `upload_reserve_s` taken off: once it is not positive, what has been trained so far is the result.
-    `report` hears of every finished step. `pause` is given each batch's duration and may sleep, which slows the
-    training down honestly.
+    `seed` has 32 bits, the most that generators of NumPy and scikit-learn take, else `UsageError`. It differs
+    between workers and rounds. `local_model` is the plan of the local model to train; None trains the given
+    weights as they are. `stop` is called before every batch, and True cancels. `time_left_s` returns the time
+    that is left to train, without the plan's `upload_reserve_s`. Once it is not positive, training ends with the
+    result so far. `report` is called after every step. `pause` gets each batch's duration and may sleep, to
+    emulate a slower device.
     """
 
     epochs: float = 1.0
@@ -74,19 +74,20 @@ class TrainJob(TrainingPlan):
         _check_seed(self.seed)
 
     def total_steps(self, example_count: int, default_batch_size: int = 32) -> int:
-        """Steps that `epochs` passes over `example_count` examples take; `max_steps` caps them."""
+        """Count the steps of `epochs` passes over `example_count` examples, at most `max_steps`."""
         batch_size = self.batch_size or default_batch_size
         steps = max(1, math.ceil(self.epochs * math.ceil(example_count / batch_size) - 1e-9))
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def batches(self, example_count: int, default_batch_size: int = 32) -> Iterator[np.ndarray]:
-        """Index batches (int64) of a training run, freshly shuffled each epoch from `seed` and `round`.
+        """Yield index batches (int64) of a training run, shuffled anew each epoch from `seed` and `round`.
 
-        Between batches it does all a federation asks: raises `Cancelled` when told to stop, ends early when
-        the time is up, reports progress and pauses. At least one batch is always yielded.
+        Between batches the iterator reports progress, pauses, and ends early when the time is up. At least one
+        batch is always yielded.
 
         Raises:
-            UsageError: there is nothing to train on.
+            Cancelled: `stop` returned True.
+            UsageError: there are no examples.
         """
         if example_count < 1:
             raise UsageError("there are no training examples")
@@ -113,11 +114,11 @@ def _shuffled_batches(rng: np.random.Generator, example_count: int, batch_size: 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Weights after training, and the number of local examples that stand behind them.
+    """Weights after training, and the number of local examples that they were trained on.
 
-    Of a compressed local model, `start` has the weights that training began with (None: the given ones), `masks`
-    where a tensor was trained at all (bool of its shape), and `clustered` the tensors of few different values.
-    `tensor_bytes` is what weights, gradients, optimizer state and the backward pass took; 0: not known.
+    For a local model, `start` has the weights at the start of training (None: the given ones). `masks` says which
+    elements of a tensor were trained (bool of its shape), and `clustered` which tensors have few different values.
+    `tensor_bytes` are those of weights, gradients, optimizer state and the backward pass; 0 is unknown.
     """
 
     weights: Weights
@@ -155,30 +156,30 @@ class Trainer(Protocol):
     """
 
     def initial_weights(self) -> Weights:
-        """The untrained model; its names, shapes and dtypes are the model's layout."""
+        """Return the untrained model, whose names, shapes and dtypes are the model's layout."""
         ...
 
     def train(self, weights: Weights, job: TrainJob) -> TrainResult:
-        """Train from `weights`; raises `Cancelled` when `job.stop()` says so."""
+        """Train from `weights`. Raises `Cancelled` once `job.stop()` returns True."""
         ...
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
-        """Score `weights` on local held-out data; None where there is none."""
+        """Score `weights` on local held-out data. Returns None without any."""
         ...
 
 
 @runtime_checkable
 class SliceableTrainer(Trainer, Protocol):
-    """A trainer that takes weights of any sub-model of its model's channels, and heeds `TrainJob.local_model`."""
+    """Trainer that can train sub-models of its model's channels, and the local model of `TrainJob.local_model`."""
 
     def channels(self) -> ChannelMap:
-        """The channel groups of its model."""
+        """Return the channel groups of its model."""
         ...
 
 
 @dataclass(frozen=True)
 class TaskSetup:
-    """What the person who starts a worker says about its task."""
+    """Settings of a learning task from the command line of its worker."""
 
     model: str | None = None
     data: Path | None = None
@@ -190,7 +191,7 @@ class TaskSetup:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises UsageError for half of what goes together, a seed of more than 32 bits, or less than a thread."""
+        """Raise UsageError for a wrong seed or number of threads, or only one of partition and part."""
         _check_seed(self.seed)
         if self.threads is not None and not 1 <= self.threads <= _MOST_THREADS:
             raise UsageError(f"threads must be from 1 to {_MOST_THREADS}, not {self.threads}")
@@ -199,18 +200,18 @@ class TaskSetup:
 
 
 def roles(trainer: Trainer) -> Mapping[str, str]:
-    """The roles of tensors as the trainer tells them, by name; where it tells none, their names do."""
+    """Return the roles of tensors by name, from the trainer's method `roles`; empty without one."""
     tell = getattr(trainer, "roles", None)
     return {} if tell is None else tell()
 
 
 def tied_names(trainer: Trainer) -> Mapping[str, tuple[str, ...]]:
-    """Further names of tensors, by the name under which they are among the weights; of many trainers, none."""
+    """Return further names of tied tensors, by their name among the weights; empty without such a method."""
     tell = getattr(trainer, "tied_names", None)
     return {} if tell is None else tell()
 
 
 def full_width_tensors(trainer: Trainer) -> TensorsByReason:
-    """The tensors that no width makes narrower, together by reason; of a trainer that does not tell, none."""
+    """Return the tensors that no width makes narrower, by reason; empty without such a method."""
     tell = getattr(trainer, "full_width_tensors", None)
     return [] if tell is None else tell()

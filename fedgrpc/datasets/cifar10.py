@@ -1,9 +1,9 @@
-"""CIFAR-10 from the archives its authors publish, the Python and the binary one.
+"""CIFAR-10 from the archives that its authors publish, the Python or the binary one.
 
 Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009). https://www.cs.toronto.edu/~kriz/cifar.html
 
-The rule: an archive is data, never code. The Python archive holds pickles, so they are read by an unpickler
-that can build nothing but arrays, strings, lists and dictionaries.
+The rule: an archive is data, never code. The pickles of the Python archive are read by an unpickler that can build
+only arrays, strings, lists and dictionaries.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TRAIN_PREFIX, _TEST_PREFIX = "data_batch_", "test_batch"
 
 
 def load_cifar10(path: Path | None) -> LabelledData:
-    """Inputs [N, 3, 32, 32] uint8 from 0 to 255: 50000 to train on, 10000 held out.
+    """Load inputs [N, 3, 32, 32] uint8 from 0 to 255: 50000 to train on, 10000 held out.
 
     `path` is either archive, or a folder that holds one.
 
@@ -71,10 +71,10 @@ def download_cifar10(
     site: str = _SITE,
     md5: str | None = None,
 ) -> Path:
-    """Fetch an archive into `folder` unless it is there; it appears once its digest is as published.
+    """Download an archive into `folder` unless it is there. The file appears once its digest is as published.
 
     Raises:
-        UsageError: it cannot be fetched, or its digest differs.
+        UsageError: the archive cannot be downloaded, or its digest differs.
     """
     expected = md5 or _PUBLISHED_MD5[archive]
     target = folder / archive
@@ -122,7 +122,7 @@ def _read_batch(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> Exa
 
 
 def _parse_binary(content: bytes, name: str) -> Examples:
-    """Records of one byte for the label and 3072 for the pixels, channel by channel."""
+    """Parse records of one byte for the label and 3072 for the pixels, channel by channel."""
     if not content or len(content) % (1 + _PIXELS):
         raise UsageError(f"{name}: {len(content)} bytes are not whole records of {1 + _PIXELS} bytes")
     records = np.frombuffer(content, np.uint8).reshape(-1, 1 + _PIXELS)
@@ -134,7 +134,7 @@ def _parse_pickle(content: bytes, name: str) -> Examples:
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
         pixels, labels = batch[b"data"], np.asarray(batch[b"labels"])
     except Exception as error:
-        # Damaged pickles raise whatever numpy, codecs and memory may.
+        # Damaged pickles raise any exception of numpy, codecs and memory.
         raise UsageError(
             f"{name} is not a CIFAR-10 batch: {' '.join(str(error).split()) or type(error).__name__}"
         ) from error
@@ -160,7 +160,7 @@ def _join(batches: list[Examples]) -> Examples:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numpy arrays and plain values, and refuses every other name a pickle may call."""
+    """Unpickler of numpy arrays and plain values that refuses every other name a pickle may call."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":

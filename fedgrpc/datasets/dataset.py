@@ -1,4 +1,4 @@
-"""The value every loader returns: training and held-out examples as numpy arrays, one row an example."""
+"""Labelled data of every loader: training and held-out examples as numpy arrays, one row per example."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Examples:
         return len(self.labels)
 
     def take(self, indices: np.ndarray) -> Examples:
-        """The examples at `indices`, copied."""
+        """Copy the examples at `indices`."""
         return Examples(self.inputs[indices], self.labels[indices])
 
 
 @dataclass(frozen=True)
 class LabelledData:
-    """A data set for classification: what to train on, and what is held out to score with."""
+    """Data set for classification: examples to train on, and examples held out to score with."""
 
     train: Examples
     held_out: Examples

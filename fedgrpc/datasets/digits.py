@@ -17,7 +17,7 @@ _HELD_OUT_EVERY = 5
 
 
 def load_digits() -> LabelledData:
-    """Inputs [N, 8, 8] uint8 from 0 to 16; every fifth image of each digit is held out (in all, 20 %).
+    """Load inputs [N, 8, 8] uint8 from 0 to 16; every fifth image of each digit is held out (in all, 20 %).
 
     Raises:
         UsageError: scikit-learn is not installed.
@@ -36,7 +36,7 @@ def _read() -> tuple[np.ndarray, np.ndarray]:
     package = find_spec("sklearn")
     if package is None or package.origin is None:
         raise UsageError("the digits data set comes with scikit-learn: pip install 'fedgrpc[demo]'")
-    # The file is read as it is: importing scikit-learn costs a small device seconds and 100 MB.
+    # The file is read directly, because importing scikit-learn costs a small device seconds and 100 MB.
     path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
     if path.exists():
         table = np.loadtxt(path, delimiter=",", dtype=np.uint8)

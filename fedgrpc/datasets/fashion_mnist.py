@@ -1,4 +1,4 @@
-"""IDX files, the format of MNIST and Fashion-MNIST, plain or gzipped.
+"""Fashion-MNIST from its IDX files, the format of MNIST, plain or gzipped.
 
 http://yann.lecun.com/exdb/mnist: two zero bytes, the element type, the number of dimensions, each dimension
 as a big-endian uint32, then the elements.
@@ -17,7 +17,7 @@ from fedgrpc.datasets.dataset import Examples, LabelledData
 from fedgrpc.errors import UsageError
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package dataset-fashion-mnist puts its files."""
+"""Folder of Debian's package dataset-fashion-mnist."""
 
 _UINT8 = 0x08
 _MOST_BYTES = 4 << 30
@@ -25,10 +25,10 @@ _PIECE_BYTES = 1 << 20
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array in an IDX file of unsigned bytes; a name that ends in .gz is unpacked.
+    """Read the array of an IDX file of unsigned bytes, unpacked if its name ends in .gz.
 
     Raises:
-        UsageError: the file cannot be read, is not IDX, or is longer or shorter than it says.
+        UsageError: the file cannot be read, is not IDX, or has another length than its header says.
     """
     try:
         content = _unpacked(path) if path.suffix == ".gz" else path.read_bytes()
@@ -45,12 +45,12 @@ def read_idx(path: Path) -> np.ndarray:
     try:
         return np.frombuffer(content, np.uint8, offset=header_bytes).reshape(shape)
     except ValueError as error:
-        # An extent of 0 makes any product of the others nothing, and numpy refuses what overflows.
+        # With an extent of 0 the product is 0 whatever the others are, and numpy refuses those that overflow.
         raise UsageError(f"{path} declares the impossible shape {shape}") from error
 
 
 def _unpacked(path: Path) -> bytes:
-    """What a gzip file holds, a piece at a time: a few bytes of it may stand for any number."""
+    """Unpack a gzip file in pieces and with a limit, since a few bytes may inflate to any size."""
     content = bytearray()
     with gzip.open(path) as file:
         while piece := file.read(_PIECE_BYTES):
@@ -61,7 +61,7 @@ def _unpacked(path: Path) -> bytes:
 
 
 def load_fashion_mnist(folder: Path | None = None) -> LabelledData:
-    """Inputs [N, 28, 28] uint8 from 0 to 255: 60000 to train on, 10000 held out.
+    """Load inputs [N, 28, 28] uint8 from 0 to 255: 60000 to train on, 10000 held out.
 
     Xiao, Rasul and Vollgraf (arXiv 1708.07747).
 

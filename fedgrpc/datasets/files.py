@@ -1,4 +1,4 @@
-"""Whether files are still what they were when they were read."""
+"""Versions of files, to notice that data has changed since it was read."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-# A look at each costs microseconds. Of a larger folder the first so many, in the order in which they are found.
+# Each file costs microseconds. In a larger folder only the first files are compared.
 _MOST_FILES: Final = 100_000
 
 
 def version_of(path: Path) -> object:
-    """A value that differs once the file, or a file in the folder, has been written, replaced, added or removed.
+    """Return a value that changes once the file, or a file in the folder, is written, replaced, added or removed.
 
-    It is made of names, inodes, sizes and times of change; nothing is read. Links are followed, each folder once.
-    A path that is gone has a value, too.
+    The value is made of names, inodes, sizes and times of change, without reading files. Links are followed, each
+    folder once. A missing path has a value, too.
     """
     found = frozenset(islice(_marks(path, set()), _MOST_FILES))
     return found or "gone"

@@ -1,8 +1,8 @@
-"""How one data set is shared out among workers, to study what federated data does to training.
+"""Partitions of one data set among workers, to study the effect of federated data on training.
 
-The rule: parts are disjoint, together they are everything, and the same seed gives the same parts on every
-device. What is drawn at random about a part (its mix of labels, its size) is drawn before any example is
-looked at, so the training and the held-out set, split with one seed, give each part the same mix.
+The rule: parts are disjoint and together they are everything. The same seed gives the same parts on every device.
+The random properties of a part (its mix of labels, its size) are drawn before any example. So the training and
+the held-out set, split with one seed, give each part the same mix.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from fedgrpc.errors import UsageError
 
 MINIMUM_PART_SIZE = 10
 PARTITIONS: Final = "iid, dirichlet:0.5, shards:2, labels:2 or quantity:0.5"
-"""What `parse_partition` takes, for people."""
+"""Examples of what `parse_partition` accepts, for messages."""
 
 N = TypeVar("N", int, float)
 
 
 class Partition(Protocol):
-    """A way of sharing out examples; `by_label` where it looks at more than how many labels there are."""
+    """Rule that splits examples into parts. `by_label`: it depends on the labels, not only on their number."""
 
     @property
     def by_label(self) -> bool: ...
 
     def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
-        """Indices into `labels` (int64, ascending) of each of `parts` parts.
+        """Return indices into `labels` (int64, ascending) of each of `parts` parts.
 
         Every part gets at least `MINIMUM_PART_SIZE` examples, or an even share where there are too few.
 
@@ -46,7 +46,7 @@ class Iid:
     by_label: ClassVar[bool] = False
 
     def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
-        """See `Partition`."""
+        """Split as `Partition.split`."""
         _check_parts(labels, parts)
         order = np.random.default_rng(seed).permutation(len(labels))
         return [np.sort(part) for part in np.array_split(order, parts)]
@@ -63,7 +63,7 @@ class Dirichlet:
     by_label: ClassVar[bool] = True
 
     def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
-        """See `Partition`."""
+        """Split as `Partition.split`."""
         _check(labels, parts)
         rng = np.random.default_rng(seed)
         classes, of_example = np.unique(labels, return_inverse=True)
@@ -91,7 +91,7 @@ class LabelShards:
     by_label: ClassVar[bool] = True
 
     def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
-        """See `Partition`."""
+        """Split as `Partition.split`."""
         _check(labels, parts)
         count = parts * self.shards_per_part
         if len(labels) < count:
@@ -115,7 +115,7 @@ class LabelsPerPart:
     by_label: ClassVar[bool] = True
 
     def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
-        """See `Partition`."""
+        """Split as `Partition.split`."""
         _check(labels, parts)
         rng = np.random.default_rng(seed)
         classes, of_example = np.unique(labels, return_inverse=True)
@@ -128,7 +128,7 @@ class LabelsPerPart:
         return _with_minimum([_joined(pieces) for pieces in held], rng)
 
     def _owners(self, classes: int, parts: int, rng: np.random.Generator) -> list[list[int]]:
-        """The parts that have each label."""
+        """Choose the parts that have each label."""
         owners: list[list[int]] = [[] for _ in range(classes)]
         for part in range(parts):
             own = part % classes
@@ -147,7 +147,7 @@ class QuantitySkew:
     by_label: ClassVar[bool] = False
 
     def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
-        """See `Partition`."""
+        """Split as `Partition.split`."""
         _check_parts(labels, parts)
         rng = np.random.default_rng(seed)
         proportions = _normalized(rng.dirichlet(np.full(parts, self.alpha)))
@@ -155,7 +155,7 @@ class QuantitySkew:
 
 
 def parse_partition(text: str) -> Partition:
-    """`iid`, `dirichlet:ALPHA`, `shards:PER_PART`, `labels:PER_PART` or `quantity:ALPHA`.
+    """Parse `iid`, `dirichlet:ALPHA`, `shards:PER_PART`, `labels:PER_PART` or `quantity:ALPHA`.
 
     Raises:
         UsageError: it is none of these, or its number is not positive.
@@ -175,10 +175,10 @@ def parse_partition(text: str) -> Partition:
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """`3/10`, the third of ten parts, as (index from 0, parts).
+    """Parse `3/10`, the third of ten parts, as (index from 0, parts).
 
     Raises:
-        UsageError: it does not look like that, or the part is not among the parts.
+        UsageError: the text has another form, or there is no such part.
     """
     number, _, parts = text.partition("/")
     if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
@@ -212,7 +212,7 @@ def _check_parts(labels: np.ndarray, parts: int) -> None:
 
 
 def _normalized(weights: np.ndarray) -> np.ndarray:
-    """Weights that add up to one; even ones where all are zero (a tiny alpha underflows)."""
+    """Scale weights to a sum of one. All zero, as a tiny alpha underflows, become even ones."""
     total = weights.sum()
     return weights / total if total > 0 else np.full(len(weights), 1 / len(weights))
 

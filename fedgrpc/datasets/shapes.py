@@ -1,7 +1,7 @@
-"""Point clouds of five solids, made from a seed: a data set for models of 3D points that needs no download.
+"""Point clouds of five solids, made from a seed: a data set for models of 3D points without a download.
 
-Points lie evenly on a surface, turned about the vertical, stretched by up to a fifth along each axis, moved by a
-little noise, and scaled into the unit ball, as PointNet (arXiv 1612.00593) wants its clouds.
+Points are evenly spread over a surface. The cloud is turned about the vertical, stretched by up to a fifth along
+each axis, disturbed by noise, and scaled into the unit ball, as PointNet (arXiv 1612.00593) expects.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Rng = np.random.Generator
 
 
 def load_shapes(count: int = 2000, points: int = 128, seed: int = 0) -> LabelledData:
-    """Inputs [count, 3, points] float32, labels in the order of `SHAPES`, as many of each; a fifth is held out."""
+    """Make inputs [count, 3, points] float32 and labels by `SHAPES`, equally many of each; a fifth is held out."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % len(SHAPES)
     makers = tuple(SHAPES.values())
@@ -33,7 +33,7 @@ def load_shapes(count: int = 2000, points: int = 128, seed: int = 0) -> Labelled
 
 
 def _cloud(surface: np.ndarray, rng: Rng) -> np.ndarray:
-    """[3, N] of a surface's points [N, 3]."""
+    """Turn, stretch and disturb a surface's points [N, 3] into a cloud [3, N]."""
     angle = rng.uniform(0, 2 * np.pi)
     turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
     cloud = surface * rng.uniform(1 - _STRETCH, 1 + _STRETCH, 3) @ turn.T
@@ -56,7 +56,7 @@ def _cube(rng: Rng, count: int) -> np.ndarray:
 
 
 def _cylinder(rng: Rng, count: int) -> np.ndarray:
-    """Radius 1, height 2: the side has two thirds of the surface, each lid a sixth."""
+    """Draw from radius 1, height 2: the side has two thirds of the surface, each lid a sixth."""
     angle, lid = rng.uniform(0, 2 * np.pi, count), rng.random(count) < 1 / 3
     radius = np.where(lid, np.sqrt(rng.random(count)), 1.0)
     height = np.where(lid, rng.choice([-1.0, 1.0], count), rng.uniform(-1, 1, count))
@@ -64,7 +64,7 @@ def _cylinder(rng: Rng, count: int) -> np.ndarray:
 
 
 def _torus(rng: Rng, count: int, tube: float = 0.4) -> np.ndarray:
-    """Radius 1 around, `tube` of the tube; the outside has more surface, so some of the inside are drawn again."""
+    """Draw from a ring of radius 1 with a tube, and reject some inner points, since the outside is larger."""
     around, across = rng.uniform(0, 2 * np.pi, count), np.empty(0)
     while len(across) < count:
         drawn = rng.uniform(0, 2 * np.pi, 2 * count)
@@ -75,7 +75,7 @@ def _torus(rng: Rng, count: int, tube: float = 0.4) -> np.ndarray:
 
 
 def _cone(rng: Rng, count: int, height: float = 2.0) -> np.ndarray:
-    """Radius 1 at the foot, which is closed."""
+    """Draw from a closed cone of radius 1 at the foot."""
     slope = np.hypot(1.0, height)
     angle, foot = rng.uniform(0, 2 * np.pi, count), rng.random(count) < 1 / (1 + slope)
     radius = np.sqrt(rng.random(count))

@@ -1,4 +1,4 @@
-"""One part of a data set, as one file for one device.
+"""Shares: files with one part of a data set, each for one device.
 
 `python -m fedgrpc.datasets.shares fashion_mnist --parts 10 --partition dirichlet:0.5 --to shares` writes ten such
 files; a worker started with `--data shares/part-3-of-10.npz` then holds nothing but its own part.
@@ -25,9 +25,9 @@ _ARRAYS = ("train_inputs", "train_labels", "held_out_inputs", "held_out_labels")
 
 
 def take_share(data: LabelledData, partition: Partition, index: int, parts: int, seed: int) -> LabelledData:
-    """Part `index` (from 0) of the training and of the held-out examples, both split with the same seed.
+    """Take part `index` (from 0) of the training and of the held-out examples, both split with the same seed.
 
-    Of no examples each part has none.
+    Parts of an empty set are empty.
     """
 
     def part_of(examples: Examples) -> Examples:
@@ -37,7 +37,7 @@ def take_share(data: LabelledData, partition: Partition, index: int, parts: int,
 
 
 def save_share(path: Path, share: LabelledData) -> None:
-    """Write a share as an .npz file, which appears whole or not at all."""
+    """Write a share as an .npz file, atomically."""
     partial = path.with_name(path.name + ".part")
     with partial.open("wb") as file:
         np.savez_compressed(
@@ -53,7 +53,7 @@ def save_share(path: Path, share: LabelledData) -> None:
 
 
 def load_share(path: Path) -> LabelledData:
-    """Read what `save_share` wrote.
+    """Read a file of `save_share`.
 
     Raises:
         UsageError: the file is missing, unreadable, or no share.
@@ -62,15 +62,15 @@ def load_share(path: Path) -> LabelledData:
         with np.load(path, allow_pickle=False) as file:
             arrays = [file[name] for name in _ARRAYS]
         if not all(isinstance(array, np.ndarray) for array in arrays):
-            # NumPy gives what does not begin as its arrays do as bytes.
+            # NumPy returns a member without the header of an array as bytes.
             raise ValueError("a member is no array")
     except ValueError as error:
-        # What numpy says of it is how to run code that the file may hold.
+        # NumPy's own message would explain how to run code that the file may hold.
         raise UsageError(f"cannot read the share {path}: it is no .npz file of plain arrays") from error
     except (OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"cannot read the share {path}: {error}") from error
     except (NotImplementedError, RuntimeError, MemoryError) as error:
-        # Its directory is damaged: it names compressions, passwords or sizes that `save_share` never writes.
+        # A damaged directory names methods of compression, passwords or sizes that `save_share` never writes.
         raise UsageError(f"cannot read the share {path}: it is damaged ({error})") from error
     train_inputs, train_labels, held_out_inputs, held_out_labels = arrays
     for inputs, labels in ((train_inputs, train_labels), (held_out_inputs, held_out_labels)):
@@ -85,7 +85,7 @@ def load_share(path: Path) -> LabelledData:
 
 
 def _examples(inputs: np.ndarray, labels: np.ndarray) -> Examples:
-    """In this machine's order of bytes: torch takes no other."""
+    """Convert to this machine's byte order, since torch accepts no other."""
     return Examples(inputs.astype(inputs.dtype.newbyteorder("="), copy=False), labels.astype(np.int64, copy=False))
 
 
@@ -99,7 +99,7 @@ def write_shares(folder: Path, data: LabelledData, partition: Partition, parts: 
 
 
 def load_named(name: str, path: Path | None) -> LabelledData:
-    """`digits`, `fashion_mnist` or `cifar10` from its own files, or a share of it from an .npz file.
+    """Load `digits`, `fashion_mnist` or `cifar10` from its own files, or a share of it from an .npz file.
 
     Raises:
         UsageError: there is no such data set, or its files are missing or malformed.

@@ -1,14 +1,16 @@
-"""Which channels of a model belong together, and which of them a narrower sub-model has.
+"""Channel groups of a model, and the channels of a sub-model.
 
-A channel group is what must be kept or left out together: the output channels of one layer are the input channels
-of the next, and layers joined by an addition share theirs. A `ChannelMap` says for every axis of every tensor
-which groups lie along it; with a `SubModel` it gives each tensor's coverage: the same one on any machine and with
-any version of numpy, so that only the few numbers of the `SubModel` need to travel and to be kept.
+Channels that must be kept or left out together form a group: the output channels of one layer are the input
+channels of the next, and layers joined by an addition share theirs. A `ChannelMap` says which groups lie along
+each axis of each tensor. With a `SubModel` it gives each tensor's coverage.
+
+The rule: the coverage is the same on any machine and with any version of numpy. So only the few numbers of the
+`SubModel` travel and are stored.
 
 prefix    the first channels: HeteroFL (arXiv 2010.01264)
-rolling   a window that moves on by one channel each round and wraps around: FedRolex (arXiv 2212.01548)
+rolling   a window that moves by one channel each round and wraps around: FedRolex (arXiv 2212.01548)
 random    drawn anew each round: Federated Dropout (arXiv 1812.07210)
-magnitude those whose weights are largest: structured pruning (arXiv 1608.08710)
+magnitude those with the largest weights: structured pruning (arXiv 1608.08710)
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ RULES = ("prefix", "rolling", "random", "magnitude")
 class ChannelGroup:
     """`channels` that are kept or left out together wherever they appear.
 
-    They lie in `blocks` equal blocks of which each keeps as many: the groups of a GroupNorm or of a convolution.
+    The channels lie in `blocks` equal blocks, such as the groups of a GroupNorm. A sub-model keeps equally many
+    of each.
     """
 
     channels: int
@@ -41,7 +44,7 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of an axis: each channel of `group` takes `repeat` elements; no group: `repeat` kept elements."""
+    """Stretch of an axis: `repeat` elements for each channel of `group`, or `repeat` elements always kept."""
 
     group: int | None
     repeat: int = 1
@@ -52,7 +55,7 @@ Axis = tuple[Segment, ...]
 
 @dataclass(frozen=True)
 class SubModel:
-    """A width fraction, above 0 to 1, and the rule that picks channels; `round` moves or draws them anew."""
+    """Width, above 0 to 1, and the rule that chooses channels. `round` moves them or draws them anew."""
 
     width: float = 1.0
     rule: str = "prefix"
@@ -68,17 +71,17 @@ class SubModel:
 
     @property
     def whole(self) -> bool:
-        """Whether this is the model itself."""
+        """Whether this is the whole model."""
         return self.width == 1.0
 
     @property
     def moves(self) -> bool:
-        """Whether the next round's channels may be others."""
+        """Whether the channels may change from round to round."""
         return self.rule != "prefix" and not self.whole
 
     @classmethod
     def parse(cls, text: str) -> SubModel:
-        """Read what `str` gives: "prefix:0.5", "rolling:12:0.5", ...; "" is the whole model. Raises UsageError."""
+        """Parse what `str` gives: "prefix:0.5", "rolling:12:0.5"; "" is the whole model. Raises UsageError."""
         if text in ("", "whole"):
             return cls()
         if len(text) > _MAX_TEXT_CHARS:
@@ -91,7 +94,7 @@ class SubModel:
             raise UsageError(f"{text!r} is no sub-model; one looks like prefix:0.5 or rolling:12:0.5") from error
 
     def __str__(self) -> str:
-        """Two sub-models with the same text have the same channels."""
+        """Text that two sub-models share only if they have the same channels."""
         if self.whole:
             return "whole"
         moving = f":{self.round}" if self.rule in ("rolling", "random") else ""
@@ -100,13 +103,13 @@ class SubModel:
 
 @dataclass(frozen=True)
 class ChannelMap:
-    """The groups, and the axes of each tensor that has any; other tensors are kept whole."""
+    """Channel groups, and the axes of each tensor with channels. Other tensors keep their full width."""
 
     groups: tuple[ChannelGroup, ...]
     tensors: Mapping[str, tuple[Axis, ...]]
 
     def validate(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises LayoutError unless it fits a model of these shapes; it may come from the wire."""
+        """Check a map from the wire against a model of these shapes. Raises LayoutError."""
         for group in self.groups:
             if group.channels < 1 or group.blocks < 1 or group.channels % group.blocks:
                 raise LayoutError(f"{group.channels} channels do not fall into {group.blocks} blocks")
@@ -118,7 +121,7 @@ class ChannelMap:
                     raise LayoutError(
                         f"the channels of axis {place} of {name!r} do not take its {extent} elements"
                     )
-        # The axes bound the channels of the groups they have, and nothing those of any other.
+        # The extents of the axes bound the sizes of used groups. Nothing would bound an unused one.
         if unused := set(range(len(self.groups))) - self._used():
             raise LayoutError(f"no tensor has channels of group {min(unused)}")
 
@@ -142,13 +145,13 @@ class ChannelMap:
         return total
 
     def select(self, sub_model: SubModel, weights: Mapping[str, np.ndarray] | None = None) -> KeptChannels:
-        """The sub-model's coverage of every tensor; the rule "magnitude" wants the whole model's weights."""
+        """Choose the sub-model's channels. The rule "magnitude" needs the whole model's weights."""
         if sub_model.rule == "magnitude" and not sub_model.whole and weights is None:
             raise ValueError("channels are chosen by magnitude where the weights are known")
         return KeptChannels(self, sub_model, weights)
 
     def norms(self, number: int, weights: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Sum of squares of the weights that make each channel of a group: those of axis 0, float64 [channels]."""
+        """Sum the squares of the weights that compute each channel of a group (axis 0), float64 [channels]."""
         total = np.zeros(self.groups[number].channels)
         for name, axes in self.tensors.items():
             if axes and axes[0] and len(axes) > 1 and axes[0][0].group == number and len(axes[0]) == 1:
@@ -158,7 +161,7 @@ class ChannelMap:
 
 
 class KeptChannels:
-    """Coverages of the tensors of one sub-model."""
+    """Channels that one sub-model keeps of each group, and so its coverage of every tensor."""
 
     def __init__(
         self, channel_map: ChannelMap, sub_model: SubModel, weights: Mapping[str, np.ndarray] | None = None
@@ -169,7 +172,7 @@ class KeptChannels:
 
     @cached_property
     def kept(self) -> tuple[np.ndarray, ...]:
-        """Increasing channels (int64) kept of each group."""
+        """Increasing channels (int64) of each group."""
         kept = []
         for number, group in enumerate(self._map.groups):
             norms = None
@@ -179,7 +182,7 @@ class KeptChannels:
         return tuple(kept)
 
     def coverage(self, name: str, shape: tuple[int, ...]) -> Coverage:
-        """What the sub-model has of the tensor `name` of the whole model's `shape`."""
+        """Return the sub-model's coverage of the tensor `name`, which has `shape` in the whole model."""
         axes = self._map.tensors.get(name)
         if axes is None or self._sub_model.whole:
             return Coverage(shape)
@@ -206,8 +209,9 @@ class KeptChannels:
 def kept_channels(
     group: ChannelGroup, sub_model: SubModel, number: int, norms: np.ndarray | None = None
 ) -> np.ndarray:
-    """Increasing channels of `group`, the `number`-th of its model; at least one of each block."""
+    """Choose increasing channels of `group`, the `number`-th of its model; at least one of each block."""
     size = group.channels // group.blocks
+    # Without the small difference, 0.55 * 100 would round up to 56, as floating point gives 55.00000000000001.
     count = max(1, math.ceil(sub_model.width * size - 1e-9))
     starts = np.arange(group.blocks)[:, None] * size
     if norms is not None:
@@ -222,11 +226,11 @@ def kept_channels(
 
 
 def _ranked(size: int, seed: str) -> np.ndarray:
-    """A permutation of `size` that depends on nothing but the seed: numpy's own may change with its version."""
+    """Return a permutation that depends only on the seed, since numpy's own may change with its version."""
     digest = hashlib.shake_256(seed.encode()).digest(8 * size)
     return np.argsort(np.frombuffer(digest, "<u8"), kind="stable")
 
 
 def sub_shapes(selection: KeptChannels, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Shapes of a sub-model's tensors, by name."""
+    """Return the shapes of a sub-model's tensors, by name."""
     return {name: selection.coverage(name, shape).sub_shape for name, shape in shapes.items()}

@@ -1,13 +1,13 @@
-"""What a plan will cost a device, from its profile and what it has shown, and the most capable plan it can keep.
+"""Cost of a local-model plan on a device, predicted from measurements, and the most capable plan that fits.
 
     T_local    = seconds per unit of work  *  work(plan)
     T_upload   = bytes(plan) / rate up,  T_download = bytes(plan) / rate down
-    memory     = what the process takes without a model  +  bytes of weights, gradients, optimizer state and
-                 activations; weights go with the square of the width, activations with the width
+    memory     = memory of the process without a model  +  bytes of weights, gradients, optimizer state and
+                 activations; weights scale with the square of the width, activations with the width
 
-The rule: every number is a median of what was measured on this device; its profile stands in until there is any.
-The work of a plan is its share of the whole model's weights, plus a part that no slicing saves. Each prediction
-can be held against what then happened (`relative_error`).
+The rule: every number is a median of measurements on this device. The device's profile stands in until there are
+any. The work of a plan is its share of the whole model's weights, plus a part that no smaller width saves. Each
+prediction is later compared with what was measured (`errors_of`).
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from fedgrpc import claims
 from fedgrpc.submodels.channels import ChannelMap, SubModel, sub_shapes
 from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
 
-# Of a batch's time, what does not shrink with the model: data, Python, kernel launches. Fitted once there are two
-# different plans in a device's history.
+# Share of a batch's time that does not shrink with the model: data, Python, kernel launches. It is fitted once a
+# device's history has two different plans.
 UNSHRINKABLE_SHARE = 0.2
 PROCESS_BYTES = 300 << 20
-# Weights, gradients, velocities, and the weights that were given, to count the update from.
+# Weights, gradients, velocities, and the given weights, which the update is a difference to.
 COPIES = 4
-# The first three of them are in an observation's `tensor_bytes`.
+# The first three of these copies are in an observation's `tensor_bytes`.
 _TRAINED = 3
 _ELEMENT_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a device says of itself; 0 is not known. Rates in bits per second."""
+    """Claims of a device's profile; 0 is unknown."""
 
     memory_bytes: int = 0
     uplink_bits_per_second: float = 0.0
@@ -43,9 +43,7 @@ class Device:
 
 @dataclass(frozen=True)
 class PlanSize:
-    """A plan's share of the model's weights (0 to 1), bytes of its weights in memory, its payloads' bytes, and how
-    many elements its updates are of.
-    """
+    """Size of a plan: share of the model (0 to 1), bytes of weights in memory and of payloads, elements sent."""
 
     share: float
     weights_bytes: int
@@ -56,8 +54,9 @@ class PlanSize:
 
 @dataclass(frozen=True)
 class Observation:
-    """What one task cost: seconds, bytes, peak resident memory, tensors in it, the share of the model trained, and
-    the bits that each element of its update took, pruned and clustered ones aside (0: not known).
+    """Measured cost of one task. `share` is that of the trained model, `tensor_bytes` are within the peak memory.
+
+    `upload_bits` are bits per element of the update, pruned and clustered ones aside; 0 is unknown.
     """
 
     share: float
@@ -74,7 +73,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a plan will cost; None: nothing is known to tell it from."""
+    """Predicted cost of a plan; None is unknown."""
 
     download_s: float | None
     local_s: float | None
@@ -83,13 +82,13 @@ class Prediction:
 
     @property
     def total_s(self) -> float:
-        """Seconds of all that can be told."""
+        """Sum of the known seconds."""
         return sum(part or 0.0 for part in (self.download_s, self.local_s, self.upload_s))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The plan a device gets, what it will cost, and why it is this one."""
+    """Plan that a device gets, its predicted cost, and the reason for the choice."""
 
     plan: LocalModelPlan
     prediction: Prediction
@@ -97,7 +96,7 @@ class Choice:
 
 
 def predict(device: Device, history: Sequence[Observation], size: PlanSize) -> Prediction:
-    """What a plan of that size will cost the device."""
+    """Predict the cost of a plan of that size on the device."""
     down = _rate(history, "download", device.downlink_bits_per_second)
     up = _rate(history, "upload", device.uplink_bits_per_second)
     return Prediction(
@@ -115,7 +114,7 @@ def choose(
     history: Sequence[Observation],
     deadline_s: float,
 ) -> Choice:
-    """The first of `plans`, which come most capable first, that fits memory and deadline; else the last one."""
+    """Choose the first of `plans`, most capable first, that fits memory and deadline; else the last one."""
     if not plans:
         raise ValueError("there is no plan to choose from")
     why = ""
@@ -136,7 +135,7 @@ def choose_of(
     history: Sequence[Observation],
     deadline_s: float,
 ) -> Choice:
-    """What a device of that class gets of the table: its class's own plan, else the best of the automatic ones."""
+    """Choose from the table: the plan of the device's class, else the best automatic plan, else the default."""
     if table.automatic and device_class not in table.classes:
         return choose(table.automatic, size_of, device, history, deadline_s)
     plan = table.plan_of(device_class)
@@ -146,7 +145,7 @@ def choose_of(
 
 
 def misfit(device: Device, prediction: Prediction, deadline_s: float) -> str:
-    """Why the device cannot keep a plan that costs so much; "" if it can."""
+    """Say why the plan's cost exceeds the device's memory or the deadline; "" if it fits."""
     if device.memory_bytes and prediction.peak_memory_bytes > device.memory_bytes:
         return f"takes {prediction.peak_memory_bytes >> 20} MiB of {device.memory_bytes >> 20}"
     if prediction.total_s > deadline_s:
@@ -171,7 +170,7 @@ def errors_of(prediction: Prediction, seen: Prediction | Observation) -> Mapping
 
 
 def _rate(history: Sequence[Observation], way: str, bits_per_second: float) -> float | None:
-    """Bytes per second, as measured or as the device says."""
+    """Return bytes per second as measured, else as the device claims."""
     rates = [
         getattr(seen, f"{way}_bytes") / getattr(seen, f"{way}_s")
         for seen in history
@@ -183,7 +182,7 @@ def _rate(history: Sequence[Observation], way: str, bits_per_second: float) -> f
 
 
 def _local_s(history: Sequence[Observation], share: float) -> float | None:
-    """On the line through what was measured at different shares; through one share, of the usual slope."""
+    """Predict on the line through measurements at different shares; with one share, by the usual slope."""
     by_share: dict[float, list[float]] = {}
     for seen in history:
         if seen.local_s > 0:
@@ -205,7 +204,7 @@ def _work(share: float) -> float:
 
 
 def _memory_bytes(history: Sequence[Observation], size: PlanSize) -> int:
-    """A process's peak never falls, so the largest model it has had explains it."""
+    """Predict from the largest model in the history, which explains the peak, since a peak never falls."""
     seen = [each for each in history if each.peak_memory_bytes]
     base, activations = PROCESS_BYTES, 0.0
     if seen:
@@ -218,13 +217,13 @@ def _memory_bytes(history: Sequence[Observation], size: PlanSize) -> int:
 
 
 def shown_upload_bits(history: Sequence[Observation]) -> float | None:
-    """Bits that an element of an update takes, as this device's updates have shown; None: there was none."""
+    """Return the median bits per element of this device's updates; None without any."""
     shown = [seen.upload_bits for seen in history if seen.upload_bits > 0]
     return float(statistics.median(shown)) if shown else None
 
 
 def bits_per_element(upload_bytes: int, elements: int, plan: LocalModelPlan) -> float:
-    """What `payload_bytes` is to be told to give so many bytes; 0.0 where codes of clusters hide it."""
+    """Invert `payload_bytes`: return bits per element; 0.0 where codes of clusters hide them."""
     if not elements or (plan.clustering is not None and plan.clustering.layers == ("*",)):
         return 0.0
     bits = 8 * upload_bytes / elements
@@ -234,7 +233,7 @@ def bits_per_element(upload_bytes: int, elements: int, plan: LocalModelPlan) -> 
 
 
 def payload_bytes(elements: int, bits_per_element: float, plan: LocalModelPlan) -> int:
-    """Bytes of an update of so many elements: pruned ones send values and a bit for each, clustered ones codes."""
+    """Return bytes of an update. Pruned tensors send kept values and a bit per element, clustered ones codes."""
     bits = bits_per_element
     if plan.clustering is not None and plan.clustering.layers == ("*",):
         bits = min(bits, max(1, (plan.clustering.clusters - 1).bit_length()))
@@ -245,7 +244,7 @@ def payload_bytes(elements: int, bits_per_element: float, plan: LocalModelPlan) 
 
 @dataclass(frozen=True)
 class PlanElements:
-    """How many elements a plan's slice has of how many in the whole model, and how many of them are sent back."""
+    """Number of elements in a plan's sub-model, in its updates, and in the whole model."""
 
     plan: LocalModelPlan
     own: int
@@ -253,7 +252,7 @@ class PlanElements:
     whole: int
 
     def size(self, download_bits: float, upload_bits: float) -> PlanSize:
-        """In bytes, at so many bits on the wire for each element; up, for each that is not pruned or clustered."""
+        """Convert to bytes, at so many bits per element on the wire, before pruning and clustering for uploads."""
         return PlanSize(
             self.own / max(1, self.whole),
             _ELEMENT_BYTES * self.own,
@@ -266,9 +265,9 @@ class PlanElements:
 def elements_of(
     plan: LocalModelPlan, model: Mapping[str, tuple[int, ...]], channels: ChannelMap | None
 ) -> PlanElements:
-    """Of a model whose tensors have these shapes, by name.
+    """Count the elements of a plan for a model whose tensors have these shapes.
 
-    Which channels a slice has makes no difference to its size; while nobody knows the channels, it is the whole.
+    Without a channel map, the sub-model is the whole model. All rules keep equally many channels.
     """
     shapes = model
     if channels is not None and plan.width < 1:

@@ -1,4 +1,4 @@
-"""Which coordinates of a tensor a sub-model's update covers."""
+"""Coverage: the coordinates of a tensor that a sub-model has, or that an update changes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Index = tuple[Any, ...]
 
 @dataclass(frozen=True, eq=False)
 class Coverage:
-    """A sub-tensor of a tensor of `shape`, and what is kept within it.
+    """A sub-tensor of a tensor of `shape`, and the elements that are kept within it.
 
-    `positions` has for each axis increasing positions (int64), or None for the whole axis. `mask` (bool, of
-    `sub_shape`) keeps some of its elements; None keeps all.
+    `positions` has increasing positions (int64) for each axis, or None for the whole axis. `mask` (bool, of
+    `sub_shape`) keeps some of the sub-tensor's elements; None keeps all.
     """
 
     shape: tuple[int, ...]
@@ -23,7 +23,7 @@ class Coverage:
     mask: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for positions that are not increasing positions of their axis, or a misfit mask."""
+        """Raise ValueError for positions that are not increasing or not within their axis, or a misfit mask."""
         if not self.positions:
             object.__setattr__(self, "positions", (None,) * len(self.shape))
         if len(self.positions) != len(self.shape):
@@ -42,25 +42,25 @@ class Coverage:
 
     @property
     def value_shape(self) -> tuple[int, ...]:
-        """Shape of an update's values: of the sub-tensor or, with a mask, [elements kept] in C order."""
+        """Shape of an update's values: that of the sub-tensor or, with a mask, [kept elements] in C order."""
         return self.sub_shape if self.mask is None else (int(np.count_nonzero(self.mask)),)
 
     @property
     def whole(self) -> bool:
-        """Whether every coordinate is covered, as a matter of form."""
+        """Whether every coordinate is covered, judged by the absence of positions and mask."""
         return self.mask is None and all(taken is None for taken in self.positions)
 
     @property
     def index(self) -> Index:
-        """What indexes the sub-tensor; of slices alone wherever positions follow each other."""
+        """Index of the sub-tensor, made of slices alone if all positions follow each other: a view, no copy."""
         plain = [_slice_of(taken) for taken in self.positions]
         if all(each is not None for each in plain):
-            return (*plain, ...)  # the dots make an array of a scalar, too
+            return (*plain, ...)  # the dots make an array even of a scalar
         pairs = zip(self.shape, self.positions, strict=True)
         return np.ix_(*(np.arange(extent) if taken is None else taken for extent, taken in pairs))
 
     def take(self, tensor: np.ndarray) -> np.ndarray:
-        """The values of `tensor` that are covered, of `value_shape`; a view where that is possible."""
+        """Return the covered values of `tensor`, of `value_shape`; a view where possible."""
         if self.whole:
             return tensor
         sub: np.ndarray = tensor[self.index]
@@ -76,7 +76,7 @@ class Coverage:
             total[self.index] = sub
 
     def masked(self, mask: np.ndarray) -> Coverage:
-        """This sub-tensor, of which `mask` keeps some elements."""
+        """Return the coverage of this sub-tensor in which `mask` keeps some elements."""
         return Coverage(self.shape, self.positions, mask)
 
 

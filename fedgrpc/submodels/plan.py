@@ -1,4 +1,4 @@
-"""What one device's local model is made of: narrower, pruned, quantized, clustered, in a small number format.
+"""Local-model plan of a device: width, pruning, clustering, quantization and number format of its local model.
 
 Every part may be left out, and any combination is a plan. In TOML:
 
@@ -23,7 +23,7 @@ Every part may be left out, and any combination is a plan. In TOML:
     emulated = true                # every operation rounded, even where the machine has the type
     loss_scale = 256.0             # or dynamic_loss_scale = true
 
-A large device may train the prefixes that small ones have along with its own model, in each step:
+A large device may train the prefix sub-models of small devices along with its own model, in each step:
 
     nested = [0.5, 0.25]
 """
@@ -55,7 +55,7 @@ _ALL = ("*",)
 
 @dataclass(frozen=True)
 class Pruning:
-    """Zero the `ratio` of the weights that are smallest; in each of the `layers`, or in all of them together."""
+    """Zero the `ratio` of weights that are smallest, in each of the `layers` or in all of them together."""
 
     ratio: float = 0.5
     scope: str = "layer"
@@ -69,7 +69,7 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Quantization:
-    """Weights, and inputs of layers, of few bits, trained with straight-through gradients; 0 bits: as they are."""
+    """Weights and layer inputs of few bits, trained by straight-through gradients; 0 bits change nothing."""
 
     weight_bits: int = 8
     activation_bits: int = 0
@@ -84,7 +84,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Clustering:
-    """Each of the `layers` has this many different weights."""
+    """Number of different weights in each of the `layers`."""
 
     clusters: int = 16
     layers: tuple[str, ...] = _ALL
@@ -96,10 +96,10 @@ class Clustering:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The number format that all training is done in: natively where torch has it, unless `emulated`.
+    """Number format of all training: torch's own dtype if there is one, unless `emulated`.
 
-    The gradients are those of `loss_scale` times the loss, so that small ones do not vanish in the format; steps
-    are taken as without (arXiv 1710.03740). A dynamic scale begins there, or as high as the format allows.
+    Gradients are those of `loss_scale` times the loss, so that small ones do not vanish in the format. Steps are
+    those without the scale (arXiv 1710.03740). A dynamic scale starts there, or as high as the format allows.
     """
 
     format: str = "float32"
@@ -118,7 +118,7 @@ class Arithmetic:
 
 @dataclass(frozen=True)
 class LocalModelPlan:
-    """One device's local model. The parts apply in this order; the default changes nothing."""
+    """Plan of one device's local model. Its parts apply in this order; the default changes nothing."""
 
     width: float = 1.0
     rule: str = "prefix"
@@ -134,26 +134,26 @@ class LocalModelPlan:
         for width in self.nested:
             _check(0 < width < 1, f"a nested width is above 0 and below 1, not {width:g}")
         prefix = self.width == 1 or self.rule == "prefix"
-        _check(not self.nested or prefix, f"prefixes cannot be nested in a slice by the rule {self.rule!r}")
+        _check(not self.nested or prefix, f"prefixes cannot be nested in a sub-model of rule {self.rule!r}")
         _check(not self.nested or self.quantization is None, "nested widths are not trained with quantization")
 
     def sub_model(self, round_number: int) -> SubModel:
-        """The channels that are trained in a round."""
+        """Return the sub-model that is trained in a round."""
         return SubModel(self.width, self.rule, 0 if self.rule in ("prefix", "magnitude") else round_number)
 
     @property
     def plain(self) -> bool:
-        """Whether the local model is the global one, or a slice of it, and nothing more is done on the device."""
+        """Whether the local model is just the global one or a sub-model of it."""
         techniques = (self.pruning, self.clustering, self.quantization, self.arithmetic)
         return not self.personal_layers and not self.nested and all(part is None for part in techniques)
 
     def known_to(self, parts: Collection[str]) -> LocalModelPlan:
-        """This plan, or none at all for a device that lacks one of its parts: half a plan is no plan."""
+        """Return this plan, or the default one for a device that does not know all of its parts."""
         return self if self.parts <= set(parts) else LocalModelPlan()
 
     @property
     def parts(self) -> frozenset[str]:
-        """Names of what a device must know to follow the plan, as in `RegisterRequest.local_model_parts`."""
+        """Parts that a device must know to follow the plan, as in `RegisterRequest.local_model_parts`."""
         needed = {
             "sub_model": self.width < 1,
             "personal_layers": bool(self.personal_layers),
@@ -168,7 +168,7 @@ class LocalModelPlan:
 
     @classmethod
     def from_toml(cls, text: str) -> LocalModelPlan:
-        """Read the text form. Raises `UsageError`."""
+        """Parse the text form. Raises `UsageError`."""
         try:
             return cls.from_mapping(tomllib.loads(text))
         except (ValueError, RecursionError) as error:
@@ -176,13 +176,13 @@ class LocalModelPlan:
 
     @classmethod
     def from_mapping(cls, table: Mapping[str, Any]) -> LocalModelPlan:
-        """Read what a TOML file holds of a plan. Raises `UsageError`."""
+        """Convert a table of a TOML file. Raises `UsageError`."""
         plan = _read(cls, table, "the local-model plan")
         assert isinstance(plan, cls)
         return plan
 
     def to_line(self) -> str:
-        """The text form in one line: `width = 0.5, pruning.ratio = 0.3`."""
+        """Format in one line: `width = 0.5, pruning.ratio = 0.3`."""
         table, parts = "", list[str]()
         for line in filter(None, self.to_toml().splitlines()):
             if line.startswith("["):
@@ -195,7 +195,7 @@ class LocalModelPlan:
         return ", ".join(parts) or "the whole model"
 
     def to_toml(self) -> str:
-        """The text form: only what differs from the default."""
+        """Format as TOML, with only the values that differ from the default."""
         lines, tables = [], []
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
@@ -218,14 +218,14 @@ _PARTS: dict[str, type] = {
 }
 
 
-# Personal layers are the worker's own business; all other parts are the learning task's.
+# The worker keeps personal layers itself. All other parts need the learning task.
 WORKER_PARTS = frozenset({"personal_layers"})
 TASK_PARTS = frozenset({"sub_model", "nested_widths", *_PARTS})
 
 
 @dataclass(frozen=True)
 class PlanTable:
-    """Plans by device class; all others get `default`, or the best of `automatic` that they can keep.
+    """Plans by device class. Other devices get `default`, or the best of `automatic` that fits them.
 
     `automatic` goes from the most capable plan to the least. In TOML:
 
@@ -245,7 +245,7 @@ class PlanTable:
 
     @classmethod
     def from_toml(cls, text: str) -> PlanTable:
-        """Read the text form. Raises `UsageError`."""
+        """Parse the text form. Raises `UsageError`."""
         try:
             tables = tomllib.loads(text)
         except (ValueError, RecursionError) as error:
@@ -262,15 +262,15 @@ class PlanTable:
 
     @property
     def plans(self) -> tuple[LocalModelPlan, ...]:
-        """Every plan that some device may get."""
+        """All plans of the table."""
         return (self.default, *self.classes.values(), *self.automatic)
 
     def plan_of(self, device_class: str) -> LocalModelPlan:
-        """The plan of a device of that class."""
+        """Return the plan of a device class."""
         return self.classes.get(device_class, self.default)
 
     def known_to(self, parts: Collection[str]) -> PlanTable:
-        """The table for a device that knows only these parts of a plan: others are the model as it is."""
+        """Return the table for a device that knows only these parts; other plans become the default one."""
         if all(plan.parts <= set(parts) for plan in self.plans):
             return self
         classes = {name: plan.known_to(parts) for name, plan in self.classes.items()}
@@ -284,12 +284,12 @@ class PlanTable:
 
 
 def covers_all(plan: LocalModelPlan) -> bool:
-    """Whether an update by this plan has a say in every coordinate of the model."""
+    """Whether an update by this plan covers every coordinate of the model."""
     return plan.width == 1 and plan.pruning is None and not plan.personal_layers
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a tensor's name fits any of the patterns (fnmatch)."""
+    """Whether a tensor's name matches any of the patterns (fnmatch)."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -309,7 +309,7 @@ def _read(kind: type, table: Any, what: str) -> Any:
 
 
 def _value(value: Any, declared: Any, what: str) -> Any:
-    """`value` if it is of the declared type, given by name; whole numbers do for fractions."""
+    """Check that `value` is of the declared type, given by name. Integers are accepted for floats."""
     if declared == "tuple[float, ...]":
         if isinstance(value, list) and all(type(each) in (int, float) for each in value):
             return tuple(_float(each, what) for each in value)
@@ -350,7 +350,7 @@ def _quoted(text: str) -> str:
 
 
 def _check_layers(part: str, layers: tuple[str, ...]) -> None:
-    """A message without layers means all of them."""
+    """Refuse an empty list, which a message could not express: without layers it means all of them."""
     _check(bool(layers), f"{part} is of some layers; leave the table out for none")
 
 

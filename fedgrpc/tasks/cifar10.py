@@ -27,14 +27,14 @@ class Cifar10(ImageTask):
         self._deviation = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
 
     def prepare(self, inputs: Tensor, training: bool) -> Tensor:
-        """Each channel at mean 0 and deviation 1 over the training set."""
+        """Normalize each channel to mean 0 and deviation 1 over the training set."""
         pixels = super().prepare(inputs, training)
         pixels = (pixels - self._mean.to(pixels.device)) / self._deviation.to(pixels.device)
         return _shifted_and_mirrored(pixels) if training and self._augment else pixels
 
 
 def _shifted_and_mirrored(images: Tensor) -> Tensor:
-    """Each image [B, C, H, W] cut out of its padded self at random, and half of them mirrored."""
+    """Cut each image [B, C, H, W] out of its padded self at random, and mirror half of them."""
     count, _, height, width = images.shape
     padded = functional.pad(images, [_PADDING] * 4)
     down, right = torch.randint(0, 2 * _PADDING + 1, (2, count, 1), device=images.device)

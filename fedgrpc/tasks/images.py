@@ -1,4 +1,4 @@
-"""What the ready-made image tasks have in common: named data, models by name, pixels kept as bytes."""
+"""Base of the ready-made image tasks: data sets and models by name, pixels kept as bytes."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ class ImageTask(TorchTask):
 
     def __init__(self, model: str) -> None:
         self._model_name = model
-        self.model()  # an unknown name is the person's mistake, and is told before any data is read
+        self.model()  # reports an unknown name before any data is read
 
     def model(self) -> nn.Module:
-        """See `fedgrpc.torch.models`. Channels go last in memory, where convolution and pooling are faster."""
+        """Build the model by name, with channels last in memory, where convolution and pooling are faster."""
         model = build_model(
             self._model_name, num_classes=_CLASSES, in_channels=self.in_channels, image_size=self.image_size
         )
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
-        """Pixels stay bytes in memory, a quarter of what floats would take; `prepare` scales each batch."""
+        """Load pixels as bytes, a quarter of the memory of floats. `prepare` scales each batch."""
         data = load_named(self.dataset, path)
         return self._tensors(data.train, path), self._tensors(data.held_out, path)
 
     def prepare(self, inputs: Tensor, training: bool) -> Tensor:
-        """Pixels as float32 from 0 to 1."""
+        """Scale pixels to float32 from 0 to 1."""
         return inputs.to(torch.float32, memory_format=torch.channels_last).div_(self.brightest)
 
     def _tensors(self, examples: Examples, path: Path | None) -> TensorDataset:
@@ -60,10 +60,10 @@ class ImageTask(TorchTask):
         if _beyond(examples.labels, _CLASSES - 1):
             held = f"labels {examples.labels.min()} to {examples.labels.max()}"
             raise UsageError(f"{path} holds {held}; {self.dataset}'s are 0 to {_CLASSES - 1}")
-        # The copy is torch's own: what a file was read into may not be written to.
+        # Copied into torch's own memory, because arrays read from a file may be read-only.
         return TensorDataset(torch.tensor(inputs).reshape(-1, *shape), torch.tensor(examples.labels))
 
 
 def _beyond(values: np.ndarray, most: int) -> bool:
-    """Whether any is below 0 or above `most`."""
+    """Whether any value is below 0 or above `most`."""
     return bool(values.size) and (int(values.min()) < 0 or int(values.max()) > most)

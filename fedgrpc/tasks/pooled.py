@@ -1,4 +1,4 @@
-"""The same model trained in one place on all the data: what a federation is measured against.
+"""Pooled training: the same model trained in one place on all the data, as a baseline for a federation.
 
 `python -m fedgrpc.tasks.pooled --task fedgrpc.tasks.digits --rounds 12 --epochs 3` prints one JSON line after
 each round's worth of epochs.

@@ -1,4 +1,4 @@
-"""Telling five solids apart by points on their surface, with PointNet; the data is generated."""
+"""Classification of five solids by points on their surface, with PointNet. The data is generated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedgrpc.torch.task import TorchTask
 
 
 class Shapes(TorchTask):
-    """1600 clouds to train on, 400 held out, everywhere the same; `--partition` and `--part` share them out.
+    """1600 clouds to train on, 400 held out. All devices have the same; `--partition` and `--part` split them.
 
     Options: `--option points=64`, `--option count=500`.
     """
@@ -31,11 +31,11 @@ class Shapes(TorchTask):
         self._count, self._points = count, points
 
     def model(self) -> nn.Module:
-        """PointNet with GroupNorm."""
+        """Build PointNet with GroupNorm."""
         return PointNet(len(SHAPES))
 
     def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
-        """Generated; a path would be a mistake."""
+        """Generate the clouds. Raises UsageError for a path."""
         if path is not None:
             raise UsageError("the shapes are generated: they take no --data")
         data = load_shapes(self._count, self._points)

@@ -51,12 +51,12 @@ def load_trainer(
     """Find and construct the task `package.module:Class`, or `package.module` with one task class in it.
 
     `partition` (`iid`, `dirichlet:0.5`, `shards:2`, `labels:2`, `quantity:0.5`) with `part` (`3/10`) makes the
-    task take its share of a common data set. `here`: modules in the working folder are found, too. The trainer
-    that comes back raises only `Cancelled`, `UsageError`, other errors of `fedgrpc.errors`, and `TaskError` for
-    whatever the user's code raises.
+    task take its part of a common data set. With `here`, modules in the working folder are found, too. The
+    returned trainer raises only `Cancelled` and errors of `fedgrpc.errors`: `TaskError` for anything else that
+    the user's code raises.
 
     Raises:
-        UsageError: no such module or class, it is no task, or it does not take a setting that was given.
+        UsageError: there is no such module or class, it is no task, or it does not take a given setting.
         TaskError: importing or constructing it raised.
     """
     setup = TaskSetup(model, data, device, partition, part, seed, dict(options or {}), threads)
@@ -69,7 +69,7 @@ def load_trainer(
 
 
 def find_task(reference: str, here: bool = True) -> type:
-    """The class that `load_trainer` constructs; `here`: also in the working folder. Raises as it does."""
+    """Find the class that `load_trainer` constructs, with `here` also in the working folder. Raises likewise."""
     rest_while_waiting()
     module_name, _, class_name = reference.partition(":")
     if not all(part.isidentifier() for part in module_name.split(".")):
@@ -115,7 +115,7 @@ def _is_task(item: type) -> bool:
 
 
 def _construct(task: Any, setup: TaskSetup, reference: str) -> Trainer:
-    """A class with `build_trainer(setup)`, as a `TorchTask`, is asked; any other gets what it names."""
+    """Call `build_trainer(setup)` if the class has it, as a `TorchTask` does, else its constructor."""
     if hasattr(task, "build_trainer"):
         trainer: Trainer = task.build_trainer(setup)
     else:
@@ -126,12 +126,12 @@ def _construct(task: Any, setup: TaskSetup, reference: str) -> Trainer:
 def constructor_arguments(
     task: type, setup: TaskSetup, reference: str, taken: Collection[str] = ()
 ) -> dict[str, Any]:
-    """The settings that `task`'s constructor names, with options turned into the type of their default.
+    """Return the settings that `task`'s constructor names, with options converted to the type of their default.
 
-    `taken` are settings and options that something else sees to; naming them here is optional.
+    `taken` are settings and options that the caller handles itself, so that the constructor need not name them.
 
     Raises:
-        UsageError: a setting was given that nobody takes, or an option does not parse.
+        UsageError: a setting was given that nothing uses, or an option does not parse.
     """
     parameters = _parameters(task)
     given: dict[str, Any] = {"data": setup.data, "model": setup.model, "device": setup.device}
@@ -151,7 +151,7 @@ def constructor_arguments(
 
 
 def takes(task: type, setting: str) -> bool:
-    """Whether a task that `find_task` has found makes use of a setting, such as `partition`."""
+    """Whether a task found by `find_task` uses a setting, such as `partition`."""
     return hasattr(task, "build_trainer") or bool({setting, "setup"} & {*_parameters(task)})
 
 
@@ -178,7 +178,7 @@ def _parse_option(name: str, text: str, default: object) -> object:
 
 @contextmanager
 def _blaming(reference: str) -> Iterator[None]:
-    """Turn whatever the user's code raises into a `TaskError` of one line that names it."""
+    """Turn any exception of the user's code into a `TaskError` of one line that names the task."""
     try:
         yield
     except (Cancelled, FedgrpcError):
@@ -191,7 +191,7 @@ def _blaming(reference: str) -> Iterator[None]:
 
 
 def _line_of(error: BaseException, reference: str) -> str:
-    """The innermost line of the task's own package, and notes; the library's where there are neither."""
+    """Return the innermost line of the task's own package and notes, else the library's line."""
     if isinstance(error, SyntaxError):
         return ""  # its text says where
     package = reference.partition(":")[0].partition(".")[0]
@@ -205,7 +205,7 @@ def _line_of(error: BaseException, reference: str) -> str:
 
 
 class _GuardedTrainer:
-    """The user's trainer, with its exceptions turned into `TaskError`."""
+    """Trainer whose exceptions are turned into `TaskError`."""
 
     def __init__(self, inner: Trainer, reference: str) -> None:
         self._inner = inner
@@ -235,7 +235,7 @@ class _GuardedTrainer:
 
 
 class _GuardedSliceableTrainer(_GuardedTrainer):
-    """The same of one whose model can be made narrower."""
+    """`_GuardedTrainer` of a trainer that can train sub-models."""
 
     def __init__(self, inner: SliceableTrainer, reference: str) -> None:
         super().__init__(inner, reference)

@@ -1,4 +1,4 @@
-"""The ready-made models, by name. Each is a plain `nn.Module` that takes a float batch and gives logits."""
+"""Ready-made models, by name. Each is a plain `nn.Module` from a float batch to logits."""
 
 from fedgrpc.torch.models.registry import MODEL_NAMES, build_model
 

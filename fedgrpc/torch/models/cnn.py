@@ -10,7 +10,7 @@ class CNN(nn.Module):
     """Two 5x5 convolutions of 32 and 64 filters with stride 2 and ReLU, then 128 and the classes.
 
     The network of McMahan et al. (arXiv 1602.05629) for MNIST, with strides for its pooling and 128 units for 512.
-    454922 parameters for 28x28 greyscale. Nothing is normalized: slices need no statistics.
+    454922 parameters for 28x28 greyscale. Nothing is normalized, so sub-models need no statistics.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, image_size: int = 28) -> None:

@@ -9,11 +9,11 @@ _GROUPS = 2
 
 
 def norm_layer(kind: str, channels: int) -> nn.Module:
-    """The normalization of `channels` channels.
+    """Build the normalization of `channels` channels.
 
     group     GroupNorm, which has no running statistics to average (arXiv 1910.00189)
-    batch     BatchNorm, as the files of torchvision need it
-    static    BatchNorm by the batch at hand, always: no statistics either (HeteroFL, arXiv 2010.01264)
+    batch     BatchNorm, which the files of torchvision need
+    static    BatchNorm by the current batch, also without statistics (HeteroFL, arXiv 2010.01264)
 
     Raises:
         ValueError: there is no such kind.

@@ -40,10 +40,10 @@ MODEL_NAMES = tuple(_BUILDERS)
 
 
 def build_model(name: str, *, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    """A fresh model for images [B, in_channels, image_size, image_size].
+    """Build a model for images [B, in_channels, image_size, image_size].
 
     Raises:
-        UsageError: there is no such model, or it cannot take such images.
+        UsageError: there is no such model, or it does not take such images.
     """
     builder = _BUILDERS.get(name.lower())
     if builder is None:

@@ -1,7 +1,7 @@
 """ResNet-18 with GroupNorm in place of BatchNorm, whose statistics differ between workers of unequal data.
 
 He et al. (arXiv 1512.03385); GroupNorm in federated training: Hsieh et al. (arXiv 1910.00189); two groups, as
-Reddi et al. (arXiv 2003.00295) have. BatchNorm is to be had, too (`fedgrpc.torch.models.norm`).
+Reddi et al. (arXiv 2003.00295) have. `fedgrpc.torch.models.norm` has BatchNorm, too.
 """
 
 from __future__ import annotations
