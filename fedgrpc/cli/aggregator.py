@@ -1,4 +1,4 @@
-"""`fedgrpc aggregator`: every setting of an aggregator, and the call that runs it."""
+"""`fedgrpc aggregator`: the settings of an aggregator, and its start."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ _model = Declare("The model", AggregatorSettings)
 _policy = Declare("Rounds", RoundPolicy)
 _choosing = Declare("Rounds", SelectionPolicy)
 _end = Declare("When the run ends", AggregatorSettings)
-_plan = Declare("What workers are asked to do (without: as their learning task does)", TrainingPlan)
+_plan = Declare("Training plan (without: the learning task's own values)", TrainingPlan)
 _mean = Declare("Averaging", AggregatorSettings)
 _transfer = Declare("Transfer", AggregatorSettings)
 _service = Declare("Service", AggregatorSettings)
-_upstream = Declare("Past one machine (docs/tree.md)")
+_upstream = Declare("Parent aggregator (docs/tree.md)")
 _tls = Declare("TLS", AggregatorSettings)
 _RECIPE = AggregatorSettings.upload_recipe
 _ONE_WAY: dict[str, Any] = {"default": None, "metavar": "RECIPES", "show_default": "as --encoding"}
@@ -48,94 +48,106 @@ _ONE_WAY: dict[str, Any] = {"default": None, "metavar": "RECIPES", "show_default
 SETTINGS: list[Setting] = [
     _place(
         "--data-dir",
-        "Folder of rounds, updates and models; a restart goes on from it.",
+        "Folder of rounds, updates and models; a restart continues from it.",
         type=click.Path(path_type=Path, file_okay=False),
         required=True,
     ),
-    _place("--address", "HOST:PORT to listen on; 0.0.0.0:50051 for every network.", metavar="HOST:PORT"),
+    _place("--address", "Address to listen on; 0.0.0.0:50051 listens on every network.", metavar="HOST:PORT"),
     _place("--run-name", "Name of the run.", metavar="NAME"),
     _place(
         "--port-file",
-        "File to write the port to once workers are served, for an address with port 0.",
+        "Write the port to this file once the aggregator serves workers; for an address with port 0.",
         type=click.Path(path_type=Path, dir_okay=False),
     ),
-    _place("--metrics-address", "HOST:PORT to serve Prometheus metrics on.", metavar="HOST:PORT"),
+    _place("--metrics-address", "Serve Prometheus metrics on this address.", metavar="HOST:PORT"),
     _model("--task", "Learning task for workers started without one.", name="learning_task", metavar="REF"),
     _model("--model", "Model name for workers started without one.", metavar="NAME"),
     _model("--initial-model", "Safetensors file to start from; without: a worker's untrained model.", type=FILE),
-    _model(
-        "--max-model", "Largest model that a worker may give as the first one.", name="max_model_bytes", type=SIZE
-    ),
+    _model("--max-model", "Largest initial model to accept from a worker.", name="max_model_bytes", type=SIZE),
     _model(
         "--initialiser",
-        "Workers of this name (with * and ?) give the untrained model; repeat for each. Without: who comes first.",
+        "Workers of this name (with * and ?) give the initial model; repeat for each. Without: the first worker.",
         name="initialisers",
         multiple=True,
         default=(),
         metavar="NAME",
     ),
-    _policy("--min-workers", "A round opens once this many workers are idle."),
-    _policy("--min-sample-size", "Aim at no fewer updates than this."),
-    _policy("--max-participants", "Aim at no more updates than this."),
-    _policy("--fraction", "Part of the live workers to aim at."),
-    _policy("--over-selection", "Ask this many times as many as are aimed at."),
+    _policy("--min-workers", "Open a round once this many workers are idle."),
+    _policy("--min-sample-size", "Aim at this many updates or more."),
+    _policy("--max-participants", "Aim at this many updates or fewer."),
+    _policy("--fraction", "Share of the live workers to aim at."),
+    _policy("--over-selection", "Ask this many times as many workers as the round aims at."),
     _policy("--quorum", "At the deadline, commit with at least this many updates."),
-    _policy("--weight-aim", "Commit early once a quorum of updates weighs this much: examples, or --weight."),
-    _policy("--deadline", "A round's time to report.", name="deadline_s", type=DURATION),
+    _policy(
+        "--weight-aim", "Commit early once a quorum of updates has this total weight (examples, or --weight)."
+    ),
+    _policy("--deadline", "Time that workers have to report in a round.", name="deadline_s", type=DURATION),
     _choosing(
         "--learn-deadline/--no-learn-deadline",
-        "Shorten it to what the wanted updates are expected to need, by each worker's own past times.",
+        "Shorten the deadline to the time that the wanted updates need, predicted from each worker's past times.",
     ),
-    _policy("--deadline-floor", "A learned deadline is no shorter.", name="deadline_floor_s", type=DURATION),
-    _choosing("--deadline-quantile", "How sure to be of each worker: this quantile of its own times."),
-    _choosing("--deadline-margin", "Give this many times what is expected."),
-    _choosing("--selection", "Choose workers by lot, or by usefulness and speed (Oort)."),
-    _choosing("--fairness", "Oort: share of seats for those who have waited longest."),
-    _choosing("--exploration", "Oort: share of workers never tried among the others, in the first round."),
-    _policy("--late", "What is late is discarded, or carried into the next round and counts less there."),
-    _policy("--max-staleness", "Carry an update on until this many versions have been committed meanwhile."),
+    _policy("--deadline-floor", "Shortest learned deadline.", name="deadline_floor_s", type=DURATION),
+    _choosing("--deadline-quantile", "Predict each worker by this quantile of its past times."),
+    _choosing("--deadline-margin", "Multiply the predicted time by this."),
+    _choosing("--selection", "Select workers at random, or by usefulness and speed (Oort)."),
+    _choosing("--fairness", "Oort: share of a round for the workers that have waited longest."),
+    _choosing(
+        "--exploration",
+        "Oort: share of the first round for workers without a task so far; it falls from round to round.",
+    ),
+    _policy("--late", "Discard late updates, or carry them into the next round, where they count less."),
+    _policy(
+        "--max-staleness",
+        "Carry a late update until this many versions have been committed since its base version.",
+    ),
     _policy(
         "--buffer-size",
-        "With --late carry: every so many updates make a version, of whatever age (FedBuff).",
+        "With --late carry: commit a version for every so many updates, whatever their age (FedBuff).",
     ),
     _policy(
         "--reconnect-grace",
-        "After a restart of the aggregator the open round lasts at least this much longer.",
+        "Keep the open round open for at least this long after a restart of the aggregator.",
         name="reconnect_grace_s",
         type=DURATION,
     ),
-    _policy("--lease", "A worker silent for this long has lost its task.", name="lease_s", type=DURATION),
+    _policy("--lease", "A worker that is silent for this long loses its task.", name="lease_s", type=DURATION),
     _policy(
         "--selection-window",
-        "Wait this much longer for the other live workers.",
+        "Wait this long for the other live workers before a round starts.",
         name="selection_window_s",
         type=DURATION,
     ),
     _policy(
         "--selection-timeout",
-        "Abandon a round that finds too few workers for this long; without: wait.",
+        "Abandon a round that finds too few workers for this long; without: keep waiting.",
         name="selection_timeout_s",
         type=DURATION,
     ),
-    _end("--rounds", "Commit this many rounds."),
-    _end("--target-metric", "End early, as in accuracy>=0.95.", name="target", type=str, metavar="METRIC>=VALUE"),
-    _end("--stay/--no-stay", "Go on serving the model after the run has ended."),
+    _end("--rounds", "Finish after this many committed rounds."),
+    _end(
+        "--target-metric",
+        "Finish early at this score, as in accuracy>=0.95.",
+        name="target",
+        type=str,
+        metavar="METRIC>=VALUE",
+    ),
+    _end("--stay/--no-stay", "Keep serving the model after the run has ended."),
     _plan("--epochs", "Passes over the local data; fractions are allowed."),
     _plan("--max-steps", "At most this many optimizer steps."),
     _plan("--batch-size", "Examples in a batch."),
     _plan("--learning-rate", "Step size of the workers' optimizer."),
     _plan("--momentum", "Momentum of the workers' optimizer."),
     _plan("--weight-decay", "Weight decay of the workers' optimizer (L2 penalty); 0: none."),
-    _plan("--proximal-mu", "FedProx's pull towards the global model; 0: FedAvg."),
+    _plan("--proximal-mu", "FedProx's proximal coefficient; 0: FedAvg."),
     _plan(
         "--label-adjustment",
-        "Add this many times the log of each label's share on a worker to its logits in training; 0: do not "
+        "Add this many times the log of each label's share on a worker to its training logits; 0: do not "
         "(docs/heterogeneity.md).",
     ),
     _plan(
         "--upload-reserve",
-        "Train no longer than until this much (or what a worker's uploads have taken) is left of the deadline; "
-        "without: all of the work.",
+        "Stop training when this much of the deadline (or the usual time of the worker's uploads) is left; "
+        "without: train to the end.",
         name="upload_reserve_s",
         type=DURATION,
     ),
@@ -147,7 +159,7 @@ SETTINGS: list[Setting] = [
     ),
     _mean(
         "--weight",
-        "Weight of a worker in the mean instead of its example count; repeat for each. Others keep their counts.",
+        "Weight of a worker in the mean in place of its example count; repeat for each.",
         name="worker_weights",
         type=NamedValues(number=True),
         multiple=True,
@@ -156,26 +168,31 @@ SETTINGS: list[Setting] = [
     ),
     _mean(
         "--normalize-steps/--no-normalize-steps",
-        "Each update counts by its direction, not by its steps (FedNova); --momentum must be what workers use.",
+        "Normalize updates by their local steps (FedNova); --momentum must be the one that workers use.",
     ),
     _mean(
         "--precision-weights/--plain-weights",
-        "An update's say in a coordinate also falls with the noise that its local model's number format adds.",
+        "Weigh each coordinate by the inverse of the noise that the local model's number format adds.",
     ),
-    _mean("--staleness-exponent", "An update that is N versions late counts (1 + N) to the minus this."),
-    _mean("--server-optimizer", "What to make of the mean.", type=click.Choice(list(OPTIMIZERS))),
-    _mean("--server-learning-rate", "Its step size; without: its usual one."),
-    _mean("--max-update-norm", "Refuse updates whose L2 norm is above this."),
-    _mean("--clip-norm", "Scale updates down to this L2 norm (of the difference to the version they began from)."),
-    _mean("--max-examples", "An update weighs no more examples than this, whatever it says."),
+    _mean(
+        "--staleness-exponent",
+        "An update that is N versions late is weighted by (1 + N) to the power of minus this.",
+    ),
+    _mean(
+        "--server-optimizer", "Server optimizer that applies the mean update.", type=click.Choice(list(OPTIMIZERS))
+    ),
+    _mean("--server-learning-rate", "Step size of the server optimizer; without: its usual one."),
+    _mean("--max-update-norm", "Reject updates with a larger L2 norm."),
+    _mean("--clip-norm", "Scale updates down to this L2 norm (of the difference to their base version)."),
+    _mean("--max-examples", "Most examples that an update counts for, whatever it claims."),
     _policy(
         "--max-share",
-        "No worker has a larger share of a mean, as in 0.2; with fewer than 1 / SHARE all weigh the same.",
+        "Largest share of one worker in a mean, as in 0.2; fewer than 1 / SHARE updates weigh the same.",
     ),
     _mean(
         "--evaluator",
-        "Workers of this name (with * and ?) may be evaluators; repeat for each. Without: anyone may, but what "
-        "they say ends no run.",
+        "Workers of this name (with * and ?) may be evaluators; repeat for each. Without: any worker may, "
+        "but its scores end no run.",
         name="evaluators",
         multiple=True,
         default=(),
@@ -183,45 +200,45 @@ SETTINGS: list[Setting] = [
     ),
     _mean(
         "--leaf",
-        "Workers of this name (with * and ?) may be aggregators, and their means count for all their workers; "
-        "repeat for each. Without: anyone may, but a mean weighs no more than a worker's update could.",
+        "Workers of this name (with * and ?) may be leaves, whose means count for all their workers; "
+        "repeat for each. Without: any worker may, but its mean weighs no more than one update.",
         name="leaves",
         multiple=True,
         default=(),
         metavar="NAME",
     ),
-    _mean("--evaluate/--no-evaluate", "Workers score the model they are given on their held-out data."),
-    _mean("--seed", "Of selection, shuffling and stochastic rounding."),
+    _mean("--evaluate/--no-evaluate", "Let workers score each model on their held-out data before training."),
+    _mean("--seed", "Seed of selection, shuffling and stochastic rounding."),
     _transfer(
         "--encoding",
-        "Both ways, as in raw or int8+zstd; by link, as in 'raw above 1gbit | int8+zstd | raw', or auto "
+        "Recipe of models and updates, as in raw or int8+zstd; or by link, 'raw above 1gbit | int8+zstd'; or auto "
         "(docs/transport.md).",
         default=_RECIPE,
         metavar="RECIPES",
     ),
-    _transfer("--upload-encoding", "Of updates.", name="upload_recipe", **_ONE_WAY),
-    _transfer("--download-encoding", "Of models.", name="download_recipe", **_ONE_WAY),
+    _transfer("--upload-encoding", "Recipe of updates.", name="upload_recipe", **_ONE_WAY),
+    _transfer("--download-encoding", "Recipe of models.", name="download_recipe", **_ONE_WAY),
     _transfer(
         "--difference-encoding",
-        "Of the difference to the model that a worker holds, where it is lossy.",
+        "Recipe of the difference to the model that a worker holds, where a lossy one is possible.",
         name="difference_recipe",
         metavar="RECIPES",
         show_default="as models",
     ),
-    _transfer("--max-chunk", "Largest piece of a stream.", name="max_chunk_bytes", type=SIZE),
-    _transfer("--max-payload", "Largest update that is taken.", name="max_payload_bytes", type=SIZE),
-    _transfer("--max-uploads", "Uploads at the same time."),
+    _transfer("--max-chunk", "Largest chunk of a stream.", name="max_chunk_bytes", type=SIZE),
+    _transfer("--max-payload", "Largest update to accept.", name="max_payload_bytes", type=SIZE),
+    _transfer("--max-uploads", "Upload slots: most uploads at the same time."),
     _transfer(
         "--max-upload-memory",
-        "Bytes of uploads on their way to the disk.",
+        "Memory for uploads on their way to the disk.",
         name="max_upload_memory_bytes",
         type=SIZE,
     ),
-    _transfer("--durable/--no-durable", "Acknowledge an update once it is on the disk."),
-    _service("--max-workers", "Registered workers."),
+    _transfer("--durable/--no-durable", "Acknowledge an update only once it is on the disk."),
+    _service("--max-workers", "Most registered workers."),
     _service("--keep-versions", "Model versions to keep on the disk."),
-    _service("--keep-rounds", "Records of past rounds to keep: one of 1,000 tasks takes about 180 kB."),
-    _service("--poll-wait", "How long a worker's poll may wait.", name="poll_wait_s", type=DURATION),
+    _service("--keep-rounds", "Records of past rounds to keep; a round of 1,000 tasks takes about 180 kB."),
+    _service("--poll-wait", "Longest wait of a worker's poll.", name="poll_wait_s", type=DURATION),
     _service(
         "--heartbeat-interval",
         "How often a busy worker reports; without: a third of the lease, 5 s at most.",
@@ -229,24 +246,20 @@ SETTINGS: list[Setting] = [
         type=DURATION,
     ),
     _service("--drain", "How long SIGTERM waits for calls in flight.", name="drain_s", type=DURATION),
-    _upstream("--upstream", "Aggregator to work for, with the workers of this one.", metavar="HOST:PORT"),
-    _upstream(
-        "--upstream-name", "Name there, unique in its fleet; without: this machine's host name.", metavar="NAME"
-    ),
-    _upstream(
-        "--upstream-tls", "Use TLS with the certificates that the system trusts.", is_flag=True, default=False
-    ),
-    _upstream("--upstream-tls-ca", "Certificates to trust there (PEM); turns TLS on.", type=FILE),
-    _upstream("--upstream-tls-cert", "This side's certificate (PEM), where the parent asks for one.", type=FILE),
+    _upstream("--upstream", "Parent aggregator: this one works for it as a leaf.", metavar="HOST:PORT"),
+    _upstream("--upstream-name", "Name in the parent's fleet; without: this machine's host name.", metavar="NAME"),
+    _upstream("--upstream-tls", "Use TLS with the system's certificates.", is_flag=True, default=False),
+    _upstream("--upstream-tls-ca", "Certificates to trust (PEM); turns TLS on.", type=FILE),
+    _upstream("--upstream-tls-cert", "Certificate of this leaf (PEM), where the parent asks for one.", type=FILE),
     _upstream("--upstream-tls-key", "Key of that certificate (PEM).", type=FILE),
-    *tls_settings("Certificate to serve with (PEM).", "Ask workers for certificates signed by these (PEM)."),
+    *tls_settings("Certificate to serve with (PEM).", "Require clients' certificates signed by these (PEM)."),
     _tls(
         "--certificate-names/--no-certificate-names",
-        "A worker acts under a name of its certificate alone: its common name, or a subject alternative one.",
+        "Require a worker's name to be in its certificate, as common name or subject alternative name.",
     ),
     _tls(
         "--operator",
-        "Certificates of this name may pause, resume and stop the run; repeat for each; without: all may.",
+        "Certificates of this name may pause, resume, roll back and stop the run; repeat for each. Without: any.",
         name="operators",
         multiple=True,
         default=(),
@@ -257,7 +270,7 @@ SETTINGS: list[Setting] = [
 
 
 def settings_from(values: dict[str, Any]) -> AggregatorSettings:
-    """The settings that these values of the command line stand for. Raises `UsageError`."""
+    """Build the settings from the values of the command line. Raises `UsageError`."""
     both = values["encoding"]
     return pick(
         AggregatorSettings,
@@ -314,7 +327,7 @@ def _run(**values: Any) -> int:
         if values["metrics_address"] is not None:
             stack.enter_context(serve_metrics(metrics, values["metrics_address"]))
         if values["port_file"] is not None and Address.parse(settings.address).is_unix:
-            raise UsageError("--port-file goes with an --address that has a port, not with a unix socket")
+            raise UsageError("--port-file needs an --address with a port; a unix socket has none")
         ready = _port_writer(values["port_file"])
         upstream = upstream_from(values, settings.data_dir)
         if upstream is not None:
@@ -337,5 +350,5 @@ COMMAND = SettingsCommand(
     "aggregator",
     _run,
     SETTINGS,
-    "Lead a run: hand out tasks, take updates in, average them, keep every model version.",
+    "Lead a run: hand out tasks, collect and average updates, keep model versions.",
 )

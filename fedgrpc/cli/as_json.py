@@ -1,7 +1,7 @@
 """Protocol messages as plain JSON for programs: numbers are numbers, every field is there, nothing is NaN.
 
-Enums are their last words (`committed`), durations seconds, times ISO 8601 in UTC, bytes hex. A field that may be
-absent is left out when it is; all others are written, zero or not.
+Enums become their last words (`committed`), durations seconds, times ISO 8601 in UTC, bytes hex. Absent optional
+fields are left out; all others are written, zero or not.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _value(field: Any, value: Any) -> Any:
 
 
 def _word(kind: EnumDescriptor, number: int) -> str | int:
-    """`committed` for ROUND_PHASE_COMMITTED; a number that this version does not know stays one."""
+    """Return `committed` for ROUND_PHASE_COMMITTED; an unknown number stays a number."""
     known = kind.values_by_number.get(number)
     prefix = _WORD.sub("_", kind.name).upper() + "_"
     return number if known is None else known.name.removeprefix(prefix).lower()

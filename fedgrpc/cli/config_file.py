@@ -1,4 +1,4 @@
-"""The TOML file of settings: one table per command. What it says becomes text, and is then read as a flag is."""
+"""The TOML file of settings: one table per command. Values become text, and are then parsed as flags are."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Text = str | list[str]
 
 
 def read_table(path: Path, table: str, keys: Mapping[str, bool]) -> dict[str, Text]:
-    """The settings in `table` of the file, by key with underscores; none where it has no such table.
+    """Return the settings in `table` of the file, by key with underscores; none where it has no such table.
 
-    `keys` are the settings that there are, and whether each may be given more than once, as a list or a table.
+    `keys` are the known settings, and whether each may be given more than once, as a list or a table.
 
     Raises:
-        UsageError: the file cannot be read, is no TOML, or holds a table or a key that nobody knows.
+        UsageError: the file cannot be read, is not TOML, or has an unknown table or key.
     """
     content = _parse(path)
     for name, value in content.items():
         if not isinstance(value, dict):
-            raise UsageError(f"{path}: {name!r} stands outside of a table; begin with a line [{table}]")
+            raise UsageError(f"{path}: {name!r} is outside of a table: add a line [{table}] above")
         if name not in COMMANDS:
             raise UsageError(f"{path}: there is no table [{name}]{_nearest(name, tuple(COMMANDS))}")
     found: dict[str, Text] = {}
@@ -46,18 +46,18 @@ def _parse(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        # Besides its own errors tomllib raises these for numbers of thousands of digits, and nesting as deep.
-        raise UsageError(f"{path} is no valid TOML: {' '.join(str(error).split())}") from error
+        # tomllib also raises these, for numbers of thousands of digits and for deep nesting.
+        raise UsageError(f"{path} is not valid TOML: {' '.join(str(error).split())}") from error
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    """The closest known name, where one is close enough to be what was meant."""
+    """Suggest the closest known name, or list all of them."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+    return f"; did you mean {close[0]!r}?" if close else f"; the known ones are {', '.join(known)}"
 
 
 def _texts(path: Path, table: str, name: str, value: Any) -> list[str]:
-    """A list of scalars as a person would type them; a table of scalars as NAME=VALUE each."""
+    """Return scalars as a person would type them, and the items of a table as NAME=VALUE."""
     if isinstance(value, dict):
         return [f"{key}={_scalar(path, table, name, item)}" for key, item in value.items()]
     items = value if isinstance(value, list) else [value]

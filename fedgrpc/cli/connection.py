@@ -17,12 +17,12 @@ from fedgrpc.rpc.channel import Tls
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 AGGREGATOR_SETTING: Setting = Declare("Where")(
-    "--aggregator", "The aggregator to ask.", default="127.0.0.1:50051", metavar="HOST:PORT"
+    "--aggregator", "Address of the aggregator.", default="127.0.0.1:50051", metavar="HOST:PORT"
 )
 
 
 def tls_settings(certificate_help: str, ca_help: str) -> list[Setting]:
-    """`--tls-cert`, `--tls-key`, `--tls-ca`."""
+    """Declare `--tls-cert`, `--tls-key` and `--tls-ca`."""
     declare = Declare("TLS")
     return [
         declare("--tls-cert", certificate_help, type=FILE),
@@ -32,26 +32,24 @@ def tls_settings(certificate_help: str, ca_help: str) -> list[Setting]:
 
 
 def client_settings() -> list[Setting]:
-    """What every command that dials an aggregator takes."""
+    """Declare the TLS settings of a command that dials an aggregator."""
     return [
         *tls_settings(
-            "This side's certificate (PEM), where the aggregator asks for one.",
+            "Certificate of this client (PEM), where the aggregator asks for one.",
             "Certificates to trust (PEM); turns TLS on.",
         ),
-        Declare("TLS")(
-            "--tls", "Use TLS with the certificates that the system trusts.", is_flag=True, default=False
-        ),
+        Declare("TLS")("--tls", "Use TLS with the system's certificates.", is_flag=True, default=False),
     ]
 
 
 def client_tls(values: Mapping[str, Any]) -> Tls | None:
-    """TLS of a client: on when any of its settings is given."""
+    """Return the TLS of a client: on when any of its settings is given."""
     files = Tls(values["tls_ca"], values["tls_cert"], values["tls_key"])
     return files if values["tls"] or files != Tls() else None
 
 
 def server_tls(values: Mapping[str, Any]) -> Tls | None:
-    """TLS of a server: on when a certificate is given.
+    """Return the TLS of a server: on when a certificate is given.
 
     Raises:
         UsageError: a key or a CA without a certificate.

@@ -1,9 +1,9 @@
-"""`fedgrpc health`: ask a service how it is, by grpc.health.v1, for container health checks and scripts.
+"""`fedgrpc health`: the state of a service by grpc.health.v1, for container health checks and scripts.
 
-It starts once every few seconds on small devices, so it imports no more than it needs.
+It starts every few seconds on small devices, so it imports no more than it needs.
 
 exit code 0     SERVING
-          1     anything else, or nobody answers
+          1     anything else, or no answer
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ _where = Declare("Where")
 
 _UNREACHED = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
 SETTINGS = [
+    _where("--address", "Aggregator, or a worker's own service.", default="127.0.0.1:50051", metavar="HOST:PORT"),
     _where(
-        "--address", "An aggregator, or a worker's own service.", default="127.0.0.1:50051", metavar="HOST:PORT"
+        "--service",
+        "One service of the process, as fedgrpc.v1.Aggregator; without: all.",
+        default="",
+        metavar="NAME",
     ),
-    _where("--service", "One service of it, as fedgrpc.v1.Aggregator; without: all.", default="", metavar="NAME"),
-    _where("--timeout", "Wait this long for the answer.", name="timeout_s", type=DURATION, default=3.0),
+    _where("--timeout", "Longest wait for the answer.", name="timeout_s", type=DURATION, default=3.0),
     *client_settings(),
 ]
 
@@ -44,7 +47,7 @@ def _run(**values: Any) -> int:
 
 
 def health_of(address: str, service: str, timeout_s: float, tls: Tls | None) -> str:
-    """SERVING, NOT_SERVING, or the status code that came instead, as UNAVAILABLE where nobody listens.
+    """Return SERVING, NOT_SERVING, or the status code of the failed call, such as UNAVAILABLE.
 
     Raises:
         UsageError: the address or a TLS file is unusable.
@@ -64,4 +67,4 @@ def health_of(address: str, service: str, timeout_s: float, tls: Tls | None) -> 
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
-COMMAND = SettingsCommand("health", _run, SETTINGS, "Ask a service whether it is well; exit code 0: it is.")
+COMMAND = SettingsCommand("health", _run, SETTINGS, "Check the health of a service; exit code 0: it is serving.")

@@ -1,6 +1,6 @@
-"""`fedgrpc init`: the first model of a run, written on a workstation rather than by the first worker that comes.
+"""`fedgrpc init`: write the initial model of a run on a workstation, in place of a worker's.
 
-exit code 0     done; one line says what was written
+exit code 0     done; one line names the file and its size
           1     the learning task failed
           2     the task, the file or the model cannot be used
 """
@@ -27,15 +27,15 @@ from fedgrpc.worker.training import first_weights
 _model = Declare("The model")
 
 SETTINGS: list[Setting] = [
-    _model("--task", "package.module or package.module:Class.", metavar="REF", required=True),
+    _model("--task", "Learning task, package.module or package.module:Class.", metavar="REF", required=True),
     _model("--model", "Model name, where the task knows several.", metavar="NAME"),
     _model(
         "--data", "Folder or file of data, where the task needs it.", type=click.Path(path_type=Path, exists=True)
     ),
-    _model("--seed", "Of the untrained model.", type=int, default=0),
+    _model("--seed", "Seed of the untrained model.", type=int, default=0),
     _model(
         "--option",
-        "An option of the task's own; repeat for each.",
+        "Option of the task; repeat for each.",
         name="options",
         type=NamedValues(),
         multiple=True,
@@ -55,7 +55,7 @@ SETTINGS: list[Setting] = [
 def _run(**values: Any) -> None:
     path: Path = values["to"]
     if path.exists():
-        raise UsageError(f"{path} is there already; remove it, or take another name")
+        raise UsageError(f"{path} exists: remove it, or choose another name")
     trainer = load_trainer(
         values["task"],
         model=values["model"],

@@ -1,4 +1,4 @@
-"""The command itself: which commands there are, and what a failure looks like to a person.
+"""The command `fedgrpc`: lazy loading of subcommands, errors as one line, exit codes.
 
 exit code 0     done
           1     a `FedgrpcError`: one line that says what went wrong
@@ -23,7 +23,7 @@ from fedgrpc.process import prepare
 
 
 class LazyGroup(click.Group):
-    """Commands are imported when they are run, or listed."""
+    """A group whose commands are imported when they are run or listed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -45,7 +45,7 @@ class LazyGroup(click.Group):
 
 
 def load_command(name: str) -> click.Command:
-    """One of the commands, by name."""
+    """Import a command by its name."""
     module, _, attribute = COMMANDS[name].partition(":")
     command: click.Command = getattr(importlib.import_module(module), attribute)
     return command
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code."""
+    """Run the command line; return the exit code."""
     try:
         return _exit_code(cli.main(arguments, prog_name="fedgrpc", standalone_mode=False))
     except click.exceptions.NoArgsIsHelpError as error:
@@ -95,7 +95,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return 130
     except BrokenPipeError:
-        # Whoever read our output has gone, as `head` does; Python must not complain when it flushes.
+        # The reader of our output has gone, as `head` does. Python must not fail when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

@@ -1,7 +1,7 @@
-"""How a setting is declared, once: its flag, its environment variable, its key in the TOML file, its default.
+"""Declarations of settings: the flag, environment variable, key in the TOML file and default of each.
 
-The rule: a setting that belongs to a dataclass takes its name, default and type from there. A flag wins over
-the environment variable, which wins over the file, which wins over the default.
+The rule: a setting that belongs to a field of a dataclass takes its name, default and type from it. A flag wins
+over the environment variable, which wins over the file, which wins over the default.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ABOUT_SETTINGS = re.compile(r"^\w+ (must|goes with)\b")
 
 
 class Setting(click.Option):
-    """An option with a heading in `--help`, whose errors say where the value came from."""
+    """An option with a heading in `--help`, whose errors name the flag, variable or file of the value."""
 
     def __init__(self, flags: Sequence[str], *, heading: str, **attributes: Any) -> None:
         self.heading = heading
@@ -41,12 +41,12 @@ class Setting(click.Option):
 
     @property
     def key(self) -> str:
-        """The key in the TOML file: the flag without its dashes."""
+        """Return the key in the TOML file: the flag without its dashes."""
         longest = max(self.opts, key=len)
         return longest.removeprefix("--").replace("-", "_")
 
     def get_help_extra(self, ctx: click.Context) -> Any:
-        """Defaults of quantities with their unit, as a person would write them."""
+        """Show defaults of quantities with their unit, as a person would write them."""
         extra = super().get_help_extra(ctx)
         if isinstance(self.type, Quantity) and isinstance(self.default, int | float):
             extra["default"] = self.type.show(self.default)
@@ -66,13 +66,13 @@ class Setting(click.Option):
             raise click.UsageError(complaint, ctx) from error
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
-        """As click does, but that no path is empty: it would be the folder that one happens to be in."""
+        """Convert as click does, but refuse an empty path, which would be the working folder."""
         if isinstance(self.type, click.Path) and value == "":
             raise click.BadParameter("the path is empty", ctx, self)
         return super().type_cast_value(ctx, value)
 
     def origin(self, ctx: click.Context) -> str:
-        """The variable, the file or the flag that gave its value; empty: nobody did."""
+        """Return the variable, file or flag that gave the value; "" for the default."""
         source = ctx.get_parameter_source(self.name or "")
         if source is ParameterSource.ENVIRONMENT:
             return f"the variable {self.resolve_envvar_name(ctx)}"
@@ -81,7 +81,10 @@ class Setting(click.Option):
         return self.opts[0] if source is ParameterSource.COMMANDLINE else ""
 
     def resolve_envvar_name(self, ctx: click.Context) -> str:
-        """FEDGRPC_AGGREGATOR_MIN_WORKERS, by command and flag."""
+        """Return the variable by command and flag, as FEDGRPC_AGGREGATOR_MIN_WORKERS.
+
+        Not click's own prefix: that would name variables after the parameters (deadline_s), not the flags.
+        """
         return f"FEDGRPC_{(ctx.info_name or '').upper()}_{self.key.upper()}"
 
     def value_from_envvar(self, ctx: click.Context) -> Any:
@@ -90,7 +93,7 @@ class Setting(click.Option):
 
 
 class Declare:
-    """Declares settings under one heading, optionally those of a dataclass."""
+    """Declarations of settings under one heading, optionally those of a dataclass."""
 
     def __init__(self, heading: str, owner: type | None = None) -> None:
         self._heading = heading
@@ -98,7 +101,7 @@ class Declare:
         self._hints = typing.get_type_hints(owner) if owner else {}
 
     def __call__(self, flags: str, help: str, name: str | None = None, **attributes: Any) -> Setting:
-        """One setting; `name` is its field where that differs from the flag."""
+        """Declare one setting; `name` is its field where that differs from the flag."""
         flag = flags.split("/")[0].split()[-1]
         name = name or flag.removeprefix("--").replace("-", "_")
         if field := self._fields.get(name):
@@ -109,7 +112,7 @@ class Declare:
 
 
 def _from_field(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
-    """The type and the default that a dataclass's field stands for; click's defaults where it says nothing."""
+    """Return the type and the default of a dataclass's field as attributes of a click option."""
     if isinstance(hint, types.UnionType):
         (hint,) = (kind for kind in typing.get_args(hint) if kind is not types.NoneType)
     attributes: dict[str, Any] = {}
@@ -125,10 +128,10 @@ def _from_field(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
 
 
 class SettingsCommand(click.Command):
-    """A command whose settings come from flags, variables and one table of a TOML file."""
+    """Command whose settings come from flags, variables and one table of a TOML file."""
 
     def __init__(self, name: str, callback: Callable[..., Any], params: Sequence[Setting], help: str) -> None:
-        config = Declare("Everything at once")(
+        config = Declare("Settings file")(
             "--config",
             f"TOML file with the same settings in its table [{name}].",
             type=click.Path(path_type=Path, dir_okay=False),
@@ -144,25 +147,25 @@ class SettingsCommand(click.Command):
         super().__init__(name, context, callback, [*params, config], help, epilog, short_help=help)
 
     def settings(self) -> list[Setting]:
-        """What can be set, in the order of `--help`."""
+        """Return the settings in the order of `--help`."""
         return [param for param in self.params if isinstance(param, Setting)]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click does; before that, a variable that is close to a setting's, and is none, is refused."""
+        """Parse as click does, but refuse misspelt variables first."""
         known = [setting.resolve_envvar_name(ctx) for setting in self.settings()]
         if not _ASK_FOR_HELP.intersection(args):
             check_variables(known, f"FEDGRPC_{(ctx.info_name or '').upper()}_", os.environ)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run it; a complaint about the values of settings says where they came from."""
+        """Run the command; add the origin of values to errors about them."""
         try:
             return super().invoke(ctx)
         except UsageError as error:
             raise UsageError(f"{error}{self._origins(ctx, str(error))}") from error
 
     def _origins(self, ctx: click.Context, complaint: str) -> str:
-        """Of the settings that a complaint such as "quorum must be at least 1" names, those that were given."""
+        """Return the origins of the settings that an error such as "quorum must be at least 1" names."""
         if not _ABOUT_SETTINGS.search(complaint):
             return ""
         words = frozenset(_WORD.findall(complaint))
@@ -174,12 +177,12 @@ class SettingsCommand(click.Command):
         return f" ({listed})" if listed else ""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Settings under their headings."""
+        """Write the settings under their headings."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None:
-                heading = param.heading if isinstance(param, Setting) else "Everything at once"
+                heading = param.heading if isinstance(param, Setting) else "Settings file"
                 sections.setdefault(heading, []).append(record)
         for heading, records in sections.items():
             with formatter.section(heading):
@@ -196,9 +199,9 @@ class SettingsCommand(click.Command):
 
 
 def check_variables(known: Sequence[str], prefix: str, given: Iterable[str]) -> None:
-    """Raise `UsageError` for a variable that begins with `prefix` and is nearly, but not, one of `known`.
+    """Raise `UsageError` for a variable with this prefix that is close to, but not, one of `known`.
 
-    Others are left alone: Kubernetes sets some for every service, named after it.
+    Other variables are ignored: Kubernetes sets some for every service, named after it.
     """
     keys = [name.removeprefix(prefix) for name in known]
     for name in sorted(given):
@@ -213,6 +216,6 @@ def _example_variable(name: str, params: Sequence[Setting]) -> str:
 
 
 def pick(owner: type[T], values: Mapping[str, Any], **more: Any) -> T:
-    """`owner` with those of `values` that are its fields, and `more`."""
+    """Build `owner` from the items of `values` that are its fields, and from `more`."""
     names = {field.name for field in dataclasses.fields(owner)}  # type: ignore[arg-type]
     return owner(**{name: value for name, value in values.items() if name in names} | more)

@@ -37,7 +37,7 @@ _device = Declare("The device")
 _fleet = Declare("Or the devices of a running aggregator, with the cost of their past tasks")
 
 SETTINGS: list[Setting] = [
-    _model("--task", "package.module or package.module:Class.", metavar="REF", required=True),
+    _model("--task", "Learning task, package.module or package.module:Class.", metavar="REF", required=True),
     _model("--model", "Model name, where the task knows several.", metavar="NAME"),
     _model("--data", "Folder or file of data.", type=click.Path(path_type=Path, exists=True)),
     _model(

@@ -1,4 +1,4 @@
-"""`fedgrpc simulate`: a described fleet played by the production round, to choose rules before a rollout."""
+"""`fedgrpc simulate`: a described fleet under the production round logic, to tune a policy before a rollout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fedgrpc.simulation.fleet_result import FleetResult
 from fedgrpc.simulation.fleet_run import FleetRun
 
 _SHOWN_EACH_S: Final = 0.2
-# Of a process that plays: where it notes how much of each variant is done.
+# In a child process: the shared array of each variant's progress.
 _done: Any = None
 
 LIMITS: Final = (
@@ -69,13 +69,13 @@ def _say(console: Console, text: str) -> None:
 
 
 def read_fleet(path: Path) -> Fleet:
-    """The fleet of a TOML file. Raises `UsageError`."""
+    """Read the fleet from a TOML file. Raises `UsageError`."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no TOML: {error}") from error
+        raise UsageError(f"{path} is not valid TOML: {error}") from error
     try:
         return Fleet.parse(document)
     except UsageError as error:
@@ -85,9 +85,9 @@ def read_fleet(path: Path) -> Fleet:
 def play(
     fleet: Fleet, hours: float, seed: int, jobs: int, show: Callable[[Sequence[float]], None] = lambda done: None
 ) -> list[FleetResult]:
-    """Play every variant on the same fleet, each in a process of its own; `show` hears how much of each is done.
+    """Simulate every variant on the same fleet, each in a child process; `show` takes the progress of each.
 
-    Whatever ends this process ends the others at once.
+    The children end with this process, whatever ends it.
     """
     count = len(fleet.variants)
     done: Any = multiprocessing.Array("d", count)
@@ -101,7 +101,7 @@ def play(
 
 
 def _begin(done: Any) -> None:
-    """Leave Ctrl-C to the process that started this one, and end with it."""
+    """Leave Ctrl-C to the parent process, and end with it."""
     global _done
     _done = done
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -125,7 +125,7 @@ def _play_one(work: tuple[int, Fleet, Variant, float, int]) -> FleetResult:
 
 
 def results_table(fleet: Fleet, hours: float, results: Sequence[FleetResult]) -> Table:
-    """One row for each variant."""
+    """Return a table with one row per variant."""
     table = _table(f"{fleet.count} devices, {hours:g} virtual hours")
     headings = ("rounds\n/h", "abandoned", "round", "p95", "updates\n/h", "took\npart", "stale", "down/h", "up/h")
     for heading in (*headings, "wasted\nwork", "wasted\nbytes"):
@@ -155,7 +155,7 @@ def _table(title: str) -> Table:
 
 
 def classes_table(results: Sequence[FleetResult]) -> Table:
-    """For each variant and class: how many devices took part, and how many tasks came to something."""
+    """Return the shares of devices that took part and of merged tasks, by variant and class."""
     table = _table("devices that took part / tasks that were merged")
     for line in results[0].classes:
         table.add_column(f"{line.name} ({line.devices})", justify="right")
@@ -166,7 +166,7 @@ def classes_table(results: Sequence[FleetResult]) -> Table:
 
 
 def check_plot(path: Path) -> None:
-    """Raise `UsageError` where `plot_results` will: before hours are spent on what is to be drawn."""
+    """Raise `UsageError` where `plot_results` would, before hours of simulation."""
     try:
         import matplotlib as mpl
     except ImportError as error:
@@ -176,13 +176,15 @@ def check_plot(path: Path) -> None:
 
     formats = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in formats:
-        raise UsageError(f"cannot write the plot {path}: its name ends in none of .{', .'.join(sorted(formats))}")
+        raise UsageError(
+            f"cannot write the plot {path}: its name must end in one of .{', .'.join(sorted(formats))}"
+        )
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"cannot write the plot {path}: {path.parent} is no folder that can be written")
+        raise UsageError(f"cannot write the plot {path}: the folder {path.parent} cannot be written")
 
 
 def plot_results(results: Sequence[FleetResult], path: Path) -> None:
-    """Write the picture: versions and participation over time, where work went. Raises `UsageError`."""
+    """Plot versions and participation over time, and the work. Raises `UsageError`."""
     check_plot(path)
     from matplotlib import pyplot as plt
 
@@ -213,15 +215,15 @@ def plot_results(results: Sequence[FleetResult], path: Path) -> None:
         plt.close(figure)
 
 
-_fleet = Declare("What to play")
+_fleet = Declare("Simulation")
 _show = Declare("What to show")
 
 SETTINGS = [
-    _fleet("--fleet", "TOML file of the fleet.", type=click.Path(path_type=Path), required=True),
-    _fleet("--hours", "Virtual hours.", type=click.FloatRange(0, min_open=True), default=24.0),
-    _fleet("--seed", "The same seed gives the same result.", type=click.IntRange(0), default=0),
-    _fleet("--jobs", "Variants played at the same time.", type=click.IntRange(1), default=2),
-    _show("--plot", "Write a picture there.", type=click.Path(path_type=Path)),
+    _fleet("--fleet", "TOML file that describes the fleet.", type=click.Path(path_type=Path), required=True),
+    _fleet("--hours", "Virtual hours to simulate.", type=click.FloatRange(0, min_open=True), default=24.0),
+    _fleet("--seed", "Seed; the same seed gives the same result.", type=click.IntRange(0), default=0),
+    _fleet("--jobs", "Variants to simulate at the same time.", type=click.IntRange(1), default=2),
+    _show("--plot", "Write a plot to this file.", type=click.Path(path_type=Path)),
     _show("--json/--table", "JSON, for programs.", name="as_json", default=False),
 ]
 
@@ -229,5 +231,5 @@ COMMAND = SettingsCommand(
     "simulate",
     _run,
     SETTINGS,
-    "Play a described fleet by the production round, to choose rules before a rollout.",
+    "Simulate a fleet with the production round logic, to tune its policy before a rollout.",
 )

@@ -1,4 +1,4 @@
-"""`fedgrpc status`: a running aggregator, once."""
+"""`fedgrpc status`: the state of an aggregator, once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fedgrpc.v1.aggregator_pb2 import Run, RunPhase, WorkerRecord
 from fedgrpc.v1.round_pb2 import Round
 
 _show = Declare("What to show")
-# The last round may be one that only scores, or was abandoned.
+# The last round may be an evaluation round or abandoned, and have no predictions.
 _LOOKED_BACK = 20
 _MAX_ROUND = (1 << 63) - 1
 _MAX_BYTES = 1 << 30
@@ -34,30 +34,30 @@ SETTINGS = [
     AGGREGATOR_SETTING,
     Declare("Where")(
         "--data-dir",
-        "Read this data folder instead, whether or not an aggregator uses it.",
+        "Read this data folder in place of a running aggregator.",
         type=click.Path(path_type=Path, exists=True, file_okay=False),
     ),
     _show("--json/--table", "JSON, for programs.", name="as_json", default=False),
     _show(
         "--plans/--no-plans",
-        "What the last round's tasks were expected to cost, and did cost.",
+        "Predicted and measured cost of the last round's tasks.",
         name="plans",
         default=False,
     ),
     _show(
         "--links/--no-links",
-        "How fast each worker's link is, and the recipes that it is told for it.",
+        "Speed of each worker's link, and its recipes.",
         name="links",
         default=False,
     ),
-    _show("--rounds", "How many of the last rounds.", type=click.IntRange(1, 1000), default=5),
+    _show("--rounds", "Number of last rounds.", type=click.IntRange(1, 1000), default=5),
     *client_settings(),
 ]
 
 
 @dataclass(frozen=True)
 class Status:
-    """A run as it stands, with its latest rounds, oldest first. `healthy`: None where nobody serves it."""
+    """A run with its latest rounds, oldest first. `healthy` is None for a data folder."""
 
     run: Run
     workers: Sequence[WorkerRecord]
@@ -81,9 +81,9 @@ async def _asked(values: dict[str, Any], count: int) -> Status:
 
 
 def stored(folder: Path, count: int) -> Status:
-    """What a data folder holds of its run. Raises `UsageError` for one without a run, and `StorageError`."""
+    """Read the status from a data folder. Raises `UsageError` for one without a run, and `StorageError`."""
     if not (folder / DATABASE).exists():
-        raise UsageError(f"{folder} is no data folder of an aggregator: it has no {DATABASE}")
+        raise UsageError(f"{folder} is not an aggregator's data folder: it has no {DATABASE}")
     with closing(RunStore(folder / DATABASE, read_only=True)) as store:
         kept, version = store.run(), store.latest_version()
         if kept is None:
@@ -115,7 +115,9 @@ def _print(status: Status, values: dict[str, Any]) -> None:
     console = piped_console()
     console.print(run_line(run), style="bold", highlight=False, markup=False, soft_wrap=True)
     if healthy is False:
-        console.print("NOT_SERVING: its data folder fails, or it is ending; its log says more", highlight=False)
+        console.print(
+            "NOT_SERVING: the data folder fails, or the aggregator is ending; see its log", highlight=False
+        )
     tables = [rounds_table(rounds), workers_table(workers)]
     predictions = predictions_table(latest)
     if values["plans"]:

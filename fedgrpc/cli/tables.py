@@ -50,7 +50,7 @@ _ROLES: Mapping[int, str] = {
     WorkerRole.WORKER_ROLE_AGGREGATOR: "aggregator",
 }
 _BAR_CELLS = 20
-# A worker that holds a poll was heard of just now.
+# A waiting poll counts as being seen; without one, silence of this length is shown.
 _SILENT_S = 5.0
 
 _GAP = 2
@@ -61,7 +61,7 @@ Cell = str | Text
 
 @dataclass(frozen=True)
 class Column:
-    """A heading, whether cells stand to the right, and its rank: 0 is never left out, the highest goes first."""
+    """A heading, the alignment of its cells, and a rank: 0 is never left out, the highest goes first."""
 
     heading: str
     right: bool = False
@@ -77,19 +77,20 @@ class Table:
 
     @property
     def row_count(self) -> int:
-        """Rows, without the headings."""
+        """Return the number of rows, without the headings."""
         return len(self._rows)
 
     def add_row(self, *cells: Cell, note: str = "") -> None:
-        """Add a row; cells that are missing at its end are empty. Text is shown as it is, never as markup, and has
-        blanks for what a terminal would obey.
+        """Add a row; missing cells at its end are empty.
+
+        Text is never markup, and control characters become blanks.
         """
         texts = [cell if isinstance(cell, Text) else Text(printable(cell)) for cell in cells]
         missing = len(self._columns) - len(texts)
         self._rows.append(([*texts, *(Text() for _ in range(missing))], printable(note)))
 
     def lines(self, width: int | None) -> Iterator[Text]:
-        """The table as lines of at most `width` cells where that can be; None: as wide as it is."""
+        """Yield lines of at most `width` cells where possible; None: any width."""
         widths = [
             max([len(column.heading), *(cells[index].cell_len for cells, _ in self._rows)])
             for index, column in enumerate(self._columns)
@@ -102,7 +103,7 @@ class Table:
                 yield Text(_NOTE + note, style="dim")
         left_out = [self._columns[index].heading for index in range(len(widths)) if index not in shown]
         if left_out:
-            yield Text(f"not shown for want of width: {', '.join(left_out)}", style="dim")
+            yield Text(f"not shown, too narrow: {', '.join(left_out)}", style="dim")
 
     def _line(self, cells: Sequence[Text], shown: Sequence[int], widths: Sequence[int], style: str = "") -> Text:
         line = Text(style=style)
@@ -120,7 +121,7 @@ class Table:
 
 
 def _fitting(columns: Sequence[Column], widths: Sequence[int], width: int | None) -> list[int]:
-    """Indices of the columns that are shown."""
+    """Return the indices of the columns to show."""
     shown = list(range(len(columns)))
     if width is None:
         return shown
@@ -131,7 +132,7 @@ def _fitting(columns: Sequence[Column], widths: Sequence[int], width: int | None
 
 
 def task_table(record: Round) -> Table:
-    """Who does what in a round, with a bar of progress for each."""
+    """Return one row per task of a round, each with a progress bar."""
     table = Table(
         *(Column("worker"), Column("device", rank=3), Column("task"), Column("progress", rank=1)),
         *(Column("examples", True, 4), Column("down", True, 5), Column("up", True, 6)),
@@ -159,7 +160,7 @@ def _bar(task: TaskRecord) -> Text:
 
 
 def rounds_table(rounds: Sequence[Round]) -> Table:
-    """One row per round, oldest first."""
+    """Return one row per round, oldest first."""
     table = Table(
         *(Column("round", True), Column("updates", True), Column("time", True, 1)),
         *(Column("down", True, 3), Column("up", True, 4), Column("phase"), Column("scores", rank=2)),
@@ -188,7 +189,7 @@ def _note(record: Round) -> str:
 
 
 def workers_table(workers: Sequence[WorkerRecord]) -> Table:
-    """One row per worker."""
+    """Return one row per worker."""
     table = Table(
         *(Column("worker"), Column("role", rank=4), Column("device", rank=3), Column("state")),
         *(
@@ -214,7 +215,7 @@ def workers_table(workers: Sequence[WorkerRecord]) -> Table:
 
 
 def links_table(workers: Sequence[WorkerRecord]) -> Table:
-    """One row per worker: its link, and how its models and updates travel over it."""
+    """Return one row per worker: the speed of its link, and the recipes of its models and updates."""
     table = Table(
         *(Column("worker"), Column("up", True, 1), Column("updates as"), Column("down", True, 2)),
         *(Column("models as"), Column("differences as", rank=3)),
@@ -227,7 +228,7 @@ def links_table(workers: Sequence[WorkerRecord]) -> Table:
 
 
 def predictions_table(rounds: Sequence[Round]) -> Table:
-    """Of the last of these rounds that has any: each accepted task's cost predicted and measured."""
+    """Compare predicted and measured costs of accepted tasks in the last round that has predictions."""
     table = Table(
         *(Column("worker"), Column("T_local", True), Column("T_upload", True), Column("T_download", True)),
         *(Column("memory", True, 1), Column("tensors", True, 2)),
@@ -236,14 +237,16 @@ def predictions_table(rounds: Sequence[Round]) -> Table:
         tasks = [task for task in record.tasks if task.HasField("prediction") and task.phase == ACCEPTED]
         for task in tasks:
             errors = prediction_errors(task)
-            its, seen = task.prediction, task.timings
+            predicted, seen = task.prediction, task.timings
             times = (
                 _beside(
-                    seconds(getattr(seen, f"{part}_seconds")), getattr(its, f"{part}_seconds"), errors.get(part)
+                    seconds(getattr(seen, f"{part}_seconds")),
+                    getattr(predicted, f"{part}_seconds"),
+                    errors.get(part),
                 )
                 for part in ("local", "upload", "download")
             )
-            memory = _beside(size(task.peak_memory_bytes), its.peak_memory_bytes, errors.get("memory"), size)
+            memory = _beside(size(task.peak_memory_bytes), predicted.peak_memory_bytes, errors.get("memory"), size)
             tensors = size(task.tensor_bytes) if task.tensor_bytes else ""
             table.add_row(
                 task.worker, *times, memory, tensors, note=local_model_plan_from_proto(task.local_model).to_line()
@@ -254,14 +257,14 @@ def predictions_table(rounds: Sequence[Round]) -> Table:
 
 
 def _beside(measured: str, expected: float, error: float | None, shown: Callable[[float], str] = seconds) -> str:
-    """`1.00 s→1.20 s -17%`: as predicted, as measured, and how far that was off."""
+    """Format `1.00 s→1.20 s -17%`: predicted, measured, relative error."""
     return measured if error is None else f"{shown(expected)}→{measured} {error:+.0%}"
 
 
 def _state(record: WorkerRecord) -> str:
     state = WorkerState.Name(record.state).removeprefix("WORKER_STATE_").lower()
     if record.state == WorkerState.WORKER_STATE_IDLE:
-        # Its lease has not run out, but it does not wait for a task: it hangs, or its link is gone.
+        # The lease holds, but the worker is not polling: it hangs, or its link is down.
         silent = record.last_seen_ago.ToTimedelta().total_seconds() >= _SILENT_S
         return "silent" if silent else state
     if record.state != WorkerState.WORKER_STATE_BUSY or not record.task_phase:
@@ -271,6 +274,6 @@ def _state(record: WorkerRecord) -> str:
 
 
 def live_view(run: Run, record: Round, scored: str = "") -> RenderableType:
-    """What `watch` shows: the run, the round, its tasks, and the newest scores."""
+    """Return what `watch` shows: the run, the round, its tasks, and the newest scores."""
     lines = [Text(run_line(run), style="bold"), Text(round_line(record)), *([Text(scored)] if scored else [])]
     return Group(*lines, Text(), task_table(record))

@@ -12,9 +12,9 @@ _NUMBER_AND_UNIT: Final = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\
 
 
 class Quantity(click.ParamType[Any]):
-    """A number with a unit from a table, in the unit that the table gives as 1; without a unit in that, too.
+    """A number with a unit, converted to the unit that the table gives as 1, which is also the default unit.
 
-    At most `most`: what is above it stands for no time, size or rate, and does not fit into messages.
+    Values above `most` are refused: they would not fit into messages.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Quantity(click.ParamType[Any]):
         return round(amount) if self._whole else amount
 
     def show(self, amount: float) -> str:
-        """`amount` in the largest unit that it is a whole number of."""
+        """Return `amount` in the largest unit of which it is a whole number."""
         for unit, factor in sorted(self._units.items(), key=lambda each: -each[1]):
             if unit and amount >= factor and amount / factor == amount // factor:
                 return f"{amount / factor:g}{unit}"
@@ -69,7 +69,7 @@ RATE: Final = Quantity(
 
 
 class NamedValues(click.ParamType[Any]):
-    """NAME=VALUE, as a pair."""
+    """NAME=VALUE as a pair."""
 
     name = "name=value"
 

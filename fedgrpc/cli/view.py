@@ -10,7 +10,7 @@ from fedgrpc.claims import printable
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase
 from fedgrpc.v1.round_pb2 import Jump, ModelVersion, Round, RoundPhase, TaskKind, TaskPhase, TaskRecord
 
-# Of a task whose update does not count, and of one that is over either way.
+# Phases of tasks whose update does not count, and of tasks that have ended.
 LOST: frozenset[int] = frozenset(
     {
         TaskPhase.TASK_PHASE_REJECTED,
@@ -25,20 +25,20 @@ _JUMPS: Mapping[int, str] = {
     Jump.JUMP_SCORES: "its scores are far worse than the best",
 }
 ACCEPTED = TaskPhase.TASK_PHASE_ACCEPTED
-# Wider than any line: into a pipe nothing is cut or broken.
+# Wider than any line: lines in a pipe are neither cut nor wrapped.
 _PIPE_COLUMNS = 10_000
 _SHOWN_AT_MOST = 20
 _DONE = (RoundPhase.ROUND_PHASE_COMMITTED, RoundPhase.ROUND_PHASE_ABANDONED)
 
 
 def piped_console() -> Console:
-    """A terminal as wide as it is; into a pipe or a file, lines as long as they are."""
+    """Return a console as wide as its terminal; lines in a pipe or a file are never cut."""
     console = Console()
     return console if console.is_terminal else Console(width=_PIPE_COLUMNS)
 
 
 def print_table(console: Console, table: RenderableType) -> None:
-    """A table; in a pipe or a file without the blanks that fill its lines."""
+    """Print a table; in a pipe or a file without trailing blanks."""
     if console.is_terminal:
         console.print(table)
         return
@@ -49,7 +49,7 @@ def print_table(console: Console, table: RenderableType) -> None:
 
 
 def size(count: float) -> str:
-    """Bytes as 1.2 MB."""
+    """Format bytes, as in 1.2 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -58,7 +58,7 @@ def size(count: float) -> str:
 
 
 def rate(bytes_per_second: float) -> str:
-    """A rate as 1.2 Mbit/s; 0 is one that nobody knows."""
+    """Format a rate, as in 1.2 Mbit/s; 0 is unknown."""
     if not bytes_per_second:
         return "unknown"
     bits = 8 * bytes_per_second
@@ -70,39 +70,39 @@ def rate(bytes_per_second: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """Seconds with as many digits as they deserve."""
+    """Format seconds with two or three significant digits."""
     if 0 < value < 0.1:
         return f"{1000 * value:.0f} ms" if value >= 0.001 else "<1 ms"
     return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
 
 
 def run_phase(run: Run) -> str:
-    """`running`, `finished`, ..."""
+    """Return `running`, `finished`, ..."""
     return RunPhase.Name(run.phase).removeprefix("RUN_PHASE_").lower()
 
 
 def round_phase(record: Round) -> str:
-    """`reporting`, `committed`, ...; a round that only scores the last version is `scored`."""
+    """Return `reporting`, `committed`, ...; a committed evaluation round is `scored`."""
     if record.kind == TaskKind.TASK_KIND_EVALUATE and record.phase == RoundPhase.ROUND_PHASE_COMMITTED:
         return "scored"
     return RoundPhase.Name(record.phase).removeprefix("ROUND_PHASE_").lower()
 
 
 def task_phase(task: TaskRecord) -> str:
-    """`training`, `accepted`, ...; a task that only scores is `scoring` while it does."""
+    """Return `training`, `accepted`, ...; a running evaluation task is `scoring`."""
     if task.phase == TaskPhase.TASK_PHASE_TRAINING and task.kind == TaskKind.TASK_KIND_EVALUATE:
         return "scoring"
     return TaskPhase.Name(task.phase).removeprefix("TASK_PHASE_").lower()
 
 
 def scores(metrics: Mapping[str, float], names: Iterable[str] = ("accuracy", "loss")) -> str:
-    """`accuracy 0.912, loss 0.31`; the well-known ones, or else the first two."""
+    """Format scores, as in `accuracy 0.912, loss 0.31`: those of `names`, or else the first two."""
     chosen = [name for name in names if name in metrics] or sorted(metrics)[:2]
     return ", ".join(f"{name} {metrics[name]:.4g}" for name in chosen)
 
 
 def run_line(run: Run) -> str:
-    """One line about the run."""
+    """Describe the run in one line."""
     committed = run.last.trained_rounds if run.HasField("last") else 0
     planned = f" of {run.total_rounds}" if run.total_rounds else ""
     parts = [f"run {run.name}", run_phase(run), f"{committed}{planned} rounds committed"]
@@ -114,13 +114,13 @@ def run_line(run: Run) -> str:
 
 
 def version_text(version: ModelVersion) -> str:
-    """`version 7: accuracy 0.93`; only the number of one that is not scored."""
+    """Return `version 7: accuracy 0.93`, or `version 7` where it has no scores."""
     found = scores(version.evaluator_metrics or version.metrics)
     return f"version {version.version}" + (f": {found}" if found else "")
 
 
 def round_line(record: Round) -> str:
-    """One line about a round: where it stands, who is in, what came out."""
+    """Describe a round in one line: phase, updates, time, lost tasks and scores."""
     accepted = sum(task.phase == ACCEPTED for task in record.tasks) + record.accepted_left_out
     parts = [f"round {record.number}", round_phase(record)]
     if record.tasks:
@@ -137,14 +137,14 @@ def round_line(record: Round) -> str:
 
 
 def round_scores(record: Round) -> str:
-    """Scores of the version that a round wrote: by evaluators where there are any, else by its workers."""
+    """Return the scores of the version that a round wrote: by evaluators, else by its workers."""
     if record.evaluator_metrics or not record.metrics_of_sub_models:
         return scores(record.evaluator_metrics or record.metrics)
     return f"{scores(record.metrics)} (of sub-models)" if record.metrics else ""
 
 
 def warnings(record: Round) -> list[str]:
-    """What an operator should look at in a committed round."""
+    """List what an operator should look at in a committed round."""
     found = []
     if record.HasField("rolled_back_to"):
         found.append(record.reason)
@@ -158,20 +158,20 @@ def warnings(record: Round) -> list[str]:
 
 
 def first_failure(record: Round) -> str:
-    """The reason of the first task that failed or was rejected: most likely that of all the others."""
+    """Return the reason of the first task that failed or was rejected, most likely the reason of all."""
     failed = (TaskPhase.TASK_PHASE_FAILED, TaskPhase.TASK_PHASE_REJECTED)
     reasons = [f"{task.worker}: {task.reason}" for task in record.tasks if task.phase in failed and task.reason]
     return reasons[0] if reasons else ""
 
 
 def first_few(items: list[str]) -> list[str]:
-    """As many as one reads."""
+    """Return the first items, and the number of the others."""
     more = len(items) - _SHOWN_AT_MOST
     return [*items[:_SHOWN_AT_MOST], f"and {more} more"] if more > 1 else items
 
 
 def scored_line(rounds: Sequence[Round]) -> str:
-    """Scores of the newest version that has any: they come with the updates of the round after."""
+    """Return the scores of the newest scored version; scores come with the updates of the next round."""
     for record in sorted(rounds, key=lambda record: -record.number):
         if found := round_scores(record):
             return f"version {record.committed_version or record.base_version}: {found}"

@@ -1,4 +1,4 @@
-"""`fedgrpc watch`: a running aggregator, live; one line per change where there is no terminal.
+"""`fedgrpc watch`: a running aggregator, live on a terminal, and one line per change elsewhere.
 
 exit code 0     the run is finished
           1     the aggregator could not be reached, at first or for longer than `--patience`
@@ -39,7 +39,7 @@ Show = Callable[[News, str], None]
 SETTINGS = [
     AGGREGATOR_SETTING,
     Declare("Where")(
-        "--patience", "How long to try again after the aggregator has gone.", type=DURATION, default=300.0
+        "--patience", "How long to retry after the connection is lost.", type=DURATION, default=300.0
     ),
     *client_settings(),
 ]
@@ -63,10 +63,9 @@ async def _watch(values: dict[str, Any]) -> int:
 
 
 async def follow(aggregator: Client, show: Show, remark: Callable[[str], None], patience_s: float) -> int:
-    """Show every change until the run ends; the exit code.
+    """Show every change until the run ends; return the exit code.
 
-    An aggregator that restarts is waited for. Raises `LinkError` when it is not there at first, or not again
-    within `patience_s`.
+    Raises `LinkError` where no aggregator answers at first, or again within `patience_s`.
     """
     heard_at: float | None = None
     retries = Retries(_AGAIN)
@@ -79,17 +78,17 @@ async def follow(aggregator: Client, show: Show, remark: Callable[[str], None], 
                 retries.reset()
                 phase = news.run.phase
                 if seen != (seen := (phase, news.round.number, news.round.phase)):
-                    # An aggregator whose run has ended leaves at once: its last word is enough.
+                    # An aggregator whose run has ended may exit before this call.
                     with suppress(LinkError):
                         scored = scored_line(await aggregator.latest_rounds(_RECENT, whole=False))
                 show(news, scored)
             if phase in _ENDED:
                 return 0 if phase == pb.RUN_PHASE_FINISHED else _STOPPED
-            remark("the aggregator is ending, and the run has not; waiting for it to come back")
+            remark("the aggregator is ending before its run; waiting for it to come back")
         except LinkError:
             if heard_at is None or time.monotonic() - heard_at > patience_s:
                 raise
-            remark("the aggregator is gone, and the run has not ended; waiting for it to come back")
+            remark("the connection is lost before the run has ended; waiting for the aggregator to come back")
         await asyncio.sleep(retries.next_delay_s())
 
 
@@ -106,7 +105,7 @@ def _remark(console: Console) -> Callable[[str], None]:
 
 
 def _lines(console: Console) -> Show:
-    """A line when the run changes its phase, when a round does, when an update comes in, and for new scores."""
+    """Print a line when the run or a round changes its phase, when a task ends, and for new scores."""
     shown: object = None
     told = ""
 

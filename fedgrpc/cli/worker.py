@@ -1,4 +1,4 @@
-"""`fedgrpc worker`: every setting of a worker, the trainer it gets, and the call that runs it."""
+"""`fedgrpc worker`: the settings of a worker, its learning task, and its start."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from fedgrpc.worker.throttle import Throttle
 _place = Declare("Where", WorkerSettings)
 _task = Declare("The learning task", TaskSetup)
 _device = Declare("The device")
-_slow = Declare("Honest slowness, to try out a fleet on one machine", Throttle)
+_slow = Declare("Artificial slowness, to try out a fleet on one machine", Throttle)
 _transfer = Declare("Transfer")
 _service = Declare("The worker's own service")
 _life = Declare("Life", WorkerSettings)
@@ -46,15 +46,15 @@ ALLOWED_TASKS = ("fedgrpc.tasks.*",)
 _ROLES = {"trainer": Role.TRAINER, "evaluator": Role.EVALUATOR}
 
 SETTINGS: list[Setting] = [
-    _place("--aggregator", "The aggregator to work for.", metavar="HOST:PORT", required=True),
+    _place("--aggregator", "Aggregator to work for.", metavar="HOST:PORT", required=True),
     _place(
         "--name",
-        "Unique in the fleet, or the second waits for the first to go; without: this machine's host name.",
+        "Name, unique in the fleet; without: this machine's host name.",
         required=False,
     ),
     _place(
         "--state-dir",
-        "Folder of what must survive a restart: unsent updates and the like; without: "
+        "Folder of unsent updates and other state that survives restarts; without: "
         "$XDG_STATE_HOME/fedgrpc/NAME (~/.local/state).",
         type=click.Path(path_type=Path, file_okay=False),
     ),
@@ -64,11 +64,15 @@ SETTINGS: list[Setting] = [
         type=click.Choice(list(_ROLES)),
         default="trainer",
     ),
-    _task("--task", "package.module or package.module:Class; without: what the aggregator names.", metavar="REF"),
+    _task(
+        "--task",
+        "Learning task, package.module or package.module:Class; without: the aggregator's.",
+        metavar="REF",
+    ),
     _task(
         "--allow-task",
-        "A task that the aggregator may name where there is no --task, installed on this device, as in "
-        "mine.tasks.*; repeat for each.",
+        "Installed tasks that the aggregator may choose where there is no --task, as in mine.tasks.*; repeat for "
+        "each.",
         name="allow_tasks",
         multiple=True,
         default=ALLOWED_TASKS,
@@ -76,24 +80,24 @@ SETTINGS: list[Setting] = [
     ),
     _task("--model", "Model name, where the task knows several.", metavar="NAME"),
     _task("--data", "Folder or file of this device's data.", type=click.Path(path_type=Path, exists=True)),
-    _task("--device", "auto, cpu, cuda or cuda:1.", metavar="DEVICE"),
-    _task("--threads", "CPU threads to train with; without: as many as the libraries choose."),
-    _task("--partition", f"Use a part of the data: {PARTITIONS}.", metavar="KIND"),
-    _task("--part", "Which part, as in 3/10.", metavar="N/PARTS"),
-    _task("--seed", "Of the partition and of the untrained model."),
+    _task("--device", "Device to train on: auto, cpu, cuda or cuda:1.", metavar="DEVICE"),
+    _task("--threads", "CPU threads to train with; without: the libraries' own choice."),
+    _task("--partition", f"Split the data, and train on one part: {PARTITIONS}.", metavar="KIND"),
+    _task("--part", "Part to train on, as in 3/10.", metavar="N/PARTS"),
+    _task("--seed", "Seed of the partition and of the untrained model."),
     _task(
         "--option",
-        "An option of the task's own; repeat for each.",
+        "Option of the task; repeat for each.",
         name="options",
         type=NamedValues(),
         multiple=True,
         default=(),
         metavar="NAME=VALUE",
     ),
-    _device("--device-class", "As in raspberry-pi-4; without: found out.", type=str, metavar="CLASS"),
+    _device("--device-class", "Device class, as in raspberry-pi-4; without: detected.", type=str, metavar="CLASS"),
     _device(
         "--profile",
-        "Tell the aggregator this instead of what was found, as in cpu_cores=2; repeat for each of "
+        "Report this in place of the detected value, as in cpu_cores=2; repeat for each of "
         + ", ".join(field.name for field in fields(DeviceProfile)),
         type=NamedValues(),
         multiple=True,
@@ -102,39 +106,43 @@ SETTINGS: list[Setting] = [
     ),
     _transfer(
         "--encodings",
-        "Offer to read and write only these (raw is always among them); without: all that fedgrpc has.",
+        "Encodings to support (raw always is); without: all of them.",
         type=str,
         default=None,
         metavar="NAME,NAME",
     ),
-    _slow("--slowdown", "Training takes this many times as long."),
+    _slow("--slowdown", "Train this many times slower."),
     _slow("--link", "Pace downloads and uploads to this rate.", name="link_bits_per_second", type=RATE),
     _service(
         "--serve-address",
-        "HOST:PORT of the service for this device's owner and its applications; 'none': do not serve.",
+        "Address of the service for this device's owner and its applications; 'none': no service.",
         default=WorkerSettings.serve_address,
         metavar="HOST:PORT",
     ),
     _service("--serve-tls-cert", "Certificate to serve with (PEM).", type=click.Path(path_type=Path, exists=True)),
-    _service("--serve-tls-key", "Its key (PEM).", type=click.Path(path_type=Path, exists=True)),
-    _life("--exit-when-run-ends/--stay", "Whether the process ends with the run.", name="exit_when_run_ends"),
+    _service("--serve-tls-key", "Key of that certificate (PEM).", type=click.Path(path_type=Path, exists=True)),
+    _life(
+        "--exit-when-run-ends/--stay",
+        "End the process with the run, or wait for the next run.",
+        name="exit_when_run_ends",
+    ),
     _life("--poll-wait", "Longest wait of a poll.", name="poll_wait_s", type=DURATION),
     _retry("--reconnect-first", "Longest wait before the first try to reconnect.", name="first_s", type=DURATION),
-    _retry("--reconnect-cap", "Longest wait before any later one.", name="cap_s", type=DURATION),
+    _retry("--reconnect-cap", "Longest wait before any later try.", name="cap_s", type=DURATION),
     _life("--stall", "Give up a stream that has not moved for this long.", name="stall_s", type=DURATION),
-    _life("--drain", "How long SIGTERM lets the task in hand go on.", name="drain_s", type=DURATION),
+    _life("--drain", "How long SIGTERM lets the current task continue.", name="drain_s", type=DURATION),
     _limit(
         "--max-model",
-        "Take no larger model, bytes once decoded; without: a quarter of the memory that this process may use.",
+        "Largest model to accept, decoded; without: a quarter of the memory that this process may use.",
         name="max_model_bytes",
         type=SIZE,
     ),
-    _limit("--min-batch-size", "Take no task that trains on smaller batches."),
-    _life("--spool-max-updates", "Unsent updates to keep at most."),
-    _life("--spool-max", "Bytes of unsent updates to keep at most.", name="spool_max_bytes", type=SIZE),
+    _limit("--min-batch-size", "Smallest batches that a task may ask for."),
+    _life("--spool-max-updates", "Most unsent updates to keep."),
+    _life("--spool-max", "Most bytes of unsent updates to keep.", name="spool_max_bytes", type=SIZE),
     _life(
         "--spool-keep",
-        "Keep unsent updates of another run this long, should its aggregator come back.",
+        "Keep unsent updates of another run for this long, in case its aggregator comes back.",
         name="spool_keep_s",
         type=DURATION,
     ),
@@ -144,7 +152,7 @@ SETTINGS: list[Setting] = [
 
 
 def settings_from(values: Mapping[str, Any]) -> WorkerSettings:
-    """The settings that these values of the command line stand for. Raises `UsageError`."""
+    """Build the settings from the values of the command line. Raises `UsageError`."""
     name = values["name"] or socket.gethostname()
     serve_tls = Tls(None, values["serve_tls_cert"], values["serve_tls_key"])
     more = {
@@ -179,7 +187,7 @@ def _default_state_dir(name: str) -> Path:
     try:
         root = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     except RuntimeError:
-        raise UsageError("this user has no home folder; say where to keep the state with --state-dir") from None
+        raise UsageError("this user has no home folder: name a folder for the state with --state-dir") from None
     return Path(root) / "fedgrpc" / name
 
 
@@ -207,17 +215,17 @@ def _parse_field(name: str, kind: type, text: str) -> Any:
 def trainer_for(
     setup: TaskSetup, own_task: str | None, registration: Registration, allowed: Iterable[str] = ALLOWED_TASKS
 ) -> Trainer:
-    """The learning task: the worker's own, else the aggregator's; the aggregator's model goes with its task.
+    """Load the learning task: the worker's own, else the aggregator's with the aggregator's model.
 
-    Code that the aggregator names is run only where it is `allowed`, and never from the working folder.
+    Code that the aggregator chose runs only where it is `allowed`, and never from the working folder.
     """
     task = own_task or registration.learning_task
     if not task:
-        raise UsageError("neither this worker nor its aggregator was started with --task")
+        raise UsageError("neither this worker nor its aggregator has a --task")
     if own_task is None and not is_allowed(task, allowed):
         raise UsageError(
-            f"the aggregator names the task {task[:200]!r}, which this device does not allow; "
-            "start the worker with --task or --allow-task and its name"
+            f"the aggregator chose the task {task[:200]!r}, which this device does not allow: "
+            "start the worker with --allow-task or --task and that name"
         )
     model = setup.model
     if model is None and task == registration.learning_task:
@@ -237,7 +245,7 @@ def trainer_for(
 
 
 def is_allowed(task: str, allowed: Iterable[str]) -> bool:
-    """Whether one of the patterns is of the task, or of its module."""
+    """Whether one of the patterns matches the task or its module."""
     module = task.partition(":")[0]
     return any(fnmatchcase(task, pattern) or fnmatchcase(module, pattern) for pattern in allowed)
 
@@ -250,7 +258,7 @@ def _run(**values: Any) -> int:
     if setup.threads is not None:
         use_threads(setup.threads)
     own_task: str | None = values["task"]
-    # Mistakes are told before anybody is asked.
+    # Report mistakes before the worker dials its aggregator.
     if own_task is not None:
         find_task(own_task)
     if setup.partition is not None and setup.part is not None:
@@ -267,5 +275,5 @@ COMMAND = SettingsCommand(
     "worker",
     _run,
     SETTINGS,
-    "Work for an aggregator: train on this device's data, send updates, never the data.",
+    "Work for an aggregator: train on this device's data, and send updates, never the data.",
 )

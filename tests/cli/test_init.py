@@ -21,7 +21,7 @@ def test_init_writes_the_untrained_model_of_a_task_that_an_aggregator_starts_fro
         assert file.metadata()["task"] == NUMPY_TASK
         names = set(file.keys())
     again = fedgrpc("init", "--task", NUMPY_TASK, "--to", str(path))
-    assert (again.code, "is there already" in again.error) == (2, True)
+    assert (again.code, "exists" in again.error) == (2, True)
     with aggregator_command(tmp_path, "--initial-model", str(path)) as (_, address):
         status = fedgrpc("status", "--aggregator", address, "--json")
         assert status.code == 0, status.error

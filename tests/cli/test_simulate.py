@@ -80,7 +80,7 @@ def test_the_example_is_a_fleet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [(None, "cannot read"), ("[", "is no TOML"), ("[devices]", "double brackets")],
+    [(None, "cannot read"), ("[", "not valid TOML"), ("[devices]", "double brackets")],
     ids=["missing", "no TOML", "no fleet"],
 )
 def test_a_bad_fleet_file_is_one_line_and_exit_code_2(content: str | None, complaint: str, tmp_path: Path) -> None:

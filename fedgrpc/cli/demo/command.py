@@ -1,4 +1,4 @@
-"""`fedgrpc demo`: its settings, its screen, and what happens in which order."""
+"""`fedgrpc demo`: settings, screen, and the order of steps."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from fedgrpc.worker.task_loader import find_task, takes
 
 
 class Screen:
-    """`with`: `show` a change of the run, `tell` a remark, `step` through a long piece of work."""
+    """A live table on a terminal, plain lines elsewhere; a context manager."""
 
     def __init__(self, console: Console, rounds: int) -> None:
         self._console = console
@@ -74,20 +74,20 @@ class Screen:
             self._live.__exit__(kind, error, trace)
 
     def show(self, run: Run, record: Round) -> None:
-        """The run has changed."""
+        """Show a change of the run."""
         self._record = record
         committed = run.last.trained_rounds
         self._progress.update(self._rounds, completed=committed)
         self._refresh()
 
     def tell(self, remark: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         elapsed_s = time.monotonic() - self._began_s
         line = printable(f"{elapsed_s:5.1f} s  {remark}")
         self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def step(self, what: str, done: int, total: int, metrics: dict[str, float]) -> None:
-        """One step of a long piece of work is done."""
+        """Show that one step of a long piece of work is done."""
         task = next((task for task in self._progress.tasks if task.description == what), None)
         number = self._progress.add_task(what, total=total) if task is None else task.id
         self._progress.update(number, completed=done)
@@ -114,26 +114,26 @@ _PARTITION: Final = "dirichlet:0.5"
 _demo = Declare("The demo", DemoSettings)
 
 SETTINGS: list[Setting] = [
-    _demo("--task", "Learning task, as for a worker.", metavar="REF"),
+    _demo("--task", "Learning task, as of `fedgrpc worker`.", metavar="REF"),
     _demo("--model", "Model name, where the task knows several.", metavar="NAME"),
     _demo("--data", "Folder of the task's data.", type=click.Path(path_type=Path, exists=True)),
-    _demo("--workers", "How many devices.", type=click.IntRange(1, 64)),
-    _demo("--rounds", "How many rounds.", type=click.IntRange(1)),
+    _demo("--workers", "Number of devices.", type=click.IntRange(1, 64)),
+    _demo("--rounds", "Number of rounds.", type=click.IntRange(1)),
     _demo("--epochs", "Passes over a device's data in each round."),
     _demo(
         "--partition",
-        f"How to share out the data: {PARTITIONS}; without: {_PARTITION}, where the task takes one.",
+        f"Split of the data: {PARTITIONS}; without: {_PARTITION}, where the task takes one.",
         metavar="KIND",
     ),
-    _demo("--encoding", "Of models and updates, as in raw or int8+zstd.", metavar="RECIPE"),
+    _demo("--encoding", "Recipe of models and updates, as in raw or int8+zstd.", metavar="RECIPE"),
     _demo(
         "--deadline",
-        "A round's time to report; without: twice what the devices are seen to need, 6s at least.",
+        "Time that devices have to report in a round; without: learned from the devices, at least 6s.",
         name="deadline_s",
         type=DURATION,
     ),
-    _demo("--straggler-round", "The round in which the first device hangs; 0: none."),
-    _demo("--seed", "Of the partition, the model and the training."),
+    _demo("--straggler-round", "Round in which the first device hangs; 0: none."),
+    _demo("--seed", "Seed of the partition, the model and the training."),
     _demo(
         "--out",
         "Folder for model.safetensors, rounds.json, rounds.png and logs/.",

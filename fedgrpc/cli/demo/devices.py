@@ -21,7 +21,7 @@ GIB: Final = 1 << 30
 
 @dataclass(frozen=True)
 class DeviceClass:
-    """What such a device tells of itself, and how much slower than this machine its worker is made.
+    """The profile that a worker reports, and how much slower than this machine it runs.
 
     `slowdown` stretches every batch; `link_bits_per_second` paces what it downloads and uploads.
     """
@@ -49,8 +49,9 @@ _FLEET: Final = (_JETSON_NANO_2GB, _RASPBERRY_PI_4, _JETSON_NANO, _RASPBERRY_PI_
 
 
 def make_fleet(count: int) -> list[Device]:
-    """`count` devices; five are two Raspberry Pi 4, two Jetson Nano and a Jetson Nano 2GB. The first is the
-    weakest: it is the one that misses a deadline.
+    """Return `count` devices; five are two Raspberry Pi 4, two Jetson Nano and a Jetson Nano 2GB.
+
+    The first is the weakest, and will miss a deadline.
     """
     numbers: Counter[str] = Counter()
     devices = []
@@ -61,10 +62,10 @@ def make_fleet(count: int) -> list[Device]:
 
 
 class Straggler:
-    """Stops one worker's process while it has a task, and lets it go on when that round has ended without it.
+    """Stop one worker's process during a task, and resume it when that round has ended without it.
 
-    A quick worker may have sent its update before the stop comes: then the next round is tried. Where the deadline
-    is learned, the round must have one by then: the first one's is long.
+    A fast worker may have sent its update before the stop: then the next round is tried. A learned deadline must
+    exist by then, because the first round's deadline is long.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Straggler:
         self._done = round_number < 1
 
     def follow(self, record: Round) -> None:
-        """Called with every change of the current round."""
+        """Handle a change of the current round."""
         if self._done:
             return
         if self._frozen_in is None:

@@ -29,7 +29,7 @@ _EVALUATOR: Final = "evaluator"
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo is asked to do. Times in seconds.
+    """Settings of the demo. Times in seconds.
 
     Without a `partition` every device has all of the task's data; without a deadline it is learned.
     """
@@ -48,7 +48,7 @@ class DemoSettings:
     seed: int = 0
 
     def task_arguments(self) -> list[str]:
-        """The learning task, as `worker` and the pooled training take it."""
+        """Return the flags of the learning task for workers and for the pooled training."""
         arguments = ["--task", self.task, "--seed", str(self.seed), "--device", "cpu"]
         arguments += ["--model", self.model] if self.model else []
         return arguments + (["--data", str(self.data)] if self.data else [])
@@ -56,7 +56,7 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class History:
-    """What is left of a federation when it has ended."""
+    """Results of a federation that has ended."""
 
     run: Run
     rounds: list[Round]
@@ -64,21 +64,21 @@ class History:
 
 
 def _deadline(seconds: float | None) -> list[str]:
-    """As asked, or learned of the devices: a task of minutes has no use for a deadline of seconds."""
+    """Return the flags of the deadline: as set, or learned, since tasks may take seconds or minutes."""
     if seconds is not None:
         return ["--deadline", f"{seconds:g}s"]
     return ["--deadline", "30m", "--learn-deadline", "--deadline-floor", "6s", "--deadline-margin", "2"]
 
 
 def _reason(record: Round) -> str:
-    """Why an abandoned round brought nothing."""
+    """Return why an abandoned round has no version."""
     late = any(task.phase == TaskPhase.TASK_PHASE_LATE for task in record.tasks)
     hint = "; --deadline gives them longer" if late else ""
     return first_failure(record) or record.reason + hint
 
 
 class Federation:
-    """Starts everything, shows every change, and freezes one device for one round."""
+    """A run from its start to its end: processes, progress, and one device that hangs for a round."""
 
     def __init__(self, settings: DemoSettings, devices: list[Device], processes: Processes, state: Path) -> None:
         self._settings = settings
@@ -90,10 +90,10 @@ class Federation:
         self._remarks: list[str] = []
 
     async def run(self, show: Callable[[Run, Round], None], tell: Callable[[str], None]) -> History:
-        """To the end of the run. `show` is called at each change, `tell` with a line that is to stay.
+        """Run to the end. `show` takes each change, `tell` each line that stays.
 
         Raises:
-            FedgrpcError: a process ended that should not have.
+            FedgrpcError: a process ended unexpectedly.
         """
         address = f"127.0.0.1:{await self._start_aggregator()}"
         for number, device in enumerate(self._devices, start=1):
@@ -138,7 +138,7 @@ class Federation:
         return history
 
     async def _start_aggregator(self) -> int:
-        """Its port, which it tells through a pipe."""
+        """Start the aggregator, and read its port from a pipe."""
         settings = self._settings
         readable, writable = os.pipe()
         arguments = ["-m", "fedgrpc", "aggregator", "--address", "127.0.0.1:0", "--stay"]
@@ -176,7 +176,7 @@ class Federation:
         return [*arguments, "--state-dir", str(self._state / name), "--serve-address", "none"]
 
     async def _guard(self, tell: Callable[[str], None]) -> NoReturn:
-        """A process that fails is named; the run goes on as long as the aggregator does."""
+        """Report processes that fail; raise for the aggregator, or for more than half of the devices."""
         ended = 0
         while True:
             name, code = await self._processes.next_end()
@@ -184,7 +184,7 @@ class Federation:
                 continue
             ended += 1
             failure = self._processes.failure(name, code)
-            # What was set wrong is wrong for every process of its kind.
+            # A wrong setting is wrong for every process of its kind.
             if name == _AGGREGATOR or isinstance(failure, UsageError) or ended > len(self._devices) // 2:
                 raise failure
             tell(str(failure))

@@ -1,4 +1,4 @@
-"""The demo's child processes: they never outlive their parent, whatever ends it."""
+"""Child processes of the demo, which never outlive their parent, and the pooled training in one of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TERMINATE_S: Final = 2.0
 
 
 class Processes:
-    """`async with`: what is started in the block has ended when it is left. Logs go to `folder`, one each."""
+    """Child processes that end with the `async with` block, each with a log in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -48,9 +48,9 @@ class Processes:
     async def start(
         self, name: str, arguments: Sequence[str], pass_fds: Sequence[int] = (), piped: bool = False
     ) -> asyncio.subprocess.Process:
-        """Start `python ARGUMENTS`, its standard output into its log or, `piped`, for the caller to read.
+        """Start `python ARGUMENTS`, with its output in its log or, `piped`, for the caller to read.
 
-        It gets its own session: Ctrl-C on the terminal reaches this process alone.
+        The child gets its own session, so that Ctrl-C on the terminal reaches this process alone.
         """
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         with self.log(name).open("wb") as output:
@@ -73,24 +73,24 @@ class Processes:
         self._ended.put_nowait((name, await process.wait()))
 
     async def next_end(self) -> tuple[str, int]:
-        """The next process that ends, and its exit code; each is told once."""
+        """Wait for the next process to end; return its name and exit code, once each."""
         return await self._ended.get()
 
     async def wait(self, name: str) -> int:
-        """Until a process has ended; its exit code."""
+        """Wait for a process to end; return its exit code."""
         return await self._running[name].wait()
 
     def signal(self, name: str, number: signal.Signals) -> None:
-        """Send a signal to a process, if it still runs."""
+        """Send a signal to a process that still runs."""
         _send([self._running[name]], number)
 
     def log(self, name: str) -> Path:
-        """Where a process's output goes."""
+        """Return the log file of a process."""
         return self.folder / f"{name}.log"
 
     def failure(self, name: str, code: int) -> FedgrpcError:
-        """The error that stands for a process that should not have ended; for exit code 2, its own complaint."""
-        lines = self.log(name).read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+        """Return the error for a process that ended unexpectedly; for exit code 2, the process's own message."""
+        lines = self.log(name).read_text(errors="replace").strip().splitlines() or ["no output"]
         said = lines[-1].removeprefix("error: ")
         return UsageError(said) if code == 2 else FedgrpcError(f"{name} ended with exit code {code}: {said}")
 
@@ -103,15 +103,15 @@ def _send(processes: Sequence[asyncio.subprocess.Process], number: signal.Signal
 
 
 def die_with(parent: int) -> None:
-    """Called in the child: Linux kills it when process `parent` goes, even by SIGKILL.
+    """Let Linux kill this child process when process `parent` ends, even by SIGKILL.
 
-    Elsewhere only an orderly end does.
+    On other systems children end only with an orderly end of the parent.
     """
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        # It went before it was asked about.
+        # The parent ended before the request took effect.
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -127,7 +127,7 @@ async def train_pooled(
     epochs: float,
     step: Callable[[int, Scores], None],
 ) -> list[Scores]:
-    """Scores on the held-out data after each round's worth of epochs; `step` hears of each.
+    """Train on the pooled data; return the scores after each round's worth of epochs, and pass them to `step`.
 
     Raises:
         FedgrpcError: the training failed.

@@ -58,7 +58,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole demo."""
+    """Results of the whole demo."""
 
     run: Run
     rounds: Sequence[Round]
@@ -70,23 +70,23 @@ class Report:
 
     @property
     def metric(self) -> str:
-        """The score that is shown: accuracy; of a task without, its first metric or, without any, the loss."""
+        """Return the score to show: accuracy, else the task's first metric, else the loss."""
         scored = [_scored(record) for record in self.training_rounds]
         names = {name for scores in [*scored, *self.pooled] for name in scores}
         return "accuracy" if "accuracy" in names else min(names - {"loss"}, default="loss")
 
     @property
     def scores(self) -> list[float]:
-        """Of each committed training round, on the held-out data; NaN where it was not scored."""
+        """Return the score of each committed training round on the held-out data; NaN without one."""
         return [_scored(record).get(self.metric, math.nan) for record in self.training_rounds]
 
     @property
     def pooled_scores(self) -> list[float]:
-        """Of the same model trained on the pooled data, after as many epochs."""
+        """Return the scores of the same model trained on the pooled data, after as many epochs."""
         return [scores.get(self.metric, math.nan) for scores in self.pooled]
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, as `rounds.json` holds it; a score that there is not is NaN here and null there."""
+        """Return everything for `rounds.json`; missing scores are NaN, which becomes null."""
         return {
             "metric": self.metric,
             "run": plain(self.run),
@@ -100,18 +100,18 @@ class Report:
 
 
 def _scored(record: Round) -> Mapping[str, float]:
-    """By the evaluator or, while it still starts, by the workers, each on its own part."""
+    """Return the scores by the evaluator or, while it still starts, by the workers."""
     return record.evaluator_metrics or record.metrics
 
 
 def training_rounds(rounds: Sequence[Round]) -> list[Round]:
-    """Those that trained and were committed."""
+    """Return the committed training rounds."""
     training = [record for record in rounds if record.kind == TaskKind.TASK_KIND_TRAIN]
     return [record for record in training if record.phase == RoundPhase.ROUND_PHASE_COMMITTED]
 
 
 def make_report(run: Run, rounds: Sequence[Round], pooled: Sequence[Scores], wall_s: float) -> Report:
-    """Count everything up."""
+    """Sum up the rounds' records."""
     training = [record for record in rounds if record.kind == TaskKind.TASK_KIND_TRAIN]
     names = sorted({task.worker for record in training for task in record.tasks})
     workers = [_summary([t for record in training for t in record.tasks if t.worker == name]) for name in names]
@@ -152,7 +152,7 @@ def _traffic(run: Run, training: Sequence[Round]) -> Traffic:
 
 
 def scores_table(report: Report) -> Table:
-    """Federated and pooled scores side by side, round by round."""
+    """Return federated and pooled scores side by side, round by round."""
     table = _table("round", "updates", report.metric, "pooled, same epochs", "without")
     for index, record in enumerate(report.training_rounds):
         accepted = [task for task in record.tasks if task.phase == TaskPhase.TASK_PHASE_ACCEPTED]
@@ -179,7 +179,7 @@ def workers_table(report: Report) -> Table:
 
 
 def traffic_line(traffic: Traffic) -> str:
-    """Bytes down and up, and as a part of plain float32."""
+    """Describe the bytes down and up, and their share of plain float32."""
     down = _share(traffic.download_bytes, traffic.plain_download_bytes)
     up = _share(traffic.upload_bytes, traffic.plain_upload_bytes)
     return f"down {size(traffic.download_bytes)} ({down}), up {size(traffic.upload_bytes)} ({up})"
@@ -190,7 +190,7 @@ def _share(count: int, plain: int) -> str:
 
 
 def verdict_line(report: Report) -> str:
-    """The last scores, side by side."""
+    """Compare the last scores in one line."""
     ours, pooled = (scores[-1] if scores else math.nan for scores in (report.scores, report.pooled_scores))
     if math.isnan(ours) or math.isnan(pooled):
         return "no scores"
@@ -199,7 +199,7 @@ def verdict_line(report: Report) -> str:
 
 
 def _shown(score: float) -> str:
-    """Three digits after the point, or three that matter; nothing for no score."""
+    """Format a score with three decimals or three significant digits; "" for NaN."""
     if math.isnan(score):
         return ""
     return f"{score:.3f}" if abs(score) < 10 and (abs(score) >= 0.1 or not score) else f"{score:.3g}"
@@ -217,7 +217,7 @@ _PARTS = (("local_s", "T_local"), ("upload_s", "T_upload"), ("global_s", "T_glob
 
 
 def plot_rounds(report: Report, path: Path) -> None:
-    """Write the picture."""
+    """Plot scores over the rounds, and the time of each worker by its parts."""
     import matplotlib as mpl
 
     mpl.use("Agg")
