@@ -1,4 +1,4 @@
-"""SGD with momentum, step for step `torch.optim.SGD`, without the cost of importing its class.
+"""Steps of training: FedProx's pull, loss scaling, and SGD with momentum as `torch.optim.SGD`.
 
 Constructing any `torch.optim.Optimizer` imports torch._dynamo: a second and 70 MB on a fast machine, which a
 small device would pay for nothing. The functional form beneath the class does not.
@@ -6,12 +6,14 @@ small device would pay for nothing. The functional form beneath the class does n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
+
+from fedgrpc.torch.local_model.loss_scale import LossScale
 
 _FUSED = (torch.float32, torch.float64)
 
@@ -71,3 +73,48 @@ class MomentumSgd:
         )
         for place, velocity in zip(places, velocities, strict=True):
             self._velocities[place] = velocity
+
+
+class TrainingStep:
+    """Backward pass and step of one batch, with FedProx's pull towards the start and a scaled loss.
+
+    Raises:
+        UsageError: the optimizer cannot be rescaled for `scaling`.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        optimizer: Optimizer,
+        proximal_mu: float,
+        scaling: LossScale | None,
+    ) -> None:
+        self._parameters = parameters
+        self._start = [parameter.detach().clone() for parameter in parameters] if proximal_mu else []
+        self._optimizer = optimizer
+        self._proximal_mu = proximal_mu
+        self._scaling = scaling
+        self._scaled = None if scaling is None else scaling.prepare(optimizer)
+
+    def clear(self) -> None:
+        """Drop the gradients of the last step, before a forward pass needs their memory."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def take(self, loss: Tensor) -> None:
+        """Compute gradients of `loss` and take the step."""
+        if self._scaling is None or self._scaled is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._pull_back(self._proximal_mu)
+            self._optimizer.step()
+        else:
+            self._scaling.backward(loss)
+            # Gradients are scaled by now, so the pull has to be, too.
+            self._pull_back(self._proximal_mu * self._scaling.scale)
+            self._scaling.step(self._scaled, self._parameters)
+
+    def _pull_back(self, mu: float) -> None:
+        """Add the gradient of mu/2 ||w - w_start||^2; without mu there is no start."""
+        for parameter, origin in zip(self._parameters, self._start, strict=bool(mu)):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - origin, alpha=mu)

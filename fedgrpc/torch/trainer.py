@@ -29,7 +29,7 @@ from fedgrpc.torch.local_model.loss_scale import LossScale
 from fedgrpc.torch.local_model.nested import Nested
 from fedgrpc.torch.local_model.slicing import SubModels
 from fedgrpc.torch.memory import TensorBytes
-from fedgrpc.torch.optimizer import Optimizer
+from fedgrpc.torch.optimizer import Optimizer, TrainingStep
 from fedgrpc.torch.weights import Names, named_tensors, prepare, tensor_roles, uncompiled, weights_of
 from fedgrpc.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights
 
@@ -166,7 +166,7 @@ class TorchTrainer:
         )
 
     def _nested(self, module: nn.Module, widths: Sequence[float]) -> Nested | None:
-        """The narrower models that are trained along with `module`; None where a plan has none."""
+        """Return the narrower models to train along with `module`; None without any width."""
         if not widths:
             return None
         return Nested(module, self._sub_models.channels.map, self._sub_models.whole_shapes, widths)
@@ -182,11 +182,10 @@ class TorchTrainer:
         task = self._task
         model.train()
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        start = [parameter.detach().clone() for parameter in parameters] if job.proximal_mu else []
-        optimizer = _optimizer(task, parameters, job)
-        scaled = None if scaling is None else scaling.prepare(optimizer)
+        step = TrainingStep(parameters, _optimizer(task, parameters, job), job.proximal_mu, scaling)
         loss_of = self._loss(job)
-        lonely_batch_fails = len(self._data.train) > 1 and _has_batch_norm(model)
+        # BatchNorm cannot train on a single example, such as the last one of an epoch may be.
+        skips_single = len(self._data.train) > 1 and _has_batch_norm(model)
         # Losses stay on the device, because reading one each step would make the CPU wait for an accelerator. They
         # are summed at the end, because a small number format could not hold the sum.
         losses: list[Tensor] = []
@@ -195,23 +194,15 @@ class TorchTrainer:
         memory = TensorBytes(parameters)
         for indices in job.batches(len(self._data.train), task.batch_size):
             steps += 1
-            if len(indices) == 1 and lonely_batch_fails:
+            if len(indices) == 1 and skips_single:
                 continue
             inputs, targets = self._data.train.batch(indices)
-            for parameter in parameters:
-                parameter.grad = None
+            step.clear()
             prepared = task.prepare(inputs, True)
             with memory.counting() if steps == 1 else nullcontext(), _naming_batch(prepared, targets):
                 loss = loss_of(forward(prepared), targets)
                 total = _with_nested(loss, nested, partial(loss_of, targets=targets), prepared)
-            if scaling is None or scaled is None:
-                total.backward()  # type: ignore[no-untyped-call]
-                _pull_back(parameters, start, job.proximal_mu)
-                optimizer.step()
-            else:
-                scaling.backward(total)
-                _pull_back(parameters, start, job.proximal_mu * scaling.scale)
-                scaling.step(scaled, parameters)
+            step.take(total)
             losses.append(loss.detach())
             examples.append(len(indices))
         first_loss = float(losses[0]) if losses else 0.0
@@ -290,13 +281,6 @@ def _optimizer(task: Task, parameters: list[nn.Parameter], job: TrainJob) -> Opt
     momentum = task.momentum if job.momentum is None else job.momentum
     weight_decay = task.weight_decay if job.weight_decay is None else job.weight_decay
     return task.optimizer(parameters, learning_rate, momentum, weight_decay)
-
-
-def _pull_back(parameters: list[nn.Parameter], start: list[Tensor], mu: float) -> None:
-    """Add the gradient of mu/2 ||w - w_start||^2; there is no start where mu is 0."""
-    for parameter, origin in zip(parameters, start, strict=bool(mu)):
-        if parameter.grad is not None:
-            parameter.grad.add_(parameter.detach() - origin, alpha=mu)
 
 
 def _with_nested(

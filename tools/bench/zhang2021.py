@@ -32,7 +32,7 @@ from fedgrpc.submodels.plan import (
     Quantization,
 )
 from fedgrpc.torch.local_model.local_model import LocalModel
-from fedgrpc.torch.models.mlp import sigmoid_mlp
+from fedgrpc.torch.models.small import sigmoid_mlp
 from fedgrpc.torch.optimizer import MomentumSgd
 from fedgrpc.trainer import SliceableTrainer, Trainer, TrainJob
 from fedgrpc.worker.task_loader import load_trainer

@@ -11,12 +11,10 @@ from collections.abc import Callable
 from torch import nn
 
 from fedgrpc.errors import UsageError
-from fedgrpc.torch.models.cnn import CNN
-from fedgrpc.torch.models.lenet import LeNet, Net
-from fedgrpc.torch.models.mlp import MLP, sigmoid_mlp
 from fedgrpc.torch.models.mobilenet import MobileNetV2
 from fedgrpc.torch.models.resnet import ResNet18
 from fedgrpc.torch.models.shufflenet import ShuffleNetV2
+from fedgrpc.torch.models.small import CNN, MLP, LeNet, Net, sigmoid_mlp
 
 # Each takes the number of classes, the channels and the side of its square images.
 _BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {

@@ -14,11 +14,11 @@ from fedgrpc.submodels.channels import ChannelGroup, SubModel, kept_channels, su
 from fedgrpc.torch.local_model.slicing import check_runs, resized, shapes_of
 from fedgrpc.torch.local_model.tracing import trace_channels
 from fedgrpc.torch.models import build_model
-from fedgrpc.torch.models.mlp import sigmoid_mlp
 from fedgrpc.torch.models.mobilenet import MobileNetV2
 from fedgrpc.torch.models.pointnet import PointNet
 from fedgrpc.torch.models.resnet import ResNet18
 from fedgrpc.torch.models.shufflenet import ShuffleNetV2
+from fedgrpc.torch.models.small import sigmoid_mlp
 
 IMAGE = (2, 3, 32, 32)
 MODELS: dict[str, Any] = {

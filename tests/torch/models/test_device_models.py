@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from fedgrpc.torch.models.mlp import sigmoid_mlp
 from fedgrpc.torch.models.mobilenet import MobileNetV2
 from fedgrpc.torch.models.norm import norm_layer
 from fedgrpc.torch.models.pointnet import PointNet
 from fedgrpc.torch.models.shufflenet import ShuffleNetV2
+from fedgrpc.torch.models.small import sigmoid_mlp
 
 
 def parameter_count(model: nn.Module) -> int:
