@@ -1,6 +1,6 @@
-"""Where a server listens or is dialled: HOST:PORT, [IPV6]:PORT, unix:PATH, and gRPC's URIs of these.
+"""Addresses to listen on or to dial: HOST:PORT, [IPV6]:PORT, unix:PATH, and gRPC's URIs of these.
 
-The rule: what cannot work is told at once, with what to write instead. gRPC would try it for ever.
+The rule: an address that cannot work is refused at once, with what to write instead. gRPC would retry without end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _URI: Final = re.compile(r"(dns|ipv4|ipv6):(?://[^/]*/)?(.+:.+)", re.DOTALL)
 _LABEL: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _MAX_HOST_CHARS: Final = 253
 _MAX_PORT: Final = 65535
-# What gRPC would take for the scheme of a URI, and not for a host.
+# gRPC takes such a host for the scheme of a URI.
 _SCHEMES: Final = frozenset({"dns", "ipv4", "ipv6", "unix", "unix-abstract", "vsock", "xds", "google-c2p"})
 
 
@@ -32,7 +32,7 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """Read what a person has written. Raises `UsageError`, with the cure."""
+        """Return the address of a text. Raises `UsageError`, with what to write instead."""
         written = text.strip()
         if written.startswith("unix:"):
             return cls._unix(written)
@@ -55,31 +55,31 @@ class Address:
 
     @property
     def is_unix(self) -> bool:
-        """Whether it is a socket in the file system."""
+        """Whether the address is a socket in the file system."""
         return bool(self.path)
 
     @property
     def is_loopback(self) -> bool:
-        """Whether what goes there never leaves this machine, as far as can be told without asking anybody."""
+        """Whether traffic to the address stays on this machine, as far as the text tells: no name is looked up."""
         if self.is_unix or self.host == "localhost" or self.host.endswith(".localhost"):
             return True
         address = _ip(self.host)
-        # To dial 0.0.0.0 or :: is to dial this machine.
+        # Dialling 0.0.0.0 or :: reaches this machine.
         return address is not None and (address.is_loopback or address.is_unspecified)
 
     @property
     def target(self) -> str:
-        """As gRPC understands it."""
+        """The address as gRPC understands it."""
         if self.is_unix or self.host.lower() not in _SCHEMES:
             return str(self)
         return f"dns:///{self}"
 
     def with_port(self, port: int) -> Address:
-        """The same host with another port."""
+        """Return the same host with another port."""
         return Address(self.host, port)
 
     def resolve(self, listening: bool = False) -> list[tuple[int, tuple[object, ...]]]:
-        """(family, socket address) of each of its IP addresses. Raises OSError."""
+        """Return (family, socket address) of each of the host's IP addresses. Raises OSError."""
         flags = socket.AI_PASSIVE if listening else 0
         found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=flags)
         return [(family, tuple(where)) for family, _, _, _, where in found]
@@ -91,7 +91,7 @@ class Address:
 
 
 def dialled(text: str) -> Address:
-    """An address to dial. Raises `UsageError`."""
+    """Return the address of a text to dial. Raises `UsageError`."""
     address = Address.parse(text)
     if not address.is_unix and address.port == 0:
         raise UsageError(f"nobody listens on port 0 of {text!r}; give the port that the server's log names")
@@ -105,14 +105,14 @@ def _checked_port(port: str, text: str) -> int:
 
 
 def _checked_host(host: str, port: int, text: str) -> str:
-    """The host as resolvers want it: without brackets, names in ASCII (IDNA), zones after one '%'."""
+    """Return the host for resolvers: no brackets, names in ASCII (IDNA), a zone after one '%'."""
     if host.startswith("[") and host.endswith("]"):
         inner = host[1:-1].replace("%25", "%")
         if _ip(inner) is None:
             raise UsageError(f"{text!r} has no IPv6 address in its brackets; it must look like {_EXAMPLE}")
         return inner
     if ":" in host:
-        # ::1:50051 might be all address.
+        # All of ::1:50051 may be the address.
         raise UsageError(f"{text!r}: IPv6 addresses go in brackets, as in [{host}]:{port}; else {_EXAMPLE}")
     if _ip(host) is not None:
         return host

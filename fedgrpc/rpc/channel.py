@@ -1,4 +1,4 @@
-"""Channels and their options: keepalive, message bounds, TLS. Both sides' numbers live here, side by side."""
+"""Channels and their options: keepalive, message bounds, TLS. The numbers of both sides are here, side by side."""
 
 from __future__ import annotations
 
@@ -16,29 +16,28 @@ from fedgrpc.rpc.address import Address, dialled
 
 Options = list[tuple[str, int | str]]
 
-# What a gRPC client of any language takes unless it is told otherwise. A manifest of 10,000 tensors is below
-# 1 MiB.
+# The default bound of gRPC clients in every language. A manifest of 10,000 tensors is below 1 MiB.
 MAX_MESSAGE_BYTES: Final = 4 << 20
-# Around the data of a chunk come its offset, its CRC and three tags; the rest is room for fields yet unknown.
+# A chunk's data travels with its offset, CRC and three tags. The rest is room for future fields.
 MAX_CHUNK_BYTES: Final = MAX_MESSAGE_BYTES - (64 << 10)
 
-# The shortest idle timeouts on the way are about 60 s (ingresses, some carrier NATs), so a silent connection
-# speaks every 30 s. A ping may wait behind data in the send buffers of a slow link, hence the long timeout:
-# a dead link is noticed in a minute, and a link that is merely slow is not taken for dead.
+# The shortest idle timeouts on the way are about 60 s (ingresses, some carrier NATs), so an idle connection sends
+# a ping every 30 s. A ping may wait behind data in the send buffers of a slow link, hence the long timeout: a
+# dead link is noticed within a minute, and a slow link is not taken for dead.
 _PING_INTERVAL_MS: Final = 30_000
 _PING_TIMEOUT_MS: Final = 30_000
-# The server probes too, to forget devices that vanished without a goodbye.
+# The server pings too, to notice devices that vanished.
 _SERVER_PING_INTERVAL_MS: Final = 60_000
 # gRPC's defaults would answer pings that are closer than 5 minutes with GOAWAY "too many pings". The bound is
-# a third of the client's interval, so jitter cannot cross it; strikes are off, since a ping costs nothing and
-# a connection on a flapping link costs a retry.
+# a third of the client's interval, so jitter cannot cross it. Strikes are off: a ping costs nothing, and a lost
+# connection costs a retry.
 _MIN_PING_INTERVAL_MS: Final = _PING_INTERVAL_MS // 3
 
-# What a server holds of each connection that is idle, and of each stream that it does not read yet.
+# Bytes that a server holds of each idle connection, and of each stream that it does not read yet.
 _READ_BUFFER_BYTES: Final = 8 << 10
 _UNREAD_BYTES: Final = 16 << 10
 
-# Calls that one connection may have open.
+# Calls that one connection may have open at a time.
 MAX_STREAMS: Final = 100
 
 _COMMON: Final[Options] = [
@@ -54,10 +53,10 @@ _COMMON: Final[Options] = [
 CLIENT_OPTIONS: Final[Options] = [
     *_COMMON,
     ("grpc.keepalive_time_ms", _PING_INTERVAL_MS),
-    # Retries are ours (fedgrpc.rpc.retry): gRPC's own would buffer streams and hide failures.
+    # fedgrpc.rpc.retry retries instead: gRPC would buffer streams and hide failures.
     ("grpc.enable_retries", 0),
     ("grpc.service_config_disable_resolution", 1),
-    # Each channel has its own connection: one worker's broken link is no other worker's, even in one process.
+    # Each channel has its own connection: the broken link of one worker affects no other in the same process.
     ("grpc.use_local_subchannel_pool", 1),
     # After a long outage the default would wait up to two minutes before dialling again.
     ("grpc.initial_reconnect_backoff_ms", 500),
@@ -71,8 +70,8 @@ SERVER_OPTIONS: Final[Options] = [
     ("grpc.http2.max_ping_strikes", 0),
     # Without this a second server on the same port starts without an error and takes half of the calls.
     ("grpc.so_reuseport", 0),
-    # The read buffer of a connection grows to what ever came at once, and stays: a worker that had pushed one
-    # update of 0.24 MB would cost 0.15 MB for as long as it is connected.
+    # A connection's read buffer grows to the most that ever came at once, and stays so large: a worker that has
+    # pushed one update of 0.24 MB would cost 0.15 MB for as long as it is connected.
     ("grpc.experimental.tcp_max_read_buffer_size", _READ_BUFFER_BYTES),
     # Fast links would let a sender run far ahead of its reader: with 1,000 uploads that is all of their bytes.
     ("grpc.http2.bdp_probe", 0),
@@ -84,10 +83,11 @@ SERVER_OPTIONS: Final[Options] = [
 
 @dataclass(frozen=True)
 class Tls:
-    """TLS files, all PEM. The same type serves both sides.
+    """TLS files in PEM, for either side.
 
-    A server needs `certificate` and `key`; with `ca` it asks clients for certificates signed by it (mTLS).
-    A client needs `ca` unless the system's roots will do; with `certificate` and `key` it shows its own.
+    A server needs `certificate` and `key`. With `ca` it asks clients for certificates signed by it (mTLS).
+    A client needs `ca` unless the system trusts the server's certificate. With `certificate` and `key` it shows
+    its own.
     """
 
     ca: Path | None = None
@@ -95,7 +95,7 @@ class Tls:
     key: Path | None = None
 
     def server_credentials(self) -> Any:
-        """Credentials to listen with.
+        """Return the credentials to listen with.
 
         Raises:
             UsageError: a file is missing, unreadable or no PEM of the right kind.
@@ -107,7 +107,7 @@ class Tls:
         return grpc.ssl_server_credentials([pair], _read(self.ca), require_client_auth=self.ca is not None)
 
     def client_credentials(self) -> Any:
-        """Credentials to dial with.
+        """Return the credentials to dial with.
 
         Raises:
             UsageError: a file is missing, unreadable or no PEM of the right kind.
@@ -116,7 +116,7 @@ class Tls:
         return grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.certificate))
 
     def _check(self) -> None:
-        """gRPC itself reports a bad file only in its own log, when the first handshake fails."""
+        """Raise `UsageError` for a bad file. gRPC reports it only in its log, when the first handshake fails."""
         if (self.certificate is None) != (self.key is None):
             raise UsageError("a TLS certificate and its key go together; only one was given")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -135,7 +135,7 @@ def _read(path: Path | None) -> bytes | None:
 
 
 def open_channel(target: str, tls: Tls | None = None) -> grpc.aio.Channel:
-    """A channel to `target` (`fedgrpc.rpc.address`); it dials lazily and reconnects by itself.
+    """Return a channel to `target` (`fedgrpc.rpc.address`), which dials lazily and reconnects by itself.
 
     Raises:
         UsageError: the target or a TLS file is unusable.
@@ -149,5 +149,5 @@ def open_channel(target: str, tls: Tls | None = None) -> grpc.aio.Channel:
 
 
 def client_options(address: Address) -> Options:
-    """The options of a channel to `address`: no proxy of the environment stands within one machine."""
+    """Return the options of a channel to `address`. Within one machine it ignores the environment's proxy."""
     return [*CLIENT_OPTIONS, ("grpc.enable_http_proxy", 0)] if address.is_loopback else CLIENT_OPTIONS

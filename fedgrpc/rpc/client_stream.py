@@ -1,9 +1,9 @@
-"""A client-streaming call that always ends with what the server answered.
+"""A client-streaming call that always ends with the server's own answer.
 
-When a server answers before the client has finished writing (the round is closed, the chunk is at the wrong
-offset), grpc.aio's next write fails and sets the status to "INTERNAL: Internal error from Core", also where the
-server's own had come before (https://github.com/grpc/grpc/issues/36066; measured here with grpcio 1.85: up to
-every call). So the status is noted at the moment when it arrives.
+A server may answer before the client has finished writing: the round is closed, or a chunk is at the wrong offset.
+The next write of grpc.aio then fails and sets the status to "INTERNAL: Internal error from Core", even if the
+server's own status has arrived (https://github.com/grpc/grpc/issues/36066; with grpcio 1.85 in up to every call).
+So this class keeps the status as soon as it arrives.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CORE_DETAILS: Final = "Internal error from Core"
 
 
 class ClientStream:
-    """Write messages, then `finish`. The call must not have been written to before."""
+    """Writes messages to a call, then finishes it. Nobody else may write to the call."""
 
     def __init__(self, call: Any) -> None:
         self._call = call
@@ -27,7 +27,7 @@ class ClientStream:
         call.add_done_callback(self._note)
 
     async def write(self, message: Any) -> bool:
-        """Send one message; False once the server has answered and wants no more of them."""
+        """Send one message. Return False once the server has answered and takes no more."""
         try:
             await self._call.write(message)
         except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
@@ -35,24 +35,24 @@ class ClientStream:
         return True
 
     async def finish(self) -> Any:
-        """No more messages; the response once the server has answered OK (None: OK, but its response is lost).
+        """End the messages and return the response. None: the server answered OK, but its response is lost.
 
         Raises:
-            grpc.aio.AioRpcError: its answer is an error, or it can give none.
+            grpc.aio.AioRpcError: the server answered an error, or not at all.
         """
         try:
             await self._call.done_writing()
             return await self._call
         except grpc.aio.AioRpcError as error:
-            # Either the write failed first, and the server's status has replaced its own by now, or the
-            # status came first, was noted, and then replaced.
+            # If the write failed first, the server's status has replaced the one of Core by now. If the server's
+            # came first, Core's has replaced it, and `_answer` has it.
             answer = self._answer if error.details() == _CORE_DETAILS and self._answer is not None else error
             if answer.code() is not grpc.StatusCode.OK:
                 raise answer from None
             return None
 
     def _note(self, call: Any) -> None:
-        """Called when the first status is set."""
+        """Keep the first status that the call gets."""
         code, details = _now(call.code()), _now(call.details())
         if details != _CORE_DETAILS:
             metadata = _now(call.trailing_metadata())
@@ -60,7 +60,7 @@ class ClientStream:
 
 
 def _now(value: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine that has nothing to wait for: a call's status, once it is set."""
+    """Return the result of a coroutine that has nothing to wait for: a call's status, once it is set."""
     try:
         value.send(None)
     except StopIteration as stop:

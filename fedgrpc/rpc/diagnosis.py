@@ -1,4 +1,4 @@
-"""Why a server cannot be reached, where gRPC says only that the socket was closed: TLS that does not fit, a proxy.
+"""Diagnosis of a failed connection, where gRPC only says "socket closed": TLS that does not match, or a proxy.
 
 The rule: look once, after a failure, for a few seconds at most, and send nothing but a TLS handshake.
 """
@@ -17,7 +17,7 @@ from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.channel import Tls
 
 _TIMEOUT_S: Final = 2.0
-# In the order in which gRPC reads them. It heeds no upper-case ones.
+# In the order in which gRPC reads them. It ignores upper-case ones.
 _PROXIES: Final = ("grpc_proxy", "https_proxy", "http_proxy")
 _NO_PROXIES: Final = ("no_grpc_proxy", "no_proxy")
 _NOT_TLS: Final = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNEXPECTED_EOF", "HTTP_REQUEST")
@@ -28,9 +28,9 @@ _OTHER_TIME: Final = (9, 10)
 
 
 def explain(address: Address, tls: Tls | None, flags: str = "--tls") -> str:
-    """What is wrong and which flag cures it, in one line; empty where gRPC's own message is all there is to say.
+    """Return one line that says what is wrong and which flag helps. Empty: gRPC's own message says it all.
 
-    `flags` is how the flags of this side's TLS begin. It blocks for some seconds at most.
+    `flags` is the prefix of the flags of this side's TLS. Blocks for a few seconds at most.
     """
     if address.is_unix:
         return ""
@@ -44,12 +44,12 @@ def explain(address: Address, tls: Tls | None, flags: str = "--tls") -> str:
             return _explain_plain(address, flags)
         return _explain_tls(address, tls, flags)
     except OSError:
-        # Nobody listens, or nobody answers: that is what gRPC says.
+        # Nobody listens or answers. gRPC's message says so.
         return ""
 
 
 def proxy_for(address: Address) -> tuple[str, str] | None:
-    """(variable, value) of the proxy that gRPC uses for an address; None: it goes there directly."""
+    """Return (variable, value) of the proxy that gRPC uses for an address. None: it connects directly."""
     if address.is_loopback:
         return None
     name = next((name for name in _PROXIES if os.environ.get(name)), None)
@@ -125,7 +125,7 @@ def _explain_name(address: Address, tls: Tls) -> str:
 
 
 def _wants_certificate(secured: ssl.SSLSocket) -> bool:
-    """Whether the server ends the connection, as it does for want of a certificate; a content one speaks first."""
+    """Whether the server closes the connection for want of a certificate. Otherwise it speaks first."""
     try:
         return not secured.recv(1)
     except TimeoutError:
@@ -138,6 +138,6 @@ def _context(tls: Tls | None) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=None if tls is None or tls.ca is None else str(tls.ca))
     if tls is not None and tls.certificate is not None:
         context.load_cert_chain(tls.certificate, tls.key, password="")
-    # gRPC's servers take no connection that does not ask for it.
+    # gRPC's servers refuse connections without it.
     context.set_alpn_protocols(["h2"])
     return context

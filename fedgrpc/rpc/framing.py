@@ -8,8 +8,8 @@ The messages that carry payloads have a chunk as field 2: `PullModelResponse`, `
        12 LENGTH DATA       absent when empty
        1d CRC32             4 bytes, little-endian; absent when 0
 
-`message_of` writes exactly what the generated classes serialize. `parse` reads this form and leaves everything
-else (headers, other orders of fields, unknown fields) to the generated classes, so any peer is understood.
+`message_of` writes exactly what the generated classes serialize. `parse` reads this form alone. The generated
+classes read everything else (headers, other orders of fields, unknown fields), so any peer is understood.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, worker_pb2, worker_p
 
 _AGGREGATOR: Final = "fedgrpc.v1.Aggregator"
 _WORKER: Final = "fedgrpc.v1.Worker"
-# Their messages are as large as a chunk or a manifest, and bounded here.
+# Their messages are as large as a chunk or a manifest. This module bounds them.
 CHUNK_CALLS: Final = frozenset({f"/{_AGGREGATOR}/PushUpdate"})
 _CHUNK_TAG: Final = 0x12
 _OFFSET_TAG: Final = 0x08
@@ -45,7 +45,7 @@ class _Message(Protocol):
 
 
 def message_of(chunk: Chunk) -> bytes:
-    """The serialized message around `chunk`: one copy of its data, and the last."""
+    """Return the serialized message around `chunk`. This is the only copy of its data."""
     size = len(chunk.data)
     before = b"" if not chunk.offset else b"\x08" + _varint(chunk.offset)
     if size:
@@ -56,7 +56,7 @@ def message_of(chunk: Chunk) -> bytes:
 
 
 def parse(message: bytes) -> Chunk | None:
-    """The chunk in a serialized message, its data a view of it; None for any other form of message."""
+    """Return the chunk in a serialized message, its data a view of the message. None for any other form."""
     try:
         return _parse(message)
     except IndexError:
@@ -92,7 +92,7 @@ def _varint(value: int) -> bytes:
 
 
 def _read_varint(message: bytes, at: int) -> tuple[int, int]:
-    """Value and the position after it. Raises IndexError where the message ends, or the number does not."""
+    """Return the value and the position after it. Raises IndexError if the message ends within, or at 10 bytes."""
     value = 0
     for shift in range(0, 7 * _MAX_VARINT_BYTES, 7):
         byte = message[at]
@@ -104,7 +104,7 @@ def _read_varint(message: bytes, at: int) -> tuple[int, int]:
 
 
 def to_wire(message: bytes | _Message) -> bytes:
-    """Serializer of streams: chunk messages pass as they are, messages are serialized."""
+    """Serializer of streams: return bytes as they are, and serialize messages."""
     return message if isinstance(message, bytes) else message.SerializeToString()
 
 
@@ -113,7 +113,7 @@ def _any_message() -> int:
 
 
 def _reader(message_class: Any, max_bytes: Callable[[], int] = _any_message) -> Callable[[bytes], Any]:
-    """Deserializer of streams: a `Chunk` wherever the message holds one, else the message.
+    """Return a deserializer of streams: to a `Chunk` if the message holds one, else to the message.
 
     A message without a chunk has at most `max_bytes()`: raises `TooLargeError` before anything is parsed, and
     `LayoutError` for bytes that are no such message.
@@ -124,7 +124,7 @@ def _reader(message_class: Any, max_bytes: Callable[[], int] = _any_message) -> 
         if chunk is not None:
             return chunk
         if (size_bytes := len(data)) > (limit := max_bytes()):
-            # A traceback would hold the bytes for as long as anyone holds the error.
+            # The error's traceback would keep the bytes alive as long as the error.
             del data
             raise TooLargeError(f"a header of {size_bytes} bytes; allowed are {limit}")
         message = parsed(message_class.FromString, data)
@@ -137,14 +137,14 @@ _pull_response = _reader(aggregator_pb2.PullModelResponse)
 
 
 def pull_model(channel: grpc.aio.Channel) -> Any:
-    """The aggregator's `PullModel`, whose stream gives its header's message, then each `Chunk`."""
+    """Return the aggregator's `PullModel`, whose stream yields the header's message, then each `Chunk`."""
     return channel.unary_stream(
         f"/{_AGGREGATOR}/PullModel", aggregator_pb2.PullModelRequest.SerializeToString, _pull_response
     )
 
 
 def push_update(channel: grpc.aio.Channel) -> Any:
-    """The aggregator's `PushUpdate`, whose stream takes its header's message, then chunk messages."""
+    """Return the aggregator's `PushUpdate`, whose stream takes the header's message, then chunk messages."""
     return channel.stream_unary(
         f"/{_AGGREGATOR}/PushUpdate", to_wire, aggregator_pb2.PushUpdateResponse.FromString
     )

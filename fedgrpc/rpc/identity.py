@@ -1,4 +1,4 @@
-"""Who calls: the process, by the session it names, and the certificate that mutual TLS has verified.
+"""Identity of a caller: the session that its process names, and its certificate, verified by mutual TLS.
 
 Both come with the call and not in a message, so that a certificate can take the session's place.
 """
@@ -20,9 +20,9 @@ _SESSION: Final = re.compile(r"([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_-]{1,64})")
 
 @dataclass(frozen=True)
 class Session:
-    """One start of one worker: the random id of its state folder, and one of its process.
+    """One start of one worker: random ids of its state folder and of its process.
 
-    Empty for a worker that names none: all of those are taken for one process.
+    Empty for a worker that names no session. All such workers count as one process.
     """
 
     folder: str = ""
@@ -33,12 +33,12 @@ class Session:
 
     @classmethod
     def begin(cls, folder: str) -> Session:
-        """The session of a process that starts now."""
+        """Return the session of a process that starts now."""
         return cls(folder, secrets.token_hex(8))
 
     @classmethod
     def parse(cls, text: str) -> Session:
-        """Read what `str` gives. Raises `UsageError`."""
+        """Return the session of a text that `str` gave. Raises `UsageError`."""
         if not text:
             return cls()
         match = _SESSION.fullmatch(text)
@@ -48,33 +48,33 @@ class Session:
 
     @classmethod
     def of(cls, context: Any) -> Session:
-        """The caller's. Raises `UsageError`."""
+        """Return the caller's session. Raises `UsageError`."""
         found = (value for key, value in context.invocation_metadata() or () if key == SESSION_KEY)
         return cls.parse(str(next(found, "")))
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """As it travels with each call."""
+        """The metadata that carries the session in each call."""
         return ((SESSION_KEY, str(self)),) if self.folder else ()
 
 
 def peer_of(context: Any) -> str:
-    """Address and port of the caller, for a log."""
+    """Return address and port of the caller, for a log."""
     return unquote(str(context.peer())).partition(":")[2]
 
 
 def certificate_names(context: Any) -> frozenset[str]:
-    """The common name and the subject alternative names (RFC 5280) of the peer's certificate; none without one."""
+    """Return the common and alternative names (RFC 5280) of the peer's certificate. Empty without one."""
     found = context.auth_context()
     return frozenset(value.decode("utf-8", "replace") for kind in _NAMES for value in found.get(kind, ()))
 
 
 @dataclass(frozen=True)
 class Access:
-    """Rules that hold where clients must show certificates; as made, there are none.
+    """Rules for servers whose clients must show certificates. The default has no rules.
 
-    With `own_names` a worker acts under a name of its certificate alone. `operators` are the names of those who
-    may steer the run; without any, everybody who may connect does.
+    With `own_names`, a worker acts only under a name of its certificate. `operators` are the names of those
+    who may steer the run. Without any, everybody who may connect may steer it.
     """
 
     own_names: bool = False
@@ -86,12 +86,12 @@ class Access:
         return self.own_names or bool(self.operators)
 
     def check_worker(self, context: Any, worker: str) -> None:
-        """Raise `WrongIdentity` when the caller is not to act as `worker`."""
+        """Raise `WrongIdentity` if the caller may not act as `worker`."""
         if self.own_names and worker not in (names := certificate_names(context)):
             raise WrongIdentity(f"a certificate for {_listed(names)} does not speak for worker {worker[:80]!r}")
 
     def check_operator(self, context: Any) -> None:
-        """Raise `WrongIdentity` when the caller is not to steer the run."""
+        """Raise `WrongIdentity` if the caller may not steer the run."""
         if self.operators and self.operators.isdisjoint(names := certificate_names(context)):
             raise WrongIdentity(f"a certificate for {_listed(names)} is not an operator's")
 

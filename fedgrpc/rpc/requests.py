@@ -1,7 +1,8 @@
-"""Bounds on requests: on the size of each, their rate, the time of the first message, and the number of late ones.
+"""Bounds on requests: size, rate, time of the first message, and number of late first messages.
 
-The rule: gRPC collects a message before anyone sees it, so calls whose first message is late hold memory that
-nobody has checked. Only a few may. Beyond that the connection with the most of them loses its oldest one.
+The rule: gRPC collects a message before this process sees any of it, so a call whose first message is late holds
+memory that nobody has checked. Only a few calls may do so. One more, and the connection with the most late calls
+loses its oldest one.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from google.protobuf.message import DecodeError
 
 from fedgrpc.errors import LayoutError, LinkError, TooLargeError
 
-# A registration takes at most 16 KiB, every other small request less.
+# A registration takes at most 16 KiB, and every other small request less.
 SMALL_REQUEST_BYTES: Final = 64 << 10
-# What comes sooner than this is bounded by the caller's own link.
+# A message that comes sooner is no larger than what the caller's link carries in that time.
 _LATE_S: Final = 0.5
-# Connections whose rate is known.
+# Connections whose rate is kept.
 _KNOWN_PEERS: Final = 20_000
 
 Deserialize = Callable[[bytes], Any]
@@ -36,7 +37,7 @@ def bounded(deserialize: Deserialize | None, max_bytes: int) -> Deserialize:
 
     def from_wire(data: bytes) -> Any:
         if (size_bytes := len(data)) > max_bytes:
-            # A traceback would hold the bytes for as long as anyone holds the error.
+            # The error's traceback would keep the bytes alive as long as the error.
             del data
             raise TooLargeError(f"a request of {size_bytes} bytes; allowed are {max_bytes}")
         return data if deserialize is None else parsed(deserialize, data)
@@ -45,7 +46,7 @@ def bounded(deserialize: Deserialize | None, max_bytes: int) -> Deserialize:
 
 
 def parsed(deserialize: Deserialize, data: bytes) -> Any:
-    """The message in `data`. Raises `LayoutError` for bytes that are not such a message."""
+    """Return the message in `data`. Raises `LayoutError` for bytes that are not such a message."""
     try:
         return deserialize(data)
     except DecodeError:
@@ -53,10 +54,10 @@ def parsed(deserialize: Deserialize, data: bytes) -> Any:
 
 
 class CallRates:
-    """Slows down connections that make calls faster than any fleet needs: a call too many waits for `delay_s`.
+    """Slows down connections that make calls faster than any fleet needs: each call too many waits for `delay_s`.
 
-    A connection has `burst` calls at once and `per_second` more. As it may have only so many calls open, the wait
-    bounds how much of the event loop's time it gets. Lives on one event loop.
+    A connection has `burst` calls at once and `per_second` more. It may have only so many calls open, so the wait
+    bounds its share of the event loop's time. Lives on one event loop.
     """
 
     def __init__(self, per_second: float = 500.0, burst: float = 2000.0, delay_s: float = 0.5) -> None:
@@ -64,10 +65,10 @@ class CallRates:
         self._left: dict[str, tuple[float, float]] = {}
 
     def wait_s(self, peer: str, now: float) -> float:
-        """How long a call that `peer` makes now is to wait, seconds."""
+        """Return how long a call that `peer` makes now has to wait, in seconds."""
         left, at = self._left.pop(peer, (self._burst, now))
         left = min(self._burst, left + (now - at) * self._per_second)
-        # Kept in the order of the last calls, so that those who have gone are the first to be forgotten.
+        # In the order of the last calls, so that connections long gone are dropped first.
         self._left[peer] = (max(0.0, left - 1), now)
         if len(self._left) > _KNOWN_PEERS:
             del self._left[next(iter(self._left))]
@@ -76,7 +77,7 @@ class CallRates:
 
 @dataclass(eq=False)
 class _Waiting:
-    """One call whose first message has not come."""
+    """A call whose first message has not come."""
 
     peer: str
     limit: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
@@ -97,13 +98,13 @@ class FirstMessages:
 
     @property
     def late_count(self) -> int:
-        """How many calls hold back their first message now."""
+        """Number of calls whose first message is late now."""
         return len(self._late)
 
     async def read(self, context: Any) -> Any:
-        """The first message, or `grpc.aio.EOF`.
+        """Return the first message, or `grpc.aio.EOF`.
 
-        Raises `LinkError` when it does not come, and as deserializers do.
+        Raises `LinkError` if it does not come, and what the call's deserializer raises.
         """
         peer = context.peer()
         if wait_s := self._rates.wait_s(peer, time.monotonic()):
@@ -122,7 +123,7 @@ class FirstMessages:
                 self._late.remove(waiting)
 
     async def request(self, context: Any) -> Any:
-        """The one message of a call that has one. Raises as `read`, and `LayoutError` where it has none."""
+        """Return the only message of a call. Raises as `read`, and `LayoutError` if there is none."""
         message = await self.read(context)
         if message is grpc.aio.EOF:
             raise LayoutError("the call ended without a request")

@@ -1,4 +1,4 @@
-"""When to try again: capped exponential backoff with full jitter, and a bounded retry.
+"""Retries: capped exponential backoff with full jitter, and a bounded number of tries.
 
 Full jitter spreads a fleet that lost its aggregator at the same instant
 (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
@@ -16,7 +16,7 @@ from fedgrpc.errors import FedgrpcError, LinkError
 
 T = TypeVar("T")
 
-# To seed one for each call would cost more than most calls' retries.
+# Shared: seeding one for each call would cost more than the retries of most calls.
 _CHANCE = random.Random()
 
 
@@ -33,7 +33,7 @@ class Backoff:
             raise ValueError(f"need 0 < first_s <= cap_s and factor >= 1, got {self}")
 
     def ceiling_s(self, attempt: int) -> float:
-        """Longest wait before try `attempt`; grows to `cap_s` and never overflows."""
+        """Return the longest wait before try `attempt`, in seconds. It grows to `cap_s` and never overflows."""
         ceiling_s = self.first_s
         for _ in range(attempt):
             if ceiling_s >= self.cap_s or self.factor == 1:
@@ -51,13 +51,13 @@ class Retries:
     failures: int = 0
 
     def next_delay_s(self) -> float:
-        """The wait before the next try, seconds."""
+        """Return the wait before the next try, in seconds."""
         delay_s = self.rng.uniform(0, self.backoff.ceiling_s(self.failures))
         self.failures += 1
         return delay_s
 
     def reset(self) -> None:
-        """The last try succeeded."""
+        """Start over: the last try succeeded."""
         self.failures = 0
 
 
@@ -69,7 +69,7 @@ async def with_retries(
     retry_on: tuple[type[FedgrpcError], ...] = (LinkError,),
     rng: random.Random | None = None,
 ) -> T:
-    """Await `call()` up to `attempts` times; the last failure, and any error not listed, is raised."""
+    """Await `call()` up to `attempts` times. Raises the last failure, and at once any error not listed."""
     retries = Retries(backoff or Backoff(), rng or _CHANCE)
     while True:
         try:

@@ -1,4 +1,4 @@
-"""A grpc.aio server in one `async with`: services, the error interceptor, truthful health, reflection."""
+"""A grpc.aio server in one `async with`: services, error statuses, health, reflection."""
 
 from __future__ import annotations
 
@@ -48,25 +48,25 @@ def aggregator_service(
     servicer: aggregator_pb2_grpc.AggregatorServicer,
     max_header_bytes: Callable[[], int] = lambda: MAX_MESSAGE_BYTES,
 ) -> Service:
-    """The `Aggregator` service, served by `servicer`; an update's header has at most `max_header_bytes()`."""
+    """Return the `Aggregator` service of `servicer`. The header of an update has at most `max_header_bytes()`."""
     add = partial(framing.add_aggregator, max_header_bytes=max_header_bytes)
     return Service(AGGREGATOR, servicer, add, framing.CHUNK_CALLS)
 
 
 def worker_service(servicer: worker_pb2_grpc.WorkerServicer) -> Service:
-    """The `Worker` service, served by `servicer`."""
+    """Return the `Worker` service of `servicer`."""
     return Service(WORKER, servicer, framing.add_worker)
 
 
 class Health:
-    """grpc.health.v1: each service NOT_SERVING until it is set; "" serves when all of them do."""
+    """Health of services (grpc.health.v1): NOT_SERVING until set. The service "" serves if all others do."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._serving = dict.fromkeys(names, False)
         self.servicer = HealthServicer()
 
     async def set(self, name: str, serving: bool) -> None:
-        """Say whether service `name` can do its work now.
+        """Set whether service `name` can do its work now.
 
         Raises:
             KeyError: no such service on this server.
@@ -77,7 +77,7 @@ class Health:
         await self._publish()
 
     async def set_all(self, serving: bool) -> None:
-        """Say it of every service at once."""
+        """Set the health of every service at once."""
         self._serving = dict.fromkeys(self._serving, serving)
         await self._publish()
 
@@ -90,7 +90,7 @@ class Health:
 
 @dataclass(frozen=True)
 class RunningServer:
-    """A server that listens: where (port 0: at a unix socket), and how healthy it says it is."""
+    """A listening server: its address, its port (0 for a unix socket) and its health."""
 
     address: str
     port: int
@@ -109,14 +109,14 @@ async def serve(
 ) -> AsyncIterator[RunningServer]:
     """Serve on `address` ("HOST:PORT"; port 0 takes a free one) until the block ends.
 
-    Health starts as NOT_SERVING; the block says when its services are ready. On leaving, new calls are
-    refused at once, and those in flight have `grace_s` seconds to end. `options` win over `SERVER_OPTIONS`.
+    Health starts as NOT_SERVING. The block sets it when its services are ready. When the block ends, the server
+    refuses new calls, and those in flight have `grace_s` seconds to end. `options` win over `SERVER_OPTIONS`.
 
     Raises:
         UsageError: the address is malformed or not this machine's, the port is in use, a TLS file is bad.
     """
     large = frozenset().union(*(service.large for service in services))
-    # Of options with the same name gRPC takes the first.
+    # gRPC takes the first of options with the same name.
     server = grpc.aio.server(
         interceptors=[ErrorInterceptor(large, first_messages)], options=[*(options or []), *SERVER_OPTIONS]
     )
@@ -140,7 +140,7 @@ async def serve(
 
 
 def _listen(server: grpc.aio.Server, address: Address, tls: Tls | None) -> int:
-    """Bind; the port, 0 for a unix socket."""
+    """Bind, and return the port, 0 for a unix socket."""
     credentials = None if tls is None else tls.server_credentials()
     if address.is_unix:
         _clear_path(address)
@@ -158,7 +158,7 @@ def _listen(server: grpc.aio.Server, address: Address, tls: Tls | None) -> int:
 
 
 def _clear_path(address: Address) -> None:
-    """Remove a socket that a process which was killed has left; gRPC would remove one that is in use, too."""
+    """Remove the socket of a process that was killed. gRPC would also remove one that is in use."""
     path = Path(address.path)
     try:
         if not path.parent.is_dir():
@@ -177,7 +177,7 @@ def _clear_path(address: Address) -> None:
 
 
 def _check_free(address: Address) -> None:
-    """gRPC says only that binding failed; the system says why."""
+    """Raise `UsageError` with the reason why the address cannot be bound, which gRPC does not tell."""
     try:
         family, where = address.resolve(listening=True)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:

@@ -1,9 +1,9 @@
 """Domain errors to gRPC statuses and back, in one place.
 
-The class alone decides the status (the table is in `fedgrpc.errors`). The class name travels as trailing
-metadata, so that the other side raises the very same class; the status message is the error's own line. When to
-try again travels as gRPC's own retries have it (https://github.com/grpc/proposal/blob/master/A6-client-retries.md),
-so that clients of other languages know it, too.
+The class alone decides the status (the table is in `fedgrpc.errors`). The class name travels as trailing metadata,
+so that the other side raises the same class. The status message is the error's own line. The time to wait before
+another try travels as gRPC's own retries have it
+(https://github.com/grpc/proposal/blob/master/A6-client-retries.md), which clients of other languages know.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ _STATUS: Final[dict[type[FedgrpcError], Any]] = {
     errors.LinkError: _Code.UNAVAILABLE,
 }
 
-# For an answer that does not name its class: another implementation of the protocol, a proxy, or gRPC itself.
-# Codes that are missing here (UNAVAILABLE, CANCELLED, DEADLINE_EXCEEDED, UNKNOWN, INTERNAL, UNIMPLEMENTED)
-# are what broken links and ingresses without a backend produce.
+# For an answer without a class: from another implementation of the protocol, a proxy, or gRPC itself.
+# The codes not listed (UNAVAILABLE, CANCELLED, DEADLINE_EXCEEDED, UNKNOWN, INTERNAL, UNIMPLEMENTED)
+# come from broken links and ingresses without a backend.
 _CLASS_OF_CODE: Final[dict[Any, type[FedgrpcError]]] = {
     _Code.INVALID_ARGUMENT: errors.LayoutError,
     _Code.NOT_FOUND: errors.NotFound,
@@ -76,12 +76,12 @@ log = structlog.get_logger()
 
 
 def status_of(error: FedgrpcError) -> Any:
-    """The `grpc.StatusCode` of a domain error."""
+    """Return the `grpc.StatusCode` of a domain error."""
     return next(_STATUS[item] for item in type(error).__mro__ if item in _STATUS)
 
 
 def error_from(rpc_error: grpc.aio.AioRpcError) -> FedgrpcError:
-    """The domain error behind a failed call; a `LinkError` when no answer of the peer's own came back."""
+    """Return the domain error of a failed call. `LinkError` if the peer itself gave no answer."""
     detail = printable(rpc_error.details() or rpc_error.code().name)
     name = _trailer(rpc_error, ERROR_KEY)
     code = rpc_error.code()
@@ -101,7 +101,7 @@ def _trailer(rpc_error: grpc.aio.AioRpcError, name: str) -> str | None:
 
 
 def _retry_after_s(rpc_error: grpc.aio.AioRpcError) -> float | None:
-    """What the peer says, within reason; None: nothing that can be understood."""
+    """Return the wait that the peer asks for, bounded. None: it asks for none."""
     text = _trailer(rpc_error, RETRY_KEY) or ""
     known = text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS
     return min(int(text) / 1e3, MAX_RETRY_AFTER_S) if known else None
@@ -109,30 +109,29 @@ def _retry_after_s(rpc_error: grpc.aio.AioRpcError) -> float | None:
 
 @contextmanager
 def domain_errors() -> Iterator[None]:
-    """Around client calls: a failed call raises the domain error it stands for."""
+    """Raise the domain error of a client's call that fails within."""
     try:
         yield
     except grpc.aio.AioRpcError as error:
         raise error_from(error) from error
     except grpc.aio.UsageError as error:
-        # What grpc.aio raises for calls on a channel that has been closed under them.
+        # grpc.aio raises this for calls on a channel that was closed meanwhile.
         raise LinkError(str(error)) from error
 
 
 def one_line(text: str) -> str:
-    """`text` without line breaks and control characters, and short enough for a status message."""
+    """Return `text` without line breaks and control characters, cut to the length of a status message."""
     return _DETAIL.cleaned(text)
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Bounds the requests of every call, and turns what a servicer raises into a status.
 
-    Domain errors become what `status_of` says, anything else INTERNAL: a surprise leaves its traceback in the log
-    and one generic line with the peer. `large` names the calls whose deserializers bound their messages
-    themselves.
+    Domain errors become the status of `status_of`. Anything else becomes INTERNAL, with its traceback in the log
+    and one generic line for the peer. `large` names the calls whose deserializers bound their messages themselves.
 
-    Every call is served as one that streams its requests, which looks the same to its client. gRPC would read
-    the message of any other by itself, however long that takes and however many callers hold theirs back.
+    Every call is served as one that streams its requests, which looks the same to its client. gRPC itself would
+    read the message of any other call, however long that takes and however many callers hold theirs back.
     """
 
     def __init__(self, large: Collection[str] = (), first_messages: FirstMessages | None = None) -> None:
@@ -142,7 +141,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
     ) -> Any:
-        """Wrap the handler's behaviour, whatever its shape."""
+        """Return the call's handler with its behaviour wrapped."""
         handler = await continuation(details)
         if handler is None:
             return None
@@ -161,25 +160,25 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
 
 async def _only(first: FirstMessages, context: Any) -> Any:
-    """The request of a call that has one."""
+    """Return the request of a call that has one."""
     return await first.request(context)
 
 
 async def _messages(first: FirstMessages, context: Any) -> AsyncIterator[Any]:
-    """All requests of a call, once the first is there."""
+    """Return all requests of a call, once the first is there."""
     return _following(await first.read(context), context)
 
 
 async def _following(message: Any, context: Any) -> AsyncIterator[Any]:
     while message is not grpc.aio.EOF:
         yield message
-        # A message that is yielded would be held here until the next one is there.
+        # Else this frame would hold the message until the next one is there.
         del message
         message = await context.read()
 
 
 def _guarded(behaviour: Any, read: Callable[..., Awaitable[Any]], first: FirstMessages, method: str) -> Any:
-    """grpc.aio tells generators from coroutines by inspection, so the wrapper keeps the kind."""
+    """Wrap a behaviour in one of its kind: grpc.aio tells generators from coroutines by inspection."""
     if inspect.isasyncgenfunction(behaviour):
 
         async def stream(_: Any, context: Any) -> AsyncIterator[Any]:
@@ -201,7 +200,7 @@ def _guarded(behaviour: Any, read: Callable[..., Awaitable[Any]], first: FirstMe
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Forget the frames of an error that has been told: their requests would live until the next collection."""
+    """Drop the frames of an error that became a status: they would hold requests until the next collection."""
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
@@ -209,11 +208,11 @@ def _let_go(error: BaseException | None) -> None:
 
 async def _abort(error: Exception, method: str, context: Any) -> None:
     if context.done() and not isinstance(error, FedgrpcError):
-        # The client has gone, and gRPC refuses to write to it: that is what links do.
+        # The client has gone, and gRPC refuses to write to it. Links do that, so it is no error.
         log.debug("call broken off", method=method, reason=one_line(repr(error)))
         raise asyncio.CancelledError
     if isinstance(error, grpc.aio.BaseError) and not isinstance(error, grpc.aio.UsageError):
-        # gRPC's own, as when the other side has gone within a `context.write`: it knows what to do.
+        # gRPC's own errors, as when the peer goes away during a `context.write`, are for gRPC to handle.
         raise error
     if isinstance(error, FedgrpcError):
         code, detail, name = status_of(error), one_line(str(error)), type(error).__name__
