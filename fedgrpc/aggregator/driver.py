@@ -370,8 +370,8 @@ class Driver:
 
     async def _after_abandoned(self, state: Round) -> None:
         """Rest, or pause where the next round would only end for the same reason."""
-        self._streak = self._streak.after(state.cause)
-        if not self._streak.hopeless:
+        self._streak = self._streak.after(state)
+        if not self._streak.hopeless or self._others_deliver():
             await self._rest(self._abandoned.next_delay_s())
             return
         lost = (task for task in state.tasks.values() if task.phase is not TaskPhase.ACCEPTED and task.reason)
@@ -381,6 +381,11 @@ class Driver:
         self._streak = Streak()
         self._abandoned.reset()
         await self._until_stored(partial(self._it.pause_itself, reason))
+
+    def _others_deliver(self) -> bool:
+        """Whether the task can be done, and without those that failed: a few bad workers pause no run."""
+        others = self._it.fleet.live_trainers(self._it.clock(), self._streak.workers)
+        return self._streak.delivered and others >= self._settings.policy.needed_idle
 
     def _carry_on(self, ended: CurrentRound) -> list[Dropped]:
         """Open the next round at once if this one carries tasks on, for news of them may come any time."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from fedgrpc import claims
 from fedgrpc.rounds.events import LossCause, TaskPhase
-from fedgrpc.rounds.round import Round
+from fedgrpc.rounds.round import Round, RoundPhase
 from fedgrpc.rounds.task import Task
 
 KEPT = 16
@@ -225,7 +225,8 @@ class Trust:
     """How many of its last rounds in a row a worker held up, and until when it is doubted for that, seconds.
 
     A worker that held up two rounds in a row, and delivered in neither, is chosen only where there are too few
-    others, for a time that doubles with each further round. One delivery clears it.
+    others, for a time that doubles with each further round. One delivery clears it. Who gives its task back or is
+    refused holds up a round that is abandoned.
     """
 
     held_up: int = 0
@@ -239,7 +240,9 @@ class Trust:
         """Return the trust after a task of a round that has ended. Nobody holds up a round that had enough."""
         if task.phase is TaskPhase.ACCEPTED:
             return Trust()
-        if task.phase not in (TaskPhase.LATE, TaskPhase.EXPIRED) or round_.enough_reason:
+        late = task.phase in (TaskPhase.LATE, TaskPhase.EXPIRED)
+        failed = task.phase in (TaskPhase.FAILED, TaskPhase.REJECTED) and round_.phase is RoundPhase.ABANDONED
+        if not (late or failed) or round_.enough_reason:
             return self
         held_up = self.held_up + 1
         if held_up < _PATIENCE:

@@ -147,16 +147,27 @@ def abandon_cause(tasks: Iterable[Task]) -> AbandonCause:
 
 @dataclass(frozen=True)
 class Streak:
-    """How many rounds in a row were abandoned for one cause. Rounds that lacked workers do not count."""
+    """How many rounds in a row were abandoned for one cause, and `workers` that brought no update to them.
+
+    `delivered`: others did. Rounds that lacked workers do not count.
+    """
 
     cause: AbandonCause = AbandonCause.NONE
     count: int = 0
+    workers: frozenset[str] = frozenset()
+    delivered: bool = False
 
-    def after(self, cause: AbandonCause) -> Streak:
+    def after(self, round_: Round) -> Streak:
         """Return the streak after one more abandoned round."""
+        cause = round_.cause
         if cause not in (AbandonCause.FAILED, AbandonCause.TOO_SLOW, AbandonCause.UNUSABLE):
             return self
-        return Streak(cause, self.count + 1 if cause is self.cause else 1)
+        failed = {TaskPhase.FAILED, TaskPhase.REJECTED}
+        blamed = failed if cause is AbandonCause.FAILED else failed | {TaskPhase.LATE, TaskPhase.EXPIRED}
+        without = (task.worker for task in round_.tasks.values() if task.phase in blamed)
+        count = self.count + 1 if cause is self.cause else 1
+        delivered = self.delivered or round_.accepted_count > 0
+        return Streak(cause, count, self.workers.union(without), delivered)
 
     @property
     def hopeless(self) -> bool:

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+from contextlib import suppress
 
+import grpc
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -14,7 +16,7 @@ from fedgrpc.errors import UsageError
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from tests.federation.test_data_folder import fails_to_start
-from tests.support.hand_driven_device import MODEL, HandDrivenDevice, refused, update_of
+from tests.support.hand_driven_device import MODEL, PATIENCE_S, HandDrivenDevice, refused, update_of
 from tests.support.processes import aggregator_process
 from tests.support.running_federation import running_aggregator
 
@@ -280,6 +282,27 @@ async def test_a_run_pauses_itself_after_three_rounds_abandoned_for_one_reason_a
         device = HandDrivenDevice(running.stub, "a")
         await device.push(await device.task())
         await running.until_finished()
+
+
+async def test_workers_that_give_tasks_back_at_the_last_moment_pause_no_run_that_others_can_do(tmp_path):
+    policy = {"min_workers": 2, "quorum": 2, "max_participants": 2, "deadline_s": 1.5}
+    async with running_aggregator(tmp_path, rounds=1, policy=policy) as running, asyncio.timeout(PATIENCE_S):
+
+        async def take_part(name):
+            device = await running.device(name)
+            while (await running.run()).phase == pb.RUN_PHASE_RUNNING:
+                reply = await device.poll(wait_s=0.5)
+                if reply.HasField("task") and name.startswith("evil"):
+                    await asyncio.sleep(max(0.0, reply.task.time_left.ToMicroseconds() / 1e6 - 0.2))
+                    with suppress(grpc.aio.AioRpcError):
+                        await device.give_back(reply.task, "out of luck")
+                elif reply.HasField("task"):
+                    await asyncio.sleep(0.5)
+                    with suppress(grpc.aio.AioRpcError):
+                        await device.push(reply.task)
+
+        await asyncio.gather(*map(take_part, ("a", "b", "evil-1", "evil-2")))
+        assert (await running.run()).phase == pb.RUN_PHASE_FINISHED
 
 
 async def test_a_round_that_went_well_begins_the_count_anew(tmp_path):

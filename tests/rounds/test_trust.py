@@ -7,7 +7,7 @@ import pytest
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.history import Trust
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rounds.round import Round
+from fedgrpc.rounds.round import Round, RoundPhase
 from fedgrpc.rounds.task import Task
 
 POLICY = RoundPolicy(deadline_s=100.0)
@@ -55,6 +55,13 @@ def test_who_is_late_in_a_round_that_had_enough_held_up_nobody():
 @pytest.mark.parametrize("phase", [TaskPhase.FAILED, TaskPhase.REJECTED])
 def test_who_gave_its_task_back_or_was_refused_held_up_nobody(phase):
     assert after(*[ended(TaskPhase.ACCEPTED, phase)] * 5) == Trust()
+
+
+@pytest.mark.parametrize("phase", [TaskPhase.FAILED, TaskPhase.REJECTED])
+def test_who_gave_its_task_back_or_was_refused_held_up_a_round_that_was_abandoned(phase):
+    round_, task = ended(TaskPhase.ACCEPTED, phase)
+    abandoned = replace(round_, phase=RoundPhase.ABANDONED), task
+    assert after(abandoned, abandoned).doubted(1000.0)
 
 
 def test_who_vanished_held_up_the_round():
