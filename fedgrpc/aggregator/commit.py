@@ -100,7 +100,7 @@ class Commit:
     optimizer: ServerOptimizer
     updates: Sequence[tuple[str, float]]
     load: Load
-    spares: RecycledFiles | None = None
+    recycled: RecycledFiles | None = None
     parts: Mapping[str, KeptChannels | None] = field(default_factory=dict)
     merged: Mapping[str, float] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
@@ -126,7 +126,7 @@ class Commit:
         the updates make of the model is not finite.
         """
         state_layout = self.state_layout
-        with ModelWriter(model_path, self.base.layout, self.spares, about=self.about) as model:
+        with ModelWriter(model_path, self.base.layout, self.recycled, about=self.about) as model:
             if not state_layout:
                 for values, _ in self._stepped():
                     model.add(values)

@@ -35,7 +35,7 @@ from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import EncodeError, Exhausted, FedgrpcError, NotFound, StorageError, UsageError
 from fedgrpc.protocol.tensors import manifest_to_proto
-from fedgrpc.storage.files import RecycledFiles, make_private, sync
+from fedgrpc.storage.files import RecycledFiles, make_private, storage_errors, sync
 from fedgrpc.storage.model_file import ModelFile, ModelTensors
 from fedgrpc.submodels.channels import KeptChannels, SubModel
 from fedgrpc.v1.aggregator_pb2 import ModelHeader, PullModelResponse
@@ -178,11 +178,9 @@ class ModelStore:
 
     def versions(self) -> list[int]:
         """The versions whose files are here, in order. Raises `StorageError`."""
-        try:
+        with storage_errors(self._models, "read"):
             found = (_VERSION.match(path.name) for path in self._models.iterdir() if path.is_file())
             return sorted(int(match[1]) for match in found if match)
-        except OSError as error:
-            raise StorageError(f"cannot read {self._models}: {error.strerror}") from error
 
     def open(self, version: int) -> ModelFile:
         """Version `version`. Raises `NotFound`, and `StorageError` when its file is damaged."""
@@ -205,12 +203,11 @@ class ModelStore:
 
     def forget_optimizer_state(self) -> None:
         """Remove the state of a server optimizer: another one would read it wrong. Raises `StorageError`."""
-        try:
+        with storage_errors("the server optimizer's state", "remove"):
             for path in self._optimizer_states.iterdir():
                 path.unlink(missing_ok=True)
+            # Durable before the run goes on: after a power cut another optimizer would find it again.
             sync(self._optimizer_states)
-        except OSError as error:
-            raise StorageError(f"cannot remove the server optimizer's state: {error.strerror}") from error
 
     def check(self, version: int) -> None:
         """Raise `StorageError` unless a version, and what the server optimizer keeps, are as they were written.
@@ -397,7 +394,7 @@ class ModelStore:
         return pulling() is not None
 
     def _remove_files(self, keep: frozenset[int], models: frozenset[int], pulled: set[int]) -> None:
-        try:
+        with storage_errors("an old model", "remove"):
             # Those who have waited for `keep` hold the version before it.
             self._delta_bases.prune(keep | {min(keep) - 1})
             for folder in (self._models, self._optimizer_states, self._encoded_folder):
@@ -411,8 +408,6 @@ class ModelStore:
                         self.recycled.keep(path)
                     else:
                         path.unlink(missing_ok=True)
-        except OSError as error:
-            raise StorageError(f"cannot remove an old model: {error.strerror}") from error
 
 
 def _open(path: Path) -> ModelFile:
@@ -481,9 +476,7 @@ def _raw_manifest(model: ModelFile) -> Manifest:
 
 def _open_payload(path: Path, start: int, size_bytes: int) -> PayloadFile:
     """The file stays open, and so readable after it has been pruned. It has just been written, or checked."""
-    try:
+    with storage_errors(path, "read"):
         file = path.open("rb", buffering=0)
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}") from error
     payload = PayloadFile(file, start, size_bytes)
     return replace(payload, crc32=payload.computed_crc32())

@@ -23,7 +23,7 @@ from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import Array, Layout, TensorRole, TensorSpec
 from fedgrpc.codec.values import InParts, Part, flat, part_filled
 from fedgrpc.errors import LayoutError, StorageError
-from fedgrpc.storage.files import RecycledFiles, WrittenBack
+from fedgrpc.storage.files import RecycledFiles, WrittenBack, storage_errors
 
 _LENGTH: Final = struct.Struct("<Q")
 _MAX_ABOUT_BYTES: Final = 64 << 20
@@ -33,23 +33,23 @@ log = structlog.get_logger()
 
 
 class ResidualWriter:
-    """Writes the residual of `run` to `path`, tensor by tensor; the caller makes it durable."""
+    """Write the residual of `run` to `path`, tensor by tensor; the caller makes it durable."""
 
-    def __init__(self, path: Path, run: str, spares: RecycledFiles | None = None) -> None:
+    def __init__(self, path: Path, run: str, recycled: RecycledFiles | None = None) -> None:
         self._path = path
         self._run = run
-        self._spares = spares
+        self._recycled = recycled
         self._file: BinaryIO | None = None
         self._names: list[str] = []
         self._crc32 = 0
 
     @property
     def begun(self) -> bool:
-        """Whether it has a tensor."""
+        """Whether a tensor was added."""
         return bool(self._names)
 
     def add(self, name: str, array: Array) -> None:
-        """The next tensor, or the next part of the one in hand. Raises OSError."""
+        """Write the next tensor, or the next part of the last one. Raises OSError."""
         data = flat(array).view(np.uint8).data
         self._crc32 = crc32(data, self._crc32)
         self._opened().write(data)
@@ -57,7 +57,7 @@ class ResidualWriter:
             self._names.append(name)
 
     def finish(self, layout: Layout) -> None:
-        """What was added is whole, and of an update of that layout. Raises OSError."""
+        """Write what the arrays are, behind them: the residual of an update of that layout. Raises OSError."""
         about = {
             "run": self._run,
             "layout": [[spec.name, spec.dtype, list(spec.shape), spec.role] for spec in layout],
@@ -67,11 +67,12 @@ class ResidualWriter:
         text = json.dumps(about).encode()
         file = self._opened()
         file.write(text + _LENGTH.pack(len(text)))
+        # The length is looked for at the end: nothing of a recycled file may stand behind it.
         file.truncate()
         self.close()
 
     def close(self) -> None:
-        """What is not finished stays as it is, and means nothing."""
+        """Close the file; one that is not finished means nothing."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -79,13 +80,13 @@ class ResidualWriter:
     def _opened(self) -> BinaryIO:
         if self._file is None:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-            handle = self._spares.create(self._path) if self._spares else os.open(self._path, flags, 0o666)
+            handle = self._recycled.create(self._path) if self._recycled else os.open(self._path, flags, 0o666)
             self._file = BufferedWriter(WrittenBack(handle))
         return self._file
 
 
 def write_residual(path: Path, residual: Residual, run: str) -> None:
-    """Write a residual that is at hand. Raises OSError."""
+    """Write a whole residual. Raises OSError."""
     writer = ResidualWriter(path, run)
     try:
         for name, array in residual.tensors.items():
@@ -96,7 +97,7 @@ def write_residual(path: Path, residual: Residual, run: str) -> None:
 
 
 def read_residual(path: Path, run: str) -> Residual:
-    """The residual of `run` at `path`; empty where there is none, or none that can be used.
+    """Open the residual of `run` at `path`; empty where there is none, or none that can be used.
 
     Its CRC is checked here; tensors are read when asked for. Raises OSError when it cannot be read now.
     """
@@ -106,6 +107,7 @@ def read_residual(path: Path, run: str) -> Residual:
         return Residual()
     try:
         about, content_bytes = _read_about(file)
+        # An error that one run is owed is none of another's.
         if about["run"] != run:
             return Residual()
         layout: Layout = tuple(
@@ -124,7 +126,7 @@ def read_residual(path: Path, run: str) -> Residual:
 
 
 def _read_about(file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """What the file says of its arrays, and how many bytes they have."""
+    """Read what the file says of its arrays, and how many bytes they have. Raises ValueError."""
     size_bytes = os.fstat(file.fileno()).st_size
     start = size_bytes - _LENGTH.size
     if start < 0:
@@ -173,10 +175,8 @@ class _Stored(InParts):
     def _read(self, out: Array, offset: int) -> None:
         data, done = out.view(np.uint8).data, 0
         while done < len(data):
-            try:
+            with storage_errors("the residual", "read"):
                 count = os.preadv(self._file.fileno(), [data[done:]], offset + done)
-            except OSError as error:
-                raise StorageError(f"cannot read the residual: {error.strerror}") from error
             if not count:
                 raise StorageError("the residual has become shorter")
             done += count

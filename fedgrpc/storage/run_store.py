@@ -33,7 +33,7 @@ from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 _TASK_COLUMNS = "token, round, slot, worker, phase, reason, staleness, chosen, local_model, loss_cause"
 _KEEP_TASKS_OF_ROUNDS = 8
-# Tokens name files.
+# Tokens name files: one that a damaged row gives must not name another folder's.
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -64,7 +64,7 @@ class OpenRound:
 
 
 class RunStore(Database):
-    """What is remembered of one run. Every method may raise `StorageError`."""
+    """Records of one run in the database. Every method may raise `StorageError`."""
 
     def __init__(self, path: Path, keep_rounds: int = 1 << 62, *, read_only: bool = False) -> None:
         """Open the database at `path`; records of rounds older than the last `keep_rounds` are forgotten.
@@ -75,7 +75,7 @@ class RunStore(Database):
         self._keep_rounds = max(keep_rounds, _KEEP_TASKS_OF_ROUNDS)
 
     def run(self) -> tuple[str, str, int, str, float] | None:
-        """(id, name, phase, reason, start as wall time) of the run kept here, None for a fresh folder."""
+        """Read (id, name, phase, reason, start as wall time) of the run; None in a fresh folder."""
         row = self._one("SELECT id, name, phase, reason, started_at FROM run")
         with database_errors(self.path):
             if row is not None:
@@ -83,24 +83,24 @@ class RunStore(Database):
         return row
 
     def settings(self) -> dict[str, str]:
-        """The settings of the last start; none for a fresh folder."""
+        """Read the settings of the last start; none in a fresh folder."""
         return dict(self._all("SELECT name, value FROM settings"))
 
     def save_settings(self, settings: Mapping[str, str]) -> None:
-        """Keep the settings of this start."""
+        """Store the settings of this start."""
         with self._transaction():
             self._db.execute("DELETE FROM settings")
             self._db.executemany("INSERT INTO settings VALUES (?, ?)", settings.items())
 
     def paused_reason(self) -> str:
-        """Why the run kept here has paused itself; empty: it has not."""
+        """Read why the run has paused itself; empty: it has not."""
         row = self._one("SELECT paused_reason FROM run")
         return "" if row is None else str(row[0])
 
     def save_run(
         self, run_id: str, name: str, phase: int, reason: str, started_at: float, paused_reason: str = ""
     ) -> None:
-        """Keep the state of the run."""
+        """Store the state of the run."""
         with self._transaction():
             self._db.execute(
                 "INSERT OR REPLACE INTO run VALUES (1, ?, ?, ?, ?, ?, ?)",
@@ -109,7 +109,7 @@ class RunStore(Database):
         self._checkpoint()
 
     def workers(self) -> Iterator[tuple[RegisterRequest, WorkerHistory]]:
-        """Every worker, with what is remembered of it, in the order of registration: it decides the slots."""
+        """Read every worker with its history, in the order of registration, which decides the slots."""
         query = (
             "SELECT registration, COALESCE(history, x''), selected, accepted "
             "FROM workers LEFT JOIN histories ON worker = name ORDER BY workers.rowid"
@@ -121,11 +121,11 @@ class RunStore(Database):
             yield bounded_registration(about), history
 
     def sessions(self) -> dict[str, str]:
-        """The process that spoke last for each worker."""
+        """Read which process spoke last for each worker."""
         return dict(self._all("SELECT worker, session FROM sessions"))
 
     def save_worker(self, registration: RegisterRequest, session: str = "") -> None:
-        """Keep who a worker said it is, and which process said it."""
+        """Store what a worker said of itself, and which process said it."""
         blob = registration.SerializeToString()
         with self._transaction():
             self._db.execute(
@@ -136,24 +136,24 @@ class RunStore(Database):
             self._db.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?)", (registration.worker, session))
 
     def forget_workers(self, names: Iterable[str]) -> None:
-        """Remove workers, with all that is remembered of them."""
+        """Remove workers with all their rows."""
         with self._transaction():
             rows = [(name,) for name in names]
             for table, column in (("workers", "name"), ("sessions", "worker"), ("histories", "worker")):
                 self._db.executemany(f"DELETE FROM {table} WHERE {column} = ?", rows)
 
     def latest_version(self) -> Version | None:
-        """The newest committed version."""
+        """Read the newest committed version."""
         row = self._one("SELECT record FROM versions ORDER BY version DESC LIMIT 1")
-        return None if row is None else _version(row)
+        return None if row is None else self._version(row)
 
     def versions(self, numbers: Iterable[int]) -> list[Version]:
-        """Those of these versions that there ever were."""
+        """Read versions; numbers that never were one are left out."""
         rows = (self._one("SELECT record FROM versions WHERE version = ?", number) for number in numbers)
-        return [_version(row) for row in rows if row is not None]
+        return [self._version(row) for row in rows if row is not None]
 
     def save_version(self, version: Version) -> None:
-        """Keep a version that no round has written: the initial model."""
+        """Store a version that no round has written: the initial model."""
         with self._transaction():
             self._insert_version(version)
         self._checkpoint()
@@ -167,13 +167,13 @@ class RunStore(Database):
                 "INSERT OR REPLACE INTO rounds VALUES (?, 1, ?, ?, ?)",
                 (record.number, aim, deadline_at, record.SerializeToString()),
             )
-            # Carried tasks that were lost since are of no round any more.
+            # Rows that a former call wrote, of carried-over tasks that were lost since, must not come back.
             self._db.execute("DELETE FROM tasks WHERE round = ?", (record.number,))
             self._save_tasks(tasks)
             self._save_histories(selected)
 
     def save_deadline(self, record: RoundRecord, deadline_at: float) -> None:
-        """Keep that an open round ends at another time, wall time in seconds, and its record that says so."""
+        """Store a new end of an open round, wall time in seconds, and its record that says so."""
         with self._transaction():
             self._db.execute(
                 "UPDATE rounds SET deadline_at = ?, record = ? WHERE number = ? AND open = 1",
@@ -183,9 +183,9 @@ class RunStore(Database):
     def finish_round(
         self, record: RoundRecord, tasks: Iterable[TaskRow], histories: Histories, version: Version | None
     ) -> None:
-        """Close a round: its record, tasks, what it told of workers, the version it wrote; all or nothing.
+        """Store a closed round: its record, tasks, histories of workers, and the version it wrote; all or nothing.
 
-        Rows of the next round may be among the tasks, behind those of this one: the same tasks, carried on.
+        Rows of the next round may be among the tasks, behind those of this one: the same tasks, carried over.
         """
         with self._transaction():
             self._db.execute(
@@ -196,7 +196,7 @@ class RunStore(Database):
             if version is not None:
                 self._insert_version(version)
             self._db.execute("DELETE FROM tasks WHERE round <= ?", (record.number - _KEEP_TASKS_OF_ROUNDS,))
-            # The round that wrote the newest version is still given its scores.
+            # The round that wrote the newest version stays: scores of that version are still to come.
             self._db.execute(
                 "DELETE FROM rounds WHERE number <= ? AND open = 0 AND number <> "
                 "COALESCE((SELECT round FROM versions ORDER BY version DESC LIMIT 1), -1)",
@@ -208,7 +208,7 @@ class RunStore(Database):
     def drop_tasks(
         self, dropped: Iterable[tuple[str, int, TaskPhase, str, LossCause]], histories: Histories
     ) -> None:
-        """No further round takes these: (token, round it was of, phase, reason, cause)."""
+        """Store tasks that no further round takes: (token, round it belonged to, phase, reason, cause)."""
         with self._transaction():
             self._db.executemany(
                 "UPDATE tasks SET round = ?, phase = ?, reason = ?, loss_cause = ? WHERE token = ?",
@@ -228,9 +228,9 @@ class RunStore(Database):
         not_finite: Iterable[str] = (),
         jump: Jump = Jump.NONE,
     ) -> RoundRecord | None:
-        """Add scores of `version` to what is kept of it, and to the record of its round, if it has one.
+        """Add scores to `version`, and to the record of its round, if it has one.
 
-        One call: scores come from several tasks, and none may undo what another has written.
+        Read and write in one call: scores come from several tasks, and none may undo what another has written.
         """
         for known in self.versions([version]):
             metrics = {**known.metrics, **workers}
@@ -256,7 +256,7 @@ class RunStore(Database):
         return record
 
     def open_round(self) -> OpenRound | None:
-        """The round that was open when the last process ended."""
+        """Read the round that was open when the last process ended."""
         row = self._one("SELECT record, aim, deadline_at FROM rounds WHERE open = 1")
         if row is None:
             return None
@@ -264,19 +264,19 @@ class RunStore(Database):
         return OpenRound(record, row[1], row[2], tuple(self.tasks(record.number)))
 
     def tasks(self, number: int) -> list[TaskRow]:
-        """Tasks of a round, by slot; those of rounds long past are gone."""
+        """Read the tasks of a round, by slot; those of rounds long past are gone."""
         rows = self._all(f"SELECT {_TASK_COLUMNS} FROM tasks WHERE round = ? ORDER BY slot", number)
         with database_errors(self.path):
             return [_task_row(row) for row in rows]
 
     def task(self, token: str) -> TaskRow | None:
-        """The task of that token, if it is of one of the last rounds."""
+        """Read the task of a token, if one of the last rounds had it."""
         row = self._one(f"SELECT {_TASK_COLUMNS} FROM tasks WHERE token = ?", token)
         with database_errors(self.path):
             return None if row is None else _task_row(row)
 
     def round(self, number: int | None = None) -> RoundRecord | None:
-        """The record of that round; the latest finished one when no number is given."""
+        """Read the record of a round; of the latest finished one when no number is given."""
         if number is None:
             row = self._one("SELECT record FROM rounds WHERE open = 0 ORDER BY number DESC LIMIT 1")
         else:
@@ -284,7 +284,7 @@ class RunStore(Database):
         return None if row is None else self._record(row[0])
 
     def round_of_version(self, version: int) -> RoundRecord | None:
-        """The record of the round that wrote `version`; None for the initial model of a file."""
+        """Read the record of the round that wrote `version`; None for the initial model of a file."""
         row = self._one(
             "SELECT rounds.record FROM rounds JOIN versions ON number = versions.round WHERE version = ?",
             version,
@@ -292,7 +292,7 @@ class RunStore(Database):
         return None if row is None else self._record(row[0])
 
     def rounds(self, below: int, count: int, max_bytes: int = 1 << 62) -> tuple[list[RoundRecord], bool]:
-        """Finished rounds with a number below `below`, newest first, and whether there are more.
+        """Read finished rounds with a number below `below`, newest first, and whether there are more.
 
         Up to `count` of them, and no more than `max_bytes` together, but at least one.
         """
@@ -308,7 +308,7 @@ class RunStore(Database):
         return records, False
 
     def committed_rounds(self, max_bytes: int) -> Iterator[RoundRecord]:
-        """Committed rounds, newest first, until they are `max_bytes` together."""
+        """Read committed rounds, newest first, until they are `max_bytes` together."""
         query = "SELECT record FROM rounds WHERE open = 0 ORDER BY number DESC"
         size_bytes = 0
         with database_errors(self.path), closing(self._db.execute(query)) as cursor:
@@ -352,17 +352,17 @@ class RunStore(Database):
         with database_errors(self.path):
             return RoundRecord.FromString(blob)
 
+    def _version(self, row: Row) -> Version:
+        with database_errors(self.path):
+            return version_from_proto(ModelVersion.FromString(row[0]))
+
     def known_tokens(self) -> frozenset[str]:
-        """Tokens of all tasks that are remembered."""
+        """Read the tokens of all tasks."""
         return frozenset(token for (token,) in self._all("SELECT token FROM tasks"))
 
 
-def _version(row: Row) -> Version:
-    return version_from_proto(ModelVersion.FromString(row[0]))
-
-
 def _add(scores: MutableMapping[str, float], new: Mapping[str, float]) -> None:
-    """Add scores; where there is no more room, older ones go: names are the workers' word."""
+    """Add scores. Names are the workers' word, so their number is bounded: older ones make room."""
     kept = dict(islice({**new, **scores}.items(), claims.METRICS)) | dict(new)
     scores.clear()
     scores.update(kept)

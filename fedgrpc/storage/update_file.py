@@ -25,7 +25,7 @@ _PIECE = 1 << 15
 
 @dataclass(frozen=True)
 class StoredUpdate:
-    """A whole update on disk; its manifest has been validated."""
+    """An update on the disk, with a manifest that was validated."""
 
     path: Path
     header: UpdateHeader
@@ -40,12 +40,12 @@ class StoredUpdate:
             raise CorruptError(f"the update {self.path.name} has changed on the disk: its CRC does not match")
 
     def open(self, submit: Submit | None = None) -> UpdateFile:
-        """The update, open for reading; with `submit` as `PayloadReader` has it."""
+        """Open the update for reading; `submit` as in `PayloadReader`."""
         return UpdateFile(self, submit)
 
 
 class _PayloadBytes:
-    """The payload within the open file of a `StoredUpdate`."""
+    """Reads of the payload within the open file of a `StoredUpdate`."""
 
     def __init__(self, update: StoredUpdate) -> None:
         self._name = f"the update {update.path}"
@@ -56,7 +56,7 @@ class _PayloadBytes:
         self._ahead_at, self._ahead = 0, memoryview(b"")
 
     def fill(self, place: int, out: np.ndarray, first: int) -> None:
-        """Elements from number `first` on of the tensor that lies at `place`."""
+        """Fill `out` with elements of the tensor at `place` of the payload, from element `first` on."""
         data = out.view(np.uint8).data
         with storage_errors(self._name, "read"):
             size_bytes = os.preadv(self.file.fileno(), [data], self._start + place + first * out.itemsize)
@@ -68,7 +68,7 @@ class _PayloadBytes:
             return self._pread(offset, size)
         within = offset - self._ahead_at
         if within < 0 or within + size > len(self._ahead):
-            # Most tensors are small, and are asked for one after the other.
+            # Most tensors are small, and are asked for one after the other: read many of them at once.
             self._ahead_at, within = offset, 0
             self._ahead = self._pread(offset, min(_READ_BYTES, self._size_bytes - offset))
         return self._ahead[within : within + size]
@@ -81,13 +81,13 @@ class _PayloadBytes:
 
 
 class UpdateFile:
-    """A context manager around the open file of a `StoredUpdate`.
+    """A `StoredUpdate` open for reading; a context manager.
 
     Nothing here refers back to its owner: what was read of thousands of updates would wait for the collector.
     """
 
     def __init__(self, update: StoredUpdate, submit: Submit | None = None) -> None:
-        """Raises `StorageError`, as reading does."""
+        """Open the file. Raises `StorageError`, as reading does."""
         self._payload = _PayloadBytes(update)
         self.reader = PayloadReader(update.manifest, self._payload.read, valid=True, submit=submit)
         self._buffers: dict[str, np.ndarray] = {}
@@ -99,21 +99,21 @@ class UpdateFile:
         self.close()
 
     def close(self) -> None:
-        """No more reading."""
+        """Close the file."""
         self._payload.file.close()
 
     def pieces(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
-        """Every tensor in order, most of them flat in pieces that fit the cache, each good until the next."""
+        """Read every tensor in order, most of them flat in pieces that fit the cache, each good until the next."""
         for entry in self.reader.manifest.entries:
             yield from self._pieces_of(entry, entry.spec.size)
 
     def long_pieces(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
-        """The same, but that a piece goes on into the tensors behind its own where they can be read in one."""
+        """As `pieces`, but a piece reaches into the next tensors where they can be read in one."""
         for entry, size in self._runs():
             yield from self._pieces_of(entry, size)
 
     def bounds(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
-        """As `long_pieces`, but of quantized tensors only what none of their values exceeds."""
+        """As `long_pieces`, but of quantized tensors only bounds that none of their values exceeds."""
         for entry, size in self._runs():
             bounds = self.reader.bounds(entry.spec.name)
             if bounds is not None and np.isfinite(bounds).all():
@@ -122,7 +122,7 @@ class UpdateFile:
                 yield from self._pieces_of(entry, size)
 
     def _runs(self) -> Iterator[tuple[TensorEntry, int]]:
-        """Each tensor that those behind it can be read with, and how many elements they have together."""
+        """Group tensors that can be read in one: the first of each group, and the elements of all of it."""
         entries, together = self.reader.manifest.entries, neighbours(self.reader.manifest)
         at = 0
         while at < len(entries):
@@ -147,6 +147,6 @@ class UpdateFile:
             yield spec, piece
 
     def fill_from(self, name: str) -> Fill:
-        """What fills an array with elements of a tensor that is `in_pieces`."""
+        """Return a function that fills an array with elements of a tensor that is `in_pieces`."""
         place = self.reader.raw_place(name)
         return self.reader.fill_from(name) if place is None else partial(self._payload.fill, place)

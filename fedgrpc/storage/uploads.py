@@ -65,7 +65,7 @@ class UploadJournal:
     """The folder of updates."""
 
     def __init__(self, folder: Path, durable: bool = True) -> None:
-        """Accepted updates are `durable`, on the disk. Raises OSError."""
+        """Open the folder; `durable`: accepted updates survive a power cut. Raises OSError."""
         self._folder = folder
         self._durable = durable
         self._recycled = RecycledFiles(folder / "spare", _MAX_RECYCLED)
@@ -78,17 +78,17 @@ class UploadJournal:
             return Upload(part, header, manifest, self._recycled, self._durable)
 
     def committed_bytes(self, token: str) -> int:
-        """Payload bytes held of an upload in progress; 0 when none is. Raises `StorageError`."""
+        """Payload bytes committed of an upload in progress; 0 when none is. Raises `StorageError`."""
         with storage_errors("an upload", "read"):
             return committed_bytes(self._folder / f"{token}.part")
 
     def remember(self, token: str, update: StoredUpdate) -> None:
-        """Spare a few updates that were just sealed from being parsed again."""
+        """Keep a few updates that were just sealed, so that they need not be parsed again."""
         if len(self._sealed) < _MAX_REMEMBERED:
             self._sealed[token] = update
 
     def load(self, token: str) -> StoredUpdate | None:
-        """The accepted update of `token`, None where there is none.
+        """Open the accepted update of `token`; None where there is none.
 
         Raises `StorageError` when it cannot be read, and `CorruptError` when it is none.
         """
@@ -108,21 +108,21 @@ class UploadJournal:
         return StoredUpdate(path, header, manifest, payload_start)
 
     def accepted(self) -> frozenset[str]:
-        """Tokens of all accepted updates that are here. Raises `StorageError`."""
+        """Tokens of all accepted updates in the folder. Raises `StorageError`."""
         with storage_errors(self._folder):
             return frozenset(path.stem for path in self._folder.glob("*.update"))
 
     def discard(self, tokens: Iterable[str]) -> None:
-        """Remove whatever is held of these."""
+        """Remove uploads and updates of these tokens. Raises `StorageError`."""
         with storage_errors(self._folder):
             for token in tokens:
                 self._sealed.pop(token, None)
-                # An upload that nobody wants any more may still be writing to its part.
+                # Removed, not recycled: an upload that nobody wants any more may still be writing to its part.
                 (self._folder / f"{token}.part").unlink(missing_ok=True)
                 self._recycled.keep(self._folder / f"{token}.update")
 
     def keep_only(self, tokens: Iterable[str]) -> None:
-        """Remove what belongs to no task any more, left behind by a process that died."""
+        """Remove what belongs to no task any more, left by a process that died. Raises `StorageError`."""
         wanted = set(tokens)
         with storage_errors(self._folder):
             for path in self._folder.iterdir():

@@ -240,8 +240,8 @@ class ModelFolder:
             make_private(folder)
             sweep(folder)
             # Two sets of recycled files, since a difference is small and whole weights are large.
-            self._spares = RecycledFiles(folder / "spare", 1)
-            self._spare_differences = RecycledFiles(folder / "spare-differences", 1)
+            self._recycled = RecycledFiles(folder / "spare", 1)
+            self._recycled_differences = RecycledFiles(folder / "spare-differences", 1)
             self.has_partial = self._partial.exists()
         self.held = self._load_held()
 
@@ -283,7 +283,7 @@ class ModelFolder:
         with storage_errors(self._partial):
             if not offset:
                 self._start_partial(source, header)
-            recycled = self._spare_differences if header.base_version else self._spares
+            recycled = self._recycled_differences if header.base_version else self._recycled
             partial = PartialModel(self._partial, header, self._limits, recycled)
         if partial.size_bytes != offset:
             partial.close()
@@ -336,7 +336,7 @@ class ModelFolder:
         if old is not None:
             with storage_errors(old.folder):
                 if not old.in_use:
-                    self._spares.keep(old.folder / PAYLOAD)
+                    self._recycled.keep(old.folder / PAYLOAD)
                 remove_folder(old.folder)
         return self.held
 
@@ -351,7 +351,7 @@ class ModelFolder:
         with (self._partial / PAYLOAD).open("rb") as file:
             difference = PayloadReader(partial.manifest, file_reader(file.fileno()), self._limits)
             held = PayloadReader(base.manifest, buffer_reader(base.mapped().data))
-            with open(self._spares.create(merged / PAYLOAD), "wb") as payload:
+            with open(self._recycled.create(merged / PAYLOAD), "wb") as payload:
                 manifest, crc = _write_whole(Applied(held, difference), payload)
                 payload.truncate()
         if partial.header.HasField("held_crc32") and partial.header.held_crc32 != crc:
@@ -359,7 +359,7 @@ class ModelFolder:
         header = aggregator_pb2.ModelHeader(version=partial.header.version, manifest=manifest_to_proto(manifest))
         (merged / HEADER).write_bytes(header.SerializeToString(deterministic=True))
         _write_about(merged, _read_source(self._partial), Origin.of(partial.manifest), crc)
-        self._spare_differences.keep(self._partial / PAYLOAD)
+        self._recycled_differences.keep(self._partial / PAYLOAD)
         self.drop_partial()
         merged.rename(self._partial)
         self.has_partial = True

@@ -106,8 +106,8 @@ class Spool:
         with storage_errors(folder):
             make_private(folder)
             sweep(folder)
-            self._spares = RecycledFiles(folder / "spare", 1)
-            self._spare_residuals = RecycledFiles(folder / "spare-residuals", 1)
+            self._recycled = RecycledFiles(folder / "spare", 1)
+            self._recycled_residuals = RecycledFiles(folder / "spare-residuals", 1)
         # Updates that this process has written, or has read through.
         self._sound: set[Path] = set()
         self._unsynced = False
@@ -184,9 +184,9 @@ class Spool:
         unfinished, final = self._folder / f"{UNFINISHED}{number:08}", self._folder / f"{number:08}"
         with storage_errors(self._folder):
             empty_folder(unfinished)
-            left = ResidualWriter(unfinished / _RESIDUAL, task.run_id or task.run, self._spare_residuals)
+            left = ResidualWriter(unfinished / _RESIDUAL, task.run_id or task.run, self._recycled_residuals)
             try:
-                file = WrittenBack(self._spares.create(unfinished / _PAYLOAD))
+                file = WrittenBack(self._recycled.create(unfinished / _PAYLOAD))
                 with BufferedWriter(file, _BUFFER_BYTES) as payload:
                     header, layout = fill(payload, left.add)
                     about = header.SerializeToString(), task.SerializeToString()
@@ -210,7 +210,7 @@ class Spool:
         """Remove an update that the aggregator has. Its residual becomes the current one."""
         with storage_errors(update.folder):
             # First: a crash in between then repeats the acknowledgement, instead of losing the residual.
-            self._move_out(update.folder / _RESIDUAL, self._spare_residuals)
+            self._move_out(update.folder / _RESIDUAL, self._recycled_residuals)
             self._remove(update)
 
     def drop(self, update: SpooledUpdate) -> None:
@@ -221,21 +221,21 @@ class Spool:
     def _remove(self, update: SpooledUpdate) -> None:
         self._sound.discard(update.folder)
         self._keep_personal(update.folder)
-        self._spares.keep(update.folder / _PAYLOAD)
+        self._recycled.keep(update.folder / _PAYLOAD)
         remove_folder(update.folder)
 
     def _keep_personal(self, folder: Path) -> None:
         """Save the personal layers of an update before it is removed."""
         self._move_out(folder / _PERSONAL)
 
-    def _move_out(self, path: Path, spares: RecycledFiles | None = None) -> None:
+    def _move_out(self, path: Path, recycled: RecycledFiles | None = None) -> None:
         """Move a file of an update beside the updates, durably on return.
 
         After a failed sync the file is moved already: the next call then repeats only the sync.
         """
         if path.exists():
-            if spares is not None:
-                spares.keep(self._folder / path.name)
+            if recycled is not None:
+                recycled.keep(self._folder / path.name)
             self._unsynced = True
             path.replace(self._folder / path.name)
         if self._unsynced:

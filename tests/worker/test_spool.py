@@ -4,7 +4,6 @@ import os
 import shutil
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -12,26 +11,11 @@ from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.codec.values import part_of
 from fedgrpc.errors import EncodeError, StorageError
 from fedgrpc.protocol.tensors import manifest_to_proto
-from fedgrpc.storage.residual_file import ResidualWriter, read_residual, write_residual
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.spool import Spool
-
-
-def tensors(seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        "weight": rng.normal(size=(64, 8)).astype(np.float32),
-        "half": rng.normal(size=100).astype(ml_dtypes.bfloat16),
-        "bias": np.array(2.5, np.float64),
-        "none": np.zeros((0, 4), np.float32),
-    }
-
-
-def residual_of(arrays):
-    return Residual(layout_of(arrays), arrays)
+from tests.support.residuals import equal, residual_of, tensors
 
 
 def task(token="token", run="run"):
@@ -48,12 +32,6 @@ def fill(token="token", residual=None, size=1000):
         return header, None if residual is None else residual.layout
 
     return write
-
-
-def equal(left, right):
-    return left.layout == right.layout and all(
-        np.array_equal(left.tensors[name], right.tensors[name]) for name in left.tensors
-    )
 
 
 def test_an_update_is_found_again_after_a_restart_with_every_byte(tmp_path):
@@ -174,49 +152,6 @@ def test_a_folder_that_is_a_file_is_a_storage_error(tmp_path):
         Spool(tmp_path / "file")
 
 
-def test_a_residual_comes_back_bit_for_bit_in_every_dtype(tmp_path):
-    path = tmp_path / "residual"
-    write_residual(path, residual_of(tensors()), "run")
-    back = read_residual(path, "run")
-    assert equal(back, residual_of(tensors()))
-    assert all(array.flags.writeable for array in back.tensors.values())
-
-
-def test_a_damaged_residual_is_dropped_not_applied(tmp_path):
-    path = tmp_path / "residual"
-    write_residual(path, residual_of(tensors()), "run")
-    content = bytearray(path.read_bytes())
-    last, first = content[:-1] + bytes([content[-1] ^ 1]), bytes([content[0] ^ 1]) + content[1:]
-    text = b'{"run": "run"}'
-    for damaged in (
-        content[:-1],
-        last,
-        first,
-        content[1:],
-        b"",
-        b"\xff" * 8,
-        text + bytes([len(text)]) + bytes(7),
-    ):
-        path.write_bytes(bytes(damaged))
-        assert read_residual(path, "run") == Residual()
-
-
-def test_a_residual_may_be_written_and_read_in_parts(tmp_path):
-    array = np.random.default_rng(0).normal(size=(50, 2000)).astype(np.float32)
-    writer = ResidualWriter(tmp_path / "residual", "run")
-    for start in range(0, array.size, 32768):
-        writer.add("w", array.reshape(-1)[start : start + 32768])
-    writer.add("after", np.ones(3, np.float32))
-    layout = (*layout_of({"w": array}), *layout_of({"after": np.ones(3, np.float32)}))
-    writer.finish(layout)
-    stored = read_residual(tmp_path / "residual", "run").tensors
-    np.testing.assert_array_equal(stored["w"], array)
-    np.testing.assert_array_equal(stored["after"], np.ones(3))
-    part = part_of(stored, "w")
-    for start, stop in ((0, 10), (99_990, 100_000), (32768, 65536)):
-        np.testing.assert_array_equal(part(start, stop), array.reshape(-1)[start:stop])
-
-
 @pytest.mark.parametrize("restarted", ["never", "before the acknowledgement", "after it"])
 def test_a_residual_is_checked_before_it_is_applied(tmp_path, restarted):
     spool = Spool(tmp_path)
@@ -293,22 +228,6 @@ def test_a_sync_that_failed_is_made_up_for_before_an_update_goes(tmp_path, monke
     spool.acknowledge(update)
     assert not update.folder.exists()
     assert equal(spool.residual("run"), residual_of(tensors()))
-
-
-def test_the_residual_file_is_the_arrays_and_little_more(tmp_path):
-    path = tmp_path / "residual"
-    write_residual(path, residual_of(tensors()), "run")
-    content = path.read_bytes()
-    arrays = b"".join(array.tobytes() for array in tensors().values())
-    assert content.startswith(arrays)
-    assert len(content) < len(arrays) + 400
-
-
-def test_a_residual_file_that_tells_of_its_arrays_in_deep_nests_is_dropped(tmp_path):
-    path = tmp_path / "residual"
-    about = b"[" * 100_000
-    path.write_bytes(about + len(about).to_bytes(8, "little"))
-    assert not read_residual(path, "run").tensors
 
 
 @pytest.fixture
