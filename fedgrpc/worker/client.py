@@ -28,7 +28,8 @@ from fedgrpc.rpc.identity import Session
 from fedgrpc.rpc.status import MAX_RETRY_AFTER_S, domain_errors
 from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, tensor_pb2
 from fedgrpc.worker.device import DeviceProfile
-from fedgrpc.worker.model_store import HeldModel, ModelFolder, Source
+from fedgrpc.worker.held_model import HeldModel, Source
+from fedgrpc.worker.model_store import ModelFolder
 from fedgrpc.worker.partial import PartialModel
 from fedgrpc.worker.throttle import Pacer, Throttle
 

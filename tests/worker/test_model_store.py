@@ -21,7 +21,8 @@ from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import CorruptError, LayoutError, StorageError, TooLargeError
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.v1.aggregator_pb2 import ModelHeader
-from fedgrpc.worker.model_store import ModelFolder, Source
+from fedgrpc.worker.held_model import Source
+from fedgrpc.worker.model_store import ModelFolder
 
 
 def model(version):

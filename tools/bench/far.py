@@ -54,7 +54,8 @@ async def _exchange(port: int, width: int, folder: Path) -> tuple[float, float]:
     from fedgrpc.v1.aggregator_pb2 import UpdateHeader
     from fedgrpc.worker.client import AggregatorClient
     from fedgrpc.worker.device import detect
-    from fedgrpc.worker.model_store import ModelFolder, Source
+    from fedgrpc.worker.held_model import Source
+    from fedgrpc.worker.model_store import ModelFolder
 
     out = io.BytesIO()
     manifest = write_payload(initial_model(width), Recipe.parse("raw"), out, np.random.default_rng(0))
