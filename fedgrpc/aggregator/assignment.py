@@ -20,7 +20,7 @@ import structlog
 from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.local_models import LocalTask, Sizing
-from fedgrpc.aggregator.model_store import Downlink, Held, Slice
+from fedgrpc.aggregator.model_store import Downlink, Extent, Held
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.errors import UnusableUpdate
 from fedgrpc.protocol.records import prediction_to_proto
@@ -132,21 +132,24 @@ class TaskAssigner:
         sizes: dict[tuple[str, Downlink, Held | None], int] = {}
         for token, local in current.local_tasks.items():
             task = current.state.tasks.get(token)
-            if local.slice and (task is None or not task.carried):
+            if local.sub_model.name and (task is None or not task.carried):
                 name = new[token] if task is None else task.worker
                 held, downlink = self._it.fleet.get(name).held, self._downlink(current, token)
-                key = local.slice, downlink, held
+                key = local.sub_model.name, downlink, held
                 if key not in sizes:
-                    sizes[key] = await self._prepare_slice(current.base_version, local, downlink, held)
-                current.download_bytes[local.slice] = current.offered_bytes[name] = sizes[key]
+                    sizes[key] = await self._prepare_sub_model(current.base_version, local, downlink, held)
+                current.download_bytes[local.sub_model.name] = current.offered_bytes[name] = sizes[key]
 
-    async def _prepare_slice(self, version: int, local: LocalTask, downlink: Downlink, held: Held | None) -> int:
-        """The slice, or the difference to what is held of it; how many bytes that takes."""
+    async def _prepare_sub_model(
+        self, version: int, local: LocalTask, downlink: Downlink, held: Held | None
+    ) -> int:
+        """Encode the sub-model or its difference. Returns the bytes to download."""
         it = self._it
-        its = Slice(local.sub_model, await asyncio.to_thread(it.local_models.selection, local.sub_model, version))
-        if held is not None and held[0] == version and it.models.holds(held, its):
+        kept_channels = await asyncio.to_thread(it.local_models.kept_channels, local.sub_model, version)
+        extent = Extent(local.sub_model, kept_channels)
+        if held is not None and held[0] == version and it.models.holds(held, extent):
             return 0
-        encoded = await it.models.offered(version, held, downlink, its)
+        encoded = await it.models.offered(version, held, downlink, extent)
         return encoded.manifest.size_bytes
 
     def _downlink(self, current: CurrentRound, token: str) -> Downlink:

@@ -1,7 +1,7 @@
-"""Which part of the model each worker trains, and how: plans by device class, and the model's channels.
+"""Local models of the workers: plans by device class, and the model's channels.
 
-The rule: what a worker was given is in the round's record before it is offered, so that its update is held
-against that, whoever restarts in between. The channels are a worker's word, checked against the model and kept.
+The rule: a worker's local model is in the round's record before the task is offered, so that its update is checked
+against that even after a restart. The channels are a claim of a worker, checked against the model and stored.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from fedgrpc.v1 import round_pb2, tensor_pb2
 
 log = structlog.get_logger()
 
-_MAX_SELECTIONS = 64
+_MOST_SUB_MODELS = 64
 _KEPT = 16
 
 
 @dataclass(frozen=True)
 class Sizing:
-    """What plans are sized by: the model's layout, bytes of its payload, seconds of a round, recipe of updates."""
+    """Inputs to the size of a plan: layout, bytes of the payload, seconds of a round, recipe of updates."""
 
     layout: Layout
     download_bytes: int
@@ -63,12 +63,12 @@ class Sizing:
 
     @property
     def download_bits(self) -> float:
-        """On the wire, for each element of the model."""
+        """Bits on the wire for each element of the model."""
         return 8 * self.download_bytes / max(1, sum(spec.size for spec in self.layout))
 
     @property
     def upload_bits(self) -> float:
-        """What to expect for each element of an update while none has come."""
+        """Bits to expect for each element of an update until one has come."""
         if not self.upload_recipe:
             return self.download_bits
         elements = sum(spec.size for spec in self.layout)
@@ -77,7 +77,7 @@ class Sizing:
 
 @dataclass(frozen=True)
 class LocalTask:
-    """What one worker makes of the model in one round."""
+    """Local model of one worker in one round."""
 
     plan: LocalModelPlan = field(default_factory=LocalModelPlan)
     sub_model: SubModel = field(default_factory=SubModel)
@@ -87,30 +87,27 @@ class LocalTask:
         """Whether it trains the whole model as it is."""
         return self.plan.plain and self.sub_model.whole
 
-    @cached_property
-    def slice(self) -> str:
-        """The sub-model as it is on the wire; "" is the whole model."""
-        return "" if self.sub_model.whole else str(self.sub_model)
-
     def to_proto(self) -> round_pb2.LocalModel:
-        """As the worker is told, and the record keeps it."""
+        """Return the message for the worker and the record."""
         return local_model_to_proto(self.plan, self.sub_model)
 
     def to_bytes(self) -> bytes:
-        """As the database keeps it."""
+        """Return the bytes for the database."""
         return self.to_proto().SerializeToString() if not self.plain else b""
 
     @classmethod
     def from_proto(cls, message: round_pb2.LocalModel) -> LocalTask:
-        """As a record kept it."""
+        """Return the local task of a message."""
         return cls(*local_model_from_proto(message))
 
-    def check_layout(self, model: Sequence[TensorLike], update: Layout, selection: KeptChannels | None) -> None:
-        """Raises `UpdateRefused` unless these are the tensors of an update from this task."""
+    def check_layout(
+        self, model: Sequence[TensorLike], update: Layout, kept_channels: KeptChannels | None
+    ) -> None:
+        """Check that these are the tensors of an update from this task. Raises `UpdateRefused`."""
         partial_update.check_layout(
             model,
             update,
-            selection,
+            kept_channels,
             masked=self.plan.pruning is not None,
             clustered=self.plan.clustering is not None,
             personal=self.plan.is_personal,
@@ -125,30 +122,30 @@ class LocalModels:
         self._models = models
         self._path = path
         self._histories: dict[str, deque[Observation]] = {}
-        self._kept_channels = lru_cache(_MAX_SELECTIONS)(self._select)
+        self._kept_channels = lru_cache(_MOST_SUB_MODELS)(self._select)
         self._elements: dict[LocalModelPlan, PlanElements] = {}
         self._channels = self._read()
 
     def use(self, plans: PlanTable) -> None:
-        """Give out these plans from now on."""
+        """Use these plans from now on."""
         self._plans = plans
 
     def to_proto(self) -> round_pb2.LocalModels | None:
-        """The plans for an aggregator below; None where every device trains the model as it is."""
+        """Return the plans for a leaf; None if every device trains the model as it is."""
         return None if self._plans.trivial else plan_table_to_proto(self._plans)
 
     @property
     def channels(self) -> tensor_pb2.ChannelMap | None:
-        """The channels of the model, as they travel; None while nobody has told them."""
+        """Message of the model's channels; None until a worker has sent them."""
         return None if self._channels is None else channels_to_proto(self._channels)
 
     @property
     def wants_channels(self) -> bool:
-        """Whether some plan is of a narrower model, whose channels nobody has told yet."""
+        """Whether some plan needs the channels, and no worker has sent them yet."""
         return self._channels is None and any(plan.width < 1 for plan in self._plans.plans)
 
     def task_of(self, worker: Worker, sizing: Sizing, round_number: int) -> tuple[LocalTask, Choice]:
-        """What a worker trains, and what to expect of it; the whole width until the channels are known."""
+        """Choose a worker's local model and predict its cost. Without known channels it has the whole width."""
         choice = self._choice(worker, sizing)
         sub_model = SubModel() if self._channels is None else choice.plan.sub_model(round_number)
         return LocalTask(choice.plan, sub_model), choice
@@ -180,9 +177,9 @@ class LocalModels:
         return choice
 
     def _elements_of(self, plan: LocalModelPlan, layout: Layout) -> PlanElements:
-        """The same for every worker with this plan, and a fleet has thousands."""
+        """Count a plan's elements once for all workers with the plan."""
         if plan not in self._elements:
-            if len(self._elements) >= _MAX_SELECTIONS:
+            if len(self._elements) >= _MOST_SUB_MODELS:
                 self._elements.clear()
             self._elements[plan] = elements_of(
                 plan, {tensor.name: tensor.shape for tensor in layout}, self._channels
@@ -190,7 +187,7 @@ class LocalModels:
         return self._elements[plan]
 
     def observe(self, record: round_pb2.Round, layout: Layout) -> None:
-        """Learn from a committed round what its tasks cost, and say how far the predictions were off."""
+        """Learn from a committed round what its tasks cost, and log the errors of the predictions."""
         for task in filter(tells_cost, record.tasks):
             if (seen := self._observation(task, layout)) is None:
                 continue
@@ -201,7 +198,7 @@ class LocalModels:
                 tell("prediction checked", round=record.number, worker=task.worker, relative_errors=shown)
 
     def recall(self, records: Iterable[round_pb2.Round], layout: Layout, workers: Iterable[str]) -> None:
-        """Learn from the rounds of a former process, newest first, until all is known of these workers."""
+        """Learn from the rounds of a former process, newest first, until these workers' histories are full."""
         lacking = set(workers)
         for record in records:
             for task in filter(tells_cost, record.tasks):
@@ -214,7 +211,7 @@ class LocalModels:
                 return
 
     def _observation(self, task: round_pb2.TaskRecord, layout: Layout) -> Observation | None:
-        """What the task cost; None where its record makes no sense."""
+        """Return what the task cost; None if its record cannot be true."""
         try:
             with blaming(task.worker):
                 plan = local_model_plan_from_proto(task.local_model)
@@ -223,8 +220,8 @@ class LocalModels:
             log.warning("nothing learned of a task", worker=task.worker, reason=str(error))
             return None
 
-    def selection(self, sub_model: SubModel, version: int) -> KeptChannels | None:
-        """The slice's coverage of every tensor; None for the whole model.
+    def kept_channels(self, sub_model: SubModel, version: int) -> KeptChannels | None:
+        """Return the channels of a sub-model; None for the whole model.
 
         Raises `NotFound` while the channels are not known, and for a version that is not there.
         """
@@ -240,7 +237,7 @@ class LocalModels:
         return self._channels.select(sub_model, None if version is None else self._models.tensors(version))
 
     def learn(self, message: tensor_pb2.ChannelMap, layout: Layout) -> None:
-        """Keep the channels of the model, if they fit it and none are known. Raises `StorageError`."""
+        """Store the channels of the model if they fit it and none are known. Raises `StorageError`."""
         if self._channels is not None:
             return
         channel_map = channels_from_proto(message)
@@ -251,12 +248,12 @@ class LocalModels:
             return
         self._write(channel_map)
         if not channel_map.groups and self.wants_channels:
-            log.warning("the model has no channels to slice: every device trains all of it")
+            log.warning("no channels of the model can be left out, so every device trains all of it")
         self._channels = channel_map
         self._elements.clear()
 
     def forget(self) -> None:
-        """The model, and so its channels, are another's from now on. Raises `StorageError`."""
+        """Forget the channels, because the run has a new model. Raises `StorageError`."""
         with storage_errors("the model's channels", "remove"):
             self._path.unlink(missing_ok=True)
         self._channels = None

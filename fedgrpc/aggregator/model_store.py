@@ -70,29 +70,29 @@ class Downlink:
 
 
 @dataclass(frozen=True)
-class Slice:
-    """What a sub-model has of a version; the default is all of it."""
+class Extent:
+    """Extent of a payload: a sub-model of a version, or by default the whole model."""
 
     sub_model: SubModel = field(default_factory=SubModel)
-    selection: KeptChannels | None = None
+    kept_channels: KeptChannels | None = None
 
     @property
     def name(self) -> str:
-        """As it is on the wire; "" is the whole model."""
-        return "" if self.sub_model.whole else str(self.sub_model)
+        """Name of the sub-model."""
+        return self.sub_model.name
 
     def layout(self, model: Layout) -> Layout:
-        """The tensors that it has of a model of that layout."""
-        shapes = partial_update.sub_layout(model, self.selection)
+        """Return the layout of the payload for a model of that layout."""
+        shapes = partial_update.sub_layout(model, self.kept_channels)
         return tuple(replace(spec, shape=shapes[spec.name]) for spec in model)
 
     def of(self, model: ModelFile) -> Mapping[str, Array]:
-        """Its tensors, each read and cut out when it is asked for."""
+        """Return the tensors of the payload, each read and cut out on access."""
         tensors = ModelTensors(model)
-        return tensors if self.selection is None else _Sliced(tensors, self.selection)
+        return tensors if self.kept_channels is None else _CutTensors(tensors, self.kept_channels)
 
 
-WHOLE = Slice()
+WHOLE = Extent()
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Variant:
 
     version: int
     recipe: Recipe
-    slice_name: str = ""
+    sub_model_name: str = ""
     base: Held | None = None
     whole: Recipe | None = None
     kept: bool = False
@@ -227,21 +227,21 @@ class ModelStore:
         version: int,
         recipe: Recipe,
         max_foreign: int | None = None,
-        its: Slice = WHOLE,
+        extent: Extent = WHOLE,
     ) -> EncodedModel:
-        """`version`, or a slice of it, in `recipe`; made once for all who ask.
+        """`version`, or a sub-model of it, in `recipe`; made once for all who ask.
 
         Raises `NotFound`, `StorageError`, and `Exhausted` when `max_foreign` others are kept that no worker is
         told to pull.
         """
-        variant = Variant(version, recipe, its.name)
+        variant = Variant(version, recipe, extent.name)
         if variant not in self._made and max_foreign is not None and self._foreign_count(version) >= max_foreign:
             raise Exhausted(f"model version {version} is already kept in {max_foreign} other recipes")
-        return await self._encoded(variant, its)
+        return await self._encoded(variant, extent)
 
-    async def _encoded(self, variant: Variant, its: Slice) -> EncodedModel:
+    async def _encoded(self, variant: Variant, extent: Extent) -> EncodedModel:
         if variant not in self._made:
-            encoding = self.in_encoder(self._encode, self.open(variant.version), variant, its)
+            encoding = self.in_encoder(self._encode, self.open(variant.version), variant, extent)
             self._made[variant] = asyncio.create_task(encoding)
         return await self._wait_for(variant)
 
@@ -251,42 +251,42 @@ class ModelStore:
         return sum(
             variant.version == version
             and not (variant.kept or variant.base is not None)
-            and not (variant.recipe in own and not variant.slice_name)
+            and not (variant.recipe in own and not variant.sub_model_name)
             for variant in self._made
         )
 
-    async def _whole(self, version: int, downlink: Downlink, its: Slice) -> EncodedModel:
+    async def _whole(self, version: int, downlink: Downlink, extent: Extent) -> EncodedModel:
         """No difference; what it makes its receivers hold is kept where a difference to that may follow."""
-        kept = downlink.difference is not None and not its.sub_model.moves
-        return await self._encoded(Variant(version, downlink.whole, its.name, kept=kept), its)
+        kept = downlink.difference is not None and not extent.sub_model.moves
+        return await self._encoded(Variant(version, downlink.whole, extent.name, kept=kept), extent)
 
     async def offered(
-        self, version: int, held: Held | None = None, downlink: Downlink | None = None, its: Slice = WHOLE
+        self, version: int, held: Held | None = None, downlink: Downlink | None = None, extent: Extent = WHOLE
     ) -> EncodedModel:
-        """`version`, or a slice of it, for a worker that holds `held` of it: the difference to that, or no
-        difference where that is not known, the difference would be larger, or the slice's channels move.
+        """`version`, or a sub-model of it, for a worker that holds `held` of it: the difference to that, or no
+        difference where that is not known, the difference would be larger, or the sub-model's channels move.
 
         Whatever recipe made what is held: the difference is to that. Each is made once for all who ask with the
         same `downlink` (None: the usual one). Raises as `encoded`.
         """
         downlink = downlink or self._downlinks[0]
         recipe = downlink.difference
-        if held is None or recipe is None or held[0] >= version or not self.holds(held, its):
-            return await self._whole(version, downlink, its)
-        variant = Variant(version, recipe, its.name, base=held, whole=downlink.whole)
+        if held is None or recipe is None or held[0] >= version or not self.holds(held, extent):
+            return await self._whole(version, downlink, extent)
+        variant = Variant(version, recipe, extent.name, base=held, whole=downlink.whole)
         if variant not in self._made:
-            if self._difference_count(version, its) >= self._max_differences:
-                return await self._whole(version, downlink, its)
-            self._made[variant] = asyncio.create_task(self._difference(variant, downlink, its))
+            if self._difference_count(version, extent) >= self._max_differences:
+                return await self._whole(version, downlink, extent)
+            self._made[variant] = asyncio.create_task(self._difference(variant, downlink, extent))
         return await self._wait_for(variant)
 
-    def _difference_count(self, version: int, its: Slice) -> int:
-        alike = (made for made in self._made if made.version == version and made.slice_name == its.name)
+    def _difference_count(self, version: int, extent: Extent) -> int:
+        alike = (made for made in self._made if made.version == version and made.sub_model_name == extent.name)
         return sum(made.base is not None for made in alike)
 
-    def holds(self, held: Held, its: Slice = WHOLE) -> bool:
+    def holds(self, held: Held, extent: Extent = WHOLE) -> bool:
         """Whether `held` is a delta base of this aggregator, so that a difference to it can be made."""
-        return self._delta_bases.knows((*held, its.name))
+        return self._delta_bases.knows((*held, extent.name))
 
     async def _wait_for(self, variant: Variant) -> EncodedModel:
         """A variant once it is made. One that has changed on the disk is forgotten, to be made anew."""
@@ -309,41 +309,41 @@ class ModelStore:
             log.error("encoded model has changed on the disk", version=variant.version, recipe=str(variant.recipe))
             raise StorageError(f"a payload of version {variant.version} has changed on the disk; ask again")
 
-    async def _difference(self, variant: Variant, downlink: Downlink, its: Slice) -> EncodedModel:
+    async def _difference(self, variant: Variant, downlink: Downlink, extent: Extent) -> EncodedModel:
         version = variant.version
         try:
-            made = await self.in_encoder(self._encode_difference, self.open(version), variant, its)
+            made = await self.in_encoder(self._encode_difference, self.open(version), variant, extent)
         except EncodeError as error:
             log.warning("model sent whole", version=version, recipe=str(variant.recipe), reason=str(error))
             made = None
-        whole_bytes = self._whole_bytes.get((downlink.whole, its.name))
+        whole_bytes = self._whole_bytes.get((downlink.whole, extent.name))
         if made is not None and (whole_bytes is None or made.manifest.size_bytes <= _SLACK * whole_bytes):
             return made
         if made is not None:
-            await asyncio.to_thread(self._delta_bases.drop, (version, made.manifest.sha256, its.name))
-        return await self._whole(version, downlink, its)
+            await asyncio.to_thread(self._delta_bases.drop, (version, made.manifest.sha256, extent.name))
+        return await self._whole(version, downlink, extent)
 
-    def _encode_difference(self, model: ModelFile, variant: Variant, its: Slice) -> EncodedModel | None:
+    def _encode_difference(self, model: ModelFile, variant: Variant, extent: Extent) -> EncodedModel | None:
         """None where the base is not there any more, or of another layout."""
         version, held = variant.version, variant.base
         assert held is not None
         _check(model)
-        with self._delta_bases.reading((*held, its.name)) as base:
-            if base is None or base.layout != its.layout(model.layout):
+        with self._delta_bases.reading((*held, extent.name)) as base:
+            if base is None or base.layout != extent.layout(model.layout):
                 return None
             rng = np.random.default_rng([version, *held[1]])
             with self._payload_file(version) as file:
                 recipe = variant.recipe.for_layout(model.layout)
-                source = PayloadSource(version, base.layout, its.of(model), ModelTensors(base), its.name)
+                source = PayloadSource(version, base.layout, extent.of(model), ModelTensors(base), extent.name)
                 manifest = self._delta_bases.write(source, recipe, file, rng)
-        crc = self._delta_bases.crc32((version, manifest.sha256, its.name))
+        crc = self._delta_bases.crc32((version, manifest.sha256, extent.name))
         payload = _open_payload(Path(file.name), 0, manifest.size_bytes)
         return EncodedModel(version, manifest, payload, held[0], crc)
 
-    def _encode(self, model: ModelFile, variant: Variant, its: Slice) -> EncodedModel:
+    def _encode(self, model: ModelFile, variant: Variant, extent: Extent) -> EncodedModel:
         version, recipe = variant.version, variant.recipe
         if (
-            its.selection is None
+            extent.kept_channels is None
             and not variant.kept
             and _is_raw(recipe, model.layout)
             and model.tensors_sha256 is not None
@@ -356,10 +356,10 @@ class ModelStore:
         _check(model)
         with self._payload_file(version) as file:
             named = recipe.for_layout(model.layout)
-            source = PayloadSource(version, its.layout(model.layout), its.of(model), None, its.name)
+            source = PayloadSource(version, extent.layout(model.layout), extent.of(model), None, extent.name)
             manifest = _write(source, named, file, self._delta_bases if variant.kept else None)
         if variant.kept:
-            self._whole_bytes[recipe, its.name] = manifest.size_bytes
+            self._whole_bytes[recipe, extent.name] = manifest.size_bytes
         return EncodedModel(version, manifest, _open_payload(Path(file.name), 0, manifest.size_bytes))
 
     @contextmanager
@@ -443,12 +443,12 @@ def _write(source: PayloadSource, recipe: Recipe, file: BinaryIO, delta_bases: D
     return write(Recipe(Raw(), compression=recipe.compression))
 
 
-class _Sliced(Mapping[str, Array]):
+class _CutTensors(Mapping[str, Array]):
     """A sub-model's tensors by name, each cut out when it is asked for."""
 
-    def __init__(self, tensors: Mapping[str, Array], selection: KeptChannels) -> None:
+    def __init__(self, tensors: Mapping[str, Array], kept_channels: KeptChannels) -> None:
         self._tensors = tensors
-        self._selection = selection
+        self._selection = kept_channels
 
     def __getitem__(self, name: str) -> Array:
         tensor = self._tensors[name]

@@ -212,10 +212,10 @@ class NewVersion:
 
 
 def parts_of(it: Coordinator, current: CurrentRound, tokens: Iterable[str]) -> dict[str, KeptChannels | None]:
-    """The slices of the updates that are of a part of the model. Raises as `LocalModels.selection`."""
+    """Return the channels of the updates of sub-models, by token. Raises as `LocalModels.kept_channels`."""
     local_tasks = {token: current.local_task(token) for token in tokens}
     return {
-        token: it.local_models.selection(local.sub_model, current.version_of(token))
+        token: it.local_models.kept_channels(local.sub_model, current.version_of(token))
         for token, local in local_tasks.items()
         if not local.plain
     }

@@ -279,7 +279,7 @@ class Receiver:
         elif local.plain:
             check_layout(it.run.layout, manifest.layout)
         else:
-            selection = it.local_models.selection(local.sub_model, it.current.version_of(token))
+            selection = it.local_models.kept_channels(local.sub_model, it.current.version_of(token))
             local.check_layout(it.run.layout, manifest.layout, selection)
 
     @asynccontextmanager
@@ -408,7 +408,7 @@ class Receiver:
                 _check_plain(update, it.settings.admission)
                 check_variances((spec, read(spec.name)) for spec in variances if spec.name in names)
             else:
-                selection = it.local_models.selection(local.sub_model, current.version_of(header.token))
+                selection = it.local_models.kept_channels(local.sub_model, current.version_of(header.token))
                 check_values(unpack_all(layout, names, read, selection), it.settings.admission)
                 check_variances(unpack_all(variances, names, read, selection))
 

@@ -101,8 +101,8 @@ class Report:
 class CurrentRound:
     """The round in progress: its pure state, and what the shell knows of it. `started_at` is wall time, seconds.
 
-    `download_bytes` are by slice ("" is the whole model), `offered_bytes` by worker, `local_tasks`, `predictions`
-    and `recipes` (of download and upload) by token.
+    `download_bytes` are by sub-model ("" is the whole model), `offered_bytes` by worker. `local_tasks`,
+    `predictions` and `recipes` (of download and upload) are by token.
     `due_at`, by the clock of `state`: until when an aggregator above waits; None: there is none. `earlier_s`: how
     long the round was open in former processes, by the wall clock, which alone outlives one.
     """
@@ -137,7 +137,7 @@ class CurrentRound:
 
     def pulled_bytes(self, token: str) -> int:
         """Bytes of the model that the worker of a task is to pull."""
-        usual_bytes = self.download_bytes.get(self.local_task(token).slice, 0)
+        usual_bytes = self.download_bytes.get(self.local_task(token).sub_model.name, 0)
         return self.offered_bytes.get(self.state.tasks[token].worker, usual_bytes)
 
     def version_of(self, token: str) -> int:

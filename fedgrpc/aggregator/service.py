@@ -15,7 +15,7 @@ from fedgrpc import __version__
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.histories import tell_history, upload_reserve_s
-from fedgrpc.aggregator.model_store import WHOLE, Downlink, Slice
+from fedgrpc.aggregator.model_store import WHOLE, Downlink, Extent
 from fedgrpc.aggregator.negotiation import RAW, full_text, link_of
 from fedgrpc.aggregator.pages import MAX_PAGE_BYTES, fitting, page_of
 from fedgrpc.aggregator.receiver import Receiver
@@ -36,7 +36,7 @@ from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2, tensor_pb2
 
 _MAX_PAGE = 1000
-# Raw whole models, and slices that nobody is told to pull.
+# Raw whole models, and sub-models that no task names.
 _MAX_FOREIGN = 8
 _AROUND_CHUNK_BYTES = 64 << 10
 _MAX_ROUND = (1 << 63) - 1
@@ -144,7 +144,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         downlink = self._downlink(request.recipe)
         given = downlink is not None and self._is_given(request.sub_model)
         base = (request.base_version, _digest(request.base_sha256))
-        its = await self._slice(request.sub_model, version)
+        its = await self._extent(request.sub_model, version)
         if given and request.base_version == version and self._it.models.holds(base, its):
             header = pb.ModelHeader(
                 version=version, base_version=version, manifest=manifest_to_proto(Manifest.of_nothing())
@@ -180,18 +180,18 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             return negotiation.downlinks[0]
         raise UsageError(f"models of this run do not come as {text[:80]!r}; pull with the task's download_recipe")
 
-    async def _slice(self, text: str, version: int) -> Slice:
+    async def _extent(self, text: str, version: int) -> Extent:
         sub_model = parse_sub_model(text)
         if sub_model.whole:
             return WHOLE
-        return Slice(
-            sub_model, await self._it.models.in_encoder(self._it.local_models.selection, sub_model, version)
+        return Extent(
+            sub_model, await self._it.models.in_encoder(self._it.local_models.kept_channels, sub_model, version)
         )
 
     def _is_given(self, sub_model: str) -> bool:
-        """Whether workers are asked to pull this slice."""
+        """Whether workers are asked to pull this sub-model."""
         given = self._it.current.local_tasks.values() if self._it.current is not None else ()
-        return not sub_model or any(task.slice == sub_model for task in given)
+        return not sub_model or any(task.sub_model.name == sub_model for task in given)
 
     async def Heartbeat(
         self, request: pb.HeartbeatRequest, context: grpc.aio.ServicerContext

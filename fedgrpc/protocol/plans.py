@@ -43,7 +43,7 @@ def training_plan_from_proto(message: round_pb2.TrainingPlan) -> TrainingPlan:
 def local_model_to_proto(plan: LocalModelPlan, sub_model: SubModel) -> round_pb2.LocalModel:
     """Return the message of a device's local model."""
     message = round_pb2.LocalModel(
-        sub_model="" if sub_model.whole else str(sub_model),
+        sub_model=sub_model.name,
         personal_layers=plan.personal_layers,
         nested_widths=plan.nested,
     )

@@ -75,6 +75,11 @@ class SubModel:
         return self.width == 1.0
 
     @property
+    def name(self) -> str:
+        """Name on the wire and in records; "" is the whole model."""
+        return "" if self.whole else str(self)
+
+    @property
     def moves(self) -> bool:
         """Whether the channels may change from round to round."""
         return self.rule != "prefix" and not self.whole
