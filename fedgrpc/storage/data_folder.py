@@ -1,4 +1,4 @@
-"""Whether the data folder works: said once in the log when something fails, and again when it mends.
+"""Health of the data folder: logged once when something fails, and again when it works.
 
 The rule: as long as rounds or updates cannot be stored the aggregator does not serve, and says so in its health.
 Old files that cannot be removed hold nothing up.
@@ -20,7 +20,7 @@ class Use(Enum):
 
 
 class DataFolder:
-    """The state of one data folder. `changed` is called when it begins to fail, and when it works again."""
+    """Health of one data folder. `changed` is called when it begins to fail, and when it works again."""
 
     def __init__(self, log: Any, changed: Callable[[], None]) -> None:
         self._log = log
@@ -29,19 +29,20 @@ class DataFolder:
 
     @property
     def healthy(self) -> bool:
-        """Whether rounds and updates can be stored, as far as the last try of each says."""
+        """Whether the last attempts to store rounds and updates have worked."""
         return not self._failing.keys() - {Use.OLD_FILES}
 
     def failed(self, use: Use, error: Exception) -> None:
-        """It did not work just now. Who tries again and again for the same reason is heard once."""
+        """Note a failure."""
         reason = str(error)
+        # Hundreds of workers may try again every second on a full disk: the same reason is logged once.
         if self._failing.get(use) != reason:
             self._failing[use] = reason
             self._log.error("the data folder fails", use=use.value, error=reason)
             self._changed()
 
     def works(self, use: Use) -> None:
-        """It worked just now."""
+        """Note a success."""
         if self._failing.pop(use, None) is not None:
             self._log.info("the data folder works again", use=use.value)
             self._changed()

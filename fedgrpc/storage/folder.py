@@ -46,6 +46,7 @@ def hold_folder(path: Path, in_use: str, kind: str = "folder") -> Iterator[HeldF
     """
     try:
         make_private(path)
+        # Before the lock: a read-only folder can be locked, and would fail at the first update.
         if not os.access(path, os.W_OK | os.X_OK):
             raise UsageError(f"cannot use the {kind} {path}: it cannot be written")
         descriptor = _lock(path)

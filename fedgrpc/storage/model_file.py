@@ -110,6 +110,7 @@ class ModelFile:
     @property
     def as_written(self) -> bool:
         """Whether the tensors are what the header says; False where it says nothing. Raises `StorageError`."""
+        # A file that others have written may have no CRC-32, or no sum at all.
         if self.tensors_crc32 is None:
             return self.tensors_sha256 == self.computed_sha256()
         crc = 0
@@ -119,6 +120,7 @@ class ModelFile:
 
     def computed_sha256(self) -> bytes:
         """Digest of the tensors as they are on the disk now. Raises `StorageError`."""
+        # Piece by piece: a model may be larger than the memory that is free.
         digest = hashlib.sha256()
         for data in self._pieces():
             digest.update(data)
@@ -162,6 +164,7 @@ class ModelTensors(InParts):
         if self._file is None:
             with storage_errors(f"the model {self._model.path}", "read"):
                 self._file = self._model.path.open("rb", buffering=0)
+            # Parts may be read long after, also once the file was pruned: whoever has them keeps it open.
             weakref.finalize(self, self._file.close)
         return self._file
 
@@ -191,6 +194,7 @@ class ModelWriter:
         """Begin the file; `about` is text for its metadata."""
         self._path = path
         self._durable = durable
+        # Beside its final place: a rename across file systems would be a copy.
         self._part = path.with_suffix(".part")
         self._coming = iter(layout)
         self._spec, self._left = TensorSpec("", "float32", (0,)), 0
@@ -207,6 +211,7 @@ class ModelWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # After `finish` there is nothing under this name; after an error there must be nothing.
         with suppress(OSError):
             self._file.close()
             self._part.unlink(missing_ok=True)
@@ -224,6 +229,7 @@ class ModelWriter:
         self._left -= left
         data = np.ascontiguousarray(values, dtype=dtype).reshape(-1).view(np.uint8).data
         if self._durable:
+            # While the bytes are in the cache; a second pass over the file would cost as much as the write.
             self._digest.update(data)
         self._crc32 = crc32(data, self._crc32)
         with storage_errors(f"the model {self._path}", "write"):
@@ -251,6 +257,7 @@ class ModelWriter:
         spec = self._spec if self._left else next(self._coming, None)
         if spec is not None:
             raise ValueError(f"tensor {spec.name!r} was not written")
+        # Copied within the file, since the tensor is no longer in memory.
         for start, size_bytes in self._tied:
             self._repeat(len(self._header) + start, size_bytes)
         header = with_sums(self._header, self._crc32, self._digest.digest() if self._durable else None)

@@ -119,6 +119,7 @@ def read_residual(path: Path, run: str) -> Residual:
             raise ValueError(f"{content_bytes} bytes of arrays are not those that it tells of")
         if _crc32_of(file, content_bytes) != about["crc32"]:
             raise ValueError("its CRC does not match")
+    # Training goes on without what is owed: less exact once, and never wrong.
     except (ValueError, KeyError, TypeError, RecursionError, LayoutError) as error:
         log.warning("residual dropped", reason=f"{path} is corrupt: {error}")
         return Residual()
@@ -132,6 +133,7 @@ def _read_about(file: BinaryIO) -> tuple[dict[str, Any], int]:
     if start < 0:
         raise ValueError("it is cut short")
     (length,) = _LENGTH.unpack(os.pread(file.fileno(), _LENGTH.size, start))
+    # Checked before anything of that size is read: the number may be any.
     if length > min(start, _MAX_ABOUT_BYTES):
         raise ValueError("it is cut short")
     about = json.loads(os.pread(file.fileno(), length, start - length))

@@ -52,6 +52,7 @@ class ResumableFile:
         """
         self.path = path
         self.expected_bytes = size_bytes
+        # Committed so far; `crc32` and the digest are always those of just these bytes.
         self.size_bytes = 0
         self.crc32 = 0
         self._what = what
@@ -83,10 +84,12 @@ class ResumableFile:
         return None
 
     def _continues(self, file: FileIO, head_file: FileIO) -> bool:
+        # The header has size, digest and recipe of the payload: the same header, and so the same payload.
         head = os.pread(head_file.fileno(), _HEAD.size + len(self._text), 0)
         if len(head) != _HEAD.size + len(self._text) or head[_HEAD.size :] != self._text:
             return False
         committed, _, _, crc = _HEAD.unpack_from(head)
+        # SHA-256 cannot be stored half way, so the bytes are read once more. They are checked by the way.
         file.seek(self.payload_start)
         wanted = min(committed, self.expected_bytes)
         while piece := file.read(min(_READ_BYTES, wanted - self.size_bytes)):
@@ -127,6 +130,7 @@ class ResumableFile:
             StorageError: the disk does not take them; none is committed.
             WrongOffset, TooLargeError, CorruptError: as `check_chunk`.
         """
+        # All checks come before the first write, and one write of the count serves the whole batch.
         checked: list[Chunk] = []
         at = self.size_bytes
         try:
@@ -149,11 +153,13 @@ class ResumableFile:
                 # After the bytes: a kill in between loses the chunks, and never counts what is not there.
                 pwrite(self._head_file.fileno(), self._head(at), 0)
         except BaseException:
+            # The count on the disk is still the former one: the sender sends these chunks again.
             self.crc32 = crc_before
             raise
         if self._durable:
             # The sync at the end then has little left to write.
             write_back(handle, self.payload_start + self.size_bytes, at - self.size_bytes)
+        # Only now: a digest cannot take back what it has seen.
         for chunk in chunks:
             self._digest.update(chunk.data)
         self.size_bytes = at
@@ -165,6 +171,7 @@ class ResumableFile:
         """
         try:
             with storage_errors(self._what, "store"):
+                # Content before name: whoever finds the name after a power cut finds all of the content.
                 if self._durable:
                     self._sync()
                 self.path.replace(final)
@@ -178,6 +185,7 @@ class ResumableFile:
         try:
             os.fdatasync(self._file.fileno())
         except OSError:
+            # See the module: a second sync would succeed without having written anything.
             self.discard()
             raise
 
@@ -222,6 +230,7 @@ def read_header(path: Path) -> tuple[bytes, int]:
         if len(head) < _HEAD.size:
             raise CorruptError("it is cut short")
         _, size_bytes, crc, _ = _HEAD.unpack(head)
+        # Its size is no more to be trusted than its content, which the CRC covers.
         text = file.read(min(size_bytes, _MAX_HEADER_BYTES))
     if crc32(text) != crc:
         raise CorruptError("its header has changed on the disk")

@@ -72,6 +72,7 @@ class RunStore(Database):
         Raises `UsageError` for a database of another version of the schema.
         """
         super().__init__(path, read_only=read_only)
+        # A round whose tasks are kept is kept itself.
         self._keep_rounds = max(keep_rounds, _KEEP_TASKS_OF_ROUNDS)
 
     def run(self) -> tuple[str, str, int, str, float] | None:
@@ -79,6 +80,7 @@ class RunStore(Database):
         row = self._one("SELECT id, name, phase, reason, started_at FROM run")
         with database_errors(self.path):
             if row is not None:
+                # Raises ValueError for a number that is no phase: a damaged row.
                 RunPhase.Name(row[2])
         return row
 
@@ -130,6 +132,7 @@ class RunStore(Database):
         with self._transaction():
             self._db.execute(
                 "INSERT INTO workers (name, registration) VALUES (?, ?) "
+                # Not REPLACE: the row, and with it the worker's place in the order, has to stay.
                 "ON CONFLICT (name) DO UPDATE SET registration = excluded.registration",
                 (registration.worker, blob),
             )
@@ -191,10 +194,12 @@ class RunStore(Database):
             self._db.execute(
                 "INSERT OR REPLACE INTO rounds VALUES (?, 0, 0, 0, ?)", (record.number, record.SerializeToString())
             )
+            # Together: a version without the end of its round would be made once more of the same updates.
             self._save_tasks(tasks)
             self._save_histories(histories)
             if version is not None:
                 self._insert_version(version)
+            # A worker that comes back late is told what became of its task, for as many rounds.
             self._db.execute("DELETE FROM tasks WHERE round <= ?", (record.number - _KEEP_TASKS_OF_ROUNDS,))
             # The round that wrote the newest version stays: scores of that version are still to come.
             self._db.execute(
@@ -203,6 +208,7 @@ class RunStore(Database):
                 (record.number - self._keep_rounds,),
             )
         if version is not None:
+            # Outside of the transaction, which is durable without it: a copy of the file alone is then the run.
             self._checkpoint()
 
     def drop_tasks(
@@ -301,6 +307,7 @@ class RunStore(Database):
         size_bytes = 0
         with database_errors(self.path), closing(self._db.execute(query, (below, count + 1))) as cursor:
             for (blob,) in cursor:
+                # Counted before parsing: records of large fleets take megabytes, and an answer is bounded.
                 size_bytes += len(blob)
                 if len(records) == count or (records and size_bytes > max_bytes):
                     return records, True

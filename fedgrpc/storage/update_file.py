@@ -53,6 +53,7 @@ class _PayloadBytes:
             self.file = update.path.open("rb")
         self._start = update.payload_start
         self._size_bytes = update.manifest.size_bytes
+        # What was read ahead, and from where on.
         self._ahead_at, self._ahead = 0, memoryview(b"")
 
     def fill(self, place: int, out: np.ndarray, first: int) -> None:
@@ -116,6 +117,7 @@ class UpdateFile:
         """As `long_pieces`, but of quantized tensors only bounds that none of their values exceeds."""
         for entry, size in self._runs():
             bounds = self.reader.bounds(entry.spec.name)
+            # An infinite bound says nothing of the values: then they are looked at themselves.
             if bounds is not None and np.isfinite(bounds).all():
                 yield entry.spec, bounds
             else:
@@ -138,6 +140,7 @@ class UpdateFile:
         if not (spec.is_float and in_pieces(entry)):
             yield spec, self.reader.tensor(spec.name)
             return
+        # One buffer for each dtype: pieces are good until the next, and stay in the cache.
         if spec.dtype not in self._buffers:
             self._buffers[spec.dtype] = np.empty(_PIECE, spec.numpy_dtype)
         fill = self.fill_from(spec.name)

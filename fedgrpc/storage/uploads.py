@@ -47,12 +47,14 @@ class Upload(ResumableFile):
     def finish(self) -> StoredUpdate:
         """The whole update, ready to be examined. Raises `CorruptError` when its digest does not match."""
         if not self.matches_digest:
+            # Each chunk had its CRC, so the sender lied or its disk did: no part of it is worth keeping.
             self.discard()
             raise CorruptError("the payload does not match its SHA-256; send it again from the start")
         return self._stored(self.path)
 
     def seal(self) -> StoredUpdate:
         """Accept the update: durable, if it is to be, then under its final name. Raises `StorageError`."""
+        # From this rename on the update counts, whatever happens to this process: recovery looks for the name.
         final = self.path.with_suffix(".update")
         self.publish(final)
         return self._stored(final)
@@ -84,6 +86,7 @@ class UploadJournal:
 
     def remember(self, token: str, update: StoredUpdate) -> None:
         """Keep a few updates that were just sealed, so that they need not be parsed again."""
+        # A few: a manifest of thousands of tensors takes megabytes, and the commit parses the others again.
         if len(self._sealed) < _MAX_REMEMBERED:
             self._sealed[token] = update
 
@@ -101,6 +104,7 @@ class UploadJournal:
             manifest = manifest_from_proto(header.manifest)
         except FileNotFoundError:
             return None
+        # Not now is not never: only content that was read may be called damaged.
         except OSError as error:
             raise StorageError(f"cannot read the update {path}: {error}") from error
         except (DecodeError, CodecError) as error:
@@ -123,6 +127,7 @@ class UploadJournal:
 
     def keep_only(self, tokens: Iterable[str]) -> None:
         """Remove what belongs to no task any more, left by a process that died. Raises `StorageError`."""
+        # Tasks end in the database before their files go, so a kill in between leaves files without a task.
         wanted = set(tokens)
         with storage_errors(self._folder):
             for path in self._folder.iterdir():
