@@ -1,10 +1,11 @@
-"""Asyncio pieces that the aggregator and the worker share.
+"""Waiting and background work that the aggregator and the worker share.
 
     Changes                 a change notification for any number of watchers
     BatchPipeline           blocking work on the items of a stream, in threads, in order
     prefetched              the items of a blocking iterator, read ahead in a thread
     run_until_interrupted   a coroutine that another one can end
     in_thread               a blocking call in a thread of its own, with a stop flag
+    BackgroundThread        calls from blocking code, in order, while the caller continues
 
 The rule: nothing outlives its block. Each returns or raises after the tasks and threads it started have ended. A
 thread that ignores its stop flag is the only exception, and only `in_thread` leaves it behind.
@@ -14,10 +15,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from typing import Any, Generic, TypeVar
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Final, Generic, TypeVar
 
 T = TypeVar("T")
+
+# One call runs and one waits, so that the thread never idles and little is in memory.
+_MAX_PENDING: Final = 2
 
 
 class Changes:
@@ -210,3 +216,41 @@ async def in_thread(work: Callable[[], T], stop: threading.Event) -> T:
         # Retrieve the exception of a stopped thread: asyncio complains of one that nobody retrieves.
         done.exception()
         raise
+
+
+class BackgroundThread(Generic[T]):
+    """One thread for calls in order, while the caller continues. A context manager.
+
+    For blocking code. What a call raises is raised by the next method that waits for it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._pending: deque[Future[T]] = deque()
+
+    def __enter__(self) -> BackgroundThread[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._executor.shutdown()
+
+    def submit(self, call: Callable[..., T], *args: object) -> None:
+        """Queue a call, once there is room. Results that nobody takes from `make_room` are dropped."""
+        for _ in self.make_room():
+            pass
+        self._pending.append(self._executor.submit(call, *args))
+
+    def make_room(self) -> Iterator[T]:
+        """Wait until another call may be queued; yield the results of the calls that end meanwhile, in order."""
+        while len(self._pending) >= _MAX_PENDING:
+            yield self._pending.popleft().result()
+
+    def wait(self) -> None:
+        """Wait for all pending calls."""
+        for _ in self.results():
+            pass
+
+    def results(self) -> Iterator[T]:
+        """Yield the results of all pending calls, in order."""
+        while self._pending:
+            yield self._pending.popleft().result()

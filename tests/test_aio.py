@@ -4,7 +4,7 @@ from contextlib import aclosing
 
 import pytest
 
-from fedgrpc.aio import Changes, Interrupted, in_thread, prefetched, run_until_interrupted
+from fedgrpc.aio import BackgroundThread, Changes, Interrupted, in_thread, prefetched, run_until_interrupted
 
 
 async def forever():
@@ -123,3 +123,24 @@ async def test_watchers_wake_at_each_change_and_miss_none_that_came_before_they_
     await asyncio.sleep(0)
     changes.notify()
     assert await asyncio.gather(*waiting) == [changes.revision] * 2
+
+
+def test_a_background_thread_does_calls_in_order_while_two_are_pending_at_most():
+    done, released = [], threading.Event()
+    with BackgroundThread("test") as thread:
+        thread.submit(lambda: released.wait(20))
+        thread.submit(done.append, 1)
+        assert done == []
+        released.set()
+        for number in (2, 3):
+            thread.submit(done.append, number)
+        thread.wait()
+        assert done == [1, 2, 3]
+
+
+def test_what_a_call_in_the_background_raises_is_raised_by_a_later_method_and_its_thread_has_ended():
+    with BackgroundThread("test-failing") as thread:
+        thread.submit(lambda: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            thread.wait()
+    assert not any(each.name.startswith("test-failing") for each in threading.enumerate())

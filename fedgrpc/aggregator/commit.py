@@ -7,9 +7,7 @@ process that died half-way leaves nothing to repair, since the next one computes
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from itertools import chain, islice, pairwise
@@ -27,6 +25,7 @@ from fedgrpc.aggregation.server_optimizer import ServerOptimizer
 from fedgrpc.aggregation.spread import Spread
 from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.fold import PIECE, Fold, Load
+from fedgrpc.aio import BackgroundThread
 from fedgrpc.codec.layout import Layout, TensorRole, TensorSpec
 from fedgrpc.errors import NotFinite
 from fedgrpc.storage.files import RecycledFiles
@@ -38,8 +37,6 @@ from fedgrpc.submodels.plan import LocalModelPlan
 _GROUP_ELEMENTS = 1 << 20
 _SPAN_ELEMENTS = 1 << 20
 _CACHED_MANIFESTS = 64
-# More would fight for the interpreter: a piece is too little work to share.
-_THREADS = 1
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -381,20 +378,20 @@ def by_groups(layout: Layout, work: Callable[[Group], T]) -> Iterator[T]:
 
 
 def ahead(items: Iterable[S], work: Callable[[S], T]) -> Iterator[T]:
-    """What `work` makes of each item, in order, one item ahead in a thread where there is more than one."""
+    """Yield the results of `work` on each item, in order, one item ahead in a thread if there is more than one.
+
+    More threads would only compete for the interpreter: the work on an item is too small to share.
+    """
     rest = iter(items)
     first = list(islice(rest, 2))
     if len(first) < 2:
         yield from map(work, first)
         return
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="commit") as pool:
-        pending: deque[Future[T]] = deque()
+    with BackgroundThread[T]("commit") as thread:
         for item in chain(first, rest):
-            pending.append(pool.submit(work, item))
-            if len(pending) > _THREADS:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+            yield from thread.make_room()
+            thread.submit(work, item)
+        yield from thread.results()
 
 
 def _keep_where(untouched: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +22,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from fedgrpc.aio import BackgroundThread
 from fedgrpc.codec.encoding import Buffer
 from fedgrpc.codec.layout import Array, Layout, TensorSpec
 from fedgrpc.codec.manifest import Manifest
@@ -37,7 +36,6 @@ from fedgrpc.storage.model_file import ModelFile, ModelWriter
 
 _NAME = re.compile(r"(\d+)-([0-9a-f]{64})(?:-([a-z]+:[0-9.e-]+))?\.safetensors")
 
-_MAX_PENDING = 2
 # A multiple of all pieces that a quantizer works in.
 _WRITTEN_ELEMENTS = 1 << 18
 
@@ -69,29 +67,6 @@ class PayloadSource:
     def held_after(self, spec: TensorSpec, arrives: Array) -> Array:
         """The tensor that devices with `base` have once `arrives` has arrived."""
         return arrives if self.base is None else add(spec, self.base[spec.name], arrives)
-
-
-class WriteBehind:
-    """A thread that writes in order while the next tensor is encoded; at most two writes are pending."""
-
-    def __enter__(self) -> WriteBehind:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="delta-bases")
-        self._pending: deque[Future[None]] = deque()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()
-
-    def do(self, work: Callable[..., None], *args: object) -> None:
-        """Run `work` in the thread, after all before it. Raises what went wrong before."""
-        if len(self._pending) >= _MAX_PENDING:
-            self._pending.popleft().result()
-        self._pending.append(self._thread.submit(work, *args))
-
-    def wait(self) -> None:
-        """Wait until all is written. Raises what went wrong."""
-        while self._pending:
-            self._pending.popleft().result()
 
 
 def _quantize(
@@ -202,22 +177,22 @@ class DeltaBases:
         payload = PayloadWriter(out, recipe.compression)
         with (
             ModelWriter(unnamed, source.layout, self._recycled, durable=False) as base,
-            WriteBehind() as writing,
+            BackgroundThread[None]("delta-bases") as writing,
         ):
             for spec in source.layout:
                 encoding = recipe.for_tensor(spec)
                 if isinstance(encoding, Uniform) and spec.dtype == "float32":
                     with naming(spec):
-                        data: Buffer = _quantize(source, spec, encoding, rng, partial(writing.do, base.add))
+                        data: Buffer = _quantize(source, spec, encoding, rng, partial(writing.submit, base.add))
                 else:
                     wanted = source.wanted(spec)
                     if wanted is None:
-                        writing.do(base.add, source.model[spec.name])
+                        writing.submit(base.add, source.model[spec.name])
                         continue
                     encoding, data = encode_tensor(spec, wanted, recipe, rng)
                     arrives = encoding.decode(memoryview(data).toreadonly(), spec)
-                    writing.do(base.add, source.held_after(spec, arrives))
-                writing.do(payload.add, spec, encoding, data)
+                    writing.submit(base.add, source.held_after(spec, arrives))
+                writing.submit(payload.add, spec, encoding, data)
             writing.wait()
             manifest = payload.finish()
             base.finish()
