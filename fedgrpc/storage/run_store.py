@@ -238,27 +238,31 @@ class RunStore(Database):
 
         Read and write in one call: scores come from several tasks, and none may undo what another has written.
         """
-        for known in self.versions([version]):
-            metrics = {**known.metrics, **workers}
-            evaluator_metrics = {**known.evaluator_metrics, **evaluator}
-            told = jump if known.jump is Jump.NONE else known.jump
-            with self._transaction():
-                self._insert_version(
-                    replace(known, metrics=metrics, evaluator_metrics=evaluator_metrics, jump=told)
-                )
-        record = self.round_of_version(version)
-        if record is None:
-            return None
-        if jump is not Jump.NONE and not record.jump:
-            record.jump = jump_to_proto(jump)
-        _add(record.metrics, workers)
-        record.metrics_of_sub_models = of_sub_models or (record.metrics_of_sub_models and not workers)
-        _add(record.evaluator_metrics, evaluator)
-        record.scores_not_finite[:] = sorted({*record.scores_not_finite, *not_finite})[: claims.METRICS]
-        with self._transaction():
-            self._db.execute(
-                "UPDATE rounds SET record = ? WHERE number = ?", (record.SerializeToString(), record.number)
+        scored = [
+            replace(
+                known,
+                metrics={**known.metrics, **workers},
+                evaluator_metrics={**known.evaluator_metrics, **evaluator},
+                jump=jump if known.jump is Jump.NONE else known.jump,
             )
+            for known in self.versions([version])
+        ]
+        record = self.round_of_version(version)
+        if record is not None:
+            if jump is not Jump.NONE and not record.jump:
+                record.jump = jump_to_proto(jump)
+            _add(record.metrics, workers)
+            record.metrics_of_sub_models = of_sub_models or (record.metrics_of_sub_models and not workers)
+            _add(record.evaluator_metrics, evaluator)
+            record.scores_not_finite[:] = sorted({*record.scores_not_finite, *not_finite})[: claims.METRICS]
+        # Together: after a kill in between, version and record would tell of different scores for good.
+        with self._transaction():
+            for each in scored:
+                self._insert_version(each)
+            if record is not None:
+                self._db.execute(
+                    "UPDATE rounds SET record = ? WHERE number = ?", (record.SerializeToString(), record.number)
+                )
         return record
 
     def open_round(self) -> OpenRound | None:

@@ -169,6 +169,15 @@ def test_scores_of_a_version_go_to_the_round_that_wrote_it_and_add_up(store):
     assert not store.round(5).metrics
 
 
+def test_scores_are_in_the_version_and_in_the_record_of_its_round_or_in_neither(tmp_path, store):
+    store.finish_round(committed(4, 2), [], {}, Version(2, 4, b"x"))
+    with closing(sqlite3.connect(tmp_path / "run.sqlite")) as other:
+        other.execute("CREATE TRIGGER full BEFORE UPDATE ON rounds BEGIN SELECT RAISE(ABORT, 'disk full'); END")
+    with pytest.raises(StorageError, match="disk full"):
+        store.add_scores(2, {"loss": 0.5}, {})
+    assert (dict(store.latest_version().metrics), dict(store.round(4).metrics)) == ({}, {})
+
+
 def test_tasks_of_rounds_long_past_are_forgotten_and_their_records_kept(store):
     for number in range(1, 12):
         store.finish_round(committed(number, number + 1), rows(number, TaskPhase.ACCEPTED), {}, None)
@@ -211,15 +220,17 @@ def test_records_of_rounds_long_past_are_forgotten_but_that_of_the_newest_versio
         "UPDATE tasks SET phase = 99",
         "UPDATE tasks SET token = '../../elsewhere'",
         "UPDATE run SET phase = 99",
+        "UPDATE versions SET record = x'ff'",
     ],
 )
 def test_a_row_that_makes_no_sense_is_one_line_that_names_the_database(store, damage):
     store.save_run("id", "name", 1, "", 12.5)
     store.save_worker(RegisterRequest(worker="w0"))
     store.save_open_round(Round(number=1), 1, 0.0, rows(1, TaskPhase.OFFERED), {"w0": WorkerHistory().chosen(1)})
+    store.save_version(Version(1, 0, b"x"))
     store._db.execute(damage)
     with pytest.raises(StorageError, match=r"run\.sqlite is damaged") as caught:
-        (store.run(), list(store.workers()), store.open_round())
+        (store.run(), list(store.workers()), store.open_round(), store.latest_version())
     assert "\n" not in str(caught.value)
 
 
