@@ -56,7 +56,7 @@ def pack(
 def check_layout(
     model: Sequence[TensorLike],
     update: Sequence[TensorLike],
-    selection: KeptChannels | None = None,
+    kept: KeptChannels | None = None,
     masked: bool = False,
     clustered: bool = False,
     personal: Callable[[str], bool] = lambda name: False,
@@ -77,11 +77,11 @@ def check_layout(
             continue
         if mine is None:
             raise UpdateRefused(f"tensor {tensor.name!r} is missing")
-        shape = _sub_shape(tensor, selection)
+        shape = _sub_shape(tensor, kept)
         mask = given.pop(tensor.name + MASK, None) if masked else None
         codes = given.pop(tensor.name + CODES, None) if clustered else None
         if mine.dtype != tensor.dtype or not fits(mine.shape, shape, mask, codes):
-            whose = "the model's is" if selection is None else "this worker's part of the model has"
+            whose = "the model's is" if kept is None else "this worker's part of the model has"
             raise UpdateRefused(
                 f"tensor {tensor.name!r} is {mine.dtype}{list(mine.shape)}, {whose} {tensor.dtype}{list(shape)}"
             )
@@ -90,8 +90,8 @@ def check_layout(
         raise UpdateRefused(f"the update's part of the model has no tensor {min(given)!r}")
 
 
-def _sub_shape(tensor: TensorLike, selection: KeptChannels | None) -> tuple[int, ...]:
-    return tensor.shape if selection is None else selection.coverage(tensor.name, tensor.shape).sub_shape
+def _sub_shape(tensor: TensorLike, kept: KeptChannels | None) -> tuple[int, ...]:
+    return tensor.shape if kept is None else kept.coverage(tensor.name, tensor.shape).sub_shape
 
 
 def fits(
@@ -132,22 +132,22 @@ def unpack(name: str, names: Collection[str], read: Read, whole: Coverage) -> tu
 
 
 def unpack_all(
-    model: Sequence[TensorLike], names: Collection[str], read: Read, selection: KeptChannels | None
+    model: Sequence[TensorLike], names: Collection[str], read: Read, kept: KeptChannels | None
 ) -> Iterator[tuple[TensorLike, np.ndarray]]:
     """Yield each tensor of the update with its unpacked values, one at a time. Raises as `unpack` does."""
     for tensor in model:
         if tensor.name in names:
-            yield tensor, unpack(tensor.name, names, read, coverage_of(tensor, selection))[0]
+            yield tensor, unpack(tensor.name, names, read, coverage_of(tensor, kept))[0]
 
 
-def coverage_of(tensor: TensorLike, selection: KeptChannels | None) -> Coverage:
+def coverage_of(tensor: TensorLike, kept: KeptChannels | None) -> Coverage:
     """Return what a sub-model covers of a tensor; None is the whole model."""
-    return Coverage(tensor.shape) if selection is None else selection.coverage(tensor.name, tensor.shape)
+    return Coverage(tensor.shape) if kept is None else kept.coverage(tensor.name, tensor.shape)
 
 
-def sub_layout(model: Sequence[TensorLike], selection: KeptChannels | None) -> Mapping[str, tuple[int, ...]]:
+def sub_layout(model: Sequence[TensorLike], kept: KeptChannels | None) -> Mapping[str, tuple[int, ...]]:
     """Return the shapes of the tensors of a sub-model, by name."""
-    return {tensor.name: _sub_shape(tensor, selection) for tensor in model}
+    return {tensor.name: _sub_shape(tensor, kept) for tensor in model}
 
 
 def _scattered(name: str, values: np.ndarray, packed: np.ndarray, count: int) -> np.ndarray:

@@ -84,7 +84,7 @@ class Formats:
 class Commit:
     """What a new version is made of. `updates` are (token, weight) in slot order; `load` finds a token's file.
 
-    `parts` names the tokens whose updates are of a part of the model, and the slice (None: all channels) of each;
+    `sub_models` names the tokens of partial updates, and the channels of each (None: all);
     `merged` those whose updates are means themselves, and what such an update says that it weighs. `scales` are
     factors on the differences of an update; without: 1. `keeps` tells of an update and a tensor whether its worker
     keeps the tensor to itself. `formats` names those whose weight falls with their noise. `clips_buffers`: no
@@ -98,7 +98,7 @@ class Commit:
     updates: Sequence[tuple[str, float]]
     load: Load
     recycled: RecycledFiles | None = None
-    parts: Mapping[str, KeptChannels | None] = field(default_factory=dict)
+    sub_models: Mapping[str, KeptChannels | None] = field(default_factory=dict)
     merged: Mapping[str, float] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
     formats: Mapping[str, Formats] = field(default_factory=dict)
@@ -138,7 +138,7 @@ class Commit:
 
     def _stepped(self) -> Iterator[Stepped]:
         load = cached(self.load)
-        alike = not (self.parts or self.merged)
+        alike = not (self.sub_models or self.merged)
         with Fold(self.updates if alike else (), load, self.scales) as fold:
             for stepped in ahead(self._spans(fold), lambda spans: self._step(spans, load, fold)):
                 yield from stepped
@@ -201,7 +201,7 @@ class Commit:
             specs,
             self.updates,
             load,
-            self.parts,
+            self.sub_models,
             self.merged,
             named,
             self.scales,
@@ -283,7 +283,7 @@ def means_of(
     specs: Sequence[TensorSpec],
     updates: Sequence[tuple[str, float]],
     load: Load,
-    parts: Mapping[str, KeptChannels | None],
+    sub_models: Mapping[str, KeptChannels | None],
     merged: Mapping[str, float],
     base: Callable[[str], np.ndarray],
     scales: Mapping[str, float] = MappingProxyType({}),
@@ -300,7 +300,7 @@ def means_of(
     base = cache(base)
     sent = {spec.name for token, _ in updates for spec in load(token).manifest.layout}
     buffers = [spec for spec in specs if not spec.is_trained and spec.name in sent] if clips_buffers else []
-    spreads = _spreads(buffers, updates, load, parts, base, keeps)
+    spreads = _spreads(buffers, updates, load, sub_models, base, keeps)
     for token, weight in updates:
         with blaming(token), load(token).open() as reader:
             for spec, mean in zip(specs, means, strict=True):
@@ -309,15 +309,15 @@ def means_of(
                 spread = spreads.get(spec.name)
                 if spec.name not in reader.names:
                     if spec.name in sent and not spec.is_trained and not keeps(token, spec.name):
-                        _add_unchanged(mean, base(spec.name), weight, coverage_of(spec, parts.get(token)))
+                        _add_unchanged(mean, base(spec.name), weight, coverage_of(spec, sub_models.get(token)))
                 elif token in merged:
                     read = reader.tensor if spread is None else _clipping(spec.name, spread, reader.tensor)
                     add_partial_aggregate(mean, spec, reader.names, read, merged[token], weight, scale)
-                elif token not in parts:
+                elif token not in sub_models:
                     values = reader.tensor(spec.name)
                     mean.add(values if spread is None else spread.clipped(values), weight, scale=scale)
                 else:
-                    whole = coverage_of(spec, parts[token])
+                    whole = coverage_of(spec, sub_models[token])
                     values, coverage = unpack(spec.name, reader.names, reader.tensor, whole)
                     values = values if spread is None else spread.clipped(values, coverage)
                     noise = None
@@ -336,7 +336,7 @@ def _spreads(
     buffers: Sequence[TensorSpec],
     updates: Sequence[tuple[str, float]],
     load: Load,
-    parts: Mapping[str, KeptChannels | None],
+    sub_models: Mapping[str, KeptChannels | None],
     base: Callable[[str], np.ndarray],
     keeps: Keeps,
 ) -> dict[str, Spread]:
@@ -345,7 +345,7 @@ def _spreads(
     for token, _ in updates if buffers else ():
         with blaming(token), load(token).open() as reader:
             for spec in buffers:
-                whole = coverage_of(spec, parts.get(token))
+                whole = coverage_of(spec, sub_models.get(token))
                 if spec.name in reader.names:
                     spreads[spec.name].add(*unpack(spec.name, reader.names, reader.tensor, whole))
                 elif not keeps(token, spec.name):

@@ -65,11 +65,11 @@ class NewVersion:
         return scales_of(self._settings, it.instructions, current, weights, norms)
 
     def _norms(self, current: CurrentRound, tokens: Iterable[str]) -> dict[str, float]:
-        parts, layout = parts_of(self._it, current, tokens), self._it.run.layout
+        sub_models, layout = sub_models_of(self._it, current, tokens), self._it.run.layout
         norms = {}
         for token in tokens:
             with blaming(token):
-                norms[token] = norm_of(self.load(token), layout, token not in parts, parts.get(token))
+                norms[token] = norm_of(self.load(token), layout, token not in sub_models, sub_models.get(token))
         return norms
 
     async def write(self, current: CurrentRound, weights: dict[str, float]) -> Version | None:
@@ -95,7 +95,7 @@ class NewVersion:
         else:
             base = it.models.open(current.base_version)
             optimizer_state = it.models.open_optimizer_state(current.base_version)
-            parts, merged = parts_of(it, current, weights), merged_of(current, weights)
+            sub_models, merged = sub_models_of(it, current, weights), merged_of(current, weights)
             for token in weights:
                 await self.learn_channels(token)
             files = CommitFiles(
@@ -105,7 +105,7 @@ class NewVersion:
                 list(weights.items()),
                 self.load,
                 it.models.recycled,
-                parts,
+                sub_models,
                 merged,
                 current.scales,
                 self._formats(current, weights),
@@ -211,7 +211,7 @@ class NewVersion:
         return update
 
 
-def parts_of(it: Coordinator, current: CurrentRound, tokens: Iterable[str]) -> dict[str, KeptChannels | None]:
+def sub_models_of(it: Coordinator, current: CurrentRound, tokens: Iterable[str]) -> dict[str, KeptChannels | None]:
     """Return the channels of the updates of sub-models, by token. Raises as `LocalModels.kept_channels`."""
     local_tasks = {token: current.local_task(token) for token in tokens}
     return {

@@ -46,8 +46,8 @@ def content_digest(model: ModelFile) -> bytes:
     return digest.digest()
 
 
-def norm_of(stored: StoredUpdate, layout: Layout, plain: bool, selection: KeptChannels | None) -> float:
-    """L2 norm of the differences that an update stands for; `selection` is its slice where it is not `plain`.
+def norm_of(stored: StoredUpdate, layout: Layout, plain: bool, kept: KeptChannels | None) -> float:
+    """L2 norm of the differences that an update stands for; `kept` are the channels of one that is not `plain`.
 
     Raises as reading it does, and `UpdateRefused` for what admission would refuse.
     """
@@ -58,5 +58,5 @@ def norm_of(stored: StoredUpdate, layout: Layout, plain: bool, selection: KeptCh
         elif plain:
             values = file.long_pieces()
         else:
-            values = unpack_all(layout, reader.names, reader.tensor, selection)
+            values = unpack_all(layout, reader.names, reader.tensor, kept)
         return check_values(values, AdmissionPolicy())

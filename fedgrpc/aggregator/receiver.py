@@ -279,8 +279,8 @@ class Receiver:
         elif local.plain:
             check_layout(it.run.layout, manifest.layout)
         else:
-            selection = it.local_models.kept_channels(local.sub_model, it.current.version_of(token))
-            local.check_layout(it.run.layout, manifest.layout, selection)
+            kept = it.local_models.kept_channels(local.sub_model, it.current.version_of(token))
+            local.check_layout(it.run.layout, manifest.layout, kept)
 
     @asynccontextmanager
     async def _only_stream(self, token: str) -> AsyncIterator[None]:
@@ -408,9 +408,9 @@ class Receiver:
                 _check_plain(update, it.settings.admission)
                 check_variances((spec, read(spec.name)) for spec in variances if spec.name in names)
             else:
-                selection = it.local_models.kept_channels(local.sub_model, current.version_of(header.token))
-                check_values(unpack_all(layout, names, read, selection), it.settings.admission)
-                check_variances(unpack_all(variances, names, read, selection))
+                kept = it.local_models.kept_channels(local.sub_model, current.version_of(header.token))
+                check_values(unpack_all(layout, names, read, kept), it.settings.admission)
+                check_variances(unpack_all(variances, names, read, kept))
 
 
 def _max_header_bytes(layout: Layout) -> int:

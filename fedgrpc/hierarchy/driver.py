@@ -21,7 +21,7 @@ from fedgrpc import claims
 from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.driver import Driver
-from fedgrpc.aggregator.new_version import NewVersion, merged_of, parts_of
+from fedgrpc.aggregator.new_version import NewVersion, merged_of, sub_models_of
 from fedgrpc.aggregator.report import CurrentRound
 from fedgrpc.aggregator.scales import accumulated_of
 from fedgrpc.aggregator.scores import scores_of
@@ -221,12 +221,12 @@ class LeafDriver(Driver):
         elif current.kind == TASK_KIND_INITIALIZE:
             tensors = own_tensors(tokens[0], load(tokens[0]))
         else:
-            parts, merged = parts_of(it, current, tokens), merged_of(current, tokens)
+            sub_models, merged = sub_models_of(it, current, tokens), merged_of(current, tokens)
             scales = await self._new_version.scales(current, weights)
             current.scales = scales
             base, clips_buffers = it.models.open(current.base_version), self._new_version.clips_buffers
             pairs = list(weights.items())
-            tensors = mean_tensors(base, pairs, load, parts, merged, scales, current.keeps, clips_buffers)
+            tensors = mean_tensors(base, pairs, load, sub_models, merged, scales, current.keeps, clips_buffers)
         try:
             await asyncio.to_thread(self._mean.write, header, tensors)
         except NotFinite as error:

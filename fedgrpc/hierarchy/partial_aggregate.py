@@ -107,7 +107,7 @@ def mean_tensors(
     base: ModelFile,
     updates: Sequence[tuple[str, float]],
     load: Load,
-    parts: Mapping[str, KeptChannels | None],
+    sub_models: Mapping[str, KeptChannels | None],
     merged: Mapping[str, float],
     scales: Mapping[str, float],
     keeps: Keeps = keeps_nothing,
@@ -120,14 +120,14 @@ def mean_tensors(
     total, layout = 0.0, base.layout
     for _, weight in updates:
         total += weight
-    load, alike = cached(load), not (parts or merged)
+    load, alike = cached(load), not (sub_models or merged)
     with Fold(updates if alike else (), load, scales) as fold:
 
         def pack(group: Group) -> dict[str, Array]:
             specs = [layout[index] for index in group if layout[index].role is not TensorRole.CONSTANT]
             rest = [spec for spec in specs if not fold.covers(spec)]
             made = partial(means_of, scales=scales, keeps=keeps, clips_buffers=clips_buffers)
-            means = iter(made(rest, updates, load, parts, merged, base.named) if rest else ())
+            means = iter(made(rest, updates, load, sub_models, merged, base.named) if rest else ())
             packed: dict[str, Array] = {}
             for spec in specs:
                 if fold.covers(spec):

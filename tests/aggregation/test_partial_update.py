@@ -22,11 +22,11 @@ def specs(tensors: dict[str, np.ndarray]) -> list[TensorSpec]:
     return [TensorSpec(name, array.dtype.name, array.shape) for name, array in tensors.items()]
 
 
-def update(selection: KeptChannels | None = None) -> dict[str, np.ndarray]:
+def update(kept: KeptChannels | None = None) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     shapes = {spec.name: Coverage(spec.shape) for spec in MODEL}
-    if selection is not None:
-        shapes = {spec.name: selection.coverage(spec.name, spec.shape) for spec in MODEL}
+    if kept is not None:
+        shapes = {spec.name: kept.coverage(spec.name, spec.shape) for spec in MODEL}
     return {
         spec.name: rng.standard_normal(shapes[spec.name].sub_shape).astype(spec.dtype)
         if spec.dtype == "float32"
@@ -72,12 +72,12 @@ def test_a_tensor_of_too_many_different_values_goes_as_it_is() -> None:
     assert pack("w", values, clustered=True).keys() == {"w"}
 
 
-@pytest.mark.parametrize("selection", [None, HALF])
-def test_the_plans_part_of_the_model_is_taken(selection: KeptChannels | None) -> None:
-    tensors = update(selection)
-    check_layout(MODEL, specs(tensors), selection)
+@pytest.mark.parametrize("kept", [None, HALF])
+def test_the_plans_part_of_the_model_is_taken(kept: KeptChannels | None) -> None:
+    tensors = update(kept)
+    check_layout(MODEL, specs(tensors), kept)
     names, read = tensors.keys(), tensors.__getitem__
-    values = {spec.name: value for spec, value in unpack_all(MODEL, names, read, selection)}
+    values = {spec.name: value for spec, value in unpack_all(MODEL, names, read, kept)}
     assert all(np.array_equal(values[name], array) for name, array in tensors.items())
 
 

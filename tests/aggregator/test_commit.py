@@ -229,7 +229,7 @@ def test_an_update_of_a_small_format_has_less_say_in_each_coordinate_by_its_nois
         server_optimizer("fedavg"),
         list(WEIGHTS.items()),
         folder.journal.load,
-        parts={"b": None},
+        sub_models={"b": None},
         formats={"b": Formats(plan, 20)},
     )
     files.write(folder.model(2), folder.state(2))
