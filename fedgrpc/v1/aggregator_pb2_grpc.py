@@ -210,9 +210,9 @@ class AggregatorServicer:
         A pull that broke off goes on with the same request and `offset` set to the bytes held. The caller compares the
         header with the one it got first: with another manifest or `base_version` the bytes held are of another payload,
         and it begins at 0. `offset` may be the payload's size: then the header comes alone.
-        NOT_FOUND: no such version, or a slice of a model whose channels nobody has told yet. OUT_OF_RANGE: offset beyond
+        NOT_FOUND: no such version, or a sub-model of a model whose channels nobody has told yet. OUT_OF_RANGE: offset beyond
         the payload. INVALID_ARGUMENT: a recipe that this run does not use, a `sub_model` that is none, or a digest that
-        is not of 32 bytes. RESOURCE_EXHAUSTED: too many slices that no task names.
+        is not of 32 bytes. RESOURCE_EXHAUSTED: too many sub-models that no task names.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
