@@ -50,15 +50,15 @@ class LeafRun:
         self.run_id = run_id
         self.desk = Desk()
         self.aggregator = Aggregator(settings, metrics, partial(LeafDriver, desk=self.desk, run_id=run_id))
-        self.living: asyncio.Task[int] | None = None
+        self.running: asyncio.Task[int] | None = None
 
     async def start(self, ready: Ready) -> None:
         """Serve workers. Raises as `Aggregator.run`."""
         port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self.living = asyncio.create_task(self.aggregator.run(port.set_result))
-        await asyncio.wait([self.living, port], return_when=asyncio.FIRST_COMPLETED)
+        self.running = asyncio.create_task(self.aggregator.run(port.set_result))
+        await asyncio.wait([self.running, port], return_when=asyncio.FIRST_COMPLETED)
         if not port.done():
-            self.living.result()
+            self.running.result()
             raise StorageError("the aggregator ended before it served")
         if ready is not None:
             ready(port.result())
@@ -127,8 +127,8 @@ class LeafRuns:
             # Wake those who wait for evaluators of the former run: they look again.
             former.desk.evaluators.set()
             former.aggregator.stop()
-            assert former.living is not None
-            await former.living
+            assert former.running is not None
+            await former.running
         await asyncio.to_thread(self._write, registration)
         await self._begin(registration)
 
@@ -148,8 +148,8 @@ class LeafRuns:
         self._present = run
         await run.start(self._ready)
         self.serving.set()
-        assert run.living is not None
-        run.living.add_done_callback(lambda _: self._over(run))
+        assert run.running is not None
+        run.running.add_done_callback(lambda _: self._over(run))
 
     def _over(self, run: LeafRun) -> None:
         if self._present is run:
@@ -165,7 +165,7 @@ class LeafRuns:
 
     async def result(self) -> int:
         """Return the present run's exit code, once it has ended. Raises what ended it."""
-        return 0 if self._present is None or self._present.living is None else await self._present.living
+        return 0 if self._present is None or self._present.running is None else await self._present.running
 
     def _folder(self, run_id: str) -> Path:
         name = run_id if _FOLDER.fullmatch(run_id) else hashlib.sha256(run_id.encode()).hexdigest()[:32]

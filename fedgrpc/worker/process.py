@@ -53,7 +53,7 @@ class Worker:
     def __init__(self, settings: WorkerSettings, build_trainer: BuildTrainer) -> None:
         self._settings = settings
         self._build_trainer = build_trainer
-        self._living: asyncio.Task[None] | None = None
+        self._running: asyncio.Task[None] | None = None
         self._exit_code = 0
         self.controls = Controls()
         self.publisher = StatusPublisher(Status(settings.name, settings.aggregator))
@@ -83,7 +83,7 @@ class Worker:
             work = TrainerWork(settings, files, self.publisher, self._build_trainer)
             loop = Loop(settings, client, self.publisher, self.controls, files, work, self._profile)
             await self._serve(stack, files.models)
-            return await self._live(loop)
+            return await self._run_loop(loop)
 
     async def _serve(self, stack: AsyncExitStack, models: ModelFolder) -> None:
         address = self._settings.serve_address
@@ -95,15 +95,15 @@ class Worker:
         await self.server.health.set(WORKER, True)
         log.info("serving", worker=self._settings.name, address=self.server.address)
 
-    async def _live(self, loop: Loop) -> int:
-        self._living = living = asyncio.create_task(loop.run())
+    async def _run_loop(self, loop: Loop) -> int:
+        self._running = running = asyncio.create_task(loop.run())
         try:
-            await asyncio.wait([living])
+            await asyncio.wait([running])
         finally:
-            living.cancel()
-            await asyncio.gather(living, return_exceptions=True)
-        if not living.cancelled():
-            living.result()
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        if not running.cancelled():
+            running.result()
         return self._exit_code
 
     def _profile(self) -> DeviceProfile:
@@ -131,6 +131,7 @@ class Worker:
         if within_s is not None:
             loop = asyncio.get_running_loop()
             loop.call_later(within_s, self._cancel, exit_code)
+            # A second cancellation leaves behind a training thread that has not stopped by then.
             loop.call_later(within_s + _STOP_THREAD_S, self._cancel, exit_code)
 
     def stop(self, exit_code: int = 0) -> None:
@@ -147,9 +148,9 @@ class Worker:
         self.drain(self._settings.drain_s, 128 + number)
 
     def _cancel(self, exit_code: int) -> None:
-        if self._living is not None and not self._living.done():
+        if self._running is not None and not self._running.done():
             self._exit_code = exit_code
-            self._living.cancel()
+            self._running.cancel()
 
 
 async def run_worker(
