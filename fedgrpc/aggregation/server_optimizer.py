@@ -118,7 +118,7 @@ OPTIMIZERS: dict[str, type] = {
 def server_optimizer(name: str, learning_rate: float | None = None) -> ServerOptimizer:
     """Return the optimizer of that name. Raises `UsageError` for an unknown name or learning rate <= 0."""
     if name not in OPTIMIZERS:
-        raise UsageError(f"no server optimizer {name!r}; there are {', '.join(OPTIMIZERS)}")
+        raise UsageError(f"no server optimizer {name!r}; known: {', '.join(OPTIMIZERS)}")
     if learning_rate is None:
         optimizer: ServerOptimizer = OPTIMIZERS[name]()
     elif 0 < learning_rate < math.inf:

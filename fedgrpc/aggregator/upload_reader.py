@@ -133,7 +133,7 @@ class UploadReader:
         if self._count > _FEW_CHUNKS + (self._next_offset - self._began_at) // _LEAST_MEAN_BYTES:
             raise LayoutError(f"chunks of less than {_LEAST_MEAN_BYTES} bytes on average; send larger ones")
         if chunk.offset != self._next_offset:
-            raise WrongOffset(f"the chunk starts at offset {chunk.offset}, expected is {self._next_offset}")
+            raise WrongOffset(f"the chunk starts at offset {chunk.offset}, expected {self._next_offset}")
 
     def _committed(self, batch: Sequence[Chunk]) -> None:
         self._budget.give_back(sum(len(chunk.data) for chunk in batch))

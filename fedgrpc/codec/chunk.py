@@ -53,7 +53,7 @@ def chunk_at(read: Read, offset: int, size: int) -> Chunk:
     """Return the chunk of `size` bytes at `offset`. Raises CorruptError where the payload is shorter."""
     data = read(offset, size)
     if len(data) != size:
-        raise CorruptError(f"the payload ends at byte {offset + len(data)}, {offset + size} are declared")
+        raise CorruptError(f"the payload ends at byte {offset + len(data)}, declared: {offset + size}")
     return Chunk(offset, data, crc32(data))
 
 
@@ -106,10 +106,10 @@ def check_chunk(chunk: Chunk, expected_offset: int, remaining_bytes: int) -> Non
     runs past the declared end. LayoutError: it is empty. CorruptError: its CRC does not fit.
     """
     if chunk.offset != expected_offset:
-        raise WrongOffset(f"the chunk starts at offset {chunk.offset}, expected is {expected_offset}")
+        raise WrongOffset(f"the chunk starts at offset {chunk.offset}, expected {expected_offset}")
     if len(chunk.data) > remaining_bytes:
         end = chunk.offset + len(chunk.data)
-        raise TooLargeError(f"the chunk ends at byte {end}, declared are {expected_offset + remaining_bytes}")
+        raise TooLargeError(f"the chunk ends at byte {end}, declared: {expected_offset + remaining_bytes}")
     if not len(chunk.data):
         raise LayoutError(f"the chunk at offset {chunk.offset} is empty")
     chunk.verify()

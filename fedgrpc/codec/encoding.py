@@ -74,8 +74,8 @@ ENCODING_NAMES: tuple[str, ...] = tuple(_PARSERS)
 def parse_encoding(text: str) -> Encoding:
     """Read `NAME` or `NAME:key=value,key=value`. Raises UsageError in one line."""
     if len(text) > MAX_TEXT_CHARS:
-        raise UsageError(f"an encoding of {len(text)} characters; allowed are {MAX_TEXT_CHARS}")
+        raise UsageError(f"an encoding of {len(text)} characters; allowed: {MAX_TEXT_CHARS}")
     name, _, options = text.strip().partition(":")
     if name not in _PARSERS:
-        raise UsageError(f"unknown encoding {name!r}; known are {', '.join(ENCODING_NAMES)}")
+        raise UsageError(f"unknown encoding {name!r}; known: {', '.join(ENCODING_NAMES)}")
     return _PARSERS[name](options)

@@ -64,13 +64,13 @@ class Entropy(TextForm):
 
     def __post_init__(self) -> None:
         if not 0.01 <= self.c <= 1000:
-            raise UsageError(f"c={self.c}; allowed is 0.01 to 1000 times the RMS")
+            raise UsageError(f"c={self.c}; allowed: 0.01 to 1000 times the RMS")
         if not 0 <= self.distortion <= 100:
-            raise UsageError(f"distortion={self.distortion}; allowed is 0 (use c) to 100")
+            raise UsageError(f"distortion={self.distortion}; allowed: 0 (use c) to 100")
         if self.rounding not in ("stochastic", "nearest"):
-            raise UsageError(f"rounding={self.rounding}; allowed are stochastic, nearest")
+            raise UsageError(f"rounding={self.rounding}; allowed: stochastic, nearest")
         if self.budget not in ("", LINK) and not (self.budget.isascii() and self.budget.isdigit()):
-            raise UsageError(f"budget={self.budget}; allowed are a number of bytes, and {LINK}")
+            raise UsageError(f"budget={self.budget}; allowed: a number of bytes, or {LINK}")
         if self.budget and self.distortion:
             raise UsageError("distortion and budget both set the step; give one of them")
 

@@ -105,12 +105,12 @@ class TensorSpec:
     def validate(self, max_dims: int) -> None:
         """Raise LayoutError unless name, dtype and shape can be a real tensor's."""
         if not 0 < len(self.name) <= MAX_NAME_CHARS:
-            raise LayoutError(f"a tensor name has {len(self.name)} characters, allowed are 1 to {MAX_NAME_CHARS}")
+            raise LayoutError(f"a tensor name has {len(self.name)} characters, allowed: 1 to {MAX_NAME_CHARS}")
         longest = max(map(len, self.tied_names), default=1)
         if len(self.tied_names) > MAX_TIED_NAMES or longest > MAX_NAME_CHARS or "" in self.tied_names:
             raise LayoutError(f"tensor {self.name!r} is tied to too many names, or to one that is too long")
         if len(self.shape) > max_dims:
-            raise LayoutError(f"tensor {self.name!r} has {len(self.shape)} dimensions, allowed are {max_dims}")
+            raise LayoutError(f"tensor {self.name!r} has {len(self.shape)} dimensions, allowed: {max_dims}")
         if any(extent < 0 for extent in self.shape):
             raise LayoutError(f"tensor {self.name!r} has a negative extent in its shape {self.shape}")
         # numpy multiplies the non-zero extents even of an empty tensor, and refuses what overflows.
@@ -129,7 +129,7 @@ def spec_of(name: str, array: Array, known: TensorSpec | None = None) -> TensorS
     """
     dtype = _NAMES.get(array.dtype)
     if dtype is None:
-        raise EncodeError(f"tensor {name!r} has dtype {array.dtype}, allowed are {', '.join(DTYPE_NAMES)}")
+        raise EncodeError(f"tensor {name!r} has dtype {array.dtype}, allowed: {', '.join(DTYPE_NAMES)}")
     if known is None:
         return TensorSpec(name, dtype, array.shape, role_by_name(name))
     return TensorSpec(name, dtype, array.shape, known.role, known.tied_names)

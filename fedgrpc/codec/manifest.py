@@ -90,7 +90,7 @@ class Manifest:
         _at_most(sum(spec.nbytes for spec in self.layout), limits.max_decoded_bytes, "decoded bytes")
         self._check_frames(limits)
         if len(self.sha256) != 32:
-            raise LayoutError(f"the manifest's sha256 has {len(self.sha256)} bytes, 32 are due")
+            raise LayoutError(f"the manifest's sha256 has {len(self.sha256)} bytes, expected 32")
 
     def _check_frames(self, limits: Limits) -> None:
         if self.compression == "none":

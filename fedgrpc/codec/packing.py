@@ -122,7 +122,7 @@ class MarkReader:
         while self._positions.size < count and self._read_bytes < self._stream.size:
             self._read()
         if self._positions.size < count:
-            raise CorruptError("a stream has fewer marks than are due")
+            raise CorruptError("a stream has fewer marks than expected")
         return self._taken(count)[0]
 
     def finish(self) -> None:
@@ -168,11 +168,11 @@ class CountReader:
     def take(self, count: int) -> Array:
         """Return the next `count` counts, int64. Raises CorruptError if there are fewer."""
         if self._counts.size + self._stream.size - self._read_bytes < count:
-            raise CorruptError("a stream has fewer counts than are due")
+            raise CorruptError("a stream has fewer counts than expected")
         while self._counts.size < count and self._read_bytes < self._stream.size:
             self._read()
         if self._counts.size < count:
-            raise CorruptError("a stream has fewer counts than are due")
+            raise CorruptError("a stream has fewer counts than expected")
         taken, self._counts = self._counts[:count], self._counts[count:]
         return taken
 

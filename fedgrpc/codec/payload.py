@@ -313,7 +313,7 @@ class PayloadReader:
     def _exactly(self, offset: int, size: int) -> memoryview:
         data = memoryview(self._read(offset, size)).cast("B")
         if data.nbytes != size:
-            raise CorruptError(f"the payload ends at byte {offset + data.nbytes}, {offset + size} are declared")
+            raise CorruptError(f"the payload ends at byte {offset + data.nbytes}, declared: {offset + size}")
         return data
 
 
@@ -346,7 +346,7 @@ def inflate(zstd: zstandard.ZstdDecompressor, frame: memoryview, content_size_by
             raise CorruptError(f"a frame names {named} bytes of content, the manifest {content_size_bytes}")
         window = zstandard.get_frame_parameters(frame).window_size
         if window > MAX_WINDOW_BYTES:
-            raise CorruptError(f"a frame wants a window of {window} bytes, allowed are {MAX_WINDOW_BYTES}")
+            raise CorruptError(f"a frame wants a window of {window} bytes, allowed: {MAX_WINDOW_BYTES}")
         content = zstd.decompress(frame, max_output_size=content_size_bytes, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CorruptError(f"a zstd frame is corrupt: {error}") from None

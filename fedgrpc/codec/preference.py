@@ -101,7 +101,7 @@ def parse_preferences(text: str) -> Preferences:
         raise UsageError(f"alternatives of {len(text)} characters; each recipe has at most {MAX_RECIPE_CHARS}")
     parts = [part for part in text.split("|") if part.strip()]
     if not 1 <= len(parts) <= MAX_ALTERNATIVES:
-        raise UsageError(f"{len(parts)} alternatives of recipes; allowed are 1 to {MAX_ALTERNATIVES}")
+        raise UsageError(f"{len(parts)} alternatives of recipes; allowed: 1 to {MAX_ALTERNATIVES}")
     alternatives = tuple(Alternative.parse(part) for part in parts)
     if not any(alternative.suits(None) for alternative in alternatives):
         raise UsageError(f"{text!r} has no recipe for a link of unknown speed: add one without below or above")

@@ -39,9 +39,9 @@ class Compression:
 
     def __post_init__(self) -> None:
         if self.method not in ("none", "zstd"):
-            raise UsageError(f"unknown compression {self.method!r}; known are none, zstd")
+            raise UsageError(f"unknown compression {self.method!r}; known: none, zstd")
         if self.level not in ZSTD_LEVELS:
-            raise UsageError(f"zstd level {self.level}; allowed are {ZSTD_LEVELS[0]} to {ZSTD_LEVELS[-1]}")
+            raise UsageError(f"zstd level {self.level}; allowed: {ZSTD_LEVELS[0]} to {ZSTD_LEVELS[-1]}")
 
     def __str__(self) -> str:
         return self.method if self.method == "none" or self.level == 1 else f"{self.method}:{self.level}"
@@ -63,7 +63,7 @@ class Recipe:
     def parse(text: str) -> Recipe:
         """Read `ENCODING[;PATTERN=ENCODING...][+zstd[:LEVEL]]`. Raises UsageError in one line."""
         if len(text) > MAX_RECIPE_CHARS:
-            raise UsageError(f"a recipe of {len(text)} characters; allowed are {MAX_RECIPE_CHARS}")
+            raise UsageError(f"a recipe of {len(text)} characters; allowed: {MAX_RECIPE_CHARS}")
         body, compression = text.strip(), Compression()
         if match := _SUFFIX.search(body):
             body = body[: match.start()]
@@ -152,7 +152,5 @@ def _override(text: str) -> tuple[str, Encoding]:
     if not pattern or not equals:
         raise UsageError(f"{text!r} is not an override; write PATTERN=ENCODING, such as *.bias=raw")
     if pattern.strip().startswith("@") and pattern.strip() not in (VECTORS, LAST):
-        raise UsageError(
-            f"{pattern.strip()!r} names no tensors; known are {VECTORS}, {LAST} and patterns of names"
-        )
+        raise UsageError(f"{pattern.strip()!r} names no tensors; known: {VECTORS}, {LAST} and patterns of names")
     return pattern.strip(), parse_encoding(encoding)

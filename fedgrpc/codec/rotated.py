@@ -58,9 +58,9 @@ class Rotated(TextForm):
 
     def __post_init__(self) -> None:
         if self.bits not in _UPPER:
-            raise UsageError(f"rotated quantization to {self.bits} bits; allowed are 1 to 4")
+            raise UsageError(f"rotated quantization to {self.bits} bits; allowed: 1 to 4")
         if not _SMALLEST_BLOCK <= self.block <= 65536 or self.block & (self.block - 1):
-            raise UsageError(f"block={self.block}; allowed is a power of two from {_SMALLEST_BLOCK} to 65536")
+            raise UsageError(f"block={self.block}; allowed: a power of two from {_SMALLEST_BLOCK} to 65536")
 
     @property
     def _name_and_field(self) -> tuple[str, str]:

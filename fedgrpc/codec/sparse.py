@@ -67,7 +67,7 @@ class TopK(_Sparse):
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
-            raise UsageError(f"fraction={self.fraction}; allowed is above 0 up to 1")
+            raise UsageError(f"fraction={self.fraction}; allowed: above 0 up to 1")
         _check_bits(self.bits)
 
     def _kept(self, values: Array) -> Array:
@@ -85,7 +85,7 @@ class Threshold(_Sparse):
 
     def __post_init__(self) -> None:
         if not 0 < self.times <= 1000:
-            raise UsageError(f"times={self.times}; allowed is above 0 up to 1000 times the RMS")
+            raise UsageError(f"times={self.times}; allowed: above 0 up to 1000 times the RMS")
         _check_bits(self.bits)
 
     def _kept(self, values: Array) -> Array:
@@ -95,7 +95,7 @@ class Threshold(_Sparse):
 
 def _check_bits(bits: int) -> None:
     if bits not in BITS:
-        raise UsageError(f"values of {bits} bits; allowed are {BITS}")
+        raise UsageError(f"values of {bits} bits; allowed: {BITS}")
 
 
 def _largest(magnitudes: Array, fraction: float) -> Array:

@@ -58,11 +58,11 @@ class Uniform(TextForm):
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise UsageError(f"uniform quantization to {self.bits} bits; allowed are {BITS}")
+            raise UsageError(f"uniform quantization to {self.bits} bits; allowed: {BITS}")
         if not 8 <= self.block <= 65536 or self.block & (self.block - 1):
-            raise UsageError(f"block={self.block}; allowed is a power of two from 8 to 65536")
+            raise UsageError(f"block={self.block}; allowed: a power of two from 8 to 65536")
         if self.rounding not in ROUNDINGS:
-            raise UsageError(f"rounding={self.rounding}; allowed are {', '.join(ROUNDINGS)}")
+            raise UsageError(f"rounding={self.rounding}; allowed: {', '.join(ROUNDINGS)}")
 
     @property
     def _name_and_field(self) -> tuple[str, str]:

@@ -88,7 +88,7 @@ def filled(fill: Fill, spec: TensorSpec, step: int = PIECE) -> Array:
 def require_size(data: memoryview, wanted_bytes: int, spec: TensorSpec) -> None:
     """Raise LayoutError unless the encoded tensor has exactly the wanted number of bytes."""
     if data.nbytes != wanted_bytes:
-        raise LayoutError(f"tensor {spec.name!r} has {data.nbytes} encoded bytes, {wanted_bytes} are due")
+        raise LayoutError(f"tensor {spec.name!r} has {data.nbytes} encoded bytes, expected {wanted_bytes}")
 
 
 def require_float(spec: TensorSpec, encoding: object) -> None:

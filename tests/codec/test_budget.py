@@ -90,8 +90,8 @@ def test_only_a_step_can_be_fitted() -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("entropy:budget=much", "allowed are a number of bytes, and link"),
-        ("entropy:budget=-1", "allowed are a number of bytes, and link"),
+        ("entropy:budget=much", "allowed: a number of bytes, or link"),
+        ("entropy:budget=-1", "allowed: a number of bytes, or link"),
         ("entropy:budget=100,distortion=0.5", "give one of them"),
         ("int8;head.*=entropy:budget=100", "a budget is for the whole payload"),
     ],

@@ -267,11 +267,11 @@ def with_nothing_in_a_message(payload):
 @pytest.mark.parametrize(
     ("spoil", "code", "reason"),
     [
-        (at_a_wrong_offset, "OUT_OF_RANGE", "the chunk starts at offset 2049, expected is 2048"),
-        (with_a_gap, "OUT_OF_RANGE", "the chunk starts at offset 4096, expected is 2048"),
-        (twice_the_same_chunk, "OUT_OF_RANGE", "the chunk starts at offset 0, expected is 2048"),
+        (at_a_wrong_offset, "OUT_OF_RANGE", "the chunk starts at offset 2049, expected 2048"),
+        (with_a_gap, "OUT_OF_RANGE", "the chunk starts at offset 4096, expected 2048"),
+        (twice_the_same_chunk, "OUT_OF_RANGE", "the chunk starts at offset 0, expected 2048"),
         (with_a_bad_crc, "DATA_LOSS", "the chunk at offset 2048 does not match its CRC"),
-        (past_the_declared_end, "RESOURCE_EXHAUSTED", "the chunk ends at byte 8172, declared are 8168"),
+        (past_the_declared_end, "RESOURCE_EXHAUSTED", "the chunk ends at byte 8172, declared: 8168"),
         (with_an_empty_chunk, "INVALID_ARGUMENT", "the chunk at offset 2048 is empty"),
         (with_a_large_chunk, "RESOURCE_EXHAUSTED", "a chunk of 4952 bytes; allowed are 4096"),
         (with_nothing_in_a_message, "INVALID_ARGUMENT", "after the header of an update come chunks"),
@@ -327,7 +327,7 @@ async def test_another_header_on_the_second_attempt_starts_the_upload_over(tmp_p
         await bad.send(header, *chunks(payload)[:3])
         other, payload = encoded(update_of(3.0))
         header = pb.PushUpdateRequest(header=bad.header(task, other, example_count=30))
-        with refused("OUT_OF_RANGE", "the chunk starts at offset 6144, expected is 0", "WrongOffset"):
+        with refused("OUT_OF_RANGE", "the chunk starts at offset 6144, expected 0", "WrongOffset"):
             await bad.send(header, *chunks(payload, 6144))
         await finishes_with_both(running, bad, task, good, good_task)
 
