@@ -109,7 +109,7 @@ def test_a_learning_rate_scales_the_first_step(name: str) -> None:
 
 
 def test_an_unknown_optimizer_is_refused_with_the_names_that_there_are() -> None:
-    with pytest.raises(UsageError, match="no server optimizer 'adam'.*fedavg, fedavgm"):
+    with pytest.raises(UsageError, match=r"no server optimizer 'adam'.*fedavg, fedavgm"):
         server_optimizer("adam")
 
 
