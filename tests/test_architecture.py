@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedgrpc"
 
 # Every module or package right below fedgrpc, and what it may import besides itself.
-CORE = {"errors", "claims", "training_plan", "codec", "submodels", "aggregation", "rounds"}
+CORE = {"errors", "claims", "training_plan", "codec", "submodels", "aggregation", "rounds", "runs"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "claims": {"errors"},
@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "submodels": {"errors", "claims"},
     "aggregation": {"errors", "claims", "submodels"},
     "rounds": {"errors", "claims"},
+    "runs": {"errors", "claims", "codec", "submodels", "aggregation", "rounds"},
     "simulation": {"errors", "rounds"},
     "trainer": {"errors", "training_plan", "submodels"},
     "process": set(),
@@ -51,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Where torch may be imported; everything else runs on a machine without it.
 TORCH = {"torch", "tasks"}
 # The core knows no I/O, no clock and no gRPC.
-PURE = {"claims", "training_plan", "codec", "submodels", "aggregation", "rounds", "simulation"}
+PURE = {"claims", "training_plan", "codec", "submodels", "aggregation", "rounds", "runs", "simulation"}
 IMPURE_MODULES = {
     *("asyncio", "concurrent", "datetime", "grpc", "multiprocessing", "pathlib", "random", "shutil"),
     *("signal", "socket", "sqlite3", "structlog", "subprocess", "threading", "time", "torch"),

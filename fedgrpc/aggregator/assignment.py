@@ -9,94 +9,93 @@ import asyncio
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from functools import partial
-from types import MappingProxyType
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import structlog
 
 from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.coordinator import Coordinator
-from fedgrpc.aggregator.local_models import LocalTask, Sizing
-from fedgrpc.aggregator.model_store import Downlink, Extent, Held
-from fedgrpc.aggregator.report import CurrentRound
+from fedgrpc.aggregator.fleet import Fleet
+from fedgrpc.aggregator.local_models import LocalModels, Sizing
+from fedgrpc.aggregator.model_store import Downlink, Extent, Held, ModelStore
+from fedgrpc.aggregator.report import record_of, rows_of
 from fedgrpc.errors import UnusableUpdate
-from fedgrpc.protocol.records import prediction_to_proto
 from fedgrpc.rounds.events import Deadline, Select, Selected
+from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.round import Round, RoundPhase
 from fedgrpc.rounds.selection import SelectionPolicy
-from fedgrpc.rounds.state import step
-from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
+from fedgrpc.runs.events import TasksGiven
+from fedgrpc.runs.machine import RunMachine
+from fedgrpc.runs.round_in_progress import RoundInProgress
+from fedgrpc.runs.task_context import LocalTask, Recipes, TaskContext
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Whole models that are ready to be pulled: what each worker pulls, and what most of them do, bytes."""
+
+    of_worker: Mapping[str, int]
+    usual_bytes: int
 
 
 class TaskAssigner:
     """Answers a round's `Select`."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._it = coordinator
+    def __init__(
+        self, coordinator: Coordinator, fleet: Fleet, models: ModelStore, local_models: LocalModels
+    ) -> None:
+        self._coordinator = coordinator
+        self._run = coordinator.machine
+        self._negotiation = coordinator.negotiation
         self._settings = coordinator.settings
+        self._fleet = fleet
+        self._models = models
+        self._local_models = local_models
         self._log = log.bind(run=self._settings.run_name)
 
-    async def select(self, current: CurrentRound, select: Select) -> None:
+    async def select(self, select: Select) -> None:
         """Choose workers and record their tasks; only then are these offered."""
-        it = self._it
-        state = current.state
-        selected = await self._choose(current, select)
-        chosen = tuple(worker for _, worker in selected.tasks)
-        it.chosen = frozenset(chosen)
-        after, _ = step(state, selected, it.clock())
-        failed: dict[str, str] = {}
-        if chosen and after.phase is RoundPhase.REPORTING:
-            failed |= self._agree(current, selected)
-            new = {token: worker for token, worker in selected.tasks if token not in failed}
-            await self.prepare_download(current, new)
-            failed |= self._give_local_tasks(current, new)
-            await self.prepare_download(current, {token: new[token] for token in new if token not in failed})
-            await self._save_tasks(current, after, chosen)
-            self._tell(after, selected)
-        if not current.state.phase.final:
-            it.dispatch(selected)
-            for token, reason in failed.items():
-                it.reject(token, reason)
-            for worker in chosen:
-                # To encode a large model takes its time, in which it may have left.
-                it.take_back(worker)
+        coordinator, run = self._coordinator, self._run
+        selected = await self._choose(run.current, select)
+        coordinator.chosen = frozenset(worker for _, worker in selected.tasks)
+        opened = run.foresee(selected, coordinator.clock()).current.state.phase is RoundPhase.REPORTING
+        if not (selected.tasks and opened):
+            coordinator.apply(selected)
+            return
+        contexts, failed = await self._prepare(run.current, selected)
+        if not run.current.open:
+            # It was ended, by an operator or the deadline, while the models were encoded.
+            coordinator.apply(selected)
+            return
+        await coordinator.apply_after(TasksGiven(selected, contexts), self._store)
+        self._tell(run.current.state, selected)
+        for token, reason in failed.items():
+            if run.wants(token):
+                coordinator.reject(token, reason)
+        for _, worker in selected.tasks:
+            # To encode a large model takes its time, in which it may have left.
+            coordinator.take_back(worker)
 
-    async def _choose(self, current: CurrentRound, select: Select) -> Selected:
-        it = self._it
-        state = current.state
+    async def _choose(self, round_: RoundInProgress, select: Select) -> Selected:
+        coordinator, state = self._coordinator, round_.state
         rng = np.random.default_rng([self._settings.seed, state.number, len(state.tasks)])
-        idle = tuple(name for name in it.idle_trainers() if name not in select.exclude)
+        trainers = self._run.idle_trainers(self._fleet, coordinator.clock())
+        idle = tuple(name for name in trainers if name not in select.exclude)
         # Nobody who may be chosen is forgotten meanwhile.
-        it.chosen = frozenset(idle)
-        choosing = self._settings.choosing if current.kind == TASK_KIND_TRAIN else SelectionPolicy()
-        histories = it.fleet.histories()
+        coordinator.chosen = frozenset(idle)
+        choosing = self._settings.choosing if round_.kind is TaskKind.TRAIN else SelectionPolicy()
+        histories = self._fleet.histories()
         choices, deadline = await asyncio.to_thread(choosing.choose, state, idle, select.count, histories, rng)
-        if current.due_at is not None:
-            left_s = max(0.0, current.due_at - it.clock())
+        if round_.due_at is not None:
+            left_s = max(0.0, round_.due_at - coordinator.clock())
             if deadline is None or left_s < deadline.seconds:
                 deadline = Deadline(left_s, "the aggregator above waits no longer")
         tasks = tuple((secrets.token_urlsafe(18), choice.worker) for choice in choices)
         return Selected(tasks, {choice.worker: choice.reason for choice in choices}, deadline)
-
-    def _agree(self, current: CurrentRound, selected: Selected) -> dict[str, str]:
-        """In which recipes each of the chosen pulls and pushes, for as long as it has this task.
-
-        Returns why some tasks cannot be given, by token, as `_give_local_tasks` does.
-        """
-        return _each(selected.tasks, partial(self._agree_on, current))
-
-    def _agree_on(self, current: CurrentRound, token: str, name: str) -> None:
-        agreed = self._it.negotiation.agreed(self._it.fleet.get(name))
-        upload = "raw" if current.kind == TASK_KIND_INITIALIZE else str(agreed.upload)
-        current.recipes[token] = agreed.download_text, upload
-        self._log.debug(
-            "recipes agreed", round=current.state.number, worker=name, down=agreed.download_text, up=upload
-        )
 
     def _tell(self, after: Round, selected: Selected) -> None:
         workers = [worker for _, worker in selected.tasks]
@@ -105,92 +104,124 @@ class TaskAssigner:
         told = {"deadline_s": round(after.deadline_s, 3), "reason": after.deadline_reason}
         self._log.info("tasks offered", round=after.number, workers=workers, **(told if told["reason"] else {}))
 
-    async def _save_tasks(self, current: CurrentRound, after: Round, chosen: tuple[str, ...]) -> None:
-        it = self._it
-        assert after.deadline_at is not None
-        wall_deadline = time.time() + after.deadline_at - it.clock()
-        offered, now = replace(current, state=after), it.clock()
-        histories = {name: it.fleet.get(name).history.chosen(after.number) for name in chosen}
+    async def _store(self, after: RunMachine) -> None:
+        """Keep the round with its new tasks, and that their workers were chosen."""
+        coordinator, round_, now = self._coordinator, after.current, self._coordinator.clock()
+        state = round_.state
+        assert state.deadline_at is not None
+        wall_deadline = time.time() + state.deadline_at - now
+        chosen = (name for name in coordinator.chosen if self._fleet.find(name) is not None)
+        histories = {name: self._fleet.get(name).history.chosen(state.number) for name in chosen}
 
         def store() -> None:
-            record = offered.record(now)
-            it.store.save_open_round(record, after.aim, wall_deadline, offered.rows(after), histories)
+            record = record_of(round_, now)
+            coordinator.store.save_open_round(record, state.aim, wall_deadline, rows_of(round_), histories)
 
-        await it.in_database(store)
-        it.fleet.remember(histories)
-        for name in chosen:
-            current.device_classes[name] = it.fleet.get(name).registration.device.device_class
+        await coordinator.in_database(store)
+        self._fleet.remember(histories)
 
-    async def prepare_download(self, current: CurrentRound, new: Mapping[str, str] = MappingProxyType({})) -> None:
-        """The encoded model is ready before anyone is asked to pull it; its size is for the record.
+    # What each worker is given.
 
-        `new`: the workers of tasks that are not offered yet, by token.
-        """
-        if current.kind == TASK_KIND_INITIALIZE:
+    async def _prepare(
+        self, round_: RoundInProgress, selected: Selected
+    ) -> tuple[dict[str, TaskContext], dict[str, str]]:
+        """What each of the chosen is given; and why some tasks cannot be given, by token."""
+        contexts = {
+            token: TaskContext(device_class=self._fleet.get(name).registration.device.device_class)
+            for token, name in selected.tasks
+        }
+        failed = _each(selected.tasks, lambda token, name: self._agree(round_, contexts, token, name))
+        new = {token: name for token, name in selected.tasks if token not in failed}
+        if round_.kind is TaskKind.INITIALIZE:
+            return contexts, failed
+        whole = await self._prepare_whole(round_.base_version, tuple(new.values()))
+        failed |= _each(new.items(), lambda token, name: self._plan(round_, contexts, whole, token, name))
+        given = {token: name for token, name in new.items() if token not in failed}
+        return contexts | await self._pulled(round_.base_version, contexts, given, whole), failed
+
+    def _agree(self, round_: RoundInProgress, contexts: dict[str, TaskContext], token: str, name: str) -> None:
+        """Settle in which recipes a worker pulls and pushes, for as long as it has this task."""
+        agreed = self._negotiation.agreed(self._fleet.get(name))
+        upload = "raw" if round_.kind is TaskKind.INITIALIZE else str(agreed.upload)
+        contexts[token] = replace(contexts[token], recipes=Recipes(agreed.download_text, upload))
+        self._log.debug("recipes agreed", round=round_.number, worker=name, down=agreed.download_text, up=upload)
+
+    def _plan(
+        self, round_: RoundInProgress, contexts: dict[str, TaskContext], whole: _Whole, token: str, name: str
+    ) -> None:
+        """Give a worker what the plan of its device class says: to train, and to score the last version."""
+        worker, context = self._fleet.get(name), contexts[token]
+        # An aggregator takes the whole model: its workers have devices of their own.
+        if worker.leads:
             return
-        await self._prepare_whole(current, tuple(new.values()))
+        assert context.recipes is not None
+        deadline_s = self._settings.policy.deadline_s
+        sizing = Sizing(self._run.layout, whole.usual_bytes, deadline_s, context.recipes.upload)
+        local, choice = self._local_models.task_of(worker, sizing, round_.number)
+        contexts[token] = replace(context, local=local, choice=choice if round_.kind is TaskKind.TRAIN else None)
+
+    async def prepare_again(
+        self, round_: RoundInProgress, workers: Mapping[str, str]
+    ) -> Mapping[str, TaskContext]:
+        """Encode what the workers of a resumed round, by token, are to pull; what is known of their tasks then."""
+        if round_.kind is TaskKind.INITIALIZE:
+            return {}
+        return await self._pulled(
+            round_.base_version, round_.contexts, workers, await self._prepare_whole(round_.base_version, ())
+        )
+
+    async def _pulled(
+        self, version: int, contexts: Mapping[str, TaskContext], workers: Mapping[str, str], whole: _Whole
+    ) -> dict[str, TaskContext]:
+        """Encode the sub-models that these workers pull; the contexts with what each pulls. For the record."""
         sizes: dict[tuple[str, Downlink, Held | None], int] = {}
-        for token, local in current.local_tasks.items():
-            task = current.state.tasks.get(token)
-            if local.sub_model.name and (task is None or not task.carried):
-                name = new[token] if task is None else task.worker
-                held, downlink = self._it.fleet.get(name).held, self._downlink(current, token)
-                key = local.sub_model.name, downlink, held
+        pulled = {}
+        for token, name in workers.items():
+            context = contexts.get(token, TaskContext())
+            size_bytes = whole.of_worker.get(name, whole.usual_bytes)
+            if context.local.sub_model.name:
+                held, downlink = self._run.held.get(name), self._downlink(context)
+                key = context.local.sub_model.name, downlink, held
                 if key not in sizes:
-                    sizes[key] = await self._prepare_sub_model(current.base_version, local, downlink, held)
-                current.download_bytes[local.sub_model.name] = current.offered_bytes[name] = sizes[key]
+                    sizes[key] = await self._prepare_sub_model(version, context.local, downlink, held)
+                size_bytes = sizes[key]
+            pulled[token] = replace(context, download_bytes=size_bytes)
+        return pulled
 
     async def _prepare_sub_model(
         self, version: int, local: LocalTask, downlink: Downlink, held: Held | None
     ) -> int:
         """Encode the sub-model or its difference. Returns the bytes to download."""
-        it = self._it
-        kept_channels = await asyncio.to_thread(it.local_models.kept_channels, local.sub_model, version)
+        kept_channels = await asyncio.to_thread(self._local_models.kept_channels, local.sub_model, version)
         extent = Extent(local.sub_model, kept_channels)
-        if held is not None and held[0] == version and it.models.holds(held, extent):
+        if held is not None and held[0] == version and self._models.holds(held, extent):
             return 0
-        encoded = await it.models.offered(version, held, downlink, extent)
+        encoded = await self._models.offered(version, held, downlink, extent)
         return encoded.manifest.size_bytes
 
-    def _downlink(self, current: CurrentRound, token: str) -> Downlink:
+    def _downlink(self, context: TaskContext) -> Downlink:
         """What was agreed on when the task was given; after a restart with other settings, the usual."""
-        negotiation = self._it.negotiation
-        told = current.recipes.get(token)
-        return (negotiation.downlink_of(told[0]) if told else None) or negotiation.downlinks[0]
+        told = None if context.recipes is None else self._negotiation.downlink_of(context.recipes.download)
+        return told or self._negotiation.downlinks[0]
 
-    async def _prepare_whole(self, current: CurrentRound, chosen: tuple[str, ...]) -> None:
+    async def _prepare_whole(self, version: int, chosen: Collection[str]) -> _Whole:
         """Whole models, or differences to what the chosen hold; first to what most of them hold."""
-        it = self._it
-        fleet = {name: it.fleet.get(name) for name in chosen if name not in current.offered_bytes}
-        wanted = {name: (worker.held, it.negotiation.agreed(worker).downlink) for name, worker in fleet.items()}
+        wanted = {
+            name: (self._run.held.get(name), self._negotiation.agreed(self._fleet.get(name)).downlink)
+            for name in chosen
+        }
+        of_worker: dict[str, int] = {}
+        usual_bytes: int | None = None
         for (base, downlink), _ in Counter(wanted.values()).most_common():
-            encoded = await it.models.offered(current.base_version, base, downlink)
+            encoded = await self._models.offered(version, base, downlink)
             size_bytes = encoded.manifest.size_bytes
-            if base is not None and base[0] == current.base_version and it.models.holds(base):
+            usual_bytes = size_bytes if usual_bytes is None else usual_bytes
+            if base is not None and base[0] == version and self._models.holds(base):
                 size_bytes = 0
-            current.offered_bytes.update({name: size_bytes for name in wanted if wanted[name] == (base, downlink)})
-            current.download_bytes.setdefault("", encoded.manifest.size_bytes)
-        if "" not in current.download_bytes:
-            encoded = await it.models.offered(current.base_version)
-            current.download_bytes[""] = encoded.manifest.size_bytes
-
-    def _give_local_tasks(self, current: CurrentRound, new: Mapping[str, str]) -> dict[str, str]:
-        """Give each worker what the plan of its device class says: to train, and to score the last version."""
-        if current.kind == TASK_KIND_INITIALIZE:
-            return {}
-        return _each(new.items(), partial(self._give_local_task, current))
-
-    def _give_local_task(self, current: CurrentRound, token: str, name: str) -> None:
-        it, worker = self._it, self._it.fleet.get(name)
-        # An aggregator takes the whole model: its workers have devices of their own.
-        if worker.leads:
-            return
-        deadline_s, recipe = self._settings.policy.deadline_s, current.recipes[token][1]
-        sizing = Sizing(it.run.layout, current.download_bytes[""], deadline_s, recipe)
-        task, choice = it.local_models.task_of(worker, sizing, current.state.number)
-        current.local_tasks[token] = task
-        if current.kind == TASK_KIND_TRAIN:
-            current.predictions[token] = prediction_to_proto(choice)
+            of_worker.update({name: size_bytes for name in wanted if wanted[name] == (base, downlink)})
+        if usual_bytes is None:
+            usual_bytes = (await self._models.offered(version)).manifest.size_bytes
+        return _Whole(of_worker, usual_bytes)
 
 
 def _each(tasks: Iterable[tuple[str, str]], prepare: Callable[[str, str], None]) -> dict[str, str]:

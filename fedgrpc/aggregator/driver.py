@@ -9,39 +9,47 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from functools import partial
 
 import structlog
 
 from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.aggregator.assignment import TaskAssigner
-from fedgrpc.aggregator.carrying import Dropped, carried_rows, ending_here, going_on
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.histories import histories_after, histories_of
 from fedgrpc.aggregator.new_version import NewVersion
 from fedgrpc.aggregator.recovery import Recovery
-from fedgrpc.aggregator.report import CurrentRound
-from fedgrpc.aggregator.run_state import RollBack
-from fedgrpc.aggregator.scores import for_log, scores_of
+from fedgrpc.aggregator.report import carried_rows, record_of, rows_of
+from fedgrpc.aggregator.scores import Scores, for_log, scores_of
 from fedgrpc.errors import CodecError, IllegalTransition, NotFound, StorageError, UnusableUpdate, UpdateRefused
 from fedgrpc.protocol.records import jump_to_proto
-from fedgrpc.rounds.events import AbandonCause, Abort, Commit, Committed, Finished, Select, TaskPhase, Tick
+from fedgrpc.rounds.events import AbandonCause, Abort, Commit, Finished, Select, Tick
 from fedgrpc.rounds.history import WorkerHistory
-from fedgrpc.rounds.policy import TaskKind as TaskKinds
-from fedgrpc.rounds.round import Round, RoundPhase, Streak
-from fedgrpc.rounds.state import step, wake_at, wants_workers
+from fedgrpc.rounds.policy import TaskKind
+from fedgrpc.rounds.round import RoundPhase
+from fedgrpc.rounds.state import wake_at, wants_workers
 from fedgrpc.rounds.version import Jump, Version
 from fedgrpc.rpc.retry import Backoff, Retries
-from fedgrpc.storage.data_folder import Use
-from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RUN_PHASE_PAUSED
-from fedgrpc.v1.round_pb2 import (
-    ROUND_PHASE_COMMITTED,
-    TASK_KIND_EVALUATE,
-    TASK_KIND_INITIALIZE,
-    TASK_KIND_TRAIN,
-    TaskKind,
+from fedgrpc.runs.events import (
+    Drop,
+    Ending,
+    EndReason,
+    EndRun,
+    OpenRound,
+    RollBack,
+    RollBackFailed,
+    RolledBack,
+    RoundEnded,
+    RoundOpened,
+    RunPhase,
+    Stay,
+    UpdatesMerged,
+    VersionsPruned,
 )
+from fedgrpc.runs.machine import RunMachine
+from fedgrpc.runs.round_in_progress import DroppedTask, RoundInProgress
+from fedgrpc.storage.data_folder import Use
+from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, TASK_KIND_TRAIN
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 log = structlog.get_logger()
@@ -58,241 +66,226 @@ class Driver:
     """Plays rounds on a coordinator until the run has ended."""
 
     def __init__(self, coordinator: Coordinator) -> None:
-        self._it = coordinator
+        self._coordinator = coordinator
+        self._run = coordinator.machine
         self._settings = coordinator.settings
-        self._assigner = TaskAssigner(coordinator)
+        self._assigner = TaskAssigner(coordinator, coordinator.fleet, coordinator.models, coordinator.local_models)
         self._new_version = NewVersion(coordinator)
-        self._last_number = 0
         self._record = RoundRecord()
         # Tasks of rounds that are over, whose updates are still to be cleared away; None: all is done.
         self._over: list[str] | None = None
         self._clear_at = 0.0
         self._clearing = Retries(_AFTER_STORAGE_ERROR)
-        self._closing_evaluation = self._settings.evaluate
         self._abandoned = Retries(_AFTER_ABANDONED)
-        self._streak = Streak()
         self._log = log.bind(run=self._settings.run_name)
 
     async def recover(self) -> None:
         """Take up what a former process left in the data folder. Raises `UsageError` and `StorageError`."""
-        it = self._it
-        self._last_number = await Recovery(it, self._assigner).recover()
-        records, _ = await it.in_database(it.store.rounds, self._last_number + 1, _RECENT_ROUNDS)
-        it.metrics.restore(it.run.version, records)
+        coordinator, run = self._coordinator, self._run
+        await Recovery(coordinator, self._assigner).recover()
+        records, _ = await coordinator.in_database(coordinator.store.rounds, run.last_number + 1, _RECENT_ROUNDS)
+        coordinator.metrics.restore(run.version, records)
 
     async def run(self) -> None:
         """Play rounds until the run has ended. Raises `StorageError` only for what waiting cannot mend."""
-        it = self._it
-        while not it.run.ended:
-            if it.current is None and not await self._open():
+        run = self._run
+        while not run.ended:
+            if run.round is None and not await self._open():
                 continue
             await self._play()
             await self._after_round()
-        if it.rolling_back is not None:
-            it.rolling_back.done.set_exception(IllegalTransition(f"the run has ended: {it.run.reason}"))
+        if run.rolling_back is not None:
+            self._coordinator.answer_roll_back(IllegalTransition(f"the run has ended: {run.ending.text}"))
         await self._clear_away()
 
     async def _open(self) -> bool:
         """Open the next round if there is one to open now; else wait or end the run."""
-        it = self._it
-        if it.rolling_back is not None:
-            await self._roll_back(it.rolling_back)
-            return False
-        if it.run.phase == RUN_PHASE_PAUSED:
-            await self._wait(None)
-            return False
-        if it.run.reason:
-            await self._end(it.run.reason)
-            return False
-        if it.run.began and it.run.trained >= self._settings.rounds and not self._closing_evaluation:
-            await self._wait_for_evaluators()
-            if it.rolling_back is not None:
-                return False
-            await self._end(it.run.reason or f"all {self._settings.rounds} rounds are done")
-            return False
-        kind = self._next_kind()
-        first = kind == TASK_KIND_INITIALIZE and not it.run.version
-        number = 0 if first else self._last_number + 1
-        state = Round(number, self._settings.policy.for_kind(TaskKinds(kind)), it.clock())
-        it.current = CurrentRound(state, kind, it.run.version, time.time())
-        self._log.debug("round opened", round=number, kind=TaskKind.Name(kind))
-        return True
+        match self._run.next_step(time.time(), self._coordinator.clock()):
+            case OpenRound(round_):
+                self._coordinator.apply(RoundOpened(round_))
+                self._log.debug("round opened", round=round_.number, kind=round_.kind.name)
+                return True
+            case RollBack() as asked:
+                await self._roll_back(asked)
+            case EndRun(ending, after_evaluators):
+                if not after_evaluators or await self._evaluators_are_done():
+                    await self._end(ending if self._run.ending.reason is EndReason.NONE else self._run.ending)
+            case Stay():
+                await self._wait(None)
+        return False
 
     async def _roll_back(self, asked: RollBack) -> None:
         """Make a copy of the version that is asked for the latest one, durably, and answer."""
-        it = self._it
-        number = self._last_number + 1
+        coordinator, run = self._coordinator, self._run
+        number = run.last_number + 1
         record = RoundRecord(number=number, phase=ROUND_PHASE_COMMITTED, kind=TASK_KIND_TRAIN, reason=asked.text)
-        record.base_version, record.rolled_back_to = it.run.version, asked.version
+        record.base_version, record.rolled_back_to = run.version, asked.version
         record.started_at.FromNanoseconds(time.time_ns())
         try:
             version, layout = await self._new_version.roll_back(asked.version, number)
             record.committed_version, record.jump = version.version, jump_to_proto(version.jump)
             record.metrics.update(version.metrics)
             record.evaluator_metrics.update(version.evaluator_metrics)
-            await it.in_database(it.store.finish_round, record, [], {}, version)
-        except (StorageError, NotFound) as error:
-            it.rolling_back = None
-            asked.done.set_exception(error)
-            return
-        it.rolling_back, self._last_number, it.last_record = None, number, record
-        it.run.take(version, layout)
-        it.versions.add(version)
-        self._closing_evaluation = self._settings.evaluate
-        self._log.warning(asked.text, round=number, version=version.version)
-        it.metrics.model_version.set(version.version)
-        it.fleet.wake_concerned()
-        it.changes.notify()
-        asked.done.set_result(None)
 
-    async def _end(self, reason: str) -> None:
+            async def store(after: RunMachine) -> None:
+                await coordinator.in_database(coordinator.store.finish_round, record, [], {}, version)
+                coordinator.last_record = record
+
+            await coordinator.apply_after(RolledBack(version, layout, number), store)
+        except (StorageError, NotFound) as error:
+            coordinator.apply(RollBackFailed())
+            coordinator.answer_roll_back(error)
+            return
+        self._log.warning(asked.text, round=number, version=version.version)
+        coordinator.metrics.model_version.set(version.version)
+        coordinator.fleet.wake_evaluators_and(run.leases)
+        coordinator.answer_roll_back()
+
+    async def _end(self, ending: Ending) -> None:
         await self._clear_away()
-        best, last = self._it.versions.best, self._it.versions.last
+        best, last = self._run.versions.best, self._run.versions.last
         for which, version in (("best", best), ("last", last)):
             if version is not None and version.sha256:
-                path, told = str(self._it.models.path(version.version)), for_log(version.scores, "version", "file")
+                path, told = (
+                    str(self._coordinator.models.path(version.version)),
+                    for_log(version.scores, "version", "file"),
+                )
                 self._log.info(f"{which} version", version=version.version, file=path, **told)
-        await self._it.end(RUN_PHASE_FINISHED, reason)
-
-    def _next_kind(self) -> TaskKind:
-        if not self._it.run.began:
-            return TASK_KIND_INITIALIZE
-        return TASK_KIND_TRAIN if self._it.run.trained < self._settings.rounds else TASK_KIND_EVALUATE
+        await self._coordinator.end(RunPhase.FINISHED, ending)
 
     async def _play(self) -> None:
         """Play the round in progress to its end."""
-        it = self._it
-        assert it.current is not None
+        coordinator, run = self._coordinator, self._run
         while True:
-            while it.effects:
-                effect = it.effects.popleft()
+            while coordinator.effects:
+                effect = coordinator.effects.popleft()
                 if isinstance(effect, Select):
-                    await self._until_stored(partial(self._assigner.select, it.current, effect))
+                    await self._until_stored(partial(self._assigner.select, effect))
                 elif isinstance(effect, Commit):
-                    await self._until_stored(partial(self._commit, it.current, effect))
-                else:
-                    await self._until_stored(partial(self._finish, it.current, effect))
+                    await self._until_stored(partial(self._commit, effect))
+                elif isinstance(effect, Finished):
+                    await self._until_stored(partial(self._finish, effect))
                     return
-            if it.run.phase == RUN_PHASE_PAUSED and it.current.state.phase is RoundPhase.SELECTING:
+            if run.phase is RunPhase.PAUSED and run.current.state.phase is RoundPhase.SELECTING:
                 await self._wait(None)
                 continue
-            it.wake.clear()
+            coordinator.wake.clear()
             looked_at = time.perf_counter()
-            if wants_workers(it.current.state):
-                it.dispatch(it.pool())
-            if it.effects:
+            if wants_workers(run.current.state):
+                coordinator.apply(coordinator.workers_available())
+            if coordinator.effects:
                 continue
-            due = wake_at(it.current.state)
+            due = wake_at(run.current.state)
             rest_s = _REST * (time.perf_counter() - looked_at)
             await self._wait(due, clear=False)
-            due = wake_at(it.current.state)
-            if due is not None and it.clock() >= due:
-                it.dispatch(Tick())
-            if not it.effects:
+            due = wake_at(run.current.state)
+            if due is not None and coordinator.clock() >= due:
+                coordinator.apply(Tick())
+            if not coordinator.effects:
                 # To look costs as much as the fleet is large, and each poll of a large fleet is news.
                 await asyncio.sleep(rest_s)
 
     async def _wait(self, until: float | None, clear: bool = True) -> None:
         """Wait for news, or for the clock to read `until`; there is time now for what could wait."""
-        it = self._it
+        coordinator = self._coordinator
         if clear:
-            it.wake.clear()
+            coordinator.wake.clear()
         await self._clear_away()
-        timeout_s = None if until is None else max(0.0, until - it.clock())
+        timeout_s = None if until is None else max(0.0, until - coordinator.clock())
         try:
             async with asyncio.timeout(timeout_s):
-                await it.wake.wait()
+                await coordinator.wake.wait()
         except TimeoutError:
             pass
 
     async def _until_stored(self, act: Callable[[], Awaitable[None]]) -> None:
         """Do what needs the disk. While it fails the health is bad, and everything accepted is kept."""
-        it = self._it
+        data_folder = self._coordinator.data_folder
         retries = Retries(_AFTER_STORAGE_ERROR)
         while True:
             try:
                 await act()
-                it.data_folder.works(Use.ROUNDS)
+                data_folder.works(Use.ROUNDS)
                 return
             except (StorageError, NotFound) as error:
-                it.data_folder.failed(Use.ROUNDS, error)
+                data_folder.failed(Use.ROUNDS, error)
             # It may be full of what is not needed any more.
             await self._clear_away()
             await asyncio.sleep(retries.next_delay_s())
 
-    async def _commit(self, current: CurrentRound, commit: Commit) -> None:
+    async def _commit(self, commit: Commit) -> None:
         """Compute and record the new version. An update that turns out unusable is left out: the round then has
         another commit to do, or has ended. What nobody in particular is to blame for ends it.
         """
         try:
-            await self._commit_once(current, commit)
+            await self._commit_once(self._run.current, commit)
         except UnusableUpdate as error:
-            self._it.leave_out(error)
+            self._coordinator.leave_out(error)
         except (CodecError, UpdateRefused) as error:
-            self._it.dispatch(Abort(str(error), AbandonCause.UNUSABLE))
+            self._coordinator.apply(Abort(str(error), AbandonCause.UNUSABLE))
 
-    async def _commit_once(self, current: CurrentRound, commit: Commit) -> None:
-        it = self._it
+    async def _commit_once(self, round_: RoundInProgress, commit: Commit) -> None:
+        coordinator, run = self._coordinator, self._run
         begun = time.monotonic()
-        weights = self._new_version.weights(current, commit.tokens)
-        current.scales = await self._new_version.scales(current, weights)
+        weights = self._new_version.weights(round_, commit.tokens)
+        scales = await self._new_version.scales(round_, weights)
         version: Version | None = None
-        if current.kind != TASK_KIND_EVALUATE:
-            version = await self._new_version.write(current, weights)
-        layout = it.models.open(version.version).layout if version else it.run.layout
-        current.jump = version.jump if version else Jump.NONE
-        after, _ = step(current.state, Committed(version.version if version else current.base_version), it.clock())
-        current.weights = weights
-        current.global_s = time.monotonic() - begun
-        pairs = [(current.reports[token], weight) for token, weight in weights.items()]
-        current.training_metrics = mean_metrics([(report.metrics, weight) for report, weight in pairs])
-        await self._store_end(current, after, version)
-        # It is stored: no wait from here on, or a second try would store it twice.
-        if version is not None:
-            it.run.take(version, layout)
-            it.versions.add(version)
-        it.dispatch(Committed(version.version if version else current.base_version))
+        if round_.kind is not TaskKind.EVALUATE:
+            version = await self._new_version.write(round_, weights, scales)
+        merged = UpdatesMerged(
+            version,
+            coordinator.models.open(version.version).layout if version else run.layout,
+            weights,
+            scales,
+            mean_metrics([(round_.report(token).metrics, weight) for token, weight in weights.items()]),
+            bool(self._scores(round_, weights).metrics),
+            time.monotonic() - begun,
+        )
+        await coordinator.apply_after(merged, partial(self._store_end, version=version))
 
-    async def _store_end(self, current: CurrentRound, ended: Round, version: Version | None) -> None:
+    def _scores(self, round_: RoundInProgress, weights: dict[str, float]) -> Scores:
+        return scores_of(round_, weights, self._coordinator.weighing, self._settings.policy.max_share)
+
+    async def _store_end(self, after: RunMachine, version: Version | None = None) -> None:
         """Make durable how a round has ended, and then remember it; with a thousand tasks that takes its time."""
-        it, now = self._it, self._it.clock()
+        coordinator, round_, now = self._coordinator, after.current, self._coordinator.clock()
 
         def store() -> tuple[RoundRecord, dict[str, WorkerHistory]]:
-            record = replace(current, state=ended).record(now)
-            rows = [*current.rows(ended), *carried_rows(current, ended, now)]
-            histories = histories_after(current, ended, it.fleet)
-            it.store.finish_round(record, rows, histories, version)
+            record = record_of(round_, now)
+            rows = [*rows_of(round_), *carried_rows(round_, now)]
+            histories = histories_after(round_, coordinator.fleet)
+            coordinator.store.finish_round(record, rows, histories, version)
             return record, histories
 
-        self._record, histories = await it.in_database(store)
-        it.fleet.remember(histories)
-        if it.last_record is None or self._record.number >= it.last_record.number:
+        self._record, histories = await coordinator.in_database(store)
+        coordinator.fleet.remember(histories)
+        if coordinator.last_record is None or self._record.number >= coordinator.last_record.number:
             # Before the version is known, whose scores the record is given.
-            it.last_record = self._record
+            coordinator.last_record = self._record
 
-    async def _keep_scores(self, current: CurrentRound) -> None:
+    async def _keep_scores(self, round_: RoundInProgress) -> None:
         """What the workers of a committed round say of the version they were given."""
-        scores = scores_of(current, current.weights, self._it.weighing, self._settings.policy.max_share)
-        self._closing_evaluation = self._settings.evaluate and bool(scores.metrics)
+        weights = round_.weights
+        scores = self._scores(round_, weights)
         if scores.metrics:
             told = for_log(scores.metrics, "version", "by")
-            self._log.info("version scored", version=current.base_version, by="workers", **told)
+            self._log.info("version scored", version=round_.base_version, by="workers", **told)
         if scores.not_finite:
-            self._log.warning("scores not finite", version=current.base_version, names=scores.not_finite)
+            self._log.warning("scores not finite", version=round_.base_version, names=scores.not_finite)
         if scores.metrics or scores.not_finite:
-            await self._it.keep_scores(
-                current.base_version,
+            await self._coordinator.keep_scores(
+                round_.base_version,
                 scores.metrics,
                 of_sub_models=scores.of_sub_models,
                 not_finite=scores.not_finite,
             )
-        number, version, updates = current.state.number, self._it.run.version, len(current.weights)
-        if current.kind == TASK_KIND_INITIALIZE:
-            giver = next((current.state.tasks[token].worker for token in current.weights), "")
+        number, version = round_.number, self._run.version
+        if round_.kind is TaskKind.INITIALIZE:
+            giver = next((round_.worker_of(token) for token in weights), "")
             self._log.info("initial model", worker=giver, hint="--initialiser says who may give it")
-        if current.jump is Jump.NORM:
+        if round_.jump is Jump.NORM:
             self._log.warning("the model has become far larger", round=number, version=version)
-        if (dominance := current.dominance) is not None:
+        if (dominance := round_.dominance) is not None:
             self._log.warning(
                 "one worker is over half of the mean",
                 round=number,
@@ -300,26 +293,25 @@ class Driver:
                 share=round(dominance.share, 3),
                 hint="--max-examples and --max-share bound it",
             )
-        self._log.info("round committed", round=number, version=version, updates=updates)
+        self._log.info("round committed", round=number, version=version, updates=len(weights))
 
-    async def _finish(self, current: CurrentRound, finished: Finished) -> None:
+    async def _finish(self, finished: Finished) -> None:
         """Record an abandoned round (a committed one is recorded with its version), and let go of what is over."""
-        it = self._it
+        coordinator, run, round_ = self._coordinator, self._run, self._run.current
         if finished.committed:
-            it.local_models.observe(self._record, it.run.layout)
-            await self._keep_scores(current)
+            coordinator.local_models.observe(self._record, run.layout)
+            await self._keep_scores(round_)
         else:
-            await self._store_end(current, current.state, None)
-            self._log.warning("round abandoned", round=current.state.number, reason=finished.reason)
-        over = [token for token in current.state.tasks if token not in current.state.carried]
-        it.fleet.release(over)
-        if doubted := it.fleet.judge(current.state, it.clock()):
+            await self._store_end(run)
+            self._log.warning("round abandoned", round=round_.number, reason=finished.reason)
+        fleet, now = coordinator.fleet, coordinator.clock()
+        if doubted := fleet.judge(round_.state, now):
             self._log.warning("workers held up rounds again and again", count=len(doubted), workers=doubted[:8])
+        over = [token for token in round_.state.tasks if token not in round_.state.carried]
         self._over = [*(self._over or ()), *over]
-        self._last_number = max(self._last_number, self._record.number)
-        it.metrics.observe_round(self._record)
-        it.metrics.model_version.set(it.run.version)
-        it.metrics.live_workers.set(sum(it.fleet.alive(worker, it.clock()) for worker in it.fleet))
+        coordinator.metrics.observe_round(self._record)
+        coordinator.metrics.model_version.set(run.version)
+        coordinator.metrics.live_workers.set(sum(fleet.alive(worker, now) for worker in fleet))
 
     async def _clear_away(self) -> None:
         """Remove the updates and versions of rounds that are over: once nobody waits for the driver.
@@ -327,104 +319,81 @@ class Driver:
         What cannot be removed now is tried again at a later wait, and holds nothing up. A process that dies before
         has left it to the next one, which clears it away before it begins.
         """
-        if self._over is None or self._it.clock() < self._clear_at:
+        coordinator, data_folder = self._coordinator, self._coordinator.data_folder
+        if self._over is None or coordinator.clock() < self._clear_at:
             return
         over, self._over = self._over, None
         try:
             await self._remove(over)
-            self._it.data_folder.works(Use.OLD_FILES)
+            data_folder.works(Use.OLD_FILES)
             self._clearing.reset()
         except StorageError as error:
             self._over = [*over, *(self._over or ())]
-            self._clear_at = self._it.clock() + self._clearing.next_delay_s()
-            self._it.data_folder.failed(Use.OLD_FILES, error)
+            self._clear_at = coordinator.clock() + self._clearing.next_delay_s()
+            data_folder.failed(Use.OLD_FILES, error)
 
     async def _remove(self, over: list[str]) -> None:
-        it = self._it
-        await asyncio.to_thread(it.journal.discard, over)
-        current = it.current
-        given = [] if current is None else [current.version_of(token) for token in current.state.tasks]
-        oldest = min([it.run.version - self._settings.keep_versions + 1, *given])
-        keep, best = frozenset(range(oldest, it.run.version + 1)), it.versions.best
-        wanted = {best.version if best else 0, it.rolling_back.version if it.rolling_back else 0}
-        it.versions.keep_only(keep | wanted)
-        await it.models.prune(keep, frozenset(wanted))
+        coordinator, run = self._coordinator, self._run
+        await asyncio.to_thread(coordinator.journal.discard, over)
+        given = [] if run.round is None else [run.round.version_of(token) for token in run.round.state.tasks]
+        oldest = min([run.version - self._settings.keep_versions + 1, *given])
+        keep, best = frozenset(range(oldest, run.version + 1)), run.versions.best
+        wanted = {best.version if best else 0, run.rolling_back.version if run.rolling_back else 0}
+        coordinator.apply(VersionsPruned(keep | wanted))
+        await coordinator.models.prune(keep, frozenset(wanted))
 
     async def _after_round(self) -> None:
-        it = self._it
-        assert it.current is not None
-        kind, state, phase = it.current.kind, it.current.state, it.current.state.phase
-        it.effects.clear()
-        dropped = self._carry_on(it.current)
-        it.fleet.wake_concerned()
-        it.changes.notify()
+        coordinator, ended = self._coordinator, self._run.current
+        coordinator.effects.clear()
+        coordinator.apply(RoundEnded(time.time()))
+        dropped = [effect.dropped for effect in coordinator.effects if isinstance(effect, Drop)]
+        coordinator.effects.clear()
+        coordinator.fleet.wake_evaluators_and(self._run.leases)
         if dropped:
             await self._until_stored(partial(self._drop, dropped))
-        if kind == TASK_KIND_EVALUATE:
-            self._closing_evaluation = False
-        elif phase is RoundPhase.COMMITTED:
+        if ended.state.phase is RoundPhase.COMMITTED:
             self._abandoned.reset()
-            self._streak = Streak()
-        elif not it.run.ended and it.rolling_back is None:
-            await self._after_abandoned(state)
+        elif ended.kind is not TaskKind.EVALUATE and not self._run.ended and self._run.rolling_back is None:
+            await self._after_abandoned(ended)
 
-    async def _after_abandoned(self, state: Round) -> None:
+    async def _after_abandoned(self, ended: RoundInProgress) -> None:
         """Rest, or pause where the next round would only end for the same reason."""
-        self._streak = self._streak.after(state)
-        if not self._streak.hopeless or self._others_deliver():
+        if reason := self._run.hopeless(ended):
+            self._abandoned.reset()
+            await self._until_stored(partial(self._coordinator.pause_itself, reason))
+        else:
             await self._rest(self._abandoned.next_delay_s())
-            return
-        lost = (task for task in state.tasks.values() if task.phase is not TaskPhase.ACCEPTED and task.reason)
-        first = min(lost, key=lambda task: task.phase not in (TaskPhase.FAILED, TaskPhase.REJECTED), default=None)
-        told = f" ({first.worker}: {first.reason})" if first else ""
-        reason = f"{self._streak.count} rounds in a row were abandoned for one reason: {state.reason}{told}"
-        self._streak = Streak()
-        self._abandoned.reset()
-        await self._until_stored(partial(self._it.pause_itself, reason))
 
-    def _others_deliver(self) -> bool:
-        """Whether the task can be done, and without those that failed: a few bad workers pause no run."""
-        others = self._it.fleet.live_trainers(self._it.clock(), self._streak.workers)
-        return self._streak.delivered and others >= self._settings.policy.needed_idle
-
-    def _carry_on(self, ended: CurrentRound) -> list[Dropped]:
-        """Open the next round at once if this one carries tasks on, for news of them may come any time."""
-        it, now = self._it, self._it.clock()
-        it.current, dropped = None, ending_here(ended, now)
-        goes_on = not it.run.ended and not it.run.reason and it.rolling_back is None
-        if ended.state.carried and goes_on and self._next_kind() == ended.kind:
-            policy = self._settings.policy.for_kind(TaskKinds(ended.kind))
-            number = self._last_number + 1
-            it.current, dropped = going_on(ended, number, policy, it.run.version, time.time(), now)
-        it.fleet.release(each.token for each in dropped)
-        return dropped
-
-    async def _drop(self, dropped: list[Dropped]) -> None:
-        it = self._it
-        histories = histories_of(dropped, it.fleet)
+    async def _drop(self, dropped: list[DroppedTask]) -> None:
+        coordinator = self._coordinator
+        histories = histories_of(dropped, coordinator.fleet)
         rows = [
             (each.token, each.round, each.task.phase, each.task.reason, each.task.loss_cause) for each in dropped
         ]
-        await it.in_database(it.store.drop_tasks, rows, histories)
-        it.fleet.remember(histories)
+        await coordinator.in_database(coordinator.store.drop_tasks, rows, histories)
+        coordinator.fleet.remember(histories)
         for each in dropped:
             worker, reason = each.task.worker, each.task.reason
-            self._log.info("carried task dropped", round=each.round, worker=worker, reason=reason)
+            self._log.info("carried-over task dropped", round=each.round, worker=worker, reason=reason)
         self._over = [*(self._over or ()), *(each.token for each in dropped)]
 
     async def _rest(self, seconds: float) -> None:
         """Wait, whoever polls meanwhile: rounds that fail at once must not spin."""
-        it = self._it
-        until = it.clock() + seconds
-        while not it.run.ended and it.rolling_back is None and it.clock() < until:
+        coordinator, run = self._coordinator, self._run
+        until = coordinator.clock() + seconds
+        while not run.ended and run.rolling_back is None and coordinator.clock() < until:
             await self._wait(until)
 
-    async def _wait_for_evaluators(self) -> None:
-        """Evaluators that are alive may score the last version, within the time of a round."""
-        it = self._it
-        until = it.clock() + self._settings.policy.deadline_s
-        while it.clock() < until and it.rolling_back is None:
-            alive = it.fleet.live_evaluators(it.clock())
-            if not any(it.evaluations.waiting_for(worker.name, it.run.version) for worker in alive):
-                return
-            await self._wait(min(until, it.clock() + self._settings.policy.lease_s))
+    async def _evaluators_are_done(self) -> bool:
+        """Wait until evaluators that are alive have scored the last version, within the time of a round.
+
+        Returns False where the run is rolled back meanwhile.
+        """
+        coordinator, run = self._coordinator, self._run
+        until = coordinator.clock() + self._settings.policy.deadline_s
+        while coordinator.clock() < until and run.rolling_back is None:
+            alive = coordinator.fleet.live_evaluators(coordinator.clock())
+            if not any(run.evaluations.waiting_for(worker.name, run.version) for worker in alive):
+                return True
+            await self._wait(min(until, coordinator.clock() + self._settings.policy.lease_s))
+        return run.rolling_back is None

@@ -1,11 +1,11 @@
-"""Who has registered, who is alive, who is idle. Kept on the event loop; nothing here waits or writes."""
+"""Who has registered and who is alive. It belongs to no run: which task a worker holds is the run's to know."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -72,17 +72,13 @@ class Worker:
     """A registered worker; `last_seen` is the aggregator's clock, seconds; `polls` counts its open polls.
 
     `open_polls` are the time limits of its open polls, oldest first. `trust` says whether rounds may count on it.
-    `held` is what it said to hold: a version, and the SHA-256 of the payload that made it. `left`: it said that it
-    ends, and has not been heard of since. `holder` is the process that speaks for it.
+    `left`: it said that it ends, and has not been heard of since. `holder` is the process that speaks for it.
     """
 
     registration: RegisterRequest
     last_seen: float
     history: WorkerHistory = field(default_factory=WorkerHistory)
     polls: int = 0
-    held: tuple[int, bytes] | None = None
-    token: str | None = None
-    told_of_end: bool = False
     left: bool = False
     woken: asyncio.Event = field(default_factory=asyncio.Event)
     holder: Holder = field(default_factory=Holder)
@@ -153,14 +149,14 @@ class Fleet:
     def make_room(self, name: str, keep: Container[str], now: float) -> list[str]:
         """Forget workers for a new one called `name`, if there is no room; the names of those forgotten.
 
-        Only those that never delivered an update are, none in `keep` and none with a task: they lose nothing but
-        their place, and register again if they are there. Those that poll give way only now and then.
+        Only those that never delivered an update are, and none in `keep`: they lose nothing but their place, and
+        register again if they are there. Those that poll give way only now and then.
 
         Raises `Exhausted` when there is nobody to forget.
         """
         if name in self._workers or len(self._workers) < self._max_workers:
             return []
-        idle = [w for w in self if not w.history.accepted and w.token is None and w.name not in keep]
+        idle = [w for w in self if not w.history.accepted and w.name not in keep]
         silent = sorted((w for w in idle if not w.polls), key=lambda w: (self.alive(w, now), w.last_seen))
         count = max(1, self._max_workers // _FORGOTTEN_SHARE)
         if not silent and now >= self._polls_kept_until:
@@ -220,9 +216,9 @@ class Fleet:
         """Whether the worker polls, or was heard of lately, and has not left."""
         return not worker.left and (worker.polls > 0 or now - worker.last_seen < self._away_after_s)
 
-    def idle_trainers(self) -> tuple[str, ...]:
-        """Names of the trainers that poll and hold no task."""
-        return tuple(w.name for w in self if w.polls and not w.left and w.token is None and not w.evaluator)
+    def idle_trainers(self, busy: Container[str] = ()) -> tuple[str, ...]:
+        """Names of the trainers that poll, but for the busy ones."""
+        return tuple(w.name for w in self if w.polls and not w.left and w.name not in busy and not w.evaluator)
 
     def doubted(self, now: float) -> frozenset[str]:
         """Names of the workers that rounds cannot count on; there mostly are none."""
@@ -242,13 +238,6 @@ class Fleet:
         """What is remembered of a worker; nothing of one that has been forgotten."""
         worker = self.find(name)
         return WorkerHistory() if worker is None else worker.history
-
-    def release(self, tokens: Iterable[str]) -> None:
-        """Whoever held one of these tasks holds none."""
-        over = frozenset(tokens)
-        for worker in self:
-            if worker.token in over:
-                worker.token = None
 
     def remember(self, histories: Histories) -> None:
         """Replace the histories of these workers; some may have been forgotten since."""
@@ -276,14 +265,14 @@ class Fleet:
         """The evaluators that are alive."""
         return [w for w in self if w.evaluator and self.alive(w, now)]
 
-    def still_unaware(self, now: float) -> bool:
-        """Whether a worker is alive that has not been told of the end of the run."""
-        return any(self.alive(worker, now) and not worker.told_of_end for worker in self)
+    def any_alive_but(self, names: Container[str], now: float) -> bool:
+        """Whether a worker is alive that is not one of these."""
+        return any(self.alive(worker, now) and worker.name not in names for worker in self)
 
-    def wake_concerned(self) -> None:
-        """Let the open polls of those look again whom a new version or the end of a round concerns."""
+    def wake_evaluators_and(self, names: Container[str]) -> None:
+        """Let the open polls of evaluators and of these workers look again."""
         for worker in self:
-            if worker.evaluator or worker.token is not None:
+            if worker.evaluator or worker.name in names:
                 worker.woken.set()
 
     def wake_all(self) -> None:

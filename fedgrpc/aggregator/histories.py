@@ -9,9 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-from fedgrpc.aggregator.carrying import Dropped
 from fedgrpc.aggregator.fleet import Fleet, Worker
-from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.history import (
     Timing,
@@ -22,10 +20,11 @@ from fedgrpc.rounds.history import (
     timing_of,
     timing_of_accepted,
 )
-from fedgrpc.rounds.round import Round
+from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.task import Task
+from fedgrpc.runs.round_in_progress import DroppedTask, RoundInProgress
+from fedgrpc.runs.task_context import Report
 from fedgrpc.v1 import aggregator_pb2, device_pb2
-from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN
 
 _SHARE = 0.9
 _MARGIN = 1.2
@@ -33,28 +32,29 @@ _MARGIN = 1.2
 _UNTOLD_LOSS = 1.0
 
 
-def histories_after(current: CurrentRound, state: Round, fleet: Fleet) -> dict[str, WorkerHistory]:
-    """The histories of those who had a task in a round that ended in `state`, with what it told of them.
+def histories_after(round_: RoundInProgress, fleet: Fleet) -> dict[str, WorkerHistory]:
+    """Return the histories of those who had a task in a round that has ended, with what it showed of them.
 
     A task that is carried on has not ended. Scores and initial weights take other times than training does: of
     those only what was accepted is counted.
     """
+    state = round_.state
     committed = state.version is not None
     changed: dict[str, WorkerHistory] = {}
     for token, task in state.tasks.items():
         if token in state.carried:
             continue
         history = changed.get(task.worker) or fleet.history_of(task.worker)
-        report = current.reports.get(token)
-        if current.kind == TASK_KIND_TRAIN:
-            history = remember(history, task, report, state.policy.deadline_s)
-            history = with_rates(history, task, report, current.pulled_bytes(token))
+        context = round_.context(token)
+        if round_.kind is TaskKind.TRAIN:
+            history = remember(history, task, context.report, state.policy.deadline_s)
+            history = with_rates(history, task, context.report, context.download_bytes)
         accepted = committed and task.phase is TaskPhase.ACCEPTED
         changed[task.worker] = replace(history, accepted=history.accepted + 1) if accepted else history
     return changed
 
 
-def histories_of(dropped: Iterable[Dropped], fleet: Fleet) -> dict[str, WorkerHistory]:
+def histories_of(dropped: Iterable[DroppedTask], fleet: Fleet) -> dict[str, WorkerHistory]:
     """The histories of those whose tasks were carried on and dropped; being accepted in vain tells nothing."""
     changed: dict[str, WorkerHistory] = {}
     for each in dropped:

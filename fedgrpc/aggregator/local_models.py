@@ -7,16 +7,14 @@ against that even after a restart. The channels are a claim of a worker, checked
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import structlog
 from google.protobuf.message import DecodeError
 
-from fedgrpc.aggregation import partial_update
-from fedgrpc.aggregation.admission import TensorLike
 from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.model_store import ModelStore
@@ -32,6 +30,7 @@ from fedgrpc.protocol.plans import (
 )
 from fedgrpc.protocol.records import device_from_proto, observation_from_proto, prediction_errors, tells_cost
 from fedgrpc.protocol.tensors import channels_from_proto, channels_to_proto
+from fedgrpc.runs.task_context import LocalTask
 from fedgrpc.storage.files import storage_errors, write_file
 from fedgrpc.submodels.channels import ChannelMap, KeptChannels, SubModel
 from fedgrpc.submodels.cost import (
@@ -75,43 +74,14 @@ class Sizing:
         return expected_bits(Recipe.parse(self.upload_recipe), elements)
 
 
-@dataclass(frozen=True)
-class LocalTask:
-    """Local model of one worker in one round."""
+def local_task_to_proto(local: LocalTask) -> round_pb2.LocalModel:
+    """As the worker is told, and the record keeps it."""
+    return local_model_to_proto(local.plan, local.sub_model)
 
-    plan: LocalModelPlan = field(default_factory=LocalModelPlan)
-    sub_model: SubModel = field(default_factory=SubModel)
 
-    @cached_property
-    def plain(self) -> bool:
-        """Whether it trains the whole model as it is."""
-        return self.plan.plain and self.sub_model.whole
-
-    def to_proto(self) -> round_pb2.LocalModel:
-        """Return the message for the worker and the record."""
-        return local_model_to_proto(self.plan, self.sub_model)
-
-    def to_bytes(self) -> bytes:
-        """Return the bytes for the database."""
-        return self.to_proto().SerializeToString() if not self.plain else b""
-
-    @classmethod
-    def from_proto(cls, message: round_pb2.LocalModel) -> LocalTask:
-        """Return the local task of a message."""
-        return cls(*local_model_from_proto(message))
-
-    def check_layout(
-        self, model: Sequence[TensorLike], update: Layout, kept_channels: KeptChannels | None
-    ) -> None:
-        """Check that these are the tensors of an update from this task. Raises `UpdateRefused`."""
-        partial_update.check_layout(
-            model,
-            update,
-            kept_channels,
-            masked=self.plan.pruning is not None,
-            clustered=self.plan.clustering is not None,
-            personal=self.plan.is_personal,
-        )
+def local_task_from_proto(message: round_pb2.LocalModel) -> LocalTask:
+    """As a record kept it. Raises `LayoutError`."""
+    return LocalTask(*local_model_from_proto(message))
 
 
 class LocalModels:

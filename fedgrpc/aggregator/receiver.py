@@ -22,9 +22,8 @@ from fedgrpc.aggregation.partial_aggregate import check_partial_aggregate, parti
 from fedgrpc.aggregation.partial_update import unpack_all
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.first_model import complaint
-from fedgrpc.aggregator.local_models import LocalTask
 from fedgrpc.aggregator.memory import ByteBudget
-from fedgrpc.aggregator.report import CurrentRound, Report
+from fedgrpc.aggregator.report import report_of
 from fedgrpc.aggregator.scales import check_steps
 from fedgrpc.aggregator.upload_queue import UploadQueue
 from fedgrpc.aggregator.upload_reader import UploadReader
@@ -45,13 +44,15 @@ from fedgrpc.errors import (
 from fedgrpc.protocol.records import metrics_from_proto
 from fedgrpc.protocol.tensors import layout_to_proto, manifest_from_proto
 from fedgrpc.rounds.events import Progress, TaskPhase
+from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.task import UploadPace
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
+from fedgrpc.runs.round_in_progress import RoundInProgress
+from fedgrpc.runs.task_context import LocalTask, Report
 from fedgrpc.storage.data_folder import Use
 from fedgrpc.storage.update_file import StoredUpdate, UpdateFile
 from fedgrpc.storage.uploads import Upload
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
-from fedgrpc.v1.round_pb2 import TASK_KIND_EVALUATE, TASK_KIND_INITIALIZE, TASK_KIND_TRAIN
 
 _PROGRESS_INTERVAL_S = 0.1
 
@@ -140,7 +141,11 @@ class Receiver:
 
     def __init__(self, coordinator: Coordinator) -> None:
         settings = coordinator.settings
-        self._it = coordinator
+        self._coordinator = coordinator
+        self._run = coordinator.machine
+        self._settings = settings
+        self._journal = coordinator.journal
+        self._local_models = coordinator.local_models
         self._limits = Limits(
             max_payload_bytes=settings.max_payload_bytes, max_content_bytes=settings.max_payload_bytes
         )
@@ -158,7 +163,7 @@ class Receiver:
 
     def max_header_bytes(self) -> int:
         """Size of the largest header that an update of this run can need."""
-        layout = self._it.run.layout
+        layout = self._run.layout
         if layout != self._header_of:
             self._header_of, self._max_header_bytes = layout, _max_header_bytes(layout)
         return self._max_header_bytes
@@ -168,25 +173,25 @@ class Receiver:
 
         Raises as `PushUpdate` in aggregator.proto says.
         """
-        if evaluation := self._it.evaluations.find(header.worker, header.token):
+        if evaluation := self._run.evaluations.find(header.worker, header.token):
             scores = metrics_from_proto(header.evaluation_metrics)
             if not_finite := metrics_from_proto(dict.fromkeys(header.scores_not_finite, 0.0)):
                 log.warning("scores not finite", worker=header.worker, names=sorted(not_finite))
             example_count = claims.EXAMPLES.checked(header.evaluation_example_count)
-            await self._it.score(evaluation, scores, example_count)
+            await self._coordinator.score(evaluation, scores, example_count)
             return 0, True
-        if await self._it.check_open(header.worker, header.token) is TaskPhase.ACCEPTED:
+        if await self._coordinator.check_open(header.worker, header.token) is TaskPhase.ACCEPTED:
             return header.manifest.size_bytes, True
         manifest, report = self._examine(header)
         self._note_round()
         async with self._only_stream(header.token):
-            if await self._it.check_open(header.worker, header.token) is TaskPhase.ACCEPTED:
+            if await self._coordinator.check_open(header.worker, header.token) is TaskPhase.ACCEPTED:
                 return manifest.size_bytes, True
             self._begun.setdefault(header.token, time.monotonic())
             try:
                 return await self._store(header, manifest, report, chunks)
             except StorageError as error:
-                self._it.data_folder.failed(Use.UPDATES, error)
+                self._coordinator.data_folder.failed(Use.UPDATES, error)
                 raise
 
     async def _store(
@@ -199,7 +204,7 @@ class Receiver:
             if not upload.complete:
                 return upload.size_bytes, False
             await _to_its_end(self._accept(upload, report))
-            self._it.data_folder.works(Use.UPDATES)
+            self._coordinator.data_folder.works(Use.UPDATES)
         except RoundClosed:
             # The round has swept up what there was of its uploads, perhaps before this one was there.
             await asyncio.to_thread(upload.discard)
@@ -211,76 +216,75 @@ class Receiver:
 
     async def _begin(self, header: UpdateHeader, manifest: Manifest) -> Upload:
         """The upload, begun or continued. Cancelled, it leaves no open file, and none that no round wants."""
-        beginning = asyncio.create_task(asyncio.to_thread(self._it.journal.begin, header, manifest))
+        beginning = asyncio.create_task(asyncio.to_thread(self._journal.begin, header, manifest))
         try:
             return await asyncio.shield(beginning)
         except asyncio.CancelledError:
             await asyncio.wait([beginning])
             if beginning.exception() is None:
                 upload = beginning.result()
-                await asyncio.to_thread(upload.close if self._it.wants(header.token) else upload.discard)
+                await asyncio.to_thread(upload.close if self._run.wants(header.token) else upload.discard)
             raise
 
     async def held(self, worker: str, token: str) -> Held:
         """What is held of an update. Raises as `QueryPush` says."""
-        if self._it.evaluations.find(worker, token):
-            return Held(0, not self._it.evaluations.waiting_for(worker, self._it.run.version))
-        if await self._it.check_open(worker, token) is TaskPhase.ACCEPTED:
-            return Held(await self._it.accepted_bytes(token), True)
+        if self._run.evaluations.find(worker, token):
+            return Held(0, not self._run.evaluations.waiting_for(worker, self._run.version))
+        if await self._coordinator.check_open(worker, token) is TaskPhase.ACCEPTED:
+            return Held(await self._coordinator.accepted_bytes(token), True)
         self._note_round()
         # The stream that runs is one of this upload's own: the next takes over from it.
         retry_after_s = 0.0 if token in self._streams else self._queue.wait_s(token)
         if retry_after_s:
             self._free_a_slot()
-        size_bytes = await asyncio.to_thread(self._it.journal.committed_bytes, token)
+        size_bytes = await asyncio.to_thread(self._journal.committed_bytes, token)
         return Held(size_bytes, False, retry_after_s)
 
     def _note_round(self) -> None:
         """When the first byte of each update came, and who waits for a turn: only of the present round's."""
-        current = self._it.current
-        number = None if current is None else current.state.number
-        if current is None or number != self._begun_in:
-            known = () if current is None else current.state.tasks
+        round_ = self._run.round
+        number = None if round_ is None else round_.number
+        if round_ is None or number != self._begun_in:
+            known = () if round_ is None else round_.state.tasks
             self._begun = {kept: at for kept, at in self._begun.items() if kept in known}
             self._queue.keep_only(known)
             self._begun_in = number
 
     def _examine(self, header: UpdateHeader) -> tuple[Manifest, Report]:
         """All that can be known before the first byte. A refusal is final, and on the record."""
-        it = self._it
-        assert it.current is not None
+        round_, settings = self._run.current, self._settings
         try:
             manifest = manifest_from_proto(header.manifest, self._limits)
-            if header.merged_updates and not it.fleet.get(header.worker).leads:
+            if header.merged_updates and not self._coordinator.fleet.get(header.worker).leads:
                 raise UpdateRefused("a mean of updates comes from an aggregator alone")
-            if it.current.kind == TASK_KIND_EVALUATE:
+            if round_.kind is TaskKind.EVALUATE:
                 header.example_count = header.example_count or header.evaluation_example_count
                 check_layout((), manifest.layout)
-            elif it.current.kind == TASK_KIND_INITIALIZE:
+            elif round_.kind is TaskKind.INITIALIZE:
                 header.example_count = header.example_count or 1
-                _check_initial(manifest, it.settings.max_model_bytes)
+                _check_initial(manifest, settings.max_model_bytes)
             else:
                 self._check_layout(header.token, manifest, header.merged_updates > 0)
-            report = Report.of(header, it.settings.admission)
-            if it.instructions.normalize_steps and it.current.kind == TASK_KIND_TRAIN:
-                check_steps(report, it.instructions.plan, it.weighing.examples(report.example_count, report))
+            report = report_of(header, self._settings.admission)
+            if self._coordinator.instructions.normalize_steps and round_.kind is TaskKind.TRAIN:
+                examples = self._coordinator.weighing.examples(report.example_count, report)
+                check_steps(report, self._coordinator.instructions.plan, examples)
             return manifest, report
         except (LayoutError, TooLargeError, UpdateRefused) as error:
-            it.reject(header.token, str(error))
+            self._coordinator.reject(header.token, str(error))
             raise
 
     def _check_layout(self, token: str, manifest: Manifest, merged: bool) -> None:
         """The tensors are those of the model, or of the part of it that the worker was given."""
-        it = self._it
-        assert it.current is not None
-        local = it.current.local_task(token)
+        round_ = self._run.current
+        local = round_.local_task(token)
         if merged:
-            check_partial_aggregate(it.run.layout, manifest.layout)
+            check_partial_aggregate(self._run.layout, manifest.layout)
         elif local.plain:
-            check_layout(it.run.layout, manifest.layout)
+            check_layout(self._run.layout, manifest.layout)
         else:
-            kept = it.local_models.kept_channels(local.sub_model, it.current.version_of(token))
-            local.check_layout(it.run.layout, manifest.layout, kept)
+            kept = self._local_models.kept_channels(local.sub_model, round_.version_of(token))
+            local.check_layout(self._run.layout, manifest.layout, kept)
 
     @asynccontextmanager
     async def _only_stream(self, token: str) -> AsyncIterator[None]:
@@ -330,10 +334,10 @@ class Receiver:
             if time.monotonic() - told_at < _PROGRESS_INTERVAL_S:
                 return
             told_at = time.monotonic()
-            await self._it.check_open(upload.header.worker, token)
+            await self._coordinator.check_open(upload.header.worker, token)
             self._tell(upload)
 
-        await self._it.check_open(upload.header.worker, token)
+        await self._coordinator.check_open(upload.header.worker, token)
         self._tell(upload)
         reader = UploadReader(upload, self._memory, self._max_chunk_bytes)
         await reader.run(chunks, self._idle_s, still_wanted)
@@ -342,27 +346,27 @@ class Receiver:
         """How far it is. Raises `RoundClosed`."""
         held, total = upload.size_bytes, upload.manifest.size_bytes
         progress = Progress(upload.header.token, TaskPhase.UPLOADING, held / total if total else 1.0, held, total)
-        self._it.dispatch(progress)
+        self._coordinator.apply(progress)
 
     async def _accept(self, upload: Upload, report: Report) -> None:
         """Verify the whole update, make it durable, count it."""
-        it = self._it
+        coordinator = self._coordinator
         token = upload.header.token
         took_s = time.monotonic() - self._begun.get(token, time.monotonic())
         try:
             sealed = await self._checked(upload)
         except StorageError:
             # A round that has closed meanwhile has swept its uploads away: that is no fault of the disk.
-            await it.check_open(upload.header.worker, token)
+            await coordinator.check_open(upload.header.worker, token)
             raise
         if not isinstance(sealed, StoredUpdate):
-            it.reject(token, str(sealed))
+            coordinator.reject(token, str(sealed))
             raise sealed
-        it.journal.remember(token, sealed)
+        self._journal.remember(token, sealed)
         try:
-            it.accept(token, report.uploaded_in(took_s))
+            coordinator.accept(token, report.uploaded_in(took_s))
         except RoundClosed:
-            await asyncio.to_thread(it.journal.discard, [token])
+            await asyncio.to_thread(self._journal.discard, [token])
             raise
 
     async def _checked(self, upload: Upload) -> StoredUpdate | UpdateRefused:
@@ -371,45 +375,46 @@ class Receiver:
         await self._decoding.take(size_bytes)
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._checkers, self._verify_and_seal, upload, self._it.current)
+            return await loop.run_in_executor(self._checkers, self._verify_and_seal, upload, self._run.round)
         finally:
             self._decoding.give_back(size_bytes)
 
-    def _verify_and_seal(self, upload: Upload, current: CurrentRound | None) -> StoredUpdate | UpdateRefused:
+    def _verify_and_seal(self, upload: Upload, round_: RoundInProgress | None) -> StoredUpdate | UpdateRefused:
         """The accepted update, or why it is refused for good. Raises `CorruptError` and `StorageError`."""
         stored = upload.finish()
         try:
-            self._check(stored, current)
+            self._check(stored, round_)
         except (CodecError, UpdateRefused) as error:
             upload.discard()
             # The digest matches, so these are the bytes that were sent: `CorruptError` would ask for them again.
             return UpdateRefused(str(error))
         return upload.seal()
 
-    def _check(self, stored: StoredUpdate, current: CurrentRound | None) -> None:
-        it = self._it
-        local = LocalTask() if current is None else current.local_task(stored.header.token)
+    def _check(self, stored: StoredUpdate, round_: RoundInProgress | None) -> None:
+        local = LocalTask() if round_ is None else round_.local_task(stored.header.token)
         header = stored.header
-        if current is not None and current.kind == TASK_KIND_EVALUATE:
+        if round_ is not None and round_.kind is TaskKind.EVALUATE:
             return
         update = stored.open()
         with update as reader:
-            read, names, layout = reader.tensor, reader.names, it.run.layout
+            read, names, layout = reader.tensor, reader.names, self._run.layout
             variances = [spec for spec in layout or stored.manifest.layout if spec.is_variance]
             if header.merged_updates:
                 values = partial_aggregate_values(layout, names, read, header.weight)
-                check_values(values, it.settings.admission)
+                check_values(values, self._settings.admission)
                 check_variances(partial_aggregate_values(variances, names, read, header.weight))
-            elif current is not None and current.kind == TASK_KIND_INITIALIZE:
+            elif round_ is not None and round_.kind is TaskKind.INITIALIZE:
                 # A statistic that nobody has measured yet, or a mask, may be infinite.
-                check_values(((spec, v) for spec, v in update.pieces() if spec.is_trained), it.settings.admission)
+                check_values(
+                    ((spec, v) for spec, v in update.pieces() if spec.is_trained), self._settings.admission
+                )
                 check_variances((spec, read(spec.name)) for spec in variances)
-            elif current is None or local.plain:
-                _check_plain(update, it.settings.admission)
+            elif round_ is None or local.plain:
+                _check_plain(update, self._settings.admission)
                 check_variances((spec, read(spec.name)) for spec in variances if spec.name in names)
             else:
-                kept = it.local_models.kept_channels(local.sub_model, current.version_of(header.token))
-                check_values(unpack_all(layout, names, read, kept), it.settings.admission)
+                kept = self._local_models.kept_channels(local.sub_model, round_.version_of(header.token))
+                check_values(unpack_all(layout, names, read, kept), self._settings.admission)
                 check_variances(unpack_all(variances, names, read, kept))
 
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import cast
 
 import numpy as np
 import structlog
@@ -22,24 +21,37 @@ from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.changed_settings import OPTIMIZER, changes, compared_text
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.first_model import complaint
-from fedgrpc.aggregator.local_models import LocalTask
+from fedgrpc.aggregator.local_models import local_task_from_proto
 from fedgrpc.aggregator.new_version import about_version
 from fedgrpc.aggregator.norms import content_digest, model_norm
-from fedgrpc.aggregator.report import CurrentRound, Report
+from fedgrpc.aggregator.report import record_of, report_of
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.raw import as_bool
 from fedgrpc.errors import CorruptError, LayoutError, StorageError, UnusableUpdate, UsageError
 from fedgrpc.protocol.durations import duration_from_proto
+from fedgrpc.protocol.records import prediction_from_proto
 from fedgrpc.rounds.events import LossCause, TaskPhase
-from fedgrpc.rounds.policy import TaskKind as TaskKinds
+from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.state import StoredTask, restore
 from fedgrpc.rounds.version import Version
 from fedgrpc.rpc.identity import Session
+from fedgrpc.runs.events import (
+    Ending,
+    EndReason,
+    RoundOpened,
+    RoundsRestored,
+    RunPhase,
+    RunRestored,
+    VersionKnown,
+    VersionTaken,
+)
+from fedgrpc.runs.round_in_progress import RoundInProgress
+from fedgrpc.runs.task_context import LocalTask, Recipes, Report, TaskContext
 from fedgrpc.storage.model_file import ModelFile, write_model
-from fedgrpc.storage.run_store import OpenRound, TaskRow
+from fedgrpc.storage.run_store import OpenRound, StoredRun, TaskRow
+from fedgrpc.submodels.cost import Choice
 from fedgrpc.v1 import round_pb2
-from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RUN_PHASE_RUNNING, RunPhase
-from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE, TASK_KIND_TRAIN, TaskKind
+from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE
 
 log = structlog.get_logger()
 
@@ -48,79 +60,82 @@ _RECALLED_BYTES = 64 << 20
 
 
 class Recovery:
-    """Brings a coordinator to where the last process left the run."""
+    """Brings a run to where the last process left it."""
 
     def __init__(self, coordinator: Coordinator, assigner: TaskAssigner) -> None:
-        self._it = coordinator
+        self._coordinator = coordinator
+        self._run = coordinator.machine
+        self._store = coordinator.store
+        self._models = coordinator.models
+        self._local_models = coordinator.local_models
+        self._journal = coordinator.journal
         self._settings = coordinator.settings
         self._assigner = assigner
 
-    async def recover(self) -> int:
-        """Take up what a former process left in the data folder; the number of the last round (0: none).
-
-        Raises `UsageError` and `StorageError`.
-        """
-        it = self._it
-        stored = await it.in_database(it.store.run)
+    async def recover(self) -> None:
+        """Take up what a former process left in the data folder. Raises `UsageError` and `StorageError`."""
+        coordinator, run, store = self._coordinator, self._run, self._store
+        stored = await coordinator.in_database(store.run)
         if stored is not None:
-            run_id, name, phase, reason, started_at = stored
-            if name != self._settings.run_name:
-                raise UsageError(f"the data folder holds the run {name!r}, not {self._settings.run_name!r}")
-            it.run.id, it.run.phase = run_id, cast(RunPhase, phase)
-            it.run.reason, it.run.started_at = reason, started_at
-            it.run.paused_reason = await it.in_database(it.store.paused_reason)
+            if stored.name != self._settings.run_name:
+                raise UsageError(f"the data folder holds the run {stored.name!r}, not {self._settings.run_name!r}")
+            coordinator.apply(_restored(stored))
         changed = await self._changed_settings()
-        sessions = await it.in_database(it.store.sessions)
+        sessions = await coordinator.in_database(store.sessions)
         await self._check_folder(stored is not None)
-        for registration, history in await it.in_database(lambda: list(it.store.workers())):
+        for registration, history in await coordinator.in_database(lambda: list(store.workers())):
             session = Session.parse(sessions.get(registration.worker, ""))
-            it.fleet.restore(registration, history, it.clock(), session)
-        it.last_record = await it.in_database(it.store.round)
+            coordinator.fleet.restore(registration, history, coordinator.clock(), session)
+        coordinator.last_record = await coordinator.in_database(store.round)
+        coordinator.apply(RoundsRestored(coordinator.last_record.number if coordinator.last_record else 0))
         await self._recover_model()
         await self._take_settings(changed)
         await self._recall_costs()
-        open_round = await it.in_database(it.store.open_round)
-        if open_round is not None and open_round.record.kind == TASK_KIND_INITIALIZE and it.run.began:
+        open_round = await coordinator.in_database(store.open_round)
+        if open_round is not None and open_round.record.kind == TASK_KIND_INITIALIZE and run.began:
             await self._close(open_round.record, "the first model came from a file")
             open_round = None
         if open_round is not None:
             await self._reopen(open_round)
-        met_target = self._settings.target is not None and it.run.reason.endswith(f" has {self._settings.target}")
-        if it.run.phase == RUN_PHASE_FINISHED and it.run.trained < self._settings.rounds and not met_target:
-            it.run.phase, it.run.reason = RUN_PHASE_RUNNING, ""
-        last_number = it.last_record.number if it.last_record else 0
-        if open_round is None and not it.run.ended:
-            await self._go_on(last_number + 1)
+        if stored is not None and self._goes_on(changed):
+            coordinator.apply(replace(_restored(stored), phase=RunPhase.RUNNING, ending=Ending()))
+        if open_round is None and not run.ended:
+            await self._go_on(run.last_number + 1)
         await self._tell_unknown_updates()
-        await asyncio.to_thread(it.journal.keep_only, it.current.state.tasks if it.current else ())
-        await it.save_run()
-        return last_number
+        await asyncio.to_thread(self._journal.keep_only, run.round.state.tasks if run.round else ())
+        await coordinator.save_run()
+
+    def _goes_on(self, changed: Mapping[str, str]) -> bool:
+        """Whether a run that has ended has more to do now: it has more rounds, or another target."""
+        run = self._run
+        same_target = not any(name.partition(".")[0] == "target" for name in changed)
+        met_target = run.ending.reason is EndReason.TARGET_MET and same_target
+        return run.phase is RunPhase.FINISHED and run.trained < self._settings.rounds and not met_target
 
     async def _changed_settings(self) -> dict[str, str]:
         """What is not as at the last start. Raises `UsageError` for a setting that may not change."""
-        before = await self._it.in_database(self._it.store.settings)
+        before = await self._coordinator.in_database(self._store.settings)
         return changes(before, compared_text(self._settings)) if before else {}
 
     async def _take_settings(self, changed: Mapping[str, str]) -> None:
         """Tell what has changed, and keep the settings: nothing refuses to start any more."""
-        it = self._it
         if OPTIMIZER in changed:
             log.warning("the server optimizer's state begins anew", changed=changed[OPTIMIZER])
-            await asyncio.to_thread(it.models.forget_optimizer_state)
+            await asyncio.to_thread(self._models.forget_optimizer_state)
         if changed:
             log.info("settings changed", run=self._settings.run_name, changed=dict(changed))
-        await it.in_database(it.store.save_settings, compared_text(self._settings))
+        await self._coordinator.in_database(self._store.save_settings, compared_text(self._settings))
 
     async def _check_folder(self, known: bool) -> None:
         """Folder and database are of one run and one time. Raises `UsageError` where they are not: to go on would
         begin the run anew, or write over what it has made.
         """
-        it, folder = self._it, self._settings.data_dir
-        version = await it.in_database(it.store.latest_version)
+        folder = self._settings.data_dir
+        version = await self._coordinator.in_database(self._store.latest_version)
         recorded = 0 if version is None else version.version
-        versions = await asyncio.to_thread(it.models.versions)
+        versions = await asyncio.to_thread(self._models.versions)
         newer = [each for each in versions if each > recorded]
-        accepted = await asyncio.to_thread(it.journal.accepted)
+        accepted = await asyncio.to_thread(self._journal.accepted)
         if not known:
             if versions or accepted:
                 raise UsageError(
@@ -128,7 +143,7 @@ class Recovery:
                     "run.sqlite with run.sqlite-wal, or begin in an empty --data-dir"
                 )
             # First of all: from now on a model without a database is noticed.
-            await it.save_run()
+            await self._coordinator.save_run()
         elif len(newer) > 1:
             # One is that of a commit which a crash cut off.
             raise UsageError(
@@ -138,46 +153,42 @@ class Recovery:
         elif version is not None and version.sha256 and recorded not in versions:
             raise UsageError(
                 f"the database of {folder} ends with model version {recorded}, whose file "
-                f"{it.models.path(recorded)} is missing: restore both from one copy"
+                f"{self._models.path(recorded)} is missing: restore both from one copy"
             )
 
     async def _recover_model(self) -> None:
-        it = self._it
-        version = await it.in_database(it.store.latest_version)
+        version = await self._coordinator.in_database(self._store.latest_version)
         if version is not None:
-            for known in await it.in_database(it.store.versions, it.models.versions()):
-                it.versions.add(known)
-            it.versions.add(version)
+            for known in await self._coordinator.in_database(self._store.versions, self._models.versions()):
+                self._coordinator.apply(VersionKnown(known))
             layout: Layout = ()
             if version.sha256:
-                model = it.models.open(version.version)
+                model = self._models.open(version.version)
                 if await asyncio.to_thread(model.sha256) != version.sha256:
                     raise StorageError(f"the model {model.path} is corrupt: its SHA-256 is not the one recorded")
-                await asyncio.to_thread(it.models.check, version.version)
+                await asyncio.to_thread(self._models.check, version.version)
                 layout = model.layout
-            it.run.take(version, layout)
+            self._coordinator.apply(VersionTaken(version, layout))
         if self._settings.initial_model is not None:
             await self._import(ModelFile.open(self._settings.initial_model))
 
     async def _recall_costs(self) -> None:
         """What plans are predicted from is in the records of the rounds that are over, and nowhere else."""
-        it = self._it
-        if it.run.began:
-            trainers = [worker.name for worker in it.fleet if worker.history.accepted]
-            records = it.store.committed_rounds(_RECALLED_BYTES)
-            await it.in_database(it.local_models.recall, records, it.run.layout, trainers)
+        if self._run.began:
+            trainers = [worker.name for worker in self._coordinator.fleet if worker.history.accepted]
+            records = self._store.committed_rounds(_RECALLED_BYTES)
+            await self._coordinator.in_database(self._local_models.recall, records, self._run.layout, trainers)
 
     async def _import(self, model: ModelFile) -> None:
         """Make a safetensors file the first version, unless the run has begun from the same model.
 
         Raises `UsageError` when it has begun from another one.
         """
-        it = self._it
         if wrong := complaint(model.layout):
             raise UsageError(f"the model {model.path} cannot be used: {wrong}")
         first = await asyncio.to_thread(content_digest, model)
-        last = it.versions.last
-        if it.run.began:
+        last = self._run.versions.last
+        if self._run.began:
             if last is not None and last.first_model != first:
                 raise UsageError(
                     f"initial_model {model.path} is not the model that the run in {self._settings.data_dir} began "
@@ -185,76 +196,73 @@ class Recovery:
                     "aggregator `fedgrpc pause` and `fedgrpc rollback 0`, and start it again with this file"
                 )
             return
-        number = it.run.version + 1
+        number = self._run.version + 1
         about = about_version(self._settings.run_name, 0, number)
-        write = partial(write_model, it.models.path(number), model.layout, _finite_tensors(model), about)
+        write = partial(write_model, self._models.path(number), model.layout, _finite_tensors(model), about)
         digest = await asyncio.to_thread(write)
-        norm = await asyncio.to_thread(model_norm, it.models.open(number))
+        norm = await asyncio.to_thread(model_norm, self._models.open(number))
         version = Version(number, 0, digest, norm=norm, first_model=first)
-        await it.in_database(it.store.save_version, version)
-        it.run.take(version, model.layout)
-        it.versions.add(version)
+        await self._coordinator.in_database(self._store.save_version, version)
+        self._coordinator.apply(VersionTaken(version, model.layout))
         log.info("initial model", run=self._settings.run_name, file=str(model.path), tensors=len(model.layout))
 
     async def _close(self, record: round_pb2.Round, reason: str) -> None:
         """Nothing more is to come of the round that was open."""
         record.phase, record.reason = round_pb2.ROUND_PHASE_ABANDONED, reason
-        await self._it.in_database(self._it.store.finish_round, record, [], {}, None)
+        await self._coordinator.in_database(self._store.finish_round, record, [], {}, None)
 
     async def _reopen(self, open_round: OpenRound) -> None:
         """Go on in the round that was open, with the updates that were accepted."""
-        it = self._it
-        record = open_round.record
+        coordinator, record = self._coordinator, open_round.record
+        kind, now = TaskKind(record.kind), coordinator.clock()
         rows, reports = await self._accepted(open_round.tasks)
-        policy = self._settings.policy.for_kind(TaskKinds(record.kind))
-        tasks = self._stored(rows, record.kind, reports)
+        policy = self._settings.policy.for_kind(kind)
+        tasks = self._stored(rows, kind, reports)
         left_s = open_round.deadline_at - time.time()
         granted_s = duration_from_proto(record.reconnect_grace)
-        state = restore(record.number, policy, tasks, open_round.aim, left_s, it.clock(), granted_s)
+        state = restore(record.number, policy, tasks, open_round.aim, left_s, now, granted_s)
         if record.HasField("deadline"):
             deadline_s = duration_from_proto(record.deadline)
             state = replace(state, deadline_s=deadline_s, deadline_reason=record.deadline_reason)
         started_at = record.started_at.ToNanoseconds() / 1e9
-        it.current = current = CurrentRound(state, record.kind, record.base_version, started_at, reports=reports)
         # The wall clock may have been set meanwhile, and a round is not open while nobody is there to play it.
-        current.earlier_s = min(max(0.0, time.time() - started_at), state.deadline_s)
-        self._take_over(current, rows)
-        expected = {task.worker: task.prediction for task in record.tasks if task.HasField("prediction")}
-        current.predictions = {row.token: expected[row.worker] for row in rows if row.worker in expected}
-        told = {task.worker: (task.download_recipe, task.upload_recipe) for task in record.tasks}
-        for row in rows:
-            if (recipes := told.get(row.worker, ("", "")))[0]:
-                current.recipes[row.token] = recipes
-        await self._assigner.prepare_download(current)
-        await self._keep_deadline(current, granted_s)
+        earlier_s = min(max(0.0, time.time() - started_at), state.deadline_s)
+        contexts = self._contexts(rows, reports, record)
+        round_ = RoundInProgress(state, kind, record.base_version, started_at, contexts, earlier_s=earlier_s)
+        at_work = {token: task.worker for token, task in state.tasks.items() if not task.carried}
+        round_ = round_.with_contexts(await self._assigner.prepare_again(round_, at_work))
+        coordinator.apply(RoundOpened(round_))
+        await self._keep_deadline(round_, granted_s)
         log.info(
             "round resumed",
             run=self._settings.run_name,
             round=record.number,
             accepted=len(reports),
-            time_left_s=round(state.deadline_at - it.clock(), 1) if state.deadline_at is not None else None,
+            time_left_s=round(state.deadline_at - coordinator.clock(), 1) if state.deadline_at else None,
         )
 
-    async def _keep_deadline(self, current: CurrentRound, granted_s: float) -> None:
+    async def _keep_deadline(self, round_: RoundInProgress, granted_s: float) -> None:
         """What this restart adds to the round's time is remembered by the next one."""
-        it, state = self._it, current.state
+        state, now = round_.state, self._coordinator.clock()
         if state.granted_s > granted_s and state.deadline_at is not None:
-            wall_deadline = time.time() + state.deadline_at - it.clock()
-            await it.in_database(it.store.save_deadline, current.record(it.clock()), wall_deadline)
+            wall_deadline = time.time() + state.deadline_at - now
+            save = self._store.save_deadline
+            await self._coordinator.in_database(save, record_of(round_, now), wall_deadline)
 
     async def _go_on(self, number: int) -> None:
-        """The round that a former process had not opened yet, with the tasks that the one before carried on."""
-        it = self._it
-        rows = await it.in_database(it.store.tasks, number)
+        """The round that a former process had not opened yet, with the tasks that the one before carried over."""
+        coordinator = self._coordinator
+        rows = await coordinator.in_database(self._store.tasks, number)
         policy = self._settings.policy
-        if not rows or policy.late != "carry" or not 0 <= it.run.trained < self._settings.rounds:
+        if not rows or policy.late != "carry" or not 0 <= self._run.trained < self._settings.rounds:
             return
         rows, reports = await self._accepted(rows)
-        tasks = self._stored(rows, TASK_KIND_TRAIN, reports)
-        state = restore(number, policy, tasks, 0, None, it.clock())
-        it.current = CurrentRound(state, TASK_KIND_TRAIN, it.run.version, time.time(), reports=reports)
-        self._take_over(it.current, rows)
-        log.info("tasks carried on", run=self._settings.run_name, round=number, accepted=len(reports))
+        tasks = self._stored(rows, TaskKind.TRAIN, reports)
+        state = restore(number, policy, tasks, 0, None, coordinator.clock())
+        contexts = self._contexts(rows, reports, round_pb2.Round())
+        round_ = RoundInProgress(state, TaskKind.TRAIN, self._run.version, time.time(), contexts)
+        coordinator.apply(RoundOpened(round_))
+        log.info("tasks carried over", run=self._settings.run_name, round=number, accepted=len(reports))
 
     async def _accepted(self, rows: Iterable[TaskRow]) -> tuple[list[TaskRow], dict[str, Report]]:
         """The tasks, and the reports of the updates that were accepted, by token. An update that would be refused
@@ -279,13 +287,13 @@ class Recovery:
         if row.phase in (TaskPhase.REJECTED, TaskPhase.FAILED):
             return None
         try:
-            update = self._it.journal.load(row.token)
+            update = self._journal.load(row.token)
         except CorruptError as error:
             # A fault of the disk, which a copy may mend: nothing is thrown away before the operator knows.
             raise StorageError(f"cannot read the update of worker {row.worker}: {error}") from error
         if update is not None:
             with blaming(row.token):
-                return Report.of(update.header, self._settings.admission)
+                return report_of(update.header, self._settings.admission)
         if row.phase is TaskPhase.ACCEPTED:
             raise StorageError(f"the accepted update of worker {row.worker} is gone from the data folder")
         return None
@@ -294,7 +302,7 @@ class Recovery:
         self, rows: Iterable[TaskRow], kind: TaskKind, reports: Mapping[str, Report]
     ) -> Iterator[StoredTask]:
         rows = list(rows)
-        weighing, here = self._it.weighing, frozenset(row.worker for row in rows)
+        weighing, here = self._coordinator.weighing, frozenset(row.worker for row in rows)
         for row in rows:
             report = reports.get(row.token)
             phase = row.phase if report is None else TaskPhase.ACCEPTED
@@ -304,8 +312,8 @@ class Recovery:
 
     async def _tell_unknown_updates(self) -> None:
         """Accepted updates that no task is known of: the database is of an older time than they are."""
-        it = self._it
-        unknown = await asyncio.to_thread(it.journal.accepted) - await it.in_database(it.store.known_tokens)
+        known = await self._coordinator.in_database(self._store.known_tokens)
+        unknown = await asyncio.to_thread(self._journal.accepted) - known
         if unknown:
             log.warning(
                 "accepted updates removed",
@@ -314,21 +322,43 @@ class Recovery:
                 reason="the database knows no task of theirs: was it restored from an older copy?",
             )
 
-    def _take_over(self, current: CurrentRound, rows: Iterable[TaskRow]) -> None:
-        """What the shell knows of the tasks, and who is at work."""
-        fleet = self._it.fleet
-        for row in rows:
-            worker = fleet.get(row.worker)
-            current.device_classes[row.worker] = worker.registration.device.device_class
-            if row.local_model:
-                current.local_tasks[row.token] = _local_task(row)
-            if not current.state.tasks[row.token].phase.final:
-                worker.token = row.token
+    def _contexts(
+        self, rows: Iterable[TaskRow], reports: Mapping[str, Report], record: round_pb2.Round
+    ) -> dict[str, TaskContext]:
+        """What is known of the tasks, by token; `record` has the tasks of a round that was open."""
+        recorded = {task.worker: task for task in record.tasks}
+        return {row.token: self._context(row, reports.get(row.token), recorded.get(row.worker)) for row in rows}
+
+    def _context(self, row: TaskRow, report: Report | None, recorded: round_pb2.TaskRecord | None) -> TaskContext:
+        device_class = self._coordinator.fleet.get(row.worker).registration.device.device_class
+        context = TaskContext(_local_task(row), device_class=device_class, report=report)
+        if recorded is None:
+            return context
+        if recorded.download_recipe:
+            recipes = Recipes(recorded.download_recipe, recorded.upload_recipe)
+            context = replace(context, recipes=recipes)
+        if recorded.HasField("prediction"):
+            prediction = recorded.prediction
+            choice = Choice(context.local.plan, prediction_from_proto(prediction), prediction.reason)
+            context = replace(context, choice=choice)
+        return context
+
+
+def _restored(stored: StoredRun) -> RunRestored:
+    return RunRestored(
+        stored.id,
+        stored.phase,
+        Ending(stored.end_reason, stored.reason),
+        stored.started_at,
+        stored.paused_reason,
+    )
 
 
 def _local_task(row: TaskRow) -> LocalTask:
+    if not row.local_model:
+        return LocalTask()
     try:
-        return LocalTask.from_proto(round_pb2.LocalModel.FromString(row.local_model))
+        return local_task_from_proto(round_pb2.LocalModel.FromString(row.local_model))
     except (DecodeError, LayoutError) as error:
         raise StorageError(f"the database has no plan for the task of worker {row.worker}: {error}") from error
 

@@ -17,12 +17,13 @@ from fedgrpc.aggregation.scaling import (
     nova_scales,
     staleness_scale,
 )
-from fedgrpc.aggregator.report import CurrentRound, Report
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.training_instructions import TrainingInstructions
 from fedgrpc.errors import UnusableUpdate, UpdateRefused
+from fedgrpc.rounds.policy import TaskKind
+from fedgrpc.runs.round_in_progress import RoundInProgress
+from fedgrpc.runs.task_context import Report
 from fedgrpc.training_plan import TrainingPlan
-from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN
 
 # A mean of what the bound holds for may be above it by rounding.
 _SLACK: Final = 1 + 1e-9
@@ -48,7 +49,7 @@ def check_steps(report: Report, plan: TrainingPlan, examples: float) -> None:
 def scales_of(
     settings: AggregatorSettings,
     instructions: TrainingInstructions,
-    current: CurrentRound,
+    round_: RoundInProgress,
     weights: Mapping[str, float],
     norms: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, float]:
@@ -57,34 +58,34 @@ def scales_of(
 
     Raises `UnusableUpdate` for an update without steps.
     """
-    if current.kind != TASK_KIND_TRAIN:
+    if round_.kind is not TaskKind.TRAIN:
         return dict.fromkeys(weights, 1.0)
     scales = dict.fromkeys(weights, 1.0)
     if instructions.normalize_steps:
-        work = _work(instructions.plan, current, weights)
+        work = _work(instructions.plan, round_, weights)
         scales = dict(zip(weights, nova_scales(list(weights.values()), work), strict=True))
     if instructions.clip_norm is not None:
         scales = {token: clip_scale(norms[token], instructions.clip_norm) for token in weights}
     exponent = settings.staleness_exponent
-    tasks = current.state.tasks
+    tasks = round_.state.tasks
     return {token: scale * staleness_scale(tasks[token].staleness, exponent) for token, scale in scales.items()}
 
 
 def accumulated_of(
-    instructions: TrainingInstructions, current: CurrentRound, weights: Mapping[str, float]
+    instructions: TrainingInstructions, round_: RoundInProgress, weights: Mapping[str, float]
 ) -> float:
     """tau_eff: what the steps of an update amount to, as the weighted mean of all; 0 where none are normalized.
 
     Raises as `scales_of`.
     """
-    if current.kind != TASK_KIND_TRAIN or not instructions.normalize_steps:
+    if round_.kind is not TaskKind.TRAIN or not instructions.normalize_steps:
         return 0.0
-    return effective_steps(list(weights.values()), _work(instructions.plan, current, weights))
+    return effective_steps(list(weights.values()), _work(instructions.plan, round_, weights))
 
 
-def _work(plan: TrainingPlan, current: CurrentRound, tokens: Iterable[str]) -> list[float]:
+def _work(plan: TrainingPlan, round_: RoundInProgress, tokens: Iterable[str]) -> list[float]:
     """What the steps of each update amount to; a mean says it of its own."""
-    return [_work_of(plan, token, current.reports[token]) for token in tokens]
+    return [_work_of(plan, token, round_.report(token)) for token in tokens]
 
 
 def _work_of(plan: TrainingPlan, token: str, report: Report) -> float:

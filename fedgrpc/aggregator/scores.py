@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 from fedgrpc import claims
 from fedgrpc.aggregation.mean import mean_metrics
-from fedgrpc.aggregator.report import CurrentRound, Report
-from fedgrpc.aggregator.weights import Weighing, score_weights
+from fedgrpc.runs.round_in_progress import RoundInProgress
+from fedgrpc.runs.task_context import Report
+from fedgrpc.runs.weights import Weighing, score_weights
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Scores:
 
 
 def scores_of(
-    current: CurrentRound, weights: Mapping[str, float], weighing: Weighing, max_share: float | None
+    round_: RoundInProgress, weights: Mapping[str, float], weighing: Weighing, max_share: float | None
 ) -> Scores:
     """Return the scores of the round's base version by the reports of these tasks, whose updates weigh this much.
 
@@ -37,13 +38,13 @@ def scores_of(
     Scores of older versions, by carried-over tasks, are left out.
     """
     counted = [token for token, weight in weights.items() if weight > 0]
-    given = [token for token in counted if current.version_of(token) == current.base_version]
-    scored = [token for token in given if current.reports[token].evaluation_metrics]
-    whole = [token for token in scored if _is_whole(current, token)]
-    reports = {token: current.reports[token] for token in whole or scored}
-    workers = {token: current.state.tasks[token].worker for token in reports}
+    given = [token for token in counted if round_.version_of(token) == round_.base_version]
+    scored = [token for token in given if round_.report(token).evaluation_metrics]
+    whole = [token for token in scored if _is_whole(round_, token)]
+    reports = {token: round_.report(token) for token in whole or scored}
+    workers = {token: round_.state.tasks[token].worker for token in reports}
     counts = score_weights(weighing, reports, workers, max_share)
-    not_finite = {name for token in given for name in current.reports[token].scores_not_finite}
+    not_finite = {name for token in given for name in round_.report(token).scores_not_finite}
     told = sorted(not_finite)[: claims.METRICS]
     mean = _mean([(report, counts[token]) for token, report in reports.items()], bool(scored) and not whole)
     return replace(mean, not_finite=tuple(told))
@@ -55,8 +56,8 @@ def for_log(metrics: Mapping[str, float], *own: str) -> dict[str, float]:
     return {f"score_{name}" if name in taken else name: value for name, value in metrics.items()}
 
 
-def _is_whole(current: CurrentRound, token: str) -> bool:
-    return current.local_task(token).sub_model.whole and not current.reports[token].scores_of_sub_models
+def _is_whole(round_: RoundInProgress, token: str) -> bool:
+    return round_.local_task(token).sub_model.whole and not round_.report(token).scores_of_sub_models
 
 
 def _mean(reports: list[tuple[Report, float]], of_sub_models: bool) -> Scores:

@@ -118,7 +118,7 @@ class Aggregator:
         """Workers that are alive poll once more and hear that the run has ended; operators may still look."""
         coordinator = self.coordinator
         assert coordinator is not None
-        log.info("run ended", run=self._settings.run_name, reason=coordinator.run.reason)
+        log.info("run ended", run=self._settings.run_name, reason=coordinator.machine.ending.text)
         timeout_s = None if self._settings.stay else self._settings.drain_s
         leaving = asyncio.create_task(coordinator.everyone_told())
         waits = [stopping] if self._settings.stay else [stopping, leaving]
@@ -156,7 +156,7 @@ async def _tell_health(coordinator: Coordinator, playing: asyncio.Task[None], he
     """SERVING only while the round loop is alive and can commit."""
     seen, told = -1, True
     while True:
-        healthy = coordinator.data_folder.healthy and not (playing.done() and not coordinator.run.ended)
+        healthy = coordinator.data_folder.healthy and not (playing.done() and not coordinator.machine.ended)
         if healthy != told:
             await health.set(AGGREGATOR, healthy)
             told = healthy

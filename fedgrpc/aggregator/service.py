@@ -12,14 +12,15 @@ from typing import cast
 import grpc.aio
 
 from fedgrpc import __version__
+from fedgrpc.aggregator.answers import Assignment
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.histories import tell_history, upload_reserve_s
+from fedgrpc.aggregator.local_models import local_task_to_proto
 from fedgrpc.aggregator.model_store import WHOLE, Downlink, Extent
 from fedgrpc.aggregator.negotiation import RAW, full_text, link_of
 from fedgrpc.aggregator.pages import MAX_PAGE_BYTES, fitting, page_of
 from fedgrpc.aggregator.receiver import Receiver
-from fedgrpc.aggregator.run_state import Assignment
 from fedgrpc.aggregator.watching import Pieces, Watching
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.layout import Layout
@@ -31,6 +32,7 @@ from fedgrpc.protocol.policies import policy_to_proto
 from fedgrpc.protocol.records import version_to_proto
 from fedgrpc.protocol.tensors import layout_to_proto, manifest_to_proto
 from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rpc.identity import Session, peer_of
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2, tensor_pb2
@@ -48,7 +50,12 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     """Each method is one RPC of aggregator.proto, which says what it does and how it fails."""
 
     def __init__(self, coordinator: Coordinator, settings_text: Mapping[str, str]) -> None:
-        self._it = coordinator
+        self._coordinator = coordinator
+        self._run = coordinator.machine
+        self._fleet = coordinator.fleet
+        self._models = coordinator.models
+        self._local_models = coordinator.local_models
+        self._store = coordinator.store
         self._settings = coordinator.settings
         self._settings_text = settings_text
         self._receiver = Receiver(coordinator)
@@ -67,10 +74,10 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext
     ) -> pb.RegisterResponse:
         self._access.check_worker(context, request.worker)
-        await self._it.register(request, Session.of(context), peer_of(context))
+        await self._coordinator.register(request, Session.of(context), peer_of(context))
         return pb.RegisterResponse(
             run=self._settings.run_name,
-            run_id=self._it.run.id,
+            run_id=self._run.id,
             poll_wait=duration_to_proto(self._settings.poll_wait_s),
             heartbeat_interval=duration_to_proto(self._settings.heartbeat_s),
             lease=duration_to_proto(self._settings.policy.lease_s),
@@ -83,16 +90,16 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     def _check_caller(self, context: grpc.aio.ServicerContext, worker: str) -> None:
         """Raise `WrongIdentity` or `NameTaken` when the caller is not the process that speaks for `worker`."""
         self._access.check_worker(context, worker)
-        self._it.sessions.check(worker, Session.of(context))
+        self._coordinator.sessions.check(worker, Session.of(context))
 
     async def PollTask(
         self, request: pb.PollTaskRequest, context: grpc.aio.ServicerContext
     ) -> pb.PollTaskResponse:
         self._check_caller(context, request.worker)
         held = (request.held_version, _digest(request.held_sha256)) if request.held_version else None
-        assignment = await self._it.poll(request.worker, duration_from_proto(request.wait), held)
+        assignment = await self._coordinator.poll(request.worker, duration_from_proto(request.wait), held)
         if assignment is None:
-            return pb.PollTaskResponse(run_ended=self._it.run.ended)
+            return pb.PollTaskResponse(run_ended=self._run.ended)
         return pb.PollTaskResponse(task=self._task(assignment))
 
     def _task(self, assignment: Assignment) -> pb.Task:
@@ -100,67 +107,68 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         task = pb.Task(
             token=assignment.token,
             run=self._settings.run_name,
-            run_id=self._it.run.id,
+            run_id=self._run.id,
             round=assignment.round,
-            kind=assignment.kind,
+            kind=round_pb2.TaskKind.Name(assignment.kind),
             model_version=assignment.version,
             plan=self._plan(assignment),
             seed=assignment.seed,
-            evaluate=self._it.instructions.evaluate,
+            evaluate=self._coordinator.instructions.evaluate,
             tell_channels=assignment.tell_channels,
             download_recipe=full_text(download_recipe),
             upload_recipe=full_text(upload_recipe),
-            uplink_bytes_per_second=link_of(self._it.fleet.get(assignment.worker)).up or 0.0,
+            uplink_bytes_per_second=link_of(self._fleet.get(assignment.worker)).up or 0.0,
         )
         if assignment.time_left_s is not None:
             task.time_left.CopyFrom(duration_to_proto(assignment.time_left_s))
         if not assignment.local.plain:
-            task.local_model.CopyFrom(assignment.local.to_proto())
-        if self._it.fleet.get(assignment.worker).leads:
-            models = self._it.local_models
-            task.leaf.CopyFrom(self._it.instructions.for_leaf(models.to_proto(), models.channels))
+            task.local_model.CopyFrom(local_task_to_proto(assignment.local))
+        if self._fleet.get(assignment.worker).leads:
+            models = self._local_models
+            task.leaf.CopyFrom(self._coordinator.instructions.for_leaf(models.to_proto(), models.channels))
         return task
 
     def _recipes(self, assignment: Assignment) -> tuple[str, str]:
         """Of download and upload: those of its task, as long as it has it."""
-        current = self._it.current
-        if current is not None and assignment.token in current.recipes:
-            return current.recipes[assignment.token]
-        agreed = self._it.negotiation.agreed(self._it.fleet.get(assignment.worker))
-        initialize = assignment.kind == round_pb2.TASK_KIND_INITIALIZE
+        round_ = self._run.round
+        recipes = None if round_ is None else round_.context(assignment.token).recipes
+        if recipes is not None:
+            return recipes.download, recipes.upload
+        agreed = self._coordinator.negotiation.agreed(self._fleet.get(assignment.worker))
+        initialize = assignment.kind is TaskKind.INITIALIZE
         return agreed.download_text, "raw" if initialize else str(agreed.upload)
 
     def _plan(self, assignment: Assignment) -> round_pb2.TrainingPlan:
-        plan = self._it.instructions.plan
+        plan = self._coordinator.instructions.plan
         if plan.upload_reserve_s is not None:
-            history = self._it.fleet.get(assignment.worker).history
+            history = self._fleet.get(assignment.worker).history
             plan = replace(plan, upload_reserve_s=upload_reserve_s(history, plan.upload_reserve_s))
         return training_plan_to_proto(plan)
 
     async def PullModel(self, request: pb.PullModelRequest, context: grpc.aio.ServicerContext) -> None:
-        version = request.version or self._it.run.version
+        version = request.version or self._run.version
         if not version:
             raise NotFound("there is no model version yet")
         downlink = self._downlink(request.recipe)
         given = downlink is not None and self._is_given(request.sub_model)
         base = (request.base_version, _digest(request.base_sha256))
         its = await self._extent(request.sub_model, version)
-        if given and request.base_version == version and self._it.models.holds(base, its):
+        if given and request.base_version == version and self._models.holds(base, its):
             header = pb.ModelHeader(
                 version=version, base_version=version, manifest=manifest_to_proto(Manifest.of_nothing())
             )
             await context.write(pb.PullModelResponse(header=header))
             return
         if given:
-            encoded = await self._it.models.offered(version, base, downlink, its)
+            encoded = await self._models.offered(version, base, downlink, its)
         else:
             recipe = RAW if downlink is None else downlink.whole
-            encoded = await self._it.models.encoded(version, recipe, _MAX_FOREIGN, its)
+            encoded = await self._models.encoded(version, recipe, _MAX_FOREIGN, its)
         size_bytes = encoded.manifest.size_bytes
         if request.offset > size_bytes:
             raise WrongOffset(f"offset {request.offset} is beyond the payload of {size_bytes} bytes")
         await context.write(encoded.header)
-        async with aclosing(self._it.models.chunk_cache.messages(encoded.payload, request.offset)) as messages:
+        async with aclosing(self._models.chunk_cache.messages(encoded.payload, request.offset)) as messages:
             async for message in messages:
                 await context.write(message)
                 # Yielded, it would be held here and by gRPC until the next one is there.
@@ -171,11 +179,13 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
 
         The text is compared, not read: nothing is encoded as a caller likes.
         """
-        negotiation, current = self._it.negotiation, self._it.current
+        negotiation, round_ = self._coordinator.negotiation, self._run.round
         text = text or str(RAW)
         if (downlink := negotiation.downlink_of(text)) is not None or text == str(RAW):
             return downlink
-        if current is not None and any(text in (told, full_text(told)) for told, _ in current.recipes.values()):
+        contexts = () if round_ is None else round_.contexts.values()
+        told = (context.recipes.download for context in contexts if context.recipes is not None)
+        if any(text in (each, full_text(each)) for each in told):
             # Told before a restart with other settings.
             return negotiation.downlinks[0]
         raise UsageError(f"models of this run do not come as {text[:80]!r}; pull with the task's download_recipe")
@@ -185,20 +195,23 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         if sub_model.whole:
             return WHOLE
         return Extent(
-            sub_model, await self._it.models.in_encoder(self._it.local_models.kept_channels, sub_model, version)
+            sub_model,
+            await self._models.in_encoder(self._local_models.kept_channels, sub_model, version),
         )
 
     def _is_given(self, sub_model: str) -> bool:
-        """Whether workers are asked to pull this sub-model."""
-        given = self._it.current.local_tasks.values() if self._it.current is not None else ()
-        return not sub_model or any(task.sub_model.name == sub_model for task in given)
+        """Whether workers are asked to pull this slice."""
+        given = self._run.round.contexts.values() if self._run.round is not None else ()
+        return not sub_model or any(context.local.sub_model.name == sub_model for context in given)
 
     async def Heartbeat(
         self, request: pb.HeartbeatRequest, context: grpc.aio.ServicerContext
     ) -> pb.HeartbeatResponse:
         self._check_caller(context, request.worker)
         phase = _open_phase(request.phase)
-        beat = await self._it.heartbeat(request.worker, request.token, phase, min(1.0, max(0.0, request.progress)))
+        beat = await self._coordinator.heartbeat(
+            request.worker, request.token, phase, min(1.0, max(0.0, request.progress))
+        )
         response = pb.HeartbeatResponse(cancel=beat.cancel, reason=beat.reason)
         if beat.time_left_s is not None:
             response.time_left.CopyFrom(duration_to_proto(beat.time_left_s))
@@ -229,37 +242,37 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self, request: pb.ReportFailureRequest, context: grpc.aio.ServicerContext
     ) -> pb.ReportFailureResponse:
         self._check_caller(context, request.worker)
-        await self._it.give_back(request.worker, request.token, request.reason)
+        await self._coordinator.give_back(request.worker, request.token, request.reason)
         return pb.ReportFailureResponse()
 
     async def Leave(self, request: pb.LeaveRequest, context: grpc.aio.ServicerContext) -> pb.LeaveResponse:
         self._check_caller(context, request.worker)
-        self._it.leave(request.worker)
+        self._coordinator.leave(request.worker)
         return pb.LeaveResponse()
 
     async def GetRun(self, request: pb.GetRunRequest, context: grpc.aio.ServicerContext) -> pb.GetRunResponse:
-        return pb.GetRunResponse(run=self._run())
+        return pb.GetRunResponse(run=self._run_message())
 
-    def _run(self) -> pb.Run:
-        state = self._it.run
+    def _run_message(self) -> pb.Run:
+        state = self._run
         run = pb.Run(
             name=self._settings.run_name,
             id=state.id,
-            phase=state.phase,
-            reason=state.reason,
+            phase=pb.RunPhase.Name(state.phase),
+            reason=state.ending.text,
             model_version=state.version,
-            current_round=self._it.round_number,
-            total_rounds=self._it.instructions.rounds,
+            current_round=self._coordinator.round_number,
+            total_rounds=self._coordinator.instructions.rounds,
             software_version=__version__,
             settings=self._settings_text,
-            local_models=self._it.local_models.to_proto(),
+            local_models=self._local_models.to_proto(),
             paused_reason=state.paused_reason,
             policy=policy_to_proto(self._settings.policy),
         )
         if self._layout is None or self._layout[0] is not state.layout:
             self._layout = state.layout, layout_to_proto(state.layout)
         run.layout.extend(self._layout[1])
-        for known, field in ((self._it.versions.last, run.last), (self._it.versions.best, run.best)):
+        for known, field in ((self._run.versions.last, run.last), (self._run.versions.best, run.best)):
             if known is not None and known.sha256:
                 field.CopyFrom(version_to_proto(known))
         run.started_at.FromNanoseconds(int(state.started_at * 1e9))
@@ -271,9 +284,9 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         wanted, start = request.number if request.HasField("number") else None, 0
         if request.page_token:
             wanted, start = _numbers(request.page_token, 2, "GetRound")
-        record = self._it.record()
+        record = self._coordinator.record()
         if wanted is not None and (record is None or record.number != wanted):
-            record = await self._it.in_database(self._it.store.round, min(wanted, _MAX_ROUND))
+            record = await self._coordinator.in_database(self._store.round, min(wanted, _MAX_ROUND))
         if record is None:
             raise NotFound("no round yet" if wanted is None else f"there is no round {wanted}")
         page, after = page_of(record, start, request.page_size)
@@ -284,7 +297,9 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     ) -> pb.ListRoundsResponse:
         size = min(request.page_size or 100, _MAX_PAGE)
         (below,) = _numbers(request.page_token, 1, "ListRounds") if request.page_token else (_MAX_ROUND,)
-        records, more = await self._it.in_database(self._it.store.rounds, below, size, MAX_PAGE_BYTES)
+        records, more = await self._coordinator.in_database(
+            self._coordinator.store.rounds, below, size, MAX_PAGE_BYTES
+        )
         pages = [page_of(record)[0] for record in records]
         return pb.ListRoundsResponse(rounds=pages, next_page_token=str(records[-1].number) if more else "")
 
@@ -295,8 +310,8 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         seen = -1
         with self._watching.watcher(peer_of(context)):
             while True:
-                await self._it.changes.wait(seen)
-                last = self._it.run.ended or self._it.stopping
+                await self._coordinator.changes.wait(seen)
+                last = self._run.ended or self._coordinator.stopping
                 seen, message = self._watching.latest(fresh=last)
                 yield message
                 if last:
@@ -304,21 +319,23 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
                 await asyncio.sleep(1.0 / min(rate_hz, _MAX_RATE_HZ))
 
     def _watched(self) -> pb.WatchRoundsResponse:
-        record = self._it.record()
-        return pb.WatchRoundsResponse(run=self._run(), round=None if record is None else page_of(record)[0])
+        record = self._coordinator.record()
+        return pb.WatchRoundsResponse(
+            run=self._run_message(), round=None if record is None else page_of(record)[0]
+        )
 
     async def ListWorkers(
         self, request: pb.ListWorkersRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListWorkersResponse:
         (start,) = _numbers(request.page_token, 1, "ListWorkers") if request.page_token else (0,)
-        listed = list(islice(self._it.fleet, start, start + min(request.page_size or _MAX_PAGE, _MAX_PAGE)))
+        listed = list(islice(self._fleet, start, start + min(request.page_size or _MAX_PAGE, _MAX_PAGE)))
         workers = fitting(await self._pieces.list_of(map(self._worker, listed)))
         after = start + len(workers)
-        more = workers and after < len(self._it.fleet)
+        more = workers and after < len(self._fleet)
         return pb.ListWorkersResponse(workers=workers, next_page_token=str(after) if more else "")
 
     def _worker(self, worker: Worker) -> pb.WorkerRecord:
-        now = self._it.clock()
+        now = self._coordinator.clock()
         record = pb.WorkerRecord(
             worker=worker.name,
             role=worker.registration.role,
@@ -329,14 +346,14 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             rounds_accepted=worker.history.accepted,
         )
         tell_history(worker, record)
-        self._it.negotiation.tell(worker, record)
-        current = self._it.current
-        if worker.token is not None and current is not None and worker.token in current.state.tasks:
-            task = current.state.find(worker.token)
+        self._coordinator.negotiation.tell(worker, record)
+        round_, token = self._run.round, self._run.leases.get(worker.name)
+        if token is not None and round_ is not None and token in round_.state.tasks:
+            task = round_.state.find(token)
             record.state = pb.WORKER_STATE_BUSY
             record.task_phase = cast(round_pb2.TaskPhase, task.phase.value)
             record.progress = task.fraction
-        elif self._it.fleet.alive(worker, now):
+        elif self._fleet.alive(worker, now):
             record.state = pb.WORKER_STATE_IDLE
         return record
 
@@ -344,27 +361,27 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self, request: pb.PauseRunRequest, context: grpc.aio.ServicerContext
     ) -> pb.PauseRunResponse:
         self._access.check_operator(context)
-        await self._it.pause()
-        return pb.PauseRunResponse(run=self._run())
+        await self._coordinator.pause()
+        return pb.PauseRunResponse(run=self._run_message())
 
     async def ResumeRun(
         self, request: pb.ResumeRunRequest, context: grpc.aio.ServicerContext
     ) -> pb.ResumeRunResponse:
         self._access.check_operator(context)
-        await self._it.resume()
-        return pb.ResumeRunResponse(run=self._run())
+        await self._coordinator.resume()
+        return pb.ResumeRunResponse(run=self._run_message())
 
     async def RollBackRun(
         self, request: pb.RollBackRunRequest, context: grpc.aio.ServicerContext
     ) -> pb.RollBackRunResponse:
         self._access.check_operator(context)
-        await self._it.roll_back(min(request.version, _MAX_ROUND), " ".join(request.reason.split())[:500])
-        return pb.RollBackRunResponse(run=self._run())
+        await self._coordinator.roll_back(min(request.version, _MAX_ROUND), " ".join(request.reason.split())[:500])
+        return pb.RollBackRunResponse(run=self._run_message())
 
     async def StopRun(self, request: pb.StopRunRequest, context: grpc.aio.ServicerContext) -> pb.StopRunResponse:
         self._access.check_operator(context)
-        await self._it.stop(" ".join(request.reason.split())[:500])
-        return pb.StopRunResponse(run=self._run())
+        await self._coordinator.stop(" ".join(request.reason.split())[:500])
+        return pb.StopRunResponse(run=self._run_message())
 
 
 def _numbers(page_token: str, count: int, call: str) -> tuple[int, ...]:

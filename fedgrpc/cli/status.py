@@ -88,12 +88,11 @@ def stored(folder: Path, count: int) -> Status:
         kept, version = store.run(), store.latest_version()
         if kept is None:
             raise UsageError(f"the data folder {folder} holds no run yet")
-        run_id, name, phase, reason, started_at = kept
-        run = Run(id=run_id, name=name, phase=RunPhase.Name(phase), reason=reason)
+        run = Run(id=kept.id, name=kept.name, phase=RunPhase.Name(kept.phase), reason=kept.reason)
         if version is not None:
             run.model_version = version.version
             run.last.CopyFrom(version_to_proto(version))
-        run.started_at.FromNanoseconds(int(started_at * 1e9))
+        run.started_at.FromNanoseconds(int(kept.started_at * 1e9))
         rounds, _ = store.rounds(_MAX_ROUND, count, _MAX_BYTES)
         run.current_round = rounds[0].number if rounds else 0
         return Status(run, [], rounds[::-1], None)

@@ -31,8 +31,9 @@ from fedgrpc.hierarchy.desk import Desk
 from fedgrpc.hierarchy.driver import LeafDriver
 from fedgrpc.metrics import Metrics
 from fedgrpc.protocol.tasks import Registration, registration_from_proto
+from fedgrpc.runs.events import Ending, EndReason, RunPhase
 from fedgrpc.storage.files import storage_errors, write_file
-from fedgrpc.v1.aggregator_pb2 import RUN_PHASE_FINISHED, RegisterResponse
+from fedgrpc.v1.aggregator_pb2 import RegisterResponse
 
 _FOLDER: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # A leaf's run ends when its parent's does, after however many rounds.
@@ -70,14 +71,15 @@ class LeafRun:
         seen = -1
         while True:
             seen = await coordinator.changes.wait(seen)
-            if coordinator.current is not None:
-                state = coordinator.current.state
+            if coordinator.machine.round is not None:
+                state = coordinator.machine.round.state
                 show(min(1.0, state.accepted_count / max(1, state.aim)))
 
     async def finish(self, reason: str) -> None:
         """End the run, and tell its workers."""
         assert self.aggregator.coordinator is not None
-        await self.aggregator.coordinator.end(RUN_PHASE_FINISHED, reason)
+        ending = Ending(EndReason.PARENT_ENDED, reason)
+        await self.aggregator.coordinator.end(RunPhase.FINISHED, ending)
 
 
 class LeafRuns:

@@ -226,7 +226,7 @@ class ScoringWork:
         run = self._runs.of(task.run_id)
         coordinator, download_s = run.aggregator.coordinator, 0.0
         assert coordinator is not None
-        if coordinator.run.version < task.model_version:
+        if coordinator.machine.version < task.model_version:
             layout, given, download_s = await _download(self._files, task, report)
             await run.desk.show(Shown(task.model_version, layout, given))
         began = Began(download_s, time.monotonic())
@@ -241,7 +241,7 @@ class ScoringWork:
 
     async def _scores(self, coordinator: Coordinator, version: int) -> EvalResult:
         """Wait until all live evaluators have scored it. Raises `TaskError` when none of them has."""
-        seen, evaluations = -1, coordinator.evaluations
+        seen, evaluations = -1, coordinator.machine.evaluations
         while any(
             evaluations.waiting_for(worker.name, version)
             for worker in coordinator.fleet.live_evaluators(coordinator.clock())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import cast
 
 from google.protobuf.message import DecodeError
@@ -17,7 +16,7 @@ from fedgrpc import claims
 from fedgrpc.errors import LayoutError
 from fedgrpc.protocol.plans import local_model_from_proto
 from fedgrpc.rounds.events import LossCause
-from fedgrpc.rounds.history import KEPT, LinkRates, Timing, WorkerHistory
+from fedgrpc.rounds.history import KEPT, LinkRates, Timing, Timings, WorkerHistory
 from fedgrpc.rounds.version import Jump, Version
 from fedgrpc.submodels.cost import (
     Choice,
@@ -29,16 +28,6 @@ from fedgrpc.submodels.cost import (
     errors_of,
 )
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Where a worker's time in a round went: T = T_local + T_upload + T_global + T_download, in seconds."""
-
-    download_s: float = 0.0
-    local_s: float = 0.0
-    upload_s: float = 0.0
-    global_s: float = 0.0
 
 
 def timings_to_proto(timings: Timings) -> device_pb2.Timings:

@@ -31,6 +31,16 @@ _LONGEST_S = 24 * 3600.0
 
 
 @dataclass(frozen=True)
+class Timings:
+    """Where a worker's time in a round went: T = T_local + T_upload + T_global + T_download, in seconds."""
+
+    download_s: float = 0.0
+    local_s: float = 0.0
+    upload_s: float = 0.0
+    global_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class Timing:
     """T_download, T_local and T_upload of one task, in seconds; None: the task did not come to that part.
 

@@ -25,7 +25,8 @@ SCHEMA_VERSION: Final = 1
 _SCHEMA: Final = """
 CREATE TABLE run (
     one INTEGER PRIMARY KEY CHECK (one = 1), id TEXT NOT NULL, name TEXT NOT NULL, phase INTEGER NOT NULL,
-    reason TEXT NOT NULL, started_at REAL NOT NULL, paused_reason TEXT NOT NULL) STRICT;
+    end_reason INTEGER NOT NULL, reason TEXT NOT NULL, started_at REAL NOT NULL,
+    paused_reason TEXT NOT NULL) STRICT;
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE workers (
     name TEXT PRIMARY KEY, registration BLOB NOT NULL, selected INTEGER NOT NULL DEFAULT 0,

@@ -26,8 +26,9 @@ from fedgrpc.protocol.records import (
 from fedgrpc.rounds.events import LossCause, TaskPhase
 from fedgrpc.rounds.history import Histories, WorkerHistory
 from fedgrpc.rounds.version import Jump, Version
+from fedgrpc.runs.events import EndReason, RunPhase
 from fedgrpc.storage.database import Database, Row, database_errors
-from fedgrpc.v1.aggregator_pb2 import RegisterRequest, RunPhase
+from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, ModelVersion
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
@@ -35,6 +36,19 @@ _TASK_COLUMNS = "token, round, slot, worker, phase, reason, staleness, chosen, l
 _KEEP_TASKS_OF_ROUNDS = 8
 # Tokens name files: one that a damaged row gives must not name another folder's.
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """Where the run stands, and why it has ended or paused itself; `started_at` is wall time, seconds."""
+
+    id: str
+    name: str
+    phase: RunPhase
+    end_reason: EndReason
+    reason: str
+    started_at: float
+    paused_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,14 +89,14 @@ class RunStore(Database):
         # A round whose tasks are kept is kept itself.
         self._keep_rounds = max(keep_rounds, _KEEP_TASKS_OF_ROUNDS)
 
-    def run(self) -> tuple[str, str, int, str, float] | None:
-        """Read (id, name, phase, reason, start as wall time) of the run; None in a fresh folder."""
-        row = self._one("SELECT id, name, phase, reason, started_at FROM run")
+    def run(self) -> StoredRun | None:
+        """The run kept here, None for a fresh folder."""
+        row = self._one("SELECT id, name, phase, end_reason, reason, started_at, paused_reason FROM run")
+        if row is None:
+            return None
+        run_id, name, phase, end_reason, *rest = row
         with database_errors(self.path):
-            if row is not None:
-                # Raises ValueError for a number that is no phase: a damaged row.
-                RunPhase.Name(row[2])
-        return row
+            return StoredRun(run_id, name, RunPhase(phase), EndReason(end_reason), *rest)
 
     def settings(self) -> dict[str, str]:
         """Read the settings of the last start; none in a fresh folder."""
@@ -94,19 +108,15 @@ class RunStore(Database):
             self._db.execute("DELETE FROM settings")
             self._db.executemany("INSERT INTO settings VALUES (?, ?)", settings.items())
 
-    def paused_reason(self) -> str:
-        """Read why the run has paused itself; empty: it has not."""
-        row = self._one("SELECT paused_reason FROM run")
-        return "" if row is None else str(row[0])
-
-    def save_run(
-        self, run_id: str, name: str, phase: int, reason: str, started_at: float, paused_reason: str = ""
-    ) -> None:
-        """Store the state of the run."""
+    def save_run(self, run: StoredRun) -> None:
+        """Keep the state of the run."""
         with self._transaction():
             self._db.execute(
-                "INSERT OR REPLACE INTO run VALUES (1, ?, ?, ?, ?, ?, ?)",
-                (run_id, name, phase, reason, started_at, paused_reason),
+                "INSERT OR REPLACE INTO run VALUES (1, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    *(run.id, run.name, run.phase.value, run.end_reason.value),
+                    *(run.reason, run.started_at, run.paused_reason),
+                ),
             )
         self._checkpoint()
 

@@ -25,9 +25,9 @@ from fedgrpc.errors import (
     TooLargeError,
     WrongOffset,
 )
-from fedgrpc.protocol.records import Timings
 from fedgrpc.protocol.tasks import task_from_proto
 from fedgrpc.protocol.tensors import manifest_from_proto
+from fedgrpc.rounds.history import Timings
 from fedgrpc.worker.client import AggregatorClient, Pushed
 from fedgrpc.worker.spool import Spool, SpooledUpdate
 from fedgrpc.worker.status import Activity, StatusPublisher

@@ -13,8 +13,9 @@ from enum import IntEnum
 from typing import Any, Final
 
 from fedgrpc.aio import Changes
-from fedgrpc.protocol.records import Timings, timings_to_proto
+from fedgrpc.protocol.records import timings_to_proto
 from fedgrpc.protocol.tasks import Phase, TaskKind
+from fedgrpc.rounds.history import Timings
 from fedgrpc.v1 import round_pb2, worker_pb2
 from fedgrpc.worker.device import DeviceProfile
 

@@ -36,7 +36,7 @@ def test_a_worker_that_has_left_is_away_until_it_is_heard_of_again(fleet):
         # Its last poll may be seen to end after it said that it leaves.
         worker.left = True
         assert (fleet.alive(worker, 0.0), fleet.live_trainers(0.0), fleet.idle_trainers()) == (False, 0, ())
-        assert not fleet.still_unaware(0.0)
+        assert not fleet.any_alive_but((), 0.0)
     assert fleet.alive(fleet.register(request("a"), 1.0), 1.0)
     worker.left = True
     worker.heard(2.0)
@@ -70,8 +70,7 @@ def test_only_trainers_that_poll_without_a_task_are_idle(fleet):
         fleet.polling(scorer),
     ):
         assert fleet.idle_trainers() == ("a", "b")
-        b.token = "task"
-        assert fleet.idle_trainers() == ("a",)
+        assert fleet.idle_trainers(busy=("b",)) == ("a",)
     assert fleet.idle_trainers() == ()
     assert fleet.live_trainers(5.0) == 2
     assert fleet.live_evaluators(5.0) == [scorer]
@@ -105,19 +104,18 @@ def test_a_name_is_plain_and_short(fleet, name):
 
 
 def test_the_end_of_a_run_concerns_those_who_are_alive_and_not_told(fleet):
-    a, b = fleet.register(request("a"), 0.0), fleet.register(request("b"), 0.0)
-    assert fleet.still_unaware(5.0)
-    a.told_of_end = b.told_of_end = True
-    assert not fleet.still_unaware(5.0)
-    b.told_of_end = False
-    assert not fleet.still_unaware(20.0)
+    fleet.register(request("a"), 0.0)
+    fleet.register(request("b"), 0.0)
+    assert fleet.any_alive_but((), 5.0)
+    assert not fleet.any_alive_but(("a", "b"), 5.0)
+    assert fleet.any_alive_but(("a",), 5.0)
+    assert not fleet.any_alive_but(("a",), 20.0)
 
 
 def full(fleet):
-    """Three workers: one that has delivered, one that holds a task, one that polls."""
-    known, busy, polling = (fleet.register(request(name), 0.0) for name in "abc")
+    """Three workers: one that has delivered, one that holds a task (and so is kept), one that polls."""
+    known, _, polling = (fleet.register(request(name), 0.0) for name in "abc")
     known.history = WorkerHistory(selected=5, accepted=1)
-    busy.token = "task"
     return polling
 
 
@@ -125,30 +123,30 @@ def test_workers_that_never_delivered_make_room_for_new_ones_the_longest_silent_
     fleet = Fleet(max_workers=4, away_after_s=10.0)
     full(fleet)
     fleet.register(request("d"), 5.0)
-    assert fleet.make_room("a", (), 20.0) == []
-    assert fleet.make_room("new", ("c",), 20.0) == ["d"]
-    assert fleet.make_room("new", (), 20.0) == []
+    assert fleet.make_room("a", ("b",), 20.0) == []
+    assert fleet.make_room("new", ("b", "c"), 20.0) == ["d"]
+    assert fleet.make_room("new", ("b",), 20.0) == []
     fleet.register(request("new"), 20.0)
-    assert fleet.make_room("other", (), 21.0) == ["c"]
+    assert fleet.make_room("other", ("b",), 21.0) == ["c"]
     fleet.register(request("other"), 21.0)
-    assert fleet.make_room("c", (), 22.0) == ["new"]
+    assert fleet.make_room("c", ("b",), 22.0) == ["new"]
     assert {worker.name for worker in fleet} == {"a", "b", "other"}
 
 
 def test_those_who_deliver_or_work_are_never_forgotten_and_those_who_poll_only_now_and_then(fleet):
     polling = full(fleet)
     with fleet.polling(polling):
-        assert fleet.make_room("d", (), 100.0) == ["c"]
+        assert fleet.make_room("d", ("b",), 100.0) == ["c"]
         fleet.register(request("d"), 100.0)
         with fleet.polling(fleet.get("d")):
             for now in (100.0, 109.9):
                 with pytest.raises(Exhausted, match="the limit of 3 workers is reached") as caught:
-                    fleet.make_room("e", (), now)
+                    fleet.make_room("e", ("b",), now)
                 assert caught.value.retry_after_s == 10.0
-            assert fleet.make_room("e", (), 110.0) == ["d"]
+            assert fleet.make_room("e", ("b",), 110.0) == ["d"]
     fleet.register(request("e"), 110.0)
     with pytest.raises(Exhausted):
-        fleet.make_room("f", ("e",), 110.0)
+        fleet.make_room("f", ("b", "e"), 110.0)
     with pytest.raises(Exhausted):
         fleet.register(request("f"), 110.0)
 

@@ -69,7 +69,7 @@ async def test_a_connection_lost_about_the_last_byte_leaves_the_update_accepted_
         again.may_end.set()
         assert (await receiver.receive(again.header, again.chunks()))[1]
         assert (await receiver.held("a", task.token)).complete
-        assert len(running.aggregator.coordinator.current.state.accepted) == 1
+        assert len(running.aggregator.coordinator.machine.round.state.accepted) == 1
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["still sending", "connection lost"])
@@ -92,7 +92,7 @@ async def test_an_upload_whose_file_comes_only_after_the_round_has_closed_leaves
         await asked.wait()
         await coordinator.stop("closed by the test")
         async with asyncio.timeout(PATIENCE_S):
-            while coordinator.current is not None:  # noqa: ASYNC110 - nobody tells of the last of a round
+            while coordinator.machine.round is not None:  # noqa: ASYNC110 - nobody tells of the last of a round
                 await asyncio.sleep(0.01)
         if lost:
             receiving.cancel()
@@ -114,9 +114,10 @@ async def test_two_streams_of_one_update_count_once(tmp_path):
             *(receiver.receive(sender.header, sender.chunks()) for sender in senders), return_exceptions=True
         )
         assert (len(senders[0].payload), True) in answers
-        assert [coordinator.current.state.tasks[token].phase for token in coordinator.current.state.accepted] == [
-            TaskPhase.ACCEPTED
-        ]
+        assert [
+            coordinator.machine.round.state.tasks[token].phase
+            for token in coordinator.machine.round.state.accepted
+        ] == [TaskPhase.ACCEPTED]
         assert running.kept_updates() == [f"{task.token}.update"]
 
 

@@ -3,19 +3,19 @@
 import asyncio
 import time
 
-from fedgrpc.aggregator.report import CurrentRound
-from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.aggregator.report import record_of
+from fedgrpc.rounds.policy import RoundPolicy, TaskKind
 from fedgrpc.rounds.round import Round
-from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN
+from fedgrpc.runs.round_in_progress import RoundInProgress
 from tests.support.running_federation import running_aggregator
 
 
 def test_a_wall_clock_that_was_set_does_not_change_how_long_a_round_took() -> None:
     """The aggregator's own clock may be that of a board without a battery, set by the network in the round."""
     state = Round(1, RoundPolicy(), opened_at=100.0)
-    in_1970 = CurrentRound(state, TASK_KIND_TRAIN, 1, started_at=60.0)
-    assert in_1970.record(103.5).duration_seconds == 3.5
-    assert in_1970.record(103.5).started_at.seconds == 60
+    in_1970 = RoundInProgress(state, TaskKind.TRAIN, 1, started_at=60.0)
+    assert record_of(in_1970, 103.5).duration_seconds == 3.5
+    assert record_of(in_1970, 103.5).started_at.seconds == 60
 
 
 async def test_a_round_that_is_resumed_has_been_open_before(tmp_path):

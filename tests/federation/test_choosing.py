@@ -254,7 +254,7 @@ async def test_a_round_opens_when_its_window_has_passed_though_a_worker_polled_a
 
         async def until(condition):
             async with asyncio.timeout(PATIENCE_S):
-                while not condition(coordinator.current.state):
+                while not condition(coordinator.machine.round.state):
                     coordinator.wake.set()
                     await asyncio.sleep(0.02)
 

@@ -68,7 +68,8 @@ async def test_a_worker_that_leaves_while_tasks_are_being_stored_keeps_none(tmp_
         polling = [asyncio.create_task(device.poll()) for device in devices]
         try:
             async with asyncio.timeout(60):
-                while not (coordinator.current and coordinator.current.recipes):
+                # Both are chosen, and their tasks wait for the database.
+                while coordinator.chosen != {"staying", "leaving"} or not coordinator.machine.round.state.asked:
                     await running.run()
                 await running.stub.Leave(pb.LeaveRequest(worker="leaving"))
         finally:

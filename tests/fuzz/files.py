@@ -33,10 +33,11 @@ from fedgrpc.hierarchy.partial_aggregate import MeanFile
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.rounds.events import LossCause, TaskPhase
 from fedgrpc.rounds.history import Timing, WorkerHistory
+from fedgrpc.runs.events import EndReason, RunPhase
 from fedgrpc.simulation.fleet import Fleet
 from fedgrpc.storage.model_file import ModelFile, ModelTensors, write_model
 from fedgrpc.storage.residual_file import read_residual, write_residual
-from fedgrpc.storage.run_store import RunStore, TaskRow
+from fedgrpc.storage.run_store import RunStore, StoredRun, TaskRow
 from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
 from fedgrpc.v1 import aggregator_pb2, round_pb2
@@ -334,7 +335,7 @@ def _database() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.sqlite"
         store = RunStore(path)
-        store.save_run("id", _RUN, 1, "", 0.0)
+        store.save_run(StoredRun("id", _RUN, RunPhase.RUNNING, EndReason.NONE, "", 0.0))
         store.save_worker(aggregator_pb2.RegisterRequest(worker="pi-1", role=1, encodings=["int8"]), "a.b")
         record = round_pb2.Round(number=3, phase=2, base_version=2, kind=1)
         record.tasks.add(worker="pi-1", example_count=5, metrics={"loss": 0.5})

@@ -23,7 +23,7 @@ from fedgrpc.aggregation.admission import AdmissionPolicy, check_values
 from fedgrpc.aggregation.mean import CoordinateMean
 from fedgrpc.aggregator.fleet import Fleet, Worker
 from fedgrpc.aggregator.negotiation import Negotiation, full_text
-from fedgrpc.aggregator.report import Report
+from fedgrpc.aggregator.report import report_of
 from fedgrpc.aggregator.settings import Target as RunTarget
 from fedgrpc.codec.chunk import Chunk, check_chunk, crc32
 from fedgrpc.codec.encoding import parse_encoding
@@ -358,7 +358,7 @@ def tasks(rnd: Random, folder: Path) -> None:
 
 @target(share=10)
 def headers(rnd: Random, folder: Path) -> None:
-    report = Report.of(invented(aggregator_pb2.UpdateHeader, rnd), AdmissionPolicy())
+    report = report_of(invented(aggregator_pb2.UpdateHeader, rnd), AdmissionPolicy())
     # What it says goes into records and databases, and is summed over thousands.
     record = round_pb2.TaskRecord(
         example_count=report.example_count,

@@ -9,10 +9,14 @@ from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.rounds.events import LossCause, TaskPhase
 from fedgrpc.rounds.history import Timing, WorkerHistory
 from fedgrpc.rounds.version import Version
+from fedgrpc.runs.events import EndReason, RunPhase
 from fedgrpc.storage.database import SCHEMA_VERSION
-from fedgrpc.storage.run_store import RunStore, TaskRow
+from fedgrpc.storage.run_store import RunStore, StoredRun, TaskRow
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, ROUND_PHASE_REPORTING, Round
+
+RUNNING = StoredRun("id", "name", RunPhase.RUNNING, EndReason.NONE, "", 12.5)
+FINISHED = StoredRun("id", "name", RunPhase.FINISHED, EndReason.TARGET_MET, "done", 12.5)
 
 
 @pytest.fixture
@@ -43,12 +47,12 @@ def test_a_fresh_folder_holds_nothing(store):
 
 
 def test_the_run_and_its_workers_are_remembered(tmp_path, store):
-    store.save_run("id", "name", 1, "", 12.5)
-    store.save_run("id", "name", 3, "done", 12.5)
+    store.save_run(RUNNING)
+    store.save_run(FINISHED)
     for cores in (1, 4):
         store.save_worker(RegisterRequest(worker="w0", device={"cpu_cores": cores}))
     again = reopened(tmp_path, store)
-    assert again.run() == ("id", "name", 3, "done", 12.5)
+    assert again.run() == FINISHED
     ((registration, history),) = again.workers()
     assert (registration.worker, registration.device.cpu_cores, history) == ("w0", 4, WorkerHistory())
     again.close()
@@ -224,7 +228,7 @@ def test_records_of_rounds_long_past_are_forgotten_but_that_of_the_newest_versio
     ],
 )
 def test_a_row_that_makes_no_sense_is_one_line_that_names_the_database(store, damage):
-    store.save_run("id", "name", 1, "", 12.5)
+    store.save_run(RUNNING)
     store.save_worker(RegisterRequest(worker="w0"))
     store.save_open_round(Round(number=1), 1, 0.0, rows(1, TaskPhase.OFFERED), {"w0": WorkerHistory().chosen(1)})
     store.save_version(Version(1, 0, b"x"))
@@ -235,7 +239,7 @@ def test_a_row_that_makes_no_sense_is_one_line_that_names_the_database(store, da
 
 
 def test_names_of_scores_make_room_for_newer_ones(store):
-    store.save_run("id", "name", 1, "", 12.5)
+    store.save_run(RUNNING)
     store.finish_round(committed(1, 2), [], {}, Version(2, 1, b"x"))
     for number in range(3):
         record = store.add_scores(2, {}, {f"score-{number}-{name:02}": 0.5 for name in range(40)})

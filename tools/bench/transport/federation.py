@@ -79,8 +79,8 @@ async def watch(coordinator: Coordinator | None, marks: list[Mark]) -> None:
     assert coordinator is not None
     version, seen = 0, -1
     while True:
-        if coordinator.run.version != version:
-            version = coordinator.run.version
+        if coordinator.machine.version != version:
+            version = coordinator.machine.version
             marks.append(Mark.now())
         seen = await coordinator.changes.wait(seen)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import dataclass
 
 from fedgrpc import claims
@@ -28,13 +27,20 @@ class Evaluations:
         self._version = 0
         self._scores: list[tuple[dict[str, float], float]] = []
 
-    def offer(self, worker: str, version: int) -> Evaluation | None:
-        """The worker's task, None once it has scored `version`. Asked again, it is the same task."""
+    def copy(self) -> Evaluations:
+        """Return a copy that changes on its own."""
+        copied = Evaluations()
+        copied._tasks, copied._scored = dict(self._tasks), dict(self._scored)
+        copied._version, copied._scores = self._version, list(self._scores)
+        return copied
+
+    def offer(self, worker: str, version: int, token: str) -> Evaluation | None:
+        """Return the worker's task, None once it has scored `version`; `token` is that of a new one."""
         if version == 0 or self._scored.get(worker, 0) >= version:
             return None
         task = self._tasks.get(worker)
         if task is None or task.version != version:
-            task = self._tasks[worker] = Evaluation(secrets.token_urlsafe(18), worker, version)
+            task = self._tasks[worker] = Evaluation(token, worker, version)
         return task
 
     def held_by(self, worker: str) -> Evaluation | None:

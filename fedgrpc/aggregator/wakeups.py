@@ -1,7 +1,7 @@
-"""Telling many workers at once that there is a task, a few at a time.
+"""Waking the open polls of many workers, a few at a time.
 
-A thousand polls that are answered in one go are followed by a thousand downloads, and whoever calls meanwhile
-waits for all of them. So the next few are woken when the event loop has caught up with those before.
+A thousand polls answered in one go are followed by a thousand downloads, and any other call meanwhile waits for
+all of them. So the next few are woken when the event loop has caught up with those before.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _LONGEST_PAUSE_S: Final = 0.1
 _REST: Final = 2.0
 
 
-class Waking:
-    """Sets events, in the order in which it was told of them. Lives on one event loop."""
+class PacedWakeups:
+    """Sets events in the order in which they were given. Lives on one event loop."""
 
     def __init__(self) -> None:
         self._waiting: deque[asyncio.Event] = deque()
         self._next: asyncio.TimerHandle | None = None
 
     def wake(self, event: asyncio.Event) -> None:
-        """Set it soon: at once where it is one of a few."""
+        """Set the event soon: at once when it is one of a few."""
         if self._next is None:
             self._schedule(0.0)
         self._waiting.append(event)
@@ -37,7 +37,7 @@ class Waking:
         self._next = loop.call_later(pause_s, self._step, loop.time() + pause_s)
 
     def _step(self, due: float) -> None:
-        """The later the loop is, the longer it is left alone."""
+        """Set the next few, and rest the longer the later the loop is."""
         for _ in range(min(len(self._waiting), max(_AT_ONCE, len(self._waiting) // _STEPS))):
             self._waiting.popleft().set()
         late_s = asyncio.get_running_loop().time() - due

@@ -5,9 +5,8 @@ The rule: the best version that has not jumped is never let go, however many bad
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from fedgrpc.aggregator.settings import Target
 from fedgrpc.rounds.version import (
     ACCURACY,
     LOSS,
@@ -24,12 +23,17 @@ from fedgrpc.rounds.version import (
 class Versions:
     """The versions that are kept, by number."""
 
-    def __init__(self, target: Target | None, evaluators_named: bool) -> None:
-        """The best is the one with the best score of `target`, or else accuracy, or else loss."""
-        own = () if target is None else (Measure(target.name, target.at_least),)
-        self._measures = (*own, ACCURACY, LOSS)
+    def __init__(self, measures: Sequence[Measure] = (), evaluators_named: bool = False) -> None:
+        """The best is the one with the best score by the first of `measures`, or else accuracy, or else loss."""
+        self._measures = (*measures, ACCURACY, LOSS)
         self._evaluators_named = evaluators_named
         self._kept: dict[int, Version] = {}
+
+    def copy(self) -> Versions:
+        """Return a copy that changes on its own."""
+        copied = Versions((), self._evaluators_named)
+        copied._measures, copied._kept = self._measures, dict(self._kept)
+        return copied
 
     def __contains__(self, version: object) -> bool:
         return version in self._kept

@@ -9,9 +9,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedgrpc.aggregator.report import Report
-from fedgrpc.rounds.policy import capped
-from fedgrpc.v1.round_pb2 import TASK_KIND_TRAIN, TaskKind
+from fedgrpc.rounds.policy import TaskKind, capped
+from fedgrpc.runs.task_context import Report
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Weighing:
         A partial aggregate carries the sum of such weights. `here` are the workers of the round: what is set for
         these is in nobody's partial aggregate.
         """
-        chosen = self.worker_weights if kind == TASK_KIND_TRAIN else {}
+        chosen = self.worker_weights if kind is TaskKind.TRAIN else {}
         if worker in chosen:
             return chosen[worker]
         counted = self.examples(report.example_count, report)

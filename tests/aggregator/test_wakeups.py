@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 
-from fedgrpc.aggregator.waking import Waking
+from fedgrpc.aggregator.wakeups import PacedWakeups
 
 
 def events(count):
@@ -11,18 +11,18 @@ def events(count):
 
 
 async def test_a_few_are_woken_at_once():
-    few, waking = events(10), Waking()
+    few, wakeups = events(10), PacedWakeups()
     for event in few:
-        waking.wake(event)
+        wakeups.wake(event)
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert all(event.is_set() for event in few)
 
 
 async def test_all_of_many_are_woken_in_the_order_in_which_they_came():
-    many, waking = events(1000), Waking()
+    many, wakeups = events(1000), PacedWakeups()
     for event in many:
-        waking.wake(event)
+        wakeups.wake(event)
     counts = []
     async with asyncio.timeout(60):
         while not counts or counts[-1] < 1000:
@@ -35,11 +35,11 @@ async def test_all_of_many_are_woken_in_the_order_in_which_they_came():
 
 
 async def test_those_who_come_while_others_wait_are_woken_too():
-    first, later, waking = events(100), events(3), Waking()
+    first, later, wakeups = events(100), events(3), PacedWakeups()
     for event in first:
-        waking.wake(event)
+        wakeups.wake(event)
     await asyncio.sleep(0.01)
     for event in later:
-        waking.wake(event)
+        wakeups.wake(event)
     async with asyncio.timeout(60):
         await asyncio.gather(*(event.wait() for event in [*first, *later]))

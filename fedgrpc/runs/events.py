@@ -1,0 +1,350 @@
+"""What can happen to a run beside the events of its round, and what the run then asks for. Values only.
+
+Events come from the shell that owns the run (the aggregator or a simulator). Effects go back to it, together with
+those of the round (`fedgrpc.rounds.events`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+
+from fedgrpc.codec.layout import Layout
+from fedgrpc.rounds import events as rounds
+from fedgrpc.rounds.events import Selected
+from fedgrpc.rounds.version import Version
+from fedgrpc.runs.evaluations import Evaluation
+from fedgrpc.runs.round_in_progress import DroppedTask, RoundInProgress
+from fedgrpc.runs.task_context import Report, TaskContext
+
+
+class RunPhase(IntEnum):
+    """Where a run stands; the last two are final. Numbered as on the wire."""
+
+    RUNNING = 1
+    PAUSED = 2
+    FINISHED = 3
+    STOPPED = 4
+
+    @property
+    def final(self) -> bool:
+        return self in (RunPhase.FINISHED, RunPhase.STOPPED)
+
+
+class EndReason(Enum):
+    """Why a run has ended. The numbers are stored."""
+
+    NONE = 0
+    ROUNDS_DONE = 1
+    TARGET_MET = 2
+    # An operator said so.
+    STOPPED = 3
+    # The run of the parent has ended, or is another one.
+    PARENT_ENDED = 4
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why a run ends, as a value and in words."""
+
+    reason: EndReason = EndReason.NONE
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class RollBack:
+    """A version that an operator wants to go on from; 0: from a new first model."""
+
+    version: int
+    reason: str
+
+    @property
+    def text(self) -> str:
+        """Say so, for the record and for workers."""
+        what = f"rolled back to version {self.version}" if self.version else "begun anew"
+        return f"the run is {what}" + (f": {self.reason}" if self.reason else "")
+
+
+# Rounds.
+
+
+@dataclass(frozen=True)
+class RoundOpened:
+    """A round begins, or goes on after a restart: its tasks that are not final are held by their workers."""
+
+    round: RoundInProgress
+
+
+@dataclass(frozen=True)
+class TasksGiven:
+    """The answer to `Select`, with one record for each new task."""
+
+    selected: Selected
+    contexts: Mapping[str, TaskContext]
+
+
+@dataclass(frozen=True)
+class UpdateAccepted:
+    """An update is received, verified and durable; `weight` is its weight in the mean."""
+
+    token: str
+    weight: float
+    report: Report
+
+
+@dataclass(frozen=True)
+class UpdatesMerged:
+    """A round's updates are merged: into `version`, or into nothing where a round makes none.
+
+    `scored`: workers have scored the version that they were given. `commit_s`: how long the merge took.
+    """
+
+    version: Version | None
+    layout: Layout
+    weights: Mapping[str, float]
+    scales: Mapping[str, float]
+    training_metrics: Mapping[str, float]
+    scored: bool
+    commit_s: float
+
+
+@dataclass(frozen=True)
+class RoundEnded:
+    """Everything of a round that has ended is stored: the run goes on. `wall_now`: seconds."""
+
+    wall_now: float
+
+
+@dataclass(frozen=True)
+class ParentWaits:
+    """The parent ends its round at `due_at`, by this process's clock; None: it has no deadline."""
+
+    due_at: float | None
+
+
+# Versions.
+
+
+@dataclass(frozen=True)
+class VersionTaken:
+    """The run goes on from this version; without a layout it asks for a first model."""
+
+    version: Version
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class VersionKnown:
+    """More is known of a kept version."""
+
+    version: Version
+
+
+@dataclass(frozen=True)
+class VersionsPruned:
+    """Only these versions are kept."""
+
+    kept: Collection[int]
+
+
+@dataclass(frozen=True)
+class RollBackAsked:
+    """An operator wants to go on from an earlier version."""
+
+    roll_back: RollBack
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """The copy of the version is the latest, written by round `number`."""
+
+    version: Version
+    layout: Layout
+    number: int
+
+
+@dataclass(frozen=True)
+class RollBackFailed:
+    """The version could not be copied: the run stays as it is."""
+
+
+# The run.
+
+
+@dataclass(frozen=True)
+class RunRestored:
+    """What was stored of the run by a former process; `last_number` is that of the last round that ended."""
+
+    id: str
+    phase: RunPhase
+    ending: Ending
+    started_at: float
+    paused_reason: str
+
+
+@dataclass(frozen=True)
+class RoundsRestored:
+    """The number of the last round that ended in a former process."""
+
+    last_number: int
+
+
+@dataclass(frozen=True)
+class ParentLeads:
+    """A parent leads the run: it has the identity of the parent's run, and makes no versions."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class Paused:
+    """No further round opens; `reason`: why the run has paused itself."""
+
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Rounds open again."""
+
+
+@dataclass(frozen=True)
+class TargetMet:
+    """A version has the wanted score: the run ends with its round."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The run is over."""
+
+    phase: RunPhase
+    ending: Ending
+
+
+# Workers.
+
+
+@dataclass(frozen=True)
+class WorkerPolled:
+    """A worker asks for a task, so it has none to deliver. `held`: a version, and the SHA-256 of its payload."""
+
+    worker: str
+    held: tuple[int, bytes] | None
+
+
+@dataclass(frozen=True)
+class WorkerTold:
+    """The answer to a poll: no task, and whether the run has ended."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
+class WorkerLeft:
+    """A worker has left: a task that it has not begun goes to another."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
+class DeviceReplaced:
+    """Another device has the name of a worker, and none of its tasks."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
+class EvaluatorPolled:
+    """An evaluator asks for a task; `token` is that of a new one."""
+
+    worker: str
+    token: str
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluator has scored a version; `metrics` None: it cannot."""
+
+    task: Evaluation
+    metrics: dict[str, float] | None
+    example_count: int = 0
+
+
+Event = (
+    rounds.Event
+    | RoundOpened
+    | TasksGiven
+    | UpdateAccepted
+    | UpdatesMerged
+    | RoundEnded
+    | ParentWaits
+    | VersionTaken
+    | VersionKnown
+    | VersionsPruned
+    | RollBackAsked
+    | RolledBack
+    | RollBackFailed
+    | RunRestored
+    | RoundsRestored
+    | ParentLeads
+    | Paused
+    | Resumed
+    | TargetMet
+    | Ended
+    | WorkerPolled
+    | WorkerTold
+    | WorkerLeft
+    | DeviceReplaced
+    | EvaluatorPolled
+    | Evaluated
+)
+
+
+# Effects.
+
+
+@dataclass(frozen=True)
+class TaskClosed:
+    """No update of this task is wanted any more: whoever receives one stops."""
+
+    token: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Make durable that this task ends here, and clear away what there is of it."""
+
+    dropped: DroppedTask
+
+
+Effect = rounds.Effect | TaskClosed | Drop
+
+
+# What a run without a round in progress does next.
+
+
+@dataclass(frozen=True)
+class OpenRound:
+    """Open a round."""
+
+    round: RoundInProgress
+
+
+@dataclass(frozen=True)
+class EndRun:
+    """End the run; `after_evaluators`: once those that are alive have scored the last version."""
+
+    ending: Ending
+    after_evaluators: bool = False
+
+
+@dataclass(frozen=True)
+class Stay:
+    """Nothing, until something happens."""
+
+
+NextStep = OpenRound | EndRun | RollBack | Stay

@@ -1,0 +1,572 @@
+"""One run: everything it knows, and one method that changes it, `RunMachine.apply(event, now) -> effects`.
+
+The rule: nobody else writes to a run. An event that the run or its round does not allow raises, and nothing has
+happened. `foresee` returns the run as an event would leave it, so that the shell can store that before it applies
+the event. `now` is any clock that never runs backwards, in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+from fedgrpc.codec.layout import Layout
+from fedgrpc.errors import IllegalTransition, NotFound, RoundClosed, WrongIdentity
+from fedgrpc.rounds import events as rounds
+from fedgrpc.rounds.events import (
+    Abort,
+    Accepted,
+    Cancel,
+    Committed,
+    Failed,
+    Offer,
+    Rejected,
+    TaskPhase,
+    WorkersAvailable,
+)
+from fedgrpc.rounds.policy import RoundPolicy, TaskKind
+from fedgrpc.rounds.round import Round, RoundPhase, Streak
+from fedgrpc.rounds.state import step
+from fedgrpc.rounds.task import Task
+from fedgrpc.rounds.version import Measure
+from fedgrpc.runs.evaluations import Evaluation, Evaluations
+from fedgrpc.runs.events import (
+    DeviceReplaced,
+    Drop,
+    Effect,
+    Ended,
+    Ending,
+    EndReason,
+    EndRun,
+    Evaluated,
+    EvaluatorPolled,
+    Event,
+    NextStep,
+    OpenRound,
+    ParentLeads,
+    ParentWaits,
+    Paused,
+    Resumed,
+    RollBack,
+    RollBackAsked,
+    RollBackFailed,
+    RolledBack,
+    RoundEnded,
+    RoundOpened,
+    RoundsRestored,
+    RunPhase,
+    RunRestored,
+    Stay,
+    TargetMet,
+    TaskClosed,
+    TasksGiven,
+    UpdateAccepted,
+    UpdatesMerged,
+    VersionKnown,
+    VersionsPruned,
+    VersionTaken,
+    WorkerLeft,
+    WorkerPolled,
+    WorkerTold,
+)
+from fedgrpc.runs.round_in_progress import DroppedTask, RoundInProgress
+from fedgrpc.runs.versions import Versions
+
+Effects = tuple[Effect, ...]
+E = TypeVar("E", bound=rounds.Event)
+
+
+class FleetView(Protocol):
+    """Who of the workers is there; the fleet knows nothing of runs and tasks."""
+
+    def idle_trainers(self, busy: Collection[str]) -> tuple[str, ...]:
+        """Names of the trainers that poll, but for the busy ones."""
+
+    def live_trainers(self, now: float, but: Collection[str] = ()) -> int:
+        """How many trainers are alive, but for those named."""
+
+    def doubted(self, now: float) -> frozenset[str]:
+        """Names of the workers that held up rounds again and again."""
+
+
+@dataclass(frozen=True)
+class RunRules:
+    """What the operator says of a run: `rounds` of training by `policy`, and `evaluate`: its versions are scored.
+
+    The best version is the one with the best score by the first of `measures`. Scores of evaluators count for it
+    only where the operator named these. `initialises`: who may give the first model.
+    """
+
+    policy: RoundPolicy
+    rounds: int
+    evaluate: bool = False
+    measures: tuple[Measure, ...] = ()
+    evaluators_named: bool = False
+    initialises: Callable[[str], bool] = lambda worker: True
+
+
+class RunMachine:
+    """One run. Read its attributes as you like; `apply` alone changes them.
+
+    `version` 0: no model yet; `trained` rounds have been committed to the model. `leases`: the token of each
+    worker that holds a task. `held`: the version that each worker said to hold. `told`: workers that know of the
+    end.
+    """
+
+    def __init__(self, rules: RunRules, run_id: str, started_at: float) -> None:
+        self.rules = rules
+        self.id = run_id
+        self.makes_versions = True
+        self.started_at = started_at
+        self.phase = RunPhase.RUNNING
+        self.ending = Ending()
+        self.paused_reason = ""
+        self.version = 0
+        self.layout: Layout = ()
+        self.trained = 0
+        self.versions = Versions(rules.measures, rules.evaluators_named)
+        self.rolling_back: RollBack | None = None
+        self.round: RoundInProgress | None = None
+        self.last_number = 0
+        self.leases: dict[str, str] = {}
+        self.held: dict[str, tuple[int, bytes]] = {}
+        self.told: set[str] = set()
+        self.evaluations = Evaluations()
+        self.streak = Streak()
+        self.closing_evaluation = rules.evaluate
+
+    # What changes it.
+
+    def apply(self, event: Event, now: float) -> Effects:
+        """Apply one event. Raises as `rounds.step` does, and `IllegalTransition`; nothing has then happened."""
+        handler = _HANDLERS.get(type(event))
+        if handler is not None:
+            return handler(self, event, now)
+        return self._step(event, now)  # type: ignore[arg-type]
+
+    def foresee(self, event: Event, now: float) -> RunMachine:
+        """Return the run as the event would leave it; this one stays as it is. Raises as `apply`."""
+        after = RunMachine.__new__(type(self))
+        after.__dict__.update(self.__dict__)
+        after.leases, after.held, after.told = dict(self.leases), dict(self.held), set(self.told)
+        after.versions, after.evaluations = self.versions.copy(), self.evaluations.copy()
+        after.apply(event, now)
+        return after
+
+    # What it is asked.
+
+    @property
+    def began(self) -> bool:
+        """Whether there is a model."""
+        return bool(self.layout)
+
+    @property
+    def ended(self) -> bool:
+        return self.phase.final
+
+    @property
+    def going_on(self) -> bool:
+        """Whether another round may follow the one in progress."""
+        return not self.ended and self.ending.reason is EndReason.NONE and self.rolling_back is None
+
+    @property
+    def current(self) -> RoundInProgress:
+        """The round in progress. Raises `RoundClosed` when there is none."""
+        if self.round is None:
+            raise RoundClosed("no round is in progress")
+        return self.round
+
+    def wants(self, token: str) -> bool:
+        """Whether there is a use for events of this task."""
+        return self.round is not None and self.round.wants(token)
+
+    def takes_update(self, token: str) -> bool:
+        """Whether this task may still deliver its update."""
+        return self.round is not None and self.round.takes_update(token)
+
+    def task_of(self, worker: str) -> str | None:
+        """Return the token of the task that a worker may work on now."""
+        token = self.leases.get(worker)
+        return token if token is not None and self.wants(token) else None
+
+    def round_of(self, token: str) -> RoundInProgress:
+        """Return the round in progress, of which this task is. Raises `RoundClosed` when it is not."""
+        if self.round is None or token not in self.round.state.tasks:
+            raise RoundClosed("the round of this task has ended")
+        return self.round
+
+    def check_task(self, worker: str, token: str) -> TaskPhase | None:
+        """Return the phase of a task that may still send, or has sent, its update.
+
+        None: the task is of no round in progress; `check_ended_task` says more from what was stored of it. Raises
+        `WrongIdentity`, and `RoundClosed` when its update is not wanted any more.
+        """
+        round_ = self.round
+        if round_ is None or not (round_.wants(token) or token in round_.state.tasks):
+            return None
+        task = round_.state.find(token)
+        phase = _checked(worker, task.worker, task.phase, task.reason)
+        if phase is not TaskPhase.ACCEPTED and not round_.wants(token):
+            raise RoundClosed(f"round {round_.number} takes no more updates")
+        return phase
+
+    def workers_available(self, fleet: FleetView, now: float) -> WorkersAvailable:
+        """Count the workers that could take a task of the round in progress."""
+        left_out = self._left_out(fleet, now)
+        return WorkersAvailable(self._idle_but(left_out, fleet), fleet.live_trainers(now, left_out))
+
+    def idle_trainers(self, fleet: FleetView, now: float) -> tuple[str, ...]:
+        """Names of the idle trainers that may have a task of the round in progress."""
+        return self._idle_but(self._left_out(fleet, now), fleet)
+
+    def _left_out(self, fleet: FleetView, now: float) -> frozenset[str]:
+        """Workers that held up rounds again and again, where the others are enough."""
+        doubted = fleet.doubted(now)
+        if not doubted or fleet.live_trainers(now, doubted) < self.rules.policy.needed_idle:
+            return frozenset()
+        return doubted
+
+    def _idle_but(self, left_out: frozenset[str], fleet: FleetView) -> tuple[str, ...]:
+        idle = fleet.idle_trainers(self.leases)
+        if left_out:
+            idle = tuple(name for name in idle if name not in left_out)
+        if self.round is None or self.round.kind is not TaskKind.INITIALIZE:
+            return idle
+        return tuple(name for name in idle if self.rules.initialises(name))
+
+    @property
+    def next_kind(self) -> TaskKind:
+        """What the next round asks for."""
+        if not self.began:
+            return TaskKind.INITIALIZE
+        return TaskKind.TRAIN if self.trained < self.rules.rounds else TaskKind.EVALUATE
+
+    def next_step(self, wall_now: float, now: float) -> NextStep:
+        """Decide what to do while no round is in progress."""
+        if self.rolling_back is not None:
+            return self.rolling_back
+        if self.phase is RunPhase.PAUSED:
+            return Stay()
+        if self.ending.reason is not EndReason.NONE:
+            return EndRun(self.ending)
+        if self.began and self.trained >= self.rules.rounds and not self.closing_evaluation:
+            done = Ending(EndReason.ROUNDS_DONE, f"all {self.rules.rounds} rounds are done")
+            return EndRun(done, after_evaluators=True)
+        kind = self.next_kind
+        first = kind is TaskKind.INITIALIZE and not self.version
+        state = Round(0 if first else self.last_number + 1, self.rules.policy.for_kind(kind), now)
+        return OpenRound(RoundInProgress(state, kind, self.version, wall_now))
+
+    def hopeless(self, ended: RoundInProgress) -> str:
+        """Say why the round after this abandoned one would end in the same way; "": it may not."""
+        if not self.streak.hopeless:
+            return ""
+        lost = [
+            task for task in ended.state.tasks.values() if task.phase is not TaskPhase.ACCEPTED and task.reason
+        ]
+        first = min(lost, key=lambda task: task.phase not in (TaskPhase.FAILED, TaskPhase.REJECTED), default=None)
+        example = f" ({first.worker}: {first.reason})" if first else ""
+        return f"{self.streak.count} rounds in a row were abandoned for one reason: {ended.state.reason}{example}"
+
+    # Rounds.
+
+    def _step(self, event: rounds.Event, now: float) -> Effects:
+        """Apply an event to the round in progress."""
+        before = self.current
+        state, effects = step(before.state, event, now)
+        after = replace(before, state=state)
+        closed = [TaskClosed(token, _lost(state.find(token))) for token in _closed(before, after, event)]
+        self.round = after
+        for effect in effects:
+            if isinstance(effect, Offer):
+                self.leases[effect.worker] = effect.token
+            elif isinstance(effect, Cancel) and state.tasks[effect.token].phase.final:
+                self._release(state.tasks[effect.token].worker, effect.token)
+        if isinstance(event, Accepted | Rejected | Failed):
+            self._release(state.find(event.token).worker, event.token)
+        return (*effects, *closed)
+
+    def _release(self, worker: str, token: str) -> None:
+        """A worker that holds this task holds none."""
+        if self.leases.get(worker) == token:
+            del self.leases[worker]
+
+    def _open_round(self, event: RoundOpened, now: float) -> Effects:
+        if self.round is not None:
+            raise IllegalTransition(f"round {self.round.number} is in progress")
+        self.round = event.round
+        tasks = event.round.state.tasks
+        self.leases.update({task.worker: token for token, task in tasks.items() if not task.phase.final})
+        return ()
+
+    def _give_tasks(self, event: TasksGiven, now: float) -> Effects:
+        effects = self._step(event.selected, now)
+        tasks = self.current.state.tasks
+        self.round = self.current.with_contexts(
+            {token: context for token, context in event.contexts.items() if token in tasks}
+        )
+        return effects
+
+    def _accept(self, event: UpdateAccepted, now: float) -> Effects:
+        self.round_of(event.token)
+        effects = self._step(Accepted(event.token, event.weight), now)
+        context = replace(self.current.context(event.token), report=event.report)
+        self.round = self.current.with_contexts({event.token: context})
+        return effects
+
+    def _merge(self, event: UpdatesMerged, now: float) -> Effects:
+        number = self.current.base_version if event.version is None else event.version.version
+        effects = self._step(Committed(number), now)
+        round_ = self.current.with_merge(event.weights, event.scales)
+        self.round = replace(round_, training_metrics=event.training_metrics, commit_s=event.commit_s)
+        self.closing_evaluation = self.rules.evaluate and event.scored
+        if event.version is not None:
+            self.round = replace(self.round, jump=event.version.jump)
+            self._take_version(VersionTaken(event.version, event.layout), now)
+        return effects
+
+    def _hurry(self, event: ParentWaits, now: float) -> Effects:
+        self.round = self.current.ended_by(event.due_at)
+        return ()
+
+    def _end_round(self, event: RoundEnded, now: float) -> Effects:
+        """Leave the round behind. Its carried-over tasks open the next one at once: events of them may come."""
+        ended = self.current
+        if not ended.state.phase.final:
+            raise IllegalTransition(f"round {ended.number} has not ended")
+        self.last_number = max(self.last_number, ended.number)
+        self._note_end(ended)
+        self.round, dropped = self._after(ended, event.wall_now, now)
+        kept = () if self.round is None else self.round.state.tasks
+        for token, task in ended.state.tasks.items():
+            if token not in kept:
+                self._release(task.worker, token)
+        closed = (each for each in dropped if ended.takes_update(each.token))
+        return (*map(Drop, dropped), *(TaskClosed(each.token, _lost(each.task)) for each in closed))
+
+    def _note_end(self, ended: RoundInProgress) -> None:
+        if ended.kind is TaskKind.EVALUATE:
+            self.closing_evaluation = False
+        elif ended.state.phase is RoundPhase.COMMITTED:
+            self.streak = Streak()
+        elif not self.ended and self.rolling_back is None:
+            # A hopeless one has paused the run; whoever resumes it may see the same again as often.
+            before = Streak() if self.streak.hopeless else self.streak
+            self.streak = before.after(ended.state.cause)
+
+    def _after(
+        self, ended: RoundInProgress, wall_now: float, now: float
+    ) -> tuple[RoundInProgress | None, list[DroppedTask]]:
+        if not (ended.state.carried and self.going_on and self.next_kind is ended.kind):
+            return None, ended.dropped(now)
+        policy = self.rules.policy.for_kind(ended.kind)
+        return ended.following(self.last_number + 1, policy, self.version, wall_now, now)
+
+    # Versions.
+
+    def _take_version(self, event: VersionTaken, now: float) -> Effects:
+        version = event.version
+        self.version, self.layout, self.trained = version.version, event.layout, version.trained
+        self.versions.add(version)
+        return ()
+
+    def _know_version(self, event: VersionKnown, now: float) -> Effects:
+        self.versions.add(event.version)
+        return ()
+
+    def _prune_versions(self, event: VersionsPruned, now: float) -> Effects:
+        self.versions.keep_only(event.kept)
+        return ()
+
+    def _ask_roll_back(self, event: RollBackAsked, now: float) -> Effects:
+        self._check_roll_back(event.roll_back.version)
+        self.rolling_back = event.roll_back
+        return self._abort(event.roll_back.text, now)
+
+    def _check_roll_back(self, version: int) -> None:
+        """Raise `IllegalTransition`, and `NotFound` when the version is not kept."""
+        self._check_running()
+        if not self.makes_versions:
+            raise IllegalTransition("versions are made by the parent of this aggregator: roll back there")
+        if self.rolling_back is not None:
+            raise IllegalTransition(f"the run is being rolled back to version {self.rolling_back.version} already")
+        known = self.versions.get(version)
+        if version and (known is None or not known.sha256):
+            kept = ", ".join(map(str, self.versions))
+            raise NotFound(f"model version {version} is not kept; kept are {kept or 'none'}")
+        if not self.version:
+            raise NotFound("there is no model version yet")
+
+    def _roll_back(self, event: RolledBack, now: float) -> Effects:
+        self.rolling_back, self.last_number = None, event.number
+        self.closing_evaluation = self.rules.evaluate
+        return self._take_version(VersionTaken(event.version, event.layout), now)
+
+    def _fail_roll_back(self, event: RollBackFailed, now: float) -> Effects:
+        self.rolling_back = None
+        return ()
+
+    # The run.
+
+    def _restore(self, event: RunRestored, now: float) -> Effects:
+        self.id, self.started_at = event.id, event.started_at
+        self.phase, self.ending, self.paused_reason = event.phase, event.ending, event.paused_reason
+        return ()
+
+    def _restore_rounds(self, event: RoundsRestored, now: float) -> Effects:
+        self.last_number = event.last_number
+        return ()
+
+    def _follow_parent(self, event: ParentLeads, now: float) -> Effects:
+        self.id, self.makes_versions = event.id, False
+        return ()
+
+    def _check_running(self) -> None:
+        if self.ended:
+            raise IllegalTransition(f"the run has ended: {self.ending.text}")
+
+    def _pause(self, event: Paused, now: float) -> Effects:
+        self._check_running()
+        self.phase, self.paused_reason = RunPhase.PAUSED, event.reason
+        return ()
+
+    def _resume(self, event: Resumed, now: float) -> Effects:
+        self._check_running()
+        self.phase, self.paused_reason = RunPhase.RUNNING, ""
+        return ()
+
+    def _meet_target(self, event: TargetMet, now: float) -> Effects:
+        if not self.ended:
+            self.ending = Ending(EndReason.TARGET_MET, event.text)
+        return ()
+
+    def _end(self, event: Ended, now: float) -> Effects:
+        """Enter a final phase. The first end is the one; a round that is committing already goes on."""
+        if self.ended:
+            return ()
+        self.phase, self.ending, self.paused_reason = event.phase, event.ending, ""
+        return self._abort(event.ending.text, now)
+
+    def _abort(self, reason: str, now: float) -> Effects:
+        return self._step(Abort(reason), now) if self.round is not None and self.round.open else ()
+
+    # Workers.
+
+    def _hear_poll(self, event: WorkerPolled, now: float) -> Effects:
+        """Take a carried-over task back from a worker that has lost it: it is not worth beginning again."""
+        self.held.pop(event.worker, None)
+        if event.held is not None:
+            self.held[event.worker] = event.held
+        token = self.task_of(event.worker)
+        if token is None or not self.current.is_stale(token):
+            return ()
+        return self._step(Failed(token, "its worker has lost it", gone=True), now)
+
+    def _answer(self, event: WorkerTold, now: float) -> Effects:
+        if self.ended:
+            self.told.add(event.worker)
+        return ()
+
+    def _leave(self, event: WorkerLeft, now: float) -> Effects:
+        token = self.task_of(event.worker)
+        if token is None or self.current.state.find(token).phase is not TaskPhase.OFFERED:
+            return ()
+        return self._step(Failed(token, "its worker has left", gone=True), now)
+
+    def _replace_device(self, event: DeviceReplaced, now: float) -> Effects:
+        self.held.pop(event.worker, None)
+        if task := self.evaluations.held_by(event.worker):
+            self.evaluations.give_back(task)
+        token = self.task_of(event.worker)
+        if token is None:
+            return ()
+        return self._step(Failed(token, "its device is gone, and another has its name", gone=True), now)
+
+    def evaluation_of(self, worker: str) -> Evaluation | None:
+        """Return the task of an evaluator, None once it has scored the latest version."""
+        task = self.evaluations.held_by(worker)
+        return task if task is not None and self._is_latest(task) else None
+
+    def _is_latest(self, task: Evaluation) -> bool:
+        waiting = self.evaluations.waiting_for(task.worker, self.version)
+        return self.began and task.version == self.version and waiting
+
+    def _hear_evaluator(self, event: EvaluatorPolled, now: float) -> Effects:
+        self.evaluations.offer(event.worker, self.version if self.began else 0, event.token)
+        return ()
+
+    def _hear_scores(self, event: Evaluated, now: float) -> Effects:
+        if event.metrics is None:
+            self.evaluations.give_back(event.task)
+        else:
+            self.evaluations.score(event.task, event.metrics, event.example_count)
+        return ()
+
+
+def check_ended_task(worker: str, owner: str, phase: TaskPhase, reason: str) -> TaskPhase:
+    """Return the phase of a task whose round has ended, as it was stored: ACCEPTED.
+
+    Raises `WrongIdentity`, and `RoundClosed` for any other phase.
+    """
+    if not phase.final:
+        phase = TaskPhase.LATE
+    return _checked(worker, owner, phase, reason or "its round has ended")
+
+
+def _checked(worker: str, owner: str, phase: TaskPhase, reason: str) -> TaskPhase:
+    if owner != worker:
+        raise WrongIdentity("the token belongs to another worker")
+    if phase in (TaskPhase.REJECTED, TaskPhase.FAILED, TaskPhase.LATE):
+        raise RoundClosed(f"the task is {phase.name.lower()}: {reason}")
+    return phase
+
+
+def _closed(before: RoundInProgress, after: RoundInProgress, event: rounds.Event) -> list[str]:
+    """Return the tasks that could deliver an update before the event, and cannot after it."""
+    if isinstance(event, Rejected | Failed):
+        touched: Iterable[str] = [event.token]
+    elif before.state.phase is not after.state.phase:
+        touched = before.state.tasks
+    else:
+        return []
+    return [
+        token
+        for token in touched
+        if before.takes_update(token)
+        and not after.takes_update(token)
+        and after.state.find(token).phase is not TaskPhase.ACCEPTED
+    ]
+
+
+def _lost(task: Task) -> str:
+    return f"the task is {task.phase.name.lower()}: {task.reason}"
+
+
+_HANDLERS: Mapping[type, Callable[[RunMachine, Any, float], Effects]] = {
+    RoundOpened: RunMachine._open_round,
+    TasksGiven: RunMachine._give_tasks,
+    UpdateAccepted: RunMachine._accept,
+    UpdatesMerged: RunMachine._merge,
+    ParentWaits: RunMachine._hurry,
+    RoundEnded: RunMachine._end_round,
+    VersionTaken: RunMachine._take_version,
+    VersionKnown: RunMachine._know_version,
+    VersionsPruned: RunMachine._prune_versions,
+    RollBackAsked: RunMachine._ask_roll_back,
+    RolledBack: RunMachine._roll_back,
+    RollBackFailed: RunMachine._fail_roll_back,
+    RunRestored: RunMachine._restore,
+    RoundsRestored: RunMachine._restore_rounds,
+    ParentLeads: RunMachine._follow_parent,
+    Paused: RunMachine._pause,
+    Resumed: RunMachine._resume,
+    TargetMet: RunMachine._meet_target,
+    Ended: RunMachine._end,
+    WorkerPolled: RunMachine._hear_poll,
+    WorkerTold: RunMachine._answer,
+    WorkerLeft: RunMachine._leave,
+    DeviceReplaced: RunMachine._replace_device,
+    EvaluatorPolled: RunMachine._hear_evaluator,
+    Evaluated: RunMachine._hear_scores,
+}
