@@ -80,13 +80,15 @@ _MOST_BYTES_AN_ELEMENT = 8 + 8 + 8
 
 
 class _Stream:
-    """One stream of an upload: a newer one ends it, or another upload that needs its slot."""
+    """One stream of an upload. A newer one ends it, another upload that needs its slot, or the end of its task."""
 
     def __init__(self) -> None:
         self.limit = asyncio.timeout(None)
         self.ended = asyncio.Event()
         self.gives_way = False
+        self.closed_for: str | None = None
         self._ending = False
+        self._complete = False
         self._begun_at = time.monotonic()
         self._upload: Upload | None = None
         self._pace: UploadPace | None = None
@@ -100,6 +102,17 @@ class _Stream:
         """End it in favour of another upload."""
         self.gives_way = True
         self._end()
+
+    def close(self, reason: str) -> None:
+        """End it because no update of its task is wanted any more."""
+        # Once all bytes are here the check of the update says how its stream ends.
+        if not self._complete:
+            self.closed_for = reason
+            self._end()
+
+    def complete(self) -> None:
+        """All bytes are here."""
+        self._complete = True
 
     def _end(self) -> None:
         if not self._ending:
@@ -158,8 +171,15 @@ class Receiver:
         self._streams: dict[str, _Stream] = {}
         self._header_of: Layout = ()
         self._max_header_bytes = _max_header_bytes(())
+        # When the first byte of each update came.
         self._begun: dict[str, float] = {}
-        self._begun_in: int | None = None
+        coordinator.on_task_closed(self._close_task)
+
+    def _close_task(self, token: str, reason: str) -> None:
+        self._begun.pop(token, None)
+        self._queue.forget(token)
+        if (stream := self._streams.get(token)) is not None:
+            stream.close(reason)
 
     def max_header_bytes(self) -> int:
         """Size of the largest header that an update of this run can need."""
@@ -183,7 +203,6 @@ class Receiver:
         if await self._coordinator.check_open(header.worker, header.token) is TaskPhase.ACCEPTED:
             return header.manifest.size_bytes, True
         manifest, report = self._examine(header)
-        self._note_round()
         async with self._only_stream(header.token):
             if await self._coordinator.check_open(header.worker, header.token) is TaskPhase.ACCEPTED:
                 return manifest.size_bytes, True
@@ -203,11 +222,13 @@ class Receiver:
             await self._take(upload, chunks)
             if not upload.complete:
                 return upload.size_bytes, False
+            self._streams[header.token].complete()
             await _to_its_end(self._accept(upload, report))
             self._coordinator.data_folder.works(Use.UPDATES)
-        except RoundClosed:
+        except (RoundClosed, asyncio.CancelledError) as error:
             # The round has swept up what there was of its uploads, perhaps before this one was there.
-            await asyncio.to_thread(upload.discard)
+            if isinstance(error, RoundClosed) or self._streams[header.token].closed_for is not None:
+                await asyncio.to_thread(upload.discard)
             raise
         finally:
             if not upload.closed:
@@ -220,10 +241,10 @@ class Receiver:
         try:
             return await asyncio.shield(beginning)
         except asyncio.CancelledError:
-            await asyncio.wait([beginning])
+            await _until_done(beginning)
             if beginning.exception() is None:
                 upload = beginning.result()
-                await asyncio.to_thread(upload.close if self._run.wants(header.token) else upload.discard)
+                await asyncio.to_thread(upload.close if self._run.takes_update(header.token) else upload.discard)
             raise
 
     async def held(self, worker: str, token: str) -> Held:
@@ -232,23 +253,12 @@ class Receiver:
             return Held(0, not self._run.evaluations.waiting_for(worker, self._run.version))
         if await self._coordinator.check_open(worker, token) is TaskPhase.ACCEPTED:
             return Held(await self._coordinator.accepted_bytes(token), True)
-        self._note_round()
         # The stream that runs is one of this upload's own: the next takes over from it.
         retry_after_s = 0.0 if token in self._streams else self._queue.wait_s(token)
         if retry_after_s:
             self._free_a_slot()
         size_bytes = await asyncio.to_thread(self._journal.committed_bytes, token)
         return Held(size_bytes, False, retry_after_s)
-
-    def _note_round(self) -> None:
-        """When the first byte of each update came, and who waits for a turn: only of the present round's."""
-        round_ = self._run.round
-        number = None if round_ is None else round_.number
-        if round_ is None or number != self._begun_in:
-            known = () if round_ is None else round_.state.tasks
-            self._begun = {kept: at for kept, at in self._begun.items() if kept in known}
-            self._queue.keep_only(known)
-            self._begun_in = number
 
     def _examine(self, header: UpdateHeader) -> tuple[Manifest, Report]:
         """All that can be known before the first byte. A refusal is final, and on the record."""
@@ -304,6 +314,8 @@ class Receiver:
             async with stream.limit:
                 yield
         except TimeoutError:
+            if stream.closed_for is not None:
+                raise RoundClosed(stream.closed_for) from None
             if stream.gives_way:
                 why = "others wait, and this upload is slow or still needs long; go on later"
                 raise Exhausted(why, retry_after_s=_PACE_S) from None
@@ -326,7 +338,6 @@ class Receiver:
 
     async def _take(self, upload: Upload, chunks: AsyncIterator[Chunk]) -> None:
         """Commit chunks until the stream ends. A silent stream gives up its slot."""
-        token = upload.header.token
         told_at = time.monotonic()
 
         async def still_wanted() -> None:
@@ -334,10 +345,8 @@ class Receiver:
             if time.monotonic() - told_at < _PROGRESS_INTERVAL_S:
                 return
             told_at = time.monotonic()
-            await self._coordinator.check_open(upload.header.worker, token)
             self._tell(upload)
 
-        await self._coordinator.check_open(upload.header.worker, token)
         self._tell(upload)
         reader = UploadReader(upload, self._memory, self._max_chunk_bytes)
         await reader.run(chunks, self._idle_s, still_wanted)
@@ -357,7 +366,8 @@ class Receiver:
             sealed = await self._checked(upload)
         except StorageError:
             # A round that has closed meanwhile has swept its uploads away: that is no fault of the disk.
-            await coordinator.check_open(upload.header.worker, token)
+            if self._run.check_task(upload.header.worker, token) is None:
+                raise RoundClosed("the round of this task has ended") from None
             raise
         if not isinstance(sealed, StoredUpdate):
             coordinator.reject(token, str(sealed))
@@ -368,6 +378,7 @@ class Receiver:
         except RoundClosed:
             await asyncio.to_thread(self._journal.discard, [token])
             raise
+        self._begun.pop(token, None)
 
     async def _checked(self, upload: Upload) -> StoredUpdate | UpdateRefused:
         """As `_verify_and_seal`, once there is memory to decode it: many updates that end at once take turns."""
@@ -452,10 +463,19 @@ async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
     try:
         await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait([task])
+        await _until_done(task)
         if not task.cancelled():
             task.exception()
         raise
+
+
+async def _until_done(task: asyncio.Task[Any]) -> None:
+    """Return once the task has ended, however often this is cancelled meanwhile."""
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            continue
 
 
 def _check_initial(manifest: Manifest, max_bytes: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from typing import Final
 
 from fedgrpc.errors import Exhausted
@@ -57,15 +57,10 @@ class UploadQueue:
             others = f" and {len(self._waiting) - 1} wait" if len(self._waiting) > 1 else ""
             why = f"{self._running} uploads are running{others}; try again in {wait_s:.3g} s"
             raise Exhausted(why, retry_after_s=wait_s)
-        self._forget(token)
+        self.forget(token)
         self._running += 1
         if self._running == self._slots and not self._freed_at:
             self._full_since = self._clock()
-
-    def keep_only(self, tokens: Container[str]) -> None:
-        """Drop the reservations of all other tokens."""
-        for token in [token for token in self._waiting if token not in tokens]:
-            self._forget(token)
 
     def leave(self) -> None:
         """Free a slot."""
@@ -85,7 +80,7 @@ class UploadQueue:
             return 0.0
         if known and (left_s := self._waiting[token] - now) > 0:
             return max(_SHORTEST_S, left_s)
-        self._forget(token)
+        self.forget(token)
         before = len(self._again) + len(self._due) if known else len(self._waiting)
         wait_s = min(max((before + 1) * self._seconds_per_slot(now), _SHORTEST_S), _LONGEST_S)
         self._remember(token, now + wait_s, again=known)
@@ -114,9 +109,10 @@ class UploadQueue:
             if self._waiting.get(token) == at:
                 self._due[token] = at
         while self._due and now - next(iter(self._due.values())) > _LATE_S:
-            self._forget(next(iter(self._due)))
+            self.forget(next(iter(self._due)))
 
-    def _forget(self, token: str) -> None:
+    def forget(self, token: str) -> None:
+        """Drop the reservation of a token, if it has one."""
         self._waiting.pop(token, None)
         self._due.pop(token, None)
         self._again.discard(token)

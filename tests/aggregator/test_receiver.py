@@ -102,6 +102,21 @@ async def test_an_upload_whose_file_comes_only_after_the_round_has_closed_leaves
         assert running.kept_updates() == []
 
 
+async def test_a_silent_upload_hears_at_once_that_its_task_is_closed(tmp_path):
+    """It waits for bytes that do not come, so it cannot ask."""
+    async with running_aggregator(tmp_path) as running:
+        task = (await tasks_out(running))["a"]
+        coordinator = running.aggregator.coordinator
+        sender = Sender(task, offset=0)
+        sender.payload = sender.payload[:-1024]
+        receiving = asyncio.create_task(Receiver(coordinator).receive(sender.header, sender.chunks()))
+        await sender.at_the_end.wait()
+        await coordinator.give_back("a", task.token, "out of memory")
+        async with asyncio.timeout(PATIENCE_S):
+            with pytest.raises(RoundClosed, match="failed: out of memory"):
+                await receiving
+
+
 async def test_two_streams_of_one_update_count_once(tmp_path):
     async with running_aggregator(tmp_path) as running:
         task = (await tasks_out(running))["a"]

@@ -121,12 +121,13 @@ def test_nobody_is_sent_away_for_more_than_five_minutes(clock):
     assert refusal(queue, "b").retry_after_s == 300.0
 
 
-def test_upload_queue_of_a_round_that_has_ended_are_nobodys(clock):
+def test_turns_of_a_round_that_has_ended_are_nobodys(clock):
     queue = UploadQueue(1, clock)
     queue.enter("a")
     for token in "bcd":
         refusal(queue, token)
-    queue.keep_only({"c"})
+    for token in "bd":
+        queue.forget(token)
     assert queue.waiting_count == 1
 
 
