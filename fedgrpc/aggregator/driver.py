@@ -358,9 +358,10 @@ class Driver:
 
     async def _after_abandoned(self, ended: RoundInProgress) -> None:
         """Rest, or pause where the next round would only end for the same reason."""
-        if reason := self._run.hopeless(ended):
+        coordinator = self._coordinator
+        if reason := self._run.hopeless(ended, coordinator.fleet, coordinator.clock()):
             self._abandoned.reset()
-            await self._until_stored(partial(self._coordinator.pause_itself, reason))
+            await self._until_stored(partial(coordinator.pause_itself, reason))
         else:
             await self._rest(self._abandoned.next_delay_s())
 

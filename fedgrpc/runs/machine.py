@@ -258,9 +258,14 @@ class RunMachine:
         state = Round(0 if first else self.last_number + 1, self.rules.policy.for_kind(kind), now)
         return OpenRound(RoundInProgress(state, kind, self.version, wall_now))
 
-    def hopeless(self, ended: RoundInProgress) -> str:
-        """Say why the round after this abandoned one would end in the same way; "": it may not."""
-        if not self.streak.hopeless:
+    def hopeless(self, ended: RoundInProgress, fleet: FleetView, now: float) -> str:
+        """Say why the round after this abandoned one would end in the same way; "": it may not.
+
+        A few bad workers pause no run: others that deliver, and are enough, go on without them.
+        """
+        others = fleet.live_trainers(now, self.streak.workers)
+        others_deliver = self.streak.delivered and others >= self.rules.policy.needed_idle
+        if not self.streak.hopeless or others_deliver:
             return ""
         lost = [
             task for task in ended.state.tasks.values() if task.phase is not TaskPhase.ACCEPTED and task.reason
@@ -351,9 +356,7 @@ class RunMachine:
         elif ended.state.phase is RoundPhase.COMMITTED:
             self.streak = Streak()
         elif not self.ended and self.rolling_back is None:
-            # A hopeless one has paused the run; whoever resumes it may see the same again as often.
-            before = Streak() if self.streak.hopeless else self.streak
-            self.streak = before.after(ended.state.cause)
+            self.streak = self.streak.after(ended.state)
 
     def _after(
         self, ended: RoundInProgress, wall_now: float, now: float
@@ -434,6 +437,8 @@ class RunMachine:
     def _resume(self, event: Resumed, now: float) -> Effects:
         self._check_running()
         self.phase, self.paused_reason = RunPhase.RUNNING, ""
+        # Whoever resumes a run has looked into it: the same may go wrong as often again.
+        self.streak = Streak() if self.streak.hopeless else self.streak
         return ()
 
     def _meet_target(self, event: TargetMet, now: float) -> Effects:

@@ -391,7 +391,7 @@ def failed_round(it):
     it(it.run.workers_available(it.fleet, 0.0))
     ended = it.run.current
     it(RoundEnded(0.0))
-    return it.run.hopeless(ended)
+    return it.run.hopeless(ended, it.fleet, it.now)
 
 
 def test_three_rounds_in_a_row_that_fail_for_one_reason_are_hopeless():
@@ -400,8 +400,26 @@ def test_three_rounds_in_a_row_that_fail_for_one_reason_are_hopeless():
     reason = failed_round(it)
     assert "3 rounds in a row" in reason
     assert "a: out of memory" in reason
-    # Whoever goes on from there sees three more.
+    it(Paused(reason))
+    it(Resumed())
+    # Whoever resumes it sees three more.
     assert [failed_round(it), failed_round(it), bool(failed_round(it))] == ["", "", True]
+
+
+def test_a_few_bad_workers_pause_no_run_that_others_can_do():
+    it = Story("abcdef", quorum=3).model()
+    for _ in range(4):
+        it.open()
+        it.accept(it.token("c"), it.token("d"))
+        for name in "ab":
+            it(Failed(it.token(name), "out of memory"))
+        it.now += 100.0
+        it(Tick())
+        ended = it.run.current
+        it(RoundEnded(0.0))
+        assert it.run.hopeless(ended, it.fleet, it.now) == ""
+    it.fleet.away = {"e", "f"}
+    assert "4 rounds in a row" in it.run.hopeless(ended, it.fleet, it.now)
 
 
 def test_a_version_ends_a_streak_of_abandoned_rounds():
