@@ -152,18 +152,18 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         downlink = self._downlink(request.recipe)
         given = downlink is not None and self._is_given(request.sub_model)
         base = (request.base_version, _digest(request.base_sha256))
-        its = await self._extent(request.sub_model, version)
-        if given and request.base_version == version and self._models.holds(base, its):
+        extent = await self._extent(request.sub_model, version)
+        if given and request.base_version == version and self._models.holds(base, extent):
             header = pb.ModelHeader(
                 version=version, base_version=version, manifest=manifest_to_proto(Manifest.of_nothing())
             )
             await context.write(pb.PullModelResponse(header=header))
             return
         if given:
-            encoded = await self._models.offered(version, base, downlink, its)
+            encoded = await self._models.offered(version, base, downlink, extent)
         else:
             recipe = RAW if downlink is None else downlink.whole
-            encoded = await self._models.encoded(version, recipe, _MAX_FOREIGN, its)
+            encoded = await self._models.encoded(version, recipe, _MAX_FOREIGN, extent)
         size_bytes = encoded.manifest.size_bytes
         if request.offset > size_bytes:
             raise WrongOffset(f"offset {request.offset} is beyond the payload of {size_bytes} bytes")
@@ -200,7 +200,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         )
 
     def _is_given(self, sub_model: str) -> bool:
-        """Whether workers are asked to pull this slice."""
+        """Whether workers are asked to pull this sub-model."""
         given = self._run.round.contexts.values() if self._run.round is not None else ()
         return not sub_model or any(context.local.sub_model.name == sub_model for context in given)
 
