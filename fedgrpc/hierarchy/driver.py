@@ -216,7 +216,10 @@ class LeafDriver(Driver):
         elif round_.kind is TaskKind.INITIALIZE:
             tensors = own_tensors(tokens[0], load(tokens[0]))
         else:
-            sub_models, merged = sub_models_of(self._coordinator.local_models, round_, tokens), merged_of(round_, tokens)
+            sub_models, merged = (
+                sub_models_of(self._coordinator.local_models, round_, tokens),
+                merged_of(round_, tokens),
+            )
             scales = await self._new_version.scales(round_, weights)
             base, pairs = self._coordinator.models.open(round_.base_version), list(weights.items())
             clips_buffers = self._new_version.clips_buffers
