@@ -42,7 +42,7 @@ test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
 simulate: $(INSTALLED)  ## play rounds in simulated worlds full of faults: make simulate SEEDS=10000
-	$(BIN)/python tools/simulate_rounds.py --seeds $(or $(SEEDS),1000) $(ARGS)
+	$(BIN)/python -m tools.simulate_rounds --seeds $(or $(SEEDS),1000) $(ARGS)
 
 bench-niid: $(INSTALLED)  ## a tenth of NIID-Bench's Fashion-MNIST cells beside the published figures
 	$(BIN)/python -m tools.bench.niid --short $(ARGS)

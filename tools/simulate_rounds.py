@@ -8,7 +8,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 
-from fedgrpc.simulation.world import Outcome, World
+from tests.simulator.world import Outcome, World
 
 _SHOWN = 3
 
@@ -30,7 +30,7 @@ def main() -> int:
     broken = [outcome for outcome in outcomes if outcome.violation]
     for outcome in broken[:_SHOWN]:
         print(f"seed {outcome.seed}: {outcome.violation}", *outcome.trace, sep="\n")
-        print(f"again: python tools/simulate_rounds.py --seeds 1 --first {outcome.seed}\n")
+        print(f"again: python -m tools.simulate_rounds --seeds 1 --first {outcome.seed}\n")
     total = {
         "rounds committed": sum(outcome.rounds for outcome in outcomes),
         "abandoned": sum(outcome.abandoned for outcome in outcomes),

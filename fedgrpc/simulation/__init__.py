@@ -1,1 +1,1 @@
-"""The production round under a virtual clock: simulated workers, networks and faults. Pure, seeded."""
+"""The production round under a virtual clock, with a described fleet (`fedgrpc simulate`). Pure, seeded."""

@@ -33,13 +33,13 @@ from fedgrpc.rounds.events import (
 )
 from fedgrpc.rounds.round import Round, RoundPhase
 from fedgrpc.rounds.state import follow, restore, step, time_left, wake_at, wants_workers
-from fedgrpc.simulation.choosing import Chooser
-from fedgrpc.simulation.disk import Disk, Version
 from fedgrpc.simulation.loop import Future, Life, Process, Timeout, Wait
-from fedgrpc.simulation.messages import Assignment, GiveBack, Heartbeat, Held, Poll, Push, Query, Request
+from tests.simulator.choosing import Chooser
+from tests.simulator.disk import Disk, Version
+from tests.simulator.messages import Assignment, GiveBack, Heartbeat, Held, Poll, Push, Query, Request
 
 if TYPE_CHECKING:
-    from fedgrpc.simulation.world import World
+    from tests.simulator.world import World
 
 POLL_S = 8.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedgrpc.simulation.world import World
+from tests.simulator.world import World
 
 SEEDS = range(400)
 _BATCH = 50

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from fedgrpc.errors import FedgrpcError, LinkError
-from fedgrpc.simulation.faults import Faults
 from fedgrpc.simulation.loop import Future, Loop, Process, Timeout
-from fedgrpc.simulation.messages import Request
+from tests.simulator.faults import Faults
+from tests.simulator.messages import Request
 
 Serve = Callable[[Request, Callable[[Any], None]], None]
 

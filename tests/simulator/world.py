@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from fedgrpc.errors import FedgrpcError
-from fedgrpc.simulation.aggregator import Aggregator
-from fedgrpc.simulation.faults import Choosing, Faults, draw_faults, draw_habits, draw_policy
 from fedgrpc.simulation.loop import Life, Loop, Process
-from fedgrpc.simulation.network import Network
-from fedgrpc.simulation.watch import Violation, Watch
-from fedgrpc.simulation.worker import Worker
+from tests.simulator.aggregator import Aggregator
+from tests.simulator.faults import Choosing, Faults, draw_faults, draw_habits, draw_policy
+from tests.simulator.network import Network
+from tests.simulator.watch import Violation, Watch
+from tests.simulator.worker import Worker
 
 FAULTY_S = 60.0
 QUIET_S = 400.0

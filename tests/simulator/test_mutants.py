@@ -21,11 +21,11 @@ from fedgrpc.rounds.events import (
 )
 from fedgrpc.rounds.round import Round, RoundPhase
 from fedgrpc.rounds.state import follow
-from fedgrpc.simulation.aggregator import Aggregator
-from fedgrpc.simulation.disk import Disk, Version
 from fedgrpc.simulation.loop import Process
-from fedgrpc.simulation.messages import Held, Push
-from fedgrpc.simulation.world import World
+from tests.simulator.aggregator import Aggregator
+from tests.simulator.disk import Disk, Version
+from tests.simulator.messages import Held, Push
+from tests.simulator.world import World
 
 Effects = tuple[Effect, ...]
 _SEEDS = 500

@@ -13,7 +13,7 @@ from fedgrpc.rounds.round import Round
 from fedgrpc.rounds.selection import choose_oort, choose_uniform, learned_deadline
 
 if TYPE_CHECKING:
-    from fedgrpc.simulation.world import World
+    from tests.simulator.world import World
 
 
 class Chooser:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedgrpc.errors import LinkError, RoundClosed, UnknownTask, UpdateRefused, WrongOffset
 from fedgrpc.rounds.events import TaskPhase
-from fedgrpc.simulation.faults import Habits
 from fedgrpc.simulation.loop import Life, Process, Wait
-from fedgrpc.simulation.messages import (
+from tests.simulator.faults import Habits
+from tests.simulator.messages import (
     Assignment,
     GiveBack,
     Heartbeat,
@@ -25,7 +25,7 @@ from fedgrpc.simulation.messages import (
 )
 
 if TYPE_CHECKING:
-    from fedgrpc.simulation.world import World
+    from tests.simulator.world import World
 
 _TIMEOUT_S = 3.0
 _POLL_S = 10.0

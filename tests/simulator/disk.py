@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.round import Round
-from fedgrpc.simulation.messages import UpdateId
+from tests.simulator.messages import UpdateId
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 
 from fedgrpc.rounds.events import Effect, Event, Offer, Select, TaskPhase
 from fedgrpc.rounds.round import Round, RoundPhase
-from fedgrpc.simulation.disk import Version
-from fedgrpc.simulation.messages import Assignment, UpdateId
+from tests.simulator.disk import Version
+from tests.simulator.messages import Assignment, UpdateId
 
 if TYPE_CHECKING:
-    from fedgrpc.simulation.world import World
+    from tests.simulator.world import World
 
 _MOST_AT_ONCE = 10_000
 
