@@ -88,10 +88,10 @@ def make_private(folder: Path) -> None:
         missing.mkdir(mode=0o700, exist_ok=True)
 
 
-def empty_folder(path: Path, parents: bool = False) -> Path:
+def empty_folder(path: Path) -> Path:
     """Make the folder `path`, in place of what a full disk has left of it. Raises OSError."""
     shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=parents)
+    path.mkdir(parents=True)
     return path
 
 

@@ -111,7 +111,7 @@ class ModelFolder:
         manifest = manifest_from_proto(header.manifest, self._limits)
         self._check_layout(source, manifest, header.base_version > 0)
         self.drop_partial()
-        unfinished = empty_folder(self._folder / (UNFINISHED + "partial"), parents=True)
+        unfinished = empty_folder(self._folder / (UNFINISHED + "partial"))
         write_about(unfinished, source)
         unfinished.rename(self._partial)
         self.has_partial = True
@@ -164,7 +164,7 @@ class ModelFolder:
             self.drop_partial()
             raise LayoutError(f"the model came as a difference to version {partial.header.base_version}, not held")
         self.check_held()
-        merged = empty_folder(self._folder / (UNFINISHED + "merged"), parents=True)
+        merged = empty_folder(self._folder / (UNFINISHED + "merged"))
         with (self._partial / PAYLOAD).open("rb") as file:
             difference = PayloadReader(partial.manifest, file_reader(file.fileno()), self._limits)
             held = PayloadReader(base.manifest, buffer_reader(base.mapped().data))

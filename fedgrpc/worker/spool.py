@@ -183,7 +183,6 @@ class Spool:
         number = int(names[-1].name) + 1 if names else 1
         unfinished, final = self._folder / f"{UNFINISHED}{number:08}", self._folder / f"{number:08}"
         with storage_errors(self._folder):
-            # Not with parents: a state folder that was removed must stay missing, so that the worker ends.
             empty_folder(unfinished)
             left = ResidualWriter(unfinished / _RESIDUAL, task.run_id or task.run, self._recycled_residuals)
             try:
