@@ -95,7 +95,7 @@ class Aggregator:
         playing = asyncio.create_task(driver.run())
         watching = asyncio.create_task(_tell_health(coordinator, playing, health))
         stopping = asyncio.create_task(self._stopping.wait())
-        guarding = asyncio.create_task(_until_removed(folder))
+        guarding = asyncio.create_task(folder.until_removed())
         ends = [playing, stopping, guarding]
         try:
             await health.set(AGGREGATOR, True)
@@ -165,13 +165,6 @@ async def _tell_health(coordinator: Coordinator, playing: asyncio.Task[None], he
                 seen = await coordinator.changes.wait(seen)
         except TimeoutError:
             continue
-
-
-async def _until_removed(folder: HeldFolder) -> None:
-    """Raise `UsageError` once the folder is gone: what is written to it then is lost."""
-    while True:
-        folder.check()
-        await asyncio.sleep(_HEALTH_INTERVAL_S)
 
 
 def _raise_file_limit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import re
@@ -15,6 +16,7 @@ from fedgrpc.errors import UsageError
 from fedgrpc.process import kept_from_children
 from fedgrpc.storage.files import make_private, storage_errors, write_file
 
+_CHECK_INTERVAL_S: Final = 1.0
 _IDENTITY: Final = "identity"
 _ID: Final = re.compile(r"[0-9a-f]{32}")
 
@@ -35,6 +37,12 @@ class HeldFolder:
             found = None
         if found is None or (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
             raise UsageError(f"the folder {self.path} was removed while it was in use; start again with a new one")
+
+    async def until_removed(self) -> None:
+        """Raise `UsageError` once the folder is gone: a new one in its place has no lock."""
+        while True:
+            self.check()
+            await asyncio.sleep(_CHECK_INTERVAL_S)
 
 
 @contextmanager

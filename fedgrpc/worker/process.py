@@ -16,7 +16,7 @@ from fedgrpc.protocol.tasks import Registration
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.identity import Session
 from fedgrpc.rpc.server import WORKER, RunningServer, serve, worker_service
-from fedgrpc.storage.folder import folder_id, hold_folder
+from fedgrpc.storage.folder import HeldFolder, folder_id, hold_folder
 from fedgrpc.trainer import Trainer
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.device import DeviceProfile, detect, usable_memory_bytes
@@ -69,7 +69,7 @@ class Worker:
         settings = self._settings
         reuse_memory()
         async with AsyncExitStack() as stack:
-            stack.enter_context(hold_folder(settings.state_dir, IN_USE))
+            folder = stack.enter_context(hold_folder(settings.state_dir, IN_USE))
             channel = await stack.enter_async_context(open_channel(settings.aggregator, settings.tls))
             client = AggregatorClient(
                 channel,
@@ -83,7 +83,7 @@ class Worker:
             work = TrainerWork(settings, files, self.publisher, self._build_trainer)
             loop = Loop(settings, client, self.publisher, self.controls, files, work, self._profile)
             await self._serve(stack, files.models)
-            return await self._run_loop(loop)
+            return await self._run_loop(loop, folder)
 
     async def _serve(self, stack: AsyncExitStack, models: ModelFolder) -> None:
         address = self._settings.serve_address
@@ -95,13 +95,17 @@ class Worker:
         await self.server.health.set(WORKER, True)
         log.info("serving", worker=self._settings.name, address=self.server.address)
 
-    async def _run_loop(self, loop: Loop) -> int:
+    async def _run_loop(self, loop: Loop, folder: HeldFolder) -> int:
         self._running = running = asyncio.create_task(loop.run())
+        guarding = asyncio.create_task(folder.until_removed())
         try:
-            await asyncio.wait([running])
+            await asyncio.wait([running, guarding], return_when=asyncio.FIRST_COMPLETED)
         finally:
             running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
+            guarding.cancel()
+            await asyncio.gather(running, guarding, return_exceptions=True)
+        if not guarding.cancelled():
+            guarding.result()
         if not running.cancelled():
             running.result()
         return self._exit_code
