@@ -236,7 +236,7 @@ class Trust:
 
     A worker that held up two rounds in a row, and delivered in neither, is chosen only where there are too few
     others, for a time that doubles with each further round. One delivery clears it. Who gives its task back or is
-    refused holds up a round that is abandoned.
+    refused holds up a round that is abandoned. Who got its task in the second half of a round holds up nothing.
     """
 
     held_up: int = 0
@@ -252,7 +252,9 @@ class Trust:
             return Trust()
         late = task.phase in (TaskPhase.LATE, TaskPhase.EXPIRED)
         failed = task.phase in (TaskPhase.FAILED, TaskPhase.REJECTED) and round_.phase is RoundPhase.ABANDONED
-        if not (late or failed) or round_.enough_reason:
+        given_at = task.entered.get(TaskPhase.OFFERED, round_.opened_at)
+        in_place_of_another = given_at > round_.opened_at + round_.policy.deadline_s / 2
+        if not (late or failed) or round_.enough_reason or in_place_of_another:
             return self
         held_up = self.held_up + 1
         if held_up < _PATIENCE:

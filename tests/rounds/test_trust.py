@@ -64,6 +64,12 @@ def test_who_gave_its_task_back_or_was_refused_held_up_a_round_that_was_abandone
     assert after(abandoned, abandoned).doubted(1000.0)
 
 
+def test_who_got_its_task_late_in_a_round_held_up_nobody():
+    round_, task = SHORT
+    given = replace(task, entered={TaskPhase.OFFERED: POLICY.deadline_s * 0.6})
+    assert after(*[(round_, given)] * 5) == Trust()
+
+
 def test_who_vanished_held_up_the_round():
     gone = ended(TaskPhase.ACCEPTED, TaskPhase.EXPIRED)
     assert after(gone, gone).doubted(1000.0)
