@@ -1,10 +1,10 @@
-"""Plays the rounds that the aggregator above has given tasks for.
+"""Driver of a leaf: plays the rounds of its parent's tasks.
 
-    task.pb         the task whose round is played, or was last
-    mean.*          what that round has made (fedgrpc.hierarchy.partial_aggregate)
+    task.pb         the task of the present round, or of the last one
+    mean.*          the mean of that round (fedgrpc.hierarchy.partial_aggregate)
 
-The rule: as in `Driver`, what was cut off goes on. A round outlives this process and the link above; it ends early
-only when the one above no longer wants it.
+The rule: as in `Driver`, an interrupted round continues. It outlives this process and the link to the parent, and
+ends early only when the parent no longer wants it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from fedgrpc.aggregator.scores import scores_of
 from fedgrpc.aggregator.training_instructions import TrainingInstructions
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import CodecError, NotFinite, StorageError
-from fedgrpc.hierarchy.desk import Desk, Order, Shown
-from fedgrpc.hierarchy.partial_aggregate import MeanFile, Tensors, mean_tensors, own_tensors
+from fedgrpc.hierarchy.handoff import ParentTask, TaskHandoff, VersionToScore
+from fedgrpc.hierarchy.partial_aggregate import AggregateFile, Tensors, mean_tensors, own_tensors
 from fedgrpc.protocol.plans import plan_table_from_proto
 from fedgrpc.rounds.events import Abort, Commit
 from fedgrpc.rounds.policy import RoundPolicy, TaskKind
@@ -42,30 +42,30 @@ from fedgrpc.v1 import aggregator_pb2
 
 
 class LeafDriver(Driver):
-    """A driver whose rounds are those of `desk`, in the run `run_id` of the aggregator above."""
+    """A driver whose rounds are those of `handoff`, in the run `run_id` of the parent."""
 
-    def __init__(self, coordinator: Coordinator, desk: Desk, run_id: str) -> None:
+    def __init__(self, coordinator: Coordinator, handoff: TaskHandoff, run_id: str) -> None:
         super().__init__(coordinator)
         folder = self._settings.data_dir / "above"
         self._run_id = run_id
-        self._mean = MeanFile(folder)
+        self._mean = AggregateFile(folder)
         self._new_version = _NoVersion(coordinator)
         self._task_path = folder / "task.pb"
         self._task = aggregator_pb2.Task()
-        self._desk = desk
-        desk.ordered, desk.withdrawn, desk.showing = self._ordered, self._withdrawn, self._coordinator.wake.set
+        self._handoff = handoff
+        handoff.receiver = self
 
     async def recover(self) -> None:
         """As `Driver.recover`, with the instructions of the round in progress."""
         self._task = await asyncio.to_thread(self._read_task)
         if self._task.token:
-            self._desk.resuming = True
+            self._handoff.resuming = True
             self._take_instructions(self._task)
         await super().recover()
         self._coordinator.apply(ParentLeads(self._run_id))
         await self._coordinator.save_run()
         if self._run.round is not None and self._run.round.number != self._task.round:
-            self._abandon("its task from above is not known any more")
+            self._abandon("its task of the parent is not known any more")
 
     def _read_task(self) -> aggregator_pb2.Task:
         try:
@@ -82,18 +82,24 @@ class LeafDriver(Driver):
         if self._settings.local_models.trivial:
             self._coordinator.local_models.use(plans)
 
-    # What the link above says, on the event loop.
+    # The hand-over (`TaskReceiver`).
 
-    def _ordered(self, order: Order) -> None:
-        if self._run.round is not None and order.token != self._task.token:
-            self._abandon("the aggregator above has another task")
+    def on_task(self, task: ParentTask) -> None:
+        """See `TaskReceiver.on_task`."""
+        if self._run.round is not None and task.token != self._task.token:
+            self._abandon("the parent has another task")
         elif self._run.round is not None:
             # A round from before a restart ends in time for the parent, too.
-            self._coordinator.apply(ParentWaits(order.due_at))
+            self._coordinator.apply(ParentWaits(task.due_at))
         self._coordinator.wake.set()
 
-    def _withdrawn(self, order: Order, reason: str) -> None:
-        if order.token == self._task.token:
+    def on_version(self) -> None:
+        """See `TaskReceiver.on_version`."""
+        self._coordinator.wake.set()
+
+    def on_withdrawn(self, task: ParentTask, reason: str) -> None:
+        """See `TaskReceiver.on_withdrawn`."""
+        if task.token == self._task.token:
             self._abandon(reason)
 
     def _abandon(self, reason: str) -> None:
@@ -103,45 +109,44 @@ class LeafDriver(Driver):
     # What the driver does.
 
     async def _open(self) -> bool:
-        """Open the round of the order in hand; without one, say whether there are workers for it, and wait."""
-        self._count_crew()
-        order = self._desk.next()
-        shown, self._desk.shown = self._desk.shown, None
-        if shown is not None:
+        """Open the round of the task that has no answer; without one, tell whether there are workers, and wait."""
+        self._count_workers()
+        parent_task = self._handoff.next_task()
+        if (shown := self._handoff.take_version()) is not None:
             await self._show(*shown)
-        if order is None or self._run.phase is RunPhase.PAUSED:
+        if parent_task is None or self._run.phase is RunPhase.PAUSED:
             await self._wait(self._coordinator.clock() + self._settings.policy.lease_s)
             return False
-        if (mean := await asyncio.to_thread(self._mean.load, order.token)) is not None:
-            self._desk.done(order.token, mean)
+        if (mean := await asyncio.to_thread(self._mean.load, parent_task.token)) is not None:
+            self._handoff.done(parent_task.token, mean)
             return False
         try:
-            await self._until_stored(partial(self._take_up, order))
+            await self._until_stored(partial(self._accept, parent_task))
         except CodecError as error:
-            self._desk.failed(order.token, str(error))
+            self._handoff.failed(parent_task.token, str(error))
             return False
-        if self._desk.next() is not order:
+        if self._handoff.next_task() is not parent_task:
             return False
-        policy = self._policy(order)
-        state = Round(order.task.round, policy, self._coordinator.clock())
-        kind, version = TaskKind(order.task.kind), self._run.version
-        round_ = RoundInProgress(state, kind, version, time.time(), due_at=order.due_at)
+        policy = self._policy(parent_task)
+        state = Round(parent_task.task.round, policy, self._coordinator.clock())
+        kind, version = TaskKind(parent_task.task.kind), self._run.version
+        round_ = RoundInProgress(state, kind, version, time.time(), due_at=parent_task.due_at)
         self._coordinator.apply(RoundOpened(round_))
         return True
 
-    def _count_crew(self) -> None:
+    def _count_workers(self) -> None:
         enough = self._coordinator.workers_available().live_count >= self._settings.policy.needed_idle
         if enough and self._run.phase is not RunPhase.PAUSED:
-            self._desk.crew.set()
+            self._handoff.enough_workers.set()
         else:
-            self._desk.crew.clear()
+            self._handoff.enough_workers.clear()
         if self._coordinator.fleet.live_evaluators(self._coordinator.clock()):
-            self._desk.evaluators.set()
+            self._handoff.evaluators.set()
         else:
-            self._desk.evaluators.clear()
+            self._handoff.evaluators.clear()
 
-    async def _show(self, shown: Shown, done: asyncio.Future[None]) -> None:
-        """Make a version known to evaluators before there is a round of it, if there ever is."""
+    async def _show(self, shown: VersionToScore, done: asyncio.Future[None]) -> None:
+        """Make a version known to evaluators before there is a round of it, if there ever is one."""
         record = self._coordinator.last_record
         try:
             if self._run.version < shown.version:
@@ -155,12 +160,14 @@ class LeafDriver(Driver):
             if not done.done():
                 done.set_result(None)
 
-    async def _take_up(self, order: Order) -> None:
-        """Make the order's version this aggregator's own, and the order durable."""
-        task = order.task
+    async def _accept(self, parent_task: ParentTask) -> None:
+        """Make the task's version this aggregator's own, and the task durable."""
+        task = parent_task.task
         if TaskKind(task.kind) is not TaskKind.INITIALIZE and self._run.version != task.model_version:
             # Its scores come with this round's updates, and are those of the round before.
-            await self._keep_version(task.model_version, max(0, task.round - 1), order.layout, order.given)
+            await self._keep_version(
+                task.model_version, max(0, task.round - 1), parent_task.layout, parent_task.given
+            )
         self._take_instructions(task)
         if task.leaf.HasField("channels"):
             learn = self._coordinator.local_models.learn
@@ -183,12 +190,12 @@ class LeafDriver(Driver):
         with storage_errors(self._task_path):
             write_file(self._task_path, task.SerializeToString())
 
-    def _policy(self, order: Order) -> RoundPolicy:
-        """This aggregator's own, but for the time that the one above leaves."""
-        policy = self._settings.policy.for_kind(TaskKind(order.task.kind))
-        if order.due_at is None:
+    def _policy(self, parent_task: ParentTask) -> RoundPolicy:
+        """Return this aggregator's own policy, within the time that the parent leaves."""
+        policy = self._settings.policy.for_kind(TaskKind(parent_task.task.kind))
+        if parent_task.due_at is None:
             return policy
-        left_s = max(0.001, order.due_at - self._coordinator.clock())
+        left_s = max(0.001, parent_task.due_at - self._coordinator.clock())
         timeout_s = policy.selection_timeout_s
         return replace(policy, selection_timeout_s=left_s if timeout_s is None else min(left_s, timeout_s))
 
@@ -256,9 +263,9 @@ class LeafDriver(Driver):
         await super()._after_round()
         mean = await asyncio.to_thread(self._mean.load, token)
         if round_.state.phase is RoundPhase.COMMITTED and mean is not None:
-            self._desk.done(token, mean)
+            self._handoff.done(token, mean)
         else:
-            self._desk.failed(token, f"its own round was abandoned: {round_.state.reason}")
+            self._handoff.failed(token, f"its own round was abandoned: {round_.state.reason}")
 
     async def _after_abandoned(self, ended: RoundInProgress) -> None:
         """Nothing to rest from: the next round comes when the one above says."""

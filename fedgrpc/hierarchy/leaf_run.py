@@ -27,8 +27,8 @@ from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.server import Aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import LinkError, StorageError
-from fedgrpc.hierarchy.desk import Desk
 from fedgrpc.hierarchy.driver import LeafDriver
+from fedgrpc.hierarchy.handoff import TaskHandoff
 from fedgrpc.metrics import Metrics
 from fedgrpc.protocol.tasks import Registration, registration_from_proto
 from fedgrpc.runs.events import Ending, EndReason, RunPhase
@@ -49,8 +49,8 @@ class LeafRun:
 
     def __init__(self, settings: AggregatorSettings, run_id: str, metrics: Metrics) -> None:
         self.run_id = run_id
-        self.desk = Desk()
-        self.aggregator = Aggregator(settings, metrics, partial(LeafDriver, desk=self.desk, run_id=run_id))
+        self.handoff = TaskHandoff()
+        self.aggregator = Aggregator(settings, metrics, partial(LeafDriver, handoff=self.handoff, run_id=run_id))
         self.running: asyncio.Task[int] | None = None
 
     async def start(self, ready: Ready) -> None:
@@ -127,7 +127,7 @@ class LeafRuns:
             former, self._present = self._present, None
             self.serving.clear()
             # Wake those who wait for evaluators of the former run: they look again.
-            former.desk.evaluators.set()
+            former.handoff.evaluators.set()
             former.aggregator.stop()
             assert former.running is not None
             await former.running

@@ -56,7 +56,7 @@ _AS_IT_IS: Final = Recipe(Raw())
 
 
 @dataclass(frozen=True)
-class StoredMean:
+class StoredAggregate:
     """A complete mean on disk. The header's token is that of the task it answers."""
 
     path: Path
@@ -69,7 +69,7 @@ class StoredMean:
             yield PayloadReader(manifest_from_proto(self.header.manifest), file_reader(file.fileno()))
 
 
-class MeanFile:
+class AggregateFile:
     """The one mean of a folder. All methods block, and may raise `StorageError`."""
 
     def __init__(self, folder: Path) -> None:
@@ -78,7 +78,7 @@ class MeanFile:
         self._payload = folder / "mean.payload"
         self._header = folder / "mean.header"
 
-    def load(self, token: str) -> StoredMean | None:
+    def load(self, token: str) -> StoredAggregate | None:
         """Return the mean if it is the one that answers the task of that token."""
         with storage_errors(self._header):
             if not self._header.exists():
@@ -87,7 +87,7 @@ class MeanFile:
                 header = aggregator_pb2.UpdateHeader.FromString(self._header.read_bytes())
             except DecodeError as error:
                 raise StorageError(f"cannot read {self._header}: {error}") from error
-        return StoredMean(self._payload, header) if header.token == token else None
+        return StoredAggregate(self._payload, header) if header.token == token else None
 
     def write(self, header: aggregator_pb2.UpdateHeader, tensors: Tensors) -> None:
         """Replace the stored mean, durably. Also raises what `tensors` raises."""
@@ -159,7 +159,7 @@ def own_tensors(token: str, update: StoredUpdate) -> Tensors:
         yield from reader
 
 
-def sending(task: Task, worker: str, mean: StoredMean, residual: Residual, began: Began) -> Fill:
+def sending(task: Task, worker: str, mean: StoredAggregate, residual: Residual, began: Began) -> Fill:
     """Return the function with which the spool writes the update for the parent, as the task says."""
 
     def fill(payload: BinaryIO, keep: Keep) -> tuple[aggregator_pb2.UpdateHeader, Layout | None]:

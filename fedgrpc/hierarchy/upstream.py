@@ -26,7 +26,7 @@ from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import FedgrpcError, TaskError
-from fedgrpc.hierarchy.desk import Order, Shown
+from fedgrpc.hierarchy.handoff import ParentTask, VersionToScore
 from fedgrpc.hierarchy.leaf_run import LeafRuns
 from fedgrpc.hierarchy.partial_aggregate import sending
 from fedgrpc.protocol.tasks import Registration, Role, Task, TaskKind
@@ -112,7 +112,7 @@ async def _until_needed(runs: LeafRuns) -> None:
     while True:
         await runs.serving.wait()
         run = runs.present
-        await run.desk.evaluators.wait()
+        await run.handoff.evaluators.wait()
         # A new run wakes all waiters. Ignore that wake-up.
         if runs.serving.is_set() and runs.present is run:
             return
@@ -141,11 +141,11 @@ class RoundWork:
     async def polling(self, registration: Registration) -> AsyncIterator[None]:
         """See `LocalWork.polling`: the parent counts on whoever polls, so wait until there are enough workers."""
         self._publisher.enter(Activity.WAITING)
-        desk = self._runs.present.desk
-        if not desk.resuming:
-            await desk.crew.wait()
+        handoff = self._runs.present.handoff
+        if not handoff.resuming:
+            await handoff.enough_workers.wait()
         yield
-        desk.resuming = False
+        handoff.resuming = False
 
     async def perform(self, task: Task, message: aggregator_pb2.Task, report: Report) -> SpooledUpdate:
         """Download, run a round of the leaf's workers, and spool the mean. See `LocalWork.perform`."""
@@ -159,14 +159,14 @@ class RoundWork:
             layout, given, download_s = await _download(self._files, task, report)
         began = Began(download_s, time.monotonic())
         self._publisher.enter(Activity.EVALUATING if task.kind is TaskKind.EVALUATE else Activity.TRAINING)
-        order = Order(message, layout, given, self._due_at(task))
+        parent_task = ParentTask(message, layout, given, self._due_at(task))
         watching = asyncio.create_task(run.watch(lambda progress: self._publisher.show(progress=progress)))
         try:
-            mean = await run.desk.carry_out(order)
+            mean = await run.handoff.carry_out(parent_task)
         except asyncio.CancelledError:
             # The end of the process ends no round: it is on the disk, and continues after a restart.
             if not self._runs.closing:
-                run.desk.withdraw(order, "the parent no longer wants it")
+                run.handoff.withdraw(parent_task, "the parent no longer wants it")
             raise
         finally:
             watching.cancel()
@@ -215,7 +215,7 @@ class ScoringWork:
     async def polling(self, registration: Registration) -> AsyncIterator[None]:
         """See `LocalWork.polling`: leave the parent while the leaf has no evaluator."""
         self._publisher.enter(Activity.WAITING)
-        evaluators = self._runs.of(registration.run_id).desk.evaluators
+        evaluators = self._runs.of(registration.run_id).handoff.evaluators
         if not evaluators.is_set():
             await leave(self._client)
             await evaluators.wait()
@@ -228,7 +228,7 @@ class ScoringWork:
         assert coordinator is not None
         if coordinator.machine.version < task.model_version:
             layout, given, download_s = await _download(self._files, task, report)
-            await run.desk.show(Shown(task.model_version, layout, given))
+            await run.handoff.show(VersionToScore(task.model_version, layout, given))
         began = Began(download_s, time.monotonic())
         self._publisher.enter(Activity.EVALUATING)
         scores = await self._scores(coordinator, task.model_version)

@@ -29,7 +29,7 @@ from fedgrpc.datasets.dataset import Examples, LabelledData
 from fedgrpc.datasets.fashion_mnist import read_idx
 from fedgrpc.datasets.shares import load_share, save_share
 from fedgrpc.errors import UsageError
-from fedgrpc.hierarchy.partial_aggregate import MeanFile
+from fedgrpc.hierarchy.partial_aggregate import AggregateFile
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.rounds.events import LossCause, TaskPhase
 from fedgrpc.rounds.history import Timing, WorkerHistory
@@ -322,7 +322,7 @@ def documents(rnd: Random, folder: Path) -> None:
 @target(share=5)
 def kept_means(rnd: Random, folder: Path) -> None:
     """What an aggregator below another keeps of its answer."""
-    means = MeanFile(folder / "means")
+    means = AggregateFile(folder / "means")
     header, payload = _header()
     (folder / "means" / "mean.payload").write_bytes(payload)
     _put(folder / "means" / "mean.header", header.SerializeToString(), rnd)
