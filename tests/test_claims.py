@@ -16,7 +16,7 @@ from fedgrpc.protocol.durations import duration_from_proto
 from fedgrpc.protocol.records import bounded_registration, history_from_bytes, metrics_from_proto
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rounds.selection import OortRule, utilities
-from fedgrpc.submodels.cost import Device, Observation, PlanSize, predict
+from fedgrpc.submodels.cost import DeviceLimits, Observation, PlanSize, predict
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2
 
 RANGES = [item for item in vars(claims).values() if isinstance(item, claims.Range)]
@@ -115,7 +115,7 @@ def test_a_history_of_any_numbers_is_read_within_bounds() -> None:
 )
 def test_predictions_from_any_claims_are_numbers(share, seconds, size_bytes) -> None:
     seen = Observation(share, 1, seconds, seconds, seconds, size_bytes, size_bytes, size_bytes, size_bytes)
-    expected = predict(Device(), [seen], PlanSize(1.0, 1000, 1000, 1000))
+    expected = predict(DeviceLimits(), [seen], PlanSize(1.0, 1000, 1000, 1000))
     assert math.isfinite(expected.total_s)
     assert math.isfinite(expected.peak_memory_bytes)
 

@@ -34,8 +34,8 @@ from fedgrpc.runs.task_context import LocalTask
 from fedgrpc.storage.files import storage_errors, write_file
 from fedgrpc.submodels.channels import ChannelMap, KeptChannels, SubModel
 from fedgrpc.submodels.cost import (
-    Choice,
     Observation,
+    PlanChoice,
     PlanElements,
     PlanSize,
     choose_of,
@@ -114,13 +114,13 @@ class LocalModels:
         """Whether some plan needs the channels, and no worker has sent them yet."""
         return self._channels is None and any(plan.width < 1 for plan in self._plans.plans)
 
-    def task_of(self, worker: Worker, sizing: Sizing, round_number: int) -> tuple[LocalTask, Choice]:
+    def task_of(self, worker: Worker, sizing: Sizing, round_number: int) -> tuple[LocalTask, PlanChoice]:
         """Choose a worker's local model and predict its cost. Without known channels it has the whole width."""
         choice = self._choice(worker, sizing)
         sub_model = SubModel() if self._channels is None else choice.plan.sub_model(round_number)
         return LocalTask(choice.plan, sub_model), choice
 
-    def _choice(self, worker: Worker, sizing: Sizing) -> Choice:
+    def _choice(self, worker: Worker, sizing: Sizing) -> PlanChoice:
         about = device_from_proto(worker.registration.device)
         device_class = worker.registration.device.device_class
         history = list(self._histories.get(worker.name, ()))

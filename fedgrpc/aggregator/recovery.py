@@ -49,7 +49,7 @@ from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.runs.task_context import LocalTask, Recipes, Report, TaskContext
 from fedgrpc.storage.model_file import ModelFile, write_model
 from fedgrpc.storage.run_store import OpenRound, StoredRun, TaskRow
-from fedgrpc.submodels.cost import Choice
+from fedgrpc.submodels.cost import PlanChoice
 from fedgrpc.v1 import round_pb2
 from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE
 
@@ -339,7 +339,7 @@ class Recovery:
             context = replace(context, recipes=recipes)
         if recorded.HasField("prediction"):
             prediction = recorded.prediction
-            choice = Choice(context.local.plan, prediction_from_proto(prediction), prediction.reason)
+            choice = PlanChoice(context.local.plan, prediction_from_proto(prediction), prediction.reason)
             context = replace(context, choice=choice)
         return context
 

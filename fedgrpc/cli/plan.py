@@ -21,7 +21,7 @@ from fedgrpc.cli.value_types import DURATION, RATE, SIZE, NamedValues
 from fedgrpc.cli.view import piped_console, print_table, seconds, size
 from fedgrpc.client import connect
 from fedgrpc.errors import UsageError
-from fedgrpc.submodels.cost import Device, Observation, Prediction, misfit, predict
+from fedgrpc.submodels.cost import DeviceLimits, Observation, Prediction, misfit, predict
 from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
 from fedgrpc.trainer import Trainer, full_width_tensors
 from fedgrpc.worker.task_loader import load_trainer
@@ -143,7 +143,7 @@ def _here(values: Mapping[str, Any], trainer: Trainer, request: PlanRequest) -> 
     """Return the device that the flags describe, or this one."""
     model, plans = request.model, request.plans
     rates = (values["uplink_bits_per_second"] or 0.0, values["downlink_bits_per_second"] or 0.0)
-    device = Device(values["memory_bytes"] or 0, *rates)
+    device = DeviceLimits(values["memory_bytes"] or 0, *rates)
     history: list[Observation] = []
     if values["measured_steps"]:
         widths = [plan.width for plan in plans]

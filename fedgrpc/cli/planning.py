@@ -23,7 +23,15 @@ from fedgrpc.protocol.plans import local_model_plan_from_proto, plan_table_from_
 from fedgrpc.protocol.policies import policy_from_proto
 from fedgrpc.protocol.records import device_from_proto, observation_from_proto, prediction_errors, tells_cost
 from fedgrpc.submodels.channels import ChannelMap
-from fedgrpc.submodels.cost import Choice, Device, Observation, PlanSize, choose_of, elements_of, shown_upload_bits
+from fedgrpc.submodels.cost import (
+    DeviceLimits,
+    Observation,
+    PlanChoice,
+    PlanSize,
+    choose_of,
+    elements_of,
+    shown_upload_bits,
+)
 from fedgrpc.submodels.coverage import Coverage
 from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
 from fedgrpc.trainer import SliceableTrainer, Trainer, TrainJob, Weights
@@ -73,7 +81,7 @@ class PlannedDevice:
     """
 
     name: str
-    device: Device
+    device: DeviceLimits
     history: tuple[Observation, ...] = ()
     errors: tuple[Mapping[str, float], ...] = ()
     device_class: str = ""
@@ -94,7 +102,7 @@ class PlanRequest:
         own = self.table.classes.values()
         return tuple(dict.fromkeys((*self.table.automatic, *own) if self.table.automatic else self.table.plans))
 
-    def choice_for(self, planned: PlannedDevice) -> Choice:
+    def choice_for(self, planned: PlannedDevice) -> PlanChoice:
         """Return the choice that the aggregator would make."""
         size_of = partial(self.model.size_of, history=planned.history)
         about = planned.device, planned.history, self.deadline_s

@@ -19,9 +19,9 @@ from fedgrpc.rounds.events import LossCause
 from fedgrpc.rounds.history import KEPT, LinkRates, Timing, Timings, WorkerHistory
 from fedgrpc.rounds.version import Jump, Version
 from fedgrpc.submodels.cost import (
-    Choice,
-    Device,
+    DeviceLimits,
     Observation,
+    PlanChoice,
     PlanSize,
     Prediction,
     bits_per_element,
@@ -89,9 +89,9 @@ def bounded_profile(message: device_pb2.DeviceProfile) -> device_pb2.DeviceProfi
     )
 
 
-def device_from_proto(profile: device_pb2.DeviceProfile) -> Device:
+def device_from_proto(profile: device_pb2.DeviceProfile) -> DeviceLimits:
     """Return the claims of a profile that costs are predicted from."""
-    return Device(
+    return DeviceLimits(
         claims.MEMORY_BYTES.clamped(profile.memory_bytes),
         claims.BITS_PER_SECOND.clamped(profile.uplink_bits_per_second),
         claims.BITS_PER_SECOND.clamped(profile.downlink_bits_per_second),
@@ -121,7 +121,7 @@ def observation_from_proto(task: round_pb2.TaskRecord, size: PlanSize) -> Observ
     )
 
 
-def prediction_to_proto(choice: Choice) -> round_pb2.Prediction:
+def prediction_to_proto(choice: PlanChoice) -> round_pb2.Prediction:
     """Return the message of a choice and its prediction, each number in its range."""
     expected = choice.prediction
     return round_pb2.Prediction(

@@ -14,7 +14,7 @@ from fedgrpc.aggregation.admission import TensorLike
 from fedgrpc.codec.layout import Layout
 from fedgrpc.rounds.history import Timings
 from fedgrpc.submodels.channels import KeptChannels, SubModel
-from fedgrpc.submodels.cost import Choice
+from fedgrpc.submodels.cost import PlanChoice
 from fedgrpc.submodels.plan import LocalModelPlan
 
 
@@ -96,7 +96,7 @@ class TaskContext:
 
     local: LocalTask = _PLAIN
     recipes: Recipes | None = None
-    choice: Choice | None = None
+    choice: PlanChoice | None = None
     download_bytes: int = 0
     device_class: str = ""
     report: Report | None = None

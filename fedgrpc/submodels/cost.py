@@ -30,11 +30,13 @@ COPIES = 4
 # The first three of these copies are in an observation's `tensor_bytes`.
 _TRAINED = 3
 _ELEMENT_BYTES = 4
+# A smaller share of the model would make the ratio of two shares overflow.
+_LEAST_SHARE = 1e-12
 
 
 @dataclass(frozen=True)
-class Device:
-    """Claims of a device's profile; 0 is unknown."""
+class DeviceLimits:
+    """Memory and rates that a device's profile claims; 0 is unknown."""
 
     memory_bytes: int = 0
     uplink_bits_per_second: float = 0.0
@@ -87,7 +89,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PlanChoice:
     """Plan that a device gets, its predicted cost, and the reason for the choice."""
 
     plan: LocalModelPlan
@@ -95,7 +97,7 @@ class Choice:
     reason: str
 
 
-def predict(device: Device, history: Sequence[Observation], size: PlanSize) -> Prediction:
+def predict(device: DeviceLimits, history: Sequence[Observation], size: PlanSize) -> Prediction:
     """Predict the cost of a plan of that size on the device."""
     down = _rate(history, "download", device.downlink_bits_per_second)
     up = _rate(history, "upload", device.uplink_bits_per_second)
@@ -110,10 +112,10 @@ def predict(device: Device, history: Sequence[Observation], size: PlanSize) -> P
 def choose(
     plans: Sequence[LocalModelPlan],
     size_of: Callable[[LocalModelPlan], PlanSize],
-    device: Device,
+    device: DeviceLimits,
     history: Sequence[Observation],
     deadline_s: float,
-) -> Choice:
+) -> PlanChoice:
     """Choose the first of `plans`, most capable first, that fits memory and deadline; else the last one."""
     if not plans:
         raise ValueError("there is no plan to choose from")
@@ -122,29 +124,29 @@ def choose(
         prediction = predict(device, history, size_of(plan))
         unfit = misfit(device, prediction, deadline_s)
         if not unfit:
-            return Choice(plan, prediction, why or "the most capable plan fits")
+            return PlanChoice(plan, prediction, why or "the most capable plan fits")
         why = f"a larger one {unfit}"
-    return Choice(plans[-1], prediction, f"none fits: the smallest {unfit}")
+    return PlanChoice(plans[-1], prediction, f"none fits: the smallest {unfit}")
 
 
 def choose_of(
     table: PlanTable,
     device_class: str,
     size_of: Callable[[LocalModelPlan], PlanSize],
-    device: Device,
+    device: DeviceLimits,
     history: Sequence[Observation],
     deadline_s: float,
-) -> Choice:
+) -> PlanChoice:
     """Choose from the table: the plan of the device's class, else the best automatic plan, else the default."""
     if table.automatic and device_class not in table.classes:
         return choose(table.automatic, size_of, device, history, deadline_s)
     plan = table.plan_of(device_class)
     pinned = device_class in table.classes
     reason = f"the plan of {device_class}" if pinned else "the plan of every device without one of its own"
-    return Choice(plan, predict(device, history, size_of(plan)), reason)
+    return PlanChoice(plan, predict(device, history, size_of(plan)), reason)
 
 
-def misfit(device: Device, prediction: Prediction, deadline_s: float) -> str:
+def misfit(device: DeviceLimits, prediction: Prediction, deadline_s: float) -> str:
     """Say why the plan's cost exceeds the device's memory or the deadline; "" if it fits."""
     if device.memory_bytes and prediction.peak_memory_bytes > device.memory_bytes:
         return f"takes {prediction.peak_memory_bytes >> 20} MiB of {device.memory_bytes >> 20}"
@@ -212,7 +214,7 @@ def _memory_bytes(history: Sequence[Observation], size: PlanSize) -> int:
         largest = max(seen, key=lambda each: each.weights_bytes)
         held = max(0, largest.tensor_bytes - _TRAINED * largest.weights_bytes)
         base = max(0, peak - held - COPIES * largest.weights_bytes)
-        activations = held * math.sqrt(size.share / (largest.share or 1.0))
+        activations = held * math.sqrt(size.share / max(largest.share or 1.0, _LEAST_SHARE))
     return base + COPIES * size.weights_bytes + round(activations)
 
 

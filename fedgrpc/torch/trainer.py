@@ -38,7 +38,7 @@ _EVALUATION_BATCH = 512
 Forward = Callable[[Tensor], Tensor]
 
 
-class Task(DataTask, Protocol):
+class LearningTask(DataTask, Protocol):
     """Learning task as the trainer uses it. `TorchTask` documents the methods."""
 
     learning_rate: float
@@ -58,7 +58,7 @@ class Task(DataTask, Protocol):
 class TorchTrainer:
     """`fedgrpc.trainer.Trainer` of a task. A lock lets one call run at a time."""
 
-    def __init__(self, task: Task, setup: TaskSetup) -> None:
+    def __init__(self, task: LearningTask, setup: TaskSetup) -> None:
         self._task = task
         self._device = choose_device(setup.device)
         self._lock = threading.Lock()
@@ -253,7 +253,7 @@ def _mean_loss(losses: list[Tensor], examples: list[int]) -> float:
 
 
 @torch.no_grad()
-def _means(task: Task, model: Forward, held_out: Batches) -> dict[str, float]:
+def _means(task: LearningTask, model: Forward, held_out: Batches) -> dict[str, float]:
     sums: dict[str, Tensor] = {}
     for start in range(0, len(held_out), _EVALUATION_BATCH):
         indices = np.arange(start, min(start + _EVALUATION_BATCH, len(held_out)))
@@ -267,7 +267,7 @@ def _means(task: Task, model: Forward, held_out: Batches) -> dict[str, float]:
     return {name: float(total) / len(held_out) for name, total in sums.items()}
 
 
-def _model_of(task: Task) -> nn.Module:
+def _model_of(task: LearningTask) -> nn.Module:
     model: Any = task.model()
     if not isinstance(model, nn.Module):
         raise TaskError(
@@ -276,7 +276,7 @@ def _model_of(task: Task) -> nn.Module:
     return model
 
 
-def _optimizer(task: Task, parameters: list[nn.Parameter], job: TrainJob) -> Optimizer:
+def _optimizer(task: LearningTask, parameters: list[nn.Parameter], job: TrainJob) -> Optimizer:
     learning_rate = task.learning_rate if job.learning_rate is None else job.learning_rate
     momentum = task.momentum if job.momentum is None else job.momentum
     weight_decay = task.weight_decay if job.weight_decay is None else job.weight_decay

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedgrpc.submodels.cost import (
     PROCESS_BYTES,
-    Device,
+    DeviceLimits,
     Observation,
     PlanSize,
     bits_per_element,
@@ -39,14 +39,14 @@ def seen(plan: LocalModelPlan, local_s: float, rate: float = MIB, peak: int = 0)
 
 
 def test_a_device_that_nothing_is_known_of_gets_the_most_capable_plan() -> None:
-    choice = choose(LADDER, size_of, Device(), [], 60.0)
+    choice = choose(LADDER, size_of, DeviceLimits(), [], 60.0)
     assert choice.plan.width == 1.0
     assert choice.prediction.local_s is None
     assert "fits" in choice.reason
 
 
 def test_a_slow_link_gets_the_plan_whose_bytes_arrive_by_the_deadline() -> None:
-    device = Device(uplink_bits_per_second=8 * MIB, downlink_bits_per_second=8 * MIB)
+    device = DeviceLimits(uplink_bits_per_second=8 * MIB, downlink_bits_per_second=8 * MIB)
     assert choose(LADDER, size_of, device, [], 25.0).plan.width == 1.0
     assert choose(LADDER, size_of, device, [], 10.0).plan.width == 0.5
     assert choose(LADDER, size_of, device, [], 2.0).plan.width == 0.25
@@ -56,14 +56,16 @@ def test_a_slow_link_gets_the_plan_whose_bytes_arrive_by_the_deadline() -> None:
 
 
 def test_little_memory_gets_the_plan_that_fits_it() -> None:
-    assert choose(LADDER, size_of, Device(memory_bytes=PROCESS_BYTES + 161 * MIB), [], 60.0).plan.width == 1.0
-    choice = choose(LADDER, size_of, Device(memory_bytes=PROCESS_BYTES + 50 * MIB), [], 60.0)
+    assert (
+        choose(LADDER, size_of, DeviceLimits(memory_bytes=PROCESS_BYTES + 161 * MIB), [], 60.0).plan.width == 1.0
+    )
+    choice = choose(LADDER, size_of, DeviceLimits(memory_bytes=PROCESS_BYTES + 50 * MIB), [], 60.0)
     assert choice.plan.width == 0.5
     assert "460 MiB of 350" in choice.reason
 
 
 def test_what_a_device_has_shown_counts_more_than_what_it_says() -> None:
-    device = Device(uplink_bits_per_second=8e12, downlink_bits_per_second=8e12)
+    device = DeviceLimits(uplink_bits_per_second=8e12, downlink_bits_per_second=8e12)
     history = [seen(LADDER[0], local_s=1.0, rate=MIB)]
     prediction = predict(device, history, size_of(LADDER[0]))
     assert prediction.download_s == pytest.approx(10.0)
@@ -73,20 +75,20 @@ def test_what_a_device_has_shown_counts_more_than_what_it_says() -> None:
 def test_two_plans_in_the_history_tell_what_slicing_saves_on_this_device() -> None:
     """T_local = 2 s + 8 s * share."""
     history = [seen(LADDER[0], 10.0), seen(LADDER[1], 4.0), seen(LADDER[0], 10.0)]
-    assert predict(Device(), history, size_of(LADDER[2])).local_s == pytest.approx(2.5)
+    assert predict(DeviceLimits(), history, size_of(LADDER[2])).local_s == pytest.approx(2.5)
 
 
 def test_one_slow_night_does_not_change_the_prediction() -> None:
     history = [seen(LADDER[0], 1.0) for _ in range(4)] + [seen(LADDER[0], 100.0, rate=100.0)]
-    prediction = predict(Device(), history, size_of(LADDER[0]))
+    prediction = predict(DeviceLimits(), history, size_of(LADDER[0]))
     assert prediction.local_s == pytest.approx(1.0)
     assert prediction.upload_s == pytest.approx(10.0)
 
 
 def test_the_memory_that_was_measured_predicts_that_of_other_plans() -> None:
     history = [seen(LADDER[1], 1.0, peak=500 * MIB)]
-    assert predict(Device(), history, size_of(LADDER[1])).peak_memory_bytes == 500 * MIB
-    assert predict(Device(), history, size_of(LADDER[0])).peak_memory_bytes == 620 * MIB
+    assert predict(DeviceLimits(), history, size_of(LADDER[1])).peak_memory_bytes == 500 * MIB
+    assert predict(DeviceLimits(), history, size_of(LADDER[0])).peak_memory_bytes == 620 * MIB
 
 
 @given(st.lists(st.tuples(st.sampled_from(LADDER), st.floats(0.1, 50)), max_size=6), st.floats(0.5, 200))
@@ -94,14 +96,14 @@ def test_more_time_never_gives_a_smaller_plan(
     measured: list[tuple[LocalModelPlan, float]], deadline_s: float
 ) -> None:
     history = [seen(plan, local_s) for plan, local_s in measured]
-    tight = choose(LADDER, size_of, Device(), history, deadline_s)
-    loose = choose(LADDER, size_of, Device(), history, 2 * deadline_s)
+    tight = choose(LADDER, size_of, DeviceLimits(), history, deadline_s)
+    loose = choose(LADDER, size_of, DeviceLimits(), history, 2 * deadline_s)
     assert loose.plan.width >= tight.plan.width
 
 
 def test_errors_are_relative_to_what_was_measured() -> None:
     history = [seen(LADDER[0], 10.0, peak=500 * MIB)]
-    prediction = predict(Device(), history, size_of(LADDER[0]))
+    prediction = predict(DeviceLimits(), history, size_of(LADDER[0]))
     errors = errors_of(prediction, seen(LADDER[0], 8.0, rate=2 * MIB, peak=500 * MIB))
     assert errors == pytest.approx({"download": 1.0, "local": 0.25, "upload": 1.0, "memory": 0.0})
 
@@ -137,6 +139,6 @@ def test_activations_shrink_with_the_width_and_weights_with_its_square() -> None
     """Of 90 MiB of tensors 30 are weights, gradients and velocities, 60 activations; 10 are the weights given."""
     whole = PlanSize(1.0, 10 * MIB, MIB, MIB)
     history = [Observation(1.0, 10 * MIB, 1, 1, 1, MIB, MIB, 400 * MIB, 90 * MIB)]
-    assert predict(Device(), history, whole).peak_memory_bytes == 400 * MIB
-    quarter = predict(Device(), history, PlanSize(0.25, 10 * MIB // 4, MIB, MIB)).peak_memory_bytes
+    assert predict(DeviceLimits(), history, whole).peak_memory_bytes == 400 * MIB
+    quarter = predict(DeviceLimits(), history, PlanSize(0.25, 10 * MIB // 4, MIB, MIB)).peak_memory_bytes
     assert quarter == (400 - 30 - 30) * MIB

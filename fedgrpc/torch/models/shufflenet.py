@@ -47,7 +47,7 @@ class ShuffleNetV2(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
-class InvertedResidual(nn.Module):
+class ShuffleUnit(nn.Module):
     """One unit: of stride 1 it works on the second half of the channels, of stride 2 on all, twice."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, norm: str) -> None:
@@ -75,8 +75,8 @@ class InvertedResidual(nn.Module):
 
 
 def _stage(in_channels: int, channels: int, blocks: int, norm: str) -> nn.Sequential:
-    units = [InvertedResidual(in_channels, channels, 2, norm)]
-    units += [InvertedResidual(channels, channels, 1, norm) for _ in range(blocks - 1)]
+    units = [ShuffleUnit(in_channels, channels, 2, norm)]
+    units += [ShuffleUnit(channels, channels, 1, norm) for _ in range(blocks - 1)]
     return nn.Sequential(*units)
 
 
