@@ -20,8 +20,8 @@ from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.fleet import Fleet
 from fedgrpc.aggregator.local_models import LocalModels, Sizing
 from fedgrpc.aggregator.model_store import Downlink, Extent, Held, ModelStore
-from fedgrpc.aggregator.report import record_of, rows_of
 from fedgrpc.errors import UnusableUpdate
+from fedgrpc.protocol.rounds import record_of
 from fedgrpc.rounds.events import Deadline, Select, Selected
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.round import Round, RoundPhase
@@ -30,6 +30,7 @@ from fedgrpc.runs.events import TasksGiven
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.runs.task_context import LocalTask, Recipes, TaskContext
+from fedgrpc.storage.run_store import rows_of
 
 log = structlog.get_logger()
 

@@ -24,7 +24,6 @@ from fedgrpc.aggregator.answers import Assignment, Beat
 from fedgrpc.aggregator.fleet import Allowance, Fleet, Worker
 from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
-from fedgrpc.aggregator.report import RoundRecords
 from fedgrpc.aggregator.scores import for_log
 from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.aggregator.settings import AggregatorSettings
@@ -42,6 +41,7 @@ from fedgrpc.errors import (
 )
 from fedgrpc.metrics import Metrics
 from fedgrpc.protocol.records import bounded_registration
+from fedgrpc.protocol.rounds import RoundRecords
 from fedgrpc.rounds.events import (
     Cancel,
     CarryOver,

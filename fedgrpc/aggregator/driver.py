@@ -19,10 +19,10 @@ from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.histories import histories_after, histories_of
 from fedgrpc.aggregator.new_version import NewVersion
 from fedgrpc.aggregator.recovery import Recovery
-from fedgrpc.aggregator.report import carried_rows, record_of, rows_of
 from fedgrpc.aggregator.scores import Scores, for_log, scores_of
 from fedgrpc.errors import CodecError, IllegalTransition, NotFound, StorageError, UnusableUpdate, UpdateRefused
 from fedgrpc.protocol.records import jump_to_proto
+from fedgrpc.protocol.rounds import record_of
 from fedgrpc.rounds.events import AbandonCause, Abort, Commit, Finished, Select, Tick
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rounds.policy import TaskKind
@@ -49,6 +49,7 @@ from fedgrpc.runs.events import (
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.round_in_progress import DroppedTask, RoundInProgress
 from fedgrpc.storage.data_folder import Use
+from fedgrpc.storage.run_store import carried_rows, rows_of
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, TASK_KIND_TRAIN
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 

@@ -23,9 +23,7 @@ from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import LayoutError, NotFound, StorageError, UnusableUpdate
 from fedgrpc.protocol.plans import (
-    local_model_from_proto,
     local_model_plan_from_proto,
-    local_model_to_proto,
     plan_table_to_proto,
 )
 from fedgrpc.protocol.records import device_from_proto, observation_from_proto, prediction_errors, tells_cost
@@ -72,16 +70,6 @@ class Sizing:
             return self.download_bits
         elements = sum(spec.size for spec in self.layout)
         return expected_bits(Recipe.parse(self.upload_recipe), elements)
-
-
-def local_task_to_proto(local: LocalTask) -> round_pb2.LocalModel:
-    """As the worker is told, and the record keeps it."""
-    return local_model_to_proto(local.plan, local.sub_model)
-
-
-def local_task_from_proto(message: round_pb2.LocalModel) -> LocalTask:
-    """As a record kept it. Raises `LayoutError`."""
-    return LocalTask(*local_model_from_proto(message))
 
 
 class LocalModels:

@@ -23,7 +23,6 @@ from fedgrpc.aggregation.partial_update import unpack_all
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.first_model import complaint
 from fedgrpc.aggregator.memory import ByteBudget
-from fedgrpc.aggregator.report import report_of
 from fedgrpc.aggregator.scales import check_steps
 from fedgrpc.aggregator.upload_queue import UploadQueue
 from fedgrpc.aggregator.upload_reader import UploadReader
@@ -42,6 +41,7 @@ from fedgrpc.errors import (
     UpdateRefused,
 )
 from fedgrpc.protocol.records import metrics_from_proto
+from fedgrpc.protocol.rounds import report_from_proto
 from fedgrpc.protocol.tensors import layout_to_proto, manifest_from_proto
 from fedgrpc.rounds.events import Progress, TaskPhase
 from fedgrpc.rounds.policy import TaskKind
@@ -275,7 +275,7 @@ class Receiver:
                 _check_initial(manifest, settings.max_model_bytes)
             else:
                 self._check_layout(header.token, manifest, header.merged_updates > 0)
-            report = report_of(header, self._settings.admission)
+            report = report_from_proto(header, self._settings.admission)
             if self._coordinator.instructions.normalize_steps and round_.kind is TaskKind.TRAIN:
                 examples = self._coordinator.weighing.examples(report.example_count, report)
                 check_steps(report, self._coordinator.instructions.plan, examples)

@@ -21,15 +21,15 @@ from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.changed_settings import OPTIMIZER, changes, compared_text
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.first_model import complaint
-from fedgrpc.aggregator.local_models import local_task_from_proto
 from fedgrpc.aggregator.new_version import about_version
 from fedgrpc.aggregator.norms import content_digest, model_norm
-from fedgrpc.aggregator.report import record_of, report_of
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.raw import as_bool
 from fedgrpc.errors import CorruptError, LayoutError, StorageError, UnusableUpdate, UsageError
 from fedgrpc.protocol.durations import duration_from_proto
+from fedgrpc.protocol.plans import local_task_from_proto
 from fedgrpc.protocol.records import prediction_from_proto
+from fedgrpc.protocol.rounds import record_of, report_from_proto
 from fedgrpc.rounds.events import LossCause, TaskPhase
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.state import StoredTask, restore
@@ -293,7 +293,7 @@ class Recovery:
             raise StorageError(f"cannot read the update of worker {row.worker}: {error}") from error
         if update is not None:
             with blaming(row.token):
-                return report_of(update.header, self._settings.admission)
+                return report_from_proto(update.header, self._settings.admission)
         if row.phase is TaskPhase.ACCEPTED:
             raise StorageError(f"the accepted update of worker {row.worker} is gone from the data folder")
         return None

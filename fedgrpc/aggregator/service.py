@@ -16,7 +16,6 @@ from fedgrpc.aggregator.answers import Assignment
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.histories import tell_history, upload_reserve_s
-from fedgrpc.aggregator.local_models import local_task_to_proto
 from fedgrpc.aggregator.model_store import WHOLE, Downlink, Extent
 from fedgrpc.aggregator.negotiation import RAW, full_text, link_of
 from fedgrpc.aggregator.pages import MAX_PAGE_BYTES, fitting, page_of
@@ -27,7 +26,7 @@ from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.errors import LayoutError, NotFound, UsageError, WrongOffset
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
-from fedgrpc.protocol.plans import parse_sub_model, training_plan_to_proto
+from fedgrpc.protocol.plans import local_task_to_proto, parse_sub_model, training_plan_to_proto
 from fedgrpc.protocol.policies import policy_to_proto
 from fedgrpc.protocol.records import version_to_proto
 from fedgrpc.protocol.tensors import layout_to_proto, manifest_to_proto

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from fedgrpc.errors import LayoutError, UsageError
 from fedgrpc.protocol.fields import fill, values_of
+from fedgrpc.runs.task_context import LocalTask
 from fedgrpc.submodels.channels import SubModel
 from fedgrpc.submodels.plan import (
     Arithmetic,
@@ -102,6 +103,16 @@ def local_model_from_proto(message: round_pb2.LocalModel) -> tuple[LocalModelPla
     except UsageError as error:
         raise LayoutError(f"the plan cannot be kept: {error}") from error
     return plan, parse_sub_model(message.sub_model)
+
+
+def local_task_to_proto(local: LocalTask) -> round_pb2.LocalModel:
+    """Return the message of a task's local model."""
+    return local_model_to_proto(local.plan, local.sub_model)
+
+
+def local_task_from_proto(message: round_pb2.LocalModel) -> LocalTask:
+    """Return a task's local model."""
+    return LocalTask(*local_model_from_proto(message))
 
 
 def local_model_plan_from_proto(message: round_pb2.LocalModel) -> LocalModelPlan:

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from fedgrpc import claims
+from fedgrpc.protocol.plans import local_task_to_proto
 from fedgrpc.protocol.records import (
     bounded_registration,
     history_from_bytes,
@@ -27,6 +28,8 @@ from fedgrpc.rounds.events import LossCause, TaskPhase
 from fedgrpc.rounds.history import Histories, WorkerHistory
 from fedgrpc.rounds.version import Jump, Version
 from fedgrpc.runs.events import EndReason, RunPhase
+from fedgrpc.runs.round_in_progress import RoundInProgress
+from fedgrpc.runs.task_context import LocalTask
 from fedgrpc.storage.database import Database, Row, database_errors
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, ModelVersion
@@ -65,6 +68,35 @@ class TaskRow:
     chosen: str = ""
     local_model: bytes = b""
     loss_cause: LossCause = LossCause.NONE
+
+
+def rows_of(round_: RoundInProgress) -> list[TaskRow]:
+    """Return the tasks of a round as they are stored."""
+    return [
+        TaskRow(
+            token,
+            round_.number,
+            task.slot,
+            task.worker,
+            task.phase,
+            task.reason,
+            task.staleness,
+            task.chosen,
+            _local_bytes(round_.local_task(token)),
+            task.loss_cause,
+        )
+        for token, task in round_.state.tasks.items()
+    ]
+
+
+def carried_rows(round_: RoundInProgress, now: float) -> list[TaskRow]:
+    """Return what is stored of the tasks that go over from a round that has ended into the one after it."""
+    after, _ = round_.following(round_.number + 1, round_.state.policy, round_.base_version, 0.0, now)
+    return rows_of(after)
+
+
+def _local_bytes(local: LocalTask) -> bytes:
+    return b"" if local.plain else local_task_to_proto(local).SerializeToString()
 
 
 @dataclass(frozen=True)

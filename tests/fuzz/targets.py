@@ -23,7 +23,6 @@ from fedgrpc.aggregation.admission import AdmissionPolicy, check_values
 from fedgrpc.aggregation.mean import CoordinateMean
 from fedgrpc.aggregator.fleet import Fleet, Worker
 from fedgrpc.aggregator.negotiation import Negotiation, full_text
-from fedgrpc.aggregator.report import report_of
 from fedgrpc.aggregator.settings import Target as RunTarget
 from fedgrpc.codec.chunk import Chunk, check_chunk, crc32
 from fedgrpc.codec.encoding import parse_encoding
@@ -36,6 +35,7 @@ from fedgrpc.datasets.partition import parse_part, parse_partition
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.protocol import durations, records, tensors
 from fedgrpc.protocol import plans as plan_messages
+from fedgrpc.protocol.rounds import report_from_proto
 from fedgrpc.protocol.tasks import Registration, registration_from_proto, task_from_proto
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rpc import framing
@@ -358,7 +358,7 @@ def tasks(rnd: Random, folder: Path) -> None:
 
 @target(share=10)
 def headers(rnd: Random, folder: Path) -> None:
-    report = report_of(invented(aggregator_pb2.UpdateHeader, rnd), AdmissionPolicy())
+    report = report_from_proto(invented(aggregator_pb2.UpdateHeader, rnd), AdmissionPolicy())
     # What it says goes into records and databases, and is summed over thousands.
     record = round_pb2.TaskRecord(
         example_count=report.example_count,

@@ -3,7 +3,7 @@
 import asyncio
 import time
 
-from fedgrpc.aggregator.report import record_of
+from fedgrpc.protocol.rounds import record_of
 from fedgrpc.rounds.policy import RoundPolicy, TaskKind
 from fedgrpc.rounds.round import Round
 from fedgrpc.runs.round_in_progress import RoundInProgress

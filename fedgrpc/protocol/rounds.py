@@ -1,4 +1,4 @@
-"""Reports of workers read from their headers, and the round's record and rows made of them."""
+"""Rounds on the wire: reports of workers from the headers of their updates, and the records of rounds."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from fedgrpc import claims
 from fedgrpc.aggregation.admission import AdmissionPolicy, check_counts
-from fedgrpc.aggregator.local_models import local_task_to_proto
 from fedgrpc.errors import UpdateRefused
 from fedgrpc.protocol.durations import duration_to_proto
+from fedgrpc.protocol.plans import local_task_to_proto
 from fedgrpc.protocol.records import (
     jump_to_proto,
     metrics_from_proto,
@@ -21,15 +21,14 @@ from fedgrpc.rounds.state import time_left
 from fedgrpc.rounds.task import Task
 from fedgrpc.rounds.version import Jump
 from fedgrpc.runs.round_in_progress import RoundInProgress
-from fedgrpc.runs.task_context import LocalTask, Report, TaskContext
-from fedgrpc.storage.run_store import TaskRow
+from fedgrpc.runs.task_context import Report, TaskContext
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.v1.round_pb2 import LossCause, RoundPhase, TaskKind, TaskPhase, TaskRecord
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 
-def report_of(header: UpdateHeader, policy: AdmissionPolicy) -> Report:
-    """Read the report in a header. Raises `UpdateRefused` and `LayoutError`."""
+def report_from_proto(header: UpdateHeader, policy: AdmissionPolicy) -> Report:
+    """Return the report in a header. Raises `UpdateRefused` and `LayoutError`."""
     metrics = metrics_from_proto(header.metrics)
     evaluation_metrics = metrics_from_proto(header.evaluation_metrics)
     check_counts(header.example_count, {**metrics, **evaluation_metrics}, policy)
@@ -56,44 +55,15 @@ def report_of(header: UpdateHeader, policy: AdmissionPolicy) -> Report:
     )
 
 
-def rows_of(round_: RoundInProgress) -> list[TaskRow]:
-    """Return the tasks of a round as they are stored."""
-    return [
-        TaskRow(
-            token,
-            round_.number,
-            task.slot,
-            task.worker,
-            task.phase,
-            task.reason,
-            task.staleness,
-            task.chosen,
-            _local_bytes(round_.local_task(token)),
-            task.loss_cause,
-        )
-        for token, task in round_.state.tasks.items()
-    ]
-
-
-def carried_rows(round_: RoundInProgress, now: float) -> list[TaskRow]:
-    """Return what is stored of the tasks that go over from a round that has ended into the one after it."""
-    after, _ = round_.following(round_.number + 1, round_.state.policy, round_.base_version, 0.0, now)
-    return rows_of(after)
-
-
-def _local_bytes(local: LocalTask) -> bytes:
-    return b"" if local.plain else local_task_to_proto(local).SerializeToString()
-
-
 class RoundRecords:
-    """Makes the record of a round; a task of which nothing has changed keeps its record: watchers ask often."""
+    """Makes records of a round. An unchanged task keeps its record, since watchers ask often."""
 
     def __init__(self) -> None:
         self._round: int | None = None
         self._made: dict[str, tuple[tuple[object, ...], TaskRecord]] = {}
 
     def record(self, round_: RoundInProgress, now: float) -> RoundRecord:
-        """The round as operators see it, `now` by the clock of its state: a wall clock may be set meanwhile."""
+        """Return the record of a round. `now` is of its own clock, since a wall clock may be set meanwhile."""
         if self._round != round_.number:
             self._round, self._made = round_.number, {}
         state = round_.state
@@ -132,7 +102,7 @@ class RoundRecords:
 
 
 def record_of(round_: RoundInProgress, now: float) -> RoundRecord:
-    """Return the record of a round, in whatever thread."""
+    """Return the record of a round. Any thread may call it."""
     return RoundRecords().record(round_, now)
 
 
