@@ -46,7 +46,7 @@ class LeafDriver(Driver):
 
     def __init__(self, coordinator: Coordinator, handoff: TaskHandoff, run_id: str) -> None:
         super().__init__(coordinator)
-        folder = self._settings.data_dir / "above"
+        folder = self._settings.data_dir / "parent"
         self._run_id = run_id
         self._mean = AggregateFile(folder)
         self._new_version = _NoVersion(coordinator)
@@ -164,7 +164,7 @@ class LeafDriver(Driver):
         """Make the task's version this aggregator's own, and the task durable."""
         task = parent_task.task
         if TaskKind(task.kind) is not TaskKind.INITIALIZE and self._run.version != task.model_version:
-            # Its scores come with this round's updates, and are those of the round before.
+            # The scores of this version come with this round's updates. They belong to the round before.
             await self._keep_version(
                 task.model_version, max(0, task.round - 1), parent_task.layout, parent_task.given
             )
@@ -183,7 +183,7 @@ class LeafDriver(Driver):
         version = Version(number, written_in, digest, trained=number - 1)
         await self._coordinator.in_database(self._coordinator.store.save_version, version)
         self._coordinator.apply(VersionTaken(version, layout))
-        # Evaluators that wait for something to score.
+        # Wake evaluators that wait for something to score.
         self._coordinator.fleet.wake_all()
 
     def _write_task(self, task: aggregator_pb2.Task) -> None:
@@ -200,7 +200,7 @@ class LeafDriver(Driver):
         return replace(policy, selection_timeout_s=left_s if timeout_s is None else min(left_s, timeout_s))
 
     async def _commit_once(self, round_: RoundInProgress, commit: Commit) -> None:
-        """The mean is durable before the round counts as committed."""
+        """Make the mean durable before the round counts as committed."""
         weights = self._new_version.weights(round_, commit.tokens)
         await self._write_mean(round_, weights)
         await super()._commit_once(round_, commit)
@@ -237,7 +237,7 @@ class LeafDriver(Driver):
             raise await asyncio.to_thread(self._new_version.blamed, error, weights, scales) from error
 
     def _header(self, round_: RoundInProgress, weights: dict[str, float]) -> aggregator_pb2.UpdateHeader:
-        """What the mean says besides its tensors: sums of counts, as far as they go, and means of scores."""
+        """Return the header of the mean: sums of counts, within their bounds, and means of scores."""
         reports = [(round_.report(token), weight) for token, weight in weights.items()]
         scores = scores_of(round_, weights, self._coordinator.weighing, self._settings.policy.max_share)
         header = aggregator_pb2.UpdateHeader(
@@ -268,14 +268,14 @@ class LeafDriver(Driver):
             self._handoff.failed(token, f"its own round was abandoned: {round_.state.reason}")
 
     async def _after_abandoned(self, ended: RoundInProgress) -> None:
-        """Nothing to rest from: the next round comes when the one above says."""
+        """Do not rest: the next round starts when the parent hands over its task."""
 
 
 class _NoVersion(NewVersion):
-    """Versions are made at the root."""
+    """Stand-in for the new version of a round: only the root makes versions."""
 
     def weights(self, round_: RoundInProgress, tokens: tuple[str, ...]) -> dict[str, float]:
-        """As above, but together no more than one update may weigh there: the mean travels as one."""
+        """Return the weights, together at most what one update may weigh: the mean travels as one."""
         weights = super().weights(round_, tokens)
         total = sum(weights.values())
         if total <= claims.WEIGHT.most:

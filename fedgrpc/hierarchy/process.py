@@ -1,4 +1,4 @@
-"""A whole aggregator below another: its folder, its link up, the aggregator below, and how it is told to end."""
+"""The process of a leaf: its folder, its links to the parent, its aggregator, and how it ends."""
 
 from __future__ import annotations
 

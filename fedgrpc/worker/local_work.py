@@ -1,6 +1,6 @@
 """The work of a task, apart from the loop that takes the task and delivers its update.
 
-    LocalWork    protocol: what a loop needs of whoever carries out its tasks
+    LocalWork    protocol: the interface between a loop and the work of its tasks
     TaskFiles    the model a task starts from, and the update it ends with, on this device's disk
 
 `training.TrainerWork` trains with the user's learning task. `fedgrpc.hierarchy.upstream` has those of a leaf.
