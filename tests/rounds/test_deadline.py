@@ -40,41 +40,41 @@ def _steady(seconds: float) -> WorkerHistory:
 EXACT = DeadlineRule(margin=1.0)
 
 
-def _times_of(token: str, it: Scenario) -> Timing | None:
-    return timing_of(it.round.tasks[token])
+def _times_of(token: str, scenario: Scenario) -> Timing | None:
+    return timing_of(scenario.round.tasks[token])
 
 
 def test_the_aggregator_sees_where_the_time_of_a_task_went() -> None:
-    it = Scenario(RoundPolicy(lease_s=60.0)).open("ab")
-    it.now += 2.0
-    it.progress("a", TaskPhase.DOWNLOADING)
-    it.now += 3.0
-    it.progress("a", TaskPhase.TRAINING)
-    it.now += 20.0
-    it.progress("a", TaskPhase.UPLOADING)
-    it.now += 5.0
-    it.accept("a")
-    assert _times_of("a", it) == Timing(3.0, 20.0, 5.0)
-    assert _times_of("b", it) is None
+    scenario = Scenario(RoundPolicy(lease_s=60.0)).open("ab")
+    scenario.now += 2.0
+    scenario.progress("a", TaskPhase.DOWNLOADING)
+    scenario.now += 3.0
+    scenario.progress("a", TaskPhase.TRAINING)
+    scenario.now += 20.0
+    scenario.progress("a", TaskPhase.UPLOADING)
+    scenario.now += 5.0
+    scenario.accept("a")
+    assert _times_of("a", scenario) == Timing(3.0, 20.0, 5.0)
+    assert _times_of("b", scenario) is None
 
 
 def test_of_a_late_task_it_sees_the_part_that_was_cut_short() -> None:
-    it = Scenario(RoundPolicy(deadline_s=30.0, lease_s=60.0)).open("ab")
-    it.progress("a", TaskPhase.DOWNLOADING)
-    it.now += 4.0
-    it.progress("a", TaskPhase.TRAINING)
-    it.wait(26.0)
-    assert _times_of("a", it) == Timing(4.0, 26.0, None, cut=True)
-    assert _times_of("b", it) is None
+    scenario = Scenario(RoundPolicy(deadline_s=30.0, lease_s=60.0)).open("ab")
+    scenario.progress("a", TaskPhase.DOWNLOADING)
+    scenario.now += 4.0
+    scenario.progress("a", TaskPhase.TRAINING)
+    scenario.wait(26.0)
+    assert _times_of("a", scenario) == Timing(4.0, 26.0, None, cut=True)
+    assert _times_of("b", scenario) is None
 
 
 def test_parts_between_two_heartbeats_go_unseen() -> None:
-    it = Scenario(RoundPolicy(lease_s=60.0)).open("ab")
-    it.now += 3.0
-    it.progress("a", TaskPhase.TRAINING)
-    it.now += 5.0
-    it.accept("a")
-    assert _times_of("a", it) == Timing(None, 5.0, None)
+    scenario = Scenario(RoundPolicy(lease_s=60.0)).open("ab")
+    scenario.now += 3.0
+    scenario.progress("a", TaskPhase.TRAINING)
+    scenario.now += 5.0
+    scenario.accept("a")
+    assert _times_of("a", scenario) == Timing(None, 5.0, None)
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0, 1))

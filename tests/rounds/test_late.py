@@ -18,11 +18,11 @@ def _carried(effects: Effects) -> set[str]:
     return {effect.token for effect in effects if isinstance(effect, CarryOver)}
 
 
-def _next(it: Scenario) -> tuple[Scenario, Effects]:
+def _next(scenario: Scenario) -> tuple[Scenario, Effects]:
     """The round that follows."""
-    round_, effects = follow(it.round, it.round.number + 1, it.round.policy, it.now)
+    round_, effects = follow(scenario.round, scenario.round.number + 1, scenario.round.policy, scenario.now)
     after = Scenario(round_=round_)
-    after.now = it.now
+    after.now = scenario.now
     return after, effects
 
 
@@ -33,43 +33,43 @@ CARRY = RoundPolicy(late="carry", deadline_s=10.0, lease_s=60.0)
 
 def _with_one_late(policy: RoundPolicy = CARRY) -> tuple[Scenario, Effects]:
     """Round 1 commits "a" at its deadline; "b" is still training, "c" never came."""
-    it = Scenario(policy).open("abc")
-    it.progress("b", TaskPhase.TRAINING)
-    it.accept("a")
-    return it, it.wait(10.0)
+    scenario = Scenario(policy).open("abc")
+    scenario.progress("b", TaskPhase.TRAINING)
+    scenario.accept("a")
+    return scenario, scenario.wait(10.0)
 
 
 def _next_with_the_late_one_at_work() -> Scenario:
     """Round 2, into which the task of "b" is carried."""
-    it, _ = _with_one_late()
-    it.commit()
-    return _next(it)[0]
+    scenario, _ = _with_one_late()
+    scenario.commit()
+    return _next(scenario)[0]
 
 
 def _next_with_the_late_one_in() -> Scenario:
     """The same, its update having come while round 1 was committed."""
-    it, _ = _with_one_late()
-    it.accept("b")
-    it.commit()
-    return _next(it)[0]
+    scenario, _ = _with_one_late()
+    scenario.accept("b")
+    scenario.commit()
+    return _next(scenario)[0]
 
 
 def test_a_late_task_is_discarded_by_default() -> None:
-    it, effects = _with_one_late(RoundPolicy(deadline_s=10.0, lease_s=60.0))
+    scenario, effects = _with_one_late(RoundPolicy(deadline_s=10.0, lease_s=60.0))
     assert cancelled(effects) == {"b", "c"}
     assert not _carried(effects)
     with pytest.raises(RoundClosed):
-        it.accept("b")
+        scenario.accept("b")
 
 
 def test_a_late_task_that_has_begun_is_carried_and_a_no_show_is_not() -> None:
-    it, effects = _with_one_late()
+    scenario, effects = _with_one_late()
     assert (_carried(effects), cancelled(effects)) == ({"b"}, {"c"})
     assert committed_tokens(effects) == ("a",)
-    assert it.phase("b") is TaskPhase.LATE
-    assert it.loss_cause("b") is LossCause.SLOW_TRAINING
-    assert it.reason("b") == "slow training: deadline of 10 s passed; carried into the next round"
-    assert it.round.find("b").phase is TaskPhase.TRAINING
+    assert scenario.phase("b") is TaskPhase.LATE
+    assert scenario.loss_cause("b") is LossCause.SLOW_TRAINING
+    assert scenario.reason("b") == "slow training: deadline of 10 s passed; carried into the next round"
+    assert scenario.round.find("b").phase is TaskPhase.TRAINING
 
 
 def test_a_late_task_that_may_have_begun_before_a_restart_is_carried() -> None:
@@ -81,11 +81,11 @@ def test_a_late_task_that_may_have_begun_before_a_restart_is_carried() -> None:
 
 
 def test_a_carried_update_is_taken_while_its_round_commits_and_counts_in_the_next() -> None:
-    it, _ = _with_one_late()
-    it.progress("b", TaskPhase.UPLOADING)
-    assert it.accept("b") == ()
-    it.commit()
-    after, effects = _next(it)
+    scenario, _ = _with_one_late()
+    scenario.progress("b", TaskPhase.UPLOADING)
+    assert scenario.accept("b") == ()
+    scenario.commit()
+    after, effects = _next(scenario)
     assert effects == ()
     assert after.round.accepted == ("b",)
     assert after.round.tasks["b"].staleness == 1
@@ -133,25 +133,25 @@ def test_a_worker_still_at_a_carried_task_is_not_asked() -> None:
 
 
 def test_a_carried_task_is_given_up_when_it_is_too_stale() -> None:
-    it, _ = _with_one_late(RoundPolicy(late="carry", max_staleness=2, deadline_s=10.0, lease_s=60.0))
+    scenario, _ = _with_one_late(RoundPolicy(late="carry", max_staleness=2, deadline_s=10.0, lease_s=60.0))
     ends: list[set[str]] = []
     for worker in "de":
-        it.commit()
-        it, _ = _next(it)
-        it.pool(worker + worker.upper(), live_count=2)
-        it.select(worker)
-        it.progress("b")
-        ends.append(cancelled(it.accept(worker)))
+        scenario.commit()
+        scenario, _ = _next(scenario)
+        scenario.pool(worker + worker.upper(), live_count=2)
+        scenario.select(worker)
+        scenario.progress("b")
+        ends.append(cancelled(scenario.accept(worker)))
     assert ends == [set(), {"b"}]
 
 
 def test_an_abandoned_round_hands_its_accepted_updates_on_unaged() -> None:
-    it = Scenario(RoundPolicy(late="carry", quorum=2, deadline_s=10.0, lease_s=60.0)).open("abc")
-    it.accept("a")
-    effects = it.wait(10.0)
+    scenario = Scenario(RoundPolicy(late="carry", quorum=2, deadline_s=10.0, lease_s=60.0)).open("abc")
+    scenario.accept("a")
+    effects = scenario.wait(10.0)
     assert _carried(effects) == {"a"}
     assert finished(effects) is not None
-    after, _ = _next(it)
+    after, _ = _next(scenario)
     assert after.round.tasks["a"].staleness == 0
     assert after.pool("bc", live_count=3) == (Select(2, frozenset("a")),)
     after.select("bc")
@@ -161,16 +161,16 @@ def test_an_abandoned_round_hands_its_accepted_updates_on_unaged() -> None:
 
 
 def test_a_stopped_round_carries_nothing() -> None:
-    it, _ = _with_one_late()
-    assert cancelled(it.abort()) == {"b"}
-    after, effects = _next(it)
+    scenario, _ = _with_one_late()
+    assert cancelled(scenario.abort()) == {"b"}
+    after, effects = _next(scenario)
     assert (dict(after.round.tasks), effects) == ({}, ())
 
 
 def test_a_round_that_discards_has_no_use_for_what_was_carried() -> None:
-    it, _ = _with_one_late()
-    it.commit()
-    round_, effects = follow(it.round, 2, RoundPolicy(), it.now)
+    scenario, _ = _with_one_late()
+    scenario.commit()
+    round_, effects = follow(scenario.round, 2, RoundPolicy(), scenario.now)
     assert dict(round_.tasks) == {}
     assert [type(effect) for effect in effects] == [Cancel]
 
@@ -182,14 +182,14 @@ def test_a_carried_task_that_its_worker_gave_back_is_gone_and_the_worker_free() 
 
 
 def test_a_lost_worker_may_still_deliver_in_the_next_round() -> None:
-    it = Scenario(RoundPolicy(late="carry", deadline_s=100.0, lease_s=30.0)).open("ab")
-    it.progress("b", TaskPhase.TRAINING)
-    it.accept("a")
-    it.wait(30.0)
-    assert it.phase("b") is TaskPhase.EXPIRED
-    assert _carried(it.pool("a")) == {"b"}
-    it.commit()
-    after, _ = _next(it)
+    scenario = Scenario(RoundPolicy(late="carry", deadline_s=100.0, lease_s=30.0)).open("ab")
+    scenario.progress("b", TaskPhase.TRAINING)
+    scenario.accept("a")
+    scenario.wait(30.0)
+    assert scenario.phase("b") is TaskPhase.EXPIRED
+    assert _carried(scenario.pool("a")) == {"b"}
+    scenario.commit()
+    after, _ = _next(scenario)
     after.accept("b")
     assert after.round.accepted == ("b",)
 
@@ -229,28 +229,28 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> No
 
 
 def test_a_buffer_commits_every_k_updates_and_the_others_go_on() -> None:
-    it = Scenario(BUFFER).open("abcd")
+    scenario = Scenario(BUFFER).open("abcd")
     for worker in "abc":
-        it.progress(worker)
-    it.accept("b")
-    effects = it.accept("a")
+        scenario.progress(worker)
+    scenario.accept("b")
+    effects = scenario.accept("a")
     assert committed_tokens(effects) == ("a", "b")
     assert _carried(effects) == {"c"}
 
 
 def test_a_buffer_replaces_every_worker_that_has_reported() -> None:
-    it = Scenario(BUFFER).open("abcd")
-    it.accept("a")
-    assert it.pool("ad", live_count=4) == (Select(1, frozenset("abc")),)
+    scenario = Scenario(BUFFER).open("abcd")
+    scenario.accept("a")
+    assert scenario.pool("ad", live_count=4) == (Select(1, frozenset("abc")),)
 
 
 def test_the_next_buffer_begins_at_once_with_whoever_is_at_work() -> None:
-    it = Scenario(BUFFER).open("abcd")
+    scenario = Scenario(BUFFER).open("abcd")
     for worker in "abc":
-        it.progress(worker)
-    it.accept("ab")
-    it.commit()
-    after, _ = _next(it)
+        scenario.progress(worker)
+    scenario.accept("ab")
+    scenario.commit()
+    after, _ = _next(scenario)
     assert after.pool("a", live_count=4) == (Select(1, frozenset("c")),)
     after.send(Selected((("a2", "a"),)))
     assert after.round.phase is RoundPhase.REPORTING
@@ -261,39 +261,41 @@ def test_the_next_buffer_begins_at_once_with_whoever_is_at_work() -> None:
 
 
 def test_the_next_buffer_needs_no_idle_worker_to_begin() -> None:
-    it = Scenario(RoundPolicy(late="carry", buffer_size=1, lease_s=60.0)).open("ab")
-    it.progress("b")
-    it.accept("a")
-    it.commit()
-    after, _ = _next(it)
+    scenario = Scenario(RoundPolicy(late="carry", buffer_size=1, lease_s=60.0)).open("ab")
+    scenario.progress("b")
+    scenario.accept("a")
+    scenario.commit()
+    after, _ = _next(scenario)
     assert after.pool("", live_count=2) == ()
     assert after.round.phase is RoundPhase.REPORTING
     assert committed_tokens(after.accept("b")) == ("b",)
 
 
 def test_stale_updates_fill_a_buffer_like_fresh_ones() -> None:
-    it = Scenario(RoundPolicy(late="carry", buffer_size=2, quorum=2, lease_s=60.0)).open("abcd")
+    scenario = Scenario(RoundPolicy(late="carry", buffer_size=2, quorum=2, lease_s=60.0)).open("abcd")
     for worker in "abcd":
-        it.progress(worker)
-    it.accept("ab")
-    it.commit()
-    after, _ = _next(it)
+        scenario.progress(worker)
+    scenario.accept("ab")
+    scenario.commit()
+    after, _ = _next(scenario)
     after.pool("", live_count=4)
     assert committed_tokens(after.accept("cd")) == ("c", "d")
 
 
 def test_a_fleet_smaller_than_the_buffer_still_commits() -> None:
-    it = Scenario(RoundPolicy(late="carry", buffer_size=10)).open("ab")
-    it.accept("ab")
-    assert committed_tokens(it.pool("ab")) == ("a", "b")
+    scenario = Scenario(RoundPolicy(late="carry", buffer_size=10)).open("ab")
+    scenario.accept("ab")
+    assert committed_tokens(scenario.pool("ab")) == ("a", "b")
 
 
 def test_a_buffer_short_of_its_quorum_at_the_deadline_loses_nothing() -> None:
-    it = Scenario(RoundPolicy(late="carry", buffer_size=3, quorum=2, deadline_s=10.0, lease_s=60.0)).open("abc")
-    it.progress("b")
-    it.accept("a")
-    assert _carried(it.wait(10.0)) == {"a", "b"}
-    after, _ = _next(it)
+    scenario = Scenario(RoundPolicy(late="carry", buffer_size=3, quorum=2, deadline_s=10.0, lease_s=60.0)).open(
+        "abc"
+    )
+    scenario.progress("b")
+    scenario.accept("a")
+    assert _carried(scenario.wait(10.0)) == {"a", "b"}
+    after, _ = _next(scenario)
     after.pool("", live_count=3)
     after.accept("b")
     assert committed_tokens(after.wait(10.0)) == ("a", "b")

@@ -15,11 +15,11 @@ from tests.support.round_scenario import Scenario, cancelled, committed_tokens, 
 
 
 def test_a_round_commits_as_soon_as_all_wanted_updates_are_in() -> None:
-    it = Scenario().open("ab")
-    assert it.accept("a") == ()
-    assert committed_tokens(it.accept("b")) == ("a", "b")
-    assert it.round.phase is RoundPhase.COMMITTING
-    assert it.round.reason == "enough updates are in"
+    scenario = Scenario().open("ab")
+    assert scenario.accept("a") == ()
+    assert committed_tokens(scenario.accept("b")) == ("a", "b")
+    assert scenario.round.phase is RoundPhase.COMMITTING
+    assert scenario.round.reason == "enough updates are in"
 
 
 def test_updates_are_committed_in_slot_order_whatever_order_they_came_in() -> None:
@@ -28,144 +28,144 @@ def test_updates_are_committed_in_slot_order_whatever_order_they_came_in() -> No
 
 
 def test_a_round_ends_at_its_deadline_with_whoever_has_reported() -> None:
-    it = Scenario(RoundPolicy(deadline_s=10.0, lease_s=60.0)).open("abc")
-    it.progress("b", TaskPhase.DOWNLOADING)
-    it.accept("a")
-    assert wake_at(it.round) == it.now + 10.0
-    effects = it.wait(10.0)
+    scenario = Scenario(RoundPolicy(deadline_s=10.0, lease_s=60.0)).open("abc")
+    scenario.progress("b", TaskPhase.DOWNLOADING)
+    scenario.accept("a")
+    assert wake_at(scenario.round) == scenario.now + 10.0
+    effects = scenario.wait(10.0)
     assert committed_tokens(effects) == ("a",)
     assert cancelled(effects) == {"b", "c"}
-    assert it.loss_cause("b") is LossCause.SLOW_DOWNLOAD
-    assert it.reason("b") == "slow download: deadline of 10 s passed"
-    assert it.loss_cause("c") is LossCause.NO_SHOW
-    assert it.reason("c") == "no-show: deadline of 10 s passed"
+    assert scenario.loss_cause("b") is LossCause.SLOW_DOWNLOAD
+    assert scenario.reason("b") == "slow download: deadline of 10 s passed"
+    assert scenario.loss_cause("c") is LossCause.NO_SHOW
+    assert scenario.reason("c") == "no-show: deadline of 10 s passed"
 
 
 def test_a_round_is_abandoned_when_too_few_updates_arrive_by_the_deadline() -> None:
-    it = Scenario(RoundPolicy(quorum=2, deadline_s=10.0, lease_s=60.0)).open("ab")
-    it.accept("a")
-    end = finished(it.wait(10.0))
+    scenario = Scenario(RoundPolicy(quorum=2, deadline_s=10.0, lease_s=60.0)).open("ab")
+    scenario.accept("a")
+    end = finished(scenario.wait(10.0))
     assert end is not None
     assert end.reason == "1 of 2 needed updates: deadline of 10 s passed"
-    assert it.round.phase is RoundPhase.ABANDONED
-    assert it.phase("a") is TaskPhase.ACCEPTED
+    assert scenario.round.phase is RoundPhase.ABANDONED
+    assert scenario.phase("a") is TaskPhase.ACCEPTED
 
 
 def test_heartbeats_do_not_move_the_deadline() -> None:
-    it = Scenario(RoundPolicy(deadline_s=10.0, lease_s=5.0)).open("ab")
+    scenario = Scenario(RoundPolicy(deadline_s=10.0, lease_s=5.0)).open("ab")
     for _ in range(9):
-        it.wait(1.0)
-        it.progress("a")
-        it.progress("b")
-    assert it.wait(1.0)
-    assert it.round.phase is RoundPhase.ABANDONED
+        scenario.wait(1.0)
+        scenario.progress("a")
+        scenario.progress("b")
+    assert scenario.wait(1.0)
+    assert scenario.round.phase is RoundPhase.ABANDONED
 
 
 def test_the_same_update_counts_once() -> None:
-    it = Scenario().open("ab")
-    it.accept("aaa")
-    assert it.round.accepted == ("a",)
-    assert it.round.phase is RoundPhase.REPORTING
+    scenario = Scenario().open("ab")
+    scenario.accept("aaa")
+    assert scenario.round.accepted == ("a",)
+    assert scenario.round.phase is RoundPhase.REPORTING
 
 
 def test_a_refused_update_is_recorded_with_its_reason_and_the_round_goes_on() -> None:
-    it = Scenario().open("ab")
-    assert it.reject("a", "tensor 'w' is missing") == ()
-    assert (it.phase("a"), it.reason("a")) == (TaskPhase.REJECTED, "tensor 'w' is missing")
+    scenario = Scenario().open("ab")
+    assert scenario.reject("a", "tensor 'w' is missing") == ()
+    assert (scenario.phase("a"), scenario.reason("a")) == (TaskPhase.REJECTED, "tensor 'w' is missing")
     with pytest.raises(RoundClosed, match="rejected: tensor 'w' is missing"):
-        it.accept("a")
+        scenario.accept("a")
     with pytest.raises(RoundClosed):
-        it.progress("a")
-    assert committed_tokens(it.accept("b")) is None
+        scenario.progress("a")
+    assert committed_tokens(scenario.accept("b")) is None
 
 
 def test_bad_news_of_an_accepted_update_changes_nothing() -> None:
-    it = Scenario().open("ab")
-    it.accept("a")
-    it.fail("a")
-    it.reject("a")
-    assert it.phase("a") is TaskPhase.ACCEPTED
+    scenario = Scenario().open("ab")
+    scenario.accept("a")
+    scenario.fail("a")
+    scenario.reject("a")
+    assert scenario.phase("a") is TaskPhase.ACCEPTED
 
 
 @pytest.mark.parametrize("phase", [phase for phase in TaskPhase if not phase.open])
 def test_a_worker_cannot_say_that_its_task_is_over(phase: TaskPhase) -> None:
-    it = Scenario().open("ab")
+    scenario = Scenario().open("ab")
     with pytest.raises(IllegalTransition, match="not for a worker to say"):
-        it.progress("a", phase)
+        scenario.progress("a", phase)
 
 
 # Leases and replacement.
 
 
 def test_a_lease_that_is_not_extended_frees_its_slot() -> None:
-    it = Scenario(RoundPolicy(lease_s=30.0)).open("ab")
-    it.wait(29.0)
-    it.progress("b")
-    assert it.wait(1.0)
-    assert (it.phase("a"), it.reason("a")) == (TaskPhase.EXPIRED, "no-show: not heard of for 30 s")
-    assert it.loss_cause("a") is LossCause.NO_SHOW
-    assert it.phase("b") is TaskPhase.TRAINING
-    assert it.round.open_count == 1
+    scenario = Scenario(RoundPolicy(lease_s=30.0)).open("ab")
+    scenario.wait(29.0)
+    scenario.progress("b")
+    assert scenario.wait(1.0)
+    assert (scenario.phase("a"), scenario.reason("a")) == (TaskPhase.EXPIRED, "no-show: not heard of for 30 s")
+    assert scenario.loss_cause("a") is LossCause.NO_SHOW
+    assert scenario.phase("b") is TaskPhase.TRAINING
+    assert scenario.round.open_count == 1
 
 
 def test_a_lost_worker_is_replaced_within_the_round_by_one_that_had_no_task() -> None:
-    it = Scenario(RoundPolicy(max_participants=2, lease_s=30.0)).open("ab")
-    it.wait(20.0)
-    it.progress("b")
-    it.wait(10.0)
-    assert it.pool("ac") == (Select(1, frozenset("ab")),)
-    assert it.select("c") == (Offer("c", "c"),)
-    assert it.round.tasks["c"].slot == 2
-    assert it.round.deadline_at == 100.0 + it.round.policy.deadline_s
+    scenario = Scenario(RoundPolicy(max_participants=2, lease_s=30.0)).open("ab")
+    scenario.wait(20.0)
+    scenario.progress("b")
+    scenario.wait(10.0)
+    assert scenario.pool("ac") == (Select(1, frozenset("ab")),)
+    assert scenario.select("c") == (Offer("c", "c"),)
+    assert scenario.round.tasks["c"].slot == 2
+    assert scenario.round.deadline_at == 100.0 + scenario.round.policy.deadline_s
 
 
 def test_nobody_is_asked_while_enough_are_at_work() -> None:
-    it = Scenario(RoundPolicy(max_participants=2, over_selection=1.5)).open("abc")
-    it.fail("a")
-    assert it.pool("de") == ()
-    it.fail("b")
-    assert it.pool("de") == (Select(1, frozenset("abc")),)
-    assert it.pool("de") == ()
+    scenario = Scenario(RoundPolicy(max_participants=2, over_selection=1.5)).open("abc")
+    scenario.fail("a")
+    assert scenario.pool("de") == ()
+    scenario.fail("b")
+    assert scenario.pool("de") == (Select(1, frozenset("abc")),)
+    assert scenario.pool("de") == ()
 
 
 def test_news_of_a_lost_worker_revives_its_task() -> None:
-    it = Scenario(RoundPolicy(lease_s=30.0)).open("ab")
-    it.wait(30.0)
-    it.progress("a", TaskPhase.UPLOADING)
-    assert (it.phase("a"), it.reason("a")) == (TaskPhase.UPLOADING, "")
-    it.accept("b")
-    assert committed_tokens(it.accept("a")) == ("a", "b")
+    scenario = Scenario(RoundPolicy(lease_s=30.0)).open("ab")
+    scenario.wait(30.0)
+    scenario.progress("a", TaskPhase.UPLOADING)
+    assert (scenario.phase("a"), scenario.reason("a")) == (TaskPhase.UPLOADING, "")
+    scenario.accept("b")
+    assert committed_tokens(scenario.accept("a")) == ("a", "b")
 
 
 def test_a_finished_update_of_a_lost_worker_counts() -> None:
-    it = Scenario(RoundPolicy(lease_s=30.0)).open("ab")
-    it.wait(30.0)
-    assert it.round.open_count == 0
-    assert committed_tokens(it.accept("ab")) == ("a", "b")
+    scenario = Scenario(RoundPolicy(lease_s=30.0)).open("ab")
+    scenario.wait(30.0)
+    assert scenario.round.open_count == 0
+    assert committed_tokens(scenario.accept("ab")) == ("a", "b")
 
 
 def test_a_round_ends_early_when_no_worker_is_left_to_wait_for() -> None:
-    it = Scenario().open("ab")
-    it.accept("a")
-    it.fail("b")
-    assert committed_tokens(it.pool("ab")) == ("a",)
-    assert it.round.reason == "no worker is left to wait for"
+    scenario = Scenario().open("ab")
+    scenario.accept("a")
+    scenario.fail("b")
+    assert committed_tokens(scenario.pool("ab")) == ("a",)
+    assert scenario.round.reason == "no worker is left to wait for"
 
 
 def test_a_round_without_quorum_waits_for_workers_that_are_out_of_touch() -> None:
-    it = Scenario(RoundPolicy(quorum=2, lease_s=30.0)).open("ab")
-    it.accept("a")
-    it.wait(30.0)
-    assert it.pool("a") == ()
-    assert it.round.phase is RoundPhase.REPORTING
-    assert committed_tokens(it.accept("b")) == ("a", "b")
+    scenario = Scenario(RoundPolicy(quorum=2, lease_s=30.0)).open("ab")
+    scenario.accept("a")
+    scenario.wait(30.0)
+    assert scenario.pool("a") == ()
+    assert scenario.round.phase is RoundPhase.REPORTING
+    assert committed_tokens(scenario.accept("b")) == ("a", "b")
 
 
 def test_a_round_whose_workers_all_failed_is_abandoned_at_once() -> None:
-    it = Scenario().open("ab")
-    it.fail("a")
-    it.fail("b")
-    end = finished(it.pool("ab"))
+    scenario = Scenario().open("ab")
+    scenario.fail("a")
+    scenario.fail("b")
+    end = finished(scenario.pool("ab"))
     assert end is not None
     assert end.reason == "0 of 1 needed updates: no worker is left to wait for"
 
@@ -174,86 +174,86 @@ def test_a_round_whose_workers_all_failed_is_abandoned_at_once() -> None:
 
 
 def test_a_committed_round_knows_its_version() -> None:
-    it = Scenario().open("ab")
-    it.accept("ab")
-    end = finished(it.commit(version=7))
+    scenario = Scenario().open("ab")
+    scenario.accept("ab")
+    end = finished(scenario.commit(version=7))
     assert end is not None
     assert end.committed
-    assert (it.round.phase, it.round.version) == (RoundPhase.COMMITTED, 7)
+    assert (scenario.round.phase, scenario.round.version) == (RoundPhase.COMMITTED, 7)
 
 
 @pytest.mark.parametrize("phase", [RoundPhase.COMMITTING, RoundPhase.COMMITTED, RoundPhase.ABANDONED])
 def test_a_closed_round_takes_no_more_updates(phase: RoundPhase) -> None:
-    it = Scenario(RoundPolicy(max_participants=1, over_selection=2.0)).open("ab")
-    it.accept("a")
+    scenario = Scenario(RoundPolicy(max_participants=1, over_selection=2.0)).open("ab")
+    scenario.accept("a")
     if phase is RoundPhase.COMMITTED:
-        it.commit()
+        scenario.commit()
     elif phase is RoundPhase.ABANDONED:
-        it.abort()
+        scenario.abort()
     with pytest.raises(RoundClosed, match=f"round 1 takes no more updates: it is {phase.name.lower()}"):
-        it.accept("b")
+        scenario.accept("b")
 
 
 def test_a_token_of_another_round_is_unknown() -> None:
-    for it in (Scenario(), Scenario().open("ab")):
+    for scenario in (Scenario(), Scenario().open("ab")):
         with pytest.raises(UnknownTask):
-            it.accept("z")
+            scenario.accept("z")
         with pytest.raises(UnknownTask):
-            it.progress("z")
+            scenario.progress("z")
 
 
 def test_a_stopped_round_cancels_every_task_that_is_not_over() -> None:
-    it = Scenario(RoundPolicy(lease_s=30.0)).open("abc")
-    it.accept("a")
-    it.wait(20.0)
-    it.progress("b")
-    it.wait(10.0)
-    effects = it.abort("stopped by an operator")
+    scenario = Scenario(RoundPolicy(lease_s=30.0)).open("abc")
+    scenario.accept("a")
+    scenario.wait(20.0)
+    scenario.progress("b")
+    scenario.wait(10.0)
+    effects = scenario.abort("stopped by an operator")
     assert cancelled(effects) == {"b", "c"}
-    assert it.reason("c") == "stopped by an operator"
-    assert it.round.reason == "stopped by an operator"
+    assert scenario.reason("c") == "stopped by an operator"
+    assert scenario.round.reason == "stopped by an operator"
 
 
 def test_a_commit_that_fails_abandons_the_round() -> None:
-    it = Scenario().open("ab")
-    it.accept("ab")
-    end = finished(it.abort("disk full"))
+    scenario = Scenario().open("ab")
+    scenario.accept("ab")
+    end = finished(scenario.abort("disk full"))
     assert end is not None
     assert not end.committed
-    assert it.round.version is None
+    assert scenario.round.version is None
 
 
 def test_answers_that_come_after_the_end_are_ignored() -> None:
-    it = Scenario(RoundPolicy(max_participants=2, deadline_s=10.0, quorum=2, lease_s=5.0)).open("ab")
-    it.wait(5.0)
-    assert it.pool("c", live_count=3)
-    it.wait(5.0)
-    assert it.round.phase is RoundPhase.ABANDONED
-    assert it.select("c") == ()
-    assert "c" not in it.round.tasks
+    scenario = Scenario(RoundPolicy(max_participants=2, deadline_s=10.0, quorum=2, lease_s=5.0)).open("ab")
+    scenario.wait(5.0)
+    assert scenario.pool("c", live_count=3)
+    scenario.wait(5.0)
+    assert scenario.round.phase is RoundPhase.ABANDONED
+    assert scenario.select("c") == ()
+    assert "c" not in scenario.round.tasks
 
 
 # Time.
 
 
 def test_time_left_counts_down_to_the_deadline_and_not_below() -> None:
-    it = Scenario(RoundPolicy(deadline_s=10.0))
-    assert time_left(it.round, it.now) is None
-    it.open("ab")
-    assert time_left(it.round, it.now + 4.0) == 6.0
-    assert time_left(it.round, it.now + 40.0) == 0.0
+    scenario = Scenario(RoundPolicy(deadline_s=10.0))
+    assert time_left(scenario.round, scenario.now) is None
+    scenario.open("ab")
+    assert time_left(scenario.round, scenario.now + 4.0) == 6.0
+    assert time_left(scenario.round, scenario.now + 40.0) == 0.0
 
 
 def test_a_round_wakes_for_the_next_lease_or_the_deadline_whichever_comes_first() -> None:
-    it = Scenario(RoundPolicy(lease_s=30.0, deadline_s=40.0)).open("ab")
-    assert wake_at(it.round) == 130.0
-    it.wait(20.0)
-    it.progress("a")
-    assert wake_at(it.round) == 130.0
-    it.progress("b")
-    assert wake_at(it.round) == 140.0
-    it.accept("ab")
-    assert wake_at(it.round) is None
+    scenario = Scenario(RoundPolicy(lease_s=30.0, deadline_s=40.0)).open("ab")
+    assert wake_at(scenario.round) == 130.0
+    scenario.wait(20.0)
+    scenario.progress("a")
+    assert wake_at(scenario.round) == 130.0
+    scenario.progress("b")
+    assert wake_at(scenario.round) == 140.0
+    scenario.accept("ab")
+    assert wake_at(scenario.round) is None
 
 
 # Restarting.
@@ -270,8 +270,8 @@ def test_a_restored_round_has_the_same_accepted_updates_and_fresh_leases() -> No
     assert round_.tasks["b"].lease_until == 1030.0
     assert round_.deadline_at == 1090.0
     assert [task.slot for task in round_.tasks.values()] == [0, 1, 2]
-    it = Scenario(round_=round_)
-    assert committed_tokens(it.accept("b")) == ("a", "b")
+    scenario = Scenario(round_=round_)
+    assert committed_tokens(scenario.accept("b")) == ("a", "b")
 
 
 def test_a_restored_round_whose_updates_are_enough_commits_at_once() -> None:
@@ -297,12 +297,12 @@ def test_a_round_whose_deadline_passed_while_the_aggregator_was_away_takes_what_
 ) -> None:
     rows = [("a", "A", TaskPhase.TRAINING, "")]
     policy = RoundPolicy(deadline_s=10.0, lease_s=90.0, reconnect_grace_s=60.0)
-    it = Scenario(round_=restore(7, policy, rows, aim=2, deadline_left_s=left_s, now=100.0))
-    assert it.round.granted_s == 60.0 - max(left_s, 0.0)
-    assert not it.wait(59.9)
-    it.accept("a")
-    assert committed_tokens(it.wait(0.1)) == ("a",)
-    assert "restart" in it.round.reason
+    scenario = Scenario(round_=restore(7, policy, rows, aim=2, deadline_left_s=left_s, now=100.0))
+    assert scenario.round.granted_s == 60.0 - max(left_s, 0.0)
+    assert not scenario.wait(59.9)
+    scenario.accept("a")
+    assert committed_tokens(scenario.wait(0.1)) == ("a",)
+    assert "restart" in scenario.round.reason
 
 
 def test_restarts_together_add_no_more_than_a_deadline_to_a_round() -> None:

@@ -56,22 +56,22 @@ RAISES: dict[tuple[RoundPhase, type], type[FedgrpcError]] = {
 
 def _in_phase(phase: RoundPhase) -> Scenario:
     """A round in that phase, with an answer to `Select` outstanding where that can be."""
-    it = Scenario(RoundPolicy(max_participants=2, over_selection=1.5))
+    scenario = Scenario(RoundPolicy(max_participants=2, over_selection=1.5))
     if phase is S:
-        it.pool("abc")
-        return it
-    it.open("abc")
+        scenario.pool("abc")
+        return scenario
+    scenario.open("abc")
     if phase is R:
-        it.fail("a")
-        it.fail("b")
-        it.pool("d")
-        return it
-    it.accept("ab")
+        scenario.fail("a")
+        scenario.fail("b")
+        scenario.pool("d")
+        return scenario
+    scenario.accept("ab")
     if phase is D:
-        it.commit()
+        scenario.commit()
     elif phase is A:
-        it.abort()
-    return it
+        scenario.abort()
+    return scenario
 
 
 def test_the_table_below_names_every_pair_of_phase_and_event() -> None:
@@ -82,54 +82,54 @@ def test_the_table_below_names_every_pair_of_phase_and_event() -> None:
 
 @pytest.mark.parametrize(("phase", "kind"), sorted(HANDLED, key=str), ids=str)
 def test_an_event_that_the_phase_allows_is_handled(phase: RoundPhase, kind: type) -> None:
-    it = _in_phase(phase)
-    assert it.round.phase is phase
-    it.send(KNOWN[kind])
+    scenario = _in_phase(phase)
+    assert scenario.round.phase is phase
+    scenario.send(KNOWN[kind])
 
 
 @pytest.mark.parametrize(("phase", "kind"), sorted(RAISES, key=str), ids=str)
 def test_an_event_that_the_phase_does_not_allow_raises_and_nothing_has_happened(
     phase: RoundPhase, kind: type
 ) -> None:
-    it = _in_phase(phase)
-    before = it.round
+    scenario = _in_phase(phase)
+    before = scenario.round
     with pytest.raises(RAISES[phase, kind]) as caught:
-        it.send(KNOWN[kind])
+        scenario.send(KNOWN[kind])
     assert type(caught.value) is RAISES[phase, kind]
-    assert it.round == before
+    assert scenario.round == before
 
 
 @pytest.mark.parametrize("phase", RoundPhase)
 @pytest.mark.parametrize("event", UNKNOWN, ids=lambda event: type(event).__name__)
 def test_a_token_of_no_task_is_unknown_in_every_phase(phase: RoundPhase, event: Event) -> None:
-    it = _in_phase(phase)
+    scenario = _in_phase(phase)
     with pytest.raises(UnknownTask):
-        it.send(event)
+        scenario.send(event)
 
 
 @pytest.mark.parametrize("phase", RoundPhase)
 def test_a_step_changes_nothing_in_the_round_it_was_given(phase: RoundPhase) -> None:
-    it = _in_phase(phase)
-    before, tasks = it.round, dict(it.round.tasks)
+    scenario = _in_phase(phase)
+    before, tasks = scenario.round, dict(scenario.round.tasks)
     for kind, event in KNOWN.items():
         if (phase, kind) in HANDLED:
-            step(before, event, it.now + 1e6)
-            assert before == it.round
+            step(before, event, scenario.now + 1e6)
+            assert before == scenario.round
             assert before.tasks == tasks
 
 
 @pytest.mark.parametrize("phase", [C, D, A])
 def test_to_accept_an_update_again_changes_nothing(phase: RoundPhase) -> None:
-    it = _in_phase(phase)
-    before = it.round
-    assert it.send(Accepted("a")) == ()
-    assert it.round == before
+    scenario = _in_phase(phase)
+    before = scenario.round
+    assert scenario.send(Accepted("a")) == ()
+    assert scenario.round == before
 
 
 @pytest.mark.parametrize("phase", [C, D, A])
 @pytest.mark.parametrize("kind", [WorkersAvailable, Selected, Tick])
 def test_news_of_the_fleet_and_the_time_change_nothing_in_a_closed_round(phase: RoundPhase, kind: type) -> None:
-    it = _in_phase(phase)
-    before = it.round
-    assert it.send(KNOWN[kind]) == ()
-    assert it.round == before
+    scenario = _in_phase(phase)
+    before = scenario.round
+    assert scenario.send(KNOWN[kind]) == ()
+    assert scenario.round == before
