@@ -39,8 +39,9 @@ from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Compression, Recipe
 from fedgrpc.errors import StorageError
 from fedgrpc.protocol.records import timings_to_proto
-from fedgrpc.protocol.tasks import Task, TaskKind
+from fedgrpc.protocol.tasks import Task
 from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
+from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.storage.files import make_private, storage_errors, sync, write_file
 from fedgrpc.storage.model_file import ModelFile
 from fedgrpc.storage.update_file import StoredUpdate

@@ -29,7 +29,8 @@ from fedgrpc.errors import FedgrpcError, TaskError
 from fedgrpc.hierarchy.handoff import ParentTask, VersionToScore
 from fedgrpc.hierarchy.leaf_run import LeafRuns
 from fedgrpc.hierarchy.partial_aggregate import sending
-from fedgrpc.protocol.tasks import Registration, Role, Task, TaskKind
+from fedgrpc.protocol.tasks import Registration, Role, Task
+from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rpc.identity import Session
 from fedgrpc.trainer import EvalResult
 from fedgrpc.v1 import aggregator_pb2

@@ -14,6 +14,7 @@ from fedgrpc.codec.chunk import CHUNK_BYTES
 from fedgrpc.errors import LayoutError
 from fedgrpc.protocol.durations import duration_from_proto
 from fedgrpc.protocol.plans import local_model_from_proto, training_plan_from_proto
+from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.submodels.channels import SubModel
 from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.training_plan import TrainingPlan
@@ -28,14 +29,6 @@ class Role(IntEnum):
     TRAINER = device_pb2.WORKER_ROLE_TRAINER
     EVALUATOR = device_pb2.WORKER_ROLE_EVALUATOR
     AGGREGATOR = device_pb2.WORKER_ROLE_AGGREGATOR
-
-
-class TaskKind(IntEnum):
-    """The work of a task; numbers as in `fedgrpc.v1.TaskKind`."""
-
-    TRAIN = round_pb2.TASK_KIND_TRAIN
-    EVALUATE = round_pb2.TASK_KIND_EVALUATE
-    INITIALIZE = round_pb2.TASK_KIND_INITIALIZE
 
 
 class Phase(IntEnum):

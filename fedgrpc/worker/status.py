@@ -14,8 +14,9 @@ from typing import Any, Final
 
 from fedgrpc.aio import Changes
 from fedgrpc.protocol.records import timings_to_proto
-from fedgrpc.protocol.tasks import Phase, TaskKind
+from fedgrpc.protocol.tasks import Phase
 from fedgrpc.rounds.history import Timings
+from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.v1 import round_pb2, worker_pb2
 from fedgrpc.worker.device import DeviceProfile
 

@@ -20,7 +20,8 @@ from fedgrpc.aio import in_thread
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import FedgrpcError, LayoutError, TaskError, TaskUnfit, UsageError
-from fedgrpc.protocol.tasks import Registration, Task, TaskKind
+from fedgrpc.protocol.tasks import Registration, Task
+from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.storage.files import storage_errors
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.plan import TASK_PARTS, WORKER_PARTS, LocalModelPlan

@@ -41,9 +41,10 @@ from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.values import InParts, Part, part_of
 from fedgrpc.protocol.records import timings_to_proto
-from fedgrpc.protocol.tasks import Task, TaskKind
+from fedgrpc.protocol.tasks import Task
 from fedgrpc.protocol.tensors import channels_to_proto, manifest_to_proto
 from fedgrpc.rounds.history import Timings
+from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.storage.residual_file import read_residual, write_residual
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.trainer import EvalResult, Weights
