@@ -1,8 +1,8 @@
 """Partial updates: how the tensors of an update that covers a sub-model travel. Layout, packing and unpacking.
 
-A tensor of the update is one of these, `n` the elements of its slice of the model's tensor:
+A tensor of the update is one of these, `n` the elements that the sub-model has of the model's tensor:
 
-    NAME            the slice, dense
+    NAME            these elements, dense
     NAME, NAME#mask      [k] values that are kept, and n bits that say where, 8 to a byte, first bit lowest
     NAME, NAME#codes     [K] different values, and for each element kept its number, in the fewest bits
 
@@ -37,7 +37,7 @@ def code_bits(count: int) -> int:
 def pack(
     name: str, values: np.ndarray, mask: np.ndarray | None = None, clustered: bool = False
 ) -> dict[str, np.ndarray]:
-    """Return the tensors that travel for a slice's dense `values`.
+    """Return the tensors that travel for a sub-model's dense `values` of one tensor.
 
     A clustered tensor of too many different values travels dense.
     """
@@ -81,13 +81,13 @@ def check_layout(
         mask = given.pop(tensor.name + MASK, None) if masked else None
         codes = given.pop(tensor.name + CODES, None) if clustered else None
         if mine.dtype != tensor.dtype or not fits(mine.shape, shape, mask, codes):
-            whose = "the model's is" if kept is None else "this worker's part of the model has"
+            whose = "the model's is" if kept is None else "this worker's sub-model has"
             raise UpdateRefused(
                 f"tensor {tensor.name!r} is {mine.dtype}{list(mine.shape)}, {whose} {tensor.dtype}{list(shape)}"
             )
         check_role(tensor, mine)
     if given:
-        raise UpdateRefused(f"the update's part of the model has no tensor {min(given)!r}")
+        raise UpdateRefused(f"the update's sub-model has no tensor {min(given)!r}")
 
 
 def _sub_shape(tensor: TensorLike, kept: KeptChannels | None) -> tuple[int, ...]:
@@ -113,7 +113,7 @@ def fits(
 
 
 def unpack(name: str, names: Collection[str], read: Read, whole: Coverage) -> tuple[np.ndarray, Coverage]:
-    """Return the values of a packed tensor and their coverage; `whole` is the coverage of its slice.
+    """Return the values of a packed tensor and their coverage; `whole` is the sub-model's coverage.
 
     `names` are those of the update's tensors, and `read` returns one of them. Raises `UpdateRefused` when they do
     not fit each other.

@@ -405,9 +405,9 @@ async def test_bytes_up_are_predicted_by_the_encoding_of_updates_and_then_by_tho
 @pytest.mark.parametrize(
     ("tensors", "complaint"),
     [
-        ({"w": np.zeros((8, 50), np.float32)}, "part of the model has float32[4, 50]"),
+        ({"w": np.zeros((8, 50), np.float32)}, "sub-model has float32[4, 50]"),
         ({"w#mask": np.zeros(25, np.uint8)}, "no tensor 'w#mask'"),
-        ({"b": np.ones(3, np.float32)}, "part of the model has float32[4]"),
+        ({"b": np.ones(3, np.float32)}, "sub-model has float32[4]"),
     ],
 )
 async def test_an_update_of_another_part_than_was_given_is_refused(
