@@ -2,9 +2,9 @@
 
 A tensor of the model is one of these in it:
 
-    NAME                           the mean in the model's dtype; left out where no update covers it
-    NAME, NAME#weights             and the weight of each coordinate, float64, where that is not the update's weight
-    NAME, NAME#rest                and what rounding to integers took from the mean, float64
+    NAME                         the mean in the model's dtype; left out where no update covers it
+    NAME, NAME#weights           and the weight of each coordinate, float64, where that is not the update's weight
+    NAME, NAME#rest              and what rounding to integers took from the mean, float64
 
 A tensor has few different weights, one for each set of sub-models that its devices train. They are packed like the
 values of a clustered tensor (see `partial_update`): NAME#weights, NAME#weights#codes.
