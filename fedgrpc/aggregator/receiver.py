@@ -353,6 +353,7 @@ class Receiver:
 
     def _tell(self, upload: Upload) -> None:
         """How far it is. Raises `RoundClosed`."""
+        self._run.round_of(upload.header.token)
         held, total = upload.size_bytes, upload.manifest.size_bytes
         progress = Progress(upload.header.token, TaskPhase.UPLOADING, held / total if total else 1.0, held, total)
         self._coordinator.apply(progress)

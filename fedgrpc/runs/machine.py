@@ -26,7 +26,7 @@ from fedgrpc.rounds.events import (
     WorkersAvailable,
 )
 from fedgrpc.rounds.policy import RoundPolicy, TaskKind
-from fedgrpc.rounds.round import Round, RoundPhase, Streak
+from fedgrpc.rounds.round import Round, RoundPhase, Step, Streak
 from fedgrpc.rounds.state import step
 from fedgrpc.rounds.task import Task
 from fedgrpc.rounds.version import Measure
@@ -279,7 +279,7 @@ class RunMachine:
     def _step(self, event: rounds.Event, now: float) -> Effects:
         """Apply an event to the round in progress."""
         before = self.current
-        state, effects = step(before.state, event, now)
+        state, effects = self._transition(before.state, event, now)
         after = replace(before, state=state)
         closed = [TaskClosed(token, _lost(state.find(token))) for token in _closed(before, after, event)]
         self.round = after
@@ -291,6 +291,9 @@ class RunMachine:
         if isinstance(event, Accepted | Rejected | Failed):
             self._release(state.find(event.token).worker, event.token)
         return (*effects, *closed)
+
+    def _transition(self, round_: Round, event: rounds.Event, now: float) -> Step:
+        return step(round_, event, now)
 
     def _release(self, worker: str, token: str) -> None:
         """A worker that holds this task holds none."""

@@ -1,4 +1,4 @@
-"""A simulated aggregator: the production `step` in the shell of `fedgrpc.aggregator`, written for virtual time.
+"""A simulated aggregator: the production `RunMachine` in a shell written for virtual time.
 
 The rule is that of the real one: what the world is told is on the disk first. It can be killed between any two
 lines that yield.
@@ -6,21 +6,18 @@ lines that yield.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.errors import FedgrpcError, LinkError, RoundClosed, UnknownTask, UpdateRefused, WrongOffset
+from fedgrpc.rounds import events as rounds
 from fedgrpc.rounds.events import (
-    Accepted,
-    Cancel,
     Commit,
-    Committed,
-    Effect,
-    Event,
     Failed,
     Finished,
     Offer,
@@ -31,8 +28,28 @@ from fedgrpc.rounds.events import (
     Tick,
     WorkersAvailable,
 )
-from fedgrpc.rounds.round import Round, RoundPhase
-from fedgrpc.rounds.state import follow, restore, step, time_left, wake_at, wants_workers
+from fedgrpc.rounds.history import Timings
+from fedgrpc.rounds.policy import TaskKind
+from fedgrpc.rounds.round import Round, RoundPhase, Step
+from fedgrpc.rounds.state import restore, step, time_left, wake_at, wants_workers
+from fedgrpc.rounds.version import Version as ModelVersion
+from fedgrpc.runs.events import (
+    Effect,
+    Event,
+    OpenRound,
+    RoundEnded,
+    RoundOpened,
+    RoundsRestored,
+    TaskClosed,
+    TasksGiven,
+    UpdateAccepted,
+    UpdatesMerged,
+    VersionTaken,
+    WorkerPolled,
+)
+from fedgrpc.runs.machine import RunMachine, RunRules, check_ended_task
+from fedgrpc.runs.round_in_progress import RoundInProgress
+from fedgrpc.runs.task_context import Report, TaskContext
 from fedgrpc.simulation.loop import Future, Life, Process, Timeout, Wait
 from tests.simulator.choosing import Chooser
 from tests.simulator.disk import Disk, Version
@@ -42,34 +59,75 @@ if TYPE_CHECKING:
     from tests.simulator.world import World
 
 POLL_S = 8.0
+_ENDLESS = 1 << 31
+_LAYOUT = (TensorSpec("weights", "float32", (1,)),)
+_REPORT = Report(1, 1, {}, {}, 0, Timings(), 0, 0)
+
+
+class Run(RunMachine):
+    """The production run, whose rounds are watched, and can be broken on purpose."""
+
+    aggregator: Aggregator
+    watched = True
+
+    def foresee(self, event: Event, now: float) -> RunMachine:
+        self.watched = False
+        try:
+            return super().foresee(event, now)
+        finally:
+            self.watched = True
+
+    def _transition(self, round_: Round, event: rounds.Event, now: float) -> Step:
+        after, effects = self.aggregator.step(round_, event, now)
+        if self.watched:
+            self.aggregator.world.watch.stepped(round_, event, after, effects)
+        return after, effects
 
 
 class Aggregator:
     """One incarnation after the other on one `disk`. Tests break it on purpose by overriding a method."""
+
+    run_class: type[Run] = Run
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.disk = Disk()
         self.life = Life()
         self.life.alive = False
-        self.round: Round | None = None
-        self.version = 1
+        self.run = self.new_run()
+
+    @property
+    def round(self) -> Round | None:
+        """The round in progress."""
+        return None if self.run.round is None else self.run.round.state
 
     # One incarnation.
 
     def start(self) -> None:
         """Come up from the disk."""
         self.life = Life()
-        self.round = None
         self.effects: list[Select | Commit | Finished] = []
         self.wake = Future()
         self.polling: dict[str, Future] = {}
-        self.busy: dict[str, str] = {}
         self.streams: dict[str, object] = {}
         self.chooser = Chooser(self.world)
         self.last_seen: dict[str, float] = {}
+        self.run = self.new_run()
         self.recover()
         self.world.loop.spawn(self._drive(), self.life)
+
+    def new_run(self) -> Run:
+        """The run as far as its last version."""
+        rules = RunRules(self.world.policy, _ENDLESS)
+        run = self.run_class(rules, "simulated", 0.0)
+        run.aggregator = self
+        number = self.known_version()
+        run.apply(VersionTaken(ModelVersion(number, 0, b"digest"), _LAYOUT), 0.0)
+        return run
+
+    def known_version(self) -> int:
+        """The last version on the disk."""
+        return self.disk.version
 
     def crash(self) -> None:
         """Lose everything but the disk."""
@@ -78,7 +136,7 @@ class Aggregator:
     def recover(self) -> None:
         """Go on in the round that was open, with the updates that were accepted."""
         disk, policy, now = self.disk, self.world.policy, self.world.loop.now
-        self.version = disk.version
+        self.dispatch(RoundsRestored(disk.last_number))
         number = disk.open.number if disk.open else disk.last_number + 1
         tasks = [
             (row.token, row.worker, self._stored_phase(row.token, row.phase), row.reason, row.staleness)
@@ -86,22 +144,28 @@ class Aggregator:
         ]
         if disk.open is not None:
             left_s = disk.open.deadline_at - self.world.wall_now
-            self.round = restore(number, policy, tasks, disk.open.aim, left_s, now, disk.open.granted_s)
-            self.world.watch.restored(self.round)
-            assert self.round.deadline_at is not None
-            if self.round.granted_s > disk.open.granted_s:
-                wall_deadline_at = self.world.wall_now + self.round.deadline_at - now
-                disk.open = replace(disk.open, deadline_at=wall_deadline_at, granted_s=self.round.granted_s)
+            state = restore(number, policy, tasks, disk.open.aim, left_s, now, disk.open.granted_s)
+            self.world.watch.restored(state)
+            assert state.deadline_at is not None
+            if state.granted_s > disk.open.granted_s:
+                wall_deadline_at = self.world.wall_now + state.deadline_at - now
+                disk.open = replace(disk.open, deadline_at=wall_deadline_at, granted_s=state.granted_s)
+            self._reopen(state)
         elif tasks:
-            self.round = restore(number, policy, tasks, 0, None, now)
-        for token, task in self.round.tasks.items() if self.round else ():
-            if not task.phase.final:
-                self.busy[task.worker] = token
-        disk.keep_only(self.round.tasks if self.round else ())
+            self._reopen(restore(number, policy, tasks, 0, None, now))
+        self._keep_files()
+
+    def _reopen(self, state: Round) -> None:
+        contexts = {token: TaskContext(report=_REPORT) for token in state.accepted}
+        round_ = RoundInProgress(state, TaskKind.TRAIN, self.run.version, self.world.wall_now, contexts)
+        self.dispatch(RoundOpened(round_))
 
     def _stored_phase(self, token: str, phase: TaskPhase) -> TaskPhase:
         upload = self.disk.uploads.get(token)
         return TaskPhase.ACCEPTED if upload is not None and upload.sealed else phase
+
+    def _keep_files(self) -> None:
+        self.disk.keep_only(self.round.tasks if self.round is not None else ())
 
     # What workers ask.
 
@@ -126,62 +190,44 @@ class Aggregator:
             return error
 
     def _poll(self, poll: Poll) -> Process[Assignment | None]:
-        self._drop_lost(poll.worker)
-        if poll.worker not in self.busy:
+        self.dispatch(WorkerPolled(poll.worker, None))
+        if poll.worker not in self.run.leases:
             self.polling[poll.worker] = woken = Future()
             self._wake_driver()
             with suppress(Timeout):
                 yield from self.world.loop.wait(woken, POLL_S)
             if self.polling.get(poll.worker) is woken:
                 del self.polling[poll.worker]
-        token = self.busy.get(poll.worker)
-        if token is None or not self._takes_news(token):
+        token = self.run.task_of(poll.worker)
+        if token is None:
             return None
-        assert self.round is not None
-        task = self.round.find(token)
-        self.dispatch(Progress(token, TaskPhase.OFFERED if task.phase is TaskPhase.EXPIRED else task.phase))
-        time_left_s = time_left(self.round, self.world.loop.now)
-        return Assignment(token, self.round.number, self.version - task.staleness, time_left_s)
-
-    def _drop_lost(self, worker: str) -> None:
-        """Who asks for a task has nothing to deliver; a task of a round before is not worth beginning again."""
-        token = self.busy.get(worker)
-        if token is not None and self._takes_news(token):
-            assert self.round is not None
-            if self.round.find(token).staleness:
-                self.dispatch(Failed(token, "its worker has lost it"))
-
-    def _takes_news(self, token: str) -> bool:
-        """Whether the round, as it stands, has a use for news of this task."""
-        round_ = self.round
-        if round_ is None or token in round_.carried:
-            return round_ is not None
-        return token in round_.tasks and round_.phase in (RoundPhase.SELECTING, RoundPhase.REPORTING)
+        phase = self.run.current.state.find(token).phase
+        self.dispatch(Progress(token, TaskPhase.OFFERED if phase is TaskPhase.EXPIRED else phase))
+        round_ = self.run.current
+        left_s = time_left(round_.state, self.world.loop.now)
+        return Assignment(token, round_.number, round_.version_of(token), left_s)
 
     def _heartbeat(self, beat: Heartbeat) -> bool:
         try:
-            self._dispatch_if_open(Progress(beat.token, beat.phase))
+            if self._check_open(beat.worker, beat.token) is not TaskPhase.ACCEPTED:
+                self.dispatch(Progress(beat.token, beat.phase))
         except RoundClosed:
             return True
         return False
 
     def _give_back(self, request: GiveBack) -> None:
-        self._dispatch_if_open(Failed(request.token, "training failed"))
-
-    def _dispatch_if_open(self, event: Progress | Failed) -> None:
-        if self._check_open(event.token) is TaskPhase.ACCEPTED:
-            raise RoundClosed("the update of this task is accepted")
-        self.dispatch(event)
+        if self._check_open(request.worker, request.token) is not TaskPhase.ACCEPTED:
+            self.dispatch(Failed(request.token, "training failed"))
 
     def _query(self, query: Query) -> Held:
-        if self._check_open(query.token) is TaskPhase.ACCEPTED:
+        if self._check_open(query.worker, query.token) is TaskPhase.ACCEPTED:
             return self._acknowledge(query.token, 0)
         upload = self.disk.uploads.get(query.token)
         return Held(upload.held if upload else 0, complete=False)
 
     def _push(self, push: Push) -> Process[Held]:
         token = push.token
-        if self._check_open(token) is TaskPhase.ACCEPTED:
+        if self._check_open(push.worker, token) is TaskPhase.ACCEPTED:
             return self._acknowledge(token, push.total)
         upload = self.disk.uploads.get(token)
         if push.offset != (upload.held if upload else 0):
@@ -209,7 +255,7 @@ class Aggregator:
         self.disk.seal(token)
         yield from self._disk_time_of(token, me)
         try:
-            self._dispatch_if_of_this_round(token, Accepted(token))
+            self.dispatch(UpdateAccepted(token, 1.0, _REPORT))
         except RoundClosed:
             self.disk.discard([token])
             raise
@@ -225,90 +271,84 @@ class Aggregator:
         self.world.watch.acknowledged(token)
         return Held(chunks, complete=True)
 
-    def _check_open(self, token: str) -> TaskPhase:
+    def _check_open(self, worker: str, token: str) -> TaskPhase:
         """The phase of a task that may still send or has sent its update. Raises `UnknownTask`, `RoundClosed`."""
+        phase = self.run.check_task(worker, token)
+        if phase is not None:
+            return phase
         row = self.disk.rows.get(token)
         if row is None:
             raise UnknownTask("no task has this token")
-        if self.round is not None and (token in self.round.carried or token in self.round.tasks):
-            phase = self.round.find(token).phase
-            open_ = self._takes_news(token) and not phase.final
-        else:
-            phase, open_ = row.phase, False
-        if not open_ and phase is not TaskPhase.ACCEPTED:
-            raise RoundClosed(f"the task is {phase.name.lower()}")
-        return phase
+        return check_ended_task(worker, row.worker, row.phase, row.reason)
 
     def _dispatch_if_of_this_round(self, token: str, event: Event) -> None:
-        if self.round is None or not (token in self.round.carried or token in self.round.tasks):
-            raise RoundClosed("the round of this task has ended")
+        self.run.round_of(token)
         self.dispatch(event)
 
-    # What happens to the round.
+    # What happens to the run.
 
-    def step(self, round_: Round, event: Event, now: float) -> tuple[Round, tuple[Effect, ...]]:
+    def step(self, round_: Round, event: rounds.Event, now: float) -> Step:
         """The production transition."""
         return step(round_, event, now)
 
     def dispatch(self, event: Event) -> None:
-        """Apply one event. Raises as `rounds.step` does; nothing has then happened."""
-        assert self.round is not None
-        before = self.round
-        self.round, effects = self.step(before, event, self.world.loop.now)
-        self.world.watch.stepped(before, event, self.round, effects)
+        """Apply one event. Raises as `RunMachine.apply` does; nothing has then happened."""
+        effects = self.run.apply(event, self.world.loop.now)
         for effect in effects:
             self._carry_out(effect)
-        if isinstance(event, Accepted | Rejected | Failed):
-            self._release(event.token)
-        if effects or isinstance(event, Accepted | Rejected | Failed):
+        if effects or isinstance(event, UpdateAccepted | Rejected | Failed):
             self._wake_driver()
 
+    def dispatch_after(self, event: Event, store: Callable[[Round], None]) -> Process[None]:
+        """Store the round as the event will leave it, and then apply the event."""
+        after = self.run.foresee(event, self.world.loop.now).current.state
+        yield self._disk_time()
+        store(after)
+        yield self._disk_time()
+        self.dispatch(event)
+
     def _carry_out(self, effect: Effect) -> None:
-        assert self.round is not None
-        if isinstance(effect, Offer):
-            self.busy[effect.worker] = effect.token
-            if effect.worker in self.polling:
-                self.polling[effect.worker].set()
-        elif isinstance(effect, Cancel):
-            if self.round.find(effect.token).phase.final:
-                self._release(effect.token)
+        if isinstance(effect, Offer) and effect.worker in self.polling:
+            self.polling[effect.worker].set()
+        elif isinstance(effect, TaskClosed):
+            self.streams.pop(effect.token, None)
         elif isinstance(effect, Select | Commit | Finished):
             self.effects.append(effect)
 
-    def _release(self, token: str) -> None:
-        for worker, held in list(self.busy.items()):
-            if held == token:
-                del self.busy[worker]
+    # Who is there, for the run.
+
+    def idle_trainers(self, busy: Collection[str]) -> tuple[str, ...]:
+        return tuple(worker for worker in self.polling if worker not in busy)
+
+    def live_trainers(self, now: float, but: Collection[str] = ()) -> int:
+        since = now - self.world.policy.lease_s
+        return sum(seen > since or worker in self.polling for worker, seen in self.last_seen.items())
+
+    def doubted(self, now: float) -> frozenset[str]:
+        return frozenset()
 
     def pool(self) -> WorkersAvailable:
         """Who could take a task now."""
-        since = self.world.loop.now - self.world.policy.lease_s
-        idle = tuple(worker for worker in self.polling if worker not in self.busy)
-        return WorkersAvailable(
-            idle, sum(seen > since or worker in self.polling for worker, seen in self.last_seen.items())
-        )
+        return self.run.workers_available(self, self.world.loop.now)
 
     # The one task that opens rounds, selects and commits.
 
     def _drive(self) -> Process[None]:
         while True:
-            if self.round is None:
-                self.round = Round(self.disk.last_number + 1, self.world.policy, self.world.loop.now)
+            if self.run.round is None:
+                opened = self.run.next_step(self.world.wall_now, self.world.loop.now)
+                assert isinstance(opened, OpenRound)
+                self.dispatch(RoundOpened(opened.round))
             yield from self._play()
             self.effects.clear()
             yield self.world.loop.sleep(self.world.rng.uniform(0, 0.5))
             self._follow()
 
     def _follow(self) -> None:
-        assert self.round is not None
-        self.round, effects = follow(self.round, self.disk.last_number + 1, self.world.policy, self.world.loop.now)
-        for effect in effects:
-            if isinstance(effect, Cancel):
-                self._release(effect.token)
-        self.disk.keep_only(self.round.tasks)
+        self.dispatch(RoundEnded(self.world.wall_now))
+        self._keep_files()
 
     def _play(self) -> Process[None]:
-        assert self.round is not None
         while True:
             while self.effects:
                 effect = self.effects.pop(0)
@@ -320,11 +360,11 @@ class Aggregator:
                     yield from self._finish(effect)
                     return
             self.wake = Future()
-            if wants_workers(self.round):
+            if wants_workers(self.run.current.state):
                 self.dispatch(self.pool())
             if self.effects:
                 continue
-            due = self.wake_at(self.round)
+            due = self.wake_at(self.run.current.state)
             try:
                 yield from self.world.loop.wait(self.wake, np.inf if due is None else due - self.world.loop.now)
             except Timeout:
@@ -338,29 +378,36 @@ class Aggregator:
         self.wake.set()
 
     def _select(self, select: Select) -> Process[None]:
-        assert self.round is not None
+        state, now = self.run.current.state, self.world.loop.now
         idle = (worker for worker in self.pool().idle if worker not in select.exclude)
-        selected = self.chooser.choose(self.round, idle, select.count)
-        chosen = [worker for _, worker in selected.tasks]
-        after, _ = step(self.round, selected, self.world.loop.now)
-        if after.phase is RoundPhase.REPORTING and chosen:
-            assert after.deadline_at is not None
-            wall_deadline_at = self.world.wall_now + after.deadline_at - self.world.loop.now
-            yield self._disk_time()
-            self.disk.save_open(after, wall_deadline_at)
-            yield self._disk_time()
-        self.dispatch(selected)
+        selected = self.chooser.choose(state, idle, select.count)
+        given = TasksGiven(selected, {token: TaskContext() for token, _ in selected.tasks})
+        opened = self.run.foresee(selected, now).current.state.phase is RoundPhase.REPORTING
+        if opened and selected.tasks:
+            yield from self.dispatch_after(given, self._save_open)
+        else:
+            self.dispatch(given)
+
+    def _save_open(self, after: Round) -> None:
+        assert after.deadline_at is not None
+        self.disk.save_open(after, self.world.wall_now + after.deadline_at - self.world.loop.now)
 
     def _commit(self, commit: Commit) -> Process[None]:
-        assert self.round is not None
         yield self._disk_time()
-        updates = tuple(self.disk.uploads[token].update for token in commit.tokens)
-        version = Version(self.version + 1, self.round.number, commit.tokens, updates)
-        after, _ = step(self.round, Committed(version.version), self.world.loop.now)
+        merged, version = self.merge(commit)
+        after = self.run.foresee(merged, self.world.loop.now).current.state
         yield from self.finish_round(after, version)
-        self.version = version.version
         yield self._disk_time()
-        self.dispatch(Committed(version.version))
+        self.dispatch(merged)
+
+    def merge(self, commit: Commit) -> tuple[UpdatesMerged, Version]:
+        """The version that a commit makes."""
+        updates = tuple(self.disk.uploads[token].update for token in commit.tokens)
+        number, round_number = self.run.version + 1, self.run.current.number
+        version = ModelVersion(number, round_number, b"digest", trained=number - 1)
+        weights = dict.fromkeys(commit.tokens, 1.0)
+        merged = UpdatesMerged(version, _LAYOUT, weights, {}, {}, False, 0.0)
+        return merged, Version(number, round_number, commit.tokens, updates)
 
     def finish_round(self, after: Round, version: Version | None) -> Process[None]:
         """Make the end of the round durable, with its version, in one transaction."""
@@ -370,15 +417,13 @@ class Aggregator:
             self.world.watch.committed(version, after)
 
     def _finish(self, finished: Finished) -> Process[None]:
-        assert self.round is not None
-        self.chooser.remember(self.round)
+        state = self.run.current.state
+        self.chooser.remember(state)
         if not finished.committed:
-            yield from self.finish_round(self.round, None)
-        for worker, token in list(self.busy.items()):
-            if token in self.round.tasks and token not in self.round.carried:
-                del self.busy[worker]
+            yield from self.finish_round(state, None)
         yield self._disk_time()
-        self.disk.discard([token for token in self.round.tasks if token not in self.round.carried])
+        state = self.run.current.state
+        self.disk.discard([token for token in state.tasks if token not in state.carried])
 
     def _disk_time(self) -> Wait:
         """The disk takes its time, and any of these moments may be the last."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.round import Round
+from fedgrpc.rounds.state import follow
 from tests.simulator.messages import UpdateId
 
 
@@ -100,11 +101,10 @@ class Disk:
     def finish(self, round_: Round, version: Version | None) -> None:
         """Close a round, with the version it wrote, all or nothing; carried tasks are then the next round's."""
         self._save_rows(round_)
-        aged = version is not None
-        for token, task in round_.carried.items():
-            row = Row(token, round_.number + 1, task.worker, task.phase, task.reason, task.staleness + aged)
+        after, _ = follow(round_, round_.number + 1, round_.policy, round_.opened_at)
+        for token in after.tasks:
             del self.rows[token]
-            self.rows[token] = row
+        self._save_rows(after)
         self.open = None
         self.last_number = max(self.last_number, round_.number)
         if version is not None:

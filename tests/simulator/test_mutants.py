@@ -20,9 +20,8 @@ from fedgrpc.rounds.events import (
     WorkersAvailable,
 )
 from fedgrpc.rounds.round import Round, RoundPhase
-from fedgrpc.rounds.state import follow
 from fedgrpc.simulation.loop import Process
-from tests.simulator.aggregator import Aggregator
+from tests.simulator.aggregator import Aggregator, Run
 from tests.simulator.disk import Disk, Version
 from tests.simulator.messages import Held, Push
 from tests.simulator.world import World
@@ -69,17 +68,15 @@ class IgnoresTheQuorum(Aggregator):
 
 
 class ForgetsTheNewVersion(Aggregator):
-    def recover(self) -> None:
-        super().recover()
-        self.version = max(1, self.version - 1)
+    def known_version(self) -> int:
+        return max(1, super().known_version() - 1)
 
 
 class TellsAVersionBeforeItIsDurable(Aggregator):
     """A model file that was found, though no transaction says that it counts."""
 
-    def recover(self) -> None:
-        super().recover()
-        self.version += 1
+    def known_version(self) -> int:
+        return super().known_version() + 1
 
 
 class LetsHeartbeatsMoveTheDeadline(Aggregator):
@@ -138,16 +135,15 @@ class ForgetsWhatWasAcceptedWhileItCommitted(Aggregator):
     """The next round is opened as if none had been before it."""
 
     def _follow(self) -> None:
-        assert self.round is not None
-        self.round = replace(self.round, carried={})
+        ended = self.run.current
+        self.run.round = replace(ended, state=replace(ended.state, carried={}))
         super()._follow()
-        self.busy.clear()
+        self.run.leases.clear()
 
 
 class RemovesTheFilesOfCarriedUpdates(Aggregator):
     def _finish(self, finished: object) -> Process[None]:
-        assert self.round is not None
-        tokens = list(self.round.tasks)
+        tokens = list(self.run.current.state.tasks)
         yield from super()._finish(finished)  # type: ignore[arg-type]
         self.disk.discard(tokens)
 
@@ -159,10 +155,12 @@ class TakesUpdatesHoweverStale(Aggregator):
         return replace(after, policy=round_.policy), effects
 
     def _follow(self) -> None:
-        assert self.round is not None
-        patient = replace(self.world.policy, max_staleness=100)
-        self.round, _ = follow(self.round, self.disk.last_number + 1, patient, self.world.loop.now)
-        self.round = replace(self.round, policy=self.world.policy)
+        rules, policy = self.run.rules, self.world.policy
+        self.run.rules = replace(rules, policy=replace(policy, max_staleness=100))
+        super()._follow()
+        self.run.rules = rules
+        if (round_ := self.run.round) is not None:
+            self.run.round = replace(round_, state=replace(round_.state, policy=policy))
 
 
 class AcceptsBeforeItVerifies(Aggregator):
@@ -183,13 +181,48 @@ class NeverAsksALostWorkerAgain(Aggregator):
 
     def _carry_out(self, effect: Effect) -> None:
         if isinstance(effect, Cancel):
-            assert self.round is not None
-            self.lost.add(self.round.tasks[effect.token].worker)
+            self.lost.add(self.run.current.state.tasks[effect.token].worker)
         super()._carry_out(effect)
 
     def pool(self) -> WorkersAvailable:
         pool = super().pool()
         return WorkersAvailable(tuple(worker for worker in pool.idle if worker not in self.lost), pool.live_count)
+
+
+class _NeverFrees(Run):
+    def _release(self, worker: str, token: str) -> None:
+        pass
+
+
+class NeverFreesAWorker(Aggregator):
+    """Whoever has held a task holds it for good."""
+
+    run_class = _NeverFrees
+
+
+class LosesLeasesWhenRestarted(Aggregator):
+    """Workers that come back are nobody's: they are given other tasks beside their own."""
+
+    def recover(self) -> None:
+        super().recover()
+        self.run.leases.clear()
+
+
+class ForgetsCarriedTasksWhenRestarted(Aggregator):
+    def recover(self) -> None:
+        if self.disk.open is None:
+            self.disk.rows = {
+                token: row for token, row in self.disk.rows.items() if row.round <= self.disk.last_number
+            }
+        super().recover()
+
+
+class RemovesUpdatesBeforeTheirVersionIsStored(Aggregator):
+    """The commit order: what a version is made of goes first."""
+
+    def finish_round(self, after: Round, version: Version | None) -> Process[None]:
+        self.disk.discard(version.tokens if version is not None else ())
+        yield from super().finish_round(after, version)
 
 
 MUTANTS: list[tuple[type[Aggregator], str]] = [
@@ -210,6 +243,10 @@ MUTANTS: list[tuple[type[Aggregator], str]] = [
     (TakesUpdatesHoweverStale, "bound held"),
     (AcceptsBeforeItVerifies, "none refused"),
     (NeverAsksALostWorkerAgain, "goes on"),
+    (NeverFreesAWorker, "no surprise"),
+    (LosesLeasesWhenRestarted, "goes on"),
+    (ForgetsCarriedTasksWhenRestarted, "nothing lost"),
+    (RemovesUpdatesBeforeTheirVersionIsStored, "nothing lost"),
 ]
 
 
