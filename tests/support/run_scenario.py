@@ -1,4 +1,4 @@
-"""A run as a story: a machine, a clock, and workers that are only names."""
+"""A scenario of one run: a machine, a clock, and workers that are only names."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ REPORT = Report(
 
 
 @dataclass
-class Crowd:
+class ListedFleet:
     """A fleet of workers that all poll, but for those that are away."""
 
     names: str
@@ -55,32 +55,34 @@ class Crowd:
         return self.slow
 
 
-class Story:
+class RunScenario:
     """Tells a machine what happens, as the shell would; the token of worker "a" in round 3 is "a3"."""
 
     def __init__(self, names: str = "abc", rounds: int = 10, evaluate: bool = False, **policy: object) -> None:
         settings = {"min_workers": 1, "selection_window_s": 0.0, "deadline_s": 100.0, "lease_s": 10.0, **policy}
         rules = RunRules(RoundPolicy(**settings), rounds, evaluate)  # type: ignore[arg-type]
-        self.run = RunMachine(rules, "run", 0.0)
-        self.fleet = Crowd(names)
+        self.machine = RunMachine(rules, "run", 0.0)
+        self.fleet = ListedFleet(names)
         self.now = 0.0
 
     def __call__(self, event: Event) -> tuple[Effect, ...]:
-        return self.run.apply(event, self.now)
+        return self.machine.apply(event, self.now)
 
-    def model(self, version: int = 1) -> Story:
+    def model(self, version: int = 1) -> RunScenario:
         """The run has a model."""
         self(VersionTaken(Version(version, 0, b"digest", trained=version - 1), LAYOUT))
         return self
 
-    def open(self, chosen: str | None = None) -> Story:
+    def open(self, chosen: str | None = None) -> RunScenario:
         """Open a round, with a task for each of the idle workers, or for those named."""
-        if self.run.round is None:
-            step = self.run.next_step(0.0, self.now)
+        if self.machine.round is None:
+            step = self.machine.next_step(0.0, self.now)
             assert isinstance(step, OpenRound), step
             self(RoundOpened(step.round))
-        select = next(e for e in self(self.run.workers_available(self.fleet, self.now)) if isinstance(e, Select))
-        names = self.run.idle_trainers(self.fleet, self.now) if chosen is None else tuple(chosen)
+        select = next(
+            e for e in self(self.machine.workers_available(self.fleet, self.now)) if isinstance(e, Select)
+        )
+        names = self.machine.idle_trainers(self.fleet, self.now) if chosen is None else tuple(chosen)
         names = tuple(name for name in names if name not in select.exclude)[: select.count]
         tasks = tuple((self.token(name), name) for name in names)
         contexts = {token: TaskContext(device_class=f"class of {name}") for token, name in tasks}
@@ -88,7 +90,7 @@ class Story:
         return self
 
     def token(self, worker: str) -> str:
-        return f"{worker}{self.run.current.number}"
+        return f"{worker}{self.machine.current.number}"
 
     def accept(self, *tokens: str) -> tuple[Effect, ...]:
         """These updates are accepted; the effects of the last one."""
@@ -99,13 +101,13 @@ class Story:
 
     def merged(self, scored: bool = False) -> UpdatesMerged:
         """The event that ends the commit of the round in progress."""
-        state = self.run.current.state
-        number = self.run.version + 1
-        version = Version(number, state.number, b"digest", trained=self.run.trained + 1)
+        state = self.machine.current.state
+        number = self.machine.version + 1
+        version = Version(number, state.number, b"digest", trained=self.machine.trained + 1)
         weights = dict.fromkeys(state.accepted, 10.0)
         return UpdatesMerged(version, LAYOUT, weights, dict.fromkeys(weights, 1.0), {"loss": 0.5}, scored, 0.25)
 
-    def commit(self, scored: bool = False) -> Story:
+    def commit(self, scored: bool = False) -> RunScenario:
         """The round has its version, and is left behind."""
         self(self.merged(scored))
         self(RoundEnded(0.0))
