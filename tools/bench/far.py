@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tools.bench.transport import far, latency
+from tools.bench.transport import far, federation, latency
 from tools.bench.transport.processes import process, reply
 from tools.bench.transport.workload import WIDTHS, initial_model
 
@@ -58,7 +58,9 @@ async def _exchange(port: int, width: int, folder: Path) -> tuple[float, float]:
     from fedgrpc.worker.model_store import ModelFolder
 
     out = io.BytesIO()
-    manifest = write_payload(initial_model(width), Recipe.parse("raw"), out, np.random.default_rng(0))
+    manifest = write_payload(
+        initial_model(width), Recipe.parse("raw"), out, np.random.default_rng(0), federation.layout(width)
+    )
     mbit = manifest.size_bytes * 8e-6
     async with open_channel(f"127.0.0.1:{port}") as channel:
         client = AggregatorClient(channel, "far")

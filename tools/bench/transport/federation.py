@@ -21,6 +21,7 @@ from tools.bench.transport.workload import Noise, initial_model, initial_pieces,
 
 if TYPE_CHECKING:
     from fedgrpc.aggregator.coordinator import Coordinator
+    from fedgrpc.codec.layout import Layout
     from fedgrpc.trainer import TrainJob, TrainResult
 
 
@@ -34,13 +35,18 @@ def serve(
     pipe.send(asyncio.run(_serve(pipe, folder, path, workers, rounds, settings)))
 
 
+def layout(width: int) -> Layout:
+    """The tensors of the model, all of them parameters: the other contestants know no statistics either."""
+    from fedgrpc.codec.layout import TensorSpec
+
+    return tuple(TensorSpec(name, "float32", shape) for name, shape in shapes(width).items())
+
+
 def write_initial(path: Path, width: int) -> None:
     """The model that everyone starts from; in pieces, so that it is not this which is measured as the peak."""
-    from fedgrpc.codec.layout import TensorSpec
     from fedgrpc.storage.model_file import write_model
 
-    layout = tuple(TensorSpec(name, "float32", shape) for name, shape in shapes(width).items())
-    write_model(path, layout, initial_pieces(width))
+    write_model(path, layout(width), initial_pieces(width))
 
 
 async def _serve(

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fedgrpc import logging
-from tools.bench.transport.federation import write_initial
+from tools.bench.transport.federation import layout, write_initial
 from tools.bench.transport.workload import initial_model
 
 _PAUSE_S = 0.005
@@ -120,7 +120,9 @@ async def _upload(pipe: Connection, port: int, number: int, width: int, updates:
     from fedgrpc.worker.client import AggregatorClient
 
     out = io.BytesIO()
-    manifest = write_payload(initial_model(width), Recipe.parse("raw"), out, np.random.default_rng(number))
+    manifest = write_payload(
+        initial_model(width), Recipe.parse("raw"), out, np.random.default_rng(number), layout(width)
+    )
     message, read = manifest_to_proto(manifest), buffer_reader(out.getbuffer())
     async with AsyncExitStack() as stack:
         tasks: list[tuple[AggregatorClient, UpdateHeader]] = []
