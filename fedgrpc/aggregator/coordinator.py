@@ -95,6 +95,8 @@ from fedgrpc.v1.round_pb2 import Round as RoundRecord
 log = structlog.get_logger()
 T = TypeVar("T")
 _ANONYMOUS = Session()
+# After each new name is stored, this many times as long for what rounds store: a sync of the disk each.
+_REGISTERING_REST = 3.0
 # After these the driver looks whether the round has something to do.
 _FINAL = (UpdateAccepted, Rejected, Failed)
 # Who only asks changes nothing that watchers see.
@@ -139,6 +141,7 @@ class Coordinator:
         self._rolled_back: asyncio.Future[None] | None = None
         self._changing_phase = asyncio.Lock()
         self._registering = asyncio.Lock()
+        self._registering_rests_until = 0.0
         self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._log = log.bind(run=settings.run_name)
         self.data_folder = DataFolder(self._log, self.changes.notify)
@@ -215,7 +218,11 @@ class Coordinator:
             # After an outage a whole fleet comes back at once with nothing new to store. Registrations are stored
             # one at a time, so that what a round stores waits for one of them at most.
             async with self._registering:
+                await self._rest_from_registering()
+                began = time.monotonic()
                 await self._save_worker(registration, session)
+                now = time.monotonic()
+                self._registering_rests_until = now + _REGISTERING_REST * (now - began)
                 # Another process may have been faster.
                 await self.sessions.claim(registration.worker, session, peer)
                 worker = self.fleet.register(registration, self.clock())
@@ -225,6 +232,10 @@ class Coordinator:
         if self.sessions.take(worker, session, peer):
             self.apply(DeviceReplaced(worker.name))
         self.wake.set()
+
+    async def _rest_from_registering(self) -> None:
+        """Wait until a crowd of new names has left the disk to the rounds for a while."""
+        await asyncio.sleep(max(0.0, self._registering_rests_until - time.monotonic()))
 
     async def _save_worker(self, registration: RegisterRequest, session: Session) -> None:
         """Store a registration, and make room for it where there is none. Raises `Exhausted`."""

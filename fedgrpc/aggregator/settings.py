@@ -131,8 +131,8 @@ class AggregatorSettings:
                 raise UsageError(
                     f"the weight of worker {worker!r} must be a number from 0 to {WEIGHT.most:g}, not {weight:g}"
                 )
-        if self.max_update_norm is not None and not self.max_update_norm > 0:
-            raise UsageError(f"max_update_norm must be above 0, not {self.max_update_norm:g}")
+        if self.max_update_norm is not None and not 0 < self.max_update_norm < math.inf:
+            raise UsageError(f"max_update_norm must be a number above 0, not {self.max_update_norm:g}")
         if self.max_examples is not None and not 1 <= self.max_examples < 1 << 63:
             raise UsageError(f"max_examples must be from 1 to {(1 << 63) - 1}, not {self.max_examples}")
         self._check_clipping()

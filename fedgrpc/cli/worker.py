@@ -258,6 +258,8 @@ def _run(**values: Any) -> int:
     if setup.threads is not None:
         use_threads(setup.threads)
     own_task: str | None = values["task"]
+    if not all(pattern.strip() for pattern in values["allow_tasks"]):
+        raise UsageError("--allow-task must name a task or a pattern, as in mine.tasks.*, not an empty text")
     # Report mistakes before the worker dials its aggregator.
     if own_task is not None:
         find_task(own_task)

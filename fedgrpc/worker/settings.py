@@ -17,6 +17,8 @@ from fedgrpc.rpc.retry import Backoff
 from fedgrpc.worker.device import DeviceProfile
 from fedgrpc.worker.throttle import Throttle
 
+# A batch of more examples than that is a mistake; plans have 32 bits for it.
+_MOST_BATCH: Final = (1 << 32) - 1
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -75,6 +77,8 @@ class WorkerSettings:
         ):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
+        if not self.min_batch_size <= _MOST_BATCH:
+            raise UsageError(f"min_batch_size must be at most {_MOST_BATCH}, not {self.min_batch_size}")
         for encoding in self.encodings:
             if encoding not in ENCODING_NAMES:
                 raise UsageError(f"unknown encoding {encoding!r}; known are {', '.join(ENCODING_NAMES)}")

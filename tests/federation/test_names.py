@@ -92,7 +92,8 @@ async def test_the_second_of_two_workers_waits_and_says_why_and_takes_over_when_
                 (tmp_path / "data-a" / "wait").unlink()
                 await first.until("update acknowledged", round=1)
                 first.send(signal.SIGKILL)
-                await second.until("update acknowledged", round=2)
+                # Of round 2, or of round 3 where the first had its task of round 2 already.
+                await second.until("update acknowledged")
                 await aggregator.until("name taken over", worker="pi")
         changes = Recorded.changes(tmp_path / "data-a")[0] + Recorded.changes(tmp_path / "data-b")[0]
         assert np.isclose(running.weights(3)["b"][0], changes)
