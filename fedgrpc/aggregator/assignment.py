@@ -17,9 +17,9 @@ import structlog
 
 from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.coordinator import Coordinator
-from fedgrpc.aggregator.fleet import Fleet
 from fedgrpc.aggregator.local_models import LocalModels, Sizing
 from fedgrpc.aggregator.model_store import Downlink, Extent, Held, ModelStore
+from fedgrpc.aggregator.registry import WorkerRegistry
 from fedgrpc.errors import UnusableUpdate
 from fedgrpc.protocol.rounds import record_of
 from fedgrpc.rounds.events import Deadline, Select, Selected
@@ -47,7 +47,7 @@ class TaskAssigner:
     """Answers a round's `Select`."""
 
     def __init__(
-        self, coordinator: Coordinator, fleet: Fleet, models: ModelStore, local_models: LocalModels
+        self, coordinator: Coordinator, fleet: WorkerRegistry, models: ModelStore, local_models: LocalModels
     ) -> None:
         self._coordinator = coordinator
         self._run = coordinator.machine

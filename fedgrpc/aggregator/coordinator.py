@@ -21,9 +21,9 @@ import structlog
 
 from fedgrpc import claims
 from fedgrpc.aggregator.answers import Assignment, Beat
-from fedgrpc.aggregator.fleet import Allowance, Fleet, Worker
 from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
+from fedgrpc.aggregator.registry import Allowance, Worker, WorkerRegistry
 from fedgrpc.aggregator.scores import for_log
 from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.aggregator.settings import AggregatorSettings
@@ -124,7 +124,7 @@ class Coordinator:
         self.journal = journal
         self.metrics = metrics
         self.clock = clock
-        self.fleet = Fleet(settings.max_workers, settings.policy.lease_s)
+        self.fleet = WorkerRegistry(settings.max_workers, settings.policy.lease_s)
         self.sessions = Sessions(self.fleet, settings.heartbeat_s, lambda: self.clock())
         self.machine = RunMachine(_rules(settings), secrets.token_hex(8), time.time())
         self.last_record: RoundRecord | None = None

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-from fedgrpc.aggregator.fleet import Fleet, Worker
+from fedgrpc.aggregator.registry import Worker, WorkerRegistry
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.history import (
     Timing,
@@ -32,7 +32,7 @@ _MARGIN = 1.2
 _UNTOLD_LOSS = 1.0
 
 
-def histories_after(round_: RoundInProgress, fleet: Fleet) -> dict[str, WorkerHistory]:
+def histories_after(round_: RoundInProgress, fleet: WorkerRegistry) -> dict[str, WorkerHistory]:
     """Return the histories of those who had a task in a round that has ended, with what it showed of them.
 
     A task that is carried on has not ended. Scores and initial weights take other times than training does: of
@@ -54,7 +54,7 @@ def histories_after(round_: RoundInProgress, fleet: Fleet) -> dict[str, WorkerHi
     return changed
 
 
-def histories_of(dropped: Iterable[DroppedTask], fleet: Fleet) -> dict[str, WorkerHistory]:
+def histories_of(dropped: Iterable[DroppedTask], fleet: WorkerRegistry) -> dict[str, WorkerHistory]:
     """The histories of those whose tasks were carried on and dropped; being accepted in vain tells nothing."""
     changed: dict[str, WorkerHistory] = {}
     for each in dropped:

@@ -16,8 +16,8 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from fedgrpc.aggregator.blame import blaming
-from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.model_store import ModelStore
+from fedgrpc.aggregator.registry import Worker
 from fedgrpc.codec.budget import expected_bits
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.recipe import Recipe

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.model_store import Downlink
+from fedgrpc.aggregator.registry import Worker
 from fedgrpc.codec.cast import Cast
 from fedgrpc.codec.encoding import Encoding
 from fedgrpc.codec.preference import Capabilities, Preferences, parse_preferences

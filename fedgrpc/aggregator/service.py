@@ -14,12 +14,12 @@ import grpc.aio
 from fedgrpc import __version__
 from fedgrpc.aggregator.answers import Assignment
 from fedgrpc.aggregator.coordinator import Coordinator
-from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.histories import tell_history, upload_reserve_s
 from fedgrpc.aggregator.model_store import WHOLE, Downlink, Extent
 from fedgrpc.aggregator.negotiation import RAW, full_text, link_of
 from fedgrpc.aggregator.pages import MAX_PAGE_BYTES, fitting, page_of
 from fedgrpc.aggregator.receiver import Receiver
+from fedgrpc.aggregator.registry import Worker
 from fedgrpc.aggregator.watching import Pieces, Watching
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.layout import Layout

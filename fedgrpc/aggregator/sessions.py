@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import structlog
 
-from fedgrpc.aggregator.fleet import Fleet, Worker
+from fedgrpc.aggregator.registry import Worker, WorkerRegistry
 from fedgrpc.errors import NameTaken, StateCopied
 from fedgrpc.rpc.identity import Session
 
@@ -27,7 +27,7 @@ log = structlog.get_logger()
 class Sessions:
     """The sessions of one fleet."""
 
-    def __init__(self, fleet: Fleet, heartbeat_s: float, clock: Callable[[], float]) -> None:
+    def __init__(self, fleet: WorkerRegistry, heartbeat_s: float, clock: Callable[[], float]) -> None:
         self._fleet = fleet
         self._patience_s = min(_MOST_S, _HEARTBEATS * heartbeat_s)
         self._clock = clock

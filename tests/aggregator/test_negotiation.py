@@ -2,9 +2,9 @@
 
 import pytest
 
-from fedgrpc.aggregator.fleet import Worker
 from fedgrpc.aggregator.model_store import Downlink
 from fedgrpc.aggregator.negotiation import Negotiation, text_of
+from fedgrpc.aggregator.registry import Worker
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.history import LinkRates, WorkerHistory

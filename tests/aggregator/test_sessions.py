@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from fedgrpc.aggregator.fleet import Fleet
+from fedgrpc.aggregator.registry import WorkerRegistry
 from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.errors import NameTaken, StateCopied, UsageError
 from fedgrpc.rounds.history import WorkerHistory
@@ -28,7 +28,7 @@ class Desk:
 
     def __init__(self):
         self.clock = Clock()
-        self.fleet = Fleet(3, LEASE_S)
+        self.fleet = WorkerRegistry(3, LEASE_S)
         self.sessions = Sessions(self.fleet, HEARTBEAT_S, self.clock)
 
     async def register(self, session, name="pi"):

@@ -21,8 +21,8 @@ from google.protobuf.message import DecodeError, Message
 from fedgrpc.aggregation import partial_aggregate, partial_update
 from fedgrpc.aggregation.admission import AdmissionPolicy, check_values
 from fedgrpc.aggregation.mean import CoordinateMean
-from fedgrpc.aggregator.fleet import Fleet, Worker
 from fedgrpc.aggregator.negotiation import Negotiation, full_text
+from fedgrpc.aggregator.registry import Worker, WorkerRegistry
 from fedgrpc.aggregator.settings import Target as RunTarget
 from fedgrpc.codec.chunk import Chunk, check_chunk, crc32
 from fedgrpc.codec.encoding import parse_encoding
@@ -407,7 +407,7 @@ def _registrations() -> tuple[aggregator_pb2.RegisterRequest, ...]:
 @target(share=5)
 def registrations(rnd: Random, folder: Path) -> None:
     registration = _one_of(_registrations(), rnd)
-    Fleet(10, 5.0).check(registration)
+    WorkerRegistry(10, 5.0).check(registration)
     worker = Worker(registration, 0.0)
     full_text(_negotiation().agreed(worker).download_text)
     _negotiation().tell(worker, aggregator_pb2.WorkerRecord())

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from fedgrpc.aggregator.fleet import Allowance, Fleet
+from fedgrpc.aggregator.registry import Allowance, WorkerRegistry
 from fedgrpc.errors import Exhausted, UnknownWorker, UsageError
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
@@ -18,7 +18,7 @@ def request(name, role=WORKER_ROLE_TRAINER, cores=1):
 
 @pytest.fixture
 def fleet():
-    return Fleet(max_workers=3, away_after_s=10.0)
+    return WorkerRegistry(max_workers=3, away_after_s=10.0)
 
 
 def test_a_worker_is_alive_for_a_while_after_it_was_heard_of_and_as_long_as_it_polls(fleet):
@@ -120,7 +120,7 @@ def full(fleet):
 
 
 def test_workers_that_never_delivered_make_room_for_new_ones_the_longest_silent_first():
-    fleet = Fleet(max_workers=4, away_after_s=10.0)
+    fleet = WorkerRegistry(max_workers=4, away_after_s=10.0)
     full(fleet)
     fleet.register(request("d"), 5.0)
     assert fleet.make_room("a", ("b",), 20.0) == []
@@ -152,7 +152,7 @@ def test_those_who_deliver_or_work_are_never_forgotten_and_those_who_poll_only_n
 
 
 def test_of_many_workers_more_than_one_is_forgotten_at_a_time():
-    fleet = Fleet(max_workers=1000, away_after_s=10.0)
+    fleet = WorkerRegistry(max_workers=1000, away_after_s=10.0)
     for number in range(1000):
         fleet.register(request(f"w{number}"), float(number))
     assert fleet.make_room("new", (), 2000.0) == [f"w{number}" for number in range(10)]

@@ -1,18 +1,17 @@
-"""Who has registered and who is alive. It belongs to no run: which task a worker holds is the run's to know."""
+"""The workers that have registered, the process that speaks for each, and their open polls."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 import re
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from fedgrpc.errors import Exhausted, UnknownWorker, UsageError
-from fedgrpc.rounds.history import Histories, Trust, WorkerHistory
-from fedgrpc.rounds.round import Round
+from fedgrpc.errors import Exhausted, UsageError
+from fedgrpc.rounds.history import Trust, WorkerHistory
 from fedgrpc.rpc.identity import Session
+from fedgrpc.runs.fleet import Fleet
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.device_pb2 import WORKER_ROLE_AGGREGATOR, WORKER_ROLE_EVALUATOR
 
@@ -20,8 +19,6 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MAX_REGISTRATION_BYTES = 16 << 10
 # Links that flap leave polls behind that nobody waits for.
 _MAX_POLLS = 4
-# Of so many registered workers one is forgotten at a time, so that room is not made for each new one anew.
-_FORGOTTEN_SHARE = 100
 # Changed registrations of one name: each is written to the disk.
 _CHANGES = 10
 _CHANGE_S = 2.0
@@ -107,31 +104,8 @@ class Worker:
         return self.registration.role == WORKER_ROLE_AGGREGATOR
 
 
-class Fleet:
-    """Every worker that has registered.
-
-    One that has not left is alive while it polls, and for `away_after_s` after it was heard.
-    """
-
-    def __init__(self, max_workers: int, away_after_s: float) -> None:
-        self._workers: dict[str, Worker] = {}
-        self._max_workers = max_workers
-        self._away_after_s = away_after_s
-        self._polls_kept_until = -math.inf
-        self._doubted: set[str] = set()
-
-    def __iter__(self) -> Iterator[Worker]:
-        return iter(self._workers.values())
-
-    def __len__(self) -> int:
-        return len(self._workers)
-
-    def get(self, name: str) -> Worker:
-        """The worker of that name. Raises `UnknownWorker`."""
-        try:
-            return self._workers[name]
-        except KeyError:
-            raise UnknownWorker(f"worker {name[:80]!r} has not registered here") from None
+class WorkerRegistry(Fleet[Worker]):
+    """The fleet of this aggregator: its registrations, and its open polls."""
 
     def knows(self, registration: RegisterRequest, session: Session | None = None) -> bool:
         """Whether this very registration, by this process, is in force."""
@@ -145,27 +119,6 @@ class Fleet:
             raise UsageError(f"a worker's name is 1 to 64 of letters, digits, '.', '_' and '-', not {name[:80]!r}")
         if (size_bytes := registration.ByteSize()) > _MAX_REGISTRATION_BYTES:
             raise UsageError(f"a registration of {size_bytes} bytes; allowed are {_MAX_REGISTRATION_BYTES}")
-
-    def make_room(self, name: str, keep: Container[str], now: float) -> list[str]:
-        """Forget workers for a new one called `name`, if there is no room; the names of those forgotten.
-
-        Only those that never delivered an update are, and none in `keep`: they lose nothing but their place, and
-        register again if they are there. Those that poll give way only now and then.
-
-        Raises `Exhausted` when there is nobody to forget.
-        """
-        if name in self._workers or len(self._workers) < self._max_workers:
-            return []
-        idle = [w for w in self if not w.history.accepted and w.name not in keep]
-        silent = sorted((w for w in idle if not w.polls), key=lambda w: (self.alive(w, now), w.last_seen))
-        count = max(1, self._max_workers // _FORGOTTEN_SHARE)
-        if not silent and now >= self._polls_kept_until:
-            self._polls_kept_until = now + self._away_after_s
-            silent = sorted(idle, key=lambda w: w.last_seen)
-        if not silent:
-            why = f"the limit of {self._max_workers} workers is reached"
-            raise Exhausted(why, retry_after_s=self._away_after_s)
-        return [self._workers.pop(worker.name).name for worker in silent[:count]]
 
     def register(self, registration: RegisterRequest, now: float) -> Worker:
         """Add a worker, or renew what it says of itself. Raises `UsageError` and `Exhausted`."""
@@ -188,10 +141,6 @@ class Fleet:
         holder = Holder(session, called=now, hung_up=True)
         self._workers[registration.worker] = Worker(registration, last_seen, history, holder=holder)
 
-    def find(self, name: str) -> Worker | None:
-        """The worker of that name; None where nobody has registered under it."""
-        return self._workers.get(name)
-
     def holds_name(self, worker: Worker, now: float) -> bool:
         """Whether no other device may take the worker's name."""
         lately = now - worker.holder.called < self._away_after_s
@@ -211,63 +160,6 @@ class Fleet:
             worker.polls -= 1
             if limit is not None and limit in worker.open_polls:
                 worker.open_polls.remove(limit)
-
-    def alive(self, worker: Worker, now: float) -> bool:
-        """Whether the worker polls, or was heard of lately, and has not left."""
-        return not worker.left and (worker.polls > 0 or now - worker.last_seen < self._away_after_s)
-
-    def idle_trainers(self, busy: Container[str] = ()) -> tuple[str, ...]:
-        """Names of the trainers that poll, but for the busy ones."""
-        return tuple(w.name for w in self if w.polls and not w.left and w.name not in busy and not w.evaluator)
-
-    def doubted(self, now: float) -> frozenset[str]:
-        """Names of the workers that rounds cannot count on; there mostly are none."""
-        if self._doubted:
-            self._doubted = {name for name in self._doubted if self._is_doubted(name, now)}
-        return frozenset(self._doubted)
-
-    def _is_doubted(self, name: str, now: float) -> bool:
-        worker = self.find(name)
-        return worker is not None and worker.trust.doubted(now)
-
-    def histories(self) -> Histories:
-        """What is remembered of each trainer that has had a task."""
-        return {w.name: w.history for w in self if w.history.selected and not w.evaluator}
-
-    def history_of(self, name: str) -> WorkerHistory:
-        """What is remembered of a worker; nothing of one that has been forgotten."""
-        worker = self.find(name)
-        return WorkerHistory() if worker is None else worker.history
-
-    def remember(self, histories: Histories) -> None:
-        """Replace the histories of these workers; some may have been forgotten since."""
-        for name, history in histories.items():
-            if (worker := self.find(name)) is not None:
-                worker.history = history
-
-    def live_trainers(self, now: float, but: Container[str] = ()) -> int:
-        """How many trainers are alive, those named in `but` left out."""
-        return sum(self.alive(w, now) and not w.evaluator and w.name not in but for w in self)
-
-    def judge(self, round_: Round, now: float) -> list[str]:
-        """Note who held up a round that has ended; names of those that are doubted for it."""
-        doubted = []
-        for token, task in round_.tasks.items():
-            worker = self._workers.get(task.worker)
-            if worker is not None and token not in round_.carried:
-                worker.trust = worker.trust.after(round_, task, now)
-                if worker.trust.doubted(now):
-                    doubted.append(worker.name)
-        self._doubted.update(doubted)
-        return doubted
-
-    def live_evaluators(self, now: float) -> list[Worker]:
-        """The evaluators that are alive."""
-        return [w for w in self if w.evaluator and self.alive(w, now)]
-
-    def any_alive_but(self, names: Container[str], now: float) -> bool:
-        """Whether a worker is alive that is not one of these."""
-        return any(self.alive(worker, now) and worker.name not in names for worker in self)
 
     def wake_evaluators_and(self, names: Container[str]) -> None:
         """Let the open polls of evaluators and of these workers look again."""

@@ -1,0 +1,141 @@
+"""The workers: who is alive, idle, trusted. Pure, and of no run: a run itself knows who holds its tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterator
+from typing import Generic, Protocol, TypeVar
+
+from fedgrpc.errors import Exhausted, UnknownWorker
+from fedgrpc.rounds.history import Histories, Trust, WorkerHistory
+from fedgrpc.rounds.round import Round
+
+# Of so many workers one is forgotten at a time, so that room is not made for each new one anew.
+_FORGOTTEN_SHARE = 100
+
+
+class FleetMember(Protocol):
+    """What a fleet knows of one worker; `last_seen` by the aggregator's clock, seconds; `polls`: its open polls.
+
+    `left`: it said that it ends, and has not been heard of since. `trust` says whether rounds may count on it.
+    """
+
+    name: str
+    evaluator: bool
+    last_seen: float
+    polls: int
+    left: bool
+    history: WorkerHistory
+    trust: Trust
+
+
+M = TypeVar("M", bound=FleetMember)
+
+
+class Fleet(Generic[M]):
+    """Every worker that is known.
+
+    One that has not left is alive while it polls, and for `away_after_s` after it was heard.
+    """
+
+    def __init__(self, max_workers: int, away_after_s: float) -> None:
+        self._workers: dict[str, M] = {}
+        self._max_workers = max_workers
+        self._away_after_s = away_after_s
+        self._polls_kept_until = -math.inf
+        self._doubted: set[str] = set()
+
+    def __iter__(self) -> Iterator[M]:
+        return iter(self._workers.values())
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def get(self, name: str) -> M:
+        """The worker of that name. Raises `UnknownWorker`."""
+        try:
+            return self._workers[name]
+        except KeyError:
+            raise UnknownWorker(f"worker {name[:80]!r} has not registered here") from None
+
+    def find(self, name: str) -> M | None:
+        """The worker of that name; None where nobody has registered under it."""
+        return self._workers.get(name)
+
+    def make_room(self, name: str, keep: Container[str], now: float) -> list[str]:
+        """Forget workers for a new one called `name`, if there is no room; the names of those forgotten.
+
+        Only those that never delivered an update are, and none in `keep`: they lose nothing but their place, and
+        register again if they are there. Those that poll give way only now and then.
+
+        Raises `Exhausted` when there is nobody to forget.
+        """
+        if name in self._workers or len(self._workers) < self._max_workers:
+            return []
+        idle = [w for w in self if not w.history.accepted and w.name not in keep]
+        silent = sorted((w for w in idle if not w.polls), key=lambda w: (self.alive(w, now), w.last_seen))
+        count = max(1, self._max_workers // _FORGOTTEN_SHARE)
+        if not silent and now >= self._polls_kept_until:
+            self._polls_kept_until = now + self._away_after_s
+            silent = sorted(idle, key=lambda w: w.last_seen)
+        if not silent:
+            why = f"the limit of {self._max_workers} workers is reached"
+            raise Exhausted(why, retry_after_s=self._away_after_s)
+        return [self._workers.pop(worker.name).name for worker in silent[:count]]
+
+    def alive(self, worker: M, now: float) -> bool:
+        """Whether the worker polls, or was heard of lately, and has not left."""
+        return not worker.left and (worker.polls > 0 or now - worker.last_seen < self._away_after_s)
+
+    def idle_trainers(self, busy: Container[str] = ()) -> tuple[str, ...]:
+        """Names of the trainers that poll, but for the busy ones."""
+        return tuple(w.name for w in self if w.polls and not w.left and w.name not in busy and not w.evaluator)
+
+    def live_trainers(self, now: float, but: Container[str] = ()) -> int:
+        """How many trainers are alive, those named in `but` left out."""
+        return sum(self.alive(w, now) and not w.evaluator and w.name not in but for w in self)
+
+    def live_evaluators(self, now: float) -> list[M]:
+        """The evaluators that are alive."""
+        return [w for w in self if w.evaluator and self.alive(w, now)]
+
+    def any_alive_but(self, names: Container[str], now: float) -> bool:
+        """Whether a worker is alive that is not one of these."""
+        return any(self.alive(worker, now) and worker.name not in names for worker in self)
+
+    def doubted(self, now: float) -> frozenset[str]:
+        """Names of the workers that rounds cannot count on; there mostly are none."""
+        if self._doubted:
+            self._doubted = {name for name in self._doubted if self._is_doubted(name, now)}
+        return frozenset(self._doubted)
+
+    def _is_doubted(self, name: str, now: float) -> bool:
+        worker = self.find(name)
+        return worker is not None and worker.trust.doubted(now)
+
+    def judge(self, round_: Round, now: float) -> list[str]:
+        """Note who held up a round that has ended; names of those that are doubted for it."""
+        doubted = []
+        for token, task in round_.tasks.items():
+            worker = self._workers.get(task.worker)
+            if worker is not None and token not in round_.carried:
+                worker.trust = worker.trust.after(round_, task, now)
+                if worker.trust.doubted(now):
+                    doubted.append(worker.name)
+        self._doubted.update(doubted)
+        return doubted
+
+    def histories(self) -> Histories:
+        """What is remembered of each trainer that has had a task."""
+        return {w.name: w.history for w in self if w.history.selected and not w.evaluator}
+
+    def history_of(self, name: str) -> WorkerHistory:
+        """What is remembered of a worker; nothing of one that has been forgotten."""
+        worker = self.find(name)
+        return WorkerHistory() if worker is None else worker.history
+
+    def remember(self, histories: Histories) -> None:
+        """Replace the histories of these workers; some may have been forgotten since."""
+        for name, history in histories.items():
+            if (worker := self.find(name)) is not None:
+                worker.history = history
