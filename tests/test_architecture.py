@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "aggregation": {"errors", "claims", "submodels"},
     "rounds": {"errors", "claims"},
     "runs": {"errors", "claims", "codec", "submodels", "aggregation", "rounds"},
-    "simulation": {"errors", "rounds"},
+    "simulation": {"errors", "codec", "rounds", "runs"},
     "trainer": {"errors", "training_plan", "submodels"},
     "process": set(),
     "aio": set(),

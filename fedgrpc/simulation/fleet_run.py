@@ -1,4 +1,4 @@
-"""A fleet at work: the production round under a virtual clock, with devices that are only numbers.
+"""A fleet at work: the production run under a virtual clock, with devices that are only numbers.
 
 Modelled: who can be reached when, the speed of each device and link, lost and failed tasks, uploads that pause and
 go on, leases, deadlines, replacement, late updates. Not modelled: what is learned (so Oort sees only speed and
@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.errors import RoundClosed, UnknownTask
 from fedgrpc.rounds.events import (
     Accepted,
     Cancel,
     Commit,
-    Committed,
     Deadline,
-    Event,
     Failed,
     Finished,
     Offer,
@@ -36,7 +35,10 @@ from fedgrpc.rounds.events import (
 from fedgrpc.rounds.history import WorkerHistory, timing_of
 from fedgrpc.rounds.round import Round, RoundPhase
 from fedgrpc.rounds.selection import Choice, choose_oort, learned_deadline
-from fedgrpc.rounds.state import follow, step, wake_at
+from fedgrpc.rounds.state import wake_at
+from fedgrpc.rounds.version import Version
+from fedgrpc.runs.events import Event, OpenRound, RoundEnded, RoundOpened, UpdatesMerged, VersionTaken
+from fedgrpc.runs.machine import RunMachine, RunRules
 from fedgrpc.simulation.devices import Devices
 from fedgrpc.simulation.fleet import Fleet, Variant
 from fedgrpc.simulation.fleet_job import Job
@@ -48,6 +50,9 @@ _LOOK_AGAIN_S = 5.0
 _KNOWN_WORKERS = 1000
 _ENOUGH_IDLE = 1000
 _SHOWN_STEPS = 200
+_ENDLESS = 1 << 31
+# The run has a model to begin with, of whatever layout.
+_LAYOUT = (TensorSpec("weights", "float32", (1,)),)
 
 
 @dataclass
@@ -73,7 +78,9 @@ class FleetRun:
         self._in_round = np.zeros(self.devices.count, dtype=bool)
         self.lines: list[RoundLine] = []
         self._histories: dict[str, WorkerHistory] = {}
-        self._round = Round(1, variant.policy, 0.0)
+        self._run = RunMachine(RunRules(variant.policy, _ENDLESS), "simulated", 0.0)
+        self._run.apply(VersionTaken(Version(1, 0, b"digest"), _LAYOUT), 0.0)
+        self._open_round()
         self._tally = _Tally(0.0)
         self._wake_at = math.inf
         self._tokens = 0
@@ -90,10 +97,18 @@ class FleetRun:
 
     # The aggregator.
 
+    @property
+    def _round(self) -> Round:
+        return self._run.current.state
+
+    def _open_round(self) -> None:
+        opened = self._run.next_step(0.0, self.loop.now)
+        assert isinstance(opened, OpenRound)
+        self._run.apply(RoundOpened(opened.round), self.loop.now)
+
     def dispatch(self, event: Event) -> None:
-        """Apply an event, and do what the round asks for. Raises as `rounds.step` does."""
-        self._round, effects = step(self._round, event, self.loop.now)
-        for effect in effects:
+        """Apply an event, and do what the round asks for. Raises as `RunMachine.apply` does."""
+        for effect in self._run.apply(event, self.loop.now):
             if isinstance(effect, Select):
                 self._select(effect)
             elif isinstance(effect, Offer):
@@ -178,7 +193,8 @@ class FleetRun:
         def done() -> None:
             for token in commit.tokens:
                 self.jobs[token].merge(self.loop.now, self._round.tasks[token].staleness)
-            self.dispatch(Committed(self._round.number))
+            version = Version(self._run.version + 1, self._round.number, b"digest", trained=self._run.trained + 1)
+            self.dispatch(UpdatesMerged(version, _LAYOUT, {}, {}, {}, False, self.variant.commit_s))
 
         self._tally.accepted = len(commit.tokens)
         self.loop.call_at(self.loop.now + self.variant.commit_s, done)
@@ -193,13 +209,14 @@ class FleetRun:
                 ended.number, tally.opened_at, self.loop.now, committed, tally.asked, accepted, ended.deadline_s
             )
         )
-        self._round, effects = follow(ended, ended.number + 1, self.variant.policy, self.loop.now)
+        self._run.apply(RoundEnded(0.0), self.loop.now)
+        if self._run.round is None:
+            self._open_round()
         for token, task in ended.tasks.items():
             if token not in self._round.tasks:
                 job = self.jobs.pop(token)
                 if task.phase is TaskPhase.ACCEPTED and not job.fate:
                     job.stop("in vain")
-        assert all(isinstance(effect, Cancel) for effect in effects)
         self._tally = _Tally(self.loop.now)
         self._wake_at = math.inf
         self._in_round[:] = False
