@@ -83,7 +83,9 @@ from fedgrpc.runs.events import (
     WorkerPolled,
     WorkerTold,
 )
-from fedgrpc.runs.machine import RunMachine, RunRules, check_ended_task
+from fedgrpc.runs.machine import RunMachine
+from fedgrpc.runs.round_in_progress import check_ended_task
+from fedgrpc.runs.rules import RunRules
 from fedgrpc.runs.task_context import Report
 from fedgrpc.runs.weights import Weighing
 from fedgrpc.storage.data_folder import DataFolder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from typing import Generic, Protocol, TypeVar
 
 from fedgrpc.errors import Exhausted, UnknownWorker
@@ -139,3 +139,16 @@ class Fleet(Generic[M]):
         for name, history in histories.items():
             if (worker := self.find(name)) is not None:
                 worker.history = history
+
+
+class FleetView(Protocol):
+    """What a run asks its fleet, of whatever kind."""
+
+    def idle_trainers(self, busy: Collection[str]) -> tuple[str, ...]:
+        """Names of the trainers that poll, but for the busy ones."""
+
+    def live_trainers(self, now: float, but: Collection[str] = ()) -> int:
+        """How many trainers are alive, but for those named."""
+
+    def doubted(self, now: float) -> frozenset[str]:
+        """Names of the workers that held up rounds again and again."""

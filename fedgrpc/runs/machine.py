@@ -7,12 +7,12 @@ the event. `now` is any clock that never runs backwards, in seconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from fedgrpc.codec.layout import Layout
-from fedgrpc.errors import IllegalTransition, NotFound, RoundClosed, WrongIdentity
+from fedgrpc.errors import IllegalTransition, NotFound, RoundClosed
 from fedgrpc.rounds import events as rounds
 from fedgrpc.rounds.events import (
     Abort,
@@ -25,11 +25,10 @@ from fedgrpc.rounds.events import (
     TaskPhase,
     WorkersAvailable,
 )
-from fedgrpc.rounds.policy import RoundPolicy, TaskKind
+from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.round import Round, RoundPhase, Step, Streak
 from fedgrpc.rounds.state import step
 from fedgrpc.rounds.task import Task
-from fedgrpc.rounds.version import Measure
 from fedgrpc.runs.evaluations import Evaluation, Evaluations
 from fedgrpc.runs.events import (
     DeviceReplaced,
@@ -70,40 +69,13 @@ from fedgrpc.runs.events import (
     WorkerPolled,
     WorkerTold,
 )
+from fedgrpc.runs.fleet import FleetView
 from fedgrpc.runs.round_in_progress import DroppedTask, RoundInProgress
+from fedgrpc.runs.rules import RunRules
 from fedgrpc.runs.versions import Versions
 
 Effects = tuple[Effect, ...]
 E = TypeVar("E", bound=rounds.Event)
-
-
-class FleetView(Protocol):
-    """Who of the workers is there; the fleet knows nothing of runs and tasks."""
-
-    def idle_trainers(self, busy: Collection[str]) -> tuple[str, ...]:
-        """Names of the trainers that poll, but for the busy ones."""
-
-    def live_trainers(self, now: float, but: Collection[str] = ()) -> int:
-        """How many trainers are alive, but for those named."""
-
-    def doubted(self, now: float) -> frozenset[str]:
-        """Names of the workers that held up rounds again and again."""
-
-
-@dataclass(frozen=True)
-class RunRules:
-    """What the operator says of a run: `rounds` of training by `policy`, and `evaluate`: its versions are scored.
-
-    The best version is the one with the best score by the first of `measures`. Scores of evaluators count for it
-    only where the operator named these. `initialises`: who may give the first model.
-    """
-
-    policy: RoundPolicy
-    rounds: int
-    evaluate: bool = False
-    measures: tuple[Measure, ...] = ()
-    evaluators_named: bool = False
-    initialises: Callable[[str], bool] = lambda worker: True
 
 
 class RunMachine:
@@ -205,11 +177,7 @@ class RunMachine:
         round_ = self.round
         if round_ is None or not (round_.wants(token) or token in round_.state.tasks):
             return None
-        task = round_.state.find(token)
-        phase = _checked(worker, task.worker, task.phase, task.reason)
-        if phase is not TaskPhase.ACCEPTED and not round_.wants(token):
-            raise RoundClosed(f"round {round_.number} takes no more updates")
-        return phase
+        return round_.check_task(worker, token)
 
     def workers_available(self, fleet: FleetView, now: float) -> WorkersAvailable:
         """Count the workers that could take a task of the round in progress."""
@@ -281,7 +249,7 @@ class RunMachine:
         before = self.current
         state, effects = self._transition(before.state, event, now)
         after = replace(before, state=state)
-        closed = [TaskClosed(token, _lost(state.find(token))) for token in _closed(before, after, event)]
+        closed = [_task_closed(token, state.find(token)) for token in after.closed_since(before, event)]
         self.round = after
         for effect in effects:
             if isinstance(effect, Offer):
@@ -351,7 +319,7 @@ class RunMachine:
             if token not in kept:
                 self._release(task.worker, token)
         closed = (each for each in dropped if ended.takes_update(each.token))
-        return (*map(Drop, dropped), *(TaskClosed(each.token, _lost(each.task)) for each in closed))
+        return (*map(Drop, dropped), *(_task_closed(each.token, each.task) for each in closed))
 
     def _note_end(self, ended: RoundInProgress) -> None:
         if ended.kind is TaskKind.EVALUATE:
@@ -512,43 +480,8 @@ class RunMachine:
         return ()
 
 
-def check_ended_task(worker: str, owner: str, phase: TaskPhase, reason: str) -> TaskPhase:
-    """Return the phase of a task whose round has ended, as it was stored: ACCEPTED.
-
-    Raises `WrongIdentity`, and `RoundClosed` for any other phase.
-    """
-    if not phase.final:
-        phase = TaskPhase.LATE
-    return _checked(worker, owner, phase, reason or "its round has ended")
-
-
-def _checked(worker: str, owner: str, phase: TaskPhase, reason: str) -> TaskPhase:
-    if owner != worker:
-        raise WrongIdentity("the token belongs to another worker")
-    if phase in (TaskPhase.REJECTED, TaskPhase.FAILED, TaskPhase.LATE):
-        raise RoundClosed(f"the task is {phase.name.lower()}: {reason}")
-    return phase
-
-
-def _closed(before: RoundInProgress, after: RoundInProgress, event: rounds.Event) -> list[str]:
-    """Return the tasks that could deliver an update before the event, and cannot after it."""
-    if isinstance(event, Rejected | Failed):
-        touched: Iterable[str] = [event.token]
-    elif before.state.phase is not after.state.phase:
-        touched = before.state.tasks
-    else:
-        return []
-    return [
-        token
-        for token in touched
-        if before.takes_update(token)
-        and not after.takes_update(token)
-        and after.state.find(token).phase is not TaskPhase.ACCEPTED
-    ]
-
-
-def _lost(task: Task) -> str:
-    return f"the task is {task.phase.name.lower()}: {task.reason}"
+def _task_closed(token: str, task: Task) -> TaskClosed:
+    return TaskClosed(token, f"the task is {task.phase.name.lower()}: {task.reason}")
 
 
 _HANDLERS: Mapping[type, Callable[[RunMachine, Any, float], Effects]] = {

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from fedgrpc.rounds.events import Cancel, LossCause, TaskPhase
+from fedgrpc.errors import RoundClosed, WrongIdentity
+from fedgrpc.rounds.events import Cancel, Event, Failed, LossCause, Rejected, TaskPhase
 from fedgrpc.rounds.policy import Dominance, RoundPolicy, TaskKind, dominant
 from fedgrpc.rounds.round import Round, RoundPhase
 from fedgrpc.rounds.state import follow
@@ -109,6 +110,33 @@ class RoundInProgress:
         """Whether this task may still deliver its update."""
         return self.wants(token) and self.state.find(token).phase not in (*_LOST, TaskPhase.ACCEPTED)
 
+    def check_task(self, worker: str, token: str) -> TaskPhase:
+        """Return the phase of a task that may still send, or has sent, its update.
+
+        Raises `WrongIdentity`, and `RoundClosed` when its update is not wanted any more.
+        """
+        task = self.state.find(token)
+        phase = _checked(worker, task.worker, task.phase, task.reason)
+        if phase is not TaskPhase.ACCEPTED and not self.wants(token):
+            raise RoundClosed(f"round {self.number} takes no more updates")
+        return phase
+
+    def closed_since(self, before: RoundInProgress, event: Event) -> list[str]:
+        """Return the tasks that could deliver an update before an event, and cannot after it."""
+        if isinstance(event, Rejected | Failed):
+            touched: Iterable[str] = [event.token]
+        elif before.state.phase is not self.state.phase:
+            touched = before.state.tasks
+        else:
+            return []
+        return [
+            token
+            for token in touched
+            if before.takes_update(token)
+            and not self.takes_update(token)
+            and self.state.find(token).phase is not TaskPhase.ACCEPTED
+        ]
+
     def is_stale(self, token: str) -> bool:
         """Whether a newer version than the task's is there or about to be: it is not worth beginning again."""
         if token in self.state.carried and self.state.phase in (RoundPhase.COMMITTING, RoundPhase.COMMITTED):
@@ -158,3 +186,21 @@ class RoundInProgress:
                 task = task.lost(TaskPhase.LATE, LossCause.LATE, reasons.get(token, ""), now)
             dropped.append(DroppedTask(token, self.number, task))
         return dropped
+
+
+def check_ended_task(worker: str, owner: str, phase: TaskPhase, reason: str) -> TaskPhase:
+    """Return the phase of a task whose round has ended, as it was stored: ACCEPTED.
+
+    Raises `WrongIdentity`, and `RoundClosed` for any other phase.
+    """
+    if not phase.final:
+        phase = TaskPhase.LATE
+    return _checked(worker, owner, phase, reason or "its round has ended")
+
+
+def _checked(worker: str, owner: str, phase: TaskPhase, reason: str) -> TaskPhase:
+    if owner != worker:
+        raise WrongIdentity("the token belongs to another worker")
+    if phase in _LOST:
+        raise RoundClosed(f"the task is {phase.name.lower()}: {reason}")
+    return phase

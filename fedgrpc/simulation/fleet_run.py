@@ -38,7 +38,8 @@ from fedgrpc.rounds.selection import Choice, choose_oort, learned_deadline
 from fedgrpc.rounds.state import wake_at
 from fedgrpc.rounds.version import Version
 from fedgrpc.runs.events import Event, OpenRound, RoundEnded, RoundOpened, UpdatesMerged, VersionTaken
-from fedgrpc.runs.machine import RunMachine, RunRules
+from fedgrpc.runs.machine import RunMachine
+from fedgrpc.runs.rules import RunRules
 from fedgrpc.simulation.devices import Devices
 from fedgrpc.simulation.fleet import Fleet, Variant
 from fedgrpc.simulation.fleet_job import Job

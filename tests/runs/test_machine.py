@@ -47,7 +47,7 @@ from fedgrpc.runs.events import (
     WorkerPolled,
     WorkerTold,
 )
-from fedgrpc.runs.machine import check_ended_task
+from fedgrpc.runs.round_in_progress import check_ended_task
 from tests.support.run_scenario import LAYOUT, REPORT, RunScenario
 
 CARRY = {"late": "carry", "quorum": 1, "over_selection": 1.0}

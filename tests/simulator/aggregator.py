@@ -47,8 +47,9 @@ from fedgrpc.runs.events import (
     VersionTaken,
     WorkerPolled,
 )
-from fedgrpc.runs.machine import RunMachine, RunRules, check_ended_task
-from fedgrpc.runs.round_in_progress import RoundInProgress
+from fedgrpc.runs.machine import RunMachine
+from fedgrpc.runs.round_in_progress import RoundInProgress, check_ended_task
+from fedgrpc.runs.rules import RunRules
 from fedgrpc.runs.task_context import Report, TaskContext
 from fedgrpc.simulation.loop import Future, Life, Process, Timeout, Wait
 from tests.simulator.choosing import Chooser

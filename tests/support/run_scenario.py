@@ -21,7 +21,8 @@ from fedgrpc.runs.events import (
     UpdatesMerged,
     VersionTaken,
 )
-from fedgrpc.runs.machine import RunMachine, RunRules
+from fedgrpc.runs.machine import RunMachine
+from fedgrpc.runs.rules import RunRules
 from fedgrpc.runs.task_context import Report, TaskContext
 
 LAYOUT = (TensorSpec("w", "float32", (2,)),)
