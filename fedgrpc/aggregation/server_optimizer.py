@@ -19,7 +19,10 @@ OptimizerState = tuple[np.ndarray, ...]
 
 
 class ServerOptimizer(Protocol):
-    """`step(w, delta, state) -> (new w, new state)`; `state` starts as `state_count` arrays of zeros."""
+    """`step(w, delta, state) -> (new w, new state)`; `state` starts as `state_count` arrays of zeros.
+
+    Every optimizer is a dataclass with a field `learning_rate`, which scales its steps.
+    """
 
     state_count: ClassVar[int]
 

@@ -154,7 +154,7 @@ def _describe(utility: float, history: WorkerHistory) -> str:
 
 @dataclass(frozen=True)
 class SelectionPolicy:
-    """Rules by which workers and the deadline are chosen.
+    """Rules by which workers and the deadline are chosen, from the workers' history; `RoundPolicy` has no history.
 
     `selection`: uniform, or by expected usefulness and speed (Oort, arXiv 2010.06081). With Oort, `fairness` is
     the share of the seats for workers that have waited longest, and `exploration` the share of the others that

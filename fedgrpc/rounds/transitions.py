@@ -1,6 +1,7 @@
 """The transitions of one round: selecting workers, reporting updates, closing. `state` has their table.
 
-Each function takes a round, an event and the time, and returns the round after it with the effects to carry out.
+Each handler of the table takes a round, an event and the time, and returns the round after it with the effects to
+carry out. The other functions are steps of these. `Round.enough_reason` says when a round has enough updates.
 """
 
 from __future__ import annotations
