@@ -8,6 +8,8 @@ import signal
 import threading
 import tomllib
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,14 +22,13 @@ from rich.table import Table
 from fedgrpc.cli.as_json import json_text
 from fedgrpc.cli.options import Declare, SettingsCommand
 from fedgrpc.cli.view import piped_console, print_table, seconds, size
-from fedgrpc.errors import UsageError
+from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.simulation.fleet import Fleet, Variant
 from fedgrpc.simulation.fleet_result import FleetResult
 from fedgrpc.simulation.fleet_run import FleetRun
 
-_SHOWN_EACH_S: Final = 0.2
-# In a child process: the shared array of each variant's progress.
-_done: Any = None
+# Index of its variant, and the process that simulates it.
+Child = tuple[int, BaseProcess]
 
 LIMITS: Final = (
     "Modelled: reach, speed and link of each device, failed tasks, paused and resumed transfers, leases, "
@@ -87,23 +88,56 @@ def play(
 ) -> list[FleetResult]:
     """Simulate every variant on the same fleet, each in a child process; `show` takes the progress of each.
 
-    The children end with this process, whatever ends it.
+    The children end with this process, whatever ends it. Raises `FedgrpcError` when one ends too early.
     """
-    count = len(fleet.variants)
-    done: Any = multiprocessing.Array("d", count)
-    with multiprocessing.Pool(min(jobs, count), _begin, (done,)) as pool:
-        work = [(index, fleet, variant, hours, seed) for index, variant in enumerate(fleet.variants)]
-        playing = pool.map_async(_play_one, work, chunksize=1)
-        while not playing.ready():
-            playing.wait(_SHOWN_EACH_S)
-            show(list(done))
-        return playing.get()
+    done = [0.0] * len(fleet.variants)
+    results: dict[int, FleetResult] = {}
+    waiting = list(enumerate(fleet.variants))
+    running: dict[Connection, Child] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                index, variant = waiting.pop(0)
+                receiver, process = _start(fleet, variant, hours, seed)
+                running[receiver] = index, process
+            ready = set(wait(list(running)))
+            for receiver in [each for each in running if each in ready]:
+                index, process = running[receiver]
+                told = _told(receiver, process, fleet.variants[index])
+                if isinstance(told, FleetResult):
+                    results[index] = told
+                    del running[receiver]
+                    process.join()
+                else:
+                    done[index] = told
+                    show(done)
+    finally:
+        # Not terminate: a child has nothing to clean up, and Ctrl-C is to end at once.
+        for _, process in running.values():
+            process.kill()
+    return [results[index] for index in sorted(results)]
 
 
-def _begin(done: Any) -> None:
-    """Leave Ctrl-C to the parent process, and end with it."""
-    global _done
-    _done = done
+def _start(fleet: Fleet, variant: Variant, hours: float, seed: int) -> tuple[Connection, BaseProcess]:
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.Process(target=_play_one, args=(sender, fleet, variant, hours, seed), daemon=True)
+    process.start()
+    sender.close()
+    return receiver, process
+
+
+def _told(receiver: Connection, process: BaseProcess, variant: Variant) -> float | FleetResult:
+    """Return the progress of a child, 0 to 1, or its result."""
+    try:
+        told: float | FleetResult = receiver.recv()
+    except EOFError:
+        process.join()
+        raise FedgrpcError(f"the simulation of {variant.name} ended with exit code {process.exitcode}") from None
+    return told
+
+
+def _play_one(sender: Connection, fleet: Fleet, variant: Variant, hours: float, seed: int) -> None:
+    """Simulate one variant in a child process: Ctrl-C is the parent's business, and the child ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -113,15 +147,7 @@ def _begin(done: Any) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-
-
-def _play_one(work: tuple[int, Fleet, Variant, float, int]) -> FleetResult:
-    index, fleet, variant, hours, seed = work
-
-    def note(part: float) -> None:
-        _done[index] = part
-
-    return FleetRun(fleet, variant, seed).run(hours * 3600, note)
+    sender.send(FleetRun(fleet, variant, seed).run(hours * 3600, sender.send))
 
 
 def results_table(fleet: Fleet, hours: float, results: Sequence[FleetResult]) -> Table:
