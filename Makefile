@@ -11,8 +11,8 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 CONTAINER_BUILD ?= podman build --format docker
 
 # Tests of code without I/O, clock, gRPC or torch.
-PURE_TESTS := $(wildcard $(addprefix tests/,test_architecture.py test_claims.py codec rounds runs aggregation algorithms \
-	submodels privacy datasets cli/test_settings.py cli/test_options.py cli/test_tables.py cli/test_view.py cli/test_as_json.py))
+PURE_TESTS := $(wildcard $(addprefix tests/,test_architecture.py test_claims.py codec rounds runs aggregation protocol \
+	submodels datasets cli/test_settings.py cli/test_options.py cli/test_tables.py cli/test_view.py cli/test_as_json.py))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
