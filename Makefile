@@ -50,7 +50,7 @@ bench-niid: $(INSTALLED)  ## a tenth of NIID-Bench's Fashion-MNIST cells beside 
 fuzz: $(INSTALLED)  ## damaged input for every reader: make fuzz N=1000000 (about 1,000 a second)
 	$(BIN)/python -m tests.fuzz.run --inputs $(or $(N),100000) --seed $(or $(SEED),0) $(ARGS)
 
-faults: $(INSTALLED)  ## kill aggregator and workers at every named point, break links and disks (about 4 minutes)
+faults: $(INSTALLED)  ## kill aggregator and workers at every named point, break links and disks (about 7 minutes)
 	$(BIN)/python -m pytest -m faults $(ARGS)
 
 soak: $(INSTALLED)  ## 1,000 flaps of three links while a run proceeds (about 4 minutes)

@@ -212,6 +212,7 @@ def test_a_header_of_the_runs_model_is_within_its_bound_and_one_of_many_more_ten
     assert header_of(many).ByteSize() > bound
 
 
+@pytest.mark.faults
 async def test_a_stream_that_carries_hardly_anything_gives_its_slot_to_one_who_waits_and_goes_on_later(
     tmp_path, monkeypatch
 ):
@@ -257,6 +258,7 @@ async def test_a_stream_that_carries_its_share_keeps_its_slot(tmp_path, monkeypa
         assert (await stream).complete
 
 
+@pytest.mark.faults
 async def test_streams_that_need_long_take_turns_with_those_who_wait(tmp_path, monkeypatch):
     for name, seconds in {"_PACE_S": 0.3, "_TURN_S": 0.6, "_LEAST_BYTES_PER_S": 1}.items():
         monkeypatch.setattr(receiver_module, name, seconds)

@@ -126,6 +126,7 @@ def test_the_demo_of_a_numpy_task_gives_each_device_all_of_its_data(tmp_path: Pa
         (("--task", "own_task:Sums", "--deadline", "20ms", "--straggler-round", "0"), "deadline of 0.02 s passed"),
     ],
 )
+@pytest.mark.faults
 def test_the_demo_ends_with_the_reason_once_three_rounds_in_a_row_brought_nothing(
     tmp_path: Path, arguments: tuple[str, ...], reason: str
 ) -> None:

@@ -150,6 +150,7 @@ async def test_an_aggregator_killed_at_random_loses_nothing_that_real_workers_ha
     assert weights["n"] == MODEL["n"] + rounds
 
 
+@pytest.mark.faults
 async def test_a_worker_killed_with_a_finished_update_delivers_the_same_one_after_its_restart(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
@@ -203,6 +204,7 @@ async def test_a_worker_killed_while_it_trains_is_replaced_within_the_round(tmp_
         np.testing.assert_allclose(running.weights(2)["w"], MODEL["w"] + 1, rtol=1e-6)
 
 
+@pytest.mark.faults
 async def test_a_worker_killed_while_it_trains_gets_its_task_again_after_its_restart(tmp_path):
     data = tmp_path / "data"
     data.mkdir()

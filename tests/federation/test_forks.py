@@ -42,6 +42,7 @@ async def child_of(path):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux's /proc")
+@pytest.mark.faults
 async def test_a_child_that_outlives_a_killed_worker_holds_neither_its_folder_nor_its_port(tmp_path):
     data = tmp_path / "data"
     serve = ("--serve-address", free_address())

@@ -73,6 +73,7 @@ async def test_a_name_is_kept_through_a_restart_of_the_aggregator(tmp_path):
         await device(running, CARD_1).register()
 
 
+@pytest.mark.faults
 async def test_the_second_of_two_workers_waits_and_says_why_and_takes_over_when_the_first_has_gone(tmp_path):
     for name in "ab":
         (tmp_path / f"data-{name}").mkdir()
@@ -99,6 +100,7 @@ async def test_the_second_of_two_workers_waits_and_says_why_and_takes_over_when_
         assert np.isclose(running.weights(3)["b"][0], changes)
 
 
+@pytest.mark.faults
 async def test_a_killed_worker_takes_over_from_itself_at_once(tmp_path):
     async with aggregator_process(tmp_path, "--min-workers", 1, "--rounds", 1) as (aggregator, running):
         data = tmp_path / "data"
@@ -114,6 +116,7 @@ async def test_a_killed_worker_takes_over_from_itself_at_once(tmp_path):
         assert not any(line["event"] in ("name refused", "name taken over") for line in aggregator.events)
 
 
+@pytest.mark.faults
 async def test_a_copied_state_folder_is_noticed_and_the_first_device_goes_on(tmp_path):
     async with aggregator_process(tmp_path, "--min-workers", 1, "--rounds", 1) as (aggregator, running):
         data, copied = tmp_path / "data", tmp_path / "copied"

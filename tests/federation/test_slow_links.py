@@ -15,6 +15,7 @@ SIZE_BYTES = TENSORS["w"].nbytes
 
 
 @pytest.mark.parametrize("bytes_per_s", [40_000, 80_000])
+@pytest.mark.faults
 async def test_a_round_is_done_over_a_link_that_carries_less_than_an_update_in_a_lease(tmp_path, bytes_per_s):
     save_file(TENSORS, tmp_path / "initial.safetensors")
     policy = {"min_workers": 1, "lease_s": 1.0, "deadline_s": PATIENCE_S}

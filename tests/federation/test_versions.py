@@ -284,6 +284,7 @@ async def test_a_run_pauses_itself_after_three_rounds_abandoned_for_one_reason_a
         await running.until_finished()
 
 
+@pytest.mark.faults
 async def test_workers_that_give_tasks_back_at_the_last_moment_pause_no_run_that_others_can_do(tmp_path):
     policy = {"min_workers": 2, "quorum": 2, "max_participants": 2, "deadline_s": 1.5}
     async with running_aggregator(tmp_path, rounds=1, policy=policy) as running, asyncio.timeout(PATIENCE_S):
@@ -315,6 +316,7 @@ async def test_a_round_that_went_well_begins_the_count_anew(tmp_path):
         assert (await running.run()).phase == pb.RUN_PHASE_RUNNING
 
 
+@pytest.mark.faults
 async def test_a_want_of_workers_is_no_reason_to_pause(tmp_path):
     async with running_aggregator(tmp_path, policy={"min_workers": 1, "selection_timeout_s": 0.1}) as running:
         await running.until(lambda _, round_: round_.number >= 4)
