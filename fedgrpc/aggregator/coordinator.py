@@ -99,6 +99,8 @@ T = TypeVar("T")
 _ANONYMOUS = Session()
 # After each new name is stored, this many times as long for what rounds store: a sync of the disk each.
 _REGISTERING_REST = 3.0
+# A disk that stalled once keeps no new device waiting.
+_LONGEST_REST_S = 0.05
 # After these the driver looks whether the round has something to do.
 _FINAL = (UpdateAccepted, Rejected, Failed)
 # Who only asks changes nothing that watchers see.
@@ -224,7 +226,7 @@ class Coordinator:
                 began = time.monotonic()
                 await self._save_worker(registration, session)
                 now = time.monotonic()
-                self._registering_rests_until = now + _REGISTERING_REST * (now - began)
+                self._registering_rests_until = now + min(_LONGEST_REST_S, _REGISTERING_REST * (now - began))
                 # Another process may have been faster.
                 await self.sessions.claim(registration.worker, session, peer)
                 worker = self.fleet.register(registration, self.clock())

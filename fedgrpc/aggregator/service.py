@@ -20,7 +20,7 @@ from fedgrpc.aggregator.negotiation import RAW, full_text, link_of
 from fedgrpc.aggregator.pages import MAX_PAGE_BYTES, fitting, page_of
 from fedgrpc.aggregator.receiver import Receiver
 from fedgrpc.aggregator.registry import Worker
-from fedgrpc.aggregator.watching import Pieces, Watching
+from fedgrpc.aggregator.watching import Pieces, Watching, watch_interval_s
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.manifest import Manifest
@@ -41,8 +41,6 @@ _MAX_PAGE = 1000
 _MAX_FOREIGN = 8
 _AROUND_CHUNK_BYTES = 64 << 10
 _MAX_ROUND = (1 << 63) - 1
-_RATE_HZ = 4.0
-_MAX_RATE_HZ = 20.0
 
 
 class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
@@ -305,7 +303,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     async def WatchRounds(
         self, request: pb.WatchRoundsRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[bytes]:
-        rate_hz = request.max_rate_hz if request.max_rate_hz > 0 else _RATE_HZ
+        interval_s = watch_interval_s(request.max_rate_hz)
         seen = -1
         with self._watching.watcher(peer_of(context)):
             while True:
@@ -315,7 +313,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
                 yield message
                 if last:
                     return
-                await asyncio.sleep(1.0 / min(rate_hz, _MAX_RATE_HZ))
+                await asyncio.sleep(interval_s)
 
     def _watched(self) -> pb.WatchRoundsResponse:
         record = self._coordinator.record()

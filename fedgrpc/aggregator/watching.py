@@ -25,6 +25,9 @@ _SHARED_S: Final = 0.025
 _MAX_WATCHERS: Final = 200
 _MAX_OF_ONE_PEER: Final = 20
 _RETRY_S: Final = 5.0
+_RATE_HZ: Final = 4.0
+_MIN_RATE_HZ: Final = 0.1
+_MAX_RATE_HZ: Final = 20.0
 
 
 class Watching:
@@ -74,3 +77,10 @@ class Pieces:
                 if len(piece) < _PIECE:
                     return made
                 await asyncio.sleep(time.perf_counter() - begun)
+
+
+def watch_interval_s(max_rate_hz: float) -> float:
+    """Return the seconds between two answers of a watch. A rate that is not above 0, or NaN, is the default."""
+    rate_hz = max_rate_hz if max_rate_hz > 0 else _RATE_HZ
+    # A slower watcher would sleep through the end of the run.
+    return 1.0 / min(max(rate_hz, _MIN_RATE_HZ), _MAX_RATE_HZ)

@@ -8,6 +8,7 @@ exit code 0     the run is finished
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -67,14 +68,14 @@ async def follow(aggregator: Client, show: Show, remark: Callable[[str], None], 
 
     Raises `LinkError` where no aggregator answers at first, or again within `patience_s`.
     """
-    heard_at: float | None = None
+    heard, lost_at = False, math.inf
     retries = Retries(_AGAIN)
     seen, scored = None, ""
     while True:
         try:
             phase = None
             async for news in aggregator.watch():
-                heard_at = time.monotonic()
+                heard, lost_at = True, math.inf
                 retries.reset()
                 phase = news.run.phase
                 if seen != (seen := (phase, news.round.number, news.round.phase)):
@@ -86,7 +87,9 @@ async def follow(aggregator: Client, show: Show, remark: Callable[[str], None], 
                 return 0 if phase == pb.RUN_PHASE_FINISHED else _STOPPED
             remark("the aggregator is ending before its run; waiting for it to come back")
         except LinkError:
-            if heard_at is None or time.monotonic() - heard_at > patience_s:
+            # Counted from the loss: a run that is paused has no news for hours.
+            lost_at = min(lost_at, time.monotonic())
+            if not heard or time.monotonic() - lost_at > patience_s:
                 raise
             remark("the connection is lost before the run has ended; waiting for the aggregator to come back")
         await asyncio.sleep(retries.next_delay_s())

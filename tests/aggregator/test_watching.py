@@ -1,12 +1,13 @@
 """Answers that many ask for are made once; long ones leave time for everybody else."""
 
 import asyncio
+import math
 import time
 
 import pytest
 
 from fedgrpc.aggregator import watching
-from fedgrpc.aggregator.watching import Pieces, Watching
+from fedgrpc.aggregator.watching import Pieces, Watching, watch_interval_s
 from fedgrpc.errors import Exhausted
 from fedgrpc.v1 import aggregator_pb2 as pb
 
@@ -84,3 +85,11 @@ async def test_long_lists_are_made_one_after_the_other_and_leave_half_of_the_tim
     ticking.cancel()
     assert lists == [list(range(200))] * 3
     assert ticks >= 9
+
+
+@pytest.mark.parametrize(
+    ("rate_hz", "interval_s"),
+    [(0.0, 0.25), (-1.0, 0.25), (math.nan, 0.25), (1e-9, 10.0), (5e-324, 10.0), (2.0, 0.5), (math.inf, 0.05)],
+)
+def test_no_rate_that_a_watcher_asks_for_makes_it_sleep_through_the_end_of_a_run(rate_hz, interval_s):
+    assert watch_interval_s(rate_hz) == pytest.approx(interval_s)

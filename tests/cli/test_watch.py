@@ -5,8 +5,16 @@ from __future__ import annotations
 import json
 import signal
 import sqlite3
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any, cast
 
+import pytest
+
+from fedgrpc.cli.watch import follow
+from fedgrpc.client import Client
+from fedgrpc.errors import LinkError
+from fedgrpc.v1 import aggregator_pb2 as pb
 from tests.support.command_line import NUMPY_TASK, fedgrpc, running_command, until_line, worker_arguments
 from tests.support.processes import free_address
 
@@ -82,3 +90,32 @@ def test_status_of_a_folder_without_a_run_is_one_clear_line(tmp_path: Path) -> N
     (tmp_path / "run.sqlite").unlink()
     sqlite3.connect(tmp_path / "run.sqlite").close()
     assert fedgrpc("status", "--data-dir", str(tmp_path)).code in (1, 2)
+
+
+class _Quiet:
+    """An aggregator without news for 1,000 s, which then goes away, comes back, and ends its run."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self._visits = 0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    async def watch(self) -> AsyncIterator[pb.WatchRoundsResponse]:
+        self._visits += 1
+        if self._visits == 1:
+            yield pb.WatchRoundsResponse(run=pb.Run(phase=pb.RUN_PHASE_PAUSED))
+            self.now_s += 1000
+        if self._visits < 3:
+            raise LinkError("gone")
+        yield pb.WatchRoundsResponse(run=pb.Run(phase=pb.RUN_PHASE_FINISHED))
+
+    async def latest_rounds(self, count: int, whole: bool = True) -> list[Any]:
+        return []
+
+
+async def test_patience_counts_from_the_loss_and_not_from_the_last_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet = _Quiet()
+    monkeypatch.setattr("fedgrpc.cli.watch.time", quiet)
+    assert await follow(cast(Client, quiet), lambda news, scored: None, lambda text: None, patience_s=300) == 0
