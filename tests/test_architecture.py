@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *(*CORE, "trainer", "v1", "protocol", "rpc", "storage", "process", "metrics", "aggregator", "worker"),
     },
     "client": {"errors", "rpc", "v1"},
-    "datasets": {"errors"},
+    "datasets": {"errors", "storage"},
     "torch": {"errors", "codec", "submodels", "datasets", "trainer", "worker"},
     "tasks": {"errors", "datasets", "torch", "trainer", "worker"},
     "__main__": {"cli"},

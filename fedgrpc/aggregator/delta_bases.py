@@ -114,7 +114,7 @@ class DeltaBases:
         """Take up what a former process has left. Raises OSError."""
         make_private(folder)
         self._folder = folder
-        self._recycled = RecycledFiles(folder / "spare", 1)
+        self._recycled = RecycledFiles(folder / "recycled", 1)
         self._lock = threading.Lock()
         self._paths: dict[Key, Path] = {}
         self._read: list[Key] = []

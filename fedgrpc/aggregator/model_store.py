@@ -50,7 +50,7 @@ _VERSION = re.compile(r"(\d+)(-|\.safetensors$)")
 
 _CHUNK_CACHE_BYTES = 16 << 20
 _SENDING_BYTES = 16 << 20
-_MAX_SPARES = 1
+_MAX_RECYCLED = 1
 # Workers that hold other bases than these few get the whole model, and so hold the same one again.
 _MAX_DIFFERENCES = 3
 # A difference that is hardly larger than the model is worth its bytes: it loses far less.
@@ -150,7 +150,7 @@ class ModelStore:
         self._encoded_folder = data_dir / "encoded"
         for folder in (self._models, self._optimizer_states, self._encoded_folder):
             make_private(folder)
-        self.recycled = RecycledFiles(data_dir / "models" / "spare", _MAX_SPARES)
+        self.recycled = RecycledFiles(data_dir / "models" / "recycled", _MAX_RECYCLED)
         self._delta_bases = DeltaBases(data_dir / "delta-bases")
         for path in self._encoded_folder.iterdir():
             path.unlink(missing_ok=True)

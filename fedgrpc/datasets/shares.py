@@ -7,7 +7,7 @@ files; a worker started with `--data shares/part-3-of-10.npz` then holds nothing
 from __future__ import annotations
 
 import argparse
-import os
+import io
 import zipfile
 import zlib
 from pathlib import Path
@@ -20,6 +20,7 @@ from fedgrpc.datasets.digits import load_digits
 from fedgrpc.datasets.fashion_mnist import load_fashion_mnist
 from fedgrpc.datasets.partition import PARTITIONS, Partition, parse_partition
 from fedgrpc.errors import UsageError
+from fedgrpc.storage.files import write_file
 
 _ARRAYS = ("train_inputs", "train_labels", "held_out_inputs", "held_out_labels")
 
@@ -37,19 +38,16 @@ def take_share(data: LabelledData, partition: Partition, index: int, parts: int,
 
 
 def save_share(path: Path, share: LabelledData) -> None:
-    """Write a share as an .npz file, atomically."""
-    partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as file:
-        np.savez_compressed(
-            file,
-            train_inputs=share.train.inputs,
-            train_labels=share.train.labels,
-            held_out_inputs=share.held_out.inputs,
-            held_out_labels=share.held_out.labels,
-        )
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Write a share as an .npz file, atomically and durably. Raises OSError."""
+    content = io.BytesIO()
+    np.savez_compressed(
+        content,
+        train_inputs=share.train.inputs,
+        train_labels=share.train.labels,
+        held_out_inputs=share.held_out.inputs,
+        held_out_labels=share.held_out.labels,
+    )
+    write_file(path, content.getbuffer())
 
 
 def load_share(path: Path) -> LabelledData:

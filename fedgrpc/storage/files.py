@@ -67,7 +67,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes | memoryview) -> None:
     """Write one file durably; readers see the old content or the new, never a mix. Raises OSError."""
     unfinished = path.with_name(UNFINISHED + path.name)
     with unfinished.open("wb") as file:

@@ -3,7 +3,7 @@
     TOKEN.part     an upload in progress, a `ResumableFile`
     TOKEN.update   a whole, verified, durable update: renaming into this name is what accepts it
 
-    spare/         files of updates that are done with, to be overwritten by the next
+    recycled/      files of updates that are done with, to be overwritten by the next
 
 The header of a file is its `UpdateHeader`. Whoever decides by a file checks it first (`StoredUpdate.check`).
 
@@ -70,7 +70,7 @@ class UploadJournal:
         """Open the folder; `durable`: accepted updates survive a power cut. Raises OSError."""
         self._folder = folder
         self._durable = durable
-        self._recycled = RecycledFiles(folder / "spare", _MAX_RECYCLED)
+        self._recycled = RecycledFiles(folder / "recycled", _MAX_RECYCLED)
         self._sealed: dict[str, StoredUpdate] = {}
 
     def begin(self, header: UpdateHeader, manifest: Manifest) -> Upload:

@@ -29,8 +29,7 @@ from fedgrpc.rpc.status import MAX_RETRY_AFTER_S, domain_errors
 from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, tensor_pb2
 from fedgrpc.worker.device import DeviceProfile
 from fedgrpc.worker.held_model import HeldModel, Source
-from fedgrpc.worker.model_store import ModelFolder
-from fedgrpc.worker.partial import PartialModel
+from fedgrpc.worker.model_folder import ModelFolder, PartialModel
 from fedgrpc.worker.throttle import Pacer, Throttle
 
 _CALL_S: Final = 20.0

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import BinaryIO, Final
 
 import numpy as np
 
+from fedgrpc.aggregation.partial_update import pack
+from fedgrpc.codec.chunk import crc32
 from fedgrpc.codec.layout import Array, Layout, TensorRole, layout_of, spec_of
+from fedgrpc.codec.manifest import Manifest, TensorEntry
 from fedgrpc.codec.payload import PayloadReader, naming
-from fedgrpc.codec.values import InParts, Part, add, flat, left_out, part_filled, refuse_non_finite, subtract
+from fedgrpc.codec.raw import Raw
+from fedgrpc.codec.values import (
+    PIECE,
+    InParts,
+    Part,
+    add,
+    flat,
+    left_out,
+    part_filled,
+    part_of,
+    pieces,
+    refuse_non_finite,
+    subtract,
+)
 from fedgrpc.errors import LayoutError
+
+NO_DIGEST: Final = bytes(32)
+_PIECE: Final = 2 * PIECE
 
 
 class Delta(InParts):
@@ -71,6 +91,42 @@ class Delta(InParts):
         return len(self._specs)
 
 
+class PartialDelta(InParts):
+    """A delta as it travels: no personal tensors, of pruned ones the kept values, of clustered ones the codes."""
+
+    def __init__(
+        self,
+        delta: Mapping[str, Array],
+        masks: Mapping[str, np.ndarray],
+        clustered: Collection[str],
+        is_personal: Callable[[str], bool],
+    ) -> None:
+        self._delta = delta
+        self._names: list[str] = []
+        self._packed: dict[str, Array] = {}
+        for name in delta:
+            if is_personal(name):
+                continue
+            packed = {}
+            if name in masks or name in clustered:
+                packed = pack(name, delta[name], masks.get(name), name in clustered)
+            self._packed |= packed
+            self._names += packed or [name]
+
+    def __getitem__(self, name: str) -> Array:
+        return self._packed[name] if name in self._packed else self._delta[name]
+
+    def part_of(self, name: str) -> Part | None:
+        """See `InParts.part_of`."""
+        return None if name in self._packed else part_of(self._delta, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class Applied(InParts):
     """base + delta, computed tensor by tensor on access. Tensors without a delta are those of the base."""
 
@@ -106,6 +162,28 @@ class Applied(InParts):
 
     def __len__(self) -> int:
         return len(self.layout)
+
+
+def write_sum(base: PayloadReader, delta: PayloadReader, out: BinaryIO) -> tuple[Manifest, int]:
+    """Write base + delta raw to `out`, a piece of a tensor at a time.
+
+    Return its manifest, without a digest, and the CRC-32 of the payload. Raises LayoutError as `Applied`, and
+    EncodeError for a sum that is not finite.
+    """
+    model, crc = Applied(base, delta), 0
+    for spec in model.layout:
+        part = part_of(model, spec.name)
+        for piece in pieces(spec.size, _PIECE):
+            values = part(piece.start, piece.stop)
+            if spec.is_trained:
+                with naming(spec):
+                    refuse_non_finite(values)
+            data = values.view(np.uint8).data
+            crc = crc32(data, crc)
+            out.write(data)
+    entries = tuple(TensorEntry(spec, Raw(), spec.nbytes) for spec in model.layout)
+    # A SHA-256 would cost more than the sum itself, and only whoever pulls the raw model needs it.
+    return Manifest(entries, "none", (), sum(spec.nbytes for spec in model.layout), NO_DIGEST), crc
 
 
 def _measured(trained: Array, start: Array, whole: Array) -> Array:

@@ -40,13 +40,14 @@ from fedgrpc.errors import CorruptError, LayoutError
 from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
 from fedgrpc.storage.files import UNFINISHED, storage_errors
 from fedgrpc.v1 import aggregator_pb2, tensor_pb2
-from fedgrpc.worker.partial import HEADER, PAYLOAD
+from fedgrpc.worker.delta import NO_DIGEST
 
+HEADER: Final = "header.pb"
+PAYLOAD: Final = "payload"
 _ABOUT: Final = "about.json"
 _RAW: Final = "payload.raw"
 _RAW_HEADER: Final = "header.raw.pb"
 _RAW_RECIPE: Final = Recipe(Raw())
-NO_DIGEST: Final = bytes(32)
 _READ_BYTES: Final = 1 << 20
 
 

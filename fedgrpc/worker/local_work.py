@@ -23,7 +23,7 @@ from fedgrpc.rpc.retry import with_retries
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.client import AggregatorClient, Report
 from fedgrpc.worker.held_model import HeldModel, Source
-from fedgrpc.worker.model_store import ModelFolder
+from fedgrpc.worker.model_folder import ModelFolder
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Fill, Spool, SpooledUpdate
 from fedgrpc.worker.status import Activity, StatusPublisher

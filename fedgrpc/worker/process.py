@@ -22,7 +22,7 @@ from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.device import DeviceProfile, detect, usable_memory_bytes
 from fedgrpc.worker.local_work import TaskFiles
 from fedgrpc.worker.loop import Loop
-from fedgrpc.worker.model_store import ModelFolder
+from fedgrpc.worker.model_folder import ModelFolder
 from fedgrpc.worker.service import WorkerService
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.status import Activity, Controls, Status, StatusPublisher

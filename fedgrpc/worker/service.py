@@ -14,7 +14,7 @@ from fedgrpc.errors import NotFound, WrongOffset
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.rpc.framing import message_of
 from fedgrpc.v1 import aggregator_pb2, worker_pb2, worker_pb2_grpc
-from fedgrpc.worker.model_store import ModelFolder
+from fedgrpc.worker.model_folder import ModelFolder
 from fedgrpc.worker.status import StatusPublisher
 
 

@@ -106,8 +106,8 @@ class Spool:
         with storage_errors(folder):
             make_private(folder)
             sweep(folder)
-            self._recycled = RecycledFiles(folder / "spare", 1)
-            self._recycled_residuals = RecycledFiles(folder / "spare-residuals", 1)
+            self._recycled = RecycledFiles(folder / "recycled", 1)
+            self._recycled_residuals = RecycledFiles(folder / "recycled-residuals", 1)
         # Updates that this process has written, or has read through.
         self._sound: set[Path] = set()
         self._unsynced = False

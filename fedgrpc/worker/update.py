@@ -22,7 +22,7 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,6 @@ from typing import BinaryIO, Final
 import numpy as np
 import structlog
 
-from fedgrpc.aggregation.partial_update import pack
 from fedgrpc.codec.budget import fit
 from fedgrpc.codec.entropy import LINK, Entropy
 from fedgrpc.codec.feedback import Corrected, Keep, Residual, write_with_feedback
@@ -39,7 +38,6 @@ from fedgrpc.codec.layout import Array, Layout, TensorRole, layout_of, spec_of
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.codec.values import InParts, Part, part_of
 from fedgrpc.protocol.records import timings_to_proto
 from fedgrpc.protocol.tasks import Task
 from fedgrpc.protocol.tensors import channels_to_proto, manifest_to_proto
@@ -49,7 +47,7 @@ from fedgrpc.storage.residual_file import read_residual, write_residual
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.trainer import EvalResult, Weights
 from fedgrpc.v1 import aggregator_pb2
-from fedgrpc.worker.delta import Delta
+from fedgrpc.worker.delta import Delta, PartialDelta
 from fedgrpc.worker.spool import Fill
 
 # The rest of what the link carries is for encoding, syncing and a link that is slower this time.
@@ -184,42 +182,6 @@ def peak_memory_bytes() -> int:
     """Return the largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-class PartialDelta(InParts):
-    """A delta as it travels: no personal tensors, of pruned ones the kept values, of clustered ones the codes."""
-
-    def __init__(
-        self,
-        delta: Mapping[str, Array],
-        masks: Mapping[str, np.ndarray],
-        clustered: Collection[str],
-        is_personal: Callable[[str], bool],
-    ) -> None:
-        self._delta = delta
-        self._names: list[str] = []
-        self._packed: dict[str, Array] = {}
-        for name in delta:
-            if is_personal(name):
-                continue
-            packed = {}
-            if name in masks or name in clustered:
-                packed = pack(name, delta[name], masks.get(name), name in clustered)
-            self._packed |= packed
-            self._names += packed or [name]
-
-    def __getitem__(self, name: str) -> Array:
-        return self._packed[name] if name in self._packed else self._delta[name]
-
-    def part_of(self, name: str) -> Part | None:
-        """See `InParts.part_of`."""
-        return None if name in self._packed else part_of(self._delta, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def load_personal_layers(given: Weights, path: Path, run: str, is_personal: Callable[[str], bool]) -> Weights:

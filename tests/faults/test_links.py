@@ -15,7 +15,7 @@ from fedgrpc.rpc.channel import CLIENT_OPTIONS
 from fedgrpc.rpc.server import aggregator_service, serve
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2
-from fedgrpc.worker.partial import received_bytes
+from fedgrpc.worker.model_folder import received_bytes
 from tests.faults.soak import SPARE_FILES, SPARE_TASKS, flap
 from tests.faults.steadfast import Steadfast
 from tests.faults.tasks import MODEL

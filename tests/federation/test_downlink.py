@@ -14,7 +14,7 @@ from fedgrpc.rpc.channel import open_channel
 from fedgrpc.trainer import TrainResult
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.held_model import Source
-from fedgrpc.worker.model_store import ModelFolder
+from fedgrpc.worker.model_folder import ModelFolder
 from tests.support.hand_driven_device import PATIENCE_S
 from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
 

@@ -26,6 +26,6 @@ async def test_folders_are_private_whatever_the_umask_of_the_process_that_makes_
     async with running_aggregator(tmp_path) as running:
         device = await running.device("a")
         await device.pull(1)
-        for name in (".", "models", "encoded", "delta-bases", "uploads", "uploads/spare"):
+        for name in (".", "models", "encoded", "delta-bases", "uploads", "uploads/recycled"):
             folder = running.settings.data_dir / name
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700, folder

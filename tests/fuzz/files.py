@@ -42,7 +42,7 @@ from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
 from fedgrpc.v1 import aggregator_pb2, round_pb2
 from fedgrpc.worker.held_model import Source
-from fedgrpc.worker.model_store import ModelFolder
+from fedgrpc.worker.model_folder import ModelFolder
 from fedgrpc.worker.spool import Spool
 from tests.fuzz.mutate import made, mutated, spoiled_document
 from tests.fuzz.registry import target

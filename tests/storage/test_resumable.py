@@ -21,7 +21,7 @@ def opened(request, tmp_path):
     head_path = tmp_path / "head" if request.param == "head apart" else None
 
     def open_file(header=HEADER):
-        recycled = RecycledFiles(tmp_path / "spare", 1)
+        recycled = RecycledFiles(tmp_path / "recycled", 1)
         sha256 = hashlib.sha256(PAYLOAD).digest()
         return ResumableFile(tmp_path / "file", header, len(PAYLOAD), sha256, recycled, head_path=head_path)
 

@@ -175,7 +175,7 @@ async def test_only_the_newest_version_stays_on_the_disk(tmp_path):
     peer.tasks = [train_task("t1", 1), train_task("t2", 2)]
     await run_against(peer, tmp_path)
     names = {path.name for path in (tmp_path / "state" / "model").iterdir()}
-    assert {name for name in names if not name.startswith("spare")} == {"00000002"}
+    assert {name for name in names if not name.startswith("recycled")} == {"00000002"}
 
 
 async def test_a_version_the_aggregator_no_longer_has_fails_the_task_alone(tmp_path):

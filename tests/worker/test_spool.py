@@ -99,7 +99,7 @@ def test_an_update_that_cannot_be_encoded_leaves_nothing_behind(tmp_path):
     spool = Spool(tmp_path)
     with pytest.raises(EncodeError):
         spool.write(task(), refuse)
-    assert {path.name for path in tmp_path.iterdir()} == {"spare", "spare-residuals"}
+    assert {path.name for path in tmp_path.iterdir()} == {"recycled", "recycled-residuals"}
 
 
 def test_what_a_crash_left_half_written_is_swept_at_the_next_start(tmp_path):
@@ -107,7 +107,7 @@ def test_what_a_crash_left_half_written_is_swept_at_the_next_start(tmp_path):
     unfinished.mkdir()
     (unfinished / "payload").write_bytes(b"half")
     assert Spool(tmp_path).updates() == []
-    assert {path.name for path in tmp_path.iterdir()} == {"spare", "spare-residuals"}
+    assert {path.name for path in tmp_path.iterdir()} == {"recycled", "recycled-residuals"}
 
 
 def damaged(content):

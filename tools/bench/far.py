@@ -55,7 +55,7 @@ async def _exchange(port: int, width: int, folder: Path) -> tuple[float, float]:
     from fedgrpc.worker.client import AggregatorClient
     from fedgrpc.worker.device import detect
     from fedgrpc.worker.held_model import Source
-    from fedgrpc.worker.model_store import ModelFolder
+    from fedgrpc.worker.model_folder import ModelFolder
 
     out = io.BytesIO()
     manifest = write_payload(

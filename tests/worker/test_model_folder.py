@@ -22,7 +22,7 @@ from fedgrpc.errors import CorruptError, LayoutError, StorageError, TooLargeErro
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.v1.aggregator_pb2 import ModelHeader
 from fedgrpc.worker.held_model import Source
-from fedgrpc.worker.model_store import ModelFolder
+from fedgrpc.worker.model_folder import ModelFolder
 
 
 def model(version):
@@ -131,7 +131,7 @@ def test_all_who_ask_for_raw_weights_at_once_get_them(tmp_path, recipe):
 
 def test_a_difference_can_be_added_after_the_disk_has_stopped_it_once(tmp_path):
     pulled(ModelFolder(tmp_path), 1, "raw")
-    (tmp_path / "spare" / "1").mkdir()  # cannot be written to
+    (tmp_path / "recycled" / "1").mkdir()  # cannot be written to
     folder = ModelFolder(tmp_path)
     with pytest.raises(StorageError):
         pulled(folder, 2, "raw", base=1)

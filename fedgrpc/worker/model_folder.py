@@ -1,7 +1,9 @@
 """The model version that the device holds, and the download of the next one.
 
-    model/00000003/    the held version: about.json, header.pb, payload
-    model/partial/     a download that can resume
+    model/00000003/    the held version: about.json, header.pb, payload (fedgrpc.worker.held_model)
+    model/partial/     a download that can resume: about.json, and a `ResumableFile` in two files
+        received           the `ModelHeader` that the aggregator sent first, and how many bytes are committed
+        payload            these bytes, and behind them what a former use of the file has left
 
 The rule: a folder with a number is complete and its payload has matched its digest. Weights that came as a
 difference are stored whole, so that the held version never depends on another. Their about.json has a CRC-32, and
@@ -11,19 +13,16 @@ can be pulled again, and what it leaves is checked at the next start.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import BinaryIO, Final, NoReturn
+from typing import Final, NoReturn
 
-import numpy as np
 import structlog
 from google.protobuf.message import DecodeError
 
-from fedgrpc.codec.chunk import crc32
 from fedgrpc.codec.layout import TensorRole
-from fedgrpc.codec.manifest import Limits, Manifest, TensorEntry
-from fedgrpc.codec.payload import PayloadReader, buffer_reader, file_reader, naming
-from fedgrpc.codec.raw import Raw
-from fedgrpc.codec.values import PIECE, part_of, pieces, refuse_non_finite
+from fedgrpc.codec.manifest import Limits, Manifest
+from fedgrpc.codec.payload import PayloadReader, buffer_reader, file_reader
 from fedgrpc.errors import CodecError, CorruptError, LayoutError, StorageError
 from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
 from fedgrpc.storage.files import (
@@ -36,14 +35,53 @@ from fedgrpc.storage.files import (
     storage_errors,
     sweep,
 )
+from fedgrpc.storage.resumable import ResumableFile, committed_bytes
 from fedgrpc.v1 import aggregator_pb2
-from fedgrpc.worker.delta import Applied
-from fedgrpc.worker.held_model import NO_DIGEST, HeldModel, Origin, Source, read_about, write_about
-from fedgrpc.worker.partial import HEADER, PAYLOAD, PartialModel, received_bytes
+from fedgrpc.worker.delta import write_sum
+from fedgrpc.worker.held_model import HEADER, PAYLOAD, HeldModel, Origin, Source, read_about, write_about
 
-_PIECE: Final = 2 * PIECE
+_RECEIVED: Final = "received"
 
 log = structlog.get_logger()
+
+
+def received_bytes(folder: Path) -> int:
+    """Return how much of a partial download's payload is there. Raises OSError."""
+    return committed_bytes(folder / PAYLOAD, folder / _RECEIVED)
+
+
+class PartialModel(ResumableFile):
+    """A download in `folder`, continued where it stands or begun. One task at a time uses it."""
+
+    def __init__(
+        self, folder: Path, header: aggregator_pb2.ModelHeader, limits: Limits, recycled: RecycledFiles
+    ) -> None:
+        """Raises OSError, and LayoutError or TooLargeError for a manifest that is refused."""
+        self.folder = folder
+        self.header = header
+        self.manifest = manifest_from_proto(header.manifest, limits)
+        super().__init__(
+            folder / PAYLOAD,
+            header.SerializeToString(deterministic=True),
+            self.manifest.size_bytes,
+            self.manifest.sha256,
+            recycled,
+            head_path=folder / _RECEIVED,
+            # What a power cut takes away can be pulled again.
+            durable=False,
+            what="the model",
+        )
+
+    def finish(self) -> None:
+        """Leave the whole payload and its header. Raises CorruptError unless it matches its digest."""
+        if not self.complete:
+            raise CorruptError(f"{self.size_bytes} of the model's {self.expected_bytes} bytes came")
+        if not self.matches_digest:
+            raise CorruptError("the model's sha256 is not the one its manifest declares")
+        with storage_errors(self.folder):
+            os.truncate(self.path, self.size_bytes)
+            (self.folder / HEADER).write_bytes(self.header.SerializeToString(deterministic=True))
+            (self.folder / _RECEIVED).unlink()
 
 
 class ModelFolder:
@@ -57,8 +95,8 @@ class ModelFolder:
             make_private(folder)
             sweep(folder)
             # Two sets of recycled files, since a difference is small and whole weights are large.
-            self._recycled = RecycledFiles(folder / "spare", 1)
-            self._recycled_differences = RecycledFiles(folder / "spare-differences", 1)
+            self._recycled = RecycledFiles(folder / "recycled", 1)
+            self._recycled_differences = RecycledFiles(folder / "recycled-differences", 1)
             self.has_partial = self._partial.exists()
         self.held = self._load_held()
 
@@ -169,7 +207,7 @@ class ModelFolder:
             difference = PayloadReader(partial.manifest, file_reader(file.fileno()), self._limits)
             held = PayloadReader(base.manifest, buffer_reader(base.mapped().data))
             with open(self._recycled.create(merged / PAYLOAD), "wb") as payload:
-                manifest, crc = _write_whole(Applied(held, difference), payload)
+                manifest, crc = write_sum(held, difference, payload)
                 payload.truncate()
         if partial.header.HasField("held_crc32") and partial.header.held_crc32 != crc:
             self._drop_held("what it becomes is not what the aggregator takes it for")
@@ -230,20 +268,3 @@ class ModelFolder:
                     log.warning("held model dropped", folder=str(folder), reason=str(error))
             remove_folder(folder)
         return held
-
-
-def _write_whole(model: Applied, out: BinaryIO) -> tuple[Manifest, int]:
-    """Write all tensors raw. Return their manifest, without a digest, and the CRC-32 of the payload."""
-    crc = 0
-    for spec in model.layout:
-        part = part_of(model, spec.name)
-        for piece in pieces(spec.size, _PIECE):
-            values = part(piece.start, piece.stop)
-            if spec.is_trained:
-                with naming(spec):
-                    refuse_non_finite(values)
-            data = values.view(np.uint8).data
-            crc = crc32(data, crc)
-            out.write(data)
-    entries = tuple(TensorEntry(spec, Raw(), spec.nbytes) for spec in model.layout)
-    return Manifest(entries, "none", (), sum(spec.nbytes for spec in model.layout), NO_DIGEST), crc
