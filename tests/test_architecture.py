@@ -103,6 +103,31 @@ def test_the_core_is_pure(path: Path) -> None:
     assert not {name.split(".")[0] for name in _imports(path)} & IMPURE_MODULES
 
 
+def _classes() -> Iterator[tuple[Path, ast.ClassDef]]:
+    for path in _modules():
+        yield from (
+            (path, node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)
+        )
+
+
+def _private_methods(node: ast.ClassDef) -> set[str]:
+    methods = (each.name for each in node.body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef))
+    return {name for name in methods if name.startswith("_") and not name.startswith("__")}
+
+
+def test_no_class_overrides_private_methods_of_another_module() -> None:
+    """A class that has to be extended takes a collaborator, or says so by a public method."""
+    classes = list(_classes())
+    overridden = [
+        f"{path.name}: {node.name} overrides {name} of {base.name}"
+        for path, node in classes
+        for base_path, base in classes
+        if base_path != path and base.name in {ast.unparse(each) for each in node.bases}
+        for name in _private_methods(node) & _private_methods(base)
+    ]
+    assert not overridden
+
+
 def test_importing_the_aggregator_imports_no_torch() -> None:
     modules = [
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)

@@ -1,14 +1,14 @@
-"""The driver: the one task that opens rounds, selects, commits, and ends the run.
+"""The driver: the one task that opens rounds, selects workers, and commits.
 
 The rule: whatever it does can be cut off at any point. What is not in the database did not happen, and what an
-update file holds is still there; the next process goes on from that.
+update file holds is still there. The next process continues from that.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 
 import structlog
@@ -17,11 +17,11 @@ from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.aggregator.assignment import TaskAssigner
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.histories import histories_after, histories_of
-from fedgrpc.aggregator.new_version import NewVersion
 from fedgrpc.aggregator.recovery import Recovery
+from fedgrpc.aggregator.round_source import OwnRounds, RoundSource
 from fedgrpc.aggregator.scores import Scores, for_log, scores_of
-from fedgrpc.errors import CodecError, IllegalTransition, NotFound, StorageError, UnusableUpdate, UpdateRefused
-from fedgrpc.protocol.records import jump_to_proto
+from fedgrpc.aggregator.upkeep import Upkeep
+from fedgrpc.errors import CodecError, IllegalTransition, UnusableUpdate, UpdateRefused
 from fedgrpc.protocol.rounds import record_of
 from fedgrpc.rounds.events import AbandonCause, Abort, Commit, Finished, Select, Tick
 from fedgrpc.rounds.history import WorkerHistory
@@ -29,61 +29,39 @@ from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.round import RoundPhase
 from fedgrpc.rounds.state import wake_at, wants_workers
 from fedgrpc.rounds.version import Jump, Version
-from fedgrpc.rpc.retry import Backoff, Retries
-from fedgrpc.runs.events import (
-    Drop,
-    Ending,
-    EndReason,
-    EndRun,
-    OpenRound,
-    RollBack,
-    RollBackFailed,
-    RolledBack,
-    RoundEnded,
-    RoundOpened,
-    RunPhase,
-    Stay,
-    UpdatesMerged,
-    VersionsPruned,
-)
+from fedgrpc.runs.events import Drop, RoundEnded, RoundOpened, RunPhase, UpdatesMerged
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.round_in_progress import DroppedTask, RoundInProgress
-from fedgrpc.storage.data_folder import Use
 from fedgrpc.storage.run_store import carried_rows, rows_of
-from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, TASK_KIND_TRAIN
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 log = structlog.get_logger()
 
-_AFTER_ABANDONED = Backoff(first_s=0.5, cap_s=15.0)
 # After each look at the whole fleet, this many times as long for everything else.
 _REST = 9.0
 # Rounds that are looked through for the newest scores after a restart.
 _RECENT_ROUNDS = 20
-_AFTER_STORAGE_ERROR = Backoff(first_s=0.5, cap_s=15.0)
+
+Rounds = Callable[[Coordinator, Upkeep], RoundSource]
 
 
 class Driver:
-    """Plays rounds on a coordinator until the run has ended."""
+    """Plays the rounds of a source on a coordinator until the run has ended."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
+    def __init__(self, coordinator: Coordinator, rounds: Rounds = OwnRounds) -> None:
         self._coordinator = coordinator
         self._run = coordinator.machine
         self._settings = coordinator.settings
         self._assigner = TaskAssigner(coordinator, coordinator.fleet, coordinator.models, coordinator.local_models)
-        self._new_version = NewVersion(coordinator)
+        self._upkeep = Upkeep(coordinator)
+        self._source = rounds(coordinator, self._upkeep)
         self._record = RoundRecord()
-        # Tasks of rounds that are over, whose updates are still to be cleared away; None: all is done.
-        self._over: list[str] | None = None
-        self._clear_at = 0.0
-        self._clearing = Retries(_AFTER_STORAGE_ERROR)
-        self._abandoned = Retries(_AFTER_ABANDONED)
         self._log = log.bind(run=self._settings.run_name)
 
     async def recover(self) -> None:
         """Take up what a former process left in the data folder. Raises `UsageError` and `StorageError`."""
         coordinator, run = self._coordinator, self._run
-        await Recovery(coordinator, self._assigner).recover()
+        await self._source.recover(Recovery(coordinator, self._assigner))
         records, _ = await coordinator.in_database(coordinator.store.rounds, run.last_number + 1, _RECENT_ROUNDS)
         coordinator.metrics.restore(run.version, records)
 
@@ -91,68 +69,16 @@ class Driver:
         """Play rounds until the run has ended. Raises `StorageError` only for what waiting cannot mend."""
         run = self._run
         while not run.ended:
-            if run.round is None and not await self._open():
-                continue
+            if run.round is None:
+                if (round_ := await self._source.next_round()) is None:
+                    continue
+                self._coordinator.apply(RoundOpened(round_))
+                self._log.debug("round opened", round=round_.number, kind=round_.kind.name)
             await self._play()
             await self._after_round()
         if run.rolling_back is not None:
             self._coordinator.answer_roll_back(IllegalTransition(f"the run has ended: {run.ending.text}"))
-        await self._clear_away()
-
-    async def _open(self) -> bool:
-        """Open the next round if there is one to open now; else wait or end the run."""
-        match self._run.next_step(time.time(), self._coordinator.clock()):
-            case OpenRound(round_):
-                self._coordinator.apply(RoundOpened(round_))
-                self._log.debug("round opened", round=round_.number, kind=round_.kind.name)
-                return True
-            case RollBack() as asked:
-                await self._roll_back(asked)
-            case EndRun(ending, after_evaluators):
-                if not after_evaluators or await self._evaluators_are_done():
-                    await self._end(ending if self._run.ending.reason is EndReason.NONE else self._run.ending)
-            case Stay():
-                await self._wait(None)
-        return False
-
-    async def _roll_back(self, asked: RollBack) -> None:
-        """Make a copy of the version that is asked for the latest one, durably, and answer."""
-        coordinator, run = self._coordinator, self._run
-        number = run.last_number + 1
-        record = RoundRecord(number=number, phase=ROUND_PHASE_COMMITTED, kind=TASK_KIND_TRAIN, reason=asked.text)
-        record.base_version, record.rolled_back_to = run.version, asked.version
-        record.started_at.FromNanoseconds(time.time_ns())
-        try:
-            version, layout = await self._new_version.roll_back(asked.version, number)
-            record.committed_version, record.jump = version.version, jump_to_proto(version.jump)
-            record.metrics.update(version.metrics)
-            record.evaluator_metrics.update(version.evaluator_metrics)
-
-            async def store(after: RunMachine) -> None:
-                await coordinator.in_database(coordinator.store.finish_round, record, [], {}, version)
-                coordinator.last_record = record
-
-            await coordinator.apply_after(RolledBack(version, layout, number), store)
-        except (StorageError, NotFound) as error:
-            coordinator.apply(RollBackFailed())
-            coordinator.answer_roll_back(error)
-            return
-        self._log.warning(asked.text, round=number, version=version.version)
-        coordinator.metrics.model_version.set(version.version)
-        coordinator.fleet.wake_evaluators_and(run.leases)
-        coordinator.answer_roll_back()
-
-    async def _end(self, ending: Ending) -> None:
-        await self._clear_away()
-        best, last = self._run.versions.best, self._run.versions.last
-        for which, version in (("best", best), ("last", last)):
-            if version is not None and version.sha256:
-                path, told = (
-                    str(self._coordinator.models.path(version.version)),
-                    for_log(version.scores, "version", "file"),
-                )
-                self._log.info(f"{which} version", version=version.version, file=path, **told)
-        await self._coordinator.end(RunPhase.FINISHED, ending)
+        await self._upkeep.clear_away()
 
     async def _play(self) -> None:
         """Play the round in progress to its end."""
@@ -161,14 +87,14 @@ class Driver:
             while coordinator.effects:
                 effect = coordinator.effects.popleft()
                 if isinstance(effect, Select):
-                    await self._until_stored(partial(self._assigner.select, effect))
+                    await self._upkeep.until_stored(partial(self._assigner.select, effect))
                 elif isinstance(effect, Commit):
-                    await self._until_stored(partial(self._commit, effect))
+                    await self._upkeep.until_stored(partial(self._commit, effect))
                 elif isinstance(effect, Finished):
-                    await self._until_stored(partial(self._finish, effect))
+                    await self._upkeep.until_stored(partial(self._finish, effect))
                     return
             if run.phase is RunPhase.PAUSED and run.current.state.phase is RoundPhase.SELECTING:
-                await self._wait(None)
+                await self._upkeep.until(None)
                 continue
             coordinator.wake.clear()
             looked_at = time.perf_counter()
@@ -178,41 +104,13 @@ class Driver:
                 continue
             due = wake_at(run.current.state)
             rest_s = _REST * (time.perf_counter() - looked_at)
-            await self._wait(due, clear=False)
+            await self._upkeep.until(due, clear=False)
             due = wake_at(run.current.state)
             if due is not None and coordinator.clock() >= due:
                 coordinator.apply(Tick())
             if not coordinator.effects:
                 # To look costs as much as the fleet is large, and each poll of a large fleet is news.
                 await asyncio.sleep(rest_s)
-
-    async def _wait(self, until: float | None, clear: bool = True) -> None:
-        """Wait for news, or for the clock to read `until`; there is time now for what could wait."""
-        coordinator = self._coordinator
-        if clear:
-            coordinator.wake.clear()
-        await self._clear_away()
-        timeout_s = None if until is None else max(0.0, until - coordinator.clock())
-        try:
-            async with asyncio.timeout(timeout_s):
-                await coordinator.wake.wait()
-        except TimeoutError:
-            pass
-
-    async def _until_stored(self, act: Callable[[], Awaitable[None]]) -> None:
-        """Do what needs the disk. While it fails the health is bad, and everything accepted is kept."""
-        data_folder = self._coordinator.data_folder
-        retries = Retries(_AFTER_STORAGE_ERROR)
-        while True:
-            try:
-                await act()
-                data_folder.works(Use.ROUNDS)
-                return
-            except (StorageError, NotFound) as error:
-                data_folder.failed(Use.ROUNDS, error)
-            # It may be full of what is not needed any more.
-            await self._clear_away()
-            await asyncio.sleep(retries.next_delay_s())
 
     async def _commit(self, commit: Commit) -> None:
         """Compute and record the new version. An update that turns out unusable is left out: the round then has
@@ -226,23 +124,19 @@ class Driver:
             self._coordinator.apply(Abort(str(error), AbandonCause.UNUSABLE))
 
     async def _commit_once(self, round_: RoundInProgress, commit: Commit) -> None:
-        coordinator, run = self._coordinator, self._run
         begun = time.monotonic()
-        weights = self._new_version.weights(round_, commit.tokens)
-        scales = await self._new_version.scales(round_, weights)
-        version: Version | None = None
-        if round_.kind is not TaskKind.EVALUATE:
-            version = await self._new_version.write(round_, weights, scales)
-        merged = UpdatesMerged(
-            version,
-            coordinator.models.open(version.version).layout if version else run.layout,
+        merged = await self._source.merge(round_, commit.tokens)
+        weights = merged.weights
+        event = UpdatesMerged(
+            merged.version,
+            merged.layout,
             weights,
-            scales,
+            merged.scales,
             mean_metrics([(round_.report(token).metrics, weight) for token, weight in weights.items()]),
             bool(self._scores(round_, weights).metrics),
             time.monotonic() - begun,
         )
-        await coordinator.apply_after(merged, partial(self._store_end, version=version))
+        await self._coordinator.apply_after(event, partial(self._store_end, version=merged.version))
 
     def _scores(self, round_: RoundInProgress, weights: dict[str, float]) -> Scores:
         return scores_of(round_, weights, self._coordinator.weighing, self._settings.policy.max_share)
@@ -308,40 +202,10 @@ class Driver:
         fleet, now = coordinator.fleet, coordinator.clock()
         if doubted := fleet.judge(round_.state, now):
             self._log.warning("workers held up rounds again and again", count=len(doubted), workers=doubted[:8])
-        over = [token for token in round_.state.tasks if token not in round_.state.carried]
-        self._over = [*(self._over or ()), *over]
+        self._upkeep.over(token for token in round_.state.tasks if token not in round_.state.carried)
         coordinator.metrics.observe_round(self._record)
         coordinator.metrics.model_version.set(run.version)
         coordinator.metrics.live_workers.set(sum(fleet.alive(worker, now) for worker in fleet))
-
-    async def _clear_away(self) -> None:
-        """Remove the updates and versions of rounds that are over: once nobody waits for the driver.
-
-        What cannot be removed now is tried again at a later wait, and holds nothing up. A process that dies before
-        has left it to the next one, which clears it away before it begins.
-        """
-        coordinator, data_folder = self._coordinator, self._coordinator.data_folder
-        if self._over is None or coordinator.clock() < self._clear_at:
-            return
-        over, self._over = self._over, None
-        try:
-            await self._remove(over)
-            data_folder.works(Use.OLD_FILES)
-            self._clearing.reset()
-        except StorageError as error:
-            self._over = [*over, *(self._over or ())]
-            self._clear_at = coordinator.clock() + self._clearing.next_delay_s()
-            data_folder.failed(Use.OLD_FILES, error)
-
-    async def _remove(self, over: list[str]) -> None:
-        coordinator, run = self._coordinator, self._run
-        await asyncio.to_thread(coordinator.journal.discard, over)
-        given = [] if run.round is None else [run.round.version_of(token) for token in run.round.state.tasks]
-        oldest = min([run.version - self._settings.keep_versions + 1, *given])
-        keep, best = frozenset(range(oldest, run.version + 1)), run.versions.best
-        wanted = {best.version if best else 0, run.rolling_back.version if run.rolling_back else 0}
-        coordinator.apply(VersionsPruned(keep | wanted))
-        await coordinator.models.prune(keep, frozenset(wanted))
 
     async def _after_round(self) -> None:
         coordinator, ended = self._coordinator, self._run.current
@@ -351,20 +215,8 @@ class Driver:
         coordinator.effects.clear()
         coordinator.fleet.wake_evaluators_and(self._run.leases)
         if dropped:
-            await self._until_stored(partial(self._drop, dropped))
-        if ended.state.phase is RoundPhase.COMMITTED:
-            self._abandoned.reset()
-        elif ended.kind is not TaskKind.EVALUATE and not self._run.ended and self._run.rolling_back is None:
-            await self._after_abandoned(ended)
-
-    async def _after_abandoned(self, ended: RoundInProgress) -> None:
-        """Rest, or pause where the next round would only end for the same reason."""
-        coordinator = self._coordinator
-        if reason := self._run.hopeless(ended, coordinator.fleet, coordinator.clock()):
-            self._abandoned.reset()
-            await self._until_stored(partial(coordinator.pause_itself, reason))
-        else:
-            await self._rest(self._abandoned.next_delay_s())
+            await self._upkeep.until_stored(partial(self._drop, dropped))
+        await self._source.ended(ended)
 
     async def _drop(self, dropped: list[DroppedTask]) -> None:
         coordinator = self._coordinator
@@ -377,25 +229,4 @@ class Driver:
         for each in dropped:
             worker, reason = each.task.worker, each.task.reason
             self._log.info("carried-over task dropped", round=each.round, worker=worker, reason=reason)
-        self._over = [*(self._over or ()), *(each.token for each in dropped)]
-
-    async def _rest(self, seconds: float) -> None:
-        """Wait, whoever polls meanwhile: rounds that fail at once must not spin."""
-        coordinator, run = self._coordinator, self._run
-        until = coordinator.clock() + seconds
-        while not run.ended and run.rolling_back is None and coordinator.clock() < until:
-            await self._wait(until)
-
-    async def _evaluators_are_done(self) -> bool:
-        """Wait until evaluators that are alive have scored the last version, within the time of a round.
-
-        Returns False where the run is rolled back meanwhile.
-        """
-        coordinator, run = self._coordinator, self._run
-        until = coordinator.clock() + self._settings.policy.deadline_s
-        while coordinator.clock() < until and run.rolling_back is None:
-            alive = coordinator.fleet.live_evaluators(coordinator.clock())
-            if not any(run.evaluations.waiting_for(worker.name, run.version) for worker in alive):
-                return True
-            await self._wait(min(until, coordinator.clock() + self._settings.policy.lease_s))
-        return run.rolling_back is None
+        self._upkeep.over(each.token for each in dropped)

@@ -76,10 +76,8 @@ class NewVersion:
                 norms[token] = norm_of(self.load(token), layout, token not in sub_models, sub_models.get(token))
         return norms
 
-    async def write(
-        self, round_: RoundInProgress, weights: dict[str, float], scales: dict[str, float]
-    ) -> Version | None:
-        """The new version, durable; None where no version is made here.
+    async def write(self, round_: RoundInProgress, weights: dict[str, float], scales: dict[str, float]) -> Version:
+        """Return the new version, durable.
 
         Raises `StorageError`, `UnusableUpdate` for an update that is to be left out, and `UpdateRefused` when no
         update in particular is to blame.

@@ -11,8 +11,9 @@ import structlog
 
 from fedgrpc.aggregator.changed_settings import settings_text
 from fedgrpc.aggregator.coordinator import Coordinator
-from fedgrpc.aggregator.driver import Driver
+from fedgrpc.aggregator.driver import Driver, Rounds
 from fedgrpc.aggregator.model_store import ModelStore
+from fedgrpc.aggregator.round_source import OwnRounds
 from fedgrpc.aggregator.service import AggregatorService
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import UsageError
@@ -36,10 +37,10 @@ class Aggregator:
         self,
         settings: AggregatorSettings,
         metrics: Metrics | None = None,
-        driver: Callable[[Coordinator], Driver] = Driver,
+        rounds: Rounds = OwnRounds,
     ) -> None:
         self._settings = settings
-        self._driver = driver
+        self._rounds = rounds
         self._metrics = metrics or Metrics()
         self._stopping = asyncio.Event()
         self._signals = 0
@@ -59,7 +60,7 @@ class Aggregator:
             coordinator = self._open()
             self.coordinator = coordinator
             try:
-                driver = self._driver(coordinator)
+                driver = Driver(coordinator, self._rounds)
                 await driver.recover()
                 service = AggregatorService(coordinator, settings_text(settings))
                 async with serve(

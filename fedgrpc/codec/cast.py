@@ -30,7 +30,7 @@ class Cast(TextForm):
     shuffle: bool = False
 
     @property
-    def _name_and_field(self) -> tuple[str, str]:
+    def name_and_field(self) -> tuple[str, str]:
         return self.dtype, "dtype"
 
     def encode(self, array: Array, rng: np.random.Generator) -> memoryview:

@@ -51,7 +51,7 @@ class TextForm:
     name: ClassVar[str]
 
     @property
-    def _name_and_field(self) -> tuple[str, str]:
+    def name_and_field(self) -> tuple[str, str]:
         """The name in the text form, and the field whose value that name already tells; empty: none."""
         return self.name, ""
 
@@ -60,7 +60,7 @@ class TextForm:
 
     def text(self, *, full: bool = False) -> str:
         """See `Encoding.text`."""
-        name, field = self._name_and_field
+        name, field = self.name_and_field
         return format_options(name, self, field, full=full)
 
 

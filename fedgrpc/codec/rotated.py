@@ -63,7 +63,7 @@ class Rotated(TextForm):
             raise UsageError(f"block={self.block}; allowed: a power of two from {_SMALLEST_BLOCK} to 65536")
 
     @property
-    def _name_and_field(self) -> tuple[str, str]:
+    def name_and_field(self) -> tuple[str, str]:
         return f"rotated{self.bits}", "bits"
 
     def encode(self, array: Array, rng: np.random.Generator) -> memoryview:

@@ -65,7 +65,7 @@ class Uniform(TextForm):
             raise UsageError(f"rounding={self.rounding}; allowed: {', '.join(ROUNDINGS)}")
 
     @property
-    def _name_and_field(self) -> tuple[str, str]:
+    def name_and_field(self) -> tuple[str, str]:
         return f"int{self.bits}", "bits"
 
     @property

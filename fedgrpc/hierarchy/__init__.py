@@ -3,7 +3,7 @@
     process             the process: two links to the parent, and an aggregator for the parent's run
     upstream            the links: takes tasks as any worker does, and sends what the leaf's round made of them
     handoff             hands a parent's task over to the round that carries it out
-    driver              plays that round
+    parent_rounds       plays that round
     partial_aggregate   the mean of its updates, on the disk until it is sent
     leaf_run            the leaf's aggregator, one for each run of the parent
 

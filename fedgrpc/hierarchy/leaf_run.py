@@ -27,8 +27,8 @@ from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.server import Aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import LinkError, StorageError
-from fedgrpc.hierarchy.driver import LeafDriver
 from fedgrpc.hierarchy.handoff import TaskHandoff
+from fedgrpc.hierarchy.parent_rounds import ParentRounds
 from fedgrpc.metrics import Metrics
 from fedgrpc.protocol.tasks import Registration, registration_from_proto
 from fedgrpc.runs.events import Ending, EndReason, RunPhase
@@ -50,7 +50,8 @@ class LeafRun:
     def __init__(self, settings: AggregatorSettings, run_id: str, metrics: Metrics) -> None:
         self.run_id = run_id
         self.handoff = TaskHandoff()
-        self.aggregator = Aggregator(settings, metrics, partial(LeafDriver, handoff=self.handoff, run_id=run_id))
+        rounds = partial(ParentRounds, handoff=self.handoff, run_id=run_id)
+        self.aggregator = Aggregator(settings, metrics, rounds)
         self.running: asyncio.Task[int] | None = None
 
     async def start(self, ready: Ready) -> None:

@@ -1,10 +1,10 @@
-"""Driver of a leaf: plays the rounds of its parent's tasks.
+"""Rounds of a leaf: each carries out a task of the parent, and its updates become one mean.
 
     task.pb         the task of the present round, or of the last one
     mean.*          the mean of that round (fedgrpc.hierarchy.partial_aggregate)
 
-The rule: as in `Driver`, an interrupted round continues. It outlives this process and the link to the parent, and
-ends early only when the parent no longer wants it.
+The rule: an interrupted round continues. It outlives this process and the link to the parent, and ends early only
+when the parent no longer wants it.
 """
 
 from __future__ import annotations
@@ -20,48 +20,53 @@ from google.protobuf.message import DecodeError
 from fedgrpc import claims
 from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.aggregator.coordinator import Coordinator
-from fedgrpc.aggregator.driver import Driver
 from fedgrpc.aggregator.new_version import NewVersion, merged_of, sub_models_of
+from fedgrpc.aggregator.recovery import Recovery
+from fedgrpc.aggregator.round_source import Merged
 from fedgrpc.aggregator.scales import accumulated_of
 from fedgrpc.aggregator.scores import scores_of
 from fedgrpc.aggregator.training_instructions import TrainingInstructions
+from fedgrpc.aggregator.upkeep import Upkeep
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import CodecError, NotFinite, StorageError
 from fedgrpc.hierarchy.handoff import ParentTask, TaskHandoff, VersionToScore
 from fedgrpc.hierarchy.partial_aggregate import AggregateFile, Tensors, mean_tensors, own_tensors
 from fedgrpc.protocol.plans import plan_table_from_proto
-from fedgrpc.rounds.events import Abort, Commit
+from fedgrpc.rounds.events import Abort
 from fedgrpc.rounds.policy import RoundPolicy, TaskKind
 from fedgrpc.rounds.round import Round, RoundPhase
 from fedgrpc.rounds.version import Version
-from fedgrpc.runs.events import ParentLeads, ParentWaits, RoundOpened, RunPhase, VersionTaken
+from fedgrpc.runs.events import ParentLeads, ParentWaits, RunPhase, VersionTaken
 from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.storage.files import storage_errors, write_file
 from fedgrpc.storage.model_file import write_model
 from fedgrpc.v1 import aggregator_pb2
 
 
-class LeafDriver(Driver):
-    """A driver whose rounds are those of `handoff`, in the run `run_id` of the parent."""
+class ParentRounds:
+    """Rounds for tasks of `handoff`, in the run `run_id` of the parent. A `RoundSource` and a `TaskReceiver`."""
 
-    def __init__(self, coordinator: Coordinator, handoff: TaskHandoff, run_id: str) -> None:
-        super().__init__(coordinator)
+    def __init__(self, coordinator: Coordinator, upkeep: Upkeep, handoff: TaskHandoff, run_id: str) -> None:
+        self._coordinator = coordinator
+        self._run = coordinator.machine
+        self._settings = coordinator.settings
+        self._upkeep = upkeep
+        self._updates = NewVersion(coordinator)
         folder = self._settings.data_dir / "parent"
         self._run_id = run_id
         self._mean = AggregateFile(folder)
-        self._new_version = _NoVersion(coordinator)
         self._task_path = folder / "task.pb"
         self._task = aggregator_pb2.Task()
         self._handoff = handoff
         handoff.receiver = self
 
-    async def recover(self) -> None:
-        """As `Driver.recover`, with the instructions of the round in progress."""
+    async def recover(self, recovery: Recovery) -> None:
+        """See `RoundSource.recover`: with the instructions of the round in progress."""
         self._task = await asyncio.to_thread(self._read_task)
         if self._task.token:
             self._handoff.resuming = True
             self._take_instructions(self._task)
-        await super().recover()
+        await recovery.recover()
         self._coordinator.apply(ParentLeads(self._run_id))
         await self._coordinator.save_run()
         if self._run.round is not None and self._run.round.number != self._task.round:
@@ -106,33 +111,31 @@ class LeafDriver(Driver):
         if self._run.round is not None and self._run.round.open:
             self._coordinator.apply(Abort(reason))
 
-    # What the driver does.
+    # What the driver asks for (`RoundSource`).
 
-    async def _open(self) -> bool:
-        """Open the round of the task that has no answer; without one, tell whether there are workers, and wait."""
+    async def next_round(self) -> RoundInProgress | None:
+        """Return a round for the task that has no answer. Without one, count workers, and wait."""
         self._count_workers()
         parent_task = self._handoff.next_task()
         if (shown := self._handoff.take_version()) is not None:
             await self._show(*shown)
         if parent_task is None or self._run.phase is RunPhase.PAUSED:
-            await self._wait(self._coordinator.clock() + self._settings.policy.lease_s)
-            return False
+            await self._upkeep.until(self._coordinator.clock() + self._settings.policy.lease_s)
+            return None
         if (mean := await asyncio.to_thread(self._mean.load, parent_task.token)) is not None:
             self._handoff.done(parent_task.token, mean)
-            return False
+            return None
         try:
-            await self._until_stored(partial(self._accept, parent_task))
+            await self._upkeep.until_stored(partial(self._accept, parent_task))
         except CodecError as error:
             self._handoff.failed(parent_task.token, str(error))
-            return False
+            return None
         if self._handoff.next_task() is not parent_task:
-            return False
+            return None
         policy = self._policy(parent_task)
         state = Round(parent_task.task.round, policy, self._coordinator.clock())
         kind, version = TaskKind(parent_task.task.kind), self._run.version
-        round_ = RoundInProgress(state, kind, version, time.time(), due_at=parent_task.due_at)
-        self._coordinator.apply(RoundOpened(round_))
-        return True
+        return RoundInProgress(state, kind, version, time.time(), due_at=parent_task.due_at)
 
     def _count_workers(self) -> None:
         enough = self._coordinator.workers_available().live_count >= self._settings.policy.needed_idle
@@ -152,7 +155,7 @@ class LeafDriver(Driver):
             if self._run.version < shown.version:
                 written_in = 0 if record is None else record.number
                 keep = partial(self._keep_version, shown.version, written_in, shown.layout, shown.given)
-                await self._until_stored(keep)
+                await self._upkeep.until_stored(keep)
         except CodecError as error:
             if not done.done():
                 done.set_exception(error)
@@ -199,42 +202,52 @@ class LeafDriver(Driver):
         timeout_s = policy.selection_timeout_s
         return replace(policy, selection_timeout_s=left_s if timeout_s is None else min(left_s, timeout_s))
 
-    async def _commit_once(self, round_: RoundInProgress, commit: Commit) -> None:
-        """Make the mean durable before the round counts as committed."""
-        weights = self._new_version.weights(round_, commit.tokens)
-        await self._write_mean(round_, weights)
-        await super()._commit_once(round_, commit)
+    async def merge(self, round_: RoundInProgress, tokens: tuple[str, ...]) -> Merged:
+        """See `RoundSource.merge`: write the mean. Only the root makes versions."""
+        weights = self._weights(round_, tokens)
+        scales = await self._updates.scales(round_, weights)
+        await self._write_mean(round_, weights, scales)
+        return Merged(None, self._run.layout, weights, scales)
 
-    async def _write_mean(self, round_: RoundInProgress, weights: dict[str, float]) -> None:
+    def _weights(self, round_: RoundInProgress, tokens: tuple[str, ...]) -> dict[str, float]:
+        """Return the weights, together at most what one update may weigh: the mean travels as one."""
+        weights = self._updates.weights(round_, tokens)
+        total = sum(weights.values())
+        if total <= claims.WEIGHT.most:
+            return weights
+        return {token: weight * (claims.WEIGHT.most / total) for token, weight in weights.items()}
+
+    async def _write_mean(
+        self, round_: RoundInProgress, weights: dict[str, float], scales: dict[str, float]
+    ) -> None:
         header = self._header(round_, weights)
         tokens = list(weights)
-        await asyncio.to_thread(self._new_version.check, round_, tokens)
+        await asyncio.to_thread(self._updates.check, round_, tokens)
+        load = self._updates.load
         for token in tokens:
-            told = self._new_version.load(token).header
+            told = load(token).header
             if told.HasField("channels") and not header.HasField("channels"):
                 header.channels.CopyFrom(told.channels)
             if round_.kind is TaskKind.TRAIN:
-                await self._new_version.learn_channels(token)
-        load = self._new_version.load
-        tensors: Tensors
-        scales: dict[str, float] = {}
-        if round_.kind is TaskKind.EVALUATE:
-            tensors = iter(())
-        elif round_.kind is TaskKind.INITIALIZE:
+                await self._updates.learn_channels(token)
+        tensors: Tensors = iter(())
+        if round_.kind is TaskKind.INITIALIZE:
             tensors = own_tensors(tokens[0], load(tokens[0]))
-        else:
-            sub_models, merged = (
+        elif round_.kind is TaskKind.TRAIN:
+            tensors = mean_tensors(
+                self._coordinator.models.open(round_.base_version),
+                list(weights.items()),
+                load,
                 sub_models_of(self._coordinator.local_models, round_, tokens),
                 merged_of(round_, tokens),
+                scales,
+                round_.keeps,
+                self._updates.clips_buffers,
             )
-            scales = await self._new_version.scales(round_, weights)
-            base, pairs = self._coordinator.models.open(round_.base_version), list(weights.items())
-            clips_buffers = self._new_version.clips_buffers
-            tensors = mean_tensors(base, pairs, load, sub_models, merged, scales, round_.keeps, clips_buffers)
         try:
             await asyncio.to_thread(self._mean.write, header, tensors)
         except NotFinite as error:
-            raise await asyncio.to_thread(self._new_version.blamed, error, weights, scales) from error
+            raise await asyncio.to_thread(self._updates.blamed, error, weights, scales) from error
 
     def _header(self, round_: RoundInProgress, weights: dict[str, float]) -> aggregator_pb2.UpdateHeader:
         """Return the header of the mean: sums of counts, within their bounds, and means of scores."""
@@ -258,31 +271,11 @@ class LeafDriver(Driver):
             header.accumulated_steps = claims.ACCUMULATED_STEPS.clamped(accumulated_steps)
         return header
 
-    async def _after_round(self) -> None:
-        round_, token = self._run.current, self._task.token
-        await super()._after_round()
+    async def ended(self, round_: RoundInProgress) -> None:
+        """See `RoundSource.ended`: answer the task. The next round starts when the parent hands over its task."""
+        token = self._task.token
         mean = await asyncio.to_thread(self._mean.load, token)
         if round_.state.phase is RoundPhase.COMMITTED and mean is not None:
             self._handoff.done(token, mean)
         else:
             self._handoff.failed(token, f"its own round was abandoned: {round_.state.reason}")
-
-    async def _after_abandoned(self, ended: RoundInProgress) -> None:
-        """Do not rest: the next round starts when the parent hands over its task."""
-
-
-class _NoVersion(NewVersion):
-    """Stand-in for the new version of a round: only the root makes versions."""
-
-    def weights(self, round_: RoundInProgress, tokens: tuple[str, ...]) -> dict[str, float]:
-        """Return the weights, together at most what one update may weigh: the mean travels as one."""
-        weights = super().weights(round_, tokens)
-        total = sum(weights.values())
-        if total <= claims.WEIGHT.most:
-            return weights
-        return {token: weight * (claims.WEIGHT.most / total) for token, weight in weights.items()}
-
-    async def write(
-        self, round_: RoundInProgress, weights: dict[str, float], scales: dict[str, float]
-    ) -> Version | None:
-        return None

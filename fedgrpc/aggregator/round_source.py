@@ -1,0 +1,188 @@
+"""Where the rounds of a driver come from, and what becomes of their updates.
+
+RoundSource    what a driver needs to know of that
+OwnRounds      the run's own rounds, each of which makes a version
+fedgrpc.hierarchy.parent_rounds.ParentRounds    those of a leaf: each carries out a task of the parent
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import structlog
+
+from fedgrpc.aggregator.coordinator import Coordinator
+from fedgrpc.aggregator.new_version import NewVersion
+from fedgrpc.aggregator.recovery import Recovery
+from fedgrpc.aggregator.scores import for_log
+from fedgrpc.aggregator.upkeep import Upkeep
+from fedgrpc.codec.layout import Layout
+from fedgrpc.errors import NotFound, StorageError
+from fedgrpc.protocol.records import jump_to_proto
+from fedgrpc.rounds.policy import TaskKind
+from fedgrpc.rounds.round import RoundPhase
+from fedgrpc.rounds.version import Version
+from fedgrpc.rpc.retry import Backoff, Retries
+from fedgrpc.runs.events import (
+    Ending,
+    EndReason,
+    EndRun,
+    OpenRound,
+    RollBack,
+    RollBackFailed,
+    RolledBack,
+    RunPhase,
+    Stay,
+)
+from fedgrpc.runs.machine import RunMachine
+from fedgrpc.runs.round_in_progress import RoundInProgress
+from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, TASK_KIND_TRAIN
+from fedgrpc.v1.round_pb2 import Round as RoundRecord
+
+log = structlog.get_logger()
+
+_AFTER_ABANDONED = Backoff(first_s=0.5, cap_s=15.0)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a round made of its updates, durable: a version or None, its layout, and what each update counted."""
+
+    version: Version | None
+    layout: Layout
+    weights: dict[str, float]
+    scales: dict[str, float]
+
+
+class RoundSource(Protocol):
+    """Gives a driver its rounds, one at a time, and takes what they make."""
+
+    async def recover(self, recovery: Recovery) -> None:
+        """Take up what a former process left, with the help of `recovery`. Raises as it does."""
+
+    async def next_round(self) -> RoundInProgress | None:
+        """Return the round to play now. None: look again, or the run has ended."""
+
+    async def merge(self, round_: RoundInProgress, tokens: tuple[str, ...]) -> Merged:
+        """Make what the round makes of these updates durable.
+
+        Raises `StorageError`, `UnusableUpdate` for an update that is to be left out, and `CodecError` or
+        `UpdateRefused` when no update in particular is to blame.
+        """
+
+    async def ended(self, round_: RoundInProgress) -> None:
+        """Act on the end of a round, committed or abandoned, before the next one."""
+
+
+class OwnRounds:
+    """Rounds as the run itself asks for them. A `RoundSource`."""
+
+    def __init__(self, coordinator: Coordinator, upkeep: Upkeep) -> None:
+        self._coordinator = coordinator
+        self._run = coordinator.machine
+        self._settings = coordinator.settings
+        self._upkeep = upkeep
+        self._new_version = NewVersion(coordinator)
+        self._abandoned = Retries(_AFTER_ABANDONED)
+        self._log = log.bind(run=self._settings.run_name)
+
+    async def recover(self, recovery: Recovery) -> None:
+        """See `RoundSource.recover`."""
+        await recovery.recover()
+
+    async def next_round(self) -> RoundInProgress | None:
+        """See `RoundSource.next_round`. Also rolls the run back, and ends it."""
+        match self._run.next_step(time.time(), self._coordinator.clock()):
+            case OpenRound(round_):
+                return round_
+            case RollBack() as asked:
+                await self._roll_back(asked)
+            case EndRun(ending, after_evaluators):
+                if not after_evaluators or await self._evaluators_are_done():
+                    await self._end(ending if self._run.ending.reason is EndReason.NONE else self._run.ending)
+            case Stay():
+                await self._upkeep.until(None)
+        return None
+
+    async def merge(self, round_: RoundInProgress, tokens: tuple[str, ...]) -> Merged:
+        """See `RoundSource.merge`. A round that only evaluates makes no version."""
+        weights = self._new_version.weights(round_, tokens)
+        scales = await self._new_version.scales(round_, weights)
+        if round_.kind is TaskKind.EVALUATE:
+            return Merged(None, self._run.layout, weights, scales)
+        version = await self._new_version.write(round_, weights, scales)
+        return Merged(version, self._coordinator.models.open(version.version).layout, weights, scales)
+
+    async def ended(self, round_: RoundInProgress) -> None:
+        """See `RoundSource.ended`. After an abandoned round: rest, or pause where the next would end alike."""
+        coordinator, run = self._coordinator, self._run
+        if round_.state.phase is RoundPhase.COMMITTED:
+            self._abandoned.reset()
+        elif round_.kind is TaskKind.EVALUATE or run.ended or run.rolling_back is not None:
+            return
+        elif reason := run.hopeless(round_, coordinator.fleet, coordinator.clock()):
+            self._abandoned.reset()
+            await self._upkeep.until_stored(partial(coordinator.pause_itself, reason))
+        else:
+            await self._rest(self._abandoned.next_delay_s())
+
+    async def _rest(self, seconds: float) -> None:
+        """Wait, whoever polls meanwhile: rounds that fail at once must not spin."""
+        coordinator, run = self._coordinator, self._run
+        until = coordinator.clock() + seconds
+        while not run.ended and run.rolling_back is None and coordinator.clock() < until:
+            await self._upkeep.until(until)
+
+    async def _roll_back(self, asked: RollBack) -> None:
+        """Make a copy of the version that is asked for the latest one, durably, and answer."""
+        coordinator, run = self._coordinator, self._run
+        number = run.last_number + 1
+        record = RoundRecord(number=number, phase=ROUND_PHASE_COMMITTED, kind=TASK_KIND_TRAIN, reason=asked.text)
+        record.base_version, record.rolled_back_to = run.version, asked.version
+        record.started_at.FromNanoseconds(time.time_ns())
+        try:
+            version, layout = await self._new_version.roll_back(asked.version, number)
+            record.committed_version, record.jump = version.version, jump_to_proto(version.jump)
+            record.metrics.update(version.metrics)
+            record.evaluator_metrics.update(version.evaluator_metrics)
+
+            async def store(after: RunMachine) -> None:
+                await coordinator.in_database(coordinator.store.finish_round, record, [], {}, version)
+                coordinator.last_record = record
+
+            await coordinator.apply_after(RolledBack(version, layout, number), store)
+        except (StorageError, NotFound) as error:
+            coordinator.apply(RollBackFailed())
+            coordinator.answer_roll_back(error)
+            return
+        self._log.warning(asked.text, round=number, version=version.version)
+        coordinator.metrics.model_version.set(version.version)
+        coordinator.fleet.wake_evaluators_and(run.leases)
+        coordinator.answer_roll_back()
+
+    async def _end(self, ending: Ending) -> None:
+        await self._upkeep.clear_away()
+        best, last = self._run.versions.best, self._run.versions.last
+        for which, version in (("best", best), ("last", last)):
+            if version is not None and version.sha256:
+                path = str(self._coordinator.models.path(version.version))
+                told = for_log(version.scores, "version", "file")
+                self._log.info(f"{which} version", version=version.version, file=path, **told)
+        await self._coordinator.end(RunPhase.FINISHED, ending)
+
+    async def _evaluators_are_done(self) -> bool:
+        """Wait until evaluators that are alive have scored the last version, within the time of a round.
+
+        Returns False where the run is rolled back meanwhile.
+        """
+        coordinator, run = self._coordinator, self._run
+        until = coordinator.clock() + self._settings.policy.deadline_s
+        while coordinator.clock() < until and run.rolling_back is None:
+            alive = coordinator.fleet.live_evaluators(coordinator.clock())
+            if not any(run.evaluations.waiting_for(worker.name, run.version) for worker in alive):
+                return True
+            await self._upkeep.until(min(until, coordinator.clock() + self._settings.policy.lease_s))
+        return run.rolling_back is None
