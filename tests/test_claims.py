@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from fedgrpc import claims
 from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.errors import LayoutError
+from fedgrpc.protocol.devices import bounded_registration
 from fedgrpc.protocol.durations import duration_from_proto
-from fedgrpc.protocol.records import bounded_registration, history_from_bytes, metrics_from_proto
+from fedgrpc.protocol.records import history_from_bytes, metrics_from_proto
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rounds.selection import OortRule, utilities
 from fedgrpc.submodels.cost import DeviceLimits, Observation, PlanSize, predict

@@ -40,7 +40,7 @@ from fedgrpc.errors import (
     WrongIdentity,
 )
 from fedgrpc.metrics import Metrics
-from fedgrpc.protocol.records import bounded_registration
+from fedgrpc.protocol.devices import bounded_registration
 from fedgrpc.protocol.rounds import RoundRecords
 from fedgrpc.rounds.events import (
     Cancel,

@@ -22,11 +22,12 @@ from fedgrpc.codec.budget import expected_bits
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import LayoutError, NotFound, StorageError, UnusableUpdate
+from fedgrpc.protocol.devices import device_from_proto
 from fedgrpc.protocol.plans import (
     local_model_plan_from_proto,
     plan_table_to_proto,
 )
-from fedgrpc.protocol.records import device_from_proto, observation_from_proto, prediction_errors, tells_cost
+from fedgrpc.protocol.records import observation_from_proto, prediction_errors, tells_cost
 from fedgrpc.protocol.tensors import channels_from_proto, channels_to_proto
 from fedgrpc.runs.task_context import LocalTask
 from fedgrpc.storage.files import storage_errors, write_file

@@ -41,8 +41,8 @@ from fedgrpc.errors import (
     UpdateRefused,
 )
 from fedgrpc.protocol.records import metrics_from_proto
-from fedgrpc.protocol.rounds import report_from_proto
 from fedgrpc.protocol.tensors import layout_to_proto, manifest_from_proto
+from fedgrpc.protocol.updates import report_from_proto
 from fedgrpc.rounds.events import Progress, TaskPhase
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.task import UploadPace

@@ -29,7 +29,8 @@ from fedgrpc.errors import CorruptError, LayoutError, StorageError, UnusableUpda
 from fedgrpc.protocol.durations import duration_from_proto
 from fedgrpc.protocol.plans import local_task_from_proto
 from fedgrpc.protocol.records import prediction_from_proto
-from fedgrpc.protocol.rounds import record_of, report_from_proto
+from fedgrpc.protocol.rounds import record_of
+from fedgrpc.protocol.updates import report_from_proto
 from fedgrpc.rounds.events import LossCause, TaskPhase
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.state import StoredTask, restore

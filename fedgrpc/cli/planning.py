@@ -19,9 +19,10 @@ from fedgrpc.codec.layout import Layout, spec_of
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import UsageError
+from fedgrpc.protocol.devices import device_from_proto
 from fedgrpc.protocol.plans import local_model_plan_from_proto, plan_table_from_proto
 from fedgrpc.protocol.policies import policy_from_proto
-from fedgrpc.protocol.records import device_from_proto, observation_from_proto, prediction_errors, tells_cost
+from fedgrpc.protocol.records import observation_from_proto, prediction_errors, tells_cost
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.cost import (
     DeviceLimits,

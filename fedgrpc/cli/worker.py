@@ -22,11 +22,11 @@ from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.datasets.partition import PARTITIONS, parse_part, parse_partition
 from fedgrpc.errors import UsageError
 from fedgrpc.process import keep_private, use_threads
+from fedgrpc.protocol.devices import DeviceProfile
 from fedgrpc.protocol.tasks import Registration, Role
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.trainer import TaskSetup, Trainer
-from fedgrpc.worker.device import DeviceProfile
 from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.task_loader import find_task, load_trainer

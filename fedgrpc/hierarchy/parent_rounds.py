@@ -32,12 +32,14 @@ from fedgrpc.errors import CodecError, NotFinite, StorageError
 from fedgrpc.hierarchy.handoff import ParentTask, TaskHandoff, VersionToScore
 from fedgrpc.hierarchy.partial_aggregate import AggregateFile, Tensors, mean_tensors, own_tensors
 from fedgrpc.protocol.plans import plan_table_from_proto
+from fedgrpc.protocol.updates import report_to_proto
 from fedgrpc.rounds.events import Abort
 from fedgrpc.rounds.policy import RoundPolicy, TaskKind
 from fedgrpc.rounds.round import Round, RoundPhase
 from fedgrpc.rounds.version import Version
 from fedgrpc.runs.events import ParentLeads, ParentWaits, RunPhase, VersionTaken
 from fedgrpc.runs.round_in_progress import RoundInProgress
+from fedgrpc.runs.task_context import Report
 from fedgrpc.storage.files import storage_errors, write_file
 from fedgrpc.storage.model_file import write_model
 from fedgrpc.v1 import aggregator_pb2
@@ -253,23 +255,24 @@ class ParentRounds:
         """Return the header of the mean: sums of counts, within their bounds, and means of scores."""
         reports = [(round_.report(token), weight) for token, weight in weights.items()]
         scores = scores_of(round_, weights, self._coordinator.weighing, self._settings.policy.max_share)
-        header = aggregator_pb2.UpdateHeader(
-            token=self._task.token,
+        mean = Report(
             example_count=claims.EXAMPLES.total(report.example_count for report, _ in reports),
             steps=claims.STEPS.total(report.steps for report, _ in reports),
             metrics=mean_metrics([(report.metrics, weight) for report, weight in reports]),
             evaluation_metrics=scores.metrics,
-            scores_not_finite=scores.not_finite,
             evaluation_example_count=claims.EXAMPLES.clamped(scores.example_count),
+            scores_not_finite=frozenset(scores.not_finite),
             scores_of_sub_models=scores.of_sub_models,
         )
         if round_.kind is not TaskKind.INITIALIZE:
-            updates = (report.merged_updates or 1 for report, _ in reports)
-            header.merged_updates = claims.MERGED_UPDATES.total(updates)
-            header.weight = claims.WEIGHT.clamped(sum(weights.values()))
             accumulated_steps = accumulated_of(self._coordinator.instructions, round_, weights)
-            header.accumulated_steps = claims.ACCUMULATED_STEPS.clamped(accumulated_steps)
-        return header
+            mean = replace(
+                mean,
+                merged_updates=claims.MERGED_UPDATES.total(report.merged_updates or 1 for report, _ in reports),
+                weight=claims.WEIGHT.clamped(sum(weights.values())),
+                accumulated_steps=claims.ACCUMULATED_STEPS.clamped(accumulated_steps),
+            )
+        return report_to_proto(mean, self._task.token)
 
     async def ended(self, round_: RoundInProgress) -> None:
         """See `RoundSource.ended`: answer the task. The next round starts when the parent hands over its task."""

@@ -38,9 +38,9 @@ from fedgrpc.codec.payload import (
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Compression, Recipe
 from fedgrpc.errors import StorageError
-from fedgrpc.protocol.records import timings_to_proto
 from fedgrpc.protocol.tasks import Task
 from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
+from fedgrpc.protocol.updates import sent_header
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.storage.files import make_private, storage_errors, sync, write_file
 from fedgrpc.storage.model_file import ModelFile
@@ -166,13 +166,7 @@ def sending(task: Task, worker: str, mean: StoredAggregate, residual: Residual, 
     def fill(payload: BinaryIO, keep: Keep) -> tuple[aggregator_pb2.UpdateHeader, Layout | None]:
         with mean.open() as reader:
             manifest, left = _encode(task, worker, reader, residual, payload, keep)
-        header = aggregator_pb2.UpdateHeader()
-        header.CopyFrom(mean.header)
-        header.worker = worker
-        header.manifest.CopyFrom(manifest_to_proto(manifest))
-        header.timings.CopyFrom(timings_to_proto(began.timings()))
-        header.peak_memory_bytes = peak_memory_bytes()
-        return header, left
+        return sent_header(mean.header, worker, manifest, began.timings(), peak_memory_bytes()), left
 
     return fill
 

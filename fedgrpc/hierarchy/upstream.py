@@ -29,6 +29,7 @@ from fedgrpc.errors import FedgrpcError, TaskError
 from fedgrpc.hierarchy.handoff import ParentTask, VersionToScore
 from fedgrpc.hierarchy.leaf_run import LeafRuns
 from fedgrpc.hierarchy.partial_aggregate import sending
+from fedgrpc.protocol.devices import Activity, Status
 from fedgrpc.protocol.tasks import Registration, Role, Task
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rpc.identity import Session
@@ -40,7 +41,7 @@ from fedgrpc.worker.local_work import LocalWork, TaskFiles
 from fedgrpc.worker.loop import Loop, leave
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Fill, SpooledUpdate
-from fedgrpc.worker.status import Activity, Controls, Status, StatusPublisher
+from fedgrpc.worker.status import Controls, StatusPublisher
 from fedgrpc.worker.training import ALL_PARTS
 from fedgrpc.worker.update import Began, Outcome, update_of
 

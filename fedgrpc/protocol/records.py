@@ -1,4 +1,4 @@
-"""Records on the wire and in the database: devices, timings, metrics, predictions and histories of workers.
+"""Records on the wire and in the database: timings, metrics, predictions and histories of workers.
 
 Each number is brought into its range (`fedgrpc.claims`) or refused with `LayoutError`. Stored records are
 read in the same way: a worker wrote them.
@@ -19,7 +19,6 @@ from fedgrpc.rounds.events import LossCause
 from fedgrpc.rounds.history import KEPT, LinkRates, Timing, Timings, WorkerHistory
 from fedgrpc.rounds.version import Jump, Version
 from fedgrpc.submodels.cost import (
-    DeviceLimits,
     Observation,
     PlanChoice,
     PlanSize,
@@ -27,7 +26,7 @@ from fedgrpc.submodels.cost import (
     bits_per_element,
     errors_of,
 )
-from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2
+from fedgrpc.v1 import device_pb2, round_pb2
 
 
 def timings_to_proto(timings: Timings) -> device_pb2.Timings:
@@ -60,42 +59,6 @@ def metrics_from_proto(metrics: Mapping[str, float], max_metrics: int = claims.M
         if not claims.SCORE.least <= value <= claims.SCORE.most:
             raise LayoutError(f"metric {shown!r} is {value}; a score is a number up to {claims.SCORE.most:g}")
     return dict(metrics)
-
-
-def bounded_registration(message: aggregator_pb2.RegisterRequest) -> aggregator_pb2.RegisterRequest:
-    """Return a worker's registration with every claim in its range. The fleet checks the name."""
-    bounded = aggregator_pb2.RegisterRequest()
-    bounded.CopyFrom(message)
-    bounded.device.CopyFrom(bounded_profile(message.device))
-    del bounded.encodings[:]
-    bounded.encodings.extend(map(claims.LABEL.cleaned, message.encodings))
-    return bounded
-
-
-def bounded_profile(message: device_pb2.DeviceProfile) -> device_pb2.DeviceProfile:
-    """Return a device's profile with each number in its range and each text one printable line."""
-    return device_pb2.DeviceProfile(
-        device_class=claims.LABEL.cleaned(message.device_class),
-        cpu_model=claims.LABEL.cleaned(message.cpu_model),
-        cpu_cores=claims.CORES.clamped(message.cpu_cores),
-        memory_bytes=claims.MEMORY_BYTES.clamped(message.memory_bytes),
-        accelerator=claims.LABEL.cleaned(message.accelerator),
-        accelerator_name=claims.LABEL.cleaned(message.accelerator_name),
-        accelerator_memory_bytes=claims.MEMORY_BYTES.clamped(message.accelerator_memory_bytes),
-        uplink_bits_per_second=claims.BITS_PER_SECOND.clamped(message.uplink_bits_per_second),
-        downlink_bits_per_second=claims.BITS_PER_SECOND.clamped(message.downlink_bits_per_second),
-        on_battery=message.on_battery,
-        software_version=claims.LABEL.cleaned(message.software_version),
-    )
-
-
-def device_from_proto(profile: device_pb2.DeviceProfile) -> DeviceLimits:
-    """Return the claims of a profile that costs are predicted from."""
-    return DeviceLimits(
-        claims.MEMORY_BYTES.clamped(profile.memory_bytes),
-        claims.BITS_PER_SECOND.clamped(profile.uplink_bits_per_second),
-        claims.BITS_PER_SECOND.clamped(profile.downlink_bits_per_second),
-    )
 
 
 def tells_cost(task: round_pb2.TaskRecord) -> bool:

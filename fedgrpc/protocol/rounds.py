@@ -1,19 +1,14 @@
-"""Rounds on the wire: reports of workers from the headers of their updates, and the records of rounds."""
+"""The records of rounds, for operators and the database."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from fedgrpc import claims
-from fedgrpc.aggregation.admission import AdmissionPolicy, check_counts
-from fedgrpc.errors import UpdateRefused
 from fedgrpc.protocol.durations import duration_to_proto
 from fedgrpc.protocol.plans import local_task_to_proto
 from fedgrpc.protocol.records import (
     jump_to_proto,
-    metrics_from_proto,
     prediction_to_proto,
-    timings_from_proto,
     timings_to_proto,
 )
 from fedgrpc.rounds import events
@@ -22,37 +17,8 @@ from fedgrpc.rounds.task import Task
 from fedgrpc.rounds.version import Jump
 from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.runs.task_context import Report, TaskContext
-from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 from fedgrpc.v1.round_pb2 import LossCause, RoundPhase, TaskKind, TaskPhase, TaskRecord
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
-
-
-def report_from_proto(header: UpdateHeader, policy: AdmissionPolicy) -> Report:
-    """Return the report in a header. Raises `UpdateRefused` and `LayoutError`."""
-    metrics = metrics_from_proto(header.metrics)
-    evaluation_metrics = metrics_from_proto(header.evaluation_metrics)
-    check_counts(header.example_count, {**metrics, **evaluation_metrics}, policy)
-    if header.merged_updates and not 0 < header.weight <= policy.max_example_count:
-        raise UpdateRefused(f"the summed weight {header.weight:g} is not from above 0 to the bound")
-    # Where it decides, `check_steps` holds it against the plan.
-    accumulated_steps = claims.ACCUMULATED_STEPS.clamped(header.accumulated_steps)
-    return Report(
-        claims.EXAMPLES.checked(header.example_count),
-        claims.STEPS.checked(header.steps),
-        metrics,
-        evaluation_metrics,
-        claims.EXAMPLES.checked(header.evaluation_example_count),
-        timings_from_proto(header.timings),
-        header.manifest.size_bytes,
-        claims.MEMORY_BYTES.clamped(header.peak_memory_bytes),
-        claims.MERGED_UPDATES.checked(header.merged_updates),
-        claims.WEIGHT.checked(header.weight) if header.merged_updates else 0.0,
-        claims.MEMORY_BYTES.clamped(header.tensor_bytes),
-        accumulated_steps if header.merged_updates else 0.0,
-        header.unchanged,
-        header.scores_of_sub_models,
-        frozenset(metrics_from_proto(dict.fromkeys(header.scores_not_finite, 0.0))),
-    )
 
 
 class RoundRecords:

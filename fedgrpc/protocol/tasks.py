@@ -18,7 +18,7 @@ from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.submodels.channels import SubModel
 from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.training_plan import TrainingPlan
-from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2
+from fedgrpc.v1 import aggregator_pb2, device_pb2
 
 _SHORTEST_INTERVAL_S: Final = 0.05
 
@@ -29,14 +29,6 @@ class Role(IntEnum):
     TRAINER = device_pb2.WORKER_ROLE_TRAINER
     EVALUATOR = device_pb2.WORKER_ROLE_EVALUATOR
     AGGREGATOR = device_pb2.WORKER_ROLE_AGGREGATOR
-
-
-class Phase(IntEnum):
-    """Progress of a worker with a task; numbers as in `fedgrpc.v1.TaskPhase`."""
-
-    DOWNLOADING = round_pb2.TASK_PHASE_DOWNLOADING
-    TRAINING = round_pb2.TASK_PHASE_TRAINING
-    UPLOADING = round_pb2.TASK_PHASE_UPLOADING
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,9 @@ class Report:
     metrics: Mapping[str, float]
     evaluation_metrics: Mapping[str, float]
     evaluation_example_count: int
-    timings: Timings
-    upload_bytes: int
-    peak_memory_bytes: int
+    timings: Timings = field(default_factory=Timings)
+    upload_bytes: int = 0
+    peak_memory_bytes: int = 0
     merged_updates: int = 0
     weight: float = 0.0
     tensor_bytes: int = 0

@@ -15,9 +15,9 @@ from itertools import islice
 from pathlib import Path
 
 from fedgrpc import claims
+from fedgrpc.protocol.devices import bounded_registration
 from fedgrpc.protocol.plans import local_task_to_proto
 from fedgrpc.protocol.records import (
-    bounded_registration,
     history_from_bytes,
     history_to_bytes,
     jump_to_proto,

@@ -20,14 +20,15 @@ from fedgrpc.codec.chunk import CHUNK_BYTES, FIRST_CHUNK_BYTES, LARGE_CHUNK_BYTE
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.codec.payload import Read
 from fedgrpc.errors import CorruptError, LayoutError, LinkError, WrongOffset
+from fedgrpc.protocol.devices import DeviceProfile, profile_to_proto
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
-from fedgrpc.protocol.tasks import Phase, Registration, Role, Task, registration_from_proto, task_from_proto
+from fedgrpc.protocol.tasks import Registration, Role, Task, registration_from_proto, task_from_proto
+from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rpc import framing
 from fedgrpc.rpc.client_stream import ClientStream
 from fedgrpc.rpc.identity import Session
 from fedgrpc.rpc.status import MAX_RETRY_AFTER_S, domain_errors
-from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, tensor_pb2
-from fedgrpc.worker.device import DeviceProfile
+from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, round_pb2, tensor_pb2
 from fedgrpc.worker.held_model import HeldModel, Source
 from fedgrpc.worker.model_folder import ModelFolder, PartialModel
 from fedgrpc.worker.throttle import Pacer, Throttle
@@ -105,7 +106,7 @@ class AggregatorClient:
         request = aggregator_pb2.RegisterRequest(
             worker=self._worker,
             role=role.value,
-            device=profile.to_proto(),
+            device=profile_to_proto(profile),
             encodings=self._encodings,
             compressions=[tensor_pb2.COMPRESSION_NONE, tensor_pb2.COMPRESSION_ZSTD],
             local_model_parts=sorted(parts),
@@ -154,10 +155,10 @@ class AggregatorClient:
             await self.report_failure(reply.task.token, str(error))
             return Polled(None, None, reply.run_ended)
 
-    async def heartbeat(self, token: str, phase: Phase, progress: float) -> Beat:
+    async def heartbeat(self, token: str, phase: TaskPhase, progress: float) -> Beat:
         """Extend the lease; raises UnknownTask when it is gone."""
         request = aggregator_pb2.HeartbeatRequest(
-            worker=self._worker, token=token, phase=phase.value, progress=progress
+            worker=self._worker, token=token, phase=round_pb2.TaskPhase.Name(phase.value), progress=progress
         )
         with domain_errors():
             reply = await self._stub.Heartbeat(request, metadata=self._metadata, timeout=_CALL_S)

@@ -25,12 +25,13 @@ from fedgrpc.errors import (
     TooLargeError,
     WrongOffset,
 )
+from fedgrpc.protocol.devices import Activity
 from fedgrpc.protocol.tasks import task_from_proto
 from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.rounds.history import Timings
 from fedgrpc.worker.client import AggregatorClient, Pushed
 from fedgrpc.worker.spool import Spool, SpooledUpdate
-from fedgrpc.worker.status import Activity, StatusPublisher
+from fedgrpc.worker.status import StatusPublisher
 
 _TRIES: Final = 3
 # A floor for the aggregator's retry delay: one of zero must not make a busy loop.

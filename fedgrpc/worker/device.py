@@ -1,4 +1,4 @@
-"""The profile of this device: measured where that is cheap, and every field can be overridden.
+"""Measurement of this device's profile, where that is cheap.
 
 A container's limits count, not those of its host. torch is asked for the accelerator only after something else has
 imported it: the import takes seconds and hundreds of megabytes on a small device.
@@ -11,54 +11,11 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from fedgrpc import __version__
-from fedgrpc.errors import UsageError
-from fedgrpc.v1 import device_pb2
-
-
-@dataclass(frozen=True)
-class DeviceProfile:
-    """Profile of a device; zero or empty is unknown. The fields are those of the message."""
-
-    device_class: str = ""
-    cpu_model: str = ""
-    cpu_cores: int = 0
-    memory_bytes: int = 0
-    accelerator: str = "cpu"
-    accelerator_name: str = ""
-    accelerator_memory_bytes: int = 0
-    uplink_bits_per_second: int = 0
-    downlink_bits_per_second: int = 0
-    on_battery: bool = False
-    software_version: str = __version__
-
-    def to_proto(self) -> device_pb2.DeviceProfile:
-        """Return the message."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return device_pb2.DeviceProfile(**values)
-
-    def with_overrides(self, overrides: Mapping[str, Any]) -> DeviceProfile:
-        """Return this profile with the operator's values in place of measured ones.
-
-        Raises:
-            UsageError: a name that is no field, or a value of the wrong type.
-        """
-        known = {field.name: type(getattr(self, field.name)) for field in fields(self)}
-        for name, value in overrides.items():
-            if name not in known:
-                raise UsageError(f"a device has no {name!r}; it has {', '.join(known)}")
-            if type(value) is not known[name]:
-                raise UsageError(f"the device's {name} must be of type {known[name].__name__}, not {value!r}")
-            if isinstance(value, int) and value < 0:
-                raise UsageError(f"the device's {name} must not be negative")
-        return replace(self, **overrides)
+from fedgrpc.protocol.devices import DeviceProfile
 
 
 def detect(root: Path = Path("/")) -> DeviceProfile:

@@ -18,6 +18,7 @@ from typing import Final, Protocol
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import CorruptError, StorageError, WrongOffset
+from fedgrpc.protocol.devices import Activity
 from fedgrpc.protocol.tasks import Registration, Task
 from fedgrpc.rpc.retry import with_retries
 from fedgrpc.v1 import aggregator_pb2
@@ -26,7 +27,7 @@ from fedgrpc.worker.held_model import HeldModel, Source
 from fedgrpc.worker.model_folder import ModelFolder
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Fill, Spool, SpooledUpdate
-from fedgrpc.worker.status import Activity, StatusPublisher
+from fedgrpc.worker.status import StatusPublisher
 
 _TRIES_TO_DOWNLOAD: Final = 3
 _TRIES_TO_SPOOL: Final = 5

@@ -23,6 +23,7 @@ from fedgrpc.errors import (
     UnknownWorker,
     UsageError,
 )
+from fedgrpc.protocol.devices import Activity, DeviceProfile
 from fedgrpc.protocol.tasks import Registration, Task
 from fedgrpc.rpc.address import dialled
 from fedgrpc.rpc.diagnosis import explain
@@ -31,11 +32,10 @@ from fedgrpc.trainer import Cancelled
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.client import AggregatorClient, Polled
 from fedgrpc.worker.delivery import Delivery
-from fedgrpc.worker.device import DeviceProfile
 from fedgrpc.worker.local_work import LocalWork, TaskFiles
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import SpooledUpdate
-from fedgrpc.worker.status import Activity, Controls, StatusPublisher
+from fedgrpc.worker.status import Controls, StatusPublisher
 
 # About ten seconds in all: a file that cannot be read for a moment (EIO, EMFILE) is readable again by then.
 _TRIES_TO_READ: Final = 6

@@ -12,6 +12,7 @@ import structlog
 
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.process import on_end_signal, reuse_memory
+from fedgrpc.protocol.devices import Activity, DeviceProfile, Status
 from fedgrpc.protocol.tasks import Registration
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.identity import Session
@@ -19,13 +20,13 @@ from fedgrpc.rpc.server import WORKER, RunningServer, serve, worker_service
 from fedgrpc.storage.folder import HeldFolder, folder_id, hold_folder
 from fedgrpc.trainer import Trainer
 from fedgrpc.worker.client import AggregatorClient
-from fedgrpc.worker.device import DeviceProfile, detect, usable_memory_bytes
+from fedgrpc.worker.device import detect, usable_memory_bytes
 from fedgrpc.worker.local_work import TaskFiles
 from fedgrpc.worker.loop import Loop
 from fedgrpc.worker.model_folder import ModelFolder
 from fedgrpc.worker.service import WorkerService
 from fedgrpc.worker.settings import WorkerSettings
-from fedgrpc.worker.status import Activity, Controls, Status, StatusPublisher
+from fedgrpc.worker.status import Controls, StatusPublisher
 from fedgrpc.worker.training import TrainerWork
 
 IN_USE: Final = "is used by another worker; give each worker its own --state-dir"

@@ -11,6 +11,7 @@ import grpc.aio
 from fedgrpc.codec.chunk import Chunk, chunks
 from fedgrpc.codec.payload import file_reader
 from fedgrpc.errors import NotFound, WrongOffset
+from fedgrpc.protocol.devices import status_to_proto
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.rpc.framing import message_of
 from fedgrpc.v1 import aggregator_pb2, worker_pb2, worker_pb2_grpc
@@ -44,14 +45,14 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, request: worker_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.GetStatusResponse:
         """Return the present status."""
-        return worker_pb2.GetStatusResponse(status=self._publisher.status.to_proto())
+        return worker_pb2.GetStatusResponse(status=status_to_proto(self._publisher.status))
 
     async def WatchStatus(
         self, request: worker_pb2.WatchStatusRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.WatchStatusResponse]:
         """Stream the status, and every change of it."""
         async for status in self._publisher.watch():
-            yield worker_pb2.WatchStatusResponse(status=status.to_proto())
+            yield worker_pb2.WatchStatusResponse(status=status_to_proto(status))
 
     async def PullModel(
         self, request: worker_pb2.WorkerPullModelRequest, context: grpc.aio.ServicerContext
@@ -76,21 +77,21 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     ) -> worker_pb2.PauseResponse:
         """Take no further task until `Resume`."""
         self._steering.pause()
-        return worker_pb2.PauseResponse(status=self._publisher.status.to_proto())
+        return worker_pb2.PauseResponse(status=status_to_proto(self._publisher.status))
 
     async def Resume(
         self, request: worker_pb2.ResumeRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.ResumeResponse:
         """Take tasks again."""
         self._steering.resume()
-        return worker_pb2.ResumeResponse(status=self._publisher.status.to_proto())
+        return worker_pb2.ResumeResponse(status=status_to_proto(self._publisher.status))
 
     async def Drain(
         self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.DrainResponse:
         """Finish the present task, then end the process."""
         self._steering.drain()
-        return worker_pb2.DrainResponse(status=self._publisher.status.to_proto())
+        return worker_pb2.DrainResponse(status=status_to_proto(self._publisher.status))
 
 
 def _next_message(pieces: Iterator[Chunk]) -> bytes | None:

@@ -10,11 +10,11 @@ from typing import Any, Final
 
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.errors import UsageError
+from fedgrpc.protocol.devices import DeviceProfile
 from fedgrpc.protocol.tasks import Role
 from fedgrpc.rpc.address import Address, dialled
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.rpc.retry import Backoff
-from fedgrpc.worker.device import DeviceProfile
 from fedgrpc.worker.throttle import Throttle
 
 # A batch of more examples than that is a mistake; plans have 32 bits for it.

@@ -8,74 +8,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from enum import IntEnum
+from dataclasses import replace
 from typing import Any, Final
 
 from fedgrpc.aio import Changes
-from fedgrpc.protocol.records import timings_to_proto
-from fedgrpc.protocol.tasks import Phase
-from fedgrpc.rounds.history import Timings
-from fedgrpc.rounds.policy import TaskKind
-from fedgrpc.v1 import round_pb2, worker_pb2
-from fedgrpc.worker.device import DeviceProfile
+from fedgrpc.protocol.devices import Activity, Status
 
 _MIN_INTERVAL_S: Final = 0.25
-
-
-class Activity(IntEnum):
-    """Present activity of the worker's loop; numbers as in `fedgrpc.v1.Activity`."""
-
-    CONNECTING = worker_pb2.ACTIVITY_CONNECTING
-    WAITING = worker_pb2.ACTIVITY_WAITING
-    DOWNLOADING = worker_pb2.ACTIVITY_DOWNLOADING
-    TRAINING = worker_pb2.ACTIVITY_TRAINING
-    EVALUATING = worker_pb2.ACTIVITY_EVALUATING
-    UPLOADING = worker_pb2.ACTIVITY_UPLOADING
-    PAUSED = worker_pb2.ACTIVITY_PAUSED
-    DRAINING = worker_pb2.ACTIVITY_DRAINING
-
-    @property
-    def phase(self) -> Phase:
-        """Phase of the task in heartbeats during this activity."""
-        if self is Activity.DOWNLOADING:
-            return Phase.DOWNLOADING
-        return Phase.UPLOADING if self is Activity.UPLOADING else Phase.TRAINING
-
-
-@dataclass(frozen=True)
-class Status:
-    """Status of a worker, as `GetStatus` returns it."""
-
-    worker: str
-    aggregator: str
-    activity: Activity = Activity.CONNECTING
-    progress: float = 0.0
-    run: str = ""
-    round: int = 0
-    model_version: int = 0
-    device: DeviceProfile = field(default_factory=DeviceProfile)
-    last_timings: Timings = field(default_factory=Timings)
-    spooled_updates: int = 0
-    last_error: str = ""
-    task_kind: TaskKind | None = None
-
-    def to_proto(self) -> worker_pb2.Status:
-        """Return the message."""
-        return worker_pb2.Status(
-            worker=self.worker,
-            aggregator=self.aggregator,
-            activity=self.activity.value,
-            progress=self.progress,
-            run=self.run,
-            round=self.round,
-            model_version=self.model_version,
-            device=self.device.to_proto(),
-            last_timings=timings_to_proto(self.last_timings),
-            spooled_updates=self.spooled_updates,
-            last_error=self.last_error,
-            task_kind=None if self.task_kind is None else round_pb2.TaskKind.Name(self.task_kind.value),
-        )
 
 
 class StatusPublisher:

@@ -20,6 +20,7 @@ from fedgrpc.aio import in_thread
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import FedgrpcError, LayoutError, TaskError, TaskUnfit, UsageError
+from fedgrpc.protocol.devices import Activity
 from fedgrpc.protocol.tasks import Registration, Task
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.storage.files import storage_errors
@@ -43,7 +44,7 @@ from fedgrpc.worker.client import Report
 from fedgrpc.worker.local_work import TaskFiles
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Fill, SpooledUpdate
-from fedgrpc.worker.status import Activity, StatusPublisher
+from fedgrpc.worker.status import StatusPublisher
 from fedgrpc.worker.throttle import Throttle
 from fedgrpc.worker.update import (
     Began,

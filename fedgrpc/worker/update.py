@@ -38,11 +38,11 @@ from fedgrpc.codec.layout import Array, Layout, TensorRole, layout_of, spec_of
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.protocol.records import timings_to_proto
 from fedgrpc.protocol.tasks import Task
-from fedgrpc.protocol.tensors import channels_to_proto, manifest_to_proto
+from fedgrpc.protocol.updates import report_to_proto
 from fedgrpc.rounds.history import Timings
 from fedgrpc.rounds.policy import TaskKind
+from fedgrpc.runs.task_context import Report
 from fedgrpc.storage.residual_file import read_residual, write_residual
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.trainer import EvalResult, Weights
@@ -97,7 +97,8 @@ def update_of(
         unchanged = task.kind is TaskKind.TRAIN and _left_as_it_was(outcome, given, layout)
         if unchanged:
             log.warning("training changed nothing", round=task.round, steps=outcome.steps)
-        return _header(task, worker, outcome, manifest, began.timings(), unchanged), left
+        report = _report(outcome, began.timings(), unchanged)
+        return report_to_proto(report, task.token, worker, manifest, outcome.channels), left
 
     return fill
 
@@ -154,28 +155,20 @@ def _write(
     return write_with_feedback(sent, residual, recipe, payload, draw(), layout, keep)[0], layout
 
 
-def _header(
-    task: Task, worker: str, outcome: Outcome, manifest: Manifest, timings: Timings, unchanged: bool
-) -> aggregator_pb2.UpdateHeader:
+def _report(outcome: Outcome, timings: Timings, unchanged: bool) -> Report:
     scores = outcome.scores or EvalResult(0, {})
-    header = aggregator_pb2.UpdateHeader(
-        worker=worker,
-        token=task.token,
-        manifest=manifest_to_proto(manifest),
+    return Report(
         example_count=outcome.example_count,
         steps=outcome.steps,
         metrics=outcome.metrics,
         evaluation_metrics=scores.metrics,
         evaluation_example_count=scores.example_count,
-        timings=timings_to_proto(timings),
+        timings=timings,
         peak_memory_bytes=peak_memory_bytes(),
         tensor_bytes=outcome.tensor_bytes,
         unchanged=unchanged,
-        scores_not_finite=scores.not_finite,
+        scores_not_finite=frozenset(scores.not_finite),
     )
-    if outcome.channels is not None:
-        header.channels.CopyFrom(channels_to_proto(outcome.channels))
-    return header
 
 
 def peak_memory_bytes() -> int:

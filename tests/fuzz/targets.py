@@ -33,10 +33,10 @@ from fedgrpc.codec.preference import parse_preferences
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.datasets.partition import parse_part, parse_partition
 from fedgrpc.errors import FedgrpcError, UsageError
-from fedgrpc.protocol import durations, records, tensors
+from fedgrpc.protocol import devices, durations, records, tensors
 from fedgrpc.protocol import plans as plan_messages
-from fedgrpc.protocol.rounds import report_from_proto
 from fedgrpc.protocol.tasks import Registration, registration_from_proto, task_from_proto
+from fedgrpc.protocol.updates import report_from_proto
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rpc import framing
 from fedgrpc.rpc.identity import Session
@@ -391,7 +391,7 @@ def histories(rnd: Random, folder: Path) -> None:
 
 @target(share=5)
 def costs(rnd: Random, folder: Path) -> None:
-    records.device_from_proto(invented(device_pb2.DeviceProfile, rnd))
+    devices.device_from_proto(invented(device_pb2.DeviceProfile, rnd))
     records.prediction_from_proto(invented(round_pb2.Prediction, rnd))
     records.tells_cost(invented(round_pb2.TaskRecord, rnd))
 

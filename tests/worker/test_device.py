@@ -6,8 +6,9 @@ import psutil
 import pytest
 
 from fedgrpc.errors import UsageError
+from fedgrpc.protocol.devices import DeviceProfile, profile_to_proto
 from fedgrpc.v1 import device_pb2
-from fedgrpc.worker.device import DeviceProfile, detect, device_class_of
+from fedgrpc.worker.device import detect, device_class_of
 
 
 def machine(root, files):
@@ -91,7 +92,7 @@ def test_an_override_that_does_not_fit_is_a_usage_error(bad):
 
 def test_every_field_travels():
     profile = detect().with_overrides({"uplink_bits_per_second": 7, "accelerator": "cuda"})
-    message = device_pb2.DeviceProfile.FromString(profile.to_proto().SerializeToString())
+    message = device_pb2.DeviceProfile.FromString(profile_to_proto(profile).SerializeToString())
     assert {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields} == vars(profile)
 
 

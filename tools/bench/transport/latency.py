@@ -164,7 +164,7 @@ def ask(pipe: Connection, port: int) -> None:
 
 
 async def _ask(pipe: Connection, port: int) -> Probe:
-    from fedgrpc.protocol.tasks import Phase
+    from fedgrpc.rounds.events import TaskPhase
     from fedgrpc.rpc.channel import open_channel
     from fedgrpc.worker.client import AggregatorClient
 
@@ -178,7 +178,7 @@ async def _ask(pipe: Connection, port: int) -> Probe:
         noting = asyncio.create_task(_note_lateness(late))
         pipe.send("ready")
         while not pipe.poll():
-            await _timed(beats, lambda: client.heartbeat(token, Phase.TRAINING, 0.5))
+            await _timed(beats, lambda: client.heartbeat(token, TaskPhase.TRAINING, 0.5))
             # A worker that holds a task is told of it at once.
             await _timed(polls, lambda: client.poll(5.0, None))
             await asyncio.sleep(_PAUSE_S)
