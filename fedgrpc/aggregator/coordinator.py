@@ -56,7 +56,7 @@ from fedgrpc.rounds.events import (
     WorkersAvailable,
 )
 from fedgrpc.rounds.policy import TaskKind
-from fedgrpc.rounds.state import time_left
+from fedgrpc.rounds.round import time_left
 from fedgrpc.rounds.version import Jump, Measure
 from fedgrpc.rpc.identity import Session
 from fedgrpc.runs.evaluations import Evaluation
@@ -359,9 +359,9 @@ class Coordinator:
         Raises `UnknownTask`, `WrongIdentity`, and `RoundClosed` when its update is not wanted any more. A task
         whose update was accepted stays accepted after its round: sending twice counts once.
         """
-        phase = self.machine.check_task(name, token)
-        if phase is not None:
-            return phase
+        round_ = self.machine.round
+        if round_ is not None and token in round_:
+            return round_.check_task(name, token)
         row = await self.in_database(self.store.task, token)
         if row is None:
             raise UnknownTask("no task has this token")

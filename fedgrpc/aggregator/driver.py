@@ -26,8 +26,7 @@ from fedgrpc.protocol.rounds import record_of
 from fedgrpc.rounds.events import AbandonCause, Abort, Commit, Finished, Select, Tick
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rounds.policy import TaskKind
-from fedgrpc.rounds.round import RoundPhase
-from fedgrpc.rounds.state import wake_at, wants_workers
+from fedgrpc.rounds.round import RoundPhase, wake_at, wants_workers
 from fedgrpc.rounds.version import Jump, Version
 from fedgrpc.runs.events import Drop, RoundEnded, RoundOpened, RunPhase, UpdatesMerged
 from fedgrpc.runs.machine import RunMachine

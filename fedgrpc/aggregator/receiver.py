@@ -367,7 +367,7 @@ class Receiver:
             sealed = await self._checked(upload)
         except StorageError:
             # A round that has closed meanwhile has swept its uploads away: that is no fault of the disk.
-            if self._run.check_task(upload.header.worker, token) is None:
+            if self._run.round is None or token not in self._run.round:
                 raise RoundClosed("the round of this task has ended") from None
             raise
         if not isinstance(sealed, StoredUpdate):

@@ -33,7 +33,7 @@ from fedgrpc.protocol.rounds import record_of
 from fedgrpc.protocol.updates import report_from_proto
 from fedgrpc.rounds.events import LossCause, TaskPhase
 from fedgrpc.rounds.policy import TaskKind
-from fedgrpc.rounds.state import StoredTask, restore
+from fedgrpc.rounds.round import StoredTask, restore
 from fedgrpc.rounds.version import Version
 from fedgrpc.rpc.identity import Session
 from fedgrpc.runs.events import (

@@ -12,7 +12,7 @@ from fedgrpc.protocol.records import (
     timings_to_proto,
 )
 from fedgrpc.rounds import events
-from fedgrpc.rounds.state import time_left
+from fedgrpc.rounds.round import time_left
 from fedgrpc.rounds.task import Task
 from fedgrpc.rounds.version import Jump
 from fedgrpc.runs.round_in_progress import RoundInProgress

@@ -1,26 +1,43 @@
-"""The transitions of one round: selecting workers, reporting updates, closing. `state` has their table.
+"""The transitions of one round: a table and one function, `step(round, event, now) -> (round, effects)`.
 
-Each handler of the table takes a round, an event and the time, and returns the round after it with the effects to
-carry out. The other functions are steps of these. `Round.enough_reason` says when a round has enough updates.
+The rule: `step` changes nothing but returns a new `Round`; an event that the phase does not allow raises, and
+nothing has happened. `now` is any clock that never runs backwards, in seconds.
+
+    SELECTING --Selected--> REPORTING --aim reached, or quorum at the deadline--> COMMITTING --> COMMITTED
+        |                       |                                                     |
+        +-----------------------+--------- no workers, no quorum, Abort --------------+--------> ABANDONED
+
+`Rejected` while COMMITTING leaves out an accepted update that cannot be averaged: the round commits the others.
+Carried-over tasks go to the next round, which `follow` opens.
+
+The table at the end names the handler of each event in each phase. A handler returns the round after the event and
+the effects to carry out. `Round.enough_reason` says when a round has enough updates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import product
 from types import MappingProxyType
+from typing import Any
 
 from fedgrpc.errors import IllegalTransition, RoundClosed
 from fedgrpc.rounds.events import (
     AbandonCause,
     Abort,
+    Accepted,
     Cancel,
     CarryOver,
     Commit,
     Committed,
     Effect,
+    Event,
+    Failed,
     Finished,
     LossCause,
     Offer,
+    Progress,
     Rejected,
     Select,
     Selected,
@@ -31,6 +48,32 @@ from fedgrpc.rounds.events import (
 )
 from fedgrpc.rounds.round import NO_TASKS, Round, RoundPhase, Step, abandon_cause
 from fedgrpc.rounds.task import Task, apply_event
+
+
+def step(round_: Round, event: Event, now: float) -> Step:
+    """Apply one event.
+
+    Accepting an update again changes nothing, in any phase. Raises `UnknownTask` for a token that is not of this
+    round, `RoundClosed` for an event of a task once no more updates are taken, and `IllegalTransition` for
+    everything else that the phase does not allow.
+    """
+    # Carried-over tasks live on while their round commits, so their events bypass the table.
+    if isinstance(event, TaskEvent) and event.token in round_.carried:
+        return report_carried(round_, event, now)
+    handler = _TABLE.get((round_.phase, type(event)))
+    if handler is not None:
+        return handler(round_, event, now)
+    if isinstance(event, TaskEvent):
+        task = round_.find(event.token)
+        if isinstance(event, Accepted) and task.phase is TaskPhase.ACCEPTED:
+            return round_, ()
+        raise RoundClosed(f"round {round_.number} takes no more updates: it is {round_.phase.name.lower()}")
+    raise IllegalTransition(
+        f"{type(event).__name__} in round {round_.number}, which is {round_.phase.name.lower()}"
+    )
+
+
+# Selecting workers.
 
 
 def on_workers_available(round_: Round, event: WorkersAvailable, now: float) -> Step:
@@ -182,6 +225,9 @@ def _give_up_waiting(round_: Round, now: float) -> Step:
     return close(round_, "no worker is left to wait for", now)
 
 
+# Reporting updates.
+
+
 def report(round_: Round, event: TaskEvent, now: float) -> Step:
     """Apply an event of a task, and close the round if enough updates are in now."""
     before = round_.find(event.token)
@@ -191,8 +237,9 @@ def report(round_: Round, event: TaskEvent, now: float) -> Step:
     round_ = round_.with_tasks({event.token: after})
     if before.phase.open and after.phase is TaskPhase.EXPIRED:
         return round_, (Cancel(event.token, after.reason, after.loss_cause),)
-    if after.phase is TaskPhase.ACCEPTED and round_.phase is RoundPhase.REPORTING:
-        return _close_if_enough(round_, now)
+    reporting = after.phase is TaskPhase.ACCEPTED and round_.phase is RoundPhase.REPORTING
+    if reporting and (why := round_.enough_reason):
+        return close(round_, why, now)
     return round_, ()
 
 
@@ -227,9 +274,7 @@ def expire(round_: Round, now: float) -> Step:
     return round_.with_tasks(expired), tuple(effects)
 
 
-def _close_if_enough(round_: Round, now: float) -> Step:
-    why = round_.enough_reason
-    return close(round_, why, now) if why else (round_, ())
+# Closing.
 
 
 def close(round_: Round, why: str, now: float) -> Step:
@@ -328,3 +373,34 @@ def _finish_without(round_: Round, why: str, cause: AbandonCause) -> Step:
         round_ = replace(round_, carried=MappingProxyType({**accepted, **round_.carried}))
     round_ = replace(round_, phase=RoundPhase.ABANDONED, reason=why, cause=cause)
     return round_, (*effects, Finished(committed=False, reason=why))
+
+
+def _ignore(round_: Round, event: Event, now: float) -> Step:
+    return round_, ()
+
+
+_TABLE: Mapping[tuple[RoundPhase, type], Callable[[Round, Any, float], Step]] = MappingProxyType(
+    {
+        (RoundPhase.SELECTING, WorkersAvailable): on_workers_available,
+        (RoundPhase.SELECTING, Selected): open_round,
+        (RoundPhase.SELECTING, Tick): time_out_selection,
+        (RoundPhase.REPORTING, WorkersAvailable): refill,
+        (RoundPhase.REPORTING, Selected): add_tasks,
+        (RoundPhase.REPORTING, Tick): check_time,
+        (RoundPhase.COMMITTING, Committed): commit,
+        (RoundPhase.COMMITTING, Rejected): leave_out,
+        **dict.fromkeys(
+            product([RoundPhase.SELECTING, RoundPhase.REPORTING], [Progress, Accepted, Rejected, Failed]), report
+        ),
+        **dict.fromkeys(
+            product([RoundPhase.SELECTING, RoundPhase.REPORTING, RoundPhase.COMMITTING], [Abort]), abort
+        ),
+        **dict.fromkeys(
+            product(
+                [RoundPhase.COMMITTING, RoundPhase.COMMITTED, RoundPhase.ABANDONED],
+                [WorkersAvailable, Selected, Tick],
+            ),
+            _ignore,
+        ),
+    }
+)

@@ -26,9 +26,9 @@ from fedgrpc.rounds.events import (
     WorkersAvailable,
 )
 from fedgrpc.rounds.policy import TaskKind
-from fedgrpc.rounds.round import Round, RoundPhase, Step, Streak
-from fedgrpc.rounds.state import step
+from fedgrpc.rounds.round import Round, RoundPhase, Streak
 from fedgrpc.rounds.task import Task
+from fedgrpc.rounds.transitions import step
 from fedgrpc.runs.evaluations import Evaluation, Evaluations
 from fedgrpc.runs.events import (
     DeviceReplaced,
@@ -70,7 +70,7 @@ from fedgrpc.runs.events import (
     WorkerTold,
 )
 from fedgrpc.runs.fleet import FleetView
-from fedgrpc.runs.round_in_progress import DroppedTask, RoundInProgress
+from fedgrpc.runs.round_in_progress import DroppedTask, RoundInProgress, RoundStep
 from fedgrpc.runs.rules import RunRules
 from fedgrpc.runs.versions import Versions
 
@@ -86,8 +86,10 @@ class RunMachine:
     end.
     """
 
-    def __init__(self, rules: RunRules, run_id: str, started_at: float) -> None:
+    def __init__(self, rules: RunRules, run_id: str, started_at: float, step: RoundStep = step) -> None:
+        """Start a run without a model; `step` applies events to its rounds."""
         self.rules = rules
+        self._round_step = step
         self.id = run_id
         self.makes_versions = True
         self.started_at = started_at
@@ -168,17 +170,6 @@ class RunMachine:
             raise RoundClosed("the round of this task has ended")
         return self.round
 
-    def check_task(self, worker: str, token: str) -> TaskPhase | None:
-        """Return the phase of a task that may still send, or has sent, its update.
-
-        None: the task is of no round in progress; `check_ended_task` says more from what was stored of it. Raises
-        `WrongIdentity`, and `RoundClosed` when its update is not wanted any more.
-        """
-        round_ = self.round
-        if round_ is None or not (round_.wants(token) or token in round_.state.tasks):
-            return None
-        return round_.check_task(worker, token)
-
     def workers_available(self, fleet: FleetView, now: float) -> WorkersAvailable:
         """Count the workers that could take a task of the round in progress."""
         left_out = self._left_out(fleet, now)
@@ -246,11 +237,8 @@ class RunMachine:
 
     def _step(self, event: rounds.Event, now: float) -> Effects:
         """Apply an event to the round in progress."""
-        before = self.current
-        state, effects = self._transition(before.state, event, now)
-        after = replace(before, state=state)
-        closed = [_task_closed(token, state.find(token)) for token in after.closed_since(before, event)]
-        self.round = after
+        self.round, effects, closed = self.current.step(event, now, self._round_step)
+        state = self.round.state
         for effect in effects:
             if isinstance(effect, Offer):
                 self.leases[effect.worker] = effect.token
@@ -258,10 +246,7 @@ class RunMachine:
                 self._release(state.tasks[effect.token].worker, effect.token)
         if isinstance(event, Accepted | Rejected | Failed):
             self._release(state.find(event.token).worker, event.token)
-        return (*effects, *closed)
-
-    def _transition(self, round_: Round, event: rounds.Event, now: float) -> Step:
-        return step(round_, event, now)
+        return (*effects, *(_task_closed(token, state.find(token)) for token in closed))
 
     def _release(self, worker: str, token: str) -> None:
         """A worker that holds this task holds none."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from fedgrpc.errors import RoundClosed, WrongIdentity
-from fedgrpc.rounds.events import Cancel, Event, Failed, LossCause, Rejected, TaskPhase
+from fedgrpc.rounds.events import Cancel, Effect, Event, Failed, LossCause, Rejected, TaskPhase
 from fedgrpc.rounds.policy import Dominance, RoundPolicy, TaskKind, dominant
-from fedgrpc.rounds.round import Round, RoundPhase
-from fedgrpc.rounds.state import follow
+from fedgrpc.rounds.round import Round, RoundPhase, Step, follow
 from fedgrpc.rounds.task import Task
+from fedgrpc.rounds.transitions import step
 from fedgrpc.rounds.version import Jump
 from fedgrpc.runs.task_context import NOTHING_KNOWN, LocalTask, Report, TaskContext
 
+RoundStep = Callable[[Round, Event, float], Step]
 _NO_CONTEXTS: Mapping[str, TaskContext] = MappingProxyType({})
 _NO_METRICS: Mapping[str, float] = MappingProxyType({})
 _TOO_LATE = "no round is left that could take the update"
@@ -49,6 +50,10 @@ class RoundInProgress:
     commit_s: float = 0.0
     due_at: float | None = None
     earlier_s: float = 0.0
+
+    def __contains__(self, token: object) -> bool:
+        """Whether this is a token of one of its tasks, or of one that it carries over."""
+        return token in self.state.tasks or token in self.state.carried
 
     @property
     def number(self) -> int:
@@ -121,21 +126,28 @@ class RoundInProgress:
             raise RoundClosed(f"round {self.number} takes no more updates")
         return phase
 
-    def closed_since(self, before: RoundInProgress, event: Event) -> list[str]:
-        """Return the tasks that could deliver an update before an event, and cannot after it."""
+    def step(
+        self, event: Event, now: float, step: RoundStep = step
+    ) -> tuple[RoundInProgress, tuple[Effect, ...], list[str]]:
+        """Apply an event by `step`, and return the round after it, its effects, and the tasks that it closed.
+
+        A task is closed when it could deliver an update before the event and cannot after it. Raises as `step`.
+        """
+        state, effects = step(self.state, event, now)
+        after = replace(self, state=state)
         if isinstance(event, Rejected | Failed):
-            touched: Iterable[str] = [event.token]
-        elif before.state.phase is not self.state.phase:
-            touched = before.state.tasks
+            touched: Iterable[str] = (event.token,)
         else:
-            return []
-        return [
+            # Any other event closes tasks only by ending a phase. Most end none, and there are thousands.
+            touched = () if state.phase is self.state.phase else self.state.tasks
+        closed = [
             token
             for token in touched
-            if before.takes_update(token)
-            and not self.takes_update(token)
-            and self.state.find(token).phase is not TaskPhase.ACCEPTED
+            if self.takes_update(token)
+            and not after.takes_update(token)
+            and state.find(token).phase is not TaskPhase.ACCEPTED
         ]
+        return after, effects, closed
 
     def is_stale(self, token: str) -> bool:
         """Whether a newer version than the task's is there or about to be: it is not worth beginning again."""
@@ -200,6 +212,7 @@ def check_ended_task(worker: str, owner: str, phase: TaskPhase, reason: str) -> 
 
 
 def _checked(worker: str, owner: str, phase: TaskPhase, reason: str) -> TaskPhase:
+    """Return the phase of a task. Raises `WrongIdentity`, and `RoundClosed` for one that is lost."""
     if owner != worker:
         raise WrongIdentity("the token belongs to another worker")
     if phase in _LOST:

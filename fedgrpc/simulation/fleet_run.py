@@ -33,9 +33,8 @@ from fedgrpc.rounds.events import (
     WorkersAvailable,
 )
 from fedgrpc.rounds.history import WorkerHistory, timing_of
-from fedgrpc.rounds.round import Round, RoundPhase
+from fedgrpc.rounds.round import Round, RoundPhase, wake_at
 from fedgrpc.rounds.selection import Choice, choose_oort, learned_deadline
-from fedgrpc.rounds.state import wake_at
 from fedgrpc.rounds.version import Version
 from fedgrpc.runs.events import Event, OpenRound, RoundEnded, RoundOpened, UpdatesMerged, VersionTaken
 from fedgrpc.runs.machine import RunMachine

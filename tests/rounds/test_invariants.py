@@ -30,8 +30,8 @@ from fedgrpc.rounds.events import (
     WorkersAvailable,
 )
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rounds.round import Round, RoundPhase
-from fedgrpc.rounds.state import StoredTask, follow, restore, step, wake_at, wants_workers
+from fedgrpc.rounds.round import Round, RoundPhase, StoredTask, follow, restore, wake_at, wants_workers
+from fedgrpc.rounds.transitions import step
 
 WORKERS = tuple("abcdefgh")
 

@@ -9,8 +9,8 @@ import pytest
 from fedgrpc.errors import RoundClosed, UsageError
 from fedgrpc.rounds.events import Accepted, Cancel, CarryOver, LossCause, Select, Selected, TaskPhase, Tick
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rounds.round import RoundPhase
-from fedgrpc.rounds.state import follow, restore, step, wake_at
+from fedgrpc.rounds.round import RoundPhase, follow, restore, wake_at
+from fedgrpc.rounds.transitions import step
 from tests.support.round_scenario import Effects, Scenario, cancelled, committed_tokens, finished
 
 

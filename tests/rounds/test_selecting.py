@@ -7,8 +7,7 @@ import pytest
 from fedgrpc.errors import IllegalTransition
 from fedgrpc.rounds.events import Offer, Select, TaskPhase
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rounds.round import RoundPhase
-from fedgrpc.rounds.state import wake_at
+from fedgrpc.rounds.round import RoundPhase, wake_at
 from tests.support.round_scenario import Scenario, committed_tokens, finished
 
 

@@ -7,8 +7,8 @@ import pytest
 from fedgrpc.errors import IllegalTransition, RoundClosed, UnknownTask
 from fedgrpc.rounds.events import LossCause, Offer, Select, TaskPhase, Tick
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.rounds.round import RoundPhase
-from fedgrpc.rounds.state import restore, step, time_left, wake_at
+from fedgrpc.rounds.round import RoundPhase, restore, time_left, wake_at
+from fedgrpc.rounds.transitions import step
 from tests.support.round_scenario import Scenario, cancelled, committed_tokens, finished
 
 # Reporting.

@@ -23,7 +23,7 @@ from fedgrpc.rounds.events import (
 )
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.round import RoundPhase
-from fedgrpc.rounds.state import step
+from fedgrpc.rounds.transitions import step
 from tests.support.round_scenario import Scenario
 
 KNOWN: dict[type, Event] = {

@@ -259,13 +259,13 @@ def test_carried_over_tasks_are_dropped_when_no_round_of_their_kind_follows():
 
 def test_a_task_is_its_own_workers_alone():
     run = RunScenario("ab").model().open()
-    assert run.machine.check_task("a", "a1") is TaskPhase.OFFERED
+    assert run.machine.current.check_task("a", "a1") is TaskPhase.OFFERED
     with pytest.raises(WrongIdentity):
-        run.machine.check_task("b", "a1")
-    assert run.machine.check_task("a", "unknown") is None
+        run.machine.current.check_task("b", "a1")
+    assert "unknown" not in run.machine.current
     run(Rejected("a1", "bad"))
     with pytest.raises(RoundClosed, match="rejected: bad"):
-        run.machine.check_task("a", "a1")
+        run.machine.current.check_task("a", "a1")
 
 
 def test_a_task_that_was_accepted_stays_so_after_its_round():

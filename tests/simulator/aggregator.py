@@ -30,8 +30,8 @@ from fedgrpc.rounds.events import (
 )
 from fedgrpc.rounds.history import Timings
 from fedgrpc.rounds.policy import TaskKind
-from fedgrpc.rounds.round import Round, RoundPhase, Step
-from fedgrpc.rounds.state import restore, step, time_left, wake_at, wants_workers
+from fedgrpc.rounds.round import Round, RoundPhase, Step, restore, time_left, wake_at, wants_workers
+from fedgrpc.rounds.transitions import step
 from fedgrpc.rounds.version import Version as ModelVersion
 from fedgrpc.runs.events import (
     Effect,
@@ -65,36 +65,17 @@ _LAYOUT = (TensorSpec("weights", "float32", (1,)),)
 _REPORT = Report(1, 1, {}, {}, 0, Timings(), 0, 0)
 
 
-class Run(RunMachine):
-    """The production run, whose rounds are watched, and can be broken on purpose."""
-
-    aggregator: Aggregator
-    watched = True
-
-    def foresee(self, event: Event, now: float) -> RunMachine:
-        self.watched = False
-        try:
-            return super().foresee(event, now)
-        finally:
-            self.watched = True
-
-    def _transition(self, round_: Round, event: rounds.Event, now: float) -> Step:
-        after, effects = self.aggregator.step(round_, event, now)
-        if self.watched:
-            self.aggregator.world.watch.stepped(round_, event, after, effects)
-        return after, effects
-
-
 class Aggregator:
     """One incarnation after the other on one `disk`. Tests break it on purpose by overriding a method."""
 
-    run_class: type[Run] = Run
+    run_class: type[RunMachine] = RunMachine
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.disk = Disk()
         self.life = Life()
         self.life.alive = False
+        self.foreseeing = False
         self.run = self.new_run()
 
     @property
@@ -117,11 +98,10 @@ class Aggregator:
         self.recover()
         self.world.loop.spawn(self._drive(), self.life)
 
-    def new_run(self) -> Run:
+    def new_run(self) -> RunMachine:
         """The run as far as its last version."""
         rules = RunRules(self.world.policy, _ENDLESS)
-        run = self.run_class(rules, "simulated", 0.0)
-        run.aggregator = self
+        run = self.run_class(rules, "simulated", 0.0, self.watched_step)
         number = self.known_version()
         run.apply(VersionTaken(ModelVersion(number, 0, b"digest"), _LAYOUT), 0.0)
         return run
@@ -274,9 +254,8 @@ class Aggregator:
 
     def _check_open(self, worker: str, token: str) -> TaskPhase:
         """The phase of a task that may still send or has sent its update. Raises `UnknownTask`, `RoundClosed`."""
-        phase = self.run.check_task(worker, token)
-        if phase is not None:
-            return phase
+        if self.run.round is not None and token in self.run.round:
+            return self.run.round.check_task(worker, token)
         row = self.disk.rows.get(token)
         if row is None:
             raise UnknownTask("no task has this token")
@@ -292,6 +271,21 @@ class Aggregator:
         """The production transition."""
         return step(round_, event, now)
 
+    def watched_step(self, round_: Round, event: rounds.Event, now: float) -> Step:
+        """As `step`. What really happens is watched, and not what is only foreseen."""
+        after, effects = self.step(round_, event, now)
+        if not self.foreseeing:
+            self.world.watch.stepped(round_, event, after, effects)
+        return after, effects
+
+    def foresee(self, event: Event) -> Round:
+        """The round as the event will leave it."""
+        self.foreseeing = True
+        try:
+            return self.run.foresee(event, self.world.loop.now).current.state
+        finally:
+            self.foreseeing = False
+
     def dispatch(self, event: Event) -> None:
         """Apply one event. Raises as `RunMachine.apply` does; nothing has then happened."""
         effects = self.run.apply(event, self.world.loop.now)
@@ -302,7 +296,7 @@ class Aggregator:
 
     def dispatch_after(self, event: Event, store: Callable[[Round], None]) -> Process[None]:
         """Store the round as the event will leave it, and then apply the event."""
-        after = self.run.foresee(event, self.world.loop.now).current.state
+        after = self.foresee(event)
         yield self._disk_time()
         store(after)
         yield self._disk_time()
@@ -379,11 +373,11 @@ class Aggregator:
         self.wake.set()
 
     def _select(self, select: Select) -> Process[None]:
-        state, now = self.run.current.state, self.world.loop.now
+        state = self.run.current.state
         idle = (worker for worker in self.pool().idle if worker not in select.exclude)
         selected = self.chooser.choose(state, idle, select.count)
         given = TasksGiven(selected, {token: TaskContext() for token, _ in selected.tasks})
-        opened = self.run.foresee(selected, now).current.state.phase is RoundPhase.REPORTING
+        opened = self.foresee(selected).phase is RoundPhase.REPORTING
         if opened and selected.tasks:
             yield from self.dispatch_after(given, self._save_open)
         else:
@@ -396,7 +390,7 @@ class Aggregator:
     def _commit(self, commit: Commit) -> Process[None]:
         yield self._disk_time()
         merged, version = self.merge(commit)
-        after = self.run.foresee(merged, self.world.loop.now).current.state
+        after = self.foresee(merged)
         yield from self.finish_round(after, version)
         yield self._disk_time()
         self.dispatch(merged)

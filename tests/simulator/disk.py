@@ -6,8 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 from fedgrpc.rounds.events import TaskPhase
-from fedgrpc.rounds.round import Round
-from fedgrpc.rounds.state import follow
+from fedgrpc.rounds.round import Round, follow
 from tests.simulator.messages import UpdateId
 
 

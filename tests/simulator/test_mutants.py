@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedgrpc.rounds import state
+from fedgrpc.rounds import transitions
 from fedgrpc.rounds.events import (
     Cancel,
     Commit,
@@ -20,8 +20,9 @@ from fedgrpc.rounds.events import (
     WorkersAvailable,
 )
 from fedgrpc.rounds.round import Round, RoundPhase
+from fedgrpc.runs.machine import RunMachine
 from fedgrpc.simulation.loop import Process
-from tests.simulator.aggregator import Aggregator, Run
+from tests.simulator.aggregator import Aggregator
 from tests.simulator.disk import Disk, Version
 from tests.simulator.messages import Held, Push
 from tests.simulator.world import World
@@ -189,7 +190,7 @@ class NeverAsksALostWorkerAgain(Aggregator):
         return WorkersAvailable(tuple(worker for worker in pool.idle if worker not in self.lost), pool.live_count)
 
 
-class _NeverFrees(Run):
+class _NeverFrees(RunMachine):
     def _release(self, worker: str, token: str) -> None:
         pass
 
@@ -264,7 +265,9 @@ def _replace_all(round_: Round, event: WorkersAvailable, now: float) -> tuple[Ro
 
 
 def test_a_round_that_replaces_workers_who_are_at_work_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "_TABLE", {**state._TABLE, (RoundPhase.REPORTING, WorkersAvailable): _replace_all})
+    monkeypatch.setattr(
+        transitions, "_TABLE", {**transitions._TABLE, (RoundPhase.REPORTING, WorkersAvailable): _replace_all}
+    )
     found = _found(Aggregator)
     assert found.startswith("bound held"), found
 

@@ -25,7 +25,7 @@ from fedgrpc.rounds.events import (
 )
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.round import Round
-from fedgrpc.rounds.state import step
+from fedgrpc.rounds.transitions import step
 
 Effects = tuple[Effect, ...]
 
