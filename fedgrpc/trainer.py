@@ -6,6 +6,7 @@ thread, off the event loop. It checks between batches whether the job is cancell
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -43,6 +44,20 @@ def _no_pause(batch_seconds: float) -> None:
     return None
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the local examples: its number, of how many, its batches, and its seconds with all pauses."""
+
+    number: int
+    of: int
+    batches: int
+    seconds: float
+
+
+def _no_epoch(epoch: Epoch) -> None:
+    return None
+
+
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 1 << 32:
         raise UsageError(f"seed must be from 0 to {(1 << 32) - 1}, not {seed}")
@@ -56,8 +71,8 @@ class TrainJob(TrainingPlan):
     between workers and rounds. `local_model` is the plan of the local model to train; None trains the given
     weights as they are. `stop` is called before every batch, and True cancels. `time_left_s` returns the time
     that is left to train, without the plan's `upload_reserve_s`. Once it is not positive, training ends with the
-    result so far. `report` is called after every step. `pause` gets each batch's duration and may sleep, to
-    emulate a slower device.
+    result so far. `report` is called after every step, `report_epoch` after the last batch of every epoch. `pause`
+    gets each batch's duration and may sleep, to emulate a slower device.
     """
 
     epochs: float = 1.0
@@ -67,6 +82,7 @@ class TrainJob(TrainingPlan):
     stop: Callable[[], bool] = _never
     time_left_s: Callable[[], float] | None = None
     report: Callable[[int, int], None] = _no_report
+    report_epoch: Callable[[Epoch], None] = _no_epoch
     pause: Callable[[float], None] = _no_pause
 
     def __post_init__(self) -> None:
@@ -94,13 +110,27 @@ class TrainJob(TrainingPlan):
         batch_size = self.batch_size or default_batch_size
         total = self.total_steps(example_count, batch_size)
         shuffled = _shuffled_batches(np.random.default_rng((self.seed, self.round)), example_count, batch_size)
-        for done in range(total):
+        in_epoch = math.ceil(example_count / batch_size)
+        for epoch, first in enumerate(range(0, total, in_epoch), 1):
+            started_s, last, done = time.perf_counter(), min(first + in_epoch, total), first
+            for indices in self._watched(itertools.islice(shuffled, last - first), first, total):
+                yield indices
+                done += 1
+            if done > first:
+                of = math.ceil(total / in_epoch)
+                self.report_epoch(Epoch(epoch, of, done - first, time.perf_counter() - started_s))
+            if done < last:
+                return
+
+    def _watched(self, batches: Iterator[np.ndarray], first: int, total: int) -> Iterator[np.ndarray]:
+        """Yield the batches of an epoch, `first` steps being done, until the time is up. Raises Cancelled."""
+        for done, indices in enumerate(batches, first):
             if self.stop():
                 raise Cancelled
             if done and self.time_left_s is not None and self.time_left_s() <= 0:
                 return
             started_s = time.perf_counter()
-            yield next(shuffled)
+            yield indices
             self.pause(time.perf_counter() - started_s)
             self.report(done + 1, total)
 

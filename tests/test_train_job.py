@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgrpc.errors import UsageError
-from fedgrpc.trainer import Cancelled, TaskSetup, TrainJob
+from fedgrpc.trainer import Cancelled, Epoch, TaskSetup, TrainJob
 
 
 @given(st.integers(1, 200), st.integers(1, 50), st.integers(1, 4))
@@ -83,3 +83,18 @@ def test_pause_is_told_how_long_each_batch_took() -> None:
         time.sleep(0.01)
     assert len(pauses) == 2
     assert min(pauses) >= 0.01
+
+
+def test_each_epoch_is_reported_with_its_batches() -> None:
+    reported: list[Epoch] = []
+    list(TrainJob(epochs=2.5, batch_size=50, report_epoch=reported.append).batches(200))
+    assert [(epoch.number, epoch.of, epoch.batches) for epoch in reported] == [(1, 3, 4), (2, 3, 4), (3, 3, 2)]
+    assert all(epoch.seconds > 0 for epoch in reported)
+
+
+def test_an_epoch_that_runs_out_of_time_is_reported_with_the_batches_that_it_had() -> None:
+    left = iter([1.0, 1.0, 1.0, 1.0, 0.0])
+    reported: list[Epoch] = []
+    job = TrainJob(epochs=3, batch_size=50, time_left_s=lambda: next(left), report_epoch=reported.append)
+    assert len(list(job.batches(200))) == 5
+    assert [(epoch.number, epoch.of, epoch.batches) for epoch in reported] == [(1, 3, 4), (2, 3, 1)]

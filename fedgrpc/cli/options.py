@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from fedgrpc.cli.coming_from import hint_for
 from fedgrpc.cli.config_file import read_table
 from fedgrpc.cli.value_types import Quantity
 from fedgrpc.errors import UsageError
@@ -155,7 +156,13 @@ class SettingsCommand(click.Command):
         known = [setting.resolve_envvar_name(ctx) for setting in self.settings()]
         if not _ASK_FOR_HELP.intersection(args):
             check_variables(known, f"FEDGRPC_{(ctx.info_name or '').upper()}_", os.environ)
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            flags = {flag for param in self.params for flag in (*param.opts, *param.secondary_opts)}
+            if hint := hint_for(ctx.info_name or "", error.option_name, flags):
+                raise click.UsageError(f"No such option {error.option_name!r}. {hint}.", ctx) from error
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; add the origin of values to errors about them."""

@@ -28,6 +28,7 @@ from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.plan import TASK_PARTS, WORKER_PARTS, LocalModelPlan
 from fedgrpc.trainer import (
     Cancelled,
+    Epoch,
     EvalResult,
     SliceableTrainer,
     Trainer,
@@ -58,6 +59,7 @@ log = structlog.get_logger()
 
 _LOCAL: Final = "local_"
 _REPORT_INTERVAL_S: Final = 0.1
+_LONG_EPOCH_S: Final = 1.0
 ALL_PARTS: Final = WORKER_PARTS | TASK_PARTS
 
 # Returns the pulled weights, writable and nobody else's, at each call. Slow: call it in a thread.
@@ -276,7 +278,22 @@ def job_of(task: Task, hooks: Hooks) -> TrainJob:
         stop=hooks.stop.is_set,
         time_left_s=None if ends_s is None else lambda: ends_s - time.monotonic(),
         report=lambda done, total: hooks.report(done / total),
+        report_epoch=lambda epoch: _tell_epoch(epoch, task),
         pause=lambda batch_s: hooks.throttle.rest(batch_s, hooks.stop),
+    )
+
+
+def _tell_epoch(epoch: Epoch, task: Task) -> None:
+    """Log an epoch. Where many short ones follow each other, only a log of level debug has them."""
+    tell = log.info if epoch.seconds >= _LONG_EPOCH_S else log.debug
+    tell(
+        "epoch trained",
+        run=task.run,
+        round=task.round,
+        epoch=epoch.number,
+        of=epoch.of,
+        batches=epoch.batches,
+        seconds=round(epoch.seconds, 2),
     )
 
 
