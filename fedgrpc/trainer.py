@@ -16,6 +16,7 @@ from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 
+from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import UsageError
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.plan import LocalModelPlan
@@ -227,6 +228,14 @@ class TaskSetup:
             raise UsageError(f"threads must be from 1 to {_MOST_THREADS}, not {self.threads}")
         if (self.partition is None) != (self.part is None):
             raise UsageError("--partition and --part go together, as in --partition dirichlet:0.5 --part 3/10")
+
+
+def weight_shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of weights by name, without reading those that are read on access."""
+    layout: Layout | None = getattr(weights, "layout", None)
+    if layout is not None:
+        return {spec.name: spec.shape for spec in layout}
+    return {name: tuple(array.shape) for name, array in weights.items()}
 
 
 def roles(trainer: Trainer) -> Mapping[str, str]:

@@ -322,6 +322,7 @@ class LazyTensors(InParts):
 
     def __init__(self, reader: PayloadReader) -> None:
         self._reader = reader
+        self.layout = reader.manifest.layout
 
     def __getitem__(self, name: str) -> Array:
         return self._reader.tensor(name)

@@ -1,4 +1,4 @@
-"""`Trainer` for a `TorchTask`: one model in memory, trained from the weights of each call.
+"""`Trainer` for a `TorchTask`: the model of each call is built for its weights, trained and dropped.
 
 The rule: on a CPU, equal weights, data and job give equal results, whatever ran before.
 """
@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedgrpc.codec.layout import TensorRole
+from fedgrpc.codec.layout import Layout, TensorRole
 from fedgrpc.errors import TaskError, TaskUnfit
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.torch.building import ModuleBuilder
 from fedgrpc.torch.data import Batches, DataTask, LocalData, choose_device
 from fedgrpc.torch.label_adjustment import LabelAdjustment
 from fedgrpc.torch.local_model.local_model import LocalModel
@@ -30,8 +31,8 @@ from fedgrpc.torch.local_model.nested import Nested
 from fedgrpc.torch.local_model.slicing import SubModels
 from fedgrpc.torch.memory import TensorBytes
 from fedgrpc.torch.optimizer import Optimizer, TrainingStep
-from fedgrpc.torch.weights import Names, named_tensors, prepare, tensor_roles, uncompiled, weights_of
-from fedgrpc.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights
+from fedgrpc.torch.weights import named_tensors, taken_weights, tensor_roles, uncompiled, weights_of
+from fedgrpc.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights, weight_shapes
 
 _EVALUATION_BATCH = 512
 
@@ -65,26 +66,30 @@ class TorchTrainer:
         if setup.threads is not None:
             torch.set_num_threads(setup.threads)
         self._data = LocalData(task, setup, self._device)
-        with _seeded(self._device, setup.seed):
-            self._model = _model_of(task)
-        prepare(self._model)
-        self._names = Names.of(self._model)
-        self._roles = tensor_roles(self._model)
-        self._initial = weights_of(self._model)
-        self._model.to(self._device)
-        self._sub_models = SubModels(self._model, self._example)
+        self._seed = setup.seed
+        self._builder = ModuleBuilder(self._build, self._device)
+        self._sub_models = SubModels(self._builder, self._example)
+
+    def _build(self) -> nn.Module:
+        with _seeded(self._device, self._seed):
+            return _model_of(self._task)
 
     def initial_weights(self) -> Weights:
-        """Return the untrained weights, equal on all workers with the same seed."""
-        return {name: array.copy() for name, array in self._initial.items()}
+        """Build the whole model, and return its untrained weights, equal on all workers with the same seed."""
+        with self._lock:
+            return taken_weights(self._builder.initial())
+
+    def layout(self) -> Layout:
+        """Return the layout of the whole model, which need not be built for it."""
+        return self._builder.layout
 
     def roles(self) -> Mapping[str, TensorRole]:
         """Return the roles of the model's buffers."""
-        return self._roles
+        return tensor_roles(self._builder.module)
 
     def tied_names(self) -> Mapping[str, tuple[str, ...]]:
         """Return the further names of tied weights."""
-        return self._names.tied
+        return self._builder.names.tied
 
     def channels(self) -> ChannelMap:
         """Find the channel groups of the model by scoring an example. Raises UsageError."""
@@ -95,27 +100,6 @@ class TorchTrainer:
         """Return the tensors that no width makes narrower, grouped by reason, without the model's output."""
         with self._lock, _seeded(self._device, 0):
             return self._sub_models.channels.by_reason
-
-    def _loadable(self, weights: Weights) -> Weights:
-        """Return the weights under the model's own names. Raises TaskUnfit."""
-        self._check_shapes()
-        return self._names.to_own(weights)
-
-    def _check_shapes(self) -> None:
-        """Raise TaskUnfit if a forward pass has changed the state, as observers of quantization do."""
-        tensors = named_tensors(self._model)
-        if others := tensors.keys() ^ self._initial.keys():
-            raise TaskUnfit(
-                f"the model has {min(others)!r} at first or once it ran, and not both; let model() give "
-                "it its last shape, such as by a first pass"
-            )
-        for name, tensor in tensors.items():
-            first = self._initial[name].shape
-            if tuple(tensor.shape) != first:
-                raise TaskUnfit(
-                    f"the model's {name!r} is {list(first)} at first and {list(tensor.shape)} once it ran; let "
-                    "model() give it its last shape, such as by a first pass"
-                )
 
     def _example(self) -> Tensor:
         examples = self._data.train if len(self._data.train) else self._data.held_out
@@ -130,7 +114,7 @@ class TorchTrainer:
         with self._lock, _seeded(self._device, job.seed, job.round):
             self._data.refresh()
             self._data.check_trainable()
-            own = self._loadable(weights)
+            own = self._builder.names.to_own(weights)
             module = self._sub_models.loaded(own)
             if job.local_model is not None:
                 result = self._train_local(module, own, job, job.local_model)
@@ -139,31 +123,46 @@ class TorchTrainer:
                 ran.check()
                 metrics = {"loss": ran.mean_loss}
                 result = TrainResult(
-                    weights_of(module), len(self._data.train), ran.steps, metrics, tensor_bytes=ran.tensor_bytes
+                    self._trained(module, own),
+                    len(self._data.train),
+                    ran.steps,
+                    metrics,
+                    tensor_bytes=ran.tensor_bytes,
                 )
-            self._check_shapes()
         _check_finite(result.weights, own)
-        return self._names.to_given(result, weights)
+        return self._builder.names.to_given(result, weights)
+
+    def _trained(self, module: nn.Module, given: Weights) -> dict[str, np.ndarray]:
+        """Return the module's weights: copies if it is kept for the next task. Raises TaskUnfit."""
+        _check_shapes(module, weight_shapes(given))
+        return weights_of(module) if module is self._builder.whole else taken_weights(module)
 
     def _train_local(self, module: nn.Module, given: Weights, job: TrainJob, plan: LocalModelPlan) -> TrainResult:
-        local = LocalModel(copy.deepcopy(uncompiled(module)), plan, job.seed)
-        start = _as_given(weights_of(local.module), given)
+        if module is self._builder.whole:
+            module = copy.deepcopy(uncompiled(module))
+        local = LocalModel(module, plan, job.seed)
+        start = self._as_sent(weights_of(local.module))
         with local.arithmetic():
             nested = self._nested(local.module, plan.nested)
             ran = self._run(job, local.module, local, nested, local.loss_scale())
             ran.check()
         metrics = {"loss": ran.mean_loss}
         local.settle()
-        trained = _as_given(weights_of(local.module), given)
         if len(self._data.held_out):
             local.module.eval()
             scores = _means(self._task, local.outputs, self._data.held_out)
             metrics |= {f"local_{name}": value for name, value in scores.items()}
+        trained = self._as_sent(self._trained(local.module, given))
         clustered = tuple(local.clusters)
         masks = {name: mask.cpu().numpy() for name, mask in local.masks.items()}
         return TrainResult(
             trained, len(self._data.train), ran.steps, metrics, start, masks, clustered, ran.tensor_bytes
         )
+
+    def _as_sent(self, weights: Weights) -> dict[str, np.ndarray]:
+        """Convert the weights of a local model to the model's own dtypes."""
+        dtypes = {spec.name: spec.numpy_dtype for spec in self._builder.layout}
+        return {name: array.astype(dtypes[name], copy=False) for name, array in weights.items()}
 
     def _nested(self, module: nn.Module, widths: Sequence[float]) -> Nested | None:
         """Return the narrower models to train along with `module`; None without any width."""
@@ -221,7 +220,7 @@ class TorchTrainer:
             self._data.refresh()
             if not len(self._data.held_out):
                 return None
-            module = self._sub_models.loaded(self._loadable(weights)).eval()
+            module = self._sub_models.loaded(self._builder.names.to_own(weights)).eval()
             metrics = _means(self._task, module, self._data.held_out)
             return EvalResult(len(self._data.held_out), metrics)
 
@@ -241,9 +240,20 @@ class TrainingRun:
             raise TaskError("the loss of the very first batch is NaN: look at the inputs and at loss()")
 
 
-def _as_given(weights: Weights, given: Weights) -> dict[str, np.ndarray]:
-    """Convert the weights to the dtypes of the given ones."""
-    return {name: array.astype(given[name].dtype, copy=False) for name, array in weights.items()}
+def _check_shapes(module: nn.Module, given: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise TaskUnfit if a forward pass has changed the state, as observers of quantization do."""
+    tensors = named_tensors(module)
+    if others := tensors.keys() ^ given.keys():
+        raise TaskUnfit(
+            f"the model has {min(others)!r} at first or once it ran, and not both; let model() give "
+            "it its last shape, such as by a first pass"
+        )
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != given[name]:
+            raise TaskUnfit(
+                f"the model's {name!r} is {list(given[name])} at first and {list(tensor.shape)} once it ran; let "
+                "model() give it its last shape, such as by a first pass"
+            )
 
 
 def _mean_loss(losses: list[Tensor], examples: list[int]) -> float:

@@ -25,7 +25,7 @@ def test_one_epoch_is_what_a_plain_torch_loop_gives() -> None:
     """The reference is written out: the same order of batches, SGD with momentum, cross-entropy."""
     trainer, job = trainer_of(Plain), TrainJob(epochs=1, seed=5, round=2, learning_rate=0.05, momentum=0.5)
     start = trainer.initial_weights()
-    trainer._model[2].p = 0.0  # type: ignore[index]
+    trainer._builder.module[2].p = 0.0  # type: ignore[index]
     model = Plain().model()
     model[2].p = 0.0  # type: ignore[index]
     model.load_state_dict({name: torch.from_numpy(array) for name, array in start.items()})

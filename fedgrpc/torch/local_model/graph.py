@@ -59,7 +59,8 @@ class Graph:
     def __init__(self, module: nn.Module) -> None:
         self.names: dict[int, str] = {}
         for name, tensor in module.state_dict(keep_vars=True).items():
-            self.names.setdefault(id(tensor), name)
+            # Of a tied tensor the name that sorts first, under which its weights cross.
+            self.names[id(tensor)] = min(name, self.names.get(id(tensor), name))
         self._known: dict[int, tuple[Tensor, Axes]] = {}
         self._unknown: dict[str, str] = {}
 

@@ -6,10 +6,10 @@ only has to fit their number.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 
+import structlog
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,10 +17,13 @@ from torch.nn.modules.conv import _ConvNd
 
 from fedgrpc.errors import LayoutError, UsageError
 from fedgrpc.submodels.channels import Axis, ChannelMap, Segment, SubModel, sub_shapes
+from fedgrpc.torch.building import ModuleBuilder, with_tensors
 from fedgrpc.torch.local_model.graph import Channels
 from fedgrpc.torch.local_model.tracing import trace_channels
-from fedgrpc.torch.weights import load_weights, named_tensors, uncompiled
-from fedgrpc.trainer import Weights
+from fedgrpc.torch.weights import check_names, load_weights, uncompiled
+from fedgrpc.trainer import Weights, weight_shapes
+
+log = structlog.get_logger()
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -47,16 +50,12 @@ def resized(module: nn.Module, shapes: Shapes) -> nn.Module:
             raise UsageError(f"the model has no tensor {name!r} to resize")
         if len(shape) != len(own[name]):
             raise UsageError(f"tensor {name!r} has {len(own[name])} axes, not {len(shape)}")
-    # `deepcopy` takes what its memo has in place of a copy, at every place in the module where the tensor occurs.
-    # So the wide tensors are never copied, and tied ones stay tied.
     empty: dict[int, Tensor] = {}
-    memo: dict[int, object] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         shape = tuple(shapes.get(name, own[name]))
         if shape != own[name] and id(tensor) not in empty:
             empty[id(tensor)] = _empty_like(tensor, shape)
-            memo[id(tensor)] = empty[id(tensor)]
-    narrow = copy.deepcopy(module, memo)
+    narrow = with_tensors(module, empty)
     for each in narrow.modules():
         _update_attributes(each)
     return narrow
@@ -141,47 +140,63 @@ def _update_attributes(module: nn.Module) -> None:
 
 
 class SubModels:
-    """Sub-models of one `module`, which `example` gives a batch of its inputs."""
+    """The model of one `builder` and its sub-models. `example` gives a batch of its inputs."""
 
-    def __init__(self, module: nn.Module, example: Callable[[], Tensor]) -> None:
-        self._module = module
+    def __init__(self, builder: ModuleBuilder, example: Callable[[], Tensor]) -> None:
+        self._builder = builder
         self._example = example
 
     @property
     def whole_shapes(self) -> Shapes:
-        """Shapes of the module itself."""
-        return shapes_of(uncompiled(self._module))
+        """Shapes of the whole model, by every name of its tensors."""
+        return shapes_of(uncompiled(self._builder.module))
 
     @cached_property
     def channels(self) -> Channels:
-        """Channel groups of the module. Raises UsageError if it cannot be traced or does not run narrower."""
-        example = self._example()
-        channels = trace_channels(uncompiled(self._module), example)
-        self._check(channels, example)
-        return channels
+        """Channel groups of the model. Raises UsageError if it cannot be traced or does not run narrower.
 
-    def _check(self, channels: Channels, example: Tensor) -> None:
-        """Run a narrower copy, since a module's own code may rely on its sizes and only a run shows that."""
-        shapes = sub_shapes(channels.map.select(SubModel(_TRIED)), self.whole_shapes)
-        narrow = resized(uncompiled(self._module), shapes)
-        with torch.no_grad():
-            training = self._module.training
-            outputs = self._module.eval()(example)
-            self._module.train(training)
-        check_runs(narrow, example, tuple(outputs.shape))
+        Shapes are enough to find them, so that a device needs no memory for a model that it never trains whole.
+        """
+        module, example = uncompiled(self._builder.module), self._example()
+        if self._builder.whole is not None:
+            return _checked_channels(module, example)
+        try:
+            with torch.device("meta"):
+                return _checked_channels(module, example.to("meta"))
+        except UsageError as error:
+            if "meta" not in str(error).lower():
+                raise
+            log.warning("the whole model is built to find its channels", reason=str(error))
+        return _checked_channels(uncompiled(self._builder.initial()).to(example.device), example)
 
     def loaded(self, weights: Weights) -> nn.Module:
-        """Load weights into the module itself or, if they are narrower, into a narrower copy.
+        """Build the module of these weights, which may be those of a sub-model. Each tensor is read once.
 
         Raises:
-            LayoutError: no sub-model of the module has such weights.
+            LayoutError: no sub-model of the model has such weights.
         """
-        own = {name: tuple(tensor.shape) for name, tensor in named_tensors(self._module).items()}
-        given = {name: array.shape for name, array in weights.items()}
-        module = self._module
-        if given.keys() == own.keys() and given != own:
-            module = uncompiled(module)
-            check_sub_model(self.channels.map, shapes_of(module), given)
-            module = resized(module, given)
-        load_weights(module, weights)
+        own = {spec.name: spec.shape for spec in self._builder.layout}
+        given = weight_shapes(weights)
+        check_names(own.keys(), given.keys())
+        if given != own:
+            check_sub_model(self.channels.map, own, given)
+        elif (whole := self._builder.whole) is not None:
+            load_weights(whole, weights)
+            return whole
+        module = self._builder.filled(weights, given)
+        if given != own:
+            for each in module.modules():
+                _update_attributes(each)
         return module
+
+
+def _checked_channels(module: nn.Module, example: Tensor) -> Channels:
+    """Trace the module, and run a narrower copy: its own code may rely on its sizes, and only a run shows that."""
+    channels = trace_channels(module, example)
+    narrow = resized(module, sub_shapes(channels.map.select(SubModel(_TRIED)), shapes_of(module)))
+    with torch.no_grad():
+        training = module.training
+        outputs = module.eval()(example)
+        module.train(training)
+    check_runs(narrow, example, tuple(outputs.shape))
+    return channels
