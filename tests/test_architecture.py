@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rounds": {"errors", "claims"},
     "runs": {"errors", "claims", "codec", "submodels", "aggregation", "rounds"},
     "simulation": {"errors", "codec", "rounds", "runs"},
-    "trainer": {"errors", "training_plan", "submodels"},
+    "trainer": {"errors", "codec", "training_plan", "submodels"},
     "process": set(),
     "aio": set(),
     "logging": {"errors"},

@@ -221,7 +221,7 @@ class Transposed(nn.Module):
         (ByValue, "constructor needs values"),
         (Hidden, "'scale' is no part of its state"),
         (Closure, "function 'twice' refers to"),
-        (Transposed, "'decode.weight' and 'encode.weight' share memory"),
+        (Transposed, "'encode.weight' and 'decode.weight' share memory"),
     ],
 )
 def test_a_module_that_needs_values_is_built_whole_with_one_line_that_says_why(
@@ -235,7 +235,7 @@ def test_a_module_that_needs_values_is_built_whole_with_one_line_that_says_why(
         trainer = trainer_of(Task)
     lines = [line for line in logs if "whole model is built" in line["event"]]
     assert len(lines) == 1
-    assert why in lines[0]["reason"] or all(part in lines[0]["reason"] for part in why.split(" and "))
+    assert why in lines[0]["reason"]
     weights = trainer.initial_weights()
     first = trainer.train(weights, TrainJob(max_steps=3)).weights
     again = trainer.train(weights, TrainJob(max_steps=3)).weights
