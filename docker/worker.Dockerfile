@@ -47,11 +47,20 @@ RUN PYTHONPATH=/opt/scikit-learn /opt/fedgrpc/bin/python -m fedgrpc.datasets.sha
         --parts 1 --partition iid --to /usr/share/fedgrpc \
     && mv /usr/share/fedgrpc/part-1-of-1.npz /usr/share/fedgrpc/digits.npz
 
+FROM digits AS data
+# CIFAR-10, where the build names its archive in the build context: --build-arg CIFAR10_ARCHIVE=cifar-10-binary.tar.gz
+# COPY fails without any file, hence LICENSE. The archive is read once, so that a damaged one fails the build.
+ARG CIFAR10_ARCHIVE
+COPY LICENSE ${CIFAR10_ARCHIVE} /usr/share/fedgrpc/cifar10/
+RUN rm /usr/share/fedgrpc/cifar10/LICENSE \
+    && if [ -z "$CIFAR10_ARCHIVE" ]; then rmdir /usr/share/fedgrpc/cifar10; else /opt/fedgrpc/bin/python -c \
+        'import pathlib, fedgrpc.datasets.cifar10 as data; data.load_cifar10(pathlib.Path("/usr/share/fedgrpc/cifar10"))'; fi
+
 FROM ${PYTHON_IMAGE}
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /var/lib/fedgrpc fedgrpc \
     && install -d -o fedgrpc -g fedgrpc -m 0750 /var/lib/fedgrpc
 COPY --from=dependencies /opt/fedgrpc /opt/fedgrpc
-COPY --from=digits /usr/share/fedgrpc /usr/share/fedgrpc
+COPY --from=data /usr/share/fedgrpc /usr/share/fedgrpc
 COPY --from=app /opt/app /opt/app
 ENV PATH=/opt/app/bin:/opt/fedgrpc/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
