@@ -2,6 +2,7 @@
 
     Changes                 a change notification for any number of watchers
     BatchPipeline           blocking work on the items of a stream, in threads, in order
+    to_its_end              work that outlives the cancellation of who waits for it
     prefetched              the items of a blocking iterator, read ahead in a thread
     run_until_interrupted   a coroutine that another one can end
     in_thread               a blocking call in a thread of its own, with a stop flag
@@ -128,15 +129,35 @@ class BatchPipeline(Generic[T]):
 
 
 async def _uninterrupted(future: asyncio.Future[None]) -> None:
+    cancelled = await until_done(future)
+    # Let the callbacks of the future run first.
+    await asyncio.sleep(0)
+    if cancelled is not None:
+        raise cancelled
+
+
+async def until_done(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
+    """Return once the future is done, however often this is cancelled; returns the last cancellation."""
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
         try:
             await asyncio.wait([future])
         except asyncio.CancelledError as error:
             cancelled = error
-    await asyncio.sleep(0)
-    if cancelled is not None:
-        raise cancelled
+    return cancelled
+
+
+async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`. A cancellation is raised only once the work has ended, and its own error is then dropped."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await until_done(task)
+        if not task.cancelled():
+            # Retrieve it: asyncio complains of an exception that nobody retrieves.
+            task.exception()
+        raise
 
 
 async def prefetched(read: Callable[[], tuple[list[T], bool]]) -> AsyncGenerator[T]:

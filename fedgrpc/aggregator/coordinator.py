@@ -86,7 +86,6 @@ from fedgrpc.runs.events import (
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.round_in_progress import check_ended_task
 from fedgrpc.runs.rules import RunRules
-from fedgrpc.runs.task_context import Report
 from fedgrpc.runs.weights import Weighing
 from fedgrpc.storage.data_folder import DataFolder
 from fedgrpc.storage.run_store import RunStore, StoredRun
@@ -376,22 +375,6 @@ class Coordinator:
         record = None if row is None else await self.in_database(self.store.round, row.round)
         tasks = () if row is None or record is None else record.tasks
         return next((task.upload_bytes for task in tasks if row is not None and task.worker == row.worker), 0)
-
-    def accept(self, token: str, report: Report) -> None:
-        """Count a durable update. Raises `RoundClosed` when it came too late."""
-        round_ = self.machine.round_of(token)
-        worker = round_.worker_of(token)
-        weight = self.weighing.weight_of(round_.kind, worker, report, round_.state.workers)
-        self.apply(UpdateAccepted(token, weight, report))
-        self._log.info(
-            "update accepted",
-            round=round_.number,
-            worker=worker,
-            examples=report.example_count,
-            bytes=report.upload_bytes,
-        )
-        if report.unchanged:
-            self._log.warning("training changed nothing", round=round_.number, worker=worker)
 
     def reject(self, token: str, reason: str) -> None:
         """Record that an update was refused, for good."""

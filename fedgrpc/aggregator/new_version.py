@@ -15,9 +15,9 @@ from fedgrpc.aggregator.commit import Commit as CommitFiles
 from fedgrpc.aggregator.commit import Formats
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.local_models import LocalModels
-from fedgrpc.aggregator.norms import content_digest, model_norm, norm_of
 from fedgrpc.aggregator.scales import scales_of
 from fedgrpc.aggregator.scores import scores_of
+from fedgrpc.aggregator.update_checks import norm_of
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import NotFinite, NotFound, StorageError, UnusableUpdate, UpdateRefused
 from fedgrpc.rounds.policy import TaskKind
@@ -121,9 +121,9 @@ class NewVersion:
             except NotFinite as error:
                 raise await asyncio.to_thread(self.blamed, error, weights, scales) from error
         model = self._models.open(number)
-        norm = await asyncio.to_thread(model_norm, model)
+        norm = await asyncio.to_thread(model.norm)
         if round_.kind is TaskKind.INITIALIZE:
-            first = await asyncio.to_thread(content_digest, model)
+            first = await asyncio.to_thread(model.content_digest)
             return Version(number, round_.state.number, digest, 0, norm, first_model=first)
         before, elements = self._run.versions.last, sum(spec.size for spec in model.layout)
         return Version(

@@ -22,7 +22,6 @@ from fedgrpc.aggregator.changed_settings import OPTIMIZER, changes, compared_tex
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.first_model import complaint
 from fedgrpc.aggregator.new_version import about_version
-from fedgrpc.aggregator.norms import content_digest, model_norm
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.raw import as_bool
 from fedgrpc.errors import CorruptError, LayoutError, StorageError, UnusableUpdate, UsageError
@@ -187,7 +186,7 @@ class Recovery:
         """
         if wrong := complaint(model.layout):
             raise UsageError(f"the model {model.path} cannot be used: {wrong}")
-        first = await asyncio.to_thread(content_digest, model)
+        first = await asyncio.to_thread(model.content_digest)
         last = self._run.versions.last
         if self._run.began:
             if last is not None and last.first_model != first:
@@ -201,7 +200,7 @@ class Recovery:
         about = about_version(self._settings.run_name, 0, number)
         write = partial(write_model, self._models.path(number), model.layout, _finite_tensors(model), about)
         digest = await asyncio.to_thread(write)
-        norm = await asyncio.to_thread(model_norm, self._models.open(number))
+        norm = await asyncio.to_thread(self._models.open(number).norm)
         version = Version(number, 0, digest, norm=norm, first_model=first)
         await self._coordinator.in_database(self._store.save_version, version)
         self._coordinator.apply(VersionTaken(version, model.layout))

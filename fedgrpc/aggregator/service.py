@@ -20,6 +20,7 @@ from fedgrpc.aggregator.negotiation import RAW, full_text, link_of
 from fedgrpc.aggregator.pages import MAX_PAGE_BYTES, fitting, page_of
 from fedgrpc.aggregator.receiver import Receiver
 from fedgrpc.aggregator.registry import Worker
+from fedgrpc.aggregator.upload_reader import UploadChunks
 from fedgrpc.aggregator.watching import Pieces, Watching, watch_interval_s
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.layout import Layout
@@ -55,7 +56,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self._store = coordinator.store
         self._settings = coordinator.settings
         self._settings_text = settings_text
-        self._receiver = Receiver(coordinator)
+        self._receiver = Receiver(coordinator, coordinator.journal)
         self._access = coordinator.settings.access
         self._watching = Watching(self._watched, lambda: coordinator.changes.revision)
         self._pieces = Pieces()
@@ -222,7 +223,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         if not isinstance(first, pb.PushUpdateRequest) or first.WhichOneof("content") != "header":
             raise LayoutError("the first message of an update is its header")
         self._check_caller(context, first.header.worker)
-        size_bytes, complete = await self._receiver.receive(first.header, _Chunks(context))
+        size_bytes, complete = await self._receiver.receive(first.header, UploadChunks(context))
         return pb.PushUpdateResponse(committed_size_bytes=size_bytes, complete=complete)
 
     async def QueryPush(
@@ -406,21 +407,3 @@ def _open_phase(number: int) -> TaskPhase:
     if not phase.open:
         raise LayoutError(f"{phase.name.lower()} is not for a worker to say")
     return phase
-
-
-class _Chunks:
-    """The chunks of an update, read from its call and not held here."""
-
-    def __init__(self, context: grpc.aio.ServicerContext) -> None:
-        self._context = context
-
-    def __aiter__(self) -> AsyncIterator[Chunk]:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        message = await self._context.read()
-        if message is grpc.aio.EOF:
-            raise StopAsyncIteration
-        if not isinstance(message, Chunk):
-            raise LayoutError("after the header of an update come chunks, nothing else")
-        return message

@@ -1,19 +1,24 @@
-"""Upload queue: a bounded number of slots, and reserved times for the uploads that found none free.
+"""Admission of uploads: a bounded number of slots, one stream in each, and reserved times for who found none free.
 
 The rule: no upload waits on an open stream. An upload without a slot is refused with a delay: by then those before
 it have been served, at the rate at which slots become free. Once the delay is over a slot stays reserved for it,
-for `_LATE_S`; after that anybody may take it.
+for `_LATE_S`; after that anybody may take it. Meanwhile a stream that hardly uses its slot gives it up.
 """
 
 from __future__ import annotations
 
+import asyncio
 import heapq
+import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Final
 
-from fedgrpc.errors import Exhausted
+from fedgrpc.errors import Exhausted, LinkError, RoundClosed
+from fedgrpc.rounds.task import UploadPace
+from fedgrpc.storage.uploads import Upload
 
 _SAMPLES: Final = 64
 _LEAST_SAMPLES: Final = 8
@@ -27,6 +32,13 @@ _LONGEST_S: Final = 300.0
 # How long after its time a slot stays reserved for an upload.
 _LATE_S: Final = 2.0
 _MAX_WAITING: Final = 100_000
+# A stream that is slower than this, measured over one to two such times, leaves its slot to one who waits. In
+# that time a link of 5 kB/s brings the 64 KiB that an upload over an unknown link begins with.
+_LEAST_BYTES_PER_S = 1024
+_PACE_S = 15.0
+# Where others wait, one that needs much longer than this gives its slot up in between: whoever fills all slots
+# with slow streams has them for a turn, not for a round.
+_TURN_S = 30.0
 
 
 class UploadQueue:
@@ -116,3 +128,136 @@ class UploadQueue:
         self._waiting.pop(token, None)
         self._due.pop(token, None)
         self._again.discard(token)
+
+
+class UploadStream:
+    """One stream of an upload. A newer one ends it, another upload that needs its slot, or the end of its task.
+
+    `closed_for`: why its task was closed. `told_at`: when its progress was last told.
+    """
+
+    def __init__(self, worker: str) -> None:
+        self.worker = worker
+        self.limit = asyncio.timeout(None)
+        self.ended = asyncio.Event()
+        self.gives_way = False
+        self.closed_for: str | None = None
+        self.told_at = -math.inf
+        self._ending = False
+        self._complete = False
+        self._begun_at = time.monotonic()
+        self._upload: Upload | None = None
+        self._pace: UploadPace | None = None
+
+    def give_way(self) -> None:
+        """End it in favour of another upload."""
+        self.gives_way = True
+        self.end()
+
+    def close(self, reason: str) -> None:
+        """End it because no update of its task is wanted any more."""
+        # Once all bytes are here the check of the update says how its stream ends.
+        if not self._complete:
+            self.closed_for = reason
+            self.end()
+
+    def complete(self) -> None:
+        """Note that all bytes are here."""
+        self._complete = True
+
+    def end(self) -> None:
+        """Let the block of its slot reach its limit. A handler that is cancelled would give no answer."""
+        # Rescheduled twice, the limit would raise again while the first error is handled.
+        if not self._ending:
+            self._ending = True
+            self.limit.reschedule(asyncio.get_running_loop().time())
+
+    def carries(self, upload: Upload) -> None:
+        """Measure the bytes of this upload from now on."""
+        self._upload = upload
+        self._pace = UploadPace.begun(upload.size_bytes, upload.manifest.size_bytes, self._begun_at)
+
+    def bytes_per_second(self, now: float) -> float:
+        """Return its recent rate; infinite while that is not known, and once all bytes are there."""
+        if self._ending or self._upload is None or self._pace is None or self._upload.complete:
+            return math.inf
+        self._pace = self._pace.moved(self._upload.size_bytes, now, _PACE_S)
+        return math.inf if now - self._begun_at < _PACE_S else self._pace.bytes_per_second(now)
+
+    def left_s(self, now: float) -> float:
+        """Return the seconds it still needs at its pace, once it has had its turn; before that 0."""
+        rate = self.bytes_per_second(now)
+        if self._upload is None or math.isinf(rate) or now - self._begun_at < _TURN_S:
+            return 0.0
+        left_bytes = self._upload.manifest.size_bytes - self._upload.size_bytes
+        return left_bytes / rate if rate > 0 else math.inf
+
+
+class UploadSlots:
+    """The streams that run, one for each upload, and the queue of those that do not."""
+
+    def __init__(self, slots: int) -> None:
+        self._queue = UploadQueue(slots)
+        self._streams: dict[str, UploadStream] = {}
+
+    async def end_former(self, token: str, worker: str) -> None:
+        """Let the newest stream of a worker's upload take over: the one before is most likely a dead connection.
+
+        Returns once no stream of this upload runs.
+        """
+        while (former := self._streams.get(token)) is not None and former.worker == worker:
+            former.end()
+            await former.ended.wait()
+
+    @asynccontextmanager
+    async def slot(self, token: str, worker: str) -> AsyncIterator[UploadStream]:
+        """Take a slot for the block. No other stream of this upload may run.
+
+        Raises `Exhausted` when no slot is free or others need this one, `LinkError` when a newer stream has taken
+        over, and `RoundClosed` when the task is closed.
+        """
+        try:
+            self._queue.enter(token)
+        except Exhausted:
+            self._free_a_slot()
+            raise
+        self._streams[token] = stream = UploadStream(worker)
+        try:
+            async with stream.limit:
+                yield stream
+        except TimeoutError:
+            if stream.closed_for is not None:
+                raise RoundClosed(stream.closed_for) from None
+            if stream.gives_way:
+                why = "others wait, and this upload is slow or still needs long; go on later"
+                raise Exhausted(why, retry_after_s=_PACE_S) from None
+            raise LinkError("a newer stream of this update has taken over") from None
+        finally:
+            del self._streams[token]
+            self._queue.leave()
+            stream.ended.set()
+
+    def wait_s(self, token: str) -> float:
+        """Return how long an upload must wait for a slot, seconds, and keep its reservation."""
+        # A stream that runs is one of this upload's own: the next takes over from it.
+        wait_s = 0.0 if token in self._streams else self._queue.wait_s(token)
+        if wait_s:
+            self._free_a_slot()
+        return wait_s
+
+    def close(self, token: str, reason: str) -> None:
+        """End the stream and the reservation of a task that is closed."""
+        self._queue.forget(token)
+        if (stream := self._streams.get(token)) is not None:
+            stream.close(reason)
+
+    def _free_a_slot(self) -> None:
+        """End a stream that hardly uses its slot, else one that needs long: somebody waits."""
+        now = time.monotonic()
+        slowest = min(self._streams.values(), key=lambda stream: stream.bytes_per_second(now), default=None)
+        if slowest is not None and slowest.bytes_per_second(now) < _LEAST_BYTES_PER_S:
+            slowest.give_way()
+            return
+        longest = max(self._streams.values(), key=lambda stream: stream.left_s(now), default=None)
+        if longest is not None and longest.left_s(now) > _PACE_S:
+            longest.give_way()

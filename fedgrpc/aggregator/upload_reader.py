@@ -1,4 +1,4 @@
-"""Reader of one upload: from the stream of chunks to its file.
+"""Reader of one upload: from the messages of its call to its file, within a bound on memory for all uploads.
 
 The rule: no message is read before there is memory for it, and the memory is given back once its bytes are in
 the file. So all uploads together use bounded memory. A reader whose sender is silent gives its reservation back
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-from fedgrpc.aggregator.memory import ByteBudget
+import grpc.aio
+
 from fedgrpc.aio import BatchPipeline
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.errors import LayoutError, LinkError, TooLargeError, WrongOffset
@@ -26,6 +28,70 @@ _GRACE_S = 0.25
 # it grants the time again, at most so often.
 _BUSY_SHARE = 0.5
 _MOST_GRACES = 8
+
+
+class ByteBudget:
+    """Hands out `limit_bytes` in the order of asking. Lives on one event loop.
+
+    One who asks for more than the whole gets it alone.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._taken = 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @property
+    def taken_bytes(self) -> int:
+        """What is handed out now."""
+        return self._taken
+
+    async def take(self, size_bytes: int) -> None:
+        """Wait until `size_bytes` are free, and hold them until they are given back."""
+        if not self._waiting and self._fits(size_bytes):
+            self._taken += size_bytes
+            return
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((size_bytes, granted))
+        try:
+            await granted
+        except asyncio.CancelledError:
+            if granted.done() and not granted.cancelled():
+                self.give_back(size_bytes)
+            raise
+
+    def give_back(self, size_bytes: int) -> None:
+        """They are free again; negative: that much more is held than was asked for."""
+        self._taken -= size_bytes
+        while self._waiting:
+            wanted, granted = self._waiting[0]
+            if not granted.done():
+                if not self._fits(wanted):
+                    return
+                self._taken += wanted
+                granted.set_result(None)
+            self._waiting.popleft()
+
+    def _fits(self, size_bytes: int) -> bool:
+        return not self._taken or self._taken + size_bytes <= self._limit
+
+
+class UploadChunks:
+    """The chunks of an update, read from its call one at a time. None is kept here."""
+
+    def __init__(self, context: grpc.aio.ServicerContext) -> None:
+        self._context = context
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        message = await self._context.read()
+        if message is grpc.aio.EOF:
+            raise StopAsyncIteration
+        if not isinstance(message, Chunk):
+            raise LayoutError("after the header of an update come chunks, nothing else")
+        return message
 
 
 class UploadReader:

@@ -14,6 +14,7 @@ model's code asks for.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import struct
 import weakref
@@ -27,6 +28,7 @@ from typing import Final
 
 import numpy as np
 
+from fedgrpc.aggregation.admission import sum_of_squares
 from fedgrpc.codec.chunk import crc32
 from fedgrpc.codec.layout import Array, Layout, TensorSpec
 from fedgrpc.codec.values import InParts, Part, part_filled
@@ -44,6 +46,8 @@ from fedgrpc.storage.model_header import (
 
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 _READ_BYTES: Final = 1 << 20
+# Elements in memory at a time.
+_PIECE: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,29 @@ class ModelFile:
         digest = hashlib.sha256()
         for data in self._pieces():
             digest.update(data)
+        return digest.digest()
+
+    def norm(self) -> float:
+        """Return the L2 norm of the float tensors, read in pieces. Raises `StorageError`."""
+        square = 0.0
+        for index, spec in enumerate(self.layout):
+            for start in range(0, spec.size if spec.is_float else 0, _PIECE):
+                square += sum_of_squares(self.part(index, start, min(start + _PIECE, spec.size)))
+        return math.sqrt(square)
+
+    def content_digest(self) -> bytes:
+        """Return the SHA-256 of names, types, shapes and values, in whatever order the file has them.
+
+        Raises `StorageError`.
+        """
+        digest = hashlib.sha256()
+        for index in sorted(range(len(self.layout)), key=lambda each: self.layout[each].name):
+            spec = self.layout[index]
+            digest.update(f"{spec.name}\0{spec.dtype}\0{spec.shape}\0".encode())
+            inner = hashlib.sha256()
+            for start in range(0, spec.size, _PIECE):
+                inner.update(self.part(index, start, min(start + _PIECE, spec.size)).view(np.uint8).data)
+            digest.update(inner.digest())
         return digest.digest()
 
     def _pieces(self) -> Iterator[bytes]:

@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from fedgrpc.aggregator.memory import ByteBudget
+from fedgrpc.aggregator.upload_reader import ByteBudget
 
 
 async def settled(*tasks):

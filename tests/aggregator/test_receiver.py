@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from fedgrpc.aggregator import receiver as receiver_module
+from fedgrpc.aggregator import upload_queue
 from fedgrpc.aggregator.receiver import Receiver
+from fedgrpc.aggregator.update_checks import decoding_bytes, max_header_bytes, verify
 from fedgrpc.errors import Exhausted, RoundClosed
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rpc.status import domain_errors
@@ -27,6 +29,10 @@ from tests.support.stored_updates import chunk, encoded, header_of
 async def tasks_out(running):
     devices = [await running.device(name) for name in "ab"]
     return dict(zip("ab", await asyncio.gather(*(device.task() for device in devices)), strict=True))
+
+
+def receiver_of(coordinator):
+    return Receiver(coordinator, coordinator.journal)
 
 
 class Sender:
@@ -53,7 +59,7 @@ async def test_a_connection_lost_about_the_last_byte_leaves_the_update_accepted_
     """Lost at every step from the end of the stream on."""
     async with running_aggregator(tmp_path, durable=True) as running:
         task = (await tasks_out(running))["a"]
-        receiver = Receiver(running.aggregator.coordinator)
+        receiver = receiver_of(running.aggregator.coordinator)
         sender = Sender(task)
         receiving = asyncio.create_task(receiver.receive(sender.header, sender.chunks()))
         await sender.at_the_end.wait()
@@ -88,7 +94,7 @@ async def test_an_upload_whose_file_comes_only_after_the_round_has_closed_leaves
 
         coordinator.journal.begin = slowly
         sender = Sender(task)
-        receiving = asyncio.create_task(Receiver(coordinator).receive(sender.header, sender.chunks()))
+        receiving = asyncio.create_task(receiver_of(coordinator).receive(sender.header, sender.chunks()))
         await asked.wait()
         await coordinator.stop("closed by the test")
         async with asyncio.timeout(PATIENCE_S):
@@ -109,7 +115,7 @@ async def test_a_silent_upload_hears_at_once_that_its_task_is_closed(tmp_path):
         coordinator = running.aggregator.coordinator
         sender = Sender(task, offset=0)
         sender.payload = sender.payload[:-1024]
-        receiving = asyncio.create_task(Receiver(coordinator).receive(sender.header, sender.chunks()))
+        receiving = asyncio.create_task(receiver_of(coordinator).receive(sender.header, sender.chunks()))
         await sender.at_the_end.wait()
         await coordinator.give_back("a", task.token, "out of memory")
         async with asyncio.timeout(PATIENCE_S):
@@ -121,7 +127,7 @@ async def test_two_streams_of_one_update_count_once(tmp_path):
     async with running_aggregator(tmp_path) as running:
         task = (await tasks_out(running))["a"]
         coordinator = running.aggregator.coordinator
-        receiver = Receiver(coordinator)
+        receiver = receiver_of(coordinator)
         senders = [Sender(task) for _ in range(4)]
         for sender in senders:
             sender.may_end.set()
@@ -158,7 +164,7 @@ async def test_a_round_that_closes_while_an_update_is_verified_refuses_it_and_ke
         coordinator.journal.begin = with_a_slow_end
         sender = Sender(tasks["a"])
         sender.may_end.set()
-        receiving = asyncio.create_task(Receiver(coordinator).receive(sender.header, sender.chunks()))
+        receiving = asyncio.create_task(receiver_of(coordinator).receive(sender.header, sender.chunks()))
         await verifying.wait()
         await coordinator.stop("closed by the test")
         goes_on.set()
@@ -174,17 +180,16 @@ async def test_updates_that_end_at_once_are_decoded_one_after_the_other_where_th
 ):
     monkeypatch.setattr(receiver_module, "_DECODING_BYTES", 1)
     at_once, most = 0, 0
-    check = Receiver._check
 
-    def counting(self, stored, current):
+    def counting(stored, expected):
         nonlocal at_once, most
         at_once += 1
         most = max(most, at_once)
         time.sleep(0.05)
         at_once -= 1
-        return check(self, stored, current)
+        verify(stored, expected)
 
-    monkeypatch.setattr(Receiver, "_check", counting)
+    monkeypatch.setattr(receiver_module, "verify", counting)
     async with running_aggregator(tmp_path, policy={"min_workers": 5}) as running:
         devices = [await running.device(name) for name in "abcde"]
         tasks = await asyncio.gather(*(device.task() for device in devices))
@@ -196,7 +201,7 @@ async def test_updates_that_end_at_once_are_decoded_one_after_the_other_where_th
 
 def test_what_checking_an_update_takes_grows_with_its_largest_tensor():
     small, large = ({"w": np.zeros(size, np.float32), "b": np.zeros(3, np.float32)} for size in (1 << 10, 1 << 20))
-    sizes = [receiver_module._decoding_bytes(encoded(tensors)[0]) for tensors in (small, large)]
+    sizes = [decoding_bytes(encoded(tensors)[0]) for tensors in (small, large)]
     assert sizes[1] - sizes[0] == 4 * 4 * ((1 << 20) - (1 << 10))
 
 
@@ -204,7 +209,7 @@ def test_what_checking_an_update_takes_grows_with_its_largest_tensor():
 def test_a_header_of_the_runs_model_is_within_its_bound_and_one_of_many_more_tensors_is_not(recipe):
     model = {f"layer-{n}.weight": np.zeros((n, 70), np.float32) for n in range(1, 300)}
     manifest, _ = encoded(model, recipe)
-    bound = receiver_module._max_header_bytes(manifest.layout)
+    bound = max_header_bytes(manifest.layout)
     assert header_of(manifest).ByteSize() < bound < 400_000
     masked = {f"{name}{end}": tensor for name, tensor in model.items() for end in ("", "#mask", "#codes")}
     assert header_of(encoded(masked, recipe)[0]).ByteSize() < bound
@@ -216,7 +221,7 @@ def test_a_header_of_the_runs_model_is_within_its_bound_and_one_of_many_more_ten
 async def test_a_stream_that_carries_hardly_anything_gives_its_slot_to_one_who_waits_and_goes_on_later(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(receiver_module, "_PACE_S", 0.3)
+    monkeypatch.setattr(upload_queue, "_PACE_S", 0.3)
     async with running_aggregator(tmp_path, max_uploads=1) as running, asyncio.timeout(PATIENCE_S):
         tasks = await tasks_out(running)
         manifest, payload = by_hand(update_of())
@@ -242,7 +247,7 @@ async def test_a_stream_that_carries_hardly_anything_gives_its_slot_to_one_who_w
 
 
 async def test_a_stream_that_carries_its_share_keeps_its_slot(tmp_path, monkeypatch):
-    monkeypatch.setattr(receiver_module, "_PACE_S", 0.3)
+    monkeypatch.setattr(upload_queue, "_PACE_S", 0.3)
     async with running_aggregator(tmp_path, max_uploads=1) as running, asyncio.timeout(PATIENCE_S):
         tasks = await tasks_out(running)
         manifest, payload = by_hand(update_of())
@@ -261,7 +266,7 @@ async def test_a_stream_that_carries_its_share_keeps_its_slot(tmp_path, monkeypa
 @pytest.mark.faults
 async def test_streams_that_need_long_take_turns_with_those_who_wait(tmp_path, monkeypatch):
     for name, seconds in {"_PACE_S": 0.3, "_TURN_S": 0.6, "_LEAST_BYTES_PER_S": 1}.items():
-        monkeypatch.setattr(receiver_module, name, seconds)
+        monkeypatch.setattr(upload_queue, name, seconds)
     async with running_aggregator(tmp_path, max_uploads=1) as running, asyncio.timeout(PATIENCE_S):
         tasks = await tasks_out(running)
         manifest, payload = by_hand(update_of())

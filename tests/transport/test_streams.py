@@ -13,8 +13,7 @@ import pytest
 import structlog
 
 from fedgrpc.aggregator import upload_reader
-from fedgrpc.aggregator.memory import ByteBudget
-from fedgrpc.aggregator.upload_reader import UploadReader
+from fedgrpc.aggregator.upload_reader import ByteBudget, UploadReader
 from fedgrpc.codec.chunk import CHUNK_BYTES, Chunk
 from fedgrpc.errors import LinkError
 from fedgrpc.rpc.channel import CLIENT_OPTIONS, SERVER_OPTIONS, open_channel

@@ -1,0 +1,179 @@
+"""Checks of an update: of its header before the first byte, and of its tensors before it counts.
+
+The rule: pure functions of the update and of what its task asks for. A refusal is final, so it comes before the
+bytes wherever the header shows the fault.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedgrpc.aggregation.admission import (
+    AdmissionPolicy,
+    TensorLike,
+    check_layout,
+    check_values,
+    check_variances,
+)
+from fedgrpc.aggregation.partial_aggregate import check_partial_aggregate, partial_aggregate_values
+from fedgrpc.aggregation.partial_update import unpack_all
+from fedgrpc.aggregator.first_model import complaint
+from fedgrpc.aggregator.scales import check_steps
+from fedgrpc.codec.layout import Layout
+from fedgrpc.codec.manifest import Limits, Manifest
+from fedgrpc.codec.payload import EARLY_CUT_BYTES
+from fedgrpc.errors import UpdateRefused
+from fedgrpc.protocol.tensors import layout_to_proto, manifest_from_proto
+from fedgrpc.protocol.updates import report_from_proto
+from fedgrpc.rounds.policy import TaskKind
+from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
+from fedgrpc.runs.task_context import LocalTask, Report
+from fedgrpc.runs.weights import Weighing
+from fedgrpc.storage.update_file import StoredUpdate, UpdateFile
+from fedgrpc.submodels.channels import KeptChannels
+from fedgrpc.training_plan import TrainingPlan
+from fedgrpc.v1.aggregator_pb2 import UpdateHeader
+
+# Decoding one update: its frames and pieces, and this many arrays of its largest tensor.
+_BESIDE_BYTES = 8 << 20
+_ARRAYS = 4
+# What a header has beside its manifest; what an entry has beside its name and shape; entries for a tensor, and as
+# much again for its channels; bytes of one frame's sizes; element, float64 weight and rest of a mean.
+_OTHER_BYTES = 64 << 10
+_ENTRY_BYTES = 128
+_LISTED = 4
+_FRAME_BYTES = 16
+_MOST_BYTES_AN_ELEMENT = 8 + 8 + 8
+
+Values = Iterator[tuple[TensorLike, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class ExpectedUpdate:
+    """What a task asks of its update.
+
+    `layout` is that of the model. `local` and `kept` say what the worker was given; `kept` None: all channels.
+    `leads`: the worker is an aggregator, which may send a mean. `plan` bounds the steps; None: nothing depends on
+    them.
+    """
+
+    kind: TaskKind
+    layout: Layout
+    local: LocalTask
+    kept: KeptChannels | None
+    leads: bool
+    limits: Limits
+    admission: AdmissionPolicy
+    max_model_bytes: int
+    weighing: Weighing
+    plan: TrainingPlan | None
+
+
+def examine(header: UpdateHeader, expected: ExpectedUpdate) -> tuple[Manifest, Report]:
+    """Check all that can be known before the first byte.
+
+    An update without a count of examples gets the one that its kind implies, in `header` too, which is stored.
+    Raises `LayoutError`, `TooLargeError` and `UpdateRefused`.
+    """
+    manifest = manifest_from_proto(header.manifest, expected.limits)
+    if header.merged_updates and not expected.leads:
+        raise UpdateRefused("a mean of updates comes from an aggregator alone")
+    if expected.kind is TaskKind.EVALUATE:
+        header.example_count = header.example_count or header.evaluation_example_count
+        check_layout((), manifest.layout)
+    elif expected.kind is TaskKind.INITIALIZE:
+        header.example_count = header.example_count or 1
+        _check_initial(manifest, expected.max_model_bytes)
+    elif header.merged_updates:
+        check_partial_aggregate(expected.layout, manifest.layout)
+    elif expected.local.plain:
+        check_layout(expected.layout, manifest.layout)
+    else:
+        expected.local.check_layout(expected.layout, manifest.layout, expected.kept)
+    report = report_from_proto(header, expected.admission)
+    if expected.plan is not None:
+        check_steps(report, expected.plan, expected.weighing.examples(report.example_count, report))
+    return manifest, report
+
+
+def verify(stored: StoredUpdate, expected: ExpectedUpdate) -> None:
+    """Check the tensors of an update whose bytes are all here. Raises `CodecError` and `UpdateRefused`."""
+    if expected.kind is TaskKind.EVALUATE:
+        return
+    file, policy, layout = stored.open(), expected.admission, expected.layout
+    variances = tuple(spec for spec in layout or stored.manifest.layout if spec.is_variance)
+    with file as reader:
+        if expected.kind is TaskKind.INITIALIZE:
+            # A statistic that nobody has measured yet, or a mask, may be infinite.
+            check_values(((spec, values) for spec, values in file.pieces() if spec.is_trained), policy)
+        elif expected.local.plain and not stored.header.merged_updates:
+            _check_plain(file, policy)
+        else:
+            check_values(_decoded(file, stored.header, layout, expected.kept), policy)
+            check_variances(_decoded(file, stored.header, variances, expected.kept))
+            return
+        check_variances((spec, reader.tensor(spec.name)) for spec in variances if spec.name in reader.names)
+
+
+def norm_of(stored: StoredUpdate, layout: Layout, plain: bool, kept: KeptChannels | None) -> float:
+    """Return the L2 norm of the differences of an update; `kept` are the channels of one that is not `plain`.
+
+    Raises as reading it does, and `UpdateRefused` for what admission would refuse.
+    """
+    file = stored.open()
+    with file:
+        whole = plain and not stored.header.merged_updates
+        values = file.long_pieces() if whole else _decoded(file, stored.header, layout, kept)
+        return check_values(values, AdmissionPolicy())
+
+
+def _decoded(file: UpdateFile, header: UpdateHeader, layout: Layout, kept: KeptChannels | None) -> Values:
+    """Tensors of `layout` as a mean or a partial update stands for them."""
+    reader = file.reader
+    if header.merged_updates:
+        return partial_aggregate_values(layout, reader.names, reader.tensor, header.weight)
+    return unpack_all(layout, reader.names, reader.tensor, kept)
+
+
+def _check_plain(update: UpdateFile, policy: AdmissionPolicy) -> None:
+    # Bounds of quantized tensors come from their scales alone: a norm within its limit needs no decoding.
+    values = update.long_pieces() if math.isfinite(policy.max_norm) else update.bounds()
+    try:
+        check_values(values, policy)
+    except UpdateRefused:
+        # Only a refused update is read again, tensor by tensor, to name the one at fault.
+        check_values(update.pieces(), policy)
+        raise
+
+
+def _check_initial(manifest: Manifest, max_bytes: int) -> None:
+    """Refuse lossy initial weights, as in no file: every worker starts from exactly these."""
+    if not manifest.entries:
+        raise UpdateRefused("initial weights are wanted, and the update has no tensors")
+    for entry in manifest.entries:
+        if not entry.encoding.lossless:
+            raise UpdateRefused(f"initial weights come lossless, {entry.spec.name!r} is {entry.encoding}")
+    if wrong := complaint(manifest.layout, max_bytes):
+        raise UpdateRefused(f"these initial weights cannot be a model: {wrong}")
+
+
+def decoding_bytes(manifest: Manifest) -> int:
+    """Memory that `verify` may take: a few arrays of one tensor at a time."""
+    return _BESIDE_BYTES + _ARRAYS * max((spec.nbytes for spec in manifest.layout), default=0)
+
+
+def max_header_bytes(layout: Layout) -> int:
+    """Size of the largest header of an update to a model of that layout; of any model where there is none.
+
+    A partial update or a mean lists up to three tensors for one of the model's (NAME, NAME#mask, NAME#codes), with
+    float64 weights among them; the channels of the model come beside its manifest.
+    """
+    if not layout:
+        return MAX_MESSAGE_BYTES
+    entries = sum(spec.ByteSize() + _ENTRY_BYTES for spec in layout_to_proto(layout))
+    frames = _FRAME_BYTES * sum(spec.size for spec in layout) * _MOST_BYTES_AN_ELEMENT // EARLY_CUT_BYTES
+    return min(MAX_MESSAGE_BYTES, _OTHER_BYTES + _LISTED * entries + frames)
