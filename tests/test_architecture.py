@@ -17,14 +17,15 @@ CORE = {"errors", "claims", "training_plan", "codec", "submodels", "aggregation"
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "claims": {"errors"},
+    "toml": {"errors"},
     "training_plan": {"errors"},
     "v1": set(),
     "codec": {"errors"},
-    "submodels": {"errors", "claims"},
+    "submodels": {"errors", "claims", "toml"},
     "aggregation": {"errors", "claims", "submodels"},
     "rounds": {"errors", "claims"},
     "runs": {"errors", "claims", "codec", "submodels", "aggregation", "rounds"},
-    "simulation": {"errors", "codec", "rounds", "runs"},
+    "simulation": {"errors", "codec", "rounds", "runs", "toml"},
     "trainer": {"errors", "codec", "training_plan", "submodels"},
     "process": set(),
     "aio": set(),
@@ -46,13 +47,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
         *(*CORE, "trainer", "v1", "protocol", "rpc", "storage", "process", "logging", "metrics"),
-        *("client", "aggregator", "worker", "hierarchy", "datasets", "tasks", "simulation"),
+        *("client", "aggregator", "worker", "hierarchy", "datasets", "tasks", "simulation", "toml"),
     },
 }
 # Where torch may be imported; everything else runs on a machine without it.
 TORCH = {"torch", "tasks"}
 # The core knows no I/O, no clock and no gRPC.
-PURE = {"claims", "training_plan", "codec", "submodels", "aggregation", "rounds", "runs", "simulation"}
+PURE = {"claims", "toml", "training_plan", "codec", "submodels", "aggregation", "rounds", "runs", "simulation"}
 IMPURE_MODULES = {
     *("asyncio", "concurrent", "datetime", "grpc", "multiprocessing", "pathlib", "random", "shutil"),
     *("signal", "socket", "sqlite3", "structlog", "subprocess", "threading", "time", "torch"),

@@ -17,6 +17,7 @@ from fedgrpc.aggregator.settings import AggregatorSettings, Target
 from fedgrpc.cli.connection import FILE, server_tls, tls_settings
 from fedgrpc.cli.logs import LOGS, configure_logs
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
+from fedgrpc.cli.toml_files import read_file
 from fedgrpc.cli.value_types import DURATION, SIZE, NamedValues
 from fedgrpc.errors import UsageError
 from fedgrpc.hierarchy.process import run_leaf
@@ -271,14 +272,14 @@ SETTINGS: list[Setting] = [
 
 def settings_from(values: dict[str, Any]) -> AggregatorSettings:
     """Build the settings from the values of the command line. Raises `UsageError`."""
-    both = values["encoding"]
+    both, plans = values["encoding"], values["local_models"]
     return pick(
         AggregatorSettings,
         values,
         policy=pick(RoundPolicy, values),
         choosing=pick(SelectionPolicy, values),
         plan=pick(TrainingPlan, values),
-        local_models=_plans(values["local_models"]),
+        local_models=PlanTable() if plans is None else read_file(plans, PlanTable.from_toml),
         worker_weights=dict(values["worker_weights"]),
         target=None if values["target"] is None else Target.parse(values["target"]),
         upload_recipe=values["upload_recipe"] or both,
@@ -303,17 +304,6 @@ def upstream_from(values: Mapping[str, Any], data_dir: Path) -> WorkerSettings |
         tls=files if wants_tls else None,
         serve_address=None,
     )
-
-
-def _plans(path: Path | None) -> PlanTable:
-    if path is None:
-        return PlanTable()
-    try:
-        return PlanTable.from_toml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
 
 
 def _run(**values: Any) -> int:

@@ -20,7 +20,7 @@ import click
 from click.core import ParameterSource
 
 from fedgrpc.cli.coming_from import hint_for
-from fedgrpc.cli.config_file import read_table
+from fedgrpc.cli.toml_files import read_table
 from fedgrpc.cli.value_types import Quantity
 from fedgrpc.errors import UsageError
 

@@ -17,6 +17,7 @@ from fedgrpc.cli.as_json import json_text
 from fedgrpc.cli.connection import FILE, client_settings, client_tls
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand
 from fedgrpc.cli.planning import FleetSnapshot, PlannedDevice, PlannedModel, PlanRequest, fleet_snapshot, measured
+from fedgrpc.cli.toml_files import read_file
 from fedgrpc.cli.value_types import DURATION, RATE, SIZE, NamedValues
 from fedgrpc.cli.view import piped_console, print_table, seconds, size
 from fedgrpc.client import connect
@@ -131,7 +132,7 @@ def _some(names: Sequence[str]) -> str:
 def _plans_of(path: Path | None, fleet: FleetSnapshot | None) -> tuple[PlanTable, str]:
     """Return the plans to choose from, and where they come from. Raises `UsageError`."""
     if path is not None:
-        return PlanTable.from_toml(path.read_text()), str(path)
+        return read_file(path, PlanTable.from_toml), str(path)
     if fleet is not None and not fleet.plans.trivial:
         return fleet.plans, "those of the aggregator"
     every = "all, half and a quarter of the channels"

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import tomllib
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -19,8 +18,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from fedgrpc import toml
 from fedgrpc.cli.as_json import json_text
 from fedgrpc.cli.options import Declare, SettingsCommand
+from fedgrpc.cli.toml_files import read_file
 from fedgrpc.cli.view import piped_console, print_table, seconds, size
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.simulation.fleet import Fleet, Variant
@@ -71,16 +72,7 @@ def _say(console: Console, text: str) -> None:
 
 def read_fleet(path: Path) -> Fleet:
     """Read the fleet from a TOML file. Raises `UsageError`."""
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid TOML: {error}") from error
-    try:
-        return Fleet.parse(document)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
+    return read_file(path, lambda text: Fleet.parse(toml.parse(text)))
 
 
 def play(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+from fedgrpc import toml
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.policy import RoundPolicy
 
-T = TypeVar("T")
 MOST_DEVICES = 1_000_000
 
 
@@ -89,16 +89,12 @@ class Variant:
 
     name: str = "as given"
     policy: RoundPolicy = field(default_factory=RoundPolicy)
-    payload: Payload = field(default_factory=Payload)
+    model: Payload = field(default_factory=Payload)
     selection: Literal["uniform", "oort"] = "uniform"
     deadline: Literal["fixed", "learned"] = "fixed"
     commit_s: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.selection not in ("uniform", "oort"):
-            raise UsageError(f"selection must be 'uniform' or 'oort', not {self.selection!r}")
-        if self.deadline not in ("fixed", "learned"):
-            raise UsageError(f"deadline must be 'fixed' or 'learned', not {self.deadline!r}")
         if not 0 <= self.commit_s < math.inf:
             raise UsageError(f"commit_s must not be negative, not {self.commit_s:g}")
 
@@ -121,66 +117,16 @@ class Fleet:
 
         A variant changes what it names in its own `model`, `policy` and rules. Raises `UsageError`.
         """
-        _check_keys("the fleet file", document, {"devices", "model", "rules", "variants"})
-        devices = _tables(document, "devices")
-        classes = tuple(_make(DeviceClass, table, "a [[devices]] table") for table in devices)
+        if unknown := document.keys() - {"devices", "model", "rules", "variants"}:
+            raise UsageError(f"there is no {min(unknown)!r} in a fleet file: devices, model, rules, variants")
+        classes = toml.read_all(DeviceClass, document.get("devices", []), "[[devices]]")
         if not classes:
             raise UsageError("the fleet file has no [[devices]]")
         fleet = cls(classes, ())
         if fleet.count > MOST_DEVICES:
             raise UsageError(f"{fleet.count} devices are more than {MOST_DEVICES}")
-        rules = {**_table(document, "rules"), "model": _table(document, "model")}
-        given = _variant(Variant(), rules)
-        changed = [_variant(given, table) for table in _tables(document, "variants")]
-        return replace(fleet, variants=tuple(changed) or (given,))
-
-
-def _variant(base: Variant, table: Mapping[str, Any]) -> Variant:
-    payload = _changed(base.payload, table.get("model", {}), "a model table")
-    policy = _changed(base.policy, table.get("policy", {}), "a policy table")
-    rules = {key: value for key, value in table.items() if key not in ("model", "policy")}
-    return _changed(replace(base, payload=payload, policy=policy), rules, "a table of rules")
-
-
-def _changed(base: T, values: Mapping[str, Any], where: str) -> T:
-    """`base` with the values that a table names."""
-    names = {field_.name for field_ in dataclasses.fields(base)}  # type: ignore[arg-type]
-    _check_keys(where, values, names)
-    try:
-        return replace(base, **values)  # type: ignore[type-var]
-    except TypeError as error:
-        raise UsageError(f"{where} has a value of the wrong type: {error}") from error
-
-
-def _make(kind: type[T], values: Mapping[str, Any], where: str) -> T:
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    _check_keys(where, values, {field_.name for field_ in fields})
-    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
-    if missing:
-        raise UsageError(f"{where} has no {missing[0]!r}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise UsageError(f"{where} has a value of the wrong type: {error}") from error
-
-
-def _check_keys(where: str, values: object, known: set[str]) -> None:
-    if not isinstance(values, Mapping):
-        raise UsageError(f"{where} must be a table, not {values!r}")
-    for key in values:
-        if key not in known:
-            raise UsageError(f"{where} has an unknown key {key!r}; there are {', '.join(sorted(known))}")
-
-
-def _table(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    table = document.get(name, {})
-    if not isinstance(table, Mapping):
-        raise UsageError(f"[{name}] must be a table")
-    return table
-
-
-def _tables(document: Mapping[str, Any], name: str) -> Sequence[Mapping[str, Any]]:
-    tables = document.get(name, [])
-    if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
-        raise UsageError(f"[[{name}]] must be tables in double brackets")
-    return tables
+        given = toml.read(Variant, document.get("rules", {}), "[rules]", Variant())
+        model = toml.read(Payload, document.get("model", {}), "[model]", given.model)
+        given = replace(given, model=model)
+        changed = toml.read_all(Variant, document.get("variants", []), "[[variants]]", given)
+        return replace(fleet, variants=changed or (given,))

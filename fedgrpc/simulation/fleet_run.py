@@ -250,7 +250,7 @@ class FleetRun:
 
     def _work(self, job: Job) -> Process[None]:
         """One task on one device, from its offer to whatever becomes of it."""
-        devices, payload, device = self.devices, self.variant.payload, job.device
+        devices, payload, device = self.devices, self.variant.model, job.device
         yield self.loop.sleep(2 * devices.latency_s[device])
         download_s = devices.varied(device, payload.download_bytes / devices.down[device])
         yield from self._transfer(job, TaskPhase.DOWNLOADING, download_s, payload.download_bytes)

@@ -34,12 +34,12 @@ import dataclasses
 import json
 import math
 import re
-import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from fedgrpc import toml
 from fedgrpc.errors import UsageError
 from fedgrpc.submodels.channels import SubModel
 
@@ -169,17 +169,12 @@ class LocalModelPlan:
     @classmethod
     def from_toml(cls, text: str) -> LocalModelPlan:
         """Parse the text form. Raises `UsageError`."""
-        try:
-            return cls.from_mapping(tomllib.loads(text))
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"a local-model plan is TOML: {error}") from error
+        return cls.from_mapping(toml.parse(text))
 
     @classmethod
     def from_mapping(cls, table: Mapping[str, Any]) -> LocalModelPlan:
         """Convert a table of a TOML file. Raises `UsageError`."""
-        plan = _read(cls, table, "the local-model plan")
-        assert isinstance(plan, cls)
-        return plan
+        return toml.read(cls, table, "the local-model plan")
 
     def to_line(self) -> str:
         """Format in one line: `width = 0.5, pruning.ratio = 0.3`."""
@@ -246,18 +241,11 @@ class PlanTable:
     @classmethod
     def from_toml(cls, text: str) -> PlanTable:
         """Parse the text form. Raises `UsageError`."""
-        try:
-            tables = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"plans are TOML: {error}") from error
-        plans, automatic = {}, tables.pop("automatic", [])
-        if not isinstance(automatic, list) or ("default" in tables and automatic):
-            raise UsageError("automatic plans are an array of tables, [[automatic]], and there is no default then")
-        ladder = tuple(_read(LocalModelPlan, table, "an automatic plan") for table in automatic)
-        for name, table in tables.items():
-            if not isinstance(table, Mapping):
-                raise UsageError(f"plans are tables by device class; {name!r} is none")
-            plans[name] = _read(LocalModelPlan, table, f"the plan of {name}")
+        tables = toml.parse(text)
+        ladder = toml.read_all(LocalModelPlan, tables.pop("automatic", []), "[[automatic]]")
+        if "default" in tables and ladder:
+            raise UsageError("beside plans in [[automatic]] there is no default one")
+        plans = {name: toml.read(LocalModelPlan, table, f"the plan of {name}") for name, table in tables.items()}
         return cls(plans.pop("default", LocalModelPlan()), plans, ladder)
 
     @property
@@ -293,47 +281,8 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _read(kind: type, table: Any, what: str) -> Any:
-    if not isinstance(table, Mapping):
-        raise UsageError(f"{what} is a table, not {table!r}")
-    fields = {each.name: each for each in dataclasses.fields(kind)}
-    arguments: dict[str, Any] = {}
-    for key, value in table.items():
-        if key not in fields:
-            raise UsageError(f"{what} has no {key!r}; it has {', '.join(fields)}")
-        if key in _PARTS and kind is LocalModelPlan:
-            arguments[key] = _read(_PARTS[key], value, f"{key} of {what}")
-        else:
-            arguments[key] = _value(value, fields[key].type, f"{key} of {what}")
-    return kind(**arguments)
-
-
-def _value(value: Any, declared: Any, what: str) -> Any:
-    """Check that `value` is of the declared type, given by name. Integers are accepted for floats."""
-    if declared == "tuple[float, ...]":
-        if isinstance(value, list) and all(type(each) in (int, float) for each in value):
-            return tuple(_float(each, what) for each in value)
-        raise UsageError(f"{what} is a list of numbers, not {value!r}")
-    if declared.startswith("tuple"):
-        if isinstance(value, list) and all(isinstance(each, str) for each in value):
-            return tuple(value)
-        raise UsageError(f"{what} is a list of strings, not {value!r}")
-    if declared == "float" and type(value) is int:
-        return _float(value, what)
-    if type(value).__name__ != declared:
-        raise UsageError(f"{what} is a {declared}, not {value!r}")
-    return value
-
-
 def _of(value: Any) -> tuple[dataclasses.Field[Any], ...]:
     return tuple(each for each in dataclasses.fields(value) if getattr(value, each.name) != each.default)
-
-
-def _float(value: float, what: str) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        raise UsageError(f"{what} is too large") from None
 
 
 def _line(name: str, value: Any) -> str:

@@ -74,3 +74,21 @@ def test_what_no_width_makes_narrower_is_told_with_its_reason(capsys: pytest.Cap
     assert any(line.endswith("it is a grouped convolution") for line in lines)
     assert run(DIGITS) == 0
     assert "kept whole" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"\xff", "is not UTF-8 text"),
+        (b"[pi]\nwdith = 1", "the plan of pi has no 'wdith'"),
+        (b"[", "not valid TOML"),
+    ],
+)
+def test_a_file_of_plans_that_cannot_be_used_is_named(
+    content: bytes, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plans.toml").write_bytes(content)
+    assert run([*DIGITS, "--plans", str(tmp_path / "plans.toml")]) == 2
+    told = capsys.readouterr().err
+    assert complaint in told
+    assert "plans.toml" in told

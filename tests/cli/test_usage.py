@@ -93,7 +93,7 @@ def test_the_commands_are_listed_with_all_that_is_said_of_them(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("[aggregator", ["fleet.toml is not valid TOML"]),
+        ("[aggregator", ["fleet.toml: not valid TOML"]),
         ("[aggregator]\nround = 3\n", ["[aggregator] has no setting 'round'; did you mean 'rounds'?"]),
         ("[agregator]\nrounds = 3\n", ["no table [agregator]; did you mean 'aggregator'?"]),
         ("rounds = 3\n", ["'rounds'", "outside of a table", "[aggregator]"]),
@@ -119,7 +119,7 @@ def test_a_settings_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None
 def test_a_settings_file_that_is_no_text_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "fleet.toml").write_bytes(b"\xff\xfe\x00")
     ended = fedgrpc("aggregator", "--data-dir", "d", "--config", "fleet.toml", cwd=tmp_path)
-    _is_one_line(ended, "fleet.toml is not valid TOML")
+    _is_one_line(ended, "fleet.toml is not UTF-8 text")
 
 
 def test_a_wrong_variable_is_one_line_that_names_it(tmp_path: Path) -> None:

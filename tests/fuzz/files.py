@@ -18,8 +18,8 @@ from typing import Any, Final
 import numpy as np
 from safetensors.numpy import save
 
-from fedgrpc.cli.config_file import read_table
 from fedgrpc.cli.simulate import read_fleet
+from fedgrpc.cli.toml_files import read_table
 from fedgrpc.codec.chunk import Chunk, crc32
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import layout_of

@@ -105,23 +105,26 @@ def test_the_default_changes_nothing_and_has_no_text() -> None:
     ("text", "complaint"),
     [
         ("width = 0.0", "above 0 to 1"),
-        ("width = 'half'", "is a float"),
+        ("width = 'half'", "width of the local-model plan is a number"),
         ("wdith = 0.5", "has no 'wdith'"),
+        ("width = true", "is a number"),
+        ("nested = ['half']", "an item of nested"),
+        ("personal_layers = [1]", "an item of personal_layers .* is text"),
         ("rule = 'best'", "no rule 'best'"),
-        ("personal_layers = 'head'", "list of strings"),
+        ("personal_layers = 'head'", "is a list"),
         ("pruning = 0.5", "is a table"),
         ("[pruning]\nratio = 1.0", "below 1"),
         ("[pruning]\nscope = 'all'", "layer or global"),
         ("[pruning]\nlayers = []", "pruning is of some layers"),
         ("[quantization]\nweight_bits = 1", "2 to 16"),
-        ("[quantization]\nweight_bits = true", "is a int"),
+        ("[quantization]\nweight_bits = true", "weight_bits of quantization of .* is a whole number"),
         ("[clustering]\nclusters = 1", "2 to 256"),
         ("[arithmetic]\nformat = 'float12'", "no number format"),
         ("[arithmetic]\nrounding = 'up'", "nearest or stochastic"),
         ("[arithmetic]\nloss_scale = 3", "a power of two from 1"),
-        ("width 0.5", "is TOML"),
+        ("width 0.5", "not valid TOML"),
         ("nested = [0.5, 1.0]", "nested width is above 0 and below 1"),
-        ("nested = 0.5", "list of numbers"),
+        ("nested = 0.5", "is a list"),
         ("nested = [0.5]\nwidth = 0.5\nrule = 'rolling'", "cannot be nested"),
         ("nested = [0.5]\n[quantization]", "not trained with quantization"),
     ],
@@ -147,7 +150,7 @@ def test_a_table_of_plans_is_read_from_toml() -> None:
     """)
     assert table.plan_of("other") == LocalModelPlan(0.5)
     assert table.plan_of("raspberry-pi-3") == LocalModelPlan(0.25, pruning=Pruning(0.7))
-    with pytest.raises(UsageError, match="'width' is none"):
+    with pytest.raises(UsageError, match="the plan of width is a table"):
         PlanTable.from_toml("width = 0.5")
     with pytest.raises(UsageError, match="the plan of pi has no 'wdith'"):
         PlanTable.from_toml("[pi]\nwdith = 0.5")
