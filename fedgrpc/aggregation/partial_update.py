@@ -6,8 +6,8 @@ A tensor of the update is one of these, `n` the elements that the sub-model has 
     NAME, NAME#mask      [k] values that are kept, and n bits that say where, 8 to a byte, first bit lowest
     NAME, NAME#codes     [K] different values, and for each element kept its number, in the fewest bits
 
-With a mask and codes, there are codes of the kept elements only. Personal tensors are left out, and so are
-unchanged tensors that are not parameters.
+With a mask and codes, there are codes of the kept elements only. Personal tensors and those that are not
+trained are left out, and so are unchanged tensors that are not parameters.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def check_layout(
     kept: KeptChannels | None = None,
     masked: bool = False,
     clustered: bool = False,
-    personal: Callable[[str], bool] = lambda name: False,
+    kept_back: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Raise `UpdateRefused` unless the update lists each tensor of its sub-model once, in a form its plan allows.
 
@@ -69,7 +69,7 @@ def check_layout(
     if len(given) < len(update):
         raise UpdateRefused("the update lists a tensor twice")
     for tensor in model:
-        if personal(tensor.name):
+        if kept_back(tensor.name):
             continue
         # Whatever is left in `given` at the end is not of this sub-model.
         mine = given.pop(tensor.name, None)

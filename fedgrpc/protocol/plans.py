@@ -15,6 +15,7 @@ from fedgrpc.submodels.plan import (
     Arithmetic,
     Clustering,
     LocalModelPlan,
+    Memory,
     PlanTable,
     Pruning,
     Quantization,
@@ -47,6 +48,7 @@ def local_model_to_proto(plan: LocalModelPlan, sub_model: SubModel) -> round_pb2
         sub_model=sub_model.name,
         personal_layers=plan.personal_layers,
         nested_widths=plan.nested,
+        trained_layers=() if plan.trained_layers == _ALL else plan.trained_layers,
     )
     if part := plan.pruning:
         across = part.scope == "global"
@@ -72,6 +74,15 @@ def local_model_to_proto(plan: LocalModelPlan, sub_model: SubModel) -> round_pb2
                 emulated=arithmetic.emulated,
                 loss_scale=arithmetic.loss_scale,
                 dynamic_loss_scale=arithmetic.dynamic_loss_scale,
+                float32_copy=arithmetic.float32_copy,
+            )
+        )
+    if memory := plan.memory:
+        message.memory.CopyFrom(
+            round_pb2.Memory(
+                micro_batches=memory.micro_batches,
+                checkpoint=memory.checkpoint,
+                no_momentum=not memory.momentum,
             )
         )
     return message
@@ -99,6 +110,8 @@ def local_model_from_proto(message: round_pb2.LocalModel) -> tuple[LocalModelPla
             quantization=_quantization(message.quantization) if message.HasField("quantization") else None,
             arithmetic=_arithmetic(message.arithmetic) if message.HasField("arithmetic") else None,
             nested=tuple(message.nested_widths),
+            trained_layers=tuple(message.trained_layers) or _ALL,
+            memory=_memory(message.memory) if message.HasField("memory") else None,
         )
     except UsageError as error:
         raise LayoutError(f"the plan cannot be kept: {error}") from error
@@ -132,8 +145,18 @@ def _quantization(message: round_pb2.Quantization) -> Quantization:
 
 def _arithmetic(message: round_pb2.Arithmetic) -> Arithmetic:
     rounding = "stochastic" if message.stochastic_rounding else "nearest"
-    scale = message.loss_scale or 1.0
-    return Arithmetic(message.format or "float32", rounding, message.emulated, scale, message.dynamic_loss_scale)
+    return Arithmetic(
+        message.format or "float32",
+        rounding,
+        message.emulated,
+        message.loss_scale or 1.0,
+        message.dynamic_loss_scale,
+        message.float32_copy,
+    )
+
+
+def _memory(message: round_pb2.Memory) -> Memory:
+    return Memory(message.micro_batches or 1, message.checkpoint, not message.no_momentum)
 
 
 def plan_table_to_proto(plans: PlanTable) -> round_pb2.LocalModels:

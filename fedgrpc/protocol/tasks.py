@@ -78,6 +78,11 @@ class Task:
         return (self.local_model or LocalModelPlan()).is_personal
 
     @property
+    def is_kept_back(self) -> Callable[[str], bool]:
+        """Whether the update lacks the tensor of a name."""
+        return (self.local_model or LocalModelPlan()).is_kept_back
+
+    @property
     def training_ends_s(self) -> float | None:
         """Time by the same clock at which training ends, for the update to come in time. None: no such time."""
         reserve_s = self.plan.upload_reserve_s

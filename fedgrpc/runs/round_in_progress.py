@@ -74,7 +74,7 @@ class RoundInProgress:
 
     def keeps(self, token: str, name: str) -> bool:
         """Whether the worker of a task keeps the tensor of that name to itself."""
-        return self.local_task(token).plan.is_personal(name)
+        return self.local_task(token).plan.is_kept_back(name)
 
     def report(self, token: str) -> Report:
         """Return what came with an accepted update."""

@@ -40,7 +40,7 @@ class LocalTask:
             kept_channels,
             masked=self.plan.pruning is not None,
             clustered=self.plan.clustering is not None,
-            personal=self.plan.is_personal,
+            kept_back=self.plan.is_kept_back,
         )
 
 

@@ -277,6 +277,6 @@ def elements_of(
     return PlanElements(
         plan,
         sum(math.prod(shape) for shape in shapes.values()),
-        sum(math.prod(shape) for name, shape in shapes.items() if not plan.is_personal(name)),
+        sum(math.prod(shape) for name, shape in shapes.items() if not plan.is_kept_back(name)),
         sum(math.prod(shape) for shape in model.values()),
     )

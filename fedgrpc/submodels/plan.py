@@ -3,8 +3,9 @@
 Every part may be left out, and any combination is a plan. In TOML:
 
     width = 0.5                    # of the channels
-    rule = "rolling"               # which ones: prefix, rolling, random, magnitude
+    rule = "rolling"               # which ones: prefix, rolling, random, magnitude (structured pruning)
     personal_layers = ["head.*"]   # stay on the device
+    trained_layers = ["fc*"]       # all others stay as they are given, and are not sent back
 
     [pruning]
     ratio = 0.5
@@ -20,8 +21,14 @@ Every part may be left out, and any combination is a plan. In TOML:
 
     [arithmetic]
     format = "float16"
-    emulated = true                # every operation rounded, even where the machine has the type
+    rounding = "stochastic"        # of the weights' steps; or float32_copy = true, which loses none
     loss_scale = 256.0             # or dynamic_loss_scale = true
+    emulated = false               # true, for research: every operation rounded, at the cost of time
+
+    [memory]
+    micro_batches = 4              # parts of a batch, one after the other
+    checkpoint = false             # true: blocks compute their activations again in the backward pass
+    momentum = false               # whatever the run's momentum is
 
 A large device may train the prefix sub-models of small devices along with its own model, in each step:
 
@@ -49,6 +56,9 @@ FORMATS = (
     *("float64", "float32", "float24", "float16", "bfloat16"),
     *("float8_e4m3", "float8_e4m3fn", "float8_e5m2"),
 )
+# torch computes in these, and needs no emulation of them.
+SHORT_FORMATS = ("float16", "bfloat16")
+NATIVE_FORMATS = ("float64", "float32", *SHORT_FORMATS)
 _OTHER_FORMAT = re.compile(r"e\d{1,2}s\d{1,2}|fixed\d{1,2}\.-?\d{1,2}")
 _ALL = ("*",)
 
@@ -98,6 +108,10 @@ class Clustering:
 class Arithmetic:
     """Number format of all training: torch's own dtype if there is one, unless `emulated`.
 
+    In a 16-bit dtype, a weight changes by no less than 1/256 or 1/2048 of its value, so small steps are lost.
+    Stochastic rounding keeps them in the mean, and `float32_copy` exactly, for 4 bytes a weight. An emulated
+    format saves neither memory nor time: it shows what a machine with the format would learn.
+
     Gradients are those of `loss_scale` times the loss, so that small ones do not vanish in the format. Steps are
     those without the scale (arXiv 1710.03740). A dynamic scale starts there, or as high as the format allows.
     """
@@ -107,13 +121,39 @@ class Arithmetic:
     emulated: bool = False
     loss_scale: float = 1.0
     dynamic_loss_scale: bool = False
+    float32_copy: bool = False
 
     def __post_init__(self) -> None:
+        short = self.format in SHORT_FORMATS and not self.emulated
+        _check(
+            short or not self.float32_copy, f"float32_copy is for {' and '.join(SHORT_FORMATS)}, not emulated ones"
+        )
+        _check(
+            not self.float32_copy or self.rounding == "nearest", "a float32_copy loses no step, so none is rounded"
+        )
         power = 1 <= self.loss_scale <= 2.0**100 and math.frexp(self.loss_scale)[0] == 0.5
         _check(power, f"a loss scale is a power of two from 1, which every format holds, not {self.loss_scale:g}")
         known = self.format in FORMATS or _OTHER_FORMAT.fullmatch(self.format)
         _check(bool(known), f"no number format {self.format!r}: choose {', '.join(FORMATS)}, or one like e5s11")
         _check(self.rounding in ROUNDINGS, f"rounding is {' or '.join(ROUNDINGS)}, not {self.rounding!r}")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Levers that trade time for memory and leave the model as it is.
+
+    `micro_batches`: parts of each batch, whose gradients are added up to the batch's. `checkpoint`: the modules
+    in an `nn.Sequential` that have layers of their own keep only their inputs for the backward pass (arXiv
+    1604.06174). Without `momentum`, there are no velocities to keep.
+    """
+
+    micro_batches: int = 1
+    checkpoint: bool = False
+    momentum: bool = True
+
+    def __post_init__(self) -> None:
+        most = 1 << 16
+        _check(1 <= self.micro_batches <= most, f"micro_batches are 1 to {most}, not {self.micro_batches}")
 
 
 @dataclass(frozen=True)
@@ -128,14 +168,22 @@ class LocalModelPlan:
     quantization: Quantization | None = None
     arithmetic: Arithmetic | None = None
     nested: tuple[float, ...] = ()
+    trained_layers: tuple[str, ...] = _ALL
+    memory: Memory | None = None
 
     def __post_init__(self) -> None:
         self.sub_model(0)
+        _check_layers("trained_layers", self.trained_layers)
         for width in self.nested:
             _check(0 < width < 1, f"a nested width is above 0 and below 1, not {width:g}")
         prefix = self.width == 1 or self.rule == "prefix"
         _check(not self.nested or prefix, f"prefixes cannot be nested in a sub-model of rule {self.rule!r}")
         _check(not self.nested or self.quantization is None, "nested widths are not trained with quantization")
+        if self.memory is not None and self.memory.checkpoint:
+            # The second forward pass of a block would not see the weights, or random numbers, of the first.
+            _check(self.quantization is None, "checkpoint goes without quantization")
+            stochastic = self.arithmetic is not None and self.arithmetic.rounding == "stochastic"
+            _check(not stochastic or not self.emulated, "checkpoint goes without emulated stochastic rounding")
 
     def sub_model(self, round_number: int) -> SubModel:
         """Return the sub-model that is trained in a round."""
@@ -144,8 +192,16 @@ class LocalModelPlan:
     @property
     def plain(self) -> bool:
         """Whether the local model is just the global one or a sub-model of it."""
-        techniques = (self.pruning, self.clustering, self.quantization, self.arithmetic)
-        return not self.personal_layers and not self.nested and all(part is None for part in techniques)
+        return self.parts <= {"sub_model"}
+
+    @property
+    def emulated(self) -> bool:
+        """Whether each operation is rounded to the number format, instead of torch computing in it."""
+        asked = self.arithmetic
+        if asked is None:
+            return False
+        stochastic = asked.rounding == "stochastic" and asked.format not in SHORT_FORMATS
+        return asked.emulated or stochastic or asked.format not in NATIVE_FORMATS
 
     def known_to(self, parts: Collection[str]) -> LocalModelPlan:
         """Return this plan, or the default one for a device that does not know all of its parts."""
@@ -157,6 +213,7 @@ class LocalModelPlan:
         needed = {
             "sub_model": self.width < 1,
             "personal_layers": bool(self.personal_layers),
+            "trained_layers": self.trained_layers != _ALL,
             "nested_widths": bool(self.nested),
             **{name: getattr(self, name) is not None for name in _PARTS},
         }
@@ -165,6 +222,14 @@ class LocalModelPlan:
     def is_personal(self, name: str) -> bool:
         """Whether the tensor of that name never leaves the device."""
         return matches(name, self.personal_layers)
+
+    def is_trained(self, name: str) -> bool:
+        """Whether training may change the tensor of that name."""
+        return self.trained_layers == _ALL or matches(name, self.trained_layers)
+
+    def is_kept_back(self, name: str) -> bool:
+        """Whether updates lack the tensor of that name: it is personal, or not trained."""
+        return self.is_personal(name) or not self.is_trained(name)
 
     @classmethod
     def from_toml(cls, text: str) -> LocalModelPlan:
@@ -210,12 +275,13 @@ _PARTS: dict[str, type] = {
     "clustering": Clustering,
     "quantization": Quantization,
     "arithmetic": Arithmetic,
+    "memory": Memory,
 }
 
 
 # The worker keeps personal layers itself. All other parts need the learning task.
 WORKER_PARTS = frozenset({"personal_layers"})
-TASK_PARTS = frozenset({"sub_model", "nested_widths", *_PARTS})
+TASK_PARTS = frozenset({"sub_model", "nested_widths", "trained_layers", *_PARTS})
 
 
 @dataclass(frozen=True)
@@ -273,7 +339,7 @@ class PlanTable:
 
 def covers_all(plan: LocalModelPlan) -> bool:
     """Whether an update by this plan covers every coordinate of the model."""
-    return plan.width == 1 and plan.pruning is None and not plan.personal_layers
+    return plan.parts.isdisjoint({"sub_model", "pruning", "personal_layers", "trained_layers"})
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

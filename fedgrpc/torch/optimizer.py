@@ -38,6 +38,11 @@ class MomentumSgd:
         self._momentum = momentum
         self._weight_decay = weight_decay
 
+    @property
+    def state(self) -> list[Tensor]:
+        """The velocities, which are kept between steps."""
+        return [velocity for velocity in self._velocities if velocity is not None]
+
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
         """Expect gradients that are `factor` times as large from now on, for the same steps."""
@@ -76,7 +81,7 @@ class MomentumSgd:
 
 
 class TrainingStep:
-    """Backward pass and step of one batch, with FedProx's pull towards the start and a scaled loss.
+    """Backward passes and step of one batch, with FedProx's pull towards the start and a scaled loss.
 
     Raises:
         UsageError: the optimizer cannot be rescaled for `scaling`.
@@ -101,14 +106,19 @@ class TrainingStep:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def take(self, loss: Tensor) -> None:
-        """Compute gradients of `loss` and take the step."""
-        if self._scaling is None or self._scaled is None:
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss` to those of the batch's other parts."""
+        if self._scaling is None:
             loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            self._scaling.backward(loss)
+
+    def take(self) -> None:
+        """Take the step."""
+        if self._scaling is None or self._scaled is None:
             self._pull_back(self._proximal_mu)
             self._optimizer.step()
         else:
-            self._scaling.backward(loss)
             # Gradients are scaled by now, so the pull has to be, too.
             self._pull_back(self._proximal_mu * self._scaling.scale)
             self._scaling.step(self._scaled, self._parameters)

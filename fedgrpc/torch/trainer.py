@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from fedgrpc.codec.layout import Layout, TensorRole
 from fedgrpc.errors import TaskError, TaskUnfit
 from fedgrpc.submodels.channels import ChannelMap
-from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan import LocalModelPlan, Memory
 from fedgrpc.torch.building import ModuleBuilder
 from fedgrpc.torch.data import Batches, DataTask, LocalData, choose_device
 from fedgrpc.torch.label_adjustment import LabelAdjustment
+from fedgrpc.torch.local_model.levers import micro_batches
 from fedgrpc.torch.local_model.local_model import LocalModel
-from fedgrpc.torch.local_model.loss_scale import LossScale
 from fedgrpc.torch.local_model.nested import Nested
 from fedgrpc.torch.local_model.slicing import SubModels
 from fedgrpc.torch.memory import TensorBytes
@@ -119,7 +119,7 @@ class TorchTrainer:
             if job.local_model is not None:
                 result = self._train_local(module, own, job, job.local_model)
             else:
-                ran = self._run(job, module, module)
+                ran = self._run(job, module)
                 ran.check()
                 metrics = {"loss": ran.mean_loss}
                 result = TrainResult(
@@ -142,9 +142,9 @@ class TorchTrainer:
             module = copy.deepcopy(uncompiled(module))
         local = LocalModel(module, plan, job.seed)
         start = self._as_sent(weights_of(local.module))
-        with local.arithmetic():
-            nested = self._nested(local.module, plan.nested)
-            ran = self._run(job, local.module, local, nested, local.loss_scale())
+        nested = self._nested(local.module, plan.nested)
+        with local.training():
+            ran = self._run(job, local.module, local, nested)
             ran.check()
         metrics = {"loss": ran.mean_loss}
         local.settle()
@@ -174,14 +174,16 @@ class TorchTrainer:
         self,
         job: TrainJob,
         model: nn.Module,
-        forward: Forward,
+        local: LocalModel | None = None,
         nested: Nested | None = None,
-        scaling: LossScale | None = None,
     ) -> TrainingRun:
-        task = self._task
+        task, forward = self._task, model if local is None else local
         model.train()
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        step = TrainingStep(parameters, _optimizer(task, parameters, job), job.proximal_mu, scaling)
+        levers = _levers(job)
+        optimizer = _optimizer(task, parameters, job, local)
+        scaling = None if local is None else local.loss_scale()
+        step = TrainingStep(parameters, optimizer, job.proximal_mu, scaling)
         loss_of = self._loss(job)
         # BatchNorm cannot train on a single example, such as the last one of an epoch may be.
         skips_single = len(self._data.train) > 1 and _has_batch_norm(model)
@@ -190,7 +192,7 @@ class TorchTrainer:
         losses: list[Tensor] = []
         examples: list[int] = []
         steps = 0
-        memory = TensorBytes(parameters)
+        memory = TensorBytes(model.parameters())
         for indices in job.batches(len(self._data.train), task.batch_size):
             steps += 1
             if len(indices) == 1 and skips_single:
@@ -198,14 +200,17 @@ class TorchTrainer:
             inputs, targets = self._data.train.batch(indices)
             step.clear()
             prepared = task.prepare(inputs, True)
-            with memory.counting() if steps == 1 else nullcontext(), _naming_batch(prepared, targets):
-                loss = loss_of(forward(prepared), targets)
-                total = _with_nested(loss, nested, partial(loss_of, targets=targets), prepared)
-            step.take(total)
-            losses.append(loss.detach())
-            examples.append(len(indices))
+            for part, share in micro_batches(len(indices), levers.micro_batches):
+                own, wanted = (prepared, targets) if share == 1 else (prepared[part], targets[part])
+                with memory.counting() if not losses else nullcontext(), _naming_batch(own, wanted):
+                    loss = loss_of(forward(own), wanted)
+                    total = _with_nested(loss, nested, partial(loss_of, targets=wanted), own)
+                step.backward(total if share == 1 else total * share)
+                losses.append(loss.detach())
+                examples.append(len(wanted))
+            step.take()
         first_loss = float(losses[0]) if losses else 0.0
-        return TrainingRun(_mean_loss(losses, examples), steps, memory.total, first_loss)
+        return TrainingRun(_mean_loss(losses, examples), steps, memory.total(optimizer), first_loss)
 
     def _loss(self, job: TrainJob) -> Callable[..., Tensor]:
         """Return the loss to train with, adjusted by labels where the job asks (`LabelAdjustment`)."""
@@ -286,11 +291,24 @@ def _model_of(task: LearningTask) -> nn.Module:
     return model
 
 
-def _optimizer(task: LearningTask, parameters: list[nn.Parameter], job: TrainJob) -> Optimizer:
+def _levers(job: TrainJob) -> Memory:
+    plan = job.local_model
+    return Memory() if plan is None or plan.memory is None else plan.memory
+
+
+def _optimizer(
+    task: LearningTask, parameters: list[nn.Parameter], job: TrainJob, local: LocalModel | None
+) -> Optimizer:
     learning_rate = task.learning_rate if job.learning_rate is None else job.learning_rate
     momentum = task.momentum if job.momentum is None else job.momentum
     weight_decay = task.weight_decay if job.weight_decay is None else job.weight_decay
-    return task.optimizer(parameters, learning_rate, momentum, weight_decay)
+    if not _levers(job).momentum:
+        momentum = 0.0
+
+    def make(parameters: list[nn.Parameter]) -> Optimizer:
+        return task.optimizer(parameters, learning_rate, momentum, weight_decay)
+
+    return make(parameters) if local is None else local.optimizer(parameters, make)
 
 
 def _with_nested(

@@ -204,7 +204,7 @@ class LocalModels(_message.Message):
     def __init__(self, default: _Optional[_Union[LocalModel, _Mapping]] = ..., classes: _Optional[_Mapping[str, LocalModel]] = ..., automatic: _Optional[_Iterable[_Union[LocalModel, _Mapping]]] = ...) -> None: ...
 
 class LocalModel(_message.Message):
-    __slots__ = ("sub_model", "personal_layers", "pruning", "clustering", "quantization", "arithmetic", "nested_widths")
+    __slots__ = ("sub_model", "personal_layers", "pruning", "clustering", "quantization", "arithmetic", "nested_widths", "trained_layers", "memory")
     SUB_MODEL_FIELD_NUMBER: _ClassVar[int]
     PERSONAL_LAYERS_FIELD_NUMBER: _ClassVar[int]
     PRUNING_FIELD_NUMBER: _ClassVar[int]
@@ -212,6 +212,8 @@ class LocalModel(_message.Message):
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     ARITHMETIC_FIELD_NUMBER: _ClassVar[int]
     NESTED_WIDTHS_FIELD_NUMBER: _ClassVar[int]
+    TRAINED_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
     sub_model: str
     personal_layers: _containers.RepeatedScalarFieldContainer[str]
     pruning: Pruning
@@ -219,7 +221,9 @@ class LocalModel(_message.Message):
     quantization: Quantization
     arithmetic: Arithmetic
     nested_widths: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, sub_model: _Optional[str] = ..., personal_layers: _Optional[_Iterable[str]] = ..., pruning: _Optional[_Union[Pruning, _Mapping]] = ..., clustering: _Optional[_Union[Clustering, _Mapping]] = ..., quantization: _Optional[_Union[Quantization, _Mapping]] = ..., arithmetic: _Optional[_Union[Arithmetic, _Mapping]] = ..., nested_widths: _Optional[_Iterable[float]] = ...) -> None: ...
+    trained_layers: _containers.RepeatedScalarFieldContainer[str]
+    memory: Memory
+    def __init__(self, sub_model: _Optional[str] = ..., personal_layers: _Optional[_Iterable[str]] = ..., pruning: _Optional[_Union[Pruning, _Mapping]] = ..., clustering: _Optional[_Union[Clustering, _Mapping]] = ..., quantization: _Optional[_Union[Quantization, _Mapping]] = ..., arithmetic: _Optional[_Union[Arithmetic, _Mapping]] = ..., nested_widths: _Optional[_Iterable[float]] = ..., trained_layers: _Optional[_Iterable[str]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ...) -> None: ...
 
 class Pruning(_message.Message):
     __slots__ = ("ratio", "across_layers", "layers")
@@ -250,18 +254,30 @@ class Quantization(_message.Message):
     def __init__(self, weight_bits: _Optional[int] = ..., activation_bits: _Optional[int] = ..., layers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Arithmetic(_message.Message):
-    __slots__ = ("format", "stochastic_rounding", "emulated", "loss_scale", "dynamic_loss_scale")
+    __slots__ = ("format", "stochastic_rounding", "emulated", "loss_scale", "dynamic_loss_scale", "float32_copy")
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     STOCHASTIC_ROUNDING_FIELD_NUMBER: _ClassVar[int]
     EMULATED_FIELD_NUMBER: _ClassVar[int]
     LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
     DYNAMIC_LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
+    FLOAT32_COPY_FIELD_NUMBER: _ClassVar[int]
     format: str
     stochastic_rounding: bool
     emulated: bool
     loss_scale: float
     dynamic_loss_scale: bool
-    def __init__(self, format: _Optional[str] = ..., stochastic_rounding: _Optional[bool] = ..., emulated: _Optional[bool] = ..., loss_scale: _Optional[float] = ..., dynamic_loss_scale: _Optional[bool] = ...) -> None: ...
+    float32_copy: bool
+    def __init__(self, format: _Optional[str] = ..., stochastic_rounding: _Optional[bool] = ..., emulated: _Optional[bool] = ..., loss_scale: _Optional[float] = ..., dynamic_loss_scale: _Optional[bool] = ..., float32_copy: _Optional[bool] = ...) -> None: ...
+
+class Memory(_message.Message):
+    __slots__ = ("micro_batches", "checkpoint", "no_momentum")
+    MICRO_BATCHES_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    NO_MOMENTUM_FIELD_NUMBER: _ClassVar[int]
+    micro_batches: int
+    checkpoint: bool
+    no_momentum: bool
+    def __init__(self, micro_batches: _Optional[int] = ..., checkpoint: _Optional[bool] = ..., no_momentum: _Optional[bool] = ...) -> None: ...
 
 class TaskRecord(_message.Message):
     __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes", "local_model", "merged_updates", "steps", "staleness", "scale", "chosen", "prediction", "tensor_bytes", "download_recipe", "upload_recipe", "evaluation_metrics", "unchanged", "loss_cause")

@@ -92,20 +92,23 @@ class Delta(InParts):
 
 
 class PartialDelta(InParts):
-    """A delta as it travels: no personal tensors, of pruned ones the kept values, of clustered ones the codes."""
+    """A delta as it travels: of pruned tensors the kept values, of clustered ones the codes.
+
+    Tensors that are kept back are missing.
+    """
 
     def __init__(
         self,
         delta: Mapping[str, Array],
         masks: Mapping[str, np.ndarray],
         clustered: Collection[str],
-        is_personal: Callable[[str], bool],
+        is_kept_back: Callable[[str], bool],
     ) -> None:
         self._delta = delta
         self._names: list[str] = []
         self._packed: dict[str, Array] = {}
         for name in delta:
-            if is_personal(name):
+            if is_kept_back(name):
                 continue
             packed = {}
             if name in masks or name in clustered:

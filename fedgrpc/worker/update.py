@@ -144,7 +144,7 @@ def _write(
     if delta.changed_constants:
         log.warning("constants changed by training stay as they are", tensors=delta.changed_constants)
     recipe = recipe.for_layout(layout_of(start, known))
-    sent = PartialDelta(delta, outcome.masks, outcome.clustered, task.is_personal)
+    sent = PartialDelta(delta, outcome.masks, outcome.clustered, task.is_kept_back)
     if outcome.masks or task.sub_model.moves:
         # No error feedback: the next update covers other coordinates, which this one's loss does not concern.
         return write_payload(sent, fitted(recipe, sent, known, task, draw), payload, draw(), known), None

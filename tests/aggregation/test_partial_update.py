@@ -84,9 +84,9 @@ def test_the_plans_part_of_the_model_is_taken(kept: KeptChannels | None) -> None
 def test_personal_tensors_are_not_sent() -> None:
     tensors = update()
     with pytest.raises(UpdateRefused, match="no tensor 'b'"):
-        check_layout(MODEL, specs(tensors), personal=lambda name: name == "b")
+        check_layout(MODEL, specs(tensors), kept_back=lambda name: name == "b")
     del tensors["b"]
-    check_layout(MODEL, specs(tensors), personal=lambda name: name == "b")
+    check_layout(MODEL, specs(tensors), kept_back=lambda name: name == "b")
     with pytest.raises(UpdateRefused, match="'b' is missing"):
         check_layout(MODEL, specs(tensors))
 

@@ -15,12 +15,15 @@ from fedgrpc.submodels import plan as local_model_plan
 from fedgrpc.submodels.channels import SubModel
 from fedgrpc.submodels.plan import (
     FORMATS,
+    SHORT_FORMATS,
     Arithmetic,
     Clustering,
     LocalModelPlan,
+    Memory,
     PlanTable,
     Pruning,
     Quantization,
+    covers_all,
 )
 
 NAMES = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=8)
@@ -48,8 +51,17 @@ PLANS = st.builds(
         st.booleans(),
         st.integers(0, 20).map(lambda power: 2.0**power),
         st.booleans(),
-    ),
+    )
+    | st.builds(Arithmetic, st.sampled_from(SHORT_FORMATS), float32_copy=st.booleans()),
+    trained_layers=st.just(("*",)) | LAYERS,
+    memory=st.none() | st.builds(Memory, st.integers(1, 1 << 16), momentum=st.booleans()),
 )
+
+
+def test_a_checkpoint_comes_back_from_its_text_and_from_its_message() -> None:
+    plan = LocalModelPlan(memory=Memory(checkpoint=True))
+    assert LocalModelPlan.from_toml(plan.to_toml()) == plan
+    assert local_model_from_proto(local_model_to_proto(plan, SubModel()))[0] == plan
 
 
 @given(PLANS)
@@ -88,7 +100,8 @@ def test_the_example_in_the_documentation_is_a_plan() -> None:
     assert local_model_plan.__doc__ is not None
     plan = LocalModelPlan.from_toml(local_model_plan.__doc__.partition("In TOML:")[2].partition("A large")[0])
     assert plan.width == 0.5
-    assert plan.arithmetic == Arithmetic("float16", emulated=True, loss_scale=256)
+    assert plan.arithmetic == Arithmetic("float16", "stochastic", loss_scale=256)
+    assert plan.memory == Memory(4, momentum=False)
 
 
 def test_the_default_changes_nothing_and_has_no_text() -> None:
@@ -127,11 +140,42 @@ def test_the_default_changes_nothing_and_has_no_text() -> None:
         ("nested = 0.5", "is a list"),
         ("nested = [0.5]\nwidth = 0.5\nrule = 'rolling'", "cannot be nested"),
         ("nested = [0.5]\n[quantization]", "not trained with quantization"),
+        ("memory.micro_batches = 0", "micro_batches are 1 to"),
+        ("memory.checkpoint = true\n[quantization]", "without quantization"),
+        ("memory.checkpoint = true\narithmetic = {format = 'e5s3', rounding = 'stochastic'}", "without emulated"),
+        ("arithmetic.float32_copy = true", "float16 and bfloat16"),
+        ("arithmetic = {format = 'float16', emulated = true, float32_copy = true}", "not emulated"),
+        ("arithmetic = {format = 'float16', rounding = 'stochastic', float32_copy = true}", "loses no step"),
     ],
 )
 def test_a_plan_that_is_none_is_refused_with_the_reason(text: str, complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):
         LocalModelPlan.from_toml(text)
+
+
+def test_updates_lack_what_is_not_trained() -> None:
+    plan = LocalModelPlan(trained_layers=("fc*",), personal_layers=("fc2.*",))
+    assert [name for name in ("conv.weight", "fc1.weight", "fc2.weight") if not plan.is_kept_back(name)] == [
+        "fc1.weight"
+    ]
+    assert not plan.plain
+    assert not covers_all(plan)
+    assert covers_all(LocalModelPlan(memory=Memory(4)))
+
+
+@pytest.mark.parametrize(
+    ("text", "emulated"),
+    [
+        ("", False),
+        ("arithmetic.format = 'bfloat16'", False),
+        ("arithmetic = {format = 'bfloat16', rounding = 'stochastic'}", False),
+        ("arithmetic = {format = 'bfloat16', emulated = true}", True),
+        ("arithmetic = {format = 'float32', rounding = 'stochastic'}", True),
+        ("arithmetic.format = 'fixed8.4'", True),
+    ],
+)
+def test_only_formats_that_torch_has_are_not_emulated(text: str, emulated: bool) -> None:
+    assert LocalModelPlan.from_toml(text).emulated is emulated
 
 
 def test_rolling_windows_move_with_the_round_and_prefixes_do_not() -> None:

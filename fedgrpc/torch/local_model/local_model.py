@@ -8,11 +8,12 @@ never averaged into the global model, and the update says nothing about coordina
     quantized       forward with quantized weights and inputs, backward straight through; training starts at
                     the quantized weights, and continues from them in full precision
     small format    every operation's result rounded (emulated), or the whole module in torch's own type
+    levers          the same training in less memory (`levers`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -26,10 +27,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fedgrpc.submodels.plan import Arithmetic, LocalModelPlan, matches
 from fedgrpc.torch.local_model.clustering import Clusters, cluster
 from fedgrpc.torch.local_model.emulate import Emulation, round_module
-from fedgrpc.torch.local_model.formats import FLOAT32, NumberFormat, parse_format
+from fedgrpc.torch.local_model.formats import FLOAT32, FloatFormat, NumberFormat, parse_format
+from fedgrpc.torch.local_model.levers import checkpointed, frozen
 from fedgrpc.torch.local_model.loss_scale import LossScale
+from fedgrpc.torch.local_model.native import SHORT, ShortWeights, WideProducts, has_fast_products
 from fedgrpc.torch.local_model.pruning import keep_masks, prunable
 from fedgrpc.torch.local_model.quantization import quantized_activations, quantized_weights, straight_through
+from fedgrpc.torch.optimizer import Optimizer
 
 
 class LocalModel:
@@ -70,8 +74,7 @@ class LocalModel:
     @property
     def emulated(self) -> bool:
         """Whether arithmetic is rounded to the number format, instead of torch computing in it."""
-        asked = self._plan.arithmetic
-        return asked is not None and (asked.emulated or asked.rounding != "nearest" or self._format.native is None)
+        return self._plan.emulated
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,6 +88,16 @@ class LocalModel:
         if asked is None or (asked.loss_scale == 1 and not asked.dynamic_loss_scale):
             return None
         return LossScale(asked, self._format)
+
+    def optimizer(
+        self, parameters: list[nn.Parameter], make: Callable[[list[nn.Parameter]], Optimizer]
+    ) -> Optimizer:
+        """Return the optimizer that `make` makes, around which steps of 16-bit weights lose nothing if asked."""
+        asked = self._plan.arithmetic
+        if asked is None or self.emulated or not (asked.float32_copy or asked.rounding == "stochastic"):
+            return make(parameters)
+        assert isinstance(self._format, FloatFormat)
+        return ShortWeights(parameters, make, self._format, asked.float32_copy, self._seed)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Compute outputs of the local model, as the device has it."""
@@ -120,8 +133,20 @@ class LocalModel:
                 asked = self._plan.arithmetic
                 assert asked is not None
                 stack.enter_context(Emulation(self._format, asked.rounding, seed=self._seed))
+            elif self.dtype in SHORT and not has_fast_products(self.dtype):
+                stack.enter_context(WideProducts())
             for handle in (*self._gradient_hooks(), *self._input_hooks()):
                 stack.callback(handle.remove)
+            yield
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Apply the plan's arithmetic and levers to training within the block. Raises `UsageError`."""
+        with ExitStack() as stack:
+            stack.enter_context(frozen(self.module, self._plan))
+            if self._plan.memory is not None and self._plan.memory.checkpoint:
+                stack.enter_context(checkpointed(self.module))
+            stack.enter_context(self.arithmetic())
             yield
 
     def _gradient_hooks(self) -> Iterator[Any]:
