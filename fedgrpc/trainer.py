@@ -230,6 +230,18 @@ class TaskSetup:
             raise UsageError("--partition and --part go together, as in --partition dirichlet:0.5 --part 3/10")
 
 
+def model_layout(trainer: Trainer) -> Layout:
+    """Return the layout of the trainer's whole model without its values; empty without such a method."""
+    tell = getattr(trainer, "layout", None)
+    return () if tell is None else tell()
+
+
+def activation_bytes(trainer: Trainer, width: float = 1.0) -> int:
+    """Return the bytes that a backward pass of that width keeps beside weights; 0 without such a method."""
+    tell = getattr(trainer, "activation_bytes", None)
+    return 0 if tell is None else int(tell(width))
+
+
 def weight_shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
     """Return the shapes of weights by name, without reading those that are read on access."""
     layout: Layout | None = getattr(weights, "layout", None)

@@ -20,7 +20,6 @@ class Assignment:
     seed: int
     time_left_s: float | None
     local: LocalTask = field(default_factory=LocalTask)
-    tell_channels: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 import structlog
@@ -40,6 +41,7 @@ from fedgrpc.errors import (
     WrongIdentity,
 )
 from fedgrpc.metrics import Metrics
+from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import bounded_registration
 from fedgrpc.protocol.rounds import RoundRecords
 from fedgrpc.rounds.events import (
@@ -236,6 +238,22 @@ class Coordinator:
             self.apply(DeviceReplaced(worker.name))
         self.wake.set()
 
+    @property
+    def asks_channels(self) -> bool:
+        """Whether workers that register are to tell the channels of the model."""
+        # The plans of a leaf come with its parent's tasks, when it is too late to ask.
+        leads_for_a_parent = not self.machine.makes_versions and self.local_models.channels is None
+        return self.local_models.wants_channels or leads_for_a_parent
+
+    async def describe(self, name: str, description: ModelDescription) -> None:
+        """Keep what a worker says of the model. Raises `UnknownWorker` and `StorageError`."""
+        worker = self.fleet.get(name)
+        worker.heard(self.clock())
+        worker.description = replace(description, channels=None)
+        if description.channels is not None:
+            await asyncio.to_thread(self.local_models.learn, description.channels, self.machine.layout)
+        self.wake.set()
+
     async def _rest_from_registering(self) -> None:
         """Wait until a crowd of new names has left the disk to the rounds for a while."""
         await asyncio.sleep(max(0.0, self._registering_rests_until - time.monotonic()))
@@ -324,7 +342,6 @@ class Coordinator:
             self._seed(round_.number, worker.name),
             time_left(round_.state, self.clock()),
             round_.local_task(token),
-            self.local_models.wants_channels,
         )
 
     def _evaluation(self, task: Evaluation) -> Assignment:

@@ -84,6 +84,8 @@ class LocalModels:
         self._kept_channels = lru_cache(_MOST_SUB_MODELS)(self._select)
         self._elements: dict[LocalModelPlan, PlanElements] = {}
         self._channels = self._read()
+        # Channels that a worker has told, and that no layout could be checked against yet.
+        self.told: ChannelMap | None = None
 
     def use(self, plans: PlanTable) -> None:
         """Use these plans from now on."""
@@ -97,6 +99,11 @@ class LocalModels:
     def channels(self) -> tensor_pb2.ChannelMap | None:
         """Message of the model's channels; None until a worker has sent them."""
         return None if self._channels is None else channels_to_proto(self._channels)
+
+    @property
+    def channel_map(self) -> ChannelMap | None:
+        """The model's channels as far as a worker has told them, checked or not."""
+        return self._channels or self.told
 
     @property
     def wants_channels(self) -> bool:
@@ -195,11 +202,17 @@ class LocalModels:
         assert self._channels is not None
         return self._channels.select(sub_model, None if version is None else self._models.tensors(version))
 
-    def learn(self, message: tensor_pb2.ChannelMap, layout: Layout) -> None:
-        """Store the channels of the model if they fit it and none are known. Raises `StorageError`."""
+    def learn(self, channel_map: ChannelMap, layout: Layout) -> None:
+        """Store the channels of the model if they fit it and none are known. Raises `StorageError`.
+
+        Before the model itself is known, they are kept for `learn_told`.
+        """
         if self._channels is not None:
             return
-        channel_map = channels_from_proto(message)
+        if not layout:
+            self.told = self.told or channel_map
+            return
+        self.told = None
         try:
             channel_map.validate({spec.name: spec.shape for spec in layout})
         except LayoutError as error:
@@ -211,11 +224,16 @@ class LocalModels:
         self._channels = channel_map
         self._elements.clear()
 
+    def learn_told(self, layout: Layout) -> None:
+        """Store channels that were told before the model was known. Raises `StorageError`."""
+        if self.told is not None:
+            self.learn(self.told, layout)
+
     def forget(self) -> None:
         """Forget the channels, because the run has a new model. Raises `StorageError`."""
         with storage_errors("the model's channels", "remove"):
             self._path.unlink(missing_ok=True)
-        self._channels = None
+        self._channels = self.told = None
         self._elements.clear()
         self._kept_channels.cache_clear()
 

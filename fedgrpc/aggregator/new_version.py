@@ -20,6 +20,7 @@ from fedgrpc.aggregator.scores import scores_of
 from fedgrpc.aggregator.update_checks import norm_of
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import NotFinite, NotFound, StorageError, UnusableUpdate, UpdateRefused
+from fedgrpc.protocol.tensors import channels_from_proto
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.version import Version
 from fedgrpc.runs.round_in_progress import RoundInProgress
@@ -91,7 +92,8 @@ class NewVersion:
             if update.header.HasField("channels"):
                 learn = self._local_models.learn
                 with blaming(token):
-                    await asyncio.to_thread(learn, update.header.channels, update.manifest.layout)
+                    told = channels_from_proto(update.header.channels)
+                await asyncio.to_thread(learn, told, update.manifest.layout)
             about = about_version(self._settings.run_name, round_.state.number, number)
             with blaming(token):
                 digest = await asyncio.to_thread(_write_values, path, update, about)
@@ -99,8 +101,6 @@ class NewVersion:
             base = self._models.open(round_.base_version)
             optimizer_state = self._models.open_optimizer_state(round_.base_version)
             sub_models, merged = sub_models_of(self._local_models, round_, weights), merged_of(round_, weights)
-            for token in weights:
-                await self.learn_channels(token)
             files = CommitFiles(
                 base,
                 optimizer_state,
@@ -177,12 +177,6 @@ class NewVersion:
             for token, plan in plans.items()
             if plan.arithmetic is not None or plan.quantization is not None
         }
-
-    async def learn_channels(self, token: str) -> None:
-        """Keep the channels that the update of that token tells, if they are wanted."""
-        if self._local_models.wants_channels and (header := self.load(token).header).HasField("channels"):
-            with blaming(token):
-                await asyncio.to_thread(self._local_models.learn, header.channels, self._run.layout)
 
     def blamed(
         self, error: NotFinite, weights: Mapping[str, float], scales: Mapping[str, float]

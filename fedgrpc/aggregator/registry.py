@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fedgrpc.errors import Exhausted, UsageError
+from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.rounds.history import Trust, WorkerHistory
 from fedgrpc.rpc.identity import Session
 from fedgrpc.runs.fleet import Fleet
@@ -24,6 +25,7 @@ _CHANGES = 10
 _CHANGE_S = 2.0
 
 _TRUSTED = Trust()
+_UNDESCRIBED = ModelDescription()
 
 
 @dataclass
@@ -69,7 +71,8 @@ class Worker:
     """A registered worker; `last_seen` is the aggregator's clock, seconds; `polls` counts its open polls.
 
     `open_polls` are the time limits of its open polls, oldest first. `trust` says whether rounds may count on it.
-    `left`: it said that it ends, and has not been heard of since. `holder` is the process that speaks for it.
+    `description` is what it says of the model, without channels. `left`: it said that it ends, and has not been
+    heard of since. `holder` is the process that speaks for it.
     """
 
     registration: RegisterRequest
@@ -82,6 +85,7 @@ class Worker:
     open_polls: list[asyncio.Timeout] = field(default_factory=list)
     trust: Trust = _TRUSTED
     changes: Allowance | None = None
+    description: ModelDescription = _UNDESCRIBED
     name: str = field(init=False)
     evaluator: bool = field(init=False)
 

@@ -26,6 +26,7 @@ from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.errors import LayoutError, NotFound, UsageError, WrongOffset
+from fedgrpc.protocol.descriptions import description_from_proto
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
 from fedgrpc.protocol.plans import local_task_to_proto, parse_sub_model, training_plan_to_proto
 from fedgrpc.protocol.policies import policy_to_proto
@@ -83,12 +84,21 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             max_payload_bytes=self._settings.max_payload_bytes,
             learning_task=self._settings.learning_task,
             model=self._settings.model,
+            describe_model=True,
+            tell_channels=self._coordinator.asks_channels,
         )
 
     def _check_caller(self, context: grpc.aio.ServicerContext, worker: str) -> None:
         """Raise `WrongIdentity` or `NameTaken` when the caller is not the process that speaks for `worker`."""
         self._access.check_worker(context, worker)
         self._coordinator.sessions.check(worker, Session.of(context))
+
+    async def DescribeModel(
+        self, request: pb.DescribeModelRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DescribeModelResponse:
+        self._check_caller(context, request.worker)
+        await self._coordinator.describe(request.worker, description_from_proto(request))
+        return pb.DescribeModelResponse()
 
     async def PollTask(
         self, request: pb.PollTaskRequest, context: grpc.aio.ServicerContext
@@ -112,7 +122,6 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             plan=self._plan(assignment),
             seed=assignment.seed,
             evaluate=self._coordinator.instructions.evaluate,
-            tell_channels=assignment.tell_channels,
             download_recipe=full_text(download_recipe),
             upload_recipe=full_text(upload_recipe),
             uplink_bytes_per_second=link_of(self._fleet.get(assignment.worker)).up or 0.0,

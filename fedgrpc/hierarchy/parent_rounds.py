@@ -32,6 +32,7 @@ from fedgrpc.errors import CodecError, NotFinite, StorageError
 from fedgrpc.hierarchy.handoff import ParentTask, TaskHandoff, VersionToScore
 from fedgrpc.hierarchy.partial_aggregate import AggregateFile, Tensors, mean_tensors, own_tensors
 from fedgrpc.protocol.plans import plan_table_from_proto
+from fedgrpc.protocol.tensors import channels_from_proto
 from fedgrpc.protocol.updates import report_to_proto
 from fedgrpc.rounds.events import Abort
 from fedgrpc.rounds.policy import RoundPolicy, TaskKind
@@ -174,9 +175,11 @@ class ParentRounds:
                 task.model_version, max(0, task.round - 1), parent_task.layout, parent_task.given
             )
         self._take_instructions(task)
+        local_models, layout = self._coordinator.local_models, self._run.layout
         if task.leaf.HasField("channels"):
-            learn = self._coordinator.local_models.learn
-            await asyncio.to_thread(learn, task.leaf.channels, self._run.layout)
+            await asyncio.to_thread(local_models.learn, channels_from_proto(task.leaf.channels), layout)
+        elif layout:
+            await asyncio.to_thread(local_models.learn_told, layout)
         await asyncio.to_thread(self._write_task, task)
         self._task = task
 
@@ -230,8 +233,6 @@ class ParentRounds:
             told = load(token).header
             if told.HasField("channels") and not header.HasField("channels"):
                 header.channels.CopyFrom(told.channels)
-            if round_.kind is TaskKind.TRAIN:
-                await self._updates.learn_channels(token)
         tensors: Tensors = iter(())
         if round_.kind is TaskKind.INITIALIZE:
             tensors = own_tensors(tokens[0], load(tokens[0]))

@@ -29,6 +29,7 @@ from fedgrpc.errors import FedgrpcError, TaskError
 from fedgrpc.hierarchy.handoff import ParentTask, VersionToScore
 from fedgrpc.hierarchy.leaf_run import LeafRuns
 from fedgrpc.hierarchy.partial_aggregate import sending
+from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import Activity, Status
 from fedgrpc.protocol.tasks import Registration, Role, Task
 from fedgrpc.rounds.policy import TaskKind
@@ -139,6 +140,13 @@ class RoundWork:
         await self._runs.lead(registration)
         return False
 
+    async def description(self, registration: Registration) -> ModelDescription | None:
+        """See `LocalWork.description`: what the leaf's own workers have told."""
+        coordinator = self._runs.of(registration.run_id).aggregator.coordinator
+        channels = None if coordinator is None else coordinator.local_models.channel_map
+        asked = registration.tell_channels and channels is not None
+        return ModelDescription(channels=channels) if asked else None
+
     @asynccontextmanager
     async def polling(self, registration: Registration) -> AsyncIterator[None]:
         """See `LocalWork.polling`: the parent counts on whoever polls, so wait until there are enough workers."""
@@ -212,6 +220,10 @@ class ScoringWork:
         """See `LocalWork.prepare`. Raises `LinkError` until the other link leads the run."""
         self._runs.of(registration.run_id)
         return False
+
+    async def description(self, registration: Registration) -> None:
+        """See `LocalWork.description`: the other link tells."""
+        return
 
     @asynccontextmanager
     async def polling(self, registration: Registration) -> AsyncIterator[None]:

@@ -44,6 +44,8 @@ class Registration:
     learning_task: str = ""
     model: str = ""
     run_id: str = ""
+    describe_model: bool = False
+    tell_channels: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class Task:
     """One worker's share of one round.
 
     `deadline_s` is a time of this process's monotonic clock. `evaluate` asks for scores of the given model before
-    training. `local_model` is what to make of that model first. `tell_channels` asks for the model's channels with
-    the update. `uplink_bytes_per_second` is the rate of the worker's link, 0 if the aggregator does not know it.
+    training. `local_model` is what to make of that model first. `uplink_bytes_per_second` is the rate of the
+    worker's link, 0 if the aggregator does not know it.
     """
 
     token: str
@@ -70,7 +72,6 @@ class Task:
     evaluate: bool = False
     local_model: LocalModelPlan | None = None
     sub_model: SubModel = field(default_factory=SubModel)
-    tell_channels: bool = False
 
     @property
     def is_personal(self) -> Callable[[str], bool]:
@@ -102,6 +103,8 @@ def registration_from_proto(message: aggregator_pb2.RegisterResponse) -> Registr
         learning_task=message.learning_task,
         model=message.model,
         run_id=message.run_id or message.run,
+        describe_model=message.describe_model,
+        tell_channels=message.tell_channels,
     )
 
 
@@ -131,5 +134,4 @@ def task_from_proto(message: aggregator_pb2.Task) -> Task:
         evaluate=message.evaluate,
         local_model=None if local_model.plain else local_model,
         sub_model=sub_model,
-        tell_channels=message.tell_channels,
     )

@@ -25,13 +25,13 @@ from fedgrpc.codec.chunk import Chunk
 from fedgrpc.errors import TooLargeError
 from fedgrpc.protocol.tensors import chunk_from_proto
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
-from fedgrpc.rpc.requests import parsed
+from fedgrpc.rpc.requests import bounded, parsed
 from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 _AGGREGATOR: Final = "fedgrpc.v1.Aggregator"
 _WORKER: Final = "fedgrpc.v1.Worker"
 # Their messages are as large as a chunk or a manifest. This module bounds them.
-CHUNK_CALLS: Final = frozenset({f"/{_AGGREGATOR}/PushUpdate"})
+LARGE_CALLS: Final = frozenset({f"/{_AGGREGATOR}/PushUpdate", f"/{_AGGREGATOR}/DescribeModel"})
 _CHUNK_TAG: Final = 0x12
 _OFFSET_TAG: Final = 0x08
 _DATA_TAG: Final = 0x12
@@ -169,6 +169,11 @@ def add_aggregator(
             ),
             "WatchRounds": grpc.unary_stream_rpc_method_handler(
                 servicer.WatchRounds, aggregator_pb2.WatchRoundsRequest.FromString, to_wire
+            ),
+            "DescribeModel": grpc.unary_unary_rpc_method_handler(
+                servicer.DescribeModel,
+                lambda data: bounded(aggregator_pb2.DescribeModelRequest.FromString, max_header_bytes())(data),
+                aggregator_pb2.DescribeModelResponse.SerializeToString,
             ),
             "PushUpdate": grpc.stream_unary_rpc_method_handler(
                 servicer.PushUpdate, push_request, aggregator_pb2.PushUpdateResponse.SerializeToString

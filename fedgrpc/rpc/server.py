@@ -50,7 +50,7 @@ def aggregator_service(
 ) -> Service:
     """Return the `Aggregator` service of `servicer`. The header of an update has at most `max_header_bytes()`."""
     add = partial(framing.add_aggregator, max_header_bytes=max_header_bytes)
-    return Service(AGGREGATOR, servicer, add, framing.CHUNK_CALLS)
+    return Service(AGGREGATOR, servicer, add, framing.LARGE_CALLS)
 
 
 def worker_service(servicer: worker_pb2_grpc.WorkerServicer) -> Service:

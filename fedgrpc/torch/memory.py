@@ -21,14 +21,19 @@ class TensorBytes:
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         parameters = list(parameters)
-        self._own = {tensor.untyped_storage().data_ptr() for tensor in parameters}
+        self._own = {_place(tensor) for tensor in parameters}
         self._state_bytes = sum(tensor.nbytes * (1 + tensor.requires_grad) for tensor in parameters)
         self._kept: dict[int, int] = {}
+
+    @property
+    def kept(self) -> int:
+        """Bytes that the forward pass has saved."""
+        return sum(self._kept.values())
 
     def total(self, optimizer: object) -> int:
         """Return the bytes in all, with the state that the optimizer has after a step."""
         state = sum(tensor.nbytes for tensor in _tensors_in(optimizer))
-        return self._state_bytes + state + sum(self._kept.values())
+        return self._state_bytes + state + self.kept
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -37,9 +42,9 @@ class TensorBytes:
             yield
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._own:
-            self._kept[storage.data_ptr()] = storage.nbytes()
+        place = _place(tensor)
+        if place not in self._own:
+            self._kept[place] = tensor.untyped_storage().nbytes()
         # Detached, because an output would keep alive the graph that keeps the output.
         return tensor.detach()
 
@@ -55,3 +60,9 @@ def _tensors_in(value: object) -> Iterator[Tensor]:
             yield from _tensors_in(each)
     elif hasattr(value, "state"):
         yield from _tensors_in(value.state)
+
+
+def _place(tensor: Tensor) -> int:
+    storage = tensor.untyped_storage()
+    # Every address on the meta device is 0.
+    return int(storage._cdata if tensor.is_meta else storage.data_ptr())

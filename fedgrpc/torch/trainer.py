@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedgrpc.codec.layout import Layout, TensorRole
 from fedgrpc.errors import TaskError, TaskUnfit
-from fedgrpc.submodels.channels import ChannelMap
+from fedgrpc.submodels.channels import ChannelMap, SubModel
 from fedgrpc.submodels.plan import LocalModelPlan, Memory
 from fedgrpc.torch.building import ModuleBuilder
 from fedgrpc.torch.data import Batches, DataTask, LocalData, choose_device
@@ -100,6 +100,26 @@ class TorchTrainer:
         """Return the tensors that no width makes narrower, grouped by reason, without the model's output."""
         with self._lock, _seeded(self._device, 0):
             return self._sub_models.channels.by_reason
+
+    def activation_bytes(self, width: float = 1.0) -> int:
+        """Return the bytes that a backward pass of that width keeps for a batch; 0 is unknown.
+
+        Shapes are enough to count them: neither weights nor activations get memory.
+        """
+        if self._builder.whole is not None or not len(self._data.train):
+            return 0
+        with self._lock, _seeded(self._device, 0):
+            count = min(self._task.batch_size, len(self._data.train))
+            inputs, targets = self._data.train.batch(np.arange(count))
+            prepared = self._task.prepare(inputs, True).to("meta")
+            module = self._sub_models.narrowed(SubModel(width))
+            memory = TensorBytes(module.parameters())
+            try:
+                with torch.device("meta"), memory.counting():
+                    self._task.loss(module.train()(prepared), targets.to("meta"))
+            except (RuntimeError, TypeError, ValueError):
+                return 0
+        return memory.kept
 
     def _example(self) -> Tensor:
         examples = self._data.train if len(self._data.train) else self._data.held_out

@@ -40,7 +40,7 @@ class AggregatorStub:
 
     Requests travel without gRPC's own compression (UNIMPLEMENTED). One has at most 64 KiB (RESOURCE_EXHAUSTED), but for
     `PushUpdate`, where a chunk is bounded by `RegisterResponse.max_chunk_bytes` and a header by what the manifest of the
-    run's model can need. The first message of a call is waited for 60 s, less where many are late (UNAVAILABLE). A
+    run's model can need, and for `DescribeModel`, which may have as much as that header. The first message of a call is waited for 60 s, less where many are late (UNAVAILABLE). A
     connection may have 100 calls open, and its calls beyond 500 a second are delayed by half a second.
     INVALID_ARGUMENT: the bytes are not the message of the call.
 
@@ -64,6 +64,11 @@ class AggregatorStub:
                 '/fedgrpc.v1.Aggregator/Register',
                 request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.RegisterRequest.SerializeToString,
                 response_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.RegisterResponse.FromString,
+                _registered_method=True)
+        self.DescribeModel = channel.unary_unary(
+                '/fedgrpc.v1.Aggregator/DescribeModel',
+                request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.DescribeModelRequest.SerializeToString,
+                response_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.DescribeModelResponse.FromString,
                 _registered_method=True)
         self.PollTask = channel.unary_unary(
                 '/fedgrpc.v1.Aggregator/PollTask',
@@ -162,7 +167,7 @@ class AggregatorServicer:
 
     Requests travel without gRPC's own compression (UNIMPLEMENTED). One has at most 64 KiB (RESOURCE_EXHAUSTED), but for
     `PushUpdate`, where a chunk is bounded by `RegisterResponse.max_chunk_bytes` and a header by what the manifest of the
-    run's model can need. The first message of a call is waited for 60 s, less where many are late (UNAVAILABLE). A
+    run's model can need, and for `DescribeModel`, which may have as much as that header. The first message of a call is waited for 60 s, less where many are late (UNAVAILABLE). A
     connection may have 100 calls open, and its calls beyond 500 a second are delayed by half a second.
     INVALID_ARGUMENT: the bytes are not the message of the call.
 
@@ -187,6 +192,18 @@ class AggregatorServicer:
         this worker registers with changes too often. The trailer "grpc-retry-pushback-ms" says when to try again. Of
         workers that never delivered an update some are forgotten to make room: their next call is NOT_FOUND, and they
         register again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DescribeModel(self, request, context):
+        """Tells what the device knows of the learning task's model before it has any values. Idempotent, and kept in memory
+        alone: call it before the first poll of a session where `RegisterResponse.describe_model` asks for it, and again
+        where something has changed. By `channels` the first round can have sub-models; by the sizes the first model is
+        asked of a device that can hold it, and the memory of a plan is predicted. A request has at most what the header of
+        an update may have.
+        NOT_FOUND: the worker has not registered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -363,6 +380,11 @@ def add_AggregatorServicer_to_server(servicer, server):
                     request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.RegisterRequest.FromString,
                     response_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.RegisterResponse.SerializeToString,
             ),
+            'DescribeModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeModel,
+                    request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.DescribeModelRequest.FromString,
+                    response_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.DescribeModelResponse.SerializeToString,
+            ),
             'PollTask': grpc.unary_unary_rpc_method_handler(
                     servicer.PollTask,
                     request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.PollTaskRequest.FromString,
@@ -466,7 +488,7 @@ class Aggregator:
 
     Requests travel without gRPC's own compression (UNIMPLEMENTED). One has at most 64 KiB (RESOURCE_EXHAUSTED), but for
     `PushUpdate`, where a chunk is bounded by `RegisterResponse.max_chunk_bytes` and a header by what the manifest of the
-    run's model can need. The first message of a call is waited for 60 s, less where many are late (UNAVAILABLE). A
+    run's model can need, and for `DescribeModel`, which may have as much as that header. The first message of a call is waited for 60 s, less where many are late (UNAVAILABLE). A
     connection may have 100 calls open, and its calls beyond 500 a second are delayed by half a second.
     INVALID_ARGUMENT: the bytes are not the message of the call.
 
@@ -497,6 +519,33 @@ class Aggregator:
             '/fedgrpc.v1.Aggregator/Register',
             fedgrpc_dot_v1_dot_aggregator__pb2.RegisterRequest.SerializeToString,
             fedgrpc_dot_v1_dot_aggregator__pb2.RegisterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedgrpc.v1.Aggregator/DescribeModel',
+            fedgrpc_dot_v1_dot_aggregator__pb2.DescribeModelRequest.SerializeToString,
+            fedgrpc_dot_v1_dot_aggregator__pb2.DescribeModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

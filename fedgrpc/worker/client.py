@@ -20,6 +20,7 @@ from fedgrpc.codec.chunk import CHUNK_BYTES, FIRST_CHUNK_BYTES, LARGE_CHUNK_BYTE
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.codec.payload import Read
 from fedgrpc.errors import CorruptError, LayoutError, LinkError, WrongOffset
+from fedgrpc.protocol.descriptions import ModelDescription, description_to_proto
 from fedgrpc.protocol.devices import DeviceProfile, profile_to_proto
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
 from fedgrpc.protocol.tasks import Registration, Role, Task, registration_from_proto, task_from_proto
@@ -118,6 +119,12 @@ class AggregatorClient:
         self._max_chunk_bytes = registration.max_chunk_bytes
         self._introduced_as = profile, role, parts
         return registration
+
+    async def describe(self, description: ModelDescription) -> None:
+        """Tell what this device knows of the learning task's model. Idempotent."""
+        request = description_to_proto(self._worker, description)
+        with domain_errors():
+            await self._stub.DescribeModel(request, metadata=self._metadata, timeout=_CALL_S)
 
     async def takes_smaller_chunks(self) -> bool:
         """Register again; return whether the aggregator, perhaps restarted, now takes smaller chunks."""

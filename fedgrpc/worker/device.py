@@ -86,6 +86,11 @@ def usable_memory_bytes(root: Path = Path("/")) -> int:
     return min([int(psutil.virtual_memory().total), *(int(limit) for limit in limits if limit.isdigit())])
 
 
+def resident_bytes() -> int:
+    """Return the memory of this process that is in use now."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def _accelerator() -> tuple[str, str, int]:
     """Return kind, name and memory in bytes. A Jetson is a CUDA device with the machine's memory."""
     torch = sys.modules.get("torch")

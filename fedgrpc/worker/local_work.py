@@ -18,6 +18,7 @@ from typing import Final, Protocol
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import CorruptError, StorageError, WrongOffset
+from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import Activity
 from fedgrpc.protocol.tasks import Registration, Task
 from fedgrpc.rpc.retry import with_retries
@@ -46,6 +47,9 @@ class LocalWork(Protocol):
 
     async def prepare(self, registration: Registration) -> bool:
         """Get ready for tasks of the registered run. True: the device's profile or `parts` may have changed."""
+
+    async def description(self, registration: Registration) -> ModelDescription | None:
+        """What the registered run is to know of the model now; None: nothing. Asked for before each poll."""
 
     def polling(self, registration: Registration) -> AbstractAsyncContextManager[None]:
         """Context of each request for a task. Entering it waits until a task can be taken."""

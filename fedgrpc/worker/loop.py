@@ -23,6 +23,7 @@ from fedgrpc.errors import (
     UnknownWorker,
     UsageError,
 )
+from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import Activity, DeviceProfile
 from fedgrpc.protocol.tasks import Registration, Task
 from fedgrpc.rpc.address import dialled
@@ -77,6 +78,7 @@ class Loop:
         self._profile = profile
         self._tls_flags = tls_flags
         self._run_id = ""
+        self._described: ModelDescription | None = None
         self._heartbeat_interval_s = 5.0
         self._retries = Retries(settings.backoff)
         self._why = ""
@@ -127,6 +129,7 @@ class Loop:
         return f"{self._why} ({error})" if self._why else str(error)
 
     async def _session(self) -> None:
+        self._described = None
         registration = await self._connect()
         for update in await self._unsent(registration):
             await self._deliver(update)
@@ -179,7 +182,17 @@ class Loop:
     async def _poll(self, registration: Registration) -> Polled | None:
         """Return the answer to a poll; None when the worker is to drain."""
         async with self._work.polling(registration):
+            await self._describe(registration)
             return await self._poll_unless_paused(registration)
+
+    async def _describe(self, registration: Registration) -> None:
+        """Tell the aggregator of the model before a poll that may bring the first task, once unless it changes."""
+        if not registration.describe_model:
+            return
+        description = await self._work.description(registration)
+        if description is not None and description != self._described:
+            await self._client.describe(description)
+            self._described = description
 
     async def _poll_unless_paused(self, registration: Registration) -> Polled | None:
         wait_s = min(registration.poll_wait_s or self._settings.poll_wait_s, self._settings.poll_wait_s)

@@ -14,6 +14,7 @@ from typing import Any
 
 import structlog
 
+from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import FedgrpcError, TaskError, UsageError
 from fedgrpc.process import rest_while_waiting
 from fedgrpc.submodels.channels import ChannelMap
@@ -27,7 +28,9 @@ from fedgrpc.trainer import (
     TrainJob,
     TrainResult,
     Weights,
+    activation_bytes,
     full_width_tensors,
+    model_layout,
     roles,
     tied_names,
 )
@@ -224,6 +227,16 @@ class _GuardedTrainer:
         """As `tied_names`."""
         with _blaming(self._reference):
             return tied_names(self._inner)
+
+    def layout(self) -> Layout:
+        """As `model_layout`."""
+        with _blaming(self._reference):
+            return model_layout(self._inner)
+
+    def activation_bytes(self, width: float) -> int:
+        """As `activation_bytes`."""
+        with _blaming(self._reference):
+            return activation_bytes(self._inner, width)
 
     def train(self, weights: Weights, job: TrainJob) -> TrainResult:
         with _blaming(self._reference):

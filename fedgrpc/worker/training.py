@@ -20,6 +20,7 @@ from fedgrpc.aio import in_thread
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import FedgrpcError, LayoutError, TaskError, TaskUnfit, UsageError
+from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import Activity
 from fedgrpc.protocol.tasks import Registration, Task
 from fedgrpc.rounds.policy import TaskKind
@@ -35,13 +36,16 @@ from fedgrpc.trainer import (
     TrainJob,
     TrainResult,
     Weights,
+    activation_bytes,
     full_width_tensors,
+    model_layout,
     roles,
     tied_names,
 )
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker import validation
 from fedgrpc.worker.client import Report
+from fedgrpc.worker.device import resident_bytes
 from fedgrpc.worker.local_work import TaskFiles
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Fill, SpooledUpdate
@@ -92,6 +96,8 @@ class TrainerWork:
         self._publisher = publisher
         self._build_trainer = build_trainer
         self._trainer: Trainer | None = None
+        self._process_bytes = 0
+        self._descriptions: dict[bool, ModelDescription] = {}
 
     @property
     def parts(self) -> frozenset[str]:
@@ -103,7 +109,18 @@ class TrainerWork:
         if self._trainer is not None:
             return False
         self._trainer = await asyncio.to_thread(self._build_trainer, registration)
+        self._process_bytes = resident_bytes()
         return True
+
+    async def description(self, registration: Registration) -> ModelDescription:
+        """See `LocalWork.description`."""
+        assert self._trainer is not None
+        asked = registration.tell_channels
+        if asked not in self._descriptions:
+            self._descriptions[asked] = await asyncio.to_thread(
+                described, self._trainer, self._process_bytes, asked
+            )
+        return self._descriptions[asked]
 
     def polling(self, registration: Registration) -> AbstractAsyncContextManager[None]:
         """See `LocalWork.polling`: a worker can always take a task."""
@@ -144,7 +161,7 @@ class TrainerWork:
     async def _local_work(self, trainer: Trainer, task: Task, given: Given, hooks: Hooks) -> Outcome:
         if task.kind is TaskKind.INITIALIZE:
             self._publisher.enter(Activity.TRAINING)
-            return await in_thread(lambda: initialize(trainer, task.tell_channels), hooks.stop)
+            return await in_thread(lambda: initialize(trainer), hooks.stop)
         scores = None
         if task.kind is TaskKind.EVALUATE or task.evaluate:
             self._publisher.enter(Activity.EVALUATING)
@@ -194,11 +211,24 @@ def evaluate(trainer: Trainer, weights: Weights, hooks: Hooks) -> EvalResult | N
     return result
 
 
-def initialize(trainer: Trainer, tell_channels: bool = False) -> Outcome:
+def described(trainer: Trainer, process_bytes: int, tell_channels: bool) -> ModelDescription:
+    """Describe the trainer's model in a process of that size. What the trainer cannot tell is left out."""
+    model_bytes = activations = 0
+    try:
+        with users_code():
+            model_bytes = sum(spec.nbytes for spec in model_layout(trainer))
+            activations = activation_bytes(trainer)
+    except FedgrpcError as error:
+        log.debug("sizes of the model unknown", reason=str(error))
+    channels = _channels(trainer, wanted=True) if tell_channels else None
+    return ModelDescription(model_bytes, process_bytes, activations, channels)
+
+
+def initialize(trainer: Trainer) -> Outcome:
     """Return the untrained weights of the task's model. Raises TaskError."""
     weights, layout = first_weights(trainer)
     with users_code():
-        return Outcome(weights, 0, channels=_channels(trainer, tell_channels), layout=layout)
+        return Outcome(weights, 0, channels=_channels(trainer, wanted=False), layout=layout)
 
 
 def first_weights(trainer: Trainer) -> tuple[Weights, Layout]:
@@ -219,7 +249,6 @@ def train(
     with users_code():
         result = validation.train_result(trainer.train(weights, job))
         metrics = {**result.metrics, **_local_scores(trainer, result, task, hooks, scores)}
-        channels = _channels(trainer, True) if task.tell_channels else None
     return Outcome(
         result.weights,
         result.example_count,
@@ -229,8 +258,7 @@ def train(
         result.start,
         result.masks,
         result.clustered,
-        channels,
-        result.tensor_bytes,
+        tensor_bytes=result.tensor_bytes,
     )
 
 

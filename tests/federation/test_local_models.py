@@ -262,13 +262,13 @@ async def test_whole_unpruned_updates_are_fedavg_bit_for_bit_beside_any_plan_tab
         assert all(np.array_equal(left[name], right[name]) for name in left)
 
 
-async def test_channels_of_a_given_model_are_asked_of_the_workers(tmp_path: Path) -> None:
+async def test_a_given_model_is_sliced_from_the_first_round_on(tmp_path: Path) -> None:
     initial = tmp_path / "given.safetensors"
     save_file(dict(Adder(0).initial_weights()), initial)
     small = Adder(1)
     outcome = await play(tmp_path, {"a": ("half", small)}, THREE, rounds=2, initial_model=initial)
-    assert [given["b"] for given in small.given] == [(8,), (4,)]
-    assert [task["a"].local_model.sub_model for task in map(outcome.tasks, (-2, -1))] == ["", "prefix:0.5"]
+    assert [given["b"] for given in small.given] == [(4,), (4,)]
+    assert [task["a"].local_model.sub_model for task in map(outcome.tasks, (-2, -1))] == ["prefix:0.5"] * 2
 
 
 async def test_scores_of_slices_are_not_scores_of_the_version(tmp_path: Path) -> None:

@@ -169,6 +169,13 @@ class SubModels:
             log.warning("the whole model is built to find its channels", reason=str(error))
         return _checked_channels(uncompiled(self._builder.initial()).to(example.device), example)
 
+    def narrowed(self, sub_model: SubModel) -> nn.Module:
+        """Return the module of a sub-model without values, of a model without values. Raises as `channels`."""
+        shapes = self.whole_shapes
+        if not sub_model.whole:
+            shapes = sub_shapes(self.channels.map.select(sub_model), shapes)
+        return resized(uncompiled(self._builder.module), shapes)
+
     def loaded(self, weights: Weights) -> nn.Module:
         """Build the module of these weights, which may be those of a sub-model. Each tensor is read once.
 
