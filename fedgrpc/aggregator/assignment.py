@@ -86,6 +86,8 @@ class TaskAssigner:
         rng = np.random.default_rng([self._settings.seed, state.number, len(state.tasks)])
         trainers = self._run.idle_trainers(self._fleet, coordinator.clock())
         idle = tuple(name for name in trainers if name not in select.exclude)
+        if round_.kind is TaskKind.INITIALIZE:
+            idle = coordinator.first_model.largest(idle)
         # Nobody who may be chosen is forgotten meanwhile.
         coordinator.chosen = frozenset(idle)
         choosing = self._settings.choosing if round_.kind is TaskKind.TRAIN else SelectionPolicy()

@@ -22,6 +22,7 @@ import structlog
 
 from fedgrpc import claims
 from fedgrpc.aggregator.answers import Assignment, Beat
+from fedgrpc.aggregator.first_model_source import FirstModelSource
 from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.registry import Allowance, Worker, WorkerRegistry
@@ -130,8 +131,9 @@ class Coordinator:
         self.metrics = metrics
         self.clock = clock
         self.fleet = WorkerRegistry(settings.max_workers, settings.policy.lease_s)
+        self.first_model = FirstModelSource(self.fleet, settings.roles, lambda: self.clock())
         self.sessions = Sessions(self.fleet, settings.heartbeat_s, lambda: self.clock())
-        self.machine = RunMachine(_rules(settings), secrets.token_hex(8), time.time())
+        self.machine = RunMachine(_rules(settings, self.first_model.may_give), secrets.token_hex(8), time.time())
         self.last_record: RoundRecord | None = None
         # What the driver is to carry out, in this order.
         self.effects: deque[Select | Commit | Finished | Drop] = deque()
@@ -252,6 +254,8 @@ class Coordinator:
         worker.description = replace(description, channels=None)
         if description.channels is not None:
             await asyncio.to_thread(self.local_models.learn, description.channels, self.machine.layout)
+        if not self.machine.began:
+            self.first_model.tell_lacking()
         self.wake.set()
 
     async def _rest_from_registering(self) -> None:
@@ -577,7 +581,7 @@ class Coordinator:
         return self.machine.workers_available(self.fleet, self.clock())
 
 
-def _rules(settings: AggregatorSettings) -> RunRules:
+def _rules(settings: AggregatorSettings, initialises: Callable[[str], bool]) -> RunRules:
     target = settings.target
     return RunRules(
         settings.policy,
@@ -585,5 +589,5 @@ def _rules(settings: AggregatorSettings) -> RunRules:
         settings.evaluate,
         measures=() if target is None else (Measure(target.name, target.at_least),),
         evaluators_named=bool(settings.evaluators),
-        initialises=settings.roles.initialises,
+        initialises=initialises,
     )

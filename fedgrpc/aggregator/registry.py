@@ -103,6 +103,11 @@ class Worker:
         self.last_seen, self.left = now, False
 
     @property
+    def memory_bytes(self) -> int:
+        """Memory of its device as it claims; 0 is unknown."""
+        return int(self.registration.device.memory_bytes)
+
+    @property
     def leads(self) -> bool:
         """Whether it is an aggregator with workers of its own."""
         return self.registration.role == WORKER_ROLE_AGGREGATOR

@@ -266,7 +266,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             name=self._settings.run_name,
             id=state.id,
             phase=pb.RunPhase.Name(state.phase),
-            reason=state.ending.text,
+            reason=state.ending.text or ("" if state.began else self._coordinator.first_model.lacking()),
             model_version=state.version,
             current_round=self._coordinator.round_number,
             total_rounds=self._coordinator.instructions.rounds,

@@ -27,6 +27,8 @@ UNSHRINKABLE_SHARE = 0.2
 PROCESS_BYTES = 300 << 20
 # Weights, gradients, velocities, and the given weights, which the update is a difference to.
 COPIES = 4
+# Building the untrained model and sending it: the model, and what is checked and encoded of it at a time.
+FIRST_MODEL_COPIES = 2.0
 # The first three of these copies are in an observation's `tensor_bytes`.
 _TRAINED = 3
 _ELEMENT_BYTES = 4
