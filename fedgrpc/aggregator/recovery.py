@@ -48,7 +48,7 @@ from fedgrpc.runs.events import (
 from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.runs.task_context import LocalTask, Recipes, Report, TaskContext
 from fedgrpc.storage.model_file import ModelFile, write_model
-from fedgrpc.storage.run_store import OpenRound, StoredRun, TaskRow
+from fedgrpc.storage.run_store import StoredRound, StoredRun, TaskRow
 from fedgrpc.submodels.cost import PlanChoice
 from fedgrpc.v1 import round_pb2
 from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE
@@ -211,7 +211,7 @@ class Recovery:
         record.phase, record.reason = round_pb2.ROUND_PHASE_ABANDONED, reason
         await self._coordinator.in_database(self._store.finish_round, record, [], {}, None)
 
-    async def _reopen(self, open_round: OpenRound) -> None:
+    async def _reopen(self, open_round: StoredRound) -> None:
         """Go on in the round that was open, with the updates that were accepted."""
         coordinator, record = self._coordinator, open_round.record
         kind, now = TaskKind(record.kind), coordinator.clock()

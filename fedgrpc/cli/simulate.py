@@ -24,7 +24,7 @@ from fedgrpc.cli.options import Declare, SettingsCommand
 from fedgrpc.cli.toml_files import read_file
 from fedgrpc.cli.view import piped_console, print_table, seconds, size
 from fedgrpc.errors import FedgrpcError, UsageError
-from fedgrpc.simulation.fleet import Fleet, Variant
+from fedgrpc.simulation.fleet import DescribedFleet, FleetVariant
 from fedgrpc.simulation.fleet_result import FleetResult
 from fedgrpc.simulation.fleet_run import FleetRun
 
@@ -70,13 +70,17 @@ def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False)
 
 
-def read_fleet(path: Path) -> Fleet:
+def read_fleet(path: Path) -> DescribedFleet:
     """Read the fleet from a TOML file. Raises `UsageError`."""
-    return read_file(path, lambda text: Fleet.parse(toml.parse(text)))
+    return read_file(path, lambda text: DescribedFleet.parse(toml.parse(text)))
 
 
 def play(
-    fleet: Fleet, hours: float, seed: int, jobs: int, show: Callable[[Sequence[float]], None] = lambda done: None
+    fleet: DescribedFleet,
+    hours: float,
+    seed: int,
+    jobs: int,
+    show: Callable[[Sequence[float]], None] = lambda done: None,
 ) -> list[FleetResult]:
     """Simulate every variant on the same fleet, each in a child process; `show` takes the progress of each.
 
@@ -110,7 +114,9 @@ def play(
     return [results[index] for index in sorted(results)]
 
 
-def _start(fleet: Fleet, variant: Variant, hours: float, seed: int) -> tuple[Connection, BaseProcess]:
+def _start(
+    fleet: DescribedFleet, variant: FleetVariant, hours: float, seed: int
+) -> tuple[Connection, BaseProcess]:
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.Process(target=_play_one, args=(sender, fleet, variant, hours, seed), daemon=True)
     process.start()
@@ -118,7 +124,7 @@ def _start(fleet: Fleet, variant: Variant, hours: float, seed: int) -> tuple[Con
     return receiver, process
 
 
-def _told(receiver: Connection, process: BaseProcess, variant: Variant) -> float | FleetResult:
+def _told(receiver: Connection, process: BaseProcess, variant: FleetVariant) -> float | FleetResult:
     """Return the progress of a child, 0 to 1, or its result."""
     try:
         told: float | FleetResult = receiver.recv()
@@ -128,7 +134,7 @@ def _told(receiver: Connection, process: BaseProcess, variant: Variant) -> float
     return told
 
 
-def _play_one(sender: Connection, fleet: Fleet, variant: Variant, hours: float, seed: int) -> None:
+def _play_one(sender: Connection, fleet: DescribedFleet, variant: FleetVariant, hours: float, seed: int) -> None:
     """Simulate one variant in a child process: Ctrl-C is the parent's business, and the child ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -142,7 +148,7 @@ def _play_one(sender: Connection, fleet: Fleet, variant: Variant, hours: float, 
     sender.send(FleetRun(fleet, variant, seed).run(hours * 3600, sender.send))
 
 
-def results_table(fleet: Fleet, hours: float, results: Sequence[FleetResult]) -> Table:
+def results_table(fleet: DescribedFleet, hours: float, results: Sequence[FleetResult]) -> Table:
     """Return a table with one row per variant."""
     table = _table(f"{fleet.count} devices, {hours:g} virtual hours")
     headings = ("rounds\n/h", "abandoned", "round", "p95", "updates\n/h", "took\npart", "stale", "down/h", "up/h")

@@ -1,26 +1,50 @@
-"""`fedgrpc status`: the state of an aggregator, once."""
+"""`fedgrpc status` and `fedgrpc watch`: the state of a run, once, or live until the run ends.
+
+On a terminal, `watch` keeps a live view; elsewhere it prints one line per change. Its exit code is
+
+          0     the run is finished
+          1     the aggregator could not be reached, at first or for longer than `--patience`
+          3     an operator has stopped the run
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import closing
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
+from rich.console import Console
+from rich.live import Live
 
+from fedgrpc.claims import printable
 from fedgrpc.cli import as_json
 from fedgrpc.cli.connection import AGGREGATOR_SETTING, client_settings, client_tls
 from fedgrpc.cli.options import Declare, SettingsCommand
-from fedgrpc.cli.tables import links_table, predictions_table, rounds_table, workers_table
-from fedgrpc.cli.view import piped_console, print_table, run_line
-from fedgrpc.client import connect
-from fedgrpc.errors import UsageError
+from fedgrpc.cli.tables import links_table, live_view, predictions_table, rounds_table, workers_table
+from fedgrpc.cli.value_types import DURATION
+from fedgrpc.cli.view import (
+    SETTLED,
+    piped_console,
+    print_table,
+    round_line,
+    round_phase,
+    run_line,
+    run_phase,
+    scored_line,
+)
+from fedgrpc.client import Client, connect
+from fedgrpc.errors import LinkError, UsageError
 from fedgrpc.protocol.records import version_to_proto
+from fedgrpc.rpc.retry import Backoff, Retries
 from fedgrpc.storage.database import DATABASE
 from fedgrpc.storage.run_store import RunStore
+from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase, WorkerRecord
 from fedgrpc.v1.round_pb2 import Round
 
@@ -29,8 +53,16 @@ _show = Declare("What to show")
 _LOOKED_BACK = 20
 _MAX_ROUND = (1 << 63) - 1
 _MAX_BYTES = 1 << 30
+_AGAIN: Final = Backoff(first_s=0.2, cap_s=5.0)
+_RECENT: Final = 5
+_STOPPED: Final = 3
+_ENDED: Final = (pb.RUN_PHASE_FINISHED, pb.RUN_PHASE_STOPPED)
 
-SETTINGS = [
+News = pb.WatchRoundsResponse
+# Takes what has changed, and the newest scores as a line.
+Show = Callable[[News, str], None]
+
+_STATUS_SETTINGS = [
     AGGREGATOR_SETTING,
     Declare("Where")(
         "--data-dir",
@@ -56,7 +88,7 @@ SETTINGS = [
 
 
 @dataclass(frozen=True)
-class Status:
+class RunStatus:
     """A run with its latest rounds, oldest first. `healthy` is None for a data folder."""
 
     run: Run
@@ -65,7 +97,7 @@ class Status:
     healthy: bool | None
 
 
-def _run(**values: Any) -> None:
+def _status(**values: Any) -> None:
     count, folder = max(values["rounds"], _LOOKED_BACK), values["data_dir"]
     status = asyncio.run(_asked(values, count)) if folder is None else stored(folder, count)
     if values["as_json"]:
@@ -74,13 +106,13 @@ def _run(**values: Any) -> None:
         _print(status, values)
 
 
-async def _asked(values: dict[str, Any], count: int) -> Status:
+async def _asked(values: dict[str, Any], count: int) -> RunStatus:
     async with connect(values["aggregator"], client_tls(values)) as aggregator:
         run, workers, healthy = await aggregator.run(), await aggregator.workers(), await aggregator.healthy()
-        return Status(run, workers, await aggregator.latest_rounds(count), healthy)
+        return RunStatus(run, workers, await aggregator.latest_rounds(count), healthy)
 
 
-def stored(folder: Path, count: int) -> Status:
+def stored(folder: Path, count: int) -> RunStatus:
     """Read the status from a data folder. Raises `UsageError` for one without a run, and `StorageError`."""
     if not (folder / DATABASE).exists():
         raise UsageError(f"{folder} is not an aggregator's data folder: it has no {DATABASE}")
@@ -95,10 +127,10 @@ def stored(folder: Path, count: int) -> Status:
         run.started_at.FromNanoseconds(int(kept.started_at * 1e9))
         rounds, _ = store.rounds(_MAX_ROUND, count, _MAX_BYTES)
         run.current_round = rounds[0].number if rounds else 0
-        return Status(run, [], rounds[::-1], None)
+        return RunStatus(run, [], rounds[::-1], None)
 
 
-def _plain(status: Status, count: int) -> dict[str, Any]:
+def _plain(status: RunStatus, count: int) -> dict[str, Any]:
     run = as_json.plain(status.run)
     return {
         "healthy": status.healthy,
@@ -108,7 +140,7 @@ def _plain(status: Status, count: int) -> dict[str, Any]:
     }
 
 
-def _print(status: Status, values: dict[str, Any]) -> None:
+def _print(status: RunStatus, values: dict[str, Any]) -> None:
     run, workers, latest, healthy = status.run, status.workers, status.latest, status.healthy
     rounds = latest[-values["rounds"] :]
     console = piped_console()
@@ -131,4 +163,99 @@ def _print(status: Status, values: dict[str, Any]) -> None:
         console.print(f"\nno task of the last {len(latest)} rounds had its cost predicted", highlight=False)
 
 
-COMMAND = SettingsCommand("status", _run, SETTINGS, "Show a running aggregator: run, last rounds, workers.")
+STATUS = SettingsCommand(
+    "status", _status, _STATUS_SETTINGS, "Show a running aggregator: run, last rounds, workers."
+)
+
+
+_WATCH_SETTINGS = [
+    AGGREGATOR_SETTING,
+    Declare("Where")(
+        "--patience", "How long to retry after the connection is lost.", type=DURATION, default=300.0
+    ),
+    *client_settings(),
+]
+
+
+def _watch(**values: Any) -> int:
+    return asyncio.run(_watched(values))
+
+
+async def _watched(values: dict[str, Any]) -> int:
+    console = piped_console()
+    async with connect(values["aggregator"], client_tls(values)) as aggregator:
+        if not console.is_terminal:
+            return await follow(aggregator, _lines(console), _remark(console), values["patience"])
+        with Live(console=console, refresh_per_second=8) as live:
+
+            def show(news: News, scored: str) -> None:
+                live.update(live_view(news.run, news.round, scored))
+
+            return await follow(aggregator, show, _remark(console), values["patience"])
+
+
+async def follow(aggregator: Client, show: Show, remark: Callable[[str], None], patience_s: float) -> int:
+    """Show every change until the run ends; return the exit code.
+
+    Raises `LinkError` where no aggregator answers at first, or again within `patience_s`.
+    """
+    heard, lost_at = False, math.inf
+    retries = Retries(_AGAIN)
+    seen, scored = None, ""
+    while True:
+        try:
+            phase = None
+            async for news in aggregator.watch():
+                heard, lost_at = True, math.inf
+                retries.reset()
+                phase = news.run.phase
+                if seen != (seen := (phase, news.round.number, news.round.phase)):
+                    # An aggregator whose run has ended may exit before this call.
+                    with suppress(LinkError):
+                        scored = scored_line(await aggregator.latest_rounds(_RECENT, whole=False))
+                show(news, scored)
+            if phase in _ENDED:
+                return 0 if phase == pb.RUN_PHASE_FINISHED else _STOPPED
+            remark("the aggregator is ending before its run; waiting for it to come back")
+        except LinkError:
+            # Counted from the loss: a run that is paused has no news for hours.
+            lost_at = min(lost_at, time.monotonic())
+            if not heard or time.monotonic() - lost_at > patience_s:
+                raise
+            remark("the connection is lost before the run has ended; waiting for the aggregator to come back")
+        await asyncio.sleep(retries.next_delay_s())
+
+
+def _remark(console: Console) -> Callable[[str], None]:
+    told = ""
+
+    def remark(text: str) -> None:
+        nonlocal told
+        if text != told:
+            console.print(printable(text), highlight=False, soft_wrap=True, markup=False)
+        told = text
+
+    return remark
+
+
+def _lines(console: Console) -> Show:
+    """Print a line when the run or a round changes its phase, when a task ends, and for new scores."""
+    shown: object = None
+    told = ""
+
+    def show(news: News, scored: str) -> None:
+        nonlocal shown, told
+        phases = tuple(task.phase for task in news.round.tasks if task.phase in SETTLED)
+        state = (run_phase(news.run), news.round.number, round_phase(news.round), phases)
+        if scored != told:
+            console.print(scored, highlight=False, soft_wrap=True, markup=False)
+            told = scored
+        if state != shown:
+            line = f"{run_line(news.run)} | {round_line(news.round)}"
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+            shown = state
+
+    return show
+
+
+WATCH = SettingsCommand("watch", _watch, _WATCH_SETTINGS, "Follow a running aggregator until its run ends.")

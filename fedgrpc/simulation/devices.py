@@ -1,12 +1,15 @@
-"""The devices of a fleet as arrays: what each can do, and whether it can be reached now."""
+"""The devices of a simulated fleet: what each can do, whether it can be reached now, and the task it works on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from fedgrpc.simulation.fleet import DeviceClass
+from fedgrpc.rounds.events import Progress, TaskPhase
+from fedgrpc.simulation.fleet import DeviceKind
 
 _MBIT_BYTES = 1e6 / 8
 
@@ -17,7 +20,7 @@ class Devices:
     Whether a device can be reached is a chain of exponential stretches, played only as far as somebody has asked.
     """
 
-    def __init__(self, classes: Sequence[DeviceClass], rng: np.random.Generator) -> None:
+    def __init__(self, classes: Sequence[DeviceKind], rng: np.random.Generator) -> None:
         counts = [one.count for one in classes]
         self.classes = tuple(classes)
         self.count = sum(counts)
@@ -42,7 +45,7 @@ class Devices:
         return np.asarray(values, dtype=np.float64)[self.class_of]
 
     def _stretch(self, of: np.ndarray) -> np.ndarray:
-        """How long their present stretch lasts."""
+        """Draw the length of their present stretch."""
         mean_s = np.where(self.reachable[of], self._session_s[of], self._away_s[of])
         return np.asarray(self._rng.exponential(mean_s))
 
@@ -52,7 +55,7 @@ class Devices:
             self._toggle(due)
 
     def advance_one(self, device: int, now: float) -> bool:
-        """Bring one device to the present; whether it can be reached."""
+        """Bring one device to the present. Return whether it can be reached."""
         while self.changes_at[device] <= now:
             self._toggle(np.array([device]))
         return bool(self.reachable[device])
@@ -62,5 +65,65 @@ class Devices:
         self.changes_at[devices] += self._stretch(devices)
 
     def varied(self, device: int, median: float) -> float:
-        """One draw around the median."""
+        """Return one draw around the median."""
         return float(median * np.exp(self.jitter[device] * self._rng.standard_normal()))
+
+
+Fate = Literal["", "merged", "late", "failed", "in vain"]
+
+
+@dataclass(slots=True)
+class Job:
+    """One task on one device: how far it is, and what it has cost.
+
+    Costs in bytes and seconds; `fate` empty: the task continues, or its update waits for a commit.
+    """
+
+    token: str
+    device: int
+    phase: TaskPhase = TaskPhase.OFFERED
+    entered_at: float = 0.0
+    size_bytes: int = 0
+    held_bytes: int = 0
+    down_bytes: int = 0
+    up_bytes: int = 0
+    trained_s: float = 0.0
+    staleness: int = 0
+    merged_at: float | None = None
+    ended_at: float | None = None
+    fate: Fate = ""
+
+    @property
+    def over(self) -> bool:
+        """Whether its device has stopped."""
+        return self.ended_at is not None or self.fate in ("late", "failed")
+
+    def enter(self, phase: TaskPhase, now: float) -> None:
+        """Begin a part of the task."""
+        self.phase, self.entered_at, self.held_bytes, self.size_bytes = phase, now, 0, 0
+
+    def moved(self, held_bytes: float) -> None:
+        """Note how much of the payload has been transferred."""
+        self.held_bytes = round(held_bytes)
+        if self.phase is TaskPhase.DOWNLOADING:
+            self.down_bytes = self.held_bytes
+        else:
+            self.up_bytes = self.held_bytes
+
+    def progress(self) -> Progress:
+        """Return the content of a heartbeat."""
+        if self.phase is TaskPhase.UPLOADING:
+            return Progress(self.token, self.phase, 0.0, self.held_bytes, self.size_bytes)
+        return Progress(self.token, self.phase)
+
+    def stop(self, fate: Fate) -> None:
+        """Note that the task is of no use any more."""
+        self.fate = fate
+
+    def end(self, now: float) -> None:
+        """Note that its device has done with the task."""
+        self.ended_at = now
+
+    def merge(self, now: float, staleness: int) -> None:
+        """Note that its update is in a version."""
+        self.fate, self.merged_at, self.staleness = "merged", now, staleness

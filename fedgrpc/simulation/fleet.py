@@ -16,7 +16,7 @@ MOST_DEVICES = 1_000_000
 
 
 @dataclass(frozen=True)
-class DeviceClass:
+class DeviceKind:
     """Devices of one kind. Times and rates are medians.
 
     `spread` and `jitter` are sigmas of log-normal factors, between devices and between tasks of one device.
@@ -84,7 +84,7 @@ class Payload:
 
 
 @dataclass(frozen=True)
-class Variant:
+class FleetVariant:
     """One set of rules to play the fleet by. `commit_s`: what the aggregator needs for a commit."""
 
     name: str = "as given"
@@ -100,11 +100,11 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Fleet:
+class DescribedFleet:
     """Devices, and the rules to compare on them."""
 
-    classes: tuple[DeviceClass, ...]
-    variants: tuple[Variant, ...]
+    classes: tuple[DeviceKind, ...]
+    variants: tuple[FleetVariant, ...]
 
     @property
     def count(self) -> int:
@@ -112,21 +112,21 @@ class Fleet:
         return sum(one.count for one in self.classes)
 
     @classmethod
-    def parse(cls, document: Mapping[str, Any]) -> Fleet:
+    def parse(cls, document: Mapping[str, Any]) -> DescribedFleet:
         """Read a TOML document: `[[devices]]`, `[model]`, `[rules]` with `[rules.policy]`, and `[[variants]]`.
 
         A variant changes what it names in its own `model`, `policy` and rules. Raises `UsageError`.
         """
         if unknown := document.keys() - {"devices", "model", "rules", "variants"}:
             raise UsageError(f"there is no {min(unknown)!r} in a fleet file: devices, model, rules, variants")
-        classes = toml.read_all(DeviceClass, document.get("devices", []), "[[devices]]")
+        classes = toml.read_all(DeviceKind, document.get("devices", []), "[[devices]]")
         if not classes:
             raise UsageError("the fleet file has no [[devices]]")
         fleet = cls(classes, ())
         if fleet.count > MOST_DEVICES:
             raise UsageError(f"{fleet.count} devices are more than {MOST_DEVICES}")
-        given = toml.read(Variant, document.get("rules", {}), "[rules]", Variant())
+        given = toml.read(FleetVariant, document.get("rules", {}), "[rules]", FleetVariant())
         model = toml.read(Payload, document.get("model", {}), "[model]", given.model)
         given = replace(given, model=model)
-        changed = toml.read_all(Variant, document.get("variants", []), "[[variants]]", given)
+        changed = toml.read_all(FleetVariant, document.get("variants", []), "[[variants]]", given)
         return replace(fleet, variants=changed or (given,))

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fedgrpc.simulation.devices import Devices
-from fedgrpc.simulation.fleet import Variant
-from fedgrpc.simulation.fleet_job import Job
+from fedgrpc.simulation.devices import Devices, Job
+from fedgrpc.simulation.fleet import FleetVariant
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class FleetResult:
 
 
 def summarize(
-    variant: Variant, devices: Devices, lines: Sequence[RoundLine], jobs: Sequence[Job], duration_s: float
+    variant: FleetVariant, devices: Devices, lines: Sequence[RoundLine], jobs: Sequence[Job], duration_s: float
 ) -> FleetResult:
     """Add it all up."""
     committed = [line for line in lines if line.committed]

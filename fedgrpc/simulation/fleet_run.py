@@ -39,11 +39,10 @@ from fedgrpc.rounds.version import Version
 from fedgrpc.runs.events import Event, OpenRound, RoundEnded, RoundOpened, UpdatesMerged, VersionTaken
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.rules import RunRules
-from fedgrpc.simulation.devices import Devices
-from fedgrpc.simulation.fleet import Fleet, Variant
-from fedgrpc.simulation.fleet_job import Job
+from fedgrpc.simulation.devices import Devices, Job
+from fedgrpc.simulation.fleet import DescribedFleet, FleetVariant
 from fedgrpc.simulation.fleet_result import FleetResult, RoundLine, summarize
-from fedgrpc.simulation.loop import Life, Loop, Process, Wait
+from fedgrpc.simulation.loop import Life, Process, VirtualLoop, Wait
 
 # While too few are idle, how often to look again: a real aggregator is told, this one has to count.
 _LOOK_AGAIN_S = 5.0
@@ -67,8 +66,8 @@ class _Tally:
 class FleetRun:
     """One variant on one fleet. `run` it once."""
 
-    def __init__(self, fleet: Fleet, variant: Variant, seed: int) -> None:
-        self.loop = Loop()
+    def __init__(self, fleet: DescribedFleet, variant: FleetVariant, seed: int) -> None:
+        self.loop = VirtualLoop()
         self.rng = np.random.default_rng(seed)
         self.variant = variant
         self.devices = Devices(fleet.classes, np.random.default_rng([seed, 1]))
@@ -241,7 +240,7 @@ class FleetRun:
 
     def _begin(self, offer: Offer) -> None:
         device = self.devices.index[offer.worker]
-        job = Job(offer.token, device, self.loop.now)
+        job = Job(offer.token, device)
         self.jobs[offer.token] = job
         self.all_jobs.append(job)
         self.busy[device] = self._in_round[device] = True

@@ -53,7 +53,7 @@ class Life:
         self.alive = True
 
 
-class Loop:
+class VirtualLoop:
     """The agenda of the world; `now` in seconds."""
 
     def __init__(self) -> None:

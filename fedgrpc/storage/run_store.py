@@ -100,7 +100,7 @@ def _local_bytes(local: LocalTask) -> bytes:
 
 
 @dataclass(frozen=True)
-class OpenRound:
+class StoredRound:
     """A round that a former process left unfinished; `deadline_at` is wall time, seconds."""
 
     record: RoundRecord
@@ -307,13 +307,13 @@ class RunStore(Database):
                 )
         return record
 
-    def open_round(self) -> OpenRound | None:
+    def open_round(self) -> StoredRound | None:
         """Read the round that was open when the last process ended."""
         row = self._one("SELECT record, aim, deadline_at FROM rounds WHERE open = 1")
         if row is None:
             return None
         record = self._record(row[0])
-        return OpenRound(record, row[1], row[2], tuple(self.tasks(record.number)))
+        return StoredRound(record, row[1], row[2], tuple(self.tasks(record.number)))
 
     def tasks(self, number: int) -> list[TaskRow]:
         """Read the tasks of a round, by slot; those of rounds long past are gone."""

@@ -55,7 +55,7 @@ class Polled:
 
 
 @dataclass(frozen=True)
-class Beat:
+class HeartbeatReply:
     """Answer to a heartbeat."""
 
     cancel: bool
@@ -162,7 +162,7 @@ class AggregatorClient:
             await self.report_failure(reply.task.token, str(error))
             return Polled(None, None, reply.run_ended)
 
-    async def heartbeat(self, token: str, phase: TaskPhase, progress: float) -> Beat:
+    async def heartbeat(self, token: str, phase: TaskPhase, progress: float) -> HeartbeatReply:
         """Extend the lease; raises UnknownTask when it is gone."""
         request = aggregator_pb2.HeartbeatRequest(
             worker=self._worker, token=token, phase=round_pb2.TaskPhase.Name(phase.value), progress=progress
@@ -170,7 +170,7 @@ class AggregatorClient:
         with domain_errors():
             reply = await self._stub.Heartbeat(request, metadata=self._metadata, timeout=_CALL_S)
         time_left_s = duration_from_proto(reply.time_left) if reply.HasField("time_left") else None
-        return Beat(reply.cancel, reply.reason, time_left_s)
+        return HeartbeatReply(reply.cancel, reply.reason, time_left_s)
 
     async def report_failure(self, token: str, reason: str, timeout_s: float = _CALL_S) -> None:
         """Give a task back; `reason` is one line for the operator."""

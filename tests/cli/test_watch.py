@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from fedgrpc.cli.watch import follow
+from fedgrpc.cli.status import follow
 from fedgrpc.client import Client
 from fedgrpc.errors import LinkError
 from fedgrpc.v1 import aggregator_pb2 as pb
@@ -117,5 +117,5 @@ class _Quiet:
 
 async def test_patience_counts_from_the_loss_and_not_from_the_last_news(monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = _Quiet()
-    monkeypatch.setattr("fedgrpc.cli.watch.time", quiet)
+    monkeypatch.setattr("fedgrpc.cli.status.time", quiet)
     assert await follow(cast(Client, quiet), lambda news, scored: None, lambda text: None, patience_s=300) == 0

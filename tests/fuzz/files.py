@@ -34,7 +34,7 @@ from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.rounds.events import LossCause, TaskPhase
 from fedgrpc.rounds.history import Timing, WorkerHistory
 from fedgrpc.runs.events import EndReason, RunPhase
-from fedgrpc.simulation.fleet import Fleet
+from fedgrpc.simulation.fleet import DescribedFleet
 from fedgrpc.storage.model_file import ModelFile, ModelTensors, write_model
 from fedgrpc.storage.residual_file import read_residual, write_residual
 from fedgrpc.storage.run_store import RunStore, StoredRun, TaskRow
@@ -311,7 +311,7 @@ def fleets(rnd: Random, folder: Path) -> None:
 def documents(rnd: Random, folder: Path) -> None:
     """TOML that is TOML, with values that nobody means."""
     if rnd.random() < 0.5:
-        read, text = Fleet.parse, _FLEET.decode()
+        read, text = DescribedFleet.parse, _FLEET.decode()
     else:
         read, text = LocalModelPlan.from_mapping, rnd.choice(PLAN_TEXTS)
     document = made(spoiled_document(tomllib.loads(text), rnd), rnd)

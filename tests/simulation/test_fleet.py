@@ -11,23 +11,23 @@ import pytest
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.simulation.devices import Devices
-from fedgrpc.simulation.fleet import DeviceClass, Fleet, Payload, Variant
+from fedgrpc.simulation.fleet import DescribedFleet, DeviceKind, FleetVariant, Payload
 from fedgrpc.simulation.fleet_result import FleetResult
 from fedgrpc.simulation.fleet_run import FleetRun
 
 # 1 MB both ways: 2 s down, 8 s up; 2 x 0.05 s of latency and 60 s of training.
-EXACT = DeviceClass("exact", 20, train_s=60.0, up_mbit=1.0, down_mbit=4.0, spread=0.0, jitter=0.0)
+EXACT = DeviceKind("exact", 20, train_s=60.0, up_mbit=1.0, down_mbit=4.0, spread=0.0, jitter=0.0)
 PAYLOAD = Payload(parameters=1_000_000, download_bits=8.0, upload_bits=8.0)
 TASK_S = 0.1 + 2.0 + 60.0 + 8.0
 POLICY = RoundPolicy(min_workers=10, max_participants=10, deadline_s=300.0, selection_window_s=0.0)
 
 
 def _play(
-    classes: tuple[DeviceClass, ...] = (EXACT,), hours: float = 2.0, seed: int = 0, **rules: Any
+    classes: tuple[DeviceKind, ...] = (EXACT,), hours: float = 2.0, seed: int = 0, **rules: Any
 ) -> FleetResult:
     policy = replace(POLICY, **rules.pop("policy", {}))
-    variant = Variant(policy=policy, model=PAYLOAD, commit_s=1.0, **rules)
-    return FleetRun(Fleet(classes, (variant,)), variant, seed).run(hours * 3600)
+    variant = FleetVariant(policy=policy, model=PAYLOAD, commit_s=1.0, **rules)
+    return FleetRun(DescribedFleet(classes, (variant,)), variant, seed).run(hours * 3600)
 
 
 def test_a_round_of_exact_devices_takes_exactly_one_task_and_a_commit() -> None:
@@ -49,8 +49,8 @@ def test_bytes_and_work_are_those_of_the_tasks_and_nothing_is_wasted() -> None:
 
 
 def test_an_encoding_of_fewer_bits_saves_its_share_of_the_transfer() -> None:
-    few = Variant(policy=POLICY, model=replace(PAYLOAD, upload_bits=1.0), commit_s=1.0)
-    result = FleetRun(Fleet((EXACT,), (few,)), few, 0).run(7200)
+    few = FleetVariant(policy=POLICY, model=replace(PAYLOAD, upload_bits=1.0), commit_s=1.0)
+    result = FleetRun(DescribedFleet((EXACT,), (few,)), few, 0).run(7200)
     assert result.round_s_median == pytest.approx(0.1 + 2.0 + 60.0 + 1.0 + 1.0)
 
 
@@ -154,7 +154,7 @@ DOCUMENT: dict[str, Any] = {
 
 def test_a_variant_changes_what_it_names_and_keeps_the_rest() -> None:
     variants = [{"name": "a"}, {"name": "b", "policy": {"deadline_s": 60}, "model": {"upload_bits": 1}}]
-    fleet = Fleet.parse({**DOCUMENT, "variants": variants})
+    fleet = DescribedFleet.parse({**DOCUMENT, "variants": variants})
     first, second = fleet.variants
     assert (first.name, first.selection, first.policy.quorum, first.model.upload_bytes) == ("a", "oort", 3, 1000)
     assert (second.selection, second.policy.quorum, second.policy.deadline_s) == ("oort", 3, 60)
@@ -163,7 +163,7 @@ def test_a_variant_changes_what_it_names_and_keeps_the_rest() -> None:
 
 
 def test_a_fleet_without_variants_is_played_as_given() -> None:
-    (variant,) = Fleet.parse(DOCUMENT).variants
+    (variant,) = DescribedFleet.parse(DOCUMENT).variants
     assert variant.name == "as given"
 
 
@@ -195,4 +195,4 @@ def test_a_fleet_file_that_makes_no_sense_is_refused_with_what_is_wrong(
     change: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(UsageError, match=complaint):
-        Fleet.parse({**DOCUMENT, **change})
+        DescribedFleet.parse({**DOCUMENT, **change})

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedgrpc.errors import FedgrpcError, LinkError
-from fedgrpc.simulation.loop import Future, Loop, Process, Timeout
+from fedgrpc.simulation.loop import Future, Process, Timeout, VirtualLoop
 from tests.simulator.faults import Faults
 from tests.simulator.messages import Request
 
@@ -18,7 +18,7 @@ Serve = Callable[[Request, Callable[[Any], None]], None]
 class Network:
     """Carries requests to `serve`, which answers by a call, and the answers back. An error is an answer too."""
 
-    def __init__(self, loop: Loop, faults: Faults, rng: np.random.Generator, serve: Serve) -> None:
+    def __init__(self, loop: VirtualLoop, faults: Faults, rng: np.random.Generator, serve: Serve) -> None:
         self.faults = faults
         self.cut_off: set[str] = set()
         self._loop = loop

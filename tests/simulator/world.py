@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedgrpc.errors import FedgrpcError
-from fedgrpc.simulation.loop import Life, Loop, Process
+from fedgrpc.simulation.loop import Life, Process, VirtualLoop
 from tests.simulator.aggregator import Aggregator
 from tests.simulator.faults import Choosing, Faults, draw_faults, draw_habits, draw_policy
 from tests.simulator.network import Network
@@ -46,7 +46,7 @@ class World:
     def __init__(self, seed: int, make_aggregator: Callable[[World], Aggregator] = Aggregator) -> None:
         self.seed = seed
         self.rng = np.random.default_rng(seed)
-        self.loop = Loop()
+        self.loop = VirtualLoop()
         self.faults = draw_faults(self.rng)
         habits = [draw_habits(self.rng, self.faults.clock_drift) for _ in range(self.rng.integers(2, 7))]
         self.policy = draw_policy(self.rng, habits)

@@ -23,7 +23,7 @@ from fedgrpc.cli.demo.devices import make_fleet
 from fedgrpc.cli.demo.federation import DemoSettings, Federation, History
 from fedgrpc.cli.demo.processes import Processes, Scores, train_pooled
 from fedgrpc.cli.demo.report import (
-    Report,
+    DemoReport,
     make_report,
     plot_rounds,
     scores_table,
@@ -186,13 +186,13 @@ async def _pool(settings: DemoSettings, processes: Processes, rounds: int, scree
     return await train_pooled(processes, settings.task_arguments(), rounds, settings.epochs, step)
 
 
-def _write(out: Path, history: History, report: Report) -> None:
+def _write(out: Path, history: History, report: DemoReport) -> None:
     (out / "model.safetensors").write_bytes(history.model)
     (out / "rounds.json").write_text(json_text(report.as_json()) + "\n")
     plot_rounds(report, out / "rounds.png")
 
 
-def _print(console: Console, settings: DemoSettings, report: Report) -> None:
+def _print(console: Console, settings: DemoSettings, report: DemoReport) -> None:
     for table in (scores_table(report), workers_table(report)):
         console.print()
         print_table(console, table)

@@ -57,7 +57,7 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Report:
+class DemoReport:
     """Results of the whole demo."""
 
     run: Run
@@ -110,12 +110,12 @@ def training_rounds(rounds: Sequence[Round]) -> list[Round]:
     return [record for record in training if record.phase == RoundPhase.ROUND_PHASE_COMMITTED]
 
 
-def make_report(run: Run, rounds: Sequence[Round], pooled: Sequence[Scores], wall_s: float) -> Report:
+def make_report(run: Run, rounds: Sequence[Round], pooled: Sequence[Scores], wall_s: float) -> DemoReport:
     """Sum up the rounds' records."""
     training = [record for record in rounds if record.kind == TaskKind.TASK_KIND_TRAIN]
     names = sorted({task.worker for record in training for task in record.tasks})
     workers = [_summary([t for record in training for t in record.tasks if t.worker == name]) for name in names]
-    return Report(run, rounds, training_rounds(rounds), workers, _traffic(run, training), pooled, wall_s)
+    return DemoReport(run, rounds, training_rounds(rounds), workers, _traffic(run, training), pooled, wall_s)
 
 
 def _summary(tasks: Sequence[TaskRecord]) -> WorkerSummary:
@@ -151,7 +151,7 @@ def _traffic(run: Run, training: Sequence[Round]) -> Traffic:
     )
 
 
-def scores_table(report: Report) -> Table:
+def scores_table(report: DemoReport) -> Table:
     """Return federated and pooled scores side by side, round by round."""
     table = _table("round", "updates", report.metric, "pooled, same epochs", "without")
     for index, record in enumerate(report.training_rounds):
@@ -168,7 +168,7 @@ def scores_table(report: Report) -> Table:
     return table
 
 
-def workers_table(report: Report) -> Table:
+def workers_table(report: DemoReport) -> Table:
     """T = T_local + T_upload + T_global + T_download for each worker, means over its rounds."""
     table = _table("worker", "rounds", "missed", "examples", "T_local", "T_upload", "T_global", "T_download", "T")
     for worker in report.workers:
@@ -189,7 +189,7 @@ def _share(count: int, plain: int) -> str:
     return f"{count / plain:.1%} of plain float32's {size(plain)}" if plain else "nothing to compare"
 
 
-def verdict_line(report: Report) -> str:
+def verdict_line(report: DemoReport) -> str:
     """Compare the last scores in one line."""
     ours, pooled = (scores[-1] if scores else math.nan for scores in (report.scores, report.pooled_scores))
     if math.isnan(ours) or math.isnan(pooled):
@@ -216,7 +216,7 @@ def _table(*headings: str) -> Table:
 _PARTS = (("local_s", "T_local"), ("upload_s", "T_upload"), ("global_s", "T_global"), ("download_s", "T_download"))
 
 
-def plot_rounds(report: Report, path: Path) -> None:
+def plot_rounds(report: DemoReport, path: Path) -> None:
     """Plot scores over the rounds, and the time of each worker by its parts."""
     import matplotlib as mpl
 
