@@ -9,17 +9,17 @@ import asyncio
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import structlog
 
 from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.coordinator import Coordinator
-from fedgrpc.aggregator.local_models import LocalModels, Sizing
-from fedgrpc.aggregator.model_store import Downlink, Extent, Held, ModelStore
-from fedgrpc.aggregator.registry import WorkerRegistry
+from fedgrpc.aggregator.encoded_models import Pull
+from fedgrpc.aggregator.local_models import Sizing
+from fedgrpc.aggregator.negotiation import RAW
 from fedgrpc.errors import UnusableUpdate
 from fedgrpc.protocol.rounds import record_of
 from fedgrpc.rounds.events import Deadline, Select, Selected
@@ -29,33 +29,23 @@ from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.runs.events import TasksGiven
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.round_in_progress import RoundInProgress
-from fedgrpc.runs.task_context import LocalTask, Recipes, TaskContext
+from fedgrpc.runs.task_context import TaskContext
 from fedgrpc.storage.run_store import rows_of
 
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True)
-class _Whole:
-    """Whole models that are ready to be pulled: what each worker pulls, and what most of them do, bytes."""
-
-    of_worker: Mapping[str, int]
-    usual_bytes: int
-
-
 class TaskAssigner:
     """Answers a round's `Select`."""
 
-    def __init__(
-        self, coordinator: Coordinator, fleet: WorkerRegistry, models: ModelStore, local_models: LocalModels
-    ) -> None:
+    def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
         self._run = coordinator.machine
         self._negotiation = coordinator.negotiation
         self._settings = coordinator.settings
-        self._fleet = fleet
-        self._models = models
-        self._local_models = local_models
+        self._fleet = coordinator.fleet
+        self._models = coordinator.encoded_models
+        self._local_models = coordinator.local_models
         self._log = log.bind(run=self._settings.run_name)
 
     async def select(self, select: Select) -> None:
@@ -128,40 +118,46 @@ class TaskAssigner:
     async def _prepare(
         self, round_: RoundInProgress, selected: Selected
     ) -> tuple[dict[str, TaskContext], dict[str, str]]:
-        """What each of the chosen is given; and why some tasks cannot be given, by token."""
+        """Return what each of the chosen is given, and why some tasks cannot be given, both by token."""
+        workers, version = dict(selected.tasks), round_.base_version
         contexts = {
             token: TaskContext(device_class=self._fleet.get(name).registration.device.device_class)
-            for token, name in selected.tasks
+            for token, name in workers.items()
         }
-        failed = _each(selected.tasks, lambda token, name: self._agree(round_, contexts, token, name))
-        new = {token: name for token, name in selected.tasks if token not in failed}
+        given, failed = _each(contexts, lambda token, context: self._agree(round_, context, workers[token]))
+        contexts |= given
         if round_.kind is TaskKind.INITIALIZE:
             return contexts, failed
-        whole = await self._prepare_whole(round_.base_version, tuple(new.values()))
-        failed |= _each(new.items(), lambda token, name: self._plan(round_, contexts, whole, token, name))
-        given = {token: name for token, name in new.items() if token not in failed}
-        return contexts | await self._pulled(round_.base_version, contexts, given, whole), failed
+        # First the whole model, although not all pull it: the cost of a plan is told from its size.
+        sizes = await self._encode(version, workers, given)
+        usual_bytes = await self._usual_bytes(version, sizes)
+        given, unplanned = _each(
+            given, lambda token, context: self._plan(round_, context, usual_bytes, workers[token])
+        )
+        cut = {token: context for token, context in given.items() if context.local.sub_model.name}
+        sizes |= await self._encode(version, workers, cut)
+        contexts |= {token: replace(context, download_bytes=sizes[token]) for token, context in given.items()}
+        return contexts, failed | unplanned
 
-    def _agree(self, round_: RoundInProgress, contexts: dict[str, TaskContext], token: str, name: str) -> None:
+    def _agree(self, round_: RoundInProgress, context: TaskContext, name: str) -> TaskContext:
         """Settle in which recipes a worker pulls and pushes, for as long as it has this task."""
         agreed = self._negotiation.agreed(self._fleet.get(name))
-        upload = "raw" if round_.kind is TaskKind.INITIALIZE else str(agreed.upload)
-        contexts[token] = replace(contexts[token], recipes=Recipes(agreed.download_text, upload))
-        self._log.debug("recipes agreed", round=round_.number, worker=name, down=agreed.download_text, up=upload)
+        if round_.kind is TaskKind.INITIALIZE:
+            agreed = replace(agreed, upload=RAW)
+        down, up = str(agreed.downlink.whole), str(agreed.upload)
+        self._log.debug("recipes agreed", round=round_.number, worker=name, down=down, up=up)
+        return replace(context, agreed=agreed)
 
-    def _plan(
-        self, round_: RoundInProgress, contexts: dict[str, TaskContext], whole: _Whole, token: str, name: str
-    ) -> None:
+    def _plan(self, round_: RoundInProgress, context: TaskContext, usual_bytes: int, name: str) -> TaskContext:
         """Give a worker what the plan of its device class says: to train, and to score the last version."""
-        worker, context = self._fleet.get(name), contexts[token]
+        worker = self._fleet.get(name)
         # An aggregator takes the whole model: its workers have devices of their own.
         if worker.leads:
-            return
-        assert context.recipes is not None
-        deadline_s = self._settings.policy.deadline_s
-        sizing = Sizing(self._run.layout, whole.usual_bytes, deadline_s, context.recipes.upload)
+            return context
+        assert context.agreed is not None
+        sizing = Sizing(self._run.layout, usual_bytes, self._settings.policy.deadline_s, context.agreed.upload)
         local, choice = self._local_models.task_of(worker, sizing, round_.number)
-        contexts[token] = replace(context, local=local, choice=choice if round_.kind is TaskKind.TRAIN else None)
+        return replace(context, local=local, choice=choice if round_.kind is TaskKind.TRAIN else None)
 
     async def prepare_again(
         self, round_: RoundInProgress, workers: Mapping[str, str]
@@ -169,71 +165,46 @@ class TaskAssigner:
         """Encode what the workers of a resumed round, by token, are to pull; what is known of their tasks then."""
         if round_.kind is TaskKind.INITIALIZE:
             return {}
-        return await self._pulled(
-            round_.base_version, round_.contexts, workers, await self._prepare_whole(round_.base_version, ())
-        )
+        contexts = {token: round_.context(token) for token in workers}
+        sizes = await self._encode(round_.base_version, workers, contexts)
+        return {token: replace(context, download_bytes=sizes[token]) for token, context in contexts.items()}
 
-    async def _pulled(
-        self, version: int, contexts: Mapping[str, TaskContext], workers: Mapping[str, str], whole: _Whole
-    ) -> dict[str, TaskContext]:
-        """Encode the sub-models that these workers pull; the contexts with what each pulls. For the record."""
-        sizes: dict[tuple[str, Downlink, Held | None], int] = {}
-        pulled = {}
-        for token, name in workers.items():
-            context = contexts.get(token, TaskContext())
-            size_bytes = whole.of_worker.get(name, whole.usual_bytes)
-            if context.local.sub_model.name:
-                held, downlink = self._run.held.get(name), self._downlink(context)
-                key = context.local.sub_model.name, downlink, held
-                if key not in sizes:
-                    sizes[key] = await self._prepare_sub_model(version, context.local, downlink, held)
-                size_bytes = sizes[key]
-            pulled[token] = replace(context, download_bytes=size_bytes)
-        return pulled
+    async def _encode(
+        self, version: int, workers: Mapping[str, str], contexts: Mapping[str, TaskContext]
+    ) -> dict[str, int]:
+        """Encode what these tasks pull, first what most of them do. Return the bytes of each, by token."""
+        pulls = {token: self._pull(version, context, workers[token]) for token, context in contexts.items()}
+        sizes: dict[Pull, int] = {}
+        for pull, _ in Counter(pulls.values()).most_common():
+            sizes[pull] = (await self._models.get(pull)).manifest.size_bytes
+        return {token: sizes[pull] for token, pull in pulls.items()}
 
-    async def _prepare_sub_model(
-        self, version: int, local: LocalTask, downlink: Downlink, held: Held | None
-    ) -> int:
-        """Encode the sub-model or its difference. Returns the bytes to download."""
-        kept_channels = await asyncio.to_thread(self._local_models.kept_channels, local.sub_model, version)
-        extent = Extent(local.sub_model, kept_channels)
-        if held is not None and held[0] == version and self._models.holds(held, extent):
-            return 0
-        encoded = await self._models.offered(version, held, downlink, extent)
-        return encoded.manifest.size_bytes
+    def _pull(self, version: int, context: TaskContext, name: str) -> Pull:
+        agreed = context.agreed
+        downlink = self._negotiation.downlinks[0] if agreed is None else agreed.downlink
+        return Pull(version, downlink, self._run.held.get(name), context.local.sub_model)
 
-    def _downlink(self, context: TaskContext) -> Downlink:
-        """What was agreed on when the task was given; after a restart with other settings, the usual."""
-        told = None if context.recipes is None else self._negotiation.downlink_of(context.recipes.download)
-        return told or self._negotiation.downlinks[0]
-
-    async def _prepare_whole(self, version: int, chosen: Collection[str]) -> _Whole:
-        """Whole models, or differences to what the chosen hold; first to what most of them hold."""
-        wanted = {
-            name: (self._run.held.get(name), self._negotiation.agreed(self._fleet.get(name)).downlink)
-            for name in chosen
-        }
-        of_worker: dict[str, int] = {}
-        usual_bytes: int | None = None
-        for (base, downlink), _ in Counter(wanted.values()).most_common():
-            encoded = await self._models.offered(version, base, downlink)
-            size_bytes = encoded.manifest.size_bytes
-            usual_bytes = size_bytes if usual_bytes is None else usual_bytes
-            if base is not None and base[0] == version and self._models.holds(base):
-                size_bytes = 0
-            of_worker.update({name: size_bytes for name in wanted if wanted[name] == (base, downlink)})
-        if usual_bytes is None:
-            usual_bytes = (await self._models.offered(version)).manifest.size_bytes
-        return _Whole(of_worker, usual_bytes)
+    async def _usual_bytes(self, version: int, sizes: Mapping[str, int]) -> int:
+        """Return what most of these tasks pull; where all of them hold the version, the size of the model."""
+        for size_bytes, _ in Counter(sizes.values()).most_common():
+            if size_bytes:
+                return size_bytes
+        return (await self._models.get(Pull(version, self._negotiation.downlinks[0]))).manifest.size_bytes
 
 
-def _each(tasks: Iterable[tuple[str, str]], prepare: Callable[[str, str], None]) -> dict[str, str]:
-    """Prepare each (token, worker). What a worker has said of itself stops its own task alone: why, by token."""
+def _each(
+    contexts: Mapping[str, TaskContext], give: Callable[[str, TaskContext], TaskContext]
+) -> tuple[dict[str, TaskContext], dict[str, str]]:
+    """Give each task more; return what each then has, and why some have nothing, by token.
+
+    What a worker has said of itself stops its own task alone.
+    """
+    given: dict[str, TaskContext] = {}
     failed: dict[str, str] = {}
-    for token, worker in tasks:
+    for token, context in contexts.items():
         try:
             with blaming(token):
-                prepare(token, worker)
+                given[token] = give(token, context)
         except UnusableUpdate as error:
             failed[token] = f"its task cannot be prepared: {error}"
-    return failed
+    return given, failed

@@ -9,7 +9,6 @@ before it is offered, an update before it is accepted, a version before it is kn
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 import time
 from collections import deque
@@ -21,7 +20,8 @@ from typing import TypeVar
 import structlog
 
 from fedgrpc import claims
-from fedgrpc.aggregator.answers import Assignment, Beat
+from fedgrpc.aggregator.answers import Beat
+from fedgrpc.aggregator.encoded_models import EncodedModels
 from fedgrpc.aggregator.first_model_source import FirstModelSource
 from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
@@ -58,7 +58,6 @@ from fedgrpc.rounds.events import (
     TaskPhase,
     WorkersAvailable,
 )
-from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.round import time_left
 from fedgrpc.rounds.version import Jump, Measure
 from fedgrpc.rpc.identity import Session
@@ -127,6 +126,13 @@ class Coordinator:
         self.store = store
         self.models = models
         self.local_models = LocalModels(settings.local_models, models, settings.data_dir / "channels.pb")
+        self.encoded_models = EncodedModels(
+            settings.data_dir,
+            models,
+            self.local_models.kept_channels,
+            len(self.negotiation.downlinks),
+            settings.max_chunk_bytes,
+        )
         self.journal = journal
         self.metrics = metrics
         self.clock = clock
@@ -160,7 +166,7 @@ class Coordinator:
     def close(self) -> None:
         """Let the database go."""
         self._database.shutdown()
-        self.models.close()
+        self.encoded_models.close()
         self.store.close()
 
     @property
@@ -279,8 +285,8 @@ class Coordinator:
                 await self.in_database(self.store.forget_workers, forgotten)
         await self.in_database(self.store.save_worker, registration, str(session))
 
-    async def poll(self, name: str, wait_s: float, held: tuple[int, bytes] | None = None) -> Assignment | None:
-        """The worker's task, as soon as it has one; None after `wait_s`, and at once when the run has ended.
+    async def poll(self, name: str, wait_s: float, held: tuple[int, bytes] | None = None) -> str | None:
+        """The token of the worker's task, as soon as it has one; None after `wait_s`, and once the run has ended.
 
         Raises `UnknownWorker`, also for one that registered when this run had other encodings or named others.
         """
@@ -300,8 +306,8 @@ class Coordinator:
                     # A poll that is challenged ends, for the caller to show that it is alive.
                     while not (self.machine.ended or self.stopping or worker.holder.challenge):
                         worker.woken.clear()
-                        if assignment := self._assignment(worker):
-                            return assignment
+                        if token := self._token_for(worker):
+                            return token
                         await worker.woken.wait()
             except TimeoutError:
                 pass
@@ -325,37 +331,18 @@ class Coordinator:
         while self.fleet.any_alive_but(self.machine.told, self.clock()):
             seen = await self.changes.wait(seen)
 
-    def _assignment(self, worker: Worker) -> Assignment | None:
+    def _token_for(self, worker: Worker) -> str | None:
+        """The task of a worker that polls; an expired one is its own again."""
         run = self.machine
         if worker.evaluator:
             self.apply(EvaluatorPolled(worker.name, secrets.token_urlsafe(18)))
-            task = run.evaluation_of(worker.name)
-            return None if task is None else self._evaluation(task)
+            evaluation = run.evaluation_of(worker.name)
+            return None if evaluation is None else evaluation.token
         token = run.task_of(worker.name)
-        if token is None:
-            return None
-        phase = run.current.state.find(token).phase
-        self.apply(Progress(token, TaskPhase.OFFERED if phase is TaskPhase.EXPIRED else phase))
-        round_ = run.current
-        return Assignment(
-            token,
-            worker.name,
-            round_.number,
-            round_.kind,
-            round_.version_of(token),
-            self._seed(round_.number, worker.name),
-            time_left(round_.state, self.clock()),
-            round_.local_task(token),
-        )
-
-    def _evaluation(self, task: Evaluation) -> Assignment:
-        number = self.machine.round.number if self.machine.round else 0
-        return Assignment(task.token, task.worker, number, TaskKind.EVALUATE, task.version, 0, None)
-
-    def _seed(self, number: int, worker: str) -> int:
-        """32 bits: many generators, such as scikit-learn's, take no larger seed."""
-        text = f"{self.instructions.seed}/{number}/{worker}".encode()
-        return int.from_bytes(hashlib.sha256(text).digest()[:4], "little")
+        if token is not None:
+            phase = run.current.state.find(token).phase
+            self.apply(Progress(token, TaskPhase.OFFERED if phase is TaskPhase.EXPIRED else phase))
+        return token
 
     async def heartbeat(self, name: str, token: str, phase: TaskPhase, fraction: float) -> Beat:
         """Extend a lease. Raises `UnknownTask` and `WrongIdentity`."""

@@ -39,7 +39,9 @@ _NAME = re.compile(r"(\d+)-([0-9a-f]{64})(?:-([a-z]+:[0-9.e-]+))?\.safetensors")
 # A multiple of all pieces that a quantizer works in.
 _WRITTEN_ELEMENTS = 1 << 18
 
-# Version, SHA-256 of the payload that gave it to devices, and name of the sub-model ("": the whole model).
+# What a device says to hold: a version, and the SHA-256 of the payload that gave it to the device.
+Held = tuple[int, bytes]
+# The same with the name of the sub-model ("": the whole model).
 Key = tuple[int, bytes, str]
 
 
@@ -54,7 +56,7 @@ class PayloadSource:
     layout: Layout
     model: Mapping[str, Array]
     base: Mapping[str, Array] | None = None
-    slice_name: str = ""
+    sub_model_name: str = ""
 
     def wanted(self, spec: TensorSpec) -> Array | None:
         """The tensor to send; None: it is left out, since nothing has changed."""
@@ -196,7 +198,7 @@ class DeltaBases:
             writing.wait()
             manifest = payload.finish()
             base.finish()
-        self._keep(unnamed, (source.version, manifest.sha256, source.slice_name))
+        self._keep(unnamed, (source.version, manifest.sha256, source.sub_model_name))
         return manifest
 
     def _keep(self, unnamed: Path, key: Key) -> None:

@@ -51,7 +51,7 @@ class Driver:
         self._coordinator = coordinator
         self._run = coordinator.machine
         self._settings = coordinator.settings
-        self._assigner = TaskAssigner(coordinator, coordinator.fleet, coordinator.models, coordinator.local_models)
+        self._assigner = TaskAssigner(coordinator)
         self._upkeep = Upkeep(coordinator)
         self._source = rounds(coordinator, self._upkeep)
         self._record = RoundRecord()

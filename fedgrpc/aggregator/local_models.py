@@ -57,7 +57,7 @@ class Sizing:
     layout: Layout
     download_bytes: int
     deadline_s: float
-    upload_recipe: str = ""
+    upload_recipe: Recipe | None = None
 
     @property
     def download_bits(self) -> float:
@@ -67,10 +67,9 @@ class Sizing:
     @property
     def upload_bits(self) -> float:
         """Bits to expect for each element of an update until one has come."""
-        if not self.upload_recipe:
+        if self.upload_recipe is None:
             return self.download_bits
-        elements = sum(spec.size for spec in self.layout)
-        return expected_bits(Recipe.parse(self.upload_recipe), elements)
+        return expected_bits(self.upload_recipe, sum(spec.size for spec in self.layout))
 
 
 class LocalModels:
@@ -187,7 +186,7 @@ class LocalModels:
             return None
 
     def kept_channels(self, sub_model: SubModel, version: int) -> KeptChannels | None:
-        """Return the channels of a sub-model; None for the whole model.
+        """Return the channels of a sub-model; None for the whole model. May take long.
 
         Raises `NotFound` while the channels are not known, and for a version that is not there.
         """

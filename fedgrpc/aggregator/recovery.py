@@ -28,7 +28,7 @@ from fedgrpc.errors import CorruptError, LayoutError, StorageError, UnusableUpda
 from fedgrpc.protocol.durations import duration_from_proto
 from fedgrpc.protocol.plans import local_task_from_proto
 from fedgrpc.protocol.records import prediction_from_proto
-from fedgrpc.protocol.rounds import record_of
+from fedgrpc.protocol.rounds import agreed_from_proto, record_of
 from fedgrpc.protocol.updates import report_from_proto
 from fedgrpc.rounds.events import LossCause, TaskPhase
 from fedgrpc.rounds.policy import TaskKind
@@ -46,7 +46,7 @@ from fedgrpc.runs.events import (
     VersionTaken,
 )
 from fedgrpc.runs.round_in_progress import RoundInProgress
-from fedgrpc.runs.task_context import LocalTask, Recipes, Report, TaskContext
+from fedgrpc.runs.task_context import LocalTask, Report, TaskContext
 from fedgrpc.storage.model_file import ModelFile, write_model
 from fedgrpc.storage.run_store import StoredRound, StoredRun, TaskRow
 from fedgrpc.submodels.cost import PlanChoice
@@ -334,9 +334,7 @@ class Recovery:
         context = TaskContext(_local_task(row), device_class=device_class, report=report)
         if recorded is None:
             return context
-        if recorded.download_recipe:
-            recipes = Recipes(recorded.download_recipe, recorded.upload_recipe)
-            context = replace(context, recipes=recipes)
+        context = replace(context, agreed=agreed_from_proto(recorded))
         if recorded.HasField("prediction"):
             prediction = recorded.prediction
             choice = PlanChoice(context.local.plan, prediction_from_proto(prediction), prediction.reason)

@@ -80,13 +80,12 @@ class Aggregator:
     def _open(self) -> Coordinator:
         folder = self._settings.data_dir
         try:
-            settings = self._settings
-            models = ModelStore(folder, settings.negotiation().downlinks, settings.max_chunk_bytes)
+            models = ModelStore(folder)
             journal = UploadJournal(folder / "uploads", self._settings.durable)
+            store = RunStore(folder / DATABASE, self._settings.keep_rounds)
+            return Coordinator(self._settings, store, models, journal, self._metrics)
         except OSError as error:
             raise UsageError(f"cannot use the data folder {folder}: {error.strerror}") from error
-        store = RunStore(folder / DATABASE, self._settings.keep_rounds)
-        return Coordinator(self._settings, store, models, journal, self._metrics)
 
     async def _serve(
         self, driver: Driver, server: RunningServer, folder: HeldFolder, ready: Callable[[int], None] | None

@@ -5,42 +5,37 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
-from dataclasses import replace
 from itertools import islice
 from typing import cast
 
 import grpc.aio
 
 from fedgrpc import __version__
-from fedgrpc.aggregator.answers import Assignment
 from fedgrpc.aggregator.coordinator import Coordinator
-from fedgrpc.aggregator.histories import tell_history, upload_reserve_s
-from fedgrpc.aggregator.model_store import WHOLE, Downlink, Extent
-from fedgrpc.aggregator.negotiation import RAW, full_text, link_of
+from fedgrpc.aggregator.encoded_models import Pull
+from fedgrpc.aggregator.histories import tell_history
+from fedgrpc.aggregator.negotiation import RAW
 from fedgrpc.aggregator.pages import MAX_PAGE_BYTES, fitting, page_of
 from fedgrpc.aggregator.receiver import Receiver
 from fedgrpc.aggregator.registry import Worker
+from fedgrpc.aggregator.task_terms import TaskTerms
 from fedgrpc.aggregator.upload_reader import UploadChunks
 from fedgrpc.aggregator.watching import Pieces, Watching, watch_interval_s
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.layout import Layout
-from fedgrpc.codec.manifest import Manifest
 from fedgrpc.errors import LayoutError, NotFound, UsageError, WrongOffset
 from fedgrpc.protocol.descriptions import description_from_proto
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
-from fedgrpc.protocol.plans import local_task_to_proto, parse_sub_model, training_plan_to_proto
 from fedgrpc.protocol.policies import policy_to_proto
 from fedgrpc.protocol.records import version_to_proto
-from fedgrpc.protocol.tensors import layout_to_proto, manifest_to_proto
+from fedgrpc.protocol.tensors import layout_to_proto
 from fedgrpc.rounds.events import TaskPhase
-from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rpc.identity import Session, peer_of
+from fedgrpc.runs.task_context import Downlink
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2, tensor_pb2
 
 _MAX_PAGE = 1000
-# Raw whole models, and sub-models that no task names.
-_MAX_FOREIGN = 8
 _AROUND_CHUNK_BYTES = 64 << 10
 _MAX_ROUND = (1 << 63) - 1
 
@@ -52,7 +47,8 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self._coordinator = coordinator
         self._run = coordinator.machine
         self._fleet = coordinator.fleet
-        self._models = coordinator.models
+        self._models = coordinator.encoded_models
+        self._terms = TaskTerms(coordinator)
         self._local_models = coordinator.local_models
         self._store = coordinator.store
         self._settings = coordinator.settings
@@ -105,111 +101,37 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     ) -> pb.PollTaskResponse:
         self._check_caller(context, request.worker)
         held = (request.held_version, _digest(request.held_sha256)) if request.held_version else None
-        assignment = await self._coordinator.poll(request.worker, duration_from_proto(request.wait), held)
-        if assignment is None:
+        token = await self._coordinator.poll(request.worker, duration_from_proto(request.wait), held)
+        if token is None:
             return pb.PollTaskResponse(run_ended=self._run.ended)
-        return pb.PollTaskResponse(task=self._task(assignment))
-
-    def _task(self, assignment: Assignment) -> pb.Task:
-        download_recipe, upload_recipe = self._recipes(assignment)
-        task = pb.Task(
-            token=assignment.token,
-            run=self._settings.run_name,
-            run_id=self._run.id,
-            round=assignment.round,
-            kind=round_pb2.TaskKind.Name(assignment.kind),
-            model_version=assignment.version,
-            plan=self._plan(assignment),
-            seed=assignment.seed,
-            evaluate=self._coordinator.instructions.evaluate,
-            download_recipe=full_text(download_recipe),
-            upload_recipe=full_text(upload_recipe),
-            uplink_bytes_per_second=link_of(self._fleet.get(assignment.worker)).up or 0.0,
-        )
-        if assignment.time_left_s is not None:
-            task.time_left.CopyFrom(duration_to_proto(assignment.time_left_s))
-        if not assignment.local.plain:
-            task.local_model.CopyFrom(local_task_to_proto(assignment.local))
-        if self._fleet.get(assignment.worker).leads:
-            models = self._local_models
-            task.leaf.CopyFrom(self._coordinator.instructions.for_leaf(models.to_proto(), models.channels))
-        return task
-
-    def _recipes(self, assignment: Assignment) -> tuple[str, str]:
-        """Of download and upload: those of its task, as long as it has it."""
-        round_ = self._run.round
-        recipes = None if round_ is None else round_.context(assignment.token).recipes
-        if recipes is not None:
-            return recipes.download, recipes.upload
-        agreed = self._coordinator.negotiation.agreed(self._fleet.get(assignment.worker))
-        initialize = assignment.kind is TaskKind.INITIALIZE
-        return agreed.download_text, "raw" if initialize else str(agreed.upload)
-
-    def _plan(self, assignment: Assignment) -> round_pb2.TrainingPlan:
-        plan = self._coordinator.instructions.plan
-        if plan.upload_reserve_s is not None:
-            history = self._fleet.get(assignment.worker).history
-            plan = replace(plan, upload_reserve_s=upload_reserve_s(history, plan.upload_reserve_s))
-        return training_plan_to_proto(plan)
+        return pb.PollTaskResponse(task=self._terms.message(request.worker, token))
 
     async def PullModel(self, request: pb.PullModelRequest, context: grpc.aio.ServicerContext) -> None:
-        version = request.version or self._run.version
-        if not version:
-            raise NotFound("there is no model version yet")
-        downlink = self._downlink(request.recipe)
-        given = downlink is not None and self._is_given(request.sub_model)
-        base = (request.base_version, _digest(request.base_sha256))
-        extent = await self._extent(request.sub_model, version)
-        if given and request.base_version == version and self._models.holds(base, extent):
-            header = pb.ModelHeader(
-                version=version, base_version=version, manifest=manifest_to_proto(Manifest.of_nothing())
-            )
-            await context.write(pb.PullModelResponse(header=header))
-            return
-        if given:
-            encoded = await self._models.offered(version, base, downlink, extent)
-        else:
-            recipe = RAW if downlink is None else downlink.whole
-            encoded = await self._models.encoded(version, recipe, _MAX_FOREIGN, extent)
+        encoded = await self._models.get(self._pull(request, context))
         size_bytes = encoded.manifest.size_bytes
         if request.offset > size_bytes:
             raise WrongOffset(f"offset {request.offset} is beyond the payload of {size_bytes} bytes")
         await context.write(encoded.header)
+        if encoded.payload is None:
+            return
         async with aclosing(self._models.chunk_cache.messages(encoded.payload, request.offset)) as messages:
             async for message in messages:
                 await context.write(message)
                 # Yielded, it would be held here and by gRPC until the next one is there.
                 del message
 
-    def _downlink(self, text: str) -> Downlink | None:
-        """The downlink that workers are told as `text`; None: raw, for whoever wants it. Raises `UsageError`.
-
-        The text is compared, not read: nothing is encoded as a caller likes.
-        """
-        negotiation, round_ = self._coordinator.negotiation, self._run.round
-        text = text or str(RAW)
-        if (downlink := negotiation.downlink_of(text)) is not None or text == str(RAW):
-            return downlink
-        contexts = () if round_ is None else round_.contexts.values()
-        told = (context.recipes.download for context in contexts if context.recipes is not None)
-        if any(text in (each, full_text(each)) for each in told):
-            # Told before a restart with other settings.
-            return negotiation.downlinks[0]
-        raise UsageError(f"models of this run do not come as {text[:80]!r}; pull with the task's download_recipe")
-
-    async def _extent(self, text: str, version: int) -> Extent:
-        sub_model = parse_sub_model(text)
-        if sub_model.whole:
-            return WHOLE
-        return Extent(
-            sub_model,
-            await self._models.in_encoder(self._local_models.kept_channels, sub_model, version),
-        )
-
-    def _is_given(self, sub_model: str) -> bool:
-        """Whether workers are asked to pull this sub-model."""
-        given = self._run.round.contexts.values() if self._run.round is not None else ()
-        return not sub_model or any(context.local.sub_model.name == sub_model for context in given)
+    def _pull(self, request: pb.PullModelRequest, context: grpc.aio.ServicerContext) -> Pull:
+        """Return what is pulled: the model of a task, or without one a version as it is."""
+        if not request.token:
+            version = request.version or self._run.version
+            if not version:
+                raise NotFound("there is no model version yet")
+            return Pull(version, Downlink(RAW))
+        self._check_caller(context, request.worker)
+        version, task = self._terms.given(request.worker, request.token)
+        assert task.agreed is not None
+        held = (request.base_version, _digest(request.base_sha256)) if request.base_version else None
+        return Pull(version, task.agreed.downlink, held, task.local.sub_model)
 
     async def Heartbeat(
         self, request: pb.HeartbeatRequest, context: grpc.aio.ServicerContext

@@ -86,4 +86,4 @@ class Upkeep:
         keep, best = frozenset(range(oldest, run.version + 1)), run.versions.best
         wanted = {best.version if best else 0, run.rolling_back.version if run.rolling_back else 0}
         coordinator.apply(VersionsPruned(keep | wanted))
-        await coordinator.models.prune(keep, frozenset(wanted))
+        await coordinator.encoded_models.prune(keep, frozenset(wanted))

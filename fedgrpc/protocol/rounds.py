@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fedgrpc.codec.recipe import Recipe
+from fedgrpc.errors import UsageError
 from fedgrpc.protocol.durations import duration_to_proto
 from fedgrpc.protocol.plans import local_task_to_proto
 from fedgrpc.protocol.records import (
@@ -16,7 +18,7 @@ from fedgrpc.rounds.round import time_left
 from fedgrpc.rounds.task import Task
 from fedgrpc.rounds.version import Jump
 from fedgrpc.runs.round_in_progress import RoundInProgress
-from fedgrpc.runs.task_context import Report, TaskContext
+from fedgrpc.runs.task_context import Agreed, Downlink, Report, TaskContext
 from fedgrpc.v1.round_pb2 import LossCause, RoundPhase, TaskKind, TaskPhase, TaskRecord
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
@@ -84,8 +86,9 @@ def _task_record(round_: RoundInProgress, task: Task, context: TaskContext) -> T
         staleness=task.staleness,
         chosen=task.chosen,
     )
-    if context.recipes is not None:
-        record.download_recipe, record.upload_recipe = context.recipes.download, context.recipes.upload
+    if (agreed := context.agreed) is not None:
+        record.download_recipe, record.upload_recipe = str(agreed.downlink.whole), str(agreed.upload)
+        record.difference_recipe = str(agreed.downlink.difference or "")
     if task.phase is not events.TaskPhase.OFFERED and not task.carried:
         record.download_bytes = context.download_bytes
     if not context.local.plain:
@@ -109,3 +112,13 @@ def _add_report(record: TaskRecord, report: Report, commit_s: float) -> None:
     record.tensor_bytes = report.tensor_bytes
     record.merged_updates = report.merged_updates
     record.unchanged = report.unchanged
+
+
+def agreed_from_proto(record: TaskRecord) -> Agreed | None:
+    """Return what was agreed on for a task; None where its record has no recipes that are known here."""
+    try:
+        whole, upload = Recipe.parse(record.download_recipe), Recipe.parse(record.upload_recipe)
+        difference = Recipe.parse(record.difference_recipe) if record.difference_recipe else None
+    except UsageError:
+        return None
+    return Agreed(Downlink(whole, difference), upload)

@@ -1,4 +1,4 @@
-"""A worker's registration and tasks: the aggregator's answers as values."""
+"""A worker's registration and tasks: the aggregator's answers to workers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from typing import Final
 from fedgrpc import claims
 from fedgrpc.codec.chunk import CHUNK_BYTES
 from fedgrpc.errors import LayoutError
-from fedgrpc.protocol.durations import duration_from_proto
-from fedgrpc.protocol.plans import local_model_from_proto, training_plan_from_proto
+from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
+from fedgrpc.protocol.plans import (
+    local_model_from_proto,
+    local_task_to_proto,
+    training_plan_from_proto,
+    training_plan_to_proto,
+)
 from fedgrpc.rounds.policy import TaskKind
+from fedgrpc.runs.task_context import LocalTask
 from fedgrpc.submodels.channels import SubModel
 from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.training_plan import TrainingPlan
-from fedgrpc.v1 import aggregator_pb2, device_pb2
+from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2
 
 _SHORTEST_INTERVAL_S: Final = 0.05
 
@@ -52,9 +58,9 @@ class Registration:
 class Task:
     """One worker's share of one round.
 
-    `deadline_s` is a time of this process's monotonic clock. `evaluate` asks for scores of the given model before
-    training. `local_model` is what to make of that model first. `uplink_bytes_per_second` is the rate of the
-    worker's link, 0 if the aggregator does not know it.
+    `deadline_s` is a time of this process's clock, of a worker the monotonic one. `evaluate` asks for scores of
+    the given model before training. `local_model` is what to make of that model first. `uplink_bytes_per_second`
+    is the rate of the worker's link, 0 if the aggregator does not know it.
     """
 
     token: str
@@ -63,7 +69,6 @@ class Task:
     kind: TaskKind
     model_version: int
     plan: TrainingPlan
-    download_recipe: str
     upload_recipe: str
     run_id: str
     deadline_s: float | None = None
@@ -108,6 +113,29 @@ def registration_from_proto(message: aggregator_pb2.RegisterResponse) -> Registr
     )
 
 
+def task_to_proto(task: Task, now_s: float) -> aggregator_pb2.Task:
+    """Return the message of a task; `now_s` is of the clock of its deadline."""
+    message = aggregator_pb2.Task(
+        token=task.token,
+        run=task.run,
+        round=task.round,
+        kind=round_pb2.TaskKind.Name(task.kind),
+        model_version=task.model_version,
+        plan=training_plan_to_proto(task.plan),
+        upload_recipe=task.upload_recipe,
+        run_id=task.run_id,
+        uplink_bytes_per_second=task.uplink_bytes_per_second,
+        seed=task.seed,
+        evaluate=task.evaluate,
+    )
+    if task.deadline_s is not None:
+        message.time_left.CopyFrom(duration_to_proto(max(0.0, task.deadline_s - now_s)))
+    local = LocalTask(task.local_model or LocalModelPlan(), task.sub_model)
+    if not local.plain:
+        message.local_model.CopyFrom(local_task_to_proto(local))
+    return message
+
+
 def task_from_proto(message: aggregator_pb2.Task) -> Task:
     """Return a task. Raises `LayoutError` for an unknown kind, a plan that cannot be kept, and absurd numbers."""
     try:
@@ -125,7 +153,6 @@ def task_from_proto(message: aggregator_pb2.Task) -> Task:
         kind=kind,
         model_version=claims.NUMBER.checked(message.model_version),
         plan=training_plan_from_proto(message.plan),
-        download_recipe=message.download_recipe,
         upload_recipe=message.upload_recipe,
         run_id=message.run_id or message.run,
         deadline_s=deadline_s,

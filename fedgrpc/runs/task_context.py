@@ -12,6 +12,7 @@ from functools import cached_property
 from fedgrpc.aggregation import partial_update
 from fedgrpc.aggregation.admission import TensorLike
 from fedgrpc.codec.layout import Layout
+from fedgrpc.codec.recipe import Recipe
 from fedgrpc.rounds.history import Timings
 from fedgrpc.submodels.channels import KeptChannels, SubModel
 from fedgrpc.submodels.cost import PlanChoice
@@ -78,24 +79,37 @@ _PLAIN = LocalTask()
 
 
 @dataclass(frozen=True)
-class Recipes:
-    """The texts in which a task's model is pulled and its update pushed; of the download: `WHOLE~DIFFERENCE`."""
+class Downlink:
+    """How models travel to a worker: whole, or as a difference to what it holds (None: always whole)."""
 
-    download: str
-    upload: str
+    whole: Recipe
+    difference: Recipe | None = None
+
+    @classmethod
+    def of(cls, whole: Recipe, difference: Recipe) -> Downlink:
+        """Return the downlink of two recipes. A difference that loses nothing is no smaller than the model."""
+        return cls(whole, None if difference.lossless or not difference.contractive else difference)
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """The recipes of one worker's models and updates."""
+
+    downlink: Downlink
+    upload: Recipe
 
 
 @dataclass(frozen=True)
 class TaskContext:
     """Everything known of one task beside its phase.
 
-    `recipes` None: agreed on before this round. `choice`: why the worker got this plan, and its predicted cost.
+    `agreed` None: it is not on record. `choice`: why the worker got this plan, and its predicted cost.
     `download_bytes`: what its worker is to pull. `report`: what came with the accepted update. `weight` and
     `scale` in the mean: None before the round has committed.
     """
 
     local: LocalTask = _PLAIN
-    recipes: Recipes | None = None
+    agreed: Agreed | None = None
     choice: PlanChoice | None = None
     download_bytes: int = 0
     device_class: str = ""
@@ -105,7 +119,7 @@ class TaskContext:
 
     def carried_over(self) -> TaskContext:
         """Return what of it holds in a later round: the rest was of the round that gave the task."""
-        return TaskContext(self.local, device_class=self.device_class, report=self.report)
+        return TaskContext(self.local, self.agreed, device_class=self.device_class, report=self.report)
 
 
 NOTHING_KNOWN = TaskContext()

@@ -119,14 +119,13 @@ class PollTaskResponse(_message.Message):
     def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., run_ended: _Optional[bool] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("token", "run", "round", "kind", "model_version", "plan", "download_recipe", "upload_recipe", "time_left", "run_id", "uplink_bytes_per_second", "seed", "evaluate", "local_model", "leaf")
+    __slots__ = ("token", "run", "round", "kind", "model_version", "plan", "upload_recipe", "time_left", "run_id", "uplink_bytes_per_second", "seed", "evaluate", "local_model", "leaf")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
-    DOWNLOAD_RECIPE_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_RECIPE_FIELD_NUMBER: _ClassVar[int]
     TIME_LEFT_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -141,7 +140,6 @@ class Task(_message.Message):
     kind: _round_pb2.TaskKind
     model_version: int
     plan: _round_pb2.TrainingPlan
-    download_recipe: str
     upload_recipe: str
     time_left: _duration_pb2.Duration
     run_id: str
@@ -150,23 +148,23 @@ class Task(_message.Message):
     evaluate: bool
     local_model: _round_pb2.LocalModel
     leaf: _round_pb2.LeafInstructions
-    def __init__(self, token: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[_round_pb2.TaskKind, str]] = ..., model_version: _Optional[int] = ..., plan: _Optional[_Union[_round_pb2.TrainingPlan, _Mapping]] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., run_id: _Optional[str] = ..., uplink_bytes_per_second: _Optional[float] = ..., seed: _Optional[int] = ..., evaluate: _Optional[bool] = ..., local_model: _Optional[_Union[_round_pb2.LocalModel, _Mapping]] = ..., leaf: _Optional[_Union[_round_pb2.LeafInstructions, _Mapping]] = ...) -> None: ...
+    def __init__(self, token: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[_round_pb2.TaskKind, str]] = ..., model_version: _Optional[int] = ..., plan: _Optional[_Union[_round_pb2.TrainingPlan, _Mapping]] = ..., upload_recipe: _Optional[str] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., run_id: _Optional[str] = ..., uplink_bytes_per_second: _Optional[float] = ..., seed: _Optional[int] = ..., evaluate: _Optional[bool] = ..., local_model: _Optional[_Union[_round_pb2.LocalModel, _Mapping]] = ..., leaf: _Optional[_Union[_round_pb2.LeafInstructions, _Mapping]] = ...) -> None: ...
 
 class PullModelRequest(_message.Message):
-    __slots__ = ("version", "recipe", "offset", "base_version", "sub_model", "base_sha256")
-    VERSION_FIELD_NUMBER: _ClassVar[int]
-    RECIPE_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("worker", "token", "offset", "base_version", "base_sha256", "version")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
-    SUB_MODEL_FIELD_NUMBER: _ClassVar[int]
     BASE_SHA256_FIELD_NUMBER: _ClassVar[int]
-    version: int
-    recipe: str
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    token: str
     offset: int
     base_version: int
-    sub_model: str
     base_sha256: bytes
-    def __init__(self, version: _Optional[int] = ..., recipe: _Optional[str] = ..., offset: _Optional[int] = ..., base_version: _Optional[int] = ..., sub_model: _Optional[str] = ..., base_sha256: _Optional[bytes] = ...) -> None: ...
+    version: int
+    def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ..., offset: _Optional[int] = ..., base_version: _Optional[int] = ..., base_sha256: _Optional[bytes] = ..., version: _Optional[int] = ...) -> None: ...
 
 class PullModelResponse(_message.Message):
     __slots__ = ("header", "chunk")

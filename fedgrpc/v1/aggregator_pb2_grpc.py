@@ -221,15 +221,15 @@ class AggregatorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PullModel(self, request, context):
-        """Streams the encoded bytes of one model version: its manifest first, then chunks from `offset` on.
+        """Streams the encoded bytes of a task's model: its manifest first, then chunks from `offset` on.
         A chunk's data has at most `RegisterResponse.max_chunk_bytes`, and every message fits the 4 MiB that gRPC takes
         by default.
         A pull that broke off goes on with the same request and `offset` set to the bytes held. The caller compares the
         header with the one it got first: with another manifest or `base_version` the bytes held are of another payload,
         and it begins at 0. `offset` may be the payload's size: then the header comes alone.
-        NOT_FOUND: no such version, or a sub-model of a model whose channels nobody has told yet. OUT_OF_RANGE: offset beyond
-        the payload. INVALID_ARGUMENT: a recipe that this run does not use, a `sub_model` that is none, or a digest that
-        is not of 32 bytes. RESOURCE_EXHAUSTED: too many sub-models that no task names.
+        NOT_FOUND: the token is unknown, or there is no such version. PERMISSION_DENIED: the token is another worker's.
+        FAILED_PRECONDITION: the task has ended. OUT_OF_RANGE: offset beyond the payload. INVALID_ARGUMENT: a digest that
+        is not of 32 bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -225,75 +225,49 @@ class AggregatorClient:
                 response = await stream.finish()
         return response is not None and bool(response.complete)
 
-    async def pull(self, folder: ModelFolder, source: Source, report: Report = _ignore) -> HeldModel:
-        """Download `source` into `folder`, from the byte where the last attempt stopped, unless it is held.
+    async def pull(
+        self, folder: ModelFolder, source: Source, token: str = "", report: Report = _ignore
+    ) -> HeldModel:
+        """Download a task's model into `folder`, from the byte where the last attempt stopped, unless it is held.
+
+        `token` is that of the task; without one the version of `source` comes raw.
 
         Raises:
             LinkError: the connection was lost; the bytes received are kept, and the next call resumes there.
             CorruptError: a chunk or the whole payload does not match; the next call resumes or starts over.
-            NotFound: the aggregator has no such version.
+            UnknownTask, RoundClosed, NotFound: the aggregator has no such task any more, or no such version.
             LayoutError, TooLargeError: the manifest is refused.
         """
-        held = folder.held
-        if held is not None and held.source == source and await self._still_sent(folder, held):
-            return held
         offset = await asyncio.to_thread(folder.partial_size_bytes, source) if folder.has_partial else 0
-        if offset:
-            try:
-                pulled = await self._pull_from(folder, source, offset, report)
-            except WrongOffset:
-                pulled = None
-            if pulled is not None:
-                return pulled
-        if folder.has_partial:
-            await asyncio.to_thread(folder.drop_partial)
-        pulled = await self._pull_from(folder, source, 0, report)
-        assert pulled is not None
-        return pulled
-
-    async def _still_sent(self, folder: ModelFolder, held: HeldModel) -> bool:
-        """Return whether the aggregator's payload for `held` is the one held. Only its header travels."""
-        request = aggregator_pb2.PullModelRequest(
-            version=held.version,
-            recipe=held.source.recipe,
-            offset=held.origin.size_bytes,
-            sub_model=held.source.sub_model,
-            base_version=held.version,
-            base_sha256=held.origin.sha256,
-        )
         try:
-            with domain_errors():
-                async with (
-                    self._stall_guard(),
-                    _cancelled_on_exit(self._pull_model(request, metadata=self._metadata)) as call,
-                ):
-                    header = _header_of(await call.read())
-                    return header.base_version == held.version or header.manifest.sha256 == held.origin.sha256
+            return await self._pull_from(folder, source, token, offset, report)
         except WrongOffset:
-            return False
+            if not offset:
+                raise
+        # The aggregator's payload is another than the one whose first bytes are kept here.
+        await asyncio.to_thread(folder.drop_partial)
+        return await self._pull_from(folder, source, token, 0, report)
 
     async def _pull_from(
-        self, folder: ModelFolder, source: Source, offset: int, report: Report
-    ) -> HeldModel | None:
-        """Pull one stream from `offset`; None when the aggregator's payload is not the one kept here."""
-        held = folder.held
-        # A difference needs the same coordinates on both sides: that of another slice means nothing.
-        comparable = held is not None and held.source.sub_model == source.sub_model
-        request = aggregator_pb2.PullModelRequest(
-            version=source.version, recipe=source.recipe, offset=offset, sub_model=source.sub_model
-        )
-        if held is not None and comparable and held.version < source.version:
-            request.base_version = held.version
-            request.base_sha256 = held.origin.sha256
+        self, folder: ModelFolder, source: Source, token: str, offset: int, report: Report
+    ) -> HeldModel:
+        """Pull one stream from `offset`. Raises WrongOffset when its payload is not the one kept here."""
+        request = aggregator_pb2.PullModelRequest(offset=offset)
+        if token:
+            request.worker, request.token = self._worker, token
+        else:
+            request.version = source.version
+        if (base := folder.base_for(source)) is not None:
+            request.base_version, request.base_sha256 = base.version, base.origin.sha256
         with domain_errors():
             async with (
                 self._stall_guard() as moved,
                 _cancelled_on_exit(self._pull_model(request, metadata=self._metadata)) as call,
             ):
                 header = _header_of(await call.read())
+                if base is not None and header.base_version == base.version == source.version:
+                    return base
                 partial = await asyncio.to_thread(folder.open_partial, source, header, offset)
-                if partial is None:
-                    return None
                 try:
                     await self._receive(call, partial, moved, report)
                 finally:

@@ -1,6 +1,6 @@
 """One complete model version on the device's disk, and how its tensors are read.
 
-    about.json       run, version, recipe and slice; of a model that came as a difference its origin and CRC-32
+    about.json       run, version and sub-model; of a model that came as a difference its origin and CRC-32
     header.pb        the `ModelHeader` with the manifest of the payload
     payload          the tensors
     payload.raw      the same in the raw recipe, with header.raw.pb, once somebody has pulled it
@@ -53,11 +53,10 @@ _READ_BYTES: Final = 1 << 20
 
 @dataclass(frozen=True)
 class Source:
-    """Origin of a model: run, version, recipe of the payload, and slice ("": the whole model)."""
+    """Identity of a model: run, version and sub-model ("": the whole model)."""
 
     run: str
     version: int
-    recipe: str
     sub_model: str = ""
 
 
@@ -227,7 +226,7 @@ def read_about(folder: Path) -> tuple[Source, Origin | None, int | None]:
     if not isinstance(about, dict):
         raise ValueError(f"{_ABOUT} is no JSON object")
     sub_model = str(about.get("sub_model", ""))
-    source = Source(str(about["run"]), int(about["version"]), str(about["recipe"]), sub_model)
+    source = Source(str(about["run"]), int(about["version"]), sub_model)
     if "origin_sha256" not in about:
         return source, None, None
     crc = int(about["crc32"]) if "crc32" in about else None

@@ -94,12 +94,10 @@ class TaskFiles:
         self._publisher.enter(Activity.DOWNLOADING)
         if self._download_began[0] != task.token:
             self._download_began = (task.token, time.monotonic())
-        sub_model = task.sub_model
-        slice_text = "" if sub_model.whole else str(sub_model)
-        source = Source(task.run_id, task.model_version, task.download_recipe, slice_text)
+        source = Source(task.run_id, task.model_version, task.sub_model.name)
 
         async def checked() -> HeldModel:
-            held = await self._client.pull(self.models, source, report)
+            held = await self._client.pull(self.models, source, task.token, report)
             await asyncio.to_thread(self.models.check_held)
             return held
 

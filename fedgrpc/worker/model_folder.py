@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 from fedgrpc.codec.layout import TensorRole
 from fedgrpc.codec.manifest import Limits, Manifest
 from fedgrpc.codec.payload import PayloadReader, buffer_reader, file_reader
-from fedgrpc.errors import CodecError, CorruptError, LayoutError, StorageError
+from fedgrpc.errors import CodecError, CorruptError, LayoutError, StorageError, WrongOffset
 from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
 from fedgrpc.storage.files import (
     UNFINISHED,
@@ -129,10 +129,18 @@ class ModelFolder:
                 remove_folder(self._partial)
         self.has_partial = False
 
-    def open_partial(self, source: Source, header: aggregator_pb2.ModelHeader, offset: int) -> PartialModel | None:
-        """Open the download for a stream that starts at `offset`; None when the bytes kept do not fit the stream.
+    def base_for(self, source: Source) -> HeldModel | None:
+        """Return the held model where a difference to it can give `source`, or it is `source` itself."""
+        held = self.held
+        # A difference needs the same coordinates on both sides: that of another sub-model means nothing.
+        fits = held is not None and held.source.sub_model == source.sub_model and held.version <= source.version
+        return held if fits else None
+
+    def open_partial(self, source: Source, header: aggregator_pb2.ModelHeader, offset: int) -> PartialModel:
+        """Open the download for a stream that starts at `offset`.
 
         Raises:
+            WrongOffset: the bytes kept are not of this stream's payload.
             LayoutError, TooLargeError: the header's manifest is refused.
         """
         with storage_errors(self._partial):
@@ -142,7 +150,7 @@ class ModelFolder:
             partial = PartialModel(self._partial, header, self._limits, recycled)
         if partial.size_bytes != offset:
             partial.close()
-            return None
+            raise WrongOffset(f"{partial.size_bytes} bytes of this payload are kept, not {offset}")
         return partial
 
     def _start_partial(self, source: Source, header: aggregator_pb2.ModelHeader) -> None:

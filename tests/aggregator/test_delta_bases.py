@@ -1,17 +1,14 @@
 """What workers hold, kept to make differences to: no file is another's while a difference to it is being made."""
 
-import asyncio
 import io
 
 import numpy as np
 
 from fedgrpc.aggregator.delta_bases import DeltaBases, PayloadSource
-from fedgrpc.aggregator.model_store import Downlink, ModelStore
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.storage.model_file import ModelTensors, write_model
+from fedgrpc.storage.model_file import ModelTensors
 
-INT8 = Recipe.parse("int8")
 # Many, so that a difference takes a while; small ones travel as they are, and are read one by one.
 MODEL = {f"layer{number}": np.full(40, float(number), np.float32) for number in range(2000)}
 LAYOUT = layout_of(MODEL)
@@ -37,18 +34,3 @@ def test_a_form_that_is_read_stays_what_it_is_while_others_are_pruned_and_writte
         assert {float(tensors[name].max()) for name in MODEL} == {1.0}
     bases.prune(frozenset({3}))
     assert not bases.knows(read)
-
-
-async def test_old_versions_go_while_a_difference_to_one_is_being_made(tmp_path):
-    store, held = ModelStore(tmp_path, [Downlink(Recipe.parse("raw"), INT8)]), {0: None}
-    for version in range(1, 5):
-        values = [array + version for array in MODEL.values()]
-        write_model(store.path(version), LAYOUT, values)
-        if version < 4:
-            offered = await store.offered(version, held[version - 1])
-            held[version] = (version, offered.manifest.sha256)
-    making = asyncio.create_task(store.offered(4, held[2]))
-    while not [*tmp_path.glob("encoded/000004-*")]:
-        await asyncio.wait([making], timeout=0.001)
-    await store.prune(frozenset({4}))
-    assert (await making).base_version == 2

@@ -2,12 +2,12 @@
 
 import pytest
 
-from fedgrpc.aggregator.model_store import Downlink
-from fedgrpc.aggregator.negotiation import Negotiation, text_of
+from fedgrpc.aggregator.negotiation import Negotiation
 from fedgrpc.aggregator.registry import Worker
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.history import LinkRates, WorkerHistory
+from fedgrpc.runs.task_context import Downlink
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest, WorkerRecord
 from fedgrpc.v1.tensor_pb2 import COMPRESSION_ZSTD
 
@@ -24,7 +24,9 @@ def worker(encodings=ALL, up=0, down=0, measured_up=(), measured_down=(), zstd=T
 
 def told(negotiation, worker):
     agreed = negotiation.agreed(worker)
-    return agreed.download_text, str(agreed.upload)
+    down = agreed.downlink
+    assert down.difference in (None, down.whole), "the difference has a recipe of its own"
+    return str(down.whole), str(agreed.upload)
 
 
 def test_one_recipe_each_way_is_what_everybody_gets():
@@ -39,7 +41,8 @@ def test_each_direction_goes_by_its_own_rate():
     assert told(auto, worker()) == ("int8+zstd", "int8+zstd")
     assert told(auto, worker(up=1_000_000)) == ("int8+zstd", "entropy:c=8.0+zstd")
     assert told(auto, worker(up=10_000_000)) == ("int8+zstd", "entropy+zstd")
-    assert told(auto, worker(down=1_000_000)) == ("int8+zstd~entropy:c=1.0+zstd", "int8+zstd")
+    slow_down = auto.agreed(worker(down=1_000_000)).downlink
+    assert (str(slow_down.whole), str(slow_down.difference)) == ("int8+zstd", "entropy:c=1.0+zstd")
     assert told(auto, worker(encodings=["int8"], zstd=False)) == ("int8", "int8")
     assert told(auto, worker(encodings=[], zstd=False, down=9)) == ("raw", "raw")
 
@@ -82,33 +85,6 @@ def test_who_lists_nothing_usable_is_told_what_would_be(recipes, lists, why):
     record = WorkerRecord()
     negotiation.tell(one, record)
     assert record.upload_recipe == ""
-
-
-@pytest.mark.parametrize(
-    "recipes",
-    [
-        ("int8+zstd", None),
-        ("raw", None),
-        ("raw", "int8"),
-        ("int8+zstd", "raw"),
-        ("int8+zstd", "entropy:c=1+zstd below 2mbit | raw above 1gbit | int8+zstd"),
-        ("int8 below 2mbit | int8+zstd", "entropy:c=1+zstd below 2mbit | int8"),
-        ("bfloat16", None),
-        ("auto", None),
-    ],
-)
-def test_what_a_worker_was_told_is_understood_when_it_comes_back(recipes):
-    negotiation = Negotiation(*recipes, "raw")
-    assert len(set(negotiation.downlinks)) == len(negotiation.downlinks)
-    for downlink in negotiation.downlinks:
-        assert negotiation.downlink_of(text_of(downlink)) == downlink
-    assert negotiation.downlink_of("float16") is None
-    assert negotiation.downlink_of("int8+zstd~float16") is None
-
-
-def test_a_recipe_of_a_whole_model_alone_is_the_usual_one_with_it():
-    negotiation = Negotiation("int8+zstd", "entropy:c=1+zstd", "raw")
-    assert negotiation.downlink_of("int8+zstd") == negotiation.downlinks[0]
 
 
 @pytest.mark.parametrize(

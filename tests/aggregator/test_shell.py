@@ -31,7 +31,7 @@ class Shell:
         self.coordinator = coordinator
         self.run = coordinator.machine
         self.fleet = coordinator.fleet
-        self.assigner = TaskAssigner(coordinator, self.fleet, coordinator.models, coordinator.local_models)
+        self.assigner = TaskAssigner(coordinator)
         self._polls = polls
 
     async def workers(self, names):
@@ -64,7 +64,7 @@ async def shell_in(folder, **changes):
     """The shell of a run that has recovered what is in the folder."""
     settings = settings_for(folder, **changes)
     make_private(settings.data_dir)
-    models = ModelStore(settings.data_dir, settings.negotiation().downlinks)
+    models = ModelStore(settings.data_dir)
     journal = UploadJournal(settings.data_dir / "uploads", durable=False)
     store = RunStore(settings.data_dir / "run.sqlite")
     coordinator = Coordinator(settings, store, models, journal, Metrics())
@@ -160,7 +160,7 @@ async def test_a_task_is_stored_before_its_worker_hears_of_it(tmp_path):
         assert set(shell.run.leases) == {"a", "b"}
         assert {task.token for task in (await shell.stored()).tasks} == set(shell.run.leases.values())
         context = shell.run.current.context(shell.token("a"))
-        assert (context.recipes.download, context.recipes.upload) == ("raw", "raw")
+        assert (str(context.agreed.downlink.whole), str(context.agreed.upload)) == ("raw", "raw")
         assert context.download_bytes > 0
 
 
@@ -177,13 +177,13 @@ async def test_tasks_that_cannot_be_stored_are_offered_to_nobody(tmp_path):
 async def test_a_round_that_has_ended_meanwhile_gives_out_no_task(tmp_path):
     async with shell_in(tmp_path) as shell:
         await shell.workers("ab")
-        select, offered = shell.open(), shell.coordinator.models.offered
+        select, get = shell.open(), shell.coordinator.encoded_models.get
 
         async def slowly(*about):
             await shell.coordinator.stop("by hand")
-            return await offered(*about)
+            return await get(*about)
 
-        shell.coordinator.models.offered = slowly
+        shell.coordinator.encoded_models.get = slowly
         await shell.assigner.select(select)
         assert (shell.run.leases, await shell.stored()) == ({}, None)
 
@@ -236,7 +236,7 @@ async def test_a_restart_goes_on_in_the_open_round_with_who_holds_which_task(tmp
         assert shell.run.leases == {"b": leases["b"]}
         assert shell.run.current.report(leases["a"]).example_count == 5
         context = shell.run.current.context(leases["b"])
-        assert (context.recipes.upload, context.download_bytes > 0) == ("raw", True)
+        assert (str(context.agreed.upload), context.download_bytes > 0) == ("raw", True)
 
 
 async def test_a_run_that_was_ended_stays_so_and_one_with_more_rounds_goes_on(tmp_path):

@@ -40,10 +40,10 @@ AGGREGATOR = {
     "importing-the-initial-model": Point(f"{_STORAGE}.run_store:RunStore.save_version"),
     "register-not-stored": Point(f"{_STORAGE}.run_store:RunStore.save_worker", count=2),
     "register-stored-not-answered": Point(f"{_STORAGE}.run_store:RunStore.save_worker", "after", count=2),
-    "poll-waiting": Point(f"{_AGGREGATOR}.coordinator:Coordinator._assignment", "after", count=7),
+    "poll-waiting": Point(f"{_AGGREGATOR}.coordinator:Coordinator._token_for", "after", count=7),
     "tasks-chosen-not-stored": Point(f"{_STORAGE}.run_store:RunStore.save_open_round", count=2),
     "tasks-stored-not-offered": Point(f"{_STORAGE}.run_store:RunStore.save_open_round", "after", count=2),
-    "encoding-the-model": Point(f"{_AGGREGATOR}.model_store:_write", "after", count=2),
+    "encoding-the-model": Point(f"{_AGGREGATOR}.encoded_models:_write", "after", count=2),
     "mid-pull": Point(f"{_AGGREGATOR}.chunk_cache:ChunkCache._message", "after", _behind_the_first_chunk, count=2),
     "push-between-bytes-and-their-count": Point(
         f"{_STORAGE}.resumable:pwrite", "before", _head_of_an_upload, count=8
@@ -65,7 +65,7 @@ AGGREGATOR = {
     "within-the-transaction": Point(f"{_STORAGE}.run_store:RunStore._insert_version", "after", count=3),
     "after-the-transaction": Point(f"{_STORAGE}.run_store:RunStore.finish_round", "after", count=2),
     "half-the-updates-removed": Point("fedgrpc.storage.files:RecycledFiles.keep", "after", count=5),
-    "before-old-versions-go": Point(f"{_AGGREGATOR}.model_store:ModelStore._remove_files", count=2),
+    "before-old-versions-go": Point(f"{_AGGREGATOR}.encoded_models:EncodedModels._remove_files", count=2),
     "keeping-an-evaluators-scores": Point(f"{_STORAGE}.run_store:RunStore.add_scores", count=2),
     "draining": Point(
         "grpc_health.v1._async:HealthServicer.enter_graceful_shutdown",

@@ -98,7 +98,7 @@ class Steadfast:
         version, kept = self._pulled
         if version != task.model_version:
             kept = b""
-        request = pb.PullModelRequest(version=task.model_version, recipe=task.download_recipe, offset=len(kept))
+        request = pb.PullModelRequest(worker=device.name, token=task.token, offset=len(kept))
         async for message in device.stub.PullModel(request):
             if message.HasField("header"):
                 manifest = manifest_from_proto(message.header.manifest)

@@ -87,41 +87,18 @@ async def test_a_phase_that_is_not_a_workers_to_say_is_refused(tmp_path):
 async def test_impossible_wishes_for_a_model_are_refused(tmp_path):
     async with two_devices(tmp_path) as (running, bad, task, good, good_task):
         with refused("NOT_FOUND", "there is no model version 18446744073709551615 here", "NotFound"):
-            await bad.pull(2**64 - 1)
+            await bad.pull(version=2**64 - 1)
         with refused("OUT_OF_RANGE", "offset 9000 is beyond the payload of 8168 bytes", "WrongOffset"):
-            await bad.pull(1, offset=9000)
-        for recipe in ("telepathy", "float16", "raw" + ";a=raw" * 5000):
-            with refused("INVALID_ARGUMENT", "do not come as", "UsageError"):
-                await bad.pull(1, recipe=recipe)
+            await bad.pull(task, offset=9000)
+        with refused("NOT_FOUND", "", "UnknownTask"):
+            await bad.pull(pb.Task(token="unknown"))
+        with refused("PERMISSION_DENIED", "the token belongs to another worker", "WrongIdentity"):
+            await bad.pull(good_task)
         for sha256 in (b"a", bytes(31), bytes(33), bytes(10_000)):
             with refused("INVALID_ARGUMENT", "32 bytes", "LayoutError"):
-                await bad.pull(1, base=(1, sha256))
+                await bad.pull(task, base=(1, sha256))
             with refused("INVALID_ARGUMENT", "32 bytes", "LayoutError"):
                 await bad.poll(held=(1, sha256))
-        with refused("NOT_FOUND", "channels of this model are not known", "NotFound"):
-            await bad.pull(1, sub_model="prefix:0.5")
-        for text in (
-            "half",
-            "prefix:2",
-            "prefix:nan",
-            "rolling:x:0.5",
-            f"rolling:{2**70}:0.5",
-            "prefix:0.5:0.5:1",
-        ):
-            with refused("INVALID_ARGUMENT", ""):
-                await bad.pull(1, sub_model=text)
-        await finishes_with_both(running, bad, task, good, good_task)
-
-
-async def test_no_caller_decides_in_which_recipes_a_version_is_kept(tmp_path):
-    async with two_devices(tmp_path, download_recipe="raw+zstd:3") as (running, bad, task, good, good_task):
-        for recipe in ("raw+zstd:4", "float16", f"raw+zstd:3;x to {'0' * 64} or y=raw", "raw+zstd:3 held"):
-            with refused("INVALID_ARGUMENT", "do not come as", "UsageError"):
-                await bad.pull(1, recipe=recipe)
-        for recipe in ("", "raw", "raw+zstd:3"):
-            await bad.pull(1, recipe=recipe)
-        assert len(list((running.settings.data_dir / "encoded").iterdir())) == 1
-        assert (await good.model(1, "raw+zstd:3"))["n"] == 3
         await finishes_with_both(running, bad, task, good, good_task)
 
 

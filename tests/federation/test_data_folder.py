@@ -229,7 +229,7 @@ async def test_a_model_that_no_encoding_of_the_run_can_hold_travels_as_it_is(tmp
         a, b = await running.device("a"), await running.device("b")
         for _ in range(2):
             tasks = await asyncio.gather(a.task(), b.task())
-            model = await a.model(tasks[0].model_version, tasks[0].download_recipe)
+            model = await a.model(tasks[0])
             await asyncio.gather(*(d.push(t, update_of(70_000.0)) for d, t in zip((a, b), tasks, strict=True)))
         np.testing.assert_array_equal(model["w"], running.weights(2)["w"])
         await running.until_finished()
@@ -255,7 +255,7 @@ async def test_updates_whose_sum_is_not_finite_cost_their_round_and_not_the_mode
 
 async def test_old_files_that_cannot_be_removed_hold_up_no_round(tmp_path, monkeypatch):
     async with running_aggregator(tmp_path, rounds=3, keep_versions=1) as running:
-        models = running.aggregator.coordinator.models
+        models = running.aggregator.coordinator.encoded_models
         prune, tries = models.prune, []
 
         async def fails(keep, *also):
@@ -362,11 +362,11 @@ async def test_an_optimizer_state_that_has_changed_is_named_at_the_start(tmp_pat
 async def test_an_encoded_model_that_changed_on_the_disk_is_not_sent_again_and_again(
     tmp_path, monkeypatch, recipe
 ):
-    monkeypatch.setattr("fedgrpc.aggregator.model_store._LOOK_INTERVAL_S", 0.0)
+    monkeypatch.setattr("fedgrpc.aggregator.encoded_models._LOOK_INTERVAL_S", 0.0)
     async with running_aggregator(tmp_path, download_recipe=recipe) as running:
         a, b = await running.device("a"), await running.device("b")
         a_task, _ = await asyncio.gather(a.task(), b.task())
-        _, good = await a.pull(1, a_task.download_recipe)
+        _, good = await a.pull(a_task)
         data_dir = running.settings.data_dir
         path = next((data_dir / "encoded").glob("*.payload"), data_dir / "models" / "000001.safetensors")
         content = path.read_bytes()
@@ -374,10 +374,10 @@ async def test_an_encoded_model_that_changed_on_the_disk_is_not_sent_again_and_a
             file.seek(len(content) - 3)
             file.write(bytes([content[-3] ^ 0x40]))
         with refused("INTERNAL", "changed on the disk", "StorageError"):
-            await a.pull(1, a_task.download_recipe)
+            await a.pull(a_task)
         if recipe == "raw":
             with refused("INTERNAL", "is corrupt", "StorageError"):
-                await a.pull(1, a_task.download_recipe)
+                await a.pull(a_task)
             path.write_bytes(content)
-        _, again = await a.pull(1, a_task.download_recipe)
+        _, again = await a.pull(a_task)
         assert again == good

@@ -34,14 +34,13 @@ def initial_model(tmp_path):
 class Holder:
     """A device by hand that keeps what it pulled, as a worker does."""
 
-    def __init__(self, device, recipe="int8+zstd"):
+    def __init__(self, device):
         self.device = device
-        self.recipe = recipe
         self.key = (0, b"")
         self.weights = {}
 
-    async def pull(self, version, offset=0):
-        header, payload = await self.device.pull(version, self.recipe, offset, base=self.key)
+    async def pull(self, task, offset=0):
+        header, payload = await self.device.pull(task, offset, base=self.key)
         if not offset:
             self._take(header, payload)
         return header, payload
@@ -72,7 +71,7 @@ def an_update(seed, size=0.01):
 async def a_round(holder, seed, size=0.01):
     """Pull what the task names, push an update."""
     task = await holder.device.task(held=holder.key)
-    header, payload = await holder.pull(task.model_version)
+    header, payload = await holder.pull(task)
     await holder.device.push(task, an_update(seed, size))
     return header, payload
 
@@ -142,14 +141,14 @@ async def test_a_restart_changes_nothing_for_those_who_hold_a_version(tmp_path):
         await a_round(holder, 1)
         await running.until_ended(1)
         task = await holder.device.task()
-        before, payload = await holder.device.pull(2, "int8+zstd", base=holder.key)
+        before, payload = await holder.device.pull(task, base=holder.key)
     async with running_aggregator(tmp_path, rounds=3, policy=ALONE, **INT8) as running:
         holder.device = await running.device("a")
         task = await holder.device.task(held=holder.key)
         # The same bytes, so that a download that was cut off goes on.
-        after, tail = await holder.pull(2, offset=100)
+        after, tail = await holder.pull(task, offset=100)
         assert (after, tail) == (before, payload[100:])
-        header, _ = await holder.pull(2)
+        header, _ = await holder.pull(task)
         assert header.base_version == 1
         for name, values in held_on_disk(running, 2)[header.manifest.sha256].items():
             np.testing.assert_array_equal(holder.weights[name], values)
@@ -167,21 +166,30 @@ async def test_a_form_that_is_damaged_or_unknown_costs_a_whole_model_and_no_more
     path.write_bytes(content)
     async with running_aggregator(tmp_path, rounds=3, policy=ALONE, **INT8) as running:
         holder.device = await running.device("a")
+        task = await holder.device.task()
         for key in [holder.key, (1, b"\x00" * 32), (1, b""), (7, holder.key[1]), (0, b"")]:
-            header, _ = await holder.device.pull(2, "int8+zstd", base=key)
+            header, _ = await holder.device.pull(task, base=key)
             assert (header.version, header.base_version) == (2, 0)
 
 
 async def test_a_worker_that_missed_versions_gets_the_difference_to_what_it_holds(tmp_path):
     recipes = {"download_recipe": "int8+zstd", "difference_recipe": "entropy:c=1+zstd"}
-    policy = {**ALONE, "selection_window_s": 0.1}
+    policy = {"min_workers": 2, "quorum": 1}
     async with running_aggregator(tmp_path, rounds=5, policy=policy, **recipes) as running:
         steady, away = Holder(await running.device("a")), Holder(await running.device("b"))
-        _, whole = await away.pull(1)
-        for number in (1, 2):
-            await a_round(steady, number)
+        for number in (1, 2, 3):
+            task, missed = await asyncio.gather(
+                steady.device.task(held=steady.key), away.device.task(held=away.key)
+            )
+            await steady.pull(task)
+            if number == 1:
+                _, whole = await away.pull(missed)
+            if number == 3:
+                header, payload = await away.pull(missed)
+                break
+            await steady.device.push(task, an_update(number))
+            await away.device.give_back(missed)
             await running.until_ended(number)
-        header, payload = await away.pull(3)
         assert (header.base_version, header.version) == (1, 3)
         assert len(payload) < len(whole) / 2
         # One step of c = 1 is one RMS of the difference.
@@ -193,8 +201,9 @@ async def test_what_is_held_of_the_wanted_version_itself_is_not_sent_again(tmp_p
         holder = Holder(await running.device("a"))
         await a_round(holder, 1)
         await running.until_ended(1)
-        await holder.pull(2)
-        header, payload = await holder.pull(2)
+        task = await holder.device.task()
+        await holder.pull(task)
+        header, payload = await holder.pull(task)
         assert (header.base_version, header.version, payload) == (2, 2, b"")
         assert not header.manifest.entries
 
@@ -208,12 +217,12 @@ async def test_a_recipe_may_treat_the_last_layer_and_vectors_otherwise_in_models
     async with running_aggregator(tmp_path, rounds=2, policy=ALONE, download_recipe=recipe) as running:
         device = await running.device("a")
         task = await device.task()
-        whole, _ = await device.pull(1, task.download_recipe)
+        whole, _ = await device.pull(task)
         await device.push(task, {name: values / 100 for name, values in model.items()})
         await running.until_ended(1)
         held = (1, whole.manifest.sha256)
         task = await device.task(held=held)
-        difference, _ = await device.pull(2, task.download_recipe, base=held)
+        difference, _ = await device.pull(task, base=held)
     assert (whole.base_version, difference.base_version) == (0, 1)
     for header in (whole, difference):
         specs = {entry.tensor.name: entry.encoding.spec for entry in header.manifest.entries}
@@ -228,7 +237,7 @@ async def test_a_recipe_may_treat_the_last_layer_and_vectors_otherwise_in_models
 async def test_a_difference_larger_than_the_model_is_not_sent(tmp_path):
     recipes = {"download_recipe": "int8", "difference_recipe": "float16"}
     async with running_aggregator(tmp_path, rounds=2, policy=ALONE, **recipes) as running:
-        holder = Holder(await running.device("a"), "int8")
+        holder = Holder(await running.device("a"))
         await a_round(holder, 1)
         header, _ = await a_round(holder, 2)
         assert (header.version, header.base_version) == (2, 0)
@@ -237,31 +246,12 @@ async def test_a_difference_larger_than_the_model_is_not_sent(tmp_path):
 
 async def test_a_lossless_downlink_is_the_version_itself_and_keeps_no_forms(tmp_path):
     async with running_aggregator(tmp_path, rounds=2, policy=ALONE, download_recipe="raw") as running:
-        holder = Holder(await running.device("a"), "raw")
+        holder = Holder(await running.device("a"))
         await a_round(holder, 1)
         header, _ = await a_round(holder, 2)
         assert header.base_version == 0
         assert holder.is_off_by(running.weights(2)) == 0
         assert not held_on_disk(running, 2)
-
-
-async def test_few_forms_are_kept_of_each_version_whatever_workers_hold(tmp_path):
-    async with running_aggregator(tmp_path, rounds=9, keep_versions=3, policy=ALONE, **INT8) as running:
-        device = await running.device("a")
-        steady, others = Holder(device), []
-        for number in range(1, 9):
-            # Each of these comes once, and again with a base that no one else has.
-            others.append(Holder(device))
-            for other in others:
-                await other.pull(number)
-            await a_round(steady, number)
-            await running.until_ended(number)
-        kept = [path.name for path in (tmp_path / "aggregator" / "delta-bases").glob("*.safetensors")]
-        versions = [int(name.partition("-")[0]) for name in kept]
-        assert set(versions) <= {6, 7, 8, 9}
-        assert max(map(versions.count, versions)) <= 4
-        for other in others:
-            assert other.is_off_by(running.weights(8)) < 0.04
 
 
 def test_a_difference_encoding_whose_errors_would_grow_is_refused(tmp_path):
@@ -272,26 +262,31 @@ def test_a_difference_encoding_whose_errors_would_grow_is_refused(tmp_path):
 async def test_a_device_that_holds_a_sum_keeps_it_through_its_restart_and_asks_for_nothing_twice(tmp_path):
     async with running_aggregator(tmp_path, rounds=3, policy=ALONE, **INT8) as running:
         run_id = (await running.run()).id
-        steady = Holder(await running.device("a"))
-
-        def source(version):
-            return Source(run_id, version, "int8+zstd")
+        device = await running.device("b")
 
         async with open_channel(running.address) as channel:
             client, folder = AggregatorClient(channel, "b"), ModelFolder(tmp_path / "model")
-            await client.pull(folder, source(1))
-            await a_round(steady, 1)
-            await running.until_ended(1)
-            held = await client.pull(folder, source(2))
+
+            async def pulled(task, folder):
+                return await client.pull(folder, Source(run_id, task.model_version), task.token)
+
+            async def ended(task):
+                await device.push(task, an_update(task.round))
+                await running.until_ended(task.round)
+                return await device.task()
+
+            task = await device.task()
+            await pulled(task, folder)
+            task = await ended(task)
+            held = await pulled(task, folder)
             assert held.origin.sha256 != held.manifest.sha256
             for name, values in held_on_disk(running, 2)[held.origin.sha256].items():
                 np.testing.assert_array_equal(held.weights()[name], values)
-            assert await client.pull(folder, source(2)) is held
+            assert await pulled(task, folder) is held
             again = ModelFolder(tmp_path / "model")
             assert (again.held.source, again.held.origin) == (held.source, held.origin)
-            assert await client.pull(again, source(2)) is again.held
-            await a_round(steady, 2)
-            await running.until_ended(2)
-            assert (await client.pull(again, source(3))).origin.sha256 in held_on_disk(running, 3)
+            assert await pulled(task, again) is again.held
+            task = await ended(task)
+            assert (await pulled(task, again)).origin.sha256 in held_on_disk(running, 3)
             names = {path.name for path in (tmp_path / "model").iterdir() if path.name.isdigit()}
             assert names == {"00000003"}

@@ -261,7 +261,7 @@ async def test_a_version_that_a_carried_task_starts_from_is_kept(tmp_path):
             tasks = await open_next(running, a, b)
             await asyncio.gather(a.push(tasks[0]), b.push(tasks[1]))
             await running.until_ended(tasks[0].round)
-        header, _ = await late.pull(task.model_version)
+        header, _ = await late.pull(task)
         assert header.version == 1
         assert (await late.push(task)).complete
         tasks = await open_next(running, a, b)
@@ -270,7 +270,7 @@ async def test_a_version_that_a_carried_task_starts_from_is_kept(tmp_path):
         assert tasks_of(await running.round(4))["late"].staleness == 3
         assert running.weights(5) is not None
         with refused("NOT_FOUND", ""):
-            await late.pull(1)
+            await late.pull(version=1)
 
 
 BUFFER = {**WINDOW, "buffer_size": 2}

@@ -74,7 +74,7 @@ async def federate(running, tmp_path, **workers):
 
 def recipes_of(rounds, worker):
     records = [task for it in rounds for task in it.tasks if task.worker == worker and it.kind == TASK_KIND_TRAIN]
-    return [(task.download_recipe, task.upload_recipe) for task in records]
+    return [(task.download_recipe, task.difference_recipe, task.upload_recipe) for task in records]
 
 
 def same(one, other):
@@ -98,9 +98,9 @@ async def test_a_slow_worker_and_a_fast_one_travel_in_different_encodings_and_bo
         workers = {it.worker: it for it in (await running.stub.ListWorkers(pb.ListWorkersRequest())).workers}
         versions = {number: running.weights(number) for number in range(1, 8)}
         forms = {number: held_on_disk(running, number) for number in range(1, 7)}
-    assert set(recipes_of(rounds, "slow")) == {(f"int8+zstd~{COARSE}", COARSE)}
-    assert set(recipes_of(rounds, "fast")) == {(FINE, FINE)}
-    assert set(recipes_of(rounds, "spare")) == {("raw", "raw")}
+    assert set(recipes_of(rounds, "slow")) == {("int8+zstd", COARSE, COARSE)}
+    assert set(recipes_of(rounds, "fast")) == {(FINE, FINE, FINE)}
+    assert set(recipes_of(rounds, "spare")) == {("raw", "", "raw")}
     assert [len(it.tasks) for it in rounds if it.kind == TASK_KIND_TRAIN] == [3] * 6
     by_worker = {task.worker: task for task in rounds[4].tasks}
     up = {name: task.upload_bytes for name, task in by_worker.items()}
@@ -138,14 +138,14 @@ async def test_a_link_is_known_by_what_went_over_it_and_after_a_restart_still(tm
     async with running_aggregator(tmp_path, rounds=3, **how) as running:
         await federate(running, tmp_path, slow=(Approaches(1, columns), slow))
         first, *others = recipes_of(await running.rounds(), "slow")
-    assert first == (FINE, FINE)
-    assert others == [(f"int8+zstd~{COARSE}", COARSE)] * 2
+    assert first == (FINE, FINE, FINE)
+    assert others == [("int8+zstd", COARSE, COARSE)] * 2
     async with running_aggregator(tmp_path, rounds=4, **how) as running:
         (known,) = (await running.stub.ListWorkers(pb.ListWorkersRequest())).workers
         for rate in (known.uplink_bytes_per_second, known.downlink_bytes_per_second):
             assert 0 < rate <= 80_000
         await federate(running, tmp_path, slow=(Approaches(1, columns), slow))
-        assert recipes_of(await running.rounds(), "slow")[-1] == (f"int8+zstd~{COARSE}", COARSE)
+        assert recipes_of(await running.rounds(), "slow")[-1] == ("int8+zstd", COARSE, COARSE)
 
 
 async def test_recipes_are_those_of_the_task_for_as_long_as_it_lasts(tmp_path):
@@ -153,7 +153,7 @@ async def test_recipes_are_those_of_the_task_for_as_long_as_it_lasts(tmp_path):
     async with running_aggregator(tmp_path, rounds=2, policy=one_alone, **BY_LINK) as running:
         device = await running.device("a", device={"uplink_bits_per_second": 9_000})
         task = await device.task()
-        assert (task.download_recipe, task.upload_recipe) == (FULL[FINE], FULL[COARSE])
+        assert task.upload_recipe == FULL[COARSE]
         assert task.uplink_bytes_per_second == 9_000 / 8
         # It says something else of itself now, and polls again for the same task.
         await device.register(device={"uplink_bits_per_second": 9_000_000})

@@ -25,7 +25,7 @@ async def test_whatever_the_processes_write_is_for_their_user_alone(tmp_path):
 async def test_folders_are_private_whatever_the_umask_of_the_process_that_makes_them(tmp_path):
     async with running_aggregator(tmp_path) as running:
         device = await running.device("a")
-        await device.pull(1)
+        await device.pull(version=1)
         for name in (".", "models", "encoded", "delta-bases", "uploads", "uploads/recycled"):
             folder = running.settings.data_dir / name
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700, folder

@@ -132,7 +132,7 @@ async def test_an_initial_model_with_bools_of_other_bytes_is_taken_as_torch_take
     async with running_aggregator(tmp_path, **settings) as running:
         device = await running.device("a")
         task = await device.task()
-        assert (await device.model(task.model_version))["m"].tolist() == [False, True, True, True]
+        assert (await device.model(task))["m"].tolist() == [False, True, True, True]
 
 
 async def test_an_update_whose_roles_are_others_is_refused(tmp_path):

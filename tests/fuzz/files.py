@@ -213,7 +213,7 @@ def _held() -> dict[str, bytes]:
     header = aggregator_pb2.ModelHeader(version=3, manifest=manifest_to_proto(manifest))
     with tempfile.TemporaryDirectory() as folder:
         models = ModelFolder(Path(folder))
-        partial = models.open_partial(Source(_RUN, 3, "raw"), header, 0)
+        partial = models.open_partial(Source(_RUN, 3), header, 0)
         assert partial is not None
         partial.append([Chunk(0, payload, crc32(payload))])
         held = models.finish(partial)

@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError, Message
 from fedgrpc.aggregation import partial_aggregate, partial_update
 from fedgrpc.aggregation.admission import AdmissionPolicy, check_values
 from fedgrpc.aggregation.mean import CoordinateMean
-from fedgrpc.aggregator.negotiation import Negotiation, full_text
+from fedgrpc.aggregator.negotiation import Negotiation
 from fedgrpc.aggregator.registry import Worker, WorkerRegistry
 from fedgrpc.aggregator.settings import Target as RunTarget
 from fedgrpc.codec.chunk import Chunk, check_chunk, crc32
@@ -201,9 +201,8 @@ def _recipe(text: str) -> None:
 
 
 _READERS_OF_TEXT: Final[tuple[Callable[[str], object], ...]] = (
-    *(_recipe, parse_encoding, parse_preferences, full_text, plan_messages.parse_sub_model),
+    *(_recipe, parse_encoding, parse_preferences, plan_messages.parse_sub_model),
     *(SubModel.parse, Session.parse, RunTarget.parse, parse_partition, parse_part),
-    lambda text: _negotiation().downlink_of(text),
 )
 
 
@@ -409,7 +408,7 @@ def registrations(rnd: Random, folder: Path) -> None:
     registration = _one_of(_registrations(), rnd)
     WorkerRegistry(10, 5.0).check(registration)
     worker = Worker(registration, 0.0)
-    full_text(_negotiation().agreed(worker).download_text)
+    _negotiation().agreed(worker)
     _negotiation().tell(worker, aggregator_pb2.WorkerRecord())
 
 

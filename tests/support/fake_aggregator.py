@@ -46,7 +46,6 @@ def train_task(token="t1", version=1, kind=round_pb2.TASK_KIND_TRAIN, **changes)
         "round": 1,
         "plan": round_pb2.TrainingPlan(epochs=1),
         "seed": 5,
-        "download_recipe": "raw",
         "upload_recipe": "raw",
         **changes,
     }
@@ -71,6 +70,7 @@ class FakeAggregator(aggregator_pb2_grpc.AggregatorServicer):
     def __init__(self, models=None, *, tasks=(), ends=True):
         self.models = models or {}
         self.tasks = list(tasks)
+        self.recipe = "raw"
         self.ends = ends
         self.registered = {}
         self.uploads = {}
@@ -148,7 +148,7 @@ class FakeAggregator(aggregator_pb2_grpc.AggregatorServicer):
             return aggregator_pb2.PollTaskResponse(task=self.tasks[0])
         return aggregator_pb2.PollTaskResponse(run_ended=True)
 
-    def payload(self, version, recipe, base_version=0):
+    def payload(self, version, base_version=0):
         tensors = self.models[version]
         if base_version and self.deltas.get(version) == base_version:
             base = self.models[base_version]
@@ -156,7 +156,7 @@ class FakeAggregator(aggregator_pb2_grpc.AggregatorServicer):
         else:
             base_version = 0
         out = io.BytesIO()
-        manifest = write_payload(tensors, Recipe.parse(recipe or "raw"), out, np.random.default_rng(version))
+        manifest = write_payload(tensors, Recipe.parse(self.recipe), out, np.random.default_rng(version))
         header = aggregator_pb2.ModelHeader(
             version=version, manifest=manifest_to_proto(manifest), base_version=base_version
         )
@@ -164,12 +164,17 @@ class FakeAggregator(aggregator_pb2_grpc.AggregatorServicer):
 
     async def PullModel(self, request, context):
         await self.note("PullModel")
-        if request.version not in self.models:
-            raise NotFound(f"no model version {request.version}")
-        header, data = self.payload(request.version, request.recipe, request.base_version)
+        version = {task.token: task.model_version for task in self.tasks}.get(request.token)
+        if version is None:
+            raise UnknownTask("no lease is held under this token")
+        if version not in self.models:
+            raise NotFound(f"no model version {version}")
+        header, data = self.payload(version, request.base_version)
+        if (request.base_version, request.base_sha256) == (version, header.manifest.sha256):
+            header, data = aggregator_pb2.ModelHeader(version=version, base_version=version), b""
         if request.offset > len(data):
             raise WrongOffset("beyond the payload")
-        self.pulled.append((request.version, request.offset, header.base_version))
+        self.pulled.append((version, request.offset, header.base_version))
         yield aggregator_pb2.PullModelResponse(header=header)
         for offset in range(request.offset, len(data), CHUNK_BYTES):
             await self.note("PullModel.chunk")

@@ -116,10 +116,15 @@ class HandDrivenDevice:
         request = pb.ReportFailureRequest(worker=worker or self.name, token=task.token, reason=reason)
         return await self.stub.ReportFailure(request)
 
-    async def pull(self, version=0, recipe="raw", offset=0, sub_model="", base=(0, b"")):
-        """(header, payload) of a model version, or of its difference to `base`: (version, sha256)."""
-        request = pb.PullModelRequest(version=version, recipe=recipe, offset=offset, sub_model=sub_model)
+    async def pull(self, task=None, offset=0, base=(0, b""), version=0, worker=None):
+        """(header, payload) of a task's model, or of its difference to `base`: (version, sha256).
+
+        Without a task: of a version as it is.
+        """
+        request = pb.PullModelRequest(version=version, offset=offset)
         request.base_version, request.base_sha256 = base
+        if task is not None:
+            request.worker, request.token = worker or self.name, task.token
         header, payload = None, bytearray()
         async for message in self.stub.PullModel(request):
             if message.WhichOneof("content") == "header":
@@ -130,8 +135,8 @@ class HandDrivenDevice:
                 payload += message.chunk.data
         return header, bytes(payload)
 
-    async def model(self, version=0, recipe="raw"):
-        header, payload = await self.pull(version, recipe)
+    async def model(self, task=None, version=0):
+        header, payload = await self.pull(task, version=version)
         return tensors_of(PayloadReader(manifest_from_proto(header.manifest), buffer_reader(payload)))
 
 

@@ -31,16 +31,17 @@ ALONE = {"min_workers": 1}
 @pytest.mark.parametrize("recipe", ["raw", "raw+zstd", "int8"])
 async def test_a_download_goes_on_at_any_byte(tmp_path, recipe):
     async with running_aggregator(tmp_path, policy=ALONE, download_recipe=recipe) as running:
-        device = HandDrivenDevice(running.stub, "a")
-        header, payload = await device.pull(1, recipe)
+        device = await running.device("a")
+        task = await device.task()
+        header, payload = await device.pull(task)
         size = len(payload)
         offsets = {0, 1, 2047, 2048, size // 2, size - 1, size, *random.Random(1).sample(range(size), 20)}
         for offset in sorted(offsets):
-            again, rest = await device.pull(1, recipe, offset)
+            again, rest = await device.pull(task, offset)
             assert again == header
             assert rest == payload[offset:]
         with refused("OUT_OF_RANGE", f"offset {size + 1} is beyond the payload of {size} bytes"):
-            await device.pull(1, recipe, size + 1)
+            await device.pull(task, size + 1)
 
 
 async def test_a_download_of_many_chunks_goes_on_beside_their_borders(tmp_path):
@@ -53,7 +54,7 @@ async def test_a_download_of_many_chunks_goes_on_beside_their_borders(tmp_path):
         payload = large.tobytes()
         for border in range(0, len(payload), CHUNK_BYTES):
             for offset in {max(0, border - 1), border, border + 1}:
-                _, rest = await device.pull(1, "raw", offset)
+                _, rest = await device.pull(version=1, offset=offset)
                 assert rest == payload[offset:]
 
 
@@ -275,7 +276,7 @@ async def test_a_reader_that_stops_reading_keeps_nobody_from_the_model(tmp_path)
     async with running_aggregator(tmp_path, policy=ALONE) as running:
         stuck = running.stub.PullModel(pb.PullModelRequest(version=1))
         await stuck.read()
-        _, payload = await HandDrivenDevice(running.stub, "a").pull(1)
+        _, payload = await HandDrivenDevice(running.stub, "a").pull(version=1)
         assert payload == large.tobytes()
         rest = bytearray()
         while (message := await stuck.read()) is not grpc.aio.EOF:
@@ -290,7 +291,7 @@ async def test_a_reader_that_leaves_is_no_error_and_costs_nothing_any_more(tmp_p
     save_file({"w": large}, tmp_path / "initial.safetensors")
     with structlog.testing.capture_logs() as logs:
         async with running_aggregator(tmp_path, policy=ALONE) as running:
-            cache = running.aggregator.coordinator.models.chunk_cache
+            cache = running.aggregator.coordinator.encoded_models.chunk_cache
             alone_bytes = cache.message_bytes
             async with open_channel(running.address) as channel:
                 stub = aggregator_pb2_grpc.AggregatorStub(channel)

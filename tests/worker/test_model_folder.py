@@ -38,7 +38,7 @@ def pulled(folder, version, recipe, base=0, **told):
     out = io.BytesIO()
     manifest = write_payload(model(version), Recipe.parse(recipe), out, np.random.default_rng(0))
     header = ModelHeader(version=version, manifest=manifest_to_proto(manifest), base_version=base, **told)
-    partial = folder.open_partial(Source("run", version, recipe), header, 0)
+    partial = folder.open_partial(Source("run", version), header, 0)
     partial.append([Chunk(0, out.getvalue(), zlib.crc32(out.getvalue()))])
     return folder.finish(partial)
 
@@ -145,8 +145,8 @@ def test_a_version_with_other_tensors_than_the_one_before_it_is_refused(tmp_path
     huge = TensorEntry(TensorSpec("w", "float32", (1 << 30,)), parse_encoding("entropy"), 8)
     header = ModelHeader(version=2, manifest=manifest_to_proto(Manifest((huge,), "none", (), 8, bytes(32))))
     with pytest.raises(LayoutError, match="version 2"):
-        folder.open_partial(Source("run", 2, "raw"), header, 0)
-    folder.open_partial(Source("another run", 2, "raw"), header, 0).close()
+        folder.open_partial(Source("run", 2), header, 0)
+    folder.open_partial(Source("another run", 2), header, 0).close()
 
 
 def test_a_model_that_does_not_fit_into_the_devices_memory_is_refused(tmp_path):

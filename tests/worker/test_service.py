@@ -100,7 +100,7 @@ async def test_before_the_first_task_there_is_no_model_to_pull(tmp_path):
 @pytest.mark.parametrize("recipe", ["raw", "raw+zstd", "int8+zstd"])
 async def test_an_application_pulls_the_held_model_raw_and_resumes_anywhere(tmp_path, recipe):
     peer = FakeAggregator({1: model(1)}, ends=False)
-    peer.tasks = [train_task(download_recipe=recipe)]
+    peer.tasks, peer.recipe = [train_task()], recipe
     async with served(peer, tmp_path) as (stub, _, _, _):
         await peer.until(lambda: "t1" in peer.uploads and peer.uploads["t1"].complete)
         header, data = await pull(stub)

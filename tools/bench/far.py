@@ -67,8 +67,8 @@ async def _exchange(port: int, width: int, folder: Path) -> tuple[float, float]:
         registration = await client.register(detect(), Role.TRAINER)
         while (polled := await client.poll(5.0, None)).task is None:
             pass
-        source = Source(registration.run_id, polled.task.model_version, "raw")
-        down_s = await _timed(client.pull(ModelFolder(folder), source))
+        source = Source(registration.run_id, polled.task.model_version)
+        down_s = await _timed(client.pull(ModelFolder(folder), source, polled.task.token))
         header = UpdateHeader(
             worker="far", token=polled.task.token, manifest=manifest_to_proto(manifest), example_count=10
         )

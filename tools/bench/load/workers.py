@@ -124,7 +124,7 @@ class Worker:
 
     async def _perform(self, task: Any) -> None:
         self._seen.tasks_at[task.round].append(time.monotonic())
-        async for _ in self._pull(pb.PullModelRequest(version=task.model_version, recipe=task.download_recipe)):
+        async for _ in self._pull(pb.PullModelRequest(worker=self._name, token=task.token)):
             pass
         beat = pb.HeartbeatRequest(worker=self._name, token=task.token, phase=round_pb2.TASK_PHASE_TRAINING)
         await self._stub.Heartbeat(beat, timeout=60)
