@@ -41,7 +41,7 @@ class Client:
         return answer.run
 
     async def healthy(self) -> bool:
-        """Whether the aggregator serves: not while its data folder fails, nor while it ends."""
+        """Return whether the aggregator serves: not while its data folder fails, nor while it ends."""
         with self._reaching():
             answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S)
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

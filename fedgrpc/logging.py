@@ -64,7 +64,7 @@ def configure(level: str = "info", log_format: str = "auto", stream: TextIO | No
 
 
 class _Lossy:
-    """What cannot be written (a full disk, a pipe that nobody reads) is lost, and nothing else with it."""
+    """Stream that drops what cannot be written (a full disk, a pipe that nobody reads), and nothing else."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

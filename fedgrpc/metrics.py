@@ -1,4 +1,4 @@
-"""What Prometheus is told. Names and help texts are in one place; who counts holds the `Metrics` object.
+"""Metrics for Prometheus. Names and help texts are in one place. Code that counts holds the `Metrics` object.
 
 The rule: nothing is global. Every `Metrics` has a registry of its own, so two aggregators in one process, as in
 the tests, do not add up. Labels take few values: no worker names, a fleet has thousands.

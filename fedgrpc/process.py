@@ -65,7 +65,7 @@ def _open_standard_streams() -> None:
 
 
 def end_on_sigterm_as_init() -> None:
-    """As process 1 of a container, end on SIGTERM from the start: without a handler the kernel ignores it."""
+    """End on SIGTERM from the start as process 1 of a container: without a handler the kernel ignores it."""
     if os.getpid() == 1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda number, _frame: os._exit(128 + number))
 
@@ -76,7 +76,7 @@ def keep_private() -> None:
 
 
 def reuse_memory() -> bool:
-    """Have glibc keep memory for reuse; False where the C library is another or the user has tuned it.
+    """Make glibc keep memory for reuse. Return False where the C library is another or the user has tuned it.
 
     By default glibc gives each thread an arena of its own, takes blocks of a megabyte from the system and gives
     them back again and again. The system clears each page anew, which costs more than hashing what is written
@@ -127,7 +127,7 @@ def use_threads(count: int) -> None:
 
 @contextmanager
 def on_end_signal(handler: Callable[[int], None]) -> Iterator[None]:
-    """While the block runs, call `handler` with the number of each SIGTERM and SIGINT, on the running event loop.
+    """Call `handler` while the block runs, with the number of each SIGTERM and SIGINT, on the running event loop.
 
     Does nothing outside the main thread: signals belong to the program around it there.
     """
@@ -152,7 +152,7 @@ def on_end_signal(handler: Callable[[int], None]) -> Iterator[None]:
 
 @contextmanager
 def kept_from_children(descriptor: int) -> Iterator[None]:
-    """While the block runs, close the file of a lock in every child that is forked."""
+    """Close the file of a lock in every child that is forked while the block runs."""
     _locks.add(descriptor)
     try:
         yield
@@ -175,7 +175,7 @@ def _after_fork() -> None:
 
 
 def _let_go() -> None:
-    """In a forked child, release what belongs to the parent."""
+    """Release what belongs to the parent, in a forked child."""
     if _handles_signals:
         # The wake-up pipe is shared: a signal to the child would wake the parent's event loop.
         signal.set_wakeup_fd(-1)

@@ -38,7 +38,7 @@ def _parameter(allowed: _Allowed, default: Any = None) -> Any:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How to train. None leaves the choice to the learning task. Raises `UsageError` for other numbers.
+    """Hyper-parameters. None leaves the choice to the learning task. Raises `UsageError` for other numbers.
 
     `proximal_mu` is the mu of FedProx (arXiv 1812.06127), 0 is FedAvg. `label_adjustment` is the tau of logit
     adjustment by a worker's own labels (arXiv 2007.07314), 0 is the loss as it is. With `upload_reserve_s`,

@@ -105,7 +105,7 @@ def check_values(tensors: Iterable[tuple[TensorLike, np.ndarray]], policy: Admis
 
 
 def check_variances(tensors: Iterable[tuple[TensorLike, np.ndarray]]) -> None:
-    """No variance has a value below zero, of which a network takes the root. Raises `UpdateRefused`."""
+    """Refuse a variance with a value below zero: a network takes its root. Raises `UpdateRefused`."""
     for tensor, values in tensors:
         if values.size and values.min() < 0:
             raise UpdateRefused(f"tensor {tensor.name!r} is a variance and has values below zero")

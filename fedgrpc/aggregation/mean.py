@@ -100,7 +100,7 @@ class CoordinateMean(TensorMean):
 
     @property
     def covers_nothing(self) -> bool:
-        """Whether no coordinate has a mean."""
+        """True if no coordinate has a mean."""
         return not self._weight > 0 and (self._weights is None or not (self._weights > 0).any())
 
     @property

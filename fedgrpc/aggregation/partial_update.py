@@ -97,7 +97,7 @@ def _sub_shape(tensor: TensorLike, kept: KeptChannels | None) -> tuple[int, ...]
 def fits(
     given: tuple[int, ...], shape: tuple[int, ...], mask: TensorLike | None, codes: TensorLike | None
 ) -> bool:
-    """Whether shapes and dtypes can be those of one packed tensor. Only `unpack` can tell for certain."""
+    """Return whether shapes and dtypes can be those of one packed tensor. Only `unpack` can tell for certain."""
     size = math.prod(shape)
     if mask is None and codes is None:
         return given == shape

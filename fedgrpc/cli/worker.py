@@ -245,7 +245,7 @@ def trainer_for(
 
 
 def is_allowed(task: str, allowed: Iterable[str]) -> bool:
-    """Whether one of the patterns matches the task or its module."""
+    """Return whether one of the patterns matches the task or its module."""
     module = task.partition(":")[0]
     return any(fnmatchcase(task, pattern) or fnmatchcase(module, pattern) for pattern in allowed)
 

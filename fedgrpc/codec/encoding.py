@@ -34,7 +34,7 @@ class Encoding(Protocol):
 
     @property
     def contractive(self) -> bool:
-        """Whether |x - decode(encode(x))| < |x| in the mean square, which error feedback needs."""
+        """True if |x - decode(encode(x))| < |x| in the mean square, which error feedback needs."""
 
     def text(self, *, full: bool = False) -> str:
         """Return `NAME:key=value,...` for `parse_encoding`; the full text leaves no key to its default."""

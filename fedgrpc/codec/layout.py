@@ -89,17 +89,17 @@ class TensorSpec:
 
     @property
     def is_float(self) -> bool:
-        """Whether its elements are floating-point numbers."""
+        """True if its elements are floating-point numbers."""
         return self.dtype in _FLOATS
 
     @property
     def is_trained(self) -> bool:
-        """Whether it is a float parameter: travels as a difference, may lose bits, and optimizers step on it."""
+        """True if it is a float parameter: travels as a difference, may lose bits, and optimizers step on it."""
         return self.role is TensorRole.PARAMETER and self.dtype in _FLOATS
 
     @property
     def is_variance(self) -> bool:
-        """Whether it is a variance by its name: no value of it is below zero."""
+        """True if it is a variance by its name: no value of it is below zero."""
         return self.role is TensorRole.STATISTIC and self.name.rpartition(".")[2] == "running_var"
 
     def validate(self, max_dims: int) -> None:

@@ -39,7 +39,7 @@ Submit = Callable[[Callable[[int], memoryview], int], "Result"]
 
 
 def in_pieces(entry: TensorEntry) -> bool:
-    """Whether a tensor can be decoded a piece at a time, by `PayloadReader.fill_from`."""
+    """Return whether a tensor can be decoded a piece at a time, by `PayloadReader.fill_from`."""
     return entry.encoding == Raw() or (isinstance(entry.encoding, Uniform) and entry.spec.dtype == "float32")
 
 

@@ -38,7 +38,7 @@ class Capabilities:
         return cls(frozenset(name for name in names if name) | {"raw"}, frozenset(compressions) | {"none"})
 
     def covers(self, recipe: Recipe) -> bool:
-        """Whether the side knows everything that the recipe names."""
+        """Return whether the side knows everything that the recipe names."""
         return recipe.names <= self.encodings and recipe.compression.method in self.compressions
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class Alternative:
         return Alternative(Recipe.parse(recipe), **{condition[0]: bits_per_second})
 
     def suits(self, bits_per_second: float | None) -> bool:
-        """Whether the recipe is for a link of this speed; None: unknown."""
+        """Return whether the recipe is for a link of this speed; None: unknown."""
         if self.below is None and self.above is None:
             return True
         if bits_per_second is None:

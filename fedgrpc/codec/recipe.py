@@ -49,7 +49,7 @@ class Compression:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a payload is written. A reader does not need it: the manifest names every encoding."""
+    """The way a payload is written. A reader does not need it: the manifest names every encoding."""
 
     default: Encoding
     overrides: tuple[tuple[str, Encoding], ...] = ()
@@ -107,12 +107,12 @@ class Recipe:
 
     @property
     def lossless(self) -> bool:
-        """Whether every tensor arrives unchanged."""
+        """True if every tensor arrives unchanged."""
         return all(encoding.lossless for encoding in self.encodings)
 
     @property
     def contractive(self) -> bool:
-        """Whether error feedback may add what was lost to the next payload without the error growing."""
+        """True if error feedback may add what was lost to the next payload without the error growing."""
         return all(encoding.contractive for encoding in self.encodings)
 
     def for_layout(self, layout: Layout) -> Recipe:

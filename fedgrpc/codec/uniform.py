@@ -75,7 +75,7 @@ class Uniform(TextForm):
 
     @property
     def contractive(self) -> bool:
-        """With two bits, stochastic rounding adds more noise than a Gaussian block has signal."""
+        """False for two bits: there stochastic rounding adds more noise than a Gaussian block has signal."""
         return self.rounding == "nearest" or self.bits > 2
 
     def encode(self, array: Array, rng: np.random.Generator) -> memoryview:

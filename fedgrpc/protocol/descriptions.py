@@ -1,4 +1,4 @@
-"""What a device says of its learning task's model before the model has any values."""
+"""Description by a device of its learning task's model, before the model has any values."""
 
 from __future__ import annotations
 

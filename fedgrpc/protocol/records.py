@@ -62,7 +62,7 @@ def metrics_from_proto(metrics: Mapping[str, float], max_metrics: int = claims.M
 
 
 def tells_cost(task: round_pb2.TaskRecord) -> bool:
-    """Whether training can be learned from the record: an accepted task of training."""
+    """Return whether training can be learned from the record: an accepted task of training."""
     return task.phase == round_pb2.TASK_PHASE_ACCEPTED and task.kind == round_pb2.TASK_KIND_TRAIN
 
 

@@ -80,12 +80,12 @@ class Task:
 
     @property
     def is_personal(self) -> Callable[[str], bool]:
-        """Whether the tensor of a name stays on the device."""
+        """True if the tensor of a name stays on the device."""
         return (self.local_model or LocalModelPlan()).is_personal
 
     @property
     def is_kept_back(self) -> Callable[[str], bool]:
-        """Whether the update lacks the tensor of a name."""
+        """True if the update lacks the tensor of a name."""
         return (self.local_model or LocalModelPlan()).is_kept_back
 
     @property

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 
 class TaskPhase(Enum):
-    """Where a task stands: `open` while its worker works on it, `final` once nothing can change it.
+    """State of a task: `open` while its worker works on it, `final` once nothing can change it.
 
     An expired task is neither: its slot is free for another worker, yet an event of it revives it.
     """
@@ -38,7 +38,7 @@ class TaskPhase(Enum):
 
 
 class LossCause(Enum):
-    """How a task was lost. The numbers are those of `fedgrpc.v1.LossCause`, and stored."""
+    """Cause of the loss of a task. The numbers are those of `fedgrpc.v1.LossCause`, and stored."""
 
     # It is worked on, or its update was accepted.
     NONE = 0
@@ -73,7 +73,7 @@ _ENDINGS = {
 
 
 class AbandonCause(Enum):
-    """Why a round was abandoned."""
+    """Reason why a round was abandoned."""
 
     NONE = 0
     # Too few workers came, or those that came went away.

@@ -32,7 +32,7 @@ _LONGEST_S = 24 * 3600.0
 
 @dataclass(frozen=True)
 class Timings:
-    """Where a worker's time in a round went: T = T_local + T_upload + T_global + T_download, in seconds."""
+    """Parts of a worker's time in a round: T = T_local + T_upload + T_global + T_download, in seconds."""
 
     download_s: float = 0.0
     local_s: float = 0.0
@@ -137,7 +137,7 @@ NO_RATES = LinkRates()
 
 @dataclass(frozen=True)
 class WorkerHistory:
-    """What is remembered of one worker.
+    """Past of one worker, as far as it is remembered.
 
     `loss` and `example_count` are those of its last update, `selected_in` is the last round that chose it.
     `endings` holds how its last tasks ended (`NONE`: accepted), `timings` where their time went.
@@ -232,7 +232,7 @@ def _cut_at(task: Task) -> list[float]:
 
 @dataclass(frozen=True)
 class Trust:
-    """How many of its last rounds in a row a worker held up, and until when it is doubted for that, seconds.
+    """Number of last rounds in a row that a worker held up, and the end of the doubt about it, seconds.
 
     A worker that held up two rounds in a row, and delivered in neither, is chosen only where there are too few
     others, for a time that doubles with each further round. One delivery clears it. Who gives its task back or is
@@ -243,7 +243,7 @@ class Trust:
     doubted_until: float = 0.0
 
     def doubted(self, now: float) -> bool:
-        """Whether other workers are chosen first."""
+        """Return whether other workers are chosen first."""
         return now < self.doubted_until
 
     def after(self, round_: Round, task: Task, now: float) -> Trust:

@@ -15,7 +15,7 @@ from fedgrpc.errors import UsageError
 
 
 class TaskKind(IntEnum):
-    """What the tasks of a round ask for; numbered as on the wire."""
+    """Kind of the tasks of a round, numbered as on the wire."""
 
     TRAIN = 1
     EVALUATE = 2
@@ -105,7 +105,7 @@ class RoundPolicy:
 
     @property
     def needed_idle(self) -> int:
-        """How many idle workers a round needs to open."""
+        """Number of idle workers that a round needs to open."""
         return max(self.min_workers, self.min_sample_size, self.quorum)
 
     def for_kind(self, kind: TaskKind) -> RoundPolicy:

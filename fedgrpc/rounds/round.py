@@ -24,7 +24,7 @@ OPEN = tuple(phase for phase in TaskPhase if phase.open)
 
 
 class RoundPhase(Enum):
-    """Where a round stands; the last two are final."""
+    """Phase of a round; the last two are final."""
 
     SELECTING = 1
     REPORTING = 2
@@ -95,22 +95,22 @@ class Round:
         return task.phase is TaskPhase.ACCEPTED and self.counts(task)
 
     def counts(self, task: Task) -> bool:
-        """Whether the update counts to aim and quorum. Stale ones come on top; in a buffer all count."""
+        """Return whether the update counts to aim and quorum. Stale ones come on top; in a buffer all count."""
         return task.staleness == 0 or self.policy.buffer_size is not None
 
     @property
     def accepted_count(self) -> int:
-        """How many accepted updates count to aim and quorum."""
+        """Number of accepted updates that count to aim and quorum."""
         return self.tasks.count((TaskPhase.ACCEPTED,), stale=self.policy.buffer_size is not None)
 
     @property
     def at_work_count(self) -> int:
-        """How many open tasks count to the aim."""
+        """Number of open tasks that count to the aim."""
         return self.tasks.count(OPEN, stale=self.policy.buffer_size is not None)
 
     @property
     def missing_count(self) -> int:
-        """How many updates of the aim are neither in nor worked on. Not for a buffer, which goes by the fleet."""
+        """Number of updates of the aim neither in nor worked on. Not for a buffer, which goes by the fleet."""
         return self.aim - self.accepted_count - self.at_work_count
 
     @property
@@ -125,7 +125,7 @@ class Round:
 
     @property
     def enough_reason(self) -> str:
-        """Why no more updates are wanted; empty while they are."""
+        """Reason why no more updates are wanted; empty while they are."""
         if self.accepted_count >= self.aim:
             return "enough updates are in"
         weight_aim = self.policy.weight_aim
@@ -235,7 +235,7 @@ def wake_at(round_: Round) -> float | None:
 
 
 def wants_workers(round_: Round) -> bool:
-    """Whether a `WorkersAvailable` could change anything: looking at a whole fleet is slow."""
+    """Return whether a `WorkersAvailable` could change anything: looking at a whole fleet is slow."""
     if round_.asked:
         return False
     if round_.phase is RoundPhase.REPORTING:
@@ -258,7 +258,7 @@ def abandon_cause(tasks: Iterable[Task]) -> AbandonCause:
 
 @dataclass(frozen=True)
 class Streak:
-    """How many rounds in a row were abandoned for one cause, and `workers` that brought no update to them.
+    """Number of rounds in a row that were abandoned for one cause, and `workers` that brought no update to them.
 
     `delivered`: others did. Rounds that lacked workers do not count.
     """
@@ -282,5 +282,5 @@ class Streak:
 
     @property
     def hopeless(self) -> bool:
-        """Whether another round would most likely fail in the same way."""
+        """True if another round would most likely fail in the same way."""
         return self.count >= PATIENCE

@@ -203,7 +203,7 @@ class SelectionPolicy:
 
 @dataclass(frozen=True)
 class DeadlineRule:
-    """How certain to be of each worker (`quantile` of its own times), and a factor for what those do not show."""
+    """Certainty about each worker (`quantile` of its own times), and a factor for what those do not show."""
 
     quantile: float = 0.9
     margin: float = 1.2

@@ -62,7 +62,7 @@ class UploadPace:
         return (self.held - held_then) / max(1e-9, now - since)
 
     def cannot_finish(self, deadline_at: float, window_s: float, now: float) -> bool:
-        """Whether the missing bytes cannot arrive in the time left at the rate since the older mark."""
+        """Return whether the missing bytes cannot arrive in the time left at the rate since the older mark."""
         since, held_then = self.older
         # Bytes come in lumps. Judge at the moment of a gain, or after a window without one.
         if now - since < window_s or self.gained_at < now < self.gained_at + window_s:

@@ -358,7 +358,7 @@ def _carried_late(task: Task, why: str, now: float) -> Task:
 
 
 def _carries_over(round_: Round, task: Task, staler: int) -> bool:
-    """Whether a task without an update is carried over: its worker has begun, and it is not too stale."""
+    """Return whether a task without an update is carried over: its worker has begun, and it is not too stale."""
     if round_.policy.late != "carry" or task.phase.final or not task.begun:
         return False
     return task.staleness + staler <= round_.policy.max_staleness

@@ -19,7 +19,7 @@ _NOTHING: Mapping[str, float] = MappingProxyType({})
 
 
 class Jump(Enum):
-    """What is far off in a version, compared with all versions before it."""
+    """Quantity that is far off in a version, compared with all versions before it."""
 
     NONE = 0
     NORM = 1
@@ -59,7 +59,7 @@ class Measure:
     higher: bool
 
     def better(self, value: float, other: float) -> bool:
-        """Whether `value` is better than `other`."""
+        """Return whether `value` is better than `other`."""
         return value > other if self.higher else value < other
 
 
@@ -90,7 +90,7 @@ def best_of(candidates: Sequence[Candidate], measures: Sequence[Measure] = (ACCU
 
 
 def norm_jumps(norm: float, largest_norm: float, elements: int) -> bool:
-    """Whether a model's L2 norm is far above that of every version before it that did not jump."""
+    """Return whether a model's L2 norm is far above that of every version before it that did not jump."""
     if not largest_norm > 0:
         return False
     # An untrained model may start near zero: below an average of 1 for each element, growth is no jump.
@@ -98,7 +98,7 @@ def norm_jumps(norm: float, largest_norm: float, elements: int) -> bool:
 
 
 def score_jumps(measure: Measure, value: float, best: float) -> bool:
-    """Whether a score is far worse than the best one. Scores that can be negative have no such scale."""
+    """Return whether a score is far worse than the best one. Scores that can be negative have no such scale."""
     if not best > 0:
         return False
     return value < best / _WORSE if measure.higher else value > best * _WORSE

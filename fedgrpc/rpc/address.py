@@ -55,12 +55,12 @@ class Address:
 
     @property
     def is_unix(self) -> bool:
-        """Whether the address is a socket in the file system."""
+        """True if the address is a socket in the file system."""
         return bool(self.path)
 
     @property
     def is_loopback(self) -> bool:
-        """Whether traffic to the address stays on this machine, as far as the text tells: no name is looked up."""
+        """True if traffic to the address stays on this machine, as far as the text tells: no name is looked up."""
         if self.is_unix or self.host == "localhost" or self.host.endswith(".localhost"):
             return True
         address = _ip(self.host)

@@ -125,7 +125,7 @@ def _explain_name(address: Address, tls: Tls) -> str:
 
 
 def _wants_certificate(secured: ssl.SSLSocket) -> bool:
-    """Whether the server closes the connection for want of a certificate. Otherwise it speaks first."""
+    """Return whether the server closes the connection for want of a certificate. Otherwise it speaks first."""
     try:
         return not secured.recv(1)
     except TimeoutError:

@@ -82,7 +82,7 @@ class Access:
 
     @property
     def any(self) -> bool:
-        """Whether there is a rule."""
+        """True if there is a rule."""
         return self.own_names or bool(self.operators)
 
     def check_worker(self, context: Any, worker: str) -> None:

@@ -57,7 +57,7 @@ class Evaluations:
         return None
 
     def waiting_for(self, worker: str, version: int) -> bool:
-        """Whether the worker still owes scores of `version`."""
+        """Return whether the worker still owes scores of `version`."""
         return self._scored.get(worker, 0) < version
 
     def give_back(self, task: Evaluation) -> None:
@@ -74,7 +74,7 @@ class Evaluations:
         return mean_metrics(self._scores)
 
     def scores_of(self, version: int) -> tuple[int, dict[str, float]] | None:
-        """On how many examples it was scored, and the mean by them; None for all but the version last scored."""
+        """Return the mean scores and the number of examples; None for all but the version last scored."""
         if self._version != version or not self._scores:
             return None
         return claims.EXAMPLES.total(int(count) for _, count in self._scores), mean_metrics(self._scores)

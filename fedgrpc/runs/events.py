@@ -1,4 +1,4 @@
-"""What can happen to a run beside the events of its round, and what the run then asks for. Values only.
+"""Events of a run beside those of its round, and effects that the run asks for. Values only.
 
 Events come from the shell that owns the run (the aggregator or a simulator). Effects go back to it, together with
 those of the round (`fedgrpc.rounds.events`).
@@ -20,7 +20,7 @@ from fedgrpc.runs.task_context import Report, TaskContext
 
 
 class RunPhase(IntEnum):
-    """Where a run stands; the last two are final. Numbered as on the wire."""
+    """Phase of a run; the last two are final. Numbered as on the wire."""
 
     RUNNING = 1
     PAUSED = 2
@@ -33,7 +33,7 @@ class RunPhase(IntEnum):
 
 
 class EndReason(Enum):
-    """Why a run has ended. The numbers are stored."""
+    """Reason why a run has ended. The numbers are stored."""
 
     NONE = 0
     ROUNDS_DONE = 1
@@ -46,7 +46,7 @@ class EndReason(Enum):
 
 @dataclass(frozen=True)
 class Ending:
-    """Why a run ends, as a value and in words."""
+    """Reason of a run's end, as a value and in words."""
 
     reason: EndReason = EndReason.NONE
     text: str = ""
@@ -136,14 +136,14 @@ class VersionTaken:
 
 @dataclass(frozen=True)
 class VersionKnown:
-    """More is known of a kept version."""
+    """News about a kept version."""
 
     version: Version
 
 
 @dataclass(frozen=True)
 class VersionsPruned:
-    """Only these versions are kept."""
+    """List of the versions that are kept."""
 
     kept: Collection[int]
 
@@ -174,7 +174,7 @@ class RollBackFailed:
 
 @dataclass(frozen=True)
 class RunRestored:
-    """What was stored of the run by a former process; `last_number` is that of the last round that ended."""
+    """State of the run as a former process stored it; `last_number` is that of the last round that ended."""
 
     id: str
     phase: RunPhase
@@ -199,7 +199,7 @@ class ParentLeads:
 
 @dataclass(frozen=True)
 class Paused:
-    """No further round opens; `reason`: why the run has paused itself."""
+    """Pause: no further round opens. `reason`: why the run has paused itself."""
 
     reason: str = ""
 
@@ -308,7 +308,7 @@ Event = (
 
 @dataclass(frozen=True)
 class TaskClosed:
-    """No update of this task is wanted any more: whoever receives one stops."""
+    """End of a task: no update of it is wanted any more, and whoever receives one stops."""
 
     token: str
     reason: str
@@ -344,7 +344,7 @@ class EndRun:
 
 @dataclass(frozen=True)
 class Stay:
-    """Nothing, until something happens."""
+    """Wait until something happens."""
 
 
 NextStep = OpenRound | EndRun | RollBack | Stay

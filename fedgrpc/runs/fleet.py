@@ -15,7 +15,7 @@ _FORGOTTEN_SHARE = 100
 
 
 class FleetMember(Protocol):
-    """What a fleet knows of one worker; `last_seen` by the aggregator's clock, seconds; `polls`: its open polls.
+    """State of one worker in a fleet; `last_seen` by the aggregator's clock, seconds; `polls`: its open polls.
 
     `left`: it said that it ends, and has not been heard of since. `trust` says whether rounds may count on it.
     """
@@ -84,7 +84,7 @@ class Fleet(Generic[M]):
         return [self._workers.pop(worker.name).name for worker in silent[:count]]
 
     def alive(self, worker: M, now: float) -> bool:
-        """Whether the worker polls, or was heard of lately, and has not left."""
+        """Return whether the worker polls, or was heard of lately, and has not left."""
         return not worker.left and (worker.polls > 0 or now - worker.last_seen < self._away_after_s)
 
     def idle_trainers(self, busy: Container[str] = ()) -> tuple[str, ...]:
@@ -92,7 +92,7 @@ class Fleet(Generic[M]):
         return tuple(w.name for w in self if w.polls and not w.left and w.name not in busy and not w.evaluator)
 
     def live_trainers(self, now: float, but: Container[str] = ()) -> int:
-        """How many trainers are alive, those named in `but` left out."""
+        """Count the trainers that are alive, without those named in `but`."""
         return sum(self.alive(w, now) and not w.evaluator and w.name not in but for w in self)
 
     def live_evaluators(self, now: float) -> list[M]:
@@ -100,7 +100,7 @@ class Fleet(Generic[M]):
         return [w for w in self if w.evaluator and self.alive(w, now)]
 
     def any_alive_but(self, names: Container[str], now: float) -> bool:
-        """Whether a worker is alive that is not one of these."""
+        """Return whether a worker is alive that is not one of these."""
         return any(self.alive(worker, now) and worker.name not in names for worker in self)
 
     def doubted(self, now: float) -> frozenset[str]:
@@ -126,11 +126,11 @@ class Fleet(Generic[M]):
         return doubted
 
     def histories(self) -> Histories:
-        """What is remembered of each trainer that has had a task."""
+        """Return the history of each trainer that has had a task."""
         return {w.name: w.history for w in self if w.history.selected and not w.evaluator}
 
     def history_of(self, name: str) -> WorkerHistory:
-        """What is remembered of a worker; nothing of one that has been forgotten."""
+        """Return the history of a worker; an empty one for a worker that has been forgotten."""
         worker = self.find(name)
         return WorkerHistory() if worker is None else worker.history
 
@@ -142,13 +142,13 @@ class Fleet(Generic[M]):
 
 
 class FleetView(Protocol):
-    """What a run asks its fleet, of whatever kind."""
+    """Questions of a run to its fleet, of whatever kind."""
 
     def idle_trainers(self, busy: Collection[str]) -> tuple[str, ...]:
         """Names of the trainers that poll, but for the busy ones."""
 
     def live_trainers(self, now: float, but: Collection[str] = ()) -> int:
-        """How many trainers are alive, but for those named."""
+        """Count the trainers that are alive, without those named."""
 
     def doubted(self, now: float) -> frozenset[str]:
         """Names of the workers that held up rounds again and again."""

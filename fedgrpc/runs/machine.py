@@ -132,7 +132,7 @@ class RunMachine:
 
     @property
     def began(self) -> bool:
-        """Whether there is a model."""
+        """True if there is a model."""
         return bool(self.layout)
 
     @property
@@ -141,7 +141,7 @@ class RunMachine:
 
     @property
     def going_on(self) -> bool:
-        """Whether another round may follow the one in progress."""
+        """True if another round may follow the one in progress."""
         return not self.ended and self.ending.reason is EndReason.NONE and self.rolling_back is None
 
     @property
@@ -152,11 +152,11 @@ class RunMachine:
         return self.round
 
     def wants(self, token: str) -> bool:
-        """Whether there is a use for events of this task."""
+        """Return whether there is a use for events of this task."""
         return self.round is not None and self.round.wants(token)
 
     def takes_update(self, token: str) -> bool:
-        """Whether this task may still deliver its update."""
+        """Return whether this task may still deliver its update."""
         return self.round is not None and self.round.takes_update(token)
 
     def task_of(self, worker: str) -> str | None:
@@ -196,7 +196,7 @@ class RunMachine:
 
     @property
     def next_kind(self) -> TaskKind:
-        """What the next round asks for."""
+        """Kind of the next round."""
         if not self.began:
             return TaskKind.INITIALIZE
         return TaskKind.TRAIN if self.trained < self.rules.rounds else TaskKind.EVALUATE

@@ -52,7 +52,7 @@ class RoundInProgress:
     earlier_s: float = 0.0
 
     def __contains__(self, token: object) -> bool:
-        """Whether this is a token of one of its tasks, or of one that it carries over."""
+        """Return whether this is a token of one of its tasks, or of one that it carries over."""
         return token in self.state.tasks or token in self.state.carried
 
     @property
@@ -61,7 +61,7 @@ class RoundInProgress:
 
     @property
     def open(self) -> bool:
-        """Whether it still selects or takes updates."""
+        """True if it still selects or takes updates."""
         return self.state.phase in (RoundPhase.SELECTING, RoundPhase.REPORTING)
 
     def context(self, token: str) -> TaskContext:
@@ -73,7 +73,7 @@ class RoundInProgress:
         return self.context(token).local
 
     def keeps(self, token: str, name: str) -> bool:
-        """Whether the worker of a task keeps the tensor of that name to itself."""
+        """Return whether the worker of a task keeps the tensor of that name to itself."""
         return self.local_task(token).plan.is_kept_back(name)
 
     def report(self, token: str) -> Report:
@@ -108,11 +108,11 @@ class RoundInProgress:
         return dominant(summed)
 
     def wants(self, token: str) -> bool:
-        """Whether the round, as it stands, has a use for events of this task."""
+        """Return whether the round, as it stands, has a use for events of this task."""
         return token in self.state.carried or (token in self.state.tasks and self.open)
 
     def takes_update(self, token: str) -> bool:
-        """Whether this task may still deliver its update."""
+        """Return whether this task may still deliver its update."""
         return self.wants(token) and self.state.find(token).phase not in (*_LOST, TaskPhase.ACCEPTED)
 
     def check_task(self, worker: str, token: str) -> TaskPhase:
@@ -150,7 +150,7 @@ class RoundInProgress:
         return after, effects, closed
 
     def is_stale(self, token: str) -> bool:
-        """Whether a newer version than the task's is there or about to be: it is not worth beginning again."""
+        """Return whether a newer version than the task's is there or near: it is not worth beginning again."""
         if token in self.state.carried and self.state.phase in (RoundPhase.COMMITTING, RoundPhase.COMMITTED):
             return True
         return self.state.find(token).staleness > 0

@@ -1,4 +1,4 @@
-"""What the operator says of a run."""
+"""Rules that the operator sets for a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedgrpc.rounds.version import Measure
 
 @dataclass(frozen=True)
 class RunRules:
-    """What the operator says of a run: `rounds` of training by `policy`, and `evaluate`: its versions are scored.
+    """Rules of a run: `rounds` of training by `policy`. With `evaluate`, its versions are scored.
 
     The best version is the one with the best score by the first of `measures`. Scores of evaluators count for it
     only where the operator named these. `initialises`: who may give the first model.

@@ -21,14 +21,14 @@ from fedgrpc.submodels.plan import LocalModelPlan
 
 @dataclass(frozen=True)
 class LocalTask:
-    """What one worker makes of the model in one round."""
+    """Local model of one worker in one round."""
 
     plan: LocalModelPlan = field(default_factory=LocalModelPlan)
     sub_model: SubModel = field(default_factory=SubModel)
 
     @cached_property
     def plain(self) -> bool:
-        """Whether it trains the whole model as it is."""
+        """True if it trains the whole model as it is."""
         return self.plan.plain and self.sub_model.whole
 
     def check_layout(

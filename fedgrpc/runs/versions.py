@@ -1,4 +1,4 @@
-"""What is known of the versions that are kept: their scores, how large they are, and which one is the best.
+"""Knowledge about the versions that are kept: their scores, their norms, and the best of them.
 
 The rule: the best version that has not jumped is never let go, however many bad ones come after it.
 """
@@ -42,7 +42,7 @@ class Versions:
         return iter(sorted(self._kept))
 
     def get(self, version: int) -> Version | None:
-        """What is known of a version; None: it is not kept."""
+        """Return the knowledge about a version; None: it is not kept."""
         return self._kept.get(version)
 
     def add(self, version: Version) -> None:
@@ -74,12 +74,12 @@ class Versions:
         ]
 
     def norm_jump(self, norm: float, elements: int) -> Jump:
-        """Whether a new version is far larger than all that are kept and have not jumped."""
+        """Return whether a new version is far larger than all that are kept and have not jumped."""
         norms = (each.norm for each in self._kept.values() if each.jump is not Jump.NORM)
         return Jump.NORM if norm_jumps(norm, max(norms, default=0.0), elements) else Jump.NONE
 
     def score_jumps(self, version: int, scores: Mapping[str, float]) -> bool:
-        """Whether new scores of a version are far worse than those of the best one."""
+        """Return whether new scores of a version are far worse than those of the best one."""
         best = self.best
         if best is None or best.version == version or version not in self._kept:
             return False

@@ -15,7 +15,7 @@ from fedgrpc.runs.task_context import Report
 
 @dataclass(frozen=True)
 class Weighing:
-    """What the operator says of weights: p_m of workers, and what an example count may weigh (None: all of it).
+    """Rules of the operator on weights: p_m of workers, and what an example count may weigh (None: all of it).
 
     `leaves_named`: an aggregator is here because the operator named it, and its means count for all their workers.
     Of any other, a mean weighs no more than a worker's own update could.
@@ -41,13 +41,13 @@ class Weighing:
         return min(report.weight, counted + elsewhere if self.leaves_named else max(counted, elsewhere))
 
     def examples(self, claimed: int, report: Report) -> float:
-        """How much a claimed count of examples weighs."""
+        """Return the weight of a claimed count of examples."""
         if self.max_examples is None:
             return float(claimed)
         return float(min(claimed, self.max_examples * self.workers(report)))
 
     def workers(self, report: Report) -> int:
-        """For how many workers an update counts."""
+        """Return the number of workers that an update counts for."""
         return max(1, report.merged_updates) if self.leaves_named else 1
 
 
@@ -73,7 +73,7 @@ def shared(
 def score_weights(
     weighing: Weighing, reports: Mapping[str, Report], workers: Mapping[str, str], max_share: float | None
 ) -> dict[str, float]:
-    """What the scores in each report weigh: their examples, bounded as the examples of an update are."""
+    """Return the weight of the scores in each report: their examples, bounded as the examples of an update are."""
     weights = {
         token: min(float(report.evaluation_example_count), weighing.examples(report.example_count, report))
         for token, report in reports.items()

@@ -95,7 +95,7 @@ class Job:
 
     @property
     def over(self) -> bool:
-        """Whether its device has stopped."""
+        """True if its device has stopped."""
         return self.ended_at is not None or self.fate in ("late", "failed")
 
     def enter(self, phase: TaskPhase, now: float) -> None:

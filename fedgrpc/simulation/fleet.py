@@ -60,7 +60,7 @@ class DeviceKind:
 
 @dataclass(frozen=True)
 class Payload:
-    """What travels: bits of a parameter in each direction, as the encodings have them on the wire."""
+    """Transferred model: bits of a parameter in each direction, as the encodings have them on the wire."""
 
     parameters: int = 1_000_000
     download_bits: float = 32.0
@@ -108,7 +108,7 @@ class DescribedFleet:
 
     @property
     def count(self) -> int:
-        """How many devices there are."""
+        """Number of devices."""
         return sum(one.count for one in self.classes)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What a simulated fleet came to: rounds, participation, bytes, wasted work."""
+"""Result of a simulated fleet: rounds, participation, bytes, wasted work."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class FleetResult:
         return self.rounds / self.hours
 
     def to_json(self) -> dict[str, Any]:
-        """For programs: everything but the long lists."""
+        """Return everything but the long lists, for programs."""
         values = asdict(self)
         del values["lines"], values["took_part_at"]
         return {**values, "rounds_per_hour": self.rounds_per_hour}

@@ -56,7 +56,7 @@ _LAYOUT = (TensorSpec("weights", "float32", (1,)),)
 
 @dataclass
 class _Tally:
-    """What a round has seen so far."""
+    """Counts of a round so far."""
 
     opened_at: float
     asked: int = 0

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Timeout(Exception):
-    """What a process waited for did not come in time."""
+    """End of a wait whose event did not come in time."""
 
 
 class Future:
@@ -37,7 +37,7 @@ class Future:
 
 @dataclass(frozen=True)
 class Wait:
-    """What a process yields: go on at `until`, or with the value of `future` if that comes before."""
+    """Wait of a process, which it yields: until a time, or for the value of `future` if that comes before."""
 
     until: float
     future: Future | None = None
@@ -67,7 +67,7 @@ class VirtualLoop:
             heappush(self._agenda, (max(time, self.now), next(self._serial), action))
 
     def sleep(self, seconds: float) -> Wait:
-        """For a process to yield."""
+        """Return a wait for a process to yield."""
         return Wait(self.now + seconds)
 
     def wait(self, future: Future, timeout_s: float = math.inf) -> Process[Any]:

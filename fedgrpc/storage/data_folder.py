@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Use(Enum):
-    """What the data folder is needed for."""
+    """Use of the data folder."""
 
     ROUNDS = "rounds"
     UPDATES = "updates"
@@ -29,7 +29,7 @@ class DataFolder:
 
     @property
     def healthy(self) -> bool:
-        """Whether the last attempts to store rounds and updates have worked."""
+        """True if the last attempts to store rounds and updates have worked."""
         return not self._failing.keys() - {Use.OLD_FILES}
 
     def failed(self, use: Use, error: Exception) -> None:

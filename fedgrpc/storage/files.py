@@ -54,7 +54,7 @@ def storage_errors(subject: Path | str, verb: str = "use") -> Iterator[None]:
 
 
 def is_gone(error: OSError) -> bool:
-    """Whether the error says that there is no such file. After any other one, try again later."""
+    """Return whether the error says that there is no such file. After any other one, try again later."""
     return error.errno in _GONE
 
 
@@ -149,7 +149,7 @@ class WrittenBack(FileIO):
         self._begun = self._written = 0
 
     def write(self, data: Any) -> int:
-        """As `FileIO.write`."""
+        """Write as `FileIO.write` does."""
         size = super().write(data)
         self._written += size
         if self._written - self._begun >= _WRITE_BACK_EVERY_BYTES:

@@ -86,7 +86,7 @@ class ModelFile:
         return self.part(index, 0, spec.size).reshape(spec.shape)
 
     def part(self, index: int, start: int, stop: int) -> np.ndarray:
-        """These elements of tensor number `index`, or of those of its dtype behind it, flat and freshly read.
+        """Read these elements of tensor number `index`, or of those of its dtype behind it, flat and freshly read.
 
         Raises `StorageError`.
         """
@@ -104,7 +104,7 @@ class ModelFile:
 
     @property
     def tensors_start(self) -> int:
-        """Where the first tensor begins."""
+        """Offset of the first tensor."""
         return len(self.header)
 
     def sha256(self) -> bytes:
@@ -113,7 +113,7 @@ class ModelFile:
 
     @property
     def as_written(self) -> bool:
-        """Whether the tensors are what the header says; False where it says nothing. Raises `StorageError`."""
+        """True if the tensors are what the header says; False where it says nothing. Raises `StorageError`."""
         # A file that others have written may have no CRC-32, or no sum at all.
         if self.tensors_crc32 is None:
             return self.tensors_sha256 == self.computed_sha256()

@@ -69,7 +69,7 @@ Entry = tuple[TensorSpec, int, int]
 
 @dataclass(frozen=True)
 class Header:
-    """What a header says: tensors in file order, where their bytes end, and their sums, None where it has none."""
+    """Content of a header: tensors in file order, the ends of their bytes, and their sums, None without any."""
 
     entries: Sequence[Entry]
     end: int

@@ -45,7 +45,7 @@ class ResidualWriter:
 
     @property
     def begun(self) -> bool:
-        """Whether a tensor was added."""
+        """True if a tensor was added."""
         return bool(self._names)
 
     def add(self, name: str, array: Array) -> None:

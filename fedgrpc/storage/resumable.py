@@ -113,12 +113,12 @@ class ResumableFile:
 
     @property
     def complete(self) -> bool:
-        """Whether every byte is committed."""
+        """True if every byte is committed."""
         return self.size_bytes == self.expected_bytes
 
     @property
     def matches_digest(self) -> bool:
-        """Whether the committed bytes have the declared SHA-256."""
+        """True if the committed bytes have the declared SHA-256."""
         return self._digest.digest() == self._expected_sha256
 
     def append(self, batch: Sequence[Chunk]) -> None:
@@ -191,7 +191,7 @@ class ResumableFile:
 
     @property
     def closed(self) -> bool:
-        """Whether nothing more can be appended."""
+        """True if nothing more can be appended."""
         return self._file.closed
 
     def close(self) -> None:
@@ -238,7 +238,7 @@ def read_header(path: Path) -> tuple[bytes, int]:
 
 
 def is_whole(path: Path, size_bytes: int, payload_start: int) -> bool:
-    """Whether a file with its header in front is what was committed, all `size_bytes` of it. Raises OSError."""
+    """Return whether a file with its header in front is all `size_bytes` that were committed. Raises OSError."""
     with path.open("rb", buffering=0) as file:
         head = file.read(_HEAD.size)
         if len(head) < _HEAD.size:

@@ -1,4 +1,4 @@
-"""What an aggregator remembers of its run, in SQLite: workers, rounds, tasks and model versions.
+"""Memory of an aggregator about its run, in SQLite: workers, rounds, tasks and model versions.
 
 The rule: what the world has been told is here first. A round and its tasks are written before a task is offered, a
 committed round, its tasks and its version in one transaction. Records are the protocol's own messages, so that
@@ -43,7 +43,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 @dataclass(frozen=True)
 class StoredRun:
-    """Where the run stands, and why it has ended or paused itself; `started_at` is wall time, seconds."""
+    """State of the run, and the reason why it has ended or paused itself; `started_at` is wall time, seconds."""
 
     id: str
     name: str

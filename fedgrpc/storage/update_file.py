@@ -109,12 +109,12 @@ class UpdateFile:
             yield from self._pieces_of(entry, entry.spec.size)
 
     def long_pieces(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
-        """As `pieces`, but a piece reaches into the next tensors where they can be read in one."""
+        """Yield as `pieces` does, but a piece reaches into the next tensors where they can be read in one."""
         for entry, size in self._runs():
             yield from self._pieces_of(entry, size)
 
     def bounds(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
-        """As `long_pieces`, but of quantized tensors only bounds that none of their values exceeds."""
+        """Yield as `long_pieces` does, but of quantized tensors only bounds that none of their values exceeds."""
         for entry, size in self._runs():
             bounds = self.reader.bounds(entry.spec.name)
             # An infinite bound says nothing of the values: then they are looked at themselves.

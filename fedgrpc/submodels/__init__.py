@@ -1,1 +1,1 @@
-"""Which coordinates of a model a device gets, and what that costs it."""
+"""Sub-models: the coordinates of a model that a device gets, and their cost for it."""

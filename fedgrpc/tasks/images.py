@@ -65,5 +65,5 @@ class ImageTask(TorchTask):
 
 
 def _beyond(values: np.ndarray, most: int) -> bool:
-    """Whether any value is below 0 or above `most`."""
+    """Return whether any value is below 0 or above `most`."""
     return bool(values.size) and (int(values.min()) < 0 or int(values.max()) > most)

@@ -208,7 +208,7 @@ class Federation:
                 raise FedgrpcError(f"{_LOST_IN_A_ROW} rounds in a row ended without an update: {_reason(record)}")
 
     def _tell_remarks(self, current: float, tell: Callable[[str], None]) -> None:
-        """What there is to say of the current round comes after the line of the one before."""
+        """Print remarks on the current round after the line of the one before."""
         if self._told >= current - 1 or current == math.inf:
             while self._remarks:
                 tell(self._remarks.pop(0))

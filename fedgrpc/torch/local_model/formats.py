@@ -164,7 +164,7 @@ class FixedFormat:
 
     @property
     def native(self) -> torch.dtype | None:
-        """None: torch trains in no integer type."""
+        """No native type: torch trains in no integer one."""
         return None
 
     def round(

@@ -178,7 +178,7 @@ class LocalModel:
                 yield layer.register_forward_pre_hook(partial(_quantize_input, quantization.activation_bits))
 
     def settle(self) -> None:
-        """After training, make the members of a cluster equal again; they may differ in their last bit."""
+        """Make the members of a cluster equal again after training; they may differ in their last bit."""
         with torch.no_grad():
             for name, clusters in self.clusters.items():
                 tensor = self._parameters[name]
