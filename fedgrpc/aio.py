@@ -155,7 +155,7 @@ async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
     except asyncio.CancelledError:
         await until_done(task)
         if not task.cancelled():
-            # Retrieve it: asyncio complains of an exception that nobody retrieves.
+            # Retrieve it: asyncio logs exceptions that are never retrieved.
             task.exception()
         raise
 
@@ -234,7 +234,7 @@ async def in_thread(work: Callable[[], T], stop: threading.Event) -> T:
     except asyncio.CancelledError:
         stop.set()
         await asyncio.wait([done])
-        # Retrieve the exception of a stopped thread: asyncio complains of one that nobody retrieves.
+        # Retrieve the exception of a stopped thread: asyncio logs exceptions that are never retrieved.
         done.exception()
         raise
 

@@ -144,7 +144,7 @@ class Client:
 
 @asynccontextmanager
 async def connect(address: str, tls: Tls | None = None) -> AsyncIterator[Client]:
-    """Dial an aggregator for as long as the block lasts."""
+    """Dial an aggregator for the length of the block."""
     async with open_channel(address, tls) as channel:
         yield Client(channel, address, tls)
 

@@ -63,7 +63,7 @@ class Metrics:
         )
         self.task_endings = Counter(
             "fedgrpc_task_endings",
-            "The same, where those that were lost are told by what they were too slow in",
+            "The same, with the lost ones split by what they were too slow in",
             ["ending"],
             registry=registry,
         )

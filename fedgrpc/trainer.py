@@ -97,7 +97,7 @@ class TrainJob(TrainingPlan):
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def batches(self, example_count: int, default_batch_size: int = 32) -> Iterator[np.ndarray]:
-        """Yield index batches (int64) of a training run, shuffled anew each epoch from `seed` and `round`.
+        """Yield index batches (int64) of a training run, shuffled each epoch from `seed` and `round`.
 
         Between batches the iterator reports progress, pauses, and ends early when the time is up. At least one
         batch is always yielded.

@@ -107,7 +107,7 @@ class LabelShards:
 class LabelsPerPart:
     """Label skew: each part has a few labels; the parts that have a label share its examples evenly.
 
-    The #C=k of NIID-Bench (arXiv 2102.02079): part i has label i and k-1 others by lot, so that sizes differ. With
+    The #C=k of NIID-Bench (arXiv 2102.02079): part i has label i and k-1 random others, so that sizes differ. With
     fewer parts than labels, a label that nobody drew goes to a part by lot: nothing is left out.
     """
 

@@ -74,7 +74,7 @@ class TaskHandoff:
     # The link's side.
 
     async def carry_out(self, task: ParentTask) -> StoredAggregate:
-        """Let a round carry the task out. Raises `TaskError` when the round came to nothing."""
+        """Let a round carry the task out. Raises `TaskError` when the round makes no mean."""
         self._answer = asyncio.get_running_loop().create_future()
         self._task = task
         if self.receiver is not None:

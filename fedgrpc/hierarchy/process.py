@@ -59,7 +59,7 @@ class Leaf:
         return None if self._runs is None else self._runs.coordinator
 
     async def run(self, ready: Ready = None) -> int:
-        """Run until the parent's run has ended (0), or until told to stop (128 + signal).
+        """Run until the parent's run has ended (0), or until `stop` (128 + signal).
 
         `ready` is called with the port once workers are served: after the first answer of the parent. Raises as
         `Aggregator.run` and `Worker.run`.

@@ -261,7 +261,7 @@ class ScoringWork:
             for worker in coordinator.fleet.live_evaluators(coordinator.clock())
         ):
             try:
-                # An evaluator that goes away notifies nobody: look again when its lease is over.
+                # An evaluator that disappears sends no notice: look again when its lease is over.
                 async with asyncio.timeout(self._lease_s):
                     seen = await coordinator.changes.wait(seen)
             except TimeoutError:

@@ -247,7 +247,7 @@ class Trust:
         return now < self.doubted_until
 
     def after(self, round_: Round, task: Task, now: float) -> Trust:
-        """Return the trust after a task of a round that has ended. Nobody holds up a round that had enough."""
+        """Return the trust after a task of a round that has ended. No worker holds up a round that had enough."""
         if task.phase is TaskPhase.ACCEPTED:
             return Trust()
         late = task.phase in (TaskPhase.LATE, TaskPhase.EXPIRED)

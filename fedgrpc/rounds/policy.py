@@ -155,7 +155,7 @@ class Dominance:
 
 
 def dominant(weights: Mapping[str, float]) -> Dominance | None:
-    """Return the worker that is over half of the mean, given the summed weight of each; None: nobody is."""
+    """Return the worker that is over half of the mean, given the summed weight of each; None: there is none."""
     there = {worker: weight for worker, weight in weights.items() if weight > 0}
     if len(there) <= _FEW:
         return None

@@ -111,7 +111,7 @@ def _most_useful(
         return ()
     utility = utilities(tried, round_number, rule)
     ranked = sorted(utility, key=lambda worker: (-utility[worker], worker))
-    # Admit those close to the last seat's utility, so that a near tie is settled by lot and not by name.
+    # Admit those close to the last seat's utility, so that chance and not the name settles a near tie.
     bar = rule.cutoff * utility[ranked[min(seats, len(ranked)) - 1]]
     admitted = [worker for worker in ranked if utility[worker] >= bar]
     # A floor, since a draw without replacement needs as many positive shares as seats.

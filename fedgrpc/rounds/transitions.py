@@ -116,7 +116,7 @@ def _end_shortage(round_: Round, now: float) -> Round:
 
 
 def _ask_for_buffer(round_: Round, event: WorkersAvailable, idle_count: int, now: float) -> Step:
-    """Keep the wanted share of the fleet at work: a buffer waits for nobody, so it needs no window."""
+    """Keep the wanted share of the fleet at work: a buffer waits for no worker, so it needs no window."""
     assert round_.policy.buffer_size is not None
     missing = round_.policy.aim(event.live_count) - round_.at_work_count
     return _ask_or_open(replace(round_, aim=round_.policy.buffer_size), min(missing, idle_count), now)
@@ -197,7 +197,7 @@ def _check_answer(round_: Round, event: Selected) -> None:
 
 
 def refill(round_: Round, event: WorkersAvailable, now: float) -> Step:
-    """Replace lost tasks by idle workers that had none in this round. End the round when nobody is left."""
+    """Replace lost tasks by idle workers that had none in this round. End the round when no worker is left."""
     policy = round_.policy
     missing = round_.missing_count
     if policy.buffer_size is not None:
@@ -215,7 +215,7 @@ def refill(round_: Round, event: WorkersAvailable, now: float) -> Step:
 
 
 def _give_up_waiting(round_: Round, now: float) -> Step:
-    """Close the round: nobody works, nobody can be asked.
+    """Close the round: no worker works on it, and none can be asked.
 
     Short of the quorum, wait for expired tasks all the same: an event of their workers revives them.
     """
@@ -282,7 +282,7 @@ def close(round_: Round, why: str, now: float) -> Step:
     # The cause is read before the open tasks become late.
     short = round_.accepted_count < round_.policy.quorum
     cause = abandon_cause(round_.tasks.values())
-    # Without a new version nobody falls further behind.
+    # Without a new version no task falls further behind.
     round_, late = _end_open(round_, why, now, staler=0 if short else 1)
     if short:
         round_, effects = _finish_without(round_, f"{_accepted_of_quorum(round_)}: {why}", cause)

@@ -71,7 +71,7 @@ SERVER_OPTIONS: Final[Options] = [
     # Without this a second server on the same port starts without an error and takes half of the calls.
     ("grpc.so_reuseport", 0),
     # A connection's read buffer grows to the most that ever came at once, and stays so large: a worker that has
-    # pushed one update of 0.24 MB would cost 0.15 MB for as long as it is connected.
+    # pushed one update of 0.24 MB would cost 0.15 MB while it is connected.
     ("grpc.experimental.tcp_max_read_buffer_size", _READ_BUFFER_BYTES),
     # Fast links would let a sender run far ahead of its reader: with 1,000 uploads that is all of their bytes.
     ("grpc.http2.bdp_probe", 0),

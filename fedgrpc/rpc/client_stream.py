@@ -19,7 +19,7 @@ _CORE_DETAILS: Final = "Internal error from Core"
 
 
 class ClientStream:
-    """Writes messages to a call, then finishes it. Nobody else may write to the call."""
+    """Writes messages to a call, then finishes it. It is the call's only writer."""
 
     def __init__(self, call: Any) -> None:
         self._call = call

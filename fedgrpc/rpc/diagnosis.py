@@ -44,7 +44,7 @@ def explain(address: Address, tls: Tls | None, flags: str = "--tls") -> str:
             return _explain_plain(address, flags)
         return _explain_tls(address, tls, flags)
     except OSError:
-        # Nobody listens or answers. gRPC's message says so.
+        # No server listens or answers. gRPC's message says so.
         return ""
 
 

@@ -124,7 +124,7 @@ def _reader(message_class: Any, max_bytes: Callable[[], int] = _any_message) -> 
         if chunk is not None:
             return chunk
         if (size_bytes := len(data)) > (limit := max_bytes()):
-            # The error's traceback would keep the bytes alive as long as the error.
+            # The error's traceback would keep the bytes alive while the error lives.
             del data
             raise TooLargeError(f"a header of {size_bytes} bytes; allowed are {limit}")
         message = parsed(message_class.FromString, data)

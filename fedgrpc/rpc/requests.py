@@ -37,7 +37,7 @@ def bounded(deserialize: Deserialize | None, max_bytes: int) -> Deserialize:
 
     def from_wire(data: bytes) -> Any:
         if (size_bytes := len(data)) > max_bytes:
-            # The error's traceback would keep the bytes alive as long as the error.
+            # The error's traceback would keep the bytes alive while the error lives.
             del data
             raise TooLargeError(f"a request of {size_bytes} bytes; allowed are {max_bytes}")
         return data if deserialize is None else parsed(deserialize, data)

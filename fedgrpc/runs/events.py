@@ -54,7 +54,7 @@ class Ending:
 
 @dataclass(frozen=True)
 class RollBack:
-    """A version that an operator wants to go on from; 0: from a new first model."""
+    """Version that an operator wants to continue from; 0: from a new first model."""
 
     version: int
     reason: str
@@ -62,7 +62,7 @@ class RollBack:
     @property
     def text(self) -> str:
         """Say so, for the record and for workers."""
-        what = f"rolled back to version {self.version}" if self.version else "begun anew"
+        what = f"rolled back to version {self.version}" if self.version else "started over"
         return f"the run is {what}" + (f": {self.reason}" if self.reason else "")
 
 
@@ -71,7 +71,7 @@ class RollBack:
 
 @dataclass(frozen=True)
 class RoundOpened:
-    """A round begins, or goes on after a restart: its tasks that are not final are held by their workers."""
+    """Begin of a round, or its continuation after a restart: workers hold its tasks that are not final."""
 
     round: RoundInProgress
 
@@ -111,7 +111,7 @@ class UpdatesMerged:
 
 @dataclass(frozen=True)
 class RoundEnded:
-    """Everything of a round that has ended is stored: the run goes on. `wall_now`: seconds."""
+    """End of a round, all of which is stored: the run continues. `wall_now`: seconds."""
 
     wall_now: float
 
@@ -128,7 +128,7 @@ class ParentWaits:
 
 @dataclass(frozen=True)
 class VersionTaken:
-    """The run goes on from this version; without a layout it asks for a first model."""
+    """Version that the run continues from; without a layout it asks for a first model."""
 
     version: Version
     layout: Layout
@@ -150,7 +150,7 @@ class VersionsPruned:
 
 @dataclass(frozen=True)
 class RollBackAsked:
-    """An operator wants to go on from an earlier version."""
+    """Wish of an operator to continue from an earlier version."""
 
     roll_back: RollBack
 
@@ -308,7 +308,7 @@ Event = (
 
 @dataclass(frozen=True)
 class TaskClosed:
-    """End of a task: no update of it is wanted any more, and whoever receives one stops."""
+    """End of a task: no update of it is wanted any more, so a receiver of one stops."""
 
     token: str
     reason: str

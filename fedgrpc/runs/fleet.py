@@ -10,7 +10,7 @@ from fedgrpc.errors import Exhausted, UnknownWorker
 from fedgrpc.rounds.history import Histories, Trust, WorkerHistory
 from fedgrpc.rounds.round import Round
 
-# Of so many workers one is forgotten at a time, so that room is not made for each new one anew.
+# One in so many workers is forgotten at a time, so that not every new one has to make room.
 _FORGOTTEN_SHARE = 100
 
 
@@ -59,7 +59,7 @@ class Fleet(Generic[M]):
             raise UnknownWorker(f"worker {name[:80]!r} has not registered here") from None
 
     def find(self, name: str) -> M | None:
-        """The worker of that name; None where nobody has registered under it."""
+        """Return the worker of that name; None where none has registered under it."""
         return self._workers.get(name)
 
     def make_room(self, name: str, keep: Container[str], now: float) -> list[str]:

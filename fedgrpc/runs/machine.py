@@ -393,7 +393,7 @@ class RunMachine:
     def _resume(self, event: Resumed, now: float) -> Effects:
         self._check_running()
         self.phase, self.paused_reason = RunPhase.RUNNING, ""
-        # Whoever resumes a run has looked into it: the same may go wrong as often again.
+        # An operator who resumes a run has looked into the cause, so the count starts over.
         self.streak = Streak() if self.streak.hopeless else self.streak
         return ()
 
@@ -403,7 +403,7 @@ class RunMachine:
         return ()
 
     def _end(self, event: Ended, now: float) -> Effects:
-        """Enter a final phase. The first end is the one; a round that is committing already goes on."""
+        """Enter a final phase. The first end counts. A round that is committing continues."""
         if self.ended:
             return ()
         self.phase, self.ending, self.paused_reason = event.phase, event.ending, ""
@@ -415,7 +415,7 @@ class RunMachine:
     # Workers.
 
     def _hear_poll(self, event: WorkerPolled, now: float) -> Effects:
-        """Take a carried-over task back from a worker that has lost it: it is not worth beginning again."""
+        """Take a carried-over task back from a worker that has lost it: restarting it is not worth while."""
         self.held.pop(event.worker, None)
         if event.held is not None:
             self.held[event.worker] = event.held

@@ -150,7 +150,7 @@ class RoundInProgress:
         return after, effects, closed
 
     def is_stale(self, token: str) -> bool:
-        """Return whether a newer version than the task's is there or near: it is not worth beginning again."""
+        """Return whether a newer version than the task's is there or near: the task is not worth restarting."""
         if token in self.state.carried and self.state.phase in (RoundPhase.COMMITTING, RoundPhase.COMMITTED):
             return True
         return self.state.find(token).staleness > 0

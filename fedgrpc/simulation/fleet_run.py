@@ -1,7 +1,7 @@
 """A fleet at work: the production run under a virtual clock, with devices that are only numbers.
 
 Modelled: who can be reached when, the speed of each device and link, lost and failed tasks, uploads that pause and
-go on, leases, deadlines, replacement, late updates. Not modelled: what is learned (so Oort sees only speed and
+continue, leases, deadlines, replacement, late updates. Not modelled: what is learned (so Oort sees only speed and
 counts of examples), days and nights, links that several devices share, the aggregator's own limits, batteries. A
 device out of reach trains on, and its transfers wait.
 """
@@ -44,7 +44,7 @@ from fedgrpc.simulation.fleet import DescribedFleet, FleetVariant
 from fedgrpc.simulation.fleet_result import FleetResult, RoundLine, summarize
 from fedgrpc.simulation.loop import Life, Process, VirtualLoop, Wait
 
-# While too few are idle, how often to look again: a real aggregator is told, this one has to count.
+# Seconds to the next look while too few are idle: no device of a simulation polls, so they are counted.
 _LOOK_AGAIN_S = 5.0
 _KNOWN_WORKERS = 1000
 _ENOUGH_IDLE = 1000
@@ -138,7 +138,7 @@ class FleetRun:
             self.dispatch(self._pool())
 
     def _look(self, number: int) -> None:
-        """Count who is there, as long as the round of that number waits for workers."""
+        """Count the reachable devices while the round of that number waits for workers."""
         if self._round.number == number and self._round.phase is RoundPhase.SELECTING:
             self.dispatch(self._pool())
             self.loop.call_at(self.loop.now + _LOOK_AGAIN_S, lambda: self._look(number))
@@ -306,7 +306,7 @@ class FleetRun:
             self._tell(job, job.progress())
 
     def _tell(self, job: Job, news: Any) -> None:
-        """Send news, if the device can; learn from the answer whether to go on."""
+        """Send news, if the device can. A refusal ends the job."""
         if job.over or not self.devices.advance_one(job.device, self.loop.now):
             return
         try:

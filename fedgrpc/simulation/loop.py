@@ -28,7 +28,7 @@ class Future:
         self.waiting: Callable[[], None] | None = None
 
     def set(self, value: Any = None) -> None:
-        """Give the value to whoever waits."""
+        """Give the value to the processes that wait."""
         if not self.done:
             self.done, self.value = True, value
             if self.waiting is not None:
@@ -47,7 +47,7 @@ Process = Generator[Wait, Any, T]
 
 
 class Life:
-    """One incarnation of a machine. Once it has ended, none of its processes goes on."""
+    """One incarnation of a machine. Once it has ended, none of its processes continues."""
 
     def __init__(self) -> None:
         self.alive = True
@@ -78,7 +78,7 @@ class VirtualLoop:
         return future.value
 
     def spawn(self, process: Process[Any], life: Life, then: Callable[[Any], None] | None = None) -> None:
-        """Run a process as long as `life` lasts; `then` gets what it returns."""
+        """Run a process while `life` lasts; `then` gets what it returns."""
 
         def resume() -> None:
             if not life.alive:
@@ -111,7 +111,7 @@ class VirtualLoop:
             self.call_at(wait.until, once)
 
     def run(self, until: float, after_each: Callable[[], bool]) -> None:
-        """Play the agenda up to `until`, or as long as `after_each` says True."""
+        """Play the agenda up to `until`, or while `after_each` returns True."""
         while self._agenda and self._agenda[0][0] <= until:
             self.now, _, action = heappop(self._agenda)
             action()

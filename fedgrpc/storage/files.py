@@ -33,7 +33,7 @@ from fedgrpc.errors import StorageError
 # How names begin under which files and folders are filled. What has such a name after a crash is swept away.
 UNFINISHED: Final = ".new-"
 _GONE: Final = frozenset({errno.ENOENT, errno.ENOTDIR})
-# So much is written before the kernel is asked to begin writing it back, and less than that is not worth a call.
+# Bytes to write before the kernel is asked to begin writing them back. Fewer are not worth the call.
 _WRITE_BACK_EVERY_BYTES: Final = 4 << 20
 _WRITE_BACK_LEAST_BYTES: Final = 256 << 10
 _SYNC_FILE_RANGE_WRITE: Final = 2  # <fcntl.h> of Linux

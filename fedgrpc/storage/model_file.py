@@ -191,7 +191,7 @@ class ModelTensors(InParts):
         if self._file is None:
             with storage_errors(f"the model {self._model.path}", "read"):
                 self._file = self._model.path.open("rb", buffering=0)
-            # Parts may be read long after, also once the file was pruned: whoever has them keeps it open.
+            # Parts may be read long after the file was pruned: their holder keeps it open.
             weakref.finalize(self, self._file.close)
         return self._file
 
@@ -292,7 +292,7 @@ class ModelWriter:
             pwrite(self._file.fileno(), header, 0)
             # Cut off what the recycled file had behind: its size is part of the format.
             os.ftruncate(self._file.fileno(), self._size_bytes)
-            # Content before name, name before anybody is told: after a power cut the name means a whole file.
+            # Content before name, name before any answer: after a power cut the name means a whole file.
             if self._durable:
                 os.fsync(self._file.fileno())
             self._part.replace(self._path)

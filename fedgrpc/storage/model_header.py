@@ -41,7 +41,7 @@ _MAX_DIMS: Final = 16
 _MAX_HEADER_BYTES: Final = 100_000_000
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _CRC32: Final = re.compile(r"[0-9a-f]{8}")
-# As long as the real ones: a header is written before the tensors, and their sums are put into it behind them.
+# Of the length of the real ones: a header is written before the tensors, and their sums are filled in after them.
 _UNKNOWN_SHA256: Final = "0" * 64
 _UNKNOWN_CRC32: Final = "-" * 8
 # Files that are given in place of a model again and again, by how they begin.

@@ -119,7 +119,7 @@ def read_residual(path: Path, run: str) -> Residual:
             raise ValueError(f"{content_bytes} bytes of arrays are not those that it tells of")
         if _crc32_of(file, content_bytes) != about["crc32"]:
             raise ValueError("its CRC does not match")
-    # Training goes on without what is owed: less exact once, and never wrong.
+    # Training continues without what is owed: less exact once, and never wrong.
     except (ValueError, KeyError, TypeError, RecursionError, LayoutError) as error:
         log.warning("residual dropped", reason=f"{path} is corrupt: {error}")
         return Residual()

@@ -45,7 +45,7 @@ class ResumableFile:
         durable: bool = True,
         what: str = "a payload",
     ) -> None:
-        """Continue the file at `path`, or begin it anew where it is not of this very payload.
+        """Continue the file at `path`, or start it over where it is not of this very payload.
 
         `head_path` is where numbers and header go if they have a file of their own; `what` names the payload in
         error messages. Raises OSError.
@@ -171,7 +171,7 @@ class ResumableFile:
         """
         try:
             with storage_errors(self._what, "store"):
-                # Content before name: whoever finds the name after a power cut finds all of the content.
+                # Content before name: after a power cut, the name means that all of the content is there.
                 if self._durable:
                     self._sync()
                 self.path.replace(final)

@@ -241,7 +241,7 @@ class RunStore(Database):
             self._save_histories(histories)
             if version is not None:
                 self._insert_version(version)
-            # A worker that comes back late is told what became of its task, for as many rounds.
+            # For so many rounds, a worker that comes back late learns what became of its task.
             self._db.execute("DELETE FROM tasks WHERE round <= ?", (record.number - _KEEP_TASKS_OF_ROUNDS,))
             # The round that wrote the newest version stays: scores of that version are still to come.
             self._db.execute(

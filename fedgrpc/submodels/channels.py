@@ -55,7 +55,7 @@ Axis = tuple[Segment, ...]
 
 @dataclass(frozen=True)
 class SubModel:
-    """Width, above 0 to 1, and the rule that chooses channels. `round` moves them or draws them anew."""
+    """Width, above 0 to 1, and the rule that chooses channels. `round` moves them or draws new ones."""
 
     width: float = 1.0
     rule: str = "prefix"

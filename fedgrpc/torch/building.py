@@ -124,7 +124,7 @@ def _empty(build: Callable[[], nn.Module]) -> tuple[nn.Module | None, str]:
         # The constructor needs values, or it is wrong in itself: then it raises again when it runs with values.
         return None, f"its constructor needs values: {' '.join(str(error).split())[:200]}"
     if uncompiled(module) is not module:
-        return None, "torch.compile would compile it anew for every task"
+        return None, "torch.compile would compile it again for every task"
     return (None, why) if (why := _lost_values(module)) else (module, "")
 
 

@@ -214,7 +214,7 @@ class Federation:
                 tell(self._remarks.pop(0))
 
     async def _gather(self, aggregator: Client) -> History:
-        """Asked of the aggregator before it goes; the evaluator ends once it has scored the last version."""
+        """Read the history before the aggregator exits. The evaluator ends once it has scored the last version."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_SCORES_S):
                 await self._processes.wait(_EVALUATOR)
