@@ -69,9 +69,9 @@ MERGED_UPDATES: Final = Range("the number of merged updates", 0, 1 << 32)
 # A count of examples, or a sum of such.
 WEIGHT: Final = Range("the weight", 0.0, float(1 << 40))
 ACCUMULATED_STEPS: Final = Range("the number of accumulated steps", 0.0, float(1 << 50))
-# What float32 holds, so that a reader in any language does.
+# Bounds of float32, so that a reader in any language holds them.
 SCORE: Final = Range("a score", -1e30, 1e30)
-# Of a tensor of an update: the squares of its elements fit float32, in which optimizers keep them.
+# Norm of a tensor of an update: squares of its elements fit float32, in which optimizers keep them.
 MAX_TENSOR_NORM: Final = 1e18
 # 30 years.
 SECONDS: Final = Range("a time", 0.0, 1e9)
@@ -80,7 +80,7 @@ BITS_PER_SECOND: Final = Range("a rate", 0, 10**16)
 MEMORY_BYTES: Final = Range("a size", 0, 1 << 50)
 PAYLOAD_BYTES: Final = Range("a size", 0, 1 << 50)
 CORES: Final = Range("the number of cores", 0, 1 << 16)
-# Of versions and rounds: databases have 63 bits, JSON 53.
+# Numbers of versions and rounds: databases have 63 bits, JSON 53.
 NUMBER: Final = Range("a number", 0, 1 << 53)
 
 REASON: Final = Text(500)

@@ -41,7 +41,9 @@ LINK = "link"
 _HEADER = struct.Struct("<fBBH")
 _PIECE = 15360  # fits the cache and is a multiple of every number of digits in a byte
 _DECODED_AT_ONCE = 2 * _PIECE
+# A level costs 4 bytes of header, and its members need position bits that counts do not.
 _FEWEST_FOR_A_LEVEL = 64
+# The smallest normal float32. The inverse of a smaller one may overflow.
 _SMALLEST_STEP = 2.0**-126
 
 
@@ -147,6 +149,7 @@ def _base(zeros: float) -> int:
 def _quantize(values: Array, step: np.float32, base: int, dither: Dither | None) -> tuple[Array, Array, Array]:
     """Return the digit bytes, and positions and values of the symbols that digits cannot hold."""
     middle, per_byte = (base - 1) // 2, DIGITS_PER_BYTE[base]
+    # One division for the tensor, and multiplications for its elements.
     inverse = np.float32(1) / step
     digits, positions, symbols = [], [], []
     for piece in pieces(values.size, _PIECE):
@@ -160,6 +163,7 @@ def _quantize(values: Array, step: np.float32, base: int, dither: Dither | None)
         positions.append(marked + piece.start)
         symbols.append(scaled[marked])
         if per_byte:
+            # A marked element has a digit too, which the mark overwrites in decoding. Zeros compress best.
             scaled[marked] = 0
             digits.append(_pack_digits((scaled + np.float32(middle)).astype(np.uint8), base, per_byte))
     flat_symbols = np.concatenate([np.empty(0, np.float32), *symbols])
@@ -225,6 +229,7 @@ def _symbols(parts: _Parts, size: int) -> Iterator[tuple[slice, Array]]:
     for piece in pieces(size, _DECODED_AT_ONCE):
         symbols = buffer[: piece.stop - piece.start]
         if per_byte:
+            # A piece is a multiple of every number of digits in a byte: it never starts within one.
             packed = parts.digits[piece.start // per_byte : -(-piece.stop // per_byte)]
             symbols[:] = _from_digits(packed, parts.base)[: symbols.size]
         else:

@@ -58,6 +58,7 @@ def write_with_feedback(
     does, and the old residual stays valid.
     """
     layout = layout_of(delta) if layout is None else layout
+    # Of another layout nothing is owed: a name may mean another tensor there.
     owed = residual.for_layout(layout).tensors
     writer = PayloadWriter(out, recipe.compression)
     left = _Left()
@@ -74,6 +75,7 @@ def write_with_feedback(
         encoding, encoded = encode_tensor(spec, corrected, recipe, rng)
         writer.add(spec, encoding, encoded)
         if not encoding.lossless and encoding.contractive:
+            # Decoded as the receiver does: what is owed is what it does not see.
             keep(spec.name, left_over(corrected, encoding.decode(memoryview(encoded).toreadonly(), spec)))
     return writer.finish(), Residual(layout, left.tensors(layout))
 
@@ -92,6 +94,7 @@ def quantize_with_feedback(
         part = _sum_of(part, part_of(owed, spec.name))
 
     def keep_part(start: int, values: Array, decoded: Array) -> None:
+        # The decoded piece is scratch memory: the difference takes its place.
         keep(spec.name, np.subtract(values, decoded, out=decoded))
 
     return encoding.encode_parts(part, spec.size, rng, keep_part if encoding.contractive else None)
@@ -111,6 +114,7 @@ class _Left:
         self._parts: dict[str, list[Array]] = {}
 
     def add(self, name: str, part: Array) -> None:
+        # The part is a view of memory that the encoder uses for the next one.
         self._parts.setdefault(name, []).append(part.reshape(-1).copy())
 
     def tensors(self, layout: Layout) -> dict[str, Array]:

@@ -78,6 +78,7 @@ def step(round_: Round, event: Event, now: float) -> Step:
 
 def on_workers_available(round_: Round, event: WorkersAvailable, now: float) -> Step:
     """Open the round once enough workers are idle and the other live ones had the selection window to come."""
+    # The shell is choosing workers. Its answer, `Selected`, decides what is still missing.
     if round_.asked:
         return round_, ()
     policy, exclude = round_.policy, round_.workers
@@ -154,6 +155,7 @@ def _opened(round_: Round, event: Selected, now: float) -> Round:
     """Return the round in its reporting phase: aim and deadline are now fixed."""
     policy, deadline = round_.policy, event.deadline
     seconds = policy.deadline_s
+    # A learned deadline only shortens the operator's.
     if deadline is not None:
         seconds = min(max(deadline.seconds, policy.deadline_floor_s), policy.deadline_s)
     aim = round_.aim
@@ -232,6 +234,7 @@ def report(round_: Round, event: TaskEvent, now: float) -> Step:
     """Apply an event of a task, and close the round if enough updates are in now."""
     before = round_.find(event.token)
     after = apply_event(before, event, round_.deadline_at, round_.policy.lease_s, now)
+    # A retried call brings the same event again.
     if after == before:
         return round_, ()
     round_ = round_.with_tasks({event.token: after})
@@ -264,6 +267,7 @@ def check_time(round_: Round, event: Tick, now: float) -> Step:
 
 def expire(round_: Round, now: float) -> Step:
     """Free the slots of tasks whose lease ran out."""
+    # Expired is not final: a worker whose link returns in time revives its task.
     lease_s = round_.policy.lease_s
     expired = {
         token: task.expired(lease_s, now)
@@ -325,6 +329,7 @@ def leave_out(round_: Round, event: Rejected, now: float) -> Step:
         raise RoundClosed(f"round {round_.number} takes no more updates: it is committing")
     refused = task.lost(TaskPhase.REJECTED, LossCause.REFUSED, event.reason, now)
     round_ = round_.with_tasks({event.token: refused})
+    # The commit is computed again from the start, so that nothing of the refused update is left in it.
     if round_.accepted_count >= round_.policy.quorum:
         return round_, (Commit(round_.accepted),)
     return _finish_without(round_, f"{_accepted_of_quorum(round_)}: {event.reason}", AbandonCause.FAILED)

@@ -30,7 +30,7 @@ from typing import Any, Final
 
 from fedgrpc.errors import StorageError
 
-# How names begin under which files and folders are filled. What has such a name after a crash is swept away.
+# Prefix of files and folders that are being filled. One that is left after a crash is swept away.
 UNFINISHED: Final = ".new-"
 _GONE: Final = frozenset({errno.ENOENT, errno.ENOTDIR})
 # Bytes to write before the kernel is asked to begin writing them back. Fewer are not worth the call.

@@ -207,19 +207,19 @@ class ResumableFile:
 
 
 def committed_bytes(path: Path, head_path: Path | None = None) -> int:
-    """Bytes of a payload that a `ResumableFile` would continue from; 0 where there is none. Raises OSError."""
+    """Return the bytes of a payload that a `ResumableFile` would continue from, or 0. Raises OSError."""
     try:
         with (head_path or path).open("rb") as file:
             committed, header_bytes, _, _ = _HEAD.unpack(file.read(_HEAD.size))
         start = 0 if head_path else _HEAD.size + header_bytes
-        # What a power cut has taken away is not there, whatever the count says.
+        # The count may say more than a power cut has left.
         return int(max(0, min(committed, path.stat().st_size - start)))
     except (FileNotFoundError, struct.error):
         return 0
 
 
 def read_header(path: Path) -> tuple[bytes, int]:
-    """The header of a file that has it in front, and where its payload begins.
+    """Return the header of a file that has it in front, and the offset of its payload.
 
     Raises:
         CorruptError: the header is not what was written.
