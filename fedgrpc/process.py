@@ -11,6 +11,7 @@ import gc
 import importlib
 import importlib.util
 import os
+import resource
 import signal
 import socket
 import stat
@@ -123,6 +124,22 @@ def use_threads(count: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(count)
     if importlib.util.find_spec("threadpoolctl") is not None:
         importlib.import_module("threadpoolctl").threadpool_limits(count)
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory_bytes` count from now on, where Linux allows it: "5" clears the peak (proc(5))."""
+    with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident memory of this process since `forget_peak_memory`, or since its start."""
+    with suppress(OSError), open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextmanager

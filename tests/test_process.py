@@ -115,3 +115,12 @@ def test_grpc_writes_no_lines_of_its_own_unless_it_is_told_to(monkeypatch):
     monkeypatch.setenv("GRPC_VERBOSITY", "debug")
     assert run(code).stdout.strip() == "debug"
     assert signal.getsignal(signal.SIGTERM) is not None
+
+
+def test_a_peak_of_memory_is_forgotten():
+    program = (
+        "from fedgrpc.process import forget_peak_memory, peak_memory_bytes\n"
+        "large = bytearray(200 << 20); del large\n"
+        "first = peak_memory_bytes(); forget_peak_memory(); print(first - peak_memory_bytes() > 150 << 20)"
+    )
+    assert run(program).stdout == "True\n"

@@ -48,6 +48,7 @@ log = structlog.get_logger()
 
 _MOST_SUB_MODELS = 64
 _KEPT = 16
+_KEPT_OF_CLASS = 64
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class LocalModels:
         self._models = models
         self._path = path
         self._histories: dict[str, deque[Observation]] = {}
+        self._of_class: dict[str, deque[Observation]] = {}
         self._kept_channels = lru_cache(_MOST_SUB_MODELS)(self._select)
         self._elements: dict[LocalModelPlan, PlanElements] = {}
         self._channels = self._read()
@@ -126,7 +128,8 @@ class LocalModels:
             return self._elements_of(plan, sizing.layout).size(download_bits, upload_bits)
 
         plans = self._plans.known_to(worker.registration.local_model_parts)
-        choice = choose_of(plans, device_class, size, about, history, sizing.deadline_s)
+        peers = list(self._of_class.get(device_class, ()))
+        choice = choose_of(plans, device_class, size, about, history, sizing.deadline_s, peers)
         lacking = self._plans.plan_of(device_class).parts.difference(worker.registration.local_model_parts)
         if lacking and not self._plans.automatic:
             return replace(choice, reason=f"the worker knows no {', '.join(sorted(lacking))}: the model as it is")
@@ -157,6 +160,7 @@ class LocalModels:
             if (seen := self._observation(task, layout)) is None:
                 continue
             self._histories.setdefault(task.worker, deque(maxlen=_KEPT)).append(seen)
+            self._peers(task).append(seen)
             if task.HasField("prediction"):
                 shown = {part: round(error, 3) for part, error in prediction_errors(task).items()}
                 tell = log.info if self._plans.automatic else log.debug
@@ -170,10 +174,18 @@ class LocalModels:
                 history = self._histories.setdefault(task.worker, deque(maxlen=_KEPT))
                 if len(history) < _KEPT and (seen := self._observation(task, layout)) is not None:
                     history.appendleft(seen)
+                    if len(peers := self._peers(task)) < _KEPT_OF_CLASS:
+                        peers.appendleft(seen)
                 if len(history) == _KEPT:
                     lacking.discard(task.worker)
             if not lacking:
                 return
+
+    def _peers(self, task: round_pb2.TaskRecord) -> deque[Observation]:
+        """Return what the last tasks of the device's class cost. A device without a class has no peers."""
+        if not task.device_class:
+            return deque()
+        return self._of_class.setdefault(task.device_class, deque(maxlen=_KEPT_OF_CLASS))
 
     def _observation(self, task: round_pb2.TaskRecord, layout: Layout) -> Observation | None:
         """Return what the task cost; None if its record cannot be true."""

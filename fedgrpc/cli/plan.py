@@ -6,6 +6,7 @@ import asyncio
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,8 +16,9 @@ from rich.table import Table
 
 from fedgrpc.cli.as_json import json_text
 from fedgrpc.cli.connection import FILE, client_settings, client_tls
+from fedgrpc.cli.measuring import measured
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand
-from fedgrpc.cli.planning import FleetSnapshot, PlannedDevice, PlannedModel, PlanRequest, fleet_snapshot, measured
+from fedgrpc.cli.planning import FleetSnapshot, PlannedDevice, PlannedModel, PlanRequest, fleet_snapshot
 from fedgrpc.cli.toml_files import read_file
 from fedgrpc.cli.value_types import DURATION, RATE, SIZE, NamedValues
 from fedgrpc.cli.view import piped_console, print_table, seconds, size
@@ -24,6 +26,7 @@ from fedgrpc.client import connect
 from fedgrpc.errors import UsageError
 from fedgrpc.submodels.cost import DeviceLimits, Observation, Prediction, misfit, predict
 from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
+from fedgrpc.submodels.technique_cost import saves_nothing
 from fedgrpc.trainer import Trainer, full_width_tensors
 from fedgrpc.worker.task_loader import load_trainer
 
@@ -74,7 +77,7 @@ SETTINGS: list[Setting] = [
     _device("--local-time", "Measured T_local of the whole model.", name="local_s", type=DURATION),
     _device(
         "--measure",
-        "Train this many steps of each plan's width here to measure this device; 0: do not.",
+        "Train this many steps of each plan here to measure this device; 0: do not.",
         name="measured_steps",
         type=click.IntRange(0, 1000),
         default=0,
@@ -99,7 +102,7 @@ def _run(**values: Any) -> None:
     request = PlanRequest(model, table, deadline_s)
     if model.channels is None and any(plan.width < 1 for plan in request.plans):
         raise UsageError(f"the model of {values['task']} cannot be sliced, so it has no plans of less width")
-    devices = fleet.devices(model) if fleet else [_here(values, trainer, request)]
+    devices = fleet.devices(model, values["worker"]) if fleet else [_here(values, trainer, request)]
     agreed = {planned.encodings for planned in devices if not values["encoding"]} - {("", "")}
     requests = {each: replace(request, model=PlannedModel.of(trainer, *each)) for each in agreed}
     decided = [(planned, requests.get(planned.encodings, request)) for planned in devices]
@@ -147,8 +150,8 @@ def _here(values: Mapping[str, Any], trainer: Trainer, request: PlanRequest) -> 
     device = DeviceLimits(values["memory_bytes"] or 0, *rates)
     history: list[Observation] = []
     if values["measured_steps"]:
-        widths = [plan.width for plan in plans]
-        history += measured(trainer, model, widths, values["measured_steps"], values["epochs"])
+        tell = partial(click.echo, err=True)
+        history += measured(trainer, model, plans, values["measured_steps"], values["epochs"], tell)
     if values["local_s"]:
         whole = model.size_of(LocalModelPlan())
         history.append(Observation(whole.share, whole.weights_bytes, 0, values["local_s"], 0, 0, 0))
@@ -158,7 +161,7 @@ def _here(values: Mapping[str, Any], trainer: Trainer, request: PlanRequest) -> 
 
 async def _snapshot(values: Mapping[str, Any]) -> FleetSnapshot:
     async with connect(values["aggregator"], client_tls(dict(values))) as aggregator:
-        return await fleet_snapshot(aggregator, values["worker"])
+        return await fleet_snapshot(aggregator)
 
 
 def _show(console: Console, planned: PlannedDevice, request: PlanRequest) -> None:
@@ -172,7 +175,7 @@ def _show(console: Console, planned: PlannedDevice, request: PlanRequest) -> Non
         table.add_column(heading, justify="left" if heading in ("", "plan") else "right", no_wrap=True)
     for plan in request.plans:
         sizes = request.model.size_of(plan, planned.history)
-        cost = predict(planned.device, planned.history, sizes)
+        cost = predict(planned.device, planned.history, sizes, planned.peers)
         times = (cost.download_s, cost.local_s, cost.upload_s)
         table.add_row(
             "*" if plan == choice.plan else "",
@@ -185,6 +188,9 @@ def _show(console: Console, planned: PlannedDevice, request: PlanRequest) -> Non
             misfit(planned.device, cost, request.deadline_s),
         )
     print_table(console, table)
+    for plan in request.plans:
+        if why := saves_nothing(plan):
+            console.print(f"{plan.to_line()}: {why}", highlight=False, soft_wrap=True)
     console.print(f"chosen: {choice.plan.to_line()}: {choice.reason}", highlight=False, soft_wrap=True)
     if off := errors_line(planned):
         console.print(off, highlight=False, soft_wrap=True)
@@ -208,9 +214,9 @@ def _plain(planned: PlannedDevice, request: PlanRequest) -> dict[str, Any]:
 
     def row(plan: LocalModelPlan) -> dict[str, Any]:
         size = request.model.size_of(plan, planned.history)
-        cost: Prediction = predict(planned.device, planned.history, size)
+        cost: Prediction = predict(planned.device, planned.history, size, planned.peers)
         total = {"total_s": cost.total_s, "misfit": misfit(planned.device, cost, request.deadline_s)}
-        return {"plan": plan.to_toml(), **asdict(size), **asdict(cost), **total}
+        return {**asdict(size), **asdict(cost), **total, "plan": plan.to_toml(), "note": saves_nothing(plan)}
 
     return {
         "device": planned.name,

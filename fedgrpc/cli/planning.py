@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import io
-import itertools
-import resource
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -33,9 +30,8 @@ from fedgrpc.submodels.cost import (
     elements_of,
     shown_upload_bits,
 )
-from fedgrpc.submodels.coverage import Coverage
 from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
-from fedgrpc.trainer import SliceableTrainer, Trainer, TrainJob, Weights
+from fedgrpc.trainer import SliceableTrainer, Trainer
 from fedgrpc.v1.aggregator_pb2 import WorkerRecord
 from fedgrpc.v1.device_pb2 import WORKER_ROLE_TRAINER
 from fedgrpc.v1.round_pb2 import TaskRecord
@@ -78,7 +74,8 @@ class PlannedModel:
 class PlannedDevice:
     """A device, the cost of its past tasks, and by how much each prediction of them was off, by part.
 
-    `encodings` are the recipes of its models and of its updates; ("", "") where the run has agreed on none.
+    `encodings` are the recipes of its models and of its updates; ("", "") where the run has agreed on none. The
+    `peers` are past tasks of devices of its class.
     """
 
     name: str
@@ -87,6 +84,7 @@ class PlannedDevice:
     errors: tuple[Mapping[str, float], ...] = ()
     device_class: str = ""
     encodings: tuple[str, str] = ("", "")
+    peers: tuple[Observation, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,47 +105,7 @@ class PlanRequest:
         """Return the choice that the aggregator would make."""
         size_of = partial(self.model.size_of, history=planned.history)
         about = planned.device, planned.history, self.deadline_s
-        return choose_of(self.table, planned.device_class, size_of, *about)
-
-
-def measured(
-    trainer: Trainer, model: PlannedModel, widths: Sequence[float], steps: int, epochs: float
-) -> list[Observation]:
-    """Measure a round's training of each width on this machine by `steps` steps of it, smallest width first."""
-    weights, found = trainer.initial_weights(), []
-    for width in sorted(set(widths)):
-        size = model.size_of(LocalModelPlan(width))
-        given = _sliced(weights, model.channels, LocalModelPlan(width))
-        # The first step loads libraries and allocates buffers for all later ones.
-        _train(trainer, given, 1, epochs)
-        local_s, tensor_bytes = _train(trainer, given, steps, epochs)
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        found.append(Observation(size.share, size.weights_bytes, 0, local_s, 0, 0, 0, peak_bytes, tensor_bytes))
-    return found
-
-
-def _train(trainer: Trainer, weights: Weights, steps: int, epochs: float) -> tuple[float, int]:
-    """Return the seconds that all steps of the epochs would take, and the bytes of tensors."""
-    done = itertools.count(1)
-    totals: list[int] = []
-    job = TrainJob(
-        epochs=epochs,
-        time_left_s=lambda: float(steps - next(done)),
-        report=lambda _, total: totals.append(total),
-    )
-    begun = time.perf_counter()
-    result = trainer.train(weights, job)
-    return (time.perf_counter() - begun) * totals[-1] / max(1, result.steps), result.tensor_bytes
-
-
-def _sliced(weights: Weights, channels: ChannelMap | None, plan: LocalModelPlan) -> Weights:
-    if channels is None or plan.width == 1:
-        return weights
-    selection = channels.select(plan.sub_model(0), weights)
-    coverages: dict[str, Coverage] = {
-        name: selection.coverage(name, array.shape) for name, array in weights.items()
-    }
-    return {name: coverages[name].take(array).copy() for name, array in weights.items()}
+        return choose_of(self.table, planned.device_class, size_of, *about, planned.peers)
 
 
 @dataclass(frozen=True)
@@ -159,17 +117,24 @@ class FleetSnapshot:
     workers: tuple[WorkerRecord, ...]
     tasks: Mapping[str, Sequence[TaskRecord]]
 
-    def devices(self, model: PlannedModel) -> list[PlannedDevice]:
-        """Return the devices, with a history in sizes of `model`."""
-        return [_planned_device(record, self.tasks[record.worker], model) for record in self.workers]
+    def devices(self, model: PlannedModel, name: str | None = None) -> list[PlannedDevice]:
+        """Return the devices, or the one of that name, with a history in sizes of `model`. Raises `UsageError`."""
+        named = [each for each in self.workers if name in (None, each.worker)]
+        if not named:
+            raise UsageError("the aggregator knows no worker" + (f" {name!r}" if name else ""))
+        planned = [_planned_device(each, self.tasks[each.worker], model) for each in self.workers]
+        wanted = {each.worker for each in named if name or each.role == WORKER_ROLE_TRAINER}
+        return [replace(each, peers=_peers(each, planned)) for each in planned if each.name in wanted]
 
 
-async def fleet_snapshot(aggregator: Client, name: str | None) -> FleetSnapshot:
-    """Ask an aggregator for the costs of its workers, or of one. Raises `UsageError`, `LinkError`."""
-    records = [each for each in await aggregator.workers() if name in (None, each.worker)]
-    if not records:
-        raise UsageError("the aggregator knows no worker" + (f" {name!r}" if name else ""))
-    trainers = tuple(each for each in records if name or each.role == WORKER_ROLE_TRAINER)
+def _peers(device: PlannedDevice, planned: Sequence[PlannedDevice]) -> tuple[Observation, ...]:
+    alike = [each for each in planned if device.device_class and each.device_class == device.device_class]
+    return tuple(seen for each in alike for seen in each.history)
+
+
+async def fleet_snapshot(aggregator: Client) -> FleetSnapshot:
+    """Ask an aggregator for the costs of its workers. Raises `LinkError`."""
+    trainers = tuple(await aggregator.workers())
     tasks: dict[str, deque[TaskRecord]] = {each.worker: deque(maxlen=_KEPT) for each in trainers}
     async for record in aggregator.rounds_back():
         for task in filter(tells_cost, record.tasks):

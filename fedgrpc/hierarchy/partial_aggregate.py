@@ -38,6 +38,7 @@ from fedgrpc.codec.payload import (
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Compression, Recipe
 from fedgrpc.errors import StorageError
+from fedgrpc.process import peak_memory_bytes
 from fedgrpc.protocol.tasks import Task
 from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
 from fedgrpc.protocol.updates import sent_header
@@ -48,7 +49,7 @@ from fedgrpc.storage.update_file import StoredUpdate
 from fedgrpc.submodels.channels import KeptChannels
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.spool import Fill
-from fedgrpc.worker.update import Began, fitted, peak_memory_bytes
+from fedgrpc.worker.update import Began, fitted
 
 Tensors = Iterator[tuple[TensorSpec, Array]]
 # Elements whose mean is in memory at a time, float64.

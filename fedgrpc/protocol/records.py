@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from fedgrpc import claims
 from fedgrpc.errors import LayoutError
-from fedgrpc.protocol.plans import local_model_from_proto
+from fedgrpc.protocol.plans import local_model_plan_from_proto
 from fedgrpc.rounds.events import LossCause
 from fedgrpc.rounds.history import KEPT, LinkRates, Timing, Timings, WorkerHistory
 from fedgrpc.rounds.version import Jump, Version
@@ -70,6 +70,7 @@ def observation_from_proto(task: round_pb2.TaskRecord, size: PlanSize) -> Observ
     """Return what a task cost, whose plan makes the model that `size`."""
     timings = task.timings
     upload_bytes = claims.PAYLOAD_BYTES.clamped(task.upload_bytes)
+    plan = local_model_plan_from_proto(task.local_model)
     return Observation(
         size.share,
         size.weights_bytes,
@@ -80,7 +81,9 @@ def observation_from_proto(task: round_pb2.TaskRecord, size: PlanSize) -> Observ
         upload_bytes,
         claims.MEMORY_BYTES.clamped(task.peak_memory_bytes),
         claims.MEMORY_BYTES.clamped(task.tensor_bytes),
-        bits_per_element(upload_bytes, size.sent_elements, local_model_from_proto(task.local_model)[0]),
+        bits_per_element(upload_bytes, size.sent_elements, plan),
+        plan,
+        size.technique,
     )
 
 

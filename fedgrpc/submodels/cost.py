@@ -1,13 +1,14 @@
 """Cost of a local-model plan on a device, predicted from measurements, and the most capable plan that fits.
 
-    T_local    = seconds per unit of work  *  work(plan)
+    T_local    = seconds per unit of work  *  work(plan)  *  factor of its techniques (`technique_cost`)
     T_upload   = bytes(plan) / rate up,  T_download = bytes(plan) / rate down
     memory     = memory of the process without a model  +  bytes of weights, gradients, optimizer state and
                  activations; weights scale with the square of the width, activations with the width
 
-The rule: every number is a median of measurements on this device. The device's profile stands in until there are
-any. The work of a plan is its share of the whole model's weights, plus a part that no smaller width saves. Each
-prediction is later compared with what was measured (`errors_of`).
+The rule: a number is what this plan was measured to cost on this device, else on devices of its class. Only
+without such measurements is it computed as above from those of other plans, or from the device's profile. The work
+of a plan is its share of the whole model's weights, plus a part that no smaller width saves. Each prediction is
+later compared with what was measured (`errors_of`).
 """
 
 from __future__ import annotations
@@ -20,17 +21,16 @@ from dataclasses import dataclass
 from fedgrpc import claims
 from fedgrpc.submodels.channels import ChannelMap, SubModel, sub_shapes
 from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
+from fedgrpc.submodels.technique_cost import PLAIN, TechniqueCost, technique_cost
 
 # Share of a batch's time that does not shrink with the model: data, Python, kernel launches. It is fitted once a
 # device's history has two different plans.
 UNSHRINKABLE_SHARE = 0.2
 PROCESS_BYTES = 300 << 20
-# Weights, gradients, velocities, and the given weights, which the update is a difference to.
+# Weights, gradients and velocities in float32, and the given weights, which the update is a difference to.
 COPIES = 4
 # Building the untrained model and sending it: the model, and what is checked and encoded of it at a time.
 FIRST_MODEL_COPIES = 2.0
-# The first three of these copies are in an observation's `tensor_bytes`.
-_TRAINED = 3
 _ELEMENT_BYTES = 4
 # A smaller share of the model would make the ratio of two shares overflow.
 _LEAST_SHARE = 1e-12
@@ -54,6 +54,13 @@ class PlanSize:
     download_bytes: int
     upload_bytes: int
     sent_elements: int = 0
+    plan: LocalModelPlan | None = None
+    technique: TechniqueCost = PLAIN
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of weights, gradients and optimizer state in training."""
+        return round(self.weights_bytes / _ELEMENT_BYTES * self.technique.state_bytes)
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,18 @@ class Observation:
     peak_memory_bytes: int = 0
     tensor_bytes: int = 0
     upload_bits: float = 0.0
+    plan: LocalModelPlan | None = None
+    technique: TechniqueCost = PLAIN
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of activations among the tensors; 0 is unknown."""
+        return max(0, self.tensor_bytes - round(self.weights_bytes / _ELEMENT_BYTES * self.technique.state_bytes))
+
+    def is_of(self, size: PlanSize) -> bool:
+        """Whether this is the cost of the plan that `size` is of."""
+        same = (self.plan or LocalModelPlan()) == (size.plan or LocalModelPlan())
+        return same and math.isclose(self.share, size.share, rel_tol=1e-9)
 
 
 @dataclass(frozen=True)
@@ -99,15 +118,17 @@ class PlanChoice:
     reason: str
 
 
-def predict(device: DeviceLimits, history: Sequence[Observation], size: PlanSize) -> Prediction:
-    """Predict the cost of a plan of that size on the device."""
+def predict(
+    device: DeviceLimits, history: Sequence[Observation], size: PlanSize, peers: Sequence[Observation] = ()
+) -> Prediction:
+    """Predict the cost of a plan of that size on the device. `peers` were measured on devices of its class."""
     down = _rate(history, "download", device.downlink_bits_per_second)
     up = _rate(history, "upload", device.uplink_bits_per_second)
     return Prediction(
         None if down is None else size.download_bytes / down,
-        _local_s(history, size.share),
+        _local_s(history, size, peers),
         None if up is None else size.upload_bytes / up,
-        _memory_bytes(history, size),
+        _memory_bytes(history, size, peers),
     )
 
 
@@ -117,13 +138,14 @@ def choose(
     device: DeviceLimits,
     history: Sequence[Observation],
     deadline_s: float,
+    peers: Sequence[Observation] = (),
 ) -> PlanChoice:
     """Choose the first of `plans`, most capable first, that fits memory and deadline; else the last one."""
     if not plans:
         raise ValueError("there is no plan to choose from")
     why = ""
     for plan in plans:
-        prediction = predict(device, history, size_of(plan))
+        prediction = predict(device, history, size_of(plan), peers)
         unfit = misfit(device, prediction, deadline_s)
         if not unfit:
             return PlanChoice(plan, prediction, why or "the most capable plan fits")
@@ -138,14 +160,15 @@ def choose_of(
     device: DeviceLimits,
     history: Sequence[Observation],
     deadline_s: float,
+    peers: Sequence[Observation] = (),
 ) -> PlanChoice:
     """Choose from the table: the plan of the device's class, else the best automatic plan, else the default."""
     if table.automatic and device_class not in table.classes:
-        return choose(table.automatic, size_of, device, history, deadline_s)
+        return choose(table.automatic, size_of, device, history, deadline_s, peers)
     plan = table.plan_of(device_class)
     pinned = device_class in table.classes
     reason = f"the plan of {device_class}" if pinned else "the plan of every device without one of its own"
-    return PlanChoice(plan, predict(device, history, size_of(plan)), reason)
+    return PlanChoice(plan, predict(device, history, size_of(plan), peers), reason)
 
 
 def misfit(device: DeviceLimits, prediction: Prediction, deadline_s: float) -> str:
@@ -185,12 +208,38 @@ def _rate(history: Sequence[Observation], way: str, bits_per_second: float) -> f
     return bits_per_second / 8 if bits_per_second > 0 else None
 
 
-def _local_s(history: Sequence[Observation], share: float) -> float | None:
-    """Predict on the line through measurements at different shares; with one share, by the usual slope."""
+def _local_s(history: Sequence[Observation], size: PlanSize, peers: Sequence[Observation]) -> float | None:
+    """Predict by the plan's own measurements, else by those of its class, else by other plans."""
+    if own := [seen.local_s for seen in history if seen.is_of(size) and seen.local_s > 0]:
+        return float(statistics.median(own))
+    alike = [seen.local_s for seen in peers if seen.is_of(size) and seen.local_s > 0]
+    if not alike:
+        line = _on_line(history, size)
+        return _on_line(peers, size) if line is None else line
+    # Devices of a class differ in their data, so only ratios of plans carry over to one that has a history.
+    ratios = [
+        seen.local_s / statistics.median(others)
+        for seen in history
+        if seen.local_s > 0 and (others := [each.local_s for each in peers if _same_plan(each, seen)])
+    ]
+    return float(statistics.median(alike)) * (float(statistics.median(ratios)) if ratios else 1.0)
+
+
+def _same_plan(one: Observation, other: Observation) -> bool:
+    same = (one.plan or LocalModelPlan()) == (other.plan or LocalModelPlan())
+    return same and one.local_s > 0 and math.isclose(one.share, other.share, rel_tol=1e-9)
+
+
+def _on_line(history: Sequence[Observation], size: PlanSize) -> float | None:
+    """Predict on the line through measurements at different shares; with one share, by the usual slope.
+
+    Times are those of plans without techniques or, if there are none, what the factors make of the others.
+    """
+    timed = [seen for seen in history if seen.local_s > 0]
+    plain = [seen for seen in timed if seen.technique.time == 1]
     by_share: dict[float, list[float]] = {}
-    for seen in history:
-        if seen.local_s > 0:
-            by_share.setdefault(seen.share, []).append(seen.local_s)
+    for seen in plain or timed:
+        by_share.setdefault(seen.share, []).append(seen.local_s / seen.technique.time)
     points = sorted((at, statistics.median(times)) for at, times in by_share.items())
     if not points:
         return None
@@ -198,26 +247,39 @@ def _local_s(history: Sequence[Observation], share: float) -> float | None:
     if high > low and high_s > low_s:
         slope = (high_s - low_s) / (high - low)
         floor = min(low_s, points[0][1]) * UNSHRINKABLE_SHARE
-        return float(max(floor, low_s + slope * (share - low)))
-    whole_s = high_s / _work(high)
-    return float(whole_s * _work(share))
+        plain_s = max(floor, low_s + slope * (size.share - low))
+    else:
+        plain_s = high_s / _work(high) * _work(size.share)
+    return float(plain_s * size.technique.time)
 
 
 def _work(share: float) -> float:
     return UNSHRINKABLE_SHARE + (1 - UNSHRINKABLE_SHARE) * share
 
 
-def _memory_bytes(history: Sequence[Observation], size: PlanSize) -> int:
-    """Predict from the largest model in the history, which explains the peak, since a peak never falls."""
-    seen = [each for each in history if each.peak_memory_bytes]
+def _memory_bytes(history: Sequence[Observation], size: PlanSize, peers: Sequence[Observation]) -> int:
+    """Predict by the plan's own measurements, else by those of its class, else by the largest model measured.
+
+    A peak is of one task, but where the system cannot forget a peak it never falls. So the least of the device's
+    own is nearest to the plan's, and the largest model explains it. Of the class it is the median, which one
+    device's claim does not move far.
+    """
+    if own := [seen.peak_memory_bytes for seen in history if seen.peak_memory_bytes and seen.is_of(size)]:
+        return min(own)
+    if alike := [seen.peak_memory_bytes for seen in peers if seen.peak_memory_bytes and seen.is_of(size)]:
+        return round(statistics.median(alike))
+    seen = [each for each in (history or peers) if each.peak_memory_bytes]
     base, activations = PROCESS_BYTES, 0.0
     if seen:
         peak = max(each.peak_memory_bytes for each in seen)
-        largest = max(seen, key=lambda each: each.weights_bytes)
-        held = max(0, largest.tensor_bytes - _TRAINED * largest.weights_bytes)
-        base = max(0, peak - held - COPIES * largest.weights_bytes)
-        activations = held * math.sqrt(size.share / max(largest.share or 1.0, _LEAST_SHARE))
-    return base + COPIES * size.weights_bytes + round(activations)
+        largest = max(seen, key=lambda each: (each.weights_bytes, each.tensor_bytes))
+        state = round(largest.weights_bytes / _ELEMENT_BYTES * largest.technique.state_bytes)
+        base = max(0, peak - largest.activation_bytes - state - largest.weights_bytes)
+        shrunk = math.sqrt(size.share / max(largest.share or 1.0, _LEAST_SHARE))
+        activations = (
+            largest.activation_bytes * shrunk * size.technique.activations / largest.technique.activations
+        )
+    return base + size.state_bytes + size.weights_bytes + round(activations)
 
 
 def shown_upload_bits(history: Sequence[Observation]) -> float | None:
@@ -248,12 +310,17 @@ def payload_bytes(elements: int, bits_per_element: float, plan: LocalModelPlan) 
 
 @dataclass(frozen=True)
 class PlanElements:
-    """Number of elements in a plan's sub-model, in its updates, and in the whole model."""
+    """Number of elements in a plan's sub-model, in its updates, and in the whole model.
+
+    `trained` and `reached` are the shares that `technique_cost` takes.
+    """
 
     plan: LocalModelPlan
     own: int
     sent: int
     whole: int
+    trained: float = 1.0
+    reached: float = 1.0
 
     def size(self, download_bits: float, upload_bits: float) -> PlanSize:
         """Convert to bytes, at so many bits per element on the wire, before pruning and clustering for uploads."""
@@ -263,6 +330,8 @@ class PlanElements:
             math.ceil(self.own * download_bits / 8),
             payload_bytes(self.sent, upload_bits, self.plan),
             self.sent,
+            self.plan,
+            technique_cost(self.plan, self.trained, self.reached),
         )
 
 
@@ -276,9 +345,13 @@ def elements_of(
     shapes = model
     if channels is not None and plan.width < 1:
         shapes = sub_shapes(channels.select(SubModel(plan.width)), model)
+    trained = [plan.is_trained(name) for name in shapes]
+    counts = [math.prod(shape) for shape in shapes.values()]
     return PlanElements(
         plan,
-        sum(math.prod(shape) for shape in shapes.values()),
+        sum(counts),
         sum(math.prod(shape) for name, shape in shapes.items() if not plan.is_kept_back(name)),
         sum(math.prod(shape) for shape in model.values()),
+        sum(count for count, used in zip(counts, trained, strict=True) if used) / max(1, sum(counts)),
+        (len(trained) - trained.index(True)) / len(trained) if any(trained) else 0.0,
     )

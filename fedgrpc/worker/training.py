@@ -20,6 +20,7 @@ from fedgrpc.aio import in_thread
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import FedgrpcError, LayoutError, TaskError, TaskUnfit, UsageError
+from fedgrpc.process import forget_peak_memory
 from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import Activity
 from fedgrpc.protocol.tasks import Registration, Task
@@ -129,6 +130,7 @@ class TrainerWork:
     async def perform(self, task: Task, message: aggregator_pb2.Task, report: Report) -> SpooledUpdate:
         """Download, train or score, and spool the update. Raises `TaskError` for a plan that is refused here."""
         _check_plan(task, self._settings.min_batch_size)
+        forget_peak_memory()
         given, layout, download_s = await self._download(task, report)
         began = Began(download_s, time.monotonic())
         stop = threading.Event()

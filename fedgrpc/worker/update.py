@@ -18,8 +18,6 @@ with a line in the log.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 import zlib
 from collections.abc import Callable, Collection, Mapping
@@ -38,6 +36,7 @@ from fedgrpc.codec.layout import Array, Layout, TensorRole, layout_of, spec_of
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
+from fedgrpc.process import peak_memory_bytes
 from fedgrpc.protocol.tasks import Task
 from fedgrpc.protocol.updates import report_to_proto
 from fedgrpc.rounds.history import Timings
@@ -169,12 +168,6 @@ def _report(outcome: Outcome, timings: Timings, unchanged: bool) -> Report:
         unchanged=unchanged,
         scores_not_finite=frozenset(scores.not_finite),
     )
-
-
-def peak_memory_bytes() -> int:
-    """Return the largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def load_personal_layers(given: Weights, path: Path, run: str, is_personal: Callable[[str], bool]) -> Weights:
