@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
-import json
 import re
 import sys
 from pathlib import Path
@@ -19,17 +18,16 @@ import pytest
 from fedgrpc.codec.encoding import ENCODING_NAMES, parse_encoding
 from fedgrpc.codec.entropy import Entropy
 from fedgrpc.codec.layout import Array, TensorSpec
-from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry
+from fedgrpc.codec.manifest import Frame, Limits
 from fedgrpc.codec.packing import pack, write_marks
 from fedgrpc.codec.payload import PayloadReader, buffer_reader, verify_digest
 from fedgrpc.errors import FedgrpcError
 from fedgrpc.protocol.tensors import chunk_from_proto, manifest_from_proto
 from fedgrpc.v1 import tensor_pb2
 from tests.golden.generate import VECTORS
+from tests.golden.reading import GOLDEN_NAMES, read_golden
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests" / "golden"
-NAMES = sorted(path.stem for path in GOLDEN.glob("*.json"))
 WIRE = (ROOT / "protos" / "WIRE.md").read_text()
 
 
@@ -58,48 +56,32 @@ def load_reader() -> ModuleType:
 READER = load_reader()
 
 
-def load(name: str) -> tuple[dict[str, Any], Manifest, bytes]:
-    described = json.loads((GOLDEN / f"{name}.json").read_text())
-    entries = tuple(
-        TensorEntry(
-            TensorSpec(row["name"], row["dtype"], tuple(row["shape"])),
-            parse_encoding(row["encoding"]),
-            row["size_bytes"],
-        )
-        for row in described["tensors"]
-    )
-    frames = tuple(Frame(*frame) for frame in described["frames"])
-    digest = bytes.fromhex(described["sha256"])
-    manifest = Manifest(entries, described["compression"], frames, described["size_bytes"], digest)
-    return described, manifest, (GOLDEN / f"{name}.bin").read_bytes()
-
-
 def check(row: dict[str, Any], array: Array) -> None:
     assert array.shape == tuple(row["shape"])
     assert hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() == row["decoded_sha256"]
 
 
 def test_every_vector_of_the_generator_is_on_disk() -> None:
-    assert sorted(VECTORS) == NAMES
+    assert tuple(sorted(VECTORS)) == GOLDEN_NAMES
 
 
 def test_every_encoding_has_a_golden_payload() -> None:
-    written = {short_name(row["encoding"]) for name in NAMES for row in load(name)[0]["tensors"]}
+    written = {short_name(row["encoding"]) for name in GOLDEN_NAMES for row in read_golden(name)[0]["tensors"]}
     assert written == set(ENCODINGS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_a_golden_payload_decodes_to_the_same_values_as_ever(name: str) -> None:
-    described, manifest, payload = load(name)
+    described, manifest, payload = read_golden(name)
     manifest.validate(Limits())
     verify_digest(manifest, buffer_reader(payload))
     for row, (_, array) in zip(described["tensors"], PayloadReader(manifest, buffer_reader(payload)), strict=True):
         check(row, array)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_the_independent_reader_decodes_a_golden_payload_to_the_same_values(name: str) -> None:
-    described, _, payload = load(name)
+    described, _, payload = read_golden(name)
     tensors = READER.read_payload(described, payload)
     assert list(tensors) == [row["name"] for row in described["tensors"]]
     for row in described["tensors"]:

@@ -44,9 +44,10 @@ from fedgrpc.v1 import aggregator_pb2, round_pb2
 from fedgrpc.worker.held_model import Source
 from fedgrpc.worker.model_folder import ModelFolder
 from fedgrpc.worker.spool import Spool
+from tests.fuzz.messages import PLAN_TEXTS, TABLE_TEXTS
 from tests.fuzz.mutate import made, mutated, spoiled_document
+from tests.fuzz.payloads import LAYOUT, MODEL, encoded
 from tests.fuzz.registry import target
-from tests.fuzz.targets import LAYOUT, MODEL, PLAN_TEXTS, TABLE_TEXTS, encoded
 
 _RUN: Final = "run"
 _OTHERS: Final = (
