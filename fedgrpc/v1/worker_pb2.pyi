@@ -93,6 +93,20 @@ class WorkerPullModelResponse(_message.Message):
     chunk: _tensor_pb2.Chunk
     def __init__(self, header: _Optional[_Union[_aggregator_pb2.ModelHeader, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ...) -> None: ...
 
+class StoredModel(_message.Message):
+    __slots__ = ("run_id", "sub_model", "header", "origin_sha256", "crc32")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    SUB_MODEL_FIELD_NUMBER: _ClassVar[int]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_SHA256_FIELD_NUMBER: _ClassVar[int]
+    CRC32_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    sub_model: str
+    header: _aggregator_pb2.ModelHeader
+    origin_sha256: bytes
+    crc32: int
+    def __init__(self, run_id: _Optional[str] = ..., sub_model: _Optional[str] = ..., header: _Optional[_Union[_aggregator_pb2.ModelHeader, _Mapping]] = ..., origin_sha256: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
+
 class PauseRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -151,7 +151,7 @@ class AggregatorClient:
         request = aggregator_pb2.PollTaskRequest(worker=self._worker, wait=duration_to_proto(wait_s))
         if held is not None:
             request.held_version = held.version
-            request.held_sha256 = held.origin.sha256
+            request.held_sha256 = held.origin_sha256
         with domain_errors():
             reply = await self._stub.PollTask(request, metadata=self._metadata, timeout=wait_s + _POLL_MARGIN_S)
         if not reply.HasField("task"):
@@ -258,7 +258,7 @@ class AggregatorClient:
         else:
             request.version = source.version
         if (base := folder.base_for(source)) is not None:
-            request.base_version, request.base_sha256 = base.version, base.origin.sha256
+            request.base_version, request.base_sha256 = base.version, base.origin_sha256
         with domain_errors():
             async with (
                 self._stall_guard() as moved,

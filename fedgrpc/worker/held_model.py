@@ -1,7 +1,6 @@
 """One complete model version on the device's disk, and how its tensors are read.
 
-    about.json       run, version and sub-model; of a model that came as a difference its origin and CRC-32
-    header.pb        the `ModelHeader` with the manifest of the payload
+    model.pb         the `StoredModel`: run, version, sub-model, and the manifest of the payload
     payload          the tensors
     payload.raw      the same in the raw recipe, with header.raw.pb, once somebody has pulled it
 
@@ -12,12 +11,11 @@ readable after a newer version has replaced it.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import threading
 import weakref
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -39,12 +37,11 @@ from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import CorruptError, LayoutError
 from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
 from fedgrpc.storage.files import UNFINISHED, storage_errors
-from fedgrpc.v1 import aggregator_pb2, tensor_pb2
+from fedgrpc.v1 import tensor_pb2, worker_pb2
 from fedgrpc.worker.delta import NO_DIGEST
 
-HEADER: Final = "header.pb"
+RECORD: Final = "model.pb"
 PAYLOAD: Final = "payload"
-_ABOUT: Final = "about.json"
 _RAW: Final = "payload.raw"
 _RAW_HEADER: Final = "header.raw.pb"
 _RAW_RECIPE: Final = Recipe(Raw())
@@ -59,47 +56,42 @@ class Source:
     version: int
     sub_model: str = ""
 
-
-@dataclass(frozen=True)
-class Origin:
-    """Digest and size of the payload that made a model. By these the aggregator knows exactly what is held."""
-
-    sha256: bytes
-    size_bytes: int
-
     @classmethod
-    def of(cls, manifest: Manifest) -> Origin:
-        """Return the origin that `manifest` declares."""
-        return cls(manifest.sha256, manifest.size_bytes)
+    def of(cls, record: worker_pb2.StoredModel) -> Source:
+        """Return the identity in the record of a model or of a download."""
+        return cls(record.run_id, record.header.version, record.sub_model)
 
 
 @dataclass(frozen=True)
 class HeldModel:
-    """One complete model version on disk. `origin` is the payload that made it, perhaps a difference.
-
-    `crc32` is that of the stored payload. None: an earlier process pulled it, and it has the digest of its
-    manifest.
-    """
+    """One complete model version on disk; `manifest` is that of its record."""
 
     folder: Path
-    source: Source
+    record: worker_pb2.StoredModel
     manifest: Manifest
-    origin: Origin
-    crc32: int | None = None
     _uses: list[weakref.ref[Any]] = field(default_factory=list, compare=False, repr=False)
     _writing: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     @classmethod
     def load(cls, folder: Path) -> HeldModel:
-        """Return the version in a folder. Raises OSError, and others for a damaged one."""
-        header = aggregator_pb2.ModelHeader.FromString((folder / HEADER).read_bytes())
-        manifest = manifest_from_proto(header.manifest)
+        """Return the version in a folder. Raises OSError, DecodeError and CodecError."""
+        record = worker_pb2.StoredModel.FromString((folder / RECORD).read_bytes())
+        manifest = manifest_from_proto(record.header.manifest)
         if (folder / PAYLOAD).stat().st_size != manifest.size_bytes:
             raise LayoutError("its payload is not as long as declared")
-        source, origin, crc = read_about(folder)
         # The raw copy was written without a sync: a power cut may have left part of it. Write it again when asked.
         (folder / _RAW_HEADER).unlink(missing_ok=True)
-        return cls(folder, source, manifest, origin or Origin.of(manifest), crc)
+        return cls(folder, record, manifest)
+
+    @property
+    def source(self) -> Source:
+        """Run, version and sub-model."""
+        return Source.of(self.record)
+
+    @property
+    def origin_sha256(self) -> bytes:
+        """Digest of the payload that made it, perhaps a difference. By it the aggregator knows what is held."""
+        return self.record.origin_sha256 or self.manifest.sha256
 
     @property
     def in_use(self) -> bool:
@@ -109,7 +101,7 @@ class HeldModel:
     @property
     def version(self) -> int:
         """Its number in the run."""
-        return self.source.version
+        return self.record.header.version
 
     def weights(self) -> dict[str, Array]:
         """Return all tensors, each writable and shared with nobody. Slow: run it in a thread.
@@ -149,12 +141,12 @@ class HeldModel:
         """Raise CorruptError unless the payload is what was written. Slow: run it in a thread."""
         with self._open(self.folder / PAYLOAD) as file:
             read = file_reader(file.fileno())
-            if self.crc32 is None:
+            if not self.record.HasField("crc32"):
                 return verify_digest(self.manifest, read)
             crc = 0
             for offset in range(0, self.manifest.size_bytes, _READ_BYTES):
                 crc = crc32(read(offset, min(_READ_BYTES, self.manifest.size_bytes - offset)), crc)
-        if crc != self.crc32:
+        if crc != self.record.crc32:
             raise CorruptError("its payload is not what was written")
 
     def open_raw(self) -> tuple[Manifest, BinaryIO]:
@@ -205,29 +197,3 @@ def _own(array: Array) -> Array:
     if flags.c_contiguous and flags.aligned and flags.writeable:
         return array
     return np.require(array, requirements=["C", "A", "W"])
-
-
-def write_about(folder: Path, source: Source, origin: Origin | None = None, crc: int | None = None) -> None:
-    """Write about.json: the source of a model, and of one that came as a difference its origin and CRC-32."""
-    about = asdict(source)
-    if origin is not None:
-        about |= {"origin_sha256": origin.sha256.hex(), "origin_bytes": origin.size_bytes}
-    if crc is not None:
-        about["crc32"] = crc
-    (folder / _ABOUT).write_text(json.dumps(about))
-
-
-def read_about(folder: Path) -> tuple[Source, Origin | None, int | None]:
-    """Read what `write_about` wrote. Raises OSError, ValueError, KeyError and TypeError."""
-    try:
-        about = json.loads((folder / _ABOUT).read_text())
-    except RecursionError as error:
-        raise ValueError(f"{_ABOUT} is nested too deep") from error
-    if not isinstance(about, dict):
-        raise ValueError(f"{_ABOUT} is no JSON object")
-    sub_model = str(about.get("sub_model", ""))
-    source = Source(str(about["run"]), int(about["version"]), sub_model)
-    if "origin_sha256" not in about:
-        return source, None, None
-    crc = int(about["crc32"]) if "crc32" in about else None
-    return source, Origin(bytes.fromhex(about["origin_sha256"]), int(about["origin_bytes"])), crc

@@ -1,12 +1,12 @@
 """The model version that the device holds, and the download of the next one.
 
-    model/00000003/    the held version: about.json, header.pb, payload (fedgrpc.worker.held_model)
-    model/partial/     a download that can resume: about.json, and a `ResumableFile` in two files
-        received           the `ModelHeader` that the aggregator sent first, and how many bytes are committed
+    model/00000003/    the held version: model.pb, payload (fedgrpc.worker.held_model)
+    model/partial/     a download that can resume: a `ResumableFile` in two files
+        received           the `StoredModel` that it becomes, and how many bytes of the payload are committed
         payload            these bytes, and behind them what a former use of the file has left
 
 The rule: a folder with a number is complete and its payload has matched its digest. Weights that came as a
-difference are stored whole, so that the held version never depends on another. Their about.json has a CRC-32, and
+difference are stored whole, so that the held version never depends on another. Their record has a CRC-32, and
 their digest is computed when somebody pulls them. Nothing here is synced to the disk: what a power cut takes away
 can be pulled again, and what it leaves is checked at the next start.
 """
@@ -35,10 +35,10 @@ from fedgrpc.storage.files import (
     storage_errors,
     sweep,
 )
-from fedgrpc.storage.resumable import ResumableFile, committed_bytes
-from fedgrpc.v1 import aggregator_pb2
+from fedgrpc.storage.resumable import ResumableFile, committed_bytes, read_header
+from fedgrpc.v1 import aggregator_pb2, worker_pb2
 from fedgrpc.worker.delta import write_sum
-from fedgrpc.worker.held_model import HEADER, PAYLOAD, HeldModel, Origin, Source, read_about, write_about
+from fedgrpc.worker.held_model import PAYLOAD, RECORD, HeldModel, Source
 
 _RECEIVED: Final = "received"
 
@@ -54,17 +54,17 @@ class PartialModel(ResumableFile):
     """A download in `folder`, continued where it stands or begun. One task at a time uses it."""
 
     def __init__(
-        self, folder: Path, header: aggregator_pb2.ModelHeader, limits: Limits, recycled: RecycledFiles
+        self, folder: Path, record: worker_pb2.StoredModel, manifest: Manifest, recycled: RecycledFiles
     ) -> None:
-        """Raises OSError, and LayoutError or TooLargeError for a manifest that is refused."""
+        """`manifest` is that of `record`. Raises OSError."""
         self.folder = folder
-        self.header = header
-        self.manifest = manifest_from_proto(header.manifest, limits)
+        self.record = record
+        self.manifest = manifest
         super().__init__(
             folder / PAYLOAD,
-            header.SerializeToString(deterministic=True),
-            self.manifest.size_bytes,
-            self.manifest.sha256,
+            record.SerializeToString(deterministic=True),
+            manifest.size_bytes,
+            manifest.sha256,
             recycled,
             head_path=folder / _RECEIVED,
             # What a power cut takes away can be pulled again.
@@ -73,15 +73,19 @@ class PartialModel(ResumableFile):
         )
 
     def finish(self) -> None:
-        """Leave the whole payload and its header. Raises CorruptError unless it matches its digest."""
+        """Leave the whole payload and its record. Raises CorruptError unless it matches its digest."""
         if not self.complete:
             raise CorruptError(f"{self.size_bytes} of the model's {self.expected_bytes} bytes came")
         if not self.matches_digest:
             raise CorruptError("the model's sha256 is not the one its manifest declares")
         with storage_errors(self.folder):
             os.truncate(self.path, self.size_bytes)
-            (self.folder / HEADER).write_bytes(self.header.SerializeToString(deterministic=True))
+            _write_record(self.folder, self.record)
             (self.folder / _RECEIVED).unlink()
+
+
+def _write_record(folder: Path, record: worker_pb2.StoredModel) -> None:
+    (folder / RECORD).write_bytes(record.SerializeToString(deterministic=True))
 
 
 class ModelFolder:
@@ -110,16 +114,14 @@ class ModelFolder:
     def partial_size_bytes(self, source: Source) -> int:
         """Return the bytes of an interrupted download of `source`; 0 when there is none."""
         try:
-            if read_about(self._partial)[0] == source:
+            text, _ = read_header(self._partial / _RECEIVED)
+            if Source.of(worker_pb2.StoredModel.FromString(text)) == source:
                 return received_bytes(self._partial)
         except OSError as error:
             if not is_gone(error):
                 raise StorageError(f"cannot read {self._partial}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError):
+        except (CorruptError, DecodeError):
             pass
-        else:
-            return 0
-        self.drop_partial()
         return 0
 
     def drop_partial(self) -> None:
@@ -143,35 +145,36 @@ class ModelFolder:
             WrongOffset: the bytes kept are not of this stream's payload.
             LayoutError, TooLargeError: the header's manifest is refused.
         """
+        manifest = manifest_from_proto(header.manifest, self._limits)
+        self._check_layout(source, header, manifest)
+        record = worker_pb2.StoredModel(run_id=source.run, sub_model=source.sub_model, header=header)
         with storage_errors(self._partial):
             if not offset:
-                self._start_partial(source, header)
+                self.drop_partial()
+            self._partial.mkdir(parents=True, exist_ok=True)
+            self.has_partial = True
+            # A difference is small and whole weights are large: each is written over files of its own size.
             recycled = self._recycled_differences if header.base_version else self._recycled
-            partial = PartialModel(self._partial, header, self._limits, recycled)
+            partial = PartialModel(self._partial, record, manifest, recycled)
         if partial.size_bytes != offset:
             partial.close()
             raise WrongOffset(f"{partial.size_bytes} bytes of this payload are kept, not {offset}")
         return partial
 
-    def _start_partial(self, source: Source, header: aggregator_pb2.ModelHeader) -> None:
-        manifest = manifest_from_proto(header.manifest, self._limits)
-        self._check_layout(source, manifest, header.base_version > 0)
-        self.drop_partial()
-        unfinished = empty_folder(self._folder / (UNFINISHED + "partial"))
-        write_about(unfinished, source)
-        unfinished.rename(self._partial)
-        self.has_partial = True
-
-    def _check_layout(self, source: Source, manifest: Manifest, is_difference: bool) -> None:
+    def _check_layout(self, source: Source, header: aggregator_pb2.ModelHeader, manifest: Manifest) -> None:
         """Raise `LayoutError` unless the version has the tensors of the held one, which fits this device.
 
         A difference may leave out tensors that are no parameters.
         """
+        if header.version != source.version:
+            raise LayoutError(f"model version {header.version} came in place of version {source.version}")
         held = self.held
         if held is None or (held.source.run, held.source.sub_model) != (source.run, source.sub_model):
             return
         given, known = set(manifest.layout), set(held.manifest.layout)
-        due = {spec for spec in known if spec.role is TensorRole.PARAMETER} if is_difference else known
+        due = known
+        if header.base_version:
+            due = {spec for spec in known if spec.role is TensorRole.PARAMETER}
         if not due <= given <= known:
             raise LayoutError(f"version {source.version} has not the tensors of version {held.version}")
 
@@ -187,46 +190,50 @@ class ModelFolder:
         except CorruptError:
             self.drop_partial()
             raise
-        manifest, crc = partial.manifest, partial.crc32
         with storage_errors(self._folder):
-            source = read_about(self._partial)[0]
-            if partial.header.base_version:
-                manifest, crc = self._merge(partial)
-            final = self._folder / f"{self._next_number():08}"
-            self._partial.rename(final)
-        self.has_partial = False
-        old, self.held = self.held, HeldModel(final, source, manifest, Origin.of(partial.manifest), crc)
-        if old is not None:
-            with storage_errors(old.folder):
+            folder, record, manifest = self._partial, partial.record, partial.manifest
+            if record.header.base_version:
+                folder, record, manifest = self._add_to_held(partial)
+            number = max((int(path.name) for path in self._numbered()), default=0) + 1
+            final = folder.rename(self._folder / f"{number:08}")
+            self.has_partial = False
+            old, self.held = self.held, HeldModel(final, record, manifest)
+            if old is not None:
+                # Whoever still reads the old payload would see the bytes of the next one in it.
                 if not old.in_use:
                     self._recycled.keep(old.folder / PAYLOAD)
                 remove_folder(old.folder)
         return self.held
 
-    def _merge(self, partial: PartialModel) -> tuple[Manifest, int]:
-        """Turn the difference in the partial download into the whole model. Return its manifest and CRC-32."""
-        base = self.held
-        if base is None or base.version != partial.header.base_version:
+    def _add_to_held(self, partial: PartialModel) -> tuple[Path, worker_pb2.StoredModel, Manifest]:
+        """Add the difference in the partial download to the held model. Return folder and record of the sum."""
+        base, header = self.held, partial.record.header
+        if base is None or base.version != header.base_version:
             self.drop_partial()
-            raise LayoutError(f"the model came as a difference to version {partial.header.base_version}, not held")
+            raise LayoutError(f"the model came as a difference to version {header.base_version}, not held")
+        # The CRC of a sum with damaged bytes would be right for ever after.
         self.check_held()
-        merged = empty_folder(self._folder / (UNFINISHED + "merged"))
-        with (self._partial / PAYLOAD).open("rb") as file:
+        folder = empty_folder(self._folder / (UNFINISHED + "sum"))
+        with partial.path.open("rb") as file:
             difference = PayloadReader(partial.manifest, file_reader(file.fileno()), self._limits)
             held = PayloadReader(base.manifest, buffer_reader(base.mapped().data))
-            with open(self._recycled.create(merged / PAYLOAD), "wb") as payload:
+            with open(self._recycled.create(folder / PAYLOAD), "wb") as payload:
                 manifest, crc = write_sum(held, difference, payload)
+                # The file may be a recycled one that was longer.
                 payload.truncate()
-        if partial.header.HasField("held_crc32") and partial.header.held_crc32 != crc:
+        if header.HasField("held_crc32") and header.held_crc32 != crc:
             self._drop_held("what it becomes is not what the aggregator takes it for")
-        header = aggregator_pb2.ModelHeader(version=partial.header.version, manifest=manifest_to_proto(manifest))
-        (merged / HEADER).write_bytes(header.SerializeToString(deterministic=True))
-        write_about(merged, read_about(self._partial)[0], Origin.of(partial.manifest), crc)
-        self._recycled_differences.keep(self._partial / PAYLOAD)
+        record = worker_pb2.StoredModel(
+            run_id=partial.record.run_id,
+            sub_model=partial.record.sub_model,
+            header=aggregator_pb2.ModelHeader(version=header.version, manifest=manifest_to_proto(manifest)),
+            origin_sha256=partial.manifest.sha256,
+            crc32=crc,
+        )
+        _write_record(folder, record)
+        self._recycled_differences.keep(partial.path)
         self.drop_partial()
-        merged.rename(self._partial)
-        self.has_partial = True
-        return manifest, crc
+        return folder, record, manifest
 
     def check_held(self) -> None:
         """Raise CorruptError if the held model has changed on the disk. It is dropped then, to be pulled whole."""
@@ -250,9 +257,6 @@ class ModelFolder:
         self.drop_partial()
         raise CorruptError(f"the held model version {held.version} has changed on the disk: {why}")
 
-    def _next_number(self) -> int:
-        return max((int(path.name) for path in self._numbered()), default=0) + 1
-
     def _numbered(self) -> list[Path]:
         return sorted(path for path in self._folder.glob("*") if path.name.isdigit())
 
@@ -269,7 +273,7 @@ class ModelFolder:
                     whole.check()
                     held = whole
                     continue
-                except (OSError, ValueError, KeyError, TypeError, DecodeError, CodecError, StorageError) as error:
+                except (OSError, DecodeError, CodecError, StorageError) as error:
                     if isinstance(error, StorageError) or (isinstance(error, OSError) and not is_gone(error)):
                         log.warning("held model cannot be read now", folder=str(folder), reason=str(error))
                         return None

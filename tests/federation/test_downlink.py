@@ -279,14 +279,14 @@ async def test_a_device_that_holds_a_sum_keeps_it_through_its_restart_and_asks_f
             await pulled(task, folder)
             task = await ended(task)
             held = await pulled(task, folder)
-            assert held.origin.sha256 != held.manifest.sha256
-            for name, values in held_on_disk(running, 2)[held.origin.sha256].items():
+            assert held.origin_sha256 != held.manifest.sha256
+            for name, values in held_on_disk(running, 2)[held.origin_sha256].items():
                 np.testing.assert_array_equal(held.weights()[name], values)
             assert await pulled(task, folder) is held
             again = ModelFolder(tmp_path / "model")
-            assert (again.held.source, again.held.origin) == (held.source, held.origin)
+            assert (again.held.source, again.held.origin_sha256) == (held.source, held.origin_sha256)
             assert await pulled(task, again) is again.held
             task = await ended(task)
-            assert (await pulled(task, again)).origin.sha256 in held_on_disk(running, 3)
+            assert (await pulled(task, again)).origin_sha256 in held_on_disk(running, 3)
             names = {path.name for path in (tmp_path / "model").iterdir() if path.name.isdigit()}
             assert names == {"00000003"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import pickle
 import tarfile
 import tempfile
@@ -368,16 +367,3 @@ def databases(rnd: Random, folder: Path) -> None:
         _ = run, workers, opened, store.sessions(), store.task("token1"), store.round(3), store.rounds(9, 5)
     finally:
         store.close()
-
-
-@target(share=2)
-def json_of_a_held_model(rnd: Random, folder: Path) -> None:
-    """JSON that is JSON, of other things than are due."""
-    held = folder / "odd" / "00000001"
-    held.mkdir(parents=True, exist_ok=True)
-    for name, good in _held().items():
-        (held / name).write_bytes(good)
-    odd = rnd.choice(([], None, 3, "x", {"run": 1}, {"run": "r", "version": None, "recipe": []}, {"crc32": "x"}))
-    text = rnd.choice((json.dumps(odd), "[" * 5000, '{"run":"r","version":' + "9" * 5000 + ',"recipe":"raw"}'))
-    (held / "about.json").write_text(text)
-    assert ModelFolder(folder / "odd").held is None

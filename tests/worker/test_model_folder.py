@@ -78,7 +78,7 @@ def test_a_sum_that_a_power_cut_has_damaged_is_not_held_after_a_restart(tmp_path
     held = pulled(folder, 2, "int8+zstd", base=1)
     weights = held.weights()
     again = ModelFolder(tmp_path).held
-    assert (again.source, again.origin) == (held.source, held.origin)
+    assert (again.source, again.origin_sha256) == (held.source, held.origin_sha256)
     for name, values in again.weights().items():
         np.testing.assert_array_equal(values, weights[name])
     del again, values, weights
@@ -193,8 +193,8 @@ def test_a_sum_that_is_not_what_the_aggregator_takes_it_for_is_dropped(tmp_path)
     pulled(folder, 1, "int8")
     twin = ModelFolder(tmp_path / "twin")
     pulled(twin, 1, "int8")
-    crc = pulled(twin, 2, "int8", base=1).crc32
-    assert pulled(folder, 2, "int8", base=1, held_crc32=crc).crc32 == crc
+    crc = pulled(twin, 2, "int8", base=1).record.crc32
+    assert pulled(folder, 2, "int8", base=1, held_crc32=crc).record.crc32 == crc
     with pytest.raises(CorruptError, match="not what the aggregator takes it for"):
         pulled(folder, 3, "int8", base=2, held_crc32=crc ^ 1)
     assert folder.held is None
