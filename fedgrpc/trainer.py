@@ -174,6 +174,22 @@ class EvalResult:
     not_finite: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class LocalExamples:
+    """How many examples a device has to train on, and a value that is equal as long as they are the same."""
+
+    count: int
+    version: object
+
+    def new_since(self, trained: LocalExamples | None) -> int:
+        """Count those that are new since `trained` (None: nothing was). Other data that is no more is all new."""
+        if trained is None:
+            return self.count
+        if self.version == trained.version:
+            return 0
+        return self.count - trained.count if self.count > trained.count else self.count
+
+
 @runtime_checkable
 class Trainer(Protocol):
     """Trains and scores one model on this device's data. Implement it directly for NumPy or scikit-learn.
@@ -184,6 +200,7 @@ class Trainer(Protocol):
 
     It may have a method `roles() -> Mapping[str, str]`: by name, what is no "parameter" but a "statistic" that
     training measures, a "counter", or a "constant" (`TensorRole`). Without, names tell PyTorch's batch statistics.
+    And a method `local_examples() -> LocalExamples`, by which a continuous run waits for new data on devices.
     """
 
     def initial_weights(self) -> Weights:
@@ -248,6 +265,12 @@ def weight_shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
     if layout is not None:
         return {spec.name: spec.shape for spec in layout}
     return {name: tuple(array.shape) for name, array in weights.items()}
+
+
+def local_examples(trainer: Trainer) -> LocalExamples | None:
+    """Return the examples that there are to train on now; None from a trainer that does not tell."""
+    tell = getattr(trainer, "local_examples", None)
+    return None if tell is None else tell()
 
 
 def roles(trainer: Trainer) -> Mapping[str, str]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgrpc.errors import UsageError
-from fedgrpc.trainer import Cancelled, Epoch, TaskSetup, TrainJob
+from fedgrpc.trainer import Cancelled, Epoch, LocalExamples, TaskSetup, TrainJob
 
 
 @given(st.integers(1, 200), st.integers(1, 50), st.integers(1, 4))
@@ -98,3 +98,12 @@ def test_an_epoch_that_runs_out_of_time_is_reported_with_the_batches_that_it_had
     job = TrainJob(epochs=3, batch_size=50, time_left_s=lambda: next(left), report_epoch=reported.append)
     assert len(list(job.batches(200))) == 5
     assert [(epoch.number, epoch.of, epoch.batches) for epoch in reported] == [(1, 3, 4), (2, 3, 1)]
+
+
+def test_examples_are_new_as_far_as_they_are_more_and_all_of_other_data_that_is_no_more() -> None:
+    trained = LocalExamples(100, "monday")
+    assert LocalExamples(100, "monday").new_since(None) == 100
+    assert LocalExamples(100, "monday").new_since(trained) == 0
+    assert LocalExamples(130, "tuesday").new_since(trained) == 30
+    assert LocalExamples(100, "tuesday").new_since(trained) == 100
+    assert LocalExamples(20, "tuesday").new_since(trained) == 20

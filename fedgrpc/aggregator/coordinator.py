@@ -285,7 +285,13 @@ class Coordinator:
                 await self.in_database(self.store.forget_workers, forgotten)
         await self.in_database(self.store.save_worker, registration, str(session))
 
-    async def poll(self, name: str, wait_s: float, held: tuple[int, bytes] | None = None) -> str | None:
+    async def poll(
+        self,
+        name: str,
+        wait_s: float,
+        held: tuple[int, bytes] | None = None,
+        new_examples: int | None = None,
+    ) -> str | None:
         """The token of the worker's task, as soon as it has one; None after `wait_s`, and once the run has ended.
 
         Raises `UnknownWorker`, also for one that registered when this run had other encodings or named others.
@@ -297,7 +303,7 @@ class Coordinator:
         except (UsageError, WrongIdentity) as error:
             raise UnknownWorker(f"register again: {error}") from error
         worker.heard(self.clock())
-        self.apply(WorkerPolled(name, held))
+        self.apply(WorkerPolled(name, held, new_examples))
         limit = asyncio.timeout(min(wait_s, self.settings.poll_wait_s))
         with self.fleet.polling(worker, limit):
             self.wake.set()

@@ -110,7 +110,7 @@ class Recovery:
         run = self._run
         same_target = not any(name.partition(".")[0] == "target" for name in changed)
         met_target = run.ending.reason is EndReason.TARGET_MET and same_target
-        return run.phase is RunPhase.FINISHED and run.trained < self._settings.rounds and not met_target
+        return run.phase is RunPhase.FINISHED and not run.rules.enough(run.trained) and not met_target
 
     async def _changed_settings(self) -> dict[str, str]:
         """What is not as at the last start. Raises `UsageError` for a setting that may not change."""
@@ -254,7 +254,7 @@ class Recovery:
         coordinator = self._coordinator
         rows = await coordinator.in_database(self._store.tasks, number)
         policy = self._settings.policy
-        if not rows or policy.late != "carry" or not 0 <= self._run.trained < self._settings.rounds:
+        if not rows or policy.late != "carry" or self._run.rules.enough(self._run.trained):
             return
         rows, reports = await self._accepted(rows)
         tasks = self._stored(rows, TaskKind.TRAIN, reports)

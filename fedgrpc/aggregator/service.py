@@ -10,7 +10,7 @@ from typing import cast
 
 import grpc.aio
 
-from fedgrpc import __version__
+from fedgrpc import __version__, claims
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.encoded_models import Pull
 from fedgrpc.aggregator.histories import tell_history
@@ -101,7 +101,8 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     ) -> pb.PollTaskResponse:
         self._check_caller(context, request.worker)
         held = (request.held_version, _digest(request.held_sha256)) if request.held_version else None
-        token = await self._coordinator.poll(request.worker, duration_from_proto(request.wait), held)
+        new = claims.EXAMPLES.clamped(request.new_examples) if request.HasField("new_examples") else None
+        token = await self._coordinator.poll(request.worker, duration_from_proto(request.wait), held, new)
         if token is None:
             return pb.PollTaskResponse(run_ended=self._run.ended)
         return pb.PollTaskResponse(task=self._terms.message(request.worker, token))
@@ -191,7 +192,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             reason=state.ending.text or ("" if state.began else self._coordinator.first_model.lacking()),
             model_version=state.version,
             current_round=self._coordinator.round_number,
-            total_rounds=self._coordinator.instructions.rounds,
+            total_rounds=self._coordinator.instructions.rounds or 0,
             software_version=__version__,
             settings=self._settings_text,
             local_models=self._local_models.to_proto(),

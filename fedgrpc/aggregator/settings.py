@@ -67,12 +67,12 @@ class Target:
 
 @dataclass(frozen=True)
 class AggregatorSettings:
-    """Everything an aggregator is told. Sizes in bytes, times in seconds."""
+    """Everything an aggregator is told. Sizes in bytes, times in seconds. Without `rounds` the run has no end."""
 
     data_dir: Path
     address: str = "127.0.0.1:50051"
     run_name: str = "default"
-    rounds: int = 10
+    rounds: int | None = 10
     policy: RoundPolicy = field(default_factory=RoundPolicy)
     choosing: SelectionPolicy = field(default_factory=SelectionPolicy)
     plan: TrainingPlan = field(default_factory=TrainingPlan)
@@ -117,10 +117,12 @@ class AggregatorSettings:
 
     def __post_init__(self) -> None:
         for name in ("rounds", "keep_versions", "keep_rounds", "max_workers", "max_uploads"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
-            if getattr(self, name) >= 1 << 32:
-                raise UsageError(f"{name} must be at most {(1 << 32) - 1}, not {getattr(self, name)}")
+            if (number := getattr(self, name)) is None:
+                continue
+            if number < 1:
+                raise UsageError(f"{name} must be at least 1, not {number}")
+            if number >= 1 << 32:
+                raise UsageError(f"{name} must be at most {(1 << 32) - 1}, not {number}")
         for name, most in _SIZES.items():
             if not 1 <= getattr(self, name) <= most:
                 raise UsageError(f"{name} must be from 1 to {most} bytes, not {getattr(self, name)}")

@@ -27,7 +27,7 @@ class TrainingInstructions:
     evaluate: bool
     seed: int
     worker_weights: Mapping[str, float]
-    rounds: int
+    rounds: int | None
     normalize_steps: bool
     max_examples: int | None
     clip_norm: float | None
@@ -50,7 +50,7 @@ class TrainingInstructions:
             task.evaluate,
             leaf.seed,
             {**weights, **settings.worker_weights},
-            leaf.total_rounds,
+            leaf.total_rounds or None,
             leaf.normalize_steps,
             _lower(leaf.max_examples, settings.max_examples),
             _lower(leaf.clip_norm, settings.clip_norm),
@@ -65,7 +65,7 @@ class TrainingInstructions:
             worker_weights=self.worker_weights,
             local_models=local_models,
             channels=channels,
-            total_rounds=self.rounds,
+            total_rounds=self.rounds or 0,
             normalize_steps=self.normalize_steps,
             max_examples=self.max_examples or 0,
             clip_norm=self.clip_norm or 0.0,

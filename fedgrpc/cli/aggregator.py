@@ -18,7 +18,7 @@ from fedgrpc.cli.connection import FILE, server_tls, tls_settings
 from fedgrpc.cli.logs import LOGS, configure_logs
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
 from fedgrpc.cli.toml_files import read_file
-from fedgrpc.cli.value_types import DURATION, SIZE, NamedValues
+from fedgrpc.cli.value_types import DURATION, ROUNDS, SIZE, NamedValues
 from fedgrpc.errors import UsageError
 from fedgrpc.hierarchy.process import run_leaf
 from fedgrpc.metrics import Metrics, serve_metrics
@@ -74,6 +74,11 @@ SETTINGS: list[Setting] = [
         metavar="NAME",
     ),
     _policy("--min-workers", "Open a round once this many workers are idle."),
+    _policy(
+        "--min-new-examples",
+        "Train only on workers with this many new examples; a worker that cannot count them takes part, too.",
+        show_default="1 with --rounds none, else 0",
+    ),
     _policy("--min-sample-size", "Aim at this many updates or more."),
     _policy("--max-participants", "Aim at this many updates or fewer."),
     _policy("--fraction", "Share of the live workers to aim at."),
@@ -124,7 +129,11 @@ SETTINGS: list[Setting] = [
         name="selection_timeout_s",
         type=DURATION,
     ),
-    _end("--rounds", "Finish after this many committed rounds."),
+    _end(
+        "--rounds",
+        "Finish after this many committed rounds; none: never, and rounds wait for new examples on devices.",
+        type=ROUNDS,
+    ),
     _end(
         "--target-metric",
         "Finish early at this score, as in accuracy>=0.95.",

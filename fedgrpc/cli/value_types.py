@@ -68,6 +68,23 @@ RATE: Final = Quantity(
 )
 
 
+class _CountOrNone(click.ParamType[Any]):
+    """A whole number, or `none` for no limit."""
+
+    name = "n|none"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if str(value).strip().lower() == "none":
+            return None
+        try:
+            return int(str(value))
+        except ValueError:
+            self.fail(f"{value!r} must be a whole number, or none", param, ctx)
+
+
+ROUNDS: Final = _CountOrNone()
+
+
 class NamedValues(click.ParamType[Any]):
     """NAME=VALUE as a pair."""
 

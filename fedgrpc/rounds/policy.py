@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from fedgrpc import claims
 from fedgrpc.errors import UsageError
 
 
@@ -39,6 +40,9 @@ class RoundPolicy:
     share of workers given by `fraction` and `max_participants` is always at work, and every `buffer_size` updates
     make a version.
 
+    A worker that tells of fewer than `min_new_examples` new ones takes part in no round of training. By default
+    that is 1 in a run without a last round, and 0 in any other (`RunRules.min_new_examples`).
+
     After a restart, an open round lasts at least `reconnect_grace_s` longer, so that workers can reconnect and
     deliver what they finished meanwhile.
     """
@@ -60,6 +64,7 @@ class RoundPolicy:
     max_staleness: int = 5
     buffer_size: int | None = None
     reconnect_grace_s: float = 60.0
+    min_new_examples: int | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -77,6 +82,8 @@ class RoundPolicy:
             "selection_timeout_s must be a positive number of seconds": self.selection_timeout_s is None
             or 0 < self.selection_timeout_s < math.inf,
             "reconnect_grace_s must be a number of seconds, or 0": 0 <= self.reconnect_grace_s < math.inf,
+            "min_new_examples must be from 0 to 2^40": self.min_new_examples is None
+            or 0 <= self.min_new_examples <= claims.EXAMPLES.most,
         }
         buffered = self.buffer_size is not None
         checks |= {
@@ -122,6 +129,7 @@ class RoundPolicy:
             min_sample_size=1,
             quorum=1,
             over_selection=1.0,
+            min_new_examples=None,
         )
         if kind is TaskKind.INITIALIZE:
             return replace(policy, max_participants=1, selection_window_s=0.0)

@@ -229,10 +229,14 @@ class Ended:
 
 @dataclass(frozen=True)
 class WorkerPolled:
-    """A worker asks for a task, so it has none to deliver. `held`: a version, and the SHA-256 of its payload."""
+    """A worker asks for a task, so it has none to deliver. `held`: a version, and the SHA-256 of its payload.
+
+    `new_examples`: how many it has that it has not trained on in this run; None where it does not tell.
+    """
 
     worker: str
     held: tuple[int, bytes] | None
+    new_examples: int | None = None
 
 
 @dataclass(frozen=True)

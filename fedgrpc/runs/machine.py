@@ -82,8 +82,8 @@ class RunMachine:
     """One run. Read its attributes as you like; `apply` alone changes them.
 
     `version` 0: no model yet; `trained` rounds have been committed to the model. `leases`: the token of each
-    worker that holds a task. `held`: the version that each worker said to hold. `told`: workers that know of the
-    end.
+    worker that holds a task. `held`: the version that each worker said to hold. `new_examples`: how many each said
+    to have. `told`: workers that know of the end.
     """
 
     def __init__(self, rules: RunRules, run_id: str, started_at: float, step: RoundStep = step) -> None:
@@ -105,6 +105,7 @@ class RunMachine:
         self.last_number = 0
         self.leases: dict[str, str] = {}
         self.held: dict[str, tuple[int, bytes]] = {}
+        self.new_examples: dict[str, int] = {}
         self.told: set[str] = set()
         self.evaluations = Evaluations()
         self.streak = Streak()
@@ -124,6 +125,7 @@ class RunMachine:
         after = RunMachine.__new__(type(self))
         after.__dict__.update(self.__dict__)
         after.leases, after.held, after.told = dict(self.leases), dict(self.held), set(self.told)
+        after.new_examples = dict(self.new_examples)
         after.versions, after.evaluations = self.versions.copy(), self.evaluations.copy()
         after.apply(event, now)
         return after
@@ -180,11 +182,19 @@ class RunMachine:
         return self._idle_but(self._left_out(fleet, now), fleet)
 
     def _left_out(self, fleet: FleetView, now: float) -> frozenset[str]:
-        """Workers that held up rounds again and again, where the others are enough."""
+        """Workers without new examples, and those that held up rounds again and again where others are enough."""
+        unchanged = self._without_new_examples()
         doubted = fleet.doubted(now)
-        if not doubted or fleet.live_trainers(now, doubted) < self.rules.policy.needed_idle:
+        if not doubted or fleet.live_trainers(now, doubted | unchanged) < self.rules.policy.needed_idle:
+            return unchanged
+        return doubted | unchanged
+
+    def _without_new_examples(self) -> frozenset[str]:
+        """Workers that tell of too few new examples to take part in a round of training."""
+        least = self.rules.min_new_examples
+        if not least or self.round is None or self.round.kind is not TaskKind.TRAIN:
             return frozenset()
-        return doubted
+        return frozenset(worker for worker, count in self.new_examples.items() if count < least)
 
     def _idle_but(self, left_out: frozenset[str], fleet: FleetView) -> tuple[str, ...]:
         idle = fleet.idle_trainers(self.leases)
@@ -199,7 +209,7 @@ class RunMachine:
         """Kind of the next round."""
         if not self.began:
             return TaskKind.INITIALIZE
-        return TaskKind.TRAIN if self.trained < self.rules.rounds else TaskKind.EVALUATE
+        return TaskKind.EVALUATE if self.rules.enough(self.trained) else TaskKind.TRAIN
 
     def next_step(self, wall_now: float, now: float) -> NextStep:
         """Decide what to do while no round is in progress."""
@@ -209,7 +219,7 @@ class RunMachine:
             return Stay()
         if self.ending.reason is not EndReason.NONE:
             return EndRun(self.ending)
-        if self.began and self.trained >= self.rules.rounds and not self.closing_evaluation:
+        if self.began and self.rules.enough(self.trained) and not self.closing_evaluation:
             done = Ending(EndReason.ROUNDS_DONE, f"all {self.rules.rounds} rounds are done")
             return EndRun(done, after_evaluators=True)
         kind = self.next_kind
@@ -272,6 +282,9 @@ class RunMachine:
     def _accept(self, event: UpdateAccepted, now: float) -> Effects:
         self.round_of(event.token)
         effects = self._step(Accepted(event.token, event.weight), now)
+        if (worker := self.current.state.find(event.token).worker) in self.new_examples:
+            # What it was trained on is new no more, before the worker polls and says so.
+            self.new_examples[worker] = 0
         context = replace(self.current.context(event.token), report=event.report)
         self.round = self.current.with_contexts({event.token: context})
         return effects
@@ -419,6 +432,9 @@ class RunMachine:
         self.held.pop(event.worker, None)
         if event.held is not None:
             self.held[event.worker] = event.held
+        self.new_examples.pop(event.worker, None)
+        if event.new_examples is not None:
+            self.new_examples[event.worker] = event.new_examples
         token = self.task_of(event.worker)
         if token is None or not self.current.is_stale(token):
             return ()
@@ -437,6 +453,7 @@ class RunMachine:
 
     def _replace_device(self, event: DeviceReplaced, now: float) -> Effects:
         self.held.pop(event.worker, None)
+        self.new_examples.pop(event.worker, None)
         if task := self.evaluations.held_by(event.worker):
             self.evaluations.give_back(task)
         token = self.task_of(event.worker)

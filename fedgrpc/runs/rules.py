@@ -13,13 +13,25 @@ from fedgrpc.rounds.version import Measure
 class RunRules:
     """Rules of a run: `rounds` of training by `policy`. With `evaluate`, its versions are scored.
 
+    Without `rounds` the run is continuous: it has no last round, and its rounds wait for new examples on devices.
     The best version is the one with the best score by the first of `measures`. Scores of evaluators count for it
     only where the operator named these. `initialises`: who may give the first model.
     """
 
     policy: RoundPolicy
-    rounds: int
+    rounds: int | None
     evaluate: bool = False
     measures: tuple[Measure, ...] = ()
     evaluators_named: bool = False
     initialises: Callable[[str], bool] = lambda worker: True
+
+    @property
+    def min_new_examples(self) -> int:
+        """How many new examples a worker needs to take part in a round of training; 0: it needs none."""
+        if self.policy.min_new_examples is not None:
+            return self.policy.min_new_examples
+        return 1 if self.rounds is None else 0
+
+    def enough(self, trained: int) -> bool:
+        """Whether so many rounds of training are all that the run wants."""
+        return self.rounds is not None and trained >= self.rounds

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from fedgrpc.datasets.partition import parse_part, parse_partition
 from fedgrpc.errors import TaskError, UsageError
-from fedgrpc.trainer import TaskSetup
+from fedgrpc.trainer import LocalExamples, TaskSetup
 
 # Largest share of an accelerator's free memory that the data may take. The rest is for model and activations.
 _RESIDENT_SHARE = 0.25
@@ -58,6 +58,11 @@ class LocalData:
         if self._task.data_version(self._setup.data) != self._version:
             self._read()
             log.info("data read again", train=len(self.train), held_out=len(self.held_out))
+
+    def examples(self) -> LocalExamples:
+        """Return how many examples there are to train on now. Raises as `refresh`."""
+        self.refresh()
+        return LocalExamples(len(self.train), self._version)
 
     def labels(self) -> np.ndarray:
         """Return the labels of the training examples. Raises TaskError where targets are no labels."""

@@ -32,7 +32,7 @@ from fedgrpc.torch.local_model.slicing import SubModels
 from fedgrpc.torch.memory import TensorBytes
 from fedgrpc.torch.optimizer import Optimizer, TrainingStep
 from fedgrpc.torch.weights import named_tensors, taken_weights, tensor_roles, uncompiled, weights_of
-from fedgrpc.trainer import EvalResult, TaskSetup, TrainJob, TrainResult, Weights, weight_shapes
+from fedgrpc.trainer import EvalResult, LocalExamples, TaskSetup, TrainJob, TrainResult, Weights, weight_shapes
 
 _EVALUATION_BATCH = 512
 
@@ -90,6 +90,11 @@ class TorchTrainer:
     def tied_names(self) -> Mapping[str, tuple[str, ...]]:
         """Return the further names of tied weights."""
         return self._builder.names.tied
+
+    def local_examples(self) -> LocalExamples:
+        """Return the examples that there are to train on now, read again if they have changed."""
+        with self._lock:
+            return self._data.examples()
 
     def channels(self) -> ChannelMap:
         """Find the channel groups of the model by scoring an example. Raises UsageError."""

@@ -99,16 +99,18 @@ class DescribeModelResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class PollTaskRequest(_message.Message):
-    __slots__ = ("worker", "wait", "held_version", "held_sha256")
+    __slots__ = ("worker", "wait", "held_version", "held_sha256", "new_examples")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
     HELD_VERSION_FIELD_NUMBER: _ClassVar[int]
     HELD_SHA256_FIELD_NUMBER: _ClassVar[int]
+    NEW_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     worker: str
     wait: _duration_pb2.Duration
     held_version: int
     held_sha256: bytes
-    def __init__(self, worker: _Optional[str] = ..., wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., held_version: _Optional[int] = ..., held_sha256: _Optional[bytes] = ...) -> None: ...
+    new_examples: int
+    def __init__(self, worker: _Optional[str] = ..., wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., held_version: _Optional[int] = ..., held_sha256: _Optional[bytes] = ..., new_examples: _Optional[int] = ...) -> None: ...
 
 class PollTaskResponse(_message.Message):
     __slots__ = ("task", "run_ended")

@@ -146,9 +146,11 @@ class AggregatorClient:
         finally:
             self._chunk_bytes = sizer.chunk_bytes
 
-    async def poll(self, wait_s: float, held: HeldModel | None) -> Polled:
+    async def poll(self, wait_s: float, held: HeldModel | None, new_examples: int | None = None) -> Polled:
         """Wait up to `wait_s` for a task; raises UnknownWorker when the aggregator wants a registration."""
-        request = aggregator_pb2.PollTaskRequest(worker=self._worker, wait=duration_to_proto(wait_s))
+        request = aggregator_pb2.PollTaskRequest(
+            worker=self._worker, wait=duration_to_proto(wait_s), new_examples=new_examples
+        )
         if held is not None:
             request.held_version = held.version
             request.held_sha256 = held.origin_sha256

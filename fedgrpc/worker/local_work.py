@@ -51,8 +51,11 @@ class LocalWork(Protocol):
     async def description(self, registration: Registration) -> ModelDescription | None:
         """What the registered run is to know of the model now; None: nothing. Asked for before each poll."""
 
-    def polling(self, registration: Registration) -> AbstractAsyncContextManager[None]:
-        """Context of each request for a task. Entering it waits until a task can be taken."""
+    def polling(self, registration: Registration) -> AbstractAsyncContextManager[int | None]:
+        """Context of each request for a task. Entering it waits until a task can be taken.
+
+        It gives how many examples there are that this run has not been trained on; None where that is not known.
+        """
 
     async def perform(self, task: Task, message: aggregator_pb2.Task, report: Report) -> SpooledUpdate:
         """Carry out a task and spool its update; `report` is called as the model downloads, with 0 to 1.

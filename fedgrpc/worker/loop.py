@@ -181,9 +181,9 @@ class Loop:
 
     async def _poll(self, registration: Registration) -> Polled | None:
         """Return the answer to a poll; None when the worker is to drain."""
-        async with self._work.polling(registration):
+        async with self._work.polling(registration) as new_examples:
             await self._describe(registration)
-            return await self._poll_unless_paused(registration)
+            return await self._poll_unless_paused(registration, new_examples)
 
     async def _describe(self, registration: Registration) -> None:
         """Tell the aggregator of the model before a poll that may bring the first task, once unless it changes."""
@@ -194,7 +194,7 @@ class Loop:
             await self._client.describe(description)
             self._described = description
 
-    async def _poll_unless_paused(self, registration: Registration) -> Polled | None:
+    async def _poll_unless_paused(self, registration: Registration, new_examples: int | None) -> Polled | None:
         wait_s = min(registration.poll_wait_s or self._settings.poll_wait_s, self._settings.poll_wait_s)
         while not self._controls.draining:
             if self._controls.paused:
@@ -202,7 +202,7 @@ class Loop:
                 await self._controls.changed()
                 continue
             self._publisher.enter(Activity.WAITING)
-            poll = self._client.poll(wait_s, self._models.held)
+            poll = self._client.poll(wait_s, self._models.held, new_examples)
             try:
                 return await run_until_interrupted(poll, self._controls.changed())
             except Interrupted:

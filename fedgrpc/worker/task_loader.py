@@ -21,6 +21,7 @@ from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.trainer import (
     Cancelled,
     EvalResult,
+    LocalExamples,
     SliceableTrainer,
     TaskSetup,
     TensorsByReason,
@@ -30,6 +31,7 @@ from fedgrpc.trainer import (
     Weights,
     activation_bytes,
     full_width_tensors,
+    local_examples,
     model_layout,
     roles,
     tied_names,
@@ -237,6 +239,11 @@ class _GuardedTrainer:
         """As `activation_bytes`."""
         with _blaming(self._reference):
             return activation_bytes(self._inner, width)
+
+    def local_examples(self) -> LocalExamples | None:
+        """As `local_examples`."""
+        with _blaming(self._reference):
+            return local_examples(self._inner)
 
     def train(self, weights: Weights, job: TrainJob) -> TrainResult:
         with _blaming(self._reference):

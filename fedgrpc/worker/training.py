@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,6 +32,7 @@ from fedgrpc.trainer import (
     Cancelled,
     Epoch,
     EvalResult,
+    LocalExamples,
     SliceableTrainer,
     Trainer,
     TrainJob,
@@ -39,6 +40,7 @@ from fedgrpc.trainer import (
     Weights,
     activation_bytes,
     full_width_tensors,
+    local_examples,
     model_layout,
     roles,
     tied_names,
@@ -99,6 +101,8 @@ class TrainerWork:
         self._trainer: Trainer | None = None
         self._process_bytes = 0
         self._descriptions: dict[bool, ModelDescription] = {}
+        # Examples that the last update of a run was trained on. A restarted worker takes all of its own for new.
+        self._trained: tuple[str, LocalExamples | None] = ("", None)
 
     @property
     def parts(self) -> frozenset[str]:
@@ -123,9 +127,23 @@ class TrainerWork:
             )
         return self._descriptions[asked]
 
-    def polling(self, registration: Registration) -> AbstractAsyncContextManager[None]:
+    @asynccontextmanager
+    async def polling(self, registration: Registration) -> AsyncIterator[int | None]:
         """See `LocalWork.polling`: a worker can always take a task."""
-        return nullcontext()
+        examples = await asyncio.to_thread(self._examples)
+        run_id, trained = self._trained
+        known = trained if run_id == registration.run_id else None
+        yield None if examples is None else examples.new_since(known)
+
+    def _examples(self) -> LocalExamples | None:
+        """Return the trainer's examples; None where it cannot tell. Slow where they have changed."""
+        assert self._trainer is not None
+        try:
+            with users_code():
+                return local_examples(self._trainer)
+        except FedgrpcError as error:
+            log.debug("examples not counted", reason=str(error))
+            return None
 
     async def perform(self, task: Task, message: aggregator_pb2.Task, report: Report) -> SpooledUpdate:
         """Download, train or score, and spool the update. Raises `TaskError` for a plan that is refused here."""
@@ -136,6 +154,8 @@ class TrainerWork:
         stop = threading.Event()
         hooks = Hooks(stop, self._reporter(stop), self._settings.throttle)
         assert self._trainer is not None
+        # Before the training: data that changes meanwhile is new.
+        examples = await asyncio.to_thread(self._examples)
         with fitting(task):
             outcome = await self._local_work(self._trainer, task, given, hooks)
 
@@ -145,7 +165,10 @@ class TrainerWork:
             return update_of(task, self._settings.name, pulled, outcome, residual, began, layout)
 
         keep = personal_layers_writer(outcome.weights or {}, task.run_id, task.is_personal)
-        return await self._files.store(task, message, fill, keep)
+        update = await self._files.store(task, message, fill, keep)
+        if task.kind is TaskKind.TRAIN:
+            self._trained = (task.run_id, examples)
+        return update
 
     async def _download(self, task: Task, report: Report) -> tuple[Given, Layout, float]:
         """Return the weights to start from, their layout, and the seconds that their download took."""

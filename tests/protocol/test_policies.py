@@ -26,6 +26,7 @@ FULL = RoundPolicy(
     max_staleness=4,
     buffer_size=3,
     reconnect_grace_s=0.5,
+    min_new_examples=50,
 )
 
 

@@ -21,7 +21,7 @@ from fedgrpc.datasets.partition import parse_partition
 from fedgrpc.datasets.shares import save_share, write_shares
 from fedgrpc.errors import TaskError, UsageError
 from fedgrpc.torch.trainer import TorchTrainer
-from fedgrpc.trainer import TaskSetup, Trainer, TrainJob
+from fedgrpc.trainer import TaskSetup, Trainer, TrainJob, local_examples
 from fedgrpc.worker.task_loader import load_trainer
 from tests.torch.plain import Plain, X, Y, trainer_of
 
@@ -173,6 +173,18 @@ def test_data_is_read_again_once_its_file_has_been_replaced(tmp_path: Path) -> N
     assert counts(trainer) == (100, 50)
     share_of(path, 600, 60)
     assert counts(trainer) == (600, 60)
+
+
+def test_a_trainer_counts_its_examples_and_tells_other_data_from_the_same(tmp_path: Path) -> None:
+    path = share_of(tmp_path / "a.npz", 100, 50)
+    trainer = load_trainer("fedgrpc.tasks.digits", data=path)
+    before = local_examples(trainer)
+    assert before is not None
+    assert before == local_examples(trainer)
+    share_of(path, 600, 60)
+    after = local_examples(trainer)
+    assert after is not None
+    assert (after.count, after.new_since(before)) == (600, 500)
 
 
 def test_data_that_cannot_be_read_again_fails_the_task_until_it_can(tmp_path: Path) -> None:
