@@ -29,6 +29,8 @@ status in one place, `fedgrpc.rpc.status`. The class alone decides the status, a
     └── TaskError                  the user's own training code raised
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -152,3 +154,20 @@ class LinkError(FedgrpcError, retryable=True):
 
 class TaskError(FedgrpcError):
     """The user's own training code raised; the message names the exception."""
+
+
+@contextmanager
+def blaming(token: str) -> Iterator[None]:
+    """Raise an error in the block as an `UnusableUpdate` of this token, which a round can leave out.
+
+    Whatever uses the data of one update runs in such a block, so that the others still count. Errors of the disk
+    and of the process itself are raised as they are: no update is to blame.
+    """
+    try:
+        yield
+    except (UnusableUpdate, StorageError, NotFound, OSError, MemoryError):
+        raise
+    except Exception as error:
+        # An error that nobody raised on purpose says its class, too.
+        reason = str(error) if isinstance(error, FedgrpcError) else f"{type(error).__name__}: {error}"
+        raise UnusableUpdate(reason, token=token) from error

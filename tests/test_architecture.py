@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "submodels": {"errors", "claims", "toml"},
     "aggregation": {"errors", "claims", "submodels"},
     "rounds": {"errors", "claims"},
-    "runs": {"errors", "claims", "codec", "submodels", "aggregation", "rounds"},
+    "runs": {"errors", "claims", "training_plan", "codec", "submodels", "aggregation", "rounds"},
     "simulation": {"errors", "codec", "rounds", "runs", "toml"},
     "trainer": {"errors", "codec", "training_plan", "submodels"},
     "process": set(),

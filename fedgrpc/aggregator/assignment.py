@@ -15,12 +15,11 @@ from dataclasses import replace
 import numpy as np
 import structlog
 
-from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.encoded_models import Pull
 from fedgrpc.aggregator.local_models import Sizing
 from fedgrpc.aggregator.negotiation import RAW
-from fedgrpc.errors import UnusableUpdate
+from fedgrpc.errors import UnusableUpdate, blaming
 from fedgrpc.protocol.rounds import record_of
 from fedgrpc.rounds.events import Deadline, Select, Selected
 from fedgrpc.rounds.policy import TaskKind

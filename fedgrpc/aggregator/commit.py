@@ -23,14 +23,13 @@ from fedgrpc.aggregation.partial_aggregate import add_partial_aggregate
 from fedgrpc.aggregation.partial_update import coverage_of, unpack
 from fedgrpc.aggregation.server_optimizer import ServerOptimizer
 from fedgrpc.aggregation.spread import Spread
-from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.fold import PIECE, Fold, Load
 from fedgrpc.aio import BackgroundThread
 from fedgrpc.codec.layout import Layout, TensorRole, TensorSpec
-from fedgrpc.errors import NotFinite
+from fedgrpc.errors import NotFinite, blaming
+from fedgrpc.runs.weights import Merge
 from fedgrpc.storage.files import RecycledFiles
 from fedgrpc.storage.model_file import ModelFile, ModelWriter
-from fedgrpc.submodels.channels import KeptChannels
 from fedgrpc.submodels.coverage import Coverage
 from fedgrpc.submodels.plan import LocalModelPlan
 
@@ -45,13 +44,6 @@ Group = range
 Stepped = tuple[np.ndarray, tuple[np.ndarray, ...]]
 # mean(start, stop)
 Mean = Callable[[int, int], np.ndarray]
-# keeps(token, name)
-Keeps = Callable[[str, str], bool]
-
-
-def keeps_nothing(token: str, name: str) -> bool:
-    """Of a worker that sends all it has trained."""
-    return False
 
 
 @dataclass(frozen=True)
@@ -82,29 +74,20 @@ class Formats:
 
 @dataclass(frozen=True)
 class Commit:
-    """What a new version is made of. `updates` are (token, weight) in slot order; `load` finds a token's file.
+    """What a new version is made of: a base, and the updates of `merge`, whose files `load` finds by token.
 
-    `sub_models` names the tokens of partial updates, and the channels of each (None: all);
-    `merged` those whose updates are means themselves, and what such an update says that it weighs. `scales` are
-    factors on the differences of an update; without: 1. `keeps` tells of an update and a tensor whether its worker
-    keeps the tensor to itself. `formats` names those whose weight falls with their noise. `clips_buffers`: no
-    update alone takes a buffer beyond what others say (`Spread`). `about` is for the metadata of the model's file.
-    A coordinate that no update covers keeps its value, and the optimizer what it remembers of it.
+    `formats` names the updates whose weight falls with their noise. `about` is for the metadata of the model's
+    file. A coordinate that no update covers keeps its value, and the optimizer what it remembers of it.
     """
 
     base: ModelFile
     optimizer_state: ModelFile | None
     optimizer: ServerOptimizer
-    updates: Sequence[tuple[str, float]]
+    merge: Merge
     load: Load
     recycled: RecycledFiles | None = None
-    sub_models: Mapping[str, KeptChannels | None] = field(default_factory=dict)
-    merged: Mapping[str, float] = field(default_factory=dict)
-    scales: Mapping[str, float] = field(default_factory=dict)
-    formats: Mapping[str, Formats] = field(default_factory=dict)
     about: Mapping[str, str] = field(default_factory=dict)
-    keeps: Keeps = keeps_nothing
-    clips_buffers: bool = False
+    formats: Mapping[str, Formats] = field(default_factory=dict)
 
     @property
     def state_layout(self) -> Layout:
@@ -138,8 +121,8 @@ class Commit:
 
     def _stepped(self) -> Iterator[Stepped]:
         load = cached(self.load)
-        alike = not (self.sub_models or self.merged)
-        with Fold(self.updates if alike else (), load, self.scales) as fold:
+        updates = tuple(self.merge.weights.items()) if self.merge.alike else ()
+        with Fold(updates, load, self.merge.scales) as fold:
             for stepped in ahead(self._spans(fold), lambda spans: self._step(spans, load, fold)):
                 yield from stepped
 
@@ -196,19 +179,7 @@ class Commit:
         if not indices:
             return {}
         specs = [self.base.layout[index] for index in indices]
-        named = self.base.named
-        means = means_of(
-            specs,
-            self.updates,
-            load,
-            self.sub_models,
-            self.merged,
-            named,
-            self.scales,
-            self.formats,
-            self.keeps,
-            self.clips_buffers,
-        )
+        means = means_of(specs, self.merge, load, self.base.named, self.formats)
         return dict(zip(indices, means, strict=True))
 
     def _replaced(self, index: int, mean: CoordinateMean) -> np.ndarray:
@@ -281,27 +252,23 @@ def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def means_of(
     specs: Sequence[TensorSpec],
-    updates: Sequence[tuple[str, float]],
+    merge: Merge,
     load: Load,
-    sub_models: Mapping[str, KeptChannels | None],
-    merged: Mapping[str, float],
     base: Callable[[str], np.ndarray],
-    scales: Mapping[str, float] = MappingProxyType({}),
     formats: Mapping[str, Formats] = MappingProxyType({}),
-    keeps: Keeps = keeps_nothing,
-    clips_buffers: bool = False,
 ) -> list[CoordinateMean]:
-    """The mean of each of these tensors over the updates, all of them as `Commit` has them.
+    """The mean of each of these tensors over the updates of `merge`.
 
     `base` gives a tensor of the base model by its name. A buffer that only some updates have is as it was to the
     others: who sends one that nobody else has changed does not decide alone what it becomes.
     """
     means = [CoordinateMean(spec.shape) for spec in specs]
     base = cache(base)
-    sent = {spec.name for token, _ in updates for spec in load(token).manifest.layout}
-    buffers = [spec for spec in specs if not spec.is_trained and spec.name in sent] if clips_buffers else []
-    spreads = _spreads(buffers, updates, load, sub_models, base, keeps)
-    for token, weight in updates:
+    sub_models, merged, scales, keeps = merge.sub_models, merge.merged, merge.scales, merge.keeps
+    sent = {spec.name for token in merge.weights for spec in load(token).manifest.layout}
+    clipped = [spec for spec in specs if not spec.is_trained and spec.name in sent] if merge.clips_buffers else []
+    spreads = _spreads(clipped, merge, load, base) if clipped else {}
+    for token, weight in merge.weights.items():
         with blaming(token), load(token).open() as reader:
             for spec, mean in zip(specs, means, strict=True):
                 # What is not a difference but a value stays what it is.
@@ -333,22 +300,17 @@ def means_of(
 
 
 def _spreads(
-    buffers: Sequence[TensorSpec],
-    updates: Sequence[tuple[str, float]],
-    load: Load,
-    sub_models: Mapping[str, KeptChannels | None],
-    base: Callable[[str], np.ndarray],
-    keeps: Keeps,
+    buffers: Sequence[TensorSpec], merge: Merge, load: Load, base: Callable[[str], np.ndarray]
 ) -> dict[str, Spread]:
     """What the base and the updates say of each of these buffers."""
     spreads = {spec.name: Spread(base(spec.name)) for spec in buffers}
-    for token, _ in updates if buffers else ():
+    for token in merge.weights:
         with blaming(token), load(token).open() as reader:
             for spec in buffers:
-                whole = coverage_of(spec, sub_models.get(token))
+                whole = coverage_of(spec, merge.sub_models.get(token))
                 if spec.name in reader.names:
                     spreads[spec.name].add(*unpack(spec.name, reader.names, reader.tensor, whole))
-                elif not keeps(token, spec.name):
+                elif not merge.keeps(token, spec.name):
                     spreads[spec.name].add(whole.take(base(spec.name)), whole)
     return spreads
 

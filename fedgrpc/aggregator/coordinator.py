@@ -12,7 +12,7 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
@@ -171,9 +171,22 @@ class Coordinator:
 
     @property
     def weighing(self) -> Weighing:
-        """What the operator says of the weights of updates."""
-        asked = self.instructions
-        return Weighing(asked.worker_weights, asked.max_examples, bool(self.settings.leaves))
+        """How the updates of this run count, by its operator and its parent."""
+        asked, settings = self.instructions, self.settings
+        return Weighing(
+            asked.worker_weights,
+            asked.max_examples,
+            bool(settings.leaves),
+            settings.policy.max_share,
+            # The mean of a leaf travels as one update.
+            None if self.machine.makes_versions else claims.WEIGHT.most,
+            asked.plan,
+            asked.normalize_steps,
+            asked.clip_norm,
+            settings.staleness_exponent,
+            # A bound on norms is none on buffers, which are values and no differences.
+            asked.clip_norm is not None or settings.max_update_norm is not None,
+        )
 
     # The run.
 
@@ -449,8 +462,8 @@ class Coordinator:
     async def keep_scores(
         self,
         version: int,
-        workers: dict[str, float] | None = None,
-        evaluator: dict[str, float] | None = None,
+        workers: Mapping[str, float] | None = None,
+        evaluator: Mapping[str, float] | None = None,
         of_sub_models: bool = False,
         not_finite: Sequence[str] = (),
     ) -> None:

@@ -13,13 +13,13 @@ from functools import partial
 
 import structlog
 
-from fedgrpc.aggregation.mean import mean_metrics
+from fedgrpc.aggregator.accepted_updates import AcceptedUpdates
 from fedgrpc.aggregator.assignment import TaskAssigner
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.histories import histories_after, histories_of
 from fedgrpc.aggregator.recovery import Recovery
 from fedgrpc.aggregator.round_source import OwnRounds, RoundSource
-from fedgrpc.aggregator.scores import Scores, for_log, scores_of
+from fedgrpc.aggregator.scores import for_log
 from fedgrpc.aggregator.upkeep import Upkeep
 from fedgrpc.errors import CodecError, IllegalTransition, UnusableUpdate, UpdateRefused
 from fedgrpc.protocol.rounds import record_of
@@ -31,6 +31,7 @@ from fedgrpc.rounds.version import Jump, Version
 from fedgrpc.runs.events import Drop, RoundEnded, RoundOpened, RunPhase, UpdatesMerged
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.round_in_progress import DroppedTask, RoundInProgress
+from fedgrpc.runs.weights import Merge
 from fedgrpc.storage.run_store import carried_rows, rows_of
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
@@ -41,7 +42,7 @@ _REST = 9.0
 # Rounds that are looked through for the newest scores after a restart.
 _RECENT_ROUNDS = 20
 
-Rounds = Callable[[Coordinator, Upkeep], RoundSource]
+Rounds = Callable[[Coordinator, Upkeep, AcceptedUpdates], RoundSource]
 
 
 class Driver:
@@ -53,8 +54,11 @@ class Driver:
         self._settings = coordinator.settings
         self._assigner = TaskAssigner(coordinator)
         self._upkeep = Upkeep(coordinator)
-        self._source = rounds(coordinator, self._upkeep)
+        self._updates = AcceptedUpdates(coordinator.journal, coordinator.models, coordinator.local_models)
+        self._source = rounds(coordinator, self._upkeep, self._updates)
+        # Of the round that ended last.
         self._record = RoundRecord()
+        self._merge = Merge({})
         self._log = log.bind(run=self._settings.run_name)
 
     async def recover(self) -> None:
@@ -115,30 +119,17 @@ class Driver:
         """Compute and record the new version. An update that turns out unusable is left out: the round then has
         another commit to do, or has ended. What nobody in particular is to blame for ends it.
         """
+        round_, begun = self._run.current, time.monotonic()
         try:
-            await self._commit_once(self._run.current, commit)
+            merge = await self._updates.merge(round_, commit.tokens, self._coordinator.weighing, self._run.layout)
+            version, layout = await self._source.write(round_, merge)
+            self._merge = merge
+            merged = UpdatesMerged(version, layout, merge, time.monotonic() - begun)
+            await self._coordinator.apply_after(merged, partial(self._store_end, version=version))
         except UnusableUpdate as error:
             self._coordinator.leave_out(error)
         except (CodecError, UpdateRefused) as error:
             self._coordinator.apply(Abort(str(error), AbandonCause.UNUSABLE))
-
-    async def _commit_once(self, round_: RoundInProgress, commit: Commit) -> None:
-        begun = time.monotonic()
-        merged = await self._source.merge(round_, commit.tokens)
-        weights = merged.weights
-        event = UpdatesMerged(
-            merged.version,
-            merged.layout,
-            weights,
-            merged.scales,
-            mean_metrics([(round_.report(token).metrics, weight) for token, weight in weights.items()]),
-            bool(self._scores(round_, weights).metrics),
-            time.monotonic() - begun,
-        )
-        await self._coordinator.apply_after(event, partial(self._store_end, version=merged.version))
-
-    def _scores(self, round_: RoundInProgress, weights: dict[str, float]) -> Scores:
-        return scores_of(round_, weights, self._coordinator.weighing, self._settings.policy.max_share)
 
     async def _store_end(self, after: RunMachine, version: Version | None = None) -> None:
         """Make durable how a round has ended, and then remember it; with a thousand tasks that takes its time."""
@@ -159,8 +150,7 @@ class Driver:
 
     async def _keep_scores(self, round_: RoundInProgress) -> None:
         """What the workers of a committed round say of the version they were given."""
-        weights = round_.weights
-        scores = self._scores(round_, weights)
+        scores = self._merge.scores
         if scores.metrics:
             told = for_log(scores.metrics, "version", "by")
             self._log.info("version scored", version=round_.base_version, by="workers", **told)
@@ -175,7 +165,7 @@ class Driver:
             )
         number, version = round_.number, self._run.version
         if round_.kind is TaskKind.INITIALIZE:
-            giver = next((round_.worker_of(token) for token in weights), "")
+            giver = next((round_.worker_of(token) for token in self._merge.weights), "")
             self._log.info("initial model", worker=giver, hint="--initialiser says who may give it")
         if round_.jump is Jump.NORM:
             self._log.warning("the model has become far larger", round=number, version=version)
@@ -187,7 +177,7 @@ class Driver:
                 share=round(dominance.share, 3),
                 hint="--max-examples and --max-share bound it",
             )
-        self._log.info("round committed", round=number, version=version, updates=len(weights))
+        self._log.info("round committed", round=number, version=version, updates=len(self._merge.weights))
 
     async def _finish(self, finished: Finished) -> None:
         """Record an abandoned round (a committed one is recorded with its version), and let go of what is over."""

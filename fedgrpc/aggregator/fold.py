@@ -12,12 +12,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from fedgrpc.aggregator.blame import blaming
 from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import in_pieces, neighbours
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.values import Fill
+from fedgrpc.errors import blaming
 from fedgrpc.storage.update_file import StoredUpdate, UpdateFile
 
 PIECE = 1 << 15

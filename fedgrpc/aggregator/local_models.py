@@ -15,13 +15,12 @@ from pathlib import Path
 import structlog
 from google.protobuf.message import DecodeError
 
-from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.registry import Worker
 from fedgrpc.codec.budget import expected_bits
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.errors import LayoutError, NotFound, StorageError, UnusableUpdate
+from fedgrpc.errors import LayoutError, NotFound, StorageError, UnusableUpdate, blaming
 from fedgrpc.protocol.devices import device_from_proto
 from fedgrpc.protocol.plans import (
     local_model_plan_from_proto,

@@ -139,7 +139,6 @@ class Receiver:
         if round_.kind is TaskKind.TRAIN and not local.plain:
             version = round_.version_of(header.token)
             kept = coordinator.local_models.kept_channels(local.sub_model, version)
-        counts_steps = coordinator.instructions.normalize_steps and round_.kind is TaskKind.TRAIN
         return ExpectedUpdate(
             round_.kind,
             self._run.layout,
@@ -150,7 +149,6 @@ class Receiver:
             self._settings.admission,
             self._settings.max_model_bytes,
             coordinator.weighing,
-            coordinator.instructions.plan if counts_steps else None,
         )
 
     async def _store(

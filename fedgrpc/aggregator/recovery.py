@@ -17,14 +17,13 @@ from google.protobuf.message import DecodeError
 
 from fedgrpc import claims
 from fedgrpc.aggregator.assignment import TaskAssigner
-from fedgrpc.aggregator.blame import blaming
 from fedgrpc.aggregator.changed_settings import OPTIMIZER, changes, compared_text
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.first_model import complaint
 from fedgrpc.aggregator.new_version import about_version
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.raw import as_bool
-from fedgrpc.errors import CorruptError, LayoutError, StorageError, UnusableUpdate, UsageError
+from fedgrpc.errors import CorruptError, LayoutError, StorageError, UnusableUpdate, UsageError, blaming
 from fedgrpc.protocol.durations import duration_from_proto
 from fedgrpc.protocol.plans import local_task_from_proto
 from fedgrpc.protocol.records import prediction_from_proto

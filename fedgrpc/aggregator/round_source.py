@@ -8,12 +8,12 @@ fedgrpc.hierarchy.parent_rounds.ParentRounds    those of a leaf: each carries ou
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import structlog
 
+from fedgrpc.aggregator.accepted_updates import AcceptedUpdates
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.new_version import NewVersion
 from fedgrpc.aggregator.recovery import Recovery
@@ -39,22 +39,13 @@ from fedgrpc.runs.events import (
 )
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.round_in_progress import RoundInProgress
+from fedgrpc.runs.weights import Merge
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, TASK_KIND_TRAIN
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 log = structlog.get_logger()
 
 _AFTER_ABANDONED = Backoff(first_s=0.5, cap_s=15.0)
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What a round made of its updates, durable: a version or None, its layout, and what each update counted."""
-
-    version: Version | None
-    layout: Layout
-    weights: dict[str, float]
-    scales: dict[str, float]
 
 
 class RoundSource(Protocol):
@@ -66,8 +57,8 @@ class RoundSource(Protocol):
     async def next_round(self) -> RoundInProgress | None:
         """Return the round to play now. None: look again, or the run has ended."""
 
-    async def merge(self, round_: RoundInProgress, tokens: tuple[str, ...]) -> Merged:
-        """Make what the round makes of these updates durable.
+    async def write(self, round_: RoundInProgress, merge: Merge) -> tuple[Version | None, Layout]:
+        """Make what the round makes of these updates durable. Returns its version, if it has one, and the layout.
 
         Raises `StorageError`, `UnusableUpdate` for an update that is to be left out, and `CodecError` or
         `UpdateRefused` when no update in particular is to blame.
@@ -80,12 +71,15 @@ class RoundSource(Protocol):
 class OwnRounds:
     """Rounds as the run itself asks for them. A `RoundSource`."""
 
-    def __init__(self, coordinator: Coordinator, upkeep: Upkeep) -> None:
+    def __init__(self, coordinator: Coordinator, upkeep: Upkeep, updates: AcceptedUpdates) -> None:
         self._coordinator = coordinator
         self._run = coordinator.machine
         self._settings = coordinator.settings
         self._upkeep = upkeep
-        self._new_version = NewVersion(coordinator)
+        self._models = coordinator.models
+        self._new_version = NewVersion(
+            coordinator.machine, coordinator.settings, updates, coordinator.models, coordinator.local_models
+        )
         self._abandoned = Retries(_AFTER_ABANDONED)
         self._log = log.bind(run=self._settings.run_name)
 
@@ -107,14 +101,12 @@ class OwnRounds:
                 await self._upkeep.until(None)
         return None
 
-    async def merge(self, round_: RoundInProgress, tokens: tuple[str, ...]) -> Merged:
-        """See `RoundSource.merge`. A round that only evaluates makes no version."""
-        weights = self._new_version.weights(round_, tokens)
-        scales = await self._new_version.scales(round_, weights)
+    async def write(self, round_: RoundInProgress, merge: Merge) -> tuple[Version | None, Layout]:
+        """See `RoundSource.write`. A round that only evaluates makes no version."""
         if round_.kind is TaskKind.EVALUATE:
-            return Merged(None, self._run.layout, weights, scales)
-        version = await self._new_version.write(round_, weights, scales)
-        return Merged(version, self._coordinator.models.open(version.version).layout, weights, scales)
+            return None, self._run.layout
+        version = await self._new_version.write(round_, merge)
+        return version, self._models.open(version.version).layout
 
     async def ended(self, round_: RoundInProgress) -> None:
         """See `RoundSource.ended`. After an abandoned round: rest, or pause where the next would end alike."""

@@ -22,7 +22,6 @@ from fedgrpc.aggregation.admission import (
 from fedgrpc.aggregation.partial_aggregate import check_partial_aggregate, partial_aggregate_values
 from fedgrpc.aggregation.partial_update import unpack_all
 from fedgrpc.aggregator.first_model import complaint
-from fedgrpc.aggregator.scales import check_steps
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.manifest import Limits, Manifest
 from fedgrpc.codec.payload import EARLY_CUT_BYTES
@@ -35,7 +34,6 @@ from fedgrpc.runs.task_context import LocalTask, Report
 from fedgrpc.runs.weights import Weighing
 from fedgrpc.storage.update_file import StoredUpdate, UpdateFile
 from fedgrpc.submodels.channels import KeptChannels
-from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
 
 # Decoding one update: its frames and pieces, and this many arrays of its largest tensor.
@@ -57,8 +55,7 @@ class ExpectedUpdate:
     """What a task asks of its update.
 
     `layout` is that of the model. `local` and `kept` say what the worker was given; `kept` None: all channels.
-    `leads`: the worker is an aggregator, which may send a mean. `plan` bounds the steps; None: nothing depends on
-    them.
+    `leads`: the worker is an aggregator, which may send a mean.
     """
 
     kind: TaskKind
@@ -70,7 +67,6 @@ class ExpectedUpdate:
     admission: AdmissionPolicy
     max_model_bytes: int
     weighing: Weighing
-    plan: TrainingPlan | None
 
 
 def examine(header: UpdateHeader, expected: ExpectedUpdate) -> tuple[Manifest, Report]:
@@ -95,8 +91,8 @@ def examine(header: UpdateHeader, expected: ExpectedUpdate) -> tuple[Manifest, R
     else:
         expected.local.check_layout(expected.layout, manifest.layout, expected.kept)
     report = report_from_proto(header, expected.admission)
-    if expected.plan is not None:
-        check_steps(report, expected.plan, expected.weighing.examples(report.example_count, report))
+    if expected.weighing.normalize_steps and expected.kind is TaskKind.TRAIN:
+        expected.weighing.check_steps(report)
     return manifest, report
 
 

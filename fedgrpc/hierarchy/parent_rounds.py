@@ -18,13 +18,9 @@ from functools import partial
 from google.protobuf.message import DecodeError
 
 from fedgrpc import claims
-from fedgrpc.aggregation.mean import mean_metrics
+from fedgrpc.aggregator.accepted_updates import AcceptedUpdates
 from fedgrpc.aggregator.coordinator import Coordinator
-from fedgrpc.aggregator.new_version import NewVersion, merged_of, sub_models_of
 from fedgrpc.aggregator.recovery import Recovery
-from fedgrpc.aggregator.round_source import Merged
-from fedgrpc.aggregator.scales import accumulated_of
-from fedgrpc.aggregator.scores import scores_of
 from fedgrpc.aggregator.training_instructions import TrainingInstructions
 from fedgrpc.aggregator.upkeep import Upkeep
 from fedgrpc.codec.layout import Array, Layout
@@ -41,6 +37,7 @@ from fedgrpc.rounds.version import Version
 from fedgrpc.runs.events import ParentLeads, ParentWaits, RunPhase, VersionTaken
 from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.runs.task_context import Report
+from fedgrpc.runs.weights import Merge
 from fedgrpc.storage.files import storage_errors, write_file
 from fedgrpc.storage.model_file import write_model
 from fedgrpc.v1 import aggregator_pb2
@@ -49,12 +46,20 @@ from fedgrpc.v1 import aggregator_pb2
 class ParentRounds:
     """Rounds for tasks of `handoff`, in the run `run_id` of the parent. A `RoundSource` and a `TaskReceiver`."""
 
-    def __init__(self, coordinator: Coordinator, upkeep: Upkeep, handoff: TaskHandoff, run_id: str) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        upkeep: Upkeep,
+        updates: AcceptedUpdates,
+        *,
+        handoff: TaskHandoff,
+        run_id: str,
+    ) -> None:
         self._coordinator = coordinator
         self._run = coordinator.machine
         self._settings = coordinator.settings
         self._upkeep = upkeep
-        self._updates = NewVersion(coordinator)
+        self._updates = updates
         folder = self._settings.data_dir / "parent"
         self._run_id = run_id
         self._mean = AggregateFile(folder)
@@ -207,28 +212,10 @@ class ParentRounds:
         timeout_s = policy.selection_timeout_s
         return replace(policy, selection_timeout_s=left_s if timeout_s is None else min(left_s, timeout_s))
 
-    async def merge(self, round_: RoundInProgress, tokens: tuple[str, ...]) -> Merged:
-        """See `RoundSource.merge`: write the mean. Only the root makes versions."""
-        weights = self._weights(round_, tokens)
-        scales = await self._updates.scales(round_, weights)
-        await self._write_mean(round_, weights, scales)
-        return Merged(None, self._run.layout, weights, scales)
-
-    def _weights(self, round_: RoundInProgress, tokens: tuple[str, ...]) -> dict[str, float]:
-        """Return the weights, together at most what one update may weigh: the mean travels as one."""
-        weights = self._updates.weights(round_, tokens)
-        total = sum(weights.values())
-        if total <= claims.WEIGHT.most:
-            return weights
-        return {token: weight * (claims.WEIGHT.most / total) for token, weight in weights.items()}
-
-    async def _write_mean(
-        self, round_: RoundInProgress, weights: dict[str, float], scales: dict[str, float]
-    ) -> None:
-        header = self._header(round_, weights)
-        tokens = list(weights)
+    async def write(self, round_: RoundInProgress, merge: Merge) -> tuple[Version | None, Layout]:
+        """See `RoundSource.write`: write the mean. Only the root makes versions."""
+        header, tokens, load = self._header(round_, merge), list(merge.weights), self._updates.load
         await asyncio.to_thread(self._updates.check, round_, tokens)
-        load = self._updates.load
         for token in tokens:
             told = load(token).header
             if told.HasField("channels") and not header.HasField("channels"):
@@ -237,41 +224,31 @@ class ParentRounds:
         if round_.kind is TaskKind.INITIALIZE:
             tensors = own_tensors(tokens[0], load(tokens[0]))
         elif round_.kind is TaskKind.TRAIN:
-            tensors = mean_tensors(
-                self._coordinator.models.open(round_.base_version),
-                list(weights.items()),
-                load,
-                sub_models_of(self._coordinator.local_models, round_, tokens),
-                merged_of(round_, tokens),
-                scales,
-                round_.keeps,
-                self._updates.clips_buffers,
-            )
+            tensors = mean_tensors(self._coordinator.models.open(round_.base_version), merge, load)
         try:
             await asyncio.to_thread(self._mean.write, header, tensors)
         except NotFinite as error:
-            raise await asyncio.to_thread(self._updates.blamed, error, weights, scales) from error
+            raise await asyncio.to_thread(self._updates.blamed, error, merge) from error
+        return None, self._run.layout
 
-    def _header(self, round_: RoundInProgress, weights: dict[str, float]) -> aggregator_pb2.UpdateHeader:
+    def _header(self, round_: RoundInProgress, merge: Merge) -> aggregator_pb2.UpdateHeader:
         """Return the header of the mean: sums of counts, within their bounds, and means of scores."""
-        reports = [(round_.report(token), weight) for token, weight in weights.items()]
-        scores = scores_of(round_, weights, self._coordinator.weighing, self._settings.policy.max_share)
+        reports, scores = [round_.report(token) for token in merge.weights], merge.scores
         mean = Report(
-            example_count=claims.EXAMPLES.total(report.example_count for report, _ in reports),
-            steps=claims.STEPS.total(report.steps for report, _ in reports),
-            metrics=mean_metrics([(report.metrics, weight) for report, weight in reports]),
+            example_count=claims.EXAMPLES.total(report.example_count for report in reports),
+            steps=claims.STEPS.total(report.steps for report in reports),
+            metrics=merge.training_metrics,
             evaluation_metrics=scores.metrics,
             evaluation_example_count=claims.EXAMPLES.clamped(scores.example_count),
             scores_not_finite=frozenset(scores.not_finite),
             scores_of_sub_models=scores.of_sub_models,
         )
         if round_.kind is not TaskKind.INITIALIZE:
-            accumulated_steps = accumulated_of(self._coordinator.instructions, round_, weights)
             mean = replace(
                 mean,
-                merged_updates=claims.MERGED_UPDATES.total(report.merged_updates or 1 for report, _ in reports),
-                weight=claims.WEIGHT.clamped(sum(weights.values())),
-                accumulated_steps=claims.ACCUMULATED_STEPS.clamped(accumulated_steps),
+                merged_updates=claims.MERGED_UPDATES.total(report.merged_updates or 1 for report in reports),
+                weight=claims.WEIGHT.clamped(sum(merge.weights.values())),
+                accumulated_steps=claims.ACCUMULATED_STEPS.clamped(merge.accumulated_steps),
             )
         return report_to_proto(mean, self._task.token)
 

@@ -10,7 +10,7 @@ leaves nothing to repair. It is computed one group of tensors at a time. Its enc
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,8 +21,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from fedgrpc.aggregation.partial_aggregate import EXACT, check_finite, pack_mean
-from fedgrpc.aggregator.blame import blaming
-from fedgrpc.aggregator.commit import Group, Keeps, by_groups, cached, keeps_nothing, means_of
+from fedgrpc.aggregator.commit import Group, by_groups, cached, means_of
 from fedgrpc.aggregator.fold import Fold, Load
 from fedgrpc.codec.feedback import Corrected, Keep, Residual, write_with_feedback
 from fedgrpc.codec.layout import Array, Layout, TensorRole, TensorSpec, spec_of
@@ -37,16 +36,16 @@ from fedgrpc.codec.payload import (
 )
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Compression, Recipe
-from fedgrpc.errors import StorageError
+from fedgrpc.errors import StorageError, blaming
 from fedgrpc.process import peak_memory_bytes
 from fedgrpc.protocol.tasks import Task
 from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
 from fedgrpc.protocol.updates import sent_header
 from fedgrpc.rounds.policy import TaskKind
+from fedgrpc.runs.weights import Merge
 from fedgrpc.storage.files import make_private, storage_errors, sync, write_file
 from fedgrpc.storage.model_file import ModelFile
 from fedgrpc.storage.update_file import StoredUpdate
-from fedgrpc.submodels.channels import KeptChannels
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.spool import Fill
 from fedgrpc.worker.update import Began, fitted
@@ -107,29 +106,20 @@ class AggregateFile:
 
 def mean_tensors(
     base: ModelFile,
-    updates: Sequence[tuple[str, float]],
+    merge: Merge,
     load: Load,
-    sub_models: Mapping[str, KeptChannels | None],
-    merged: Mapping[str, float],
-    scales: Mapping[str, float],
-    keeps: Keeps = keeps_nothing,
-    clips_buffers: bool = False,
 ) -> Tensors:
-    """Yield the tensors of the mean of `updates` of `base`, (token, weight) in slot order; else as in `Commit`.
+    """Yield the tensors of the mean of the updates of `merge`, which are to `base`.
 
     Raises `NotFinite`, `StorageError`, and `UnusableUpdate` when an update is not what was accepted.
     """
-    total, layout = 0.0, base.layout
-    for _, weight in updates:
-        total += weight
-    load, alike = cached(load), not (sub_models or merged)
-    with Fold(updates if alike else (), load, scales) as fold:
+    total, layout, load = sum(merge.weights.values()), base.layout, cached(load)
+    with Fold(tuple(merge.weights.items()) if merge.alike else (), load, merge.scales) as fold:
 
         def pack(group: Group) -> dict[str, Array]:
             specs = [layout[index] for index in group if layout[index].role is not TensorRole.CONSTANT]
             rest = [spec for spec in specs if not fold.covers(spec)]
-            made = partial(means_of, scales=scales, keeps=keeps, clips_buffers=clips_buffers)
-            means = iter(made(rest, updates, load, sub_models, merged, base.named) if rest else ())
+            means = iter(means_of(rest, merge, load, base.named) if rest else ())
             packed: dict[str, Array] = {}
             for spec in specs:
                 if fold.covers(spec):

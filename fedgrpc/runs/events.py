@@ -17,6 +17,7 @@ from fedgrpc.rounds.version import Version
 from fedgrpc.runs.evaluations import Evaluation
 from fedgrpc.runs.round_in_progress import DroppedTask, RoundInProgress
 from fedgrpc.runs.task_context import Report, TaskContext
+from fedgrpc.runs.weights import Merge
 
 
 class RunPhase(IntEnum):
@@ -97,15 +98,12 @@ class UpdateAccepted:
 class UpdatesMerged:
     """A round's updates are merged: into `version`, or into nothing where a round makes none.
 
-    `scored`: workers have scored the version that they were given. `commit_s`: how long the merge took.
+    `commit_s`: how long the merge took.
     """
 
     version: Version | None
     layout: Layout
-    weights: Mapping[str, float]
-    scales: Mapping[str, float]
-    training_metrics: Mapping[str, float]
-    scored: bool
+    merge: Merge
     commit_s: float
 
 

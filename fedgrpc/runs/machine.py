@@ -292,9 +292,11 @@ class RunMachine:
     def _merge(self, event: UpdatesMerged, now: float) -> Effects:
         number = self.current.base_version if event.version is None else event.version.version
         effects = self._step(Committed(number), now)
-        round_ = self.current.with_merge(event.weights, event.scales)
-        self.round = replace(round_, training_metrics=event.training_metrics, commit_s=event.commit_s)
-        self.closing_evaluation = self.rules.evaluate and event.scored
+        merge = event.merge
+        round_ = self.current.with_merge(merge.weights, merge.scales)
+        self.round = replace(round_, training_metrics=merge.training_metrics, commit_s=event.commit_s)
+        # Without scores of this round's base, one more round scores the last version.
+        self.closing_evaluation = self.rules.evaluate and bool(merge.scores.metrics)
         if event.version is not None:
             self.round = replace(self.round, jump=event.version.jump)
             self._take_version(VersionTaken(event.version, event.layout), now)

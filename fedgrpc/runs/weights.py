@@ -1,16 +1,88 @@
-"""The weight of an update in the mean.
+"""What a commit averages: one `Merge`, computed once from the updates that a round has accepted.
 
-The rule: a pure function of what was stored with the updates, and no claim weighs more than the operator's limits.
+The rule: a pure function of what was stored with the updates, so that a commit done again gives the same bits. No
+claim weighs more than the operator's limits. Scores of a worker weigh no more examples than its update may, and
+none where its update weighs nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final
 
+from fedgrpc import claims
+from fedgrpc.aggregation.mean import mean_metrics
+from fedgrpc.aggregation.scaling import (
+    accumulated_steps,
+    clip_scale,
+    effective_steps,
+    nova_scales,
+    staleness_scale,
+)
+from fedgrpc.errors import UnusableUpdate, UpdateRefused
 from fedgrpc.rounds.policy import TaskKind, capped
+from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.runs.task_context import Report
+from fedgrpc.submodels.channels import KeptChannels
+from fedgrpc.training_plan import TrainingPlan
+
+# The mean of numbers within a bound may be above it by rounding.
+_SLACK: Final = 1 + 1e-9
+_NOTHING: Mapping[str, float] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Mean of the workers' scores by examples, over how many examples, and whether each is of a sub-model.
+
+    `not_finite`: names of those that are NaN or infinite on some worker, as many as one report may have.
+    """
+
+    metrics: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
+    example_count: int = 0
+    of_sub_models: bool = False
+    not_finite: tuple[str, ...] = ()
+
+
+def keeps_nothing(token: str, name: str) -> bool:
+    """Say of a worker that it sends all it has trained."""
+    return False
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The updates of one commit, by token in slot order, and how each counts in the mean.
+
+    `scales` are factors on the differences of an update; without: 1. `sub_models` has the partial updates and the
+    channels of each (None: all), `merged` those that are means themselves, and what such an update says that it
+    weighs. `keeps(token, name)`: its worker keeps that tensor to itself. `clips_buffers`: no update alone takes a
+    buffer beyond what others say. `scores` are those of the round's base version, `training_metrics` means of what
+    workers say of their training. `accumulated_steps`: what the steps of an update amount to in the mean; 0 where
+    steps are not normalized.
+    """
+
+    weights: Mapping[str, float]
+    scales: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
+    sub_models: Mapping[str, KeptChannels | None] = field(default_factory=dict)
+    merged: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
+    keeps: Callable[[str, str], bool] = keeps_nothing
+    clips_buffers: bool = False
+    scores: Scores = field(default_factory=Scores)
+    training_metrics: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
+    accumulated_steps: float = 0.0
+
+    @property
+    def alike(self) -> bool:
+        """Whether every update is a worker's own, of the whole model."""
+        return not (self.sub_models or self.merged)
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """By what the differences of each update are multiplied, before the sum is divided by all weights."""
+        return {token: weight * self.scales.get(token, 1.0) for token, weight in self.weights.items()}
 
 
 @dataclass(frozen=True)
@@ -18,12 +90,21 @@ class Weighing:
     """Rules of the operator on weights: p_m of workers, and what an example count may weigh (None: all of it).
 
     `leaves_named`: an aggregator is here because the operator named it, and its means count for all their workers.
-    Of any other, a mean weighs no more than a worker's own update could.
+    Of any other, a mean weighs no more than a worker's own update could. `max_share`: the largest share of one
+    worker. `max_total`: the most that all updates weigh together. `normalize_steps`: updates count by their steps,
+    as `plan` bounds them. `clip_norm`: the longest that an update counts. `staleness_exponent` lowers old updates.
     """
 
     worker_weights: Mapping[str, float]
     max_examples: int | None = None
     leaves_named: bool = False
+    max_share: float | None = None
+    max_total: float | None = None
+    plan: TrainingPlan = field(default_factory=TrainingPlan)
+    normalize_steps: bool = False
+    clip_norm: float | None = None
+    staleness_exponent: float = 0.0
+    clips_buffers: bool = False
 
     def weight_of(self, kind: TaskKind, worker: str, report: Report, here: Collection[str]) -> float:
         """Return p_m where the operator has set it for this worker, else the bounded count of examples.
@@ -49,6 +130,119 @@ class Weighing:
     def workers(self, report: Report) -> int:
         """Return the number of workers that an update counts for."""
         return max(1, report.merged_updates) if self.leaves_named else 1
+
+    def check_steps(self, report: Report) -> None:
+        """Raise `UpdateRefused` for a count of steps that cannot be, on which others' updates would depend.
+
+        A mean may report what its updates can amount to, each of no more examples than all of them have.
+        """
+        examples = self.examples(report.example_count, report)
+        most = math.ceil((self.plan.epochs or 1.0) * examples)
+        most = min(most, self.plan.max_steps) if self.plan.max_steps else most
+        if report.merged_updates:
+            bound = self._accumulated(max(1, most))
+            if not 1 <= report.accumulated_steps <= bound * _SLACK:
+                told = f"{report.accumulated_steps:g} accumulated steps are reported"
+                raise UpdateRefused(f"{told}, which have to be from 1 to {bound:g}")
+        elif not 1 <= report.steps <= most:
+            raise UpdateRefused(f"{report.steps} steps are reported, which have to be from 1 to {most}")
+
+    def merge(
+        self,
+        round_: RoundInProgress,
+        tokens: Sequence[str],
+        sub_models: Mapping[str, KeptChannels | None] = MappingProxyType({}),
+        norms: Mapping[str, float] = _NOTHING,
+    ) -> Merge:
+        """Return what a commit of these accepted updates averages; `norms` of each where they are clipped.
+
+        Raises `UpdateRefused` when all weights are zero, and `UnusableUpdate` for an update without steps that are
+        to be normalized.
+        """
+        reports = {token: round_.report(token) for token in tokens}
+        workers = {token: task.worker for token, task in round_.state.tasks.items()}
+        weights = self._weights(round_.kind, reports, workers)
+        scales, accumulated = dict.fromkeys(weights, 1.0), 0.0
+        if round_.kind is TaskKind.TRAIN:
+            if self.normalize_steps:
+                # FedNova, arXiv 2007.07481: every update counts as if it had taken as many steps as the mean.
+                work = [self._work(token, report) for token, report in reports.items()]
+                scales = dict(zip(weights, nova_scales(list(weights.values()), work), strict=True))
+                accumulated = effective_steps(list(weights.values()), work)
+            if self.clip_norm is not None:
+                scales = {token: clip_scale(norms[token], self.clip_norm) for token in weights}
+            # FedBuff, arXiv 2106.06639.
+            scales = {
+                token: scale * staleness_scale(round_.state.tasks[token].staleness, self.staleness_exponent)
+                for token, scale in scales.items()
+            }
+        return Merge(
+            weights,
+            scales,
+            sub_models,
+            {token: report.weight for token, report in reports.items() if report.merged_updates},
+            round_.keeps,
+            self.clips_buffers,
+            self.scores(round_, weights),
+            mean_metrics([(reports[token].metrics, weight) for token, weight in weights.items()]),
+            accumulated,
+        )
+
+    def _weights(
+        self, kind: TaskKind, reports: Mapping[str, Report], workers: Mapping[str, str]
+    ) -> dict[str, float]:
+        here = frozenset(workers.values())
+        weights = {token: self.weight_of(kind, workers[token], report, here) for token, report in reports.items()}
+        if not sum(weights.values()) > 0:
+            raise UpdateRefused("the weights of all accepted updates are zero")
+        counts = {token: self.workers(report) for token, report in reports.items()}
+        weights = shared(weights, workers, counts, self.max_share)
+        total = sum(weights.values())
+        if self.max_total is None or total <= self.max_total:
+            return weights
+        return {token: weight * (self.max_total / total) for token, weight in weights.items()}
+
+    def _work(self, token: str, report: Report) -> float:
+        """Return what the steps of an update amount to. A mean says it itself."""
+        steps = report.accumulated_steps if report.merged_updates else report.steps
+        if not steps:
+            raise UnusableUpdate("an update that reports no steps cannot be normalized", token=token)
+        return steps if report.merged_updates else self._accumulated(report.steps)
+
+    def _accumulated(self, steps: int) -> float:
+        plan = self.plan
+        return accumulated_steps(steps, plan.momentum or 0.0, plan.proximal_mu * (plan.learning_rate or 0.0))
+
+    def scores(self, round_: RoundInProgress, weights: Mapping[str, float]) -> Scores:
+        """Return the scores of the round's base version by the reports of these updates.
+
+        Scores of the whole model come before scores of sub-models, and the two are never mixed: where no worker
+        holds the whole model, a fleet of narrow devices has a score, too. Scores of older versions, by
+        carried-over tasks, are left out.
+        """
+        counted = [token for token, weight in weights.items() if weight > 0]
+        given = {token: round_.report(token) for token in counted if _is_given_base(round_, token)}
+        scored = [token for token, report in given.items() if report.evaluation_metrics]
+        whole = [token for token in scored if _is_whole(round_, token)]
+        reports = {token: given[token] for token in whole or scored}
+        counts = score_weights(
+            self, reports, {token: round_.state.tasks[token].worker for token in reports}, self.max_share
+        )
+        not_finite = {name for report in given.values() for name in report.scores_not_finite}
+        return Scores(
+            mean_metrics([(report.evaluation_metrics, counts[token]) for token, report in reports.items()]),
+            round(sum(counts.values())),
+            bool(scored) and not whole,
+            tuple(sorted(not_finite)[: claims.METRICS]),
+        )
+
+
+def _is_given_base(round_: RoundInProgress, token: str) -> bool:
+    return round_.version_of(token) == round_.base_version
+
+
+def _is_whole(round_: RoundInProgress, token: str) -> bool:
+    return round_.local_task(token).sub_model.whole and not round_.report(token).scores_of_sub_models
 
 
 def shared(

@@ -39,6 +39,7 @@ from fedgrpc.rounds.version import Version
 from fedgrpc.runs.events import Event, OpenRound, RoundEnded, RoundOpened, UpdatesMerged, VersionTaken
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.rules import RunRules
+from fedgrpc.runs.weights import Merge
 from fedgrpc.simulation.devices import Devices, Job
 from fedgrpc.simulation.fleet import DescribedFleet, FleetVariant
 from fedgrpc.simulation.fleet_result import FleetResult, RoundLine, summarize
@@ -193,7 +194,7 @@ class FleetRun:
             for token in commit.tokens:
                 self.jobs[token].merge(self.loop.now, self._round.tasks[token].staleness)
             version = Version(self._run.version + 1, self._round.number, b"digest", trained=self._run.trained + 1)
-            self.dispatch(UpdatesMerged(version, _LAYOUT, {}, {}, {}, False, self.variant.commit_s))
+            self.dispatch(UpdatesMerged(version, _LAYOUT, Merge({}), self.variant.commit_s))
 
         self._tally.accepted = len(commit.tokens)
         self.loop.call_at(self.loop.now + self.variant.commit_s, done)

@@ -13,6 +13,7 @@ from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.commit import Commit, Formats, groups
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.errors import CorruptError, StorageError, UnusableUpdate, UpdateRefused
+from fedgrpc.runs.weights import Merge
 from fedgrpc.storage.model_file import ModelFile, write_model
 from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.submodels.plan import Arithmetic, LocalModelPlan
@@ -66,9 +67,9 @@ class Folder:
     def commit(self, version=1, optimizer="fedavg", tokens=tuple(WEIGHTS), weights=WEIGHTS, learning_rate=None):
         """Write `version + 1`; returns its tensors."""
         state = ModelFile.open(self.state(version)) if self.state(version).exists() else None
-        pairs = [(token, weights[token]) for token in tokens]
+        merge = Merge({token: weights[token] for token in tokens})
         optimizer = server_optimizer(optimizer, learning_rate)
-        files = Commit(ModelFile.open(self.model(version)), state, optimizer, pairs, self.journal.load)
+        files = Commit(ModelFile.open(self.model(version)), state, optimizer, merge, self.journal.load)
         digest = files.write(self.model(version + 1), self.state(version + 1))
         written = ModelFile.open(self.model(version + 1))
         assert written.sha256() == digest
@@ -206,7 +207,7 @@ def test_a_base_that_is_gone_is_a_storage_error(tmp_path):
     folder = Folder(tmp_path)
     base = ModelFile.open(folder.model(1))
     folder.model(1).unlink()
-    files = Commit(base, None, server_optimizer("fedavg"), [("a", 1.0)], folder.journal.load)
+    files = Commit(base, None, server_optimizer("fedavg"), Merge({"a": 1.0}), folder.journal.load)
     with pytest.raises(StorageError, match=re.escape(str(folder.model(1)))):
         files.write(folder.model(2), folder.state(2))
 
@@ -227,9 +228,8 @@ def test_an_update_of_a_small_format_has_less_say_in_each_coordinate_by_its_nois
         ModelFile.open(folder.model(1)),
         None,
         server_optimizer("fedavg"),
-        list(WEIGHTS.items()),
+        Merge(WEIGHTS, sub_models={"b": None}),
         folder.journal.load,
-        sub_models={"b": None},
         formats={"b": Formats(plan, 20)},
     )
     files.write(folder.model(2), folder.state(2))

@@ -7,6 +7,7 @@ from fedgrpc.aggregation.server_optimizer import OPTIMIZERS, server_optimizer
 from fedgrpc.aggregator.commit import Commit
 from fedgrpc.codec.layout import TensorRole, TensorSpec
 from fedgrpc.hierarchy.partial_aggregate import mean_tensors
+from fedgrpc.runs.weights import Merge
 from fedgrpc.storage.model_file import ModelFile, write_model
 from fedgrpc.storage.uploads import UploadJournal
 from tests.support.stored_updates import accept
@@ -34,7 +35,7 @@ def written(tmp_path, updates, optimizer="fedavg", versions=1, base=BASE, **abou
         base = ModelFile.open(tmp_path / str(version))
         state = tmp_path / f"state-{version}"
         remembered = ModelFile.open(state) if state.exists() else None
-        commit = Commit(base, remembered, server_optimizer(optimizer), pairs, journal.load, **about)
+        commit = Commit(base, remembered, server_optimizer(optimizer), Merge(dict(pairs), **about), journal.load)
         commit.write(tmp_path / str(version + 1), tmp_path / f"state-{version + 1}")
     model = ModelFile.open(tmp_path / str(versions + 1))
     assert model.layout == LAYOUT
@@ -140,12 +141,12 @@ def test_a_leaf_s_mean_gives_the_version_that_its_workers_would_have_given(tmp_p
     for token, tensors in updates.items():
         accept(journal, token, tensors)
     write_model(tmp_path / "1", LAYOUT, BASE)
-    mean = mean_tensors(ModelFile.open(tmp_path / "1"), list(weights.items()), journal.load, {}, {}, {})
+    mean = mean_tensors(ModelFile.open(tmp_path / "1"), Merge(weights), journal.load)
     accept(journal, "leaf", {spec.name: array for spec, array in mean})
     found = []
-    for pairs, merged in (list(weights.items()), {}), ([("leaf", 8.0)], {"leaf": 8.0}):
+    for merge in Merge(weights), Merge({"leaf": 8.0}, merged={"leaf": 8.0}):
         base = ModelFile.open(tmp_path / "1")
-        Commit(base, None, server_optimizer("fedadam"), pairs, journal.load, merged=merged).write(
+        Commit(base, None, server_optimizer("fedadam"), merge, journal.load).write(
             tmp_path / "2", tmp_path / "state-2"
         )
         model = ModelFile.open(tmp_path / "2")

@@ -11,6 +11,7 @@ from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.commit import Commit
 from fedgrpc.aggregator.fold import PIECE, Fold
 from fedgrpc.codec.layout import TensorSpec, layout_of
+from fedgrpc.runs.weights import Merge
 from fedgrpc.storage.model_file import ModelFile, write_model
 from fedgrpc.storage.uploads import UploadJournal
 from tests.support.stored_updates import accept
@@ -92,9 +93,8 @@ def test_a_commit_scales_the_difference_of_each_update(tmp_path, recipe, optimiz
         ModelFile.open(tmp_path / "1.safetensors"),
         None,
         server_optimizer(optimizer),
-        [("a", 1.0), ("b", 1.0)],
+        Merge({"a": 1.0, "b": 1.0}, {"a": 0.5}),
         journal.load,
-        scales={"a": 0.5},
     )
     files.write(tmp_path / "2.safetensors", tmp_path / "state.safetensors")
     written = ModelFile.open(tmp_path / "2.safetensors").named("w")

@@ -5,6 +5,7 @@ import numpy as np
 
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.hierarchy.partial_aggregate import mean_tensors
+from fedgrpc.runs.weights import Merge
 from fedgrpc.storage.model_file import ModelFile, write_model
 from fedgrpc.storage.uploads import UploadJournal
 from tests.support.stored_updates import accept
@@ -26,7 +27,7 @@ def update():
 def mean(journal, base, decoded):
     """`decoded`: as updates that might be of a part of the model, whose part is all of it."""
     parts = dict.fromkeys(WEIGHTS) if decoded else {}
-    return dict(mean_tensors(base, list(WEIGHTS.items()), journal.load, parts, {}, {"b": 0.25}))
+    return dict(mean_tensors(base, Merge(WEIGHTS, {"b": 0.25}, parts), journal.load))
 
 
 def test_a_mean_of_floats_that_lie_in_files_is_the_mean_of_decoded_ones_bit_for_bit(tmp_path):

@@ -51,6 +51,7 @@ from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.round_in_progress import RoundInProgress, check_ended_task
 from fedgrpc.runs.rules import RunRules
 from fedgrpc.runs.task_context import Report, TaskContext
+from fedgrpc.runs.weights import Merge
 from fedgrpc.simulation.loop import Future, Life, Process, Timeout, Wait
 from tests.simulator.choosing import Chooser
 from tests.simulator.disk import Disk, Version
@@ -401,7 +402,7 @@ class Aggregator:
         number, round_number = self.run.version + 1, self.run.current.number
         version = ModelVersion(number, round_number, b"digest", trained=number - 1)
         weights = dict.fromkeys(commit.tokens, 1.0)
-        merged = UpdatesMerged(version, _LAYOUT, weights, {}, {}, False, 0.0)
+        merged = UpdatesMerged(version, _LAYOUT, Merge(weights), 0.0)
         return merged, Version(number, round_number, commit.tokens, updates)
 
     def finish_round(self, after: Round, version: Version | None) -> Process[None]:

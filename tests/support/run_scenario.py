@@ -24,6 +24,7 @@ from fedgrpc.runs.events import (
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.rules import RunRules
 from fedgrpc.runs.task_context import Report, TaskContext
+from fedgrpc.runs.weights import Merge, Scores
 
 LAYOUT = (TensorSpec("w", "float32", (2,)),)
 REPORT = Report(
@@ -106,7 +107,17 @@ class RunScenario:
         number = self.machine.version + 1
         version = Version(number, state.number, b"digest", trained=self.machine.trained + 1)
         weights = dict.fromkeys(state.accepted, 10.0)
-        return UpdatesMerged(version, LAYOUT, weights, dict.fromkeys(weights, 1.0), {"loss": 0.5}, scored, 0.25)
+        return UpdatesMerged(
+            version,
+            LAYOUT,
+            Merge(
+                weights,
+                dict.fromkeys(weights, 1.0),
+                scores=Scores({"loss": 0.5} if scored else {}),
+                training_metrics={"loss": 0.5},
+            ),
+            0.25,
+        )
 
     def commit(self, scored: bool = False) -> RunScenario:
         """The round has its version, and is left behind."""

@@ -39,6 +39,7 @@ from fedgrpc.codec.recipe import Recipe
 from fedgrpc.datasets.dataset import Examples
 from fedgrpc.datasets.fashion_mnist import load_fashion_mnist
 from fedgrpc.protocol.tensors import manifest_to_proto
+from fedgrpc.runs.weights import Merge
 from fedgrpc.storage.model_file import ModelFile, ModelTensors, write_model
 from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.submodels.channels import SubModel, sub_shapes
@@ -167,7 +168,7 @@ class Federation:
         base = ModelFile.open(self._path(number))
         memory = ModelFile.open(path) if (path := self.folder / f"memory-{number}").exists() else None
         optimizer = server_optimizer(self.optimizer, RATES[self.optimizer])
-        commit = Commit(base, memory, optimizer, weights, self.journal.load)
+        commit = Commit(base, memory, optimizer, Merge(dict(weights)), self.journal.load)
         commit.write(self._path(number + 1), self.folder / f"memory-{number + 1}")
         self.journal.discard([token for token, _ in weights])
 
