@@ -22,6 +22,10 @@ status in one place, `fedgrpc.rpc.status`. The class alone decides the status, a
     ├── WrongOffset                not the byte the receiver expects              OUT_OF_RANGE
     ├── Exhausted                  a bound is reached; try again later            RESOURCE_EXHAUSTED
     ├── WrongIdentity              the token belongs to another worker            PERMISSION_DENIED
+    ├── NotApproved                an operator has yet to approve this device     PERMISSION_DENIED
+    ├── NotEnrolled                no certificate that counts here                UNAUTHENTICATED
+    │   └── CertificateStale       a certificate that has to be renewed           UNAUTHENTICATED
+    ├── TokenRefused               a join token that opens nothing                UNAUTHENTICATED
     ├── NameTaken                  another device works under this name            ALREADY_EXISTS
     │   └── StateCopied            another process with the same state folder does ALREADY_EXISTS
     ├── StorageError               disk full, read-only or corrupt data folder    INTERNAL
@@ -134,6 +138,22 @@ class Exhausted(FedgrpcError, retryable=True):
 
 class WrongIdentity(FedgrpcError):
     """The task token or the name belongs to another worker, or the caller may not do this."""
+
+
+class NotApproved(FedgrpcError, retryable=True):
+    """An operator has yet to approve this device."""
+
+
+class NotEnrolled(FedgrpcError):
+    """The caller shows no certificate that counts here."""
+
+
+class CertificateStale(NotEnrolled, retryable=True):
+    """The caller's certificate is past its life; renew it."""
+
+
+class TokenRefused(FedgrpcError):
+    """A join token is wrong, expired, used up, or another aggregator's."""
 
 
 class NameTaken(FedgrpcError, retryable=True):

@@ -32,21 +32,35 @@ MAY_IMPORT: dict[str, set[str]] = {
     "logging": {"errors"},
     "metrics": {"errors", "claims", "rounds", "v1", "protocol", "rpc", "process"},
     "protocol": {*CORE, "v1"},
-    "rpc": {"errors", "claims", "codec", "v1", "protocol", "process"},
+    "identity": {"errors", "claims", "v1", "protocol", "storage"},
+    "rpc": {"errors", "claims", "codec", "v1", "protocol", "process", "identity"},
     "storage": {*CORE, "v1", "protocol", "process"},
-    "aggregator": {*CORE, "v1", "protocol", "rpc", "storage", "aio", "process", "logging", "metrics"},
-    "worker": {*CORE, "trainer", "v1", "protocol", "rpc", "storage", "aio", "process", "logging", "metrics"},
+    "aggregator": {*CORE, "v1", "protocol", "rpc", "identity", "storage", "aio", "process", "logging", "metrics"},
+    "worker": {
+        *CORE,
+        "trainer",
+        "v1",
+        "protocol",
+        "rpc",
+        "identity",
+        "storage",
+        "aio",
+        "process",
+        "logging",
+        "metrics",
+    },
     # An aggregator below another is both, and so above both: neither knows of it, nor of the other.
     "hierarchy": {
-        *(*CORE, "trainer", "v1", "protocol", "rpc", "storage", "process", "metrics", "aggregator", "worker"),
+        *(*CORE, "trainer", "v1", "protocol", "rpc", "identity", "storage", "process", "metrics"),
+        *("aggregator", "worker"),
     },
-    "client": {"errors", "rpc", "v1"},
+    "client": {"errors", "rpc", "identity", "storage", "v1"},
     "datasets": {"errors", "storage"},
     "torch": {"errors", "codec", "submodels", "datasets", "trainer", "worker"},
     "tasks": {"errors", "datasets", "torch", "trainer", "worker"},
     "__main__": {"cli"},
     "cli": {
-        *(*CORE, "trainer", "v1", "protocol", "rpc", "storage", "process", "logging", "metrics"),
+        *(*CORE, "trainer", "v1", "protocol", "rpc", "identity", "storage", "process", "logging", "metrics"),
         *("client", "aggregator", "worker", "hierarchy", "datasets", "tasks", "simulation", "toml"),
     },
 }
@@ -133,7 +147,8 @@ def test_importing_the_aggregator_imports_no_torch() -> None:
     modules = [
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         for path in _modules()
-        if _owner(path) in {*CORE, "aggregator", "hierarchy", "protocol", "rpc", "storage", "logging", "metrics"}
+        if _owner(path)
+        in {*CORE, "aggregator", "hierarchy", "protocol", "rpc", "identity", "storage", "logging", "metrics"}
     ]
     code = f"import sys, importlib\n[importlib.import_module(name) for name in {modules!r}]"
     code += "\nprint('torch' in sys.modules)"

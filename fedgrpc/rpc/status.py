@@ -12,7 +12,8 @@ import asyncio
 import inspect
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -22,6 +23,7 @@ import structlog
 from fedgrpc import errors
 from fedgrpc.claims import Text, printable
 from fedgrpc.errors import FedgrpcError, LinkError
+from fedgrpc.rpc.admission import Admission
 from fedgrpc.rpc.requests import SMALL_REQUEST_BYTES, FirstMessages, bounded
 
 ERROR_KEY: Final = "fedgrpc-error"
@@ -49,6 +51,9 @@ _STATUS: Final[dict[type[FedgrpcError], Any]] = {
     errors.WrongOffset: _Code.OUT_OF_RANGE,
     errors.Exhausted: _Code.RESOURCE_EXHAUSTED,
     errors.WrongIdentity: _Code.PERMISSION_DENIED,
+    errors.NotApproved: _Code.PERMISSION_DENIED,
+    errors.NotEnrolled: _Code.UNAUTHENTICATED,
+    errors.TokenRefused: _Code.UNAUTHENTICATED,
     errors.NameTaken: _Code.ALREADY_EXISTS,
     errors.LinkError: _Code.UNAVAILABLE,
 }
@@ -65,7 +70,7 @@ _CLASS_OF_CODE: Final[dict[Any, type[FedgrpcError]]] = {
     _Code.RESOURCE_EXHAUSTED: errors.Exhausted,
     _Code.PERMISSION_DENIED: errors.WrongIdentity,
     _Code.ALREADY_EXISTS: errors.NameTaken,
-    _Code.UNAUTHENTICATED: errors.WrongIdentity,
+    _Code.UNAUTHENTICATED: errors.NotEnrolled,
 }
 
 _CLASS_OF_NAME: Final[dict[str, type[FedgrpcError]]] = {
@@ -125,7 +130,7 @@ def one_line(text: str) -> str:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Bounds the requests of every call, and turns what a servicer raises into a status.
+    """Admits every call, bounds its requests, and turns what a servicer raises into a status.
 
     Domain errors become the status of `status_of`. Anything else becomes INTERNAL, with its traceback in the log
     and one generic line for the peer. `large` names the calls whose deserializers bound their messages themselves.
@@ -134,9 +139,15 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     read the message of any other call, however long that takes and however many callers hold theirs back.
     """
 
-    def __init__(self, large: Collection[str] = (), first_messages: FirstMessages | None = None) -> None:
+    def __init__(
+        self,
+        large: Collection[str] = (),
+        first_messages: FirstMessages | None = None,
+        admission: Admission | None = None,
+    ) -> None:
         self._large = frozenset(large)
         self._first_messages = first_messages or FirstMessages()
+        self._admission = admission or Admission()
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
@@ -148,12 +159,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         stream = grpc.stream_stream_rpc_method_handler
         make = stream if handler.response_streaming else grpc.stream_unary_rpc_method_handler
         behaviour = handler.stream_stream or handler.stream_unary or handler.unary_stream or handler.unary_unary
-        first = self._first_messages
+        read = partial(_messages if handler.request_streaming else _only, self._first_messages)
+        admitted = partial(self._admission.admitted, method=details.method)
         deserialize = handler.request_deserializer
         if details.method not in self._large:
             deserialize = bounded(deserialize, SMALL_REQUEST_BYTES)
         return make(
-            _guarded(behaviour, _messages if handler.request_streaming else _only, first, details.method),
+            _guarded(behaviour, read, admitted, details.method),
             request_deserializer=deserialize,
             response_serializer=handler.response_serializer,
         )
@@ -177,14 +189,20 @@ async def _following(message: Any, context: Any) -> AsyncIterator[Any]:
         message = await context.read()
 
 
-def _guarded(behaviour: Any, read: Callable[..., Awaitable[Any]], first: FirstMessages, method: str) -> Any:
+def _guarded(
+    behaviour: Any,
+    read: Callable[[Any], Awaitable[Any]],
+    admitted: Callable[[Any], AbstractContextManager[None]],
+    method: str,
+) -> Any:
     """Wrap a behaviour in one of its kind: grpc.aio tells generators from coroutines by inspection."""
     if inspect.isasyncgenfunction(behaviour):
 
         async def stream(_: Any, context: Any) -> AsyncIterator[Any]:
             try:
-                async for response in behaviour(await read(first, context), context):
-                    yield response
+                with admitted(context):
+                    async for response in behaviour(await read(context), context):
+                        yield response
             except Exception as error:  # noqa: BLE001 - ends the call with a status
                 await _abort(error, method, context)
 
@@ -192,7 +210,8 @@ def _guarded(behaviour: Any, read: Callable[..., Awaitable[Any]], first: FirstMe
 
     async def single(_: Any, context: Any) -> Any:
         try:
-            return await behaviour(await read(first, context), context)
+            with admitted(context):
+                return await behaviour(await read(context), context)
         except Exception as error:  # noqa: BLE001 - ends the call with a status
             await _abort(error, method, context)
 

@@ -50,14 +50,17 @@ Row = tuple[Any, ...]
 class Database:
     """One connection to the database at `path`, with its schema. One thread at a time uses it."""
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        """Open the database, or make it; `read_only`: beside the process that owns it.
+    def __init__(
+        self, path: Path, *, read_only: bool = False, schema: str = _SCHEMA, version: int = SCHEMA_VERSION
+    ) -> None:
+        """Open the database, or make it with `schema`; `read_only`: beside the process that owns it.
 
         Raises:
             UsageError: another version of the schema wrote it.
             StorageError: it cannot be opened.
         """
         self.path = path
+        self._schema_version = version
         with database_errors(path):
             name = f"{path.absolute().as_uri()}?mode=ro" if read_only else path
             self._db = sqlite3.connect(name, uri=read_only, isolation_level=None, check_same_thread=False)
@@ -70,15 +73,15 @@ class Database:
                 self._db.execute("PRAGMA synchronous=FULL")
             if is_new:
                 # Tables and version in one transaction: after a kill half way the database is a new one again.
-                self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+                self._db.executescript(f"BEGIN; {schema} PRAGMA user_version = {version}; COMMIT;")
 
     def _check_version(self) -> None:
         (found,) = self._db.execute("PRAGMA user_version").fetchone()
-        if found != SCHEMA_VERSION:
+        if found != self._schema_version:
             self.close()
             raise UsageError(
-                f"{self.path} was written by another version of fedgrpc (schema {found}, not {SCHEMA_VERSION}); "
-                "use that version, or a new data folder"
+                f"{self.path} was written by another version of fedgrpc (schema {found}, not "
+                f"{self._schema_version}); use that version, or a new data folder"
             )
 
     def close(self) -> None:

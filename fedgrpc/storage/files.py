@@ -67,10 +67,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write one file durably; readers see the old content or the new, never a mix. Raises OSError."""
+def write_file(path: Path, content: bytes | memoryview, *, private: bool = False) -> None:
+    """Write one file durably; readers see the old content or the new, never a mix. Raises OSError.
+
+    `private`: only this user may read it, whatever the umask.
+    """
     unfinished = path.with_name(UNFINISHED + path.name)
     with unfinished.open("wb") as file:
+        if private:
+            os.fchmod(file.fileno(), 0o600)
         file.write(content)
         file.flush()
         # Before the rename: file systems may write the new name before the content.

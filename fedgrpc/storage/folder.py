@@ -17,7 +17,7 @@ from fedgrpc.process import kept_from_children
 from fedgrpc.storage.files import make_private, storage_errors, write_file
 
 _CHECK_INTERVAL_S: Final = 1.0
-_IDENTITY: Final = "identity"
+_FOLDER_ID: Final = "folder-id"
 _ID: Final = re.compile(r"[0-9a-f]{32}")
 
 
@@ -88,7 +88,7 @@ def folder_id(folder: Path) -> str:
     Raises:
         StorageError: the id cannot be read or written.
     """
-    path = folder / _IDENTITY
+    path = folder / _FOLDER_ID
     with storage_errors(path):
         try:
             found = path.read_text(errors="replace").strip()

@@ -34,7 +34,8 @@ class AggregatorStub:
     it means, which tells apart what has one status: "UnknownTask" (no such lease), "UnknownWorker" (register first),
     "NotFound" (no such round or version), "RoundClosed", "IllegalTransition" (the run has ended), "WrongOffset",
     "CorruptError" (send again), "UpdateRefused", "LayoutError", "UsageError", "TooLargeError" (all four for good),
-    "Exhausted" and "LinkError" (later), "WrongIdentity", "NameTaken", "StateCopied", "StorageError" and "FedgrpcError"
+    "Exhausted" and "LinkError" (later), "WrongIdentity", "NotApproved", "NotEnrolled", "CertificateStale" and
+    "TokenRefused" (all of identity.proto), "NameTaken", "StateCopied", "StorageError" and "FedgrpcError"
     (the aggregator's own trouble). An error without it is of gRPC, or of something between the two, and says nothing of
     the task.
 
@@ -44,8 +45,9 @@ class AggregatorStub:
     connection may have 100 calls open, and its calls beyond 500 a second are delayed by half a second.
     INVALID_ARGUMENT: the bytes are not the message of the call.
 
-    Where the aggregator asks for certificates and ties names to them, a call under another name than the certificate's
-    (of workers), or by somebody who is no operator (PauseRun, ResumeRun, RollBackRun, StopRun), fails with PERMISSION_DENIED.
+    Outside of loopback callers show certificates (identity.proto), which alone say who they are. PERMISSION_DENIED: the
+    caller's role may not make this call, a device acts under another name than its certificate's, or registers in another
+    role. Devices make the calls from `Register` to `Leave`; viewers read; operators and admins also steer.
 
     One process at a time speaks for a worker. It sends the metadata "fedgrpc-session: FOLDER.PROCESS" with every call:
     a random id that stays with the device's state, and one of this start of the process (1 to 64 of letters, digits,
@@ -161,7 +163,8 @@ class AggregatorServicer:
     it means, which tells apart what has one status: "UnknownTask" (no such lease), "UnknownWorker" (register first),
     "NotFound" (no such round or version), "RoundClosed", "IllegalTransition" (the run has ended), "WrongOffset",
     "CorruptError" (send again), "UpdateRefused", "LayoutError", "UsageError", "TooLargeError" (all four for good),
-    "Exhausted" and "LinkError" (later), "WrongIdentity", "NameTaken", "StateCopied", "StorageError" and "FedgrpcError"
+    "Exhausted" and "LinkError" (later), "WrongIdentity", "NotApproved", "NotEnrolled", "CertificateStale" and
+    "TokenRefused" (all of identity.proto), "NameTaken", "StateCopied", "StorageError" and "FedgrpcError"
     (the aggregator's own trouble). An error without it is of gRPC, or of something between the two, and says nothing of
     the task.
 
@@ -171,8 +174,9 @@ class AggregatorServicer:
     connection may have 100 calls open, and its calls beyond 500 a second are delayed by half a second.
     INVALID_ARGUMENT: the bytes are not the message of the call.
 
-    Where the aggregator asks for certificates and ties names to them, a call under another name than the certificate's
-    (of workers), or by somebody who is no operator (PauseRun, ResumeRun, RollBackRun, StopRun), fails with PERMISSION_DENIED.
+    Outside of loopback callers show certificates (identity.proto), which alone say who they are. PERMISSION_DENIED: the
+    caller's role may not make this call, a device acts under another name than its certificate's, or registers in another
+    role. Devices make the calls from `Register` to `Leave`; viewers read; operators and admins also steer.
 
     One process at a time speaks for a worker. It sends the metadata "fedgrpc-session: FOLDER.PROCESS" with every call:
     a random id that stays with the device's state, and one of this start of the process (1 to 64 of letters, digits,
@@ -482,7 +486,8 @@ class Aggregator:
     it means, which tells apart what has one status: "UnknownTask" (no such lease), "UnknownWorker" (register first),
     "NotFound" (no such round or version), "RoundClosed", "IllegalTransition" (the run has ended), "WrongOffset",
     "CorruptError" (send again), "UpdateRefused", "LayoutError", "UsageError", "TooLargeError" (all four for good),
-    "Exhausted" and "LinkError" (later), "WrongIdentity", "NameTaken", "StateCopied", "StorageError" and "FedgrpcError"
+    "Exhausted" and "LinkError" (later), "WrongIdentity", "NotApproved", "NotEnrolled", "CertificateStale" and
+    "TokenRefused" (all of identity.proto), "NameTaken", "StateCopied", "StorageError" and "FedgrpcError"
     (the aggregator's own trouble). An error without it is of gRPC, or of something between the two, and says nothing of
     the task.
 
@@ -492,8 +497,9 @@ class Aggregator:
     connection may have 100 calls open, and its calls beyond 500 a second are delayed by half a second.
     INVALID_ARGUMENT: the bytes are not the message of the call.
 
-    Where the aggregator asks for certificates and ties names to them, a call under another name than the certificate's
-    (of workers), or by somebody who is no operator (PauseRun, ResumeRun, RollBackRun, StopRun), fails with PERMISSION_DENIED.
+    Outside of loopback callers show certificates (identity.proto), which alone say who they are. PERMISSION_DENIED: the
+    caller's role may not make this call, a device acts under another name than its certificate's, or registers in another
+    role. Devices make the calls from `Register` to `Leave`; viewers read; operators and admins also steer.
 
     One process at a time speaks for a worker. It sends the metadata "fedgrpc-session: FOLDER.PROCESS" with every call:
     a random id that stays with the device's state, and one of this start of the process (1 to 64 of letters, digits,

@@ -1,0 +1,1 @@
+"""Certificate authority, join tokens, certificates and roles: who may connect, under which name, to do what."""

@@ -1,0 +1,162 @@
+"""Files of keys and certificates, for either side.
+
+    authority.pem, authority.key     an aggregator's authority, in DATA/identity
+    ca.pem, key.pem, certificate.pem what a device joined with, in STATE/identity
+
+The rule: keys are readable by their owner alone, in a folder of the owner's alone. Both is checked at each
+start: a key that others could read is not used.
+"""
+
+from __future__ import annotations
+
+import secrets
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from fedgrpc.errors import CorruptError, StorageError, UsageError
+from fedgrpc.identity.certificates import (
+    Authority,
+    Certificate,
+    PrivateKey,
+    key_pem,
+    key_sha256,
+    load_certificate,
+    load_key,
+    make_key,
+    pem_of,
+    public_key_of,
+    server_name_of,
+    uris_of,
+)
+from fedgrpc.identity.roles import Identity, identity_from
+from fedgrpc.storage.files import make_private, storage_errors, write_file
+
+IDENTITY: Final = "identity"
+_OTHERS: Final = 0o077
+_FLEET_BYTES: Final = 5
+
+
+def check_private(path: Path) -> None:
+    """Raise `UsageError` for a file or folder that other users may open. Nothing happens where there is none."""
+    with storage_errors(path):
+        if not path.exists():
+            return
+        mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & _OTHERS:
+        right = "700" if path.is_dir() else "600"
+        raise UsageError(f"others may open {path} (mode {mode:o}): make it private with chmod {right} {path}")
+
+
+def open_authority(folder: Path) -> Authority:
+    """Return the authority that `folder` keeps; make one in a folder without.
+
+    Raises `UsageError`, where others may read its key, and `StorageError`.
+    """
+    certificate, key = folder / "authority.pem", folder / "authority.key"
+    _make_folder(folder)
+    with storage_errors(folder):
+        if not certificate.exists():
+            # The certificate comes last: without it the key is of an authority that nobody has seen.
+            made = Authority.make(secrets.token_hex(_FLEET_BYTES))
+            write_file(key, key_pem(made.key), private=True)
+            write_file(certificate, pem_of(made.certificate))
+            return made
+        check_private(key)
+        try:
+            return Authority.of(load_certificate(certificate.read_bytes()), load_key(key.read_bytes()))
+        except FileNotFoundError:
+            raise StorageError(f"{key} is missing: bring it back from a backup") from None
+        except CorruptError as error:
+            raise StorageError(f"{folder}: {error}") from error
+
+
+def _make_folder(folder: Path) -> None:
+    with storage_errors(folder):
+        make_private(folder)
+    check_private(folder)
+
+
+@dataclass(frozen=True)
+class DeviceFolder:
+    """The folder in which a device keeps its key and what it joined with."""
+
+    path: Path
+
+    @property
+    def ca(self) -> Path:
+        """File of the authorities that the device trusts."""
+        return self.path / "ca.pem"
+
+    @property
+    def key(self) -> Path:
+        """File of the device's private key."""
+        return self.path / "key.pem"
+
+    @property
+    def certificate(self) -> Path:
+        """File of the device's certificate."""
+        return self.path / "certificate.pem"
+
+    @property
+    def joined(self) -> bool:
+        """Whether the device has a certificate."""
+        return self.certificate.exists()
+
+    def own_key(self) -> PrivateKey:
+        """Return the device's key; make it if there is none. Raises `UsageError` and `StorageError`."""
+        _make_folder(self.path)
+        with storage_errors(self.key):
+            if not self.key.exists():
+                made = make_key()
+                write_file(self.key, key_pem(made), private=True)
+                return made
+            check_private(self.key)
+            try:
+                return load_key(self.key.read_bytes())
+            except CorruptError as error:
+                raise StorageError(f"{self.key}: {error}") from error
+
+    def save(self, certificate: bytes, ca: bytes) -> None:
+        """Store a new certificate and the authorities to trust, as PEM. Raises `StorageError`."""
+        with storage_errors(self.path):
+            # The certificate last: it says that the device has joined.
+            write_file(self.ca, ca)
+            write_file(self.certificate, certificate)
+
+    def own_certificate(self) -> Certificate:
+        """Return the device's certificate. Raises `UsageError`, and `StorageError` unless the key is its own."""
+        if not self.key.exists():
+            raise StorageError(
+                f"the key of this device's certificate is lost: there is no {self.key}. Have an operator forget "
+                f"the device, remove {self.path}, and join again"
+            )
+        key = self.own_key()
+        with storage_errors(self.certificate):
+            try:
+                certificate = load_certificate(self.certificate.read_bytes())
+            except CorruptError as error:
+                raise StorageError(f"{self.certificate}: {error}") from error
+        if key_sha256(public_key_of(certificate)) != key_sha256(key.public_key()):
+            raise StorageError(f"{self.certificate} does not belong to {self.key}; join again with a new token")
+        return certificate
+
+    def identity(self) -> Identity:
+        """Return name and role of the device's certificate. Raises as `own_certificate`, and `NotEnrolled`."""
+        return identity_from(uris_of(self.own_certificate()))
+
+    def authority_sha256(self) -> bytes:
+        """Return the SHA-256 of the key of the authority that the device trusts. Raises `StorageError`."""
+        return key_sha256(public_key_of(self._authority()))
+
+    def server_name(self) -> str:
+        """Return the host name that the certificates of this device's aggregator have. Raises `StorageError`."""
+        return server_name_of(self._authority())
+
+    def _authority(self) -> Certificate:
+        with storage_errors(self.ca):
+            try:
+                return load_certificate(self.ca.read_bytes())
+            except CorruptError as error:
+                raise StorageError(f"{self.ca}: {error}") from error

@@ -1,0 +1,97 @@
+"""Files of keys: private, checked at each start, and lost ones said so."""
+
+import stat
+
+import pytest
+
+from fedgrpc.errors import StorageError, UsageError
+from fedgrpc.identity.certificates import Authority, end_of, key_pem, make_key, pem_of
+from fedgrpc.identity.folder import DeviceFolder, open_authority
+from fedgrpc.identity.roles import Identity, Role
+
+NOW = 2_000_000_000.0
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def joined(path):
+    authority = Authority.make("f1")
+    device = DeviceFolder(path)
+    certificate = authority.issue_member(device.own_key().public_key(), Role.TRAINER, "pi-7", NOW)
+    device.save(pem_of(certificate), pem_of(authority.certificate))
+    return device, authority
+
+
+def test_an_authority_is_made_once_and_nobody_else_reads_its_key(tmp_path):
+    made = open_authority(tmp_path / "identity")
+    assert (mode(tmp_path / "identity"), mode(tmp_path / "identity" / "authority.key")) == (0o700, 0o600)
+    again = open_authority(tmp_path / "identity")
+    assert (again.sha256, again.fleet, again.certificate) == (made.sha256, made.fleet, made.certificate)
+
+
+def test_a_key_that_others_may_read_is_not_used(tmp_path):
+    open_authority(tmp_path / "identity")
+    key = tmp_path / "identity" / "authority.key"
+    key.chmod(0o640)
+    with pytest.raises(UsageError, match=r"chmod 600 .*authority\.key"):
+        open_authority(tmp_path / "identity")
+    key.chmod(0o600)
+    (tmp_path / "identity").chmod(0o755)
+    with pytest.raises(UsageError, match="chmod 700"):
+        open_authority(tmp_path / "identity")
+
+
+def test_an_authority_without_its_key_or_with_another_is_said_so_and_not_made_anew(tmp_path):
+    made = open_authority(tmp_path / "identity")
+    key = tmp_path / "identity" / "authority.key"
+    kept = key.read_bytes()
+    key.unlink()
+    with pytest.raises(StorageError, match="backup"):
+        open_authority(tmp_path / "identity")
+    for content in (key_pem(make_key()), b"rubbish"):
+        key.write_bytes(content)
+        key.chmod(0o600)
+        with pytest.raises(StorageError, match="key"):
+            open_authority(tmp_path / "identity")
+    key.write_bytes(kept)
+    assert open_authority(tmp_path / "identity").sha256 == made.sha256
+
+
+def test_a_kill_between_key_and_certificate_leaves_a_folder_that_can_be_used(tmp_path):
+    (tmp_path / "identity").mkdir(mode=0o700)
+    (tmp_path / "identity" / "authority.key").write_bytes(key_pem(make_key()))
+    open_authority(tmp_path / "identity")
+    open_authority(tmp_path / "identity")
+
+
+def test_a_device_keeps_its_key_and_reads_its_name_from_its_certificate(tmp_path):
+    device, authority = joined(tmp_path / "identity")
+    assert mode(device.key) == 0o600
+    assert device.identity() == Identity("pi-7", Role.TRAINER)
+    assert device.server_name() == "f1.fedgrpc.internal" == authority.server_name
+    assert device.authority_sha256() == authority.sha256
+    assert end_of(device.own_certificate()) == NOW
+
+
+def test_a_lost_key_is_said_so(tmp_path):
+    device, _ = joined(tmp_path / "identity")
+    device.key.unlink()
+    with pytest.raises(StorageError, match="key of this device's certificate is lost"):
+        device.identity()
+
+
+def test_a_certificate_of_another_key_is_not_used(tmp_path):
+    device, _ = joined(tmp_path / "identity")
+    device.key.unlink()
+    device.own_key()
+    with pytest.raises(StorageError, match="does not belong"):
+        device.identity()
+
+
+def test_a_device_s_key_that_others_may_read_is_not_used(tmp_path):
+    device, _ = joined(tmp_path / "identity")
+    device.key.chmod(0o644)
+    with pytest.raises(UsageError, match="chmod 600"):
+        device.identity()
