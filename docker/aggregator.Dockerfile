@@ -40,7 +40,7 @@ ENV PATH=/opt/app/bin:/opt/fedgrpc/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     FEDGRPC_AGGREGATOR_ADDRESS=0.0.0.0:50051 \
     FEDGRPC_AGGREGATOR_DATA_DIR=/var/lib/fedgrpc \
-    FEDGRPC_HEALTH_ADDRESS=127.0.0.1:50051
+    FEDGRPC_HEALTH_ADDRESS=unix:/var/lib/fedgrpc/identity/operator.sock
 USER 10001:10001
 WORKDIR /var/lib/fedgrpc
 VOLUME /var/lib/fedgrpc

@@ -58,7 +58,7 @@ from fedgrpc.rounds.events import (
     TaskPhase,
     WorkersAvailable,
 )
-from fedgrpc.rounds.round import time_left
+from fedgrpc.rounds.round import RoundPhase, time_left
 from fedgrpc.rounds.version import Jump, Measure
 from fedgrpc.rpc.identity import Session
 from fedgrpc.runs.evaluations import Evaluation
@@ -176,7 +176,7 @@ class Coordinator:
         return Weighing(
             asked.worker_weights,
             asked.max_examples,
-            bool(settings.leaves),
+            settings.leaves_named,
             settings.policy.max_share,
             # The mean of a leaf travels as one update.
             None if self.machine.makes_versions else claims.WEIGHT.most,
@@ -186,7 +186,6 @@ class Coordinator:
             settings.staleness_exponent,
             # A bound on norms is none on buffers, which are values and no differences.
             asked.clip_norm is not None or settings.max_update_norm is not None,
-            asked.noise_weights,
         )
 
     # The run.
@@ -450,6 +449,30 @@ class Coordinator:
         if self.fleet.get(name).left:
             self.apply(WorkerLeft(name))
 
+    def put_out(self, name: str, why: str, drop_updates: bool) -> None:
+        """Do without a worker that may call no more; with `drop_updates` its accepted updates do not count.
+
+        An update of a round that is committing counts: it is in the mean already.
+        """
+        if self.fleet.find(name) is None:
+            return
+        if (token := self.machine.task_of(name)) is not None:
+            self.apply(Failed(token, why))
+        self.leave(name)
+        round_ = self.machine.round
+        if round_ is None or not drop_updates:
+            return
+        if round_.state.phase is RoundPhase.COMMITTING:
+            self._log.warning("updates not dropped", worker=name, reason=f"round {round_.number} is committing")
+            return
+        tasks = round_.state.tasks.items()
+        dropped = [token for token, task in tasks if task.worker == name and task.phase is TaskPhase.ACCEPTED]
+        # The file first: after a restart it would count again.
+        self.journal.discard(dropped)
+        for token in dropped:
+            self.apply(Rejected(token, why, withdrawn=True))
+            self._log.warning("update dropped", worker=name, round=round_.number, reason=why)
+
     async def score(self, task: Evaluation, metrics: dict[str, float], example_count: int) -> None:
         """Keep an evaluator's scores with the round that wrote the version."""
         self.apply(Evaluated(task, metrics, example_count))
@@ -491,7 +514,7 @@ class Coordinator:
         if self.last_record is not None and self.last_record.number == record.number:
             self.last_record = record
         target = self.settings.target
-        trusted = {**(workers or {}), **((evaluator or {}) if self.settings.evaluators else {})}
+        trusted = {**(workers or {}), **((evaluator or {}) if self.settings.evaluators_named else {})}
         if target is not None and target.met(trusted):
             self.apply(TargetMet(f"version {version} has {target}"))
         self._news()
@@ -595,6 +618,6 @@ def _rules(settings: AggregatorSettings, initialises: Callable[[str], bool]) -> 
         settings.rounds,
         settings.evaluate,
         measures=() if target is None else (Measure(target.name, target.at_least),),
-        evaluators_named=bool(settings.evaluators),
+        evaluators_named=settings.evaluators_named,
         initialises=initialises,
     )

@@ -1,6 +1,7 @@
 """Which roles a worker may declare, and what the operator lets that role do.
 
-The rule: a role that is declared grants nothing. What only some may do, those do whom the operator names.
+The rule: a role that is declared grants nothing. With certificates it has to be the certificate's. Without,
+what only some may do, those do whom the operator names.
 """
 
 from __future__ import annotations
@@ -9,10 +10,23 @@ import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from fedgrpc.errors import UsageError, WrongIdentity
+from fedgrpc.errors import UnknownWorker, UsageError, WrongIdentity
+from fedgrpc.identity.roles import Identity, Role
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
-from fedgrpc.v1.device_pb2 import WORKER_ROLE_AGGREGATOR, WORKER_ROLE_EVALUATOR
+from fedgrpc.v1.device_pb2 import (
+    WORKER_ROLE_AGGREGATOR,
+    WORKER_ROLE_EVALUATOR,
+    WORKER_ROLE_TRAINER,
+    WORKER_ROLE_UNSPECIFIED,
+)
 
+# The roles in which the bearer of a certificate may register.
+_CLAIMS = {
+    Role.TRAINER: (WORKER_ROLE_UNSPECIFIED, WORKER_ROLE_TRAINER),
+    Role.EVALUATOR: (WORKER_ROLE_EVALUATOR,),
+    Role.LEAF: (WORKER_ROLE_AGGREGATOR,),
+}
+_A = {Role.TRAINER: "a trainer", Role.EVALUATOR: "an evaluator", Role.LEAF: "a leaf"}
 # What a worker may be called, and what fnmatch knows.
 _PATTERN = re.compile(r"[A-Za-z0-9._*?\[\]!-]{1,64}")
 
@@ -50,6 +64,24 @@ class Roles:
     def initialises(self, worker: str) -> bool:
         """Whether this worker may give the first model."""
         return _named(worker, self.initialisers)
+
+
+def check_claim(identity: Identity, registration: RegisterRequest) -> None:
+    """Raise `WrongIdentity` unless the caller may register under this name and in this role."""
+    identity.check_worker(registration.worker)
+    if not _is_role(identity, registration):
+        known = _A[identity.role_of(registration.worker)]
+        raise WrongIdentity(f"{registration.worker[:80]!r} is {known} by its certificate, and nothing else")
+
+
+def check_still(identity: Identity, registration: RegisterRequest) -> None:
+    """Raise `UnknownWorker` when the caller's certificate has another role than the worker once registered in."""
+    if not _is_role(identity, registration):
+        raise UnknownWorker("register again: this name was registered in another role")
+
+
+def _is_role(identity: Identity, registration: RegisterRequest) -> bool:
+    return identity.local or registration.role in _CLAIMS[identity.role_of(registration.worker)]
 
 
 def _named(name: str, patterns: tuple[str, ...]) -> bool:

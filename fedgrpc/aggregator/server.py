@@ -6,6 +6,7 @@ import asyncio
 import os
 import resource
 from collections.abc import Callable
+from pathlib import Path
 
 import structlog
 
@@ -16,7 +17,9 @@ from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.round_source import OwnRounds
 from fedgrpc.aggregator.service import AggregatorService
 from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.aggregator.trust import Trust
 from fedgrpc.errors import UsageError
+from fedgrpc.identity.folder import IDENTITY as IDENTITY_FOLDER
 from fedgrpc.metrics import Metrics
 from fedgrpc.process import on_end_signal, reuse_memory
 from fedgrpc.rpc.server import AGGREGATOR, Health, RunningServer, aggregator_service, serve
@@ -38,13 +41,17 @@ class Aggregator:
         settings: AggregatorSettings,
         metrics: Metrics | None = None,
         rounds: Rounds = OwnRounds,
+        identity_dir: Path | None = None,
     ) -> None:
+        """`identity_dir` is the folder of members and keys; None: one in the data folder."""
         self._settings = settings
+        self._identity_dir = identity_dir or settings.data_dir / IDENTITY_FOLDER
         self._rounds = rounds
         self._metrics = metrics or Metrics()
         self._stopping = asyncio.Event()
         self._signals = 0
         self.coordinator: Coordinator | None = None
+        self.trust: Trust | None = None
         self.port = 0
 
     async def run(self, ready: Callable[[int], None] | None = None) -> int:
@@ -63,13 +70,20 @@ class Aggregator:
                 driver = Driver(coordinator, self._rounds)
                 await driver.recover()
                 service = AggregatorService(coordinator, settings_text(settings))
-                async with serve(
-                    settings.address,
-                    [aggregator_service(service, service.max_header_bytes)],
-                    tls=settings.tls,
-                    grace_s=settings.drain_s,
-                    options=[("grpc.max_receive_message_length", service.max_message_bytes)],
-                ) as server:
+                self.trust = trust = Trust(settings, self._identity_dir)
+                trust.on_put_out(coordinator.put_out)
+                async with (
+                    trust.opened() as local_address,
+                    serve(
+                        settings.address,
+                        [aggregator_service(service, service.max_header_bytes), *trust.services],
+                        tls=trust.tls,
+                        admission=trust.admission,
+                        local_address=local_address,
+                        grace_s=settings.drain_s,
+                        options=[("grpc.max_receive_message_length", service.max_message_bytes)],
+                    ) as server,
+                ):
                     self.port = server.port
                     await self._serve(driver, server, folder, ready)
                     coordinator.release_calls()
@@ -98,7 +112,7 @@ class Aggregator:
         guarding = asyncio.create_task(folder.until_removed())
         ends = [playing, stopping, guarding]
         try:
-            await health.set(AGGREGATOR, True)
+            await health.set_all(True)
             log.info("serving", run=self._settings.run_name, address=server.address, port=self.port)
             if ready is not None:
                 ready(self.port)

@@ -18,6 +18,7 @@ from fedgrpc.aggregator.negotiation import RAW
 from fedgrpc.aggregator.pages import MAX_PAGE_BYTES, fitting, page_of
 from fedgrpc.aggregator.receiver import Receiver
 from fedgrpc.aggregator.registry import Worker
+from fedgrpc.aggregator.roles import check_claim, check_still
 from fedgrpc.aggregator.task_terms import TaskTerms
 from fedgrpc.aggregator.upload_reader import UploadChunks
 from fedgrpc.aggregator.watching import Pieces, Watching, watch_interval_s
@@ -30,6 +31,7 @@ from fedgrpc.protocol.policies import policy_to_proto
 from fedgrpc.protocol.records import version_to_proto
 from fedgrpc.protocol.tensors import layout_to_proto
 from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rpc.admission import caller, quota_key
 from fedgrpc.rpc.identity import Session, peer_of
 from fedgrpc.runs.task_context import Downlink
 from fedgrpc.v1 import aggregator_pb2 as pb
@@ -54,7 +56,6 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self._settings = coordinator.settings
         self._settings_text = settings_text
         self._receiver = Receiver(coordinator, coordinator.journal)
-        self._access = coordinator.settings.access
         self._watching = Watching(self._watched, lambda: coordinator.changes.revision)
         self._pieces = Pieces()
         self._layout: tuple[Layout, list[tensor_pb2.TensorSpec]] | None = None
@@ -68,7 +69,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     async def Register(
         self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext
     ) -> pb.RegisterResponse:
-        self._access.check_worker(context, request.worker)
+        check_claim(caller(), request)
         await self._coordinator.register(request, Session.of(context), peer_of(context))
         return pb.RegisterResponse(
             run=self._settings.run_name,
@@ -85,8 +86,13 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         )
 
     def _check_caller(self, context: grpc.aio.ServicerContext, worker: str) -> None:
-        """Raise `WrongIdentity` or `NameTaken` when the caller is not the process that speaks for `worker`."""
-        self._access.check_worker(context, worker)
+        """Raise `WrongIdentity` or `NameTaken` when the caller is not the process that speaks for `worker`.
+
+        Raises `UnknownWorker` for one that registered when it had another role.
+        """
+        caller().check_worker(worker)
+        if (known := self._fleet.find(worker)) is not None:
+            check_still(caller(), known.registration)
         self._coordinator.sessions.check(worker, Session.of(context))
 
     async def DescribeModel(
@@ -124,6 +130,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     def _pull(self, request: pb.PullModelRequest, context: grpc.aio.ServicerContext) -> Pull:
         """Return what is pulled: the model of a task, or without one a version as it is."""
         if not request.token:
+            caller().check_reader()
             version = request.version or self._run.version
             if not version:
                 raise NotFound("there is no model version yet")
@@ -238,7 +245,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     ) -> AsyncIterator[bytes]:
         interval_s = watch_interval_s(request.max_rate_hz)
         seen = -1
-        with self._watching.watcher(peer_of(context)):
+        with self._watching.watcher(quota_key(context)):
             while True:
                 await self._coordinator.changes.wait(seen)
                 last = self._run.ended or self._coordinator.stopping
@@ -290,26 +297,22 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     async def PauseRun(
         self, request: pb.PauseRunRequest, context: grpc.aio.ServicerContext
     ) -> pb.PauseRunResponse:
-        self._access.check_operator(context)
         await self._coordinator.pause()
         return pb.PauseRunResponse(run=self._run_message())
 
     async def ResumeRun(
         self, request: pb.ResumeRunRequest, context: grpc.aio.ServicerContext
     ) -> pb.ResumeRunResponse:
-        self._access.check_operator(context)
         await self._coordinator.resume()
         return pb.ResumeRunResponse(run=self._run_message())
 
     async def RollBackRun(
         self, request: pb.RollBackRunRequest, context: grpc.aio.ServicerContext
     ) -> pb.RollBackRunResponse:
-        self._access.check_operator(context)
         await self._coordinator.roll_back(min(request.version, _MAX_ROUND), " ".join(request.reason.split())[:500])
         return pb.RollBackRunResponse(run=self._run_message())
 
     async def StopRun(self, request: pb.StopRunRequest, context: grpc.aio.ServicerContext) -> pb.StopRunResponse:
-        self._access.check_operator(context)
         await self._coordinator.stop(" ".join(request.reason.split())[:500])
         return pb.StopRunResponse(run=self._run_message())
 

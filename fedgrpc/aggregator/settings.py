@@ -14,10 +14,11 @@ from fedgrpc.aggregator.roles import Roles
 from fedgrpc.claims import WEIGHT
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import UsageError
+from fedgrpc.identity.members import MAX_LIFE_S, MIN_LIFE_S, Lives
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
+from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.channel import MAX_CHUNK_BYTES, Tls
-from fedgrpc.rpc.identity import Access
 from fedgrpc.submodels.plan import PlanTable, covers_all
 from fedgrpc.training_plan import TrainingPlan
 
@@ -85,7 +86,7 @@ class AggregatorSettings:
     upload_recipe: str = "int8+zstd"
     worker_weights: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     normalize_steps: bool = False
-    noise_weights: bool = True
+    precision_weights: bool = False
     staleness_exponent: float = 0.5
     server_optimizer: str = "fedavg"
     server_learning_rate: float | None = None
@@ -112,8 +113,9 @@ class AggregatorSettings:
     stay: bool = False
     drain_s: float = 10.0
     tls: Tls | None = None
-    certificate_names: bool = False
-    operators: tuple[str, ...] = ()
+    insecure: bool = False
+    certificate_life_s: float = Lives.device_s
+    renewal_grace_s: float = Lives.grace_s
 
     def __post_init__(self) -> None:
         for name in ("rounds", "keep_versions", "keep_rounds", "max_workers", "max_uploads"):
@@ -140,8 +142,11 @@ class AggregatorSettings:
         self._check_clipping()
         if not 0 <= self.seed < 1 << 32:
             raise UsageError(f"seed must be from 0 to {(1 << 32) - 1}, not {self.seed}")
-        if self.access.any and (self.tls is None or self.tls.ca is None):
-            raise UsageError("certificate_names and operators need tls_ca: without certificates nobody has a name")
+        if self.tls is not None and self.tls.ca is None and not (self.insecure or self._listens.is_local):
+            raise UsageError(
+                "tls_cert needs tls_ca, by which callers are known; without both, the aggregator makes "
+                "certificates itself, and with insecure anybody may call"
+            )
         self._check_times()
         self._check_scales()
         self.negotiation()
@@ -155,6 +160,8 @@ class AggregatorSettings:
             raise UsageError("clip_norm goes without normalize_steps, by which others' steps set lengths")
         if self.policy.max_share is None:
             return
+        if self.precision_weights:
+            raise UsageError("max_share goes without precision_weights: each coordinate has its own shares")
         if not all(covers_all(plan) for plan in self.local_models.plans):
             raise UsageError("max_share goes without local_models of a part: few workers share a coordinate")
 
@@ -175,6 +182,9 @@ class AggregatorSettings:
             raise UsageError(f"poll_wait_s must be a positive number of seconds, not {self.poll_wait_s:g}")
         if not 0 <= self.drain_s < math.inf:
             raise UsageError(f"drain_s must be a number of seconds from 0, not {self.drain_s:g}")
+        for name, least in (("certificate_life_s", MIN_LIFE_S), ("renewal_grace_s", 0.0)):
+            if not least <= getattr(self, name) <= MAX_LIFE_S:
+                raise UsageError(f"{name} must be from {least:g} to {MAX_LIFE_S:g}, not {getattr(self, name):g}")
         if self.heartbeat_interval_s is not None and not 0 < self.heartbeat_interval_s < self.policy.lease_s:
             lease_s = self.policy.lease_s
             raise UsageError(
@@ -187,9 +197,33 @@ class AggregatorSettings:
         return Negotiation(self.download_recipe, self.difference_recipe, self.upload_recipe)
 
     @property
-    def access(self) -> Access:
-        """Who may act as whom."""
-        return Access(self.certificate_names, frozenset(self.operators))
+    def _listens(self) -> Address:
+        return Address.parse(self.address)
+
+    @property
+    def has_authority(self) -> bool:
+        """Whether the aggregator is the authority of its callers' certificates."""
+        return self.tls is None and not self.insecure and not self._listens.is_local
+
+    @property
+    def authenticated(self) -> bool:
+        """Whether callers have certificates, which say who they are and in which role."""
+        return self.has_authority or (self.tls is not None and self.tls.ca is not None)
+
+    @property
+    def evaluators_named(self) -> bool:
+        """Whether evaluators are those of whom the operator said so: by name, or by their certificates."""
+        return bool(self.evaluators) or self.authenticated
+
+    @property
+    def leaves_named(self) -> bool:
+        """Whether leaves are those of whom the operator said so: by name, or by their certificates."""
+        return bool(self.leaves) or self.authenticated
+
+    @property
+    def lives(self) -> Lives:
+        """How long certificates count."""
+        return Lives(device_s=self.certificate_life_s, grace_s=self.renewal_grace_s)
 
     @property
     def roles(self) -> Roles:

@@ -14,7 +14,7 @@ import click
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS
 from fedgrpc.aggregator.server import run_aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings, Target
-from fedgrpc.cli.connection import FILE, server_tls, tls_settings
+from fedgrpc.cli.connection import FILE, join_token, server_tls, tls_settings
 from fedgrpc.cli.logs import LOGS, configure_logs
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
 from fedgrpc.cli.toml_files import read_file
@@ -181,8 +181,8 @@ SETTINGS: list[Setting] = [
         "Normalize updates by their local steps (FedNova); --momentum must be the one that workers use.",
     ),
     _mean(
-        "--noise-weights/--plain-weights",
-        "An update weighs the less, the more noise its worker has measured of its number format.",
+        "--precision-weights/--plain-weights",
+        "Weigh each coordinate by the inverse of the noise that the local model's number format adds.",
     ),
     _mean(
         "--staleness-exponent",
@@ -258,22 +258,32 @@ SETTINGS: list[Setting] = [
     _service("--drain", "How long SIGTERM waits for calls in flight.", name="drain_s", type=DURATION),
     _upstream("--upstream", "Parent aggregator: this one works for it as a leaf.", metavar="HOST:PORT"),
     _upstream("--upstream-name", "Name in the parent's fleet; without: this machine's host name.", metavar="NAME"),
+    _upstream(
+        "--upstream-join",
+        "Join token of the parent, once; or a file with it, or - for standard input.",
+        metavar="TOKEN",
+    ),
     _upstream("--upstream-tls", "Use TLS with the system's certificates.", is_flag=True, default=False),
     _upstream("--upstream-tls-ca", "Certificates to trust (PEM); turns TLS on.", type=FILE),
     _upstream("--upstream-tls-cert", "Certificate of this leaf (PEM), where the parent asks for one.", type=FILE),
     _upstream("--upstream-tls-key", "Key of that certificate (PEM).", type=FILE),
     *tls_settings("Certificate to serve with (PEM).", "Require clients' certificates signed by these (PEM)."),
     _tls(
-        "--certificate-names/--no-certificate-names",
-        "Require a worker's name to be in its certificate, as common name or subject alternative name.",
+        "--insecure",
+        "Let anybody call: without TLS outside of this machine, or with --tls-cert alone.",
+        is_flag=True,
     ),
     _tls(
-        "--operator",
-        "Certificates of this name may pause, resume, roll back and stop the run; repeat for each. Without: any.",
-        name="operators",
-        multiple=True,
-        default=(),
-        metavar="NAME",
+        "--certificate-life",
+        "How long a device's certificate counts; devices renew theirs after two thirds.",
+        name="certificate_life_s",
+        type=DURATION,
+    ),
+    _tls(
+        "--renewal-grace",
+        "For how long after that a device that was off may still renew; later it joins with a new token.",
+        name="renewal_grace_s",
+        type=DURATION,
     ),
     *LOGS,
 ]
@@ -302,7 +312,7 @@ def upstream_from(values: Mapping[str, Any], data_dir: Path) -> WorkerSettings |
     files = Tls(values["upstream_tls_ca"], values["upstream_tls_cert"], values["upstream_tls_key"])
     wants_tls = values["upstream_tls"] or files != Tls()
     if values["upstream"] is None:
-        if wants_tls or values["upstream_name"] is not None:
+        if wants_tls or values["upstream_name"] is not None or values["upstream_join"] is not None:
             raise UsageError("the --upstream-... settings go with --upstream HOST:PORT")
         return None
     return WorkerSettings(
@@ -311,6 +321,7 @@ def upstream_from(values: Mapping[str, Any], data_dir: Path) -> WorkerSettings |
         state_dir=data_dir / "upstream",
         role=Role.AGGREGATOR,
         tls=files if wants_tls else None,
+        join=join_token(values["upstream_join"]),
         serve_address=None,
     )
 

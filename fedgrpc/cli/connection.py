@@ -5,6 +5,7 @@ A container's health check imports this every few seconds, so it imports no more
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fedgrpc.cli.options import Declare, Setting
 from fedgrpc.errors import UsageError
 from fedgrpc.rpc.channel import Tls
 
+_MOST_TOKEN_CHARS = 1024
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 AGGREGATOR_SETTING: Setting = Declare("Where")(
     "--aggregator", "Address of the aggregator.", default="127.0.0.1:50051", metavar="HOST:PORT"
@@ -40,6 +42,22 @@ def client_settings() -> list[Setting]:
         ),
         Declare("TLS")("--tls", "Use TLS with the system's certificates.", is_flag=True, default=False),
     ]
+
+
+def join_token(value: str | None) -> str | None:
+    """Return the join token that a setting gives: itself, a file with it, or "-" for standard input.
+
+    Raises `UsageError`, which never repeats the value.
+    """
+    if value is None or value.startswith("fg1."):
+        return value
+    if value == "-":
+        return sys.stdin.readline(_MOST_TOKEN_CHARS).strip()
+    try:
+        with open(value, encoding="utf-8", errors="replace") as file:
+            return file.readline(_MOST_TOKEN_CHARS).strip()
+    except (OSError, ValueError):
+        raise UsageError("join must be a token that begins with fg1., a file with one, or -") from None
 
 
 def client_tls(values: Mapping[str, Any]) -> Tls | None:

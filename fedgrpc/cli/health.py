@@ -53,7 +53,7 @@ def health_of(address: str, service: str, timeout_s: float, tls: Tls | None) -> 
         UsageError: the address or a TLS file is unusable.
     """
     where = dialled(address)
-    options = client_options(where)
+    options = client_options(where, tls)
     if tls is None:
         channel = grpc.insecure_channel(where.target, options=options)
     else:

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from fedgrpc.cli.connection import client_settings, client_tls
+from fedgrpc.cli.connection import client_settings, client_tls, join_token
 from fedgrpc.cli.logs import LOGS, configure_logs
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
 from fedgrpc.cli.value_types import DURATION, RATE, SIZE, NamedValues
@@ -48,8 +48,16 @@ _ROLES = {"trainer": Role.TRAINER, "evaluator": Role.EVALUATOR}
 SETTINGS: list[Setting] = [
     _place("--aggregator", "Aggregator to work for.", metavar="HOST:PORT", required=True),
     _place(
+        "--join",
+        "Join token of the aggregator, once; or a file with it, or - for standard input. From then on the "
+        "device's certificate says its name and role.",
+        type=str,
+        default=None,
+        metavar="TOKEN",
+    ),
+    _place(
         "--name",
-        "Name, unique in the fleet; without: this machine's host name.",
+        "Name, unique in the fleet, to join or work under; without: this machine's host name.",
         required=False,
     ),
     _place(
@@ -161,6 +169,7 @@ def settings_from(values: Mapping[str, Any]) -> WorkerSettings:
         "role": _ROLES[values["role"]],
         "device": _profile_overrides(values),
         "tls": client_tls(values),
+        "join": join_token(values["join"]),
         "serve_address": None if values["serve_address"] == "none" else values["serve_address"],
         "serve_tls": None if serve_tls == Tls() else serve_tls,
         "throttle": pick(Throttle, values),

@@ -29,6 +29,7 @@ from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import LinkError, StorageError
 from fedgrpc.hierarchy.handoff import TaskHandoff
 from fedgrpc.hierarchy.parent_rounds import ParentRounds
+from fedgrpc.identity.folder import IDENTITY
 from fedgrpc.metrics import Metrics
 from fedgrpc.protocol.tasks import Registration, registration_from_proto
 from fedgrpc.runs.events import Ending, EndReason, RunPhase
@@ -47,11 +48,11 @@ Ready = Callable[[int], None] | None
 class LeafRun:
     """The aggregator of one run of the parent, from the moment that workers are served."""
 
-    def __init__(self, settings: AggregatorSettings, run_id: str, metrics: Metrics) -> None:
+    def __init__(self, settings: AggregatorSettings, run_id: str, metrics: Metrics, identity_dir: Path) -> None:
         self.run_id = run_id
         self.handoff = TaskHandoff()
         rounds = partial(ParentRounds, handoff=self.handoff, run_id=run_id)
-        self.aggregator = Aggregator(settings, metrics, rounds)
+        self.aggregator = Aggregator(settings, metrics, rounds, identity_dir)
         self.running: asyncio.Task[int] | None = None
 
     async def start(self, ready: Ready) -> None:
@@ -147,7 +148,7 @@ class LeafRuns:
             learning_task=settings.learning_task or registration.learning_task,
             model=settings.model or registration.model,
         )
-        run = LeafRun(settings, registration.run_id, self._metrics)
+        run = LeafRun(settings, registration.run_id, self._metrics, self._settings.data_dir / IDENTITY)
         self._present = run
         await run.start(self._ready)
         self.serving.set()

@@ -16,15 +16,15 @@ from fedgrpc.hierarchy.leaf_run import LeafRuns, Ready
 from fedgrpc.hierarchy.upstream import relay_scores, round_link
 from fedgrpc.metrics import Metrics
 from fedgrpc.process import on_end_signal
-from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.identity import Session
 from fedgrpc.storage.folder import folder_id, hold_folder
+from fedgrpc.worker.enrolment import enrolled, linked
 from fedgrpc.worker.process import IN_USE
 from fedgrpc.worker.settings import WorkerSettings
 
 _DECIDED_BY_PARENT: Final = (
     *("run_name", "rounds", "plan", "initial_model", "target", "evaluate", "seed"),
-    *("server_optimizer", "server_learning_rate", "normalize_steps", "noise_weights", "staleness_exponent"),
+    *("server_optimizer", "server_learning_rate", "normalize_steps", "precision_weights", "staleness_exponent"),
 )
 
 log = structlog.get_logger()
@@ -50,6 +50,7 @@ class Leaf:
         self._upstream = upstream
         self._metrics = metrics or Metrics()
         self._runs: LeafRuns | None = None
+        self._joining: asyncio.Task[WorkerSettings] | None = None
         self._signals = 0
         self._stopping = False
 
@@ -68,30 +69,43 @@ class Leaf:
         runs = self._runs = LeafRuns(self._settings, self._metrics, ready)
         async with AsyncExitStack() as stack:
             stack.enter_context(hold_folder(upstream.state_dir, IN_USE))
-            channel = await stack.enter_async_context(open_channel(upstream.aggregator, upstream.tls))
+            if (known := await self._enrolled()) is None:
+                return 128 + self._signals
+            self._upstream = upstream = known
+            parent = await stack.enter_async_context(linked(upstream))
             session = Session.begin(folder_id(upstream.state_dir))
-            link = round_link(upstream, channel, session, runs)
+            link = round_link(upstream, parent, session, runs)
             await runs.resume()
-            linked, ended = asyncio.create_task(link.run()), asyncio.create_task(runs.ended.wait())
+            working, ended = asyncio.create_task(link.run()), asyncio.create_task(runs.ended.wait())
+            renewing = asyncio.create_task(parent.keep_fresh())
             scoring = asyncio.create_task(
-                relay_scores(upstream, channel, session, runs, self._settings.policy.lease_s)
+                relay_scores(upstream, parent, session, runs, self._settings.policy.lease_s)
             )
             try:
-                await asyncio.wait([linked, ended], return_when=asyncio.FIRST_COMPLETED)
-                if linked.done() and linked.exception() is None:
+                await asyncio.wait([working, ended, renewing], return_when=asyncio.FIRST_COMPLETED)
+                if working.done() and working.exception() is None:
                     await runs.present.finish("the run of the parent has ended")
-                elif linked.done():
+                elif working.done() or renewing.done():
                     self.stop()
                 code = await runs.result()
             finally:
                 runs.closing = True
-                linked.cancel()
+                working.cancel()
                 ended.cancel()
                 scoring.cancel()
-                await asyncio.gather(linked, ended, scoring, return_exceptions=True)
-            if not linked.cancelled():
-                linked.result()
+                renewing.cancel()
+                await asyncio.gather(working, ended, scoring, renewing, return_exceptions=True)
+            for task in (working, renewing):
+                if not task.cancelled():
+                    task.result()
         return 128 + self._signals if self._signals else code
+
+    async def _enrolled(self) -> WorkerSettings | None:
+        """Return the settings that the leaf's certificate decides; None when told to end before there is one."""
+        self._joining = joining = asyncio.create_task(enrolled(self._upstream))
+        await asyncio.wait([joining])
+        self._joining = None
+        return None if joining.cancelled() else joining.result()
 
     def stop(self, signal_number: int = 0) -> None:
         """Drain and end. A second call ends at once. The present task is kept for the next start."""
@@ -99,7 +113,9 @@ class Leaf:
             log.warning("ending at once")
             os._exit(128 + signal_number)
         self._stopping, self._signals = True, signal_number
-        if self._runs is not None:
+        if self._joining is not None:
+            self._joining.cancel()
+        elif self._runs is not None:
             self._runs.close(signal_number)
 
 

@@ -20,7 +20,6 @@ from dataclasses import replace
 from typing import Final
 
 import structlog
-from grpc.aio import Channel
 
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.codec.feedback import Residual
@@ -29,6 +28,7 @@ from fedgrpc.errors import FedgrpcError, TaskError
 from fedgrpc.hierarchy.handoff import ParentTask, VersionToScore
 from fedgrpc.hierarchy.leaf_run import LeafRuns
 from fedgrpc.hierarchy.partial_aggregate import sending
+from fedgrpc.identity.roles import EVALUATORS
 from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import Activity, Status
 from fedgrpc.protocol.tasks import Registration, Role, Task
@@ -38,6 +38,7 @@ from fedgrpc.trainer import EvalResult
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.client import AggregatorClient, Report
 from fedgrpc.worker.device import detect
+from fedgrpc.worker.enrolment import Link
 from fedgrpc.worker.local_work import LocalWork, TaskFiles
 from fedgrpc.worker.loop import Loop, leave
 from fedgrpc.worker.settings import WorkerSettings
@@ -54,14 +55,14 @@ _DEVICE_CLASS: Final = "aggregator"
 log = structlog.get_logger()
 
 
-def round_link(settings: WorkerSettings, channel: Channel, session: Session, runs: LeafRuns) -> Loop:
+def round_link(settings: WorkerSettings, link: Link, session: Session, runs: LeafRuns) -> Loop:
     """Return the loop that takes training tasks from the parent. Raises `StorageError`."""
-    client, publisher, files = _ends(settings, channel, session)
-    return _loop(settings, client, publisher, files, RoundWork(settings, files, publisher, runs))
+    client, publisher, files = _ends(settings, link, session)
+    return _loop(settings, link, client, publisher, files, RoundWork(settings, files, publisher, runs))
 
 
 async def relay_scores(
-    settings: WorkerSettings, channel: Channel, session: Session, runs: LeafRuns, lease_s: float
+    settings: WorkerSettings, link: Link, session: Session, runs: LeafRuns, lease_s: float
 ) -> None:
     """Be an evaluator of the parent from the leaf's first evaluator until the parent's run has ended.
 
@@ -70,28 +71,30 @@ async def relay_scores(
     await _until_needed(runs)
     settings = replace(
         settings,
-        name=f"{settings.name}.evaluators",
+        name=settings.name + EVALUATORS,
         state_dir=settings.state_dir / "evaluators",
         role=Role.EVALUATOR,
     )
     try:
-        client, publisher, files = _ends(settings, channel, session)
+        client, publisher, files = _ends(settings, link, session)
         work = ScoringWork(settings, client, files, publisher, runs, lease_s)
-        await _loop(settings, client, publisher, files, work).run()
+        await _loop(settings, link, client, publisher, files, work).run()
     except FedgrpcError as error:
         log.warning("the scores of evaluators stay here", reason=str(error))
 
 
 def _ends(
-    settings: WorkerSettings, channel: Channel, session: Session
+    settings: WorkerSettings, link: Link, session: Session
 ) -> tuple[AggregatorClient, StatusPublisher, TaskFiles]:
-    client = AggregatorClient(channel, settings.name, settings.throttle, settings.stall_s, session=session)
+    client = AggregatorClient(link.channel, settings.name, settings.throttle, settings.stall_s, session=session)
+    link.serve(client)
     publisher = StatusPublisher(Status(settings.name, settings.aggregator))
     return client, publisher, TaskFiles(settings, client, publisher)
 
 
 def _loop(
     settings: WorkerSettings,
+    link: Link,
     client: AggregatorClient,
     publisher: StatusPublisher,
     files: TaskFiles,
@@ -107,6 +110,7 @@ def _loop(
         work,
         lambda: detect().with_overrides(overrides),
         tls_flags="--upstream-tls",
+        renew=link.on_stale,
     )
 
 

@@ -141,10 +141,11 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Rejected:
-    """The update was received and refused."""
+    """The update was received and refused; `withdrawn`: even if it was accepted before."""
 
     token: str
     reason: str
+    withdrawn: bool = False
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,8 @@ def apply_event(
         return _progress(task, event, deadline_at, lease_s, now)
     if isinstance(event, Accepted):
         return _accepted(task, event, now)
+    if isinstance(event, Rejected) and event.withdrawn and task.phase is TaskPhase.ACCEPTED:
+        return task.lost(TaskPhase.REJECTED, LossCause.REFUSED, event.reason, now)
     if task.phase.final:
         return task
     if isinstance(event, Rejected):

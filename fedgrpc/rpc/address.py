@@ -68,6 +68,14 @@ class Address:
         return address is not None and (address.is_loopback or address.is_unspecified)
 
     @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches a server that listens there."""
+        if self.is_unix or self.host == "localhost":
+            return True
+        address = _ip(self.host)
+        return address is not None and address.is_loopback
+
+    @property
     def target(self) -> str:
         """The address as gRPC understands it."""
         if self.is_unix or self.host.lower() not in _SCHEMES:

@@ -16,6 +16,7 @@ from fedgrpc.rpc.address import Address, dialled
 
 Options = list[tuple[str, int | str]]
 
+
 # The default bound of gRPC clients in every language. A manifest of 10,000 tensors is below 1 MiB.
 MAX_MESSAGE_BYTES: Final = 4 << 20
 # A chunk's data travels with its offset, CRC and three tags. The rest is room for future fields.
@@ -81,18 +82,29 @@ SERVER_OPTIONS: Final[Options] = [
 ]
 
 
+# With TLS a connection ends after about an hour, and calls on it after two: a caller whose certificate counts no
+# more does not stay. A transfer that is cut goes on where it was.
+TLS_SERVER_OPTIONS: Final[Options] = [
+    ("grpc.max_connection_age_ms", 3_600_000),
+    ("grpc.max_connection_age_grace_ms", 3_600_000),
+]
+
+
 @dataclass(frozen=True)
 class Tls:
     """TLS files in PEM, for either side.
 
-    A server needs `certificate` and `key`. With `ca` it asks clients for certificates signed by it (mTLS).
+    A server needs `certificate` and `key`. With `ca` it asks clients for certificates signed by it (mTLS). Files
+    that change are read again for the next connection.
+
     A client needs `ca` unless the system trusts the server's certificate. With `certificate` and `key` it shows
-    its own.
+    its own. With `server_name` it expects that name in the server's certificate, and not the host's that it dials.
     """
 
     ca: Path | None = None
     certificate: Path | None = None
     key: Path | None = None
+    server_name: str = ""
 
     def server_credentials(self) -> Any:
         """Return the credentials to listen with.
@@ -102,9 +114,22 @@ class Tls:
         """
         if self.certificate is None:
             raise UsageError("TLS needs a server certificate and its key")
+        # Not above: a container's health check, which only dials, is to load nothing more.
+        from fedgrpc.rpc.server_tls import reloading_credentials
+
+        self._check()
+        return reloading_credentials(self._server_configuration, self._revision, asks=self.ca is not None)
+
+    def _server_configuration(self) -> Any:
+        """Read the files. Raises `UsageError`, and OSError for one that has gone."""
         self._check()
         pair = (_read(self.key), _read(self.certificate))
-        return grpc.ssl_server_credentials([pair], _read(self.ca), require_client_auth=self.ca is not None)
+        return grpc.ssl_server_certificate_configuration([pair], _read(self.ca))
+
+    def _revision(self) -> tuple[object, ...]:
+        """Return what differs once a file has changed. Raises OSError."""
+        paths = (path for path in (self.ca, self.certificate, self.key) if path is not None)
+        return tuple((found.st_ino, found.st_mtime_ns, found.st_size) for found in (path.stat() for path in paths))
 
     def client_credentials(self) -> Any:
         """Return the credentials to dial with.
@@ -141,13 +166,18 @@ def open_channel(target: str, tls: Tls | None = None) -> grpc.aio.Channel:
         UsageError: the target or a TLS file is unusable.
     """
     address = dialled(target)
-    options = client_options(address)
+    options = client_options(address, tls)
     keep_from_children(address.path or address.port)
     if tls is None:
         return grpc.aio.insecure_channel(address.target, options=options)
     return grpc.aio.secure_channel(address.target, tls.client_credentials(), options=options)
 
 
-def client_options(address: Address) -> Options:
+def client_options(address: Address, tls: Tls | None = None) -> Options:
     """Return the options of a channel to `address`. Within one machine it ignores the environment's proxy."""
-    return [*CLIENT_OPTIONS, ("grpc.enable_http_proxy", 0)] if address.is_loopback else CLIENT_OPTIONS
+    options = [*CLIENT_OPTIONS]
+    if address.is_loopback:
+        options.append(("grpc.enable_http_proxy", 0))
+    if tls is not None and tls.server_name:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    return options

@@ -13,10 +13,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
+from fedgrpc.errors import LinkError
 from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.channel import Tls
 
 _TIMEOUT_S: Final = 2.0
+# How to join, by the prefix of a side's TLS flags.
+_JOIN: Final = {
+    "--tls": "--join TOKEN (operators: --data-dir or --context)",
+    "--upstream-tls": "--upstream-join TOKEN",
+}
 # In the order in which gRPC reads them. It ignores upper-case ones.
 _PROXIES: Final = ("grpc_proxy", "https_proxy", "http_proxy")
 _NO_PROXIES: Final = ("no_grpc_proxy", "no_proxy")
@@ -25,6 +31,40 @@ _NOT_TLS: Final = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNEXPECTED_E
 _OTHER_NAME: Final = (62, 64)
 # X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED.
 _OTHER_TIME: Final = (9, 10)
+
+
+def presented_chain(address: Address) -> list[bytes]:
+    """Return the certificates that a server shows, in DER, unchecked. Sends nothing but a handshake.
+
+    Raises `LinkError` when nobody answers, or answers with anything but TLS.
+    """
+    context = _context(None)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with _connected(address) as connection, context.wrap_socket(connection) as secured:
+            public: Any = getattr(secured, "get_unverified_chain", None)
+            if public is not None:
+                return list(public())
+            # Python 3.13 has the method above. Before it is only below the surface, as objects.
+            hidden: Any = secured._sslobj  # type: ignore[attr-defined]
+            return [ssl.PEM_cert_to_DER_cert(each.public_bytes()) for each in hidden.get_unverified_chain()]
+    except ssl.SSLError as error:
+        raise LinkError(f"{address} does not speak TLS: is the aggregator --insecure? ({error.reason})") from error
+    except OSError as error:
+        raise LinkError(f"cannot reach {address}: {error.strerror or error}") from error
+
+
+def is_refused(address: Address, tls: Tls) -> bool:
+    """Whether a server that `tls` trusts refuses its certificate. False where nobody answers."""
+    try:
+        with _connected(address) as connection:
+            context = _context(tls)
+            with context.wrap_socket(connection, server_hostname=tls.server_name or address.host) as secured:
+                return _wants_certificate(secured)
+    except ssl.SSLError as error:
+        return "ALERT" in str(error).upper()
+    except OSError:
+        return False
 
 
 def explain(address: Address, tls: Tls | None, flags: str = "--tls") -> str:
@@ -87,28 +127,37 @@ def _explain_plain(address: Address, flags: str) -> str:
                 return ""
             wants_certificate = True
     also = f", with {flags}-cert and {flags}-key" if wants_certificate else ""
-    return f"{address} speaks TLS; give {flags}-ca FILE{also}"
+    return f"{address} speaks TLS; join it with {_JOIN[flags]}, or give {flags}-ca FILE{also}"
 
 
 def _explain_tls(address: Address, tls: Tls, flags: str) -> str:
     context = _context(tls)
     with _connected(address) as connection:
         try:
-            with context.wrap_socket(connection, server_hostname=address.host) as secured:
+            with context.wrap_socket(connection, server_hostname=tls.server_name or address.host) as secured:
                 refused = _wants_certificate(secured)
         except ssl.SSLCertVerificationError as error:
             if error.verify_code in _OTHER_NAME:
                 return _explain_name(address, tls)
             if error.verify_code in _OTHER_TIME:
                 return f"the {error.verify_message} at {address}, by this machine's clock"
+            if tls.server_name:
+                return (
+                    f"{address} is not the aggregator that was joined, or its authority was replaced; join again "
+                    f"with a new token ({error.verify_message})"
+                )
             trusted = f"{tls.ca} of {flags}-ca" if tls.ca else "what the system trusts"
             return f"the certificate of {address} does not go with {trusted}: {error.verify_message}"
         except ssl.SSLError as error:
             if any(reason in str(error).upper().replace(" ", "_") for reason in _NOT_TLS):
+                if tls.server_name:
+                    return f"{address} speaks no TLS, but this side has joined it: is the aggregator --insecure?"
                 return f"{address} speaks no TLS; leave out {flags} and {flags}-..., or start it with --tls-cert"
             refused = "ALERT" in str(error).upper()
     if not refused:
         return ""
+    if tls.server_name:
+        return f"{address} refuses the certificate: it is too old, or of another authority; join with a new token"
     if tls.certificate is None:
         return f"{address} asks for a certificate; give {flags}-cert and {flags}-key"
     return f"{address} refuses the certificate {tls.certificate} of {flags}-cert"

@@ -1,7 +1,4 @@
-"""Identity of a caller: the session that its process names, and its certificate, verified by mutual TLS.
-
-Both come with the call and not in a message, so that a certificate can take the session's place.
-"""
+"""The session that a worker's process names with each call, which tells one start of one device from another."""
 
 from __future__ import annotations
 
@@ -11,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import unquote
 
-from fedgrpc.errors import UsageError, WrongIdentity
+from fedgrpc.errors import UsageError
 
-_NAMES = ("x509_common_name", "x509_subject_alternative_name")
 SESSION_KEY: Final = "fedgrpc-session"
 _SESSION: Final = re.compile(r"([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_-]{1,64})")
 
@@ -61,40 +57,3 @@ class Session:
 def peer_of(context: Any) -> str:
     """Return address and port of the caller, for a log."""
     return unquote(str(context.peer())).partition(":")[2]
-
-
-def certificate_names(context: Any) -> frozenset[str]:
-    """Return the common and alternative names (RFC 5280) of the peer's certificate. Empty without one."""
-    found = context.auth_context()
-    return frozenset(value.decode("utf-8", "replace") for kind in _NAMES for value in found.get(kind, ()))
-
-
-@dataclass(frozen=True)
-class Access:
-    """Rules for servers whose clients must show certificates. The default has no rules.
-
-    With `own_names`, a worker acts only under a name of its certificate. `operators` are the names of those
-    who may steer the run. Without any, everybody who may connect may steer it.
-    """
-
-    own_names: bool = False
-    operators: frozenset[str] = frozenset()
-
-    @property
-    def any(self) -> bool:
-        """True if there is a rule."""
-        return self.own_names or bool(self.operators)
-
-    def check_worker(self, context: Any, worker: str) -> None:
-        """Raise `WrongIdentity` if the caller may not act as `worker`."""
-        if self.own_names and worker not in (names := certificate_names(context)):
-            raise WrongIdentity(f"a certificate for {_listed(names)} does not speak for worker {worker[:80]!r}")
-
-    def check_operator(self, context: Any) -> None:
-        """Raise `WrongIdentity` if the caller may not steer the run."""
-        if self.operators and self.operators.isdisjoint(names := certificate_names(context)):
-            raise WrongIdentity(f"a certificate for {_listed(names)} is not an operator's")
-
-
-def _listed(names: frozenset[str]) -> str:
-    return ", ".join(sorted(names)) or "nobody"

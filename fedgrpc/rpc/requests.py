@@ -18,12 +18,13 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from fedgrpc.errors import LayoutError, LinkError, TooLargeError
+from fedgrpc.rpc.admission import quota_key
 
 # A registration takes at most 16 KiB, and every other small request less.
 SMALL_REQUEST_BYTES: Final = 64 << 10
 # A message that comes sooner is no larger than what the caller's link carries in that time.
 _LATE_S: Final = 0.5
-# Connections whose rate is kept.
+# Callers whose rate is kept.
 _KNOWN_PEERS: Final = 20_000
 
 Deserialize = Callable[[bytes], Any]
@@ -106,7 +107,7 @@ class FirstMessages:
 
         Raises `LinkError` if it does not come, and what the call's deserializer raises.
         """
-        peer = context.peer()
+        peer = quota_key(context)
         if wait_s := self._rates.wait_s(peer, time.monotonic()):
             await asyncio.sleep(wait_s)
         waiting = _Waiting(peer)

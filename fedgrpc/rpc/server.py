@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -21,12 +22,15 @@ from fedgrpc.errors import UsageError
 from fedgrpc.process import keep_from_children
 from fedgrpc.rpc import framing
 from fedgrpc.rpc.address import Address
-from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES, SERVER_OPTIONS, Options, Tls
+from fedgrpc.rpc.admission import Admission
+from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES, SERVER_OPTIONS, TLS_SERVER_OPTIONS, Options
 from fedgrpc.rpc.requests import FirstMessages
+from fedgrpc.rpc.server_tls import ServerTls
 from fedgrpc.rpc.status import ErrorInterceptor
-from fedgrpc.v1 import aggregator_pb2_grpc, worker_pb2_grpc
+from fedgrpc.v1 import aggregator_pb2_grpc, identity_pb2_grpc, worker_pb2_grpc
 
 AGGREGATOR: Final = "fedgrpc.v1.Aggregator"
+IDENTITY: Final = "fedgrpc.v1.Identity"
 WORKER: Final = "fedgrpc.v1.Worker"
 _PROBE_S: Final = 1.0
 
@@ -51,6 +55,11 @@ def aggregator_service(
     """Return the `Aggregator` service of `servicer`. The header of an update has at most `max_header_bytes()`."""
     add = partial(framing.add_aggregator, max_header_bytes=max_header_bytes)
     return Service(AGGREGATOR, servicer, add, framing.LARGE_CALLS)
+
+
+def identity_service(servicer: identity_pb2_grpc.IdentityServicer) -> Service:
+    """Return the `Identity` service of `servicer`."""
+    return Service(IDENTITY, servicer, identity_pb2_grpc.add_IdentityServicer_to_server)
 
 
 def worker_service(servicer: worker_pb2_grpc.WorkerServicer) -> Service:
@@ -102,12 +111,16 @@ async def serve(
     address: str,
     services: Sequence[Service],
     *,
-    tls: Tls | None = None,
+    tls: ServerTls | None = None,
+    admission: Admission | None = None,
+    local_address: str | None = None,
     grace_s: float = 5.0,
     options: Options | None = None,
     first_messages: FirstMessages | None = None,
 ) -> AsyncIterator[RunningServer]:
     """Serve on `address` ("HOST:PORT"; port 0 takes a free one) until the block ends.
+
+    `admission` decides who may call. `local_address` is a unix socket to serve on, too, for this user alone.
 
     Health starts as NOT_SERVING. The block sets it when its services are ready. When the block ends, the server
     refuses new calls, and those in flight have `grace_s` seconds to end. `options` win over `SERVER_OPTIONS`.
@@ -118,7 +131,8 @@ async def serve(
     large = frozenset().union(*(service.large for service in services))
     # gRPC takes the first of options with the same name.
     server = grpc.aio.server(
-        interceptors=[ErrorInterceptor(large, first_messages)], options=[*(options or []), *SERVER_OPTIONS]
+        interceptors=[ErrorInterceptor(large, first_messages, admission)],
+        options=[*(options or []), *([] if tls is None else TLS_SERVER_OPTIONS), *SERVER_OPTIONS],
     )
     health = Health([service.name for service in services])
     await health.set_all(False)
@@ -131,6 +145,10 @@ async def serve(
     )
     where = Address.parse(address)
     port = _listen(server, where, tls)
+    if local_address is not None:
+        local = Address.parse(local_address)
+        _listen(server, local, None)
+        os.chmod(local.path, 0o600)
     await server.start()
     try:
         yield RunningServer(str(where if where.is_unix else where.with_port(port)), port, health)
@@ -139,7 +157,7 @@ async def serve(
         await server.stop(grace_s)
 
 
-def _listen(server: grpc.aio.Server, address: Address, tls: Tls | None) -> int:
+def _listen(server: grpc.aio.Server, address: Address, tls: ServerTls | None) -> int:
     """Bind, and return the port, 0 for a unix socket."""
     credentials = None if tls is None else tls.server_credentials()
     if address.is_unix:

@@ -89,9 +89,7 @@ class AggregatorClient:
         clock: Callable[[], float] = time.monotonic,
         session: Session | None = None,
     ) -> None:
-        self._stub: Any = aggregator_pb2_grpc.AggregatorStub(channel)  # type: ignore[no-untyped-call]
-        self._pull_model = framing.pull_model(channel)
-        self._push_update = framing.push_update(channel)
+        self.use(channel)
         self._worker = worker
         self._metadata = () if session is None else session.metadata
         self._throttle = throttle or Throttle()
@@ -101,6 +99,12 @@ class AggregatorClient:
         self._max_chunk_bytes = CHUNK_BYTES
         self._introduced_as: tuple[DeviceProfile, Role, Collection[str]] | None = None
         self._chunk_bytes = FIRST_CHUNK_BYTES
+
+    def use(self, channel: grpc.aio.Channel) -> None:
+        """Make further calls over this channel. Those in progress stay on theirs."""
+        self._stub: Any = aggregator_pb2_grpc.AggregatorStub(channel)  # type: ignore[no-untyped-call]
+        self._pull_model = framing.pull_model(channel)
+        self._push_update = framing.push_update(channel)
 
     async def register(self, profile: DeviceProfile, role: Role, parts: Collection[str] = ()) -> Registration:
         """Register this device, which can do these parts of a local-model plan. Idempotent."""

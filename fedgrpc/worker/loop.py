@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import structlog
 
 from fedgrpc.aio import Interrupted, run_until_interrupted
 from fedgrpc.errors import (
+    CertificateStale,
     FedgrpcError,
     LinkError,
     NameTaken,
@@ -65,8 +66,12 @@ class Loop:
         profile: Callable[[], DeviceProfile],
         *,
         tls_flags: str = "--tls",
+        renew: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """`tls_flags` is the common prefix of the link's TLS flags, for error messages."""
+        """`tls_flags` is the common prefix of the link's TLS flags, for error messages.
+
+        `renew` gets a new certificate when the aggregator finds the present one too old.
+        """
         self._settings = settings
         self._client = client
         self._publisher = publisher
@@ -77,6 +82,7 @@ class Loop:
         self._work = work
         self._profile = profile
         self._tls_flags = tls_flags
+        self._renew = renew
         self._run_id = ""
         self._described: ModelDescription | None = None
         self._heartbeat_interval_s = 5.0
@@ -103,6 +109,7 @@ class Loop:
                 if not error.retryable:
                     raise
                 self._check_folder(error)
+                error = await self._renewed(error)
                 reason = await self._explained(error)
             if self._controls.draining and not self._spool.count(self._run_id):
                 return
@@ -110,6 +117,18 @@ class Loop:
             self._publisher.show(last_error=reason)
             self._log.warning("disconnected", reason=reason, retry_in_s=round(delay_s, 2))
             await (asyncio.sleep(delay_s) if self._controls.draining else self._controls.wait(delay_s))
+
+    async def _renewed(self, error: FedgrpcError) -> FedgrpcError:
+        """Renew the certificate if that is what failed; return what failed at last. Raises what is final."""
+        if not isinstance(error, CertificateStale) or self._renew is None:
+            return error
+        try:
+            await self._renew()
+        except FedgrpcError as failure:
+            if not failure.retryable:
+                raise
+            return failure
+        return error
 
     def _check_folder(self, error: FedgrpcError) -> None:
         """Raise `UsageError` where no later try can succeed, because the state folder has been removed."""
@@ -267,6 +286,7 @@ class Loop:
                 if not error.retryable or isinstance(error, NameTaken):
                     return str(error)
                 self._log.debug("heartbeat failed", reason=str(error))
+                await self._renewed(error)
             if self._publisher.status.activity is status.activity:
                 await self._publisher.next_activity(self._heartbeat_interval_s)
 

@@ -14,13 +14,13 @@ from fedgrpc.codec.manifest import Limits
 from fedgrpc.process import on_end_signal, reuse_memory
 from fedgrpc.protocol.devices import Activity, DeviceProfile, Status
 from fedgrpc.protocol.tasks import Registration
-from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.identity import Session
 from fedgrpc.rpc.server import WORKER, RunningServer, serve, worker_service
 from fedgrpc.storage.folder import HeldFolder, folder_id, hold_folder
 from fedgrpc.trainer import Trainer
 from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.device import detect, usable_memory_bytes
+from fedgrpc.worker.enrolment import Link, enrolled, linked
 from fedgrpc.worker.local_work import TaskFiles
 from fedgrpc.worker.loop import Loop
 from fedgrpc.worker.model_folder import ModelFolder
@@ -55,6 +55,7 @@ class Worker:
         self._settings = settings
         self._build_trainer = build_trainer
         self._running: asyncio.Task[None] | None = None
+        self._joining: asyncio.Task[WorkerSettings] | None = None
         self._exit_code = 0
         self.controls = Controls()
         self.publisher = StatusPublisher(Status(settings.name, settings.aggregator))
@@ -71,20 +72,34 @@ class Worker:
         reuse_memory()
         async with AsyncExitStack() as stack:
             folder = stack.enter_context(hold_folder(settings.state_dir, IN_USE))
-            channel = await stack.enter_async_context(open_channel(settings.aggregator, settings.tls))
+            if (known := await self._enrolled()) is None:
+                return self._exit_code
+            self._settings = settings = known
+            self.publisher.show(worker=settings.name)
+            link = await stack.enter_async_context(linked(settings))
             client = AggregatorClient(
-                channel,
+                link.channel,
                 settings.name,
                 settings.throttle,
                 settings.stall_s,
                 settings.encodings,
                 session=Session.begin(folder_id(settings.state_dir)),
             )
+            link.serve(client)
             files = TaskFiles(settings, client, self.publisher, _limits(settings))
             work = TrainerWork(settings, files, self.publisher, self._build_trainer)
-            loop = Loop(settings, client, self.publisher, self.controls, files, work, self._profile)
+            loop = Loop(
+                *(settings, client, self.publisher, self.controls, files, work, self._profile), renew=link.on_stale
+            )
             await self._serve(stack, files.models)
-            return await self._run_loop(loop, folder)
+            return await self._run_loop(loop, folder, link)
+
+    async def _enrolled(self) -> WorkerSettings | None:
+        """Return the settings that the device's certificate decides; None when told to end before there is one."""
+        self._joining = joining = asyncio.create_task(enrolled(self._settings))
+        await asyncio.wait([joining])
+        self._joining = None
+        return None if joining.cancelled() else joining.result()
 
     async def _serve(self, stack: AsyncExitStack, models: ModelFolder) -> None:
         address = self._settings.serve_address
@@ -96,19 +111,20 @@ class Worker:
         await self.server.health.set(WORKER, True)
         log.info("serving", worker=self._settings.name, address=self.server.address)
 
-    async def _run_loop(self, loop: Loop, folder: HeldFolder) -> int:
+    async def _run_loop(self, loop: Loop, folder: HeldFolder, link: Link) -> int:
         self._running = running = asyncio.create_task(loop.run())
         guarding = asyncio.create_task(folder.until_removed())
+        renewing = asyncio.create_task(link.keep_fresh())
+        tasks = (guarding, renewing, running)
         try:
-            await asyncio.wait([running, guarding], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            running.cancel()
-            guarding.cancel()
-            await asyncio.gather(running, guarding, return_exceptions=True)
-        if not guarding.cancelled():
-            guarding.result()
-        if not running.cancelled():
-            running.result()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for task in tasks:
+            if not task.cancelled():
+                task.result()
         return self._exit_code
 
     def _profile(self) -> DeviceProfile:
@@ -131,6 +147,10 @@ class Worker:
         start.
         """
         self.controls.drain()
+        if self._joining is not None:
+            # There is no task to finish.
+            self._exit_code = exit_code
+            self._joining.cancel()
         if self.publisher.status.task_kind is None:
             self.publisher.enter(Activity.DRAINING)
         if within_s is not None:

@@ -32,6 +32,9 @@ class WorkerSettings:
     between tries. `drain_s` is the time that the present task has after SIGTERM. `device` overrides measured
     fields of the profile by name. `encodings` are those that this worker offers to read and write.
 
+    With `join`, a join token, the device becomes a member of the aggregator's fleet. From then on its certificate,
+    which lies in `state_dir`, gives it its name and its role; `name` is what it asks for.
+
     The aggregator is not trusted with the device. A model of more than `max_model_bytes`, decoded, is refused
     (None: a quarter of the memory that this process may use, since training keeps four copies). So is a task whose
     batches have fewer than `min_batch_size` examples: the update of a single example reveals that example.
@@ -45,6 +48,7 @@ class WorkerSettings:
     state_dir: Path
     role: Role = Role.TRAINER
     tls: Tls | None = None
+    join: str | None = field(default=None, repr=False)
     serve_address: str | None = "127.0.0.1:0"
     serve_tls: Tls | None = None
     device: Mapping[str, Any] = field(default_factory=dict)

@@ -13,7 +13,6 @@ from typing import Any, Final
 import numpy as np
 import structlog
 
-from fedgrpc.claims import NOISE_RATIO
 from fedgrpc.codec.layout import Layout, TensorRole, layout_of
 from fedgrpc.errors import EncodeError, TaskError, TaskUnfit
 from fedgrpc.trainer import EvalResult, TrainResult, Weights
@@ -73,7 +72,6 @@ def train_result(returned: Any) -> TrainResult:
         returned.masks,
         returned.clustered,
         _count("tensor_bytes", returned.tensor_bytes),
-        _ratio("noise_ratio", returned.noise_ratio),
     )
 
 
@@ -101,12 +99,6 @@ def _arrays(method: str, weights: Any) -> Weights:
                 "weights are NumPy arrays by name"
             )
     return weights
-
-
-def _ratio(name: str, value: Any) -> float:
-    if not isinstance(value, int | float | np.integer | np.floating) or not value >= 0:
-        raise TaskError(f"the learning task reports {value} as {name}; it must be a number from 0")
-    return min(float(value), NOISE_RATIO.most)
 
 
 def _count(name: str, value: Any, least: int = 0) -> int:

@@ -87,7 +87,7 @@ async def test_a_good_wire_carries_everything_in_order(lay):
 async def test_a_wire_that_loses_repeats_and_reorders_costs_only_time(tmp_path, lay):
     save_file(MODEL, tmp_path / "initial.safetensors")
     policy = {"min_workers": WORKERS, "quorum": WORKERS, "deadline_s": 900.0, "lease_s": 600.0}
-    how = {"rounds": ROUNDS, "policy": policy, "address": "0.0.0.0:0"}
+    how = {"rounds": ROUNDS, "policy": policy, "address": "0.0.0.0:0", "insecure": True}
     async with running_aggregator(tmp_path, upload_recipe="raw", download_recipe="raw", **how) as running:
         port = running.address.rpartition(":")[2]
         wires = [lay(**BAD) for _ in range(WORKERS)]

@@ -95,7 +95,14 @@ def pulled(cable):
 async def test_a_cable_that_is_pulled_within_a_round_costs_only_time(tmp_path, cable, down_s, recovery_of):
     save_file(ZEROS, tmp_path / "initial.safetensors")
     policy = {"min_workers": 1, "deadline_s": 900.0, "lease_s": 600.0}
-    how = {"rounds": 8, "policy": policy, "address": "0.0.0.0:0", "upload_recipe": "raw", "download_recipe": "raw"}
+    how = {
+        "rounds": 8,
+        "policy": policy,
+        "address": "0.0.0.0:0",
+        "insecure": True,
+        "upload_recipe": "raw",
+        "download_recipe": "raw",
+    }
     async with running_aggregator(tmp_path, **how) as running:
         port = running.address.rpartition(":")[2]
         async with worker_behind(cable, tmp_path, port) as worker:

@@ -1,11 +1,10 @@
-"""Names tied to certificates, between processes: a worker is who its certificate says, and operators steer."""
+"""Certificates of the operator's own authority, between processes: a caller is who its certificate says."""
 
 from contextlib import contextmanager
 
 import pytest
 
-from fedgrpc.aggregator.settings import AggregatorSettings
-from fedgrpc.errors import UsageError, WrongIdentity
+from fedgrpc.errors import NotEnrolled, WrongIdentity
 from fedgrpc.rpc.channel import Tls, open_channel
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import aggregator_pb2 as pb
@@ -14,15 +13,15 @@ from tests.support.certificates import make_authority, make_certificate, tls_fla
 from tests.support.processes import running_process
 from tests.support.running_federation import settings_for
 
-RULES = ("--certificate-names", "--operator", "chief")
+ROLES = {"server": None, "pi-1": "trainer", "pi-2": "trainer", "chief": "operator", "guest": "viewer"}
 
 
 @pytest.fixture
 def pki(tmp_path):
     folder = tmp_path / "pki"
     make_authority(folder)
-    for name in ("server", "pi-1", "pi-2", "chief"):
-        make_certificate(folder, name)
+    for name, role in ROLES.items():
+        make_certificate(folder, name, role)
     return folder
 
 
@@ -49,7 +48,7 @@ def channel_of(port, pki, name):
 
 
 async def test_a_worker_takes_part_under_the_name_of_its_certificate_and_under_no_other(tmp_path, pki):
-    async with aggregator_process(tmp_path, pki, *RULES, "--rounds", 2) as aggregator:
+    async with aggregator_process(tmp_path, pki, "--rounds", 2) as aggregator:
         port = (await aggregator.until("serving"))["port"]
         async with worker_process(tmp_path, pki, port, "pi-1", certificate="pi-2") as pretender:
             assert await pretender.ended() == 1
@@ -67,11 +66,8 @@ async def test_no_call_is_open_to_another_name(tmp_path, pki):
         "QueryPush": pb.QueryPushRequest(worker="pi-1", token="t"),
         "ReportFailure": pb.ReportFailureRequest(worker="pi-1", token="t"),
         "Leave": pb.LeaveRequest(worker="pi-1"),
-        "PauseRun": pb.PauseRunRequest(),
-        "ResumeRun": pb.ResumeRunRequest(),
-        "StopRun": pb.StopRunRequest(),
     }
-    async with aggregator_process(tmp_path, pki, *RULES) as aggregator:
+    async with aggregator_process(tmp_path, pki) as aggregator:
         port = (await aggregator.until("serving"))["port"]
         async with channel_of(port, pki, "pi-2") as channel:
             stub = stub_of(channel)
@@ -85,21 +81,23 @@ async def test_no_call_is_open_to_another_name(tmp_path, pki):
 
 @contextmanager
 def refused():
-    with pytest.raises(WrongIdentity, match=r"a certificate for .*pi-2 "), domain_errors():
+    with pytest.raises(WrongIdentity, match="the trainer 'pi-2' does not speak for"), domain_errors():
         yield
 
 
-async def test_an_operator_steers_the_run_and_everybody_may_look(tmp_path, pki):
-    async with aggregator_process(tmp_path, pki, *RULES) as aggregator:
+async def test_an_operator_steers_a_viewer_looks_and_a_device_does_neither(tmp_path, pki):
+    async with aggregator_process(tmp_path, pki) as aggregator:
         port = (await aggregator.until("serving"))["port"]
         async with channel_of(port, pki, "chief") as channel:
             assert (await stub_of(channel).PauseRun(pb.PauseRunRequest())).run.phase == pb.RUN_PHASE_PAUSED
-        async with channel_of(port, pki, "pi-2") as channel:
+        async with channel_of(port, pki, "guest") as channel:
             assert (await stub_of(channel).GetRun(pb.GetRunRequest())).run.phase == pb.RUN_PHASE_PAUSED
-
-
-@pytest.mark.parametrize("rule", [{"certificate_names": True}, {"operators": ("chief",)}])
-def test_rules_of_names_without_certificates_are_refused(tmp_path, rule):
-    for tls in (None, Tls(certificate=tmp_path / "c.pem", key=tmp_path / "k.pem")):
-        with pytest.raises(UsageError, match="need tls_ca"):
-            AggregatorSettings(tmp_path, tls=tls, **rule)
+            with pytest.raises(WrongIdentity, match="may not call"), domain_errors():
+                await stub_of(channel).ResumeRun(pb.ResumeRunRequest())
+        async with channel_of(port, pki, "pi-2") as channel:
+            for name, request in {"GetRun": pb.GetRunRequest(), "StopRun": pb.StopRunRequest()}.items():
+                with pytest.raises(WrongIdentity, match="may not call"), domain_errors():
+                    await getattr(stub_of(channel), name)(request)
+        async with channel_of(port, pki, "server") as channel:
+            with pytest.raises(NotEnrolled, match="needs one URI"), domain_errors():
+                await stub_of(channel).GetRun(pb.GetRunRequest())

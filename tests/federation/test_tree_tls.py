@@ -13,6 +13,7 @@ from tests.support.running_federation import settings_for
 
 pytestmark = pytest.mark.faults
 
+ROLES = {"root": None, "leaf": "leaf", "x": "trainer", "y": "trainer", "stranger": "trainer", "operator": "viewer"}
 ROUND = ("--selection-window", "200ms", "--lease", "60s", "--encoding", "raw")
 
 
@@ -20,8 +21,8 @@ ROUND = ("--selection-window", "200ms", "--lease", "60s", "--encoding", "raw")
 def pki(tmp_path):
     folder = tmp_path / "pki"
     make_authority(folder)
-    for name in ("root", "leaf", "worker", "operator"):
-        make_certificate(folder, name)
+    for name, role in ROLES.items():
+        make_certificate(folder, name, role)
     return folder
 
 
@@ -43,7 +44,7 @@ def worker_process(tmp_path, pki, port, name):
     place = ["--aggregator", f"127.0.0.1:{port}", "--serve-address", "none"]
     place += ["--name", name, "--state-dir", tmp_path / name]
     task = ["--task", "tests.support.learning_tasks:Recorded", "--data", data]
-    return running_process("worker", *place, *task, *tls_flags(pki, "worker"))
+    return running_process("worker", *place, *task, *tls_flags(pki, name))
 
 
 async def seen_at(port, pki):
@@ -92,8 +93,8 @@ async def test_an_aggregator_that_cannot_show_or_trust_a_certificate_stays_outsi
 async def test_what_opens_the_link_below_opens_nothing_above(tmp_path, pki):
     """Where each link has an authority of its own."""
     make_authority(pki / "fleet")
-    for name in ("leaf", "worker"):
-        make_certificate(pki / "fleet", name)
+    for name in ("leaf", "x", "y", "stranger"):
+        make_certificate(pki / "fleet", name, ROLES[name])
     async with root_process(tmp_path, pki, "--stay") as root:
         port = (await root.until("serving"))["port"]
         fleet = pki / "fleet"

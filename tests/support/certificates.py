@@ -14,10 +14,11 @@ def make_authority(folder):
     _openssl(folder, "req", "-x509", *_NEW, "-days", "2", "-subj", "/CN=ca", "-keyout", "ca.key", "-out", "ca.pem")
 
 
-def make_certificate(folder, name):
-    """NAME.pem and NAME.key: a certificate for 127.0.0.1, signed by the folder's CA."""
+def make_certificate(folder, name, role=None):
+    """NAME.pem and NAME.key: a certificate for 127.0.0.1, of the folder's CA; with a role also a caller's."""
     _openssl(folder, "req", *_NEW, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
-    (folder / "san").write_text("subjectAltName=IP:127.0.0.1")
+    uri = "" if role is None else f",URI:spiffe://example/fedgrpc/{role}/{name}"
+    (folder / "san").write_text(f"subjectAltName=IP:127.0.0.1{uri}")
     sign = ["x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"]
     _openssl(folder, *sign, "-days", "2", "-extfile", "san", "-out", f"{name}.pem")
 

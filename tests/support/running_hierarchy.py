@@ -11,7 +11,7 @@ from fedgrpc.v1 import aggregator_pb2_grpc
 from fedgrpc.worker.settings import WorkerSettings
 from tests.support.hand_driven_device import PATIENCE_S
 from tests.support.processes import running_process
-from tests.support.running_federation import RunningAggregator, settings_for
+from tests.support.running_federation import RunningAggregator, channel_to, settings_for
 
 
 class RunningLeaf(RunningAggregator):
@@ -23,7 +23,7 @@ class RunningLeaf(RunningAggregator):
 
 
 @asynccontextmanager
-async def running_leaf(folder, name, above, **changes):
+async def running_leaf(folder, name, above, join=None, **changes):
     """An aggregator below the one at `above`, from when its workers are served until the block ends."""
     folder.mkdir(exist_ok=True)
     defaults = {"initial_model": None, "rounds": 10, "evaluate": True, "stay": False}
@@ -33,6 +33,7 @@ async def running_leaf(folder, name, above, **changes):
         aggregator=above if isinstance(above, str) else above.address,
         state_dir=settings.data_dir / "upstream",
         role=Role.AGGREGATOR,
+        join=join,
         serve_address=None,
         poll_wait_s=5.0,
         backoff=Backoff(0.05, 0.5),
@@ -44,7 +45,7 @@ async def running_leaf(folder, name, above, **changes):
     if task.done():
         task.result()
     address = f"127.0.0.1:{ready.result()}"
-    async with open_channel(address) as channel:
+    async with channel_to(settings, address) as channel:
         running = RunningLeaf(address, settings, leaf, task, aggregator_pb2_grpc.AggregatorStub(channel))
         try:
             yield running

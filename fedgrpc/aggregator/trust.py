@@ -1,0 +1,148 @@
+"""Trust of one aggregator: who may connect, how it shows itself, and the socket for operators on its host.
+
+The rule: outside of this machine nobody calls without a certificate, unless the operator says so.
+
+    --tls-cert, --tls-key, --tls-ca   certificates of the operator's own authority
+    an address outside of loopback    the built-in authority, made at the first start
+    loopback, a unix socket           plaintext: whoever can connect is on this machine
+    --insecure                        anybody, with a warning every hour
+
+Everything lies in one folder beside all runs. The server's own key is only in memory: each start makes a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import structlog
+
+from fedgrpc.aggregator.identity_service import IdentityService, PutOut
+from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.identity.certificates import Authority, key_pem, make_key, pem_of
+from fedgrpc.identity.folder import check_private, open_authority
+from fedgrpc.identity.identities import Identities
+from fedgrpc.identity.store import DATABASE, IdentityStore
+from fedgrpc.rpc.address import Address
+from fedgrpc.rpc.admission import Admission
+from fedgrpc.rpc.local_socket import local_address
+from fedgrpc.rpc.server import Service, identity_service
+from fedgrpc.rpc.server_tls import ServerTls, reloading_credentials
+from fedgrpc.storage.files import make_private, storage_errors
+
+_SERVER_LIFE_S: Final = 90 * 86_400.0
+_RENEW_AFTER: Final = 2 / 3
+_SWEEP_S: Final = 30.0
+_WARN_EVERY_S: Final = 3600.0
+
+log = structlog.get_logger()
+Clock = Callable[[], float]
+
+
+class AuthorityTls:
+    """TLS with certificates of the built-in authority; the server's and the anchors are renewed in place."""
+
+    def __init__(self, identities: Identities, authority: Authority, hosts: tuple[str, ...], clock: Clock) -> None:
+        self._identities = identities
+        self._authority = authority
+        self._hosts = hosts
+        self._clock = clock
+        self._key = make_key()
+        self._issued_at = clock()
+
+    def server_credentials(self) -> Any:
+        """See `ServerTls`."""
+        return reloading_credentials(self._configuration, self._revision, asks=True)
+
+    def _revision(self) -> object:
+        now = self._clock()
+        if not self._issued_at <= now < self._issued_at + _RENEW_AFTER * _SERVER_LIFE_S:
+            self._issued_at = now
+        return self._issued_at, self._identities.anchors_revision
+
+    def _configuration(self) -> Any:
+        until = self._issued_at + _SERVER_LIFE_S
+        certificate = self._authority.issue_server(self._key.public_key(), self._hosts, until)
+        # Those who join look for the authority in the chain.
+        chain = pem_of(certificate, self._authority.certificate)
+        anchors = pem_of(*self._identities.anchors())
+        return grpc.ssl_server_certificate_configuration([(key_pem(self._key), chain)], anchors)
+
+
+class Trust:
+    """Trust of one aggregator while it serves. Lives on one event loop."""
+
+    def __init__(self, settings: AggregatorSettings, folder: Path, clock: Clock = time.time) -> None:
+        """Open the folder, and make the authority if one is needed. Raises `UsageError` and `StorageError`."""
+        self._folder = folder
+        self.clock = clock
+        with storage_errors(folder):
+            make_private(folder)
+        check_private(folder)
+        listens = Address.parse(settings.address)
+        self._is_open = settings.insecure and not settings.authenticated and not listens.is_local
+        authority = open_authority(folder) if settings.has_authority else None
+        self.identities = Identities(IdentityStore(folder / DATABASE), authority, settings.lives)
+        self.tls: ServerTls | None = settings.tls
+        if authority is not None:
+            self.tls = AuthorityTls(self.identities, authority, _hosts(listens), self._now)
+        self.admission = Admission(self._identify if settings.authenticated else None)
+        self._service = IdentityService(self.identities, self.admission, self._now)
+
+    def on_put_out(self, call: PutOut) -> None:
+        """See `IdentityService.on_put_out`."""
+        self._service.on_put_out(call)
+
+    def _now(self) -> float:
+        return self.clock()
+
+    def _identify(self, certificate: bytes, renewing: bool) -> Any:
+        return self.identities.identify(certificate, self._now(), renewing)
+
+    @property
+    def services(self) -> list[Service]:
+        """What to serve beside the aggregator's own service."""
+        return [identity_service(self._service)]
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[str]:
+        """While the block runs, end calls that have become stale, and warn of what is open.
+
+        Yields the address of the socket for operators on this host.
+        """
+        with ExitStack() as stack:
+            stack.callback(self.identities.close)
+            address = stack.enter_context(local_address(self._folder))
+            watching = asyncio.create_task(self._watch())
+            try:
+                yield address
+            finally:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        warn_in_s = 0.0
+        while True:
+            if self._is_open and warn_in_s <= 0:
+                log.warning("anybody may call", reason="--insecure: no caller has to show a certificate")
+                warn_in_s = _WARN_EVERY_S
+            await asyncio.sleep(_SWEEP_S)
+            warn_in_s -= _SWEEP_S
+            self.admission.end_stale_calls()
+
+
+def _hosts(address: Address) -> tuple[str, ...]:
+    """Return the names of this machine, for clients that know nothing of the fleet's server name."""
+    found = ["localhost", "127.0.0.1", "::1"]
+    with suppress(ValueError):
+        if not ipaddress.ip_address(address.host).is_unspecified:
+            found.append(address.host)
+    name = socket.gethostname()
+    return (*found, name) if name.isascii() and len(name) <= 64 and "_" not in name else tuple(found)

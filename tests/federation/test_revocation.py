@@ -1,0 +1,161 @@
+"""Revocation: refused at the next call, out of open streams, and, if wanted, out of the round's updates."""
+
+import asyncio
+
+import pytest
+
+from fedgrpc.errors import FedgrpcError, WrongIdentity
+from fedgrpc.rpc.client_stream import ClientStream
+from fedgrpc.rpc.status import domain_errors
+from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.v1 import aggregator_pb2_grpc, identity_pb2, identity_pb2_grpc, round_pb2
+from tests.support.hand_driven_device import PATIENCE_S, HandDrivenDevice, chunks, encoded, update_of
+from tests.support.joining import (
+    OUTSIDE,
+    connected,
+    identity_stub,
+    joined,
+    operator,
+    pass_certificate_time,
+    revoke,
+)
+from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
+
+TWO = {"min_workers": 2, "selection_window_s": 0.1}
+
+
+def device_of(channel, name):
+    return HandDrivenDevice(aggregator_pb2_grpc.AggregatorStub(channel), name)
+
+
+async def test_a_revoked_device_is_refused_at_its_next_call(tmp_path):
+    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+        tls = await joined(running, tmp_path, "pi-7")
+        async with connected(running, tls) as channel:
+            device = device_of(channel, "pi-7")
+            await device.register()
+            member = await revoke(running, "pi-7", why="stolen")
+            assert member.state == identity_pb2.MEMBER_STATE_REVOKED
+            with pytest.raises(WrongIdentity, match="revoked: stolen"), domain_errors():
+                await device.register()
+        async with connected(running, tls) as channel:
+            with pytest.raises(WrongIdentity, match="revoked"), domain_errors():
+                await device_of(channel, "pi-7").register()
+
+
+async def test_an_open_poll_and_an_open_watch_end_with_their_caller(tmp_path):
+    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+        device_tls = await joined(running, tmp_path, "pi-7")
+        viewer_tls = await operator(running, tmp_path, "alice", "viewer")
+        async with connected(running, device_tls) as one, connected(running, viewer_tls) as two:
+            device = device_of(one, "pi-7")
+            await device.register()
+            polling = asyncio.create_task(device.poll(60.0))
+            await running.until_polling("pi-7")
+            watching = aggregator_pb2_grpc.AggregatorStub(two).WatchRounds(pb.WatchRoundsRequest())
+            await watching.__aiter__().__anext__()
+            for name in ("pi-7", "alice"):
+                await revoke(running, name)
+            with pytest.raises(WrongIdentity, match="revoked"), domain_errors():
+                await asyncio.wait_for(polling, PATIENCE_S)
+            with pytest.raises(WrongIdentity, match="revoked"), domain_errors():
+                await asyncio.wait_for(all_of(watching), PATIENCE_S)
+
+
+async def all_of(call):
+    return [message async for message in call]
+
+
+async def test_an_upload_in_progress_ends_and_the_others_commit_without_it(tmp_path):
+    async with running_aggregator(tmp_path, policy=TWO | {"quorum": 1}, **OUTSIDE) as running:
+        tls = await joined(running, tmp_path, "bad")
+        async with connected(running, tls) as channel:
+            bad, good = device_of(channel, "bad"), await running.device("good")
+            await bad.register()
+            task, other = await asyncio.gather(bad.task(), good.task())
+            manifest, payload = encoded(update_of(), "raw")
+            stream = ClientStream(bad.stub.PushUpdate(timeout=PATIENCE_S))
+            await stream.write(pb.PushUpdateRequest(header=bad.header(task, manifest)))
+            await stream.write(next(iter(chunks(payload[: len(payload) // 2]))))
+            await running.until_task("bad", round_pb2.TASK_PHASE_UPLOADING)
+            await revoke(running, "bad", why="stolen")
+            with pytest.raises(WrongIdentity, match="stolen"), domain_errors():
+                await stream.finish()
+            await good.push(other)
+            record = await running.until_ended(1)
+        phases = {each.worker: each.phase for each in record.tasks}
+        assert record.phase == round_pb2.ROUND_PHASE_COMMITTED
+        assert phases["bad"] == round_pb2.TASK_PHASE_FAILED
+        assert not [name for name in running.kept_updates() if task.token in name]
+
+
+@pytest.mark.parametrize("drop", [True, False])
+async def test_accepted_updates_of_an_open_round_are_dropped_if_the_operator_says_so(tmp_path, drop):
+    policy = TWO | {"quorum": 1, "min_workers": 2, "min_sample_size": 2}
+    async with running_aggregator(tmp_path, policy=policy, **OUTSIDE) as running:
+        tls = await joined(running, tmp_path, "bad")
+        async with connected(running, tls) as channel:
+            bad, good = device_of(channel, "bad"), await running.device("good")
+            await bad.register()
+            task, other = await asyncio.gather(bad.task(), good.task())
+            await bad.push(task, update_of(100.0))
+            await revoke(running, "bad", why="stolen", drop_updates=drop)
+            await good.push(other, update_of(1.0))
+        if drop:
+            assert not [name for name in running.kept_updates() if task.token in name]
+            running.pass_time(1000.0)
+        record = await running.until_ended(1)
+    phases = {each.worker: each.phase for each in record.tasks}
+    assert phases["good"] == round_pb2.TASK_PHASE_ACCEPTED
+    assert phases["bad"] == (round_pb2.TASK_PHASE_REJECTED if drop else round_pb2.TASK_PHASE_ACCEPTED)
+    assert float(running.weights(2)["w"].mean()) == pytest.approx(1.0 if drop else 50.5, rel=1e-5)
+
+
+async def test_a_worker_that_is_revoked_ends_with_the_reason(tmp_path):
+    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+        await joined(running, tmp_path / "pi-7", "identity", names="pi-7")
+        worker = start_worker(running, tmp_path, "pi-7", ShiftTrainer())
+        await running.until_known("pi-7")
+        await revoke(running, "pi-7", why="stolen")
+        with pytest.raises(FedgrpcError, match="revoked: stolen"):
+            await asyncio.wait_for(worker, PATIENCE_S)
+
+
+async def test_calls_of_a_certificate_past_its_life_end_too(tmp_path):
+    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+        tls = await joined(running, tmp_path, "pi-7")
+        async with connected(running, tls) as channel:
+            device = device_of(channel, "pi-7")
+            await device.register()
+            polling = asyncio.create_task(device.poll(60.0))
+            await running.until_polling("pi-7")
+            pass_certificate_time(running, 86_401)
+            running.aggregator.trust.admission.end_stale_calls()
+            with pytest.raises(FedgrpcError, match="past its life"), domain_errors():
+                await asyncio.wait_for(polling, PATIENCE_S)
+
+
+async def test_an_operator_revokes_and_an_admin_also_admits_over_the_network(tmp_path):
+    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+        await joined(running, tmp_path, "pi-7")
+        tls = await operator(running, tmp_path, "root", "admin")
+        async with connected(running, tls) as channel:
+            stub = identity_pb2_grpc.IdentityStub(channel)
+            await stub.RevokeMember(identity_pb2.RevokeMemberRequest(name="pi-7"))
+            await stub.ForgetMember(identity_pb2.ForgetMemberRequest(name="pi-7"))
+            listed = await stub.ListMembers(identity_pb2.ListMembersRequest())
+            assert [member.name for member in listed.members] == ["root"]
+
+
+async def test_members_are_listed_in_pages(tmp_path):
+    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+        for number in range(5):
+            await operator(running, tmp_path, f"o{number}", "viewer")
+        names, token = [], ""
+        async with identity_stub(running) as stub:
+            while True:
+                page = await stub.ListMembers(identity_pb2.ListMembersRequest(page_size=2, page_token=token))
+                names += [member.name for member in page.members]
+                if not (token := page.next_page_token):
+                    break
+        assert names == [f"o{number}" for number in range(5)]
