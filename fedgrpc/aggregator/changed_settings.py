@@ -20,7 +20,7 @@ _PARTS: Final = ("policy", "choosing", "plan", "target")
 
 
 def settings_text(settings: AggregatorSettings) -> dict[str, str]:
-    """The settings as operators see them; where secrets lie is no concern of theirs, and plans have a message."""
+    """Return the settings as operators see them, without the paths of secrets. Plans have a message."""
     text: dict[str, str] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -34,7 +34,7 @@ def settings_text(settings: AggregatorSettings) -> dict[str, str]:
 
 
 def compared_text(settings: AggregatorSettings) -> dict[str, str]:
-    """What is compared at the next start: the initial model is compared by its content."""
+    """Return the settings to compare at the next start: an initial model by its content."""
     text = settings_text(settings)
     text.pop("initial_model", None)
     text["local_models"] = hashlib.sha256(repr(settings.local_models).encode()).hexdigest()[:12]
@@ -42,7 +42,7 @@ def compared_text(settings: AggregatorSettings) -> dict[str, str]:
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
-    """By setting: `OLD -> NEW`, for all that have changed. Raises `UsageError` for one that may not change."""
+    """Return `OLD -> NEW` by setting, for all that changed. Raises `UsageError` for one that may not change."""
     changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     for name in _FIXED:
         if name in changed and before.get(name) and now.get(name):

@@ -1,4 +1,4 @@
-"""Chunks of encoded models as messages, each made once for all who pull, a few of them kept.
+"""Chunks of encoded models as messages, each made once for all workers that pull, a few of them kept.
 
 Workers of a round pull the same bytes at about the same time, so a small window serves them all. One who is far
 behind reads again from the disk, and costs only itself.
@@ -41,7 +41,7 @@ class PayloadFile:
 
     @property
     def as_written(self) -> bool:
-        """Whether its bytes are those that were written, as far as that is known. Raises `StorageError`."""
+        """True if its bytes are those that were written, as far as that is known. Raises `StorageError`."""
         return self.crc32 is None or self.computed_crc32() == self.crc32
 
     def computed_crc32(self) -> int:
@@ -89,7 +89,7 @@ class ChunkCache:
 
     @property
     def message_bytes(self) -> int:
-        """What one message may hold now, a power of two."""
+        """Most bytes of one message now, a power of two."""
         share = self._sending_bytes // max(1, self._pulling)
         return min(self._max_chunk_bytes, max(_LEAST_BYTES, 1 << share.bit_length() >> 1))
 
@@ -110,7 +110,7 @@ class ChunkCache:
                 end = min(at - at % size + size, at + most, payload.size_bytes)
                 message = await self._message(payload, at, end, size, size == most)
                 told_s = self._clock()
-                # Nothing but the one message is held while a slow reader takes it.
+                # Hold only this one message while a slow reader takes it.
                 yield message
                 pace.note(len(message), self._clock() - told_s)
                 del message
@@ -118,7 +118,7 @@ class ChunkCache:
         finally:
             self._pulling -= 1
             if not self._pulling:
-                # The memory is wanted for what comes next, and the page cache has all of it.
+                # Free the memory for what comes next: the page cache has all of it.
                 self._batches.clear()
 
     async def _message(self, payload: PayloadFile, offset: int, end: int, chunk_bytes: int, common: bool) -> bytes:
@@ -157,7 +157,7 @@ class ChunkCache:
             del self._batches[key]
 
     def forget(self, payload: PayloadFile) -> None:
-        """Keep nothing of it any more."""
+        """Drop all that is kept of a payload."""
         for key in [key for key in self._batches if key[0] is payload]:
             del self._batches[key]
 

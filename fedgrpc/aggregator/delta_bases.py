@@ -39,7 +39,7 @@ _NAME = re.compile(r"(\d+)-([0-9a-f]{64})(?:-([a-z]+:[0-9.e-]+))?\.safetensors")
 # A multiple of all pieces that a quantizer works in.
 _WRITTEN_ELEMENTS = 1 << 18
 
-# What a device says to hold: a version, and the SHA-256 of the payload that gave it to the device.
+# What a device claims to hold: a version, and the SHA-256 of the payload that gave it to the device.
 Held = tuple[int, bytes]
 # The same with the name of the sub-model ("": the whole model).
 Key = tuple[int, bytes, str]
@@ -78,7 +78,7 @@ def _quantize(
     rng: np.random.Generator,
     keep: Callable[[Array], None],
 ) -> memoryview:
-    """Encode one tensor; `keep` gets what receivers then hold of it, in parts that nobody else changes."""
+    """Encode one tensor; `keep` gets what receivers then hold of it, in parts that no other code changes."""
     wanted = part_of(source.model, spec.name)
     base = None if source.base is None else part_of(source.base, spec.name)
     held = after = np.empty(0, np.float32)
@@ -127,7 +127,7 @@ class DeltaBases:
                 path.unlink()
 
     def knows(self, key: Key) -> bool:
-        """Whether there may be such a base; only `open` looks at it."""
+        """Return whether there may be such a base; only `open` looks at it."""
         return key in self._paths
 
     def open(self, key: Key) -> ModelFile | None:

@@ -89,7 +89,7 @@ class Variant:
     @classmethod
     def whole_of(cls, pull: Pull) -> Variant:
         """Return the payload without a difference."""
-        # Nobody takes a difference between sub-models whose channels differ.
+        # No worker takes a difference between sub-models whose channels differ.
         kept = pull.downlink.difference is not None and not pull.sub_model.moves
         name, recipe = pull.sub_model.name, pull.downlink.whole
         return cls(pull.version, recipe, name, kept=kept, sub_model=pull.sub_model)
@@ -185,11 +185,11 @@ class EncodedModels:
         return sum(made.base is not None and (made.version, made.sub_model_name) == about for made in self._made)
 
     async def _shared(self, variant: Variant) -> EncodedModel:
-        """Return a payload, made once for all who ask. One that has changed on the disk is made anew next time."""
+        """Return a payload, made once for all who ask. One that changed on the disk is made again next time."""
         if variant not in self._made:
             self._made[variant] = asyncio.create_task(self._make(variant))
         try:
-            # Whoever asked first may go away while others wait for the same payload.
+            # The first to ask may leave while others wait for the same payload.
             made = await asyncio.shield(self._made[variant])
             assert made.payload is not None
             await self._look_at(variant, made.payload)
@@ -199,7 +199,7 @@ class EncodedModels:
         return made
 
     async def _look_at(self, variant: Variant, payload: PayloadFile) -> None:
-        """Read a payload through now and then, before it goes to somebody. Raises `StorageError`."""
+        """Read a payload through now and then, before it is sent. Raises `StorageError`."""
         now = time.monotonic()
         if now - self._looked_at.setdefault(variant, now) < _LOOK_INTERVAL_S:
             return
@@ -219,7 +219,7 @@ class EncodedModels:
         return await self._shared(whole) if made is None else made
 
     def _encode_difference(self, variant: Variant) -> EncodedModel | None:
-        """Encode a difference. None where it is worth nothing: there is no such base, or the whole is smaller."""
+        """Encode a difference. None without such a base, or where the whole is smaller."""
         assert variant.base is not None
         model, layout, tensors = self._source(variant)
         with self._bases.reading((*variant.base, variant.sub_model_name)) as base:
@@ -300,7 +300,7 @@ class EncodedModels:
         await asyncio.to_thread(self._remove_files, keep, models, pulled)
 
     def _let_go(self, variant: Variant) -> bool:
-        """Forget a payload; return whether somebody is still pulling it."""
+        """Forget a payload; return whether it is still being pulled."""
         made = self._made.pop(variant)
         self._looked_at.pop(variant, None)
         if not made.done():

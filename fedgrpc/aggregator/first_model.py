@@ -1,4 +1,4 @@
-"""What the first model of a run has to be like, whether a file or a worker brings it.
+"""Checks of a run's first model, whether a file or a worker brings it.
 
 The rule: whatever is taken here every worker can pull, and every reader of files can read.
 """
@@ -23,7 +23,7 @@ _SUFFIXES: Final = (MASK, CODES, WEIGHTS, REST)
 
 
 def complaint(layout: Layout, max_bytes: int | None = None) -> str:
-    """What is wrong with a first model of this layout, in one line; "": nothing. It has up to `max_bytes`."""
+    """Return the fault of a first model of this layout in one line; "": none. It has up to `max_bytes`."""
     count, most = len(layout), Limits().max_tensors
     if not 1 <= count <= most:
         return f"it has {count} tensors; it may have 1 to {most}"
@@ -41,7 +41,7 @@ def complaint(layout: Layout, max_bytes: int | None = None) -> str:
 
 
 def _wrong_name(name: str) -> str:
-    """Names reach terminals, files and the code of others; slashes are usual in them, ways out of a folder not."""
+    """Say why a tensor may not have this name, since names reach terminals, files and others' code; "": it may."""
     if name == METADATA:
         return "that is the metadata of a file"
     if not name.isprintable() or not 1 <= len(name) <= _LONGEST_NAME:

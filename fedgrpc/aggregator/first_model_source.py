@@ -26,7 +26,7 @@ class FirstModelSource:
         self._told = ""
 
     def may_give(self, name: str) -> bool:
-        """Whether the worker may give the first model, and can hold it."""
+        """Return whether the worker may give the first model, and can hold it."""
         worker = self._fleet.find(name)
         return self._roles.initialises(name) and (worker is None or not misfit(worker))
 

@@ -59,20 +59,20 @@ class Fold:
             file.close()
 
     def covers(self, spec: TensorSpec) -> bool:
-        """Whether the mean of this tensor can be had here."""
+        """Return whether the mean of this tensor can be had here."""
         return spec.is_trained and spec.name in self._names
 
     def goes_on(self, spec: TensorSpec, after: TensorSpec) -> bool:
-        """Whether `mean` of the one tensor can go on into the other, as if they were one."""
+        """Return whether `mean` of the one tensor can continue into the other, as if they were one."""
         return self.covers(spec) and self.covers(after) and (spec.name, after.name) in self._neighbours
 
     @property
     def step(self) -> int:
-        """How many elements to ask for at a time; files that do not stay open are opened for each `mean`."""
+        """Number of elements to ask for at a time; files that do not stay open are opened for each `mean`."""
         return PIECE if self._kept else 1 << 62
 
     def mean(self, spec: TensorSpec, start: int, stop: int) -> np.ndarray:
-        """These elements of the mean, flat and float64, until the next call. Raises as reading an update does.
+        """Return these elements of the mean, flat and float64, valid until the next call. Raises as reading does.
 
         They may lie beyond the end of the tensor, in those behind it, as far as it `goes_on`.
         """
@@ -96,7 +96,7 @@ class Fold:
             piece += np.multiply(its, factor, out=scratch, dtype=np.float64)
 
     def _sources(self, name: str) -> Iterable[tuple[Fill, float]]:
-        """What reads that tensor from each update, and by what it is multiplied."""
+        """Return the reader of that tensor in each update, and its factor."""
         if not self._kept:
             return self._opened_in_turn(name)
         if self._filling[0] != name:
@@ -127,7 +127,7 @@ class Fold:
 
 
 def _in_all(manifests: Iterable[Manifest], find: Callable[[Manifest], set[T]]) -> set[T]:
-    """What is found in each; updates of a run mostly list the very same tensors, which are looked at once."""
+    """Return what all of them have. Most updates of a run list the very same tensors, which are read once."""
     alike = {(id(manifest.entries), manifest.compression): manifest for manifest in manifests}
     found = [find(manifest) for manifest in alike.values()]
     return set.intersection(*found) if found else set()

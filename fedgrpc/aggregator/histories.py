@@ -1,4 +1,4 @@
-"""What is remembered of each worker over rounds and restarts: how long its tasks took, and how they ended.
+"""Memory of each worker over rounds and restarts: the times of its tasks, and how they ended.
 
 The rule: a task is remembered once, when it has ended, in the transaction that ends its round.
 """
@@ -28,7 +28,7 @@ from fedgrpc.v1 import aggregator_pb2, device_pb2
 
 _SHARE = 0.9
 _MARGIN = 1.2
-# Of a worker that tells no loss, the number of its examples says what its update is worth.
+# Without a loss, the number of examples stands for the worth of an update.
 _UNTOLD_LOSS = 1.0
 
 
@@ -55,7 +55,7 @@ def histories_after(round_: RoundInProgress, fleet: WorkerRegistry) -> dict[str,
 
 
 def histories_of(dropped: Iterable[DroppedTask], fleet: WorkerRegistry) -> dict[str, WorkerHistory]:
-    """The histories of those whose tasks were carried on and dropped; being accepted in vain tells nothing."""
+    """Return the histories of workers whose carried-over tasks were dropped. Accepted ones tell nothing."""
     changed: dict[str, WorkerHistory] = {}
     for each in dropped:
         task = each.task
@@ -66,7 +66,7 @@ def histories_of(dropped: Iterable[DroppedTask], fleet: WorkerRegistry) -> dict[
 
 
 def remember(history: WorkerHistory, task: Task, report: Report | None, most_s: float) -> WorkerHistory:
-    """The history with a task of training that has ended."""
+    """Return the history with a task of training that has ended."""
     history = history.ended(task.loss_cause)
     if task.phase is TaskPhase.ACCEPTED and report is not None:
         timings = report.timings
@@ -79,7 +79,7 @@ def remember(history: WorkerHistory, task: Task, report: Report | None, most_s: 
 
 
 def with_rates(history: WorkerHistory, task: Task, report: Report | None, pulled_bytes: int) -> WorkerHistory:
-    """The history with what a task that has ended tells of its worker's link."""
+    """Return the history with what an ended task shows of its worker's link."""
     up, down = cut_upload(task), cut_download(task, pulled_bytes)
     if task.phase is TaskPhase.ACCEPTED and report is not None:
         up = float(report.upload_bytes), report.timings.upload_s
@@ -90,7 +90,7 @@ def with_rates(history: WorkerHistory, task: Task, report: Report | None, pulled
 
 
 def upload_reserve_s(history: WorkerHistory, least_s: float) -> float:
-    """How much time a worker is to leave for its upload: at least this, and what its uploads have taken."""
+    """Return the time to reserve for a worker's upload: at least this, and as its uploads have taken."""
     return max(least_s, _MARGIN * (expected_parts(history, _SHARE)[2] or 0.0))
 
 

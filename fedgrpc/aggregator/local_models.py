@@ -107,7 +107,7 @@ class LocalModels:
 
     @property
     def wants_channels(self) -> bool:
-        """Whether some plan needs the channels, and no worker has sent them yet."""
+        """True if some plan needs the channels, and no worker has sent them yet."""
         return self._channels is None and any(plan.width < 1 for plan in self._plans.plans)
 
     def task_of(self, worker: Worker, sizing: Sizing, round_number: int) -> tuple[LocalTask, PlanChoice]:

@@ -33,11 +33,11 @@ class ModelStore:
         self.recycled = RecycledFiles(self._models / "recycled", _MAX_RECYCLED)
 
     def path(self, version: int) -> Path:
-        """Where `version` is, or will be."""
+        """Return the path of the file of `version`, which may not exist yet."""
         return self._models / f"{version:06d}.safetensors"
 
     def optimizer_state_path(self, version: int) -> Path:
-        """Where the server optimizer's state after `version` is, or will be."""
+        """Return the path of the server optimizer's state after `version`, which may not exist yet."""
         return self._optimizer_states / f"{version:06d}.safetensors"
 
     def versions(self) -> list[int]:
@@ -70,7 +70,7 @@ class ModelStore:
         with storage_errors("the server optimizer's state", "remove"):
             for path in self._optimizer_states.iterdir():
                 path.unlink(missing_ok=True)
-            # Durable before the run goes on: after a power cut another optimizer would find it again.
+            # Durable before the run continues: after a power cut another optimizer would find it again.
             sync(self._optimizer_states)
 
     def check(self, version: int) -> None:

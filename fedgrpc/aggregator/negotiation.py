@@ -1,4 +1,4 @@
-"""In which recipes each worker's models and updates travel: what the run prefers, what they list, their links.
+"""Recipes of each worker's models and updates: by what the run prefers, what they list, and their links.
 
 The rule: nothing is assumed of a worker. It is told recipes of encodings that it has listed, and refused where
 there is none. How fast its link is its own transfers have told, or it has declared.
@@ -31,14 +31,14 @@ RAW = Recipe.parse("raw")
 
 @dataclass(frozen=True)
 class Link:
-    """Bytes a second up and down; None: nobody knows."""
+    """Bytes a second up and down; None: unknown."""
 
     up: float | None
     down: float | None
 
 
 def link_of(worker: Worker) -> Link:
-    """By what went through it, else by what the worker declares."""
+    """Return the worker's link, by what went through it, else by what the worker declares."""
     device, history = worker.registration.device, worker.history
     return Link(
         history.uplink.bytes_per_second or device.uplink_bits_per_second / 8 or None,
@@ -76,7 +76,7 @@ class Negotiation:
                 )
 
     def _downlinks(self) -> Iterator[Downlink]:
-        """All that may be agreed on."""
+        """All recipes that may be agreed on."""
         for whole in self._whole.recipes:
             for difference in (whole,) if self._difference is None else self._difference.recipes:
                 yield Downlink.of(whole, difference)
@@ -97,7 +97,7 @@ class Negotiation:
                 )
 
     def agreed(self, worker: Worker) -> Agreed:
-        """What a worker is told. Raises UsageError as `check`."""
+        """Return the recipes for a worker. Raises UsageError as `check`."""
         self.check(worker.registration)
         known, link = _known(worker.registration), link_of(worker)
         up, down = (None if rate is None else 8 * rate for rate in (link.up, link.down))
@@ -115,14 +115,14 @@ class Negotiation:
         try:
             agreed = self.agreed(worker)
         except UsageError:
-            # It registered when this run had other encodings, and has not been back.
+            # A worker may have registered when this run had other encodings, and not come back yet.
             return
         record.download_recipe, record.upload_recipe = str(agreed.downlink.whole), str(agreed.upload)
         record.difference_recipe = str(agreed.downlink.difference or RAW)
 
 
 def _is_fine(encoding: Encoding) -> bool:
-    """Whether a whole model in this encoding is still the model: no coarser than int8."""
+    """Return whether a whole model in this encoding is still the model: no coarser than int8."""
     if isinstance(encoding, Uniform):
         return encoding.bits >= _LEAST_BITS
     return encoding.lossless or isinstance(encoding, Cast)
@@ -138,5 +138,5 @@ def _known(registration: RegisterRequest) -> Capabilities:
 
 @lru_cache(maxsize=256)
 def _listed(encodings: tuple[str, ...], zstd: bool) -> Capabilities:
-    """A fleet of thousands lists the same again and again."""
+    """Return what a worker knows. Cached: the thousands of a fleet list the same."""
     return Capabilities.listed(encodings, ["zstd"] if zstd else [])

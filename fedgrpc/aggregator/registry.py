@@ -18,7 +18,7 @@ from fedgrpc.v1.device_pb2 import WORKER_ROLE_AGGREGATOR, WORKER_ROLE_EVALUATOR
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MAX_REGISTRATION_BYTES = 16 << 10
-# Links that flap leave polls behind that nobody waits for.
+# Flapping links leave polls behind that no worker waits for.
 _MAX_POLLS = 4
 # Changed registrations of one name: each is written to the disk.
 _CHANGES = 10
@@ -60,7 +60,7 @@ class Holder:
     refused: Session | None = None
 
     def heard(self, now: float) -> None:
-        """It has called."""
+        """Note a call of the worker."""
         self.called, self.hung_up = now, False
         if self.challenge is not None:
             self.challenge.set()
@@ -93,13 +93,13 @@ class Worker:
         self.renew(self.registration)
 
     def renew(self, registration: RegisterRequest) -> None:
-        """Take what it says of itself now. What the whole fleet is asked for again and again is read once."""
+        """Take its new registration. What is asked of the whole fleet again and again is read once, here."""
         self.registration = registration
         self.name = registration.worker
         self.evaluator = registration.role == WORKER_ROLE_EVALUATOR
 
     def heard(self, now: float) -> None:
-        """It has called."""
+        """Note a call of the worker."""
         self.last_seen, self.left = now, False
 
     @property
@@ -109,7 +109,7 @@ class Worker:
 
     @property
     def leads(self) -> bool:
-        """Whether it is an aggregator with workers of its own."""
+        """True if it is an aggregator with workers of its own."""
         return self.registration.role == WORKER_ROLE_AGGREGATOR
 
 
@@ -117,7 +117,7 @@ class WorkerRegistry(Fleet[Worker]):
     """The fleet of this aggregator: its registrations, and its open polls."""
 
     def knows(self, registration: RegisterRequest, session: Session | None = None) -> bool:
-        """Whether this very registration, by this process, is in force."""
+        """Return whether this very registration, by this process, is in force."""
         worker = self._workers.get(registration.worker)
         return worker is not None and worker.registration == registration and worker.holder.session == session
 
@@ -130,7 +130,7 @@ class WorkerRegistry(Fleet[Worker]):
             raise UsageError(f"a registration of {size_bytes} bytes; allowed are {_MAX_REGISTRATION_BYTES}")
 
     def register(self, registration: RegisterRequest, now: float) -> Worker:
-        """Add a worker, or renew what it says of itself. Raises `UsageError` and `Exhausted`."""
+        """Add a worker, or renew its registration. Raises `UsageError` and `Exhausted`."""
         self.check(registration)
         if registration.worker not in self._workers and len(self._workers) >= self._max_workers:
             raise Exhausted(f"the limit of {self._max_workers} workers is reached")
@@ -142,7 +142,7 @@ class WorkerRegistry(Fleet[Worker]):
     def restore(
         self, registration: RegisterRequest, history: WorkerHistory, now: float, session: Session | None = None
     ) -> None:
-        """Add a worker known from before a restart; it counts as away until it is heard of.
+        """Add a worker known from before a restart; it counts as away until it calls.
 
         Its name stays its own for as long as that of one that has just called: it may be about to.
         """
@@ -151,13 +151,13 @@ class WorkerRegistry(Fleet[Worker]):
         self._workers[registration.worker] = Worker(registration, last_seen, history, holder=holder)
 
     def holds_name(self, worker: Worker, now: float) -> bool:
-        """Whether no other device may take the worker's name."""
+        """Return whether no other device may take the worker's name."""
         lately = now - worker.holder.called < self._away_after_s
         return self.alive(worker, now) or (lately and not worker.left)
 
     @contextmanager
     def polling(self, worker: Worker, limit: asyncio.Timeout | None = None) -> Iterator[None]:
-        """While the block runs, the worker polls. Of more polls than it needs the oldest reach their `limit`."""
+        """Count a poll of the worker while the block runs. Of too many polls, the oldest reach their `limit`."""
         worker.polls += 1
         if limit is not None:
             worker.open_polls.append(limit)

@@ -1,4 +1,4 @@
-"""Which process speaks for each worker: one at a time, so that a task token is never given to two.
+"""Processes that speak for workers: one at a time for each, so that no task token is given to two.
 
 The rule: a name belongs to the device whose process holds it for as long as that one is alive. A new process of
 the same device takes over at once, unless the former one answers: then the state folder has been copied.
@@ -68,7 +68,7 @@ class Sessions:
         return other
 
     async def _answers(self, worker: Worker) -> bool:
-        """Whether the process that holds the name calls within the time in which a live one does."""
+        """Return whether the process that holds the name calls within the time in which a live one does."""
         holder = worker.holder
         if worker.left or holder.hung_up:
             return False
@@ -87,7 +87,7 @@ class Sessions:
         return True
 
     def _log_refusal(self, worker: Worker, session: Session, peer: str) -> None:
-        """One line for each process that is refused, however often it tries."""
+        """Log one line for each process that is refused, however often it tries."""
         if worker.holder.refused != session:
             worker.holder.refused = session
             log.warning("name refused", reason=str(_refusal(worker, session)), **self._about(worker, peer))

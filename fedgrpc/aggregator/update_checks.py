@@ -52,7 +52,7 @@ Values = Iterator[tuple[TensorLike, np.ndarray]]
 
 @dataclass(frozen=True)
 class ExpectedUpdate:
-    """What a task asks of its update.
+    """Demands of a task on its update.
 
     `layout` is that of the model. `local` and `kept` say what the worker was given; `kept` None: all channels.
     `leads`: the worker is an aggregator, which may send a mean.
@@ -104,7 +104,7 @@ def verify(stored: StoredUpdate, expected: ExpectedUpdate) -> None:
     variances = tuple(spec for spec in layout or stored.manifest.layout if spec.is_variance)
     with file as reader:
         if expected.kind is TaskKind.INITIALIZE:
-            # A statistic that nobody has measured yet, or a mask, may be infinite.
+            # A statistic without any measurement yet, or a mask, may be infinite.
             check_values(((spec, values) for spec, values in file.pieces() if spec.is_trained), policy)
         elif expected.local.plain and not stored.header.merged_updates:
             _check_plain(file, policy)

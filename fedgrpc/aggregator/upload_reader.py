@@ -43,7 +43,7 @@ class ByteBudget:
 
     @property
     def taken_bytes(self) -> int:
-        """What is handed out now."""
+        """Bytes that are taken now."""
         return self._taken
 
     async def take(self, size_bytes: int) -> None:
@@ -61,7 +61,7 @@ class ByteBudget:
             raise
 
     def give_back(self, size_bytes: int) -> None:
-        """They are free again; negative: that much more is held than was asked for."""
+        """Return bytes to the budget. A negative number takes that many more than were asked for."""
         self._taken -= size_bytes
         while self._waiting:
             wanted, granted = self._waiting[0]

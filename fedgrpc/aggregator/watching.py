@@ -1,4 +1,4 @@
-"""Answers that many ask for, or that are long: made once for all, or piece by piece, so that nobody else waits.
+"""Answers that many ask for, or that are long: made once for all, or piece by piece, so that no other call waits.
 
 The rule: what operators look at never takes more than half of the event loop's time.
 """
@@ -42,7 +42,7 @@ class Watching:
 
     @contextmanager
     def watcher(self, peer: str) -> Iterator[None]:
-        """While the block runs, `peer` watches. Raises `Exhausted` when too many do."""
+        """Count `peer` as a watcher while the block runs. Raises `Exhausted` when there are too many."""
         if self._watchers[peer] >= _MAX_OF_ONE_PEER or self._watchers.total() >= _MAX_WATCHERS:
             raise Exhausted(f"too many watch this run; try again in {_RETRY_S:g} s", retry_after_s=_RETRY_S)
         self._watchers[peer] += 1

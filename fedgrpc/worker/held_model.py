@@ -95,12 +95,12 @@ class HeldModel:
 
     @property
     def in_use(self) -> bool:
-        """Whether somebody still reads the payload: weights that are mapped from it, or a stream."""
+        """True while the payload is still read: by weights that are mapped from it, or by a stream."""
         return any(use() is not None for use in self._uses)
 
     @property
     def version(self) -> int:
-        """Its number in the run."""
+        """Number of the version in the run."""
         return self.record.header.version
 
     def weights(self) -> dict[str, Array]:

@@ -39,7 +39,7 @@ class LocalWork(Protocol):
 
     @property
     def gives_back(self) -> bool:
-        """Whether the end of the process gives its task back, for another worker to take."""
+        """True if the end of the process gives its task back, for another worker to take."""
 
     @property
     def parts(self) -> frozenset[str]:
@@ -49,7 +49,7 @@ class LocalWork(Protocol):
         """Get ready for tasks of the registered run. True: the device's profile or `parts` may have changed."""
 
     async def description(self, registration: Registration) -> ModelDescription | None:
-        """What the registered run is to know of the model now; None: nothing. Asked for before each poll."""
+        """Return what to tell the registered run about the model now; None: nothing. Called before each poll."""
 
     def polling(self, registration: Registration) -> AbstractAsyncContextManager[int | None]:
         """Context of each request for a task. Entering it waits until a task can be taken.

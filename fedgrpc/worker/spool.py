@@ -85,7 +85,7 @@ class SpooledUpdate:
         return self.header.manifest.size_bytes
 
     def is_of(self, run: str) -> bool:
-        """Whether the update may belong to the run of this id; one that is unknown matches every run."""
+        """Return whether the update may belong to the run of this id; an unknown one matches every run."""
         return not run or not self.task.run_id or self.task.run_id == run
 
     @contextmanager
@@ -149,7 +149,7 @@ class Spool:
             remove_folder(folder)
 
     def doubt(self, update: SpooledUpdate) -> None:
-        """Have `updates` read the update through before returning it again, since it could not be read."""
+        """Mark an update that could not be read: `updates` then reads it through before returning it again."""
         self._sound.discard(update.folder)
 
     def count(self, run: str = "") -> int:

@@ -1,4 +1,4 @@
-"""What the owner of a worker sees and steers: the status it publishes, and its controls.
+"""Status that a worker publishes to its owner, and the owner's controls.
 
 The status is one immutable value, replaced on every change, with any number of watchers.
 """
