@@ -21,8 +21,8 @@ from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.storage.model_file import write_model
 from fedgrpc.trainer import Weights
+from fedgrpc.worker.guarded_trainer import first_weights
 from fedgrpc.worker.task_loader import load_trainer
-from fedgrpc.worker.training import first_weights
 
 _model = Declare("The model")
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from fedgrpc.errors import FedgrpcError
 from fedgrpc.trainer import EvalResult, Trainer, TrainJob
-from fedgrpc.worker import validation
 from fedgrpc.worker.task_loader import load_trainer
 
 
@@ -22,8 +21,8 @@ def train_pooled(trainer: Trainer, job: TrainJob, rounds: int) -> Iterator[EvalR
     """Train from the initial weights for `rounds` times `job.epochs` epochs, scoring after each."""
     weights = trainer.initial_weights()
     for number in range(rounds):
-        weights = validation.train_result(trainer.train(weights, replace(job, round=number))).weights
-        yield validation.eval_result(trainer.evaluate(weights))
+        weights = trainer.train(weights, replace(job, round=number)).weights
+        yield trainer.evaluate(weights)
 
 
 def _main() -> None:

@@ -1,4 +1,4 @@
-"""Find the learning task that `--task` names, construct its trainer, and guard the trainer's calls."""
+"""Find the learning task that `--task` names, and construct its trainer."""
 
 from __future__ import annotations
 
@@ -6,38 +6,14 @@ import importlib
 import inspect
 import os
 import sys
-import traceback
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import structlog
-
-from fedgrpc.codec.layout import Layout
-from fedgrpc.errors import FedgrpcError, TaskError, UsageError
+from fedgrpc.errors import UsageError
 from fedgrpc.process import rest_while_waiting
-from fedgrpc.submodels.channels import ChannelMap
-from fedgrpc.trainer import (
-    Cancelled,
-    EvalResult,
-    LocalExamples,
-    SliceableTrainer,
-    TaskSetup,
-    TensorsByReason,
-    Trainer,
-    TrainJob,
-    TrainResult,
-    Weights,
-    activation_bytes,
-    full_width_tensors,
-    local_examples,
-    model_layout,
-    roles,
-    tied_names,
-)
-
-log = structlog.get_logger()
+from fedgrpc.trainer import TaskSetup, Trainer
+from fedgrpc.worker.guarded_trainer import guarded, users_code
 
 
 def load_trainer(
@@ -66,11 +42,9 @@ def load_trainer(
     """
     setup = TaskSetup(model, data, device, partition, part, seed, dict(options or {}), threads)
     task = find_task(reference, here)
-    with _blaming(reference):
+    with users_code(reference):
         trainer = _construct(task, setup, reference)
-    if isinstance(trainer, SliceableTrainer):
-        return _GuardedSliceableTrainer(trainer, reference)
-    return _GuardedTrainer(trainer, reference)
+    return guarded(trainer, reference)
 
 
 def find_task(reference: str, here: bool = True) -> type:
@@ -83,7 +57,7 @@ def find_task(reference: str, here: bool = True) -> type:
         raise UsageError(f"task {reference!r} must be the name of a module, without .py: {module_name[:-3]}")
     if here and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a console script, unlike `python -m`, does not look beside the user
-    with _blaming(reference):
+    with users_code(reference):
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
@@ -179,93 +153,3 @@ def _parse_option(name: str, text: str, default: object) -> object:
         except ValueError:
             raise UsageError(f"option {name} must be a number like {default}, not {text!r}") from None
     return text
-
-
-@contextmanager
-def _blaming(reference: str) -> Iterator[None]:
-    """Turn any exception of the user's code into a `TaskError` of one line that names the task."""
-    try:
-        yield
-    except (Cancelled, FedgrpcError):
-        raise
-    except (Exception, SystemExit) as error:
-        log.debug("the learning task raised", task=reference, exc_info=True)
-        text = " ".join(str(error).split())[:300]
-        where = _line_of(error, reference)
-        raise TaskError(f"task {reference} raised {type(error).__name__}: {text}{where}") from error
-
-
-def _line_of(error: BaseException, reference: str) -> str:
-    """Return the innermost line of the task's own package and notes, else the library's line."""
-    if isinstance(error, SyntaxError):
-        return ""  # its text says where
-    package = reference.partition(":")[0].partition(".")[0]
-    lines = list(traceback.walk_tb(error.__traceback__))
-    own = [line for line in lines if line[0].f_globals.get("__name__", "").partition(".")[0] == package]
-    parts = [str(note) for note in getattr(error, "__notes__", [])]
-    if own or (lines and not parts):
-        frame, number = (own or lines)[-1]
-        parts.append(f"{Path(frame.f_code.co_filename).name}:{number}")
-    return f" ({'; '.join(parts)})" if parts else ""
-
-
-class _GuardedTrainer:
-    """Trainer whose exceptions are turned into `TaskError`."""
-
-    def __init__(self, inner: Trainer, reference: str) -> None:
-        self._inner = inner
-        self._reference = reference
-
-    def initial_weights(self) -> Weights:
-        with _blaming(self._reference):
-            return self._inner.initial_weights()
-
-    def roles(self) -> Mapping[str, str]:
-        """As `roles`."""
-        with _blaming(self._reference):
-            return roles(self._inner)
-
-    def tied_names(self) -> Mapping[str, tuple[str, ...]]:
-        """As `tied_names`."""
-        with _blaming(self._reference):
-            return tied_names(self._inner)
-
-    def layout(self) -> Layout:
-        """As `model_layout`."""
-        with _blaming(self._reference):
-            return model_layout(self._inner)
-
-    def activation_bytes(self, width: float) -> int:
-        """As `activation_bytes`."""
-        with _blaming(self._reference):
-            return activation_bytes(self._inner, width)
-
-    def local_examples(self) -> LocalExamples | None:
-        """As `local_examples`."""
-        with _blaming(self._reference):
-            return local_examples(self._inner)
-
-    def train(self, weights: Weights, job: TrainJob) -> TrainResult:
-        with _blaming(self._reference):
-            return self._inner.train(weights, job)
-
-    def evaluate(self, weights: Weights) -> EvalResult | None:
-        with _blaming(self._reference):
-            return self._inner.evaluate(weights)
-
-
-class _GuardedSliceableTrainer(_GuardedTrainer):
-    """`_GuardedTrainer` of a trainer that can train sub-models."""
-
-    def __init__(self, inner: SliceableTrainer, reference: str) -> None:
-        super().__init__(inner, reference)
-        self._sliceable = inner
-
-    def channels(self) -> ChannelMap:
-        with _blaming(self._reference):
-            return self._sliceable.channels()
-
-    def full_width_tensors(self) -> TensorsByReason:
-        """As `full_width_tensors`."""
-        with _blaming(self._reference):
-            return full_width_tensors(self._sliceable)

@@ -1,6 +1,6 @@
 """The local work of a worker: training and scoring with the user's learning task, in threads.
 
-The rule: whatever users' code raises or returns costs its task, never the worker.
+The rule: whatever users' code raises or returns costs its task, never the worker (fedgrpc.worker.guarded_trainer).
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from fedgrpc.storage.files import storage_errors
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.plan import TASK_PARTS, WORKER_PARTS, LocalModelPlan
 from fedgrpc.trainer import (
-    Cancelled,
     Epoch,
     EvalResult,
     LocalExamples,
@@ -42,13 +41,11 @@ from fedgrpc.trainer import (
     full_width_tensors,
     local_examples,
     model_layout,
-    roles,
-    tied_names,
 )
 from fedgrpc.v1 import aggregator_pb2
-from fedgrpc.worker import validation
 from fedgrpc.worker.client import Report
 from fedgrpc.worker.device import resident_bytes
+from fedgrpc.worker.guarded_trainer import first_weights, guarded, users_code
 from fedgrpc.worker.local_work import TaskFiles
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Fill, SpooledUpdate
@@ -113,7 +110,7 @@ class TrainerWork:
         """See `LocalWork.prepare`."""
         if self._trainer is not None:
             return False
-        self._trainer = await asyncio.to_thread(self._build_trainer, registration)
+        self._trainer = guarded(await asyncio.to_thread(self._build_trainer, registration))
         self._process_bytes = resident_bytes()
         return True
 
@@ -230,8 +227,7 @@ def parts_of(trainer: Trainer) -> frozenset[str]:
 def evaluate(trainer: Trainer, weights: Weights, hooks: Hooks) -> EvalResult | None:
     """Score `weights` on local held-out data; None if there is none. Raises TaskError."""
     started_s = time.monotonic()
-    with users_code():
-        result = validation.eval_result(trainer.evaluate(weights))
+    result = trainer.evaluate(weights)
     hooks.throttle.rest(time.monotonic() - started_s, hooks.stop)
     return result
 
@@ -252,15 +248,7 @@ def described(trainer: Trainer, process_bytes: int, tell_channels: bool) -> Mode
 def initialize(trainer: Trainer) -> Outcome:
     """Return the untrained weights of the task's model. Raises TaskError."""
     weights, layout = first_weights(trainer)
-    with users_code():
-        return Outcome(weights, 0, channels=_channels(trainer, wanted=False), layout=layout)
-
-
-def first_weights(trainer: Trainer) -> tuple[Weights, Layout]:
-    """Return the untrained weights and their layout. Raises TaskError; TaskUnfit if no run can use them."""
-    with users_code():
-        weights = validation.initial_weights(trainer.initial_weights())
-        return weights, validation.initial_layout(roles(trainer), tied_names(trainer), weights)
+    return Outcome(weights, 0, channels=_channels(trainer, wanted=False), layout=layout)
 
 
 def train(
@@ -271,9 +259,8 @@ def train(
     if lacking := needed - parts_of(trainer):
         raise TaskError(f"this learning task cannot do the local model's {', '.join(sorted(lacking))}")
     job = job_of(task, hooks)
-    with users_code():
-        result = validation.train_result(trainer.train(weights, job))
-        metrics = {**result.metrics, **_local_scores(trainer, result, task, hooks, scores)}
+    result = trainer.train(weights, job)
+    metrics = {**result.metrics, **_local_scores(trainer, result, task, hooks, scores)}
     return Outcome(
         result.weights,
         result.example_count,
@@ -348,19 +335,6 @@ def _tell_epoch(epoch: Epoch, task: Task) -> None:
         batches=epoch.batches,
         seconds=round(epoch.seconds, 2),
     )
-
-
-@contextmanager
-def users_code() -> Iterator[None]:
-    """Turn whatever a call of the trainer raises into a TaskError of one line."""
-    try:
-        yield
-    except (Cancelled, FedgrpcError):
-        raise
-    except Exception as error:
-        log.debug("the learning task raised", exc_info=True)
-        text = " ".join(str(error).split())
-        raise TaskError(f"the learning task raised {type(error).__name__}: {text}") from error
 
 
 @contextmanager
