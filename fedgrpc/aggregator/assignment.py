@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import structlog
@@ -49,9 +50,20 @@ class TaskAssigner:
 
     async def select(self, select: Select) -> None:
         """Choose workers and record their tasks; only then are these offered."""
+        idle = self._idle(self._run.current, select)
+        with self._fleet.reserving(idle):
+            await self._give(await self._choose(self._run.current, idle, select.count))
+
+    def _idle(self, round_: RoundInProgress, select: Select) -> tuple[str, ...]:
+        """Names of the workers that may be chosen."""
+        coordinator = self._coordinator
+        trainers = self._run.idle_trainers(self._fleet, coordinator.clock())
+        idle = tuple(name for name in trainers if name not in select.exclude)
+        return coordinator.first_model.largest(idle) if round_.kind is TaskKind.INITIALIZE else idle
+
+    async def _give(self, selected: Selected) -> None:
+        """Record the tasks, and then offer them."""
         coordinator, run = self._coordinator, self._run
-        selected = await self._choose(run.current, select)
-        coordinator.chosen = frozenset(worker for _, worker in selected.tasks)
         opened = run.foresee(selected, coordinator.clock()).current.state.phase is RoundPhase.REPORTING
         if not (selected.tasks and opened):
             coordinator.apply(selected)
@@ -61,27 +73,22 @@ class TaskAssigner:
             # It was ended, by an operator or the deadline, while the models were encoded.
             coordinator.apply(selected)
             return
-        await coordinator.apply_after(TasksGiven(selected, contexts), self._store)
+        workers = [worker for _, worker in selected.tasks]
+        await coordinator.apply_after(TasksGiven(selected, contexts), partial(self._store, workers))
         self._tell(run.current.state, selected)
         for token, reason in failed.items():
             if run.wants(token):
                 coordinator.reject(token, reason)
-        for _, worker in selected.tasks:
+        for worker in workers:
             # To encode a large model takes its time, in which it may have left.
             coordinator.take_back(worker)
 
-    async def _choose(self, round_: RoundInProgress, select: Select) -> Selected:
+    async def _choose(self, round_: RoundInProgress, idle: tuple[str, ...], count: int) -> Selected:
         coordinator, state = self._coordinator, round_.state
         rng = np.random.default_rng([self._settings.seed, state.number, len(state.tasks)])
-        trainers = self._run.idle_trainers(self._fleet, coordinator.clock())
-        idle = tuple(name for name in trainers if name not in select.exclude)
-        if round_.kind is TaskKind.INITIALIZE:
-            idle = coordinator.first_model.largest(idle)
-        # Nobody who may be chosen is forgotten meanwhile.
-        coordinator.chosen = frozenset(idle)
         choosing = self._settings.choosing if round_.kind is TaskKind.TRAIN else SelectionPolicy()
         histories = self._fleet.histories()
-        choices, deadline = await asyncio.to_thread(choosing.choose, state, idle, select.count, histories, rng)
+        choices, deadline = await asyncio.to_thread(choosing.choose, state, idle, count, histories, rng)
         if round_.due_at is not None:
             left_s = max(0.0, round_.due_at - coordinator.clock())
             if deadline is None or left_s < deadline.seconds:
@@ -96,13 +103,12 @@ class TaskAssigner:
         told = {"deadline_s": round(after.deadline_s, 3), "reason": after.deadline_reason}
         self._log.info("tasks offered", round=after.number, workers=workers, **(told if told["reason"] else {}))
 
-    async def _store(self, after: RunMachine) -> None:
-        """Keep the round with its new tasks, and that their workers were chosen."""
+    async def _store(self, chosen: list[str], after: RunMachine) -> None:
+        """Keep the round with its new tasks, and that these workers were chosen."""
         coordinator, round_, now = self._coordinator, after.current, self._coordinator.clock()
         state = round_.state
         assert state.deadline_at is not None
         wall_deadline = time.time() + state.deadline_at - now
-        chosen = (name for name in coordinator.chosen if self._fleet.find(name) is not None)
         histories = {name: self._fleet.get(name).history.chosen(state.number) for name in chosen}
 
         def store() -> None:

@@ -1,5 +1,10 @@
 """The coordinator: the async shell of one run.
 
+    fedgrpc.aggregator.worker_calls     registering, polling, heartbeats
+    fedgrpc.aggregator.receiver         updates
+    fedgrpc.aggregator.driver           rounds
+    fedgrpc.aggregator.version_scores   scores of versions
+
 The rule: everything that the run knows is in its `RunMachine`, which only `apply` and `apply_after` change. Events
 are applied at once, on the event loop, by whoever brings them. What takes time, selecting with its durable record
 and committing, is done by one task (`fedgrpc.aggregator.driver`). What others hear of is stored first: a task
@@ -12,39 +17,28 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import TypeVar
 
 import structlog
 
 from fedgrpc import claims
-from fedgrpc.aggregator.answers import Beat
 from fedgrpc.aggregator.encoded_models import EncodedModels
 from fedgrpc.aggregator.first_model_source import FirstModelSource
 from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
-from fedgrpc.aggregator.registry import Allowance, Worker, WorkerRegistry
-from fedgrpc.aggregator.scores import for_log
+from fedgrpc.aggregator.recorded_rounds import RecordedRounds
+from fedgrpc.aggregator.registry import WorkerRegistry
 from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.training_instructions import TrainingInstructions
 from fedgrpc.aggregator.wakeups import PacedWakeups
 from fedgrpc.aio import Changes
 from fedgrpc.errors import (
-    FedgrpcError,
-    RoundClosed,
     UnknownTask,
-    UnknownWorker,
-    UnusableUpdate,
-    UsageError,
-    WrongIdentity,
 )
 from fedgrpc.metrics import Metrics
-from fedgrpc.protocol.descriptions import ModelDescription
-from fedgrpc.protocol.devices import bounded_registration
-from fedgrpc.protocol.rounds import RoundRecords
 from fedgrpc.rounds.events import (
     Cancel,
     CarryOver,
@@ -52,24 +46,20 @@ from fedgrpc.rounds.events import (
     Failed,
     Finished,
     Offer,
-    Progress,
     Rejected,
     Select,
     TaskPhase,
     WorkersAvailable,
 )
-from fedgrpc.rounds.round import RoundPhase, time_left
-from fedgrpc.rounds.version import Jump, Measure
+from fedgrpc.rounds.round import RoundPhase
+from fedgrpc.rounds.version import Measure
 from fedgrpc.rpc.identity import Session
-from fedgrpc.runs.evaluations import Evaluation
 from fedgrpc.runs.events import (
-    DeviceReplaced,
     Drop,
     Effect,
     Ended,
     Ending,
     EndReason,
-    Evaluated,
     EvaluatorPolled,
     Event,
     Paused,
@@ -77,13 +67,10 @@ from fedgrpc.runs.events import (
     RollBack,
     RollBackAsked,
     RunPhase,
-    TargetMet,
     TaskClosed,
     UpdateAccepted,
-    VersionKnown,
     WorkerLeft,
     WorkerPolled,
-    WorkerTold,
 )
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.round_in_progress import check_ended_task
@@ -92,8 +79,6 @@ from fedgrpc.runs.weights import Weighing
 from fedgrpc.storage.data_folder import DataFolder
 from fedgrpc.storage.run_store import RunStore, StoredRun
 from fedgrpc.storage.uploads import UploadJournal
-from fedgrpc.v1.aggregator_pb2 import RegisterRequest
-from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -109,7 +94,7 @@ _QUIET = (WorkerPolled, EvaluatorPolled)
 
 
 class Coordinator:
-    """One run, and everything that workers and operators may do to it. Lives on one event loop."""
+    """One run: its machine and collaborators, and what operators may do to it. Lives on one event loop."""
 
     def __init__(
         self,
@@ -140,21 +125,16 @@ class Coordinator:
         self.first_model = FirstModelSource(self.fleet, settings.roles, lambda: self.clock())
         self.sessions = Sessions(self.fleet, settings.heartbeat_s, lambda: self.clock())
         self.machine = RunMachine(_rules(settings, self.first_model.may_give), secrets.token_hex(8), time.time())
-        self.last_record: RoundRecord | None = None
+        self.records = RecordedRounds(store, self.in_database, self.fleet)
         # What the driver is to carry out, in this order.
         self.effects: deque[Select | Commit | Finished | Drop] = deque()
         self.stopping = False
         self.wake = asyncio.Event()
         self.changes = Changes()
-        # Who is about to be offered a task.
-        self.chosen: frozenset[str] = frozenset()
-        self._records = RoundRecords()
         self._wakeups = PacedWakeups()
         self._task_closed: list[Callable[[str, str], None]] = []
         self._rolled_back: asyncio.Future[None] | None = None
         self._changing_phase = asyncio.Lock()
-        self._registering = asyncio.Lock()
-        self._registering_rests_until = 0.0
         self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._log = log.bind(run=settings.run_name)
         self.data_folder = DataFolder(self._log, self.changes.notify)
@@ -231,112 +211,7 @@ class Coordinator:
         task = state.tasks[token]
         self._log.info(event, round=state.number, worker=task.worker, reason=task.reason)
 
-    # What workers do.
-
-    async def register(self, registration: RegisterRequest, session: Session = _ANONYMOUS, peer: str = "") -> None:
-        """Add or renew a worker, durably. Raises `UsageError`, `WrongIdentity`, `Exhausted` and `NameTaken`."""
-        self.fleet.check(registration)
-        registration = bounded_registration(registration)
-        self.settings.roles.check(registration)
-        self.negotiation.check(registration)
-        await self.sessions.claim(registration.worker, session, peer)
-        if not self.fleet.knows(registration, session):
-            # After an outage a whole fleet comes back at once with nothing new to store. Registrations are stored
-            # one at a time, so that what a round stores waits for one of them at most.
-            async with self._registering:
-                await self._rest_from_registering()
-                began = time.monotonic()
-                await self._save_worker(registration, session)
-                now = time.monotonic()
-                self._registering_rests_until = now + min(_LONGEST_REST_S, _REGISTERING_REST * (now - began))
-                # Another process may have been faster.
-                await self.sessions.claim(registration.worker, session, peer)
-                worker = self.fleet.register(registration, self.clock())
-            self._log.info("worker registered", worker=worker.name, device=registration.device.device_class)
-        else:
-            worker = self.fleet.register(registration, self.clock())
-        if self.sessions.take(worker, session, peer):
-            self.apply(DeviceReplaced(worker.name))
-        self.wake.set()
-
-    @property
-    def asks_channels(self) -> bool:
-        """Whether workers that register are to tell the channels of the model."""
-        # The plans of a leaf come with its parent's tasks, when it is too late to ask.
-        leads_for_a_parent = not self.machine.makes_versions and self.local_models.channels is None
-        return self.local_models.wants_channels or leads_for_a_parent
-
-    async def describe(self, name: str, description: ModelDescription) -> None:
-        """Keep what a worker says of the model. Raises `UnknownWorker` and `StorageError`."""
-        worker = self.fleet.get(name)
-        worker.heard(self.clock())
-        worker.description = replace(description, channels=None)
-        if description.channels is not None:
-            await asyncio.to_thread(self.local_models.learn, description.channels, self.machine.layout)
-        if not self.machine.began:
-            self.first_model.tell_lacking()
-        self.wake.set()
-
-    async def _rest_from_registering(self) -> None:
-        """Wait until a crowd of new names has left the disk to the rounds for a while."""
-        await asyncio.sleep(max(0.0, self._registering_rests_until - time.monotonic()))
-
-    async def _save_worker(self, registration: RegisterRequest, session: Session) -> None:
-        """Store a registration, and make room for it where there is none. Raises `Exhausted`."""
-        if (known := self.fleet.find(registration.worker)) is not None:
-            known.changes = known.changes or Allowance()
-            known.changes.take(self.clock())
-        else:
-            run = self.machine
-            at_work = () if run.round is None else run.round.state.workers
-            keep = {*at_work, *self.chosen, *run.leases}
-            forgotten = self.fleet.make_room(registration.worker, keep, self.clock())
-            if forgotten:
-                self._log.warning(
-                    "workers forgotten", count=len(forgotten), reason="they never delivered an update"
-                )
-                await self.in_database(self.store.forget_workers, forgotten)
-        await self.in_database(self.store.save_worker, registration, str(session))
-
-    async def poll(
-        self,
-        name: str,
-        wait_s: float,
-        held: tuple[int, bytes] | None = None,
-        new_examples: int | None = None,
-    ) -> str | None:
-        """The token of the worker's task, as soon as it has one; None after `wait_s`, and once the run has ended.
-
-        Raises `UnknownWorker`, also for one that registered when this run had other encodings or named others.
-        """
-        worker = self.fleet.get(name)
-        try:
-            self.negotiation.check(worker.registration)
-            self.settings.roles.check(worker.registration)
-        except (UsageError, WrongIdentity) as error:
-            raise UnknownWorker(f"register again: {error}") from error
-        worker.heard(self.clock())
-        self.apply(WorkerPolled(name, held, new_examples))
-        limit = asyncio.timeout(min(wait_s, self.settings.poll_wait_s))
-        with self.fleet.polling(worker, limit):
-            self.wake.set()
-            try:
-                async with limit:
-                    # A poll that is challenged ends, for the caller to show that it is alive.
-                    while not (self.machine.ended or self.stopping or worker.holder.challenge):
-                        worker.woken.clear()
-                        if token := self._token_for(worker):
-                            return token
-                        await worker.woken.wait()
-            except TimeoutError:
-                pass
-            except asyncio.CancelledError:
-                worker.holder.hung_up = worker.polls == 1
-                raise
-            finally:
-                worker.last_seen = self.clock()
-        self.apply(WorkerTold(name))
-        return None
+    # Tasks and workers.
 
     def release_calls(self) -> None:
         """The aggregator is about to end: open polls and watches return, so that nothing waits for them."""
@@ -349,35 +224,6 @@ class Coordinator:
         seen = -1
         while self.fleet.any_alive_but(self.machine.told, self.clock()):
             seen = await self.changes.wait(seen)
-
-    def _token_for(self, worker: Worker) -> str | None:
-        """The task of a worker that polls; an expired one is its own again."""
-        run = self.machine
-        if worker.evaluator:
-            self.apply(EvaluatorPolled(worker.name, secrets.token_urlsafe(18)))
-            evaluation = run.evaluation_of(worker.name)
-            return None if evaluation is None else evaluation.token
-        token = run.task_of(worker.name)
-        if token is not None:
-            phase = run.current.state.find(token).phase
-            self.apply(Progress(token, TaskPhase.OFFERED if phase is TaskPhase.EXPIRED else phase))
-        return token
-
-    async def heartbeat(self, name: str, token: str, phase: TaskPhase, fraction: float) -> Beat:
-        """Extend a lease. Raises `UnknownTask` and `WrongIdentity`."""
-        self.fleet.get(name).heard(self.clock())
-        run = self.machine
-        if run.evaluations.find(name, token):
-            return Beat(cancel=False)
-        try:
-            if await self.check_open(name, token) is TaskPhase.ACCEPTED:
-                # Its acknowledgement may be on the way: a worker told to stop would drop an update that counts.
-                return Beat(cancel=False)
-            self.apply(Progress(token, phase, fraction))
-        except RoundClosed as error:
-            return Beat(cancel=True, reason=str(error))
-        stale = run.current.is_stale(token)
-        return Beat(cancel=False, time_left_s=None if stale else time_left(run.current.state, self.clock()))
 
     async def check_open(self, name: str, token: str) -> TaskPhase:
         """The phase of a task that may still send or has sent its update.
@@ -393,46 +239,11 @@ class Coordinator:
             raise UnknownTask("no task has this token")
         return check_ended_task(name, row.worker, row.phase, row.reason)
 
-    async def accepted_bytes(self, token: str) -> int:
-        """Payload bytes of an update that was accepted; 0 where the record of its round has gone."""
-        round_ = self.machine.round
-        if round_ is not None and (report := round_.context(token).report) is not None:
-            return report.upload_bytes
-        row = await self.in_database(self.store.task, token)
-        record = None if row is None else await self.in_database(self.store.round, row.round)
-        tasks = () if row is None or record is None else record.tasks
-        return next((task.upload_bytes for task in tasks if row is not None and task.worker == row.worker), 0)
-
     def reject(self, token: str, reason: str) -> None:
         """Record that an update was refused, for good."""
         round_, reason = self.machine.round_of(token), claims.REASON.cleaned(reason)
         self._log.warning("update refused", round=round_.number, worker=round_.worker_of(token), reason=reason)
         self.apply(Rejected(token, reason))
-
-    def leave_out(self, error: UnusableUpdate) -> None:
-        """An update that was accepted cannot be averaged: it is rejected, and the round goes on without it."""
-        round_ = self.machine.round_of(error.token)
-        worker, reason = round_.worker_of(error.token), claims.REASON.cleaned(str(error))
-        # What nobody raised on purpose is a fault of this program, too.
-        surprise = None if isinstance(error.__cause__, FedgrpcError | None) else error.__cause__
-        self._log.warning("update left out", round=round_.number, worker=worker, reason=reason, exc_info=surprise)
-        self.apply(Rejected(error.token, reason))
-
-    async def give_back(self, name: str, token: str, reason: str) -> None:
-        """The worker cannot do its task. Idempotent. Raises `UnknownTask` and `WrongIdentity`."""
-        reason = claims.REASON.cleaned(reason)
-        if evaluation := self.machine.evaluations.find(name, token):
-            self.apply(Evaluated(evaluation, None))
-            self._news()
-        else:
-            try:
-                if await self.check_open(name, token) is TaskPhase.ACCEPTED:
-                    return
-                self.apply(Failed(token, reason))
-            except RoundClosed:
-                return
-        # Only once it is known to be this worker's: a stranger would fill the log.
-        self._log.warning("task given back", worker=name, reason=reason)
 
     def leave(self, name: str) -> None:
         """The worker ends: who waits for it looks again. Raises `UnknownWorker`."""
@@ -442,7 +253,7 @@ class Coordinator:
         worker.left = True
         # It may have been told to end while the answer to its poll was on the way.
         self.take_back(name)
-        self._news()
+        self.news()
 
     def take_back(self, name: str) -> None:
         """A task goes to another when its worker has left and has not begun it. Raises `UnknownWorker`."""
@@ -473,52 +284,6 @@ class Coordinator:
             self.apply(Rejected(token, why, withdrawn=True))
             self._log.warning("update dropped", worker=name, round=round_.number, reason=why)
 
-    async def score(self, task: Evaluation, metrics: dict[str, float], example_count: int) -> None:
-        """Keep an evaluator's scores with the round that wrote the version."""
-        self.apply(Evaluated(task, metrics, example_count))
-        found = self.machine.evaluations.scores_of(task.version)
-        mean = metrics if found is None else found[1]
-        told = for_log(mean, "worker", "version")
-        self._log.info("version scored", worker=task.worker, version=task.version, **told)
-        await self.keep_scores(task.version, evaluator=mean)
-        self._news()
-
-    async def keep_scores(
-        self,
-        version: int,
-        workers: Mapping[str, float] | None = None,
-        evaluator: Mapping[str, float] | None = None,
-        of_sub_models: bool = False,
-        not_finite: Sequence[str] = (),
-    ) -> None:
-        """Add scores of `version` to the record of the round that wrote it, and end the run if they will do.
-
-        `of_sub_models`: those of the workers are of their sub-models of it. `not_finite`: names of others.
-        Scores of evaluators that the operator has not named are shown, and nothing else.
-        """
-        versions = self.machine.versions
-        self.metrics.observe_scores(workers or {}, "global")
-        self.metrics.observe_scores(evaluator or {}, "evaluator")
-        told = {**(workers or {}), **(evaluator or {})}
-        jump = Jump.SCORES if versions.score_jumps(version, told) else Jump.NONE
-        record = await self.in_database(
-            self.store.add_scores, version, workers or {}, evaluator or {}, of_sub_models, not_finite, jump
-        )
-        for known in await self.in_database(self.store.versions, [version]):
-            if version in versions:
-                self.apply(VersionKnown(known))
-        if jump is not Jump.NONE:
-            self._log.warning("scores are far worse than the best", version=version, scores=told)
-        if record is None:
-            return
-        if self.last_record is not None and self.last_record.number == record.number:
-            self.last_record = record
-        target = self.settings.target
-        trusted = {**(workers or {}), **((evaluator or {}) if self.settings.evaluators_named else {})}
-        if target is not None and target.met(trusted):
-            self.apply(TargetMet(f"version {version} has {target}"))
-        self._news()
-
     # What operators do.
 
     async def pause(self) -> None:
@@ -539,7 +304,7 @@ class Coordinator:
         """Enter a phase once it is stored: nobody hears of one that a process that died might have forgotten."""
         async with self._changing_phase:
             await self.apply_after(event, self._store_run)
-        self._news()
+        self.news()
 
     async def roll_back(self, version: int, reason: str) -> None:
         """Go on from a kept version, or (0) from a new first model; returns once that is durable.
@@ -548,7 +313,7 @@ class Coordinator:
         """
         self.apply(RollBackAsked(RollBack(version, reason)))
         self._rolled_back = done = asyncio.get_running_loop().create_future()
-        self._news()
+        self.news()
         await asyncio.shield(done)
 
     def answer_roll_back(self, error: Exception | None = None) -> None:
@@ -575,7 +340,7 @@ class Coordinator:
     async def save_run(self) -> None:
         """Make the run durable as it stands, and let everybody look."""
         await self._store_run(self.machine)
-        self._news()
+        self.news()
 
     async def _store_run(self, run: RunMachine) -> None:
         stored = StoredRun(
@@ -589,22 +354,10 @@ class Coordinator:
         )
         await self.in_database(self.store.save_run, stored)
 
-    def _news(self) -> None:
+    def news(self) -> None:
+        """Let the driver and all watchers look."""
         self.wake.set()
         self.changes.notify()
-
-    @property
-    def round_number(self) -> int:
-        """Of the round in progress, else of the last one; 0: there was none."""
-        if self.machine.round is not None:
-            return self.machine.round.number
-        return 0 if self.last_record is None else self.last_record.number
-
-    def record(self) -> RoundRecord | None:
-        """The round in progress, else the last one."""
-        if self.machine.round is None:
-            return self.last_record
-        return self._records.record(self.machine.round, self.clock())
 
     def workers_available(self) -> WorkersAvailable:
         """Who could take a task of the round now."""

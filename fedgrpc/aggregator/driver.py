@@ -13,18 +13,17 @@ from functools import partial
 
 import structlog
 
+from fedgrpc import claims
 from fedgrpc.aggregator.accepted_updates import AcceptedUpdates
 from fedgrpc.aggregator.assignment import TaskAssigner
 from fedgrpc.aggregator.coordinator import Coordinator
-from fedgrpc.aggregator.histories import histories_after, histories_of
+from fedgrpc.aggregator.histories import histories_of
 from fedgrpc.aggregator.recovery import Recovery
 from fedgrpc.aggregator.round_source import OwnRounds, RoundSource
-from fedgrpc.aggregator.scores import for_log
 from fedgrpc.aggregator.upkeep import Upkeep
-from fedgrpc.errors import CodecError, IllegalTransition, UnusableUpdate, UpdateRefused
-from fedgrpc.protocol.rounds import record_of
-from fedgrpc.rounds.events import AbandonCause, Abort, Commit, Finished, Select, Tick
-from fedgrpc.rounds.history import WorkerHistory
+from fedgrpc.aggregator.version_scores import VersionScores
+from fedgrpc.errors import CodecError, FedgrpcError, IllegalTransition, UnusableUpdate, UpdateRefused
+from fedgrpc.rounds.events import AbandonCause, Abort, Commit, Finished, Rejected, Select, Tick
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.round import RoundPhase, wake_at, wants_workers
 from fedgrpc.rounds.version import Jump, Version
@@ -32,7 +31,6 @@ from fedgrpc.runs.events import Drop, RoundEnded, RoundOpened, RunPhase, Updates
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.round_in_progress import DroppedTask, RoundInProgress
 from fedgrpc.runs.weights import Merge
-from fedgrpc.storage.run_store import carried_rows, rows_of
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 log = structlog.get_logger()
@@ -55,6 +53,7 @@ class Driver:
         self._assigner = TaskAssigner(coordinator)
         self._upkeep = Upkeep(coordinator)
         self._updates = AcceptedUpdates(coordinator.journal, coordinator.models, coordinator.local_models)
+        self._scores = VersionScores(coordinator)
         self._source = rounds(coordinator, self._upkeep, self._updates)
         # Of the round that ended last.
         self._record = RoundRecord()
@@ -127,42 +126,25 @@ class Driver:
             merged = UpdatesMerged(version, layout, merge, time.monotonic() - begun)
             await self._coordinator.apply_after(merged, partial(self._store_end, version=version))
         except UnusableUpdate as error:
-            self._coordinator.leave_out(error)
+            self._leave_out(error)
         except (CodecError, UpdateRefused) as error:
             self._coordinator.apply(Abort(str(error), AbandonCause.UNUSABLE))
 
     async def _store_end(self, after: RunMachine, version: Version | None = None) -> None:
-        """Make durable how a round has ended, and then remember it; with a thousand tasks that takes its time."""
-        coordinator, round_, now = self._coordinator, after.current, self._coordinator.clock()
+        """Make durable how a round has ended."""
+        self._record = await self._coordinator.records.end(after.current, self._coordinator.clock(), version)
 
-        def store() -> tuple[RoundRecord, dict[str, WorkerHistory]]:
-            record = record_of(round_, now)
-            rows = [*rows_of(round_), *carried_rows(round_, now)]
-            histories = histories_after(round_, coordinator.fleet)
-            coordinator.store.finish_round(record, rows, histories, version)
-            return record, histories
+    def _leave_out(self, error: UnusableUpdate) -> None:
+        """Reject an accepted update that cannot be averaged. The round continues without it."""
+        round_ = self._run.round_of(error.token)
+        worker, reason = round_.worker_of(error.token), claims.REASON.cleaned(str(error))
+        # What nobody raised on purpose is a fault of this program, too.
+        surprise = None if isinstance(error.__cause__, FedgrpcError | None) else error.__cause__
+        self._log.warning("update left out", round=round_.number, worker=worker, reason=reason, exc_info=surprise)
+        self._coordinator.apply(Rejected(error.token, reason))
 
-        self._record, histories = await coordinator.in_database(store)
-        coordinator.fleet.remember(histories)
-        if coordinator.last_record is None or self._record.number >= coordinator.last_record.number:
-            # Before the version is known, whose scores the record is given.
-            coordinator.last_record = self._record
-
-    async def _keep_scores(self, round_: RoundInProgress) -> None:
-        """What the workers of a committed round say of the version they were given."""
-        scores = self._merge.scores
-        if scores.metrics:
-            told = for_log(scores.metrics, "version", "by")
-            self._log.info("version scored", version=round_.base_version, by="workers", **told)
-        if scores.not_finite:
-            self._log.warning("scores not finite", version=round_.base_version, names=scores.not_finite)
-        if scores.metrics or scores.not_finite:
-            await self._coordinator.keep_scores(
-                round_.base_version,
-                scores.metrics,
-                of_sub_models=scores.of_sub_models,
-                not_finite=scores.not_finite,
-            )
+    def _tell(self, round_: RoundInProgress) -> None:
+        """Log what a committed round has made."""
         number, version = round_.number, self._run.version
         if round_.kind is TaskKind.INITIALIZE:
             giver = next((round_.worker_of(token) for token in self._merge.weights), "")
@@ -184,7 +166,8 @@ class Driver:
         coordinator, run, round_ = self._coordinator, self._run, self._run.current
         if finished.committed:
             coordinator.local_models.observe(self._record, run.layout)
-            await self._keep_scores(round_)
+            await self._scores.by_workers(round_.base_version, self._merge.scores)
+            self._tell(round_)
         else:
             await self._store_end(run)
             self._log.warning("round abandoned", round=round_.number, reason=finished.reason)

@@ -18,6 +18,7 @@ from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.update_checks import ExpectedUpdate, decoding_bytes, examine, max_header_bytes, verify
 from fedgrpc.aggregator.upload_queue import UploadSlots, UploadStream
 from fedgrpc.aggregator.upload_reader import ByteBudget, UploadReader
+from fedgrpc.aggregator.version_scores import VersionScores
 from fedgrpc.aio import to_its_end, until_done
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.layout import Layout
@@ -61,6 +62,7 @@ class Receiver:
         self._run = coordinator.machine
         self._settings = settings
         self._journal = journal
+        self._scores = VersionScores(coordinator)
         self._limits = Limits(
             max_payload_bytes=settings.max_payload_bytes, max_content_bytes=settings.max_payload_bytes
         )
@@ -119,10 +121,21 @@ class Receiver:
         if self._run.evaluations.find(worker, token):
             return Held(0, not self._run.evaluations.waiting_for(worker, self._run.version))
         if await self._coordinator.check_open(worker, token) is TaskPhase.ACCEPTED:
-            return Held(await self._coordinator.accepted_bytes(token), True)
+            return Held(await self._accepted_bytes(token), True)
         retry_after_s = self._slots.wait_s(token)
         size_bytes = await asyncio.to_thread(self._journal.committed_bytes, token)
         return Held(size_bytes, False, retry_after_s)
+
+    async def _accepted_bytes(self, token: str) -> int:
+        """Payload bytes of an update that was accepted; 0 where the record of its round has gone."""
+        round_ = self._run.round
+        in_database, store = self._coordinator.in_database, self._coordinator.store
+        if round_ is not None and (report := round_.context(token).report) is not None:
+            return report.upload_bytes
+        row = await in_database(store.task, token)
+        record = None if row is None else await in_database(store.round, row.round)
+        tasks = () if row is None or record is None else record.tasks
+        return next((task.upload_bytes for task in tasks if row is not None and task.worker == row.worker), 0)
 
     async def _score(self, evaluation: Evaluation, header: UpdateHeader) -> None:
         """Take an evaluator's scores, which come in a header alone."""
@@ -130,7 +143,7 @@ class Receiver:
         if not_finite := metrics_from_proto(dict.fromkeys(header.scores_not_finite, 0.0)):
             self._log.warning("scores not finite", worker=header.worker, names=sorted(not_finite))
         example_count = claims.EXAMPLES.checked(header.evaluation_example_count)
-        await self._coordinator.score(evaluation, scores, example_count)
+        await self._scores.by_evaluator(evaluation, scores, example_count)
 
     def _expected(self, header: UpdateHeader) -> ExpectedUpdate:
         """What the task asks of its update, whatever its round becomes while the bytes come."""

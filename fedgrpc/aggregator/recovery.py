@@ -85,8 +85,7 @@ class Recovery:
         for registration, history in await coordinator.in_database(lambda: list(store.workers())):
             session = Session.parse(sessions.get(registration.worker, ""))
             coordinator.fleet.restore(registration, history, coordinator.clock(), session)
-        coordinator.last_record = await coordinator.in_database(store.round)
-        coordinator.apply(RoundsRestored(coordinator.last_record.number if coordinator.last_record else 0))
+        coordinator.apply(RoundsRestored(await coordinator.records.restore()))
         await self._recover_model()
         await self._take_settings(changed)
         await self._recall_costs()

@@ -17,8 +17,8 @@ from fedgrpc.aggregator.accepted_updates import AcceptedUpdates
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.new_version import NewVersion
 from fedgrpc.aggregator.recovery import Recovery
-from fedgrpc.aggregator.scores import for_log
 from fedgrpc.aggregator.upkeep import Upkeep
+from fedgrpc.aggregator.version_scores import for_log
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import NotFound, StorageError
 from fedgrpc.protocol.records import jump_to_proto
@@ -142,8 +142,7 @@ class OwnRounds:
             record.evaluator_metrics.update(version.evaluator_metrics)
 
             async def store(after: RunMachine) -> None:
-                await coordinator.in_database(coordinator.store.finish_round, record, [], {}, version)
-                coordinator.last_record = record
+                await coordinator.records.roll_back(record, version)
 
             await coordinator.apply_after(RolledBack(version, layout, number), store)
         except (StorageError, NotFound) as error:

@@ -22,6 +22,7 @@ from fedgrpc.aggregator.roles import check_claim, check_still
 from fedgrpc.aggregator.task_terms import TaskTerms
 from fedgrpc.aggregator.upload_reader import UploadChunks
 from fedgrpc.aggregator.watching import Pieces, Watching, watch_interval_s
+from fedgrpc.aggregator.worker_calls import WorkerCalls
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import LayoutError, NotFound, UsageError, WrongOffset
@@ -36,6 +37,7 @@ from fedgrpc.rpc.identity import Session, peer_of
 from fedgrpc.runs.task_context import Downlink
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2, tensor_pb2
+from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 _MAX_PAGE = 1000
 _AROUND_CHUNK_BYTES = 64 << 10
@@ -55,6 +57,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self._store = coordinator.store
         self._settings = coordinator.settings
         self._settings_text = settings_text
+        self._calls = WorkerCalls(coordinator)
         self._receiver = Receiver(coordinator, coordinator.journal)
         self._watching = Watching(self._watched, lambda: coordinator.changes.revision)
         self._pieces = Pieces()
@@ -70,7 +73,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext
     ) -> pb.RegisterResponse:
         check_claim(caller(), request)
-        await self._coordinator.register(request, Session.of(context), peer_of(context))
+        await self._calls.register(request, Session.of(context), peer_of(context))
         return pb.RegisterResponse(
             run=self._settings.run_name,
             run_id=self._run.id,
@@ -82,7 +85,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             learning_task=self._settings.learning_task,
             model=self._settings.model,
             describe_model=True,
-            tell_channels=self._coordinator.asks_channels,
+            tell_channels=self._calls.asks_channels,
         )
 
     def _check_caller(self, context: grpc.aio.ServicerContext, worker: str) -> None:
@@ -99,7 +102,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self, request: pb.DescribeModelRequest, context: grpc.aio.ServicerContext
     ) -> pb.DescribeModelResponse:
         self._check_caller(context, request.worker)
-        await self._coordinator.describe(request.worker, description_from_proto(request))
+        await self._calls.describe(request.worker, description_from_proto(request))
         return pb.DescribeModelResponse()
 
     async def PollTask(
@@ -108,7 +111,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self._check_caller(context, request.worker)
         held = (request.held_version, _digest(request.held_sha256)) if request.held_version else None
         new = claims.EXAMPLES.clamped(request.new_examples) if request.HasField("new_examples") else None
-        token = await self._coordinator.poll(request.worker, duration_from_proto(request.wait), held, new)
+        token = await self._calls.poll(request.worker, duration_from_proto(request.wait), held, new)
         if token is None:
             return pb.PollTaskResponse(run_ended=self._run.ended)
         return pb.PollTaskResponse(task=self._terms.message(request.worker, token))
@@ -146,7 +149,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     ) -> pb.HeartbeatResponse:
         self._check_caller(context, request.worker)
         phase = _open_phase(request.phase)
-        beat = await self._coordinator.heartbeat(
+        beat = await self._calls.heartbeat(
             request.worker, request.token, phase, min(1.0, max(0.0, request.progress))
         )
         response = pb.HeartbeatResponse(cancel=beat.cancel, reason=beat.reason)
@@ -179,7 +182,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self, request: pb.ReportFailureRequest, context: grpc.aio.ServicerContext
     ) -> pb.ReportFailureResponse:
         self._check_caller(context, request.worker)
-        await self._coordinator.give_back(request.worker, request.token, request.reason)
+        await self._calls.give_back(request.worker, request.token, request.reason)
         return pb.ReportFailureResponse()
 
     async def Leave(self, request: pb.LeaveRequest, context: grpc.aio.ServicerContext) -> pb.LeaveResponse:
@@ -198,7 +201,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             phase=pb.RunPhase.Name(state.phase),
             reason=state.ending.text or ("" if state.began else self._coordinator.first_model.lacking()),
             model_version=state.version,
-            current_round=self._coordinator.round_number,
+            current_round=self._round_number(),
             total_rounds=self._coordinator.instructions.rounds or 0,
             software_version=__version__,
             settings=self._settings_text,
@@ -215,13 +218,23 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         run.started_at.FromNanoseconds(int(state.started_at * 1e9))
         return run
 
+    def _round_number(self) -> int:
+        """Of the round in progress, else of the last one; 0: there was none."""
+        if self._run.round is not None:
+            return self._run.round.number
+        last = self._coordinator.records.last
+        return 0 if last is None else last.number
+
+    def _record(self) -> RoundRecord | None:
+        return self._coordinator.records.shown(self._run.round, self._coordinator.clock())
+
     async def GetRound(
         self, request: pb.GetRoundRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetRoundResponse:
         wanted, start = request.number if request.HasField("number") else None, 0
         if request.page_token:
             wanted, start = _numbers(request.page_token, 2, "GetRound")
-        record = self._coordinator.record()
+        record = self._record()
         if wanted is not None and (record is None or record.number != wanted):
             record = await self._coordinator.in_database(self._store.round, min(wanted, _MAX_ROUND))
         if record is None:
@@ -256,7 +269,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
                 await asyncio.sleep(interval_s)
 
     def _watched(self) -> pb.WatchRoundsResponse:
-        record = self._coordinator.record()
+        record = self._record()
         return pb.WatchRoundsResponse(
             run=self._run_message(), round=None if record is None else page_of(record)[0]
         )

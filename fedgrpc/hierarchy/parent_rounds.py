@@ -158,7 +158,7 @@ class ParentRounds:
 
     async def _show(self, shown: VersionToScore, done: asyncio.Future[None]) -> None:
         """Make a version known to evaluators before there is a round of it, if there ever is one."""
-        record = self._coordinator.last_record
+        record = self._coordinator.records.last
         try:
             if self._run.version < shown.version:
                 written_in = 0 if record is None else record.number

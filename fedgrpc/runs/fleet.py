@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Container, Iterator
+from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
 from fedgrpc.errors import Exhausted, UnknownWorker
@@ -44,6 +46,7 @@ class Fleet(Generic[M]):
         self._away_after_s = away_after_s
         self._polls_kept_until = -math.inf
         self._doubted: set[str] = set()
+        self._reserved: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[M]:
         return iter(self._workers.values())
@@ -65,14 +68,14 @@ class Fleet(Generic[M]):
     def make_room(self, name: str, keep: Container[str], now: float) -> list[str]:
         """Forget workers for a new one called `name`, if there is no room; the names of those forgotten.
 
-        Only those that never delivered an update are, and none in `keep`: they lose nothing but their place, and
-        register again if they are there. Those that poll give way only now and then.
+        Only those that never delivered an update are, and none that is reserved or in `keep`: they lose nothing
+        but their place, and register again if they are there. Those that poll give way only now and then.
 
         Raises `Exhausted` when there is nobody to forget.
         """
         if name in self._workers or len(self._workers) < self._max_workers:
             return []
-        idle = [w for w in self if not w.history.accepted and w.name not in keep]
+        idle = [w for w in self if not (w.history.accepted or w.name in keep or w.name in self._reserved)]
         silent = sorted((w for w in idle if not w.polls), key=lambda w: (self.alive(w, now), w.last_seen))
         count = max(1, self._max_workers // _FORGOTTEN_SHARE)
         if not silent and now >= self._polls_kept_until:
@@ -82,6 +85,20 @@ class Fleet(Generic[M]):
             why = f"the limit of {self._max_workers} workers is reached"
             raise Exhausted(why, retry_after_s=self._away_after_s)
         return [self._workers.pop(worker.name).name for worker in silent[:count]]
+
+    @contextmanager
+    def reserving(self, names: Collection[str]) -> Iterator[None]:
+        """Forget none of these workers while the block runs: they are about to be given tasks."""
+        self._reserved.update(names)
+        try:
+            yield
+        finally:
+            self._reserved -= Counter(names)
+
+    @property
+    def reserved(self) -> frozenset[str]:
+        """Names of the workers that are not forgotten now."""
+        return frozenset(self._reserved)
 
     def alive(self, worker: M, now: float) -> bool:
         """Return whether the worker polls, or was heard of lately, and has not left."""

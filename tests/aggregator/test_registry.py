@@ -133,6 +133,18 @@ def test_workers_that_never_delivered_make_room_for_new_ones_the_longest_silent_
     assert {worker.name for worker in fleet} == {"a", "b", "other"}
 
 
+def test_who_is_about_to_be_given_a_task_is_not_forgotten_for_as_long_as_any_run_reserves_it():
+    fleet = WorkerRegistry(max_workers=3, away_after_s=10.0)
+    full(fleet)
+    with fleet.reserving(("b",)):
+        with fleet.reserving(("b", "c")):
+            assert fleet.reserved == {"b", "c"}
+            with pytest.raises(Exhausted):
+                fleet.make_room("d", (), 20.0)
+        assert fleet.make_room("d", (), 20.0) == ["c"]
+    assert fleet.reserved == frozenset()
+
+
 def test_those_who_deliver_or_work_are_never_forgotten_and_those_who_poll_only_now_and_then(fleet):
     polling = full(fleet)
     with fleet.polling(polling):

@@ -8,6 +8,7 @@ from fedgrpc.aggregator.assignment import TaskAssigner
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.recovery import Recovery
+from fedgrpc.aggregator.worker_calls import WorkerCalls
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.errors import IllegalTransition, RoundClosed, StorageError, UnknownTask, UsageError, WrongIdentity
 from fedgrpc.metrics import Metrics
@@ -31,6 +32,7 @@ class Shell:
         self.coordinator = coordinator
         self.run = coordinator.machine
         self.fleet = coordinator.fleet
+        self.calls = WorkerCalls(coordinator)
         self.assigner = TaskAssigner(coordinator)
         self._polls = polls
 
@@ -43,7 +45,7 @@ class Shell:
                 encodings=ENCODING_NAMES,
                 compressions=compressions,
             )
-            await self.coordinator.register(request)
+            await self.calls.register(request)
             self._polls.enter_context(self.fleet.polling(self.fleet.get(name)))
 
     def open(self):
@@ -122,7 +124,7 @@ async def test_who_receives_uploads_hears_of_each_closed_task(tmp_path):
         a, b = shell.token("a"), shell.token("b")
         shell.coordinator.apply(Rejected(a, "not finite"))
         assert list(closed) == [a]
-        await shell.coordinator.give_back("b", b, "out of memory")
+        await shell.calls.give_back("b", b, "out of memory")
         assert "out of memory" in closed[b]
 
 

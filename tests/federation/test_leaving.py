@@ -69,7 +69,7 @@ async def test_a_worker_that_leaves_while_tasks_are_being_stored_keeps_none(tmp_
         try:
             async with asyncio.timeout(60):
                 # Both are chosen, and their tasks wait for the database.
-                while coordinator.chosen != {"staying", "leaving"} or not coordinator.machine.round.state.asked:
+                while coordinator.fleet.reserved != {"staying", "leaving"}:
                     await running.run()
                 await running.stub.Leave(pb.LeaveRequest(worker="leaving"))
         finally:
