@@ -80,7 +80,7 @@ def reuse_memory() -> bool:
     """Make glibc keep memory for reuse. Return False where the C library is another or the user has tuned it.
 
     By default glibc gives each thread an arena of its own, takes blocks of a megabyte from the system and gives
-    them back again and again. The system clears each page anew, which costs more than hashing what is written
+    them back again and again. The system clears each page again, which costs more than hashing what is written
     there. One arena for all threads, which keeps what a round of a large model needs, avoids that cost. Call this
     before threads start.
     """

@@ -294,7 +294,7 @@ class Coordinator:
         """Open no further round until an operator says so: it would end as the last ones did."""
         if not self.machine.ended and self.machine.phase is not RunPhase.PAUSED:
             await self._set_phase(Paused(reason))
-            self._log.error("the run has paused itself", reason=reason, hint="`fedgrpc resume` goes on")
+            self._log.error("the run has paused itself", reason=reason, hint="`fedgrpc resume` continues it")
 
     async def resume(self) -> None:
         """Open rounds again. Raises `IllegalTransition` when the run has ended."""

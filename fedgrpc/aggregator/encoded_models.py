@@ -1,6 +1,6 @@
 """Payloads of model versions, each encoded once and shared by every worker that pulls it.
 
-encoded/000007-3.payload    version 7 in one recipe, or its difference; made anew by each process
+encoded/000007-3.payload    version 7 in one recipe, or its difference; made again by each process
 delta-bases/                versions as devices hold them (fedgrpc.aggregator.delta_bases)
 
 The rule: whatever recipe made what a worker holds, the difference is to that. A worker that holds what few others

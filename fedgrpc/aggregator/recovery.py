@@ -118,15 +118,15 @@ class Recovery:
     async def _take_settings(self, changed: Mapping[str, str]) -> None:
         """Tell what has changed, and keep the settings: nothing refuses to start any more."""
         if OPTIMIZER in changed:
-            log.warning("the server optimizer's state begins anew", changed=changed[OPTIMIZER])
+            log.warning("the server optimizer starts over", changed=changed[OPTIMIZER])
             await asyncio.to_thread(self._models.forget_optimizer_state)
         if changed:
             log.info("settings changed", run=self._settings.run_name, changed=dict(changed))
         await self._coordinator.in_database(self._store.save_settings, compared_text(self._settings))
 
     async def _check_folder(self, known: bool) -> None:
-        """Folder and database are of one run and one time. Raises `UsageError` where they are not: to go on would
-        begin the run anew, or write over what it has made.
+        """Check that folder and database are of one run and one time. Raises `UsageError` where they are not:
+        continuing would start the run over, or overwrite what it has made.
         """
         folder = self._settings.data_dir
         version = await self._coordinator.in_database(self._store.latest_version)
@@ -146,7 +146,7 @@ class Recovery:
             # One is that of a commit which a crash cut off.
             raise UsageError(
                 f"the data folder {folder} holds model version {newer[-1]}, but its database is older and ends "
-                f"with {recorded}: restore both from one copy, or remove the models above {recorded} to go on"
+                f"with {recorded}: restore both from one copy, or remove the models above {recorded} to continue"
             )
         elif version is not None and version.sha256 and recorded not in versions:
             raise UsageError(
@@ -190,7 +190,7 @@ class Recovery:
             if last is not None and last.first_model != first:
                 raise UsageError(
                     f"initial_model {model.path} is not the model that the run in {self._settings.data_dir} began "
-                    "from; leave it out, or take another data folder. To begin anew from it, tell the running "
+                    "from; leave it out, or take another data folder. To start over from it, tell the running "
                     "aggregator `fedgrpc pause` and `fedgrpc rollback 0`, and start it again with this file"
                 )
             return

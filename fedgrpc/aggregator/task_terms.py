@@ -1,7 +1,7 @@
 """Terms of a task, found by its token: the model that its worker pulls, and what it is told when it polls.
 
 The rule: what was agreed on with a worker holds for as long as it has the task, whatever it or the settings say
-meanwhile. Only of an evaluation, which nobody records, it is agreed on anew.
+meanwhile. Only those of an evaluation, which has no record, are agreed on again.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ No error of the disk says that content is wrong. Only content that was read says
 file that cannot be read now (EIO, EMFILE, ENOMEM, EACCES, a mount that went away for a moment) is kept and tried
 again later. Nothing is removed for it, and nothing is taken for absent.
 
-Files as large as the model are written over rather than made anew (`RecycledFiles`). A new file needs new blocks,
+Files as large as the model are overwritten rather than created (`RecycledFiles`). A new file needs new blocks,
 new pages in the cache, and a commit of the file system's journal; one that is overwritten has them all. On a
 machine whose hypervisor takes back free memory, the new pages alone cost twenty times as much as the write.
 """

@@ -8,7 +8,7 @@ Number and header may also have a file of their own; the payload then begins at 
 The rule: the committed count never says more than what is there. Bytes are written before their count, and a file
 is continued only where its header is the same and the committed bytes have their CRC-32.
 
-A file whose sync has failed is given up, and its sender begins anew: Linux takes the pages for clean from then on,
+A file whose sync has failed is given up, and its sender starts over: Linux takes the pages for clean from then on,
 so a second sync would succeed without writing them (https://wiki.postgresql.org/wiki/Fsync_Errors).
 """
 

@@ -9,7 +9,7 @@ The rule: the coverage is the same on any machine and with any version of numpy.
 
 prefix    the first channels: HeteroFL (arXiv 2010.01264)
 rolling   a window that moves by one channel each round and wraps around: FedRolex (arXiv 2212.01548)
-random    drawn anew each round: Federated Dropout (arXiv 1812.07210)
+random    drawn again each round: Federated Dropout (arXiv 1812.07210)
 magnitude those with the largest weights: structured pruning (arXiv 1608.08710)
 """
 

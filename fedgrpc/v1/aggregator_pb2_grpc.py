@@ -359,9 +359,9 @@ class AggregatorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RollBackRun(self, request, context):
-        """Goes on from a version that is kept: a copy of it becomes the latest version, and the server optimizer's state
-        begins anew. The round in flight is abandoned, unless it is committing already; no update of it, or carried over,
-        counts. Version 0: begins anew, with a round that asks for initial weights. Answers once it is durable.
+        """Continues from a version that is kept: a copy of it becomes the latest version, and the server optimizer's state
+        starts over. The round in flight is abandoned, unless it is committing already; no update of it, or carried over,
+        counts. Version 0: starts over, with a round that asks for initial weights. Answers once it is durable.
         NOT_FOUND: the version is not kept. FAILED_PRECONDITION: the run has ended, another rollback is under way, or this
         aggregator has a parent, which makes the versions.
         """
