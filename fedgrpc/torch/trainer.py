@@ -34,6 +34,8 @@ from fedgrpc.torch.optimizer import Optimizer, TrainingStep
 from fedgrpc.torch.weights import named_tensors, taken_weights, tensor_roles, uncompiled, weights_of
 from fedgrpc.trainer import EvalResult, LocalExamples, TaskSetup, TrainJob, TrainResult, Weights, weight_shapes
 
+# Scoring keeps one layer's activations, training all. So twice the batch takes less memory than training does.
+_EVALUATION_BATCHES = 2
 _EVALUATION_BATCH = 512
 
 Forward = Callable[[Tensor], Tensor]
@@ -295,8 +297,9 @@ def _mean_loss(losses: list[Tensor], examples: list[int]) -> float:
 @torch.no_grad()
 def _means(task: LearningTask, model: Forward, held_out: Batches) -> dict[str, float]:
     sums: dict[str, Tensor] = {}
-    for start in range(0, len(held_out), _EVALUATION_BATCH):
-        indices = np.arange(start, min(start + _EVALUATION_BATCH, len(held_out)))
+    count = max(1, min(_EVALUATION_BATCH, _EVALUATION_BATCHES * task.batch_size))
+    for start in range(0, len(held_out), count):
+        indices = np.arange(start, min(start + count, len(held_out)))
         inputs, targets = held_out.batch(indices)
         prepared = task.prepare(inputs, False)
         with _naming_batch(prepared, targets):

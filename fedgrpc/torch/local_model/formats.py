@@ -104,6 +104,10 @@ class FloatFormat:
         spare = carrier_bits - self.significand_bits
         uniform = None if rounding == NEAREST else _uniform(values, generator)
         rounded = _round_normal(values, bits, total_bits, spare, uniform)
+        if self.exponent_bits == 8 and self.infinities and values.dtype is torch.float32 and not saturate:
+            # The format has float32's exponents: the same bits are dropped from subnormals, and a carry past the
+            # largest number makes an infinity.
+            return torch.where(values.isnan(), values, rounded)
         tiny = values.abs() < math.ldexp(1.0, self.min_exponent)
         rounded = torch.where(tiny, self._round_tiny(values, carrier_bits, uniform), rounded)
         return self._overflowed(values, rounded, saturate)
