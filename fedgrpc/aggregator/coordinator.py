@@ -29,11 +29,10 @@ from fedgrpc.aggregator.first_model_source import FirstModelSource
 from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.recorded_rounds import RecordedRounds
-from fedgrpc.aggregator.registry import WorkerRegistry
+from fedgrpc.aggregator.registry import PacedWakeups, WorkerRegistry
 from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.training_instructions import TrainingInstructions
-from fedgrpc.aggregator.wakeups import PacedWakeups
 from fedgrpc.aio import Changes
 from fedgrpc.errors import (
     UnknownTask,

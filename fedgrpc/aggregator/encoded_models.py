@@ -143,7 +143,7 @@ class EncodedModels:
         for path in self._folder.iterdir():
             path.unlink(missing_ok=True)
         self._bases = DeltaBases(data_dir / "delta-bases")
-        self._made: dict[Variant, asyncio.Task[EncodedModel]] = {}
+        self._made: dict[Variant, asyncio.Future[EncodedModel | None]] = {}
         self._whole_bytes: dict[tuple[Recipe, str], int] = {}
         self._looked_at: dict[Variant, float] = {}
         self._numbers = count(1)
@@ -162,7 +162,8 @@ class EncodedModels:
         variant = self._variant_for(pull)
         if variant is None:
             return EncodedModel.unchanged(pull.version)
-        encoded = await self._shared(variant)
+        encoded = await self._shared(variant) or await self._shared(Variant.whole_of(pull))
+        assert encoded is not None
         holds_it = pull.held == (pull.version, encoded.manifest.sha256)
         return EncodedModel.unchanged(pull.version) if holds_it else encoded
 
@@ -184,15 +185,19 @@ class EncodedModels:
         about = whole.version, whole.sub_model_name
         return sum(made.base is not None and (made.version, made.sub_model_name) == about for made in self._made)
 
-    async def _shared(self, variant: Variant) -> EncodedModel:
-        """Return a payload, made once for all who ask. One that changed on the disk is made again next time."""
+    async def _shared(self, variant: Variant) -> EncodedModel | None:
+        """Return a payload, made once for all who ask; None for a difference that is worth nothing.
+
+        One that changed on the disk is made again next time.
+        """
         if variant not in self._made:
-            self._made[variant] = asyncio.create_task(self._make(variant))
+            encode = self._encode if variant.base is None else self._encode_difference
+            self._made[variant] = asyncio.get_running_loop().run_in_executor(self._encoders, encode, variant)
         try:
             # The first to ask may leave while others wait for the same payload.
             made = await asyncio.shield(self._made[variant])
-            assert made.payload is not None
-            await self._look_at(variant, made.payload)
+            if made is not None and made.payload is not None:
+                await self._look_at(variant, made.payload)
         except FedgrpcError:
             self._made.pop(variant, None)
             raise
@@ -208,15 +213,6 @@ class EncodedModels:
             self.chunk_cache.forget(payload)
             log.error("encoded model has changed on the disk", version=variant.version, recipe=str(variant.recipe))
             raise StorageError(f"a payload of version {variant.version} has changed on the disk; ask again")
-
-    async def _make(self, variant: Variant) -> EncodedModel:
-        run = asyncio.get_running_loop().run_in_executor
-        if variant.base is None:
-            return await run(self._encoders, self._encode, variant)
-        assert variant.whole is not None
-        whole = replace(variant, recipe=variant.whole, base=None, whole=None, kept=not variant.sub_model.moves)
-        made = await run(self._encoders, self._encode_difference, variant)
-        return await self._shared(whole) if made is None else made
 
     def _encode_difference(self, variant: Variant) -> EncodedModel | None:
         """Encode a difference. None without such a base, or where the whole is smaller."""
@@ -307,12 +303,13 @@ class EncodedModels:
             return True
         if made.cancelled() or made.exception() is not None:
             return False
-        payload = made.result().payload
-        assert payload is not None
-        self.chunk_cache.forget(payload)
+        encoded = made.result()
+        if encoded is None or encoded.payload is None:
+            return False
+        self.chunk_cache.forget(encoded.payload)
         # Every stream holds its payload: once the references here are gone, only theirs are left.
-        pulling = weakref.ref(payload)
-        del made, payload
+        pulling = weakref.ref(encoded.payload)
+        del made, encoded
         return pulling() is not None
 
     def _remove_files(self, keep: frozenset[int], models: frozenset[int], pulled: set[int]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import deque
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Final
 
 from fedgrpc.errors import Exhausted, UsageError
 from fedgrpc.protocol.descriptions import ModelDescription
@@ -23,6 +25,14 @@ _MAX_POLLS = 4
 # Changed registrations of one name: each is written to the disk.
 _CHANGES = 10
 _CHANGE_S = 2.0
+
+# Open polls that are answered at once, and in how many steps a crowd of them is.
+_AT_ONCE: Final = 16
+_STEPS: Final = 64
+_PAUSE_S: Final = 0.005
+_LONGEST_PAUSE_S: Final = 0.1
+# After each step, this many times as long for everything else as the loop was late.
+_REST: Final = 2.0
 
 _TRUSTED = Trust()
 _UNDESCRIBED = ModelDescription()
@@ -180,3 +190,34 @@ class WorkerRegistry(Fleet[Worker]):
         """Let every open poll look again."""
         for worker in self:
             worker.woken.set()
+
+
+class PacedWakeups:
+    """Wakes the open polls of many workers in their order, a few at a time. Lives on one event loop.
+
+    A thousand polls answered in one go are followed by a thousand downloads, and any other call meanwhile waits
+    for all of them. So the next few are woken when the event loop has caught up with those before.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[asyncio.Event] = deque()
+        self._next: asyncio.TimerHandle | None = None
+
+    def wake(self, event: asyncio.Event) -> None:
+        """Set the event soon: at once when it is one of a few."""
+        if self._next is None:
+            self._schedule(0.0)
+        self._waiting.append(event)
+
+    def _schedule(self, pause_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        self._next = loop.call_later(pause_s, self._step, loop.time() + pause_s)
+
+    def _step(self, due: float) -> None:
+        """Set the next few, and rest the longer the later the loop is."""
+        for _ in range(min(len(self._waiting), max(_AT_ONCE, len(self._waiting) // _STEPS))):
+            self._waiting.popleft().set()
+        late_s = asyncio.get_running_loop().time() - due
+        self._next = None
+        if self._waiting:
+            self._schedule(min(max(_PAUSE_S, _REST * late_s), _LONGEST_PAUSE_S))

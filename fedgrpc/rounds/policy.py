@@ -9,8 +9,6 @@ from enum import IntEnum
 from itertools import accumulate
 from typing import Literal
 
-import numpy as np
-
 from fedgrpc import claims
 from fedgrpc.errors import UsageError
 
@@ -140,13 +138,6 @@ class RoundPolicy:
 def _ceil(value: float) -> int:
     """Return the ceiling, up to rounding: 10 x 1.1 is 11.000000000000002 in floats, and counts as 11."""
     return math.ceil(value - 1e-9 * value)
-
-
-def select_uniform(idle: tuple[str, ...], count: int, rng: np.random.Generator) -> tuple[str, ...]:
-    """Return up to `count` of `idle`, each subset of that size equally likely, whatever the order of `idle`."""
-    pool = sorted(idle)
-    chosen = rng.choice(len(pool), size=min(count, len(pool)), replace=False) if pool else ()
-    return tuple(pool[i] for i in sorted(chosen))
 
 
 # Among so few participants, one that is more than half is nothing to report.

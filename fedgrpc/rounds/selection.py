@@ -15,7 +15,6 @@ import numpy as np
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.events import Deadline
 from fedgrpc.rounds.history import Histories, WorkerHistory, expected_s, quantile, usual_parts
-from fedgrpc.rounds.policy import select_uniform
 from fedgrpc.rounds.round import Round, RoundPhase
 
 
@@ -66,9 +65,10 @@ _SHARE = 0.9
 
 
 def choose_uniform(idle: tuple[str, ...], count: int, rng: np.random.Generator) -> tuple[Choice, ...]:
-    """Return up to `count` of `idle`, each subset equally likely."""
-    chosen = select_uniform(idle, count, rng)
-    return tuple(Choice(worker, f"one of {len(idle)} by lot") for worker in chosen)
+    """Return up to `count` of `idle`, each subset of that size equally likely, whatever the order of `idle`."""
+    pool = sorted(idle)
+    drawn = rng.choice(len(pool), size=min(count, len(pool)), replace=False) if pool else ()
+    return tuple(Choice(pool[index], f"one of {len(pool)} by lot") for index in sorted(drawn))
 
 
 def choose_oort(

@@ -87,15 +87,27 @@ class Delivery:
                 raise RoundClosed(str(interruption)) from interruption
 
     async def _push(self, update: SpooledUpdate, moved: Callable[[float], None], new: bool) -> None:
+        # A new update has no bytes on the aggregator, so skip the query.
+        held = Pushed(0, False) if new else await self._client.query_push(update.token)
+        tries_left, wait_s = _TRIES, held.retry_after_s
         with update.reader() as read:
-            # A new update has no bytes on the aggregator, so skip the query.
-            held = Pushed(0, False) if new else await self._client.query_push(update.token)
-            for tries_left in reversed(range(_TRIES)):
-                if held.complete:
-                    return
+            while not held.complete:
+                if not tries_left:
+                    raise LinkError("the aggregator took the update's last byte but does not acknowledge it")
+                if wait_s:
+                    self._log_of(update).info("upload waits for a slot", wait_s=round(wait_s, 2))
+                    await asyncio.sleep(wait_s)
+                tries_left -= 1
                 try:
-                    if await self._push_in_turn(update, read, held, moved):
+                    if await self._client.push(update.header, read, held.committed_size_bytes, moved):
                         return
+                except Exhausted as refusal:
+                    if refusal.retry_after_s is None:
+                        raise
+                    # A refusal that names a delay is no failure and counts as no try. Waiting needs no bound of
+                    # its own, since the heartbeats run meanwhile and end it with the round.
+                    tries_left, wait_s = tries_left + 1, max(refusal.retry_after_s, _LEAST_WAIT_S)
+                    continue
                 except (WrongOffset, CorruptError) as error:
                     await self._explain(error, update, read, tries_left)
                 except TooLargeError:
@@ -103,29 +115,7 @@ class Delivery:
                     if not await self._client.takes_smaller_chunks():
                         raise
                 held = await self._client.query_push(update.token)
-        if held.complete:
-            return
-        raise LinkError("the aggregator took the update's last byte but does not acknowledge it")
-
-    async def _push_in_turn(
-        self, update: SpooledUpdate, read: Read, held: Pushed, moved: Callable[[float], None]
-    ) -> bool:
-        """Send as soon as the aggregator has a free upload slot.
-
-        A refusal that names a delay is no failure and counts as no try. Waiting needs no bound of its own, since
-        the heartbeats run meanwhile and end it with the round.
-        """
-        wait_s = held.retry_after_s
-        while True:
-            if wait_s:
-                self._log_of(update).info("upload waits for a slot", wait_s=round(wait_s, 2))
-                await asyncio.sleep(wait_s)
-            try:
-                return await self._client.push(update.header, read, held.committed_size_bytes, moved)
-            except Exhausted as refusal:
-                if refusal.retry_after_s is None:
-                    raise
-                wait_s = max(refusal.retry_after_s, _LEAST_WAIT_S)
+                wait_s = held.retry_after_s
 
     async def _explain(
         self, error: WrongOffset | CorruptError, update: SpooledUpdate, read: Read, tries_left: int

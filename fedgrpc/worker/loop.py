@@ -2,6 +2,15 @@
 
 Recovery has one path. Any failure of the link ends the session. The next session registers, sends what is in the
 spool, and polls. The aggregator then answers with the task still held, and its download resumes where it stopped.
+
+The class of an error says whether the same call may succeed later (`FedgrpcError.retryable`). These are retried:
+
+    the session         after every retryable error, without a bound (`Loop.run`)
+    a download          3 times, where bytes are damaged or of another payload (`TaskFiles.download`)
+    spooling            5 times, where the disk is full or cannot be written (`TaskFiles.store`)
+    an upload           3 times, where bytes are damaged or at another offset (`Delivery`)
+    an upload slot      without a bound, at the times that the aggregator tells (`Delivery`)
+    updates on disk     6 times, where a file cannot be read now (`Loop._unsent`)
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 
-from fedgrpc.aggregator.wakeups import PacedWakeups
+from fedgrpc.aggregator.registry import PacedWakeups
 
 
 def events(count):

@@ -4,13 +4,12 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgrpc.errors import UsageError
-from fedgrpc.rounds.policy import RoundPolicy, select_uniform
+from fedgrpc.rounds.policy import RoundPolicy
 
 
 @pytest.mark.parametrize(
@@ -65,28 +64,3 @@ def test_how_many_updates_a_round_wants_and_how_many_tasks_it_hands_out(
 def test_the_aim_is_the_exact_ceiling_of_the_fraction(percent: int, live_count: int) -> None:
     aim = RoundPolicy(fraction=percent / 100).aim(live_count)
     assert aim == max(1, -(-percent * live_count // 100))
-
-
-@given(
-    idle=st.sets(st.text("abcdef", min_size=1, max_size=3), max_size=20),
-    count=st.integers(0, 25),
-    seed=st.integers(0, 2**32),
-)
-def test_uniform_selection_takes_distinct_idle_workers_and_ignores_their_order(
-    idle: set[str], count: int, seed: int
-) -> None:
-    names = sorted(idle)
-    chosen = select_uniform(tuple(names), count, np.random.default_rng(seed))
-    assert len(chosen) == len(set(chosen)) == min(count, len(idle))
-    assert set(chosen) <= idle
-    assert chosen == select_uniform(tuple(reversed(names)), count, np.random.default_rng(seed))
-
-
-def test_uniform_selection_takes_every_worker_equally_often() -> None:
-    rng = np.random.default_rng(1)
-    counts = dict.fromkeys("abcde", 0)
-    for _ in range(5000):
-        for worker in select_uniform(tuple("abcde"), 2, rng):
-            counts[worker] += 1
-    # Each count is binomial(5000, 0.4): mean 2000, standard deviation 35.
-    assert all(abs(count - 2000) < 5 * 35 for count in counts.values())

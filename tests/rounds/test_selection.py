@@ -114,6 +114,32 @@ def test_a_seat_by_fairness_says_for_how_long_the_worker_has_waited() -> None:
     assert (choice.worker, choice.reason) == ("a", "has waited for 7 rounds")
 
 
+@given(
+    idle=st.sets(st.text("abcdef", min_size=1, max_size=3), max_size=20),
+    count=st.integers(0, 25),
+    seed=st.integers(0, 2**32),
+)
+def test_uniform_selection_takes_distinct_idle_workers_and_ignores_their_order(
+    idle: set[str], count: int, seed: int
+) -> None:
+    names = sorted(idle)
+    choices = choose_uniform(tuple(names), count, np.random.default_rng(seed))
+    chosen = [choice.worker for choice in choices]
+    assert len(chosen) == len(set(chosen)) == min(count, len(idle))
+    assert set(chosen) <= idle
+    assert choices == choose_uniform(tuple(reversed(names)), count, np.random.default_rng(seed))
+
+
+def test_uniform_selection_takes_every_worker_equally_often() -> None:
+    rng = np.random.default_rng(1)
+    counts = dict.fromkeys("abcde", 0)
+    for _ in range(5000):
+        for choice in choose_uniform(tuple("abcde"), 2, rng):
+            counts[choice.worker] += 1
+    # Each count is binomial(5000, 0.4): mean 2000, standard deviation 35.
+    assert all(abs(count - 2000) < 5 * 35 for count in counts.values())
+
+
 def test_uniform_choices_have_their_reason_too() -> None:
     chosen = choose_uniform(("a", "b", "c"), 2, _rng())
     assert len(chosen) == 2
