@@ -69,6 +69,8 @@ MERGED_UPDATES: Final = Range("the number of merged updates", 0, 1 << 32)
 # A count of examples, or a sum of such.
 WEIGHT: Final = Range("the weight", 0.0, float(1 << 40))
 ACCUMULATED_STEPS: Final = Range("the number of accumulated steps", 0.0, float(1 << 50))
+# The error of an update relative to its norm, squared.
+NOISE_RATIO: Final = Range("the noise ratio", 0.0, 1e6)
 # Bounds of float32, so that a reader in any language holds them.
 SCORE: Final = Range("a score", -1e30, 1e30)
 # Norm of a tensor of an update: squares of its elements fit float32, in which optimizers keep them.

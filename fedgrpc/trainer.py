@@ -150,6 +150,9 @@ class TrainResult:
     For a local model, `start` has the weights at the start of training (None: the given ones). `masks` says which
     elements of a tensor were trained (bool of its shape), and `clustered` which tensors have few different values.
     `tensor_bytes` are those of weights, gradients, optimizer state and the backward pass; 0 is unknown.
+
+    `noise_ratio` is what a number format did to the update d: ||d - d32||^2 / ||d32||^2, where d32 is that of the
+    same steps in float32. The update then weighs 1 / (1 + noise_ratio) of what it would; 0: none, or not measured.
     """
 
     weights: Weights
@@ -160,6 +163,7 @@ class TrainResult:
     masks: Weights = field(default_factory=dict)
     clustered: Collection[str] = ()
     tensor_bytes: int = 0
+    noise_ratio: float = 0.0
 
 
 @dataclass(frozen=True)

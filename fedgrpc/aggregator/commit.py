@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
 
-from fedgrpc.aggregation.inverse_variance import inverse_variance_weight, rounding_noise
 from fedgrpc.aggregation.mean import CoordinateMean
 from fedgrpc.aggregation.partial_aggregate import add_partial_aggregate
 from fedgrpc.aggregation.partial_update import coverage_of, unpack
@@ -31,7 +29,6 @@ from fedgrpc.runs.weights import Merge
 from fedgrpc.storage.files import RecycledFiles
 from fedgrpc.storage.model_file import ModelFile, ModelWriter
 from fedgrpc.submodels.coverage import Coverage
-from fedgrpc.submodels.plan import LocalModelPlan
 
 _GROUP_ELEMENTS = 1 << 20
 _SPAN_ELEMENTS = 1 << 20
@@ -61,23 +58,11 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Formats:
-    """The number formats in which an update was trained, by its plan, and in how many steps."""
-
-    plan: LocalModelPlan
-    steps: int
-
-    def noise(self, spec: TensorSpec, values: np.ndarray) -> np.ndarray | None:
-        """As `rounding_noise`, of the part of a tensor that the update covers."""
-        return rounding_noise(self.plan, spec.name, values, self.steps, len(spec.shape))
-
-
-@dataclass(frozen=True)
 class Commit:
     """What a new version is made of: a base, and the updates of `merge`, whose files `load` finds by token.
 
-    `formats` names the updates whose weight falls with their noise. `about` is for the metadata of the model's
-    file. A coordinate that no update covers keeps its value, and the optimizer what it remembers of it.
+    `about` is for the metadata of the model's file. A coordinate that no update covers keeps its value, and the
+    optimizer what it remembers of it.
     """
 
     base: ModelFile
@@ -87,7 +72,6 @@ class Commit:
     load: Load
     recycled: RecycledFiles | None = None
     about: Mapping[str, str] = field(default_factory=dict)
-    formats: Mapping[str, Formats] = field(default_factory=dict)
 
     @property
     def state_layout(self) -> Layout:
@@ -179,7 +163,7 @@ class Commit:
         if not indices:
             return {}
         specs = [self.base.layout[index] for index in indices]
-        means = means_of(specs, self.merge, load, self.base.named, self.formats)
+        means = means_of(specs, self.merge, load, self.base.named)
         return dict(zip(indices, means, strict=True))
 
     def _replaced(self, index: int, mean: CoordinateMean) -> np.ndarray:
@@ -255,7 +239,6 @@ def means_of(
     merge: Merge,
     load: Load,
     base: Callable[[str], np.ndarray],
-    formats: Mapping[str, Formats] = MappingProxyType({}),
 ) -> list[CoordinateMean]:
     """The mean of each of these tensors over the updates of `merge`.
 
@@ -287,15 +270,7 @@ def means_of(
                     whole = coverage_of(spec, sub_models[token])
                     values, coverage = unpack(spec.name, reader.names, reader.tensor, whole)
                     values = values if spread is None else spread.clipped(values, coverage)
-                    noise = None
-                    if token in formats and spec.is_trained:
-                        noise = formats[token].noise(spec, coverage.take(base(spec.name)))
-                    if noise is None:
-                        mean.add(values, weight, coverage, scale=scale)
-                    else:
-                        mean.add_each(
-                            values, weight * inverse_variance_weight(noise, values), coverage, scale=scale
-                        )
+                    mean.add(values, weight, coverage, scale=scale)
     return means
 
 

@@ -165,6 +165,7 @@ class Coordinator:
             settings.staleness_exponent,
             # A bound on norms is none on buffers, which are values and no differences.
             asked.clip_norm is not None or settings.max_update_norm is not None,
+            asked.noise_weights,
         )
 
     # The run.

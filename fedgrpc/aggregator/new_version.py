@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +12,6 @@ from types import MappingProxyType
 from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.accepted_updates import AcceptedUpdates
 from fedgrpc.aggregator.commit import Commit as CommitFiles
-from fedgrpc.aggregator.commit import Formats
 from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.settings import AggregatorSettings
@@ -68,7 +67,6 @@ class NewVersion:
             self._updates.load,
             self._models.recycled,
             about,
-            self._formats(round_, merge.weights),
         )
         try:
             paths = self._models.path(number), self._models.optimizer_state_path(number)
@@ -126,17 +124,6 @@ class NewVersion:
         about = about_version(self._settings.run_name, round_number, number, known.scores)
         tensors = (model.tensor(index) for index in range(len(model.layout)))
         return write_model(self._models.path(number), model.layout, tensors, about)
-
-    def _formats(self, round_: RoundInProgress, tokens: Iterable[str]) -> dict[str, Formats]:
-        """Of the updates whose say falls with the noise of their formats."""
-        if not self._settings.precision_weights:
-            return {}
-        plans = {token: round_.local_task(token).plan for token in tokens}
-        return {
-            token: Formats(plan, round_.report(token).steps)
-            for token, plan in plans.items()
-            if plan.arithmetic is not None or plan.quantization is not None
-        }
 
 
 def about_version(

@@ -86,7 +86,7 @@ class AggregatorSettings:
     upload_recipe: str = "int8+zstd"
     worker_weights: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     normalize_steps: bool = False
-    precision_weights: bool = False
+    noise_weights: bool = True
     staleness_exponent: float = 0.5
     server_optimizer: str = "fedavg"
     server_learning_rate: float | None = None
@@ -160,8 +160,6 @@ class AggregatorSettings:
             raise UsageError("clip_norm goes without normalize_steps, by which others' steps set lengths")
         if self.policy.max_share is None:
             return
-        if self.precision_weights:
-            raise UsageError("max_share goes without precision_weights: each coordinate has its own shares")
         if not all(covers_all(plan) for plan in self.local_models.plans):
             raise UsageError("max_share goes without local_models of a part: few workers share a coordinate")
 

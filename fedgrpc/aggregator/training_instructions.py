@@ -31,6 +31,7 @@ class TrainingInstructions:
     normalize_steps: bool
     max_examples: int | None
     clip_norm: float | None
+    noise_weights: bool
 
     @classmethod
     def from_settings(cls, settings: AggregatorSettings) -> TrainingInstructions:
@@ -54,6 +55,7 @@ class TrainingInstructions:
             leaf.normalize_steps,
             _lower(leaf.max_examples, settings.max_examples),
             _lower(leaf.clip_norm, settings.clip_norm),
+            not leaf.plain_weights,
         )
 
     def for_leaf(
@@ -69,6 +71,7 @@ class TrainingInstructions:
             normalize_steps=self.normalize_steps,
             max_examples=self.max_examples or 0,
             clip_norm=self.clip_norm or 0.0,
+            plain_weights=not self.noise_weights,
         )
 
 

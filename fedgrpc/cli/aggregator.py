@@ -181,8 +181,8 @@ SETTINGS: list[Setting] = [
         "Normalize updates by their local steps (FedNova); --momentum must be the one that workers use.",
     ),
     _mean(
-        "--precision-weights/--plain-weights",
-        "Weigh each coordinate by the inverse of the noise that the local model's number format adds.",
+        "--noise-weights/--plain-weights",
+        "An update weighs the less, the more noise its worker has measured of its number format.",
     ),
     _mean(
         "--staleness-exponent",

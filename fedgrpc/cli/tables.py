@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.text import Text
 
+from fedgrpc.aggregation.noise import say
 from fedgrpc.claims import printable
 from fedgrpc.cli.view import (
     ACCEPTED,
@@ -146,7 +147,7 @@ def task_table(record: Round) -> Table:
             str(task.example_count or ""),
             size(task.download_bytes) if task.download_bytes else "",
             size(task.upload_bytes) if task.upload_bytes else "",
-            note=task.reason or ("training changed nothing" if task.unchanged else ""),
+            note=task.reason or _remark(task),
         )
     if record.tasks_left_out:
         table.add_row(f"and {record.tasks_left_out} more")
@@ -254,6 +255,15 @@ def predictions_table(rounds: Sequence[Round]) -> Table:
         if tasks:
             return table
     return table
+
+
+def _remark(task: TaskRecord) -> str:
+    """What an operator should know of an accepted update."""
+    if task.unchanged:
+        return "training changed nothing"
+    return (
+        f"its number format adds noise: {say(task.noise_ratio):.2g} of its weight" if task.noise_ratio > 1 else ""
+    )
 
 
 def _beside(measured: str, expected: float, error: float | None, shown: Callable[[float], str] = seconds) -> str:

@@ -127,6 +127,7 @@ class Status:
     spooled_updates: int = 0
     last_error: str = ""
     task_kind: TaskKind | None = None
+    notice: str = ""
 
 
 def status_to_proto(status: Status) -> worker_pb2.Status:
@@ -143,5 +144,6 @@ def status_to_proto(status: Status) -> worker_pb2.Status:
         last_timings=timings_to_proto(status.last_timings),
         spooled_updates=status.spooled_updates,
         last_error=status.last_error,
+        notice=status.notice,
         task_kind=None if status.task_kind is None else round_pb2.TaskKind.Name(status.task_kind.value),
     )

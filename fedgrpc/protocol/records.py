@@ -84,6 +84,7 @@ def observation_from_proto(task: round_pb2.TaskRecord, size: PlanSize) -> Observ
         bits_per_element(upload_bytes, size.sent_elements, plan),
         plan,
         size.technique,
+        claims.NOISE_RATIO.clamped(task.noise_ratio),
     )
 
 

@@ -112,6 +112,7 @@ def _add_report(record: TaskRecord, report: Report, commit_s: float) -> None:
     record.tensor_bytes = report.tensor_bytes
     record.merged_updates = report.merged_updates
     record.unchanged = report.unchanged
+    record.noise_ratio = report.noise_ratio
 
 
 def agreed_from_proto(record: TaskRecord) -> Agreed | None:

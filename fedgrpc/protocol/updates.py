@@ -41,6 +41,7 @@ def report_to_proto(
         unchanged=report.unchanged,
         scores_of_sub_models=report.scores_of_sub_models,
         scores_not_finite=sorted(report.scores_not_finite),
+        noise_ratio=report.noise_ratio,
     )
 
 
@@ -82,4 +83,5 @@ def report_from_proto(header: UpdateHeader, policy: AdmissionPolicy) -> Report:
         header.unchanged,
         header.scores_of_sub_models,
         frozenset(metrics_from_proto(dict.fromkeys(header.scores_not_finite, 0.0))),
+        0.0 if header.merged_updates else claims.NOISE_RATIO.clamped(header.noise_ratio),
     )

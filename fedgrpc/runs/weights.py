@@ -15,6 +15,7 @@ from typing import Final
 
 from fedgrpc import claims
 from fedgrpc.aggregation.mean import mean_metrics
+from fedgrpc.aggregation.noise import say
 from fedgrpc.aggregation.scaling import (
     accumulated_steps,
     clip_scale,
@@ -89,6 +90,7 @@ class Merge:
 class Weighing:
     """Rules of the operator on weights: p_m of workers, and what an example count may weigh (None: all of it).
 
+    `by_noise`: an update weighs the less, the more noise its worker has measured of its number format.
     `leaves_named`: an aggregator is here because the operator named it, and its means count for all their workers.
     Of any other, a mean weighs no more than a worker's own update could. `max_share`: the largest share of one
     worker. `max_total`: the most that all updates weigh together. `normalize_steps`: updates count by their steps,
@@ -105,21 +107,27 @@ class Weighing:
     clip_norm: float | None = None
     staleness_exponent: float = 0.0
     clips_buffers: bool = False
+    by_noise: bool = True
 
     def weight_of(self, kind: TaskKind, worker: str, report: Report, here: Collection[str]) -> float:
         """Return p_m where the operator has set it for this worker, else the bounded count of examples.
 
+        Of a worker's own update it is times its say.
         A partial aggregate carries the sum of such weights. `here` are the workers of the round: what is set for
         these is in nobody's partial aggregate.
         """
         chosen = self.worker_weights if kind is TaskKind.TRAIN else {}
         if worker in chosen:
-            return chosen[worker]
+            return chosen[worker] * self._say(report)
         counted = self.examples(report.example_count, report)
         if not report.merged_updates:
-            return counted
+            return counted * self._say(report)
         elsewhere = math.fsum(weight for name, weight in chosen.items() if name not in here)
         return min(report.weight, counted + elsewhere if self.leaves_named else max(counted, elsewhere))
+
+    def _say(self, report: Report) -> float:
+        """The say of an update by the noise that its worker has measured; at most 1."""
+        return say(report.noise_ratio) if self.by_noise else 1.0
 
     def examples(self, claimed: int, report: Report) -> float:
         """Return the weight of a claimed count of examples."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedgrpc import claims
 from fedgrpc.submodels.channels import ChannelMap, SubModel, sub_shapes
@@ -34,6 +34,10 @@ FIRST_MODEL_COPIES = 2.0
 _ELEMENT_BYTES = 4
 # A smaller share of the model would make the ratio of two shares overflow.
 _LEAST_SHARE = 1e-12
+# An update with more noise than this, as `noise_ratio`, has less than a tenth of its weight: it adds nothing.
+USELESS_RATIO = 9.0
+# So many tasks show it. A history forgets them after its length of other tasks; then the plan is tried again.
+_USELESS_TASKS = 3
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Observation:
     """Measured cost of one task. `share` is that of the trained model, `tensor_bytes` are within the peak memory.
 
     `upload_bits` are bits per element of the update, pruned and clustered ones aside; 0 is unknown.
+    `noise_ratio` is what the plan's number format did to the update (`fedgrpc.aggregation.noise`).
     """
 
     share: float
@@ -82,6 +87,7 @@ class Observation:
     upload_bits: float = 0.0
     plan: LocalModelPlan | None = None
     technique: TechniqueCost = PLAIN
+    noise_ratio: float = 0.0
 
     @property
     def activation_bytes(self) -> int:
@@ -162,13 +168,34 @@ def choose_of(
     deadline_s: float,
     peers: Sequence[Observation] = (),
 ) -> PlanChoice:
-    """Choose from the table: the plan of the device's class, else the best automatic plan, else the default."""
+    """Choose from the table: the plan of the device's class, else the best automatic plan, else the default.
+
+    A plan whose number format has added nothing is left out of the automatic ones. In place of a device's only
+    plan comes the same one in float32, which takes no more memory than an emulated format does.
+    """
     if table.automatic and device_class not in table.classes:
-        return choose(table.automatic, size_of, device, history, deadline_s, peers)
+        ladder = [plan for plan in table.automatic if not adds_nothing(plan, history)]
+        if len(ladder) == len(table.automatic):
+            return choose(ladder, size_of, device, history, deadline_s, peers)
+        choice = choose(ladder or [_exact(table.automatic[-1])], size_of, device, history, deadline_s, peers)
+        return replace(choice, reason=f"{choice.reason}; another plan's number format adds nothing")
     plan = table.plan_of(device_class)
     pinned = device_class in table.classes
     reason = f"the plan of {device_class}" if pinned else "the plan of every device without one of its own"
+    if plan.arithmetic is not None and adds_nothing(plan, history):
+        reason = f"{reason}, in float32: its {plan.arithmetic.format} adds nothing"
+        plan = _exact(plan)
     return PlanChoice(plan, predict(device, history, size_of(plan), peers), reason)
+
+
+def adds_nothing(plan: LocalModelPlan, history: Sequence[Observation]) -> bool:
+    """Whether the tasks of this plan show that its number format leaves nothing of the update."""
+    ratios = [seen.noise_ratio for seen in history if seen.plan == plan]
+    return len(ratios) >= _USELESS_TASKS and statistics.median(ratios) > USELESS_RATIO
+
+
+def _exact(plan: LocalModelPlan) -> LocalModelPlan:
+    return replace(plan, arithmetic=None)
 
 
 def misfit(device: DeviceLimits, prediction: Prediction, deadline_s: float) -> str:

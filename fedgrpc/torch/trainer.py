@@ -10,7 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from fedgrpc.torch.label_adjustment import LabelAdjustment
 from fedgrpc.torch.local_model.levers import micro_batches
 from fedgrpc.torch.local_model.local_model import LocalModel
 from fedgrpc.torch.local_model.nested import Nested
+from fedgrpc.torch.local_model.noise import noise_ratio
 from fedgrpc.torch.local_model.slicing import SubModels
 from fedgrpc.torch.memory import TensorBytes
 from fedgrpc.torch.optimizer import Optimizer, TrainingStep
@@ -167,6 +168,9 @@ class TorchTrainer:
     def _train_local(self, module: nn.Module, given: Weights, job: TrainJob, plan: LocalModelPlan) -> TrainResult:
         if module is self._builder.whole:
             module = copy.deepcopy(uncompiled(module))
+        exact = (
+            LocalModel(copy.deepcopy(module), replace(plan, arithmetic=None), job.seed) if plan.emulated else None
+        )
         local = LocalModel(module, plan, job.seed)
         start = self._as_sent(weights_of(local.module))
         nested = self._nested(local.module, plan.nested)
@@ -182,14 +186,26 @@ class TorchTrainer:
         trained = self._as_sent(self._trained(local.module, given))
         clustered = tuple(local.clusters)
         masks = {name: mask.cpu().numpy() for name, mask in local.masks.items()}
+        noise = 0.0 if exact is None else self._noise(exact, job, plan, ran.steps, (start, trained))
         return TrainResult(
-            trained, len(self._data.train), ran.steps, metrics, start, masks, clustered, ran.tensor_bytes
+            trained, len(self._data.train), ran.steps, metrics, start, masks, clustered, ran.tensor_bytes, noise
         )
 
     def _as_sent(self, weights: Weights) -> dict[str, np.ndarray]:
         """Convert the weights of a local model to the model's own dtypes."""
         dtypes = {spec.name: spec.numpy_dtype for spec in self._builder.layout}
         return {name: array.astype(dtypes[name], copy=False) for name, array in weights.items()}
+
+    def _noise(
+        self, exact: LocalModel, job: TrainJob, plan: LocalModelPlan, steps: int, update: tuple[Weights, Weights]
+    ) -> float:
+        """Take the same steps in float32 and compare. It costs little beside the emulation of a format."""
+        before = weights_of(exact.module)
+        same_steps = replace(job, max_steps=steps, time_left_s=None, report=_unreported)
+        with _seeded(self._device, job.seed, job.round), exact.training():
+            self._run(same_steps, exact.module, exact, self._nested(exact.module, plan.nested))
+        trained = [name for name, _ in exact.module.named_parameters() if name in before]
+        return noise_ratio(update, (before, weights_of(exact.module)), trained)
 
     def _nested(self, module: nn.Module, widths: Sequence[float]) -> Nested | None:
         """Return the narrower models to train along with `module`; None without any width."""
@@ -286,6 +302,10 @@ def _check_shapes(module: nn.Module, given: Mapping[str, tuple[int, ...]]) -> No
                 f"the model's {name!r} is {list(given[name])} at first and {list(tensor.shape)} once it ran; let "
                 "model() give it its last shape, such as by a first pass"
             )
+
+
+def _unreported(done_steps: int, total_steps: int) -> None:
+    """Report no progress: the steps were counted already."""
 
 
 def _mean_loss(losses: list[Tensor], examples: list[int]) -> float:

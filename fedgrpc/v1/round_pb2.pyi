@@ -162,7 +162,7 @@ class TrainingPlan(_message.Message):
     def __init__(self, epochs: _Optional[float] = ..., max_steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., proximal_mu: _Optional[float] = ..., label_adjustment: _Optional[float] = ..., upload_reserve: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., weight_decay: _Optional[float] = ...) -> None: ...
 
 class LeafInstructions(_message.Message):
-    __slots__ = ("seed", "worker_weights", "local_models", "channels", "total_rounds", "normalize_steps", "max_examples", "clip_norm")
+    __slots__ = ("seed", "worker_weights", "local_models", "channels", "total_rounds", "normalize_steps", "max_examples", "clip_norm", "plain_weights")
     class WorkerWeightsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -178,6 +178,7 @@ class LeafInstructions(_message.Message):
     NORMALIZE_STEPS_FIELD_NUMBER: _ClassVar[int]
     MAX_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
+    PLAIN_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     seed: int
     worker_weights: _containers.ScalarMap[str, float]
     local_models: LocalModels
@@ -186,7 +187,8 @@ class LeafInstructions(_message.Message):
     normalize_steps: bool
     max_examples: int
     clip_norm: float
-    def __init__(self, seed: _Optional[int] = ..., worker_weights: _Optional[_Mapping[str, float]] = ..., local_models: _Optional[_Union[LocalModels, _Mapping]] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ..., total_rounds: _Optional[int] = ..., normalize_steps: _Optional[bool] = ..., max_examples: _Optional[int] = ..., clip_norm: _Optional[float] = ...) -> None: ...
+    plain_weights: bool
+    def __init__(self, seed: _Optional[int] = ..., worker_weights: _Optional[_Mapping[str, float]] = ..., local_models: _Optional[_Union[LocalModels, _Mapping]] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ..., total_rounds: _Optional[int] = ..., normalize_steps: _Optional[bool] = ..., max_examples: _Optional[int] = ..., clip_norm: _Optional[float] = ..., plain_weights: _Optional[bool] = ...) -> None: ...
 
 class LocalModels(_message.Message):
     __slots__ = ("default", "classes", "automatic")
@@ -282,7 +284,7 @@ class Memory(_message.Message):
     def __init__(self, micro_batches: _Optional[int] = ..., checkpoint: _Optional[bool] = ..., no_momentum: _Optional[bool] = ...) -> None: ...
 
 class TaskRecord(_message.Message):
-    __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes", "local_model", "merged_updates", "steps", "staleness", "scale", "chosen", "prediction", "tensor_bytes", "download_recipe", "upload_recipe", "difference_recipe", "evaluation_metrics", "unchanged", "loss_cause")
+    __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes", "local_model", "merged_updates", "steps", "staleness", "scale", "chosen", "prediction", "tensor_bytes", "download_recipe", "upload_recipe", "difference_recipe", "evaluation_metrics", "unchanged", "loss_cause", "noise_ratio")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -324,6 +326,7 @@ class TaskRecord(_message.Message):
     EVALUATION_METRICS_FIELD_NUMBER: _ClassVar[int]
     UNCHANGED_FIELD_NUMBER: _ClassVar[int]
     LOSS_CAUSE_FIELD_NUMBER: _ClassVar[int]
+    NOISE_RATIO_FIELD_NUMBER: _ClassVar[int]
     worker: str
     kind: TaskKind
     phase: TaskPhase
@@ -351,7 +354,8 @@ class TaskRecord(_message.Message):
     evaluation_metrics: _containers.ScalarMap[str, float]
     unchanged: bool
     loss_cause: LossCause
-    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., phase: _Optional[_Union[TaskPhase, str]] = ..., reason: _Optional[str] = ..., example_count: _Optional[int] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., progress: _Optional[float] = ..., device_class: _Optional[str] = ..., peak_memory_bytes: _Optional[int] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., merged_updates: _Optional[int] = ..., steps: _Optional[int] = ..., staleness: _Optional[int] = ..., scale: _Optional[float] = ..., chosen: _Optional[str] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ..., tensor_bytes: _Optional[int] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., difference_recipe: _Optional[str] = ..., evaluation_metrics: _Optional[_Mapping[str, float]] = ..., unchanged: _Optional[bool] = ..., loss_cause: _Optional[_Union[LossCause, str]] = ...) -> None: ...
+    noise_ratio: float
+    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., phase: _Optional[_Union[TaskPhase, str]] = ..., reason: _Optional[str] = ..., example_count: _Optional[int] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., progress: _Optional[float] = ..., device_class: _Optional[str] = ..., peak_memory_bytes: _Optional[int] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., merged_updates: _Optional[int] = ..., steps: _Optional[int] = ..., staleness: _Optional[int] = ..., scale: _Optional[float] = ..., chosen: _Optional[str] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ..., tensor_bytes: _Optional[int] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., difference_recipe: _Optional[str] = ..., evaluation_metrics: _Optional[_Mapping[str, float]] = ..., unchanged: _Optional[bool] = ..., loss_cause: _Optional[_Union[LossCause, str]] = ..., noise_ratio: _Optional[float] = ...) -> None: ...
 
 class Prediction(_message.Message):
     __slots__ = ("download_seconds", "local_seconds", "upload_seconds", "peak_memory_bytes", "reason")

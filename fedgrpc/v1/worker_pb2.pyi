@@ -32,7 +32,7 @@ ACTIVITY_PAUSED: Activity
 ACTIVITY_DRAINING: Activity
 
 class Status(_message.Message):
-    __slots__ = ("worker", "aggregator", "activity", "progress", "run", "round", "model_version", "device", "last_timings", "spooled_updates", "last_error", "task_kind")
+    __slots__ = ("worker", "aggregator", "activity", "progress", "run", "round", "model_version", "device", "last_timings", "spooled_updates", "last_error", "task_kind", "notice")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     AGGREGATOR_FIELD_NUMBER: _ClassVar[int]
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +45,7 @@ class Status(_message.Message):
     SPOOLED_UPDATES_FIELD_NUMBER: _ClassVar[int]
     LAST_ERROR_FIELD_NUMBER: _ClassVar[int]
     TASK_KIND_FIELD_NUMBER: _ClassVar[int]
+    NOTICE_FIELD_NUMBER: _ClassVar[int]
     worker: str
     aggregator: str
     activity: Activity
@@ -57,7 +58,8 @@ class Status(_message.Message):
     spooled_updates: int
     last_error: str
     task_kind: _round_pb2.TaskKind
-    def __init__(self, worker: _Optional[str] = ..., aggregator: _Optional[str] = ..., activity: _Optional[_Union[Activity, str]] = ..., progress: _Optional[float] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., model_version: _Optional[int] = ..., device: _Optional[_Union[_device_pb2.DeviceProfile, _Mapping]] = ..., last_timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., spooled_updates: _Optional[int] = ..., last_error: _Optional[str] = ..., task_kind: _Optional[_Union[_round_pb2.TaskKind, str]] = ...) -> None: ...
+    notice: str
+    def __init__(self, worker: _Optional[str] = ..., aggregator: _Optional[str] = ..., activity: _Optional[_Union[Activity, str]] = ..., progress: _Optional[float] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., model_version: _Optional[int] = ..., device: _Optional[_Union[_device_pb2.DeviceProfile, _Mapping]] = ..., last_timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., spooled_updates: _Optional[int] = ..., last_error: _Optional[str] = ..., task_kind: _Optional[_Union[_round_pb2.TaskKind, str]] = ..., notice: _Optional[str] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()

@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 import structlog
 
+from fedgrpc.claims import NOISE_RATIO
 from fedgrpc.codec.layout import Layout, TensorRole, layout_of
 from fedgrpc.errors import EncodeError, FedgrpcError, TaskError, TaskUnfit
 from fedgrpc.submodels.channels import ChannelMap
@@ -192,6 +193,7 @@ def _train_result(returned: Any) -> TrainResult:
         returned.masks,
         returned.clustered,
         _count("tensor_bytes", returned.tensor_bytes),
+        _ratio("noise_ratio", returned.noise_ratio),
     )
 
 
@@ -219,6 +221,12 @@ def _arrays(method: str, weights: Any) -> Weights:
                 "weights are NumPy arrays by name"
             )
     return weights
+
+
+def _ratio(name: str, value: Any) -> float:
+    if not isinstance(value, int | float | np.integer | np.floating) or not value >= 0:
+        raise TaskError(f"the learning task reports {value} as {name}; it must be a number from 0")
+    return min(float(value), NOISE_RATIO.most)
 
 
 def _count(name: str, value: Any, least: int = 0) -> int:

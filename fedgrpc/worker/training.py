@@ -27,6 +27,7 @@ from fedgrpc.protocol.tasks import Registration, Task
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.storage.files import storage_errors
 from fedgrpc.submodels.channels import ChannelMap
+from fedgrpc.submodels.cost import USELESS_RATIO
 from fedgrpc.submodels.plan import TASK_PARTS, WORKER_PARTS, LocalModelPlan
 from fedgrpc.trainer import (
     Epoch,
@@ -155,6 +156,7 @@ class TrainerWork:
         examples = await asyncio.to_thread(self._examples)
         with fitting(task):
             outcome = await self._local_work(self._trainer, task, given, hooks)
+        self._publisher.show(notice=_notice(task, outcome))
 
         def fill(residual: Residual) -> Fill:
             # Read the weights again: the learning task may have trained in the arrays that it was given.
@@ -208,6 +210,19 @@ class TrainerWork:
                 loop.call_soon_threadsafe(lambda: self._publisher.show(progress=progress))
 
         return report
+
+
+def _notice(task: Task, outcome: Outcome) -> str:
+    """Tell the owner that the number format of the plan adds nothing; "" if it does."""
+    if task.kind is not TaskKind.TRAIN or outcome.noise_ratio <= USELESS_RATIO:
+        return ""
+    arithmetic = None if task.local_model is None else task.local_model.arithmetic
+    name = "its number format" if arithmetic is None else arithmetic.format
+    log.warning("number format adds nothing", round=task.round, format=name, noise_ratio=outcome.noise_ratio)
+    return (
+        f"{name} adds nothing: the noise of its rounding is {outcome.noise_ratio:.3g} times the update, squared; "
+        "the update hardly counts, and the aggregator is to give this device another plan"
+    )
 
 
 def _check_plan(task: Task, min_batch_size: int) -> None:
@@ -271,6 +286,7 @@ def train(
         result.masks,
         result.clustered,
         tensor_bytes=result.tensor_bytes,
+        noise_ratio=result.noise_ratio,
     )
 
 

@@ -59,7 +59,7 @@ log = structlog.get_logger()
 class Outcome:
     """The result of the local work. `weights` are trained, initial, or None for scores alone.
 
-    `start`, `masks`, `clustered` and `tensor_bytes` are those of `TrainResult`; `layout` is that of
+    `start`, `masks`, `clustered`, `tensor_bytes` and `noise_ratio` are those of `TrainResult`; `layout` is that of
     initial weights.
     """
 
@@ -74,6 +74,7 @@ class Outcome:
     channels: ChannelMap | None = None
     tensor_bytes: int = 0
     layout: Layout = ()
+    noise_ratio: float = 0.0
 
 
 def update_of(
@@ -167,6 +168,7 @@ def _report(outcome: Outcome, timings: Timings, unchanged: bool) -> Report:
         tensor_bytes=outcome.tensor_bytes,
         unchanged=unchanged,
         scores_not_finite=frozenset(scores.not_finite),
+        noise_ratio=outcome.noise_ratio,
     )
 
 

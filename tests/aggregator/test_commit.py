@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 
 import fedgrpc.aggregator.commit as commit_module
-from fedgrpc.aggregation.inverse_variance import inverse_variance_weight, rounding_noise
 from fedgrpc.aggregation.server_optimizer import server_optimizer
-from fedgrpc.aggregator.commit import Commit, Formats, groups
+from fedgrpc.aggregator.commit import Commit, groups
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.errors import CorruptError, StorageError, UnusableUpdate, UpdateRefused
 from fedgrpc.runs.weights import Merge
 from fedgrpc.storage.model_file import ModelFile, write_model
 from fedgrpc.storage.uploads import UploadJournal
-from fedgrpc.submodels.plan import Arithmetic, LocalModelPlan
 from tests.support.stored_updates import accept
 
 RNG = np.random.default_rng(7)
@@ -219,26 +217,3 @@ def test_groups_are_all_tensors_once_in_order_and_none_is_larger_than_it_must_be
     assert [index for group in cut for index in group] == list(range(8))
     assert cut == [[0, 1], [2], [3], [4, 5], [6, 7]]
     assert list(groups(())) == []
-
-
-def test_an_update_of_a_small_format_has_less_say_in_each_coordinate_by_its_noise(tmp_path):
-    plan = LocalModelPlan(arithmetic=Arithmetic("float8_e5m2", "stochastic"))
-    folder = Folder(tmp_path)
-    files = Commit(
-        ModelFile.open(folder.model(1)),
-        None,
-        server_optimizer("fedavg"),
-        Merge(WEIGHTS, sub_models={"b": None}),
-        folder.journal.load,
-        formats={"b": Formats(plan, 20)},
-    )
-    files.write(folder.model(2), folder.state(2))
-    written = ModelFile.open(folder.model(2))
-    for name in ("conv", "long"):
-        delta = {token: UPDATES[token][name].astype(np.float64) for token in WEIGHTS}
-        own = dict(WEIGHTS) | {
-            "b": WEIGHTS["b"] * inverse_variance_weight(rounding_noise(plan, name, BASE[name], 20), delta["b"])
-        }
-        mean = sum(own[token] * delta[token] for token in delta) / sum(own.values())
-        assert_close(written.named(name), BASE[name].astype(np.float64) + mean)
-        assert np.abs(mean - mean_of(name)).max() > 1e-3

@@ -59,7 +59,7 @@ def test_settings_of_a_link_that_there_is_not_are_refused(arguments: list[str]) 
         {"target": Target("accuracy", 0.9)},
         {"initial_model": Path("m.safetensors")},
         {"normalize_steps": True},
-        {"precision_weights": True},
+        {"noise_weights": False},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -208,7 +208,6 @@ async def test_weight_that_ends_a_round_early_is_weight_that_counts(tmp_path):
         ({"clip_norm": 0.0}, "clip_norm must be"),
         ({"clip_norm": 1.0, "normalize_steps": True}, "clip_norm goes without normalize_steps"),
         ({"max_examples": 0}, "max_examples must be"),
-        ({"policy": RoundPolicy(max_share=0.3), "precision_weights": True}, "max_share goes without precision"),
         (
             {"policy": RoundPolicy(max_share=0.3), "local_models": PlanTable(default=LocalModelPlan(width=0.5))},
             "max_share goes without local_models",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -16,9 +17,11 @@ from fedgrpc.submodels.plan import (
     Pruning,
     Quantization,
 )
+from fedgrpc.tasks.digits import Digits
 from fedgrpc.torch.task import TorchTask
 from fedgrpc.trainer import TaskSetup
 from fedgrpc.training_plan import TrainingPlan
+from fedgrpc.v1 import round_pb2
 from tests.federation.test_local_models import Worker, play
 
 
@@ -79,3 +82,29 @@ async def test_a_mixed_fleet_of_torch_workers_learns_one_model(tmp_path: Path) -
     assert tasks["everything"].local_model.sub_model.startswith("random:")
     assert tasks["everything"].upload_bytes < 0.8 * tasks["quantized"].upload_bytes
     assert tasks["everything"].metrics["local_accuracy"] > 0.5
+
+
+async def test_one_device_of_six_whose_format_adds_nothing_does_not_ruin_the_fleet(tmp_path: Path) -> None:
+    """Its update weighs what its noise leaves of it, and after three tasks it gets the same plan in float32."""
+    coarse = LocalModelPlan(arithmetic=Arithmetic("fixed8.5", "stochastic"))
+    workers: dict[str, Worker] = {
+        f"w{part}": (
+            "coarse" if part == 6 else "",
+            Digits.build_trainer(
+                TaskSetup(device="cpu", threads=1, partition="dirichlet:0.5", part=f"{part}/6", seed=0)
+            ),
+        )
+        for part in range(1, 7)
+    }
+    plans = PlanTable(LocalModelPlan(), {"coarse": coarse})
+    outcome = await play(tmp_path, workers, plans, rounds=6, plan=TrainingPlan(epochs=3), evaluate=True)
+    trained = [each for each in outcome.rounds if each.kind == round_pb2.TASK_KIND_TRAIN]
+    tasks = [next(task for task in each.tasks if task.worker == "w6") for each in trained]
+    assert [task.local_model.arithmetic.format for task in tasks] == ["fixed8.5"] * 3 + [""] * 3
+    for task in tasks[:3]:
+        assert task.noise_ratio > 1
+        assert task.weight == pytest.approx(task.example_count / (1 + task.noise_ratio))
+    assert "fixed8.5 adds nothing" in tasks[3].prediction.reason
+    assert all(task.weight == task.example_count for task in tasks[3:])
+    scores = [each.metrics["accuracy"] for each in outcome.rounds if "accuracy" in each.metrics]
+    assert scores[-1] > 0.85, scores

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,12 +15,13 @@ from fedgrpc.submodels.cost import (
     PlanSize,
     bits_per_element,
     choose,
+    choose_of,
     errors_of,
     payload_bytes,
     predict,
     shown_upload_bits,
 )
-from fedgrpc.submodels.plan import Clustering, LocalModelPlan, Pruning
+from fedgrpc.submodels.plan import Arithmetic, Clustering, LocalModelPlan, PlanTable, Pruning
 
 MIB = 1 << 20
 LADDER = [LocalModelPlan(1.0), LocalModelPlan(0.5), LocalModelPlan(0.25)]
@@ -142,3 +145,31 @@ def test_activations_shrink_with_the_width_and_weights_with_its_square() -> None
     assert predict(DeviceLimits(), history, whole).peak_memory_bytes == 400 * MIB
     quarter = predict(DeviceLimits(), history, PlanSize(0.25, 10 * MIB // 4, MIB, MIB)).peak_memory_bytes
     assert quarter == (400 - 30 - 30) * MIB
+
+
+COARSE = LocalModelPlan(0.5, arithmetic=Arithmetic("fixed8.5", "stochastic"))
+
+
+def noisy(plan: LocalModelPlan, *ratios: float) -> list[Observation]:
+    return [replace(seen(plan, 1.0), plan=plan, noise_ratio=ratio) for ratio in ratios]
+
+
+def test_a_plan_whose_format_adds_nothing_is_left_out_of_the_ladder() -> None:
+    table = PlanTable(automatic=(COARSE, LocalModelPlan(0.25)))
+
+    def chosen(history: list[Observation]) -> LocalModelPlan:
+        return choose_of(table, "", size_of, DeviceLimits(), history, 60.0).plan
+
+    assert chosen([]) == chosen(noisy(COARSE, 50.0, 60.0)) == COARSE
+    assert chosen(noisy(COARSE, 5.0, 60.0, 2.0)) == COARSE
+    assert chosen(noisy(COARSE, 50.0, 60.0, 2.0)) == LocalModelPlan(0.25)
+    assert chosen(noisy(LocalModelPlan(0.25), 50.0, 60.0, 70.0)) == COARSE
+
+
+def test_a_device_with_one_plan_trains_it_in_float32_where_its_format_adds_nothing() -> None:
+    history = noisy(COARSE, 50.0, 60.0, 70.0)
+    choice = choose_of(PlanTable(classes={"pi": COARSE}), "pi", size_of, DeviceLimits(), history, 60.0)
+    assert choice.plan == LocalModelPlan(0.5)
+    assert "fixed8.5 adds nothing" in choice.reason
+    alone = choose_of(PlanTable(automatic=(COARSE,)), "pi", size_of, DeviceLimits(), history, 60.0)
+    assert alone.plan == LocalModelPlan(0.5)

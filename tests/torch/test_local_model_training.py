@@ -240,3 +240,32 @@ def test_masks_are_made_anew_from_the_weights_of_each_round(trainer: TorchTraine
     pruned = ~trainer.train(weights, job).masks["0.weight"]
     grown = {**weights, "0.weight": np.where(pruned, 1.0, 1e-3).astype(np.float32)}
     assert np.array_equal(trainer.train(grown, job).masks["0.weight"], pruned)
+
+
+def noise_of(trainer: TorchTrainer, plan: LocalModelPlan) -> float:
+    return trainer.train(trainer.initial_weights(), replace(JOB, local_model=plan)).noise_ratio
+
+
+def test_the_noise_of_an_emulated_format_is_measured_against_the_same_steps_in_float32(
+    trainer: TorchTrainer,
+) -> None:
+    exact = noise_of(trainer, LocalModelPlan(arithmetic=Arithmetic("float32", emulated=True)))
+    fine = noise_of(trainer, LocalModelPlan(arithmetic=Arithmetic("bfloat16", emulated=True)))
+    coarse = noise_of(trainer, LocalModelPlan(arithmetic=Arithmetic("fixed8.5", "stochastic")))
+    assert exact < 1e-9 < fine < 0.5 < 2 < coarse
+
+
+def test_what_a_plan_does_besides_its_format_is_no_noise(trainer: TorchTrainer) -> None:
+    exact = Arithmetic("float32", emulated=True)
+    plan = LocalModelPlan(pruning=Pruning(0.5), clustering=Clustering(8), arithmetic=exact)
+    assert noise_of(trainer, plan) < 1e-9
+    assert noise_of(trainer, LocalModelPlan(pruning=Pruning(0.5))) == 0
+
+
+def test_measuring_the_noise_changes_nothing_of_the_update(trainer: TorchTrainer, monkeypatch) -> None:
+    job = replace(JOB, local_model=LocalModelPlan(arithmetic=Arithmetic("fixed8.5", "stochastic")))
+    measured = trainer.train(trainer.initial_weights(), job)
+    monkeypatch.setattr(TorchTrainer, "_noise", lambda *_: 0.0)
+    alone = trainer.train(trainer.initial_weights(), job)
+    assert all(np.array_equal(measured.weights[name], alone.weights[name]) for name in alone.weights)
+    assert measured.noise_ratio > alone.noise_ratio == 0

@@ -91,8 +91,6 @@ def fleets() -> dict[str, Sequence[LocalModelPlan | None]]:
         **mixed,
         "mixed, nested": nested,
         **alone,
-        # The six small devices as wide as the others, of very few bits: what precision weights are for.
-        "mixed, 2 bits": [whole] * 4 + [LocalModelPlan(quantization=Quantization(2))] * 6,
         "all half": [half] * WORKERS,
         "all smallest": [quarter] * WORKERS,
         # As the small devices of the mixed fleet really are.
@@ -108,9 +106,13 @@ class Part(FashionMnist):
         super().__init__(model)
         self._partition, self._number, self._seed = partition, number, seed
 
+    def whole_data(self) -> Dataset[Any]:
+        """All training images."""
+        return super().data(None)[0]
+
     def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
         """This worker's part of the training images."""
-        train, _ = super().data(path)
+        train = self.whole_data()
         labels = labels_of(train)
         if self._partition != "held":
             mine = parse_partition(self._partition).split(labels, WORKERS, self._seed)[self._number]
@@ -170,7 +172,6 @@ async def federated(
             label_adjustment=asked.label_adjustment,
         ),
         local_models=PlanTable(classes=plans),
-        precision_weights=asked.precision_weights,
         evaluate=False,
         seed=seed,
         keep_versions=asked.rounds + 1,
@@ -246,9 +247,8 @@ def last_mean(line: Mapping[str, Any]) -> float:
 
 def kind_of(line: Mapping[str, Any]) -> str:
     """What the lines have in common that differ only in their seed."""
-    extras = " | precision weights" if line.get("precision_weights") else ""
     tau = line["label_adjustment"]
-    return f"{line['partition']} | {line['rounds']} rounds | {line['fleet']} | tau {tau:g}{extras}"
+    return f"{line['partition']} | {line['rounds']} rounds | {line['fleet']} | tau {tau:g}"
 
 
 def show(lines: Sequence[Mapping[str, Any]]) -> None:
@@ -301,7 +301,6 @@ def _main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--show", type=Path, help="print the tables of such a file, and train nothing")
     parser.add_argument("--plot", type=Path, help="with --show: draw the accuracies there")
-    parser.add_argument("--precision-weights", action="store_true", help="as the aggregator's flag")
     parser.add_argument("--label-adjustment", type=float, default=1.0, help="as the aggregator's flag")
     parser.add_argument("--partition", default="dirichlet:0.5", help="or held")
     parser.add_argument("--learning-rate", type=float, default=0.05)
@@ -321,7 +320,7 @@ def _main() -> None:
         return
     torch.set_num_threads(1)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-    told = ("partition", "rounds", "max_steps", "learning_rate", "model", "label_adjustment", "precision_weights")
+    told = ("partition", "rounds", "max_steps", "learning_rate", "model", "label_adjustment")
     for seed in asked.seed or (0, 1, 2):
         for fleet in asked.fleet or COMPARED:
             about = {"fleet": fleet, "seed": seed, **{name: getattr(asked, name) for name in told}}
