@@ -58,7 +58,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Commit:
+class ModelCommit:
     """What a new version is made of: a base, and the updates of `merge`, whose files `load` finds by token.
 
     `about` is for the metadata of the model's file. A coordinate that no update covers keeps its value, and the

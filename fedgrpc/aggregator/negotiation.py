@@ -30,17 +30,17 @@ RAW = Recipe.parse("raw")
 
 
 @dataclass(frozen=True)
-class Link:
+class LinkRates:
     """Bytes a second up and down; None: unknown."""
 
     up: float | None
     down: float | None
 
 
-def link_of(worker: Worker) -> Link:
+def link_of(worker: Worker) -> LinkRates:
     """Return the worker's link, by what went through it, else by what the worker declares."""
     device, history = worker.registration.device, worker.history
-    return Link(
+    return LinkRates(
         history.uplink.bytes_per_second or device.uplink_bits_per_second / 8 or None,
         history.downlink.bytes_per_second or device.downlink_bits_per_second / 8 or None,
     )

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.accepted_updates import AcceptedUpdates
-from fedgrpc.aggregator.commit import Commit as CommitFiles
+from fedgrpc.aggregator.commit import ModelCommit
 from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.settings import AggregatorSettings
@@ -59,7 +59,7 @@ class NewVersion:
         about = about_version(self._settings.run_name, round_.number, number, merge.scores.metrics)
         if round_.kind is TaskKind.INITIALIZE:
             return await self._begin(round_, next(iter(merge.weights)), about)
-        files = CommitFiles(
+        files = ModelCommit(
             self._models.open(round_.base_version),
             self._models.open_optimizer_state(round_.base_version),
             self._optimizer,

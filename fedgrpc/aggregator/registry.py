@@ -12,7 +12,7 @@ from typing import Final
 
 from fedgrpc.errors import Exhausted, UsageError
 from fedgrpc.protocol.descriptions import ModelDescription
-from fedgrpc.rounds.history import Trust, WorkerHistory
+from fedgrpc.rounds.history import Punctuality, WorkerHistory
 from fedgrpc.rpc.identity import Session
 from fedgrpc.runs.fleet import Fleet
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
@@ -34,7 +34,7 @@ _LONGEST_PAUSE_S: Final = 0.1
 # After each step, this many times as long for everything else as the loop was late.
 _REST: Final = 2.0
 
-_TRUSTED = Trust()
+_TRUSTED = Punctuality()
 _UNDESCRIBED = ModelDescription()
 
 
@@ -93,7 +93,7 @@ class Worker:
     woken: asyncio.Event = field(default_factory=asyncio.Event)
     holder: Holder = field(default_factory=Holder)
     open_polls: list[asyncio.Timeout] = field(default_factory=list)
-    trust: Trust = _TRUSTED
+    trust: Punctuality = _TRUSTED
     changes: Allowance | None = None
     description: ModelDescription = _UNDESCRIBED
     name: str = field(init=False)

@@ -23,7 +23,7 @@ from fedgrpc.errors import UsageError
 from fedgrpc.hierarchy.process import run_leaf
 from fedgrpc.metrics import Metrics, serve_metrics
 from fedgrpc.process import collect_rarely, keep_private
-from fedgrpc.protocol.tasks import Role
+from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.address import Address
@@ -319,7 +319,7 @@ def upstream_from(values: Mapping[str, Any], data_dir: Path) -> WorkerSettings |
         name=values["upstream_name"] or socket.gethostname(),
         aggregator=values["upstream"],
         state_dir=data_dir / "upstream",
-        role=Role.AGGREGATOR,
+        role=WorkerRole.AGGREGATOR,
         tls=files if wants_tls else None,
         join=join_token(values["upstream_join"]),
         serve_address=None,

@@ -23,7 +23,7 @@ from fedgrpc.datasets.partition import PARTITIONS, parse_part, parse_partition
 from fedgrpc.errors import UsageError
 from fedgrpc.process import keep_private, use_threads
 from fedgrpc.protocol.devices import DeviceProfile
-from fedgrpc.protocol.tasks import Registration, Role
+from fedgrpc.protocol.tasks import Registration, WorkerRole
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.trainer import TaskSetup, Trainer
@@ -43,7 +43,7 @@ _limit = Declare("What the aggregator may ask for", WorkerSettings)
 _retry = Declare("Life", Backoff)
 
 ALLOWED_TASKS = ("fedgrpc.tasks.*",)
-_ROLES = {"trainer": Role.TRAINER, "evaluator": Role.EVALUATOR}
+_ROLES = {"trainer": WorkerRole.TRAINER, "evaluator": WorkerRole.EVALUATOR}
 
 SETTINGS: list[Setting] = [
     _place("--aggregator", "Aggregator to work for.", metavar="HOST:PORT", required=True),

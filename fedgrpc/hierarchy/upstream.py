@@ -31,7 +31,7 @@ from fedgrpc.hierarchy.partial_aggregate import sending
 from fedgrpc.identity.roles import EVALUATORS
 from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import Activity, Status
-from fedgrpc.protocol.tasks import Registration, Role, Task
+from fedgrpc.protocol.tasks import Registration, Task, WorkerRole
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rpc.identity import Session
 from fedgrpc.trainer import EvalResult
@@ -73,7 +73,7 @@ async def relay_scores(
         settings,
         name=settings.name + EVALUATORS,
         state_dir=settings.state_dir / "evaluators",
-        role=Role.EVALUATOR,
+        role=WorkerRole.EVALUATOR,
     )
     try:
         client, publisher, files = _ends(settings, link, session)

@@ -29,7 +29,7 @@ from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2
 _SHORTEST_INTERVAL_S: Final = 0.05
 
 
-class Role(IntEnum):
+class WorkerRole(IntEnum):
     """A worker's part in the run; numbers as in `fedgrpc.v1.WorkerRole`."""
 
     TRAINER = device_pb2.WORKER_ROLE_TRAINER

@@ -231,7 +231,7 @@ def _cut_at(task: Task) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Trust:
+class Punctuality:
     """Number of last rounds in a row that a worker held up, and the end of the doubt about it, seconds.
 
     A worker that held up two rounds in a row, and delivered in neither, is chosen only where there are too few
@@ -246,10 +246,10 @@ class Trust:
         """Return whether other workers are chosen first."""
         return now < self.doubted_until
 
-    def after(self, round_: Round, task: Task, now: float) -> Trust:
+    def after(self, round_: Round, task: Task, now: float) -> Punctuality:
         """Return the trust after a task of a round that has ended. No worker holds up a round that had enough."""
         if task.phase is TaskPhase.ACCEPTED:
-            return Trust()
+            return Punctuality()
         late = task.phase in (TaskPhase.LATE, TaskPhase.EXPIRED)
         failed = task.phase in (TaskPhase.FAILED, TaskPhase.REJECTED) and round_.phase is RoundPhase.ABANDONED
         given_at = task.entered.get(TaskPhase.OFFERED, round_.opened_at)
@@ -258,7 +258,7 @@ class Trust:
             return self
         held_up = self.held_up + 1
         if held_up < _PATIENCE:
-            return Trust(held_up)
+            return Punctuality(held_up)
         # In units of the policy's deadline: what the worker has cost each round.
         doublings = min(held_up - _PATIENCE + 1, _MOST_DOUBLINGS)
-        return Trust(held_up, now + min(_LONGEST_S, round_.policy.deadline_s * 2**doublings))
+        return Punctuality(held_up, now + min(_LONGEST_S, round_.policy.deadline_s * 2**doublings))

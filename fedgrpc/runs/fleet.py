@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
 from fedgrpc.errors import Exhausted, UnknownWorker
-from fedgrpc.rounds.history import Histories, Trust, WorkerHistory
+from fedgrpc.rounds.history import Histories, Punctuality, WorkerHistory
 from fedgrpc.rounds.round import Round
 
 # One in so many workers is forgotten at a time, so that not every new one has to make room.
@@ -28,7 +28,7 @@ class FleetMember(Protocol):
     polls: int
     left: bool
     history: WorkerHistory
-    trust: Trust
+    trust: Punctuality
 
 
 M = TypeVar("M", bound=FleetMember)

@@ -23,7 +23,7 @@ from fedgrpc.errors import CorruptError, LayoutError, LinkError, WrongOffset
 from fedgrpc.protocol.descriptions import ModelDescription, description_to_proto
 from fedgrpc.protocol.devices import DeviceProfile, profile_to_proto
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
-from fedgrpc.protocol.tasks import Registration, Role, Task, registration_from_proto, task_from_proto
+from fedgrpc.protocol.tasks import Registration, Task, WorkerRole, registration_from_proto, task_from_proto
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rpc import framing
 from fedgrpc.rpc.client_stream import ClientStream
@@ -97,7 +97,7 @@ class AggregatorClient:
         self._encodings = encodings
         self._clock = clock
         self._max_chunk_bytes = CHUNK_BYTES
-        self._introduced_as: tuple[DeviceProfile, Role, Collection[str]] | None = None
+        self._introduced_as: tuple[DeviceProfile, WorkerRole, Collection[str]] | None = None
         self._chunk_bytes = FIRST_CHUNK_BYTES
 
     def use(self, channel: grpc.aio.Channel) -> None:
@@ -106,7 +106,9 @@ class AggregatorClient:
         self._pull_model = framing.pull_model(channel)
         self._push_update = framing.push_update(channel)
 
-    async def register(self, profile: DeviceProfile, role: Role, parts: Collection[str] = ()) -> Registration:
+    async def register(
+        self, profile: DeviceProfile, role: WorkerRole, parts: Collection[str] = ()
+    ) -> Registration:
         """Register this device, which can do these parts of a local-model plan. Idempotent."""
         request = aggregator_pb2.RegisterRequest(
             worker=self._worker,

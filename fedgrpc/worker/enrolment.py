@@ -35,7 +35,7 @@ from fedgrpc.identity.roles import Identity
 from fedgrpc.identity.roles import Role as CertificateRole
 from fedgrpc.identity.tokens import JoinToken
 from fedgrpc.protocol.durations import duration_from_proto
-from fedgrpc.protocol.tasks import Role
+from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rpc.address import Address, dialled
 from fedgrpc.rpc.channel import Tls, open_channel
 from fedgrpc.rpc.diagnosis import is_refused, presented_chain
@@ -56,9 +56,9 @@ _RETRY: Final = Backoff(first_s=5.0, cap_s=600.0)
 _CLOSING_S: Final = 6 * 3600.0
 _CLOCK_S: Final = 300.0
 _ROLES: Final = {
-    CertificateRole.TRAINER: Role.TRAINER,
-    CertificateRole.EVALUATOR: Role.EVALUATOR,
-    CertificateRole.LEAF: Role.AGGREGATOR,
+    CertificateRole.TRAINER: WorkerRole.TRAINER,
+    CertificateRole.EVALUATOR: WorkerRole.EVALUATOR,
+    CertificateRole.LEAF: WorkerRole.AGGREGATOR,
 }
 
 log = structlog.get_logger()

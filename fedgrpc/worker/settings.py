@@ -11,7 +11,7 @@ from typing import Any, Final
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.errors import UsageError
 from fedgrpc.protocol.devices import DeviceProfile
-from fedgrpc.protocol.tasks import Role
+from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rpc.address import Address, dialled
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.rpc.retry import Backoff
@@ -46,7 +46,7 @@ class WorkerSettings:
     name: str
     aggregator: str
     state_dir: Path
-    role: Role = Role.TRAINER
+    role: WorkerRole = WorkerRole.TRAINER
     tls: Tls | None = None
     join: str | None = field(default=None, repr=False)
     serve_address: str | None = "127.0.0.1:0"

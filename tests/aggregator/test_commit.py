@@ -9,7 +9,7 @@ import pytest
 
 import fedgrpc.aggregator.commit as commit_module
 from fedgrpc.aggregation.server_optimizer import server_optimizer
-from fedgrpc.aggregator.commit import Commit, groups
+from fedgrpc.aggregator.commit import ModelCommit, groups
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.errors import CorruptError, StorageError, UnusableUpdate, UpdateRefused
 from fedgrpc.runs.weights import Merge
@@ -67,7 +67,7 @@ class Folder:
         state = ModelFile.open(self.state(version)) if self.state(version).exists() else None
         merge = Merge({token: weights[token] for token in tokens})
         optimizer = server_optimizer(optimizer, learning_rate)
-        files = Commit(ModelFile.open(self.model(version)), state, optimizer, merge, self.journal.load)
+        files = ModelCommit(ModelFile.open(self.model(version)), state, optimizer, merge, self.journal.load)
         digest = files.write(self.model(version + 1), self.state(version + 1))
         written = ModelFile.open(self.model(version + 1))
         assert written.sha256() == digest
@@ -205,7 +205,7 @@ def test_a_base_that_is_gone_is_a_storage_error(tmp_path):
     folder = Folder(tmp_path)
     base = ModelFile.open(folder.model(1))
     folder.model(1).unlink()
-    files = Commit(base, None, server_optimizer("fedavg"), Merge({"a": 1.0}), folder.journal.load)
+    files = ModelCommit(base, None, server_optimizer("fedavg"), Merge({"a": 1.0}), folder.journal.load)
     with pytest.raises(StorageError, match=re.escape(str(folder.model(1)))):
         files.write(folder.model(2), folder.state(2))
 

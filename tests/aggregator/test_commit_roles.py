@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS, server_optimizer
-from fedgrpc.aggregator.commit import Commit
+from fedgrpc.aggregator.commit import ModelCommit
 from fedgrpc.codec.layout import TensorRole, TensorSpec
 from fedgrpc.hierarchy.partial_aggregate import mean_tensors
 from fedgrpc.runs.weights import Merge
@@ -35,7 +35,9 @@ def written(tmp_path, updates, optimizer="fedavg", versions=1, base=BASE, **abou
         base = ModelFile.open(tmp_path / str(version))
         state = tmp_path / f"state-{version}"
         remembered = ModelFile.open(state) if state.exists() else None
-        commit = Commit(base, remembered, server_optimizer(optimizer), Merge(dict(pairs), **about), journal.load)
+        commit = ModelCommit(
+            base, remembered, server_optimizer(optimizer), Merge(dict(pairs), **about), journal.load
+        )
         commit.write(tmp_path / str(version + 1), tmp_path / f"state-{version + 1}")
     model = ModelFile.open(tmp_path / str(versions + 1))
     assert model.layout == LAYOUT
@@ -146,7 +148,7 @@ def test_a_leaf_s_mean_gives_the_version_that_its_workers_would_have_given(tmp_p
     found = []
     for merge in Merge(weights), Merge({"leaf": 8.0}, merged={"leaf": 8.0}):
         base = ModelFile.open(tmp_path / "1")
-        Commit(base, None, server_optimizer("fedadam"), merge, journal.load).write(
+        ModelCommit(base, None, server_optimizer("fedadam"), merge, journal.load).write(
             tmp_path / "2", tmp_path / "state-2"
         )
         model = ModelFile.open(tmp_path / "2")

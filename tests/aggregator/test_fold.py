@@ -8,7 +8,7 @@ import pytest
 import fedgrpc.aggregator.fold as fold_module
 from fedgrpc.aggregation.mean import TensorMean
 from fedgrpc.aggregation.server_optimizer import server_optimizer
-from fedgrpc.aggregator.commit import Commit
+from fedgrpc.aggregator.commit import ModelCommit
 from fedgrpc.aggregator.fold import PIECE, Fold
 from fedgrpc.codec.layout import TensorSpec, layout_of
 from fedgrpc.runs.weights import Merge
@@ -89,7 +89,7 @@ def test_a_commit_scales_the_difference_of_each_update(tmp_path, recipe, optimiz
     for token, value in (("a", 1.0), ("b", 3.0)):
         accept(journal, token, {"w": np.full((40, 40), value, np.float32)}, recipe)
     write_model(tmp_path / "1.safetensors", layout_of(base), base.values())
-    files = Commit(
+    files = ModelCommit(
         ModelFile.open(tmp_path / "1.safetensors"),
         None,
         server_optimizer(optimizer),

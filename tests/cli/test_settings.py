@@ -13,7 +13,7 @@ from fedgrpc.cli import COMMANDS, aggregator, worker
 from fedgrpc.cli.main import load_command
 from fedgrpc.cli.options import SettingsCommand
 from fedgrpc.cli.value_types import DURATION, RATE, SIZE
-from fedgrpc.protocol.tasks import Role
+from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.channel import Tls
@@ -82,7 +82,7 @@ def test_worker_flags_reach_the_settings() -> None:
         *("--role", "evaluator", "--slowdown", "3", "--link", "20mbit", "--device-class", "raspberry-pi-4"),
         *("--profile", "cpu_cores=4", "--profile", "on_battery=true", "--serve-address", "none", "--tls"),
     )
-    assert settings.role is Role.EVALUATOR
+    assert settings.role is WorkerRole.EVALUATOR
     assert settings.throttle == Throttle(3.0, 20e6)
     assert settings.device == {"device_class": "raspberry-pi-4", "cpu_cores": 4, "on_battery": True}
     assert settings.serve_address is None

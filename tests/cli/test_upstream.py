@@ -13,7 +13,7 @@ from fedgrpc.cli import aggregator
 from fedgrpc.cli.aggregator import upstream_from
 from fedgrpc.errors import UsageError
 from fedgrpc.hierarchy.process import Leaf
-from fedgrpc.protocol.tasks import Role
+from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.worker.settings import WorkerSettings
@@ -31,7 +31,7 @@ def test_an_aggregator_without_upstream_is_a_root() -> None:
 def test_an_aggregator_with_upstream_is_a_worker_there() -> None:
     settings = above("--upstream", "root:50051", "--upstream-name", "leaf-1")
     assert settings is not None
-    assert (settings.name, settings.aggregator, settings.role) == ("leaf-1", "root:50051", Role.AGGREGATOR)
+    assert (settings.name, settings.aggregator, settings.role) == ("leaf-1", "root:50051", WorkerRole.AGGREGATOR)
     assert settings.state_dir == Path("d/upstream")
     assert settings.tls is None
 
@@ -64,7 +64,7 @@ def test_settings_of_a_link_that_there_is_not_are_refused(arguments: list[str]) 
     ids=lambda change: next(iter(change)),
 )
 def test_what_the_one_above_decides_is_refused_below(change: dict[str, Any]) -> None:
-    link = WorkerSettings("leaf", "root:1", Path("d/upstream"), Role.AGGREGATOR)
+    link = WorkerSettings("leaf", "root:1", Path("d/upstream"), WorkerRole.AGGREGATOR)
     settings = AggregatorSettings(Path("d"))
     Leaf(settings, link)
     with pytest.raises(UsageError, match=f"{next(iter(change))} is for the parent to decide"):

@@ -56,7 +56,7 @@ AGGREGATOR = {
     "counted-not-acknowledged": Point(
         f"{_AGGREGATOR}.receiver:Receiver.receive", "after", _with_examples, count=5
     ),
-    "before-the-commit": Point(f"{_AGGREGATOR}.commit:Commit.write", count=2),
+    "before-the-commit": Point(f"{_AGGREGATOR}.commit:ModelCommit.write", count=2),
     "half-a-model-written": Point(f"{_STORAGE}.model_file:ModelWriter.add", "after", count=12),
     "optimizer-state-written": Point(f"{_STORAGE}.model_file:ModelWriter.finish", "after", count=4),
     "model-not-renamed": Point("pathlib:Path.replace", "before", _is_model_part, count=3),

@@ -25,7 +25,7 @@ from fedgrpc.identity.certificates import load_chain_der
 from fedgrpc.identity.folder import DeviceFolder
 from fedgrpc.identity.roles import DEVICE_ROLES, OPERATOR_ROLES
 from fedgrpc.identity.tokens import JoinToken
-from fedgrpc.protocol.tasks import Role
+from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.diagnosis import explain, presented_chain
@@ -397,4 +397,4 @@ async def test_a_leaf_joins_its_parent_as_any_device_does(tmp_path):
             worker = start_worker(leaf, tmp_path, "pi-7", ShiftTrainer(), join=own)
             assert await asyncio.wait_for(worker, PATIENCE_S) == 0
         assert [task.worker for task in (await root.round(1)).tasks] == ["leaf"]
-        assert root.aggregator.coordinator.fleet.get("leaf").registration.role == Role.AGGREGATOR.value
+        assert root.aggregator.coordinator.fleet.get("leaf").registration.role == WorkerRole.AGGREGATOR.value

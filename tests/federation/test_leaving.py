@@ -6,7 +6,7 @@ Windows and leases are longer than any test waits.
 import asyncio
 import threading
 
-from fedgrpc.protocol.tasks import Role
+from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
@@ -21,7 +21,7 @@ ALONE = {"min_workers": 1, "selection_window_s": 600.0, "lease_s": 10_000.0, "de
 class Leaving:
     """A real worker that drains when it is told to."""
 
-    def __init__(self, running, folder, name, role=Role.TRAINER):
+    def __init__(self, running, folder, name, role=WorkerRole.TRAINER):
         state = {"state_dir": folder / name, "serve_address": None, "backoff": Backoff(0.05, 0.5)}
         settings = WorkerSettings(name=name, aggregator=running.address, role=role, **state)
         self.worker = Worker(settings, lambda registration: ShiftTrainer())
@@ -95,7 +95,10 @@ async def test_a_task_that_its_worker_has_begun_stays_its_own_when_it_leaves(tmp
 
 async def test_a_run_ends_without_the_scores_of_an_evaluator_that_has_left(tmp_path):
     async with running_aggregator(tmp_path, policy=ALONE) as running:
-        trainer, scorer = await running.device("trainer"), Leaving(running, tmp_path, "scorer", Role.EVALUATOR)
+        trainer, scorer = (
+            await running.device("trainer"),
+            Leaving(running, tmp_path, "scorer", WorkerRole.EVALUATOR),
+        )
         await running.until_known("scorer")
         task = await trainer.task()
         await scorer.leave()
@@ -108,7 +111,7 @@ async def test_a_run_ends_without_the_scores_of_a_leaf_whose_last_evaluator_has_
         running_aggregator(tmp_path, policy=ALONE) as root,
         running_leaf(tmp_path / "leaf", "leaf", root, policy=ALONE) as leaf,
     ):
-        scorer = Leaving(leaf, tmp_path, "scorer", Role.EVALUATOR)
+        scorer = Leaving(leaf, tmp_path, "scorer", WorkerRole.EVALUATOR)
         await root.until_known("leaf.evaluators")
         trainer = await leaf.device("trainer")
         task = await trainer.task()

@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedgrpc.aggregator.settings import Target
 from fedgrpc.protocol.policies import policy_from_proto
-from fedgrpc.protocol.tasks import Role
+from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import aggregator_pb2 as pb
@@ -254,7 +254,7 @@ async def test_evaluators_score_every_version_and_the_workers_say_what_they_find
     async with running_aggregator(tmp_path, rounds=3, evaluate=True) as running:
         scorer = ShiftTrainer(examples=5)
         crew = [
-            start_worker(running, tmp_path, "eval", scorer, role=Role.EVALUATOR),
+            start_worker(running, tmp_path, "eval", scorer, role=WorkerRole.EVALUATOR),
             start_worker(running, tmp_path, "a", ShiftTrainer(1.0, 10)),
             start_worker(running, tmp_path, "b", ShiftTrainer(4.0, 20)),
         ]

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 import numpy as np
 import pytest
 
-from fedgrpc.protocol.tasks import Role
+from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.submodels.plan import LocalModelPlan, PlanTable, Pruning
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import aggregator_pb2 as pb
@@ -158,7 +158,7 @@ async def test_what_evaluators_below_a_leaf_find_reaches_the_root(tmp_path, eval
     ):
         scorers = {"top": (root, 1.0, 10), "inner": (middle, 2.0, 20), "low": (leaf, 4.0, 10)}
         crew_tasks = [
-            start_worker(place, tmp_path, name, Scorer(*about), role=Role.EVALUATOR)
+            start_worker(place, tmp_path, name, Scorer(*about), role=WorkerRole.EVALUATOR)
             for name, (place, *about) in scorers.items()
         ]
         for place, names in (

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fedgrpc.rounds.events import TaskPhase
-from fedgrpc.rounds.history import Trust
+from fedgrpc.rounds.history import Punctuality
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.round import Round, RoundPhase
 from fedgrpc.rounds.task import Task
@@ -25,7 +25,7 @@ DELIVERED = ended(TaskPhase.ACCEPTED)
 
 
 def after(*rounds, now=1000.0):
-    trust = Trust()
+    trust = Punctuality()
     for round_, task in rounds:
         trust = trust.after(round_, task, now)
     return trust
@@ -44,17 +44,17 @@ def test_the_doubt_doubles_with_each_further_round_and_passes(times, deadlines):
 
 
 def test_one_delivery_makes_up_for_all_rounds_that_were_held_up():
-    assert after(SHORT, SHORT, SHORT, DELIVERED) == Trust()
+    assert after(SHORT, SHORT, SHORT, DELIVERED) == Punctuality()
     assert not after(SHORT, DELIVERED, SHORT).doubted(1000.0)
 
 
 def test_who_is_late_in_a_round_that_had_enough_held_up_nobody():
-    assert after(*[ENOUGH] * 5) == Trust()
+    assert after(*[ENOUGH] * 5) == Punctuality()
 
 
 @pytest.mark.parametrize("phase", [TaskPhase.FAILED, TaskPhase.REJECTED])
 def test_who_gave_its_task_back_or_was_refused_held_up_nobody(phase):
-    assert after(*[ended(TaskPhase.ACCEPTED, phase)] * 5) == Trust()
+    assert after(*[ended(TaskPhase.ACCEPTED, phase)] * 5) == Punctuality()
 
 
 @pytest.mark.parametrize("phase", [TaskPhase.FAILED, TaskPhase.REJECTED])
@@ -67,7 +67,7 @@ def test_who_gave_its_task_back_or_was_refused_held_up_a_round_that_was_abandone
 def test_who_got_its_task_late_in_a_round_held_up_nobody():
     round_, task = SHORT
     given = replace(task, entered={TaskPhase.OFFERED: POLICY.deadline_s * 0.6})
-    assert after(*[(round_, given)] * 5) == Trust()
+    assert after(*[(round_, given)] * 5) == Punctuality()
 
 
 def test_who_vanished_held_up_the_round():

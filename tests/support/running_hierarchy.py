@@ -4,7 +4,7 @@ import asyncio
 from contextlib import asynccontextmanager
 
 from fedgrpc.hierarchy.process import Leaf
-from fedgrpc.protocol.tasks import Role
+from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.v1 import aggregator_pb2_grpc
@@ -32,7 +32,7 @@ async def running_leaf(folder, name, above, join=None, **changes):
         name=name,
         aggregator=above if isinstance(above, str) else above.address,
         state_dir=settings.data_dir / "upstream",
-        role=Role.AGGREGATOR,
+        role=WorkerRole.AGGREGATOR,
         join=join,
         serve_address=None,
         poll_wait_s=5.0,

@@ -12,7 +12,7 @@ from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.codec.chunk import CHUNK_BYTES, FIRST_CHUNK_BYTES, LARGE_CHUNK_BYTES, LEAST_CHUNK_BYTES, ChunkSizer
 from fedgrpc.codec.payload import buffer_reader
 from fedgrpc.errors import LinkError, WrongOffset
-from fedgrpc.protocol.tasks import Role
+from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.framing import parse
 from fedgrpc.v1 import aggregator_pb2 as pb
@@ -62,7 +62,7 @@ async def uploading(tmp_path, clock, **settings):
         open_channel(running.address) as channel,
     ):
         client = AggregatorClient(channel, "a", clock=clock)
-        await client.register(detect(), Role.TRAINER)
+        await client.register(detect(), WorkerRole.TRAINER)
         async with asyncio.timeout(PATIENCE_S):
             while (polled := await client.poll(10.0, None)).task is None:
                 pass

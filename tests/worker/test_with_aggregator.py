@@ -9,7 +9,7 @@ import pytest
 
 from fedgrpc.aggregator.server import Aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings
-from fedgrpc.protocol.tasks import Role
+from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.rpc.retry import Backoff
@@ -194,7 +194,7 @@ async def test_a_worker_whose_task_raises_costs_the_round_nothing_but_its_share(
 async def test_an_evaluator_scores_committed_versions(tmp_path):
     trainers = [LeastSquares(seed) for seed in range(3)]
     async with aggregating(tmp_path, rounds=6, stay=True) as (address, _, _):
-        scoring = asyncio.create_task(worker(address, tmp_path, 9, LeastSquares(9), role=Role.EVALUATOR))
+        scoring = asyncio.create_task(worker(address, tmp_path, 9, LeastSquares(9), role=WorkerRole.EVALUATOR))
         await registered(address, "pi-9")
         await asyncio.gather(
             scoring,

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS, server_optimizer
-from fedgrpc.aggregator.commit import Commit
+from fedgrpc.aggregator.commit import ModelCommit
 from fedgrpc.aggregator.delta_bases import DeltaBases, PayloadSource
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.feedback import Residual, write_with_feedback
@@ -168,7 +168,7 @@ class Federation:
         base = ModelFile.open(self._path(number))
         memory = ModelFile.open(path) if (path := self.folder / f"memory-{number}").exists() else None
         optimizer = server_optimizer(self.optimizer, RATES[self.optimizer])
-        commit = Commit(base, memory, optimizer, Merge(dict(weights)), self.journal.load)
+        commit = ModelCommit(base, memory, optimizer, Merge(dict(weights)), self.journal.load)
         commit.write(self._path(number + 1), self.folder / f"memory-{number + 1}")
         self.journal.discard([token for token, _ in weights])
 

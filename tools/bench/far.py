@@ -48,7 +48,7 @@ def measure(round_trip_s: float, mbits: float) -> tuple[float, float]:
 async def _exchange(port: int, width: int, folder: Path) -> tuple[float, float]:
     from fedgrpc.codec.payload import buffer_reader, write_payload
     from fedgrpc.codec.recipe import Recipe
-    from fedgrpc.protocol.tasks import Role
+    from fedgrpc.protocol.tasks import WorkerRole
     from fedgrpc.protocol.tensors import manifest_to_proto
     from fedgrpc.rpc.channel import open_channel
     from fedgrpc.v1.aggregator_pb2 import UpdateHeader
@@ -64,7 +64,7 @@ async def _exchange(port: int, width: int, folder: Path) -> tuple[float, float]:
     mbit = manifest.size_bytes * 8e-6
     async with open_channel(f"127.0.0.1:{port}") as channel:
         client = AggregatorClient(channel, "far")
-        registration = await client.register(detect(), Role.TRAINER)
+        registration = await client.register(detect(), WorkerRole.TRAINER)
         while (polled := await client.poll(5.0, None)).task is None:
             pass
         source = Source(registration.run_id, polled.task.model_version)

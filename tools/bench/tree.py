@@ -100,7 +100,7 @@ async def _lead(pipe: Any, port: int, workers: int, folder: Path, settings: Mapp
     from fedgrpc import logging
     from fedgrpc.aggregator.settings import AggregatorSettings
     from fedgrpc.hierarchy.process import Leaf
-    from fedgrpc.protocol.tasks import Role
+    from fedgrpc.protocol.tasks import WorkerRole
     from fedgrpc.rounds.policy import RoundPolicy
     from fedgrpc.worker.settings import WorkerSettings
 
@@ -109,7 +109,7 @@ async def _lead(pipe: Any, port: int, workers: int, folder: Path, settings: Mapp
     policy = RoundPolicy(min_workers=workers, min_sample_size=workers)
     own = AggregatorSettings(data_dir, address="127.0.0.1:0", policy=policy, **settings)
     address = f"127.0.0.1:{port}"
-    above = WorkerSettings("leaf", address, data_dir / "upstream", Role.AGGREGATOR, serve_address=None)
+    above = WorkerSettings("leaf", address, data_dir / "upstream", WorkerRole.AGGREGATOR, serve_address=None)
     leaf = Leaf(own, above)
     marks: list[Mark] = []
     watching: list[asyncio.Task[None]] = []

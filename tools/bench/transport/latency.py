@@ -144,10 +144,10 @@ async def _upload(pipe: Connection, port: int, number: int, width: int, updates:
 
 
 async def _register(client: Any) -> None:
-    from fedgrpc.protocol.tasks import Role
+    from fedgrpc.protocol.tasks import WorkerRole
     from fedgrpc.worker.device import detect
 
-    await client.register(detect(), Role.TRAINER)
+    await client.register(detect(), WorkerRole.TRAINER)
 
 
 async def _task_of(client: Any) -> str:
