@@ -8,6 +8,8 @@ weights of a task are loaded. A module that cannot be built so is built whole on
 from __future__ import annotations
 
 import copy
+import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -70,6 +72,16 @@ class ModuleBuilder:
         check_tensors(module)
         return module
 
+    def blank(self, shapes: Mapping[str, Shape] | None = None) -> nn.Module:
+        """Build the module with zeros that take no memory, perhaps with narrower `shapes`."""
+        module = uncompiled(self.module)
+        shapes = shapes or {spec.name: spec.shape for spec in self.layout}
+        made: dict[int, Tensor] = {}
+        for names, tensors in shared_memory(module):
+            memory = unwritten_zeros(shapes[min(names)], tensors[0].dtype)
+            made |= {id(tensor): _as(tensor, memory) for tensor in tensors}
+        return with_tensors(module, made)
+
     def filled(self, weights: Weights, shapes: Mapping[str, Shape]) -> nn.Module:
         """Build the module with these weights, whose `shapes` may be narrower than its own.
 
@@ -99,6 +111,18 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
     ):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def unwritten_zeros(shape: Shape, dtype: torch.dtype) -> Tensor:
+    """Return a CPU tensor of zeros whose memory is the system's one page of zeros until it is written.
+
+    The meta device would need no address space either, but its operations import sympy and torch._dynamo: 70 MB.
+    """
+    count = math.prod(shape)
+    if not count:
+        return torch.zeros(shape, dtype=dtype)
+    memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
 
 
 def with_tensors(module: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:

@@ -38,6 +38,8 @@ from fedgrpc.trainer import EvalResult, LocalExamples, TaskSetup, TrainJob, Trai
 # Scoring keeps one layer's activations, training all. So twice the batch takes less memory than training does.
 _EVALUATION_BATCHES = 2
 _EVALUATION_BATCH = 512
+# BatchNorm cannot train on one example.
+_FEW = 2
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -112,22 +114,18 @@ class TorchTrainer:
     def activation_bytes(self, width: float = 1.0) -> int:
         """Return the bytes that a backward pass of that width keeps for a batch; 0 is unknown.
 
-        Shapes are enough to count them: neither weights nor activations get memory.
+        Two examples tell how many, and zeros in place of weights, so that this takes less memory than training.
         """
-        if self._builder.whole is not None or not len(self._data.train):
+        if self._builder.whole is not None or len(self._data.train) < _FEW:
             return 0
         with self._lock, _seeded(self._device, 0):
-            count = min(self._task.batch_size, len(self._data.train))
-            inputs, targets = self._data.train.batch(np.arange(count))
-            prepared = self._task.prepare(inputs, True).to("meta")
-            module = self._sub_models.narrowed(SubModel(width))
+            inputs, targets = self._data.train.batch(np.arange(_FEW))
+            prepared = self._task.prepare(inputs, True).cpu()
+            module = self._sub_models.blank(SubModel(width)).train()
             memory = TensorBytes(module.parameters())
-            try:
-                with torch.device("meta"), memory.counting():
-                    self._task.loss(module.train()(prepared), targets.to("meta"))
-            except (RuntimeError, TypeError, ValueError):
-                return 0
-        return memory.kept
+            with memory.counting():
+                self._task.loss(module(prepared), targets.cpu())
+        return memory.kept * min(self._task.batch_size, len(self._data.train)) // _FEW
 
     def _example(self) -> Tensor:
         examples = self._data.train if len(self._data.train) else self._data.held_out

@@ -55,10 +55,7 @@ def resized(module: nn.Module, shapes: Shapes) -> nn.Module:
         shape = tuple(shapes.get(name, own[name]))
         if shape != own[name] and id(tensor) not in empty:
             empty[id(tensor)] = _empty_like(tensor, shape)
-    narrow = with_tensors(module, empty)
-    for each in narrow.modules():
-        _update_attributes(each)
-    return narrow
+    return _updated(with_tensors(module, empty))
 
 
 def check_sub_model(channel_map: ChannelMap, whole: Shapes, shapes: Shapes) -> None:
@@ -118,6 +115,12 @@ def _empty_like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return values
 
 
+def _updated(module: nn.Module) -> nn.Module:
+    for each in module.modules():
+        _update_attributes(each)
+    return module
+
+
 def _update_attributes(module: nn.Module) -> None:
     """Correct the sizes that torch's own layers keep beside their tensors, since `forward` reads some of them."""
     if isinstance(module, nn.Linear):
@@ -155,26 +158,27 @@ class SubModels:
     def channels(self) -> Channels:
         """Channel groups of the model. Raises UsageError if it cannot be traced or does not run narrower.
 
-        Shapes are enough to find them, so that a device needs no memory for a model that it never trains whole.
+        Zeros are enough to find them, so that a device needs no memory for a model that it never trains whole.
         """
-        module, example = uncompiled(self._builder.module), self._example()
-        if self._builder.whole is not None:
-            return _checked_channels(module, example)
+        example = self._example()
+        if (whole := self._builder.whole) is not None:
+            return _channels_of(uncompiled(whole), example)
         try:
-            with torch.device("meta"):
-                return _checked_channels(module, example.to("meta"))
+            module = self._builder.blank()
+            channels = trace_channels(module, example.cpu())
         except UsageError as error:
-            if "meta" not in str(error).lower():
-                raise
             log.warning("the whole model is built to find its channels", reason=str(error))
-        return _checked_channels(uncompiled(self._builder.initial()).to(example.device), example)
+            return _channels_of(uncompiled(self._builder.initial()), example.cpu())
+        _check_narrower(module, self._narrowed(channels.map, SubModel(_TRIED)), example.cpu())
+        return channels
 
-    def narrowed(self, sub_model: SubModel) -> nn.Module:
-        """Return the module of a sub-model without values, of a model without values. Raises as `channels`."""
-        shapes = self.whole_shapes
-        if not sub_model.whole:
-            shapes = sub_shapes(self.channels.map.select(sub_model), shapes)
-        return resized(uncompiled(self._builder.module), shapes)
+    def blank(self, sub_model: SubModel) -> nn.Module:
+        """Build the module of a sub-model with zeros that take no memory. Raises UsageError as `channels`."""
+        return self._builder.blank() if sub_model.whole else self._narrowed(self.channels.map, sub_model)
+
+    def _narrowed(self, channel_map: ChannelMap, sub_model: SubModel) -> nn.Module:
+        whole = {spec.name: spec.shape for spec in self._builder.layout}
+        return _updated(self._builder.blank(sub_shapes(channel_map.select(sub_model), whole)))
 
     def loaded(self, weights: Weights) -> nn.Module:
         """Build the module of these weights, which may be those of a sub-model. Each tensor is read once.
@@ -190,20 +194,20 @@ class SubModels:
         elif (whole := self._builder.whole) is not None:
             load_weights(whole, weights)
             return whole
-        module = self._builder.filled(weights, given)
-        if given != own:
-            for each in module.modules():
-                _update_attributes(each)
-        return module
+        return _updated(self._builder.filled(weights, given))
 
 
-def _checked_channels(module: nn.Module, example: Tensor) -> Channels:
-    """Trace the module, and run a narrower copy: its own code may rely on its sizes, and only a run shows that."""
+def _channels_of(module: nn.Module, example: Tensor) -> Channels:
     channels = trace_channels(module, example)
     narrow = resized(module, sub_shapes(channels.map.select(SubModel(_TRIED)), shapes_of(module)))
+    _check_narrower(module, narrow, example)
+    return channels
+
+
+def _check_narrower(module: nn.Module, narrow: nn.Module, example: Tensor) -> None:
+    """Run the narrower copy, since a module's own code may rely on its sizes and only a run shows that."""
     with torch.no_grad():
         training = module.training
         outputs = module.eval()(example)
         module.train(training)
     check_runs(narrow, example, tuple(outputs.shape))
-    return channels
