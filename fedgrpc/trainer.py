@@ -222,7 +222,14 @@ class Trainer(Protocol):
 
 @runtime_checkable
 class SliceableTrainer(Trainer, Protocol):
-    """Trainer that can train sub-models of its model's channels, and the local model of `TrainJob.local_model`."""
+    """Trainer that can train sub-models of its model's channels, and the local model of `TrainJob.local_model`.
+
+    Its weights are read on access, each time anew, so that a device holds one tensor of them at a time. They are
+    not its own to change.
+
+    It may have a method `layout() -> Layout`, which tells names and shapes of its whole model without building it,
+    and `activation_bytes(width) -> int`, the bytes that a backward pass keeps beside weights.
+    """
 
     def channels(self) -> ChannelMap:
         """Return the channel groups of its model."""

@@ -141,6 +141,12 @@ def layout_of(tensors: Mapping[str, Array], known: Layout = ()) -> Layout:
     return tuple(spec_of(name, array, by_name.get(name)) for name, array in tensors.items())
 
 
+def told_layout(tensors: Mapping[str, Array], known: Layout = ()) -> Layout:
+    """Return the layout that tensors which are read on access tell themselves, else as `layout_of`."""
+    told: Layout | None = getattr(tensors, "layout", None)
+    return layout_of(tensors, known) if told is None else told
+
+
 def check_unique(layout: Layout) -> None:
     """Raise LayoutError if two tensors have a name in common."""
     names = [name for spec in layout for name in (spec.name, *spec.tied_names)]

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedgrpc.aggregation.partial_update import pack
 from fedgrpc.codec.chunk import crc32
-from fedgrpc.codec.layout import Array, Layout, TensorRole, layout_of, spec_of
+from fedgrpc.codec.layout import Array, Layout, TensorRole, TensorSpec, spec_of, told_layout
 from fedgrpc.codec.manifest import Manifest, TensorEntry
 from fedgrpc.codec.payload import PayloadReader, naming
 from fedgrpc.codec.raw import Raw
@@ -54,9 +54,10 @@ class Delta(InParts):
         if surplus := trained.keys() - given.keys():
             raise LayoutError(f"training returned the tensor {min(surplus)!r}, which the model does not have")
         self._given = given
-        self._trained = {name: _like(name, trained[name], array) for name, array in given.items()}
-        layout = layout_of(given, known)
-        unchanged = {spec for spec in layout if left_out(spec, self._trained[spec.name], given[spec.name])}
+        layout = told_layout(given, known)
+        self._trained = {spec.name: _like(trained[spec.name], spec) for spec in layout}
+        others = [spec for spec in layout if spec.role is not TensorRole.PARAMETER]
+        unchanged = {spec for spec in others if left_out(spec, self._trained[spec.name], given[spec.name])}
         constants = {spec for spec in layout if spec.role is TensorRole.CONSTANT}
         self.layout = tuple(spec for spec in layout if spec not in unchanged | constants)
         self.changed_constants = sorted(spec.name for spec in constants - unchanged)
@@ -74,13 +75,13 @@ class Delta(InParts):
 
     def part_of(self, name: str) -> Part | None:
         """See `InParts.part_of`."""
-        if self._given[name].dtype != np.float32 or not self._specs[name].is_trained:
+        if self._specs[name].dtype != "float32" or not self._specs[name].is_trained:
             return None
-        trained, given = flat(self._trained[name]), flat(self._given[name])
+        trained, given = flat(self._trained[name]), part_of(self._given, name)
 
         @np.errstate(over="ignore", invalid="ignore")
         def subtract_part(out: Array, start: int) -> None:
-            np.subtract(trained[start : start + out.size], given[start : start + out.size], out=out)
+            np.subtract(trained[start : start + out.size], given(start, start + out.size), out=out)
 
         return part_filled(subtract_part, np.float32)
 
@@ -202,14 +203,14 @@ def _measured(trained: Array, start: Array, whole: Array) -> Array:
     return np.asarray(between, trained.dtype)
 
 
-def _like(name: str, array: Array, given: Array) -> Array:
-    """Return `array` in the dtype of `given`: NumPy code returns float64 easily. Anything else must fit."""
+def _like(array: Array, spec: TensorSpec) -> Array:
+    """Return `array` in the dtype of `spec`: NumPy code returns float64 easily. Anything else must fit."""
     array = np.asarray(array)
-    if array.shape != given.shape:
-        raise LayoutError(f"training returned {name!r} with shape {array.shape}, the model's is {given.shape}")
-    if array.dtype == given.dtype:
+    if array.shape != spec.shape:
+        raise LayoutError(f"training returned {spec.name!r} with shape {array.shape}, the model's is {spec.shape}")
+    if array.dtype == spec.numpy_dtype:
         return array
-    if not (spec_of(name, array).is_float and spec_of(name, given).is_float):
-        raise LayoutError(f"training returned {name!r} as {array.dtype}, the model's is {given.dtype}")
+    if not (spec_of(spec.name, array).is_float and spec.is_float):
+        raise LayoutError(f"training returned {spec.name!r} as {array.dtype}, the model's is {spec.dtype}")
     with np.errstate(over="ignore"):
-        return array.astype(given.dtype)
+        return array.astype(spec.numpy_dtype)

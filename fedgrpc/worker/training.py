@@ -67,8 +67,8 @@ _REPORT_INTERVAL_S: Final = 0.1
 _LONG_EPOCH_S: Final = 1.0
 ALL_PARTS: Final = WORKER_PARTS | TASK_PARTS
 
-# Returns the pulled weights, writable and nobody else's, at each call. Slow: call it in a thread.
-Given = Callable[[], Weights]
+# Returns the pulled weights: each read on access, or all writable and nobody else's. Slow: call it in a thread.
+Given = Callable[[bool], Weights]
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class TrainerWork:
 
         def fill(residual: Residual) -> Fill:
             # Read the weights again: the learning task may have trained in the arrays that it was given.
-            pulled = {} if outcome.weights is None else given()
+            pulled = {} if outcome.weights is None else given(True)
             return update_of(task, self._settings.name, pulled, outcome, residual, began, layout)
 
         keep = personal_layers_writer(outcome.weights or {}, task.run_id, task.is_personal)
@@ -172,13 +172,14 @@ class TrainerWork:
     async def _download(self, task: Task, report: Report) -> tuple[Given, Layout, float]:
         """Return the weights to start from, their layout, and the seconds that their download took."""
         if task.kind is TaskKind.INITIALIZE:
-            return dict, (), 0.0
+            return lambda on_access: {}, (), 0.0
         held, download_s = await self._files.download(task, report)
         spool = self._files.spool
 
-        def given() -> Weights:
+        def given(on_access: bool) -> Weights:
+            weights = held.tensors() if on_access else held.weights()
             with storage_errors(spool.personal):
-                return load_personal_layers(held.weights(), spool.personal, task.run_id, task.is_personal)
+                return load_personal_layers(weights, spool.personal, task.run_id, task.is_personal)
 
         return given, held.manifest.layout, download_s
 
@@ -186,16 +187,16 @@ class TrainerWork:
         if task.kind is TaskKind.INITIALIZE:
             self._publisher.enter(Activity.TRAINING)
             return await in_thread(lambda: initialize(trainer), hooks.stop)
-        scores = None
+        scores, on_access = None, reads_on_access(trainer)
         if task.kind is TaskKind.EVALUATE or task.evaluate:
             self._publisher.enter(Activity.EVALUATING)
-            scores = await in_thread(lambda: evaluate(trainer, given(), hooks), hooks.stop)
+            scores = await in_thread(lambda: evaluate(trainer, given(on_access), hooks), hooks.stop)
         if task.kind is TaskKind.EVALUATE:
             if scores is None:
                 raise TaskError("there is no held-out data on this device to score the model on")
             return Outcome(None, scores.example_count, scores=scores)
         self._publisher.enter(Activity.TRAINING)
-        return await in_thread(lambda: train(trainer, given(), task, hooks, scores), hooks.stop)
+        return await in_thread(lambda: train(trainer, given(on_access), task, hooks, scores), hooks.stop)
 
     def _reporter(self, stop: threading.Event) -> Callable[[float], None]:
         """Return a function for the training thread that shows progress, a few times a second."""
@@ -237,6 +238,11 @@ def _check_plan(task: Task, min_batch_size: int) -> None:
 def parts_of(trainer: Trainer) -> frozenset[str]:
     """Return the parts of a local-model plan that a worker with this trainer can do."""
     return WORKER_PARTS | (TASK_PARTS if isinstance(trainer, SliceableTrainer) else frozenset())
+
+
+def reads_on_access(trainer: Trainer) -> bool:
+    """Whether the trainer takes weights that are read one at a time: its device may have no room for more."""
+    return isinstance(trainer, SliceableTrainer)
 
 
 def evaluate(trainer: Trainer, weights: Weights, hooks: Hooks) -> EvalResult | None:
@@ -298,9 +304,12 @@ def _local_scores(
     known = any(name.startswith(_LOCAL) for name in result.metrics)
     if scores is None or known or (ends_s is not None and time.monotonic() >= ends_s):
         return {}
-    # Score a copy: a learning task that scores in place must not change the weights that are sent. There is memory
-    # for it, since the optimizer's state is free by now.
-    local = evaluate(trainer, {name: np.array(array) for name, array in result.weights.items()}, hooks)
+    weights = result.weights
+    if not reads_on_access(trainer):
+        # A learning task that scores in place must not change the weights that are sent. There is memory for
+        # copies, since the optimizer's state is free by now.
+        weights = {name: np.array(array) for name, array in weights.items()}
+    local = evaluate(trainer, weights, hooks)
     return {} if local is None else {f"{_LOCAL}{name}": value for name, value in local.metrics.items()}
 
 

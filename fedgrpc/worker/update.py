@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,10 +32,11 @@ import structlog
 from fedgrpc.codec.budget import fit
 from fedgrpc.codec.entropy import LINK, Entropy
 from fedgrpc.codec.feedback import Corrected, Keep, Residual, write_with_feedback
-from fedgrpc.codec.layout import Array, Layout, TensorRole, layout_of, spec_of
+from fedgrpc.codec.layout import Array, Layout, TensorRole, layout_of, spec_of, told_layout
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
+from fedgrpc.codec.values import InParts
 from fedgrpc.process import peak_memory_bytes
 from fedgrpc.protocol.tasks import Task
 from fedgrpc.protocol.updates import report_to_proto
@@ -143,7 +144,7 @@ def _write(
     delta = Delta(outcome.weights, start, known, given)
     if delta.changed_constants:
         log.warning("constants changed by training stay as they are", tensors=delta.changed_constants)
-    recipe = recipe.for_layout(layout_of(start, known))
+    recipe = recipe.for_layout(told_layout(start, known))
     sent = PartialDelta(delta, outcome.masks, outcome.clustered, task.is_kept_back)
     if outcome.masks or task.sub_model.moves:
         # No error feedback: the next update covers other coordinates, which this one's loss does not concern.
@@ -185,7 +186,25 @@ def load_personal_layers(given: Weights, path: Path, run: str, is_personal: Call
         for name, array in kept.items()
         if name in given and is_personal(name) and spec_of(name, array) == spec_of(name, given[name])
     }
-    return {**given, **fits}
+    return Replaced(given, fits) if isinstance(given, InParts) else {**given, **fits}
+
+
+class Replaced(Mapping[str, Array]):
+    """Tensors of `base`, of which some are read elsewhere. Others stay unread until they are asked for."""
+
+    def __init__(self, base: Weights, others: Weights) -> None:
+        self._base = base
+        self._others = others
+        self.layout = told_layout(base)
+
+    def __getitem__(self, name: str) -> Array:
+        return self._others[name] if name in self._others else self._base[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
 
 
 def personal_layers_writer(
