@@ -13,31 +13,25 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from fedgrpc.aio import BackgroundThread
-from fedgrpc.codec.encoding import Buffer
-from fedgrpc.codec.layout import Array, Layout, TensorSpec
+from fedgrpc.codec.difference import add_difference
+from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.codec.manifest import Manifest
-from fedgrpc.codec.payload import PayloadWriter, encode_tensor, naming
+from fedgrpc.codec.payload import PayloadWriter
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.codec.uniform import Uniform
-from fedgrpc.codec.values import add, left_out, part_filled, part_of, subtract
 from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.storage.files import RecycledFiles, is_gone, make_private, storage_errors
 from fedgrpc.storage.model_file import ModelFile, ModelWriter
 
 _NAME = re.compile(r"(\d+)-([0-9a-f]{64})(?:-([a-z]+:[0-9.e-]+))?\.safetensors")
-
-# A multiple of all pieces that a quantizer works in.
-_WRITTEN_ELEMENTS = 1 << 18
 
 # What a device claims to hold: a version, and the SHA-256 of the payload that gave it to the device.
 Held = tuple[int, bytes]
@@ -57,56 +51,6 @@ class PayloadSource:
     model: Mapping[str, Array]
     base: Mapping[str, Array] | None = None
     sub_model_name: str = ""
-
-    def wanted(self, spec: TensorSpec) -> Array | None:
-        """The tensor to send; None: it is left out, since nothing has changed."""
-        new = self.model[spec.name]
-        if self.base is None:
-            return new
-        old = self.base[spec.name]
-        return None if left_out(spec, new, old) else subtract(spec, new, old)
-
-    def held_after(self, spec: TensorSpec, arrives: Array) -> Array:
-        """The tensor that devices with `base` have once `arrives` has arrived."""
-        return arrives if self.base is None else add(spec, self.base[spec.name], arrives)
-
-
-def _quantize(
-    source: PayloadSource,
-    spec: TensorSpec,
-    encoding: Uniform,
-    rng: np.random.Generator,
-    keep: Callable[[Array], None],
-) -> memoryview:
-    """Encode one tensor; `keep` gets what receivers then hold of it, in parts that no other code changes."""
-    wanted = part_of(source.model, spec.name)
-    base = None if source.base is None else part_of(source.base, spec.name)
-    held = after = np.empty(0, np.float32)
-    filled = 0
-
-    def subtract_part(out: Array, start: int) -> None:
-        nonlocal held
-        assert base is not None
-        held = base(start, start + out.size)
-        np.subtract(wanted(start, start + out.size), held, out=out)
-
-    def arrived(start: int, values: Array, decoded: Array) -> None:
-        nonlocal after, filled
-        if not after.size:
-            after = np.empty(min(_WRITTEN_ELEMENTS, spec.size - start), np.float32)
-        out = after[filled : filled + decoded.size]
-        if base is None:
-            out[:] = decoded
-        else:
-            np.add(held, decoded, out=out)
-        filled += decoded.size
-        if filled == after.size:
-            keep(after)
-            after, filled = np.empty(0, np.float32), 0
-
-    with np.errstate(over="ignore", invalid="ignore"):
-        part = wanted if base is None else part_filled(subtract_part, np.float32)
-        return encoding.encode_parts(part, spec.size, rng, arrived)
 
 
 class DeltaBases:
@@ -174,27 +118,17 @@ class DeltaBases:
 
         Raises `EncodeError` and `StorageError`; nothing is kept then.
         """
-        # The key has the digest of the payload, which is known once it is written.
+        # The key has the digest of the payload, which is known once it is written. Each encoder has its own name.
         unnamed = self._folder / f"{source.version:06d}-{threading.get_ident()}.safetensors"
         payload = PayloadWriter(out, recipe.compression)
         with (
             ModelWriter(unnamed, source.layout, self._recycled, durable=False) as base,
+            # Writing both files takes about as long as encoding: beside it, it costs nothing.
             BackgroundThread[None]("delta-bases") as writing,
         ):
-            for spec in source.layout:
-                encoding = recipe.for_tensor(spec)
-                if isinstance(encoding, Uniform) and spec.dtype == "float32":
-                    with naming(spec):
-                        data: Buffer = _quantize(source, spec, encoding, rng, partial(writing.submit, base.add))
-                else:
-                    wanted = source.wanted(spec)
-                    if wanted is None:
-                        writing.submit(base.add, source.model[spec.name])
-                        continue
-                    encoding, data = encode_tensor(spec, wanted, recipe, rng)
-                    arrives = encoding.decode(memoryview(data).toreadonly(), spec)
-                    writing.submit(base.add, source.held_after(spec, arrives))
-                writing.submit(payload.add, spec, encoding, data)
+            add_difference(
+                payload, source.model, source.base, source.layout, recipe, rng, base.add, writing.submit
+            )
             writing.wait()
             manifest = payload.finish()
             base.finish()
@@ -206,6 +140,7 @@ class DeltaBases:
         path = self._folder / f"{version:06d}-{sha256.hex()}{'-' + name if name else ''}.safetensors"
         with storage_errors("a delta base", "store"):
             unnamed.replace(path)
+        # Known only under its final name: what `knows` says can be opened.
         with self._lock:
             self._paths[key] = path
 
@@ -218,6 +153,7 @@ class DeltaBases:
         with self._lock:
             gone = [key for key in self._paths if key[0] not in keep and key not in self._read]
             paths = [self._paths.pop(key) for key in gone]
+        # Outside the lock: a slow disk must not hold up who only asks what is known.
         for path in paths:
             self._recycled.keep(path)
 
