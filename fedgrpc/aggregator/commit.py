@@ -59,7 +59,7 @@ class Span:
 
 @dataclass(frozen=True)
 class ModelCommit:
-    """What a new version is made of: a base, and the updates of `merge`, whose files `load` finds by token.
+    """Sources of a new version: a base, and the updates of `merge`, whose files `load` finds by token.
 
     `about` is for the metadata of the model's file. A coordinate that no update covers keeps its value, and the
     optimizer what it remembers of it.
@@ -75,7 +75,7 @@ class ModelCommit:
 
     @property
     def state_layout(self) -> Layout:
-        """What the optimizer keeps: `state_count` float32 tensors for each trained tensor of the model."""
+        """Layout of the optimizer's state: `state_count` float32 tensors for each trained tensor of the model."""
         return tuple(
             TensorSpec(f"{part}/{spec.name}", "float32", spec.shape)
             for spec in self.base.layout
@@ -214,7 +214,7 @@ class ModelCommit:
         return cast
 
     def _name_at(self, index: int, element: int) -> str:
-        """Of the tensor that has this element, counted from the first one of tensor number `index`."""
+        """Return the name of the tensor with this element, counted from the start of tensor number `index`."""
         while element >= self.base.layout[index].size:
             element -= self.base.layout[index].size
             index += 1
@@ -277,7 +277,7 @@ def means_of(
 def _spreads(
     buffers: Sequence[TensorSpec], merge: Merge, load: Load, base: Callable[[str], np.ndarray]
 ) -> dict[str, Spread]:
-    """What the base and the updates say of each of these buffers."""
+    """Return the values of each of these buffers in the base and in the updates."""
     spreads = {spec.name: Spread(base(spec.name)) for spec in buffers}
     for token in merge.weights:
         with blaming(token), load(token).open() as reader:
@@ -310,7 +310,7 @@ def cached(load: Load) -> Load:
 
 
 def by_groups(layout: Layout, work: Callable[[Group], T]) -> Iterator[T]:
-    """What `work` makes of each group of tensors, in order, one group ahead in a thread."""
+    """Yield what `work` makes of each group of tensors, in order, one group ahead in a thread."""
     return ahead(groups(layout), work)
 
 

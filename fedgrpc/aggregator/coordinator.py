@@ -150,7 +150,7 @@ class Coordinator:
 
     @property
     def weighing(self) -> Weighing:
-        """How the updates of this run count, by its operator and its parent."""
+        """Weights of this run's updates, as its operator and its parent want them."""
         asked, settings = self.instructions, self.settings
         return Weighing(
             asked.worker_weights,
@@ -360,7 +360,7 @@ class Coordinator:
         self.changes.notify()
 
     def workers_available(self) -> WorkersAvailable:
-        """Who could take a task of the round now."""
+        """Count the workers that could take a task of the round now."""
         return self.machine.workers_available(self.fleet, self.clock())
 
 

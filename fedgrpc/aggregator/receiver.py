@@ -46,7 +46,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Held:
-    """How much of an update is held, whether it is accepted, and how long to wait before the rest is sent."""
+    """State of an upload: bytes held, whether it is accepted, and the wait before the rest is sent."""
 
     size_bytes: int
     complete: bool
@@ -146,7 +146,7 @@ class Receiver:
         await self._scores.by_evaluator(evaluation, scores, example_count)
 
     def _expected(self, header: UpdateHeader) -> ExpectedUpdate:
-        """What the task asks of its update, whatever its round becomes while the bytes come."""
+        """Return what the task asks of its update, whatever its round becomes while the bytes arrive."""
         coordinator, round_ = self._coordinator, self._run.current
         local, kept = round_.local_task(header.token), None
         if round_.kind is TaskKind.TRAIN and not local.plain:

@@ -1,4 +1,4 @@
-"""What a former process left in the data folder, taken up again.
+"""Recovery of a run from what a former process left in the data folder.
 
 The rule: what is not in the database did not happen, and what an update file holds is accepted.
 """
@@ -104,14 +104,14 @@ class Recovery:
         await coordinator.save_run()
 
     def _goes_on(self, changed: Mapping[str, str]) -> bool:
-        """Whether a run that has ended has more to do now: it has more rounds, or another target."""
+        """Return whether a run that has ended has more to do now: it has more rounds, or another target."""
         run = self._run
         same_target = not any(name.partition(".")[0] == "target" for name in changed)
         met_target = run.ending.reason is EndReason.TARGET_MET and same_target
         return run.phase is RunPhase.FINISHED and not run.rules.enough(run.trained) and not met_target
 
     async def _changed_settings(self) -> dict[str, str]:
-        """What is not as at the last start. Raises `UsageError` for a setting that may not change."""
+        """Return the settings that differ from the last start. Raises `UsageError` for one that may not."""
         before = await self._coordinator.in_database(self._store.settings)
         return changes(before, compared_text(self._settings)) if before else {}
 
@@ -171,7 +171,7 @@ class Recovery:
             await self._import(ModelFile.open(self._settings.initial_model))
 
     async def _recall_costs(self) -> None:
-        """What plans are predicted from is in the records of the rounds that are over, and nowhere else."""
+        """Read what plans are predicted from in the records of past rounds: it stands nowhere else."""
         if self._run.began:
             trainers = [worker.name for worker in self._coordinator.fleet if worker.history.accepted]
             records = self._store.committed_rounds(_RECALLED_BYTES)
@@ -205,7 +205,7 @@ class Recovery:
         log.info("initial model", run=self._settings.run_name, file=str(model.path), tensors=len(model.layout))
 
     async def _close(self, record: round_pb2.Round, reason: str) -> None:
-        """Nothing more is to come of the round that was open."""
+        """Abandon the round that was open."""
         record.phase, record.reason = round_pb2.ROUND_PHASE_ABANDONED, reason
         await self._coordinator.in_database(self._store.finish_round, record, [], {}, None)
 
@@ -240,7 +240,7 @@ class Recovery:
         )
 
     async def _keep_deadline(self, round_: RoundInProgress, granted_s: float) -> None:
-        """What this restart adds to the round's time is remembered by the next one."""
+        """Store what this restart adds to the round's time, for the next one."""
         state, now = round_.state, self._coordinator.clock()
         if state.granted_s > granted_s and state.deadline_at is not None:
             wall_deadline = time.time() + state.deadline_at - now
@@ -281,7 +281,7 @@ class Recovery:
         return kept, reports
 
     def _report(self, row: TaskRow) -> Report | None:
-        """What came with the update of a task; None where none was accepted."""
+        """Return the report of a task's update; None where none was accepted."""
         if row.phase in (TaskPhase.REJECTED, TaskPhase.FAILED):
             return None
         try:
@@ -323,7 +323,7 @@ class Recovery:
     def _contexts(
         self, rows: Iterable[TaskRow], reports: Mapping[str, Report], record: round_pb2.Round
     ) -> dict[str, TaskContext]:
-        """What is known of the tasks, by token; `record` has the tasks of a round that was open."""
+        """Return the contexts of tasks, by token; `record` has the tasks of a round that was open."""
         recorded = {task.worker: task for task in record.tasks}
         return {row.token: self._context(row, reports.get(row.token), recorded.get(row.worker)) for row in rows}
 

@@ -1,4 +1,4 @@
-"""Which roles a worker may declare, and what the operator lets that role do.
+"""Roles that a worker may declare, and what the operator lets each of them do.
 
 The rule: a role that is declared grants nothing. With certificates it has to be the certificate's. Without,
 what only some may do, those do whom the operator names.
@@ -62,7 +62,7 @@ class Roles:
             raise WrongIdentity(f"worker {name[:80]!r} is no aggregator here: --leaf names those who are")
 
     def initialises(self, worker: str) -> bool:
-        """Whether this worker may give the first model."""
+        """Return whether this worker may give the first model."""
         return _named(worker, self.initialisers)
 
 

@@ -1,4 +1,4 @@
-"""Where the rounds of a driver come from, and what becomes of their updates.
+"""Sources of a driver's rounds, which also decide what becomes of the updates.
 
 RoundSource    what a driver needs to know of that
 OwnRounds      the run's own rounds, each of which makes a version

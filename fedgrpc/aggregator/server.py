@@ -167,7 +167,7 @@ async def run_aggregator(
 
 
 async def _tell_health(coordinator: Coordinator, playing: asyncio.Task[None], health: Health) -> None:
-    """SERVING only while the round loop is alive and can commit."""
+    """Report SERVING only while the round loop is alive and can commit."""
     seen, told = -1, True
     while True:
         healthy = coordinator.data_folder.healthy and not (playing.done() and not coordinator.machine.ended)

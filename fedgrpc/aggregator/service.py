@@ -219,7 +219,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         return run
 
     def _round_number(self) -> int:
-        """Of the round in progress, else of the last one; 0: there was none."""
+        """Return the number of the round in progress, else of the last one; 0: there was none."""
         if self._run.round is not None:
             return self._run.round.number
         last = self._coordinator.records.last
@@ -331,7 +331,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
 
 
 def _numbers(page_token: str, count: int, call: str) -> tuple[int, ...]:
-    """What a page token says. Raises `UsageError`."""
+    """Return the numbers in a page token. Raises `UsageError`."""
     parts = page_token.split(".")
     whole = all(part.isascii() and part.isdigit() and len(part) <= len(str(_MAX_ROUND)) for part in parts)
     if not whole or len(parts) != count:

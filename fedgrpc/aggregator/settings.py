@@ -59,7 +59,7 @@ class Target:
         return f"{self.name} {'>=' if self.at_least else '<='} {self.value:g}"
 
     def met(self, metrics: Mapping[str, float]) -> bool:
-        """Whether `metrics` has this score and it is good enough."""
+        """Return whether `metrics` has this score and it is good enough."""
         if self.name not in metrics:
             return False
         value = metrics[self.name]
@@ -164,7 +164,7 @@ class AggregatorSettings:
             raise UsageError("max_share goes without local_models of a part: few workers share a coordinate")
 
     def _check_scales(self) -> None:
-        """Of steps that are to be normalized it has to be known what they amount to."""
+        """Check that normalized steps have a known size."""
         if not 0 <= self.staleness_exponent < math.inf:
             raise UsageError(f"staleness_exponent must be a number from 0, not {self.staleness_exponent:g}")
         mu, rate = self.plan.proximal_mu, self.plan.learning_rate
@@ -191,7 +191,7 @@ class AggregatorSettings:
             )
 
     def negotiation(self) -> Negotiation:
-        """How models and updates travel. Raises UsageError."""
+        """Return the recipes of models and updates. Raises UsageError."""
         return Negotiation(self.download_recipe, self.difference_recipe, self.upload_recipe)
 
     @property
@@ -200,40 +200,40 @@ class AggregatorSettings:
 
     @property
     def has_authority(self) -> bool:
-        """Whether the aggregator is the authority of its callers' certificates."""
+        """True if the aggregator is the authority of its callers' certificates."""
         return self.tls is None and not self.insecure and not self._listens.is_local
 
     @property
     def authenticated(self) -> bool:
-        """Whether callers have certificates, which say who they are and in which role."""
+        """True if callers have certificates, which say who they are and in which role."""
         return self.has_authority or (self.tls is not None and self.tls.ca is not None)
 
     @property
     def evaluators_named(self) -> bool:
-        """Whether evaluators are those of whom the operator said so: by name, or by their certificates."""
+        """True if evaluators are those of whom the operator said so: by name, or by their certificates."""
         return bool(self.evaluators) or self.authenticated
 
     @property
     def leaves_named(self) -> bool:
-        """Whether leaves are those of whom the operator said so: by name, or by their certificates."""
+        """True if leaves are those of whom the operator said so: by name, or by their certificates."""
         return bool(self.leaves) or self.authenticated
 
     @property
     def lives(self) -> Lives:
-        """How long certificates count."""
+        """Lifetimes of certificates."""
         return Lives(device_s=self.certificate_life_s, grace_s=self.renewal_grace_s)
 
     @property
     def roles(self) -> Roles:
-        """Who may be an evaluator or an aggregator, and who gives the first model."""
+        """Workers that may be evaluators or aggregators, or give the first model."""
         return Roles(self.evaluators, self.leaves, self.initialisers)
 
     @property
     def admission(self) -> AdmissionPolicy:
-        """What an update must keep to."""
+        """Rules that an update must keep."""
         return AdmissionPolicy(math.inf if self.max_update_norm is None else self.max_update_norm)
 
     @property
     def heartbeat_s(self) -> float:
-        """How often a worker with a task is to be heard of: by default a third of its lease, 5 s at most."""
+        """Seconds between the heartbeats of a worker with a task: by default a third of its lease, 5 s at most."""
         return self.heartbeat_interval_s or min(5.0, self.policy.lease_s / 3)

@@ -35,12 +35,12 @@ class TrainingInstructions:
 
     @classmethod
     def from_settings(cls, settings: AggregatorSettings) -> TrainingInstructions:
-        """Those of the operator."""
+        """Return the instructions of the operator."""
         return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
     @classmethod
     def from_parent(cls, task: aggregator_pb2.Task, settings: AggregatorSettings) -> TrainingInstructions:
-        """Those of a leaf's task. Weights that the leaf's own operator gives to workers come first.
+        """Return those of a leaf's task. Weights that the leaf's own operator gives to workers come first.
 
         Raises `LayoutError` for a plan or weights out of their ranges.
         """
@@ -61,7 +61,7 @@ class TrainingInstructions:
     def for_leaf(
         self, local_models: round_pb2.LocalModels | None, channels: tensor_pb2.ChannelMap | None
     ) -> round_pb2.LeafInstructions:
-        """What a leaf needs besides its task."""
+        """Return what a leaf needs besides its task."""
         return round_pb2.LeafInstructions(
             seed=self.seed,
             worker_weights=self.worker_weights,

@@ -108,12 +108,12 @@ class Trust:
 
     @property
     def services(self) -> list[Service]:
-        """What to serve beside the aggregator's own service."""
+        """Services beside the aggregator's own one."""
         return [identity_service(self._service)]
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[str]:
-        """While the block runs, end calls that have become stale, and warn of what is open.
+        """End calls that become stale while the block runs, and warn of what is open.
 
         Yields the address of the socket for operators on this host.
         """

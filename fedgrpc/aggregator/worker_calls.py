@@ -43,7 +43,7 @@ class Beat:
 
 
 class WorkerCalls:
-    """What workers of one run may do, but for pulling models and pushing updates."""
+    """Calls of the workers of one run, but for pulling models and pushing updates."""
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
@@ -108,7 +108,7 @@ class WorkerCalls:
 
     @property
     def asks_channels(self) -> bool:
-        """Whether workers that register are to tell the channels of the model."""
+        """True if workers that register are to send the channels of the model."""
         # The plans of a leaf come with its parent's tasks, when it is too late to ask.
         leads_for_a_parent = not self._run.makes_versions and self._local_models.channels is None
         return self._local_models.wants_channels or leads_for_a_parent

@@ -104,7 +104,7 @@ class Authority:
         return _sign(_common_name(name), key, issuer, self.key, end, alternative=alternative, use=use)
 
     def has_issued(self, certificate: Certificate) -> bool:
-        """Whether this authority itself signed the certificate.
+        """Return whether this authority itself signed the certificate.
 
         A handshake does not say that. It also succeeds with a chain to the anchor of a join token, whose bearer
         can give any name to a certificate and to the authority in between.
@@ -145,7 +145,7 @@ def issuer_of(certificate: Certificate) -> str:
 
 
 def is_signed_by(certificate: Certificate, issuer: Certificate) -> bool:
-    """Whether `issuer` itself signed `certificate`."""
+    """Return whether `issuer` itself signed `certificate`."""
     try:
         certificate.verify_directly_issued_by(issuer)
     except (ValueError, TypeError, InvalidSignature):

@@ -101,7 +101,7 @@ class DeviceFolder:
 
     @property
     def joined(self) -> bool:
-        """Whether the device has a certificate."""
+        """True if the device has a certificate."""
         return self.certificate.exists()
 
     def own_key(self) -> PrivateKey:

@@ -62,7 +62,7 @@ class Credentials:
 
 @dataclass(frozen=True)
 class _Shown:
-    """What a certificate says, once its signature is checked: a member's key, or the token of one who joins."""
+    """Content of a certificate whose signature is checked: a member's key, or the token of a new one."""
 
     key_sha256: bytes = b""
     token: str = ""

@@ -20,7 +20,7 @@ MAX_LIFE_S: Final = 3660 * _DAY_S
 
 
 class MemberState(IntEnum):
-    """Whether a member may call."""
+    """Right of a member to call."""
 
     PENDING = 1
     ACTIVE = 2
@@ -29,7 +29,7 @@ class MemberState(IntEnum):
 
 @dataclass(frozen=True)
 class Lives:
-    """How long certificates count, and for how long after that they may still be renewed. Seconds."""
+    """Lifetimes of certificates, and the time after that in which they may still be renewed. Seconds."""
 
     device_s: float = _DAY_S
     operator_s: float = 30 * _DAY_S

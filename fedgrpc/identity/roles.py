@@ -25,7 +25,7 @@ EVALUATORS: Final = ".evaluators"
 
 
 class Role(StrEnum):
-    """What a caller may do; `fedgrpc.identity.access` has the table."""
+    """Role of a caller; `fedgrpc.identity.access` has the table."""
 
     TRAINER = "trainer"
     EVALUATOR = "evaluator"
@@ -43,7 +43,7 @@ OPERATOR_ROLES: Final = (Role.VIEWER, Role.OPERATOR, Role.ADMIN)
 
 @dataclass(frozen=True)
 class Identity:
-    """Who makes a call. `local`: over plaintext, on this machine, where file permissions decide who may call."""
+    """Caller of an RPC. `local`: over plaintext, on this machine, where file permissions decide who may call."""
 
     name: str
     role: Role

@@ -128,7 +128,7 @@ class TokenRecord:
         return record
 
     def is_live(self, now: float) -> bool:
-        """Whether a device may still join with it."""
+        """Return whether a device may still join with it."""
         return self.uses_left > 0 and now < self.expires_at
 
     def check(self, now: float) -> None:

@@ -69,7 +69,7 @@ class Address:
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine reaches a server that listens there."""
+        """True if only this machine reaches a server that listens there."""
         if self.is_unix or self.host == "localhost":
             return True
         address = _ip(self.host)

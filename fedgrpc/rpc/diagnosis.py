@@ -55,7 +55,7 @@ def presented_chain(address: Address) -> list[bytes]:
 
 
 def is_refused(address: Address, tls: Tls) -> bool:
-    """Whether a server that `tls` trusts refuses its certificate. False where nobody answers."""
+    """Return whether a server that `tls` trusts refuses its certificate. False where nobody answers."""
     try:
         with _connected(address) as connection:
             context = _context(tls)

@@ -27,11 +27,11 @@ class RunRules:
 
     @property
     def min_new_examples(self) -> int:
-        """How many new examples a worker needs to take part in a round of training; 0: it needs none."""
+        """Number of new examples that a worker needs to take part in a round of training; 0: it needs none."""
         if self.policy.min_new_examples is not None:
             return self.policy.min_new_examples
         return 1 if self.rounds is None else 0
 
     def enough(self, trained: int) -> bool:
-        """Whether so many rounds of training are all that the run wants."""
+        """Return whether so many rounds of training are all that the run wants."""
         return self.rounds is not None and trained >= self.rounds

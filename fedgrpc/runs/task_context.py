@@ -81,7 +81,7 @@ _PLAIN = LocalTask()
 
 @dataclass(frozen=True)
 class Downlink:
-    """How models travel to a worker: whole, or as a difference to what it holds (None: always whole)."""
+    """Form in which models travel to a worker: whole, or as a difference to what it holds (None: always whole)."""
 
     whole: Recipe
     difference: Recipe | None = None

@@ -1,4 +1,4 @@
-"""What a commit averages: one `Merge`, computed once from the updates that a round has accepted.
+"""Input of a commit: one `Merge`, computed once from the updates that a round has accepted.
 
 The rule: a pure function of what was stored with the updates, so that a commit done again gives the same bits. No
 claim weighs more than the operator's limits. Scores of a worker weigh no more examples than its update may, and
@@ -77,12 +77,12 @@ class Merge:
 
     @property
     def alike(self) -> bool:
-        """Whether every update is a worker's own, of the whole model."""
+        """True if every update is a worker's own, of the whole model."""
         return not (self.sub_models or self.merged)
 
     @property
     def factors(self) -> dict[str, float]:
-        """By what the differences of each update are multiplied, before the sum is divided by all weights."""
+        """Factor on the differences of each update, before the sum is divided by all weights."""
         return {token: weight * self.scales.get(token, 1.0) for token, weight in self.weights.items()}
 
 

@@ -71,7 +71,7 @@ class SubModel:
 
     @property
     def whole(self) -> bool:
-        """Whether this is the whole model."""
+        """True if this is the whole model."""
         return self.width == 1.0
 
     @property
@@ -81,7 +81,7 @@ class SubModel:
 
     @property
     def moves(self) -> bool:
-        """Whether the channels may change from round to round."""
+        """True if the channels may change from round to round."""
         return self.rule != "prefix" and not self.whole
 
     @classmethod

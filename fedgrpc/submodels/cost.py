@@ -95,7 +95,7 @@ class Observation:
         return max(0, self.tensor_bytes - round(self.weights_bytes / _ELEMENT_BYTES * self.technique.state_bytes))
 
     def is_of(self, size: PlanSize) -> bool:
-        """Whether this is the cost of the plan that `size` is of."""
+        """Return whether this is the cost of the plan that `size` is of."""
         same = (self.plan or LocalModelPlan()) == (size.plan or LocalModelPlan())
         return same and math.isclose(self.share, size.share, rel_tol=1e-9)
 
@@ -189,7 +189,7 @@ def choose_of(
 
 
 def adds_nothing(plan: LocalModelPlan, history: Sequence[Observation]) -> bool:
-    """Whether the tasks of this plan show that its number format leaves nothing of the update."""
+    """Return whether the tasks of this plan show that its number format leaves nothing of the update."""
     ratios = [seen.noise_ratio for seen in history if seen.plan == plan]
     return len(ratios) >= _USELESS_TASKS and statistics.median(ratios) > USELESS_RATIO
 

@@ -47,7 +47,7 @@ class Coverage:
 
     @property
     def whole(self) -> bool:
-        """Whether every coordinate is covered, judged by the absence of positions and mask."""
+        """True if every coordinate is covered, judged by the absence of positions and mask."""
         return self.mask is None and all(taken is None for taken in self.positions)
 
     @property

@@ -191,12 +191,12 @@ class LocalModelPlan:
 
     @property
     def plain(self) -> bool:
-        """Whether the local model is just the global one or a sub-model of it."""
+        """True if the local model is just the global one or a sub-model of it."""
         return self.parts <= {"sub_model"}
 
     @property
     def emulated(self) -> bool:
-        """Whether each operation is rounded to the number format, instead of torch computing in it."""
+        """True if each operation is rounded to the number format, instead of torch computing in it."""
         asked = self.arithmetic
         if asked is None:
             return False
@@ -220,15 +220,15 @@ class LocalModelPlan:
         return frozenset(name for name, used in needed.items() if used)
 
     def is_personal(self, name: str) -> bool:
-        """Whether the tensor of that name never leaves the device."""
+        """Return whether the tensor of that name never leaves the device."""
         return matches(name, self.personal_layers)
 
     def is_trained(self, name: str) -> bool:
-        """Whether training may change the tensor of that name."""
+        """Return whether training may change the tensor of that name."""
         return self.trained_layers == _ALL or matches(name, self.trained_layers)
 
     def is_kept_back(self, name: str) -> bool:
-        """Whether updates lack the tensor of that name: it is personal, or not trained."""
+        """Return whether updates lack the tensor of that name: it is personal, or not trained."""
         return self.is_personal(name) or not self.is_trained(name)
 
     @classmethod
@@ -333,17 +333,17 @@ class PlanTable:
 
     @property
     def trivial(self) -> bool:
-        """Whether every device trains the whole model as it is."""
+        """True if every device trains the whole model as it is."""
         return all(plan == LocalModelPlan() for plan in self.plans)
 
 
 def covers_all(plan: LocalModelPlan) -> bool:
-    """Whether an update by this plan covers every coordinate of the model."""
+    """Return whether an update by this plan covers every coordinate of the model."""
     return plan.parts.isdisjoint({"sub_model", "pruning", "personal_layers", "trained_layers"})
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a tensor's name matches any of the patterns (fnmatch)."""
+    """Return whether a tensor's name matches any of the patterns (fnmatch)."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -57,7 +57,7 @@ class ModuleBuilder:
 
     @staticmethod
     def is_empty(module: nn.Module) -> bool:
-        """Whether the module has no values."""
+        """Return whether the module has no values."""
         return any(tensor.is_meta for tensor in named_tensors(module).values())
 
     @property

@@ -105,7 +105,7 @@ async def enrolled(settings: WorkerSettings) -> WorkerSettings:
 
 
 async def _is_to_join(settings: WorkerSettings, folder: DeviceFolder, token: JoinToken) -> bool:
-    """Whether the token is needed: not where it made this device a member before."""
+    """Return whether the token is needed: not where it made this device a member before."""
     if not folder.joined:
         return True
     if await asyncio.to_thread(folder.authority_sha256) != token.authority_sha256:
@@ -245,7 +245,7 @@ class Link:
 
     @property
     def on_stale(self) -> Callable[[], Awaitable[None]] | None:
-        """What to call when the aggregator finds the certificate too old; None: nothing helps."""
+        """Function to call when the aggregator finds the certificate too old; None: nothing helps."""
         return self.renew if self._has_joined else None
 
     async def keep_fresh(self) -> None:

@@ -101,27 +101,27 @@ class _GuardedTrainer:
             return _arrays("initial_weights", self._inner.initial_weights())
 
     def roles(self) -> Mapping[str, str]:
-        """As `roles`."""
+        """Return `roles` of the trainer."""
         with users_code(self._reference):
             return roles(self._inner)
 
     def tied_names(self) -> Mapping[str, tuple[str, ...]]:
-        """As `tied_names`."""
+        """Return `tied_names` of the trainer."""
         with users_code(self._reference):
             return tied_names(self._inner)
 
     def layout(self) -> Layout:
-        """As `model_layout`."""
+        """Return `model_layout` of the trainer."""
         with users_code(self._reference):
             return model_layout(self._inner)
 
     def activation_bytes(self, width: float) -> int:
-        """As `activation_bytes`."""
+        """Return `activation_bytes` of the trainer."""
         with users_code(self._reference):
             return activation_bytes(self._inner, width)
 
     def local_examples(self) -> LocalExamples | None:
-        """As `local_examples`."""
+        """Return `local_examples` of the trainer."""
         with users_code(self._reference):
             return local_examples(self._inner)
 
@@ -143,7 +143,7 @@ class _GuardedSliceableTrainer(_GuardedTrainer):
             return channels
 
     def full_width_tensors(self) -> TensorsByReason:
-        """As `full_width_tensors`."""
+        """Return `full_width_tensors` of the trainer."""
         with users_code(self._reference):
             return full_width_tensors(self._inner)
 

@@ -130,7 +130,7 @@ def constructor_arguments(
 
 
 def takes(task: type, setting: str) -> bool:
-    """Whether a task found by `find_task` uses a setting, such as `partition`."""
+    """Return whether a task found by `find_task` uses a setting, such as `partition`."""
     return hasattr(task, "build_trainer") or bool({setting, "setup"} & {*_parameters(task)})
 
 

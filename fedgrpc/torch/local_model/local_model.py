@@ -73,7 +73,7 @@ class LocalModel:
 
     @property
     def emulated(self) -> bool:
-        """Whether arithmetic is rounded to the number format, instead of torch computing in it."""
+        """True if arithmetic is rounded to the number format, instead of torch computing in it."""
         return self._plan.emulated
 
     @property

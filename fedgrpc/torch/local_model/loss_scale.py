@@ -91,7 +91,7 @@ class LossScale:
         optimizer.rescale(factor)
 
     def _fits(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Whether no gradient has overflowed or, in a format that saturates, reached the largest number."""
+        """Return whether no gradient has overflowed or, in a format that saturates, reached the largest number."""
         with _disable_current_modes():
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             return all(bool((gradient.abs() < self._saturates_at).all()) for gradient in gradients)

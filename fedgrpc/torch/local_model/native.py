@@ -27,7 +27,7 @@ _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
 @cache
 def has_fast_products(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of a 16-bit type about as fast as those of float32."""
+    """Return whether this CPU multiplies matrices of a 16-bit type about as fast as those of float32."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
     supported = {

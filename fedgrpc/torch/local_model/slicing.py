@@ -72,7 +72,7 @@ def check_sub_model(channel_map: ChannelMap, whole: Shapes, shapes: Shapes) -> N
 
 
 def _misfit(channel_map: ChannelMap, kept: dict[int, int], axis: Axis, extent: int) -> bool:
-    """Whether no sub-model has so many elements of the axis.
+    """Return whether no sub-model has so many elements of the axis.
 
     The first axis with one group says how many channels the group keeps; all other axes must agree.
     """
