@@ -44,13 +44,14 @@ from fedgrpc.trainer import TaskSetup, TrainJob, TrainResult, Weights
 from tools.containers.devices import JETSON_NANO_2GB, RASPBERRY_PI_4, DeviceClass
 
 DEVICES = {kind.name: kind for kind in (RASPBERRY_PI_4, JETSON_NANO_2GB)}
-TRAINING, HELD_OUT = 4000, 1000
+TRAINING = 4000
 RECIPE = "int8+zstd"
-# Batch, steps of the device, steps that others have trained before, patterns of the last part and the last layer.
-MODELS: dict[str, tuple[int, int, int, str, str]] = {
-    "lenet": (64, 240, 120, '"fc*"', '"fc3.*"'),
-    "mobilenetv2": (16, 40, 60, '"features.1[4-8].*", "classifier.*"', '"classifier.*"'),
-    "resnet18": (16, 40, 60, '"layer4.*", "fc.*"', '"fc.*"'),
+# Batch, steps of the device, steps that others have trained before, images to score, and patterns of the last part
+# and the last layer. The large models train so few steps that a score would say nothing.
+MODELS: dict[str, tuple[int, int, int, int, str, str]] = {
+    "lenet": (64, 240, 120, 1000, '"fc*"', '"fc3.*"'),
+    "mobilenetv2": (16, 6, 60, 0, '"features.1[4-8].*", "classifier.*"', '"classifier.*"'),
+    "resnet18": (16, 6, 60, 0, '"layer4.*", "fc.*"', '"fc.*"'),
 }
 # Group, degree, plan. PART and LAST are the patterns of the model.
 CELLS = (
@@ -102,12 +103,13 @@ class Sample(FashionMnist):
     def __init__(self, model: str, batch_size: int) -> None:
         super().__init__(model)
         self.batch_size = batch_size
+        self._held_out = MODELS[model][3]
 
     def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
         train, held_out = super().data(path)
         assert isinstance(train, TensorDataset)
         assert isinstance(held_out, TensorDataset)
-        return _first(train, TRAINING), _first(held_out, HELD_OUT)
+        return _first(train, TRAINING), _first(held_out, self._held_out) if self._held_out else None
 
 
 def _first(examples: TensorDataset, count: int) -> TensorDataset:
@@ -273,7 +275,7 @@ def show(lines: Sequence[Mapping[str, Any]]) -> None:
             seen, size = observation(line)
             wanted = predict(DeviceLimits(), [whole], size)
             assert wanted.local_s is not None
-            accuracy = "" if line["group"] == "emulated" else f"{100 * line['accuracy']:.1f}"
+            accuracy = f"{100 * line['accuracy']:.1f}" if scored(line) else ""
             cells = [
                 f"{1000 * seen.local_s:.1f}",
                 f"{1000 * wanted.local_s:.1f}",
@@ -287,6 +289,11 @@ def show(lines: Sequence[Mapping[str, Any]]) -> None:
             print(name, " | ".join(cells), "|")
 
 
+def scored(line: Mapping[str, Any]) -> bool:
+    """Whether a cell has trained long enough for its accuracy to say something."""
+    return line.get("accuracy") is not None and line["group"] != "emulated" and MODELS[line["model"]][3] > 0
+
+
 # Okabe and Ito's palette, which colour-blind eyes tell apart; with markers of different shapes besides.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999999")
 MARKERS = "osD^vPX*<>h"
@@ -297,16 +304,15 @@ def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     import matplotlib as mpl  # the cells are to be without its memory
 
     mpl.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
+    lines = [line for line in lines if scored(line)]
     models = list(dict.fromkeys(line["model"] for line in lines))
-    groups = [group for group in dict.fromkeys(line["group"] for line in lines) if group != "emulated"]
-    figure, axes = pyplot.subplots(1, len(models), figsize=(4.4 * len(models), 4.8), squeeze=False)
+    groups = list(dict.fromkeys(line["group"] for line in lines))
+    figure, axes = pyplot.subplots(1, len(models), figsize=(5.5 * len(models) + 2.5, 4.6), squeeze=False)
     for model, panel in zip(models, axes[0], strict=True):
         for place, group in enumerate(groups):
-            mine = [
-                line for line in lines if (line["model"], line["group"]) == (model, group) and "step_s" in line
-            ]
+            mine = [line for line in lines if (line["model"], line["group"]) == (model, group)]
             panel.plot(
                 [line["tensors"] / 1e6 for line in mine],
                 [100 * line["accuracy"] for line in mine],
@@ -314,17 +320,18 @@ def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
                 marker=MARKERS[place % len(MARKERS)],
                 markersize=8,
                 color=COLOURS[place % len(COLOURS)],
-                markeredgecolor="white",
                 label=group,
             )
         panel.set_xscale("log")
-        panel.set_title(model)
-        panel.set_xlabel("tensors in training, MB")
+        panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        panel.xaxis.set_minor_formatter(ticker.NullFormatter())
+        panel.set_title(f"{model}: each point is a technique and a degree")
+        panel.set_xlabel("tensors of a training step, MB")
         panel.grid(alpha=0.3)
     axes[0][0].set_ylabel("accuracy of the local model, %")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=5, frameon=False)
-    figure.tight_layout(rect=(0, 0.14, 1, 1))
+    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
