@@ -13,6 +13,7 @@ from fedgrpc.submodels.plan import (
     Arithmetic,
     Clustering,
     LocalModelPlan,
+    Memory,
     PlanTable,
     Pruning,
     Quantization,
@@ -52,6 +53,11 @@ MIXED = PlanTable(
         "clustered": LocalModelPlan(0.5, clustering=Clustering(16), pruning=Pruning(0.3)),
         "bfloat16": LocalModelPlan(0.25, arithmetic=Arithmetic("bfloat16")),
         "fixed": LocalModelPlan(0.5, arithmetic=Arithmetic("fixed16.10", "stochastic")),
+        "last layers": LocalModelPlan(
+            trained_layers=("4.*",),
+            memory=Memory(4, momentum=False),
+            arithmetic=Arithmetic("bfloat16", "stochastic"),
+        ),
         "everything": LocalModelPlan(
             *(0.5, "random"),
             pruning=Pruning(0.5),
@@ -77,6 +83,9 @@ async def test_a_mixed_fleet_of_torch_workers_learns_one_model(tmp_path: Path) -
     assert scored[-1] > 0.85
     tasks = {task.device_class: task for task in outcome.tasks(-2).values()}
     assert tasks["bfloat16"].download_bytes < 0.15 * tasks["full"].download_bytes
+    assert tasks["last layers"].upload_bytes < 0.3 * tasks["full"].upload_bytes
+    assert tasks["last layers"].tensor_bytes < 0.3 * tasks["full"].tensor_bytes
+    assert tasks["last layers"].metrics["local_accuracy"] > 0.85
     assert tasks["pruned"].metrics["local_accuracy"] > 0.5
     assert tasks["clustered"].upload_bytes < tasks["full"].upload_bytes
     assert tasks["everything"].local_model.sub_model.startswith("random:")
