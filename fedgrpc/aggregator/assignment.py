@@ -133,7 +133,7 @@ class TaskAssigner:
         contexts |= given
         if round_.kind is TaskKind.INITIALIZE:
             return contexts, failed
-        # First the whole model, although not all pull it: the cost of a plan is told from its size.
+        # First the whole model, although not all pull it: the cost of a plan follows from its size.
         sizes = await self._encode(version, workers, given)
         usual_bytes = await self._usual_bytes(version, sizes)
         given, unplanned = _each(

@@ -203,7 +203,7 @@ class ModelCommit:
 
     def _finite(self, span: Span, at: int, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """`values`, which begin at element `at` of a span, as `dtype`. Raises `NotFinite` when it cannot hold
-        them: no round could go on.
+        them: no round could continue.
         """
         with np.errstate(over="ignore"):
             cast = values.astype(dtype)
@@ -296,7 +296,7 @@ def _clipping(name: str, spread: Spread, read: Callable[[str], np.ndarray]) -> C
 
 
 def _add_unchanged(mean: CoordinateMean, base: np.ndarray, weight: float, coverage: Coverage) -> None:
-    """Add what `coverage` has of a buffer as it was; NaN, which nobody has measured yet, has no say."""
+    """Add what `coverage` has of a buffer as it was; NaN, a value without any measurement yet, does not count."""
     values = coverage.take(base)
     if (unknown := np.isnan(values)).any():
         coverage = coverage.masked(~unknown)

@@ -301,7 +301,7 @@ class Coordinator:
         await self._set_phase(Resumed())
 
     async def _set_phase(self, event: Paused | Resumed | Ended) -> None:
-        """Enter a phase once it is stored: nobody hears of one that a process that died might have forgotten."""
+        """Enter a phase once it is stored: no peer learns of one that a process that dies could forget."""
         async with self._changing_phase:
             await self.apply_after(event, self._store_run)
         self.news()

@@ -116,7 +116,7 @@ class Driver:
 
     async def _commit(self, commit: Commit) -> None:
         """Compute and record the new version. An update that turns out unusable is left out: the round then has
-        another commit to do, or has ended. What nobody in particular is to blame for ends it.
+        another commit to do, or has ended. A fault of no update in particular ends it.
         """
         round_, begun = self._run.current, time.monotonic()
         try:
@@ -138,7 +138,7 @@ class Driver:
         """Reject an accepted update that cannot be averaged. The round continues without it."""
         round_ = self._run.round_of(error.token)
         worker, reason = round_.worker_of(error.token), claims.REASON.cleaned(str(error))
-        # What nobody raised on purpose is a fault of this program, too.
+        # An exception that is none of ours is a fault of this program, too.
         surprise = None if isinstance(error.__cause__, FedgrpcError | None) else error.__cause__
         self._log.warning("update left out", round=round_.number, worker=worker, reason=reason, exc_info=surprise)
         self._coordinator.apply(Rejected(error.token, reason))

@@ -23,7 +23,7 @@ M = TypeVar("M", bound=Message)
 def page_of(record: Round, start: int = 0, size: int = 0, max_bytes: int = MAX_PAGE_BYTES) -> tuple[Round, int]:
     """The round with its tasks from number `start` on: up to `size` of them (0: all), as many as fit.
 
-    The other is the number to go on from; 0: that was the last page.
+    The other is the number to continue from; 0: that was the last page.
     """
     if not start and not size and record.ByteSize() <= max_bytes:
         return record, 0

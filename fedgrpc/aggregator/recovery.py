@@ -223,7 +223,7 @@ class Recovery:
             deadline_s = duration_from_proto(record.deadline)
             state = replace(state, deadline_s=deadline_s, deadline_reason=record.deadline_reason)
         started_at = record.started_at.ToNanoseconds() / 1e9
-        # The wall clock may have been set meanwhile, and a round is not open while nobody is there to play it.
+        # The wall clock may have been set meanwhile, and a round does not run while no process plays it.
         earlier_s = min(max(0.0, time.time() - started_at), state.deadline_s)
         contexts = self._contexts(rows, reports, record)
         round_ = RoundInProgress(state, kind, record.base_version, started_at, contexts, earlier_s=earlier_s)

@@ -35,7 +35,7 @@ _PATTERN = re.compile(r"[A-Za-z0-9._*?\[\]!-]{1,64}")
 class Roles:
     """Names (with * and ?) of those who may be evaluators, aggregators, or give the first model; empty: anyone.
 
-    Evaluators that nobody named score, and what they say is shown, but it ends no run and makes no version best.
+    Scores of evaluators that the operator did not name are shown, but end no run and make no version the best.
     """
 
     evaluators: tuple[str, ...] = ()

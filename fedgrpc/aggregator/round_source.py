@@ -122,7 +122,7 @@ class OwnRounds:
             await self._rest(self._abandoned.next_delay_s())
 
     async def _rest(self, seconds: float) -> None:
-        """Wait, whoever polls meanwhile: rounds that fail at once must not spin."""
+        """Wait, even if workers poll meanwhile: rounds that fail at once must not spin."""
         coordinator, run = self._coordinator, self._run
         until = coordinator.clock() + seconds
         while not run.ended and run.rolling_back is None and coordinator.clock() < until:

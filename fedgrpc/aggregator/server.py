@@ -1,4 +1,4 @@
-"""A whole aggregator: its data folder, its server, its driver, and how it is told to end."""
+"""A whole aggregator: its data folder, its server, its driver, and how it ends."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Target:
 
 @dataclass(frozen=True)
 class AggregatorSettings:
-    """Everything an aggregator is told. Sizes in bytes, times in seconds. Without `rounds` the run has no end."""
+    """Settings of an aggregator. Sizes in bytes, times in seconds. Without `rounds` the run has no end."""
 
     data_dir: Path
     address: str = "127.0.0.1:50051"

@@ -1,4 +1,4 @@
-"""Terms of a task, found by its token: the model that its worker pulls, and what it is told when it polls.
+"""Terms of a task, found by its token: the model that its worker pulls, and the answer to its poll.
 
 The rule: what was agreed on with a worker holds for as long as it has the task, whatever it or the settings say
 meanwhile. Only those of an evaluation, which has no record, are agreed on again.
@@ -44,7 +44,7 @@ class TaskTerms:
         return replace(context, agreed=self._coordinator.negotiation.agreed(self._fleet.get(worker)))
 
     def message(self, worker: str, token: str) -> aggregator_pb2.Task:
-        """Return what the worker of an open task is told. Raises as `given`."""
+        """Return the terms for the worker of an open task. Raises as `given`."""
         coordinator, instructions = self._coordinator, self._coordinator.instructions
         version, context = self.given(worker, token)
         assert context.agreed is not None

@@ -252,7 +252,7 @@ class UploadSlots:
             stream.close(reason)
 
     def _free_a_slot(self) -> None:
-        """End a stream that hardly uses its slot, else one that needs long: somebody waits."""
+        """End a stream that hardly uses its slot, else one that needs long: another upload waits."""
         now = time.monotonic()
         slowest = min(self._streams.values(), key=lambda stream: stream.bytes_per_second(now), default=None)
         if slowest is not None and slowest.bytes_per_second(now) < _LEAST_BYTES_PER_S:

@@ -58,7 +58,7 @@ def open_authority(folder: Path) -> Authority:
     _make_folder(folder)
     with storage_errors(folder):
         if not certificate.exists():
-            # The certificate comes last: without it the key is of an authority that nobody has seen.
+            # The certificate comes last: without it the key is of an authority that no peer has seen.
             made = Authority.make(secrets.token_hex(_FLEET_BYTES))
             write_file(key, key_pem(made.key), private=True)
             write_file(certificate, pem_of(made.certificate))

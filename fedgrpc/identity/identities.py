@@ -45,7 +45,7 @@ from fedgrpc.identity.tokens import JoinToken, TokenRecord, find_token
 MAX_MEMBERS: Final = 50_000
 # A server names all of its trust anchors in each handshake, where they have to fit into 64 KiB.
 MAX_TOKENS: Final = 200
-# A dead token is told so for this long.
+# A dead token is refused as such for this long.
 _KEEP_DEAD_S: Final = 30 * 86_400.0
 _KNOWN_CERTIFICATES: Final = 20_000
 
@@ -147,7 +147,7 @@ class Identities:
     def member(self, name: str) -> Member:
         """Return a member. Raises `NotFound`."""
         if name not in self._members:
-            raise NotFound(f"nobody here is called {name[:80]!r}; `fedgrpc device list` shows the names")
+            raise NotFound(f"there is no member {name[:80]!r}; `fedgrpc device list` shows the names")
         return self._members[name]
 
     # Joining.
@@ -186,7 +186,7 @@ class Identities:
                 self._tokens.pop(token_id, None)
 
     def delete_token(self, token_id: str) -> TokenRecord:
-        """Remove a token: nobody may join with it any more. Raises `NotFound` and `StorageError`."""
+        """Remove a token, so that no device joins with it any more. Raises `NotFound` and `StorageError`."""
         token = find_token(self._tokens, token_id)
         self._store.forget_tokens(token_id)
         del self._tokens[token_id]
@@ -264,7 +264,7 @@ class Identities:
         return self._credentials(renewed, key, now)
 
     def create_operator(self, name: str, role: Role, request: bytes, now: float) -> Credentials:
-        """Make somebody who steers or watches a member. Raises `UsageError`, `NameTaken` and `StorageError`."""
+        """Add an operator or a viewer as a member. Raises `UsageError`, `NameTaken` and `StorageError`."""
         if role not in OPERATOR_ROLES:
             raise UsageError(f"the role must be one of {', '.join(OPERATOR_ROLES)}, not {role}")
         key = key_of_request(request)

@@ -132,7 +132,7 @@ class TokenRecord:
         return self.uses_left > 0 and now < self.expires_at
 
     def check(self, now: float) -> None:
-        """Raise `TokenRefused` when nobody may join with it any more."""
+        """Raise `TokenRefused` when it admits no device any more."""
         if now >= self.expires_at:
             ago_s = now - self.expires_at
             raise TokenRefused(f"join token {self.id} expired {ago_s:.0f} s ago; ask for a new one")

@@ -71,7 +71,7 @@ class Fleet(Generic[M]):
         Only those that never delivered an update are, and none that is reserved or in `keep`: they lose nothing
         but their place, and register again if they are there. Those that poll give way only now and then.
 
-        Raises `Exhausted` when there is nobody to forget.
+        Raises `Exhausted` when there is no worker to forget.
         """
         if name in self._workers or len(self._workers) < self._max_workers:
             return []

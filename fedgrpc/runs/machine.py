@@ -230,7 +230,7 @@ class RunMachine:
     def hopeless(self, ended: RoundInProgress, fleet: FleetView, now: float) -> str:
         """Say why the round after this abandoned one would end in the same way; "": it may not.
 
-        A few bad workers pause no run: others that deliver, and are enough, go on without them.
+        A few bad workers pause no run: others that deliver, and are enough, continue without them.
         """
         others = fleet.live_trainers(now, self.streak.workers)
         others_deliver = self.streak.delivered and others >= self.rules.policy.needed_idle

@@ -114,7 +114,7 @@ class Weighing:
 
         Of a worker's own update it is times its say.
         A partial aggregate carries the sum of such weights. `here` are the workers of the round: what is set for
-        these is in nobody's partial aggregate.
+        these is in no partial aggregate.
         """
         chosen = self.worker_weights if kind is TaskKind.TRAIN else {}
         if worker in chosen:

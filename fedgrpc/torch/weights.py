@@ -209,7 +209,7 @@ def weights_of(module: nn.Module) -> dict[str, np.ndarray]:
 def taken_weights(module: nn.Module) -> dict[str, np.ndarray]:
     """Return the module's tensors as numpy arrays, without a copy where they are on the CPU.
 
-    For a module that nobody uses any more.
+    For a module that is not used any more.
     """
     return {name: _as_numpy(tensor.to("cpu").contiguous()) for name, tensor in named_tensors(module).items()}
 

@@ -186,7 +186,7 @@ def write_sum(base: PayloadReader, delta: PayloadReader, out: BinaryIO) -> tuple
             crc = crc32(data, crc)
             out.write(data)
     entries = tuple(TensorEntry(spec, Raw(), spec.nbytes) for spec in model.layout)
-    # A SHA-256 would cost more than the sum itself, and only whoever pulls the raw model needs it.
+    # A SHA-256 would cost more than the sum itself, and only a pull of the raw model needs it.
     return Manifest(entries, "none", (), sum(spec.nbytes for spec in model.layout), NO_DIGEST), crc
 
 

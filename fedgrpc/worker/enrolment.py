@@ -122,7 +122,7 @@ async def _is_to_join(settings: WorkerSettings, folder: DeviceFolder, token: Joi
 
 
 async def _join_patiently(settings: WorkerSettings, folder: DeviceFolder, token: JoinToken) -> None:
-    """Join, for as long as only the link or the aggregator's disk fails: nobody stands beside a device."""
+    """Join, and retry while only the link or the aggregator's disk fails: devices run unattended."""
     retries = Retries(settings.backoff)
     while True:
         try:
@@ -218,7 +218,7 @@ class Link:
         return client
 
     async def renew(self) -> None:
-        """Get a new certificate, and connect anew with it. Raises as the call.
+        """Get a new certificate, and connect again with it. Raises as the call.
 
         Raises `UsageError` when the device has another name or role by now.
         """

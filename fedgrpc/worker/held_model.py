@@ -2,7 +2,7 @@
 
     model.pb         the `StoredModel`: run, version, sub-model, and the manifest of the payload
     payload          the tensors
-    payload.raw      the same in the raw recipe, with header.raw.pb, once somebody has pulled it
+    payload.raw      the same in the raw recipe, with header.raw.pb, once it has been pulled
 
 The rule: a version is never changed once its folder has its number. Mapped weights and open streams of it stay
 readable after a newer version has replaced it.
@@ -104,7 +104,7 @@ class HeldModel:
         return self.record.header.version
 
     def weights(self) -> dict[str, Array]:
-        """Return all tensors, each writable and shared with nobody. Slow: run it in a thread.
+        """Return all tensors, each writable and not shared. Slow: run it in a thread.
 
         Tensors that are stored as they are in memory are mapped, and only pages that are written to are copied.
         """

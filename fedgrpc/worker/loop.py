@@ -51,7 +51,7 @@ from fedgrpc.worker.status import Controls, StatusPublisher
 # About ten seconds in all: a file that cannot be read for a moment (EIO, EMFILE) is readable again by then.
 _TRIES_TO_READ: Final = 6
 _UNREADABLE: Final = Backoff(first_s=0.5, cap_s=5.0)
-# Short: a process that is told to end is killed soon after, and the lease ends the task anyway.
+# Short: a process that gets SIGTERM is killed soon after, and the lease ends the task anyway.
 _GOODBYE_S: Final = 2.0
 _LEAVE_S: Final = 10.0
 _REPORT_INTERVAL_S: Final = 0.1
@@ -105,7 +105,7 @@ class Loop:
         """Run until the run has ended or the worker has drained.
 
         This is the only retry loop without a bound. A device in the field waits for its aggregator however long
-        that is away, and there is nobody beside it to start it again.
+        that is away, and no person beside it starts it again.
 
         Raises:
             FedgrpcError: the aggregator refuses this worker for good, or its learning task cannot be built.

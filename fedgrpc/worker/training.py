@@ -67,7 +67,7 @@ _REPORT_INTERVAL_S: Final = 0.1
 _LONG_EPOCH_S: Final = 1.0
 ALL_PARTS: Final = WORKER_PARTS | TASK_PARTS
 
-# Returns the pulled weights: each read on access, or all writable and nobody else's. Slow: call it in a thread.
+# Returns the pulled weights: each read on access, or all writable and not shared. Slow: call it in a thread.
 Given = Callable[[bool], Weights]
 
 
