@@ -17,8 +17,8 @@ from fedgrpc.aggregator.update_checks import norm_of
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import NotFinite, StorageError, UnusableUpdate, blaming
 from fedgrpc.rounds.policy import TaskKind
+from fedgrpc.runs.merge import Merge, Weighing
 from fedgrpc.runs.round_in_progress import RoundInProgress
-from fedgrpc.runs.weights import Merge, Weighing
 from fedgrpc.storage.update_file import StoredUpdate
 from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.submodels.channels import KeptChannels

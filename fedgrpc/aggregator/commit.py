@@ -25,7 +25,7 @@ from fedgrpc.aggregator.fold import PIECE, Fold, Load
 from fedgrpc.aio import BackgroundThread
 from fedgrpc.codec.layout import Layout, TensorRole, TensorSpec
 from fedgrpc.errors import NotFinite, blaming
-from fedgrpc.runs.weights import Merge
+from fedgrpc.runs.merge import Merge
 from fedgrpc.storage.files import RecycledFiles
 from fedgrpc.storage.model_file import ModelFile, ModelWriter
 from fedgrpc.submodels.coverage import Coverage

@@ -72,9 +72,9 @@ from fedgrpc.runs.events import (
     WorkerPolled,
 )
 from fedgrpc.runs.machine import RunMachine
+from fedgrpc.runs.merge import Weighing
 from fedgrpc.runs.round_in_progress import check_ended_task
 from fedgrpc.runs.rules import RunRules
-from fedgrpc.runs.weights import Weighing
 from fedgrpc.storage.data_folder import DataFolder
 from fedgrpc.storage.run_store import RunStore, StoredRun
 from fedgrpc.storage.uploads import UploadJournal

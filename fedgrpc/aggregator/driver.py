@@ -29,8 +29,8 @@ from fedgrpc.rounds.round import RoundPhase, wake_at, wants_workers
 from fedgrpc.rounds.version import Jump, Version
 from fedgrpc.runs.events import Drop, RoundEnded, RoundOpened, RunPhase, UpdatesMerged
 from fedgrpc.runs.machine import RunMachine
+from fedgrpc.runs.merge import Merge
 from fedgrpc.runs.round_in_progress import DroppedTask, RoundInProgress
-from fedgrpc.runs.weights import Merge
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 log = structlog.get_logger()

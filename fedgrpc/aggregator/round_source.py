@@ -38,8 +38,8 @@ from fedgrpc.runs.events import (
     Stay,
 )
 from fedgrpc.runs.machine import RunMachine
+from fedgrpc.runs.merge import Merge
 from fedgrpc.runs.round_in_progress import RoundInProgress
-from fedgrpc.runs.weights import Merge
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, TASK_KIND_TRAIN
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 

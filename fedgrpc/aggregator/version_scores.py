@@ -13,7 +13,7 @@ from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.rounds.version import Jump
 from fedgrpc.runs.evaluations import Evaluation
 from fedgrpc.runs.events import Evaluated, TargetMet, VersionKnown
-from fedgrpc.runs.weights import Scores
+from fedgrpc.runs.merge import Scores
 
 log = structlog.get_logger()
 _NONE: Mapping[str, float] = {}

@@ -35,9 +35,9 @@ from fedgrpc.rounds.policy import RoundPolicy, TaskKind
 from fedgrpc.rounds.round import Round, RoundPhase
 from fedgrpc.rounds.version import Version
 from fedgrpc.runs.events import ParentLeads, ParentWaits, RunPhase, VersionTaken
+from fedgrpc.runs.merge import Merge
 from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.runs.task_context import Report
-from fedgrpc.runs.weights import Merge
 from fedgrpc.storage.files import storage_errors, write_file
 from fedgrpc.storage.model_file import write_model
 from fedgrpc.v1 import aggregator_pb2

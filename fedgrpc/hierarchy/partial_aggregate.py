@@ -42,7 +42,7 @@ from fedgrpc.protocol.tasks import Task
 from fedgrpc.protocol.tensors import manifest_from_proto, manifest_to_proto
 from fedgrpc.protocol.updates import sent_header
 from fedgrpc.rounds.policy import TaskKind
-from fedgrpc.runs.weights import Merge
+from fedgrpc.runs.merge import Merge
 from fedgrpc.storage.files import make_private, storage_errors, sync, write_file
 from fedgrpc.storage.model_file import ModelFile
 from fedgrpc.storage.update_file import StoredUpdate

@@ -15,9 +15,9 @@ from fedgrpc.rounds import events as rounds
 from fedgrpc.rounds.events import Selected
 from fedgrpc.rounds.version import Version
 from fedgrpc.runs.evaluations import Evaluation
+from fedgrpc.runs.merge import Merge
 from fedgrpc.runs.round_in_progress import DroppedTask, RoundInProgress
 from fedgrpc.runs.task_context import Report, TaskContext
-from fedgrpc.runs.weights import Merge
 
 
 class RunPhase(IntEnum):

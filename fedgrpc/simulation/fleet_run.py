@@ -38,8 +38,8 @@ from fedgrpc.rounds.selection import Choice, choose_oort, learned_deadline
 from fedgrpc.rounds.version import Version
 from fedgrpc.runs.events import Event, OpenRound, RoundEnded, RoundOpened, UpdatesMerged, VersionTaken
 from fedgrpc.runs.machine import RunMachine
+from fedgrpc.runs.merge import Merge
 from fedgrpc.runs.rules import RunRules
-from fedgrpc.runs.weights import Merge
 from fedgrpc.simulation.devices import Devices, Job
 from fedgrpc.simulation.fleet import DescribedFleet, FleetVariant
 from fedgrpc.simulation.fleet_result import FleetResult, RoundLine, summarize

@@ -12,7 +12,7 @@ from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.commit import ModelCommit, groups
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.errors import CorruptError, StorageError, UnusableUpdate, UpdateRefused
-from fedgrpc.runs.weights import Merge
+from fedgrpc.runs.merge import Merge
 from fedgrpc.storage.model_file import ModelFile, write_model
 from fedgrpc.storage.uploads import UploadJournal
 from tests.support.stored_updates import accept

@@ -7,7 +7,7 @@ from fedgrpc.aggregation.server_optimizer import OPTIMIZERS, server_optimizer
 from fedgrpc.aggregator.commit import ModelCommit
 from fedgrpc.codec.layout import TensorRole, TensorSpec
 from fedgrpc.hierarchy.partial_aggregate import mean_tensors
-from fedgrpc.runs.weights import Merge
+from fedgrpc.runs.merge import Merge
 from fedgrpc.storage.model_file import ModelFile, write_model
 from fedgrpc.storage.uploads import UploadJournal
 from tests.support.stored_updates import accept

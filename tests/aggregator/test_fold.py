@@ -11,7 +11,7 @@ from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.commit import ModelCommit
 from fedgrpc.aggregator.fold import PIECE, Fold
 from fedgrpc.codec.layout import TensorSpec, layout_of
-from fedgrpc.runs.weights import Merge
+from fedgrpc.runs.merge import Merge
 from fedgrpc.storage.model_file import ModelFile, write_model
 from fedgrpc.storage.uploads import UploadJournal
 from tests.support.stored_updates import accept

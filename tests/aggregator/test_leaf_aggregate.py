@@ -5,7 +5,7 @@ import numpy as np
 
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.hierarchy.partial_aggregate import mean_tensors
-from fedgrpc.runs.weights import Merge
+from fedgrpc.runs.merge import Merge
 from fedgrpc.storage.model_file import ModelFile, write_model
 from fedgrpc.storage.uploads import UploadJournal
 from tests.support.stored_updates import accept

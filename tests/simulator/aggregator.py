@@ -48,10 +48,10 @@ from fedgrpc.runs.events import (
     WorkerPolled,
 )
 from fedgrpc.runs.machine import RunMachine
+from fedgrpc.runs.merge import Merge
 from fedgrpc.runs.round_in_progress import RoundInProgress, check_ended_task
 from fedgrpc.runs.rules import RunRules
 from fedgrpc.runs.task_context import Report, TaskContext
-from fedgrpc.runs.weights import Merge
 from fedgrpc.simulation.loop import Future, Life, Process, Timeout, Wait
 from tests.simulator.choosing import Chooser
 from tests.simulator.disk import Disk, Version

@@ -22,9 +22,9 @@ from fedgrpc.runs.events import (
     VersionTaken,
 )
 from fedgrpc.runs.machine import RunMachine
+from fedgrpc.runs.merge import Merge, Scores
 from fedgrpc.runs.rules import RunRules
 from fedgrpc.runs.task_context import Report, TaskContext
-from fedgrpc.runs.weights import Merge, Scores
 
 LAYOUT = (TensorSpec("w", "float32", (2,)),)
 REPORT = Report(

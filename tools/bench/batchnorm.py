@@ -39,7 +39,7 @@ from fedgrpc.codec.recipe import Recipe
 from fedgrpc.datasets.dataset import Examples
 from fedgrpc.datasets.fashion_mnist import load_fashion_mnist
 from fedgrpc.protocol.tensors import manifest_to_proto
-from fedgrpc.runs.weights import Merge
+from fedgrpc.runs.merge import Merge
 from fedgrpc.storage.model_file import ModelFile, ModelTensors, write_model
 from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.submodels.channels import SubModel, sub_shapes
