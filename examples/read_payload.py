@@ -72,6 +72,8 @@ def decode(data: bytes, encoding: str, dtype: str, shape: list) -> np.ndarray:
         values = rotated(data, int(name[7:]), int(options.get("block", 4096)), size)
     elif name in ("topk", "threshold"):
         values = sparse(data, int(options.get("bits", 8)), size)
+    elif name == "codebook":
+        values = codebook(data, dtype, size)
     elif name == "entropy":
         values = entropy(data, size)
     else:
@@ -160,6 +162,13 @@ def sparse(data: bytes, bits: int, size: int) -> np.ndarray:
     out = np.zeros(size, "<f4")
     out[positions_of(data[8 : 8 + size_of_marks])] = uniform(data[8 + size_of_marks :], bits, 256, count)
     return out
+
+
+def codebook(data: bytes, dtype: str, size: int) -> np.ndarray:
+    (count,), width = struct.unpack_from("<H", data), np.dtype(DTYPES[dtype]).itemsize
+    values = plain(data[2 : 2 + (count or size) * width], dtype, False)
+    bits = next(bits for bits in (1, 2, 3, 4, 6, 8) if count <= 1 << bits)
+    return values[unpack(data[2 + count * width :], size, bits)] if count else values
 
 
 def entropy(data: bytes, size: int) -> np.ndarray:

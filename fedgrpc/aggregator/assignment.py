@@ -19,7 +19,7 @@ import structlog
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.encoded_models import Pull
 from fedgrpc.aggregator.local_models import Sizing
-from fedgrpc.aggregator.negotiation import RAW
+from fedgrpc.aggregator.negotiation import RAW, reduction_for
 from fedgrpc.errors import UnusableUpdate, blaming
 from fedgrpc.protocol.rounds import record_of
 from fedgrpc.rounds.events import Deadline, Select, Selected
@@ -139,7 +139,7 @@ class TaskAssigner:
         given, unplanned = _each(
             given, lambda token, context: self._plan(round_, context, usual_bytes, workers[token])
         )
-        cut = {token: context for token, context in given.items() if context.local.sub_model.name}
+        cut = {token: context for token, context in given.items() if not context.local.plain}
         sizes |= await self._encode(version, workers, cut)
         contexts |= {token: replace(context, download_bytes=sizes[token]) for token, context in given.items()}
         return contexts, failed | unplanned
@@ -187,7 +187,8 @@ class TaskAssigner:
     def _pull(self, version: int, context: TaskContext, name: str) -> Pull:
         agreed = context.agreed
         downlink = self._negotiation.downlinks[0] if agreed is None else agreed.downlink
-        return Pull(version, downlink, self._run.held.get(name), context.local.sub_model)
+        reduction = reduction_for(self._fleet.get(name), context.local.plan)
+        return Pull(version, downlink, self._run.held.get(name), context.local.sub_model, reduction)
 
     async def _usual_bytes(self, version: int, sizes: Mapping[str, int]) -> int:
         """Return what most of these tasks pull; where all of them hold the version, the size of the model."""

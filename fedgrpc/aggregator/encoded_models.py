@@ -10,9 +10,10 @@ do gets the whole model, and so holds the same as others again.
 from __future__ import annotations
 
 import asyncio
+import glob
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,17 +30,22 @@ from fedgrpc.aggregator.chunk_cache import ChunkCache, PayloadFile
 from fedgrpc.aggregator.delta_bases import DeltaBases, Held, PayloadSource
 from fedgrpc.aggregator.model_store import ModelStore, check_as_written, outdated
 from fedgrpc.codec.chunk import LARGE_CHUNK_BYTES
-from fedgrpc.codec.layout import Array, Layout
+from fedgrpc.codec.codebook import Codebook
+from fedgrpc.codec.encoding import Encoding
+from fedgrpc.codec.layout import Array, Layout, TensorSpec
 from fedgrpc.codec.manifest import Manifest, TensorEntry
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Recipe
+from fedgrpc.codec.sparse import Threshold
+from fedgrpc.codec.uniform import Uniform
 from fedgrpc.errors import EncodeError, FedgrpcError, StorageError
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.runs.task_context import Downlink
 from fedgrpc.storage.files import make_private, storage_errors
 from fedgrpc.storage.model_file import ModelFile, ModelTensors
 from fedgrpc.submodels.channels import KeptChannels, SubModel
+from fedgrpc.submodels.reduction import ReducedTensors, Reduction
 from fedgrpc.v1.aggregator_pb2 import ModelHeader, PullModelResponse
 
 log = structlog.get_logger()
@@ -50,6 +56,10 @@ _SENDING_BYTES: Final = 16 << 20
 _MAX_DIFFERENCES: Final = 3
 # A difference that is hardly larger than the model is worth its bytes: it loses far less.
 _SLACK: Final = 1.05
+# Of a tensor's RMS: what is below is as good as zero.
+_ANYTHING: Final = 1e-6
+# Pruning ratio from which marks pay: `tools.bench.reduced_bytes`.
+_MARKS_PAY: Final = 0.6
 # Encoding a model may take minutes. Uploads have threads of their own, so they do not wait for it.
 _ENCODERS: Final = 2
 # Time between two reads of a payload that many workers pull.
@@ -67,6 +77,7 @@ class Pull:
     downlink: Downlink
     held: Held | None = None
     sub_model: SubModel = field(default_factory=SubModel)
+    reduction: Reduction = field(default_factory=Reduction)
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,7 @@ class Variant:
     base: Held | None = None
     whole: Recipe | None = None
     kept: bool = False
+    reduction: Reduction = field(default_factory=Reduction)
     # Sub-models of one name have the same channels.
     sub_model: SubModel = field(default_factory=SubModel, compare=False)
 
@@ -90,9 +102,10 @@ class Variant:
     def whole_of(cls, pull: Pull) -> Variant:
         """Return the payload without a difference."""
         # No worker takes a difference between sub-models whose channels differ.
-        kept = pull.downlink.difference is not None and not pull.sub_model.moves
+        # Nor between reduced models: each keeps other weights, and the kept ones alone take fewer bytes.
+        kept = pull.downlink.difference is not None and not pull.sub_model.moves and pull.reduction.nothing
         name, recipe = pull.sub_model.name, pull.downlink.whole
-        return cls(pull.version, recipe, name, kept=kept, sub_model=pull.sub_model)
+        return cls(pull.version, recipe, name, kept=kept, reduction=pull.reduction, sub_model=pull.sub_model)
 
 
 @dataclass(frozen=True)
@@ -170,7 +183,7 @@ class EncodedModels:
     def _variant_for(self, pull: Pull) -> Variant | None:
         """Choose the payload; None: the worker holds the version already."""
         whole, held, recipe = Variant.whole_of(pull), pull.held, pull.downlink.difference
-        if held is None or not self._bases.knows((*held, pull.sub_model.name)):
+        if held is None or not pull.reduction.nothing or not self._bases.knows((*held, pull.sub_model.name)):
             return whole
         if held[0] == pull.version:
             return None
@@ -246,6 +259,7 @@ class EncodedModels:
         model, layout, tensors = self._source(variant)
         if (
             not variant.kept
+            and variant.reduction.nothing
             and layout == model.layout
             and _is_raw(variant.recipe, layout)
             and model.tensors_sha256
@@ -255,9 +269,13 @@ class EncodedModels:
             manifest = Manifest(entries, "none", (), sum(spec.nbytes for spec in layout), model.tensors_sha256)
             payload = _open_payload(model.path, model.tensors_start, manifest.size_bytes)
             return EncodedModel(variant.version, manifest, payload)
+        recipe = variant.recipe.for_layout(model.layout)
+        if not variant.reduction.nothing:
+            reducible = [spec for spec in layout if spec.is_trained and spec.is_float]
+            tensors = ReducedTensors(tensors, variant.reduction, {spec.name for spec in reducible})
+            recipe = reduced_recipe(recipe, reducible, variant.reduction)
         source = PayloadSource(variant.version, layout, tensors, None, variant.sub_model_name)
         with self._payload_file(variant.version) as file:
-            recipe = variant.recipe.for_layout(model.layout)
             manifest = _write(source, recipe, file, self._bases if variant.kept else None)
         if variant.kept:
             self._whole_bytes[variant.recipe, variant.sub_model_name] = manifest.size_bytes
@@ -356,6 +374,25 @@ class _CutTensors(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def reduced_recipe(recipe: Recipe, reducible: Sequence[TensorSpec], reduction: Reduction) -> Recipe:
+    """Return the recipe for tensors with few different values, or with many zeros, which only marks stand for."""
+    overrides: list[tuple[str, Encoding]] = []
+    for spec in reducible:
+        encoding, axes = recipe.for_tensor(spec), len(spec.shape)
+        if encoding == Raw():
+            continue
+        if reduction.clusters(spec.name, axes):
+            overrides.append((glob.escape(spec.name), Codebook()))
+        elif reduction.prunes(spec.name, axes) and isinstance(encoding, Uniform) and _is_sparse(reduction):
+            overrides.append((glob.escape(spec.name), Threshold(_ANYTHING, encoding.bits)))
+    return replace(recipe, overrides=(*overrides, *recipe.overrides))
+
+
+def _is_sparse(reduction: Reduction) -> bool:
+    """Whether so much is pruned that marks of what is left take fewer bytes than zeros do after zstd."""
+    return reduction.pruning is not None and reduction.pruning.ratio > _MARKS_PAY
 
 
 def _is_raw(recipe: Recipe, layout: Layout) -> bool:

@@ -18,6 +18,8 @@ from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.uniform import Uniform
 from fedgrpc.errors import UsageError
 from fedgrpc.runs.task_context import Agreed, Downlink
+from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.reduction import Reduction
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest, WorkerRecord
 from fedgrpc.v1.tensor_pb2 import COMPRESSION_ZSTD
 
@@ -27,6 +29,8 @@ AUTO_DOWNLOAD = "int8+zstd | int8 | raw"
 AUTO_DIFFERENCE = "entropy:c=1+zstd below 20mbit | int8+zstd | int8 | raw"
 _LEAST_BITS = 8
 RAW = Recipe.parse("raw")
+# Encodings of reduced models.
+_REDUCED = frozenset({"codebook", "threshold"})
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,12 @@ class Negotiation:
             return
         record.download_recipe, record.upload_recipe = str(agreed.downlink.whole), str(agreed.upload)
         record.difference_recipe = str(agreed.downlink.difference or RAW)
+
+
+def reduction_for(worker: Worker, plan: LocalModelPlan) -> Reduction:
+    """What of a model need not travel to a worker with this plan: nothing, if it cannot read what is left."""
+    reads = set(worker.registration.encodings) >= _REDUCED
+    return Reduction.of(plan) if reads and not worker.leads else Reduction()
 
 
 def _is_fine(encoding: Encoding) -> bool:

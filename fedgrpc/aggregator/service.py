@@ -14,7 +14,7 @@ from fedgrpc import __version__, claims
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.encoded_models import Pull
 from fedgrpc.aggregator.histories import tell_history
-from fedgrpc.aggregator.negotiation import RAW
+from fedgrpc.aggregator.negotiation import RAW, reduction_for
 from fedgrpc.aggregator.pages import MAX_PAGE_BYTES, fitting, page_of
 from fedgrpc.aggregator.receiver import Receiver
 from fedgrpc.aggregator.registry import Worker
@@ -142,7 +142,8 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         version, task = self._terms.given(request.worker, request.token)
         assert task.agreed is not None
         held = (request.base_version, _digest(request.base_sha256)) if request.base_version else None
-        return Pull(version, task.agreed.downlink, held, task.local.sub_model)
+        reduction = reduction_for(self._fleet.get(request.worker), task.local.plan)
+        return Pull(version, task.agreed.downlink, held, task.local.sub_model, reduction)
 
     async def Heartbeat(
         self, request: pb.HeartbeatRequest, context: grpc.aio.ServicerContext

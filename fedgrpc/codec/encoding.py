@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from fedgrpc.codec.cast import Cast
+from fedgrpc.codec.codebook import Codebook
 from fedgrpc.codec.entropy import Entropy
 from fedgrpc.codec.layout import Array, TensorSpec
 from fedgrpc.codec.options import parse_options
@@ -58,6 +59,7 @@ _PARSERS: dict[str, Callable[[str], Encoding]] = {
     "float32": partial(parse_options, Raw),
     "float16": partial(parse_options, Cast, dtype="float16"),
     "bfloat16": partial(parse_options, Cast, dtype="bfloat16"),
+    "codebook": partial(parse_options, Codebook),
     "entropy": partial(parse_options, Entropy),
     "topk": partial(parse_options, TopK),
     "threshold": partial(parse_options, Threshold),

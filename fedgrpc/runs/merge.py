@@ -250,7 +250,9 @@ def _is_given_base(round_: RoundInProgress, token: str) -> bool:
 
 
 def _is_whole(round_: RoundInProgress, token: str) -> bool:
-    return round_.local_task(token).sub_model.whole and not round_.report(token).scores_of_sub_models
+    local = round_.local_task(token)
+    whole = local.sub_model.whole and local.plan.pruning is None and local.plan.clustering is None
+    return whole and not round_.report(token).scores_of_sub_models
 
 
 def shared(

@@ -20,6 +20,7 @@ from fedgrpc.submodels.plan import (
 )
 from fedgrpc.tasks.digits import Digits
 from fedgrpc.torch.task import TorchTask
+from fedgrpc.torch.trainer import TorchTrainer
 from fedgrpc.trainer import TaskSetup
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import round_pb2
@@ -117,3 +118,29 @@ async def test_one_device_of_six_whose_format_adds_nothing_does_not_ruin_the_fle
     assert all(task.weight == task.example_count for task in tasks[3:])
     scores = [each.metrics["accuracy"] for each in outcome.rounds if "accuracy" in each.metrics]
     assert scores[-1] > 0.85, scores
+
+
+async def test_pruned_and_clustered_devices_pull_and_push_what_they_keep_alone(tmp_path: Path) -> None:
+    plans = PlanTable(
+        LocalModelPlan(),
+        {"pruned": LocalModelPlan(pruning=Pruning(0.9)), "clustered": LocalModelPlan(clustering=Clustering(4))},
+    )
+    workers: dict[str, Worker] = {
+        name: (name, TorchTrainer(Blobs(cloud), TaskSetup(device="cpu")))
+        for cloud, name in enumerate(("", "pruned", "clustered"))
+    }
+    workers["whole"] = workers.pop("")
+    recipes = {"download_recipe": "int8+zstd", "upload_recipe": "int8+zstd"}
+    outcome = await play(tmp_path, workers, plans, rounds=3, plan=TrainingPlan(epochs=2), evaluate=True, **recipes)
+    for number in (-2, -1):
+        tasks = outcome.tasks(number)
+        assert tasks["pruned"].download_bytes < tasks["whole"].download_bytes / 3
+        assert tasks["clustered"].download_bytes < tasks["whole"].download_bytes / 2
+        assert tasks["pruned"].upload_bytes < tasks["whole"].upload_bytes / 3
+        assert tasks["clustered"].upload_bytes < tasks["whole"].upload_bytes / 2
+        assert tasks["pruned"].metrics["local_accuracy"] > 0.6
+    # What the reduced ones score is no score of a version.
+    scored = [task for each in outcome.rounds for task in each.tasks if task.worker == "whole"]
+    whole = {round(task.evaluation_metrics["accuracy"], 9) for task in scored if task.evaluation_metrics}
+    versions = {round(each.metrics["accuracy"], 9) for each in outcome.rounds if "accuracy" in each.metrics}
+    assert versions <= whole

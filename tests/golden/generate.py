@@ -67,6 +67,17 @@ def levels() -> dict[str, Array]:
     return {"weight": heavy(15000), "zeros": np.zeros(100, np.float32)}
 
 
+def few() -> dict[str, Array]:
+    """Tensors of few different values, one of many, and one of three bits."""
+    numbers = np.random.default_rng(5).integers(0, 16, (40, 50))
+    return {
+        "clusters": normal(16, seed=6)[numbers],
+        "five": normal(5, seed=7)[numbers % 5].astype(ml_dtypes.bfloat16),
+        "many": normal(20, 30),
+        "zeros": np.zeros(300, np.float32),
+    }
+
+
 VECTORS: dict[str, tuple[Callable[[], dict[str, Array]], str]] = {
     "no-tensors": (dict, "raw+zstd"),
     "every-dtype": (every_dtype, "raw"),
@@ -80,6 +91,7 @@ VECTORS: dict[str, tuple[Callable[[], dict[str, Array]], str]] = {
     "int4-small-blocks": (lossy, "int4:block=16,rounding=nearest+zstd"),
     **{f"rotated{bits}": (lossy, f"rotated{bits}:block=512") for bits in (1, 2, 3, 4)},
     "topk": (lossy, "topk:fraction=0.05"),
+    "codebook": (few, "codebook+zstd"),
     "threshold": (lossy, "threshold:times=2.0,bits=4+zstd"),
     **{
         f"entropy-base-{base}": (levels, f"entropy:c={c}+zstd")
