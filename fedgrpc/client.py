@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from typing import Any, cast
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -15,7 +15,9 @@ from fedgrpc.rpc.channel import Tls, open_channel
 from fedgrpc.rpc.diagnosis import explain
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.v1 import identity_pb2
 from fedgrpc.v1.aggregator_pb2_grpc import AggregatorStub
+from fedgrpc.v1.identity_pb2_grpc import IdentityStub
 from fedgrpc.v1.round_pb2 import Round
 
 _TIMEOUT_S = 10.0
@@ -31,8 +33,10 @@ class Client:
         stub: Any = AggregatorStub
         self._stub = stub(channel)
         self._health: Any = health_pb2_grpc.HealthStub(channel)
-        self._address = address
+        self.address = address
         self._tls = tls
+        identity: Any = IdentityStub
+        self.identities = IdentityClient(identity(channel), self._reaching)
 
     async def run(self) -> pb.Run:
         """Return the run."""
@@ -138,8 +142,73 @@ class Client:
             with domain_errors():
                 yield
         except LinkError as error:
-            why = explain(dialled(self._address), self._tls) or "is it running?"
-            raise LinkError(f"cannot reach an aggregator at {self._address}: {why} ({error})") from error
+            why = explain(dialled(self.address), self._tls) or "is it running?"
+            raise LinkError(f"cannot reach an aggregator at {self.address}: {why} ({error})") from error
+
+
+class IdentityClient:
+    """Calls about members and join tokens. Raises as `Client`, and what identity.proto says of each call."""
+
+    def __init__(self, stub: Any, reaching: Callable[[], AbstractContextManager[None]]) -> None:
+        self._stub = stub
+        self._reaching = reaching
+
+    async def _call(self, name: str, request: Any) -> Any:
+        with self._reaching():
+            return await getattr(self._stub, name)(request, timeout=_TIMEOUT_S)
+
+    async def create_token(self, request: identity_pb2.CreateTokenRequest) -> identity_pb2.CreateTokenResponse:
+        """Make a join token; the answer has its text, which nobody can show again."""
+        return cast(identity_pb2.CreateTokenResponse, await self._call("CreateToken", request))
+
+    async def tokens(self) -> list[identity_pb2.Token]:
+        """Return every join token."""
+        return list((await self._call("ListTokens", identity_pb2.ListTokensRequest())).tokens)
+
+    async def delete_token(self, token_id: str) -> None:
+        """Let nobody join with a token any more."""
+        await self._call("DeleteToken", identity_pb2.DeleteTokenRequest(id=token_id))
+
+    async def members(self) -> list[identity_pb2.Member]:
+        """Return every device and operator, pi-2 before pi-10."""
+        members: list[identity_pb2.Member] = []
+        request = identity_pb2.ListMembersRequest()
+        while True:
+            answer = await self._call("ListMembers", request)
+            members += answer.members
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                return sorted(members, key=lambda member: natural_order(member.name))
+
+    async def approve(self, name: str) -> identity_pb2.Member:
+        """Let a member call that waits for it."""
+        answer = await self._call("ApproveMember", identity_pb2.ApproveMemberRequest(name=name))
+        return cast(identity_pb2.Member, answer.member)
+
+    async def revoke(self, name: str, why: str, drop_updates: bool = False) -> identity_pb2.Member:
+        """Let a member call no more, and end its open calls."""
+        request = identity_pb2.RevokeMemberRequest(name=name, why=why, drop_updates=drop_updates)
+        return cast(identity_pb2.Member, (await self._call("RevokeMember", request)).member)
+
+    async def rename(self, name: str, new_name: str) -> identity_pb2.Member:
+        """Give a member another name."""
+        request = identity_pb2.RenameMemberRequest(name=name, new_name=new_name)
+        return cast(identity_pb2.Member, (await self._call("RenameMember", request)).member)
+
+    async def forget(self, name: str) -> None:
+        """Remove a member, and free its name."""
+        await self._call("ForgetMember", identity_pb2.ForgetMemberRequest(name=name))
+
+    async def create_operator(
+        self, name: str, role: identity_pb2.Role, signing_request: bytes
+    ) -> identity_pb2.Credentials:
+        """Make an operator of whoever has the key of a signing request."""
+        request = identity_pb2.CreateOperatorRequest(name=name, role=role, signing_request=signing_request)
+        return cast(identity_pb2.Credentials, (await self._call("CreateOperator", request)).credentials)
+
+    async def renew(self) -> identity_pb2.Credentials:
+        """Return a new certificate for the caller."""
+        return cast(identity_pb2.Credentials, (await self._call("Renew", identity_pb2.RenewRequest())).credentials)
 
 
 @asynccontextmanager

@@ -19,8 +19,27 @@ COMMANDS: Final = {
     "resume": "fedgrpc.cli.operator:RESUME",
     "rollback": "fedgrpc.cli.operator:ROLLBACK",
     "stop": "fedgrpc.cli.operator:STOP",
+    "token create": "fedgrpc.cli.identity:TOKEN_CREATE",
+    "token list": "fedgrpc.cli.identity:TOKEN_LIST",
+    "token delete": "fedgrpc.cli.identity:TOKEN_DELETE",
+    "device list": "fedgrpc.cli.identity:DEVICE_LIST",
+    "device show": "fedgrpc.cli.identity:DEVICE_SHOW",
+    "device approve": "fedgrpc.cli.identity:DEVICE_APPROVE",
+    "device revoke": "fedgrpc.cli.identity:DEVICE_REVOKE",
+    "device rename": "fedgrpc.cli.identity:DEVICE_RENAME",
+    "device forget": "fedgrpc.cli.identity:DEVICE_FORGET",
+    "operator create": "fedgrpc.cli.identity:OPERATOR_CREATE",
+    "operator list": "fedgrpc.cli.identity:OPERATOR_LIST",
+    "operator revoke": "fedgrpc.cli.identity:OPERATOR_REVOKE",
+    "operator forget": "fedgrpc.cli.identity:OPERATOR_FORGET",
     "init": "fedgrpc.cli.init:COMMAND",
     "plan": "fedgrpc.cli.plan:COMMAND",
     "health": "fedgrpc.cli.health:COMMAND",
     "simulate": "fedgrpc.cli.simulate:COMMAND",
+}
+# Commands of two words, by their first.
+GROUPS: Final = {
+    "token": "Join tokens, with which devices become members: create, list, delete.",
+    "device": "Devices: list, show, approve, revoke, rename, forget.",
+    "operator": "People who watch or steer: create, list, revoke, forget.",
 }

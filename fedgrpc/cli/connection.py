@@ -18,8 +18,14 @@ from fedgrpc.rpc.channel import Tls
 
 _MOST_TOKEN_CHARS = 1024
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+DEFAULT_AGGREGATOR = "127.0.0.1:50051"
 AGGREGATOR_SETTING: Setting = Declare("Where")(
-    "--aggregator", "Address of the aggregator.", default="127.0.0.1:50051", metavar="HOST:PORT"
+    "--aggregator",
+    "Address of the aggregator.",
+    type=str,
+    default=None,
+    show_default=DEFAULT_AGGREGATOR,
+    metavar="HOST:PORT",
 )
 
 

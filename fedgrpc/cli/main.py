@@ -17,21 +17,27 @@ from typing import Any, NoReturn
 
 import click
 
-from fedgrpc.cli import COMMANDS
+from fedgrpc.cli import COMMANDS, GROUPS
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.process import prepare
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are run or listed."""
+    """A group whose commands are imported when they are run or listed; `of`: how their names begin."""
+
+    def __init__(self, *args: Any, of: str = "", **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self._of = of
+        self._names = [name.removeprefix(of) for name in COMMANDS if name.startswith(of)]
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return list(dict.fromkeys(name.split()[0] for name in self._names))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        return load_command(cmd_name)
+        if cmd_name in GROUPS and not self._of:
+            return LazyGroup(cmd_name, of=f"{cmd_name} ", help=GROUPS[cmd_name])
+        name = self._of + cmd_name
+        return load_command(name) if name in COMMANDS else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -39,7 +45,7 @@ class LazyGroup(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            if close := get_close_matches(args[0], COMMANDS, 1):
+            if close := get_close_matches(args[0], self.list_commands(ctx), 1):
                 raise click.UsageError(f"{error.format_message()} Did you mean {close[0]!r}?", ctx) from error
             raise
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import click
 
-from fedgrpc.cli.connection import AGGREGATOR_SETTING, client_settings, client_tls
 from fedgrpc.cli.options import Declare, SettingsCommand
+from fedgrpc.cli.reach import reach_settings, reached
 from fedgrpc.cli.view import run_line
-from fedgrpc.client import Client, connect
+from fedgrpc.client import Client
 from fedgrpc.v1.aggregator_pb2 import Run
 
 Call = Callable[[Client, dict[str, Any]], Awaitable[Run]]
@@ -27,13 +27,13 @@ def _command(
     def run(**values: Any) -> None:
         click.echo(run_line(asyncio.run(_call(call, values))))
 
-    command = SettingsCommand(name, run, [AGGREGATOR_SETTING, *settings, *client_settings()], help)
+    command = SettingsCommand(name, run, [*settings, *reach_settings()], help)
     command.params[:0] = arguments
     return command
 
 
 async def _call(call: Call, values: dict[str, Any]) -> Run:
-    async with connect(values["aggregator"], client_tls(values)) as aggregator:
+    async with reached(values) as aggregator:
         return await call(aggregator, values)
 
 

@@ -86,7 +86,7 @@ class Setting(click.Option):
 
         Not click's own prefix: that would name variables after the parameters (deadline_s), not the flags.
         """
-        return f"FEDGRPC_{(ctx.info_name or '').upper()}_{self.key.upper()}"
+        return f"{_prefix(ctx.command.name)}{self.key.upper()}"
 
     def value_from_envvar(self, ctx: click.Context) -> Any:
         self.envvar = self.resolve_envvar_name(ctx)
@@ -140,7 +140,7 @@ class SettingsCommand(click.Command):
             callback=self._read_config,
         )
         epilog = (
-            f"Each setting is also the variable FEDGRPC_{name.upper()}_<SETTING>, as in "
+            f"Each setting is also the variable {_prefix(name)}<SETTING>, as in "
             f"{_example_variable(name, params)}, and a key in the file. A flag wins over the variable, "
             "the variable over the file."
         )
@@ -155,7 +155,7 @@ class SettingsCommand(click.Command):
         """Parse as click does, but refuse misspelt variables first."""
         known = [setting.resolve_envvar_name(ctx) for setting in self.settings()]
         if not _ASK_FOR_HELP.intersection(args):
-            check_variables(known, f"FEDGRPC_{(ctx.info_name or '').upper()}_", os.environ)
+            check_variables(known, _prefix(self.name), os.environ)
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -219,7 +219,12 @@ def check_variables(known: Sequence[str], prefix: str, given: Iterable[str]) -> 
 
 
 def _example_variable(name: str, params: Sequence[Setting]) -> str:
-    return f"FEDGRPC_{name.upper()}_{params[-1].key.upper()}"
+    return f"{_prefix(name)}{params[-1].key.upper()}"
+
+
+def _prefix(command: str | None) -> str:
+    """Return how the variables of a command begin, as FEDGRPC_TOKEN_CREATE_."""
+    return f"FEDGRPC_{(command or '').upper().replace(' ', '_')}_"
 
 
 def pick(owner: type[T], values: Mapping[str, Any], **more: Any) -> T:

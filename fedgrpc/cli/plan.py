@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fedgrpc.cli.as_json import json_text
-from fedgrpc.cli.connection import FILE, client_settings, client_tls
+from fedgrpc.cli.connection import FILE
 from fedgrpc.cli.measuring import measured
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand
 from fedgrpc.cli.planning import FleetSnapshot, PlannedDevice, PlannedModel, PlanRequest, fleet_snapshot
+from fedgrpc.cli.reach import reach_settings, reached
 from fedgrpc.cli.toml_files import read_file
 from fedgrpc.cli.value_types import DURATION, RATE, SIZE, NamedValues
 from fedgrpc.cli.view import piped_console, print_table, seconds, size
-from fedgrpc.client import connect
 from fedgrpc.errors import UsageError
 from fedgrpc.submodels.cost import DeviceLimits, Observation, Prediction, misfit, predict
 from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
@@ -85,17 +85,18 @@ SETTINGS: list[Setting] = [
     _fleet("--aggregator", "Aggregator to ask.", metavar="HOST:PORT"),
     _fleet("--worker", "One of its workers; without: all trainers.", metavar="NAME"),
     Declare("What to show")("--json/--table", "JSON, for programs.", name="as_json", default=False),
-    *client_settings(),
+    *reach_settings()[1:],
 ]
 
 
 def _run(**values: Any) -> None:
-    if values["worker"] and not values["aggregator"]:
+    asks = any(values[way] for way in ("aggregator", "data_dir", "context"))
+    if values["worker"] and not asks:
         raise UsageError("--worker names a worker of the aggregator that --aggregator asks")
     trainer = load_trainer(
         values["task"], model=values["model"], data=values["data"], options=dict(values["options"])
     )
-    fleet = asyncio.run(_snapshot(values)) if values["aggregator"] else None
+    fleet = asyncio.run(_snapshot(values)) if asks else None
     table, whose = _plans_of(values["plans"], fleet)
     model = PlannedModel.of(trainer, values["encoding"] or ENCODING)
     deadline_s = values["deadline_s"] or (fleet.deadline_s if fleet else DEADLINE_S)
@@ -160,7 +161,7 @@ def _here(values: Mapping[str, Any], trainer: Trainer, request: PlanRequest) -> 
 
 
 async def _snapshot(values: Mapping[str, Any]) -> FleetSnapshot:
-    async with connect(values["aggregator"], client_tls(dict(values))) as aggregator:
+    async with reached(values) as aggregator:
         return await fleet_snapshot(aggregator)
 
 

@@ -24,8 +24,8 @@ from rich.live import Live
 
 from fedgrpc.claims import printable
 from fedgrpc.cli import as_json
-from fedgrpc.cli.connection import AGGREGATOR_SETTING, client_settings, client_tls
 from fedgrpc.cli.options import Declare, SettingsCommand
+from fedgrpc.cli.reach import reach_settings, reached
 from fedgrpc.cli.tables import links_table, live_view, predictions_table, rounds_table, workers_table
 from fedgrpc.cli.value_types import DURATION
 from fedgrpc.cli.view import (
@@ -38,7 +38,7 @@ from fedgrpc.cli.view import (
     run_phase,
     scored_line,
 )
-from fedgrpc.client import Client, connect
+from fedgrpc.client import Client
 from fedgrpc.errors import LinkError, UsageError
 from fedgrpc.protocol.records import version_to_proto
 from fedgrpc.rpc.retry import Backoff, Retries
@@ -63,12 +63,6 @@ News = pb.WatchRoundsResponse
 Show = Callable[[News, str], None]
 
 _STATUS_SETTINGS = [
-    AGGREGATOR_SETTING,
-    Declare("Where")(
-        "--data-dir",
-        "Read this data folder in place of a running aggregator.",
-        type=click.Path(path_type=Path, exists=True, file_okay=False),
-    ),
     _show("--json/--table", "JSON, for programs.", name="as_json", default=False),
     _show(
         "--plans/--no-plans",
@@ -83,7 +77,7 @@ _STATUS_SETTINGS = [
         default=False,
     ),
     _show("--rounds", "Number of last rounds.", type=click.IntRange(1, 1000), default=5),
-    *client_settings(),
+    *reach_settings("Data folder of an aggregator on this host; where none runs, the folder itself is read."),
 ]
 
 
@@ -99,7 +93,12 @@ class RunStatus:
 
 def _status(**values: Any) -> None:
     count, folder = max(values["rounds"], _LOOKED_BACK), values["data_dir"]
-    status = asyncio.run(_asked(values, count)) if folder is None else stored(folder, count)
+    try:
+        status = asyncio.run(_asked(values, count))
+    except LinkError:
+        if folder is None:
+            raise
+        status = stored(folder, count)
     if values["as_json"]:
         click.echo(as_json.json_text(_plain(status, values["rounds"])))
     else:
@@ -107,7 +106,7 @@ def _status(**values: Any) -> None:
 
 
 async def _asked(values: dict[str, Any], count: int) -> RunStatus:
-    async with connect(values["aggregator"], client_tls(values)) as aggregator:
+    async with reached(values) as aggregator:
         run, workers, healthy = await aggregator.run(), await aggregator.workers(), await aggregator.healthy()
         return RunStatus(run, workers, await aggregator.latest_rounds(count), healthy)
 
@@ -169,11 +168,10 @@ STATUS = SettingsCommand(
 
 
 _WATCH_SETTINGS = [
-    AGGREGATOR_SETTING,
     Declare("Where")(
         "--patience", "How long to retry after the connection is lost.", type=DURATION, default=300.0
     ),
-    *client_settings(),
+    *reach_settings(),
 ]
 
 
@@ -183,7 +181,7 @@ def _watch(**values: Any) -> int:
 
 async def _watched(values: dict[str, Any]) -> int:
     console = piped_console()
-    async with connect(values["aggregator"], client_tls(values)) as aggregator:
+    async with reached(values) as aggregator:
         if not console.is_terminal:
             return await follow(aggregator, _lines(console), _remark(console), values["patience"])
         with Live(console=console, refresh_per_second=8) as live:

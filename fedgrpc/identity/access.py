@@ -79,6 +79,8 @@ ROLES: Final[Mapping[str, Roles]] = {
 
 def check_call(identity: Identity, method: str) -> None:
     """Raise `WrongIdentity` unless the caller may call `method`, "/SERVICE/METHOD"."""
-    if identity.local or identity.role in ROLES.get(method, frozenset()):
+    allowed = ROLES.get(method, frozenset())
+    if identity.local or identity.role in allowed:
         return
-    raise WrongIdentity(f"{identity} may not call {method[:120]}")
+    who = " or ".join(role for role in Role if role in allowed) or "a caller on the same machine"
+    raise WrongIdentity(f"{identity} may not call {method.rpartition('/')[2][:80]}: that takes {who}")

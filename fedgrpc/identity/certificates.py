@@ -191,6 +191,14 @@ def load_certificate(pem: bytes) -> Certificate:
         raise CorruptError(f"no readable certificate: {error}") from error
 
 
+def load_certificates(pem: bytes) -> list[Certificate]:
+    """Return all certificates in a PEM text. Raises `CorruptError`."""
+    try:
+        return x509.load_pem_x509_certificates(pem)
+    except _UNREADABLE as error:
+        raise CorruptError(f"no readable certificate: {error}") from error
+
+
 def load_chain_der(chain: Iterable[bytes]) -> list[Certificate]:
     """Return the certificates of a chain, each in DER. Raises `CorruptError`."""
     try:

@@ -9,11 +9,14 @@ start: a key that others could read is not used.
 
 from __future__ import annotations
 
+import os
 import secrets
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import structlog
 
 from fedgrpc.errors import CorruptError, StorageError, UsageError
 from fedgrpc.identity.certificates import (
@@ -35,18 +38,29 @@ from fedgrpc.storage.files import make_private, storage_errors, write_file
 
 IDENTITY: Final = "identity"
 _OTHERS: Final = 0o077
+_WORLD: Final = 0o007
 _FLEET_BYTES: Final = 5
+
+log = structlog.get_logger()
 
 
 def check_private(path: Path) -> None:
-    """Raise `UsageError` for a file or folder that other users may open. Nothing happens where there is none."""
+    """Raise `UsageError` for a file or folder that other users may open. Nothing happens where there is none.
+
+    One that only this process's own group may open becomes private: Kubernetes opens volumes to it (fsGroup).
+    """
     with storage_errors(path):
         if not path.exists():
             return
-        mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & _OTHERS:
-        right = "700" if path.is_dir() else "600"
-        raise UsageError(f"others may open {path} (mode {mode:o}): make it private with chmod {right} {path}")
+        found = path.stat()
+        mode, private = stat.S_IMODE(found.st_mode), 0o700 if path.is_dir() else 0o600
+        if not mode & _OTHERS:
+            return
+        if not mode & _WORLD and found.st_gid == os.getegid() and found.st_uid == os.geteuid():
+            path.chmod(private)
+            log.warning("made private", path=str(path), reason=f"its group could open it (mode {mode:o})")
+            return
+    raise UsageError(f"others may open {path} (mode {mode:o}): make it private with chmod {private:o} {path}")
 
 
 def open_authority(folder: Path) -> Authority:

@@ -34,13 +34,22 @@ def test_an_authority_is_made_once_and_nobody_else_reads_its_key(tmp_path):
 def test_a_key_that_others_may_read_is_not_used(tmp_path):
     open_authority(tmp_path / "identity")
     key = tmp_path / "identity" / "authority.key"
-    key.chmod(0o640)
+    key.chmod(0o604)
     with pytest.raises(UsageError, match=r"chmod 600 .*authority\.key"):
         open_authority(tmp_path / "identity")
     key.chmod(0o600)
     (tmp_path / "identity").chmod(0o755)
     with pytest.raises(UsageError, match="chmod 700"):
         open_authority(tmp_path / "identity")
+
+
+def test_a_volume_that_was_opened_to_the_process_s_own_group_becomes_private_again(tmp_path):
+    open_authority(tmp_path / "identity")
+    key = tmp_path / "identity" / "authority.key"
+    key.chmod(0o660)
+    (tmp_path / "identity").chmod(0o2770)
+    open_authority(tmp_path / "identity")
+    assert (mode(key), mode(tmp_path / "identity")) == (0o600, 0o700)
 
 
 def test_an_authority_without_its_key_or_with_another_is_said_so_and_not_made_anew(tmp_path):
