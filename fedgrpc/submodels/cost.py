@@ -27,8 +27,6 @@ from fedgrpc.submodels.technique_cost import PLAIN, TechniqueCost, technique_cos
 # device's history has two different plans.
 UNSHRINKABLE_SHARE = 0.2
 PROCESS_BYTES = 300 << 20
-# Weights, gradients and velocities in float32, and the given weights, which the update is a difference to.
-COPIES = 4
 # Building the untrained model and sending it: the model, and what is checked and encoded of it at a time.
 FIRST_MODEL_COPIES = 2.0
 _ELEMENT_BYTES = 4
@@ -273,8 +271,8 @@ def _on_line(history: Sequence[Observation], size: PlanSize) -> float | None:
     (low, low_s), (high, high_s) = points[0], points[-1]
     if high > low and high_s > low_s:
         slope = (high_s - low_s) / (high - low)
-        floor = min(low_s, points[0][1]) * UNSHRINKABLE_SHARE
-        plain_s = max(floor, low_s + slope * (size.share - low))
+        # Below the smallest share that was measured, the line may fall below what no width saves.
+        plain_s = max(low_s * UNSHRINKABLE_SHARE, low_s + slope * (size.share - low))
     else:
         plain_s = high_s / _work(high) * _work(size.share)
     return float(plain_s * size.technique.time)
