@@ -94,7 +94,7 @@ CELLS = (
     ),
 )
 # An emulated format takes its time, so its steps are few and its accuracy is not shown.
-FEW = 6
+FEW = 2
 
 
 class Sample(FashionMnist):
