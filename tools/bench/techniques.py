@@ -221,6 +221,8 @@ def run_cell(model: str, text: str, asked: argparse.Namespace) -> dict[str, Any]
         ended = subprocess.run(command, capture_output=True, text=True, preexec_fn=enter, check=False)
     if ended.returncode == -9:
         return {"killed": True}
+    if ended.returncode < 0:
+        raise RuntimeError(f"the process of {model}, {text!r} ended by signal {-ended.returncode}")
     if ended.returncode:
         return {"refused": ended.stderr.strip().splitlines()[-1]}
     found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
