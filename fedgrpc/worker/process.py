@@ -14,6 +14,7 @@ from fedgrpc.codec.manifest import Limits
 from fedgrpc.process import on_end_signal, reuse_memory
 from fedgrpc.protocol.devices import Activity, DeviceProfile, Status
 from fedgrpc.protocol.tasks import Registration
+from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.identity import Session
 from fedgrpc.rpc.server import WORKER, RunningServer, serve, worker_service
 from fedgrpc.storage.folder import HeldFolder, folder_id, hold_folder
@@ -108,6 +109,8 @@ class Worker:
         service = worker_service(WorkerService(self.publisher, models, self))
         server = serve(address, [service], tls=self._settings.serve_tls, grace_s=0.5)
         self.server = await stack.enter_async_context(server)
+        if not Address.parse(address).is_local:
+            log.warning("anybody may call", address=address, reason="this device's service knows no callers")
         await self.server.health.set(WORKER, True)
         log.info("serving", worker=self._settings.name, address=self.server.address)
 

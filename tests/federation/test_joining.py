@@ -398,3 +398,13 @@ async def test_a_leaf_joins_its_parent_as_any_device_does(tmp_path):
             assert await asyncio.wait_for(worker, PATIENCE_S) == 0
         assert [task.worker for task in (await root.round(1)).tasks] == ["leaf"]
         assert root.aggregator.coordinator.fleet.get("leaf").registration.role == WorkerRole.AGGREGATOR.value
+
+
+async def test_of_devices_that_join_at_once_a_token_admits_as_many_as_it_has_uses(tmp_path):
+    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+        token = JoinToken.parse(await new_token(running, uses=3))
+        joining = (join(running.address, token, f"pi-{n}", DeviceFolder(tmp_path / f"pi-{n}")) for n in range(6))
+        ended = await asyncio.gather(*joining, return_exceptions=True)
+        assert ended.count(None) == 3
+        assert all(isinstance(each, TokenRefused) for each in ended if each is not None)
+        assert len(running.aggregator.trust.identities.members()) == 3

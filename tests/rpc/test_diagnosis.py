@@ -1,13 +1,18 @@
 """Where TLS does not fit or a proxy is in the way, the message names the cure."""
 
 import asyncio
+import shutil
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 
 from fedgrpc.errors import LinkError
 from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.channel import Tls, open_channel
-from fedgrpc.rpc.diagnosis import explain, proxy_for
+from fedgrpc.rpc.diagnosis import explain, presented_chain, proxy_for
 from fedgrpc.rpc.server import serve
 from fedgrpc.rpc.status import domain_errors
 from tests.support.certificates import make_authority, make_certificate
@@ -108,3 +113,36 @@ async def test_other_machines_are_dialled_through_the_proxy(proxied):
     async with open_channel("192.0.2.1:50051") as channel:
         with pytest.raises(LinkError, match=r"127\.0\.0\.1:9"), domain_errors():
             await call(channel, "unary_unary", b"ok")
+
+
+async def test_a_certificate_that_is_not_yet_valid_is_said_to_be_so_by_this_machine_s_clock(pki):
+    """As on a device that starts without a clock, of an aggregator with certificates of another authority."""
+    authority = x509.load_pem_x509_certificate((pki / "ca.pem").read_bytes())
+    key = serialization.load_pem_private_key((pki / "ca.key").read_bytes(), None)
+    server = x509.load_pem_x509_certificate((pki / "server.pem").read_bytes())
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    builder = x509.CertificateBuilder().subject_name(server.subject).issuer_name(authority.subject)
+    builder = builder.public_key(server.public_key()).serial_number(1).not_valid_before(tomorrow)
+    builder = builder.not_valid_after(tomorrow + timedelta(days=1))
+    names = x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))])
+    builder = builder.add_extension(names, critical=False)
+    later = builder.sign(key, hashes.SHA256())
+    (pki / "server.pem").write_bytes(later.public_bytes(serialization.Encoding.PEM))
+    message = await told(server_tls(pki), Tls(pki / "ca.pem"))
+    assert "not yet valid" in message
+    assert "this machine's clock" in message
+
+
+async def test_files_that_change_are_served_to_the_next_connection_and_broken_ones_are_not(pki, tmp_path):
+    def shown():
+        return presented_chain(Address("127.0.0.1", server.port))[0]
+
+    make_certificate(pki, "again")
+    async with serve("127.0.0.1:0", [echo_service()], tls=server_tls(pki)) as server:
+        before = await asyncio.to_thread(shown)
+        (pki / "server.pem").write_text("half written")
+        assert await asyncio.to_thread(shown) == before
+        for kind in ("key", "pem"):
+            shutil.copy(pki / f"again.{kind}", pki / f"server.{kind}")
+        expected = x509.load_pem_x509_certificate((pki / "again.pem").read_bytes())
+        assert await asyncio.to_thread(shown) == expected.public_bytes(serialization.Encoding.DER)
