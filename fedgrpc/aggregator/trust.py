@@ -18,6 +18,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +27,8 @@ import structlog
 
 from fedgrpc.aggregator.identity_service import IdentityService, PutOut
 from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.errors import StorageError
+from fedgrpc.identity.audit import AUDIT_FILE, AuditLog
 from fedgrpc.identity.certificates import Authority, key_pem, make_key, pem_of
 from fedgrpc.identity.folder import check_private, open_authority
 from fedgrpc.identity.identities import Identities
@@ -39,8 +42,9 @@ from fedgrpc.storage.files import make_private, storage_errors
 
 _SERVER_LIFE_S: Final = 90 * 86_400.0
 _RENEW_AFTER: Final = 2 / 3
-_SWEEP_S: Final = 30.0
-_WARN_EVERY_S: Final = 3600.0
+_TICK_S: Final = 1.0
+_SWEEP_EVERY_TICKS: Final = 30
+_WARN_EVERY_TICKS: Final = 3600
 
 log = structlog.get_logger()
 Clock = Callable[[], float]
@@ -93,7 +97,8 @@ class Trust:
         self.tls: ServerTls | None = settings.tls
         if authority is not None:
             self.tls = AuthorityTls(self.identities, authority, _hosts(listens), self._now)
-        self.admission = Admission(self._identify if settings.authenticated else None)
+        self.audit = AuditLog(folder / AUDIT_FILE)
+        self.admission = Admission(self._identify if settings.authenticated else None, self.audit, self._now)
         self._service = IdentityService(self.identities, self.admission, self._now)
 
     def on_put_out(self, call: PutOut) -> None:
@@ -118,6 +123,7 @@ class Trust:
         Yields the address of the socket for operators on this host.
         """
         with ExitStack() as stack:
+            stack.callback(self.audit.close)
             stack.callback(self.identities.close)
             address = stack.enter_context(local_address(self._folder))
             watching = asyncio.create_task(self._watch())
@@ -128,14 +134,16 @@ class Trust:
                 await asyncio.gather(watching, return_exceptions=True)
 
     async def _watch(self) -> None:
-        warn_in_s = 0.0
-        while True:
-            if self._is_open and warn_in_s <= 0:
+        for tick in count():
+            if self._is_open and tick % _WARN_EVERY_TICKS == 0:
                 log.warning("anybody may call", reason="--insecure: no caller has to show a certificate")
-                warn_in_s = _WARN_EVERY_S
-            await asyncio.sleep(_SWEEP_S)
-            warn_in_s -= _SWEEP_S
-            self.admission.end_stale_calls()
+            if tick % _SWEEP_EVERY_TICKS == 0:
+                self.admission.end_stale_calls()
+            try:
+                await asyncio.to_thread(self.audit.sync)
+            except StorageError as error:
+                log.error("audit log not synced", reason=str(error))
+            await asyncio.sleep(_TICK_S)
 
 
 def _hosts(address: Address) -> tuple[str, ...]:

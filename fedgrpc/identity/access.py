@@ -76,6 +76,11 @@ ROLES: Final[Mapping[str, Roles]] = {
     **_rows("grpc.reflection.v1.ServerReflection", {"ServerReflectionInfo": _READERS}),
 }
 
+# Calls that change something. The audit log has each of them.
+AUDITED: Final = frozenset(
+    method for method, roles in ROLES.items() if roles and roles <= _STEERING | _JOINING
+) | {"/fedgrpc.v1.Identity/Renew"}
+
 
 def check_call(identity: Identity, method: str) -> None:
     """Raise `WrongIdentity` unless the caller may call `method`, "/SERVICE/METHOD"."""

@@ -1,4 +1,4 @@
-"""Admission of calls: who calls, whether that role may, and the end of calls whose caller may call no more.
+"""Admission of calls: who calls, whether that role may, a line of the audit log, and the end of stale calls.
 
 The rule: nothing of a request is read before its caller is known and may make the call. Identity comes from the
 connection, and never from a message. A caller over plaintext is local: such a listener is on this machine, or was
@@ -8,19 +8,31 @@ opened with --insecure.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
-from fedgrpc.errors import FedgrpcError, NotEnrolled
-from fedgrpc.identity.access import check_call
-from fedgrpc.identity.roles import LOCAL, Identity
+import structlog
+
+from fedgrpc.errors import FedgrpcError, NotApproved, NotEnrolled, StorageError, WrongIdentity
+from fedgrpc.identity.access import AUDITED, check_call
+from fedgrpc.identity.audit import OK, AuditEntry, AuditLog
+from fedgrpc.identity.roles import LOCAL, Identity, Role
+from fedgrpc.rpc.identity import peer_of
 
 # The one call for which a certificate past its life will do.
 _RENEW: Final = "/fedgrpc.v1.Identity/Renew"
 _CALLER: ContextVar[Identity] = ContextVar("caller", default=LOCAL)
+_FACTS: ContextVar[dict[str, str] | None] = ContextVar("facts", default=None)
+# Before the caller is known.
+_NOBODY: Final = Identity("", Role.JOINING)
+# Errors about the caller rather than about what it asks.
+_REFUSALS: Final = (WrongIdentity, NotEnrolled, NotApproved)
+
+log = structlog.get_logger()
 
 # Returns the identity of a certificate, PEM; the second argument: for its renewal. Raises `FedgrpcError`.
 Identify = Callable[[bytes, bool], Identity]
@@ -29,6 +41,30 @@ Identify = Callable[[bytes, bool], Identity]
 def caller() -> Identity:
     """Return who makes the present call."""
     return _CALLER.get()
+
+
+def note(**facts: str) -> None:
+    """Add facts about the present call to its line of the audit log. Never a secret."""
+    if (known := _FACTS.get()) is not None:
+        known.update(facts)
+
+
+def note_request(request: Any) -> None:
+    """Add the texts, numbers and durations of the present call's request to its line of the audit log."""
+    if _FACTS.get() is not None:
+        note(
+            **{
+                each.name: _text(each, value)
+                for each, value in request.ListFields()
+                if each.type != each.TYPE_BYTES
+            }
+        )
+
+
+def _text(field: Any, value: Any) -> str:
+    if field.type == field.TYPE_ENUM and value in field.enum_type.values_by_number:
+        return str(field.enum_type.values_by_number[value].name)
+    return ", ".join(value) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
 
 
 def quota_key(context: Any) -> str:
@@ -56,25 +92,62 @@ class _OpenCall:
 class Admission:
     """Admits the calls of one server. Lives on one event loop. Without `identify` every caller is local."""
 
-    def __init__(self, identify: Identify | None = None) -> None:
+    def __init__(
+        self,
+        identify: Identify | None = None,
+        audit: AuditLog | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._identify = identify
+        self._audit = audit
+        self._clock = clock
         self._open: set[_OpenCall] = set()
 
     @contextmanager
     def admitted(self, context: Any, method: str) -> Iterator[None]:
-        """Admit a call for as long as the block runs.
+        """Admit a call for as long as the block runs, and record it where it changes something or is refused.
 
         Raises what `identify` raises, also when that changes meanwhile, and `WrongIdentity` where the caller's
-        role may not make this call.
+        role may not make this call. `StorageError`: the call was made, and cannot be recorded.
         """
+        facts: dict[str, str] | None = {} if method in AUDITED else None
+        _FACTS.set(facts)
+        _CALLER.set(_NOBODY)
+        try:
+            with self._admitted(context, method):
+                yield
+        except FedgrpcError as error:
+            if facts is not None or isinstance(error, _REFUSALS):
+                self._record_failure(context, method, facts or {}, error)
+            raise
+        if facts is not None and self._audit is not None:
+            self._audit.record(self._entry(context, method, facts, OK))
+
+    def _record_failure(self, context: Any, method: str, facts: dict[str, str], error: FedgrpcError) -> None:
+        if self._audit is None:
+            return
+        entry = self._entry(context, method, facts, f"{type(error).__name__}: {error}")
+        try:
+            self._audit.refuse(entry)
+        except StorageError as failed:
+            # The caller's own error matters more to it.
+            log.error("refusal not recorded", method=method, reason=str(failed))
+
+    def _entry(self, context: Any, method: str, facts: dict[str, str], result: str) -> AuditEntry:
+        who = "an unknown caller" if caller() is _NOBODY else str(caller())
+        what = method.removeprefix("/").removeprefix("fedgrpc.v1.")
+        return AuditEntry(self._clock(), who, peer_of(context), what, facts, result)
+
+    @contextmanager
+    def _admitted(self, context: Any, method: str) -> Iterator[None]:
         certificate = b""
         if self._identify is not None and _is_tls(context):
             certificate = shown_certificate(context)
             identity = self._identify(certificate, method == _RENEW)
+            _CALLER.set(identity)
             check_call(identity, method)
         else:
-            identity = LOCAL
-        _CALLER.set(identity)
+            _CALLER.set(LOCAL)
         call = _OpenCall(certificate, asyncio.current_task())
         self._open.add(call)
         try:

@@ -19,11 +19,12 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 import structlog
+from google.protobuf.message import Message
 
 from fedgrpc import errors
 from fedgrpc.claims import Text, printable
 from fedgrpc.errors import FedgrpcError, LinkError
-from fedgrpc.rpc.admission import Admission
+from fedgrpc.rpc.admission import Admission, note_request
 from fedgrpc.rpc.requests import SMALL_REQUEST_BYTES, FirstMessages, bounded
 
 ERROR_KEY: Final = "fedgrpc-error"
@@ -211,7 +212,10 @@ def _guarded(
     async def single(_: Any, context: Any) -> Any:
         try:
             with admitted(context):
-                return await behaviour(await read(context), context)
+                request = await read(context)
+                if isinstance(request, Message):
+                    note_request(request)
+                return await behaviour(request, context)
         except Exception as error:  # noqa: BLE001 - ends the call with a status
             await _abort(error, method, context)
 
