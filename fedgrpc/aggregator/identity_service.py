@@ -19,7 +19,7 @@ from fedgrpc.identity.identities import Credentials, Identities
 from fedgrpc.identity.messages import credentials_to_proto, member_to_proto, role_from_proto, token_to_proto
 from fedgrpc.identity.roles import Role
 from fedgrpc.protocol.durations import duration_from_proto
-from fedgrpc.rpc.admission import Admission, caller, shown_certificate
+from fedgrpc.rpc.admission import Admission, caller, note, shown_certificate
 from fedgrpc.rpc.identity import peer_of
 from fedgrpc.v1 import identity_pb2 as pb
 from fedgrpc.v1 import identity_pb2_grpc
@@ -65,12 +65,14 @@ class IdentityService(identity_pb2_grpc.IdentityServicer):
         made = await self._change(
             lambda: self._identities.enroll(token.name, request.signing_request, request.name, self._clock())
         )
+        note(member=made.identity.name, token=token.name)
         log.info("member joined", member=made.identity.name, role=made.identity.role.value, token=token.name)
         return pb.EnrollResponse(credentials=self._credentials(made))
 
     async def Renew(self, request: pb.RenewRequest, context: grpc.aio.ServicerContext) -> pb.RenewResponse:
         certificate = shown_certificate(context)
         made = await self._change(lambda: self._identities.renew(certificate, self._clock()))
+        note(member=made.identity.name)
         log.info("certificate renewed", member=made.identity.name)
         return pb.RenewResponse(credentials=self._credentials(made))
 
@@ -91,6 +93,7 @@ class IdentityService(identity_pb2_grpc.IdentityServicer):
                 request.needs_approval,
             )
         )
+        note(token=token.id)
         self._log("token created", context, token=token.id)
         (record,) = (each for each in self._identities.tokens() if each.id == token.id)
         return pb.CreateTokenResponse(secret=token.text, token=token_to_proto(record))
