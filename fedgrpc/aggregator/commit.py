@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache, partial
+from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -17,22 +17,20 @@ from typing import TypeVar
 import numpy as np
 
 from fedgrpc.aggregation.mean import CoordinateMean
-from fedgrpc.aggregation.partial_aggregate import add_partial_aggregate
-from fedgrpc.aggregation.partial_update import coverage_of, unpack
 from fedgrpc.aggregation.server_optimizer import ServerOptimizer
-from fedgrpc.aggregation.spread import Spread
 from fedgrpc.aggregator.fold import PIECE, Fold, Load
+from fedgrpc.aggregator.means import cached, means_of
 from fedgrpc.aio import BackgroundThread
 from fedgrpc.codec.layout import Layout, TensorRole, TensorSpec
-from fedgrpc.errors import NotFinite, blaming
+from fedgrpc.errors import NotFinite
 from fedgrpc.runs.merge import Merge
 from fedgrpc.storage.files import RecycledFiles
 from fedgrpc.storage.model_file import ModelFile, ModelWriter
-from fedgrpc.submodels.coverage import Coverage
 
+# A group costs one hop to the thread, and opens every update once where tensors are not folded.
 _GROUP_ELEMENTS = 1 << 20
+# A single tensor may be far larger than a group. It is stepped and written in spans.
 _SPAN_ELEMENTS = 1 << 20
-_CACHED_MANIFESTS = 64
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -105,6 +103,7 @@ class ModelCommit:
 
     def _stepped(self) -> Iterator[Stepped]:
         load = cached(self.load)
+        # A fold adds whole tensors, element by element. Partial updates and means need a weight for each element.
         updates = tuple(self.merge.weights.items()) if self.merge.alike else ()
         with Fold(updates, load, self.merge.scales) as fold:
             for stepped in ahead(self._spans(fold), lambda spans: self._step(spans, load, fold)):
@@ -112,6 +111,7 @@ class ModelCommit:
 
     def _spans(self, fold: Fold) -> Iterator[list[Span]]:
         """The model in pieces of work; tensors are joined and cut where nothing needs each of them whole."""
+        # State is stored by tensor, so its tensors are read and written whole.
         whole = self.optimizer.state_count > 0
         for group in groups(self.base.layout):
             spans = [Span(index, 0, self.base.layout[index].size) for index in group]
@@ -146,6 +146,7 @@ class ModelCommit:
             spec = self.base.layout[span.index]
             if span.index not in means:
                 stepped.append(self._step_floats(span, partial(fold.mean, spec), fold.step))
+            # Nobody has trained it, or may: base and state stay as they are, bit for bit.
             elif means[span.index].covers_nothing or spec.role is TensorRole.CONSTANT:
                 stepped.append((self.base.tensor(span.index), self._state_of(spec)))
             elif spec.is_trained:
@@ -169,6 +170,7 @@ class ModelCommit:
     def _replaced(self, index: int, mean: CoordinateMean) -> np.ndarray:
         """The mean in place of what was there: it is within the values of the updates, and so in their domain."""
         spec, result = self.base.layout[index], mean.result()
+        # Counters, indices and masks know whole numbers only.
         if spec.role is not TensorRole.STATISTIC or not spec.is_float:
             result = np.rint(result)
         values = _cast(result, spec.numpy_dtype)
@@ -187,12 +189,15 @@ class ModelCommit:
         delta, delta_at = np.empty(0), 0
         for at in range(0, old.size, PIECE):
             piece = slice(at, min(at + PIECE, old.size))
+            # `mean_of` may give more than a piece at a time: files that are opened for each call are opened less.
             if piece.stop > delta_at + delta.size:
                 delta, delta_at = mean_of(span.start + at, min(span.start + at + step, span.stop)), at
+            # The step is in float64, and so a piece at a time: a wide copy of all would double the memory.
             wide = old[piece].astype(np.float64)
             before = tuple(part.reshape(-1)[piece].astype(np.float64) for part in state)
             mean = delta[at - delta_at : piece.stop - delta_at]
             stepped, after = self.optimizer.step(wide, mean, before)
+            # An optimizer with momentum would also move what no update covers.
             if untouched is not None:
                 stepped[untouched[piece]] = wide[untouched[piece]]
                 after = tuple(map(partial(_keep_where, untouched[piece]), before, after))
@@ -205,6 +210,7 @@ class ModelCommit:
         """`values`, which begin at element `at` of a span, as `dtype`. Raises `NotFinite` when it cannot hold
         them: no round could continue.
         """
+        # Checked after the cast, in which a finite float64 may overflow.
         with np.errstate(over="ignore"):
             cast = values.astype(dtype)
         finite = np.isfinite(cast)
@@ -234,81 +240,6 @@ def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return values.astype(dtype)
 
 
-def means_of(
-    specs: Sequence[TensorSpec],
-    merge: Merge,
-    load: Load,
-    base: Callable[[str], np.ndarray],
-) -> list[CoordinateMean]:
-    """The mean of each of these tensors over the updates of `merge`.
-
-    `base` gives a tensor of the base model by its name. A buffer that only some updates have is as it was to the
-    others: who sends one that nobody else has changed does not decide alone what it becomes.
-    """
-    means = [CoordinateMean(spec.shape) for spec in specs]
-    base = cache(base)
-    sub_models, merged, scales, keeps = merge.sub_models, merge.merged, merge.scales, merge.keeps
-    sent = {spec.name for token in merge.weights for spec in load(token).manifest.layout}
-    clipped = [spec for spec in specs if not spec.is_trained and spec.name in sent] if merge.clips_buffers else []
-    spreads = _spreads(clipped, merge, load, base) if clipped else {}
-    for token, weight in merge.weights.items():
-        with blaming(token), load(token).open() as reader:
-            for spec, mean in zip(specs, means, strict=True):
-                # What is not a difference but a value stays what it is.
-                scale = scales.get(token, 1.0) if spec.is_trained else 1.0
-                spread = spreads.get(spec.name)
-                if spec.name not in reader.names:
-                    if spec.name in sent and not spec.is_trained and not keeps(token, spec.name):
-                        _add_unchanged(mean, base(spec.name), weight, coverage_of(spec, sub_models.get(token)))
-                elif token in merged:
-                    read = reader.tensor if spread is None else _clipping(spec.name, spread, reader.tensor)
-                    add_partial_aggregate(mean, spec, reader.names, read, merged[token], weight, scale)
-                elif token not in sub_models:
-                    values = reader.tensor(spec.name)
-                    mean.add(values if spread is None else spread.clipped(values), weight, scale=scale)
-                else:
-                    whole = coverage_of(spec, sub_models[token])
-                    values, coverage = unpack(spec.name, reader.names, reader.tensor, whole)
-                    values = values if spread is None else spread.clipped(values, coverage)
-                    mean.add(values, weight, coverage, scale=scale)
-    return means
-
-
-def _spreads(
-    buffers: Sequence[TensorSpec], merge: Merge, load: Load, base: Callable[[str], np.ndarray]
-) -> dict[str, Spread]:
-    """Return the values of each of these buffers in the base and in the updates."""
-    spreads = {spec.name: Spread(base(spec.name)) for spec in buffers}
-    for token in merge.weights:
-        with blaming(token), load(token).open() as reader:
-            for spec in buffers:
-                whole = coverage_of(spec, merge.sub_models.get(token))
-                if spec.name in reader.names:
-                    spreads[spec.name].add(*unpack(spec.name, reader.names, reader.tensor, whole))
-                elif not merge.keeps(token, spec.name):
-                    spreads[spec.name].add(whole.take(base(spec.name)), whole)
-    return spreads
-
-
-def _clipping(name: str, spread: Spread, read: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
-    """`read`, with the tensor of that name within its spread."""
-    return lambda each: spread.clipped(read(each)) if each == name else read(each)
-
-
-def _add_unchanged(mean: CoordinateMean, base: np.ndarray, weight: float, coverage: Coverage) -> None:
-    """Add what `coverage` has of a buffer as it was; NaN, a value without any measurement yet, does not count."""
-    values = coverage.take(base)
-    if (unknown := np.isnan(values)).any():
-        coverage = coverage.masked(~unknown)
-        values = coverage.take(base)
-    mean.add(values, weight, coverage)
-
-
-def cached(load: Load) -> Load:
-    """`load`, with the manifests of the last updates kept: every group of tensors asks for all of them."""
-    return lru_cache(maxsize=_CACHED_MANIFESTS)(load)
-
-
 def by_groups(layout: Layout, work: Callable[[Group], T]) -> Iterator[T]:
     """Yield what `work` makes of each group of tensors, in order, one group ahead in a thread."""
     return ahead(groups(layout), work)
@@ -320,6 +251,7 @@ def ahead(items: Iterable[S], work: Callable[[S], T]) -> Iterator[T]:
     More threads would only compete for the interpreter: the work on an item is too small to share.
     """
     rest = iter(items)
+    # A small model is one item, and not worth starting a thread.
     first = list(islice(rest, 2))
     if len(first) < 2:
         yield from map(work, first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
@@ -203,7 +204,7 @@ class AggregatorSettings:
         """True if the aggregator is the authority of its callers' certificates."""
         return self.tls is None and not self.insecure and not self._listens.is_local
 
-    @property
+    @cached_property
     def authenticated(self) -> bool:
         """True if callers have certificates, which say who they are and in which role."""
         return self.has_authority or (self.tls is not None and self.tls.ca is not None)
