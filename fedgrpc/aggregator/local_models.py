@@ -117,7 +117,12 @@ class LocalModels:
         return LocalTask(choice.plan, sub_model), choice
 
     def _choice(self, worker: Worker, sizing: Sizing) -> PlanChoice:
-        about = device_from_proto(worker.registration.device)
+        told = worker.description
+        about = replace(
+            device_from_proto(worker.registration.device),
+            process_bytes=told.process_bytes,
+            activation_bytes=told.activation_bytes,
+        )
         device_class = worker.registration.device.device_class
         history = list(self._histories.get(worker.name, ()))
         upload_bits = shown_upload_bits(history) or sizing.upload_bits

@@ -27,7 +27,8 @@ from fedgrpc.errors import UsageError
 from fedgrpc.submodels.cost import DeviceLimits, Observation, Prediction, misfit, predict
 from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
 from fedgrpc.submodels.technique_cost import saves_nothing
-from fedgrpc.trainer import Trainer, full_width_tensors
+from fedgrpc.trainer import Trainer, activation_bytes, full_width_tensors
+from fedgrpc.worker.device import resident_bytes
 from fedgrpc.worker.task_loader import load_trainer
 
 LADDER: Final = (LocalModelPlan(), LocalModelPlan(0.5), LocalModelPlan(0.25))
@@ -96,6 +97,7 @@ def _run(**values: Any) -> None:
     trainer = load_trainer(
         values["task"], model=values["model"], data=values["data"], options=dict(values["options"])
     )
+    process_bytes = resident_bytes()
     fleet = asyncio.run(_snapshot(values)) if asks else None
     table, whose = _plans_of(values["plans"], fleet)
     model = PlannedModel.of(trainer, values["encoding"] or ENCODING)
@@ -103,7 +105,7 @@ def _run(**values: Any) -> None:
     request = PlanRequest(model, table, deadline_s)
     if model.channels is None and any(plan.width < 1 for plan in request.plans):
         raise UsageError(f"the model of {values['task']} cannot be sliced, so it has no plans of less width")
-    devices = fleet.devices(model, values["worker"]) if fleet else [_here(values, trainer, request)]
+    devices = fleet.devices(model, values["worker"]) if fleet else [_here(values, trainer, request, process_bytes)]
     agreed = {planned.encodings for planned in devices if not values["encoding"]} - {("", "")}
     requests = {each: replace(request, model=PlannedModel.of(trainer, *each)) for each in agreed}
     decided = [(planned, requests.get(planned.encodings, request)) for planned in devices]
@@ -144,11 +146,11 @@ def _plans_of(path: Path | None, fleet: FleetSnapshot | None) -> tuple[PlanTable
     return PlanTable(automatic=LADDER), every + whole
 
 
-def _here(values: Mapping[str, Any], trainer: Trainer, request: PlanRequest) -> PlannedDevice:
-    """Return the device that the flags describe, or this one."""
+def _here(values: Mapping[str, Any], trainer: Trainer, request: PlanRequest, process_bytes: int) -> PlannedDevice:
+    """Return the device that the flags describe, or this one; its worker takes as much as this process."""
     model, plans = request.model, request.plans
     rates = (values["uplink_bits_per_second"] or 0.0, values["downlink_bits_per_second"] or 0.0)
-    device = DeviceLimits(values["memory_bytes"] or 0, *rates)
+    device = DeviceLimits(values["memory_bytes"] or 0, *rates, process_bytes, activation_bytes(trainer))
     history: list[Observation] = []
     if values["measured_steps"]:
         tell = partial(click.echo, err=True)

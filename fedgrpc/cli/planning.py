@@ -31,7 +31,7 @@ from fedgrpc.submodels.cost import (
     shown_upload_bits,
 )
 from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
-from fedgrpc.trainer import SliceableTrainer, Trainer
+from fedgrpc.trainer import SliceableTrainer, Trainer, model_layout
 from fedgrpc.v1.aggregator_pb2 import WorkerRecord
 from fedgrpc.v1.device_pb2 import WORKER_ROLE_TRAINER
 from fedgrpc.v1.round_pb2 import TaskRecord
@@ -51,10 +51,16 @@ class PlannedModel:
 
     @classmethod
     def of(cls, trainer: Trainer, encoding: str, upload_encoding: str = "") -> PlannedModel:
-        """Encode the task's model once to measure its bits per element.
+        """Take the layout that the trainer tells, else encode its model once to measure its bits per element.
 
         Updates travel in `upload_encoding`, or like models without one. Raises `UsageError`.
         """
+        if layout := model_layout(trainer):
+            # A device may have no room for the whole model.
+            elements = sum(spec.size for spec in layout)
+            channels = trainer.channels() if isinstance(trainer, SliceableTrainer) else None
+            recipes = map(Recipe.parse, (encoding, upload_encoding or encoding))
+            return cls(layout, channels, *(expected_bits(recipe, elements) for recipe in recipes))
         weights = trainer.initial_weights()
         layout = tuple(spec_of(name, array) for name, array in weights.items())
         payload = write_payload(weights, Recipe.parse(encoding), io.BytesIO(), np.random.default_rng(0))

@@ -2,8 +2,9 @@
 
     T_local    = seconds per unit of work  *  work(plan)  *  factor of its techniques (`technique_cost`)
     T_upload   = bytes(plan) / rate up,  T_download = bytes(plan) / rate down
-    memory     = memory of the process without a model  +  bytes of weights, gradients, optimizer state and
-                 activations; weights scale with the square of the width, activations with the width
+    memory     = memory of the process without a model  +  what its first task loads  +  bytes of weights,
+                 gradients, optimizer state and activations; weights scale with the square of the width,
+                 activations with the width
 
 The rule: a number is what this plan was measured to cost on this device, else on devices of its class. Only
 without such measurements is it computed as above from those of other plans, or from the device's profile. The work
@@ -26,7 +27,10 @@ from fedgrpc.submodels.technique_cost import PLAIN, TechniqueCost, technique_cos
 # Share of a batch's time that does not shrink with the model: data, Python, kernel launches. It is fitted once a
 # device's history has two different plans.
 UNSHRINKABLE_SHARE = 0.2
-PROCESS_BYTES = 300 << 20
+# A process with PyTorch, where the device does not tell its own.
+PROCESS_BYTES = 260 << 20
+# Libraries and buffers of the first step, of the transfers and of encoding, as measured with a small model.
+FIRST_TASK_BYTES = 32 << 20
 # Building the untrained model and sending it: the model, and what is checked and encoded of it at a time.
 FIRST_MODEL_COPIES = 2.0
 _ELEMENT_BYTES = 4
@@ -40,11 +44,16 @@ _USELESS_TASKS = 3
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """Memory and rates that a device's profile claims; 0 is unknown."""
+    """Memory and rates that a device's profile claims; 0 is unknown.
+
+    `process_bytes` is what its worker takes without a model. `activation_bytes` are those of the whole model.
+    """
 
     memory_bytes: int = 0
     uplink_bits_per_second: float = 0.0
     downlink_bits_per_second: float = 0.0
+    process_bytes: int = 0
+    activation_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,8 +70,8 @@ class PlanSize:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of weights, gradients and optimizer state in training."""
-        return round(self.weights_bytes / _ELEMENT_BYTES * self.technique.state_bytes)
+        """Bytes of weights, gradients and optimizer state in training, and of the weights before it where kept."""
+        return _state_bytes(self.weights_bytes, self.plan, self.technique)
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,11 @@ class Observation:
     plan: LocalModelPlan | None = None
     technique: TechniqueCost = PLAIN
     noise_ratio: float = 0.0
+
+    @property
+    def state_bytes(self) -> int:
+        """See `PlanSize.state_bytes`."""
+        return _state_bytes(self.weights_bytes, self.plan, self.technique)
 
     @property
     def activation_bytes(self) -> int:
@@ -132,7 +146,7 @@ def predict(
         None if down is None else size.download_bytes / down,
         _local_s(history, size, peers),
         None if up is None else size.upload_bytes / up,
-        _memory_bytes(history, size, peers),
+        _memory_bytes(device, history, size, peers),
     )
 
 
@@ -282,7 +296,19 @@ def _work(share: float) -> float:
     return UNSHRINKABLE_SHARE + (1 - UNSHRINKABLE_SHARE) * share
 
 
-def _memory_bytes(history: Sequence[Observation], size: PlanSize, peers: Sequence[Observation]) -> int:
+def _state_bytes(weights_bytes: int, plan: LocalModelPlan | None, technique: TechniqueCost) -> int:
+    """Return the bytes of weights and training state.
+
+    A plan that changes the weights it is given also keeps them as they were, since the update is a difference.
+    """
+    techniques = () if plan is None else (plan.pruning, plan.clustering, plan.quantization, plan.arithmetic)
+    start_bytes = weights_bytes if any(part is not None for part in techniques) else 0
+    return start_bytes + round(weights_bytes / _ELEMENT_BYTES * technique.state_bytes)
+
+
+def _memory_bytes(
+    device: DeviceLimits, history: Sequence[Observation], size: PlanSize, peers: Sequence[Observation]
+) -> int:
     """Predict by the plan's own measurements, else by those of its class, else by the largest model measured.
 
     A peak is of one task, but where the system cannot forget a peak it never falls. So the least of the device's
@@ -294,17 +320,17 @@ def _memory_bytes(history: Sequence[Observation], size: PlanSize, peers: Sequenc
     if alike := [seen.peak_memory_bytes for seen in peers if seen.peak_memory_bytes and seen.is_of(size)]:
         return round(statistics.median(alike))
     seen = [each for each in (history or peers) if each.peak_memory_bytes]
-    base, activations = PROCESS_BYTES, 0.0
+    base = (device.process_bytes or PROCESS_BYTES) + FIRST_TASK_BYTES
+    activations = device.activation_bytes * math.sqrt(size.share) * size.technique.activations
     if seen:
         peak = max(each.peak_memory_bytes for each in seen)
         largest = max(seen, key=lambda each: (each.weights_bytes, each.tensor_bytes))
-        state = round(largest.weights_bytes / _ELEMENT_BYTES * largest.technique.state_bytes)
-        base = max(0, peak - largest.activation_bytes - state - largest.weights_bytes)
+        base = max(0, peak - largest.activation_bytes - largest.state_bytes)
         shrunk = math.sqrt(size.share / max(largest.share or 1.0, _LEAST_SHARE))
         activations = (
             largest.activation_bytes * shrunk * size.technique.activations / largest.technique.activations
         )
-    return base + size.state_bytes + size.weights_bytes + round(activations)
+    return base + size.state_bytes + round(activations)
 
 
 def shown_upload_bits(history: Sequence[Observation]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def test_a_table_marks_the_plan_that_is_chosen_and_says_why(capsys: pytest.Captu
     assert run([*DIGITS, "--memory", "128MB"]) == 0
     shown = capsys.readouterr().out
     assert "*  width = 0.25" in shown
-    assert "chosen: width = 0.25: none fits: the smallest takes 300 MiB of 122" in shown
+    assert re.search(r"chosen: width = 0.25: none fits: the smallest takes \d+ MiB of 122", shown)
 
 
 def test_this_device_is_measured_and_so_are_the_tensors_that_training_takes(

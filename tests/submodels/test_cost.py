@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgrpc.submodels.cost import (
+    FIRST_TASK_BYTES,
     PROCESS_BYTES,
     DeviceLimits,
     Observation,
@@ -59,12 +60,28 @@ def test_a_slow_link_gets_the_plan_whose_bytes_arrive_by_the_deadline() -> None:
 
 
 def test_little_memory_gets_the_plan_that_fits_it() -> None:
-    assert (
-        choose(LADDER, size_of, DeviceLimits(memory_bytes=PROCESS_BYTES + 161 * MIB), [], 60.0).plan.width == 1.0
-    )
-    choice = choose(LADDER, size_of, DeviceLimits(memory_bytes=PROCESS_BYTES + 50 * MIB), [], 60.0)
+    base = PROCESS_BYTES + FIRST_TASK_BYTES
+    enough, little = DeviceLimits(memory_bytes=base + 121 * MIB), DeviceLimits(memory_bytes=base + 50 * MIB)
+    assert choose(LADDER, size_of, enough, [], 60.0).plan.width == 1.0
+    choice = choose(LADDER, size_of, little, [], 60.0)
     assert choice.plan.width == 0.5
-    assert "460 MiB of 350" in choice.reason
+    assert f"{(base >> 20) + 120} MiB of {(base >> 20) + 50}" in choice.reason
+
+
+def test_memory_is_what_the_worker_takes_without_a_model_and_what_its_training_adds() -> None:
+    device = DeviceLimits(process_bytes=100 * MIB, activation_bytes=80 * MIB)
+    base = 100 * MIB + FIRST_TASK_BYTES
+    whole = predict(device, [], PlanSize(1.0, 40 * MIB, MIB, MIB)).peak_memory_bytes
+    assert whole == base + 3 * 40 * MIB + 80 * MIB
+    quarter = predict(device, [], PlanSize(0.25, 10 * MIB, MIB, MIB)).peak_memory_bytes
+    assert quarter == base + 3 * 10 * MIB + 40 * MIB
+
+
+def test_a_plan_that_changes_its_weights_keeps_them_as_they_were_too() -> None:
+    pruned = PlanSize(1.0, 40 * MIB, MIB, MIB, plan=LocalModelPlan(pruning=Pruning(0.5)))
+    plain = PlanSize(1.0, 40 * MIB, MIB, MIB)
+    cost = [predict(DeviceLimits(), [], size).peak_memory_bytes for size in (pruned, plain)]
+    assert cost[0] - cost[1] == 40 * MIB
 
 
 def test_what_a_device_has_shown_counts_more_than_what_it_says() -> None:
@@ -91,7 +108,7 @@ def test_one_slow_night_does_not_change_the_prediction() -> None:
 def test_the_memory_that_was_measured_predicts_that_of_other_plans() -> None:
     history = [seen(LADDER[1], 1.0, peak=500 * MIB)]
     assert predict(DeviceLimits(), history, size_of(LADDER[1])).peak_memory_bytes == 500 * MIB
-    assert predict(DeviceLimits(), history, size_of(LADDER[0])).peak_memory_bytes == 620 * MIB
+    assert predict(DeviceLimits(), history, size_of(LADDER[0])).peak_memory_bytes == 590 * MIB
 
 
 @given(st.lists(st.tuples(st.sampled_from(LADDER), st.floats(0.1, 50)), max_size=6), st.floats(0.5, 200))
@@ -139,12 +156,12 @@ def test_codes_of_clusters_tell_nothing_of_the_encoding_and_are_left_out() -> No
 
 
 def test_activations_shrink_with_the_width_and_weights_with_its_square() -> None:
-    """Of 90 MiB of tensors 30 are weights, gradients and velocities, 60 activations; 10 are the weights given."""
+    """Of 90 MiB of tensors 30 are weights, gradients and velocities, 60 activations."""
     whole = PlanSize(1.0, 10 * MIB, MIB, MIB)
     history = [Observation(1.0, 10 * MIB, 1, 1, 1, MIB, MIB, 400 * MIB, 90 * MIB)]
     assert predict(DeviceLimits(), history, whole).peak_memory_bytes == 400 * MIB
     quarter = predict(DeviceLimits(), history, PlanSize(0.25, 10 * MIB // 4, MIB, MIB)).peak_memory_bytes
-    assert quarter == (400 - 30 - 30) * MIB
+    assert quarter == 400 * MIB - 30 * MIB - (30 * MIB - 3 * (10 * MIB // 4))
 
 
 COARSE = LocalModelPlan(0.5, arithmetic=Arithmetic("fixed8.5", "stochastic"))
