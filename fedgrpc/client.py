@@ -169,6 +169,16 @@ class IdentityClient:
         """Let nobody join with a token any more."""
         await self._call("DeleteToken", identity_pb2.DeleteTokenRequest(id=token_id))
 
+    async def audit_lines(self) -> AsyncIterator[bytes]:
+        """Yield the lines of the audit log, as they are in the file; `audit.verified` checks their seals."""
+        request = identity_pb2.ReadAuditRequest()
+        while answer := await self._call("ReadAudit", request):
+            if not answer.lines:
+                return
+            for line in answer.lines.splitlines(keepends=True):
+                yield line
+            request.offset = answer.next_offset
+
     async def members(self) -> list[identity_pb2.Member]:
         """Return every device and operator, pi-2 before pi-10."""
         members: list[identity_pb2.Member] = []

@@ -15,6 +15,7 @@ import grpc.aio
 import structlog
 
 from fedgrpc.errors import UsageError
+from fedgrpc.identity.audit import AuditLog
 from fedgrpc.identity.identities import Credentials, Identities
 from fedgrpc.identity.messages import credentials_to_proto, member_to_proto, role_from_proto, token_to_proto
 from fedgrpc.identity.roles import Role
@@ -34,8 +35,11 @@ PutOut = Callable[[str, str, bool], None]
 class IdentityService(identity_pb2_grpc.IdentityServicer):
     """Each method is one RPC of identity.proto, which says what it does and how it fails."""
 
-    def __init__(self, identities: Identities, admission: Admission, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, identities: Identities, admission: Admission, audit: AuditLog, clock: Callable[[], float]
+    ) -> None:
         self._identities = identities
+        self._audit = audit
         self._clock = clock
         self._changing = asyncio.Lock()
         self._on_put_out: list[PutOut] = []
@@ -169,6 +173,12 @@ class IdentityService(identity_pb2_grpc.IdentityServicer):
         )
         self._log("operator created", context, member=request.name, role=made.identity.role.value)
         return pb.CreateOperatorResponse(credentials=self._credentials(made))
+
+    async def ReadAudit(
+        self, request: pb.ReadAuditRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ReadAuditResponse:
+        lines = await asyncio.to_thread(self._audit.read, request.offset)
+        return pb.ReadAuditResponse(lines=lines, next_offset=request.offset + len(lines))
 
     def _log(self, event: str, context: grpc.aio.ServicerContext, **about: object) -> None:
         log.info(event, by=str(caller()), peer=peer_of(context), **about)

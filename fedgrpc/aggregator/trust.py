@@ -99,7 +99,7 @@ class Trust:
             self.tls = AuthorityTls(self.identities, authority, _hosts(listens), self._now)
         self.audit = AuditLog(folder / AUDIT_FILE)
         self.admission = Admission(self._identify if settings.authenticated else None, self.audit, self._now)
-        self._service = IdentityService(self.identities, self.admission, self._now)
+        self._service = IdentityService(self.identities, self.admission, self.audit, self._now)
 
     def on_put_out(self, call: PutOut) -> None:
         """See `IdentityService.on_put_out`."""

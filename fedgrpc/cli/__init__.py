@@ -32,6 +32,7 @@ COMMANDS: Final = {
     "operator list": "fedgrpc.cli.identity:OPERATOR_LIST",
     "operator revoke": "fedgrpc.cli.identity:OPERATOR_REVOKE",
     "operator forget": "fedgrpc.cli.identity:OPERATOR_FORGET",
+    "audit": "fedgrpc.cli.audit:COMMAND",
     "init": "fedgrpc.cli.init:COMMAND",
     "plan": "fedgrpc.cli.plan:COMMAND",
     "health": "fedgrpc.cli.health:COMMAND",

@@ -167,7 +167,7 @@ def _plain(member: pb.Member) -> dict[str, Any]:
 async def _show_member(identities: IdentityClient, values: dict[str, Any]) -> None:
     found = [each for each in await identities.members() if each.name == values["name"]]
     if not found:
-        raise NotFound(f"nobody here is called {values['name'][:80]!r}; `fedgrpc device list` shows the names")
+        raise NotFound(f"there is no member {values['name'][:80]!r}; `fedgrpc device list` shows the names")
     (member,) = found
     if values["as_json"]:
         click.echo(json_text(_plain(member)))

@@ -65,6 +65,7 @@ ROLES: Final[Mapping[str, Roles]] = {
             "RenameMember": _ADMINS,
             "ForgetMember": _ADMINS,
             "CreateOperator": _ADMINS,
+            "ReadAudit": _READERS,
         },
     ),
     **_rows(

@@ -35,6 +35,7 @@ _TEXT: Final = Text(200)
 _MAX_FACTS: Final = 16
 # Two lines: each has at most 4 + 2 * 16 texts, and a character takes up to 12 bytes of JSON.
 _TAIL_BYTES: Final = 256 << 10
+_MAX_PIECE_BYTES: Final = 1 << 20
 _NO_SEAL: Final = bytes(32)
 _PERIOD_S: Final = 600.0
 _MAX_REFUSALS: Final = 100
@@ -161,6 +162,17 @@ class AuditLog:
     def close(self) -> None:
         """Close the file."""
         os.close(self._handle)
+
+    def read(self, offset: int) -> bytes:
+        """Return whole lines from `offset` on, at most 1 MiB; empty at the end.
+
+        Raises `UsageError` for an offset behind the end, and `StorageError`.
+        """
+        with storage_errors(self._path, "read"):
+            if offset > os.fstat(self._handle).st_size:
+                raise UsageError(f"the audit log is shorter than {offset} bytes")
+            piece = os.pread(self._handle, _MAX_PIECE_BYTES, offset)
+        return piece[: piece.rfind(b"\n") + 1]
 
     def sync(self) -> None:
         """Make the lines so far outlive a power cut; a kill they outlive anyway. Raises `StorageError`."""

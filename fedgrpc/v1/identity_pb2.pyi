@@ -246,3 +246,17 @@ class CreateOperatorResponse(_message.Message):
     CREDENTIALS_FIELD_NUMBER: _ClassVar[int]
     credentials: Credentials
     def __init__(self, credentials: _Optional[_Union[Credentials, _Mapping]] = ...) -> None: ...
+
+class ReadAuditRequest(_message.Message):
+    __slots__ = ("offset",)
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    def __init__(self, offset: _Optional[int] = ...) -> None: ...
+
+class ReadAuditResponse(_message.Message):
+    __slots__ = ("lines", "next_offset")
+    LINES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    lines: bytes
+    next_offset: int
+    def __init__(self, lines: _Optional[bytes] = ..., next_offset: _Optional[int] = ...) -> None: ...

@@ -108,6 +108,11 @@ class IdentityStub:
                 request_serializer=fedgrpc_dot_v1_dot_identity__pb2.CreateOperatorRequest.SerializeToString,
                 response_deserializer=fedgrpc_dot_v1_dot_identity__pb2.CreateOperatorResponse.FromString,
                 _registered_method=True)
+        self.ReadAudit = channel.unary_unary(
+                '/fedgrpc.v1.Identity/ReadAudit',
+                request_serializer=fedgrpc_dot_v1_dot_identity__pb2.ReadAuditRequest.SerializeToString,
+                response_deserializer=fedgrpc_dot_v1_dot_identity__pb2.ReadAuditResponse.FromString,
+                _registered_method=True)
 
 
 class IdentityServicer:
@@ -214,6 +219,13 @@ class IdentityServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadAudit(self, request, context):
+        """Returns a piece of the audit log: whole lines, from an offset on. INVALID_ARGUMENT: the log is shorter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_IdentityServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -271,6 +283,11 @@ def add_IdentityServicer_to_server(servicer, server):
                     servicer.CreateOperator,
                     request_deserializer=fedgrpc_dot_v1_dot_identity__pb2.CreateOperatorRequest.FromString,
                     response_serializer=fedgrpc_dot_v1_dot_identity__pb2.CreateOperatorResponse.SerializeToString,
+            ),
+            'ReadAudit': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadAudit,
+                    request_deserializer=fedgrpc_dot_v1_dot_identity__pb2.ReadAuditRequest.FromString,
+                    response_serializer=fedgrpc_dot_v1_dot_identity__pb2.ReadAuditResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -589,6 +606,33 @@ class Identity:
             '/fedgrpc.v1.Identity/CreateOperator',
             fedgrpc_dot_v1_dot_identity__pb2.CreateOperatorRequest.SerializeToString,
             fedgrpc_dot_v1_dot_identity__pb2.CreateOperatorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedgrpc.v1.Identity/ReadAudit',
+            fedgrpc_dot_v1_dot_identity__pb2.ReadAuditRequest.SerializeToString,
+            fedgrpc_dot_v1_dot_identity__pb2.ReadAuditResponse.FromString,
             options,
             channel_credentials,
             insecure,

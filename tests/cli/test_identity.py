@@ -69,7 +69,7 @@ async def test_devices_are_listed_shown_approved_revoked_renamed_and_forgotten(s
         for command in (["show", "pi-8"], ["forget", "pi-8"], ["approve", "pi-8"], ["revoke", "pi-8"]):
             code, _, error = await shell("device", *command, *there)
             assert code == 1
-            assert "nobody here is called 'pi-8'" in error
+            assert "no member 'pi-8'" in error
 
 
 async def test_a_context_file_gives_its_role_and_nothing_more(shell, tmp_path):
@@ -154,3 +154,41 @@ def test_a_context_file_that_others_may_read_is_not_used(tmp_path):
     path.chmod(0o644)
     with pytest.raises(UsageError, match="chmod 600"):
         Context.read(path)
+
+
+async def test_the_audit_log_is_checked_and_shown_through_the_aggregator_and_from_a_copy(shell, tmp_path):
+    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+        there = ("--data-dir", running.settings.data_dir)
+        for number in range(3):
+            await joined(shell, running, tmp_path, f"pi-{number}")
+        await shell("device", "revoke", "pi-1", "--why", "stolen", *there)
+        code, out, checked = await shell("audit", *there)
+        assert code == 0
+        assert "7 entries, and every seal holds" in checked
+        assert out.splitlines()[-1].endswith('Identity/RevokeMember  name="pi-1" why="stolen"  ok')
+        _, out, _ = await shell("audit", "--about", "Enroll", "--last", 2, *there)
+        assert ["pi-1" in out.splitlines()[0], "pi-2" in out.splitlines()[1]] == [True, True]
+    log = running.settings.data_dir / "identity" / "audit.jsonl"
+    _, out, _ = await shell("audit", "--file", log, "--json", "--last", 0)
+    assert out == log.read_text()
+    log.write_text(log.read_text().replace("stolen", "broken"))
+    code, _, complaint = await shell("audit", "--file", log)
+    assert code == 1
+    assert "line 7" in complaint
+
+
+async def test_a_device_may_not_read_the_audit_log(shell, tmp_path):
+    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+        await joined(shell, running, tmp_path, "pi-7")
+        folder = tmp_path / "pi-7"
+        tls = (
+            "--tls-ca",
+            folder / "ca.pem",
+            "--tls-cert",
+            folder / "certificate.pem",
+            "--tls-key",
+            folder / "key.pem",
+        )
+        code, _, complaint = await shell("audit", "--aggregator", running.address, *tls)
+    assert code == 1
+    assert "may not call" in complaint
