@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgrpc.rounds.events import Failed, LossCause, Progress, TaskPhase
+from fedgrpc.rounds.events import Failed, LossCause, Progress, Rejected, TaskPhase
 from fedgrpc.rounds.task import Task, Tasks, apply_event
 
 TOKENS = st.integers(0, 80).map(str)
@@ -56,3 +56,11 @@ def test_a_task_that_comes_back_is_lost_for_nothing_any_more() -> None:
     assert (expired.phase, expired.loss_cause) == (TaskPhase.EXPIRED, LossCause.NO_SHOW)
     back = apply_event(expired, Progress("token", TaskPhase.DOWNLOADING), None, 30.0, 31.0)
     assert (back.loss_cause, back.reason) == (LossCause.NONE, "")
+
+
+def test_an_accepted_update_is_final_unless_it_is_withdrawn() -> None:
+    task = Task("bad", 0, 10.0, phase=TaskPhase.ACCEPTED)
+    assert apply_event(task, Rejected("t", "too late to refuse"), None, 10.0, 0.0) == task
+    withdrawn = apply_event(task, Rejected("t", "its device was revoked", withdrawn=True), None, 10.0, 0.0)
+    assert (withdrawn.phase, withdrawn.loss_cause) == (TaskPhase.REJECTED, LossCause.REFUSED)
+    assert withdrawn.reason == "its device was revoked"
