@@ -49,11 +49,11 @@ RUN PYTHONPATH=/opt/scikit-learn /opt/fedgrpc/bin/python -m fedgrpc.datasets.sha
 
 FROM digits AS data
 # CIFAR-10, where the build names its archive in the build context: --build-arg CIFAR10_ARCHIVE=cifar-10-binary.tar.gz
-# COPY fails without any file, hence LICENSE. The archive is read once, so that a damaged one fails the build.
-ARG CIFAR10_ARCHIVE
-COPY LICENSE ${CIFAR10_ARCHIVE} /usr/share/fedgrpc/cifar10/
-RUN rm /usr/share/fedgrpc/cifar10/LICENSE \
-    && if [ -z "$CIFAR10_ARCHIVE" ]; then rmdir /usr/share/fedgrpc/cifar10; else /opt/fedgrpc/bin/python -c \
+# COPY needs a file: without an archive it is LICENSE, and goes again. The archive is read once, so that a damaged one
+# fails the build.
+ARG CIFAR10_ARCHIVE=LICENSE
+COPY ${CIFAR10_ARCHIVE} /usr/share/fedgrpc/cifar10/
+RUN if [ "$CIFAR10_ARCHIVE" = LICENSE ]; then rm -r /usr/share/fedgrpc/cifar10; else /opt/fedgrpc/bin/python -c \
         'import pathlib, fedgrpc.datasets.cifar10 as data; data.load_cifar10(pathlib.Path("/usr/share/fedgrpc/cifar10"))'; fi
 
 FROM ${PYTHON_IMAGE}
