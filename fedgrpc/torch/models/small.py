@@ -34,7 +34,7 @@ class MLP(nn.Module):
 
 
 def sigmoid_mlp(input_size: int = 5, num_classes: int = 2) -> MLP:
-    """Build five layers of ten sigmoid units: the model of Zhang (2021), section 4."""
+    """Build five layers of ten sigmoid units: the model of Zhang (2021, arXiv 2105.14675), section 6."""
     return MLP(input_size, num_classes, (10,) * 5, torch.sigmoid)
 
 
