@@ -1,8 +1,10 @@
 """A fleet of real containers with the limits of real devices, on one machine: `make fleet` (root, Linux, podman).
 
 Three Raspberry Pi 4, five Jetson Nano, two Jetson Nano 2GB and an aggregator in 256 MB, each in a namespace
-of its own with a shaped link, train one model. On the way a device is killed and created again, a link is down
-for a minute, and the aggregator is killed and created again. At the end it is counted: nothing accepted is lost.
+of its own with a shaped link, train one model. Each device trains a local model of its own
+(tools/containers/fleet_plans.toml), or all the same with --same-model. On the way a device is killed and created
+again, a link is down for a minute, and the aggregator is killed and created again. At the end it is counted:
+nothing accepted is lost, and each device has trained its own local model within its memory.
 
 exit code 0     all held, or skipped, with the reason in one line
           1     something did not hold, or went wrong
@@ -26,6 +28,7 @@ from fedgrpc.cli.view import round_line
 from fedgrpc.client import Client, connect
 from fedgrpc.errors import FedgrpcError, LinkError
 from fedgrpc.rpc.channel import open_channel
+from fedgrpc.submodels.plan import PlanTable
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc
 from fedgrpc.v1.round_pb2 import Round
@@ -40,10 +43,13 @@ from tools.containers.report import (
     committed_versions,
     device_line,
     markdown,
+    plans_trained,
 )
 
 NAME: Final = "fgfleet"
 PORT: Final = 50051
+PLANS: Final = Path(__file__).parent / "containers" / "fleet_plans.toml"
+PLANS_INSIDE: Final = "/etc/fleet_plans.toml"
 FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
 KILLED, UNPLUGGED = "jetson-nano-2", "raspberry-pi-4-2"
 _WATCH_HZ: Final = 20.0
@@ -91,9 +97,13 @@ class Fleet:
         self._began_s = time.monotonic()
         self._seen = Seen()
         self._devices = make_fleet(os.cpu_count() or 1)
+        self._plans = PlanTable() if asked.same_model else PlanTable.from_toml(PLANS.read_text(encoding="utf-8"))
         leader = network.attach("aggregator")
         self._address = f"{leader.address}:{PORT}"
-        self._aggregator = self._container("aggregator", AGGREGATOR_IMAGE, leader, folder, self._leading())
+        plans = {f"{PLANS}": f"{PLANS_INSIDE}:ro"}
+        self._aggregator = self._container(
+            "aggregator", AGGREGATOR_IMAGE, leader, folder, self._leading(), more=plans
+        )
         self._links = {d.name: network.attach(d.name, d.device_class.link_bits_per_second) for d in self._devices}
         self._workers = {
             device.name: self._worker(device, number, folder) for number, device in enumerate(self._devices, 1)
@@ -115,13 +125,16 @@ class Fleet:
             "min-workers": len(self._devices) - 2, "selection-window": "3s", "quorum": 3, "lease": "10s",
             "deadline": asked.deadline or task.deadline, "log-format": "json",
         }  # fmt: skip
+        if not asked.same_model:
+            settings["local-models"] = PLANS_INSIDE
         # The network of these containers is reached by nobody else.
         return ["aggregator", "--stay", "--insecure", *_flags(settings)]
 
     def _worker(self, device: Device, number: int, folder: Path) -> Container:
         link, kind, task = self._links[device.name], device.device_class, self._task
         settings = {
-            "aggregator": self._address, "name": device.name, "device-class": kind.name, "profile": "cpu_cores=4",
+            "aggregator": self._address, "name": device.name, "profile": "cpu_cores=4",
+            "device-class": kind.name if self._asked.same_model else device.name,
             "data": task.data, "partition": self._asked.partition or task.partition,
             "part": f"{number}/{len(self._devices)}",
             "seed": self._asked.seed, "device": "cpu", "threads": 1, "reconnect-cap": "3s",
@@ -255,6 +268,10 @@ class Fleet:
         held, wrong = accepted_in(rounds), []
         if lost := sorted((self._seen.accepted | told) - held):
             wrong.append(f"accepted and lost: {lost}")
+        for device in self._devices:
+            wanted = self._plans.plan_of(device.name)
+            if other := [plan for plan in plans_trained(rounds, device.name) if plan != wanted]:
+                wrong.append(f"{device.name} has trained {other[0].to_line()}, and not {wanted.to_line()}")
         committed = committed_versions(rounds)
         if committed != list(range(committed[0], committed[0] + len(committed))):
             wrong.append(f"the versions are not in a row: {committed}")
@@ -302,6 +319,7 @@ def main() -> int:
         prog="make fleet", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", choices=list(TASKS), default="digits")
+    parser.add_argument("--same-model", action="store_true", help="all devices train the whole model")
     parser.add_argument("--partition", help="instead of the task's")
     parser.add_argument("--rounds", type=int, default=100_000, help="at most")
     parser.add_argument("--deadline", help="of a round, instead of the task's")

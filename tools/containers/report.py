@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedgrpc.cli.view import size
+from fedgrpc.protocol.plans import local_model_plan_from_proto
+from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind, TaskPhase, TaskRecord
 from tools.containers.podman import Container
 
@@ -30,6 +32,7 @@ class DeviceLine:
     upload_bytes: int
     peak_memory_bytes: int
     limit_bytes: int
+    local_model: str = ""
 
 
 def training_tasks(rounds: Iterable[Round]) -> list[TaskRecord]:
@@ -40,6 +43,17 @@ def training_tasks(rounds: Iterable[Round]) -> list[TaskRecord]:
         if record.kind == TaskKind.TASK_KIND_TRAIN and record.phase == RoundPhase.ROUND_PHASE_COMMITTED
         for task in record.tasks
     ]
+
+
+def plans_trained(rounds: Iterable[Round], worker: str) -> list[LocalModelPlan]:
+    """The plans of the local models that a worker's accepted updates are of, each once."""
+    plans: list[LocalModelPlan] = []
+    for task in training_tasks(rounds):
+        if task.worker == worker and task.phase == TaskPhase.TASK_PHASE_ACCEPTED:
+            plan = local_model_plan_from_proto(task.local_model)
+            if plan not in plans:
+                plans.append(plan)
+    return plans
 
 
 def device_line(name: str, container: Container, rounds: Sequence[Round]) -> DeviceLine:
@@ -64,13 +78,14 @@ def device_line(name: str, container: Container, rounds: Sequence[Round]) -> Dev
         sum(task.upload_bytes for task in tasks),
         max([container.peak_memory_bytes, *(task.peak_memory_bytes for task in tasks)]),
         container.limits.memory_bytes,
+        "; ".join(plan.to_line() for plan in plans_trained(rounds, name)),
     )
 
 
 def markdown(lines: Sequence[DeviceLine]) -> str:
     """The table, as docs/deployment.md has it."""
     heads = ["device", "T_local", "T_upload", "T_global", "T_download", "down", "up", "peak memory of limit"]
-    rows = [[*heads, "updates", "starts"], ["---", *["--:"] * (len(heads) + 1)]]
+    rows = [[*heads, "updates", "starts", "local model"], ["---", *["--:"] * (len(heads) + 1), "---"]]
     for line in lines:
         times = (line.local_s, line.upload_s, line.global_s, line.download_s)
         rows.append(
@@ -82,6 +97,7 @@ def markdown(lines: Sequence[DeviceLine]) -> str:
                 f"{line.peak_memory_bytes / 2**20:.0f} of {line.limit_bytes / 2**20:.0f} MiB",
                 f"{line.accepted}/{line.selected}",
                 str(line.starts),
+                line.local_model,
             ]
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
