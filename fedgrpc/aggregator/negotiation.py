@@ -34,17 +34,17 @@ _REDUCED = frozenset({"codebook", "threshold"})
 
 
 @dataclass(frozen=True)
-class LinkRates:
+class LinkSpeed:
     """Bytes a second up and down; None: unknown."""
 
     up: float | None
     down: float | None
 
 
-def link_of(worker: Worker) -> LinkRates:
+def link_of(worker: Worker) -> LinkSpeed:
     """Return the worker's link, by what went through it, else by what the worker declares."""
     device, history = worker.registration.device, worker.history
-    return LinkRates(
+    return LinkSpeed(
         history.uplink.bytes_per_second or device.uplink_bits_per_second / 8 or None,
         history.downlink.bytes_per_second or device.downlink_bits_per_second / 8 or None,
     )

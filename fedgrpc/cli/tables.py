@@ -258,7 +258,7 @@ def predictions_table(rounds: Sequence[Round]) -> Table:
 
 
 def _remark(task: TaskRecord) -> str:
-    """What an operator should know of an accepted update."""
+    """Return what an operator should know of an accepted update."""
     if task.unchanged:
         return "training changed nothing"
     return (

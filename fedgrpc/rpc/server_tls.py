@@ -14,7 +14,7 @@ log = structlog.get_logger()
 
 
 class ServerTls(Protocol):
-    """What a server listens with."""
+    """Keys and certificates that a server listens with."""
 
     def server_credentials(self) -> Any:
         """Return the credentials. Raises `UsageError`."""
