@@ -374,11 +374,11 @@ class PlanElements:
     reached: float = 1.0
 
     def size(self, download_bits: float, upload_bits: float) -> PlanSize:
-        """Convert to bytes, at so many bits per element on the wire, before pruning and clustering for uploads."""
+        """Convert to bytes, at so many bits per element on the wire, before pruning and clustering."""
         return PlanSize(
             self.own / max(1, self.whole),
             _ELEMENT_BYTES * self.own,
-            math.ceil(self.own * download_bits / 8),
+            payload_bytes(self.own, download_bits, self.plan),
             payload_bytes(self.sent, upload_bits, self.plan),
             self.sent,
             self.plan,

@@ -32,12 +32,15 @@ from safetensors.numpy import load_file, save_file
 from torch.utils.data import Dataset, TensorDataset
 
 from fedgrpc.aggregation.partial_update import pack
+from fedgrpc.aggregator.encoded_models import reduced_recipe
+from fedgrpc.codec.layout import layout_of
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.process import forget_peak_memory, peak_memory_bytes
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.cost import DeviceLimits, Observation, PlanElements, PlanSize, elements_of, predict
 from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.reduction import ReducedTensors, Reduction
 from fedgrpc.tasks.fashion_mnist import FashionMnist
 from fedgrpc.torch.trainer import TorchTrainer
 from fedgrpc.trainer import TaskSetup, TrainJob, TrainResult, Weights
@@ -158,7 +161,7 @@ def measure(model: str, text: str, path: Path, batch_size: int, steps: int) -> d
         "step_s": statistics.median(np.diff(stamps)),
         "peak": peak,
         "tensors": result.tensor_bytes,
-        "down": payload_bytes(given),
+        "down": download_bytes(given, plan),
         "up": payload_bytes(update(given, result, plan)),
         "accuracy": accuracy,
         "elements": [elements.own, elements.sent, elements.whole, elements.trained, elements.reached],
@@ -184,8 +187,16 @@ def update(given: Weights, result: TrainResult, plan: LocalModelPlan) -> Weights
     return sent
 
 
-def payload_bytes(weights: Weights) -> int:
-    return write_payload(weights, Recipe.parse(RECIPE), io.BytesIO(), np.random.default_rng(0)).size_bytes
+def download_bytes(given: Weights, plan: LocalModelPlan) -> int:
+    """Bytes of the first pull of the plan's model, without what the device would leave out of it."""
+    reduction = Reduction.of(plan)
+    reduced = dict(ReducedTensors(given, reduction, given.keys()))
+    return payload_bytes(reduced, reduced_recipe(Recipe.parse(RECIPE), layout_of(given), reduction))
+
+
+def payload_bytes(weights: Weights, recipe: Recipe | None = None) -> int:
+    recipe = recipe or Recipe.parse(RECIPE)
+    return write_payload(weights, recipe, io.BytesIO(), np.random.default_rng(0)).size_bytes
 
 
 @contextmanager

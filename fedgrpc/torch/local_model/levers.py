@@ -45,14 +45,26 @@ def frozen(module: nn.Module, plan: LocalModelPlan) -> Iterator[None]:
         and each.track_running_stats
         and not plan.is_trained(f"{name}.running_mean")
     ]
+    groups = [each for each in module.modules() if isinstance(each, nn.GroupNorm)] if held else []
     with statistics_held(norms):
+        hooks = [each.register_forward_pre_hook(_with_gradient) for each in groups]
         for parameter in held:
             parameter.requires_grad = False
         try:
             yield
         finally:
+            for hook in hooks:
+                hook.remove()
             for parameter in held:
                 parameter.requires_grad = True
+
+
+def _with_gradient(norm: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Give a GroupNorm's input a gradient: without one, torch 2.13 crashes for images with channels last."""
+    first, *rest = inputs
+    if first.requires_grad or not any(each.requires_grad for each in norm.parameters()):
+        return None
+    return first.detach().requires_grad_(), *rest
 
 
 @contextmanager

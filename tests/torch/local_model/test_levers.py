@@ -161,3 +161,18 @@ def test_levers_leave_the_trainers_own_model_as_it_was() -> None:
     trainer.train(given, TrainJob(seed=1, local_model=plan))
     after = trainer.train(given, TrainJob(seed=1))
     assert distance(before, after) == 0
+
+
+def test_biases_alone_are_trained_in_images_with_channels_last() -> None:
+    """torch 2.13 ends the process with signal 11 where a GroupNorm's input needs no gradient."""
+
+    def make() -> nn.Module:
+        layers = nn.Conv2d(3, 8, 3, bias=False), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(8 * 14 * 14, 3)
+        return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    plan = LocalModelPlan(trained_layers=("*.bias",))
+    result = trained(make, plan)
+    assert result.start is not None
+    moved = {name for name, array in result.weights.items() if not np.array_equal(array, result.start[name])}
+    assert moved
+    assert all(plan.is_trained(name) for name in moved)
