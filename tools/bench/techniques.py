@@ -276,7 +276,8 @@ def show(lines: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of each model."""
     for model in dict.fromkeys(line["model"] for line in lines):
         mine = [line for line in lines if line["model"] == model]
-        whole, _ = observation(mine[0])
+        # A whole model that was killed predicts nothing.
+        history = [observation(mine[0])[0]] if "step_s" in mine[0] else []
         heads = ("ms a step", "predicted", "peak MB", "predicted", "tensors MB", "down kB", "up kB", "accuracy")
         print(f"\n| {model} | | {' | '.join(heads)} |")
         print("| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |")
@@ -286,12 +287,11 @@ def show(lines: Sequence[Mapping[str, Any]]) -> None:
                 print(name, "killed" if line.get("killed") else "refused: no blocks", "| | | | | | | |")
                 continue
             seen, size = observation(line)
-            wanted = predict(DeviceLimits(), [whole], size)
-            assert wanted.local_s is not None
+            wanted = predict(DeviceLimits(), history, size)
             accuracy = f"{100 * line['accuracy']:.1f}" if scored(line) else ""
             cells = [
                 f"{1000 * seen.local_s:.1f}",
-                f"{1000 * wanted.local_s:.1f}",
+                "" if wanted.local_s is None else f"{1000 * wanted.local_s:.1f}",
                 f"{seen.peak_memory_bytes / 1e6:.0f}",
                 f"{wanted.peak_memory_bytes / 1e6:.0f}",
                 f"{seen.tensor_bytes / 1e6:.1f}",
