@@ -123,7 +123,8 @@ SETTINGS: list[Setting] = [
     _slow("--link", "Pace downloads and uploads to this rate.", name="link_bits_per_second", type=RATE),
     _service(
         "--serve-address",
-        "Address of the service for this device's owner and its applications; 'none': no service.",
+        "Address of the service for this device's owner and its applications; unix:PATH: a socket that this user "
+        "alone may open; 'none': no service.",
         default=WorkerSettings.serve_address,
         metavar="HOST:PORT",
     ),

@@ -148,7 +148,6 @@ async def serve(
     if local_address is not None:
         local = Address.parse(local_address)
         _listen(server, local, None)
-        os.chmod(local.path, 0o600)
     await server.start()
     try:
         yield RunningServer(str(where if where.is_unix else where.with_port(port)), port, health)
@@ -171,6 +170,9 @@ def _listen(server: grpc.aio.Server, address: Address, tls: ServerTls | None) ->
         )
     except RuntimeError as error:
         raise UsageError(f"cannot listen on {address}: {error}") from error
+    if address.is_unix:
+        # Who may open the socket may call: the owner, until they open it to others.
+        os.chmod(address.path, 0o600)
     keep_from_children(address.path or port)
     return 0 if address.is_unix else int(port)
 

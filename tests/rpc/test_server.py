@@ -1,4 +1,5 @@
 import asyncio
+import os
 import socket
 
 import grpc
@@ -182,6 +183,15 @@ async def test_a_unix_socket_in_use_is_refused_and_the_first_server_goes_on(tmp_
             async with serve(address, [echo_service()]):
                 pass
         assert await check(server.address) == "NOT_SERVING"
+
+
+async def test_a_unix_socket_is_for_its_owner_alone_whatever_the_umask(tmp_path):
+    former = os.umask(0)
+    try:
+        async with serve(f"unix:{tmp_path}/s.sock", [echo_service()]):
+            assert (tmp_path / "s.sock").stat().st_mode & 0o777 == 0o600
+    finally:
+        os.umask(former)
 
 
 async def test_a_unix_socket_that_a_killed_server_left_is_replaced(tmp_path):
