@@ -59,10 +59,15 @@ def resized(module: nn.Module, shapes: Shapes) -> nn.Module:
 
 
 def check_sub_model(channel_map: ChannelMap, whole: Shapes, shapes: Shapes) -> None:
-    """Raise LayoutError unless `shapes` are those of a sub-model of the model with the shapes `whole`."""
+    """Raise LayoutError unless `shapes` are those of a sub-model of the model with the shapes `whole`.
+
+    Both have the same names.
+    """
     kept: dict[int, int] = {}
-    for name, shape in shapes.items():
-        full = whole.get(name, ())
+    # In the model's order, so that the error names the weight before its bias. A file of weights is sorted by name,
+    # and there a bias would decide how many channels its group keeps.
+    for name, full in whole.items():
+        shape = shapes[name]
         axes = channel_map.tensors.get(name, tuple((Segment(None, extent),) for extent in full))
         if len(shape) != len(full) or any(map(partial(_misfit, channel_map, kept), axes, shape)):
             raise LayoutError(
