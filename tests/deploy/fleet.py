@@ -23,17 +23,19 @@ NODE_USER = 10001
 def overlay_here(
     folder: Path, overlay: str, settings: Settings, replicas: Mapping[str, int] | None = None
 ) -> Manifests:
-    """The objects of an overlay as a person would have it in a folder of their own.
+    """The objects of an overlay as a person would have it in a folder of their own, insecure: no Secrets here.
 
     `settings` are more lines for ConfigMaps by (name, namespace), `replicas` counts by a StatefulSet's name.
     """
     folder.mkdir()
+    insecure = ["insecure", *(["insecure-leaves"] if overlay == "tree" else [])]
     images = (
         ("registry.example/fedgrpc-aggregator", AGGREGATOR_IMAGE),
         ("registry.example/fedgrpc-worker", WORKER_IMAGE),
     )
     content = {
         "resources": [relative(K8S / "overlays" / overlay, folder)],
+        "components": [relative(K8S / "components" / name, folder) for name in insecure],
         "images": [
             {"name": name, "newName": image.rpartition(":")[0], "newTag": image.rpartition(":")[2]}
             for name, image in images

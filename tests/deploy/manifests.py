@@ -19,9 +19,14 @@ ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
 COMPONENTS = sorted(path.name for path in (K8S / "components").iterdir())
-# In the order in which they are said.
-FOR_ANY = [name for name in COMPONENTS if name != "tls-leaves"]
-WITH_COMPONENTS = {"dev": FOR_ANY, "edge": FOR_ANY, "tree": [*FOR_ANY, "tls-leaves"]}
+# Overlays as a person would put them together: (overlay, its components, in the order in which they are said).
+WITH_COMPONENTS = {
+    "dev, seen": ("dev", ["monitoring"]),
+    "edge": ("edge", ["monitoring", "tls"]),
+    "tree": ("tree", ["monitoring", "tls", "tls-leaves"]),
+    "edge, insecure": ("edge", ["insecure"]),
+    "tree, insecure": ("tree", ["insecure", "insecure-leaves"]),
+}
 
 Object = Mapping[str, Any]
 
@@ -43,11 +48,12 @@ def render(folder: Path) -> Manifests:
     return Manifests(tuple(item for item in yaml.safe_load_all(done.stdout) if item))
 
 
-def render_with_components(tmp_path: Path, overlay: str) -> Manifests:
-    """An overlay with every component that goes with it, as a person would put them together."""
+def render_with_components(tmp_path: Path, name: str) -> Manifests:
+    """One of `WITH_COMPONENTS`."""
+    overlay, components = WITH_COMPONENTS[name]
     content = {
         "resources": [relative(K8S / "overlays" / overlay, tmp_path)],
-        "components": [relative(K8S / "components" / name, tmp_path) for name in WITH_COMPONENTS[overlay]],
+        "components": [relative(K8S / "components" / component, tmp_path) for component in components],
     }
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(content))
     return render(tmp_path)
@@ -172,11 +178,15 @@ class Manifests:
         ]
 
 
-def address_dialled(workload: Workload, environment: Mapping[str, str]) -> str:
-    """Run the pod's script by this machine's shell; what it would start `fedgrpc worker --aggregator` with."""
+def address_dialled(workload: Workload, environment: Mapping[str, str], instead: str = "") -> str:
+    """Run the pod's script by this machine's shell; what it would start `fedgrpc worker --aggregator` with.
+
+    `instead` is another expression of the shell to look at in that place.
+    """
     *shell, script = [*workload.container["command"], *workload.container["args"]]
     assert script.count("exec fedgrpc worker --aggregator ") == 1
-    told = script.replace("exec fedgrpc worker --aggregator ", "printf %s ")
+    show = f'printf %s "{instead}"; : ' if instead else "printf %s "
+    told = script.replace("exec fedgrpc worker --aggregator ", show)
     done = subprocess.run([*shell, told], env={**environment, "PATH": "/usr/bin:/bin"}, capture_output=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.decode()

@@ -1,7 +1,7 @@
 """Pods of a rendered StatefulSet or DaemonSet under `podman play kube`, as their controllers would make them.
 
 What podman does not know is done here as Kubernetes does it: fields of the pod become values, node folders and
-claims get a place. gRPC probes are left out, and asked by the test; ports are,
+claims get a place. Probes are left out, and asked by the test; ports are,
 too, as podman would publish them on the machine.
 """
 
@@ -143,7 +143,7 @@ def make_pod(
     spec: dict[str, Any] = deepcopy(dict(workload.pod))
     container = spec["containers"][0]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert container.pop(probe)["grpc"]
+        assert container.pop(probe).keys() & {"grpc", "exec"}
     del container["ports"]
     own = workload.environment({"spec.nodeName": name, "metadata.name": name})
     container["env"] = [{"name": entry["name"], "value": own[entry["name"]]} for entry in container.get("env", ())]

@@ -57,6 +57,14 @@ def test_compose_says_what_the_commands_take() -> None:
         _check(service["environment"])
 
 
+def test_compose_is_insecure_only_where_this_machine_alone_can_call() -> None:
+    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    assert services["aggregator"]["environment"]["FEDGRPC_AGGREGATOR_INSECURE"] == "true"
+    ports = [port for service in services.values() for port in service.get("ports", ())]
+    assert ports
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
 def _check(environment: dict[str, str]) -> None:
     checked = 0
     for variable, name, key in settings_in(environment):

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from fedgrpc.cli import aggregator, worker
 from fedgrpc.cli.aggregator import upstream_from
 from fedgrpc.cli.main import load_command
 from fedgrpc.cli.options import SettingsCommand
 from fedgrpc.hierarchy.process import Leaf
+from fedgrpc.identity.roles import identity_from
 from fedgrpc.rpc.server import AGGREGATOR, WORKER
 from tests.deploy.manifests import (
+    COMPONENTS,
     K8S,
     OVERLAYS,
     ROOT,
@@ -31,8 +34,10 @@ from tests.deploy.manifests import (
     settings_in,
 )
 
-# What a person makes before, as components/tls says.
-BROUGHT = {("Secret", "aggregator-tls"), ("ConfigMap", "aggregator-ca")}
+# What a person makes before, as k8s/README.md and components/tls say.
+BROUGHT = {("Secret", name) for name in ("join", "leaf-join", "aggregator-tls", "leaf-tls")}
+# A join token of nobody's.
+TOKEN = "fg1.RwegGYlLT1WNmciHX3DVBQuiXinAxxW1xWNo-A3Sn7k.uu4vzr7t.m2qKnqiTIKta9NCkCeXtT49uF65US-yo"
 CLASSES = ["raspberry-pi-4", "raspberry-pi-5", "jetson-nano", "jetson-orin-nano"]
 
 
@@ -154,20 +159,19 @@ def test_probes_ask_the_service_where_it_listens(workloads: list[Workload]) -> N
         assert workload.ports["grpc"] == int(port)
         for name in ("startupProbe", "readinessProbe", "livenessProbe"):
             probe = workload.container[name]
-            if "grpc" in probe:
+            if workload.command == "worker":
                 assert probe["grpc"] == {"port": int(port), "service": service}
-                assert "FEDGRPC_AGGREGATOR_TLS_CERT" not in environment
             else:
                 assert probe["exec"]["command"] == ["fedgrpc", "health", "--service", service]
-                assert environment["FEDGRPC_HEALTH_ADDRESS"].endswith(f":{port}")
-                assert "FEDGRPC_HEALTH_TLS_CA" in environment
+                socket = f"{environment['FEDGRPC_AGGREGATOR_DATA_DIR']}/identity/operator.sock"
+                assert environment["FEDGRPC_HEALTH_ADDRESS"] == f"unix:{socket}"
 
 
 @pytest.fixture
 def set_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Set a pod's variables; a file that is only in the pod becomes one that is here."""
     there = tmp_path / "there.pem"
-    there.touch()
+    there.write_text(TOKEN)
 
     def apply(environment: dict[str, str]) -> None:
         for variable in [name for name in os.environ if name.startswith("FEDGRPC_")]:
@@ -264,14 +268,69 @@ def _allows(rule: Any, target: Workload, port: int) -> bool:
     return selected and port in numbers
 
 
-def test_whoever_dials_an_aggregator_with_tls_trusts_its_certificate(workloads: list[Workload]) -> None:
-    serving = {"FEDGRPC_AGGREGATOR_TLS_CERT" in w.environment() for w in workloads if w.command == "aggregator"}
-    assert len(serving) == 1
+def test_both_sides_of_every_connection_agree_on_who_vouches_for_whom(workloads: list[Workload]) -> None:
     for workload in workloads:
         environment = workload.environment()
-        trusts = "FEDGRPC_WORKER_TLS_CA", "FEDGRPC_AGGREGATOR_UPSTREAM_TLS_CA"
+        served = {_authority_of(w.environment()) for w in workloads if w.command == "aggregator"}
+        (authority,) = served
+        wanted = {"insecure": set(), "built-in": {"JOIN"}, "own": {"TLS_CERT", "TLS_KEY", "TLS_CA"}}[authority]
+        prefix = "FEDGRPC_WORKER_" if workload.command == "worker" else "FEDGRPC_AGGREGATOR_UPSTREAM_"
+        ways = ("JOIN", "TLS_CERT", "TLS_KEY", "TLS_CA")
+        given = {way for way in ways if prefix + way in environment}
         dials = workload.command == "worker" or "FEDGRPC_AGGREGATOR_UPSTREAM" in environment
-        assert any(name in environment for name in trusts) == (dials and serving == {True})
+        assert given == (wanted if dials else set()), workload.name
+
+
+def _authority_of(environment: dict[str, str]) -> str:
+    own = {f"FEDGRPC_AGGREGATOR_TLS_{what}" in environment for what in ("CERT", "KEY", "CA")}
+    assert len(own) == 1
+    if environment.get("FEDGRPC_AGGREGATOR_INSECURE") == "true":
+        assert own == {False}
+        return "insecure"
+    return "own" if own == {True} else "built-in"
+
+
+def test_only_what_says_so_is_insecure(manifests: Manifests, request: pytest.FixtureRequest) -> None:
+    insecure = {_authority_of(w.environment()) for w in manifests.workloads() if w.command == "aggregator"}
+    name = request.node.callspec.params["manifests"]
+    assert (insecure == {"insecure"}) == (name.startswith("dev") or "insecure" in name)
+
+
+def test_the_certificates_of_the_example_name_members_and_the_secrets_that_pods_mount() -> None:
+    items = list(yaml.safe_load_all((K8S / "components" / "tls" / "cert-manager.yaml").read_text()))
+    issuers = {item["metadata"]["name"] for item in items if item["kind"] == "ClusterIssuer"}
+    certificates = [item["spec"] for item in items if item["kind"] == "Certificate"]
+    assert {spec["issuerRef"]["name"] for spec in certificates} <= issuers
+    (server,) = [spec for spec in certificates if "dnsNames" in spec]
+    assert ("Secret", server["secretName"]) in BROUGHT
+    edge = render(K8S / "overlays" / "edge").workloads()
+    (host,) = {
+        w.environment()["FEDGRPC_WORKER_AGGREGATOR"].partition(":")[0] for w in edge if w.command == "worker"
+    }
+    assert host in server["dnsNames"]
+    members = [identity_from(spec["uris"]) for spec in certificates if "uris" in spec]
+    assert [(member.name, member.role) for member in members] == [("pi-1", "trainer"), ("alice", "operator")]
+
+
+def test_every_component_is_tried_with_an_overlay() -> None:
+    assert {name for _, used in WITH_COMPONENTS.values() for name in used} == set(COMPONENTS)
+
+
+def test_a_leaf_shows_the_certificate_of_its_own_name(tmp_path: Path) -> None:
+    (leaf,) = [w for w in render_with_components(tmp_path, "tree").workloads() if w.name == "leaf-aggregator"]
+    names = [entry["name"] for entry in leaf.container["env"]]
+    # Kubernetes fills in the variables that come before.
+    assert names.index("FEDGRPC_AGGREGATOR_UPSTREAM_NAME") == 0
+    environment = leaf.environment({"metadata.name": "leaf-aggregator-2"})
+    for variable in ("FEDGRPC_AGGREGATOR_TLS_CERT", "FEDGRPC_AGGREGATOR_UPSTREAM_TLS_CERT"):
+        assert environment[variable] == "/etc/fedgrpc/tls/leaf-aggregator-2.crt"
+
+
+def test_a_worker_of_a_tree_joins_with_a_token_of_its_leaf() -> None:
+    some = next(item for item in render(K8S / "overlays" / "tree").workloads() if item.command == "worker")
+    environment = {**some.environment(), "FEDGRPC_WORKER_NAME": "pi-1"}
+    leaf = address_dialled(some, environment).partition(".")[0]
+    assert address_dialled(some, environment, "$FEDGRPC_WORKER_JOIN") == f"/etc/fedgrpc/join/{leaf}"
 
 
 @pytest.mark.parametrize("device_class", [*CLASSES, None])

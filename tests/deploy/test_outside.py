@@ -63,13 +63,17 @@ def test_the_environment_of_the_unit_is_that_of_a_worker(monkeypatch: pytest.Mon
     lines = (OUTSIDE / "worker.env").read_text().splitlines()
     lines += re.findall(r"^Environment=(.+)$", UNIT.read_text(), re.M)
     environment = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
-    assert len(list(settings_in(environment))) == len(environment) >= 6
+    assert len(list(settings_in(environment))) == len(environment) >= 7
+    token = tmp_path / "join"
+    token.write_text("fg1.token")
     for variable, value in environment.items():
-        monkeypatch.setenv(variable, str(tmp_path) if variable.endswith("_DATA") else value)
+        here = str(tmp_path) if variable.endswith("_DATA") else str(token) if variable.endswith("_JOIN") else value
+        monkeypatch.setenv(variable, here)
     settings = worker.settings_from(worker.COMMAND.make_context("worker", []).params)
     stop_s = DURATION.convert(re.search(r"^TimeoutStopSec=(.+)$", UNIT.read_text(), re.M)[1], None, None)
     assert stop_s >= settings.drain_s + 15
     assert settings.exit_when_run_ends is False
+    assert settings.join == "fg1.token"
 
 
 def test_systemd_understands_the_unit(tmp_path: Path) -> None:
