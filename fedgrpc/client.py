@@ -216,6 +216,19 @@ class IdentityClient:
         request = identity_pb2.CreateOperatorRequest(name=name, role=role, signing_request=signing_request)
         return cast(identity_pb2.Credentials, (await self._call("CreateOperator", request)).credentials)
 
+    async def rotate_authority(self) -> identity_pb2.Authority:
+        """Make a new authority, trusted beside the one before."""
+        answer = await self._call("RotateAuthority", identity_pb2.RotateAuthorityRequest())
+        return cast(identity_pb2.Authority, answer.authority)
+
+    async def authorities(self) -> list[identity_pb2.Authority]:
+        """Return the authorities that are trusted, the one that signs first."""
+        return list((await self._call("ListAuthorities", identity_pb2.ListAuthoritiesRequest())).authorities)
+
+    async def retire_authority(self, name: str, force: bool = False) -> None:
+        """Trust an authority no more; with `force` also while members need it."""
+        await self._call("RetireAuthority", identity_pb2.RetireAuthorityRequest(name=name, force=force))
+
     async def renew(self) -> identity_pb2.Credentials:
         """Return a new certificate for the caller."""
         return cast(identity_pb2.Credentials, (await self._call("Renew", identity_pb2.RenewRequest())).credentials)

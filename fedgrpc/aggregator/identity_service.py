@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 import grpc.aio
 import structlog
 
-from fedgrpc.errors import UsageError
+from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.identity.audit import AuditLog
 from fedgrpc.identity.identities import Credentials, Identities
 from fedgrpc.identity.messages import credentials_to_proto, member_to_proto, role_from_proto, token_to_proto
@@ -173,6 +173,46 @@ class IdentityService(identity_pb2_grpc.IdentityServicer):
         )
         self._log("operator created", context, member=request.name, role=made.identity.role.value)
         return pb.CreateOperatorResponse(credentials=self._credentials(made))
+
+    async def RotateAuthority(
+        self, request: pb.RotateAuthorityRequest, context: grpc.aio.ServicerContext
+    ) -> pb.RotateAuthorityResponse:
+        made = await self._change(self._identities.rotate)
+        note(authority=made.fleet)
+        self._log("authority rotated", context, authority=made.fleet)
+        return pb.RotateAuthorityResponse(authority=self._authorities()[0])
+
+    async def ListAuthorities(
+        self, request: pb.ListAuthoritiesRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListAuthoritiesResponse:
+        return pb.ListAuthoritiesResponse(authorities=self._authorities())
+
+    async def RetireAuthority(
+        self, request: pb.RetireAuthorityRequest, context: grpc.aio.ServicerContext
+    ) -> pb.RetireAuthorityResponse:
+        await self._change(lambda: self._identities.retire(request.name, self._clock(), request.force))
+        self._admission.end_stale_calls()
+        self._log("authority retired", context, authority=request.name)
+        return pb.RetireAuthorityResponse()
+
+    def _authorities(self) -> list[pb.Authority]:
+        now, tokens = self._clock(), [each.authority for each in self._identities.tokens()]
+        return [
+            pb.Authority(
+                name=each.fleet,
+                key_sha256=each.sha256,
+                members=len(self._identities.held_by(each.fleet, now)),
+                tokens=tokens.count(each.fleet),
+            )
+            for each in self._identities.authorities
+        ]
+
+    async def save_moved(self) -> None:
+        """Store which members have come over to the newest authority; what fails is tried again."""
+        try:
+            await self._change(self._identities.save_moved)
+        except StorageError as error:
+            log.error("members not stored", reason=str(error))
 
     async def ReadAudit(
         self, request: pb.ReadAuditRequest, context: grpc.aio.ServicerContext

@@ -29,8 +29,8 @@ from fedgrpc.aggregator.identity_service import IdentityService, PutOut
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import StorageError
 from fedgrpc.identity.audit import AUDIT_FILE, AuditLog
-from fedgrpc.identity.certificates import Authority, key_pem, make_key, pem_of
-from fedgrpc.identity.folder import check_private, open_authority
+from fedgrpc.identity.certificates import key_pem, make_key, pem_of
+from fedgrpc.identity.folder import AUTHORITIES, AuthorityFile, check_private
 from fedgrpc.identity.identities import Identities
 from fedgrpc.identity.store import DATABASE, IdentityStore
 from fedgrpc.rpc.address import Address
@@ -51,11 +51,14 @@ Clock = Callable[[], float]
 
 
 class AuthorityTls:
-    """TLS with certificates of the built-in authority; the server's and the anchors are renewed in place."""
+    """TLS with certificates of the built-in authorities; the server's and the anchors are renewed in place.
 
-    def __init__(self, identities: Identities, authority: Authority, hosts: tuple[str, ...], clock: Clock) -> None:
+    The server has one certificate of each authority. A client asks (SNI) for the one whose authority it knows:
+    each authority has a server name of its own.
+    """
+
+    def __init__(self, identities: Identities, hosts: tuple[str, ...], clock: Clock) -> None:
         self._identities = identities
-        self._authority = authority
         self._hosts = hosts
         self._clock = clock
         self._key = make_key()
@@ -73,11 +76,12 @@ class AuthorityTls:
 
     def _configuration(self) -> Any:
         until = self._issued_at + _SERVER_LIFE_S
-        certificate = self._authority.issue_server(self._key.public_key(), self._hosts, until)
-        # Those who join look for the authority in the chain.
-        chain = pem_of(certificate, self._authority.certificate)
-        anchors = pem_of(*self._identities.anchors())
-        return grpc.ssl_server_certificate_configuration([(key_pem(self._key), chain)], anchors)
+        key, authorities = key_pem(self._key), self._identities.authorities
+        own = [each.issue_server(self._key.public_key(), self._hosts, until) for each in authorities]
+        # Those who join look for the authority that their token names, in whichever chain they get.
+        shown = [each.certificate for each in authorities]
+        pairs = [(key, pem_of(certificate, *shown)) for certificate in own]
+        return grpc.ssl_server_certificate_configuration(pairs, pem_of(*self._identities.anchors()))
 
 
 class Trust:
@@ -92,11 +96,12 @@ class Trust:
         check_private(folder)
         listens = Address.parse(settings.address)
         self._is_open = settings.insecure and not settings.authenticated and not listens.is_local
-        authority = open_authority(folder) if settings.has_authority else None
-        self.identities = Identities(IdentityStore(folder / DATABASE), authority, settings.lives)
+        file = AuthorityFile(folder / AUTHORITIES)
+        authorities = file.opened() if settings.has_authority else ()
+        self.identities = Identities(IdentityStore(folder / DATABASE), authorities, settings.lives, file.write)
         self.tls: ServerTls | None = settings.tls
-        if authority is not None:
-            self.tls = AuthorityTls(self.identities, authority, _hosts(listens), self._now)
+        if authorities:
+            self.tls = AuthorityTls(self.identities, _hosts(listens), self._now)
         self.audit = AuditLog(folder / AUDIT_FILE)
         self.admission = Admission(self._identify if settings.authenticated else None, self.audit, self._now)
         self._service = IdentityService(self.identities, self.admission, self.audit, self._now)
@@ -139,6 +144,7 @@ class Trust:
                 log.warning("anybody may call", reason="--insecure: no caller has to show a certificate")
             if tick % _SWEEP_EVERY_TICKS == 0:
                 self.admission.end_stale_calls()
+                await self._service.save_moved()
             try:
                 await asyncio.to_thread(self.audit.sync)
             except StorageError as error:

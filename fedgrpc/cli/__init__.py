@@ -32,6 +32,9 @@ COMMANDS: Final = {
     "operator list": "fedgrpc.cli.identity:OPERATOR_LIST",
     "operator revoke": "fedgrpc.cli.identity:OPERATOR_REVOKE",
     "operator forget": "fedgrpc.cli.identity:OPERATOR_FORGET",
+    "ca rotate": "fedgrpc.cli.authority:ROTATE",
+    "ca list": "fedgrpc.cli.authority:LIST",
+    "ca retire": "fedgrpc.cli.authority:RETIRE",
     "audit": "fedgrpc.cli.audit:COMMAND",
     "init": "fedgrpc.cli.init:COMMAND",
     "plan": "fedgrpc.cli.plan:COMMAND",
@@ -42,5 +45,6 @@ COMMANDS: Final = {
 GROUPS: Final = {
     "token": "Join tokens, with which devices become members: create, list, delete.",
     "device": "Devices: list, show, approve, revoke, rename, forget.",
+    "ca": "The built-in certificate authority: rotate, list, retire.",
     "operator": "People who watch or steer: create, list, revoke, forget.",
 }

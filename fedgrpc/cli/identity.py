@@ -46,7 +46,9 @@ _STATES: Final = {
 Call = Callable[[IdentityClient, dict[str, Any]], Awaitable[None]]
 
 
-def _command(name: str, call: Call, help: str, *settings: Setting, argument: str = "") -> SettingsCommand:
+def identity_command(name: str, call: Call, help: str, *settings: Setting, argument: str = "") -> SettingsCommand:
+    """Return a command that reaches an aggregator and makes `call` there."""
+
     async def reach(values: dict[str, Any]) -> None:
         async with reached(values) as client:
             await call(client.identities, values)
@@ -96,7 +98,7 @@ async def _list_tokens(identities: IdentityClient, values: dict[str, Any]) -> No
         )
         for token in tokens
     ]
-    _print(("token", "role", "names", "uses left", "expires", "approval", "tags"), rows, "no join tokens")
+    print_rows(("token", "role", "names", "uses left", "expires", "approval", "tags"), rows, "no join tokens")
 
 
 async def _delete_token(identities: IdentityClient, values: dict[str, Any]) -> None:
@@ -104,7 +106,7 @@ async def _delete_token(identities: IdentityClient, values: dict[str, Any]) -> N
     click.echo(f"join token {values['token']} is deleted; devices that have joined with it stay")
 
 
-TOKEN_CREATE = _command(
+TOKEN_CREATE = identity_command(
     "token create",
     _create_token,
     "Make a token with which devices join, and print it: one line.",
@@ -133,8 +135,8 @@ TOKEN_CREATE = _command(
     ),
     _what("--needs-approval", "Let devices wait for `fedgrpc device approve`.", is_flag=True, default=False),
 )
-TOKEN_LIST = _command("token list", _list_tokens, "Show join tokens, without their secrets.", _JSON)
-TOKEN_DELETE = _command(
+TOKEN_LIST = identity_command("token list", _list_tokens, "Show join tokens, without their secrets.", _JSON)
+TOKEN_DELETE = identity_command(
     "token delete", _delete_token, "Let nobody join with a TOKEN, named by its id, any more.", argument="token"
 )
 
@@ -155,7 +157,7 @@ def _lister(roles: Sequence[Role], nobody: str) -> Call:
             )
             for member in members
         ]
-        _print(("name", "role", "state", "joined", "certificate until", "tags"), rows, nobody)
+        print_rows(("name", "role", "state", "joined", "certificate until", "tags"), rows, nobody)
 
     return call
 
@@ -207,12 +209,14 @@ async def _forget(identities: IdentityClient, values: dict[str, Any]) -> None:
 
 _WHY: Final = _what("--why", "Reason in one line; it is kept and told.", type=str, default="", metavar="TEXT")
 
-DEVICE_LIST = _command("device list", _lister(DEVICE_ROLES, "no device has joined"), "Show devices.", _JSON)
-DEVICE_SHOW = _command("device show", _show_member, "Show the device NAME.", _JSON, argument="name")
-DEVICE_APPROVE = _command(
+DEVICE_LIST = identity_command(
+    "device list", _lister(DEVICE_ROLES, "no device has joined"), "Show devices.", _JSON
+)
+DEVICE_SHOW = identity_command("device show", _show_member, "Show the device NAME.", _JSON, argument="name")
+DEVICE_APPROVE = identity_command(
     "device approve", _approve, "Let the device NAME work that waits for it.", argument="name"
 )
-DEVICE_REVOKE = _command(
+DEVICE_REVOKE = identity_command(
     "device revoke",
     _revoke,
     "Refuse the device NAME from now on, and end its open calls.",
@@ -225,10 +229,10 @@ DEVICE_REVOKE = _command(
     ),
     argument="name",
 )
-DEVICE_RENAME = _command(
+DEVICE_RENAME = identity_command(
     "device rename", _rename, "Give the device NAME the name NEW_NAME.", argument="name new_name"
 )
-DEVICE_FORGET = _command(
+DEVICE_FORGET = identity_command(
     "device forget", _forget, "Remove the device NAME: its certificate counts no more.", argument="name"
 )
 
@@ -296,13 +300,13 @@ def _create_operator_command() -> SettingsCommand:
 
 
 OPERATOR_CREATE = _create_operator_command()
-OPERATOR_LIST = _command(
+OPERATOR_LIST = identity_command(
     "operator list", _lister(OPERATOR_ROLES, "there are no operators"), "Show operators.", _JSON
 )
-OPERATOR_REVOKE = _command(
+OPERATOR_REVOKE = identity_command(
     "operator revoke", _revoke, "Refuse the operator NAME from now on.", _WHY, argument="name"
 )
-OPERATOR_FORGET = _command(
+OPERATOR_FORGET = identity_command(
     "operator forget", _forget, "Remove the operator NAME: the certificate counts no more.", argument="name"
 )
 
@@ -316,7 +320,8 @@ def _time(stamp: Any) -> str:
     return datetime.fromtimestamp(stamp.ToNanoseconds() / 1e9, UTC).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
-def _print(columns: Sequence[str], rows: Sequence[Sequence[str]], nothing: str) -> None:
+def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], nothing: str) -> None:
+    """Print a table, or, without rows, `nothing`."""
     if not rows:
         click.echo(nothing)
         return

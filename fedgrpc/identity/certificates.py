@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import re
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,11 +31,13 @@ PublicKey = ec.EllipticCurvePublicKey
 Certificate = x509.Certificate
 
 MAX_PEM_BYTES: Final = 16 << 10
+_FLEET_BYTES: Final = 5
 _CURVE: Final = ec.SECP256R1()
 _HASH: Final = hashes.SHA256()
 _BEGINNING: Final = datetime(1970, 1, 1, tzinfo=UTC)
 # The last second that RFC 5280 can write: no end.
 _END: Final = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
+_KEY: Final = re.compile(rb"-----BEGIN PRIVATE KEY-----[^-]+-----END PRIVATE KEY-----")
 _UNREADABLE: Final = (ValueError, TypeError, UnsupportedAlgorithm)
 
 
@@ -50,15 +54,16 @@ def key_sha256(key: PublicKey) -> bytes:
 
 @dataclass(frozen=True)
 class Authority:
-    """A certificate authority: its certificate, its key, and the fleet whose members it names."""
+    """A certificate authority: its certificate, its key, and its name for the fleet. Each has another name."""
 
     certificate: Certificate
     key: PrivateKey
     fleet: str
 
     @classmethod
-    def make(cls, fleet: str) -> Authority:
-        """Return a new authority."""
+    def make(cls, fleet: str = "") -> Authority:
+        """Return a new authority, with a name of its own unless `fleet` is given."""
+        fleet = fleet or secrets.token_hex(_FLEET_BYTES)
         key = make_key()
         name = _common_name(f"fedgrpc authority {fleet}")
         certificate = _sign(name, key.public_key(), name, key, _END, authority=True)
@@ -205,6 +210,20 @@ def load_chain_der(chain: Iterable[bytes]) -> list[Certificate]:
         return [x509.load_der_x509_certificate(der) for der in chain]
     except _UNREADABLE as error:
         raise CorruptError(f"no readable certificate: {error}") from error
+
+
+def authorities_pem(authorities: Iterable[Authority]) -> bytes:
+    """Return certificates and keys of authorities as one PEM text, which `load_authorities` reads."""
+    return b"".join(pem_of(each.certificate) + key_pem(each.key) for each in authorities)
+
+
+def load_authorities(pem: bytes) -> tuple[Authority, ...]:
+    """Return the authorities in a PEM text. Raises `CorruptError`."""
+    keys = _KEY.findall(pem)
+    certificates = load_certificates(pem)
+    if len(keys) != len(certificates):
+        raise CorruptError(f"{len(certificates)} certificates of authorities, and {len(keys)} keys")
+    return tuple(Authority.of(*each) for each in zip(certificates, map(load_key, keys), strict=True))
 
 
 def load_key(pem: bytes) -> PrivateKey:

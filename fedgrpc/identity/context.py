@@ -5,7 +5,7 @@ One PEM file for all of it, since OpenSSL and gRPC each read what they look for:
     # fedgrpc context of the viewer 'alice'
     # aggregator: 192.168.1.10:50051
     # renew after: 1796000000
-    certificate, private key and authority
+    certificate, private key and authorities
 
 The rule: only its owner may read it.
 """
@@ -54,7 +54,7 @@ class Context:
         aggregator, renew_after, key = _AGGREGATOR.search(text), _RENEW_AFTER.search(text), _KEY.search(text)
         if aggregator is None or renew_after is None or key is None or len(certificates) < 2:
             raise UsageError(f"{path} is no context file: `fedgrpc operator create` makes one")
-        own, authority = certificates[0], certificates[-1]
+        own, authority = certificates[:2]
         identity = identity_from(uris_of(own))
         return cls(path, aggregator[1], float(renew_after[1]), server_name_of(authority), identity, key[0])
 

@@ -1,7 +1,7 @@
 """Files of keys and certificates, for either side.
 
-    authority.pem, authority.key     an aggregator's authority, in DATA/identity
-    ca.pem, key.pem, certificate.pem what a device joined with, in STATE/identity
+    authorities.pem                   keys and certificates of an aggregator's authorities, in DATA/identity
+    ca.pem, key.pem, certificate.pem  what a device joined with, in STATE/identity
 
 The rule: keys are readable by their owner alone, in a folder of the owner's alone. Both is checked at each
 start: a key that others could read is not used.
@@ -10,8 +10,8 @@ start: a key that others could read is not used.
 from __future__ import annotations
 
 import os
-import secrets
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -23,12 +23,14 @@ from fedgrpc.identity.certificates import (
     Authority,
     Certificate,
     PrivateKey,
+    authorities_pem,
     key_pem,
     key_sha256,
+    load_authorities,
     load_certificate,
+    load_certificates,
     load_key,
     make_key,
-    pem_of,
     public_key_of,
     server_name_of,
     uris_of,
@@ -37,9 +39,9 @@ from fedgrpc.identity.roles import Identity, identity_from
 from fedgrpc.storage.files import make_private, storage_errors, write_file
 
 IDENTITY: Final = "identity"
+AUTHORITIES: Final = "authorities.pem"
 _OTHERS: Final = 0o077
 _WORLD: Final = 0o007
-_FLEET_BYTES: Final = 5
 
 log = structlog.get_logger()
 
@@ -63,27 +65,33 @@ def check_private(path: Path) -> None:
     raise UsageError(f"others may open {path} (mode {mode:o}): make it private with chmod {private:o} {path}")
 
 
-def open_authority(folder: Path) -> Authority:
-    """Return the authority that `folder` keeps; make one in a folder without.
+@dataclass(frozen=True)
+class AuthorityFile:
+    """The aggregator's authorities in one file, so that a rotation is one write: before it or after it."""
 
-    Raises `UsageError`, where others may read its key, and `StorageError`.
-    """
-    certificate, key = folder / "authority.pem", folder / "authority.key"
-    _make_folder(folder)
-    with storage_errors(folder):
-        if not certificate.exists():
-            # The certificate comes last: without it the key is of an authority that no peer has seen.
-            made = Authority.make(secrets.token_hex(_FLEET_BYTES))
-            write_file(key, key_pem(made.key), private=True)
-            write_file(certificate, pem_of(made.certificate))
-            return made
-        check_private(key)
-        try:
-            return Authority.of(load_certificate(certificate.read_bytes()), load_key(key.read_bytes()))
-        except FileNotFoundError:
-            raise StorageError(f"{key} is missing: bring it back from a backup") from None
-        except CorruptError as error:
-            raise StorageError(f"{folder}: {error}") from error
+    path: Path
+
+    def opened(self) -> tuple[Authority, ...]:
+        """Return the authorities, newest first; make one where there is no file.
+
+        Raises `UsageError`, where others may read the keys, and `StorageError`.
+        """
+        _make_folder(self.path.parent)
+        with storage_errors(self.path):
+            if not self.path.exists():
+                made = (Authority.make(),)
+                self.write(made)
+                return made
+            check_private(self.path)
+            try:
+                return load_authorities(self.path.read_bytes())
+            except CorruptError as error:
+                raise StorageError(f"{self.path}: {error}; bring it back from a backup") from error
+
+    def write(self, authorities: Iterable[Authority]) -> None:
+        """Store the authorities in place of those before. Raises `StorageError`."""
+        with storage_errors(self.path):
+            write_file(self.path, authorities_pem(authorities), private=True)
 
 
 def _make_folder(folder: Path) -> None:
@@ -160,17 +168,20 @@ class DeviceFolder:
         """Return name and role of the device's certificate. Raises as `own_certificate`, and `NotEnrolled`."""
         return identity_from(uris_of(self.own_certificate()))
 
-    def authority_sha256(self) -> bytes:
-        """Return the SHA-256 of the key of the authority that the device trusts. Raises `StorageError`."""
-        return key_sha256(public_key_of(self._authority()))
+    def authority_sha256s(self) -> set[bytes]:
+        """Return the SHA-256 of the key of each authority that the device trusts. Raises `StorageError`."""
+        return {key_sha256(public_key_of(each)) for each in self._authorities()}
 
     def server_name(self) -> str:
-        """Return the host name that the certificates of this device's aggregator have. Raises `StorageError`."""
-        return server_name_of(self._authority())
+        """Return the host name that this device expects of its aggregator: the newest authority's.
 
-    def _authority(self) -> Certificate:
+        Raises `StorageError`.
+        """
+        return server_name_of(self._authorities()[0])
+
+    def _authorities(self) -> list[Certificate]:
         with storage_errors(self.ca):
             try:
-                return load_certificate(self.ca.read_bytes())
+                return load_certificates(self.ca.read_bytes())
             except CorruptError as error:
                 raise StorageError(f"{self.ca}: {error}") from error

@@ -3,16 +3,18 @@
 The rule: stored first, then known. Each change is one transaction. What is looked up at every call is in memory.
 Methods that change something block on the disk. One of them runs at a time, and lookups may run beside it.
 
-Certificates either come from the built-in authority, which knows each by its key, or, without an `authority`, from
-the operator's own, whose word on names and roles is taken. A member that is revoked stays out in both cases.
+Certificates either come from built-in authorities, where a member is known by its key, or, without any, from the
+operator's own, whose word on names and roles is taken. A member that is revoked stays out in both cases.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from fedgrpc.errors import (
+    CertificateStale,
     CorruptError,
     Exhausted,
     IllegalTransition,
@@ -45,6 +47,9 @@ from fedgrpc.identity.tokens import JoinToken, TokenRecord, find_token
 MAX_MEMBERS: Final = 50_000
 # A server names all of its trust anchors in each handshake, where they have to fit into 64 KiB.
 MAX_TOKENS: Final = 200
+# The one that signs, and the one before it.
+MAX_AUTHORITIES: Final = 2
+_NAMED: Final = 5
 # A dead token is refused as such for this long.
 _KEEP_DEAD_S: Final = 30 * 86_400.0
 _KNOWN_CERTIFICATES: Final = 20_000
@@ -65,6 +70,7 @@ class _Shown:
     """Content of a certificate whose signature is checked: a member's key, or the token of a new one."""
 
     key_sha256: bytes = b""
+    authority: str = ""
     token: str = ""
 
 
@@ -72,15 +78,27 @@ class Identities:
     """Members and tokens of one fleet."""
 
     def __init__(
-        self, store: IdentityStore, authority: Authority | None = None, lives: Lives | None = None
+        self,
+        store: IdentityStore,
+        authorities: Sequence[Authority] = (),
+        lives: Lives | None = None,
+        keep: Callable[[Sequence[Authority]], None] = lambda authorities: None,
     ) -> None:
-        """Read what the store knows. Raises `StorageError`."""
+        """Read what the store knows. `keep` stores other authorities than these. Raises `StorageError`."""
         self._store = store
-        self.authority = authority
+        self._keep = keep
+        # Newest first: that one signs, and all are trusted.
+        self.authorities = tuple(authorities)
+        # Connections that began with certificates of these may be open still.
+        self._retired: list[Authority] = []
+        # By key: the authority of the certificate that a member has shown, where the store knows an older one.
+        self._moved: dict[bytes, str] = {}
         self._lives = lives or Lives()
         self._members = {member.name: member for member in store.members()}
         self._by_key = {member.key_sha256: member for member in self._members.values() if member.key_sha256}
-        self._tokens = {token.id: token for token in store.tokens()}
+        # A token of a retired authority that was left here by a kill is no more.
+        names = {each.fleet for each in self.authorities}
+        self._tokens = {token.id: token for token in store.tokens() if not names or token.authority in names}
         self._shown: dict[bytes, _Shown | Identity] = {}
         # Counts changes of the trust anchors.
         self.anchors_revision = 0
@@ -114,27 +132,32 @@ class Identities:
         member = self._by_key.get(shown.key_sha256)
         if member is None:
             raise NotEnrolled("this device was forgotten; join again with a new token")
+        if shown.authority != member.authority and shown.authority == self.authorities[0].fleet:
+            self._moved[member.key_sha256] = shown.authority
         member.check(now, renewing)
         return member.identity
 
     def _read(self, pem: bytes) -> _Shown | Identity:
         try:
             certificate = load_certificate(pem)
-            if self.authority is None:
+            if not self.authorities:
                 return identity_from(uris_of(certificate))
-            if self.authority.has_issued(certificate):
-                return _Shown(key_sha256(public_key_of(certificate)))
+            for authority in self.authorities:
+                if authority.has_issued(certificate):
+                    return _Shown(key_sha256(public_key_of(certificate)), authority.fleet)
         except (CorruptError, UsageError) as error:
             raise NotEnrolled(str(error)) from error
         for token in self._tokens.values():
             if issuer_of(certificate) == join_name(token.id) and is_signed_by(certificate, token.anchor):
                 return _Shown(token=token.id)
+        if any(authority.has_issued(certificate) for authority in self._retired):
+            raise CertificateStale("the authority of this connection's certificate was retired; connect again")
         raise NotEnrolled("neither this aggregator's authority nor a join token has signed the certificate")
 
     def anchors(self) -> list[Certificate]:
         """Return the certificates whose signatures a server accepts."""
-        authority = [] if self.authority is None else [self.authority.certificate]
-        return [*authority, *(token.anchor for token in self._tokens.values())]
+        own = [each.certificate for each in self.authorities]
+        return [*own, *(token.anchor for token in self._tokens.values())]
 
     def members(self) -> list[Member]:
         """Return every member."""
@@ -163,9 +186,15 @@ class Identities:
         needs_approval: bool = False,
     ) -> JoinToken:
         """Return a new join token. Raises `UsageError`, `Exhausted` and `StorageError`."""
-        token = JoinToken.make(self._own_authority().sha256)
+        authority = self._newest()
+        token = JoinToken.make(authority.sha256)
         record = TokenRecord.of(
-            *(token, role, now, ttl_s), uses_left=uses, names=names, tags=tags, needs_approval=needs_approval
+            *(token, role, now, ttl_s),
+            uses_left=uses,
+            names=names,
+            tags=tags,
+            needs_approval=needs_approval,
+            authority=authority.fleet,
         )
         self._make_room_for_token(now)
         self._store.save(token=record)
@@ -220,7 +249,9 @@ class Identities:
         self._check_free(name)
         state = MemberState.PENDING if token.needs_approval else MemberState.ACTIVE
         until = now + self._lives.of(token.role)
-        member = Member(*(name, token.role, key_sha256(key), state, now, until), tags=token.tags, token=token.id)
+        member = Member(
+            *(name, token.role, key_sha256(key), state, now, until, "", token.tags, token.id, self._newest().fleet)
+        )
         self._store.save(member, token.used())
         self._tokens[token.id] = token.used()
         self._know(member)
@@ -252,7 +283,7 @@ class Identities:
         identity = self.identify(certificate_pem, now, renewing=True)
         if identity.role is Role.JOINING:
             raise NotEnrolled("a join token has no certificate to renew")
-        self._own_authority()
+        self._newest()
         member = self._members[identity.name]
         member.check_grace(now, self._lives.grace_s)
         return self._renewed(member, public_key_of(load_certificate(certificate_pem)), now)
@@ -269,20 +300,20 @@ class Identities:
             raise UsageError(f"the role must be one of {', '.join(OPERATOR_ROLES)}, not {role}")
         key = key_of_request(request)
         self._check_free(checked_name(name, "name of the operator"))
-        self._own_authority()
+        authority = self._newest()
         if key_sha256(key) in self._by_key:
             raise NameTaken("another member has this key")
         until = now + self._lives.of(role)
-        member = Member(name, role, key_sha256(key), MemberState.ACTIVE, now, until)
+        member = Member(*(name, role, key_sha256(key), MemberState.ACTIVE, now, until), authority=authority.fleet)
         self._store.save(member)
         self._know(member)
         return self._credentials(member, key, now)
 
     def _credentials(self, member: Member, key: PublicKey, now: float) -> Credentials:
-        authority = self._own_authority()
+        authority = self._newest()
         until = member.expires_at + self._lives.grace_s
         certificate = authority.issue_member(key, member.role, member.name, until)
-        ca = pem_of(authority.certificate)
+        ca = pem_of(*(each.certificate for each in self.authorities))
         return Credentials(pem_of(certificate), ca, member.expires_at - now, member.identity)
 
     # What operators do.
@@ -297,7 +328,7 @@ class Identities:
     def revoke(self, name: str, why: str, now: float) -> Member:
         """Let a member call no more. Idempotent. Raises `NotFound` and `StorageError`."""
         known = self._members.get(name)
-        if known is None and self.authority is None:
+        if known is None and not self.authorities:
             # Known by its certificate alone; which role it names does not matter any more.
             known = Member(checked_name(name), Role.TRAINER, b"", MemberState.ACTIVE, now, now)
         return self._change(known, (known or self.member(name)).revoked(why))
@@ -339,9 +370,74 @@ class Identities:
         if member.key_sha256:
             self._by_key[member.key_sha256] = member
 
-    def _own_authority(self) -> Authority:
-        if self.authority is None:
+    # Authorities.
+
+    def rotate(self) -> Authority:
+        """Make a new authority, which signs from now on; the one before stays trusted until `retire`.
+
+        Raises `IllegalTransition` while there are two, `UsageError` and `StorageError`.
+        """
+        self._newest()
+        if len(self.authorities) >= MAX_AUTHORITIES:
+            raise IllegalTransition(f"retire the authority {self.authorities[-1].fleet} first: two are trusted")
+        self.save_moved()
+        made = Authority.make()
+        self._set_authorities((made, *self.authorities))
+        return made
+
+    def retire(self, name: str, now: float, force: bool = False) -> Authority:
+        """Trust an older authority no more. Its tokens end with it.
+
+        Raises `NotFound`, `IllegalTransition`, for the newest or, without `force`, while members need it, and
+        `UsageError` and `StorageError`.
+        """
+        newest = self._newest()
+        found = next((each for each in self.authorities if each.fleet == name), None)
+        if found is None:
+            raise NotFound(f"there is no authority {name[:80]!r}; `fedgrpc ca list` shows the names")
+        if found is newest:
+            raise IllegalTransition(f"the authority {name} signs; make another one first with `fedgrpc ca rotate`")
+        self.save_moved()
+        waiting = sorted(each.name for each in self.held_by(name, now))
+        if waiting and not force:
+            more = f" and {len(waiting) - _NAMED} more" if len(waiting) > _NAMED else ""
+            raise IllegalTransition(
+                f"{len(waiting)} members have shown no certificate of {newest.fleet} yet: "
+                f"{', '.join(waiting[:_NAMED])}{more}; with --force they have to join again"
+            )
+        self._retired.append(found)
+        self._set_authorities(tuple(each for each in self.authorities if each is not found))
+        ended = [each.id for each in self._tokens.values() if each.authority == name]
+        for token_id in ended:
+            del self._tokens[token_id]
+        self._anchors_changed()
+        self._store.forget_tokens(*ended)
+        return found
+
+    def _set_authorities(self, authorities: tuple[Authority, ...]) -> None:
+        self._keep(authorities)
+        self.authorities = authorities
+        self._anchors_changed()
+
+    def held_by(self, authority: str, now: float) -> list[Member]:
+        """Return the members who would have to join again without this authority."""
+        members = (each for each in self._members.values() if each.authority == authority)
+        return [
+            each
+            for each in members
+            if each.key_sha256 not in self._moved and each.may_renew(now, self._lives.grace_s)
+        ]
+
+    def save_moved(self) -> None:
+        """Store who has shown a certificate of the newest authority. Raises `StorageError`."""
+        for key, authority in list(self._moved.items()):
+            if (member := self._by_key.get(key)) is not None:
+                self._change(member, replace(member, authority=authority))
+            self._moved.pop(key, None)
+
+    def _newest(self) -> Authority:
+        if not self.authorities:
             raise UsageError(
                 "this aggregator has no authority of its own: it listens without TLS, or with --tls-cert"
             )
-        return self.authority
+        return self.authorities[0]

@@ -45,7 +45,7 @@ class Member:
     """One device or operator. Times are seconds since 1970.
 
     `key_sha256` is empty for one that is known by its name alone: revoked where certificates come from another
-    authority than the built-in one.
+    authority than the built-in one. `authority` made the newest certificate that the member has shown.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Member:
     why: str = ""
     tags: tuple[str, ...] = ()
     token: str = ""
+    authority: str = ""
 
     @property
     def identity(self) -> Identity:
@@ -77,6 +78,10 @@ class Member:
             raise CertificateStale(f"the certificate of {self.name!r} is past its life; renew it")
         if self.state is MemberState.PENDING:
             raise NotApproved(f"{self.name!r} waits for approval: `fedgrpc device approve {self.name}`")
+
+    def may_renew(self, now: float, grace_s: float) -> bool:
+        """Return whether the member can still come back with the certificate that it has."""
+        return self.state is not MemberState.REVOKED and now < self.expires_at + grace_s
 
     def check_grace(self, now: float, grace_s: float) -> None:
         """Raise `NotEnrolled` when the certificate is too old to be renewed."""

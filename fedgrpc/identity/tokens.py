@@ -93,6 +93,7 @@ class TokenRecord:
     """A join token as the aggregator keeps it, with what it is good for. Times are seconds since 1970.
 
     `names` is the name that a device gets, or a pattern with * and ? that the name it asks for must match.
+    `authority` is the one that the token names: they end together.
 
     Raises:
         UsageError: a value is out of range.
@@ -106,6 +107,7 @@ class TokenRecord:
     names: str = "*"
     tags: tuple[str, ...] = ()
     needs_approval: bool = False
+    authority: str = ""
 
     def __post_init__(self) -> None:
         if self.role not in DEVICE_ROLES:

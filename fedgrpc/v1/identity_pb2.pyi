@@ -247,6 +247,50 @@ class CreateOperatorResponse(_message.Message):
     credentials: Credentials
     def __init__(self, credentials: _Optional[_Union[Credentials, _Mapping]] = ...) -> None: ...
 
+class Authority(_message.Message):
+    __slots__ = ("name", "key_sha256", "members", "tokens")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    KEY_SHA256_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    key_sha256: bytes
+    members: int
+    tokens: int
+    def __init__(self, name: _Optional[str] = ..., key_sha256: _Optional[bytes] = ..., members: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
+
+class RotateAuthorityRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RotateAuthorityResponse(_message.Message):
+    __slots__ = ("authority",)
+    AUTHORITY_FIELD_NUMBER: _ClassVar[int]
+    authority: Authority
+    def __init__(self, authority: _Optional[_Union[Authority, _Mapping]] = ...) -> None: ...
+
+class ListAuthoritiesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListAuthoritiesResponse(_message.Message):
+    __slots__ = ("authorities",)
+    AUTHORITIES_FIELD_NUMBER: _ClassVar[int]
+    authorities: _containers.RepeatedCompositeFieldContainer[Authority]
+    def __init__(self, authorities: _Optional[_Iterable[_Union[Authority, _Mapping]]] = ...) -> None: ...
+
+class RetireAuthorityRequest(_message.Message):
+    __slots__ = ("name", "force")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    force: bool
+    def __init__(self, name: _Optional[str] = ..., force: _Optional[bool] = ...) -> None: ...
+
+class RetireAuthorityResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class ReadAuditRequest(_message.Message):
     __slots__ = ("offset",)
     OFFSET_FIELD_NUMBER: _ClassVar[int]

@@ -37,9 +37,9 @@ class IdentityStub:
 
     To join, a device has a token fg1.AUTHORITY.ID.SECRET:
     1. It connects with TLS and looks, without sending anything, for the certificate in the server's chain whose public
-    key (SubjectPublicKeyInfo, DER) has the SHA-256 AUTHORITY (base64url). Without one it goes no further. From here on
-    it trusts that certificate alone, and expects the server name FLEET.fedgrpc.internal whatever address it dials;
-    FLEET is the last word of the common name of that certificate.
+    key (SubjectPublicKeyInfo, DER) has the SHA-256 AUTHORITY (base64url). Without one it goes no further. It then
+    trusts that certificate alone, and expects (SNI) the server name FLEET.fedgrpc.internal whatever address it dials;
+    FLEET is the last word of the common name of that certificate. `Credentials.ca` then has the authorities to trust.
     2. The token's private key is the number 1 + SHA-512("fedgrpc join token 1" NUL SECRET) mod (n - 1), big-endian, of the
     curve P-256, where n is the order of the curve. With it the device signs a client certificate for its own new key;
     the issuer has the common name "fedgrpc join ID".
@@ -108,6 +108,21 @@ class IdentityStub:
                 request_serializer=fedgrpc_dot_v1_dot_identity__pb2.CreateOperatorRequest.SerializeToString,
                 response_deserializer=fedgrpc_dot_v1_dot_identity__pb2.CreateOperatorResponse.FromString,
                 _registered_method=True)
+        self.RotateAuthority = channel.unary_unary(
+                '/fedgrpc.v1.Identity/RotateAuthority',
+                request_serializer=fedgrpc_dot_v1_dot_identity__pb2.RotateAuthorityRequest.SerializeToString,
+                response_deserializer=fedgrpc_dot_v1_dot_identity__pb2.RotateAuthorityResponse.FromString,
+                _registered_method=True)
+        self.ListAuthorities = channel.unary_unary(
+                '/fedgrpc.v1.Identity/ListAuthorities',
+                request_serializer=fedgrpc_dot_v1_dot_identity__pb2.ListAuthoritiesRequest.SerializeToString,
+                response_deserializer=fedgrpc_dot_v1_dot_identity__pb2.ListAuthoritiesResponse.FromString,
+                _registered_method=True)
+        self.RetireAuthority = channel.unary_unary(
+                '/fedgrpc.v1.Identity/RetireAuthority',
+                request_serializer=fedgrpc_dot_v1_dot_identity__pb2.RetireAuthorityRequest.SerializeToString,
+                response_deserializer=fedgrpc_dot_v1_dot_identity__pb2.RetireAuthorityResponse.FromString,
+                _registered_method=True)
         self.ReadAudit = channel.unary_unary(
                 '/fedgrpc.v1.Identity/ReadAudit',
                 request_serializer=fedgrpc_dot_v1_dot_identity__pb2.ReadAuditRequest.SerializeToString,
@@ -127,9 +142,9 @@ class IdentityServicer:
 
     To join, a device has a token fg1.AUTHORITY.ID.SECRET:
     1. It connects with TLS and looks, without sending anything, for the certificate in the server's chain whose public
-    key (SubjectPublicKeyInfo, DER) has the SHA-256 AUTHORITY (base64url). Without one it goes no further. From here on
-    it trusts that certificate alone, and expects the server name FLEET.fedgrpc.internal whatever address it dials;
-    FLEET is the last word of the common name of that certificate.
+    key (SubjectPublicKeyInfo, DER) has the SHA-256 AUTHORITY (base64url). Without one it goes no further. It then
+    trusts that certificate alone, and expects (SNI) the server name FLEET.fedgrpc.internal whatever address it dials;
+    FLEET is the last word of the common name of that certificate. `Credentials.ca` then has the authorities to trust.
     2. The token's private key is the number 1 + SHA-512("fedgrpc join token 1" NUL SECRET) mod (n - 1), big-endian, of the
     curve P-256, where n is the order of the curve. With it the device signs a client certificate for its own new key;
     the issuer has the common name "fedgrpc join ID".
@@ -219,6 +234,29 @@ class IdentityServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RotateAuthority(self, request, context):
+        """Makes a new authority, which signs from now on. The one before stays trusted until it is retired; members get both,
+        and a certificate of the new one, when they renew. FAILED_PRECONDITION: there are two already.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAuthorities(self, request, context):
+        """The authorities that are trusted, the one that signs first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetireAuthority(self, request, context):
+        """Trusts an authority no more. Its certificates count for nothing from then on, and its tokens are deleted. NOT_FOUND:
+        no such authority. FAILED_PRECONDITION: it is the one that signs, or, without `force`, members need it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReadAudit(self, request, context):
         """Returns a piece of the audit log: whole lines, from an offset on. INVALID_ARGUMENT: the log is shorter.
         """
@@ -284,6 +322,21 @@ def add_IdentityServicer_to_server(servicer, server):
                     request_deserializer=fedgrpc_dot_v1_dot_identity__pb2.CreateOperatorRequest.FromString,
                     response_serializer=fedgrpc_dot_v1_dot_identity__pb2.CreateOperatorResponse.SerializeToString,
             ),
+            'RotateAuthority': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateAuthority,
+                    request_deserializer=fedgrpc_dot_v1_dot_identity__pb2.RotateAuthorityRequest.FromString,
+                    response_serializer=fedgrpc_dot_v1_dot_identity__pb2.RotateAuthorityResponse.SerializeToString,
+            ),
+            'ListAuthorities': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAuthorities,
+                    request_deserializer=fedgrpc_dot_v1_dot_identity__pb2.ListAuthoritiesRequest.FromString,
+                    response_serializer=fedgrpc_dot_v1_dot_identity__pb2.ListAuthoritiesResponse.SerializeToString,
+            ),
+            'RetireAuthority': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetireAuthority,
+                    request_deserializer=fedgrpc_dot_v1_dot_identity__pb2.RetireAuthorityRequest.FromString,
+                    response_serializer=fedgrpc_dot_v1_dot_identity__pb2.RetireAuthorityResponse.SerializeToString,
+            ),
             'ReadAudit': grpc.unary_unary_rpc_method_handler(
                     servicer.ReadAudit,
                     request_deserializer=fedgrpc_dot_v1_dot_identity__pb2.ReadAuditRequest.FromString,
@@ -309,9 +362,9 @@ class Identity:
 
     To join, a device has a token fg1.AUTHORITY.ID.SECRET:
     1. It connects with TLS and looks, without sending anything, for the certificate in the server's chain whose public
-    key (SubjectPublicKeyInfo, DER) has the SHA-256 AUTHORITY (base64url). Without one it goes no further. From here on
-    it trusts that certificate alone, and expects the server name FLEET.fedgrpc.internal whatever address it dials;
-    FLEET is the last word of the common name of that certificate.
+    key (SubjectPublicKeyInfo, DER) has the SHA-256 AUTHORITY (base64url). Without one it goes no further. It then
+    trusts that certificate alone, and expects (SNI) the server name FLEET.fedgrpc.internal whatever address it dials;
+    FLEET is the last word of the common name of that certificate. `Credentials.ca` then has the authorities to trust.
     2. The token's private key is the number 1 + SHA-512("fedgrpc join token 1" NUL SECRET) mod (n - 1), big-endian, of the
     curve P-256, where n is the order of the curve. With it the device signs a client certificate for its own new key;
     the issuer has the common name "fedgrpc join ID".
@@ -606,6 +659,87 @@ class Identity:
             '/fedgrpc.v1.Identity/CreateOperator',
             fedgrpc_dot_v1_dot_identity__pb2.CreateOperatorRequest.SerializeToString,
             fedgrpc_dot_v1_dot_identity__pb2.CreateOperatorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateAuthority(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedgrpc.v1.Identity/RotateAuthority',
+            fedgrpc_dot_v1_dot_identity__pb2.RotateAuthorityRequest.SerializeToString,
+            fedgrpc_dot_v1_dot_identity__pb2.RotateAuthorityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAuthorities(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedgrpc.v1.Identity/ListAuthorities',
+            fedgrpc_dot_v1_dot_identity__pb2.ListAuthoritiesRequest.SerializeToString,
+            fedgrpc_dot_v1_dot_identity__pb2.ListAuthoritiesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetireAuthority(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedgrpc.v1.Identity/RetireAuthority',
+            fedgrpc_dot_v1_dot_identity__pb2.RetireAuthorityRequest.SerializeToString,
+            fedgrpc_dot_v1_dot_identity__pb2.RetireAuthorityResponse.FromString,
             options,
             channel_credentials,
             insecure,

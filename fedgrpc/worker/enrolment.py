@@ -90,7 +90,7 @@ async def enrolled(settings: WorkerSettings) -> WorkerSettings:
         if token is not None:
             raise UsageError("join goes without tls_ca, tls_cert and tls_key: it brings a certificate")
         return settings
-    if token is not None and await _is_to_join(settings, folder, token):
+    if token is not None:
         await _join_patiently(settings, folder, token)
     if not folder.joined:
         return settings
@@ -105,10 +105,8 @@ async def enrolled(settings: WorkerSettings) -> WorkerSettings:
 
 
 async def _is_to_join(settings: WorkerSettings, folder: DeviceFolder, token: JoinToken) -> bool:
-    """Return whether the token is needed: not where it made this device a member before."""
+    """Return whether the token is needed: not where this device's certificate counts, whoever signed it since."""
     if not folder.joined:
-        return True
-    if await asyncio.to_thread(folder.authority_sha256) != token.authority_sha256:
         return True
     try:
         await _renew(settings.aggregator, folder)
@@ -116,17 +114,21 @@ async def _is_to_join(settings: WorkerSettings, folder: DeviceFolder, token: Joi
         log.warning("joining again", reason=str(error))
         return True
     except LinkError:
+        if token.authority_sha256 not in await asyncio.to_thread(folder.authority_sha256s):
+            return True
         # A server whose handshake refuses the certificate says no more than that.
         return await asyncio.to_thread(is_refused, dialled(settings.aggregator), joined_tls(folder))
     return False
 
 
 async def _join_patiently(settings: WorkerSettings, folder: DeviceFolder, token: JoinToken) -> None:
-    """Join, and retry while only the link or the aggregator's disk fails: devices run unattended."""
+    """Join if that is due; retry while only the link or the aggregator's disk fails: devices run unattended."""
     retries = Retries(settings.backoff)
     while True:
         try:
-            return await join(settings.aggregator, token, settings.name, folder)
+            if await _is_to_join(settings, folder, token):
+                await join(settings.aggregator, token, settings.name, folder)
+            return
         except FedgrpcError as error:
             if not error.retryable or isinstance(error, NameTaken):
                 raise
@@ -231,7 +233,9 @@ class Link:
             self._renew_in_s = max(_SHORTEST_S, _RENEW_AFTER * valid_for_s)
             identity = await asyncio.to_thread(self._folder.identity)
             self._check_same(identity)
-            former, self.channel = self.channel, open_channel(self._settings.aggregator, self._settings.tls)
+            # Another authority may have signed: its server name goes with it.
+            tls = await asyncio.to_thread(joined_tls, self._folder)
+            former, self.channel = self.channel, open_channel(self._settings.aggregator, tls)
             for client in self._clients:
                 client.use(self.channel)
             closing = asyncio.create_task(former.close(_CLOSING_S))

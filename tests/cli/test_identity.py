@@ -113,6 +113,38 @@ async def test_a_context_renews_its_certificate_when_that_is_due(shell, tmp_path
         assert (after.identity, after.aggregator) == (before.identity, before.aggregator)
 
 
+async def test_the_authority_is_rotated_and_retired_and_a_context_follows(shell, tmp_path):
+    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+        there = ("--data-dir", running.settings.data_dir)
+        path = tmp_path / "alice.context"
+        made = ("operator", "create", "alice", *there, "--role", "admin")
+        assert (await shell(*made, "--address", running.address, "--out", path))[0] == 0
+        (old,) = json.loads((await shell("ca", "list", "--json", *there))[1])
+        code, out, _ = await shell("ca", "rotate", "--context", path)
+        assert code == 0
+        assert f"ca retire {old['name']}" in out
+        code, _, error = await shell("ca", "retire", old["name"], *there)
+        assert (code, "alice" in error) == (1, True)
+        renew_after = Context.read(path).renew_after
+        path.write_text(path.read_text().replace(f"{renew_after:.0f}", "1"))
+        assert (await shell("ca", "list", "--context", path))[0] == 0
+        assert (await shell("ca", "retire", old["name"], "--context", path))[0] == 0
+        _, listed, _ = await shell("ca", "list", *there)
+        assert old["name"] not in listed
+        assert Context.read(path).server_name.split(".")[0] in listed
+
+
+async def test_a_forced_retirement_puts_out_who_has_not_come_over(shell, tmp_path):
+    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+        there = ("--data-dir", running.settings.data_dir)
+        await joined(shell, running, tmp_path, "pi-7")
+        (old,) = json.loads((await shell("ca", "list", "--json", *there))[1])
+        assert old["members"] == 1
+        await shell("ca", "rotate", *there)
+        assert (await shell("ca", "retire", old["name"], *there))[0] == 1
+        assert (await shell("ca", "retire", old["name"], "--force", *there))[0] == 0
+
+
 async def test_without_an_aggregator_the_data_folder_is_read_or_said_to_be_alone(shell, tmp_path):
     async with running_aggregator(tmp_path, **OUTSIDE) as running:
         there = ("--data-dir", running.settings.data_dir)

@@ -170,7 +170,7 @@ async def test_every_role_may_call_what_the_table_says_and_nothing_else(tmp_path
                         refused = await is_refused(getattr(stub(channel), name), getattr(module, f"{name}Request"))
                         assert refused == (role not in roles), (role, method)
                         tried += 1
-        assert tried == 6 * 29
+        assert tried == 6 * 33
 
 
 async def is_refused(call, request):
@@ -377,7 +377,7 @@ async def test_a_token_that_is_deleted_opens_no_further_connection(tmp_path):
 async def test_loopback_stays_plain_and_has_no_authority(tmp_path):
     async with running_aggregator(tmp_path) as running:
         assert (await running.run()).phase == pb.RUN_PHASE_RUNNING
-        assert not (running.settings.data_dir / "identity" / "authority.key").exists()
+        assert not (running.settings.data_dir / "identity" / "authorities.pem").exists()
         with pytest.raises(UsageError, match="no authority of its own"), domain_errors():
             await new_token(running)
 

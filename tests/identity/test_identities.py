@@ -41,8 +41,8 @@ LIVES = Lives(device_s=100.0, operator_s=1000.0, grace_s=50.0)
 AUTHORITY = Authority.make("f1")
 
 
-def opened(tmp_path, authority=AUTHORITY):
-    return Identities(IdentityStore(tmp_path / DATABASE), authority, LIVES)
+def opened(tmp_path, *authorities):
+    return Identities(IdentityStore(tmp_path / DATABASE), authorities or (AUTHORITY,), LIVES)
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ def test_a_member_of_another_fleet_is_nobody_here(known):
 
 
 def test_with_the_operator_s_own_authority_its_uris_count_and_names_can_be_revoked(tmp_path):
-    known = opened(tmp_path, authority=None)
+    known = Identities(IdentityStore(tmp_path / DATABASE), (), LIVES)
     shown = pem_of(AUTHORITY.issue_member(make_key().public_key(), Role.TRAINER, "pi-7", NOW + 100))
     assert known.identify(shown, NOW + 1e6) == Identity("pi-7", Role.TRAINER)
     known.revoke("pi-7", "stolen", NOW)
