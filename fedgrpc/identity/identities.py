@@ -402,8 +402,8 @@ class Identities:
         if waiting and not force:
             more = f" and {len(waiting) - _NAMED} more" if len(waiting) > _NAMED else ""
             raise IllegalTransition(
-                f"{len(waiting)} members have shown no certificate of {newest.fleet} yet: "
-                f"{', '.join(waiting[:_NAMED])}{more}; with --force they have to join again"
+                f"{name} is still needed by {', '.join(waiting[:_NAMED])}{more}, until they have renewed; with "
+                "--force they have to join again"
             )
         self._retired.append(found)
         self._set_authorities(tuple(each for each in self.authorities if each is not found))
@@ -421,11 +421,11 @@ class Identities:
 
     def held_by(self, authority: str, now: float) -> list[Member]:
         """Return the members who would have to join again without this authority."""
-        members = (each for each in self._members.values() if each.authority == authority)
         return [
             each
-            for each in members
-            if each.key_sha256 not in self._moved and each.may_renew(now, self._lives.grace_s)
+            for each in self._members.values()
+            if self._moved.get(each.key_sha256, each.authority) == authority
+            and each.may_renew(now, self._lives.grace_s)
         ]
 
     def save_moved(self) -> None:

@@ -76,10 +76,10 @@ def test_an_authority_is_retired_once_every_member_has_shown_a_newer_certificate
     joined(known, "pi-3")
     renewed = known.renew(first, NOW).certificate
     # A certificate that was made may never have arrived.
-    with pytest.raises(IllegalTransition, match=r"2 members.*pi-1, pi-2"):
+    with pytest.raises(IllegalTransition, match="needed by pi-1, pi-2,"):
         known.retire("old", NOW)
     known.identify(renewed, NOW)
-    with pytest.raises(IllegalTransition, match=r"1 members.*pi-2"):
+    with pytest.raises(IllegalTransition, match="needed by pi-2,"):
         known.retire("old", NOW)
     known.identify(known.renew(second, NOW).certificate, NOW)
     known.retire("old", NOW)
@@ -93,10 +93,11 @@ def test_who_has_come_over_is_remembered(known, kept, tmp_path):
     certificate = joined(known)
     known.rotate()
     known.identify(known.renew(certificate, NOW).certificate, NOW)
+    assert [len(known.held_by(name, NOW)) for name in names(known)] == [1, 0]
     known.save_moved()
     known.close()
     again = opened(tmp_path, kept)
-    assert [again.held_by(name, NOW) for name in names(again)][1] == []
+    assert [len(again.held_by(name, NOW)) for name in names(again)] == [1, 0]
     again.retire("old", NOW)
     again.close()
 
