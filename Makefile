@@ -16,7 +16,7 @@ PURE_TESTS := $(wildcard $(addprefix tests/,test_architecture.py test_claims.py 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo check test test-pure simulate fuzz faults soak load bench-niid images deploy-test fleet lint format protos settings clean
+.PHONY: help venv demo check test test-pure simulate fuzz faults soak load bench-niid images deploy-test fleet lint format protos settings lock sbom clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -86,6 +86,27 @@ protos: $(INSTALLED)  ## generate fedgrpc/v1 from protos/
 
 settings: $(INSTALLED)  ## write docs/settings.md from the command line's declarations
 	$(BIN)/python tools/settings_table.py
+
+# Tools that look at packages, apart from .venv: they are no part of fedgrpc.
+SUPPLY_CHAIN := build/supply-chain
+
+$(SUPPLY_CHAIN)/.installed: constraints.txt
+	$(PYTHON) -m venv --clear $(SUPPLY_CHAIN)
+	$(SUPPLY_CHAIN)/bin/python -m pip install --quiet --constraint constraints.txt cyclonedx-bom uv
+	@touch $@
+
+lock: $(SUPPLY_CHAIN)/.installed  ## write docker/requirements.txt: what images install, with hashes
+	$(SUPPLY_CHAIN)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+		--constraint constraints.txt --custom-compile-command "make lock" --output-file docker/requirements.txt pyproject.toml
+
+sbom: $(SUPPLY_CHAIN)/.installed  ## write build/fedgrpc.cdx.json (CycloneDX): what an installation has; EXTRAS=torch
+	$(PYTHON) -m venv --clear --without-pip build/sbom
+	$(SUPPLY_CHAIN)/bin/python -m pip --python build/sbom/bin/python install --quiet --no-deps --require-hashes \
+		-r docker/requirements.txt
+	$(SUPPLY_CHAIN)/bin/python -m pip --python build/sbom/bin/python install --quiet --constraint constraints.txt \
+		'.$(if $(EXTRAS),[$(EXTRAS)])'
+	$(SUPPLY_CHAIN)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application --output-reproducible \
+		--output-format JSON --output-file build/fedgrpc.cdx.json build/sbom
 
 clean:  ## remove what the other targets made, .venv too
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

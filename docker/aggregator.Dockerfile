@@ -13,12 +13,11 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=igno
 WORKDIR /build
 # The README is what pyproject.toml names, and changes too often to be in the way of what is installed below.
 RUN python -m venv --without-pip /opt/fedgrpc && touch README.md
-COPY pyproject.toml constraints.txt LICENSE ./
-COPY fedgrpc/__init__.py fedgrpc/
-# A package without code: what it depends on makes a layer of its own, which a change of the code leaves as it is.
+COPY pyproject.toml constraints.txt LICENSE docker/requirements.txt ./
+# What fedgrpc depends on makes a layer of its own, which a change of the code leaves as it is. Files with other hashes
+# than those of requirements.txt (make lock) are refused.
 # Of the packages go their tests, numpy's f2py, and the one of zstandard's two backends that needs cffi.
-RUN python -m pip --python /opt/fedgrpc/bin/python install --no-compile --constraint constraints.txt . \
-    && python -m pip --python /opt/fedgrpc/bin/python uninstall --yes fedgrpc \
+RUN python -m pip --python /opt/fedgrpc/bin/python install --no-compile --no-deps --require-hashes -r requirements.txt \
     && site=$(/opt/fedgrpc/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
     && find "$site" -depth -type d -name tests -exec rm -rf {} + \
     && rm -rf "$site"/numpy/f2py "$site"/zstandard/_cffi*.so \

@@ -11,6 +11,11 @@ variable "TAG" {
   default = "dev"
 }
 
+# As python:3.11-slim-bookworm@sha256:... to build on one image for good (docker/README.md, 1).
+variable "PYTHON_IMAGE" {
+  default = "docker.io/library/python:3.11-slim-bookworm"
+}
+
 variable "JETPACK_TAG" {
   default = "25.02-py3-igpu"
 }
@@ -33,18 +38,21 @@ target "aggregator" {
   inherits   = ["image"]
   dockerfile = "docker/aggregator.Dockerfile"
   tags       = ["${REGISTRY}fedgrpc-aggregator:${TAG}"]
+  args       = { PYTHON_IMAGE = PYTHON_IMAGE }
 }
 
 target "worker" {
   inherits   = ["image"]
   dockerfile = "docker/worker.Dockerfile"
   tags       = ["${REGISTRY}fedgrpc-worker:${TAG}"]
+  args       = { PYTHON_IMAGE = PYTHON_IMAGE }
 }
 
 target "worker-lite" {
   inherits   = ["image"]
   dockerfile = "docker/worker-lite.Dockerfile"
   tags       = ["${REGISTRY}fedgrpc-worker-lite:${TAG}"]
+  args       = { PYTHON_IMAGE = PYTHON_IMAGE }
 }
 
 # Not in the default group: NVIDIA's base image is 10 GB, and for arm64 alone.

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,27 @@ def _check(environment: dict[str, str]) -> None:
         assert key in {setting.key for setting in command.settings()}, variable
         checked += 1
     assert checked >= 2
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _pins(path: Path) -> dict[str, str]:
+    found = re.findall(r"^([A-Za-z0-9._-]+)==([^ \n;]+)", path.read_text(), re.M)
+    return {_normal(name): version for name, version in found}
+
+
+def test_images_install_the_pinned_versions_of_everything_that_fedgrpc_needs_by_hash() -> None:
+    """`make lock` writes them."""
+    locked, pinned = _pins(DOCKER / "requirements.txt"), _pins(ROOT / "constraints.txt")
+    assert locked.items() <= pinned.items()
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert {_normal(re.match(r"[A-Za-z0-9._-]+", each)[0]) for each in needed} <= locked.keys()
+    entries = re.split(r"\n(?=[a-zA-Z])", (DOCKER / "requirements.txt").read_text())
+    assert all("--hash=sha256:" in entry for entry in entries if "==" in entry)
+
+
+@pytest.mark.parametrize("name", ["aggregator", "worker", "worker-lite"])
+def test_an_image_refuses_packages_with_other_hashes(name: str) -> None:
+    assert "--no-deps --require-hashes -r requirements.txt" in (DOCKER / f"{name}.Dockerfile").read_text()
