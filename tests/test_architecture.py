@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": {"errors", "claims", "rounds", "v1", "protocol", "rpc", "process"},
     "protocol": {*CORE, "v1"},
     "identity": {"errors", "claims", "v1", "protocol", "storage"},
-    "rpc": {"errors", "claims", "codec", "v1", "protocol", "process", "identity"},
+    "rpc": {"errors", "claims", "codec", "v1", "protocol", "aio", "process", "identity"},
     "storage": {*CORE, "v1", "protocol", "process"},
     "aggregator": {*CORE, "v1", "protocol", "rpc", "identity", "storage", "aio", "process", "logging", "metrics"},
     "worker": {

@@ -14,11 +14,11 @@ from typing import Final, TypeVar
 import grpc.aio
 import structlog
 
-from fedgrpc.errors import StorageError, UsageError
+from fedgrpc.errors import StorageError, UsageError, WrongIdentity
 from fedgrpc.identity.audit import AuditLog
 from fedgrpc.identity.identities import Credentials, Identities
 from fedgrpc.identity.messages import credentials_to_proto, member_to_proto, role_from_proto, token_to_proto
-from fedgrpc.identity.roles import Role
+from fedgrpc.identity.roles import OPERATOR_ROLES, Role
 from fedgrpc.protocol.durations import duration_from_proto
 from fedgrpc.rpc.admission import Admission, caller, note, shown_certificate
 from fedgrpc.rpc.identity import peer_of
@@ -137,12 +137,22 @@ class IdentityService(identity_pb2_grpc.IdentityServicer):
     async def RevokeMember(
         self, request: pb.RevokeMemberRequest, context: grpc.aio.ServicerContext
     ) -> pb.RevokeMemberResponse:
+        self._check_may_revoke(request.name)
         member = await self._put_out(
             lambda: self._identities.revoke(request.name, request.why, self._clock()),
             *(request.name, "its device was revoked", request.drop_updates),
         )
         self._log("member revoked", context, member=member.name, reason=member.why)
         return pb.RevokeMemberResponse(member=member_to_proto(member))
+
+    def _check_may_revoke(self, name: str) -> None:
+        """Raise `WrongIdentity` for an operator who would revoke operators: that would be the last word of any."""
+        by = caller()
+        if by.local or by.role is Role.ADMIN:
+            return
+        role = next((each.role for each in self._identities.members() if each.name == name), None)
+        if role in OPERATOR_ROLES:
+            raise WrongIdentity(f"{by} may revoke devices; to revoke an operator takes an admin")
 
     async def RenameMember(
         self, request: pb.RenameMemberRequest, context: grpc.aio.ServicerContext

@@ -270,7 +270,7 @@ def _create_operator_command() -> SettingsCommand:
     settings = [
         _what(
             "--role",
-            "viewer: read everything. operator: also steer and revoke. admin: also admit devices and operators.",
+            "viewer: read all. operator: also steer, and revoke devices. admin: also admit, and revoke operators.",
             type=click.Choice([role.value for role in OPERATOR_ROLES]),
             default=Role.VIEWER.value,
         ),

@@ -10,7 +10,8 @@ removes or inserts a line breaks every seal from there on. Lines cut off at the 
 the number and seal of the last line with a copy that was noted elsewhere.
 
 Calls that change something are always recorded. Refusals of other calls are bounded, since anybody can cause them:
-the same refusal once in ten minutes, and a hundred of all kinds. A later line tells how many were left out.
+the same refusal once in ten minutes, ten kinds of each caller, and a hundred of all. A later line tells how many
+were left out.
 """
 
 from __future__ import annotations
@@ -37,8 +38,13 @@ _MAX_FACTS: Final = 16
 _TAIL_BYTES: Final = 256 << 10
 _MAX_PIECE_BYTES: Final = 1 << 20
 _NO_SEAL: Final = bytes(32)
+_FIELDS: Final = ("n", "at", "who", "from", "what", "about", "result")
+# Of a damaged line: also nested without an end, and numbers of any size.
+_UNREADABLE: Final = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 _PERIOD_S: Final = 600.0
 _MAX_REFUSALS: Final = 100
+# Nobody alone uses up what is recorded of all.
+_MAX_REFUSALS_EACH: Final = 10
 
 
 @dataclass(frozen=True)
@@ -82,11 +88,13 @@ def check_line(line: bytes, after: Position) -> tuple[dict[str, Any], Position]:
     try:
         record = json.loads(line)
         seal = bytes.fromhex(record.pop("seal"))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except _UNREADABLE:
         raise CorruptError(f"line {after.count + 1} is not an entry of an audit log") from None
     # Compared as bytes: a line that says the same in other bytes was not written by this log.
     if record.get("n") != after.count + 1 or line != _json({**record, "seal": seal.hex()}) + b"\n":
         raise CorruptError(f"line {after.count + 1} was removed, inserted or changed")
+    if tuple(record) != _FIELDS or not isinstance(record["about"], dict):
+        raise CorruptError(f"line {after.count + 1} has not the fields of an entry")
     if seal != _seal(record, after.seal):
         raise CorruptError(f"line {after.count + 1}, or one before it, was changed")
     return record, Position(after.count + 1, seal)
@@ -105,7 +113,7 @@ def _end_of(line: bytes) -> Position:
     try:
         record = json.loads(line)
         return Position(int(record["n"]), bytes.fromhex(record["seal"]))
-    except (ValueError, KeyError, TypeError):
+    except _UNREADABLE:
         raise CorruptError("the last line but one is not an entry of an audit log") from None
 
 
@@ -147,6 +155,8 @@ class AuditLog:
         start = max(0, size - _TAIL_BYTES)
         tail = os.pread(self._handle, _TAIL_BYTES, start)
         whole = tail[: tail.rfind(b"\n") + 1]
+        if start and not whole:
+            raise CorruptError(f"its last {len(tail)} bytes are no lines")
         if len(whole) < len(tail):
             os.ftruncate(self._handle, start + len(whole))
         before, last = [b"", b"", *whole.splitlines(keepends=True)][-2:]
@@ -198,7 +208,8 @@ class AuditLog:
         """Append a refusal, unless there were too many. Raises `StorageError`."""
         kind = (entry.who, entry.what, entry.result)
         self._recent = {key: at for key, at in self._recent.items() if 0 <= entry.at - at < _PERIOD_S}
-        if kind in self._recent or len(self._recent) >= _MAX_REFUSALS:
+        own = sum(who == entry.who for who, _, _ in self._recent)
+        if kind in self._recent or own >= _MAX_REFUSALS_EACH or len(self._recent) >= _MAX_REFUSALS:
             self._left_out += 1
             return
         self._recent[kind] = entry.at

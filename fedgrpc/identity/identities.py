@@ -9,6 +9,7 @@ operator's own, whose word on names and roles is taken. A member that is revoked
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -117,12 +118,14 @@ class Identities:
             WrongIdentity: its bearer was revoked.
             NotApproved: its bearer waits for approval.
         """
-        shown = self._shown.get(certificate_pem)
+        # By its digest: whoever has a token can show certificates of any size.
+        digest = hashlib.sha256(certificate_pem).digest()
+        shown = self._shown.get(digest)
         if shown is None:
             shown = self._read(certificate_pem)
             if len(self._shown) >= _KNOWN_CERTIFICATES:
                 del self._shown[next(iter(self._shown))]
-            self._shown[certificate_pem] = shown
+            self._shown[digest] = shown
         if isinstance(shown, Identity):
             if (member := self._members.get(shown.name)) is not None:
                 member.check(now, renewing=True)

@@ -120,6 +120,10 @@ class Admission:
             if facts is not None or isinstance(error, _REFUSALS):
                 self._record_failure(context, method, facts or {}, error)
             raise
+        except Exception:
+            if facts is not None and self._audit is not None:
+                self._audit.record(self._entry(context, method, facts, "internal error"))
+            raise
         if facts is not None and self._audit is not None:
             self._audit.record(self._entry(context, method, facts, OK))
 
@@ -168,10 +172,9 @@ class Admission:
             try:
                 self._identify(call.certificate, False)
             except FedgrpcError as error:
-                # The call that puts its own caller out is to have its answer.
-                if call.task is not asyncio.current_task():
-                    call.error = error
-                    call.task.cancel()
+                # A change in progress does not mind, so the call that puts its own caller out has its answer.
+                call.error = error
+                call.task.cancel()
 
 
 def _is_tls(context: Any) -> bool:

@@ -164,14 +164,17 @@ def _listen(server: grpc.aio.Server, address: Address, tls: ServerTls | None) ->
     else:
         _check_free(address)
     where = str(address)
+    # Who may open a socket may call: the owner, from its first moment on, until they open it to others.
+    umask = os.umask(0o077)
     try:
         port = (
             server.add_insecure_port(where) if credentials is None else server.add_secure_port(where, credentials)
         )
     except RuntimeError as error:
         raise UsageError(f"cannot listen on {address}: {error}") from error
+    finally:
+        os.umask(umask)
     if address.is_unix:
-        # Who may open the socket may call: the owner, until they open it to others.
         os.chmod(address.path, 0o600)
     keep_from_children(address.path or port)
     return 0 if address.is_unix else int(port)

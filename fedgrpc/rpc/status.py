@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Final
@@ -22,8 +22,10 @@ import structlog
 from google.protobuf.message import Message
 
 from fedgrpc import errors
+from fedgrpc.aio import until_done
 from fedgrpc.claims import Text, printable
 from fedgrpc.errors import FedgrpcError, LinkError
+from fedgrpc.identity.access import AUDITED
 from fedgrpc.rpc.admission import Admission, note_request
 from fedgrpc.rpc.requests import SMALL_REQUEST_BYTES, FirstMessages, bounded
 
@@ -215,11 +217,19 @@ def _guarded(
                 request = await read(context)
                 if isinstance(request, Message):
                     note_request(request)
-                return await behaviour(request, context)
+                made = behaviour(request, context)
+                return await (_to_its_end(made) if method in AUDITED else made)
         except Exception as error:  # noqa: BLE001 - ends the call with a status
             await _abort(error, method, context)
 
     return single
+
+
+async def _to_its_end(change: Coroutine[Any, Any, Any]) -> Any:
+    """Return what a change returns, also when its caller hangs up: a change is made whole, and recorded."""
+    task = asyncio.create_task(change)
+    await until_done(task)
+    return task.result()
 
 
 def _let_go(error: BaseException | None) -> None:

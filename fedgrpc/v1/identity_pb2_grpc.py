@@ -207,6 +207,7 @@ class IdentityServicer:
 
     def RevokeMember(self, request, context):
         """Ends the member's open calls and refuses all further ones. Idempotent. NOT_FOUND: no such member.
+        PERMISSION_DENIED: the member is an operator, and the caller is no admin.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

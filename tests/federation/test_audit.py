@@ -1,13 +1,19 @@
 """The audit log of a running aggregator has every change and every kind of refusal, and no secret."""
 
+import asyncio
+import threading
+
 import pytest
 
-from fedgrpc.errors import NotFound, WrongIdentity
+from fedgrpc.errors import FedgrpcError, NotFound, TokenRefused, WrongIdentity
 from fedgrpc.identity.audit import AUDIT_FILE, verified
+from fedgrpc.identity.folder import DeviceFolder
+from fedgrpc.identity.tokens import JoinToken
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, identity_pb2
-from tests.support.hand_driven_device import HandDrivenDevice
+from fedgrpc.worker.enrolment import join
+from tests.support.hand_driven_device import PATIENCE_S, HandDrivenDevice
 from tests.support.joining import OUTSIDE, connected, identity_stub, joined, new_token, operator, revoke
 from tests.support.running_federation import running_aggregator
 
@@ -88,3 +94,46 @@ async def test_no_secret_is_recorded(tmp_path):
         content = (running.settings.data_dir / "identity" / AUDIT_FILE).read_text()
     assert text.split(".")[-1] not in content
     assert text.split(".")[-2] in content
+
+
+async def test_a_change_whose_caller_hangs_up_is_made_whole_and_recorded(tmp_path, monkeypatch):
+    """Else who hangs up in time would join unrecorded, and with one use of a token as often as they like."""
+    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+        token = JoinToken.parse(await new_token(running, uses=1))
+        store = running.aggregator.trust.identities._store
+        begun, let_go, save = threading.Event(), threading.Event(), store.save
+
+        def slow(*arguments):
+            first = not begun.is_set()
+            begun.set()
+            if first:
+                let_go.wait(PATIENCE_S)
+            save(*arguments)
+
+        monkeypatch.setattr(store, "save", slow)
+        first = asyncio.create_task(join(running.address, token, "pi-1", DeviceFolder(tmp_path / "pi-1")))
+        await asyncio.to_thread(begun.wait, PATIENCE_S)
+        first.cancel()
+        await asyncio.wait([first])
+        second = asyncio.create_task(join(running.address, token, "pi-2", DeviceFolder(tmp_path / "pi-2")))
+        await asyncio.wait([second], timeout=1.0)
+        let_go.set()
+        with pytest.raises(TokenRefused, match="used up"):
+            await second
+        assert [member.name for member in running.aggregator.trust.identities.members()] == ["pi-1"]
+        enrolled, refused = (each for each in recorded(running) if each["what"] == "Identity/Enroll")
+    assert (enrolled["about"]["member"], enrolled["result"]) == ("pi-1", "ok")
+    assert "used up" in refused["result"]
+
+
+async def test_a_change_that_fails_for_any_reason_is_recorded(tmp_path, monkeypatch):
+    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+
+        def broken(*_):
+            raise RuntimeError("a mistake of ours")
+
+        monkeypatch.setattr(running.aggregator.trust.identities, "revoke", broken)
+        with pytest.raises(FedgrpcError), domain_errors():
+            await revoke(running, "pi-7")
+        *_, failed = recorded(running)
+    assert (failed["what"], failed["result"]) == ("Identity/RevokeMember", "internal error")

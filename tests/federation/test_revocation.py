@@ -147,6 +147,18 @@ async def test_an_operator_revokes_and_an_admin_also_admits_over_the_network(tmp
             assert [member.name for member in listed.members] == ["root"]
 
 
+async def test_an_operator_does_not_put_other_operators_out(tmp_path):
+    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+        await operator(running, tmp_path, "root", "admin")
+        await joined(running, tmp_path, "pi-7")
+        tls = await operator(running, tmp_path, "alice", "operator")
+        async with connected(running, tls) as channel:
+            stub = identity_pb2_grpc.IdentityStub(channel)
+            with pytest.raises(WrongIdentity, match="takes an admin"), domain_errors():
+                await stub.RevokeMember(identity_pb2.RevokeMemberRequest(name="root"))
+            await stub.RevokeMember(identity_pb2.RevokeMemberRequest(name="pi-7"))
+
+
 async def test_members_are_listed_in_pages(tmp_path):
     async with running_aggregator(tmp_path, **OUTSIDE) as running:
         for number in range(5):

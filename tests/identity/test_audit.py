@@ -1,6 +1,7 @@
 """Every line of an audit log is sealed to the one before, and what anybody can cause is bounded."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,50 @@ def test_a_line_has_bounded_texts(tmp_path: Path) -> None:
     long = "x\n" * 100_000
     (line,) = written(tmp_path / "a", AuditEntry(0, long, long, long, {str(i): long for i in range(100)}, long))
     assert len(line) < 8192
+
+
+def test_one_caller_s_refusals_do_not_hide_those_of_others(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "a")
+    for number in range(1000):
+        log.refuse(AuditEntry(1e9, "pi-7", "peer", "Aggregator/Register", result=f"WrongIdentity: {number}"))
+    log.refuse(AuditEntry(1e9, "alice", "peer", "Identity/RevokeMember", result="WrongIdentity: no"))
+    log.close()
+    found = [json.loads(line)["who"] for line in (tmp_path / "a").read_bytes().splitlines()]
+    assert found == ["pi-7"] * 10 + ["alice"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 100_000,
+        b'{"n":1e999,"seal":""}',
+        b'{"n":' + b"9" * 10_000 + b',"seal":""}',
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"\0" * 5000,
+    ],
+)
+def test_a_line_of_anything_is_damage_whether_it_is_read_or_continued(tmp_path: Path, line: bytes) -> None:
+    with pytest.raises(CorruptError):
+        list(verified([line + b"\n"]))
+    (tmp_path / "a").write_bytes(line + b"\n" + line + b"\n")
+    with pytest.raises(UsageError, match="damaged"):
+        AuditLog(tmp_path / "a")
+
+
+def test_a_sealed_line_without_the_fields_of_an_entry_is_damage() -> None:
+    record = {"n": 1}
+    seal = sha256(bytes(32) + json.dumps(record, separators=(",", ":")).encode()).hexdigest()
+    line = json.dumps({**record, "seal": seal}, separators=(",", ":")).encode() + b"\n"
+    with pytest.raises(CorruptError, match="fields"):
+        list(verified([line]))
+
+
+def test_a_long_tail_of_anything_is_not_cut_off(tmp_path: Path) -> None:
+    lines = written(tmp_path / "a", ENTRY)
+    content = lines[0] + b"\0" * (1 << 20)
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(UsageError, match="damaged"):
+        AuditLog(tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == content

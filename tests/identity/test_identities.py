@@ -289,3 +289,19 @@ def test_a_damaged_database_is_said_so(tmp_path):
     known.close()
     with pytest.raises(StorageError, match="damaged"):
         opened(tmp_path)
+
+
+def test_certificates_of_any_size_are_not_kept(known):
+    """The bearer of a token signs certificates itself, and may fill them as it likes."""
+    made = known.create_token(Role.TRAINER, NOW, 60.0)
+    key = make_key()
+    large = _sign(
+        _common_name("joining"),
+        key.public_key(),
+        _common_name(f"fedgrpc join {made.id}"),
+        made.key,
+        AUTHORITY.certificate.not_valid_after_utc,
+        alternative=[x509.DNSName("x" * 60 + f".{n}") for n in range(500)],
+    )
+    assert known.identify(pem_of(large), NOW).role is Role.JOINING
+    assert sum(len(each) for each in known._shown) < 100

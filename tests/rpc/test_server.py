@@ -194,6 +194,22 @@ async def test_a_unix_socket_is_for_its_owner_alone_whatever_the_umask(tmp_path)
         os.umask(former)
 
 
+async def test_a_unix_socket_is_nobody_else_s_from_its_first_moment(tmp_path, monkeypatch):
+    first, chmod = [], os.chmod
+
+    def seen(path, mode):
+        first.append(os.stat(path).st_mode & 0o077)
+        chmod(path, mode)
+
+    monkeypatch.setattr(os, "chmod", seen)
+    umask = os.umask(0)
+    try:
+        async with serve(f"unix:{tmp_path}/s.sock", [echo_service()]):
+            assert first == [0]
+    finally:
+        os.umask(umask)
+
+
 async def test_a_unix_socket_that_a_killed_server_left_is_replaced(tmp_path):
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(tmp_path / "s.sock"))
