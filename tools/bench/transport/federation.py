@@ -7,6 +7,7 @@ admission, the journal and the database are all in it.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -18,6 +19,10 @@ import numpy as np
 from fedgrpc import logging
 from tools.bench.transport.meter import Mark, Usage, rss_mb
 from tools.bench.transport.workload import Noise, initial_model, initial_pieces, shapes
+
+# Beyond loopback, where the aggregator serves TLS by itself.
+OUTSIDE = "0.0.0.0:0"
+_TOKEN = "token"
 
 if TYPE_CHECKING:
     from fedgrpc.aggregator.coordinator import Coordinator
@@ -54,23 +59,25 @@ async def _serve(
 ) -> Usage:
     from fedgrpc.aggregator.server import Aggregator
     from fedgrpc.aggregator.settings import AggregatorSettings
+    from fedgrpc.identity.roles import Role
     from fedgrpc.rounds.policy import RoundPolicy
 
-    aggregator = Aggregator(
-        AggregatorSettings(
-            folder / "aggregator",
-            address="127.0.0.1:0",
-            rounds=rounds,
-            policy=RoundPolicy(min_workers=workers, min_sample_size=workers),
-            initial_model=initial,
-            evaluate=False,
-            **settings,  # type: ignore[arg-type]
-        )
+    known = AggregatorSettings(
+        folder / "aggregator",
+        rounds=rounds,
+        policy=RoundPolicy(min_workers=workers, min_sample_size=workers),
+        initial_model=initial,
+        evaluate=False,
+        **{"address": "127.0.0.1:0", **settings},  # type: ignore[arg-type]
     )
+    aggregator = Aggregator(known)
     marks: list[Mark] = []
     watching: list[asyncio.Task[None]] = []
 
     def ready(port: int) -> None:
+        if known.has_authority:
+            token = aggregator.trust.identities.create_token(Role.TRAINER, time.time(), 600.0, uses=workers)
+            (folder / _TOKEN).write_text(token.text)
         pipe.send(port)
         watching.append(asyncio.create_task(watch(aggregator.coordinator, marks)))
 
@@ -104,8 +111,13 @@ async def take_part(port: int, number: int, folder: Path, width: int | None = No
     trainer = _NoiseTrainer(number)
     own_rss_mb = 0.0 if width is None else _with_model_mb(width)
     name = f"worker-{number}"
+    token = folder / _TOKEN
     settings = WorkerSettings(
-        name=name, aggregator=f"127.0.0.1:{port}", state_dir=folder / name, serve_address=None
+        name=name,
+        aggregator=f"127.0.0.1:{port}",
+        state_dir=folder / name,
+        serve_address=None,
+        join=token.read_text() if token.exists() else None,
     )
     await run_worker(settings, trainer)
     return replace(Usage.of(trainer.marks), own_rss_mb=own_rss_mb)

@@ -3,6 +3,9 @@
     python -m tools.bench.transport [--sizes 0.28M,2.5M,11.2M,25.2M] [--workers 4] [--turns N] [--json FILE]
     python -m tools.bench.transport --latency
 
+Over TLS, the aggregator is the authority and every worker has joined it: TLS 1.3, certificates both ways. Behind
+it stands how much more it takes than the same in plaintext.
+
 Every worker is a process on this machine and returns the model it was given plus noise: communication and
 aggregation, no training. Figures are medians over the rounds, the first one dropped; of several turns, in which
 all contestants of a size run one after the other, medians of those, and the largest memory. "loopback" is what the
@@ -32,6 +35,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from tools.bench.transport.federation import OUTSIDE
 from tools.bench.transport.latency import Latency, Probe, Span
 from tools.bench.transport.meter import Usage
 from tools.bench.transport.processes import Target, process, reply, several
@@ -42,6 +46,7 @@ _UPLOADS = 8
 _UPDATES_EACH = 4
 _LATENCIES = ("polls", "heartbeats", "aggregator's timer late", "asking process's timer late")
 _LARGE = "25.2M"
+_TLS = " over TLS"
 
 FLOAT32: Mapping[str, object] = {"download_recipe": "raw", "upload_recipe": "raw"}
 INT8: Mapping[str, object] = {"download_recipe": "int8+zstd", "upload_recipe": "int8+zstd"}
@@ -49,6 +54,8 @@ FEDGRPC: dict[str, Mapping[str, object]] = {
     "fedgrpc float32": {**FLOAT32, "durable": True},
     "fedgrpc float32, not durable": {**FLOAT32, "durable": False},
     "fedgrpc int8+zstd both ways": {**INT8, "durable": True},
+    f"fedgrpc float32{_TLS}": {**FLOAT32, "durable": True, "address": OUTSIDE},
+    f"fedgrpc int8+zstd both ways{_TLS}": {**INT8, "durable": True, "address": OUTSIDE},
 }
 CONTESTANTS = ("raw TCP", "floor", *FEDGRPC)
 
@@ -82,7 +89,8 @@ def main() -> None:
         for workers in args.workers:
             for row in in_turns(args.contestants, size, workers, args.rounds, args.turns, args.folder):
                 rows.append(row)
-                print(_line(row, _floor_of(rows, size, workers)), flush=True)
+                floor = _same(rows, row, "floor")
+                print(_line(row, floor) + _beside_plaintext(rows, row), flush=True)
             print()
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
@@ -192,9 +200,19 @@ def _run(serve: Target, work: Target, width: int, workers: int, rounds: int) -> 
             return [reply(server), *(reply(client) for client in clients)]
 
 
-def _floor_of(rows: list[Row], size: str, workers: int) -> Row | None:
-    same = (row for row in rows if (row.contestant, row.size, row.workers) == ("floor", size, workers))
-    return next(same, None)
+def _same(rows: list[Row], row: Row, contestant: str) -> Row | None:
+    """The row of another contestant with the same work."""
+    wanted = (contestant, row.size, row.workers)
+    return next((each for each in rows if (each.contestant, each.size, each.workers) == wanted), None)
+
+
+def _beside_plaintext(rows: list[Row], row: Row) -> str:
+    plain = _same(rows, row, row.contestant.removesuffix(_TLS))
+    if plain is None or plain is row:
+        return ""
+    wall, cpu = row.server.wall_s / plain.server.wall_s, row.server.cpu_s / plain.server.cpu_s
+    worker = row.worker_cpu_s / plain.worker_cpu_s
+    return f"  over plaintext: wall {wall:.2f}, server cpu {cpu:.2f}, worker cpu {worker:.2f}"
 
 
 def _line(row: Row, base: Row | None) -> str:
