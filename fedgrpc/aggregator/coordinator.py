@@ -37,6 +37,7 @@ from fedgrpc.aio import Changes
 from fedgrpc.errors import (
     UnknownTask,
 )
+from fedgrpc.identity.roles import EVALUATORS
 from fedgrpc.metrics import Metrics
 from fedgrpc.rounds.events import (
     Cancel,
@@ -265,11 +266,13 @@ class Coordinator:
 
         An update of a round that is committing counts: it is in the mean already.
         """
-        if self.fleet.find(name) is None:
-            return
-        if (token := self.machine.task_of(name)) is not None:
-            self.apply(Failed(token, why))
-        self.leave(name)
+        # Evaluators speak through their leaf.
+        for worker in (name, name + EVALUATORS):
+            if self.fleet.find(worker) is None:
+                continue
+            if (token := self.machine.task_of(worker)) is not None:
+                self.apply(Failed(token, why))
+            self.leave(worker)
         round_ = self.machine.round
         if round_ is None or not drop_updates:
             return

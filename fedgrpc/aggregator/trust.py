@@ -97,8 +97,10 @@ class Trust:
         listens = Address.parse(settings.address)
         self._is_open = settings.insecure and not settings.authenticated and not listens.is_local
         file = AuthorityFile(folder / AUTHORITIES)
-        authorities = file.opened() if settings.has_authority else ()
-        self.identities = Identities(IdentityStore(folder / DATABASE), authorities, settings.lives, file.write)
+        store = IdentityStore(folder / DATABASE)
+        has_members = any(member.key_sha256 for member in store.members())
+        authorities = file.opened(has_members) if settings.has_authority else ()
+        self.identities = Identities(store, authorities, settings.lives, file.write)
         self.tls: ServerTls | None = settings.tls
         if authorities:
             self.tls = AuthorityTls(self.identities, _hosts(listens), self._now)

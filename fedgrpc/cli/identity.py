@@ -7,6 +7,7 @@ exit code 0     done
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
@@ -32,6 +33,7 @@ from fedgrpc.identity.roles import DEVICE_ROLES, OPERATOR_ROLES, Identity, Role
 from fedgrpc.identity.tokens import MAX_USES
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
 from fedgrpc.rpc.address import dialled
+from fedgrpc.storage.files import make_private, storage_errors
 from fedgrpc.v1 import identity_pb2 as pb
 
 _what = Declare("What")
@@ -246,6 +248,7 @@ async def _create_operator(client: Client, values: dict[str, Any]) -> None:
         raise UsageError("--address HOST:PORT is missing: where the operator reaches the aggregator")
     dialled(address)
     path: Path = values["out"] or Path(f"{values['name']}.context")
+    # Before anything is asked for: an operator whose key is nowhere would only take up the name.
     _check_free(path)
     key = make_key()
     made = await client.identities.create_operator(values["name"], role_to_proto(role), make_request(key))
@@ -258,8 +261,13 @@ async def _create_operator(client: Client, values: dict[str, Any]) -> None:
 
 
 def _check_free(path: Path) -> None:
-    if path.exists():
-        raise UsageError(f"{path} is there already; name another file with --out")
+    folder = path.absolute().parent
+    with storage_errors(folder, "write to"):
+        if path.exists():
+            raise UsageError(f"{path} is there already; name another file with --out")
+        make_private(folder)
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise UsageError(f"cannot write to {folder}; name another file with --out")
 
 
 def _create_operator_command() -> SettingsCommand:

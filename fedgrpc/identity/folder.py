@@ -71,14 +71,20 @@ class AuthorityFile:
 
     path: Path
 
-    def opened(self) -> tuple[Authority, ...]:
+    def opened(self, has_members: bool = False) -> tuple[Authority, ...]:
         """Return the authorities, newest first; make one where there is no file.
 
-        Raises `UsageError`, where others may read the keys, and `StorageError`.
+        Raises `UsageError`, where others may read the keys, and `StorageError`. The latter also where there is no
+        file though there are members: another authority would put them all out.
         """
         _make_folder(self.path.parent)
         with storage_errors(self.path):
             if not self.path.exists():
+                if has_members:
+                    raise StorageError(
+                        f"{self.path} is missing, by which devices know this aggregator: bring it back from a "
+                        f"backup, or remove {self.path.parent} and let all of them join again"
+                    )
                 made = (Authority.make(),)
                 self.write(made)
                 return made

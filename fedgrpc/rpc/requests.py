@@ -107,10 +107,8 @@ class FirstMessages:
 
         Raises `LinkError` if it does not come, and what the call's deserializer raises.
         """
-        peer = quota_key(context)
-        if wait_s := self._rates.wait_s(peer, time.monotonic()):
-            await asyncio.sleep(wait_s)
-        waiting = _Waiting(peer)
+        await self.pace(context)
+        waiting = _Waiting(quota_key(context))
         timer = asyncio.get_running_loop().call_later(_LATE_S, self._is_late, waiting)
         try:
             async with waiting.limit:
@@ -122,6 +120,11 @@ class FirstMessages:
             timer.cancel()
             if waiting in self._late:
                 self._late.remove(waiting)
+
+    async def pace(self, context: Any) -> None:
+        """Wait where the caller makes too many calls."""
+        if wait_s := self._rates.wait_s(quota_key(context), time.monotonic()):
+            await asyncio.sleep(wait_s)
 
     async def request(self, context: Any) -> Any:
         """Return the only message of a call. Raises as `read`, and `LayoutError` if there is none."""

@@ -168,7 +168,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if details.method not in self._large:
             deserialize = bounded(deserialize, SMALL_REQUEST_BYTES)
         return make(
-            _guarded(behaviour, read, admitted, details.method),
+            _guarded(behaviour, read, admitted, self._first_messages.pace, details.method),
             request_deserializer=deserialize,
             response_serializer=handler.response_serializer,
         )
@@ -196,30 +196,42 @@ def _guarded(
     behaviour: Any,
     read: Callable[[Any], Awaitable[Any]],
     admitted: Callable[[Any], AbstractContextManager[None]],
+    pace: Callable[[Any], Awaitable[None]],
     method: str,
 ) -> Any:
-    """Wrap a behaviour in one of its kind: grpc.aio tells generators from coroutines by inspection."""
+    """Wrap a behaviour in one of its kind: grpc.aio tells generators from coroutines by inspection.
+
+    A call that is not admitted waits for its turn as any other does, for a refusal costs time as well.
+    """
     if inspect.isasyncgenfunction(behaviour):
 
         async def stream(_: Any, context: Any) -> AsyncIterator[Any]:
+            came_in = False
             try:
                 with admitted(context):
+                    came_in = True
                     async for response in behaviour(await read(context), context):
                         yield response
             except Exception as error:  # noqa: BLE001 - ends the call with a status
+                if not came_in:
+                    await pace(context)
                 await _abort(error, method, context)
 
         return stream
 
     async def single(_: Any, context: Any) -> Any:
+        came_in = False
         try:
             with admitted(context):
+                came_in = True
                 request = await read(context)
                 if isinstance(request, Message):
                     note_request(request)
                 made = behaviour(request, context)
                 return await (_to_its_end(made) if method in AUDITED else made)
         except Exception as error:  # noqa: BLE001 - ends the call with a status
+            if not came_in:
+                await pace(context)
             await _abort(error, method, context)
 
     return single

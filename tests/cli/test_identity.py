@@ -99,6 +99,17 @@ async def test_a_context_file_gives_its_role_and_nothing_more(shell, tmp_path):
         assert "pi-7" not in listed
 
 
+async def test_nobody_becomes_an_operator_whose_context_cannot_be_written(shell, tmp_path):
+    (tmp_path / "file").touch()
+    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+        there = ("--data-dir", running.settings.data_dir)
+        where = ("--address", running.address, "--out", tmp_path / "file" / "alice.context")
+        code, _, error = await shell("operator", "create", "alice", *where, *there)
+        assert code != 0
+        assert "cannot write to" in error
+        assert "there are no operators" in (await shell("operator", "list", *there))[1]
+
+
 async def test_a_context_renews_its_certificate_when_that_is_due(shell, tmp_path, monkeypatch):
     async with running_aggregator(tmp_path, **OUTSIDE) as running:
         where = ("--address", running.address, "--out", tmp_path / "alice")

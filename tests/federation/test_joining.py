@@ -320,6 +320,19 @@ async def test_an_authority_that_was_replaced_is_said_so_and_a_new_token_helps(t
         assert await asyncio.wait_for(again, PATIENCE_S) == 0
 
 
+async def test_an_aggregator_whose_authority_is_missing_makes_no_other_while_it_has_members(tmp_path):
+    async with running_aggregator(tmp_path, policy=ONE, **OUTSIDE) as running:
+        await joined(running, tmp_path / "pi-7", "identity", names="pi-7")
+    (kept,) = (running.settings.data_dir / "identity").glob("authorit*")
+    kept.rename(tmp_path / "backup")
+    with pytest.raises(StorageError, match="bring it back from a backup"):
+        async with running_aggregator(tmp_path, policy=ONE, **OUTSIDE):
+            pass
+    (tmp_path / "backup").rename(kept)
+    async with running_aggregator(tmp_path, policy=ONE, rounds=1, **OUTSIDE) as running:
+        assert await asyncio.wait_for(start_worker(running, tmp_path, "pi-7", ShiftTrainer()), PATIENCE_S) == 0
+
+
 async def test_a_restored_identity_folder_makes_another_machine_the_same_aggregator(tmp_path):
     async with running_aggregator(tmp_path, policy=ONE, rounds=1, **OUTSIDE) as running:
         await joined(running, tmp_path / "pi-7", "identity", names="pi-7")

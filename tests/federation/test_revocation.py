@@ -8,7 +8,7 @@ from fedgrpc.errors import FedgrpcError, WrongIdentity
 from fedgrpc.rpc.client_stream import ClientStream
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import aggregator_pb2 as pb
-from fedgrpc.v1 import aggregator_pb2_grpc, identity_pb2, identity_pb2_grpc, round_pb2
+from fedgrpc.v1 import aggregator_pb2_grpc, device_pb2, identity_pb2, identity_pb2_grpc, round_pb2
 from tests.support.hand_driven_device import PATIENCE_S, HandDrivenDevice, chunks, encoded, update_of
 from tests.support.joining import (
     OUTSIDE,
@@ -145,6 +145,17 @@ async def test_an_operator_revokes_and_an_admin_also_admits_over_the_network(tmp
             await stub.ForgetMember(identity_pb2.ForgetMemberRequest(name="pi-7"))
             listed = await stub.ListMembers(identity_pb2.ListMembersRequest())
             assert [member.name for member in listed.members] == ["root"]
+
+
+async def test_the_evaluators_of_a_leaf_leave_with_it(tmp_path):
+    async with running_aggregator(tmp_path, **OUTSIDE) as running:
+        tls = await joined(running, tmp_path, "leaf", "leaf")
+        async with connected(running, tls) as channel:
+            await device_of(channel, "leaf").register(role=device_pb2.WORKER_ROLE_AGGREGATOR)
+            await device_of(channel, "leaf.evaluators").register(role=device_pb2.WORKER_ROLE_EVALUATOR)
+            await revoke(running, "leaf")
+        fleet = running.aggregator.coordinator.fleet
+        assert [fleet.get(name).left for name in ("leaf", "leaf.evaluators")] == [True, True]
 
 
 async def test_an_operator_does_not_put_other_operators_out(tmp_path):

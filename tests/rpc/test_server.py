@@ -8,13 +8,16 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from fedgrpc.errors import LinkError, UsageError
+from fedgrpc.errors import LinkError, NotEnrolled, UsageError
 from fedgrpc.rpc.address import Address
+from fedgrpc.rpc.admission import Admission
 from fedgrpc.rpc.channel import CLIENT_OPTIONS, SERVER_OPTIONS, Tls, open_channel
+from fedgrpc.rpc.requests import CallRates, FirstMessages
 from fedgrpc.rpc.server import Service, serve
 from fedgrpc.rpc.status import domain_errors
 from tests.support.certificates import make_authority, make_certificate
 from tests.support.echo_service import NAME, call, echo_service
+from tests.support.hand_driven_device import PATIENCE_S
 
 Serving = health_pb2.HealthCheckResponse
 
@@ -138,6 +141,27 @@ def pki(tmp_path):
     for name in ("server", "client"):
         make_certificate(tmp_path, name)
     return tmp_path
+
+
+async def test_refusals_are_paced_as_all_calls_are(pki):
+    ca, shown = pki / "ca.pem", (pki / "server.pem", pki / "server.key")
+
+    def nobody(certificate, renewing):
+        raise NotEnrolled("nobody")
+
+    first = FirstMessages(rates=CallRates(per_second=1e-6, burst=2, delay_s=60.0))
+    server = serve(
+        "127.0.0.1:0", [echo_service()], tls=Tls(ca, *shown), admission=Admission(nobody), first_messages=first
+    )
+    async with server as running, open_channel(running.address, Tls(ca, *shown)) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        codes = []
+        for timeout_s in (PATIENCE_S, PATIENCE_S, 1.0):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+            codes.append(caught.value.code())
+    code = grpc.StatusCode
+    assert codes == [code.UNAUTHENTICATED, code.UNAUTHENTICATED, code.DEADLINE_EXCEEDED]
 
 
 async def test_with_mutual_tls_a_client_without_a_certificate_is_turned_away(pki):
