@@ -142,7 +142,7 @@ SETTINGS: list[Setting] = [
     _life("--drain", "How long SIGTERM lets the current task continue.", name="drain_s", type=DURATION),
     _limit(
         "--max-model",
-        "Largest model to accept, decoded; without: a quarter of the memory that this process may use.",
+        "Largest model to accept, decoded; without: what can be trained in the memory that this process may use.",
         name="max_model_bytes",
         type=SIZE,
     ),

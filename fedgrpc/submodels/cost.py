@@ -333,6 +333,20 @@ def _memory_bytes(
     return base + size.state_bytes + round(activations)
 
 
+def most_weights_bytes(memory_bytes: int, process_bytes: int, plan: LocalModelPlan | None) -> int:
+    """Return the largest weights that `predict` finds room for in that memory; of any more, it finds none.
+
+    Activations are left out, so a model of fewer bytes may still not fit. `plan` None: nothing is trained.
+    """
+    room_bytes = memory_bytes - process_bytes - FIRST_TASK_BYTES
+    each_bytes = _ELEMENT_BYTES
+    if plan is not None:
+        # Before the layout is known, a plan that trains some layers may train hardly any of the weights.
+        trained = float(plan.is_trained_whole)
+        each_bytes = _state_bytes(_ELEMENT_BYTES, plan, technique_cost(plan, trained, trained))
+    return max(0, room_bytes * _ELEMENT_BYTES // each_bytes)
+
+
 def shown_upload_bits(history: Sequence[Observation]) -> float | None:
     """Return the median bits per element of this device's updates; None without any."""
     shown = [seen.upload_bits for seen in history if seen.upload_bits > 0]

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from fedgrpc.codec.feedback import Residual
-from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import CorruptError, StorageError, WrongOffset
 from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import Activity
@@ -72,14 +71,13 @@ class TaskFiles:
         settings: WorkerSettings,
         client: AggregatorClient,
         publisher: StatusPublisher,
-        limits: Limits | None = None,
     ) -> None:
-        """`limits` are those of a model that this device takes. Raises `StorageError`."""
+        """Open what is on the disk. Raises `StorageError`."""
         self._settings = settings
         self._client = client
         self._publisher = publisher
         self._download_began: tuple[str, float] = ("", 0.0)
-        self.models = ModelFolder(settings.state_dir / "model", limits)
+        self.models = ModelFolder(settings.state_dir / "model")
         self.spool = Spool(
             settings.state_dir / "spool",
             max_updates=settings.spool_max_updates,
@@ -92,12 +90,17 @@ class TaskFiles:
         version = 0 if held is None else held.version
         self._publisher.show(model_version=version, spooled_updates=self.spool.count())
 
-    async def download(self, task: Task, report: Report) -> tuple[HeldModel, float]:
-        """Return the task's version, on the disk, and the seconds since its download began, in any session."""
+    async def download(self, task: Task, report: Report, most_bytes: int | None = None) -> tuple[HeldModel, float]:
+        """Return the task's version, on the disk, and the seconds since its download began, in any session.
+
+        Raises `TooLargeError` for a version of more than `most_bytes`, before any of its bytes are taken.
+        """
         self._publisher.enter(Activity.DOWNLOADING)
         if self._download_began[0] != task.token:
             self._download_began = (task.token, time.monotonic())
         source = Source(task.run_id, task.model_version, task.sub_model.name)
+
+        self.models.limit(most_bytes)
 
         async def checked() -> HeldModel:
             held = await self._client.pull(self.models, source, task.token, report)

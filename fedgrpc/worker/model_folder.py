@@ -14,6 +14,7 @@ can be pulled again, and what it leaves is checked at the next start.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -91,9 +92,9 @@ def _write_record(folder: Path, record: worker_pb2.StoredModel) -> None:
 class ModelFolder:
     """The held version and, if it `has_partial`, the partial download in one folder. One owner."""
 
-    def __init__(self, folder: Path, limits: Limits | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._limits = limits or Limits()
+        self._limits = Limits()
         self._partial = folder / "partial"
         with storage_errors(folder):
             make_private(folder)
@@ -103,6 +104,21 @@ class ModelFolder:
             self._recycled_differences = RecycledFiles(folder / "recycled-differences", 1)
             self.has_partial = self._partial.exists()
         self.held = self._load_held()
+
+    def limit(self, most_bytes: int | None) -> None:
+        """Take no version of more than `most_bytes`, decoded; None: the usual limit. A larger held one is dropped.
+
+        Raises `StorageError`.
+        """
+        usual = Limits()
+        most_bytes = usual.max_decoded_bytes if most_bytes is None else most_bytes
+        self._limits = replace(usual, max_decoded_bytes=min(usual.max_decoded_bytes, most_bytes))
+        if self.held is not None and sum(spec.nbytes for spec in self.held.manifest.layout) > most_bytes:
+            # Without it, the version comes whole and is refused, as on a device that has never held it.
+            with storage_errors(self._folder):
+                remove_folder(self.held.folder)
+            self.held = None
+            self.drop_partial()
 
     def forget_other_runs(self, run: str) -> None:
         """Drop a model of another run: version numbers mean nothing across runs."""

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from typing import Final
 
 import structlog
 
-from fedgrpc.codec.manifest import Limits
 from fedgrpc.process import on_end_signal, reuse_memory
 from fedgrpc.protocol.devices import Activity, DeviceProfile, Status
 from fedgrpc.protocol.tasks import Registration
@@ -20,7 +18,7 @@ from fedgrpc.rpc.server import WORKER, RunningServer, serve, worker_service
 from fedgrpc.storage.folder import HeldFolder, folder_id, hold_folder
 from fedgrpc.trainer import Trainer
 from fedgrpc.worker.client import AggregatorClient
-from fedgrpc.worker.device import detect, usable_memory_bytes
+from fedgrpc.worker.device import detect
 from fedgrpc.worker.enrolment import Link, enrolled, linked
 from fedgrpc.worker.local_work import TaskFiles
 from fedgrpc.worker.loop import Loop
@@ -34,19 +32,10 @@ IN_USE: Final = "is used by another worker; give each worker its own --state-dir
 # Wait this long after `stop` before leaving behind what does not end.
 _ABANDON_S: Final = 0.2
 _STOP_THREAD_S: Final = 5.0
-# Copies of the model during training: weights, gradients, velocities, and the weights that were given.
-_COPIES: Final = 4
 
 BuildTrainer = Callable[[Registration], Trainer]
 
 log = structlog.get_logger()
-
-
-def _limits(settings: WorkerSettings) -> Limits:
-    """Refuse models that cannot be trained in this device's memory before any of their bytes are taken."""
-    most_bytes = settings.max_model_bytes or usable_memory_bytes() // _COPIES
-    limits = Limits()
-    return replace(limits, max_decoded_bytes=min(limits.max_decoded_bytes, most_bytes))
 
 
 class Worker:
@@ -87,7 +76,7 @@ class Worker:
                 session=Session.begin(folder_id(settings.state_dir)),
             )
             link.serve(client)
-            files = TaskFiles(settings, client, self.publisher, _limits(settings))
+            files = TaskFiles(settings, client, self.publisher)
             work = TrainerWork(settings, files, self.publisher, self._build_trainer)
             loop = Loop(
                 *(settings, client, self.publisher, self.controls, files, work, self._profile), renew=link.on_stale

@@ -36,8 +36,8 @@ class WorkerSettings:
     which lies in `state_dir`, gives it its name and its role; `name` is what it asks for.
 
     The aggregator is not trusted with the device. A model of more than `max_model_bytes`, decoded, is refused
-    (None: a quarter of the memory that this process may use, since training keeps four copies). So is a task whose
-    batches have fewer than `min_batch_size` examples: the update of a single example reveals that example.
+    (None: one whose training has no room in the memory that this process may use). So is a task whose batches
+    have fewer than `min_batch_size` examples: the update of a single example reveals that example.
 
     Raises:
         UsageError: a value is out of range.

@@ -27,7 +27,7 @@ from fedgrpc.protocol.tasks import Registration, Task
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.storage.files import storage_errors
 from fedgrpc.submodels.channels import ChannelMap
-from fedgrpc.submodels.cost import USELESS_RATIO
+from fedgrpc.submodels.cost import USELESS_RATIO, most_weights_bytes
 from fedgrpc.submodels.plan import TASK_PARTS, WORKER_PARTS, LocalModelPlan
 from fedgrpc.trainer import (
     Epoch,
@@ -45,7 +45,7 @@ from fedgrpc.trainer import (
 )
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.client import Report
-from fedgrpc.worker.device import resident_bytes
+from fedgrpc.worker.device import resident_bytes, usable_memory_bytes
 from fedgrpc.worker.guarded_trainer import first_weights, guarded, users_code
 from fedgrpc.worker.local_work import TaskFiles
 from fedgrpc.worker.settings import WorkerSettings
@@ -173,7 +173,7 @@ class TrainerWork:
         """Return the weights to start from, their layout, and the seconds that their download took."""
         if task.kind is TaskKind.INITIALIZE:
             return lambda on_access: {}, (), 0.0
-        held, download_s = await self._files.download(task, report)
+        held, download_s = await self._files.download(task, report, self._most_bytes(task))
         spool = self._files.spool
 
         def given(on_access: bool) -> Weights:
@@ -182,6 +182,13 @@ class TrainerWork:
                 return load_personal_layers(weights, spool.personal, task.run_id, task.is_personal)
 
         return given, held.manifest.layout, download_s
+
+    def _most_bytes(self, task: Task) -> int:
+        """Return the bytes of the largest model that this device can train, or score, as the task says."""
+        if self._settings.max_model_bytes is not None:
+            return self._settings.max_model_bytes
+        plan = (task.local_model or LocalModelPlan()) if task.kind is TaskKind.TRAIN else None
+        return most_weights_bytes(usable_memory_bytes(), self._process_bytes, plan)
 
     async def _local_work(self, trainer: Trainer, task: Task, given: Given, hooks: Hooks) -> Outcome:
         if task.kind is TaskKind.INITIALIZE:

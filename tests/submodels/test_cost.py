@@ -18,11 +18,22 @@ from fedgrpc.submodels.cost import (
     choose,
     choose_of,
     errors_of,
+    misfit,
+    most_weights_bytes,
     payload_bytes,
     predict,
     shown_upload_bits,
 )
-from fedgrpc.submodels.plan import Arithmetic, Clustering, LocalModelPlan, PlanTable, Pruning
+from fedgrpc.submodels.plan import (
+    Arithmetic,
+    Clustering,
+    LocalModelPlan,
+    Memory,
+    PlanTable,
+    Pruning,
+    Quantization,
+)
+from fedgrpc.submodels.technique_cost import technique_cost
 
 MIB = 1 << 20
 LADDER = [LocalModelPlan(1.0), LocalModelPlan(0.5), LocalModelPlan(0.25)]
@@ -75,6 +86,39 @@ def test_memory_is_what_the_worker_takes_without_a_model_and_what_its_training_a
     assert whole == base + 3 * 40 * MIB + 80 * MIB
     quarter = predict(device, [], PlanSize(0.25, 10 * MIB, MIB, MIB)).peak_memory_bytes
     assert quarter == base + 3 * 10 * MIB + 40 * MIB
+
+
+PLANS = [
+    LocalModelPlan(),
+    LocalModelPlan(pruning=Pruning()),
+    LocalModelPlan(arithmetic=Arithmetic("bfloat16")),
+    LocalModelPlan(arithmetic=Arithmetic("float64", emulated=True)),
+    LocalModelPlan(memory=Memory(momentum=False)),
+    LocalModelPlan(quantization=Quantization()),
+]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=LocalModelPlan.to_line)
+def test_no_model_is_too_large_to_take_for_which_the_prediction_finds_room(plan: LocalModelPlan) -> None:
+    device = DeviceLimits(memory_bytes=900 * MIB, process_bytes=200 * MIB)
+    most = most_weights_bytes(device.memory_bytes, device.process_bytes, plan)
+
+    def fits(weights_bytes: int) -> bool:
+        size = PlanSize(1.0, weights_bytes, 0, 0, plan=plan, technique=technique_cost(plan))
+        return misfit(device, predict(device, [], size), 60.0) == ""
+
+    assert 90 * MIB < most < 700 * MIB
+    assert fits(most - 64)
+    assert not fits(most + 64)
+
+
+def test_a_model_is_taken_whatever_share_of_it_the_plan_trains() -> None:
+    plan = LocalModelPlan(trained_layers=("fc.*",))
+    device = DeviceLimits(memory_bytes=900 * MIB, process_bytes=200 * MIB)
+    size = PlanSize(1.0, 600 * MIB, 0, 0, plan=plan, technique=technique_cost(plan, 0.01, 0.01))
+    assert misfit(device, predict(device, [], size), 60.0) == ""
+    assert most_weights_bytes(device.memory_bytes, device.process_bytes, plan) >= size.weights_bytes
+    assert most_weights_bytes(0, device.process_bytes, plan) == 0
 
 
 def test_a_plan_that_changes_its_weights_keeps_them_as_they_were_too() -> None:

@@ -15,7 +15,7 @@ import pytest
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.encoding import parse_encoding
 from fedgrpc.codec.layout import TensorSpec
-from fedgrpc.codec.manifest import Limits, Manifest, TensorEntry
+from fedgrpc.codec.manifest import Manifest, TensorEntry
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import CorruptError, LayoutError, StorageError, TooLargeError
@@ -150,7 +150,8 @@ def test_a_version_with_other_tensors_than_the_one_before_it_is_refused(tmp_path
 
 
 def test_a_model_that_does_not_fit_into_the_devices_memory_is_refused(tmp_path):
-    folder = ModelFolder(tmp_path, Limits(max_decoded_bytes=1000))
+    folder = ModelFolder(tmp_path)
+    folder.limit(1000)
     with pytest.raises(TooLargeError):
         pulled(folder, 1, "raw")
     assert not folder.has_partial
