@@ -75,6 +75,7 @@ def local_model_to_proto(plan: LocalModelPlan, sub_model: SubModel) -> round_pb2
                 loss_scale=arithmetic.loss_scale,
                 dynamic_loss_scale=arithmetic.dynamic_loss_scale,
                 float32_copy=arithmetic.float32_copy,
+                accumulate_in_format=arithmetic.accumulate == "format",
             )
         )
     if memory := plan.memory:
@@ -152,6 +153,7 @@ def _arithmetic(message: round_pb2.Arithmetic) -> Arithmetic:
         message.loss_scale or 1.0,
         message.dynamic_loss_scale,
         message.float32_copy,
+        "format" if message.accumulate_in_format else "carrier",
     )
 
 

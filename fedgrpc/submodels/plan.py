@@ -24,6 +24,7 @@ Every part may be left out, and any combination is a plan. In TOML:
     rounding = "stochastic"        # of the weights' steps; or float32_copy = true, which loses none
     loss_scale = 256.0             # or dynamic_loss_scale = true
     emulated = false               # true, for research: every operation rounded, at the cost of time
+    accumulate = "carrier"         # "format": round every product and partial sum, too (emulated formats)
 
     [memory]
     micro_batches = 4              # parts of a batch, one after the other
@@ -52,6 +53,7 @@ from fedgrpc.submodels.channels import SubModel
 
 SCOPES = ("layer", "global")
 ROUNDINGS = ("nearest", "stochastic")
+ACCUMULATORS = ("carrier", "format")
 FORMATS = (
     *("float64", "float32", "float24", "float16", "bfloat16"),
     *("float8_e4m3", "float8_e4m3fn", "float8_e5m2"),
@@ -114,6 +116,9 @@ class Arithmetic:
 
     Gradients are those of `loss_scale` times the loss, so that small ones do not vanish in the format. Steps are
     those without the scale (arXiv 1710.03740). A dynamic scale starts there, or as high as the format allows.
+
+    An emulated operation sums in the format's carrier and rounds once. With `accumulate` "format", matrix products
+    and convolutions round every product and every partial sum.
     """
 
     format: str = "float32"
@@ -122,6 +127,7 @@ class Arithmetic:
     loss_scale: float = 1.0
     dynamic_loss_scale: bool = False
     float32_copy: bool = False
+    accumulate: str = "carrier"
 
     def __post_init__(self) -> None:
         short = self.format in SHORT_FORMATS and not self.emulated
@@ -135,6 +141,8 @@ class Arithmetic:
         _check(power, f"a loss scale is a power of two from 1, which every format holds, not {self.loss_scale:g}")
         known = self.format in FORMATS or _OTHER_FORMAT.fullmatch(self.format)
         _check(bool(known), f"no number format {self.format!r}: choose {', '.join(FORMATS)}, or one like e5s11")
+        accumulates = self.accumulate in ACCUMULATORS
+        _check(accumulates, f"accumulate is {' or '.join(ACCUMULATORS)}, not {self.accumulate!r}")
         _check(self.rounding in ROUNDINGS, f"rounding is {' or '.join(ROUNDINGS)}, not {self.rounding!r}")
 
 
@@ -179,6 +187,10 @@ class LocalModelPlan:
         prefix = self.width == 1 or self.rule == "prefix"
         _check(not self.nested or prefix, f"prefixes cannot be nested in a sub-model of rule {self.rule!r}")
         _check(not self.nested or self.quantization is None, "nested widths are not trained with quantization")
+        in_format = self.arithmetic is not None and self.arithmetic.accumulate == "format"
+        _check(
+            self.emulated or not in_format, 'accumulate = "format" is for emulated formats; add emulated = true'
+        )
         if self.memory is not None and self.memory.checkpoint:
             # The second forward pass of a block would not see the weights, or random numbers, of the first.
             _check(self.quantization is None, "checkpoint goes without quantization")
@@ -226,6 +238,11 @@ class LocalModelPlan:
     def is_trained(self, name: str) -> bool:
         """Return whether training may change the tensor of that name."""
         return self.trained_layers == _ALL or matches(name, self.trained_layers)
+
+    @property
+    def is_trained_whole(self) -> bool:
+        """True if training may change every tensor."""
+        return self.trained_layers == _ALL
 
     def is_kept_back(self, name: str) -> bool:
         """Return whether updates lack the tensor of that name: it is personal, or not trained."""

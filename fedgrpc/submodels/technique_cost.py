@@ -13,6 +13,8 @@ from fedgrpc.submodels.plan import SHORT_FORMATS, LocalModelPlan
 
 # Time of a step against the same step without the technique.
 _PRUNED, _CLUSTERED, _QUANTIZED, _EMULATED = 1.05, 1.15, 1.5, 12.0
+# Of an emulated step, where it rounds every partial sum: `python -m tools.bench.accumulate`.
+_IN_FORMAT = 50.0
 _SHORT, _SHORT_STEP, _CHECKPOINTED = 1.2, 1.2, 1.3
 # Of each further part of a batch.
 _MICRO_BATCH = 0.1
@@ -57,6 +59,8 @@ def technique_cost(plan: LocalModelPlan, trained: float = 1.0, reached: float = 
         activations *= _QUANTIZED_ACTIVATIONS
     if plan.emulated:
         time *= _EMULATED
+        if plan.arithmetic is not None and plan.arithmetic.accumulate == "format":
+            time *= _IN_FORMAT
     elif element == 2:
         time *= _SHORT
         asked = plan.arithmetic

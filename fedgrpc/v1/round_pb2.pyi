@@ -258,20 +258,22 @@ class Quantization(_message.Message):
     def __init__(self, weight_bits: _Optional[int] = ..., activation_bits: _Optional[int] = ..., layers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Arithmetic(_message.Message):
-    __slots__ = ("format", "stochastic_rounding", "emulated", "loss_scale", "dynamic_loss_scale", "float32_copy")
+    __slots__ = ("format", "stochastic_rounding", "emulated", "loss_scale", "dynamic_loss_scale", "float32_copy", "accumulate_in_format")
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     STOCHASTIC_ROUNDING_FIELD_NUMBER: _ClassVar[int]
     EMULATED_FIELD_NUMBER: _ClassVar[int]
     LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
     DYNAMIC_LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
     FLOAT32_COPY_FIELD_NUMBER: _ClassVar[int]
+    ACCUMULATE_IN_FORMAT_FIELD_NUMBER: _ClassVar[int]
     format: str
     stochastic_rounding: bool
     emulated: bool
     loss_scale: float
     dynamic_loss_scale: bool
     float32_copy: bool
-    def __init__(self, format: _Optional[str] = ..., stochastic_rounding: _Optional[bool] = ..., emulated: _Optional[bool] = ..., loss_scale: _Optional[float] = ..., dynamic_loss_scale: _Optional[bool] = ..., float32_copy: _Optional[bool] = ...) -> None: ...
+    accumulate_in_format: bool
+    def __init__(self, format: _Optional[str] = ..., stochastic_rounding: _Optional[bool] = ..., emulated: _Optional[bool] = ..., loss_scale: _Optional[float] = ..., dynamic_loss_scale: _Optional[bool] = ..., float32_copy: _Optional[bool] = ..., accumulate_in_format: _Optional[bool] = ...) -> None: ...
 
 class Memory(_message.Message):
     __slots__ = ("micro_batches", "checkpoint", "no_momentum")

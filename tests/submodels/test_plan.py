@@ -52,7 +52,12 @@ PLANS = st.builds(
         st.integers(0, 20).map(lambda power: 2.0**power),
         st.booleans(),
     )
-    | st.builds(Arithmetic, st.sampled_from(SHORT_FORMATS), float32_copy=st.booleans()),
+    | st.builds(Arithmetic, st.sampled_from(SHORT_FORMATS), float32_copy=st.booleans())
+    | st.builds(
+        Arithmetic,
+        st.sampled_from(["e5s9", "fixed8.4"]),
+        accumulate=st.sampled_from(["carrier", "format"]),
+    ),
     trained_layers=st.just(("*",)) | LAYERS,
     memory=st.none() | st.builds(Memory, st.integers(1, 1 << 16), momentum=st.booleans()),
 )
@@ -143,6 +148,8 @@ def test_the_default_changes_nothing_and_has_no_text() -> None:
         ("memory.micro_batches = 0", "micro_batches are 1 to"),
         ("memory.checkpoint = true\n[quantization]", "without quantization"),
         ("memory.checkpoint = true\narithmetic = {format = 'e5s3', rounding = 'stochastic'}", "without emulated"),
+        ("arithmetic.accumulate = 'wide'", "carrier or format"),
+        ("arithmetic = {format = 'float16', accumulate = 'format'}", "emulated"),
         ("arithmetic.float32_copy = true", "float16 and bfloat16"),
         ("arithmetic = {format = 'float16', emulated = true, float32_copy = true}", "not emulated"),
         ("arithmetic = {format = 'float16', rounding = 'stochastic', float32_copy = true}", "loses no step"),

@@ -3,7 +3,8 @@
 The rule: within `Emulation` the result of every tensor operation, forward, backward and of the optimizer, is
 rounded to the format before another operation reads it. So weights, activations, gradients and optimizer state
 never hold more than the format can. An operation is what torch dispatches as one. A matrix product or convolution
-sums in the carrier and is rounded once, like a multiplier with a wide accumulator. Fused SGD is split into its
+sums in the carrier and is rounded once, like a multiplier with a wide accumulator, or with `accumulate` "format"
+is rounded at every product and partial sum (`products`). Fused SGD is split into its
 operations.
 """
 
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fedgrpc.torch.local_model.formats import NEAREST, NumberFormat
+from fedgrpc.torch.local_model.products import PRODUCTS
 
 aten = torch.ops.aten
 # Operations whose output holds only values of their inputs, which are rounded already. Rounding again would cost
@@ -49,12 +51,18 @@ class Emulation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(
-        self, number_format: NumberFormat, rounding: str = NEAREST, saturate: bool = False, seed: int = 0
+        self,
+        number_format: NumberFormat,
+        rounding: str = NEAREST,
+        saturate: bool = False,
+        seed: int = 0,
+        accumulate: str = "carrier",
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.number_format = number_format
         self._rounding = rounding
         self._saturate = saturate
+        self._accumulates = accumulate == "format"
         self._generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(
@@ -65,6 +73,8 @@ class Emulation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is aten._fused_sgd_.default:
             _sgd_in_steps(self.round, *args, **kwargs)
             return None
+        if self._accumulates and func in PRODUCTS:
+            return PRODUCTS[func](self.round, *args, **kwargs)
         out = func(*args, **kwargs)
         if func in _MOVES or func.is_view:
             return out

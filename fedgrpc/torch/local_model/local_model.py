@@ -31,6 +31,7 @@ from fedgrpc.torch.local_model.formats import FLOAT32, FloatFormat, NumberFormat
 from fedgrpc.torch.local_model.levers import checkpointed, frozen
 from fedgrpc.torch.local_model.loss_scale import LossScale
 from fedgrpc.torch.local_model.native import SHORT, ShortWeights, WideProducts, has_fast_products
+from fedgrpc.torch.local_model.products import check_small
 from fedgrpc.torch.local_model.pruning import keep_masks, prunable
 from fedgrpc.torch.local_model.quantization import quantized_activations, quantized_weights, straight_through
 from fedgrpc.torch.optimizer import Optimizer
@@ -66,6 +67,8 @@ class LocalModel:
             self._quantized = prunable(self._parameters, plan.quantization.layers)
             for name, tensor in self._quantized.items():
                 tensor.copy_(self._on_grid(name, tensor))
+        if plan.arithmetic is not None and plan.arithmetic.accumulate == "format":
+            check_small(sum(parameter.numel() for parameter in self._parameters.values()))
         if self.emulated:
             round_module(self.module, self._format)
         elif self._format.native is not None:
@@ -132,7 +135,9 @@ class LocalModel:
             if self.emulated:
                 asked = self._plan.arithmetic
                 assert asked is not None
-                stack.enter_context(Emulation(self._format, asked.rounding, seed=self._seed))
+                stack.enter_context(
+                    Emulation(self._format, asked.rounding, seed=self._seed, accumulate=asked.accumulate)
+                )
             elif self.dtype in SHORT and not has_fast_products(self.dtype):
                 stack.enter_context(WideProducts())
             for handle in (*self._gradient_hooks(), *self._input_hooks()):

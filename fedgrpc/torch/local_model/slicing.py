@@ -64,8 +64,8 @@ def check_sub_model(channel_map: ChannelMap, whole: Shapes, shapes: Shapes) -> N
     Both have the same names.
     """
     kept: dict[int, int] = {}
-    # In the model's order, so that the error names the weight before its bias. A file of weights is sorted by name,
-    # and there a bias would decide how many channels its group keeps.
+    # In the model's order, so that the error names the weight before its bias. A file of weights is sorted by
+    # name, and there a bias would decide how many channels its group keeps.
     for name, full in whole.items():
         shape = shapes[name]
         axes = channel_map.tensors.get(name, tuple((Segment(None, extent),) for extent in full))
