@@ -54,6 +54,8 @@ _NAMED: Final = 5
 # A dead token is refused as such for this long.
 _KEEP_DEAD_S: Final = 30 * 86_400.0
 _KNOWN_CERTIFICATES: Final = 20_000
+# 2026-01-01, seconds since 1970: before the first of these aggregators.
+_EARLIEST: Final = 1_767_225_600.0
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,7 @@ class Identities:
         needs_approval: bool = False,
     ) -> JoinToken:
         """Return a new join token. Raises `UsageError`, `Exhausted` and `StorageError`."""
+        self._check_clock(now)
         authority = self._newest()
         token = JoinToken.make(authority.sha256)
         record = TokenRecord.of(
@@ -243,6 +246,7 @@ class Identities:
         token = self._tokens.get(token_id)
         if token is None:
             raise TokenRefused(f"join token {token_id[:20]!r} was deleted; ask for a new one")
+        self._check_clock(now)
         key = key_of_request(request)
         known = self._by_key.get(key_sha256(key))
         if known is not None:
@@ -270,6 +274,16 @@ class Identities:
             )
         return self._renewed(member, key, now)
 
+    def _check_clock(self, now: float) -> None:
+        """Raise `Exhausted` when the clock is certainly wrong: a machine may start without one.
+
+        What is issued by such a clock has ended long ago once the clock is right, and nobody could renew it.
+        """
+        if now < _EARLIEST:
+            raise Exhausted(
+                "the aggregator's clock is years behind; try again once it is right", retry_after_s=60.0
+            )
+
     def _check_free(self, name: str) -> None:
         if (other := self._members.get(name)) is not None:
             if other.state is MemberState.REVOKED:
@@ -287,6 +301,7 @@ class Identities:
         if identity.role is Role.JOINING:
             raise NotEnrolled("a join token has no certificate to renew")
         self._newest()
+        self._check_clock(now)
         member = self._members[identity.name]
         member.check_grace(now, self._lives.grace_s)
         return self._renewed(member, public_key_of(load_certificate(certificate_pem)), now)
@@ -302,6 +317,7 @@ class Identities:
         if role not in OPERATOR_ROLES:
             raise UsageError(f"the role must be one of {', '.join(OPERATOR_ROLES)}, not {role}")
         key = key_of_request(request)
+        self._check_clock(now)
         self._check_free(checked_name(name, "name of the operator"))
         authority = self._newest()
         if key_sha256(key) in self._by_key:

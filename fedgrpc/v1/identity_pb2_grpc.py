@@ -45,6 +45,8 @@ class IdentityStub:
     the issuer has the common name "fedgrpc join ID".
     3. It connects with that certificate and key, and calls `Enroll`. A handshake that the server refuses: the token is
     wrong, or was deleted.
+
+    RESOURCE_EXHAUSTED of a call that issues something may also mean that the aggregator's clock is years behind.
     """
 
     def __init__(self, channel):
@@ -150,6 +152,8 @@ class IdentityServicer:
     the issuer has the common name "fedgrpc join ID".
     3. It connects with that certificate and key, and calls `Enroll`. A handshake that the server refuses: the token is
     wrong, or was deleted.
+
+    RESOURCE_EXHAUSTED of a call that issues something may also mean that the aggregator's clock is years behind.
     """
 
     def Enroll(self, request, context):
@@ -371,6 +375,8 @@ class Identity:
     the issuer has the common name "fedgrpc join ID".
     3. It connects with that certificate and key, and calls `Enroll`. A handshake that the server refuses: the token is
     wrong, or was deleted.
+
+    RESOURCE_EXHAUSTED of a call that issues something may also mean that the aggregator's clock is years behind.
     """
 
     @staticmethod

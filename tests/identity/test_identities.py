@@ -305,3 +305,19 @@ def test_certificates_of_any_size_are_not_kept(known):
     )
     assert known.identify(pem_of(large), NOW).role is Role.JOINING
     assert sum(len(each) for each in known._shown) < 100
+
+
+def test_an_aggregator_that_starts_without_a_clock_issues_nothing_until_it_has_one(known):
+    """By the right clock all of it would be past its grace, and every device in need of a visit."""
+    certificate, _ = joined(known)
+    waiting = known.create_token(Role.TRAINER, NOW, 60.0)
+    for call in (
+        lambda: known.renew(certificate, 0.0),
+        lambda: known.enroll(waiting.id, make_request(make_key()), "pi-8", 0.0),
+        lambda: known.create_token(Role.TRAINER, 0.0, 60.0),
+        lambda: known.create_operator("alice", Role.ADMIN, make_request(make_key()), 0.0),
+    ):
+        with pytest.raises(Exhausted, match="clock is years behind"):
+            call()
+    assert known.identify(certificate, 0.0).name == "pi-7"
+    known.renew(certificate, NOW)
