@@ -152,7 +152,7 @@ class Identities:
                     return _Shown(key_sha256(public_key_of(certificate)), authority.fleet)
         except (CorruptError, UsageError) as error:
             raise NotEnrolled(str(error)) from error
-        for token in self._tokens.values():
+        for token in self.tokens():
             if issuer_of(certificate) == join_name(token.id) and is_signed_by(certificate, token.anchor):
                 return _Shown(token=token.id)
         if any(authority.has_issued(certificate) for authority in self._retired):
@@ -162,7 +162,7 @@ class Identities:
     def anchors(self) -> list[Certificate]:
         """Return the certificates whose signatures a server accepts."""
         own = [each.certificate for each in self.authorities]
-        return [*own, *(token.anchor for token in self._tokens.values())]
+        return [*own, *(token.anchor for token in self.tokens())]
 
     def members(self) -> list[Member]:
         """Return every member."""

@@ -1,5 +1,8 @@
 """Members: joining, renewal, revocation and what is remembered, with real certificates and a real database."""
 
+import sys
+import threading
+
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -321,3 +324,26 @@ def test_an_aggregator_that_starts_without_a_clock_issues_nothing_until_it_has_o
             call()
     assert known.identify(certificate, 0.0).name == "pi-7"
     known.renew(certificate, NOW)
+
+
+def test_handshakes_and_calls_go_on_while_tokens_come_and_go(known):
+    """They look tokens up in other threads than the one that changes them."""
+    for _ in range(50):
+        last = known.create_token(Role.TRAINER, NOW, 60.0)
+    shown = pem_of(issue_to_itself(last.id, last.key, make_key().public_key()))
+
+    def change():
+        for _ in range(40):
+            known.delete_token(known.create_token(Role.TRAINER, NOW, 60.0).id)
+
+    changing = threading.Thread(target=change)
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        changing.start()
+        while changing.is_alive():
+            assert len(known.anchors()) > 50
+            assert known.identify(shown, NOW).role is Role.JOINING
+    finally:
+        changing.join()
+        sys.setswitchinterval(interval_s)
