@@ -19,7 +19,7 @@ import structlog
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.encoded_models import Pull
 from fedgrpc.aggregator.local_models import Sizing
-from fedgrpc.aggregator.negotiation import RAW, reduction_for
+from fedgrpc.aggregator.negotiation import RAW, reads_reduced, reduction_for
 from fedgrpc.errors import UnusableUpdate, blaming
 from fedgrpc.protocol.rounds import record_of
 from fedgrpc.rounds.events import Deadline, Select, Selected
@@ -160,7 +160,9 @@ class TaskAssigner:
         if worker.leads:
             return context
         assert context.agreed is not None
-        sizing = Sizing(self._run.layout, usual_bytes, self._settings.policy.deadline_s, context.agreed.upload)
+        agreed, deadline_s = context.agreed, self._settings.policy.deadline_s
+        down = agreed.downlink.whole if reads_reduced(worker) else None
+        sizing = Sizing(self._run.layout, usual_bytes, deadline_s, agreed.upload, down)
         local, choice = self._local_models.task_of(worker, sizing, round_.number)
         return replace(context, local=local, choice=choice if round_.kind is TaskKind.TRAIN else None)
 

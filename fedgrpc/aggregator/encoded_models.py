@@ -10,10 +10,9 @@ do gets the whole model, and so holds the same as others again.
 from __future__ import annotations
 
 import asyncio
-import glob
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,16 +28,13 @@ from fedgrpc.aggregation.partial_update import sub_layout
 from fedgrpc.aggregator.chunk_cache import ChunkCache, PayloadFile
 from fedgrpc.aggregator.delta_bases import DeltaBases, Held, PayloadSource
 from fedgrpc.aggregator.model_store import ModelStore, check_as_written, outdated
+from fedgrpc.aggregator.reduced_payload import reduced_recipe
 from fedgrpc.codec.chunk import LARGE_CHUNK_BYTES
-from fedgrpc.codec.codebook import Codebook
-from fedgrpc.codec.encoding import Encoding
-from fedgrpc.codec.layout import Array, Layout, TensorSpec
+from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.codec.manifest import Manifest, TensorEntry
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.codec.sparse import Threshold
-from fedgrpc.codec.uniform import Uniform
 from fedgrpc.errors import EncodeError, FedgrpcError, StorageError
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.runs.task_context import Downlink
@@ -56,10 +52,6 @@ _SENDING_BYTES: Final = 16 << 20
 _MAX_DIFFERENCES: Final = 3
 # A difference that is hardly larger than the model is worth its bytes: it loses far less.
 _SLACK: Final = 1.05
-# Of a tensor's RMS: what is below is as good as zero.
-_ANYTHING: Final = 1e-6
-# Pruning ratio from which marks pay: `tools.bench.reduced_bytes`.
-_MARKS_PAY: Final = 0.6
 # Encoding a model may take minutes. Uploads have threads of their own, so they do not wait for it.
 _ENCODERS: Final = 2
 # Time between two reads of a payload that many workers pull.
@@ -374,25 +366,6 @@ class _CutTensors(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._tensors)
-
-
-def reduced_recipe(recipe: Recipe, reducible: Sequence[TensorSpec], reduction: Reduction) -> Recipe:
-    """Return the recipe for tensors with few different values, or with many zeros, which only marks stand for."""
-    overrides: list[tuple[str, Encoding]] = []
-    for spec in reducible:
-        encoding, axes = recipe.for_tensor(spec), len(spec.shape)
-        if encoding == Raw():
-            continue
-        if reduction.clusters(spec.name, axes):
-            overrides.append((glob.escape(spec.name), Codebook()))
-        elif reduction.prunes(spec.name, axes) and isinstance(encoding, Uniform) and _is_sparse(reduction):
-            overrides.append((glob.escape(spec.name), Threshold(_ANYTHING, encoding.bits)))
-    return replace(recipe, overrides=(*overrides, *recipe.overrides))
-
-
-def _is_sparse(reduction: Reduction) -> bool:
-    """Whether so much is pruned that marks of what is left take fewer bytes than zeros do after zstd."""
-    return reduction.pruning is not None and reduction.pruning.ratio > _MARKS_PAY
 
 
 def _is_raw(recipe: Recipe, layout: Layout) -> bool:

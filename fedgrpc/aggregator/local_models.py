@@ -16,6 +16,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from fedgrpc.aggregator.model_store import ModelStore
+from fedgrpc.aggregator.reduced_payload import reduced_bits
 from fedgrpc.aggregator.registry import Worker
 from fedgrpc.codec.budget import expected_bits
 from fedgrpc.codec.layout import Layout
@@ -52,12 +53,16 @@ _KEPT_OF_CLASS = 64
 
 @dataclass(frozen=True)
 class Sizing:
-    """Inputs to the size of a plan: layout, bytes of the payload, seconds of a round, recipe of updates."""
+    """Inputs to the size of a plan: layout, bytes of the payload, seconds of a round, recipes both ways.
+
+    `download_recipe` None: the worker cannot read reduced models, and pulls them whole.
+    """
 
     layout: Layout
     download_bytes: int
     deadline_s: float
     upload_recipe: Recipe | None = None
+    download_recipe: Recipe | None = None
 
     @property
     def download_bits(self) -> float:
@@ -128,8 +133,10 @@ class LocalModels:
         upload_bits = shown_upload_bits(history) or sizing.upload_bits
         download_bits = sizing.download_bits
 
+        reduced = None if sizing.download_recipe is None else reduced_bits(sizing.download_recipe)
+
         def size(plan: LocalModelPlan) -> PlanSize:
-            return self._elements_of(plan, sizing.layout).size(download_bits, upload_bits)
+            return self._elements_of(plan, sizing.layout).size(download_bits, upload_bits, reduced)
 
         plans = self._plans.known_to(worker.registration.local_model_parts)
         peers = list(self._of_class.get(device_class, ()))

@@ -127,8 +127,12 @@ class Negotiation:
 
 def reduction_for(worker: Worker, plan: LocalModelPlan) -> Reduction:
     """What of a model need not travel to a worker with this plan: nothing, if it cannot read what is left."""
-    reads = set(worker.registration.encodings) >= _REDUCED
-    return Reduction.of(plan) if reads and not worker.leads else Reduction()
+    return Reduction.of(plan) if reads_reduced(worker) and not worker.leads else Reduction()
+
+
+def reads_reduced(worker: Worker) -> bool:
+    """Return whether the worker can read reduced models."""
+    return set(worker.registration.encodings) >= _REDUCED
 
 
 def _is_fine(encoding: Encoding) -> bool:

@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 
+from fedgrpc.aggregator.reduced_payload import reduced_bits
 from fedgrpc.client import Client
 from fedgrpc.codec.budget import expected_bits
 from fedgrpc.codec.layout import Layout, spec_of
@@ -48,6 +49,7 @@ class PlannedModel:
     channels: ChannelMap | None
     download_bits: float
     upload_bits: float
+    recipe: Recipe
 
     @classmethod
     def of(cls, trainer: Trainer, encoding: str, upload_encoding: str = "") -> PlannedModel:
@@ -59,21 +61,22 @@ class PlannedModel:
             # A device may have no room for the whole model.
             elements = sum(spec.size for spec in layout)
             channels = trainer.channels() if isinstance(trainer, SliceableTrainer) else None
-            recipes = map(Recipe.parse, (encoding, upload_encoding or encoding))
-            return cls(layout, channels, *(expected_bits(recipe, elements) for recipe in recipes))
+            down, up = map(Recipe.parse, (encoding, upload_encoding or encoding))
+            return cls(layout, channels, expected_bits(down, elements), expected_bits(up, elements), down)
         weights = trainer.initial_weights()
         layout = tuple(spec_of(name, array) for name, array in weights.items())
         payload = write_payload(weights, Recipe.parse(encoding), io.BytesIO(), np.random.default_rng(0))
         elements = max(1, sum(array.size for array in weights.values()))
         channels = trainer.channels() if isinstance(trainer, SliceableTrainer) else None
         upload_bits = expected_bits(Recipe.parse(upload_encoding or encoding), elements)
-        return cls(layout, channels, 8 * payload.size_bytes / elements, upload_bits)
+        return cls(layout, channels, 8 * payload.size_bytes / elements, upload_bits, Recipe.parse(encoding))
 
     def size_of(self, plan: LocalModelPlan, history: Sequence[Observation] = ()) -> PlanSize:
         """Return the size of a plan for this model; updates take as many bits as those in the history."""
         upload_bits = shown_upload_bits(history) or self.upload_bits
         shapes = {tensor.name: tensor.shape for tensor in self.layout}
-        return elements_of(plan, shapes, self.channels).size(self.download_bits, upload_bits)
+        elements = elements_of(plan, shapes, self.channels)
+        return elements.size(self.download_bits, upload_bits, reduced_bits(self.recipe))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from fedgrpc import claims
 from fedgrpc.submodels.channels import ChannelMap, SubModel, sub_shapes
 from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
+from fedgrpc.submodels.reduction import Reduction
 from fedgrpc.submodels.technique_cost import PLAIN, TechniqueCost, technique_cost
 
 # Share of a batch's time that does not shrink with the model: data, Python, kernel launches. It is fitted once a
@@ -377,6 +378,7 @@ def payload_bytes(elements: int, bits_per_element: float, plan: LocalModelPlan) 
 class PlanElements:
     """Number of elements in a plan's sub-model, in its updates, and in the whole model.
 
+    `reduced` has those of each tensor that is pruned or clustered before the model is sent, and how.
     `trained` and `reached` are the shares that `technique_cost` takes.
     """
 
@@ -386,13 +388,26 @@ class PlanElements:
     whole: int
     trained: float = 1.0
     reached: float = 1.0
+    reduced: tuple[tuple[int, Reduction], ...] = ()
 
-    def size(self, download_bits: float, upload_bits: float) -> PlanSize:
-        """Convert to bytes, at so many bits per element on the wire, before pruning and clustering."""
+    def size(
+        self,
+        download_bits: float,
+        upload_bits: float,
+        reduced_bits: Callable[[int, Reduction], float] | None = None,
+    ) -> PlanSize:
+        """Convert to bytes, at so many bits per element on the wire, before pruning and clustering.
+
+        `reduced_bits` gives those of each element in a reduced tensor; None: models are sent whole.
+        """
+        reduced = () if reduced_bits is None else self.reduced
+        down = download_bits * (self.own - sum(count for count, _ in reduced))
+        if reduced_bits is not None:
+            down += sum(count * reduced_bits(count, how) for count, how in reduced)
         return PlanSize(
             self.own / max(1, self.whole),
             _ELEMENT_BYTES * self.own,
-            payload_bytes(self.own, download_bits, self.plan),
+            math.ceil(down / 8),
             payload_bytes(self.sent, upload_bits, self.plan),
             self.sent,
             self.plan,
@@ -412,6 +427,7 @@ def elements_of(
         shapes = sub_shapes(channels.select(SubModel(plan.width)), model)
     trained = [plan.is_trained(name) for name in shapes]
     counts = [math.prod(shape) for shape in shapes.values()]
+    reductions = [Reduction.of(plan).of_tensor(name, len(shape)) for name, shape in shapes.items()]
     return PlanElements(
         plan,
         sum(counts),
@@ -419,4 +435,5 @@ def elements_of(
         sum(math.prod(shape) for shape in model.values()),
         sum(count for count, used in zip(counts, trained, strict=True) if used) / max(1, sum(counts)),
         (len(trained) - trained.index(True)) / len(trained) if any(trained) else 0.0,
+        tuple((count, how) for count, how in zip(counts, reductions, strict=True) if count and not how.nothing),
     )

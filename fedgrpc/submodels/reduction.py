@@ -7,7 +7,7 @@ So a device gets only the weights that it keeps, and its own pruning and cluster
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,6 +32,13 @@ class Reduction:
     def nothing(self) -> bool:
         """Whether the model stays as it is."""
         return self.pruning is None and self.clustering is None
+
+    def of_tensor(self, name: str, axes: int) -> Reduction:
+        """Return what is done to that tensor, as if it were the only one."""
+        pruning = replace(self.pruning, layers=("*",), scope="layer") if self.pruning else None
+        clustering = replace(self.clustering, layers=("*",)) if self.clustering else None
+        prunes, clusters = self.prunes(name, axes), self.clusters(name, axes)
+        return Reduction(pruning if prunes else None, clustering if clusters else None)
 
     def prunes(self, name: str, axes: int) -> bool:
         """Whether weights of that tensor are left out: of float parameters with two axes or more."""
