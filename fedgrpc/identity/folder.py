@@ -43,6 +43,9 @@ AUTHORITIES: Final = "authorities.pem"
 _OTHERS: Final = 0o077
 _WORLD: Final = 0o007
 
+# The key stays, so the device has its name again, also with a token that is used up.
+_REMEDY: Final = "remove certificate.pem beside the key, and join again with a token"
+
 log = structlog.get_logger()
 
 
@@ -165,7 +168,7 @@ class DeviceFolder:
             try:
                 certificate = load_certificate(self.certificate.read_bytes())
             except CorruptError as error:
-                raise StorageError(f"{self.certificate}: {error}") from error
+                raise StorageError(f"{self.certificate}: {error}; {_REMEDY}") from error
         if key_sha256(public_key_of(certificate)) != key_sha256(key.public_key()):
             raise StorageError(f"{self.certificate} does not belong to {self.key}; join again with a new token")
         return certificate
@@ -189,5 +192,7 @@ class DeviceFolder:
         with storage_errors(self.ca):
             try:
                 return load_certificates(self.ca.read_bytes())
+            except FileNotFoundError:
+                raise StorageError(f"{self.ca} is missing; {_REMEDY}") from None
             except CorruptError as error:
-                raise StorageError(f"{self.ca}: {error}") from error
+                raise StorageError(f"{self.ca}: {error}; {_REMEDY}") from error

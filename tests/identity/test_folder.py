@@ -117,3 +117,15 @@ def test_a_device_s_key_that_others_may_read_is_not_used(tmp_path):
     device.key.chmod(0o644)
     with pytest.raises(UsageError, match="chmod 600"):
         device.identity()
+
+
+@pytest.mark.parametrize("damage", ["certificate", "ca", "no ca"])
+def test_a_damaged_or_missing_file_is_said_with_what_to_do(tmp_path, damage):
+    device, _ = joined(tmp_path / "identity")
+    if damage == "no ca":
+        device.ca.unlink()
+    else:
+        getattr(device, damage).write_bytes(b"-----BEGIN CERTIFICATE-----\ncut")
+    with pytest.raises(StorageError, match=r"remove certificate\.pem beside the key, and join again"):
+        device.identity()
+        device.server_name()
