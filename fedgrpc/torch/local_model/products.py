@@ -113,6 +113,14 @@ def _mm(rounded: Round, left: Tensor, right: Tensor) -> Tensor:
     return product(left, right, rounded)
 
 
+def _mv(rounded: Round, left: Tensor, right: Tensor) -> Tensor:
+    return product(left, right[:, None], rounded)[..., 0]
+
+
+def _dot(rounded: Round, left: Tensor, right: Tensor) -> Tensor:
+    return product(left[None], right[:, None], rounded)[0, 0]
+
+
 def _addmm(
     rounded: Round, bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
@@ -146,6 +154,8 @@ def _sum(rounded: Round, values: Tensor, dims: Sequence[int] | None, keep: bool 
 PRODUCTS: Mapping[Any, Callable[..., Any]] = {
     aten.mm.default: _mm,
     aten.bmm.default: _mm,
+    aten.mv.default: _mv,
+    aten.dot.default: _dot,
     aten.addmm.default: _addmm,
     aten.baddbmm.default: _addmm,
     aten.convolution.default: _convolution,

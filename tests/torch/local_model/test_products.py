@@ -159,8 +159,11 @@ def test_one_rounding_for_each_operation_gives_other_bits() -> None:
     with Emulation(BFLOAT16, accumulate="format"):
         narrow = left @ right
         batched = torch.bmm(left[None], right[None])
+        column, element = left @ right[:, 0], left[0] @ right[:, 0]
     assert not torch.equal(wide, narrow)
     assert torch.equal(batched[0], narrow)
+    assert torch.equal(column, narrow[:, 0])
+    assert torch.equal(element, narrow[0, 0])
 
 
 def test_a_model_that_is_too_large_for_it_is_refused_in_one_line() -> None:
