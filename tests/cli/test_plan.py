@@ -24,7 +24,7 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any
 def test_each_plan_has_its_times_memory_and_bytes_and_the_first_that_fits_is_chosen(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    described = ("--local-time", "10s", "--uplink", "1mbit", "--downlink", "4mbit", "--memory", "512MB")
+    described = ("--local-time", "10s", "--uplink", "1mbit", "--downlink", "4mbit", "--memory", "8GB")
     found = answer(capsys, *described, "--deadline", "8s")
     whole, half, quarter = found["plans"]
     assert whole["local_s"] == pytest.approx(10)

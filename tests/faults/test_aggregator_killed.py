@@ -47,7 +47,8 @@ class Kept:
     @classmethod
     def in_folder(cls, folder, copy):
         """Looked at in a copy: opening a database writes to it."""
-        shutil.copytree(folder, copy)
+        # The socket of operators is no file that could be copied.
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.sock"))
         store, journal = RunStore(copy / "run.sqlite"), UploadJournal(copy / "uploads")
         try:
             open_round = store.open_round()
