@@ -20,6 +20,7 @@ from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.trust import Trust
 from fedgrpc.errors import UsageError
 from fedgrpc.identity.folder import IDENTITY as IDENTITY_FOLDER
+from fedgrpc.identity.folder import warn_if_open
 from fedgrpc.metrics import Metrics
 from fedgrpc.process import on_end_signal, reuse_memory
 from fedgrpc.rpc.server import AGGREGATOR, Health, RunningServer, aggregator_service, serve
@@ -64,6 +65,7 @@ class Aggregator:
         _raise_file_limit()
         reuse_memory()
         with hold_folder(settings.data_dir, "is in use by another aggregator", "data folder") as folder:
+            warn_if_open(settings.data_dir)
             coordinator = self._open()
             self.coordinator = coordinator
             try:

@@ -49,6 +49,17 @@ _REMEDY: Final = "remove certificate.pem beside the key, and join again with a t
 log = structlog.get_logger()
 
 
+def warn_if_open(folder: Path) -> None:
+    """Log a warning where every user of this machine may enter `folder`. Raises `StorageError`.
+
+    No error: volumes, and folders made beforehand, come with such modes. The folder of the keys is checked.
+    """
+    with storage_errors(folder):
+        mode = stat.S_IMODE(folder.stat().st_mode)
+    if mode & _WORLD:
+        log.warning("others may enter the data folder", mode=f"{mode:o}", remedy=f"chmod 700 {folder}")
+
+
 def check_private(path: Path) -> None:
     """Raise `UsageError` for a file or folder that other users may open. Nothing happens where there is none.
 

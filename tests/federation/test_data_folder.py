@@ -381,3 +381,14 @@ async def test_an_encoded_model_that_changed_on_the_disk_is_not_sent_again_and_a
             path.write_bytes(content)
         _, again = await a.pull(a_task)
         assert again == good
+
+
+@pytest.mark.parametrize(("mode", "warnings"), [(0o755, 1), (0o770, 0), (0o700, 0)])
+async def test_a_data_folder_that_anybody_may_enter_is_warned_of(tmp_path, mode, warnings):
+    folder = settings_for(tmp_path).data_dir
+    folder.mkdir(parents=True)
+    folder.chmod(mode)
+    with capture_logs() as lines:
+        async with running_aggregator(tmp_path):
+            pass
+    assert sum(line["event"] == "others may enter the data folder" for line in lines) == warnings
