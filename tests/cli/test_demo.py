@@ -93,6 +93,7 @@ def refuse(constant: str) -> None:
     raise AssertionError(f"{constant} is not JSON")
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(300)
 def test_the_demo_of_a_regression_shows_its_own_metric(tmp_path: Path) -> None:
     (tmp_path / "own_task.py").write_text(REGRESSION)
@@ -107,6 +108,7 @@ def test_the_demo_of_a_regression_shows_its_own_metric(tmp_path: Path) -> None:
     assert all(score > 0 for score in report["scores"])
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(300)
 def test_the_demo_of_a_numpy_task_gives_each_device_all_of_its_data(tmp_path: Path) -> None:
     asked = ("--task", "bring_your_own_numpy", "--workers", "2", "--rounds", "2", "--epochs", "1")
@@ -149,6 +151,7 @@ def test_a_report_without_scores_is_json_all_the_same() -> None:
         assert verdict_line(report) == "no scores"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_stays_behind_when_the_demo_is_ended(number: signal.Signals, tmp_path: Path) -> None:
     log = tmp_path / "demo.log"

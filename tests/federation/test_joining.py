@@ -58,6 +58,7 @@ def stub_of(channel):
     return aggregator_pb2_grpc.AggregatorStub(channel)
 
 
+@pytest.mark.faults
 async def test_a_worker_joins_once_works_and_later_starts_without_the_token(tmp_path):
     async with running_aggregator(tmp_path, rounds=1, policy=ONE, **OUTSIDE) as running:
         token = await new_token(running, names="pi-7")

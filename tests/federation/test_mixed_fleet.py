@@ -70,6 +70,7 @@ MIXED = PlanTable(
 )
 
 
+@pytest.mark.faults
 async def test_a_mixed_fleet_of_torch_workers_learns_one_model(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     kinds = ["full", *MIXED.classes]
@@ -94,6 +95,7 @@ async def test_a_mixed_fleet_of_torch_workers_learns_one_model(tmp_path: Path) -
     assert tasks["everything"].metrics["local_accuracy"] > 0.5
 
 
+@pytest.mark.faults
 async def test_one_device_of_six_whose_format_adds_nothing_does_not_ruin_the_fleet(tmp_path: Path) -> None:
     """Its update weighs what its noise leaves of it, and after three tasks it gets the same plan in float32."""
     coarse = LocalModelPlan(arithmetic=Arithmetic("fixed8.5", "stochastic"))

@@ -99,6 +99,7 @@ async def test_training_that_only_measured_statistics_has_changed_nothing(tmp_pa
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("task", ["bring_your_own_torch", "bring_your_own_numpy", "bring_your_own_sklearn"])
 async def test_the_examples_learn_with_a_real_aggregator_and_two_workers(tmp_path, monkeypatch, task):
     pytest.importorskip("torch").set_num_threads(1)

@@ -158,7 +158,9 @@ async def test_a_stream_that_its_reader_breaks_off_leaves_no_traceback(how, capl
             await endless.ended.wait()
             await asyncio.sleep(0.2)
         assert not [line for line in logs if line["log_level"] != "debug"]
-        assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+        # gRPC's own poller logs a harmless error where another event loop of the process took its event.
+        records = [each for each in caplog.records if "PollerCompletionQueue" not in each.getMessage()]
+        assert not [record for record in records if record.levelname in ("WARNING", "ERROR")]
 
 
 def test_a_connection_has_so_many_calls_at_once_and_then_so_many_a_second():

@@ -54,6 +54,7 @@ def test_an_encoding_of_fewer_bits_saves_its_share_of_the_transfer() -> None:
     assert result.round_s_median == pytest.approx(0.1 + 2.0 + 60.0 + 1.0 + 1.0)
 
 
+@pytest.mark.faults
 def test_over_selection_saves_waiting_for_the_slow_and_wastes_their_work() -> None:
     slow = replace(EXACT, name="slow", count=5, train_s=250.0)
     classes = (replace(EXACT, count=15), slow)
@@ -65,6 +66,7 @@ def test_over_selection_saves_waiting_for_the_slow_and_wastes_their_work() -> No
     assert eager.classes[1].merged_share < 0.1 < patient.classes[1].merged_share
 
 
+@pytest.mark.faults
 def test_carrying_late_updates_saves_that_work() -> None:
     classes = (replace(EXACT, count=15), replace(EXACT, name="slow", count=5, train_s=150.0))
     rules = {"over_selection": 1.5, "lease_s": 30.0}
@@ -90,6 +92,7 @@ def test_a_deadline_that_nobody_can_meet_abandons_every_round() -> None:
     assert result.wasted_training_share == 1.0
 
 
+@pytest.mark.faults
 def test_a_learned_deadline_cuts_off_the_few_that_are_far_slower() -> None:
     classes = (replace(EXACT, count=95), replace(EXACT, name="slow", count=5, train_s=2000.0))
     rules: dict[str, Any] = {"max_participants": 40, "min_workers": 40, "quorum": 20, "deadline_s": 3000.0}
@@ -118,6 +121,7 @@ def test_devices_that_come_and_go_are_reachable_for_their_share_of_the_time() ->
     assert (devices.changes_at > 36_000.0).all()
 
 
+@pytest.mark.faults
 def test_transfers_wait_while_a_device_is_out_of_reach() -> None:
     steady = _play((replace(EXACT, count=200),), hours=6.0, policy={"quorum": 1})
     flighty = replace(EXACT, count=200, available=0.7, session_s=120.0)
@@ -136,6 +140,7 @@ def test_the_same_seed_gives_the_same_result_and_another_seed_another() -> None:
     assert _play(classes, seed=3).to_json() != _play(classes, seed=4).to_json()
 
 
+@pytest.mark.faults
 def test_oort_prefers_the_fast_and_leaves_nobody_out() -> None:
     classes = (replace(EXACT, count=50), replace(EXACT, name="slow", count=50, train_s=240.0))
     uniform = _play(classes, hours=8.0, policy={"over_selection": 1.5})
