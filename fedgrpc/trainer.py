@@ -180,7 +180,7 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class LocalExamples:
-    """How many examples a device has to train on, and a value that is equal as long as they are the same."""
+    """Number of examples on a device, and a value that stays equal while they are the same."""
 
     count: int
     version: object

@@ -126,7 +126,7 @@ class Negotiation:
 
 
 def reduction_for(worker: Worker, plan: LocalModelPlan) -> Reduction:
-    """What of a model need not travel to a worker with this plan: nothing, if it cannot read what is left."""
+    """Return the part of a model that need not travel to a worker with this plan; none if it cannot do without."""
     return Reduction.of(plan) if reads_reduced(worker) and not worker.leads else Reduction()
 
 
