@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from typing import Any, cast
 
@@ -25,23 +25,80 @@ _TIMEOUT_S = 10.0
 _COMMIT_TIMEOUT_S = 600.0
 _PAGE = 1000
 
+# Settings of a run by their keys in a settings file; several values where a setting may be given more than once.
+Settings = Mapping[str, str | Sequence[str]]
+
 
 class Client:
-    """Calls to one aggregator. Every method raises `LinkError` when it cannot be reached."""
+    """Calls to one aggregator. Every method raises `LinkError` when it cannot be reached.
 
-    def __init__(self, channel: Any, address: str, tls: Tls | None = None) -> None:
+    Calls about a run are about `run_name`; "": the one that the aggregator was started with, else its only one.
+    They raise `NotFound` where there is no such run, and `UsageError` where none is named and there are several.
+    """
+
+    def __init__(self, channel: Any, address: str, tls: Tls | None = None, run_name: str = "") -> None:
         stub: Any = AggregatorStub
         self._stub = stub(channel)
         self._health: Any = health_pb2_grpc.HealthStub(channel)
         self.address = address
+        self.run_name = run_name
+        self._channel = channel
         self._tls = tls
         identity: Any = IdentityStub
         self.identities = IdentityClient(identity(channel), self._reaching)
 
+    def of(self, run_name: str) -> Client:
+        """Return a client of another run of the same aggregator, over the same connection."""
+        return Client(self._channel, self.address, self._tls, run_name)
+
+    async def runs(self) -> list[pb.RunSummary]:
+        """Return every run of the aggregator, oldest first."""
+        runs: list[pb.RunSummary] = []
+        request = pb.ListRunsRequest()
+        while True:
+            with self._reaching():
+                answer = await self._stub.ListRuns(request, timeout=_TIMEOUT_S)
+            runs += answer.runs
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                return runs
+
+    async def submit(self, name: str, settings: Settings) -> pb.Run:
+        """Start a run with these settings, by their keys in a settings file. Raises `UsageError`, `Exhausted`."""
+        request = pb.SubmitRunRequest(name=name, settings=_run_settings(settings))
+        with self._reaching():
+            answer: pb.SubmitRunResponse = await self._stub.SubmitRun(request, timeout=_COMMIT_TIMEOUT_S)
+        return answer.run
+
+    async def change(self, settings: Settings) -> Mapping[str, str]:
+        """Change settings of the run from its next round on. Returns `OLD -> NEW` by setting.
+
+        Raises `UsageError` for a setting that may not change, `IllegalTransition` once the run has ended.
+        """
+        request = pb.SetRunRequest(run=self.run_name, settings=_run_settings(settings))
+        with self._reaching():
+            answer: pb.SetRunResponse = await self._stub.SetRun(request, timeout=_COMMIT_TIMEOUT_S)
+        return dict(answer.changed)
+
+    async def clone(self, name: str, settings: Settings, version: int = 0) -> pb.Run:
+        """Start a run called `name` with the settings of this one, and from one of its versions; 0: from none."""
+        request = pb.CloneRunRequest(
+            run=self.run_name, name=name, settings=_run_settings(settings), version=version
+        )
+        with self._reaching():
+            answer: pb.CloneRunResponse = await self._stub.CloneRun(request, timeout=_COMMIT_TIMEOUT_S)
+        return answer.run
+
+    async def remove(self) -> None:
+        """Remove the run, which has ended, with its models. Raises `NotFound`, `IllegalTransition`."""
+        with self._reaching():
+            await self._stub.RemoveRun(pb.RemoveRunRequest(run=self.run_name), timeout=_COMMIT_TIMEOUT_S)
+
     async def run(self) -> pb.Run:
         """Return the run."""
+        request = pb.GetRunRequest(run=self.run_name)
         with self._reaching():
-            answer: pb.GetRunResponse = await self._stub.GetRun(pb.GetRunRequest(), timeout=_TIMEOUT_S)
+            answer: pb.GetRunResponse = await self._stub.GetRun(request, timeout=_TIMEOUT_S)
         return answer.run
 
     async def healthy(self) -> bool:
@@ -53,7 +110,7 @@ class Client:
     async def workers(self) -> list[pb.WorkerRecord]:
         """Return every worker that has registered, pi-2 before pi-10."""
         workers: list[pb.WorkerRecord] = []
-        request = pb.ListWorkersRequest()
+        request = pb.ListWorkersRequest(run=self.run_name)
         while True:
             with self._reaching():
                 answer = await self._stub.ListWorkers(request, timeout=_TIMEOUT_S)
@@ -77,7 +134,7 @@ class Client:
 
     async def rounds_back(self, page_size: int = _PAGE, whole: bool = True) -> AsyncIterator[Round]:
         """Yield every round, newest first, each with all of its tasks if `whole`."""
-        request = pb.ListRoundsRequest(page_size=page_size)
+        request = pb.ListRoundsRequest(page_size=page_size, run=self.run_name)
         while True:
             with self._reaching():
                 answer = await self._stub.ListRounds(request, timeout=_TIMEOUT_S)
@@ -89,7 +146,7 @@ class Client:
 
     async def _whole(self, record: Round) -> Round:
         """Return the round with the tasks that its record has left out."""
-        request = pb.GetRoundRequest(number=record.number)
+        request = pb.GetRoundRequest(number=record.number, run=self.run_name)
         whole: Round | None = None
         while True:
             with self._reaching():
@@ -106,32 +163,35 @@ class Client:
 
     async def watch(self, max_rate_hz: float = 0.0) -> AsyncIterator[pb.WatchRoundsResponse]:
         """Yield the run and its current round each time they change, until the run ends."""
+        request = pb.WatchRoundsRequest(max_rate_hz=max_rate_hz, run=self.run_name)
         with self._reaching():
-            async for news in self._stub.WatchRounds(pb.WatchRoundsRequest(max_rate_hz=max_rate_hz)):
+            async for news in self._stub.WatchRounds(request):
                 yield news
 
     async def pause(self) -> pb.Run:
         """Open no further round. Raises `IllegalTransition` once the run has ended."""
+        request = pb.PauseRunRequest(run=self.run_name)
         with self._reaching():
-            answer: pb.PauseRunResponse = await self._stub.PauseRun(pb.PauseRunRequest(), timeout=_TIMEOUT_S)
+            answer: pb.PauseRunResponse = await self._stub.PauseRun(request, timeout=_TIMEOUT_S)
         return answer.run
 
     async def resume(self) -> pb.Run:
         """Open rounds again. Raises `IllegalTransition` once the run has ended."""
+        request = pb.ResumeRunRequest(run=self.run_name)
         with self._reaching():
-            answer: pb.ResumeRunResponse = await self._stub.ResumeRun(pb.ResumeRunRequest(), timeout=_TIMEOUT_S)
+            answer: pb.ResumeRunResponse = await self._stub.ResumeRun(request, timeout=_TIMEOUT_S)
         return answer.run
 
     async def roll_back(self, version: int, reason: str) -> pb.Run:
         """Continue from a kept version; 0: from a new first model. Raises `NotFound`, `IllegalTransition`."""
-        request = pb.RollBackRunRequest(version=version, reason=reason)
+        request = pb.RollBackRunRequest(version=version, reason=reason, run=self.run_name)
         with self._reaching():
             answer: pb.RollBackRunResponse = await self._stub.RollBackRun(request, timeout=_COMMIT_TIMEOUT_S)
         return answer.run
 
     async def stop(self, reason: str) -> pb.Run:
         """End the run, and record the reason."""
-        request = pb.StopRunRequest(reason=reason)
+        request = pb.StopRunRequest(reason=reason, run=self.run_name)
         with self._reaching():
             answer: pb.StopRunResponse = await self._stub.StopRun(request, timeout=_TIMEOUT_S)
         return answer.run
@@ -235,10 +295,17 @@ class IdentityClient:
 
 
 @asynccontextmanager
-async def connect(address: str, tls: Tls | None = None) -> AsyncIterator[Client]:
+async def connect(address: str, tls: Tls | None = None, run_name: str = "") -> AsyncIterator[Client]:
     """Dial an aggregator for the length of the block."""
     async with open_channel(address, tls) as channel:
-        yield Client(channel, address, tls)
+        yield Client(channel, address, tls, run_name)
+
+
+def _run_settings(settings: Settings) -> list[pb.RunSetting]:
+    return [
+        pb.RunSetting(name=name, values=[value] if isinstance(value, str) else value)
+        for name, value in settings.items()
+    ]
 
 
 def natural_order(name: str) -> tuple[object, ...]:

@@ -49,6 +49,11 @@ ROLES: Final[Mapping[str, Roles]] = {
             "ResumeRun": _STEERING,
             "RollBackRun": _STEERING,
             "StopRun": _STEERING,
+            "ListRuns": _READERS,
+            "SubmitRun": _STEERING,
+            "SetRun": _STEERING,
+            "CloneRun": _STEERING,
+            "RemoveRun": _STEERING,
         },
     ),
     **_rows(

@@ -39,20 +39,22 @@ WORKER_STATE_BUSY: WorkerState
 WORKER_STATE_AWAY: WorkerState
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("worker", "role", "device", "encodings", "compressions", "local_model_parts")
+    __slots__ = ("worker", "role", "device", "encodings", "compressions", "local_model_parts", "many_runs")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     ENCODINGS_FIELD_NUMBER: _ClassVar[int]
     COMPRESSIONS_FIELD_NUMBER: _ClassVar[int]
     LOCAL_MODEL_PARTS_FIELD_NUMBER: _ClassVar[int]
+    MANY_RUNS_FIELD_NUMBER: _ClassVar[int]
     worker: str
     role: _device_pb2.WorkerRole
     device: _device_pb2.DeviceProfile
     encodings: _containers.RepeatedScalarFieldContainer[str]
     compressions: _containers.RepeatedScalarFieldContainer[_tensor_pb2.Compression]
     local_model_parts: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, worker: _Optional[str] = ..., role: _Optional[_Union[_device_pb2.WorkerRole, str]] = ..., device: _Optional[_Union[_device_pb2.DeviceProfile, _Mapping]] = ..., encodings: _Optional[_Iterable[str]] = ..., compressions: _Optional[_Iterable[_Union[_tensor_pb2.Compression, str]]] = ..., local_model_parts: _Optional[_Iterable[str]] = ...) -> None: ...
+    many_runs: bool
+    def __init__(self, worker: _Optional[str] = ..., role: _Optional[_Union[_device_pb2.WorkerRole, str]] = ..., device: _Optional[_Union[_device_pb2.DeviceProfile, _Mapping]] = ..., encodings: _Optional[_Iterable[str]] = ..., compressions: _Optional[_Iterable[_Union[_tensor_pb2.Compression, str]]] = ..., local_model_parts: _Optional[_Iterable[str]] = ..., many_runs: _Optional[bool] = ...) -> None: ...
 
 class RegisterResponse(_message.Message):
     __slots__ = ("run", "poll_wait", "heartbeat_interval", "lease", "max_chunk_bytes", "max_payload_bytes", "learning_task", "model", "run_id", "describe_model", "tell_channels")
@@ -80,48 +82,93 @@ class RegisterResponse(_message.Message):
     tell_channels: bool
     def __init__(self, run: _Optional[str] = ..., poll_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., heartbeat_interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_chunk_bytes: _Optional[int] = ..., max_payload_bytes: _Optional[int] = ..., learning_task: _Optional[str] = ..., model: _Optional[str] = ..., run_id: _Optional[str] = ..., describe_model: _Optional[bool] = ..., tell_channels: _Optional[bool] = ...) -> None: ...
 
+class RunTerms(_message.Message):
+    __slots__ = ("run", "run_id", "learning_task", "model", "options", "tell_channels")
+    class OptionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_TASK_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    TELL_CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    run_id: str
+    learning_task: str
+    model: str
+    options: _containers.ScalarMap[str, str]
+    tell_channels: bool
+    def __init__(self, run: _Optional[str] = ..., run_id: _Optional[str] = ..., learning_task: _Optional[str] = ..., model: _Optional[str] = ..., options: _Optional[_Mapping[str, str]] = ..., tell_channels: _Optional[bool] = ...) -> None: ...
+
 class DescribeModelRequest(_message.Message):
-    __slots__ = ("worker", "model_bytes", "process_bytes", "activation_bytes", "channels")
+    __slots__ = ("worker", "model_bytes", "process_bytes", "activation_bytes", "channels", "run_id", "refusal")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     MODEL_BYTES_FIELD_NUMBER: _ClassVar[int]
     PROCESS_BYTES_FIELD_NUMBER: _ClassVar[int]
     ACTIVATION_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
     worker: str
     model_bytes: int
     process_bytes: int
     activation_bytes: int
     channels: _tensor_pb2.ChannelMap
-    def __init__(self, worker: _Optional[str] = ..., model_bytes: _Optional[int] = ..., process_bytes: _Optional[int] = ..., activation_bytes: _Optional[int] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ...) -> None: ...
+    run_id: str
+    refusal: str
+    def __init__(self, worker: _Optional[str] = ..., model_bytes: _Optional[int] = ..., process_bytes: _Optional[int] = ..., activation_bytes: _Optional[int] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ..., run_id: _Optional[str] = ..., refusal: _Optional[str] = ...) -> None: ...
 
 class DescribeModelResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class PollTaskRequest(_message.Message):
-    __slots__ = ("worker", "wait", "held_version", "held_sha256", "new_examples")
+    __slots__ = ("worker", "wait", "held_version", "held_sha256", "new_examples", "held", "conditions")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
     HELD_VERSION_FIELD_NUMBER: _ClassVar[int]
     HELD_SHA256_FIELD_NUMBER: _ClassVar[int]
     NEW_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    CONDITIONS_FIELD_NUMBER: _ClassVar[int]
     worker: str
     wait: _duration_pb2.Duration
     held_version: int
     held_sha256: bytes
     new_examples: int
-    def __init__(self, worker: _Optional[str] = ..., wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., held_version: _Optional[int] = ..., held_sha256: _Optional[bytes] = ..., new_examples: _Optional[int] = ...) -> None: ...
+    held: _containers.RepeatedCompositeFieldContainer[HeldOfRun]
+    conditions: _device_pb2.DeviceConditions
+    def __init__(self, worker: _Optional[str] = ..., wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., held_version: _Optional[int] = ..., held_sha256: _Optional[bytes] = ..., new_examples: _Optional[int] = ..., held: _Optional[_Iterable[_Union[HeldOfRun, _Mapping]]] = ..., conditions: _Optional[_Union[_device_pb2.DeviceConditions, _Mapping]] = ...) -> None: ...
+
+class HeldOfRun(_message.Message):
+    __slots__ = ("run_id", "held_version", "held_sha256", "new_examples")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    HELD_VERSION_FIELD_NUMBER: _ClassVar[int]
+    HELD_SHA256_FIELD_NUMBER: _ClassVar[int]
+    NEW_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    held_version: int
+    held_sha256: bytes
+    new_examples: int
+    def __init__(self, run_id: _Optional[str] = ..., held_version: _Optional[int] = ..., held_sha256: _Optional[bytes] = ..., new_examples: _Optional[int] = ...) -> None: ...
 
 class PollTaskResponse(_message.Message):
-    __slots__ = ("task", "run_ended")
+    __slots__ = ("task", "run_ended", "introduce")
     TASK_FIELD_NUMBER: _ClassVar[int]
     RUN_ENDED_FIELD_NUMBER: _ClassVar[int]
+    INTRODUCE_FIELD_NUMBER: _ClassVar[int]
     task: Task
     run_ended: bool
-    def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., run_ended: _Optional[bool] = ...) -> None: ...
+    introduce: RunTerms
+    def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., run_ended: _Optional[bool] = ..., introduce: _Optional[_Union[RunTerms, _Mapping]] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("token", "run", "round", "kind", "model_version", "plan", "upload_recipe", "time_left", "run_id", "uplink_bytes_per_second", "seed", "evaluate", "local_model", "leaf")
+    __slots__ = ("token", "run", "round", "kind", "model_version", "plan", "upload_recipe", "time_left", "run_id", "uplink_bytes_per_second", "seed", "evaluate", "local_model", "leaf", "terms")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +183,7 @@ class Task(_message.Message):
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     LOCAL_MODEL_FIELD_NUMBER: _ClassVar[int]
     LEAF_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
     token: str
     run: str
     round: int
@@ -150,23 +198,26 @@ class Task(_message.Message):
     evaluate: bool
     local_model: _round_pb2.LocalModel
     leaf: _round_pb2.LeafInstructions
-    def __init__(self, token: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[_round_pb2.TaskKind, str]] = ..., model_version: _Optional[int] = ..., plan: _Optional[_Union[_round_pb2.TrainingPlan, _Mapping]] = ..., upload_recipe: _Optional[str] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., run_id: _Optional[str] = ..., uplink_bytes_per_second: _Optional[float] = ..., seed: _Optional[int] = ..., evaluate: _Optional[bool] = ..., local_model: _Optional[_Union[_round_pb2.LocalModel, _Mapping]] = ..., leaf: _Optional[_Union[_round_pb2.LeafInstructions, _Mapping]] = ...) -> None: ...
+    terms: RunTerms
+    def __init__(self, token: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[_round_pb2.TaskKind, str]] = ..., model_version: _Optional[int] = ..., plan: _Optional[_Union[_round_pb2.TrainingPlan, _Mapping]] = ..., upload_recipe: _Optional[str] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., run_id: _Optional[str] = ..., uplink_bytes_per_second: _Optional[float] = ..., seed: _Optional[int] = ..., evaluate: _Optional[bool] = ..., local_model: _Optional[_Union[_round_pb2.LocalModel, _Mapping]] = ..., leaf: _Optional[_Union[_round_pb2.LeafInstructions, _Mapping]] = ..., terms: _Optional[_Union[RunTerms, _Mapping]] = ...) -> None: ...
 
 class PullModelRequest(_message.Message):
-    __slots__ = ("worker", "token", "offset", "base_version", "base_sha256", "version")
+    __slots__ = ("worker", "token", "offset", "base_version", "base_sha256", "version", "run")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_SHA256_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
     worker: str
     token: str
     offset: int
     base_version: int
     base_sha256: bytes
     version: int
-    def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ..., offset: _Optional[int] = ..., base_version: _Optional[int] = ..., base_sha256: _Optional[bytes] = ..., version: _Optional[int] = ...) -> None: ...
+    run: str
+    def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ..., offset: _Optional[int] = ..., base_version: _Optional[int] = ..., base_sha256: _Optional[bytes] = ..., version: _Optional[int] = ..., run: _Optional[str] = ...) -> None: ...
 
 class PullModelResponse(_message.Message):
     __slots__ = ("header", "chunk")
@@ -368,8 +419,10 @@ class Run(_message.Message):
     def __init__(self, name: _Optional[str] = ..., phase: _Optional[_Union[RunPhase, str]] = ..., reason: _Optional[str] = ..., model_version: _Optional[int] = ..., current_round: _Optional[int] = ..., total_rounds: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., software_version: _Optional[str] = ..., layout: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., settings: _Optional[_Mapping[str, str]] = ..., id: _Optional[str] = ..., local_models: _Optional[_Union[_round_pb2.LocalModels, _Mapping]] = ..., last: _Optional[_Union[_round_pb2.ModelVersion, _Mapping]] = ..., best: _Optional[_Union[_round_pb2.ModelVersion, _Mapping]] = ..., paused_reason: _Optional[str] = ..., policy: _Optional[_Union[_round_pb2.RoundPolicy, _Mapping]] = ...) -> None: ...
 
 class GetRunRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    def __init__(self, run: _Optional[str] = ...) -> None: ...
 
 class GetRunResponse(_message.Message):
     __slots__ = ("run",)
@@ -378,14 +431,16 @@ class GetRunResponse(_message.Message):
     def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ...) -> None: ...
 
 class GetRoundRequest(_message.Message):
-    __slots__ = ("number", "page_size", "page_token")
+    __slots__ = ("number", "page_size", "page_token", "run")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
     number: int
     page_size: int
     page_token: str
-    def __init__(self, number: _Optional[int] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+    run: str
+    def __init__(self, number: _Optional[int] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., run: _Optional[str] = ...) -> None: ...
 
 class GetRoundResponse(_message.Message):
     __slots__ = ("round", "next_page_token")
@@ -396,12 +451,14 @@ class GetRoundResponse(_message.Message):
     def __init__(self, round: _Optional[_Union[_round_pb2.Round, _Mapping]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class ListRoundsRequest(_message.Message):
-    __slots__ = ("page_size", "page_token")
+    __slots__ = ("page_size", "page_token", "run")
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
     page_size: int
     page_token: str
-    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+    run: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., run: _Optional[str] = ...) -> None: ...
 
 class ListRoundsResponse(_message.Message):
     __slots__ = ("rounds", "next_page_token")
@@ -412,10 +469,12 @@ class ListRoundsResponse(_message.Message):
     def __init__(self, rounds: _Optional[_Iterable[_Union[_round_pb2.Round, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class WatchRoundsRequest(_message.Message):
-    __slots__ = ("max_rate_hz",)
+    __slots__ = ("max_rate_hz", "run")
     MAX_RATE_HZ_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
     max_rate_hz: float
-    def __init__(self, max_rate_hz: _Optional[float] = ...) -> None: ...
+    run: str
+    def __init__(self, max_rate_hz: _Optional[float] = ..., run: _Optional[str] = ...) -> None: ...
 
 class WatchRoundsResponse(_message.Message):
     __slots__ = ("run", "round")
@@ -426,12 +485,14 @@ class WatchRoundsResponse(_message.Message):
     def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ..., round: _Optional[_Union[_round_pb2.Round, _Mapping]] = ...) -> None: ...
 
 class ListWorkersRequest(_message.Message):
-    __slots__ = ("page_size", "page_token")
+    __slots__ = ("page_size", "page_token", "run")
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
     page_size: int
     page_token: str
-    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+    run: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., run: _Optional[str] = ...) -> None: ...
 
 class ListWorkersResponse(_message.Message):
     __slots__ = ("workers", "next_page_token")
@@ -442,7 +503,7 @@ class ListWorkersResponse(_message.Message):
     def __init__(self, workers: _Optional[_Iterable[_Union[WorkerRecord, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class WorkerRecord(_message.Message):
-    __slots__ = ("worker", "role", "device", "state", "last_seen_ago", "rounds_selected", "rounds_accepted", "task_phase", "progress", "expected_timings", "endings", "uplink_bytes_per_second", "downlink_bytes_per_second", "download_recipe", "upload_recipe", "difference_recipe")
+    __slots__ = ("worker", "role", "device", "state", "last_seen_ago", "rounds_selected", "rounds_accepted", "task_phase", "progress", "expected_timings", "endings", "uplink_bytes_per_second", "downlink_bytes_per_second", "download_recipe", "upload_recipe", "difference_recipe", "run", "conditions", "eligible_for", "refusals")
     class EndingsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -450,6 +511,13 @@ class WorkerRecord(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class RefusalsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -466,6 +534,10 @@ class WorkerRecord(_message.Message):
     DOWNLOAD_RECIPE_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_RECIPE_FIELD_NUMBER: _ClassVar[int]
     DIFFERENCE_RECIPE_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    CONDITIONS_FIELD_NUMBER: _ClassVar[int]
+    ELIGIBLE_FOR_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
     worker: str
     role: _device_pb2.WorkerRole
     device: _device_pb2.DeviceProfile
@@ -482,11 +554,17 @@ class WorkerRecord(_message.Message):
     download_recipe: str
     upload_recipe: str
     difference_recipe: str
-    def __init__(self, worker: _Optional[str] = ..., role: _Optional[_Union[_device_pb2.WorkerRole, str]] = ..., device: _Optional[_Union[_device_pb2.DeviceProfile, _Mapping]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., last_seen_ago: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., rounds_selected: _Optional[int] = ..., rounds_accepted: _Optional[int] = ..., task_phase: _Optional[_Union[_round_pb2.TaskPhase, str]] = ..., progress: _Optional[float] = ..., expected_timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., endings: _Optional[_Mapping[str, int]] = ..., uplink_bytes_per_second: _Optional[float] = ..., downlink_bytes_per_second: _Optional[float] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., difference_recipe: _Optional[str] = ...) -> None: ...
+    run: str
+    conditions: _device_pb2.DeviceConditions
+    eligible_for: _containers.RepeatedScalarFieldContainer[str]
+    refusals: _containers.ScalarMap[str, str]
+    def __init__(self, worker: _Optional[str] = ..., role: _Optional[_Union[_device_pb2.WorkerRole, str]] = ..., device: _Optional[_Union[_device_pb2.DeviceProfile, _Mapping]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., last_seen_ago: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., rounds_selected: _Optional[int] = ..., rounds_accepted: _Optional[int] = ..., task_phase: _Optional[_Union[_round_pb2.TaskPhase, str]] = ..., progress: _Optional[float] = ..., expected_timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., endings: _Optional[_Mapping[str, int]] = ..., uplink_bytes_per_second: _Optional[float] = ..., downlink_bytes_per_second: _Optional[float] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., difference_recipe: _Optional[str] = ..., run: _Optional[str] = ..., conditions: _Optional[_Union[_device_pb2.DeviceConditions, _Mapping]] = ..., eligible_for: _Optional[_Iterable[str]] = ..., refusals: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class PauseRunRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    def __init__(self, run: _Optional[str] = ...) -> None: ...
 
 class PauseRunResponse(_message.Message):
     __slots__ = ("run",)
@@ -495,8 +573,10 @@ class PauseRunResponse(_message.Message):
     def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ...) -> None: ...
 
 class ResumeRunRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    def __init__(self, run: _Optional[str] = ...) -> None: ...
 
 class ResumeRunResponse(_message.Message):
     __slots__ = ("run",)
@@ -505,12 +585,14 @@ class ResumeRunResponse(_message.Message):
     def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ...) -> None: ...
 
 class RollBackRunRequest(_message.Message):
-    __slots__ = ("version", "reason")
+    __slots__ = ("version", "reason", "run")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
     version: int
     reason: str
-    def __init__(self, version: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    run: str
+    def __init__(self, version: _Optional[int] = ..., reason: _Optional[str] = ..., run: _Optional[str] = ...) -> None: ...
 
 class RollBackRunResponse(_message.Message):
     __slots__ = ("run",)
@@ -519,13 +601,151 @@ class RollBackRunResponse(_message.Message):
     def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ...) -> None: ...
 
 class StopRunRequest(_message.Message):
-    __slots__ = ("reason",)
+    __slots__ = ("reason", "run")
     REASON_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
     reason: str
-    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+    run: str
+    def __init__(self, reason: _Optional[str] = ..., run: _Optional[str] = ...) -> None: ...
 
 class StopRunResponse(_message.Message):
     __slots__ = ("run",)
     RUN_FIELD_NUMBER: _ClassVar[int]
     run: Run
     def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ...) -> None: ...
+
+class RunSummary(_message.Message):
+    __slots__ = ("name", "id", "phase", "reason", "model_version", "current_round", "total_rounds", "started_at", "learning_task", "model", "requires", "priority", "quota", "eligible_workers", "busy_workers", "wanted_workers", "waiting", "metrics")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CURRENT_ROUND_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    STARTED_AT_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_TASK_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    REQUIRES_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_FIELD_NUMBER: _ClassVar[int]
+    ELIGIBLE_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    BUSY_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    WANTED_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    id: str
+    phase: RunPhase
+    reason: str
+    model_version: int
+    current_round: int
+    total_rounds: int
+    started_at: _timestamp_pb2.Timestamp
+    learning_task: str
+    model: str
+    requires: str
+    priority: int
+    quota: int
+    eligible_workers: int
+    busy_workers: int
+    wanted_workers: int
+    waiting: _duration_pb2.Duration
+    metrics: _containers.ScalarMap[str, float]
+    def __init__(self, name: _Optional[str] = ..., id: _Optional[str] = ..., phase: _Optional[_Union[RunPhase, str]] = ..., reason: _Optional[str] = ..., model_version: _Optional[int] = ..., current_round: _Optional[int] = ..., total_rounds: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., learning_task: _Optional[str] = ..., model: _Optional[str] = ..., requires: _Optional[str] = ..., priority: _Optional[int] = ..., quota: _Optional[int] = ..., eligible_workers: _Optional[int] = ..., busy_workers: _Optional[int] = ..., wanted_workers: _Optional[int] = ..., waiting: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class ListRunsRequest(_message.Message):
+    __slots__ = ("page_size", "page_token")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListRunsResponse(_message.Message):
+    __slots__ = ("runs", "next_page_token")
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    runs: _containers.RepeatedCompositeFieldContainer[RunSummary]
+    next_page_token: str
+    def __init__(self, runs: _Optional[_Iterable[_Union[RunSummary, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class RunSetting(_message.Message):
+    __slots__ = ("name", "values")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    values: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., values: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SubmitRunRequest(_message.Message):
+    __slots__ = ("name", "settings")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    settings: _containers.RepeatedCompositeFieldContainer[RunSetting]
+    def __init__(self, name: _Optional[str] = ..., settings: _Optional[_Iterable[_Union[RunSetting, _Mapping]]] = ...) -> None: ...
+
+class SubmitRunResponse(_message.Message):
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: Run
+    def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ...) -> None: ...
+
+class SetRunRequest(_message.Message):
+    __slots__ = ("run", "settings")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    settings: _containers.RepeatedCompositeFieldContainer[RunSetting]
+    def __init__(self, run: _Optional[str] = ..., settings: _Optional[_Iterable[_Union[RunSetting, _Mapping]]] = ...) -> None: ...
+
+class SetRunResponse(_message.Message):
+    __slots__ = ("run", "changed")
+    class ChangedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
+    run: Run
+    changed: _containers.ScalarMap[str, str]
+    def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ..., changed: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class CloneRunRequest(_message.Message):
+    __slots__ = ("run", "name", "settings", "version")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    name: str
+    settings: _containers.RepeatedCompositeFieldContainer[RunSetting]
+    version: int
+    def __init__(self, run: _Optional[str] = ..., name: _Optional[str] = ..., settings: _Optional[_Iterable[_Union[RunSetting, _Mapping]]] = ..., version: _Optional[int] = ...) -> None: ...
+
+class CloneRunResponse(_message.Message):
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: Run
+    def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ...) -> None: ...
+
+class RemoveRunRequest(_message.Message):
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    def __init__(self, run: _Optional[str] = ...) -> None: ...
+
+class RemoveRunResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -54,6 +54,10 @@ class AggregatorStub:
     '_' and '-' each; INVALID_ARGUMENT otherwise). `Register` binds the worker's name to that session. A call under the
     name with another session fails with ALREADY_EXISTS: another device has the name, or this one's state was copied
     (trailer "fedgrpc-error": "NameTaken" or "StateCopied"). Callers without the metadata are taken for one process.
+
+    One aggregator may host many runs. The token of a task names its run, too, so that calls about tasks need no more.
+    Calls of operators have a field `run`, the name of a run. Empty: the one that the aggregator was started with, else
+    its only one (NOT_FOUND: there is none of that name, or none at all; INVALID_ARGUMENT: there are several).
     """
 
     def __init__(self, channel):
@@ -152,6 +156,31 @@ class AggregatorStub:
                 request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.StopRunRequest.SerializeToString,
                 response_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.StopRunResponse.FromString,
                 _registered_method=True)
+        self.ListRuns = channel.unary_unary(
+                '/fedgrpc.v1.Aggregator/ListRuns',
+                request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.ListRunsRequest.SerializeToString,
+                response_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.ListRunsResponse.FromString,
+                _registered_method=True)
+        self.SubmitRun = channel.unary_unary(
+                '/fedgrpc.v1.Aggregator/SubmitRun',
+                request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.SubmitRunRequest.SerializeToString,
+                response_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.SubmitRunResponse.FromString,
+                _registered_method=True)
+        self.SetRun = channel.unary_unary(
+                '/fedgrpc.v1.Aggregator/SetRun',
+                request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.SetRunRequest.SerializeToString,
+                response_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.SetRunResponse.FromString,
+                _registered_method=True)
+        self.CloneRun = channel.unary_unary(
+                '/fedgrpc.v1.Aggregator/CloneRun',
+                request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.CloneRunRequest.SerializeToString,
+                response_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.CloneRunResponse.FromString,
+                _registered_method=True)
+        self.RemoveRun = channel.unary_unary(
+                '/fedgrpc.v1.Aggregator/RemoveRun',
+                request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.RemoveRunRequest.SerializeToString,
+                response_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.RemoveRunResponse.FromString,
+                _registered_method=True)
 
 
 class AggregatorServicer:
@@ -183,6 +212,10 @@ class AggregatorServicer:
     '_' and '-' each; INVALID_ARGUMENT otherwise). `Register` binds the worker's name to that session. A call under the
     name with another session fails with ALREADY_EXISTS: another device has the name, or this one's state was copied
     (trailer "fedgrpc-error": "NameTaken" or "StateCopied"). Callers without the metadata are taken for one process.
+
+    One aggregator may host many runs. The token of a task names its run, too, so that calls about tasks need no more.
+    Calls of operators have a field `run`, the name of a run. Empty: the one that the aggregator was started with, else
+    its only one (NOT_FOUND: there is none of that name, or none at all; INVALID_ARGUMENT: there are several).
     """
 
     def Register(self, request, context):
@@ -376,6 +409,51 @@ class AggregatorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListRuns(self, request, context):
+        """Every run that this aggregator hosts, oldest first, in pages. INVALID_ARGUMENT: the page token is not one that it
+        gave.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SubmitRun(self, request, context):
+        """Starts a run with these settings. Answers once it is durable: from then on it survives the process.
+        INVALID_ARGUMENT: there is a run of that name, or the name is not 1 to 64 of letters, digits, '.', '_' and '-', or
+        begins with '.' or '-'; a setting is unknown, cannot be read or used, is one of the process, or names a file and the
+        caller is not on the aggregator's host. RESOURCE_EXHAUSTED: the limit of hosted runs is reached.
+        FAILED_PRECONDITION: this aggregator has a parent, whose runs it serves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetRun(self, request, context):
+        """Changes settings of a run from its next round on. Answers once they are durable; the round in progress ends
+        under the former ones. The audit log has who changed what.
+        NOT_FOUND: no such run. INVALID_ARGUMENT: as SubmitRun, or the setting may not change; nothing is then changed.
+        FAILED_PRECONDITION: the run has ended, or this aggregator has a parent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CloneRun(self, request, context):
+        """Starts a run with the settings of another, some of them changed, and with `version` from one of its models.
+        NOT_FOUND: no such run, or the version is not kept. Otherwise as SubmitRun.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveRun(self, request, context):
+        """Removes a run that has ended, with its models and records, for good.
+        NOT_FOUND: no such run. FAILED_PRECONDITION: it has not ended, or it is the one of the process's own settings.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AggregatorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -469,6 +547,31 @@ def add_AggregatorServicer_to_server(servicer, server):
                     request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.StopRunRequest.FromString,
                     response_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.StopRunResponse.SerializeToString,
             ),
+            'ListRuns': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRuns,
+                    request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.ListRunsRequest.FromString,
+                    response_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.ListRunsResponse.SerializeToString,
+            ),
+            'SubmitRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.SubmitRun,
+                    request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.SubmitRunRequest.FromString,
+                    response_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.SubmitRunResponse.SerializeToString,
+            ),
+            'SetRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRun,
+                    request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.SetRunRequest.FromString,
+                    response_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.SetRunResponse.SerializeToString,
+            ),
+            'CloneRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloneRun,
+                    request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.CloneRunRequest.FromString,
+                    response_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.CloneRunResponse.SerializeToString,
+            ),
+            'RemoveRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveRun,
+                    request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.RemoveRunRequest.FromString,
+                    response_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.RemoveRunResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'fedgrpc.v1.Aggregator', rpc_method_handlers)
@@ -506,6 +609,10 @@ class Aggregator:
     '_' and '-' each; INVALID_ARGUMENT otherwise). `Register` binds the worker's name to that session. A call under the
     name with another session fails with ALREADY_EXISTS: another device has the name, or this one's state was copied
     (trailer "fedgrpc-error": "NameTaken" or "StateCopied"). Callers without the metadata are taken for one process.
+
+    One aggregator may host many runs. The token of a task names its run, too, so that calls about tasks need no more.
+    Calls of operators have a field `run`, the name of a run. Empty: the one that the aggregator was started with, else
+    its only one (NOT_FOUND: there is none of that name, or none at all; INVALID_ARGUMENT: there are several).
     """
 
     @staticmethod
@@ -984,6 +1091,141 @@ class Aggregator:
             '/fedgrpc.v1.Aggregator/StopRun',
             fedgrpc_dot_v1_dot_aggregator__pb2.StopRunRequest.SerializeToString,
             fedgrpc_dot_v1_dot_aggregator__pb2.StopRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRuns(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedgrpc.v1.Aggregator/ListRuns',
+            fedgrpc_dot_v1_dot_aggregator__pb2.ListRunsRequest.SerializeToString,
+            fedgrpc_dot_v1_dot_aggregator__pb2.ListRunsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedgrpc.v1.Aggregator/SubmitRun',
+            fedgrpc_dot_v1_dot_aggregator__pb2.SubmitRunRequest.SerializeToString,
+            fedgrpc_dot_v1_dot_aggregator__pb2.SubmitRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedgrpc.v1.Aggregator/SetRun',
+            fedgrpc_dot_v1_dot_aggregator__pb2.SetRunRequest.SerializeToString,
+            fedgrpc_dot_v1_dot_aggregator__pb2.SetRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CloneRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedgrpc.v1.Aggregator/CloneRun',
+            fedgrpc_dot_v1_dot_aggregator__pb2.CloneRunRequest.SerializeToString,
+            fedgrpc_dot_v1_dot_aggregator__pb2.CloneRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedgrpc.v1.Aggregator/RemoveRun',
+            fedgrpc_dot_v1_dot_aggregator__pb2.RemoveRunRequest.SerializeToString,
+            fedgrpc_dot_v1_dot_aggregator__pb2.RemoveRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

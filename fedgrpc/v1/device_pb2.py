@@ -24,17 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65\x64grpc/v1/device.proto\x12\nfedgrpc.v1\"\xa2\x02\n\rDeviceProfile\x12\x14\n\x0c\x64\x65vice_class\x18\x01 \x01(\t\x12\x11\n\tcpu_model\x18\x02 \x01(\t\x12\x11\n\tcpu_cores\x18\x03 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12\x13\n\x0b\x61\x63\x63\x65lerator\x18\x05 \x01(\t\x12\x18\n\x10\x61\x63\x63\x65lerator_name\x18\x06 \x01(\t\x12 \n\x18\x61\x63\x63\x65lerator_memory_bytes\x18\x07 \x01(\x04\x12\x1e\n\x16uplink_bits_per_second\x18\x08 \x01(\x04\x12 \n\x18\x64ownlink_bits_per_second\x18\t \x01(\x04\x12\x12\n\non_battery\x18\n \x01(\x08\x12\x18\n\x10software_version\x18\x0b \x01(\t\"j\n\x07Timings\x12\x18\n\x10\x64ownload_seconds\x18\x01 \x01(\x01\x12\x15\n\rlocal_seconds\x18\x02 \x01(\x01\x12\x16\n\x0eupload_seconds\x18\x03 \x01(\x01\x12\x16\n\x0eglobal_seconds\x18\x04 \x01(\x01*y\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_TRAINER\x10\x01\x12\x19\n\x15WORKER_ROLE_EVALUATOR\x10\x02\x12\x1a\n\x16WORKER_ROLE_AGGREGATOR\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65\x64grpc/v1/device.proto\x12\nfedgrpc.v1\"\x88\x03\n\rDeviceProfile\x12\x14\n\x0c\x64\x65vice_class\x18\x01 \x01(\t\x12\x11\n\tcpu_model\x18\x02 \x01(\t\x12\x11\n\tcpu_cores\x18\x03 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12\x13\n\x0b\x61\x63\x63\x65lerator\x18\x05 \x01(\t\x12\x18\n\x10\x61\x63\x63\x65lerator_name\x18\x06 \x01(\t\x12 \n\x18\x61\x63\x63\x65lerator_memory_bytes\x18\x07 \x01(\x04\x12\x1e\n\x16uplink_bits_per_second\x18\x08 \x01(\x04\x12 \n\x18\x64ownlink_bits_per_second\x18\t \x01(\x04\x12\x12\n\non_battery\x18\n \x01(\x08\x12\x18\n\x10software_version\x18\x0b \x01(\t\x12\x35\n\x06labels\x18\x0c \x03(\x0b\x32%.fedgrpc.v1.DeviceProfile.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x84\x02\n\x10\x44\x65viceConditions\x12\x15\n\x08on_mains\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x14\n\x07\x62\x61ttery\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12(\n\x07network\x18\x03 \x01(\x0e\x32\x17.fedgrpc.v1.NetworkKind\x12 \n\x13temperature_celsius\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04load\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x19\n\x0clocal_minute\x18\x06 \x01(\rH\x04\x88\x01\x01\x42\x0b\n\t_on_mainsB\n\n\x08_batteryB\x16\n\x14_temperature_celsiusB\x07\n\x05_loadB\x0f\n\r_local_minute\"j\n\x07Timings\x12\x18\n\x10\x64ownload_seconds\x18\x01 \x01(\x01\x12\x15\n\rlocal_seconds\x18\x02 \x01(\x01\x12\x16\n\x0eupload_seconds\x18\x03 \x01(\x01\x12\x16\n\x0eglobal_seconds\x18\x04 \x01(\x01*y\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_TRAINER\x10\x01\x12\x19\n\x15WORKER_ROLE_EVALUATOR\x10\x02\x12\x1a\n\x16WORKER_ROLE_AGGREGATOR\x10\x03*x\n\x0bNetworkKind\x12\x1c\n\x18NETWORK_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15NETWORK_KIND_ETHERNET\x10\x01\x12\x15\n\x11NETWORK_KIND_WIFI\x10\x02\x12\x19\n\x15NETWORK_KIND_CELLULAR\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedgrpc.v1.device_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERROLE']._serialized_start=440
-  _globals['_WORKERROLE']._serialized_end=561
+  _globals['_DEVICEPROFILE_LABELSENTRY']._loaded_options = None
+  _globals['_DEVICEPROFILE_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_WORKERROLE']._serialized_start=805
+  _globals['_WORKERROLE']._serialized_end=926
+  _globals['_NETWORKKIND']._serialized_start=928
+  _globals['_NETWORKKIND']._serialized_end=1048
   _globals['_DEVICEPROFILE']._serialized_start=40
-  _globals['_DEVICEPROFILE']._serialized_end=330
-  _globals['_TIMINGS']._serialized_start=332
-  _globals['_TIMINGS']._serialized_end=438
+  _globals['_DEVICEPROFILE']._serialized_end=432
+  _globals['_DEVICEPROFILE_LABELSENTRY']._serialized_start=387
+  _globals['_DEVICEPROFILE_LABELSENTRY']._serialized_end=432
+  _globals['_DEVICECONDITIONS']._serialized_start=435
+  _globals['_DEVICECONDITIONS']._serialized_end=695
+  _globals['_TIMINGS']._serialized_start=697
+  _globals['_TIMINGS']._serialized_end=803
 # @@protoc_insertion_point(module_scope)

@@ -66,7 +66,8 @@ def test_the_bearer_of_a_token_may_only_join():
 
 
 def test_viewers_change_nothing_and_only_admins_admit():
-    changing = ("Pause", "Resume", "RollBack", "Stop", "Create", "Delete", "Approve", "Revoke", "Rename", "Forget")
+    steering = ("Pause", "Resume", "RollBack", "Stop", "Submit", "Set", "Clone", "Remove")
+    changing = (*steering, "Create", "Delete", "Approve", "Revoke", "Rename", "Forget")
     for method, roles in ROLES.items():
         name = method.rpartition("/")[2]
         if method.startswith(("/fedgrpc.v1.Aggregator", "/fedgrpc.v1.Identity")) and name.startswith(changing):
