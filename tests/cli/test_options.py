@@ -27,7 +27,8 @@ _declare = Declare("Baking", Oven)
 def test_a_setting_takes_default_and_type_from_its_field():
     heat, mode, trays = _declare("--heat", "..."), _declare("--mode", "..."), _declare("--trays", "...")
     assert (heat.default, heat.type) == (180.0, click.FLOAT)
-    assert isinstance(mode.type, click.Choice) and tuple(mode.type.choices) == ("fan", "grill")
+    assert isinstance(mode.type, click.Choice)
+    assert tuple(mode.type.choices) == ("fan", "grill")
     assert (trays.default, trays.type) == (None, click.INT)
 
 
