@@ -44,6 +44,7 @@ class TaskAssigner:
         self._negotiation = coordinator.negotiation
         self._settings = coordinator.settings
         self._fleet = coordinator.fleet
+        self._workers = coordinator.workers
         self._models = coordinator.encoded_models
         self._local_models = coordinator.local_models
         self._log = log.bind(run=self._settings.run_name)
@@ -87,7 +88,7 @@ class TaskAssigner:
         coordinator, state = self._coordinator, round_.state
         rng = np.random.default_rng([self._settings.seed, state.number, len(state.tasks)])
         choosing = self._settings.choosing if round_.kind is TaskKind.TRAIN else SelectionPolicy()
-        histories = self._fleet.histories()
+        histories = self._workers.trainers()
         choices, deadline = await asyncio.to_thread(choosing.choose, state, idle, count, histories, rng)
         if round_.due_at is not None:
             left_s = max(0.0, round_.due_at - coordinator.clock())
@@ -109,14 +110,14 @@ class TaskAssigner:
         state = round_.state
         assert state.deadline_at is not None
         wall_deadline = time.time() + state.deadline_at - now
-        histories = {name: self._fleet.get(name).history.chosen(state.number) for name in chosen}
+        histories = {name: self._workers.history(name).chosen(state.number) for name in chosen}
 
         def store() -> None:
             record = record_of(round_, now)
             coordinator.store.save_open_round(record, state.aim, wall_deadline, rows_of(round_), histories)
 
         await coordinator.in_database(store)
-        self._fleet.remember(histories)
+        self._workers.remember(histories)
 
     # What each worker is given.
 
@@ -146,7 +147,7 @@ class TaskAssigner:
 
     def _agree(self, round_: RoundInProgress, context: TaskContext, name: str) -> TaskContext:
         """Settle in which recipes a worker pulls and pushes, for as long as it has this task."""
-        agreed = self._negotiation.agreed(self._fleet.get(name))
+        agreed = self._negotiation.agreed(self._fleet.get(name), self._workers.history(name))
         if round_.kind is TaskKind.INITIALIZE:
             agreed = replace(agreed, upload=RAW)
         down, up = str(agreed.downlink.whole), str(agreed.upload)
@@ -162,7 +163,8 @@ class TaskAssigner:
         assert context.agreed is not None
         agreed, deadline_s = context.agreed, self._settings.policy.deadline_s
         down = agreed.downlink.whole if reads_reduced(worker) else None
-        sizing = Sizing(self._run.layout, usual_bytes, deadline_s, agreed.upload, down)
+        told = self._workers.description(name)
+        sizing = Sizing(self._run.layout, usual_bytes, deadline_s, agreed.upload, down, told)
         local, choice = self._local_models.task_of(worker, sizing, round_.number)
         return replace(context, local=local, choice=choice if round_.kind is TaskKind.TRAIN else None)
 

@@ -25,18 +25,16 @@ import structlog
 
 from fedgrpc import claims
 from fedgrpc.aggregator.encoded_models import EncodedModels
-from fedgrpc.aggregator.first_model_source import FirstModelSource
+from fedgrpc.aggregator.first_model import FirstModelSource
+from fedgrpc.aggregator.histories import RunWorkers
 from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.recorded_rounds import RecordedRounds
-from fedgrpc.aggregator.registry import PacedWakeups, WorkerRegistry
-from fedgrpc.aggregator.sessions import Sessions
+from fedgrpc.aggregator.registry import WorkerRegistry
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.training_instructions import TrainingInstructions
 from fedgrpc.aio import Changes
-from fedgrpc.errors import (
-    UnknownTask,
-)
+from fedgrpc.errors import UnknownTask
 from fedgrpc.identity.roles import EVALUATORS
 from fedgrpc.metrics import Metrics
 from fedgrpc.rounds.events import (
@@ -53,7 +51,6 @@ from fedgrpc.rounds.events import (
 )
 from fedgrpc.rounds.round import RoundPhase
 from fedgrpc.rounds.version import Measure
-from fedgrpc.rpc.identity import Session
 from fedgrpc.runs.events import (
     Drop,
     Effect,
@@ -82,11 +79,6 @@ from fedgrpc.storage.uploads import UploadJournal
 
 log = structlog.get_logger()
 T = TypeVar("T")
-_ANONYMOUS = Session()
-# After each new name is stored, this many times as long for what rounds store: a sync of the disk each.
-_REGISTERING_REST = 3.0
-# A disk that stalled once keeps no new device waiting.
-_LONGEST_REST_S = 0.05
 # After these the driver looks whether the round has something to do.
 _FINAL = (UpdateAccepted, Rejected, Failed)
 # Who only asks changes nothing that watchers see.
@@ -99,12 +91,14 @@ class Coordinator:
     def __init__(
         self,
         settings: AggregatorSettings,
+        fleet: WorkerRegistry,
         store: RunStore,
         models: ModelStore,
         journal: UploadJournal,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`fleet` belongs to the process, not to the run. `clock` never runs backwards, seconds."""
         self.settings = settings
         self.instructions = TrainingInstructions.from_settings(settings)
         self.negotiation = settings.negotiation()
@@ -121,17 +115,16 @@ class Coordinator:
         self.journal = journal
         self.metrics = metrics
         self.clock = clock
-        self.fleet = WorkerRegistry(settings.max_workers, settings.policy.lease_s)
-        self.first_model = FirstModelSource(self.fleet, settings.roles, lambda: self.clock())
-        self.sessions = Sessions(self.fleet, settings.heartbeat_s, lambda: self.clock())
+        self.fleet = fleet
+        self.workers = RunWorkers(fleet)
+        self.first_model = FirstModelSource(fleet, self.workers, settings.roles, clock)
         self.machine = RunMachine(_rules(settings, self.first_model.may_give), secrets.token_hex(8), time.time())
-        self.records = RecordedRounds(store, self.in_database, self.fleet)
+        self.records = RecordedRounds(store, self.in_database, self.workers)
         # What the driver is to carry out, in this order.
         self.effects: deque[Select | Commit | Finished | Drop] = deque()
         self.stopping = False
         self.wake = asyncio.Event()
         self.changes = Changes()
-        self._wakeups = PacedWakeups()
         self._task_closed: list[Callable[[str, str], None]] = []
         self._rolled_back: asyncio.Future[None] | None = None
         self._changing_phase = asyncio.Lock()
@@ -196,7 +189,7 @@ class Coordinator:
     def _carry_out(self, effect: Effect) -> None:
         match effect:
             case Offer(worker=name):
-                self._wakeups.wake(self.fleet.get(name).woken)
+                self.fleet.wake(name)
             case TaskClosed(token, reason):
                 for call in self._task_closed:
                     call(token, reason)

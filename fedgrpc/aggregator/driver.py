@@ -192,12 +192,12 @@ class Driver:
 
     async def _drop(self, dropped: list[DroppedTask]) -> None:
         coordinator = self._coordinator
-        histories = histories_of(dropped, coordinator.fleet)
+        histories = histories_of(dropped, coordinator.workers)
         rows = [
             (each.token, each.round, each.task.phase, each.task.reason, each.task.loss_cause) for each in dropped
         ]
         await coordinator.in_database(coordinator.store.drop_tasks, rows, histories)
-        coordinator.fleet.remember(histories)
+        coordinator.workers.remember(histories)
         for each in dropped:
             worker, reason = each.task.worker, each.task.reason
             self._log.info("carried-over task dropped", round=each.round, worker=worker, reason=reason)

@@ -1,25 +1,86 @@
-"""Checks of a run's first model, whether a file or a worker brings it.
+"""First model of a run: the devices that may give it, and the checks of it, whoever brings it.
 
-The rule: whatever is taken here every worker can pull, and every reader of files can read.
+The rule: the whole model is asked only of a device that can hold it, as far as is known: of the largest idle one.
+Whatever is taken here every worker can pull, and every reader of files can read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
+
+import structlog
 
 from fedgrpc.aggregation.partial_aggregate import REST, WEIGHTS
 from fedgrpc.aggregation.partial_update import CODES, MASK
+from fedgrpc.aggregator.histories import RunWorkers
+from fedgrpc.aggregator.registry import Worker, WorkerRegistry
+from fedgrpc.aggregator.roles import Roles
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.protocol.tensors import layout_to_proto
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
 from fedgrpc.storage.model_header import METADATA
+from fedgrpc.submodels.cost import FIRST_MODEL_COPIES
+
+log = structlog.get_logger()
 
 # A manifest travels in one message, with each tensor's encoding beside its name and shape.
 _MAX_LAYOUT_BYTES: Final = MAX_MESSAGE_BYTES // 2
 _LONGEST_NAME: Final = 1000
 # "w#mask" beside "w" would be taken for the mask of w.
 _SUFFIXES: Final = (MASK, CODES, WEIGHTS, REST)
+
+
+class FirstModelSource:
+    """Judges workers by the memory of their devices and by the size that they tell of the model."""
+
+    def __init__(
+        self, fleet: WorkerRegistry, workers: RunWorkers, roles: Roles, clock: Callable[[], float]
+    ) -> None:
+        self._fleet = fleet
+        self._workers = workers
+        self._roles = roles
+        self._clock = clock
+        self._told = ""
+
+    def may_give(self, name: str) -> bool:
+        """Return whether the worker may give the first model, and can hold it."""
+        worker = self._fleet.find(name)
+        return self._roles.initialises(name) and (worker is None or not self._misfit(worker))
+
+    def largest(self, idle: tuple[str, ...]) -> tuple[str, ...]:
+        """Return those with the most memory."""
+        memory = {name: self._fleet.get(name).memory_bytes for name in idle}
+        return tuple(name for name in idle if memory[name] == max(memory.values()))
+
+    def lacking(self) -> str:
+        """Say why no worker that is here can give the first model; "" where one can, or none is here."""
+        now = self._clock()
+        trainers = (worker for worker in self._fleet if not worker.evaluator and self._fleet.alive(worker, now))
+        named = [worker for worker in trainers if self._roles.initialises(worker.name)]
+        if not named or not all(map(self._misfit, named)):
+            return ""
+        largest = max(named, key=lambda worker: worker.memory_bytes)
+        return (
+            f"no device here can give the first model ({largest.name}: {self._misfit(largest)}): "
+            "start a larger one, or the aggregator with --initial-model, for which `fedgrpc init` writes a file"
+        )
+
+    def tell_lacking(self) -> None:
+        """Log that no worker can give the first model, once until that changes."""
+        lacking = self.lacking()
+        if lacking and not self._told:
+            log.warning("the run waits for its first model", reason=lacking)
+        self._told = lacking
+
+    def _misfit(self, worker: Worker) -> str:
+        """Say why a worker's device cannot build the whole model, in one line; "": it can, as far as is known."""
+        told, memory_bytes = self._workers.description(worker.name), worker.memory_bytes
+        needed = told.process_bytes + round(FIRST_MODEL_COPIES * told.model_bytes)
+        if not (memory_bytes and told.model_bytes) or needed <= memory_bytes:
+            return ""
+        return f"a model of {told.model_bytes >> 20} MiB takes {needed >> 20} MiB there, of {memory_bytes >> 20}"
 
 
 def complaint(layout: Layout, max_bytes: int | None = None) -> str:

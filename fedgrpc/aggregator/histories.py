@@ -1,4 +1,4 @@
-"""Memory of each worker over rounds and restarts: the times of its tasks, and how they ended.
+"""Histories of the workers of a run, over rounds and restarts: the times of their tasks, and how they ended.
 
 The rule: a task is remembered once, when it has ended, in the transaction that ends its round.
 """
@@ -9,9 +9,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-from fedgrpc.aggregator.registry import Worker, WorkerRegistry
+from fedgrpc.aggregator.registry import WorkerRegistry
+from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rounds.history import (
+    Histories,
     Timing,
     WorkerHistory,
     cut_download,
@@ -30,9 +32,56 @@ _SHARE = 0.9
 _MARGIN = 1.2
 # Without a loss, the number of examples stands for the worth of an update.
 _UNTOLD_LOSS = 1.0
+_NO_HISTORY = WorkerHistory()
+_UNDESCRIBED = ModelDescription()
 
 
-def histories_after(round_: RoundInProgress, fleet: WorkerRegistry) -> dict[str, WorkerHistory]:
+class RunWorkers:
+    """What one run knows of the workers of a fleet: how their tasks went, and what they say of the run's model.
+
+    A worker that the fleet does not know has no place here.
+    """
+
+    def __init__(self, fleet: WorkerRegistry) -> None:
+        self._fleet = fleet
+        self._histories: dict[str, WorkerHistory] = {}
+        self._descriptions: dict[str, ModelDescription] = {}
+
+    def history(self, name: str) -> WorkerHistory:
+        """Return the history of a worker; an empty one for a worker without any."""
+        return self._histories.get(name, _NO_HISTORY)
+
+    def trainers(self) -> Histories:
+        """Return the history of each trainer that has had a task."""
+        return {
+            name: history
+            for name, history in self._histories.items()
+            if history.selected and (worker := self._fleet.find(name)) is not None and not worker.evaluator
+        }
+
+    def remember(self, histories: Histories) -> None:
+        """Replace the histories of these workers; some may have been forgotten since."""
+        for name, history in histories.items():
+            if (worker := self._fleet.find(name)) is not None:
+                self._histories[name] = history
+                worker.delivered = worker.delivered or history.accepted > 0
+
+    def description(self, name: str) -> ModelDescription:
+        """Return what a worker says of the model, without channels."""
+        return self._descriptions.get(name, _UNDESCRIBED)
+
+    def describe(self, name: str, description: ModelDescription) -> None:
+        """Keep what a worker says of the model."""
+        self._descriptions[name] = description
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Forget workers that the fleet has forgotten."""
+        for name in names:
+            self._histories.pop(name, None)
+            self._descriptions.pop(name, None)
+
+
+def histories_after(round_: RoundInProgress, workers: RunWorkers) -> dict[str, WorkerHistory]:
     """Return the histories of those who had a task in a round that has ended, with what it showed of them.
 
     A task that is carried on has not ended. Scores and initial weights take other times than training does: of
@@ -44,7 +93,7 @@ def histories_after(round_: RoundInProgress, fleet: WorkerRegistry) -> dict[str,
     for token, task in state.tasks.items():
         if token in state.carried:
             continue
-        history = changed.get(task.worker) or fleet.history_of(task.worker)
+        history = changed.get(task.worker) or workers.history(task.worker)
         context = round_.context(token)
         if round_.kind is TaskKind.TRAIN:
             history = remember(history, task, context.report, state.policy.deadline_s)
@@ -54,13 +103,13 @@ def histories_after(round_: RoundInProgress, fleet: WorkerRegistry) -> dict[str,
     return changed
 
 
-def histories_of(dropped: Iterable[DroppedTask], fleet: WorkerRegistry) -> dict[str, WorkerHistory]:
+def histories_of(dropped: Iterable[DroppedTask], workers: RunWorkers) -> dict[str, WorkerHistory]:
     """Return the histories of workers whose carried-over tasks were dropped. Accepted ones tell nothing."""
     changed: dict[str, WorkerHistory] = {}
     for each in dropped:
         task = each.task
         if task.phase is not TaskPhase.ACCEPTED:
-            history = changed.get(task.worker) or fleet.history_of(task.worker)
+            history = changed.get(task.worker) or workers.history(task.worker)
             changed[task.worker] = with_rates(remember(history, task, None, 0.0), task, None, 0)
     return changed
 
@@ -94,10 +143,11 @@ def upload_reserve_s(history: WorkerHistory, least_s: float) -> float:
     return max(least_s, _MARGIN * (expected_parts(history, _SHARE)[2] or 0.0))
 
 
-def tell_history(worker: Worker, record: aggregator_pb2.WorkerRecord) -> None:
+def tell_history(history: WorkerHistory, record: aggregator_pb2.WorkerRecord) -> None:
     """Fill in what operators see of it."""
-    download_s, local_s, upload_s = (part or 0.0 for part in expected_parts(worker.history, _SHARE))
-    if worker.history.timings:
+    record.rounds_selected, record.rounds_accepted = history.selected, history.accepted
+    download_s, local_s, upload_s = (part or 0.0 for part in expected_parts(history, _SHARE))
+    if history.timings:
         expected = device_pb2.Timings(download_seconds=download_s, local_seconds=local_s, upload_seconds=upload_s)
         record.expected_timings.CopyFrom(expected)
-    record.endings.update(Counter(cause.label for cause in worker.history.endings))
+    record.endings.update(Counter(cause.label for cause in history.endings))

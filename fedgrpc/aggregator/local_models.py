@@ -22,6 +22,7 @@ from fedgrpc.codec.budget import expected_bits
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import LayoutError, NotFound, StorageError, UnusableUpdate, blaming
+from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import device_from_proto
 from fedgrpc.protocol.plans import (
     local_model_plan_from_proto,
@@ -46,6 +47,7 @@ from fedgrpc.v1 import round_pb2, tensor_pb2
 
 log = structlog.get_logger()
 
+_UNDESCRIBED = ModelDescription()
 _MOST_SUB_MODELS = 64
 _KEPT = 16
 _KEPT_OF_CLASS = 64
@@ -55,7 +57,8 @@ _KEPT_OF_CLASS = 64
 class Sizing:
     """Inputs to the size of a plan: layout, bytes of the payload, seconds of a round, recipes both ways.
 
-    `download_recipe` None: the worker cannot read reduced models, and pulls them whole.
+    `download_recipe` None: the worker cannot read reduced models, and pulls them whole. `told`: what the worker
+    says of the model.
     """
 
     layout: Layout
@@ -63,6 +66,7 @@ class Sizing:
     deadline_s: float
     upload_recipe: Recipe | None = None
     download_recipe: Recipe | None = None
+    told: ModelDescription = _UNDESCRIBED
 
     @property
     def download_bits(self) -> float:
@@ -122,7 +126,7 @@ class LocalModels:
         return LocalTask(choice.plan, sub_model), choice
 
     def _choice(self, worker: Worker, sizing: Sizing) -> PlanChoice:
-        told = worker.description
+        told = sizing.told
         about = replace(
             device_from_proto(worker.registration.device),
             process_bytes=told.process_bytes,

@@ -17,6 +17,7 @@ from fedgrpc.codec.preference import Capabilities, Preferences, parse_preference
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.codec.uniform import Uniform
 from fedgrpc.errors import UsageError
+from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.runs.task_context import Agreed, Downlink
 from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.submodels.reduction import Reduction
@@ -41,9 +42,9 @@ class LinkSpeed:
     down: float | None
 
 
-def link_of(worker: Worker) -> LinkSpeed:
+def link_of(worker: Worker, history: WorkerHistory) -> LinkSpeed:
     """Return the worker's link, by what went through it, else by what the worker declares."""
-    device, history = worker.registration.device, worker.history
+    device = worker.registration.device
     return LinkSpeed(
         history.uplink.bytes_per_second or device.uplink_bits_per_second / 8 or None,
         history.downlink.bytes_per_second or device.downlink_bits_per_second / 8 or None,
@@ -100,10 +101,10 @@ class Negotiation:
                     f"it lists {known}"
                 )
 
-    def agreed(self, worker: Worker) -> Agreed:
+    def agreed(self, worker: Worker, history: WorkerHistory) -> Agreed:
         """Return the recipes for a worker. Raises UsageError as `check`."""
         self.check(worker.registration)
-        known, link = _known(worker.registration), link_of(worker)
+        known, link = _known(worker.registration), link_of(worker, history)
         up, down = (None if rate is None else 8 * rate for rate in (link.up, link.down))
         upload, whole = self._upload.choose(known, up), self._whole.choose(known, down)
         difference = whole if self._difference is None else self._difference.choose(known, down)
@@ -112,12 +113,12 @@ class Negotiation:
         assert difference is not None
         return Agreed(Downlink.of(whole, difference), upload)
 
-    def tell(self, worker: Worker, record: WorkerRecord) -> None:
+    def tell(self, worker: Worker, history: WorkerHistory, record: WorkerRecord) -> None:
         """Fill in what operators see of it."""
-        link = link_of(worker)
+        link = link_of(worker, history)
         record.uplink_bytes_per_second, record.downlink_bytes_per_second = link.up or 0.0, link.down or 0.0
         try:
-            agreed = self.agreed(worker)
+            agreed = self.agreed(worker, history)
         except UsageError:
             # A worker may have registered when this run had other encodings, and not come back yet.
             return

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from fedgrpc.aggregator.histories import histories_after
-from fedgrpc.aggregator.registry import WorkerRegistry
+from fedgrpc.aggregator.histories import RunWorkers, histories_after
 from fedgrpc.protocol.rounds import RoundRecords, record_of
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rounds.version import Jump, Version
@@ -21,10 +20,10 @@ from fedgrpc.v1.round_pb2 import Round as RoundRecord
 class RecordedRounds:
     """The rounds of `store`, whose methods run `in_database`. `last` is the record of the last that ended."""
 
-    def __init__(self, store: RunStore, in_database: Callable[..., Awaitable[Any]], fleet: WorkerRegistry) -> None:
+    def __init__(self, store: RunStore, in_database: Callable[..., Awaitable[Any]], workers: RunWorkers) -> None:
         self._store = store
         self._in_database = in_database
-        self._fleet = fleet
+        self._workers = workers
         self._in_progress = RoundRecords()
         self.last: RoundRecord | None = None
 
@@ -38,14 +37,14 @@ class RecordedRounds:
 
         def store() -> tuple[RoundRecord, dict[str, WorkerHistory]]:
             # In the thread: with a thousand tasks this takes its time.
-            record, histories = record_of(round_, now), histories_after(round_, self._fleet)
+            record, histories = record_of(round_, now), histories_after(round_, self._workers)
             rows = [*rows_of(round_), *carried_rows(round_, now)]
             self._store.finish_round(record, rows, histories, version)
             return record, histories
 
         record: RoundRecord
         record, histories = await self._in_database(store)
-        self._fleet.remember(histories)
+        self._workers.remember(histories)
         # The version is known only after this, so that its scores find the record.
         if self.last is None or record.number >= self.last.number:
             self.last = record

@@ -84,7 +84,8 @@ class Recovery:
         await self._check_folder(stored is not None)
         for registration, history in await coordinator.in_database(lambda: list(store.workers())):
             session = Session.parse(sessions.get(registration.worker, ""))
-            coordinator.fleet.restore(registration, history, coordinator.clock(), session)
+            coordinator.fleet.restore(registration, coordinator.clock(), session)
+            coordinator.workers.remember({registration.worker: history})
         coordinator.apply(RoundsRestored(await coordinator.records.restore()))
         await self._recover_model()
         await self._take_settings(changed)
@@ -173,7 +174,8 @@ class Recovery:
     async def _recall_costs(self) -> None:
         """Read what plans are predicted from in the records of past rounds: it stands nowhere else."""
         if self._run.began:
-            trainers = [worker.name for worker in self._coordinator.fleet if worker.history.accepted]
+            workers = self._coordinator.workers
+            trainers = [worker.name for worker in self._coordinator.fleet if workers.history(worker.name).accepted]
             records = self._store.committed_rounds(_RECALLED_BYTES)
             await self._coordinator.in_database(self._local_models.recall, records, self._run.layout, trainers)
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from fedgrpc.errors import Exhausted, UsageError
-from fedgrpc.protocol.descriptions import ModelDescription
-from fedgrpc.rounds.history import Punctuality, WorkerHistory
+from fedgrpc.rounds.history import Punctuality
 from fedgrpc.rpc.identity import Session
 from fedgrpc.runs.fleet import Fleet
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
@@ -35,7 +34,6 @@ _LONGEST_PAUSE_S: Final = 0.1
 _REST: Final = 2.0
 
 _TRUSTED = Punctuality()
-_UNDESCRIBED = ModelDescription()
 
 
 @dataclass
@@ -81,21 +79,20 @@ class Worker:
     """A registered worker; `last_seen` is the aggregator's clock, seconds; `polls` counts its open polls.
 
     `open_polls` are the time limits of its open polls, oldest first. `trust` says whether rounds may count on it.
-    `description` is what it says of the model, without channels. `left`: it said that it ends, and has not been
-    heard of since. `holder` is the process that speaks for it.
+    `left`: it said that it ends, and has not been heard of since. `delivered`: some run has accepted an update of
+    it. `holder` is the process that speaks for it.
     """
 
     registration: RegisterRequest
     last_seen: float
-    history: WorkerHistory = field(default_factory=WorkerHistory)
     polls: int = 0
     left: bool = False
+    delivered: bool = False
     woken: asyncio.Event = field(default_factory=asyncio.Event)
     holder: Holder = field(default_factory=Holder)
     open_polls: list[asyncio.Timeout] = field(default_factory=list)
     trust: Punctuality = _TRUSTED
     changes: Allowance | None = None
-    description: ModelDescription = _UNDESCRIBED
     name: str = field(init=False)
     evaluator: bool = field(init=False)
 
@@ -124,7 +121,11 @@ class Worker:
 
 
 class WorkerRegistry(Fleet[Worker]):
-    """The fleet of this aggregator: its registrations, and its open polls."""
+    """The fleet of this aggregator: its registrations, and its open polls. All runs of a process share it."""
+
+    def __init__(self, max_workers: int, away_after_s: float) -> None:
+        super().__init__(max_workers, away_after_s)
+        self._wakeups = PacedWakeups()
 
     def knows(self, registration: RegisterRequest, session: Session | None = None) -> bool:
         """Return whether this very registration, by this process, is in force."""
@@ -149,16 +150,14 @@ class WorkerRegistry(Fleet[Worker]):
         worker.heard(now)
         return worker
 
-    def restore(
-        self, registration: RegisterRequest, history: WorkerHistory, now: float, session: Session | None = None
-    ) -> None:
+    def restore(self, registration: RegisterRequest, now: float, session: Session | None = None) -> None:
         """Add a worker known from before a restart; it counts as away until it calls.
 
         Its name stays its own for as long as that of one that has just called: it may be about to.
         """
         last_seen = now - 2 * self._away_after_s
         holder = Holder(session, called=now, hung_up=True)
-        self._workers[registration.worker] = Worker(registration, last_seen, history, holder=holder)
+        self._workers[registration.worker] = Worker(registration, last_seen, holder=holder)
 
     def holds_name(self, worker: Worker, now: float) -> bool:
         """Return whether no other device may take the worker's name."""
@@ -179,6 +178,10 @@ class WorkerRegistry(Fleet[Worker]):
             worker.polls -= 1
             if limit is not None and limit in worker.open_polls:
                 worker.open_polls.remove(limit)
+
+    def wake(self, name: str) -> None:
+        """Let the open polls of a worker look again, soon: of a crowd, a few at a time."""
+        self._wakeups.wake(self.get(name).woken)
 
     def wake_evaluators_and(self, names: Container[str]) -> None:
         """Let the open polls of evaluators and of these workers look again."""

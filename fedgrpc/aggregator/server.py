@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from fedgrpc.aggregator.changed_settings import settings_text
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.driver import Driver, Rounds
 from fedgrpc.aggregator.model_store import ModelStore
+from fedgrpc.aggregator.registry import WorkerRegistry
 from fedgrpc.aggregator.round_source import OwnRounds
 from fedgrpc.aggregator.service import AggregatorService
+from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.trust import Trust
 from fedgrpc.errors import UsageError
@@ -51,6 +54,7 @@ class Aggregator:
         self._metrics = metrics or Metrics()
         self._stopping = asyncio.Event()
         self._signals = 0
+        self.clock: Callable[[], float] = time.monotonic
         self.coordinator: Coordinator | None = None
         self.trust: Trust | None = None
         self.port = 0
@@ -66,12 +70,15 @@ class Aggregator:
         reuse_memory()
         with hold_folder(settings.data_dir, "is in use by another aggregator", "data folder") as folder:
             warn_if_open(settings.data_dir)
-            coordinator = self._open()
+            # The fleet belongs to the process, the coordinator to its run.
+            fleet = WorkerRegistry(settings.max_workers, settings.policy.lease_s)
+            sessions = Sessions(fleet, settings.heartbeat_s, self._now)
+            coordinator = self._open(fleet)
             self.coordinator = coordinator
             try:
                 driver = Driver(coordinator, self._rounds)
                 await driver.recover()
-                service = AggregatorService(coordinator, settings_text(settings))
+                service = AggregatorService(coordinator, sessions, settings_text(settings))
                 self.trust = trust = Trust(settings, self._identity_dir)
                 trust.on_put_out(coordinator.put_out)
                 async with (
@@ -93,13 +100,17 @@ class Aggregator:
                 coordinator.close()
         return 128 + self._signals if self._signals else 0
 
-    def _open(self) -> Coordinator:
+    def _now(self) -> float:
+        """Return the time of `clock`, which tests move."""
+        return self.clock()
+
+    def _open(self, fleet: WorkerRegistry) -> Coordinator:
         folder = self._settings.data_dir
         try:
             models = ModelStore(folder)
             journal = UploadJournal(folder / "uploads", self._settings.durable)
             store = RunStore(folder / DATABASE, self._settings.keep_rounds)
-            return Coordinator(self._settings, store, models, journal, self._metrics)
+            return Coordinator(self._settings, fleet, store, models, journal, self._metrics, self._now)
         except OSError as error:
             raise UsageError(f"cannot use the data folder {folder}: {error.strerror}") from error
 

@@ -19,6 +19,7 @@ from fedgrpc.aggregator.pages import MAX_PAGE_BYTES, fitting, page_of
 from fedgrpc.aggregator.receiver import Receiver
 from fedgrpc.aggregator.registry import Worker
 from fedgrpc.aggregator.roles import check_claim, check_still
+from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.aggregator.task_terms import TaskTerms
 from fedgrpc.aggregator.upload_reader import UploadChunks
 from fedgrpc.aggregator.watching import Pieces, Watching, watch_interval_s
@@ -47,8 +48,9 @@ _MAX_ROUND = (1 << 63) - 1
 class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     """Each method is one RPC of aggregator.proto, which says what it does and how it fails."""
 
-    def __init__(self, coordinator: Coordinator, settings_text: Mapping[str, str]) -> None:
+    def __init__(self, coordinator: Coordinator, sessions: Sessions, settings_text: Mapping[str, str]) -> None:
         self._coordinator = coordinator
+        self._sessions = sessions
         self._run = coordinator.machine
         self._fleet = coordinator.fleet
         self._models = coordinator.encoded_models
@@ -57,7 +59,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self._store = coordinator.store
         self._settings = coordinator.settings
         self._settings_text = settings_text
-        self._calls = WorkerCalls(coordinator)
+        self._calls = WorkerCalls(coordinator, sessions)
         self._receiver = Receiver(coordinator, coordinator.journal)
         self._watching = Watching(self._watched, lambda: coordinator.changes.revision)
         self._pieces = Pieces()
@@ -96,7 +98,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         caller().check_worker(worker)
         if (known := self._fleet.find(worker)) is not None:
             check_still(caller(), known.registration)
-        self._coordinator.sessions.check(worker, Session.of(context))
+        self._sessions.check(worker, Session.of(context))
 
     async def DescribeModel(
         self, request: pb.DescribeModelRequest, context: grpc.aio.ServicerContext
@@ -293,11 +295,10 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             device=worker.registration.device,
             state=pb.WORKER_STATE_AWAY,
             last_seen_ago=duration_to_proto(0.0 if worker.polls else max(0.0, now - worker.last_seen)),
-            rounds_selected=worker.history.selected,
-            rounds_accepted=worker.history.accepted,
         )
-        tell_history(worker, record)
-        self._coordinator.negotiation.tell(worker, record)
+        history = self._coordinator.workers.history(worker.name)
+        tell_history(history, record)
+        self._coordinator.negotiation.tell(worker, history, record)
         round_, token = self._run.round, self._run.leases.get(worker.name)
         if token is not None and round_ is not None and token in round_.state.tasks:
             task = round_.state.find(token)

@@ -26,6 +26,7 @@ class TaskTerms:
         self._coordinator = coordinator
         self._run = coordinator.machine
         self._fleet = coordinator.fleet
+        self._workers = coordinator.workers
 
     def given(self, worker: str, token: str) -> tuple[int, TaskContext]:
         """Return the version that the worker of a task starts from, and what else it was given.
@@ -41,7 +42,8 @@ class TaskTerms:
     def _agreed(self, worker: str, context: TaskContext) -> TaskContext:
         if context.agreed is not None:
             return context
-        return replace(context, agreed=self._coordinator.negotiation.agreed(self._fleet.get(worker)))
+        agreed = self._coordinator.negotiation.agreed(self._fleet.get(worker), self._workers.history(worker))
+        return replace(context, agreed=agreed)
 
     def message(self, worker: str, token: str) -> aggregator_pb2.Task:
         """Return the terms for the worker of an open task. Raises as `given`."""
@@ -58,7 +60,7 @@ class TaskTerms:
             plan=self._plan(worker),
             upload_recipe=context.agreed.upload.full_text,
             run_id=self._run.id,
-            uplink_bytes_per_second=link_of(self._fleet.get(worker)).up or 0.0,
+            uplink_bytes_per_second=link_of(self._fleet.get(worker), self._workers.history(worker)).up or 0.0,
             evaluate=instructions.evaluate,
             local_model=context.local.plan,
             sub_model=context.local.sub_model,
@@ -81,8 +83,8 @@ class TaskTerms:
         plan = self._coordinator.instructions.plan
         if plan.upload_reserve_s is None:
             return plan
-        history = self._fleet.get(worker).history
-        return replace(plan, upload_reserve_s=upload_reserve_s(history, plan.upload_reserve_s))
+        reserve_s = upload_reserve_s(self._workers.history(worker), plan.upload_reserve_s)
+        return replace(plan, upload_reserve_s=reserve_s)
 
 
 def _seed(seed: int, number: int, worker: str) -> int:

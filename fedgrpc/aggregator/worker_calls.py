@@ -16,6 +16,7 @@ import structlog
 from fedgrpc import claims
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.registry import Allowance, Worker
+from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.errors import RoundClosed, UnknownWorker, UsageError, WrongIdentity
 from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import bounded_registration
@@ -45,12 +46,13 @@ class Beat:
 class WorkerCalls:
     """Calls of the workers of one run, but for pulling models and pushing updates."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
+    def __init__(self, coordinator: Coordinator, sessions: Sessions) -> None:
         self._coordinator = coordinator
         self._run = coordinator.machine
         self._settings = coordinator.settings
         self._fleet = coordinator.fleet
-        self._sessions = coordinator.sessions
+        self._sessions = sessions
+        self._workers = coordinator.workers
         self._negotiation = coordinator.negotiation
         self._store = coordinator.store
         self._local_models = coordinator.local_models
@@ -100,6 +102,7 @@ class WorkerCalls:
             keep = {*at_work, *run.leases}
             forgotten = self._fleet.make_room(registration.worker, keep, self._coordinator.clock())
             if forgotten:
+                self._workers.forget(forgotten)
                 self._log.warning(
                     "workers forgotten", count=len(forgotten), reason="they never delivered an update"
                 )
@@ -117,7 +120,7 @@ class WorkerCalls:
         """Keep what a worker says of the model. Raises `UnknownWorker` and `StorageError`."""
         worker = self._fleet.get(name)
         worker.heard(self._coordinator.clock())
-        worker.description = replace(description, channels=None)
+        self._workers.describe(name, replace(description, channels=None))
         if description.channels is not None:
             await asyncio.to_thread(self._local_models.learn, description.channels, self._run.layout)
         if not self._run.began:

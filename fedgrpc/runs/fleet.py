@@ -1,4 +1,7 @@
-"""The workers: who is alive, idle, trusted. Pure, and of no run: a run itself knows who holds its tasks."""
+"""Fleet: the workers, and which of them are alive, idle and trusted. Pure.
+
+The rule: nothing here belongs to one run. A run itself knows who holds its tasks, and what each did in it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
 from fedgrpc.errors import Exhausted, UnknownWorker
-from fedgrpc.rounds.history import Histories, Punctuality, WorkerHistory
+from fedgrpc.rounds.history import Punctuality
 from fedgrpc.rounds.round import Round
 
 # One in so many workers is forgotten at a time, so that not every new one has to make room.
@@ -20,6 +23,7 @@ class FleetMember(Protocol):
     """State of one worker in a fleet; `last_seen` by the aggregator's clock, seconds; `polls`: its open polls.
 
     `left`: it said that it ends, and has not been heard of since. `trust` says whether rounds may count on it.
+    `delivered`: some run has accepted an update of it.
     """
 
     name: str
@@ -27,7 +31,7 @@ class FleetMember(Protocol):
     last_seen: float
     polls: int
     left: bool
-    history: WorkerHistory
+    delivered: bool
     trust: Punctuality
 
 
@@ -75,7 +79,7 @@ class Fleet(Generic[M]):
         """
         if name in self._workers or len(self._workers) < self._max_workers:
             return []
-        idle = [w for w in self if not (w.history.accepted or w.name in keep or w.name in self._reserved)]
+        idle = [w for w in self if not (w.delivered or w.name in keep or w.name in self._reserved)]
         silent = sorted((w for w in idle if not w.polls), key=lambda w: (self.alive(w, now), w.last_seen))
         count = max(1, self._max_workers // _FORGOTTEN_SHARE)
         if not silent and now >= self._polls_kept_until:
@@ -141,21 +145,6 @@ class Fleet(Generic[M]):
                     doubted.append(worker.name)
         self._doubted.update(doubted)
         return doubted
-
-    def histories(self) -> Histories:
-        """Return the history of each trainer that has had a task."""
-        return {w.name: w.history for w in self if w.history.selected and not w.evaluator}
-
-    def history_of(self, name: str) -> WorkerHistory:
-        """Return the history of a worker; an empty one for a worker that has been forgotten."""
-        worker = self.find(name)
-        return WorkerHistory() if worker is None else worker.history
-
-    def remember(self, histories: Histories) -> None:
-        """Replace the histories of these workers; some may have been forgotten since."""
-        for name, history in histories.items():
-            if (worker := self.find(name)) is not None:
-                worker.history = history
 
 
 class FleetView(Protocol):

@@ -19,11 +19,12 @@ def worker(encodings=ALL, up=0, down=0, measured_up=(), measured_down=(), zstd=T
     about = RegisterRequest(
         worker="pi", device=device, encodings=encodings, compressions=[COMPRESSION_ZSTD] if zstd else []
     )
-    return Worker(about, 0.0, WorkerHistory(uplink=LinkRates(measured_up), downlink=LinkRates(measured_down)))
+    history = WorkerHistory(uplink=LinkRates(measured_up), downlink=LinkRates(measured_down))
+    return Worker(about, 0.0), history
 
 
 def told(negotiation, worker):
-    agreed = negotiation.agreed(worker)
+    agreed = negotiation.agreed(*worker)
     down = agreed.downlink
     assert down.difference in (None, down.whole), "the difference has a recipe of its own"
     return str(down.whole), str(agreed.upload)
@@ -41,7 +42,7 @@ def test_each_direction_goes_by_its_own_rate():
     assert told(auto, worker()) == ("int8+zstd", "int8+zstd")
     assert told(auto, worker(up=1_000_000)) == ("int8+zstd", "entropy:c=8.0+zstd")
     assert told(auto, worker(up=10_000_000)) == ("int8+zstd", "entropy+zstd")
-    slow_down = auto.agreed(worker(down=1_000_000)).downlink
+    slow_down = auto.agreed(*worker(down=1_000_000)).downlink
     assert (str(slow_down.whole), str(slow_down.difference)) == ("int8+zstd", "entropy:c=1.0+zstd")
     assert told(auto, worker(encodings=["int8"], zstd=False)) == ("int8", "int8")
     assert told(auto, worker(encodings=[], zstd=False, down=9)) == ("raw", "raw")
@@ -54,7 +55,7 @@ def test_what_was_measured_counts_more_than_what_is_declared():
     slow_after_all = worker(up=1_000_000_000, measured_up=(1e5,))
     assert told(auto, slow_after_all)[1] == "entropy:c=8.0+zstd"
     record = WorkerRecord()
-    auto.tell(slow_after_all, record)
+    auto.tell(*slow_after_all, record)
     assert (record.uplink_bytes_per_second, record.downlink_bytes_per_second) == (1e5, 0)
     assert (record.upload_recipe, record.download_recipe) == ("entropy:c=8.0+zstd", "int8+zstd")
 
@@ -78,12 +79,12 @@ def test_what_was_measured_counts_more_than_what_is_declared():
 )
 def test_who_lists_nothing_usable_is_told_what_would_be(recipes, lists, why):
     negotiation = Negotiation(*recipes)
-    one = worker(**lists)
+    one, history = worker(**lists)
     with pytest.raises(UsageError, match=f"worker 'pi' knows no encoding of this run's {why}") as caught:
         negotiation.check(one.registration)
     assert "\n" not in str(caught.value)
     record = WorkerRecord()
-    negotiation.tell(one, record)
+    negotiation.tell(one, history, record)
     assert record.upload_recipe == ""
 
 

@@ -13,6 +13,7 @@ import pytest
 from fedgrpc.aggregator import receiver as receiver_module
 from fedgrpc.aggregator import upload_queue
 from fedgrpc.aggregator.receiver import Receiver
+from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.aggregator.update_checks import decoding_bytes, max_header_bytes, verify
 from fedgrpc.aggregator.worker_calls import WorkerCalls
 from fedgrpc.errors import Exhausted, RoundClosed
@@ -118,7 +119,8 @@ async def test_a_silent_upload_hears_at_once_that_its_task_is_closed(tmp_path):
         sender.payload = sender.payload[:-1024]
         receiving = asyncio.create_task(receiver_of(coordinator).receive(sender.header, sender.chunks()))
         await sender.at_the_end.wait()
-        await WorkerCalls(coordinator).give_back("a", task.token, "out of memory")
+        calls = WorkerCalls(coordinator, Sessions(coordinator.fleet, 1.0, coordinator.clock))
+        await calls.give_back("a", task.token, "out of memory")
         async with asyncio.timeout(PATIENCE_S):
             with pytest.raises(RoundClosed, match="failed: out of memory"):
                 await receiving

@@ -7,7 +7,6 @@ import pytest
 
 from fedgrpc.aggregator.registry import Allowance, WorkerRegistry
 from fedgrpc.errors import Exhausted, UnknownWorker, UsageError
-from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.device_pb2 import WORKER_ROLE_EVALUATOR, WORKER_ROLE_TRAINER
 
@@ -44,9 +43,9 @@ def test_a_worker_that_has_left_is_away_until_it_is_heard_of_again(fleet):
 
 
 def test_registering_again_renews_what_it_says_and_keeps_what_it_did(fleet):
-    fleet.register(request("a"), 0.0).history = WorkerHistory(accepted=7)
+    fleet.register(request("a"), 0.0).delivered = True
     again = fleet.register(request("a", cores=4), 50.0)
-    assert (again.registration.device.cpu_cores, again.history.accepted, again.last_seen) == (4, 7, 50.0)
+    assert (again.registration.device.cpu_cores, again.delivered, again.last_seen) == (4, True, 50.0)
     assert len(list(fleet)) == 1
 
 
@@ -55,7 +54,7 @@ def test_a_registration_is_known_until_it_says_something_else(fleet):
     fleet.register(request("a"), 0.0)
     assert fleet.knows(request("a"))
     assert not fleet.knows(request("a", cores=4))
-    fleet.restore(request("b"), WorkerHistory(), 0.0)
+    fleet.restore(request("b"), 0.0)
     assert fleet.knows(request("b"))
 
 
@@ -78,9 +77,8 @@ def test_only_trainers_that_poll_without_a_task_are_idle(fleet):
 
 
 def test_a_worker_from_before_a_restart_is_known_but_away(fleet):
-    fleet.restore(request("a"), WorkerHistory(selected=5, accepted=3), now=1000.0)
-    worker = fleet.get("a")
-    assert (worker.history.selected, worker.history.accepted, fleet.alive(worker, 1000.0)) == (5, 3, False)
+    fleet.restore(request("a"), now=1000.0)
+    assert not fleet.alive(fleet.get("a"), 1000.0)
 
 
 def test_there_is_an_end_of_room_but_not_for_those_who_are_there(fleet):
@@ -115,7 +113,7 @@ def test_the_end_of_a_run_concerns_those_who_are_alive_and_not_told(fleet):
 def full(fleet):
     """Three workers: one that has delivered, one that holds a task (and so is kept), one that polls."""
     known, _, polling = (fleet.register(request(name), 0.0) for name in "abc")
-    known.history = WorkerHistory(selected=5, accepted=1)
+    known.delivered = True
     return polling
 
 

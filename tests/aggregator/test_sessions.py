@@ -7,7 +7,6 @@ import pytest
 from fedgrpc.aggregator.registry import WorkerRegistry
 from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.errors import NameTaken, StateCopied, UsageError
-from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rpc.identity import Session
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 
@@ -96,7 +95,7 @@ async def test_a_copied_folder_is_noticed_when_the_former_process_answers(desk):
 
 
 async def test_a_name_stays_its_devices_own_for_a_lease_after_a_restart_of_the_aggregator(desk):
-    desk.fleet.restore(RegisterRequest(worker="pi"), WorkerHistory(), desk.clock(), FIRST)
+    desk.fleet.restore(RegisterRequest(worker="pi"), desk.clock(), FIRST)
     with pytest.raises(NameTaken):
         await desk.register(OTHER)
     await desk.register(AGAIN)

@@ -8,6 +8,8 @@ from fedgrpc.aggregator.assignment import TaskAssigner
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.recovery import Recovery
+from fedgrpc.aggregator.registry import WorkerRegistry
+from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.aggregator.worker_calls import WorkerCalls
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.errors import IllegalTransition, RoundClosed, StorageError, UnknownTask, UsageError, WrongIdentity
@@ -32,7 +34,7 @@ class Shell:
         self.coordinator = coordinator
         self.run = coordinator.machine
         self.fleet = coordinator.fleet
-        self.calls = WorkerCalls(coordinator)
+        self.calls = WorkerCalls(coordinator, Sessions(self.fleet, 1.0, coordinator.clock))
         self.assigner = TaskAssigner(coordinator)
         self._polls = polls
 
@@ -69,7 +71,7 @@ async def shell_in(folder, **changes):
     models = ModelStore(settings.data_dir)
     journal = UploadJournal(settings.data_dir / "uploads", durable=False)
     store = RunStore(settings.data_dir / "run.sqlite")
-    coordinator = Coordinator(settings, store, models, journal, Metrics())
+    coordinator = Coordinator(settings, WorkerRegistry(100, 10.0), store, models, journal, Metrics())
     try:
         with ExitStack() as polls:
             shell = Shell(coordinator, polls)

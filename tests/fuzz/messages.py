@@ -259,5 +259,5 @@ def registrations(rnd: Random, folder: Path) -> None:
     registration = _one_of(_registrations(), rnd)
     WorkerRegistry(10, 5.0).check(registration)
     worker = Worker(registration, 0.0)
-    _negotiation().agreed(worker)
-    _negotiation().tell(worker, aggregator_pb2.WorkerRecord())
+    _negotiation().agreed(worker, WorkerHistory())
+    _negotiation().tell(worker, WorkerHistory(), aggregator_pb2.WorkerRecord())

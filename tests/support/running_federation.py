@@ -90,10 +90,9 @@ class RunningAggregator:
         For deadlines and leases that are to run out: real ones, short enough to be waited for, would also run out
         on a machine that stands still for as long.
         """
-        coordinator = self.aggregator.coordinator
-        before = coordinator.clock
-        coordinator.clock = lambda: before() + seconds
-        coordinator.wake.set()
+        before = self.aggregator.clock
+        self.aggregator.clock = lambda: before() + seconds
+        self.aggregator.coordinator.wake.set()
 
     async def until_finished(self):
         run, _ = await self.until(lambda run, _: run.phase == pb.RUN_PHASE_FINISHED)
