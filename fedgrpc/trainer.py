@@ -284,6 +284,15 @@ def local_examples(trainer: Trainer) -> LocalExamples | None:
     return None if tell is None else tell()
 
 
+def for_part(trainer: Trainer, partition: str, part: str) -> Trainer | None:
+    """Return a trainer of one part of the trainer's data, as a worker with these settings has it.
+
+    The data is read once for all parts. None from a trainer that cannot share what it has read.
+    """
+    share = getattr(trainer, "for_part", None)
+    return None if share is None else share(partition, part)
+
+
 def roles(trainer: Trainer) -> Mapping[str, str]:
     """Return the roles of tensors by name, from the trainer's method `roles`; empty without one."""
     tell = getattr(trainer, "roles", None)

@@ -7,7 +7,9 @@ tensors in one operation each. Only other data sets pay for Python on every item
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
-from fedgrpc.datasets.partition import parse_part, parse_partition
+from fedgrpc.datasets.partition import Partition, parse_part, parse_partition
 from fedgrpc.errors import TaskError, UsageError
 from fedgrpc.trainer import LocalExamples, TaskSetup
 
@@ -47,6 +49,8 @@ class LocalData:
         self._setup = setup
         self._device = device
         self._version: object = _UNREAD
+        # The parts of each data set, by partition and number of parts: cut once for all who ask for a part.
+        self._parts: dict[tuple[str, int, bool], list[np.ndarray]] = {}
         self._read()
         if not len(self.train) and not len(self.held_out):
             raise UsageError(
@@ -63,6 +67,24 @@ class LocalData:
         """Return how many examples there are to train on now. Raises as `refresh`."""
         self.refresh()
         return LocalExamples(len(self.train), self._version)
+
+    def for_part(self, partition: str, part: str) -> LocalData:
+        """Return the part of a worker with `--partition` and `--part`, of data that is read here once for all.
+
+        Raises UsageError for a partition or a part that cannot be.
+        """
+        other = copy.copy(self)
+        other._setup = replace(self._setup, partition=partition, part=part)
+        index, parts = parse_part(part)
+
+        def part_of(dataset: Dataset[Any], held_out: bool) -> Dataset[Any]:
+            key = partition, parts, held_out
+            if key not in self._parts:
+                self._parts[key] = _split(dataset, parse_partition(partition), parts, self._setup.seed)
+            return subset_of(dataset, self._parts[key][index]) if size_of(dataset) else dataset
+
+        other._take(part_of(self._train, False), part_of(self._held_out, True))
+        return other
 
     def labels(self) -> np.ndarray:
         """Return the labels of the training examples. Raises TaskError where targets are no labels."""
@@ -87,12 +109,17 @@ class LocalData:
         self._version = _UNREAD
         self.train = self.held_out = nothing = _Nothing()
         self._train: Dataset[Any] = nothing
+        self._held_out: Dataset[Any] = nothing
+        self._parts.clear()
         train, held_out = _data_of(self._task, self._setup.data)
         _check_item(self._task, "to train on", train)
         _check_item(self._task, "to score with", held_out)
-        self._train, held_out = _share(train, held_out, self._setup)
-        self.train, self.held_out = batches_of(self._train, self._device), batches_of(held_out, self._device)
+        self._take(*_share(train, held_out, self._setup))
         self._version = version
+
+    def _take(self, train: Dataset[Any], held_out: Dataset[Any]) -> None:
+        self._train, self._held_out = train, held_out
+        self.train, self.held_out = batches_of(train, self._device), batches_of(held_out, self._device)
 
 
 class _Nothing(Dataset[Any]):
@@ -169,10 +196,17 @@ def _share(train: Dataset[Any], held_out: Dataset[Any], setup: TaskSetup) -> tup
     def part_of(dataset: Dataset[Any]) -> Dataset[Any]:
         if not size_of(dataset):
             return dataset
-        labels = labels_of(dataset) if partition.by_label else np.zeros(size_of(dataset), np.int64)
-        return subset_of(dataset, partition.split(labels, parts, setup.seed)[index])
+        return subset_of(dataset, _split(dataset, partition, parts, setup.seed)[index])
 
     return part_of(train), part_of(held_out)
+
+
+def _split(dataset: Dataset[Any], partition: Partition, parts: int, seed: int) -> list[np.ndarray]:
+    """Return the indices of each part; none of an empty data set."""
+    if not size_of(dataset):
+        return []
+    labels = labels_of(dataset) if partition.by_label else np.zeros(size_of(dataset), np.int64)
+    return partition.split(labels, parts, seed)
 
 
 class Batches(Protocol):

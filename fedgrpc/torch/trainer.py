@@ -75,6 +75,12 @@ class TorchTrainer:
         self._builder = ModuleBuilder(self._build, self._device)
         self._sub_models = SubModels(self._builder, self._example)
 
+    def for_part(self, partition: str, part: str) -> TorchTrainer:
+        """See `fedgrpc.trainer.for_part`: model and data are those of this trainer."""
+        other = copy.copy(self)
+        other._data = self._data.for_part(partition, part)
+        return other
+
     def _build(self) -> nn.Module:
         with _seeded(self._device, self._seed):
             return _model_of(self._task)

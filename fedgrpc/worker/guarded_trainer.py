@@ -32,6 +32,7 @@ from fedgrpc.trainer import (
     TrainResult,
     Weights,
     activation_bytes,
+    for_part,
     full_width_tensors,
     local_examples,
     model_layout,
@@ -124,6 +125,12 @@ class _GuardedTrainer:
         """Return `local_examples` of the trainer."""
         with users_code(self._reference):
             return local_examples(self._inner)
+
+    def for_part(self, partition: str, part: str) -> Trainer | None:
+        """Return `for_part` of the trainer, guarded likewise."""
+        with users_code(self._reference):
+            share = for_part(self._inner, partition, part)
+            return None if share is None else guarded(share, self._reference)
 
     def train(self, weights: Weights, job: TrainJob) -> TrainResult:
         with users_code(self._reference):
