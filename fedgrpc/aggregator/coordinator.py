@@ -1,14 +1,13 @@
-"""The coordinator: the async shell of one run.
+"""The coordinator of one run: its shell, its collaborators, and what operators may do to it.
 
+    fedgrpc.aggregator.run_shell        the run's machine and its database
     fedgrpc.aggregator.worker_calls     registering, polling, heartbeats
     fedgrpc.aggregator.receiver         updates
     fedgrpc.aggregator.driver           rounds
-    fedgrpc.aggregator.version_scores   scores of versions
+    fedgrpc.aggregator.round_records    records of rounds, scores of versions
 
-The rule: everything that the run knows is in its `RunMachine`, which only `apply` and `apply_after` change. Events
-are applied at once, on the event loop, by whoever brings them. What takes time, selecting with its durable record
-and committing, is done by one task (`fedgrpc.aggregator.driver`). What others hear of is stored first: a task
-before it is offered, an update before it is accepted, a version before it is known.
+The rule: what takes time, selecting with its durable record and committing, is done by one task
+(`fedgrpc.aggregator.driver`). An operator's call is answered once its effect is durable.
 """
 
 from __future__ import annotations
@@ -16,9 +15,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import TypeVar
 
 import structlog
@@ -29,49 +26,40 @@ from fedgrpc.aggregator.first_model import FirstModelSource
 from fedgrpc.aggregator.histories import RunWorkers
 from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
-from fedgrpc.aggregator.recorded_rounds import RecordedRounds
 from fedgrpc.aggregator.registry import WorkerRegistry
+from fedgrpc.aggregator.round_records import RecordedRounds, VersionScores
+from fedgrpc.aggregator.run_shell import RunShell
 from fedgrpc.aggregator.settings import AggregatorSettings
-from fedgrpc.aggregator.training_instructions import TrainingInstructions
-from fedgrpc.aio import Changes
-from fedgrpc.errors import UnknownTask
+from fedgrpc.aggregator.task_terms import TaskTerms
+from fedgrpc.aggregator.update_checks import ExpectedUpdate
+from fedgrpc.codec.manifest import Limits
 from fedgrpc.identity.roles import EVALUATORS
 from fedgrpc.metrics import Metrics
 from fedgrpc.rounds.events import (
-    Cancel,
-    CarryOver,
-    Commit,
     Failed,
-    Finished,
-    Offer,
     Rejected,
-    Select,
     TaskPhase,
     WorkersAvailable,
 )
+from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.round import RoundPhase
 from fedgrpc.rounds.version import Measure
 from fedgrpc.runs.events import (
-    Drop,
-    Effect,
     Ended,
     Ending,
     EndReason,
     EvaluatorPolled,
-    Event,
     Paused,
     Resumed,
     RollBack,
     RollBackAsked,
     RunPhase,
-    TaskClosed,
     UpdateAccepted,
     WorkerLeft,
     WorkerPolled,
 )
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.merge import Weighing
-from fedgrpc.runs.round_in_progress import check_ended_task
 from fedgrpc.runs.rules import RunRules
 from fedgrpc.storage.data_folder import DataFolder
 from fedgrpc.storage.run_store import RunStore, StoredRun
@@ -85,8 +73,8 @@ _FINAL = (UpdateAccepted, Rejected, Failed)
 _QUIET = (WorkerPolled, EvaluatorPolled)
 
 
-class Coordinator:
-    """One run: its machine and collaborators, and what operators may do to it. Lives on one event loop."""
+class Coordinator(RunShell):
+    """The shell of a run with its collaborators. Lives on one event loop."""
 
     def __init__(
         self,
@@ -99,11 +87,15 @@ class Coordinator:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`fleet` belongs to the process, not to the run. `clock` never runs backwards, seconds."""
+        self.workers = RunWorkers(fleet)
+        self.first_model = FirstModelSource(fleet, self.workers, settings.roles, clock)
+        machine = RunMachine(_rules(settings, self.first_model.may_give), secrets.token_hex(8), time.time())
+        super().__init__(machine, fleet, store, settings.run_name, clock)
         self.settings = settings
-        self.instructions = TrainingInstructions.from_settings(settings)
         self.negotiation = settings.negotiation()
-        self.store = store
         self.models = models
+        self.journal = journal
+        self.metrics = metrics
         self.local_models = LocalModels(settings.local_models, models, settings.data_dir / "channels.pb")
         self.encoded_models = EncodedModels(
             settings.data_dir,
@@ -112,40 +104,23 @@ class Coordinator:
             len(self.negotiation.downlinks),
             settings.max_chunk_bytes,
         )
-        self.journal = journal
-        self.metrics = metrics
-        self.clock = clock
-        self.fleet = fleet
-        self.workers = RunWorkers(fleet)
-        self.first_model = FirstModelSource(fleet, self.workers, settings.roles, clock)
-        self.machine = RunMachine(_rules(settings, self.first_model.may_give), secrets.token_hex(8), time.time())
+        self.terms = TaskTerms(settings, machine, fleet, self.workers, self.negotiation, self.local_models, clock)
         self.records = RecordedRounds(store, self.in_database, self.workers)
-        # What the driver is to carry out, in this order.
-        self.effects: deque[Select | Commit | Finished | Drop] = deque()
+        self.scores = VersionScores(self, self.records, settings, metrics)
+        self.data_folder = DataFolder(self._log, self.changes.notify)
         self.stopping = False
-        self.wake = asyncio.Event()
-        self.changes = Changes()
-        self._task_closed: list[Callable[[str, str], None]] = []
         self._rolled_back: asyncio.Future[None] | None = None
         self._changing_phase = asyncio.Lock()
-        self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
-        self._log = log.bind(run=settings.run_name)
-        self.data_folder = DataFolder(self._log, self.changes.notify)
-
-    async def in_database(self, call: Callable[..., T], *args: object) -> T:
-        """Run a method of `store` in its thread. Raises as it does."""
-        return await asyncio.get_running_loop().run_in_executor(self._database, call, *args)
 
     def close(self) -> None:
-        """Let the database go."""
-        self._database.shutdown()
+        """Let the database go, and begin no further encoding."""
+        super().close()
         self.encoded_models.close()
-        self.store.close()
 
     @property
     def weighing(self) -> Weighing:
         """Weights of this run's updates, as its operator and its parent want them."""
-        asked, settings = self.instructions, self.settings
+        asked, settings = self.terms.instructions, self.settings
         return Weighing(
             asked.worker_weights,
             asked.max_examples,
@@ -162,48 +137,24 @@ class Coordinator:
             asked.noise_weights,
         )
 
-    # The run.
-
-    def apply(self, event: Event) -> None:
-        """Apply one event to the run. Raises as `RunMachine.apply`; nothing has then happened."""
-        effects = self.machine.apply(event, self.clock())
-        for effect in effects:
-            self._carry_out(effect)
-        if effects or isinstance(event, _FINAL):
-            self.wake.set()
-        if effects or not isinstance(event, _QUIET):
-            self.changes.notify()
-
-    async def apply_after(self, event: Event, store: Callable[[RunMachine], Awaitable[None]]) -> None:
-        """Store the run as the event will leave it, and then apply the event. Raises as `apply`, and as `store`.
-
-        Nothing is waited for in between, or a second try would store it twice.
-        """
-        await store(self.machine.foresee(event, self.clock()))
-        self.apply(event)
-
-    def on_task_closed(self, call: Callable[[str, str], None]) -> None:
-        """Call `call(token, reason)` whenever no update of a task is wanted any more."""
-        self._task_closed.append(call)
-
-    def _carry_out(self, effect: Effect) -> None:
-        match effect:
-            case Offer(worker=name):
-                self.fleet.wake(name)
-            case TaskClosed(token, reason):
-                for call in self._task_closed:
-                    call(token, reason)
-            case Cancel(token):
-                self._log_task("task lost", token)
-            case CarryOver(token):
-                self._log_task("task carried over", token)
-            case Select() | Commit() | Finished() | Drop():
-                self.effects.append(effect)
-
-    def _log_task(self, event: str, token: str) -> None:
-        state = self.machine.current.state
-        task = state.tasks[token]
-        self._log.info(event, round=state.number, worker=task.worker, reason=task.reason)
+    def expected_update(self, worker: str, token: str) -> ExpectedUpdate:
+        """Return what a task of the round in progress asks of its update, whatever becomes of its round."""
+        round_, settings = self.machine.current, self.settings
+        local, kept = round_.local_task(token), None
+        if round_.kind is TaskKind.TRAIN and not local.plain:
+            kept = self.local_models.kept_channels(local.sub_model, round_.version_of(token))
+        limits = Limits(max_payload_bytes=settings.max_payload_bytes, max_content_bytes=settings.max_payload_bytes)
+        return ExpectedUpdate(
+            round_.kind,
+            self.machine.layout,
+            local,
+            kept,
+            self.fleet.get(worker).leads,
+            limits,
+            settings.admission,
+            settings.max_model_bytes,
+            self.weighing,
+        )
 
     # Tasks and workers.
 
@@ -218,26 +169,6 @@ class Coordinator:
         seen = -1
         while self.fleet.any_alive_but(self.machine.told, self.clock()):
             seen = await self.changes.wait(seen)
-
-    async def check_open(self, name: str, token: str) -> TaskPhase:
-        """The phase of a task that may still send or has sent its update.
-
-        Raises `UnknownTask`, `WrongIdentity`, and `RoundClosed` when its update is not wanted any more. A task
-        whose update was accepted stays accepted after its round: sending twice counts once.
-        """
-        round_ = self.machine.round
-        if round_ is not None and token in round_:
-            return round_.check_task(name, token)
-        row = await self.in_database(self.store.task, token)
-        if row is None:
-            raise UnknownTask("no task has this token")
-        return check_ended_task(name, row.worker, row.phase, row.reason)
-
-    def reject(self, token: str, reason: str) -> None:
-        """Record that an update was refused, for good."""
-        round_, reason = self.machine.round_of(token), claims.REASON.cleaned(reason)
-        self._log.warning("update refused", round=round_.number, worker=round_.worker_of(token), reason=reason)
-        self.apply(Rejected(token, reason))
 
     def leave(self, name: str) -> None:
         """The worker ends: who waits for it looks again. Raises `UnknownWorker`."""
@@ -349,11 +280,6 @@ class Coordinator:
             run.paused_reason,
         )
         await self.in_database(self.store.save_run, stored)
-
-    def news(self) -> None:
-        """Let the driver and all watchers look."""
-        self.wake.set()
-        self.changes.notify()
 
     def workers_available(self) -> WorkersAvailable:
         """Count the workers that could take a task of the round now."""

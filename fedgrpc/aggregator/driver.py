@@ -21,7 +21,6 @@ from fedgrpc.aggregator.histories import histories_of
 from fedgrpc.aggregator.recovery import Recovery
 from fedgrpc.aggregator.round_source import OwnRounds, RoundSource
 from fedgrpc.aggregator.upkeep import Upkeep
-from fedgrpc.aggregator.version_scores import VersionScores
 from fedgrpc.errors import CodecError, FedgrpcError, IllegalTransition, UnusableUpdate, UpdateRefused
 from fedgrpc.rounds.events import AbandonCause, Abort, Commit, Finished, Rejected, Select, Tick
 from fedgrpc.rounds.policy import TaskKind
@@ -53,7 +52,6 @@ class Driver:
         self._assigner = TaskAssigner(coordinator)
         self._upkeep = Upkeep(coordinator)
         self._updates = AcceptedUpdates(coordinator.journal, coordinator.models, coordinator.local_models)
-        self._scores = VersionScores(coordinator)
         self._source = rounds(coordinator, self._upkeep, self._updates)
         # Of the round that ended last.
         self._record = RoundRecord()
@@ -166,7 +164,7 @@ class Driver:
         coordinator, run, round_ = self._coordinator, self._run, self._run.current
         if finished.committed:
             coordinator.local_models.observe(self._record, run.layout)
-            await self._scores.by_workers(round_.base_version, self._merge.scores)
+            await coordinator.scores.by_workers(round_.base_version, self._merge.scores)
             self._tell(round_)
         else:
             await self._store_end(run)

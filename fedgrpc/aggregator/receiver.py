@@ -7,30 +7,31 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import structlog
 
 from fedgrpc import claims
-from fedgrpc.aggregator.coordinator import Coordinator
+from fedgrpc.aggregator.round_records import VersionScores
+from fedgrpc.aggregator.run_shell import RunShell
+from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.update_checks import ExpectedUpdate, decoding_bytes, examine, max_header_bytes, verify
 from fedgrpc.aggregator.upload_queue import UploadSlots, UploadStream
 from fedgrpc.aggregator.upload_reader import ByteBudget, UploadReader
-from fedgrpc.aggregator.version_scores import VersionScores
 from fedgrpc.aio import to_its_end, until_done
 from fedgrpc.codec.chunk import Chunk
 from fedgrpc.codec.layout import Layout
-from fedgrpc.codec.manifest import Limits, Manifest
+from fedgrpc.codec.manifest import Manifest
 from fedgrpc.errors import CodecError, LayoutError, RoundClosed, StorageError, TooLargeError, UpdateRefused
 from fedgrpc.protocol.records import metrics_from_proto
 from fedgrpc.rounds.events import Progress, TaskPhase
-from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.runs.evaluations import Evaluation
 from fedgrpc.runs.events import UpdateAccepted
+from fedgrpc.runs.merge import Weighing
 from fedgrpc.runs.task_context import Report
-from fedgrpc.storage.data_folder import Use
+from fedgrpc.storage.data_folder import DataFolder, Use
 from fedgrpc.storage.update_file import StoredUpdate
 from fedgrpc.storage.uploads import Upload, UploadJournal
 from fedgrpc.v1.aggregator_pb2 import UpdateHeader
@@ -56,16 +57,23 @@ class Held:
 class Receiver:
     """Takes the updates of one run into the files of `journal`."""
 
-    def __init__(self, coordinator: Coordinator, journal: UploadJournal) -> None:
-        settings = coordinator.settings
-        self._coordinator = coordinator
-        self._run = coordinator.machine
+    def __init__(
+        self,
+        shell: RunShell,
+        journal: UploadJournal,
+        settings: AggregatorSettings,
+        scores: VersionScores,
+        data_folder: DataFolder,
+        expected: Callable[[str, str], ExpectedUpdate],
+    ) -> None:
+        """`expected(worker, token)` says what an open task asks of its update."""
+        self._shell = shell
+        self._run = shell.machine
         self._settings = settings
         self._journal = journal
-        self._scores = VersionScores(coordinator)
-        self._limits = Limits(
-            max_payload_bytes=settings.max_payload_bytes, max_content_bytes=settings.max_payload_bytes
-        )
+        self._scores = scores
+        self._data_folder = data_folder
+        self._expected = expected
         self._slots = UploadSlots(settings.max_uploads)
         self._memory = ByteBudget(settings.max_upload_memory_bytes)
         self._decoding = ByteBudget(_DECODING_BYTES)
@@ -75,7 +83,7 @@ class Receiver:
         # When the first byte of each update came.
         self._begun: dict[str, float] = {}
         self._log = log.bind(run=settings.run_name)
-        coordinator.on_task_closed(self._close_task)
+        shell.on_task_closed(self._close_task)
 
     def _close_task(self, token: str, reason: str) -> None:
         self._begun.pop(token, None)
@@ -99,28 +107,28 @@ class Receiver:
             return 0, True
         # The former stream first: it may have closed the task, or have completed the update.
         await self._slots.end_former(token, worker)
-        if await self._coordinator.check_open(worker, token) is TaskPhase.ACCEPTED:
+        if await self._shell.check_open(worker, token) is TaskPhase.ACCEPTED:
             return header.manifest.size_bytes, True
         # From here to the slot nothing is awaited, so that the task stays open and has no other stream.
         try:
-            expected = self._expected(header)
+            expected = self._expected(worker, token)
             manifest, report = examine(header, expected)
         except (LayoutError, TooLargeError, UpdateRefused) as error:
-            self._coordinator.reject(token, str(error))
+            self._shell.reject(token, str(error))
             raise
         async with self._slots.slot(token, worker) as stream:
             self._begun.setdefault(token, time.monotonic())
             try:
                 return await self._store(header, manifest, report, expected, chunks, stream)
             except StorageError as error:
-                self._coordinator.data_folder.failed(Use.UPDATES, error)
+                self._data_folder.failed(Use.UPDATES, error)
                 raise
 
     async def held(self, worker: str, token: str) -> Held:
         """Return how much is held of an update. Raises as `QueryPush` says."""
         if self._run.evaluations.find(worker, token):
             return Held(0, not self._run.evaluations.waiting_for(worker, self._run.version))
-        if await self._coordinator.check_open(worker, token) is TaskPhase.ACCEPTED:
+        if await self._shell.check_open(worker, token) is TaskPhase.ACCEPTED:
             return Held(await self._accepted_bytes(token), True)
         retry_after_s = self._slots.wait_s(token)
         size_bytes = await asyncio.to_thread(self._journal.committed_bytes, token)
@@ -129,7 +137,7 @@ class Receiver:
     async def _accepted_bytes(self, token: str) -> int:
         """Payload bytes of an update that was accepted; 0 where the record of its round has gone."""
         round_ = self._run.round
-        in_database, store = self._coordinator.in_database, self._coordinator.store
+        in_database, store = self._shell.in_database, self._shell.store
         if round_ is not None and (report := round_.context(token).report) is not None:
             return report.upload_bytes
         row = await in_database(store.task, token)
@@ -144,25 +152,6 @@ class Receiver:
             self._log.warning("scores not finite", worker=header.worker, names=sorted(not_finite))
         example_count = claims.EXAMPLES.checked(header.evaluation_example_count)
         await self._scores.by_evaluator(evaluation, scores, example_count)
-
-    def _expected(self, header: UpdateHeader) -> ExpectedUpdate:
-        """Return what the task asks of its update, whatever its round becomes while the bytes arrive."""
-        coordinator, round_ = self._coordinator, self._run.current
-        local, kept = round_.local_task(header.token), None
-        if round_.kind is TaskKind.TRAIN and not local.plain:
-            version = round_.version_of(header.token)
-            kept = coordinator.local_models.kept_channels(local.sub_model, version)
-        return ExpectedUpdate(
-            round_.kind,
-            self._run.layout,
-            local,
-            kept,
-            coordinator.fleet.get(header.worker).leads,
-            self._limits,
-            self._settings.admission,
-            self._settings.max_model_bytes,
-            coordinator.weighing,
-        )
 
     async def _store(
         self,
@@ -190,7 +179,7 @@ class Receiver:
             stream.complete()
             # An update that is here whole outlives its connection.
             await to_its_end(self._accept(upload, report, expected))
-            self._coordinator.data_folder.works(Use.UPDATES)
+            self._data_folder.works(Use.UPDATES)
         except (RoundClosed, asyncio.CancelledError) as error:
             # The round has swept up what there was of its uploads, perhaps before this one was there.
             if isinstance(error, RoundClosed) or stream.closed_for is not None:
@@ -220,7 +209,7 @@ class Receiver:
         stream.told_at = time.monotonic()
         held, total = upload.size_bytes, upload.manifest.size_bytes
         fraction = held / total if total else 1.0
-        self._coordinator.apply(Progress(upload.header.token, TaskPhase.UPLOADING, fraction, held, total))
+        self._shell.apply(Progress(upload.header.token, TaskPhase.UPLOADING, fraction, held, total))
 
     async def _accept(self, upload: Upload, report: Report, expected: ExpectedUpdate) -> None:
         """Verify the whole update, make it durable, count it."""
@@ -238,24 +227,24 @@ class Receiver:
                 raise RoundClosed("the round of this task has ended") from None
             raise
         except UpdateRefused as error:
-            self._coordinator.reject(token, str(error))
+            self._shell.reject(token, str(error))
             raise
         finally:
             self._decoding.give_back(size_bytes)
         self._journal.remember(token, sealed)
         try:
-            self._count(token, report.uploaded_in(took_s))
+            self._count(token, report.uploaded_in(took_s), expected.weighing)
         except RoundClosed:
             await asyncio.to_thread(self._journal.discard, [token])
             raise
         self._begun.pop(token, None)
 
-    def _count(self, token: str, report: Report) -> None:
+    def _count(self, token: str, report: Report, weighing: Weighing) -> None:
         """Count a durable update. Raises `RoundClosed` when it came too late."""
         round_ = self._run.round_of(token)
         worker = round_.worker_of(token)
-        weight = self._coordinator.weighing.weight_of(round_.kind, worker, report, round_.state.workers)
-        self._coordinator.apply(UpdateAccepted(token, weight, report))
+        weight = weighing.weight_of(round_.kind, worker, report, round_.state.workers)
+        self._shell.apply(UpdateAccepted(token, weight, report))
         about = {"round": round_.number, "worker": worker}
         self._log.info("update accepted", **about, examples=report.example_count, bytes=report.upload_bytes)
         if report.unchanged:

@@ -17,8 +17,8 @@ from fedgrpc.aggregator.accepted_updates import AcceptedUpdates
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.new_version import NewVersion
 from fedgrpc.aggregator.recovery import Recovery
+from fedgrpc.aggregator.round_records import for_log
 from fedgrpc.aggregator.upkeep import Upkeep
-from fedgrpc.aggregator.version_scores import for_log
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import NotFound, StorageError
 from fedgrpc.protocol.records import jump_to_proto

@@ -20,7 +20,6 @@ from fedgrpc.aggregator.receiver import Receiver
 from fedgrpc.aggregator.registry import Worker
 from fedgrpc.aggregator.roles import check_claim, check_still
 from fedgrpc.aggregator.sessions import Sessions
-from fedgrpc.aggregator.task_terms import TaskTerms
 from fedgrpc.aggregator.upload_reader import UploadChunks
 from fedgrpc.aggregator.watching import Pieces, Watching, watch_interval_s
 from fedgrpc.aggregator.worker_calls import WorkerCalls
@@ -54,13 +53,20 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self._run = coordinator.machine
         self._fleet = coordinator.fleet
         self._models = coordinator.encoded_models
-        self._terms = TaskTerms(coordinator)
+        self._terms = coordinator.terms
         self._local_models = coordinator.local_models
         self._store = coordinator.store
         self._settings = coordinator.settings
         self._settings_text = settings_text
         self._calls = WorkerCalls(coordinator, sessions)
-        self._receiver = Receiver(coordinator, coordinator.journal)
+        self._receiver = Receiver(
+            coordinator,
+            coordinator.journal,
+            coordinator.settings,
+            coordinator.scores,
+            coordinator.data_folder,
+            coordinator.expected_update,
+        )
         self._watching = Watching(self._watched, lambda: coordinator.changes.revision)
         self._pieces = Pieces()
         self._layout: tuple[Layout, list[tensor_pb2.TensorSpec]] | None = None
@@ -205,7 +211,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             reason=state.ending.text or ("" if state.began else self._coordinator.first_model.lacking()),
             model_version=state.version,
             current_round=self._round_number(),
-            total_rounds=self._coordinator.instructions.rounds or 0,
+            total_rounds=self._coordinator.terms.instructions.rounds or 0,
             software_version=__version__,
             settings=self._settings_text,
             local_models=self._local_models.to_proto(),

@@ -21,7 +21,7 @@ from fedgrpc import claims
 from fedgrpc.aggregator.accepted_updates import AcceptedUpdates
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.recovery import Recovery
-from fedgrpc.aggregator.training_instructions import TrainingInstructions
+from fedgrpc.aggregator.task_terms import TrainingInstructions
 from fedgrpc.aggregator.upkeep import Upkeep
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import CodecError, NotFinite, StorageError
@@ -91,7 +91,7 @@ class ParentRounds:
     def _take_instructions(self, task: aggregator_pb2.Task) -> None:
         """Ask workers for what the parent asks for. Raises `LayoutError`."""
         plans = plan_table_from_proto(task.leaf.local_models)
-        self._coordinator.instructions = TrainingInstructions.from_parent(task, self._settings)
+        self._coordinator.terms.instructions = TrainingInstructions.from_parent(task, self._settings)
         if self._settings.local_models.trivial:
             self._coordinator.local_models.use(plans)
 

@@ -34,7 +34,14 @@ async def tasks_out(running):
 
 
 def receiver_of(coordinator):
-    return Receiver(coordinator, coordinator.journal)
+    return Receiver(
+        coordinator,
+        coordinator.journal,
+        coordinator.settings,
+        coordinator.scores,
+        coordinator.data_folder,
+        coordinator.expected_update,
+    )
 
 
 class Sender:

@@ -3,7 +3,7 @@
 import pytest
 
 from fedgrpc.aggregator.settings import AggregatorSettings
-from fedgrpc.aggregator.training_instructions import TrainingInstructions
+from fedgrpc.aggregator.task_terms import TrainingInstructions
 from fedgrpc.errors import LayoutError
 from fedgrpc.protocol.plans import training_plan_to_proto
 from fedgrpc.training_plan import TrainingPlan
