@@ -109,6 +109,8 @@ class Coordinator(RunShell):
         self.scores = VersionScores(self, self.records, settings, metrics)
         self.data_folder = DataFolder(self._log, self.changes.notify)
         self.stopping = False
+        # Versions beside the last and the best ones that are not let go: by a tag, or by a release.
+        self.named_versions: Callable[[], frozenset[int]] = frozenset
         self._rolled_back: asyncio.Future[None] | None = None
         self._changing_phase = asyncio.Lock()
 

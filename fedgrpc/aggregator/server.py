@@ -6,7 +6,7 @@ import asyncio
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import structlog
@@ -14,19 +14,30 @@ import structlog
 from fedgrpc.aggregator.changed_settings import settings_text
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.driver import Driver, Rounds
+from fedgrpc.aggregator.model_service import ModelService
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.registry import WorkerRegistry
 from fedgrpc.aggregator.round_source import OwnRounds
+from fedgrpc.aggregator.run_models import RunModels
 from fedgrpc.aggregator.service import AggregatorService
 from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.trust import Trust
+from fedgrpc.aio import Changes
 from fedgrpc.errors import UsageError
+from fedgrpc.identity.audit import AuditEntry
 from fedgrpc.identity.folder import IDENTITY as IDENTITY_FOLDER
 from fedgrpc.identity.folder import warn_if_open
 from fedgrpc.metrics import Metrics
 from fedgrpc.process import on_end_signal, reuse_memory
-from fedgrpc.rpc.server import AGGREGATOR, Health, RunningServer, aggregator_service, serve
+from fedgrpc.rpc.server import (
+    AGGREGATOR,
+    Health,
+    RunningServer,
+    aggregator_service,
+    models_service,
+    serve,
+)
 from fedgrpc.storage.database import DATABASE
 from fedgrpc.storage.folder import HeldFolder, hold_folder
 from fedgrpc.storage.run_store import RunStore
@@ -57,6 +68,7 @@ class Aggregator:
         self.clock: Callable[[], float] = time.monotonic
         self.coordinator: Coordinator | None = None
         self.trust: Trust | None = None
+        self.models: RunModels | None = None
         self.port = 0
 
     async def run(self, ready: Callable[[int], None] | None = None) -> int:
@@ -75,17 +87,25 @@ class Aggregator:
             sessions = Sessions(fleet, settings.heartbeat_s, self._now)
             coordinator = self._open(fleet)
             self.coordinator = coordinator
+            following = Changes()
+            self.models = models = RunModels(coordinator, following.notify, self._record)
             try:
                 driver = Driver(coordinator, self._rounds)
                 await driver.recover()
                 service = AggregatorService(coordinator, sessions, settings_text(settings))
                 self.trust = trust = Trust(settings, self._identity_dir)
                 trust.on_put_out(coordinator.put_out)
+                trust.on_put_out(lambda name, why, drop_updates: models.device_gone(name))
+                model_service = ModelService(lambda: [models], fleet, sessions, following, settings.poll_wait_s)
                 async with (
                     trust.opened() as local_address,
                     serve(
                         settings.address,
-                        [aggregator_service(service, service.max_header_bytes), *trust.services],
+                        [
+                            aggregator_service(service, service.max_header_bytes),
+                            models_service(model_service),
+                            *trust.services,
+                        ],
                         tls=trust.tls,
                         admission=trust.admission,
                         local_address=local_address,
@@ -96,13 +116,20 @@ class Aggregator:
                     self.port = server.port
                     await self._serve(driver, server, folder, ready)
                     coordinator.release_calls()
+                    following.notify()
             finally:
                 coordinator.close()
+                models.close()
         return 128 + self._signals if self._signals else 0
 
     def _now(self) -> float:
         """Return the time of `clock`, which tests move."""
         return self.clock()
+
+    def _record(self, what: str, about: Mapping[str, str]) -> None:
+        """Record in the audit log what the aggregator did by itself."""
+        assert self.trust is not None
+        self.trust.audit.record(AuditEntry(self.trust.clock(), "the aggregator", "", what, about))
 
     def _open(self, fleet: WorkerRegistry) -> Coordinator:
         folder = self._settings.data_dir
@@ -123,6 +150,8 @@ class Aggregator:
         watching = asyncio.create_task(_tell_health(coordinator, playing, health))
         stopping = asyncio.create_task(self._stopping.wait())
         guarding = asyncio.create_task(folder.until_removed())
+        assert self.models is not None
+        releasing = asyncio.create_task(self.models.keep_time())
         ends = [playing, stopping, guarding]
         try:
             await health.set_all(True)
@@ -137,9 +166,9 @@ class Aggregator:
                 await self._let_workers_know(stopping)
             await health.set(AGGREGATOR, False)
         finally:
-            for task in (*ends, watching):
+            for task in (*ends, watching, releasing):
                 task.cancel()
-            await asyncio.gather(*ends, watching, return_exceptions=True)
+            await asyncio.gather(*ends, watching, releasing, return_exceptions=True)
 
     async def _let_workers_know(self, stopping: asyncio.Task[bool]) -> None:
         """Workers that are alive poll once more and hear that the run has ended; operators may still look."""

@@ -12,6 +12,7 @@ from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.errors import NotFound, StorageError
 from fedgrpc.rpc.retry import Backoff, Retries
 from fedgrpc.runs.events import VersionsPruned
+from fedgrpc.runs.keeping import kept
 from fedgrpc.storage.data_folder import Use
 
 _AFTER_STORAGE_ERROR = Backoff(first_s=0.5, cap_s=15.0)
@@ -82,8 +83,10 @@ class Upkeep:
         coordinator, run = self._coordinator, self._coordinator.machine
         await asyncio.to_thread(coordinator.journal.discard, over)
         given = [] if run.round is None else [run.round.version_of(token) for token in run.round.state.tasks]
-        oldest = min([run.version - coordinator.settings.keep_versions + 1, *given])
-        keep, best = frozenset(range(oldest, run.version + 1)), run.versions.best
-        wanted = {best.version if best else 0, run.rolling_back.version if run.rolling_back else 0}
-        coordinator.apply(VersionsPruned(keep | wanted))
-        await coordinator.encoded_models.prune(keep, frozenset(wanted))
+        best, back = run.versions.best, run.rolling_back
+        named = {best.version if best else 0, back.version if back else 0, *coordinator.named_versions()}
+        keep, models = kept(
+            run.version, coordinator.settings.keep_versions, min(given, default=run.version), named
+        )
+        coordinator.apply(VersionsPruned(keep | models))
+        await coordinator.encoded_models.prune(keep, models)

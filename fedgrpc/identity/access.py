@@ -77,8 +77,22 @@ ROLES: Final[Mapping[str, Roles]] = {
         },
     ),
     **_rows(
+        "fedgrpc.v1.Models",
+        {
+            "ListVersions": _READERS,
+            "GetVersion": _READERS,
+            "PullVersion": _DEVICES | _STEERING,
+            "TagVersion": _STEERING,
+            "StartRelease": _STEERING,
+            "AbortRelease": _STEERING,
+            "ListReleases": _READERS,
+            "FollowReleases": _DEVICES,
+            "ReportRelease": _DEVICES,
+        },
+    ),
+    **_rows(
         "fedgrpc.v1.Worker",
-        dict.fromkeys(("GetStatus", "WatchStatus", "PullModel", "Pause", "Resume", "Drain"), _LOCAL),
+        dict.fromkeys(("GetStatus", "WatchStatus", "PullModel", "WatchModel", "Pause", "Resume", "Drain"), _LOCAL),
     ),
     **_rows("grpc.health.v1.Health", {"Check": _MEMBERS, "Watch": _MEMBERS, "List": _MEMBERS}),
     **_rows("grpc.reflection.v1alpha.ServerReflection", {"ServerReflectionInfo": _READERS}),

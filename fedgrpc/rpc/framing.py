@@ -1,7 +1,7 @@
 """Chunk messages framed by hand: the bytes that protobuf would write, without protobuf's copies of `data`.
 
-The messages that carry payloads have a chunk as field 2: `PullModelResponse`, `WorkerPullModelResponse` and
-`PushUpdateRequest`. On the wire such a message is (https://protobuf.dev/programming-guides/encoding/):
+The messages that carry payloads have a chunk as field 2: `PullModelResponse`, `PullVersionResponse`,
+`WorkerPullModelResponse` and `PushUpdateRequest`. On the wire such a message is (https://protobuf.dev/programming-guides/encoding/):
 
     12 LENGTH               field 2 of the message: the chunk
        08 OFFSET            varint; absent when 0
@@ -26,9 +26,17 @@ from fedgrpc.errors import TooLargeError
 from fedgrpc.protocol.tensors import chunk_from_proto
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
 from fedgrpc.rpc.requests import bounded, parsed
-from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, worker_pb2, worker_pb2_grpc
+from fedgrpc.v1 import (
+    aggregator_pb2,
+    aggregator_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+)
 
 _AGGREGATOR: Final = "fedgrpc.v1.Aggregator"
+_MODELS: Final = "fedgrpc.v1.Models"
 _WORKER: Final = "fedgrpc.v1.Worker"
 # Their messages are as large as a chunk or a manifest. This module bounds them.
 LARGE_CALLS: Final = frozenset({f"/{_AGGREGATOR}/PushUpdate", f"/{_AGGREGATOR}/DescribeModel"})
@@ -134,12 +142,28 @@ def _reader(message_class: Any, max_bytes: Callable[[], int] = _any_message) -> 
 
 
 _pull_response = _reader(aggregator_pb2.PullModelResponse)
+_version_response = _reader(models_pb2.PullVersionResponse)
+_served_response = _reader(worker_pb2.WorkerPullModelResponse)
 
 
 def pull_model(channel: grpc.aio.Channel) -> Any:
     """Return the aggregator's `PullModel`, whose stream yields the header's message, then each `Chunk`."""
     return channel.unary_stream(
         f"/{_AGGREGATOR}/PullModel", aggregator_pb2.PullModelRequest.SerializeToString, _pull_response
+    )
+
+
+def pull_version(channel: grpc.aio.Channel) -> Any:
+    """Return the aggregator's `PullVersion`, whose stream yields the header's message, then each `Chunk`."""
+    return channel.unary_stream(
+        f"/{_MODELS}/PullVersion", models_pb2.PullVersionRequest.SerializeToString, _version_response
+    )
+
+
+def pull_served(channel: grpc.aio.Channel) -> Any:
+    """Return the worker's `PullModel`, whose stream yields the header's message, then each `Chunk`."""
+    return channel.unary_stream(
+        f"/{_WORKER}/PullModel", worker_pb2.WorkerPullModelRequest.SerializeToString, _served_response
     )
 
 
@@ -180,6 +204,15 @@ def add_aggregator(
             ),
         },
     )
+
+
+def add_models(servicer: models_pb2_grpc.ModelsServicer, server: grpc.aio.Server) -> None:
+    """Serve `servicer`: its `PullVersion` may yield serialized messages."""
+    models_pb2_grpc.add_ModelsServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    pull = grpc.unary_stream_rpc_method_handler(
+        servicer.PullVersion, models_pb2.PullVersionRequest.FromString, to_wire
+    )
+    server.add_registered_method_handlers(_MODELS, {"PullVersion": pull})
 
 
 def add_worker(servicer: worker_pb2_grpc.WorkerServicer, server: grpc.aio.Server) -> None:

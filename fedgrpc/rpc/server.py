@@ -27,10 +27,11 @@ from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES, SERVER_OPTIONS, TLS_SERVER_OP
 from fedgrpc.rpc.requests import FirstMessages
 from fedgrpc.rpc.server_tls import ServerTls
 from fedgrpc.rpc.status import ErrorInterceptor
-from fedgrpc.v1 import aggregator_pb2_grpc, identity_pb2_grpc, worker_pb2_grpc
+from fedgrpc.v1 import aggregator_pb2_grpc, identity_pb2_grpc, models_pb2_grpc, worker_pb2_grpc
 
 AGGREGATOR: Final = "fedgrpc.v1.Aggregator"
 IDENTITY: Final = "fedgrpc.v1.Identity"
+MODELS: Final = "fedgrpc.v1.Models"
 WORKER: Final = "fedgrpc.v1.Worker"
 _PROBE_S: Final = 1.0
 
@@ -60,6 +61,11 @@ def aggregator_service(
 def identity_service(servicer: identity_pb2_grpc.IdentityServicer) -> Service:
     """Return the `Identity` service of `servicer`."""
     return Service(IDENTITY, servicer, identity_pb2_grpc.add_IdentityServicer_to_server)
+
+
+def models_service(servicer: models_pb2_grpc.ModelsServicer) -> Service:
+    """Return the `Models` service of `servicer`."""
+    return Service(MODELS, servicer, framing.add_models)
 
 
 def worker_service(servicer: worker_pb2_grpc.WorkerServicer) -> Service:

@@ -82,10 +82,30 @@ class WatchStatusResponse(_message.Message):
     def __init__(self, status: _Optional[_Union[Status, _Mapping]] = ...) -> None: ...
 
 class WorkerPullModelRequest(_message.Message):
-    __slots__ = ("offset",)
+    __slots__ = ("offset", "run", "sha256")
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
     offset: int
-    def __init__(self, offset: _Optional[int] = ...) -> None: ...
+    run: str
+    sha256: bytes
+    def __init__(self, offset: _Optional[int] = ..., run: _Optional[str] = ..., sha256: _Optional[bytes] = ...) -> None: ...
+
+class WatchModelRequest(_message.Message):
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    def __init__(self, run: _Optional[str] = ...) -> None: ...
+
+class WatchModelResponse(_message.Message):
+    __slots__ = ("header", "run_id", "release")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    header: _aggregator_pb2.ModelHeader
+    run_id: str
+    release: int
+    def __init__(self, header: _Optional[_Union[_aggregator_pb2.ModelHeader, _Mapping]] = ..., run_id: _Optional[str] = ..., release: _Optional[int] = ...) -> None: ...
 
 class WorkerPullModelResponse(_message.Message):
     __slots__ = ("header", "chunk")

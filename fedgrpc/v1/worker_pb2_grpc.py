@@ -50,6 +50,11 @@ class WorkerStub:
                 request_serializer=fedgrpc_dot_v1_dot_worker__pb2.WorkerPullModelRequest.SerializeToString,
                 response_deserializer=fedgrpc_dot_v1_dot_worker__pb2.WorkerPullModelResponse.FromString,
                 _registered_method=True)
+        self.WatchModel = channel.unary_stream(
+                '/fedgrpc.v1.Worker/WatchModel',
+                request_serializer=fedgrpc_dot_v1_dot_worker__pb2.WatchModelRequest.SerializeToString,
+                response_deserializer=fedgrpc_dot_v1_dot_worker__pb2.WatchModelResponse.FromString,
+                _registered_method=True)
         self.Pause = channel.unary_unary(
                 '/fedgrpc.v1.Worker/Pause',
                 request_serializer=fedgrpc_dot_v1_dot_worker__pb2.PauseRequest.SerializeToString,
@@ -86,7 +91,17 @@ class WorkerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PullModel(self, request, context):
-        """Streams the model the device now holds, raw. NOT_FOUND: it holds none yet. OUT_OF_RANGE: offset beyond the payload.
+        """Streams the model for applications, raw: the version that a release gives to the device, whole and verified, else
+        the one that it holds. A stream that has begun stays with its version. NOT_FOUND: there is none yet, or no longer
+        the one with `sha256`: begin anew. OUT_OF_RANGE: offset beyond the payload.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchModel(self, request, context):
+        """Streams which model `PullModel` gives, now and each time it changes. The first message comes at once, without a
+        header where there is no model yet.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -130,6 +145,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.PullModel,
                     request_deserializer=fedgrpc_dot_v1_dot_worker__pb2.WorkerPullModelRequest.FromString,
                     response_serializer=fedgrpc_dot_v1_dot_worker__pb2.WorkerPullModelResponse.SerializeToString,
+            ),
+            'WatchModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchModel,
+                    request_deserializer=fedgrpc_dot_v1_dot_worker__pb2.WatchModelRequest.FromString,
+                    response_serializer=fedgrpc_dot_v1_dot_worker__pb2.WatchModelResponse.SerializeToString,
             ),
             'Pause': grpc.unary_unary_rpc_method_handler(
                     servicer.Pause,
@@ -229,6 +249,33 @@ class Worker:
             '/fedgrpc.v1.Worker/PullModel',
             fedgrpc_dot_v1_dot_worker__pb2.WorkerPullModelRequest.SerializeToString,
             fedgrpc_dot_v1_dot_worker__pb2.WorkerPullModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/fedgrpc.v1.Worker/WatchModel',
+            fedgrpc_dot_v1_dot_worker__pb2.WatchModelRequest.SerializeToString,
+            fedgrpc_dot_v1_dot_worker__pb2.WatchModelResponse.FromString,
             options,
             channel_credentials,
             insecure,
