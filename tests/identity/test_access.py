@@ -17,9 +17,9 @@ from fedgrpc.identity.roles import (
     identity_from,
     uri_of,
 )
-from fedgrpc.v1 import aggregator_pb2, identity_pb2, worker_pb2
+from fedgrpc.v1 import aggregator_pb2, identity_pb2, models_pb2, worker_pb2
 
-FILES = (aggregator_pb2, identity_pb2, worker_pb2, health_pb2, reflection_pb2)
+FILES = (aggregator_pb2, identity_pb2, models_pb2, worker_pb2, health_pb2, reflection_pb2)
 METHODS = [
     f"/{service.full_name}/{method.name}"
     for file in FILES
@@ -30,8 +30,10 @@ METHODS = [
 
 def test_the_tests_know_every_service_of_the_protocol():
     pool = descriptor_pool.Default()
-    ours = {pool.FindFileByName(f"fedgrpc/v1/{name}.proto") for name in ("aggregator", "identity", "worker")}
-    assert ours == {file.DESCRIPTOR for file in FILES[:3]}
+    ours = {
+        pool.FindFileByName(f"fedgrpc/v1/{name}.proto") for name in ("aggregator", "identity", "models", "worker")
+    }
+    assert ours == {file.DESCRIPTOR for file in FILES[:4]}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -58,7 +60,8 @@ def test_devices_read_nothing_of_others_steer_nothing_and_admit_nobody():
     for role in DEVICE_ROLES:
         may = {method.rpartition("/")[2] for method, roles in ROLES.items() if role in roles}
         work = {"Register", "DescribeModel", "PollTask", "PullModel", "Heartbeat", "PushUpdate", "QueryPush"}
-        assert may == work | {"ReportFailure", "Leave", "Renew", "Check", "Watch", "List"}
+        releases = {"PullVersion", "FollowReleases", "ReportRelease"}
+        assert may == work | releases | {"ReportFailure", "Leave", "Renew", "Check", "Watch", "List"}
 
 
 def test_the_bearer_of_a_token_may_only_join():
