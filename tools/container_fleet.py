@@ -28,7 +28,7 @@ from fedgrpc.cli.view import round_line
 from fedgrpc.client import Client, connect
 from fedgrpc.errors import FedgrpcError, LinkError
 from fedgrpc.rpc.channel import open_channel
-from fedgrpc.submodels.plan import PlanTable
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc
 from fedgrpc.v1.round_pb2 import Round

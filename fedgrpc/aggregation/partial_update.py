@@ -69,7 +69,7 @@ def check_layout(
     if len(given) < len(update):
         raise UpdateRefused("the update lists a tensor twice")
     for tensor in model:
-        if kept_back(tensor.name):
+        if kept_back(tensor.name) or not (kept is None or kept.has(tensor.name)):
             continue
         # Whatever is left in `given` at the end is not of this sub-model.
         mine = given.pop(tensor.name, None)
@@ -141,13 +141,14 @@ def unpack_all(
 
 
 def coverage_of(tensor: TensorLike, kept: KeptChannels | None) -> Coverage:
-    """Return what a sub-model covers of a tensor; None is the whole model."""
+    """Return what a sub-model covers of a tensor that it has; None is the whole model."""
     return Coverage(tensor.shape) if kept is None else kept.coverage(tensor.name, tensor.shape)
 
 
 def sub_layout(model: Sequence[TensorLike], kept: KeptChannels | None) -> Mapping[str, tuple[int, ...]]:
     """Return the shapes of the tensors of a sub-model, by name."""
-    return {tensor.name: _sub_shape(tensor, kept) for tensor in model}
+    has = [tensor for tensor in model if kept is None or kept.has(tensor.name)]
+    return {tensor.name: _sub_shape(tensor, kept) for tensor in has}
 
 
 def _scattered(name: str, values: np.ndarray, packed: np.ndarray, count: int) -> np.ndarray:

@@ -31,7 +31,7 @@ from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.storage.files import RecycledFiles, is_gone, make_private, storage_errors
 from fedgrpc.storage.model_file import ModelFile, ModelWriter
 
-_NAME = re.compile(r"(\d+)-([0-9a-f]{64})(?:-([a-z]+:[0-9.e-]+))?\.safetensors")
+_NAME = re.compile(r"(\d+)-([0-9a-f]{64})(?:-([a-z]+:[0-9.e-]+(?::[a-z]+=[0-9]+)*))?\.safetensors")
 
 # What a device claims to hold: a version, and the SHA-256 of the payload that gave it to the device.
 Held = tuple[int, bytes]

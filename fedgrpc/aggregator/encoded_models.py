@@ -283,7 +283,7 @@ class EncodedModels:
         if kept_channels is None:
             return model, model.layout, tensors
         shapes = sub_layout(model.layout, kept_channels)
-        layout = tuple(replace(spec, shape=shapes[spec.name]) for spec in model.layout)
+        layout = tuple(replace(spec, shape=shapes[spec.name]) for spec in model.layout if spec.name in shapes)
         return model, layout, _CutTensors(tensors, kept_channels)
 
     @contextmanager
@@ -362,10 +362,10 @@ class _CutTensors(Mapping[str, Array]):
         return self._kept_channels.coverage(name, tensor.shape).take(tensor)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return filter(self._kept_channels.has, self._tensors)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return sum(1 for _ in self)
 
 
 def _is_raw(recipe: Recipe, layout: Layout) -> bool:

@@ -42,7 +42,8 @@ from fedgrpc.submodels.cost import (
     elements_of,
     shown_upload_bits,
 )
-from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
+from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.v1 import round_pb2, tensor_pb2
 
 log = structlog.get_logger()
@@ -117,7 +118,7 @@ class LocalModels:
     @property
     def wants_channels(self) -> bool:
         """True if some plan needs the channels, and no worker has sent them yet."""
-        return self._channels is None and any(plan.width < 1 for plan in self._plans.plans)
+        return self._channels is None and any(not plan.sub_model(0).whole for plan in self._plans.plans)
 
     def task_of(self, worker: Worker, sizing: Sizing, round_number: int) -> tuple[LocalTask, PlanChoice]:
         """Choose a worker's local model and predict its cost. Without known channels it has the whole width."""
@@ -245,8 +246,8 @@ class LocalModels:
             log.warning("channels refused", reason=str(error))
             return
         self._write(channel_map)
-        if not channel_map.groups and self.wants_channels:
-            log.warning("no channels of the model can be left out, so every device trains all of it")
+        if self.wants_channels and (useless := self._plans.useless_for(channel_map)):
+            log.warning("a part of the plans changes nothing for this model", parts=sorted(useless))
         self._channels = channel_map
         self._elements.clear()
 

@@ -39,7 +39,7 @@ def means_of(
     means = [CoordinateMean(spec.shape) for spec in specs]
     # Several updates may ask for the same tensor of the base, most ask for none.
     base = cache(base)
-    sub_models, merged, scales, keeps = merge.sub_models, merge.merged, merge.scales, merge.keeps
+    sub_models, merged, scales = merge.sub_models, merge.merged, merge.scales
     sent = {spec.name for token in merge.weights for spec in load(token).manifest.layout}
     clipped = [spec for spec in specs if not spec.is_trained and spec.name in sent] if merge.clips_buffers else []
     # The spread of all comes first: no update is added before it is known what the others say.
@@ -51,7 +51,7 @@ def means_of(
                 scale = scales.get(token, 1.0) if spec.is_trained else 1.0
                 spread = spreads.get(spec.name)
                 if spec.name not in reader.names:
-                    if spec.name in sent and not spec.is_trained and not keeps(token, spec.name):
+                    if spec.name in sent and not spec.is_trained and not merge.lacks(token, spec.name):
                         _add_unchanged(mean, base(spec.name), weight, coverage_of(spec, sub_models.get(token)))
                 elif token in merged:
                     read = reader.tensor if spread is None else _clipping(spec.name, spread, reader.tensor)
@@ -78,7 +78,7 @@ def _spreads(
                 whole = coverage_of(spec, merge.sub_models.get(token))
                 if spec.name in reader.names:
                     spreads[spec.name].add(*unpack(spec.name, reader.names, reader.tensor, whole))
-                elif not merge.keeps(token, spec.name):
+                elif not merge.lacks(token, spec.name):
                     spreads[spec.name].add(whole.take(base(spec.name)), whole)
     return spreads
 

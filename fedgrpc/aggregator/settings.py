@@ -20,7 +20,8 @@ from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.channel import MAX_CHUNK_BYTES, Tls
-from fedgrpc.submodels.plan import PlanTable, covers_all
+from fedgrpc.submodels.plan import covers_all
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.training_plan import TrainingPlan
 
 MIB = 1 << 20

@@ -28,7 +28,7 @@ from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.channel import Tls
-from fedgrpc.submodels.plan import PlanTable
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.worker.settings import WorkerSettings
 

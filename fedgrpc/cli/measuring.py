@@ -11,7 +11,6 @@ from fedgrpc.errors import FedgrpcError
 from fedgrpc.process import forget_peak_memory, peak_memory_bytes
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.cost import Observation
-from fedgrpc.submodels.coverage import Coverage
 from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.trainer import Trainer, TrainJob, Weights
 
@@ -29,7 +28,7 @@ def measured(
     `tell` gets a line for each plan that cannot be trained here.
     """
     weights, found = trainer.initial_weights(), []
-    for plan in sorted(plans, key=lambda plan: plan.width):
+    for plan in sorted(plans, key=lambda plan: model.size_of(plan).share):
         size = model.size_of(plan)
         given = _sliced(weights, model.channels, plan)
         try:
@@ -66,10 +65,11 @@ def _train(
 
 
 def _sliced(weights: Weights, channels: ChannelMap | None, plan: LocalModelPlan) -> Weights:
-    if channels is None or plan.width == 1:
+    if channels is None or plan.sub_model(0).whole:
         return {name: array.copy() for name, array in weights.items()}
-    selection = channels.select(plan.sub_model(0), weights)
-    coverages: dict[str, Coverage] = {
-        name: selection.coverage(name, array.shape) for name, array in weights.items()
+    kept = channels.select(plan.sub_model(0), weights)
+    return {
+        name: kept.coverage(name, array.shape).take(array).copy()
+        for name, array in weights.items()
+        if kept.has(name)
     }
-    return {name: coverages[name].take(array).copy() for name, array in weights.items()}

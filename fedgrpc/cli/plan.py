@@ -25,7 +25,8 @@ from fedgrpc.cli.value_types import DURATION, RATE, SIZE, NamedValues
 from fedgrpc.cli.view import piped_console, print_table, seconds, size
 from fedgrpc.errors import UsageError
 from fedgrpc.submodels.cost import DeviceLimits, Observation, Prediction, misfit, predict
-from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
+from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.submodels.technique_cost import saves_nothing
 from fedgrpc.trainer import Trainer, activation_bytes, full_width_tensors
 from fedgrpc.worker.device import resident_bytes
@@ -35,6 +36,8 @@ LADDER: Final = (LocalModelPlan(), LocalModelPlan(0.5), LocalModelPlan(0.25))
 ENCODING: Final = "int8+zstd"
 DEADLINE_S: Final = 600.0
 _SHOWN: Final = 4
+# Needed by a part of a plan, of which models are made on purpose.
+_CUT: Final = {"depth": "early exits", "rank": "adapters"}
 
 _model = Declare("The model")
 _plans = Declare("The plans")
@@ -103,8 +106,14 @@ def _run(**values: Any) -> None:
     model = PlannedModel.of(trainer, values["encoding"] or ENCODING)
     deadline_s = values["deadline_s"] or (fleet.deadline_s if fleet else DEADLINE_S)
     request = PlanRequest(model, table, deadline_s)
-    if model.channels is None and any(plan.width < 1 for plan in request.plans):
-        raise UsageError(f"the model of {values['task']} cannot be sliced, so it has no plans of less width")
+    if model.channels is None and not all(plan.sub_model(0).whole for plan in request.plans):
+        raise UsageError(f"the model of {values['task']} cannot be sliced, so it has no plans for a part of it")
+    if model.channels is not None:
+        useless = PlanTable(automatic=request.plans).useless_for(model.channels) & _CUT.keys()
+        for part in sorted(useless):
+            raise UsageError(
+                f"the model of {values['task']} has no {_CUT[part]}, so a plan with a {part} changes nothing"
+            )
     devices = fleet.devices(model, values["worker"]) if fleet else [_here(values, trainer, request, process_bytes)]
     agreed = {planned.encodings for planned in devices if not values["encoding"]} - {("", "")}
     requests = {each: replace(request, model=PlannedModel.of(trainer, *each)) for each in agreed}

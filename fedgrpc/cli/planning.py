@@ -31,7 +31,8 @@ from fedgrpc.submodels.cost import (
     elements_of,
     shown_upload_bits,
 )
-from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
+from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.trainer import SliceableTrainer, Trainer, model_layout
 from fedgrpc.v1.aggregator_pb2 import WorkerRecord
 from fedgrpc.v1.device_pb2 import WORKER_ROLE_TRAINER

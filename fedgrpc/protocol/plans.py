@@ -5,21 +5,12 @@ Every `*_from_proto` raises `LayoutError` for a plan that no worker could keep.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from fedgrpc.errors import LayoutError, UsageError
 from fedgrpc.protocol.fields import fill, values_of
 from fedgrpc.runs.task_context import LocalTask
 from fedgrpc.submodels.channels import SubModel
-from fedgrpc.submodels.plan import (
-    Arithmetic,
-    Clustering,
-    LocalModelPlan,
-    Memory,
-    PlanTable,
-    Pruning,
-    Quantization,
-)
+from fedgrpc.submodels.plan import Arithmetic, Clustering, LocalModelPlan, Memory, Pruning, Quantization
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import round_pb2
 
@@ -49,6 +40,7 @@ def local_model_to_proto(plan: LocalModelPlan, sub_model: SubModel) -> round_pb2
         personal_layers=plan.personal_layers,
         nested_widths=plan.nested,
         trained_layers=() if plan.trained_layers == _ALL else plan.trained_layers,
+        distillation=plan.distillation,
     )
     if part := plan.pruning:
         across = part.scope == "global"
@@ -113,6 +105,7 @@ def local_model_from_proto(message: round_pb2.LocalModel) -> tuple[LocalModelPla
             nested=tuple(message.nested_widths),
             trained_layers=tuple(message.trained_layers) or _ALL,
             memory=_memory(message.memory) if message.HasField("memory") else None,
+            distillation=message.distillation,
         )
     except UsageError as error:
         raise LayoutError(f"the plan cannot be kept: {error}") from error
@@ -132,7 +125,7 @@ def local_task_from_proto(message: round_pb2.LocalModel) -> LocalTask:
 def local_model_plan_from_proto(message: round_pb2.LocalModel) -> LocalModelPlan:
     """Return the whole plan, the sub-model's width and rule too."""
     plan, sub_model = local_model_from_proto(message)
-    return replace(plan, width=sub_model.width, rule=sub_model.rule)
+    return plan.with_sub_model(sub_model)
 
 
 def _pruning(message: round_pb2.Pruning) -> Pruning:

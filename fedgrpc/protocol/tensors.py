@@ -192,20 +192,21 @@ def channels_to_proto(channel_map: ChannelMap) -> tensor_pb2.ChannelMap:
     """Return the message of a model's channels."""
     message = tensor_pb2.ChannelMap()
     for group in channel_map.groups:
-        message.groups.add(channels=group.channels, blocks=group.blocks)
+        message.groups.add(channels=group.channels, blocks=group.blocks, rank=group.rank)
     for name, axes in channel_map.tensors.items():
         for axis in axes:
             segments = message.tensors[name].axes.add().segments
             for segment in axis:
                 segments.add(group=0 if segment.group is None else segment.group + 1, repeat=segment.repeat)
+    message.blocks.update(channel_map.blocks)
     return message
 
 
 def channels_from_proto(message: tensor_pb2.ChannelMap) -> ChannelMap:
     """Return the channels of a model, not yet compared with its tensors (`ChannelMap.validate`)."""
-    groups = tuple(ChannelGroup(group.channels, group.blocks) for group in message.groups)
+    groups = tuple(ChannelGroup(group.channels, group.blocks, group.rank) for group in message.groups)
     tensors = {name: tuple(_axis(axis) for axis in axes.axes) for name, axes in message.tensors.items()}
-    return ChannelMap(groups, tensors)
+    return ChannelMap(groups, tensors, dict(message.blocks))
 
 
 def _axis(message: tensor_pb2.ChannelAxis) -> Axis:

@@ -80,6 +80,11 @@ class Merge:
         """True if every update is a worker's own, of the whole model."""
         return not (self.sub_models or self.merged)
 
+    def lacks(self, token: str, name: str) -> bool:
+        """Return whether the worker has no such tensor in its sub-model, or keeps it to itself."""
+        kept = self.sub_models.get(token)
+        return self.keeps(token, name) or (kept is not None and not kept.has(name))
+
     @property
     def factors(self) -> dict[str, float]:
         """Factor on the differences of each update, before the sum is divided by all weights."""

@@ -1,8 +1,12 @@
-"""Channel groups of a model, and the channels of a sub-model.
+"""Channel groups and blocks of a model, and the channels and blocks of a sub-model.
 
 Channels that must be kept or left out together form a group: the output channels of one layer are the input
 channels of the next, and layers joined by an addition share theirs. A `ChannelMap` says which groups lie along
 each axis of each tensor. With a `SubModel` it gives each tensor's coverage.
+
+A model with early exits is a row of blocks. A sub-model of depth k has the first k, and their exits: DepthFL (Kim
+et al., ICLR 2023). The directions of an adapter (LoRA) are a group of their own kind: a sub-model of rank r has
+the first r of each.
 
 The rule: the coverage is the same on any machine and with any version of numpy. So only the few numbers of the
 `SubModel` travel and are stored.
@@ -18,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -27,6 +31,7 @@ from fedgrpc.errors import LayoutError, UsageError
 from fedgrpc.submodels.coverage import Coverage
 
 _MAX_TEXT_CHARS = 100
+MOST_BLOCKS = 1 << 16
 RULES = ("prefix", "rolling", "random", "magnitude")
 
 
@@ -35,11 +40,12 @@ class ChannelGroup:
     """`channels` that are kept or left out together wherever they appear.
 
     The channels lie in `blocks` equal blocks, such as the groups of a GroupNorm. A sub-model keeps equally many
-    of each.
+    of each. A `rank` is cut by the sub-model's rank, whatever its width.
     """
 
     channels: int
     blocks: int = 1
+    rank: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,16 @@ Axis = tuple[Segment, ...]
 
 @dataclass(frozen=True)
 class SubModel:
-    """Width, above 0 to 1, and the rule that chooses channels. `round` moves them or draws new ones."""
+    """Width, above 0 to 1, and the rule that chooses channels; number of blocks and of directions (0: all).
+
+    `round` moves the channels or draws new ones.
+    """
 
     width: float = 1.0
     rule: str = "prefix"
     round: int = 0
+    depth: int = 0
+    rank: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.width <= 1:
@@ -68,11 +79,14 @@ class SubModel:
             raise UsageError(f"no rule {self.rule!r} for sub-models; there are {', '.join(RULES)}")
         if not 0 <= self.round < 1 << 62:
             raise UsageError(f"a round counts from 0 to 2**62, not {self.round}")
+        for name in _COUNTS:
+            if not 0 <= getattr(self, name) <= MOST_BLOCKS:
+                raise UsageError(f"a sub-model's {name} is 1 to {MOST_BLOCKS}, or 0 for all of it")
 
     @property
     def whole(self) -> bool:
         """True if this is the whole model."""
-        return self.width == 1.0
+        return self.width == 1.0 and not self.depth and not self.rank
 
     @property
     def name(self) -> str:
@@ -82,36 +96,65 @@ class SubModel:
     @property
     def moves(self) -> bool:
         """True if the channels may change from round to round."""
-        return self.rule != "prefix" and not self.whole
+        return self.rule != "prefix" and self.width < 1
 
     @classmethod
     def parse(cls, text: str) -> SubModel:
-        """Parse what `str` gives: "prefix:0.5", "rolling:12:0.5"; "" is the whole model. Raises UsageError."""
+        """Parse what `str` gives: "prefix:0.5", "rolling:12:0.5", "prefix:1.0:depth=2"; "" is the whole model.
+
+        Raises UsageError.
+        """
         if text in ("", "whole"):
             return cls()
         if len(text) > _MAX_TEXT_CHARS:
             raise UsageError(f"{len(text)} characters are no sub-model; one looks like rolling:12:0.5")
-        rule, *numbers = text.split(":")
+        rule, *rest = text.split(":")
         try:
-            *rounds, width = numbers
-            return cls(float(width), rule, int(rounds[0]) if rounds else 0)
+            counts = dict(each.split("=") for each in rest if "=" in each)
+            *rounds, width = (each for each in rest if "=" not in each)
+            if not counts.keys() <= set(_COUNTS):
+                raise ValueError
+            return cls(
+                float(width),
+                rule,
+                int(rounds[0]) if rounds else 0,
+                **{name: int(count) for name, count in counts.items()},
+            )
         except ValueError as error:
             raise UsageError(f"{text!r} is no sub-model; one looks like prefix:0.5 or rolling:12:0.5") from error
 
     def __str__(self) -> str:
-        """Text that two sub-models share only if they have the same channels."""
+        """Text that two sub-models share only if they have the same channels and blocks."""
         if self.whole:
             return "whole"
-        moving = f":{self.round}" if self.rule in ("rolling", "random") else ""
-        return f"{self.rule}{moving}:{self.width!r}"
+        moving = f":{self.round}" if self.rule in ("rolling", "random") and self.moves else ""
+        counts = "".join(f":{name}={count}" for name in _COUNTS if (count := getattr(self, name)))
+        return f"{self.rule}{moving}:{self.width!r}{counts}"
+
+
+_COUNTS = ("depth", "rank")
 
 
 @dataclass(frozen=True)
 class ChannelMap:
-    """Channel groups, and the axes of each tensor with channels. Other tensors keep their full width."""
+    """Channel groups, and the axes of each tensor with channels. Other tensors keep their full width.
+
+    `blocks` has the number of each tensor's block, from 1. Tensors without one are in every sub-model.
+    """
 
     groups: tuple[ChannelGroup, ...]
     tensors: Mapping[str, tuple[Axis, ...]]
+    blocks: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks; 0: the model has none."""
+        return max(self.blocks.values(), default=0)
+
+    @property
+    def rank(self) -> int:
+        """Most directions of an adapter; 0: the model has none."""
+        return max((group.channels for group in self.groups if group.rank), default=0)
 
     def validate(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Check a map from the wire against a model of these shapes. Raises LayoutError."""
@@ -126,6 +169,9 @@ class ChannelMap:
                     raise LayoutError(
                         f"the channels of axis {place} of {name!r} do not take its {extent} elements"
                     )
+        for name, number in self.blocks.items():
+            if name not in shapes or not 1 <= number <= MOST_BLOCKS:
+                raise LayoutError(f"the model has no tensor {name!r} of block {number}")
         # The extents of the axes bound the sizes of used groups. Nothing would bound an unused one.
         if unused := set(range(len(self.groups))) - self._used():
             raise LayoutError(f"no tensor has channels of group {min(unused)}")
@@ -166,7 +212,7 @@ class ChannelMap:
 
 
 class KeptChannels:
-    """Channels that one sub-model keeps of each group, and so its coverage of every tensor."""
+    """Channels that one sub-model keeps of each group, and so its coverage of every tensor that it has."""
 
     def __init__(
         self, channel_map: ChannelMap, sub_model: SubModel, weights: Mapping[str, np.ndarray] | None = None
@@ -185,6 +231,10 @@ class KeptChannels:
                 norms = self._map.norms(number, self._weights)
             kept.append(kept_channels(group, self._sub_model, number, norms))
         return tuple(kept)
+
+    def has(self, name: str) -> bool:
+        """Return whether the sub-model has the tensor: its block is not too deep."""
+        return not self._sub_model.depth or self._map.blocks.get(name, 0) <= self._sub_model.depth
 
     def coverage(self, name: str, shape: tuple[int, ...]) -> Coverage:
         """Return the sub-model's coverage of the tensor `name`, which has `shape` in the whole model."""
@@ -215,6 +265,8 @@ def kept_channels(
     group: ChannelGroup, sub_model: SubModel, number: int, norms: np.ndarray | None = None
 ) -> np.ndarray:
     """Choose increasing channels of `group`, the `number`-th of its model; at least one of each block."""
+    if group.rank:
+        return np.arange(min(group.channels, sub_model.rank or group.channels), dtype=np.int64)
     size = group.channels // group.blocks
     # Without the small difference, 0.55 * 100 would round up to 56, as floating point gives 55.00000000000001.
     count = max(1, math.ceil(sub_model.width * size - 1e-9))
@@ -238,4 +290,6 @@ def _ranked(size: int, seed: str) -> np.ndarray:
 
 def sub_shapes(selection: KeptChannels, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a sub-model's tensors, by name."""
-    return {name: selection.coverage(name, shape).sub_shape for name, shape in shapes.items()}
+    return {
+        name: selection.coverage(name, shape).sub_shape for name, shape in shapes.items() if selection.has(name)
+    }

@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 
 from fedgrpc import claims
 from fedgrpc.submodels.channels import ChannelMap, SubModel, sub_shapes
-from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
+from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.submodels.reduction import Reduction
 from fedgrpc.submodels.technique_cost import PLAIN, TechniqueCost, technique_cost
 
@@ -423,8 +424,9 @@ def elements_of(
     Without a channel map, the sub-model is the whole model. All rules keep equally many channels.
     """
     shapes = model
-    if channels is not None and plan.width < 1:
-        shapes = sub_shapes(channels.select(SubModel(plan.width)), model)
+    sub_model = SubModel(plan.width, depth=plan.depth, rank=plan.rank)
+    if channels is not None and not sub_model.whole:
+        shapes = sub_shapes(channels.select(sub_model), model)
     trained = [plan.is_trained(name) for name in shapes]
     counts = [math.prod(shape) for shape in shapes.values()]
     reductions = [Reduction.of(plan).of_tensor(name, len(shape)) for name, shape in shapes.items()]

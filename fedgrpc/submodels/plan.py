@@ -6,6 +6,9 @@ Every part may be left out, and any combination is a plan. In TOML:
     rule = "rolling"               # which ones: prefix, rolling, random, magnitude (structured pruning)
     personal_layers = ["head.*"]   # stay on the device
     trained_layers = ["fc*"]       # all others stay as they are given, and are not sent back
+    depth = 2                      # the first blocks of a model with early exits
+    rank = 4                       # the first directions of its adapters
+    distillation = 1.0             # how much each exit learns from the others
 
     [pruning]
     ratio = 0.5
@@ -43,7 +46,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -178,9 +181,14 @@ class LocalModelPlan:
     nested: tuple[float, ...] = ()
     trained_layers: tuple[str, ...] = _ALL
     memory: Memory | None = None
+    depth: int = 0
+    rank: int = 0
+    distillation: float = 0.0
 
     def __post_init__(self) -> None:
         self.sub_model(0)
+        most = 1000
+        _check(0 <= self.distillation <= most, f"distillation weighs 0 to {most}, not {self.distillation:g}")
         _check_layers("trained_layers", self.trained_layers)
         for width in self.nested:
             _check(0 < width < 1, f"a nested width is above 0 and below 1, not {width:g}")
@@ -199,12 +207,19 @@ class LocalModelPlan:
 
     def sub_model(self, round_number: int) -> SubModel:
         """Return the sub-model that is trained in a round."""
-        return SubModel(self.width, self.rule, 0 if self.rule in ("prefix", "magnitude") else round_number)
+        moving = 0 if self.rule in ("prefix", "magnitude") else round_number
+        return SubModel(self.width, self.rule, moving, self.depth, self.rank)
+
+    def with_sub_model(self, sub_model: SubModel) -> LocalModelPlan:
+        """Return this plan for that sub-model, whatever its round."""
+        return dataclasses.replace(
+            self, width=sub_model.width, rule=sub_model.rule, depth=sub_model.depth, rank=sub_model.rank
+        )
 
     @property
     def plain(self) -> bool:
         """True if the local model is just the global one or a sub-model of it."""
-        return self.parts <= {"sub_model"}
+        return self.parts <= SUB_MODEL_PARTS
 
     @property
     def emulated(self) -> bool:
@@ -224,6 +239,9 @@ class LocalModelPlan:
         """Parts that a device must know to follow the plan, as in `RegisterRequest.local_model_parts`."""
         needed = {
             "sub_model": self.width < 1,
+            "depth": self.depth > 0,
+            "rank": self.rank > 0,
+            "distillation": self.distillation > 0,
             "personal_layers": bool(self.personal_layers),
             "trained_layers": self.trained_layers != _ALL,
             "nested_widths": bool(self.nested),
@@ -296,67 +314,16 @@ _PARTS: dict[str, type] = {
 }
 
 
+# Parts that say which coordinates a device has.
+SUB_MODEL_PARTS = frozenset({"sub_model", "depth", "rank"})
 # The worker keeps personal layers itself. All other parts need the learning task.
 WORKER_PARTS = frozenset({"personal_layers"})
-TASK_PARTS = frozenset({"sub_model", "nested_widths", "trained_layers", *_PARTS})
-
-
-@dataclass(frozen=True)
-class PlanTable:
-    """Plans by device class. Other devices get `default`, or the best of `automatic` that fits them.
-
-    `automatic` goes from the most capable plan to the least. In TOML:
-
-    [[automatic]]
-
-    [[automatic]]
-    width = 0.5
-
-    [raspberry-pi-3]
-    width = 0.25
-    pruning.ratio = 0.5
-    """
-
-    default: LocalModelPlan = field(default_factory=LocalModelPlan)
-    classes: Mapping[str, LocalModelPlan] = field(default_factory=dict)
-    automatic: tuple[LocalModelPlan, ...] = ()
-
-    @classmethod
-    def from_toml(cls, text: str) -> PlanTable:
-        """Parse the text form. Raises `UsageError`."""
-        tables = toml.parse(text)
-        ladder = toml.read_all(LocalModelPlan, tables.pop("automatic", []), "[[automatic]]")
-        if "default" in tables and ladder:
-            raise UsageError("beside plans in [[automatic]] there is no default one")
-        plans = {name: toml.read(LocalModelPlan, table, f"the plan of {name}") for name, table in tables.items()}
-        return cls(plans.pop("default", LocalModelPlan()), plans, ladder)
-
-    @property
-    def plans(self) -> tuple[LocalModelPlan, ...]:
-        """All plans of the table."""
-        return (self.default, *self.classes.values(), *self.automatic)
-
-    def plan_of(self, device_class: str) -> LocalModelPlan:
-        """Return the plan of a device class."""
-        return self.classes.get(device_class, self.default)
-
-    def known_to(self, parts: Collection[str]) -> PlanTable:
-        """Return the table for a device that knows only these parts; other plans become the default one."""
-        if all(plan.parts <= set(parts) for plan in self.plans):
-            return self
-        classes = {name: plan.known_to(parts) for name, plan in self.classes.items()}
-        ladder = tuple(plan for plan in self.automatic if plan.parts <= set(parts))
-        return PlanTable(self.default.known_to(parts), classes, ladder)
-
-    @property
-    def trivial(self) -> bool:
-        """True if every device trains the whole model as it is."""
-        return all(plan == LocalModelPlan() for plan in self.plans)
+TASK_PARTS = frozenset({*SUB_MODEL_PARTS, "nested_widths", "trained_layers", "distillation", *_PARTS})
 
 
 def covers_all(plan: LocalModelPlan) -> bool:
     """Return whether an update by this plan covers every coordinate of the model."""
-    return plan.parts.isdisjoint({"sub_model", "pruning", "personal_layers", "trained_layers"})
+    return plan.parts.isdisjoint({*SUB_MODEL_PARTS, "pruning", "personal_layers", "trained_layers"})
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

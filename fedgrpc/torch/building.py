@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fedgrpc.codec.layout import Layout
+from fedgrpc.torch.early_exits import holding
 from fedgrpc.torch.weights import (
     Names,
     check_tensors,
@@ -73,9 +74,9 @@ class ModuleBuilder:
         return module
 
     def blank(self, shapes: Mapping[str, Shape] | None = None) -> nn.Module:
-        """Build the module with zeros that take no memory, perhaps with narrower `shapes`."""
-        module = uncompiled(self.module)
+        """Build the module with zeros that take no memory, perhaps with narrower `shapes` or fewer blocks."""
         shapes = shapes or {spec.name: spec.shape for spec in self.layout}
+        module = holding(uncompiled(self.module), shapes)
         made: dict[int, Tensor] = {}
         for names, tensors in shared_memory(module):
             memory = unwritten_zeros(shapes[min(names)], tensors[0].dtype)
@@ -83,14 +84,14 @@ class ModuleBuilder:
         return with_tensors(module, made)
 
     def filled(self, weights: Weights, shapes: Mapping[str, Shape]) -> nn.Module:
-        """Build the module with these weights, whose `shapes` may be narrower than its own.
+        """Build the module with these weights, whose `shapes` may be narrower than its own, of fewer blocks.
 
         Tensor by tensor, so that weights that are read on access are in memory once.
 
         Raises:
             LayoutError: a tensor has another shape or dtype.
         """
-        module = uncompiled(self.module)
+        module = holding(uncompiled(self.module), shapes)
         made: dict[int, Tensor] = {}
         for names, tensors in shared_memory(module):
             name, own = min(names), tensors[0]

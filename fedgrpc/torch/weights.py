@@ -191,14 +191,23 @@ def module_layout(module: nn.Module) -> Layout:
 
 
 def tensor_roles(module: nn.Module) -> dict[str, TensorRole]:
-    """Return the roles of the module's buffers by name: floats are statistics, integers are counters."""
-    parameters = {id(parameter) for parameter in module.parameters()}
+    """Return the roles of all but trained parameters, by name.
+
+    Float buffers are statistics, others counters, and parameters without gradient constants.
+    """
+    parameters = {id(parameter): parameter for parameter in module.parameters()}
     buffers = {id(b): b for b in module.buffers() if id(b) not in parameters}
-    return {
+    roles = {
         min(names): TensorRole.STATISTIC if tensor.is_floating_point() else TensorRole.COUNTER
         for names, tensor in _tensors(module)
         if id(tensor) in buffers
     }
+    frozen = {
+        min(names): TensorRole.CONSTANT
+        for names, tensor in _tensors(module)
+        if id(tensor) in parameters and not parameters[id(tensor)].requires_grad
+    }
+    return roles | frozen
 
 
 def weights_of(module: nn.Module) -> dict[str, np.ndarray]:

@@ -208,7 +208,7 @@ class LocalModels(_message.Message):
     def __init__(self, default: _Optional[_Union[LocalModel, _Mapping]] = ..., classes: _Optional[_Mapping[str, LocalModel]] = ..., automatic: _Optional[_Iterable[_Union[LocalModel, _Mapping]]] = ...) -> None: ...
 
 class LocalModel(_message.Message):
-    __slots__ = ("sub_model", "personal_layers", "pruning", "clustering", "quantization", "arithmetic", "nested_widths", "trained_layers", "memory")
+    __slots__ = ("sub_model", "personal_layers", "pruning", "clustering", "quantization", "arithmetic", "nested_widths", "trained_layers", "memory", "distillation")
     SUB_MODEL_FIELD_NUMBER: _ClassVar[int]
     PERSONAL_LAYERS_FIELD_NUMBER: _ClassVar[int]
     PRUNING_FIELD_NUMBER: _ClassVar[int]
@@ -218,6 +218,7 @@ class LocalModel(_message.Message):
     NESTED_WIDTHS_FIELD_NUMBER: _ClassVar[int]
     TRAINED_LAYERS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_FIELD_NUMBER: _ClassVar[int]
+    DISTILLATION_FIELD_NUMBER: _ClassVar[int]
     sub_model: str
     personal_layers: _containers.RepeatedScalarFieldContainer[str]
     pruning: Pruning
@@ -227,7 +228,8 @@ class LocalModel(_message.Message):
     nested_widths: _containers.RepeatedScalarFieldContainer[float]
     trained_layers: _containers.RepeatedScalarFieldContainer[str]
     memory: Memory
-    def __init__(self, sub_model: _Optional[str] = ..., personal_layers: _Optional[_Iterable[str]] = ..., pruning: _Optional[_Union[Pruning, _Mapping]] = ..., clustering: _Optional[_Union[Clustering, _Mapping]] = ..., quantization: _Optional[_Union[Quantization, _Mapping]] = ..., arithmetic: _Optional[_Union[Arithmetic, _Mapping]] = ..., nested_widths: _Optional[_Iterable[float]] = ..., trained_layers: _Optional[_Iterable[str]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ...) -> None: ...
+    distillation: float
+    def __init__(self, sub_model: _Optional[str] = ..., personal_layers: _Optional[_Iterable[str]] = ..., pruning: _Optional[_Union[Pruning, _Mapping]] = ..., clustering: _Optional[_Union[Clustering, _Mapping]] = ..., quantization: _Optional[_Union[Quantization, _Mapping]] = ..., arithmetic: _Optional[_Union[Arithmetic, _Mapping]] = ..., nested_widths: _Optional[_Iterable[float]] = ..., trained_layers: _Optional[_Iterable[str]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., distillation: _Optional[float] = ...) -> None: ...
 
 class Pruning(_message.Message):
     __slots__ = ("ratio", "across_layers", "layers")

@@ -69,12 +69,14 @@ class TensorSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ..., role: _Optional[_Union[TensorRole, str]] = ..., tied_names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ChannelGroup(_message.Message):
-    __slots__ = ("channels", "blocks")
+    __slots__ = ("channels", "blocks", "rank")
     CHANNELS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
     channels: int
     blocks: int
-    def __init__(self, channels: _Optional[int] = ..., blocks: _Optional[int] = ...) -> None: ...
+    rank: bool
+    def __init__(self, channels: _Optional[int] = ..., blocks: _Optional[int] = ..., rank: _Optional[bool] = ...) -> None: ...
 
 class ChannelSegment(_message.Message):
     __slots__ = ("group", "repeat")
@@ -97,7 +99,7 @@ class ChannelAxes(_message.Message):
     def __init__(self, axes: _Optional[_Iterable[_Union[ChannelAxis, _Mapping]]] = ...) -> None: ...
 
 class ChannelMap(_message.Message):
-    __slots__ = ("groups", "tensors")
+    __slots__ = ("groups", "tensors", "blocks")
     class TensorsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -105,11 +107,20 @@ class ChannelMap(_message.Message):
         key: str
         value: ChannelAxes
         def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[ChannelAxes, _Mapping]] = ...) -> None: ...
+    class BlocksEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
     groups: _containers.RepeatedCompositeFieldContainer[ChannelGroup]
     tensors: _containers.MessageMap[str, ChannelAxes]
-    def __init__(self, groups: _Optional[_Iterable[_Union[ChannelGroup, _Mapping]]] = ..., tensors: _Optional[_Mapping[str, ChannelAxes]] = ...) -> None: ...
+    blocks: _containers.ScalarMap[str, int]
+    def __init__(self, groups: _Optional[_Iterable[_Union[ChannelGroup, _Mapping]]] = ..., tensors: _Optional[_Mapping[str, ChannelAxes]] = ..., blocks: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class Encoding(_message.Message):
     __slots__ = ("spec",)

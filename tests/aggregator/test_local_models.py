@@ -10,7 +10,8 @@ from fedgrpc.aggregator.registry import Worker
 from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.protocol.plans import local_model_to_proto
 from fedgrpc.submodels.channels import SubModel
-from fedgrpc.submodels.plan import TASK_PARTS, Arithmetic, LocalModelPlan, Memory, PlanTable
+from fedgrpc.submodels.plan import TASK_PARTS, Arithmetic, LocalModelPlan, Memory
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2
 
 MIB = 1 << 20

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fedgrpc.submodels.plan import PlanTable
+from fedgrpc.submodels.plan_table import PlanTable
 from tools.container_fleet import PLANS
 from tools.containers.devices import make_fleet
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
+from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.v1 import round_pb2
 from tests.faults.large_model import LargeModel
 from tests.support.processes import ROOT, running_process

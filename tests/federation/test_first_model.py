@@ -4,7 +4,8 @@ import asyncio
 
 from fedgrpc.protocol.tensors import channels_to_proto
 from fedgrpc.submodels.channels import ChannelGroup, ChannelMap, Segment
-from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
+from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
 from tests.support.running_federation import running_aggregator

@@ -9,7 +9,8 @@ from fedgrpc.aggregator.settings import AggregatorSettings, Target
 from fedgrpc.cli.tables import rounds_table
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.policy import RoundPolicy
-from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
+from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
 from tests.support.hand_driven_device import MODEL, HandDrivenDevice, refused, update_of

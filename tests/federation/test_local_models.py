@@ -18,12 +18,8 @@ from fedgrpc.aggregator.settings import Target
 from fedgrpc.protocol.tensors import channels_to_proto
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.submodels.channels import ChannelGroup, ChannelMap, Segment
-from fedgrpc.submodels.plan import (
-    LocalModelPlan,
-    PlanTable,
-    Pruning,
-    Quantization,
-)
+from fedgrpc.submodels.plan import LocalModelPlan, Pruning, Quantization
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.trainer import EvalResult, TrainJob, TrainResult, Weights
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2

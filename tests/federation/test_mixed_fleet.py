@@ -9,15 +9,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fedgrpc.submodels.plan import (
-    Arithmetic,
-    Clustering,
-    LocalModelPlan,
-    Memory,
-    PlanTable,
-    Pruning,
-    Quantization,
-)
+from fedgrpc.submodels.plan import Arithmetic, Clustering, LocalModelPlan, Memory, Pruning, Quantization
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.tasks.digits import Digits
 from fedgrpc.torch.task import TorchTask
 from fedgrpc.torch.trainer import TorchTrainer

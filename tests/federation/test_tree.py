@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fedgrpc.protocol.tasks import WorkerRole
-from fedgrpc.submodels.plan import LocalModelPlan, PlanTable, Pruning
+from fedgrpc.submodels.plan import LocalModelPlan, Pruning
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2

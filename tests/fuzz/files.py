@@ -38,7 +38,8 @@ from fedgrpc.storage.model_file import ModelFile, ModelTensors, write_model
 from fedgrpc.storage.residual_file import read_residual, write_residual
 from fedgrpc.storage.run_store import RunStore, StoredRun, TaskRow
 from fedgrpc.storage.uploads import UploadJournal
-from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
+from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.v1 import aggregator_pb2, round_pb2
 from fedgrpc.worker.held_model import Source
 from fedgrpc.worker.model_folder import ModelFolder

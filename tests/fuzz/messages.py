@@ -30,7 +30,8 @@ from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rpc import framing
 from fedgrpc.rpc.identity import Session
 from fedgrpc.submodels.channels import Axis, ChannelGroup, ChannelMap, Segment, SubModel
-from fedgrpc.submodels.plan import LocalModelPlan, PlanTable
+from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2, tensor_pb2
 from tests.fuzz.mutate import invented, mutated, spoiled
 from tests.fuzz.payloads import MODEL, NAMES, SHAPES, SMALL

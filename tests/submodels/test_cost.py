@@ -24,15 +24,8 @@ from fedgrpc.submodels.cost import (
     predict,
     shown_upload_bits,
 )
-from fedgrpc.submodels.plan import (
-    Arithmetic,
-    Clustering,
-    LocalModelPlan,
-    Memory,
-    PlanTable,
-    Pruning,
-    Quantization,
-)
+from fedgrpc.submodels.plan import Arithmetic, Clustering, LocalModelPlan, Memory, Pruning, Quantization
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.submodels.technique_cost import technique_cost
 
 MIB = 1 << 20

@@ -20,11 +20,11 @@ from fedgrpc.submodels.plan import (
     Clustering,
     LocalModelPlan,
     Memory,
-    PlanTable,
     Pruning,
     Quantization,
     covers_all,
 )
+from fedgrpc.submodels.plan_table import PlanTable
 
 NAMES = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=8)
 LAYERS = st.lists(NAMES, min_size=1, max_size=3).map(tuple)

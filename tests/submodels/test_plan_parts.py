@@ -9,10 +9,10 @@ from fedgrpc.submodels.plan import (
     Arithmetic,
     Clustering,
     LocalModelPlan,
-    PlanTable,
     Pruning,
     Quantization,
 )
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.v1 import round_pb2
 
 FULL = LocalModelPlan(0.5, personal_layers=("head",), pruning=Pruning(), clustering=Clustering())
@@ -20,8 +20,14 @@ ALL = WORKER_PARTS | TASK_PARTS
 
 
 def test_the_parts_of_a_plan_are_the_fields_of_its_message() -> None:
-    assert {field.name for field in round_pb2.LocalModel.DESCRIPTOR.fields} == ALL
-    for plan in (FULL, LocalModelPlan(arithmetic=Arithmetic()), LocalModelPlan(nested=(0.5,))):
+    # Depth and rank are told in the text of the sub-model.
+    assert {field.name for field in round_pb2.LocalModel.DESCRIPTOR.fields} == ALL - {"depth", "rank"}
+    for plan in (
+        FULL,
+        LocalModelPlan(arithmetic=Arithmetic()),
+        LocalModelPlan(nested=(0.5,)),
+        LocalModelPlan(distillation=0.5),
+    ):
         message = local_model_to_proto(plan, plan.sub_model(0))
         assert {field.name for field, _ in message.ListFields()} == plan.parts
 

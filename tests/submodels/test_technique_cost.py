@@ -5,16 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fedgrpc.submodels.cost import DeviceLimits, Observation, PlanSize, choose_of, elements_of, predict
-from fedgrpc.submodels.plan import (
-    FORMATS,
-    Arithmetic,
-    Clustering,
-    LocalModelPlan,
-    Memory,
-    PlanTable,
-    Pruning,
-    Quantization,
-)
+from fedgrpc.submodels.plan import FORMATS, Arithmetic, Clustering, LocalModelPlan, Memory, Pruning, Quantization
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.submodels.technique_cost import carrier_bytes, saves_nothing, technique_cost
 
 MIB = 1 << 20

@@ -98,7 +98,7 @@ def test_evaluation_is_the_mean_over_all_held_out_examples() -> None:
 def test_evaluation_in_many_batches_is_that_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(Plain)
     whole = trainer.evaluate(trainer.initial_weights())
-    monkeypatch.setattr("fedgrpc.torch.trainer._EVALUATION_BATCH", 7)
+    monkeypatch.setattr("fedgrpc.torch.training._EVALUATION_BATCH", 7)
     pieces = trainer.evaluate(trainer.initial_weights())
     assert whole is not None
     assert pieces is not None

@@ -37,13 +37,8 @@ from fedgrpc.datasets.partition import parse_partition
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.storage.run_store import RoundRecord, RunStore
 from fedgrpc.submodels.channels import ChannelMap
-from fedgrpc.submodels.plan import (
-    Clustering,
-    LocalModelPlan,
-    PlanTable,
-    Pruning,
-    Quantization,
-)
+from fedgrpc.submodels.plan import Clustering, LocalModelPlan, Pruning, Quantization
+from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.tasks.fashion_mnist import FashionMnist
 from fedgrpc.torch.data import labels_of, subset_of
 from fedgrpc.torch.trainer import TorchTrainer

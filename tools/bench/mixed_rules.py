@@ -15,6 +15,10 @@ The published rules are for widths alone, as in their papers, and beside them st
 
 Both papers normalize each layer, and this model does not: so each rule also runs without its scaling.
 
+"counted as mixed" is the control: every device trains the whole model, and of the smaller ones only the
+coordinates count that they have in the mixed fleet. So nothing is narrow, and only the outer channels lack their
+examples.
+
 `python -m tools.bench.mixed_rules --out rules.jsonl` writes one JSON line for each run, and continues where it was
 stopped; `--show rules.jsonl` prints the table.
 """
@@ -26,7 +30,7 @@ import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +42,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from fedgrpc.aggregation.mean import CoordinateMean
-from fedgrpc.submodels.channels import ChannelMap
+from fedgrpc.submodels.channels import ChannelMap, KeptChannels
 from fedgrpc.submodels.coverage import Coverage
 from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.tasks.fashion_mnist import FashionMnist
@@ -54,9 +58,13 @@ HEAD = "fc3"
 
 @dataclass(frozen=True)
 class Rules:
-    """Plans of the fleet's devices, None for one that stays out, and how they train and are averaged."""
+    """Plans of the fleet's devices, None for one that stays out, and how they train and are averaged.
+
+    `counted` are plans whose coordinates count of what the devices train; without, all that they train.
+    """
 
     plans: Sequence[LocalModelPlan | None]
+    counted: Sequence[LocalModelPlan] = ()
     tau: float = 1.0
     masked: bool = False
     scaled: bool = False
@@ -76,13 +84,14 @@ def fleets() -> dict[str, Rules]:
         "mixed": Rules(mixed),
         "all smallest": Rules([quarter] * WORKERS),
         "small left out": Rules([whole] * 4 + [None] * 6),
+        "widths": Rules(widths),
+        "counted as mixed": Rules([whole] * WORKERS, widths),
         "HeteroFL": published(widths, scaled=True),
         "FedRolex": published(rolling, scaled=True),
         "HeteroFL, not scaled": published(widths),
         "FedRolex, not scaled": published(rolling),
         "mixed, rolling": Rules([whole] * 4 + [LocalModelPlan(0.5, "rolling")] * 3 + small("rolling")),
         "mixed, nested": Rules(nested),
-        "widths": Rules(widths),
         "all smallest, compressed": Rules((small("prefix") * 4)[:WORKERS]),
     }
 
@@ -180,6 +189,10 @@ def average(
     return moved
 
 
+def _cut(weights: Weights, selection: KeptChannels) -> dict[str, np.ndarray]:
+    return {name: selection.coverage(name, its.shape).take(its).copy() for name, its in weights.items()}
+
+
 def run(rules: Rules, asked: argparse.Namespace, partition: str, seed: int) -> list[float]:
     """Accuracy of the global model, in percent, after each of the last rounds."""
     setup = TaskSetup(device="cpu", seed=seed, threads=1)
@@ -193,7 +206,7 @@ def run(rules: Rules, asked: argparse.Namespace, partition: str, seed: int) -> l
         results = []
         for number, plan in plans:
             selection = channels.select(plan.sub_model(round_number))
-            given = {name: selection.coverage(name, its.shape).take(its).copy() for name, its in weights.items()}
+            given = _cut(weights, selection)
             job = TrainJob(
                 max_steps=asked.steps,
                 batch_size=asked.batch_size,
@@ -205,6 +218,10 @@ def run(rules: Rules, asked: argparse.Namespace, partition: str, seed: int) -> l
                 local_model=None if plan.plain else plan,
             )
             result = trainers[number].train({name: its.copy() for name, its in given.items()}, job)
+            if rules.counted:
+                selection = channels.select(rules.counted[number].sub_model(round_number))
+                result = replace(result, weights=_cut(result.weights, selection))
+                given = _cut(given, selection)
             weight = 1.0 if rules.by_device else float(result.example_count)
             results.append((result, given, weight, learners[number].trained_rows(), selection))
         weights = average(weights, results)

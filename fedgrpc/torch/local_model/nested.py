@@ -33,7 +33,7 @@ class Nested:
         self._narrow: list[tuple[nn.Module, Mapping[str, tuple[Tensor | None, ...]]]] = []
         for width in sorted(widths, reverse=True):
             selection = channel_map.select(SubModel(width))
-            coverages = {name: selection.coverage(name, shape) for name, shape in whole.items()}
+            coverages = {name: selection.coverage(name, whole[name]) for name in own}
             shapes = {name: coverage.sub_shape for name, coverage in coverages.items()}
             if shapes != own and all(_within(shapes[name], own[name]) for name in own):
                 places = {name: _places(coverages[name], own[name], whole[name]) for name in self._parameters}

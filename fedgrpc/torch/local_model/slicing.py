@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from fedgrpc.errors import LayoutError, UsageError
 from fedgrpc.submodels.channels import Axis, ChannelMap, Segment, SubModel, sub_shapes
 from fedgrpc.torch.building import ModuleBuilder, with_tensors
+from fedgrpc.torch.early_exits import names_held
 from fedgrpc.torch.local_model.graph import Channels
 from fedgrpc.torch.local_model.tracing import trace_channels
 from fedgrpc.torch.weights import check_names, load_weights, uncompiled
@@ -27,8 +28,8 @@ log = structlog.get_logger()
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Width of the trial: every group that can be narrower is narrower at one half.
-_TRIED = 0.5
+# The trial: every group that can be narrower is narrower in it.
+_TRIED = SubModel(0.5, rank=1)
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -174,7 +175,7 @@ class SubModels:
         except UsageError as error:
             log.warning("the whole model is built to find its channels", reason=str(error))
             return _channels_of(uncompiled(self._builder.initial()), example.cpu())
-        _check_narrower(module, self._narrowed(channels.map, SubModel(_TRIED)), example.cpu())
+        _check_narrower(module, self._narrowed(channels.map, _TRIED), example.cpu())
         return channels
 
     def blank(self, sub_model: SubModel) -> nn.Module:
@@ -191,12 +192,13 @@ class SubModels:
         Raises:
             LayoutError: no sub-model of the model has such weights.
         """
-        own = {spec.name: spec.shape for spec in self._builder.layout}
         given = weight_shapes(weights)
+        held = names_held(uncompiled(self._builder.module), self._builder.names.own.keys(), given)
+        own = {spec.name: spec.shape for spec in self._builder.layout if spec.name in held}
         check_names(own.keys(), given.keys())
         if given != own:
             check_sub_model(self.channels.map, own, given)
-        elif (whole := self._builder.whole) is not None:
+        elif (whole := self._builder.whole) is not None and len(own) == len(self._builder.layout):
             load_weights(whole, weights)
             return whole
         return _updated(self._builder.filled(weights, given))
@@ -204,7 +206,7 @@ class SubModels:
 
 def _channels_of(module: nn.Module, example: Tensor) -> Channels:
     channels = trace_channels(module, example)
-    narrow = resized(module, sub_shapes(channels.map.select(SubModel(_TRIED)), shapes_of(module)))
+    narrow = resized(module, sub_shapes(channels.map.select(_TRIED), shapes_of(module)))
     _check_narrower(module, narrow, example)
     return channels
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fedgrpc.errors import UsageError
+from fedgrpc.torch.adapters import with_ranks
+from fedgrpc.torch.early_exits import block_numbers
 from fedgrpc.torch.local_model.graph import OUTPUT, Channels, Graph
 from fedgrpc.torch.local_model.operations import ALIASES, HANDLERS
 
 
 def trace_channels(module: nn.Module, example: Tensor) -> Channels:
-    """Find the channel groups of `module` by scoring `example`, a batch of one or a few inputs.
+    """Find the channel groups and blocks of `module` by scoring `example`, a batch of one or a few inputs.
 
     Raises:
         UsageError: the module cannot score the example.
@@ -37,7 +40,9 @@ def trace_channels(module: nn.Module, example: Tensor) -> Channels:
         # The classes of the output have a meaning to the task, so they are not channels to choose from.
         if isinstance(output, Tensor):
             graph.freeze(graph.axes(output), OUTPUT)
-    return graph.channels()
+    channels = graph.channels()
+    marked = replace(with_ranks(channels.map, module), blocks=block_numbers(module))
+    return replace(channels, map=marked)
 
 
 @contextmanager

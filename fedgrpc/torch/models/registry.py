@@ -11,6 +11,7 @@ from collections.abc import Callable
 from torch import nn
 
 from fedgrpc.errors import UsageError
+from fedgrpc.torch.models.exits import cnn_with_exits, resnet18_with_exits
 from fedgrpc.torch.models.mobilenet import MobileNetV2
 from fedgrpc.torch.models.resnet import ResNet18
 from fedgrpc.torch.models.shufflenet import ShuffleNetV2
@@ -21,8 +22,10 @@ _BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "mlp": lambda classes, channels, side: MLP(channels * side * side, classes),
     "lenet": LeNet,
     "cnn": CNN,
+    "cnn-exits": cnn_with_exits,
     "net": Net,
     "resnet18": lambda classes, channels, side: ResNet18(classes, channels),
+    "resnet18-exits": lambda classes, channels, side: resnet18_with_exits(classes, channels),
     "resnet18-static": lambda classes, channels, side: ResNet18(classes, channels, norm="static"),
     "resnet18-batch": lambda classes, channels, side: ResNet18(classes, channels, norm="batch"),
     "mobilenetv2": lambda classes, channels, side: MobileNetV2(classes, channels),

@@ -19,7 +19,7 @@ def parameter_count(model: nn.Module) -> int:
 @pytest.mark.parametrize(("channels", "side", "classes"), [(1, 28, 10), (3, 32, 7)])
 def test_every_model_gives_one_logit_per_class(name: str, channels: int, side: int, classes: int) -> None:
     model = build_model(name, num_classes=classes, in_channels=channels, image_size=side)
-    assert model(torch.rand(2, channels, side, side)).shape == (2, classes)
+    assert model.eval()(torch.rand(2, channels, side, side)).shape == (2, classes)
 
 
 def test_lenet_has_the_44426_parameters_of_niid_bench() -> None:
@@ -52,7 +52,7 @@ def test_both_stems_of_resnet18_work() -> None:
 
 
 def test_an_unknown_model_is_refused_with_the_ones_there_are() -> None:
-    with pytest.raises(UsageError, match="choose mlp, lenet, cnn, net, resnet18"):
+    with pytest.raises(UsageError, match="choose mlp, lenet, cnn, cnn-exits, net, resnet18"):
         build_model("alexnet", num_classes=10, in_channels=3, image_size=32)
 
 
