@@ -18,8 +18,7 @@ import numpy as np
 
 from fedgrpc.aggregation.mean import CoordinateMean
 from fedgrpc.aggregation.server_optimizer import ServerOptimizer
-from fedgrpc.aggregator.fold import PIECE, Fold, Load
-from fedgrpc.aggregator.means import cached, means_of
+from fedgrpc.aggregator.fold import PIECE, Fold, Load, cached, means_of
 from fedgrpc.aio import BackgroundThread
 from fedgrpc.codec.layout import Layout, TensorRole, TensorSpec
 from fedgrpc.errors import NotFinite

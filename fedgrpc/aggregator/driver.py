@@ -1,43 +1,155 @@
 """The driver: the one task that opens rounds, selects workers, and commits.
 
-The rule: whatever it does can be cut off at any point. What is not in the database did not happen, and what an
-update file holds is still there. The next process continues from that.
+    RoundSource   gives the driver its rounds, and makes of their updates what is to be made
+                  (fedgrpc.aggregator.own_rounds, fedgrpc.hierarchy.parent_rounds)
+    Upkeep        waits of the driver: for news, and for a disk that works
+
+The rule: whatever the driver does can be cut off at any point. What is not in the database did not happen, and
+what an update file holds is still there. The next process continues from that. Nothing that can wait holds a round
+up, and nothing accepted is dropped because the disk fails.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
+from typing import Protocol
 
 import structlog
 
 from fedgrpc import claims
-from fedgrpc.aggregator.accepted_updates import AcceptedUpdates
 from fedgrpc.aggregator.assignment import TaskAssigner
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.histories import histories_of
+from fedgrpc.aggregator.new_version import AcceptedUpdates
 from fedgrpc.aggregator.recovery import Recovery
-from fedgrpc.aggregator.round_source import OwnRounds, RoundSource
-from fedgrpc.aggregator.upkeep import Upkeep
-from fedgrpc.errors import CodecError, FedgrpcError, IllegalTransition, UnusableUpdate, UpdateRefused
+from fedgrpc.codec.layout import Layout
+from fedgrpc.errors import (
+    CodecError,
+    FedgrpcError,
+    IllegalTransition,
+    NotFound,
+    StorageError,
+    UnusableUpdate,
+    UpdateRefused,
+)
 from fedgrpc.rounds.events import AbandonCause, Abort, Commit, Finished, Rejected, Select, Tick
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.round import RoundPhase, wake_at, wants_workers
 from fedgrpc.rounds.version import Jump, Version
-from fedgrpc.runs.events import Drop, RoundEnded, RoundOpened, RunPhase, UpdatesMerged
+from fedgrpc.rpc.retry import Backoff, Retries
+from fedgrpc.runs.events import Drop, RoundEnded, RoundOpened, RunPhase, UpdatesMerged, VersionsPruned
+from fedgrpc.runs.keeping import kept
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.merge import Merge
 from fedgrpc.runs.round_in_progress import DroppedTask, RoundInProgress
+from fedgrpc.storage.data_folder import Use
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 log = structlog.get_logger()
 
 # After each look at the whole fleet, this many times as long for everything else.
 _REST = 9.0
+_AFTER_STORAGE_ERROR = Backoff(first_s=0.5, cap_s=15.0)
 # Rounds that are looked through for the newest scores after a restart.
 _RECENT_ROUNDS = 20
+
+
+class RoundSource(Protocol):
+    """Gives a driver its rounds, one at a time, and takes what they make."""
+
+    async def recover(self, recovery: Recovery) -> None:
+        """Take up what a former process left, with the help of `recovery`. Raises as it does."""
+
+    async def next_round(self) -> RoundInProgress | None:
+        """Return the round to play now. None: look again, or the run has ended."""
+
+    async def write(self, round_: RoundInProgress, merge: Merge) -> tuple[Version | None, Layout]:
+        """Make what the round makes of these updates durable. Returns its version, if it has one, and the layout.
+
+        Raises `StorageError`, `UnusableUpdate` for an update that is to be left out, and `CodecError` or
+        `UpdateRefused` when no update in particular is to blame.
+        """
+
+    async def ended(self, round_: RoundInProgress) -> None:
+        """Act on the end of a round, committed or abandoned, before the next one."""
+
+
+class Upkeep:
+    """Waits, and removes the updates and versions of rounds that are over while the driver has nothing to do."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        # Tasks of finished rounds whose updates are still on the disk. None: everything is cleared away.
+        self._over: list[str] | None = None
+        self._clear_at = 0.0
+        self._clearing = Retries(_AFTER_STORAGE_ERROR)
+
+    def over(self, tokens: Iterable[str]) -> None:
+        """Note tasks whose updates are not needed any more."""
+        self._over = [*(self._over or ()), *tokens]
+
+    async def until(self, time_s: float | None, clear: bool = True) -> None:
+        """Wait for news, or for the aggregator's clock to read `time_s`. `clear`: for news from now on only."""
+        coordinator = self._coordinator
+        if clear:
+            coordinator.wake.clear()
+        await self.clear_away()
+        timeout_s = None if time_s is None else max(0.0, time_s - coordinator.clock())
+        try:
+            async with asyncio.timeout(timeout_s):
+                await coordinator.wake.wait()
+        except TimeoutError:
+            pass
+
+    async def until_stored(self, act: Callable[[], Awaitable[None]]) -> None:
+        """Do what needs the disk. While it fails the health is bad, and everything accepted is kept."""
+        data_folder = self._coordinator.data_folder
+        retries = Retries(_AFTER_STORAGE_ERROR)
+        while True:
+            try:
+                await act()
+                data_folder.works(Use.ROUNDS)
+                return
+            except (StorageError, NotFound) as error:
+                data_folder.failed(Use.ROUNDS, error)
+            # The disk may be full of what is not needed any more.
+            await self.clear_away()
+            await asyncio.sleep(retries.next_delay_s())
+
+    async def clear_away(self) -> None:
+        """Remove the updates and versions of rounds that are over.
+
+        A removal that fails is retried at a later wait. What a process leaves by its death is removed by the next
+        one before it begins.
+        """
+        coordinator, data_folder = self._coordinator, self._coordinator.data_folder
+        if self._over is None or coordinator.clock() < self._clear_at:
+            return
+        over, self._over = self._over, None
+        try:
+            await self._remove(over)
+            data_folder.works(Use.OLD_FILES)
+            self._clearing.reset()
+        except StorageError as error:
+            self._over = [*over, *(self._over or ())]
+            self._clear_at = coordinator.clock() + self._clearing.next_delay_s()
+            data_folder.failed(Use.OLD_FILES, error)
+
+    async def _remove(self, over: list[str]) -> None:
+        coordinator, run = self._coordinator, self._coordinator.machine
+        await asyncio.to_thread(coordinator.journal.discard, over)
+        given = [] if run.round is None else [run.round.version_of(token) for token in run.round.state.tasks]
+        best, back = run.versions.best, run.rolling_back
+        named = {best.version if best else 0, back.version if back else 0, *coordinator.named_versions()}
+        keep, models = kept(
+            run.version, coordinator.settings.keep_versions, min(given, default=run.version), named
+        )
+        coordinator.apply(VersionsPruned(keep | models))
+        await coordinator.encoded_models.prune(keep, models)
+
 
 Rounds = Callable[[Coordinator, Upkeep, AcceptedUpdates], RoundSource]
 
@@ -45,7 +157,7 @@ Rounds = Callable[[Coordinator, Upkeep, AcceptedUpdates], RoundSource]
 class Driver:
     """Plays the rounds of a source on a coordinator until the run has ended."""
 
-    def __init__(self, coordinator: Coordinator, rounds: Rounds = OwnRounds) -> None:
+    def __init__(self, coordinator: Coordinator, rounds: Rounds) -> None:
         self._coordinator = coordinator
         self._run = coordinator.machine
         self._settings = coordinator.settings

@@ -28,7 +28,7 @@ from fedgrpc.aggregation.partial_update import sub_layout
 from fedgrpc.aggregator.chunk_cache import ChunkCache, PayloadFile
 from fedgrpc.aggregator.delta_bases import DeltaBases, Held, PayloadSource
 from fedgrpc.aggregator.model_store import ModelStore, check_as_written, outdated
-from fedgrpc.aggregator.reduced_payload import reduced_recipe
+from fedgrpc.aggregator.negotiation import reduced_recipe
 from fedgrpc.codec.chunk import LARGE_CHUNK_BYTES
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.codec.manifest import Manifest, TensorEntry

@@ -16,7 +16,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from fedgrpc.aggregator.model_store import ModelStore
-from fedgrpc.aggregator.reduced_payload import reduced_bits
+from fedgrpc.aggregator.negotiation import reduced_bits
 from fedgrpc.aggregator.registry import Worker
 from fedgrpc.codec.budget import expected_bits
 from fedgrpc.codec.layout import Layout

@@ -1,26 +1,37 @@
 """Recipes of each worker's models and updates: by what the run prefers, what they list, and their links.
 
 The rule: nothing is assumed of a worker. It is told recipes of encodings that it has listed, and refused where
-there is none. How fast its link is its own transfers have told, or it has declared.
+there is none. How fast its link is its own transfers have told, or it has declared. The price of a pruned or
+clustered model is that of the recipe that really writes it, for a tensor of normal values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+import glob
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from io import BytesIO
+from typing import Final
+
+import numpy as np
 
 from fedgrpc.aggregator.registry import Worker
 from fedgrpc.codec.cast import Cast
+from fedgrpc.codec.codebook import Codebook
 from fedgrpc.codec.encoding import Encoding
+from fedgrpc.codec.layout import TensorSpec, spec_of
+from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.preference import Capabilities, Preferences, parse_preferences
+from fedgrpc.codec.raw import Raw
 from fedgrpc.codec.recipe import Recipe
+from fedgrpc.codec.sparse import Threshold
 from fedgrpc.codec.uniform import Uniform
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.runs.task_context import Agreed, Downlink
 from fedgrpc.submodels.plan import LocalModelPlan
-from fedgrpc.submodels.reduction import Reduction
+from fedgrpc.submodels.reduction import ReducedTensors, Reduction
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest, WorkerRecord
 from fedgrpc.v1.tensor_pb2 import COMPRESSION_ZSTD
 
@@ -32,6 +43,12 @@ _LEAST_BITS = 8
 RAW = Recipe.parse("raw")
 # Encodings of reduced models.
 _REDUCED = frozenset({"codebook", "threshold"})
+# Of a tensor's RMS: what is below is as good as zero.
+_ANYTHING: Final = 1e-6
+# Pruning ratio from which marks pay: `tools.bench.reduced_bytes`.
+_MARKS_PAY: Final = 0.6
+# Elements whose bits tell what those of a larger tensor take.
+_SAMPLE: Final = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -155,3 +172,42 @@ def _known(registration: RegisterRequest) -> Capabilities:
 def _listed(encodings: tuple[str, ...], zstd: bool) -> Capabilities:
     """Return what a worker knows. Cached: the thousands of a fleet list the same."""
     return Capabilities.listed(encodings, ["zstd"] if zstd else [])
+
+
+def reduced_recipe(recipe: Recipe, reducible: Sequence[TensorSpec], reduction: Reduction) -> Recipe:
+    """Return the recipe for tensors with few different values, or with many zeros, which only marks stand for."""
+    overrides: list[tuple[str, Encoding]] = []
+    for spec in reducible:
+        encoding, axes = recipe.for_tensor(spec), len(spec.shape)
+        if encoding == Raw():
+            continue
+        if reduction.clusters(spec.name, axes):
+            overrides.append((glob.escape(spec.name), Codebook()))
+        elif reduction.prunes(spec.name, axes) and isinstance(encoding, Uniform) and _is_sparse(reduction):
+            overrides.append((glob.escape(spec.name), Threshold(_ANYTHING, encoding.bits)))
+    return replace(recipe, overrides=(*overrides, *recipe.overrides))
+
+
+def _is_sparse(reduction: Reduction) -> bool:
+    """Whether so much is pruned that marks of what is left take fewer bytes than zeros do after zstd."""
+    return reduction.pruning is not None and reduction.pruning.ratio > _MARKS_PAY
+
+
+def reduced_bits(recipe: Recipe) -> Callable[[int, Reduction], float]:
+    """Return a function from a tensor's elements, and how it is reduced, to the bits of each on the wire."""
+    return partial(_priced, str(recipe.without_budget()))
+
+
+def _priced(text: str, elements: int, reduction: Reduction) -> float:
+    return _bits_of_normal(text, min(elements, _SAMPLE), reduction)
+
+
+@lru_cache(maxsize=512)
+def _bits_of_normal(text: str, elements: int, reduction: Reduction) -> float:
+    rng = np.random.default_rng(0)
+    tensors = {"tensor": rng.standard_normal((max(1, elements), 1), np.float32)}
+    spec = spec_of("tensor", tensors["tensor"])
+    recipe = Recipe.parse(text).for_layout((spec,))
+    reduced = ReducedTensors(tensors, reduction, tensors.keys())
+    manifest = write_payload(dict(reduced), reduced_recipe(recipe, (spec,), reduction), BytesIO(), rng)
+    return 8 * manifest.size_bytes / spec.size

@@ -6,49 +6,35 @@ The rule: what is not in the database did not happen, and what an update file ho
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import structlog
-from google.protobuf.message import DecodeError
 
-from fedgrpc import claims
 from fedgrpc.aggregator.assignment import TaskAssigner
-from fedgrpc.aggregator.changed_settings import OPTIMIZER, changes, compared_text
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.first_model import complaint
 from fedgrpc.aggregator.new_version import about_version
+from fedgrpc.aggregator.recovered_rounds import RecoveredRounds
+from fedgrpc.aggregator.settings import OPTIMIZER, changes, compared_text
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.raw import as_bool
-from fedgrpc.errors import CorruptError, LayoutError, StorageError, UnusableUpdate, UsageError, blaming
-from fedgrpc.protocol.durations import duration_from_proto
-from fedgrpc.protocol.plans import local_task_from_proto
-from fedgrpc.protocol.records import prediction_from_proto
-from fedgrpc.protocol.rounds import agreed_from_proto, record_of
-from fedgrpc.protocol.updates import report_from_proto
-from fedgrpc.rounds.events import LossCause, TaskPhase
-from fedgrpc.rounds.policy import TaskKind
-from fedgrpc.rounds.round import StoredTask, restore
+from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.rounds.version import Version
 from fedgrpc.rpc.identity import Session
 from fedgrpc.runs.events import (
     Ending,
     EndReason,
-    RoundOpened,
     RoundsRestored,
     RunPhase,
     RunRestored,
     VersionKnown,
     VersionTaken,
 )
-from fedgrpc.runs.round_in_progress import RoundInProgress
-from fedgrpc.runs.task_context import LocalTask, Report, TaskContext
 from fedgrpc.storage.model_file import ModelFile, write_model
-from fedgrpc.storage.run_store import StoredRound, StoredRun, TaskRow
-from fedgrpc.submodels.cost import PlanChoice
+from fedgrpc.storage.run_store import StoredRun
 from fedgrpc.v1 import round_pb2
 from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE
 
@@ -69,7 +55,13 @@ class Recovery:
         self._local_models = coordinator.local_models
         self._journal = coordinator.journal
         self._settings = coordinator.settings
-        self._assigner = assigner
+        self._rounds = RecoveredRounds(
+            coordinator,
+            coordinator.journal,
+            coordinator.settings,
+            lambda: coordinator.weighing,
+            assigner.prepare_again,
+        )
 
     async def recover(self) -> None:
         """Take up what a former process left in the data folder. Raises `UsageError` and `StorageError`."""
@@ -95,11 +87,11 @@ class Recovery:
             await self._close(open_round.record, "the first model came from a file")
             open_round = None
         if open_round is not None:
-            await self._reopen(open_round)
+            await self._rounds.reopen(open_round)
         if stored is not None and self._goes_on(changed):
             coordinator.apply(replace(_restored(stored), phase=RunPhase.RUNNING, ending=Ending()))
         if open_round is None and not run.ended:
-            await self._go_on(run.last_number + 1)
+            await self._rounds.go_on(run.last_number + 1)
         await self._tell_unknown_updates()
         await asyncio.to_thread(self._journal.keep_only, run.round.state.tasks if run.round else ())
         await coordinator.save_run()
@@ -211,105 +203,6 @@ class Recovery:
         record.phase, record.reason = round_pb2.ROUND_PHASE_ABANDONED, reason
         await self._coordinator.in_database(self._store.finish_round, record, [], {}, None)
 
-    async def _reopen(self, open_round: StoredRound) -> None:
-        """Go on in the round that was open, with the updates that were accepted."""
-        coordinator, record = self._coordinator, open_round.record
-        kind, now = TaskKind(record.kind), coordinator.clock()
-        rows, reports = await self._accepted(open_round.tasks)
-        policy = self._settings.policy.for_kind(kind)
-        tasks = self._stored(rows, kind, reports)
-        left_s = open_round.deadline_at - time.time()
-        granted_s = duration_from_proto(record.reconnect_grace)
-        state = restore(record.number, policy, tasks, open_round.aim, left_s, now, granted_s)
-        if record.HasField("deadline"):
-            deadline_s = duration_from_proto(record.deadline)
-            state = replace(state, deadline_s=deadline_s, deadline_reason=record.deadline_reason)
-        started_at = record.started_at.ToNanoseconds() / 1e9
-        # The wall clock may have been set meanwhile, and a round does not run while no process plays it.
-        earlier_s = min(max(0.0, time.time() - started_at), state.deadline_s)
-        contexts = self._contexts(rows, reports, record)
-        round_ = RoundInProgress(state, kind, record.base_version, started_at, contexts, earlier_s=earlier_s)
-        at_work = {token: task.worker for token, task in state.tasks.items() if not task.carried}
-        round_ = round_.with_contexts(await self._assigner.prepare_again(round_, at_work))
-        coordinator.apply(RoundOpened(round_))
-        await self._keep_deadline(round_, granted_s)
-        log.info(
-            "round resumed",
-            run=self._settings.run_name,
-            round=record.number,
-            accepted=len(reports),
-            time_left_s=round(state.deadline_at - coordinator.clock(), 1) if state.deadline_at else None,
-        )
-
-    async def _keep_deadline(self, round_: RoundInProgress, granted_s: float) -> None:
-        """Store what this restart adds to the round's time, for the next one."""
-        state, now = round_.state, self._coordinator.clock()
-        if state.granted_s > granted_s and state.deadline_at is not None:
-            wall_deadline = time.time() + state.deadline_at - now
-            save = self._store.save_deadline
-            await self._coordinator.in_database(save, record_of(round_, now), wall_deadline)
-
-    async def _go_on(self, number: int) -> None:
-        """The round that a former process had not opened yet, with the tasks that the one before carried over."""
-        coordinator = self._coordinator
-        rows = await coordinator.in_database(self._store.tasks, number)
-        policy = self._settings.policy
-        if not rows or policy.late != "carry" or self._run.rules.enough(self._run.trained):
-            return
-        rows, reports = await self._accepted(rows)
-        tasks = self._stored(rows, TaskKind.TRAIN, reports)
-        state = restore(number, policy, tasks, 0, None, coordinator.clock())
-        contexts = self._contexts(rows, reports, round_pb2.Round())
-        round_ = RoundInProgress(state, TaskKind.TRAIN, self._run.version, time.time(), contexts)
-        coordinator.apply(RoundOpened(round_))
-        log.info("tasks carried over", run=self._settings.run_name, round=number, accepted=len(reports))
-
-    async def _accepted(self, rows: Iterable[TaskRow]) -> tuple[list[TaskRow], dict[str, Report]]:
-        """The tasks, and the reports of the updates that were accepted, by token. An update that would be refused
-        today is rejected: no round could use it. Raises `StorageError` where one is gone.
-        """
-        kept, reports = [], {}
-        for row in rows:
-            try:
-                report = await asyncio.to_thread(self._report, row)
-            except UnusableUpdate as error:
-                reason = claims.REASON.cleaned(str(error))
-                log.warning("update left out", round=row.round, worker=row.worker, reason=reason)
-                row = replace(row, phase=TaskPhase.REJECTED, reason=reason, loss_cause=LossCause.REFUSED)
-            else:
-                if report is not None:
-                    reports[row.token] = report
-            kept.append(row)
-        return kept, reports
-
-    def _report(self, row: TaskRow) -> Report | None:
-        """Return the report of a task's update; None where none was accepted."""
-        if row.phase in (TaskPhase.REJECTED, TaskPhase.FAILED):
-            return None
-        try:
-            update = self._journal.load(row.token)
-        except CorruptError as error:
-            # A fault of the disk, which a copy may mend: nothing is thrown away before the operator knows.
-            raise StorageError(f"cannot read the update of worker {row.worker}: {error}") from error
-        if update is not None:
-            with blaming(row.token):
-                return report_from_proto(update.header, self._settings.admission)
-        if row.phase is TaskPhase.ACCEPTED:
-            raise StorageError(f"the accepted update of worker {row.worker} is gone from the data folder")
-        return None
-
-    def _stored(
-        self, rows: Iterable[TaskRow], kind: TaskKind, reports: Mapping[str, Report]
-    ) -> Iterator[StoredTask]:
-        rows = list(rows)
-        weighing, here = self._coordinator.weighing, frozenset(row.worker for row in rows)
-        for row in rows:
-            report = reports.get(row.token)
-            phase = row.phase if report is None else TaskPhase.ACCEPTED
-            weight = 1.0 if report is None else weighing.weight_of(kind, row.worker, report, here)
-            cause = row.loss_cause if report is None else LossCause.NONE
-            yield StoredTask(row.token, row.worker, phase, row.reason, row.staleness, weight, row.chosen, cause)
-
     async def _tell_unknown_updates(self) -> None:
         """Accepted updates that no task is known of: the database is of an older time than they are."""
         known = await self._coordinator.in_database(self._store.known_tokens)
@@ -322,25 +215,6 @@ class Recovery:
                 reason="the database knows no task of theirs: was it restored from an older copy?",
             )
 
-    def _contexts(
-        self, rows: Iterable[TaskRow], reports: Mapping[str, Report], record: round_pb2.Round
-    ) -> dict[str, TaskContext]:
-        """Return the contexts of tasks, by token; `record` has the tasks of a round that was open."""
-        recorded = {task.worker: task for task in record.tasks}
-        return {row.token: self._context(row, reports.get(row.token), recorded.get(row.worker)) for row in rows}
-
-    def _context(self, row: TaskRow, report: Report | None, recorded: round_pb2.TaskRecord | None) -> TaskContext:
-        device_class = self._coordinator.fleet.get(row.worker).registration.device.device_class
-        context = TaskContext(_local_task(row), device_class=device_class, report=report)
-        if recorded is None:
-            return context
-        context = replace(context, agreed=agreed_from_proto(recorded))
-        if recorded.HasField("prediction"):
-            prediction = recorded.prediction
-            choice = PlanChoice(context.local.plan, prediction_from_proto(prediction), prediction.reason)
-            context = replace(context, choice=choice)
-        return context
-
 
 def _restored(stored: StoredRun) -> RunRestored:
     return RunRestored(
@@ -350,15 +224,6 @@ def _restored(stored: StoredRun) -> RunRestored:
         stored.started_at,
         stored.paused_reason,
     )
-
-
-def _local_task(row: TaskRow) -> LocalTask:
-    if not row.local_model:
-        return LocalTask()
-    try:
-        return local_task_from_proto(round_pb2.LocalModel.FromString(row.local_model))
-    except (DecodeError, LayoutError) as error:
-        raise StorageError(f"the database has no plan for the task of worker {row.worker}: {error}") from error
 
 
 def _finite_tensors(model: ModelFile) -> Iterator[np.ndarray]:

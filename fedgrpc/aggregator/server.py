@@ -11,17 +11,16 @@ from pathlib import Path
 
 import structlog
 
-from fedgrpc.aggregator.changed_settings import settings_text
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.driver import Driver, Rounds
 from fedgrpc.aggregator.model_service import ModelService
 from fedgrpc.aggregator.model_store import ModelStore
+from fedgrpc.aggregator.own_rounds import OwnRounds
 from fedgrpc.aggregator.registry import WorkerRegistry
-from fedgrpc.aggregator.round_source import OwnRounds
 from fedgrpc.aggregator.run_models import RunModels
 from fedgrpc.aggregator.service import AggregatorService
 from fedgrpc.aggregator.sessions import Sessions
-from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.aggregator.settings import AggregatorSettings, settings_text
 from fedgrpc.aggregator.trust import Trust
 from fedgrpc.aio import Changes
 from fedgrpc.errors import UsageError

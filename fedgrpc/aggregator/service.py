@@ -6,38 +6,37 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from itertools import islice
-from typing import cast
 
 import grpc.aio
 
-from fedgrpc import __version__, claims
+from fedgrpc import claims
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.encoded_models import Pull
-from fedgrpc.aggregator.histories import tell_history
 from fedgrpc.aggregator.negotiation import RAW, reduction_for
-from fedgrpc.aggregator.pages import MAX_PAGE_BYTES, fitting, page_of
 from fedgrpc.aggregator.receiver import Receiver
-from fedgrpc.aggregator.registry import Worker
 from fedgrpc.aggregator.roles import check_claim, check_still
 from fedgrpc.aggregator.sessions import Sessions
 from fedgrpc.aggregator.upload_reader import UploadChunks
-from fedgrpc.aggregator.watching import Pieces, Watching, watch_interval_s
+from fedgrpc.aggregator.views import (
+    MAX_PAGE_BYTES,
+    Pieces,
+    RunView,
+    Watching,
+    fitting,
+    page_of,
+    watch_interval_s,
+)
 from fedgrpc.aggregator.worker_calls import WorkerCalls
 from fedgrpc.codec.chunk import Chunk
-from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import LayoutError, NotFound, UsageError, WrongOffset
 from fedgrpc.protocol.descriptions import description_from_proto
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
-from fedgrpc.protocol.policies import policy_to_proto
-from fedgrpc.protocol.records import version_to_proto
-from fedgrpc.protocol.tensors import layout_to_proto
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.rpc.admission import caller, quota_key
 from fedgrpc.rpc.identity import Session, peer_of
 from fedgrpc.runs.task_context import Downlink
 from fedgrpc.v1 import aggregator_pb2 as pb
-from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2, tensor_pb2
-from fedgrpc.v1.round_pb2 import Round as RoundRecord
+from fedgrpc.v1 import aggregator_pb2_grpc
 
 _MAX_PAGE = 1000
 _AROUND_CHUNK_BYTES = 64 << 10
@@ -54,10 +53,8 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self._fleet = coordinator.fleet
         self._models = coordinator.encoded_models
         self._terms = coordinator.terms
-        self._local_models = coordinator.local_models
         self._store = coordinator.store
         self._settings = coordinator.settings
-        self._settings_text = settings_text
         self._calls = WorkerCalls(coordinator, sessions)
         self._receiver = Receiver(
             coordinator,
@@ -67,9 +64,9 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             coordinator.data_folder,
             coordinator.expected_update,
         )
-        self._watching = Watching(self._watched, lambda: coordinator.changes.revision)
+        self._view = RunView(coordinator, settings_text)
+        self._watching = Watching(self._view.watched, lambda: coordinator.changes.revision)
         self._pieces = Pieces()
-        self._layout: tuple[Layout, list[tensor_pb2.TensorSpec]] | None = None
         self.max_header_bytes = self._receiver.max_header_bytes
 
     @property
@@ -200,42 +197,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         return pb.LeaveResponse()
 
     async def GetRun(self, request: pb.GetRunRequest, context: grpc.aio.ServicerContext) -> pb.GetRunResponse:
-        return pb.GetRunResponse(run=self._run_message())
-
-    def _run_message(self) -> pb.Run:
-        state = self._run
-        run = pb.Run(
-            name=self._settings.run_name,
-            id=state.id,
-            phase=pb.RunPhase.Name(state.phase),
-            reason=state.ending.text or ("" if state.began else self._coordinator.first_model.lacking()),
-            model_version=state.version,
-            current_round=self._round_number(),
-            total_rounds=self._coordinator.terms.instructions.rounds or 0,
-            software_version=__version__,
-            settings=self._settings_text,
-            local_models=self._local_models.to_proto(),
-            paused_reason=state.paused_reason,
-            policy=policy_to_proto(self._settings.policy),
-        )
-        if self._layout is None or self._layout[0] is not state.layout:
-            self._layout = state.layout, layout_to_proto(state.layout)
-        run.layout.extend(self._layout[1])
-        for known, field in ((self._run.versions.last, run.last), (self._run.versions.best, run.best)):
-            if known is not None and known.sha256:
-                field.CopyFrom(version_to_proto(known))
-        run.started_at.FromNanoseconds(int(state.started_at * 1e9))
-        return run
-
-    def _round_number(self) -> int:
-        """Return the number of the round in progress, else of the last one; 0: there was none."""
-        if self._run.round is not None:
-            return self._run.round.number
-        last = self._coordinator.records.last
-        return 0 if last is None else last.number
-
-    def _record(self) -> RoundRecord | None:
-        return self._coordinator.records.shown(self._run.round, self._coordinator.clock())
+        return pb.GetRunResponse(run=self._view.run())
 
     async def GetRound(
         self, request: pb.GetRoundRequest, context: grpc.aio.ServicerContext
@@ -243,7 +205,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         wanted, start = request.number if request.HasField("number") else None, 0
         if request.page_token:
             wanted, start = _numbers(request.page_token, 2, "GetRound")
-        record = self._record()
+        record = self._view.round()
         if wanted is not None and (record is None or record.number != wanted):
             record = await self._coordinator.in_database(self._store.round, min(wanted, _MAX_ROUND))
         if record is None:
@@ -277,65 +239,37 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
                     return
                 await asyncio.sleep(interval_s)
 
-    def _watched(self) -> pb.WatchRoundsResponse:
-        record = self._record()
-        return pb.WatchRoundsResponse(
-            run=self._run_message(), round=None if record is None else page_of(record)[0]
-        )
-
     async def ListWorkers(
         self, request: pb.ListWorkersRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListWorkersResponse:
         (start,) = _numbers(request.page_token, 1, "ListWorkers") if request.page_token else (0,)
         listed = list(islice(self._fleet, start, start + min(request.page_size or _MAX_PAGE, _MAX_PAGE)))
-        workers = fitting(await self._pieces.list_of(map(self._worker, listed)))
+        workers = fitting(await self._pieces.list_of(map(self._view.worker, listed)))
         after = start + len(workers)
         more = workers and after < len(self._fleet)
         return pb.ListWorkersResponse(workers=workers, next_page_token=str(after) if more else "")
-
-    def _worker(self, worker: Worker) -> pb.WorkerRecord:
-        now = self._coordinator.clock()
-        record = pb.WorkerRecord(
-            worker=worker.name,
-            role=worker.registration.role,
-            device=worker.registration.device,
-            state=pb.WORKER_STATE_AWAY,
-            last_seen_ago=duration_to_proto(0.0 if worker.polls else max(0.0, now - worker.last_seen)),
-        )
-        history = self._coordinator.workers.history(worker.name)
-        tell_history(history, record)
-        self._coordinator.negotiation.tell(worker, history, record)
-        round_, token = self._run.round, self._run.leases.get(worker.name)
-        if token is not None and round_ is not None and token in round_.state.tasks:
-            task = round_.state.find(token)
-            record.state = pb.WORKER_STATE_BUSY
-            record.task_phase = cast(round_pb2.TaskPhase, task.phase.value)
-            record.progress = task.fraction
-        elif self._fleet.alive(worker, now):
-            record.state = pb.WORKER_STATE_IDLE
-        return record
 
     async def PauseRun(
         self, request: pb.PauseRunRequest, context: grpc.aio.ServicerContext
     ) -> pb.PauseRunResponse:
         await self._coordinator.pause()
-        return pb.PauseRunResponse(run=self._run_message())
+        return pb.PauseRunResponse(run=self._view.run())
 
     async def ResumeRun(
         self, request: pb.ResumeRunRequest, context: grpc.aio.ServicerContext
     ) -> pb.ResumeRunResponse:
         await self._coordinator.resume()
-        return pb.ResumeRunResponse(run=self._run_message())
+        return pb.ResumeRunResponse(run=self._view.run())
 
     async def RollBackRun(
         self, request: pb.RollBackRunRequest, context: grpc.aio.ServicerContext
     ) -> pb.RollBackRunResponse:
         await self._coordinator.roll_back(min(request.version, _MAX_ROUND), " ".join(request.reason.split())[:500])
-        return pb.RollBackRunResponse(run=self._run_message())
+        return pb.RollBackRunResponse(run=self._view.run())
 
     async def StopRun(self, request: pb.StopRunRequest, context: grpc.aio.ServicerContext) -> pb.StopRunResponse:
         await self._coordinator.stop(" ".join(request.reason.split())[:500])
-        return pb.StopRunResponse(run=self._run_message())
+        return pb.StopRunResponse(run=self._view.run())
 
 
 def _numbers(page_token: str, count: int, call: str) -> tuple[int, ...]:

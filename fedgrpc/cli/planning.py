@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from fedgrpc.aggregator.reduced_payload import reduced_bits
+from fedgrpc.aggregator.negotiation import reduced_bits
 from fedgrpc.client import Client
 from fedgrpc.codec.budget import expected_bits
 from fedgrpc.codec.layout import Layout, spec_of

@@ -18,11 +18,11 @@ from functools import partial
 from google.protobuf.message import DecodeError
 
 from fedgrpc import claims
-from fedgrpc.aggregator.accepted_updates import AcceptedUpdates
 from fedgrpc.aggregator.coordinator import Coordinator
+from fedgrpc.aggregator.driver import Upkeep
+from fedgrpc.aggregator.new_version import AcceptedUpdates
 from fedgrpc.aggregator.recovery import Recovery
 from fedgrpc.aggregator.task_terms import TrainingInstructions
-from fedgrpc.aggregator.upkeep import Upkeep
 from fedgrpc.codec.layout import Array, Layout
 from fedgrpc.errors import CodecError, NotFinite, StorageError
 from fedgrpc.hierarchy.handoff import ParentTask, TaskHandoff, VersionToScore

@@ -22,8 +22,7 @@ from google.protobuf.message import DecodeError
 
 from fedgrpc.aggregation.partial_aggregate import EXACT, check_finite, pack_mean
 from fedgrpc.aggregator.commit import Group, by_groups
-from fedgrpc.aggregator.fold import Fold, Load
-from fedgrpc.aggregator.means import cached, means_of
+from fedgrpc.aggregator.fold import Fold, Load, cached, means_of
 from fedgrpc.codec.feedback import Corrected, Keep, Residual, write_with_feedback
 from fedgrpc.codec.layout import Array, Layout, TensorRole, TensorSpec, spec_of
 from fedgrpc.codec.manifest import Manifest

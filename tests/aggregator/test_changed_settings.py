@@ -2,8 +2,7 @@
 
 import pytest
 
-from fedgrpc.aggregator.changed_settings import changes, compared_text
-from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.aggregator.settings import AggregatorSettings, changes, compared_text
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.policy import RoundPolicy
 

@@ -7,7 +7,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 
-from fedgrpc.aggregator.reduced_payload import reduced_bits, reduced_recipe
+from fedgrpc.aggregator.negotiation import reduced_bits, reduced_recipe
 from fedgrpc.codec.budget import expected_bits
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.codec.payload import write_payload

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fedgrpc.aggregation.partial_update import pack
-from fedgrpc.aggregator.reduced_payload import reduced_recipe
+from fedgrpc.aggregator.negotiation import reduced_recipe
 from fedgrpc.codec.layout import Array, layout_of
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe

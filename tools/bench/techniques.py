@@ -32,7 +32,7 @@ from safetensors.numpy import load_file, save_file
 from torch.utils.data import Dataset, TensorDataset
 
 from fedgrpc.aggregation.partial_update import pack
-from fedgrpc.aggregator.reduced_payload import reduced_recipe
+from fedgrpc.aggregator.negotiation import reduced_recipe
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe

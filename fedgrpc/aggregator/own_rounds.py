@@ -1,24 +1,20 @@
-"""Sources of a driver's rounds, which also decide what becomes of the updates.
+"""Rounds as the run itself asks for them: each makes a version.
 
-RoundSource    what a driver needs to know of that
-OwnRounds      the run's own rounds, each of which makes a version
-fedgrpc.hierarchy.parent_rounds.ParentRounds    those of a leaf: each carries out a task of the parent
+The rule: a run ends, rolls back or pauses itself between two rounds, once that is durable.
 """
 
 from __future__ import annotations
 
 import time
 from functools import partial
-from typing import Protocol
 
 import structlog
 
-from fedgrpc.aggregator.accepted_updates import AcceptedUpdates
 from fedgrpc.aggregator.coordinator import Coordinator
-from fedgrpc.aggregator.new_version import NewVersion
+from fedgrpc.aggregator.driver import Upkeep
+from fedgrpc.aggregator.new_version import AcceptedUpdates, NewVersion
 from fedgrpc.aggregator.recovery import Recovery
 from fedgrpc.aggregator.round_records import for_log
-from fedgrpc.aggregator.upkeep import Upkeep
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import NotFound, StorageError
 from fedgrpc.protocol.records import jump_to_proto
@@ -46,26 +42,6 @@ from fedgrpc.v1.round_pb2 import Round as RoundRecord
 log = structlog.get_logger()
 
 _AFTER_ABANDONED = Backoff(first_s=0.5, cap_s=15.0)
-
-
-class RoundSource(Protocol):
-    """Gives a driver its rounds, one at a time, and takes what they make."""
-
-    async def recover(self, recovery: Recovery) -> None:
-        """Take up what a former process left, with the help of `recovery`. Raises as it does."""
-
-    async def next_round(self) -> RoundInProgress | None:
-        """Return the round to play now. None: look again, or the run has ended."""
-
-    async def write(self, round_: RoundInProgress, merge: Merge) -> tuple[Version | None, Layout]:
-        """Make what the round makes of these updates durable. Returns its version, if it has one, and the layout.
-
-        Raises `StorageError`, `UnusableUpdate` for an update that is to be left out, and `CodecError` or
-        `UpdateRefused` when no update in particular is to blame.
-        """
-
-    async def ended(self, round_: RoundInProgress) -> None:
-        """Act on the end of a round, committed or abandoned, before the next one."""
 
 
 class OwnRounds:

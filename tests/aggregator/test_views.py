@@ -7,7 +7,7 @@ import time
 import pytest
 
 from fedgrpc.aggregator import watching
-from fedgrpc.aggregator.watching import Pieces, Watching, watch_interval_s
+from fedgrpc.aggregator.views import Pieces, Watching, watch_interval_s
 from fedgrpc.errors import Exhausted
 from fedgrpc.v1 import aggregator_pb2 as pb
 
