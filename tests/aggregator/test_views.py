@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from fedgrpc.aggregator import watching
+from fedgrpc.aggregator import views
 from fedgrpc.aggregator.views import Pieces, Watching, watch_interval_s
 from fedgrpc.errors import Exhausted
 from fedgrpc.v1 import aggregator_pb2 as pb
@@ -28,7 +28,7 @@ def source():
 
 
 def test_a_message_is_made_once_for_all_who_ask_at_the_same_time(source, monkeypatch):
-    monkeypatch.setattr(watching, "_SHARED_S", 600.0)
+    monkeypatch.setattr(views, "_SHARED_S", 600.0)
     shared = Watching(source.make, lambda: source.revision)
     shared._made_at = -1e9
     first = shared.latest()
@@ -40,7 +40,7 @@ def test_a_message_is_made_once_for_all_who_ask_at_the_same_time(source, monkeyp
 
 
 def test_a_message_says_which_revision_it_is_of_so_that_none_is_missed(source, monkeypatch):
-    monkeypatch.setattr(watching, "_SHARED_S", 0.0)
+    monkeypatch.setattr(views, "_SHARED_S", 0.0)
     shared = Watching(source.make, lambda: source.revision)
     for revision in (0, 1, 5):
         source.revision = revision
@@ -49,8 +49,8 @@ def test_a_message_says_which_revision_it_is_of_so_that_none_is_missed(source, m
 
 
 def test_too_many_watchers_and_too_many_of_one_connection_are_told_to_come_again(source, monkeypatch):
-    monkeypatch.setattr(watching, "_MAX_OF_ONE_PEER", 2)
-    monkeypatch.setattr(watching, "_MAX_WATCHERS", 3)
+    monkeypatch.setattr(views, "_MAX_OF_ONE_PEER", 2)
+    monkeypatch.setattr(views, "_MAX_WATCHERS", 3)
     shared = Watching(source.make, lambda: source.revision)
     with shared.watcher("a"), shared.watcher("a"):
         with pytest.raises(Exhausted) as caught, shared.watcher("a"):
