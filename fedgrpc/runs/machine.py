@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from fedgrpc.codec.layout import Layout
-from fedgrpc.errors import IllegalTransition, NotFound, RoundClosed
+from fedgrpc.errors import IllegalTransition, NotFound
 from fedgrpc.rounds import events as rounds
 from fedgrpc.rounds.events import (
     Abort,
@@ -23,13 +22,11 @@ from fedgrpc.rounds.events import (
     Offer,
     Rejected,
     TaskPhase,
-    WorkersAvailable,
 )
 from fedgrpc.rounds.policy import TaskKind
-from fedgrpc.rounds.round import Round, RoundPhase, Streak
+from fedgrpc.rounds.round import RoundPhase, Streak
 from fedgrpc.rounds.task import Task
 from fedgrpc.rounds.transitions import step
-from fedgrpc.runs.evaluations import Evaluation, Evaluations
 from fedgrpc.runs.events import (
     DeviceReplaced,
     Drop,
@@ -37,17 +34,13 @@ from fedgrpc.runs.events import (
     Ended,
     Ending,
     EndReason,
-    EndRun,
     Evaluated,
     EvaluatorPolled,
     Event,
-    NextStep,
-    OpenRound,
     ParentLeads,
     ParentWaits,
     Paused,
     Resumed,
-    RollBack,
     RollBackAsked,
     RollBackFailed,
     RolledBack,
@@ -56,7 +49,6 @@ from fedgrpc.runs.events import (
     RoundsRestored,
     RunPhase,
     RunRestored,
-    Stay,
     TargetMet,
     TaskClosed,
     TasksGiven,
@@ -69,49 +61,21 @@ from fedgrpc.runs.events import (
     WorkerPolled,
     WorkerTold,
 )
-from fedgrpc.runs.fleet import FleetView
 from fedgrpc.runs.round_in_progress import DroppedTask, RoundInProgress, RoundStep
 from fedgrpc.runs.rules import RunRules
-from fedgrpc.runs.versions import Versions
+from fedgrpc.runs.state import RunState
 
 Effects = tuple[Effect, ...]
 E = TypeVar("E", bound=rounds.Event)
 
 
-class RunMachine:
-    """One run. Read its attributes as you like; `apply` alone changes them.
-
-    `version` 0: no model yet; `trained` rounds have been committed to the model. `leases`: the token of each
-    worker that holds a task. `held`: the version that each worker said to hold. `new_examples`: how many each said
-    to have. `told`: workers that know of the end.
-    """
+class RunMachine(RunState):
+    """One run that events change, by `apply` and in no other way."""
 
     def __init__(self, rules: RunRules, run_id: str, started_at: float, step: RoundStep = step) -> None:
         """Start a run without a model; `step` applies events to its rounds."""
-        self.rules = rules
+        super().__init__(rules, run_id, started_at)
         self._round_step = step
-        self.id = run_id
-        self.makes_versions = True
-        self.started_at = started_at
-        self.phase = RunPhase.RUNNING
-        self.ending = Ending()
-        self.paused_reason = ""
-        self.version = 0
-        self.layout: Layout = ()
-        self.trained = 0
-        self.versions = Versions(rules.measures, rules.evaluators_named)
-        self.rolling_back: RollBack | None = None
-        self.round: RoundInProgress | None = None
-        self.last_number = 0
-        self.leases: dict[str, str] = {}
-        self.held: dict[str, tuple[int, bytes]] = {}
-        self.new_examples: dict[str, int] = {}
-        self.told: set[str] = set()
-        self.evaluations = Evaluations()
-        self.streak = Streak()
-        self.closing_evaluation = rules.evaluate
-
-    # What changes it.
 
     def apply(self, event: Event, now: float) -> Effects:
         """Apply one event. Raises as `rounds.step` does, and `IllegalTransition`; nothing has then happened."""
@@ -129,119 +93,6 @@ class RunMachine:
         after.versions, after.evaluations = self.versions.copy(), self.evaluations.copy()
         after.apply(event, now)
         return after
-
-    # What it is asked.
-
-    @property
-    def began(self) -> bool:
-        """True if there is a model."""
-        return bool(self.layout)
-
-    @property
-    def ended(self) -> bool:
-        return self.phase.final
-
-    @property
-    def going_on(self) -> bool:
-        """True if another round may follow the one in progress."""
-        return not self.ended and self.ending.reason is EndReason.NONE and self.rolling_back is None
-
-    @property
-    def current(self) -> RoundInProgress:
-        """The round in progress. Raises `RoundClosed` when there is none."""
-        if self.round is None:
-            raise RoundClosed("no round is in progress")
-        return self.round
-
-    def wants(self, token: str) -> bool:
-        """Return whether there is a use for events of this task."""
-        return self.round is not None and self.round.wants(token)
-
-    def takes_update(self, token: str) -> bool:
-        """Return whether this task may still deliver its update."""
-        return self.round is not None and self.round.takes_update(token)
-
-    def task_of(self, worker: str) -> str | None:
-        """Return the token of the task that a worker may work on now."""
-        token = self.leases.get(worker)
-        return token if token is not None and self.wants(token) else None
-
-    def round_of(self, token: str) -> RoundInProgress:
-        """Return the round in progress, of which this task is. Raises `RoundClosed` when it is not."""
-        if self.round is None or token not in self.round.state.tasks:
-            raise RoundClosed("the round of this task has ended")
-        return self.round
-
-    def workers_available(self, fleet: FleetView, now: float) -> WorkersAvailable:
-        """Count the workers that could take a task of the round in progress."""
-        left_out = self._left_out(fleet, now)
-        return WorkersAvailable(self._idle_but(left_out, fleet), fleet.live_trainers(now, left_out))
-
-    def idle_trainers(self, fleet: FleetView, now: float) -> tuple[str, ...]:
-        """Names of the idle trainers that may have a task of the round in progress."""
-        return self._idle_but(self._left_out(fleet, now), fleet)
-
-    def _left_out(self, fleet: FleetView, now: float) -> frozenset[str]:
-        """Workers without new examples, and those that held up rounds again and again where others are enough."""
-        unchanged = self._without_new_examples()
-        doubted = fleet.doubted(now)
-        if not doubted or fleet.live_trainers(now, doubted | unchanged) < self.rules.policy.needed_idle:
-            return unchanged
-        return doubted | unchanged
-
-    def _without_new_examples(self) -> frozenset[str]:
-        """Workers that tell of too few new examples to take part in a round of training."""
-        least = self.rules.min_new_examples
-        if not least or self.round is None or self.round.kind is not TaskKind.TRAIN:
-            return frozenset()
-        return frozenset(worker for worker, count in self.new_examples.items() if count < least)
-
-    def _idle_but(self, left_out: frozenset[str], fleet: FleetView) -> tuple[str, ...]:
-        idle = fleet.idle_trainers(self.leases)
-        if left_out:
-            idle = tuple(name for name in idle if name not in left_out)
-        if self.round is None or self.round.kind is not TaskKind.INITIALIZE:
-            return idle
-        return tuple(name for name in idle if self.rules.initialises(name))
-
-    @property
-    def next_kind(self) -> TaskKind:
-        """Kind of the next round."""
-        if not self.began:
-            return TaskKind.INITIALIZE
-        return TaskKind.EVALUATE if self.rules.enough(self.trained) else TaskKind.TRAIN
-
-    def next_step(self, wall_now: float, now: float) -> NextStep:
-        """Decide what to do while no round is in progress."""
-        if self.rolling_back is not None:
-            return self.rolling_back
-        if self.phase is RunPhase.PAUSED:
-            return Stay()
-        if self.ending.reason is not EndReason.NONE:
-            return EndRun(self.ending)
-        if self.began and self.rules.enough(self.trained) and not self.closing_evaluation:
-            done = Ending(EndReason.ROUNDS_DONE, f"all {self.rules.rounds} rounds are done")
-            return EndRun(done, after_evaluators=True)
-        kind = self.next_kind
-        first = kind is TaskKind.INITIALIZE and not self.version
-        state = Round(0 if first else self.last_number + 1, self.rules.policy.for_kind(kind), now)
-        return OpenRound(RoundInProgress(state, kind, self.version, wall_now))
-
-    def hopeless(self, ended: RoundInProgress, fleet: FleetView, now: float) -> str:
-        """Say why the round after this abandoned one would end in the same way; "": it may not.
-
-        A few bad workers pause no run: others that deliver, and are enough, continue without them.
-        """
-        others = fleet.live_trainers(now, self.streak.workers)
-        others_deliver = self.streak.delivered and others >= self.rules.policy.needed_idle
-        if not self.streak.hopeless or others_deliver:
-            return ""
-        lost = [
-            task for task in ended.state.tasks.values() if task.phase is not TaskPhase.ACCEPTED and task.reason
-        ]
-        first = min(lost, key=lambda task: task.phase not in (TaskPhase.FAILED, TaskPhase.REJECTED), default=None)
-        example = f" ({first.worker}: {first.reason})" if first else ""
-        return f"{self.streak.count} rounds in a row were abandoned for one reason: {ended.state.reason}{example}"
 
     # Rounds.
 
@@ -462,15 +313,6 @@ class RunMachine:
         if token is None:
             return ()
         return self._step(Failed(token, "its device is gone, and another has its name", gone=True), now)
-
-    def evaluation_of(self, worker: str) -> Evaluation | None:
-        """Return the task of an evaluator, None once it has scored the latest version."""
-        task = self.evaluations.held_by(worker)
-        return task if task is not None and self._is_latest(task) else None
-
-    def _is_latest(self, task: Evaluation) -> bool:
-        waiting = self.evaluations.waiting_for(task.worker, self.version)
-        return self.began and task.version == self.version and waiting
 
     def _hear_evaluator(self, event: EvaluatorPolled, now: float) -> Effects:
         self.evaluations.offer(event.worker, self.version if self.began else 0, event.token)
