@@ -1,8 +1,8 @@
-"""Committing a round: a pure function of the base model and the accepted update files.
+"""Commit of a round: a pure function of the base model and the accepted update files.
 
-The rule: a group of tensors at a time, updates in slot order. So memory is that of the groups in hand, whatever
-the model and the number of updates; the same updates give the same bits in whatever order they arrived; and a
-process that died half-way leaves nothing to repair, since the next one computes the same.
+The rule: a group of tensors at a time, updates in slot order. Memory is that of two groups, whatever the model and
+the number of updates. The same updates give the same bits, in whatever order they arrived. A process that died
+half-way leaves nothing to repair: the next one computes the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from fedgrpc.runs.merge import Merge
 from fedgrpc.storage.files import RecycledFiles
 from fedgrpc.storage.model_file import ModelFile, ModelWriter
 
-# A group costs one hop to the thread, and opens every update once where tensors are not folded.
+# Larger groups take more memory. Smaller ones cost more: each is a hop to the thread, and opens every update once
+# where tensors are not folded.
 _GROUP_ELEMENTS = 1 << 20
 # A single tensor may be far larger than a group. It is stepped and written in spans.
 _SPAN_ELEMENTS = 1 << 20
@@ -49,7 +50,8 @@ class Span:
     stop: int
 
     def cut(self) -> Iterator[Span]:
-        """The same in pieces of `_SPAN_ELEMENTS`; a span without elements stays one."""
+        """Yield the same in pieces of `_SPAN_ELEMENTS`."""
+        # A tensor without elements is still a tensor of the file, and so one span.
         for start in range(self.start, max(self.stop, self.start + 1), _SPAN_ELEMENTS):
             yield Span(self.index, start, min(start + _SPAN_ELEMENTS, self.stop))
 
@@ -87,6 +89,7 @@ class ModelCommit:
         the updates make of the model is not finite.
         """
         state_layout = self.state_layout
+        # A writer that an error leaves without `finish` removes its file.
         with ModelWriter(model_path, self.base.layout, self.recycled, about=self.about) as model:
             if not state_layout:
                 for values, _ in self._stepped():
@@ -97,6 +100,7 @@ class ModelCommit:
                     model.add(values)
                     for part in parts:
                         state.add(part)
+                # The state first. A version whose optimizer state is missing would start the optimizer over.
                 state.finish()
             return model.finish()
 
@@ -109,7 +113,7 @@ class ModelCommit:
                 yield from stepped
 
     def _spans(self, fold: Fold) -> Iterator[list[Span]]:
-        """The model in pieces of work; tensors are joined and cut where nothing needs each of them whole."""
+        """Yield the model in pieces of work. Tensors are joined and cut where nothing needs each of them whole."""
         # State is stored by tensor, so its tensors are read and written whole.
         whole = self.optimizer.state_count > 0
         for group in groups(self.base.layout):
@@ -118,13 +122,14 @@ class ModelCommit:
                 yield spans
                 continue
             spans = self._joined(spans, fold)
+            # Only a single span of a fold may be cut: a mean by coordinates is computed of whole tensors.
             if len(spans) > 1 or not fold.covers(self.base.layout[group[0]]):
                 yield spans
             else:
                 yield from ([span] for span in spans[0].cut())
 
     def _joined(self, spans: Sequence[Span], fold: Fold) -> list[Span]:
-        """The spans of whole tensors, those in one that a fold can take in one: most tensors are small."""
+        """Join the spans of tensors that a fold takes in one call: most tensors are small."""
         joined: list[Span] = []
         first, stop = spans[0].index, 0
         for before, after in pairwise(spans):
@@ -135,10 +140,11 @@ class ModelCommit:
         return [*joined, Span(first, 0, stop + spans[-1].stop)]
 
     def _step(self, spans: Sequence[Span], load: Load, fold: Fold) -> list[Stepped]:
-        """New values and optimizer state of each span.
+        """Return new values and optimizer state of each span.
 
         Trained tensors are differences to the base. All others are values, which no optimizer steps on.
         """
+        # All at once, since each update is opened once for all of them.
         means = self._means([s.index for s in spans if not fold.covers(self.base.layout[s.index])], load)
         stepped: list[Stepped] = []
         for span in spans:
@@ -159,7 +165,7 @@ class ModelCommit:
         return stepped
 
     def _means(self, indices: Sequence[int], load: Load) -> dict[int, CoordinateMean]:
-        """The means of the tensors of these numbers."""
+        """Return the means of the tensors with these numbers."""
         if not indices:
             return {}
         specs = [self.base.layout[index] for index in indices]
@@ -167,7 +173,7 @@ class ModelCommit:
         return dict(zip(indices, means, strict=True))
 
     def _replaced(self, index: int, mean: CoordinateMean) -> np.ndarray:
-        """The mean in place of what was there: it is within the values of the updates, and so in their domain."""
+        """Return the mean as the new value: it is within the values of the updates, and so in their domain."""
         spec, result = self.base.layout[index], mean.result()
         # Counters, indices and masks know whole numbers only.
         if spec.role is not TensorRole.STATISTIC or not spec.is_float:
@@ -178,13 +184,14 @@ class ModelCommit:
         return values
 
     def _step_floats(self, span: Span, mean_of: Mean, step: int, untouched: np.ndarray | None = None) -> Stepped:
-        """One optimizer step of a span, in pieces that fit the cache: optimizers are elementwise.
+        """Take one optimizer step of a span, in pieces that fit the cache: optimizers are elementwise.
 
         `mean_of` gives a piece of the mean update, flat and float64, best `step` elements at a time.
         """
         spec, old = self.base.layout[span.index], self.base.part(span.index, span.start, span.stop)
         state = self._state_of(spec)
         new, kept = np.empty_like(old), tuple(np.empty_like(part) for part in state)
+        # The part of the mean update that is known now, and the element of the span at which it begins.
         delta, delta_at = np.empty(0), 0
         for at in range(0, old.size, PIECE):
             piece = slice(at, min(at + PIECE, old.size))
@@ -206,14 +213,16 @@ class ModelCommit:
         return new, kept
 
     def _finite(self, span: Span, at: int, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """`values`, which begin at element `at` of a span, as `dtype`. Raises `NotFinite` when it cannot hold
-        them: no round could continue.
+        """Return `values`, which begin at element `at` of a span, as `dtype`.
+
+        Raises `NotFinite` when it cannot hold them: no round could continue.
         """
         # Checked after the cast, in which a finite float64 may overflow.
         with np.errstate(over="ignore"):
             cast = values.astype(dtype)
         finite = np.isfinite(cast)
         if not finite.all():
+            # A joined span runs over several tensors, and the one to blame is named.
             name = self._name_at(span.index, span.start + at + int(finite.argmin()))
             raise NotFinite(f"the new values of tensor {name!r} would not be finite in {dtype.name}", tensor=name)
         return cast
@@ -228,12 +237,14 @@ class ModelCommit:
     def _state_of(self, spec: TensorSpec) -> tuple[np.ndarray, ...]:
         count = self.optimizer.state_count if spec.is_trained else 0
         if self.optimizer_state is None:
+            # The first commit, or the first after another optimizer was chosen.
             return tuple(np.zeros(spec.shape, np.float32) for _ in range(count))
         return tuple(self.optimizer_state.named(f"{part}/{spec.name}") for part in range(count))
 
 
 def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Means of values of that dtype as that dtype: the largest int64 is none of float64, which has one beyond."""
+    """Return means of values of that dtype as that dtype."""
+    # float64 has no 2**63 - 1 and rounds it up to 2**63, which would wrap to the lowest int64.
     if dtype == np.int64:
         values = np.minimum(values, np.nextafter(2.0**63, 0))
     return values.astype(dtype)
@@ -268,7 +279,7 @@ def _keep_where(untouched: np.ndarray, before: np.ndarray, after: np.ndarray) ->
 
 
 def groups(layout: Layout) -> Iterator[Group]:
-    """Consecutive tensors, about a million elements together, or one larger tensor alone."""
+    """Yield consecutive tensors, about a million elements together, or one larger tensor alone."""
     start = size = 0
     for index, spec in enumerate(layout):
         if size and size + spec.size > _GROUP_ELEMENTS:

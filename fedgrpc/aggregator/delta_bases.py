@@ -64,6 +64,7 @@ class DeltaBases:
         self._lock = threading.Lock()
         self._paths: dict[Key, Path] = {}
         self._read: list[Key] = []
+        # Kept over a restart, since devices hold on to them. Files without such a name were never finished.
         for path in folder.iterdir():
             if found := _NAME.fullmatch(path.name):
                 self._paths[int(found[1]), bytes.fromhex(found[2]), found[3] or ""] = path
@@ -72,6 +73,7 @@ class DeltaBases:
 
     def knows(self, key: Key) -> bool:
         """Return whether there may be such a base; only `open` looks at it."""
+        # Without the lock: the event loop asks, and one lookup in a dictionary is atomic.
         return key in self._paths
 
     def open(self, key: Key) -> ModelFile | None:
@@ -95,7 +97,7 @@ class DeltaBases:
         return base
 
     def crc32(self, key: Key) -> int | None:
-        """CRC-32 of a base's tensors as they were written; None where it is not known."""
+        """Return the CRC-32 of a base's tensors as they were written; None where it is not known."""
         path = self._paths.get(key)
         try:
             return None if path is None else ModelFile.open(path).tensors_crc32
@@ -105,6 +107,7 @@ class DeltaBases:
     @contextmanager
     def reading(self, key: Key) -> Iterator[ModelFile | None]:
         """Open a base as `open` does; while the block runs its file stays as it is, whatever is pruned."""
+        # A list and not a set: two encoders may read the same base, and the first to end must not free it.
         with self._lock:
             self._read.append(key)
         try:
@@ -122,6 +125,7 @@ class DeltaBases:
         unnamed = self._folder / f"{source.version:06d}-{threading.get_ident()}.safetensors"
         payload = PayloadWriter(out, recipe.compression)
         with (
+            # Not synced, see above: to sync a model for each payload would take longer than to send it whole.
             ModelWriter(unnamed, source.layout, self._recycled, durable=False) as base,
             # Writing both files takes about as long as encoding: beside it, it costs nothing.
             BackgroundThread[None]("delta-bases") as writing,
@@ -129,6 +133,7 @@ class DeltaBases:
             add_difference(
                 payload, source.model, source.base, source.layout, recipe, rng, base.add, writing.submit
             )
+            # All tensors have to be in the base before it is closed: the thread may be behind.
             writing.wait()
             manifest = payload.finish()
             base.finish()

@@ -46,6 +46,7 @@ from fedgrpc.v1.aggregator_pb2 import ModelHeader, PullModelResponse
 
 log = structlog.get_logger()
 
+# What all streams share, and what they may have in flight: both without regard to the number of workers.
 _CHUNK_CACHE_BYTES: Final = 16 << 20
 _SENDING_BYTES: Final = 16 << 20
 # Workers that hold other bases than these few get the whole model, and so hold the same one again.
@@ -142,9 +143,11 @@ class EncodedModels:
         """`downlinks` is how many ways there are for models to travel in this run. Raises OSError."""
         self._models = models
         self._find_channels = find_channels
+        # Workers of each further recipe hold a version in a form of their own.
         self._max_differences = _MAX_DIFFERENCES + downlinks - 1
         self._folder = data_dir / "encoded"
         make_private(self._folder)
+        # Payloads of a former process are made again: their recipes and seeds are the same, and so are the bytes.
         for path in self._folder.iterdir():
             path.unlink(missing_ok=True)
         self._bases = DeltaBases(data_dir / "delta-bases")
@@ -169,6 +172,7 @@ class EncodedModels:
             return EncodedModel.unchanged(pull.version)
         encoded = await self._shared(variant) or await self._shared(Variant.whole_of(pull))
         assert encoded is not None
+        # A worker may hold this very payload, of a version whose base is gone.
         holds_it = pull.held == (pull.version, encoded.manifest.sha256)
         return EncodedModel.unchanged(pull.version) if holds_it else encoded
 
@@ -177,6 +181,7 @@ class EncodedModels:
         whole, held, recipe = Variant.whole_of(pull), pull.held, pull.downlink.difference
         if held is None or not pull.reduction.nothing or not self._bases.knows((*held, pull.sub_model.name)):
             return whole
+        # Known as a delta base, so these are the bytes that the worker got of this version.
         if held[0] == pull.version:
             return None
         if recipe is None or held[0] > pull.version:
@@ -197,6 +202,7 @@ class EncodedModels:
         """
         if variant not in self._made:
             encode = self._encode if variant.base is None else self._encode_difference
+            # The future itself is kept, so that all who ask meanwhile wait for one encoding.
             self._made[variant] = asyncio.get_running_loop().run_in_executor(self._encoders, encode, variant)
         try:
             # The first to ask may leave while others wait for the same payload.
@@ -204,6 +210,7 @@ class EncodedModels:
             if made is not None and made.payload is not None:
                 await self._look_at(variant, made.payload)
         except FedgrpcError:
+            # The next one tries again: a full disk may have room by then.
             self._made.pop(variant, None)
             raise
         return made
@@ -213,6 +220,7 @@ class EncodedModels:
         now = time.monotonic()
         if now - self._looked_at.setdefault(variant, now) < _LOOK_INTERVAL_S:
             return
+        # Before the read: workers that ask meanwhile do not read it, too.
         self._looked_at[variant] = now
         if not await asyncio.to_thread(lambda: payload.as_written):
             self.chunk_cache.forget(payload)
@@ -224,6 +232,7 @@ class EncodedModels:
         assert variant.base is not None
         model, layout, tensors = self._source(variant)
         with self._bases.reading((*variant.base, variant.sub_model_name)) as base:
+            # A base from before a rollback to another model has other tensors.
             if base is None or base.layout != layout:
                 return None
             source = PayloadSource(variant.version, layout, tensors, ModelTensors(base), variant.sub_model_name)
@@ -239,6 +248,7 @@ class EncodedModels:
                 return None
         key = (variant.version, manifest.sha256, variant.sub_model_name)
         assert variant.whole is not None
+        # Known once some worker has pulled the whole in this recipe. It is not encoded only to compare.
         whole_bytes = self._whole_bytes.get((variant.whole, variant.sub_model_name))
         if whole_bytes is not None and manifest.size_bytes > _SLACK * whole_bytes:
             self._bases.drop(key)
@@ -301,6 +311,7 @@ class EncodedModels:
 
     async def prune(self, keep: frozenset[int], models: frozenset[int] = frozenset()) -> None:
         """Remove all of every version that is not in `keep`; the models themselves stay if in `models`."""
+        # On the event loop, before the thread removes files: from here on nobody is given one of these.
         gone = [variant for variant in self._made if variant.version not in keep]
         pulled = {variant.version for variant in gone if self._let_go(variant)}
         await asyncio.to_thread(self._remove_files, keep, models, pulled)
@@ -309,6 +320,7 @@ class EncodedModels:
         """Forget a payload; return whether it is still being pulled."""
         made = self._made.pop(variant)
         self._looked_at.pop(variant, None)
+        # Still being encoded, from the model's file.
         if not made.done():
             return True
         if made.cancelled() or made.exception() is not None:
@@ -336,6 +348,7 @@ def _write(source: PayloadSource, recipe: Recipe, file: BinaryIO, bases: DeltaBa
     """Write a whole model. One that the recipe cannot hold, such as 70000 in float16, travels raw."""
 
     def write(recipe: Recipe) -> Manifest:
+        # Seeded by the version: each process writes the same bytes, and a download resumes after a restart.
         rng = np.random.default_rng(source.version)
         if bases is None:
             return write_payload(source.model, recipe, file, rng, source.layout)

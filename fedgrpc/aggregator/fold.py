@@ -30,6 +30,7 @@ from fedgrpc.runs.merge import Merge
 from fedgrpc.storage.update_file import StoredUpdate, UpdateFile
 from fedgrpc.submodels.coverage import Coverage
 
+# 256 KiB of float64: the pieces of the sum and of an update fit the second-level cache.
 PIECE = 1 << 15
 # Each open file may hold a megabyte, inflated or read ahead; one whose tensors are read in place holds nothing.
 _MOST_OPEN = 8
@@ -42,21 +43,24 @@ T = TypeVar("T")
 
 
 class Fold:
-    """A context manager over the updates of one commit, (token, weight) in slot order. One thread uses it.
+    """Context manager over the updates of one commit, (token, weight) in slot order. One thread uses it.
 
-    Another inflates what comes next of each of a few updates: that is work in large pieces, which leaves the
-    interpreter to the first.
+    A second thread inflates what comes next of each of a few updates. That is work in large pieces, during which
+    the first has the interpreter to itself.
     """
 
     def __init__(self, updates: Sequence[tuple[str, float]], load: Load, scales: Mapping[str, float]) -> None:
         self._updates, self._load = updates, load
         self._factors = [weight * scales.get(token, 1.0) for token, weight in updates]
+        # Scales shorten an update and leave its weight: the sum is divided by the weights alone.
         self._total = sum(weight for _, weight in updates)
+        # Without any weight there is no mean, and nothing is covered.
         manifests = [load(token).manifest for token, _ in updates] if self._total > 0 else []
         self._names = _in_all(manifests, lambda one: {each.spec.name for each in one.entries if in_pieces(each)})
         self._neighbours = _in_all(manifests, neighbours)
         self._open: list[UpdateFile] = []
         self._filling: tuple[str, list[Fill]] = ("", [])
+        # The same files are read for each tensor. A few stay open, and with many each is opened in turn.
         plain = all(map(_in_place, manifests))
         self._kept = len(updates) <= (_MOST_OPEN_PLAIN if plain else _MOST_OPEN)
         self._sum, self._scratch = np.empty(0), np.empty(PIECE)
@@ -66,6 +70,7 @@ class Fold:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Waits for what runs: the thread reads the files that are closed next.
         self._inflating.shutdown(cancel_futures=True)
         for file in self._open:
             file.close()
@@ -92,6 +97,7 @@ class Fold:
             self._sum = np.empty(stop - start)
         total = self._sum[: stop - start]
         total[:] = 0
+        # In slot order, whatever the order of arrival: sums of floats depend on it.
         values = np.empty(min(total.size, PIECE), spec.numpy_dtype)
         for (token, _), (fill, factor) in zip(self._updates, self._sources(spec.name), strict=True):
             with blaming(token):
@@ -105,12 +111,14 @@ class Fold:
             piece = total[at : at + PIECE]
             its, scratch = values[: piece.size], self._scratch[: piece.size]
             fill(its, start + at)
+            # float32 times a factor in float64, as `TensorMean` does it: the two have to agree bit for bit.
             piece += np.multiply(its, factor, out=scratch, dtype=np.float64)
 
     def _sources(self, name: str) -> Iterable[tuple[Fill, float]]:
         """Return the reader of that tensor in each update, and its factor."""
         if not self._kept:
             return self._opened_in_turn(name)
+        # A long tensor is asked for in many pieces, one after the other.
         if self._filling[0] != name:
             self._filling = (name, list(self._fills(name)))
         return zip(self._filling[1], self._factors, strict=True)
@@ -155,7 +163,7 @@ def means_of(
     load: Load,
     base: Callable[[str], np.ndarray],
 ) -> list[CoordinateMean]:
-    """The mean of each of these tensors over the updates of `merge`.
+    """Return the mean of each of these tensors over the updates of `merge`.
 
     `base` gives a tensor of the base model by its name. A buffer that only some updates have is as it was to the
     others: who sends one that nobody else has changed does not decide alone what it becomes.
@@ -174,6 +182,8 @@ def means_of(
                 # What is not a difference but a value stays what it is.
                 scale = scales.get(token, 1.0) if spec.is_trained else 1.0
                 spread = spreads.get(spec.name)
+                # An update without the tensor has not trained it, or keeps it. A trained tensor then counts for
+                # nothing, and a buffer counts as it was, unless its worker keeps it to itself.
                 if spec.name not in reader.names:
                     if spec.name in sent and not spec.is_trained and not merge.lacks(token, spec.name):
                         _add_unchanged(mean, base(spec.name), weight, coverage_of(spec, sub_models.get(token)))
@@ -184,6 +194,7 @@ def means_of(
                     values = reader.tensor(spec.name)
                     mean.add(values if spread is None else spread.clipped(values), weight, scale=scale)
                 else:
+                    # A partial update: its worker had some channels, and may have sent some elements of these.
                     whole = coverage_of(spec, sub_models[token])
                     values, coverage = unpack(spec.name, reader.names, reader.tensor, whole)
                     values = values if spread is None else spread.clipped(values, coverage)
@@ -208,12 +219,13 @@ def _spreads(
 
 
 def _clipping(name: str, spread: Spread, read: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
-    """`read`, with the tensor of that name within its spread."""
+    """Return `read`, with the tensor of that name within its spread."""
     return lambda each: spread.clipped(read(each)) if each == name else read(each)
 
 
 def _add_unchanged(mean: CoordinateMean, base: np.ndarray, weight: float, coverage: Coverage) -> None:
-    """Add what `coverage` has of a buffer as it was; NaN, a value without any measurement yet, does not count."""
+    """Add what `coverage` has of a buffer as it was."""
+    # NaN is a value without any measurement yet, and would make the mean NaN.
     values = coverage.take(base)
     if (unknown := np.isnan(values)).any():
         coverage = coverage.masked(~unknown)
@@ -222,5 +234,5 @@ def _add_unchanged(mean: CoordinateMean, base: np.ndarray, weight: float, covera
 
 
 def cached(load: Load) -> Load:
-    """`load`, with the manifests of the last updates kept: every group of tensors asks for all of them."""
+    """Return `load` with the manifests of the last updates kept: every group of tensors asks for all of them."""
     return lru_cache(maxsize=_CACHED_MANIFESTS)(load)

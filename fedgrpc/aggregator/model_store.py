@@ -2,6 +2,9 @@
 
 models/000007.safetensors       version 7
 optimizer/000007.safetensors    state of the server optimizer after version 7
+
+The rule: a file is written under another name, and whole before it has its own. A version counts once the database
+knows it, so a file without a row is what a crash has left of a commit.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from fedgrpc.storage.files import RecycledFiles, make_private, storage_errors, s
 from fedgrpc.storage.model_file import ModelFile, ModelTensors
 
 _VERSION: Final = re.compile(r"(\d+)(-|\.safetensors$)")
+# One version is written at a time. Overwriting a file is faster than making one: its blocks are allocated.
 _MAX_RECYCLED: Final = 1
 
 
@@ -25,6 +29,7 @@ class ModelStore:
 
     def __init__(self, data_dir: Path) -> None:
         """Take up what a former process has left. Raises OSError."""
+        # The last one opened: a round asks for its base again and again.
         self._opened: tuple[tuple[int, ...], ModelFile] | None = None
         self._models = data_dir / "models"
         self._optimizer_states = data_dir / "optimizer"
@@ -41,13 +46,13 @@ class ModelStore:
         return self._optimizer_states / f"{version:06d}.safetensors"
 
     def versions(self) -> list[int]:
-        """The versions whose files are here, in order. Raises `StorageError`."""
+        """Return the versions whose files are here, in order. Raises `StorageError`."""
         with storage_errors(self._models, "read"):
             found = (version_of(path) for path in self._models.iterdir() if path.is_file())
             return sorted(version for version in found if version is not None)
 
     def open(self, version: int) -> ModelFile:
-        """Version `version`. Raises `NotFound`, and `StorageError` when its file is damaged."""
+        """Return the file of a version. Raises `NotFound`, and `StorageError` when it is damaged."""
         path = self.path(version)
         try:
             about = path.stat()
@@ -55,13 +60,14 @@ class ModelStore:
             raise NotFound(f"there is no model version {version} here") from None
         except OSError as error:
             raise StorageError(f"cannot read the model {path}: {error.strerror}") from error
+        # The file may be another one: a commit that was cut off writes the same version again.
         signature = (version, about.st_ino, about.st_size, about.st_mtime_ns)
         if self._opened is None or self._opened[0] != signature:
             self._opened = (signature, _open(path))
         return self._opened[1]
 
     def open_optimizer_state(self, version: int) -> ModelFile | None:
-        """The server optimizer's state after `version`, None where it keeps none."""
+        """Return the server optimizer's state after `version`; None where it keeps none."""
         path = self.optimizer_state_path(version)
         return _open(path) if path.exists() else None
 
@@ -83,7 +89,7 @@ class ModelStore:
             check_as_written(state)
 
     def tensors(self, version: int) -> Mapping[str, Array]:
-        """The tensors of `version` by name, each read when it is asked for. Raises as `open`."""
+        """Return the tensors of `version` by name, each read when it is asked for. Raises as `open`."""
         return ModelTensors(self.open(version))
 
     def prune(self, keep: frozenset[int], models: frozenset[int], pulled: Collection[int]) -> None:
@@ -93,10 +99,12 @@ class ModelStore:
         """
         with storage_errors("an old model", "remove"):
             for path in outdated(self._models, keep | models):
+                # A stream reads on from a removed file that it has open, but not from one that is overwritten.
                 if version_of(path) in pulled:
                     path.unlink(missing_ok=True)
                 else:
                     self.recycled.keep(path)
+            # The best version is kept for its model. Training continues from the last one only.
             for path in outdated(self._optimizer_states, keep):
                 path.unlink(missing_ok=True)
 

@@ -1,8 +1,8 @@
-"""Admission of uploads: a bounded number of slots, one stream in each, and reserved times for who found none free.
+"""Admission of uploads: a bounded number of slots, one stream in each, and reserved times for those without one.
 
 The rule: no upload waits on an open stream. An upload without a slot is refused with a delay: by then those before
 it have been served, at the rate at which slots become free. Once the delay is over a slot stays reserved for it,
-for `_LATE_S`; after that anybody may take it. Meanwhile a stream that hardly uses its slot gives it up.
+for `_LATE_S`. After that anybody may take it. Meanwhile a stream that hardly uses its slot gives it up.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from fedgrpc.errors import Exhausted, LinkError, RoundClosed
 from fedgrpc.rounds.task import UploadPace
 from fedgrpc.storage.uploads import Upload
 
+# Slots that became free lately, of which the rate is estimated, and how many an estimate needs.
 _SAMPLES: Final = 64
 _LEAST_SAMPLES: Final = 8
 # The observed rate is limited by how fast uploads come back. Answering with it unchanged would slow them further.
 _HASTE: Final = 0.8
 # Assumed time an upload holds its slot, until one has left its slot.
 _GUESS_S: Final = 0.25
+# A shorter wait costs both sides more calls than it saves time.
 _SHORTEST_S: Final = 0.05
 # Estimates err, so a long wait is cut into several.
 _LONGEST_S: Final = 300.0
 # How long after its time a slot stays reserved for an upload.
 _LATE_S: Final = 2.0
+# Above this many an upload still waits, but without a reservation: the queue is bounded.
 _MAX_WAITING: Final = 100_000
 # A stream that is slower than this, measured over one to two such times, leaves its slot to one who waits. In
 # that time a link of 5 kB/s brings the 64 KiB that an upload over an unknown link begins with.
@@ -69,6 +72,7 @@ class UploadQueue:
             others = f" and {len(self._waiting) - 1} wait" if len(self._waiting) > 1 else ""
             why = f"{self._running} uploads are running{others}; try again in {wait_s:.3g} s"
             raise Exhausted(why, retry_after_s=wait_s)
+        # Its reservation is used up, also where it came before its time and found a free slot.
         self.forget(token)
         self._running += 1
         if self._running == self._slots and not self._freed_at:
@@ -88,10 +92,13 @@ class UploadQueue:
         now = self._clock()
         self._advance(now)
         known = token in self._waiting
+        # Slots of uploads whose time has come are theirs. A known token is one of these, or will be.
         if self._running + (0 if known else len(self._due)) < self._slots:
             return 0.0
         if known and (left_s := self._waiting[token] - now) > 0:
             return max(_SHORTEST_S, left_s)
+        # Its time has come, and no slot is free: the estimate was too short. It goes behind those in the same
+        # case, and before all whose time is still to come. A new token goes behind everybody.
         self.forget(token)
         before = len(self._again) + len(self._due) if known else len(self._waiting)
         wait_s = min(max((before + 1) * self._seconds_per_slot(now), _SHORTEST_S), _LONGEST_S)
@@ -101,6 +108,7 @@ class UploadQueue:
     def _seconds_per_slot(self, now: float) -> float:
         """Estimate the time until one more slot is free."""
         if len(self._freed_at) >= _LEAST_SAMPLES:
+            # Until now, and not until the last one: while no slot becomes free the estimate grows.
             return _HASTE * (now - self._freed_at[0]) / len(self._freed_at)
         return max(_GUESS_S, now - self._full_since) / self._slots
 
@@ -110,14 +118,17 @@ class UploadQueue:
         self._waiting[token] = at
         if again:
             self._again.add(token)
+        # A heap cannot remove: a token that was forgotten or delayed leaves an outdated entry behind.
         heapq.heappush(self._coming, (at, token))
         if len(self._coming) > 2 * _SAMPLES + 2 * len(self._waiting):
+            # Built anew when over half is outdated. A sorted list is a heap.
             self._coming = sorted((at, token) for token, at in self._waiting.items() if token not in self._due)
 
     def _advance(self, now: float) -> None:
         """Mark tokens whose time has come as due, and drop those that are too late."""
         while self._coming and self._coming[0][0] <= now:
             at, token = heapq.heappop(self._coming)
+            # Any other time is that of an outdated entry.
             if self._waiting.get(token) == at:
                 self._due[token] = at
         while self._due and now - next(iter(self._due.values())) > _LATE_S:
@@ -131,7 +142,7 @@ class UploadQueue:
 
 
 class UploadStream:
-    """One stream of an upload. A newer one ends it, another upload that needs its slot, or the end of its task.
+    """One stream of an upload. It is ended by a newer one, by an upload that needs its slot, or with its task.
 
     `closed_for`: why its task was closed. `told_at`: when its progress was last told.
     """
@@ -205,6 +216,7 @@ class UploadSlots:
 
         Returns once no stream of this upload runs.
         """
+        # In a loop: while this one waits, a third stream of the same upload may take the place of the former.
         while (former := self._streams.get(token)) is not None and former.worker == worker:
             former.end()
             await former.ended.wait()
@@ -219,6 +231,7 @@ class UploadSlots:
         try:
             self._queue.enter(token)
         except Exhausted:
+            # Not for this upload, which waits for its time: for the next that comes.
             self._free_a_slot()
             raise
         self._streams[token] = stream = UploadStream(worker)
@@ -233,6 +246,7 @@ class UploadSlots:
                 raise Exhausted(why, retry_after_s=_PACE_S) from None
             raise LinkError("a newer stream of this update has taken over") from None
         finally:
+            # The slot is free before a waiting stream of the same upload continues.
             del self._streams[token]
             self._queue.leave()
             stream.ended.set()

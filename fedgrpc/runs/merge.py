@@ -49,7 +49,7 @@ class Scores:
 
 
 def keeps_nothing(token: str, name: str) -> bool:
-    """Say of a worker that it sends all it has trained."""
+    """Return False: the worker sends all it has trained."""
     return False
 
 
@@ -88,6 +88,7 @@ class Merge:
     @property
     def factors(self) -> dict[str, float]:
         """Factor on the differences of each update, before the sum is divided by all weights."""
+        # The divisor has no scales: a scaled update counts for less, and makes no other count for more.
         return {token: weight * self.scales.get(token, 1.0) for token, weight in self.weights.items()}
 
 
@@ -117,21 +118,23 @@ class Weighing:
     def weight_of(self, kind: TaskKind, worker: str, report: Report, here: Collection[str]) -> float:
         """Return p_m where the operator has set it for this worker, else the bounded count of examples.
 
-        Of a worker's own update it is times its say.
-        A partial aggregate carries the sum of such weights. `here` are the workers of the round: what is set for
-        these is in no partial aggregate.
+        A worker's own update weighs that times its say. A partial aggregate carries the sum of such weights.
+        `here` are the workers of the round: what is set for these is in no partial aggregate.
         """
+        # Scores and first models are no votes: p_m is for training alone.
         chosen = self.worker_weights if kind is TaskKind.TRAIN else {}
         if worker in chosen:
             return chosen[worker] * self._say(report)
         counted = self.examples(report.example_count, report)
         if not report.merged_updates:
             return counted * self._say(report)
+        # A leaf names no workers, so its claim may reach what its examples weigh, and what the operator has set
+        # for workers that are not here. A leaf that nobody named gets the larger of the two, and not the sum.
         elsewhere = math.fsum(weight for name, weight in chosen.items() if name not in here)
         return min(report.weight, counted + elsewhere if self.leaves_named else max(counted, elsewhere))
 
     def _say(self, report: Report) -> float:
-        """The say of an update by the noise that its worker has measured; at most 1."""
+        """Return the say of an update by the noise that its worker has measured; at most 1."""
         return say(report.noise_ratio) if self.by_noise else 1.0
 
     def examples(self, claimed: int, report: Report) -> float:
@@ -142,6 +145,7 @@ class Weighing:
 
     def workers(self, report: Report) -> int:
         """Return the number of workers that an update counts for."""
+        # A count is a claim. It counts only of a leaf that the operator trusts with it.
         return max(1, report.merged_updates) if self.leaves_named else 1
 
     def check_steps(self, report: Report) -> None:
@@ -150,6 +154,7 @@ class Weighing:
         A mean may report what its updates can amount to, each of no more examples than all of them have.
         """
         examples = self.examples(report.example_count, report)
+        # A step takes at least one example, so no plan has more steps than examples times epochs.
         most = math.ceil((self.plan.epochs or 1.0) * examples)
         most = min(most, self.plan.max_steps) if self.plan.max_steps else most
         if report.merged_updates:
@@ -182,6 +187,7 @@ class Weighing:
                 work = [self._work(token, report) for token, report in reports.items()]
                 scales = dict(zip(weights, nova_scales(list(weights.values()), work), strict=True))
                 accumulated = effective_steps(list(weights.values()), work)
+            # In place of the scales by steps: the settings refuse both together.
             if self.clip_norm is not None:
                 scales = {token: clip_scale(norms[token], self.clip_norm) for token in weights}
             # FedBuff, arXiv 2106.06639.
@@ -210,6 +216,7 @@ class Weighing:
             raise UpdateRefused("the weights of all accepted updates are zero")
         counts = {token: self.workers(report) for token, report in reports.items()}
         weights = shared(weights, workers, counts, self.max_share)
+        # The sum of a leaf becomes a claim to its parent, which refuses what is above the range of claims.
         total = sum(weights.values())
         if self.max_total is None or total <= self.max_total:
             return weights
@@ -263,12 +270,13 @@ def _is_whole(round_: RoundInProgress, token: str) -> bool:
 def shared(
     weights: Mapping[str, float], workers: Mapping[str, str], counts: Mapping[str, int], max_share: float | None
 ) -> dict[str, float]:
-    """The weights by token, lowered so that no worker has more than `max_share` of their sum.
+    """Return the weights by token, lowered so that no worker has more than `max_share` of their sum.
 
     `workers` has the worker of each token, which may have more than one, and `counts` how many it stands for.
     """
     if max_share is None:
         return dict(weights)
+    # By worker: one with a carried-over task beside its new one would otherwise have two shares.
     tokens: dict[str, list[str]] = {}
     for token in weights:
         tokens.setdefault(workers[token], []).append(token)

@@ -63,7 +63,7 @@ async def test_what_was_finished_while_the_aggregator_was_away_counts_although_t
         await a.push(tasks[0])
     if days:
         clock = SimpleNamespace(time=lambda: time.time() + days * 86_400)
-        monkeypatch.setattr("fedgrpc.aggregator.recovery.time", clock)
+        monkeypatch.setattr("fedgrpc.aggregator.recovered_rounds.time", clock)
     else:
         away_for(running, 3600.0)
     async with running_aggregator(tmp_path, policy=policy) as running:
