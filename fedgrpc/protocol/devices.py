@@ -128,6 +128,8 @@ class Status:
     last_error: str = ""
     task_kind: TaskKind | None = None
     notice: str = ""
+    served_version: int = 0
+    release: int = 0
 
 
 def status_to_proto(status: Status) -> worker_pb2.Status:
@@ -145,5 +147,7 @@ def status_to_proto(status: Status) -> worker_pb2.Status:
         spooled_updates=status.spooled_updates,
         last_error=status.last_error,
         notice=status.notice,
+        served_version=status.served_version,
+        release=status.release,
         task_kind=None if status.task_kind is None else round_pb2.TaskKind.Name(status.task_kind.value),
     )

@@ -28,47 +28,49 @@ from fedgrpc.v1 import round_pb2 as fedgrpc_dot_v1_dot_round__pb2
 from fedgrpc.v1 import tensor_pb2 as fedgrpc_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65\x64grpc/v1/worker.proto\x12\nfedgrpc.v1\x1a\x1b\x66\x65\x64grpc/v1/aggregator.proto\x1a\x17\x66\x65\x64grpc/v1/device.proto\x1a\x16\x66\x65\x64grpc/v1/round.proto\x1a\x17\x66\x65\x64grpc/v1/tensor.proto\"\xd5\x02\n\x06Status\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x12\n\naggregator\x18\x02 \x01(\t\x12&\n\x08\x61\x63tivity\x18\x03 \x01(\x0e\x32\x14.fedgrpc.v1.Activity\x12\x10\n\x08progress\x18\x04 \x01(\x01\x12\x0b\n\x03run\x18\x05 \x01(\t\x12\r\n\x05round\x18\x06 \x01(\x04\x12\x15\n\rmodel_version\x18\x07 \x01(\x04\x12)\n\x06\x64\x65vice\x18\x08 \x01(\x0b\x32\x19.fedgrpc.v1.DeviceProfile\x12)\n\x0clast_timings\x18\t \x01(\x0b\x32\x13.fedgrpc.v1.Timings\x12\x17\n\x0fspooled_updates\x18\n \x01(\r\x12\x12\n\nlast_error\x18\x0b \x01(\t\x12\'\n\ttask_kind\x18\x0c \x01(\x0e\x32\x14.fedgrpc.v1.TaskKind\x12\x0e\n\x06notice\x18\r \x01(\t\"\x12\n\x10GetStatusRequest\"7\n\x11GetStatusResponse\x12\"\n\x06status\x18\x01 \x01(\x0b\x32\x12.fedgrpc.v1.Status\"\x14\n\x12WatchStatusRequest\"9\n\x13WatchStatusResponse\x12\"\n\x06status\x18\x01 \x01(\x0b\x32\x12.fedgrpc.v1.Status\"E\n\x16WorkerPullModelRequest\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\" \n\x11WatchModelRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"^\n\x12WatchModelResponse\x12\'\n\x06header\x18\x01 \x01(\x0b\x32\x17.fedgrpc.v1.ModelHeader\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0f\n\x07release\x18\x03 \x01(\x04\"s\n\x17WorkerPullModelResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.fedgrpc.v1.ModelHeaderH\x00\x12\"\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x11.fedgrpc.v1.ChunkH\x00\x42\t\n\x07\x63ontent\"\x8e\x01\n\x0bStoredModel\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tsub_model\x18\x02 \x01(\t\x12\'\n\x06header\x18\x03 \x01(\x0b\x32\x17.fedgrpc.v1.ModelHeader\x12\x15\n\rorigin_sha256\x18\x04 \x01(\x0c\x12\x12\n\x05\x63rc32\x18\x05 \x01(\x07H\x00\x88\x01\x01\x42\x08\n\x06_crc32\"\x0e\n\x0cPauseRequest\"3\n\rPauseResponse\x12\"\n\x06status\x18\x01 \x01(\x0b\x32\x12.fedgrpc.v1.Status\"\x0f\n\rResumeRequest\"4\n\x0eResumeResponse\x12\"\n\x06status\x18\x01 \x01(\x0b\x32\x12.fedgrpc.v1.Status\"\x0e\n\x0c\x44rainRequest\"3\n\rDrainResponse\x12\"\n\x06status\x18\x01 \x01(\x0b\x32\x12.fedgrpc.v1.Status*\xe1\x01\n\x08\x41\x63tivity\x12\x18\n\x14\x41\x43TIVITY_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x43TIVITY_CONNECTING\x10\x01\x12\x14\n\x10\x41\x43TIVITY_WAITING\x10\x02\x12\x18\n\x14\x41\x43TIVITY_DOWNLOADING\x10\x03\x12\x15\n\x11\x41\x43TIVITY_TRAINING\x10\x04\x12\x17\n\x13\x41\x43TIVITY_EVALUATING\x10\x05\x12\x16\n\x12\x41\x43TIVITY_UPLOADING\x10\x06\x12\x13\n\x0f\x41\x43TIVITY_PAUSED\x10\x07\x12\x15\n\x11\x41\x43TIVITY_DRAINING\x10\x08\x32\x88\x04\n\x06Worker\x12H\n\tGetStatus\x12\x1c.fedgrpc.v1.GetStatusRequest\x1a\x1d.fedgrpc.v1.GetStatusResponse\x12P\n\x0bWatchStatus\x12\x1e.fedgrpc.v1.WatchStatusRequest\x1a\x1f.fedgrpc.v1.WatchStatusResponse0\x01\x12V\n\tPullModel\x12\".fedgrpc.v1.WorkerPullModelRequest\x1a#.fedgrpc.v1.WorkerPullModelResponse0\x01\x12M\n\nWatchModel\x12\x1d.fedgrpc.v1.WatchModelRequest\x1a\x1e.fedgrpc.v1.WatchModelResponse0\x01\x12<\n\x05Pause\x12\x18.fedgrpc.v1.PauseRequest\x1a\x19.fedgrpc.v1.PauseResponse\x12?\n\x06Resume\x12\x19.fedgrpc.v1.ResumeRequest\x1a\x1a.fedgrpc.v1.ResumeResponse\x12<\n\x05\x44rain\x12\x18.fedgrpc.v1.DrainRequest\x1a\x19.fedgrpc.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65\x64grpc/v1/worker.proto\x12\nfedgrpc.v1\x1a\x1b\x66\x65\x64grpc/v1/aggregator.proto\x1a\x17\x66\x65\x64grpc/v1/device.proto\x1a\x16\x66\x65\x64grpc/v1/round.proto\x1a\x17\x66\x65\x64grpc/v1/tensor.proto\"\xfe\x02\n\x06Status\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x12\n\naggregator\x18\x02 \x01(\t\x12&\n\x08\x61\x63tivity\x18\x03 \x01(\x0e\x32\x14.fedgrpc.v1.Activity\x12\x10\n\x08progress\x18\x04 \x01(\x01\x12\x0b\n\x03run\x18\x05 \x01(\t\x12\r\n\x05round\x18\x06 \x01(\x04\x12\x15\n\rmodel_version\x18\x07 \x01(\x04\x12)\n\x06\x64\x65vice\x18\x08 \x01(\x0b\x32\x19.fedgrpc.v1.DeviceProfile\x12)\n\x0clast_timings\x18\t \x01(\x0b\x32\x13.fedgrpc.v1.Timings\x12\x17\n\x0fspooled_updates\x18\n \x01(\r\x12\x12\n\nlast_error\x18\x0b \x01(\t\x12\'\n\ttask_kind\x18\x0c \x01(\x0e\x32\x14.fedgrpc.v1.TaskKind\x12\x0e\n\x06notice\x18\r \x01(\t\x12\x16\n\x0eserved_version\x18\x0e \x01(\x04\x12\x0f\n\x07release\x18\x0f \x01(\x04\"\x12\n\x10GetStatusRequest\"7\n\x11GetStatusResponse\x12\"\n\x06status\x18\x01 \x01(\x0b\x32\x12.fedgrpc.v1.Status\"\x14\n\x12WatchStatusRequest\"9\n\x13WatchStatusResponse\x12\"\n\x06status\x18\x01 \x01(\x0b\x32\x12.fedgrpc.v1.Status\"E\n\x16WorkerPullModelRequest\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\" \n\x11WatchModelRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"^\n\x12WatchModelResponse\x12\'\n\x06header\x18\x01 \x01(\x0b\x32\x17.fedgrpc.v1.ModelHeader\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0f\n\x07release\x18\x03 \x01(\x04\"s\n\x17WorkerPullModelResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.fedgrpc.v1.ModelHeaderH\x00\x12\"\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x11.fedgrpc.v1.ChunkH\x00\x42\t\n\x07\x63ontent\"\x8e\x01\n\x0bStoredModel\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tsub_model\x18\x02 \x01(\t\x12\'\n\x06header\x18\x03 \x01(\x0b\x32\x17.fedgrpc.v1.ModelHeader\x12\x15\n\rorigin_sha256\x18\x04 \x01(\x0c\x12\x12\n\x05\x63rc32\x18\x05 \x01(\x07H\x00\x88\x01\x01\x42\x08\n\x06_crc32\"`\n\rStoredRelease\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0f\n\x07release\x18\x04 \x01(\x04\x12\x10\n\x08previous\x18\x05 \x01(\x04\"\x0e\n\x0cPauseRequest\"3\n\rPauseResponse\x12\"\n\x06status\x18\x01 \x01(\x0b\x32\x12.fedgrpc.v1.Status\"\x0f\n\rResumeRequest\"4\n\x0eResumeResponse\x12\"\n\x06status\x18\x01 \x01(\x0b\x32\x12.fedgrpc.v1.Status\"\x0e\n\x0c\x44rainRequest\"3\n\rDrainResponse\x12\"\n\x06status\x18\x01 \x01(\x0b\x32\x12.fedgrpc.v1.Status*\xe1\x01\n\x08\x41\x63tivity\x12\x18\n\x14\x41\x43TIVITY_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x43TIVITY_CONNECTING\x10\x01\x12\x14\n\x10\x41\x43TIVITY_WAITING\x10\x02\x12\x18\n\x14\x41\x43TIVITY_DOWNLOADING\x10\x03\x12\x15\n\x11\x41\x43TIVITY_TRAINING\x10\x04\x12\x17\n\x13\x41\x43TIVITY_EVALUATING\x10\x05\x12\x16\n\x12\x41\x43TIVITY_UPLOADING\x10\x06\x12\x13\n\x0f\x41\x43TIVITY_PAUSED\x10\x07\x12\x15\n\x11\x41\x43TIVITY_DRAINING\x10\x08\x32\x88\x04\n\x06Worker\x12H\n\tGetStatus\x12\x1c.fedgrpc.v1.GetStatusRequest\x1a\x1d.fedgrpc.v1.GetStatusResponse\x12P\n\x0bWatchStatus\x12\x1e.fedgrpc.v1.WatchStatusRequest\x1a\x1f.fedgrpc.v1.WatchStatusResponse0\x01\x12V\n\tPullModel\x12\".fedgrpc.v1.WorkerPullModelRequest\x1a#.fedgrpc.v1.WorkerPullModelResponse0\x01\x12M\n\nWatchModel\x12\x1d.fedgrpc.v1.WatchModelRequest\x1a\x1e.fedgrpc.v1.WatchModelResponse0\x01\x12<\n\x05Pause\x12\x18.fedgrpc.v1.PauseRequest\x1a\x19.fedgrpc.v1.PauseResponse\x12?\n\x06Resume\x12\x19.fedgrpc.v1.ResumeRequest\x1a\x1a.fedgrpc.v1.ResumeResponse\x12<\n\x05\x44rain\x12\x18.fedgrpc.v1.DrainRequest\x1a\x19.fedgrpc.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedgrpc.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ACTIVITY']._serialized_start=1317
-  _globals['_ACTIVITY']._serialized_end=1542
+  _globals['_ACTIVITY']._serialized_start=1456
+  _globals['_ACTIVITY']._serialized_end=1681
   _globals['_STATUS']._serialized_start=143
-  _globals['_STATUS']._serialized_end=484
-  _globals['_GETSTATUSREQUEST']._serialized_start=486
-  _globals['_GETSTATUSREQUEST']._serialized_end=504
-  _globals['_GETSTATUSRESPONSE']._serialized_start=506
-  _globals['_GETSTATUSRESPONSE']._serialized_end=561
-  _globals['_WATCHSTATUSREQUEST']._serialized_start=563
-  _globals['_WATCHSTATUSREQUEST']._serialized_end=583
-  _globals['_WATCHSTATUSRESPONSE']._serialized_start=585
-  _globals['_WATCHSTATUSRESPONSE']._serialized_end=642
-  _globals['_WORKERPULLMODELREQUEST']._serialized_start=644
-  _globals['_WORKERPULLMODELREQUEST']._serialized_end=713
-  _globals['_WATCHMODELREQUEST']._serialized_start=715
-  _globals['_WATCHMODELREQUEST']._serialized_end=747
-  _globals['_WATCHMODELRESPONSE']._serialized_start=749
-  _globals['_WATCHMODELRESPONSE']._serialized_end=843
-  _globals['_WORKERPULLMODELRESPONSE']._serialized_start=845
-  _globals['_WORKERPULLMODELRESPONSE']._serialized_end=960
-  _globals['_STOREDMODEL']._serialized_start=963
-  _globals['_STOREDMODEL']._serialized_end=1105
-  _globals['_PAUSEREQUEST']._serialized_start=1107
-  _globals['_PAUSEREQUEST']._serialized_end=1121
-  _globals['_PAUSERESPONSE']._serialized_start=1123
-  _globals['_PAUSERESPONSE']._serialized_end=1174
-  _globals['_RESUMEREQUEST']._serialized_start=1176
-  _globals['_RESUMEREQUEST']._serialized_end=1191
-  _globals['_RESUMERESPONSE']._serialized_start=1193
-  _globals['_RESUMERESPONSE']._serialized_end=1245
-  _globals['_DRAINREQUEST']._serialized_start=1247
-  _globals['_DRAINREQUEST']._serialized_end=1261
-  _globals['_DRAINRESPONSE']._serialized_start=1263
-  _globals['_DRAINRESPONSE']._serialized_end=1314
-  _globals['_WORKER']._serialized_start=1545
-  _globals['_WORKER']._serialized_end=2065
+  _globals['_STATUS']._serialized_end=525
+  _globals['_GETSTATUSREQUEST']._serialized_start=527
+  _globals['_GETSTATUSREQUEST']._serialized_end=545
+  _globals['_GETSTATUSRESPONSE']._serialized_start=547
+  _globals['_GETSTATUSRESPONSE']._serialized_end=602
+  _globals['_WATCHSTATUSREQUEST']._serialized_start=604
+  _globals['_WATCHSTATUSREQUEST']._serialized_end=624
+  _globals['_WATCHSTATUSRESPONSE']._serialized_start=626
+  _globals['_WATCHSTATUSRESPONSE']._serialized_end=683
+  _globals['_WORKERPULLMODELREQUEST']._serialized_start=685
+  _globals['_WORKERPULLMODELREQUEST']._serialized_end=754
+  _globals['_WATCHMODELREQUEST']._serialized_start=756
+  _globals['_WATCHMODELREQUEST']._serialized_end=788
+  _globals['_WATCHMODELRESPONSE']._serialized_start=790
+  _globals['_WATCHMODELRESPONSE']._serialized_end=884
+  _globals['_WORKERPULLMODELRESPONSE']._serialized_start=886
+  _globals['_WORKERPULLMODELRESPONSE']._serialized_end=1001
+  _globals['_STOREDMODEL']._serialized_start=1004
+  _globals['_STOREDMODEL']._serialized_end=1146
+  _globals['_STOREDRELEASE']._serialized_start=1148
+  _globals['_STOREDRELEASE']._serialized_end=1244
+  _globals['_PAUSEREQUEST']._serialized_start=1246
+  _globals['_PAUSEREQUEST']._serialized_end=1260
+  _globals['_PAUSERESPONSE']._serialized_start=1262
+  _globals['_PAUSERESPONSE']._serialized_end=1313
+  _globals['_RESUMEREQUEST']._serialized_start=1315
+  _globals['_RESUMEREQUEST']._serialized_end=1330
+  _globals['_RESUMERESPONSE']._serialized_start=1332
+  _globals['_RESUMERESPONSE']._serialized_end=1384
+  _globals['_DRAINREQUEST']._serialized_start=1386
+  _globals['_DRAINREQUEST']._serialized_end=1400
+  _globals['_DRAINRESPONSE']._serialized_start=1402
+  _globals['_DRAINRESPONSE']._serialized_end=1453
+  _globals['_WORKER']._serialized_start=1684
+  _globals['_WORKER']._serialized_end=2204
 # @@protoc_insertion_point(module_scope)

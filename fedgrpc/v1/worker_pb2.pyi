@@ -32,7 +32,7 @@ ACTIVITY_PAUSED: Activity
 ACTIVITY_DRAINING: Activity
 
 class Status(_message.Message):
-    __slots__ = ("worker", "aggregator", "activity", "progress", "run", "round", "model_version", "device", "last_timings", "spooled_updates", "last_error", "task_kind", "notice")
+    __slots__ = ("worker", "aggregator", "activity", "progress", "run", "round", "model_version", "device", "last_timings", "spooled_updates", "last_error", "task_kind", "notice", "served_version", "release")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     AGGREGATOR_FIELD_NUMBER: _ClassVar[int]
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,8 @@ class Status(_message.Message):
     LAST_ERROR_FIELD_NUMBER: _ClassVar[int]
     TASK_KIND_FIELD_NUMBER: _ClassVar[int]
     NOTICE_FIELD_NUMBER: _ClassVar[int]
+    SERVED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
     worker: str
     aggregator: str
     activity: Activity
@@ -59,7 +61,9 @@ class Status(_message.Message):
     last_error: str
     task_kind: _round_pb2.TaskKind
     notice: str
-    def __init__(self, worker: _Optional[str] = ..., aggregator: _Optional[str] = ..., activity: _Optional[_Union[Activity, str]] = ..., progress: _Optional[float] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., model_version: _Optional[int] = ..., device: _Optional[_Union[_device_pb2.DeviceProfile, _Mapping]] = ..., last_timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., spooled_updates: _Optional[int] = ..., last_error: _Optional[str] = ..., task_kind: _Optional[_Union[_round_pb2.TaskKind, str]] = ..., notice: _Optional[str] = ...) -> None: ...
+    served_version: int
+    release: int
+    def __init__(self, worker: _Optional[str] = ..., aggregator: _Optional[str] = ..., activity: _Optional[_Union[Activity, str]] = ..., progress: _Optional[float] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., model_version: _Optional[int] = ..., device: _Optional[_Union[_device_pb2.DeviceProfile, _Mapping]] = ..., last_timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., spooled_updates: _Optional[int] = ..., last_error: _Optional[str] = ..., task_kind: _Optional[_Union[_round_pb2.TaskKind, str]] = ..., notice: _Optional[str] = ..., served_version: _Optional[int] = ..., release: _Optional[int] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()
@@ -128,6 +132,20 @@ class StoredModel(_message.Message):
     origin_sha256: bytes
     crc32: int
     def __init__(self, run_id: _Optional[str] = ..., sub_model: _Optional[str] = ..., header: _Optional[_Union[_aggregator_pb2.ModelHeader, _Mapping]] = ..., origin_sha256: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
+
+class StoredRelease(_message.Message):
+    __slots__ = ("run_id", "run", "version", "release", "previous")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    run: str
+    version: int
+    release: int
+    previous: int
+    def __init__(self, run_id: _Optional[str] = ..., run: _Optional[str] = ..., version: _Optional[int] = ..., release: _Optional[int] = ..., previous: _Optional[int] = ...) -> None: ...
 
 class PauseRequest(_message.Message):
     __slots__ = ()

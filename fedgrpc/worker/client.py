@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -29,7 +29,14 @@ from fedgrpc.rpc import framing
 from fedgrpc.rpc.client_stream import ClientStream
 from fedgrpc.rpc.identity import Session
 from fedgrpc.rpc.status import MAX_RETRY_AFTER_S, domain_errors
-from fedgrpc.v1 import aggregator_pb2, aggregator_pb2_grpc, round_pb2, tensor_pb2
+from fedgrpc.v1 import (
+    aggregator_pb2,
+    aggregator_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+    round_pb2,
+    tensor_pb2,
+)
 from fedgrpc.worker.held_model import HeldModel, Source
 from fedgrpc.worker.model_folder import ModelFolder, PartialModel
 from fedgrpc.worker.throttle import Pacer, Throttle
@@ -103,7 +110,9 @@ class AggregatorClient:
     def use(self, channel: grpc.aio.Channel) -> None:
         """Make further calls over this channel. Those in progress stay on theirs."""
         self._stub: Any = aggregator_pb2_grpc.AggregatorStub(channel)  # type: ignore[no-untyped-call]
+        self._models: Any = models_pb2_grpc.ModelsStub(channel)  # type: ignore[no-untyped-call]
         self._pull_model = framing.pull_model(channel)
+        self._pull_version = framing.pull_version(channel)
         self._push_update = framing.push_update(channel)
 
     async def register(
@@ -238,7 +247,7 @@ class AggregatorClient:
     ) -> HeldModel:
         """Download a task's model into `folder`, from the byte where the last attempt stopped, unless it is held.
 
-        `token` is that of the task; without one the version of `source` comes raw.
+        `token` is that of the task; without one the version of `source`, given by a release, comes raw.
 
         Raises:
             LinkError: the connection was lost; the bytes received are kept, and the next call resumes there.
@@ -260,17 +269,11 @@ class AggregatorClient:
         self, folder: ModelFolder, source: Source, token: str, offset: int, report: Report
     ) -> HeldModel:
         """Pull one stream from `offset`. Raises WrongOffset when its payload is not the one kept here."""
-        request = aggregator_pb2.PullModelRequest(offset=offset)
-        if token:
-            request.worker, request.token = self._worker, token
-        else:
-            request.version = source.version
-        if (base := folder.base_for(source)) is not None:
-            request.base_version, request.base_sha256 = base.version, base.origin_sha256
+        base = folder.base_for(source) if token else None
         with domain_errors():
             async with (
                 self._stall_guard() as moved,
-                _cancelled_on_exit(self._pull_model(request, metadata=self._metadata)) as call,
+                _cancelled_on_exit(self._model_stream(source, token, base, offset)) as call,
             ):
                 header = _header_of(await call.read())
                 if base is not None and header.base_version == base.version == source.version:
@@ -281,6 +284,42 @@ class AggregatorClient:
                 finally:
                     partial.close()
         return await asyncio.to_thread(folder.finish, partial)
+
+    def _model_stream(self, source: Source, token: str, base: HeldModel | None, offset: int) -> Any:
+        if not token:
+            released = models_pb2.PullVersionRequest(
+                run=source.run, version=source.version, worker=self._worker, offset=offset
+            )
+            return self._pull_version(released, metadata=self._metadata)
+        request = aggregator_pb2.PullModelRequest(worker=self._worker, token=token, offset=offset)
+        if base is not None:
+            request.base_version, request.base_sha256 = base.version, base.origin_sha256
+        return self._pull_model(request, metadata=self._metadata)
+
+    async def follow_releases(
+        self, served: Collection[models_pb2.ServedVersion], wait_s: float
+    ) -> list[models_pb2.ServedVersion]:
+        """Wait up to `wait_s` for something else to serve than `served`; return what to serve."""
+        request = models_pb2.FollowReleasesRequest(
+            worker=self._worker, served=served, wait=duration_to_proto(wait_s)
+        )
+        with domain_errors():
+            reply = await self._models.FollowReleases(
+                request, metadata=self._metadata, timeout=wait_s + _POLL_MARGIN_S
+            )
+        return list(reply.wanted)
+
+    async def report_release(self, run_id: str, release: int, scores: Mapping[str, float], failure: str) -> None:
+        """Tell the scores of a released version, or in one line why this device cannot use it."""
+        request = models_pb2.ReportReleaseRequest(
+            worker=self._worker,
+            run_id=run_id,
+            release=release,
+            scores=scores,
+            failure=" ".join(failure.split())[:_MAX_REASON_CHARS],
+        )
+        with domain_errors():
+            await self._models.ReportRelease(request, metadata=self._metadata, timeout=_CALL_S)
 
     async def _receive(self, call: Any, partial: PartialModel, moved: Moved, report: Report) -> None:
         pacer = Pacer(self._throttle.link_bits_per_second)
@@ -312,7 +351,8 @@ class AggregatorClient:
 
 
 def _header_of(message: Any) -> aggregator_pb2.ModelHeader:
-    if not isinstance(message, aggregator_pb2.PullModelResponse) or not message.HasField("header"):
+    kinds = (aggregator_pb2.PullModelResponse, models_pb2.PullVersionResponse)
+    if not isinstance(message, kinds) or not message.HasField("header"):
         raise LinkError("the model stream came without its header")
     return message.header
 

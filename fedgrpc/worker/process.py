@@ -23,6 +23,8 @@ from fedgrpc.worker.enrolment import Link, enrolled, linked
 from fedgrpc.worker.local_work import TaskFiles
 from fedgrpc.worker.loop import Loop
 from fedgrpc.worker.model_folder import ModelFolder
+from fedgrpc.worker.released_models import ReleasedModels
+from fedgrpc.worker.releases import ReleaseFollower
 from fedgrpc.worker.service import WorkerService
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.status import Controls, StatusPublisher
@@ -81,8 +83,10 @@ class Worker:
             loop = Loop(
                 *(settings, client, self.publisher, self.controls, files, work, self._profile), renew=link.on_stale
             )
-            await self._serve(stack, files.models)
-            return await self._run_loop(loop, folder, link)
+            released = ReleasedModels(settings.state_dir / "released")
+            follower = ReleaseFollower(client, released, self.publisher, work.score)
+            await self._serve(stack, files.models, released)
+            return await self._run_loop(loop, folder, link, follower)
 
     async def _enrolled(self) -> WorkerSettings | None:
         """Return the settings that the device's certificate decides; None when told to end before there is one."""
@@ -91,11 +95,11 @@ class Worker:
         self._joining = None
         return None if joining.cancelled() else joining.result()
 
-    async def _serve(self, stack: AsyncExitStack, models: ModelFolder) -> None:
+    async def _serve(self, stack: AsyncExitStack, models: ModelFolder, released: ReleasedModels) -> None:
         address = self._settings.serve_address
         if address is None:
             return
-        service = worker_service(WorkerService(self.publisher, models, self))
+        service = worker_service(WorkerService(self.publisher, models, released, self))
         server = serve(address, [service], tls=self._settings.serve_tls, grace_s=0.5)
         self.server = await stack.enter_async_context(server)
         if not Address.parse(address).is_local:
@@ -103,11 +107,12 @@ class Worker:
         await self.server.health.set(WORKER, True)
         log.info("serving", worker=self._settings.name, address=self.server.address)
 
-    async def _run_loop(self, loop: Loop, folder: HeldFolder, link: Link) -> int:
+    async def _run_loop(self, loop: Loop, folder: HeldFolder, link: Link, follower: ReleaseFollower) -> int:
         self._running = running = asyncio.create_task(loop.run())
         guarding = asyncio.create_task(folder.until_removed())
         renewing = asyncio.create_task(link.keep_fresh())
-        tasks = (guarding, renewing, running)
+        following = asyncio.create_task(follower.run())
+        tasks = (guarding, renewing, running, following)
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -15,7 +15,9 @@ from fedgrpc.protocol.devices import status_to_proto
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.rpc.framing import message_of
 from fedgrpc.v1 import aggregator_pb2, worker_pb2, worker_pb2_grpc
+from fedgrpc.worker.held_model import HeldModel
 from fedgrpc.worker.model_folder import ModelFolder
+from fedgrpc.worker.released_models import ReleasedModels
 from fedgrpc.worker.status import StatusPublisher
 
 
@@ -35,9 +37,12 @@ class Steering(Protocol):
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """Serves one worker's status, held model and controls."""
 
-    def __init__(self, publisher: StatusPublisher, models: ModelFolder, steering: Steering) -> None:
+    def __init__(
+        self, publisher: StatusPublisher, models: ModelFolder, released: ReleasedModels, steering: Steering
+    ) -> None:
         self._publisher = publisher
         self._models = models
+        self._released = released
         self._steering = steering
         self._making_raw = asyncio.Lock()
 
@@ -57,13 +62,13 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def PullModel(
         self, request: worker_pb2.WorkerPullModelRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.WorkerPullModelResponse | bytes]:
-        """Stream the held model in the raw recipe. The file stays readable while a newer version replaces it."""
-        held = self._models.held
-        if held is None:
-            raise NotFound("this device holds no model yet; it gets one with its first task")
+        """Stream the served model in the raw recipe. The file stays readable while a newer version replaces it."""
+        held, _ = self._served(request.run)
         async with self._making_raw:
             manifest, file = await asyncio.to_thread(held.open_raw)
         with file:
+            if request.sha256 not in (b"", manifest.sha256):
+                raise NotFound("the model with that digest is served no more; ask for the present one")
             if request.offset > manifest.size_bytes:
                 raise WrongOffset(f"offset {request.offset} is beyond the payload of {manifest.size_bytes} bytes")
             header = aggregator_pb2.ModelHeader(version=held.version, manifest=manifest_to_proto(manifest))
@@ -71,6 +76,40 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             pieces = chunks(file_reader(file.fileno()), manifest.size_bytes, request.offset)
             while (message := await asyncio.to_thread(_next_message, pieces)) is not None:
                 yield message
+
+    def _served(self, run: str) -> tuple[HeldModel, int]:
+        """Return what applications get, and the release that gives it, 0 for none. Raises `NotFound`."""
+        released = self._released.served(run) or self._released.served(self._publisher.status.run)
+        held = self._models.held
+        if released is not None and run in ("", released.run, released.run_id):
+            if released.model is None:
+                raise NotFound(f"version {released.version} is on its way to this device")
+            return released.model, released.release
+        if held is None or run not in ("", held.source.run, self._publisher.status.run):
+            raise NotFound("this device holds no model yet; it gets one with its first task")
+        return held, 0
+
+    async def WatchModel(
+        self, request: worker_pb2.WatchModelRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.WatchModelResponse]:
+        """Stream which model is served, and every change of it."""
+        told: worker_pb2.WatchModelResponse | None = None
+        async for _ in self._publisher.watch():
+            news = await self._news(request.run)
+            if news != told:
+                yield news
+            told = news
+
+    async def _news(self, run: str) -> worker_pb2.WatchModelResponse:
+        try:
+            held, release = self._served(run)
+        except NotFound:
+            return worker_pb2.WatchModelResponse()
+        async with self._making_raw:
+            manifest, file = await asyncio.to_thread(held.open_raw)
+        file.close()
+        header = aggregator_pb2.ModelHeader(version=held.version, manifest=manifest_to_proto(manifest))
+        return worker_pb2.WatchModelResponse(header=header, run_id=held.source.run, release=release)
 
     async def Pause(
         self, request: worker_pb2.PauseRequest, context: grpc.aio.ServicerContext

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -47,6 +47,7 @@ from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.client import Report
 from fedgrpc.worker.device import resident_bytes, usable_memory_bytes
 from fedgrpc.worker.guarded_trainer import first_weights, guarded, users_code
+from fedgrpc.worker.held_model import HeldModel
 from fedgrpc.worker.local_work import TaskFiles
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Fill, SpooledUpdate
@@ -97,6 +98,9 @@ class TrainerWork:
         self._publisher = publisher
         self._build_trainer = build_trainer
         self._trainer: Trainer | None = None
+        self._built = asyncio.Event()
+        # Trainers know no threads, and a device has memory for one training.
+        self._trainer_in_use = asyncio.Lock()
         self._process_bytes = 0
         self._descriptions: dict[bool, ModelDescription] = {}
         # Examples that the last update of a run was trained on. A restarted worker takes all of its own for new.
@@ -113,6 +117,7 @@ class TrainerWork:
             return False
         self._trainer = guarded(await asyncio.to_thread(self._build_trainer, registration))
         self._process_bytes = resident_bytes()
+        self._built.set()
         return True
 
     async def description(self, registration: Registration) -> ModelDescription:
@@ -154,8 +159,9 @@ class TrainerWork:
         assert self._trainer is not None
         # Before the training: data that changes meanwhile is new.
         examples = await asyncio.to_thread(self._examples)
-        with fitting(task):
-            outcome = await self._local_work(self._trainer, task, given, hooks)
+        async with self._trainer_in_use:
+            with fitting(task):
+                outcome = await self._local_work(self._trainer, task, given, hooks)
         self._publisher.show(notice=_notice(task, outcome))
 
         def fill(residual: Residual) -> Fill:
@@ -204,6 +210,31 @@ class TrainerWork:
             return Outcome(None, scores.example_count, scores=scores)
         self._publisher.enter(Activity.TRAINING)
         return await in_thread(lambda: train(trainer, given(on_access), task, hooks, scores), hooks.stop)
+
+    async def score(self, run_id: str, model: HeldModel) -> Mapping[str, float]:
+        """Score a released model as applications get it, when no task uses the trainer; {} without local data.
+
+        Raises `TaskError` for one that this device cannot use.
+        """
+        await self._built.wait()
+        async with self._trainer_in_use:
+            trainer, stop = self._trainer, threading.Event()
+            assert trainer is not None
+            size_bytes = sum(spec.nbytes for spec in model.manifest.layout)
+            if size_bytes > (most := most_weights_bytes(usable_memory_bytes(), self._process_bytes, None)):
+                raise TaskError(f"the model has {size_bytes} bytes, and this device has room for {most}")
+            hooks, on_access = (
+                Hooks(stop, lambda progress: None, self._settings.throttle),
+                reads_on_access(trainer),
+            )
+
+            def scored() -> EvalResult | None:
+                return evaluate(trainer, model.tensors() if on_access else model.weights(), hooks)
+
+            result = await in_thread(scored, stop)
+        if result is not None and result.not_finite:
+            raise TaskError(f"its {result.not_finite[0]} is not finite")
+        return {} if result is None else result.metrics
 
     def _reporter(self, stop: threading.Event) -> Callable[[float], None]:
         """Return a function for the training thread that shows progress, a few times a second."""
