@@ -3,7 +3,7 @@
 The rule: a run whose round has waited longer than `patience_s` comes first, the longest wait before the others,
 so that no run starves. Then come higher priorities. Then, with the order `LEAST_SUPPLIED`, come runs that fewer
 workers can serve, and of those with the same workers the one with the fewest tasks left. That is Venn's idea
-(arXiv 2312.08298, section 4): scarce workers go to the runs that can use no others, and the shortest run ends first.
+(arXiv 2312.08298, section 4): scarce workers go to the runs that can use no others, and short runs end first.
 
 A run takes no workers that are too few to open its round: others use them meanwhile. Once it has waited for longer
 than `patience_s` it collects them, as long as enough are alive.
