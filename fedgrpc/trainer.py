@@ -16,6 +16,7 @@ from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 
+from fedgrpc.algorithms.algorithm import NO_TERM, Term
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import UsageError
 from fedgrpc.submodels.channels import ChannelMap
@@ -59,6 +60,10 @@ def _no_epoch(epoch: Epoch) -> None:
     return None
 
 
+def _no_term() -> Term:
+    return NO_TERM
+
+
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 1 << 32:
         raise UsageError(f"seed must be from 0 to {(1 << 32) - 1}, not {seed}")
@@ -72,8 +77,10 @@ class TrainJob(TrainingPlan):
     between workers and rounds. `local_model` is the plan of the local model to train; None trains the given
     weights as they are. `stop` is called before every batch, and True cancels. `time_left_s` returns the time
     that is left to train, without the plan's `upload_reserve_s`. Once it is not positive, training ends with the
-    result so far. `report` is called after every step, `report_epoch` after the last batch of every epoch. `pause`
-    gets each batch's duration and may sleep, to emulate a slower device.
+    result so far. `report` is called after every step, `report_epoch` after the last batch of every epoch.
+    `pause` gets each batch's duration and may sleep, to emulate a slower device. `term` returns what the run's
+    algorithm adds to every gradient (`Term.gradient`): a trainer that never asks for it can take part in no run
+    that has one.
     """
 
     epochs: float = 1.0
@@ -85,6 +92,7 @@ class TrainJob(TrainingPlan):
     report: Callable[[int, int], None] = _no_report
     report_epoch: Callable[[Epoch], None] = _no_epoch
     pause: Callable[[float], None] = _no_pause
+    term: Callable[[], Term] = _no_term
 
     def __post_init__(self) -> None:
         # A plan was checked when it was made. A job made by hand may go further, as with a learning rate of 0.

@@ -16,19 +16,23 @@ from fedgrpc.errors import UsageError
 # No training is meant by more, and steps counted from it would overflow.
 _MOST: Final = 1e9
 _MOST_COUNT: Final = (1 << 32) - 1
+_MOST_CHARS: Final = 400
 
 
 @dataclass(frozen=True)
 class _Allowed:
-    """Numbers that a hyper-parameter may be, in words and as a test that NaN fails."""
+    """Values that a hyper-parameter may have, in words and as a test that NaN fails."""
 
     words: str
-    test: Callable[[float], bool]
+    test: Callable[[Any], bool]
 
 
 _POSITIVE: Final = _Allowed(f"a number above 0, at most {_MOST:g}", lambda value: 0 < value <= _MOST)
 _NOT_NEGATIVE: Final = _Allowed(f"a number from 0 to {_MOST:g}", lambda value: 0 <= value <= _MOST)
 _BELOW_ONE: Final = _Allowed("from 0 to below 1", lambda value: 0 <= value < 1)
+_TEXT: Final = _Allowed(
+    f"1 to {_MOST_CHARS} printable characters", lambda text: text.isprintable() and 0 < len(text) <= _MOST_CHARS
+)
 _COUNT: Final = _Allowed(f"from 1 to {_MOST_COUNT}", lambda value: 1 <= value <= _MOST_COUNT)
 
 
@@ -40,9 +44,10 @@ def _parameter(allowed: _Allowed, default: Any = None) -> Any:
 class TrainingPlan:
     """Hyper-parameters. None leaves the choice to the learning task. Raises `UsageError` for other numbers.
 
-    `proximal_mu` is the mu of FedProx (arXiv 1812.06127), 0 is FedAvg. `label_adjustment` is the tau of logit
-    adjustment by a worker's own labels (arXiv 2007.07314), 0 is the loss as it is. With `upload_reserve_s`,
-    training ends once no more than this (or than a worker's uploads have taken) is left until the deadline.
+    `algorithm` is the federated algorithm with its options (`fedgrpc.algorithms`), None is FedAvg.
+    `label_adjustment` is the tau of logit adjustment by a worker's own labels (arXiv 2007.07314), 0 is the loss
+    as it is. With `upload_reserve_s`, training ends once no more than this (or than a worker's uploads have
+    taken) is left until the deadline.
     """
 
     epochs: float | None = _parameter(_POSITIVE)
@@ -51,7 +56,7 @@ class TrainingPlan:
     learning_rate: float | None = _parameter(_POSITIVE)
     momentum: float | None = _parameter(_BELOW_ONE)
     weight_decay: float | None = _parameter(_NOT_NEGATIVE)
-    proximal_mu: float = _parameter(_NOT_NEGATIVE, 0.0)
+    algorithm: str | None = _parameter(_TEXT)
     label_adjustment: float = _parameter(_NOT_NEGATIVE, 0.0)
     upload_reserve_s: float | None = _parameter(_NOT_NEGATIVE)
 

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedgrpc"
 
 # Every module or package right below fedgrpc, and what it may import besides itself.
-CORE = {"errors", "claims", "training_plan", "codec", "submodels", "aggregation", "rounds", "runs"}
+CORE = {"errors", "claims", "training_plan", "codec", "submodels", "aggregation", "algorithms", "rounds", "runs"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "claims": {"errors"},
@@ -23,10 +23,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "codec": {"errors"},
     "submodels": {"errors", "claims", "toml"},
     "aggregation": {"errors", "claims", "submodels"},
+    "plugins": {"errors"},
+    "algorithms": {"errors", "plugins", "training_plan", "codec", "aggregation"},
     "rounds": {"errors", "claims"},
-    "runs": {"errors", "claims", "training_plan", "codec", "submodels", "aggregation", "rounds"},
+    "runs": {"errors", "claims", "training_plan", "codec", "submodels", "aggregation", "algorithms", "rounds"},
     "simulation": {"errors", "codec", "rounds", "runs", "toml"},
-    "trainer": {"errors", "codec", "training_plan", "submodels"},
+    "trainer": {"errors", "codec", "training_plan", "submodels", "algorithms"},
     "process": set(),
     "aio": set(),
     "logging": {"errors"},
@@ -56,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "client": {"errors", "rpc", "identity", "storage", "v1"},
     "datasets": {"errors", "storage"},
-    "torch": {"errors", "codec", "submodels", "datasets", "trainer", "worker"},
+    "torch": {"errors", "codec", "submodels", "algorithms", "datasets", "trainer", "worker"},
     "tasks": {"errors", "datasets", "torch", "trainer", "worker"},
     "__main__": {"cli"},
     "cli": {
@@ -67,7 +69,19 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Where torch may be imported; everything else runs on a machine without it.
 TORCH = {"torch", "tasks"}
 # The core knows no I/O, no clock and no gRPC.
-PURE = {"claims", "toml", "training_plan", "codec", "submodels", "aggregation", "rounds", "runs", "simulation"}
+PURE = {
+    "claims",
+    "plugins",
+    "algorithms",
+    "toml",
+    "training_plan",
+    "codec",
+    "submodels",
+    "aggregation",
+    "rounds",
+    "runs",
+    "simulation",
+}
 IMPURE_MODULES = {
     *("asyncio", "concurrent", "datetime", "grpc", "multiprocessing", "pathlib", "random", "shutil"),
     *("signal", "socket", "sqlite3", "structlog", "subprocess", "threading", "time", "torch"),

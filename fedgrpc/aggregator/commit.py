@@ -20,6 +20,7 @@ from fedgrpc.aggregation.mean import CoordinateMean
 from fedgrpc.aggregation.server_optimizer import ServerOptimizer
 from fedgrpc.aggregator.fold import PIECE, Fold, Load, cached, means_of
 from fedgrpc.aio import BackgroundThread
+from fedgrpc.algorithms.companions import suffix_of
 from fedgrpc.codec.layout import Layout, TensorRole, TensorSpec
 from fedgrpc.errors import NotFinite
 from fedgrpc.runs.merge import Merge
@@ -61,7 +62,8 @@ class ModelCommit:
     """Sources of a new version: a base, and the updates of `merge`, whose files `load` finds by token.
 
     `about` is for the metadata of the model's file. A coordinate that no update covers keeps its value, and the
-    optimizer what it remembers of it.
+    optimizer what it remembers of it. `by_suffix`: optimizers of companion tensors, and by "" the one that an
+    algorithm has in place of `optimizer`.
     """
 
     base: ModelFile
@@ -71,6 +73,7 @@ class ModelCommit:
     load: Load
     recycled: RecycledFiles | None = None
     about: Mapping[str, str] = field(default_factory=dict)
+    by_suffix: Mapping[str, ServerOptimizer] = field(default_factory=dict)
 
     @property
     def state_layout(self) -> Layout:
@@ -79,8 +82,11 @@ class ModelCommit:
             TensorSpec(f"{part}/{spec.name}", "float32", spec.shape)
             for spec in self.base.layout
             if spec.is_trained
-            for part in range(self.optimizer.state_count)
+            for part in range(self._optimizer_of(spec).state_count)
         )
+
+    def _optimizer_of(self, spec: TensorSpec) -> ServerOptimizer:
+        return self.by_suffix.get(suffix_of(spec.name, self.by_suffix), self.optimizer)
 
     def write(self, model_path: Path, state_path: Path) -> bytes:
         """Write the new version, and the optimizer's state if it has any; returns the model's SHA-256.
@@ -115,7 +121,7 @@ class ModelCommit:
     def _spans(self, fold: Fold) -> Iterator[list[Span]]:
         """Yield the model in pieces of work. Tensors are joined and cut where nothing needs each of them whole."""
         # State is stored by tensor, so its tensors are read and written whole.
-        whole = self.optimizer.state_count > 0
+        whole = bool(self.state_layout)
         for group in groups(self.base.layout):
             spans = [Span(index, 0, self.base.layout[index].size) for index in group]
             if whole:
@@ -134,7 +140,8 @@ class ModelCommit:
         first, stop = spans[0].index, 0
         for before, after in pairwise(spans):
             stop += before.stop
-            if not fold.goes_on(self.base.layout[before.index], self.base.layout[after.index]):
+            specs = self.base.layout[before.index], self.base.layout[after.index]
+            if not fold.goes_on(*specs) or self._optimizer_of(specs[0]) is not self._optimizer_of(specs[1]):
                 joined.append(Span(first, 0, stop))
                 first, stop = after.index, 0
         return [*joined, Span(first, 0, stop + spans[-1].stop)]
@@ -189,7 +196,7 @@ class ModelCommit:
         `mean_of` gives a piece of the mean update, flat and float64, best `step` elements at a time.
         """
         spec, old = self.base.layout[span.index], self.base.part(span.index, span.start, span.stop)
-        state = self._state_of(spec)
+        state, optimizer = self._state_of(spec), self._optimizer_of(spec)
         new, kept = np.empty_like(old), tuple(np.empty_like(part) for part in state)
         # The part of the mean update that is known now, and the element of the span at which it begins.
         delta, delta_at = np.empty(0), 0
@@ -202,7 +209,7 @@ class ModelCommit:
             wide = old[piece].astype(np.float64)
             before = tuple(part.reshape(-1)[piece].astype(np.float64) for part in state)
             mean = delta[at - delta_at : piece.stop - delta_at]
-            stepped, after = self.optimizer.step(wide, mean, before)
+            stepped, after = optimizer.step(wide, mean, before)
             # An optimizer with momentum would also move what no update covers.
             if untouched is not None:
                 stepped[untouched[piece]] = wide[untouched[piece]]
@@ -235,7 +242,7 @@ class ModelCommit:
         return self.base.layout[index].name
 
     def _state_of(self, spec: TensorSpec) -> tuple[np.ndarray, ...]:
-        count = self.optimizer.state_count if spec.is_trained else 0
+        count = self._optimizer_of(spec).state_count if spec.is_trained else 0
         if self.optimizer_state is None:
             # The first commit, or the first after another optimizer was chosen.
             return tuple(np.zeros(spec.shape, np.float32) for _ in range(count))

@@ -131,7 +131,6 @@ class Coordinator(RunShell):
             # The mean of a leaf travels as one update.
             None if self.machine.makes_versions else claims.WEIGHT.most,
             asked.plan,
-            asked.normalize_steps,
             asked.clip_norm,
             settings.staleness_exponent,
             # A bound on norms is none on buffers, which are values and no differences.

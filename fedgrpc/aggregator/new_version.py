@@ -21,6 +21,7 @@ from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.update_checks import norm_of
+from fedgrpc.algorithms.registry import algorithm_of
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import NotFinite, NotFound, StorageError, UnusableUpdate, blaming
 from fedgrpc.protocol.tensors import channels_from_proto
@@ -60,7 +61,7 @@ class AcceptedUpdates:
         norms: Mapping[str, float] = {}
         if round_.kind is TaskKind.TRAIN:
             sub_models = self._sub_models(round_, tokens)
-            if weighing.clip_norm is not None:
+            if weighing.needs_norms:
                 norms = await asyncio.to_thread(self._norms, tokens, sub_models, layout)
         return weighing.merge(round_, tokens, sub_models, norms)
 
@@ -154,6 +155,7 @@ class NewVersion:
             self._updates.load,
             self._models.recycled,
             about,
+            algorithm_of(self._settings.plan.algorithm).optimizers(self._optimizer, merge.workers),
         )
         try:
             paths = self._models.path(number), self._models.optimizer_state_path(number)

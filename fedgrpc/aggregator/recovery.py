@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import structlog
@@ -19,6 +20,8 @@ from fedgrpc.aggregator.first_model import complaint
 from fedgrpc.aggregator.new_version import about_version
 from fedgrpc.aggregator.recovered_rounds import RecoveredRounds
 from fedgrpc.aggregator.settings import OPTIMIZER, changes, compared_text
+from fedgrpc.algorithms.companions import companions_of, first_values
+from fedgrpc.algorithms.registry import algorithm_of
 from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.raw import as_bool
 from fedgrpc.errors import StorageError, UsageError
@@ -190,12 +193,17 @@ class Recovery:
             return
         number = self._run.version + 1
         about = about_version(self._settings.run_name, 0, number)
-        write = partial(write_model, self._models.path(number), model.layout, _finite_tensors(model), about)
+        algorithm = algorithm_of(self._settings.plan.algorithm)
+        beside = companions_of(algorithm, model.layout)
+        layout = (*model.layout, *(each.spec for each in beside))
+        companions = (first_values(algorithm, each, model.named(each.name)) for each in beside)
+        tensors = chain(_finite_tensors(model), companions)
+        write = partial(write_model, self._models.path(number), layout, tensors, about)
         digest = await asyncio.to_thread(write)
         norm = await asyncio.to_thread(self._models.open(number).norm)
         version = Version(number, 0, digest, norm=norm, first_model=first)
         await self._coordinator.in_database(self._store.save_version, version)
-        self._coordinator.apply(VersionTaken(version, model.layout))
+        self._coordinator.apply(VersionTaken(version, layout))
         log.info("initial model", run=self._settings.run_name, file=str(model.path), tensors=len(model.layout))
 
     async def _close(self, record: round_pb2.Round, reason: str) -> None:

@@ -18,6 +18,7 @@ from typing import Final
 from fedgrpc.aggregation.admission import AdmissionPolicy
 from fedgrpc.aggregator.negotiation import Negotiation
 from fedgrpc.aggregator.roles import Roles
+from fedgrpc.algorithms.combinations import check_algorithm
 from fedgrpc.claims import WEIGHT
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import UsageError
@@ -97,7 +98,6 @@ class AggregatorSettings:
     difference_recipe: str | None = None
     upload_recipe: str = "int8+zstd"
     worker_weights: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    normalize_steps: bool = False
     noise_weights: bool = True
     staleness_exponent: float = 0.5
     server_optimizer: str = "fedavg"
@@ -168,24 +168,24 @@ class AggregatorSettings:
         """Shares and norms are bounded where every update is of the whole model and of a length of its own."""
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise UsageError(f"clip_norm must be a number above 0, not {self.clip_norm:g}")
-        if self.clip_norm is not None and self.normalize_steps:
-            raise UsageError("clip_norm goes without normalize_steps, by which others' steps set lengths")
         if self.policy.max_share is None:
             return
         if not all(covers_all(plan) for plan in self.local_models.plans):
             raise UsageError("max_share goes without local_models of a part: few workers share a coordinate")
 
     def _check_scales(self) -> None:
-        """Check that normalized steps have a known size."""
+        """Check the factors on updates, and that the algorithm goes with the other settings."""
         if not 0 <= self.staleness_exponent < math.inf:
             raise UsageError(f"staleness_exponent must be a number from 0, not {self.staleness_exponent:g}")
-        mu, rate = self.plan.proximal_mu, self.plan.learning_rate
-        if not self.normalize_steps or not mu:
-            return
-        if self.plan.momentum:
-            raise UsageError("normalize_steps knows of no steps with both momentum and proximal_mu")
-        if rate is None or not rate * mu < 1:
-            raise UsageError("normalize_steps with proximal_mu needs a learning_rate of less than 1 / proximal_mu")
+        check_algorithm(
+            self.plan,
+            self.evaluate,
+            self.server_optimizer,
+            bounds_norms=self.clip_norm is not None or self.max_update_norm is not None,
+            clips=self.clip_norm is not None,
+            whole_models=not any(plan.parts for plan in self.local_models.plans),
+            leaves=bool(self.leaves),
+        )
 
     def _check_times(self) -> None:
         if not 0 < self.poll_wait_s < math.inf:

@@ -38,7 +38,6 @@ class TrainingInstructions:
     seed: int
     worker_weights: Mapping[str, float]
     rounds: int | None
-    normalize_steps: bool
     max_examples: int | None
     clip_norm: float | None
     noise_weights: bool
@@ -62,7 +61,6 @@ class TrainingInstructions:
             leaf.seed,
             {**weights, **settings.worker_weights},
             leaf.total_rounds or None,
-            leaf.normalize_steps,
             _lower(leaf.max_examples, settings.max_examples),
             _lower(leaf.clip_norm, settings.clip_norm),
             not leaf.plain_weights,
@@ -78,7 +76,6 @@ class TrainingInstructions:
             local_models=local_models,
             channels=channels,
             total_rounds=self.rounds or 0,
-            normalize_steps=self.normalize_steps,
             max_examples=self.max_examples or 0,
             clip_norm=self.clip_norm or 0.0,
             plain_weights=not self.noise_weights,

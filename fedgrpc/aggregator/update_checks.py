@@ -91,7 +91,7 @@ def examine(header: UpdateHeader, expected: ExpectedUpdate) -> tuple[Manifest, R
     else:
         expected.local.check_layout(expected.layout, manifest.layout, expected.kept)
     report = report_from_proto(header, expected.admission)
-    if expected.weighing.normalize_steps and expected.kind is TaskKind.TRAIN:
+    if expected.weighing.algorithm.normalizes and expected.kind is TaskKind.TRAIN:
         expected.weighing.check_steps(report)
     return manifest, report
 

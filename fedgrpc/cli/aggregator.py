@@ -148,7 +148,12 @@ SETTINGS: list[Setting] = [
     _plan("--learning-rate", "Step size of the workers' optimizer."),
     _plan("--momentum", "Momentum of the workers' optimizer."),
     _plan("--weight-decay", "Weight decay of the workers' optimizer (L2 penalty); 0: none."),
-    _plan("--proximal-mu", "FedProx's proximal coefficient; 0: FedAvg."),
+    _plan(
+        "--algorithm",
+        "Federated algorithm with its options, as in fedprox:mu=0.1 or scaffold:workers=10, or your own class "
+        "as package.module:Class (docs/guide/algorithms.md); without: FedAvg.",
+        metavar="NAME[:OPTIONS]",
+    ),
     _plan(
         "--label-adjustment",
         "Add this many times the log of each label's share on a worker to its training logits; 0: do not "
@@ -175,10 +180,6 @@ SETTINGS: list[Setting] = [
         multiple=True,
         default=(),
         metavar="WORKER=P",
-    ),
-    _mean(
-        "--normalize-steps/--no-normalize-steps",
-        "Normalize updates by their local steps (FedNova); --momentum must be the one that workers use.",
     ),
     _mean(
         "--noise-weights/--plain-weights",

@@ -24,7 +24,7 @@ from fedgrpc.worker.settings import WorkerSettings
 
 _DECIDED_BY_PARENT: Final = (
     *("run_name", "rounds", "plan", "initial_model", "target", "evaluate", "seed"),
-    *("server_optimizer", "server_learning_rate", "normalize_steps", "noise_weights", "staleness_exponent"),
+    *("server_optimizer", "server_learning_rate", "noise_weights", "staleness_exponent"),
 )
 
 log = structlog.get_logger()

@@ -23,6 +23,8 @@ from fedgrpc.aggregation.scaling import (
     nova_scales,
     staleness_scale,
 )
+from fedgrpc.algorithms.algorithm import Algorithm, Counted
+from fedgrpc.algorithms.registry import algorithm_of
 from fedgrpc.errors import UnusableUpdate, UpdateRefused
 from fedgrpc.rounds.policy import TaskKind, capped
 from fedgrpc.runs.round_in_progress import RoundInProgress
@@ -62,7 +64,7 @@ class Merge:
     weighs. `keeps(token, name)`: its worker keeps that tensor to itself. `clips_buffers`: no update alone takes a
     buffer beyond what others say. `scores` are those of the round's base version, `training_metrics` means of what
     workers say of their training. `accumulated_steps`: what the steps of an update amount to in the mean; 0 where
-    steps are not normalized.
+    steps are not normalized. `workers`: of how many devices the updates are.
     """
 
     weights: Mapping[str, float]
@@ -74,6 +76,7 @@ class Merge:
     scores: Scores = field(default_factory=Scores)
     training_metrics: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
     accumulated_steps: float = 0.0
+    workers: int = 1
 
     @property
     def alike(self) -> bool:
@@ -97,10 +100,10 @@ class Weighing:
     """Rules of the operator on weights: p_m of workers, and what an example count may weigh (None: all of it).
 
     `by_noise`: an update weighs the less, the more noise its worker has measured of its number format.
-    `leaves_named`: an aggregator is here because the operator named it, and its means count for all their workers.
-    Of any other, a mean weighs no more than a worker's own update could. `max_share`: the largest share of one
-    worker. `max_total`: the most that all updates weigh together. `normalize_steps`: updates count by their steps,
-    as `plan` bounds them. `clip_norm`: the longest that an update counts. `staleness_exponent` lowers old updates.
+    `leaves_named`: an aggregator is here because the operator named it, and its means count for all their
+    workers. Of any other, a mean weighs no more than a worker's own update could. `max_share`: the largest share
+    of one worker. `max_total`: the most that all updates weigh together. `plan` has the algorithm, and bounds
+    steps. `clip_norm`: the longest that an update counts. `staleness_exponent` lowers old updates.
     """
 
     worker_weights: Mapping[str, float]
@@ -109,7 +112,6 @@ class Weighing:
     max_share: float | None = None
     max_total: float | None = None
     plan: TrainingPlan = field(default_factory=TrainingPlan)
-    normalize_steps: bool = False
     clip_norm: float | None = None
     staleness_exponent: float = 0.0
     clips_buffers: bool = False
@@ -132,6 +134,16 @@ class Weighing:
         # for workers that are not here. A leaf that nobody named gets the larger of the two, and not the sum.
         elsewhere = math.fsum(weight for name, weight in chosen.items() if name not in here)
         return min(report.weight, counted + elsewhere if self.leaves_named else max(counted, elsewhere))
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The federated algorithm of the plan. Raises `UsageError` where it cannot be had here."""
+        return algorithm_of(self.plan.algorithm)
+
+    @property
+    def needs_norms(self) -> bool:
+        """True if `merge` needs the norm of every update."""
+        return self.clip_norm is not None or self.algorithm.uses_norms
 
     def _say(self, report: Report) -> float:
         """Return the say of an update by the noise that its worker has measured; at most 1."""
@@ -182,14 +194,18 @@ class Weighing:
         weights = self._weights(round_.kind, reports, workers)
         scales, accumulated = dict.fromkeys(weights, 1.0), 0.0
         if round_.kind is TaskKind.TRAIN:
-            if self.normalize_steps:
+            if self.algorithm.normalizes:
                 # FedNova, arXiv 2007.07481: every update counts as if it had taken as many steps as the mean.
                 work = [self._work(token, report) for token, report in reports.items()]
                 scales = dict(zip(weights, nova_scales(list(weights.values()), work), strict=True))
                 accumulated = effective_steps(list(weights.values()), work)
-            # In place of the scales by steps: the settings refuse both together.
+            else:
+                scales = self._algorithms_scales(weights, reports, norms)
+            # Never of scales by steps: the settings refuse both together.
             if self.clip_norm is not None:
-                scales = {token: clip_scale(norms[token], self.clip_norm) for token in weights}
+                scales = {
+                    token: scale * clip_scale(norms[token], self.clip_norm) for token, scale in scales.items()
+                }
             # FedBuff, arXiv 2106.06639.
             scales = {
                 token: scale * staleness_scale(round_.state.tasks[token].staleness, self.staleness_exponent)
@@ -205,7 +221,17 @@ class Weighing:
             self.scores(round_, weights),
             mean_metrics([(reports[token].metrics, weight) for token, weight in weights.items()]),
             accumulated,
+            sum(self.workers(report) for report in reports.values()),
         )
+
+    def _algorithms_scales(
+        self, weights: Mapping[str, float], reports: Mapping[str, Report], norms: Mapping[str, float]
+    ) -> dict[str, float]:
+        counted = [
+            Counted(weight, norms.get(token), reports[token].evaluation_metrics.get("loss"))
+            for token, weight in weights.items()
+        ]
+        return dict(zip(weights, self.algorithm.scales(counted, self.plan), strict=True))
 
     def _weights(
         self, kind: TaskKind, reports: Mapping[str, Report], workers: Mapping[str, str]
@@ -231,7 +257,7 @@ class Weighing:
 
     def _accumulated(self, steps: int) -> float:
         plan = self.plan
-        return accumulated_steps(steps, plan.momentum or 0.0, plan.proximal_mu * (plan.learning_rate or 0.0))
+        return accumulated_steps(steps, plan.momentum or 0.0, self.algorithm.mu * (plan.learning_rate or 0.0))
 
     def scores(self, round_: RoundInProgress, weights: Mapping[str, float]) -> Scores:
         """Return the scores of the round's base version by the reports of these updates.

@@ -1,4 +1,4 @@
-"""Steps of training: FedProx's pull, loss scaling, and SGD with momentum as `torch.optim.SGD`.
+"""Steps of training: an algorithm's term, loss scaling, and SGD with momentum as `torch.optim.SGD`.
 
 Constructing any `torch.optim.Optimizer` imports torch._dynamo: a second and 70 MB on a fast machine, which a
 small device would pay for nothing. The functional form beneath the class does not.
@@ -6,14 +6,17 @@ small device would pay for nothing. The functional form beneath the class does n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
+from fedgrpc.algorithms.algorithm import Term
 from fedgrpc.torch.local_model.loss_scale import LossScale
+from fedgrpc.torch.weights import tensor_like
 
 _FUSED = (torch.float32, torch.float64)
 
@@ -80,8 +83,52 @@ class MomentumSgd:
             self._velocities[place] = velocity
 
 
+class AddedTerm:
+    """A term in the gradients of named parameters: g + offset + mu (w - anchor) (`fedgrpc.algorithms`).
+
+    Anchors and offsets are copied to the parameters' device once. Raises `LayoutError` for one of another shape,
+    as with a narrower model.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], term: Term) -> None:
+        self._mu = term.mu
+        self._parts = [
+            (
+                parameter,
+                _like(name, term.offset.get(name), parameter),
+                self._anchor(name, parameter, term) if term.mu else None,
+            )
+            for name, parameter in parameters.items()
+            if term.is_trained(name)
+        ]
+        self._left_out = [each for name, each in parameters.items() if not term.is_trained(name)]
+
+    @staticmethod
+    def _anchor(name: str, parameter: nn.Parameter, term: Term) -> Tensor:
+        found = None if term.anchor is None else _like(name, term.anchor[name], parameter)
+        return parameter.detach().clone() if found is None else found
+
+    def add(self, scale: float = 1.0) -> None:
+        """Add the term to gradients that are `scale` times their size. What is not trained loses its gradient."""
+        for parameter, offset, anchor in self._parts:
+            if parameter.grad is None:
+                continue
+            if offset is not None:
+                parameter.grad.add_(offset, alpha=scale)
+            if anchor is not None:
+                parameter.grad.add_(parameter.detach() - anchor, alpha=self._mu * scale)
+        for parameter in self._left_out:
+            parameter.grad = None
+
+
+def _like(name: str, array: np.ndarray | None, parameter: nn.Parameter) -> Tensor | None:
+    if array is None:
+        return None
+    return tensor_like(name, np.array(array), parameter, tuple(parameter.shape)).to(parameter)
+
+
 class TrainingStep:
-    """Backward passes and step of one batch, with FedProx's pull towards the start and a scaled loss.
+    """Backward passes and step of one batch, with an algorithm's term and a scaled loss.
 
     Raises:
         UsageError: the optimizer cannot be rescaled for `scaling`.
@@ -91,13 +138,12 @@ class TrainingStep:
         self,
         parameters: Sequence[nn.Parameter],
         optimizer: Optimizer,
-        proximal_mu: float,
+        term: AddedTerm | None,
         scaling: LossScale | None,
     ) -> None:
         self._parameters = parameters
-        self._start = [parameter.detach().clone() for parameter in parameters] if proximal_mu else []
         self._optimizer = optimizer
-        self._proximal_mu = proximal_mu
+        self._term = term
         self._scaling = scaling
         self._scaled = None if scaling is None else scaling.prepare(optimizer)
 
@@ -116,15 +162,11 @@ class TrainingStep:
     def take(self) -> None:
         """Take the step."""
         if self._scaling is None or self._scaled is None:
-            self._pull_back(self._proximal_mu)
+            if self._term is not None:
+                self._term.add()
             self._optimizer.step()
         else:
-            # Gradients are scaled by now, so the pull has to be, too.
-            self._pull_back(self._proximal_mu * self._scaling.scale)
+            # Gradients are scaled by now, so the term has to be, too.
+            if self._term is not None:
+                self._term.add(self._scaling.scale)
             self._scaling.step(self._scaled, self._parameters)
-
-    def _pull_back(self, mu: float) -> None:
-        """Add the gradient of mu/2 ||w - w_start||^2; without mu there is no start."""
-        for parameter, origin in zip(self._parameters, self._start, strict=bool(mu)):
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - origin, alpha=mu)

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedgrpc.algorithms.algorithm import Term
 from fedgrpc.codec.layout import Layout, TensorRole
 from fedgrpc.errors import TaskError, TaskUnfit
 from fedgrpc.submodels.channels import ChannelMap, SubModel
@@ -114,13 +116,14 @@ class TorchTrainer:
         return self._task.prepare(inputs, False)
 
     def train(self, weights: Weights, job: TrainJob) -> TrainResult:
-        """Train on mini-batches, as FedProx (arXiv 1812.06127) with `proximal_mu`.
+        """Train on mini-batches, with the term of the run's algorithm in the gradients.
 
         Weights of a sub-model train a narrower model. With `local_model`, the local model of that plan is trained.
         """
         with self._lock, _seeded(self._device, job.seed, job.round):
             self._data.refresh()
             self._data.check_trainable()
+            job = replace(job, term=partial(self._own_term, job.term))
             own = self._builder.names.to_own(weights)
             module = self._sub_models.loaded(own)
             if job.local_model is not None:
@@ -138,6 +141,12 @@ class TorchTrainer:
                 )
         _check_finite(result.weights, own)
         return self._builder.names.to_given(result, weights)
+
+    def _own_term(self, asked: Callable[[], Term]) -> Term:
+        """Return an algorithm's term with the module's own names."""
+        term, to_own = asked(), self._builder.names.to_own
+        anchor = None if term.anchor is None else to_own(term.anchor)
+        return replace(term, offset=to_own(term.offset), anchor=anchor)
 
     def _trained(self, module: nn.Module, given: Weights) -> dict[str, np.ndarray]:
         """Return the module's weights: copies if it is kept for the next task. Raises TaskUnfit."""

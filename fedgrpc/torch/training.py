@@ -25,7 +25,8 @@ from fedgrpc.torch.local_model.levers import micro_batches
 from fedgrpc.torch.local_model.local_model import LocalModel
 from fedgrpc.torch.local_model.nested import Nested
 from fedgrpc.torch.memory import TensorBytes
-from fedgrpc.torch.optimizer import Optimizer, TrainingStep
+from fedgrpc.torch.optimizer import AddedTerm, Optimizer, TrainingStep
+from fedgrpc.torch.weights import Names, uncompiled
 from fedgrpc.trainer import TrainJob
 
 # Scoring keeps one layer's activations, training all. So twice the batch takes less memory than training does.
@@ -82,7 +83,7 @@ def run_training(
     levers = _levers(job)
     optimizer = _optimizer(task, parameters, job, local)
     scaling = None if local is None else local.loss_scale()
-    step = TrainingStep(parameters, optimizer, job.proximal_mu, scaling)
+    step = TrainingStep(parameters, optimizer, _term(job, model), scaling)
     loss_of = loss_of_exits(model, _loss(task, data, job), 0.0 if plan is None else plan.distillation)
     # BatchNorm cannot train on a single example, such as the last one of an epoch may be.
     skips_single = len(train) > 1 and _has_batch_norm(model)
@@ -118,6 +119,16 @@ def _loss(task: LearningTask, data: LocalData, job: TrainJob) -> Callable[..., T
         return task.loss
     adjusted = LabelAdjustment(data.labels(), job.label_adjustment)
     return lambda outputs, targets: task.loss(adjusted(outputs), targets)
+
+
+def _term(job: TrainJob, model: nn.Module) -> AddedTerm | None:
+    """Return the term of the run's algorithm, which names tensors as the module does."""
+    term = job.term()
+    if term.is_nothing:
+        return None
+    module = uncompiled(model)
+    own = Names.of(module).own
+    return AddedTerm({own.get(name, name): each for name, each in module.named_parameters()}, term)
 
 
 def _levers(job: TrainJob) -> Memory:

@@ -140,13 +140,13 @@ class RoundPolicy(_message.Message):
     def __init__(self, min_workers: _Optional[int] = ..., min_sample_size: _Optional[int] = ..., max_participants: _Optional[int] = ..., fraction: _Optional[float] = ..., over_selection: _Optional[float] = ..., quorum: _Optional[int] = ..., deadline: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., selection_window: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., selection_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., weight_aim: _Optional[float] = ..., max_share: _Optional[float] = ..., deadline_floor: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., late: _Optional[_Union[LatePolicy, str]] = ..., max_staleness: _Optional[int] = ..., buffer_size: _Optional[int] = ..., reconnect_grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., min_new_examples: _Optional[int] = ...) -> None: ...
 
 class TrainingPlan(_message.Message):
-    __slots__ = ("epochs", "max_steps", "batch_size", "learning_rate", "momentum", "proximal_mu", "label_adjustment", "upload_reserve", "weight_decay")
+    __slots__ = ("epochs", "max_steps", "batch_size", "learning_rate", "momentum", "algorithm", "label_adjustment", "upload_reserve", "weight_decay")
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
     MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     MOMENTUM_FIELD_NUMBER: _ClassVar[int]
-    PROXIMAL_MU_FIELD_NUMBER: _ClassVar[int]
+    ALGORITHM_FIELD_NUMBER: _ClassVar[int]
     LABEL_ADJUSTMENT_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_RESERVE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
@@ -155,14 +155,14 @@ class TrainingPlan(_message.Message):
     batch_size: int
     learning_rate: float
     momentum: float
-    proximal_mu: float
+    algorithm: str
     label_adjustment: float
     upload_reserve: _duration_pb2.Duration
     weight_decay: float
-    def __init__(self, epochs: _Optional[float] = ..., max_steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., proximal_mu: _Optional[float] = ..., label_adjustment: _Optional[float] = ..., upload_reserve: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., weight_decay: _Optional[float] = ...) -> None: ...
+    def __init__(self, epochs: _Optional[float] = ..., max_steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., algorithm: _Optional[str] = ..., label_adjustment: _Optional[float] = ..., upload_reserve: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., weight_decay: _Optional[float] = ...) -> None: ...
 
 class LeafInstructions(_message.Message):
-    __slots__ = ("seed", "worker_weights", "local_models", "channels", "total_rounds", "normalize_steps", "max_examples", "clip_norm", "plain_weights")
+    __slots__ = ("seed", "worker_weights", "local_models", "channels", "total_rounds", "max_examples", "clip_norm", "plain_weights")
     class WorkerWeightsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -175,7 +175,6 @@ class LeafInstructions(_message.Message):
     LOCAL_MODELS_FIELD_NUMBER: _ClassVar[int]
     CHANNELS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_ROUNDS_FIELD_NUMBER: _ClassVar[int]
-    NORMALIZE_STEPS_FIELD_NUMBER: _ClassVar[int]
     MAX_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
     PLAIN_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -184,11 +183,10 @@ class LeafInstructions(_message.Message):
     local_models: LocalModels
     channels: _tensor_pb2.ChannelMap
     total_rounds: int
-    normalize_steps: bool
     max_examples: int
     clip_norm: float
     plain_weights: bool
-    def __init__(self, seed: _Optional[int] = ..., worker_weights: _Optional[_Mapping[str, float]] = ..., local_models: _Optional[_Union[LocalModels, _Mapping]] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ..., total_rounds: _Optional[int] = ..., normalize_steps: _Optional[bool] = ..., max_examples: _Optional[int] = ..., clip_norm: _Optional[float] = ..., plain_weights: _Optional[bool] = ...) -> None: ...
+    def __init__(self, seed: _Optional[int] = ..., worker_weights: _Optional[_Mapping[str, float]] = ..., local_models: _Optional[_Union[LocalModels, _Mapping]] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ..., total_rounds: _Optional[int] = ..., max_examples: _Optional[int] = ..., clip_norm: _Optional[float] = ..., plain_weights: _Optional[bool] = ...) -> None: ...
 
 class LocalModels(_message.Message):
     __slots__ = ("default", "classes", "automatic")

@@ -122,11 +122,15 @@ class TaskFiles:
         message: aggregator_pb2.Task,
         fill: Callable[[Residual], Fill],
         keep_personal: Callable[[Path], None] | None = None,
+        keep: Callable[[Path], None] | None = None,
     ) -> SpooledUpdate:
-        """Spool the update of a task; `fill` gets the residual that the update has to make good, in a thread."""
+        """Spool the update of a task; `fill` gets the residual that the update has to make good, in a thread.
+
+        `keep_personal` and `keep` are as in `Spool.write`.
+        """
 
         def write() -> SpooledUpdate:
-            return self.spool.write(message, fill(self.spool.residual(task.run_id)), keep_personal)
+            return self.spool.write(message, fill(self.spool.residual(task.run_id)), keep_personal, keep)
 
         # A full disk may have room again in a moment, and the work may have taken hours.
         update = await with_retries(

@@ -1,8 +1,9 @@
 """Finished updates on the worker's disk, from before their upload starts until they are acknowledged.
 
-    spool/00000007/        one update: payload, residual (what it leaves behind), personal (layers that stay here);
-                           the last two only where there is something in them
+    spool/00000007/        one update: payload, residual (what it leaves behind), personal (layers that stay here),
+                           kept (by the run's algorithm); the last three only where there is something in them
     spool/residual         the residual that the next update starts from
+    spool/kept             what the run's algorithm keeps here, as of the last update that was acknowledged
     spool/personal         the personal layers of the last update that is gone
 
 The payload's file ends with the `UpdateHeader`, the `Task`, and the sizes of both in bytes. One file less to sync.
@@ -11,7 +12,8 @@ An update that cannot be read now is kept, and tried again later. Only content t
 
 The rule: an update's folder is complete and durable once it has its name. What was trained and what it leaves
 behind survive a power cut together or not at all. An acknowledged update's residual becomes the current one, by
-one rename that is durable before the update is removed. A refused update's residual is dropped with it. Personal
+one rename that is durable before the update is removed. A refused update's residual is dropped with it. What an
+algorithm keeps goes the same way. Personal
 layers are those trained last, whatever becomes of their update.
 """
 
@@ -57,6 +59,7 @@ _SIZES: Final = struct.Struct("<QQ")
 _MAX_ABOUT_BYTES: Final = 64 << 20
 _RESIDUAL: Final = "residual"
 _PERSONAL: Final = "personal"
+_KEPT: Final = "kept"
 _BUFFER_BYTES: Final = 1 << 18
 
 log = structlog.get_logger()
@@ -170,9 +173,15 @@ class Spool:
                 )
 
     def write(
-        self, task: aggregator_pb2.Task, fill: Fill, keep_personal: Callable[[Path], None] | None = None
+        self,
+        task: aggregator_pb2.Task,
+        fill: Fill,
+        keep_personal: Callable[[Path], None] | None = None,
+        keep: Callable[[Path], None] | None = None,
     ) -> SpooledUpdate:
-        """Write an update, durable on return. `fill` writes payload and residual, `keep_personal` a third file.
+        """Write an update, durable on return. `fill` writes payload and residual.
+
+        `keep_personal` and `keep` write the files `personal` and `kept`.
 
         A full spool drops its oldest updates first: their rounds are long closed.
 
@@ -197,6 +206,8 @@ class Spool:
                     left.finish(layout)
                 if keep_personal is not None:
                     keep_personal(unfinished / _PERSONAL)
+                if keep is not None:
+                    keep(unfinished / _KEPT)
                 # Room is made only now that the size is known. Until the rename below nothing counts as spooled.
                 self._make_room(folder_size_bytes(unfinished))
                 publish_folder(unfinished, final)
@@ -210,6 +221,7 @@ class Spool:
         """Remove an update that the aggregator has. Its residual becomes the current one."""
         with storage_errors(update.folder):
             # First: a crash in between then repeats the acknowledgement, instead of losing the residual.
+            self._move_out(update.folder / _KEPT)
             self._move_out(update.folder / _RESIDUAL, self._recycled_residuals)
             self._remove(update)
 
@@ -247,6 +259,11 @@ class Spool:
         """Path of the personal layers that the last training left; the file may not exist."""
         spooled = [folder / _PERSONAL for folder in reversed(self._folders())]
         return next((path for path in spooled if path.exists()), self._folder / _PERSONAL)
+
+    def kept(self, run: str) -> Residual:
+        """Return what the algorithm of `run` keeps on this device, in the form of a residual."""
+        with storage_errors(self._folder):
+            return read_residual(self._folder / _KEPT, run)
 
     def residual(self, run: str) -> Residual:
         """Return the residual that the next update of `run` starts from. Raises `StorageError`."""

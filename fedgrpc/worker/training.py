@@ -17,6 +17,8 @@ import numpy as np
 import structlog
 
 from fedgrpc.aio import in_thread
+from fedgrpc.algorithms.carrying_out import carry_out
+from fedgrpc.algorithms.companions import joined, received, with_companions
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import FedgrpcError, LayoutError, TaskError, TaskUnfit, UsageError
@@ -44,6 +46,7 @@ from fedgrpc.trainer import (
     model_layout,
 )
 from fedgrpc.v1 import aggregator_pb2
+from fedgrpc.worker.algorithm_work import NOTHING_KEPT, AlgorithmWork, algorithm_for
 from fedgrpc.worker.client import Report
 from fedgrpc.worker.device import resident_bytes, usable_memory_bytes
 from fedgrpc.worker.guarded_trainer import first_weights, guarded, users_code
@@ -56,6 +59,7 @@ from fedgrpc.worker.throttle import Throttle
 from fedgrpc.worker.update import (
     Began,
     Outcome,
+    kept_writer,
     load_personal_layers,
     personal_layers_writer,
     update_of,
@@ -170,7 +174,7 @@ class TrainerWork:
             return update_of(task, self._settings.name, pulled, outcome, residual, began, layout)
 
         keep = personal_layers_writer(outcome.weights or {}, task.run_id, task.is_personal)
-        update = await self._files.store(task, message, fill, keep)
+        update = await self._files.store(task, message, fill, keep, kept_writer(outcome.kept, task.run_id))
         if task.kind is TaskKind.TRAIN:
             self._trained = (task.run_id, examples)
         return update
@@ -199,17 +203,22 @@ class TrainerWork:
     async def _local_work(self, trainer: Trainer, task: Task, given: Given, hooks: Hooks) -> Outcome:
         if task.kind is TaskKind.INITIALIZE:
             self._publisher.enter(Activity.TRAINING)
-            return await in_thread(lambda: initialize(trainer), hooks.stop)
+            return await in_thread(lambda: initialize(trainer, task), hooks.stop)
         scores, on_access = None, reads_on_access(trainer)
+        kept = await asyncio.to_thread(self._kept, task)
         if task.kind is TaskKind.EVALUATE or task.evaluate:
             self._publisher.enter(Activity.EVALUATING)
-            scores = await in_thread(lambda: evaluate(trainer, given(on_access), hooks), hooks.stop)
+            scores = await in_thread(lambda: evaluate(trainer, given(on_access), hooks, task, kept), hooks.stop)
         if task.kind is TaskKind.EVALUATE:
             if scores is None:
                 raise TaskError("there is no held-out data on this device to score the model on")
             return Outcome(None, scores.example_count, scores=scores)
         self._publisher.enter(Activity.TRAINING)
-        return await in_thread(lambda: train(trainer, given(on_access), task, hooks, scores), hooks.stop)
+        return await in_thread(lambda: train(trainer, given(on_access), task, hooks, scores, kept), hooks.stop)
+
+    def _kept(self, task: Task) -> Weights:
+        """Return what the run's algorithm keeps on this device."""
+        return self._files.spool.kept(task.run_id).tensors if algorithm_for(task).keeps else {}
 
     async def score(self, run_id: str, model: HeldModel) -> Mapping[str, float]:
         """Score a released model as applications get it, when no task uses the trainer; {} without local data.
@@ -283,9 +292,17 @@ def reads_on_access(trainer: Trainer) -> bool:
     return isinstance(trainer, SliceableTrainer)
 
 
-def evaluate(trainer: Trainer, weights: Weights, hooks: Hooks) -> EvalResult | None:
-    """Score `weights` on local held-out data; None if there is none. Raises TaskError."""
+def evaluate(
+    trainer: Trainer, weights: Weights, hooks: Hooks, task: Task | None = None, kept: Weights = NOTHING_KEPT
+) -> EvalResult | None:
+    """Score `weights` on local held-out data, as the task's algorithm personalizes them. Raises TaskError.
+
+    Returns None if there is no such data.
+    """
     started_s = time.monotonic()
+    if task is not None:
+        algorithm = algorithm_for(task)
+        weights = algorithm.personal(received(algorithm, weights, kept))
     result = trainer.evaluate(weights)
     hooks.throttle.rest(time.monotonic() - started_s, hooks.stop)
     return result
@@ -304,24 +321,36 @@ def described(trainer: Trainer, process_bytes: int, tell_channels: bool) -> Mode
     return ModelDescription(model_bytes, process_bytes, activations, channels)
 
 
-def initialize(trainer: Trainer) -> Outcome:
-    """Return the untrained weights of the task's model. Raises TaskError."""
-    weights, layout = first_weights(trainer)
+def initialize(trainer: Trainer, task: Task) -> Outcome:
+    """Return the untrained weights of the task's model, with its algorithm's companions. Raises TaskError."""
+    weights, layout = with_companions(algorithm_for(task), *first_weights(trainer))
     return Outcome(weights, 0, channels=_channels(trainer, wanted=False), layout=layout)
 
 
 def train(
-    trainer: Trainer, weights: Weights, task: Task, hooks: Hooks, scores: EvalResult | None = None
+    trainer: Trainer,
+    weights: Weights,
+    task: Task,
+    hooks: Hooks,
+    scores: EvalResult | None = None,
+    kept: Weights = NOTHING_KEPT,
 ) -> Outcome:
-    """Train from `weights` as the plan says. Raises TaskError, or Cancelled when told to stop."""
+    """Train from `weights` as the plan and its algorithm say. Raises TaskError, or Cancelled when told to stop.
+
+    `kept` is what the algorithm has kept on this device.
+    """
     needed = (task.local_model or LocalModelPlan()).parts | (set() if task.sub_model.whole else {"sub_model"})
     if lacking := needed - parts_of(trainer):
         raise TaskError(f"this learning task cannot do the local model's {', '.join(sorted(lacking))}")
-    job = job_of(task, hooks)
-    result = trainer.train(weights, job)
-    metrics = {**result.metrics, **_local_scores(trainer, result, task, hooks, scores)}
+    algorithm = algorithm_for(task)
+    if needed and (algorithm.keeps or algorithm.companions):
+        raise TaskError(f"the algorithm {task.plan.algorithm} needs the whole model, and this task is of a part")
+    work = AlgorithmWork(trainer, job_of(task, hooks), copies=algorithm.keeps and not reads_on_access(trainer))
+    sent = carry_out(algorithm, received(algorithm, weights, kept), task.plan, work.train, work.score)
+    result: TrainResult = sent.result
+    metrics = {**result.metrics, **sent.metrics, **_local_scores(trainer, result, task, hooks, scores)}
     return Outcome(
-        result.weights,
+        joined(algorithm, weights, sent),
         result.example_count,
         result.steps,
         metrics,
@@ -331,6 +360,7 @@ def train(
         result.clustered,
         tensor_bytes=result.tensor_bytes,
         noise_ratio=result.noise_ratio,
+        kept=sent.kept,
     )
 
 

@@ -61,7 +61,7 @@ class Outcome:
     """The result of the local work. `weights` are trained, initial, or None for scores alone.
 
     `start`, `masks`, `clustered`, `tensor_bytes` and `noise_ratio` are those of `TrainResult`; `layout` is that of
-    initial weights.
+    initial weights. `kept` replaces what the run's algorithm keeps on this device; None: it stays.
     """
 
     weights: Weights | None
@@ -76,6 +76,7 @@ class Outcome:
     tensor_bytes: int = 0
     layout: Layout = ()
     noise_ratio: float = 0.0
+    kept: Weights | None = None
 
 
 def update_of(
@@ -213,6 +214,13 @@ def personal_layers_writer(
     """Return a function that writes the personal layers of `trained` to a file; None where there are none."""
     own = {name: array for name, array in trained.items() if is_personal(name)}
     return partial(write_residual, residual=Residual(layout_of(own), own), run=run) if own else None
+
+
+def kept_writer(kept: Weights | None, run: str) -> Callable[[Path], None] | None:
+    """Return a function that writes what an algorithm keeps to a file; None where that does not change."""
+    if kept is None:
+        return None
+    return partial(write_residual, residual=Residual(layout_of(kept), kept), run=run)
 
 
 def budget_bytes(budget: str, task: Task, now_s: float) -> float | None:

@@ -48,7 +48,6 @@ def test_a_target_is_met_from_its_value_on_and_only_by_its_own_metric():
         "learning_rate": (0.0, -0.1, NAN, INF),
         "momentum": (-0.1, 1.0, NAN),
         "weight_decay": (-0.1, NAN, INF),
-        "proximal_mu": (-0.1, NAN, INF),
         "label_adjustment": (-0.1, NAN, INF),
     }.items(),
 )

@@ -22,7 +22,9 @@ def task_of(instructions):
     )
 
 
-@pytest.mark.parametrize("changes", [{}, {"normalize_steps": True}, {"clip_norm": 2.5, "max_examples": 7}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"plan": TrainingPlan(algorithm="fednova")}, {"clip_norm": 2.5, "max_examples": 7}]
+)
 def test_a_leaf_passes_on_what_its_parent_asks_for(tmp_path, changes):
     plan = TrainingPlan(epochs=0.5, momentum=0.0, upload_reserve_s=3.0)
     about = {"plan": plan, "evaluate": True, "seed": 5, "worker_weights": {"a": 2.0}, "rounds": 12, **changes}

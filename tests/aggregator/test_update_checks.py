@@ -66,7 +66,7 @@ def test_a_payload_beyond_the_limit_is_refused_by_its_header():
 
 def test_steps_count_only_where_others_updates_depend_on_them():
     plan = TrainingPlan(epochs=2.0)
-    bounded = replace(EXPECTED, weighing=Weighing({}, plan=plan, normalize_steps=True))
+    bounded = replace(EXPECTED, weighing=Weighing({}, plan=replace(plan, algorithm="fednova")))
     examined(MODEL, bounded, steps=10)
     examined(MODEL, steps=1000)
     examined({}, replace(bounded, kind=TaskKind.EVALUATE), steps=1000)

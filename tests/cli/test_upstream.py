@@ -58,7 +58,6 @@ def test_settings_of_a_link_that_there_is_not_are_refused(arguments: list[str]) 
         {"server_optimizer": "fedadam"},
         {"target": Target("accuracy", 0.9)},
         {"initial_model": Path("m.safetensors")},
-        {"normalize_steps": True},
         {"noise_weights": False},
     ],
     ids=lambda change: next(iter(change)),

@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fedgrpc.rounds.selection import SelectionPolicy
+from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import device_pb2, round_pb2
 from tests.support.hand_driven_device import MODEL, HandDrivenDevice, refused, update_of
 from tests.support.running_federation import running_aggregator
@@ -116,7 +117,9 @@ async def test_a_leaf_leaves_out_an_update_whose_mean_is_not_finite_too(tmp_path
     change = {name: np.ones_like(values) for name, values in half.items()}
     save_file(half, tmp_path / "initial.safetensors")
     async with (
-        running_aggregator(tmp_path, rounds=1, policy={"min_workers": 1}, normalize_steps=True) as root,
+        running_aggregator(
+            tmp_path, rounds=1, policy={"min_workers": 1}, plan=TrainingPlan(algorithm="fednova")
+        ) as root,
         running_leaf(tmp_path / "leaf", "leaf", root) as leaf,
     ):
         (honest, evil), tasks = await both(leaf)
@@ -166,7 +169,9 @@ async def test_the_reason_of_a_task_given_back_is_one_short_printable_line(tmp_p
 
 async def test_a_claim_of_steps_scales_the_updates_of_others_by_no_more_than_its_own_say(tmp_path):
     weights = {"honest": 1.0, "evil": 0.001}
-    async with running_aggregator(tmp_path, worker_weights=weights, normalize_steps=True) as running:
+    async with running_aggregator(
+        tmp_path, worker_weights=weights, plan=TrainingPlan(algorithm="fednova")
+    ) as running:
         (honest, evil), tasks = await both(running)
         await evil.push(tasks[1], update_of(0.0), example_count=1 << 40, steps=1 << 40)
         await honest.push(tasks[0], update_of(1.0), steps=10)

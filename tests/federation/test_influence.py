@@ -11,6 +11,7 @@ from fedgrpc.errors import UsageError
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.submodels.plan_table import PlanTable
+from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2
 from tests.support.hand_driven_device import MODEL, HandDrivenDevice, refused, update_of
@@ -207,7 +208,7 @@ async def test_weight_that_ends_a_round_early_is_weight_that_counts(tmp_path):
     ("changes", "reason"),
     [
         ({"clip_norm": 0.0}, "clip_norm must be"),
-        ({"clip_norm": 1.0, "normalize_steps": True}, "clip_norm goes without normalize_steps"),
+        ({"clip_norm": 1.0, "plan": TrainingPlan(algorithm="fednova")}, "clip_norm goes without fednova"),
         ({"max_examples": 0}, "max_examples must be"),
         (
             {"policy": RoundPolicy(max_share=0.3), "local_models": PlanTable(default=LocalModelPlan(width=0.5))},

@@ -114,7 +114,7 @@ async def test_an_upload_that_is_under_way_when_its_round_ends_goes_on(tmp_path)
 
 FLAGS = (
     *("--late", "carry", "--selection-window", "30s", "--max-participants", "2", "--over-selection", "1.5"),
-    *("--rounds", "2", "--normalize-steps"),
+    *("--rounds", "2", "--algorithm", "fednova"),
 )
 
 

@@ -51,7 +51,7 @@ def crew(kind=Drawn):
 
 
 PLAN = TrainingPlan(
-    epochs=2, batch_size=7, learning_rate=0.25, momentum=0.5, proximal_mu=0.125, label_adjustment=0.5
+    epochs=2, batch_size=7, learning_rate=0.25, momentum=0.5, algorithm="fedprox:mu=0.125", label_adjustment=0.5
 )
 ABOUT = {"rounds": ROUNDS, "plan": PLAN, "evaluate": True, "seed": 3, "keep_versions": 99}
 
@@ -108,7 +108,7 @@ def assert_equal(first, second):
 
 
 def job_of(job):
-    hyper = (job.epochs, job.batch_size, job.learning_rate, job.momentum, job.proximal_mu, job.label_adjustment)
+    hyper = (job.epochs, job.batch_size, job.learning_rate, job.momentum, job.algorithm, job.label_adjustment)
     return *hyper, job.seed, job.round
 
 
@@ -130,11 +130,11 @@ async def test_a_tree_of_two_or_three_levels_gives_the_flat_result(tmp_path):
 
 async def test_updates_of_unequal_steps_are_normalized_in_a_tree_as_they_are_flat(tmp_path):
     """FedNova: what a leaf sends is an update of as many steps as its workers' amount to in the mean."""
-    about = {**ABOUT, "normalize_steps": True, "plan": TrainingPlan(momentum=0.5)}
+    about = {**ABOUT, "plan": TrainingPlan(momentum=0.5, algorithm="fednova")}
     result = await flat(tmp_path / "flat", Unequal, about)
     scales = [task.scale for task in result[1][0].tasks]
     assert max(scales) > 5 * min(scales)
-    plain = await flat(tmp_path / "plain", Unequal, {**about, "normalize_steps": False})
+    plain = await flat(tmp_path / "plain", Unequal, {**about, "plan": TrainingPlan(momentum=0.5)})
     assert np.abs(plain[0][-1]["w"] - result[0][-1]["w"]).max() > 0.1
     assert_equal(result, await tree(tmp_path / "two", [("a",)] * 3 + [("b",)] * 5, Unequal, about))
     places = [("m", "c")] * 2 + [("m", "d")] * 2 + [("n", "e")] * 3 + [("n",)]

@@ -85,7 +85,7 @@ async def test_a_worker_whose_uploads_have_taken_long_is_told_to_leave_more_time
 
 async def test_updates_of_unequal_steps_count_by_their_direction(tmp_path):
     """FedNova: each is brought to the mean number of steps, tau_eff = 2; what is no difference stays as it is."""
-    async with running_aggregator(tmp_path, normalize_steps=True, plan=TrainingPlan(epochs=1.0)) as running:
+    async with running_aggregator(tmp_path, plan=TrainingPlan(epochs=1.0, algorithm="fednova")) as running:
         (a, b), tasks = await fleet(running, "a", "b")
         await a.push(tasks[0], update_of(1.0, n=5), steps=1)
         await b.push(tasks[1], update_of(3.0, n=5), steps=3)
@@ -107,8 +107,8 @@ async def test_without_normalization_updates_count_as_they_are(tmp_path):
 
 
 async def test_steps_with_momentum_amount_to_more(tmp_path):
-    plan = TrainingPlan(momentum=0.9)
-    async with running_aggregator(tmp_path, normalize_steps=True, plan=plan) as running:
+    plan = TrainingPlan(momentum=0.9, algorithm="fednova")
+    async with running_aggregator(tmp_path, plan=plan) as running:
         (a, b), tasks = await fleet(running, "a", "b")
         await asyncio.gather(a.push(tasks[0], steps=1), b.push(tasks[1], steps=10))
         await running.until_finished()
@@ -120,7 +120,7 @@ async def test_steps_with_momentum_amount_to_more(tmp_path):
 
 @pytest.mark.parametrize(("steps", "plan"), [(0, {}), (11, {}), (21, {"epochs": 2.0}), (4, {"max_steps": 3})])
 async def test_steps_that_cannot_be_are_refused_where_others_depend_on_them(tmp_path, steps, plan):
-    async with running_aggregator(tmp_path, normalize_steps=True, plan=TrainingPlan(**plan)) as running:
+    async with running_aggregator(tmp_path, plan=TrainingPlan(algorithm="fednova", **plan)) as running:
         (a, b), tasks = await fleet(running, "a", "b")
         with refused("INVALID_ARGUMENT", f"{steps} steps are reported", "UpdateRefused"):
             await a.push(tasks[0], update_of(100.0), steps=steps)
@@ -132,10 +132,10 @@ async def test_steps_that_cannot_be_are_refused_where_others_depend_on_them(tmp_
 @pytest.mark.parametrize("accumulated", [0.0, 0.99, 20.1, float("nan"), float("inf")])
 async def test_a_mean_that_tells_of_steps_that_cannot_be_is_refused_too(tmp_path, accumulated):
     """Of 20 examples, each batch of one: 20 steps at most, whoever of its workers took them."""
-    async with running_aggregator(tmp_path, normalize_steps=True) as running:
+    async with running_aggregator(tmp_path, plan=TrainingPlan(algorithm="fednova")) as running:
         leaf, other = await running.device("leaf", role=LEADING), await running.device("other")
         tasks = await asyncio.gather(leaf.task(), other.task())
-        assert tasks[0].leaf.normalize_steps
+        assert tasks[0].plan.algorithm == "fednova"
         mean = {"example_count": 20, "steps": 20, "merged_updates": 2, "weight": 20.0}
         with refused("INVALID_ARGUMENT", "accumulated steps are reported", "UpdateRefused"):
             await leaf.push(tasks[0], accumulated_steps=accumulated, **mean)
@@ -144,7 +144,7 @@ async def test_a_mean_that_tells_of_steps_that_cannot_be_is_refused_too(tmp_path
 
 
 async def test_a_mean_counts_by_what_the_steps_in_it_amount_to(tmp_path):
-    async with running_aggregator(tmp_path, normalize_steps=True) as running:
+    async with running_aggregator(tmp_path, plan=TrainingPlan(algorithm="fednova")) as running:
         leaf, other = await running.device("leaf", role=LEADING), await running.device("other")
         tasks = await asyncio.gather(leaf.task(), other.task())
         mean = {"example_count": 30, "steps": 8, "merged_updates": 2, "weight": 30.0}
@@ -158,11 +158,11 @@ async def test_a_mean_counts_by_what_the_steps_in_it_amount_to(tmp_path):
 @pytest.mark.parametrize(
     ("plan", "reason"),
     [
-        ({"momentum": 0.9, "proximal_mu": 0.1, "learning_rate": 0.1}, "both momentum and proximal_mu"),
-        ({"proximal_mu": 0.1}, "needs a learning_rate"),
-        ({"proximal_mu": 10.0, "learning_rate": 0.1}, "needs a learning_rate"),
+        ({"momentum": 0.9, "algorithm": "fednova:mu=0.1", "learning_rate": 0.1}, "both momentum and mu"),
+        ({"algorithm": "fednova:mu=0.1"}, "needs a learning_rate"),
+        ({"algorithm": "fednova:mu=10", "learning_rate": 0.1}, "needs a learning_rate"),
     ],
 )
 def test_steps_of_which_nobody_knows_what_they_amount_to_are_not_normalized(tmp_path, plan, reason):
     with pytest.raises(UsageError, match=reason):
-        AggregatorSettings(tmp_path, normalize_steps=True, plan=TrainingPlan(**plan))
+        AggregatorSettings(tmp_path, plan=TrainingPlan(**plan))

@@ -15,7 +15,7 @@ from tests.support.fake_aggregator import train_task
         {"model_version": 2**63},
         {"plan": round_pb2.TrainingPlan(epochs=float("inf"))},
         {"plan": round_pb2.TrainingPlan(learning_rate=float("nan"))},
-        {"plan": round_pb2.TrainingPlan(proximal_mu=-1.0)},
+        {"plan": round_pb2.TrainingPlan(algorithm="")},
     ],
 )
 def test_a_task_of_numbers_that_no_run_comes_to_is_refused(changes):

@@ -86,7 +86,7 @@ def test_the_mean_of_a_leaf_weighs_no_more_than_one_update_may() -> None:
 
 
 def test_updates_of_unequal_steps_are_scaled_to_the_mean_amount_of_work() -> None:
-    weighing = Weighing({}, plan=TrainingPlan(), normalize_steps=True)
+    weighing = Weighing({}, plan=TrainingPlan(algorithm="fednova"))
     merge = merged(weighing, a=of(10, steps=10), b=of(10, steps=30))
     assert merge.accumulated_steps == 20
     assert merge.scales == pytest.approx({"a1": 2.0, "b1": 2 / 3})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from fedgrpc.algorithms.algorithm import Term
 from fedgrpc.errors import LayoutError, TaskError, TaskUnfit
 from fedgrpc.submodels.plan import LocalModelPlan, Pruning
 from fedgrpc.torch.task import TorchTask
@@ -135,9 +136,24 @@ def test_the_proximal_term_adds_mu_times_the_distance_to_the_gradient() -> None:
     job = TrainJob(batch_size=70, learning_rate=0.3)
     w1 = trainer.train(w0, job).weights
     w2 = trainer.train(w1, job).weights
-    proximal = trainer.train(w0, TrainJob(batch_size=70, learning_rate=0.3, epochs=2, proximal_mu=0.5)).weights
+    proximal = trainer.train(
+        w0, TrainJob(batch_size=70, learning_rate=0.3, epochs=2, term=lambda: Term(0.5))
+    ).weights
     for name in w0:
         np.testing.assert_allclose(proximal[name], w2[name] - 0.3 * 0.5 * (w1[name] - w0[name]), atol=1e-6)
+
+
+def test_a_term_shifts_every_gradient_and_leaves_what_it_does_not_train() -> None:
+    """One step of the whole batch without momentum: w - lr (g + offset), and nothing of other tensors."""
+    trainer = trainer_of(Plain)
+    w0 = trainer.initial_weights()
+    plan = {"batch_size": 70, "learning_rate": 0.3, "momentum": 0.0, "epochs": 1}
+    plain = trainer.train(w0, TrainJob(**plan)).weights
+    first, *others = w0
+    term = Term(offset={first: np.full_like(w0[first], 2.0)}, trains=(first,))
+    shifted = trainer.train(w0, TrainJob(**plan, term=lambda: term)).weights
+    np.testing.assert_allclose(shifted[first], plain[first] - 0.3 * 2.0, atol=1e-6)
+    assert all(np.array_equal(shifted[name], w0[name]) for name in others)
 
 
 def test_a_strong_proximal_term_stays_near_the_start() -> None:
@@ -145,7 +161,7 @@ def test_a_strong_proximal_term_stays_near_the_start() -> None:
     start = trainer.initial_weights()
 
     def moved(mu: float) -> float:
-        trained = trainer.train(start, TrainJob(epochs=5, learning_rate=0.02, proximal_mu=mu)).weights
+        trained = trainer.train(start, TrainJob(epochs=5, learning_rate=0.02, term=lambda: Term(mu))).weights
         return float(sum(np.square(trained[name] - start[name]).sum() for name in start))
 
     assert moved(10.0) < moved(1.0) < moved(0.0)

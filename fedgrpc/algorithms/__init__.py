@@ -1,0 +1,1 @@
+"""Federated algorithms, one file each, with both halves: the term it adds to training, its step on updates."""

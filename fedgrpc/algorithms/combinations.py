@@ -1,0 +1,46 @@
+"""Combinations of an algorithm with other settings of a run that have no meaning, each refused with its reason."""
+
+from __future__ import annotations
+
+from fedgrpc.aggregation.server_optimizer import FedAvg
+from fedgrpc.algorithms.registry import algorithm_of
+from fedgrpc.errors import UsageError
+from fedgrpc.training_plan import TrainingPlan
+
+
+def check_algorithm(
+    plan: TrainingPlan,
+    evaluate: bool,
+    server_optimizer: str,
+    *,
+    bounds_norms: bool,
+    clips: bool,
+    whole_models: bool,
+    leaves: bool,
+) -> None:
+    """Raise `UsageError` unless the algorithm of `plan` goes with the rest of the run.
+
+    `bounds_norms`: updates have a largest norm, to which they are scaled (`clips`) or over which they are refused.
+    `whole_models`: every device trains the model as it is. `leaves`: workers may be aggregators.
+    """
+    algorithm = algorithm_of(plan.algorithm)
+    name = plan.algorithm or "fedavg"
+    algorithm.check(plan)
+    if algorithm.normalizes and clips:
+        raise UsageError(f"clip_norm goes without {name}, by which others' steps set the length of an update")
+    if algorithm.companions and bounds_norms:
+        raise UsageError(
+            f"clip_norm and max_update_norm go without {name}: its companion tensors would count in the norm"
+        )
+    if (algorithm.companions or algorithm.keeps) and not whole_models:
+        raise UsageError(
+            f"local_models go without {name}: what it keeps on a device is of the whole model, "
+            "and a sub-model has no part of it"
+        )
+    if (algorithm.companions or algorithm.keeps) and leaves:
+        raise UsageError(f"leaves go without {name}: it counts devices, of which a leaf sends one mean")
+    if algorithm.uses_losses and not evaluate:
+        raise UsageError(f"{name} needs the loss of each device: leave out --no-evaluate")
+    inner = FedAvg()
+    if server_optimizer != "fedavg" and algorithm.optimizers(inner, 1).get("") is not inner:
+        raise UsageError(f"server_optimizer goes without {name}, which has a step of its own")

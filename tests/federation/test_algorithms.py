@@ -1,0 +1,107 @@
+"""Federated algorithms over real connections, against the same played in one process."""
+
+import asyncio
+import json
+
+import numpy as np
+import pytest
+
+from fedgrpc.aggregation.server_optimizer import FedAvg as Average
+from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.algorithms.registry import algorithm_of
+from fedgrpc.errors import UsageError
+from fedgrpc.storage.residual_file import read_residual
+from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan_table import PlanTable
+from fedgrpc.training_plan import TrainingPlan
+from fedgrpc.v1 import round_pb2
+from tests.support.quadratics import Quadratic, Termless, play
+from tests.support.running_federation import running_aggregator, start_worker
+
+ROUNDS = 3
+
+
+def plan_of(algorithm):
+    return TrainingPlan(learning_rate=0.1, momentum=0.0, max_steps=5, algorithm=algorithm)
+
+
+async def federated(tmp_path, algorithm, **changes):
+    """The last version of a run of three devices, and its rounds."""
+    about = {"initial_model": None, "rounds": ROUNDS, "policy": {"min_workers": 3}, "evaluate": True, **changes}
+    async with running_aggregator(tmp_path, plan=plan_of(algorithm), **about) as running:
+        workers = [start_worker(running, tmp_path, f"w{k}", Quadratic(k)) for k in range(3)]
+        run = await running.until_finished()
+        rounds = [await running.round(number) for number in range(2, ROUNDS + 2)]
+        weights = running.weights(run.model_version)
+    assert await asyncio.gather(*workers) == [0, 0, 0]
+    return weights, rounds
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    ["scaffold:workers=3", "feddyn:alpha=0.5", "fedrep:head=head.*", "ditto", "qfedavg:q=1", "fedprox:mu=0.5"],
+)
+async def test_a_federation_computes_what_the_paper_says(tmp_path, algorithm):
+    wanted, kept = play(
+        algorithm_of(algorithm), [Quadratic(k) for k in range(3)], plan_of(algorithm), ROUNDS, Average()
+    )
+    weights, _ = await federated(tmp_path, algorithm)
+    assert weights.keys() == wanted.keys()
+    for name, values in wanted.items():
+        np.testing.assert_allclose(weights[name], values, rtol=1e-5, err_msg=name)
+    for k in range(3):
+        for path in (tmp_path / f"w{k}" / "spool").glob("kept"):
+            own = _kept(path)
+            for name, values in kept[k].items():
+                np.testing.assert_allclose(own[name], values, rtol=1e-5, err_msg=name)
+
+
+def _kept(path):
+    """What a device keeps for its only run."""
+    text = path.read_bytes()
+    length = int.from_bytes(text[-8:], "little")
+    return read_residual(path, json.loads(text[-8 - length : -8])["run"]).tensors
+
+
+async def test_control_variates_double_the_bytes_each_way(tmp_path):
+    """They travel as the update does: 4 numbers of 8 bytes, and as many again."""
+    (tmp_path / "plain").mkdir(), (tmp_path / "scaffold").mkdir()
+    _, plain = await federated(tmp_path / "plain", None)
+    _, scaffold = await federated(tmp_path / "scaffold", "scaffold")
+
+    def uploaded(rounds):
+        return [task.upload_bytes for round_ in rounds for task in round_.tasks if task.upload_bytes]
+
+    assert set(uploaded(plain)) == {32}
+    assert set(uploaded(scaffold)) == {64}
+
+
+async def test_a_learning_task_that_ignores_the_term_takes_no_part(tmp_path):
+    plan = plan_of("fedprox:mu=0.5")
+    async with running_aggregator(tmp_path, plan=plan, initial_model=None, policy={"min_workers": 1}) as running:
+        worker = start_worker(running, tmp_path, "deaf", Termless(0))
+        task = await running.until_task("deaf", round_pb2.TASK_PHASE_FAILED)
+        assert "never asked for it" in task.reason
+        worker.cancel()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes", "words"),
+    [
+        ("scaffold", {"clip_norm": 1.0}, "go without scaffold"),
+        ("scaffold", {"max_update_norm": 1.0}, "go without scaffold"),
+        ("scaffold", {"local_models": PlanTable(LocalModelPlan(width=0.5))}, "local_models go without scaffold"),
+        ("feddyn", {"leaves": ("leaf",)}, "leaves go without feddyn"),
+        ("feddyn", {"server_optimizer": "fedadam"}, "a step of its own"),
+        ("qfedavg", {"evaluate": False}, "needs the loss"),
+        ("fedmagic", {}, "known: fedavg"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused_with_the_reason(tmp_path, algorithm, changes, words):
+    with pytest.raises(UsageError, match=words):
+        AggregatorSettings(tmp_path, plan=plan_of(algorithm), **changes)
+
+
+def test_scaffold_wants_to_know_the_size_of_a_step(tmp_path):
+    with pytest.raises(UsageError, match="--learning-rate and --momentum"):
+        AggregatorSettings(tmp_path, plan=TrainingPlan(algorithm="scaffold"))
