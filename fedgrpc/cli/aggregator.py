@@ -14,15 +14,14 @@ import click
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS
 from fedgrpc.aggregator.server import run_aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings, Target
-from fedgrpc.cli.connection import FILE, join_token, server_tls, tls_settings
-from fedgrpc.cli.logs import LOGS, configure_logs
+from fedgrpc.cli.connection import FILE, tls_settings
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
-from fedgrpc.cli.toml_files import read_file
-from fedgrpc.cli.value_types import DURATION, ROUNDS, SIZE, NamedValues
+from fedgrpc.cli.process import LOGS, begin, join_token, server_tls
+from fedgrpc.cli.values import DURATION, ROUNDS, SIZE, NamedValues, read_file
 from fedgrpc.errors import UsageError
 from fedgrpc.hierarchy.process import run_leaf
 from fedgrpc.metrics import Metrics, serve_metrics
-from fedgrpc.process import collect_rarely, keep_private
+from fedgrpc.process import collect_rarely
 from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
@@ -328,8 +327,7 @@ def upstream_from(values: Mapping[str, Any], data_dir: Path) -> WorkerSettings |
 
 
 def _run(**values: Any) -> int:
-    keep_private()
-    configure_logs(values)
+    begin(values)
     settings = settings_from(values)
     Address.parse(settings.address)
     metrics = Metrics()

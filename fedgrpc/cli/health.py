@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedgrpc.cli.connection import client_settings, client_tls
 from fedgrpc.cli.options import Declare, SettingsCommand
-from fedgrpc.cli.value_types import DURATION
+from fedgrpc.cli.values import DURATION
 from fedgrpc.rpc.address import dialled
 from fedgrpc.rpc.channel import Tls, client_options
 from fedgrpc.rpc.diagnosis import explain

@@ -1,40 +1,41 @@
-"""`fedgrpc pause`, `resume`, `rollback` and `stop`: an operator's control of a run.
+"""`fedgrpc pause`, `resume`, `rollback` and `stop`: an operator's control of a run. `fedgrpc audit`: its log.
 
-exit code 0     done; one line shows the state of the run
-          1     the run has ended, the certificate is not an operator's, or no aggregator answers
+exit code 0     done; one line shows the state of the run. audit: every seal of the log holds
+          1     the run has ended, the certificate is not an operator's, or no aggregator answers.
+                audit: a line was changed, removed or inserted
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import json
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import click
 
+from fedgrpc.claims import printable
+from fedgrpc.cli.connection import FILE
 from fedgrpc.cli.options import Declare, SettingsCommand
-from fedgrpc.cli.reach import reach_settings, reached
+from fedgrpc.cli.reach import client_command, reach_settings, reached
 from fedgrpc.cli.view import run_line
 from fedgrpc.client import Client
+from fedgrpc.errors import CorruptError
+from fedgrpc.identity.audit import Position, check_line
+from fedgrpc.storage.files import storage_errors
 from fedgrpc.v1.aggregator_pb2 import Run
 
-Call = Callable[[Client, dict[str, Any]], Awaitable[Run]]
+Steer = Callable[[Client, dict[str, Any]], Awaitable[Run]]
 
 
 def _command(
-    name: str, call: Call, help: str, *settings: Any, arguments: Sequence[click.Argument] = ()
+    name: str, steer: Steer, help: str, *settings: Any, arguments: Sequence[click.Argument] = ()
 ) -> SettingsCommand:
-    def run(**values: Any) -> None:
-        click.echo(run_line(asyncio.run(_call(call, values))))
+    async def call(client: Client, values: dict[str, Any]) -> None:
+        click.echo(run_line(await steer(client, values)))
 
-    command = SettingsCommand(name, run, [*settings, *reach_settings()], help)
-    command.params[:0] = arguments
-    return command
-
-
-async def _call(call: Call, values: dict[str, Any]) -> Run:
-    async with reached(values) as aggregator:
-        return await call(aggregator, values)
+    return client_command(name, call, help, *settings, arguments=arguments)
 
 
 _REASON = Declare("Reason")(
@@ -60,3 +61,66 @@ STOP = _command(
     "End a run for good; the round in progress is abandoned.",
     _REASON,
 )
+
+
+_show = Declare("What to show")
+_AUDIT_SETTINGS = [
+    _show("--last", "How many entries; 0 shows all.", type=click.IntRange(min=0), default=20),
+    _show(
+        "--about", "Only entries with this text in them: a name, a call, an address.", default="", metavar="TEXT"
+    ),
+    _show("--json/--text", "The lines as they are in the log.", name="as_json", default=False),
+    _show(
+        "--file",
+        "Read this file, DATA/identity/audit.jsonl or a copy of it, and ask no aggregator.",
+        type=FILE,
+        default=None,
+    ),
+    *reach_settings(),
+]
+
+
+def _audit(**values: Any) -> int:
+    return asyncio.run(_show_log(values))
+
+
+async def _show_log(values: Mapping[str, Any]) -> int:
+    shown: deque[str] = deque(maxlen=values["last"] or None)
+    end, broken = Position(), ""
+    async for line in _lines(values):
+        try:
+            record, end = check_line(line, end)
+        except CorruptError as error:
+            broken = str(error)
+            break
+        text = printable(line.decode().rstrip("\n")) if values["as_json"] else _text(record)
+        if values["about"] in text:
+            shown.append(text)
+    for text in shown:
+        click.echo(text)
+    if broken:
+        click.echo(f"error: {broken}; the {end.count} lines before it are whole", err=True)
+        return 1
+    seal = f"; the last is {end.seal.hex()}" if end.count else ""
+    click.echo(f"{end.count} entries, and every seal holds{seal}", err=True)
+    return 0
+
+
+async def _lines(values: Mapping[str, Any]) -> AsyncIterator[bytes]:
+    if values["file"] is None:
+        async with reached(values) as client:
+            async for line in client.identities.audit_lines():
+                yield line
+        return
+    with storage_errors(values["file"], "read"), values["file"].open("rb") as file:
+        for line in file:
+            yield line
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    about = " ".join(f"{name}={json.dumps(value)}" for name, value in record["about"].items())
+    words = (record["at"], record["who"], record["from"], record["what"], about, record["result"])
+    return "  ".join(printable(str(word)) for word in words if word)
+
+
+AUDIT = SettingsCommand("audit", _audit, _AUDIT_SETTINGS, "Check the audit log, and show its last entries.")

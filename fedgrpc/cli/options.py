@@ -12,16 +12,14 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from fedgrpc.cli.coming_from import hint_for
-from fedgrpc.cli.toml_files import read_table
-from fedgrpc.cli.value_types import Quantity
+from fedgrpc.cli.values import Quantity, read_table
 from fedgrpc.errors import UsageError
 
 T = TypeVar("T")
@@ -31,6 +29,45 @@ _WORD = re.compile(r"\w+")
 _OF_A_SERVICE = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$")
 _ASK_FOR_HELP = frozenset({"-h", "--help"})
 _ABOUT_SETTINGS = re.compile(r"^\w+ (must|goes with)\b")
+
+# Flags of other frameworks' tutorials, and the flag of this one that does the same (docs/coming_from.md).
+AGGREGATOR_FLAGS: Final = {
+    "--server-address": "--address",
+    "--min-num-clients": "--min-workers",
+    "--min-available-clients": "--min-workers",
+    "--client-num-in-total": "--min-workers",
+    "--min-fit-clients": "--min-sample-size",
+    "--client-num-per-round": "--max-participants",
+    "--sample-fraction": "--fraction",
+    "--fraction-fit": "--fraction",
+    "--num-rounds": "--rounds",
+    "--comm-round": "--rounds",
+    "--local-epochs": "--epochs",
+    "--lr": "--learning-rate",
+    "--federated-optimizer": "--server-optimizer",
+    "--dataset": "--task",
+    "--pretrained": "--initial-model",
+}
+WORKER_FLAGS: Final = {
+    "--server-address": "--aggregator",
+    "--server-uri": "--aggregator",
+    "--superlink": "--aggregator",
+    "--cid": "--name",
+    "--client-id": "--name",
+    "--client-uuid": "--name",
+    "--node-id": "--name",
+    "--partition-id": "--part",
+    "--partition-method": "--partition",
+    "--partition-alpha": "--partition",
+    "--data-dir": "--data",
+    "--dataset": "--task",
+    "--use-cuda": "--device",
+}
+_TABLES: Final[Mapping[str, Mapping[str, str]]] = {"aggregator": AGGREGATOR_FLAGS, "worker": WORKER_FLAGS}
+# As the flags of a training plan were each client's own elsewhere, and here are the run's.
+_OF_THE_RUN: Final = frozenset(
+    {"--epochs", "--batch-size", "--learning-rate", "--momentum", "--rounds", "--weight-decay"}
+)
 
 
 class Setting(click.Option):
@@ -110,6 +147,9 @@ class Declare:
         default = attributes.get("default")
         attributes.setdefault("show_default", default not in (None, "", ()))
         return Setting([*flags.split(), name], heading=self._heading, help=help, **attributes)
+
+
+AS_JSON: Final = Declare("What to show")("--json/--table", "JSON, for programs.", name="as_json", default=False)
 
 
 def _from_field(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
@@ -203,6 +243,19 @@ class SettingsCommand(click.Command):
             ctx.default_map = {settings[key].name or "": value for key, value in values.items()}
             ctx.params["config"] = path
         return path
+
+
+def hint_for(command: str, flag: str, known: Collection[str]) -> str | None:
+    """Return a sentence on what to write in place of the unknown `flag`; None where nothing is known of it."""
+    dashed = flag.replace("_", "-")
+    if dashed in known:
+        return f"Write {dashed}"
+    if right := _TABLES.get(command, {}).get(dashed):
+        return f"Here it is {right} (docs/coming_from.md)"
+    run_flag = AGGREGATOR_FLAGS.get(dashed, dashed)
+    if command == "worker" and run_flag in _OF_THE_RUN:
+        return f"The run has it for all workers: fedgrpc aggregator {run_flag}"
+    return None
 
 
 def check_variables(known: Sequence[str], prefix: str, given: Iterable[str]) -> None:

@@ -16,12 +16,11 @@ from rich.table import Table
 
 from fedgrpc.cli.as_json import json_text
 from fedgrpc.cli.connection import FILE
-from fedgrpc.cli.measuring import measured
-from fedgrpc.cli.options import Declare, Setting, SettingsCommand
-from fedgrpc.cli.planning import FleetSnapshot, PlannedDevice, PlannedModel, PlanRequest, fleet_snapshot
+from fedgrpc.cli.learning_task import MODEL_SETTINGS, trainer_of
+from fedgrpc.cli.options import AS_JSON, Declare, Setting, SettingsCommand
+from fedgrpc.cli.planning import FleetSnapshot, PlannedDevice, PlannedModel, PlanRequest, fleet_snapshot, measured
 from fedgrpc.cli.reach import reach_settings, reached
-from fedgrpc.cli.toml_files import read_file
-from fedgrpc.cli.value_types import DURATION, RATE, SIZE, NamedValues
+from fedgrpc.cli.values import DURATION, RATE, SIZE, read_file
 from fedgrpc.cli.view import piped_console, print_table, seconds, size
 from fedgrpc.errors import UsageError
 from fedgrpc.submodels.cost import DeviceLimits, Observation, Prediction, misfit, predict
@@ -30,7 +29,6 @@ from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.submodels.technique_cost import saves_nothing
 from fedgrpc.trainer import Trainer, activation_bytes, full_width_tensors
 from fedgrpc.worker.device import resident_bytes
-from fedgrpc.worker.task_loader import load_trainer
 
 LADDER: Final = (LocalModelPlan(), LocalModelPlan(0.5), LocalModelPlan(0.25))
 ENCODING: Final = "int8+zstd"
@@ -45,17 +43,7 @@ _device = Declare("The device")
 _fleet = Declare("Or the devices of a running aggregator, with the cost of their past tasks")
 
 SETTINGS: list[Setting] = [
-    _model("--task", "Learning task, package.module or package.module:Class.", metavar="REF", required=True),
-    _model("--model", "Model name, where the task knows several.", metavar="NAME"),
-    _model("--data", "Folder or file of data.", type=click.Path(path_type=Path, exists=True)),
-    _model(
-        "--option",
-        "Option of the task; repeat for each.",
-        name="options",
-        type=NamedValues(),
-        multiple=True,
-        default=(),
-    ),
+    *MODEL_SETTINGS,
     _model("--encoding", "Recipe of models; without: the aggregator's, or int8+zstd.", type=str, metavar="RECIPE"),
     _plans(
         "--plans",
@@ -88,7 +76,7 @@ SETTINGS: list[Setting] = [
     ),
     _fleet("--aggregator", "Aggregator to ask.", metavar="HOST:PORT"),
     _fleet("--worker", "One of its workers; without: all trainers.", metavar="NAME"),
-    Declare("What to show")("--json/--table", "JSON, for programs.", name="as_json", default=False),
+    AS_JSON,
     *reach_settings()[1:],
 ]
 
@@ -97,9 +85,7 @@ def _run(**values: Any) -> None:
     asks = any(values[way] for way in ("aggregator", "data_dir", "context"))
     if values["worker"] and not asks:
         raise UsageError("--worker names a worker of the aggregator that --aggregator asks")
-    trainer = load_trainer(
-        values["task"], model=values["model"], data=values["data"], options=dict(values["options"])
-    )
+    trainer = trainer_of(values)
     process_bytes = resident_bytes()
     fleet = asyncio.run(_snapshot(values)) if asks else None
     table, whose = _plans_of(values["plans"], fleet)

@@ -1,19 +1,19 @@
-"""The three ways to an aggregator: its data folder on this host, a context file, or an address with TLS files."""
+"""Ways to an aggregator: a data folder on this host, a context file, or an address with TLS files."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import click
-import structlog
 
-from fedgrpc.cli.connection import AGGREGATOR_SETTING, DEFAULT_AGGREGATOR, client_settings, client_tls
-from fedgrpc.cli.options import Declare, Setting
+from fedgrpc.cli.connection import FILE, client_settings, client_tls
+from fedgrpc.cli.options import Declare, Setting, SettingsCommand
 from fedgrpc.client import Client, connect
 from fedgrpc.errors import CertificateStale, FedgrpcError, LinkError, UsageError
 from fedgrpc.identity.context import Context
@@ -22,25 +22,50 @@ from fedgrpc.protocol.durations import duration_from_proto
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.rpc.local_socket import SOCKET, local_address
 
+Call = Callable[[Client, dict[str, Any]], Awaitable[None]]
+
 RENEW_AFTER: Final = 2 / 3
+_DEFAULT_AGGREGATOR: Final = "127.0.0.1:50051"
+_DATA_DIR_HELP: Final = "Data folder of an aggregator that runs on this host; its owner needs no certificate."
 _where = Declare("Where")
-DATA_DIR_HELP: Final = "Data folder of an aggregator that runs on this host; its owner needs no certificate."
-
-log = structlog.get_logger()
 
 
-def reach_settings(data_dir_help: str = DATA_DIR_HELP) -> list[Setting]:
+def reach_settings(data_dir_help: str = _DATA_DIR_HELP) -> list[Setting]:
     """Declare how a command of an operator reaches an aggregator."""
     return [
-        AGGREGATOR_SETTING,
+        _where(
+            "--aggregator",
+            "Address of the aggregator.",
+            type=str,
+            default=None,
+            show_default=_DEFAULT_AGGREGATOR,
+            metavar="HOST:PORT",
+        ),
         _where("--data-dir", data_dir_help, type=click.Path(path_type=Path, exists=True, file_okay=False)),
         _where(
             "--context",
             "Context file of an operator; without any of these: ~/.config/fedgrpc/context, if there is one.",
-            type=click.Path(path_type=Path, exists=True, dir_okay=False),
+            type=FILE,
         ),
         *client_settings(),
     ]
+
+
+def client_command(
+    name: str, call: Call, help: str, *settings: Setting, arguments: Sequence[click.Argument] = ()
+) -> SettingsCommand:
+    """Return a command that reaches an aggregator and makes `call` there."""
+
+    async def reach(values: dict[str, Any]) -> None:
+        async with reached(values) as client:
+            await call(client, values)
+
+    def run(**values: Any) -> None:
+        asyncio.run(reach(values))
+
+    command = SettingsCommand(name, run, [*settings, *reach_settings()], help)
+    command.params[:0] = arguments
+    return command
 
 
 @asynccontextmanager
@@ -60,7 +85,7 @@ async def reached(values: Mapping[str, Any]) -> AsyncIterator[Client]:
     tls = client_tls(values)
     path = values.get("context") or (default_context() if not given and tls is None else None)
     if path is None:
-        async with connect(values.get("aggregator") or DEFAULT_AGGREGATOR, tls) as client:
+        async with connect(values.get("aggregator") or _DEFAULT_AGGREGATOR, tls) as client:
             yield client
         return
     if tls is not None:

@@ -20,8 +20,8 @@ from rich.table import Table
 
 from fedgrpc import toml
 from fedgrpc.cli.as_json import json_text
-from fedgrpc.cli.options import Declare, SettingsCommand
-from fedgrpc.cli.toml_files import read_file
+from fedgrpc.cli.options import AS_JSON, Declare, SettingsCommand
+from fedgrpc.cli.values import read_file
 from fedgrpc.cli.view import piped_console, print_table, seconds, size
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.simulation.fleet import DescribedFleet, FleetVariant
@@ -248,7 +248,7 @@ SETTINGS = [
     _fleet("--seed", "Seed; the same seed gives the same result.", type=click.IntRange(0), default=0),
     _fleet("--jobs", "Variants to simulate at the same time.", type=click.IntRange(1), default=2),
     _show("--plot", "Write a plot to this file.", type=click.Path(path_type=Path)),
-    _show("--json/--table", "JSON, for programs.", name="as_json", default=False),
+    AS_JSON,
 ]
 
 COMMAND = SettingsCommand(

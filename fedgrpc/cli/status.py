@@ -24,10 +24,10 @@ from rich.live import Live
 
 from fedgrpc.claims import printable
 from fedgrpc.cli import as_json
-from fedgrpc.cli.options import Declare, SettingsCommand
+from fedgrpc.cli.options import AS_JSON, Declare, SettingsCommand
 from fedgrpc.cli.reach import reach_settings, reached
 from fedgrpc.cli.tables import links_table, live_view, predictions_table, rounds_table, workers_table
-from fedgrpc.cli.value_types import DURATION
+from fedgrpc.cli.values import DURATION
 from fedgrpc.cli.view import (
     SETTLED,
     piped_console,
@@ -63,7 +63,7 @@ News = pb.WatchRoundsResponse
 Show = Callable[[News, str], None]
 
 _STATUS_SETTINGS = [
-    _show("--json/--table", "JSON, for programs.", name="as_json", default=False),
+    AS_JSON,
     _show(
         "--plans/--no-plans",
         "Predicted and measured cost of the last round's tasks.",

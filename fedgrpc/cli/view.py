@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import click
 from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from fedgrpc.claims import printable
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase
@@ -176,3 +179,17 @@ def scored_line(rounds: Sequence[Round]) -> str:
         if found := round_scores(record):
             return f"version {record.committed_version or record.base_version}: {found}"
     return ""
+
+
+def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], nothing: str) -> None:
+    """Print a table, or, without rows, `nothing`."""
+    if not rows:
+        click.echo(nothing)
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        # Text, and no markup: what peers say must not reach the terminal as anything else.
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    print_table(piped_console(), table)

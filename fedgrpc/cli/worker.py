@@ -6,22 +6,22 @@ import asyncio
 import os
 import socket
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fedgrpc.cli.connection import client_settings, client_tls, join_token
-from fedgrpc.cli.logs import LOGS, configure_logs
+from fedgrpc.cli.connection import client_settings, client_tls
+from fedgrpc.cli.learning_task import ALLOWED_TASKS, option_setting, trainer_for
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
-from fedgrpc.cli.value_types import DURATION, RATE, SIZE, NamedValues
+from fedgrpc.cli.process import LOGS, begin, join_token
+from fedgrpc.cli.values import DURATION, RATE, SIZE, NamedValues
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.datasets.partition import PARTITIONS, parse_part, parse_partition
 from fedgrpc.errors import UsageError
-from fedgrpc.process import keep_private, use_threads
+from fedgrpc.process import use_threads
 from fedgrpc.protocol.devices import DeviceProfile
 from fedgrpc.protocol.tasks import Registration, WorkerRole
 from fedgrpc.rpc.channel import Tls
@@ -29,7 +29,7 @@ from fedgrpc.rpc.retry import Backoff
 from fedgrpc.trainer import TaskSetup, Trainer
 from fedgrpc.worker.process import run_worker
 from fedgrpc.worker.settings import WorkerSettings
-from fedgrpc.worker.task_loader import find_task, load_trainer
+from fedgrpc.worker.task_loader import find_task
 from fedgrpc.worker.throttle import Throttle
 
 _place = Declare("Where", WorkerSettings)
@@ -42,7 +42,6 @@ _life = Declare("Life", WorkerSettings)
 _limit = Declare("What the aggregator may ask for", WorkerSettings)
 _retry = Declare("Life", Backoff)
 
-ALLOWED_TASKS = ("fedgrpc.tasks.*",)
 _ROLES = {"trainer": WorkerRole.TRAINER, "evaluator": WorkerRole.EVALUATOR}
 
 SETTINGS: list[Setting] = [
@@ -93,15 +92,7 @@ SETTINGS: list[Setting] = [
     _task("--partition", f"Split the data, and train on one part: {PARTITIONS}.", metavar="KIND"),
     _task("--part", "Part to train on, as in 3/10.", metavar="N/PARTS"),
     _task("--seed", "Seed of the partition and of the untrained model."),
-    _task(
-        "--option",
-        "Option of the task; repeat for each.",
-        name="options",
-        type=NamedValues(),
-        multiple=True,
-        default=(),
-        metavar="NAME=VALUE",
-    ),
+    option_setting(_task),
     _device("--device-class", "Device class, as in raspberry-pi-4; without: detected.", type=str, metavar="CLASS"),
     _device(
         "--profile",
@@ -222,47 +213,8 @@ def _parse_field(name: str, kind: type, text: str) -> Any:
         raise UsageError(f"--profile {name} must be a whole number, not {text!r}") from None
 
 
-def trainer_for(
-    setup: TaskSetup, own_task: str | None, registration: Registration, allowed: Iterable[str] = ALLOWED_TASKS
-) -> Trainer:
-    """Load the learning task: the worker's own, else the aggregator's with the aggregator's model.
-
-    Code that the aggregator chose runs only where it is `allowed`, and never from the working folder.
-    """
-    task = own_task or registration.learning_task
-    if not task:
-        raise UsageError("neither this worker nor its aggregator has a --task")
-    if own_task is None and not is_allowed(task, allowed):
-        raise UsageError(
-            f"the aggregator chose the task {task[:200]!r}, which this device does not allow: "
-            "start the worker with --allow-task or --task and that name"
-        )
-    model = setup.model
-    if model is None and task == registration.learning_task:
-        model = registration.model or None
-    return load_trainer(
-        task,
-        model=model,
-        data=setup.data,
-        device=setup.device,
-        partition=setup.partition,
-        part=setup.part,
-        seed=setup.seed,
-        options=setup.options,
-        threads=setup.threads,
-        here=own_task is not None,
-    )
-
-
-def is_allowed(task: str, allowed: Iterable[str]) -> bool:
-    """Return whether one of the patterns matches the task or its module."""
-    module = task.partition(":")[0]
-    return any(fnmatchcase(task, pattern) or fnmatchcase(module, pattern) for pattern in allowed)
-
-
 def _run(**values: Any) -> int:
-    keep_private()
-    configure_logs(values)
+    begin(values)
     settings = settings_from(values)
     setup = pick(TaskSetup, values, options=dict(values["options"]))
     if setup.threads is not None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 import pytest
 
-from fedgrpc.cli.coming_from import AGGREGATOR_FLAGS, WORKER_FLAGS
 from fedgrpc.cli.main import load_command
+from fedgrpc.cli.options import AGGREGATOR_FLAGS, WORKER_FLAGS
 from tests.support.command_line import fedgrpc
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "coming_from.md"

@@ -16,8 +16,7 @@ import psutil
 import pytest
 
 from fedgrpc.cli.as_json import json_text
-from fedgrpc.cli.demo.devices import make_fleet
-from fedgrpc.cli.demo.processes import die_with
+from fedgrpc.cli.demo.processes import die_with, make_fleet
 from fedgrpc.cli.demo.report import make_report, verdict_line
 from fedgrpc.v1.aggregator_pb2 import Run
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind

@@ -12,7 +12,7 @@ from fedgrpc.aggregator.settings import AggregatorSettings, Target
 from fedgrpc.cli import COMMANDS, aggregator, worker
 from fedgrpc.cli.main import load_command
 from fedgrpc.cli.options import SettingsCommand
-from fedgrpc.cli.value_types import DURATION, RATE, SIZE
+from fedgrpc.cli.values import DURATION, RATE, SIZE
 from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy

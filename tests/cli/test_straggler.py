@@ -6,7 +6,7 @@ import asyncio
 
 import psutil
 
-from fedgrpc.cli.demo.devices import Straggler
+from fedgrpc.cli.demo.federation import Straggler
 from fedgrpc.cli.demo.processes import Processes
 from fedgrpc.v1 import round_pb2
 

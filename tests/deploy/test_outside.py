@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from fedgrpc.cli import worker
-from fedgrpc.cli.value_types import DURATION
+from fedgrpc.cli.values import DURATION
 from tests.deploy.manifests import K8S, render, render_with_components, settings_in
 
 OUTSIDE = K8S / "outside"

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from fedgrpc.cli.simulate import read_fleet
-from fedgrpc.cli.toml_files import read_table
+from fedgrpc.cli.values import read_table
 from fedgrpc.codec.chunk import Chunk, crc32
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import layout_of

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedgrpc.cli.worker import is_allowed
+from fedgrpc.cli.learning_task import is_allowed
 from fedgrpc.submodels.cost import FIRST_TASK_BYTES
 from fedgrpc.v1 import round_pb2
 from tests.support.fake_aggregator import FakeAggregator, model, train_task

@@ -19,9 +19,8 @@ from rich.text import Text
 
 from fedgrpc.claims import printable
 from fedgrpc.cli.as_json import json_text
-from fedgrpc.cli.demo.devices import make_fleet
 from fedgrpc.cli.demo.federation import DemoSettings, Federation, History
-from fedgrpc.cli.demo.processes import Processes, Scores, train_pooled
+from fedgrpc.cli.demo.processes import Processes, Scores, make_fleet, train_pooled
 from fedgrpc.cli.demo.report import (
     DemoReport,
     make_report,
@@ -34,7 +33,7 @@ from fedgrpc.cli.demo.report import (
 )
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
 from fedgrpc.cli.tables import task_table
-from fedgrpc.cli.value_types import DURATION
+from fedgrpc.cli.values import DURATION
 from fedgrpc.cli.view import piped_console, print_table, round_line, scores
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.datasets.partition import PARTITIONS

@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import math
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
-from fedgrpc.cli.demo.devices import Device, Straggler
-from fedgrpc.cli.demo.processes import Processes
-from fedgrpc.cli.view import first_failure, round_line
+from fedgrpc.cli.demo.processes import Device, Processes
+from fedgrpc.cli.view import SETTLED, first_failure, round_line
 from fedgrpc.client import Client, connect
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase
@@ -75,6 +75,69 @@ def _reason(record: Round) -> str:
     late = any(task.phase == TaskPhase.TASK_PHASE_LATE for task in record.tasks)
     hint = "; --deadline gives them longer" if late else ""
     return first_failure(record) or record.reason + hint
+
+
+class Straggler:
+    """Stop one worker's process during a task, and resume it when that round has ended without it.
+
+    A fast worker may have sent its update before the stop: then the next round is tried. A learned deadline must
+    exist by then, because the first round's deadline is long.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        round_number: int,
+        processes: Processes,
+        tell: Callable[[str], None],
+        learned_deadline: bool = False,
+    ) -> None:
+        self._name = name
+        self._round_number = round_number
+        self._processes = processes
+        self._tell = tell
+        self._learned_deadline = learned_deadline
+        self._frozen_in: int | None = None
+        self._done = round_number < 1
+
+    def follow(self, record: Round) -> None:
+        """Handle a change of the current round."""
+        if self._done:
+            return
+        if self._frozen_in is None:
+            if self._is_at_work(record):
+                self._freeze(record.number)
+        elif self._was_too_quick(record):
+            self._go_on()
+        elif record.number != self._frozen_in or record.phase != RoundPhase.ROUND_PHASE_REPORTING:
+            self._go_on()
+            self._done = True
+
+    def _freeze(self, number: int) -> None:
+        self._processes.signal(self._name, signal.SIGSTOP)
+        self._frozen_in = number
+        self._tell(f"{self._name} hangs: stopped until round {number} has ended without it")
+
+    def _go_on(self) -> None:
+        self._processes.signal(self._name, signal.SIGCONT)
+        self._frozen_in = None
+
+    def _is_at_work(self, record: Round) -> bool:
+        due = record.number >= self._round_number and record.kind == TaskKind.TASK_KIND_TRAIN
+        if self._learned_deadline and not record.deadline_reason:
+            return False
+        phase = self._phase(record)
+        return due and record.phase == RoundPhase.ROUND_PHASE_REPORTING and phase not in {None, *SETTLED}
+
+    def _was_too_quick(self, record: Round) -> bool:
+        accepted = self._phase(record) == TaskPhase.TASK_PHASE_ACCEPTED
+        if accepted and record.number == self._frozen_in:
+            self._round_number = record.number + 1
+            return True
+        return False
+
+    def _phase(self, record: Round) -> int | None:
+        return next((task.phase for task in record.tasks if task.worker == self._name), None)
 
 
 class Federation:

@@ -1,4 +1,7 @@
-"""Child processes of the demo, which never outlive their parent, and the pooled training in one of them."""
+"""Devices of the demo and their processes, which never outlive their parent.
+
+The figures of devices are round ones, to show unequal devices. They are not measurements.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,11 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +24,49 @@ from fedgrpc.errors import FedgrpcError, UsageError
 
 _PR_SET_PDEATHSIG: Final = 1
 _TERMINATE_S: Final = 2.0
+GIB: Final = 1 << 30
+
+
+@dataclass(frozen=True)
+class DeviceClass:
+    """The profile that a worker reports, and how much slower than this machine it runs.
+
+    `slowdown` stretches every batch; `link_bits_per_second` paces what it downloads and uploads.
+    """
+
+    name: str
+    cpu_cores: int
+    memory_bytes: int
+    slowdown: float
+    link_bits_per_second: int
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device of the fleet."""
+
+    name: str
+    device_class: DeviceClass
+
+
+_RASPBERRY_PI_4: Final = DeviceClass("raspberry-pi-4", 4, 1 * GIB, slowdown=12, link_bits_per_second=20_000_000)
+_JETSON_NANO: Final = DeviceClass("jetson-nano", 4, 4 * GIB, slowdown=6, link_bits_per_second=50_000_000)
+_JETSON_NANO_2GB: Final = DeviceClass("jetson-nano-2gb", 4, 2 * GIB, slowdown=8, link_bits_per_second=5_000_000)
+
+_FLEET: Final = (_JETSON_NANO_2GB, _RASPBERRY_PI_4, _JETSON_NANO, _RASPBERRY_PI_4, _JETSON_NANO)
+
+
+def make_fleet(count: int) -> list[Device]:
+    """Return `count` devices; five are two Raspberry Pi 4, two Jetson Nano and a Jetson Nano 2GB.
+
+    The first is the weakest, and will miss a deadline.
+    """
+    numbers: Counter[str] = Counter()
+    devices = []
+    for device_class in islice(cycle(_FLEET), count):
+        numbers[device_class.name] += 1
+        devices.append(Device(f"{device_class.name}-{numbers[device_class.name]}", device_class))
+    return devices
 
 
 class Processes:
@@ -115,7 +164,7 @@ def die_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-_NAME: Final = "pooled"
+_POOLED: Final = "pooled"
 
 Scores = dict[str, float]
 
@@ -133,12 +182,12 @@ async def train_pooled(
         FedgrpcError: the training failed.
     """
     arguments = ["-m", "fedgrpc.tasks.pooled", *task_arguments, "--rounds", str(rounds), "--epochs", f"{epochs:g}"]
-    process = await processes.start(_NAME, arguments, piped=True)
+    process = await processes.start(_POOLED, arguments, piped=True)
     assert process.stdout is not None
     scores: list[Scores] = []
     async for line in process.stdout:
         scores.append(json.loads(line)["metrics"])
         step(len(scores), scores[-1])
     if (code := await process.wait()) != 0:
-        raise processes.failure(_NAME, code)
+        raise processes.failure(_POOLED, code)
     return scores
