@@ -17,9 +17,9 @@ import numpy as np
 import structlog
 
 from fedgrpc.aggregator.coordinator import Coordinator
-from fedgrpc.aggregator.encoded_models import Pull
 from fedgrpc.aggregator.local_models import Sizing
 from fedgrpc.aggregator.negotiation import RAW, reads_reduced, reduction_for
+from fedgrpc.aggregator.payload_encoder import Pull
 from fedgrpc.errors import UnusableUpdate, blaming
 from fedgrpc.protocol.rounds import record_of
 from fedgrpc.rounds.events import Deadline, Select, Selected

@@ -160,7 +160,7 @@ class Coordinator(RunShell):
     # Tasks and workers.
 
     def release_calls(self) -> None:
-        """The aggregator is about to end: open polls and watches return, so that nothing waits for them."""
+        """End open polls and watches: the aggregator is about to end, and nothing waits for them."""
         self.stopping = True
         self.fleet.wake_all()
         self.changes.notify()
@@ -172,7 +172,7 @@ class Coordinator(RunShell):
             seen = await self.changes.wait(seen)
 
     def leave(self, name: str) -> None:
-        """The worker ends: who waits for it looks again. Raises `UnknownWorker`."""
+        """Note that a worker ends, and look again at all that waits for it. Raises `UnknownWorker`."""
         worker = self.fleet.get(name)
         if not worker.left:
             self._log.info("worker left", worker=name)
@@ -182,12 +182,12 @@ class Coordinator(RunShell):
         self.news()
 
     def take_back(self, name: str) -> None:
-        """A task goes to another when its worker has left and has not begun it. Raises `UnknownWorker`."""
+        """Give the task of a worker that has left to another, unless it was begun. Raises `UnknownWorker`."""
         if self.fleet.get(name).left:
             self.apply(WorkerLeft(name))
 
     def put_out(self, name: str, why: str, drop_updates: bool) -> None:
-        """Do without a worker that may call no more; with `drop_updates` its accepted updates do not count.
+        """Do without a worker that may call no more. With `drop_updates` its accepted updates do not count.
 
         An update of a round that is committing counts: it is in the mean already.
         """
@@ -235,7 +235,7 @@ class Coordinator(RunShell):
         self.news()
 
     async def roll_back(self, version: int, reason: str) -> None:
-        """Go on from a kept version, or (0) from a new first model; returns once that is durable.
+        """Continue from a kept version, or (0) from a new first model. Return once that is durable.
 
         Raises `NotFound` when the version is not kept, `IllegalTransition`, and `StorageError`.
         """
@@ -254,12 +254,12 @@ class Coordinator(RunShell):
             self._rolled_back.set_exception(error)
 
     async def stop(self, reason: str) -> None:
-        """End the run; the round in flight is abandoned, unless it is committing already. Idempotent."""
+        """End the run. The round in progress is abandoned, unless it is committing already. Idempotent."""
         text = claims.REASON.cleaned(reason) or "stopped by an operator"
         await self.end(RunPhase.STOPPED, Ending(EndReason.STOPPED, text))
 
     async def end(self, phase: RunPhase, ending: Ending) -> None:
-        """Enter a final phase, durably, and then tell every worker that polls. The first end is the one."""
+        """Enter a final phase, durably, and then tell every worker that polls. The first end counts."""
         if self.machine.ended:
             return
         await self._set_phase(Ended(phase, ending))

@@ -92,7 +92,7 @@ class DeltaBases:
                 return None
             damaged = True
         if damaged:
-            self._forget(key)
+            self.forget(key)
             return None
         return base
 
@@ -149,10 +149,6 @@ class DeltaBases:
         with self._lock:
             self._paths[key] = path
 
-    def drop(self, key: Key) -> None:
-        """Remove a base that no device will hold."""
-        self._forget(key)
-
     def prune(self, keep: frozenset[int]) -> None:
         """Remove the bases of versions that are not in `keep`, but for those being read. Raises OSError."""
         with self._lock:
@@ -162,7 +158,8 @@ class DeltaBases:
         for path in paths:
             self._recycled.keep(path)
 
-    def _forget(self, key: Key) -> None:
+    def forget(self, key: Key) -> None:
+        """Remove a base that is damaged, or that no device will hold."""
         with self._lock:
             path = self._paths.pop(key, None)
         if path is not None:

@@ -182,8 +182,8 @@ def means_of(
                 # What is not a difference but a value stays what it is.
                 scale = scales.get(token, 1.0) if spec.is_trained else 1.0
                 spread = spreads.get(spec.name)
-                # An update without the tensor has not trained it, or lacks it. A trained tensor then counts for
-                # nothing, and a buffer counts as it was, unless its worker has none of it to send.
+                # A trained tensor that an update leaves out counts for nothing. A buffer counts as it was, unless
+                # the worker has no such tensor, or keeps it to itself.
                 if spec.name not in reader.names:
                     if spec.name in sent and not spec.is_trained and not merge.lacks(token, spec.name):
                         _add_unchanged(mean, base(spec.name), weight, coverage_of(spec, sub_models.get(token)))

@@ -37,7 +37,7 @@ _UNDESCRIBED = ModelDescription()
 
 
 class RunWorkers:
-    """What one run knows of the workers of a fleet: how their tasks went, and what they say of the run's model.
+    """Knowledge of one run about the workers of a fleet: how their tasks went, and what they say of its model.
 
     A worker that the fleet does not know has no place here.
     """

@@ -10,12 +10,11 @@ from typing import Final
 import grpc.aio
 
 from fedgrpc import claims
-from fedgrpc.aggregator.encoded_models import Pull
 from fedgrpc.aggregator.negotiation import RAW
+from fedgrpc.aggregator.payload_encoder import Pull
 from fedgrpc.aggregator.registry import WorkerRegistry
 from fedgrpc.aggregator.run_models import RunModels
-from fedgrpc.aggregator.sessions import Sessions
-from fedgrpc.aggregator.speaker import check_speaker
+from fedgrpc.aggregator.sessions import Sessions, check_speaker
 from fedgrpc.aio import Changes
 from fedgrpc.errors import NotFound, UsageError, WrongIdentity, WrongOffset
 from fedgrpc.identity.roles import DEVICE_ROLES

@@ -98,7 +98,7 @@ class Negotiation:
                 )
 
     def _downlinks(self) -> Iterator[Downlink]:
-        """All recipes that may be agreed on."""
+        """Yield all recipes that may be agreed on."""
         for whole in self._whole.recipes:
             for difference in (whole,) if self._difference is None else self._difference.recipes:
                 yield Downlink.of(whole, difference)
@@ -189,7 +189,7 @@ def reduced_recipe(recipe: Recipe, reducible: Sequence[TensorSpec], reduction: R
 
 
 def _is_sparse(reduction: Reduction) -> bool:
-    """Whether so much is pruned that marks of what is left take fewer bytes than zeros do after zstd."""
+    """Return whether so much is pruned that marks of what is left take fewer bytes than zeros do after zstd."""
     return reduction.pruning is not None and reduction.pruning.ratio > _MARKS_PAY
 
 

@@ -116,7 +116,7 @@ class RunShell:
         self._log.info(event, round=state.number, worker=task.worker, reason=task.reason)
 
     async def check_open(self, name: str, token: str) -> TaskPhase:
-        """The phase of a task that may still send or has sent its update.
+        """Return the phase of a task that may still send or has sent its update.
 
         Raises `UnknownTask`, `WrongIdentity`, and `RoundClosed` when its update is not wanted any more. A task
         whose update was accepted stays accepted after its round: sending twice counts once.

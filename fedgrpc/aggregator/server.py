@@ -170,7 +170,7 @@ class Aggregator:
             await asyncio.gather(*ends, watching, releasing, return_exceptions=True)
 
     async def _let_workers_know(self, stopping: asyncio.Task[bool]) -> None:
-        """Workers that are alive poll once more and hear that the run has ended; operators may still look."""
+        """Wait until workers that are alive have polled and know of the end. Operators may still look."""
         coordinator = self.coordinator
         assert coordinator is not None
         log.info("run ended", run=self._settings.run_name, reason=coordinator.machine.ending.text)
@@ -223,6 +223,6 @@ async def _tell_health(coordinator: Coordinator, playing: asyncio.Task[None], he
 
 
 def _raise_file_limit() -> None:
-    """Each connection and each upload is a file; the usual soft limit of 1024 is for other programs."""
+    """Allow as many files as may be: each connection and each upload is one, and the usual limit is 1024."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -11,11 +11,11 @@ import grpc.aio
 
 from fedgrpc import claims
 from fedgrpc.aggregator.coordinator import Coordinator
-from fedgrpc.aggregator.encoded_models import Pull
 from fedgrpc.aggregator.negotiation import RAW, reduction_for
+from fedgrpc.aggregator.payload_encoder import Pull
 from fedgrpc.aggregator.receiver import Receiver
-from fedgrpc.aggregator.roles import check_claim, check_still
-from fedgrpc.aggregator.sessions import Sessions
+from fedgrpc.aggregator.roles import check_claim
+from fedgrpc.aggregator.sessions import Sessions, check_speaker
 from fedgrpc.aggregator.upload_reader import UploadChunks
 from fedgrpc.aggregator.views import (
     MAX_PAGE_BYTES,
@@ -94,14 +94,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         )
 
     def _check_caller(self, context: grpc.aio.ServicerContext, worker: str) -> None:
-        """Raise `WrongIdentity` or `NameTaken` when the caller is not the process that speaks for `worker`.
-
-        Raises `UnknownWorker` for one that registered when it had another role.
-        """
-        caller().check_worker(worker)
-        if (known := self._fleet.find(worker)) is not None:
-            check_still(caller(), known.registration)
-        self._sessions.check(worker, Session.of(context))
+        check_speaker(self._fleet, self._sessions, context, worker)
 
     async def DescribeModel(
         self, request: pb.DescribeModelRequest, context: grpc.aio.ServicerContext

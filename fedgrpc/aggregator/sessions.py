@@ -1,7 +1,8 @@
 """Processes that speak for workers: one at a time for each, so that no task token is given to two.
 
 The rule: a name belongs to the device whose process holds it for as long as that one is alive. A new process of
-the same device takes over at once, unless the former one answers: then the state folder has been copied.
+the same device takes over at once, unless the former one answers: then the state folder has been copied. Whoever
+speaks for a worker has the certificate, the role and the process that registered.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Final
 
+import grpc.aio
 import structlog
 
 from fedgrpc.aggregator.registry import Worker, WorkerRegistry
+from fedgrpc.aggregator.roles import check_still
 from fedgrpc.errors import NameTaken, StateCopied
+from fedgrpc.rpc.admission import caller
 from fedgrpc.rpc.identity import Session
 
 # A process that holds a task calls at each heartbeat, one whose poll is ended calls at once. The caller's own
@@ -108,3 +112,16 @@ def _refusal(worker: Worker, session: Session) -> NameTaken:
             "another device, remove the copy and start again with another --name"
         )
     return NameTaken(f"another device works as {worker.name!r}; give each device a --name of its own")
+
+
+def check_speaker(
+    fleet: WorkerRegistry, sessions: Sessions, context: grpc.aio.ServicerContext, worker: str
+) -> None:
+    """Raise `WrongIdentity` or `NameTaken` when the caller is not the process that speaks for `worker`.
+
+    Raises `UnknownWorker` for one that registered when it had another role.
+    """
+    caller().check_worker(worker)
+    if (known := fleet.find(worker)) is not None:
+        check_still(caller(), known.registration)
+    sessions.check(worker, Session.of(context))

@@ -142,7 +142,7 @@ class UploadQueue:
 
 
 class UploadStream:
-    """One stream of an upload. It is ended by a newer one, by an upload that needs its slot, or with its task.
+    """Stream of an upload. A newer one, an upload that needs its slot, or the end of its task ends it.
 
     `closed_for`: why its task was closed. `told_at`: when its progress was last told.
     """

@@ -53,7 +53,7 @@ M = TypeVar("M", bound=Message)
 
 
 class RunView:
-    """What the operators of a run see: the run itself, its present round, and each worker."""
+    """Sight of a run for its operators: the run itself, its present round, and each worker."""
 
     def __init__(self, coordinator: Coordinator, settings_text: Mapping[str, str]) -> None:
         self._coordinator = coordinator
@@ -151,7 +151,7 @@ class Watching:
             self._watchers -= Counter({peer: 1})
 
     def latest(self, fresh: bool = False) -> tuple[int, bytes]:
-        """A revision and its message, serialized; maybe the one that others just got, unless `fresh`."""
+        """Return a revision and its message, serialized. Unless `fresh`, others may just have got it."""
         now = time.monotonic()
         if fresh or (self._made[0] != self._revision() and now - self._made_at >= _SHARED_S):
             self._made = self._revision(), self._make().SerializeToString()
@@ -166,7 +166,7 @@ class Pieces:
         self._turn = asyncio.Lock()
 
     async def list_of(self, items: Iterator[T]) -> list[T]:
-        """All of `items`, each made when it is asked for."""
+        """Return all of `items`, each made when it is asked for."""
         made: list[T] = []
         async with self._turn:
             while True:
@@ -188,9 +188,9 @@ def watch_interval_s(max_rate_hz: float) -> float:
 def page_of(
     record: RoundRecord, start: int = 0, size: int = 0, max_bytes: int = MAX_PAGE_BYTES
 ) -> tuple[RoundRecord, int]:
-    """The round with its tasks from number `start` on: up to `size` of them (0: all), as many as fit.
+    """Return the round with its tasks from number `start` on: up to `size` of them (0: all), as many as fit.
 
-    The other is the number to continue from; 0: that was the last page.
+    The second value is the number to continue from; 0: that was the last page.
     """
     if not start and not size and record.ByteSize() <= max_bytes:
         return record, 0
@@ -206,7 +206,7 @@ def page_of(
 
 
 def fitting(items: Iterable[M], size: int = 0, max_bytes: int = MAX_PAGE_BYTES) -> list[M]:
-    """The first of them, up to `size` (0: all) and `max_bytes` together, but one at least."""
+    """Return the first of them, up to `size` (0: all) and `max_bytes` together, but one at least."""
     page: list[M] = []
     for item in islice(items, size or _MAX_ITEMS):
         max_bytes -= item.ByteSize() + _FRAME_BYTES

@@ -1,4 +1,4 @@
-"""Calls of workers: who they are, whether there is a task for them, and how they are with it.
+"""Calls of workers: registering, asking for a task, heartbeats, and giving a task back.
 
 The rule: a registration is stored before it counts. A poll waits for a task, and every call shows that its worker
 is alive. Models and updates have modules of their own.
@@ -134,7 +134,7 @@ class WorkerCalls:
         held: tuple[int, bytes] | None = None,
         new_examples: int | None = None,
     ) -> str | None:
-        """The token of the worker's task, as soon as it has one; None after `wait_s`, and once the run has ended.
+        """Return the token of a worker's task, as soon as there is one. None after `wait_s`, and after the run.
 
         Raises `UnknownWorker`, also for one that registered when this run had other encodings or named others.
         """
@@ -168,7 +168,7 @@ class WorkerCalls:
         return None
 
     def _token_for(self, worker: Worker) -> str | None:
-        """The task of a worker that polls; an expired one is its own again."""
+        """Return the task of a worker that polls. An expired task is its own again."""
         run = self._run
         if worker.evaluator:
             self._coordinator.apply(EvaluatorPolled(worker.name, secrets.token_urlsafe(18)))
@@ -199,7 +199,7 @@ class WorkerCalls:
         )
 
     async def give_back(self, name: str, token: str, reason: str) -> None:
-        """The worker cannot do its task. Idempotent. Raises `UnknownTask` and `WrongIdentity`."""
+        """Take a task back from a worker. Idempotent. Raises `UnknownTask` and `WrongIdentity`."""
         reason = claims.REASON.cleaned(reason)
         if evaluation := self._run.evaluations.find(name, token):
             self._coordinator.apply(Evaluated(evaluation, None))

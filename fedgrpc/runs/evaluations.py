@@ -11,7 +11,7 @@ from fedgrpc.errors import WrongIdentity
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluator's task: score this version."""
+    """Task of one evaluator: score this version."""
 
     token: str
     worker: str
@@ -44,11 +44,11 @@ class Evaluations:
         return task
 
     def held_by(self, worker: str) -> Evaluation | None:
-        """The task that the worker was last given."""
+        """Return the task that the worker was last given."""
         return self._tasks.get(worker)
 
     def find(self, worker: str, token: str) -> Evaluation | None:
-        """The evaluation of that token. Raises `WrongIdentity` when it is another worker's."""
+        """Return the evaluation of that token, if there is one. Raises `WrongIdentity` for another worker's."""
         for task in self._tasks.values():
             if task.token == token:
                 if task.worker != worker:
@@ -61,11 +61,11 @@ class Evaluations:
         return self._scored.get(worker, 0) < version
 
     def give_back(self, task: Evaluation) -> None:
-        """The worker cannot score this version; it is not asked again before the next."""
+        """Note that a worker cannot score this version. It is not asked again before the next."""
         self._scored[task.worker] = max(task.version, self._scored.get(task.worker, 0))
 
     def score(self, task: Evaluation, metrics: dict[str, float], example_count: int) -> dict[str, float]:
-        """Take one evaluator's scores; returns the mean of all scores of that version, by examples."""
+        """Take one evaluator's scores. Return the mean of all scores of that version, by examples."""
         if self.waiting_for(task.worker, task.version):
             if task.version != self._version:
                 self._version, self._scores = task.version, []

@@ -62,7 +62,7 @@ class RollBack:
 
     @property
     def text(self) -> str:
-        """Say so, for the record and for workers."""
+        """The reason as text, for the record and for workers."""
         what = f"rolled back to version {self.version}" if self.version else "started over"
         return f"the run is {what}" + (f": {self.reason}" if self.reason else "")
 

@@ -59,7 +59,7 @@ class Fleet(Generic[M]):
         return len(self._workers)
 
     def get(self, name: str) -> M:
-        """The worker of that name. Raises `UnknownWorker`."""
+        """Return the worker of that name. Raises `UnknownWorker`."""
         try:
             return self._workers[name]
         except KeyError:

@@ -70,7 +70,7 @@ E = TypeVar("E", bound=rounds.Event)
 
 
 class RunMachine(RunState):
-    """One run that events change, by `apply` and in no other way."""
+    """Run that events change, by `apply` and in no other way."""
 
     def __init__(self, rules: RunRules, run_id: str, started_at: float, step: RoundStep = step) -> None:
         """Start a run without a model; `step` applies events to its rounds."""
@@ -110,7 +110,7 @@ class RunMachine(RunState):
         return (*effects, *(_task_closed(token, state.find(token)) for token in closed))
 
     def _release(self, worker: str, token: str) -> None:
-        """A worker that holds this task holds none."""
+        """Free the worker, if it is this task that it holds."""
         if self.leases.get(worker) == token:
             del self.leases[worker]
 

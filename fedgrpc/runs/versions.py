@@ -46,11 +46,11 @@ class Versions:
         return self._kept.get(version)
 
     def add(self, version: Version) -> None:
-        """A version is there, or more is known of it."""
+        """Keep what is known of a version."""
         self._kept[version.version] = version
 
     def keep_only(self, numbers: Collection[int]) -> None:
-        """The others have been let go."""
+        """Forget all versions but these."""
         self._kept = {number: version for number, version in self._kept.items() if number in numbers}
 
     @property
@@ -60,7 +60,7 @@ class Versions:
 
     @property
     def best(self) -> Version | None:
-        """The one that is never let go; None where each has jumped."""
+        """The version that is never let go; None where each has jumped."""
         number = best_of(self._candidates(), self._measures)
         return None if number is None else self._kept[number]
 

@@ -6,8 +6,9 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
-from fedgrpc.aggregator.encoded_models import EncodedModels, Pull
+from fedgrpc.aggregator.encoded_models import EncodedModels
 from fedgrpc.aggregator.model_store import ModelStore
+from fedgrpc.aggregator.payload_encoder import Pull
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.codec.payload import PayloadReader, tensors_of
 from fedgrpc.codec.recipe import Recipe
