@@ -141,7 +141,7 @@ async def test_old_versions_go_while_a_difference_to_one_is_being_made(tmp_path)
         versions.write(1, 2, 3)
         held = await versions.holding(1)
         started, go_on = asyncio.Event(), asyncio.Event()
-        loop, source = asyncio.get_running_loop(), versions.encoded._source
+        loop, source = asyncio.get_running_loop(), versions.encoded._encoder._source
 
         def slowly(variant):
             found = source(variant)
@@ -149,7 +149,7 @@ async def test_old_versions_go_while_a_difference_to_one_is_being_made(tmp_path)
             asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result()
             return found
 
-        versions.encoded._source = slowly
+        versions.encoded._encoder._source = slowly
         making = asyncio.create_task(versions.pull(3, held))
         await started.wait()
         await versions.encoded.prune(frozenset({2, 3}))

@@ -43,7 +43,7 @@ AGGREGATOR = {
     "poll-waiting": Point(f"{_AGGREGATOR}.worker_calls:WorkerCalls._token_for", "after", count=7),
     "tasks-chosen-not-stored": Point(f"{_STORAGE}.run_store:RunStore.save_open_round", count=2),
     "tasks-stored-not-offered": Point(f"{_STORAGE}.run_store:RunStore.save_open_round", "after", count=2),
-    "encoding-the-model": Point(f"{_AGGREGATOR}.encoded_models:_write", "after", count=2),
+    "encoding-the-model": Point(f"{_AGGREGATOR}.payload_encoder:_write", "after", count=2),
     "mid-pull": Point(f"{_AGGREGATOR}.chunk_cache:ChunkCache._message", "after", _behind_the_first_chunk, count=2),
     "push-between-bytes-and-their-count": Point(
         f"{_STORAGE}.resumable:pwrite", "before", _head_of_an_upload, count=8
