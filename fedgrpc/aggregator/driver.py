@@ -209,13 +209,13 @@ class Driver:
                 await self._upkeep.until(None)
                 continue
             coordinator.wake.clear()
-            looked_at = time.perf_counter()
+            looked_at = coordinator.clock()
             if wants_workers(run.current.state):
                 coordinator.apply(coordinator.workers_available())
             if coordinator.effects:
                 continue
             due = wake_at(run.current.state)
-            rest_s = _REST * (time.perf_counter() - looked_at)
+            rest_s = _REST * (coordinator.clock() - looked_at)
             await self._upkeep.until(due, clear=False)
             due = wake_at(run.current.state)
             if due is not None and coordinator.clock() >= due:

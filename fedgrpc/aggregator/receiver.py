@@ -110,12 +110,7 @@ class Receiver:
         if await self._shell.check_open(worker, token) is TaskPhase.ACCEPTED:
             return header.manifest.size_bytes, True
         # From here to the slot nothing is awaited, so that the task stays open and has no other stream.
-        try:
-            expected = self._expected(worker, token)
-            manifest, report = examine(header, expected)
-        except (LayoutError, TooLargeError, UpdateRefused) as error:
-            self._shell.reject(token, str(error))
-            raise
+        manifest, report, expected = self.examined(header)
         async with self._slots.slot(token, worker) as stream:
             self._begun.setdefault(token, time.monotonic())
             try:
@@ -153,6 +148,16 @@ class Receiver:
         example_count = claims.EXAMPLES.checked(header.evaluation_example_count)
         await self._scores.by_evaluator(evaluation, scores, example_count)
 
+    def examined(self, header: UpdateHeader) -> tuple[Manifest, Report, ExpectedUpdate]:
+        """Check the header of an open task's update. A refusal is for good. Raises as `examine`."""
+        try:
+            expected = self._expected(header.worker, header.token)
+            manifest, report = examine(header, expected)
+        except (LayoutError, TooLargeError, UpdateRefused) as error:
+            self._shell.reject(header.token, str(error))
+            raise
+        return manifest, report, expected
+
     async def _store(
         self,
         header: UpdateHeader,
@@ -178,7 +183,8 @@ class Receiver:
                 return upload.size_bytes, False
             stream.complete()
             # An update that is here whole outlives its connection.
-            await to_its_end(self._accept(upload, report, expected))
+            took_s = time.monotonic() - self._begun.get(header.token, time.monotonic())
+            await to_its_end(self.accept(upload, report.uploaded_in(took_s), expected))
             self._data_folder.works(Use.UPDATES)
         except (RoundClosed, asyncio.CancelledError) as error:
             # The round has swept up what there was of its uploads, perhaps before this one was there.
@@ -211,10 +217,12 @@ class Receiver:
         fraction = held / total if total else 1.0
         self._shell.apply(Progress(upload.header.token, TaskPhase.UPLOADING, fraction, held, total))
 
-    async def _accept(self, upload: Upload, report: Report, expected: ExpectedUpdate) -> None:
-        """Verify the whole update, make it durable, count it."""
+    async def accept(self, upload: Upload, report: Report, expected: ExpectedUpdate) -> None:
+        """Verify the whole update, make it durable, count it.
+
+        Raises `UpdateRefused`, `RoundClosed` and `StorageError`.
+        """
         token = upload.header.token
-        took_s = time.monotonic() - self._begun.get(token, time.monotonic())
         # Many updates that end at once wait here for memory to decode them.
         size_bytes = decoding_bytes(upload.manifest)
         await self._decoding.take(size_bytes)
@@ -233,7 +241,7 @@ class Receiver:
             self._decoding.give_back(size_bytes)
         self._journal.remember(token, sealed)
         try:
-            self._count(token, report.uploaded_in(took_s), expected.weighing)
+            self._count(token, report, expected.weighing)
         except RoundClosed:
             await asyncio.to_thread(self._journal.discard, [token])
             raise

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 import click
 from click.core import ParameterSource
 
-from fedgrpc.cli.values import Quantity, read_table
+from fedgrpc.cli.values import Quantity, read_table, texts_of
 from fedgrpc.errors import UsageError
 
 T = TypeVar("T")
@@ -171,7 +171,9 @@ def _from_field(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
 class SettingsCommand(click.Command):
     """Command whose settings come from flags, variables and one table of a TOML file."""
 
-    def __init__(self, name: str, callback: Callable[..., Any], params: Sequence[Setting], help: str) -> None:
+    def __init__(
+        self, name: str, callback: Callable[..., Any], params: Sequence[click.Parameter], help: str
+    ) -> None:
         config = Declare("Settings file")(
             "--config",
             f"TOML file with the same settings in its table [{name}].",
@@ -179,9 +181,10 @@ class SettingsCommand(click.Command):
             is_eager=True,
             callback=self._read_config,
         )
+        settings = [each for each in params if isinstance(each, Setting)]
         epilog = (
             f"Each setting is also the variable {_prefix(name)}<SETTING>, as in "
-            f"{_example_variable(name, params)}, and a key in the file. A flag wins over the variable, "
+            f"{_example_variable(name, settings)}, and a key in the file. A flag wins over the variable, "
             "the variable over the file."
         )
         context = {"max_content_width": 110, "help_option_names": ["-h", "--help"]}
@@ -190,6 +193,24 @@ class SettingsCommand(click.Command):
     def settings(self) -> list[Setting]:
         """Return the settings in the order of `--help`."""
         return [param for param in self.params if isinstance(param, Setting)]
+
+    def values_of(self, table: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values of a table of settings, with those `given` by name, and defaults for what is left.
+
+        Flags and variables have no say. Raises `UsageError`.
+        """
+        settings = {setting.key: setting for setting in self.settings() if setting.key != "config"}
+        texts = texts_of(table, self.name or "", {key: each.multiple for key, each in settings.items()})
+        context = click.Context(self, info_name=self.name)
+        values = dict(given)
+        for key, setting in settings.items():
+            if (name := setting.name or "") in given:
+                continue
+            try:
+                values[name] = setting.process_value(context, texts.get(key, setting.get_default(context)))
+            except click.BadParameter as error:
+                raise UsageError(f"[{self.name}] {key}: {error.message.removesuffix('.')}") from error
+        return values
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse as click does, but refuse misspelt variables first."""

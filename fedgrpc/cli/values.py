@@ -146,8 +146,13 @@ def _settings(content: Mapping[str, Any], table: str, keys: Mapping[str, bool]) 
             raise UsageError(f"{name!r} is outside of a table: add a line [{table}] above")
         if name not in COMMANDS:
             raise UsageError(f"there is no table [{name}]{_nearest(name, tuple(COMMANDS))}")
+    return texts_of(content.get(table, {}), table, keys)
+
+
+def texts_of(values: Mapping[str, Any], table: str, keys: Mapping[str, bool]) -> dict[str, Text]:
+    """Return the settings of a table as `read_table` does. Raises `UsageError` for an unknown key."""
     found: dict[str, Text] = {}
-    for name, value in content.get(table, {}).items():
+    for name, value in values.items():
         key = name.replace("-", "_")
         if key not in keys:
             raise UsageError(f"[{table}] has no setting {name!r}{_nearest(key, tuple(keys))}")

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedgrpc.rounds.events import Progress, TaskPhase
 from fedgrpc.simulation.fleet import DeviceKind
+from fedgrpc.simulation.traces import Trace
 
 _MBIT_BYTES = 1e6 / 8
 
@@ -17,10 +18,13 @@ _MBIT_BYTES = 1e6 / 8
 class Devices:
     """All devices; a device is its index. Times in seconds, rates in bytes per second.
 
-    Whether a device can be reached is a chain of exponential stretches, played only as far as somebody has asked.
+    Whether a device can be reached is a chain of exponential stretches, or as a trace has it, and played only as
+    far as somebody has asked.
     """
 
-    def __init__(self, classes: Sequence[DeviceKind], rng: np.random.Generator) -> None:
+    def __init__(
+        self, classes: Sequence[DeviceKind], rng: np.random.Generator, trace: Trace | None = None
+    ) -> None:
         counts = [one.count for one in classes]
         self.classes = tuple(classes)
         self.count = sum(counts)
@@ -28,7 +32,9 @@ class Devices:
         self.names = [f"{one.name}-{i}" for one in classes for i in range(one.count)]
         self.index = {name: i for i, name in enumerate(self.names)}
         factor = np.exp(rng.standard_normal((3, self.count)) * self._each([one.spread for one in classes]))
-        self.train_s = self._each([one.train_s for one in classes]) * factor[0]
+        # Slower than its class by this factor, in all that it computes.
+        self.slowness = factor[0]
+        self.train_s = self._each([one.task_s(one.examples) + one.overhead_s for one in classes]) * factor[0]
         self.up = self._each([one.up_mbit * _MBIT_BYTES for one in classes]) * factor[1]
         self.down = self._each([one.down_mbit * _MBIT_BYTES for one in classes]) * factor[2]
         self.latency_s = self._each([one.latency_s for one in classes])
@@ -40,6 +46,10 @@ class Devices:
         self._rng = rng
         self.reachable = rng.random(self.count) < self._each([one.available for one in classes])
         self.changes_at = np.where(self._away_s > 0, self._stretch(np.arange(self.count)), np.inf)
+        self._traced = None if trace is None else [trace.changes(device) for device in range(self.count)]
+        if self._traced is not None:
+            self.reachable = np.array([each.reachable for each in self._traced])
+            self.changes_at = np.array([each.next_change() for each in self._traced])
 
     def _each(self, values: Sequence[float]) -> np.ndarray:
         return np.asarray(values, dtype=np.float64)[self.class_of]
@@ -62,7 +72,14 @@ class Devices:
 
     def _toggle(self, devices: np.ndarray) -> None:
         self.reachable[devices] = ~self.reachable[devices]
-        self.changes_at[devices] += self._stretch(devices)
+        if self._traced is None:
+            self.changes_at[devices] += self._stretch(devices)
+        else:
+            self.changes_at[devices] = [self._traced[device].next_change() for device in devices]
+
+    def fails(self, device: int) -> float | None:
+        """Draw whether a task fails on the device: after which share of its training; None: it does not."""
+        return float(self._rng.random()) if self._rng.random() < self.failure[device] else None
 
     def varied(self, device: int, median: float) -> float:
         """Return one draw around the median."""

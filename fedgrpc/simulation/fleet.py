@@ -13,6 +13,11 @@ from fedgrpc.errors import UsageError
 from fedgrpc.rounds.policy import RoundPolicy
 
 MOST_DEVICES = 1_000_000
+# Each of them is a worker of the aggregator, and has files.
+MOST_LEARNING_DEVICES = 100_000
+
+
+_SPEEDS = ("train_s", "examples_per_s", "scored_per_s")
 
 
 @dataclass(frozen=True)
@@ -20,16 +25,21 @@ class DeviceKind:
     """Devices of one kind. Times and rates are medians.
 
     `spread` and `jitter` are sigmas of log-normal factors, between devices and between tasks of one device.
-    `train_s`: seconds of local training. Links in megabits per second. A device is reachable for the share
-    `available` of the time, for `session_s` at a stretch in the mean (both exponential). `failure`: the share of
-    tasks given back.
+    Local training takes `train_s` seconds, or as long as its examples at `examples_per_s`. Scoring goes at
+    `scored_per_s` (by default three times as fast), and `overhead_s` is what a task takes besides. Links in
+    megabits per second. A device is reachable for the share `available` of the time, for `session_s` at a stretch
+    in the mean (both exponential). `failure`: the share of tasks given back. `memory_mb` is what its worker tells
+    of its memory; 0: nothing. `device_class` is that of its local-model plan; by default its name.
     """
 
     name: str
     count: int
-    train_s: float
     up_mbit: float
     down_mbit: float
+    train_s: float | None = None
+    examples_per_s: float | None = None
+    scored_per_s: float | None = None
+    overhead_s: float = 0.0
     latency_s: float = 0.05
     spread: float = 0.2
     jitter: float = 0.1
@@ -37,13 +47,17 @@ class DeviceKind:
     session_s: float = 7200.0
     failure: float = 0.0
     examples: int = 500
+    memory_mb: int = 0
+    device_class: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("train_s", "up_mbit", "down_mbit", "session_s", "examples", "count"):
+        if (self.train_s is None) == (self.examples_per_s is None):
+            raise UsageError(f"devices {self.name!r} need either train_s or examples_per_s")
+        for name in (*_SPEEDS, "up_mbit", "down_mbit", "session_s", "examples", "count"):
             value = getattr(self, name)
-            if not 0 < value < math.inf:
+            if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"{name} of devices {self.name!r} must be positive, not {value:g}")
-        for name in ("latency_s", "spread", "jitter"):
+        for name in ("latency_s", "spread", "jitter", "overhead_s", "memory_mb"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise UsageError(f"{name} of devices {self.name!r} must not be negative, not {value:g}")
@@ -51,6 +65,19 @@ class DeviceKind:
             raise UsageError(f"available of devices {self.name!r} must be above 0 and at most 1")
         if not 0 <= self.failure < 1:
             raise UsageError(f"failure of devices {self.name!r} must be from 0 to below 1")
+
+    def task_s(self, examples: float) -> float:
+        """Median seconds of training on so many examples, each counted once per epoch."""
+        if self.train_s is not None:
+            return self.train_s
+        assert self.examples_per_s is not None
+        return examples / self.examples_per_s
+
+    def scoring_s(self, examples: float) -> float:
+        """Median seconds of scoring so many examples."""
+        if self.scored_per_s is not None:
+            return examples / self.scored_per_s
+        return 0.0 if self.examples_per_s is None else examples / (3 * self.examples_per_s)
 
     @property
     def away_s(self) -> float:

@@ -315,6 +315,12 @@ class RunStore(Database):
         record = self._record(row[0])
         return StoredRound(record, row[1], row[2], tuple(self.tasks(record.number)))
 
+    def forget_open_round(self) -> None:
+        """Forget the unfinished round, as if it had never been opened: only who gave all its tasks may say so."""
+        with self._transaction():
+            self._db.execute("DELETE FROM tasks WHERE round IN (SELECT number FROM rounds WHERE open)")
+            self._db.execute("DELETE FROM rounds WHERE open")
+
     def tasks(self, number: int) -> list[TaskRow]:
         """Read the tasks of a round, by slot; those of rounds long past are gone."""
         rows = self._all(f"SELECT {_TASK_COLUMNS} FROM tasks WHERE round = ? ORDER BY slot", number)

@@ -294,6 +294,11 @@ def _on_line(history: Sequence[Observation], size: PlanSize) -> float | None:
     return float(plain_s * size.technique.time)
 
 
+def relative_work(size: PlanSize) -> float:
+    """Return how long a step with the plan takes, as a multiple of one with the whole model as it is."""
+    return _work(size.share) * size.technique.time
+
+
 def _work(share: float) -> float:
     return UNSHRINKABLE_SHARE + (1 - UNSHRINKABLE_SHARE) * share
 

@@ -1,0 +1,214 @@
+"""The production aggregator of one run on a virtual clock, called directly: there is no network.
+
+The rule: everything that decides, encodes, checks, averages and records is the aggregator's own. What is left out
+is what a network needs: connections, authentication, slots for uploads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+
+from fedgrpc.aggregator.coordinator import Coordinator
+from fedgrpc.aggregator.driver import Driver, Upkeep
+from fedgrpc.aggregator.encoded_models import EncodedModel, Pull
+from fedgrpc.aggregator.model_store import ModelStore
+from fedgrpc.aggregator.negotiation import reduction_for
+from fedgrpc.aggregator.new_version import AcceptedUpdates
+from fedgrpc.aggregator.own_rounds import OwnRounds
+from fedgrpc.aggregator.receiver import Receiver
+from fedgrpc.aggregator.registry import WorkerRegistry
+from fedgrpc.aggregator.sessions import Sessions
+from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.aggregator.update_checks import ExpectedUpdate
+from fedgrpc.aggregator.worker_calls import Beat, WorkerCalls
+from fedgrpc.codec.chunk import Chunk, crc32
+from fedgrpc.codec.layout import Layout
+from fedgrpc.errors import UsageError
+from fedgrpc.metrics import Metrics
+from fedgrpc.protocol.descriptions import ModelDescription
+from fedgrpc.protocol.devices import bounded_registration
+from fedgrpc.rounds.events import Progress, TaskPhase
+from fedgrpc.rounds.version import Version
+from fedgrpc.runs.machine import RunMachine
+from fedgrpc.runs.merge import Merge
+from fedgrpc.runs.round_in_progress import RoundInProgress
+from fedgrpc.runs.task_context import Report
+from fedgrpc.storage.database import DATABASE
+from fedgrpc.storage.run_store import RunStore
+from fedgrpc.storage.uploads import Upload, UploadJournal
+from fedgrpc.v1.aggregator_pb2 import RegisterRequest, Task, UpdateHeader
+
+# What a device holds: a version, and the SHA-256 of the payload that gave it to the device.
+Held = tuple[int, bytes]
+OnRoundEnd = Callable[[RoundInProgress], None]
+
+
+class _WatchedRounds(OwnRounds):
+    """The run's own rounds; a commit takes `commit_s` virtual seconds, and the end of each round is told."""
+
+    def __init__(
+        self,
+        on_end: OnRoundEnd,
+        commit_s: float,
+        coordinator: Coordinator,
+        upkeep: Upkeep,
+        updates: AcceptedUpdates,
+    ) -> None:
+        super().__init__(coordinator, upkeep, updates)
+        self._on_end = on_end
+        self._commit_s = commit_s
+
+    async def write(self, round_: RoundInProgress, merge: Merge) -> tuple[Version | None, Layout]:
+        """See `RoundSource.write`."""
+        await asyncio.sleep(self._commit_s)
+        return await super().write(round_, merge)
+
+    async def ended(self, round_: RoundInProgress) -> None:
+        """See `RoundSource.ended`."""
+        self._on_end(round_)
+        await super().ended(round_)
+
+
+class SimulatedUpload:
+    """One update on its way in: `append` bytes as the link brings them, then `accept`."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        receiver: Receiver,
+        upload: Upload,
+        report: Report,
+        expected: ExpectedUpdate,
+    ) -> None:
+        self._coordinator = coordinator
+        self._receiver = receiver
+        self._upload = upload
+        self._report = report
+        self._expected = expected
+        self._begun_at = coordinator.clock()
+
+    def append(self, data: bytes) -> None:
+        """Commit the next bytes. Raises `RoundClosed`, `UnknownTask` and `StorageError`."""
+        upload = self._upload
+        upload.append([Chunk(upload.size_bytes, data, crc32(data))])
+        held, total = upload.size_bytes, upload.manifest.size_bytes
+        self._coordinator.apply(Progress(upload.header.token, TaskPhase.UPLOADING, held / total, held, total))
+
+    async def accept(self) -> None:
+        """Verify and count the update. Raises `UpdateRefused`, `RoundClosed` and `StorageError`."""
+        took_s = self._coordinator.clock() - self._begun_at
+        await self._receiver.accept(self._upload, self._report.uploaded_in(took_s), self._expected)
+
+    def discard(self) -> None:
+        """Leave nothing of it."""
+        if not self._upload.closed:
+            self._upload.discard()
+
+
+class SimulatedAggregator:
+    """One run in a data folder. Lives on one event loop: `restart`, then `play`, then `close`."""
+
+    def __init__(
+        self,
+        settings: AggregatorSettings,
+        clock: Callable[[], float],
+        on_round_end: OnRoundEnd,
+        commit_s: float = 0.0,
+    ) -> None:
+        """Open the data folder. Raises `UsageError` where it cannot be used."""
+        folder = settings.data_dir
+        fleet = WorkerRegistry(settings.max_workers, settings.policy.lease_s)
+        try:
+            models, journal = ModelStore(folder), UploadJournal(folder / "uploads", durable=False)
+            store = RunStore(folder / DATABASE, settings.keep_rounds)
+            self.coordinator = Coordinator(settings, fleet, store, models, journal, Metrics(), clock)
+        except OSError as error:
+            raise UsageError(f"cannot use the folder {folder}: {error.strerror}") from error
+        self._receiver = Receiver(
+            self.coordinator,
+            journal,
+            settings,
+            self.coordinator.scores,
+            self.coordinator.data_folder,
+            self.coordinator.expected_update,
+        )
+        self._terms = self.coordinator.terms
+        self._calls = WorkerCalls(self.coordinator, Sessions(fleet, settings.heartbeat_s, clock))
+        self._driver = Driver(self.coordinator, partial(_WatchedRounds, on_round_end, commit_s))
+        self.play = self._driver.run
+        self.close = self.coordinator.close
+
+    async def restart(self) -> None:
+        """Take up what a former process left, but for the round that was cut off: it is played again.
+
+        Raises `UsageError` and `StorageError` as a restart of an aggregator does.
+        """
+        await self.coordinator.in_database(self.coordinator.store.forget_open_round)
+        await self._driver.recover()
+
+    @property
+    def run(self) -> RunMachine:
+        """The run itself, to look at."""
+        return self.coordinator.machine
+
+    @property
+    def wants_channels(self) -> bool:
+        """True if a worker that registers is to send the channels of the model."""
+        return self._calls.asks_channels
+
+    def register(self, registration: RegisterRequest) -> None:
+        """Add a worker. Raises `UsageError` as a registration over the network does."""
+        coordinator = self.coordinator
+        registration = bounded_registration(registration)
+        coordinator.settings.roles.check(registration)
+        coordinator.negotiation.check(registration)
+        coordinator.fleet.register(registration, coordinator.clock())
+
+    async def describe(self, name: str, description: ModelDescription) -> None:
+        """See `WorkerCalls.describe`."""
+        await self._calls.describe(name, description)
+
+    async def poll(self, name: str, held: Held | None) -> Task | None:
+        """Wait for a task; None once the run has ended."""
+        token = await self._calls.poll(name, self.coordinator.settings.poll_wait_s, held)
+        return None if token is None else self._terms.message(name, token)
+
+    async def pull(self, task: Task, name: str, held: Held | None) -> EncodedModel:
+        """Return the payload that a worker pulls. Raises as the call of that name does."""
+        version, context = self._terms.given(name, task.token)
+        assert context.agreed is not None
+        worker = self.coordinator.fleet.get(name)
+        reduction = reduction_for(worker, context.local.plan)
+        return await self.coordinator.encoded_models.get(
+            Pull(version, context.agreed.downlink, held, context.local.sub_model, reduction)
+        )
+
+    async def heartbeat(self, name: str, token: str, phase: TaskPhase, fraction: float) -> Beat:
+        """See `WorkerCalls.heartbeat`."""
+        return await self._calls.heartbeat(name, token, phase, fraction)
+
+    async def give_back(self, name: str, token: str, reason: str) -> None:
+        """See `WorkerCalls.give_back`."""
+        await self._calls.give_back(name, token, reason)
+
+    async def score(self, header: UpdateHeader) -> None:
+        """Take the scores of an evaluator."""
+        await self._receiver.receive(header, _nothing())
+
+    async def begin_upload(self, header: UpdateHeader) -> SimulatedUpload:
+        """Check the header of an update, and make room for its bytes.
+
+        Raises `LayoutError`, `TooLargeError` and `UpdateRefused` for good, `RoundClosed` and `UnknownTask` for one
+        that is too late.
+        """
+        await self.coordinator.check_open(header.worker, header.token)
+        manifest, report, expected = self._receiver.examined(header)
+        upload = self.coordinator.journal.begin(header, manifest)
+        return SimulatedUpload(self.coordinator, self._receiver, upload, report, expected)
+
+
+async def _nothing() -> AsyncIterator[Chunk]:
+    return
+    yield Chunk(0, b"", 0)

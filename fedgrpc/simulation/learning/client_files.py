@@ -1,0 +1,128 @@
+"""What simulated devices keep on the disk, in the formats of a worker.
+
+    clients/NAME/residual, personal    what the next task starts from (fedgrpc.storage.residual_file)
+    clients/NAME/next.*, payload       the update of the task in progress, and what it leaves behind
+    models/VERSION-SHA256-SUBMODEL/    a model as devices hold it, once for all that have pulled the same payloads
+
+The rule: an update's residual becomes the current one when the update is accepted, as in a worker's spool, and
+here only once its round has ended. So a round that is played again starts from the same files.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedgrpc.aggregator.encoded_models import EncodedModel
+from fedgrpc.codec.chunk import chunks
+from fedgrpc.codec.feedback import Residual
+from fedgrpc.storage.files import storage_errors
+from fedgrpc.storage.residual_file import read_residual
+from fedgrpc.v1.aggregator_pb2 import PullModelResponse
+from fedgrpc.worker.held_model import HeldModel, Source
+from fedgrpc.worker.model_folder import ModelFolder
+
+
+@dataclass(frozen=True)
+class HeldKey:
+    """A model as devices hold it: version, SHA-256 of the payload that made it, and name of the sub-model."""
+
+    version: int
+    sha256: str
+    sub_model: str = ""
+
+    @property
+    def held(self) -> tuple[int, bytes]:
+        """What a device tells the aggregator of it."""
+        return self.version, bytes.fromhex(self.sha256)
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder."""
+        return f"{self.version:06d}-{self.sha256}-{self.sub_model or 'whole'}"
+
+
+class ClientFiles:
+    """The files of one device in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.payload = folder / "payload"
+        self.next_residual = folder / "next.residual"
+        self.next_personal = folder / "next.personal"
+        self.personal = folder / "personal"
+
+    @property
+    def has_residual(self) -> bool:
+        """True if an accepted update has left a residual."""
+        return (self._folder / "residual").exists()
+
+    def residual(self, run: str) -> Residual:
+        """Return the residual that the next update of `run` starts from."""
+        return read_residual(self._folder / "residual", run)
+
+    def begin(self) -> None:
+        """Make room for a task. What an update that was not accepted left is dropped."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in (self.payload, self.next_residual, self.next_personal):
+            path.unlink(missing_ok=True)
+
+    def settle(self, accepted: bool) -> None:
+        """End a task: personal layers are those trained last, a residual counts with its update alone."""
+        if self.next_personal.exists():
+            self.next_personal.replace(self.personal)
+        if accepted and self.next_residual.exists():
+            self.next_residual.replace(self._folder / "residual")
+        self.next_residual.unlink(missing_ok=True)
+        self.payload.unlink(missing_ok=True)
+
+
+class HeldModels:
+    """Models as devices hold them, received by the code of a worker, once for all who pull the same."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, key: HeldKey) -> Path:
+        """Return the folder of a model."""
+        return self._folder / key.folder
+
+    def receive(self, encoded: EncodedModel, source: Source, base: HeldKey | None) -> HeldKey:
+        """Decode a payload, perhaps a difference to `base`, unless that was done. Raises as a worker does."""
+        if encoded.payload is None:
+            assert base is not None, "a worker that holds nothing is sent something"
+            return base
+        key = HeldKey(source.version, encoded.manifest.sha256.hex(), source.sub_model)
+        if not (final := self.path(key)).exists():
+            scratch = self._folder / "receiving"
+            with storage_errors(self._folder):
+                shutil.rmtree(scratch, ignore_errors=True)
+                if encoded.base_version:
+                    assert base is not None, "a difference comes to who holds its base"
+                    # A copy: a worker's folder writes over the model that a new one replaces.
+                    shutil.copytree(self.path(base), scratch / "00000001")
+                held = _received(ModelFolder(scratch), encoded, source)
+                held.folder.rename(final)
+                shutil.rmtree(scratch)
+        return key
+
+    def keep_only(self, wanted: Iterable[HeldKey]) -> None:
+        """Remove all others."""
+        names = {key.folder for key in wanted}
+        for path in self._folder.iterdir():
+            if path.name not in names:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _received(folder: ModelFolder, encoded: EncodedModel, source: Source) -> HeldModel:
+    assert encoded.payload is not None
+    header = PullModelResponse.FromString(encoded.header).header
+    partial = folder.open_partial(source, header, 0)
+    try:
+        partial.append(list(chunks(encoded.payload.read, encoded.manifest.size_bytes)))
+        return folder.finish(partial)
+    finally:
+        partial.close()

@@ -1,0 +1,125 @@
+"""The history of a simulation: one line for each round, and where its devices stood after it.
+
+The rule: a line is written once the round is recorded by the aggregator. Scores come with the version that they
+are of, perhaps after its line: they are read from the aggregator's own records.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedgrpc.errors import UsageError
+from fedgrpc.rounds.events import TaskPhase
+from fedgrpc.rounds.policy import TaskKind
+from fedgrpc.rounds.round import RoundPhase
+from fedgrpc.runs.round_in_progress import RoundInProgress
+from fedgrpc.simulation.learning.client_files import HeldKey
+from fedgrpc.simulation.learning.world import Tally, World
+from fedgrpc.storage.database import DATABASE
+from fedgrpc.storage.run_store import RunStore
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """One round. Times in virtual seconds since the start; bytes, seconds and tasks are of all rounds so far.
+
+    `sha256` is of the file of the version, `workers` are those whose updates it has. `cpu_s` are real seconds.
+    """
+
+    round: int
+    kind: str
+    committed: bool
+    version: int
+    sha256: str
+    virtual_s: float
+    duration_s: float
+    workers: tuple[str, ...]
+    loss: float | None
+    down_bytes: int
+    up_bytes: int
+    trained_s: float
+    wasted_s: float
+    cpu_s: float
+    tasks: int
+    accepted: int
+
+
+class History:
+    """The rounds of a simulation in a file of JSON lines."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what a former process has written. Raises `UsageError` for a file that is none."""
+        self._path = path
+        self.rows: list[RoundRow] = []
+        self._held: dict[str, list[Any]] = {}
+        if path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            for line in self._path.read_text().splitlines():
+                values = json.loads(line)
+                self._held = values.pop("held")
+                self.rows.append(RoundRow(**{**values, "workers": tuple(values["workers"])}))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UsageError(f"{self._path} is no history of a simulation: {error}") from error
+
+    @property
+    def virtual_s(self) -> float:
+        """Virtual time at the end of the last round, seconds."""
+        return self.rows[-1].virtual_s if self.rows else 0.0
+
+    def restore(self, world: World) -> None:
+        """Take a new world to where the last round has left the former one."""
+        if not self.rows:
+            return
+        world.held = {name: HeldKey(*key) for name, key in self._held.items()}
+        last = self.rows[-1]
+        world.tally = Tally(**{name: getattr(last, name) for name in asdict(world.tally)})
+
+    def add(self, world: World, round_: RoundInProgress) -> RoundRow:
+        """Note a round that has ended. Raises OSError."""
+        state, run, now = round_.state, world.aggregator.run, world.clock()
+        committed = state.phase is RoundPhase.COMMITTED
+        last = run.versions.last
+        accepted = [task.worker for task in state.tasks.values() if task.phase is TaskPhase.ACCEPTED]
+        row = RoundRow(
+            round=round_.number,
+            kind=round_.kind.name.lower(),
+            committed=committed,
+            version=run.version,
+            sha256="" if last is None else last.sha256.hex(),
+            virtual_s=now,
+            duration_s=now - state.opened_at,
+            workers=tuple(accepted) if committed else (),
+            loss=_loss(round_.training_metrics) if round_.kind is TaskKind.TRAIN else None,
+            **asdict(world.tally),
+        )
+        self.rows.append(row)
+        held = {name: [key.version, key.sha256, key.sub_model] for name, key in world.held.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps({**asdict(row), "held": held}) + "\n")
+        return row
+
+    def scores(self) -> dict[int, dict[str, float]]:
+        """Return the scores of each version on all held-out data, from the aggregator's records.
+
+        Raises `StorageError`.
+        """
+        database = self._path.parent / "run" / DATABASE
+        if not database.exists():
+            return {}
+        store = RunStore(database, read_only=True)
+        try:
+            records, _ = store.rounds(1 << 62, 1 << 31)
+        finally:
+            store.close()
+        return {each.committed_version: dict(each.evaluator_metrics) for each in records if each.evaluator_metrics}
+
+
+def _loss(metrics: Mapping[str, float]) -> float | None:
+    return metrics.get("train_loss", metrics.get("loss"))

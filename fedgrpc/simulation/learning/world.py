@@ -1,0 +1,81 @@
+"""What all devices of one simulation share, and what their tasks have cost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedgrpc.simulation.devices import Devices
+from fedgrpc.simulation.learning.aggregator import SimulatedAggregator
+from fedgrpc.simulation.learning.client_files import ClientFiles, HeldKey, HeldModels
+from fedgrpc.simulation.learning.client_work import TaskFacts
+from fedgrpc.simulation.learning.engine import Engine
+from fedgrpc.submodels.cost import elements_of, relative_work
+from fedgrpc.submodels.plan import LocalModelPlan
+
+
+@dataclass
+class Tally:
+    """What tasks have cost so far, and what became of them: bytes moved, virtual and real seconds of training."""
+
+    down_bytes: int = 0
+    up_bytes: int = 0
+    trained_s: float = 0.0
+    wasted_s: float = 0.0
+    cpu_s: float = 0.0
+    tasks: int = 0
+    accepted: int = 0
+
+
+@dataclass
+class World:
+    """One simulation, as its devices see it; `clock` gives virtual seconds.
+
+    `held` has the model that each device holds, by its name; `accepted` the devices whose updates wait for the end
+    of their round, by token.
+    """
+
+    aggregator: SimulatedAggregator
+    engine: Engine
+    devices: Devices
+    models: HeldModels
+    folder: Path
+    facts: TaskFacts
+    clock: Callable[[], float]
+    seed: int
+    held: dict[str, HeldKey] = field(default_factory=dict)
+    in_use: dict[str, HeldKey] = field(default_factory=dict)
+    accepted: dict[str, str] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
+    _works: dict[LocalModelPlan, float] = field(default_factory=dict)
+
+    def files(self, name: str) -> ClientFiles:
+        """Return the files of a device."""
+        return ClientFiles(self.folder / "clients" / name)
+
+    async def until(self, time_s: float) -> None:
+        """Let the time pass until then, virtual seconds."""
+        await asyncio.sleep(max(0.0, time_s - self.clock()))
+
+    def relative_work(self, plan: LocalModelPlan | None) -> float:
+        """Return how long a step of a local model takes, as a multiple of one of the whole model as it is."""
+        if plan is None:
+            return 1.0
+        if plan not in self._works:
+            coordinator = self.aggregator.coordinator
+            shapes = {spec.name: spec.shape for spec in coordinator.machine.layout}
+            elements = elements_of(plan, shapes, coordinator.local_models.channel_map)
+            self._works[plan] = relative_work(elements.size(0.0, 0.0))
+        return self._works[plan]
+
+    def round_ended(self, tokens: frozenset[str], committed: bool) -> None:
+        """Settle the accepted updates of a round that has ended, but for those of `tokens`, which go on."""
+        for token in [each for each in self.accepted if each not in tokens]:
+            self.files(self.accepted.pop(token)).settle(accepted=committed)
+
+    def prune_models(self, oldest: int) -> None:
+        """Forget models that are older than any delta base, and that nobody works on."""
+        self.held = {name: key for name, key in self.held.items() if key.version >= oldest}
+        self.models.keep_only({*self.held.values(), *self.in_use.values()})
