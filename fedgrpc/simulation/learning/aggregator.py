@@ -12,11 +12,11 @@ from functools import partial
 
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.driver import Driver, Upkeep
-from fedgrpc.aggregator.encoded_models import EncodedModel, Pull
 from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.negotiation import reduction_for
 from fedgrpc.aggregator.new_version import AcceptedUpdates
 from fedgrpc.aggregator.own_rounds import OwnRounds
+from fedgrpc.aggregator.payload_encoder import EncodedModel, Pull
 from fedgrpc.aggregator.receiver import Receiver
 from fedgrpc.aggregator.registry import WorkerRegistry
 from fedgrpc.aggregator.sessions import Sessions
