@@ -1,11 +1,12 @@
 """What simulated devices keep on the disk, in the formats of a worker.
 
-    clients/NAME/residual, personal    what the next task starts from (fedgrpc.storage.residual_file)
+    clients/NAME/residual, personal, kept    what the next task starts from (fedgrpc.storage.residual_file)
     clients/NAME/next.*, payload       the update of the task in progress, and what it leaves behind
     models/VERSION-SHA256-SUBMODEL/    a model as devices hold it, once for all that have pulled the same payloads
 
-The rule: an update's residual becomes the current one when the update is accepted, as in a worker's spool, and
-here only once its round has ended. So a round that is played again starts from the same files.
+The rule: an update's residual, and what the run's algorithm keeps, become the current ones when the update is
+accepted, as in a worker's spool, and here only once its round has ended. So a round that is played again starts
+from the same files.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedgrpc.aggregator.encoded_models import EncodedModel
+from fedgrpc.aggregator.payload_encoder import EncodedModel
 from fedgrpc.codec.chunk import chunks
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.storage.files import storage_errors
@@ -52,6 +53,7 @@ class ClientFiles:
         self.payload = folder / "payload"
         self.next_residual = folder / "next.residual"
         self.next_personal = folder / "next.personal"
+        self.next_kept = folder / "next.kept"
         self.personal = folder / "personal"
 
     @property
@@ -63,19 +65,24 @@ class ClientFiles:
         """Return the residual that the next update of `run` starts from."""
         return read_residual(self._folder / "residual", run)
 
+    def kept(self, run: str) -> Residual:
+        """Return what the algorithm of `run` keeps here."""
+        return read_residual(self._folder / "kept", run)
+
     def begin(self) -> None:
         """Make room for a task. What an update that was not accepted left is dropped."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        for path in (self.payload, self.next_residual, self.next_personal):
+        for path in (self.payload, self.next_residual, self.next_personal, self.next_kept):
             path.unlink(missing_ok=True)
 
     def settle(self, accepted: bool) -> None:
-        """End a task: personal layers are those trained last, a residual counts with its update alone."""
+        """End a task: personal layers are those trained last, all else counts with its update alone."""
         if self.next_personal.exists():
             self.next_personal.replace(self.personal)
-        if accepted and self.next_residual.exists():
-            self.next_residual.replace(self._folder / "residual")
-        self.next_residual.unlink(missing_ok=True)
+        for path, name in ((self.next_residual, "residual"), (self.next_kept, "kept")):
+            if accepted and path.exists():
+                path.replace(self._folder / name)
+            path.unlink(missing_ok=True)
         self.payload.unlink(missing_ok=True)
 
 

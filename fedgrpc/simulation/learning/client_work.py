@@ -24,6 +24,7 @@ from fedgrpc.simulation.learning.experiment import Learning
 from fedgrpc.storage.residual_file import ResidualWriter
 from fedgrpc.trainer import EvalResult, Trainer, Weights, for_part, local_examples
 from fedgrpc.v1 import aggregator_pb2
+from fedgrpc.worker.algorithm_work import algorithm_for
 from fedgrpc.worker.held_model import HeldModel
 from fedgrpc.worker.task_loader import load_trainer
 from fedgrpc.worker.throttle import Throttle
@@ -40,6 +41,7 @@ from fedgrpc.worker.training import (
 from fedgrpc.worker.update import (
     Began,
     Outcome,
+    kept_writer,
     load_personal_layers,
     personal_layers_writer,
     update_of,
@@ -87,7 +89,6 @@ class TaskFacts:
     parts: frozenset[str]
     batch_size: int
     examples: tuple[int, ...]
-    held_out: tuple[int, ...]
 
 
 class ClientWorker:
@@ -136,7 +137,6 @@ class ClientWorker:
             parts_of(self._whole),
             int(getattr(self._whole, "batch_size", 0) or 32),
             tuple(0 if each is None else each.count for each in counts),
-            tuple(0 for _ in counts),
         )
 
     def perform(self, work: ClientWork) -> ClientResult:
@@ -167,7 +167,8 @@ class ClientWorker:
             return load_personal_layers(weights, files.personal, work.run_id, task.is_personal)
 
         with fitting(task):
-            outcome = _local_work(trainer, task, given)
+            kept = files.kept(work.run_id).tensors if algorithm_for(task).keeps else {}
+            outcome = _local_work(trainer, task, given, kept)
         layout = () if held is None else held.manifest.layout
         if work.left_s is not None:
             # A budget of bytes by the link asks how much time is left, by the clock of this process.
@@ -205,25 +206,27 @@ class ClientWorker:
             left.close()
         if keep := personal_layers_writer(outcome.weights or {}, work.run_id, task.is_personal):
             keep(files.next_personal)
+        if keep_state := kept_writer(outcome.kept, work.run_id):
+            keep_state(files.next_kept)
         for name in _LEFT_OUT:
             header.ClearField(name)
         return header
 
 
-def _local_work(trainer: Trainer, task: Task, given: Callable[[bool], Weights]) -> Outcome:
+def _local_work(trainer: Trainer, task: Task, given: Callable[[bool], Weights], kept: Weights) -> Outcome:
     """Do the local work of a task as `TrainerWork` does, in this thread."""
     hooks = Hooks(threading.Event(), _unheard, Throttle())
     if task.kind is TaskKind.INITIALIZE:
-        return initialize(trainer)
+        return initialize(trainer, task)
     scores: EvalResult | None = None
     on_access = reads_on_access(trainer)
     if task.kind is TaskKind.EVALUATE or task.evaluate:
-        scores = evaluate(trainer, given(on_access), hooks)
+        scores = evaluate(trainer, given(on_access), hooks, task, kept)
     if task.kind is TaskKind.EVALUATE:
         if scores is None:
             raise TaskError("there is no held-out data on this device to score the model on")
         return Outcome(None, scores.example_count, scores=scores)
-    return train(trainer, given(on_access), task, hooks, scores)
+    return train(trainer, given(on_access), task, hooks, scores, kept)
 
 
 def _unheard(progress: float) -> None:
