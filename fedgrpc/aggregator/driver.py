@@ -208,6 +208,7 @@ class Driver:
             if run.phase is RunPhase.PAUSED and run.current.state.phase is RoundPhase.SELECTING:
                 await self._upkeep.until(None)
                 continue
+            # Before the look: what comes while it is looked at is news for the wait that follows.
             coordinator.wake.clear()
             looked_at = coordinator.clock()
             if wants_workers(run.current.state):
@@ -291,6 +292,7 @@ class Driver:
 
     async def _after_round(self) -> None:
         coordinator, ended = self._coordinator, self._run.current
+        # Effects of a round that is over: an operator may have ended it between a `Select` and its answer.
         coordinator.effects.clear()
         coordinator.apply(RoundEnded(time.time()))
         dropped = [effect.dropped for effect in coordinator.effects if isinstance(effect, Drop)]

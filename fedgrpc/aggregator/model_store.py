@@ -84,6 +84,7 @@ class ModelStore:
 
         Raises as `open` too.
         """
+        # Both: the optimizer steps from this state, and a damaged one would spoil every later version.
         check_as_written(self.open(version))
         if (state := self.open_optimizer_state(version)) is not None:
             check_as_written(state)

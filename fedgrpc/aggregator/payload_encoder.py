@@ -104,7 +104,7 @@ class EncodedModel:
 
     @cached_property
     def header(self) -> bytes:
-        """The first message of its stream, serialized."""
+        """First message of its stream, serialized once for all who pull it."""
         manifest = manifest_to_proto(self.manifest)
         header = ModelHeader(
             version=self.version, manifest=manifest, base_version=self.base_version, held_crc32=self.held_crc32
@@ -122,6 +122,7 @@ class PayloadEncoder:
         self._find_channels = find_channels
         # Sizes of the whole models, by recipe and sub-model: a difference has to be worth its bytes.
         self._whole_bytes: dict[tuple[Recipe, str], int] = {}
+        # Part of each file's name: while an old payload of a version is read a new one may be written.
         self._numbers = count(1)
 
     def encode(self, variant: Variant) -> EncodedModel | None:
@@ -170,12 +171,13 @@ class PayloadEncoder:
             and _is_raw(variant.recipe, layout)
             and model.tensors_sha256
         ):
-            # The tensors in the model's file are their own raw payload.
+            # The tensors in the model's file are their own raw payload: no copy, and nothing to encode.
             entries = tuple(TensorEntry(spec, Raw(), spec.nbytes) for spec in layout)
             manifest = Manifest(entries, "none", (), sum(spec.nbytes for spec in layout), model.tensors_sha256)
             payload = _open_payload(model.path, model.tensors_start, manifest.size_bytes)
             return EncodedModel(variant.version, manifest, payload)
         recipe = variant.recipe.for_layout(model.layout)
+        # Weights that the device prunes or clusters anyway need not travel.
         if not variant.reduction.nothing:
             reducible = [spec for spec in layout if spec.is_trained and spec.is_float]
             tensors = ReducedTensors(tensors, variant.reduction, {spec.name for spec in reducible})
@@ -191,6 +193,7 @@ class PayloadEncoder:
     def _source(self, variant: Variant) -> tuple[ModelFile, Layout, Mapping[str, Array]]:
         """Return a version's file, with layout and tensors of the sub-model. Raises as `get`."""
         model = self._models.open(variant.version)
+        # Read whole before it is encoded: damage would otherwise reach every device under a valid digest.
         check_as_written(model)
         kept_channels = self._find_channels(variant.sub_model, variant.version)
         tensors = ModelTensors(model)
@@ -228,6 +231,7 @@ def _write(source: PayloadSource, recipe: Recipe, file: BinaryIO, bases: DeltaBa
         return write(recipe)
     except EncodeError as error:
         log.warning("model sent as it is", version=source.version, recipe=str(recipe), reason=str(error))
+    # Some tensors were written before the one that the recipe cannot hold.
     file.seek(0)
     file.truncate()
     return write(Recipe(Raw(), compression=recipe.compression))

@@ -90,6 +90,7 @@ class RunShell:
         Nothing is waited for in between, or a second try would store it twice.
         """
         await store(self.machine.foresee(event, self.clock()))
+        # Events that came meanwhile may forbid it: then it raises, and a restart finds what was stored.
         self.apply(event)
 
     def on_task_closed(self, call: Callable[[str, str], None]) -> None:
@@ -98,6 +99,7 @@ class RunShell:
 
     def _carry_out(self, effect: Effect) -> None:
         match effect:
+            # The driver needs time for its effects: it gets them in order, and everybody else at once.
             case Offer(worker=name):
                 self.fleet.wake(name)
             case TaskClosed(token, reason):

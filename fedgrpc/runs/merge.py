@@ -153,6 +153,7 @@ class Weighing:
         """Return the weight of a claimed count of examples."""
         if self.max_examples is None:
             return float(claimed)
+        # A mean may weigh as much as the updates in it could, each at its own limit.
         return float(min(claimed, self.max_examples * self.workers(report)))
 
     def workers(self, report: Report) -> int:
@@ -170,6 +171,7 @@ class Weighing:
         most = math.ceil((self.plan.epochs or 1.0) * examples)
         most = min(most, self.plan.max_steps) if self.plan.max_steps else most
         if report.merged_updates:
+            # What steps amount to grows with their number, so the most steps give the bound.
             bound = self._accumulated(max(1, most))
             if not 1 <= report.accumulated_steps <= bound * _SLACK:
                 told = f"{report.accumulated_steps:g} accumulated steps are reported"
@@ -206,7 +208,7 @@ class Weighing:
                 scales = {
                     token: scale * clip_scale(norms[token], self.clip_norm) for token, scale in scales.items()
                 }
-            # FedBuff, arXiv 2106.06639.
+            # FedBuff, arXiv 2106.06639. Last, since it lowers whatever the algorithm made of an old update.
             scales = {
                 token: scale * staleness_scale(round_.state.tasks[token].staleness, self.staleness_exponent)
                 for token, scale in scales.items()
@@ -238,8 +240,10 @@ class Weighing:
     ) -> dict[str, float]:
         here = frozenset(workers.values())
         weights = {token: self.weight_of(kind, workers[token], report, here) for token, report in reports.items()}
+        # Not `<= 0`: a sum that is NaN is refused, too.
         if not sum(weights.values()) > 0:
             raise UpdateRefused("the weights of all accepted updates are zero")
+        # Shares of what all weigh, so after each is bounded by itself. The mean of a leaf counts as its workers.
         counts = {token: self.workers(report) for token, report in reports.items()}
         weights = shared(weights, workers, counts, self.max_share)
         # The sum of a leaf becomes a claim to its parent, which refuses what is above the range of claims.
@@ -266,6 +270,7 @@ class Weighing:
         holds the whole model, a fleet of narrow devices has a score, too. Scores of older versions, by
         carried-over tasks, are left out.
         """
+        # An update that weighs nothing has no say on the score either.
         counted = [token for token, weight in weights.items() if weight > 0]
         given = {token: round_.report(token) for token in counted if _is_given_base(round_, token)}
         scored = [token for token, report in given.items() if report.evaluation_metrics]
@@ -306,6 +311,7 @@ def shared(
     tokens: dict[str, list[str]] = {}
     for token in weights:
         tokens.setdefault(workers[token], []).append(token)
+    # `fsum` is exact, so that the result does not depend on the order of the updates.
     sums = {worker: math.fsum(weights[token] for token in its) for worker, its in tokens.items()}
     sizes = [max(counts[token] for token in its) for its in tokens.values()]
     factors = _factors(list(sums.values()), capped(list(sums.values()), max_share, sizes))
