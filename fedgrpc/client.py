@@ -230,7 +230,7 @@ class IdentityClient:
         await self._call("DeleteToken", identity_pb2.DeleteTokenRequest(id=token_id))
 
     async def audit_lines(self) -> AsyncIterator[bytes]:
-        """Yield the lines of the audit log, as they are in the file; `audit.verified` checks their seals."""
+        """Yield the lines of the audit log, as they are in the file; `audit.check_line` checks their seals."""
         request = identity_pb2.ReadAuditRequest()
         while answer := await self._call("ReadAudit", request):
             if not answer.lines:

@@ -30,7 +30,7 @@ from fedgrpc.runs.events import TasksGiven
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.runs.task_context import TaskContext
-from fedgrpc.storage.run_store import rows_of
+from fedgrpc.storage.task_rows import rows_of
 
 log = structlog.get_logger()
 

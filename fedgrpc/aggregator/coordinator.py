@@ -62,7 +62,8 @@ from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.merge import Weighing
 from fedgrpc.runs.rules import RunRules
 from fedgrpc.storage.data_folder import DataFolder
-from fedgrpc.storage.run_store import RunStore, StoredRun
+from fedgrpc.storage.run_store import RunStore
+from fedgrpc.storage.task_rows import StoredRun
 from fedgrpc.storage.uploads import UploadJournal
 
 log = structlog.get_logger()

@@ -32,7 +32,7 @@ from fedgrpc.runs.events import (
 from fedgrpc.runs.merge import Weighing
 from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.runs.task_context import LocalTask, Report, TaskContext
-from fedgrpc.storage.run_store import StoredRound, TaskRow
+from fedgrpc.storage.task_rows import StoredRound, TaskRow
 from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.submodels.cost import PlanChoice
 from fedgrpc.v1 import round_pb2

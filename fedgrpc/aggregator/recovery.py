@@ -37,7 +37,7 @@ from fedgrpc.runs.events import (
     VersionTaken,
 )
 from fedgrpc.storage.model_file import ModelFile, write_model
-from fedgrpc.storage.run_store import StoredRun
+from fedgrpc.storage.task_rows import StoredRun
 from fedgrpc.v1 import round_pb2
 from fedgrpc.v1.round_pb2 import TASK_KIND_INITIALIZE
 

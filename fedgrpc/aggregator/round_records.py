@@ -22,7 +22,8 @@ from fedgrpc.runs.evaluations import Evaluation
 from fedgrpc.runs.events import Evaluated, TargetMet, VersionKnown
 from fedgrpc.runs.merge import Scores
 from fedgrpc.runs.round_in_progress import RoundInProgress
-from fedgrpc.storage.run_store import RunStore, carried_rows, rows_of
+from fedgrpc.storage.run_store import RunStore
+from fedgrpc.storage.task_rows import carried_rows, rows_of
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 log = structlog.get_logger()

@@ -33,9 +33,8 @@ from fedgrpc.identity.certificates import key_pem, make_key, pem_of
 from fedgrpc.identity.folder import AUTHORITIES, AuthorityFile, check_private
 from fedgrpc.identity.identities import Identities
 from fedgrpc.identity.store import DATABASE, IdentityStore
-from fedgrpc.rpc.address import Address
+from fedgrpc.rpc.address import Address, local_address
 from fedgrpc.rpc.admission import Admission
-from fedgrpc.rpc.local_socket import local_address
 from fedgrpc.rpc.server import Service, identity_service
 from fedgrpc.rpc.server_tls import ServerTls, reloading_credentials
 from fedgrpc.storage.files import make_private, storage_errors

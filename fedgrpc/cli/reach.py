@@ -19,8 +19,8 @@ from fedgrpc.errors import CertificateStale, FedgrpcError, LinkError, UsageError
 from fedgrpc.identity.context import Context
 from fedgrpc.identity.folder import IDENTITY
 from fedgrpc.protocol.durations import duration_from_proto
+from fedgrpc.rpc.address import SOCKET, local_address
 from fedgrpc.rpc.channel import Tls
-from fedgrpc.rpc.local_socket import SOCKET, local_address
 
 Call = Callable[[Client, dict[str, Any]], Awaitable[None]]
 

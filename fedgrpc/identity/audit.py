@@ -20,7 +20,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -98,14 +98,6 @@ def check_line(line: bytes, after: Position) -> tuple[dict[str, Any], Position]:
     if seal != _seal(record, after.seal):
         raise CorruptError(f"line {after.count + 1}, or one before it, was changed")
     return record, Position(after.count + 1, seal)
-
-
-def verified(lines: Iterable[bytes]) -> Iterable[tuple[dict[str, Any], Position]]:
-    """Yield each record with the end of the log behind it. Raises `CorruptError` at the first broken seal."""
-    end = Position()
-    for line in lines:
-        record, end = check_line(line, end)
-        yield record, end
 
 
 def _end_of(line: bytes) -> Position:

@@ -9,20 +9,16 @@ operator's own, whose word on names and roles is taken. A member that is revoked
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from fedgrpc.errors import (
-    CertificateStale,
-    CorruptError,
     Exhausted,
     IllegalTransition,
     NameTaken,
     NotEnrolled,
     NotFound,
-    TokenRefused,
     UsageError,
     WrongIdentity,
 )
@@ -30,30 +26,23 @@ from fedgrpc.identity.certificates import (
     Authority,
     Certificate,
     PublicKey,
-    is_signed_by,
-    issuer_of,
-    join_name,
     key_of_request,
     key_sha256,
     load_certificate,
     pem_of,
     public_key_of,
-    uris_of,
 )
+from fedgrpc.identity.join_tokens import JoinTokens
 from fedgrpc.identity.members import Lives, Member, MemberState
-from fedgrpc.identity.roles import OPERATOR_ROLES, Identity, Role, checked_name, identity_from
+from fedgrpc.identity.roles import OPERATOR_ROLES, Identity, Role, checked_name
+from fedgrpc.identity.shown_certificates import ShownCertificates
 from fedgrpc.identity.store import IdentityStore
-from fedgrpc.identity.tokens import JoinToken, TokenRecord, find_token
+from fedgrpc.identity.tokens import JoinToken, TokenRecord
 
 MAX_MEMBERS: Final = 50_000
-# A server names all of its trust anchors in each handshake, where they have to fit into 64 KiB.
-MAX_TOKENS: Final = 200
 # The one that signs, and the one before it.
 MAX_AUTHORITIES: Final = 2
 _NAMED: Final = 5
-# A dead token is refused as such for this long.
-_KEEP_DEAD_S: Final = 30 * 86_400.0
-_KNOWN_CERTIFICATES: Final = 20_000
 # 2026-01-01, seconds since 1970: before the first of these aggregators.
 _EARLIEST: Final = 1_767_225_600.0
 
@@ -66,15 +55,6 @@ class Credentials:
     ca: bytes
     valid_for_s: float
     identity: Identity
-
-
-@dataclass(frozen=True)
-class _Shown:
-    """Content of a certificate whose signature is checked: a member's key, or the token of a new one."""
-
-    key_sha256: bytes = b""
-    authority: str = ""
-    token: str = ""
 
 
 class Identities:
@@ -92,17 +72,13 @@ class Identities:
         self._keep = keep
         # Newest first: that one signs, and all are trusted.
         self.authorities = tuple(authorities)
-        # Connections that began with certificates of these may be open still.
-        self._retired: list[Authority] = []
         # By key: the authority of the certificate that a member has shown, where the store knows an older one.
         self._moved: dict[bytes, str] = {}
         self._lives = lives or Lives()
         self._members = {member.name: member for member in store.members()}
         self._by_key = {member.key_sha256: member for member in self._members.values() if member.key_sha256}
-        # A token of a retired authority that was left here by a kill is no more.
-        names = {each.fleet for each in self.authorities}
-        self._tokens = {token.id: token for token in store.tokens() if not names or token.authority in names}
-        self._shown: dict[bytes, _Shown | Identity] = {}
+        self._tokens = JoinTokens(store, {each.fleet for each in self.authorities})
+        self._shown = ShownCertificates()
         # Counts changes of the trust anchors.
         self.anchors_revision = 0
 
@@ -120,14 +96,7 @@ class Identities:
             WrongIdentity: its bearer was revoked.
             NotApproved: its bearer waits for approval.
         """
-        # By its digest: whoever has a token can show certificates of any size.
-        digest = hashlib.sha256(certificate_pem).digest()
-        shown = self._shown.get(digest)
-        if shown is None:
-            shown = self._read(certificate_pem)
-            if len(self._shown) >= _KNOWN_CERTIFICATES:
-                del self._shown[next(iter(self._shown))]
-            self._shown[digest] = shown
+        shown = self._shown.read(certificate_pem, self.authorities, self._tokens.all())
         if isinstance(shown, Identity):
             if (member := self._members.get(shown.name)) is not None:
                 member.check(now, renewing=True)
@@ -142,23 +111,6 @@ class Identities:
         member.check(now, renewing)
         return member.identity
 
-    def _read(self, pem: bytes) -> _Shown | Identity:
-        try:
-            certificate = load_certificate(pem)
-            if not self.authorities:
-                return identity_from(uris_of(certificate))
-            for authority in self.authorities:
-                if authority.has_issued(certificate):
-                    return _Shown(key_sha256(public_key_of(certificate)), authority.fleet)
-        except (CorruptError, UsageError) as error:
-            raise NotEnrolled(str(error)) from error
-        for token in self.tokens():
-            if issuer_of(certificate) == join_name(token.id) and is_signed_by(certificate, token.anchor):
-                return _Shown(token=token.id)
-        if any(authority.has_issued(certificate) for authority in self._retired):
-            raise CertificateStale("the authority of this connection's certificate was retired; connect again")
-        raise NotEnrolled("neither this aggregator's authority nor a join token has signed the certificate")
-
     def anchors(self) -> list[Certificate]:
         """Return the certificates whose signatures a server accepts."""
         own = [each.certificate for each in self.authorities]
@@ -170,7 +122,7 @@ class Identities:
 
     def tokens(self) -> list[TokenRecord]:
         """Return every token."""
-        return list(self._tokens.values())
+        return self._tokens.all()
 
     def member(self, name: str) -> Member:
         """Return a member. Raises `NotFound`."""
@@ -202,29 +154,13 @@ class Identities:
             needs_approval=needs_approval,
             authority=authority.fleet,
         )
-        self._make_room_for_token(now)
-        self._store.save(token=record)
-        self._tokens[record.id] = record
+        self._tokens.add(record, now)
         self._anchors_changed()
         return token
 
-    def _make_room_for_token(self, now: float) -> None:
-        dead = [each for each in self._tokens.values() if not each.is_live(now)]
-        old = [each.id for each in dead if now >= each.expires_at + _KEEP_DEAD_S]
-        if len(self._tokens) - len(old) >= MAX_TOKENS:
-            if not dead:
-                raise Exhausted(f"there are {MAX_TOKENS} join tokens; delete one with `fedgrpc token delete`")
-            old += [min(dead, key=lambda each: each.expires_at).id]
-        if old:
-            self._store.forget_tokens(*old)
-            for token_id in old:
-                self._tokens.pop(token_id, None)
-
     def delete_token(self, token_id: str) -> TokenRecord:
         """Remove a token, so that no device joins with it any more. Raises `NotFound` and `StorageError`."""
-        token = find_token(self._tokens, token_id)
-        self._store.forget_tokens(token_id)
-        del self._tokens[token_id]
+        token = self._tokens.delete(token_id)
         self._anchors_changed()
         return token
 
@@ -243,9 +179,7 @@ class Identities:
             WrongIdentity: this device was revoked, or is a member in another role.
             UsageError, Exhausted, StorageError.
         """
-        token = self._tokens.get(token_id)
-        if token is None:
-            raise TokenRefused(f"join token {token_id[:20]!r} was deleted; ask for a new one")
+        token = self._tokens.shown(token_id)
         self._check_clock(now)
         key = key_of_request(request)
         known = self._by_key.get(key_sha256(key))
@@ -260,7 +194,7 @@ class Identities:
             *(name, token.role, key_sha256(key), state, now, until, "", token.tags, token.id, self._newest().fleet)
         )
         self._store.save(member, token.used())
-        self._tokens[token.id] = token.used()
+        self._tokens.note(token.used())
         self._know(member)
         return self._credentials(member, key, now)
 
@@ -424,11 +358,9 @@ class Identities:
                 f"{name} is still needed by {', '.join(waiting[:_NAMED])}{more}, until they have renewed; with "
                 "--force they have to join again"
             )
-        self._retired.append(found)
+        self._shown.retire(found)
         self._set_authorities(tuple(each for each in self.authorities if each is not found))
-        ended = [each.id for each in self._tokens.values() if each.authority == name]
-        for token_id in ended:
-            del self._tokens[token_id]
+        ended = self._tokens.end_with(name)
         self._anchors_changed()
         self._store.forget_tokens(*ended)
         return found

@@ -23,7 +23,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedgrpc.errors import NotFound, TokenRefused, UsageError
+from fedgrpc.errors import TokenRefused, UsageError
 from fedgrpc.identity.certificates import Certificate, PrivateKey, make_join_anchor
 from fedgrpc.identity.roles import DEVICE_ROLES, EVALUATORS, Role, checked_name
 
@@ -155,10 +155,3 @@ class TokenRecord:
     def used(self) -> TokenRecord:
         """Return the record after one more device has joined."""
         return replace(self, uses_left=self.uses_left - 1)
-
-
-def find_token(tokens: dict[str, TokenRecord], token_id: str) -> TokenRecord:
-    """Return a token by its id. Raises `NotFound`."""
-    if token_id not in tokens:
-        raise NotFound(f"there is no join token {token_id[:20]!r}")
-    return tokens[token_id]

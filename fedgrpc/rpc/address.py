@@ -6,13 +6,21 @@ The rule: an address that cannot work is refused at once, with what to write ins
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from fedgrpc.errors import UsageError
 
+# Socket of an aggregator for operators on its host: file permissions decide who calls.
+SOCKET: Final = "operator.sock"
+# <sys/un.h> has 108 bytes for a path, and 104 on some systems.
+_LONGEST_BYTES: Final = 100
 _EXAMPLE: Final = "HOST:PORT, as in 192.168.1.10:50051"
 _URI: Final = re.compile(r"(dns|ipv4|ipv6):(?://[^/]*/)?(.+:.+)", re.DOTALL)
 _LABEL: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
@@ -139,3 +147,24 @@ def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return ipaddress.ip_address(host)
     except ValueError:
         return None
+
+
+@contextmanager
+def local_address(folder: Path) -> Iterator[str]:
+    """Yield the address of the socket in `folder`, to listen on or to dial while the block runs.
+
+    The path of a deep folder is too long for a socket, and then goes through a descriptor of the folder.
+    Raises `UsageError` when there is no such folder.
+    """
+    path = folder.absolute() / SOCKET
+    if len(os.fsencode(path)) <= _LONGEST_BYTES:
+        yield f"unix:{path}"
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(f"cannot use the folder {folder}: {error.strerror}") from error
+    try:
+        yield f"unix:/proc/self/fd/{descriptor}/{SOCKET}"
+    finally:
+        os.close(descriptor)

@@ -7,16 +7,14 @@ what operators read and what is stored cannot differ. Everything here blocks, an
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from fedgrpc import claims
 from fedgrpc.protocol.devices import bounded_registration
-from fedgrpc.protocol.plans import local_task_to_proto
 from fedgrpc.protocol.records import (
     history_from_bytes,
     history_to_bytes,
@@ -28,85 +26,13 @@ from fedgrpc.rounds.events import LossCause, TaskPhase
 from fedgrpc.rounds.history import Histories, WorkerHistory
 from fedgrpc.rounds.version import Jump, Version
 from fedgrpc.runs.events import EndReason, RunPhase
-from fedgrpc.runs.round_in_progress import RoundInProgress
-from fedgrpc.runs.task_context import LocalTask
 from fedgrpc.storage.database import Database, Row, database_errors
+from fedgrpc.storage.task_rows import TASK_COLUMNS, StoredRound, StoredRun, TaskRow
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, ModelVersion
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
-_TASK_COLUMNS = "token, round, slot, worker, phase, reason, staleness, chosen, local_model, loss_cause"
 _KEEP_TASKS_OF_ROUNDS = 8
-# Tokens name files: one that a damaged row gives must not name another folder's.
-_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-
-@dataclass(frozen=True)
-class StoredRun:
-    """State of the run, and the reason why it has ended or paused itself; `started_at` is wall time, seconds."""
-
-    id: str
-    name: str
-    phase: RunPhase
-    end_reason: EndReason
-    reason: str
-    started_at: float
-    paused_reason: str = ""
-
-
-@dataclass(frozen=True)
-class TaskRow:
-    """A task as it is stored; `local_model` is a serialized `fedgrpc.v1.LocalModel`."""
-
-    token: str
-    round: int
-    slot: int
-    worker: str
-    phase: TaskPhase
-    reason: str
-    staleness: int = 0
-    chosen: str = ""
-    local_model: bytes = b""
-    loss_cause: LossCause = LossCause.NONE
-
-
-def rows_of(round_: RoundInProgress) -> list[TaskRow]:
-    """Return the tasks of a round as they are stored."""
-    return [
-        TaskRow(
-            token,
-            round_.number,
-            task.slot,
-            task.worker,
-            task.phase,
-            task.reason,
-            task.staleness,
-            task.chosen,
-            _local_bytes(round_.local_task(token)),
-            task.loss_cause,
-        )
-        for token, task in round_.state.tasks.items()
-    ]
-
-
-def carried_rows(round_: RoundInProgress, now: float) -> list[TaskRow]:
-    """Return what is stored of the tasks that go over from a round that has ended into the one after it."""
-    after, _ = round_.following(round_.number + 1, round_.state.policy, round_.base_version, 0.0, now)
-    return rows_of(after)
-
-
-def _local_bytes(local: LocalTask) -> bytes:
-    return b"" if local.plain else local_task_to_proto(local).SerializeToString()
-
-
-@dataclass(frozen=True)
-class StoredRound:
-    """A round that a former process left unfinished; `deadline_at` is wall time, seconds."""
-
-    record: RoundRecord
-    aim: int
-    deadline_at: float
-    tasks: tuple[TaskRow, ...]
 
 
 class RunStore(Database):
@@ -323,15 +249,15 @@ class RunStore(Database):
 
     def tasks(self, number: int) -> list[TaskRow]:
         """Read the tasks of a round, by slot; those of rounds long past are gone."""
-        rows = self._all(f"SELECT {_TASK_COLUMNS} FROM tasks WHERE round = ? ORDER BY slot", number)
+        rows = self._all(f"SELECT {TASK_COLUMNS} FROM tasks WHERE round = ? ORDER BY slot", number)
         with database_errors(self.path):
-            return [_task_row(row) for row in rows]
+            return [TaskRow.of_row(row) for row in rows]
 
     def task(self, token: str) -> TaskRow | None:
         """Read the task of a token, if one of the last rounds had it."""
-        row = self._one(f"SELECT {_TASK_COLUMNS} FROM tasks WHERE token = ?", token)
+        row = self._one(f"SELECT {TASK_COLUMNS} FROM tasks WHERE token = ?", token)
         with database_errors(self.path):
-            return None if row is None else _task_row(row)
+            return None if row is None else TaskRow.of_row(row)
 
     def round(self, number: int | None = None) -> RoundRecord | None:
         """Read the record of a round; of the latest finished one when no number is given."""
@@ -381,14 +307,8 @@ class RunStore(Database):
 
     def _save_tasks(self, tasks: Iterable[TaskRow]) -> None:
         self._db.executemany(
-            f"INSERT OR REPLACE INTO tasks ({_TASK_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                (
-                    *(t.token, t.round, t.slot, t.worker, t.phase.value, t.reason, t.staleness, t.chosen),
-                    *(t.local_model, t.loss_cause.value),
-                )
-                for t in tasks
-            ),
+            f"INSERT OR REPLACE INTO tasks ({TASK_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (task.columns() for task in tasks),
         )
 
     def _save_histories(self, histories: Histories) -> None:
@@ -425,13 +345,3 @@ def _add(scores: MutableMapping[str, float], new: Mapping[str, float]) -> None:
     kept = dict(islice({**new, **scores}.items(), claims.METRICS)) | dict(new)
     scores.clear()
     scores.update(kept)
-
-
-def _task_row(row: Row) -> TaskRow:
-    token, number, slot, worker, phase, reason, staleness, chosen, local_model, cause = row
-    if not _TOKEN.fullmatch(token):
-        raise ValueError(f"a task has the token {token[:64]!r}")
-    return TaskRow(
-        *(token, number, slot, worker, TaskPhase(phase)),
-        *(reason, staleness, chosen, local_model, LossCause(cause)),
-    )

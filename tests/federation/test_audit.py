@@ -6,13 +6,14 @@ import threading
 import pytest
 
 from fedgrpc.errors import FedgrpcError, NotFound, TokenRefused, WrongIdentity
-from fedgrpc.identity.audit import AUDIT_FILE, verified
+from fedgrpc.identity.audit import AUDIT_FILE
 from fedgrpc.identity.folder import DeviceFolder
 from fedgrpc.identity.tokens import JoinToken
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, identity_pb2
 from fedgrpc.worker.enrolment import join
+from tests.support.audit_lines import verified
 from tests.support.hand_driven_device import PATIENCE_S, HandDrivenDevice
 from tests.support.joining import OUTSIDE, connected, identity_stub, joined, new_token, operator, revoke
 from tests.support.running_federation import running_aggregator

@@ -36,7 +36,8 @@ from fedgrpc.runs.events import EndReason, RunPhase
 from fedgrpc.simulation.fleet import DescribedFleet
 from fedgrpc.storage.model_file import ModelFile, ModelTensors, write_model
 from fedgrpc.storage.residual_file import read_residual, write_residual
-from fedgrpc.storage.run_store import RunStore, StoredRun, TaskRow
+from fedgrpc.storage.run_store import RunStore
+from fedgrpc.storage.task_rows import StoredRun, TaskRow
 from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.submodels.plan_table import PlanTable

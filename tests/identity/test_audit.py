@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgrpc.errors import CorruptError, UsageError
-from fedgrpc.identity.audit import AuditEntry, AuditLog, Position, sealed_line, verified
+from fedgrpc.identity.audit import AuditEntry, AuditLog, Position, sealed_line
+from tests.support.audit_lines import verified
 
 ENTRY = AuditEntry(1.7e9, "the admin 'alice'", "10.0.0.5:4711", "Identity/RevokeMember", {"name": "pi-7"})
 

@@ -23,6 +23,7 @@ from fedgrpc.errors import (
     WrongIdentity,
 )
 from fedgrpc.identity import identities as module
+from fedgrpc.identity import join_tokens, shown_certificates
 from fedgrpc.identity.certificates import (
     Authority,
     _common_name,
@@ -123,7 +124,7 @@ def test_a_token_that_was_deleted_or_never_was_opens_nothing(known):
 
 
 def test_tokens_are_bounded_and_dead_ones_make_room(known, monkeypatch):
-    monkeypatch.setattr(module, "MAX_TOKENS", 3)
+    monkeypatch.setattr(join_tokens, "MAX_TOKENS", 3)
     first = known.create_token(Role.TRAINER, NOW, 1.0)
     for _ in range(2):
         known.create_token(Role.TRAINER, NOW, 100.0)
@@ -277,11 +278,11 @@ def test_with_the_operator_s_own_authority_its_uris_count_and_names_can_be_revok
 
 
 def test_what_was_read_of_certificates_is_bounded(known, monkeypatch):
-    monkeypatch.setattr(module, "_KNOWN_CERTIFICATES", 3)
+    monkeypatch.setattr(shown_certificates, "MAX_KNOWN", 3)
     certificates = [joined(known, f"pi-{number}")[0] for number in range(6)]
     for certificate in certificates * 2:
         known.identify(certificate, NOW)
-    assert len(known._shown) <= 3
+    assert len(known._shown._known) <= 3
 
 
 def test_a_damaged_database_is_said_so(tmp_path):
@@ -307,7 +308,7 @@ def test_certificates_of_any_size_are_not_kept(known):
         alternative=[x509.DNSName("x" * 60 + f".{n}") for n in range(500)],
     )
     assert known.identify(pem_of(large), NOW).role is Role.JOINING
-    assert sum(len(each) for each in known._shown) < 100
+    assert sum(len(each) for each in known._shown._known) < 100
 
 
 def test_an_aggregator_that_starts_without_a_clock_issues_nothing_until_it_has_one(known):

@@ -11,7 +11,8 @@ from fedgrpc.rounds.history import Timing, WorkerHistory
 from fedgrpc.rounds.version import Version
 from fedgrpc.runs.events import EndReason, RunPhase
 from fedgrpc.storage.database import SCHEMA_VERSION
-from fedgrpc.storage.run_store import RunStore, StoredRun, TaskRow
+from fedgrpc.storage.run_store import RunStore
+from fedgrpc.storage.task_rows import StoredRun, TaskRow
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, ROUND_PHASE_REPORTING, Round
 

@@ -7,8 +7,8 @@ from google.protobuf.duration_pb2 import Duration
 from fedgrpc.identity.certificates import make_request
 from fedgrpc.identity.folder import DeviceFolder
 from fedgrpc.identity.tokens import JoinToken
+from fedgrpc.rpc.address import local_address
 from fedgrpc.rpc.channel import Tls, open_channel
-from fedgrpc.rpc.local_socket import local_address
 from fedgrpc.v1 import identity_pb2 as pb
 from fedgrpc.v1 import identity_pb2_grpc
 from fedgrpc.worker.enrolment import join, joined_tls

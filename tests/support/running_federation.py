@@ -9,8 +9,8 @@ from safetensors.numpy import load_file, save_file
 from fedgrpc.aggregator.server import Aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.rpc.address import local_address
 from fedgrpc.rpc.channel import open_channel
-from fedgrpc.rpc.local_socket import local_address
 from fedgrpc.rpc.retry import Backoff
 from fedgrpc.trainer import EvalResult, TrainResult
 from fedgrpc.v1 import aggregator_pb2 as pb
