@@ -16,7 +16,7 @@ PURE_TESTS := $(wildcard $(addprefix tests/,test_architecture.py test_claims.py 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo check test test-pure simulate fuzz faults soak load bench-niid images deploy-test fleet lint format protos settings lock sbom clean
+.PHONY: help venv demo check test test-pure test-extras simulate fuzz faults soak load bench-niid images deploy-test fleet lint format protos settings lock sbom clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -40,6 +40,10 @@ test-pure: $(INSTALLED)
 
 test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-extras: $(INSTALLED)  ## run the tests of extras: the page, with a browser where chromium is installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test-extras]'
+	$(BIN)/python -m pytest -m extras -rs $(ARGS)
 
 simulate: $(INSTALLED)  ## play rounds in simulated worlds full of faults: make simulate SEEDS=10000
 	$(BIN)/python -m tools.simulate_rounds --seeds $(or $(SEEDS),1000) $(ARGS)

@@ -161,6 +161,10 @@ class Client:
                 whole.ClearField("accepted_left_out")
                 return whole
 
+    async def round(self, number: int) -> Round:
+        """Return a round with all of its tasks. Raises `NotFound`."""
+        return await self._whole(Round(number=number))
+
     async def watch(self, max_rate_hz: float = 0.0) -> AsyncIterator[pb.WatchRoundsResponse]:
         """Yield the run and its current round each time they change, until the run ends."""
         request = pb.WatchRoundsRequest(max_rate_hz=max_rate_hz, run=self.run_name)
@@ -229,9 +233,9 @@ class IdentityClient:
         """Let nobody join with a token any more."""
         await self._call("DeleteToken", identity_pb2.DeleteTokenRequest(id=token_id))
 
-    async def audit_lines(self) -> AsyncIterator[bytes]:
-        """Yield the lines of the audit log, as they are in the file; `audit.check_line` checks their seals."""
-        request = identity_pb2.ReadAuditRequest()
+    async def audit_lines(self, offset: int = 0) -> AsyncIterator[bytes]:
+        """Yield the lines of the audit log from an offset on, as they are; `audit.check_line` checks their seals."""
+        request = identity_pb2.ReadAuditRequest(offset=offset)
         while answer := await self._call("ReadAudit", request):
             if not answer.lines:
                 return

@@ -56,6 +56,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("aggregator", "worker"),
     },
     "client": {"errors", "rpc", "identity", "storage", "v1"},
+    "words": {"claims", "v1"},
+    "web": {"errors", "claims", "v1", "protocol", "identity", "storage", "rpc", "process", "client", "words"},
     "datasets": {"errors", "storage"},
     "torch": {"errors", "codec", "submodels", "algorithms", "datasets", "trainer", "worker"},
     "tasks": {"errors", "datasets", "torch", "trainer", "worker"},
@@ -68,6 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {
         *(*CORE, "trainer", "v1", "protocol", "rpc", "identity", "storage", "process", "logging", "metrics"),
         *("client", "aggregator", "worker", "hierarchy", "datasets", "tasks", "simulation", "toml"),
+        *("words", "web"),
     },
 }
 # Where torch may be imported; everything else runs on a machine without it.

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from fedgrpc.cli.view import round_line
 from fedgrpc.client import Client, connect
 from fedgrpc.errors import FedgrpcError, LinkError
 from fedgrpc.rpc.channel import open_channel
@@ -32,6 +31,7 @@ from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc
 from fedgrpc.v1.round_pb2 import Round
+from fedgrpc.words import round_line
 from tools.containers.breakage import aggregator_killed, device_killed, link_down, resumed_with_updates
 from tools.containers.devices import AGGREGATOR, Device, make_fleet
 from tools.containers.network import Link, Network, NetworkError

@@ -7,6 +7,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 
 import structlog
@@ -45,6 +46,8 @@ from fedgrpc.storage.uploads import UploadJournal
 log = structlog.get_logger()
 
 _HEALTH_INTERVAL_S = 1.0
+# What runs beside the server while it serves; it gets the address of the operators' socket.
+Beside = Callable[[Trust, str], AbstractAsyncContextManager[object]]
 
 
 class Aggregator:
@@ -56,8 +59,10 @@ class Aggregator:
         metrics: Metrics | None = None,
         rounds: Rounds = OwnRounds,
         identity_dir: Path | None = None,
+        beside: Beside = lambda trust, address: nullcontext(),
     ) -> None:
         """`identity_dir` is the folder of members and keys; None: one in the data folder."""
+        self._beside = beside
         self._settings = settings
         self._identity_dir = identity_dir or settings.data_dir / IDENTITY_FOLDER
         self._rounds = rounds
@@ -111,6 +116,7 @@ class Aggregator:
                         grace_s=settings.drain_s,
                         options=[("grpc.max_receive_message_length", service.max_message_bytes)],
                     ) as server,
+                    self._beside(trust, local_address),
                 ):
                     self.port = server.port
                     await self._serve(driver, server, folder, ready)
@@ -197,12 +203,13 @@ async def run_aggregator(
     *,
     ready: Callable[[int], None] | None = None,
     metrics: Metrics | None = None,
+    beside: Beside = lambda trust, address: nullcontext(),
 ) -> int:
     """Run an aggregator to its end; the exit code. In the main thread, SIGTERM and SIGINT drain it.
 
     Raises: as `Aggregator.run`.
     """
-    aggregator = Aggregator(settings, metrics)
+    aggregator = Aggregator(settings, metrics, beside=beside)
     with on_end_signal(aggregator.stop):
         return await aggregator.run(ready)
 

@@ -88,7 +88,7 @@ class Trust:
 
     def __init__(self, settings: AggregatorSettings, folder: Path, clock: Clock = time.time) -> None:
         """Open the folder, and make the authority if one is needed. Raises `UsageError` and `StorageError`."""
-        self._folder = folder
+        self.folder = folder
         self.clock = clock
         with storage_errors(folder):
             make_private(folder)
@@ -131,7 +131,7 @@ class Trust:
         with ExitStack() as stack:
             stack.callback(self.audit.close)
             stack.callback(self.identities.close)
-            address = stack.enter_context(local_address(self._folder))
+            address = stack.enter_context(local_address(self.folder))
             watching = asyncio.create_task(self._watch())
             try:
                 yield address

@@ -16,6 +16,7 @@ from fedgrpc.aggregator.server import run_aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings, Target
 from fedgrpc.cli.connection import FILE, tls_settings
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
+from fedgrpc.cli.page import PAGE_SETTINGS, page_beside
 from fedgrpc.cli.process import LOGS, begin, join_token, server_tls
 from fedgrpc.cli.values import DURATION, ROUNDS, SIZE, NamedValues, read_file
 from fedgrpc.errors import UsageError
@@ -60,6 +61,7 @@ SETTINGS: list[Setting] = [
         type=click.Path(path_type=Path, dir_okay=False),
     ),
     _place("--metrics-address", "Serve Prometheus metrics on this address.", metavar="HOST:PORT"),
+    *PAGE_SETTINGS,
     _model("--task", "Learning task for workers started without one.", name="learning_task", metavar="REF"),
     _model("--model", "Model name for workers started without one.", metavar="NAME"),
     _model("--initial-model", "Safetensors file to start from; without: a worker's untrained model.", type=FILE),
@@ -340,8 +342,13 @@ def _run(**values: Any) -> int:
         ready = _port_writer(values["port_file"])
         upstream = upstream_from(values, settings.data_dir)
         if upstream is not None:
+            if values["web_address"] is not None:
+                raise UsageError(
+                    "--web-address is for the parent: the page of a leaf would show a part of each round"
+                )
             return asyncio.run(run_leaf(settings, upstream, ready=ready, metrics=metrics))
-        return asyncio.run(run_aggregator(settings, ready=ready, metrics=metrics))
+        beside = page_beside(values, settings)
+        return asyncio.run(run_aggregator(settings, ready=ready, metrics=metrics, beside=beside))
 
 
 def _port_writer(path: Path | None) -> Callable[[int], None] | None:

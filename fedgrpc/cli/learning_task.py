@@ -17,12 +17,12 @@ import click
 from fedgrpc.aggregator.first_model import complaint
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand
 from fedgrpc.cli.values import NamedValues
-from fedgrpc.cli.view import size
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.protocol.tasks import Registration
 from fedgrpc.storage.model_file import write_model
 from fedgrpc.trainer import TaskSetup, Trainer, Weights
+from fedgrpc.words import size
 from fedgrpc.worker.guarded_trainer import first_weights
 from fedgrpc.worker.task_loader import load_trainer
 

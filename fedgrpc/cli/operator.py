@@ -19,12 +19,12 @@ from fedgrpc.claims import printable
 from fedgrpc.cli.connection import FILE
 from fedgrpc.cli.options import Declare, SettingsCommand
 from fedgrpc.cli.reach import client_command, reach_settings, reached
-from fedgrpc.cli.view import run_line
 from fedgrpc.client import Client
 from fedgrpc.errors import CorruptError
 from fedgrpc.identity.audit import Position, check_line
 from fedgrpc.storage.files import storage_errors
 from fedgrpc.v1.aggregator_pb2 import Run
+from fedgrpc.words import run_line
 
 Steer = Callable[[Client, dict[str, Any]], Awaitable[Run]]
 

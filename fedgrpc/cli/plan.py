@@ -21,13 +21,14 @@ from fedgrpc.cli.options import AS_JSON, Declare, Setting, SettingsCommand
 from fedgrpc.cli.planning import FleetSnapshot, PlannedDevice, PlannedModel, PlanRequest, fleet_snapshot, measured
 from fedgrpc.cli.reach import reach_settings, reached
 from fedgrpc.cli.values import DURATION, RATE, SIZE, read_file
-from fedgrpc.cli.view import piped_console, print_table, seconds, size
+from fedgrpc.cli.view import piped_console, print_table
 from fedgrpc.errors import UsageError
 from fedgrpc.submodels.cost import DeviceLimits, Observation, Prediction, misfit, predict
 from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.submodels.technique_cost import saves_nothing
 from fedgrpc.trainer import Trainer, activation_bytes, full_width_tensors
+from fedgrpc.words import seconds, size
 from fedgrpc.worker.device import resident_bytes
 
 LADDER: Final = (LocalModelPlan(), LocalModelPlan(0.5), LocalModelPlan(0.25))

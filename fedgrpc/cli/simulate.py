@@ -22,11 +22,12 @@ from fedgrpc import toml
 from fedgrpc.cli.as_json import json_text
 from fedgrpc.cli.options import AS_JSON, Declare, SettingsCommand
 from fedgrpc.cli.values import read_file
-from fedgrpc.cli.view import piped_console, print_table, seconds, size
+from fedgrpc.cli.view import piped_console, print_table
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.simulation.fleet import DescribedFleet, FleetVariant
 from fedgrpc.simulation.fleet_result import FleetResult
 from fedgrpc.simulation.fleet_run import FleetRun
+from fedgrpc.words import seconds, size
 
 # Index of its variant, and the process that simulates it.
 Child = tuple[int, BaseProcess]

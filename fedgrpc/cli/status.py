@@ -28,16 +28,7 @@ from fedgrpc.cli.options import AS_JSON, Declare, SettingsCommand
 from fedgrpc.cli.reach import reach_settings, reached
 from fedgrpc.cli.tables import links_table, live_view, predictions_table, rounds_table, workers_table
 from fedgrpc.cli.values import DURATION
-from fedgrpc.cli.view import (
-    SETTLED,
-    piped_console,
-    print_table,
-    round_line,
-    round_phase,
-    run_line,
-    run_phase,
-    scored_line,
-)
+from fedgrpc.cli.view import piped_console, print_table
 from fedgrpc.client import Client
 from fedgrpc.errors import LinkError, UsageError
 from fedgrpc.protocol.records import version_to_proto
@@ -47,6 +38,7 @@ from fedgrpc.storage.run_store import RunStore
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase, WorkerRecord
 from fedgrpc.v1.round_pb2 import Round
+from fedgrpc.words import SETTLED, round_line, round_phase, run_line, run_phase, scored_line
 
 _show = Declare("What to show")
 # The last round may be an evaluation round or abandoned, and have no predictions.

@@ -14,7 +14,12 @@ from rich.text import Text
 
 from fedgrpc.aggregation.noise import say
 from fedgrpc.claims import printable
-from fedgrpc.cli.view import (
+from fedgrpc.protocol.plans import local_model_plan_from_proto
+from fedgrpc.protocol.records import prediction_errors
+from fedgrpc.v1.aggregator_pb2 import Run, WorkerRecord, WorkerState
+from fedgrpc.v1.device_pb2 import WorkerRole
+from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskPhase, TaskRecord
+from fedgrpc.words import (
     ACCEPTED,
     LOST,
     first_failure,
@@ -29,11 +34,6 @@ from fedgrpc.cli.view import (
     task_phase,
     warnings,
 )
-from fedgrpc.protocol.plans import local_model_plan_from_proto
-from fedgrpc.protocol.records import prediction_errors
-from fedgrpc.v1.aggregator_pb2 import Run, WorkerRecord, WorkerState
-from fedgrpc.v1.device_pb2 import WorkerRole
-from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskPhase, TaskRecord
 
 _STYLES: Mapping[int, str] = {
     TaskPhase.TASK_PHASE_OFFERED: "dim",

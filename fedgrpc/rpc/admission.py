@@ -21,6 +21,7 @@ from fedgrpc.errors import FedgrpcError, NotApproved, NotEnrolled, StorageError,
 from fedgrpc.identity.access import AUDITED, check_call
 from fedgrpc.identity.audit import OK, AuditEntry, AuditLog
 from fedgrpc.identity.roles import LOCAL, Identity, Role
+from fedgrpc.rpc.behalf import Behalf
 from fedgrpc.rpc.identity import peer_of
 
 # The one call for which a certificate past its life will do.
@@ -140,13 +141,16 @@ class Admission:
     def _entry(self, context: Any, method: str, facts: dict[str, str], result: str) -> AuditEntry:
         who = "an unknown caller" if caller() is _NOBODY else str(caller())
         what = method.removeprefix("/").removeprefix("fedgrpc.v1.")
-        return AuditEntry(self._clock(), who, peer_of(context), what, facts, result)
+        behalf = Behalf.of(context)
+        peer = peer_of(context) if behalf is None else f"{behalf.peer} through the page"
+        return AuditEntry(self._clock(), who, peer, what, facts, result)
 
     @contextmanager
     def _admitted(self, context: Any, method: str) -> Iterator[None]:
         certificate = b""
-        if self._identify is not None and _is_tls(context):
-            certificate = shown_certificate(context)
+        behalf = Behalf.of(context)
+        if self._identify is not None and (behalf is not None or _is_tls(context)):
+            certificate = shown_certificate(context) if behalf is None else behalf.certificate
             identity = self._identify(certificate, method == _RENEW)
             _CALLER.set(identity)
             check_call(identity, method)

@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from fedgrpc.cli.tables import live_view, rounds_table, task_table, workers_table
-from fedgrpc.cli.view import round_line, run_line
 from fedgrpc.v1.aggregator_pb2 import Run, WorkerRecord
 from fedgrpc.v1.device_pb2 import DeviceProfile
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskPhase, TaskRecord
+from fedgrpc.words import round_line, run_line
 
 HOSTILE = "[/x] [bold red]red[/] \x1b]0;PWNED\x07\x1b[2J \u202eevil"
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import structlog
 
-from fedgrpc.cli.view import round_line
 from fedgrpc.errors import TaskUnfit, UsageError
 from fedgrpc.trainer import EvalResult, TrainResult
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import tensor_pb2
+from fedgrpc.words import round_line
 from tests.support.hand_driven_device import PATIENCE_S, chunks, encoded, refused
 from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
 

@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from fedgrpc.cli.tables import rounds_table
-from fedgrpc.cli.view import run_line
 from fedgrpc.errors import UsageError
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import round_pb2
+from fedgrpc.words import run_line
 from tests.federation.test_data_folder import fails_to_start
 from tests.support.hand_driven_device import MODEL, PATIENCE_S, HandDrivenDevice, refused, update_of
 from tests.support.processes import aggregator_process

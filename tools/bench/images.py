@@ -15,8 +15,8 @@ from datetime import datetime
 from pathlib import Path
 
 from fedgrpc.cli.health import health_of
-from fedgrpc.cli.view import size
 from fedgrpc.rpc.server import AGGREGATOR as SERVICE
+from fedgrpc.words import size
 from tools.containers.devices import AGGREGATOR
 from tools.containers.network import Network
 from tools.containers.podman import AGGREGATOR_IMAGE, WORKER_IMAGE, Container, podman, why_not

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fedgrpc.cli.view import size
 from fedgrpc.protocol.plans import local_model_plan_from_proto
 from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind, TaskPhase, TaskRecord
+from fedgrpc.words import size
 from tools.containers.podman import Container
 
 # (round, worker): one accepted update.

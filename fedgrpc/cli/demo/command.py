@@ -34,12 +34,13 @@ from fedgrpc.cli.demo.report import (
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
 from fedgrpc.cli.tables import task_table
 from fedgrpc.cli.values import DURATION
-from fedgrpc.cli.view import piped_console, print_table, round_line, scores
+from fedgrpc.cli.view import piped_console, print_table
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.datasets.partition import PARTITIONS
 from fedgrpc.errors import UsageError
 from fedgrpc.v1.aggregator_pb2 import Run
 from fedgrpc.v1.round_pb2 import Round
+from fedgrpc.words import round_line, scores
 from fedgrpc.worker.task_loader import find_task, takes
 
 

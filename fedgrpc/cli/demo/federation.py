@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from fedgrpc.cli.demo.processes import Device, Processes
-from fedgrpc.cli.view import SETTLED, first_failure, round_line
 from fedgrpc.client import Client, connect
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.v1.aggregator_pb2 import Run, RunPhase
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind, TaskPhase
+from fedgrpc.words import SETTLED, first_failure, round_line
 
 _WATCH_HZ: Final = 20.0
 _RECENT: Final = 5

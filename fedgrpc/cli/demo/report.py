@@ -12,10 +12,10 @@ from rich.table import Table
 
 from fedgrpc.cli.as_json import plain
 from fedgrpc.cli.demo.processes import Scores
-from fedgrpc.cli.view import size
 from fedgrpc.v1.aggregator_pb2 import Run
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskKind, TaskPhase, TaskRecord
 from fedgrpc.v1.tensor_pb2 import Dtype
+from fedgrpc.words import size
 
 _ITEM_BYTES = {
     **{Dtype.DTYPE_FLOAT64: 8, Dtype.DTYPE_INT64: 8, Dtype.DTYPE_FLOAT32: 4, Dtype.DTYPE_INT32: 4},

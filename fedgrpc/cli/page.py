@@ -1,0 +1,68 @@
+"""Settings of the page of an aggregator, and its start beside the server; needs the packages of `fedgrpc[web]`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from fedgrpc.aggregator.server import Beside
+from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.aggregator.trust import Trust
+from fedgrpc.cli.options import Declare, Setting
+from fedgrpc.errors import UsageError
+
+if TYPE_CHECKING:
+    from fedgrpc.web.page import PageSettings
+    from fedgrpc.web.tls import PageTls
+
+_page = Declare("The page (docs/guide/operate.md)")
+
+PAGE_SETTINGS: list[Setting] = [
+    _page(
+        "--web-address",
+        "Serve the page on this address: on loopback to everybody on this machine, elsewhere to operators with "
+        "certificates.",
+        default=None,
+        metavar="HOST:PORT",
+    ),
+    _page(
+        "--web-host",
+        "Further name under which browsers reach the page, as behind a proxy; repeat for each.",
+        name="web_hosts",
+        multiple=True,
+        default=(),
+        metavar="NAME",
+    ),
+]
+
+
+def page_beside(values: Mapping[str, Any], settings: AggregatorSettings) -> Beside:
+    """Return what serves the page beside an aggregator with these settings. Raises `UsageError`."""
+    if values["web_address"] is None:
+        if values["web_hosts"]:
+            raise UsageError("--web-host goes with --web-address HOST:PORT")
+        return lambda trust, address: nullcontext()
+    try:
+        from fedgrpc.web.page import PageSettings, serve_page
+    except ImportError as error:
+        raise UsageError(
+            f"--web-address needs the packages of fedgrpc[web]: pip install 'fedgrpc[web]' ({error})"
+        ) from error
+    page = PageSettings(values["web_address"], tuple(values["web_hosts"]))
+
+    def beside(trust: Trust, address: str) -> AbstractAsyncContextManager[object]:
+        return serve_page(page, address, trust.folder, _tls(trust, settings, page))
+
+    return beside
+
+
+def _tls(trust: Trust, settings: AggregatorSettings, page: PageSettings) -> PageTls | None:
+    """Return what the page listens with outside of this machine; None: nothing there says who calls."""
+    from fedgrpc.web.tls import AuthorityPageTls, FileTls
+
+    if settings.has_authority:
+        return AuthorityPageTls(trust.identities, page.hosts, trust.folder)
+    if settings.tls is not None and settings.tls.ca is not None:
+        return FileTls(settings.tls)
+    return None
