@@ -167,8 +167,9 @@ async def _pictures(url: str, to: Path, aggregator: Aggregator, rounds: int) -> 
 
     coordinator = aggregator.coordinator
     assert coordinator is not None
+    seen = -1
     while (last := coordinator.records.last) is None or last.number < rounds:
-        await asyncio.sleep(1.0)
+        seen = await coordinator.changes.wait(seen)
     # In the middle of a round.
     await asyncio.sleep(DEADLINE_S / 3)
     async with async_playwright() as playwright:

@@ -28,7 +28,6 @@ from fedgrpc.rpc.behalf import BehalfChannel
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.storage.files import storage_errors, write_file
 from fedgrpc.web.app import application
-from fedgrpc.web.guard import host_of
 from fedgrpc.web.listening import listening
 from fedgrpc.web.tls import SERVER_LIFE_S, PageTls, context_of
 from fedgrpc.web.visitors import CertifiedVisitors, LocalVisitors, Visitor, Visitors
@@ -58,7 +57,7 @@ class PageSettings:
         """Every name of the page, in lower case."""
         where = self.where
         own = (*_LOCAL_NAMES, where.host) if where.is_local else (where.host, socket.gethostname())
-        return tuple(dict.fromkeys(host_of(name) for name in (*own, *self.names) if name))
+        return tuple(dict.fromkeys(name.strip("[].").lower() for name in (*own, *self.names)))
 
 
 @asynccontextmanager

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
 from fedgrpc.client import Client
-from fedgrpc.errors import CorruptError, LinkError
+from fedgrpc.errors import CorruptError
 from fedgrpc.identity.audit import Position, check_line
-from fedgrpc.v1.aggregator_pb2 import RunSummary
 from fedgrpc.web.rounds import PastTask, RoundSummary, past_task, summary_of
 
 T = TypeVar("T")
@@ -75,18 +74,6 @@ class RoundHistory:
             for number in sorted(self._rounds)[:-KEPT_ROUNDS]:
                 del self._rounds[number]
             return [self._rounds[number] for number in sorted(self._rounds)]
-
-
-async def run_list(client: Client) -> Sequence[RunSummary]:
-    """Return every run, oldest first; of an aggregator that has no list, its one run."""
-    try:
-        return await client.runs()
-    except LinkError as error:
-        if "UNIMPLEMENTED" not in str(error):
-            raise
-    run = await client.run()
-    names = ("name", "id", "phase", "reason", "model_version", "current_round", "total_rounds", "started_at")
-    return [RunSummary(**{name: getattr(run, name) for name in names}, metrics=run.last.metrics)]
 
 
 async def past_tasks(client: Client, worker: str) -> list[PastTask]:

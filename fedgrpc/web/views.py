@@ -18,7 +18,7 @@ from fedgrpc.errors import FedgrpcError, NotFound, UsageError
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1.identity_pb2 import Member
 from fedgrpc.web.fleet import FleetQuery, fleet_page
-from fedgrpc.web.reading import AuditTail, Fresh, RoundHistory, past_tasks, run_list
+from fedgrpc.web.reading import AuditTail, Fresh, RoundHistory, past_tasks
 from fedgrpc.web.rendering import environment
 from fedgrpc.web.rounds import series_of
 from fedgrpc.web.visitors import Visitor, Visitors
@@ -82,7 +82,7 @@ class Views:
     async def runs(self, request: Request) -> Response:
         """List the runs."""
         visitor, client = self._visit(request)
-        values = {"runs": (await run_list(client))[::-1]}
+        values = {"runs": (await client.runs())[::-1]}
         return await self._page(request, "runs.html", visitor, client, values)
 
     async def run(self, request: Request) -> Response:
@@ -176,7 +176,7 @@ class Views:
         workers = await self._fleet.get(client)
         # In a thread: of ten thousand workers this takes a while, and rounds go on meanwhile.
         page = await asyncio.to_thread(fleet_page, workers, query)
-        runs = await run_list(client)
+        runs = await client.runs()
         newest = next((run for run in reversed(runs) if run.phase not in ENDED), runs[-1] if runs else None)
         run = await client.of(newest.name).run() if newest is not None else pb.Run()
         name = "fleet_rows.html" if request.query_params.get("part") == "rows" else "fleet.html"
@@ -191,7 +191,7 @@ class Views:
         if known is None and member is None:
             raise NotFound(f"no device is called {name[:80]!r}")
         # Only of the last runs: each takes a look at some hundred rounds.
-        runs = [client.of(run.name) for run in (await run_list(client))[-_RUNS_SHOWN:]] if known else []
+        runs = [client.of(run.name) for run in (await client.runs())[-_RUNS_SHOWN:]] if known else []
         values = {
             "name": name,
             "worker": known,
