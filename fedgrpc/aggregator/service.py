@@ -263,24 +263,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     async def ListRuns(
         self, request: pb.ListRunsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListRunsResponse:
-        run = self._run_message()
-        busy = len(self._run.leases)
-        summary = pb.RunSummary(
-            name=run.name,
-            id=run.id,
-            phase=run.phase,
-            reason=run.reason or run.paused_reason,
-            model_version=run.model_version,
-            current_round=run.current_round,
-            total_rounds=run.total_rounds,
-            started_at=run.started_at,
-            learning_task=self._settings.learning_task,
-            model=self._settings.model,
-            eligible_workers=sum(self._fleet.alive(worker, self._coordinator.clock()) for worker in self._fleet),
-            busy_workers=busy,
-            metrics=run.last.evaluator_metrics or run.last.metrics or run.best.metrics,
-        )
-        return pb.ListRunsResponse(runs=[summary])
+        return pb.ListRunsResponse(runs=[self._view.summary()])
 
     async def StopRun(self, request: pb.StopRunRequest, context: grpc.aio.ServicerContext) -> pb.StopRunResponse:
         await self._coordinator.stop(" ".join(request.reason.split())[:500])

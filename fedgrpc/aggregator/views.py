@@ -89,6 +89,25 @@ class RunView:
         run.started_at.FromNanoseconds(int(state.started_at * 1e9))
         return run
 
+    def summary(self) -> pb.RunSummary:
+        """Return the run as it stands in a list."""
+        run, now = self.run(), self._coordinator.clock()
+        return pb.RunSummary(
+            name=run.name,
+            id=run.id,
+            phase=run.phase,
+            reason=run.reason or run.paused_reason,
+            model_version=run.model_version,
+            current_round=run.current_round,
+            total_rounds=run.total_rounds,
+            started_at=run.started_at,
+            learning_task=self._settings.learning_task,
+            model=self._settings.model,
+            eligible_workers=sum(self._coordinator.fleet.alive(each, now) for each in self._coordinator.fleet),
+            busy_workers=len(self._run.leases),
+            metrics=run.last.evaluator_metrics or run.last.metrics or run.best.metrics,
+        )
+
     def _round_number(self) -> int:
         """Return the number of the round in progress, else of the last one; 0: there was none."""
         if self._run.round is not None:
