@@ -234,7 +234,7 @@ class IdentityClient:
         await self._call("DeleteToken", identity_pb2.DeleteTokenRequest(id=token_id))
 
     async def audit_lines(self, offset: int = 0) -> AsyncIterator[bytes]:
-        """Yield the lines of the audit log from an offset on, as they are; `audit.check_line` checks their seals."""
+        """Yield lines of the audit log from an offset on, as they are; `audit.check_line` checks their seals."""
         request = identity_pb2.ReadAuditRequest(offset=offset)
         while answer := await self._call("ReadAudit", request):
             if not answer.lines:

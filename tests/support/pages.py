@@ -4,7 +4,7 @@ from contextlib import asynccontextmanager
 
 import httpx
 
-from fedgrpc.rpc.local_socket import local_address
+from fedgrpc.rpc.address import local_address
 from fedgrpc.web.page import LINK, PageSettings, serve_page
 
 
