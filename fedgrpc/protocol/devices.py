@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
-from typing import Any
+from typing import Any, Final
 
 from fedgrpc import __version__, claims
 from fedgrpc.errors import UsageError
@@ -15,6 +15,8 @@ from fedgrpc.rounds.history import Timings
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.submodels.cost import DeviceLimits
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2, worker_pb2
+
+_MOST_LABELS: Final = 32
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class DeviceProfile:
     downlink_bits_per_second: int = 0
     on_battery: bool = False
     software_version: str = __version__
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> DeviceProfile:
         """Return this profile with the operator's values in place of measured ones.
@@ -43,7 +46,7 @@ class DeviceProfile:
         for name, value in overrides.items():
             if name not in known:
                 raise UsageError(f"a device has no {name!r}; it has {', '.join(known)}")
-            if type(value) is not known[name]:
+            if not isinstance(value, known[name]) or isinstance(value, bool) is not (known[name] is bool):
                 raise UsageError(f"the device's {name} must be of type {known[name].__name__}, not {value!r}")
             if isinstance(value, int) and value < 0:
                 raise UsageError(f"the device's {name} must not be negative")
@@ -79,6 +82,10 @@ def bounded_profile(message: device_pb2.DeviceProfile) -> device_pb2.DeviceProfi
         downlink_bits_per_second=claims.BITS_PER_SECOND.clamped(message.downlink_bits_per_second),
         on_battery=message.on_battery,
         software_version=claims.LABEL.cleaned(message.software_version),
+        labels={
+            claims.LABEL.cleaned(name): claims.LABEL.cleaned(message.labels[name])
+            for name in sorted(message.labels)[:_MOST_LABELS]
+        },
     )
 
 

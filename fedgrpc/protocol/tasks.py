@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Final
 
@@ -39,7 +39,10 @@ class WorkerRole(IntEnum):
 
 @dataclass(frozen=True)
 class Registration:
-    """The aggregator's answer to `Register`. Times in seconds, sizes in bytes."""
+    """The aggregator's answer to `Register`, or what holds for another of its runs. Seconds and bytes.
+
+    `run_id` "": the aggregator has no run of its own, and tells of each when it has work of it.
+    """
 
     run: str
     poll_wait_s: float
@@ -52,6 +55,7 @@ class Registration:
     run_id: str = ""
     describe_model: bool = False
     tell_channels: bool = False
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,21 @@ def registration_from_proto(message: aggregator_pb2.RegisterResponse) -> Registr
         run_id=message.run_id or message.run,
         describe_model=message.describe_model,
         tell_channels=message.tell_channels,
+        options=dict(message.options),
+    )
+
+
+def registration_of(known: Registration, terms: aggregator_pb2.RunTerms) -> Registration:
+    """Return what holds for the run of these terms with the aggregator that answered `known`."""
+    return replace(
+        known,
+        run=terms.run,
+        run_id=terms.run_id or terms.run,
+        learning_task=terms.learning_task,
+        model=terms.model,
+        describe_model=True,
+        tell_channels=terms.tell_channels,
+        options=dict(terms.options),
     )
 
 

@@ -57,7 +57,14 @@ class RegisterRequest(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., role: _Optional[_Union[_device_pb2.WorkerRole, str]] = ..., device: _Optional[_Union[_device_pb2.DeviceProfile, _Mapping]] = ..., encodings: _Optional[_Iterable[str]] = ..., compressions: _Optional[_Iterable[_Union[_tensor_pb2.Compression, str]]] = ..., local_model_parts: _Optional[_Iterable[str]] = ..., many_runs: _Optional[bool] = ...) -> None: ...
 
 class RegisterResponse(_message.Message):
-    __slots__ = ("run", "poll_wait", "heartbeat_interval", "lease", "max_chunk_bytes", "max_payload_bytes", "learning_task", "model", "run_id", "describe_model", "tell_channels")
+    __slots__ = ("run", "poll_wait", "heartbeat_interval", "lease", "max_chunk_bytes", "max_payload_bytes", "learning_task", "model", "run_id", "describe_model", "tell_channels", "options")
+    class OptionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     RUN_FIELD_NUMBER: _ClassVar[int]
     POLL_WAIT_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_INTERVAL_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +76,7 @@ class RegisterResponse(_message.Message):
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     DESCRIBE_MODEL_FIELD_NUMBER: _ClassVar[int]
     TELL_CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
     run: str
     poll_wait: _duration_pb2.Duration
     heartbeat_interval: _duration_pb2.Duration
@@ -80,7 +88,8 @@ class RegisterResponse(_message.Message):
     run_id: str
     describe_model: bool
     tell_channels: bool
-    def __init__(self, run: _Optional[str] = ..., poll_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., heartbeat_interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_chunk_bytes: _Optional[int] = ..., max_payload_bytes: _Optional[int] = ..., learning_task: _Optional[str] = ..., model: _Optional[str] = ..., run_id: _Optional[str] = ..., describe_model: _Optional[bool] = ..., tell_channels: _Optional[bool] = ...) -> None: ...
+    options: _containers.ScalarMap[str, str]
+    def __init__(self, run: _Optional[str] = ..., poll_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., heartbeat_interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_chunk_bytes: _Optional[int] = ..., max_payload_bytes: _Optional[int] = ..., learning_task: _Optional[str] = ..., model: _Optional[str] = ..., run_id: _Optional[str] = ..., describe_model: _Optional[bool] = ..., tell_channels: _Optional[bool] = ..., options: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class RunTerms(_message.Message):
     __slots__ = ("run", "run_id", "learning_task", "model", "options", "tell_channels")
