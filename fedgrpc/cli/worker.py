@@ -97,7 +97,16 @@ SETTINGS: list[Setting] = [
     _device(
         "--profile",
         "Report this in place of the detected value, as in cpu_cores=2; repeat for each of "
-        + ", ".join(field.name for field in fields(DeviceProfile)),
+        + ", ".join(field.name for field in fields(DeviceProfile) if field.name != "labels"),
+        type=NamedValues(),
+        multiple=True,
+        default=(),
+        metavar="NAME=VALUE",
+    ),
+    _device(
+        "--label",
+        "Label of this device, by which runs may choose it, as in site=north; repeat for each.",
+        name="labels",
         type=NamedValues(),
         multiple=True,
         default=(),
@@ -196,8 +205,12 @@ def _profile_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     if values["device_class"] is not None:
         overrides["device_class"] = values["device_class"]
+    if values["labels"]:
+        overrides["labels"] = dict(values["labels"])
     kinds = typing.get_type_hints(DeviceProfile)
     for name, text in values["profile"]:
+        if name == "labels":
+            raise UsageError("labels are given with --label NAME=VALUE")
         overrides[name] = _parse_field(name, kinds.get(name, str), text)
     return overrides
 
