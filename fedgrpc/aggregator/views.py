@@ -23,7 +23,7 @@ from fedgrpc.aggregator.registry import Worker
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import Exhausted
 from fedgrpc.protocol.durations import duration_to_proto
-from fedgrpc.protocol.policies import policy_to_proto
+from fedgrpc.protocol.plans import policy_to_proto
 from fedgrpc.protocol.records import version_to_proto
 from fedgrpc.protocol.tensors import layout_to_proto
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES

@@ -21,8 +21,7 @@ from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.process import forget_peak_memory, peak_memory_bytes
 from fedgrpc.protocol.devices import device_from_proto
-from fedgrpc.protocol.plans import local_model_plan_from_proto, plan_table_from_proto
-from fedgrpc.protocol.policies import policy_from_proto
+from fedgrpc.protocol.plans import local_model_plan_from_proto, plan_table_from_proto, policy_from_proto
 from fedgrpc.protocol.records import observation_from_proto, prediction_errors, tells_cost
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.cost import (

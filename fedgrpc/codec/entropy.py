@@ -282,6 +282,7 @@ def _split(data: memoryview, spec: TensorSpec) -> _Parts:
     if data.nbytes < _HEADER.size:
         raise LayoutError(f"tensor {spec.name!r} has {data.nbytes} encoded bytes, its header {_HEADER.size}")
     step, base, count, zero = _HEADER.unpack_from(data)
+    # The last field has no meaning yet. Refused unless it is zero, it can get one later.
     if base not in DIGITS_PER_BYTE or count > MAX_LEVELS or zero or not 0 <= step < np.inf:
         raise CorruptError(f"tensor {spec.name!r} has an impossible header")
     # Every size below is checked against the bytes there are before a stream is read.

@@ -57,6 +57,7 @@ def pack(codes: Array, bits: int) -> Array:
     per_word, packed_bytes = _GROUPS[bits]
     words = _padded(codes, per_word).view(f"<u{per_word}")
     scalar = words.dtype.type
+    # Each step halves the lanes: the fields of every second lane move down beside those of the one below.
     for shift, stay, move in _FOLDS[bits]:
         words = (words & scalar(stay)) | ((words & scalar(move)) >> scalar(shift))
     low_bytes = words.view(np.uint8).reshape(words.size, per_word)[:, :packed_bytes]
@@ -71,6 +72,7 @@ def unpack(packed: Array, count: int, bits: int) -> Array:
         return np.unpackbits(packed, count=count, bitorder="little")
     per_word, packed_bytes = _GROUPS[bits]
     rows = _padded(packed, packed_bytes).reshape(-1, packed_bytes)
+    # Packed bytes fill only a part of a word, so each group gets a word before its fields are spread.
     wide = np.zeros((rows.shape[0], per_word), np.uint8)
     wide[:, :packed_bytes] = rows
     words = wide.reshape(-1).view(f"<u{per_word}")
@@ -140,6 +142,7 @@ class MarkReader:
         self._read_bytes += piece.size
         last = piece != PASS
         if self._flagged:
+            # Twice a gap of 127, which is written as a pass: two bytes must not mean the same.
             if (piece == PASS - 1).any():
                 raise CorruptError("a stream of marks holds byte 254, which has no meaning")
             steps = np.where(last, (piece >> 1) + np.uint8(1), np.uint8(RUN_FLAGGED))
@@ -167,6 +170,7 @@ class CountReader:
 
     def take(self, count: int) -> Array:
         """Return the next `count` counts, int64. Raises CorruptError if there are fewer."""
+        # Before anything is read: a byte ends one count at most.
         if self._counts.size + self._stream.size - self._read_bytes < count:
             raise CorruptError("a stream has fewer counts than expected")
         while self._counts.size < count and self._read_bytes < self._stream.size:
@@ -187,6 +191,7 @@ class CountReader:
         sums = np.cumsum(piece, dtype=np.int64) + self._unfinished
         ends = sums[piece != PASS]
         found = np.diff(ends, prepend=0)
+        # A piece may end within a count: what it has so far goes over to the next piece.
         self._unfinished = int(sums[-1]) - (int(ends[-1]) if ends.size else 0)
         if max(self._unfinished, int(found.max(initial=0))) > MAX_COUNT:
             raise CorruptError(f"a stream has a count above {MAX_COUNT}")

@@ -130,6 +130,7 @@ class PayloadWriter:
     def add(self, spec: TensorSpec, encoding: Encoding, data: Buffer) -> None:
         """Append one encoded tensor."""
         view = memoryview(data)
+        # A view without elements cannot be cast.
         view = view.cast("B") if view.nbytes else memoryview(b"")
         self._entries.append(TensorEntry(spec, encoding, view.nbytes))
         # The first frame may switch compression off, which ends the loop.
@@ -154,6 +155,7 @@ class PayloadWriter:
         )
 
     def _fill_frame(self, rest: memoryview) -> None:
+        # A frame out of one tensor alone is compressed where it lies, without a copy.
         content: Buffer = rest
         if self._pending:
             self._pending += rest
@@ -277,6 +279,7 @@ class PayloadReader:
         within = start - self._frame_starts[first]
         if within + size <= self.manifest.frames[first].content_size_bytes:
             return self._frame(first)[within : within + size]
+        # Only a tensor across frames is copied; any other is a view of its frame.
         return self._gather(first, within, size)
 
     def _gather(self, index: int, within: int, size: int) -> memoryview:
@@ -301,6 +304,7 @@ class PayloadReader:
             coming[1].result()
             content = self._inflated(index)
         self._held = (index, content)
+        # Tensors are read in order nearly always. A guess that is wrong costs one frame.
         if self._submit is not None and index + 1 < len(self.manifest.frames):
             self._next = (index + 1, self._submit(self._inflated, index + 1))
         return content
@@ -312,6 +316,7 @@ class PayloadReader:
 
     def _exactly(self, offset: int, size: int) -> memoryview:
         data = memoryview(self._read(offset, size)).cast("B")
+        # A file that was cut short gives what is left of it.
         if data.nbytes != size:
             raise CorruptError(f"the payload ends at byte {offset + data.nbytes}, declared: {offset + size}")
         return data

@@ -1,12 +1,21 @@
-"""Plans on the wire: the training plan, a device's local model, and the table of those by device class.
+"""A run's terms on the wire: policy of rounds, training plan, local models of devices and the table of those.
 
-Every `*_from_proto` raises `LayoutError` for a plan that no worker could keep.
+Policy and training plan mirror a dataclass. The rule: a field has one name on both sides. Only times differ:
+`NAME_s`, in seconds, is the `Duration` `NAME`. Each `*_from_proto` of a plan raises `LayoutError` for one that no
+worker could keep.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Final
+
+from google.protobuf.message import Message
+
 from fedgrpc.errors import LayoutError, UsageError
-from fedgrpc.protocol.fields import fill, values_of
+from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
+from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.runs.task_context import LocalTask
 from fedgrpc.submodels.channels import SubModel
 from fedgrpc.submodels.plan import Arithmetic, Clustering, LocalModelPlan, Memory, Pruning, Quantization
@@ -14,8 +23,53 @@ from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.v1 import round_pb2
 
+_SECONDS: Final = "_s"
+_LATE: Final = {"discard": round_pb2.LATE_POLICY_DISCARD, "carry": round_pb2.LATE_POLICY_CARRY}
+_MOST: Final = (1 << 64) - 1
 _ALL = ("*",)
 _MAX_SUB_MODEL_CHARS = 200
+
+
+def fill(message: Message, values: Mapping[str, Any]) -> None:
+    """Set the fields of `values` in `message`; None stays absent."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name.endswith(_SECONDS):
+            getattr(message, name.removesuffix(_SECONDS)).CopyFrom(duration_to_proto(value))
+        else:
+            setattr(message, name, value)
+
+
+def values_of(message: Message, owner: type) -> dict[str, Any]:
+    """Return the fields of the dataclass `owner` that `message` has, by name; the others are for its defaults."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(owner):
+        name = field.name.removesuffix(_SECONDS)
+        if message.DESCRIPTOR.fields_by_name[name].has_presence and not message.HasField(name):
+            continue
+        value = getattr(message, name)
+        values[field.name] = value if name == field.name else duration_from_proto(value)
+    return values
+
+
+def policy_to_proto(policy: RoundPolicy) -> round_pb2.RoundPolicy:
+    """Return the message of a policy. Numbers that a message cannot hold are cut."""
+    message = round_pb2.RoundPolicy()
+    fill(message, {name: _sendable(value) for name, value in vars(policy).items()})
+    return message
+
+
+def _sendable(value: Any) -> Any:
+    if isinstance(value, str):
+        return _LATE[value]
+    return min(value, _MOST) if isinstance(value, int) else value
+
+
+def policy_from_proto(message: round_pb2.RoundPolicy) -> RoundPolicy:
+    """Return the policy of a message. Raises `UsageError` for one that cannot be, as `RoundPolicy` does."""
+    late = "carry" if message.late == round_pb2.LATE_POLICY_CARRY else "discard"
+    return RoundPolicy(**values_of(message, RoundPolicy) | {"late": late})
 
 
 def training_plan_to_proto(plan: TrainingPlan) -> round_pb2.TrainingPlan:

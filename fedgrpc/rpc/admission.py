@@ -113,6 +113,7 @@ class Admission:
         """
         facts: dict[str, str] | None = {} if method in AUDITED else None
         _FACTS.set(facts)
+        # Before anything can be refused: a line of the log never names the caller of another call.
         _CALLER.set(_NOBODY)
         try:
             with self._admitted(context, method):
@@ -125,6 +126,7 @@ class Admission:
             if facts is not None and self._audit is not None:
                 self._audit.record(self._entry(context, method, facts, "internal error"))
             raise
+        # Behind the call, since the line says how it ended. Before its answer: no change is told unrecorded.
         if facts is not None and self._audit is not None:
             self._audit.record(self._entry(context, method, facts, OK))
 
@@ -157,12 +159,14 @@ class Admission:
         else:
             _CALLER.set(LOCAL)
         call = _OpenCall(certificate, asyncio.current_task())
+        # Behind the checks: a call that was refused has nothing to be ended.
         self._open.add(call)
         try:
             yield
         except asyncio.CancelledError:
             if call.error is None or call.task is None:
                 raise
+            # `end_stale_calls` has cancelled it, not the client: the task lives on to answer with the reason.
             call.task.uncancel()
             raise call.error from None
         finally:

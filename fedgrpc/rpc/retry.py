@@ -35,6 +35,7 @@ class Backoff:
     def ceiling_s(self, attempt: int) -> float:
         """Return the longest wait before try `attempt`, in seconds. It grows to `cap_s` and never overflows."""
         ceiling_s = self.first_s
+        # Not factor**attempt: that overflows a float after a thousand failures in a row.
         for _ in range(attempt):
             if ceiling_s >= self.cap_s or self.factor == 1:
                 break
@@ -76,6 +77,7 @@ async def with_retries(
             return await call()
         except retry_on:
             delay_s = retries.next_delay_s()
+            # The failure that uses up the last try is raised without a wait before it.
             if retries.failures >= attempts:
                 raise
         await asyncio.sleep(delay_s)

@@ -63,6 +63,8 @@ class Database:
         self._schema_version = version
         with database_errors(path):
             name = f"{path.absolute().as_uri()}?mode=ro" if read_only else path
+            # sqlite3's own transactions begin at the first write, so `_transaction` begins them. Threads of a pool
+            # take turns here, so the connection may not insist on the thread that opened it.
             self._db = sqlite3.connect(name, uri=read_only, isolation_level=None, check_same_thread=False)
             is_new = not read_only and not self._one("SELECT 1 FROM sqlite_master")
             if not is_new:
@@ -101,6 +103,7 @@ class Database:
     def _transaction(self) -> Iterator[None]:
         """All or nothing of the block, durable once it is left."""
         with database_errors(self.path), self._db:
+            # The lock for writing at once: to ask for it after a read could fail half way.
             self._db.execute("BEGIN IMMEDIATE")
             yield
 

@@ -136,6 +136,7 @@ def pwrite(handle: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of `data` at `offset`. Raises OSError."""
     view = memoryview(data)
     while view:
+        # One call may take a part only: near the end of a disk, and never more than 2 GiB.
         size = os.pwrite(handle, view, offset)
         view, offset = view[size:], offset + size
 
@@ -176,6 +177,7 @@ class RecycledFiles:
         self._max_files = max_files
         self._lock = threading.Lock()
         self._kept = list(folder.iterdir())
+        # Behind the numbers of a former process: a name that is in use would be overwritten.
         self._numbers = count(1 + max((_number(path) for path in self._kept), default=0))
 
     def create(self, path: Path, head: bytes = b"") -> int:

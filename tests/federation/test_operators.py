@@ -9,7 +9,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedgrpc.aggregator.settings import Target
-from fedgrpc.protocol.policies import policy_from_proto
+from fedgrpc.protocol.plans import policy_from_proto
 from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rpc.channel import open_channel
 from fedgrpc.training_plan import TrainingPlan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedgrpc.errors import UsageError
-from fedgrpc.protocol.policies import policy_from_proto, policy_to_proto
+from fedgrpc.protocol.plans import policy_from_proto, policy_to_proto
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.v1 import round_pb2
 
