@@ -16,17 +16,23 @@ import numpy as np
 from fedgrpc.errors import UsageError
 
 MINIMUM_PART_SIZE = 10
-PARTITIONS: Final = "iid, dirichlet:0.5, shards:2, labels:2 or quantity:0.5"
+_BRIGHTEST: Final = 255
+PARTITIONS: Final = "iid, dirichlet:0.5, shards:2, labels:2, quantity:0.5, noise:0.1 or groups"
 """Examples of what `parse_partition` accepts, for messages."""
 
 N = TypeVar("N", int, float)
 
 
 class Partition(Protocol):
-    """Rule that splits examples into parts. `by_label`: it depends on the labels, not only on their number."""
+    """Rule that splits examples into parts. `by_label`: it depends on the labels, not only on their number.
+
+    `by_group`: in place of labels it wants the group of each example, such as its writer.
+    """
 
     @property
     def by_label(self) -> bool: ...
+    @property
+    def by_group(self) -> bool: ...
 
     def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
         """Return indices into `labels` (int64, ascending) of each of `parts` parts.
@@ -44,6 +50,7 @@ class Iid:
     """Every part is an equal, uniform sample."""
 
     by_label: ClassVar[bool] = False
+    by_group: ClassVar[bool] = False
 
     def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
         """Split as `Partition.split`."""
@@ -61,6 +68,7 @@ class Dirichlet:
 
     alpha: float
     by_label: ClassVar[bool] = True
+    by_group: ClassVar[bool] = False
 
     def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
         """Split as `Partition.split`."""
@@ -89,6 +97,7 @@ class LabelShards:
 
     shards_per_part: int
     by_label: ClassVar[bool] = True
+    by_group: ClassVar[bool] = False
 
     def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
         """Split as `Partition.split`."""
@@ -113,6 +122,7 @@ class LabelsPerPart:
 
     labels_per_part: int
     by_label: ClassVar[bool] = True
+    by_group: ClassVar[bool] = False
 
     def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
         """Split as `Partition.split`."""
@@ -145,6 +155,7 @@ class QuantitySkew:
 
     alpha: float
     by_label: ClassVar[bool] = False
+    by_group: ClassVar[bool] = False
 
     def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
         """Split as `Partition.split`."""
@@ -154,15 +165,63 @@ class QuantitySkew:
         return _with_minimum(_deal(rng.permutation(len(labels)), proportions), rng)
 
 
+@dataclass(frozen=True)
+class FeatureNoise(Iid):
+    """Feature skew: uniform parts, of which each has more noise in its inputs than the one before.
+
+    As in NIID-Bench (arXiv 2102.02079): part i of n, from 0, has Gaussian noise of the deviation
+    level * i / (n - 1), where inputs are from 0 to 1. The held-out examples stay clean.
+    """
+
+    level: float
+
+    def noisy(self, inputs: np.ndarray, index: int, parts: int, seed: int) -> np.ndarray:
+        """Return the training inputs of part `index` with its noise, in their dtype.
+
+        Pixels of whole numbers are taken as 0 to 255, and rounded and kept there.
+        """
+        deviation = self.level * index / max(1, parts - 1)
+        if not deviation or not inputs.size:
+            return inputs
+        noise = np.random.default_rng((seed, index)).normal(0.0, deviation, inputs.shape)
+        if inputs.dtype.kind == "f":
+            return np.asarray(inputs + noise, inputs.dtype)
+        return np.asarray(np.clip(np.rint(inputs + _BRIGHTEST * noise), 0, _BRIGHTEST), inputs.dtype)
+
+
+@dataclass(frozen=True)
+class ByGroup:
+    """Every part has whole groups, such as all images of a few writers; each part has as many, or one more.
+
+    The "real-world" partition of NIID-Bench (arXiv 2102.02079), which deals FEMNIST's writers.
+    """
+
+    by_label: ClassVar[bool] = False
+    by_group: ClassVar[bool] = True
+
+    def split(self, labels: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
+        """Split as `Partition.split`; `labels` has the group of each example."""
+        _check(labels, parts)
+        groups, of_example = np.unique(labels, return_inverse=True)
+        if len(groups) < parts:
+            raise UsageError(f"{len(groups)} groups cannot be shared out among {parts} parts")
+        dealt = np.array_split(np.random.default_rng(seed).permutation(len(groups)), parts)
+        return [np.flatnonzero(np.isin(of_example, own)) for own in dealt]
+
+
 def parse_partition(text: str) -> Partition:
-    """Parse `iid`, `dirichlet:ALPHA`, `shards:PER_PART`, `labels:PER_PART` or `quantity:ALPHA`.
+    """Parse `iid`, `dirichlet:ALPHA`, `shards:N`, `labels:N`, `quantity:ALPHA`, `noise:LEVEL` or `groups`.
 
     Raises:
         UsageError: it is none of these, or its number is not positive.
     """
     kind, _, argument = text.partition(":")
-    if kind == "iid" and not argument:
+    if text == "iid":
         return Iid()
+    if text == "groups":
+        return ByGroup()
+    if kind == "noise":
+        return FeatureNoise(_positive(text, argument, float))
     if kind == "dirichlet":
         return Dirichlet(_positive(text, argument, float))
     if kind == "shards":

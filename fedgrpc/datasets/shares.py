@@ -10,6 +10,7 @@ import argparse
 import io
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from fedgrpc.datasets.cifar10 import load_cifar10
 from fedgrpc.datasets.dataset import Examples, LabelledData
 from fedgrpc.datasets.digits import load_digits
 from fedgrpc.datasets.fashion_mnist import load_fashion_mnist
-from fedgrpc.datasets.partition import PARTITIONS, Partition, parse_partition
+from fedgrpc.datasets.partition import PARTITIONS, FeatureNoise, Partition, parse_partition
 from fedgrpc.errors import UsageError
 from fedgrpc.storage.files import write_file
 
@@ -28,13 +29,29 @@ _ARRAYS = ("train_inputs", "train_labels", "held_out_inputs", "held_out_labels")
 def take_share(data: LabelledData, partition: Partition, index: int, parts: int, seed: int) -> LabelledData:
     """Take part `index` (from 0) of the training and of the held-out examples, both split with the same seed.
 
-    Parts of an empty set are empty.
+    Parts of an empty set are empty. Feature noise is on training inputs alone.
     """
 
     def part_of(examples: Examples) -> Examples:
-        return examples.take(partition.split(examples.labels, parts, seed)[index]) if len(examples) else examples
+        if not len(examples):
+            return examples
+        return examples.take(partition.split(_keys(examples, partition), parts, seed)[index])
 
-    return LabelledData(part_of(data.train), part_of(data.held_out))
+    train = part_of(data.train)
+    if isinstance(partition, FeatureNoise):
+        train = replace(train, inputs=partition.noisy(train.inputs, index, parts, seed))
+    return LabelledData(train, part_of(data.held_out))
+
+
+def _keys(examples: Examples, partition: Partition) -> np.ndarray:
+    """Return what the partition looks at. Raises `UsageError` where groups are wanted and not known."""
+    if not partition.by_group:
+        return examples.labels
+    if examples.groups is None:
+        raise UsageError(
+            "this data set does not tell which examples belong together, as a partition by groups needs"
+        )
+    return examples.groups
 
 
 def save_share(path: Path, share: LabelledData) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
-from fedgrpc.datasets.partition import Partition, parse_part, parse_partition
+from fedgrpc.datasets.partition import FeatureNoise, Partition, parse_part, parse_partition
 from fedgrpc.errors import TaskError, UsageError
 from fedgrpc.trainer import LocalExamples, TaskSetup
 
@@ -76,14 +76,16 @@ class LocalData:
         other = copy.copy(self)
         other._setup = replace(self._setup, partition=partition, part=part)
         index, parts = parse_part(part)
+        rule, seed = parse_partition(partition), self._setup.seed
 
         def part_of(dataset: Dataset[Any], held_out: bool) -> Dataset[Any]:
             key = partition, parts, held_out
             if key not in self._parts:
-                self._parts[key] = _split(dataset, parse_partition(partition), parts, self._setup.seed)
+                self._parts[key] = _split(dataset, rule, parts, seed)
             return subset_of(dataset, self._parts[key][index]) if size_of(dataset) else dataset
 
-        other._take(part_of(self._train, False), part_of(self._held_out, True))
+        train = _with_noise(part_of(self._train, False), rule, index, parts, seed)
+        other._take(train, part_of(self._held_out, True))
         return other
 
     def labels(self) -> np.ndarray:
@@ -198,15 +200,35 @@ def _share(train: Dataset[Any], held_out: Dataset[Any], setup: TaskSetup) -> tup
             return dataset
         return subset_of(dataset, _split(dataset, partition, parts, setup.seed)[index])
 
-    return part_of(train), part_of(held_out)
+    return _with_noise(part_of(train), partition, index, parts, setup.seed), part_of(held_out)
 
 
 def _split(dataset: Dataset[Any], partition: Partition, parts: int, seed: int) -> list[np.ndarray]:
     """Return the indices of each part; none of an empty data set."""
     if not size_of(dataset):
         return []
+    if partition.by_group:
+        return partition.split(_groups_of(dataset), parts, seed)
     labels = labels_of(dataset) if partition.by_label else np.zeros(size_of(dataset), np.int64)
     return partition.split(labels, parts, seed)
+
+
+def _groups_of(dataset: Dataset[Any]) -> np.ndarray:
+    """Return the group of each example. Raises `UsageError` for a data set without `groups`."""
+    groups = getattr(dataset, "groups", None)
+    if groups is None:
+        raise UsageError("a partition by groups needs a data set with `groups`, one for each example")
+    return np.asarray(groups)
+
+
+def _with_noise(dataset: Dataset[Any], partition: Partition, index: int, parts: int, seed: int) -> Dataset[Any]:
+    """Add the feature noise of a part to its training examples. Raises `UsageError` for other than tensors."""
+    if not isinstance(partition, FeatureNoise) or not size_of(dataset):
+        return dataset
+    if not isinstance(dataset, TensorDataset):
+        raise UsageError("a partition with feature noise needs a TensorDataset")
+    inputs, *others = dataset.tensors
+    return TensorDataset(torch.from_numpy(partition.noisy(inputs.numpy(), index, parts, seed)), *others)
 
 
 class Batches(Protocol):

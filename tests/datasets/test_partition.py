@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgrpc.datasets.partition import MINIMUM_PART_SIZE, Partition, parse_part, parse_partition
+from fedgrpc.datasets.dataset import Examples, LabelledData
+from fedgrpc.datasets.partition import (
+    MINIMUM_PART_SIZE,
+    ByGroup,
+    FeatureNoise,
+    Partition,
+    parse_part,
+    parse_partition,
+)
+from fedgrpc.datasets.shares import take_share
 from fedgrpc.errors import UsageError
 
 KINDS = [
@@ -19,6 +30,7 @@ KINDS = [
     "labels:2",
     "quantity:0.5",
     "quantity:0.05",
+    "noise:0.1",
 ]
 LABELS = np.repeat(np.arange(10), 600)
 
@@ -161,3 +173,47 @@ def test_only_a_partition_by_label_needs_one_label_of_each_example(kind: str) ->
             partition.split(targets, 2, 0)
     else:
         assert sum(map(len, partition.split(targets, 2, 0))) == 40
+
+
+def test_feature_noise_grows_from_part_to_part_and_spares_the_first() -> None:
+    """NIID-Bench: part i of n has the deviation level * i / (n - 1)."""
+    noise = FeatureNoise(0.2)
+    clean = np.full((50, 400), 0.5)
+    deviations = [float((noise.noisy(clean, index, 5, 0) - clean).std()) for index in range(5)]
+    assert deviations[0] == 0
+    assert deviations == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2], rel=0.03)
+
+
+def test_feature_noise_keeps_pixels_whole_and_in_their_range() -> None:
+    pixels = np.array([[0, 128, 255]] * 5000, np.uint8)
+    noisy = FeatureNoise(0.1).noisy(pixels, 4, 5, 0)
+    assert noisy.dtype == np.uint8
+    assert abs(float(noisy[:, 1].astype(float).std()) - 25.5) < 1
+    assert noisy[:, 0].min() == 0
+    assert noisy[:, 2].max() == 255
+
+
+@given(st.integers(1, 12), st.lists(st.integers(0, 30), min_size=60, max_size=200), st.integers(0, 2**31))
+def test_by_group_no_group_is_torn_apart(parts: int, groups: list[int], seed: int) -> None:
+    of_example = np.array(groups)
+    split = ByGroup().split(of_example, min(parts, len(set(groups))), seed)
+    owners = [set(of_example[part]) for part in split]
+    assert sorted(np.concatenate(split).tolist()) == list(range(len(groups)))
+    assert sum(map(len, owners)) == len(set(groups))
+    assert max(map(len, owners)) - min(map(len, owners)) <= 1
+
+
+def test_a_partition_by_groups_wants_to_know_them() -> None:
+    plain = Examples(np.zeros((4, 1)), np.zeros(4, np.int64))
+    with pytest.raises(UsageError, match="belong together"):
+        take_share(LabelledData(plain, plain), ByGroup(), 0, 2, 0)
+    told = replace(plain, groups=np.array([7, 7, 9, 9]))
+    share = take_share(LabelledData(told, told), ByGroup(), 0, 2, 0)
+    assert len(share.train) == 2
+
+
+def test_feature_noise_of_a_share_leaves_held_out_examples_clean() -> None:
+    examples = Examples(np.full((40, 3), 0.5), np.zeros(40, np.int64))
+    share = take_share(LabelledData(examples, examples), FeatureNoise(0.5), 1, 2, 0)
+    assert share.train.inputs.std() > 0.3
+    assert share.held_out.inputs.std() == 0

@@ -1,0 +1,1 @@
+"""Trackers: where the figures of a run go, real or simulated, round by round."""
