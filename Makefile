@@ -41,7 +41,7 @@ test-pure: $(INSTALLED)
 test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-test-extras: $(INSTALLED)  ## run the tests of extras: the page, with a browser where chromium is installed
+test-extras: $(INSTALLED)  ## run the tests of extras: trackers, data sets, the page (with a browser where chromium is installed)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test-extras]'
 	$(BIN)/python -m pytest -m extras -rs $(ARGS)
 

@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "aggregation": {"errors", "claims", "submodels"},
     "plugins": {"errors"},
     "algorithms": {"errors", "plugins", "training_plan", "codec", "aggregation"},
+    "tracking": {"errors", "v1"},
     "rounds": {"errors", "claims"},
     "runs": {"errors", "claims", "training_plan", "codec", "submodels", "aggregation", "algorithms", "rounds"},
     "trainer": {"errors", "codec", "training_plan", "submodels", "algorithms"},
@@ -36,7 +37,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "identity": {"errors", "claims", "v1", "protocol", "storage"},
     "rpc": {"errors", "claims", "codec", "v1", "protocol", "aio", "process", "identity"},
     "storage": {*CORE, "v1", "protocol", "process"},
-    "aggregator": {*CORE, "v1", "protocol", "rpc", "identity", "storage", "aio", "process", "logging", "metrics"},
+    "aggregator": {
+        *(*CORE, "v1", "protocol", "rpc", "identity", "storage", "aio", "process", "logging", "metrics"),
+        "tracking",
+    },
     "worker": {
         *CORE,
         "trainer",

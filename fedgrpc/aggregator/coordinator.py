@@ -29,7 +29,7 @@ from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.registry import WorkerRegistry
 from fedgrpc.aggregator.round_records import RecordedRounds, VersionScores
 from fedgrpc.aggregator.run_shell import RunShell
-from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.aggregator.settings import AggregatorSettings, settings_text
 from fedgrpc.aggregator.task_terms import TaskTerms
 from fedgrpc.aggregator.update_checks import ExpectedUpdate
 from fedgrpc.codec.manifest import Limits
@@ -65,6 +65,8 @@ from fedgrpc.storage.data_folder import DataFolder
 from fedgrpc.storage.run_store import RunStore
 from fedgrpc.storage.task_rows import StoredRun
 from fedgrpc.storage.uploads import UploadJournal
+from fedgrpc.tracking.tracker import tracker_of
+from fedgrpc.tracking.tracking import Tracking
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -106,7 +108,9 @@ class Coordinator(RunShell):
             settings.max_chunk_bytes,
         )
         self.terms = TaskTerms(settings, machine, fleet, self.workers, self.negotiation, self.local_models, clock)
-        self.records = RecordedRounds(store, self.in_database, self.workers)
+        self.tracking = Tracking([tracker_of(text) for text in settings.track])
+        self.tracking.begin(settings.run_name, settings_text(settings))
+        self.records = RecordedRounds(store, self.in_database, self.workers, self.tracking)
         self.scores = VersionScores(self, self.records, settings, metrics)
         self.data_folder = DataFolder(self._log, self.changes.notify)
         self.stopping = False
@@ -119,6 +123,7 @@ class Coordinator(RunShell):
         """Let the database go, and begin no further encoding."""
         super().close()
         self.encoded_models.close()
+        self.tracking.end()
 
     @property
     def weighing(self) -> Weighing:

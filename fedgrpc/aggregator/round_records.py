@@ -24,6 +24,8 @@ from fedgrpc.runs.merge import Scores
 from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.storage.run_store import RunStore
 from fedgrpc.storage.task_rows import carried_rows, rows_of
+from fedgrpc.tracking.rounds import figures
+from fedgrpc.tracking.tracking import NOT_TRACKED, Tracking
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 log = structlog.get_logger()
@@ -33,10 +35,17 @@ _NO_SCORES: Mapping[str, float] = {}
 class RecordedRounds:
     """The rounds of `store`, whose methods run `in_database`. `last` is the record of the last that ended."""
 
-    def __init__(self, store: RunStore, in_database: Callable[..., Awaitable[Any]], workers: RunWorkers) -> None:
+    def __init__(
+        self,
+        store: RunStore,
+        in_database: Callable[..., Awaitable[Any]],
+        workers: RunWorkers,
+        tracking: Tracking = NOT_TRACKED,
+    ) -> None:
         self._store = store
         self._in_database = in_database
         self._workers = workers
+        self._tracking = tracking
         self._in_progress = RoundRecords()
         self.last: RoundRecord | None = None
 
@@ -61,7 +70,12 @@ class RecordedRounds:
         # The version is known only after this, so that its scores find the record.
         if self.last is None or record.number >= self.last.number:
             self.last = record
+        self._track(record)
         return record
+
+    def _track(self, record: RoundRecord) -> None:
+        ended_s = record.started_at.ToMilliseconds() / 1000 + record.duration_seconds
+        self._tracking.log(record.number, figures(record), ended_s)
 
     async def roll_back(self, record: RoundRecord, version: Version) -> None:
         """Record a round without tasks that copied a version. Raises `StorageError`."""
@@ -83,6 +97,8 @@ class RecordedRounds:
         )
         if record is not None and self.last is not None and self.last.number == record.number:
             self.last = record
+        if record is not None:
+            self._track(record)
         return record is not None
 
     def shown(self, round_: RoundInProgress | None, now: float) -> RoundRecord | None:

@@ -126,6 +126,7 @@ class AggregatorSettings:
     drain_s: float = 10.0
     tls: Tls | None = None
     insecure: bool = False
+    track: tuple[str, ...] = ()
     certificate_life_s: float = Lives.device_s
     renewal_grace_s: float = Lives.grace_s
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from fedgrpc.algorithms.algorithm import Algorithm, Received, Sent, Weights
 from fedgrpc.codec.layout import Layout, TensorSpec, told_layout
+from fedgrpc.errors import UsageError
 
 MARK: Final = "#"
 
@@ -91,11 +92,17 @@ def _called(spec: TensorSpec, name: str) -> TensorSpec:
 
 
 def received(algorithm: Algorithm, version: Weights, kept: Weights) -> Received:
-    """Take a version apart into the model's own tensors and the companions, by suffix."""
+    """Take a version apart into the model's own tensors and the companions, by suffix.
+
+    Raises `UsageError` for a version without companions that the algorithm has.
+    """
     names: dict[str, dict[str, str]] = {"": {}, **{suffix: {} for suffix in algorithm.companions}}
     for name in version:
         suffix = suffix_of(name, algorithm.companions)
         names[suffix][name.removesuffix(suffix)] = name
+    for suffix in algorithm.companions:
+        if not names[suffix]:
+            raise UsageError(f"the model has no {suffix} tensors: the run began with another algorithm")
     views = {suffix: Renamed(version, each) for suffix, each in names.items()}
     return Received(views.pop("") if algorithm.companions else version, views, kept)
 

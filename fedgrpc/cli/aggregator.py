@@ -60,6 +60,14 @@ SETTINGS: list[Setting] = [
         "Write the port to this file once the aggregator serves workers; for an address with port 0.",
         type=click.Path(path_type=Path, dir_okay=False),
     ),
+    _place(
+        "--track",
+        "Send each round's figures to jsonl:FILE, tensorboard:FOLDER, mlflow:FILE, wandb:PROJECT or a class "
+        "of your own (docs/guide/tracking.md); repeat for each.",
+        multiple=True,
+        default=(),
+        metavar="TRACKER",
+    ),
     _place("--metrics-address", "Serve Prometheus metrics on this address.", metavar="HOST:PORT"),
     *PAGE_SETTINGS,
     _model("--task", "Learning task for workers started without one.", name="learning_task", metavar="REF"),

@@ -50,7 +50,7 @@ def load_hugging_face(
 
 
 def examples_of(split: Any, inputs: str, labels: str, groups: str | None = None) -> Examples:
-    """Return the examples of a split (a `datasets.Dataset`). Raises `UsageError` for a missing column or odd shapes."""
+    """Return the examples of a `datasets.Dataset`. Raises `UsageError` for a missing column or odd shapes."""
     wanted = [name for name in (inputs, labels, groups) if name is not None]
     if missing := sorted(set(wanted) - set(split.column_names)):
         raise UsageError(f"the data set has no column {missing[0]!r}; it has {', '.join(split.column_names)}")

@@ -65,6 +65,10 @@ class Tracking:
             for tracker in list(self._trackers):
                 try:
                     call(tracker)
-                except Exception as error:  # Of a library of others: whatever it raises must not end the run.
+                # A library of others may raise anything, which must not end the run.
+                except Exception as error:  # noqa: BLE001
                     self._trackers.remove(tracker)
                     log.warning("tracker left out", tracker=type(tracker).__name__, reason=str(error)[:300])
+
+
+NOT_TRACKED: Final = Tracking(())

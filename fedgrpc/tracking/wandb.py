@@ -1,4 +1,4 @@
-"""Figures as a run of Weights & Biases, offline unless `WANDB_MODE` says otherwise: `wandb sync` sends it later."""
+"""Figures as a run of Weights & Biases, offline unless `WANDB_MODE` says else: `wandb sync` sends it later."""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from fedgrpc.algorithms.algorithm import Algorithm, Pass, Term
+from fedgrpc.algorithms.algorithm import Algorithm, Pass, Received, Term
+from fedgrpc.algorithms.companions import received
 from fedgrpc.algorithms.registry import algorithm_of
 from fedgrpc.errors import TaskError, UsageError
 from fedgrpc.protocol.tasks import Task
@@ -22,6 +23,14 @@ def algorithm_for(task: Task) -> Algorithm:
     """Return the algorithm of a task's plan. Raises `TaskError` for one that cannot be had here."""
     try:
         return algorithm_of(task.plan.algorithm)
+    except UsageError as error:
+        raise TaskError(str(error)) from error
+
+
+def received_for(algorithm: Algorithm, weights: Weights, kept: Weights) -> Received:
+    """Take a version apart. Raises `TaskError` for one that the algorithm did not begin."""
+    try:
+        return received(algorithm, weights, kept)
     except UsageError as error:
         raise TaskError(str(error)) from error
 

@@ -18,7 +18,7 @@ import structlog
 
 from fedgrpc.aio import in_thread
 from fedgrpc.algorithms.carrying_out import carry_out
-from fedgrpc.algorithms.companions import joined, received, with_companions
+from fedgrpc.algorithms.companions import joined, with_companions
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import FedgrpcError, LayoutError, TaskError, TaskUnfit, UsageError
@@ -46,7 +46,7 @@ from fedgrpc.trainer import (
     model_layout,
 )
 from fedgrpc.v1 import aggregator_pb2
-from fedgrpc.worker.algorithm_work import NOTHING_KEPT, AlgorithmWork, algorithm_for
+from fedgrpc.worker.algorithm_work import NOTHING_KEPT, AlgorithmWork, algorithm_for, received_for
 from fedgrpc.worker.client import Report
 from fedgrpc.worker.device import resident_bytes, usable_memory_bytes
 from fedgrpc.worker.guarded_trainer import first_weights, guarded, users_code
@@ -302,7 +302,7 @@ def evaluate(
     started_s = time.monotonic()
     if task is not None:
         algorithm = algorithm_for(task)
-        weights = algorithm.personal(received(algorithm, weights, kept))
+        weights = algorithm.personal(received_for(algorithm, weights, kept))
     result = trainer.evaluate(weights)
     hooks.throttle.rest(time.monotonic() - started_s, hooks.stop)
     return result
@@ -346,7 +346,7 @@ def train(
     if needed and (algorithm.keeps or algorithm.companions):
         raise TaskError(f"the algorithm {task.plan.algorithm} needs the whole model, and this task is of a part")
     work = AlgorithmWork(trainer, job_of(task, hooks), copies=algorithm.keeps and not reads_on_access(trainer))
-    sent = carry_out(algorithm, received(algorithm, weights, kept), task.plan, work.train, work.score)
+    sent = carry_out(algorithm, received_for(algorithm, weights, kept), task.plan, work.train, work.score)
     result: TrainResult = sent.result
     metrics = {**result.metrics, **sent.metrics, **_local_scores(trainer, result, task, hooks, scores)}
     return Outcome(

@@ -105,3 +105,14 @@ def test_what_cannot_be_combined_is_refused_with_the_reason(tmp_path, algorithm,
 def test_scaffold_wants_to_know_the_size_of_a_step(tmp_path):
     with pytest.raises(UsageError, match="--learning-rate and --momentum"):
         AggregatorSettings(tmp_path, plan=TrainingPlan(algorithm="scaffold"))
+
+
+async def test_a_run_tracks_each_round_and_the_scores_of_its_versions(tmp_path):
+    path = tmp_path / "rounds.jsonl"
+    await federated(tmp_path, None, track=(f"jsonl:{path}",))
+    settings, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert settings["settings"]["rounds"] == str(ROUNDS)
+    trained = [line for line in lines if line.get("bytes/up")]
+    assert {line["step"] for line in trained} >= {1, 2, 3}
+    assert all(line["round/updates"] == 3 for line in trained if line["step"])
+    assert any("loss" in line for line in lines)
