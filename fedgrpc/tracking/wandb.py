@@ -25,7 +25,8 @@ class WeightsAndBiases:
     def begin(self, run: str, settings: Mapping[str, str]) -> None:
         """Open a run with the settings as its configuration."""
         mode = os.environ.get("WANDB_MODE", "offline")
-        quiet = self._library.Settings(silent=True)
+        # Not `silent`: with it, version 0.31 writes no data.
+        quiet = self._library.Settings(quiet=True, console="off")
         self._run = self._library.init(
             project=self._project, name=run, config=dict(settings), mode=mode, settings=quiet
         )
