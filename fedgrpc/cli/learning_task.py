@@ -8,6 +8,7 @@ exit code 0     done; one line names the file and its size
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +25,7 @@ from fedgrpc.storage.model_file import write_model
 from fedgrpc.trainer import TaskSetup, Trainer, Weights
 from fedgrpc.words import size
 from fedgrpc.worker.guarded_trainer import first_weights
-from fedgrpc.worker.task_loader import load_trainer
+from fedgrpc.worker.task_loader import find_task, load_trainer, takes
 
 ALLOWED_TASKS: Final = ("fedgrpc.tasks.*",)
 _model = Declare("The model")
@@ -69,16 +70,20 @@ def trainer_for(
 ) -> Trainer:
     """Load the learning task: the worker's own, else the aggregator's with the aggregator's model.
 
-    Code that the aggregator chose runs only where it is `allowed`, and never from the working folder.
+    A run beside the one that the aggregator was started with has a task of its own, or takes the worker's. Code
+    that the aggregator chose runs only where it is `allowed`, and never from the working folder.
     """
-    task = own_task or registration.learning_task
+    chosen_here = own_task is not None and (registration.own or registration.learning_task in ("", own_task))
+    task = own_task if chosen_here else registration.learning_task
     if not task:
         raise UsageError("neither this worker nor its aggregator has a --task")
-    if own_task is None and not is_allowed(task, allowed):
+    if not chosen_here and not is_allowed(task, allowed):
         raise UsageError(
             f"the aggregator chose the task {task[:200]!r}, which this device does not allow: "
             "start the worker with --allow-task or --task and that name"
         )
+    if not registration.own:
+        setup = _for_other_run(setup, task, own_task, chosen_here)
     model = setup.model
     if model is None and task == registration.learning_task:
         model = registration.model or None
@@ -90,9 +95,23 @@ def trainer_for(
         partition=setup.partition,
         part=setup.part,
         seed=setup.seed,
-        options=setup.options,
+        options={**registration.options, **setup.options},
         threads=setup.threads,
-        here=own_task is not None,
+        here=chosen_here,
+    )
+
+
+def _for_other_run(setup: TaskSetup, task: str, own_task: str | None, here: bool) -> TaskSetup:
+    """Return what the task of another run takes of the device's setup: model and options are of its own task."""
+    found = find_task(task, here)
+    own = own_task in (None, task)
+    return replace(
+        setup,
+        model=setup.model if own else None,
+        data=setup.data if takes(found, "data") else None,
+        partition=setup.partition if takes(found, "partition") else None,
+        part=setup.part if takes(found, "part") else None,
+        options=setup.options if own else {},
     )
 
 

@@ -78,11 +78,11 @@ SETTINGS: list[Setting] = [
     ),
     _task(
         "--allow-task",
-        "Installed tasks that the aggregator may choose where there is no --task, as in mine.tasks.*; repeat for "
-        "each.",
+        "Installed tasks that runs may choose, as in mine.tasks.*; repeat for each. Without: that of --task, or "
+        "without that, fedgrpc.tasks.*.",
         name="allow_tasks",
         multiple=True,
-        default=ALLOWED_TASKS,
+        default=(),
         metavar="REF",
     ),
     _task("--model", "Model name, where the task knows several.", metavar="NAME"),
@@ -147,6 +147,11 @@ SETTINGS: list[Setting] = [
         type=SIZE,
     ),
     _limit("--min-batch-size", "Smallest batches that a task may ask for."),
+    _limit(
+        "--only-when",
+        "Ask for tasks only while this is so, as in 'on_mains and idle' (docs/guide/operate.md).",
+        metavar="EXPRESSION",
+    ),
     _life("--spool-max-updates", "Most unsent updates to keep."),
     _life("--spool-max", "Most bytes of unsent updates to keep.", name="spool_max_bytes", type=SIZE),
     _life(
@@ -242,8 +247,10 @@ def _run(**values: Any) -> int:
         parse_partition(setup.partition)
         parse_part(setup.part)
 
+    allowed = values["allow_tasks"] or ((own_task,) if own_task is not None else ALLOWED_TASKS)
+
     def build(registration: Registration) -> Trainer:
-        return trainer_for(setup, own_task, registration, values["allow_tasks"])
+        return trainer_for(setup, own_task, registration, allowed)
 
     return asyncio.run(run_worker(settings, build_trainer=build))
 

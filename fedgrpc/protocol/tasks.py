@@ -41,7 +41,8 @@ class WorkerRole(IntEnum):
 class Registration:
     """The aggregator's answer to `Register`, or what holds for another of its runs. Seconds and bytes.
 
-    `run_id` "": the aggregator has no run of its own, and tells of each when it has work of it.
+    `own`: it is the run that the aggregator was started with. `run_id` "": there is none, and the aggregator tells
+    of each run when it has work of it.
     """
 
     run: str
@@ -56,6 +57,7 @@ class Registration:
     describe_model: bool = False
     tell_channels: bool = False
     options: Mapping[str, str] = field(default_factory=dict)
+    own: bool = True
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def registration_of(known: Registration, terms: aggregator_pb2.RunTerms) -> Regi
         describe_model=True,
         tell_channels=terms.tell_channels,
         options=dict(terms.options),
+        own=False,
     )
 
 

@@ -32,6 +32,7 @@ from fedgrpc.rpc.status import MAX_RETRY_AFTER_S, domain_errors
 from fedgrpc.v1 import (
     aggregator_pb2,
     aggregator_pb2_grpc,
+    device_pb2,
     models_pb2,
     models_pb2_grpc,
     round_pb2,
@@ -54,11 +55,12 @@ Moved = Callable[[float], None]
 
 @dataclass(frozen=True)
 class Polled:
-    """Answer to a poll: a task, or none now, or none ever again (`run_ended`)."""
+    """Answer to a poll: a task, or a run to get ready for, or none now, or none ever again (`run_ended`)."""
 
     task: Task | None
     message: aggregator_pb2.Task | None
     run_ended: bool
+    introduce: aggregator_pb2.RunTerms | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class AggregatorClient:
         self._encodings = encodings
         self._clock = clock
         self._max_chunk_bytes = CHUNK_BYTES
-        self._introduced_as: tuple[DeviceProfile, WorkerRole, Collection[str]] | None = None
+        self._introduced_as: tuple[DeviceProfile, WorkerRole, Collection[str], bool] | None = None
         self._chunk_bytes = FIRST_CHUNK_BYTES
 
     def use(self, channel: grpc.aio.Channel) -> None:
@@ -116,9 +118,12 @@ class AggregatorClient:
         self._push_update = framing.push_update(channel)
 
     async def register(
-        self, profile: DeviceProfile, role: WorkerRole, parts: Collection[str] = ()
+        self, profile: DeviceProfile, role: WorkerRole, parts: Collection[str] = (), many_runs: bool = False
     ) -> Registration:
-        """Register this device, which can do these parts of a local-model plan. Idempotent."""
+        """Register this device, which can do these parts of a local-model plan. Idempotent.
+
+        `many_runs`: it serves every run that it is eligible for.
+        """
         request = aggregator_pb2.RegisterRequest(
             worker=self._worker,
             role=role.value,
@@ -126,18 +131,20 @@ class AggregatorClient:
             encodings=self._encodings,
             compressions=[tensor_pb2.COMPRESSION_NONE, tensor_pb2.COMPRESSION_ZSTD],
             local_model_parts=sorted(parts),
+            many_runs=many_runs,
         )
         with domain_errors():
             registration = registration_from_proto(
                 await self._stub.Register(request, metadata=self._metadata, timeout=_CALL_S)
             )
         self._max_chunk_bytes = registration.max_chunk_bytes
-        self._introduced_as = profile, role, parts
+        self._introduced_as = profile, role, parts, many_runs
         return registration
 
-    async def describe(self, description: ModelDescription) -> None:
-        """Tell what this device knows of the learning task's model. Idempotent."""
+    async def describe(self, description: ModelDescription, run_id: str = "", refusal: str = "") -> None:
+        """Tell what this device knows of the model of a run, or why it takes no tasks of it. Idempotent."""
         request = description_to_proto(self._worker, description)
+        request.run_id, request.refusal = run_id, " ".join(refusal.split())[:_MAX_REASON_CHARS]
         with domain_errors():
             await self._stub.DescribeModel(request, metadata=self._metadata, timeout=_CALL_S)
 
@@ -161,18 +168,35 @@ class AggregatorClient:
         finally:
             self._chunk_bytes = sizer.chunk_bytes
 
-    async def poll(self, wait_s: float, held: HeldModel | None, new_examples: int | None = None) -> Polled:
-        """Wait up to `wait_s` for a task; raises UnknownWorker when the aggregator wants a registration."""
+    async def poll(
+        self,
+        wait_s: float,
+        held: HeldModel | None,
+        new_examples: int | None = None,
+        others: Collection[tuple[str, HeldModel | None, int | None]] = (),
+        conditions: device_pb2.DeviceConditions | None = None,
+    ) -> Polled:
+        """Wait up to `wait_s` for a task; raises UnknownWorker when the aggregator wants a registration.
+
+        `others` have, of each further run, its id, the model held of it, and the number of new examples.
+        """
         request = aggregator_pb2.PollTaskRequest(
             worker=self._worker, wait=duration_to_proto(wait_s), new_examples=new_examples
         )
         if held is not None:
             request.held_version = held.version
             request.held_sha256 = held.origin_sha256
+        for run_id, model, new in others:
+            told = request.held.add(run_id=run_id, new_examples=new)
+            if model is not None:
+                told.held_version, told.held_sha256 = model.version, model.origin_sha256
+        if conditions is not None:
+            request.conditions.CopyFrom(conditions)
         with domain_errors():
             reply = await self._stub.PollTask(request, metadata=self._metadata, timeout=wait_s + _POLL_MARGIN_S)
         if not reply.HasField("task"):
-            return Polled(None, None, reply.run_ended)
+            introduce = reply.introduce if reply.HasField("introduce") else None
+            return Polled(None, None, reply.run_ended, introduce)
         try:
             return Polled(task_from_proto(reply.task), reply.task, reply.run_ended)
         except LayoutError as error:

@@ -10,6 +10,7 @@ The rule: what the system does not tell is left out. Each file is read anew, and
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
+from fedgrpc.protocol.devices import DeviceProfile, profile_to_proto
+from fedgrpc.protocol.facts import lasting_facts, passing_facts
+from fedgrpc.runs.eligibility import MINUTES_OF_DAY, eligible, parse
 from fedgrpc.v1 import device_pb2
 
 # A shorter time says little of the load.
@@ -105,6 +109,23 @@ class Conditions:
             return _Times(time.monotonic(), total_s, idle_s, (int(own[11]) + int(own[12])) / _JIFFIES_S)
         except (ValueError, IndexError):
             return None
+
+
+class OwnersConditions:
+    """How the device is, and whether its owner lets it take tasks so: `only_when` is an eligibility expression."""
+
+    def __init__(self, name: str, only_when: str = "", root: Path = Path("/")) -> None:
+        """Raises `UsageError` for an expression that cannot be read."""
+        self._name = name
+        self._only_when = parse(only_when)
+        self._measured = Conditions(root)
+
+    async def look(self, device: DeviceProfile) -> tuple[device_pb2.DeviceConditions, bool]:
+        """Return how the device is now, and whether it takes tasks."""
+        found = await asyncio.to_thread(self._measured.now)
+        minute = int(time.time() // 60) % MINUTES_OF_DAY
+        facts = lasting_facts(self._name, profile_to_proto(device)) | passing_facts(found, minute)
+        return found, eligible(self._only_when, facts)
 
 
 def _power(folder: Path, found: device_pb2.DeviceConditions) -> None:

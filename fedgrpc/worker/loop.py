@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import AsyncExitStack
 from typing import Any, Final
 
 import structlog
@@ -33,17 +34,19 @@ from fedgrpc.errors import (
     UnknownWorker,
     UsageError,
 )
-from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import Activity, DeviceProfile
-from fedgrpc.protocol.tasks import Registration, Task
+from fedgrpc.protocol.tasks import Registration, Task, registration_of
 from fedgrpc.rpc.address import dialled
 from fedgrpc.rpc.diagnosis import explain
 from fedgrpc.rpc.retry import Backoff, Retries
 from fedgrpc.trainer import Cancelled
-from fedgrpc.v1 import aggregator_pb2
+from fedgrpc.v1 import aggregator_pb2, device_pb2
 from fedgrpc.worker.client import AggregatorClient, Polled
+from fedgrpc.worker.conditions import OwnersConditions
 from fedgrpc.worker.delivery import Delivery
+from fedgrpc.worker.held_model import HeldModel
 from fedgrpc.worker.local_work import LocalWork, TaskFiles
+from fedgrpc.worker.run_work import RunWork, WorkerRuns
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import SpooledUpdate
 from fedgrpc.worker.status import Controls, StatusPublisher
@@ -57,6 +60,8 @@ _LEAVE_S: Final = 10.0
 _REPORT_INTERVAL_S: Final = 0.1
 # A phase that is over sooner gets no heartbeat.
 _SETTLED_S: Final = 0.1
+# How often a device that waits for its own conditions looks again.
+_LOOK_AGAIN_S: Final = 20.0
 
 log = structlog.get_logger()
 
@@ -76,13 +81,20 @@ class Loop:
         *,
         tls_flags: str = "--tls",
         renew: Callable[[], Awaitable[None]] | None = None,
+        runs: WorkerRuns | None = None,
+        conditions: OwnersConditions | None = None,
     ) -> None:
-        """`tls_flags` is the common prefix of the link's TLS flags, for error messages.
+        """`runs` are those beside the aggregator's own one; None: the worker serves that one alone.
 
-        `renew` gets a new certificate when the aggregator finds the present one too old.
+        `conditions` measures the device before each poll, and says whether it takes tasks. `tls_flags` is the
+        common prefix of the link's TLS flags, for error messages. `renew` gets a new certificate when the
+        aggregator finds the present one too old.
         """
         self._settings = settings
         self._client = client
+        self._deliveries: dict[str, Delivery] = {}
+        # Runs whose updates of a former process were sent in this session.
+        self._delivered: set[str] = set()
         self._publisher = publisher
         self._controls = controls
         self._files = files
@@ -92,13 +104,13 @@ class Loop:
         self._profile = profile
         self._tls_flags = tls_flags
         self._renew = renew
+        self._runs = runs
+        self._conditions = conditions or OwnersConditions(settings.name)
         self._run_id = ""
-        self._described: ModelDescription | None = None
         self._heartbeat_interval_s = 5.0
         self._retries = Retries(settings.backoff)
         self._why = ""
         self._show_at_s = 0.0
-        self._delivery = Delivery(client, files.spool, publisher, self._beat)
         self._log: Any = log.bind(worker=settings.name)
 
     async def run(self) -> None:
@@ -157,13 +169,18 @@ class Loop:
         return f"{self._why} ({error})" if self._why else str(error)
 
     async def _session(self) -> None:
-        self._described = None
         registration = await self._connect()
-        for update in await self._unsent(registration):
-            await self._deliver(update)
-        while (polled := await self._poll(registration)) is not None:
+        own = RunWork(registration, self._files, self._work, own=True)
+        if registration.run_id:
+            for update in await self._unsent(registration):
+                await self._deliver(own, update)
+        self._delivered = {registration.run_id}
+        while (polled := await self._poll(own)) is not None:
             if polled.task is not None and polled.message is not None:
-                await self._perform(polled.task, polled.message)
+                await self._perform_of(own, polled)
+                continue
+            if polled.introduce is not None:
+                await self._introduce(own, polled.introduce)
                 continue
             self._retries.reset()
             if polled.run_ended and self._settings.exit_when_run_ends:
@@ -172,6 +189,51 @@ class Loop:
             if polled.run_ended:
                 await self._controls.wait(self._settings.poll_wait_s)
         await leave(self._client)
+
+    async def _perform_of(self, own: RunWork, polled: Polled) -> None:
+        """Carry out a task of whichever run, once what a former process left of that run is delivered."""
+        task, message = polled.task, polled.message
+        assert task is not None
+        assert message is not None
+        run: RunWork | None = own
+        if self._runs is not None and task.run_id != own.run_id:
+            run = await self._runs.of_task(own.registration, message)
+        # What the task asks for may be among the updates: the next poll shows it.
+        if run is not None and await self._deliver_unsent(run):
+            return
+        if run is None or not await self._prepared(run):
+            await self._give_back(task, "this device takes no tasks of this run")
+            return
+        await self._perform(run, task, message)
+
+    async def _introduce(self, own: RunWork, terms: aggregator_pb2.RunTerms) -> None:
+        """Get ready for a run, and tell the aggregator of its model, or that this device takes no tasks of it."""
+        if self._runs is None or not terms.run_id:
+            await self._controls.wait(self._retries.next_delay_s())
+            return
+        run = await self._runs.open(registration_of(own.registration, terms))
+        await self._deliver_unsent(run)
+        if await self._prepared(run):
+            await self._runs.describe(run)
+
+    async def _prepared(self, run: RunWork) -> bool:
+        """Build the learning task of a run; False where this device takes no tasks of it."""
+        if run.own or self._runs is None:
+            return True
+        reason = await self._runs.prepare(run)
+        if reason:
+            self._publisher.show(last_error=f"run {run.registration.run}: {reason}")
+        return not reason
+
+    async def _deliver_unsent(self, run: RunWork) -> bool:
+        """Deliver what a former process left of a run, once a session; whether there was something."""
+        if run.run_id in self._delivered:
+            return False
+        self._delivered.add(run.run_id)
+        updates = await asyncio.to_thread(run.files.spool.updates)
+        for update in updates:
+            await self._deliver(run, update)
+        return bool(updates)
 
     async def _unsent(self, registration: Registration) -> list[SpooledUpdate]:
         """Return the updates of this run that are still to be sent. Wait a while for those that cannot be read."""
@@ -190,7 +252,7 @@ class Loop:
     async def _connect(self) -> Registration:
         registration = await self._register()
         parts = self._work.parts
-        if await self._work.prepare(registration):
+        if registration.run_id and await self._work.prepare(registration):
             profile = await asyncio.to_thread(self._profile)
             if profile != self._publisher.status.device or self._work.parts != parts:
                 # The learning task has loaded its libraries, which know the accelerator.
@@ -200,49 +262,81 @@ class Loop:
 
     async def _register(self) -> Registration:
         profile = await asyncio.to_thread(self._profile)
-        registration = await self._client.register(profile, self._settings.role, self._work.parts)
-        await asyncio.to_thread(self._models.forget_other_runs, registration.run_id)
+        many = self._runs is not None
+        registration = await self._client.register(profile, self._settings.role, self._work.parts, many)
+        if registration.run_id:
+            await asyncio.to_thread(self._models.forget_other_runs, registration.run_id)
         self._heartbeat_interval_s = registration.heartbeat_interval_s
         self._publisher.show(run=registration.run, device=profile)
         self._files.show()
         return registration
 
-    async def _poll(self, registration: Registration) -> Polled | None:
+    async def _poll(self, own: RunWork) -> Polled | None:
         """Return the answer to a poll; None when the worker is to drain."""
-        async with self._work.polling(registration) as new_examples:
-            await self._describe(registration)
-            return await self._poll_unless_paused(registration, new_examples)
+        async with AsyncExitStack() as stack:
+            new_examples = None
+            if own.run_id:
+                new_examples = await stack.enter_async_context(own.work.polling(own.registration))
+                await self._describe(own)
+            others = []
+            for run in () if self._runs is None else self._runs.opened:
+                new = await stack.enter_async_context(run.work.polling(run.registration))
+                others.append((run.run_id, run.files.models.held, new))
+            return await self._poll_unless_paused(own.registration, new_examples, others)
 
-    async def _describe(self, registration: Registration) -> None:
+    async def _describe(self, own: RunWork) -> None:
         """Tell the aggregator of the model before a poll that may bring the first task, once unless it changes."""
-        if not registration.describe_model:
+        if not own.registration.describe_model:
             return
-        description = await self._work.description(registration)
-        if description is not None and description != self._described:
+        description = await own.work.description(own.registration)
+        if description is not None and description != own.described:
             await self._client.describe(description)
-            self._described = description
+            own.described = description
 
-    async def _poll_unless_paused(self, registration: Registration, new_examples: int | None) -> Polled | None:
+    async def _until_willing(self) -> device_pb2.DeviceConditions | None:
+        """Wait until the device is as its owner wants it for a task; return how it is then, or on draining."""
+        left = False
+        while True:
+            found, willing = await self._conditions.look(self._publisher.status.device)
+            if willing or self._controls.draining:
+                return found
+            if not left:
+                self._publisher.enter(Activity.PAUSED)
+                self._publisher.show(notice=f"no tasks now: only when {self._settings.only_when}")
+                self._log.info("no tasks now", only_when=self._settings.only_when)
+                await leave(self._client)
+                left = True
+            await self._controls.wait(_LOOK_AGAIN_S)
+
+    async def _poll_unless_paused(
+        self,
+        registration: Registration,
+        new_examples: int | None,
+        others: Collection[tuple[str, HeldModel | None, int | None]],
+    ) -> Polled | None:
         wait_s = min(registration.poll_wait_s or self._settings.poll_wait_s, self._settings.poll_wait_s)
         while not self._controls.draining:
             if self._controls.paused:
                 self._publisher.enter(Activity.PAUSED)
                 await self._controls.changed()
                 continue
+            conditions = await self._until_willing()
+            if self._controls.draining or self._controls.paused:
+                continue
             self._publisher.enter(Activity.WAITING)
-            poll = self._client.poll(wait_s, self._models.held, new_examples)
+            poll = self._client.poll(wait_s, self._models.held, new_examples, others, conditions)
             try:
                 return await run_until_interrupted(poll, self._controls.changed())
             except Interrupted:
                 continue
         return None
 
-    async def _perform(self, task: Task, message: aggregator_pb2.Task) -> None:
+    async def _perform(self, run: RunWork, task: Task, message: aggregator_pb2.Task) -> None:
         """Carry out one task, from download to acknowledgement. Its failure is reported and ends nothing else."""
         task_log = self._log.bind(run=task.run, round=task.round)
         task_log.info("task started", kind=task.kind.name.lower(), version=task.model_version)
-        self._publisher.show(round=task.round, task_kind=task.kind)
-        work = self._work.perform(task, message, self._moved)
+        self._publisher.show(run=task.run, round=task.round, task_kind=task.kind)
+        work = run.work.perform(task, message, self._moved)
         try:
             update = await run_until_interrupted(work, self._beat(task.token))
         except (Interrupted, Cancelled) as interruption:
@@ -251,6 +345,10 @@ class Loop:
             await self._say_goodbye(task)
             raise
         except TaskUnfit as error:
+            if self._runs is not None and not run.own:
+                await self._give_back(task, str(error))
+                await self._runs.refuse(run, str(error))
+                return
             await self._say_goodbye(task, str(error))
             raise
         except FedgrpcError as error:
@@ -262,23 +360,32 @@ class Loop:
             await self._give_back(task, str(error))
             self._check_folder(error)
         else:
-            await self._deliver(update, new=True)
+            await self._deliver(run, update, new=True)
         finally:
             self._publisher.show(task_kind=None)
 
-    async def _deliver(self, update: SpooledUpdate, new: bool = False) -> None:
+    async def _deliver(self, run: RunWork, update: SpooledUpdate, new: bool = False) -> None:
+        delivery = self._delivery_of(run)
         try:
-            delivered = await self._delivery.deliver(update, self._moved, new)
+            delivered = await delivery.deliver(update, self._moved, new)
         except StorageError:
             # The failing disk may be this one or the aggregator's: read the update through before it is sent
             # again.
-            self._spool.doubt(update)
+            run.files.spool.doubt(update)
             raise
-        self._files.show()
+        run.files.show()
         if delivered:
             self._retries.reset()
         else:
             await self._controls.wait(self._retries.next_delay_s())
+
+    def _delivery_of(self, run: RunWork) -> Delivery:
+        """Return the delivery of a run's spool, which remembers over sessions when an upload began."""
+        known = self._deliveries.get(run.run_id)
+        if known is None:
+            known = Delivery(self._client, run.files.spool, self._publisher, self._beat)
+            self._deliveries[run.run_id] = known
+        return known
 
     async def _beat(self, token: str) -> str:
         """Keep a task's lease, at the told interval and at each change of phase. Return why the task must stop."""

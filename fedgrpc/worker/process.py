@@ -18,6 +18,7 @@ from fedgrpc.rpc.server import WORKER, RunningServer, serve, worker_service
 from fedgrpc.storage.folder import HeldFolder, folder_id, hold_folder
 from fedgrpc.trainer import Trainer
 from fedgrpc.worker.client import AggregatorClient
+from fedgrpc.worker.conditions import OwnersConditions
 from fedgrpc.worker.device import detect
 from fedgrpc.worker.enrolment import Link, enrolled, linked
 from fedgrpc.worker.local_work import TaskFiles
@@ -25,6 +26,7 @@ from fedgrpc.worker.loop import Loop
 from fedgrpc.worker.model_folder import ModelFolder
 from fedgrpc.worker.released_models import ReleasedModels
 from fedgrpc.worker.releases import ReleaseFollower
+from fedgrpc.worker.run_work import WorkerRuns
 from fedgrpc.worker.service import WorkerService
 from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.status import Controls, StatusPublisher
@@ -81,7 +83,10 @@ class Worker:
             files = TaskFiles(settings, client, self.publisher)
             work = TrainerWork(settings, files, self.publisher, self._build_trainer)
             loop = Loop(
-                *(settings, client, self.publisher, self.controls, files, work, self._profile), renew=link.on_stale
+                *(settings, client, self.publisher, self.controls, files, work, self._profile),
+                renew=link.on_stale,
+                runs=WorkerRuns(settings, client, self.publisher, self._build_trainer),
+                conditions=OwnersConditions(settings.name, settings.only_when),
             )
             released = ReleasedModels(settings.state_dir / "released")
             follower = ReleaseFollower(client, released, self.publisher, work.score)

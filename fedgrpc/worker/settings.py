@@ -15,6 +15,7 @@ from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rpc.address import Address, dialled
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.rpc.retry import Backoff
+from fedgrpc.runs.eligibility import parse
 from fedgrpc.worker.throttle import Throttle
 
 # A batch of more examples than that is a mistake; plans have 32 bits for it.
@@ -37,7 +38,8 @@ class WorkerSettings:
 
     The aggregator is not trusted with the device. A model of more than `max_model_bytes`, decoded, is refused
     (None: one whose training has no room in the memory that this process may use). So is a task whose batches
-    have fewer than `min_batch_size` examples: the update of a single example reveals that example.
+    have fewer than `min_batch_size` examples: the update of a single example reveals that example. While the
+    device is not as `only_when` says (`fedgrpc.runs.eligibility`), it asks for no task.
 
     Raises:
         UsageError: a value is out of range.
@@ -64,6 +66,7 @@ class WorkerSettings:
     encodings: tuple[str, ...] = ENCODING_NAMES
     max_model_bytes: int | None = None
     min_batch_size: int = 1
+    only_when: str = ""
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -91,3 +94,7 @@ class WorkerSettings:
         if not self.drain_s >= 0:
             raise UsageError(f"drain_s must not be negative, not {self.drain_s}")
         DeviceProfile().with_overrides(self.device)
+        try:
+            parse(self.only_when)
+        except UsageError as error:
+            raise UsageError(f"only_when: {error}") from None

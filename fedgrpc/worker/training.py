@@ -124,6 +124,12 @@ class TrainerWork:
         self._built.set()
         return True
 
+    async def release(self) -> None:
+        """Let the learning task go, once it trains no more; `prepare` builds it again."""
+        async with self._trainer_in_use:
+            self._trainer = None
+            self._built.clear()
+
     async def description(self, registration: Registration) -> ModelDescription:
         """See `LocalWork.description`."""
         assert self._trainer is not None
@@ -137,7 +143,8 @@ class TrainerWork:
     @asynccontextmanager
     async def polling(self, registration: Registration) -> AsyncIterator[int | None]:
         """See `LocalWork.polling`: a worker can always take a task."""
-        examples = await asyncio.to_thread(self._examples)
+        # A learning task that is not in memory is not built to count its examples.
+        examples = None if self._trainer is None else await asyncio.to_thread(self._examples)
         run_id, trained = self._trained
         known = trained if run_id == registration.run_id else None
         yield None if examples is None else examples.new_since(known)
