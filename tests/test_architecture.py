@@ -13,7 +13,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedgrpc"
 
 # Every module or package right below fedgrpc, and what it may import besides itself.
-CORE = {"errors", "claims", "training_plan", "codec", "submodels", "aggregation", "algorithms", "rounds", "runs"}
+CORE = {
+    *("errors", "claims", "training_plan", "codec", "submodels", "aggregation", "algorithms", "privacy"),
+    *("rounds", "runs"),
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "claims": {"errors"},
@@ -26,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plugins": {"errors"},
     "algorithms": {"errors", "plugins", "training_plan", "codec", "aggregation"},
     "tracking": {"errors", "v1"},
+    "privacy": {"errors", "claims", "codec", "aggregation"},
     "rounds": {"errors", "claims"},
     "runs": {"errors", "claims", "training_plan", "codec", "submodels", "aggregation", "algorithms", "rounds"},
     "trainer": {"errors", "codec", "training_plan", "submodels", "algorithms"},
@@ -89,6 +93,7 @@ PURE = {
     "codec",
     "submodels",
     "aggregation",
+    "privacy",
     "rounds",
     "runs",
 }

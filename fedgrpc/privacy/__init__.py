@@ -1,0 +1,1 @@
+"""Differential privacy with a ledger, and sums of updates that nobody sees."""

@@ -1,0 +1,70 @@
+"""Updates as integers that add up exactly: what a secure sum adds.
+
+    q = floor((clip(x, -c, c) + c) / step + u),   step = 2 c / (2^b - 1),   u uniform in [0, 1)
+    sum_k w_k x_k / sum_k w_k  is estimated by  step * (sum_k w_k q_k / sum_k w_k) - c
+
+Stochastic rounding keeps the mean right: E[q] = (x + c) / step for every x within the bound. The rule: bound and
+bits come with the task and are the same for all, so integers of different devices mean the same. A sum of n of
+them with weights below 2^w has b + w + ceil(log2 n) bits, and never overflows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedgrpc.codec.layout import Array
+from fedgrpc.errors import EncodeError, UsageError
+
+MAX_SUM_BITS = 64
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """Grid of one tensor: `count` devices, values within `bound` of 0 at `bits` bits, weights of `weight_bits`."""
+
+    bound: float
+    bits: int
+    weight_bits: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.bound) and self.bound > 0):
+            raise UsageError(f"the bound of a secure sum's values is a number above 0, not {self.bound}")
+        if not (2 <= self.bits <= 24 and 0 <= self.weight_bits <= 32 and self.count >= 1):
+            raise UsageError("a secure sum takes values of 2 to 24 bits, and weights of at most 32")
+        if self.sum_bits > MAX_SUM_BITS:
+            raise UsageError(f"this secure sum needs {self.sum_bits} bits an element, more than {MAX_SUM_BITS}")
+
+    @property
+    def step(self) -> float:
+        """The distance of two neighbours on the grid."""
+        return 2 * self.bound / ((1 << self.bits) - 1)
+
+    @property
+    def sum_bits(self) -> int:
+        """Bits of a sum: all arithmetic is modulo 2 to this power."""
+        return self.bits + self.weight_bits + (self.count - 1).bit_length()
+
+    def encode(self, values: Array, weight: int, rng: np.random.Generator) -> Array:
+        """Return `weight` times the integers of `values` (floats of any shape), uint64, below 2^`sum_bits`.
+
+        Raises EncodeError for values that are not finite, and for a weight that is not in 1..2^weight_bits - 1, or
+        1 where weights have no bits.
+        """
+        if not 1 <= weight < max(2, 1 << self.weight_bits):
+            raise EncodeError(f"the weight {weight} does not fit {self.weight_bits} bits")
+        wide = values.astype(np.float64)
+        if not np.isfinite(wide).all():
+            raise EncodeError("a tensor holds NaN or infinity: it cannot be part of a secure sum")
+        scaled = (np.clip(wide, -self.bound, self.bound) + self.bound) / self.step + rng.random(values.shape)
+        # Rounding errors of the division must not lift the largest value over the grid's end.
+        whole = np.minimum(np.floor(scaled), (1 << self.bits) - 1)
+        encoded: Array = whole.astype(np.uint64) * np.uint64(weight)
+        return encoded
+
+    def mean(self, total: Array, weight: int) -> Array:
+        """Return the weighted mean, float64, from the sum of integers and that of weights (above 0)."""
+        mean: Array = total.astype(np.float64) / weight * self.step - self.bound
+        return mean

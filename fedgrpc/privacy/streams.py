@@ -1,0 +1,60 @@
+"""Streams of random numbers that follow from a key: the same key and label give the same numbers, wherever.
+
+The rule: a stream is drawn by a cipher (ChaCha20, RFC 8439) under a key that HKDF-SHA256 (RFC 5869) derives for
+its label. So nobody without the key can tell it from chance, and one that is drawn again, after a crash, is the
+same.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from fedgrpc.codec.layout import Array
+
+KEY_BYTES: Final = 32
+_PIECE: Final = 1 << 15
+_WORDS: Final = {8: "u1", 16: "<u2", 32: "<u4", 64: "<u8"}
+
+
+def derived_key(key: bytes, label: bytes) -> bytes:
+    """Return the 32 byte key of `label` under `key`, which has at least 32 bytes of entropy."""
+    return HKDF(SHA256(), KEY_BYTES, salt=None, info=label).derive(key)
+
+
+class RandomStream:
+    """Random words under `key` (32 bytes), in order. A key serves one stream: its nonce is zero."""
+
+    def __init__(self, key: bytes) -> None:
+        self._cipher = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
+
+    def words(self, count: int, bits: int) -> Array:
+        """Return the next `count` numbers, uniform from 0 to 2^bits - 1, in the dtype of `word_dtype`."""
+        dtype = word_dtype(bits)
+        words = np.frombuffer(self._cipher.update(bytes(count * dtype.itemsize)), dtype)
+        return words if bits == 8 * dtype.itemsize else words & dtype.type((1 << bits) - 1)
+
+    def normals(self, count: int) -> Array:
+        """Return the next `count` numbers of the standard normal distribution, float64.
+
+        Box and Muller (1958), from 53 random bits each. An odd count draws one more, and drops it.
+        """
+        drawn = np.empty((count + 1) // 2 * 2)
+        for start in range(0, drawn.size, _PIECE):
+            piece = drawn[start : start + _PIECE]
+            # From 2^-53 to 1: the logarithm of 0 has no value.
+            uniform = ((self.words(piece.size, 64) >> np.uint64(11)) + np.uint64(1)) * 2.0**-53
+            radius, angle = np.sqrt(-2 * np.log(uniform[0::2])), 2 * np.pi * uniform[1::2]
+            piece[0::2], piece[1::2] = radius * np.cos(angle), radius * np.sin(angle)
+        return drawn[:count]
+
+
+def word_dtype(bits: int) -> np.dtype[np.unsignedinteger]:
+    """Return the narrowest unsigned dtype, little-endian, of `bits` bits (1 to 64, else ValueError)."""
+    if not 1 <= bits <= 64:
+        raise ValueError(f"words have 1 to 64 bits, not {bits}")
+    return np.dtype(next(name for most, name in _WORDS.items() if bits <= most))
