@@ -10,6 +10,7 @@ from typing import Any, cast
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedgrpc.errors import LinkError
+from fedgrpc.model_client import ModelClient
 from fedgrpc.rpc.address import dialled
 from fedgrpc.rpc.channel import Tls, open_channel
 from fedgrpc.rpc.diagnosis import explain
@@ -46,6 +47,7 @@ class Client:
         self._tls = tls
         identity: Any = IdentityStub
         self.identities = IdentityClient(identity(channel), self._reaching)
+        self.models = ModelClient(channel, self._reaching)
 
     def of(self, run_name: str) -> Client:
         """Return a client of another run of the same aggregator, over the same connection."""

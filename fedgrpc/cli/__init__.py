@@ -36,6 +36,16 @@ COMMANDS: Final = {
     "ca list": "fedgrpc.cli.authority:CA_LIST",
     "ca retire": "fedgrpc.cli.authority:CA_RETIRE",
     "audit": "fedgrpc.cli.operator:AUDIT",
+    "model list": "fedgrpc.cli.models:MODEL_LIST",
+    "model get": "fedgrpc.cli.models:MODEL_GET",
+    "model tag": "fedgrpc.cli.models:MODEL_TAG",
+    "model diff": "fedgrpc.cli.models:MODEL_DIFF",
+    "model export": "fedgrpc.cli.model_export:MODEL_EXPORT",
+    "model follow": "fedgrpc.cli.model_follow:MODEL_FOLLOW",
+    "release start": "fedgrpc.cli.releases:RELEASE_START",
+    "release list": "fedgrpc.cli.releases:RELEASE_LIST",
+    "release show": "fedgrpc.cli.releases:RELEASE_SHOW",
+    "release abort": "fedgrpc.cli.releases:RELEASE_ABORT",
     "init": "fedgrpc.cli.learning_task:INIT",
     "plan": "fedgrpc.cli.plan:COMMAND",
     "health": "fedgrpc.cli.health:COMMAND",
@@ -47,4 +57,8 @@ GROUPS: Final = {
     "device": "Devices: list, show, approve, revoke, rename, forget.",
     "ca": "The built-in certificate authority: rotate, list, retire.",
     "operator": "People who watch or steer: create, list, revoke, forget.",
+    "model": "Versions of a run's model: list, get, tag, diff, export; follow those released to this device.",
+    "release": "Give a version to the applications on devices, canaries first: start, list, show, abort.",
 }
+# The command of a group that is meant where none is named: `fedgrpc release RUN@best`.
+DEFAULTS: Final = {"release": "start"}

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import click
 
-from fedgrpc.cli import COMMANDS, GROUPS
+from fedgrpc.cli import COMMANDS, DEFAULTS, GROUPS
 from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.process import prepare
 
@@ -42,6 +42,9 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        default = DEFAULTS.get(self._of.strip())
+        if default is not None and not args[0].startswith("-") and args[0] not in self._names:
+            args = [default, *args]
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:

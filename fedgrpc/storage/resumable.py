@@ -39,7 +39,7 @@ class ResumableFile:
         header: bytes,
         size_bytes: int,
         sha256: bytes,
-        recycled: RecycledFiles,
+        recycled: RecycledFiles | None = None,
         *,
         head_path: Path | None = None,
         durable: bool = True,
@@ -99,14 +99,15 @@ class ResumableFile:
         # A file cut short by a crash has no CRC of what is left: the digest of the whole decides in the end.
         return bool(self.crc32 == crc or self.size_bytes < committed)
 
-    def _begun(self, recycled: RecycledFiles) -> tuple[FileIO, FileIO]:
+    def _begun(self, recycled: RecycledFiles | None) -> tuple[FileIO, FileIO]:
         head = self._head(0) + self._text
+        create = _create if recycled is None else recycled.create
         if self._head_path is None:
-            file = FileIO(recycled.create(self.path, head), "r+")
+            file = FileIO(create(self.path, head), "r+")
             return file, file
         # First of all: without it the payload's file, which may be a recycled one, means nothing.
         self._head_path.write_bytes(head)
-        return FileIO(recycled.create(self.path), "r+"), self._head_path.open("r+b", buffering=0)
+        return FileIO(create(self.path), "r+"), self._head_path.open("r+b", buffering=0)
 
     def _head(self, committed_bytes: int) -> bytes:
         return _HEAD.pack(committed_bytes, len(self._text), self._header_crc32, self.crc32)
@@ -204,6 +205,12 @@ class ResumableFile:
         self.size_bytes = 0
         self.path.unlink(missing_ok=True)
         self.close()
+
+
+def _create(path: Path, head: bytes = b"") -> int:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    pwrite(handle, head, 0)
+    return handle
 
 
 def committed_bytes(path: Path, head_path: Path | None = None) -> int:

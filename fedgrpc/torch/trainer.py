@@ -115,6 +115,12 @@ class TorchTrainer:
         inputs, _ = examples.batch(np.arange(min(2, len(examples))))
         return self._task.prepare(inputs, False)
 
+    def to_export(self, weights: Weights) -> tuple[nn.Module, Tensor]:
+        """Return the whole model with these weights, ready to score, and an example of its input, on the CPU."""
+        with self._lock, _seeded(self._device, 0):
+            module = self._sub_models.loaded(self._builder.names.to_own(weights))
+            return copy.deepcopy(uncompiled(module)).cpu().eval(), self._example().cpu()
+
     def train(self, weights: Weights, job: TrainJob) -> TrainResult:
         """Train on mini-batches, with the term of the run's algorithm in the gradients.
 
