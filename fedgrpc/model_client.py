@@ -175,9 +175,7 @@ async def download(
     return manifest
 
 
-async def _fetch(
-    stream: Stream, partial: Path, offset: int, progress: Progress
-) -> tuple[ResumableFile, Manifest]:
+async def _fetch(stream: Stream, partial: Path, offset: int, progress: Progress) -> tuple[ResumableFile, Manifest]:
     """Return the whole payload. Raises `WrongOffset` where the bytes that are here are of another one."""
     async with aclosing(stream(offset)) as messages:
         header = await anext(messages, None)

@@ -68,7 +68,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "client": {"errors", "rpc", "identity", "storage", "v1", "model_client"},
     "model_client": {"errors", "codec", "protocol", "rpc", "storage", "v1"},
     "datasets": {"errors", "storage"},
-    "torch": {"errors", "codec", "submodels", "algorithms", "datasets", "trainer", "worker"},
+    "torch": {"errors", "codec", "submodels", "algorithms", "storage", "datasets", "trainer", "worker"},
     "tasks": {"errors", "datasets", "torch", "trainer", "worker"},
     # The run as it is deployed, but for transport and clock: above both sides, as a leaf is.
     "simulation": {
@@ -78,8 +78,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
         *(*CORE, "trainer", "v1", "protocol", "rpc", "identity", "storage", "process", "logging", "metrics"),
-        *("client", "aggregator", "worker", "hierarchy", "datasets", "tasks", "simulation", "toml"),
-        *("words", "web"),
+        *("client", "model_client", "aggregator", "worker", "hierarchy", "datasets", "tasks", "torch"),
+        *("simulation", "toml", "words", "web"),
     },
 }
 # Where torch may be imported; everything else runs on a machine without it.

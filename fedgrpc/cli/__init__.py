@@ -57,8 +57,8 @@ GROUPS: Final = {
     "device": "Devices: list, show, approve, revoke, rename, forget.",
     "ca": "The built-in certificate authority: rotate, list, retire.",
     "operator": "People who watch or steer: create, list, revoke, forget.",
-    "model": "Versions of a run's model: list, get, tag, diff, export; follow those released to this device.",
-    "release": "Give a version to the applications on devices, canaries first: start, list, show, abort.",
+    "model": "Versions of a model: list, get, tag, diff, export, follow.",
+    "release": "Releases of a version to devices: start, list, show, abort.",
 }
 # The command of a group that is meant where none is named: `fedgrpc release RUN@best`.
 DEFAULTS: Final = {"release": "start"}

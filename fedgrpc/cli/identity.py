@@ -9,18 +9,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import click
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from fedgrpc.claims import printable
 from fedgrpc.cli.as_json import json_text, plain
 from fedgrpc.cli.options import AS_JSON, Declare, Setting, SettingsCommand
 from fedgrpc.cli.reach import RENEW_AFTER, client_command
-from fedgrpc.cli.view import print_rows
+from fedgrpc.cli.view import print_rows, time_text
 from fedgrpc.client import Client, IdentityClient
 from fedgrpc.errors import NotFound, UsageError
 from fedgrpc.identity.certificates import key_pem, make_key, make_request
@@ -209,8 +207,3 @@ OPERATOR_FORGET = identity_command(
 def _state(member: pb.Member) -> str:
     state = _STATES.get(member.state, "unknown")
     return f"{state}: {printable(member.why)}" if member.why else state
-
-
-def time_text(stamp: Timestamp) -> str:
-    """Format a time for people, in the zone of this machine."""
-    return datetime.fromtimestamp(stamp.ToNanoseconds() / 1e9, UTC).astimezone().strftime("%Y-%m-%d %H:%M")

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from fedgrpc.claims import printable
-from fedgrpc.cli.model_versions import VersionSource, fetched
+from fedgrpc.cli.model_versions import VersionSource, fetched, metadata
 from fedgrpc.cli.models import argument, model_command, named
 from fedgrpc.cli.options import Declare
 from fedgrpc.cli.values import NamedValues
@@ -42,7 +42,7 @@ async def _export(source: VersionSource, values: dict[str, Any]) -> None:
     with fetched() as folder:
         weights = folder / "model.safetensors"
         await source.fetch(found, weights)
-        about = await asyncio.to_thread(export_onnx, weights, path, task, setup)
+        about = await asyncio.to_thread(export_onnx, weights, path, task, setup, metadata(found))
     click.echo(printable(f"{path}: {named(found)}, {about}"))
 
 

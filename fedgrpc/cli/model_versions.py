@@ -15,7 +15,6 @@ from typing import Any, Final, Protocol
 import click
 
 from fedgrpc.cli.reach import reached
-from fedgrpc.cli.view import size
 from fedgrpc.client import Client
 from fedgrpc.errors import LinkError, NotFound, UsageError
 from fedgrpc.model_client import download
@@ -30,6 +29,7 @@ from fedgrpc.storage.model_file import ModelFile, write_model
 from fedgrpc.storage.model_records import MODEL_RECORDS, ModelRecords
 from fedgrpc.storage.run_store import RunStore
 from fedgrpc.v1 import models_pb2 as pb
+from fedgrpc.words import size
 
 MODELS: Final = "models"
 _DEPTH: Final = 2
@@ -39,7 +39,10 @@ class VersionSource(Protocol):
     """Versions of the runs of one aggregator."""
 
     async def versions(self, run: str) -> pb.ListVersionsResponse:
-        """Return the versions of a run that are kept. Raises `NotFound`, and `UsageError` where `run` is needed."""
+        """Return the versions of a run that are kept.
+
+        Raises `NotFound`, and `UsageError` where a run has to be named.
+        """
 
     async def version(self, reference: Reference) -> pb.GetVersionResponse:
         """Return one version. Raises likewise."""

@@ -11,6 +11,7 @@ exit code 0     done
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -22,11 +23,12 @@ from fedgrpc.cli.as_json import json_text, plain
 from fedgrpc.cli.model_versions import VersionSource, fetched, version_source
 from fedgrpc.cli.options import AS_JSON, Declare, Setting, SettingsCommand
 from fedgrpc.cli.reach import reach_settings
-from fedgrpc.cli.view import print_rows, scores, size
+from fedgrpc.cli.view import print_rows, time_text
 from fedgrpc.runs.keeping import Reference, checked_tag
 from fedgrpc.storage.model_diff import TensorDifference, differences
 from fedgrpc.storage.model_file import ModelFile
 from fedgrpc.v1 import models_pb2 as pb
+from fedgrpc.words import scores, size
 
 _what = Declare("What")
 _DATA_DIR = "Data folder of an aggregator on this host; where none runs, the folder itself is read."
@@ -84,7 +86,7 @@ def _row(record: pb.VersionRecord) -> tuple[str, ...]:
         scores({**version.metrics, **version.evaluator_metrics}),
         size(record.size_bytes),
         ", ".join(names),
-        record.written_at.ToDatetime().strftime("%Y-%m-%d %H:%M"),
+        time_text(record.written_at),
         version.sha256.hex()[:12],
     )
 
@@ -116,25 +118,24 @@ async def _tag(source: VersionSource, values: dict[str, Any]) -> None:
 
 async def _diff(source: VersionSource, values: dict[str, Any]) -> None:
     with fetched() as folder:
-        paths, names = [], []
-        for index, text in enumerate((values["before"], values["after"])):
-            if Path(text).is_file():
-                paths.append(Path(text))
-                names.append(text)
-                continue
-            found = await source.version(Reference.parse(text))
-            paths.append(folder / f"{index}.safetensors")
-            await source.fetch(found, paths[-1])
-            names.append(named(found))
-        found_differences = await asyncio.to_thread(
-            lambda: list(differences(ModelFile.open(paths[0]), ModelFile.open(paths[1])))
-        )
+        before, shown_before = await _file_of(source, values["before"], folder / "before.safetensors")
+        after, shown_after = await _file_of(source, values["after"], folder / "after.safetensors")
+        found = await asyncio.to_thread(lambda: list(differences(ModelFile.open(before), ModelFile.open(after))))
     if values["as_json"]:
-        click.echo(json_text([vars(each) for each in found_differences]))
+        click.echo(json_text([vars(each) for each in found]))
         return
-    click.echo(printable(f"{names[0]} -> {names[1]}"))
-    rows = [_difference_row(each) for each in found_differences]
+    click.echo(printable(f"{shown_before} -> {shown_after}"))
+    rows = [_difference_row(each) for each in found]
     print_rows(("tensor", "shape", "norm", "change", "relative", "largest change"), rows, "no tensors")
+
+
+async def _file_of(source: VersionSource, text: str, path: Path) -> tuple[Path, str]:
+    """Return the file that `text` names, or that of the version that it names, and how it is shown."""
+    if await asyncio.to_thread(os.path.isfile, text):
+        return Path(text), text
+    found = await source.version(Reference.parse(text))
+    await source.fetch(found, path)
+    return path, named(found)
 
 
 def _difference_row(each: TensorDifference) -> tuple[str, ...]:

@@ -21,14 +21,16 @@ from fedgrpc.cli.models import argument
 from fedgrpc.cli.options import AS_JSON, Declare
 from fedgrpc.cli.reach import client_command
 from fedgrpc.cli.values import DURATION
-from fedgrpc.cli.view import print_rows, scores
+from fedgrpc.cli.view import print_rows, time_text
 from fedgrpc.client import Client
 from fedgrpc.protocol.durations import duration_from_proto
 from fedgrpc.runs.keeping import Reference
 from fedgrpc.v1 import models_pb2 as pb
+from fedgrpc.words import scores
 
 _what = Declare("What")
 _SHOWN_NAMES: Final = 5
+
 
 def release_line(release: pb.Release) -> str:
     """Describe a release in one line."""
@@ -45,9 +47,7 @@ def phase_of(release: pb.Release) -> str:
 
 
 def _conditions(release: pb.Release) -> str:
-    return ", ".join(
-        f"{each.name}{'>=' if each.at_least else '<='}{each.value:g}" for each in release.conditions
-    )
+    return ", ".join(f"{each.name}{'>=' if each.at_least else '<='}{each.value:g}" for each in release.conditions)
 
 
 async def _start(client: Client, values: dict[str, Any]) -> None:
@@ -116,7 +116,7 @@ async def _abort(client: Client, values: dict[str, Any]) -> None:
 
 
 def _time(stamp: Timestamp) -> str:
-    return stamp.ToDatetime().strftime("%Y-%m-%d %H:%M:%S")
+    return time_text(stamp, "%Y-%m-%d %H:%M:%S")
 
 
 RELEASE_START = client_command(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 import click
+from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -30,6 +32,11 @@ def print_table(console: Console, table: RenderableType) -> None:
         console.print(table)
     for line in captured.get().splitlines():
         console.out(line.rstrip(), highlight=False)
+
+
+def time_text(stamp: Timestamp, form: str = "%Y-%m-%d %H:%M") -> str:
+    """Format a time for people, in the zone of this machine."""
+    return datetime.fromtimestamp(stamp.ToNanoseconds() / 1e9, UTC).astimezone().strftime(form)
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], nothing: str) -> None:

@@ -37,7 +37,9 @@ def differences(before: ModelFile, after: ModelFile) -> Iterator[TensorDifferenc
         if other is None:
             yield TensorDifference(spec.name, spec.shape, note="only before")
         elif (after.layout[other].shape, after.layout[other].dtype) != (spec.shape, spec.dtype):
-            yield TensorDifference(spec.name, spec.shape, note=f"{after.layout[other].dtype} of another shape after")
+            yield TensorDifference(
+                spec.name, spec.shape, note=f"{after.layout[other].dtype} of another shape after"
+            )
         else:
             yield _difference(before, index, after, other)
     for name, other in places.items():

@@ -6,9 +6,12 @@ The program takes what the learning task's `prepare` gives the model: prepare in
 from __future__ import annotations
 
 import importlib.util
+import logging
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -26,10 +29,13 @@ from fedgrpc.worker.task_loader import find_task
 _NEEDED: Final = ("onnx", "onnxscript")
 
 
-def export_onnx(weights: Path, path: Path, reference: str, setup: TaskSetup) -> str:
+def export_onnx(
+    weights: Path, path: Path, reference: str, setup: TaskSetup, about: Mapping[str, str] = MappingProxyType({})
+) -> str:
     """Write the weights of a safetensors file, in the learning task's model, as the ONNX file `path`.
 
-    Returns what the program takes and gives, in words. The first dimension of both is the batch, of any size.
+    `about` is text for its metadata. Returns what the program takes and gives, in words. The first dimension of
+    both is the batch, of any size.
 
     Raises:
         UsageError: the task is no `TorchTask`, has no data to know its input from, or the exporter is missing.
@@ -47,6 +53,7 @@ def export_onnx(weights: Path, path: Path, reference: str, setup: TaskSetup) -> 
     with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".onnx-") as folder:
         part = Path(folder) / path.name
         outputs = _export(module, example, part, reference)
+        _describe(part, about)
         with storage_errors(path):
             part.replace(path)
             sync(path.absolute().parent)
@@ -57,7 +64,9 @@ def _loaded(trainer: TorchTrainer, weights: Path) -> tuple[nn.Module, torch.Tens
     model = ModelFile.open(weights)
     there = {(spec.name, spec.shape) for spec in model.layout}
     if not {(spec.name, spec.shape) for spec in trainer.layout()} <= there:
-        raise LayoutError("the version's tensors are not those of the learning task's model; give --task or --model")
+        raise LayoutError(
+            "the version's tensors are not those of the learning task's model; give --task or --model"
+        )
     tensors = ModelTensors(model)
     with users_code():
         return trainer.to_export({spec.name: tensors[spec.name] for spec in trainer.layout()})
@@ -65,6 +74,8 @@ def _loaded(trainer: TorchTrainer, weights: Path) -> tuple[nn.Module, torch.Tens
 
 def _export(module: nn.Module, example: torch.Tensor, path: Path, reference: str) -> torch.Tensor:
     batch = torch.export.Dim("batch")
+    # The exporter names each optional package that is not installed.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         outputs = module(example)
@@ -80,12 +91,22 @@ def _export(module: nn.Module, example: torch.Tensor, path: Path, reference: str
                 external_data=False,
                 verbose=False,
             )
-        except Exception as error:  # noqa: BLE001 - the exporter raises whatever the model's code makes it
+        except Exception as error:
             first = str(error).strip().splitlines()
-            raise TaskError(f"the model of {reference} cannot be exported: {first[0] if first else error!r}") from error
+            raise TaskError(
+                f"the model of {reference} cannot be exported: {first[0] if first else error!r}"
+            ) from error
     if not isinstance(outputs, torch.Tensor):
         raise UsageError(f"the model of {reference} gives {type(outputs).__name__}: only a tensor can be exported")
     return outputs
+
+
+def _describe(path: Path, about: Mapping[str, str]) -> None:
+    import onnx
+
+    program = onnx.load(str(path))
+    onnx.helper.set_model_props(program, dict(about))
+    onnx.save(program, str(path))
 
 
 def _shape(tensor: torch.Tensor) -> str:
