@@ -236,7 +236,7 @@ class SliceableTrainer(Trainer, Protocol):
     not its own to change.
 
     It may have a method `layout() -> Layout`, which tells names and shapes of its whole model without building it,
-    and `activation_bytes(width) -> int`, the bytes that a backward pass keeps beside weights.
+    and `activation_bytes() -> int`, the bytes that its backward pass keeps beside weights.
     """
 
     def channels(self) -> ChannelMap:
@@ -272,10 +272,10 @@ def model_layout(trainer: Trainer) -> Layout:
     return () if tell is None else tell()
 
 
-def activation_bytes(trainer: Trainer, width: float = 1.0) -> int:
-    """Return the bytes that a backward pass of that width keeps beside weights; 0 without such a method."""
+def activation_bytes(trainer: Trainer) -> int:
+    """Return the bytes that the whole model's backward pass keeps beside weights; 0 without such a method."""
     tell = getattr(trainer, "activation_bytes", None)
-    return 0 if tell is None else int(tell(width))
+    return 0 if tell is None else int(tell())
 
 
 def weight_shapes(weights: Weights) -> dict[str, tuple[int, ...]]:

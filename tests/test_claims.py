@@ -17,7 +17,8 @@ from fedgrpc.protocol.durations import duration_from_proto
 from fedgrpc.protocol.records import history_from_bytes, metrics_from_proto
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rounds.selection import OortRule, utilities
-from fedgrpc.submodels.cost import DeviceLimits, Observation, PlanSize, predict
+from fedgrpc.submodels.cost import DeviceLimits, Observation, predict
+from fedgrpc.submodels.plan_size import PlanSize
 from fedgrpc.v1 import aggregator_pb2, device_pb2, round_pb2
 
 RANGES = [item for item in vars(claims).values() if isinstance(item, claims.Range)]

@@ -19,7 +19,7 @@ from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.negotiation import reduced_bits
 from fedgrpc.aggregator.registry import Worker
 from fedgrpc.codec.budget import expected_bits
-from fedgrpc.codec.layout import Layout
+from fedgrpc.codec.layout import Layout, TensorRole
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import LayoutError, NotFound, StorageError, UnusableUpdate, blaming
 from fedgrpc.protocol.descriptions import ModelDescription
@@ -33,16 +33,10 @@ from fedgrpc.protocol.tensors import channels_from_proto, channels_to_proto
 from fedgrpc.runs.task_context import LocalTask
 from fedgrpc.storage.files import storage_errors, write_file
 from fedgrpc.submodels.channels import ChannelMap, KeptChannels, SubModel
-from fedgrpc.submodels.cost import (
-    Observation,
-    PlanChoice,
-    PlanElements,
-    PlanSize,
-    choose_of,
-    elements_of,
-    shown_upload_bits,
-)
+from fedgrpc.submodels.cost import Observation, shown_upload_bits
 from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan_choice import PlanChoice, choose_of
+from fedgrpc.submodels.plan_size import PlanElements, PlanSize, elements_of
 from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.v1 import round_pb2, tensor_pb2
 
@@ -117,8 +111,8 @@ class LocalModels:
 
     @property
     def wants_channels(self) -> bool:
-        """True if some plan needs the channels, and no worker has sent them yet."""
-        return self._channels is None and any(not plan.sub_model(0).whole for plan in self._plans.plans)
+        """True if some plan needs the channels or the costs of layers, and no worker has sent them yet."""
+        return self._channels is None and any(plan.is_of_layers for plan in self._plans.plans)
 
     def task_of(self, worker: Worker, sizing: Sizing, round_number: int) -> tuple[LocalTask, PlanChoice]:
         """Choose a worker's local model and predict its cost. Without known channels it has the whole width."""
@@ -165,9 +159,9 @@ class LocalModels:
         if plan not in self._elements:
             if len(self._elements) >= _MOST_SUB_MODELS:
                 self._elements.clear()
-            self._elements[plan] = elements_of(
-                plan, {tensor.name: tensor.shape for tensor in layout}, self._channels
-            )
+            shapes = {spec.name: spec.shape for spec in layout}
+            frozen = {spec.name for spec in layout if spec.role is TensorRole.CONSTANT}
+            self._elements[plan] = elements_of(plan, shapes, self._channels, frozen)
         return self._elements[plan]
 
     def observe(self, record: round_pb2.Round, layout: Layout) -> None:

@@ -34,7 +34,7 @@ from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.runs.task_context import LocalTask, Report, TaskContext
 from fedgrpc.storage.task_rows import StoredRound, TaskRow
 from fedgrpc.storage.uploads import UploadJournal
-from fedgrpc.submodels.cost import PlanChoice
+from fedgrpc.submodels.plan_choice import PlanChoice
 from fedgrpc.v1 import round_pb2
 
 log = structlog.get_logger()

@@ -23,8 +23,9 @@ from fedgrpc.cli.reach import reach_settings, reached
 from fedgrpc.cli.values import DURATION, RATE, SIZE, read_file
 from fedgrpc.cli.view import piped_console, print_table
 from fedgrpc.errors import UsageError
-from fedgrpc.submodels.cost import DeviceLimits, Observation, Prediction, misfit, predict
+from fedgrpc.submodels.cost import DeviceLimits, Observation, Prediction, predict
 from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan_choice import misfit
 from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.submodels.technique_cost import saves_nothing
 from fedgrpc.trainer import Trainer, activation_bytes, full_width_tensors

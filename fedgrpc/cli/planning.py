@@ -15,7 +15,7 @@ import numpy as np
 from fedgrpc.aggregator.negotiation import reduced_bits
 from fedgrpc.client import Client
 from fedgrpc.codec.budget import expected_bits
-from fedgrpc.codec.layout import Layout, spec_of
+from fedgrpc.codec.layout import Layout, TensorRole, spec_of
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import FedgrpcError, UsageError
@@ -24,16 +24,10 @@ from fedgrpc.protocol.devices import device_from_proto
 from fedgrpc.protocol.plans import local_model_plan_from_proto, plan_table_from_proto, policy_from_proto
 from fedgrpc.protocol.records import observation_from_proto, prediction_errors, tells_cost
 from fedgrpc.submodels.channels import ChannelMap
-from fedgrpc.submodels.cost import (
-    DeviceLimits,
-    Observation,
-    PlanChoice,
-    PlanSize,
-    choose_of,
-    elements_of,
-    shown_upload_bits,
-)
+from fedgrpc.submodels.cost import DeviceLimits, Observation, shown_upload_bits
 from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan_choice import PlanChoice, choose_of
+from fedgrpc.submodels.plan_size import PlanSize, elements_of
 from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.trainer import SliceableTrainer, Trainer, TrainJob, Weights, model_layout
 from fedgrpc.v1.aggregator_pb2 import WorkerRecord
@@ -78,7 +72,8 @@ class PlannedModel:
         """Return the size of a plan for this model; updates take as many bits as those in the history."""
         upload_bits = shown_upload_bits(history) or self.upload_bits
         shapes = {tensor.name: tensor.shape for tensor in self.layout}
-        elements = elements_of(plan, shapes, self.channels)
+        frozen = {tensor.name for tensor in self.layout if tensor.role is TensorRole.CONSTANT}
+        elements = elements_of(plan, shapes, self.channels, frozen)
         return elements.size(self.download_bits, upload_bits, reduced_bits(self.recipe))
 
 
@@ -197,10 +192,8 @@ def measured(
             tell(f"{plan.to_line()} cannot be trained here: {error}")
             continue
         peak = peak_memory_bytes()
-        kind = plan, size.technique
-        found.append(
-            Observation(size.share, size.weights_bytes, 0, local_s, 0, 0, 0, peak, tensor_bytes, 0.0, *kind)
-        )
+        seen = Observation(size.share, size.weights_bytes, 0, local_s, 0, 0, 0, peak, tensor_bytes)
+        found.append(replace(seen, plan=plan, technique=size.technique, step=size.step))
     return found
 
 

@@ -18,14 +18,9 @@ from fedgrpc.protocol.plans import local_model_plan_from_proto
 from fedgrpc.rounds.events import LossCause
 from fedgrpc.rounds.history import KEPT, LinkRates, Timing, Timings, WorkerHistory
 from fedgrpc.rounds.version import Jump, Version
-from fedgrpc.submodels.cost import (
-    Observation,
-    PlanChoice,
-    PlanSize,
-    Prediction,
-    bits_per_element,
-    errors_of,
-)
+from fedgrpc.submodels.cost import Observation, Prediction, errors_of
+from fedgrpc.submodels.plan_choice import PlanChoice
+from fedgrpc.submodels.plan_size import PlanSize, bits_per_element
 from fedgrpc.v1 import device_pb2, round_pb2
 
 
@@ -85,6 +80,7 @@ def observation_from_proto(task: round_pb2.TaskRecord, size: PlanSize) -> Observ
         plan,
         size.technique,
         claims.NOISE_RATIO.clamped(task.noise_ratio),
+        size.step,
     )
 
 

@@ -17,6 +17,7 @@ from fedgrpc.codec.layout import Layout, TensorRole, TensorSpec, check_unique, r
 from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry, check_entries
 from fedgrpc.errors import LayoutError, TooLargeError, UsageError
 from fedgrpc.submodels.channels import Axis, ChannelGroup, ChannelMap, Segment
+from fedgrpc.submodels.layer_cost import LayerCost
 from fedgrpc.v1 import tensor_pb2
 
 _DTYPE_NAMES: Final[dict[int, str]] = {
@@ -199,6 +200,10 @@ def channels_to_proto(channel_map: ChannelMap) -> tensor_pb2.ChannelMap:
             for segment in axis:
                 segments.add(group=0 if segment.group is None else segment.group + 1, repeat=segment.repeat)
     message.blocks.update(channel_map.blocks)
+    for cost in channel_map.costs:
+        message.costs.add(
+            name=cost.name, work=cost.work, kept_bytes=cost.kept_bytes, shared_bytes=cost.shared_bytes
+        )
     return message
 
 
@@ -206,7 +211,8 @@ def channels_from_proto(message: tensor_pb2.ChannelMap) -> ChannelMap:
     """Return the channels of a model, not yet compared with its tensors (`ChannelMap.validate`)."""
     groups = tuple(ChannelGroup(group.channels, group.blocks, group.rank) for group in message.groups)
     tensors = {name: tuple(_axis(axis) for axis in axes.axes) for name, axes in message.tensors.items()}
-    return ChannelMap(groups, tensors, dict(message.blocks))
+    costs = tuple(LayerCost(cost.name, cost.work, cost.kept_bytes, cost.shared_bytes) for cost in message.costs)
+    return ChannelMap(groups, tensors, dict(message.blocks), costs)
 
 
 def _axis(message: tensor_pb2.ChannelAxis) -> Axis:

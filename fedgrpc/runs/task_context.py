@@ -15,8 +15,8 @@ from fedgrpc.codec.layout import Layout
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.rounds.history import Timings
 from fedgrpc.submodels.channels import KeptChannels, SubModel
-from fedgrpc.submodels.cost import PlanChoice
 from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan_choice import PlanChoice
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ import numpy as np
 
 from fedgrpc.errors import LayoutError, UsageError
 from fedgrpc.submodels.coverage import Coverage
+from fedgrpc.submodels.layer_cost import LayerCost, check_costs
 
 _MAX_TEXT_CHARS = 100
 MOST_BLOCKS = 1 << 16
@@ -139,12 +140,14 @@ _COUNTS = ("depth", "rank")
 class ChannelMap:
     """Channel groups, and the axes of each tensor with channels. Other tensors keep their full width.
 
-    `blocks` has the number of each tensor's block, from 1. Tensors without one are in every sub-model.
+    `blocks` has the number of each tensor's block, from 1. Tensors without one are in every sub-model. `costs` are
+    those of the model's layers, in the order in which they run; empty: they are not known.
     """
 
     groups: tuple[ChannelGroup, ...]
     tensors: Mapping[str, tuple[Axis, ...]]
     blocks: Mapping[str, int] = field(default_factory=dict)
+    costs: tuple[LayerCost, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -172,6 +175,7 @@ class ChannelMap:
         for name, number in self.blocks.items():
             if name not in shapes or not 1 <= number <= MOST_BLOCKS:
                 raise LayoutError(f"the model has no tensor {name!r} of block {number}")
+        check_costs(self.costs, shapes)
         # The extents of the axes bound the sizes of used groups. Nothing would bound an unused one.
         if unused := set(range(len(self.groups))) - self._used():
             raise LayoutError(f"no tensor has channels of group {min(unused)}")

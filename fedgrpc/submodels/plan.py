@@ -258,6 +258,11 @@ class LocalModelPlan:
         return self.trained_layers == _ALL or matches(name, self.trained_layers)
 
     @property
+    def is_of_layers(self) -> bool:
+        """True if the plan leaves out channels, blocks or layers, so that their costs matter."""
+        return not (self.sub_model(0).whole and self.is_trained_whole)
+
+    @property
     def is_trained_whole(self) -> bool:
         """True if training may change every tensor."""
         return self.trained_layers == _ALL

@@ -20,8 +20,6 @@ _SHORT, _SHORT_STEP, _CHECKPOINTED = 1.2, 1.2, 1.3
 _MICRO_BATCH = 0.1
 # Activations against those of float32. Quantized weights are kept three more times.
 _QUANTIZED_ACTIVATIONS, _CHECKPOINTED_ACTIVATIONS, _QUANTIZED_COPIES = 1.1, 0.25, 3
-# A step is a forward pass, gradients of the activations, and gradients of the weights, of about equal time.
-_PASS = 1 / 3
 _SIZES = re.compile(r"e(\d+)s(\d+)|fixed(\d+)\.-?\d+")
 _LONG_CARRIERS = ("float64", "float32", "float24")
 
@@ -41,11 +39,8 @@ class TechniqueCost:
 PLAIN = TechniqueCost()
 
 
-def technique_cost(plan: LocalModelPlan, trained: float = 1.0, reached: float = 1.0) -> TechniqueCost:
-    """Return the cost of a plan that trains the share `trained` of its weights.
-
-    `reached` is the share of its tensors from the first trained one on, through which gradients go back.
-    """
+def technique_cost(plan: LocalModelPlan, trained: float = 1.0) -> TechniqueCost:
+    """Return the cost of a plan that trains the share `trained` of its weights."""
     element = _element_bytes(plan)
     momentum = plan.memory is None or plan.memory.momentum
     time, activations = 1.0, element / 4
@@ -76,10 +71,7 @@ def technique_cost(plan: LocalModelPlan, trained: float = 1.0, reached: float = 
     copies = 0
     if plan.quantization is not None and plan.quantization.weight_bits:
         copies = _QUANTIZED_COPIES * element
-    time *= _PASS * (1 + reached + trained)
-    return TechniqueCost(
-        time, element + copies + trained * (element + optimizer), max(activations * reached, 1e-6)
-    )
+    return TechniqueCost(time, element + copies + trained * (element + optimizer), activations)
 
 
 def carrier_bytes(name: str) -> int:

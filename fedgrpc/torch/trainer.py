@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,16 +20,17 @@ from torch import Tensor, nn
 from fedgrpc.algorithms.algorithm import Term
 from fedgrpc.codec.layout import Layout, TensorRole
 from fedgrpc.errors import TaskError, TaskUnfit
-from fedgrpc.submodels.channels import ChannelMap, SubModel
+from fedgrpc.submodels.channels import ChannelMap
+from fedgrpc.submodels.layer_cost import LayerCost
 from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.torch.building import ModuleBuilder
 from fedgrpc.torch.data import LocalData, choose_device
 from fedgrpc.torch.early_exits import loss_of_exits
+from fedgrpc.torch.layer_costs import layer_costs
 from fedgrpc.torch.local_model.local_model import LocalModel
 from fedgrpc.torch.local_model.nested import Nested
 from fedgrpc.torch.local_model.noise import noise_ratio
 from fedgrpc.torch.local_model.slicing import SubModels
-from fedgrpc.torch.memory import TensorBytes
 from fedgrpc.torch.training import LearningTask, means, run_training
 from fedgrpc.torch.weights import named_tensors, taken_weights, tensor_roles, uncompiled, weights_of
 from fedgrpc.trainer import EvalResult, LocalExamples, TaskSetup, TrainJob, TrainResult, Weights, weight_shapes
@@ -85,30 +86,34 @@ class TorchTrainer:
             return self._data.examples()
 
     def channels(self) -> ChannelMap:
-        """Find the channel groups of the model by scoring an example. Raises UsageError."""
+        """Find channel groups, blocks and costs of the model by examples. Raises UsageError."""
         with self._lock, _seeded(self._device, 0):
-            return self._sub_models.channels.map
+            return replace(self._sub_models.channels.map, costs=self._layer_costs)
 
     def full_width_tensors(self) -> list[tuple[list[str], str]]:
         """Return the tensors that no width makes narrower, grouped by reason, without the model's output."""
         with self._lock, _seeded(self._device, 0):
             return self._sub_models.channels.by_reason
 
-    def activation_bytes(self, width: float = 1.0) -> int:
-        """Return the bytes that a backward pass of that width keeps for a batch; 0 is unknown.
+    def activation_bytes(self) -> int:
+        """Return the bytes that the whole model's backward pass keeps for a batch; 0 is unknown."""
+        with self._lock, _seeded(self._device, 0):
+            return round(sum(cost.kept_bytes for cost in self._layer_costs))
 
-        Two examples tell how many, and zeros in place of weights, so that this takes less memory than training.
+    @cached_property
+    def _layer_costs(self) -> tuple[LayerCost, ...]:
+        """Costs of the whole model for a batch, counted with two examples; empty where they are not known.
+
+        Zeros in place of weights take less memory than training does.
         """
         if self._builder.whole is not None or len(self._data.train) < _FEW:
-            return 0
-        with self._lock, _seeded(self._device, 0):
-            inputs, targets = self._data.train.batch(np.arange(_FEW))
-            prepared = self._task.prepare(inputs, True).cpu()
-            module = self._sub_models.blank(SubModel(width)).train()
-            memory = TensorBytes(module.parameters())
-            with memory.counting():
-                loss_of_exits(module, self._task.loss)(module(prepared), targets.cpu())
-        return memory.kept * min(self._task.batch_size, len(self._data.train)) // _FEW
+            return ()
+        inputs, targets = self._data.train.batch(np.arange(_FEW))
+        prepared = self._task.prepare(inputs, True).cpu()
+        module = self._builder.blank().train()
+        loss = loss_of_exits(module, self._task.loss)
+        batch = min(self._task.batch_size, len(self._data.train))
+        return layer_costs(module, lambda: loss(module(prepared), targets.cpu()), batch / _FEW)
 
     def _example(self) -> Tensor:
         examples = self._data.train if len(self._data.train) else self._data.held_out

@@ -99,7 +99,7 @@ class ChannelAxes(_message.Message):
     def __init__(self, axes: _Optional[_Iterable[_Union[ChannelAxis, _Mapping]]] = ...) -> None: ...
 
 class ChannelMap(_message.Message):
-    __slots__ = ("groups", "tensors", "blocks")
+    __slots__ = ("groups", "tensors", "blocks", "costs")
     class TensorsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -117,10 +117,24 @@ class ChannelMap(_message.Message):
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    COSTS_FIELD_NUMBER: _ClassVar[int]
     groups: _containers.RepeatedCompositeFieldContainer[ChannelGroup]
     tensors: _containers.MessageMap[str, ChannelAxes]
     blocks: _containers.ScalarMap[str, int]
-    def __init__(self, groups: _Optional[_Iterable[_Union[ChannelGroup, _Mapping]]] = ..., tensors: _Optional[_Mapping[str, ChannelAxes]] = ..., blocks: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    costs: _containers.RepeatedCompositeFieldContainer[LayerCost]
+    def __init__(self, groups: _Optional[_Iterable[_Union[ChannelGroup, _Mapping]]] = ..., tensors: _Optional[_Mapping[str, ChannelAxes]] = ..., blocks: _Optional[_Mapping[str, int]] = ..., costs: _Optional[_Iterable[_Union[LayerCost, _Mapping]]] = ...) -> None: ...
+
+class LayerCost(_message.Message):
+    __slots__ = ("name", "work", "kept_bytes", "shared_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    WORK_FIELD_NUMBER: _ClassVar[int]
+    KEPT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHARED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    work: float
+    kept_bytes: float
+    shared_bytes: float
+    def __init__(self, name: _Optional[str] = ..., work: _Optional[float] = ..., kept_bytes: _Optional[float] = ..., shared_bytes: _Optional[float] = ...) -> None: ...
 
 class Encoding(_message.Message):
     __slots__ = ("spec",)

@@ -116,10 +116,10 @@ class _GuardedTrainer:
         with users_code(self._reference):
             return model_layout(self._inner)
 
-    def activation_bytes(self, width: float) -> int:
+    def activation_bytes(self) -> int:
         """Return `activation_bytes` of the trainer."""
         with users_code(self._reference):
-            return activation_bytes(self._inner, width)
+            return activation_bytes(self._inner)
 
     def local_examples(self) -> LocalExamples | None:
         """Return `local_examples` of the trainer."""

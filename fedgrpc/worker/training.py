@@ -29,8 +29,9 @@ from fedgrpc.protocol.tasks import Registration, Task
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.storage.files import storage_errors
 from fedgrpc.submodels.channels import ChannelMap
-from fedgrpc.submodels.cost import USELESS_RATIO, most_weights_bytes
+from fedgrpc.submodels.cost import most_weights_bytes
 from fedgrpc.submodels.plan import TASK_PARTS, WORKER_PARTS, LocalModelPlan
+from fedgrpc.submodels.plan_choice import USELESS_RATIO
 from fedgrpc.trainer import (
     Epoch,
     EvalResult,

@@ -12,8 +12,8 @@ from fedgrpc.codec.budget import expected_bits
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.submodels.cost import elements_of
 from fedgrpc.submodels.plan import Clustering, LocalModelPlan, Pruning
+from fedgrpc.submodels.plan_size import elements_of
 from fedgrpc.submodels.reduction import ReducedTensors, Reduction
 
 SHAPES = {"conv.weight": (16, 6, 5, 5), "fc.weight": (300, 300), "head.weight": (10, 300), "fc.bias": (300,)}

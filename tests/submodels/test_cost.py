@@ -13,18 +13,14 @@ from fedgrpc.submodels.cost import (
     PROCESS_BYTES,
     DeviceLimits,
     Observation,
-    PlanSize,
-    bits_per_element,
-    choose,
-    choose_of,
     errors_of,
-    misfit,
     most_weights_bytes,
-    payload_bytes,
     predict,
     shown_upload_bits,
 )
 from fedgrpc.submodels.plan import Arithmetic, Clustering, LocalModelPlan, Memory, Pruning, Quantization
+from fedgrpc.submodels.plan_choice import choose, choose_of, misfit
+from fedgrpc.submodels.plan_size import PlanSize, bits_per_element, payload_bytes
 from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.submodels.technique_cost import technique_cost
 
@@ -108,7 +104,7 @@ def test_no_model_is_too_large_to_take_for_which_the_prediction_finds_room(plan:
 def test_a_model_is_taken_whatever_share_of_it_the_plan_trains() -> None:
     plan = LocalModelPlan(trained_layers=("fc.*",))
     device = DeviceLimits(memory_bytes=900 * MIB, process_bytes=200 * MIB)
-    size = PlanSize(1.0, 600 * MIB, 0, 0, plan=plan, technique=technique_cost(plan, 0.01, 0.01))
+    size = PlanSize(1.0, 600 * MIB, 0, 0, plan=plan, technique=technique_cost(plan, 0.01))
     assert misfit(device, predict(device, [], size), 60.0) == ""
     assert most_weights_bytes(device.memory_bytes, device.process_bytes, plan) >= size.weights_bytes
     assert most_weights_bytes(0, device.process_bytes, plan) == 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fedgrpc.submodels.cost import DeviceLimits, Observation, PlanSize, choose_of, elements_of, predict
+from fedgrpc.submodels.cost import DeviceLimits, Observation, predict
 from fedgrpc.submodels.plan import FORMATS, Arithmetic, Clustering, LocalModelPlan, Memory, Pruning, Quantization
+from fedgrpc.submodels.plan_choice import choose_of
+from fedgrpc.submodels.plan_size import PlanSize, elements_of
 from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.submodels.technique_cost import carrier_bytes, saves_nothing, technique_cost
 
@@ -47,10 +49,10 @@ def test_bytes_of_a_weight_are_those_of_its_types(text: str, bytes_: int) -> Non
 
 
 def test_layers_that_are_not_trained_cost_neither_gradients_nor_the_way_back_to_them() -> None:
-    cost = size_of(LocalModelPlan(trained_layers=("fc.*",))).technique
-    assert cost.state_bytes == pytest.approx(4, abs=0.2)
-    assert cost.time < 0.6
-    assert cost.activations == pytest.approx(0.5)
+    size = size_of(LocalModelPlan(trained_layers=("fc.*",)))
+    assert size.technique.state_bytes == pytest.approx(4, abs=0.2)
+    assert size.step_shares.time < 0.6
+    assert size.step_shares.kept == pytest.approx(0.5)
     assert size_of(LocalModelPlan(trained_layers=("*.bias",))).sent_elements == 74
 
 

@@ -17,6 +17,8 @@ from torch.utils.data import TensorDataset
 from fedgrpc.codec.layout import Layout, TensorRole, layout_of
 from fedgrpc.errors import TaskError, UsageError
 from fedgrpc.submodels.channels import SubModel
+from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan_size import elements_of
 from fedgrpc.torch.building import unwritten_zeros
 from fedgrpc.torch.local_model.slicing import resized, shapes_of
 from fedgrpc.torch.models.pointnet import PointNet
@@ -317,10 +319,38 @@ def test_zeros_take_no_memory_until_they_are_written() -> None:
 @pytest.mark.parametrize("name", ["cnn", "resnet18-batch", "grouped and tied"])
 def test_activations_are_those_of_a_real_step(name: str) -> None:
     trainer = task_of(*MODELS[name])
-    weights = trainer.initial_weights()
-    for width in (1.0, 0.5):
-        given = cut(trainer, SubModel(width), weights)
-        result = trainer.train(given, TrainJob(max_steps=1, batch_size=4))
-        trained = sum(given[spec.name].nbytes for spec in trainer.layout() if spec.role is TensorRole.PARAMETER)
-        measured = result.tensor_bytes - 3 * trained
-        assert trainer.activation_bytes(width) == pytest.approx(measured, rel=0.05)
+    given = trainer.initial_weights()
+    result = trainer.train(given, TrainJob(max_steps=1, batch_size=4))
+    trained = sum(given[spec.name].nbytes for spec in trainer.layout() if spec.role is TensorRole.PARAMETER)
+    assert trainer.activation_bytes() == pytest.approx(result.tensor_bytes - 3 * trained, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["cnn", "mobilenetv2", "resnet18-exits"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        LocalModelPlan(0.5),
+        LocalModelPlan(0.25),
+        LocalModelPlan(depth=2),
+        LocalModelPlan(trained_layers=("fc*", "classifier*", "exits.3*")),
+        LocalModelPlan(trained_layers=("fc1*", "features.1[4-8]*", "blocks.3*")),
+        LocalModelPlan(trained_layers=("*.bias",)),
+    ],
+    ids=LocalModelPlan.to_line,
+)
+def test_activations_of_a_part_are_priced_by_its_layers(name: str, plan: LocalModelPlan) -> None:
+    trainer = task_of(*MODELS[name])
+    weights, channels = trainer.initial_weights(), trainer.channels()
+    kept = channels.select(plan.sub_model(0))
+    given = {
+        name: kept.coverage(name, each.shape).take(each).copy() for name, each in weights.items() if kept.has(name)
+    }
+    job = TrainJob(max_steps=1, batch_size=4, local_model=plan)
+    parameters = {spec.name for spec in trainer.layout() if spec.role is TensorRole.PARAMETER}
+    measured = trainer.train(given, job).tensor_bytes - sum(
+        given[name].nbytes * (3 if plan.is_trained(name) else 1) for name in given if name in parameters
+    )
+    shapes = {name: array.shape for name, array in weights.items()}
+    step = elements_of(plan, shapes, channels).size(8.0, 8.0).step_shares
+    whole = trainer.activation_bytes()
+    assert whole * step.kept == pytest.approx(measured, rel=0.2, abs=0.06 * whole)

@@ -38,8 +38,9 @@ from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.process import forget_peak_memory, peak_memory_bytes
 from fedgrpc.submodels.channels import ChannelMap
-from fedgrpc.submodels.cost import DeviceLimits, Observation, PlanElements, PlanSize, elements_of, predict
+from fedgrpc.submodels.cost import DeviceLimits, Observation, predict
 from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan_size import PlanElements, PlanSize, elements_of
 from fedgrpc.submodels.reduction import ReducedTensors, Reduction
 from fedgrpc.tasks.fashion_mnist import FashionMnist
 from fedgrpc.torch.trainer import TorchTrainer
