@@ -6,6 +6,7 @@ compressions) and `TooLargeError` for a manifest over the limits.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable
 from functools import lru_cache
@@ -201,9 +202,7 @@ def channels_to_proto(channel_map: ChannelMap) -> tensor_pb2.ChannelMap:
                 segments.add(group=0 if segment.group is None else segment.group + 1, repeat=segment.repeat)
     message.blocks.update(channel_map.blocks)
     for cost in channel_map.costs:
-        message.costs.add(
-            name=cost.name, work=cost.work, kept_bytes=cost.kept_bytes, shared_bytes=cost.shared_bytes
-        )
+        message.costs.add(**dataclasses.asdict(cost))
     return message
 
 
@@ -211,7 +210,9 @@ def channels_from_proto(message: tensor_pb2.ChannelMap) -> ChannelMap:
     """Return the channels of a model, not yet compared with its tensors (`ChannelMap.validate`)."""
     groups = tuple(ChannelGroup(group.channels, group.blocks, group.rank) for group in message.groups)
     tensors = {name: tuple(_axis(axis) for axis in axes.axes) for name, axes in message.tensors.items()}
-    costs = tuple(LayerCost(cost.name, cost.work, cost.kept_bytes, cost.shared_bytes) for cost in message.costs)
+    costs = tuple(
+        LayerCost(*(getattr(cost, each.name) for each in dataclasses.fields(LayerCost))) for cost in message.costs
+    )
     return ChannelMap(groups, tensors, dict(message.blocks), costs)
 
 

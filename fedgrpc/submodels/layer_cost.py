@@ -34,12 +34,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 class LayerCost:
     """Cost of the layer with the weight `name` for a batch: multiply-adds forward, and bytes that it keeps.
 
-    `shared_bytes` are those that it keeps of what earlier layers keep, such as its inputs.
+    `kept_bytes` are of what is computed from its outputs before the next layer, `input_bytes` of its inputs, and
+    `shared_bytes` of inputs that earlier layers keep, too.
     """
 
     name: str
     work: float
     kept_bytes: float
+    input_bytes: float = 0.0
     shared_bytes: float = 0.0
 
 
@@ -65,7 +67,7 @@ def check_costs(costs: Sequence[LayerCost], shapes: Shapes) -> None:
     if len({cost.name for cost in costs}) < len(costs):
         raise LayoutError("a layer's cost is told twice")
     for cost in costs:
-        told = (cost.work, cost.kept_bytes, cost.shared_bytes)
+        told = (cost.work, cost.kept_bytes, cost.input_bytes, cost.shared_bytes)
         if cost.name not in shapes or not all(0 <= each <= _MOST for each in told):
             raise LayoutError(f"the model has no tensor {cost.name!r} of such cost")
 
@@ -75,7 +77,7 @@ def step_shares(
 ) -> StepShares:
     """Return the shares of a sub-model with these `shapes`; `costs` are the whole model's, as its layers run."""
     time = kept = 0.0
-    # Whether gradients come to this layer, and whether they came to an earlier one that keeps more than a bias does.
+    # Whether gradients come to this layer, and whether they came to an earlier one, biases aside.
     reached = passed = False
     for cost in costs:
         if cost.name not in shapes:
@@ -83,15 +85,17 @@ def step_shares(
         own, full = shapes[cost.name], whole[cost.name]
         share, outputs = _ratio(own, full), _ratio(own[:1], full[:1])
         trained = is_trained(cost.name)
-        if trained and not passed:
-            kept += cost.shared_bytes * share / outputs
+        # A depthwise convolution has as many inputs as outputs.
+        inputs = share / outputs if len(full) > 1 and full[1] > 1 else outputs
+        inputs_bytes, outputs_bytes = cost.input_bytes * inputs, cost.kept_bytes * outputs
         reached = reached or trained
+        if reached and not passed:
+            kept += cost.shared_bytes * inputs
         passed = passed or (reached and cost.kept_bytes + cost.work > 0)
-        kept_bytes = cost.kept_bytes * outputs
-        time += _step(cost.work * share, kept_bytes) * _PASS * (1 + reached + trained)
-        kept += kept_bytes * reached
-    whole_time = sum(_step(cost.work, cost.kept_bytes) for cost in costs)
-    whole_kept = sum(cost.kept_bytes for cost in costs)
+        time += _step(cost.work * share, inputs_bytes + outputs_bytes) * _PASS * (1 + reached + trained)
+        kept += (inputs_bytes + outputs_bytes) * reached
+    whole_time = sum(_step(cost.work, cost.kept_bytes + cost.input_bytes) for cost in costs)
+    whole_kept = sum(cost.kept_bytes + cost.input_bytes for cost in costs)
     return StepShares(max(time / whole_time, _LEAST), max(kept / max(whole_kept, _LEAST), _LEAST))
 
 

@@ -1,12 +1,13 @@
 """Costs of each layer of a model in a training step, counted in one forward pass.
 
-The rule: costs belong to the layer's weight. Activations that autograd keeps belong to the layer that ran last,
-and those before the first layer to the first.
+The rule: costs belong to the layer's weight. Activations that autograd keeps belong to the layer that ran last.
+Those before the first layer are left out.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,8 +31,10 @@ def layer_costs(module: nn.Module, run: Callable[[], Tensor], scale: float = 1.0
     with torch.autograd.graph.saved_tensors_hooks(counted.keep, lambda tensor: tensor), counted:
         run()
     return tuple(
-        LayerCost(name, scale * counted.work[name], scale * kept, scale * counted.shared[name])
-        for name, kept in counted.kept.items()
+        LayerCost(
+            name, *(scale * each[name] for each in (counted.work, counted.kept, counted.inputs, counted.shared))
+        )
+        for name in counted.work
     )
 
 
@@ -43,10 +46,13 @@ class _Counted(TorchFunctionMode):
         self._names = {id(each): min(names) for names, tensors in shared_memory(module) for each in tensors}
         self._places = {each.untyped_storage().data_ptr() for each in module.parameters()}
         self._last = ""
+        self._in_product = False
         self._seen: set[int] = set()
-        self.work: dict[str, float] = {}
-        self.kept: dict[str, int] = {}
-        self.shared: dict[str, int] = {}
+        # By layer, in the order in which they run.
+        self.work: defaultdict[str, float] = defaultdict(float)
+        self.kept: defaultdict[str, float] = defaultdict(float)
+        self.inputs: defaultdict[str, float] = defaultdict(float)
+        self.shared: defaultdict[str, float] = defaultdict(float)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -55,25 +61,23 @@ class _Counted(TorchFunctionMode):
         weights = [each for each in tree_leaves((args, dict(kwargs))) if id(each) in self._names]
         # The bias first: what the function keeps belongs to its weight.
         for each in reversed(weights):
-            self._enter(self._names[id(each)])
+            self._last = self._names[id(each)]
+            self.work[self._last] += 0.0
+        self._in_product = getattr(func, "__name__", "").strip("_") in _PRODUCTS
         out = func(*args, **kwargs)
-        name = getattr(func, "__name__", "").strip("_")
-        for each in weights:
-            if name in _PRODUCTS and each.dim() > 1 and isinstance(out, Tensor):
+        if self._in_product and isinstance(out, Tensor):
+            for each in weights:
                 # One multiply-add for each element of the output and each that its row of the weight has.
-                self.work[self._names[id(each)]] += out.numel() * math.prod(each.shape[1:])
+                macs = out.numel() * math.prod(each.shape[1:]) if each.dim() > 1 else 0
+                self.work[self._names[id(each)]] += macs
+        self._in_product = False
         return out
-
-    def _enter(self, name: str) -> None:
-        self.work.setdefault(name, 0.0)
-        self.kept.setdefault(name, self.kept.pop("", 0))
-        self.shared.setdefault(name, 0)
-        self._last = name
 
     def keep(self, tensor: Tensor) -> Tensor:
         place = tensor.untyped_storage().data_ptr()
-        if place not in self._places:
-            counted = self.shared if place in self._seen else self.kept
-            counted[self._last] = counted.get(self._last, 0) + tensor.untyped_storage().nbytes()
-            self._seen.add(place)
+        if place in self._places:
+            return tensor.detach()
+        counted = self.shared if place in self._seen else self.inputs if self._in_product else self.kept
+        counted[self._last] += tensor.untyped_storage().nbytes()
+        self._seen.add(place)
         return tensor.detach()

@@ -98,7 +98,7 @@ class TorchTrainer:
     def activation_bytes(self) -> int:
         """Return the bytes that the whole model's backward pass keeps for a batch; 0 is unknown."""
         with self._lock, _seeded(self._device, 0):
-            return round(sum(cost.kept_bytes for cost in self._layer_costs))
+            return round(sum(cost.kept_bytes + cost.input_bytes for cost in self._layer_costs))
 
     @cached_property
     def _layer_costs(self) -> tuple[LayerCost, ...]:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65\x64grpc/v1/tensor.proto\x12\nfedgrpc.v1\"\x85\x01\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12 \n\x05\x64type\x18\x02 \x01(\x0e\x32\x11.fedgrpc.v1.Dtype\x12\r\n\x05shape\x18\x03 \x03(\x04\x12$\n\x04role\x18\x04 \x01(\x0e\x32\x16.fedgrpc.v1.TensorRole\x12\x12\n\ntied_names\x18\x05 \x03(\t\">\n\x0c\x43hannelGroup\x12\x10\n\x08\x63hannels\x18\x01 \x01(\r\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\x12\x0c\n\x04rank\x18\x03 \x01(\x08\"/\n\x0e\x43hannelSegment\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0e\n\x06repeat\x18\x02 \x01(\x04\";\n\x0b\x43hannelAxis\x12,\n\x08segments\x18\x01 \x03(\x0b\x32\x1a.fedgrpc.v1.ChannelSegment\"4\n\x0b\x43hannelAxes\x12%\n\x04\x61xes\x18\x01 \x03(\x0b\x32\x17.fedgrpc.v1.ChannelAxis\"\xbe\x02\n\nChannelMap\x12(\n\x06groups\x18\x01 \x03(\x0b\x32\x18.fedgrpc.v1.ChannelGroup\x12\x34\n\x07tensors\x18\x02 \x03(\x0b\x32#.fedgrpc.v1.ChannelMap.TensorsEntry\x12\x32\n\x06\x62locks\x18\x03 \x03(\x0b\x32\".fedgrpc.v1.ChannelMap.BlocksEntry\x12$\n\x05\x63osts\x18\x04 \x03(\x0b\x32\x15.fedgrpc.v1.LayerCost\x1aG\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.fedgrpc.v1.ChannelAxes:\x02\x38\x01\x1a-\n\x0b\x42locksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"Q\n\tLayerCost\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04work\x18\x02 \x01(\x01\x12\x12\n\nkept_bytes\x18\x03 \x01(\x01\x12\x14\n\x0cshared_bytes\x18\x04 \x01(\x01\"\x18\n\x08\x45ncoding\x12\x0c\n\x04spec\x18\x01 \x01(\t\"q\n\x0bTensorEntry\x12&\n\x06tensor\x18\x01 \x01(\x0b\x32\x16.fedgrpc.v1.TensorSpec\x12&\n\x08\x65ncoding\x18\x02 \x01(\x0b\x32\x14.fedgrpc.v1.Encoding\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"7\n\x05\x46rame\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x1a\n\x12\x63ontent_size_bytes\x18\x02 \x01(\x04\"\xa9\x01\n\x08Manifest\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.fedgrpc.v1.TensorEntry\x12,\n\x0b\x63ompression\x18\x02 \x01(\x0e\x32\x17.fedgrpc.v1.Compression\x12!\n\x06\x66rames\x18\x03 \x03(\x0b\x32\x11.fedgrpc.v1.Frame\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c\"4\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07*\xcf\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT64\x10\x01\x12\x11\n\rDTYPE_FLOAT32\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x04\x12\x0f\n\x0b\x44TYPE_INT64\x10\x05\x12\x0f\n\x0b\x44TYPE_INT32\x10\x06\x12\x0f\n\x0b\x44TYPE_INT16\x10\x07\x12\x0e\n\nDTYPE_INT8\x10\x08\x12\x0f\n\x0b\x44TYPE_UINT8\x10\t\x12\x0e\n\nDTYPE_BOOL\x10\n*\x92\x01\n\nTensorRole\x12\x1b\n\x17TENSOR_ROLE_UNSPECIFIED\x10\x00\x12\x19\n\x15TENSOR_ROLE_PARAMETER\x10\x01\x12\x19\n\x15TENSOR_ROLE_STATISTIC\x10\x02\x12\x17\n\x13TENSOR_ROLE_COUNTER\x10\x03\x12\x18\n\x14TENSOR_ROLE_CONSTANT\x10\x04*V\n\x0b\x43ompression\x12\x1b\n\x17\x43OMPRESSION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43OMPRESSION_NONE\x10\x01\x12\x14\n\x10\x43OMPRESSION_ZSTD\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65\x64grpc/v1/tensor.proto\x12\nfedgrpc.v1\"\x85\x01\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12 \n\x05\x64type\x18\x02 \x01(\x0e\x32\x11.fedgrpc.v1.Dtype\x12\r\n\x05shape\x18\x03 \x03(\x04\x12$\n\x04role\x18\x04 \x01(\x0e\x32\x16.fedgrpc.v1.TensorRole\x12\x12\n\ntied_names\x18\x05 \x03(\t\">\n\x0c\x43hannelGroup\x12\x10\n\x08\x63hannels\x18\x01 \x01(\r\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\x12\x0c\n\x04rank\x18\x03 \x01(\x08\"/\n\x0e\x43hannelSegment\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0e\n\x06repeat\x18\x02 \x01(\x04\";\n\x0b\x43hannelAxis\x12,\n\x08segments\x18\x01 \x03(\x0b\x32\x1a.fedgrpc.v1.ChannelSegment\"4\n\x0b\x43hannelAxes\x12%\n\x04\x61xes\x18\x01 \x03(\x0b\x32\x17.fedgrpc.v1.ChannelAxis\"\xbe\x02\n\nChannelMap\x12(\n\x06groups\x18\x01 \x03(\x0b\x32\x18.fedgrpc.v1.ChannelGroup\x12\x34\n\x07tensors\x18\x02 \x03(\x0b\x32#.fedgrpc.v1.ChannelMap.TensorsEntry\x12\x32\n\x06\x62locks\x18\x03 \x03(\x0b\x32\".fedgrpc.v1.ChannelMap.BlocksEntry\x12$\n\x05\x63osts\x18\x04 \x03(\x0b\x32\x15.fedgrpc.v1.LayerCost\x1aG\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.fedgrpc.v1.ChannelAxes:\x02\x38\x01\x1a-\n\x0b\x42locksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"f\n\tLayerCost\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04work\x18\x02 \x01(\x01\x12\x12\n\nkept_bytes\x18\x03 \x01(\x01\x12\x13\n\x0binput_bytes\x18\x04 \x01(\x01\x12\x14\n\x0cshared_bytes\x18\x05 \x01(\x01\"\x18\n\x08\x45ncoding\x12\x0c\n\x04spec\x18\x01 \x01(\t\"q\n\x0bTensorEntry\x12&\n\x06tensor\x18\x01 \x01(\x0b\x32\x16.fedgrpc.v1.TensorSpec\x12&\n\x08\x65ncoding\x18\x02 \x01(\x0b\x32\x14.fedgrpc.v1.Encoding\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"7\n\x05\x46rame\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x1a\n\x12\x63ontent_size_bytes\x18\x02 \x01(\x04\"\xa9\x01\n\x08Manifest\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.fedgrpc.v1.TensorEntry\x12,\n\x0b\x63ompression\x18\x02 \x01(\x0e\x32\x17.fedgrpc.v1.Compression\x12!\n\x06\x66rames\x18\x03 \x03(\x0b\x32\x11.fedgrpc.v1.Frame\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c\"4\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07*\xcf\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT64\x10\x01\x12\x11\n\rDTYPE_FLOAT32\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x04\x12\x0f\n\x0b\x44TYPE_INT64\x10\x05\x12\x0f\n\x0b\x44TYPE_INT32\x10\x06\x12\x0f\n\x0b\x44TYPE_INT16\x10\x07\x12\x0e\n\nDTYPE_INT8\x10\x08\x12\x0f\n\x0b\x44TYPE_UINT8\x10\t\x12\x0e\n\nDTYPE_BOOL\x10\n*\x92\x01\n\nTensorRole\x12\x1b\n\x17TENSOR_ROLE_UNSPECIFIED\x10\x00\x12\x19\n\x15TENSOR_ROLE_PARAMETER\x10\x01\x12\x19\n\x15TENSOR_ROLE_STATISTIC\x10\x02\x12\x17\n\x13TENSOR_ROLE_COUNTER\x10\x03\x12\x18\n\x14TENSOR_ROLE_CONSTANT\x10\x04*V\n\x0b\x43ompression\x12\x1b\n\x17\x43OMPRESSION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43OMPRESSION_NONE\x10\x01\x12\x14\n\x10\x43OMPRESSION_ZSTD\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,12 +35,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHANNELMAP_TENSORSENTRY']._serialized_options = b'8\001'
   _globals['_CHANNELMAP_BLOCKSENTRY']._loaded_options = None
   _globals['_CHANNELMAP_BLOCKSENTRY']._serialized_options = b'8\001'
-  _globals['_DTYPE']._serialized_start=1232
-  _globals['_DTYPE']._serialized_end=1439
-  _globals['_TENSORROLE']._serialized_start=1442
-  _globals['_TENSORROLE']._serialized_end=1588
-  _globals['_COMPRESSION']._serialized_start=1590
-  _globals['_COMPRESSION']._serialized_end=1676
+  _globals['_DTYPE']._serialized_start=1253
+  _globals['_DTYPE']._serialized_end=1460
+  _globals['_TENSORROLE']._serialized_start=1463
+  _globals['_TENSORROLE']._serialized_end=1609
+  _globals['_COMPRESSION']._serialized_start=1611
+  _globals['_COMPRESSION']._serialized_end=1697
   _globals['_TENSORSPEC']._serialized_start=40
   _globals['_TENSORSPEC']._serialized_end=173
   _globals['_CHANNELGROUP']._serialized_start=175
@@ -58,15 +58,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHANNELMAP_BLOCKSENTRY']._serialized_start=677
   _globals['_CHANNELMAP_BLOCKSENTRY']._serialized_end=722
   _globals['_LAYERCOST']._serialized_start=724
-  _globals['_LAYERCOST']._serialized_end=805
-  _globals['_ENCODING']._serialized_start=807
-  _globals['_ENCODING']._serialized_end=831
-  _globals['_TENSORENTRY']._serialized_start=833
-  _globals['_TENSORENTRY']._serialized_end=946
-  _globals['_FRAME']._serialized_start=948
-  _globals['_FRAME']._serialized_end=1003
-  _globals['_MANIFEST']._serialized_start=1006
-  _globals['_MANIFEST']._serialized_end=1175
-  _globals['_CHUNK']._serialized_start=1177
-  _globals['_CHUNK']._serialized_end=1229
+  _globals['_LAYERCOST']._serialized_end=826
+  _globals['_ENCODING']._serialized_start=828
+  _globals['_ENCODING']._serialized_end=852
+  _globals['_TENSORENTRY']._serialized_start=854
+  _globals['_TENSORENTRY']._serialized_end=967
+  _globals['_FRAME']._serialized_start=969
+  _globals['_FRAME']._serialized_end=1024
+  _globals['_MANIFEST']._serialized_start=1027
+  _globals['_MANIFEST']._serialized_end=1196
+  _globals['_CHUNK']._serialized_start=1198
+  _globals['_CHUNK']._serialized_end=1250
 # @@protoc_insertion_point(module_scope)

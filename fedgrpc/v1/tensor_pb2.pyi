@@ -125,16 +125,18 @@ class ChannelMap(_message.Message):
     def __init__(self, groups: _Optional[_Iterable[_Union[ChannelGroup, _Mapping]]] = ..., tensors: _Optional[_Mapping[str, ChannelAxes]] = ..., blocks: _Optional[_Mapping[str, int]] = ..., costs: _Optional[_Iterable[_Union[LayerCost, _Mapping]]] = ...) -> None: ...
 
 class LayerCost(_message.Message):
-    __slots__ = ("name", "work", "kept_bytes", "shared_bytes")
+    __slots__ = ("name", "work", "kept_bytes", "input_bytes", "shared_bytes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     WORK_FIELD_NUMBER: _ClassVar[int]
     KEPT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    INPUT_BYTES_FIELD_NUMBER: _ClassVar[int]
     SHARED_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     work: float
     kept_bytes: float
+    input_bytes: float
     shared_bytes: float
-    def __init__(self, name: _Optional[str] = ..., work: _Optional[float] = ..., kept_bytes: _Optional[float] = ..., shared_bytes: _Optional[float] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., work: _Optional[float] = ..., kept_bytes: _Optional[float] = ..., input_bytes: _Optional[float] = ..., shared_bytes: _Optional[float] = ...) -> None: ...
 
 class Encoding(_message.Message):
     __slots__ = ("spec",)

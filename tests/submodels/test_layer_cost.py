@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -17,7 +18,7 @@ MODEL = {"early.weight": (8, 8), "late.weight": (8, 800), "late.bias": (8,)}
 COSTS = (
     LayerCost("early.weight", 8e9, 8e6),
     LayerCost("late.bias", 0.0, 0.0),
-    LayerCost("late.weight", 1e9, 1e6, 4e6),
+    LayerCost("late.weight", 1e9, 1e6, 0.0, 4e6),
 )
 ROWS = (Segment(0),)
 MAP = ChannelMap(
@@ -53,21 +54,28 @@ def test_a_plan_that_trains_late_layers_alone_goes_forward_through_all_and_back_
     assert 1 / 3 < last.time < 0.5
     # The last layer keeps its inputs, which the first one would keep, too.
     assert last.kept == pytest.approx((1 + 4) / 9)
-    assert shares(LocalModelPlan(trained_layers=("late.bias",))).kept == pytest.approx(1 / 9)
+    assert shares(LocalModelPlan(trained_layers=("late.bias",))).kept == pytest.approx(5 / 9)
 
 
 def test_activations_go_with_the_outputs_that_are_left() -> None:
     assert shares(LocalModelPlan(0.5)).kept == pytest.approx(0.5)
 
 
+def test_inputs_go_with_the_inputs_that_are_left() -> None:
+    # Of the late layer's inputs, one hundred of each channel, half are left. So are its outputs.
+    told = replace(MAP, costs=(LayerCost("late.bias", 0, 0), LayerCost("late.weight", 1e9, 1e6, 4e6)))
+    assert shares(LocalModelPlan(), told).kept == pytest.approx(1)
+    assert shares(LocalModelPlan(0.5), told).kept == pytest.approx(0.5)
+    first = replace(MAP, costs=(LayerCost("early.weight", 1e9, 1e6, 4e6),))
+    assert shares(LocalModelPlan(0.5), first).kept == pytest.approx((0.5 + 4) / 5)
+
+
 def test_only_ratios_of_costs_count() -> None:
-    bytes_alone = tuple(LayerCost(cost.name, 0, cost.kept_bytes, cost.shared_bytes) for cost in COSTS)
-    larger = tuple(LayerCost(cost.name, 0, 2 * cost.kept_bytes, 2 * cost.shared_bytes) for cost in COSTS)
+    larger = tuple(
+        replace(cost, kept_bytes=2 * cost.kept_bytes, shared_bytes=2 * cost.shared_bytes) for cost in COSTS
+    )
     for plan in (LocalModelPlan(0.5), LocalModelPlan(trained_layers=("late.*",))):
-        kept = [
-            shares(plan, ChannelMap(MAP.groups, MAP.tensors, {}, costs)).kept for costs in (bytes_alone, larger)
-        ]
-        assert kept[0] == pytest.approx(kept[1])
+        assert shares(plan, replace(MAP, costs=larger)).kept == pytest.approx(shares(plan).kept)
 
 
 def test_without_costs_the_weights_tell() -> None:
@@ -82,6 +90,7 @@ def test_without_costs_the_weights_tell() -> None:
         (LayerCost("late.bias", -1, 1),),
         (LayerCost("late.bias", 1, math.nan),),
         (LayerCost("late.bias", 1, 1, math.inf),),
+        (LayerCost("late.bias", 1, 1, 1, -1.0),),
         (LayerCost("late.bias", 1, 1), LayerCost("late.bias", 1, 1)),
     ],
 )

@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -29,74 +29,34 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
+from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from fedgrpc.aggregation.partial_update import pack
 from fedgrpc.aggregator.negotiation import reduced_recipe
-from fedgrpc.codec.layout import layout_of
+from fedgrpc.codec.layout import Layout, TensorRole, layout_of
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.process import forget_peak_memory, peak_memory_bytes
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.cost import DeviceLimits, Observation, predict
+from fedgrpc.submodels.layer_cost import StepShares
 from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.submodels.plan_size import PlanElements, PlanSize, elements_of
 from fedgrpc.submodels.reduction import ReducedTensors, Reduction
 from fedgrpc.tasks.fashion_mnist import FashionMnist
+from fedgrpc.torch.adapters import with_adapters
 from fedgrpc.torch.trainer import TorchTrainer
+from fedgrpc.torch.weights import load_weights
 from fedgrpc.trainer import TaskSetup, TrainJob, TrainResult, Weights
+from tools.bench.technique_cells import CELLS, MODELS, OWN_CELLS
 from tools.containers.devices import JETSON_NANO_2GB, RASPBERRY_PI_4, DeviceClass
 
 DEVICES = {kind.name: kind for kind in (RASPBERRY_PI_4, JETSON_NANO_2GB)}
 TRAINING = 4000
 RECIPE = "int8+zstd"
-# Batch, steps of the device, steps that others have trained before, images to score, and patterns of the last part
-# and the last layer. The large models train so few steps that a score would say nothing.
-MODELS: dict[str, tuple[int, int, int, int, str, str]] = {
-    "lenet": (64, 240, 120, 1000, '"fc*"', '"fc3.*"'),
-    "mobilenetv2": (16, 6, 60, 0, '"features.1[4-8].*", "classifier.*"', '"classifier.*"'),
-    "resnet18": (16, 6, 60, 0, '"layer4.*", "fc.*"', '"fc.*"'),
-}
-# Group, degree, plan. PART and LAST are the patterns of the model.
-CELLS = (
-    ("whole", "float32", ""),
-    ("width", "0.5", "width = 0.5"),
-    ("width", "0.25", "width = 0.25"),
-    ("channels by norm", "0.5", 'width = 0.5\nrule = "magnitude"'),
-    ("channels by norm", "0.25", 'width = 0.25\nrule = "magnitude"'),
-    ("single weights pruned", "50 %", "pruning.ratio = 0.5"),
-    ("single weights pruned", "90 %", "pruning.ratio = 0.9"),
-    ("clustered", "16", "clustering.clusters = 16"),
-    ("quantized", "8 bits", "quantization.weight_bits = 8\nquantization.activation_bits = 8"),
-    ("16 bits", "bfloat16", 'arithmetic.format = "bfloat16"'),
-    ("16 bits", "bfloat16, stochastic", 'arithmetic = {format = "bfloat16", rounding = "stochastic"}'),
-    ("16 bits", "bfloat16, float32 copy", 'arithmetic = {format = "bfloat16", float32_copy = true}'),
-    (
-        "16 bits",
-        "float16, stochastic, scaled",
-        'arithmetic = {format = "float16", rounding = "stochastic", dynamic_loss_scale = true}',
-    ),
-    ("emulated", "float24", 'arithmetic.format = "float24"'),
-    ("micro-batches", "2", "memory.micro_batches = 2"),
-    ("micro-batches", "8", "memory.micro_batches = 8"),
-    ("checkpoints", "", "memory.checkpoint = true"),
-    ("no momentum", "", "memory.momentum = false"),
-    ("trained layers", "last part", "trained_layers = [PART]"),
-    ("trained layers", "last layer", "trained_layers = [LAST]"),
-    ("trained layers", "biases", 'trained_layers = ["*.bias", LAST]'),
-    (
-        "together",
-        "bfloat16, 8 micro-batches, no momentum",
-        "memory = {micro_batches = 8, momentum = false}\n"
-        'arithmetic = {format = "bfloat16", rounding = "stochastic"}',
-    ),
-    (
-        "together",
-        "the same, width 0.5",
-        "width = 0.5\nmemory = {micro_batches = 8, momentum = false}\n"
-        'arithmetic = {format = "bfloat16", rounding = "stochastic"}',
-    ),
-)
+# Directions of the adapters of "cnn-adapters".
+RANK = 16
 # An emulated format takes its time, so its steps are few and its accuracy is not shown.
 FEW = 2
 
@@ -104,10 +64,19 @@ FEW = 2
 class Sample(FashionMnist):
     """A share of Fashion-MNIST."""
 
-    def __init__(self, model: str, batch_size: int) -> None:
-        super().__init__(model)
+    def __init__(self, model: str, batch_size: int, adapted: Mapping[str, np.ndarray] | None = None) -> None:
+        self._adapted = adapted
+        super().__init__(model.removesuffix("-adapters"))
         self.batch_size = batch_size
         self._held_out = MODELS[model][3]
+
+    def model(self) -> nn.Module:
+        """The model, or the trained one in `adapted` with adapters in its linear layers."""
+        model = super().model()
+        if self._adapted is None:
+            return model
+        load_weights(model, self._adapted)
+        return with_adapters(model, RANK)
 
     def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]:
         train, held_out = super().data(path)
@@ -125,9 +94,9 @@ def plan_of(model: str, text: str) -> LocalModelPlan:
     return LocalModelPlan.from_toml(text.replace("PART", part).replace("LAST", last))
 
 
-def trainer_of(model: str, batch_size: int) -> TorchTrainer:
+def trainer_of(model: str, batch_size: int, adapted: Mapping[str, np.ndarray] | None = None) -> TorchTrainer:
     torch.set_num_threads(1)
-    return TorchTrainer(Sample(model, batch_size), TaskSetup(device="cpu"))
+    return TorchTrainer(Sample(model, batch_size, adapted), TaskSetup(device="cpu"))
 
 
 def warm_up(model: str, path: Path) -> None:
@@ -142,8 +111,10 @@ def warm_up(model: str, path: Path) -> None:
 def measure(model: str, text: str, path: Path, batch_size: int, steps: int) -> dict[str, Any]:
     """Train one task of a plan in this process."""
     plan = plan_of(model, text)
-    trainer = trainer_of(model, batch_size)
     start = load_file(path)
+    adapted = start if model.endswith("-adapters") else None
+    trainer = trainer_of(model, batch_size, adapted)
+    start = start if adapted is None else dict(trainer.initial_weights())
     channels = trainer.channels()
     given = sub_model(start, channels, plan)
     stamps: list[float] = []
@@ -157,15 +128,19 @@ def measure(model: str, text: str, path: Path, batch_size: int, steps: int) -> d
     if accuracy is None:
         scores = trainer.evaluate(result.weights)
         accuracy = None if scores is None else scores.metrics["accuracy"]
-    elements = elements_of(plan, {name: array.shape for name, array in start.items()}, channels)
+    layout = layout_of(start, trainer.layout())
+    frozen = {spec.name for spec in layout if spec.role is TensorRole.CONSTANT}
+    elements = elements_of(plan, {spec.name: spec.shape for spec in layout}, channels, frozen)
+    assert elements.step is not None
     return {
         "step_s": statistics.median(np.diff(stamps)),
         "peak": peak,
         "tensors": result.tensor_bytes,
-        "down": download_bytes(given, plan),
-        "up": payload_bytes(update(given, result, plan)),
+        "down": download_bytes(given, plan, layout),
+        "up": payload_bytes(update(given, result, plan, frozen)),
         "accuracy": accuracy,
-        "elements": [elements.own, elements.sent, elements.whole, elements.trained, elements.reached],
+        "elements": [elements.own, elements.sent, elements.whole, elements.trained],
+        "step": [elements.step.time, elements.step.kept],
     }
 
 
@@ -174,30 +149,33 @@ def _copied(weights: Weights) -> Weights:
 
 
 def sub_model(weights: Weights, channels: ChannelMap, plan: LocalModelPlan) -> Weights:
-    selection = channels.select(plan.sub_model(0), weights)
-    return {name: selection.coverage(name, its.shape).take(its).copy() for name, its in weights.items()}
+    kept = channels.select(plan.sub_model(0), weights)
+    return {
+        name: kept.coverage(name, its.shape).take(its).copy() for name, its in weights.items() if kept.has(name)
+    }
 
 
-def update(given: Weights, result: TrainResult, plan: LocalModelPlan) -> Weights:
+def update(given: Weights, result: TrainResult, plan: LocalModelPlan, frozen: Collection[str]) -> Weights:
     """What is sent of the trained weights, as it is packed."""
     start = given if result.start is None else result.start
     sent: dict[str, np.ndarray] = {}
     for name, array in result.weights.items():
-        if not plan.is_kept_back(name):
+        if name not in frozen and not plan.is_kept_back(name):
             sent |= pack(name, array - start[name], result.masks.get(name), name in result.clustered)
     return sent
 
 
-def download_bytes(given: Weights, plan: LocalModelPlan) -> int:
+def download_bytes(given: Weights, plan: LocalModelPlan, known: Layout) -> int:
     """Bytes of the first pull of the plan's model, without what the device would leave out of it."""
+    own = layout_of(given, known)
     reduction = Reduction.of(plan)
     reduced = dict(ReducedTensors(given, reduction, given.keys()))
-    return payload_bytes(reduced, reduced_recipe(Recipe.parse(RECIPE), layout_of(given), reduction))
+    return payload_bytes(reduced, reduced_recipe(Recipe.parse(RECIPE), own, reduction), own)
 
 
-def payload_bytes(weights: Weights, recipe: Recipe | None = None) -> int:
+def payload_bytes(weights: Weights, recipe: Recipe | None = None, layout: Layout = ()) -> int:
     recipe = recipe or Recipe.parse(RECIPE)
-    return write_payload(weights, recipe, io.BytesIO(), np.random.default_rng(0)).size_bytes
+    return write_payload(weights, recipe, io.BytesIO(), np.random.default_rng(0), layout).size_bytes
 
 
 @contextmanager
@@ -248,7 +226,7 @@ def measure_all(asked: argparse.Namespace) -> None:
         path = asked.start / f"{model}.safetensors"
         if not path.exists():
             warm_up(model, path)
-        for group, degree, text in CELLS:
+        for group, degree, text in OWN_CELLS.get(model, CELLS):
             if (model, text, asked.device) in done or (asked.only and asked.only not in group):
                 continue
             found = run_cell(model, text, asked)
@@ -264,13 +242,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def observation(line: Mapping[str, Any]) -> tuple[Observation, PlanSize]:
     """The cell as a planner sees it, and the size of its plan."""
-    own, sent, whole, trained, reached = line["elements"]
+    own, sent, whole, trained = line["elements"]
     plan = plan_of(line["model"], line["plan"])
-    size = PlanElements(plan, own, sent, whole, trained, reached).size(8.0, 8.0)
+    size = PlanElements(plan, own, sent, whole, trained, StepShares(*line["step"])).size(8.0, 8.0)
     seen = Observation(
         size.share, size.weights_bytes, 0, line["step_s"], 0, 0, 0, line["peak"], line["tensors"], 0.0, plan
     )
-    return replace(seen, technique=size.technique), size
+    return replace(seen, technique=size.technique, step=size.step), size
 
 
 def show(lines: Sequence[Mapping[str, Any]]) -> None:

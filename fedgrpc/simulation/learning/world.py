@@ -12,8 +12,8 @@ from fedgrpc.simulation.learning.aggregator import SimulatedAggregator
 from fedgrpc.simulation.learning.client_files import ClientFiles, HeldKey, HeldModels
 from fedgrpc.simulation.learning.client_work import TaskFacts
 from fedgrpc.simulation.learning.engine import Engine
-from fedgrpc.submodels.plan_size import elements_of, relative_work
 from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan_size import elements_of, relative_work
 
 
 @dataclass
