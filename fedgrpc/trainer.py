@@ -188,10 +188,14 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class LocalExamples:
-    """Number of examples on a device, and a value that stays equal while they are the same."""
+    """Number of examples on a device, and a value that stays equal while they are the same.
+
+    `held_out`: how many there are to score with; 0: none, or not told.
+    """
 
     count: int
     version: object
+    held_out: int = 0
 
     def new_since(self, trained: LocalExamples | None) -> int:
         """Count those that are new since `trained` (None: nothing was). Other data that is no more is all new."""

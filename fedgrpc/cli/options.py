@@ -206,8 +206,12 @@ class SettingsCommand(click.Command):
         for key, setting in settings.items():
             if (name := setting.name or "") in given:
                 continue
+            value = texts.get(key, setting.get_default(context))
+            if setting.value_is_missing(value):
+                values[name] = () if setting.multiple else None
+                continue
             try:
-                values[name] = setting.process_value(context, texts.get(key, setting.get_default(context)))
+                values[name] = setting.process_value(context, value)
             except click.BadParameter as error:
                 raise UsageError(f"[{self.name}] {key}: {error.message.removesuffix('.')}") from error
         return values

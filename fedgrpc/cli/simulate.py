@@ -29,6 +29,8 @@ from fedgrpc.simulation.fleet_result import FleetResult
 from fedgrpc.simulation.fleet_run import FleetRun
 from fedgrpc.words import seconds, size
 
+_HOURS: Final = 24.0
+
 # Index of its variant, and the process that simulates it.
 Child = tuple[int, BaseProcess]
 
@@ -40,8 +42,23 @@ LIMITS: Final = (
 
 
 def _run(**values: Any) -> None:
-    hours, plot = values["hours"], values["plot"]
-    described = read_fleet(values["fleet"])
+    path, fleet = values["experiment"], values["fleet"]
+    if (path is None) == (fleet is None):
+        raise UsageError("name one file: an experiment with [learning], or a fleet with --fleet")
+    if path is not None:
+        if "learning" in read_file(path, toml.parse):
+            # Learning needs the whole aggregator; rounds of numbers do not.
+            from fedgrpc.cli.experiment import simulate_experiment
+
+            simulate_experiment(path, values)
+            return
+        fleet = path
+    _simulate_fleet(fleet, values)
+
+
+def _simulate_fleet(path: Path, values: dict[str, Any]) -> None:
+    hours, plot = values["hours"] or _HOURS, values["plot"]
+    described = read_fleet(path)
     if plot is not None:
         check_plot(plot)
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -241,13 +258,38 @@ def plot_results(results: Sequence[FleetResult], path: Path) -> None:
 
 
 _fleet = Declare("Simulation")
+_learning = Declare("Learning")
 _show = Declare("What to show")
 
-SETTINGS = [
-    _fleet("--fleet", "TOML file that describes the fleet.", type=click.Path(path_type=Path), required=True),
-    _fleet("--hours", "Virtual hours to simulate.", type=click.FloatRange(0, min_open=True), default=24.0),
+SETTINGS: list[click.Parameter] = [
+    click.Argument(["experiment"], required=False, type=click.Path(path_type=Path, dir_okay=False)),
+    _fleet("--fleet", "TOML file that describes a fleet that learns nothing.", type=click.Path(path_type=Path)),
+    _fleet(
+        "--hours",
+        "Virtual hours to simulate; with [learning], without: until its run ends.",
+        type=click.FloatRange(0, min_open=True),
+        show_default=f"{_HOURS:g}",
+    ),
     _fleet("--seed", "Seed; the same seed gives the same result.", type=click.IntRange(0), default=0),
-    _fleet("--jobs", "Variants to simulate at the same time.", type=click.IntRange(1), default=2),
+    _fleet(
+        "--jobs",
+        "Variants to simulate at the same time; with [learning], processes that train.",
+        type=click.IntRange(1),
+        default=2,
+    ),
+    _learning(
+        "--out",
+        "Folder of all that the simulation makes.",
+        type=click.Path(path_type=Path, file_okay=False),
+        show_default="EXPERIMENT-simulated",
+    ),
+    _learning("--resume", "Go on with the simulation in that folder.", is_flag=True, default=False),
+    _learning(
+        "--engine",
+        "Where clients train: inline, processes, ray; auto: processes if --jobs is more than one.",
+        type=click.Choice(("auto", "inline", "processes", "ray")),
+        default="auto",
+    ),
     _show("--plot", "Write a plot to this file.", type=click.Path(path_type=Path)),
     AS_JSON,
 ]
@@ -256,5 +298,5 @@ COMMAND = SettingsCommand(
     "simulate",
     _run,
     SETTINGS,
-    "Simulate a fleet with the production round logic, to tune its policy before a rollout.",
+    "Simulate an experiment, with learning or without: the production run under a virtual clock.",
 )

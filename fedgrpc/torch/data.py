@@ -66,7 +66,7 @@ class LocalData:
     def examples(self) -> LocalExamples:
         """Return how many examples there are to train on now. Raises as `refresh`."""
         self.refresh()
-        return LocalExamples(len(self.train), self._version)
+        return LocalExamples(len(self.train), self._version, len(self.held_out))
 
     def for_part(self, partition: str, part: str) -> LocalData:
         """Return the part of a worker with `--partition` and `--part`, of data that is read here once for all.

@@ -25,12 +25,13 @@ from fedgrpc.aggregator.update_checks import ExpectedUpdate
 from fedgrpc.aggregator.worker_calls import Beat, WorkerCalls
 from fedgrpc.codec.chunk import Chunk, crc32
 from fedgrpc.codec.layout import Layout
-from fedgrpc.errors import UsageError
+from fedgrpc.errors import FedgrpcError, UsageError
 from fedgrpc.metrics import Metrics
 from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import bounded_registration
 from fedgrpc.rounds.events import Progress, TaskPhase
 from fedgrpc.rounds.version import Version
+from fedgrpc.runs.events import RunPhase
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.merge import Merge
 from fedgrpc.runs.round_in_progress import RoundInProgress
@@ -59,6 +60,13 @@ class _WatchedRounds(OwnRounds):
         super().__init__(coordinator, upkeep, updates)
         self._on_end = on_end
         self._commit_s = commit_s
+
+    async def next_round(self) -> RoundInProgress | None:
+        """See `RoundSource.next_round`. There is no operator who would resume a run that has paused itself."""
+        run = self._coordinator.machine
+        if run.phase is RunPhase.PAUSED:
+            raise FedgrpcError(f"the run has paused itself: {run.paused_reason}")
+        return await super().next_round()
 
     async def write(self, round_: RoundInProgress, merge: Merge) -> tuple[Version | None, Layout]:
         """See `RoundSource.write`."""

@@ -89,6 +89,7 @@ class TaskFacts:
     parts: frozenset[str]
     batch_size: int
     examples: tuple[int, ...]
+    held_out: tuple[int, ...]
 
 
 class ClientWorker:
@@ -137,6 +138,7 @@ class ClientWorker:
             parts_of(self._whole),
             int(getattr(self._whole, "batch_size", 0) or 32),
             tuple(0 if each is None else each.count for each in counts),
+            tuple(0 if each is None else each.held_out for each in counts),
         )
 
     def perform(self, work: ClientWork) -> ClientResult:

@@ -71,6 +71,8 @@ class DeviceTask:
         began_at, left_s = world.clock(), None
         if self._message.HasField("time_left"):
             left_s = duration_from_proto(self._message.time_left) - (began_at - arrived_at)
+        if self._task.kind is TaskKind.TRAIN and not world.examples[self._index]:
+            self._count_examples(held)
         effort = self._effort(left_s)
         pending = world.engine.begin(self._work(held, effort, left_s))
         result = await self._train(pending, effort)
@@ -80,7 +82,6 @@ class DeviceTask:
             await world.aggregator.give_back(self._name, self._message.token, reason)
             return False
         header = UpdateHeader.FromString(result.header)
-        await self._pass(self._scoring_s(header), TaskPhase.TRAINING)
         header.timings.CopyFrom(timings_to_proto(Timings(download_s, world.clock() - began_at)))
         await self._upload(header)
         return True
@@ -108,31 +109,37 @@ class DeviceTask:
     # Training.
 
     def _effort(self, left_s: float | None) -> Effort:
-        """Return how long the device trains, by its description: examples at a rate, or a time for each task."""
+        """Return how long the local work takes by the device's description: scoring, training, and the rest."""
         world, task, kind = self._world, self._task, self._kind
+        others_s = self._slow(kind.overhead_s)
+        if task.kind is TaskKind.EVALUATE or task.evaluate:
+            others_s += self._slow(kind.scoring_s(world.held_out[self._index]))
         if task.kind is not TaskKind.TRAIN:
-            return Effort(self._slow(kind.overhead_s))
-        examples = max(1, world.facts.examples[self._index])
+            return Effort(others_s)
+        examples, epochs = max(1, world.examples[self._index]), task.plan.epochs or 1.0
         batch = min(task.plan.batch_size or world.facts.batch_size, examples)
-        steps = math.ceil((task.plan.epochs or 1.0) * math.ceil(examples / batch) - 1e-9)
-        steps = max(1, min(steps, task.plan.max_steps or steps))
-        work = world.relative_work(task.local_model)
-        shown = min(steps * batch, (task.plan.epochs or 1.0) * examples)
-        training_s = self._slow(kind.task_s(shown) * work)
-        overhead_s = self._slow(kind.overhead_s)
-        if task.plan.upload_reserve_s is None or left_s is None:
-            return Effort(training_s + overhead_s)
-        step_s, ends_s = training_s / steps, left_s - task.plan.upload_reserve_s
-        most = max(1, min(steps, math.ceil(ends_s / step_s))) if step_s else steps
-        return Effort(most * step_s + overhead_s, most)
+        steps = max(1, math.ceil(epochs * math.ceil(examples / batch) - 1e-9))
+        steps = min(steps, task.plan.max_steps or steps)
+        shown = min(steps * batch, epochs * examples)
+        training_s = self._slow(kind.task_s(shown) * world.relative_work(task.local_model))
+        if task.plan.upload_reserve_s is None or left_s is None or not training_s:
+            return Effort(others_s + training_s)
+        step_s = training_s / steps
+        ends_s = left_s - others_s - task.plan.upload_reserve_s
+        most = max(1, min(steps, math.ceil(ends_s / step_s)))
+        return Effort(others_s + most * step_s, most)
+
+    def _count_examples(self, held: HeldKey | None) -> None:
+        """Train once to learn of how many examples: this learning task does not tell before."""
+        result = self._world.engine.begin(self._work(held, Effort(0.0), None)).result()
+        header = UpdateHeader.FromString(result.header)
+        self._world.examples[self._index] = header.example_count or 1
+        self._world.held_out[self._index] = header.evaluation_example_count
+        self._files.begin()
 
     def _slow(self, median_s: float) -> float:
         devices = self._world.devices
         return devices.varied(self._index, median_s * float(devices.slowness[self._index]))
-
-    def _scoring_s(self, header: UpdateHeader) -> float:
-        examples = header.evaluation_example_count
-        return self._slow(self._kind.scoring_s(examples)) if examples else 0.0
 
     def _work(self, held: HeldKey | None, effort: Effort, left_s: float | None) -> ClientWork:
         world = self._world

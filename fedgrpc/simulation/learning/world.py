@@ -34,7 +34,8 @@ class World:
     """One simulation, as its devices see it; `clock` gives virtual seconds.
 
     `held` has the model that each device holds, by its name; `accepted` the devices whose updates wait for the end
-    of their round, by token.
+    of their round, by token. `examples`, and `held_out` ones to score with, are those of each
+    device, by its index; 0: not known yet.
     """
 
     aggregator: SimulatedAggregator
@@ -46,10 +47,15 @@ class World:
     clock: Callable[[], float]
     seed: int
     held: dict[str, HeldKey] = field(default_factory=dict)
+    examples: list[int] = field(default_factory=list)
+    held_out: list[int] = field(default_factory=list)
     in_use: dict[str, HeldKey] = field(default_factory=dict)
     accepted: dict[str, str] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally)
     _works: dict[LocalModelPlan, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.examples, self.held_out = list(self.facts.examples), list(self.facts.held_out)
 
     def files(self, name: str) -> ClientFiles:
         """Return the files of a device."""

@@ -1,0 +1,142 @@
+"""`fedgrpc simulate EXPERIMENT.toml`: a simulation that learns, from its file to its table.
+
+The rule: the folder of a simulation holds all that it has made, at every moment. So Ctrl-C may end it at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedgrpc import toml
+from fedgrpc.cli.aggregator import COMMAND as AGGREGATOR
+from fedgrpc.cli.aggregator import settings_from
+from fedgrpc.cli.as_json import json_text
+from fedgrpc.cli.values import read_file
+from fedgrpc.cli.view import piped_console, print_table, seconds, size
+from fedgrpc.errors import UsageError
+from fedgrpc.logging import configure
+from fedgrpc.simulation.learning.engines import running_engine
+from fedgrpc.simulation.learning.experiment import Experiment
+from fedgrpc.simulation.learning.history import RoundRow
+from fedgrpc.simulation.learning.plots import Curve, check_plot, plot_curves
+from fedgrpc.simulation.learning.run import LearningRun
+from fedgrpc.simulation.learning.versions import VersionRow, version_rows
+from fedgrpc.storage.folder import hold_folder
+
+IN_USE: Final = "is used by another simulation"
+VERSIONS: Final = "versions.csv"
+# Of more versions, the table on the terminal shows some.
+_SHOWN: Final = 20
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Read an experiment from a TOML file. Raises `UsageError`."""
+    return read_file(path, lambda text: parse_experiment(toml.parse(text)))
+
+
+def parse_experiment(document: Mapping[str, Any]) -> Experiment:
+    """Read an experiment from the content of its file. Raises `UsageError`."""
+    return Experiment.parse(document, lambda table: settings_from(_values(table)))
+
+
+def _values(table: Mapping[str, Any]) -> dict[str, Any]:
+    # Each simulation has a folder of its own.
+    if "data_dir" in table or "data-dir" in table:
+        raise UsageError("[aggregator] of an experiment has no data_dir: --out names the folder")
+    return AGGREGATOR.values_of(table, {"data_dir": Path()})
+
+
+def simulate_experiment(path: Path, values: Mapping[str, Any]) -> None:
+    """Play an experiment with the settings of `fedgrpc simulate`. Raises `UsageError`, as the parts do."""
+    experiment = read_experiment(path)
+    out = values["out"] or Path(f"{path.stem}-simulated")
+    plot = values["plot"]
+    if plot is not None:
+        check_plot(plot)
+    if (out / "history.jsonl").exists() and not values["resume"]:
+        raise UsageError(f"{out} holds a simulation: go on with --resume, or name another folder with --out")
+    # What the aggregator and its workers would log is in the folder, too.
+    configure("error")
+    hours = math.inf if values["hours"] is None else values["hours"]
+    with (
+        hold_folder(out, IN_USE),
+        running_engine(values["engine"], experiment, values["jobs"]) as engine,
+        _progress() as progress,
+    ):
+        shown = progress.add_task("", total=1.0, told="")
+
+        def show(row: RoundRow, part: float) -> None:
+            told = f"version {row.version}, {seconds(row.virtual_s)} of virtual time"
+            progress.update(shown, completed=part, told=told)
+
+        history = LearningRun(experiment, out, engine, values["seed"]).run(hours, show)
+        rows = version_rows(history)
+    (out / VERSIONS).write_text(as_csv(rows))
+    if plot is not None:
+        plot_curves([Curve(path.stem, (rows,))], plot)
+    if values["as_json"]:
+        click.echo(json_text([row.to_dict() for row in rows]))
+        return
+    console = piped_console()
+    print_table(console, _table(experiment, rows))
+    console.print(f"\n{out / VERSIONS}: all versions", highlight=False, markup=False)
+
+
+def _progress() -> Progress:
+    return Progress(
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[told]}"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def as_csv(rows: list[VersionRow]) -> str:
+    """Return versions as a tidy table, one row each."""
+    dicts = [row.to_dict() for row in rows]
+    names = list(dict.fromkeys(name for each in dicts for name in each))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dicts)
+    return out.getvalue()
+
+
+def _table(experiment: Experiment, rows: list[VersionRow]) -> Table:
+    """Return a table of the versions; of many, some evenly spaced and the last."""
+    table = Table(
+        title=f"{experiment.count} devices, {experiment.learning.task}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    names = sorted({name for row in rows for name in row.scores})
+    for heading in ("version", "virtual\ntime", "round", "updates", "down", "up", "wasted", "train\nloss", *names):
+        table.add_column(heading, justify="right", no_wrap=True)
+    step = math.ceil(len(rows) / _SHOWN)
+    for row in [row for number, row in enumerate(rows, 1) if number % step == 0 or number == len(rows)]:
+        table.add_row(
+            str(row.version),
+            seconds(row.virtual_h * 3600),
+            seconds(row.round_s),
+            str(row.updates),
+            size(row.down_bytes),
+            size(row.up_bytes),
+            f"{row.wasted_share:.1%}",
+            "" if row.loss is None else f"{row.loss:.4f}",
+            *("" if name not in row.scores else f"{row.scores[name]:.4f}" for name in names),
+        )
+    return table

@@ -1,0 +1,140 @@
+"""Simulations that learn: the same bytes wherever clients train, and whatever cuts them off."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.errors import FedgrpcError, UsageError
+from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.simulation.fleet import DeviceKind
+from fedgrpc.simulation.learning.engines import running_engine
+from fedgrpc.simulation.learning.experiment import Experiment, Learning
+from fedgrpc.simulation.learning.history import History, RoundRow
+from fedgrpc.simulation.learning.run import LearningRun
+from fedgrpc.simulation.learning.versions import version_rows
+from fedgrpc.training_plan import TrainingPlan
+
+TASK = "tests.support.simulated_task:Blobs"
+QUICK = DeviceKind("pi", 8, up_mbit=1.0, down_mbit=4.0, examples_per_s=100.0)
+POLICY = RoundPolicy(min_workers=4, max_participants=4, selection_window_s=0.0, deadline_s=60.0, lease_s=20.0)
+
+
+def _experiment(*classes: DeviceKind, learning: dict[str, Any] | None = None, **changes: Any) -> Experiment:
+    values = {"rounds": 5, "upload_recipe": "int4+zstd", "download_recipe": "int8+zstd", "seed": 3, **changes}
+    settings = AggregatorSettings(
+        Path(), policy=values.pop("policy", POLICY), plan=values.pop("plan", TrainingPlan(epochs=2.0)), **values
+    )
+    return Experiment(classes or (QUICK,), Learning(TASK, partition="dirichlet:0.5", **(learning or {})), settings)
+
+
+def _play(experiment: Experiment, folder: Path, engine: str = "inline", jobs: int = 1, **more: Any) -> History:
+    with running_engine(engine, experiment, jobs) as running:
+        return LearningRun(experiment, folder, running, seed=1).run(**more)
+
+
+def _told(history: History) -> list[tuple[int, int, str, float, tuple[str, ...]]]:
+    return [(row.round, row.version, row.sha256, row.virtual_s, row.workers) for row in history.rows]
+
+
+def test_it_learns_and_tells_what_that_took(tmp_path: Path) -> None:
+    history = _play(_experiment(), tmp_path)
+    rows = version_rows(history)
+    assert [row.version for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[0].score < 0.5 < 0.8 < rows[-1].score  # type: ignore[operator]
+    assert all(row.updates == 4 for row in rows[1:])
+    assert all(one.virtual_h < other.virtual_h for one, other in pairwise(rows))
+    assert rows[-1].up_bytes > 0 < rows[-1].down_bytes
+    assert rows[-1].wasted_share == 0
+
+
+def test_every_engine_and_number_of_processes_gives_the_same_bytes(tmp_path: Path) -> None:
+    churning = replace(QUICK, available=0.7, session_s=5.0, failure=0.1, jitter=0.3, spread=0.3)
+    experiment = _experiment(churning, policy=replace(POLICY, over_selection=1.5))
+    inline = _play(experiment, tmp_path / "inline")
+    assert inline.rows[-1].version == 6
+    pooled = _play(experiment, tmp_path / "pool", "processes", 2)
+    assert _told(pooled) == _told(inline)
+    assert pooled.scores() == inline.scores()
+
+
+class _Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "after", [2, pytest.param(0, marks=pytest.mark.faults), pytest.param(4, marks=pytest.mark.faults)]
+)
+def test_a_simulation_that_was_cut_off_makes_the_same_versions_when_it_goes_on(after: int, tmp_path: Path) -> None:
+    # Of a model and its difference that are about as large, a new process may send the other one.
+    experiment = _experiment(replace(QUICK, spread=0.0, jitter=0.0), download_recipe="raw")
+    whole = _play(experiment, tmp_path / "whole")
+
+    def interrupt(row: RoundRow, part: float) -> None:
+        if row.round == after:
+            raise _Interrupted
+
+    with pytest.raises(_Interrupted):
+        _play(experiment, tmp_path / "cut", show=interrupt)
+    resumed = _play(experiment, tmp_path / "cut")
+    # What is made again, made of the same residuals, models and seeds, has the same bytes.
+    assert [(row.version, row.sha256) for row in resumed.rows if row.committed] == [
+        (row.version, row.sha256) for row in whole.rows if row.committed
+    ]
+    assert resumed.rows[-1].up_bytes == whole.rows[-1].up_bytes
+
+
+def test_virtual_hours_end_it_and_it_goes_on_from_there(tmp_path: Path) -> None:
+    experiment = _experiment()
+    some = _play(experiment, tmp_path, hours=12 / 3600)
+    assert 1 < some.rows[-1].version < 6
+    assert _play(experiment, tmp_path).rows[-1].version == 6
+
+
+def test_devices_that_miss_the_deadline_waste_their_training(tmp_path: Path) -> None:
+    slow = replace(QUICK, name="slow", count=4, examples_per_s=1.0)
+    policy = replace(POLICY, min_workers=8, max_participants=8, quorum=4, deadline_s=30.0)
+    history = _play(_experiment(replace(QUICK, count=4), slow, policy=policy), tmp_path)
+    trained = [row for row in history.rows if row.kind == "train"]
+    assert all(row.committed for row in trained)
+    assert all(all(name.startswith("pi-") for name in row.workers) for row in trained)
+    assert trained[0].duration_s == pytest.approx(30.0, abs=1.0)
+    assert version_rows(history)[-1].wasted_share > 0.5
+
+
+def test_with_a_reserve_for_the_upload_slow_devices_train_less_and_come_in_time(tmp_path: Path) -> None:
+    slow = replace(QUICK, name="slow", count=4, examples_per_s=4.0, scored_per_s=100.0)
+    policy = replace(POLICY, min_workers=4, deadline_s=30.0)
+    plan = TrainingPlan(epochs=2.0, batch_size=8, upload_reserve_s=5.0)
+    history = _play(_experiment(slow, policy=policy, plan=plan), tmp_path)
+    trained = [row for row in history.rows if row.kind == "train"]
+    assert all(len(row.workers) == 4 for row in trained)
+    assert all(20.0 < row.duration_s < 30.0 for row in trained)
+
+
+def test_a_run_that_has_paused_itself_ends_the_simulation_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(FedgrpcError, match="no camera"):
+        _play(_experiment(learning={"options": {"fails": "true"}}), tmp_path)
+    kept = History(tmp_path / "history.jsonl").rows
+    assert kept[0].committed
+    assert not any(row.committed for row in kept[1:])
+
+
+@pytest.mark.parametrize("engine", ["inline", pytest.param("processes", marks=pytest.mark.faults)])
+def test_a_learning_task_that_is_not_there_is_said_in_one_line(engine: str, tmp_path: Path) -> None:
+    experiment = replace(_experiment(), learning=Learning("tests.support.no_such_task"))
+    with pytest.raises(UsageError, match="no module"):
+        _play(experiment, tmp_path, engine)
+
+
+def test_every_client_keeps_its_residual_on_the_disk(tmp_path: Path) -> None:
+    history = _play(_experiment(), tmp_path)
+    took_part = {name for row in history.rows if row.kind == "train" for name in row.workers}
+    kept = {path.parent.name for path in (tmp_path / "devices" / "clients").glob("*/residual")}
+    assert kept == took_part
+    assert not list((tmp_path / "devices" / "clients").glob("*/next.*"))
