@@ -23,7 +23,7 @@ from fedgrpc.cli.aggregator import COMMAND as AGGREGATOR
 from fedgrpc.cli.aggregator import settings_from
 from fedgrpc.cli.as_json import json_text
 from fedgrpc.cli.values import read_file
-from fedgrpc.cli.view import piped_console, print_table, seconds, size
+from fedgrpc.cli.view import piped_console, print_table
 from fedgrpc.errors import UsageError
 from fedgrpc.logging import configure
 from fedgrpc.simulation.learning.engines import running_engine
@@ -33,6 +33,7 @@ from fedgrpc.simulation.learning.plots import Curve, check_plot, plot_curves
 from fedgrpc.simulation.learning.run import LearningRun
 from fedgrpc.simulation.learning.versions import VersionRow, version_rows
 from fedgrpc.storage.folder import hold_folder
+from fedgrpc.words import seconds, size
 
 IN_USE: Final = "is used by another simulation"
 VERSIONS: Final = "versions.csv"
