@@ -100,11 +100,11 @@ class Recovery:
         await coordinator.save_run()
 
     def _goes_on(self, changed: Mapping[str, str]) -> bool:
-        """Return whether a run that has ended has more to do now: it has more rounds, or another target."""
-        run = self._run
-        same_target = not any(name.partition(".")[0] == "target" for name in changed)
-        met_target = run.ending.reason is EndReason.TARGET_MET and same_target
-        return run.phase is RunPhase.FINISHED and not run.rules.enough(run.trained) and not met_target
+        """Return whether a run that has ended has more to do now: more rounds, another target, more patience."""
+        run, names = self._run, {name.partition(".")[0] for name in changed}
+        cause = {EndReason.TARGET_MET: "target", EndReason.NOT_BETTER: "patience"}.get(run.ending.reason)
+        still_met = cause is not None and cause not in names
+        return run.phase is RunPhase.FINISHED and not run.rules.enough(run.trained) and not still_met
 
     async def _changed_settings(self) -> dict[str, str]:
         """Return the settings that differ from the last start. Raises `UsageError` for one that may not."""

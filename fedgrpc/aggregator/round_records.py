@@ -19,7 +19,8 @@ from fedgrpc.protocol.rounds import RoundRecords, record_of
 from fedgrpc.rounds.history import WorkerHistory
 from fedgrpc.rounds.version import Jump, Version
 from fedgrpc.runs.evaluations import Evaluation
-from fedgrpc.runs.events import Evaluated, TargetMet, VersionKnown
+from fedgrpc.runs.events import EndReason, Evaluated, TargetMet, VersionKnown
+from fedgrpc.runs.keeping import out_of_patience
 from fedgrpc.runs.merge import Scores
 from fedgrpc.runs.round_in_progress import RoundInProgress
 from fedgrpc.storage.run_store import RunStore
@@ -165,6 +166,8 @@ class VersionScores:
         trusted = {**workers, **(evaluator if self._settings.evaluators_named else {})}
         if target is not None and target.met(trusted):
             shell.apply(TargetMet(f"version {version} has {target}"))
+        elif why := out_of_patience(shell.machine.versions, self._settings.patience):
+            shell.apply(TargetMet(why, EndReason.NOT_BETTER))
         shell.news()
 
 

@@ -103,6 +103,7 @@ class AggregatorSettings:
     server_optimizer: str = "fedavg"
     server_learning_rate: float | None = None
     target: Target | None = None
+    patience: int | None = None
     evaluate: bool = True
     max_update_norm: float | None = None
     max_examples: int | None = None
@@ -131,7 +132,7 @@ class AggregatorSettings:
     renewal_grace_s: float = Lives.grace_s
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "keep_versions", "keep_rounds", "max_workers", "max_uploads"):
+        for name in ("rounds", "patience", "keep_versions", "keep_rounds", "max_workers", "max_uploads"):
             if (number := getattr(self, name)) is None:
                 continue
             if number < 1:

@@ -36,6 +36,8 @@ COMMANDS: Final = {
     "ca list": "fedgrpc.cli.authority:CA_LIST",
     "ca retire": "fedgrpc.cli.authority:CA_RETIRE",
     "audit": "fedgrpc.cli.operator:AUDIT",
+    "backup": "fedgrpc.cli.backup:BACKUP",
+    "restore": "fedgrpc.cli.backup:RESTORE",
     "model list": "fedgrpc.cli.models:MODEL_LIST",
     "model get": "fedgrpc.cli.models:MODEL_GET",
     "model tag": "fedgrpc.cli.models:MODEL_TAG",

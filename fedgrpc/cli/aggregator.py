@@ -150,6 +150,13 @@ SETTINGS: list[Setting] = [
         type=str,
         metavar="METRIC>=VALUE",
     ),
+    _end(
+        "--patience",
+        "Finish early once so many versions in a row are scored and none is better than the best.",
+        type=int,
+        default=None,
+        metavar="VERSIONS",
+    ),
     _end("--stay/--no-stay", "Keep serving the model after the run has ended."),
     _plan("--epochs", "Passes over the local data; fractions are allowed."),
     _plan("--max-steps", "At most this many optimizer steps."),

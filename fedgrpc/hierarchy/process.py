@@ -23,7 +23,7 @@ from fedgrpc.worker.process import IN_USE
 from fedgrpc.worker.settings import WorkerSettings
 
 _DECIDED_BY_PARENT: Final = (
-    *("run_name", "rounds", "plan", "initial_model", "target", "evaluate", "seed"),
+    *("run_name", "rounds", "plan", "initial_model", "target", "patience", "evaluate", "seed"),
     *("server_optimizer", "server_learning_rate", "noise_weights", "staleness_exponent"),
 )
 

@@ -43,6 +43,8 @@ class EndReason(Enum):
     STOPPED = 3
     # The run of the parent has ended, or is another one.
     PARENT_ENDED = 4
+    # No version was better for as long as the operator is patient.
+    NOT_BETTER = 5
 
 
 @dataclass(frozen=True)
@@ -209,9 +211,10 @@ class Resumed:
 
 @dataclass(frozen=True)
 class TargetMet:
-    """A version has the wanted score: the run ends with its round."""
+    """A version has the wanted score, or versions have stopped to improve: the run ends with its round."""
 
     text: str
+    reason: EndReason = EndReason.TARGET_MET
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ from fedgrpc.runs.events import (
     Effect,
     Ended,
     Ending,
-    EndReason,
     Evaluated,
     EvaluatorPolled,
     Event,
@@ -265,7 +264,7 @@ class RunMachine(RunState):
 
     def _meet_target(self, event: TargetMet, now: float) -> Effects:
         if not self.ended:
-            self.ending = Ending(EndReason.TARGET_MET, event.text)
+            self.ending = Ending(event.reason, event.text)
         return ()
 
     def _end(self, event: Ended, now: float) -> Effects:
