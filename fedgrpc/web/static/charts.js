@@ -57,7 +57,9 @@ function options(chart, width) {
     width,
     height: HEIGHT,
     cursor: { y: false, sync: { key: "rounds" } },
-    legend: { live: true },
+    legend: { show: false },
+    // What a line is worth where the pointer is, else at its end.
+    hooks: { setCursor: [(plot) => tell(chart, plot.cursor.idx)] },
     scales: { x: { time: false }, y: chart.fromZero ? { range: (u, low, high) => [0, high > 0 ? high * 1.1 : 1] } : {} },
     axes: [
       { stroke: ink, grid: { show: false }, ticks: grid, font, size: 30, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000] },
@@ -71,7 +73,6 @@ function options(chart, width) {
         width: 2,
         spanGaps: true,
         points: { show: chart.lines[0].values.length < 40, size: 5 },
-        value: (u, value) => chart.show(value),
       })),
     ],
   };
@@ -88,22 +89,44 @@ function draw() {
   for (const [chart, card] of charts) place.append(card);
   for (const [chart, card] of charts) {
     const data = [series.rounds, ...chart.lines.map((each) => each.values)];
-    const plot = new uPlot(options(chart, card.clientWidth - 24), data, card.lastChild);
-    plot.setLegend({ idx: series.rounds.length - 1 });
-    drawn.push(plot);
+    drawn.push(new uPlot(options(chart, card.clientWidth - 24), data, card.lastChild));
+    tell(chart, null);
   }
 }
 
+function element(kind, className, text = "") {
+  const made = document.createElement(kind);
+  made.className = className;
+  made.textContent = text;
+  return made;
+}
+
 function cardOf(chart) {
-  const card = document.createElement("figure");
-  card.className = "card chart";
-  const title = document.createElement("figcaption");
-  title.textContent = chart.title;
-  const canvas = document.createElement("div");
+  const card = element("figure", "card chart");
+  const title = element("figcaption", "heading", chart.title);
+  const keys = element("span", "keys");
+  chart.where = element("span", "muted");
+  keys.append(chart.where);
+  for (const each of chart.lines) {
+    const key = element("span", "key");
+    each.told = element("b", "");
+    key.append(element("i", `as${each.stroke}`), each.label, each.told);
+    keys.append(key);
+  }
+  title.append(keys);
+  const canvas = element("div", "");
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", spoken(chart));
   card.append(title, canvas);
   return card;
+}
+
+function tell(chart, index) {
+  chart.where.textContent = index == null ? "" : `round ${series.rounds[index]}`;
+  for (const each of chart.lines) {
+    const known = index == null ? each.values.findLast((value) => value != null) : each.values[index];
+    each.told.textContent = chart.show(known);
+  }
 }
 
 // For those who do not see the chart; the table of rounds has every number.

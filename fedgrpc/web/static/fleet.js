@@ -7,7 +7,7 @@ let latest = 0;
 
 async function search() {
   const parameters = new URLSearchParams(new FormData(form));
-  for (const [name, value] of [...parameters]) if (!value) parameters.delete(name);
+  for (const [name, value] of [...parameters]) if (!value || (name === "order" && value === "name")) parameters.delete(name);
   const mine = ++latest;
   const shown = `/fleet?${parameters}`;
   const answer = await fetch(`${shown}${parameters.size ? "&" : ""}part=rows`);
