@@ -130,7 +130,7 @@ def worker_settings(name: str, address: str, folder: Path) -> WorkerSettings:
     )
 
 
-async def play(to: Path | None, rounds: int | None, port: int) -> None:
+async def play(arguments: argparse.Namespace) -> None:
     """Run the fleet; take the pictures once enough rounds are done, or serve until interrupted."""
     folder = Path(tempfile.mkdtemp(prefix="fedgrpc-page-"))
     ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -138,7 +138,7 @@ async def play(to: Path | None, rounds: int | None, port: int) -> None:
 
     @asynccontextmanager
     async def page(trust: Any, address: str) -> AsyncIterator[None]:
-        async with serve_page(PageSettings(f"127.0.0.1:{port}"), address, trust.folder) as served:
+        async with serve_page(PageSettings(f"127.0.0.1:{arguments.port}"), address, trust.folder) as served:
             url.append(served)
             yield
 
@@ -149,11 +149,11 @@ async def play(to: Path | None, rounds: int | None, port: int) -> None:
         for share, (name, (_, _, seconds, _, failures)) in enumerate(FLEET.items()):
             trainer = SoftmaxTrainer(share, seconds, failures)
             running.append(asyncio.create_task(run_worker(worker_settings(name, address, folder), trainer)))
-        if to is None:
+        if arguments.to is None:
             print(f"{url[0]}, with the link in {folder}/aggregator/identity/page.link")
             await running[0]
         else:
-            await _pictures(url[0], to, aggregator, rounds or 1)
+            await _pictures(url[0], aggregator, arguments)
     finally:
         for task in running[1:]:
             task.cancel()
@@ -162,13 +162,13 @@ async def play(to: Path | None, rounds: int | None, port: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-async def _pictures(url: str, to: Path, aggregator: Aggregator, rounds: int) -> None:
+async def _pictures(url: str, aggregator: Aggregator, arguments: argparse.Namespace) -> None:
     from playwright.async_api import async_playwright
 
     coordinator = aggregator.coordinator
     assert coordinator is not None
     seen = -1
-    while (last := coordinator.records.last) is None or last.number < rounds:
+    while (last := coordinator.records.last) is None or last.number < arguments.rounds:
         seen = await coordinator.changes.wait(seen)
     # In the middle of a round.
     await asyncio.sleep(DEADLINE_S / 3)
@@ -180,9 +180,12 @@ async def _pictures(url: str, to: Path, aggregator: Aggregator, rounds: int) -> 
                     viewport={"width": width, "height": height}, color_scheme=scheme, device_scale_factor=2
                 )
                 for name, path in PAGES.items():
+                    file = f"page-{name}-{kind}-{scheme}.png"
+                    if arguments.only not in file:
+                        continue
                     await page.goto(url + path)
                     await page.wait_for_timeout(1500)
-                    await page.screenshot(path=to / f"page-{name}-{kind}-{scheme}.png", full_page=True)
+                    await page.screenshot(path=arguments.to / file, full_page=arguments.whole)
                 await page.close()
         await browser.close()
 
@@ -194,10 +197,12 @@ def main() -> None:
         "--to", type=Path, help="folder of the pictures; without: serve the page until interrupted"
     )
     parser.add_argument("--rounds", type=int, default=30, help="rounds before the pictures")
+    parser.add_argument("--only", default="", help="take only pictures whose names have this in them")
+    parser.add_argument("--whole", action="store_true", help="whole pages, not only what a screen shows")
     parser.add_argument("--port", type=int, default=0)
     arguments = parser.parse_args()
     configure(level="warning", log_format="console")
-    asyncio.run(play(arguments.to, arguments.rounds, arguments.port))
+    asyncio.run(play(arguments))
 
 
 if __name__ == "__main__":

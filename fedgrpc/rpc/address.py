@@ -84,6 +84,12 @@ class Address:
         return address is not None and address.is_loopback
 
     @property
+    def is_unspecified(self) -> bool:
+        """True if a server that listens there does so on every address of its machine."""
+        address = _ip(self.host)
+        return address is not None and address.is_unspecified
+
+    @property
     def target(self) -> str:
         """The address as gRPC understands it."""
         if self.is_unix or self.host.lower() not in _SCHEMES:

@@ -16,9 +16,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
+import psutil
 import structlog
 
 from fedgrpc.client import Client
@@ -35,6 +37,7 @@ from fedgrpc.web.visitors import CertifiedVisitors, LocalVisitors, Visitor, Visi
 LINK: Final = "page.link"
 _RELOAD_EVERY_S: Final = 30.0
 _RENEW_AFTER_S: Final = SERVER_LIFE_S * 2 / 3
+_MAX_INTERFACES: Final = 32
 _LOCAL_NAMES: Final = ("localhost", "127.0.0.1", "::1")
 
 log = structlog.get_logger()
@@ -57,7 +60,18 @@ class PageSettings:
         """Every name of the page, in lower case."""
         where = self.where
         own = (*_LOCAL_NAMES, where.host) if where.is_local else (where.host, socket.gethostname())
+        if where.is_unspecified:
+            own = (*_LOCAL_NAMES, socket.gethostname(), *_own_addresses())
         return tuple(dict.fromkeys(name.strip("[].").lower() for name in (*own, *self.names)))
+
+
+def _own_addresses() -> Iterator[str]:
+    """Yield the IP addresses of this machine."""
+    for interface in islice(psutil.net_if_addrs().values(), _MAX_INTERFACES):
+        for each in interface:
+            if each.family in (socket.AF_INET, socket.AF_INET6):
+                # Without the zone, which is no part of a name.
+                yield each.address.partition("%")[0]
 
 
 @asynccontextmanager

@@ -51,7 +51,7 @@ async def test_a_run_is_watched_live_with_charts_and_without_a_request_to_anybod
             pairs = zip(devices, tasks, strict=True)
             await asyncio.gather(*(device.push(task, update_of(1.0)) for device, task in pairs))
             # Of the round that has ended meanwhile, without a reload.
-            await page.wait_for_selector("#rounds a:text-is('3')")
+            await page.wait_for_selector("#rounds a[href$='/rounds/3']")
             assert not troubles
 
 

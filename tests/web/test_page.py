@@ -47,7 +47,7 @@ async def test_every_page_is_shown_of_a_run_that_has_committed_a_round(tmp_path)
         assert "1 of 1" in await text_of(client, "/fleet?part=rows&text=b")
         device = await text_of(client, "/fleet/a")
         assert "T_local" in device
-        assert "Nothing like that" in await text_of(client, "/audit")
+        assert "Nothing has been recorded" in await text_of(client, "/audit")
         assert "secret" in await text_of(client, "/sign-in")
         assert (await client.get("/")).headers["location"] == "/runs"
 

@@ -1,5 +1,6 @@
 """The page outside of this machine: browsers show certificates, and the table of roles decides."""
 
+import socket
 import ssl
 
 import httpx
@@ -7,6 +8,7 @@ import pytest
 
 from fedgrpc.rpc.channel import Tls
 from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.web.page import PageSettings
 from fedgrpc.web.tls import AuthorityPageTls, FileTls, context_of
 from tests.support.certificates import make_authority, make_certificate
 from tests.support.joining import OUTSIDE, joined, operator, revoke
@@ -107,6 +109,13 @@ async def test_a_certificate_of_another_authority_ends_in_the_handshake(tmp_path
         async with httpx.AsyncClient(base_url=f"https://localhost:{port}", verify=context) as client:
             with pytest.raises(httpx.TransportError):
                 await client.get("/runs")
+
+
+def test_a_page_on_every_address_has_the_names_of_all_of_them():
+    hosts = PageSettings("0.0.0.0:8443", ("fleet.example",)).hosts
+    assert {"localhost", "127.0.0.1", socket.gethostname().lower(), "fleet.example"} <= {*hosts}
+    assert "0.0.0.0" not in hosts
+    assert PageSettings("fleet.example:8443").hosts == ("fleet.example", socket.gethostname().lower())
 
 
 async def test_the_key_of_the_page_is_in_no_file(tmp_path):
