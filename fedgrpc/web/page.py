@@ -13,7 +13,7 @@ import asyncio
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -59,7 +59,7 @@ class PageSettings:
     def hosts(self) -> tuple[str, ...]:
         """Every name of the page, in lower case."""
         where = self.where
-        own = (*_LOCAL_NAMES, where.host) if where.is_local else (where.host, socket.gethostname())
+        own: Iterable[str] = (*_LOCAL_NAMES, where.host) if where.is_local else (where.host, socket.gethostname())
         if where.is_unspecified:
             own = (*_LOCAL_NAMES, socket.gethostname(), *_own_addresses())
         return tuple(dict.fromkeys(name.strip("[].").lower() for name in (*own, *self.names)))
