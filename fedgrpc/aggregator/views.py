@@ -134,6 +134,8 @@ class RunView:
             state=pb.WORKER_STATE_AWAY,
             last_seen_ago=duration_to_proto(0.0 if worker.polls else max(0.0, now - worker.last_seen)),
         )
+        if (new := self._run.new_examples.get(worker.name)) is not None:
+            record.new_examples = new
         history = self._coordinator.workers.history(worker.name)
         tell_history(history, record)
         self._coordinator.negotiation.tell(worker, history, record)

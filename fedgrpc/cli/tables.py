@@ -190,7 +190,8 @@ def _note(record: Round) -> str:
 
 
 def workers_table(workers: Sequence[WorkerRecord]) -> Table:
-    """Return one row per worker."""
+    """Return one row per worker, with its new examples where some worker tells of them."""
+    told = any(record.HasField("new_examples") for record in workers)
     table = Table(
         *(Column("worker"), Column("role", rank=4), Column("device", rank=3), Column("state")),
         *(
@@ -199,6 +200,7 @@ def workers_table(workers: Sequence[WorkerRecord]) -> Table:
             Column("seen", True, 1),
             Column("accepted", rank=2),
         ),
+        *((Column("new examples", True, 1),) if told else ()),
     )
     for record in workers:
         device = record.device
@@ -211,6 +213,7 @@ def workers_table(workers: Sequence[WorkerRecord]) -> Table:
             size(device.memory_bytes) if device.memory_bytes else "",
             f"{seconds(record.last_seen_ago.ToTimedelta().total_seconds())} ago",
             f"{record.rounds_accepted}/{record.rounds_selected}",
+            *((str(record.new_examples) if record.HasField("new_examples") else "",) if told else ()),
         )
     return table
 

@@ -512,7 +512,7 @@ class ListWorkersResponse(_message.Message):
     def __init__(self, workers: _Optional[_Iterable[_Union[WorkerRecord, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class WorkerRecord(_message.Message):
-    __slots__ = ("worker", "role", "device", "state", "last_seen_ago", "rounds_selected", "rounds_accepted", "task_phase", "progress", "expected_timings", "endings", "uplink_bytes_per_second", "downlink_bytes_per_second", "download_recipe", "upload_recipe", "difference_recipe", "run", "conditions", "eligible_for", "refusals")
+    __slots__ = ("worker", "role", "device", "state", "last_seen_ago", "rounds_selected", "rounds_accepted", "task_phase", "progress", "expected_timings", "endings", "uplink_bytes_per_second", "downlink_bytes_per_second", "download_recipe", "upload_recipe", "difference_recipe", "run", "conditions", "eligible_for", "refusals", "new_examples")
     class EndingsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -547,6 +547,7 @@ class WorkerRecord(_message.Message):
     CONDITIONS_FIELD_NUMBER: _ClassVar[int]
     ELIGIBLE_FOR_FIELD_NUMBER: _ClassVar[int]
     REFUSALS_FIELD_NUMBER: _ClassVar[int]
+    NEW_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     worker: str
     role: _device_pb2.WorkerRole
     device: _device_pb2.DeviceProfile
@@ -567,7 +568,8 @@ class WorkerRecord(_message.Message):
     conditions: _device_pb2.DeviceConditions
     eligible_for: _containers.RepeatedScalarFieldContainer[str]
     refusals: _containers.ScalarMap[str, str]
-    def __init__(self, worker: _Optional[str] = ..., role: _Optional[_Union[_device_pb2.WorkerRole, str]] = ..., device: _Optional[_Union[_device_pb2.DeviceProfile, _Mapping]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., last_seen_ago: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., rounds_selected: _Optional[int] = ..., rounds_accepted: _Optional[int] = ..., task_phase: _Optional[_Union[_round_pb2.TaskPhase, str]] = ..., progress: _Optional[float] = ..., expected_timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., endings: _Optional[_Mapping[str, int]] = ..., uplink_bytes_per_second: _Optional[float] = ..., downlink_bytes_per_second: _Optional[float] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., difference_recipe: _Optional[str] = ..., run: _Optional[str] = ..., conditions: _Optional[_Union[_device_pb2.DeviceConditions, _Mapping]] = ..., eligible_for: _Optional[_Iterable[str]] = ..., refusals: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    new_examples: int
+    def __init__(self, worker: _Optional[str] = ..., role: _Optional[_Union[_device_pb2.WorkerRole, str]] = ..., device: _Optional[_Union[_device_pb2.DeviceProfile, _Mapping]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., last_seen_ago: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., rounds_selected: _Optional[int] = ..., rounds_accepted: _Optional[int] = ..., task_phase: _Optional[_Union[_round_pb2.TaskPhase, str]] = ..., progress: _Optional[float] = ..., expected_timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., endings: _Optional[_Mapping[str, int]] = ..., uplink_bytes_per_second: _Optional[float] = ..., downlink_bytes_per_second: _Optional[float] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., difference_recipe: _Optional[str] = ..., run: _Optional[str] = ..., conditions: _Optional[_Union[_device_pb2.DeviceConditions, _Mapping]] = ..., eligible_for: _Optional[_Iterable[str]] = ..., refusals: _Optional[_Mapping[str, str]] = ..., new_examples: _Optional[int] = ...) -> None: ...
 
 class PauseRunRequest(_message.Message):
     __slots__ = ("run",)

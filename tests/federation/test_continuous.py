@@ -31,6 +31,8 @@ async def test_a_round_opens_when_enough_devices_have_new_examples(tmp_path):
         await until_told(a=0, b=0, c=0)
         trainers["a"].gather(15)
         await until_told(a=15, b=0, c=0)
+        listed = (await running.stub.ListWorkers(pb.ListWorkersRequest())).workers
+        assert {each.worker: each.new_examples for each in listed} == {"a": 15, "b": 0, "c": 0}
         assert not (await running.round(1)).tasks
 
         trainers["b"].gather(5)

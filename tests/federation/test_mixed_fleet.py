@@ -140,3 +140,34 @@ async def test_pruned_and_clustered_devices_pull_and_push_what_they_keep_alone(t
     whole = {round(task.evaluation_metrics["accuracy"], 9) for task in scored if task.evaluation_metrics}
     versions = {round(each.metrics["accuracy"], 9) for each in outcome.rounds if "accuracy" in each.metrics}
     assert versions <= whole
+
+
+class Few(Blobs):
+    """A model so small that every product and partial sum can be rounded."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+@pytest.mark.faults
+async def test_a_device_that_rounds_every_partial_sum_learns_with_devices_that_do_not(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    plans = PlanTable(
+        classes={
+            "rounding": LocalModelPlan(arithmetic=Arithmetic("float16", emulated=True, accumulate="format")),
+            "half": LocalModelPlan(0.5, arithmetic=Arithmetic("bfloat16", emulated=True, accumulate="format")),
+        }
+    )
+    workers: dict[str, Worker] = {
+        f"pi-{cloud}": (kind, TorchTrainer(Few(cloud), TaskSetup(device="cpu")))
+        for cloud, kind in enumerate(("", "rounding", "half"))
+    }
+    outcome = await play(tmp_path, workers, plans, rounds=2, plan=TrainingPlan(epochs=2), evaluate=True)
+    scored = [each.metrics["accuracy"] for each in outcome.rounds if "accuracy" in each.metrics]
+    assert scored[-1] > 0.8
+    tasks = {task.device_class: task for task in outcome.tasks(1).values()}
+    for kind in ("rounding", "half"):
+        assert tasks[kind].local_model.arithmetic.accumulate_in_format
+        # What the format did was measured, and the update weighs a little less for it.
+        assert 0 < tasks[kind].noise_ratio < 1
+        assert tasks[kind].weight < tasks[""].weight
