@@ -33,7 +33,7 @@ from fedgrpc.protocol.tensors import channels_from_proto, channels_to_proto
 from fedgrpc.runs.task_context import LocalTask
 from fedgrpc.storage.files import storage_errors, write_file
 from fedgrpc.submodels.channels import ChannelMap, KeptChannels, SubModel
-from fedgrpc.submodels.cost import Observation, shown_upload_bits
+from fedgrpc.submodels.cost import Observation, killed_observation, shown_upload_bits
 from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.submodels.plan_choice import PlanChoice, choose_of
 from fedgrpc.submodels.plan_size import PlanElements, PlanSize, elements_of
@@ -190,6 +190,12 @@ class LocalModels:
                     lacking.discard(task.worker)
             if not lacking:
                 return
+
+    def was_killed(self, worker: str, plan: LocalModelPlan, layout: Layout) -> None:
+        """Learn that a worker's process was killed in the training of this plan: it takes more than there is."""
+        log.warning("a device has killed its training", worker=worker, plan=plan.to_line())
+        size = self._elements_of(plan, layout).size(0.0, 0.0)
+        self._histories.setdefault(worker, deque(maxlen=_KEPT)).append(killed_observation(size))
 
     def _peers(self, task: round_pb2.TaskRecord) -> deque[Observation]:
         """Return what the last tasks of the device's class cost. A device without a class has no peers."""

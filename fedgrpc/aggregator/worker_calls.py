@@ -120,7 +120,9 @@ class WorkerCalls:
         """Keep what a worker says of the model. Raises `UnknownWorker` and `StorageError`."""
         worker = self._fleet.get(name)
         worker.heard(self._coordinator.clock())
-        self._workers.describe(name, replace(description, channels=None))
+        self._workers.describe(name, replace(description, channels=None, killed=None))
+        if description.killed is not None:
+            self._local_models.was_killed(name, description.killed, self._run.layout)
         if description.channels is not None:
             await asyncio.to_thread(self._local_models.learn, description.channels, self._run.layout)
         if not self._run.began:

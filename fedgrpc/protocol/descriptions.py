@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedgrpc import claims
+from fedgrpc.protocol.plans import local_model_plan_from_proto, local_model_to_proto
 from fedgrpc.protocol.tensors import channels_from_proto, channels_to_proto
 from fedgrpc.submodels.channels import ChannelMap
+from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.v1 import aggregator_pb2
 
 
@@ -15,13 +17,15 @@ class ModelDescription:
     """Sizes of the whole model and of the worker's process without it, bytes; 0 is unknown.
 
     `activation_bytes` are those that the backward pass of one batch keeps beside weights. `channels` are None
-    where they were not asked for, or the model has none.
+    where they were not asked for, or the model has none. `killed` is the plan in whose training the worker's
+    processes were killed again and again.
     """
 
     model_bytes: int = 0
     process_bytes: int = 0
     activation_bytes: int = 0
     channels: ChannelMap | None = None
+    killed: LocalModelPlan | None = None
 
 
 def description_to_proto(worker: str, description: ModelDescription) -> aggregator_pb2.DescribeModelRequest:
@@ -34,14 +38,17 @@ def description_to_proto(worker: str, description: ModelDescription) -> aggregat
     )
     if description.channels is not None:
         message.channels.CopyFrom(channels_to_proto(description.channels))
+    if description.killed is not None:
+        message.killed.CopyFrom(local_model_to_proto(description.killed, description.killed.sub_model(0)))
     return message
 
 
 def description_from_proto(message: aggregator_pb2.DescribeModelRequest) -> ModelDescription:
-    """Return the description, each number within its range. Raises `LayoutError` for channels that cannot be."""
+    """Return the description, each number within its range. Raises `LayoutError` for what cannot be."""
     return ModelDescription(
         claims.MEMORY_BYTES.clamped(message.model_bytes),
         claims.MEMORY_BYTES.clamped(message.process_bytes),
         claims.MEMORY_BYTES.clamped(message.activation_bytes),
         channels_from_proto(message.channels) if message.HasField("channels") else None,
+        local_model_plan_from_proto(message.killed) if message.HasField("killed") else None,
     )

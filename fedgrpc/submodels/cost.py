@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedgrpc import claims
 from fedgrpc.submodels.layer_cost import UNSHRINKABLE_SHARE, StepShares
@@ -51,7 +51,8 @@ class Observation:
     """Measured cost of one task. `share` is that of the trained model, `tensor_bytes` are within the peak memory.
 
     `upload_bits` are bits per element of the update, pruned and clustered ones aside; 0 is unknown.
-    `noise_ratio` is what the plan's number format did to the update (`fedgrpc.aggregation.noise`).
+    `noise_ratio` is what the plan's number format did to the update (`fedgrpc.aggregation.noise`). `killed`: the
+    system ended the device's process in this task, and nothing else was measured.
     """
 
     share: float
@@ -68,6 +69,7 @@ class Observation:
     technique: TechniqueCost = PLAIN
     noise_ratio: float = 0.0
     step: StepShares | None = None
+    killed: bool = False
 
     @property
     def step_shares(self) -> StepShares:
@@ -92,12 +94,13 @@ class Observation:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted cost of a plan; None is unknown."""
+    """Predicted cost of a plan; None is unknown. `too_large`: it takes no less than one that was killed there."""
 
     download_s: float | None
     local_s: float | None
     upload_s: float | None
     peak_memory_bytes: int
+    too_large: bool = False
 
     @property
     def total_s(self) -> float:
@@ -116,6 +119,8 @@ def predict(
         _local_s(history, size, peers),
         None if up is None else size.upload_bytes / up,
         _memory_bytes(device, history, size, peers),
+        # Until the device's tasks have made the history forget it.
+        any(_kept_bytes(device, size) >= _kept_bytes(device, each) for each in history if each.killed),
     )
 
 
@@ -190,6 +195,17 @@ def _on_line(history: Sequence[Observation], size: PlanSize) -> float | None:
     else:
         plain_s = high_s / high * wanted
     return float(plain_s * size.technique.time)
+
+
+def killed_observation(size: PlanSize) -> Observation:
+    """Return what is known of a task with this plan in which the device's process was killed."""
+    seen = Observation(size.share, size.weights_bytes, 0.0, 0.0, 0.0, 0, 0)
+    return replace(seen, plan=size.plan, technique=size.technique, step=size.step, killed=True)
+
+
+def _kept_bytes(device: DeviceLimits, of: PlanSize | Observation) -> float:
+    """Return the bytes of weights, training state and activations, as far as the formula tells."""
+    return of.state_bytes + device.activation_bytes * of.step_shares.kept * of.technique.activations
 
 
 def _memory_bytes(

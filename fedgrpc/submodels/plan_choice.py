@@ -91,6 +91,8 @@ def _exact(plan: LocalModelPlan) -> LocalModelPlan:
 
 def misfit(device: DeviceLimits, prediction: Prediction, deadline_s: float) -> str:
     """Say why the plan's cost exceeds the device's memory or the deadline; "" if it fits."""
+    if prediction.too_large:
+        return "is no smaller than one that was killed on this device"
     if device.memory_bytes and prediction.peak_memory_bytes > device.memory_bytes:
         return f"takes {prediction.peak_memory_bytes >> 20} MiB of {device.memory_bytes >> 20}"
     if prediction.total_s > deadline_s:

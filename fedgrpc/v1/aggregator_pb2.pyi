@@ -115,7 +115,7 @@ class RunTerms(_message.Message):
     def __init__(self, run: _Optional[str] = ..., run_id: _Optional[str] = ..., learning_task: _Optional[str] = ..., model: _Optional[str] = ..., options: _Optional[_Mapping[str, str]] = ..., tell_channels: _Optional[bool] = ...) -> None: ...
 
 class DescribeModelRequest(_message.Message):
-    __slots__ = ("worker", "model_bytes", "process_bytes", "activation_bytes", "channels", "run_id", "refusal")
+    __slots__ = ("worker", "model_bytes", "process_bytes", "activation_bytes", "channels", "run_id", "refusal", "killed")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     MODEL_BYTES_FIELD_NUMBER: _ClassVar[int]
     PROCESS_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +123,7 @@ class DescribeModelRequest(_message.Message):
     CHANNELS_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    KILLED_FIELD_NUMBER: _ClassVar[int]
     worker: str
     model_bytes: int
     process_bytes: int
@@ -130,7 +131,8 @@ class DescribeModelRequest(_message.Message):
     channels: _tensor_pb2.ChannelMap
     run_id: str
     refusal: str
-    def __init__(self, worker: _Optional[str] = ..., model_bytes: _Optional[int] = ..., process_bytes: _Optional[int] = ..., activation_bytes: _Optional[int] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ..., run_id: _Optional[str] = ..., refusal: _Optional[str] = ...) -> None: ...
+    killed: _round_pb2.LocalModel
+    def __init__(self, worker: _Optional[str] = ..., model_bytes: _Optional[int] = ..., process_bytes: _Optional[int] = ..., activation_bytes: _Optional[int] = ..., channels: _Optional[_Union[_tensor_pb2.ChannelMap, _Mapping]] = ..., run_id: _Optional[str] = ..., refusal: _Optional[str] = ..., killed: _Optional[_Union[_round_pb2.LocalModel, _Mapping]] = ...) -> None: ...
 
 class DescribeModelResponse(_message.Message):
     __slots__ = ()

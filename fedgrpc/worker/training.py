@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -27,6 +27,7 @@ from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import Activity
 from fedgrpc.protocol.tasks import Registration, Task
 from fedgrpc.rounds.policy import TaskKind
+from fedgrpc.runs.task_context import LocalTask
 from fedgrpc.storage.files import storage_errors
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.cost import most_weights_bytes
@@ -57,6 +58,7 @@ from fedgrpc.worker.settings import WorkerSettings
 from fedgrpc.worker.spool import Fill, SpooledUpdate
 from fedgrpc.worker.status import StatusPublisher
 from fedgrpc.worker.throttle import Throttle
+from fedgrpc.worker.training_mark import TrainingMark
 from fedgrpc.worker.update import (
     Began,
     Outcome,
@@ -107,6 +109,7 @@ class TrainerWork:
         # Trainers know no threads, and a device has memory for one training.
         self._trainer_in_use = asyncio.Lock()
         self._process_bytes = 0
+        self._mark = TrainingMark(settings.state_dir / "training")
         self._descriptions: dict[bool, ModelDescription] = {}
         # Examples that the last update of a run was trained on. A restarted worker takes all of its own for new.
         self._trained: tuple[str, LocalExamples | None] = ("", None)
@@ -136,9 +139,8 @@ class TrainerWork:
         assert self._trainer is not None
         asked = registration.tell_channels
         if asked not in self._descriptions:
-            self._descriptions[asked] = await asyncio.to_thread(
-                described, self._trainer, self._process_bytes, asked
-            )
+            found = await asyncio.to_thread(described, self._trainer, self._process_bytes, asked)
+            self._descriptions[asked] = replace(found, killed=self._mark.too_large)
         return self._descriptions[asked]
 
     @asynccontextmanager
@@ -163,6 +165,7 @@ class TrainerWork:
     async def perform(self, task: Task, message: aggregator_pb2.Task, report: Report) -> SpooledUpdate:
         """Download, train or score, and spool the update. Raises `TaskError` for a plan that is refused here."""
         _check_plan(task, self._settings.min_batch_size)
+        self._mark.check(task.token)
         forget_peak_memory()
         given, layout, download_s = await self._download(task, report)
         began = Began(download_s, time.monotonic())
@@ -222,7 +225,8 @@ class TrainerWork:
                 raise TaskError("there is no held-out data on this device to score the model on")
             return Outcome(None, scores.example_count, scores=scores)
         self._publisher.enter(Activity.TRAINING)
-        return await in_thread(lambda: train(trainer, given(on_access), task, hooks, scores, kept), hooks.stop)
+        with self._mark.during(task.token, LocalTask(task.local_model or LocalModelPlan(), task.sub_model)):
+            return await in_thread(lambda: train(trainer, given(on_access), task, hooks, scores, kept), hooks.stop)
 
     def _kept(self, task: Task) -> Weights:
         """Return what the run's algorithm keeps on this device."""

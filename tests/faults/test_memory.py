@@ -2,6 +2,7 @@
 model: not when it is built, nor in its first round, nor when it scores the last version.
 """
 
+import asyncio
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from fedgrpc.submodels.plan import LocalModelPlan
 from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.v1 import round_pb2
 from tests.faults.large_model import LargeModel
+from tests.support.hand_driven_device import PATIENCE_S
 from tests.support.processes import ROOT, running_process
 from tests.support.running_federation import running_aggregator
 
@@ -59,3 +61,23 @@ async def test_a_narrow_worker_takes_less_than_the_whole_model_beside_its_proces
     assert most - process_bytes < whole_bytes
     for task in tasks[:2]:
         assert abs(task.prediction.peak_memory_bytes / task.peak_memory_bytes - 1) < 0.2
+
+
+async def test_a_device_whose_training_was_killed_gets_a_smaller_plan(tmp_path):
+    plans = PlanTable(automatic=(LocalModelPlan(), LocalModelPlan(0.75), LocalModelPlan(0.5)))
+    async with running_aggregator(
+        tmp_path, policy={"min_workers": 1}, local_models=plans, initial_model=None, rounds=2
+    ) as running:
+        place = ["--aggregator", running.address, "--serve-address", "none", "--name", "pi"]
+        task = ["--task", "tests.faults.greedy:Greedy", "--state-dir", tmp_path / "pi"]
+        lives = 0
+        async with asyncio.timeout(PATIENCE_S):
+            while lives < 9:
+                lives += 1
+                async with running_process("worker", *place, *task) as process:
+                    if await process.ended() == 0:
+                        break
+        trained = [each for each in await running.rounds() if each.kind == round_pb2.TASK_KIND_TRAIN]
+    tasks = [task for each in trained for task in each.tasks if task.phase == round_pb2.TASK_PHASE_ACCEPTED]
+    assert {task.local_model.sub_model for task in tasks} == {"prefix:0.5"}
+    assert "killed" in tasks[0].prediction.reason

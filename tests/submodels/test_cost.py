@@ -14,6 +14,7 @@ from fedgrpc.submodels.cost import (
     DeviceLimits,
     Observation,
     errors_of,
+    killed_observation,
     most_weights_bytes,
     predict,
     shown_upload_bits,
@@ -223,3 +224,15 @@ def test_a_device_with_one_plan_trains_it_in_float32_where_its_format_adds_nothi
     assert "fixed8.5 adds nothing" in choice.reason
     alone = choose_of(PlanTable(automatic=(COARSE,)), "pi", size_of, DeviceLimits(), history, 60.0)
     assert alone.plan == LocalModelPlan(0.5)
+
+
+def test_a_plan_that_was_killed_and_larger_ones_do_not_fit_until_it_is_forgotten() -> None:
+    history = [killed_observation(size_of(LocalModelPlan(0.5)))]
+    choice = choose(LADDER, size_of, DeviceLimits(), history, 60.0)
+    assert choice.plan.width == 0.25
+    assert "killed" in choice.reason
+    # Nothing else is learned of it.
+    assert choice.prediction.local_s is None
+    assert choose(LADDER, size_of, DeviceLimits(), [seen(LADDER[0], 5.0)], 60.0).plan.width == 1.0
+    smallest = [killed_observation(size_of(LADDER[-1]))]
+    assert "none fits" in choose(LADDER, size_of, DeviceLimits(), smallest, 60.0).reason
