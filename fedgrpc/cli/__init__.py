@@ -52,6 +52,8 @@ COMMANDS: Final = {
     "plan": "fedgrpc.cli.plan:COMMAND",
     "health": "fedgrpc.cli.health:COMMAND",
     "simulate": "fedgrpc.cli.simulate:COMMAND",
+    "sweep": "fedgrpc.cli.sweep:COMMAND",
+    "profile": "fedgrpc.cli.profile:COMMAND",
 }
 # Commands of two words, by their first.
 GROUPS: Final = {

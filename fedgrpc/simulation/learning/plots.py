@@ -49,7 +49,7 @@ class Band:
 def band_of(runs: Sequence[Sequence[VersionRow]], cost: Cost) -> Band | None:
     """Return the band of the runs where all of them have a score; None where there is no such place.
 
-    A score holds from the version that has it on: nothing is interpolated.
+    Runs have their versions at other costs each, so between versions scores are interpolated.
     """
     scored = [[(cost(row), row.score) for row in run if row.score is not None] for run in runs]
     if not scored or not all(scored):
@@ -57,14 +57,9 @@ def band_of(runs: Sequence[Sequence[VersionRow]], cost: Cost) -> Band | None:
     first, last = max(run[0][0] for run in scored), min(run[-1][0] for run in scored)
     if last < first:
         return None
-    x = np.unique(np.concatenate([[each for each, _ in run] for run in scored]))
-    x = x[(first <= x) & (x <= last)]
-    if x.size > _POINTS:
-        x = x[np.linspace(0, x.size - 1, _POINTS).round().astype(int)]
-    values = []
-    for run in scored:
-        costs, scores = np.array(run, dtype=np.float64).T
-        values.append(scores[np.searchsorted(costs, x, side="right") - 1])
+    # A single run is drawn as it is.
+    x = np.array([each for each, _ in scored[0]]) if len(scored) == 1 else np.linspace(first, last, _POINTS)
+    values = [np.interp(x, *np.array(run, dtype=np.float64).T) for run in scored]
     mean = np.mean(values, axis=0)
     if len(values) == 1:
         return Band(x, mean, np.zeros_like(mean))
@@ -110,10 +105,17 @@ def plot_curves(curves: Sequence[Curve], path: Path, score: str = "accuracy on h
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
     figure, axes = plt.subplots(1, 3 if len(curves) > 1 else 2, figsize=(14 if len(curves) > 1 else 9.5, 4.6))
+    unit, per_hour = _time_unit(curves)
     for curve, (colour, marker) in zip(curves, _styles(), strict=False):
-        _draw(axes[0], curve, lambda row: row.virtual_h, colour, marker)
+        _draw(axes[0], curve, lambda row: row.virtual_h * per_hour, colour, marker)
         _draw(axes[1], curve, _bytes, colour, marker)
-    axes[0].set(xlabel="virtual hours", ylabel=score, title="Score over time")
+    # Bands of few seeds may leave the range of any score: what they are around is to be seen.
+    scores = [row.score for curve in curves for run in curve.runs for row in run if row.score is not None]
+    if scores:
+        margin = 0.05 * (max(scores) - min(scores)) or 0.01
+        for each in axes[:2]:
+            each.set_ylim(min(scores) - margin, max(scores) + margin)
+    axes[0].set(xlabel=f"virtual {unit}", ylabel=score, title="Score over time")
     axes[1].set(xlabel="MB up and down, all devices", ylabel=score, title="Score over bytes")
     if len(curves) > 1:
         _draw_front(axes[2], curves)
@@ -131,6 +133,14 @@ def plot_curves(curves: Sequence[Curve], path: Path, score: str = "accuracy on h
         raise UsageError(f"cannot write the plot {path}: {error}") from error
     finally:
         plt.close(figure)
+
+
+def _time_unit(curves: Sequence[Curve]) -> tuple[str, float]:
+    """Return the unit of a readable axis of time, and how many of it make an hour."""
+    hours = max((run[-1].virtual_h for curve in curves for run in curve.runs if run), default=0.0)
+    if hours < 0.1:
+        return "seconds", 3600.0
+    return ("minutes", 60.0) if hours < 3 else ("hours", 1.0)
 
 
 def _styles() -> Any:

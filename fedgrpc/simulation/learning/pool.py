@@ -26,11 +26,10 @@ _build: Callable[[], ClientWorker] | None = None
 _worker: ClientWorker | None = None
 
 
-def _prepare(learning: Learning, clients: int) -> None:
-    """Begin a process of the pool; it builds the learning task when it is first needed."""
-    global _build
+def leave_to_parent() -> None:
+    """Let this process end with its parent, and Ctrl-C be the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    configure("warning")
+    configure("error")
     parent = multiprocessing.parent_process()
     assert parent is not None
     join = parent.join
@@ -40,6 +39,12 @@ def _prepare(learning: Learning, clients: int) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def _prepare(learning: Learning, clients: int) -> None:
+    """Begin a process of the pool; it builds the learning task when it is first needed."""
+    global _build
+    leave_to_parent()
     _build = partial(ClientWorker, learning, clients)
 
 
