@@ -54,11 +54,14 @@ COMMANDS: Final = {
     "simulate": "fedgrpc.cli.simulate:COMMAND",
     "sweep": "fedgrpc.cli.sweep:COMMAND",
     "profile": "fedgrpc.cli.profile:COMMAND",
+    "trace generate": "fedgrpc.cli.trace:GENERATE",
+    "trace import": "fedgrpc.cli.trace:IMPORT",
 }
 # Commands of two words, by their first.
 GROUPS: Final = {
     "token": "Join tokens, with which devices become members: create, list, delete.",
     "device": "Devices: list, show, approve, revoke, rename, forget.",
+    "trace": "Availability traces for simulations: generate, import.",
     "ca": "The built-in certificate authority: rotate, list, retire.",
     "operator": "People who watch or steer: create, list, revoke, forget.",
     "model": "Versions of a model: list, get, tag, diff, export, follow.",

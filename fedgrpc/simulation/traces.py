@@ -43,10 +43,10 @@ class Trace:
     stretches: Mapping[str, Sequence[Stretch]]
 
     def __post_init__(self) -> None:
-        if not 0 < self.period_s < math.inf:
-            raise UsageError(f"the period of a trace must be positive, not {self.period_s:g}")
         if not self.stretches:
             raise UsageError("the trace has no stretch in which a device can be reached")
+        if not 0 < self.period_s < math.inf:
+            raise UsageError(f"the period of a trace must be positive, not {self.period_s:g}")
         for device, stretches in self.stretches.items():
             last_s = 0.0
             for from_s, to_s in stretches:
