@@ -49,6 +49,7 @@ COMMANDS: Final = {
     "release show": "fedgrpc.cli.releases:RELEASE_SHOW",
     "release abort": "fedgrpc.cli.releases:RELEASE_ABORT",
     "init": "fedgrpc.cli.learning_task:INIT",
+    "check": "fedgrpc.cli.check:CHECK",
     "plan": "fedgrpc.cli.plan:COMMAND",
     "health": "fedgrpc.cli.health:COMMAND",
     "simulate": "fedgrpc.cli.simulate:COMMAND",
