@@ -23,6 +23,7 @@ _JUMPS: Mapping[int, str] = {
     Jump.JUMP_SCORES: "its scores are far worse than the best",
 }
 ACCEPTED = TaskPhase.TASK_PHASE_ACCEPTED
+_FAILED = (TaskPhase.TASK_PHASE_FAILED, TaskPhase.TASK_PHASE_REJECTED)
 # Phases of a run that has ended.
 ENDED: frozenset[int] = frozenset({RunPhase.RUN_PHASE_FINISHED, RunPhase.RUN_PHASE_STOPPED})
 _SHOWN_AT_MOST = 20
@@ -112,9 +113,15 @@ def round_line(record: Round) -> str:
         parts.append(seconds(record.duration_seconds))
     if record.phase == RoundPhase.ROUND_PHASE_ABANDONED:
         parts += filter(None, (record.reason, first_failure(record)))
-    missing = first_few([f"{task.worker} {task_phase(task)}" for task in record.tasks if task.phase in LOST])
+    missing = first_few([_lost(task) for task in record.tasks if task.phase in LOST])
     found = round_scores(record)
     return printable(" · ".join([*parts, *warnings(record), *missing, *([found] if found else [])]))
+
+
+def _lost(task: TaskRecord) -> str:
+    """Return how a task was lost, with the reason where a device or a check has one."""
+    told = task.reason if task.phase in _FAILED else ""
+    return f"{task.worker} {task_phase(task)}" + (f": {told}" if told else "")
 
 
 def round_scores(record: Round) -> str:
@@ -140,8 +147,7 @@ def warnings(record: Round) -> list[str]:
 
 def first_failure(record: Round) -> str:
     """Return the reason of the first task that failed or was rejected, most likely the reason of all."""
-    failed = (TaskPhase.TASK_PHASE_FAILED, TaskPhase.TASK_PHASE_REJECTED)
-    reasons = [f"{task.worker}: {task.reason}" for task in record.tasks if task.phase in failed and task.reason]
+    reasons = [f"{task.worker}: {task.reason}" for task in record.tasks if task.phase in _FAILED and task.reason]
     return reasons[0] if reasons else ""
 
 

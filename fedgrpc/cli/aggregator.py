@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from fedgrpc.process import collect_rarely
 from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
-from fedgrpc.rpc.address import Address
+from fedgrpc.rpc.address import Address, dialled
 from fedgrpc.rpc.channel import Tls
+from fedgrpc.rpc.fence import within_reach
 from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.training_plan import TrainingPlan
 from fedgrpc.worker.settings import WorkerSettings
@@ -273,6 +274,21 @@ SETTINGS: list[Setting] = [
         type=DURATION,
     ),
     _service("--drain", "How long SIGTERM waits for calls in flight.", name="drain_s", type=DURATION),
+    _service(
+        "--witness",
+        "Serve only while this address can be reached; for a volume that may move to another node (k8s).",
+        name="witness",
+        type=str,
+        default=None,
+        metavar="HOST:PORT",
+    ),
+    _service(
+        "--witness-after",
+        "End when the witness could not be reached for this long.",
+        name="witness_after_s",
+        type=DURATION,
+        default=60.0,
+    ),
     _upstream("--upstream", "Parent aggregator: this one works for it as a leaf.", metavar="HOST:PORT"),
     _upstream("--upstream-name", "Name in the parent's fleet; without: this machine's host name.", metavar="NAME"),
     _upstream(
@@ -361,9 +377,20 @@ def _run(**values: Any) -> int:
                 raise UsageError(
                     "--web-address is for the parent: the page of a leaf would show a part of each round"
                 )
-            return asyncio.run(run_leaf(settings, upstream, ready=ready, metrics=metrics))
+            return _fenced(values, run_leaf(settings, upstream, ready=ready, metrics=metrics))
         beside = page_beside(values, settings)
-        return asyncio.run(run_aggregator(settings, ready=ready, metrics=metrics, beside=beside))
+        return _fenced(values, run_aggregator(settings, ready=ready, metrics=metrics, beside=beside))
+
+
+def _fenced(values: Mapping[str, Any], work: Coroutine[Any, Any, int]) -> int:
+    """Run the aggregator, if there is a witness only while that can be reached."""
+    if values["witness"] is None:
+        return asyncio.run(work)
+    witness = dialled(values["witness"])
+    if witness.is_unix or not values["witness_after_s"] > 0:
+        work.close()
+        raise UsageError("--witness is HOST:PORT on another machine, and --witness-after above 0")
+    return asyncio.run(within_reach(witness, values["witness_after_s"], work))
 
 
 def _port_writer(path: Path | None) -> Callable[[int], None] | None:

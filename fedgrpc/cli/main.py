@@ -3,6 +3,8 @@
 exit code 0     done
           1     a `FedgrpcError`: one line that says what went wrong
           2     usage: a wrong flag, variable, file or setting; one line that says what to do
+          3     the run, or the release, has ended, or its state does not allow that otherwise
+          4     no aggregator answers
           130   Ctrl-C
 """
 
@@ -18,7 +20,7 @@ from typing import Any, NoReturn
 import click
 
 from fedgrpc.cli import COMMANDS, DEFAULTS, GROUPS
-from fedgrpc.errors import FedgrpcError, UsageError
+from fedgrpc.errors import FedgrpcError, IllegalTransition, LinkError, UsageError
 from fedgrpc.process import prepare
 
 
@@ -99,6 +101,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _complain(error.format_message(), 2, error)
     except UsageError as error:
         return _complain(str(error), 2)
+    except IllegalTransition as error:
+        return _complain(str(error), 3)
+    except LinkError as error:
+        return _complain(str(error), 4)
     except FedgrpcError as error:
         return _complain(str(error), 1)
     except (KeyboardInterrupt, click.Abort):

@@ -4,8 +4,9 @@ A version is RUN@best, RUN@final (of a run that has ended), RUN@17 or RUN@TAG. R
 @best the best one of the only run.
 
 exit code 0     done
-          1     no such run or version; no aggregator answers, or it refuses
+          1     no such run or version; the certificate is not an operator's
           2     a name, a file or a setting that cannot be used
+          4     no aggregator answers
 """
 
 from __future__ import annotations

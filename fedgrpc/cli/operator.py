@@ -1,8 +1,9 @@
 """`fedgrpc pause`, `resume`, `rollback` and `stop`: an operator's control of a run. `fedgrpc audit`: its log.
 
 exit code 0     done; one line shows the state of the run. audit: every seal of the log holds
-          1     the run has ended, the certificate is not an operator's, or no aggregator answers.
-                audit: a line was changed, removed or inserted
+          1     the certificate is not an operator's. audit: a line was changed, removed or inserted
+          3     the run has ended
+          4     no aggregator answers
 """
 
 from __future__ import annotations

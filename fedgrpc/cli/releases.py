@@ -3,8 +3,10 @@
     fedgrpc release RUN@best --canary 10% --watch 'accuracy>=0.9' --after 1h
 
 exit code 0     done
-          1     no such run, version or release; a release is in progress; no aggregator answers, or it refuses
+          1     no such run, version or release; the certificate is not an operator's
           2     a canary, a condition or a time that cannot be used
+          3     a release is in progress, or the one that is meant has ended
+          4     no aggregator answers
 """
 
 from __future__ import annotations

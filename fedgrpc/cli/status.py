@@ -3,8 +3,8 @@
 On a terminal, `watch` keeps a live view; elsewhere it prints one line per change. Its exit code is
 
           0     the run is finished
-          1     the aggregator could not be reached, at first or for longer than `--patience`
           3     an operator has stopped the run
+          4     the aggregator could not be reached, at first or for longer than `--patience`
 """
 
 from __future__ import annotations

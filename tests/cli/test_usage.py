@@ -167,7 +167,7 @@ def test_a_data_folder_in_use_is_one_line(tmp_path: Path) -> None:
 def test_an_aggregator_out_of_reach_is_one_line(command: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-    _is_one_line(fedgrpc(command, "--aggregator", address), f"cannot reach an aggregator at {address}", code=1)
+    _is_one_line(fedgrpc(command, "--aggregator", address), f"cannot reach an aggregator at {address}", code=4)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from fedgrpc.cli import aggregator, worker
 from fedgrpc.cli.aggregator import upstream_from
 from fedgrpc.cli.main import load_command
 from fedgrpc.cli.options import SettingsCommand
+from fedgrpc.cli.values import DURATION
 from fedgrpc.hierarchy.process import Leaf
 from fedgrpc.identity.roles import identity_from
 from fedgrpc.rpc.server import AGGREGATOR, WORKER
@@ -368,3 +369,22 @@ def test_every_worker_of_a_tree_has_a_leaf_and_every_leaf_has_workers() -> None:
     }
     wanted = {f"leaf-aggregator-{number}.leaf-aggregator.fedgrpc.svc:50051" for number in range(replicas)}
     assert leaves == wanted
+
+
+def test_an_aggregator_that_moves_ends_before_the_cluster_starts_another() -> None:
+    manifests = render(K8S / "overlays" / "replicated")
+    (workload,) = [item for item in manifests.workloads() if item.object["kind"] == "StatefulSet"]
+    spec = workload.object["spec"]["template"]["spec"]
+    environment = workload.environment()
+    cut_off_s = sum(
+        DURATION.convert(environment[f"FEDGRPC_AGGREGATOR_{name}"], None, None)
+        for name in ("WITNESS_AFTER", "DRAIN")
+    )
+    patience_s = {each["key"]: each["tolerationSeconds"] for each in spec["tolerations"]}
+    assert patience_s.keys() == {"node.kubernetes.io/unreachable", "node.kubernetes.io/not-ready"}
+    assert min(patience_s.values()) >= 2 * (cut_off_s + spec["terminationGracePeriodSeconds"])
+    (claim,) = workload.object["spec"]["volumeClaimTemplates"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteOncePod"]
+    port = int(environment["FEDGRPC_AGGREGATOR_WITNESS"].rpartition(":")[2])
+    policy = manifests.get("NetworkPolicy", "aggregator", "fedgrpc")
+    assert port in {each["port"] for rule in policy["spec"]["egress"] for each in rule["ports"]}

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
-from fedgrpc.cli import worker
+from fedgrpc.cli import aggregator, worker
 from fedgrpc.cli.values import DURATION
 from tests.deploy.manifests import K8S, render, render_with_components, settings_in
 
 OUTSIDE = K8S / "outside"
 UNIT = OUTSIDE / "fedgrpc-worker.service"
+AGGREGATOR_UNIT = OUTSIDE / "fedgrpc-aggregator.service"
 
 
 def _objects(name: str) -> list[dict[str, Any]]:
@@ -76,17 +77,32 @@ def test_the_environment_of_the_unit_is_that_of_a_worker(monkeypatch: pytest.Mon
     assert settings.join == "fg1.token"
 
 
-def test_systemd_understands_the_unit(tmp_path: Path) -> None:
+def test_the_environment_of_the_aggregators_unit_is_that_of_an_aggregator(monkeypatch: pytest.MonkeyPatch) -> None:
+    unit = AGGREGATOR_UNIT.read_text()
+    lines = (OUTSIDE / "aggregator.env").read_text().splitlines() + re.findall(r"^Environment=(.+)$", unit, re.M)
+    environment = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
+    assert len(list(settings_in(environment))) == len(environment) >= 8
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    settings = aggregator.settings_from(aggregator.COMMAND.make_context("aggregator", []).params)
+    assert settings.stay
+    assert settings.has_authority
+    stop_s = DURATION.convert(re.search(r"^TimeoutStopSec=(.+)$", unit, re.M)[1], None, None)
+    assert stop_s >= settings.drain_s + 40
+
+
+@pytest.mark.parametrize("source", [UNIT, AGGREGATOR_UNIT], ids=lambda path: path.stem)
+def test_systemd_understands_the_unit(tmp_path: Path, source: Path) -> None:
     analyze = shutil.which("systemd-analyze")
     if analyze is None:
         pytest.skip("no systemd-analyze")
-    unit = tmp_path / UNIT.name
+    unit = tmp_path / source.name
     # The one thing that is not on this machine.
-    unit.write_text(UNIT.read_text().replace("/opt/fedgrpc/bin/fedgrpc", sys.executable))
+    unit.write_text(source.read_text().replace("/opt/fedgrpc/bin/fedgrpc", sys.executable))
     done = subprocess.run([analyze, "verify", "--man=no", str(unit)], capture_output=True, text=True, timeout=300)
     about = [line for line in (done.stdout + done.stderr).splitlines() if unit.name in line]
     assert (done.returncode, about) == (0, [])
     parsed = configparser.ConfigParser(strict=False, interpolation=None)
     parsed.optionxform = str  # type: ignore[method-assign,assignment]
     parsed.read(unit)
-    assert parsed["Service"]["ExecStart"].endswith(" worker")
+    assert parsed["Service"]["ExecStart"].endswith(f" {source.stem.removeprefix('fedgrpc-')}")
