@@ -2,6 +2,7 @@
 
     scaffold                     the built-in class of that name
     fedprox:mu=0.1               with an option
+    trimmed-mean:0.2             the first option goes without its name
     my.module:Mine:rate=2,k=3    any importable class, with options
 
 The rule: a plugin is a frozen dataclass whose fields are its options. A text that does not fit raises `UsageError`
@@ -51,8 +52,10 @@ def _made(kind: str, name: str, plugin: type, options: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(plugin) if field.init}
     hints = typing.get_type_hints(plugin)
     given: dict[str, Any] = {}
-    for option in filter(None, options.split(",")):
+    for number, option in enumerate(filter(None, options.split(","))):
         key, found, value = option.partition("=")
+        if not found and not number and fields:
+            key, found, value = next(iter(fields)), "=", option
         if not found or key not in fields:
             raise UsageError(f"{kind} {name} takes {_names(fields)}, not {option!r}")
         given[key] = _parsed(f"{kind} {name}: {key}", value, hints[key])
