@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "v1": set(),
     "codec": {"errors"},
     "submodels": {"errors", "claims", "toml"},
-    "aggregation": {"errors", "claims", "submodels"},
+    "aggregation": {"errors", "claims", "submodels", "plugins"},
     "plugins": {"errors"},
     "algorithms": {"errors", "plugins", "training_plan", "codec", "aggregation"},
     "tracking": {"errors", "v1"},

@@ -7,7 +7,8 @@ They scale the update itself, never its weight, so the mean is still one over al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from typing import Final
 
 # The amounts of local work in a fleet differ by less.
@@ -71,6 +72,14 @@ def _median(weights: Sequence[float], values: Sequence[float]) -> float:
 def clip_scale(norm: float, bound: float) -> float:
     """Return min(1, C / norm), the factor that makes an update no longer than C (arXiv 1710.06963)."""
     return min(1.0, bound / norm) if norm > 0 else 1.0
+
+
+def quantile(values: Collection[float], share: float) -> float:
+    """Return the smallest value that at least `share` of them do not exceed. Raises `ValueError` for none."""
+    ordered = sorted(values)
+    if not ordered:
+        raise ValueError("a quantile needs a value")
+    return ordered[max(0, math.ceil(share * len(ordered) - 1e-9) - 1)]
 
 
 def staleness_scale(staleness: int, exponent: float = 0.5) -> float:

@@ -19,6 +19,7 @@ import numpy as np
 from fedgrpc.aggregation.mean import CoordinateMean
 from fedgrpc.aggregation.server_optimizer import ServerOptimizer
 from fedgrpc.aggregator.fold import PIECE, Fold, Load, cached, means_of
+from fedgrpc.aggregator.robust_merge import Combined, combined
 from fedgrpc.aio import BackgroundThread
 from fedgrpc.algorithms.companions import suffix_of
 from fedgrpc.codec.layout import Layout, TensorRole, TensorSpec
@@ -171,15 +172,18 @@ class ModelCommit:
                 stepped.append((self._replaced(span.index, means[span.index]), ()))
         return stepped
 
-    def _means(self, indices: Sequence[int], load: Load) -> dict[int, CoordinateMean]:
-        """Return the means of the tensors with these numbers."""
-        if not indices:
-            return {}
-        specs = [self.base.layout[index] for index in indices]
-        means = means_of(specs, self.merge, load, self.base.named)
-        return dict(zip(indices, means, strict=True))
+    def _means(self, indices: Sequence[int], load: Load) -> dict[int, CoordinateMean | Combined]:
+        """Return the means of the tensors with these numbers, or what a rule makes of those that are trained."""
+        ruled = [index for index in indices if self.merge.combine and self.base.layout[index].is_trained]
+        found: dict[int, CoordinateMean | Combined] = {
+            index: combined(self.base.layout[index], self.merge, load) for index in ruled
+        }
+        if averaged := [index for index in indices if index not in found]:
+            specs = [self.base.layout[index] for index in averaged]
+            found.update(zip(averaged, means_of(specs, self.merge, load, self.base.named), strict=True))
+        return found
 
-    def _replaced(self, index: int, mean: CoordinateMean) -> np.ndarray:
+    def _replaced(self, index: int, mean: CoordinateMean | Combined) -> np.ndarray:
         """Return the mean as the new value: it is within the values of the updates, and so in their domain."""
         spec, result = self.base.layout[index], mean.result()
         # Counters, indices and masks know whole numbers only.

@@ -140,8 +140,9 @@ class Coordinator(RunShell):
             asked.clip_norm,
             settings.staleness_exponent,
             # A bound on norms is none on buffers, which are values and no differences.
-            asked.clip_norm is not None or settings.max_update_norm is not None,
+            bool(asked.clip_norm or settings.clip_quantile or settings.max_update_norm),
             asked.noise_weights,
+            settings.clip_quantile,
         )
 
     def expected_update(self, worker: str, token: str) -> ExpectedUpdate:

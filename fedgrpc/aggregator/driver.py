@@ -20,6 +20,7 @@ from typing import Protocol
 import structlog
 
 from fedgrpc import claims
+from fedgrpc.aggregation.robust.aggregation import aggregation_of
 from fedgrpc.aggregator.assignment import TaskAssigner
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.histories import histories_of
@@ -163,7 +164,8 @@ class Driver:
         self._settings = coordinator.settings
         self._assigner = TaskAssigner(coordinator)
         self._upkeep = Upkeep(coordinator)
-        self._updates = AcceptedUpdates(coordinator.journal, coordinator.models, coordinator.local_models)
+        rule = aggregation_of(self._settings.aggregation)
+        self._updates = AcceptedUpdates(coordinator.journal, coordinator.models, coordinator.local_models, rule)
         self._source = rounds(coordinator, self._upkeep, self._updates)
         # Of the round that ended last.
         self._record = RoundRecord()

@@ -15,10 +15,12 @@ from types import MappingProxyType
 
 import numpy as np
 
+from fedgrpc.aggregation.robust.aggregation import Aggregation
 from fedgrpc.aggregation.server_optimizer import server_optimizer
 from fedgrpc.aggregator.commit import ModelCommit
 from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
+from fedgrpc.aggregator.robust_merge import judged
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.update_checks import norm_of
 from fedgrpc.algorithms.registry import algorithm_of
@@ -41,8 +43,16 @@ _NO_SCORES: Mapping[str, float] = MappingProxyType({})
 class AcceptedUpdates:
     """Reads the updates of `journal` for a commit."""
 
-    def __init__(self, journal: UploadJournal, models: ModelStore, local_models: LocalModels) -> None:
+    def __init__(
+        self,
+        journal: UploadJournal,
+        models: ModelStore,
+        local_models: LocalModels,
+        aggregation: Aggregation | None = None,
+    ) -> None:
+        """`aggregation` None is the weighted mean."""
         self._journal = journal
+        self._aggregation = aggregation
         self._models = models
         self._local_models = local_models
 
@@ -63,7 +73,10 @@ class AcceptedUpdates:
             sub_models = self._sub_models(round_, tokens)
             if weighing.needs_norms:
                 norms = await asyncio.to_thread(self._norms, tokens, sub_models, layout)
-        return weighing.merge(round_, tokens, sub_models, norms)
+        merge = weighing.merge(round_, tokens, sub_models, norms)
+        if round_.kind is not TaskKind.TRAIN or self._aggregation is None:
+            return merge
+        return await asyncio.to_thread(judged, self._aggregation, merge, self.load, layout)
 
     def _sub_models(self, round_: RoundInProgress, tokens: Iterable[str]) -> dict[str, KeptChannels | None]:
         """Return the channels of partial updates, by token. Raises as `LocalModels.kept_channels`."""

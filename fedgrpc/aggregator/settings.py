@@ -16,9 +16,11 @@ from types import MappingProxyType
 from typing import Final
 
 from fedgrpc.aggregation.admission import AdmissionPolicy
+from fedgrpc.aggregation.robust.aggregation import MEAN, aggregation_of
 from fedgrpc.aggregator.negotiation import Negotiation
 from fedgrpc.aggregator.roles import Roles
 from fedgrpc.algorithms.combinations import check_algorithm
+from fedgrpc.algorithms.registry import algorithm_of
 from fedgrpc.claims import WEIGHT
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import UsageError
@@ -108,6 +110,8 @@ class AggregatorSettings:
     max_update_norm: float | None = None
     max_examples: int | None = None
     clip_norm: float | None = None
+    clip_quantile: float | None = None
+    aggregation: str = MEAN
     evaluators: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
     initialisers: tuple[str, ...] = ()
@@ -163,6 +167,7 @@ class AggregatorSettings:
             )
         self._check_times()
         self._check_scales()
+        self._check_aggregation()
         self.negotiation()
         Roles(self.evaluators, self.leaves, self.initialisers)
 
@@ -175,16 +180,41 @@ class AggregatorSettings:
         if not all(covers_all(plan) for plan in self.local_models.plans):
             raise UsageError("max_share goes without local_models of a part: few workers share a coordinate")
 
+    def _check_aggregation(self) -> None:
+        """Check that the rule is defined for all updates that there may be."""
+        rule, name = aggregation_of(self.aggregation), self.aggregation
+        if self.clip_quantile is not None and not 0 < self.clip_quantile <= 1:
+            raise UsageError(f"clip_quantile must be above 0, at most 1, not {self.clip_quantile:g}")
+        if self.leaves and (rule is not None or self.clip_quantile is not None):
+            raise UsageError(
+                "aggregation and clip_quantile go without leaves: of their devices they send one mean"
+            )
+        if rule is None:
+            return
+        algorithm = algorithm_of(self.plan.algorithm)
+        if algorithm.companions or algorithm.uses_losses:
+            raise UsageError(
+                f"aggregation {name} goes without {self.plan.algorithm}, which adds up what all devices send"
+            )
+        if not rule.by_coordinate and not all(covers_all(plan) for plan in self.local_models.plans):
+            raise UsageError(
+                f"aggregation {name} goes without local_models of a part: there is no distance between updates of "
+                "different coordinates; median and trimmed-mean look at each coordinate by itself"
+            )
+        if rule.least > 1 and self.policy.quorum < rule.least:
+            raise UsageError(f"aggregation {name} needs {rule.least} updates: set --quorum to that or more")
+
     def _check_scales(self) -> None:
         """Check the factors on updates, and that the algorithm goes with the other settings."""
         if not 0 <= self.staleness_exponent < math.inf:
             raise UsageError(f"staleness_exponent must be a number from 0, not {self.staleness_exponent:g}")
+        clips = self.clip_norm is not None or self.clip_quantile is not None
         check_algorithm(
             self.plan,
             self.evaluate,
             self.server_optimizer,
-            bounds_norms=self.clip_norm is not None or self.max_update_norm is not None,
-            clips=self.clip_norm is not None,
+            bounds_norms=clips or self.max_update_norm is not None,
+            clips=clips,
             whole_models=not any(plan.parts for plan in self.local_models.plans),
             leaves=bool(self.leaves),
         )

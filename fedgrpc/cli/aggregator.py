@@ -211,6 +211,13 @@ SETTINGS: list[Setting] = [
     ),
     _mean("--server-learning-rate", "Step size of the server optimizer; without: its usual one."),
     _mean("--max-update-norm", "Reject updates with a larger L2 norm."),
+    _mean(
+        "--aggregation",
+        "Rule in place of the mean: median, trimmed-mean:0.2, geometric-median, krum:f=2, multi-krum:f=2, "
+        "centered-clip, nnm+ before another, or a class as package.module:Class (docs/guide/robust.md).",
+        metavar="RULE",
+    ),
+    _mean("--clip-quantile", "Scale updates down to this quantile of the round's L2 norms, as in 0.5."),
     _mean("--clip-norm", "Scale updates down to this L2 norm (of the difference to their base version)."),
     _mean("--max-examples", "Most examples that an update counts for, whatever it claims."),
     _policy(

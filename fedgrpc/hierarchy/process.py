@@ -25,6 +25,7 @@ from fedgrpc.worker.settings import WorkerSettings
 _DECIDED_BY_PARENT: Final = (
     *("run_name", "rounds", "plan", "initial_model", "target", "patience", "evaluate", "seed"),
     *("server_optimizer", "server_learning_rate", "noise_weights", "staleness_exponent"),
+    *("aggregation", "clip_quantile"),
 )
 
 log = structlog.get_logger()

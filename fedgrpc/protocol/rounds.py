@@ -98,6 +98,7 @@ def _task_record(round_: RoundInProgress, task: Task, context: TaskContext) -> T
     if context.report is not None:
         _add_report(record, context.report, round_.commit_s)
         record.weight, record.scale = context.weight or 0.0, context.scale or 0.0
+        record.distance = context.distance or 0.0
     return record
 
 

@@ -143,7 +143,7 @@ class RunMachine(RunState):
         number = self.current.base_version if event.version is None else event.version.version
         effects = self._step(Committed(number), now)
         merge = event.merge
-        round_ = self.current.with_merge(merge.weights, merge.scales)
+        round_ = self.current.with_merge(merge.weights, merge.scales, merge.distances)
         self.round = replace(round_, training_metrics=merge.training_metrics, commit_s=event.commit_s)
         # Without scores of this round's base, one more round scores the last version.
         self.closing_evaluation = self.rules.evaluate and bool(merge.scores.metrics)

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
 
 from fedgrpc import claims
 from fedgrpc.aggregation.mean import mean_metrics
 from fedgrpc.aggregation.noise import say
+from fedgrpc.aggregation.robust.aggregation import Combine
 from fedgrpc.aggregation.scaling import (
     accumulated_steps,
     clip_scale,
     effective_steps,
     nova_scales,
+    quantile,
     staleness_scale,
 )
 from fedgrpc.algorithms.algorithm import Algorithm, Counted
@@ -64,7 +66,8 @@ class Merge:
     weighs. `keeps(token, name)`: its worker keeps that tensor to itself. `clips_buffers`: no update alone takes a
     buffer beyond what others say. `scores` are those of the round's base version, `training_metrics` means of what
     workers say of their training. `accumulated_steps`: what the steps of an update amount to in the mean; 0 where
-    steps are not normalized. `workers`: of how many devices the updates are.
+    steps are not normalized. `workers`: of how many devices the updates are. `distances` of updates to their
+    geometric median, where a rule has looked. `combine`: the rule for coordinates, in place of the mean.
     """
 
     weights: Mapping[str, float]
@@ -77,11 +80,25 @@ class Merge:
     training_metrics: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
     accumulated_steps: float = 0.0
     workers: int = 1
+    distances: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
+    combine: Combine | None = None
 
     @property
     def alike(self) -> bool:
-        """True if every update is a worker's own, of the whole model."""
-        return not (self.sub_models or self.merged)
+        """True if every update is a worker's own, of the whole model, and they are averaged."""
+        return not (self.sub_models or self.merged or self.combine)
+
+    def voted(self, tokens: Collection[str], combine: Combine) -> Merge:
+        """Return the same with `combine` in place of the mean, and one vote for each of `tokens`."""
+        weights = {token: float(token in tokens) for token in self.weights}
+        return replace(self, weights=weights, clips_buffers=True, combine=combine)
+
+    def shared_out(self, shares: Mapping[str, float]) -> Merge:
+        """Return the same with each update's factor in the sum; others get none. Shares sum to 1, or to less."""
+        total = math.fsum(shares.values())
+        weights = {token: shares.get(token, 0.0) / total for token in self.weights}
+        scales = {token: self.scales.get(token, 1.0) * total for token in self.weights}
+        return replace(self, weights=weights, scales=scales, clips_buffers=True)
 
     def lacks(self, token: str, name: str) -> bool:
         """Return whether the worker has no such tensor in its sub-model, or keeps it to itself."""
@@ -103,7 +120,8 @@ class Weighing:
     `leaves_named`: an aggregator is here because the operator named it, and its means count for all their
     workers. Of any other, a mean weighs no more than a worker's own update could. `max_share`: the largest share
     of one worker. `max_total`: the most that all updates weigh together. `plan` has the algorithm, and bounds
-    steps. `clip_norm`: the longest that an update counts. `staleness_exponent` lowers old updates.
+    steps. `clip_norm`: the longest that an update counts; `clip_quantile`: this quantile of the round's norms.
+    `staleness_exponent` lowers old updates.
     """
 
     worker_weights: Mapping[str, float]
@@ -116,6 +134,7 @@ class Weighing:
     staleness_exponent: float = 0.0
     clips_buffers: bool = False
     by_noise: bool = True
+    clip_quantile: float | None = None
 
     def weight_of(self, kind: TaskKind, worker: str, report: Report, here: Collection[str]) -> float:
         """Return p_m where the operator has set it for this worker, else the bounded count of examples.
@@ -143,7 +162,21 @@ class Weighing:
     @property
     def needs_norms(self) -> bool:
         """True if `merge` needs the norm of every update."""
-        return self.clip_norm is not None or self.algorithm.uses_norms
+        return self.clips or self.algorithm.uses_norms
+
+    @property
+    def clips(self) -> bool:
+        """True if updates are scaled down to a norm."""
+        return self.clip_norm is not None or self.clip_quantile is not None
+
+    def _longest(self, norms: Mapping[str, float]) -> float:
+        """Return the norm to which updates are scaled down.
+
+        The quantile is that of this round's norms. Adaptive clipping (arXiv 1905.03871) estimates it over rounds,
+        since it may not look at norms. The aggregator sees them here.
+        """
+        fixed = math.inf if self.clip_norm is None else self.clip_norm
+        return fixed if self.clip_quantile is None else min(fixed, quantile(norms.values(), self.clip_quantile))
 
     def _say(self, report: Report) -> float:
         """Return the say of an update by the noise that its worker has measured; at most 1."""
@@ -204,10 +237,9 @@ class Weighing:
             else:
                 scales = self._algorithms_scales(weights, reports, norms)
             # Never of scales by steps: the settings refuse both together.
-            if self.clip_norm is not None:
-                scales = {
-                    token: scale * clip_scale(norms[token], self.clip_norm) for token, scale in scales.items()
-                }
+            if self.clips:
+                longest = self._longest(norms)
+                scales = {token: scale * clip_scale(norms[token], longest) for token, scale in scales.items()}
             # FedBuff, arXiv 2106.06639. Last, since it lowers whatever the algorithm made of an old update.
             scales = {
                 token: scale * staleness_scale(round_.state.tasks[token].staleness, self.staleness_exponent)

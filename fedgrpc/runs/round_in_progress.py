@@ -160,10 +160,17 @@ class RoundInProgress:
         # Plain dictionaries, which are copied several times as fast as views of them.
         return replace(self, contexts={**self.contexts, **changed})
 
-    def with_merge(self, weights: Mapping[str, float], scales: Mapping[str, float]) -> RoundInProgress:
-        """Return this round with the weight and the scale of each update in the mean."""
+    def with_merge(
+        self,
+        weights: Mapping[str, float],
+        scales: Mapping[str, float],
+        distances: Mapping[str, float] = _NO_METRICS,
+    ) -> RoundInProgress:
+        """Return this round with the weight, the scale and the distance of each update in the mean."""
         merged = {
-            token: replace(self.context(token), weight=weight, scale=scales.get(token))
+            token: replace(
+                self.context(token), weight=weight, scale=scales.get(token), distance=distances.get(token)
+            )
             for token, weight in weights.items()
         }
         return self.with_contexts(merged)

@@ -106,7 +106,7 @@ class TaskContext:
 
     `agreed` None: it is not on record. `choice`: why the worker got this plan, and its predicted cost.
     `download_bytes`: what its worker is to pull. `report`: what came with the accepted update. `weight` and
-    `scale` in the mean: None before the round has committed.
+    `scale` in the mean, `distance` to the others where a rule has looked: None before the round has committed.
     """
 
     local: LocalTask = _PLAIN
@@ -117,6 +117,7 @@ class TaskContext:
     report: Report | None = None
     weight: float | None = None
     scale: float | None = None
+    distance: float | None = None
 
     def carried_over(self) -> TaskContext:
         """Return what of it holds in a later round: the rest was of the round that gave the task."""

@@ -286,7 +286,7 @@ class Memory(_message.Message):
     def __init__(self, micro_batches: _Optional[int] = ..., checkpoint: _Optional[bool] = ..., no_momentum: _Optional[bool] = ...) -> None: ...
 
 class TaskRecord(_message.Message):
-    __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes", "local_model", "merged_updates", "steps", "staleness", "scale", "chosen", "prediction", "tensor_bytes", "download_recipe", "upload_recipe", "difference_recipe", "evaluation_metrics", "unchanged", "loss_cause", "noise_ratio")
+    __slots__ = ("worker", "kind", "phase", "reason", "example_count", "weight", "metrics", "timings", "download_bytes", "upload_bytes", "progress", "device_class", "peak_memory_bytes", "local_model", "merged_updates", "steps", "staleness", "scale", "distance", "chosen", "prediction", "tensor_bytes", "download_recipe", "upload_recipe", "difference_recipe", "evaluation_metrics", "unchanged", "loss_cause", "noise_ratio")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -319,6 +319,7 @@ class TaskRecord(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     STALENESS_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
+    DISTANCE_FIELD_NUMBER: _ClassVar[int]
     CHOSEN_FIELD_NUMBER: _ClassVar[int]
     PREDICTION_FIELD_NUMBER: _ClassVar[int]
     TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -347,6 +348,7 @@ class TaskRecord(_message.Message):
     steps: int
     staleness: int
     scale: float
+    distance: float
     chosen: str
     prediction: Prediction
     tensor_bytes: int
@@ -357,7 +359,7 @@ class TaskRecord(_message.Message):
     unchanged: bool
     loss_cause: LossCause
     noise_ratio: float
-    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., phase: _Optional[_Union[TaskPhase, str]] = ..., reason: _Optional[str] = ..., example_count: _Optional[int] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., progress: _Optional[float] = ..., device_class: _Optional[str] = ..., peak_memory_bytes: _Optional[int] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., merged_updates: _Optional[int] = ..., steps: _Optional[int] = ..., staleness: _Optional[int] = ..., scale: _Optional[float] = ..., chosen: _Optional[str] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ..., tensor_bytes: _Optional[int] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., difference_recipe: _Optional[str] = ..., evaluation_metrics: _Optional[_Mapping[str, float]] = ..., unchanged: _Optional[bool] = ..., loss_cause: _Optional[_Union[LossCause, str]] = ..., noise_ratio: _Optional[float] = ...) -> None: ...
+    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., phase: _Optional[_Union[TaskPhase, str]] = ..., reason: _Optional[str] = ..., example_count: _Optional[int] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., timings: _Optional[_Union[_device_pb2.Timings, _Mapping]] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., progress: _Optional[float] = ..., device_class: _Optional[str] = ..., peak_memory_bytes: _Optional[int] = ..., local_model: _Optional[_Union[LocalModel, _Mapping]] = ..., merged_updates: _Optional[int] = ..., steps: _Optional[int] = ..., staleness: _Optional[int] = ..., scale: _Optional[float] = ..., distance: _Optional[float] = ..., chosen: _Optional[str] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ..., tensor_bytes: _Optional[int] = ..., download_recipe: _Optional[str] = ..., upload_recipe: _Optional[str] = ..., difference_recipe: _Optional[str] = ..., evaluation_metrics: _Optional[_Mapping[str, float]] = ..., unchanged: _Optional[bool] = ..., loss_cause: _Optional[_Union[LossCause, str]] = ..., noise_ratio: _Optional[float] = ...) -> None: ...
 
 class Prediction(_message.Message):
     __slots__ = ("download_seconds", "local_seconds", "upload_seconds", "peak_memory_bytes", "reason")
