@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedgrpc.codec.layout import Array
-from fedgrpc.errors import EncodeError, UsageError
+from fedgrpc.errors import EncodeError, UpdateRefused, UsageError
+from fedgrpc.privacy.masks import MAX_PACKED_BITS
 
-MAX_SUM_BITS = 64
+# What `masks` packs.
+MAX_SUM_BITS = MAX_PACKED_BITS
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,15 @@ class FixedPoint:
         return encoded
 
     def mean(self, total: Array, weight: int) -> Array:
-        """Return the weighted mean, float64, from the sum of integers and that of weights (above 0)."""
+        """Return the weighted mean, float64, from the sum of integers and that of weights.
+
+        Raises UpdateRefused for sums that no honest devices make: the only check that values get, since no single
+        update can be seen. It catches noise and not every lie.
+        """
+        most = self.count * max(1, (1 << self.weight_bits) - 1)
+        if not 1 <= weight <= most:
+            raise UpdateRefused(f"the weights of a secure sum add up to {weight}, and not to 1 to {most}")
+        if int(total.max(initial=0)) > weight * ((1 << self.bits) - 1):
+            raise UpdateRefused("a secure sum is above what its weights allow: a device sent no update")
         mean: Array = total.astype(np.float64) / weight * self.step - self.bound
         return mean

@@ -14,7 +14,7 @@ import numpy as np
 
 COMPLETE_UP_TO: Final = 100
 # With this degree a third of all may drop out, and some device is left without a majority of its neighbours in
-# fewer than 2 of 1,000 rounds (hypergeometric tail over 256 to 10,000 devices).
+# fewer than 7 of 1,000 rounds (hypergeometric tail over 256 to 10,000 devices: 2e-5 at 256, 3.4e-3 at 1,000).
 _DEGREE_PER_DOUBLING: Final = 15
 
 
@@ -37,10 +37,10 @@ def degree_of(count: int) -> int:
     return min(count - 1, 2 * math.ceil(_DEGREE_PER_DOUBLING * math.log2(count) / 2))
 
 
-def threshold_of(degree: int) -> int:
-    """Return how many of a device's `degree` neighbours must answer for it: more than half.
+def threshold_of(degree: int, colluding: int = 0) -> int:
+    """Return how many of a device's `degree` neighbours must answer for it, of whom `colluding` work against it.
 
-    So no aggregator gets shares of both secrets from disjoint sets of neighbours that answer once each. Neighbours
-    that collude with it answer twice, and lower the bar by their number: identities must be hard to get.
+    More than half of both together: 2 t > degree + colluding. Honest neighbours answer once, colluding ones both
+    ways. So no aggregator gets t shares of each of a device's two secrets, nor two questions confirmed by t each.
     """
-    return degree // 2 + 1
+    return (degree + colluding) // 2 + 1

@@ -32,16 +32,16 @@ def split(
     return {point: _value(polynomial, point, prime) for point in sorted(places)}
 
 
-def combine(shares: Mapping[int, int], prime: int = PRIME) -> int:
-    """Return the secret of at least a threshold of `shares` (point -> value): f(0), after Lagrange."""
-    secret = 0
+def combine(shares: Mapping[int, int], prime: int = PRIME, at: int = 0) -> int:
+    """Return f(at), after Lagrange, from at least a threshold of `shares` (point -> value): the secret at 0."""
+    total = 0
     for point, value in shares.items():
         above, below = 1, 1
         for other in shares:
             if other != point:
-                above, below = above * other % prime, below * (other - point) % prime
-        secret += value * above * pow(below, -1, prime)
-    return secret % prime
+                above, below = above * (other - at) % prime, below * (other - point) % prime
+        total += value * above * pow(below, -1, prime)
+    return total % prime
 
 
 def _value(polynomial: list[int], point: int, prime: int) -> int:

@@ -32,10 +32,14 @@ class RandomStream:
     def __init__(self, key: bytes) -> None:
         self._cipher = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
 
+    def raw(self, count: int) -> bytes:
+        """Return the next `count` bytes."""
+        return self._cipher.update(bytes(count))
+
     def words(self, count: int, bits: int) -> Array:
         """Return the next `count` numbers, uniform from 0 to 2^bits - 1, in the dtype of `word_dtype`."""
         dtype = word_dtype(bits)
-        words = np.frombuffer(self._cipher.update(bytes(count * dtype.itemsize)), dtype)
+        words = np.frombuffer(self.raw(count * dtype.itemsize), dtype)
         return words if bits == 8 * dtype.itemsize else words & dtype.type((1 << bits) - 1)
 
     def normals(self, count: int) -> Array:
