@@ -3,7 +3,7 @@
 exit code 0     done
           1     a `FedgrpcError`: one line that says what went wrong
           2     usage: a wrong flag, variable, file or setting; one line that says what to do
-          3     the run, or the release, has ended, or its state does not allow that otherwise
+          3     the run, or the release, has ended; or the state of something does not allow that now
           4     no aggregator answers
           130   Ctrl-C
 """
