@@ -31,7 +31,7 @@ from fedgrpc.process import keep_from_children
 from fedgrpc.protocol.records import prediction_errors
 from fedgrpc.rounds.events import LossCause
 from fedgrpc.rpc.address import Address
-from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskPhase, TaskRecord
+from fedgrpc.v1.round_pb2 import Jump, Round, RoundPhase, TaskPhase, TaskRecord
 
 # They double the page and say nothing that a restart of the process does not.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -102,9 +102,22 @@ class Metrics:
             ["metric", "of"],
             registry=registry,
         )
+        self.scores_not_finite = Counter(
+            "fedgrpc_scores_not_finite",
+            "Scores of versions that are NaN or infinite on some device",
+            registry=registry,
+        )
+        self.jumps = Counter(
+            "fedgrpc_jumps",
+            "Versions that are far from all before: their norm, or their scores",
+            ["of"],
+            registry=registry,
+        )
         self.live_workers = Gauge("fedgrpc_live_workers", "Workers heard of within a lease", registry=registry)
         self.model_version = Gauge("fedgrpc_model_version", "Latest committed model version", registry=registry)
         self.current_round = Gauge("fedgrpc_current_round", "Number of the latest round", registry=registry)
+        for of in ("norm", "scores"):
+            self.jumps.labels(of)
         for outcome in ("committed", "abandoned"):
             self.rounds.labels(outcome)
         for outcome in _OUTCOMES.values():
@@ -119,6 +132,8 @@ class Metrics:
         self.rounds.labels("committed" if committed else "abandoned").inc()
         self.round_seconds.observe(record.duration_seconds)
         self.current_round.set(record.number)
+        if record.jump == Jump.JUMP_NORM:
+            self.jumps.labels("norm").inc()
         local = {name: value for name, value in record.training_metrics.items() if name.startswith(_LOCAL)}
         self.observe_scores({name.removeprefix(_LOCAL): value for name, value in local.items()}, "local")
         for task in record.tasks:

@@ -64,6 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("aggregator", "worker"),
     },
     "words": {"claims", "v1"},
+    "gauges": {"errors", "v1", "client", "identity"},
     "web": {"errors", "claims", "v1", "protocol", "identity", "storage", "rpc", "process", "client", "words"},
     "client": {"errors", "rpc", "identity", "storage", "v1", "model_client"},
     "model_client": {"errors", "codec", "protocol", "rpc", "storage", "v1"},
@@ -79,7 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {
         *(*CORE, "trainer", "v1", "protocol", "rpc", "identity", "storage", "process", "logging", "metrics"),
         *("client", "model_client", "aggregator", "worker", "hierarchy", "datasets", "tasks", "torch"),
-        *("simulation", "toml", "words", "web"),
+        *("simulation", "toml", "words", "web", "gauges"),
     },
 }
 # Where torch may be imported; everything else runs on a machine without it.

@@ -151,6 +151,7 @@ class VersionScores:
         shell, versions = self._shell, self._shell.machine.versions
         self._metrics.observe_scores(workers, "global")
         self._metrics.observe_scores(evaluator, "evaluator")
+        self._metrics.scores_not_finite.inc(len(not_finite))
         told = {**workers, **evaluator}
         jump = Jump.SCORES if versions.score_jumps(version, told) else Jump.NONE
         kept = await self._records.add_scores(version, workers, evaluator, of_sub_models, not_finite, jump)
@@ -158,6 +159,7 @@ class VersionScores:
             if version in shell.machine.versions:
                 shell.apply(VersionKnown(known))
         if jump is not Jump.NONE:
+            self._metrics.jumps.labels("scores").inc()
             self._log.warning("scores are far worse than the best", version=version, scores=told)
         if not kept:
             return

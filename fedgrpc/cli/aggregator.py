@@ -14,12 +14,13 @@ import click
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS
 from fedgrpc.aggregator.server import run_aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings, Target
+from fedgrpc.cli.beside import PAGE_SETTINGS, beside_of
 from fedgrpc.cli.connection import FILE, tls_settings
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
-from fedgrpc.cli.page import PAGE_SETTINGS, page_beside
 from fedgrpc.cli.process import LOGS, begin, join_token, server_tls
 from fedgrpc.cli.values import DURATION, ROUNDS, SIZE, NamedValues, read_file
 from fedgrpc.errors import UsageError
+from fedgrpc.gauges import Gauges
 from fedgrpc.hierarchy.process import run_leaf
 from fedgrpc.metrics import Metrics, serve_metrics
 from fedgrpc.process import collect_rarely
@@ -373,8 +374,10 @@ def _run(**values: Any) -> int:
     metrics = Metrics()
     collect_rarely()
     with ExitStack() as stack:
+        gauges = None
         if values["metrics_address"] is not None:
             stack.enter_context(serve_metrics(metrics, values["metrics_address"]))
+            gauges = Gauges(metrics.registry)
         if values["port_file"] is not None and Address.parse(settings.address).is_unix:
             raise UsageError("--port-file needs an --address with a port; a unix socket has none")
         ready = _port_writer(values["port_file"])
@@ -385,7 +388,7 @@ def _run(**values: Any) -> int:
                     "--web-address is for the parent: the page of a leaf would show a part of each round"
                 )
             return _fenced(values, run_leaf(settings, upstream, ready=ready, metrics=metrics))
-        beside = page_beside(values, settings)
+        beside = beside_of(values, settings, gauges)
         return _fenced(values, run_aggregator(settings, ready=ready, metrics=metrics, beside=beside))
 
 

@@ -11,7 +11,10 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from fedgrpc.gauges import Gauges
+from fedgrpc.identity.members import Lives
 from fedgrpc.metrics import Metrics
+from fedgrpc.v1.aggregator_pb2 import RunSummary
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskPhase, TaskRecord
 from tests.deploy.manifests import K8S, render
 
@@ -28,6 +31,9 @@ def served() -> dict[str, dict[str, set[str]]]:
     metrics = Metrics()
     task = TaskRecord(worker="pi-1", phase=TaskPhase.TASK_PHASE_ACCEPTED)
     metrics.observe_round(Round(number=1, phase=RoundPhase.ROUND_PHASE_COMMITTED, tasks=[task]))
+    gauges = Gauges(metrics.registry)
+    gauges.show_runs([RunSummary(name="digits", phase="RUN_PHASE_RUNNING")])
+    gauges.show_members([], Lives(), 0.0)
     found: dict[str, dict[str, set[str]]] = {}
     for family in text_string_to_metric_families(generate_latest(metrics.registry).decode()):
         for sample in family.samples:

@@ -15,6 +15,7 @@ from tests.deploy.manifests import K8S, OVERLAYS, WITH_COMPONENTS, Object, rende
 VERSIONS = list(dict.fromkeys(kubernetes_validate.utils.all_versions()))[-4:]
 # Kinds that a cluster learns from others, whose schemas Kubernetes does not have.
 FOREIGN = {
+    ("monitoring.coreos.com/v1", "PrometheusRule"),
     ("monitoring.coreos.com/v1", "ServiceMonitor"),
     ("traefik.io/v1alpha1", "IngressRouteTCP"),
     ("helm.cattle.io/v1", "HelmChartConfig"),

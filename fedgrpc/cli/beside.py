@@ -1,9 +1,9 @@
-"""Settings of the page of an aggregator, and its start beside the server; needs the packages of `fedgrpc[web]`."""
+"""What runs beside the server of an aggregator: its gauges, and its page, which needs the extra `fedgrpc[web]`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from fedgrpc.aggregator.server import Beside
@@ -11,6 +11,7 @@ from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.trust import Trust
 from fedgrpc.cli.options import Declare, Setting
 from fedgrpc.errors import UsageError
+from fedgrpc.gauges import Gauges, Sources, kept_fresh
 
 if TYPE_CHECKING:
     from fedgrpc.web.page import PageSettings
@@ -37,8 +38,25 @@ PAGE_SETTINGS: list[Setting] = [
 ]
 
 
-def page_beside(values: Mapping[str, Any], settings: AggregatorSettings) -> Beside:
-    """Return what serves the page beside an aggregator with these settings. Raises `UsageError`."""
+def beside_of(values: Mapping[str, Any], settings: AggregatorSettings, gauges: Gauges | None) -> Beside:
+    """Return what runs beside an aggregator with these settings: its gauges and its page. Raises `UsageError`."""
+    serve = _page_of(values, settings)
+
+    @asynccontextmanager
+    async def beside(trust: Trust, address: str) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            if gauges is not None:
+                certificate = None if settings.tls is None else settings.tls.certificate
+                sources = Sources(settings.data_dir, trust.identities.members, settings.lives, certificate)
+                await stack.enter_async_context(kept_fresh(gauges, address, sources))
+            await stack.enter_async_context(serve(trust, address))
+            yield
+
+    return beside
+
+
+def _page_of(values: Mapping[str, Any], settings: AggregatorSettings) -> Beside:
+    """Return what serves the page, if there is one. Raises `UsageError`."""
     if values["web_address"] is None:
         if values["web_hosts"]:
             raise UsageError("--web-host goes with --web-address HOST:PORT")
@@ -50,11 +68,7 @@ def page_beside(values: Mapping[str, Any], settings: AggregatorSettings) -> Besi
             f"--web-address needs the packages of fedgrpc[web]: pip install 'fedgrpc[web]' ({error})"
         ) from error
     page = PageSettings(values["web_address"], tuple(values["web_hosts"]))
-
-    def beside(trust: Trust, address: str) -> AbstractAsyncContextManager[object]:
-        return serve_page(page, address, trust.folder, _tls(trust, settings, page))
-
-    return beside
+    return lambda trust, address: serve_page(page, address, trust.folder, _tls(trust, settings, page))
 
 
 def _tls(trust: Trust, settings: AggregatorSettings, page: PageSettings) -> PageTls | None:
