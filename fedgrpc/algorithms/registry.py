@@ -33,6 +33,12 @@ ALGORITHMS: Final[dict[str, type]] = {
 }
 
 
+def own_class(text: str | None) -> str:
+    """Return the `package.module:Class` of a text; "" where it names an algorithm of this package."""
+    name, _, rest = (text or "fedavg").partition(":")
+    return "" if name in ALGORITHMS else f"{name}:{rest.partition(':')[0]}"
+
+
 @lru_cache(maxsize=64)
 def algorithm_of(text: str | None) -> Algorithm:
     """Return the algorithm of a text such as `scaffold:workers=10`; None is FedAvg. Raises `UsageError`."""

@@ -146,6 +146,15 @@ SETTINGS: list[Setting] = [
         name="max_model_bytes",
         type=SIZE,
     ),
+    _limit(
+        "--allow-algorithm",
+        "Installed classes that runs may name as their algorithm, as in mine.*; repeat for each. Without: "
+        "fedgrpc's own alone.",
+        name="allow_algorithms",
+        multiple=True,
+        default=(),
+        metavar="REF",
+    ),
     _limit("--min-batch-size", "Smallest batches that a task may ask for."),
     _limit(
         "--only-when",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -11,12 +12,22 @@ import numpy as np
 
 from fedgrpc.algorithms.algorithm import Algorithm, Pass, Received, Term
 from fedgrpc.algorithms.companions import received
-from fedgrpc.algorithms.registry import algorithm_of
+from fedgrpc.algorithms.registry import algorithm_of, own_class
 from fedgrpc.errors import TaskError, UsageError
 from fedgrpc.protocol.tasks import Task
 from fedgrpc.trainer import Trainer, TrainJob, TrainResult, Weights
 
 NOTHING_KEPT: Final[Mapping[str, Any]] = MappingProxyType({})
+
+
+def check_allowed(task: Task, allowed: Collection[str]) -> None:
+    """Raise `TaskError` for a class that an aggregator names and that this device's owner has not allowed.
+
+    Importing a module runs it, so that an aggregator may not name any there is.
+    """
+    name = own_class(task.plan.algorithm)
+    if name and not any(fnmatchcase(name, pattern) for pattern in allowed):
+        raise TaskError(f"this device takes no algorithm {name}: its owner can allow it with --allow-algorithm")
 
 
 def algorithm_for(task: Task) -> Algorithm:

@@ -39,7 +39,8 @@ class WorkerSettings:
     The aggregator is not trusted with the device. A model of more than `max_model_bytes`, decoded, is refused
     (None: one whose training has no room in the memory that this process may use). So is a task whose batches
     have fewer than `min_batch_size` examples: the update of a single example reveals that example. While the
-    device is not as `only_when` says (`fedgrpc.runs.eligibility`), it asks for no task.
+    device is not as `only_when` says (`fedgrpc.runs.eligibility`), it asks for no task. `allow_algorithms` has
+    globs of the classes that a run may name as its algorithm, besides fedgrpc's own.
 
     Raises:
         UsageError: a value is out of range.
@@ -66,6 +67,7 @@ class WorkerSettings:
     encodings: tuple[str, ...] = ENCODING_NAMES
     max_model_bytes: int | None = None
     min_batch_size: int = 1
+    allow_algorithms: tuple[str, ...] = ()
     only_when: str = ""
 
     def __post_init__(self) -> None:

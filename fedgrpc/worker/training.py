@@ -48,7 +48,13 @@ from fedgrpc.trainer import (
     model_layout,
 )
 from fedgrpc.v1 import aggregator_pb2
-from fedgrpc.worker.algorithm_work import NOTHING_KEPT, AlgorithmWork, algorithm_for, received_for
+from fedgrpc.worker.algorithm_work import (
+    NOTHING_KEPT,
+    AlgorithmWork,
+    algorithm_for,
+    check_allowed,
+    received_for,
+)
 from fedgrpc.worker.client import Report
 from fedgrpc.worker.device import resident_bytes, usable_memory_bytes
 from fedgrpc.worker.guarded_trainer import first_weights, guarded, users_code
@@ -165,6 +171,7 @@ class TrainerWork:
     async def perform(self, task: Task, message: aggregator_pb2.Task, report: Report) -> SpooledUpdate:
         """Download, train or score, and spool the update. Raises `TaskError` for a plan that is refused here."""
         _check_plan(task, self._settings.min_batch_size)
+        check_allowed(task, self._settings.allow_algorithms)
         self._mark.check(task.token)
         forget_peak_memory()
         given, layout, download_s = await self._download(task, report)

@@ -116,3 +116,21 @@ async def test_a_run_tracks_each_round_and_the_scores_of_its_versions(tmp_path):
     assert {line["step"] for line in trained} >= {1, 2, 3}
     assert all(line["round/updates"] == 3 for line in trained if line["step"])
     assert any("loss" in line for line in lines)
+
+
+async def test_a_device_imports_no_algorithm_that_its_owner_has_not_allowed(tmp_path):
+    reference = "fedgrpc.algorithms.fedprox:FedProx"
+    policy = {"min_workers": 1, "quorum": 1}
+    plan = plan_of(f"{reference}:mu=0.5")
+    async with running_aggregator(tmp_path, plan=plan, policy=policy, initial_model=None) as running:
+        refusing = start_worker(running, tmp_path, "refusing", Quadratic(0))
+        task = await running.until_task("refusing", round_pb2.TASK_PHASE_FAILED)
+        assert "--allow-algorithm" in task.reason
+        refusing.cancel()
+    (tmp_path / "allowed").mkdir()
+    async with running_aggregator(tmp_path / "allowed", plan=plan, policy=policy, initial_model=None) as running:
+        allowing = start_worker(
+            running, tmp_path, "allowing", Quadratic(0), allow_algorithms=("fedgrpc.algorithms.*",)
+        )
+        await running.until_finished()
+    assert await allowing == 0

@@ -186,6 +186,8 @@ class ShiftTrainer:
 
     def train(self, weights, job):
         self.jobs.append(job)
+        # Its steps are no gradients, so there is nothing to add the term to.
+        job.term()
         for _ in job.batches(self.examples, self.examples):
             pass
         moved = {name: a + self.change if a.dtype.kind == "f" else a + 1 for name, a in weights.items()}
