@@ -95,7 +95,8 @@ async def _show(client: Client, values: dict[str, Any]) -> None:
     for condition in release.conditions:
         told = [each.scores[condition.name] for each in release.reports if condition.name in each.scores]
         if told:
-            click.echo(f"median {condition.name} {statistics.median(told):.4g} of {len(told)} devices")
+            devices = "1 device" if len(told) == 1 else f"{len(told)} devices"
+            click.echo(f"median {condition.name} {statistics.median(told):.4g} of {devices}")
     canaries = set(release.canaries)
     rows = [
         (

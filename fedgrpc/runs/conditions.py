@@ -77,7 +77,7 @@ def judge(
     One bad condition is enough. At least `quorum` devices must have told each score: a failure tells the worst.
     """
     if failures >= quorum and failures > len(scores):
-        return Judgement(Verdict.BAD, f"{failures} of {failures + len(scores)} devices cannot use it")
+        return Judgement(Verdict.BAD, f"{failures} of {_devices(failures + len(scores))} cannot use it")
     undecided = "" if len(scores) + failures >= quorum else "reports"
     for condition in conditions:
         told = [each[condition.name] for each in scores if condition.name in each]
@@ -88,12 +88,17 @@ def judge(
         middle = _median(values, condition.at_least)
         if not condition.met(middle):
             return Judgement(
-                Verdict.BAD, f"the median {condition.name} of {len(values)} devices is {middle:g}, not {condition}"
+                Verdict.BAD,
+                f"the median {condition.name} of {_devices(len(values))} is {middle:g}, not {condition}",
             )
     if undecided:
         heard = len(scores) + failures
         return Judgement(Verdict.UNDECIDED, f"too few devices have told {undecided}: {heard} of {quorum}")
     return Judgement(Verdict.GOOD, ", ".join(map(str, conditions)) or "most devices can use it")
+
+
+def _devices(count: int) -> str:
+    return "1 device" if count == 1 else f"{count} devices"
 
 
 def _median(values: Sequence[float], at_least: bool) -> float:

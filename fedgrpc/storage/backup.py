@@ -175,6 +175,8 @@ def _copy(path: Path, copy: Path, last: dict[Path, int]) -> bool:
         return False
     try:
         shutil.copyfile(path, copy)
+        changed_at = path.stat().st_mtime_ns
+        os.utime(copy, ns=(changed_at, changed_at))
     except FileNotFoundError:
         return False
     if of_version:
@@ -292,6 +294,7 @@ def _extract_file(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, p
             digest.update(piece)
             file.write(piece)
         file.flush()
+        os.utime(file.fileno(), (member.mtime, member.mtime))
         os.fsync(file.fileno())
     return member.size, digest.hexdigest()
 

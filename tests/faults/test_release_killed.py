@@ -83,7 +83,7 @@ def test_releases_go_through_and_back_over_kills_of_the_aggregator(tmp_path):
         second.wait()
         stack.enter_context(aggregator(tmp_path, address, 3))
         back = until_phase(address, 2, "rolled_back")
-        assert "median accuracy of 1 devices" in back["reason"]
+        assert "median accuracy of 1 device" in back["reason"]
         until = time.monotonic() + PATIENCE_S
         while time.monotonic() < until:
             followed = fedgrpc("model", "follow", "--once", "--to", str(file), "--worker", where["pi-3"])

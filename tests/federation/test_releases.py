@@ -152,7 +152,7 @@ async def test_a_bad_canary_takes_the_release_back_by_itself_and_the_audit_log_h
         await until_phase(models, pb.RELEASE_PHASE_DONE)
         await models.StartRelease(start("3", canary="pi-1", after_s=60))
         ended = await until_phase(models, pb.RELEASE_PHASE_ROLLED_BACK, number=2)
-        assert "median accuracy of 1 devices is 0.1" in ended.reason
+        assert "median accuracy of 1 device is 0.1" in ended.reason
         for stub in stubs:
             news = await served(stub, lambda news: news.release == 1)
             assert news.header.version == 2
