@@ -176,15 +176,17 @@ class RunModels:
             self._starting = frozenset()
 
     def _devices(self) -> list[str]:
-        """Return the devices of the run that are alive, and can serve a model to applications."""
+        """Return the devices that are alive and have worked for the run; where none has, all that are alive."""
         now, fleet = self.coordinator.clock(), self.coordinator.fleet
-        return [
+        alive = [
             worker.name
             for worker in fleet
             if not worker.evaluator
             and worker.registration.role != WORKER_ROLE_AGGREGATOR
             and fleet.alive(worker, now)
         ]
+        worked = [name for name in alive if self.coordinator.workers.history(name).selected]
+        return worked or alive
 
     async def abort(self, number: int, reason: str) -> Release:
         """End the release in progress. Raises `NotFound`, `IllegalTransition` and `StorageError`."""

@@ -113,6 +113,11 @@ class Loop:
         self._show_at_s = 0.0
         self._log: Any = log.bind(worker=settings.name)
 
+    @property
+    def run_id(self) -> str:
+        """Id of the aggregator's own run; empty before the first registration."""
+        return self._run_id
+
     async def run(self) -> None:
         """Run until the run has ended or the worker has drained.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Final
 
@@ -21,6 +21,7 @@ from fedgrpc.worker.client import AggregatorClient
 from fedgrpc.worker.conditions import OwnersConditions
 from fedgrpc.worker.device import detect
 from fedgrpc.worker.enrolment import Link, enrolled, linked
+from fedgrpc.worker.held_model import HeldModel
 from fedgrpc.worker.local_work import TaskFiles
 from fedgrpc.worker.loop import Loop
 from fedgrpc.worker.model_folder import ModelFolder
@@ -82,14 +83,25 @@ class Worker:
             link.serve(client)
             files = TaskFiles(settings, client, self.publisher)
             work = TrainerWork(settings, files, self.publisher, self._build_trainer)
+            runs = WorkerRuns(settings, client, self.publisher, self._build_trainer)
             loop = Loop(
                 *(settings, client, self.publisher, self.controls, files, work, self._profile),
                 renew=link.on_stale,
-                runs=WorkerRuns(settings, client, self.publisher, self._build_trainer),
+                runs=runs,
                 conditions=OwnersConditions(settings.name, settings.only_when),
             )
             released = ReleasedModels(settings.state_dir / "released")
-            follower = ReleaseFollower(client, released, self.publisher, work.score)
+
+            async def score(run_id: str, model: HeldModel) -> Mapping[str, float]:
+                """Score with the learning task of that very run."""
+                works = {run.run_id: run.work for run in runs.opened} | {loop.run_id: work}
+                own = works.get(run_id)
+                return await own.score(run_id, model) if isinstance(own, TrainerWork) else {}
+
+            def takes(run_id: str) -> bool:
+                return run_id == loop.run_id or runs.knows(run_id)
+
+            follower = ReleaseFollower(client, released, self.publisher, score, takes)
             await self._serve(stack, files.models, released)
             return await self._run_loop(loop, folder, link, follower)
 

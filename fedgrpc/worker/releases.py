@@ -43,13 +43,17 @@ class ReleaseFollower:
         models: ReleasedModels,
         publisher: StatusPublisher,
         score: Score,
+        takes: Callable[[str], bool] = lambda run_id: True,
         again: Backoff = _AGAIN,
     ) -> None:
+        """`takes` says whether this device has to do with the run of that id."""
         self._client = client
         self._models = models
         self._publisher = publisher
         self._score = score
+        self._takes = takes
         self._again = again
+        self._told: list[ServedVersion] = []
         self._serving: dict[str, tuple[ServedVersion, asyncio.Task[None]]] = {}
         self.show()
 
@@ -67,8 +71,8 @@ class ReleaseFollower:
         try:
             while True:
                 try:
-                    wanted = [each for each, _ in self._serving.values()]
-                    await self._take(await self._client.follow_releases(wanted, _WAIT_S))
+                    self._told = await self._client.follow_releases(self._told, _WAIT_S)
+                    await self._take(self._told)
                     retries.reset()
                 except FedgrpcError as error:
                     # Also where the worker has not registered yet, and where the aggregator knows no releases.
@@ -87,7 +91,7 @@ class ReleaseFollower:
             log.info("release withdrawn", run_id=run_id)
         self.show()
         for run_id, each in by_run.items():
-            if run_id not in self._serving:
+            if run_id not in self._serving and (run_id in self._models.run_ids or self._takes(run_id)):
                 self._serving[run_id] = each, asyncio.create_task(self._serve(each))
 
     async def _end(self, runs: list[str]) -> None:

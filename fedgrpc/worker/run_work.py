@@ -83,6 +83,10 @@ class WorkerRuns:
         """Runs that this process has had work of."""
         return list(self._opened.values())
 
+    def knows(self, run_id: str) -> bool:
+        """Return whether this device has had work of a run, also in a former process."""
+        return run_id in self._opened or (self._folder / _name_of(run_id)).exists()
+
     async def of_task(self, own: Registration, task: aggregator_pb2.Task) -> RunWork | None:
         """Return the work of a task's run; None if nothing says what the run is. Raises `StorageError`."""
         known = self._opened.get(task.run_id)
