@@ -76,7 +76,9 @@ class Answered:
 
 @dataclass(frozen=True)
 class TimeUp:
-    """The time of the present phase is over."""
+    """The time of `phase` is over; nothing happens if the round has left it by then."""
+
+    phase: SecurePhase
 
 
 Event: TypeAlias = Shared | Arrived | Confirmed | Answered | TimeUp
@@ -175,8 +177,9 @@ def step(round_: SecureRound, event: Event) -> tuple[SecureRound, tuple[Effect, 
             return _confirmed(round_, event)
         case Answered():
             return _answered(round_, event)
-        case TimeUp():
-            return _PHASE_ENDS[round_.phase](round_) if round_.phase in _PHASE_ENDS else (round_, ())
+        case TimeUp(phase):
+            ends = _PHASE_ENDS.get(phase) if phase is round_.phase else None
+            return ends(round_) if ends else (round_, ())
 
 
 def settled(

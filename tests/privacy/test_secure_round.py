@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedgrpc.codec.layout import Array
 from fedgrpc.errors import FedgrpcError, RoundClosed, UpdateRefused
 from fedgrpc.privacy.neighbours import neighbours, threshold_of
 from fedgrpc.privacy.one_time_keys import Secrets
@@ -75,7 +76,7 @@ class World:
         self.first = self.round
         values = np.random.default_rng(self.seed)
         self.values = {name: values.integers(0, 1 << 12, 30, dtype=np.uint64) for name in self.tasks}
-        self.masked: dict[str, np.ndarray] = {}
+        self.masked: dict[str, Array] = {}
         self.result: Unmask | Abandon | None = None
 
     def play(self) -> Unmask | Abandon:
@@ -98,12 +99,19 @@ class World:
                     assert isinstance(result, Unmask | Abandon)
                     return result
 
+    def unmasked(self, result: Unmask) -> Array:
+        total = np.sum([self.masked[name].astype(np.uint64) for name in result.arrived], axis=0)
+        return self.round.unmasking.masks(result.arrived, result.answers, BITS).add_to(total)
+
+    def plain(self, result: Unmask) -> Array:
+        return np.sum([self.values[name] for name in result.arrived], axis=0) % np.uint64(1 << BITS)
+
     def _living(self, names: Collection[str]) -> list[str]:
         return [name for name in sorted(names) if self.rng.random() >= self.death]
 
     def _send(self, events: Collection[Event] | object) -> list[object]:
         effects: list[object] = []
-        for event in [*events, TimeUp()]:  # type: ignore[misc]
+        for event in [*events, TimeUp(self.round.phase)]:  # type: ignore[misc]
             if isinstance(event, TimeUp) and effects:
                 break
             effects += self._apply(event)
@@ -141,10 +149,25 @@ def test_whoever_dies_the_sum_is_that_of_those_who_count_or_the_round_is_abandon
         assert world.round.phase is SecurePhase.ABANDONED
         return
     assert len(result.arrived) > threshold_of(count - 1)
-    total = sum(world.masked[name].astype(np.uint64) for name in result.arrived)
-    plain = sum(world.values[name] for name in result.arrived)
-    unmasked = world.round.unmasking.masks(result.arrived, result.answers, BITS).add_to(np.asarray(total))
-    assert np.array_equal(unmasked, np.asarray(plain) % (1 << BITS))
+    assert np.array_equal(world.unmasked(result), world.plain(result))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("count", "death"), [(64, 0.0), (64, 0.1), (128, 0.1), (256, 0.12)])
+def test_large_rounds_in_which_devices_die_at_every_phase_have_the_plain_sum(count: int, death: float) -> None:
+    world = World(count, seed=count, death=death)
+    result = world.play()
+    assert isinstance(result, Unmask)
+    assert np.array_equal(world.unmasked(result), world.plain(result))
+
+
+def test_nothing_that_a_device_sends_besides_its_masked_update_depends_on_the_update() -> None:
+    worlds = [World(6, seed=3, death=0.0) for _ in range(2)]
+    worlds[1].values["w02"] = worlds[1].values["w02"] * np.uint64(7)
+    results = [world.play() for world in worlds]
+    assert worlds[0].log == worlds[1].log
+    assert results[0] == results[1]
+    assert not np.array_equal(worlds[0].masked["w02"], worlds[1].masked["w02"])
 
 
 @given(count=st.integers(3, 8), seed=st.integers(0, 1000), death=st.sampled_from([0.0, 0.1]))
@@ -164,11 +187,12 @@ def test_a_round_of_three_takes_all_of_them() -> None:
     round_, tasks = opened(3, seed=1)
     for name in ("w00", "w01"):
         round_, _ = step(round_, Shared(name, tasks[name].sealed_shares()))
-    round_, effects = step(round_, TimeUp())
+    assert step(round_, TimeUp(SecurePhase.MASKING)) == (round_, ())
+    round_, effects = step(round_, TimeUp(SecurePhase.SHARING))
     assert effects == (
         Abandon("the secure sum is abandoned: 0 devices have shared and can be in a sum, fewer than 3"),
     )
-    assert step(round_, TimeUp()) == (round_, ())
+    assert step(round_, TimeUp(SecurePhase.SHARING)) == (round_, ())
 
 
 def test_who_has_too_few_neighbours_is_left_out_and_so_are_those_who_counted_on_it() -> None:
@@ -205,7 +229,7 @@ class TestMessagesThatAreRefused:
             step(round_, Arrived("w00"))
 
     def test_messages_of_an_abandoned_round(self) -> None:
-        round_, _ = step(opened(4, seed=1)[0], TimeUp())
+        round_, _ = step(opened(4, seed=1)[0], TimeUp(SecurePhase.SHARING))
         for event in (Arrived("w00"), Confirmed("w00", {}), Answered("w00", {})):
             with pytest.raises(RoundClosed, match="abandoned"):
                 step(round_, event)
@@ -217,6 +241,35 @@ class TestMessagesThatAreRefused:
         for wrong in ({"w09": bytes(33)}, {"w01": bytes(10_000)}):
             with pytest.raises(UpdateRefused, match="did not answer for its neighbours"):
                 step(answering, Answered("w00", wrong))
+
+
+@given(seed=st.integers(0, 100_000))
+@settings(max_examples=40, deadline=None)
+def test_messages_in_any_order_and_of_anybody_are_taken_or_refused_and_never_break_the_round(seed: int) -> None:
+    rng = Random(seed)
+    played = World(4, seed=1, death=0.0)
+    played.play()
+    names = [*played.tasks, "stranger"]
+    parts = [event.boxes for event in played.log if isinstance(event, Shared)]
+    parts += [event.proofs for event in played.log if isinstance(event, Confirmed)]
+    parts += [event.shares for event in played.log if isinstance(event, Answered)]
+    parts += [{}, {"stranger": b""}]
+    strange = [
+        kind(rng.choice(names), rng.choice(parts)) for kind in (Shared, Confirmed, Answered) for _ in range(10)
+    ]
+    strange += [Arrived(rng.choice(names)), TimeUp(rng.choice(list(SecurePhase)))]
+    round_, ends = played.first, []
+    # The round's own messages run through, so that the strange ones meet every phase.
+    for event in [each for own in played.log for each in (*rng.sample(strange, 3), own)]:
+        before = round_
+        try:
+            round_, effects = step(round_, event)
+        except (UpdateRefused, RoundClosed):
+            effects = ()
+            assert round_ is before
+        ends += [effect for effect in effects if isinstance(effect, Unmask | Abandon)]
+    assert len(ends) <= 1
+    assert round_.phase.value >= before.phase.value
 
 
 class AdversarialDevice:

@@ -1,0 +1,101 @@
+"""Federated averaging of a small network on Fashion-MNIST through secure sums, for `tools.bench.secure_sum`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedgrpc.codec.layout import Array
+from fedgrpc.datasets.fashion_mnist import load_fashion_mnist
+from fedgrpc.datasets.partition import Dirichlet
+from fedgrpc.privacy.secure_vector import SecureVector, bounds_after
+from tools.bench.secure_sum import VirtualSum
+
+_WORKERS = 16
+_HIDDEN = 64
+_WEIGHT_BITS = 8
+# Before there is a round to learn it from.
+_FIRST_BOUND = 0.25
+_CLIP_NORM = 10.0
+
+Tensors = dict[str, Array]
+
+
+def accuracies(bits: int, rounds: int, seed: int) -> tuple[float, float]:
+    """Return the accuracy after `rounds`, and the share of values that were clipped. 0 bits: float updates."""
+    rng = np.random.default_rng(seed)
+    data = load_fashion_mnist()
+    train, test = (_inputs(part.inputs) for part in (data.train, data.held_out))
+    parts = Dirichlet(0.5).split(data.train.labels, _WORKERS, seed)
+    model = {"W1": rng.normal(0, 0.05, (784, _HIDDEN)), "b1": np.zeros(_HIDDEN)}
+    model |= {"W2": rng.normal(0, 0.1, (_HIDDEN, 10)), "b2": np.zeros(10)}
+    shapes = {name: tensor.shape for name, tensor in model.items()}
+    bounds = dict.fromkeys(model, _FIRST_BOUND)
+    clipped = 0.0
+    for number in range(rounds):
+        rate = 0.1 * (1 + np.cos(np.pi * number / rounds)) / 2
+        updates = []
+        for part in parts:
+            trained = _trained(model, train[part], data.train.labels[part], rate, rng)
+            updates.append({name: trained[name] - before for name, before in model.items()})
+        examples = [len(part) for part in parts]
+        if bits:
+            clipped += _clipped(updates, bounds) / rounds
+            vector = SecureVector(shapes, bounds, bits, _WEIGHT_BITS, _WORKERS, max(examples))
+            change = _secure_mean(vector, updates, examples, rng)
+            bounds = bounds_after(change, _CLIP_NORM)
+        else:
+            change = {
+                name: np.average(np.stack([update[name] for update in updates]), axis=0, weights=examples)
+                for name in model
+            }
+        model = {name: before + change[name] for name, before in model.items()}
+    right = _outputs(model, test)[1].argmax(1) == data.held_out.labels
+    return float(right.mean()), clipped
+
+
+def _secure_mean(
+    vector: SecureVector, updates: list[Tensors], examples: list[int], rng: np.random.Generator
+) -> Tensors:
+    """Return the weighted mean of all updates from one secure sum."""
+    world = VirtualSum(len(updates), vector.sum_bits, 0.0, int(rng.integers(1 << 30)))
+    world.share()
+    packed = [
+        world.mask(name, np.concatenate(list(vector.pieces(update, count, rng))))
+        for name, update, count in zip(world.names, updates, examples, strict=True)
+    ]
+    world.arrive()
+    return vector.means(world.unmasked(world.sum_of(packed, vector.size), world.answer()))
+
+
+def _inputs(images: Array) -> Array:
+    scaled: Array = images.reshape(len(images), -1).astype(np.float32) / 255 - 0.2860
+    return scaled
+
+
+def _outputs(model: Tensors, inputs: Array) -> tuple[Array, Array]:
+    hidden = np.maximum(inputs @ model["W1"] + model["b1"], 0)
+    return hidden, hidden @ model["W2"] + model["b2"]
+
+
+def _trained(model: Tensors, inputs: Array, labels: Array, rate: float, rng: np.random.Generator) -> Tensors:
+    """Return the model after one epoch of plain SGD in batches of 32."""
+    model = {name: tensor.astype(np.float32) for name, tensor in model.items()}
+    order = rng.permutation(len(labels))
+    for start in range(0, len(order), 32):
+        batch = order[start : start + 32]
+        hidden, outputs = _outputs(model, inputs[batch])
+        shares = np.exp(outputs - outputs.max(1, keepdims=True))
+        slope = shares / shares.sum(1, keepdims=True)
+        slope[np.arange(len(batch)), labels[batch]] -= 1
+        slope /= len(batch)
+        inner = (slope @ model["W2"].T) * (hidden > 0)
+        slopes = {"W1": inputs[batch].T @ inner, "b1": inner.sum(0), "W2": hidden.T @ slope, "b2": slope.sum(0)}
+        for name, tensor in model.items():
+            tensor -= (rate * slopes[name]).astype(np.float32)
+    return model
+
+
+def _clipped(updates: list[Tensors], bounds: dict[str, float]) -> float:
+    """Return the share of values beyond their bound."""
+    beyond = sum(int((np.abs(update[name]) > bounds[name]).sum()) for update in updates for name in update)
+    return beyond / sum(tensor.size for update in updates for tensor in update.values())
