@@ -19,7 +19,7 @@ from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.first_model import complaint
 from fedgrpc.aggregator.new_version import about_version
 from fedgrpc.aggregator.recovered_rounds import RecoveredRounds
-from fedgrpc.aggregator.settings import OPTIMIZER, changes, compared_text
+from fedgrpc.aggregator.settings import ALGORITHM, OPTIMIZER, changes, compared_text
 from fedgrpc.algorithms.companions import companions_of, first_values
 from fedgrpc.algorithms.registry import algorithm_of
 from fedgrpc.codec.layout import Layout
@@ -113,8 +113,9 @@ class Recovery:
 
     async def _take_settings(self, changed: Mapping[str, str]) -> None:
         """Tell what has changed, and keep the settings: nothing refuses to start any more."""
-        if OPTIMIZER in changed:
-            log.warning("the server optimizer starts over", changed=changed[OPTIMIZER])
+        # An algorithm may have a step of its own, whose state means nothing to another.
+        if stepping := changed.get(OPTIMIZER) or changed.get(ALGORITHM):
+            log.warning("the server optimizer starts over", changed=stepping)
             await asyncio.to_thread(self._models.forget_optimizer_state)
         if changed:
             log.info("settings changed", run=self._settings.run_name, changed=dict(changed))

@@ -44,6 +44,7 @@ _SIZES = {
 _LONGEST_NAME = 200
 # Every version has the layout of the first one.
 _FIXED: Final = ("model",)
+ALGORITHM: Final = "plan.algorithm"
 OPTIMIZER: Final = "server_optimizer"
 _PARTS: Final = ("policy", "choosing", "plan", "target")
 
@@ -314,4 +315,10 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]
                 f"{name} {now[name]!r} is not that of the run in this data folder, {before[name]!r}: its versions "
                 "have another layout; take another data folder"
             )
+    old, new = before.get(ALGORITHM), now.get(ALGORITHM)
+    if ALGORITHM in changed and algorithm_of(old).companions != algorithm_of(new).companions:
+        raise UsageError(
+            f"algorithm {new or 'fedavg'} has other companion tensors than {old or 'fedavg'}, with which the run "
+            "in this data folder began; take another data folder"
+        )
     return {name: f"{before.get(name, 'none')} -> {now.get(name, 'none')}" for name in changed}

@@ -5,6 +5,7 @@ import pytest
 from fedgrpc.aggregator.settings import AggregatorSettings, changes, compared_text
 from fedgrpc.errors import UsageError
 from fedgrpc.rounds.policy import RoundPolicy
+from fedgrpc.training_plan import TrainingPlan
 
 
 def text(folder, **about):
@@ -30,3 +31,16 @@ def test_another_model_is_refused_by_name(tmp_path):
 
 def test_the_file_of_the_initial_model_may_move(tmp_path):
     assert not changes(text(tmp_path), text(tmp_path, initial_model=tmp_path / "elsewhere"))
+
+
+def test_an_algorithm_with_other_companions_is_refused_and_one_with_the_same_is_told(tmp_path):
+    def with_algorithm(text):
+        return compared_text(
+            AggregatorSettings(tmp_path, plan=TrainingPlan(learning_rate=0.1, momentum=0.0, algorithm=text))
+        )
+
+    assert changes(with_algorithm(None), with_algorithm("fedprox:mu=1")) == {
+        "plan.algorithm": "none -> fedprox:mu=1"
+    }
+    with pytest.raises(UsageError, match="other companion tensors than fedavg"):
+        changes(with_algorithm(None), with_algorithm("scaffold"))

@@ -13,6 +13,7 @@ from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.errors import EncodeError, StorageError
 from fedgrpc.protocol.tensors import manifest_to_proto
+from fedgrpc.storage.residual_file import write_residual
 from fedgrpc.v1 import aggregator_pb2
 from fedgrpc.worker.spool import Spool
 from tests.support.residuals import equal, residual_of, tensors
@@ -66,6 +67,23 @@ def test_a_refused_update_is_gone_and_the_residual_before_it_is_owed_still(tmp_p
     spool.drop(spool.write(task(), fill(residual=residual_of(tensors(2)))))
     assert spool.updates() == []
     assert equal(spool.residual("run"), residual_of(tensors(1)))
+
+
+def test_what_an_algorithm_keeps_follows_its_update_as_the_residual_does(tmp_path):
+    spool = Spool(tmp_path)
+
+    def keeping(seed):
+        return lambda path: write_residual(path, residual_of(tensors(seed)), "run")
+
+    first = spool.write(task(), fill(), keep=keeping(1))
+    assert spool.kept("run") == Residual()
+    spool.acknowledge(first)
+    assert equal(Spool(tmp_path).kept("run"), residual_of(tensors(1)))
+    spool.drop(spool.write(task(), fill(), keep=keeping(2)))
+    # An update that keeps nothing leaves what was kept.
+    spool.acknowledge(spool.write(task(), fill()))
+    assert equal(spool.kept("run"), residual_of(tensors(1)))
+    assert spool.kept("other") == Residual()
 
 
 def test_what_is_owed_to_one_run_is_not_owed_to_another(tmp_path):
