@@ -39,13 +39,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": {"errors", "claims", "rounds", "v1", "protocol", "rpc", "process"},
     "protocol": {*CORE, "v1"},
     "identity": {"errors", "claims", "v1", "protocol", "storage"},
-    "rpc": {"errors", "claims", "codec", "v1", "protocol", "aio", "process", "identity"},
+    "rpc": {"errors", "tracing", "claims", "codec", "v1", "protocol", "aio", "process", "identity"},
     "storage": {*CORE, "v1", "protocol", "process"},
     "aggregator": {
         *(*CORE, "v1", "protocol", "rpc", "identity", "storage", "aio", "process", "logging", "metrics"),
-        "tracking",
+        *("tracking", "tracing"),
     },
     "worker": {
+        "tracing",
         *CORE,
         "trainer",
         "v1",
@@ -64,6 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("aggregator", "worker"),
     },
     "words": {"claims", "v1"},
+    "tracing": {"errors", "v1"},
     "gauges": {"errors", "v1", "client", "identity"},
     "web": {"errors", "claims", "v1", "protocol", "identity", "storage", "rpc", "process", "client", "words"},
     "client": {"errors", "rpc", "identity", "storage", "v1", "model_client"},
@@ -80,7 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {
         *(*CORE, "trainer", "v1", "protocol", "rpc", "identity", "storage", "process", "logging", "metrics"),
         *("client", "model_client", "aggregator", "worker", "hierarchy", "datasets", "tasks", "torch"),
-        *("simulation", "toml", "words", "web", "gauges"),
+        *("simulation", "toml", "words", "web", "gauges", "tracing"),
     },
 }
 # Where torch may be imported; everything else runs on a machine without it.

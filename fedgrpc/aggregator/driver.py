@@ -19,7 +19,7 @@ from typing import Protocol
 
 import structlog
 
-from fedgrpc import claims
+from fedgrpc import claims, tracing
 from fedgrpc.aggregation.robust.aggregation import aggregation_of
 from fedgrpc.aggregator.assignment import TaskAssigner
 from fedgrpc.aggregator.coordinator import Coordinator
@@ -289,6 +289,7 @@ class Driver:
             self._log.warning("workers held up rounds again and again", count=len(doubted), workers=doubted[:8])
         self._upkeep.over(token for token in round_.state.tasks if token not in round_.state.carried)
         coordinator.metrics.observe_round(self._record)
+        tracing.round_ended(run.id, self._record)
         coordinator.metrics.model_version.set(run.version)
         coordinator.metrics.live_workers.set(sum(fleet.alive(worker, now) for worker in fleet))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
 import click
 
+from fedgrpc import tracing
 from fedgrpc.cli.options import Declare, Setting
 from fedgrpc.errors import UsageError
 from fedgrpc.logging import FORMATS, LEVELS, configure
@@ -28,9 +30,10 @@ LOGS: list[Setting] = [
 
 
 def begin(values: Mapping[str, Any]) -> None:
-    """Begin a process that serves: apply the settings in `LOGS`, and keep what it writes private."""
+    """Begin a process that serves: its logs, its traces, and what it writes kept private. Raises `UsageError`."""
     keep_private()
     configure(values["log_level"], values["log_format"])
+    tracing.begin_by_environment("fedgrpc", os.environ)
 
 
 def server_tls(values: Mapping[str, Any]) -> Tls | None:

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import structlog
 
+from fedgrpc import tracing
 from fedgrpc.errors import FedgrpcError, NotApproved, NotEnrolled, StorageError, WrongIdentity
 from fedgrpc.identity.access import AUDITED, check_call
 from fedgrpc.identity.audit import OK, AuditEntry, AuditLog
@@ -116,7 +117,7 @@ class Admission:
         # Before anything can be refused: a line of the log never names the caller of another call.
         _CALLER.set(_NOBODY)
         try:
-            with self._admitted(context, method):
+            with tracing.served(context, method), self._admitted(context, method):
                 yield
         except FedgrpcError as error:
             if facts is not None or isinstance(error, _REFUSALS):

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import grpc.aio
 
+from fedgrpc import tracing
 from fedgrpc.aio import BatchPipeline, prefetched
 from fedgrpc.codec.chunk import CHUNK_BYTES, FIRST_CHUNK_BYTES, LARGE_CHUNK_BYTES, Chunk, ChunkSizer, chunk_at
 from fedgrpc.codec.encoding import ENCODING_NAMES
@@ -100,7 +101,8 @@ class AggregatorClient:
     ) -> None:
         self.use(channel)
         self._worker = worker
-        self._metadata = () if session is None else session.metadata
+        self._own_metadata = () if session is None else session.metadata
+        self._metadata = self._own_metadata
         self._throttle = throttle or Throttle()
         self._stall_s = stall_s
         self._encodings = encodings
@@ -197,6 +199,8 @@ class AggregatorClient:
         if not reply.HasField("task"):
             introduce = reply.introduce if reply.HasField("introduce") else None
             return Polled(None, None, reply.run_ended, introduce)
+        given = reply.task
+        self._metadata = (*self._own_metadata, *tracing.metadata(given.run_id, given.round, given.token))
         try:
             return Polled(task_from_proto(reply.task), reply.task, reply.run_ended)
         except LayoutError as error:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import structlog
 
+from fedgrpc import tracing
 from fedgrpc.aio import Interrupted, run_until_interrupted
 from fedgrpc.codec.payload import Read, verify_digest
 from fedgrpc.errors import (
@@ -26,6 +27,7 @@ from fedgrpc.errors import (
     WrongOffset,
 )
 from fedgrpc.protocol.devices import Activity
+from fedgrpc.protocol.records import timings_to_proto
 from fedgrpc.protocol.tasks import task_from_proto
 from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.rounds.history import Timings
@@ -141,6 +143,10 @@ class Delivery:
             upload_s=time.monotonic() - self._began[1],
         )
         self._publisher.show(last_timings=timings, last_error="")
+        tracing.task_delivered(
+            *(update.task.run_id, update.task.round, update.token),
+            *(update.header.worker, timings_to_proto(timings)),
+        )
         self._log_of(update).info(
             "update acknowledged",
             bytes=update.size_bytes,
