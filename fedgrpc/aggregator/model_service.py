@@ -15,12 +15,13 @@ from fedgrpc.aggregator.payload_encoder import Pull
 from fedgrpc.aggregator.registry import WorkerRegistry
 from fedgrpc.aggregator.run_models import RunModels
 from fedgrpc.aggregator.sessions import Sessions, check_speaker
+from fedgrpc.aggregator.views import fitting
 from fedgrpc.aio import Changes
 from fedgrpc.errors import NotFound, UsageError, WrongIdentity, WrongOffset
 from fedgrpc.identity.roles import DEVICE_ROLES
 from fedgrpc.protocol.durations import duration_from_proto
 from fedgrpc.protocol.records import metrics_from_proto, version_to_proto
-from fedgrpc.protocol.releases import release_to_proto, wanted_to_proto
+from fedgrpc.protocol.releases import release_to_proto, report_to_proto, wanted_to_proto
 from fedgrpc.rpc.admission import caller, note
 from fedgrpc.runs.conditions import Condition
 from fedgrpc.runs.task_context import Downlink
@@ -154,7 +155,11 @@ class ModelService(models_pb2_grpc.ModelsServicer):
         run = self._find(request.run)
         if request.number:
             found = await run.release(min(request.number, _MAX_NUMBER))
-            return pb.ListReleasesResponse(releases=[release_to_proto(found, run.name, with_reports=True)])
+            message = release_to_proto(found, run.name)
+            # The canaries first: of a large fleet not all fit.
+            names = sorted(found.reports, key=lambda name: (name not in found.canaries, name))
+            message.reports.extend(fitting(report_to_proto(name, found.reports[name]) for name in names))
+            return pb.ListReleasesResponse(releases=[message])
         releases, counts = await run.last_releases()
         messages = [release_to_proto(each, run.name) for each in releases]
         for message in messages:

@@ -14,9 +14,9 @@ from fedgrpc.runs.release import DeviceReport, Release, ReleasePhase, Wanted
 from fedgrpc.v1 import models_pb2 as pb
 
 
-def release_to_proto(release: Release, run: str, with_reports: bool = False) -> pb.Release:
-    """Return the message of a release of the run with this name."""
-    message = pb.Release(
+def release_to_proto(release: Release, run: str) -> pb.Release:
+    """Return the message of a release of the run with this name, without the reports."""
+    return pb.Release(
         number=release.number,
         run=run,
         version=release.version,
@@ -35,9 +35,6 @@ def release_to_proto(release: Release, run: str, with_reports: bool = False) -> 
         canaries=sorted(release.canaries),
         report_count=len(release.reports),
     )
-    if with_reports:
-        message.reports.extend(report_to_proto(name, each) for name, each in sorted(release.reports.items()))
-    return message
 
 
 def release_from_proto(message: pb.Release, reports: Iterable[pb.DeviceReport]) -> Release:

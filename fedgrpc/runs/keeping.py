@@ -20,7 +20,7 @@ BEST: Final = "best"
 FINAL: Final = "final"
 _RESERVED: Final = frozenset({LATEST, BEST, FINAL})
 _TAG: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
-MAX_TAGS: Final = 1000
+MAX_TAGS: Final = 200
 
 
 @dataclass(frozen=True)

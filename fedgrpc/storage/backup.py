@@ -37,7 +37,8 @@ MANIFEST: Final = "backup.json"
 _FORMAT: Final = 1
 _TRIES: Final = 5
 _DATABASE_SUFFIX: Final = ".sqlite"
-_LEFT_OUT: Final = frozenset({"encoded", "delta-bases", "recycled", "recycled-differences"})
+# The link of the page counts for one process.
+_LEFT_OUT: Final = frozenset({"encoded", "delta-bases", "recycled", "recycled-differences", "page.link"})
 _LEFT_OUT_SUFFIXES: Final = (".part", "-wal", "-shm", "-journal", ".download")
 _VERSION: Final = re.compile(r"(\d+)\.safetensors")
 _OF_VERSIONS: Final = frozenset({"models", "optimizer"})

@@ -133,7 +133,7 @@ class ModelsServicer:
 
     def TagVersion(self, request, context):
         """Gives a version a tag, by which it is kept, or takes a tag away. A tag that is there moves.
-        NOT_FOUND: no such version or tag. INVALID_ARGUMENT: no name for a tag. RESOURCE_EXHAUSTED: the run has 1000 tags.
+        NOT_FOUND: no such version or tag. INVALID_ARGUMENT: no name for a tag. RESOURCE_EXHAUSTED: the run has 200 tags.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -131,6 +131,9 @@ async def test_a_good_release_goes_from_the_canary_to_every_device_and_its_appli
         with refused(IllegalTransition):
             await models.StartRelease(start("3"))
         done = await until_phase(models, pb.RELEASE_PHASE_DONE)
+        assert done.report_count == 2
+        # The canary comes first.
+        assert done.reports[0].worker == started.canaries[0]
         assert {report.worker for report in done.reports} == {"pi-1", "pi-2"}
         assert dict(done.reports[0].scores) == {"accuracy": pytest.approx(0.95)}
         for stub in stubs:
