@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fedgrpc import toml
+from fedgrpc.simulation.fleet import DeviceKind
 from tests.support.command_line import ROOT, fedgrpc, running_command
 
 EXPERIMENT = """
@@ -79,6 +81,25 @@ def test_a_wrong_experiment_is_one_line_and_exit_code_2(
     assert ended.code == 2, ended.error
     assert complaint in ended.error
     assert ended.error.count("\n") == 1
+
+
+def test_a_profile_is_the_description_of_a_device() -> None:
+    ended = fedgrpc("profile", "--task", "tests.support.simulated_task:Blobs", "--seconds", "0.1", cwd=ROOT)
+    assert ended.code == 0, ended.error
+    (kind,) = toml.read_all(DeviceKind, toml.parse(ended.out)["devices"], "[[devices]]")
+    assert kind.examples_per_s is not None
+    assert kind.examples_per_s > 0
+    assert kind.memory_mb > 0
+
+
+def test_a_trace_is_generated_and_played(tmp_path: Path) -> None:
+    out = tmp_path / "trace.csv"
+    ended = fedgrpc("trace", "generate", "--devices", "4", "--days", "1", "--out", str(out))
+    assert ended.code == 0, ended.error
+    assert "4 devices" in ended.out
+    text = EXPERIMENT + f'[availability]\ntrace = "{out}"\n'
+    played = _simulate(tmp_path, "--hours", "0.01", text=text)
+    assert played.code == 0, played.error
 
 
 @pytest.mark.faults
