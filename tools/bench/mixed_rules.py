@@ -177,6 +177,8 @@ def average(
     for name, values in weights.items():
         mean = CoordinateMean(values.shape)
         for result, given, weight, rows, selection in results:
+            if not selection.has(name):
+                continue
             coverage: Coverage = selection.coverage(name, values.shape)
             start = given if result.start is None else result.start
             delta, mask = result.weights[name] - start[name], result.masks.get(name)
@@ -189,8 +191,11 @@ def average(
     return moved
 
 
-def _cut(weights: Weights, selection: KeptChannels) -> dict[str, np.ndarray]:
-    return {name: selection.coverage(name, its.shape).take(its).copy() for name, its in weights.items()}
+def cut(weights: Weights, kept: KeptChannels) -> dict[str, np.ndarray]:
+    """The tensors of a sub-model."""
+    return {
+        name: kept.coverage(name, its.shape).take(its).copy() for name, its in weights.items() if kept.has(name)
+    }
 
 
 def run(rules: Rules, asked: argparse.Namespace, partition: str, seed: int) -> list[float]:
@@ -206,7 +211,7 @@ def run(rules: Rules, asked: argparse.Namespace, partition: str, seed: int) -> l
         results = []
         for number, plan in plans:
             selection = channels.select(plan.sub_model(round_number))
-            given = _cut(weights, selection)
+            given = cut(weights, selection)
             job = TrainJob(
                 max_steps=asked.steps,
                 batch_size=asked.batch_size,
@@ -220,8 +225,8 @@ def run(rules: Rules, asked: argparse.Namespace, partition: str, seed: int) -> l
             result = trainers[number].train({name: its.copy() for name, its in given.items()}, job)
             if rules.counted:
                 selection = channels.select(rules.counted[number].sub_model(round_number))
-                result = replace(result, weights=_cut(result.weights, selection))
-                given = _cut(given, selection)
+                result = replace(result, weights=cut(result.weights, selection))
+                given = cut(given, selection)
             weight = 1.0 if rules.by_device else float(result.example_count)
             results.append((result, given, weight, learners[number].trained_rows(), selection))
         weights = average(weights, results)
