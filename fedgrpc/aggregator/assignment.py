@@ -6,7 +6,6 @@ The rule: a task is on the disk, and its model encoded, before its worker hears 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.local_models import Sizing
 from fedgrpc.aggregator.negotiation import RAW, reads_reduced, reduction_for
 from fedgrpc.aggregator.payload_encoder import Pull
+from fedgrpc.aggregator.tokens import new_token
 from fedgrpc.errors import UnusableUpdate, blaming
 from fedgrpc.protocol.rounds import record_of
 from fedgrpc.rounds.events import Deadline, Select, Selected
@@ -58,7 +58,7 @@ class TaskAssigner:
     def _idle(self, round_: RoundInProgress, select: Select) -> tuple[str, ...]:
         """Names of the workers that may be chosen."""
         coordinator = self._coordinator
-        trainers = self._run.idle_trainers(self._fleet, coordinator.clock())
+        trainers = self._run.idle_trainers(coordinator.candidates, coordinator.clock())
         idle = tuple(name for name in trainers if name not in select.exclude)
         return coordinator.first_model.largest(idle) if round_.kind is TaskKind.INITIALIZE else idle
 
@@ -94,7 +94,7 @@ class TaskAssigner:
             left_s = max(0.0, round_.due_at - coordinator.clock())
             if deadline is None or left_s < deadline.seconds:
                 deadline = Deadline(left_s, "the aggregator above waits no longer")
-        tasks = tuple((secrets.token_urlsafe(18), choice.worker) for choice in choices)
+        tasks = tuple((new_token(self._run.id), choice.worker) for choice in choices)
         return Selected(tasks, {choice.worker: choice.reason for choice in choices}, deadline)
 
     def _tell(self, after: Round, selected: Selected) -> None:

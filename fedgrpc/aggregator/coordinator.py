@@ -16,7 +16,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import structlog
 
@@ -26,7 +26,7 @@ from fedgrpc.aggregator.first_model import FirstModelSource
 from fedgrpc.aggregator.histories import RunWorkers
 from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
-from fedgrpc.aggregator.registry import WorkerRegistry
+from fedgrpc.aggregator.registry import Worker, WorkerRegistry
 from fedgrpc.aggregator.round_records import RecordedRounds, VersionScores
 from fedgrpc.aggregator.run_shell import RunShell
 from fedgrpc.aggregator.settings import AggregatorSettings, settings_text
@@ -58,6 +58,7 @@ from fedgrpc.runs.events import (
     WorkerLeft,
     WorkerPolled,
 )
+from fedgrpc.runs.fleet import FleetView
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.runs.merge import Weighing
 from fedgrpc.runs.rules import RunRules
@@ -74,6 +75,13 @@ T = TypeVar("T")
 _FINAL = (UpdateAccepted, Rejected, Failed)
 # Who only asks changes nothing that watchers see.
 _QUIET = (WorkerPolled, EvaluatorPolled)
+
+
+class RunCandidates(FleetView, Protocol):
+    """Questions of a run to the fleet, and its evaluators."""
+
+    def live_evaluators(self, now: float) -> list[Worker]:
+        """The evaluators that are alive."""
 
 
 class Coordinator(RunShell):
@@ -114,6 +122,8 @@ class Coordinator(RunShell):
         self.scores = VersionScores(self, self.records, settings, metrics)
         self.data_folder = DataFolder(self._log, self.changes.notify)
         self.stopping = False
+        # The fleet as this run may use it: all of it, unless other runs share it.
+        self.candidates: RunCandidates = fleet
         # Versions beside the last and the best ones that are not let go: by a tag, or by a release.
         self.named_versions: Callable[[], frozenset[int]] = frozenset
         self._rolled_back: asyncio.Future[None] | None = None
@@ -291,7 +301,7 @@ class Coordinator(RunShell):
 
     def workers_available(self) -> WorkersAvailable:
         """Count the workers that could take a task of the round now."""
-        return self.machine.workers_available(self.fleet, self.clock())
+        return self.machine.workers_available(self.candidates, self.clock())
 
 
 def _rules(settings: AggregatorSettings, initialises: Callable[[str], bool]) -> RunRules:

@@ -91,7 +91,7 @@ class OwnRounds:
             self._abandoned.reset()
         elif round_.kind is TaskKind.EVALUATE or run.ended or run.rolling_back is not None:
             return
-        elif reason := run.hopeless(round_, coordinator.fleet, coordinator.clock()):
+        elif reason := run.hopeless(round_, coordinator.candidates, coordinator.clock()):
             self._abandoned.reset()
             await self._upkeep.until_stored(partial(coordinator.pause_itself, reason))
         else:
@@ -148,7 +148,7 @@ class OwnRounds:
         coordinator, run = self._coordinator, self._run
         until = coordinator.clock() + self._settings.policy.deadline_s
         while coordinator.clock() < until and run.rolling_back is None:
-            alive = coordinator.fleet.live_evaluators(coordinator.clock())
+            alive = coordinator.candidates.live_evaluators(coordinator.clock())
             if not any(run.evaluations.waiting_for(worker.name, run.version) for worker in alive):
                 return True
             await self._upkeep.until(min(until, coordinator.clock() + self._settings.policy.lease_s))

@@ -15,7 +15,7 @@ from fedgrpc.rounds.history import Punctuality
 from fedgrpc.rpc.identity import Session
 from fedgrpc.runs.fleet import Fleet
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
-from fedgrpc.v1.device_pb2 import WORKER_ROLE_AGGREGATOR, WORKER_ROLE_EVALUATOR
+from fedgrpc.v1.device_pb2 import WORKER_ROLE_AGGREGATOR, WORKER_ROLE_EVALUATOR, DeviceConditions
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MAX_REGISTRATION_BYTES = 16 << 10
@@ -80,7 +80,7 @@ class Worker:
 
     `open_polls` are the time limits of its open polls, oldest first. `trust` says whether rounds may count on it.
     `left`: it said that it ends, and has not been heard of since. `delivered`: some run has accepted an update of
-    it. `holder` is the process that speaks for it.
+    it. `holder` is the process that speaks for it. `conditions` are how the device is, as its last poll said.
     """
 
     registration: RegisterRequest
@@ -93,6 +93,7 @@ class Worker:
     open_polls: list[asyncio.Timeout] = field(default_factory=list)
     trust: Punctuality = _TRUSTED
     changes: Allowance | None = None
+    conditions: DeviceConditions = field(default_factory=DeviceConditions)
     name: str = field(init=False)
     evaluator: bool = field(init=False)
 

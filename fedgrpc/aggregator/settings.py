@@ -29,6 +29,8 @@ from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.address import Address
 from fedgrpc.rpc.channel import MAX_CHUNK_BYTES, Tls
+from fedgrpc.runs.eligibility import parse as parse_requires
+from fedgrpc.runs.scheduler import Share
 from fedgrpc.submodels.plan import covers_all
 from fedgrpc.submodels.plan_table import PlanTable
 from fedgrpc.training_plan import TrainingPlan
@@ -117,6 +119,10 @@ class AggregatorSettings:
     leaves: tuple[str, ...] = ()
     initialisers: tuple[str, ...] = ()
     seed: int = 0
+    requires: str = ""
+    priority: int = 0
+    quota: int | None = None
+    task_options: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     keep_versions: int = 3
     keep_rounds: int = 10_000
     poll_wait_s: float = 30.0
@@ -170,6 +176,11 @@ class AggregatorSettings:
         self._check_scales()
         self._check_aggregation()
         self.negotiation()
+        try:
+            parse_requires(self.requires)
+        except UsageError as error:
+            raise UsageError(f"requires: {error}") from None
+        Share(self.priority, self.quota)
         Roles(self.evaluators, self.leaves, self.initialisers)
 
     def _check_clipping(self) -> None:
@@ -234,6 +245,11 @@ class AggregatorSettings:
                 f"heartbeat_interval_s must be between 0 and the lease of {lease_s:g} s, or every lease runs out; "
                 f"it is {self.heartbeat_interval_s:g}"
             )
+
+    @property
+    def share(self) -> Share:
+        """What the run is granted of the fleet. Raises `UsageError`."""
+        return Share(self.priority, self.quota)
 
     def negotiation(self) -> Negotiation:
         """Return the recipes of models and updates. Raises UsageError."""

@@ -7,16 +7,17 @@ is alive. Models and updates have modules of their own.
 from __future__ import annotations
 
 import asyncio
-import secrets
-import time
 from dataclasses import dataclass, replace
 
 import structlog
 
 from fedgrpc import claims
 from fedgrpc.aggregator.coordinator import Coordinator
-from fedgrpc.aggregator.registry import Allowance, Worker
+from fedgrpc.aggregator.polls import polled
+from fedgrpc.aggregator.registering import Registering
+from fedgrpc.aggregator.registry import Worker
 from fedgrpc.aggregator.sessions import Sessions
+from fedgrpc.aggregator.tokens import new_token
 from fedgrpc.errors import RoundClosed, UnknownWorker, UsageError, WrongIdentity
 from fedgrpc.protocol.descriptions import ModelDescription
 from fedgrpc.protocol.devices import bounded_registration
@@ -28,10 +29,6 @@ from fedgrpc.v1.aggregator_pb2 import RegisterRequest
 
 log = structlog.get_logger()
 _ANONYMOUS = Session()
-# After each new name is stored, this many times as long for what rounds store: a sync of the disk each.
-_REGISTERING_REST = 3.0
-# A disk that stalled once keeps no new device waiting.
-_LONGEST_REST_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,10 @@ class Beat:
 class WorkerCalls:
     """Calls of the workers of one run, but for pulling models and pushing updates."""
 
-    def __init__(self, coordinator: Coordinator, sessions: Sessions) -> None:
+    def __init__(
+        self, coordinator: Coordinator, sessions: Sessions, registering: Registering | None = None
+    ) -> None:
+        """`registering` is that of the process; None: of this run alone."""
         self._coordinator = coordinator
         self._run = coordinator.machine
         self._settings = coordinator.settings
@@ -57,57 +57,25 @@ class WorkerCalls:
         self._store = coordinator.store
         self._local_models = coordinator.local_models
         self._first_model = coordinator.first_model
-        self._registering = asyncio.Lock()
-        self._registering_rests_until = 0.0
+        self.registering = registering or Registering(
+            self._fleet, sessions, self._store, coordinator.in_database, coordinator.clock, [coordinator]
+        )
         self._log = log.bind(run=coordinator.settings.run_name)
 
-    async def register(self, registration: RegisterRequest, session: Session = _ANONYMOUS, peer: str = "") -> None:
-        """Add or renew a worker, durably. Raises `UsageError`, `WrongIdentity`, `Exhausted` and `NameTaken`."""
+    async def register(self, registration: RegisterRequest, session: Session = _ANONYMOUS, peer: str = "") -> bool:
+        """Add or renew a worker, durably; whether another device had its name.
+
+        Raises `UsageError`, `WrongIdentity`, `Exhausted` and `NameTaken`.
+        """
         self._fleet.check(registration)
         registration = bounded_registration(registration)
         self._settings.roles.check(registration)
         self._negotiation.check(registration)
-        await self._sessions.claim(registration.worker, session, peer)
-        if not self._fleet.knows(registration, session):
-            # After an outage a whole fleet comes back at once with nothing new to store. Registrations are stored
-            # one at a time, so that what a round stores waits for one of them at most.
-            async with self._registering:
-                await self._rest_from_registering()
-                began = time.monotonic()
-                await self._save_worker(registration, session)
-                now = time.monotonic()
-                self._registering_rests_until = now + min(_LONGEST_REST_S, _REGISTERING_REST * (now - began))
-                # Another process may have been faster.
-                await self._sessions.claim(registration.worker, session, peer)
-                worker = self._fleet.register(registration, self._coordinator.clock())
-            self._log.info("worker registered", worker=worker.name, device=registration.device.device_class)
-        else:
-            worker = self._fleet.register(registration, self._coordinator.clock())
-        if self._sessions.take(worker, session, peer):
-            self._coordinator.apply(DeviceReplaced(worker.name))
+        replaced = await self.registering.register(registration, session, peer)
+        if replaced:
+            self._coordinator.apply(DeviceReplaced(registration.worker))
         self._coordinator.wake.set()
-
-    async def _rest_from_registering(self) -> None:
-        """Wait until a crowd of new names has left the disk to the rounds for a while."""
-        await asyncio.sleep(max(0.0, self._registering_rests_until - time.monotonic()))
-
-    async def _save_worker(self, registration: RegisterRequest, session: Session) -> None:
-        """Store a registration, and make room for it where there is none. Raises `Exhausted`."""
-        if (known := self._fleet.find(registration.worker)) is not None:
-            known.changes = known.changes or Allowance()
-            known.changes.take(self._coordinator.clock())
-        else:
-            run = self._run
-            at_work = () if run.round is None else run.round.state.workers
-            keep = {*at_work, *run.leases}
-            forgotten = self._fleet.make_room(registration.worker, keep, self._coordinator.clock())
-            if forgotten:
-                self._workers.forget(forgotten)
-                self._log.warning(
-                    "workers forgotten", count=len(forgotten), reason="they never delivered an update"
-                )
-                await self._coordinator.in_database(self._store.forget_workers, forgotten)
-        await self._coordinator.in_database(self._store.save_worker, registration, str(session))
+        return replaced
 
     @property
     def asks_channels(self) -> bool:
@@ -136,44 +104,48 @@ class WorkerCalls:
         held: tuple[int, bytes] | None = None,
         new_examples: int | None = None,
     ) -> str | None:
-        """Return the token of a worker's task, as soon as there is one. None after `wait_s`, and after the run.
+        """The token of the worker's task, as soon as it has one; None after `wait_s`, and once the run has ended.
 
         Raises `UnknownWorker`, also for one that registered when this run had other encodings or named others.
         """
         worker = self._fleet.get(name)
+        self.check_known(worker)
+        worker.heard(self._coordinator.clock())
+        self.hear_poll(name, held, new_examples)
+        found = await polled(
+            self._fleet,
+            worker,
+            min(wait_s, self._settings.poll_wait_s),
+            self._coordinator.clock,
+            lambda: self.token_for(worker),
+            lambda: self._run.ended or self._coordinator.stopping,
+            self._coordinator.wake.set,
+        )
+        if found is None:
+            self.tell_end(name)
+        return found
+
+    def check_known(self, worker: Worker) -> None:
+        """Raise `UnknownWorker` for one that registered when this run had other encodings or named others."""
         try:
             self._negotiation.check(worker.registration)
             self._settings.roles.check(worker.registration)
         except (UsageError, WrongIdentity) as error:
             raise UnknownWorker(f"register again: {error}") from error
-        worker.heard(self._coordinator.clock())
-        self._coordinator.apply(WorkerPolled(name, held, new_examples))
-        limit = asyncio.timeout(min(wait_s, self._settings.poll_wait_s))
-        with self._fleet.polling(worker, limit):
-            self._coordinator.wake.set()
-            try:
-                async with limit:
-                    # A poll that is challenged ends, for the caller to show that it is alive.
-                    while not (self._run.ended or self._coordinator.stopping or worker.holder.challenge):
-                        worker.woken.clear()
-                        if token := self._token_for(worker):
-                            return token
-                        await worker.woken.wait()
-            except TimeoutError:
-                pass
-            except asyncio.CancelledError:
-                worker.holder.hung_up = worker.polls == 1
-                raise
-            finally:
-                worker.last_seen = self._coordinator.clock()
-        self._coordinator.apply(WorkerTold(name))
-        return None
 
-    def _token_for(self, worker: Worker) -> str | None:
+    def hear_poll(self, name: str, held: tuple[int, bytes] | None, new_examples: int | None) -> None:
+        """Note what a worker that polls has."""
+        self._coordinator.apply(WorkerPolled(name, held, new_examples))
+
+    def tell_end(self, name: str) -> None:
+        """Note that a worker has had its answer without a task: if the run has ended, it knows."""
+        self._coordinator.apply(WorkerTold(name))
+
+    def token_for(self, worker: Worker) -> str | None:
         """Return the task of a worker that polls. An expired task is its own again."""
         run = self._run
         if worker.evaluator:
-            self._coordinator.apply(EvaluatorPolled(worker.name, secrets.token_urlsafe(18)))
+            self._coordinator.apply(EvaluatorPolled(worker.name, new_token(run.id)))
             evaluation = run.evaluation_of(worker.name)
             return None if evaluation is None else evaluation.token
         token = run.task_of(worker.name)

@@ -40,7 +40,7 @@ AGGREGATOR = {
     "importing-the-initial-model": Point(f"{_STORAGE}.run_store:RunStore.save_version"),
     "register-not-stored": Point(f"{_STORAGE}.run_store:RunStore.save_worker", count=2),
     "register-stored-not-answered": Point(f"{_STORAGE}.run_store:RunStore.save_worker", "after", count=2),
-    "poll-waiting": Point(f"{_AGGREGATOR}.worker_calls:WorkerCalls._token_for", "after", count=7),
+    "poll-waiting": Point(f"{_AGGREGATOR}.worker_calls:WorkerCalls.token_for", "after", count=7),
     "tasks-chosen-not-stored": Point(f"{_STORAGE}.run_store:RunStore.save_open_round", count=2),
     "tasks-stored-not-offered": Point(f"{_STORAGE}.run_store:RunStore.save_open_round", "after", count=2),
     "encoding-the-model": Point(f"{_AGGREGATOR}.payload_encoder:_write", "after", count=2),
