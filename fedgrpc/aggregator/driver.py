@@ -167,6 +167,7 @@ class Driver:
         rule = aggregation_of(self._settings.aggregation)
         self._updates = AcceptedUpdates(coordinator.journal, coordinator.models, coordinator.local_models, rule)
         self._source = rounds(coordinator, self._upkeep, self._updates)
+        self._held = False
         # Of the round that ended last.
         self._record = RoundRecord()
         self._merge = Merge({})
@@ -179,11 +180,19 @@ class Driver:
         records, _ = await coordinator.in_database(coordinator.store.rounds, run.last_number + 1, _RECENT_ROUNDS)
         coordinator.metrics.restore(run.version, records)
 
+    def hold(self) -> None:
+        """Select no more workers and open no more rounds. For good: the driver is about to end."""
+        self._held = True
+        self._coordinator.news()
+
     async def run(self) -> None:
         """Play rounds until the run has ended. Raises `StorageError` only for what waiting cannot mend."""
         run = self._run
         while not run.ended:
             if run.round is None:
+                if self._held:
+                    await self._upkeep.until(None)
+                    continue
                 if (round_ := await self._source.next_round()) is None:
                     continue
                 self._coordinator.apply(RoundOpened(round_))
@@ -207,7 +216,8 @@ class Driver:
                 elif isinstance(effect, Finished):
                     await self._upkeep.until_stored(partial(self._finish, effect))
                     return
-            if run.phase is RunPhase.PAUSED and run.current.state.phase is RoundPhase.SELECTING:
+            waits = self._held or run.phase is RunPhase.PAUSED
+            if waits and run.current.state.phase is RoundPhase.SELECTING:
                 await self._upkeep.until(None)
                 continue
             # Before the look: what comes while it is looked at is news for the wait that follows.

@@ -78,8 +78,10 @@ class Recovery:
         sessions = await coordinator.in_database(store.sessions)
         await self._check_folder(stored is not None)
         for registration, history in await coordinator.in_database(lambda: list(store.workers())):
-            session = Session.parse(sessions.get(registration.worker, ""))
-            coordinator.fleet.restore(registration, coordinator.clock(), session)
+            if coordinator.fleet.find(registration.worker) is None:
+                # Other runs share the fleet, and one of them may have restored it already.
+                session = Session.parse(sessions.get(registration.worker, ""))
+                coordinator.fleet.restore(registration, coordinator.clock(), session)
             coordinator.workers.remember({registration.worker: history})
         coordinator.apply(RoundsRestored(await coordinator.records.restore()))
         await self._recover_model()

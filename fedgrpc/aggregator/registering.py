@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final
 
 import structlog
@@ -34,9 +34,9 @@ class Registering:
         store: RunStore,
         in_database: Callable[..., Awaitable[Any]],
         clock: Callable[[], float],
-        runs: Collection[Coordinator],
+        runs: Callable[[], Iterable[Coordinator]],
     ) -> None:
-        """`runs` are those of the fleet, now and later: their workers are not forgotten."""
+        """`runs` are those of the fleet: their workers are not forgotten."""
         self._fleet = fleet
         self._sessions = sessions
         self._store = store
@@ -79,10 +79,10 @@ class Registering:
             known.changes = known.changes or Allowance()
             known.changes.take(self._clock())
         else:
-            keep = {name for run in self._runs for name in _needed(run)}
+            keep = {name for run in self._runs() for name in _needed(run)}
             forgotten = self._fleet.make_room(registration.worker, keep, self._clock())
             if forgotten:
-                for run in self._runs:
+                for run in self._runs():
                     run.workers.forget(forgotten)
                 log.warning("workers forgotten", count=len(forgotten), reason="they never delivered an update")
                 await self._in_database(self._store.forget_workers, forgotten)

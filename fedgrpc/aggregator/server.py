@@ -8,28 +8,28 @@ import resource
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
 from fedgrpc.aggregator.coordinator import Coordinator
-from fedgrpc.aggregator.driver import Driver, Rounds
+from fedgrpc.aggregator.driver import Rounds
+from fedgrpc.aggregator.host_service import HostService
 from fedgrpc.aggregator.model_service import ModelService
-from fedgrpc.aggregator.model_store import ModelStore
 from fedgrpc.aggregator.own_rounds import OwnRounds
 from fedgrpc.aggregator.registry import WorkerRegistry
+from fedgrpc.aggregator.run_directory import ReadSettings, ReadTexts, RunDirectory
 from fedgrpc.aggregator.run_models import RunModels
-from fedgrpc.aggregator.service import AggregatorService
 from fedgrpc.aggregator.sessions import Sessions
-from fedgrpc.aggregator.settings import AggregatorSettings, settings_text
+from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.trust import Trust
-from fedgrpc.aio import Changes
-from fedgrpc.errors import UsageError
 from fedgrpc.identity.audit import AuditEntry
 from fedgrpc.identity.folder import IDENTITY as IDENTITY_FOLDER
 from fedgrpc.identity.folder import warn_if_open
 from fedgrpc.metrics import Metrics
 from fedgrpc.process import on_end_signal, reuse_memory
+from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
 from fedgrpc.rpc.server import (
     AGGREGATOR,
     Health,
@@ -38,16 +38,23 @@ from fedgrpc.rpc.server import (
     models_service,
     serve,
 )
-from fedgrpc.storage.database import DATABASE
 from fedgrpc.storage.folder import HeldFolder, hold_folder
-from fedgrpc.storage.run_store import RunStore
-from fedgrpc.storage.uploads import UploadJournal
 
 log = structlog.get_logger()
 
 _HEALTH_INTERVAL_S = 1.0
+_AROUND_BYTES = 64 << 10
 # What runs beside the server while it serves; it gets the address of the operators' socket.
 Beside = Callable[[Trust, str], AbstractAsyncContextManager[object]]
+
+
+@dataclass(frozen=True)
+class Hosting:
+    """What an aggregator needs to take further runs: `has_own`: it has one of its own settings, too."""
+
+    has_own: bool
+    read_settings: ReadSettings
+    read_texts: ReadTexts
 
 
 class Aggregator:
@@ -60,8 +67,13 @@ class Aggregator:
         rounds: Rounds = OwnRounds,
         identity_dir: Path | None = None,
         beside: Beside = lambda trust, address: nullcontext(),
+        hosting: Hosting | None = None,
     ) -> None:
-        """`identity_dir` is the folder of members and keys; None: one in the data folder."""
+        """`identity_dir` is the folder of members and keys; None: one in the data folder.
+
+        `hosting` is for an aggregator that takes further runs; None: it has the one of its settings.
+        """
+        self._hosting = hosting
         self._beside = beside
         self._settings = settings
         self._identity_dir = identity_dir or settings.data_dir / IDENTITY_FOLDER
@@ -70,9 +82,8 @@ class Aggregator:
         self._stopping = asyncio.Event()
         self._signals = 0
         self.clock: Callable[[], float] = time.monotonic
-        self.coordinator: Coordinator | None = None
+        self.runs: RunDirectory | None = None
         self.trust: Trust | None = None
-        self.models: RunModels | None = None
         self.port = 0
 
     async def run(self, ready: Callable[[int], None] | None = None) -> int:
@@ -86,46 +97,65 @@ class Aggregator:
         reuse_memory()
         with hold_folder(settings.data_dir, "is in use by another aggregator", "data folder") as folder:
             warn_if_open(settings.data_dir)
-            # The fleet belongs to the process, the coordinator to its run.
+            # The fleet belongs to the process, a coordinator to its run.
             fleet = WorkerRegistry(settings.max_workers, settings.policy.lease_s)
             sessions = Sessions(fleet, settings.heartbeat_s, self._now)
-            coordinator = self._open(fleet)
-            self.coordinator = coordinator
-            following = Changes()
-            self.models = models = RunModels(coordinator, following.notify, self._record)
+            self.runs = runs = RunDirectory(
+                *(settings, fleet, sessions, self._now, self._record, self._metrics),
+                own_rounds=self._rounds,
+                has_own=self._hosting is None or self._hosting.has_own,
+                read_settings=None if self._hosting is None else self._hosting.read_settings,
+                read_texts=None if self._hosting is None else self._hosting.read_texts,
+            )
             try:
-                driver = Driver(coordinator, self._rounds)
-                await driver.recover()
-                service = AggregatorService(coordinator, sessions, settings_text(settings))
+                await runs.open()
+                service = HostService(runs, settings)
                 self.trust = trust = Trust(settings, self._identity_dir)
-                trust.on_put_out(coordinator.put_out)
-                trust.on_put_out(lambda name, why, drop_updates: models.device_gone(name))
-                model_service = ModelService(lambda: [models], fleet, sessions, following, settings.poll_wait_s)
+                trust.on_put_out(runs.put_out)
+                models = ModelService(
+                    lambda: [run.models for run in runs], fleet, sessions, runs.changes, settings.poll_wait_s
+                )
                 async with (
                     trust.opened() as local_address,
                     serve(
                         settings.address,
                         [
                             aggregator_service(service, service.max_header_bytes),
-                            models_service(model_service),
+                            models_service(models),
                             *trust.services,
                         ],
                         tls=trust.tls,
                         admission=trust.admission,
                         local_address=local_address,
                         grace_s=settings.drain_s,
-                        options=[("grpc.max_receive_message_length", service.max_message_bytes)],
+                        options=[("grpc.max_receive_message_length", self._max_message_bytes(service))],
                     ) as server,
                     self._beside(trust, local_address),
                 ):
                     self.port = server.port
-                    await self._serve(driver, server, folder, ready)
-                    coordinator.release_calls()
-                    following.notify()
+                    await self._serve(server, folder, ready)
+                    runs.release_calls()
             finally:
-                coordinator.close()
-                models.close()
+                await runs.close()
         return 128 + self._signals if self._signals else 0
+
+    def _max_message_bytes(self, service: HostService) -> int:
+        """Size of the largest message that any call needs: gRPC collects each before anyone sees it."""
+        assert self.runs is not None
+        if self.runs.own is not None and self._hosting is None:
+            return self.runs.own.service.max_message_bytes
+        # Runs that are submitted later may have larger models.
+        return max(self._settings.max_chunk_bytes, MAX_MESSAGE_BYTES, service.max_header_bytes()) + _AROUND_BYTES
+
+    @property
+    def coordinator(self) -> Coordinator | None:
+        """Coordinator of the run that the process was started with; None without one, or before it is open."""
+        return None if self.runs is None or self.runs.own is None else self.runs.own.coordinator
+
+    @property
+    def models(self) -> RunModels | None:
+        """Models of that run."""
+        return None if self.runs is None or self.runs.own is None else self.runs.own.models
 
     def _now(self) -> float:
         """Return the time of `clock`, which tests move."""
@@ -136,44 +166,33 @@ class Aggregator:
         assert self.trust is not None
         self.trust.audit.record(AuditEntry(self.trust.clock(), "the aggregator", "", what, about))
 
-    def _open(self, fleet: WorkerRegistry) -> Coordinator:
-        folder = self._settings.data_dir
-        try:
-            models = ModelStore(folder)
-            journal = UploadJournal(folder / "uploads", self._settings.durable)
-            store = RunStore(folder / DATABASE, self._settings.keep_rounds)
-            return Coordinator(self._settings, fleet, store, models, journal, self._metrics, self._now)
-        except OSError as error:
-            raise UsageError(f"cannot use the data folder {folder}: {error.strerror}") from error
-
-    async def _serve(
-        self, driver: Driver, server: RunningServer, folder: HeldFolder, ready: Callable[[int], None] | None
-    ) -> None:
-        coordinator, health = self.coordinator, server.health
-        assert coordinator is not None
-        playing = asyncio.create_task(driver.run())
-        watching = asyncio.create_task(_tell_health(coordinator, playing, health))
+    async def _serve(self, server: RunningServer, folder: HeldFolder, ready: Callable[[int], None] | None) -> None:
+        runs, health = self.runs, server.health
+        assert runs is not None
+        runs.start()
+        over = asyncio.create_task(_until_over(runs))
+        watching = asyncio.create_task(_tell_health(runs, health))
         stopping = asyncio.create_task(self._stopping.wait())
         guarding = asyncio.create_task(folder.until_removed())
-        assert self.models is not None
-        releasing = asyncio.create_task(self.models.keep_time())
-        ends = [playing, stopping, guarding]
+        ends = [over, stopping, guarding]
         try:
             await health.set_all(True)
-            log.info("serving", run=self._settings.run_name, address=server.address, port=self.port)
+            log.info("serving", runs=[run.name for run in runs], address=server.address, port=self.port)
             if ready is not None:
                 ready(self.port)
+            if not len(runs):
+                log.info("waiting for runs", hint="`fedgrpc run submit` starts one")
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if guarding.done():
                 guarding.result()
-            if playing.done():
-                playing.result()
+            if over.done():
+                over.result()
                 await self._let_workers_know(stopping)
             await health.set(AGGREGATOR, False)
         finally:
-            for task in (*ends, watching, releasing):
+            for task in (*ends, watching):
                 task.cancel()
-            await asyncio.gather(*ends, watching, releasing, return_exceptions=True)
+            await asyncio.gather(*ends, watching, return_exceptions=True)
 
     async def _let_workers_know(self, stopping: asyncio.Task[bool]) -> None:
         """Wait until workers that are alive have polled and know of the end. Operators may still look."""
@@ -204,29 +223,38 @@ async def run_aggregator(
     ready: Callable[[int], None] | None = None,
     metrics: Metrics | None = None,
     beside: Beside = lambda trust, address: nullcontext(),
+    hosting: Hosting | None = None,
 ) -> int:
     """Run an aggregator to its end; the exit code. In the main thread, SIGTERM and SIGINT drain it.
 
     Raises: as `Aggregator.run`.
     """
-    aggregator = Aggregator(settings, metrics, beside=beside)
+    aggregator = Aggregator(settings, metrics, beside=beside, hosting=hosting)
     with on_end_signal(aggregator.stop):
         return await aggregator.run(ready)
 
 
-async def _tell_health(coordinator: Coordinator, playing: asyncio.Task[None], health: Health) -> None:
-    """Report SERVING only while the round loop is alive and can commit."""
-    seen, told = -1, True
+async def _until_over(runs: RunDirectory) -> None:
+    """Return once every run has ended, if one of them is the process's own. Raises what ended a driver."""
+    seen = -1
     while True:
-        healthy = coordinator.data_folder.healthy and not (playing.done() and not coordinator.machine.ended)
+        for run in runs:
+            if run.playing is not None and run.playing.done() and not run.playing.cancelled():
+                run.playing.result()
+        if runs.ended and all(run.playing is None or run.playing.done() for run in runs):
+            return
+        seen = await runs.changes.wait(seen)
+
+
+async def _tell_health(runs: RunDirectory, health: Health) -> None:
+    """Report SERVING only while every run can store its rounds."""
+    told = True
+    while True:
+        healthy = all(run.coordinator.data_folder.healthy and run.plays for run in runs)
         if healthy != told:
             await health.set(AGGREGATOR, healthy)
             told = healthy
-        try:
-            async with asyncio.timeout(_HEALTH_INTERVAL_S):
-                seen = await coordinator.changes.wait(seen)
-        except TimeoutError:
-            continue
+        await asyncio.sleep(_HEALTH_INTERVAL_S)
 
 
 def _raise_file_limit() -> None:

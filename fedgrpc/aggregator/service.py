@@ -14,6 +14,7 @@ from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.negotiation import RAW, reduction_for
 from fedgrpc.aggregator.payload_encoder import Pull
 from fedgrpc.aggregator.receiver import Receiver
+from fedgrpc.aggregator.registering import Registering
 from fedgrpc.aggregator.roles import check_claim
 from fedgrpc.aggregator.sessions import Sessions, check_speaker
 from fedgrpc.aggregator.upload_reader import UploadChunks
@@ -23,12 +24,13 @@ from fedgrpc.aggregator.views import (
     RunView,
     Watching,
     fitting,
+    numbers,
     page_of,
     watch_interval_s,
 )
 from fedgrpc.aggregator.worker_calls import WorkerCalls
 from fedgrpc.codec.chunk import Chunk
-from fedgrpc.errors import LayoutError, NotFound, UsageError, WrongOffset
+from fedgrpc.errors import LayoutError, NotFound, WrongOffset
 from fedgrpc.protocol.descriptions import description_from_proto
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
 from fedgrpc.rounds.events import TaskPhase
@@ -46,7 +48,13 @@ _MAX_ROUND = (1 << 63) - 1
 class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     """Each method is one RPC of aggregator.proto, which says what it does and how it fails."""
 
-    def __init__(self, coordinator: Coordinator, sessions: Sessions, settings_text: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        sessions: Sessions,
+        settings_text: Mapping[str, str],
+        registering: Registering | None = None,
+    ) -> None:
         self._coordinator = coordinator
         self._sessions = sessions
         self._run = coordinator.machine
@@ -55,7 +63,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self._terms = coordinator.terms
         self._store = coordinator.store
         self._settings = coordinator.settings
-        self._calls = WorkerCalls(coordinator, sessions)
+        self.calls = WorkerCalls(coordinator, sessions, registering)
         self._receiver = Receiver(
             coordinator,
             coordinator.journal,
@@ -64,8 +72,8 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             coordinator.data_folder,
             coordinator.expected_update,
         )
-        self._view = RunView(coordinator, settings_text)
-        self._watching = Watching(self._view.watched, lambda: coordinator.changes.revision)
+        self.view = RunView(coordinator, settings_text)
+        self._watching = Watching(self.view.watched, lambda: coordinator.changes.revision)
         self._pieces = Pieces()
         self.max_header_bytes = self._receiver.max_header_bytes
 
@@ -78,7 +86,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext
     ) -> pb.RegisterResponse:
         check_claim(caller(), request)
-        await self._calls.register(request, Session.of(context), peer_of(context))
+        await self.calls.register(request, Session.of(context), peer_of(context))
         return pb.RegisterResponse(
             run=self._settings.run_name,
             run_id=self._run.id,
@@ -90,7 +98,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
             learning_task=self._settings.learning_task,
             model=self._settings.model,
             describe_model=True,
-            tell_channels=self._calls.asks_channels,
+            tell_channels=self.calls.asks_channels,
         )
 
     def _check_caller(self, context: grpc.aio.ServicerContext, worker: str) -> None:
@@ -100,16 +108,16 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self, request: pb.DescribeModelRequest, context: grpc.aio.ServicerContext
     ) -> pb.DescribeModelResponse:
         self._check_caller(context, request.worker)
-        await self._calls.describe(request.worker, description_from_proto(request))
+        await self.calls.describe(request.worker, description_from_proto(request))
         return pb.DescribeModelResponse()
 
     async def PollTask(
         self, request: pb.PollTaskRequest, context: grpc.aio.ServicerContext
     ) -> pb.PollTaskResponse:
         self._check_caller(context, request.worker)
-        held = (request.held_version, _digest(request.held_sha256)) if request.held_version else None
+        held = (request.held_version, checked_digest(request.held_sha256)) if request.held_version else None
         new = claims.EXAMPLES.clamped(request.new_examples) if request.HasField("new_examples") else None
-        token = await self._calls.poll(request.worker, duration_from_proto(request.wait), held, new)
+        token = await self.calls.poll(request.worker, duration_from_proto(request.wait), held, new)
         if token is None:
             return pb.PollTaskResponse(run_ended=self._run.ended)
         return pb.PollTaskResponse(task=self._terms.message(request.worker, token))
@@ -139,7 +147,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self._check_caller(context, request.worker)
         version, task = self._terms.given(request.worker, request.token)
         assert task.agreed is not None
-        held = (request.base_version, _digest(request.base_sha256)) if request.base_version else None
+        held = (request.base_version, checked_digest(request.base_sha256)) if request.base_version else None
         reduction = reduction_for(self._fleet.get(request.worker), task.local.plan)
         return Pull(version, task.agreed.downlink, held, task.local.sub_model, reduction)
 
@@ -148,7 +156,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     ) -> pb.HeartbeatResponse:
         self._check_caller(context, request.worker)
         phase = _open_phase(request.phase)
-        beat = await self._calls.heartbeat(
+        beat = await self.calls.heartbeat(
             request.worker, request.token, phase, min(1.0, max(0.0, request.progress))
         )
         response = pb.HeartbeatResponse(cancel=beat.cancel, reason=beat.reason)
@@ -163,8 +171,14 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         first = await anext(request_iterator, None)
         if not isinstance(first, pb.PushUpdateRequest) or first.WhichOneof("content") != "header":
             raise LayoutError("the first message of an update is its header")
-        self._check_caller(context, first.header.worker)
-        size_bytes, complete = await self._receiver.receive(first.header, UploadChunks(context))
+        return await self.take_update(first.header, context)
+
+    async def take_update(
+        self, header: pb.UpdateHeader, context: grpc.aio.ServicerContext
+    ) -> pb.PushUpdateResponse:
+        """Take the chunks of an update whose header has come. Raises as `PushUpdate` says."""
+        self._check_caller(context, header.worker)
+        size_bytes, complete = await self._receiver.receive(header, UploadChunks(context))
         return pb.PushUpdateResponse(committed_size_bytes=size_bytes, complete=complete)
 
     async def QueryPush(
@@ -181,7 +195,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self, request: pb.ReportFailureRequest, context: grpc.aio.ServicerContext
     ) -> pb.ReportFailureResponse:
         self._check_caller(context, request.worker)
-        await self._calls.give_back(request.worker, request.token, request.reason)
+        await self.calls.give_back(request.worker, request.token, request.reason)
         return pb.ReportFailureResponse()
 
     async def Leave(self, request: pb.LeaveRequest, context: grpc.aio.ServicerContext) -> pb.LeaveResponse:
@@ -190,15 +204,15 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         return pb.LeaveResponse()
 
     async def GetRun(self, request: pb.GetRunRequest, context: grpc.aio.ServicerContext) -> pb.GetRunResponse:
-        return pb.GetRunResponse(run=self._view.run())
+        return pb.GetRunResponse(run=self.view.run())
 
     async def GetRound(
         self, request: pb.GetRoundRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetRoundResponse:
         wanted, start = request.number if request.HasField("number") else None, 0
         if request.page_token:
-            wanted, start = _numbers(request.page_token, 2, "GetRound")
-        record = self._view.round()
+            wanted, start = numbers(request.page_token, 2, "GetRound")
+        record = self.view.round()
         if wanted is not None and (record is None or record.number != wanted):
             record = await self._coordinator.in_database(self._store.round, min(wanted, _MAX_ROUND))
         if record is None:
@@ -210,7 +224,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self, request: pb.ListRoundsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListRoundsResponse:
         size = min(request.page_size or 100, _MAX_PAGE)
-        (below,) = _numbers(request.page_token, 1, "ListRounds") if request.page_token else (_MAX_ROUND,)
+        (below,) = numbers(request.page_token, 1, "ListRounds") if request.page_token else (_MAX_ROUND,)
         records, more = await self._coordinator.in_database(
             self._coordinator.store.rounds, below, size, MAX_PAGE_BYTES
         )
@@ -235,9 +249,9 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     async def ListWorkers(
         self, request: pb.ListWorkersRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListWorkersResponse:
-        (start,) = _numbers(request.page_token, 1, "ListWorkers") if request.page_token else (0,)
+        (start,) = numbers(request.page_token, 1, "ListWorkers") if request.page_token else (0,)
         listed = list(islice(self._fleet, start, start + min(request.page_size or _MAX_PAGE, _MAX_PAGE)))
-        workers = fitting(await self._pieces.list_of(map(self._view.worker, listed)))
+        workers = fitting(await self._pieces.list_of(map(self.view.worker, listed)))
         after = start + len(workers)
         more = workers and after < len(self._fleet)
         return pb.ListWorkersResponse(workers=workers, next_page_token=str(after) if more else "")
@@ -246,40 +260,31 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self, request: pb.PauseRunRequest, context: grpc.aio.ServicerContext
     ) -> pb.PauseRunResponse:
         await self._coordinator.pause()
-        return pb.PauseRunResponse(run=self._view.run())
+        return pb.PauseRunResponse(run=self.view.run())
 
     async def ResumeRun(
         self, request: pb.ResumeRunRequest, context: grpc.aio.ServicerContext
     ) -> pb.ResumeRunResponse:
         await self._coordinator.resume()
-        return pb.ResumeRunResponse(run=self._view.run())
+        return pb.ResumeRunResponse(run=self.view.run())
 
     async def RollBackRun(
         self, request: pb.RollBackRunRequest, context: grpc.aio.ServicerContext
     ) -> pb.RollBackRunResponse:
         await self._coordinator.roll_back(min(request.version, _MAX_ROUND), " ".join(request.reason.split())[:500])
-        return pb.RollBackRunResponse(run=self._view.run())
+        return pb.RollBackRunResponse(run=self.view.run())
 
     async def ListRuns(
         self, request: pb.ListRunsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListRunsResponse:
-        return pb.ListRunsResponse(runs=[self._view.summary()])
+        return pb.ListRunsResponse(runs=[self.view.summary()])
 
     async def StopRun(self, request: pb.StopRunRequest, context: grpc.aio.ServicerContext) -> pb.StopRunResponse:
         await self._coordinator.stop(" ".join(request.reason.split())[:500])
-        return pb.StopRunResponse(run=self._view.run())
+        return pb.StopRunResponse(run=self.view.run())
 
 
-def _numbers(page_token: str, count: int, call: str) -> tuple[int, ...]:
-    """Return the numbers in a page token. Raises `UsageError`."""
-    parts = page_token.split(".")
-    whole = all(part.isascii() and part.isdigit() and len(part) <= len(str(_MAX_ROUND)) for part in parts)
-    if not whole or len(parts) != count:
-        raise UsageError(f"the page token is not one that {call} gave")
-    return tuple(min(int(part), _MAX_ROUND) for part in parts)
-
-
-def _digest(sha256: bytes) -> bytes:
+def checked_digest(sha256: bytes) -> bytes:
     """A digest as a worker names it, empty for none. Raises `LayoutError` for any other size."""
     if len(sha256) not in (0, 32):
         raise LayoutError(f"a SHA-256 has 32 bytes, not {len(sha256)}")

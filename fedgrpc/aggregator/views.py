@@ -21,7 +21,7 @@ from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.histories import tell_history
 from fedgrpc.aggregator.registry import Worker
 from fedgrpc.codec.layout import Layout
-from fedgrpc.errors import Exhausted
+from fedgrpc.errors import Exhausted, UsageError
 from fedgrpc.protocol.durations import duration_to_proto
 from fedgrpc.protocol.plans import policy_to_proto
 from fedgrpc.protocol.records import version_to_proto
@@ -46,6 +46,7 @@ _MAX_RATE_HZ: Final = 20.0
 # `WatchRounds` has the run beside it, with the layout of a model of any size that is taken.
 MAX_PAGE_BYTES: Final = MAX_MESSAGE_BYTES // 4
 _MAX_ITEMS: Final = 1 << 31
+_MAX_NUMBER: Final = (1 << 63) - 1
 # Tag and length of an item.
 _FRAME_BYTES: Final = 8
 
@@ -239,3 +240,12 @@ def fitting(items: Iterable[M], size: int = 0, max_bytes: int = MAX_PAGE_BYTES) 
 
 def _accepted(tasks: Iterable[Message]) -> int:
     return sum(task.phase == TASK_PHASE_ACCEPTED for task in tasks)  # type: ignore[attr-defined]
+
+
+def numbers(page_token: str, count: int, call: str) -> tuple[int, ...]:
+    """Return the numbers in a page token. Raises `UsageError`."""
+    parts = page_token.split(".")
+    whole = all(part.isascii() and part.isdigit() and len(part) <= len(str(_MAX_NUMBER)) for part in parts)
+    if not whole or len(parts) != count:
+        raise UsageError(f"the page token is not one that {call} gave")
+    return tuple(min(int(part), _MAX_NUMBER) for part in parts)

@@ -58,7 +58,7 @@ class WorkerCalls:
         self._local_models = coordinator.local_models
         self._first_model = coordinator.first_model
         self.registering = registering or Registering(
-            self._fleet, sessions, self._store, coordinator.in_database, coordinator.clock, [coordinator]
+            self._fleet, sessions, self._store, coordinator.in_database, coordinator.clock, lambda: [coordinator]
         )
         self._log = log.bind(run=coordinator.settings.run_name)
 

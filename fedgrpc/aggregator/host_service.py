@@ -1,0 +1,332 @@
+"""The `Aggregator` service of a process with many runs: each call finds its run once, here, and goes on there.
+
+Calls about tasks are of the run that their token names, calls of operators of the run that they name. What is of
+the whole fleet, registrations, polls and the list of workers, is answered here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any, Final
+
+from grpc.aio import ServicerContext as Context
+
+from fedgrpc import claims
+from fedgrpc.aggregator.hosted_run import HostedRun
+from fedgrpc.aggregator.polls import polled
+from fedgrpc.aggregator.registry import Worker
+from fedgrpc.aggregator.roles import check_claim
+from fedgrpc.aggregator.run_directory import FILES, RunDirectory
+from fedgrpc.aggregator.service import checked_digest
+from fedgrpc.aggregator.sessions import check_speaker
+from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.aggregator.views import numbers
+from fedgrpc.codec.chunk import Chunk
+from fedgrpc.errors import Exhausted, LayoutError, NotFound, UsageError
+from fedgrpc.protocol.devices import bounded_registration
+from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
+from fedgrpc.protocol.facts import bounded_conditions
+from fedgrpc.rpc.admission import caller, note
+from fedgrpc.rpc.identity import Session, peer_of
+from fedgrpc.runs.events import DeviceReplaced
+from fedgrpc.v1 import aggregator_pb2 as pb
+from fedgrpc.v1 import aggregator_pb2_grpc
+
+_MOST_HELD: Final = 64
+_MAX_PAGE: Final = 1000
+_ANSWERED_WITHIN_S: Final = 5.0
+
+# What a poll brings: a run and the token of a task of it, or a run to get ready for.
+Found = tuple[HostedRun, str]
+
+
+class HostService(aggregator_pb2_grpc.AggregatorServicer):
+    """Each method is one RPC of aggregator.proto, which says what it does and how it fails."""
+
+    def __init__(self, runs: RunDirectory, settings: AggregatorSettings) -> None:
+        self._runs = runs
+        self._settings = settings
+        self._fleet = runs.common.fleet
+        self._sessions = runs.common.sessions
+        self._clock = runs.common.clock
+
+    def max_header_bytes(self) -> int:
+        """Size of the largest header that an update of any run can need."""
+        return max((run.service.max_header_bytes() for run in self._runs), default=0)
+
+    # Calls of workers about the fleet.
+
+    async def Register(self, request: pb.RegisterRequest, context: Context) -> pb.RegisterResponse:
+        check_claim(caller(), request)
+        bound = self._runs.bound
+        if bound is None and not request.many_runs:
+            raise Exhausted("there is no run here yet; try again", retry_after_s=_ANSWERED_WITHIN_S)
+        self._fleet.check(request)
+        if self._runs.own is not None:
+            bound = self._runs.own
+            replaced = await bound.service.calls.register(request, Session.of(context), peer_of(context))
+        else:
+            assert self._runs.registering is not None
+            registration = bounded_registration(request)
+            replaced = await self._runs.registering.register(registration, Session.of(context), peer_of(context))
+        for run in self._runs:
+            # A device that registers may have changed its mind, and its former process is gone.
+            run.fleet.refusals.pop(request.worker, None)
+            run.fleet.ready.discard(request.worker)
+            if replaced and run is not bound:
+                run.coordinator.apply(DeviceReplaced(request.worker))
+            run.coordinator.wake.set()
+        return self._registered(None if request.many_runs and self._runs.own is None else bound)
+
+    def _registered(self, run: HostedRun | None) -> pb.RegisterResponse:
+        settings = self._settings if run is None else run.settings
+        response = pb.RegisterResponse(
+            poll_wait=duration_to_proto(settings.poll_wait_s),
+            heartbeat_interval=duration_to_proto(settings.heartbeat_s),
+            lease=duration_to_proto(settings.policy.lease_s),
+            max_chunk_bytes=settings.max_chunk_bytes,
+            max_payload_bytes=settings.max_payload_bytes,
+        )
+        if run is not None:
+            response.run, response.run_id = run.name, run.id
+            response.learning_task, response.model = settings.learning_task, settings.model
+            response.options.update(settings.task_options)
+            response.describe_model, response.tell_channels = True, run.service.calls.asks_channels
+        return response
+
+    async def DescribeModel(self, request: pb.DescribeModelRequest, context: Context) -> pb.DescribeModelResponse:
+        check_speaker(self._fleet, self._sessions, context, request.worker)
+        worker = self._fleet.get(request.worker)
+        run = self._runs.of_id(request.run_id) if request.run_id else self._runs.bound
+        if run is None:
+            raise NotFound("there is no such run here any more")
+        if request.refusal:
+            run.fleet.refusals[worker.name] = claims.REASON.cleaned(request.refusal)
+            run.fleet.ready.discard(worker.name)
+            run.coordinator.news()
+            return pb.DescribeModelResponse()
+        with run.calling():
+            if worker.name not in run.fleet.ready and not run.is_own:
+                # Its history in this run is kept beside it, over restarts.
+                store, session = run.coordinator.store, str(worker.holder.session or "")
+                await run.coordinator.in_database(store.save_worker, worker.registration, session)
+            response = await run.service.DescribeModel(request, context)
+        run.fleet.ready.add(worker.name)
+        return response
+
+    async def PollTask(self, request: pb.PollTaskRequest, context: Context) -> pb.PollTaskResponse:
+        check_speaker(self._fleet, self._sessions, context, request.worker)
+        worker = self._fleet.get(request.worker)
+        if (own := self._runs.own) is not None:
+            own.service.calls.check_known(worker)
+        worker.heard(self._clock())
+        if request.HasField("conditions"):
+            worker.conditions = bounded_conditions(request.conditions)
+        self._hear_poll(worker, request)
+        found = await polled(
+            self._fleet,
+            worker,
+            min(duration_from_proto(request.wait), self._settings.poll_wait_s),
+            self._clock,
+            lambda: self._work_for(worker),
+            lambda: self._runs.stopping or self._runs.ended,
+            self._wake_drivers,
+        )
+        if found is None:
+            for run in self._runs:
+                run.service.calls.tell_end(worker.name)
+            return pb.PollTaskResponse(run_ended=self._runs.ended)
+        run, token = found
+        if not token:
+            return pb.PollTaskResponse(introduce=run.terms())
+        task = run.coordinator.terms.message(worker.name, token)
+        if worker.registration.many_runs and not run.is_own:
+            task.terms.CopyFrom(run.terms())
+        return pb.PollTaskResponse(task=task)
+
+    def _hear_poll(self, worker: Worker, request: pb.PollTaskRequest) -> None:
+        """Tell each run what the worker has of it."""
+        held = {each.run_id: each for each in request.held[:_MOST_HELD]}
+        for run in self._runs:
+            told: pb.PollTaskRequest | pb.HeldOfRun | None = held.get(run.id)
+            if told is None and (run.is_own or not worker.registration.many_runs):
+                told = request
+            if told is None or (run is not self._runs.bound and told is request):
+                run.service.calls.hear_poll(worker.name, None, None)
+                continue
+            version = (told.held_version, checked_digest(told.held_sha256)) if told.held_version else None
+            new = claims.EXAMPLES.clamped(told.new_examples) if told.HasField("new_examples") else None
+            run.service.calls.hear_poll(worker.name, version, new)
+
+    def _work_for(self, worker: Worker) -> Found | None:
+        """Return a task of the worker, or a run that it is to get ready for (with an empty token)."""
+        serving = self._runs.serving(worker)
+        for run in serving:
+            if token := run.service.calls.token_for(worker):
+                return run, token
+        strange = [run for run in serving if not run.fleet.is_ready(worker)]
+        if not strange:
+            return None
+        wanted = None if worker.evaluator else self._runs.common.sharing.given().get(worker.name)
+        for run in strange:
+            if worker.evaluator or run.name == wanted:
+                return run, ""
+        return None
+
+    def _wake_drivers(self) -> None:
+        for run in self._runs:
+            run.coordinator.wake.set()
+
+    async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
+        check_speaker(self._fleet, self._sessions, context, request.worker)
+        self._fleet.get(request.worker)
+        for run in self._runs:
+            run.coordinator.leave(request.worker)
+        return pb.LeaveResponse()
+
+    # Calls of workers about a task.
+
+    async def PullModel(self, request: pb.PullModelRequest, context: Context) -> None:
+        run = self._runs.of_token(request.token) if request.token else self._runs.find(request.run)
+        with run.calling():
+            await run.service.PullModel(request, context)
+
+    async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatResponse:
+        return await self._of_task("Heartbeat", request, context)  # type: ignore[no-any-return]
+
+    async def QueryPush(self, request: pb.QueryPushRequest, context: Context) -> pb.QueryPushResponse:
+        return await self._of_task("QueryPush", request, context)  # type: ignore[no-any-return]
+
+    async def ReportFailure(self, request: pb.ReportFailureRequest, context: Context) -> pb.ReportFailureResponse:
+        return await self._of_task("ReportFailure", request, context)  # type: ignore[no-any-return]
+
+    async def _of_task(self, method: str, request: Any, context: Context) -> Any:
+        run = self._runs.of_token(request.token)
+        with run.calling():
+            return await getattr(run.service, method)(request, context)
+
+    async def PushUpdate(
+        self, request_iterator: AsyncIterator[pb.PushUpdateRequest | Chunk], context: Context
+    ) -> pb.PushUpdateResponse:
+        # The header says of which task the update is. The rest stays with gRPC.
+        first = await anext(request_iterator, None)
+        if not isinstance(first, pb.PushUpdateRequest) or first.WhichOneof("content") != "header":
+            raise LayoutError("the first message of an update is its header")
+        run = self._runs.of_token(first.header.token)
+        with run.calling():
+            return await run.service.take_update(first.header, context)
+
+    # Calls of operators.
+
+    async def _of_run(self, method: str, request: Any, context: Context) -> Any:
+        run = self._runs.find(request.run)
+        with run.calling():
+            return await getattr(run.service, method)(request, context)
+
+    async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
+        return await self._of_run("GetRun", request, context)  # type: ignore[no-any-return]
+
+    async def GetRound(self, request: pb.GetRoundRequest, context: Context) -> pb.GetRoundResponse:
+        return await self._of_run("GetRound", request, context)  # type: ignore[no-any-return]
+
+    async def ListRounds(self, request: pb.ListRoundsRequest, context: Context) -> pb.ListRoundsResponse:
+        return await self._of_run("ListRounds", request, context)  # type: ignore[no-any-return]
+
+    async def PauseRun(self, request: pb.PauseRunRequest, context: Context) -> pb.PauseRunResponse:
+        return await self._of_run("PauseRun", request, context)  # type: ignore[no-any-return]
+
+    async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.ResumeRunResponse:
+        return await self._of_run("ResumeRun", request, context)  # type: ignore[no-any-return]
+
+    async def RollBackRun(self, request: pb.RollBackRunRequest, context: Context) -> pb.RollBackRunResponse:
+        return await self._of_run("RollBackRun", request, context)  # type: ignore[no-any-return]
+
+    async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.StopRunResponse:
+        return await self._of_run("StopRun", request, context)  # type: ignore[no-any-return]
+
+    async def WatchRounds(self, request: pb.WatchRoundsRequest, context: Context) -> AsyncIterator[bytes]:
+        run = self._runs.find(request.run)
+        with run.calling():
+            async for message in run.service.WatchRounds(request, context):
+                yield message
+
+    async def ListWorkers(self, request: pb.ListWorkersRequest, context: Context) -> pb.ListWorkersResponse:
+        try:
+            run = self._runs.find(request.run)
+        except (NotFound, UsageError):
+            if request.run or not len(self._runs):
+                raise
+            run = next(iter(self._runs))
+        response = await run.service.ListWorkers(request, context)
+        for record in response.workers:
+            self._add_runs(record)
+        return response
+
+    def _add_runs(self, record: pb.WorkerRecord) -> None:
+        """Add to a worker's record which runs it serves."""
+        worker = self._fleet.find(record.worker)
+        if worker is None:
+            return
+        record.conditions.CopyFrom(worker.conditions)
+        for run in self._runs:
+            if record.worker in run.coordinator.machine.leases:
+                record.run, record.state = run.name, pb.WORKER_STATE_BUSY
+            if refusal := run.fleet.refusal(worker):
+                record.refusals[run.name] = refusal
+            elif run.fleet.may_serve(worker):
+                record.eligible_for.append(run.name)
+
+    async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
+        (start,) = numbers(request.page_token, 1, "ListRuns") if request.page_token else (0,)
+        size = min(request.page_size or _MAX_PAGE, _MAX_PAGE)
+        runs = list(self._runs)
+        listed = [self._summary(run) for run in runs[start : start + size]]
+        more = start + size < len(runs)
+        return pb.ListRunsResponse(runs=listed, next_page_token=str(start + size) if more else "")
+
+    def _summary(self, run: HostedRun) -> pb.RunSummary:
+        now = self._clock()
+        supply = run.fleet.live_trainers(now)
+        demand = run.fleet.demand(now, supply)
+        summary = run.service.view.summary()
+        summary.requires, summary.priority = run.settings.requires, run.settings.priority
+        summary.quota = run.settings.quota or 0
+        summary.eligible_workers, summary.wanted_workers = supply, demand.room
+        if demand.waited_s:
+            summary.waiting.CopyFrom(duration_to_proto(demand.waited_s))
+        return summary
+
+    async def SubmitRun(self, request: pb.SubmitRunRequest, context: Context) -> pb.SubmitRunResponse:
+        note(run=request.name)
+        run = await self._runs.submit(request.name, _texts(request.settings))
+        return pb.SubmitRunResponse(run=run.service.view.run())
+
+    async def SetRun(self, request: pb.SetRunRequest, context: Context) -> pb.SetRunResponse:
+        name = self._runs.find(request.run).name
+        run, changed = await self._runs.change(name, _texts(request.settings))
+        note(run=name, **{f"set {key}": text for key, text in changed.items()})
+        return pb.SetRunResponse(run=run.service.view.run(), changed=changed)
+
+    async def CloneRun(self, request: pb.CloneRunRequest, context: Context) -> pb.CloneRunResponse:
+        name = self._runs.find(request.run).name
+        note(run=name, clone=request.name)
+        run = await self._runs.clone(name, request.name, _texts(request.settings), request.version)
+        return pb.CloneRunResponse(run=run.service.view.run())
+
+    async def RemoveRun(self, request: pb.RemoveRunRequest, context: Context) -> pb.RemoveRunResponse:
+        name = self._runs.find(request.run).name
+        note(run=name)
+        await self._runs.remove(name)
+        return pb.RemoveRunResponse()
+
+
+def _texts(settings: Iterable[pb.RunSetting]) -> dict[str, Sequence[str]]:
+    """Return settings by name. Raises `UsageError` for one twice, and for a file named by somebody elsewhere."""
+    texts: dict[str, Sequence[str]] = {}
+    for each in settings:
+        if each.name in texts:
+            raise UsageError(f"the setting {each.name[:80]!r} is there twice")
+        if each.name in FILES and not caller().local:
+            raise UsageError(f"{each.name} names a file on the aggregator's host: submit there, by --data-dir")
+        texts[each.name] = list(each.values)
+    return texts

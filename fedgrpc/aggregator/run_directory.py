@@ -1,0 +1,397 @@
+"""Every run of one process: which there are, how one is found, and how they come, change and go.
+
+    DATA/                   the run that the process was started with, if it was, and the fleet's registrations
+    DATA/runs/NAME/         a run that was submitted: as above, with
+        run.toml            its settings, as they were given
+
+The rule: a run exists once its settings are on the disk. After a kill at any moment the next process opens what is
+there. Calls find their run here, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from fedgrpc.aggregator.driver import Rounds
+from fedgrpc.aggregator.hosted_run import Common, HostedRun
+from fedgrpc.aggregator.own_rounds import OwnRounds
+from fedgrpc.aggregator.registering import Registering
+from fedgrpc.aggregator.registry import Worker, WorkerRegistry
+from fedgrpc.aggregator.run_fleet import FleetSharing
+from fedgrpc.aggregator.run_models import Record
+from fedgrpc.aggregator.sessions import Sessions
+from fedgrpc.aggregator.settings import AggregatorSettings, changes, compared_text
+from fedgrpc.aggregator.tokens import run_id_of
+from fedgrpc.aio import Changes
+from fedgrpc.errors import Exhausted, FedgrpcError, IllegalTransition, NotFound, UsageError
+from fedgrpc.metrics import Metrics
+from fedgrpc.rpc.identity import Session
+from fedgrpc.storage.database import DATABASE
+from fedgrpc.storage.files import make_private, remove_folder, storage_errors, write_file
+from fedgrpc.storage.run_store import RunStore
+
+RUNS: Final = "runs"
+SETTINGS_FILE: Final = "run.toml"
+MOST_RUNS: Final = 200
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+_INITIAL: Final = "initial.safetensors"
+# Settings that name a file of the aggregator's host.
+FILES: Final = ("initial_model", "local_models")
+
+# Settings of a run as text, by their keys in a settings file.
+Texts = Mapping[str, Sequence[str]]
+# Makes settings of (name, folder, texts). Raises `UsageError`.
+ReadSettings = Callable[[str, Path, Texts], AggregatorSettings]
+ReadTexts = Callable[[Path], dict[str, list[str]]]
+
+log = structlog.get_logger()
+
+
+class RunDirectory:
+    """The runs of one process. Lives on one event loop."""
+
+    def __init__(
+        self,
+        settings: AggregatorSettings,
+        fleet: WorkerRegistry,
+        sessions: Sessions,
+        clock: Callable[[], float],
+        record: Record,
+        metrics: Metrics,
+        *,
+        own_rounds: Rounds = OwnRounds,
+        has_own: bool = True,
+        read_settings: ReadSettings | None = None,
+        read_texts: ReadTexts | None = None,
+    ) -> None:
+        """`settings` are those of the process, and with `has_own` of its own run.
+
+        `read_settings` makes the settings of a submitted run, `read_texts` reads its file; without, none can be.
+        """
+        self._settings = settings
+        self._folder = settings.data_dir
+        self._metrics = metrics
+        self._own_rounds = own_rounds
+        self._has_own = has_own
+        self._read_settings = read_settings
+        self._read_texts = read_texts
+        self._runs: dict[str, HostedRun] = {}
+        self._changing = asyncio.Lock()
+        self._registrations: RunStore | None = None
+        self.registering: Registering | None = None
+        # When devices are to serve other versions, and when a run came, ended or went.
+        self.changes = Changes()
+        self.stopping = False
+        sharing = FleetSharing(fleet, lambda: [run.fleet for run in self], clock)
+        self.common = Common(fleet, sessions, sharing, clock, record, self.changes.notify)
+
+    def __iter__(self) -> Iterator[HostedRun]:
+        return iter(tuple(self._runs.values()))
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    # Finding a run.
+
+    @property
+    def own(self) -> HostedRun | None:
+        """The run that the process was started with."""
+        return next((run for run in self._runs.values() if run.is_own), None)
+
+    @property
+    def bound(self) -> HostedRun | None:
+        """The run of workers that serve one run alone: the own one, else the oldest that has not ended."""
+        if (own := self.own) is not None:
+            return own
+        return next((run for run in self._runs.values() if not run.coordinator.machine.ended), None)
+
+    def find(self, name: str) -> HostedRun:
+        """Return the run of that name; "": the own one, else the only one. Raises `NotFound`, `UsageError`."""
+        if name:
+            if name not in self._runs:
+                raise NotFound(f"there is no run {name[:80]!r} here; `fedgrpc run list` shows all")
+            return self._runs[name]
+        if (own := self.own) is not None:
+            return own
+        if not self._runs:
+            raise NotFound("there is no run here; `fedgrpc run submit` starts one")
+        if len(self._runs) > 1:
+            raise UsageError(f"there are {len(self._runs)} runs here: name one, as in {next(iter(self._runs))}")
+        return next(iter(self._runs.values()))
+
+    def of_id(self, run_id: str) -> HostedRun | None:
+        """Return the run of that id, if it is here."""
+        return next((run for run in self._runs.values() if run.id == run_id), None)
+
+    def of_token(self, token: str) -> HostedRun:
+        """Return the run of a task. Raises `NotFound` where there is no run."""
+        known = self.of_id(run_id_of(token)) or self.own
+        return known if known is not None else self.find("")
+
+    def serving(self, worker: Worker) -> list[HostedRun]:
+        """Return the runs whose tasks the worker may take, or holds one of."""
+        return [
+            run
+            for run in self._runs.values()
+            if worker.name in run.coordinator.machine.leases or run.fleet.may_serve(worker)
+        ]
+
+    @property
+    def ended(self) -> bool:
+        """True if every run has ended, and no other is waited for."""
+        return self.own is not None and all(run.coordinator.machine.ended for run in self._runs.values())
+
+    # Opening and closing.
+
+    async def open(self) -> None:
+        """Open all runs, and take up what a former process left. Raises `UsageError` and `StorageError`."""
+        if self._has_own:
+            own = self._opened(self._settings, is_own=True)
+            store, in_database = own.coordinator.store, own.coordinator.in_database
+        else:
+            self._registrations = store = RunStore(self._folder / DATABASE)
+            in_database = asyncio.to_thread  # type: ignore[assignment]
+            await self._restore_fleet(store)
+        common = self.common
+        self.registering = Registering(
+            common.fleet,
+            common.sessions,
+            store,
+            in_database,
+            common.clock,
+            lambda: [run.coordinator for run in self],
+        )
+        for run in self:
+            await run.recover(self.registering)
+        for folder in sorted((self._folder / RUNS).glob("*"), key=_age):
+            await self._open_submitted(folder)
+
+    async def _restore_fleet(self, store: RunStore) -> None:
+        sessions = store.sessions()
+        for registration, _ in store.workers():
+            session = Session.parse(sessions.get(registration.worker, ""))
+            self.common.fleet.restore(registration, self.common.clock(), session)
+
+    def _opened(self, settings: AggregatorSettings, is_own: bool = False) -> HostedRun:
+        # The metrics page is of one run: labels by run would be of any number.
+        metrics = self._metrics if is_own or not self._runs else Metrics()
+        rounds = self._own_rounds if is_own else OwnRounds
+        run = HostedRun(settings, self.common, metrics, rounds, is_own)
+        run.fleet.binds = lambda: self.bound is run
+        self._runs[settings.run_name] = run
+        return run
+
+    async def _open_submitted(self, folder: Path) -> None:
+        """Open a run of a former process. One that cannot be opened keeps no other from it."""
+        if self._read_settings is None or self._read_texts is None:
+            return
+        if not (folder / SETTINGS_FILE).exists():
+            # It was being made, or removed: nobody was told that it exists.
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            return
+        try:
+            settings = self._read_settings(folder.name, folder, self._read_texts(folder / SETTINGS_FILE))
+            await self._opened(settings).recover(self.registering)
+        except FedgrpcError as error:
+            if (run := self._runs.pop(folder.name, None)) is not None:
+                await run.close()
+            log.error("run not opened", run=folder.name, reason=str(error))
+
+    def start(self) -> None:
+        """Play the rounds of every run."""
+        for run in self:
+            run.start()
+
+    async def close(self) -> None:
+        """Close all runs."""
+        self.stopping = True
+        for run in self:
+            await run.close()
+        if self._registrations is not None:
+            self._registrations.close()
+
+    def release_calls(self) -> None:
+        """The process is about to end: open polls and watches return."""
+        self.stopping = True
+        for run in self:
+            run.coordinator.release_calls()
+        self.common.fleet.wake_all()
+        self.changes.notify()
+
+    def put_out(self, name: str, why: str, drop_updates: bool) -> None:
+        """Do without a worker that may call no more. See `Coordinator.put_out`."""
+        for run in self:
+            run.coordinator.put_out(name, why, drop_updates)
+            run.models.device_gone(name)
+
+    # What operators do.
+
+    async def submit(self, name: str, texts: Texts) -> HostedRun:
+        """Start a run. Raises `UsageError`, `Exhausted`, `IllegalTransition` and `StorageError`."""
+        async with self._changing:
+            return await self._make(name, texts)
+
+    async def clone(self, name: str, new_name: str, texts: Texts, version: int) -> HostedRun:
+        """Start a run with the settings of another, some of them changed, and from one of its versions; 0: none.
+
+        Raises `NotFound`, and as `submit`.
+        """
+        async with self._changing:
+            source = self.find(name)
+            merged = {**self._texts_of(source), **texts}
+            model: Path | None = None
+            if version:
+                model = source.coordinator.models.path(version)
+                if not await asyncio.to_thread(model.exists):
+                    raise NotFound(f"version {version} of {source.name} is not kept; see `fedgrpc model list`")
+            return await self._make(new_name, merged, model)
+
+    def _texts_of(self, run: HostedRun) -> dict[str, list[str]]:
+        if self._read_texts is None:
+            raise IllegalTransition("this aggregator has a parent, whose runs it serves")
+        if run.is_own:
+            raise UsageError(f"the settings of {run.name} are those of the aggregator's start: it has no others")
+        return self._read_texts(run.settings.data_dir / SETTINGS_FILE)
+
+    async def _make(self, name: str, texts: Texts, model: Path | None = None) -> HostedRun:
+        if self._read_settings is None:
+            raise IllegalTransition("this aggregator has a parent, whose runs it serves")
+        if not _NAME.fullmatch(name):
+            raise UsageError(
+                f"a run's name is 1 to 64 of letters, digits, '.', '_' and '-', beginning with no sign, "
+                f"not {name[:80]!r}"
+            )
+        if name in self._runs or (self._folder / RUNS / name).exists():
+            raise UsageError(f"there is a run {name!r} already: choose another name, or remove that one")
+        if len(self._runs) >= MOST_RUNS:
+            raise Exhausted(f"this aggregator hosts {MOST_RUNS} runs already; `fedgrpc run remove` makes room")
+        folder = self._folder / RUNS / name
+        # Refused before anything is made.
+        self._read_settings(name, folder, texts)
+        with storage_errors(folder):
+            make_private(self._folder / RUNS)
+            make_private(folder)
+        try:
+            if model is not None:
+                with storage_errors(folder):
+                    await asyncio.to_thread(shutil.copyfile, model, folder / _INITIAL)
+                texts = {**texts, "initial_model": [str(folder / _INITIAL)]}
+            settings = self._read_settings(name, folder, texts)
+            run = self._opened(settings)
+            await run.recover(self.registering)
+            # From here on the run exists.
+            await asyncio.to_thread(_write_texts, folder / SETTINGS_FILE, texts)
+        except BaseException:
+            if (failed := self._runs.pop(name, None)) is not None:
+                await failed.close()
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            raise
+        run.start()
+        self._look_again()
+        log.info("run submitted", run=name)
+        return run
+
+    async def change(self, name: str, texts: Texts) -> tuple[HostedRun, dict[str, str]]:
+        """Change settings of a run from its next round on; what has changed, as OLD -> NEW.
+
+        Raises `NotFound`, `IllegalTransition` for a run that has ended, `UsageError` for a setting that may not
+        change, and `StorageError`.
+        """
+        async with self._changing:
+            run = self.find(name)
+            if run.coordinator.machine.ended:
+                raise IllegalTransition(f"the run has ended: {run.coordinator.machine.ending.text}")
+            before = self._texts_of(run)
+            merged = {**before, **texts}
+            assert self._read_settings is not None
+            folder = run.settings.data_dir
+            settings = self._read_settings(name, folder, merged)
+            changed = changes(compared_text(run.settings), compared_text(settings))
+            _check_changeable(changed)
+            if not changed:
+                return run, {}
+            await asyncio.to_thread(_write_texts, folder / SETTINGS_FILE, merged)
+            await run.between_rounds()
+            await run.close()
+            try:
+                again = await self._reopened(settings)
+            except BaseException:
+                # As it was, also for the next process.
+                await asyncio.to_thread(_write_texts, folder / SETTINGS_FILE, before)
+                await self._reopened(run.settings)
+                self._look_again()
+                raise
+            self._look_again()
+            log.info("run changed", run=name, changed=changed)
+            return again, changed
+
+    async def _reopened(self, settings: AggregatorSettings) -> HostedRun:
+        """Open and start a run again that was closed. Raises as `HostedRun.recover`."""
+        run = self._opened(settings)
+        try:
+            await run.recover(self.registering)
+        except BaseException:
+            await run.close()
+            raise
+        run.start()
+        return run
+
+    async def remove(self, name: str) -> None:
+        """Remove a run that has ended, for good. Raises `NotFound` and `IllegalTransition`."""
+        async with self._changing:
+            run = self.find(name)
+            if run.is_own:
+                raise IllegalTransition(f"{run.name} is the run that the aggregator was started with")
+            if not run.coordinator.machine.ended:
+                raise IllegalTransition(f"the run {run.name} has not ended: stop it first")
+            folder = run.settings.data_dir
+            del self._runs[run.name]
+            await run.close()
+            with storage_errors(folder):
+                # First: without it, what is left after a kill is no run.
+                (folder / SETTINGS_FILE).unlink()
+                await asyncio.to_thread(remove_folder, folder)
+            self._look_again()
+            log.info("run removed", run=run.name)
+
+    def _look_again(self) -> None:
+        """Let every poll and every driver look: the runs are others now."""
+        self.common.fleet.wake_all()
+        for run in self:
+            run.coordinator.news()
+        self.changes.notify()
+
+
+# A change of these would be of another run.
+_FIXED: Final = frozenset({"initial_model", "learning_task", "model", "run_name", "data_dir", "seed"})
+
+
+def _check_changeable(changed: Mapping[str, str]) -> None:
+    """Raise `UsageError` for settings that cannot change while the run goes on."""
+    if wrong := sorted(_FIXED.intersection(changed)):
+        raise UsageError(f"{', '.join(wrong)} of a run cannot change: `fedgrpc run clone` starts another with it")
+
+
+def _age(folder: Path) -> tuple[float, str]:
+    try:
+        return (folder / DATABASE).stat().st_ctime, folder.name
+    except OSError:
+        return time.time(), folder.name
+
+
+def _write_texts(path: Path, texts: Texts) -> None:
+    """Write settings as a table of a settings file. A JSON text is a TOML text, too."""
+    lines = [
+        f"{name} = {json.dumps(list(values) if len(values) != 1 else values[0])}" for name, values in texts.items()
+    ]
+    with storage_errors(path):
+        write_file(path, ("[run]\n" + "\n".join(lines) + "\n").encode())
