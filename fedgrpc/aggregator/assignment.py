@@ -52,7 +52,7 @@ class TaskAssigner:
     async def select(self, select: Select) -> None:
         """Choose workers and record their tasks; only then are these offered."""
         idle = self._idle(self._run.current, select)
-        with self._fleet.reserving(idle):
+        with self._coordinator.candidates.reserving(idle):
             await self._give(await self._choose(self._run.current, idle, select.count))
 
     def _idle(self, round_: RoundInProgress, select: Select) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
 import structlog
@@ -82,6 +83,9 @@ class RunCandidates(FleetView, Protocol):
 
     def live_evaluators(self, now: float) -> list[Worker]:
         """The evaluators that are alive."""
+
+    def reserving(self, names: Collection[str]) -> AbstractContextManager[None]:
+        """Give none of these workers to anybody else, and forget none, while the block runs."""
 
 
 class Coordinator(RunShell):

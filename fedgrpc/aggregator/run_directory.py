@@ -56,6 +56,17 @@ ReadTexts = Callable[[Path], dict[str, list[str]]]
 log = structlog.get_logger()
 
 
+def holds_run(folder: Path) -> bool:
+    """Return whether the data folder has a run that a process was started with. Raises as `RunStore`."""
+    if not (folder / DATABASE).exists():
+        return False
+    store = RunStore(folder / DATABASE, read_only=True)
+    try:
+        return store.run() is not None
+    finally:
+        store.close()
+
+
 class RunDirectory:
     """The runs of one process. Lives on one event loop."""
 
@@ -154,8 +165,8 @@ class RunDirectory:
 
     async def open(self) -> None:
         """Open all runs, and take up what a former process left. Raises `UsageError` and `StorageError`."""
-        if self._has_own:
-            own = self._opened(self._settings, is_own=True)
+        own = self._opened(self._settings, is_own=True) if self._has_own else None
+        if own is not None:
             store, in_database = own.coordinator.store, own.coordinator.in_database
         else:
             self._registrations = store = RunStore(self._folder / DATABASE)
@@ -170,8 +181,8 @@ class RunDirectory:
             common.clock,
             lambda: [run.coordinator for run in self],
         )
-        for run in self:
-            await run.recover(self.registering)
+        if own is not None:
+            await self._recovered(own)
         for folder in sorted((self._folder / RUNS).glob("*"), key=_age):
             await self._open_submitted(folder)
 
@@ -187,7 +198,16 @@ class RunDirectory:
         rounds = self._own_rounds if is_own else OwnRounds
         run = HostedRun(settings, self.common, metrics, rounds, is_own)
         run.fleet.binds = lambda: self.bound is run
-        self._runs[settings.run_name] = run
+        return run
+
+    async def _recovered(self, run: HostedRun) -> HostedRun:
+        """Take a run up, which from then on calls find. Raises as `HostedRun.recover`; the run is then closed."""
+        try:
+            await run.recover(self.registering)
+        except BaseException:
+            await run.close()
+            raise
+        self._runs[run.name] = run
         return run
 
     async def _open_submitted(self, folder: Path) -> None:
@@ -200,10 +220,8 @@ class RunDirectory:
             return
         try:
             settings = self._read_settings(folder.name, folder, self._read_texts(folder / SETTINGS_FILE))
-            await self._opened(settings).recover(self.registering)
+            await self._recovered(self._opened(settings))
         except FedgrpcError as error:
-            if (run := self._runs.pop(folder.name, None)) is not None:
-                await run.close()
             log.error("run not opened", run=folder.name, reason=str(error))
 
     def start(self) -> None:
@@ -286,8 +304,7 @@ class RunDirectory:
                     await asyncio.to_thread(shutil.copyfile, model, folder / _INITIAL)
                 texts = {**texts, "initial_model": [str(folder / _INITIAL)]}
             settings = self._read_settings(name, folder, texts)
-            run = self._opened(settings)
-            await run.recover(self.registering)
+            run = await self._recovered(self._opened(settings))
             # From here on the run exists.
             await asyncio.to_thread(_write_texts, folder / SETTINGS_FILE, texts)
         except BaseException:
@@ -336,12 +353,7 @@ class RunDirectory:
 
     async def _reopened(self, settings: AggregatorSettings) -> HostedRun:
         """Open and start a run again that was closed. Raises as `HostedRun.recover`."""
-        run = self._opened(settings)
-        try:
-            await run.recover(self.registering)
-        except BaseException:
-            await run.close()
-            raise
+        run = await self._recovered(self._opened(settings))
         run.start()
         return run
 

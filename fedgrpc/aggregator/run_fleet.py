@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from fedgrpc.aggregator.coordinator import Coordinator
@@ -52,6 +53,8 @@ class RunFleet:
         self.refusals: dict[str, str] = {}
         self.binds: Callable[[], bool] = lambda: is_own
         self._waiting_since: float | None = None
+        # It has its workers, and is about to give them tasks.
+        self._choosing = False
 
     @property
     def machine(self) -> RunMachine:
@@ -118,13 +121,23 @@ class RunFleet:
         evaluators = self._fleet.live_evaluators(now)
         return evaluators if self._has_all else [worker for worker in evaluators if self.may_serve(worker)]
 
+    @contextmanager
+    def reserving(self, names: Collection[str]) -> Iterator[None]:
+        """Give none of these workers to another run while the block runs."""
+        self._choosing = True
+        try:
+            with self._fleet.reserving(names):
+                yield
+        finally:
+            self._choosing = False
+
     # What the scheduler asks.
 
     def demand(self, now: float, supply: int) -> Demand:
         """Return how many workers the run wants, of whom `supply` are alive."""
         run, round_ = self.machine, self.machine.round
         wanted = needed = 0
-        if round_ is not None and round_.open and not round_.state.asked and not run.ended:
+        if round_ is not None and round_.open and not self._choosing and not run.ended:
             wanted, needed = self._wanted(supply)
         paused = round_ is not None and round_.state.phase is RoundPhase.SELECTING and run.phase is RunPhase.PAUSED
         if not wanted or paused:
@@ -143,6 +156,8 @@ class RunFleet:
         round_ = self.machine.current
         state, policy = round_.state, round_.state.policy
         brought = state.accepted_count + state.at_work_count
+        if state.asked:
+            return state.asked, 1
         if state.phase is RoundPhase.SELECTING:
             if round_.kind is TaskKind.INITIALIZE:
                 # The largest of all gives the first model.

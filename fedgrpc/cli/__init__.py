@@ -19,6 +19,10 @@ COMMANDS: Final = {
     "resume": "fedgrpc.cli.operator:RESUME",
     "rollback": "fedgrpc.cli.operator:ROLLBACK",
     "stop": "fedgrpc.cli.operator:STOP",
+    **{
+        f"run {name}": f"fedgrpc.cli.run:{name.upper()}"
+        for name in ("submit", "list", "show", "pause", "resume", "stop", "rollback", "set", "clone", "remove")
+    },
     "token create": "fedgrpc.cli.authority:TOKEN_CREATE",
     "token list": "fedgrpc.cli.authority:TOKEN_LIST",
     "token delete": "fedgrpc.cli.authority:TOKEN_DELETE",
@@ -60,6 +64,7 @@ COMMANDS: Final = {
 }
 # Commands of two words, by their first.
 GROUPS: Final = {
+    "run": "Runs of one aggregator: submit, list, show, pause, resume, stop, rollback, set, clone, remove.",
     "token": "Join tokens, with which devices become members: create, list, delete.",
     "device": "Devices: list, show, approve, revoke, rename, forget.",
     "trace": "Availability traces for simulations: generate, import.",

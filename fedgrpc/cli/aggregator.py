@@ -6,18 +6,21 @@ import asyncio
 import socket
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS
-from fedgrpc.aggregator.server import run_aggregator
+from fedgrpc.aggregator.run_directory import Texts, holds_run
+from fedgrpc.aggregator.server import Hosting, run_aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings, Target
 from fedgrpc.cli.beside import PAGE_SETTINGS, beside_of
 from fedgrpc.cli.connection import FILE, tls_settings
 from fedgrpc.cli.options import Declare, Setting, SettingsCommand, pick
 from fedgrpc.cli.process import LOGS, begin, join_token, server_tls
+from fedgrpc.cli.run import submitted
 from fedgrpc.cli.values import DURATION, ROUNDS, SIZE, NamedValues, read_file
 from fedgrpc.errors import UsageError
 from fedgrpc.gauges import Gauges
@@ -45,6 +48,7 @@ _transfer = Declare("Transfer", AggregatorSettings)
 _service = Declare("Service", AggregatorSettings)
 _upstream = Declare("Parent aggregator (docs/tree.md)")
 _tls = Declare("TLS", AggregatorSettings)
+_share = Declare("Which workers", AggregatorSettings)
 _RECIPE = AggregatorSettings.upload_recipe
 _ONE_WAY: dict[str, Any] = {"default": None, "metavar": "RECIPES", "show_default": "as --encoding"}
 
@@ -84,6 +88,22 @@ SETTINGS: list[Setting] = [
         default=(),
         metavar="NAME",
     ),
+    _model(
+        "--task-option",
+        "Option of the learning task, for workers that have none of that name; repeat for each.",
+        name="task_options",
+        type=NamedValues(),
+        multiple=True,
+        default=(),
+        metavar="NAME=VALUE",
+    ),
+    _share(
+        "--requires",
+        "Devices that may serve the run, as in 'memory >= 2GB' (docs/guide/operate.md); without: all.",
+        metavar="EXPRESSION",
+    ),
+    _share("--priority", "Of two runs that want a worker, the one with the higher number gets it."),
+    _share("--quota", "Most workers of the run at the same time; without: no limit."),
     _policy("--min-workers", "Open a round once this many workers are idle."),
     _policy(
         "--min-new-examples",
@@ -330,6 +350,20 @@ SETTINGS: list[Setting] = [
 ]
 
 
+# Settings of the process, whatever runs it has.
+PROCESS_NAMES: Final = frozenset(
+    {
+        *("data_dir", "address", "run_name", "port_file", "metrics_address", "web_address", "stay", "config"),
+        *("max_chunk_bytes", "max_payload_bytes", "max_uploads", "max_upload_memory_bytes", "durable"),
+        *("max_workers", "poll_wait_s", "heartbeat_interval_s", "drain_s", "lease_s"),
+        *("insecure", "certificate_life_s", "renewal_grace_s", "tls_cert", "tls_key", "tls_ca"),
+        *("upstream", "upstream_name", "upstream_join", "upstream_tls", "upstream_tls_ca"),
+        *("upstream_tls_cert", "upstream_tls_key", "log_level", "log_format"),
+        *("track", "web_hosts", "witness", "witness_after_s"),
+    }
+)
+
+
 def settings_from(values: dict[str, Any]) -> AggregatorSettings:
     """Build the settings from the values of the command line. Raises `UsageError`."""
     both, plans = values["encoding"], values["local_models"]
@@ -341,6 +375,7 @@ def settings_from(values: dict[str, Any]) -> AggregatorSettings:
         plan=pick(TrainingPlan, values),
         local_models=PlanTable() if plans is None else read_file(plans, PlanTable.from_toml),
         worker_weights=dict(values["worker_weights"]),
+        task_options=dict(values["task_options"]),
         target=None if values["target"] is None else Target.parse(values["target"]),
         upload_recipe=values["upload_recipe"] or both,
         download_recipe=values["download_recipe"] or both,
@@ -389,7 +424,11 @@ def _run(**values: Any) -> int:
                 )
             return _fenced(values, run_leaf(settings, upstream, ready=ready, metrics=metrics))
         beside = beside_of(values, settings, gauges)
-        return _fenced(values, run_aggregator(settings, ready=ready, metrics=metrics, beside=beside))
+        hosting = Hosting(_has_own(settings), partial(run_settings, values), run_texts)
+        return _fenced(
+            values,
+            run_aggregator(settings, ready=ready, metrics=metrics, beside=beside, hosting=hosting),
+        )
 
 
 def _fenced(values: Mapping[str, Any], work: Coroutine[Any, Any, int]) -> int:
@@ -401,6 +440,31 @@ def _fenced(values: Mapping[str, Any], work: Coroutine[Any, Any, int]) -> int:
         work.close()
         raise UsageError("--witness is HOST:PORT on another machine, and --witness-after above 0")
     return asyncio.run(within_reach(witness, values["witness_after_s"], work))
+
+
+def _has_own(settings: AggregatorSettings) -> bool:
+    """Return whether the aggregator has a run of its own: it is given a setting of one, or has begun one."""
+    context = click.get_current_context()
+    of_runs = (each for each in COMMAND.settings() if each.name not in PROCESS_NAMES or each.name == "run_name")
+    return any(each.origin(context) for each in of_runs) or holds_run(settings.data_dir)
+
+
+def run_settings(process: Mapping[str, Any], name: str, folder: Path, texts: Texts) -> AggregatorSettings:
+    """Return the settings of a submitted run, with those of the process beside. Raises `UsageError`."""
+    keys = {setting.key for setting in COMMAND.settings() if setting.name in PROCESS_NAMES}
+    if wrong := sorted(keys.intersection(texts)):
+        raise UsageError(f"{', '.join(wrong)} is for the aggregator's start, and of no single run")
+    given = {setting: value for setting, value in process.items() if setting in PROCESS_NAMES}
+    table = {key: list(values) if len(values) != 1 else values[0] for key, values in texts.items()}
+    try:
+        return settings_from(COMMAND.values_of(table, {**given, "data_dir": folder, "run_name": name}))
+    except UsageError as error:
+        raise UsageError(str(error).replace(f"[{COMMAND.name}] ", "")) from error
+
+
+def run_texts(path: Path) -> dict[str, list[str]]:
+    """Return the settings in the file of a submitted run. Raises `UsageError`."""
+    return submitted(path)[1]
 
 
 def _port_writer(path: Path | None) -> Callable[[int], None] | None:

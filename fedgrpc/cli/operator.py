@@ -39,7 +39,7 @@ def _command(
     return client_command(name, call, help, *settings, arguments=arguments)
 
 
-_REASON = Declare("Reason")(
+REASON = Declare("Reason")(
     "--reason", "Reason in one line; the run keeps it.", type=str, default="", metavar="TEXT"
 )
 
@@ -53,14 +53,14 @@ ROLLBACK = _command(
     "rollback",
     lambda aggregator, values: aggregator.roll_back(values["version"], values["reason"]),
     "Continue from a kept VERSION, such as the best one that `fedgrpc status` shows; 0: from a new initial model.",
-    _REASON,
+    REASON,
     arguments=[click.Argument(["version"], type=click.IntRange(0, (1 << 63) - 1))],
 )
 STOP = _command(
     "stop",
     lambda aggregator, values: aggregator.stop(values["reason"]),
     "End a run for good; the round in progress is abandoned.",
-    _REASON,
+    REASON,
 )
 
 

@@ -157,7 +157,7 @@ def texts_of(values: Mapping[str, Any], table: str, keys: Mapping[str, bool]) ->
         if key not in keys:
             raise UsageError(f"[{table}] has no setting {name!r}{_nearest(key, tuple(keys))}")
         if keys[key]:
-            found[key] = _texts(f"[{table}] {name}", value)
+            found[key] = plain_texts(f"[{table}] {name}", value)
         else:
             found[key] = _scalar(f"[{table}] {name}", value)
     return found
@@ -169,7 +169,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; the known ones are {', '.join(known)}"
 
 
-def _texts(where: str, value: Any) -> list[str]:
+def plain_texts(where: str, value: Any) -> list[str]:
     """Return scalars as a person would type them, and the items of a table as NAME=VALUE."""
     if isinstance(value, dict):
         return [f"{key}={_scalar(where, item)}" for key, item in value.items()]

@@ -66,7 +66,11 @@ def note_request(request: Any) -> None:
 def _text(field: Any, value: Any) -> str:
     if field.type == field.TYPE_ENUM and value in field.enum_type.values_by_number:
         return str(field.enum_type.values_by_number[value].name)
-    return ", ".join(value) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+    return (
+        ", ".join(" ".join(str(item).split()) for item in value)
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else str(value)
+    )
 
 
 def quota_key(context: Any) -> str:
