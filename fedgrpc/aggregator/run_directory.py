@@ -14,7 +14,6 @@ import asyncio
 import json
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -183,8 +182,9 @@ class RunDirectory:
         )
         if own is not None:
             await self._recovered(own)
-        for folder in sorted((self._folder / RUNS).glob("*"), key=_age):
+        for folder in (self._folder / RUNS).glob("*"):
             await self._open_submitted(folder)
+        self._runs = dict(sorted(self._runs.items(), key=lambda item: item[1].coordinator.machine.started_at))
 
     async def _restore_fleet(self, store: RunStore) -> None:
         sessions = store.sessions()
@@ -391,13 +391,6 @@ def _check_changeable(changed: Mapping[str, str]) -> None:
     """Raise `UsageError` for settings that cannot change while the run goes on."""
     if wrong := sorted(_FIXED.intersection(changed)):
         raise UsageError(f"{', '.join(wrong)} of a run cannot change: `fedgrpc run clone` starts another with it")
-
-
-def _age(folder: Path) -> tuple[float, str]:
-    try:
-        return (folder / DATABASE).stat().st_ctime, folder.name
-    except OSError:
-        return time.time(), folder.name
 
 
 def _write_texts(path: Path, texts: Texts) -> None:
