@@ -87,4 +87,4 @@ def test_vectors_that_cannot_be_are_refused(wrong: dict[str, object]) -> None:
 def test_bounds_follow_the_last_mean_up_to_the_clipping_norm() -> None:
     means = {"small": np.array([0.01, -0.02]), "large": np.array([3.0]), "still": np.zeros(2), "none": np.zeros(0)}
     found = bounds_after(means, clip_norm=1.0)
-    assert found == pytest.approx({"small": 0.04, "large": 1.0, "still": 1e-6, "none": 1e-6})
+    assert found == pytest.approx({"small": 0.08, "large": 1.0, "still": 1e-6, "none": 1e-6})
