@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedgrpc import __version__
 from fedgrpc.claims import printable
+from fedgrpc.v1.models_pb2 import Release, ReleasePhase
 from fedgrpc.web import fleet, rounds
 from fedgrpc.words import rate, round_phase, run_phase, scores, seconds, size, task_phase
 
@@ -37,6 +38,11 @@ def ago(at: Timestamp) -> str:
     """Return how long ago a time is, by this machine's clock."""
     passed = time.time() - at.ToNanoseconds() / 1e9
     return "just now" if passed < 1 else f"{duration(passed)} ago"
+
+
+def release_phase(release: Release) -> str:
+    """Return `canary`, `rollout`, `done`, `rolled back` or `aborted`."""
+    return ReleasePhase.Name(release.phase).removeprefix("RELEASE_PHASE_").replace("_", " ").lower()
 
 
 def in_path(text: str) -> str:
@@ -63,7 +69,7 @@ def environment() -> Environment:
     filters: dict[str, Any] = {
         **{"ago": ago, "duration": duration, "in_path": in_path, "rate": rate, "scores": scores},
         **{"seconds": seconds, "size": size, "round_phase": round_phase, "run_phase": run_phase},
-        **{"task_phase": task_phase},
+        **{"task_phase": task_phase, "release_phase": release_phase},
     }
     made.filters.update(filters)
     return made

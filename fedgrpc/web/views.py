@@ -32,6 +32,7 @@ _MAX_RUNS: Final = 64
 _ROUNDS_SHOWN: Final = 20
 _LINES_SHOWN: Final = 100
 _RUNS_SHOWN: Final = 3
+_RELEASES_SHOWN: Final = 10
 _TASKS_SHOWN: Final = 200
 _SEARCH: Final = Text(100)
 
@@ -92,7 +93,9 @@ class Views:
         async with aclosing(client.watch()) as watched:  # type: ignore[type-var]
             news = await anext(watched)
         history = await self._history(news.run, client)
+        releases = await client.models.releases(news.run.name)
         shown = {"recent": history[: -_ROUNDS_SHOWN - 1 : -1], "earlier": len(history) > _ROUNDS_SHOWN}
+        shown["releases"] = releases[:_RELEASES_SHOWN]
         return await self._page(request, "run.html", visitor, client, {**self._live_values(news), **shown})
 
     async def _history(self, run: pb.Run, client: Client) -> Sequence[Any]:

@@ -6,6 +6,7 @@ import json
 import httpx
 import pytest
 
+from fedgrpc.client import connect
 from fedgrpc.errors import Exhausted, UsageError, WrongIdentity
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1.round_pb2 import TASK_PHASE_FAILED
@@ -210,3 +211,14 @@ def test_sessions_end_and_guesses_are_paced():
     cookies = [visitors.sign_in(visitors.secret) for _ in range(150)]
     assert len(set(cookies)) == 150
     assert len(visitors._sessions) == 100
+
+
+async def test_releases_of_a_run_are_listed_with_what_is_watched(tmp_path):
+    async with running_aggregator(tmp_path, rounds=2) as running, visited(running) as client:
+        await committed_round(running)
+        assert "Releases" not in await text_of(client, "/runs/default")
+        async with connect(running.address) as steering:
+            await steering.models.start_release("default", "2", "a", ["accuracy>=0.9"], 60.0, None)
+        run = await text_of(client, "/runs/default")
+        assert "canary" in run
+        assert "accuracy at least 0.9" in run
