@@ -19,6 +19,7 @@ from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import identity_pb2
 from fedgrpc.v1.aggregator_pb2_grpc import AggregatorStub
 from fedgrpc.v1.identity_pb2_grpc import IdentityStub
+from fedgrpc.v1.privacy_pb2 import PrivacyLedger
 from fedgrpc.v1.round_pb2 import Round
 
 _TIMEOUT_S = 10.0
@@ -102,6 +103,13 @@ class Client:
         with self._reaching():
             answer: pb.GetRunResponse = await self._stub.GetRun(request, timeout=_TIMEOUT_S)
         return answer.run
+
+    async def privacy(self) -> PrivacyLedger:
+        """Return the run's releases with noise. Raises `NotFound` where it releases its versions without."""
+        request = pb.GetPrivacyRequest(run=self.run_name)
+        with self._reaching():
+            answer: pb.GetPrivacyResponse = await self._stub.GetPrivacy(request, timeout=_TIMEOUT_S)
+        return answer.ledger
 
     async def healthy(self) -> bool:
         """Return whether the aggregator serves: not while its data folder fails, nor while it ends."""

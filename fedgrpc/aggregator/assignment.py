@@ -86,7 +86,9 @@ class TaskAssigner:
 
     async def _choose(self, round_: RoundInProgress, idle: tuple[str, ...], count: int) -> Selected:
         coordinator, state = self._coordinator, round_.state
-        rng = np.random.default_rng([self._settings.seed, state.number, len(state.tasks)])
+        rng = coordinator.releases.sampling(state.number, len(state.tasks)) or np.random.default_rng(
+            [self._settings.seed, state.number, len(state.tasks)]
+        )
         choosing = self._settings.choosing if round_.kind is TaskKind.TRAIN else SelectionPolicy()
         histories = self._workers.trainers()
         choices, deadline = await asyncio.to_thread(choosing.choose, state, idle, count, histories, rng)
@@ -111,10 +113,13 @@ class TaskAssigner:
         assert state.deadline_at is not None
         wall_deadline = time.time() + state.deadline_at - now
         histories = {name: self._workers.history(name).chosen(state.number) for name in chosen}
+        last_steps = {} if after.ledger is None else after.ledger.last_steps
+        counted = {name: last_steps[name] for name in chosen if name in last_steps}
 
         def store() -> None:
             record = record_of(round_, now)
-            coordinator.store.save_open_round(record, state.aim, wall_deadline, rows_of(round_), histories)
+            save = coordinator.store.save_open_round
+            save(record, state.aim, wall_deadline, rows_of(round_), histories, counted)
 
         await coordinator.in_database(store)
         self._workers.remember(histories)

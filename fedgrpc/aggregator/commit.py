@@ -39,6 +39,8 @@ T = TypeVar("T")
 Group = range
 # New values, flat or not, and optimizer state.
 Stepped = tuple[np.ndarray, tuple[np.ndarray, ...]]
+# noise(name, start, count): added to these elements of a mean, float64; the same however they are cut.
+Noise = Callable[[str, int, int], np.ndarray]
 # mean(start, stop)
 Mean = Callable[[int, int], np.ndarray]
 
@@ -64,7 +66,7 @@ class ModelCommit:
 
     `about` is for the metadata of the model's file. A coordinate that no update covers keeps its value, and the
     optimizer what it remembers of it. `by_suffix`: optimizers of companion tensors, and by "" the one that an
-    algorithm has in place of `optimizer`.
+    algorithm has in place of `optimizer`. `noise` is added to the mean of every trained tensor, covered or not.
     """
 
     base: ModelFile
@@ -75,6 +77,7 @@ class ModelCommit:
     recycled: RecycledFiles | None = None
     about: Mapping[str, str] = field(default_factory=dict)
     by_suffix: Mapping[str, ServerOptimizer] = field(default_factory=dict)
+    noise: Noise | None = None
 
     @property
     def state_layout(self) -> Layout:
@@ -128,7 +131,8 @@ class ModelCommit:
             if whole:
                 yield spans
                 continue
-            spans = self._joined(spans, fold)
+            # Noise is drawn by tensor.
+            spans = spans if self.noise is not None else self._joined(spans, fold)
             # Only a single span of a fold may be cut: a mean by coordinates is computed of whole tensors.
             if len(spans) > 1 or not fold.covers(self.base.layout[group[0]]):
                 yield spans
@@ -159,6 +163,8 @@ class ModelCommit:
             spec = self.base.layout[span.index]
             if span.index not in means:
                 stepped.append(self._step_floats(span, partial(fold.mean, spec), fold.step))
+            elif means[span.index].covers_nothing and spec.is_trained and self.noise is not None:
+                stepped.append(self._step_floats(span, lambda start, stop: np.zeros(stop - start), PIECE))
             # Nobody has trained it, or may: base and state stay as they are, bit for bit.
             elif means[span.index].covers_nothing or spec.role is TensorRole.CONSTANT:
                 stepped.append((self.base.tensor(span.index), self._state_of(spec)))
@@ -213,6 +219,8 @@ class ModelCommit:
             wide = old[piece].astype(np.float64)
             before = tuple(part.reshape(-1)[piece].astype(np.float64) for part in state)
             mean = delta[at - delta_at : piece.stop - delta_at]
+            if self.noise is not None:
+                mean = mean + self.noise(spec.name, span.start + at, mean.size)
             stepped, after = optimizer.step(wide, mean, before)
             # An optimizer with momentum would also move what no update covers.
             if untouched is not None:

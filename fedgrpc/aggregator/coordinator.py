@@ -27,6 +27,7 @@ from fedgrpc.aggregator.first_model import FirstModelSource
 from fedgrpc.aggregator.histories import RunWorkers
 from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
+from fedgrpc.aggregator.private_releases import PrivateReleases
 from fedgrpc.aggregator.registry import Worker, WorkerRegistry
 from fedgrpc.aggregator.round_records import RecordedRounds, VersionScores
 from fedgrpc.aggregator.run_shell import RunShell
@@ -124,6 +125,7 @@ class Coordinator(RunShell):
         self.tracking.begin(settings.run_name, settings_text(settings))
         self.records = RecordedRounds(store, self.in_database, self.workers, self.tracking)
         self.scores = VersionScores(self, self.records, settings, metrics)
+        self.releases = PrivateReleases(self, settings)
         self.data_folder = DataFolder(self._log, self.changes.notify)
         self.stopping = False
         # The fleet as this run may use it: all of it, unless other runs share it.
@@ -157,6 +159,7 @@ class Coordinator(RunShell):
             bool(asked.clip_norm or settings.clip_quantile or settings.max_update_norm),
             asked.noise_weights,
             settings.clip_quantile,
+            settings.privacy.cohort,
         )
 
     def expected_update(self, worker: str, token: str) -> ExpectedUpdate:

@@ -17,15 +17,16 @@ import numpy as np
 
 from fedgrpc.aggregation.robust.aggregation import Aggregation
 from fedgrpc.aggregation.server_optimizer import server_optimizer
-from fedgrpc.aggregator.commit import ModelCommit
+from fedgrpc.aggregator.commit import ModelCommit, Noise
 from fedgrpc.aggregator.local_models import LocalModels
 from fedgrpc.aggregator.model_store import ModelStore
+from fedgrpc.aggregator.private_releases import complaint
 from fedgrpc.aggregator.robust_merge import judged
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.update_checks import norm_of
 from fedgrpc.algorithms.registry import algorithm_of
 from fedgrpc.codec.layout import Layout
-from fedgrpc.errors import NotFinite, NotFound, StorageError, UnusableUpdate, blaming
+from fedgrpc.errors import NotFinite, NotFound, StorageError, UnusableUpdate, UpdateRefused, blaming
 from fedgrpc.protocol.tensors import channels_from_proto
 from fedgrpc.rounds.policy import TaskKind
 from fedgrpc.rounds.version import Version
@@ -148,8 +149,8 @@ class NewVersion:
         self._local_models = local_models
         self._optimizer = server_optimizer(settings.server_optimizer, settings.server_learning_rate)
 
-    async def write(self, round_: RoundInProgress, merge: Merge) -> Version:
-        """Return the new version, durable.
+    async def write(self, round_: RoundInProgress, merge: Merge, noise: Noise | None = None) -> Version:
+        """Return the new version, durable. `noise` is as in `ModelCommit`.
 
         Raises `StorageError`, `UnusableUpdate` for an update that is to be left out, and `UpdateRefused` when no
         update in particular is to blame.
@@ -169,6 +170,7 @@ class NewVersion:
             self._models.recycled,
             about,
             algorithm_of(self._settings.plan.algorithm).optimizers(self._optimizer, merge.workers),
+            noise,
         )
         try:
             paths = self._models.path(number), self._models.optimizer_state_path(number)
@@ -198,6 +200,8 @@ class NewVersion:
         with blaming(token):
             digest = await asyncio.to_thread(_write_values, self._models.path(number), update, about)
         model = self._models.open(number)
+        if self._settings.privacy.on and (unbounded := complaint(model.layout)):
+            raise UpdateRefused(unbounded)
         norm, first = await asyncio.to_thread(model.norm), await asyncio.to_thread(model.content_digest)
         return Version(number, round_.number, digest, 0, norm, first_model=first)
 

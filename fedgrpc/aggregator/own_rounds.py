@@ -81,7 +81,8 @@ class OwnRounds:
         """See `RoundSource.write`. A round that only evaluates makes no version."""
         if round_.kind is TaskKind.EVALUATE:
             return None, self._run.layout
-        version = await self._new_version.write(round_, merge)
+        noise = await self._coordinator.releases.enter(round_, merge)
+        version = await self._new_version.write(round_, merge, noise)
         return version, self._models.open(version.version).layout
 
     async def ended(self, round_: RoundInProgress) -> None:

@@ -14,6 +14,7 @@ from itertools import chain
 import numpy as np
 import structlog
 
+from fedgrpc.aggregator import private_releases
 from fedgrpc.aggregator.assignment import TaskAssigner
 from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.first_model import complaint
@@ -84,6 +85,7 @@ class Recovery:
                 coordinator.fleet.restore(registration, coordinator.clock(), session)
             coordinator.workers.remember({registration.worker: history})
         coordinator.apply(RoundsRestored(await coordinator.records.restore()))
+        await coordinator.releases.open()
         await self._recover_model()
         await self._take_settings(changed)
         await self._recall_costs()
@@ -168,6 +170,8 @@ class Recovery:
             self._coordinator.apply(VersionTaken(version, layout))
         if self._settings.initial_model is not None:
             await self._import(ModelFile.open(self._settings.initial_model))
+        if self._settings.privacy.on and (unbounded := private_releases.complaint(self._run.layout)):
+            raise UsageError(unbounded)
 
     async def _recall_costs(self) -> None:
         """Read what plans are predicted from in the records of past rounds: it stands nowhere else."""

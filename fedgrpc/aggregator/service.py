@@ -246,6 +246,11 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
                     return
                 await asyncio.sleep(interval_s)
 
+    async def GetPrivacy(
+        self, request: pb.GetPrivacyRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetPrivacyResponse:
+        return pb.GetPrivacyResponse(ledger=self._view.privacy())
+
     async def ListWorkers(
         self, request: pb.ListWorkersRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListWorkersResponse:

@@ -18,6 +18,7 @@ from typing import Final
 from fedgrpc.aggregation.admission import AdmissionPolicy
 from fedgrpc.aggregation.robust.aggregation import MEAN, aggregation_of
 from fedgrpc.aggregator.negotiation import Negotiation
+from fedgrpc.aggregator.privacy_settings import check_privacy
 from fedgrpc.aggregator.roles import Roles
 from fedgrpc.algorithms.combinations import check_algorithm
 from fedgrpc.algorithms.registry import algorithm_of
@@ -25,6 +26,7 @@ from fedgrpc.claims import WEIGHT
 from fedgrpc.codec.manifest import Limits
 from fedgrpc.errors import UsageError
 from fedgrpc.identity.members import MAX_LIFE_S, MIN_LIFE_S, Lives
+from fedgrpc.privacy.policy import PrivacyPolicy
 from fedgrpc.rounds.policy import RoundPolicy
 from fedgrpc.rounds.selection import SelectionPolicy
 from fedgrpc.rpc.address import Address
@@ -48,7 +50,7 @@ _LONGEST_NAME = 200
 _FIXED: Final = ("model",)
 ALGORITHM: Final = "plan.algorithm"
 OPTIMIZER: Final = "server_optimizer"
-_PARTS: Final = ("policy", "choosing", "plan", "target")
+_PARTS: Final = ("policy", "choosing", "plan", "target", "privacy")
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class AggregatorSettings:
     rounds: int | None = 10
     policy: RoundPolicy = field(default_factory=RoundPolicy)
     choosing: SelectionPolicy = field(default_factory=SelectionPolicy)
+    privacy: PrivacyPolicy = field(default_factory=PrivacyPolicy)
     plan: TrainingPlan = field(default_factory=TrainingPlan)
     local_models: PlanTable = field(default_factory=PlanTable)
     initial_model: Path | None = None
@@ -175,6 +178,7 @@ class AggregatorSettings:
         self._check_times()
         self._check_scales()
         self._check_aggregation()
+        check_privacy(self)
         self.negotiation()
         try:
             parse_requires(self.requires)

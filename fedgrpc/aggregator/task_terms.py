@@ -97,6 +97,7 @@ class TaskTerms:
     ) -> None:
         self.instructions = TrainingInstructions.from_settings(settings)
         self._run_name = settings.run_name
+        self._privacy, self._clip_norm = settings.privacy, settings.clip_norm
         self._run = run
         self._fleet = fleet
         self._workers = workers
@@ -140,6 +141,8 @@ class TaskTerms:
             evaluate=instructions.evaluate,
             local_model=context.local.plan,
             sub_model=context.local.sub_model,
+            clip_norm=self._clip_norm if self._privacy.on else None,
+            metrics=self._privacy.metrics,
         )
         if evaluation is None:
             assert round_ is not None

@@ -78,6 +78,8 @@ def examine(header: UpdateHeader, expected: ExpectedUpdate) -> tuple[Manifest, R
     manifest = manifest_from_proto(header.manifest, expected.limits)
     if header.merged_updates and not expected.leads:
         raise UpdateRefused("a mean of updates comes from an aggregator alone")
+    if header.merged_updates and expected.weighing.cohort is not None:
+        raise UpdateRefused("this run bounds what each device adds, and a mean of updates is of many")
     if expected.kind is TaskKind.EVALUATE:
         header.example_count = header.example_count or header.evaluation_example_count
         check_layout((), manifest.layout)

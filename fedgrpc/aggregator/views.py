@@ -21,14 +21,15 @@ from fedgrpc.aggregator.coordinator import Coordinator
 from fedgrpc.aggregator.histories import tell_history
 from fedgrpc.aggregator.registry import Worker
 from fedgrpc.codec.layout import Layout
-from fedgrpc.errors import Exhausted, UsageError
+from fedgrpc.errors import Exhausted, NotFound, UsageError
 from fedgrpc.protocol.durations import duration_to_proto
 from fedgrpc.protocol.plans import policy_to_proto
+from fedgrpc.protocol.privacy import ledger_to_proto
 from fedgrpc.protocol.records import version_to_proto
 from fedgrpc.protocol.tensors import layout_to_proto
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
 from fedgrpc.v1 import aggregator_pb2 as pb
-from fedgrpc.v1 import round_pb2, tensor_pb2
+from fedgrpc.v1 import privacy_pb2, round_pb2, tensor_pb2
 from fedgrpc.v1.round_pb2 import TASK_PHASE_ACCEPTED
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
@@ -89,6 +90,13 @@ class RunView:
                 field.CopyFrom(version_to_proto(known))
         run.started_at.FromNanoseconds(int(state.started_at * 1e9))
         return run
+
+    def privacy(self) -> privacy_pb2.PrivacyLedger:
+        """Return the run's ledger. Raises `NotFound` where its versions are released without noise."""
+        state, rounds = self._run, self._settings.rounds
+        if state.ledger is None:
+            raise NotFound("this run releases its versions without noise")
+        return ledger_to_proto(state.ledger, 0 if rounds is None else max(0, rounds - state.trained))
 
     def summary(self) -> pb.RunSummary:
         """Return the run as it stands in a list."""

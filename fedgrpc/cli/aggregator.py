@@ -26,6 +26,7 @@ from fedgrpc.errors import UsageError
 from fedgrpc.gauges import Gauges
 from fedgrpc.hierarchy.process import run_leaf
 from fedgrpc.metrics import Metrics, serve_metrics
+from fedgrpc.privacy.policy import PrivacyPolicy
 from fedgrpc.process import collect_rarely
 from fedgrpc.protocol.tasks import WorkerRole
 from fedgrpc.rounds.policy import RoundPolicy
@@ -44,6 +45,7 @@ _choosing = Declare("Rounds", SelectionPolicy)
 _end = Declare("When the run ends", AggregatorSettings)
 _plan = Declare("Training plan (without: the learning task's own values)", TrainingPlan)
 _mean = Declare("Averaging", AggregatorSettings)
+_privacy = Declare("Privacy (docs/guide/privacy.md)", PrivacyPolicy)
 _transfer = Declare("Transfer", AggregatorSettings)
 _service = Declare("Service", AggregatorSettings)
 _upstream = Declare("Parent aggregator (docs/tree.md)")
@@ -265,6 +267,28 @@ SETTINGS: list[Setting] = [
     ),
     _mean("--evaluate/--no-evaluate", "Let workers score each model on their held-out data before training."),
     _mean("--seed", "Seed of selection, shuffling and stochastic rounding."),
+    _privacy(
+        "--privacy",
+        "Release versions with noise: independent (gaussian), or that of a tree over all rounds (dp-ftrl).",
+        name="mechanism",
+    ),
+    _privacy("--noise-multiplier", "Standard deviation of the noise over the most that one device adds."),
+    _privacy("--target-epsilon", "Compute the noise so that all rounds cost at most this; the run ends before."),
+    _privacy("--delta", "Tell epsilon at this delta; keep it well below one over the number of devices."),
+    _privacy(
+        "--privacy-cohort",
+        "Divide the sum of updates by this count of devices, however many came.",
+        name="cohort",
+    ),
+    _privacy(
+        "--min-separation",
+        "A device takes part at most once in any so many versions that follow each other.",
+    ),
+    _policy(
+        "--poisson-rate",
+        "Ask each idle device with this chance (with --quorum 0); noise counts for more where nobody knows whom.",
+    ),
+    _privacy("--metrics/--no-metrics", "Devices report no losses, scores and counts of examples."),
     _transfer(
         "--encoding",
         "Recipe of models and updates, as in raw or int8+zstd; or by link, 'raw above 1gbit | int8+zstd'; or auto "
@@ -372,6 +396,7 @@ def settings_from(values: dict[str, Any]) -> AggregatorSettings:
         values,
         policy=pick(RoundPolicy, values),
         choosing=pick(SelectionPolicy, values),
+        privacy=pick(PrivacyPolicy, values),
         plan=pick(TrainingPlan, values),
         local_models=PlanTable() if plans is None else read_file(plans, PlanTable.from_toml),
         worker_weights=dict(values["worker_weights"]),
@@ -418,6 +443,8 @@ def _run(**values: Any) -> int:
         ready = _port_writer(values["port_file"])
         upstream = upstream_from(values, settings.data_dir)
         if upstream is not None:
+            if settings.privacy.on:
+                raise UsageError("--privacy is for the parent: a leaf releases no versions")
             if values["web_address"] is not None:
                 raise UsageError(
                     "--web-address is for the parent: the page of a leaf would show a part of each round"

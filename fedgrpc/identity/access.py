@@ -45,6 +45,7 @@ ROLES: Final[Mapping[str, Roles]] = {
             "ListRounds": _READERS,
             "WatchRounds": _READERS,
             "ListWorkers": _READERS,
+            "GetPrivacy": _READERS,
             "PauseRun": _STEERING,
             "ResumeRun": _STEERING,
             "RollBackRun": _STEERING,

@@ -39,24 +39,26 @@ class RoundNoise:
         if self.step < 1:
             raise ValueError(f"noisy rounds count from 1, not {self.step}")
 
-    def normals(self, tensor: str, count: int) -> Array:
+    def normals(self, tensor: str, count: int, start: int = 0) -> Array:
         """Return the noise of `tensor` in this round: `count` float64, to be scaled by the standard deviation.
 
-        Independent: of the standard normal distribution. In a tree: N(step) - N(step - 1).
+        Independent: of the standard normal distribution. In a tree: N(step) - N(step - 1). Those from element
+        `start` on, a multiple of 8, are the same however the tensor is cut.
         """
         if not self.tree:
-            return self._stream("round", self.step, 0, tensor).normals(count)
+            return self._stream("round", self.step, 0, tensor, start).normals(count)
         added, removed = set(_nodes(self.step)), set(_nodes(self.step - 1))
         total = np.zeros(count)
         for level, node in sorted(added - removed):
-            total += self._stream("node", node, level, tensor).normals(count)
+            total += self._stream("node", node, level, tensor, start).normals(count)
         for level, node in sorted(removed - added):
-            total -= self._stream("node", node, level, tensor).normals(count)
+            total -= self._stream("node", node, level, tensor, start).normals(count)
         return total
 
-    def _stream(self, kind: str, number: int, level: int, tensor: str) -> RandomStream:
+    def _stream(self, kind: str, number: int, level: int, tensor: str, start: int) -> RandomStream:
         label = f"fedgrpc noise 1 {kind} {number} {level} {tensor}"
-        return RandomStream(derived_key(self.key, label.encode()))
+        # A number of the normal distribution is made of 8 bytes of the stream.
+        return RandomStream(derived_key(self.key, label.encode()), 8 * start)
 
 
 def _nodes(rounds: int) -> Iterator[tuple[int, int]]:

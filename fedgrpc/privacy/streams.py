@@ -18,6 +18,7 @@ from fedgrpc.codec.layout import Array
 
 KEY_BYTES: Final = 32
 _PIECE: Final = 1 << 15
+_BLOCK_BYTES: Final = 64
 _WORDS: Final = {8: "u1", 16: "<u2", 32: "<u4", 64: "<u8"}
 
 
@@ -27,10 +28,16 @@ def derived_key(key: bytes, label: bytes) -> bytes:
 
 
 class RandomStream:
-    """Random words under `key` (32 bytes), in order. A key serves one stream: its nonce is zero."""
+    """Random words under `key` (32 bytes), in order. A key serves one stream: its nonce is zero.
 
-    def __init__(self, key: bytes) -> None:
-        self._cipher = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
+    It begins at byte `start`, a multiple of 64 below 2^38: the cipher counts blocks of that size in 32 bits.
+    """
+
+    def __init__(self, key: bytes, start: int = 0) -> None:
+        if start % _BLOCK_BYTES or not 0 <= start < _BLOCK_BYTES << 32:
+            raise ValueError(f"a stream begins at a multiple of {_BLOCK_BYTES} bytes, not at {start}")
+        nonce = (start // _BLOCK_BYTES).to_bytes(4, "little") + bytes(12)
+        self._cipher = Cipher(algorithms.ChaCha20(key, nonce), mode=None).encryptor()
 
     def raw(self, count: int) -> bytes:
         """Return the next `count` bytes."""

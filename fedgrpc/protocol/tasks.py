@@ -66,7 +66,8 @@ class Task:
 
     `deadline_s` is a time of this process's clock, of a worker the monotonic one. `evaluate` asks for scores of
     the given model before training. `local_model` is what to make of that model first. `uplink_bytes_per_second`
-    is the rate of the worker's link, 0 if the aggregator does not know it.
+    is the rate of the worker's link, 0 if the aggregator does not know it. `clip_norm`: the longest difference
+    that the device sends; without `metrics` it reports none.
     """
 
     token: str
@@ -83,6 +84,8 @@ class Task:
     evaluate: bool = False
     local_model: LocalModelPlan | None = None
     sub_model: SubModel = field(default_factory=SubModel)
+    clip_norm: float | None = None
+    metrics: bool = True
 
     @property
     def is_personal(self) -> Callable[[str], bool]:
@@ -155,6 +158,8 @@ def task_to_proto(task: Task, now_s: float) -> aggregator_pb2.Task:
     local = LocalTask(task.local_model or LocalModelPlan(), task.sub_model)
     if not local.plain:
         message.local_model.CopyFrom(local_task_to_proto(local))
+    if task.clip_norm is not None:
+        message.privacy.clip_norm, message.privacy.without_metrics = task.clip_norm, not task.metrics
     return message
 
 
@@ -168,6 +173,9 @@ def task_from_proto(message: aggregator_pb2.Task) -> Task:
     if message.HasField("time_left"):
         deadline_s = time.monotonic() + duration_from_proto(message.time_left)
     local_model, sub_model = local_model_from_proto(message.local_model)
+    clip_norm = message.privacy.clip_norm if message.HasField("privacy") else None
+    if clip_norm is not None and not 0 < clip_norm < math.inf:
+        raise LayoutError(f"the clip norm of a task is a number above 0, not {clip_norm:g}")
     return Task(
         token=message.token,
         run=message.run,
@@ -183,4 +191,6 @@ def task_from_proto(message: aggregator_pb2.Task) -> Task:
         evaluate=message.evaluate,
         local_model=None if local_model.plain else local_model,
         sub_model=sub_model,
+        clip_norm=clip_norm,
+        metrics=not message.privacy.without_metrics,
     )

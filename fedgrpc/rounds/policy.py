@@ -41,6 +41,10 @@ class RoundPolicy:
     A worker that tells of fewer than `min_new_examples` new ones takes part in no round of training. By default
     that is 1 in a run without a last round, and 0 in any other (`RunRules.min_new_examples`).
 
+    With `poisson_rate` every idle worker is asked by a coin of its own, which falls so with that chance, once in a
+    round: no lost task is given to another, and a round commits whatever came, were it nothing (`quorum` 0). What
+    a round makes then tells nobody who was asked.
+
     After a restart, an open round lasts at least `reconnect_grace_s` longer, so that workers can reconnect and
     deliver what they finished meanwhile.
     """
@@ -63,6 +67,7 @@ class RoundPolicy:
     buffer_size: int | None = None
     reconnect_grace_s: float = 60.0
     min_new_examples: int | None = None
+    poisson_rate: float | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -72,7 +77,7 @@ class RoundPolicy:
             or self.max_participants >= self.min_sample_size,
             "fraction must be above 0 and at most 1": 0 < self.fraction <= 1,
             "over_selection must be from 1 to 10": 1 <= self.over_selection <= 10,
-            "quorum must be from 1 to the number of participants": self.quorum >= 1
+            "quorum must be from 1 to the number of participants": self.quorum >= (self.poisson_rate is None)
             and (self.max_participants is None or self.quorum <= self.max_participants),
             "deadline_s must be a positive number of seconds": 0 < self.deadline_s < math.inf,
             "lease_s must be a positive number of seconds": 0 < self.lease_s < math.inf,
@@ -95,9 +100,30 @@ class RoundPolicy:
             "buffer_size goes with late = 'carry'": not buffered or self.late == "carry",
             "buffer_size goes with over_selection = 1": not buffered or self.over_selection == 1,
         }
+        if self.poisson_rate is not None:
+            checks |= self._checks_of_sampling(self.poisson_rate)
         for message, holds in checks.items():
             if not holds:
                 raise UsageError(message)
+
+    def _checks_of_sampling(self, rate: float) -> dict[str, bool]:
+        """Return what has to hold for each device to be sampled by its coin alone."""
+        return {
+            "poisson_rate must be above 0 and at most 1": 0 < rate <= 1,
+            "poisson_rate goes with quorum = 0: a round that is abandoned would tell who was not asked": (
+                self.quorum == 0
+            ),
+            "poisson_rate goes without fraction, max_participants and over_selection": (
+                self.fraction == 1 and self.max_participants is None and self.over_selection == 1
+            ),
+            "poisson_rate goes without weight_aim": self.weight_aim is None,
+            "poisson_rate goes with late = 'discard'": self.late == "discard",
+        }
+
+    @property
+    def least(self) -> int:
+        """Number of tasks below which a round does not open."""
+        return 0 if self.poisson_rate is not None else max(self.quorum, self.min_sample_size)
 
     def aim(self, live_count: int) -> int:
         """Return how many updates a round wants of `live_count` workers."""
@@ -128,6 +154,7 @@ class RoundPolicy:
             quorum=1,
             over_selection=1.0,
             min_new_examples=None,
+            poisson_rate=None,
         )
         if kind is TaskKind.INITIALIZE:
             return replace(policy, max_participants=1, selection_window_s=0.0)

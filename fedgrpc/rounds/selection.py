@@ -71,6 +71,13 @@ def choose_uniform(idle: tuple[str, ...], count: int, rng: np.random.Generator) 
     return tuple(Choice(pool[index], f"one of {len(pool)} by lot") for index in sorted(drawn))
 
 
+def choose_poisson(idle: tuple[str, ...], rate: float, rng: np.random.Generator) -> tuple[Choice, ...]:
+    """Return those of `idle` whose coin says so, each with the chance `rate`, whatever becomes of the others."""
+    pool = sorted(idle)
+    coins = rng.random(len(pool)) < rate
+    return tuple(Choice(worker, "by its coin") for worker, chosen in zip(pool, coins, strict=True) if chosen)
+
+
 def choose_oort(
     idle: tuple[str, ...],
     count: int,
@@ -189,7 +196,9 @@ class SelectionPolicy:
 
         None: the policy's deadline. A buffer has that too, since it does not wait for its slowest worker.
         """
-        if self.selection == "oort":
+        if round_.policy.poisson_rate is not None:
+            choices = choose_poisson(idle, round_.policy.poisson_rate, rng)
+        elif self.selection == "oort":
             choices = choose_oort(idle, count, histories, round_.number, rng, self._oort())
         else:
             choices = choose_uniform(idle, count, rng)

@@ -99,6 +99,9 @@ def on_workers_available(round_: Round, event: WorkersAvailable, now: float) -> 
         return replace(round_, ready_at=ready_at), ()
     if policy.buffer_size is not None:
         return _ask_for_buffer(round_, event, idle_count, now)
+    if policy.poisson_rate is not None:
+        # All are asked for, and the coins decide.
+        return _ask_or_open(replace(round_, aim=idle_count), idle_count, now)
     aim = policy.aim(event.live_count)
     # Never aim at more than can be had now: the round would wait for its deadline.
     round_ = replace(round_, aim=min(aim, idle_count + brought))
@@ -147,8 +150,8 @@ def open_round(round_: Round, event: Selected, now: float) -> Step:
     _check_answer(round_, event)
     brought = round_.accepted_count + round_.at_work_count
     # A buffer makes progress with any single task. A round is pointless below its quorum.
-    enough = max(round_.policy.quorum, round_.policy.min_sample_size)
-    if len(event.tasks) + brought < (1 if round_.policy.buffer_size is not None else enough):
+    enough = 1 if round_.policy.buffer_size is not None else round_.policy.least
+    if len(event.tasks) + brought < enough:
         return _note_shortage(replace(round_, asked=0), now), ()
     return add_tasks(_opened(round_, event, now), event, now)
 
@@ -211,7 +214,8 @@ def refill(round_: Round, event: WorkersAvailable, now: float) -> Step:
     # One task per worker and round: else a worker that fails at once would take the freed slots again and again.
     exclude = round_.workers
     count = min(missing, sum(worker not in exclude for worker in event.idle))
-    if count > 0:
+    # Whom a coin has left out replaces nobody.
+    if count > 0 and policy.poisson_rate is None:
         return replace(round_, asked=count), (Select(count, exclude),)
     if round_.open_count:
         return round_, ()

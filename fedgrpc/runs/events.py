@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum
 
 from fedgrpc.codec.layout import Layout
+from fedgrpc.privacy.ledger import Ledger, Release
 from fedgrpc.rounds import events as rounds
 from fedgrpc.rounds.events import Selected
 from fedgrpc.rounds.version import Version
@@ -45,6 +46,8 @@ class EndReason(Enum):
     PARENT_ENDED = 4
     # No version was better for as long as the operator is patient.
     NOT_BETTER = 5
+    # A further version would cost more privacy than the operator allows.
+    PRIVACY_SPENT = 6
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,20 @@ class UpdatesMerged:
     layout: Layout
     merge: Merge
     commit_s: float
+
+
+@dataclass(frozen=True)
+class LedgerOpened:
+    """The run releases its versions with noise, and has released these."""
+
+    ledger: Ledger
+
+
+@dataclass(frozen=True)
+class ReleaseEntered:
+    """A release of the round in progress is in the ledger; its version may be written now."""
+
+    release: Release
 
 
 @dataclass(frozen=True)
@@ -282,6 +299,8 @@ Event = (
     rounds.Event
     | RoundOpened
     | TasksGiven
+    | LedgerOpened
+    | ReleaseEntered
     | UpdateAccepted
     | UpdatesMerged
     | RoundEnded

@@ -36,9 +36,11 @@ from fedgrpc.runs.events import (
     Evaluated,
     EvaluatorPolled,
     Event,
+    LedgerOpened,
     ParentLeads,
     ParentWaits,
     Paused,
+    ReleaseEntered,
     Resumed,
     RollBackAsked,
     RollBackFailed,
@@ -127,6 +129,8 @@ class RunMachine(RunState):
         self.round = self.current.with_contexts(
             {token: context for token, context in event.contexts.items() if token in tasks}
         )
+        if self.ledger is not None and self.current.kind is TaskKind.TRAIN:
+            self.ledger = self.ledger.chosen(worker for _, worker in event.selected.tasks)
         return effects
 
     def _accept(self, event: UpdateAccepted, now: float) -> Effects:
@@ -138,6 +142,16 @@ class RunMachine(RunState):
         context = replace(self.current.context(event.token), report=event.report)
         self.round = self.current.with_contexts({event.token: context})
         return effects
+
+    def _open_ledger(self, event: LedgerOpened, now: float) -> Effects:
+        self.ledger = event.ledger
+        return ()
+
+    def _enter_release(self, event: ReleaseEntered, now: float) -> Effects:
+        if self.ledger is None:
+            raise IllegalTransition("this run releases its versions as they are")
+        self.ledger = self.ledger.entered(event.release)
+        return ()
 
     def _merge(self, event: UpdatesMerged, now: float) -> Effects:
         number = self.current.base_version if event.version is None else event.version.version
@@ -332,6 +346,8 @@ def _task_closed(token: str, task: Task) -> TaskClosed:
 _HANDLERS: Mapping[type, Callable[[RunMachine, Any, float], Effects]] = {
     RoundOpened: RunMachine._open_round,
     TasksGiven: RunMachine._give_tasks,
+    LedgerOpened: RunMachine._open_ledger,
+    ReleaseEntered: RunMachine._enter_release,
     UpdateAccepted: RunMachine._accept,
     UpdatesMerged: RunMachine._merge,
     ParentWaits: RunMachine._hurry,

@@ -121,7 +121,8 @@ class Weighing:
     workers. Of any other, a mean weighs no more than a worker's own update could. `max_share`: the largest share
     of one worker. `max_total`: the most that all updates weigh together. `plan` has the algorithm, and bounds
     steps. `clip_norm`: the longest that an update counts; `clip_quantile`: this quantile of the round's norms.
-    `staleness_exponent` lowers old updates.
+    `staleness_exponent` lowers old updates. With `cohort` every update of training weighs the same, and their
+    sum is divided by this count of devices, however many came.
     """
 
     worker_weights: Mapping[str, float]
@@ -135,6 +136,7 @@ class Weighing:
     clips_buffers: bool = False
     by_noise: bool = True
     clip_quantile: float | None = None
+    cohort: int | None = None
 
     def weight_of(self, kind: TaskKind, worker: str, report: Report, here: Collection[str]) -> float:
         """Return p_m where the operator has set it for this worker, else the bounded count of examples.
@@ -142,6 +144,8 @@ class Weighing:
         A worker's own update weighs that times its say. A partial aggregate carries the sum of such weights.
         `here` are the workers of the round: what is set for these is in no partial aggregate.
         """
+        if self.cohort is not None and kind is TaskKind.TRAIN:
+            return 1.0
         # Scores and first models are no votes: p_m is for training alone.
         chosen = self.worker_weights if kind is TaskKind.TRAIN else {}
         if worker in chosen:
@@ -240,6 +244,9 @@ class Weighing:
             if self.clips:
                 longest = self._longest(norms)
                 scales = {token: scale * clip_scale(norms[token], longest) for token, scale in scales.items()}
+            if self.cohort is not None:
+                # The mean divides by the count of updates, which is none of anybody's business: arXiv 1710.06963.
+                scales = {token: scale * len(scales) / self.cohort for token, scale in scales.items()}
             # FedBuff, arXiv 2106.06639. Last, since it lowers whatever the algorithm made of an old update.
             scales = {
                 token: scale * staleness_scale(round_.state.tasks[token].staleness, self.staleness_exponent)
@@ -272,6 +279,8 @@ class Weighing:
     ) -> dict[str, float]:
         here = frozenset(workers.values())
         weights = {token: self.weight_of(kind, workers[token], report, here) for token, report in reports.items()}
+        if self.cohort is not None and not weights:
+            return {}
         # Not `<= 0`: a sum that is NaN is refused, too.
         if not sum(weights.values()) > 0:
             raise UpdateRefused("the weights of all accepted updates are zero")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fedgrpc.codec.layout import Layout
 from fedgrpc.errors import RoundClosed
+from fedgrpc.privacy.ledger import Ledger
 from fedgrpc.rounds.events import (
     TaskPhase,
     WorkersAvailable,
@@ -35,7 +36,7 @@ class RunState:
 
     `version` 0: no model yet; `trained` rounds have been committed to the model. `leases`: the token of each
     worker that holds a task. `held`: the version that each worker said to hold. `new_examples`: how many each said
-    to have. `told`: workers that know of the end.
+    to have. `told`: workers that know of the end. `ledger`: of a run that releases its versions with noise.
     """
 
     def __init__(self, rules: RunRules, run_id: str, started_at: float) -> None:
@@ -61,6 +62,7 @@ class RunState:
         self.evaluations = Evaluations()
         self.streak = Streak()
         self.closing_evaluation = rules.evaluate
+        self.ledger: Ledger | None = None
 
     @property
     def began(self) -> bool:
@@ -113,7 +115,7 @@ class RunState:
 
     def _left_out(self, fleet: FleetView, now: float) -> frozenset[str]:
         """Workers without new examples, and those that held up rounds again and again where others are enough."""
-        unchanged = self._without_new_examples()
+        unchanged = self._without_new_examples() | self._resting()
         doubted = fleet.doubted(now)
         if not doubted or fleet.live_trainers(now, doubted | unchanged) < self.rules.policy.needed_idle:
             return unchanged
@@ -125,6 +127,12 @@ class RunState:
         if not least or self.round is None or self.round.kind is not TaskKind.TRAIN:
             return frozenset()
         return frozenset(worker for worker, count in self.new_examples.items() if count < least)
+
+    def _resting(self) -> frozenset[str]:
+        """Workers that took part in one of the last noisy versions, and so may not in the next."""
+        if self.ledger is None or self.round is None or self.round.kind is not TaskKind.TRAIN:
+            return frozenset()
+        return self.ledger.resting
 
     def _idle_but(self, left_out: frozenset[str], fleet: FleetView) -> tuple[str, ...]:
         idle = fleet.idle_trainers(self.leases)
@@ -153,6 +161,9 @@ class RunState:
             done = Ending(EndReason.ROUNDS_DONE, f"all {self.rules.rounds} rounds are done")
             return EndRun(done, after_evaluators=True)
         kind = self.next_kind
+        if kind is TaskKind.TRAIN and self.ledger is not None and not self.ledger.affordable:
+            spent = f"a further version would cost more than an epsilon of {self.ledger.target_epsilon:g}"
+            return EndRun(Ending(EndReason.PRIVACY_SPENT, spent), after_evaluators=True)
         first = kind is TaskKind.INITIALIZE and not self.version
         state = Round(0 if first else self.last_number + 1, self.rules.policy.for_kind(kind), now)
         return OpenRound(RoundInProgress(state, kind, self.version, wall_now))

@@ -21,7 +21,7 @@ from fedgrpc.errors import LayoutError, StorageError, UsageError
 
 DATABASE: Final = "run.sqlite"
 # Add one whenever a table, or the meaning of a column, changes.
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 _SCHEMA: Final = """
 CREATE TABLE run (
     one INTEGER PRIMARY KEY CHECK (one = 1), id TEXT NOT NULL, name TEXT NOT NULL, phase INTEGER NOT NULL,
@@ -41,6 +41,8 @@ CREATE TABLE tasks (
     token TEXT PRIMARY KEY, round INTEGER NOT NULL, slot INTEGER NOT NULL, worker TEXT NOT NULL,
     phase INTEGER NOT NULL, reason TEXT NOT NULL, staleness INTEGER NOT NULL, chosen TEXT NOT NULL,
     local_model BLOB NOT NULL, loss_cause INTEGER NOT NULL) STRICT;
+CREATE TABLE releases (step INTEGER PRIMARY KEY, record BLOB NOT NULL) STRICT;
+CREATE TABLE last_steps (worker TEXT PRIMARY KEY, step INTEGER NOT NULL) STRICT;
 CREATE INDEX tasks_by_round ON tasks (round, slot);
 """
 

@@ -12,9 +12,12 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 
 from fedgrpc import claims
+from fedgrpc.privacy.ledger import Release
 from fedgrpc.protocol.devices import bounded_registration
+from fedgrpc.protocol.privacy import release_from_proto, release_to_proto
 from fedgrpc.protocol.records import (
     history_from_bytes,
     history_to_bytes,
@@ -29,10 +32,12 @@ from fedgrpc.runs.events import EndReason, RunPhase
 from fedgrpc.storage.database import Database, Row, database_errors
 from fedgrpc.storage.task_rows import TASK_COLUMNS, StoredRound, StoredRun, TaskRow
 from fedgrpc.v1.aggregator_pb2 import RegisterRequest
+from fedgrpc.v1.privacy_pb2 import PrivateRelease
 from fedgrpc.v1.round_pb2 import ROUND_PHASE_COMMITTED, ModelVersion
 from fedgrpc.v1.round_pb2 import Round as RoundRecord
 
 _KEEP_TASKS_OF_ROUNDS = 8
+_NO_STEPS: Mapping[str, int] = MappingProxyType({})
 
 
 class RunStore(Database):
@@ -130,9 +135,18 @@ class RunStore(Database):
         self._checkpoint()
 
     def save_open_round(
-        self, record: RoundRecord, aim: int, deadline_at: float, tasks: Iterable[TaskRow], selected: Histories
+        self,
+        record: RoundRecord,
+        aim: int,
+        deadline_at: float,
+        tasks: Iterable[TaskRow],
+        selected: Histories,
+        last_steps: Mapping[str, int] = _NO_STEPS,
     ) -> None:
-        """Open a round with its tasks, or add tasks to it; `selected` are the workers of the new ones."""
+        """Open a round with its tasks, or add tasks to it; `selected` are the workers of the new ones.
+
+        `last_steps`: for which release with noise each of these was chosen, where that is counted.
+        """
         with self._transaction():
             self._db.execute(
                 "INSERT OR REPLACE INTO rounds VALUES (?, 1, ?, ?, ?)",
@@ -142,6 +156,26 @@ class RunStore(Database):
             self._db.execute("DELETE FROM tasks WHERE round = ?", (record.number,))
             self._save_tasks(tasks)
             self._save_histories(selected)
+            self._db.executemany("INSERT OR REPLACE INTO last_steps VALUES (?, ?)", last_steps.items())
+
+    def save_release(self, release: Release) -> None:
+        """Enter a release with noise, durably, before its version is written."""
+        with self._transaction():
+            # Not OR REPLACE: an entry is never taken back.
+            self._db.execute(
+                "INSERT INTO releases VALUES (?, ?)",
+                (release.step, release_to_proto(release).SerializeToString(deterministic=True)),
+            )
+
+    def releases(self) -> list[Release]:
+        """Read all releases with noise, oldest first."""
+        rows = self._all("SELECT record FROM releases ORDER BY step")
+        with database_errors(self.path):
+            return [release_from_proto(PrivateRelease.FromString(blob)) for (blob,) in rows]
+
+    def last_steps(self) -> dict[str, int]:
+        """Read for which release with noise each device was chosen last."""
+        return dict(self._all("SELECT worker, step FROM last_steps"))
 
     def save_deadline(self, record: RoundRecord, deadline_at: float) -> None:
         """Store a new end of an open round, wall time in seconds, and its record that says so."""

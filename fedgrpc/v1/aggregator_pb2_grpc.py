@@ -131,6 +131,11 @@ class AggregatorStub:
                 request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.WatchRoundsRequest.SerializeToString,
                 response_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.WatchRoundsResponse.FromString,
                 _registered_method=True)
+        self.GetPrivacy = channel.unary_unary(
+                '/fedgrpc.v1.Aggregator/GetPrivacy',
+                request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.GetPrivacyRequest.SerializeToString,
+                response_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.GetPrivacyResponse.FromString,
+                _registered_method=True)
         self.ListWorkers = channel.unary_unary(
                 '/fedgrpc.v1.Aggregator/ListWorkers',
                 request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.ListWorkersRequest.SerializeToString,
@@ -370,6 +375,13 @@ class AggregatorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetPrivacy(self, request, context):
+        """The run's releases with noise, and by what rules others follow. NOT_FOUND: the run releases its versions without.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListWorkers(self, request, context):
         """Every worker that has registered, and what it does now, in pages.
         """
@@ -521,6 +533,11 @@ def add_AggregatorServicer_to_server(servicer, server):
                     servicer.WatchRounds,
                     request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.WatchRoundsRequest.FromString,
                     response_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.WatchRoundsResponse.SerializeToString,
+            ),
+            'GetPrivacy': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPrivacy,
+                    request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.GetPrivacyRequest.FromString,
+                    response_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.GetPrivacyResponse.SerializeToString,
             ),
             'ListWorkers': grpc.unary_unary_rpc_method_handler(
                     servicer.ListWorkers,
@@ -956,6 +973,33 @@ class Aggregator:
             '/fedgrpc.v1.Aggregator/WatchRounds',
             fedgrpc_dot_v1_dot_aggregator__pb2.WatchRoundsRequest.SerializeToString,
             fedgrpc_dot_v1_dot_aggregator__pb2.WatchRoundsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPrivacy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedgrpc.v1.Aggregator/GetPrivacy',
+            fedgrpc_dot_v1_dot_aggregator__pb2.GetPrivacyRequest.SerializeToString,
+            fedgrpc_dot_v1_dot_aggregator__pb2.GetPrivacyResponse.FromString,
             options,
             channel_credentials,
             insecure,

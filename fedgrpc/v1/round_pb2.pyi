@@ -100,7 +100,7 @@ JUMP_NORM: Jump
 JUMP_SCORES: Jump
 
 class RoundPolicy(_message.Message):
-    __slots__ = ("min_workers", "min_sample_size", "max_participants", "fraction", "over_selection", "quorum", "deadline", "lease", "selection_window", "selection_timeout", "weight_aim", "max_share", "deadline_floor", "late", "max_staleness", "buffer_size", "reconnect_grace", "min_new_examples")
+    __slots__ = ("min_workers", "min_sample_size", "max_participants", "fraction", "over_selection", "quorum", "deadline", "lease", "selection_window", "selection_timeout", "weight_aim", "max_share", "deadline_floor", "late", "max_staleness", "buffer_size", "reconnect_grace", "min_new_examples", "poisson_rate")
     MIN_WORKERS_FIELD_NUMBER: _ClassVar[int]
     MIN_SAMPLE_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_PARTICIPANTS_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +119,7 @@ class RoundPolicy(_message.Message):
     BUFFER_SIZE_FIELD_NUMBER: _ClassVar[int]
     RECONNECT_GRACE_FIELD_NUMBER: _ClassVar[int]
     MIN_NEW_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    POISSON_RATE_FIELD_NUMBER: _ClassVar[int]
     min_workers: int
     min_sample_size: int
     max_participants: int
@@ -137,7 +138,8 @@ class RoundPolicy(_message.Message):
     buffer_size: int
     reconnect_grace: _duration_pb2.Duration
     min_new_examples: int
-    def __init__(self, min_workers: _Optional[int] = ..., min_sample_size: _Optional[int] = ..., max_participants: _Optional[int] = ..., fraction: _Optional[float] = ..., over_selection: _Optional[float] = ..., quorum: _Optional[int] = ..., deadline: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., selection_window: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., selection_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., weight_aim: _Optional[float] = ..., max_share: _Optional[float] = ..., deadline_floor: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., late: _Optional[_Union[LatePolicy, str]] = ..., max_staleness: _Optional[int] = ..., buffer_size: _Optional[int] = ..., reconnect_grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., min_new_examples: _Optional[int] = ...) -> None: ...
+    poisson_rate: float
+    def __init__(self, min_workers: _Optional[int] = ..., min_sample_size: _Optional[int] = ..., max_participants: _Optional[int] = ..., fraction: _Optional[float] = ..., over_selection: _Optional[float] = ..., quorum: _Optional[int] = ..., deadline: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., selection_window: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., selection_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., weight_aim: _Optional[float] = ..., max_share: _Optional[float] = ..., deadline_floor: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., late: _Optional[_Union[LatePolicy, str]] = ..., max_staleness: _Optional[int] = ..., buffer_size: _Optional[int] = ..., reconnect_grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., min_new_examples: _Optional[int] = ..., poisson_rate: _Optional[float] = ...) -> None: ...
 
 class TrainingPlan(_message.Message):
     __slots__ = ("epochs", "max_steps", "batch_size", "learning_rate", "momentum", "algorithm", "label_adjustment", "upload_reserve", "weight_decay")

@@ -18,6 +18,7 @@ with a line in the log.
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -29,6 +30,8 @@ from typing import BinaryIO, Final
 import numpy as np
 import structlog
 
+from fedgrpc.aggregation.admission import sum_of_squares
+from fedgrpc.aggregation.scaling import clip_scale
 from fedgrpc.codec.budget import fit
 from fedgrpc.codec.entropy import LINK, Entropy
 from fedgrpc.codec.feedback import Corrected, Keep, Residual, write_with_feedback
@@ -36,7 +39,7 @@ from fedgrpc.codec.layout import Array, Layout, TensorRole, layout_of, spec_of, 
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import write_payload
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.codec.values import InParts
+from fedgrpc.codec.values import InParts, part_of, pieces
 from fedgrpc.process import peak_memory_bytes
 from fedgrpc.protocol.tasks import Task
 from fedgrpc.protocol.updates import report_to_proto
@@ -47,7 +50,7 @@ from fedgrpc.storage.residual_file import read_residual, write_residual
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.trainer import EvalResult, Weights
 from fedgrpc.v1 import aggregator_pb2
-from fedgrpc.worker.delta import Delta, PartialDelta
+from fedgrpc.worker.delta import Delta, PartialDelta, Scaled
 from fedgrpc.worker.spool import Fill
 
 # The rest of what the link carries is for encoding, syncing and a link that is slower this time.
@@ -99,7 +102,8 @@ def update_of(
         unchanged = task.kind is TaskKind.TRAIN and _left_as_it_was(outcome, given, layout)
         if unchanged:
             log.warning("training changed nothing", round=task.round, steps=outcome.steps)
-        report = _report(outcome, began.timings(), unchanged)
+        metrics = task.metrics or task.kind is not TaskKind.TRAIN
+        report = _report(outcome, began.timings(), unchanged, metrics)
         return report_to_proto(report, task.token, worker, manifest, outcome.channels), left
 
     return fill
@@ -146,7 +150,8 @@ def _write(
     if delta.changed_constants:
         log.warning("constants changed by training stay as they are", tensors=delta.changed_constants)
     recipe = recipe.for_layout(told_layout(start, known))
-    sent = PartialDelta(delta, outcome.masks, outcome.clustered, task.is_kept_back)
+    bounded = delta if task.clip_norm is None else clipped(delta, delta.layout, task.clip_norm)
+    sent = PartialDelta(bounded, outcome.masks, outcome.clustered, task.is_kept_back)
     if outcome.masks or task.sub_model.moves:
         # No error feedback: the next update covers other coordinates, which this one's loss does not concern.
         return write_payload(sent, fitted(recipe, sent, known, task, draw), payload, draw(), known), None
@@ -157,7 +162,19 @@ def _write(
     return write_with_feedback(sent, residual, recipe, payload, draw(), layout, keep)[0], layout
 
 
-def _report(outcome: Outcome, timings: Timings, unchanged: bool) -> Report:
+def clipped(delta: Mapping[str, Array], layout: Layout, bound: float) -> Scaled:
+    """Return the differences, scaled down to an L2 norm of `bound` over all trained tensors (arXiv 1710.06963)."""
+    square = 0.0
+    for spec in layout:
+        part = part_of(delta, spec.name)
+        square += sum(sum_of_squares(part(each.start, each.stop)) for each in pieces(spec.size) if spec.is_trained)
+    return Scaled(delta, layout, clip_scale(math.sqrt(square), bound))
+
+
+def _report(outcome: Outcome, timings: Timings, unchanged: bool, metrics: bool = True) -> Report:
+    if not metrics:
+        # An update counts as one device, whatever it has: the rest would tell of its data.
+        return Report(1, 1, {}, {}, 0, timings, peak_memory_bytes=peak_memory_bytes())
     scores = outcome.scores or EvalResult(0, {})
     return Report(
         example_count=outcome.example_count,

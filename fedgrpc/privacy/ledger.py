@@ -1,0 +1,255 @@
+"""The ledger of a run: every release of a version with noise, and what all of them cost one device.
+
+The rule: a release is entered before the noisy version is written, and an entry is never taken back. What was
+entered is counted, whether its version came to be or not. So the loss told is never less than the loss there is.
+
+Adjacent are two runs of which one has all updates of a device at zero: both choose the same devices. Where devices
+are sampled, each by a coin of its own, a run without the device is the same as that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from types import MappingProxyType
+from typing import Literal
+
+from fedgrpc.errors import UpdateRefused, UsageError
+from fedgrpc.privacy.accounting import (
+    Gaussian,
+    Mechanism,
+    PrivacyLoss,
+    SampledGaussian,
+    TreeGaussian,
+    least_multiplier,
+)
+from fedgrpc.privacy.policy import PrivacyPolicy
+
+
+@dataclass(frozen=True)
+class ReleaseRules:
+    """Rules of every release of a run.
+
+    The noise of a coordinate has the standard deviation `deviation`, in units of the model. `rate`: each device is
+    sampled with that chance; None: nothing is assumed of the choice.
+    """
+
+    mechanism: Literal["gaussian", "dp-ftrl"]
+    noise_multiplier: float
+    clip_norm: float
+    cohort: int
+    min_separation: int = 1
+    rate: float | None = None
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation of a mean's noise: z C / N."""
+        return self.noise_multiplier * self.clip_norm / self.cohort
+
+    @property
+    def tree(self) -> bool:
+        """True if the noise of the releases is that of one tree."""
+        return self.mechanism == "dp-ftrl"
+
+
+@dataclass(frozen=True)
+class Release:
+    """One entry: `step` counts releases from 1. `count` updates are in the sum, whose tokens `updates` digests."""
+
+    step: int
+    round: int
+    version: int
+    count: int
+    updates: bytes
+    rules: ReleaseRules
+
+
+def digest_of(tokens: Iterable[str]) -> bytes:
+    """Return a digest of a set of updates, by their tokens (16 bytes)."""
+    return hashlib.sha256("\n".join(sorted(tokens)).encode()).digest()[:16]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Releases of a run by `rules`, oldest first, and the step that each device was last chosen for.
+
+    The loss is told at `delta`. No release is affordable that takes it above `target_epsilon`.
+    """
+
+    rules: ReleaseRules
+    delta: float
+    target_epsilon: float | None = None
+    releases: tuple[Release, ...] = ()
+    last_steps: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def next_step(self) -> int:
+        """The step of the next release."""
+        return len(self.releases) + 1
+
+    def release_of(self, round_number: int, version: int, tokens: Sequence[str]) -> Release:
+        """Return the release of this sum: the one entered before a crash, else the next one, to be entered.
+
+        The same round with other updates is another release: two sums under one noise would tell their difference.
+        Raises `UpdateRefused` when it is not affordable any more.
+        """
+        last, updates = self.releases[-1] if self.releases else None, digest_of(tokens)
+        if last is not None and (last.round, last.version, last.updates) == (round_number, version, updates):
+            return last
+        if not self.affordable:
+            raise UpdateRefused(f"one more release would cost more than an epsilon of {self.target_epsilon:g}")
+        return Release(self.next_step, round_number, version, len(tokens), updates, self.rules)
+
+    def entered(self, release: Release) -> Ledger:
+        """Return the ledger with one more release. Entering the last one again changes nothing."""
+        if self.releases and self.releases[-1] == release:
+            return self
+        if release.step != self.next_step:
+            raise ValueError(f"release {release.step} cannot follow {len(self.releases)} others")
+        return replace(self, releases=(*self.releases, release))
+
+    def chosen(self, workers: Iterable[str]) -> Ledger:
+        """Return the ledger after these devices were chosen for the next release."""
+        if self.rules.min_separation == 1:
+            return self
+        new = dict.fromkeys(workers, self.next_step)
+        return replace(self, last_steps=MappingProxyType({**self.last_steps, **new}))
+
+    @property
+    def resting(self) -> frozenset[str]:
+        """Devices that took part less than `min_separation` releases ago."""
+        since = self.next_step - self.rules.min_separation
+        return frozenset(worker for worker, step in self.last_steps.items() if step > since)
+
+    def loss(self, more: int = 0) -> PrivacyLoss:
+        """Return what all releases, and `more` that follow by the present rules, cost a device."""
+        return loss_of([*(release.rules for release in self.releases), *[self.rules] * more])
+
+    def epsilon(self, more: int = 0) -> float:
+        """Return that loss at `delta`."""
+        return _epsilon(self.loss(more), self.delta)
+
+    @cached_property
+    def affordable(self) -> bool:
+        """True if one more release keeps to the target."""
+        return self.target_epsilon is None or self.epsilon(more=1) <= self.target_epsilon
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(loss: PrivacyLoss, delta: float) -> float:
+    return loss.epsilon(delta)
+
+
+def loss_of(releases: Sequence[ReleaseRules]) -> PrivacyLoss:
+    """Return what releases by these rules cost a device, in their order.
+
+    Of independent noise, a device is in those that cost it most, of all that its separation allows. A tree counts
+    as one mechanism: a run has one, under one noise multiplier.
+    """
+    trees = [rules for rules in releases if rules.tree]
+    others = [rules for rules in releases if not rules.tree]
+    mechanisms: list[Mechanism] = list(_worst(others))
+    if trees:
+        least = min(rules.noise_multiplier for rules in trees)
+        mechanisms.append(TreeGaussian(least, len(trees), min(rules.min_separation for rules in trees)))
+    return PrivacyLoss(tuple(mechanisms))
+
+
+def _worst(releases: Sequence[ReleaseRules]) -> list[Mechanism]:
+    """Return the mechanisms of the releases that cost one device most.
+
+    Those `separation` apart with the largest sum of 1 / z^2, which is what the loss of Gaussian mechanisms grows
+    with. Best sum of the first i: max(best(i - 1), best(i - separation) + 1 / z_i^2).
+    """
+    separation = min((rules.min_separation for rules in releases), default=1)
+    if separation == 1:
+        return [_mechanism(rules) for rules in releases]
+    best = [0.0]
+    for count, rules in enumerate(releases, start=1):
+        best.append(max(best[-1], best[max(0, count - separation)] + rules.noise_multiplier**-2))
+    worst, count = [], len(releases)
+    while count:
+        if best[count] == best[count - 1]:
+            count -= 1
+        else:
+            worst.append(_mechanism(releases[count - 1]))
+            count = max(0, count - separation)
+    return worst
+
+
+def _mechanism(rules: ReleaseRules) -> Mechanism:
+    if rules.rate is None:
+        return Gaussian(rules.noise_multiplier)
+    return SampledGaussian(rules.noise_multiplier, rules.rate)
+
+
+def ledger_of(
+    policy: PrivacyPolicy,
+    clip_norm: float,
+    rate: float | None,
+    planned: int | None,
+    releases: Sequence[Release] = (),
+    last_steps: Mapping[str, int] = MappingProxyType({}),
+) -> Ledger:
+    """Return the ledger of a run with `planned` more releases after `releases` (None: nobody knows how many).
+
+    Raises `UsageError` where the rules of former releases forbid those of today, or no noise is enough.
+    """
+    assert policy.mechanism is not None
+    assert policy.cohort is not None
+    rules = ReleaseRules(policy.mechanism, 1.0, clip_norm, policy.cohort, policy.min_separation, rate)
+    multiplier = policy.noise_multiplier
+    if multiplier is None:
+        multiplier = _computed(policy, rules, planned, releases)
+    ledger = Ledger(
+        replace(rules, noise_multiplier=multiplier),
+        policy.delta,
+        policy.target_epsilon,
+        tuple(releases),
+        MappingProxyType(dict(last_steps)),
+    )
+    if releases:
+        _check_same(releases[-1].rules, ledger.rules)
+    return ledger
+
+
+def _computed(
+    policy: PrivacyPolicy, rules: ReleaseRules, planned: int | None, releases: Sequence[Release]
+) -> float:
+    """Return the least noise multiplier with which all that is planned keeps to the target."""
+    assert policy.target_epsilon is not None
+    # The noise of a tree is that of all its steps, and stays as it began.
+    if releases and rules.tree:
+        return releases[-1].rules.noise_multiplier
+    if planned is None:
+        raise UsageError("target_epsilon needs rounds: noise is computed for all of them")
+    if not planned:
+        return releases[-1].rules.noise_multiplier if releases else 1.0
+    former = [release.rules for release in releases]
+
+    def loss(multiplier: float) -> PrivacyLoss:
+        return loss_of([*former, *[replace(rules, noise_multiplier=multiplier)] * planned])
+
+    try:
+        return least_multiplier(policy.target_epsilon, policy.delta, loss)
+    except ValueError as error:
+        # Spent already: the run ends before its next round.
+        if releases:
+            return releases[-1].rules.noise_multiplier
+        raise UsageError(str(error)) from error
+
+
+def _check_same(before: ReleaseRules, now: ReleaseRules) -> None:
+    """Raise `UsageError` where releases of the run by other rules leave no loss that could be told."""
+    fixed = ["mechanism", "min_separation", "rate"]
+    if before.tree:
+        # All steps of a tree share the noise of its nodes.
+        fixed += ["noise_multiplier", "clip_norm", "cohort"]
+    for name in fixed:
+        if getattr(before, name) != getattr(now, name):
+            raise UsageError(
+                f"the {name} of this run's privacy was {getattr(before, name)} and cannot become "
+                f"{getattr(now, name)}: its loss could not be told; take another data folder"
+            )
