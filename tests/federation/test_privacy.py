@@ -112,10 +112,8 @@ async def test_a_device_rests_for_as_many_versions_as_the_separation_says(tmp_pa
     _, rounds, _ = await run_of(tmp_path, 3, privacy=policy, rounds=5, policy=only_one)
     took_part = [{task.worker for task in record.tasks} for record in rounds]
     assert len(took_part) == 5
-    for earlier, later in zip(took_part, took_part[1:], strict=False):
-        assert earlier.isdisjoint(later)
-    for earlier, later in zip(took_part, took_part[2:], strict=False):
-        assert earlier.isdisjoint(later)
+    for first in range(3):
+        assert len(set().union(*took_part[first : first + 3])) == 3
     # A restart has not forgotten it.
     async with running_aggregator(tmp_path, **{**PRIVATE, "privacy": policy}, rounds=9) as running:
         assert running.aggregator.coordinator.machine.ledger.resting == took_part[-1] | took_part[-2]
