@@ -30,7 +30,9 @@ FULL = RoundPolicy(
 )
 
 
-@pytest.mark.parametrize("policy", [RoundPolicy(), FULL, RoundPolicy(over_selection=1.3)])
+@pytest.mark.parametrize(
+    "policy", [RoundPolicy(), FULL, RoundPolicy(over_selection=1.3), RoundPolicy(poisson_rate=0.25, quorum=0)]
+)
 def test_a_policy_comes_back_as_it_went(policy: RoundPolicy) -> None:
     assert policy_from_proto(policy_to_proto(policy)) == policy
 
