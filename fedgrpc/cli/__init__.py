@@ -15,6 +15,7 @@ COMMANDS: Final = {
     "demo": "fedgrpc.cli.demo.command:COMMAND",
     "status": "fedgrpc.cli.status:STATUS",
     "watch": "fedgrpc.cli.status:WATCH",
+    "privacy": "fedgrpc.cli.privacy:COMMAND",
     "pause": "fedgrpc.cli.operator:PAUSE",
     "resume": "fedgrpc.cli.operator:RESUME",
     "rollback": "fedgrpc.cli.operator:ROLLBACK",

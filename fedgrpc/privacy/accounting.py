@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 from typing import Final
 
@@ -55,6 +56,8 @@ class SampledGaussian:
         if not 0 < self.rate <= 1:
             raise ValueError(f"a sampling rate is above 0 and at most 1, not {self.rate}")
 
+    # A run repeats few mechanisms, and is asked about for every round.
+    @lru_cache(maxsize=4096)  # noqa: B019
     def renyi(self, order: int) -> float:
         """Return the Renyi divergence of the integer `order`, from 2 (arXiv 1908.10530, section 3.3).
 

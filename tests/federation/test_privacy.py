@@ -1,15 +1,19 @@
 """Central differential privacy over real connections: noise, its ledger, and who takes part."""
 
 import asyncio
+import json
 from contextlib import closing
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import save_file
 
 from fedgrpc.aggregator.private_releases import KEY_FILE, PrivateReleases
 from fedgrpc.aggregator.settings import AggregatorSettings
+from fedgrpc.cli.privacy import COMMAND
 from fedgrpc.errors import StorageError, UsageError
+from fedgrpc.privacy.accounting import Gaussian, PrivacyLoss
 from fedgrpc.privacy.noise import RoundNoise
 from fedgrpc.privacy.policy import PrivacyPolicy
 from fedgrpc.rounds.policy import RoundPolicy
@@ -151,6 +155,30 @@ async def test_operators_see_the_ledger(tmp_path):
         assert [entry.version for entry in ledger.releases] == [2, 3, 4]
         assert ledger.planned == 0
     await asyncio.gather(*workers)
+
+
+async def test_the_command_tells_epsilon_of_each_version_and_of_those_planned(tmp_path):
+    policy = PrivacyPolicy("gaussian", target_epsilon=2.0, cohort=4)
+    save_file(MODEL, tmp_path / "initial.safetensors")
+    async with running_aggregator(tmp_path, privacy=policy, clip_norm=0.5, rounds=3) as running:
+        workers = [start_worker(running, tmp_path, f"w{k}", ShiftTrainer()) for k in range(2)]
+        await running.until_finished()
+        live = await asyncio.to_thread(told, "--aggregator", running.address)
+    await asyncio.gather(*workers)
+    folder = await asyncio.to_thread(told, "--data-dir", str(tmp_path / "aggregator"))
+    assert folder == live
+    multiplier = live["rules"]["noise_multiplier"]
+    for count, release in enumerate(live["releases"], start=1):
+        expected = PrivacyLoss((Gaussian(multiplier),) * count).epsilon(1e-5)
+        assert release["epsilon"] == pytest.approx(expected, abs=1e-9)
+    assert live["epsilon"] == pytest.approx(2.0, rel=1e-5)
+    assert live["planned"] == []
+
+
+def told(*flags):
+    answer = CliRunner().invoke(COMMAND, [*flags, "--json"])
+    assert answer.exit_code == 0, answer.output
+    return json.loads(answer.stdout)
 
 
 async def test_a_ledger_without_its_key_is_not_continued(tmp_path):
