@@ -5,9 +5,9 @@ import importlib
 
 import pytest
 
-from tests.faults.points import AGGREGATOR, CARRYING, WORKER
+from tests.faults.points import AGGREGATOR, CARRYING, PRIVATE, WORKER
 
-POINTS = {**AGGREGATOR, **CARRYING, **WORKER}
+POINTS = {**AGGREGATOR, **CARRYING, **PRIVATE, **WORKER}
 
 
 @pytest.mark.parametrize("name", POINTS)

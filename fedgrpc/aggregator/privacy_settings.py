@@ -37,6 +37,9 @@ def check_privacy(settings: AggregatorSettings) -> None:
         "aggregation goes without privacy: only a sum changes by no more than one update": (
             aggregation_of(settings.aggregation) is not None
         ),
+        "min_separation needs max_participants: with all devices in one round, none would be left for the next": (
+            privacy.min_separation > 1 and policy.max_participants is None
+        ),
         "weight goes without privacy, where every update weighs the same": bool(settings.worker_weights),
         "max_share goes without privacy, where every update weighs the same": policy.max_share is not None,
         "weight_aim goes without privacy, where every update weighs the same": policy.weight_aim is not None,

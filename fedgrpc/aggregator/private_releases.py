@@ -92,7 +92,7 @@ class PrivateReleases:
         if unbounded := complaint(shell.machine.layout):
             raise UpdateRefused(unbounded)
         release = ledger.release_of(round_.number, round_.base_version + 1, list(merge.weights))
-        if release not in ledger.releases[-1:]:
+        if release.step == ledger.next_step:
 
             async def store(after: RunMachine) -> None:
                 await shell.in_database(shell.store.save_release, release)

@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Literal
 
@@ -95,17 +96,17 @@ class Ledger:
         The same round with other updates is another release: two sums under one noise would tell their difference.
         Raises `UpdateRefused` when it is not affordable any more.
         """
-        last, updates = self.releases[-1] if self.releases else None, digest_of(tokens)
-        if last is not None and (last.round, last.version, last.updates) == (round_number, version, updates):
-            return last
+        updates = digest_of(tokens)
+        # Entries of one round follow each other.
+        for known in takewhile(lambda each: each.round == round_number, reversed(self.releases)):
+            if (known.version, known.updates) == (version, updates):
+                return known
         if not self.affordable:
             raise UpdateRefused(f"one more release would cost more than an epsilon of {self.target_epsilon:g}")
         return Release(self.next_step, round_number, version, len(tokens), updates, self.rules)
 
     def entered(self, release: Release) -> Ledger:
-        """Return the ledger with one more release. Entering the last one again changes nothing."""
-        if self.releases and self.releases[-1] == release:
-            return self
+        """Return the ledger with one more release."""
         if release.step != self.next_step:
             raise ValueError(f"release {release.step} cannot follow {len(self.releases)} others")
         return replace(self, releases=(*self.releases, release))

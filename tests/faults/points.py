@@ -75,6 +75,16 @@ AGGREGATOR = {
     "recovering": Point(f"{_STORAGE}.uploads:UploadJournal.keep_only"),
 }
 
+# Of a run whose versions get noise.
+PRIVATE = {
+    "release-not-entered": Point(f"{_STORAGE}.run_store:RunStore.save_release", count=2),
+    "release-entered": Point(f"{_STORAGE}.run_store:RunStore.save_release", "after", count=2),
+    "half-a-noisy-model-written": Point(f"{_STORAGE}.model_file:ModelWriter.add", "after", count=12),
+    "noisy-model-renamed": Point("pathlib:Path.replace", "after", _is_model_part, count=3),
+    "before-the-noisy-transaction": Point(f"{_STORAGE}.run_store:RunStore.finish_round", count=2),
+    "noise-key-not-written": Point(f"{_AGGREGATOR}.private_releases:noise_key"),
+}
+
 # Round 1 has ended and carries one task on; round 2 has not begun, or nobody knows yet that it has.
 CARRYING = {
     "carrying-not-committed": Point(f"{_STORAGE}.run_store:RunStore.finish_round"),

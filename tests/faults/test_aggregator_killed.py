@@ -8,17 +8,19 @@ under three devices and an evaluator that go on. The run must end in the same by
 import asyncio
 import shutil
 import signal
+from contextlib import closing
 from dataclasses import dataclass
 
 import pytest
 from safetensors.numpy import save_file
 
+from fedgrpc.aggregator.private_releases import KEY_FILE
 from fedgrpc.rounds.events import TaskPhase
 from fedgrpc.storage.run_store import RunStore
 from fedgrpc.storage.uploads import UploadJournal
 from fedgrpc.v1 import round_pb2
-from tests.faults.points import AGGREGATOR
-from tests.faults.steadfast import Judge, Recovery, Steadfast
+from tests.faults.points import AGGREGATOR, PRIVATE
+from tests.faults.steadfast import FloatsAlone, Judge, Recovery, Steadfast
 from tests.faults.tasks import MODEL
 from tests.support.hand_driven_device import PATIENCE_S
 from tests.support.processes import free_address, running_process
@@ -26,6 +28,7 @@ from tests.support.processes import free_address, running_process
 pytestmark = pytest.mark.faults
 
 ROUNDS = 3
+NOISE = ("--privacy", "gaussian", "--noise-multiplier", "0.5", "--privacy-cohort", "3", "--clip-norm", "10")
 # One start is killed after another, on one run: for `make test`.
 CHAIN = ["register-stored-not-answered", "mid-push", "recovering", "renamed-not-counted", "within-the-transaction"]
 TRAINERS = ("a", "b", "c")
@@ -84,18 +87,24 @@ class Played:
     recovery: Recovery
 
 
-async def play(folder, rounds, points=()):
+async def play(folder, rounds, points=(), privacy=()):
     """A whole run; each of `points` kills one start of its aggregator, and the last start runs on to the end."""
     folder.mkdir()
-    save_file(MODEL, folder / "initial.safetensors")
+    if privacy:
+        # The same noise for all runs that are compared.
+        (folder / "run").mkdir()
+        (folder / "run" / KEY_FILE).write_bytes(bytes(range(32)))
+    # Noise is for floats: a model with an integer is refused.
+    kept_floats = {name: array for name, array in MODEL.items() if name != "n" or not privacy}
+    save_file(kept_floats, folder / "initial.safetensors")
     address, recovery = free_address(), Recovery()
-    devices = [Steadfast(address, name, recovery) for name in TRAINERS]
+    devices = [(FloatsAlone if privacy else Steadfast)(address, name, recovery) for name in TRAINERS]
     crew = [device.live(former) for device, former in zip(devices, [None, *devices], strict=False)]
     playing = asyncio.gather(*crew, Judge(address, "judge").live(devices[-1]))
     before = None
     try:
         for number, point in enumerate([*points, None]):
-            before = await _start(folder, rounds, address, point, before, number, devices, recovery)
+            before = await _start(folder, rounds, address, point, before, number, devices, recovery, privacy)
         await asyncio.wait_for(playing, 2 * PATIENCE_S)
     finally:
         playing.cancel()
@@ -105,13 +114,13 @@ async def play(folder, rounds, points=()):
     return Played(model.read_bytes(), optimizer_state.read_bytes(), kept, devices, recovery)
 
 
-async def _start(folder, rounds, address, point, before, number, devices, recovery):
+async def _start(folder, rounds, address, point, before, number, devices, recovery, privacy):
     """One start, to its death or to the end of the run; what it leaves behind."""
     program = ("-m", "fedgrpc") if point is None else ("-m", "tests.faults.killed_at", point)
     place = ["--data-dir", folder / "run", "--address", address]
     place += ["--initial-model", folder / "initial.safetensors"]
     rules = ["--rounds", rounds, "--min-workers", 3, "--quorum", 3, "--deadline", "5m", "--lease", "2m"]
-    how = ["--server-optimizer", "fedadam", "--download-encoding", "raw+zstd", "--no-evaluate"]
+    how = ["--server-optimizer", "fedadam", "--download-encoding", "raw+zstd", "--no-evaluate", *privacy]
     async with running_process("aggregator", *place, *rules, *how, program=program) as running:
         code = await running.ended()
         recovery.killed()
@@ -132,11 +141,12 @@ async def _start(folder, rounds, address, point, before, number, devices, recove
 _uninterrupted = {}
 
 
-async def uninterrupted(tmp_path_factory, rounds):
+async def uninterrupted(tmp_path_factory, rounds, privacy=()):
     """The same run when nobody is killed; played once."""
-    if rounds not in _uninterrupted:
-        _uninterrupted[rounds] = await play(tmp_path_factory.mktemp("uninterrupted") / "run", rounds)
-    return _uninterrupted[rounds]
+    if (rounds, privacy) not in _uninterrupted:
+        folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+        _uninterrupted[rounds, privacy] = await play(folder, rounds, privacy=privacy)
+    return _uninterrupted[rounds, privacy]
 
 
 def nothing_lost_and_nothing_twice(played, rounds, expected):
@@ -160,6 +170,20 @@ async def test_an_aggregator_killed_at_this_point_goes_on_as_if_it_had_not_been(
     played = await play(tmp_path / "killed", ROUNDS, points)
     nothing_lost_and_nothing_twice(played, ROUNDS, expected)
     recovery_of(f"aggregator killed: {point}", played.recovery.took_s[-1])
+
+
+@pytest.mark.parametrize("point", PRIVATE)
+async def test_an_aggregator_killed_around_a_release_draws_the_same_noise_and_enters_it_once(
+    tmp_path, tmp_path_factory, point
+):
+    expected = await uninterrupted(tmp_path_factory, ROUNDS, NOISE)
+    played = await play(tmp_path / "killed", ROUNDS, [point], NOISE)
+    nothing_lost_and_nothing_twice(played, ROUNDS, expected)
+    with closing(RunStore(tmp_path / "killed" / "run" / "run.sqlite", read_only=True)) as store:
+        entered = store.releases()
+    assert [(each.step, each.round, each.version, each.count) for each in entered] == [
+        (number, number, number + 1, len(TRAINERS)) for number in range(1, ROUNDS + 1)
+    ]
 
 
 async def test_an_aggregator_killed_again_and_again_ends_as_one_that_was_not(tmp_path, tmp_path_factory):

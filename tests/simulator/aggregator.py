@@ -15,6 +15,7 @@ import numpy as np
 
 from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.errors import FedgrpcError, LinkError, RoundClosed, UnknownTask, UpdateRefused, WrongOffset
+from fedgrpc.privacy.ledger import Ledger, ReleaseRules
 from fedgrpc.rounds import events as rounds
 from fedgrpc.rounds.events import (
     Commit,
@@ -36,7 +37,9 @@ from fedgrpc.rounds.version import Version as ModelVersion
 from fedgrpc.runs.events import (
     Effect,
     Event,
+    LedgerOpened,
     OpenRound,
+    ReleaseEntered,
     RoundEnded,
     RoundOpened,
     RoundsRestored,
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
 
 POLL_S = 8.0
 _ENDLESS = 1 << 31
+_RULES = ReleaseRules("gaussian", 1.0, 1.0, 10)
 _LAYOUT = (TensorSpec("weights", "float32", (1,)),)
 _REPORT = Report(1, 1, {}, {}, 0, Timings(), 0, 0)
 
@@ -105,6 +109,8 @@ class Aggregator:
         run = self.run_class(rules, "simulated", 0.0, self.watched_step)
         number = self.known_version()
         run.apply(VersionTaken(ModelVersion(number, 0, b"digest"), _LAYOUT), 0.0)
+        if self.world.private:
+            run.apply(LedgerOpened(Ledger(_RULES, 1e-5, releases=tuple(self.disk.releases))), 0.0)
         return run
 
     def known_version(self) -> int:
@@ -391,10 +397,19 @@ class Aggregator:
     def _commit(self, commit: Commit) -> Process[None]:
         yield self._disk_time()
         merged, version = self.merge(commit)
+        if self.run.ledger is not None:
+            yield from self.release(self.run.ledger, version)
         after = self.foresee(merged)
         yield from self.finish_round(after, version)
         yield self._disk_time()
         self.dispatch(merged)
+
+    def release(self, ledger: Ledger, version: Version) -> Process[None]:
+        """Enter the release, and only then write the version with the noise of its step."""
+        release = ledger.release_of(version.round, version.version, version.tokens)
+        if release.step == ledger.next_step:
+            yield from self.dispatch_after(ReleaseEntered(release), lambda _: self.disk.enter(release))
+        self.world.watch.written(version, release.step)
 
     def merge(self, commit: Commit) -> tuple[UpdatesMerged, Version]:
         """The version that a commit makes."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from fedgrpc.privacy.ledger import Ledger
 from fedgrpc.rounds import transitions
 from fedgrpc.rounds.events import (
     Cancel,
@@ -20,6 +21,7 @@ from fedgrpc.rounds.events import (
     WorkersAvailable,
 )
 from fedgrpc.rounds.round import Round, RoundPhase
+from fedgrpc.runs.events import ReleaseEntered
 from fedgrpc.runs.machine import RunMachine
 from fedgrpc.simulation.loop import Process
 from tests.simulator.aggregator import Aggregator
@@ -50,6 +52,34 @@ class CommitsTheVersionBeforeItClosesTheRound(Aggregator):
             self.world.watch.committed(version, after)
             yield self._disk_time()
         self.disk.finish(after, None)
+
+
+class WritesTheVersionBeforeItsEntry(Aggregator):
+    def release(self, ledger: Ledger, version: Version) -> Process[None]:
+        release = ledger.release_of(version.round, version.version, version.tokens)
+        self.world.watch.written(version, release.step)
+        yield from super().release(ledger, version)
+
+
+class EntersARecomputedCommitAgain(Aggregator):
+    """It does not look whether a process that was killed has entered this sum."""
+
+    def release(self, ledger: Ledger, version: Version) -> Process[None]:
+        release = ledger.release_of(version.round, version.version, version.tokens)
+        again = replace(release, step=ledger.next_step)
+        yield from self.dispatch_after(ReleaseEntered(again), lambda _: self.disk.enter(again))
+        self.world.watch.written(version, again.step)
+
+
+class TakesTheSameNoiseForWhatCameLater(Aggregator):
+    """It knows a release by its round alone, though an update came after the restart: one noise, two sums."""
+
+    def release(self, ledger: Ledger, version: Version) -> Process[None]:
+        for known in ledger.releases:
+            if known.round == version.round:
+                self.world.watch.written(version, known.step)
+                return
+        yield from super().release(ledger, version)
 
 
 class CountsAnUpdateTwice(Aggregator):
@@ -248,6 +278,9 @@ MUTANTS: list[tuple[type[Aggregator], str]] = [
     (LosesLeasesWhenRestarted, "goes on"),
     (ForgetsCarriedTasksWhenRestarted, "nothing lost"),
     (RemovesUpdatesBeforeTheirVersionIsStored, "nothing lost"),
+    (WritesTheVersionBeforeItsEntry, "ledger: 0 entries"),
+    (EntersARecomputedCommitAgain, "ledger"),
+    (TakesTheSameNoiseForWhatCameLater, "ledger"),
 ]
 
 

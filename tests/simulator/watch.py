@@ -7,6 +7,7 @@
     bound held       no more tasks at work than asked for, no more files than a worker's two, no update too stale
     none refused     a refused update is in no version
     nothing lost     an acknowledged update is in its round's model, or in the next's if it was carried
+    ledger           a version is written after its one entry; the noise of a step is that of one sum
     no surprise      nothing raises that nobody expects
     goes on          once the faults have stopped, a round commits
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fedgrpc.privacy.ledger import digest_of
 from fedgrpc.rounds.events import Effect, Event, Offer, Select, TaskPhase
 from fedgrpc.rounds.round import Round, RoundPhase
 from tests.simulator.disk import Version
@@ -49,6 +51,7 @@ class Watch:
         self._committed: dict[int, Version] = {}
         self._looked_at = 0.0
         self._at_once = 0
+        self._noise: dict[int, tuple[str, ...]] = {}
         self.updates = 0
         self.stale_updates = 0
         self.abandoned = 0
@@ -101,10 +104,28 @@ class Watch:
         """The aggregator is down: its clock does not run."""
         self._end_by = None
 
+    def written(self, version: Version, step: int) -> None:
+        """A version is about to be written with the noise of this step, whether it will count or not."""
+        entries = [entry for entry in self._world.aggregator.disk.releases if entry.step == step]
+        if len(entries) != 1:
+            raise Violation(
+                f"ledger: {len(entries)} entries of step {step} as version {version.version} is written"
+            )
+        if self._noise.setdefault(step, version.tokens) != version.tokens:
+            raise Violation(f"ledger: two sums got the noise of step {step}")
+
+    def _entered_once(self, version: Version) -> None:
+        digest, releases = digest_of(version.tokens), self._world.aggregator.disk.releases
+        entries = [each for each in releases if (each.version, each.updates) == (version.version, digest)]
+        if len(entries) != 1 or self._noise.get(entries[0].step) != version.tokens:
+            raise Violation(f"ledger: {len(entries)} entries of version {version.version}")
+
     def committed(self, version: Version, round_: Round) -> None:
         """A new version is durable."""
         world = self._world
         world.trace("aggregator", "durable", version)
+        if world.private:
+            self._entered_once(version)
         for update in version.updates:
             if update in self._counted:
                 raise Violation(

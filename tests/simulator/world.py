@@ -51,6 +51,8 @@ class World:
         habits = [draw_habits(self.rng, self.faults.clock_drift) for _ in range(self.rng.integers(2, 7))]
         self.policy = draw_policy(self.rng, habits)
         self.choosing = Choosing(oort=self.rng.random() < 0.5, learned_deadline=self.rng.random() < 0.5)
+        # Drawn from the seed alone, so that worlds of a seed stay what they were.
+        self.private = seed % 2 == 0 and self.policy.late == "discard"
         self.watch = Watch(self)
         self.wall_offset_s = 0.0
         self.committed_when_quiet = 1 << 30
