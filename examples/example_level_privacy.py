@@ -3,10 +3,10 @@
 fedgrpc worker --aggregator HOST:PORT --name pi-1 --task example_level_privacy --task-option epsilon=4
 pip install opacus
 
-DP-SGD (arXiv 1607.00133): the gradient of each example is clipped, noise is added to their sum, and batches are
-Poisson samples. What all rounds have cost is kept in memory and told as the metric `epsilon`. A device that restarts
-counts from zero again, so keep it in a file where that matters. This is beside `--privacy` of the aggregator, which
-protects whole devices from whoever sees versions.
+DP-SGD (arXiv 1607.00133): the gradient of each example is clipped, noise is added to their sum, and batches
+are Poisson samples. What all rounds have cost is kept in memory and told as the metric `epsilon`. A device that
+restarts counts from zero again, so keep it in a file where that matters. This is beside `--privacy` of the
+aggregator, which protects whole devices from whoever sees versions.
 """
 
 from __future__ import annotations
