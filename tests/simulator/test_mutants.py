@@ -71,17 +71,6 @@ class EntersARecomputedCommitAgain(Aggregator):
         self.world.watch.written(version, again.step)
 
 
-class TakesTheSameNoiseForWhatCameLater(Aggregator):
-    """It knows a release by its round alone, though an update came after the restart: one noise, two sums."""
-
-    def release(self, ledger: Ledger, version: Version) -> Process[None]:
-        for known in ledger.releases:
-            if known.round == version.round:
-                self.world.watch.written(version, known.step)
-                return
-        yield from super().release(ledger, version)
-
-
 class CountsAnUpdateTwice(Aggregator):
     def step(self, round_: Round, event: Event, now: float) -> tuple[Round, Effects]:
         after, effects = super().step(round_, event, now)
@@ -280,7 +269,6 @@ MUTANTS: list[tuple[type[Aggregator], str]] = [
     (RemovesUpdatesBeforeTheirVersionIsStored, "nothing lost"),
     (WritesTheVersionBeforeItsEntry, "ledger: 0 entries"),
     (EntersARecomputedCommitAgain, "ledger"),
-    (TakesTheSameNoiseForWhatCameLater, "ledger"),
 ]
 
 

@@ -21,9 +21,9 @@ from fedgrpc.privacy.ledger import ledger_of
 from fedgrpc.privacy.noise import RoundNoise
 from fedgrpc.privacy.policy import PrivacyPolicy
 
-DEVICES, EACH, COHORT, ROUNDS = 1000, 60, 100, 40
-DELTA, CLIP, STEPS, RATE = 1e-4, 0.5, 10, 0.5
-EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+DEVICES, EACH, COHORT, ROUNDS = 1000, 60, 100, 30
+DELTA, CLIP, STEPS, RATE = 1e-4, 0.5, 3, 1.0
+EPSILONS = (1.0, 2.0, 4.0, 8.0)
 
 
 @dataclass(frozen=True)
