@@ -23,7 +23,7 @@ from fedgrpc.privacy.policy import PrivacyPolicy
 
 DEVICES, EACH, COHORT, ROUNDS = 1000, 60, 100, 30
 DELTA, CLIP, STEPS, RATE = 1e-4, 0.5, 3, 1.0
-EPSILONS = (1.0, 2.0, 4.0, 8.0)
+EPSILONS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 @dataclass(frozen=True)
