@@ -86,9 +86,9 @@ async def test_a_run_ends_before_it_costs_more_than_its_target(tmp_path):
     assert run.reason.startswith("all 2 rounds")
     # More rounds under the same target and the noise of the two that were planned: none is left.
     spent = PrivacyPolicy("gaussian", target_epsilon=0.9, cohort=4)
-    _, more, run = await run_of(tmp_path, privacy=spent, rounds=9)
-    assert "epsilon of 0.9" in run.reason
-    assert len(more) == len(rounds)
+    async with running_aggregator(tmp_path, **{**PRIVATE, "privacy": spent}, rounds=9) as running:
+        assert "epsilon of 0.9" in (await running.until_finished()).reason
+        assert len(await running.rounds()) == len(rounds)
     assert len(stored(tmp_path)) == 2
 
 
@@ -119,7 +119,8 @@ async def test_a_device_rests_for_as_many_versions_as_the_separation_says(tmp_pa
     for first in range(3):
         assert len(set().union(*took_part[first : first + 3])) == 3
     # A restart has not forgotten it.
-    async with running_aggregator(tmp_path, **{**PRIVATE, "privacy": policy}, rounds=9) as running:
+    again = {**PRIVATE, "privacy": policy, "policy": only_one}
+    async with running_aggregator(tmp_path, **again, rounds=9) as running:
         assert running.aggregator.coordinator.machine.ledger.resting == took_part[-1] | took_part[-2]
 
 
@@ -229,6 +230,10 @@ async def test_a_model_with_statistics_is_refused_by_name(tmp_path):
                 "policy": RoundPolicy(quorum=0, poisson_rate=0.5),
             },
             "poisson_rate",
+        ),
+        (
+            {"privacy": PrivacyPolicy("gaussian", noise_multiplier=1.0, cohort=4, min_separation=2)},
+            "max_participants",
         ),
         ({"privacy": PrivacyPolicy(), "policy": RoundPolicy(quorum=0, poisson_rate=0.5)}, "poisson_rate"),
     ],
