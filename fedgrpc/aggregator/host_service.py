@@ -223,6 +223,9 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
         with run.calling():
             return await getattr(run.service, method)(request, context)
 
+    async def GetPrivacy(self, request: pb.GetPrivacyRequest, context: Context) -> pb.GetPrivacyResponse:
+        return await self._of_run("GetPrivacy", request, context)  # type: ignore[no-any-return]
+
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
         return await self._of_run("GetRun", request, context)  # type: ignore[no-any-return]
 

@@ -249,7 +249,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
     async def GetPrivacy(
         self, request: pb.GetPrivacyRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetPrivacyResponse:
-        return pb.GetPrivacyResponse(ledger=self._view.privacy())
+        return pb.GetPrivacyResponse(ledger=self.view.privacy())
 
     async def ListWorkers(
         self, request: pb.ListWorkersRequest, context: grpc.aio.ServicerContext
