@@ -356,7 +356,7 @@ async def test_initial_weights_that_cannot_be_are_refused_and_another_worker_is_
 async def test_the_plan_reaches_the_trainers(tmp_path):
     names = [field.name for field in dataclasses.fields(TrainingPlan) if field.name != "upload_reserve_s"]
     values = {name: 0.125 * number for number, name in enumerate(names, start=1)}
-    plan = TrainingPlan(**values | {"max_steps": 7, "batch_size": 5, "momentum": 0.0})
+    plan = TrainingPlan(**values | {"max_steps": 7, "batch_size": 5, "momentum": 0.0, "algorithm": "fedavg"})
     async with running_aggregator(tmp_path, plan=plan, rounds=2, seed=3) as running:
         trainers = [ShiftTrainer(), ShiftTrainer()]
         crew = [start_worker(running, tmp_path, f"w{i}", trainer) for i, trainer in enumerate(trainers)]
