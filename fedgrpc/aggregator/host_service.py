@@ -16,7 +16,8 @@ from fedgrpc.aggregator.hosted_run import HostedRun
 from fedgrpc.aggregator.polls import polled
 from fedgrpc.aggregator.registry import Worker
 from fedgrpc.aggregator.roles import check_claim
-from fedgrpc.aggregator.run_directory import FILES, RunDirectory
+from fedgrpc.aggregator.run_directory import RunDirectory
+from fedgrpc.aggregator.run_files import FILES
 from fedgrpc.aggregator.service import checked_digest
 from fedgrpc.aggregator.sessions import check_speaker
 from fedgrpc.aggregator.settings import AggregatorSettings

@@ -11,10 +11,10 @@ there. Calls find their run here, once.
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +25,7 @@ from fedgrpc.aggregator.hosted_run import Common, HostedRun
 from fedgrpc.aggregator.own_rounds import OwnRounds
 from fedgrpc.aggregator.registering import Registering
 from fedgrpc.aggregator.registry import Worker, WorkerRegistry
+from fedgrpc.aggregator.run_files import RUNS, SETTINGS_FILE, Texts, check_changeable, write_texts
 from fedgrpc.aggregator.run_fleet import FleetSharing
 from fedgrpc.aggregator.run_models import Record
 from fedgrpc.aggregator.sessions import Sessions
@@ -35,35 +36,20 @@ from fedgrpc.errors import Exhausted, FedgrpcError, IllegalTransition, NotFound,
 from fedgrpc.metrics import Metrics
 from fedgrpc.rpc.identity import Session
 from fedgrpc.storage.database import DATABASE
-from fedgrpc.storage.files import make_private, remove_folder, storage_errors, write_file
+from fedgrpc.storage.files import make_private, remove_folder, storage_errors
 from fedgrpc.storage.run_store import RunStore
 
-RUNS: Final = "runs"
-SETTINGS_FILE: Final = "run.toml"
 MOST_RUNS: Final = 200
+# Runs that an error lists.
+_NAMED: Final = 10
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _INITIAL: Final = "initial.safetensors"
-# Settings that name a file of the aggregator's host.
-FILES: Final = ("initial_model", "local_models")
 
-# Settings of a run as text, by their keys in a settings file.
-Texts = Mapping[str, Sequence[str]]
 # Makes settings of (name, folder, texts). Raises `UsageError`.
 ReadSettings = Callable[[str, Path, Texts], AggregatorSettings]
 ReadTexts = Callable[[Path], dict[str, list[str]]]
 
 log = structlog.get_logger()
-
-
-def holds_run(folder: Path) -> bool:
-    """Return whether the data folder has a run that a process was started with. Raises as `RunStore`."""
-    if not (folder / DATABASE).exists():
-        return False
-    store = RunStore(folder / DATABASE, read_only=True)
-    try:
-        return store.run() is not None
-    finally:
-        store.close()
 
 
 class RunDirectory:
@@ -135,7 +121,9 @@ class RunDirectory:
         if not self._runs:
             raise NotFound("there is no run here; `fedgrpc run submit` starts one")
         if len(self._runs) > 1:
-            raise UsageError(f"there are {len(self._runs)} runs here: name one, as in {next(iter(self._runs))}")
+            names = ", ".join(islice(self._runs, _NAMED))
+            more = ", ..." if len(self._runs) > _NAMED else ""
+            raise UsageError(f"there are {len(self._runs)} runs here, name one of them: {names}{more}")
         return next(iter(self._runs.values()))
 
     def of_id(self, run_id: str) -> HostedRun | None:
@@ -306,7 +294,7 @@ class RunDirectory:
             settings = self._read_settings(name, folder, texts)
             run = await self._recovered(self._opened(settings))
             # From here on the run exists.
-            await asyncio.to_thread(_write_texts, folder / SETTINGS_FILE, texts)
+            await asyncio.to_thread(write_texts, folder / SETTINGS_FILE, texts)
         except BaseException:
             if (failed := self._runs.pop(name, None)) is not None:
                 await failed.close()
@@ -333,17 +321,17 @@ class RunDirectory:
             folder = run.settings.data_dir
             settings = self._read_settings(name, folder, merged)
             changed = changes(compared_text(run.settings), compared_text(settings))
-            _check_changeable(changed)
+            check_changeable(changed)
             if not changed:
                 return run, {}
-            await asyncio.to_thread(_write_texts, folder / SETTINGS_FILE, merged)
+            await asyncio.to_thread(write_texts, folder / SETTINGS_FILE, merged)
             await run.between_rounds()
             await run.close()
             try:
                 again = await self._reopened(settings)
             except BaseException:
                 # As it was, also for the next process.
-                await asyncio.to_thread(_write_texts, folder / SETTINGS_FILE, before)
+                await asyncio.to_thread(write_texts, folder / SETTINGS_FILE, before)
                 await self._reopened(run.settings)
                 self._look_again()
                 raise
@@ -381,22 +369,3 @@ class RunDirectory:
         for run in self:
             run.coordinator.news()
         self.changes.notify()
-
-
-# A change of these would be of another run.
-_FIXED: Final = frozenset({"initial_model", "learning_task", "model", "run_name", "data_dir", "seed"})
-
-
-def _check_changeable(changed: Mapping[str, str]) -> None:
-    """Raise `UsageError` for settings that cannot change while the run goes on."""
-    if wrong := sorted(_FIXED.intersection(changed)):
-        raise UsageError(f"{', '.join(wrong)} of a run cannot change: `fedgrpc run clone` starts another with it")
-
-
-def _write_texts(path: Path, texts: Texts) -> None:
-    """Write settings as a table of a settings file. A JSON text is a TOML text, too."""
-    lines = [
-        f"{name} = {json.dumps(list(values) if len(values) != 1 else values[0])}" for name, values in texts.items()
-    ]
-    with storage_errors(path):
-        write_file(path, ("[run]\n" + "\n".join(lines) + "\n").encode())

@@ -13,7 +13,7 @@ from typing import Any, Final
 import click
 
 from fedgrpc.aggregation.server_optimizer import OPTIMIZERS
-from fedgrpc.aggregator.run_directory import Texts, holds_run
+from fedgrpc.aggregator.run_files import Texts, holds_run
 from fedgrpc.aggregator.server import Hosting, run_aggregator
 from fedgrpc.aggregator.settings import AggregatorSettings, Target
 from fedgrpc.cli.beside import PAGE_SETTINGS, beside_of

@@ -254,7 +254,8 @@ class SettingsCommand(click.Command):
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None:
-                heading = param.heading if isinstance(param, Setting) else "Settings file"
+                heading = "Arguments" if isinstance(param, click.Argument) else "Settings file"
+                heading = param.heading if isinstance(param, Setting) else heading
                 sections.setdefault(heading, []).append(record)
         for heading, records in sections.items():
             with formatter.section(heading):

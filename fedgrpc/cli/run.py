@@ -74,7 +74,11 @@ async def _submit(client: Client, values: dict[str, Any]) -> None:
 
 
 async def _list(client: Client, values: dict[str, Any]) -> None:
-    runs = await client.runs()
+    print_runs(await client.runs())
+
+
+def print_runs(runs: Sequence[RunSummary]) -> None:
+    """Print a line for each run."""
     if not runs:
         click.echo("no runs; `fedgrpc run submit` starts one")
         return

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,10 +22,12 @@ import click
 from rich.console import Console
 from rich.live import Live
 
+from fedgrpc.aggregator.run_files import RUNS
 from fedgrpc.claims import printable
 from fedgrpc.cli import as_json
 from fedgrpc.cli.options import AS_JSON, Declare, SettingsCommand
 from fedgrpc.cli.reach import reach_settings, reached
+from fedgrpc.cli.run import print_runs
 from fedgrpc.cli.tables import links_table, live_view, predictions_table, rounds_table, workers_table
 from fedgrpc.cli.values import DURATION
 from fedgrpc.cli.view import piped_console, print_table
@@ -41,6 +43,7 @@ from fedgrpc.v1.round_pb2 import Round
 from fedgrpc.words import SETTLED, round_line, round_phase, run_line, run_phase, scored_line
 
 _show = Declare("What to show")
+_RUN: Final = click.Argument(["run_name"], metavar="[RUN]", required=False, default="")
 # The last round may be an evaluation round or abandoned, and have no predictions.
 _LOOKED_BACK = 20
 _MAX_ROUND = (1 << 63) - 1
@@ -75,12 +78,13 @@ _STATUS_SETTINGS = [
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run with its latest rounds, oldest first. `healthy` is None for a data folder."""
+    """A run with its latest rounds, oldest first, and names of the others. `healthy`: None for a data folder."""
 
     run: Run
     workers: Sequence[WorkerRecord]
     latest: Sequence[Round]
     healthy: bool | None
+    others: Sequence[str] = ()
 
 
 def _status(**values: Any) -> None:
@@ -90,27 +94,59 @@ def _status(**values: Any) -> None:
     except LinkError:
         if folder is None:
             raise
-        status = stored(folder, count)
+        status = stored(folder, count, values["run_name"])
+    if status is None:
+        return
     if values["as_json"]:
         click.echo(as_json.json_text(_plain(status, values["rounds"])))
     else:
         _print(status, values)
 
 
-async def _asked(values: dict[str, Any], count: int) -> RunStatus:
-    async with reached(values) as aggregator:
-        run, workers, healthy = await aggregator.run(), await aggregator.workers(), await aggregator.healthy()
-        return RunStatus(run, workers, await aggregator.latest_rounds(count), healthy)
+async def _asked(values: dict[str, Any], count: int) -> RunStatus | None:
+    """Return the status of a run; None where none is named and the aggregator has several: they are listed."""
+    async with reached(values) as client:
+        runs = await client.runs()
+        aggregator = client.of(values["run_name"])
+        try:
+            run = await aggregator.run()
+        except UsageError:
+            if values["run_name"] or values["as_json"]:
+                raise
+            print_runs(runs)
+            click.echo("\n`fedgrpc status RUN` shows one of them")
+            return None
+        workers, healthy = await aggregator.workers(), await aggregator.healthy()
+        others = [each.name for each in runs if each.name != run.name]
+        return RunStatus(run, workers, await aggregator.latest_rounds(count), healthy, others)
 
 
-def stored(folder: Path, count: int) -> RunStatus:
-    """Read the status from a data folder. Raises `UsageError` for one without a run, and `StorageError`."""
+def stored(folder: Path, count: int, name: str = "") -> RunStatus:
+    """Read the status of a run from a data folder. Raises `UsageError` for one without it, and `StorageError`."""
     if not (folder / DATABASE).exists():
         raise UsageError(f"{folder} is not an aggregator's data folder: it has no {DATABASE}")
+    runs = {}
+    for place in (folder, *sorted((folder / RUNS).glob("*"))):
+        if (status := _stored_run(place, count)) is not None:
+            runs[status.run.name] = (place, status)
+    if not runs:
+        raise UsageError(f"the data folder {folder} holds no run yet")
+    own = next((each for each, (place, _) in runs.items() if place == folder), "")
+    found = name or own or (next(iter(runs)) if len(runs) == 1 else "")
+    if found not in runs:
+        wrong = f"no run {name!r}" if name else f"{len(runs)} runs"
+        raise UsageError(f"the data folder {folder} holds {wrong}: name one of {', '.join(sorted(runs))}")
+    return replace(runs[found][1], others=[each for each in runs if each != found])
+
+
+def _stored_run(folder: Path, count: int) -> RunStatus | None:
+    """Return the run in this very folder, if there is one. Raises `StorageError`."""
+    if not (folder / DATABASE).exists():
+        return None
     with closing(RunStore(folder / DATABASE, read_only=True)) as store:
         kept, version = store.run(), store.latest_version()
         if kept is None:
-            raise UsageError(f"the data folder {folder} holds no run yet")
+            return None
         run = Run(id=kept.id, name=kept.name, phase=RunPhase.Name(kept.phase), reason=kept.reason)
         if version is not None:
             run.model_version = version.version
@@ -136,6 +172,9 @@ def _print(status: RunStatus, values: dict[str, Any]) -> None:
     rounds = latest[-values["rounds"] :]
     console = piped_console()
     console.print(run_line(run), style="bold", highlight=False, markup=False, soft_wrap=True)
+    if status.others:
+        names = ", ".join(map(printable, status.others))
+        console.print(f"other runs: {names}", highlight=False, markup=False, soft_wrap=True)
     if healthy is False:
         console.print(
             "NOT_SERVING: the data folder fails, or the aggregator is ending; see its log", highlight=False
@@ -155,8 +194,13 @@ def _print(status: RunStatus, values: dict[str, Any]) -> None:
 
 
 STATUS = SettingsCommand(
-    "status", _status, _STATUS_SETTINGS, "Show a running aggregator: run, last rounds, workers."
+    "status",
+    _status,
+    _STATUS_SETTINGS,
+    "Show a run of a running aggregator: its state, last rounds, workers. Without RUN: its only run, or that of "
+    "its own settings, else a list of all.",
 )
+STATUS.params[:0] = [_RUN]
 
 
 _WATCH_SETTINGS = [
@@ -173,7 +217,8 @@ def _watch(**values: Any) -> int:
 
 async def _watched(values: dict[str, Any]) -> int:
     console = piped_console()
-    async with reached(values) as aggregator:
+    async with reached(values) as client:
+        aggregator = client.of(values["run_name"])
         if not console.is_terminal:
             return await follow(aggregator, _lines(console), _remark(console), values["patience"])
         with Live(console=console, refresh_per_second=8) as live:
@@ -248,4 +293,7 @@ def _lines(console: Console) -> Show:
     return show
 
 
-WATCH = SettingsCommand("watch", _watch, _WATCH_SETTINGS, "Follow a running aggregator until its run ends.")
+WATCH = SettingsCommand(
+    "watch", _watch, _WATCH_SETTINGS, "Follow a run of a running aggregator until it ends. RUN: as of status."
+)
+WATCH.params[:0] = [_RUN]

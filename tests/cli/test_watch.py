@@ -15,7 +15,14 @@ from fedgrpc.cli.status import follow
 from fedgrpc.client import Client
 from fedgrpc.errors import LinkError
 from fedgrpc.v1 import aggregator_pb2 as pb
-from tests.support.command_line import NUMPY_TASK, fedgrpc, running_command, until_line, worker_arguments
+from tests.support.command_line import (
+    NUMPY_TASK,
+    aggregator_command,
+    fedgrpc,
+    running_command,
+    until_line,
+    worker_arguments,
+)
 from tests.support.processes import free_address
 
 _RUN = ("--task", NUMPY_TASK, "--min-workers", "1", "--rounds", "2", "--epochs", "1")
@@ -119,3 +126,26 @@ async def test_patience_counts_from_the_loss_and_not_from_the_last_news(monkeypa
     quiet = _Quiet()
     monkeypatch.setattr("fedgrpc.cli.status.time", quiet)
     assert await follow(cast(Client, quiet), lambda news, scored: None, lambda text: None, patience_s=300) == 0
+
+
+def test_status_and_watch_are_of_the_run_that_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text(f'[run]\ntask = "{NUMPY_TASK}"\nmin-workers = 1\nrounds = 1\nepochs = 1\n')
+    data = str(tmp_path / "data")
+    with aggregator_command(tmp_path) as (_, address):
+        for name in ("a", "b"):
+            assert fedgrpc("run", "submit", str(file), "--name", name, "--data-dir", data).code == 0
+        listed = fedgrpc("status", "--data-dir", data)
+        assert (listed.code, [line.split()[0] for line in listed.out.splitlines()[:3]]) == (0, ["RUN", "a", "b"])
+        for call in (("status", "--json"), ("watch",)):
+            ended = fedgrpc(*call, "--data-dir", data)
+            assert (ended.code, "a, b" in ended.error) == (2, True)
+        assert fedgrpc("status", "c", "--data-dir", data).code == 1
+        with running_command(*worker_arguments(tmp_path, address, "pi"), log=tmp_path / "pi.log"):
+            assert fedgrpc("watch", "b", "--data-dir", data).code == 0
+        shown = fedgrpc("status", "b", "--data-dir", data).out
+        assert "run b · finished" in shown
+        assert "other runs: a" in shown
+    assert "run b · finished" in fedgrpc("status", "b", "--data-dir", data).out
+    several = fedgrpc("status", "--data-dir", data)
+    assert (several.code, "a, b" in several.error) == (2, True)
