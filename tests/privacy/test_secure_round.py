@@ -317,7 +317,7 @@ class AdversarialDevice:
 
 
 @given(seed=st.integers(0, 100_000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_whatever_devices_are_asked_they_never_tell_two_secrets_nor_mask_twice(seed: int) -> None:
     rng = Random(seed)
     _, tasks = opened(5, seed % 7)
