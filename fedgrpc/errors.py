@@ -5,6 +5,7 @@ status in one place, `fedgrpc.rpc.status`. The class alone decides the status, a
 
     FedgrpcError
     ├── UsageError                 a setting, flag or file the person gave        exit code 2
+    │   ├── ExtraMissing           packages that a feature needs are not installed
     │   └── TaskUnfit              a learning task that can never take part
     ├── CodecError
     │   ├── EncodeError            the values cannot be encoded (non-finite, dtype)
@@ -55,6 +56,15 @@ class FedgrpcError(Exception):
 
 class UsageError(FedgrpcError):
     """A setting, flag or file given by a person is wrong."""
+
+
+class ExtraMissing(UsageError):
+    """Packages that a feature needs are not installed; `extra` has them."""
+
+    def __init__(self, feature: str, extra: str, cause: ImportError | None = None) -> None:
+        super().__init__(
+            f"{feature} needs packages: pip install 'fedgrpc[{extra}]'" + (f" ({cause})" if cause else "")
+        )
 
 
 class TaskUnfit(UsageError):

@@ -22,7 +22,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Final
 
-from fedgrpc.errors import UsageError
+from fedgrpc.errors import ExtraMissing, UsageError
 from fedgrpc.v1.device_pb2 import Timings
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskPhase
 
@@ -41,9 +41,7 @@ def begin(service: str, processor: Any) -> Any:
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import RandomIdGenerator, TracerProvider
     except ImportError as error:
-        raise UsageError(
-            f"traces need the packages of fedgrpc[otel]: pip install 'fedgrpc[otel]' ({error})"
-        ) from error
+        raise ExtraMissing("OTEL_TRACES_EXPORTER", "otel", error) from error
 
     class Ids(RandomIdGenerator):  # type: ignore[misc]
         """Ids that follow from a round or a task where they have to, else random ones."""
@@ -79,9 +77,7 @@ def begin_by_environment(service: str, environment: Mapping[str, str]) -> None:
             begin(service, BatchSpanProcessor(OTLPSpanExporter()))
             return
     except ImportError as error:
-        raise UsageError(
-            f"OTEL_TRACES_EXPORTER={kind} needs packages: pip install 'fedgrpc[otel]' ({error})"
-        ) from error
+        raise ExtraMissing(f"OTEL_TRACES_EXPORTER={kind}", "otel", error) from error
     raise UsageError(f"OTEL_TRACES_EXPORTER must be otlp, console or none, not {kind!r}")
 
 

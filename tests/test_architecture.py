@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.code_metrics import circles, read_package
+
 PACKAGE = Path(__file__).parent.parent / "fedgrpc"
 
 # Every module or package right below fedgrpc, and what it may import besides itself.
@@ -184,6 +186,11 @@ def test_no_class_overrides_private_methods_of_another_module() -> None:
         for name in _private_methods(node) & _private_methods(base)
     ]
     assert not overridden
+
+
+def test_no_modules_import_each_other() -> None:
+    """Imports that only type checkers follow count, too."""
+    assert circles(read_package(PACKAGE)) == []
 
 
 def test_importing_the_aggregator_imports_no_torch() -> None:

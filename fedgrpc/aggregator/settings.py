@@ -18,9 +18,8 @@ from typing import Final
 from fedgrpc.aggregation.admission import AdmissionPolicy
 from fedgrpc.aggregation.robust.aggregation import MEAN, aggregation_of
 from fedgrpc.aggregator.negotiation import Negotiation
-from fedgrpc.aggregator.privacy_settings import check_privacy
 from fedgrpc.aggregator.roles import Roles
-from fedgrpc.algorithms.combinations import check_algorithm
+from fedgrpc.algorithms.combinations import check_algorithm, counts_differences_alone
 from fedgrpc.algorithms.registry import algorithm_of
 from fedgrpc.claims import WEIGHT
 from fedgrpc.codec.manifest import Limits
@@ -178,7 +177,7 @@ class AggregatorSettings:
         self._check_times()
         self._check_scales()
         self._check_aggregation()
-        check_privacy(self)
+        self._check_privacy()
         self.negotiation()
         try:
             parse_requires(self.requires)
@@ -234,6 +233,56 @@ class AggregatorSettings:
             whole_models=not any(plan.parts for plan in self.local_models.plans),
             leaves=bool(self.leaves),
         )
+
+    def _check_privacy(self) -> None:
+        """Refuse each setting that would break the accounting of differential privacy.
+
+        What one device adds to a version has to be at most clip_norm over privacy_cohort. Which devices take part
+        may not depend on what any of them has sent. docs/guide/privacy.md lists what leaves a device besides.
+        """
+        privacy, policy = self.privacy, self.policy
+        if not privacy.on:
+            if policy.poisson_rate is not None:
+                raise UsageError("poisson_rate goes with privacy")
+            if privacy.min_separation != 1 or not privacy.metrics:
+                raise UsageError("min_separation and no metrics go with privacy")
+            return
+        plans = self.local_models.plans
+        refused = {
+            "privacy needs clip_norm, the most that one update may weigh": self.clip_norm is None,
+            "clip_quantile goes without privacy: it tells of all norms": self.clip_quantile is not None,
+            "aggregation goes without privacy: only a sum changes by no more than one update": (
+                aggregation_of(self.aggregation) is not None
+            ),
+            "min_separation needs max_participants: else all are in one round, and none is left for the next": (
+                privacy.min_separation > 1 and policy.max_participants is None
+            ),
+            "weight goes without privacy, where every update weighs the same": bool(self.worker_weights),
+            "max_share goes without privacy, where every update weighs the same": policy.max_share is not None,
+            "weight_aim goes without privacy, where every update weighs the same": policy.weight_aim is not None,
+            "late = 'carry' goes without privacy: a device could be in one version twice": policy.late == "carry",
+            "leaf goes without privacy: the mean of a leaf is of many devices": bool(self.leaves),
+            "local_models of a part go without privacy: few devices would share a coordinate": not all(
+                map(covers_all, plans)
+            ),
+            "selection = 'oort' goes without privacy: it chooses by what devices have sent": (
+                self.choosing.selection == "oort"
+            ),
+            "target_epsilon needs rounds: noise is computed for all of them": (
+                privacy.target_epsilon is not None and self.rounds is None
+            ),
+            "no metrics go with no evaluate, and without target_metric and patience": not privacy.metrics
+            and (self.evaluate or self.target is not None or self.patience is not None),
+            "poisson_rate goes with privacy = 'gaussian' and min_separation = 1": policy.poisson_rate is not None
+            and (privacy.mechanism != "gaussian" or privacy.min_separation != 1),
+        }
+        for message, holds in refused.items():
+            if holds:
+                raise UsageError(message)
+        if not counts_differences_alone(self.plan):
+            raise UsageError(
+                f"algorithm {self.plan.algorithm} goes without privacy: its mean is not of differences alone"
+            )
 
     def _check_times(self) -> None:
         if not 0 < self.poll_wait_s < math.inf:

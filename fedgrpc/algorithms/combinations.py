@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedgrpc.aggregation.server_optimizer import FedAvg
+from fedgrpc.algorithms.fedavg import FedAvg as PlainMean
 from fedgrpc.algorithms.registry import algorithm_of
 from fedgrpc.errors import UsageError
 from fedgrpc.training_plan import TrainingPlan
@@ -44,3 +45,11 @@ def check_algorithm(
     inner = FedAvg()
     if server_optimizer != "fedavg" and algorithm.optimizers(inner, 1).get("") is not inner:
         raise UsageError(f"server_optimizer goes without {name}, which has a step of its own")
+
+
+def counts_differences_alone(plan: TrainingPlan) -> bool:
+    """Return whether the algorithm's mean is that of differences, each as long as the device sent it."""
+    algorithm, inner = algorithm_of(plan.algorithm), FedAvg()
+    more = algorithm.companions or algorithm.keeps or algorithm.normalizes
+    weighs = algorithm.uses_norms or algorithm.uses_losses or type(algorithm).scales is not PlainMean.scales
+    return not (more or weighs) and algorithm.optimizers(inner, 1).get("") is inner

@@ -10,7 +10,7 @@ from fedgrpc.aggregator.server import Beside
 from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.aggregator.trust import Trust
 from fedgrpc.cli.options import Declare, Setting
-from fedgrpc.errors import UsageError
+from fedgrpc.errors import ExtraMissing, UsageError
 from fedgrpc.gauges import Gauges, Sources, kept_fresh
 
 if TYPE_CHECKING:
@@ -64,9 +64,7 @@ def _page_of(values: Mapping[str, Any], settings: AggregatorSettings) -> Beside:
     try:
         from fedgrpc.web.page import PageSettings, serve_page
     except ImportError as error:
-        raise UsageError(
-            f"--web-address needs the packages of fedgrpc[web]: pip install 'fedgrpc[web]' ({error})"
-        ) from error
+        raise ExtraMissing("--web-address", "web", error) from error
     page = PageSettings(values["web_address"], tuple(values["web_hosts"]))
     return lambda trust, address: serve_page(page, address, trust.folder, _tls(trust, settings, page))
 

@@ -18,7 +18,7 @@ from fedgrpc.cli.model_versions import VersionSource, fetched, metadata
 from fedgrpc.cli.models import argument, model_command, named
 from fedgrpc.cli.options import Declare
 from fedgrpc.cli.values import NamedValues
-from fedgrpc.errors import UsageError
+from fedgrpc.errors import ExtraMissing, UsageError
 from fedgrpc.runs.keeping import Reference
 from fedgrpc.trainer import TaskSetup
 
@@ -31,7 +31,7 @@ async def _export(source: VersionSource, values: dict[str, Any]) -> None:
     try:
         from fedgrpc.torch.onnx_export import export_onnx
     except ModuleNotFoundError as error:
-        raise UsageError("export needs PyTorch: pip install 'fedgrpc[torch,onnx]'") from error
+        raise ExtraMissing("export", "torch,onnx", error) from error
 
     found = await source.version(Reference.parse(values["version"]))
     task = values["task"] or found.learning_task

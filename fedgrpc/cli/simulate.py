@@ -23,7 +23,7 @@ from fedgrpc.cli.as_json import json_text
 from fedgrpc.cli.options import AS_JSON, Declare, SettingsCommand
 from fedgrpc.cli.values import read_file
 from fedgrpc.cli.view import piped_console, print_table
-from fedgrpc.errors import FedgrpcError, UsageError
+from fedgrpc.errors import ExtraMissing, FedgrpcError, UsageError
 from fedgrpc.simulation.fleet import DescribedFleet, FleetVariant
 from fedgrpc.simulation.fleet_result import FleetResult
 from fedgrpc.simulation.fleet_run import FleetRun
@@ -212,7 +212,7 @@ def check_plot(path: Path) -> None:
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise UsageError("--plot needs matplotlib: pip install 'fedgrpc[demo]'") from error
+        raise ExtraMissing("--plot", "demo", error) from error
     mpl.use("Agg")
     from matplotlib.backend_bases import FigureCanvasBase
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedgrpc.datasets.dataset import Examples, LabelledData
-from fedgrpc.errors import UsageError
+from fedgrpc.errors import ExtraMissing, UsageError
 
 
 def load_hugging_face(
@@ -33,8 +33,8 @@ def load_hugging_face(
     """
     try:
         import datasets
-    except ImportError:
-        raise UsageError("data sets of Hugging Face need the library: pip install 'fedgrpc[datasets]'") from None
+    except ImportError as error:
+        raise ExtraMissing("a data set of Hugging Face", "datasets", error) from None
     try:
         found = datasets.load_from_disk(source) if Path(source).is_dir() else datasets.load_dataset(source)
     except Exception as error:  # The library raises errors of many other libraries.

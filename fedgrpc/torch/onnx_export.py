@@ -17,7 +17,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from fedgrpc.errors import LayoutError, TaskError, UsageError
+from fedgrpc.errors import ExtraMissing, LayoutError, TaskError, UsageError
 from fedgrpc.storage.files import storage_errors, sync
 from fedgrpc.storage.model_file import ModelFile, ModelTensors
 from fedgrpc.torch.task import TorchTask
@@ -43,7 +43,7 @@ def export_onnx(
         LayoutError: the weights are not of the task's model.
     """
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
-        raise UsageError(f"export needs {' and '.join(missing)}: pip install 'fedgrpc[onnx]'")
+        raise ExtraMissing(f"export (by {' and '.join(missing)})", "onnx")
     kind = find_task(reference)
     if not (isinstance(kind, type) and issubclass(kind, TorchTask)):
         raise UsageError(f"task {reference} is no TorchTask: only a model in PyTorch can be exported")

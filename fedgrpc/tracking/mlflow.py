@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from fedgrpc.tracking.tracker import missing
+from fedgrpc.errors import ExtraMissing
 
 _EXPERIMENT: Final = "fedgrpc"
 _TAG: Final = "fedgrpc.run"
@@ -20,7 +20,7 @@ class MLflow:
         try:
             from mlflow import MlflowClient
         except ImportError as error:
-            raise missing("mlflow", error) from None
+            raise ExtraMissing("the tracker mlflow", "mlflow", error) from None
         self._client: Any = MlflowClient(tracking_uri=target if "://" in target else f"sqlite:///{target}")
         self._id = ""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedgrpc.tracking.tracker import missing
+from fedgrpc.errors import ExtraMissing
 
 
 class TensorBoard:
@@ -17,7 +17,7 @@ class TensorBoard:
         try:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
         except ImportError as error:
-            raise missing("tensorboard", error) from None
+            raise ExtraMissing("the tracker tensorboard", "tensorboard", error) from None
         self._open, self._folder = EventFileWriter, Path(target)
         self._writer: Any = None
 

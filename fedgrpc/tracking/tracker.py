@@ -88,8 +88,3 @@ def tracker_of(text: str) -> Tracker:
         raise UsageError(f"tracker {name}:{class_name}: the module has no class of that name with a method log()")
     tracker: Tracker = found(target)
     return tracker
-
-
-def missing(extra: str, error: ImportError) -> UsageError:
-    """Return the error of a tracker whose library is not installed."""
-    return UsageError(f"the tracker {extra} needs a library: pip install 'fedgrpc[{extra}]' ({error})")

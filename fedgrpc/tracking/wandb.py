@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from fedgrpc.tracking.tracker import missing
+from fedgrpc.errors import ExtraMissing
 
 
 class WeightsAndBiases:
@@ -17,7 +17,7 @@ class WeightsAndBiases:
         try:
             import wandb
         except ImportError as error:
-            raise missing("wandb", error) from None
+            raise ExtraMissing("the tracker wandb", "wandb", error) from None
         self._library: Any = wandb
         self._project = target
         self._run: Any = None

@@ -37,7 +37,7 @@ from fedgrpc.cli.values import DURATION
 from fedgrpc.cli.view import piped_console, print_table
 from fedgrpc.codec.recipe import Recipe
 from fedgrpc.datasets.partition import PARTITIONS
-from fedgrpc.errors import UsageError
+from fedgrpc.errors import ExtraMissing, UsageError
 from fedgrpc.v1.aggregator_pb2 import Run
 from fedgrpc.v1.round_pb2 import Round
 from fedgrpc.words import round_line, scores
@@ -147,7 +147,7 @@ def _run(**values: Any) -> None:
     settings = pick(DemoSettings, values)
     Recipe.parse(settings.encoding)
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("the demo needs matplotlib: pip install 'fedgrpc[demo]'")
+        raise ExtraMissing("the demo's plot", "demo")
     if settings.partition is None and takes(find_task(settings.task), "partition"):
         settings = replace(settings, partition=_PARTITION)
     try:

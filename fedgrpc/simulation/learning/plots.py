@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from fedgrpc.errors import UsageError
+from fedgrpc.errors import ExtraMissing, UsageError
 from fedgrpc.simulation.learning.versions import VersionRow
 
 # Black stands for text, and yellow is too light for a line.
@@ -83,7 +83,7 @@ def check_plot(path: Path) -> None:
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise UsageError("a plot needs matplotlib: pip install 'fedgrpc[demo]'") from error
+        raise ExtraMissing("a plot", "demo", error) from error
     mpl.use("Agg")
     from matplotlib.backend_bases import FigureCanvasBase
 

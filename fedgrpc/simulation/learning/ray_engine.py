@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from fedgrpc.errors import FedgrpcError, UsageError
+from fedgrpc.errors import ExtraMissing, FedgrpcError
 from fedgrpc.simulation.learning.client_work import ClientResult, ClientWork, ClientWorker, TaskFacts
 from fedgrpc.simulation.learning.engine import Pending
 from fedgrpc.simulation.learning.experiment import Learning
@@ -71,7 +71,7 @@ class RayEngine:
         try:
             import ray
         except ImportError as error:
-            raise UsageError("the engine ray needs Ray: pip install 'fedgrpc[ray]'") from error
+            raise ExtraMissing("the engine ray", "ray", error) from error
         self._ray = ray
         self._begun_here = not ray.is_initialized()
         if self._begun_here:
