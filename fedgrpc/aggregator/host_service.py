@@ -325,7 +325,10 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
 
 
 def _texts(settings: Iterable[pb.RunSetting]) -> dict[str, Sequence[str]]:
-    """Return settings by name. Raises `UsageError` for one twice, and for a file named by somebody elsewhere."""
+    """Return settings by name, which the audit log has too.
+
+    Raises `UsageError` for one that is there twice, and for a file named by somebody elsewhere.
+    """
     texts: dict[str, Sequence[str]] = {}
     for each in settings:
         if each.name in texts:
@@ -333,4 +336,5 @@ def _texts(settings: Iterable[pb.RunSetting]) -> dict[str, Sequence[str]]:
         if each.name in FILES and not caller().local:
             raise UsageError(f"{each.name} names a file on the aggregator's host: submit there, by --data-dir")
         texts[each.name] = list(each.values)
+    note(settings=", ".join(f"{name}={' '.join(values)}" for name, values in texts.items()))
     return texts

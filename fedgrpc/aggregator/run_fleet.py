@@ -160,8 +160,8 @@ class RunFleet:
             return state.asked, 1
         if state.phase is RoundPhase.SELECTING:
             if round_.kind is TaskKind.INITIALIZE:
-                # The largest of all gives the first model.
-                return supply, 1
+                # The largest of all gives the first model. A run that has none still wants one.
+                return max(1, supply), 1
             return max(0, policy.ask(policy.aim(supply)) - brought), max(1, policy.needed_idle - brought)
         if state.phase is not RoundPhase.REPORTING:
             return 0, 0

@@ -15,6 +15,8 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from fedgrpc.claims import Text
 from fedgrpc.client import Client
 from fedgrpc.errors import FedgrpcError, NotFound, UsageError
+from fedgrpc.protocol.durations import duration_from_proto
+from fedgrpc.runs.scheduler import PATIENCE_S
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1.identity_pb2 import Member
 from fedgrpc.web.fleet import FleetQuery, fleet_page
@@ -83,7 +85,8 @@ class Views:
     async def runs(self, request: Request) -> Response:
         """List the runs."""
         visitor, client = self._visit(request)
-        values = {"runs": (await client.runs())[::-1]}
+        runs = await client.runs()
+        values = {"runs": runs[::-1], "queue": queue_of(runs)}
         return await self._page(request, "runs.html", visitor, client, values)
 
     async def run(self, request: Request) -> Response:
@@ -223,6 +226,17 @@ class Views:
         if not self._visitors.signs_in:
             raise NotFound("there is no such page: visitors are known by their certificates")
         return await self._page(request, "sign_in.html", visitor, client, {})
+
+
+def queue_of(runs: Sequence[pb.RunSummary]) -> list[pb.RunSummary]:
+    """Return the runs that wait for workers, in the order of `fedgrpc.runs.scheduler`."""
+
+    def order(run: pb.RunSummary) -> tuple[float, ...]:
+        waited_s = duration_from_proto(run.waiting)
+        overdue = waited_s > PATIENCE_S and run.eligible_workers > 0
+        return (-waited_s if overdue else 0.0, -run.priority, run.eligible_workers)
+
+    return sorted((run for run in runs if run.wanted_workers), key=order)
 
 
 def _number(text: str) -> int:
