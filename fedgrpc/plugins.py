@@ -41,6 +41,12 @@ def make(kind: str, text: str, known: Mapping[str, type]) -> Any:
 def _imported(kind: str, module: str, class_name: str) -> type:
     try:
         found = getattr(importlib.import_module(module), class_name, None)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise UsageError(f"{kind} {module}:{class_name}: {error}") from None
+        raise UsageError(
+            f"{kind} {module}:{class_name}: there is no module {error.name!r}; is its folder on PYTHONPATH?"
+        ) from None
     except ImportError as error:
         raise UsageError(f"{kind} {module}:{class_name}: {error}") from None
     if not isinstance(found, type) or not dataclasses.is_dataclass(found):

@@ -486,7 +486,8 @@ def run_settings(process: Mapping[str, Any], name: str, folder: Path, texts: Tex
     try:
         return settings_from(COMMAND.values_of(table, {**given, "data_dir": folder, "run_name": name}))
     except UsageError as error:
-        raise UsageError(str(error).replace(f"[{COMMAND.name}] ", "")) from error
+        table_name = f"[{COMMAND.name}] "
+        raise UsageError(str(error).replace(f"{table_name}has", "a run has").replace(table_name, "")) from error
 
 
 def run_texts(path: Path) -> dict[str, list[str]]:

@@ -137,7 +137,9 @@ class StoredVersions:
             found.save_tag(tag, None)
 
     def _find(self, name: str) -> _StoredRun:
-        runs = [_StoredRun.read(folder) for folder in run_folders(self.folder)]
+        runs = [run for folder in run_folders(self.folder) if (run := _StoredRun.read(folder)) is not None]
+        if not runs:
+            raise UsageError(f"the data folder {self.folder} holds no run yet")
         found = [run for run in runs if name in ("", run.name, run.id)]
         if not found:
             raise NotFound(f"the data folder {self.folder} has no run {name[:80]!r}")
@@ -159,11 +161,12 @@ class _StoredRun:
     tags: dict[str, int]
 
     @classmethod
-    def read(cls, folder: Path) -> _StoredRun:
+    def read(cls, folder: Path) -> _StoredRun | None:
+        """Return the run of a folder, or None where an aggregator has its runs in folders below it."""
         with closing(RunStore(folder / DATABASE, read_only=True)) as store:
             run, settings = store.run(), store.settings()
             if run is None:
-                raise UsageError(f"the data folder {folder} holds no run yet")
+                return None
             versions = Versions(_measures(settings), bool(settings.get("evaluators", "()") != "()"))
             with storage_errors(folder, "read"):
                 there = [int(path.stem) for path in (folder / MODELS).glob("*.safetensors") if path.stem.isdigit()]

@@ -82,15 +82,18 @@ def print_runs(runs: Sequence[RunSummary]) -> None:
     if not runs:
         click.echo("no runs; `fedgrpc run submit` starts one")
         return
-    rows = [("RUN", "PHASE", "ROUND", "VERSION", "WORKERS", "PRIORITY", "TASK"), *map(_row, runs)]
+    rows = [("RUN", "PHASE", "ROUND", "VERSION", "WORKERS", "PRIORITY", "TASK"), *map(row_of, runs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _row(run: RunSummary) -> tuple[str, ...]:
+def row_of(run: RunSummary) -> tuple[str, ...]:
+    """Return the cells of a run in `fedgrpc run list`."""
     phase = RunPhase.Name(run.phase).removeprefix("RUN_PHASE_").lower()
-    rounds = f"{run.current_round}/{run.total_rounds}" if run.total_rounds else str(run.current_round)
+    # The last version is scored in a round of its own, which the total does not count.
+    number = min(run.current_round, run.total_rounds or run.current_round)
+    rounds = f"{number}/{run.total_rounds}" if run.total_rounds else str(number)
     waiting = f", wants {run.wanted_workers}" if run.wanted_workers else ""
     workers = f"{run.busy_workers} of {run.eligible_workers}{waiting}"
     return (run.name, phase, rounds, str(run.model_version), workers, str(run.priority), run.learning_task or "-")

@@ -179,7 +179,7 @@ def _print(status: RunStatus, values: dict[str, Any]) -> None:
         console.print(
             "NOT_SERVING: the data folder fails, or the aggregator is ending; see its log", highlight=False
         )
-    tables = [rounds_table(rounds), workers_table(workers)]
+    tables = [rounds_table(rounds), workers_table(workers, run.name)]
     predictions = predictions_table(latest)
     if values["plans"]:
         tables.append(predictions)

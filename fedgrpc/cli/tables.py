@@ -189,8 +189,11 @@ def _note(record: Round) -> str:
     return "; ".join([*warnings(record), *first_few(lost + idle)])
 
 
-def workers_table(workers: Sequence[WorkerRecord]) -> Table:
-    """Return one row per worker, with its new examples where some worker tells of them."""
+def workers_table(workers: Sequence[WorkerRecord], run: str = "") -> Table:
+    """Return one row per worker, with its new examples where some worker tells of them.
+
+    A worker that takes no task of `run` has the reason as its note.
+    """
     told = any(record.HasField("new_examples") for record in workers)
     table = Table(
         *(Column("worker"), Column("role", rank=4), Column("device", rank=3), Column("state")),
@@ -214,6 +217,7 @@ def workers_table(workers: Sequence[WorkerRecord]) -> Table:
             f"{seconds(record.last_seen_ago.ToTimedelta().total_seconds())} ago",
             f"{record.rounds_accepted}/{record.rounds_selected}",
             *((str(record.new_examples) if record.HasField("new_examples") else "",) if told else ()),
+            note=f"takes no tasks of {run}: {record.refusals[run]}" if run in record.refusals else "",
         )
     return table
 

@@ -157,6 +157,7 @@ def test_the_attacker_has_the_largest_distance():
         ("median+krum:f=1", "no aggregation 'median'"),
         ("nnm+mean", "known: median"),
         ("fedgrpc.training_plan:TrainingPlan", "no combine"),
+        ("no_such_rules:Rule", "PYTHONPATH"),
     ],
 )
 def test_a_text_that_names_no_rule_is_refused_in_one_line(text, words):

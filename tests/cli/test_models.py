@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 from fedgrpc.cli.main import run as run_command
 from fedgrpc.model_client import download
+from fedgrpc.storage.database import DATABASE
 from fedgrpc.storage.model_diff import differences
 from fedgrpc.storage.model_file import ModelFile
+from fedgrpc.storage.run_store import RunStore
 from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
 
 
@@ -107,6 +110,13 @@ def test_where_no_aggregator_runs_the_data_folder_is_read(tmp_path, capsys):
     assert header_of(file)["tags"] == "shipped"
     assert command(capsys, "model", "get", "other@final", "--to", str(file), *where)[0] == 1
     assert command(capsys, "model", "tag", "@2", "best", *where)[0] == 2
+
+    host = tmp_path / "host"
+    shutil.copytree(aggregator.settings.data_dir, host / "runs" / "default")
+    RunStore(host / DATABASE).close()
+    where = ("--data-dir", str(host))
+    assert "shipped" in command(capsys, "model", "list", *where)[1]
+    assert "run default" in command(capsys, "status", *where)[1]
 
 
 async def test_a_download_that_broke_off_goes_on_and_another_payload_starts_over(ended_run, tmp_path):

@@ -6,6 +6,7 @@ import io
 
 from rich.console import Console
 
+from fedgrpc.cli.run import row_of
 from fedgrpc.cli.tables import Column, Table, predictions_table, rounds_table, task_table, workers_table
 from fedgrpc.client import natural_order
 from fedgrpc.v1 import aggregator_pb2 as pb
@@ -81,6 +82,18 @@ def test_a_worker_that_neither_polls_nor_trains_is_silent() -> None:
     assert "idle" in _lines(workers_table([record]), None)[1]
     record.last_seen_ago.FromSeconds(26)
     assert "silent" in _lines(workers_table([record]), None)[1]
+
+
+def test_a_worker_that_takes_no_tasks_of_the_shown_run_has_the_reason_below_it() -> None:
+    record = pb.WorkerRecord(worker="pi", refusals={"digits": "no option 'width'", "other": "too large"})
+    assert _lines(workers_table([record], "digits"), 80)[2:] == ["  └ takes no tasks of digits: no option 'width'"]
+    assert len(_lines(workers_table([record], "third"), 80)) == 2
+
+
+def test_the_closing_evaluation_is_no_round_beyond_the_last() -> None:
+    assert row_of(pb.RunSummary(name="digits", current_round=21, total_rounds=20))[2] == "20/20"
+    assert row_of(pb.RunSummary(name="digits", current_round=4, total_rounds=20))[2] == "4/20"
+    assert row_of(pb.RunSummary(name="digits", current_round=4))[2] == "4"
 
 
 def test_a_plan_is_a_note_below_its_costs() -> None:
