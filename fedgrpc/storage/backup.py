@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from tempfile import mkdtemp
 from typing import IO, Any, Final
 
 from fedgrpc.errors import CorruptError, StorageError, UsageError
@@ -46,6 +47,8 @@ _LINES: Final = ".jsonl"
 _PIECE_BYTES: Final = 1 << 20
 _MAX_MANIFEST_BYTES: Final = 64 << 20
 _MAX_FILES: Final = 1_000_000
+# A time in the year 5138; nothing later can be shown.
+_LATEST_S: Final = 1e11
 
 
 class _Gone(Exception):
@@ -74,8 +77,8 @@ def write_backup(folder: Path, path: Path) -> Backup:
         raise UsageError(f"{path} exists: remove it, or choose another name")
     if not any(folder.rglob(DATABASE)):
         raise UsageError(f"{folder} is not an aggregator's data folder: it has no {DATABASE}")
-    part = path.with_name(UNFINISHED + path.name)
     with storage_errors(path), _scratch(path) as scratch:
+        part = scratch / "backup"
         for _ in range(_TRIES):
             try:
                 with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "w+b") as file:
@@ -83,13 +86,9 @@ def write_backup(folder: Path, path: Path) -> Backup:
                     os.fsync(file.fileno())
             except _Gone:
                 continue
-            except BaseException:
-                part.unlink(missing_ok=True)
-                raise
             part.replace(path)
             sync(path.absolute().parent)
             return backup
-        part.unlink(missing_ok=True)
     raise StorageError(
         f"cannot copy {folder}: its versions are let go faster than they are copied; keep more of them"
     )
@@ -98,9 +97,7 @@ def write_backup(folder: Path, path: Path) -> Backup:
 @contextmanager
 def _scratch(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`: copies are made there before they are added."""
-    folder = path.with_name(f"{UNFINISHED}{path.name}.copies")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
+    folder = Path(mkdtemp(dir=path.absolute().parent, prefix=f"{UNFINISHED}{path.name}-"))
     try:
         yield folder
     finally:
@@ -245,9 +242,8 @@ def restore_backup(path: Path, folder: Path) -> Backup:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"{folder} is not empty: name a new folder, or remove it")
         make_private(folder.absolute().parent)
-        unfinished = folder.with_name(UNFINISHED + folder.name)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(mode=0o700)
+        # A name of its own: of two that restore at the same time, neither removes what the other has written.
+        unfinished = Path(mkdtemp(dir=folder.absolute().parent, prefix=f"{UNFINISHED}{folder.name}-"))
         try:
             backup = _extract(path, unfinished)
             if folder.exists():
@@ -284,7 +280,9 @@ def _extract(path: Path, folder: Path) -> Backup:
 def _extract_file(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, path: Path) -> tuple[int, str]:
     """Write one file, durably; return its size and digest."""
     parts = PurePosixPath(member.name).parts
-    if not member.isreg() or member.name.startswith("/") or not parts or ".." in parts:
+    # A sparse member says in a few bytes how many zeros it is to be.
+    plain = member.isreg() and not member.issparse() and "\0" not in member.name
+    if not plain or not 0 <= member.mtime < _LATEST_S or not parts or member.name.startswith("/") or ".." in parts:
         raise CorruptError(f"{path} is no backup of fedgrpc: it holds {member.name[:80]!r}")
     content, target = tar.extractfile(member), folder.joinpath(*parts)
     assert content is not None
@@ -305,7 +303,8 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
     try:
         with tarfile.open(path, "r:") as tar:
             yield tar
-    except tarfile.TarError as error:
+    # ValueError: headers whose numbers are none.
+    except (tarfile.TarError, ValueError) as error:
         raise UsageError(f"{path} is no backup of fedgrpc, or cut short: {error}") from error
     except OSError as error:
         raise UsageError(f"cannot read the backup {path}: {error.strerror or error}") from error
@@ -318,6 +317,9 @@ def _manifest_of(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> B
         if read["format"] != _FORMAT:
             raise UsageError(f"{path} is of another version of fedgrpc: format {str(read['format'])[:20]}")
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in read["files"].items()}
-        return Backup(float(read["created_at"]), files)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        created_at = float(read["created_at"])
+        if not 0 <= created_at < _LATEST_S:
+            raise ValueError(created_at)
+        return Backup(created_at, files)
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptError(f"{path} is damaged: its {MANIFEST} cannot be read") from error

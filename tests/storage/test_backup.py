@@ -97,6 +97,64 @@ def test_no_name_leads_out_of_the_folder(tmp_path, name):
     assert not (tmp_path / "evil").exists()
 
 
+def _archive(file, headers, created_at, size):
+    with tarfile.open(file, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in (
+            ("x", b"0\n0\n"),
+            (MANIFEST, b'{"format": 1, "created_at": %s, "files": {"x": [%s, ""]}}' % (created_at, size)),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            if name == "x":
+                member.pax_headers = headers
+            tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"mtime": "1e300"},
+        {"mtime": "nan"},
+        {"path": "a\0b"},
+        {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(1 << 40)},
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(1 << 40)},
+    ],
+)
+def test_a_member_that_no_backup_has_is_refused_before_it_is_written(tmp_path, headers):
+    file = tmp_path / "bad.backup"
+    _archive(file, headers, b"0", b"4")
+    with pytest.raises((CorruptError, UsageError), match="no backup of fedgrpc"):
+        restore_backup(file, tmp_path / "restored")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.backup"]
+
+
+@pytest.mark.parametrize(("created_at", "size"), [(b"1e300", b"4"), (b"1e999", b"4"), (b"0", b"1e999")])
+def test_numbers_that_cannot_be_are_damage(tmp_path, created_at, size):
+    file = tmp_path / "bad.backup"
+    _archive(file, {}, created_at, size)
+    with pytest.raises(CorruptError, match="damaged"):
+        restore_backup(file, tmp_path / "restored")
+
+
+def test_of_two_that_restore_to_one_folder_only_one_does_and_it_is_whole(folder, tmp_path, monkeypatch):
+    file, target, extract, second = tmp_path / "a.backup", tmp_path / "restored", backup._extract_file, []
+    written = write_backup(folder, file)
+
+    def extract_while_another_restores(*arguments):
+        found = extract(*arguments)
+        if not second:
+            second.append("begun")
+            second.append(restore_backup(file, target))
+        return found
+
+    monkeypatch.setattr(backup, "_extract_file", extract_while_another_restores)
+    with pytest.raises(StorageError, match="not empty"):
+        restore_backup(file, target)
+    assert {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()} == set(
+        written.files
+    )
+
+
 def test_a_link_in_a_backup_is_refused(tmp_path):
     file = tmp_path / "bad.backup"
     with tarfile.open(file, "w") as tar:
