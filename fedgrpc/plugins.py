@@ -47,8 +47,9 @@ def _imported(kind: str, module: str, class_name: str) -> type:
         raise UsageError(
             f"{kind} {module}:{class_name}: there is no module {error.name!r}; is its folder on PYTHONPATH?"
         ) from None
-    except ImportError as error:
-        raise UsageError(f"{kind} {module}:{class_name}: {error}") from None
+    # A module of others may raise anything, and a name of none (".x") raises what is no ImportError.
+    except Exception as error:
+        raise UsageError(f"{kind} {module}:{class_name}: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(found, type) or not dataclasses.is_dataclass(found):
         raise UsageError(f"{kind} {module}:{class_name}: the module has no dataclass of that name")
     return found

@@ -22,6 +22,8 @@ Text = str | list[str]
 
 _NUMBER_AND_UNIT: Final = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([a-zA-Z]*)\s*")
 
+_MOST_CHARS: Final = 100
+
 
 class Quantity(click.ParamType[Any]):
     """A number with a unit, converted to the unit that the table gives as 1, which is also the default unit.
@@ -42,10 +44,11 @@ class Quantity(click.ParamType[Any]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | int:
         if isinstance(value, int | float):
             return value
-        match = _NUMBER_AND_UNIT.fullmatch(str(value))
+        # The pattern takes time with the square of the length.
+        match = _NUMBER_AND_UNIT.fullmatch(str(value)) if len(str(value)) <= _MOST_CHARS else None
         factor = self._factors.get(match[2].lower()) if match else None
         if match is None or factor is None:
-            self.fail(f"{value!r} must look like {self._example}", param, ctx)
+            self.fail(f"{str(value)[:_MOST_CHARS]!r} must look like {self._example}", param, ctx)
         amount = float(match[1]) * factor
         if amount > self._most:
             self.fail(f"{value!r} is more than {self.show(self._most)}", param, ctx)

@@ -17,6 +17,7 @@ from fedgrpc.claims import METRIC_NAME_CHARS
 from fedgrpc.errors import UsageError
 
 _CONDITION: Final = re.compile(r"\s*([^<>=]+?)\s*(>=|<=)\s*(\S+)\s*")
+_MOST_CHARS: Final = 3 * METRIC_NAME_CHARS
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Condition:
     @classmethod
     def parse(cls, text: str) -> Condition:
         """Read "accuracy>=0.9" or "loss<=0.5". Raises `UsageError`."""
-        if (found := _CONDITION.fullmatch(text)) is not None:
+        # The pattern takes time with the cube of the blanks.
+        if len(text) <= _MOST_CHARS and (found := _CONDITION.fullmatch(text)) is not None:
             name, sign, number = found.groups()
             try:
                 value = float(number)

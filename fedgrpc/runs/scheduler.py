@@ -21,6 +21,7 @@ from fedgrpc.errors import UsageError
 
 PATIENCE_S: Final = 60.0
 MOST_PRIORITY: Final = 1000
+MOST_QUOTA: Final = (1 << 32) - 1
 # Of two supplies within this factor, neither is scarcer: fleets come and go by a few workers.
 _ALIKE: Final = 1.25
 
@@ -46,8 +47,8 @@ class Share:
     def __post_init__(self) -> None:
         if not -MOST_PRIORITY <= self.priority <= MOST_PRIORITY:
             raise UsageError(f"priority must be from -{MOST_PRIORITY} to {MOST_PRIORITY}, not {self.priority}")
-        if self.quota is not None and self.quota < 1:
-            raise UsageError(f"quota must be at least 1, not {self.quota}")
+        if self.quota is not None and not 1 <= self.quota <= MOST_QUOTA:
+            raise UsageError(f"quota must be from 1 to {MOST_QUOTA}, not {self.quota}")
 
 
 @dataclass(frozen=True)

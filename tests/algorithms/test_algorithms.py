@@ -214,3 +214,9 @@ def test_a_text_that_names_no_algorithm_is_refused_in_one_line(text, words):
     with pytest.raises(UsageError, match=words) as refused:
         algorithm_of(text)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", [".x:Mine", ":Mine", "a..b:Mine", "no.such.module:Mine"])
+def test_a_class_that_cannot_be_imported_is_refused_in_one_line(text):
+    with pytest.raises(UsageError, match="algorithm"):
+        algorithm_of(text)

@@ -7,6 +7,7 @@ import click
 import pytest
 
 from fedgrpc.cli.options import Declare, pick
+from fedgrpc.cli.values import DURATION
 from fedgrpc.errors import UsageError
 
 
@@ -41,3 +42,9 @@ def test_only_fields_are_picked_and_the_dataclass_checks_them():
     assert pick(Oven, {"heat": 200.0, "port": 1}, trays=2) == Oven(200.0, trays=2)
     with pytest.raises(UsageError, match="heat"):
         pick(Oven, {"heat": -1.0})
+
+
+def test_a_quantity_of_many_digits_is_refused_at_once():
+    # The pattern would take minutes.
+    with pytest.raises(click.BadParameter, match="must look like"):
+        DURATION.convert("1" * 50_000 + "!", None, None)

@@ -75,3 +75,9 @@ def test_a_minority_decides_nothing_whatever_it_claims(honest, lies):
 def test_nan_meets_no_condition():
     assert not ACCURATE.met(math.nan)
     assert not CHEAP.met(math.nan)
+
+
+def test_a_long_text_is_refused_at_once():
+    # Its blanks would take the pattern hours.
+    with pytest.raises(UsageError, match="looks like"):
+        Condition.parse("a" + " " * 100_000)
