@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
 
@@ -167,7 +168,7 @@ class Driver:
         rule = aggregation_of(self._settings.aggregation)
         self._updates = AcceptedUpdates(coordinator.journal, coordinator.models, coordinator.local_models, rule)
         self._source = rounds(coordinator, self._upkeep, self._updates)
-        self._held = False
+        self._holders = 0
         # Of the round that ended last.
         self._record = RoundRecord()
         self._merge = Merge({})
@@ -180,17 +181,23 @@ class Driver:
         records, _ = await coordinator.in_database(coordinator.store.rounds, run.last_number + 1, _RECENT_ROUNDS)
         coordinator.metrics.restore(run.version, records)
 
-    def hold(self) -> None:
-        """Select no more workers and open no more rounds. For good: the driver is about to end."""
-        self._held = True
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Select no more workers and open no more rounds while the block runs."""
+        self._holders += 1
         self._coordinator.news()
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            self._coordinator.news()
 
     async def run(self) -> None:
         """Play rounds until the run has ended. Raises `StorageError` only for what waiting cannot mend."""
         run = self._run
         while not run.ended:
             if run.round is None:
-                if self._held:
+                if self._holders:
                     await self._upkeep.until(None)
                     continue
                 if (round_ := await self._source.next_round()) is None:
@@ -216,7 +223,7 @@ class Driver:
                 elif isinstance(effect, Finished):
                     await self._upkeep.until_stored(partial(self._finish, effect))
                     return
-            waits = self._held or run.phase is RunPhase.PAUSED
+            waits = bool(self._holders) or run.phase is RunPhase.PAUSED
             if waits and run.current.state.phase is RoundPhase.SELECTING:
                 await self._upkeep.until(None)
                 continue

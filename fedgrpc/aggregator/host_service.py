@@ -17,7 +17,7 @@ from fedgrpc.aggregator.polls import polled
 from fedgrpc.aggregator.registry import Worker
 from fedgrpc.aggregator.roles import check_claim
 from fedgrpc.aggregator.run_directory import RunDirectory
-from fedgrpc.aggregator.run_files import FILES
+from fedgrpc.aggregator.run_texts import received_texts
 from fedgrpc.aggregator.service import checked_digest
 from fedgrpc.aggregator.sessions import check_speaker
 from fedgrpc.aggregator.settings import AggregatorSettings
@@ -28,7 +28,7 @@ from fedgrpc.protocol.devices import bounded_registration
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
 from fedgrpc.protocol.facts import bounded_conditions
 from fedgrpc.rpc.admission import caller, note
-from fedgrpc.rpc.identity import Session, peer_of
+from fedgrpc.rpc.identity import Session, is_on_this_machine, peer_of
 from fedgrpc.runs.events import DeviceReplaced
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc
@@ -302,19 +302,19 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
 
     async def SubmitRun(self, request: pb.SubmitRunRequest, context: Context) -> pb.SubmitRunResponse:
         note(run=request.name)
-        run = await self._runs.submit(request.name, _texts(request.settings))
+        run = await self._runs.submit(request.name, _texts(request.settings, context))
         return pb.SubmitRunResponse(run=run.service.view.run())
 
     async def SetRun(self, request: pb.SetRunRequest, context: Context) -> pb.SetRunResponse:
         name = self._runs.find(request.run).name
-        run, changed = await self._runs.change(name, _texts(request.settings))
+        run, changed = await self._runs.change(name, _texts(request.settings, context))
         note(run=name, **{f"set {key}": text for key, text in changed.items()})
         return pb.SetRunResponse(run=run.service.view.run(), changed=changed)
 
     async def CloneRun(self, request: pb.CloneRunRequest, context: Context) -> pb.CloneRunResponse:
         name = self._runs.find(request.run).name
         note(run=name, clone=request.name)
-        run = await self._runs.clone(name, request.name, _texts(request.settings), request.version)
+        run = await self._runs.clone(name, request.name, _texts(request.settings, context), request.version)
         return pb.CloneRunResponse(run=run.service.view.run())
 
     async def RemoveRun(self, request: pb.RemoveRunRequest, context: Context) -> pb.RemoveRunResponse:
@@ -324,17 +324,9 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
         return pb.RemoveRunResponse()
 
 
-def _texts(settings: Iterable[pb.RunSetting]) -> dict[str, Sequence[str]]:
-    """Return settings by name, which the audit log has too.
-
-    Raises `UsageError` for one that is there twice, and for a file named by somebody elsewhere.
-    """
-    texts: dict[str, Sequence[str]] = {}
-    for each in settings:
-        if each.name in texts:
-            raise UsageError(f"the setting {each.name[:80]!r} is there twice")
-        if each.name in FILES and not caller().local:
-            raise UsageError(f"{each.name} names a file on the aggregator's host: submit there, by --data-dir")
-        texts[each.name] = list(each.values)
+def _texts(settings: Iterable[pb.RunSetting], context: Context) -> dict[str, Sequence[str]]:
+    """Return settings by name, which the audit log has too. Raises `UsageError`."""
+    # With --insecure callers from other machines are local, too.
+    texts = received_texts(settings, caller().local and is_on_this_machine(context))
     note(settings=", ".join(f"{name}={' '.join(values)}" for name, values in texts.items()))
     return texts

@@ -7,8 +7,8 @@ does. So settings of a run change in that way: between two rounds, and only thos
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import structlog
@@ -124,15 +124,25 @@ class HostedRun:
         finally:
             self._calls.discard(call)
 
-    async def between_rounds(self) -> None:
-        """Let the round in progress end, and open no other: closing the run now interrupts no task of its own."""
-        self._driver.hold()
-        machine, seen = self.coordinator.machine, -1
-        while not machine.ended:
-            state = None if machine.round is None else machine.round.state
-            if state is None or (state.phase is RoundPhase.SELECTING and not state.asked):
-                return
-            seen = await self.coordinator.changes.wait(seen)
+    @asynccontextmanager
+    async def between_rounds(self) -> AsyncIterator[None]:
+        """Let the round in progress end, and open no other while the block runs.
+
+        Closing the run there interrupts no task of its own. Raises `LinkError` where the process ends before.
+        """
+        with self._driver.held():
+            machine, seen = self.coordinator.machine, -1
+            while not (machine.ended or self._is_between_rounds):
+                if self.coordinator.stopping:
+                    raise LinkError(f"run {self.name} is closed before its round has ended; try again")
+                seen = await self.coordinator.changes.wait(seen)
+            yield
+
+    @property
+    def _is_between_rounds(self) -> bool:
+        machine = self.coordinator.machine
+        state = None if machine.round is None else machine.round.state
+        return state is None or (state.phase is RoundPhase.SELECTING and not state.asked)
 
     async def close(self) -> None:
         """End the driver and all calls, and let the files go. What was on the way is as after a restart."""

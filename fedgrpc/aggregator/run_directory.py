@@ -207,6 +207,10 @@ class RunDirectory:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
             return
         try:
+            if folder.name in self._runs:
+                raise UsageError(
+                    "the aggregator was started with a run of this name: give that another --run-name"
+                )
             settings = self._read_settings(folder.name, folder, self._read_texts(folder / SETTINGS_FILE))
             await self._recovered(self._opened(settings))
         except FedgrpcError as error:
@@ -308,36 +312,48 @@ class RunDirectory:
     async def change(self, name: str, texts: Texts) -> tuple[HostedRun, dict[str, str]]:
         """Change settings of a run from its next round on; what has changed, as OLD -> NEW.
 
-        Raises `NotFound`, `IllegalTransition` for a run that has ended, `UsageError` for a setting that may not
-        change, and `StorageError`.
+        Raises `NotFound`, `IllegalTransition` for a run that has ended or that somebody else changes, `UsageError`
+        for a setting that may not change, and `StorageError`.
         """
-        async with self._changing:
-            run = self.find(name)
-            if run.coordinator.machine.ended:
-                raise IllegalTransition(f"the run has ended: {run.coordinator.machine.ending.text}")
-            before = self._texts_of(run)
-            merged = {**before, **texts}
-            assert self._read_settings is not None
-            folder = run.settings.data_dir
-            settings = self._read_settings(name, folder, merged)
-            changed = changes(compared_text(run.settings), compared_text(settings))
-            check_changeable(changed)
-            if not changed:
-                return run, {}
-            await asyncio.to_thread(write_texts, folder / SETTINGS_FILE, merged)
-            await run.between_rounds()
-            await run.close()
-            try:
-                again = await self._reopened(settings)
-            except BaseException:
-                # As it was, also for the next process.
-                await asyncio.to_thread(write_texts, folder / SETTINGS_FILE, before)
-                await self._reopened(run.settings)
-                self._look_again()
-                raise
+        run = self.find(name)
+        # Refused before a round is waited for, which other changes of runs do not wait for.
+        if not self._changed(run, texts)[1]:
+            return run, {}
+        async with run.between_rounds(), self._changing:
+            if self._runs.get(run.name) is not run:
+                raise IllegalTransition(
+                    f"somebody else has changed or removed the run {run.name}; look, and try again"
+                )
+            settings, changed = self._changed(run, texts)
+            return await self._restarted(run, settings, texts), changed
+
+    def _changed(self, run: HostedRun, texts: Texts) -> tuple[AggregatorSettings, dict[str, str]]:
+        """Return the settings of a run with `texts`, and what differs. Raises as `change`."""
+        if run.coordinator.machine.ended:
+            raise IllegalTransition(f"the run has ended: {run.coordinator.machine.ending.text}")
+        merged = {**self._texts_of(run), **texts}
+        assert self._read_settings is not None
+        settings = self._read_settings(run.name, run.settings.data_dir, merged)
+        changed = changes(compared_text(run.settings), compared_text(settings))
+        check_changeable(changed)
+        return settings, changed
+
+    async def _restarted(self, run: HostedRun, settings: AggregatorSettings, texts: Texts) -> HostedRun:
+        """Close a run and open it with other settings, or else with those that it had. Raises as `_reopened`."""
+        file, before = run.settings.data_dir / SETTINGS_FILE, self._texts_of(run)
+        await asyncio.to_thread(write_texts, file, {**before, **texts})
+        await run.close()
+        try:
+            again = await self._reopened(settings)
+        except BaseException:
+            # As it was, also for the next process.
+            await asyncio.to_thread(write_texts, file, before)
+            await self._reopened(run.settings)
             self._look_again()
-            log.info("run changed", run=name, changed=changed)
-            return again, changed
+            raise
+        self._look_again()
+        log.info("run changed", run=run.name)
+        return again
 
     async def _reopened(self, settings: AggregatorSettings) -> HostedRun:
         """Open and start a run again that was closed. Raises as `HostedRun.recover`."""

@@ -18,8 +18,6 @@ from fedgrpc.storage.run_store import RunStore
 
 RUNS: Final = "runs"
 SETTINGS_FILE: Final = "run.toml"
-# Settings that name a file of the aggregator's host.
-FILES: Final = ("initial_model", "local_models")
 # A change of these would be of another run.
 _FIXED: Final = frozenset({"initial_model", "learning_task", "model", "run_name", "data_dir", "seed"})
 
@@ -45,9 +43,14 @@ def check_changeable(changed: Mapping[str, str]) -> None:
 
 
 def write_texts(path: Path, texts: Texts) -> None:
-    """Write settings as a table of a settings file. A JSON text is a TOML text, too."""
+    """Write settings as a table of a settings file. Raises `StorageError`."""
     lines = [
-        f"{name} = {json.dumps(list(values) if len(values) != 1 else values[0])}" for name, values in texts.items()
+        f"{name} = {_toml(list(values) if len(values) != 1 else values[0])}" for name, values in texts.items()
     ]
     with storage_errors(path):
         write_file(path, ("[run]\n" + "\n".join(lines) + "\n").encode())
+
+
+def _toml(value: str | list[str]) -> str:
+    # A JSON text is a TOML text, but for DEL, and for characters outside of the BMP where JSON escapes them.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -57,3 +58,14 @@ class Session:
 def peer_of(context: Any) -> str:
     """Return address and port of the caller, for a log."""
     return unquote(str(context.peer())).partition(":")[2]
+
+
+def is_on_this_machine(context: Any) -> bool:
+    """Return whether the caller is on this machine: over a unix socket, or from loopback."""
+    kind, _, peer = unquote(str(context.peer())).partition(":")
+    if kind == "unix":
+        return True
+    try:
+        return ip_address(peer.rpartition(":")[0].strip("[]")).is_loopback
+    except ValueError:
+        return False

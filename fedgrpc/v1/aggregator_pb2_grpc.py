@@ -432,8 +432,9 @@ class AggregatorServicer:
     def SubmitRun(self, request, context):
         """Starts a run with these settings. Answers once it is durable: from then on it survives the process.
         INVALID_ARGUMENT: there is a run of that name, or the name is not 1 to 64 of letters, digits, '.', '_' and '-', or
-        begins with '.' or '-'; a setting is unknown, cannot be read or used, is one of the process, or names a file and the
-        caller is not on the aggregator's host. RESOURCE_EXHAUSTED: the limit of hosted runs is reached.
+        begins with '.' or '-'; a setting is unknown, cannot be read or used, is one of the process, is too long, or names a
+        file or a class that does not come with fedgrpc and the caller is not on the aggregator's host. RESOURCE_EXHAUSTED:
+        the limit of hosted runs is reached.
         FAILED_PRECONDITION: this aggregator has a parent, whose runs it serves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -30,9 +30,15 @@ def process_values():
 @asynccontextmanager
 async def hosting(folder, drained=True):
     """An aggregator without a run of its own, and a client of it. Unless `drained` it ends as a kill ends it."""
-    settings = replace(settings_for(folder), initial_model=None)
     given = {**process_values(), "durable": False, "drain_s": 1.0}
     host = Hosting(False, partial(run_settings, given), run_texts)
+    async with serving(replace(settings_for(folder), initial_model=None), host, drained) as served:
+        yield served
+
+
+@asynccontextmanager
+async def serving(settings, host, drained=True):
+    """An aggregator with these settings, and a client of it."""
     ready = asyncio.get_running_loop().create_future()
     aggregator = Aggregator(settings, hosting=host)
     task = asyncio.create_task(aggregator.run(ready.set_result))

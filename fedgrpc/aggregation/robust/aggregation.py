@@ -110,3 +110,10 @@ def aggregation_of(text: str) -> Aggregation | None:
     if not (hasattr(rule, "combine") or hasattr(rule, "shares")) or not hasattr(rule, "least"):
         raise UsageError(f"aggregation {text}: the class has no combine() or shares(), or no `least`")
     return Aggregation(rule, mixed)
+
+
+def own_rules(text: str) -> str:
+    """Return the `package.module:Class` that a text names; "" where all rules are of this package."""
+    before, found, after = text.partition("+")
+    named = [(before, (_MIXED,)), (after, RULES)] if found else [(text, (MEAN, *RULES))]
+    return " ".join(part for part, known in named if part.partition(":")[0] not in known)
