@@ -26,6 +26,11 @@ from fedgrpc.errors import UsageError
 from fedgrpc.simulation.traces import Stretch, Trace, trace_of
 
 _DAY_S: Final = 86_400.0
+# What damaged files and made-up ones raise: sizes beyond memory, numbers beyond floats, lists in lists.
+_UNREADABLE: Final = (
+    *(pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError),
+    *(OverflowError, MemoryError, RecursionError),
+)
 _TIME: Final = "%Y-%m-%d %H:%M:%S"
 # What an event of FLASH says of a phone.
 _SCREEN_OFF: Final = {"screen_off": True, "screen_lock": True, "screen_on": False, "screen_unlock": False}
@@ -124,15 +129,7 @@ def from_fedscale(data: bytes) -> Trace:
             by_period.setdefault(period_s, {})[str(client)] = [each for each in stretches if each[0] < each[1]]
     except UsageError:
         raise
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        IndexError,
-    ) as error:
+    except _UNREADABLE as error:
         raise UsageError(f"this is no trace of FedScale: {error}") from error
     if not by_period:
         raise UsageError("this trace of FedScale has no clients")
@@ -149,7 +146,7 @@ def from_flash(text: str) -> Trace:
     try:
         devices = json.loads(text)
         events = {str(name): sorted(_events(about["messages"])) for name, about in devices.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except _UNREADABLE as error:
         raise UsageError(f"this is no trace of FLASH: {error}") from error
     times = [time for each in events.values() for time, _ in each]
     if not times:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 
-from fedgrpc.claims import Text
+from fedgrpc.claims import NUMBER, Text
 from fedgrpc.client import Client
 from fedgrpc.errors import FedgrpcError, NotFound, UsageError
 from fedgrpc.protocol.durations import duration_from_proto
@@ -170,7 +170,10 @@ class Views:
         """Show one round with its tasks."""
         visitor, client = self._visit(request)
         client = client.of(request.path_params["run"])
-        run, record = await client.run(), await client.round(request.path_params["number"])
+        number = request.path_params["number"]
+        if number > NUMBER.most:
+            raise NotFound(f"there is no round {str(number)[:20]}")
+        run, record = await client.run(), await client.round(number)
         start = _number(request.query_params.get("from", ""))
         values = {"run": run, "record": record, "start": start, "stop": start + _TASKS_SHOWN}
         return await self._page(request, "round.html", visitor, client, values)

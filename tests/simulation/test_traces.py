@@ -106,7 +106,13 @@ class _Runs:
 
 
 @pytest.mark.parametrize(
-    "data", [pickle.dumps({1: _Runs()}), b"", b"garbage", pickle.dumps([1]), pickle.dumps({1: {}})]
+    "data",
+    [
+        *(pickle.dumps({1: _Runs()}), b"", b"garbage", pickle.dumps([1]), pickle.dumps({1: {}})),
+        pickle.dumps({1: {"active": [0], "inactive": [1], "finish_time": 10**400}}),
+        # A length of 2**63 - 1.
+        b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f",
+    ],
 )
 def test_a_pickle_that_is_no_trace_is_refused_and_runs_nothing(data: bytes) -> None:
     with pytest.raises(UsageError):
@@ -130,7 +136,9 @@ def test_flashs_trace_is_read_as_charging_on_wifi_with_the_screen_off() -> None:
     assert trace.period_s == 2 * 86_400
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"0": {}}', '{"0": {"messages": "yesterday\\twifi"}}', "{}"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "[" * 100_000, '{"0": {}}', '{"0": {"messages": "yesterday\\twifi"}}', "{}"]
+)
 def test_what_is_no_trace_of_flash_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         from_flash(text)

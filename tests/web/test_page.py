@@ -65,7 +65,8 @@ async def test_charts_get_a_column_for_each_round(tmp_path):
 
 async def test_what_does_not_exist_has_a_page_that_says_so(tmp_path):
     async with running_aggregator(tmp_path) as running, visited(running) as client:
-        for path in ("/nowhere", "/fleet/nobody", "/runs/default/rounds/7", "/static/../app.py", "/static/x"):
+        rounds = [f"/runs/default/rounds/{number}" for number in (7, 1 << 64, "9" * 50)]
+        for path in ("/nowhere", "/fleet/nobody", *rounds, "/static/../app.py", "/static/x"):
             answer = await client.get(path)
             assert answer.status_code == 404, path
             assert "content-security-policy" in answer.headers
