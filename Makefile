@@ -16,7 +16,7 @@ PURE_TESTS := $(wildcard $(addprefix tests/,test_architecture.py test_claims.py 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo check test test-pure test-extras simulate fuzz faults soak load bench-niid images deploy-test fleet lint format protos settings lock sbom clean
+.PHONY: help venv demo check test test-pure test-extras simulate fuzz faults soak load bench-niid images deploy-test fleet fleet-runs lint format protos settings lock sbom clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -72,6 +72,9 @@ deploy-test: $(INSTALLED)  ## run the manifests of k8s/ in real pods (root, podm
 
 fleet: $(INSTALLED)  ## train on ten limited containers, and break things on the way (root, podman, make images)
 	$(BIN)/python -m tools.container_fleet $(ARGS)
+
+fleet-runs: $(INSTALLED)  ## three runs on twelve limited containers through a kill, a revocation and a bad release
+	$(BIN)/python -m tools.container_runs $(ARGS)
 
 lint: $(INSTALLED)  ## check style, types, protocol and that the generated code is fresh
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ from fedgrpc.words import round_line
 from tools.containers.breakage import aggregator_killed, device_killed, link_down, resumed_with_updates
 from tools.containers.devices import AGGREGATOR, Device, make_fleet
 from tools.containers.network import Link, Network, NetworkError
-from tools.containers.podman import AGGREGATOR_IMAGE, WORKER_IMAGE, Container, PodmanError, podman, why_not
+from tools.containers.podman import AGGREGATOR_IMAGE, WORKER_IMAGE, Container, PodmanError, flags, podman, why_not
 from tools.containers.report import (
     Accepted,
     accepted_in,
@@ -128,7 +128,7 @@ class Fleet:
         if not asked.same_model:
             settings["local-models"] = PLANS_INSIDE
         # The network of these containers is reached by nobody else.
-        return ["aggregator", "--stay", "--insecure", *_flags(settings)]
+        return ["aggregator", "--stay", "--insecure", *flags(settings)]
 
     def _worker(self, device: Device, number: int, folder: Path) -> Container:
         link, kind, task = self._links[device.name], device.device_class, self._task
@@ -143,7 +143,7 @@ class Fleet:
         if not link.shaped:
             settings["link"] = str(kind.link_bits_per_second)
         more = {} if task.mount is None else {f"{task.mount}": f"{task.data}:ro"}
-        arguments = ["worker", *_flags(settings)]
+        arguments = ["worker", *flags(settings)]
         return self._container(device.name, WORKER_IMAGE, link, folder, arguments, device, more)
 
     def _container(
@@ -286,10 +286,6 @@ class Fleet:
             if container.out_of_memory:
                 wrong.append(f"{container.name} ran out of memory")
         return wrong
-
-
-def _flags(settings: dict[str, object]) -> list[str]:
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
 async def _run(asked: argparse.Namespace, network: Network, folder: Path) -> int:

@@ -128,3 +128,8 @@ class Container:
         present = subprocess.run(["podman", "logs", self.name], capture_output=True, text=True, timeout=60)
         lines = [*kept.splitlines(), *(present.stdout + present.stderr).splitlines()]
         return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def flags(settings: Mapping[str, object]) -> list[str]:
+    """Settings as a command line has them."""
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
