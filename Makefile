@@ -104,7 +104,7 @@ $(SUPPLY_CHAIN)/.installed: constraints.txt
 
 lock: $(SUPPLY_CHAIN)/.installed  ## write docker/requirements.txt: what images install, with hashes
 	$(SUPPLY_CHAIN)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
-		--constraint constraints.txt --custom-compile-command "make lock" --output-file docker/requirements.txt pyproject.toml
+		--constraint constraints.txt --custom-compile-command "make lock" --extra web --output-file docker/requirements.txt pyproject.toml
 
 sbom: $(SUPPLY_CHAIN)/.installed  ## write build/fedgrpc.cdx.json (CycloneDX): what an installation has; EXTRAS=torch
 	$(PYTHON) -m venv --clear --without-pip build/sbom

@@ -2,7 +2,7 @@
 
 Digits, Fashion-MNIST and a task in NumPy are submitted to one aggregator with TLS; devices join by token. On the
 way the aggregator is killed and created again, a device is revoked, and a release is rolled back by its canaries.
-With chromium and the packages of fedgrpc[test-extras] the page is open throughout, and pictures of it are taken.
+With chromium and playwright (make test-extras) the page is open throughout, and pictures of it are taken.
 
 exit code 0     all held, or skipped, with the reason in one line
           1     something did not hold, or went wrong
@@ -25,22 +25,25 @@ from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import models_pb2
 from tools.containers.breakage import aggregator_killed, resumed_with_updates
 from tools.containers.network import Network, NetworkError
-from tools.containers.page import PAGE_IMAGE, Picture, make_page_image, no_pictures, pictures
+from tools.containers.page import Picture, no_pictures, pictures, why_no_browser
 from tools.containers.podman import AGGREGATOR_IMAGE, WORKER_IMAGE, Container, PodmanError, why_not
 from tools.containers.report import accepted_in, committed_versions
 from tools.containers.runs_fleet import LOOK_S, NAME, PAGE, Accepted, Fleet, Settings, write_data
 
 REVOKED: Final = "jetson-nano-3"
+# Its rounds are long enough to be seen half done.
+KILLED_IN: Final = "fashion"
 CANARIES: Final = ("raspberry-pi-4-1", "jetson-nano-1")
 _COMMON: Final = {
     **{"min-workers": 3, "max-participants": 4, "quorum": 2},
     **{"deadline": "90s", "selection-window": "2s", "reconnect-grace": "15s"},
 }
+_WATCH_HZ: Final = 20.0
 RUNS: Final[dict[str, Settings]] = {
-    "digits": {"task": "fedgrpc.tasks.digits", "rounds": 25, "epochs": 2, "keep-versions": 50, **_COMMON},
-    "fashion": {"task": "fashion_beside:FashionBeside", "rounds": 8, "max-steps": 40, **_COMMON},
+    "digits": {"task": "fedgrpc.tasks.digits", "rounds": 40, "epochs": 5, "keep-versions": 50, **_COMMON},
+    "fashion": {"task": "fashion_beside:FashionBeside", "rounds": 12, "epochs": 4, **_COMMON},
     "numpy": {
-        **{"task": "bring_your_own_numpy:SoftmaxRegression", "rounds": 20},
+        **{"task": "bring_your_own_numpy:SoftmaxRegression", "rounds": 40},
         **{"requires": 'label.hall == "north"', **_COMMON},
     },
 }
@@ -95,11 +98,12 @@ async def _kill(fleet: Fleet) -> bool:
     breakage = aggregator_killed(fleet.aggregator, 1, fleet.tell)
 
     async def follow(client: Client) -> bool:
-        for run in RUNS:
-            rounds = await fleet.rounds(client, run)
-            if rounds and not breakage.mended.is_set():
-                breakage.follow(rounds[-1])
-        return breakage.mended.is_set()
+        async for news in client.of(KILLED_IN).watch(_WATCH_HZ):
+            fleet.accepted |= {(KILLED_IN, *update) for update in accepted_in([news.round])}
+            breakage.follow(news.round)
+            if breakage.mended.is_set():
+                return True
+        return False
 
     try:
         async with asyncio.timeout(240):
@@ -205,20 +209,19 @@ def _acknowledged(worker: Container) -> Accepted:
     return {(str(event["run"]), int(event["round"]), str(event["worker"])) for event in told}
 
 
-async def _run(asked: argparse.Namespace, network: Network, folder: Path, image: str) -> int:
-    page = image == PAGE_IMAGE
-    fleet = Fleet(network, folder, asked.logs or folder / "logs", image, page)
+async def _run(asked: argparse.Namespace, network: Network, folder: Path, looked_at: bool) -> int:
+    fleet = Fleet(network, folder, asked.logs or folder / "logs")
     write_data(folder, fleet.devices, RUNS)
     fleet.remove()
     try:
         await fleet.start()
-        async with asyncio.timeout(asked.timeout):
-            if not page:
-                wrong = await play(fleet, no_pictures)
-            else:
+        async with asyncio.timeout(asked.timeout), contextlib.AsyncExitStack() as stack:
+            picture: Picture = no_pictures
+            if looked_at:
                 shots = asked.pictures or folder / "pictures"
-                async with pictures(f"{NAME}-aggregator", f"http://{PAGE}", shots) as picture:
-                    wrong = await play(fleet, picture)
+                browser = pictures(f"{NAME}-aggregator", f"http://{PAGE}", shots)
+                picture = await stack.enter_async_context(browser)
+            wrong = await play(fleet, picture)
     except TimeoutError:
         wrong = [f"not done within {asked.timeout:.0f} s"]
     finally:
@@ -246,13 +249,12 @@ def main() -> int:
         folder = Path(temporary)
         (asked.logs or folder / "logs").mkdir(parents=True, exist_ok=True)
         try:
-            (folder / "image").mkdir()
-            no_page = make_page_image(folder / "image")
-            if no_page is not None:
-                print(f"fleet-runs: without the page: {no_page}")
+            no_browser = why_no_browser()
+            if no_browser is not None:
+                print(f"fleet-runs: nobody looks at the page: {no_browser}")
             with Network(NAME) as network:
                 network.enter()
-                return asyncio.run(_run(asked, network, folder, AGGREGATOR_IMAGE if no_page else PAGE_IMAGE))
+                return asyncio.run(_run(asked, network, folder, no_browser is None))
         except NetworkError as error:
             print(f"fleet-runs: skipped: no network of its own: {error}")
             return 0

@@ -1,4 +1,4 @@
-"""The aggregator's page in its container, and a browser that has it open, where this machine has both."""
+"""A browser that has the page of an aggregator open, in a container's network, where this machine has one."""
 
 from __future__ import annotations
 
@@ -11,33 +11,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from tools.containers.podman import AGGREGATOR_IMAGE, podman
-
-PAGE_IMAGE: Final = "localhost/fedgrpc-aggregator-page:dev"
-# What fedgrpc[web] brings; markupsafe does without its compiled half under another Python.
-_PACKAGES: Final = ("starlette", "uvicorn", "jinja2", "markupsafe", "h11", "anyio", "idna", "click")
 _PATIENCE_S: Final = 120.0
 
 # Takes a picture called NAME of the page at PATH.
 Picture = Callable[[str, str], Awaitable[None]]
 
 
-def make_page_image(folder: Path) -> str | None:
-    """The aggregator's image with the page's packages of this Python, under `PAGE_IMAGE`; else why not."""
-    for package in (*_PACKAGES, "playwright"):
-        if find_spec(package) is None:
-            return f"there is no {package}: make test-extras installs it"
-    if shutil.which("chromium") is None:
-        return "there is no chromium"
-    packages = folder / "packages"
-    for package in _PACKAGES:
-        spec = find_spec(package)
-        assert spec is not None
-        assert spec.origin is not None
-        shutil.copytree(Path(spec.origin).parent, packages / package)
-    (folder / "Dockerfile").write_text(f"FROM {AGGREGATOR_IMAGE}\nCOPY packages /opt/app\n")
-    podman("build", "--format", "docker", "--isolation", "chroot", "--tag", PAGE_IMAGE, str(folder))
-    return None
+def why_no_browser() -> str | None:
+    """Why no page can be looked at here; None: it can."""
+    if find_spec("playwright") is None:
+        return "there is no playwright: make test-extras installs it"
+    return None if shutil.which("chromium") else "there is no chromium"
 
 
 @contextlib.asynccontextmanager

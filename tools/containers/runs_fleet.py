@@ -20,7 +20,7 @@ from fedgrpc.errors import LinkError
 from fedgrpc.v1.round_pb2 import Round
 from tools.containers.devices import JETSON_NANO, JETSON_NANO_2GB, RASPBERRY_PI_4, Device, make_fleet
 from tools.containers.network import Network
-from tools.containers.podman import WORKER_IMAGE, Container, Limits, PodmanError, flags, podman
+from tools.containers.podman import AGGREGATOR_IMAGE, WORKER_IMAGE, Container, Limits, PodmanError, flags, podman
 from tools.containers.report import accepted_in
 
 NAME: Final = "fgruns"
@@ -41,20 +41,16 @@ Accepted = set[tuple[str, int, str]]
 class Fleet:
     """The containers, and an operator at another machine of their network."""
 
-    def __init__(self, network: Network, folder: Path, logs: Path, image: str, page: bool) -> None:
+    def __init__(self, network: Network, folder: Path, logs: Path) -> None:
         self._began_s = time.monotonic()
         self.folder = folder
         self.context = folder / "operator.context"
         self.accepted: Accepted = set()
         leader = network.attach("aggregator")
         self.address = f"{leader.address}:{_PORT}"
-        settings: dict[str, object] = {
-            "lease": "10s",
-            "log-format": "json",
-            **({"web-address": PAGE} if page else {}),
-        }
+        settings = {"web-address": PAGE, "lease": "10s", "log-format": "json"}
         self.aggregator = Container(
-            *(f"{NAME}-aggregator", image, Limits(256 << 20), leader.podman_network),
+            *(f"{NAME}-aggregator", AGGREGATOR_IMAGE, Limits(256 << 20), leader.podman_network),
             *(["aggregator", "--stay", *flags(settings)], {f"{NAME}-aggregator": _STATE}, logs / "aggregator.log"),
         )
         # Twice each device's share of the cores: as a rule they do not all work at once.
