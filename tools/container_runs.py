@@ -110,7 +110,7 @@ async def _kill(fleet: Fleet) -> bool:
             await fleet.until(follow)
     except TimeoutError:
         return False
-    for event in resumed_with_updates(fleet.aggregator.events()):
+    for event in resumed_with_updates(fleet.aggregator.events())[-1:]:
         fleet.tell(f"{event.get('run', '')} went on in round {event['round']} with {event['accepted']} updates")
     return True
 
@@ -212,7 +212,7 @@ def _acknowledged(worker: Container) -> Accepted:
 async def _run(asked: argparse.Namespace, network: Network, folder: Path, looked_at: bool) -> int:
     fleet = Fleet(network, folder, asked.logs or folder / "logs")
     write_data(folder, fleet.devices, RUNS)
-    fleet.remove()
+    fleet.forget_former()
     try:
         await fleet.start()
         async with asyncio.timeout(asked.timeout), contextlib.AsyncExitStack() as stack:

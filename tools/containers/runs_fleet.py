@@ -88,6 +88,12 @@ class Fleet:
         """A line with the time."""
         print(f"{time.monotonic() - self._began_s:6.1f} s  {line}", flush=True)
 
+    def forget_former(self) -> None:
+        """What a fleet that was killed has left, and what its containers said."""
+        self.remove()
+        for container in (self.aggregator, *self.workers.values()):
+            container.log.unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Everything gone, with its volumes."""
         for container in (self.aggregator, *self.workers.values()):
