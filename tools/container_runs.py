@@ -41,7 +41,7 @@ _COMMON: Final = {
 _WATCH_HZ: Final = 20.0
 RUNS: Final[dict[str, Settings]] = {
     "digits": {"task": "fedgrpc.tasks.digits", "rounds": 40, "epochs": 5, "keep-versions": 50, **_COMMON},
-    "fashion": {"task": "fashion_beside:FashionBeside", "rounds": 12, "epochs": 4, **_COMMON},
+    "fashion": {"task": "fashion_beside:FashionBeside", "rounds": 6, "epochs": 2, **_COMMON},
     "numpy": {
         **{"task": "bring_your_own_numpy:SoftmaxRegression", "rounds": 40},
         **{"requires": 'label.hall == "north"', **_COMMON},
