@@ -1,13 +1,14 @@
 """Metrics for Prometheus. Names and help texts are in one place. Code that counts holds the `Metrics` object.
 
-The rule: nothing is global. Every `Metrics` has a registry of its own, so two aggregators in one process, as in
-the tests, do not add up. Labels take few values: no worker names, a fleet has thousands.
+The rule: nothing is global. Every run's `Metrics` has a registry of its own, so two aggregators in one process, as
+in the tests, do not add up. `ProcessMetrics` shows those of all runs of an aggregator, each sample with its run.
+Labels take few values: no worker names, a fleet has thousands.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from socketserver import ThreadingMixIn
@@ -24,6 +25,8 @@ from prometheus_client import (
     disable_created_metrics,
     make_wsgi_app,
 )
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from fedgrpc import __version__, claims
 from fedgrpc.errors import UsageError
@@ -51,12 +54,11 @@ _LOCAL: Final = "local_"
 
 
 class Metrics:
-    """The metrics of one aggregator: set the gauges as things change, and hand over every ended round."""
+    """The metrics of one run: set the gauges as things change, and hand over every ended round."""
 
-    def __init__(self) -> None:
+    def __init__(self, live_workers: Gauge | None = None) -> None:
+        """`live_workers` is the gauge of the whole fleet, which runs share; None: one of its own."""
         self.registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        Info("fedgrpc_build", "Version of this program", registry=registry).info({"version": __version__})
         self.rounds = Counter("fedgrpc_rounds", "Rounds that have ended", ["outcome"], registry=registry)
         self.tasks = Counter(
             "fedgrpc_tasks", "Tasks of ended rounds, by how they ended", ["outcome"], registry=registry
@@ -113,7 +115,7 @@ class Metrics:
             ["of"],
             registry=registry,
         )
-        self.live_workers = Gauge("fedgrpc_live_workers", "Workers heard of within a lease", registry=registry)
+        self.live_workers = live_workers or _live_workers(registry)
         self.model_version = Gauge("fedgrpc_model_version", "Latest committed model version", registry=registry)
         self.current_round = Gauge("fedgrpc_current_round", "Number of the latest round", registry=registry)
         for of in ("norm", "scores"):
@@ -180,8 +182,43 @@ class Metrics:
                 self.prediction_errors.labels(part).observe(abs(error))
 
 
+def _live_workers(registry: CollectorRegistry) -> Gauge:
+    return Gauge("fedgrpc_live_workers", "Workers heard of within a lease", registry=registry)
+
+
+class ProcessMetrics(Collector):
+    """The metrics of an aggregator: of its process, and of each of its runs, with the label `run`."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        Info("fedgrpc_build", "Version of this program", registry=registry).info({"version": __version__})
+        self._live_workers = _live_workers(registry)
+        self._runs: dict[str, Metrics] = {}
+        registry.register(self)
+
+    def of(self, run: str) -> Metrics:
+        """Return the metrics of a run. A run that is closed and opened again counts on."""
+        if run not in self._runs:
+            self._runs[run] = Metrics(self._live_workers)
+        return self._runs[run]
+
+    def drop(self, run: str) -> None:
+        """Show nothing more of a run, which is removed."""
+        self._runs.pop(run, None)
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the metrics of all runs; Prometheus wants all samples of a name together. Any thread may call."""
+        families: dict[str, Metric] = {}
+        for run, metrics in tuple(self._runs.items()):
+            for family in metrics.registry.collect():
+                whole = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                whole.samples += [each._replace(labels={**each.labels, "run": run}) for each in family.samples]
+        return families.values()
+
+
 @contextmanager
-def serve_metrics(metrics: Metrics, address: str) -> Iterator[int]:
+def serve_metrics(metrics: Metrics | ProcessMetrics, address: str) -> Iterator[int]:
     """Serve `http://address/metrics` in a thread while the block lasts; yields the port ("HOST:0" takes one).
 
     Raises:

@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from fedgrpc.errors import UsageError
-from fedgrpc.metrics import Metrics, serve_metrics
+from fedgrpc.metrics import Metrics, ProcessMetrics, serve_metrics
 from fedgrpc.v1.device_pb2 import Timings
 from fedgrpc.v1.round_pb2 import Prediction, Round, TaskRecord
 
@@ -28,7 +28,7 @@ def _round() -> Round:
     return Round(number=7, tasks=[accepted, late], **ended)
 
 
-def _scrape(metrics: Metrics) -> str:
+def _scrape(metrics: Metrics | ProcessMetrics) -> str:
     with serve_metrics(metrics, "127.0.0.1:0") as port:
         answer = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=300)
         return str(answer.read().decode())
@@ -85,6 +85,28 @@ def test_two_aggregators_in_one_process_do_not_add_up() -> None:
     assert 'fedgrpc_rounds_total{outcome="committed"} 0.0' in _scrape(second)
 
 
+def test_each_run_of_a_process_has_its_own_samples_until_it_is_removed() -> None:
+    metrics = ProcessMetrics()
+    metrics.of("a").observe_round(_round())
+    metrics.of("b").model_version.set(3)
+    metrics.of("b").live_workers.set(7)
+    metrics.of("a").observe_round(_round())
+    lines = _scrape(metrics).splitlines()
+    for line in (
+        'fedgrpc_rounds_total{outcome="committed",run="a"} 2.0',
+        'fedgrpc_rounds_total{outcome="committed",run="b"} 0.0',
+        'fedgrpc_round_seconds_count{run="a"} 2.0',
+        'fedgrpc_model_version{run="b"} 3.0',
+        "fedgrpc_live_workers 7.0",
+    ):
+        assert line in lines
+    assert [line for line in lines if line.startswith("# TYPE fedgrpc_rounds_total")] == [
+        "# TYPE fedgrpc_rounds_total counter"
+    ]
+    metrics.drop("a")
+    assert 'run="a"' not in _scrape(metrics)
+
+
 def test_a_metrics_port_in_use_is_one_clear_line() -> None:
     with serve_metrics(Metrics(), "127.0.0.1:0") as port:
         taken = f"127.0.0.1:{port}"
@@ -111,6 +133,8 @@ def test_after_a_restart_the_page_shows_what_is_in_the_data_folder() -> None:
 
 
 def test_the_page_names_the_program_and_has_no_times_of_creation() -> None:
-    text = generate_latest(Metrics().registry).decode()
+    metrics = ProcessMetrics()
+    metrics.of("a")
+    text = generate_latest(metrics.registry).decode()
     assert "fedgrpc_build_info{version=" in text
     assert "_created" not in text

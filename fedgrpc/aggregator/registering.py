@@ -84,6 +84,8 @@ class Registering:
             if forgotten:
                 for run in self._runs():
                     run.workers.forget(forgotten)
+                    if run.store is not self._store:
+                        await run.in_database(run.store.forget_workers, forgotten)
                 log.warning("workers forgotten", count=len(forgotten), reason="they never delivered an update")
                 await self._in_database(self._store.forget_workers, forgotten)
         await self._in_database(self._store.save_worker, registration, str(session))

@@ -33,7 +33,7 @@ from fedgrpc.aggregator.settings import AggregatorSettings, changes, compared_te
 from fedgrpc.aggregator.tokens import run_id_of
 from fedgrpc.aio import Changes
 from fedgrpc.errors import Exhausted, FedgrpcError, IllegalTransition, NotFound, UsageError
-from fedgrpc.metrics import Metrics
+from fedgrpc.metrics import ProcessMetrics
 from fedgrpc.rpc.identity import Session
 from fedgrpc.storage.database import DATABASE
 from fedgrpc.storage.files import make_private, remove_folder, storage_errors
@@ -62,7 +62,7 @@ class RunDirectory:
         sessions: Sessions,
         clock: Callable[[], float],
         record: Record,
-        metrics: Metrics,
+        metrics: ProcessMetrics,
         *,
         own_rounds: Rounds = OwnRounds,
         has_own: bool = True,
@@ -181,8 +181,7 @@ class RunDirectory:
             self.common.fleet.restore(registration, self.common.clock(), session)
 
     def _opened(self, settings: AggregatorSettings, is_own: bool = False) -> HostedRun:
-        # The metrics page is of one run: labels by run would be of any number.
-        metrics = self._metrics if is_own or not self._runs else Metrics()
+        metrics = self._metrics.of(settings.run_name)
         rounds = self._own_rounds if is_own else OwnRounds
         run = HostedRun(settings, self.common, metrics, rounds, is_own)
         run.fleet.binds = lambda: self.bound is run
@@ -238,10 +237,21 @@ class RunDirectory:
         self.changes.notify()
 
     def put_out(self, name: str, why: str, drop_updates: bool) -> None:
-        """Do without a worker that may call no more. See `Coordinator.put_out`."""
+        """Do without a worker that may call no more, in every run. See `Coordinator.put_out`.
+
+        Raises the first error once all runs know: a disk that fails one of them keeps no other from it.
+        """
+        errors = []
         for run in self:
-            run.coordinator.put_out(name, why, drop_updates)
-            run.models.device_gone(name)
+            try:
+                run.coordinator.put_out(name, why, drop_updates)
+                run.models.device_gone(name)
+            except FedgrpcError as error:
+                errors.append(error)
+            run.fleet.ready.discard(name)
+            run.fleet.refusals.pop(name, None)
+        if errors:
+            raise errors[0]
 
     # What operators do.
 
@@ -269,7 +279,10 @@ class RunDirectory:
         if self._read_texts is None:
             raise IllegalTransition("this aggregator has a parent, whose runs it serves")
         if run.is_own:
-            raise UsageError(f"the settings of {run.name} are those of the aggregator's start: it has no others")
+            raise UsageError(
+                f"the settings of {run.name} are flags of the aggregator's start: end the aggregator and start it "
+                "with others to change them (rounds and models stay), or submit a file with them as another run"
+            )
         return self._read_texts(run.settings.data_dir / SETTINGS_FILE)
 
     async def _make(self, name: str, texts: Texts, model: Path | None = None) -> HostedRun:
@@ -302,6 +315,7 @@ class RunDirectory:
         except BaseException:
             if (failed := self._runs.pop(name, None)) is not None:
                 await failed.close()
+            self._metrics.drop(name)
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
             raise
         run.start()
@@ -371,6 +385,7 @@ class RunDirectory:
                 raise IllegalTransition(f"the run {run.name} has not ended: stop it first")
             folder = run.settings.data_dir
             del self._runs[run.name]
+            self._metrics.drop(run.name)
             await run.close()
             with storage_errors(folder):
                 # First: without it, what is left after a kill is no run.

@@ -27,7 +27,7 @@ from fedgrpc.aggregator.trust import Trust
 from fedgrpc.identity.audit import AuditEntry
 from fedgrpc.identity.folder import IDENTITY as IDENTITY_FOLDER
 from fedgrpc.identity.folder import warn_if_open
-from fedgrpc.metrics import Metrics
+from fedgrpc.metrics import ProcessMetrics
 from fedgrpc.process import on_end_signal, reuse_memory
 from fedgrpc.rpc.channel import MAX_MESSAGE_BYTES
 from fedgrpc.rpc.server import (
@@ -63,7 +63,7 @@ class Aggregator:
     def __init__(
         self,
         settings: AggregatorSettings,
-        metrics: Metrics | None = None,
+        metrics: ProcessMetrics | None = None,
         rounds: Rounds = OwnRounds,
         identity_dir: Path | None = None,
         beside: Beside = lambda trust, address: nullcontext(),
@@ -78,7 +78,7 @@ class Aggregator:
         self._settings = settings
         self._identity_dir = identity_dir or settings.data_dir / IDENTITY_FOLDER
         self._rounds = rounds
-        self._metrics = metrics or Metrics()
+        self._metrics = metrics or ProcessMetrics()
         self._stopping = asyncio.Event()
         self._signals = 0
         self.clock: Callable[[], float] = time.monotonic
@@ -221,7 +221,7 @@ async def run_aggregator(
     settings: AggregatorSettings,
     *,
     ready: Callable[[int], None] | None = None,
-    metrics: Metrics | None = None,
+    metrics: ProcessMetrics | None = None,
     beside: Beside = lambda trust, address: nullcontext(),
     hosting: Hosting | None = None,
 ) -> int:

@@ -25,7 +25,7 @@ from fedgrpc.cli.values import DURATION, ROUNDS, SIZE, NamedValues, read_file
 from fedgrpc.errors import UsageError
 from fedgrpc.gauges import Gauges
 from fedgrpc.hierarchy.process import run_leaf
-from fedgrpc.metrics import Metrics, serve_metrics
+from fedgrpc.metrics import ProcessMetrics, serve_metrics
 from fedgrpc.privacy.policy import PrivacyPolicy
 from fedgrpc.process import collect_rarely
 from fedgrpc.protocol.tasks import WorkerRole
@@ -431,7 +431,7 @@ def _run(**values: Any) -> int:
     begin(values)
     settings = settings_from(values)
     Address.parse(settings.address)
-    metrics = Metrics()
+    metrics = ProcessMetrics()
     collect_rarely()
     with ExitStack() as stack:
         gauges = None

@@ -30,7 +30,7 @@ from fedgrpc.errors import LinkError, StorageError
 from fedgrpc.hierarchy.handoff import TaskHandoff
 from fedgrpc.hierarchy.parent_rounds import ParentRounds
 from fedgrpc.identity.folder import IDENTITY
-from fedgrpc.metrics import Metrics
+from fedgrpc.metrics import ProcessMetrics
 from fedgrpc.protocol.tasks import Registration, registration_from_proto
 from fedgrpc.runs.events import Ending, EndReason, RunPhase
 from fedgrpc.storage.files import storage_errors, write_file
@@ -48,7 +48,9 @@ Ready = Callable[[int], None] | None
 class LeafRun:
     """The aggregator of one run of the parent, from the moment that workers are served."""
 
-    def __init__(self, settings: AggregatorSettings, run_id: str, metrics: Metrics, identity_dir: Path) -> None:
+    def __init__(
+        self, settings: AggregatorSettings, run_id: str, metrics: ProcessMetrics, identity_dir: Path
+    ) -> None:
         self.run_id = run_id
         self.handoff = TaskHandoff()
         rounds = partial(ParentRounds, handoff=self.handoff, run_id=run_id)
@@ -87,7 +89,7 @@ class LeafRun:
 class LeafRuns:
     """The present run of the parent, and the change to another one. `serving` is set while workers are served."""
 
-    def __init__(self, settings: AggregatorSettings, metrics: Metrics, ready: Ready) -> None:
+    def __init__(self, settings: AggregatorSettings, metrics: ProcessMetrics, ready: Ready) -> None:
         self._settings = settings
         self._metrics = metrics
         self._ready = ready

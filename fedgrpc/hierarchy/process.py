@@ -14,7 +14,7 @@ from fedgrpc.aggregator.settings import AggregatorSettings
 from fedgrpc.errors import UsageError
 from fedgrpc.hierarchy.leaf_run import LeafRuns, Ready
 from fedgrpc.hierarchy.upstream import relay_scores, round_link
-from fedgrpc.metrics import Metrics
+from fedgrpc.metrics import ProcessMetrics
 from fedgrpc.process import on_end_signal
 from fedgrpc.rpc.identity import Session
 from fedgrpc.storage.folder import folder_id, hold_folder
@@ -44,12 +44,12 @@ class Leaf:
     """
 
     def __init__(
-        self, settings: AggregatorSettings, upstream: WorkerSettings, metrics: Metrics | None = None
+        self, settings: AggregatorSettings, upstream: WorkerSettings, metrics: ProcessMetrics | None = None
     ) -> None:
         _check_undecided(settings)
         self._settings = settings
         self._upstream = upstream
-        self._metrics = metrics or Metrics()
+        self._metrics = metrics or ProcessMetrics()
         self._runs: LeafRuns | None = None
         self._joining: asyncio.Task[WorkerSettings] | None = None
         self._signals = 0
@@ -130,7 +130,11 @@ def _check_undecided(settings: AggregatorSettings) -> None:
 
 
 async def run_leaf(
-    settings: AggregatorSettings, upstream: WorkerSettings, *, ready: Ready = None, metrics: Metrics | None = None
+    settings: AggregatorSettings,
+    upstream: WorkerSettings,
+    *,
+    ready: Ready = None,
+    metrics: ProcessMetrics | None = None,
 ) -> int:
     """Run a leaf to its end and return the exit code. In the main thread, SIGTERM and SIGINT drain it.
 

@@ -127,8 +127,8 @@ def test_metrics_are_served_while_the_run_goes_on(tmp_path: Path) -> None:
     with aggregator_command(tmp_path, *settings) as (_, address), _workers(tmp_path, address) as workers:
         assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
         text = urllib.request.urlopen(f"http://{metrics}/metrics", timeout=300).read().decode()
-    assert 'fedgrpc_tasks_total{outcome="accepted"}' in text
-    assert "fedgrpc_model_version 4.0" in text
+    assert 'fedgrpc_tasks_total{outcome="accepted",run="default"}' in text
+    assert 'fedgrpc_model_version{run="default"} 4.0' in text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

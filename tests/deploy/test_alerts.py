@@ -31,12 +31,12 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     ),
     "FedgrpcRoundsAbandoned": (
         {
-            'fedgrpc_rounds_total{outcome="abandoned"}': "0+0.1x1500",
-            'fedgrpc_rounds_total{outcome="committed"}': "0x1500",
+            'fedgrpc_rounds_total{run="r", outcome="abandoned"}': "0+0.1x1500",
+            'fedgrpc_rounds_total{run="r", outcome="committed"}': "0x1500",
         },
         {
-            'fedgrpc_rounds_total{outcome="abandoned"}': "0+0.1x1500",
-            'fedgrpc_rounds_total{outcome="committed"}': "0+0.2x1500",
+            'fedgrpc_rounds_total{run="r", outcome="abandoned"}': "0+0.1x1500",
+            'fedgrpc_rounds_total{run="r", outcome="committed"}': "0+0.2x1500",
         },
     ),
     "FedgrpcRunPaused": (
@@ -52,40 +52,43 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {**RUNNING, 'fedgrpc_run_workers{run="r", state="eligible"}': "10x1400 8x100"},
     ),
     "FedgrpcScoresNotFinite": (
-        {"fedgrpc_scores_not_finite_total": "0x1480 1x20"},
-        {"fedgrpc_scores_not_finite_total": "3x1500"},
+        {'fedgrpc_scores_not_finite_total{run="r"}': "0x1480 1x20"},
+        {'fedgrpc_scores_not_finite_total{run="r"}': "3x1500"},
     ),
     "FedgrpcVersionJumps": (
-        {'fedgrpc_jumps_total{of="norm"}': "0x1480 1x20"},
-        {'fedgrpc_jumps_total{of="norm"}': "1x1500"},
+        {'fedgrpc_jumps_total{run="r", of="norm"}': "0x1480 1x20"},
+        {'fedgrpc_jumps_total{run="r", of="norm"}': "1x1500"},
     ),
     "FedgrpcUpdatesRefused": (
         {
-            'fedgrpc_tasks_total{outcome="rejected"}': "0+0.2x1500",
-            'fedgrpc_tasks_total{outcome="accepted"}': "0+1x1500",
+            'fedgrpc_tasks_total{run="r", outcome="rejected"}': "0+0.2x1500",
+            'fedgrpc_tasks_total{run="r", outcome="accepted"}': "0+1x1500",
         },
         {
-            'fedgrpc_tasks_total{outcome="rejected"}': "0+0.2x1500",
-            'fedgrpc_tasks_total{outcome="accepted"}': "0+9x1500",
+            'fedgrpc_tasks_total{run="r", outcome="rejected"}': "0+0.2x1500",
+            'fedgrpc_tasks_total{run="r", outcome="accepted"}': "0+9x1500",
         },
     ),
     "FedgrpcTasksFail": (
         {
-            'fedgrpc_tasks_total{outcome="failed"}': "0+1x1500",
-            'fedgrpc_tasks_total{outcome="accepted"}': "0+1x1500",
+            'fedgrpc_tasks_total{run="r", outcome="failed"}': "0+1x1500",
+            'fedgrpc_tasks_total{run="r", outcome="accepted"}': "0+1x1500",
         },
         {
-            'fedgrpc_tasks_total{outcome="failed"}': "0+1x1500",
-            'fedgrpc_tasks_total{outcome="accepted"}': "0+4x1500",
+            'fedgrpc_tasks_total{run="r", outcome="failed"}': "0+1x1500",
+            'fedgrpc_tasks_total{run="r", outcome="accepted"}': "0+4x1500",
         },
     ),
     "FedgrpcTasksLate": (
         {
-            'fedgrpc_tasks_total{outcome="late"}': "0+1x1500",
-            'fedgrpc_tasks_total{outcome="expired"}': "0+1x1500",
-            'fedgrpc_tasks_total{outcome="accepted"}': "0+1x1500",
+            'fedgrpc_tasks_total{run="r", outcome="late"}': "0+1x1500",
+            'fedgrpc_tasks_total{run="r", outcome="expired"}': "0+1x1500",
+            'fedgrpc_tasks_total{run="r", outcome="accepted"}': "0+1x1500",
         },
-        {'fedgrpc_tasks_total{outcome="late"}': "0+1x1500", 'fedgrpc_tasks_total{outcome="accepted"}': "0+2x1500"},
+        {
+            'fedgrpc_tasks_total{run="r", outcome="late"}': "0+1x1500",
+            'fedgrpc_tasks_total{run="r", outcome="accepted"}': "0+2x1500",
+        },
     ),
     "FedgrpcDiskAlmostFull": (
         {"fedgrpc_data_free_bytes": "100e9-60e6x1500"},

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fedgrpc.gauges import Gauges
 from fedgrpc.identity.members import Lives
-from fedgrpc.metrics import Metrics
+from fedgrpc.metrics import ProcessMetrics
 from fedgrpc.v1.aggregator_pb2 import RunSummary
 from fedgrpc.v1.round_pb2 import Round, RoundPhase, TaskPhase, TaskRecord
 from tests.deploy.manifests import K8S, render
@@ -28,9 +28,9 @@ ADDED = {"namespace", "pod"}
 @pytest.fixture(scope="module")
 def served() -> dict[str, dict[str, set[str]]]:
     """Every sample's name, its labels and their values, once a round has ended."""
-    metrics = Metrics()
+    metrics = ProcessMetrics()
     task = TaskRecord(worker="pi-1", phase=TaskPhase.TASK_PHASE_ACCEPTED)
-    metrics.observe_round(Round(number=1, phase=RoundPhase.ROUND_PHASE_COMMITTED, tasks=[task]))
+    metrics.of("digits").observe_round(Round(number=1, phase=RoundPhase.ROUND_PHASE_COMMITTED, tasks=[task]))
     gauges = Gauges(metrics.registry)
     gauges.show_runs([RunSummary(name="digits", phase="RUN_PHASE_RUNNING")])
     gauges.show_members([], Lives(), 0.0)

@@ -104,3 +104,11 @@ async def test_a_run_is_cloned_with_its_model_and_removed(tmp_path, workers):
         assert not (tmp_path / "aggregator" / "runs" / "a").exists()
         with pytest.raises(NotFound):
             await client.of("a").run()
+
+
+async def test_settings_of_the_aggregator_s_own_run_change_with_its_flags_alone(tmp_path):
+    async with hosting(tmp_path, has_own=True) as (_, client, _):
+        for call in (client.change({"rounds": "9"}), client.clone("b", {})):
+            with pytest.raises(UsageError, match="flags of the aggregator's start"):
+                await call
+        assert [run.name for run in await client.runs()] == ["default"]

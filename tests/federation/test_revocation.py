@@ -1,15 +1,18 @@
 """Revocation: refused at the next call, out of open streams, and, if wanted, out of the round's updates."""
 
 import asyncio
+from contextlib import aclosing
+from types import SimpleNamespace
 
 import pytest
+from safetensors.numpy import save_file
 
 from fedgrpc.errors import FedgrpcError, WrongIdentity
 from fedgrpc.rpc.client_stream import ClientStream
 from fedgrpc.rpc.status import domain_errors
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, device_pb2, identity_pb2, identity_pb2_grpc, round_pb2
-from tests.support.hand_driven_device import PATIENCE_S, HandDrivenDevice, chunks, encoded, update_of
+from tests.support.hand_driven_device import MODEL, PATIENCE_S, HandDrivenDevice, chunks, encoded, update_of
 from tests.support.joining import (
     OUTSIDE,
     connected,
@@ -19,6 +22,7 @@ from tests.support.joining import (
     pass_certificate_time,
     revoke,
 )
+from tests.support.many_runs import QUICK, hosting
 from tests.support.running_federation import ShiftTrainer, running_aggregator, start_worker
 
 TWO = {"min_workers": 2, "selection_window_s": 0.1}
@@ -182,3 +186,48 @@ async def test_members_are_listed_in_pages(tmp_path):
                 if not (token := page.next_page_token):
                     break
         assert names == [f"o{number}" for number in range(5)]
+
+
+async def test_a_revoked_device_loses_its_tasks_and_updates_in_each_run(tmp_path):
+    save_file(MODEL, tmp_path / "initial.safetensors")
+    quick = {**QUICK, "initial_model": str(tmp_path / "initial.safetensors")}
+    async with hosting(tmp_path, address=OUTSIDE["address"]) as (address, client, aggregator):
+        await client.submit("a", {**quick, "min_workers": "2", "priority": "5"})
+        running = SimpleNamespace(address=address, settings=SimpleNamespace(data_dir=tmp_path / "aggregator"))
+        tls = [await joined(running, tmp_path, name) for name in ("good", "bad")]
+        async with connected(running, tls[0]) as one, connected(running, tls[1]) as two:
+            good, bad = (device_of(channel, name) for channel, name in ((one, "good"), (two, "bad")))
+            await asyncio.gather(good.register(many_runs=True), bad.register(many_runs=True))
+            _, task = await asyncio.gather(task_of(good), task_of(bad))
+            assert (await bad.push(task, update_of(1.0))).complete
+            await client.submit("b", {**quick, "min_workers": "1"})
+            other = await task_of(bad)
+            assert (task.terms.run, other.terms.run) == ("a", "b")
+            await client.identities.revoke("bad", "stolen", drop_updates=True)
+            for name in ("a", "b"):
+                (held,) = [each for each in await tasks_now(client.of(name)) if each.worker == "bad"]
+                assert (name, held.phase) in (
+                    ("a", round_pb2.TASK_PHASE_REJECTED),
+                    ("b", round_pb2.TASK_PHASE_FAILED),
+                )
+                assert "revoked" in held.reason
+            assert not any("bad" in run.coordinator.machine.leases for run in aggregator.runs)
+
+
+async def task_of(device):
+    """The next task of a device that serves many runs: it gets ready for those that it is told of."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            reply = await device.poll()
+            if reply.HasField("task"):
+                return reply.task
+            if reply.HasField("introduce"):
+                await device.stub.DescribeModel(
+                    pb.DescribeModelRequest(worker=device.name, run_id=reply.introduce.run_id)
+                )
+
+
+async def tasks_now(client):
+    """The tasks of the round in progress of a run."""
+    async with aclosing(client.watch()) as watched:
+        return (await anext(watched)).round.tasks

@@ -9,6 +9,7 @@ from pathlib import Path
 from fedgrpc.aggregator.server import Aggregator, Hosting
 from fedgrpc.cli.aggregator import COMMAND, run_settings, run_texts
 from fedgrpc.client import connect
+from fedgrpc.rpc.address import local_address
 from tests.support.hand_driven_device import PATIENCE_S
 from tests.support.running_federation import settings_for
 
@@ -28,11 +29,14 @@ def process_values():
 
 
 @asynccontextmanager
-async def hosting(folder, drained=True):
-    """An aggregator without a run of its own, and a client of it. Unless `drained` it ends as a kill ends it."""
+async def hosting(folder, drained=True, has_own=False, **changes):
+    """An aggregator, without a run of its own unless `has_own`, and a client of it.
+
+    Unless `drained` it ends as a kill ends it.
+    """
     given = {**process_values(), "durable": False, "drain_s": 1.0}
-    host = Hosting(False, partial(run_settings, given), run_texts)
-    async with serving(replace(settings_for(folder), initial_model=None), host, drained) as served:
+    host = Hosting(has_own, partial(run_settings, given), run_texts)
+    async with serving(replace(settings_for(folder), initial_model=None, **changes), host, drained) as served:
         yield served
 
 
@@ -47,8 +51,9 @@ async def serving(settings, host, drained=True):
         task.result()
     address = f"127.0.0.1:{ready.result()}"
     try:
-        async with connect(address) as client:
-            yield address, client, aggregator
+        with local_address(settings.data_dir / "identity") as local:
+            async with connect(local) as client:
+                yield address, client, aggregator
     finally:
         if drained:
             aggregator.stop()
