@@ -1,7 +1,7 @@
 """Training plan: what every worker of a run is asked to do in a training round.
 
 The rule: a hyper-parameter is declared here once, with its default and the numbers that it may be. Its flag takes
-name, type and default from here (`fedgrpc.cli.aggregator`), its field on the wire its name
+name, type and default from here (`fedgrpc.cli.aggregator_settings`), its field on the wire its name
 (`fedgrpc.protocol.plans`), and training finds it in its `TrainJob`, which is a plan.
 """
 
