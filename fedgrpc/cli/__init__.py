@@ -65,7 +65,7 @@ COMMANDS: Final = {
 }
 # Commands of two words, by their first.
 GROUPS: Final = {
-    "run": "Runs of one aggregator: submit, list, show, pause, resume, stop, rollback, set, clone, remove.",
+    "run": "Runs: submit, list, show, pause, resume, stop, rollback, set, clone, remove.",
     "token": "Join tokens, with which devices become members: create, list, delete.",
     "device": "Devices: list, show, approve, revoke, rename, forget.",
     "trace": "Availability traces for simulations: generate, import.",

@@ -197,8 +197,7 @@ STATUS = SettingsCommand(
     "status",
     _status,
     _STATUS_SETTINGS,
-    "Show a run of a running aggregator: its state, last rounds, workers. Without RUN: its only run, or that of "
-    "its own settings, else a list of all.",
+    "Show a running aggregator: run, last rounds, workers. Without RUN and with several: which there are.",
 )
 STATUS.params[:0] = [_RUN]
 
@@ -293,7 +292,5 @@ def _lines(console: Console) -> Show:
     return show
 
 
-WATCH = SettingsCommand(
-    "watch", _watch, _WATCH_SETTINGS, "Follow a run of a running aggregator until it ends. RUN: as of status."
-)
+WATCH = SettingsCommand("watch", _watch, _WATCH_SETTINGS, "Follow a run of a running aggregator until it ends.")
 WATCH.params[:0] = [_RUN]
