@@ -11,7 +11,6 @@ there. Calls find their run here, once.
 from __future__ import annotations
 
 import asyncio
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -25,7 +24,7 @@ from fedgrpc.aggregator.hosted_run import Common, HostedRun
 from fedgrpc.aggregator.own_rounds import OwnRounds
 from fedgrpc.aggregator.registering import Registering
 from fedgrpc.aggregator.registry import Worker, WorkerRegistry
-from fedgrpc.aggregator.run_files import RUNS, SETTINGS_FILE, Texts, check_changeable, write_texts
+from fedgrpc.aggregator.run_files import RUNS, SETTINGS_FILE, Texts, check_changeable, check_name, write_texts
 from fedgrpc.aggregator.run_fleet import FleetSharing
 from fedgrpc.aggregator.run_models import Record
 from fedgrpc.aggregator.sessions import Sessions
@@ -42,7 +41,6 @@ from fedgrpc.storage.run_store import RunStore
 MOST_RUNS: Final = 200
 # Runs that an error lists.
 _NAMED: Final = 10
-_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _INITIAL: Final = "initial.safetensors"
 
 # Makes settings of (name, folder, texts). Raises `UsageError`.
@@ -288,11 +286,7 @@ class RunDirectory:
     async def _make(self, name: str, texts: Texts, model: Path | None = None) -> HostedRun:
         if self._read_settings is None:
             raise IllegalTransition("this aggregator has a parent, whose runs it serves")
-        if not _NAME.fullmatch(name):
-            raise UsageError(
-                f"a run's name is 1 to 64 of letters, digits, '.', '_' and '-', beginning with no sign, "
-                f"not {name[:80]!r}"
-            )
+        check_name(name)
         if name in self._runs or (self._folder / RUNS / name).exists():
             raise UsageError(f"there is a run {name!r} already: choose another name, or remove that one")
         if len(self._runs) >= MOST_RUNS:

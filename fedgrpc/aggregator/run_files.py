@@ -7,6 +7,7 @@ DATA/runs/NAME/         a run that was submitted, with its settings in run.toml
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -18,6 +19,7 @@ from fedgrpc.storage.run_store import RunStore
 
 RUNS: Final = "runs"
 SETTINGS_FILE: Final = "run.toml"
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 # A change of these would be of another run.
 _FIXED: Final = frozenset({"initial_model", "learning_task", "model", "run_name", "data_dir", "seed"})
 
@@ -34,6 +36,15 @@ def holds_run(folder: Path) -> bool:
         return store.run() is not None
     finally:
         store.close()
+
+
+def check_name(name: str) -> None:
+    """Raise `UsageError` for what is no name of a run, and so of no folder."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"a run's name is 1 to 64 of letters, digits, '.', '_' and '-', beginning with no sign, "
+            f"not {name[:80]!r}"
+        )
 
 
 def check_changeable(changed: Mapping[str, str]) -> None:
