@@ -19,6 +19,8 @@ MOST_LEARNING_DEVICES = 100_000
 
 _SPEEDS = ("train_s", "examples_per_s", "scored_per_s")
 
+_LONGEST_NAME = 200
+
 
 @dataclass(frozen=True)
 class DeviceKind:
@@ -51,6 +53,11 @@ class DeviceKind:
     device_class: str = ""
 
     def __post_init__(self) -> None:
+        # Names of devices are names of folders, too.
+        if "/" in self.name or not self.name.isprintable() or not 1 <= len(self.name) <= _LONGEST_NAME:
+            raise UsageError(
+                f"devices {self.name[:80]!r} need a name of 1 to {_LONGEST_NAME} printable characters without '/'"
+            )
         if (self.train_s is None) == (self.examples_per_s is None):
             raise UsageError(f"devices {self.name!r} need either train_s or examples_per_s")
         for name in (*_SPEEDS, "up_mbit", "down_mbit", "session_s", "examples", "count"):

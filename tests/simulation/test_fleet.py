@@ -184,6 +184,8 @@ def test_a_fleet_without_variants_is_played_as_given() -> None:
         ({"devices": [{**DOCUMENT["devices"][0], "available": 0}]}, "available of devices 'pi'"),
         ({"devices": [{**DOCUMENT["devices"][0], "failure": 1.0}]}, "failure of devices 'pi'"),
         ({"devices": [{**DOCUMENT["devices"][0], "jitter": -1}]}, "jitter of devices 'pi'"),
+        ({"devices": [{**DOCUMENT["devices"][0], "name": "/tmp/x"}]}, "without '/'"),
+        ({"devices": [{**DOCUMENT["devices"][0], "name": "x\n"}]}, "printable"),
         ({"devices": [{**DOCUMENT["devices"][0], "count": 2_000_000}]}, "more than 1000000"),
         ({"model": {"parameters": 0}}, "parameters of the model must be positive"),
         ({"model": 3}, r"\[model\] is a table"),
