@@ -55,6 +55,20 @@ async def test_a_run_is_watched_live_with_charts_and_without_a_request_to_anybod
             assert not troubles
 
 
+async def test_the_list_of_runs_follows_without_a_reload(tmp_path):
+    async with running_aggregator(tmp_path, rounds=3) as running, served_page(running) as url:
+        await committed_round(running)
+        async with browsing(url) as (page, troubles):
+            await page.goto("/runs")
+            version = page.locator(".run dd").nth(1)
+            before = await version.text_content()
+            await committed_round(running, 2)
+            await page.wait_for_function(
+                "told => document.querySelectorAll('.run dd')[1].textContent !== told", arg=before
+            )
+            assert not troubles
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 async def test_nothing_sticks_out_on_a_phone(tmp_path, scheme):
     async with running_aggregator(tmp_path, rounds=2) as running, served_page(running) as url:
