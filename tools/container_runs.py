@@ -33,7 +33,6 @@ from tools.containers.runs_fleet import LOOK_S, NAME, PAGE, Accepted, Fleet, Set
 REVOKED: Final = "jetson-nano-3"
 # Its rounds are long enough to be seen half done.
 KILLED_IN: Final = "fashion"
-CANARIES: Final = ("raspberry-pi-4-1", "jetson-nano-1")
 _COMMON: Final = {
     **{"min-workers": 3, "max-participants": 4, "quorum": 2},
     **{"deadline": "90s", "selection-window": "2s", "reconnect-grace": "15s"},
@@ -117,9 +116,11 @@ async def _kill(fleet: Fleet) -> bool:
 
 async def _releases(fleet: Fleet, picture: Picture) -> list[str]:
     """One release that is good, and one that canaries take back; what their applications were given."""
-    said = {name: fleet.folder / f"{name}.served" for name in CANARIES}
+    # A release takes its canaries from the devices that have worked for the run.
+    worked = {worker for run, _, worker in fleet.accepted if run == "digits"}
+    said = {name: fleet.folder / f"{name}.served" for name in sorted(worked - {REVOKED})[:2]}
     applications = [_application(name, path) for name, path in said.items()]
-    canary = ("--canary", ",".join(CANARIES))
+    canary = ("--canary", ",".join(said))
     try:
         await fleet.operate("release", "start", "digits@2", *canary, "--after", "4s")
         await fleet.until(lambda client: _phase(client, 1, models_pb2.RELEASE_PHASE_DONE))
