@@ -37,6 +37,8 @@ from fedgrpc.trainer import EvalResult, LocalExamples, TaskSetup, TrainJob, Trai
 
 # BatchNorm cannot train on one example.
 _FEW = 2
+# Models draw from torch's generator of the process, which trainers of one process share.
+_GENERATOR = threading.RLock()
 
 
 class TorchTrainer:
@@ -60,7 +62,7 @@ class TorchTrainer:
         return other
 
     def _build(self) -> nn.Module:
-        with _seeded(self._device, self._seed):
+        with _seeded_alone(self._device, self._seed):
             return _model_of(self._task)
 
     def initial_weights(self) -> Weights:
@@ -87,17 +89,17 @@ class TorchTrainer:
 
     def channels(self) -> ChannelMap:
         """Find channel groups, blocks and costs of the model by examples. Raises UsageError."""
-        with self._lock, _seeded(self._device, 0):
+        with self._lock, _seeded_alone(self._device, 0):
             return replace(self._sub_models.channels.map, costs=self._layer_costs)
 
     def full_width_tensors(self) -> list[tuple[list[str], str]]:
         """Return the tensors that no width makes narrower, grouped by reason, without the model's output."""
-        with self._lock, _seeded(self._device, 0):
+        with self._lock, _seeded_alone(self._device, 0):
             return self._sub_models.channels.by_reason
 
     def activation_bytes(self) -> int:
         """Return the bytes that the whole model's backward pass keeps for a batch; 0 is unknown."""
-        with self._lock, _seeded(self._device, 0):
+        with self._lock, _seeded_alone(self._device, 0):
             return round(sum(cost.kept_bytes + cost.input_bytes for cost in self._layer_costs))
 
     @cached_property
@@ -263,6 +265,13 @@ def _seeded(device: torch.device, *seed: int) -> Iterator[None]:
             torch.default_generator.manual_seed(number)
         else:
             torch.manual_seed(number)
+        yield
+
+
+@contextmanager
+def _seeded_alone(device: torch.device, *seed: int) -> Iterator[None]:
+    """As `_seeded`, while no other trainer builds a model: else each would draw from the other's seed."""
+    with _GENERATOR, _seeded(device, *seed):
         yield
 
 

@@ -20,7 +20,7 @@ from tests.support.processes import free_address
 
 pytestmark = pytest.mark.faults
 
-ROUNDS = 12
+ROUNDS = 30
 RUNS = ("a", "b")
 WORKERS = ("pi-1", "pi-2")
 # So many looks in a row: an update that was on the way when its worker stopped has come by then.
@@ -41,7 +41,7 @@ async def test_two_runs_outlive_a_killed_aggregator_and_lose_no_accepted_update(
                     stack.enter_context(running_command(*worker_arguments(tmp_path, address, name), log=log))
                     for name, log in logs.items()
                 )
-                await until(client, lambda runs: all(run.current_round >= 3 for run in runs.values()))
+                await until_both_are_in_the_middle(client)
                 # From now on a round has an update of one worker, and waits for the other.
                 slow.send_signal(signal.SIGSTOP)
                 await until_half_done(client)
@@ -71,6 +71,20 @@ async def test_two_runs_outlive_a_killed_aggregator_and_lose_no_accepted_update(
         for task in record.tasks
         if task.phase == TASK_PHASE_ACCEPTED
     }
+
+
+async def until_both_are_in_the_middle(client):
+    """Let each run come to its third round and wait there for the other, so that neither ends before."""
+    waiting = set()
+    async with asyncio.timeout(PATIENCE_S):
+        while len(waiting) < len(RUNS):
+            for run in await client.runs():
+                if run.current_round >= 3 and run.name not in waiting:
+                    await client.of(run.name).pause()
+                    waiting.add(run.name)
+            await asyncio.sleep(0.05)
+    for name in RUNS:
+        await client.of(name).resume()
 
 
 async def until_half_done(client):
