@@ -118,7 +118,7 @@ def test_an_operator_pauses_resumes_and_stops_a_run(tmp_path: Path) -> None:
             "run default · stopped · 0 of 3 rounds committed · no model yet (enough is enough)\n",
         ]
         too_late = fedgrpc("resume", "--aggregator", address)
-        assert (too_late.code, too_late.error) == (1, "error: the run has ended: enough is enough\n")
+        assert (too_late.code, too_late.error) == (3, "error: the run has ended: enough is enough\n")
 
 
 def test_metrics_are_served_while_the_run_goes_on(tmp_path: Path) -> None:
