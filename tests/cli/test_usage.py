@@ -187,7 +187,7 @@ def test_a_task_that_cannot_be_loaded_ends_the_worker_with_one_line(
 
 
 def test_a_worker_without_a_task_says_that_nobody_named_one(tmp_path: Path) -> None:
-    with aggregator_command(tmp_path) as (_, address):
+    with aggregator_command(tmp_path, "--rounds", "1") as (_, address):
         ended = fedgrpc(*worker_arguments(tmp_path, address, "pi-1", "--log-level", "error"))
     _is_one_line(ended, "neither this worker", "--task")
 

@@ -1,8 +1,10 @@
 """Every tracker writes what it is told, where its own library finds it again."""
 
 import json
+import subprocess
 import sys
 import threading
+import time
 from typing import ClassVar
 
 import pytest
@@ -96,10 +98,15 @@ def test_mlflow_finds_the_run_and_goes_on_with_it_after_a_restart(tmp_path):
 def test_weights_and_biases_writes_an_offline_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="needs the extra fedgrpc[wandb]")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    told(tracker_of("wandb:fedgrpc-tests"))
+    # A process of its own: the library has a helper process, which writes the last records as its parent ends.
+    code = "from tests.tracking.test_trackers import told, tracker_of; told(tracker_of('wandb:fedgrpc-tests'))"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     (file,) = folder.glob("run-*.wandb")
-    assert b"loss" in file.read_bytes()
+    until = time.monotonic() + 60
+    while b"loss" not in file.read_bytes():
+        assert time.monotonic() < until, "no figures were written"
+        time.sleep(0.1)
 
 
 def test_a_broken_tracker_costs_its_figures_and_no_others(caplog):
