@@ -36,7 +36,7 @@ status in one place, `fedgrpc.rpc.status`. The class alone decides the status, a
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class FedgrpcError(Exception):
@@ -59,12 +59,12 @@ class UsageError(FedgrpcError):
 
 
 class ExtraMissing(UsageError):
-    """Packages that a feature needs are not installed; `extra` has them."""
+    """Packages that a feature needs are not installed: its message names the extra that has them."""
 
-    def __init__(self, feature: str, extra: str, cause: ImportError | None = None) -> None:
-        super().__init__(
-            f"{feature} needs packages: pip install 'fedgrpc[{extra}]'" + (f" ({cause})" if cause else "")
-        )
+    @classmethod
+    def of(cls, feature: str, extra: str, cause: ImportError | None = None) -> Self:
+        """The error for `feature`, whose packages `fedgrpc[extra]` has; `cause` says what could not be imported."""
+        return cls(f"{feature} needs packages: pip install 'fedgrpc[{extra}]'" + (f" ({cause})" if cause else ""))
 
 
 class TaskUnfit(UsageError):

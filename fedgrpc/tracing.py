@@ -41,7 +41,7 @@ def begin(service: str, processor: Any) -> Any:
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import RandomIdGenerator, TracerProvider
     except ImportError as error:
-        raise ExtraMissing("OTEL_TRACES_EXPORTER", "otel", error) from error
+        raise ExtraMissing.of("OTEL_TRACES_EXPORTER", "otel", error) from error
 
     class Ids(RandomIdGenerator):  # type: ignore[misc]
         """Ids that follow from a round or a task where they have to, else random ones."""
@@ -77,7 +77,7 @@ def begin_by_environment(service: str, environment: Mapping[str, str]) -> None:
             begin(service, BatchSpanProcessor(OTLPSpanExporter()))
             return
     except ImportError as error:
-        raise ExtraMissing(f"OTEL_TRACES_EXPORTER={kind}", "otel", error) from error
+        raise ExtraMissing.of(f"OTEL_TRACES_EXPORTER={kind}", "otel", error) from error
     raise UsageError(f"OTEL_TRACES_EXPORTER must be otlp, console or none, not {kind!r}")
 
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from fedgrpc import process
 from fedgrpc.process import keep_from_children
 from fedgrpc.storage.folder import hold_folder
 
@@ -55,7 +56,9 @@ def _open(number):
     return True
 
 
-def test_a_forked_child_has_neither_end_of_a_connection_of_ours_and_keeps_those_of_the_users(tmp_path):
+def test_a_forked_child_has_neither_end_of_a_connection_of_ours_and_keeps_those_of_the_users(monkeypatch):
+    # Tests before this one have served, and the system may give one of their ports to `theirs`.
+    monkeypatch.setattr(process, "_endpoints", set())
     with socket.create_server(("127.0.0.1", 0)) as ours, socket.create_server(("127.0.0.1", 0)) as theirs:
         keep_from_children(ours.getsockname()[1])
         with socket.create_connection(ours.getsockname()) as dialled, ours.accept()[0] as accepted:

@@ -64,7 +64,7 @@ def _page_of(values: Mapping[str, Any], settings: AggregatorSettings) -> Beside:
     try:
         from fedgrpc.web.page import PageSettings, serve_page
     except ImportError as error:
-        raise ExtraMissing("--web-address", "web", error) from error
+        raise ExtraMissing.of("--web-address", "web", error) from error
     page = PageSettings(values["web_address"], tuple(values["web_hosts"]))
     return lambda trust, address: serve_page(page, address, trust.folder, _tls(trust, settings, page))
 

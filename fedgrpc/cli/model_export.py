@@ -31,7 +31,7 @@ async def _export(source: VersionSource, values: dict[str, Any]) -> None:
     try:
         from fedgrpc.torch.onnx_export import export_onnx
     except ModuleNotFoundError as error:
-        raise ExtraMissing("export", "torch,onnx", error) from error
+        raise ExtraMissing.of("export", "torch,onnx", error) from error
 
     found = await source.version(Reference.parse(values["version"]))
     task = values["task"] or found.learning_task

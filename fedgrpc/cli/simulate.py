@@ -212,7 +212,7 @@ def check_plot(path: Path) -> None:
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise ExtraMissing("--plot", "demo", error) from error
+        raise ExtraMissing.of("--plot", "demo", error) from error
     mpl.use("Agg")
     from matplotlib.backend_bases import FigureCanvasBase
 

@@ -34,7 +34,7 @@ def load_hugging_face(
     try:
         import datasets
     except ImportError as error:
-        raise ExtraMissing("a data set of Hugging Face", "datasets", error) from None
+        raise ExtraMissing.of("a data set of Hugging Face", "datasets", error) from None
     try:
         found = datasets.load_from_disk(source) if Path(source).is_dir() else datasets.load_dataset(source)
     except Exception as error:  # The library raises errors of many other libraries.

@@ -43,7 +43,7 @@ def export_onnx(
         LayoutError: the weights are not of the task's model.
     """
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
-        raise ExtraMissing(f"export (by {' and '.join(missing)})", "onnx")
+        raise ExtraMissing.of(f"export (by {' and '.join(missing)})", "onnx")
     kind = find_task(reference)
     if not (isinstance(kind, type) and issubclass(kind, TorchTask)):
         raise UsageError(f"task {reference} is no TorchTask: only a model in PyTorch can be exported")

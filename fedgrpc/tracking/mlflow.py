@@ -20,7 +20,7 @@ class MLflow:
         try:
             from mlflow import MlflowClient
         except ImportError as error:
-            raise ExtraMissing("the tracker mlflow", "mlflow", error) from None
+            raise ExtraMissing.of("the tracker mlflow", "mlflow", error) from None
         self._client: Any = MlflowClient(tracking_uri=target if "://" in target else f"sqlite:///{target}")
         self._id = ""
 

@@ -17,7 +17,7 @@ class TensorBoard:
         try:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
         except ImportError as error:
-            raise ExtraMissing("the tracker tensorboard", "tensorboard", error) from None
+            raise ExtraMissing.of("the tracker tensorboard", "tensorboard", error) from None
         self._open, self._folder = EventFileWriter, Path(target)
         self._writer: Any = None
 

@@ -17,7 +17,7 @@ class WeightsAndBiases:
         try:
             import wandb
         except ImportError as error:
-            raise ExtraMissing("the tracker wandb", "wandb", error) from None
+            raise ExtraMissing.of("the tracker wandb", "wandb", error) from None
         self._library: Any = wandb
         self._project = target
         self._run: Any = None

@@ -147,7 +147,7 @@ def _run(**values: Any) -> None:
     settings = pick(DemoSettings, values)
     Recipe.parse(settings.encoding)
     if importlib.util.find_spec("matplotlib") is None:
-        raise ExtraMissing("the demo's plot", "demo")
+        raise ExtraMissing.of("the demo's plot", "demo")
     if settings.partition is None and takes(find_task(settings.task), "partition"):
         settings = replace(settings, partition=_PARTITION)
     try:

@@ -83,7 +83,7 @@ def check_plot(path: Path) -> None:
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise ExtraMissing("a plot", "demo", error) from error
+        raise ExtraMissing.of("a plot", "demo", error) from error
     mpl.use("Agg")
     from matplotlib.backend_bases import FigureCanvasBase
 

@@ -71,7 +71,7 @@ class RayEngine:
         try:
             import ray
         except ImportError as error:
-            raise ExtraMissing("the engine ray", "ray", error) from error
+            raise ExtraMissing.of("the engine ray", "ray", error) from error
         self._ray = ray
         self._begun_here = not ray.is_initialized()
         if self._begun_here:
