@@ -132,7 +132,7 @@ ROW = {"pixels": X[0], "label": 1}
         (Rows((X[0], None)), "the target of the first one to train on is a NoneType"),
         (Rows((object(), 1)), "the input of the first one to train on is a object"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_items_that_are_no_input_and_target_are_told_when_the_task_is_built(dataset: Any, found: str) -> None:
     for purpose, data in {"train on": (dataset, None), "score with": (TensorDataset(X, Y), dataset)}.items():
