@@ -63,7 +63,7 @@ class ExtraMissing(UsageError):
 
     @classmethod
     def of(cls, feature: str, extra: str, cause: ImportError | None = None) -> Self:
-        """The error for `feature`, whose packages `fedgrpc[extra]` has; `cause` says what could not be imported."""
+        """Return the error for `feature`, whose packages `fedgrpc[extra]` has; `cause`: what is missing."""
         return cls(f"{feature} needs packages: pip install 'fedgrpc[{extra}]'" + (f" ({cause})" if cause else ""))
 
 

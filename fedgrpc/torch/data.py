@@ -1,8 +1,7 @@
 """Local data of a `TorchTask`: read, checked, partitioned, cut into batches, and read again once it has changed.
 
 The rule: a task trains on what `data()` returns when the task starts. A mistake in `data()` is reported in one
-line when the trainer is built, not in the middle of a round. Batches of a `TensorDataset` are cut out of resident
-tensors in one operation each. Only other data sets pay for Python on every item.
+line when the trainer is built, not in the middle of a round.
 """
 
 from __future__ import annotations
@@ -11,29 +10,39 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import structlog
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 from fedgrpc.datasets.partition import FeatureNoise, Partition, parse_part, parse_partition
 from fedgrpc.errors import TaskError, UsageError
+from fedgrpc.torch.batches import (
+    LABELS,
+    Batches,
+    Collating,
+    batches_of,
+    described,
+    has_only_tensors,
+    loader_of,
+    overrides,
+)
 from fedgrpc.trainer import LocalExamples, TaskSetup
 
-# Largest share of an accelerator's free memory that the data may take. The rest is for model and activations.
-_RESIDENT_SHARE = 0.25
 _UNREAD = object()
+
+# A data set, or a DataLoader of one.
+Source = TypeVar("Source", bound=Any)
 
 log = structlog.get_logger()
 
 
-class DataTask(Protocol):
+class DataTask(Collating, Protocol):
     """Part of a learning task that provides data. `TorchTask` documents the methods."""
 
-    def data(self, path: Path | None) -> tuple[Dataset[Any], Dataset[Any] | None]: ...
+    def data(self, path: Path | None) -> tuple[Any, Any]: ...
     def data_version(self, path: Path | None) -> object: ...
 
 
@@ -78,7 +87,7 @@ class LocalData:
         index, parts = parse_part(part)
         rule, seed = parse_partition(partition), self._setup.seed
 
-        def part_of(dataset: Dataset[Any], held_out: bool) -> Dataset[Any]:
+        def part_of(dataset: Any, held_out: bool) -> Any:
             key = partition, parts, held_out
             if key not in self._parts:
                 self._parts[key] = _split(dataset, rule, parts, seed)
@@ -109,19 +118,18 @@ class LocalData:
         # is released before the new is read, because a small device may have no room for both.
         version = self._task.data_version(self._setup.data)
         self._version = _UNREAD
-        self.train = self.held_out = nothing = _Nothing()
-        self._train: Dataset[Any] = nothing
-        self._held_out: Dataset[Any] = nothing
         self._parts.clear()
+        self._take(_Nothing(), _Nothing())
         train, held_out = _data_of(self._task, self._setup.data)
         _check_item(self._task, "to train on", train)
         _check_item(self._task, "to score with", held_out)
         self._take(*_share(train, held_out, self._setup))
         self._version = version
 
-    def _take(self, train: Dataset[Any], held_out: Dataset[Any]) -> None:
+    def _take(self, train: Any, held_out: Any) -> None:
         self._train, self._held_out = train, held_out
-        self.train, self.held_out = batches_of(train, self._device), batches_of(held_out, self._device)
+        self.train = batches_of(train, self._device, self._task)
+        self.held_out = batches_of(held_out, self._device, self._task)
 
 
 class _Nothing(Dataset[Any]):
@@ -133,69 +141,67 @@ class _Nothing(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         raise IndexError(index)
 
-    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """See `Batches`."""
-        raise IndexError
-
 
 def _named(task: DataTask) -> str:
     return type(task).__name__
 
 
-def _data_of(task: DataTask, path: Path | None) -> tuple[Dataset[Any], Dataset[Any]]:
+def _data_of(task: DataTask, path: Path | None) -> tuple[Any, Any]:
     """Call the task's `data()`. Raises TaskError for anything but two data sets."""
     found: Any = task.data(path)
-    if not isinstance(found, tuple | list) or len(found) != 2 or not _indexable(found[0]):
+    if not isinstance(found, tuple | list) or len(found) != 2 or not _readable(found[0]):
         raise TaskError(
-            f"{_named(task)}.data() must return two data sets, one to train on and one to score with "
-            f"(or None), each with a length and items (input, target); it returned a {type(found).__name__}"
+            f"{_named(task)}.data() must return two data sets or DataLoaders, one to train on and one to score "
+            f"with (or None), each with a length and items (input, target); it returned a {type(found).__name__}"
         )
     train, held_out = found
-    if held_out is not None and not _indexable(held_out):
-        raise TaskError(f"{_named(task)}.data(): what to score with must be a data set or None")
+    if held_out is not None and not _readable(held_out):
+        raise TaskError(f"{_named(task)}.data(): what to score with must be a data set, a DataLoader or None")
     return train, _Nothing() if held_out is None else held_out
 
 
-def _indexable(found: object) -> bool:
-    return hasattr(found, "__len__") and hasattr(found, "__getitem__")
+def _readable(found: Any) -> bool:
+    examples = found.dataset if isinstance(found, DataLoader) else found
+    return hasattr(examples, "__len__") and hasattr(examples, "__getitem__")
 
 
-def _check_item(task: DataTask, purpose: str, dataset: Dataset[Any]) -> None:
-    """Check that the first item is an input and a target that collate to tensors. Raises TaskError."""
-    if not size_of(dataset):
+def _check_item(task: DataTask, purpose: str, dataset: Any) -> None:
+    """Check that the first item collates to inputs and targets. Raises TaskError, and what the task's code raises.
+
+    Nothing is read of a `DataLoader`: its first batch may start processes.
+    """
+    if not size_of(dataset) or isinstance(dataset, DataLoader) or overrides(task, "collate"):
         return
     item: Any = dataset[0]
-    wanted = f"{_named(task)}.data() must give items (input, target)"
-    if not isinstance(item, tuple | list) or len(item) != 2:
-        raise TaskError(f"{wanted}; the first one {purpose} is {_described(item)}")
-    for name, value in zip(("input", "target"), item, strict=True):
-        if not _is_tensor(value):
-            found = f"the {name} of the first one {purpose} is {_described(value)}"
-            raise TaskError(f"{wanted}, each a tensor, array or number; {found}")
+    fits = _collates(item)
+    if not overrides(task, "inputs_and_targets"):
+        pair = isinstance(item, tuple | list) and len(item) == 2
+        fits = fits and (pair or (hasattr(item, "keys") and not set(LABELS).isdisjoint(item.keys())))
+        wanted = f"{_named(task)}.data() must give items (input, target), or dicts with 'labels'"
+        for name, value in zip(("input", "target"), item if pair else (), strict=False):
+            if not _collates(value):
+                found = f"the {name} of the first one {purpose} is {described(value)}"
+                raise TaskError(f"{wanted}, of tensors, arrays and numbers; {found}; or override collate()")
+        if not fits:
+            raise TaskError(f"{wanted}; the first one {purpose} is {described(item)}")
+    elif not fits:
+        raise TaskError(f"{_named(task)}: let collate() make batches of items like {described(item)}")
 
 
-def _is_tensor(value: Any) -> bool:
+def _collates(value: Any) -> bool:
     try:
-        return isinstance(default_collate([value]), Tensor)
+        return has_only_tensors(default_collate([value]))
     except (TypeError, RuntimeError, ValueError):
         return False
 
 
-def _described(item: Any) -> str:
-    """Name an item: `a dict with 'input_ids', 'labels'`, `a tuple of 3`, `a str`."""
-    kind = f"a {type(item).__name__}"
-    if hasattr(item, "keys"):
-        return f"{kind} with {', '.join(repr(str(key)[:40]) for key in list(item.keys())[:5]) or 'nothing'}"
-    return f"{kind} of {len(item)}" if isinstance(item, tuple | list) else kind
-
-
-def _share(train: Dataset[Any], held_out: Dataset[Any], setup: TaskSetup) -> tuple[Dataset[Any], Dataset[Any]]:
+def _share(train: Any, held_out: Any, setup: TaskSetup) -> tuple[Any, Any]:
     """Take this worker's part of common data, if the worker has `--partition` and `--part`."""
     if setup.partition is None or setup.part is None:
         return train, held_out
     partition, (index, parts) = parse_partition(setup.partition), parse_part(setup.part)
 
-    def part_of(dataset: Dataset[Any]) -> Dataset[Any]:
+    def part_of(dataset: Any) -> Any:
         if not size_of(dataset):
             return dataset
         return subset_of(dataset, _split(dataset, partition, parts, setup.seed)[index])
@@ -203,7 +209,7 @@ def _share(train: Dataset[Any], held_out: Dataset[Any], setup: TaskSetup) -> tup
     return _with_noise(part_of(train), partition, index, parts, setup.seed), part_of(held_out)
 
 
-def _split(dataset: Dataset[Any], partition: Partition, parts: int, seed: int) -> list[np.ndarray]:
+def _split(dataset: Any, partition: Partition, parts: int, seed: int) -> list[np.ndarray]:
     """Return the indices of each part; none of an empty data set."""
     if not size_of(dataset):
         return []
@@ -213,104 +219,67 @@ def _split(dataset: Dataset[Any], partition: Partition, parts: int, seed: int) -
     return partition.split(labels, parts, seed)
 
 
-def _groups_of(dataset: Dataset[Any]) -> np.ndarray:
+def _groups_of(dataset: Any) -> np.ndarray:
     """Return the group of each example. Raises `UsageError` for a data set without `groups`."""
-    groups = getattr(dataset, "groups", None)
+    groups = getattr(_examples_of(dataset), "groups", None)
     if groups is None:
         raise UsageError("a partition by groups needs a data set with `groups`, one for each example")
     return np.asarray(groups)
 
 
-def _with_noise(dataset: Dataset[Any], partition: Partition, index: int, parts: int, seed: int) -> Dataset[Any]:
+def _with_noise(dataset: Source, partition: Partition, index: int, parts: int, seed: int) -> Source:
     """Add the feature noise of a part to its training examples. Raises `UsageError` for other than tensors."""
     if not isinstance(partition, FeatureNoise) or not size_of(dataset):
         return dataset
-    if not isinstance(dataset, TensorDataset):
+    examples = _examples_of(dataset)
+    if not isinstance(examples, TensorDataset):
         raise UsageError("a partition with feature noise needs a TensorDataset")
-    inputs, *others = dataset.tensors
-    return TensorDataset(torch.from_numpy(partition.noisy(inputs.numpy(), index, parts, seed)), *others)
+    inputs, *others = examples.tensors
+    noisy = TensorDataset(torch.from_numpy(partition.noisy(inputs.numpy(), index, parts, seed)), *others)
+    return _like(dataset, noisy)
 
 
-class Batches(Protocol):
-    """A finite set of (input, target) examples, read in batches."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets at `indices` (int64), on the device."""
-        ...
+def _examples_of(dataset: Any) -> Dataset[Any]:
+    """Return the data set itself, or that of a `DataLoader`."""
+    return dataset.dataset if isinstance(dataset, DataLoader) else dataset
 
 
-class TensorBatches:
-    """Examples in two tensors, which stay on the device if they fit."""
-
-    def __init__(self, inputs: Tensor, targets: Tensor, device: torch.device) -> None:
-        home = device if _fits(inputs, device) else torch.device("cpu")
-        self._inputs, self._targets = inputs.to(home), targets.to(home)
-        self._device = device
-
-    def __len__(self) -> int:
-        return len(self._targets)
-
-    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """See `Batches`."""
-        index = torch.from_numpy(indices).to(self._inputs.device)
-        inputs, targets = self._inputs.index_select(0, index), self._targets.index_select(0, index)
-        return inputs.to(self._device), targets.to(self._device)
+def _like(dataset: Source, examples: Dataset[Any]) -> Source:
+    """Return other examples as `dataset` gives its own, with the settings of its `DataLoader`."""
+    return cast(Source, loader_of(dataset, examples) if isinstance(dataset, DataLoader) else examples)
 
 
-class ItemBatches:
-    """Examples of any indexable data set, collated item by item."""
-
-    def __init__(self, dataset: Dataset[Any], device: torch.device) -> None:
-        self._dataset = dataset
-        self._device = device
-
-    def __len__(self) -> int:
-        return len(cast(Sequence[Any], self._dataset))
-
-    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """See `Batches`."""
-        inputs, targets = default_collate([self._dataset[int(index)] for index in indices])
-        return inputs.to(self._device), targets.to(self._device)
-
-
-def batches_of(dataset: Dataset[Any], device: torch.device) -> Batches:
-    """Choose the fastest way to read `dataset`."""
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
-        return TensorBatches(dataset.tensors[0], dataset.tensors[1], device)
-    return ItemBatches(dataset, device)
-
-
-def size_of(dataset: Dataset[Any]) -> int:
+def size_of(dataset: Any) -> int:
     """Count the examples."""
-    return len(cast(Sequence[Any], dataset))
+    return len(cast(Sequence[Any], _examples_of(dataset)))
 
 
-def labels_of(dataset: Dataset[Any]) -> np.ndarray:
+def labels_of(dataset: Any) -> np.ndarray:
     """Return each example's label [N], from the data set's tensors or `targets` where it has them."""
-    if isinstance(dataset, TensorDataset):
-        return dataset.tensors[-1].numpy()
-    targets = getattr(dataset, "targets", None)
+    examples = _examples_of(dataset)
+    if isinstance(examples, TensorDataset):
+        return examples.tensors[-1].numpy()
+    targets = getattr(examples, "targets", None)
     if targets is not None:
         return np.asarray(targets)
-    items = cast(Sequence[Any], dataset)
-    return np.array([int(items[index][1]) for index in range(len(items))])
+    items = cast(Sequence[Any], examples)
+    return np.array([_label_of(items[index]) for index in range(len(items))])
 
 
-def subset_of(dataset: Dataset[Any], indices: np.ndarray) -> Dataset[Any]:
+def _label_of(item: Any) -> int:
+    names = [name for name in LABELS if name in item] if hasattr(item, "keys") else [1]
+    if not names:
+        raise UsageError(f"a partition by labels needs items with a label, not {described(item)}")
+    return int(item[names[0]])
+
+
+def subset_of(dataset: Source, indices: np.ndarray) -> Source:
     """Return the examples at `indices`. Tensors are copied, so that the rest can be freed."""
-    if isinstance(dataset, TensorDataset):
+    examples = _examples_of(dataset)
+    if isinstance(examples, TensorDataset):
         index = torch.from_numpy(indices)
-        return TensorDataset(*(tensor.index_select(0, index) for tensor in dataset.tensors))
-    return Subset(dataset, indices.tolist())
-
-
-def _fits(tensor: Tensor, device: torch.device) -> bool:
-    if device.type != "cuda":
-        return True
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    return tensor.nbytes < _RESIDENT_SHARE * free_bytes
+        return _like(dataset, TensorDataset(*(tensor.index_select(0, index) for tensor in examples.tensors)))
+    return _like(dataset, Subset(examples, indices.tolist()))
 
 
 def choose_device(name: str) -> torch.device:

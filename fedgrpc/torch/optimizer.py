@@ -6,6 +6,7 @@ small device would pay for nothing. The functional form beneath the class does n
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from fedgrpc.algorithms.algorithm import Term
+from fedgrpc.errors import UsageError
 from fedgrpc.torch.local_model.loss_scale import LossScale
 from fedgrpc.torch.weights import tensor_like
 
@@ -40,6 +42,7 @@ class MomentumSgd:
         self._learning_rate = learning_rate
         self._momentum = momentum
         self._weight_decay = weight_decay
+        self.rate_factor = 1.0
 
     @property
     def state(self) -> list[Tensor]:
@@ -74,13 +77,42 @@ class MomentumSgd:
             fused=fused,
             weight_decay=self._weight_decay,
             momentum=self._momentum,
-            lr=self._learning_rate,
+            lr=self._learning_rate * self.rate_factor,
             dampening=0.0,
             nesterov=False,
             maximize=False,
         )
         for place, velocity in zip(places, velocities, strict=True):
             self._velocities[place] = velocity
+
+
+def set_rate_factor(optimizer: Any, factor: float) -> None:
+    """Set the learning rate to `factor` times what the optimizer was made with.
+
+    Raises:
+        UsageError: the optimizer is neither `MomentumSgd` nor one of `torch.optim`.
+    """
+    if isinstance(optimizer, MomentumSgd):
+        optimizer.rate_factor = factor
+        return
+    groups = getattr(optimizer, "param_groups", None)
+    if groups is None:
+        raise UsageError(f"schedule() needs an optimizer of torch.optim, not {type(optimizer).__name__}")
+    for group in groups:
+        group["lr"] = group.setdefault("given_lr", group["lr"]) * factor
+
+
+def in_round(optimizer: Any, scheduler: Any, round: int) -> Any:
+    """Return `optimizer` with the rate that a scheduler of `torch.optim.lr_scheduler` has in a round, from 1.
+
+    The scheduler counts rounds. Nothing of it is kept, so devices that missed rounds have the same rate.
+    """
+    with warnings.catch_warnings():
+        # No step of the optimizer comes before those of the scheduler.
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(1, round):
+            scheduler.step()
+    return optimizer
 
 
 class AddedTerm:

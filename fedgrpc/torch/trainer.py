@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from fedgrpc.algorithms.algorithm import Term
 from fedgrpc.codec.layout import Layout, TensorRole
-from fedgrpc.errors import TaskError, TaskUnfit
+from fedgrpc.errors import TaskError, TaskUnfit, UsageError
 from fedgrpc.submodels.channels import ChannelMap
 from fedgrpc.submodels.layer_cost import LayerCost
-from fedgrpc.submodels.plan import LocalModelPlan
+from fedgrpc.submodels.plan import LocalModelPlan, matches
+from fedgrpc.torch.batches import Values, moved, overrides
 from fedgrpc.torch.building import ModuleBuilder
 from fedgrpc.torch.data import LocalData, choose_device
 from fedgrpc.torch.early_exits import loss_of_exits
@@ -31,7 +32,7 @@ from fedgrpc.torch.local_model.local_model import LocalModel
 from fedgrpc.torch.local_model.nested import Nested
 from fedgrpc.torch.local_model.noise import noise_ratio
 from fedgrpc.torch.local_model.slicing import SubModels
-from fedgrpc.torch.training import LearningTask, means, run_training
+from fedgrpc.torch.training import LearningTask, run_training, scores_of
 from fedgrpc.torch.weights import named_tensors, taken_weights, tensor_roles, uncompiled, weights_of
 from fedgrpc.trainer import EvalResult, LocalExamples, TaskSetup, TrainJob, TrainResult, Weights, weight_shapes
 
@@ -63,7 +64,7 @@ class TorchTrainer:
 
     def _build(self) -> nn.Module:
         with _seeded_alone(self._device, self._seed):
-            return _model_of(self._task)
+            return _trained_alone(_model_of(self._task), self._task)
 
     def initial_weights(self) -> Weights:
         """Build the whole model, and return its untrained weights, equal on all workers with the same seed."""
@@ -110,17 +111,24 @@ class TorchTrainer:
         """
         if self._builder.whole is not None or len(self._data.train) < _FEW:
             return ()
-        inputs, targets = self._data.train.batch(np.arange(_FEW))
-        prepared = self._task.prepare(inputs, True).cpu()
+        inputs, targets = self._data.train.first(_FEW)
+        cpu = torch.device("cpu")
+        prepared, wanted = moved(self._task.prepare(inputs, True), cpu), moved(targets, cpu)
         module = self._builder.blank().train()
-        loss = loss_of_exits(module, self._task.loss)
         batch = min(self._task.batch_size, len(self._data.train))
-        return layer_costs(module, lambda: loss(module(prepared), targets.cpu()), batch / _FEW)
+        if overrides(self._task, "training_step"):
+            return layer_costs(module, lambda: self._task.training_step(module, prepared, wanted), batch / _FEW)
+        loss = loss_of_exits(module, self._task.loss)
+        return layer_costs(module, lambda: loss(self._task.forward(module, prepared), wanted), batch / _FEW)
 
     def _example(self) -> Tensor:
+        """Return two examples' inputs. Raises UsageError for inputs of several tensors."""
         examples = self._data.train if len(self._data.train) else self._data.held_out
-        inputs, _ = examples.batch(np.arange(min(2, len(examples))))
-        return self._task.prepare(inputs, False)
+        inputs, _ = examples.first(_FEW)
+        prepared: Values = self._task.prepare(inputs, False)
+        if not isinstance(prepared, Tensor):
+            raise UsageError("the model's inputs are several tensors, which are not traced")
+        return prepared
 
     def to_export(self, weights: Weights) -> tuple[nn.Module, Tensor]:
         """Return the whole model with these weights, ready to score, and an example of its input, on the CPU."""
@@ -182,7 +190,7 @@ class TorchTrainer:
         local.settle()
         if len(self._data.held_out):
             local.module.eval()
-            scores = means(self._task, local.outputs, self._data.held_out)
+            scores = scores_of(self._task, local.module, local.outputs, self._data.held_out)
             metrics |= {f"local_{name}": value for name, value in scores.items()}
         trained = self._as_sent(self._trained(local.module, given))
         clustered = tuple(local.clusters)
@@ -222,7 +230,7 @@ class TorchTrainer:
             if not len(self._data.held_out):
                 return None
             module = self._sub_models.loaded(self._builder.names.to_own(weights)).eval()
-            metrics = means(self._task, module, self._data.held_out)
+            metrics = scores_of(self._task, module, module, self._data.held_out)
             return EvalResult(len(self._data.held_out), metrics)
 
 
@@ -244,6 +252,23 @@ def _check_shapes(module: nn.Module, given: Mapping[str, tuple[int, ...]]) -> No
 
 def _unreported(done_steps: int, total_steps: int) -> None:
     """Report no progress: the steps were counted already."""
+
+
+def _trained_alone(model: nn.Module, task: LearningTask) -> nn.Module:
+    """Freeze what `trainable()` does not name. Raises UsageError where it names nothing of the model."""
+    patterns = task.trainable()
+    if patterns is None:
+        return model
+    chosen = tuple([patterns] if isinstance(patterns, str) else patterns)
+    names = [name for name, _ in uncompiled(model).named_parameters()]
+    for pattern in chosen:
+        if not any(matches(name, (pattern,)) for name in names):
+            raise UsageError(
+                f"{type(task).__name__}.trainable() names {pattern!r}, and the model has no such tensor"
+            )
+    for name, parameter in uncompiled(model).named_parameters():
+        parameter.requires_grad_(matches(name, chosen))
+    return model
 
 
 def _model_of(task: LearningTask) -> nn.Module:

@@ -111,24 +111,18 @@ class Rows(Dataset[Any]):
         return self._row
 
 
-ROW = {"pixels": X[0], "label": 1}
-
-
 @pytest.mark.parametrize(
     ("dataset", "found"),
     [
-        (Rows(ROW), "a dict with 'pixels', 'label'"),
-        (
-            Rows({"input_ids": X[0], "attention_mask": X[0], "labels": 1}),
-            "a dict with 'input_ids', 'attention_mask'",
-        ),
+        (Rows({"pixels": X[0], "class": 1}), "a dict with 'pixels', 'class'"),
+        (Rows({"id": "a", "label": 1}), "a dict with 'id', 'label'"),
         (Rows((X[0], X[1], 1)), "a tuple of 3"),
         (TensorDataset(X, X, Y), "a tuple of 3"),
         (TensorDataset(X), "a tuple of 1"),
         ([X[0], X[1]], "a Tensor"),
         (Rows("text"), "a str"),
         (Rows(("text", 1)), "the input of the first one to train on is a str"),
-        (Rows((ROW, 1)), "the input of the first one to train on is a dict"),
+        (Rows(({"id": "a"}, 1)), "the input of the first one to train on is a dict"),
         (Rows((X[0], None)), "the target of the first one to train on is a NoneType"),
         (Rows((object(), 1)), "the input of the first one to train on is a object"),
     ],

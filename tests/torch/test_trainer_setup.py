@@ -56,9 +56,9 @@ ONE_SET = TensorDataset(X, Y)
 @pytest.mark.parametrize(
     ("method", "returned", "message"),
     [
-        ("data", ONE_SET, r"Bent.data\(\) must return two data sets, .*; it returned a TensorDataset"),
+        ("data", ONE_SET, r"Bent.data\(\) must return two data sets .*; it returned a TensorDataset"),
         ("data", (None, None), "must return two data sets"),
-        ("data", (ONE_SET, 0.5), "what to score with must be a data set or None"),
+        ("data", (ONE_SET, 0.5), "what to score with must be a data set, a DataLoader or None"),
         ("model", None, r"Bent.model\(\) must return a torch.nn.Module, not a NoneType"),
     ],
 )

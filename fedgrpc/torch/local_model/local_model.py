@@ -25,6 +25,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fedgrpc.submodels.plan import Arithmetic, LocalModelPlan, matches
+from fedgrpc.torch.batches import over_tensors
 from fedgrpc.torch.local_model.clustering import Clusters, cluster
 from fedgrpc.torch.local_model.emulate import Emulation, round_module
 from fedgrpc.torch.local_model.formats import FLOAT32, FloatFormat, NumberFormat, parse_format
@@ -80,6 +81,11 @@ class LocalModel:
         return self._plan.emulated
 
     @property
+    def has_format(self) -> bool:
+        """True if the plan names a number format."""
+        return self._plan.arithmetic is not None
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the module's float tensors and of its inputs."""
         native = self._format.native
@@ -102,25 +108,29 @@ class LocalModel:
         assert isinstance(self._format, FloatFormat)
         return ShortWeights(parameters, make, self._format, asked.float32_copy, self._seed)
 
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute outputs of the local model, as the device has it."""
-        if inputs.is_floating_point():
-            with _disable_current_modes():
-                inputs = inputs.to(self.dtype)
-                if self.emulated:
-                    inputs = self._format.round(inputs)
+        args, kwargs = over_tensors(self._given, args), over_tensors(self._given, kwargs)
         if not self._quantized:
-            return self.module(inputs)  # type: ignore[no-any-return]
+            return self.module(*args, **kwargs)
         quantized = {
             name: straight_through(tensor, self._on_grid(name, tensor)) for name, tensor in self._quantized.items()
         }
-        return functional_call(self.module, quantized, (inputs,))  # type: ignore[no-any-return]
+        return functional_call(self.module, quantized, args, kwargs)
 
-    def outputs(self, inputs: Tensor) -> Tensor:
+    def _given(self, tensor: Tensor) -> Tensor:
+        """Return an input in the local model's number format."""
+        if not tensor.is_floating_point():
+            return tensor
+        with _disable_current_modes():
+            tensor = tensor.to(self.dtype)
+            return self._format.round(tensor) if self.emulated else tensor
+
+    def outputs(self, *args: Any, **kwargs: Any) -> Any:
         """Compute outputs in the local model's arithmetic, and return them in float32 to be scored."""
         with self.arithmetic():
-            outputs: Tensor = self(inputs)
-        return outputs.float()
+            outputs = self(*args, **kwargs)
+        return over_tensors(Tensor.float, outputs)
 
     def _on_grid(self, name: str, tensor: Tensor) -> Tensor:
         """Quantize a tensor. Clustered tensors have one scale, since a scale per channel would split clusters."""
