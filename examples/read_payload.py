@@ -1,4 +1,4 @@
-"""Read a fedgrpc payload with the standard library, numpy and zstandard only.
+"""Read a fedgrpc payload with the standard library, numpy, xxhash and zstandard only.
 
     python examples/read_payload.py tests/golden/int8.json tests/golden/int8.bin
 
@@ -6,13 +6,13 @@ It imports nothing of fedgrpc: it is protos/WIRE.md as a program, and a start fo
 language. Simple rather than fast, and it trusts the manifest: set limits before you read a stranger's.
 """
 
-import hashlib
 import json
 import struct
 import sys
 from itertools import pairwise
 
 import numpy as np
+import xxhash
 import zstandard
 
 DTYPES = {
@@ -37,7 +37,7 @@ CENTROIDS = {
 
 def read_payload(manifest: dict, payload: bytes) -> dict:
     """Tensors by name. `manifest` has the fields of fedgrpc.v1.Manifest, see tests/golden/*.json."""
-    if hashlib.sha256(payload).hexdigest() != manifest["sha256"]:
+    if xxhash.xxh3_128(payload).hexdigest() != manifest["xxh3_128"]:
         raise ValueError("the payload is not the one that the manifest declares")
     content, at, tensors = inflate(manifest, payload), 0, {}
     for tensor in manifest["tensors"]:

@@ -1,7 +1,7 @@
 """Delta bases: model versions as devices have them after a lossy payload. The next difference is taken to these.
 
-delta-bases/000007-SHA256.safetensors               version 7 as a device has it after the payload of this SHA-256
-delta-bases/000007-SHA256-prefix:0.5.safetensors    a sub-model of it, likewise
+delta-bases/000007-DIGEST.safetensors               version 7 as a device has it after the payload of this digest
+delta-bases/000007-DIGEST-prefix:0.5.safetensors    a sub-model of it, likewise
 
 The rule: a difference is taken to what its receivers hold, not to the version itself, and what they hold after it
 is kept as the next base. So what one payload loses travels with the next, and errors never add up (Tang et al.,
@@ -31,9 +31,9 @@ from fedgrpc.errors import StorageError, UsageError
 from fedgrpc.storage.files import RecycledFiles, is_gone, make_private, storage_errors
 from fedgrpc.storage.model_file import ModelFile, ModelWriter
 
-_NAME = re.compile(r"(\d+)-([0-9a-f]{64})(?:-([a-z]+:[0-9.e-]+(?::[a-z]+=[0-9]+)*))?\.safetensors")
+_NAME = re.compile(r"(\d+)-([0-9a-f]{32})(?:-([a-z]+:[0-9.e-]+(?::[a-z]+=[0-9]+)*))?\.safetensors")
 
-# What a device claims to hold: a version, and the SHA-256 of the payload that gave it to the device.
+# What a device claims to hold: a version, and the digest of the payload that gave it to the device.
 Held = tuple[int, bytes]
 # The same with the name of the sub-model ("": the whole model).
 Key = tuple[int, bytes, str]
@@ -100,7 +100,7 @@ class DeltaBases:
         """Return the CRC-32 of a base's tensors as they were written; None where it is not known."""
         path = self._paths.get(key)
         try:
-            return None if path is None else ModelFile.open(path).tensors_crc32
+            return None if path is None else ModelFile.open(path).sums.crc32
         except UsageError:
             return None
 
@@ -137,12 +137,12 @@ class DeltaBases:
             writing.wait()
             manifest = payload.finish()
             base.finish()
-        self._keep(unnamed, (source.version, manifest.sha256, source.sub_model_name))
+        self._keep(unnamed, (source.version, manifest.digest, source.sub_model_name))
         return manifest
 
     def _keep(self, unnamed: Path, key: Key) -> None:
-        version, sha256, name = key
-        path = self._folder / f"{version:06d}-{sha256.hex()}{'-' + name if name else ''}.safetensors"
+        version, digest, name = key
+        path = self._folder / f"{version:06d}-{digest.hex()}{'-' + name if name else ''}.safetensors"
         with storage_errors("a delta base", "store"):
             unnamed.replace(path)
         # Known only under its final name: what `knows` says can be opened.

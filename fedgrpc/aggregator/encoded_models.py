@@ -82,7 +82,7 @@ class EncodedModels:
         encoded = await self._shared(variant) or await self._shared(Variant.whole_of(pull))
         assert encoded is not None
         # A worker may hold this very payload, of a version whose base is gone.
-        holds_it = pull.held == (pull.version, encoded.manifest.sha256)
+        holds_it = pull.held == (pull.version, encoded.manifest.digest)
         return EncodedModel.unchanged(pull.version) if holds_it else encoded
 
     def _variant_for(self, pull: Pull) -> Variant | None:

@@ -155,7 +155,7 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
             if told is None or (run is not self._runs.bound and told is request):
                 run.service.calls.hear_poll(worker.name, None, None)
                 continue
-            version = (told.held_version, checked_digest(told.held_sha256)) if told.held_version else None
+            version = (told.held_version, checked_digest(told.held_digest)) if told.held_version else None
             new = claims.EXAMPLES.clamped(told.new_examples) if told.HasField("new_examples") else None
             run.service.calls.hear_poll(worker.name, version, new)
 

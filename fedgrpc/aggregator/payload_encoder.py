@@ -89,6 +89,7 @@ class EncodedModel:
     """Version in one recipe, on disk. `base_version` above 0: its difference to a delta base of that version.
 
     `held_crc32` is of what its receivers then hold. `payload` None: they hold all of it, and nothing is sent.
+    `sha256`: of the payload of a whole version that travels raw; b"": another one.
     """
 
     version: int
@@ -96,6 +97,7 @@ class EncodedModel:
     payload: PayloadFile | None
     base_version: int = 0
     held_crc32: int | None = None
+    sha256: bytes = b""
 
     @classmethod
     def unchanged(cls, version: int) -> EncodedModel:
@@ -107,7 +109,11 @@ class EncodedModel:
         """First message of its stream, serialized once for all who pull it."""
         manifest = manifest_to_proto(self.manifest)
         header = ModelHeader(
-            version=self.version, manifest=manifest, base_version=self.base_version, held_crc32=self.held_crc32
+            version=self.version,
+            manifest=manifest,
+            base_version=self.base_version,
+            held_crc32=self.held_crc32,
+            sha256=self.sha256,
         )
         return PullModelResponse(header=header).SerializeToString()
 
@@ -151,7 +157,7 @@ class PayloadEncoder:
                     "model sent whole", version=variant.version, recipe=str(variant.recipe), reason=str(error)
                 )
                 return None
-        key = (variant.version, manifest.sha256, variant.sub_model_name)
+        key = (variant.version, manifest.digest, variant.sub_model_name)
         assert variant.whole is not None
         # Known once some worker has pulled the whole in this recipe. It is not encoded only to compare.
         whole_bytes = self._whole_bytes.get((variant.whole, variant.sub_model_name))
@@ -169,13 +175,13 @@ class PayloadEncoder:
             and variant.reduction.nothing
             and layout == model.layout
             and _is_raw(variant.recipe, layout)
-            and model.tensors_sha256
+            and model.sums.digest
         ):
             # The tensors in the model's file are their own raw payload: no copy, and nothing to encode.
             entries = tuple(TensorEntry(spec, Raw(), spec.nbytes) for spec in layout)
-            manifest = Manifest(entries, "none", (), sum(spec.nbytes for spec in layout), model.tensors_sha256)
+            manifest = Manifest(entries, "none", (), sum(spec.nbytes for spec in layout), model.sums.digest)
             payload = _open_payload(model.path, model.tensors_start, manifest.size_bytes)
-            return EncodedModel(variant.version, manifest, payload)
+            return EncodedModel(variant.version, manifest, payload, sha256=model.sums.sha256 or b"")
         recipe = variant.recipe.for_layout(model.layout)
         # Weights that the device prunes or clusters anyway need not travel.
         if not variant.reduction.nothing:

@@ -30,6 +30,7 @@ from fedgrpc.aggregator.views import (
 )
 from fedgrpc.aggregator.worker_calls import WorkerCalls
 from fedgrpc.codec.chunk import Chunk
+from fedgrpc.codec.digest import DIGEST_BYTES
 from fedgrpc.errors import LayoutError, NotFound, WrongOffset
 from fedgrpc.protocol.descriptions import description_from_proto
 from fedgrpc.protocol.durations import duration_from_proto, duration_to_proto
@@ -115,7 +116,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self, request: pb.PollTaskRequest, context: grpc.aio.ServicerContext
     ) -> pb.PollTaskResponse:
         self._check_caller(context, request.worker)
-        held = (request.held_version, checked_digest(request.held_sha256)) if request.held_version else None
+        held = (request.held_version, checked_digest(request.held_digest)) if request.held_version else None
         new = claims.EXAMPLES.clamped(request.new_examples) if request.HasField("new_examples") else None
         token = await self.calls.poll(request.worker, duration_from_proto(request.wait), held, new)
         if token is None:
@@ -147,7 +148,7 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         self._check_caller(context, request.worker)
         version, task = self._terms.given(request.worker, request.token)
         assert task.agreed is not None
-        held = (request.base_version, checked_digest(request.base_sha256)) if request.base_version else None
+        held = (request.base_version, checked_digest(request.base_digest)) if request.base_version else None
         reduction = reduction_for(self._fleet.get(request.worker), task.local.plan)
         return Pull(version, task.agreed.downlink, held, task.local.sub_model, reduction)
 
@@ -289,11 +290,11 @@ class AggregatorService(aggregator_pb2_grpc.AggregatorServicer):
         return pb.StopRunResponse(run=self.view.run())
 
 
-def checked_digest(sha256: bytes) -> bytes:
+def checked_digest(digest: bytes) -> bytes:
     """A digest as a worker names it, empty for none. Raises `LayoutError` for any other size."""
-    if len(sha256) not in (0, 32):
-        raise LayoutError(f"a SHA-256 has 32 bytes, not {len(sha256)}")
-    return sha256
+    if len(digest) not in (0, DIGEST_BYTES):
+        raise LayoutError(f"a digest has {DIGEST_BYTES} bytes, not {len(digest)}")
+    return digest
 
 
 def _open_phase(number: int) -> TaskPhase:

@@ -56,7 +56,7 @@ async def _take(models: WorkerModels, news: worker_pb2.WatchModelResponse, value
     path: Path = values["to"]
     version = news.header.version
     about = {"run_id": news.run_id, "version": str(version), "release": str(news.release)}
-    stream = models.stream_of(values["run"], news.header.manifest.sha256)
+    stream = models.stream_of(values["run"], news.header.manifest.digest)
     await download(stream, path, about)
     by = f"release {news.release}" if news.release else "no release: what the device trains on"
     click.echo(f"{path}: version {version} ({by})")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedgrpc.codec.digest import DIGEST_BYTES, digest_of
 from fedgrpc.codec.encoding import Encoding
 from fedgrpc.codec.layout import Layout, TensorSpec, check_unique
 from fedgrpc.errors import LayoutError, TooLargeError
@@ -49,7 +49,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The declaration of a payload. `sha256` and `size_bytes` are of the payload as it is on the wire.
+    """The declaration of a payload. `digest` and `size_bytes` are of the payload as it is on the wire.
 
     The content (encoded tensors end to end, in order) is cut into `frames`. With compression "none" the payload is
     the content itself and `frames` is empty. A payload without tensors is legal: an evaluation report.
@@ -59,12 +59,12 @@ class Manifest:
     compression: str
     frames: tuple[Frame, ...]
     size_bytes: int
-    sha256: bytes
+    digest: bytes
 
     @classmethod
     def of_nothing(cls) -> Manifest:
         """Return the manifest of a payload without tensors, which has no bytes."""
-        return cls((), "none", (), 0, hashlib.sha256().digest())
+        return cls((), "none", (), 0, digest_of(b""))
 
     @property
     def layout(self) -> Layout:
@@ -89,8 +89,8 @@ class Manifest:
         _at_most(self.content_size_bytes, limits.max_content_bytes, "content bytes")
         _at_most(sum(spec.nbytes for spec in self.layout), limits.max_decoded_bytes, "decoded bytes")
         self._check_frames(limits)
-        if len(self.sha256) != 32:
-            raise LayoutError(f"the manifest's sha256 has {len(self.sha256)} bytes, expected 32")
+        if len(self.digest) != DIGEST_BYTES:
+            raise LayoutError(f"the manifest's digest has {len(self.digest)} bytes, expected {DIGEST_BYTES}")
 
     def _check_frames(self, limits: Limits) -> None:
         if self.compression == "none":

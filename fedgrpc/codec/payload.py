@@ -6,7 +6,6 @@ keeps the last one. A frame never inflates past the size that the manifest decla
 
 from __future__ import annotations
 
-import hashlib
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 import zstandard
 
+from fedgrpc.codec.digest import new_digest
 from fedgrpc.codec.encoding import Buffer, Encoding
 from fedgrpc.codec.layout import Array, Layout, TensorRole, TensorSpec, spec_of
 from fedgrpc.codec.manifest import Frame, Limits, Manifest, TensorEntry
@@ -124,7 +124,7 @@ class PayloadWriter:
         self._pending = bytearray()
         self._entries: list[TensorEntry] = []
         self._frames: list[Frame] = []
-        self._digest = hashlib.sha256()
+        self._digest = new_digest()
         self._size_bytes = 0
 
     def add(self, spec: TensorSpec, encoding: Encoding, data: Buffer) -> None:
@@ -362,12 +362,12 @@ def inflate(zstd: zstandard.ZstdDecompressor, frame: memoryview, content_size_by
 
 
 def verify_digest(manifest: Manifest, read: Read) -> None:
-    """Read the whole payload in pieces. Raises CorruptError unless its sha256 is the declared one."""
-    digest = hashlib.sha256()
+    """Read the whole payload in pieces. Raises CorruptError unless its digest is the declared one."""
+    digest = new_digest()
     for offset in range(0, manifest.size_bytes, FRAME_CONTENT_BYTES):
         digest.update(read(offset, min(FRAME_CONTENT_BYTES, manifest.size_bytes - offset)))
-    if digest.digest() != manifest.sha256:
-        raise CorruptError("the payload's sha256 is not the one its manifest declares")
+    if digest.digest() != manifest.digest:
+        raise CorruptError("the payload's digest is not the one its manifest declares")
 
 
 def buffer_reader(payload: Buffer) -> Read:

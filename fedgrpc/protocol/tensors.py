@@ -7,7 +7,6 @@ compressions) and `TooLargeError` for a manifest over the limits.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, Final
@@ -41,7 +40,7 @@ _COMPRESSION_NUMBERS: Final[dict[str, Any]] = {name: number for number, name in 
 # Lists of tensors that are kept parsed, and up to which size each.
 _KNOWN_LISTS: Final = 16
 _KNOWN_LIST_BYTES: Final = 64 << 10
-_NO_TENSORS: Final = Manifest((), "none", (), 0, hashlib.sha256().digest())
+_NO_TENSORS: Final = Manifest.of_nothing()
 
 
 def dtype_to_proto(name: str) -> Any:
@@ -106,7 +105,7 @@ def manifest_to_proto(manifest: Manifest) -> tensor_pb2.Manifest:
         tensor_pb2.Frame(size_bytes=frame.size_bytes, content_size_bytes=frame.content_size_bytes)
         for frame in manifest.frames
     )
-    message.size_bytes, message.sha256 = manifest.size_bytes, manifest.sha256
+    message.size_bytes, message.digest = manifest.size_bytes, manifest.digest
     return message
 
 
@@ -142,7 +141,7 @@ def manifest_from_proto(message: tensor_pb2.Manifest, limits: Limits | None = No
         compression_from_proto(message.compression),
         tuple(Frame(frame.size_bytes, frame.content_size_bytes) for frame in message.frames),
         message.size_bytes,
-        message.sha256,
+        message.digest,
     )
     manifest.validate_sizes(limits)
     return manifest
@@ -152,7 +151,7 @@ def _entries_from_proto(message: tensor_pb2.Manifest, max_dims: int) -> tuple[Te
     """Parse and check the tensors, once for all payloads of a run, which list the same."""
     listed = tensor_pb2.Manifest()
     listed.CopyFrom(message)
-    for rest in ("compression", "frames", "size_bytes", "sha256"):
+    for rest in ("compression", "frames", "size_bytes", "digest"):
         listed.ClearField(rest)
     text = listed.SerializeToString()
     if len(text) > _KNOWN_LIST_BYTES:

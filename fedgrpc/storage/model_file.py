@@ -3,9 +3,10 @@
 The safetensors package writes only whole models from memory; an aggregator holds one tensor at a time, so that
 its memory does not grow with the model. Files written here are read by that package, and the other way round.
 
-The tensors of a file, end to end, are also the payload of the model in the raw recipe. So its header keeps their
-SHA-256, and the digest of the whole file is that of the header and this. Beside it is their CRC-32, which costs a
-fraction, and is checked whenever something is decided by the file. A file that never travels has this alone.
+The tensors of a file, end to end, are also the payload of the model in the raw recipe. So its header keeps the
+digest of that payload, and their SHA-256: the identity of the version is that of the header and this. Beside them
+is their CRC-32, which is checked whenever something is decided by the file. A file that never travels has this
+alone.
 
 A version has each tied tensor again under its other names, behind all others, so that any reader finds what the
 model's code asks for.
@@ -30,12 +31,14 @@ import numpy as np
 
 from fedgrpc.aggregation.admission import sum_of_squares
 from fedgrpc.codec.chunk import crc32
+from fedgrpc.codec.digest import new_digest
 from fedgrpc.codec.layout import Array, Layout, TensorSpec
 from fedgrpc.codec.values import InParts, Part, part_filled
 from fedgrpc.errors import LayoutError, StorageError, UsageError
 from fedgrpc.storage.files import RecycledFiles, pwrite, storage_errors, sync, write_back
 from fedgrpc.storage.model_header import (
     FIRST_BYTES,
+    TensorSums,
     build_header,
     header_size,
     packed,
@@ -58,8 +61,7 @@ class ModelFile:
     layout: Layout
     starts: tuple[int, ...]
     header: bytes
-    tensors_sha256: bytes | None
-    tensors_crc32: int | None = None
+    sums: TensorSums
 
     @classmethod
     def open(cls, path: Path) -> ModelFile:
@@ -78,7 +80,7 @@ class ModelFile:
             raise UsageError(f"{path} is not a safetensors file that fedgrpc can use: {error}") from error
         layout = tuple(spec for spec, _, _ in header.entries)
         starts = tuple(8 + size + start for _, start, _ in header.entries)
-        return cls(path, layout, starts, packed(text), header.sha256, header.crc32)
+        return cls(path, layout, starts, packed(text), header.sums)
 
     def tensor(self, index: int) -> np.ndarray:
         """Tensor number `index` of the layout, freshly read. Raises `StorageError`."""
@@ -108,22 +110,22 @@ class ModelFile:
         return len(self.header)
 
     def sha256(self) -> bytes:
-        """Digest of the whole file, as `ModelWriter.finish` returns it. Raises `StorageError`."""
+        """SHA-256 of the whole file, as `ModelWriter.finish` returns it. Raises `StorageError`."""
         return hashlib.sha256(self.header + self.computed_sha256()).digest()
 
     @property
     def as_written(self) -> bool:
         """True if the tensors are what the header says; False where it says nothing. Raises `StorageError`."""
         # A file that others have written may have no CRC-32, or no sum at all.
-        if self.tensors_crc32 is None:
-            return self.tensors_sha256 == self.computed_sha256()
+        if self.sums.crc32 is None:
+            return self.sums.sha256 == self.computed_sha256()
         crc = 0
         for data in self._pieces():
             crc = crc32(data, crc)
-        return crc == self.tensors_crc32
+        return crc == self.sums.crc32
 
     def computed_sha256(self) -> bytes:
-        """Digest of the tensors as they are on the disk now. Raises `StorageError`."""
+        """SHA-256 of the tensors as they are on the disk now. Raises `StorageError`."""
         # Piece by piece: a model may be larger than the memory that is free.
         digest = hashlib.sha256()
         for data in self._pieces():
@@ -205,8 +207,8 @@ class ModelTensors(InParts):
 class ModelWriter:
     """Write a model file one tensor at a time; nothing is at `path` until `finish` has put all of it there.
 
-    A file that is not `durable` never travels either, and has no digest. Raises `StorageError` when the disk does
-    not take it; `path` is then as it was.
+    A file that is not `durable` never travels either, and has a CRC-32 alone. Raises `StorageError` when the disk
+    does not take it; `path` is then as it was.
     """
 
     def __init__(
@@ -225,9 +227,9 @@ class ModelWriter:
         self._part = path.with_suffix(".part")
         self._coming = iter(layout)
         self._spec, self._left = TensorSpec("", "float32", (0,)), 0
-        self._header = build_header(layout, dict(about), with_sha256=durable, repeat_tied=durable)
+        self._header = build_header(layout, dict(about), with_digests=durable, repeat_tied=durable)
         self._tied = tied_spans(layout) if durable else []
-        self._digest, self._crc32 = hashlib.sha256(), 0
+        self._sha256, self._digest, self._crc32 = hashlib.sha256(), new_digest(), 0
         self._size_bytes = 0
         with storage_errors(f"the model {self._path}", "write"):
             handle = recycled.create(self._part) if recycled else os.open(self._part, _NEW, 0o666)
@@ -257,6 +259,7 @@ class ModelWriter:
         data = np.ascontiguousarray(values, dtype=dtype).reshape(-1).view(np.uint8).data
         if self._durable:
             # While the bytes are in the cache; a second pass over the file would cost as much as the write.
+            self._sha256.update(data)
             self._digest.update(data)
         self._crc32 = crc32(data, self._crc32)
         with storage_errors(f"the model {self._path}", "write"):
@@ -280,14 +283,17 @@ class ModelWriter:
                 self._put(os.pread(self._file.fileno(), size, at))
 
     def finish(self) -> bytes:
-        """Make the file durable, if it is to be, and give it its name. Returns its digest; b"": it has none."""
+        """Make the file durable, if it is to be, and give it its name. Returns its SHA-256; b"": it has none."""
         spec = self._spec if self._left else next(self._coming, None)
         if spec is not None:
             raise ValueError(f"tensor {spec.name!r} was not written")
         # Copied within the file, since the tensor is no longer in memory.
         for start, size_bytes in self._tied:
             self._repeat(len(self._header) + start, size_bytes)
-        header = with_sums(self._header, self._crc32, self._digest.digest() if self._durable else None)
+        sums = TensorSums(self._crc32)
+        if self._durable:
+            sums = TensorSums(self._crc32, self._sha256.digest(), self._digest.digest())
+        header = with_sums(self._header, sums)
         with storage_errors(f"the model {self._path}", "write"):
             pwrite(self._file.fileno(), header, 0)
             # Cut off what the recycled file had behind: its size is part of the format.
@@ -298,13 +304,13 @@ class ModelWriter:
             self._part.replace(self._path)
             if self._durable:
                 sync(self._path.parent)
-        return hashlib.sha256(header + self._digest.digest()).digest() if self._durable else b""
+        return b"" if sums.sha256 is None else hashlib.sha256(header + sums.sha256).digest()
 
 
 def write_model(
     path: Path, layout: Layout, tensors: Iterable[np.ndarray], about: Mapping[str, str] = MappingProxyType({})
 ) -> bytes:
-    """Write a whole model file from `tensors` in the order of `layout`. Returns its digest."""
+    """Write a whole model file from `tensors` in the order of `layout`. Returns its SHA-256."""
     with ModelWriter(path, layout, about=about) as writer:
         for values in tensors:
             writer.add(values)

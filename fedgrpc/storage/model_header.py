@@ -1,8 +1,8 @@
 """Headers of safetensors files (https://huggingface.co/docs/safetensors): writing them, and reading foreign ones.
 
 What the format has no place for is in its metadata, which holds text alone: `roles` is a JSON object of roles by
-name, without those that names tell; `tied` one of lists of tied names; `sha256` and `crc32` are those of the
-tensors. A file that others have written has none of these, and is read all the same.
+name, without those that names tell; `tied` one of lists of tied names; `sha256`, `xxh3_128` and `crc32` are those
+of the tensors. A file that others have written has none of these, and is read all the same.
 
 The rule: nothing that a header says is used before it was checked, and a file that is not safetensors is refused
 with what it is instead.
@@ -40,9 +40,11 @@ FIRST_BYTES: Final = 64
 _MAX_DIMS: Final = 16
 _MAX_HEADER_BYTES: Final = 100_000_000
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_DIGEST: Final = re.compile(r"[0-9a-f]{32}")
 _CRC32: Final = re.compile(r"[0-9a-f]{8}")
 # Of the length of the real ones: a header is written before the tensors, and their sums are filled in after them.
 _UNKNOWN_SHA256: Final = "0" * 64
+_UNKNOWN_DIGEST: Final = "-" * 32
 _UNKNOWN_CRC32: Final = "-" * 8
 # Files that are given in place of a model again and again, by how they begin.
 _MARKS: Final = {
@@ -58,7 +60,7 @@ _MARKS: Final = {
 _LENGTH: Final = struct.Struct("<Q")
 # How the header of a file begins that was written here and has a tensor.
 _OWN_SUMS: Final = re.compile(
-    rb'\{"__metadata__":\{"format":"pt",((?:"sha256":"[0-9a-f]{64}",)?"crc32":"[0-9a-f-]{8}")'
+    rb'\{"__metadata__":\{"format":"pt",((?:"sha256":"[0-9a-f]{64}","xxh3_128":"[0-9a-f-]{32}",)?"crc32":"[0-9a-f-]{8}")'
 )
 _CACHED_HEADERS: Final = 8
 _MAX_CACHED_BYTES: Final = 64 << 10
@@ -68,13 +70,21 @@ Entry = tuple[TensorSpec, int, int]
 
 
 @dataclass(frozen=True)
+class TensorSums:
+    """Sums of a file's tensors, end to end, each None where it is not known: SHA-256, XXH3-128 and CRC-32."""
+
+    crc32: int | None = None
+    sha256: bytes | None = None
+    digest: bytes | None = None
+
+
+@dataclass(frozen=True)
 class Header:
     """Content of a header: tensors in file order, the ends of their bytes, and their sums, None without any."""
 
     entries: Sequence[Entry]
     end: int
-    sha256: bytes | None
-    crc32: int | None
+    sums: TensorSums
 
 
 def header_size(start: bytes) -> int:
@@ -95,13 +105,13 @@ def packed(text: bytes) -> bytes:
     return _LENGTH.pack(len(text)) + text
 
 
-def build_header(layout: Layout, about: dict[str, str], *, with_sha256: bool, repeat_tied: bool) -> bytes:
+def build_header(layout: Layout, about: dict[str, str], *, with_digests: bool, repeat_tied: bool) -> bytes:
     """The first bytes of a file of these tensors, with room for their sums.
 
     `about` is further metadata. `repeat_tied`: tied tensors come again under their other names, behind all others.
     """
-    sha256 = {"sha256": _UNKNOWN_SHA256} if with_sha256 else {}
-    metadata = {"format": "pt", **sha256, "crc32": _UNKNOWN_CRC32, **about, **_roles_and_ties(layout)}
+    digests = {"sha256": _UNKNOWN_SHA256, "xxh3_128": _UNKNOWN_DIGEST} if with_digests else {}
+    metadata = {"format": "pt", **digests, "crc32": _UNKNOWN_CRC32, **about, **_roles_and_ties(layout)}
     entries: dict[str, object] = {METADATA: metadata}
     offset = 0
     repeated = (replace(spec, name=name) for spec in layout for name in spec.tied_names) if repeat_tied else ()
@@ -114,10 +124,12 @@ def build_header(layout: Layout, about: dict[str, str], *, with_sha256: bool, re
     return packed(text + b" " * (-len(text) % 8))
 
 
-def with_sums(header: bytes, crc32: int, sha256: bytes | None) -> bytes:
+def with_sums(header: bytes, sums: TensorSums) -> bytes:
     """A header of `build_header` with the sums of its tensors. They are the first of what its metadata says."""
-    header = header.replace(_UNKNOWN_CRC32.encode(), b"%08x" % crc32, 1)
-    return header if sha256 is None else header.replace(_UNKNOWN_SHA256.encode(), sha256.hex().encode(), 1)
+    if sums.sha256 is not None and sums.digest is not None:
+        header = header.replace(_UNKNOWN_SHA256.encode(), sums.sha256.hex().encode(), 1)
+        header = header.replace(_UNKNOWN_DIGEST.encode(), sums.digest.hex().encode(), 1)
+    return header if sums.crc32 is None else header.replace(_UNKNOWN_CRC32.encode(), b"%08x" % sums.crc32, 1)
 
 
 def tied_spans(layout: Layout) -> list[tuple[int, int]]:
@@ -146,8 +158,16 @@ def parse_header(text: bytes) -> Header:
         # All versions of a model have the same header but for the sums: parse it once, without them.
         entries, end, _ = _parse_cached(text[: own.start(1)] + b'"":""' + text[own.end(1) :])
         metadata = json.loads(b"{" + own[1] + b"}")
-    sha256, crc = _text_of(metadata, "sha256", _SHA256), _text_of(metadata, "crc32", _CRC32)
-    return Header(entries, end, bytes.fromhex(sha256) if sha256 else None, int(crc, 16) if crc else None)
+    crc, sha256 = _text_of(metadata, "crc32", _CRC32), _text_of(metadata, "sha256", _SHA256)
+    digest = _text_of(metadata, "xxh3_128", _DIGEST)
+    return Header(
+        *(entries, end),
+        TensorSums(
+            int(crc, 16) if crc else None,
+            bytes.fromhex(sha256) if sha256 else None,
+            bytes.fromhex(digest) if digest else None,
+        ),
+    )
 
 
 @lru_cache(maxsize=_CACHED_HEADERS)

@@ -22,6 +22,7 @@ from io import FileIO
 from pathlib import Path
 
 from fedgrpc.codec.chunk import Chunk, check_chunk, crc32
+from fedgrpc.codec.digest import new_digest
 from fedgrpc.errors import CorruptError
 from fedgrpc.storage.files import RecycledFiles, pwrite, storage_errors, sync, write_back
 
@@ -38,7 +39,7 @@ class ResumableFile:
         path: Path,
         header: bytes,
         size_bytes: int,
-        sha256: bytes,
+        digest: bytes,
         recycled: RecycledFiles | None = None,
         *,
         head_path: Path | None = None,
@@ -57,8 +58,8 @@ class ResumableFile:
         self.crc32 = 0
         self._what = what
         self._durable = durable
-        self._expected_sha256 = sha256
-        self._digest = hashlib.sha256()
+        self._expected_digest = digest
+        self._digest = new_digest()
         self._text = header
         self._header_crc32 = crc32(header)
         self._head_path = head_path
@@ -78,7 +79,7 @@ class ResumableFile:
         if self._continues(file, head_file):
             return file, head_file
         # Another payload, or not the bytes that were committed: none of them is kept.
-        self.size_bytes, self.crc32, self._digest = 0, 0, hashlib.sha256()
+        self.size_bytes, self.crc32, self._digest = 0, 0, new_digest()
         file.close()
         head_file.close()
         return None
@@ -89,7 +90,7 @@ class ResumableFile:
         if len(head) != _HEAD.size + len(self._text) or head[_HEAD.size :] != self._text:
             return False
         committed, _, _, crc = _HEAD.unpack_from(head)
-        # SHA-256 cannot be stored half way, so the bytes are read once more. They are checked by the way.
+        # A digest cannot be stored half way, so the bytes are read once more. They are checked by the way.
         file.seek(self.payload_start)
         wanted = min(committed, self.expected_bytes)
         while piece := file.read(min(_READ_BYTES, wanted - self.size_bytes)):
@@ -119,8 +120,18 @@ class ResumableFile:
 
     @property
     def matches_digest(self) -> bool:
-        """True if the committed bytes have the declared SHA-256."""
-        return self._digest.digest() == self._expected_sha256
+        """True if the committed bytes have the declared digest."""
+        return self._digest.digest() == self._expected_digest
+
+    def sha256(self) -> bytes:
+        """Return the SHA-256 of the committed bytes as they are on the disk now. Raises OSError."""
+        digest, left = hashlib.sha256(), self.size_bytes
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.payload_start)
+            while piece := file.read(min(_READ_BYTES, left)):
+                digest.update(piece)
+                left -= len(piece)
+        return digest.digest()
 
     def append(self, batch: Sequence[Chunk]) -> None:
         """Commit consecutive chunks.

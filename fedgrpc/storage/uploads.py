@@ -41,7 +41,7 @@ class Upload(ResumableFile):
         self.manifest = manifest
         text = header.SerializeToString(deterministic=True)
         super().__init__(
-            part, text, manifest.size_bytes, manifest.sha256, recycled, durable=durable, what="an update"
+            part, text, manifest.size_bytes, manifest.digest, recycled, durable=durable, what="an update"
         )
 
     def finish(self) -> StoredUpdate:
@@ -49,7 +49,7 @@ class Upload(ResumableFile):
         if not self.matches_digest:
             # Each chunk had its CRC, so the sender lied or its disk did: no part of it is worth keeping.
             self.discard()
-            raise CorruptError("the payload does not match its SHA-256; send it again from the start")
+            raise CorruptError("the payload does not match its digest; send it again from the start")
         return self._stored(self.path)
 
     def seal(self) -> StoredUpdate:

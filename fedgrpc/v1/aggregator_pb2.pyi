@@ -152,34 +152,34 @@ class DescribeModelResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class PollTaskRequest(_message.Message):
-    __slots__ = ("worker", "wait", "held_version", "held_sha256", "new_examples", "held", "conditions")
+    __slots__ = ("worker", "wait", "held_version", "held_digest", "new_examples", "held", "conditions")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
     HELD_VERSION_FIELD_NUMBER: _ClassVar[int]
-    HELD_SHA256_FIELD_NUMBER: _ClassVar[int]
+    HELD_DIGEST_FIELD_NUMBER: _ClassVar[int]
     NEW_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     CONDITIONS_FIELD_NUMBER: _ClassVar[int]
     worker: str
     wait: _duration_pb2.Duration
     held_version: int
-    held_sha256: bytes
+    held_digest: bytes
     new_examples: int
     held: _containers.RepeatedCompositeFieldContainer[HeldOfRun]
     conditions: _device_pb2.DeviceConditions
-    def __init__(self, worker: _Optional[str] = ..., wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., held_version: _Optional[int] = ..., held_sha256: _Optional[bytes] = ..., new_examples: _Optional[int] = ..., held: _Optional[_Iterable[_Union[HeldOfRun, _Mapping]]] = ..., conditions: _Optional[_Union[_device_pb2.DeviceConditions, _Mapping]] = ...) -> None: ...
+    def __init__(self, worker: _Optional[str] = ..., wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., held_version: _Optional[int] = ..., held_digest: _Optional[bytes] = ..., new_examples: _Optional[int] = ..., held: _Optional[_Iterable[_Union[HeldOfRun, _Mapping]]] = ..., conditions: _Optional[_Union[_device_pb2.DeviceConditions, _Mapping]] = ...) -> None: ...
 
 class HeldOfRun(_message.Message):
-    __slots__ = ("run_id", "held_version", "held_sha256", "new_examples")
+    __slots__ = ("run_id", "held_version", "held_digest", "new_examples")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     HELD_VERSION_FIELD_NUMBER: _ClassVar[int]
-    HELD_SHA256_FIELD_NUMBER: _ClassVar[int]
+    HELD_DIGEST_FIELD_NUMBER: _ClassVar[int]
     NEW_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     held_version: int
-    held_sha256: bytes
+    held_digest: bytes
     new_examples: int
-    def __init__(self, run_id: _Optional[str] = ..., held_version: _Optional[int] = ..., held_sha256: _Optional[bytes] = ..., new_examples: _Optional[int] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., held_version: _Optional[int] = ..., held_digest: _Optional[bytes] = ..., new_examples: _Optional[int] = ...) -> None: ...
 
 class PollTaskResponse(_message.Message):
     __slots__ = ("task", "run_ended", "introduce")
@@ -228,22 +228,22 @@ class Task(_message.Message):
     def __init__(self, token: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[_round_pb2.TaskKind, str]] = ..., model_version: _Optional[int] = ..., plan: _Optional[_Union[_round_pb2.TrainingPlan, _Mapping]] = ..., upload_recipe: _Optional[str] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., run_id: _Optional[str] = ..., uplink_bytes_per_second: _Optional[float] = ..., seed: _Optional[int] = ..., evaluate: _Optional[bool] = ..., local_model: _Optional[_Union[_round_pb2.LocalModel, _Mapping]] = ..., leaf: _Optional[_Union[_round_pb2.LeafInstructions, _Mapping]] = ..., terms: _Optional[_Union[RunTerms, _Mapping]] = ..., privacy: _Optional[_Union[_privacy_pb2.UpdatePrivacy, _Mapping]] = ...) -> None: ...
 
 class PullModelRequest(_message.Message):
-    __slots__ = ("worker", "token", "offset", "base_version", "base_sha256", "version", "run")
+    __slots__ = ("worker", "token", "offset", "base_version", "base_digest", "version", "run")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
-    BASE_SHA256_FIELD_NUMBER: _ClassVar[int]
+    BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     worker: str
     token: str
     offset: int
     base_version: int
-    base_sha256: bytes
+    base_digest: bytes
     version: int
     run: str
-    def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ..., offset: _Optional[int] = ..., base_version: _Optional[int] = ..., base_sha256: _Optional[bytes] = ..., version: _Optional[int] = ..., run: _Optional[str] = ...) -> None: ...
+    def __init__(self, worker: _Optional[str] = ..., token: _Optional[str] = ..., offset: _Optional[int] = ..., base_version: _Optional[int] = ..., base_digest: _Optional[bytes] = ..., version: _Optional[int] = ..., run: _Optional[str] = ...) -> None: ...
 
 class PullModelResponse(_message.Message):
     __slots__ = ("header", "chunk")
@@ -254,16 +254,18 @@ class PullModelResponse(_message.Message):
     def __init__(self, header: _Optional[_Union[ModelHeader, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ...) -> None: ...
 
 class ModelHeader(_message.Message):
-    __slots__ = ("version", "manifest", "base_version", "held_crc32")
+    __slots__ = ("version", "manifest", "base_version", "held_crc32", "sha256")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     HELD_CRC32_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
     version: int
     manifest: _tensor_pb2.Manifest
     base_version: int
     held_crc32: int
-    def __init__(self, version: _Optional[int] = ..., manifest: _Optional[_Union[_tensor_pb2.Manifest, _Mapping]] = ..., base_version: _Optional[int] = ..., held_crc32: _Optional[int] = ...) -> None: ...
+    sha256: bytes
+    def __init__(self, version: _Optional[int] = ..., manifest: _Optional[_Union[_tensor_pb2.Manifest, _Mapping]] = ..., base_version: _Optional[int] = ..., held_crc32: _Optional[int] = ..., sha256: _Optional[bytes] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("worker", "token", "phase", "progress")

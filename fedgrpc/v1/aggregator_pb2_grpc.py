@@ -271,7 +271,7 @@ class AggregatorServicer:
         and it begins at 0. `offset` may be the payload's size: then the header comes alone.
         NOT_FOUND: the token is unknown, or there is no such version. PERMISSION_DENIED: the token is another worker's.
         FAILED_PRECONDITION: the task has ended. OUT_OF_RANGE: offset beyond the payload. INVALID_ARGUMENT: a digest that
-        is not of 32 bytes.
+        is not of 16 bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -123,7 +123,8 @@ class ModelsServicer:
     def PullVersion(self, request, context):
         """Streams a version's tensors, raw and so lossless: its header first, then chunks from `offset` on, as
         `Aggregator.PullModel` does. A stream that broke off continues with the same request and `offset` set to the bytes
-        held, if the header's digest is the same. A device may fetch the version that it is to serve, and no other.
+        held, if the digest in the header's manifest is the same. The receiver compares what came with `ModelHeader.sha256`.
+        A device may fetch the version that it is to serve, and no other.
         NOT_FOUND: no such version, or it is kept no more. PERMISSION_DENIED: a device asks for another version than a
         release gives it. OUT_OF_RANGE: offset beyond the payload.
         """

@@ -163,18 +163,18 @@ class Frame(_message.Message):
     def __init__(self, size_bytes: _Optional[int] = ..., content_size_bytes: _Optional[int] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("entries", "compression", "frames", "size_bytes", "sha256")
+    __slots__ = ("entries", "compression", "frames", "size_bytes", "digest")
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     FRAMES_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
-    SHA256_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     entries: _containers.RepeatedCompositeFieldContainer[TensorEntry]
     compression: Compression
     frames: _containers.RepeatedCompositeFieldContainer[Frame]
     size_bytes: int
-    sha256: bytes
-    def __init__(self, entries: _Optional[_Iterable[_Union[TensorEntry, _Mapping]]] = ..., compression: _Optional[_Union[Compression, str]] = ..., frames: _Optional[_Iterable[_Union[Frame, _Mapping]]] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[bytes] = ...) -> None: ...
+    digest: bytes
+    def __init__(self, entries: _Optional[_Iterable[_Union[TensorEntry, _Mapping]]] = ..., compression: _Optional[_Union[Compression, str]] = ..., frames: _Optional[_Iterable[_Union[Frame, _Mapping]]] = ..., size_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("offset", "data", "crc32")

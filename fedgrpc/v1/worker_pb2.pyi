@@ -86,14 +86,14 @@ class WatchStatusResponse(_message.Message):
     def __init__(self, status: _Optional[_Union[Status, _Mapping]] = ...) -> None: ...
 
 class WorkerPullModelRequest(_message.Message):
-    __slots__ = ("offset", "run", "sha256")
+    __slots__ = ("offset", "run", "digest")
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
-    SHA256_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     offset: int
     run: str
-    sha256: bytes
-    def __init__(self, offset: _Optional[int] = ..., run: _Optional[str] = ..., sha256: _Optional[bytes] = ...) -> None: ...
+    digest: bytes
+    def __init__(self, offset: _Optional[int] = ..., run: _Optional[str] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class WatchModelRequest(_message.Message):
     __slots__ = ("run",)
@@ -120,18 +120,18 @@ class WorkerPullModelResponse(_message.Message):
     def __init__(self, header: _Optional[_Union[_aggregator_pb2.ModelHeader, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ...) -> None: ...
 
 class StoredModel(_message.Message):
-    __slots__ = ("run_id", "sub_model", "header", "origin_sha256", "crc32")
+    __slots__ = ("run_id", "sub_model", "header", "origin_digest", "crc32")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     SUB_MODEL_FIELD_NUMBER: _ClassVar[int]
     HEADER_FIELD_NUMBER: _ClassVar[int]
-    ORIGIN_SHA256_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     CRC32_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     sub_model: str
     header: _aggregator_pb2.ModelHeader
-    origin_sha256: bytes
+    origin_digest: bytes
     crc32: int
-    def __init__(self, run_id: _Optional[str] = ..., sub_model: _Optional[str] = ..., header: _Optional[_Union[_aggregator_pb2.ModelHeader, _Mapping]] = ..., origin_sha256: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., sub_model: _Optional[str] = ..., header: _Optional[_Union[_aggregator_pb2.ModelHeader, _Mapping]] = ..., origin_digest: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
 
 class StoredRelease(_message.Message):
     __slots__ = ("run_id", "run", "version", "release", "previous")

@@ -93,7 +93,7 @@ class WorkerServicer:
     def PullModel(self, request, context):
         """Streams the model for applications, raw: the version that a release gives to the device, whole and verified, else
         the one that it holds. A stream that has begun stays with its version. NOT_FOUND: there is none yet, or no longer
-        the one with `sha256`: begin anew. OUT_OF_RANGE: offset beyond the payload.
+        the one with `digest`: begin anew. OUT_OF_RANGE: offset beyond the payload.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -187,11 +187,11 @@ class AggregatorClient:
         )
         if held is not None:
             request.held_version = held.version
-            request.held_sha256 = held.origin_sha256
+            request.held_digest = held.origin_digest
         for run_id, model, new in others:
             told = request.held.add(run_id=run_id, new_examples=new)
             if model is not None:
-                told.held_version, told.held_sha256 = model.version, model.origin_sha256
+                told.held_version, told.held_digest = model.version, model.origin_digest
         if conditions is not None:
             request.conditions.CopyFrom(conditions)
         with domain_errors():
@@ -321,7 +321,7 @@ class AggregatorClient:
             return self._pull_version(released, metadata=self._metadata)
         request = aggregator_pb2.PullModelRequest(worker=self._worker, token=token, offset=offset)
         if base is not None:
-            request.base_version, request.base_sha256 = base.version, base.origin_sha256
+            request.base_version, request.base_digest = base.version, base.origin_digest
         return self._pull_model(request, metadata=self._metadata)
 
     async def follow_releases(

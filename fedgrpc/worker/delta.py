@@ -9,6 +9,7 @@ import numpy as np
 
 from fedgrpc.aggregation.partial_update import pack
 from fedgrpc.codec.chunk import crc32
+from fedgrpc.codec.digest import DIGEST_BYTES
 from fedgrpc.codec.layout import Array, Layout, TensorRole, TensorSpec, spec_of, told_layout
 from fedgrpc.codec.manifest import Manifest, TensorEntry
 from fedgrpc.codec.payload import PayloadReader, naming
@@ -28,7 +29,7 @@ from fedgrpc.codec.values import (
 )
 from fedgrpc.errors import LayoutError
 
-NO_DIGEST: Final = bytes(32)
+NO_DIGEST: Final = bytes(DIGEST_BYTES)
 _PIECE: Final = 2 * PIECE
 
 

@@ -10,7 +10,6 @@ readable after a newer version has replaced it.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import weakref
@@ -22,6 +21,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 
 from fedgrpc.codec.chunk import crc32
+from fedgrpc.codec.digest import digest_of
 from fedgrpc.codec.layout import Array
 from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import (
@@ -89,9 +89,9 @@ class HeldModel:
         return Source.of(self.record)
 
     @property
-    def origin_sha256(self) -> bytes:
+    def origin_digest(self) -> bytes:
         """Digest of the payload that made it, perhaps a difference. By it the aggregator knows what is held."""
-        return self.record.origin_sha256 or self.manifest.sha256
+        return self.record.origin_digest or self.manifest.digest
 
     @property
     def in_use(self) -> bool:
@@ -166,7 +166,7 @@ class HeldModel:
 
     def _raw(self) -> tuple[Manifest, Path]:
         plain = self.manifest.compression == "none" and all(e.encoding == Raw() for e in self.manifest.entries)
-        if plain and self.manifest.sha256 != NO_DIGEST:
+        if plain and self.manifest.digest != NO_DIGEST:
             return self.manifest, self.folder / PAYLOAD
         path, header = self.folder / (PAYLOAD if plain else _RAW), self.folder / _RAW_HEADER
         with storage_errors(path):
@@ -176,7 +176,7 @@ class HeldModel:
             return _read_manifest(header), path
 
     def _digested(self) -> Manifest:
-        return replace(self.manifest, sha256=hashlib.sha256(self.mapped().data).digest())
+        return replace(self.manifest, digest=digest_of(self.mapped().data))
 
     def _write_raw(self, path: Path) -> Manifest:
         unfinished = self.folder / (UNFINISHED + _RAW)

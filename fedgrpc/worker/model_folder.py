@@ -65,7 +65,7 @@ class PartialModel(ResumableFile):
             folder / PAYLOAD,
             record.SerializeToString(deterministic=True),
             manifest.size_bytes,
-            manifest.sha256,
+            manifest.digest,
             recycled,
             head_path=folder / _RECEIVED,
             # What a power cut takes away can be pulled again.
@@ -73,13 +73,18 @@ class PartialModel(ResumableFile):
             what="the model",
         )
 
-    def finish(self) -> None:
-        """Leave the whole payload and its record. Raises CorruptError unless it matches its digest."""
+    def finish(self, with_identity: bool = False) -> None:
+        """Leave the whole payload and its record. Raises CorruptError unless it matches its digest.
+
+        `with_identity`: and the SHA-256 of its version, which came with it.
+        """
         if not self.complete:
             raise CorruptError(f"{self.size_bytes} of the model's {self.expected_bytes} bytes came")
         if not self.matches_digest:
-            raise CorruptError("the model's sha256 is not the one its manifest declares")
+            raise CorruptError("the model's digest is not the one its manifest declares")
         with storage_errors(self.folder):
+            if with_identity and self.sha256() != self.record.header.sha256:
+                raise CorruptError("the model's SHA-256 is not that of the version")
             os.truncate(self.path, self.size_bytes)
             _write_record(self.folder, self.record)
             (self.folder / _RECEIVED).unlink()
@@ -92,8 +97,10 @@ def _write_record(folder: Path, record: worker_pb2.StoredModel) -> None:
 class ModelFolder:
     """The held version and, if it `has_partial`, the partial download in one folder. One owner."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, with_identity: bool = False) -> None:
+        """`with_identity`: a download must match the SHA-256 of its version, too. Raises `StorageError`."""
         self._folder = folder
+        self._with_identity = with_identity
         self._limits = Limits()
         self._partial = folder / "partial"
         with storage_errors(folder):
@@ -198,11 +205,11 @@ class ModelFolder:
         """Verify the download and make it the held version. Slow: run it in a thread.
 
         Raises:
-            CorruptError: it is not whole or does not match its digest; the partial download is gone.
+            CorruptError: it is not whole or does not match what was declared; the partial download is gone.
             LayoutError: it is a difference to a version that is not held.
         """
         try:
-            partial.finish()
+            partial.finish(self._with_identity)
         except CorruptError:
             self.drop_partial()
             raise
@@ -243,7 +250,7 @@ class ModelFolder:
             run_id=partial.record.run_id,
             sub_model=partial.record.sub_model,
             header=aggregator_pb2.ModelHeader(version=header.version, manifest=manifest_to_proto(manifest)),
-            origin_sha256=partial.manifest.sha256,
+            origin_digest=partial.manifest.digest,
             crc32=crc,
         )
         _write_record(folder, record)

@@ -3,9 +3,9 @@
     released/RUN/release         the `StoredRelease`: which version is served, and which one was before
     released/RUN/00000007/       version 7: a model folder (fedgrpc.worker.model_folder), perhaps still a download
 
-RUN is the run's id. The rule: what is served is whole and has matched its digest, and a switch is one rename.
-Whoever reads a version keeps it, however often the served one changes. The version before stays on the disk, so
-that a release is taken back at once and without a link.
+RUN is the run's id. The rule: what is served is whole and has matched the SHA-256 of its version, and a switch is
+one rename. Whoever reads a version keeps it, however often the served one changes. The version before stays on the
+disk, so that a release is taken back at once and without a link.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class ReleasedModels:
         if key not in self._folders:
             with storage_errors(self._folder):
                 make_private(self._folder / run_id)
-            self._folders[key] = ModelFolder(self._place(run_id, version))
+            self._folders[key] = ModelFolder(self._place(run_id, version), with_identity=True)
         return self._folders[key]
 
     def whole(self, run_id: str, version: int) -> HeldModel | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import grpc.aio
 
 from fedgrpc.codec.chunk import Chunk, chunks
+from fedgrpc.codec.manifest import Manifest
 from fedgrpc.codec.payload import file_reader
-from fedgrpc.errors import NotFound, WrongOffset
+from fedgrpc.errors import NotFound, StorageError, WrongOffset
 from fedgrpc.protocol.devices import status_to_proto
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.rpc.framing import message_of
@@ -63,19 +64,29 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, request: worker_pb2.WorkerPullModelRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.WorkerPullModelResponse | bytes]:
         """Stream the served model in the raw recipe. The file stays readable while a newer version replaces it."""
-        held, _ = self._served(request.run)
-        async with self._making_raw:
-            manifest, file = await asyncio.to_thread(held.open_raw)
+        held, _, manifest, file = await self._opened(request.run)
         with file:
-            if request.sha256 not in (b"", manifest.sha256):
+            if request.digest not in (b"", manifest.digest):
                 raise NotFound("the model with that digest is served no more; ask for the present one")
             if request.offset > manifest.size_bytes:
                 raise WrongOffset(f"offset {request.offset} is beyond the payload of {manifest.size_bytes} bytes")
-            header = aggregator_pb2.ModelHeader(version=held.version, manifest=manifest_to_proto(manifest))
+            header = _header(held, manifest)
             yield worker_pb2.WorkerPullModelResponse(header=header)
             pieces = chunks(file_reader(file.fileno()), manifest.size_bytes, request.offset)
             while (message := await asyncio.to_thread(_next_message, pieces)) is not None:
                 yield message
+
+    async def _opened(self, run: str) -> tuple[HeldModel, int, Manifest, BinaryIO]:
+        """Return what applications get, opened, and its release. Raises `NotFound` and `StorageError`."""
+        while True:
+            held, release = self._served(run)
+            try:
+                async with self._making_raw:
+                    return held, release, *await asyncio.to_thread(held.open_raw)
+            except StorageError:
+                # A release may have been withdrawn meanwhile: then something else is served now.
+                if self._served(run)[0] is held:
+                    raise
 
     def _served(self, run: str) -> tuple[HeldModel, int]:
         """Return what applications get, and the release that gives it, 0 for none. Raises `NotFound`."""
@@ -102,13 +113,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     async def _news(self, run: str) -> worker_pb2.WatchModelResponse:
         try:
-            held, release = self._served(run)
+            held, release, manifest, file = await self._opened(run)
         except NotFound:
             return worker_pb2.WatchModelResponse()
-        async with self._making_raw:
-            manifest, file = await asyncio.to_thread(held.open_raw)
         file.close()
-        header = aggregator_pb2.ModelHeader(version=held.version, manifest=manifest_to_proto(manifest))
+        header = _header(held, manifest)
         return worker_pb2.WatchModelResponse(header=header, run_id=held.source.run, release=release)
 
     async def Pause(
@@ -131,6 +140,13 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         """Finish the present task, then end the process."""
         self._steering.drain()
         return worker_pb2.DrainResponse(status=status_to_proto(self._publisher.status))
+
+
+def _header(held: HeldModel, manifest: Manifest) -> aggregator_pb2.ModelHeader:
+    """Return the header of a held model in the raw recipe, with the SHA-256 that came with it, if any."""
+    return aggregator_pb2.ModelHeader(
+        version=held.version, manifest=manifest_to_proto(manifest), sha256=held.record.header.sha256
+    )
 
 
 def _next_message(pieces: Iterator[Chunk]) -> bytes | None:

@@ -42,7 +42,7 @@ class Versions:
 
     async def holding(self, version, held=None):
         """What a worker holds that has pulled a version, as it names it."""
-        return version, (await self.pull(version, held)).manifest.sha256
+        return version, (await self.pull(version, held)).manifest.digest
 
 
 @asynccontextmanager
@@ -63,7 +63,7 @@ async def test_a_worker_that_holds_nothing_gets_the_whole_model_and_one_that_hol
         versions.write(1)
         whole = await versions.pull(1)
         assert (whole.base_version, whole.payload.size_bytes) == (0, whole.manifest.size_bytes)
-        unchanged = await versions.pull(1, (1, whole.manifest.sha256))
+        unchanged = await versions.pull(1, (1, whole.manifest.digest))
         assert (unchanged.base_version, unchanged.payload, unchanged.manifest.size_bytes) == (1, None, 0)
 
 
@@ -71,8 +71,8 @@ async def test_a_lossless_model_that_is_held_is_not_sent_again(tmp_path):
     async with versions_in(tmp_path) as versions:
         versions.write(1)
         whole = await versions.pull(1, downlink=LOSSLESS)
-        assert (await versions.pull(1, (1, whole.manifest.sha256), LOSSLESS)).payload is None
-        assert (await versions.pull(1, (1, bytes(32)), LOSSLESS)).manifest == whole.manifest
+        assert (await versions.pull(1, (1, whole.manifest.digest), LOSSLESS)).payload is None
+        assert (await versions.pull(1, (1, bytes(16)), LOSSLESS)).manifest == whole.manifest
 
 
 async def test_a_worker_gets_the_difference_to_what_it_holds_also_over_versions_that_it_missed(tmp_path):
@@ -87,7 +87,7 @@ async def test_a_worker_gets_the_difference_to_what_it_holds_also_over_versions_
         assert np.abs(now - versions.weights[3]["w"]).max() < 1e-3 < np.abs(start - versions.weights[1]["w"]).max()
 
 
-@pytest.mark.parametrize("held", [(1, bytes(32)), (1, b""), (3, bytes(32))], ids=["unknown", "none", "newer"])
+@pytest.mark.parametrize("held", [(1, bytes(16)), (1, b""), (3, bytes(16))], ids=["unknown", "none", "newer"])
 async def test_who_holds_what_is_not_known_gets_the_whole_model(tmp_path, held):
     async with versions_in(tmp_path) as versions:
         versions.write(1, 2)
@@ -101,7 +101,7 @@ async def test_a_difference_that_is_larger_than_the_model_is_not_sent_and_leaves
         downlink = Downlink(INT8, Recipe.parse("float16"))
         first = await versions.pull(1, downlink=downlink)
         whole = await versions.pull(2, downlink=downlink)
-        assert await versions.pull(2, (1, first.manifest.sha256), downlink) is whole
+        assert await versions.pull(2, (1, first.manifest.digest), downlink) is whole
         assert len([*tmp_path.glob("encoded/000002-*")]) == 1
         assert len([*tmp_path.glob("delta-bases/000002-*")]) == 1
 

@@ -48,7 +48,7 @@ def test_bytes_are_hex_and_times_are_iso() -> None:
     run = pb.Run(name="r")
     run.started_at.FromSeconds(0)
     assert plain(run)["started_at"] == "1970-01-01T00:00:00Z"
-    assert plain(pb.PollTaskRequest(held_sha256=b"\x01\xff"))["held_sha256"] == "01ff"
+    assert plain(pb.PollTaskRequest(held_digest=b"\x01\xff"))["held_digest"] == "01ff"
 
 
 def test_settings_that_are_numbers_and_booleans_come_as_such() -> None:

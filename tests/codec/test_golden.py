@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from fedgrpc.codec.digest import digest_of
 from fedgrpc.codec.encoding import ENCODING_NAMES, parse_encoding
 from fedgrpc.codec.entropy import Entropy
 from fedgrpc.codec.layout import Array, TensorSpec
@@ -98,7 +99,7 @@ def test_the_independent_reader_is_short_and_imports_nothing_of_fedgrpc() -> Non
             imported |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add((node.module or "").partition(".")[0])
-    assert imported - set(sys.stdlib_module_names) == {"numpy", "zstandard"}
+    assert imported - set(sys.stdlib_module_names) == {"numpy", "xxhash", "zstandard"}
 
 
 def documented_examples() -> list[tuple[str, str, tuple[int, ...], bytes, list[float]]]:
@@ -153,10 +154,15 @@ def test_the_documented_manifest_and_chunk_are_what_protobuf_reads() -> None:
         ("int8:rounding=nearest", 68),
         ("raw", 8),
     ]
-    assert manifest.frames == (Frame(29, 76),)
+    assert manifest.frames == (Frame(28, 76),)
     chunk = chunk_from_proto(tensor_pb2.Chunk.FromString(documented_hex("Three bytes `abc`")))
     assert (chunk.offset, bytes(chunk.data)) == (1 << 20, b"abc")
     chunk.verify()
+
+
+def test_the_documented_digests_are_what_the_codec_writes() -> None:
+    for data in (b"abc", b""):
+        assert f"`{digest_of(data).hex()}`" in WIRE
 
 
 def test_the_documented_counts_and_marks_are_what_the_codec_writes() -> None:

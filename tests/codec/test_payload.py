@@ -147,7 +147,7 @@ def bomb() -> tuple[Manifest, bytes]:
     zeros = bytes(1 << 20)
     payload = b"".join(compressor.compress(zeros) for _ in range(1024)) + compressor.flush()
     entry = TensorEntry(TensorSpec("x", "uint8", (1000,)), Raw(), 1000)
-    return Manifest((entry,), "zstd", (Frame(len(payload), 1000),), len(payload), bytes(32)), payload
+    return Manifest((entry,), "zstd", (Frame(len(payload), 1000),), len(payload), bytes(16)), payload
 
 
 @pytest.mark.parametrize("with_content_size", [True, False])
@@ -219,7 +219,7 @@ def entry(
 
 def manifest_of(*entries: TensorEntry, frames: tuple[Frame, ...] = (), size: int | None = None) -> Manifest:
     total = sum(e.size_bytes for e in entries) if size is None else size
-    return Manifest(entries, "zstd" if frames else "none", frames, total, bytes(32))
+    return Manifest(entries, "zstd" if frames else "none", frames, total, bytes(16))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def manifest_of(*entries: TensorEntry, frames: tuple[Frame, ...] = (), size: int
         (manifest_of(entry(), frames=(Frame(-50, 104),), size=-50), "negative size"),
         (dataclasses.replace(manifest_of(entry()), compression="lz4"), "unknown compression"),
         (dataclasses.replace(manifest_of(entry()), frames=(Frame(1, 1),)), "without compression"),
-        (dataclasses.replace(manifest_of(entry()), sha256=b""), "sha256"),
+        (dataclasses.replace(manifest_of(entry()), digest=b""), "digest"),
         (manifest_of(TensorEntry(TensorSpec("x", "int64", (100,)), parse_encoding("int8"), 104)), "int64"),
         (manifest_of(TensorEntry(TensorSpec("x", "float128", (1,)), Raw(), 16)), "unknown dtype"),
     ],

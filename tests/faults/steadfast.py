@@ -4,7 +4,6 @@ Anything but a lost link is raised: no answer of the aggregator's may ever refus
 """
 
 import asyncio
-import hashlib
 import time
 import zlib
 from collections import defaultdict
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fedgrpc.codec.digest import digest_of
 from fedgrpc.errors import LinkError, WrongOffset
 from fedgrpc.protocol.tensors import manifest_from_proto
 from fedgrpc.rpc.channel import open_channel
@@ -107,7 +107,7 @@ class Steadfast:
             assert zlib.crc32(message.chunk.data) == message.chunk.crc32
             kept += message.chunk.data
             self._pulled = (task.model_version, kept)
-        assert hashlib.sha256(kept).digest() == manifest.sha256
+        assert digest_of(kept) == manifest.digest
 
     def _update(self, device, task):
         tensors = change(zlib.crc32(self.name.encode()), task.round)

@@ -94,11 +94,11 @@ async def test_impossible_wishes_for_a_model_are_refused(tmp_path):
             await bad.pull(pb.Task(token="unknown"))
         with refused("PERMISSION_DENIED", "the token belongs to another worker", "WrongIdentity"):
             await bad.pull(good_task)
-        for sha256 in (b"a", bytes(31), bytes(33), bytes(10_000)):
-            with refused("INVALID_ARGUMENT", "32 bytes", "LayoutError"):
-                await bad.pull(task, base=(1, sha256))
-            with refused("INVALID_ARGUMENT", "32 bytes", "LayoutError"):
-                await bad.poll(held=(1, sha256))
+        for digest in (b"a", bytes(15), bytes(17), bytes(32), bytes(10_000)):
+            with refused("INVALID_ARGUMENT", "16 bytes", "LayoutError"):
+                await bad.pull(task, base=(1, digest))
+            with refused("INVALID_ARGUMENT", "16 bytes", "LayoutError"):
+                await bad.poll(held=(1, digest))
         await finishes_with_both(running, bad, task, good, good_task)
 
 

@@ -4,7 +4,6 @@ In each test one device of two sends something wrong; afterwards the other's upd
 """
 
 import asyncio
-import hashlib
 from contextlib import asynccontextmanager
 
 import grpc
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from fedgrpc.codec.digest import digest_of
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import device_pb2, round_pb2, tensor_pb2
 from tests.support.hand_driven_device import MODEL, chunk, chunks, encoded, refused, update_of
@@ -102,7 +102,7 @@ async def test_a_value_that_is_not_finite_is_refused_for_good(tmp_path, value):
     manifest, payload = encoded(update_of())
     poisoned = bytearray(payload)
     poisoned[400:404] = np.float32(value).tobytes()
-    manifest.sha256 = hashlib.sha256(poisoned).digest()
+    manifest.digest = digest_of(poisoned)
     async with two_devices(tmp_path) as (running, bad, task, good, good_task):
         header = pb.PushUpdateRequest(header=bad.header(task, manifest))
         with refused("INVALID_ARGUMENT", "tensor 'w' has values that are not finite", "UpdateRefused"):
@@ -154,7 +154,7 @@ def unknown_compression(manifest):
 
 
 def short_digest(manifest):
-    manifest.sha256 = b"short"
+    manifest.digest = b"short"
 
 
 def named_twice(manifest):
@@ -189,7 +189,7 @@ def bomb(manifest):
         (unknown_encoding, "INVALID_ARGUMENT", "unknown encoding 'telepathy'"),
         (unknown_dtype, "INVALID_ARGUMENT", "unknown dtype number 99"),
         (unknown_compression, "INVALID_ARGUMENT", "unknown compression number 42"),
-        (short_digest, "INVALID_ARGUMENT", "sha256 has 5 bytes"),
+        (short_digest, "INVALID_ARGUMENT", "digest has 5 bytes"),
         (named_twice, "INVALID_ARGUMENT", "names a tensor twice"),
         (endless_shape, "INVALID_ARGUMENT", "impossible shape"),
         (too_many_dimensions, "INVALID_ARGUMENT", "17 dimensions"),
@@ -212,7 +212,7 @@ def zstd_manifest(frame):
     manifest.compression = tensor_pb2.COMPRESSION_ZSTD
     manifest.frames.add(size_bytes=len(frame), content_size_bytes=len(payload))
     manifest.size_bytes = len(frame)
-    manifest.sha256 = hashlib.sha256(frame).digest()
+    manifest.digest = digest_of(frame)
     return manifest
 
 
@@ -314,7 +314,7 @@ async def test_a_digest_that_does_not_match_starts_the_upload_over(tmp_path):
     wrong[100] ^= 1
     async with two_devices(tmp_path) as (running, bad, task, good, good_task):
         header = pb.PushUpdateRequest(header=bad.header(task, manifest, example_count=30))
-        with refused("DATA_LOSS", "does not match its SHA-256", "CorruptError"):
+        with refused("DATA_LOSS", "does not match its digest", "CorruptError"):
             await bad.send(header, *chunks(bytes(wrong)))
         assert (await bad.held(task)).committed_size_bytes == 0
         await finishes_with_both(running, bad, task, good, good_task)

@@ -53,7 +53,7 @@ class Holder:
             assert header.base_version == self.key[0]
             arrived = {n: self.weights[n] + a if a.dtype.kind == "f" else a for n, a in arrived.items()}
         self.weights = arrived
-        self.key = (header.version, header.manifest.sha256)
+        self.key = (header.version, header.manifest.digest)
 
     def is_off_by(self, version_weights):
         return max(float(np.abs(self.weights[n] - a).max()) for n, a in version_weights.items())
@@ -150,7 +150,7 @@ async def test_a_restart_changes_nothing_for_those_who_hold_a_version(tmp_path):
         assert (after, tail) == (before, payload[100:])
         header, _ = await holder.pull(task)
         assert header.base_version == 1
-        for name, values in held_on_disk(running, 2)[header.manifest.sha256].items():
+        for name, values in held_on_disk(running, 2)[header.manifest.digest].items():
             np.testing.assert_array_equal(holder.weights[name], values)
         await holder.device.push(task, an_update(2))
 
@@ -167,7 +167,7 @@ async def test_a_form_that_is_damaged_or_unknown_costs_a_whole_model_and_no_more
     async with running_aggregator(tmp_path, rounds=3, policy=ALONE, **INT8) as running:
         holder.device = await running.device("a")
         task = await holder.device.task()
-        for key in [holder.key, (1, b"\x00" * 32), (1, b""), (7, holder.key[1]), (0, b"")]:
+        for key in [holder.key, (1, bytes(16)), (1, b""), (7, holder.key[1]), (0, b"")]:
             header, _ = await holder.device.pull(task, base=key)
             assert (header.version, header.base_version) == (2, 0)
 
@@ -220,7 +220,7 @@ async def test_a_recipe_may_treat_the_last_layer_and_vectors_otherwise_in_models
         whole, _ = await device.pull(task)
         await device.push(task, {name: values / 100 for name, values in model.items()})
         await running.until_ended(1)
-        held = (1, whole.manifest.sha256)
+        held = (1, whole.manifest.digest)
         task = await device.task(held=held)
         difference, _ = await device.pull(task, base=held)
     assert (whole.base_version, difference.base_version) == (0, 1)
@@ -241,7 +241,7 @@ async def test_a_difference_larger_than_the_model_is_not_sent(tmp_path):
         await a_round(holder, 1)
         header, _ = await a_round(holder, 2)
         assert (header.version, header.base_version) == (2, 0)
-        assert set(held_on_disk(running, 2)) == {header.manifest.sha256}
+        assert set(held_on_disk(running, 2)) == {header.manifest.digest}
 
 
 async def test_a_lossless_downlink_is_the_version_itself_and_keeps_no_forms(tmp_path):
@@ -279,14 +279,14 @@ async def test_a_device_that_holds_a_sum_keeps_it_through_its_restart_and_asks_f
             await pulled(task, folder)
             task = await ended(task)
             held = await pulled(task, folder)
-            assert held.origin_sha256 != held.manifest.sha256
-            for name, values in held_on_disk(running, 2)[held.origin_sha256].items():
+            assert held.origin_digest != held.manifest.digest
+            for name, values in held_on_disk(running, 2)[held.origin_digest].items():
                 np.testing.assert_array_equal(held.weights()[name], values)
             assert await pulled(task, folder) is held
             again = ModelFolder(tmp_path / "model")
-            assert (again.held.source, again.held.origin_sha256) == (held.source, held.origin_sha256)
+            assert (again.held.source, again.held.origin_digest) == (held.source, held.origin_digest)
             assert await pulled(task, again) is again.held
             task = await ended(task)
-            assert (await pulled(task, again)).origin_sha256 in held_on_disk(running, 3)
+            assert (await pulled(task, again)).origin_digest in held_on_disk(running, 3)
             names = {path.name for path in (tmp_path / "model").iterdir() if path.name.isdigit()}
             assert names == {"00000003"}

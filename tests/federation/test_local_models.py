@@ -195,9 +195,9 @@ async def test_a_slice_whose_channels_stay_comes_as_the_difference_to_what_is_he
         for name, array in load_file(path).items():
             np.testing.assert_array_equal(staying.began[number][name], array)
     # The next process knows it as what it is.
-    delta_bases, sha256 = DeltaBases(path.parent), bytes.fromhex(path.name.split("-")[1])
-    assert delta_bases.open((4, sha256, "prefix:0.5")) is not None
-    assert not delta_bases.knows((4, sha256, ""))
+    delta_bases, digest = DeltaBases(path.parent), bytes.fromhex(path.name.split("-")[1])
+    assert delta_bases.open((4, digest, "prefix:0.5")) is not None
+    assert not delta_bases.knows((4, digest, ""))
 
 
 async def test_channels_are_chosen_by_magnitude_of_the_version_that_is_trained(tmp_path: Path) -> None:

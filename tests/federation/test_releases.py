@@ -75,7 +75,7 @@ async def served(stub, wanted):
 
 async def mean_served(stub, news):
     """The mean weight of the model that was told of, as an application pulls it."""
-    request, payload = worker_pb2.WorkerPullModelRequest(sha256=news.header.manifest.sha256), bytearray()
+    request, payload = worker_pb2.WorkerPullModelRequest(digest=news.header.manifest.digest), bytearray()
     async for message in stub.PullModel(request):
         payload += message.chunk.data
     manifest = manifest_from_proto(news.header.manifest)

@@ -114,7 +114,7 @@ def as_json(manifest: Manifest, payload: bytes) -> str:
         "compression": manifest.compression,
         "frames": [[frame.size_bytes, frame.content_size_bytes] for frame in manifest.frames],
         "size_bytes": manifest.size_bytes,
-        "sha256": manifest.sha256.hex(),
+        "xxh3_128": manifest.digest.hex(),
     }
     return '{"tensors": [\n' + ",\n".join(tensors) + "\n],\n" + json.dumps(rest)[1:] + "\n"
 

@@ -25,6 +25,6 @@ def read_golden(name: str) -> tuple[dict[str, Any], Manifest, bytes]:
         for row in described["tensors"]
     )
     frames = tuple(Frame(*frame) for frame in described["frames"])
-    digest = bytes.fromhex(described["sha256"])
+    digest = bytes.fromhex(described["xxh3_128"])
     manifest = Manifest(entries, described["compression"], frames, described["size_bytes"], digest)
     return described, manifest, (_FOLDER / f"{name}.bin").read_bytes()

@@ -1,12 +1,12 @@
 """A payload that arrives in pieces: continued where it stands, or begun anew, and never something else."""
 
 import errno
-import hashlib
 import os
 
 import pytest
 
 from fedgrpc.codec.chunk import Chunk, crc32
+from fedgrpc.codec.digest import digest_of
 from fedgrpc.errors import CorruptError, StorageError
 from fedgrpc.storage.files import RecycledFiles
 from fedgrpc.storage.resumable import ResumableFile, committed_bytes
@@ -22,8 +22,8 @@ def opened(request, tmp_path):
 
     def open_file(header=HEADER):
         recycled = RecycledFiles(tmp_path / "recycled", 1)
-        sha256 = hashlib.sha256(PAYLOAD).digest()
-        return ResumableFile(tmp_path / "file", header, len(PAYLOAD), sha256, recycled, head_path=head_path)
+        digest = digest_of(PAYLOAD)
+        return ResumableFile(tmp_path / "file", header, len(PAYLOAD), digest, recycled, head_path=head_path)
 
     open_file.committed = lambda: committed_bytes(tmp_path / "file", head_path)
     return open_file

@@ -170,7 +170,7 @@ class FakeAggregator(aggregator_pb2_grpc.AggregatorServicer):
         if version not in self.models:
             raise NotFound(f"no model version {version}")
         header, data = self.payload(version, request.base_version)
-        if (request.base_version, request.base_sha256) == (version, header.manifest.sha256):
+        if (request.base_version, request.base_digest) == (version, header.manifest.digest):
             header, data = aggregator_pb2.ModelHeader(version=version, base_version=version), b""
         if request.offset > len(data):
             raise WrongOffset("beyond the payload")

@@ -68,7 +68,7 @@ class HandDrivenDevice:
 
     async def poll(self, wait_s=10.0, held=(0, b"")):
         request = pb.PollTaskRequest(worker=self.name, wait=duration_to_proto(wait_s))
-        request.held_version, request.held_sha256 = held
+        request.held_version, request.held_digest = held
         return await self.stub.PollTask(request)
 
     async def task(self, wait_s=PATIENCE_S, held=(0, b"")):
@@ -117,12 +117,12 @@ class HandDrivenDevice:
         return await self.stub.ReportFailure(request)
 
     async def pull(self, task=None, offset=0, base=(0, b""), version=0, worker=None):
-        """(header, payload) of a task's model, or of its difference to `base`: (version, sha256).
+        """(header, payload) of a task's model, or of its difference to `base`: (version, digest).
 
         Without a task: of a version as it is.
         """
         request = pb.PullModelRequest(version=version, offset=offset)
-        request.base_version, request.base_sha256 = base
+        request.base_version, request.base_digest = base
         if task is not None:
             request.worker, request.token = worker or self.name, task.token
         header, payload = None, bytearray()

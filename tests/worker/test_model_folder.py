@@ -1,7 +1,6 @@
 """The model that a worker holds: read as a whole, or a tensor at a time, also once a newer one has come."""
 
 import errno
-import hashlib
 import io
 import os
 import shutil
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from fedgrpc.codec.chunk import Chunk
+from fedgrpc.codec.digest import digest_of
 from fedgrpc.codec.encoding import parse_encoding
 from fedgrpc.codec.layout import TensorSpec
 from fedgrpc.codec.manifest import Manifest, TensorEntry
@@ -78,7 +78,7 @@ def test_a_sum_that_a_power_cut_has_damaged_is_not_held_after_a_restart(tmp_path
     held = pulled(folder, 2, "int8+zstd", base=1)
     weights = held.weights()
     again = ModelFolder(tmp_path).held
-    assert (again.source, again.origin_sha256) == (held.source, held.origin_sha256)
+    assert (again.source, again.origin_digest) == (held.source, held.origin_digest)
     for name, values in again.weights().items():
         np.testing.assert_array_equal(values, weights[name])
     del again, values, weights
@@ -99,7 +99,7 @@ def test_whoever_pulls_a_sum_from_the_device_gets_its_digest(tmp_path, restarted
         manifest, file = folder.held.open_raw()
         with file:
             content = file.read()
-        assert manifest.sha256 == hashlib.sha256(content).digest()
+        assert manifest.digest == digest_of(content)
         assert (manifest.size_bytes, manifest.compression) == (len(content), "none")
         assert content.startswith(folder.held.weights()["w"].tobytes())
 
@@ -113,7 +113,7 @@ def test_what_a_power_cut_left_of_raw_weights_is_written_anew(tmp_path, recipe):
     (held.folder / "header.raw.pb").write_bytes(b"")
     after, file = ModelFolder(tmp_path).held.open_raw()
     assert after == before
-    assert hashlib.sha256(file.read()).digest() == before.sha256
+    assert digest_of(file.read()) == before.digest
 
 
 @pytest.mark.parametrize("recipe", ["raw", "int8+zstd"])
@@ -126,7 +126,7 @@ def test_all_who_ask_for_raw_weights_at_once_get_them(tmp_path, recipe):
             got = list(pool.map(lambda _, held=held: held.open_raw(), range(8)))
         for manifest, file in got:
             with file:
-                assert hashlib.sha256(file.read()).digest() == manifest.sha256 == got[0][0].sha256
+                assert digest_of(file.read()) == manifest.digest == got[0][0].digest
 
 
 def test_a_difference_can_be_added_after_the_disk_has_stopped_it_once(tmp_path):
@@ -143,7 +143,7 @@ def test_a_version_with_other_tensors_than_the_one_before_it_is_refused(tmp_path
     folder = ModelFolder(tmp_path)
     pulled(folder, 1, "raw")
     huge = TensorEntry(TensorSpec("w", "float32", (1 << 30,)), parse_encoding("entropy"), 8)
-    header = ModelHeader(version=2, manifest=manifest_to_proto(Manifest((huge,), "none", (), 8, bytes(32))))
+    header = ModelHeader(version=2, manifest=manifest_to_proto(Manifest((huge,), "none", (), 8, bytes(16))))
     with pytest.raises(LayoutError, match="version 2"):
         folder.open_partial(Source("run", 2), header, 0)
     folder.open_partial(Source("another run", 2), header, 0).close()

@@ -7,23 +7,25 @@ import numpy as np
 import pytest
 
 from fedgrpc.codec.chunk import chunks
+from fedgrpc.codec.digest import digest_of
 from fedgrpc.codec.payload import buffer_reader, write_payload
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.errors import LayoutError
+from fedgrpc.errors import CorruptError, LayoutError
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.v1.aggregator_pb2 import ModelHeader
 from fedgrpc.worker.held_model import Source
 from fedgrpc.worker.released_models import ReleasedModels
 
 
-def fetch(models, version, run="run-1", whole=True):
+def fetch(models, version, run="run-1", whole=True, identity=None):
     """Download a version of one tensor, or half of it."""
     out = io.BytesIO()
     manifest = write_payload(
         {"w": np.full(50_000, version, np.float32)}, Recipe.parse("raw"), out, np.random.default_rng(0)
     )
     folder = models.folder_of(run, version)
-    header = ModelHeader(version=version, manifest=manifest_to_proto(manifest))
+    sha256 = hashlib.sha256(out.getvalue()).digest() if identity is None else identity
+    header = ModelHeader(version=version, manifest=manifest_to_proto(manifest), sha256=sha256)
     partial = folder.open_partial(Source(run, version), header, 0)
     pieces = list(chunks(buffer_reader(out.getvalue()), manifest.size_bytes))
     partial.append(pieces if whole else pieces[:1])
@@ -43,7 +45,7 @@ def content_of(served):
     manifest, file = served.model.open_raw()
     with file:
         data = file.read()
-    assert hashlib.sha256(data).digest() == manifest.sha256
+    assert digest_of(data) == manifest.digest
     return np.frombuffer(data, np.float32)[0]
 
 
@@ -54,6 +56,15 @@ def test_a_published_version_is_served_by_name_and_id_and_after_a_restart(tmp_pa
             served = again.served(name)
             assert (served.version, served.release, content_of(served)) == (3, 1, 3.0)
         assert again.served("other") is None
+
+
+@pytest.mark.parametrize("identity", [b"", bytes(32)])
+def test_a_version_that_is_not_the_one_of_its_sha256_is_not_kept(tmp_path, identity):
+    models = ReleasedModels(tmp_path)
+    with pytest.raises(CorruptError):
+        fetch(models, 3, identity=identity)
+    assert models.whole("run-1", 3) is None
+    assert not models.folder_of("run-1", 3).has_partial
 
 
 def test_the_version_before_stays_for_the_way_back_and_older_ones_go(tmp_path):

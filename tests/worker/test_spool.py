@@ -1,5 +1,4 @@
 import errno
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -7,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedgrpc.codec.digest import digest_of
 from fedgrpc.codec.feedback import Residual
 from fedgrpc.codec.layout import layout_of
 from fedgrpc.codec.payload import write_payload
@@ -41,7 +41,7 @@ def test_an_update_is_found_again_after_a_restart_with_every_byte(tmp_path):
     assert (update.token, update.task.round) == ("token", 3)
     with update.reader() as read:
         payload = read(0, update.size_bytes)
-    assert hashlib.sha256(payload).digest() == update.header.manifest.sha256
+    assert digest_of(payload) == update.header.manifest.digest
     assert len(payload) == 4000
 
 

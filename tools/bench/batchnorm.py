@@ -149,7 +149,7 @@ class Federation:
             version, model.layout, ModelTensors(model), None if base is None else ModelTensors(base)
         )
         manifest = self.delta_bases.write(source, self.down, io.BytesIO(), np.random.default_rng(version))
-        self.held = (version, manifest.sha256, "")
+        self.held = (version, manifest.digest, "")
         base = self.delta_bases.open(self.held)
         assert base is not None
         return dict(ModelTensors(base))

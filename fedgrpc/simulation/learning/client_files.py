@@ -2,7 +2,7 @@
 
     clients/NAME/residual, personal, kept    what the next task starts from (fedgrpc.storage.residual_file)
     clients/NAME/next.*, payload       the update of the task in progress, and what it leaves behind
-    models/VERSION-SHA256-SUBMODEL/    a model as devices hold it, once for all that have pulled the same payloads
+    models/VERSION-DIGEST-SUBMODEL/    a model as devices hold it, once for all that have pulled the same payloads
 
 The rule: an update's residual, and what the run's algorithm keeps, become the current ones when the update is
 accepted, as in a worker's spool, and here only once its round has ended. So a round that is played again starts
@@ -31,18 +31,18 @@ class HeldKey:
     """A model as devices hold it: version, SHA-256 of the payload that made it, and name of the sub-model."""
 
     version: int
-    sha256: str
+    digest: str
     sub_model: str = ""
 
     @property
     def held(self) -> tuple[int, bytes]:
         """What a device tells the aggregator of it."""
-        return self.version, bytes.fromhex(self.sha256)
+        return self.version, bytes.fromhex(self.digest)
 
     @property
     def folder(self) -> str:
         """Name of its folder."""
-        return f"{self.version:06d}-{self.sha256}-{self.sub_model or 'whole'}"
+        return f"{self.version:06d}-{self.digest}-{self.sub_model or 'whole'}"
 
 
 class ClientFiles:
@@ -102,7 +102,7 @@ class HeldModels:
         if encoded.payload is None:
             assert base is not None, "a worker that holds nothing is sent something"
             return base
-        key = HeldKey(source.version, encoded.manifest.sha256.hex(), source.sub_model)
+        key = HeldKey(source.version, encoded.manifest.digest.hex(), source.sub_model)
         if not (final := self.path(key)).exists():
             scratch = self._folder / "receiving"
             with storage_errors(self._folder):

@@ -100,7 +100,7 @@ class History:
             **asdict(world.tally),
         )
         self.rows.append(row)
-        held = {name: [key.version, key.sha256, key.sub_model] for name, key in world.held.items()}
+        held = {name: [key.version, key.digest, key.sub_model] for name, key in world.held.items()}
         with self._path.open("a") as file:
             file.write(json.dumps({**asdict(row), "held": held}) + "\n")
         return row

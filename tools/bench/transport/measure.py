@@ -16,6 +16,8 @@ With --latency it is told instead how long polls and heartbeats take while eight
 and again: as often as it takes for 2,000 polls and as many heartbeats (--calls). Beside it stands how late two
 timers were meanwhile: one on the aggregator's event loop, and one in the process that asks, which has nothing else
 to do and so waits for a core alone.
+
+With --former COMMIT every contestant that is fedgrpc runs as it was at that commit, too, beside itself as it is.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -58,6 +61,8 @@ FEDGRPC: dict[str, Mapping[str, object]] = {
     f"fedgrpc int8+zstd both ways{_TLS}": {**INT8, "durable": True, "address": OUTSIDE},
 }
 CONTESTANTS = ("raw TCP", "floor", *FEDGRPC)
+# Contestants of a former commit, and where its files are.
+FORMER: dict[str, Path] = {}
 
 
 @dataclass(frozen=True)
@@ -84,16 +89,37 @@ def main() -> None:
         if args.json:
             args.json.write_text(json.dumps({kind: asdict(latency) for kind, latency in found.items()}, indent=1))
         return
+    with _formerly(args.former) as former:
+        _compare(args, former)
+
+
+def _compare(args: argparse.Namespace, former: Path | None) -> None:
     rows: list[Row] = []
+    contestants = list(args.contestants)
+    if former is not None:
+        FORMER.update({f"{name} at {args.former}": former for name in contestants if name in FEDGRPC})
+        contestants += FORMER
     for size in args.sizes:
         for workers in args.workers:
-            for row in in_turns(args.contestants, size, workers, args.rounds, args.turns, args.folder):
+            for row in in_turns(contestants, size, workers, args.rounds, args.turns, args.folder):
                 rows.append(row)
                 floor = _same(rows, row, "floor")
                 print(_line(row, floor) + _beside_plaintext(rows, row), flush=True)
             print()
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+
+
+@contextmanager
+def _formerly(commit: str | None) -> Iterator[Path | None]:
+    """The files of a commit in a folder of their own, while the block runs."""
+    if commit is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="fedgrpc-former-") as name:
+        archive = subprocess.run(["git", "archive", commit, "fedgrpc", "tools"], check=True, capture_output=True)
+        subprocess.run(["tar", "-x", "-C", name], check=True, input=archive.stdout)
+        yield Path(name)
 
 
 def measure(contestant: str, size: str, workers: int, rounds: int, folder: Path | None = None) -> Row:
@@ -181,15 +207,24 @@ def _latency_line(kind: str, found: Latency) -> str:
 
 
 def _targets(contestant: str, folder: Path) -> tuple[Target, Target]:
-    if contestant in FEDGRPC:
-        serve = partial(_enter, "federation", "serve", folder=folder, settings=FEDGRPC[contestant])
-        return serve, partial(_enter, "federation", "work", folder=folder)
+    tree = FORMER.get(contestant)
+    name = contestant if tree is None else contestant.rpartition(" at ")[0]
+    if name in FEDGRPC:
+        serve = partial(_enter, "federation", "serve", folder=folder, settings=FEDGRPC[name], tree=tree)
+        return serve, partial(_enter, "federation", "work", folder=folder, tree=tree)
     module = "floor" if contestant == "floor" else "tcp"
     return partial(_enter, module, "serve"), partial(_enter, module, "work")
 
 
-def _enter(module: str, function: str, pipe: Any, **arguments: Any) -> None:
-    """In the new process: only the contestant's own modules are imported, and counted in its memory."""
+def _enter(module: str, function: str, pipe: Any, tree: Path | None = None, **arguments: Any) -> None:
+    """In the new process: only the contestant's own modules are imported, and counted in its memory.
+
+    `tree`: those of this folder, in place of what was imported to come here.
+    """
+    if tree is not None:
+        for known in [name for name in sys.modules if name.partition(".")[0] in ("fedgrpc", "tools")]:
+            del sys.modules[known]
+        sys.path.insert(0, str(tree))
     getattr(importlib.import_module(f"tools.bench.transport.{module}"), function)(pipe, **arguments)
 
 
@@ -243,6 +278,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--latency", action="store_true", help="of polls and heartbeats while large uploads run")
     parser.add_argument("--calls", type=int, default=2000, help="polls, and heartbeats, that --latency measures")
     parser.add_argument("--contestants", type=_contestants, default=list(CONTESTANTS), help="parts of their names")
+    parser.add_argument("--former", metavar="COMMIT", help="beside fedgrpc as it was at this commit")
     parser.add_argument("--folder", type=Path, help="where data folders go")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
