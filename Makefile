@@ -38,8 +38,9 @@ check: $(INSTALLED)  ## lint, types and the tests of the pure folders, side by s
 test-pure: $(INSTALLED)
 	$(BIN)/python -m pytest -q $(PURE_TESTS)
 
-test: $(INSTALLED)  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+# Most tests wait for processes more than they compute, so more of them than cores run side by side.
+test: $(INSTALLED)  ## run the tests, four side by side; those of ARGS one after another
+	$(BIN)/python -m pytest $(or $(ARGS),-n 4 --dist worksteal)
 
 test-extras: $(INSTALLED)  ## run the tests of extras: trackers, data sets, the page (with a browser where chromium is installed)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test-extras]'

@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 import click
 
 from fedgrpc.cli.reach import reached
+from fedgrpc.cli.stored_runs import find_run
 from fedgrpc.client import Client
 from fedgrpc.errors import LinkError, NotFound, UsageError
 from fedgrpc.model_client import download
@@ -32,7 +33,6 @@ from fedgrpc.v1 import models_pb2 as pb
 from fedgrpc.words import size
 
 MODELS: Final = "models"
-_DEPTH: Final = 2
 
 
 class VersionSource(Protocol):
@@ -68,7 +68,7 @@ async def version_source(values: Mapping[str, Any]) -> AsyncIterator[VersionSour
             yield live
             return
     except LinkError:
-        if folder is None or not run_folders(folder):
+        if folder is None:
             raise
     yield StoredVersions(folder)
 
@@ -119,7 +119,7 @@ class StoredVersions:
 
     async def fetch(self, found: pb.GetVersionResponse, path: Path) -> None:
         """See `VersionSource`."""
-        self._find(found.run_id).copy(found, path)
+        self._find(found.run).copy(found, path)
 
     async def tag(self, reference: Reference, tag: str) -> None:
         """See `VersionSource`."""
@@ -137,15 +137,7 @@ class StoredVersions:
             found.save_tag(tag, None)
 
     def _find(self, name: str) -> _StoredRun:
-        runs = [run for folder in run_folders(self.folder) if (run := _StoredRun.read(folder)) is not None]
-        if not runs:
-            raise UsageError(f"the data folder {self.folder} holds no run yet")
-        found = [run for run in runs if name in ("", run.name, run.id)]
-        if not found:
-            raise NotFound(f"the data folder {self.folder} has no run {name[:80]!r}")
-        if len(found) > 1:
-            raise UsageError(f"{self.folder} has {len(found)} runs: name one, as in {found[0].name}@best")
-        return found[0]
+        return _StoredRun.read(find_run(self.folder, name))
 
 
 @dataclass(frozen=True)
@@ -161,12 +153,11 @@ class _StoredRun:
     tags: dict[str, int]
 
     @classmethod
-    def read(cls, folder: Path) -> _StoredRun | None:
-        """Return the run of a folder, or None where an aggregator has its runs in folders below it."""
+    def read(cls, folder: Path) -> _StoredRun:
+        """Return the run of a folder."""
         with closing(RunStore(folder / DATABASE, read_only=True)) as store:
             run, settings = store.run(), store.settings()
-            if run is None:
-                return None
+            assert run is not None
             versions = Versions(_measures(settings), bool(settings.get("evaluators", "()") != "()"))
             with storage_errors(folder, "read"):
                 there = [int(path.stem) for path in (folder / MODELS).glob("*.safetensors") if path.stem.isdigit()]
@@ -223,14 +214,6 @@ def _measures(settings: Mapping[str, str]) -> tuple[Measure, ...]:
     """Return the run's own measure, by which the aggregator compares its versions."""
     name = settings.get("target.name")
     return () if name is None else (Measure(name, settings.get("target.at_least") != "False"),)
-
-
-def run_folders(folder: Path) -> list[Path]:
-    """Return the folders of runs in a data folder, itself among them. Raises `StorageError`."""
-    with storage_errors(folder, "read"):
-        levels = [["*"] * depth for depth in range(_DEPTH + 1)]
-        found = [path for level in levels for path in folder.glob("/".join([*level, DATABASE]))]
-    return sorted(path.parent for path in found)
 
 
 def metadata(found: pb.GetVersionResponse) -> dict[str, str]:

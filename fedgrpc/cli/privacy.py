@@ -17,8 +17,9 @@ import click
 from fedgrpc.cli import as_json
 from fedgrpc.cli.options import AS_JSON, SettingsCommand
 from fedgrpc.cli.reach import reach_settings, reached
+from fedgrpc.cli.stored_runs import find_run
 from fedgrpc.cli.view import print_rows
-from fedgrpc.errors import LinkError, NotFound, UsageError
+from fedgrpc.errors import LinkError, NotFound
 from fedgrpc.privacy.ledger import Ledger, ledger_of
 from fedgrpc.privacy.policy import PrivacyPolicy
 from fedgrpc.protocol.privacy import ledger_from_proto, rules_to_proto
@@ -53,7 +54,7 @@ def _privacy(**values: Any) -> None:
     except LinkError:
         if folder is None:
             raise
-        loss = stored(folder)
+        loss = stored(find_run(folder, values["run"] or ""))
     if values["as_json"]:
         click.echo(as_json.json_text(_plain(loss)))
     else:
@@ -67,9 +68,7 @@ async def _asked(values: Mapping[str, Any]) -> Loss:
 
 
 def stored(folder: Path) -> Loss:
-    """Read the ledger from a data folder. Raises `UsageError` for one without a run, `NotFound` without noise."""
-    if not (folder / DATABASE).exists():
-        raise UsageError(f"{folder} is not the data folder of a run: it has no {DATABASE}")
+    """Read the ledger from a run's folder. Raises `NotFound` for a run without noise, and `StorageError`."""
     with closing(RunStore(folder / DATABASE, read_only=True)) as store:
         releases, settings, version = store.releases(), store.settings(), store.latest_version()
     if "privacy.mechanism" not in settings:

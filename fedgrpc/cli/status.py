@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,12 +22,12 @@ import click
 from rich.console import Console
 from rich.live import Live
 
-from fedgrpc.aggregator.run_files import RUNS
 from fedgrpc.claims import printable
 from fedgrpc.cli import as_json
 from fedgrpc.cli.options import AS_JSON, Declare, SettingsCommand
 from fedgrpc.cli.reach import reach_settings, reached
 from fedgrpc.cli.run import print_runs
+from fedgrpc.cli.stored_runs import find_run, stored_runs
 from fedgrpc.cli.tables import links_table, live_view, predictions_table, rounds_table, workers_table
 from fedgrpc.cli.values import DURATION
 from fedgrpc.cli.view import piped_console, print_table
@@ -122,31 +122,11 @@ async def _asked(values: dict[str, Any], count: int) -> RunStatus | None:
 
 
 def stored(folder: Path, count: int, name: str = "") -> RunStatus:
-    """Read the status of a run from a data folder. Raises `UsageError` for one without it, and `StorageError`."""
-    if not (folder / DATABASE).exists():
-        raise UsageError(f"{folder} is not an aggregator's data folder: it has no {DATABASE}")
-    runs = {}
-    for place in (folder, *sorted((folder / RUNS).glob("*"))):
-        if (status := _stored_run(place, count)) is not None:
-            runs[status.run.name] = (place, status)
-    if not runs:
-        raise UsageError(f"the data folder {folder} holds no run yet")
-    own = next((each for each, (place, _) in runs.items() if place == folder), "")
-    found = name or own or (next(iter(runs)) if len(runs) == 1 else "")
-    if found not in runs:
-        wrong = f"no run {name!r}" if name else f"{len(runs)} runs"
-        raise UsageError(f"the data folder {folder} holds {wrong}: name one of {', '.join(sorted(runs))}")
-    return replace(runs[found][1], others=[each for each in runs if each != found])
-
-
-def _stored_run(folder: Path, count: int) -> RunStatus | None:
-    """Return the run in this very folder, if there is one. Raises `StorageError`."""
-    if not (folder / DATABASE).exists():
-        return None
-    with closing(RunStore(folder / DATABASE, read_only=True)) as store:
+    """Read the status of a run from a data folder. Raises as `find_run`, and `StorageError`."""
+    found = find_run(folder, name)
+    with closing(RunStore(found / DATABASE, read_only=True)) as store:
         kept, version = store.run(), store.latest_version()
-        if kept is None:
-            return None
+        assert kept is not None
         run = Run(id=kept.id, name=kept.name, phase=RunPhase.Name(kept.phase), reason=kept.reason)
         if version is not None:
             run.model_version = version.version
@@ -154,7 +134,8 @@ def _stored_run(folder: Path, count: int) -> RunStatus | None:
         run.started_at.FromNanoseconds(int(kept.started_at * 1e9))
         rounds, _ = store.rounds(_MAX_ROUND, count, _MAX_BYTES)
         run.current_round = rounds[0].number if rounds else 0
-        return RunStatus(run, [], rounds[::-1], None)
+        others = [each for each in stored_runs(folder) if each != run.name]
+        return RunStatus(run, [], rounds[::-1], None, others)
 
 
 def _plain(status: RunStatus, count: int) -> dict[str, Any]:
