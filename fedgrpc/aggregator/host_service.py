@@ -145,6 +145,12 @@ class HostService(aggregator_pb2_grpc.AggregatorServicer):
             task.terms.CopyFrom(run.terms())
         return pb.PollTaskResponse(task=task)
 
+    async def PollTasks(
+        self, request_iterator: AsyncIterator[pb.PollTasksRequest], context: Context
+    ) -> AsyncIterator[pb.PollTasksResponse]:
+        async for request in request_iterator:
+            yield pb.PollTasksResponse(answer=await self.PollTask(request.poll, context))
+
     def _hear_poll(self, worker: Worker, request: pb.PollTaskRequest) -> None:
         """Tell each run what the worker has of it."""
         held = {each.run_id: each for each in request.held[:_MOST_HELD]}

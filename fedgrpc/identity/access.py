@@ -34,6 +34,7 @@ ROLES: Final[Mapping[str, Roles]] = {
             "Register": _DEVICES,
             "DescribeModel": _DEVICES,
             "PollTask": _DEVICES,
+            "PollTasks": _DEVICES,
             "PullModel": _DEVICES | _STEERING,
             "Heartbeat": _DEVICES,
             "PushUpdate": _DEVICES,

@@ -162,11 +162,14 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         stream = grpc.stream_stream_rpc_method_handler
         make = stream if handler.response_streaming else grpc.stream_unary_rpc_method_handler
         behaviour = handler.stream_stream or handler.stream_unary or handler.unary_stream or handler.unary_unary
-        read = partial(_messages if handler.request_streaming else _only, self._first_messages)
         admitted = partial(self._admission.admitted, method=details.method)
-        deserialize = handler.request_deserializer
-        if details.method not in self._large:
+        deserialize, small = handler.request_deserializer, details.method not in self._large
+        if small:
             deserialize = bounded(deserialize, SMALL_REQUEST_BYTES)
+        read = partial(_only, self._first_messages)
+        if handler.request_streaming:
+            # A small request on an open call costs as much as a call. The large ones are chunks of an update.
+            read = partial(_messages, self._first_messages, paced=small)
         return make(
             _guarded(behaviour, read, admitted, self._first_messages.pace, details.method),
             request_deserializer=deserialize,
@@ -179,17 +182,21 @@ async def _only(first: FirstMessages, context: Any) -> Any:
     return await first.request(context)
 
 
-async def _messages(first: FirstMessages, context: Any) -> AsyncIterator[Any]:
-    """Return all requests of a call, once the first is there."""
-    return _following(await first.read(context), context)
+async def _messages(first: FirstMessages, context: Any, paced: bool) -> AsyncIterator[Any]:
+    """Return all requests of a call, once the first is there. `paced`: each counts as a call of its caller."""
+    return _following(await first.read(context), context, first.pace if paced else None)
 
 
-async def _following(message: Any, context: Any) -> AsyncIterator[Any]:
+async def _following(
+    message: Any, context: Any, pace: Callable[[Any], Awaitable[None]] | None
+) -> AsyncIterator[Any]:
     while message is not grpc.aio.EOF:
         yield message
         # Else this frame would hold the message until the next one is there.
         del message
         message = await context.read()
+        if pace is not None:
+            await pace(context)
 
 
 def _guarded(

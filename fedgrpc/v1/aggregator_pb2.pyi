@@ -191,6 +191,18 @@ class PollTaskResponse(_message.Message):
     introduce: RunTerms
     def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., run_ended: _Optional[bool] = ..., introduce: _Optional[_Union[RunTerms, _Mapping]] = ...) -> None: ...
 
+class PollTasksRequest(_message.Message):
+    __slots__ = ("poll",)
+    POLL_FIELD_NUMBER: _ClassVar[int]
+    poll: PollTaskRequest
+    def __init__(self, poll: _Optional[_Union[PollTaskRequest, _Mapping]] = ...) -> None: ...
+
+class PollTasksResponse(_message.Message):
+    __slots__ = ("answer",)
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    answer: PollTaskResponse
+    def __init__(self, answer: _Optional[_Union[PollTaskResponse, _Mapping]] = ...) -> None: ...
+
 class Task(_message.Message):
     __slots__ = ("token", "run", "round", "kind", "model_version", "plan", "upload_recipe", "time_left", "run_id", "uplink_bytes_per_second", "seed", "evaluate", "local_model", "leaf", "terms", "privacy")
     TOKEN_FIELD_NUMBER: _ClassVar[int]

@@ -81,6 +81,11 @@ class AggregatorStub:
                 request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.PollTaskRequest.SerializeToString,
                 response_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.PollTaskResponse.FromString,
                 _registered_method=True)
+        self.PollTasks = channel.stream_stream(
+                '/fedgrpc.v1.Aggregator/PollTasks',
+                request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.PollTasksRequest.SerializeToString,
+                response_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.PollTasksResponse.FromString,
+                _registered_method=True)
         self.PullModel = channel.unary_stream(
                 '/fedgrpc.v1.Aggregator/PullModel',
                 request_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.PullModelRequest.SerializeToString,
@@ -257,6 +262,16 @@ class AggregatorServicer:
         Polling again while holding a task returns the same task, so a lost answer costs nothing. Of more than four open
         polls of one worker the oldest are answered with none.
         NOT_FOUND: the worker has not registered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PollTasks(self, request_iterator, context):
+        """Polls over one call that stays open: each request is answered by one response, as `PollTask` answers it, and the
+        next request comes after that. Open it once and keep it while tasks are carried out. A new call waits behind all
+        that came before it, a message of an open one does not. So this is how a worker of a large fleet waits.
+        A poll that is given up ends the call. Statuses end it, too, and are those of `PollTask`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -485,6 +500,11 @@ def add_AggregatorServicer_to_server(servicer, server):
                     request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.PollTaskRequest.FromString,
                     response_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.PollTaskResponse.SerializeToString,
             ),
+            'PollTasks': grpc.stream_stream_rpc_method_handler(
+                    servicer.PollTasks,
+                    request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.PollTasksRequest.FromString,
+                    response_serializer=fedgrpc_dot_v1_dot_aggregator__pb2.PollTasksResponse.SerializeToString,
+            ),
             'PullModel': grpc.unary_stream_rpc_method_handler(
                     servicer.PullModel,
                     request_deserializer=fedgrpc_dot_v1_dot_aggregator__pb2.PullModelRequest.FromString,
@@ -704,6 +724,33 @@ class Aggregator:
             '/fedgrpc.v1.Aggregator/PollTask',
             fedgrpc_dot_v1_dot_aggregator__pb2.PollTaskRequest.SerializeToString,
             fedgrpc_dot_v1_dot_aggregator__pb2.PollTaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PollTasks(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/fedgrpc.v1.Aggregator/PollTasks',
+            fedgrpc_dot_v1_dot_aggregator__pb2.PollTasksRequest.SerializeToString,
+            fedgrpc_dot_v1_dot_aggregator__pb2.PollTasksResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,7 @@ from fedgrpc.v1 import (
 )
 from fedgrpc.worker.held_model import HeldModel, Source
 from fedgrpc.worker.model_folder import ModelFolder, PartialModel
+from fedgrpc.worker.task_stream import TaskStream
 from fedgrpc.worker.throttle import Pacer, Throttle
 
 _CALL_S: Final = 20.0
@@ -99,9 +100,10 @@ class AggregatorClient:
         clock: Callable[[], float] = time.monotonic,
         session: Session | None = None,
     ) -> None:
-        self.use(channel)
         self._worker = worker
         self._own_metadata = () if session is None else session.metadata
+        self._tasks: TaskStream | None = None
+        self.use(channel)
         self._metadata = self._own_metadata
         self._throttle = throttle or Throttle()
         self._stall_s = stall_s
@@ -114,6 +116,9 @@ class AggregatorClient:
     def use(self, channel: grpc.aio.Channel) -> None:
         """Make further calls over this channel. Those in progress stay on theirs."""
         self._stub: Any = aggregator_pb2_grpc.AggregatorStub(channel)  # type: ignore[no-untyped-call]
+        if self._tasks is not None:
+            self._tasks.close()
+        self._tasks = TaskStream(self._stub.PollTasks, self._own_metadata)
         self._models: Any = models_pb2_grpc.ModelsStub(channel)  # type: ignore[no-untyped-call]
         self._pull_model = framing.pull_model(channel)
         self._pull_version = framing.pull_version(channel)
@@ -194,8 +199,8 @@ class AggregatorClient:
                 told.held_version, told.held_digest = model.version, model.origin_digest
         if conditions is not None:
             request.conditions.CopyFrom(conditions)
-        with domain_errors():
-            reply = await self._stub.PollTask(request, metadata=self._metadata, timeout=wait_s + _POLL_MARGIN_S)
+        assert self._tasks is not None
+        reply = await self._tasks.poll(request, wait_s + _POLL_MARGIN_S)
         if not reply.HasField("task"):
             introduce = reply.introduce if reply.HasField("introduce") else None
             return Polled(None, None, reply.run_ended, introduce)

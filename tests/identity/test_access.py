@@ -59,7 +59,16 @@ def test_what_has_no_row_is_refused_to_everybody_from_outside():
 def test_devices_read_nothing_of_others_steer_nothing_and_admit_nobody():
     for role in DEVICE_ROLES:
         may = {method.rpartition("/")[2] for method, roles in ROLES.items() if role in roles}
-        work = {"Register", "DescribeModel", "PollTask", "PullModel", "Heartbeat", "PushUpdate", "QueryPush"}
+        work = {
+            "Register",
+            "DescribeModel",
+            "PollTask",
+            "PollTasks",
+            "PullModel",
+            "Heartbeat",
+            "PushUpdate",
+            "QueryPush",
+        }
         releases = {"PullVersion", "FollowReleases", "ReportRelease"}
         assert may == work | releases | {"ReportFailure", "Leave", "Renew", "Check", "Watch", "List"}
 

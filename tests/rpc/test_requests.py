@@ -197,6 +197,27 @@ async def test_a_connection_that_calls_without_end_leaves_time_for_others():
             task.cancel()
 
 
+async def test_messages_of_one_open_call_are_paced_as_calls_are_but_for_large_ones():
+    first = FirstMessages(rates=CallRates(per_second=0.01, burst=5.0, delay_s=600.0))
+    async with (
+        serve("127.0.0.1:0", [echo_service()], first_messages=first) as server,
+        open_channel(server.address) as large_channel,
+        open_channel(server.address) as greedy_channel,
+        asyncio.timeout(PATIENCE_S),
+    ):
+        large = large_channel.stream_unary(f"/{NAME}/stream_unary")(iter([b"x"] * 20))
+        assert await large == b"x" * 20
+        greedy = greedy_channel.stream_stream(f"/{NAME}/stream_stream")()
+        for _ in range(5):
+            await greedy.write(b"y")
+            assert await greedy.read() == b"y"
+        await greedy.write(b"y")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await greedy.read()
+        greedy.cancel()
+
+
 class Refusing:
     """Refuses each request, and notes what becomes of what it held."""
 

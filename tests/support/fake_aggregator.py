@@ -132,6 +132,11 @@ class FakeAggregator(aggregator_pb2_grpc.AggregatorServicer):
             learning_task="tests:Linear",
         )
 
+    async def PollTasks(self, request_iterator, context):
+        async for request in request_iterator:
+            answer = await self.PollTask(request.poll, context)
+            yield aggregator_pb2.PollTasksResponse(answer=answer)
+
     async def PollTask(self, request, context):
         await self.note("PollTask")
         if request.worker not in self.registered:

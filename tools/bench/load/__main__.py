@@ -217,6 +217,9 @@ def main() -> int:
     parser.add_argument("--encoding", default="int8+zstd", help="both ways (default: %(default)s)")
     parser.add_argument("--train-s", type=float, default=2.0, help="longest training time (default: %(default)s)")
     parser.add_argument("--deaf", action="store_true", help="workers do not heed when they are told to come back")
+    parser.add_argument(
+        "--unary", action="store_true", help="a call for each poll, in place of one that stays open"
+    )
     parser.add_argument("--probes", type=int, default=20, help="of them poll without waiting")
     parser.add_argument("--probes-of", help=argparse.SUPPRESS)
     parser.add_argument("--core", type=int, default=0, help="the aggregator's; -1: any (default: %(default)s)")

@@ -20,7 +20,7 @@ from fedgrpc.codec.chunk import chunks
 from fedgrpc.codec.encoding import ENCODING_NAMES
 from fedgrpc.codec.payload import buffer_reader, write_payload
 from fedgrpc.codec.recipe import Recipe
-from fedgrpc.errors import Exhausted
+from fedgrpc.errors import Exhausted, FedgrpcError
 from fedgrpc.protocol.durations import duration_to_proto
 from fedgrpc.protocol.tensors import manifest_to_proto
 from fedgrpc.rpc import framing
@@ -30,6 +30,7 @@ from fedgrpc.rpc.retry import Retries
 from fedgrpc.rpc.status import error_from
 from fedgrpc.v1 import aggregator_pb2 as pb
 from fedgrpc.v1 import aggregator_pb2_grpc, round_pb2, tensor_pb2
+from fedgrpc.worker.task_stream import TaskStream
 
 PATIENCE_S = 300.0
 WAIT_S = 30.0
@@ -79,6 +80,7 @@ class Worker:
         self._seen = seen
         self._train_s = options.train_s
         self._deaf = options.deaf
+        self._one_call_a_poll = options.unary
         self._eager = eager
         self._rng = random.Random(name)
 
@@ -90,6 +92,7 @@ class Worker:
                 "/fedgrpc.v1.Aggregator/PullModel", pb.PullModelRequest.SerializeToString, lambda data: data
             )
             self._push = framing.push_update(channel)
+            self._tasks = TaskStream(self._stub.PollTasks, ())
             async with connecting:
                 about = pb.RegisterRequest(worker=self._name, encodings=ENCODING_NAMES, compressions=[_ZSTD])
                 await self._stub.Register(about, timeout=PATIENCE_S)
@@ -99,22 +102,26 @@ class Worker:
                 try:
                     await self._turn()
                     retries.reset()
-                except grpc.aio.AioRpcError as error:
+                except (grpc.aio.AioRpcError, FedgrpcError) as error:
                     self._failed(error)
                     await asyncio.sleep(retries.next_delay_s())
 
-    def _failed(self, error: grpc.aio.AioRpcError) -> None:
+    def _failed(self, error: grpc.aio.AioRpcError | FedgrpcError) -> None:
         """Count it. Raises CancelledError where the call failed since its task is cancelled."""
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise asyncio.CancelledError from error
-        reason = re.sub(r"[0-9.]+", "N", error.details() or "")[:80]
-        self._seen.failures[f"{error.code().name}: {reason}"] += 1
+        called = isinstance(error, grpc.aio.AioRpcError)
+        name, text = (error.code().name, error.details() or "") if called else (type(error).__name__, str(error))
+        self._seen.failures[f"{name}: {re.sub(r'[0-9.]+', 'N', text)[:80]}"] += 1
 
     async def _turn(self) -> None:
         begun = time.monotonic()
         wait = pb.PollTaskRequest(worker=self._name, wait=duration_to_proto(0.0 if self._eager else WAIT_S))
-        reply = await self._stub.PollTask(wait, timeout=WAIT_S + 60)
+        if self._one_call_a_poll:
+            reply = await self._stub.PollTask(wait, timeout=WAIT_S + 60)
+        else:
+            reply = await self._tasks.poll(wait, WAIT_S + 60)
         if self._eager:
             print(begun, time.monotonic() - begun, flush=True)
         if reply.HasField("task"):
