@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.command_line import EndedCommand, aggregator_command, fedgrpc, worker_arguments
+from tests.support.command_line import EndedCommand, aggregator_command, fedgrpc, fedgrpc_here, worker_arguments
 
 
 def _is_one_line(ended: EndedCommand, *parts: str, code: int = 2) -> None:
@@ -81,7 +81,7 @@ def _is_one_line(ended: EndedCommand, *parts: str, code: int = 2) -> None:
 def test_a_wrong_flag_is_one_line_that_says_what_to_do(
     arguments: list[str], parts: list[str], tmp_path: Path
 ) -> None:
-    _is_one_line(fedgrpc(*arguments, cwd=tmp_path), *parts)
+    _is_one_line(fedgrpc_here(*arguments, cwd=tmp_path), *parts)
 
 
 def test_the_commands_are_listed_with_all_that_is_said_of_them(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_the_commands_are_listed_with_all_that_is_said_of_them(tmp_path: Path) -
 )
 def test_a_wrong_settings_file_is_one_line_that_names_it(text: str, parts: list[str], tmp_path: Path) -> None:
     (tmp_path / "fleet.toml").write_text(text)
-    _is_one_line(fedgrpc("aggregator", "--data-dir", "d", "--config", "fleet.toml", cwd=tmp_path), *parts)
+    _is_one_line(fedgrpc_here("aggregator", "--data-dir", "d", "--config", "fleet.toml", cwd=tmp_path), *parts)
 
 
 def test_a_settings_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_value_out_of_range_is_one_line_that_says_where_it_came_from(
 ) -> None:
     name, value = variable
     env = {f"FEDGRPC_AGGREGATOR_{name}": value}
-    _is_one_line(fedgrpc("aggregator", "--data-dir", "d", *arguments, env=env, cwd=tmp_path), complaint)
+    _is_one_line(fedgrpc_here("aggregator", "--data-dir", "d", *arguments, env=env, cwd=tmp_path), complaint)
 
 
 @pytest.mark.parametrize("setting", ["--address", "--metrics-address"])

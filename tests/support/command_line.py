@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
+
+from fedgrpc.cli.main import run
+from fedgrpc.logging import configure
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -45,6 +50,23 @@ def fedgrpc(
         stdin=subprocess.DEVNULL,
     )
     return EndedCommand(done.returncode, done.stdout, done.stderr)
+
+
+def fedgrpc_here(*arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> EndedCommand:
+    """Run a command that ends at once, such as a wrong one, in this process: another costs a second of CPU."""
+    out, error = io.StringIO(), io.StringIO()
+    try:
+        with (
+            mock.patch.dict(os.environ, environment(env), clear=True),
+            mock.patch.object(sys, "path", [*sys.path, str(EXAMPLES)]),
+            chdir(cwd or Path.cwd()),
+            redirect_stdout(out),
+            redirect_stderr(error),
+        ):
+            code = run(arguments)
+    finally:
+        configure(level="warning", log_format="console", stream=sys.__stderr__)
+    return EndedCommand(code, out.getvalue(), error.getvalue())
 
 
 @contextmanager
