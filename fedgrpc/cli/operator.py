@@ -12,13 +12,13 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from fedgrpc.claims import printable
 from fedgrpc.cli.connection import FILE
-from fedgrpc.cli.options import Declare, SettingsCommand
+from fedgrpc.cli.options import Declare, Setting, SettingsCommand
 from fedgrpc.cli.reach import client_command, reach_settings, reached
 from fedgrpc.client import Client
 from fedgrpc.errors import CorruptError
@@ -27,41 +27,61 @@ from fedgrpc.storage.files import storage_errors
 from fedgrpc.v1.aggregator_pb2 import Run
 from fedgrpc.words import run_line
 
-Steer = Callable[[Client, dict[str, Any]], Awaitable[Run]]
-
-
-def _command(
-    name: str, steer: Steer, help: str, *settings: Any, arguments: Sequence[click.Argument] = ()
-) -> SettingsCommand:
-    async def call(client: Client, values: dict[str, Any]) -> None:
-        click.echo(run_line(await steer(client, values)))
-
-    return client_command(name, call, help, *settings, arguments=arguments)
-
-
 REASON = Declare("Reason")(
     "--reason", "Reason in one line; the run keeps it.", type=str, default="", metavar="TEXT"
 )
 
-PAUSE = _command(
-    "pause",
-    lambda aggregator, _: aggregator.pause(),
-    "Open no further round; the round in progress continues.",
-)
-RESUME = _command("resume", lambda aggregator, _: aggregator.resume(), "Open rounds again after a pause.")
-ROLLBACK = _command(
-    "rollback",
-    lambda aggregator, values: aggregator.roll_back(values["version"], values["reason"]),
-    "Continue from a kept VERSION, such as the best one that `fedgrpc status` shows; 0: from a new initial model.",
-    REASON,
-    arguments=[click.Argument(["version"], type=click.IntRange(0, (1 << 63) - 1))],
-)
-STOP = _command(
-    "stop",
-    lambda aggregator, values: aggregator.stop(values["reason"]),
-    "End a run for good; the round in progress is abandoned.",
-    REASON,
-)
+_VERSION: Final = click.Argument(["version"], type=click.IntRange(0, (1 << 63) - 1))
+
+
+def steering(group: str, run: click.Argument) -> dict[str, SettingsCommand]:
+    """Return `pause`, `resume`, `stop` and `rollback` of the run that the argument `run` names, by their names.
+
+    `group` is the beginning of their full names, "run " or "".
+    """
+
+    def command(
+        name: str,
+        steer: Callable[[Client, Mapping[str, Any]], Awaitable[Run]],
+        help: str,
+        *settings: Setting,
+        arguments: Sequence[click.Argument] = (run,),
+    ) -> tuple[str, SettingsCommand]:
+        async def call(client: Client, values: dict[str, Any]) -> None:
+            click.echo(run_line(await steer(client.of(values["run_name"] or ""), values)))
+
+        return name, client_command(f"{group}{name}", call, help, *settings, arguments=arguments)
+
+    # An argument that may be left out comes last.
+    rolled_back = [run, _VERSION] if run.required else [_VERSION, run]
+    return dict(
+        [
+            command(
+                "pause",
+                lambda client, _: client.pause(),
+                "Open no further round of a run; the round in progress continues.",
+            ),
+            command("resume", lambda client, _: client.resume(), "Open rounds of a run again after a pause."),
+            command(
+                "stop",
+                lambda client, values: client.stop(values["reason"]),
+                "End a run for good; its round in progress is abandoned.",
+                REASON,
+            ),
+            command(
+                "rollback",
+                lambda client, values: client.roll_back(values["version"], values["reason"]),
+                "Continue a run from a kept VERSION, such as the best one that `fedgrpc status` shows; "
+                "0: from a new initial model.",
+                REASON,
+                arguments=rolled_back,
+            ),
+        ]
+    )
+
+
+_STEERING: Final = steering("", click.Argument(["run_name"], metavar="[RUN]", required=False))
+PAUSE, RESUME, STOP, ROLLBACK = _STEERING.values()
 
 
 _show = Declare("What to show")

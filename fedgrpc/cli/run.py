@@ -17,7 +17,7 @@ from typing import Any, Final
 import click
 
 from fedgrpc import toml
-from fedgrpc.cli.operator import REASON
+from fedgrpc.cli.operator import steering
 from fedgrpc.cli.options import Declare, SettingsCommand
 from fedgrpc.cli.reach import client_command
 from fedgrpc.cli.values import plain_texts, read_file
@@ -124,31 +124,10 @@ async def _remove(client: Client, values: dict[str, Any]) -> None:
     click.echo(f"run {values['run_name']} is removed")
 
 
-async def _steer(client: Client, values: dict[str, Any], call: str, *arguments: Any) -> None:
-    click.echo(run_line(await getattr(client.of(values["run_name"]), call)(*arguments)))
-
-
-async def _pause(client: Client, values: dict[str, Any]) -> None:
-    await _steer(client, values, "pause")
-
-
-async def _resume(client: Client, values: dict[str, Any]) -> None:
-    await _steer(client, values, "resume")
-
-
-async def _stop(client: Client, values: dict[str, Any]) -> None:
-    await _steer(client, values, "stop", values["reason"])
-
-
-async def _roll_back(client: Client, values: dict[str, Any]) -> None:
-    await _steer(client, values, "roll_back", values["version"], values["reason"])
-
-
 def _command(name: str, call: Any, help: str, *settings: Any, arguments: Sequence[Any] = ()) -> SettingsCommand:
     return client_command(f"run {name}", call, help, *settings, arguments=arguments)
 
 
-_VERSION: Final = click.Argument(["version"], type=click.IntRange(0, (1 << 63) - 1))
 SUBMIT = _command(
     "submit",
     _submit,
@@ -158,20 +137,7 @@ SUBMIT = _command(
 )
 LIST = _command("list", _list, "Show every run: where it stands, its workers, and how many it waits for.")
 SHOW = _command("show", _show, "Show a run and all of its settings.", arguments=[_NAME])
-PAUSE = _command(
-    "pause", _pause, "Open no further round of a run; the round in progress continues.", arguments=[_NAME]
-)
-RESUME = _command("resume", _resume, "Open rounds of a run again after a pause.", arguments=[_NAME])
-STOP = _command(
-    "stop", _stop, "End a run for good; its round in progress is abandoned.", REASON, arguments=[_NAME]
-)
-ROLLBACK = _command(
-    "rollback",
-    _roll_back,
-    "Continue a run from a kept VERSION; 0: from a new initial model.",
-    REASON,
-    arguments=[_NAME, _VERSION],
-)
+PAUSE, RESUME, STOP, ROLLBACK = steering("run ", _NAME).values()
 SET = _command("set", _set, "Change settings of a run from its next round on.", arguments=[_NAME, _SOME_CHANGES])
 CLONE = _command(
     "clone",

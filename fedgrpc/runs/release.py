@@ -27,6 +27,8 @@ MAX_CONDITIONS: Final = 16
 MAX_AFTER_S: Final = 90 * 86_400.0
 # Devices look this many times at their own data while they are watched.
 _LOOKS: Final = 4
+# So many devices a message names.
+_NAMED: Final = 5
 _SHORTEST_INTERVAL_S: Final = 0.5
 _LONGEST_INTERVAL_S: Final = 3600.0
 
@@ -272,7 +274,8 @@ def canaries_of(devices: list[str], canary: str, rank: Callable[[str], float]) -
         return frozenset(ranked[:count])
     names = frozenset(name.strip() for name in text.split(",") if name.strip())
     if unknown := sorted(names - set(devices)):
-        raise UsageError(f"there is no device {unknown[0][:80]!r} that trains; see `fedgrpc status`")
+        known = f"it has {', '.join(sorted(devices)[:_NAMED])}" if devices else "it has none"
+        raise UsageError(f"{unknown[0][:80]!r} is no device of this run that is alive; {known}")
     return names
 
 

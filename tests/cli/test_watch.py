@@ -19,6 +19,7 @@ from tests.support.command_line import (
     NUMPY_TASK,
     aggregator_command,
     fedgrpc,
+    fedgrpc_here,
     running_command,
     until_line,
     worker_arguments,
@@ -80,7 +81,7 @@ def test_status_reads_the_folder_of_a_run_whose_aggregator_has_left(tmp_path: Pa
     ):
         assert aggregator.wait(timeout=300) == 0
     before = sorted((path.name, path.stat().st_mtime_ns) for path in data.rglob("*.safetensors"))
-    shown = fedgrpc("status", "--data-dir", str(data))
+    shown = fedgrpc_here("status", "--data-dir", str(data))
     assert shown.code == 0, shown.error
     assert "run default · finished · 2 rounds committed · model version 3" in shown.out
     answer = json.loads(fedgrpc("status", "--data-dir", str(data), "--json").out)
@@ -89,14 +90,14 @@ def test_status_reads_the_folder_of_a_run_whose_aggregator_has_left(tmp_path: Pa
 
 
 def test_status_of_a_folder_without_a_run_is_one_clear_line(tmp_path: Path) -> None:
-    ended = fedgrpc("status", "--data-dir", str(tmp_path))
+    ended = fedgrpc_here("status", "--data-dir", str(tmp_path))
     assert (ended.code, "data folder" in ended.error) == (2, True)
     (tmp_path / "run.sqlite").write_bytes(b"not a database" * 100)
-    ended = fedgrpc("status", "--data-dir", str(tmp_path))
+    ended = fedgrpc_here("status", "--data-dir", str(tmp_path))
     assert (ended.code, len(ended.error.splitlines())) == (1, 1)
     (tmp_path / "run.sqlite").unlink()
     sqlite3.connect(tmp_path / "run.sqlite").close()
-    assert fedgrpc("status", "--data-dir", str(tmp_path)).code in (1, 2)
+    assert fedgrpc_here("status", "--data-dir", str(tmp_path)).code in (1, 2)
 
 
 class _Quiet:
@@ -134,18 +135,25 @@ def test_status_and_watch_are_of_the_run_that_is_named(tmp_path: Path) -> None:
     data = str(tmp_path / "data")
     with aggregator_command(tmp_path) as (_, address):
         for name in ("a", "b"):
-            assert fedgrpc("run", "submit", str(file), "--name", name, "--data-dir", data).code == 0
-        listed = fedgrpc("status", "--data-dir", data)
+            assert fedgrpc_here("run", "submit", str(file), "--name", name, "--data-dir", data).code == 0
+        listed = fedgrpc_here("status", "--data-dir", data)
         assert (listed.code, [line.split()[0] for line in listed.out.splitlines()[:3]]) == (0, ["RUN", "a", "b"])
         for call in (("status", "--json"), ("watch",)):
-            ended = fedgrpc(*call, "--data-dir", data)
+            ended = fedgrpc_here(*call, "--data-dir", data)
             assert (ended.code, "a, b" in ended.error) == (2, True)
-        assert fedgrpc("status", "c", "--data-dir", data).code == 1
+        assert fedgrpc_here("status", "c", "--data-dir", data).code == 1
+        assert "run a · paused" in fedgrpc_here("pause", "a", "--data-dir", data).out
+        assert "a, b" in fedgrpc_here("pause", "--data-dir", data).error
+        assert fedgrpc_here("rollback", "7", "c", "--data-dir", data).code == 1
         with running_command(*worker_arguments(tmp_path, address, "pi"), log=tmp_path / "pi.log"):
-            assert fedgrpc("watch", "b", "--data-dir", data).code == 0
-        shown = fedgrpc("status", "b", "--data-dir", data).out
+            assert fedgrpc_here("watch", "b", "--data-dir", data).code == 0
+        shown = fedgrpc_here("status", "b", "--data-dir", data).out
         assert "run b · finished" in shown
         assert "other runs: a" in shown
-    assert "run b · finished" in fedgrpc("status", "b", "--data-dir", data).out
-    several = fedgrpc("status", "--data-dir", data)
+    assert "run b · finished" in fedgrpc_here("status", "b", "--data-dir", data).out
+    assert fedgrpc_here("privacy", "b", "--data-dir", data).error == (
+        "error: this run releases its versions without noise\n"
+    )
+    assert "has no run 'c'" in fedgrpc_here("privacy", "c", "--data-dir", data).error
+    several = fedgrpc_here("status", "--data-dir", data)
     assert (several.code, "a, b" in several.error) == (2, True)
